@@ -1,0 +1,326 @@
+"""Everything a run is configured by, as frozen dataclasses that check themselves.
+
+`PrivacyConfig` holds what changes the privacy guarantee; `PerformanceConfig` holds what may
+change speed and memory and never the guarantee. Errors read
+``{setting}={got!r}: expected {allowed}. {what to do}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PARAM_DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("sgd", "adamw")
+DEVICES = ("cpu", "cuda")
+
+ACCURACY = "accuracy"
+CLIP = "clip"
+TRAIN = "train"
+REGIMES = (ACCURACY, CLIP, TRAIN)
+
+
+def require(condition: bool, setting: str, got: object, allowed: str, advice: str = "") -> None:
+    """Raise the project's one form of ValueError unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{setting}={got!r}: expected {allowed}. {advice}".rstrip())
+
+
+def _require_finite(setting: str, got: float, *, above: float | None, allowed: str) -> None:
+    ok = math.isfinite(got) and (got >= 0 if above is None else got > above)
+    require(ok, setting, got, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """What the guarantee depends on."""
+
+    noise_multiplier: float
+    """sigma: standard deviation of the noise on the clipped sum, in units of C."""
+    max_grad_norm: float
+    """C: bound on the L2 norm of one sample's contribution."""
+    expected_batch_size: int
+    """Samples a step is expected to hold over all ranks and micro-batches; the divisor."""
+
+    def __post_init__(self) -> None:
+        _require_finite("sigma", self.noise_multiplier, above=None, allowed="a number >= 0")
+        _require_finite("max_grad_norm", self.max_grad_norm, above=0.0, allowed="a number > 0")
+        require(
+            self.expected_batch_size >= 1,
+            "expected_batch_size",
+            self.expected_batch_size,
+            "an integer >= 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformanceConfig:
+    """What may change speed and memory, never the guarantee."""
+
+    device: str = "cpu"
+    """Where the model runs: cpu or cuda."""
+    param_dtype: str = "float32"
+    """Type the forward and backward compute in; master weights and reductions are float32."""
+    reference_dtype: str = "float64"
+    """Type the `reference` mode computes in: float64 or float32."""
+
+    def __post_init__(self) -> None:
+        require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        require(
+            self.param_dtype in PARAM_DTYPES,
+            "param_dtype",
+            self.param_dtype,
+            f"one of {', '.join(PARAM_DTYPES)}",
+        )
+        require(
+            self.reference_dtype in ("float64", "float32"),
+            "reference_dtype",
+            self.reference_dtype,
+            "one of float64, float32",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and where its weights come from."""
+
+    name: str
+    """A preset (`llama-tiny`), a local folder, or a hub id (`org/model`)."""
+    vocab_size: int | None = None
+    """Overrides a preset's vocabulary size; only where weights are random."""
+    num_labels: int = 2
+    """Classes of the sequence classification head."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "model_name", self.name, "a preset, a folder or a hub id")
+        require(
+            self.vocab_size is None or self.vocab_size >= 2,
+            "vocab_size",
+            self.vocab_size,
+            "an integer >= 2",
+        )
+        require(self.num_labels >= 2, "num_labels", self.num_labels, "an integer >= 2")
+
+
+SYNTHETIC = "synthetic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples, and how many a rank takes."""
+
+    source: str = SYNTHETIC
+    """`synthetic`, a bundled corpus's name, or a path to a .jsonl or .csv file."""
+    seq_length: int = 64
+    """Tokens in a sample, padding included."""
+    batch_size: int = 2
+    """Samples in one micro-batch of one rank."""
+
+    def __post_init__(self) -> None:
+        require(self.seq_length >= 1, "seq_length", self.seq_length, "an integer >= 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegimeConfig:
+    """One pass over fresh weights: how many steps, of what shape, under which privacy."""
+
+    name: str
+    """accuracy, clip or train."""
+    num_iter: int
+    """Recorded steps."""
+    warmup_iter: int = 0
+    """Steps computed before the recorded ones, on the same weights, and thrown away."""
+    micro_batches: int = 1
+    """Micro-batches a rank accumulates per step (K)."""
+    noise_multiplier: float = 0.0
+    """sigma of this regime."""
+    max_grad_norms: tuple[float, ...] = ()
+    """C of each recorded step. Empty in the clip regime of the mode that calibrates it."""
+    learning_rate: float = 0.0
+    """Step size of the optimizer."""
+    optimizer: str = "sgd"
+    """sgd or adamw."""
+    noise_matched: bool = False
+    """All modes add the common noise, a function of (seed, step, parameter, element)."""
+    permuted: bool = False
+    """Samples of each rank's batch come in reverse order: a replay that measures the floor."""
+
+    def __post_init__(self) -> None:
+        require(self.name in REGIMES, "regime", self.name, f"one of {', '.join(REGIMES)}")
+        require(self.num_iter >= 1, "num_iter", self.num_iter, "an integer >= 1")
+        require(self.warmup_iter >= 0, "warmup_iter", self.warmup_iter, "an integer >= 0")
+        require(self.micro_batches >= 1, "micro_batches", self.micro_batches, "an integer >= 1")
+        _require_finite("sigma", self.noise_multiplier, above=None, allowed="a number >= 0")
+        for bound in self.max_grad_norms:
+            _require_finite("max_grad_norm", bound, above=0.0, allowed="a number > 0")
+        require(
+            len(self.max_grad_norms) in (0, self.num_iter),
+            "max_grad_norms",
+            self.max_grad_norms,
+            f"one value for each of the {self.num_iter} steps",
+        )
+        _require_finite("learning_rate", self.learning_rate, above=None, allowed="a number >= 0")
+        require(
+            self.optimizer in OPTIMIZERS,
+            "optimizer",
+            self.optimizer,
+            f"one of {', '.join(OPTIMIZERS)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """What one process group (one mode, its regimes in turn) is started with."""
+
+    mode: str
+    """A mode's name, or `package.module:factory`."""
+    model: ModelConfig
+    data: DataConfig
+    performance: PerformanceConfig
+    regimes: tuple[RegimeConfig, ...]
+    seed: int = 42
+    """Seeds data, weights and common noise, each through its own generator."""
+    layer_norms: str = "all"
+    """Steps whose per-layer norms are recorded: all, or ends (first and last)."""
+    tracking_uri: str = ""
+    """MLflow tracking server or store; credentials come from the environment only."""
+    run_ids: tuple[str, ...] = ()
+    """MLflow run of this mode in each regime; empty when nothing is tracked."""
+    rank_run_ids: tuple[tuple[str, ...], ...] = ()
+    """For each regime, the MLflow run of each rank."""
+    work_dir: str = ""
+    """Folder the workers leave trajectories, progress and failure reports in."""
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "random_seed", self.seed, "an integer >= 0")
+        require(bool(self.regimes), "regimes", self.regimes, "at least one regime")
+        require(self.layer_norms in ("all", "ends"), "layer_norms", self.layer_norms, "all or ends")
+
+    def to_json(self) -> str:
+        """The configuration as JSON; it never holds a token."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> JobConfig:
+        """The inverse of `to_json`."""
+        raw = json.loads(text)
+        regimes = [
+            RegimeConfig(**{**regime, "max_grad_norms": tuple(regime["max_grad_norms"])})
+            for regime in raw.pop("regimes")
+        ]
+        return cls(
+            model=ModelConfig(**raw.pop("model")),
+            data=DataConfig(**raw.pop("data")),
+            performance=PerformanceConfig(**raw.pop("performance")),
+            regimes=tuple(regimes),
+            run_ids=tuple(raw.pop("run_ids")),
+            rank_run_ids=tuple(tuple(ids) for ids in raw.pop("rank_run_ids")),
+            **raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Where drift stops being acceptable."""
+
+    loss: float = 1e-4
+    """Largest acceptable absolute difference of a loss."""
+    grad_norm: float = 1e-3
+    """Largest acceptable relative difference of a gradient norm (total, layer or sample)."""
+    bug: float = 1e-2
+    """Relative difference above which drift is called a bug."""
+
+    def __post_init__(self) -> None:
+        for name in ("loss", "grad_norm", "bug"):
+            _require_finite(
+                f"thresholds.{name}", getattr(self, name), above=0.0, allowed="a number > 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `mlflow.yaml` holds. Relative paths are relative to the working directory."""
+
+    tracking_uri: str = "sqlite:///mlflow.db"
+    """Where runs are tracked: a SQLAlchemy URI or http(s)://host:port."""
+    experiment: str = "dpsgd-track"
+    """MLflow experiment all groups belong to."""
+    artifact_location: str | None = "mlartifacts"
+    """Folder or URI for artifacts of a new experiment; null lets the server decide."""
+    results_dir: str = "results"
+    """Folder compare.py writes <group>/ into."""
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    """Verdict thresholds."""
+
+    def __post_init__(self) -> None:
+        for name in ("tracking_uri", "experiment", "results_dir"):
+            value = getattr(self, name)
+            require(isinstance(value, str) and bool(value), name, value, "a non-empty string")
+        schemes = ("sqlite:", "postgresql", "mysql", "http://", "https://")
+        require(
+            self.tracking_uri.startswith(schemes),
+            "tracking_uri",
+            redact_uri(self.tracking_uri),
+            "a URI that starts with sqlite:, postgresql, mysql, http:// or https://",
+            "MLflow's file store is not supported.",
+        )
+
+
+def redact_uri(uri: str) -> str:
+    """`uri` without the user name and password it may carry, fit to be shown or logged."""
+    scheme, separator, rest = uri.partition("://")
+    authority, slash, path = rest.partition("/")
+    if "@" not in authority:
+        return uri
+    return f"{scheme}{separator}***@{authority.rpartition('@')[2]}{slash}{path}"
+
+
+def load_settings(path: Path | None) -> Settings:
+    """Settings from `path`; the defaults when `path` is None.
+
+    Raises:
+        ValueError: the file is missing, is not YAML, or has a key or value that is not known.
+    """
+    if path is None:
+        return Settings()
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"config={str(path)!r}: expected an existing file. Check --config."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config={str(path)!r}: expected valid YAML. {error}") from None
+    raw = {} if raw is None else raw
+    require(isinstance(raw, Mapping), "config", str(path), "a mapping of settings at the top")
+    values = _known_keys(Settings, raw, where=str(path))
+    if "thresholds" in values:
+        section = values["thresholds"]
+        require(isinstance(section, Mapping), "thresholds", section, "a mapping of numbers")
+        thresholds = _known_keys(Thresholds, section, where=f"{path}, thresholds")
+        for key, value in thresholds.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            # YAML 1.1 reads 1e-4 (no dot) as a string.
+            if isinstance(value, str):
+                try:
+                    thresholds[key], is_number = float(value), True
+                except ValueError:
+                    is_number = False
+            require(is_number, f"thresholds.{key}", value, "a number")
+        values["thresholds"] = Thresholds(**thresholds)
+    return Settings(**values)
+
+
+def _known_keys(cls: type, raw: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in raw:
+        require(key in known, "key", key, f"one of {', '.join(known)}", f"It stands in {where}.")
+    return dict(raw)

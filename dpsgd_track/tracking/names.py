@@ -1,0 +1,51 @@
+"""Tags, metric names and file names of the run tree.
+
+Group run -> one run per mode and regime -> one run per rank, nested by `mlflow.parentRunId`.
+"""
+
+from __future__ import annotations
+
+PARENT_RUN = "mlflow.parentRunId"
+NOTE = "mlflow.note.content"
+
+GROUP = "dpsgd.group"
+"""Name of the group; on every run."""
+KIND = "dpsgd.kind"
+"""group, mode or rank."""
+MODE = "dpsgd.mode"
+REGIME = "dpsgd.regime"
+VARIANT = "dpsgd.variant"
+"""Name given by `--variant NAME=PATH`; empty for the installed code."""
+RANK = "dpsgd.rank"
+REPLAY = "dpsgd.replay"
+"""`permuted` on a baseline replay with the batch order swapped; empty otherwise."""
+REASON = "dpsgd.reason"
+"""Why a run failed, with advice."""
+NOISE_MATCHED = "noise_matched"
+"""`true` where all modes of the group added the same noise."""
+VERDICT = "dpsgd.verdict"
+"""PASS, DRIFT, BUG or INCONCLUSIVE; on the group run, set by compare.py."""
+EXPECTED_RUNS = "dpsgd.expected_runs"
+"""On the group run: JSON list of [mode, regime, variant, replay] that the launcher set out to do."""
+
+KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
+PERMUTED = "permuted"
+
+TRAJECTORY_FILE = "trajectory.npz"
+
+SCALAR_METRICS = (
+    "loss",
+    "grad_norm",
+    "grad_norm_noised",
+    "clip_fraction",
+    "step_time_ms",
+    "peak_memory_gib",
+    "tokens_per_second",
+)
+"""One value a step; each is a field of `Trajectory` under the same name."""
+
+LAYER_WEIGHT_NORM = "layer_weight_norm/"
+LAYER_GRAD_NORM = "layer_grad_norm/"
+SAMPLE_NORM = "sample_norm/"
+CLIP_FACTOR = "clip_factor/"
+"""Prefixes; layers by fully qualified name, samples by position in the rank's batch."""
