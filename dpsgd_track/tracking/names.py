@@ -26,7 +26,7 @@ NOISE_MATCHED = "noise_matched"
 VERDICT = "dpsgd.verdict"
 """PASS, DRIFT, BUG or INCONCLUSIVE; on the group run, set by compare.py."""
 EXPECTED_RUNS = "dpsgd.expected_runs"
-"""On the group run: JSON list of [mode, regime, variant, replay] that the launcher set out to do."""
+"""On the group run: JSON list of the [mode, regime, variant, replay] the launcher set out to do."""
 
 KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
 PERMUTED = "permuted"
