@@ -104,11 +104,8 @@ class Trajectory:
     def save(self, path: Path) -> None:
         """Write to `path` as a compressed npz, whole or not at all."""
         partial = path.with_suffix(".partial.npz")
-        np.savez_compressed(
-            partial,
-            schema=np.int64(SCHEMA_VERSION),
-            **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)},
-        )
+        columns: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        np.savez_compressed(partial, schema=np.int64(SCHEMA_VERSION), **columns)
         partial.replace(path)
 
     @classmethod

@@ -1,0 +1,1 @@
+"""Mesh, sharding and reductions over torch.distributed."""

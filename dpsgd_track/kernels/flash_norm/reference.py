@@ -1,0 +1,71 @@
+"""The flash norm in plain torch: the definition, and the tiled computation tested against it.
+
+Shapes: B samples, T positions, D inputs, P outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE_T = 256
+TILE_P = 512
+
+
+def outer_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+    """The definition: form every sample's gradient and square its norm. [B], O(B D P) memory."""
+    grad_BPD = torch.einsum("btp,btd->bpd", accumulation(dy_BTP), accumulation(x_BTD))
+    return grad_BPD.square().sum(dim=(1, 2))
+
+
+def flash_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+    """Squared norm of each sample's weight gradient, tile by tile.
+
+    Args:
+        x_BTD: the layer's inputs, any floating type.
+        dy_BTP: gradients of the layer's outputs.
+    Returns:
+        [B], float32 (float64 for float64 inputs), accumulated in that type.
+    """
+    T, D, P = x_BTD.shape[1], x_BTD.shape[2], dy_BTP.shape[2]
+    if T * (D + P) <= 2 * D * P:
+        return _gram_form(x_BTD, dy_BTP)
+    return _outer_form(x_BTD, dy_BTP)
+
+
+def _gram_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+    total_B = x_BTD.new_zeros(len(x_BTD), dtype=accumulation_dtype(x_BTD))
+    x_tiles, dy_tiles = x_BTD.split(TILE_T, dim=1), dy_BTP.split(TILE_T, dim=1)
+    for row, (x_r, dy_r) in enumerate(zip(x_tiles, dy_tiles, strict=True)):
+        for column in range(row + 1):
+            gram_x = product(x_r, x_tiles[column].mT)
+            gram_dy = product(dy_r, dy_tiles[column].mT)
+            # The Gram matrices are symmetric: a tile off the diagonal stands for two.
+            weight = 1.0 if column == row else 2.0
+            total_B.add_(gram_x.mul_(gram_dy).sum(dim=(1, 2)), alpha=weight)
+    # A sum of products of either sign can round to just below zero.
+    return total_B.clamp_min_(0.0)
+
+
+def _outer_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+    total_B = x_BTD.new_zeros(len(x_BTD), dtype=accumulation_dtype(x_BTD))
+    for dy_BTp in dy_BTP.split(TILE_P, dim=2):
+        total_B += product(dy_BTp.mT, x_BTD).square_().sum(dim=(1, 2))
+    return total_B
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched a @ b with a float32 (or float64) result whatever the inputs' type."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(accumulation(a), accumulation(b))
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """The type norms of `tensor` are accumulated in: float64 for float64, else float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def accumulation(tensor: Tensor) -> Tensor:
+    """`tensor` in its accumulation type."""
+    return tensor.to(accumulation_dtype(tensor))

@@ -1,0 +1,53 @@
+"""From a mode's name to the mode."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from dpsgd_track.config import require
+from dpsgd_track.modes.protocol import Mode, ModeContext, ModeFactory
+from dpsgd_track.modes.table import MODES, check_mode
+
+
+def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
+    """The mode `name` over `model`.
+
+    Args:
+        name: a built-in mode, or `package.module:factory`.
+        model: whole and unsharded, float32, on the context's device.
+        context: what the mode is built with.
+    Raises:
+        ValueError: the name is unknown, or the mode cannot clip one of the parameters.
+    """
+    check_mode(name)
+    if name not in MODES:
+        return _user_factory(name)(model, context)
+    spec = MODES[name]
+    if spec.strategy == "one_by_one":
+        from dpsgd_track.modes.reference import ReferenceMode
+
+        return ReferenceMode(model, context)
+    if spec.strategy == "opacus":
+        # Opacus takes seconds to import; the other modes do without.
+        from dpsgd_track.modes.opacus_fsdp import OpacusGhostFsdpMode
+
+        return OpacusGhostFsdpMode(model, context)
+    from dpsgd_track.modes.composed import ComposedMode
+
+    return ComposedMode(spec, model, context)
+
+
+def _user_factory(name: str) -> ModeFactory:
+    module_name, _, attribute = name.partition(":")
+    factory = getattr(importlib.import_module(module_name), attribute, None)
+    require(
+        callable(factory),
+        "mode",
+        name,
+        "package.module:factory",
+        f"{module_name} has no callable {attribute!r}.",
+    )
+    found: ModeFactory = factory  # type: ignore[assignment]
+    return found

@@ -1,0 +1,109 @@
+"""The protocol every mode meets: Opacus's, a user's own and ours alike.
+
+One step is: `accumulate` each micro-batch, `clipped_sum` once, `privatize` once, `step` once.
+The worker looks at what each call returns; nothing it does between the calls changes the step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpsgd_track.config import PrivacyConfig
+from dpsgd_track.distributed.sharding import LocalPart, local_part, trainable_parameters
+from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
+from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.noise import NoiseSource, add_noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeContext:
+    """What a mode is built with, beside the model."""
+
+    privacy: PrivacyConfig
+    device: torch.device
+    param_dtype: torch.dtype
+    """Type the forward and backward compute in."""
+    make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    """Builds the optimizer over the mode's own (sharded) parameters."""
+    reference_dtype: torch.dtype = torch.float64
+    """Type the `reference` mode computes in."""
+
+
+ModeFactory = Callable[[nn.Module, ModeContext], "Mode"]
+"""Takes the whole, unsharded float32 model; the process group is initialised."""
+
+
+class Mode(ABC):
+    """One way to compute a DP-SGD step.
+
+    A subclass sets `model` and `optimizer`, and implements `accumulate` so that after it each
+    trainable parameter's `.grad` has grown by this micro-batch's share of the clipped sum over
+    all ranks (a sum over samples, never a mean). The rest works from there.
+    """
+
+    model: nn.Module
+    """The model as the mode runs it; its parameters are this rank's shards."""
+    optimizer: torch.optim.Optimizer
+    replicated = False
+    """Every rank holds every parameter whole, rather than a shard."""
+    clips = True
+    """Whether gradients are clipped at all."""
+
+    def __init__(self, context: ModeContext) -> None:
+        self.context = context
+        self.max_grad_norm = context.privacy.max_grad_norm
+
+    @abstractmethod
+    def accumulate(self, batch: Batch) -> SampleRecord:
+        """Add one micro-batch's clipped gradients; every rank calls it equally often."""
+
+    def set_max_grad_norm(self, max_grad_norm: float) -> None:
+        """Clip at another C from the next micro-batch on."""
+        self.max_grad_norm = max_grad_norm
+
+    def clipped_sum(self) -> ClippedSum:
+        """The clipped sum of the micro-batches since the last step, as this rank's shards."""
+        return ClippedSum(
+            {part.name: part.local for part in self.gradient_parts()}, self.max_grad_norm
+        )
+
+    def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
+        """Turn the clipped sum into the update direction, in `.grad`.
+
+        Returns:
+            This rank's shards of (clipped sum + noise) / expected batch size, by name.
+        """
+        privacy = self.context.privacy
+        add_noise(clipped, self.gradient_parts(), privacy.noise_multiplier, source)
+        for gradient in clipped.gradients.values():
+            gradient.div_(privacy.expected_batch_size)
+        return clipped.gradients
+
+    def step(self) -> None:
+        """Update the weights from `.grad`."""
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the step's gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradient_parts(self) -> list[LocalPart]:
+        """This rank's part of every trainable parameter's gradient; absent ones become zeros."""
+        parts = []
+        for name, parameter in trainable_parameters(self.model).items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parts.append(local_part(name, parameter, parameter.grad))
+        return parts
+
+    def weight_parts(self) -> list[LocalPart]:
+        """This rank's part of every trainable parameter."""
+        return [
+            local_part(name, parameter, parameter.detach())
+            for name, parameter in trainable_parameters(self.model).items()
+        ]

@@ -1,0 +1,72 @@
+"""The oracle: one sample at a time through plain autograd.
+
+It shares no code with any other mode beyond the loss and the data: no hooks, no norm rules, no
+sharding, no reduction of theirs. Every rank holds the whole model, in float64 unless asked
+otherwise, takes its own samples, and the sums are added over ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
+from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.loss import per_sample_loss
+
+
+class ReferenceMode(Mode):
+    """DP-SGD as its definition reads."""
+
+    replicated = True
+
+    def __init__(self, model: nn.Module, context: ModeContext) -> None:
+        super().__init__(context)
+        self.model = model.to(context.reference_dtype)
+        self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = context.make_optimizer(self.parameters)
+
+    def accumulate(self, batch: Batch) -> SampleRecord:
+        """Clip each sample's gradient by itself, and add."""
+        losses, norms, factors = [], [], []
+        by_parameter: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        for index in range(len(batch)):
+            loss, gradients = self.gradient(batch.sample(index))
+            squares = [gradient.square().sum() for gradient in gradients]
+            norm = torch.stack(squares).sum().sqrt()
+            factor = torch.clamp(self.max_grad_norm / norm, max=1.0)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                clipped = factor * gradient
+                parameter.grad = clipped if parameter.grad is None else parameter.grad + clipped
+            losses.append(loss)
+            norms.append(norm)
+            factors.append(factor)
+            for name, square in zip(self.names, squares, strict=True):
+                by_parameter[name].append(square.sqrt())
+        return SampleRecord(
+            torch.stack(losses),
+            torch.stack(norms),
+            torch.stack(factors),
+            {name: torch.stack(values) for name, values in by_parameter.items()},
+        )
+
+    def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradient of one sample."""
+        loss = per_sample_loss(self.model(**sample.inputs).logits, sample.target_B)[0]
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        gradients = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(self.parameters, found, strict=True)
+        ]
+        return loss.detach(), gradients
+
+    def clipped_sum(self) -> ClippedSum:
+        """Add the ranks' sums; every rank then holds the whole."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+        return super().clipped_sum()

@@ -1,0 +1,1 @@
+"""Norm rules per layer type, pass strategies, clipping and noise."""

@@ -1,0 +1,49 @@
+"""Clip factors, and the clipped sum that knows its own sensitivity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def clip_factors(norm_B: Tensor, max_grad_norm: float) -> Tensor:
+    """c_i = min(1, C / ||g_i||), in the norms' type; 1 where the norm is 0. [B].
+
+    Source: Abadi et al., 2016, "Deep Learning with Differential Privacy", algorithm 1.
+    """
+    return (max_grad_norm / norm_B).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """The sum of clipped gradients over all ranks and micro-batches, as this rank's shards.
+
+    Guarantee: adding or removing one sample changes the whole sum by at most `sensitivity` in
+    L2 norm. Noise is calibrated to that number and to nothing else.
+    """
+
+    gradients: dict[str, Tensor]
+    """This rank's shard of each trainable parameter's gradient, by name, float32 or float64."""
+    sensitivity: float
+    """C; infinite where nothing was clipped."""
+
+
+@dataclass
+class SampleRecord:
+    """What a mode knows of each sample of one micro-batch. None means not computed."""
+
+    loss_B: Tensor
+    """Loss of each sample, float32 or float64, detached."""
+    norm_B: Tensor | None = None
+    """L2 norm of each sample's gradient over all trainable parameters, before clipping."""
+    clip_factor_B: Tensor | None = None
+    """Factor each sample's gradient was multiplied by."""
+    norm_by_parameter_B: dict[str, Tensor] | None = None
+    """L2 norm of each sample's gradient of each parameter; a missing name means 0."""
+
+
+def total_norm(norm_sq_by_parameter: dict[str, Tensor]) -> Tensor:
+    """Norm over all parameters from squared norms by parameter, [B]."""
+    return torch.stack(list(norm_sq_by_parameter.values())).sum(dim=0).sqrt()

@@ -1,0 +1,10 @@
+"""One file per norm rule: how the norm of a linear layer's per-sample gradient is found."""
+
+from dpsgd_track.privacy.norms.flash import FLASH
+from dpsgd_track.privacy.norms.fused import FUSED
+from dpsgd_track.privacy.norms.rule import NormRule
+
+NORM_RULES: dict[str, NormRule] = {rule.name: rule for rule in (FLASH, FUSED)}
+"""Every norm rule by the name the table of modes uses."""
+
+__all__ = ["NORM_RULES", "NormRule"]

@@ -1,0 +1,6 @@
+"""The flash norm in hooks: tiled, with neither a T x T nor a d x p matrix ever whole."""
+
+from dpsgd_track.kernels.flash_norm import flash_norm_sq
+from dpsgd_track.privacy.norms.rule import NormRule
+
+FLASH = NormRule(name="flash", outer_norm=flash_norm_sq)

@@ -1,0 +1,23 @@
+"""One file per pass strategy: how norms become a clipped sum.
+
+A strategy is a function `(engine, batch) -> SampleRecord` that leaves the micro-batch's clipped
+sum added to the engine's gradients. Every loss is summed over samples, never averaged, so that
+each sample's gradients flow unscaled.
+"""
+
+from collections.abc import Callable
+
+from dpsgd_track.privacy.clipping import SampleRecord
+from dpsgd_track.privacy.engine import Batch, Engine
+from dpsgd_track.privacy.strategies.bookkeeping import bookkeeping
+from dpsgd_track.privacy.strategies.plain import plain
+from dpsgd_track.privacy.strategies.two_pass import two_pass
+
+Strategy = Callable[[Engine, Batch], SampleRecord]
+
+STRATEGIES: dict[str, Strategy] = {
+    "plain": plain,
+    "two_pass": two_pass,
+    "bookkeeping": bookkeeping,
+}
+"""Every pass strategy by the name the table of modes uses."""

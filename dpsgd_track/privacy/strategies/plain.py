@@ -1,0 +1,13 @@
+"""One backward, nothing clipped: ordinary training, the baseline."""
+
+from __future__ import annotations
+
+from dpsgd_track.privacy.clipping import SampleRecord
+from dpsgd_track.privacy.engine import Batch, Engine
+
+
+def plain(engine: Engine, batch: Batch) -> SampleRecord:
+    """Add the sum of the samples' gradients."""
+    loss_B = engine.losses(batch)
+    loss_B.sum().backward()
+    return SampleRecord(loss_B=loss_B.detach())
