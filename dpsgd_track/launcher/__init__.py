@@ -1,0 +1,1 @@
+"""Runs modes as process groups and keeps their run tree. Imports no torch."""

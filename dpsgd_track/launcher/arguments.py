@@ -1,0 +1,219 @@
+"""The command line of launch.py. Imports nothing heavy, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dpsgd_track.config import DEVICES, OPTIMIZERS, PARAM_DTYPES, redact_uri
+
+SUITES = {
+    "quick": "no_dp and the flash modes against the reference, in a few minutes",
+    "full": "every built-in mode against the reference",
+    "single": "one mode on its own",
+}
+_SECRET = "--token"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `launch.py quick | full | single | modes | ui`."""
+    parser = _Parser(
+        prog="launch.py",
+        description="Run DP-SGD modes one after the other and track them in MLflow.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in SUITES.items():
+        suite = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        _add_what(suite)
+        _add_regime(suite)
+        _add_machine(suite)
+        _add_tracking(suite)
+    commands.add_parser("modes", help="list the modes", allow_abbrev=False)
+    ui = commands.add_parser("ui", help="open the MLflow UI on the store", allow_abbrev=False)
+    _add_store(ui)
+    ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
+    return parser
+
+
+def reproducing_command(argv: Sequence[str]) -> str:
+    """The command line that `argv` came from, without the token and other credentials."""
+    kept = ["python", "launch.py"]
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == _SECRET:
+            next(arguments, None)
+        elif not argument.startswith(f"{_SECRET}="):
+            option, equals, value = argument.partition("=")
+            kept.append(
+                f"{option}={redact_uri(value)}"
+                if equals and option.startswith("--")
+                else redact_uri(argument)
+            )
+    return shlex.join(kept)
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is run")
+    group.add_argument(
+        "--mode",
+        action="append",
+        metavar="NAME",
+        help="mode to run, repeatable or comma separated; replaces the suite's modes "
+        "(default: the suite's; `single` needs exactly one)",
+    )
+    group.add_argument(
+        "--model-name",
+        metavar="NAME",
+        help="preset, local folder or hub id (default: minilm in quick, else llama-tiny)",
+    )
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="tokens in a preset's vocabulary (default: the preset's own)",
+    )
+    group.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="synthetic, public-domain, or a .jsonl or .csv file "
+        "(default: public-domain for minilm, else synthetic)",
+    )
+    group.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="hub access token, handed to workers as HF_TOKEN and written nowhere; setting "
+        "HF_TOKEN keeps it out of the process list as well (default: HF_TOKEN)",
+    )
+    group.add_argument(
+        "--seq-length", type=int, default=64, help="tokens in a sample (default: 64)"
+    )
+    group.add_argument(
+        "--batch-size", type=int, default=2, help="samples in a micro-batch of a rank (default: 2)"
+    )
+    group.add_argument(
+        "--micro-batches",
+        type=int,
+        metavar="K",
+        help="micro-batches a rank accumulates in a step of the clip and train regimes "
+        "(default: 2 in clip, 1 in train)",
+    )
+    group.add_argument(
+        "--random-seed", type=int, default=42, help="seed of data, weights and noise (default: 42)"
+    )
+
+
+def _add_regime(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how it is trained")
+    group.add_argument(
+        "--accuracy-test",
+        action="store_true",
+        help="same data and noise in every mode: makes `single` run the accuracy regime, "
+        "and quick and full that regime alone (default: off)",
+    )
+    group.add_argument(
+        "--regime",
+        action="append",
+        metavar="NAME",
+        help="regime of quick and full, repeatable: accuracy, clip (default: both)",
+    )
+    group.add_argument(
+        "--num-iter",
+        type=int,
+        default=10,
+        help="recorded steps of the accuracy and train regimes (default: 10)",
+    )
+    group.add_argument(
+        "--warmup-iter",
+        type=int,
+        help="steps thrown away before the recorded ones (default: 1 on cuda, 0 on cpu)",
+    )
+    group.add_argument(
+        "--sigma",
+        type=float,
+        default=0.01,
+        help="noise multiplier: std of the noise in units of the clipping bound (default: 0.01)",
+    )
+    group.add_argument(
+        "--max-grad-norm",
+        type=float,
+        default=10000.0,
+        help="C, the bound on the L2 norm of a sample's gradient (default: 10000)",
+    )
+    group.add_argument(
+        "--learning-rate", type=float, default=1e-5, help="optimizer's step size (default: 1e-5)"
+    )
+    group.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="sgd", help="update rule (default: sgd)"
+    )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where it runs")
+    group.add_argument(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="ranks, one process each (default: one for each GPU, or 2 on cpu)",
+    )
+    group.add_argument(
+        "--device", choices=DEVICES, help="where the model runs (default: cuda if there is one)"
+    )
+    group.add_argument(
+        "--param-dtype",
+        choices=PARAM_DTYPES,
+        default="float32",
+        help="type the forward and backward compute in (default: float32)",
+    )
+    group.add_argument(
+        "--reference-dtype",
+        choices=("float64", "float32"),
+        default="float64",
+        help="type the reference mode computes in (default: float64)",
+    )
+
+
+def _add_tracking(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is kept")
+    group.add_argument(
+        "--group",
+        metavar="NAME",
+        help="name of the run group, not used before (default: SUITE-DATE-TIME)",
+    )
+    group.add_argument(
+        "--layer-norms",
+        choices=("all", "ends"),
+        default="all",
+        help="steps whose per-layer norms are recorded: all, or first and last (default: all)",
+    )
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON file for the results of `single` (default: none)",
+    )
+    _add_store(group)
+
+
+def _add_store(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow store or server (default: tracking_uri of the configuration)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="configuration file (default: mlflow.yaml where it exists)",
+    )

@@ -1,0 +1,242 @@
+"""Runs a suite as one group: its run tree, its modes one after the other, its exit code."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dpsgd_track.config import CLIP, JobConfig, RegimeConfig, require
+from dpsgd_track.launcher import troubleshooting
+from dpsgd_track.launcher.interruption import Interruption
+from dpsgd_track.launcher.output import write_output
+from dpsgd_track.launcher.process_group import Launch, Outcome, run_mode
+from dpsgd_track.launcher.progress import Display
+from dpsgd_track.launcher.suites import Suite
+from dpsgd_track.launcher.troubleshooting import Failure
+from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.tracking.environment import environment
+from dpsgd_track.tracking.names import TRAJECTORY_FILE
+from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED, RunTree, flatten
+from dpsgd_track.tracking.trajectory import Trajectory
+
+CLIP_BOUNDS_FILE = "clip_bounds.json"
+EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+
+
+def open_group(suite: Suite) -> tuple[RunTree, str, Path]:
+    """Open the store and claim a name for the group.
+
+    Returns:
+        The run tree, the group's name, and its new folder.
+
+    Raises:
+        ValueError: the store cannot be used, or the name or folder is taken.
+    """
+    results = Path(suite.settings.results_dir)
+    if suite.group is not None:
+        _require_new(not (results / suite.group).exists(), suite.group)
+    tree = RunTree(suite.settings)
+    if suite.group is not None:
+        _require_new(not tree.has_group(suite.group) and _claim(results, suite.group), suite.group)
+        return tree, suite.group, results / suite.group
+    name = base = f"{suite.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while tree.has_group(name) or not _claim(results, name):
+        number += 1
+        name = f"{base}-{number}"
+    return tree, name, results / name
+
+
+def _require_new(is_new: bool, group: str) -> None:
+    require(is_new, "group", group, "a name not used before", "Choose another, or leave it out.")
+
+
+def _claim(results: Path, group: str) -> bool:
+    """Create the group's folder; False where another launcher was first."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        (results / group).mkdir()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ValueError(
+            f"results_dir={str(results)!r}: expected a folder that can be written to. {error}"
+        ) from error
+    return True
+
+
+class GroupRun:
+    """One group in the making."""
+
+    def __init__(
+        self, suite: Suite, tree: RunTree, folder: Path, launch: Launch, display: Display
+    ) -> None:
+        """
+        Args:
+            folder: the group's own, as `open_group` created it.
+        """
+        self._suite = suite
+        self._tree = tree
+        self._folder = folder
+        self._launch = launch
+        self._display = display
+        self._environment = {f"environment.{k}": v for k, v in environment().items()}
+        self._clip_bounds: tuple[float, ...] | None = None
+
+    def run(self, command: str) -> int:
+        """Run every mode; one that fails does not stop the others.
+
+        Args:
+            command: the command line to record.
+        Returns:
+            The exit code.
+        """
+        with Interruption() as interruption:
+            self._tree.start_group(
+                self._folder.name, self._suite.expected_runs, self._group_params(command)
+            )
+            try:
+                return self._run_modes(interruption)
+            except Exception as error:
+                self._tree.finish_open(FAILED, f"the launcher failed: {error}")
+                raise
+
+    def _run_modes(self, interruption: Interruption) -> int:
+        failed: list[str] = []
+        for job in self._suite.jobs:
+            status = KILLED if interruption.requested else self._run_mode(job, interruption)
+            if status == KILLED:
+                self._display.say(f"{interruption.reason.capitalize()} Ending the group.")
+                self._tree.finish_open(KILLED, interruption.reason)
+                return EXIT_INTERRUPTED
+            if status == FAILED:
+                failed.append(job.mode)
+        total = len(self._suite.jobs)
+        summary = f"{total - len(failed)} of {total} modes finished"
+        if failed:
+            reason = f"{summary}; failed: {', '.join(failed)}."
+            self._tree.finish(self._tree.group_run_id, FAILED, reason)
+        else:
+            self._tree.finish(self._tree.group_run_id, FINISHED)
+        self._display.say(f"group {self._folder.name}: {summary}")
+        return EXIT_FAILED if failed else EXIT_FINISHED
+
+    def _run_mode(self, job: JobConfig, interruption: Interruption) -> str:
+        """Run one mode with its runs around it.
+
+        Returns:
+            FINISHED, FAILED where a regime failed, or KILLED.
+        """
+        job, blocked = self._with_clip_bounds(job)
+        work_dir = self._work_dir(job.mode)
+        runs = [self._start_runs(job, regime) for regime in (*job.regimes, *blocked)]
+        self._display.start_mode(job.mode, job.regimes)
+        outcomes: tuple[Outcome, ...] = ()
+        if job.regimes:
+            num_runs = len(job.regimes)
+            job = replace(
+                job,
+                tracking_uri=self._tree.tracking_uri,
+                run_ids=tuple(mode_run for mode_run, _ in runs[:num_runs]),
+                rank_run_ids=tuple(ranks for _, ranks in runs[:num_runs]),
+                work_dir=str(work_dir.absolute()),
+            )
+            outcomes = run_mode(job, self._launch, interruption, self._display.event)
+            outcomes = self._read_results(job, outcomes)
+        unknown = Failure(kind=troubleshooting.NO_CLIP_BOUNDS)
+        outcomes += tuple(Outcome(FAILED, unknown) for _ in blocked)
+        for (mode_run, ranks), outcome in zip(runs, outcomes, strict=True):
+            for run_id in (*ranks, mode_run):
+                self._finish(run_id, outcome, work_dir, interruption)
+        return self._show(outcomes, work_dir)
+
+    def _with_clip_bounds(self, job: JobConfig) -> tuple[JobConfig, tuple[RegimeConfig, ...]]:
+        """`job` with C as the reference measured it, and the regimes that need it in vain."""
+        if job.mode == REFERENCE:
+            return job, ()
+        ready, blocked = [], []
+        for regime in job.regimes:
+            if regime.name != CLIP:
+                ready.append(regime)
+            elif self._clip_bounds is None:
+                blocked.append(regime)
+            else:
+                ready.append(replace(regime, max_grad_norms=self._clip_bounds))
+        # A job has at least one regime; without one it is never started.
+        job = replace(job, regimes=tuple(ready)) if ready else job
+        return job, tuple(blocked)
+
+    def _start_runs(self, job: JobConfig, regime: RegimeConfig) -> tuple[str, tuple[str, ...]]:
+        config = asdict(job)
+        for key in ("regimes", "run_ids", "rank_run_ids", "tracking_uri", "work_dir"):
+            del config[key]
+        params = flatten({**config, "regime": asdict(regime), "num_ranks": self._launch.num_ranks})
+        return self._tree.start_mode(
+            job.mode, regime, self._launch.num_ranks, params | self._environment
+        )
+
+    def _read_results(self, job: JobConfig, outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
+        """Take what later steps need; a result that cannot be read is a failure."""
+        checked = []
+        for index, (regime, outcome) in enumerate(zip(job.regimes, outcomes, strict=True)):
+            folder = Path(job.work_dir) / str(index)
+            try:
+                if outcome.status == FINISHED:
+                    self._read_result(job, regime, folder)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                outcome = Outcome(FAILED, Failure(kind=troubleshooting.ERROR, message=str(error)))
+            checked.append(outcome)
+        return tuple(checked)
+
+    def _read_result(self, job: JobConfig, regime: RegimeConfig, folder: Path) -> None:
+        if job.mode == REFERENCE and regime.name == CLIP:
+            text = (folder / CLIP_BOUNDS_FILE).read_text(encoding="utf-8")
+            bounds = tuple(float(bound) for bound in json.loads(text)["max_grad_norms"])
+            require(bool(bounds), CLIP_BOUNDS_FILE, bounds, "one bound for each step")
+            # RegimeConfig checks their number and values.
+            self._clip_bounds = replace(regime, max_grad_norms=bounds).max_grad_norms
+        if self._suite.output is not None:
+            write_output(Trajectory.load(folder / TRAJECTORY_FILE), self._suite.output)
+
+    def _finish(
+        self, run_id: str, outcome: Outcome, work_dir: Path, interruption: Interruption
+    ) -> None:
+        failure = outcome.failure
+        if failure is not None:
+            advice = f"{failure.advice} Log: {work_dir / 'output.log'}"
+            self._tree.finish(run_id, outcome.status, failure.reason, advice)
+        else:
+            reason = interruption.reason if outcome.status == KILLED else ""
+            self._tree.finish(run_id, outcome.status, reason)
+
+    def _show(self, outcomes: Sequence[Outcome], work_dir: Path) -> str:
+        statuses = [outcome.status for outcome in outcomes]
+        status = next((s for s in (KILLED, FAILED) if s in statuses), FINISHED)
+        failures = [outcome.failure for outcome in outcomes if outcome.failure]
+        reason = ""
+        if failures:
+            reason = f"{failures[0].reason} {failures[0].advice} Log: {work_dir / 'output.log'}"
+        self._display.end_mode(status, reason)
+        return status
+
+    def _work_dir(self, mode: str) -> Path:
+        # A dash is in no mode's name, so that two modes never share a folder.
+        folder = self._folder / "logs" / mode.replace(":", "-")
+        folder.mkdir(parents=True)
+        return folder
+
+    def _group_params(self, command: str) -> dict[str, str]:
+        suite = self._suite
+        shared = asdict(suite.jobs[0])
+        params = {
+            "command": command,
+            "suite": suite.name,
+            "modes": [job.mode for job in suite.jobs],
+            "regimes": list(dict.fromkeys(regime for _, regime, _, _ in suite.expected_runs)),
+            "num_ranks": suite.num_ranks,
+            **{key: shared[key] for key in ("model", "data", "performance", "seed", "layer_norms")},
+        }
+        return flatten(params) | self._environment

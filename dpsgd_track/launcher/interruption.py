@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM as a request that is looked at between steps, never in the middle of one."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class Interruption:
+    """While entered, SIGINT, SIGTERM and SIGHUP set `requested`; more of them change nothing."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether the user, or the system, asked to end."""
+        return self.signal is not None
+
+    @property
+    def reason(self) -> str:
+        """What asked, in words."""
+        name = signal.Signals(self.signal or signal.SIGINT).name
+        return f"interrupted by {name}."
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup ignores SIGHUP on purpose.
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number

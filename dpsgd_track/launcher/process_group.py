@@ -1,0 +1,244 @@
+"""One mode as one process group: start it, follow it, end it, and say how each regime went.
+
+What a worker leaves in its work folder:
+
+- `progress.jsonl`: one JSON object a line, by rank 0: regime, event (start, step, end), step,
+  num_iter, loss.
+- `failure-rank{r}.json`: kind, message, regime, step of the failure rank r met.
+- `{regime}/trajectory.npz`: what a finished regime observed.
+- `{regime}/clip_bounds.json`: C of each step, measured by the reference in the clip regime.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dpsgd_track
+from dpsgd_track.config import JobConfig, redact_uri
+from dpsgd_track.launcher import troubleshooting
+from dpsgd_track.launcher.interruption import Interruption
+from dpsgd_track.launcher.machine import num_cores
+from dpsgd_track.launcher.processes import Session
+from dpsgd_track.launcher.troubleshooting import Failure
+from dpsgd_track.tracking.client import TRACKING_URI_VARIABLE
+from dpsgd_track.tracking.names import TRAJECTORY_FILE
+from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED
+
+WORKER = "dpsgd_track.training.worker"
+GRACE_S = 10.0
+_POLL_S = 0.1
+_LOG_TAIL_BYTES = 65536
+_EXCEPTION = re.compile(
+    r"^(?:\[rank\d+\]:\s*)?((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit)(?:: .*)?)$",
+    re.MULTILINE,
+)
+_KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID")
+
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one regime of a mode went."""
+
+    status: str
+    """FINISHED, FAILED or KILLED."""
+    failure: Failure | None = None
+    """Why it failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How workers are started; tests start others."""
+
+    num_ranks: int
+    """Processes of the group."""
+    worker_module: str = WORKER
+    """Module run as `python -m` in every rank, with the path of job.json."""
+    grace_s: float = GRACE_S
+    """Time the group gets to end by itself."""
+
+
+def run_mode(
+    job: JobConfig,
+    launch: Launch,
+    interruption: Interruption,
+    on_event: Callable[[Event], object],
+) -> tuple[Outcome, ...]:
+    """Run `job` to its end, or until an interruption; no process of it is left behind.
+
+    Returns:
+        The outcome of each regime.
+    """
+    work_dir = Path(job.work_dir)
+    job_file = work_dir / "job.json"
+    shown = JobConfig.from_json(job.to_json())
+    job_file.write_text(_without_credentials(shown).to_json(), encoding="utf-8")
+    session = Session(
+        _command(job_file, launch), _environment(job, launch), work_dir / "output.log"
+    )
+    progress = _Progress(work_dir / "progress.jsonl")
+    try:
+        while (code := session.poll()) is None and not interruption.requested:
+            progress.forward(on_event)
+            time.sleep(_POLL_S)
+    finally:
+        session.end(launch.grace_s)
+    progress.forward(on_event)
+    return _outcomes(job, code, progress.ended)
+
+
+def failure_of(work_dir: Path, code: int) -> Failure:
+    """Why the group in `work_dir` exited with `code`: what was reported first, else the log."""
+    reports = sorted(work_dir.glob("failure-rank*.json"), key=lambda file: file.stat().st_mtime_ns)
+    if reports:
+        return _read_report(reports[0])
+    log = _tail(work_dir / "output.log")
+    # The launcher of the ranks ends the others with SIGTERM when one is gone.
+    kills = [(number, name) for number, name in _KILLED.findall(log) if name != "SIGTERM"]
+    if kills:
+        number, name = kills[0]
+        return Failure(kind=troubleshooting.KILLED, message=f"signal {number} ({name}).")
+    if code < 0:
+        name = signal.Signals(-code).name
+        return Failure(kind=troubleshooting.KILLED, message=f"signal {-code} ({name}).")
+    return Failure(kind=troubleshooting.ERROR, message=_last_words(log))
+
+
+def _without_credentials(job: JobConfig) -> JobConfig:
+    from dataclasses import replace
+
+    return replace(job, tracking_uri=redact_uri(job.tracking_uri))
+
+
+def _command(job_file: Path, launch: Launch) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={launch.num_ranks}",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+        "-m",
+        launch.worker_module,
+        str(job_file),
+    ]
+
+
+def _environment(job: JobConfig, launch: Launch) -> dict[str, str]:
+    """The launcher's environment, with what the ranks need; HF_TOKEN passes through it."""
+    package_root = str(Path(dpsgd_track.__file__).parent.parent)
+    search_path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, num_cores() // launch.num_ranks)),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*search_path, package_root]),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if job.tracking_uri:
+        environment[TRACKING_URI_VARIABLE] = job.tracking_uri
+    return environment
+
+
+class _Progress:
+    """Reads what rank 0 appends, whole lines only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self.ended: set[int] = set()
+        """Indices of regimes that ended."""
+
+    def forward(self, on_event: Callable[[Event], object]) -> None:
+        """Hand every new event to `on_event`."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            event = json.loads(line)
+            if event["event"] == "end":
+                self.ended.add(event["regime"])
+            on_event(event)
+
+
+def _outcomes(job: JobConfig, code: int | None, ended: set[int]) -> tuple[Outcome, ...]:
+    work_dir = Path(job.work_dir)
+    indices = range(len(job.regimes))
+    complete = [i in ended and (work_dir / str(i) / TRAJECTORY_FILE).is_file() for i in indices]
+    if code is None:
+        return tuple(Outcome(FINISHED if done else KILLED) for done in complete)
+    if code == 0:
+        missing = Failure(kind=troubleshooting.NO_TRAJECTORY)
+        return tuple(Outcome(FINISHED) if done else Outcome(FAILED, missing) for done in complete)
+    failure = failure_of(work_dir, code)
+    # A failure after the last regime, such as an upload, is the last regime's.
+    in_flight = next((i for i in indices if not complete[i]), len(complete) - 1)
+    at = failure.regime if failure.regime in indices else in_flight
+    assert at is not None
+    later = Failure(
+        kind=troubleshooting.NOT_STARTED,
+        message=f"regime {job.regimes[at].name} failed first: {failure.reason}",
+    )
+    return tuple(
+        Outcome(FAILED, failure)
+        if i == at
+        else Outcome(FINISHED)
+        if done
+        else Outcome(FAILED, later)
+        for i, done in enumerate(complete)
+    )
+
+
+def _read_report(path: Path) -> Failure:
+    rank = int(path.stem.removeprefix("failure-rank"))
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return Failure(
+            kind=str(report["kind"]),
+            message=_shorten(str(report.get("message", ""))),
+            regime=report.get("regime"),
+            step=report.get("step"),
+            rank=rank,
+        )
+    except (ValueError, KeyError, AttributeError, OSError) as error:
+        return Failure(
+            kind=troubleshooting.ERROR, message=f"{path.name} cannot be read: {error}", rank=rank
+        )
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+        return file.read().decode("utf-8", errors="replace")
+
+
+def _last_words(log: str) -> str:
+    """The last exception of a worker in the log; else its last lines."""
+    raised = [text for text in _EXCEPTION.findall(log) if "ChildFailedError" not in text]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return _shorten(raised[-1] if raised else " | ".join(lines[-5:]))
+
+
+def _shorten(text: str) -> str:
+    """`text` on one line, at most 500 characters, without the hub token."""
+    token = os.environ.get("HF_TOKEN")
+    if token:
+        text = text.replace(token, "***")
+    text = " ".join(text.split())
+    return text if len(text) <= 500 else f"{text[:499]}…"

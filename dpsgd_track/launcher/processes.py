@@ -1,0 +1,75 @@
+"""A command in a session of its own, ended together with everything it started."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+MARKER = "DPSGD_TRACK_SESSION"
+"""Environment variable by which descendants are found after their parent is gone."""
+
+_ROUNDS = 20
+
+
+class Session:
+    """A running command and its descendants.
+
+    torch.distributed's launcher gives each worker a session of its own, so that signalling one
+    process group does not reach them; they are found by a mark in their environment.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """Start `command`, its output in `log`."""
+        self._mark = uuid.uuid4().hex
+        with log.open("ab") as output:
+            self._leader = subprocess.Popen(
+                command,
+                env={**environment, MARKER: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id of the command."""
+        return self._leader.pid
+
+    def poll(self) -> int | None:
+        """Exit code of the command; None while it runs."""
+        return self._leader.poll()
+
+    def end(self, grace_s: float) -> None:
+        """End everything: ask the command to, wait `grace_s`, then kill whatever is left."""
+        if self._leader.poll() is None:
+            self._leader.terminate()
+            try:
+                self._leader.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                self._leader.kill()
+                self._leader.wait()
+        # A process may start another while it is being killed: look again until none is left.
+        for _ in range(_ROUNDS):
+            left = list(self._members())
+            if not left:
+                return
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=0.5)
+
+    def _members(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and (
+                    process.environ().get(MARKER) == self._mark
+                ):
+                    yield process
+            except (psutil.Error, OSError):
+                continue

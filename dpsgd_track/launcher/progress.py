@@ -1,0 +1,147 @@
+"""What the user sees while modes run: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dpsgd_track.config import RegimeConfig
+
+
+class Display(Protocol):
+    """Follows the modes of a suite."""
+
+    def start_mode(self, mode: str, regimes: Sequence[RegimeConfig]) -> None:
+        """A mode is about to start."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """The running mode reported progress."""
+
+    def end_mode(self, status: str, reason: str = "") -> None:
+        """The running mode ended."""
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+def open_display(stream: TextIO | None = None) -> Display:
+    """The display that fits `stream` (default: stdout)."""
+    stream = stream or sys.stdout
+    if not stream.isatty():
+        return PlainDisplay(stream)
+    from rich.console import Console
+
+    return LiveDisplay(Console(file=stream))
+
+
+def describe(regime: RegimeConfig) -> str:
+    """A regime's name as it is shown."""
+    return f"{regime.name} (permuted)" if regime.permuted else regime.name
+
+
+def _loss(event: Mapping[str, Any]) -> str:
+    loss = event.get("loss")
+    return "" if loss is None else f"{loss:.4f}"
+
+
+class PlainDisplay:
+    """One line for each mode's start, each regime's end and each mode's end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._mode = ""
+        self._regimes: Sequence[RegimeConfig] = ()
+        self._mode_start = self._regime_start = 0.0
+        self._loss = ""
+
+    def start_mode(self, mode: str, regimes: Sequence[RegimeConfig]) -> None:
+        """See `Display`."""
+        self._mode, self._regimes = mode, regimes
+        self._mode_start = time.monotonic()
+        self.say(f"{mode}: started ({', '.join(map(describe, regimes))})")
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """See `Display`."""
+        self._loss = _loss(event) or self._loss
+        if event["event"] == "start":
+            self._regime_start = time.monotonic()
+            self._loss = ""
+        elif event["event"] == "end":
+            took = time.monotonic() - self._regime_start
+            steps = f"{event['num_iter']} steps in {took:.1f} s"
+            loss = f", loss {self._loss}" if self._loss else ""
+            self.say(f"{self._mode}: {describe(self._regimes[event['regime']])}, {steps}{loss}")
+
+    def end_mode(self, status: str, reason: str = "") -> None:
+        """See `Display`."""
+        took = time.monotonic() - self._mode_start
+        self.say(f"{self._mode}: {status} after {took:.1f} s{f': {reason}' if reason else ''}")
+
+    def say(self, line: str) -> None:
+        """See `Display`."""
+        print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """See `Display`."""
+
+
+class LiveDisplay:
+    """A bar for each mode: regime, step, loss, time left."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as TimeLeft
+
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.fields[regime]}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeLeft(elapsed_when_finished=True),
+            console=console,
+        )
+        self._regimes: Sequence[RegimeConfig] = ()
+        self._progress.start()
+
+    def start_mode(self, mode: str, regimes: Sequence[RegimeConfig]) -> None:
+        """See `Display`."""
+        self._regimes, self._loss = regimes, ""
+        total = sum(regime.num_iter for regime in regimes)
+        self._task = self._progress.add_task(mode, total=total, regime="starting", loss="")
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """See `Display`."""
+        at = event["regime"]
+        done = sum(regime.num_iter for regime in self._regimes[:at])
+        if event["event"] == "end":
+            done += self._regimes[at].num_iter
+        elif event["event"] == "step":
+            done += int(event["step"]) + 1
+        self._loss = _loss(event) or self._loss
+        regime = describe(self._regimes[at])
+        self._progress.update(self._task, completed=done, regime=regime, loss=self._loss)
+
+    def end_mode(self, status: str, reason: str = "") -> None:
+        """See `Display`."""
+        self._progress.update(self._task, regime=status)
+        self._progress.stop_task(self._task)
+        if reason:
+            mode = self._progress.tasks[self._task].description
+            self.say(f"{mode}: {status}: {reason}")
+
+    def say(self, line: str) -> None:
+        """See `Display`."""
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """See `Display`."""
+        self._progress.stop()

@@ -1,0 +1,127 @@
+"""What launch.py does with its arguments, and what it exits with.
+
+Exit codes: 0 every mode finished, 1 one failed, 2 usage error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from dpsgd_track.config import DataConfig, ModelConfig, redact_uri
+from dpsgd_track.launcher.arguments import build_parser, reproducing_command
+from dpsgd_track.modes.table import MODES
+
+if TYPE_CHECKING:
+    from dpsgd_track.launcher.process_group import Launch
+
+EXIT_FINISHED, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def check_inputs(model: ModelConfig, data: DataConfig) -> None:
+    """Raise ValueError where model and data cannot be built; imports the training half."""
+    from dpsgd_track.training import preflight
+
+    preflight.check_inputs(model, data)
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    check_inputs: Callable[[ModelConfig, DataConfig], object] = check_inputs,
+    make_launch: Callable[[int], Launch] | None = None,
+) -> int:
+    """Parse, check, run.
+
+    Args:
+        argv: arguments (default: the process's own).
+        check_inputs: says whether model and data fit.
+        make_launch: number of ranks -> how workers are started.
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(argv)
+    try:
+        match args.command:
+            case "modes":
+                return _list_modes()
+            case "ui":
+                return _open_ui(args)
+        return _run_suite(args, reproducing_command(argv), check_inputs, make_launch)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _run_suite(
+    args: argparse.Namespace,
+    command: str,
+    check_inputs: Callable[[ModelConfig, DataConfig], object],
+    make_launch: Callable[[int], Launch] | None,
+) -> int:
+    from dpsgd_track.launcher.group import GroupRun, open_group
+    from dpsgd_track.launcher.process_group import Launch
+    from dpsgd_track.launcher.progress import open_display
+    from dpsgd_track.launcher.suites import build_suite
+    from dpsgd_track.tracking.client import TrackingError
+
+    if args.token:
+        # Workers and the hub's client inherit it; it goes nowhere else.
+        os.environ["HF_TOKEN"] = args.token
+    try:
+        suite = build_suite(args, check_inputs)
+        tree, group, folder = open_group(suite)
+    except ValueError as error:
+        return _complain(error, EXIT_USAGE)
+    launch = make_launch(suite.num_ranks) if make_launch else Launch(num_ranks=suite.num_ranks)
+    display = open_display()
+    try:
+        code = GroupRun(suite, tree, folder, launch, display).run(command)
+    except TrackingError as error:
+        code = _complain(error, EXIT_FAILED)
+    finally:
+        display.close()
+    store = _store_options(args)
+    print(f"compare: {shlex.join(['python', 'compare.py', group, *store])}")
+    print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *store])}")
+    return code
+
+
+def _store_options(args: argparse.Namespace) -> list[str]:
+    """The options by which another command finds the same store."""
+    options = []
+    if args.config is not None:
+        options += ["--config", str(args.config)]
+    if args.tracking_uri is not None:
+        options += ["--tracking-uri", redact_uri(args.tracking_uri)]
+    return options
+
+
+def _list_modes() -> int:
+    rows = [("mode", "norm rule", "strategy", "sharding", "")]
+    rows += [(m.name, m.norm_rule, m.strategy, m.sharding, m.summary) for m in MODES.values()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(
+            "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    return EXIT_FINISHED
+
+
+def _open_ui(args: argparse.Namespace) -> int:
+    from dpsgd_track.launcher.suites import read_settings
+    from dpsgd_track.launcher.ui import open_ui
+
+    try:
+        return open_ui(read_settings(args), args.port)
+    except ValueError as error:
+        return _complain(error, EXIT_USAGE)
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"launch.py: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

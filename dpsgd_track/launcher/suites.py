@@ -1,0 +1,231 @@
+"""What a command line sets out to do: a suite of jobs, checked before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dpsgd_track.config import (
+    ACCURACY,
+    CLIP,
+    SYNTHETIC,
+    TRAIN,
+    DataConfig,
+    JobConfig,
+    ModelConfig,
+    PerformanceConfig,
+    PrivacyConfig,
+    RegimeConfig,
+    Settings,
+    load_settings,
+    require,
+)
+from dpsgd_track.launcher.machine import count_gpus
+from dpsgd_track.modes import table
+
+CLIP_NUM_ITER = 6
+"""Steps of the clip regime: the first half clips some samples, the second half all."""
+CPU_RANKS = 2
+DEFAULT_CONFIG = Path("mlflow.yaml")
+
+_SUITE_MODES = {"quick": table.QUICK, "full": table.FULL}
+_SUITE_REGIMES = (ACCURACY, CLIP)
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+InputCheck = Callable[[ModelConfig, DataConfig], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Jobs to run one after the other, and where to keep their runs."""
+
+    name: str
+    """quick, full or single."""
+    jobs: tuple[JobConfig, ...]
+    """One for each mode, in order; run ids and work folders are filled in as they start."""
+    num_ranks: int
+    """Processes of each job."""
+    settings: Settings
+    """Where runs are tracked."""
+    group: str | None
+    """The group's name where the user chose one."""
+    output: Path | None
+    """JSON file for the results of a single run."""
+
+    @property
+    def expected_runs(self) -> list[tuple[str, str, str, str]]:
+        """(mode, regime, variant, replay) of every mode run."""
+        return [
+            (job.mode, regime.name, "", "permuted" if regime.permuted else "")
+            for job in self.jobs
+            for regime in job.regimes
+        ]
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """Settings of the configuration file, with the command line's on top.
+
+    Raises:
+        ValueError: the file or an option does not fit.
+    """
+    path = args.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    settings = load_settings(path)
+    if args.tracking_uri is not None:
+        settings = replace(settings, tracking_uri=args.tracking_uri)
+    return settings
+
+
+def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
+    """The suite that the arguments ask for.
+
+    Args:
+        check_inputs: raises ValueError where model and data do not fit each other.
+
+    Raises:
+        ValueError: something asked for cannot be done. Nothing has been started or written.
+    """
+    modes, regimes = _modes_and_regimes(args)
+    _check_places(args)
+    settings = read_settings(args)
+    num_ranks, performance = _machine(args)
+    model_name = args.model_name or ("minilm" if args.command == "quick" else "llama-tiny")
+    model = ModelConfig(name=model_name, vocab_size=args.vocab_size)
+    source = args.data or ("public-domain" if model_name == "minilm" else SYNTHETIC)
+    data = DataConfig(source=source, seq_length=args.seq_length, batch_size=args.batch_size)
+    _check_numbers(args)
+    jobs = tuple(
+        JobConfig(
+            mode=mode,
+            model=model,
+            data=data,
+            performance=performance,
+            regimes=_regimes_of(mode, regimes, args, performance.device),
+            seed=args.random_seed,
+            layer_norms=args.layer_norms,
+        )
+        for mode in modes
+        if not (mode == table.BASELINE and regimes == (CLIP,))
+    )
+    check_inputs(model, data)
+    return Suite(
+        name=args.command,
+        jobs=jobs,
+        num_ranks=num_ranks,
+        settings=settings,
+        group=args.group,
+        output=args.output,
+    )
+
+
+def _modes_and_regimes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    asked = _split(args.mode)
+    for mode in asked:
+        table.check_mode(mode)
+    if args.command == "single":
+        require(len(asked) == 1, "mode", ",".join(asked), "exactly one mode", "Give one --mode.")
+        advice = "Use --accuracy-test, or the quick and full suites."
+        require(not args.regime, "regime", _joined(args.regime), "no --regime in single", advice)
+        return asked, (ACCURACY if args.accuracy_test else TRAIN,)
+    regimes = _split(args.regime)
+    for regime in regimes:
+        require(regime in _SUITE_REGIMES, "regime", regime, f"one of {', '.join(_SUITE_REGIMES)}")
+    if args.accuracy_test:
+        advice = "Leave out --accuracy-test or --regime."
+        require(regimes in ((), (ACCURACY,)), "regime", ",".join(regimes), ACCURACY, advice)
+        regimes = (ACCURACY,)
+    regimes = tuple(name for name in _SUITE_REGIMES if name in (regimes or _SUITE_REGIMES))
+    if CLIP in regimes or not asked:
+        # The reference comes first: the other modes' clipping bounds are measured by it.
+        modes = (table.REFERENCE, *(asked or _SUITE_MODES[args.command]))
+    else:
+        modes = asked
+    if regimes == (CLIP,):
+        private = [mode for mode in asked if table.is_private(mode)]
+        advice = "The baseline does not clip."
+        require(bool(private or not asked), "mode", ",".join(asked), "a private mode", advice)
+    return tuple(dict.fromkeys(modes)), regimes
+
+
+def _split(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Each of `a,b` and `c` once, in order."""
+    return tuple(dict.fromkeys(part.strip() for value in values or () for part in value.split(",")))
+
+
+def _joined(values: Sequence[str] | None) -> str:
+    return ",".join(values or ())
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    if args.group is not None:
+        known = "up to 100 letters, digits, '.', '_' and '-', a letter or digit first"
+        require(bool(_GROUP.fullmatch(args.group)), "group", args.group, known)
+        advice = "compare.py reads it as the newest group."
+        require(args.group != "latest", "group", args.group, "another name", advice)
+    if args.output is not None:
+        output = str(args.output)
+        require(args.command == "single", "output", output, "no --output but in single")
+        require(not args.output.is_dir(), "output", output, "a file, not a folder")
+        folder = args.output.absolute().parent
+        require(folder.is_dir(), "output", output, "a file in an existing folder")
+    if args.token is not None:
+        require(bool(args.token.strip()), "token", "", "a token", "Leave it out to use HF_TOKEN.")
+
+
+def _machine(args: argparse.Namespace) -> tuple[int, PerformanceConfig]:
+    num_gpus = count_gpus() if args.device != "cpu" else 0
+    device = args.device or ("cuda" if num_gpus else "cpu")
+    if device == "cuda":
+        advice = "Use --device cpu."
+        require(num_gpus > 0, "device", device, "cpu, as no GPU is visible", advice)
+    default = num_gpus if device == "cuda" else CPU_RANKS
+    num_ranks: int = default if args.nproc_per_node is None else args.nproc_per_node
+    require(num_ranks >= 1, "nproc_per_node", num_ranks, "an integer >= 1")
+    if device == "cuda":
+        allowed = f"at most {num_gpus}, the number of visible GPUs"
+        require(num_ranks <= num_gpus, "nproc_per_node", num_ranks, allowed)
+    performance = PerformanceConfig(
+        device=device, param_dtype=args.param_dtype, reference_dtype=args.reference_dtype
+    )
+    return num_ranks, performance
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Numbers a suite may not use in every regime are checked all the same."""
+    PrivacyConfig(
+        noise_multiplier=args.sigma, max_grad_norm=args.max_grad_norm, expected_batch_size=1
+    )
+    require(args.num_iter >= 1, "num_iter", args.num_iter, "an integer >= 1")
+    if args.micro_batches is not None:
+        require(args.micro_batches >= 1, "micro_batches", args.micro_batches, "an integer >= 1")
+
+
+def _regimes_of(
+    mode: str, names: Sequence[str], args: argparse.Namespace, device: str
+) -> tuple[RegimeConfig, ...]:
+    warmup = args.warmup_iter if args.warmup_iter is not None else int(device == "cuda")
+    trained = RegimeConfig(
+        name=TRAIN,
+        num_iter=args.num_iter,
+        warmup_iter=warmup,
+        micro_batches=args.micro_batches or 1,
+        noise_multiplier=args.sigma,
+        max_grad_norms=(args.max_grad_norm,) * args.num_iter,
+        learning_rate=args.learning_rate,
+        optimizer=args.optimizer,
+    )
+    accurate = replace(trained, name=ACCURACY, micro_batches=1, noise_matched=True)
+    clipped = RegimeConfig(
+        name=CLIP,
+        num_iter=CLIP_NUM_ITER,
+        warmup_iter=warmup,
+        micro_batches=args.micro_batches or 2,
+        optimizer=args.optimizer,
+    )
+    if mode == table.BASELINE and ACCURACY in names and args.command != "single":
+        # The same samples in another order: what rounding alone makes of a trajectory.
+        return (accurate, replace(accurate, permuted=True))
+    known = {TRAIN: trained, ACCURACY: accurate, CLIP: clipped}
+    return tuple(known[name] for name in names if not (name == CLIP and mode == table.BASELINE))

@@ -1,0 +1,98 @@
+"""`launch.py ui`: the MLflow UI on the configured store."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.launcher.interruption import Interruption
+from dpsgd_track.launcher.processes import Session
+from dpsgd_track.tracking.store import absolute_uri, sqlite_path
+
+HOST = "127.0.0.1"
+_POLL_S = 0.2
+
+
+def open_ui(settings: Settings, port: int) -> int:
+    """Serve the UI until interrupted; for a tracking server, say where it is.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: the store does not exist yet, or the port cannot be had.
+    """
+    uri = absolute_uri(settings.tracking_uri)
+    if uri.startswith("http"):
+        print(f"MLflow UI: {redact_uri(uri)}")
+        return 0
+    path = sqlite_path(uri)
+    advice = "Run `python launch.py quick` first, or check --tracking-uri."
+    found = path is None or path.is_file()
+    require(found, "tracking_uri", redact_uri(settings.tracking_uri), "an existing file", advice)
+    _require_free(port)
+    with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
+        log = Path(folder) / "server.log"
+        session = Session(_command(port), _environment(uri), log)
+        try:
+            return _serve(session, port, log, interruption)
+        finally:
+            session.end(grace_s=5.0)
+
+
+def _serve(session: Session, port: int, log: Path, interruption: Interruption) -> int:
+    announced = False
+    while not interruption.requested:
+        code = session.poll()
+        if code is not None:
+            print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
+            print(f"launch.py: the MLflow server ended with exit code {code}.", file=sys.stderr)
+            return 1
+        if not announced and _answers(port):
+            announced = True
+            print(f"MLflow UI: http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
+        time.sleep(_POLL_S)
+    return 0
+
+
+def _command(port: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--host", HOST, "--port", str(port), "--workers", "1"),
+    ]
+
+
+def _environment(uri: str) -> dict[str, str]:
+    return {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        **os.environ,
+        # By the environment, not the command line: the URI may carry a password.
+        "MLFLOW_BACKEND_STORE_URI": uri,
+        # Job execution starts helper processes that take 2 GB and serve nothing here.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+
+
+def _require_free(port: int) -> None:
+    require(1 <= port <= 65535, "port", port, "a number from 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ValueError(
+                f"port={port}: expected a free port ({error.strerror}). Choose another --port."
+            ) from error
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection((HOST, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,63 @@
+"""The way to MLflow that run tree and writer share: a quiet client that fails soon and clearly."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from dpsgd_track.config import redact_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+TRACKING_URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+# MLflow's own defaults stall a caller for four minutes when the server is gone, and write
+# alembic's migrations to the terminal. A value the user has set wins.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_TRANSIENT_CODES = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
+
+
+class TrackingError(RuntimeError):
+    """Something could not be written to the tracking store."""
+
+
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client of the store at `tracking_uri`; imports mlflow, contacts nothing yet.
+
+    A URI redacted by `redact_uri` stands for the one in the environment, so that a password
+    reaches workers without being written to a file.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
+    secret = os.environ.get(TRACKING_URI_VARIABLE, "")
+    if secret and redact_uri(secret) == tracking_uri:
+        tracking_uri = secret
+    return MlflowClient(tracking_uri)
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether trying again may help: a locked database, a server that is away."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in _TRANSIENT_CODES
+    return isinstance(error, OSError)
+
+
+def one_line(error: BaseException, tracking_uri: str = "") -> str:
+    """First line of an error's text, without the credentials `tracking_uri` may carry."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if tracking_uri:
+        text = text.replace(tracking_uri, redact_uri(tracking_uri))
+    return text[:500] or type(error).__name__

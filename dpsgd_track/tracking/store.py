@@ -1,0 +1,160 @@
+"""Is the tracking store usable? Asked once, before any process starts, and answered in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.tracking.client import connect, one_line
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE_PREFIX = "sqlite:///"
+_CONNECT_TIMEOUT_S = 10
+
+
+def absolute_uri(tracking_uri: str) -> str:
+    """`tracking_uri` with the path of an SQLite file made absolute."""
+    path = sqlite_path(tracking_uri)
+    return tracking_uri if path is None else f"{SQLITE_PREFIX}{path}"
+
+
+def sqlite_path(tracking_uri: str) -> Path | None:
+    """The file behind an SQLite URI; None for other stores.
+
+    Raises:
+        ValueError: the URI names no file.
+    """
+    if not tracking_uri.startswith("sqlite:"):
+        return None
+    name = tracking_uri.removeprefix(SQLITE_PREFIX)
+    if name in (tracking_uri, "", ":memory:"):
+        raise ValueError(
+            f"tracking_uri={tracking_uri!r}: expected sqlite:///FILE. "
+            "Ranks are processes of their own: the store must be a file."
+        )
+    return Path(name).absolute()
+
+
+def open_store(settings: Settings) -> tuple[MlflowClient, str]:
+    """A client of the store, created where it is missing, and the id of its experiment.
+
+    Raises:
+        ValueError: the store cannot be used; said in one line, within 15 seconds.
+    """
+    uri = absolute_uri(settings.tracking_uri)
+    path = sqlite_path(uri)
+    try:
+        if path is not None:
+            _check_sqlite(path)
+        elif not uri.startswith("http"):
+            _check_database(uri)
+        with _creation_lock(path), _impatient():
+            client = connect(uri)
+            return client, _experiment_id(client, settings)
+    except _StoreProblem as problem:
+        reason = str(problem)
+    except Exception as error:
+        reason = one_line(error, uri)
+    hint = "Start the server, or check --tracking-uri." if uri.startswith("http") else ""
+    raise ValueError(
+        f"tracking_uri={redact_uri(settings.tracking_uri)!r}: expected a usable tracking store. "
+        f"{reason} {hint}".rstrip()
+    )
+
+
+class _StoreProblem(Exception):
+    """A sentence that says what is wrong with the store."""
+
+
+def _check_sqlite(path: Path) -> None:
+    # MLflow retries a file that cannot be opened for a minute and creates missing folders.
+    if not path.parent.is_dir():
+        raise _StoreProblem(f"The folder {path.parent} does not exist.")
+    if path.is_dir():
+        raise _StoreProblem(f"{path} is a folder.")
+    target = path if path.exists() else path.parent
+    if not os.access(target, os.W_OK) or not os.access(path.parent, os.W_OK):
+        raise _StoreProblem(f"{target} cannot be written to.")
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("SELECT count(*) FROM sqlite_master")
+            database.rollback()
+    except sqlite3.DatabaseError as error:
+        raise _StoreProblem(f"{path}: {error}.") from error
+
+
+def _check_database(uri: str) -> None:
+    import sqlalchemy
+
+    arguments = {"connect_timeout": _CONNECT_TIMEOUT_S}
+    engine = sqlalchemy.create_engine(uri, connect_args=arguments)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def _creation_lock(path: Path | None) -> Iterator[None]:
+    """Two launchers that create one SQLite store at the same time would both fail."""
+    if path is None:
+        yield
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """No retries while nothing depends on the store yet: a wrong address is said at once."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _experiment_id(client: MlflowClient, settings: Settings) -> str:
+    found = client.get_experiment_by_name(settings.experiment)
+    if found is None:
+        location = _artifact_location(settings)
+        return str(client.create_experiment(settings.experiment, artifact_location=location))
+    if found.lifecycle_stage != "active":
+        raise _StoreProblem(
+            f"The experiment {settings.experiment!r} is deleted. Restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`, "
+            "or set another `experiment` in mlflow.yaml."
+        )
+    return str(found.experiment_id)
+
+
+def _artifact_location(settings: Settings) -> str | None:
+    """Where a new experiment keeps artifacts; None leaves it to the server.
+
+    A relative folder is this machine's own, so behind an HTTP server it would be out of reach
+    for everybody else: the server decides then.
+    """
+    location = settings.artifact_location
+    if not location or "://" in location or ":/" in location:
+        return location or None
+    if settings.tracking_uri.startswith("http") and not Path(location).is_absolute():
+        return None
+    return Path(location).absolute().as_uri()

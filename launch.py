@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""Run DP-SGD modes and track them in MLflow: `python launch.py --help`."""
+
+import sys
+
+from dpsgd_track.launcher.run import main
+
+if __name__ == "__main__":
+    sys.exit(main())
