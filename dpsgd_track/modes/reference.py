@@ -39,8 +39,9 @@ class ReferenceMode(Mode):
             norm = torch.stack(squares).sum().sqrt()
             factor = torch.clamp(self.max_grad_norm / norm, max=1.0)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                clipped = factor * gradient
-                parameter.grad = clipped if parameter.grad is None else parameter.grad + clipped
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.addcmul_(factor, gradient)
             losses.append(loss)
             norms.append(norm)
             factors.append(factor)

@@ -69,6 +69,7 @@ class RegimeRun:
         layer_names = linear_layer_names(model)
         self.parameter_names = list(trainable_parameters(model))
         self.mode = build_mode(job.mode, model, self._context())
+        self.weights = measure(self.mode, self.mode.weight_parts())
         self.max_grad_norms = regime.max_grad_norms or self._calibrate()
         self.records = [
             Recorder(
@@ -104,7 +105,6 @@ class RegimeRun:
         mode, clock = self.mode, StepClock(self.device)
         share = self.slicer.slice(step)
         source = NoiseSource(self._noise_key(), step)
-        weights_before = measure(mode, mode.weight_parts())
         mode.set_max_grad_norm(self.max_grad_norms[step])
         with clock.running():
             records = self._accumulate(share)
@@ -117,6 +117,7 @@ class RegimeRun:
         noised = measure(mode, mode.gradient_parts())
         mode.zero_grad()
         local = local_samples(records, share.indices, share.digests, self.parameter_names)
+        weights_before, self.weights = self.weights, measure(mode, mode.weight_parts())
         time_ms, memory_gib = largest_of_ranks(
             [clock.elapsed_ms, clock.peak_memory_gib], self.device
         )
@@ -127,7 +128,7 @@ class RegimeRun:
             gradient=gradient,
             noised=noised,
             weights_before=weights_before,
-            weights_after=measure(mode, mode.weight_parts()),
+            weights_after=self.weights,
             max_grad_norm=self.max_grad_norms[step],
             step_time_ms=time_ms,
             peak_memory_gib=memory_gib,

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpsgd_track.distributed.sharding import LocalPart
-from dpsgd_track.kernels.sketch import sketch
+from dpsgd_track.distributed.sharding import LocalPart, row_range
+from dpsgd_track.kernels.sketch import norm_and_sketch
 from dpsgd_track.modes.protocol import Mode
 from dpsgd_track.privacy.clipping import SampleRecord
 
@@ -40,21 +40,22 @@ class Measured:
 
 def measure(mode: Mode, parts: list[LocalPart]) -> Measured:
     """Norm and sketch of each part's whole tensor."""
-    columns = [
-        torch.cat([_norm_sq(p), sketch(p.name, p.local, p.start, p.num_elements)]) for p in parts
-    ]
-    packed = torch.stack(columns)
-    # A replicated mode holds everything everywhere: there is nothing to add.
-    if not mode.replicated:
-        dist.all_reduce(packed)
+    if mode.replicated:
+        # Every rank holds everything: each measures its share.
+        parts = [_share(part, dist.get_rank(), dist.get_world_size()) for part in parts]
+    packed = torch.stack(
+        [norm_and_sketch(part.name, part.local, part.start, part.num_elements) for part in parts]
+    )
+    dist.all_reduce(packed)
     table = packed.cpu().numpy()
     norms = dict(zip((p.name for p in parts), table[:, 0].tolist(), strict=True))
     return Measured(norms, np.ascontiguousarray(table[:, 1:]))
 
 
-def _norm_sq(part: LocalPart) -> Tensor:
-    flat = part.local.detach().reshape(-1)
-    return torch.linalg.vector_norm(flat, dtype=torch.float64).square().view(1)
+def _share(part: LocalPart, rank: int, world_size: int) -> LocalPart:
+    """The `rank`-th of equal slices of a whole tensor."""
+    start, stop = row_range(part.num_elements, rank, world_size)
+    return LocalPart(part.name, part.local.reshape(-1)[start:stop], start, part.num_elements)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,6 @@ any two elements are uncorrelated. E[s_k^2] = ||x||^2 (Achlioptas, 2003), and si
 linear, sketches tell how far apart two tensors are: equal norms do not hide another direction.
 """
 
-from dpsgd_track.kernels.sketch.reference import NUM_PROJECTIONS, sketch
+from dpsgd_track.kernels.sketch.reference import NUM_PROJECTIONS, norm_and_sketch
 
-__all__ = ["NUM_PROJECTIONS", "sketch"]
+__all__ = ["NUM_PROJECTIONS", "norm_and_sketch"]

@@ -1,4 +1,4 @@
-"""The sketch in plain torch: one matrix product over blocks of elements."""
+"""The sketch in plain torch: one matrix product over blocks of elements, and the norm with it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ NUM_PROJECTIONS = 16
 BLOCK_ELEMENTS = 4096
 
 
-def sketch(name: str, local: Tensor, start: int, num_elements: int) -> Tensor:
-    """This rank's share of a parameter-shaped tensor's projections.
+def norm_and_sketch(name: str, local: Tensor, start: int, num_elements: int) -> Tensor:
+    """This rank's share of a parameter-shaped tensor's squared norm and projections.
 
     Args:
         name: the parameter; it decides the signs.
@@ -22,10 +22,10 @@ def sketch(name: str, local: Tensor, start: int, num_elements: int) -> Tensor:
         start: flat index of the first of them in the whole tensor.
         num_elements: elements of the whole tensor.
     Returns:
-        [NUM_PROJECTIONS] float64; the shares of all ranks add up to the projections.
+        [1 + NUM_PROJECTIONS] float64; the shares of all ranks add up to the whole's.
     """
     if local.numel() == 0:
-        return torch.zeros(NUM_PROJECTIONS, dtype=torch.float64, device=local.device)
+        return torch.zeros(1 + NUM_PROJECTIONS, dtype=torch.float64, device=local.device)
     first_block = start // BLOCK_ELEMENTS
     before = start - first_block * BLOCK_ELEMENTS
     after = -(before + local.numel()) % BLOCK_ELEMENTS
@@ -34,7 +34,8 @@ def sketch(name: str, local: Tensor, start: int, num_elements: int) -> Tensor:
     last_block = first_block + len(blocks)
     num_blocks = -(-num_elements // BLOCK_ELEMENTS)
     outer = _block_signs(name, num_blocks)[first_block:last_block].to(blocks.device)
-    return (inner * outer).sum(dim=0)
+    norm_sq = torch.linalg.vector_norm(blocks, dim=1).double().square().sum()
+    return torch.cat([norm_sq.view(1), (inner * outer).sum(dim=0)])
 
 
 def _signs(key: str, *shape: int) -> Tensor:
