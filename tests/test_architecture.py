@@ -1,0 +1,78 @@
+"""Imports point downward only, and the comparing half needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dpsgd_track"
+
+# What each room may import, besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "kernels": set(),
+    "distributed": {"config"},
+    "privacy": {"config", "distributed", "kernels"},
+    "modes": {"config", "distributed", "privacy"},
+    "tracking": {"config"},
+    "training": {"config", "distributed", "kernels", "modes", "privacy", "tracking"},
+    "launcher": {"config", "modes", "tracking", "training"},
+    "comparison": {"config", "modes", "tracking"},
+    "report": {"comparison", "config", "modes", "tracking"},
+    "faults": {"config", "distributed", "modes", "privacy"},
+}
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def _files(room: str) -> list[Path]:
+    folder = PACKAGE / room
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+
+
+def test_every_room_has_its_rule() -> None:
+    rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert rooms - {"__init__"} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_imports_point_downward(room: str) -> None:
+    for path in _files(room):
+        for name in _imports(path):
+            parts = name.split(".")
+            if parts[0] == "dpsgd_track" and len(parts) > 1 and parts[1] in ALLOWED:
+                assert parts[1] in ALLOWED[room] | {room}, f"{path.name} imports {name}"
+            assert parts[0] not in ("launch", "compare"), f"{path.name} imports an entry point"
+
+
+@pytest.mark.parametrize("name", ["utils", "helpers", "common", "misc"])
+def test_no_module_without_a_subject(name: str) -> None:
+    assert not list(PACKAGE.rglob(f"{name}.py"))
+
+
+LIGHT = (
+    "dpsgd_track.comparison",
+    "dpsgd_track.report.write",
+    "dpsgd_track.tracking.reader",
+    "dpsgd_track.modes.table",
+    "dpsgd_track.launcher.arguments",
+    "dpsgd_track.training.preflight",
+)
+
+
+def test_the_light_half_imports_no_torch() -> None:
+    heavy = "{'torch', 'transformers', 'opacus'}"
+    code = f"import sys\nimport {', '.join(LIGHT)}\nassert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
