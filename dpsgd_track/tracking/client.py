@@ -29,30 +29,33 @@ class TrackingError(RuntimeError):
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of the store at `tracking_uri`; imports mlflow, contacts nothing yet.
-
-    A URI redacted by `redact_uri` stands for the one in the environment, so that a password
-    reaches workers without being written to a file.
-    """
+    """A client of the store at `tracking_uri`; creates an SQL store that does not exist yet."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
+    return MlflowClient(with_credentials(tracking_uri))
+
+
+def with_credentials(tracking_uri: str) -> str:
+    """The URI in the environment where `tracking_uri` is that one redacted.
+
+    So a password reaches workers without being written to a file.
+    """
     secret = os.environ.get(TRACKING_URI_VARIABLE, "")
-    if secret and redact_uri(secret) == tracking_uri:
-        tracking_uri = secret
-    return MlflowClient(tracking_uri)
+    return secret if secret and redact_uri(secret) == tracking_uri else tracking_uri
 
 
 def is_transient(error: Exception) -> bool:
     """Whether trying again may help: a locked database, a server that is away."""
+    import requests
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
         return error.error_code in _TRANSIENT_CODES
-    return isinstance(error, OSError)
+    return isinstance(error, ConnectionError | TimeoutError | requests.RequestException)
 
 
 def one_line(error: BaseException, tracking_uri: str = "") -> str:
