@@ -1,0 +1,114 @@
+import io
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dpsgd_track.config import RegimeConfig
+from dpsgd_track.launcher.interruption import Interruption
+from dpsgd_track.launcher.output import write_output
+from dpsgd_track.launcher.process_group import failure_of
+from dpsgd_track.launcher.progress import LiveDisplay, PlainDisplay, open_display
+from tests.fake_worker import trajectory
+
+REGIMES = (RegimeConfig(name="accuracy", num_iter=2), RegimeConfig(name="clip", num_iter=3))
+
+
+def follow(display) -> None:
+    display.start_mode("flash_fsdp", REGIMES)
+    for index, regime in enumerate(REGIMES):
+        event = {"regime": index, "num_iter": regime.num_iter}
+        display.event({**event, "event": "start", "step": 0, "loss": None})
+        for step in range(regime.num_iter):
+            display.event({**event, "event": "step", "step": step, "loss": 0.5 - step / 8})
+        display.event({**event, "event": "end", "step": step, "loss": None})
+    display.end_mode("FAILED", "out of memory [at] step 1")
+    display.close()
+
+
+def test_a_terminal_gets_a_live_table():
+    stream = io.StringIO()
+    follow(LiveDisplay(Console(file=stream, force_terminal=True, width=120)))
+    shown = stream.getvalue()
+    assert "\x1b[" in shown
+    assert "5/5" in shown
+    assert "loss 0.2500" in shown
+    assert "flash_fsdp: FAILED: out of memory [at] step 1" in shown
+
+
+def test_a_file_gets_one_line_for_each_thing_that_matters():
+    stream = io.StringIO()
+    display = open_display(stream)
+    assert isinstance(display, PlainDisplay)
+    follow(display)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "flash_fsdp: started (accuracy, clip)"
+    assert lines[1].startswith("flash_fsdp: accuracy, 2 steps in ")
+    assert lines[1].endswith("loss 0.3750")
+    assert lines[3].endswith("out of memory [at] step 1")
+
+
+def test_output_is_strict_json_even_of_nan(tmp_path):
+    broken = replace(trajectory(2), loss=np.array([1.0, math.nan]))
+    write_output(broken, tmp_path / "results.json")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    result = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert result["loss_values"] == [1.0, None]
+    assert result["final_loss"] is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_noted_once_and_raises_nothing(number):
+    before = signal.getsignal(number)
+    with Interruption() as interruption:
+        assert not interruption.requested
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.reason == f"interrupted by {signal.Signals(number).name}."
+    assert signal.getsignal(number) == before
+
+
+def report(folder, rank: int, text: str) -> None:
+    (folder / f"failure-rank{rank}.json").write_text(text)
+
+
+def test_the_first_report_counts(tmp_path):
+    report(tmp_path, 1, '{"kind": "not_finite", "message": "loss", "regime": 0, "step": 3}')
+    report(tmp_path, 0, '{"kind": "error", "message": "Connection closed by peer"}')
+    failure = failure_of(tmp_path, 1)
+    assert failure.reason == "a value became NaN or infinite at step 3, rank 1: loss"
+    assert "--learning-rate" in failure.advice
+
+
+def test_a_torn_report_is_still_a_failure(tmp_path):
+    report(tmp_path, 0, '{"kind": "out_of_')
+    assert "failure-rank0.json cannot be read" in failure_of(tmp_path, 1).reason
+
+
+@pytest.mark.parametrize(
+    ("log", "wanted"),
+    [
+        ("[rank1]: ValueError: a\n[rank1]: KeyError: 'b'\n", "KeyError: 'b'"),
+        ("torch.OutOfMemoryError: CUDA out of memory.\n", "torch.OutOfMemoryError: CUDA"),
+        ("one\n\ntwo\n", "one | two"),
+        ("Signal 15 (SIGTERM) received by PID 1\nSignal 9 (SIGKILL) received by PID 2", "signal 9"),
+    ],
+)
+def test_the_log_says_what_happened(log, wanted, tmp_path):
+    (tmp_path / "output.log").write_text(log)
+    assert wanted in failure_of(tmp_path, 1).reason
+
+
+def test_a_token_in_the_log_is_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (tmp_path / "output.log").write_text("OSError: hf_secret is invalid\n")
+    assert "OSError: *** is invalid" in failure_of(tmp_path, 1).reason
