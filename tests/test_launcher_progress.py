@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dpsgd_track.config import RegimeConfig
+from dpsgd_track.config import DataConfig, JobConfig, ModelConfig, PerformanceConfig, RegimeConfig
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.output import write_output
-from dpsgd_track.launcher.process_group import failure_of
+from dpsgd_track.launcher.process_group import failure_of, outcomes
 from dpsgd_track.launcher.progress import LiveDisplay, PlainDisplay, open_display
 from tests.fake_worker import trajectory
 
@@ -64,6 +64,23 @@ def test_output_is_strict_json_even_of_nan(tmp_path):
     result = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert result["loss_values"] == [1.0, None]
     assert result["final_loss"] is None
+
+
+def test_success_without_a_trajectory_is_a_failure(tmp_path):
+    job = JobConfig(
+        mode="no_dp",
+        model=ModelConfig(name="llama-tiny"),
+        data=DataConfig(),
+        performance=PerformanceConfig(),
+        regimes=REGIMES,
+        work_dir=str(tmp_path),
+    )
+    (tmp_path / "0").mkdir()
+    trajectory(2).save(tmp_path / "0" / "trajectory.npz")
+    finished, failed = outcomes(job, 0, {0, 1})
+    assert finished.status == "FINISHED"
+    assert failed.failure is not None
+    assert "without leaving a trajectory" in failed.failure.reason
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,9 @@ def run_mode(
     """
     work_dir = Path(job.work_dir)
     job_file = work_dir / "job.json"
-    shown = JobConfig.from_json(job.to_json())
-    job_file.write_text(_without_credentials(shown).to_json(), encoding="utf-8")
+    # A password in the URI reaches the workers by the environment alone.
+    written = replace(job, tracking_uri=redact_uri(job.tracking_uri))
+    job_file.write_text(written.to_json(), encoding="utf-8")
     session = Session(
         _command(job_file, launch), _environment(job, launch), work_dir / "output.log"
     )
@@ -94,7 +95,7 @@ def run_mode(
     finally:
         session.end(launch.grace_s)
     progress.forward(on_event)
-    return _outcomes(job, code, progress.ended)
+    return outcomes(job, code, progress.ended)
 
 
 def failure_of(work_dir: Path, code: int) -> Failure:
@@ -112,12 +113,6 @@ def failure_of(work_dir: Path, code: int) -> Failure:
         name = signal.Signals(-code).name
         return Failure(kind=troubleshooting.KILLED, message=f"signal {-code} ({name}).")
     return Failure(kind=troubleshooting.ERROR, message=_last_words(log))
-
-
-def _without_credentials(job: JobConfig) -> JobConfig:
-    from dataclasses import replace
-
-    return replace(job, tracking_uri=redact_uri(job.tracking_uri))
 
 
 def _command(job_file: Path, launch: Launch) -> list[str]:
@@ -177,7 +172,13 @@ class _Progress:
             on_event(event)
 
 
-def _outcomes(job: JobConfig, code: int | None, ended: set[int]) -> tuple[Outcome, ...]:
+def outcomes(job: JobConfig, code: int | None, ended: set[int]) -> tuple[Outcome, ...]:
+    """How each regime went, judged by what it left.
+
+    Args:
+        code: exit code of the group; None where it was interrupted.
+        ended: indices of the regimes whose end was reported.
+    """
     work_dir = Path(job.work_dir)
     indices = range(len(job.regimes))
     complete = [i in ended and (work_dir / str(i) / TRAJECTORY_FILE).is_file() for i in indices]

@@ -136,8 +136,14 @@ def _impatient() -> Iterator[None]:
 def _experiment_id(client: MlflowClient, settings: Settings) -> str:
     found = client.get_experiment_by_name(settings.experiment)
     if found is None:
-        location = artifact_location(settings)
-        return str(client.create_experiment(settings.experiment, artifact_location=location))
+        try:
+            location = artifact_location(settings)
+            return str(client.create_experiment(settings.experiment, artifact_location=location))
+        except Exception:
+            # Another launcher may have been first.
+            found = client.get_experiment_by_name(settings.experiment)
+            if found is None:
+                raise
     if found.lifecycle_stage != "active":
         raise _StoreProblem(
             f"The experiment {settings.experiment!r} is deleted. Restore it with "
