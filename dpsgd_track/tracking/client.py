@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import redact_uri
@@ -22,6 +23,9 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _TRANSIENT_CODES = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
+
+# What went wrong, at the end of urllib3's account of everything around it.
+_HTTP_CAUSE = re.compile(r"Caused by \w+\([\"'].*?\): (.*?)\.?[\"']\)")
 
 
 class TrackingError(RuntimeError):
@@ -61,6 +65,8 @@ def is_transient(error: Exception) -> bool:
 def one_line(error: BaseException, tracking_uri: str = "") -> str:
     """First line of an error's text, without the credentials `tracking_uri` may carry."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if caused := _HTTP_CAUSE.search(text):
+        text = f"{caused[1]}."
     if tracking_uri:
         text = text.replace(tracking_uri, redact_uri(tracking_uri))
     return text[:500] or type(error).__name__
