@@ -95,10 +95,10 @@ class GroupRun:
             The exit code.
         """
         with Interruption() as interruption:
-            self._tree.start_group(
-                self._folder.name, self._suite.expected_runs, self._group_params(command)
-            )
             try:
+                self._tree.start_group(
+                    self._folder.name, self._suite.expected_runs, self._group_params(command)
+                )
                 return self._run_modes(interruption)
             except Exception as error:
                 self._tree.finish_open(FAILED, f"the launcher failed: {error}")
@@ -109,8 +109,8 @@ class GroupRun:
         for job in self._suite.jobs:
             status = KILLED if interruption.requested else self._run_mode(job, interruption)
             if status == KILLED:
-                self._display.say(f"{interruption.reason.capitalize()} Ending the group.")
                 self._tree.finish_open(KILLED, interruption.reason)
+                self._display.say(f"group {self._folder.name}: {interruption.reason}")
                 return EXIT_INTERRUPTED
             if status == FAILED:
                 failed.append(job.mode)
@@ -144,7 +144,7 @@ class GroupRun:
                 rank_run_ids=tuple(ranks for _, ranks in runs[: len(ready)]),
                 work_dir=str(work_dir.absolute()),
             )
-            outcomes = run_mode(job, self._launch, interruption, self._display.event)
+            outcomes = run_mode(job, self._launch, interruption, self._display)
             outcomes = self._read_results(job, outcomes)
         unknown = Failure(kind=troubleshooting.NO_CLIP_BOUNDS)
         outcomes += tuple(Outcome(FAILED, unknown) for _ in blocked)

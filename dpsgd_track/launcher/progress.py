@@ -66,7 +66,8 @@ class PlainDisplay:
         """See `Display`."""
         self._mode, self._regimes = mode, regimes
         self._mode_start = time.monotonic()
-        self.say(f"{mode}: started ({', '.join(map(describe, regimes))})")
+        if regimes:
+            self.say(f"{mode}: started ({', '.join(map(describe, regimes))})")
 
     def event(self, event: Mapping[str, Any]) -> None:
         """See `Display`."""

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from dpsgd_track.config import DataConfig, JobConfig, ModelConfig, PerformanceConfig, RegimeConfig
+from dpsgd_track.launcher import process_group
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.output import write_output
-from dpsgd_track.launcher.process_group import failure_of, outcomes
+from dpsgd_track.launcher.process_group import Launch, failure_of, outcomes
 from dpsgd_track.launcher.progress import LiveDisplay, PlainDisplay, open_display
 from tests.fake_worker import trajectory
 
@@ -66,21 +67,46 @@ def test_output_is_strict_json_even_of_nan(tmp_path):
     assert result["final_loss"] is None
 
 
-def test_success_without_a_trajectory_is_a_failure(tmp_path):
-    job = JobConfig(
+def a_job(work_dir) -> JobConfig:
+    return JobConfig(
         mode="no_dp",
         model=ModelConfig(name="llama-tiny"),
         data=DataConfig(),
         performance=PerformanceConfig(),
         regimes=REGIMES,
-        work_dir=str(tmp_path),
+        work_dir=str(work_dir),
     )
+
+
+def test_success_without_a_trajectory_is_a_failure(tmp_path):
     (tmp_path / "0").mkdir()
     trajectory(2).save(tmp_path / "0" / "trajectory.npz")
-    finished, failed = outcomes(job, 0, {0, 1})
+    finished, failed = outcomes(a_job(tmp_path), 0, {0, 1})
     assert finished.status == "FINISHED"
     assert failed.failure is not None
     assert "without leaving a trajectory" in failed.failure.reason
+
+
+def test_a_password_in_the_store_reaches_workers_by_the_environment_alone(tmp_path, monkeypatch):
+    seen = {}
+
+    class Ended:
+        def __init__(self, command, environment, log):
+            seen.update(environment, command=command)
+
+        def poll(self):
+            return 0
+
+        def end(self, grace_s):
+            pass
+
+    monkeypatch.setattr(process_group, "Session", Ended)
+    job = replace(a_job(tmp_path), tracking_uri="postgresql://me:secret@host/db")
+    display = PlainDisplay(io.StringIO())
+    process_group.run_mode(job, Launch(num_ranks=2), Interruption(), display)
+    assert seen["MLFLOW_TRACKING_URI"] == "postgresql://me:secret@host/db"
+    assert "postgresql://***@host/db" in (tmp_path / "job.json").read_text()
+    assert "secret" not in (tmp_path / "job.json").read_text() + " ".join(seen["command"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -117,6 +143,11 @@ def test_a_torn_report_is_still_a_failure(tmp_path):
         ("[rank1]: ValueError: a\n[rank1]: KeyError: 'b'\n", "KeyError: 'b'"),
         ("torch.OutOfMemoryError: CUDA out of memory.\n", "torch.OutOfMemoryError: CUDA"),
         ("one\n\ntwo\n", "one | two"),
+        (
+            "[rank1]: KeyError: 'b'\n[rank0]: RuntimeError: Connection closed by peer\n"
+            "Root Cause (first observed failure):\n[0]:\n  rank      : 1 (local_rank: 1)\n",
+            "at rank 1: KeyError: 'b'",
+        ),
         ("Signal 15 (SIGTERM) received by PID 1\nSignal 9 (SIGKILL) received by PID 2", "signal 9"),
     ],
 )
