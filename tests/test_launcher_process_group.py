@@ -1,70 +1,18 @@
 import io
-import json
-import math
 import os
 import signal
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from rich.console import Console
 
 from dpsgd_track.config import DataConfig, JobConfig, ModelConfig, PerformanceConfig, RegimeConfig
 from dpsgd_track.launcher import process_group
 from dpsgd_track.launcher.interruption import Interruption
-from dpsgd_track.launcher.output import write_output
 from dpsgd_track.launcher.process_group import Launch, failure_of, outcomes
-from dpsgd_track.launcher.progress import LiveDisplay, PlainDisplay, open_display
+from dpsgd_track.launcher.progress import PlainDisplay
 from tests.fake_worker import trajectory
 
 REGIMES = (RegimeConfig(name="accuracy", num_iter=2), RegimeConfig(name="clip", num_iter=3))
-
-
-def follow(display) -> None:
-    display.start_mode("flash_fsdp", REGIMES)
-    for index, regime in enumerate(REGIMES):
-        event = {"regime": index, "num_iter": regime.num_iter}
-        display.event({**event, "event": "start", "step": 0, "loss": None})
-        for step in range(regime.num_iter):
-            display.event({**event, "event": "step", "step": step, "loss": 0.5 - step / 8})
-        display.event({**event, "event": "end", "step": step, "loss": None})
-    display.end_mode("FAILED", "out of memory [at] step 1")
-    display.close()
-
-
-def test_a_terminal_gets_a_live_table():
-    stream = io.StringIO()
-    follow(LiveDisplay(Console(file=stream, force_terminal=True, width=120)))
-    shown = stream.getvalue()
-    assert "\x1b[" in shown
-    assert "5/5" in shown
-    assert "loss 0.2500" in shown
-    assert "flash_fsdp: FAILED: out of memory [at] step 1" in shown
-
-
-def test_a_file_gets_one_line_for_each_thing_that_matters():
-    stream = io.StringIO()
-    display = open_display(stream)
-    assert isinstance(display, PlainDisplay)
-    follow(display)
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 4
-    assert lines[0] == "flash_fsdp: started (accuracy, clip)"
-    assert lines[1].startswith("flash_fsdp: accuracy, 2 steps in ")
-    assert lines[1].endswith("loss 0.3750")
-    assert lines[3].endswith("out of memory [at] step 1")
-
-
-def test_output_is_strict_json_even_of_nan(tmp_path):
-    broken = replace(trajectory(2), loss=np.array([1.0, math.nan]))
-    write_output(broken, tmp_path / "results.json")
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    result = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
-    assert result["loss_values"] == [1.0, None]
-    assert result["final_loss"] is None
 
 
 def a_job(work_dir) -> JobConfig:

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 TRACKING_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 # MLflow's own defaults stall a caller for four minutes when the server is gone, and write
-# alembic's migrations to the terminal. A value the user has set wins.
+# migrations and addresses to the terminal. A value the user has set wins.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _TRANSIENT_CODES = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
 
