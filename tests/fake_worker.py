@@ -76,6 +76,12 @@ def misbehave(job: JobConfig, plan: dict, rank: int, regime: int, step: int) -> 
             time.sleep(600)
 
 
+def wait_for_all_ranks(work_dir: Path, rank: int, regime: int) -> None:
+    (work_dir / f"arrived-{regime}-{rank}").touch()
+    while len(list(work_dir.glob(f"arrived-{regime}-*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
+
+
 def main() -> None:
     job = JobConfig.from_json(Path(sys.argv[1]).read_text())
     rank = int(os.environ["RANK"])
@@ -106,6 +112,7 @@ def main() -> None:
                 if at == (rank, index, step):
                     misbehave(job, plan, rank, index, step)
                 tell("step", step)
+            wait_for_all_ranks(work_dir, rank, index)
             if rank == 0 and plan["do"] != "no_trajectory":
                 if job.mode == REFERENCE and regime.name == CLIP:
                     bounds = {"max_grad_norms": [2.0, 2.0, 2.0, 0.5, 0.5, 0.5]}

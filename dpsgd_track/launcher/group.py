@@ -95,10 +95,10 @@ class GroupRun:
             The exit code.
         """
         with Interruption() as interruption:
-            self._tree.start_group(
-                self._folder.name, self._suite.expected_runs, self._group_params(command)
-            )
             try:
+                self._tree.start_group(
+                    self._folder.name, self._suite.expected_runs, self._group_params(command)
+                )
                 return self._run_modes(interruption)
             except Exception as error:
                 self._tree.finish_open(FAILED, f"the launcher failed: {error}")
@@ -109,8 +109,8 @@ class GroupRun:
         for job in self._suite.jobs:
             status = KILLED if interruption.requested else self._run_mode(job, interruption)
             if status == KILLED:
-                self._display.say(f"{interruption.reason.capitalize()} Ending the group.")
                 self._tree.finish_open(KILLED, interruption.reason)
+                self._display.say(f"group {self._folder.name}: {interruption.reason}")
                 return EXIT_INTERRUPTED
             if status == FAILED:
                 failed.append(job.mode)
@@ -130,21 +130,21 @@ class GroupRun:
         Returns:
             FINISHED, FAILED where a regime failed, or KILLED.
         """
-        job, blocked = self._with_clip_bounds(job)
+        ready, blocked = self._split_regimes(job)
         work_dir = self._work_dir(job.mode)
-        runs = [self._start_runs(job, regime) for regime in (*job.regimes, *blocked)]
-        self._display.start_mode(job.mode, job.regimes)
+        runs = [self._start_runs(job, regime) for regime in (*ready, *blocked)]
+        self._display.start_mode(job.mode, ready)
         outcomes: tuple[Outcome, ...] = ()
-        if job.regimes:
-            num_runs = len(job.regimes)
+        if ready:
             job = replace(
                 job,
+                regimes=ready,
                 tracking_uri=self._tree.tracking_uri,
-                run_ids=tuple(mode_run for mode_run, _ in runs[:num_runs]),
-                rank_run_ids=tuple(ranks for _, ranks in runs[:num_runs]),
+                run_ids=tuple(mode_run for mode_run, _ in runs[: len(ready)]),
+                rank_run_ids=tuple(ranks for _, ranks in runs[: len(ready)]),
                 work_dir=str(work_dir.absolute()),
             )
-            outcomes = run_mode(job, self._launch, interruption, self._display.event)
+            outcomes = run_mode(job, self._launch, interruption, self._display)
             outcomes = self._read_results(job, outcomes)
         unknown = Failure(kind=troubleshooting.NO_CLIP_BOUNDS)
         outcomes += tuple(Outcome(FAILED, unknown) for _ in blocked)
@@ -153,10 +153,12 @@ class GroupRun:
                 self._finish(run_id, outcome, work_dir, interruption)
         return self._show(outcomes, work_dir)
 
-    def _with_clip_bounds(self, job: JobConfig) -> tuple[JobConfig, tuple[RegimeConfig, ...]]:
-        """`job` with C as the reference measured it, and the regimes that need it in vain."""
+    def _split_regimes(
+        self, job: JobConfig
+    ) -> tuple[tuple[RegimeConfig, ...], tuple[RegimeConfig, ...]]:
+        """Regimes with C as the reference measured it, and those that need it in vain."""
         if job.mode == REFERENCE:
-            return job, ()
+            return job.regimes, ()
         ready, blocked = [], []
         for regime in job.regimes:
             if regime.name != CLIP:
@@ -165,9 +167,7 @@ class GroupRun:
                 blocked.append(regime)
             else:
                 ready.append(replace(regime, max_grad_norms=self._clip_bounds))
-        # A job has at least one regime; without one it is never started.
-        job = replace(job, regimes=tuple(ready)) if ready else job
-        return job, tuple(blocked)
+        return tuple(ready), tuple(blocked)
 
     def _start_runs(self, job: JobConfig, regime: RegimeConfig) -> tuple[str, tuple[str, ...]]:
         config = asdict(job)

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from dpsgd_track.launcher import troubleshooting
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.machine import num_cores
 from dpsgd_track.launcher.processes import Session
+from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.troubleshooting import Failure
 from dpsgd_track.tracking.client import TRACKING_URI_VARIABLE
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
@@ -38,9 +39,10 @@ GRACE_S = 10.0
 _POLL_S = 0.1
 _LOG_TAIL_BYTES = 65536
 _EXCEPTION = re.compile(
-    r"^(?:\[rank\d+\]:\s*)?((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit)(?:: .*)?)$",
+    r"^(?:\[rank(\d+)\]:\s*)?((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit)(?:: .*)?)$",
     re.MULTILINE,
 )
+_ROOT_CAUSE = re.compile(r"^Root Cause .*?^\s*rank\s*: (\d+)", re.MULTILINE | re.DOTALL)
 _KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID")
 
 Event = Mapping[str, Any]
@@ -72,7 +74,7 @@ def run_mode(
     job: JobConfig,
     launch: Launch,
     interruption: Interruption,
-    on_event: Callable[[Event], object],
+    display: Display,
 ) -> tuple[Outcome, ...]:
     """Run `job` to its end, or until an interruption; no process of it is left behind.
 
@@ -81,20 +83,25 @@ def run_mode(
     """
     work_dir = Path(job.work_dir)
     job_file = work_dir / "job.json"
-    shown = JobConfig.from_json(job.to_json())
-    job_file.write_text(_without_credentials(shown).to_json(), encoding="utf-8")
+    # A password in the URI reaches the workers by the environment alone.
+    written = replace(job, tracking_uri=redact_uri(job.tracking_uri))
+    job_file.write_text(written.to_json(), encoding="utf-8")
     session = Session(
         _command(job_file, launch), _environment(job, launch), work_dir / "output.log"
     )
     progress = _Progress(work_dir / "progress.jsonl")
     try:
         while (code := session.poll()) is None and not interruption.requested:
-            progress.forward(on_event)
+            progress.forward(display.event)
             time.sleep(_POLL_S)
+        if code is None:
+            display.say(f"{interruption.reason} Ending {job.mode}.")
     finally:
         session.end(launch.grace_s)
-    progress.forward(on_event)
-    return _outcomes(job, code, progress.ended)
+    progress.forward(display.event)
+    # A scheduler's SIGTERM may reach the group before this process looks.
+    interrupted = interruption.requested and code != 0
+    return outcomes(job, None if interrupted else code, progress.ended)
 
 
 def failure_of(work_dir: Path, code: int) -> Failure:
@@ -111,13 +118,9 @@ def failure_of(work_dir: Path, code: int) -> Failure:
     if code < 0:
         name = signal.Signals(-code).name
         return Failure(kind=troubleshooting.KILLED, message=f"signal {-code} ({name}).")
-    return Failure(kind=troubleshooting.ERROR, message=_last_words(log))
-
-
-def _without_credentials(job: JobConfig) -> JobConfig:
-    from dataclasses import replace
-
-    return replace(job, tracking_uri=redact_uri(job.tracking_uri))
+    rank = _ROOT_CAUSE.search(log)
+    root = int(rank[1]) if rank else None
+    return Failure(kind=troubleshooting.ERROR, message=_last_words(log, root), rank=root)
 
 
 def _command(job_file: Path, launch: Launch) -> list[str]:
@@ -177,7 +180,13 @@ class _Progress:
             on_event(event)
 
 
-def _outcomes(job: JobConfig, code: int | None, ended: set[int]) -> tuple[Outcome, ...]:
+def outcomes(job: JobConfig, code: int | None, ended: set[int]) -> tuple[Outcome, ...]:
+    """How each regime went, judged by what it left.
+
+    Args:
+        code: exit code of the group; None where it was interrupted.
+        ended: indices of the regimes whose end was reported.
+    """
     work_dir = Path(job.work_dir)
     indices = range(len(job.regimes))
     complete = [i in ended and (work_dir / str(i) / TRAJECTORY_FILE).is_file() for i in indices]
@@ -228,9 +237,11 @@ def _tail(path: Path) -> str:
         return file.read().decode("utf-8", errors="replace")
 
 
-def _last_words(log: str) -> str:
-    """The last exception of a worker in the log; else its last lines."""
-    raised = [text for text in _EXCEPTION.findall(log) if "ChildFailedError" not in text]
+def _last_words(log: str, rank: int | None) -> str:
+    """The last exception in the log, of `rank` where ranks are told apart; else its last lines."""
+    found = [raised for raised in _EXCEPTION.findall(log) if "ChildFailedError" not in raised[1]]
+    # Other ranks only complain that this one is gone.
+    raised = [text for of, text in found if of == str(rank)] or [text for _, text in found]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return _shorten(raised[-1] if raised else " | ".join(lines[-5:]))
 

@@ -47,6 +47,7 @@ class Session:
 
     def end(self, grace_s: float) -> None:
         """End everything: ask the command to, wait `grace_s`, then kill whatever is left."""
+        known = self._descendants()
         if self._leader.poll() is None:
             self._leader.terminate()
             try:
@@ -56,7 +57,7 @@ class Session:
                 self._leader.wait()
         # A process may start another while it is being killed: look again until none is left.
         for _ in range(_ROUNDS):
-            left = list(self._members())
+            left = {*filter(_is_alive, known), *self._marked()}
             if not left:
                 return
             for process in left:
@@ -64,12 +65,23 @@ class Session:
                     process.kill()
             psutil.wait_procs(left, timeout=0.5)
 
-    def _members(self) -> Iterator[psutil.Process]:
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def _marked(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             try:
-                if process.status() != psutil.STATUS_ZOMBIE and (
-                    process.environ().get(MARKER) == self._mark
-                ):
+                if process.environ().get(MARKER) == self._mark and _is_alive(process):
                     yield process
             except (psutil.Error, OSError):
                 continue
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -66,7 +66,8 @@ class PlainDisplay:
         """See `Display`."""
         self._mode, self._regimes = mode, regimes
         self._mode_start = time.monotonic()
-        self.say(f"{mode}: started ({', '.join(map(describe, regimes))})")
+        if regimes:
+            self.say(f"{mode}: started ({', '.join(map(describe, regimes))})")
 
     def event(self, event: Mapping[str, Any]) -> None:
         """See `Display`."""
@@ -105,7 +106,7 @@ class LiveDisplay:
             TextColumn("{task.fields[regime]}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[loss]}"),
             TimeLeft(elapsed_when_finished=True),
             console=console,
         )
@@ -126,7 +127,8 @@ class LiveDisplay:
             done += self._regimes[at].num_iter
         elif event["event"] == "step":
             done += int(event["step"]) + 1
-        self._loss = _loss(event) or self._loss
+        loss = _loss(event)
+        self._loss = f"loss {loss}" if loss else self._loss
         regime = describe(self._regimes[at])
         self._progress.update(self._task, completed=done, regime=regime, loss=self._loss)
 

@@ -25,6 +25,7 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.launcher.machine import count_gpus
 from dpsgd_track.modes import table
+from dpsgd_track.tracking.names import PERMUTED
 
 CLIP_NUM_ITER = 6
 """Steps of the clip regime: the first half clips some samples, the second half all."""
@@ -59,7 +60,7 @@ class Suite:
     def expected_runs(self) -> list[tuple[str, str, str, str]]:
         """(mode, regime, variant, replay) of every mode run."""
         return [
-            (job.mode, regime.name, "", "permuted" if regime.permuted else "")
+            (job.mode, regime.name, "", PERMUTED if regime.permuted else "")
             for job in self.jobs
             for regime in job.regimes
         ]

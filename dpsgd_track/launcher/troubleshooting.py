@@ -48,7 +48,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     ),
     NOT_STARTED: (
         "not started",
-        "An earlier regime of this mode failed first: see its run.",
+        "See the run of that regime.",
     ),
     NO_CLIP_BOUNDS: (
         "not started: the clipping bounds are unknown",

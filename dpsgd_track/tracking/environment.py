@@ -7,7 +7,9 @@ import platform
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "opacus", "mlflow", "dpsgd-track")
+from dpsgd_track import __version__
+
+PACKAGES = ("torch", "transformers", "opacus", "mlflow")
 
 
 def environment() -> dict[str, str]:
@@ -16,6 +18,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
+        "dpsgd_track": __version__,
     }
     for package in PACKAGES:
         try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE_PREFIX = "sqlite:///"
+LOCK_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 10
 
 
@@ -84,7 +85,7 @@ def _check_sqlite(path: Path) -> None:
     if not os.access(target, os.W_OK) or not os.access(path.parent, os.W_OK):
         raise _StoreProblem(f"{target} cannot be written to.")
     try:
-        with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
+        with contextlib.closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("SELECT count(*) FROM sqlite_master")
             database.rollback()
@@ -135,8 +136,14 @@ def _impatient() -> Iterator[None]:
 def _experiment_id(client: MlflowClient, settings: Settings) -> str:
     found = client.get_experiment_by_name(settings.experiment)
     if found is None:
-        location = _artifact_location(settings)
-        return str(client.create_experiment(settings.experiment, artifact_location=location))
+        try:
+            location = artifact_location(settings)
+            return str(client.create_experiment(settings.experiment, artifact_location=location))
+        except Exception:
+            # Another launcher may have been first.
+            found = client.get_experiment_by_name(settings.experiment)
+            if found is None:
+                raise
     if found.lifecycle_stage != "active":
         raise _StoreProblem(
             f"The experiment {settings.experiment!r} is deleted. Restore it with "
@@ -146,7 +153,7 @@ def _experiment_id(client: MlflowClient, settings: Settings) -> str:
     return str(found.experiment_id)
 
 
-def _artifact_location(settings: Settings) -> str | None:
+def artifact_location(settings: Settings) -> str | None:
     """Where a new experiment keeps artifacts; None leaves it to the server.
 
     A relative folder is this machine's own, so behind an HTTP server it would be out of reach

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpsgd_track.config import redact_uri
 from dpsgd_track.tracking.client import TrackingError, connect, is_transient, one_line
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_METRICS_PER_BATCH = 1000
 MAX_PARAMS_PER_BATCH = 100
 _LONGEST_PAUSE_S = 2.0
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -126,19 +128,16 @@ class BatchWriter:
 
     def _run(self) -> None:
         try:
-            client = connect(self._uri)
+            client = self._persist(lambda: connect(self._uri))
         except Exception as error:
-            self._give_up(error)
+            self._closing.wait()
+            for item in self._drain():
+                self._lose(item, one_line(error, self._uri))
             return
         closing = False
         while not closing:
             closing = self._closing.wait(self._flush_interval_s)
             self._ship(client, self._drain())
-
-    def _give_up(self, error: Exception) -> None:
-        self._closing.wait()
-        for item in self._drain():
-            self._lose(item, one_line(error, self._uri))
 
     def _drain(self) -> list[_Item]:
         items: list[_Item] = []
@@ -184,17 +183,22 @@ class BatchWriter:
             self._attempt(item, partial(client.log_batch, item.run_id, params=batch))
 
     def _attempt(self, what: _Item | list[Any], call: Callable[[], object]) -> None:
-        """`call()` until it succeeds, fails for good, or time is up."""
+        try:
+            self._persist(call)
+        except Exception as error:
+            self._lose(what, one_line(error, self._uri))
+
+    def _persist(self, call: Callable[[], Result]) -> Result:
+        """`call()`, tried again until it succeeds, fails for good, or time is up."""
         pause_s = 0.1
         while True:
             try:
-                call()
-                return
+                return call()
             except Exception as error:
-                if not is_transient(error) or time.monotonic() + pause_s > self._deadline:
-                    self._lose(what, one_line(error, self._uri))
-                    return
-            time.sleep(pause_s)
+                left_s = self._deadline - time.monotonic()
+                if not is_transient(error) or left_s <= 0:
+                    raise
+            time.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _lose(self, what: _Item | list[Any], reason: str) -> None:

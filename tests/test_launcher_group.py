@@ -1,0 +1,119 @@
+"""A group's run tree when things go wrong around its modes; no process is started."""
+
+import io
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from dpsgd_track.launcher import group, suites
+from dpsgd_track.launcher.arguments import build_parser
+from dpsgd_track.launcher.group import GroupRun, open_group
+from dpsgd_track.launcher.process_group import Launch, Outcome
+from dpsgd_track.launcher.progress import PlainDisplay
+from dpsgd_track.launcher.suites import build_suite
+from dpsgd_track.launcher.troubleshooting import OUT_OF_MEMORY, Failure
+from dpsgd_track.tracking import names
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("groups")
+
+
+@pytest.fixture(autouse=True)
+def cpu_only(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+
+
+def run(name: str, *argv: str) -> int:
+    args = build_parser().parse_args(["quick", "--group", name, *argv])
+    suite = build_suite(args, lambda model, data: None)
+    tree, _, folder = open_group(suite)
+    launch = Launch(num_ranks=suite.num_ranks)
+    return GroupRun(suite, tree, folder, launch, PlainDisplay(io.StringIO())).run("launch.py")
+
+
+def statuses(name: str) -> dict[str, tuple[str, str]]:
+    client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    experiment = client.get_experiment_by_name("dpsgd-track").experiment_id
+    found = client.search_runs([experiment], f"tags.`{names.GROUP}` = '{name}'")
+    return {
+        run.info.run_name: (run.info.status, run.data.tags.get(names.REASON, ""))
+        for run in found
+        if run.data.tags[names.KIND] != names.KIND_RANK
+    }
+
+
+def test_a_mode_with_nothing_to_run_is_failed_and_not_started(monkeypatch):
+    started = []
+
+    def run_mode(job, *_):
+        started.append(job.mode)
+        return (Outcome("FAILED", Failure(kind=OUT_OF_MEMORY, regime=0)),)
+
+    monkeypatch.setattr(group, "run_mode", run_mode)
+    assert run("blocked", "--mode", "flash_fsdp", "--regime", "clip") == 1
+    assert started == ["reference"]
+    status, reason = statuses("blocked")["flash_fsdp/clip"]
+    assert status == "FAILED"
+    assert reason.startswith("not started: the clipping bounds are unknown")
+
+
+@pytest.mark.parametrize(
+    "left", [None, "{", "{}", '{"max_grad_norms": [1.0]}', '{"max_grad_norms": [0, 0, 0, 0, 0, 0]}']
+)
+def test_bounds_that_cannot_be_used_fail_the_reference(left, monkeypatch):
+    def run_mode(job, *_):
+        if left is not None:
+            (Path(job.work_dir) / "0").mkdir()
+            (Path(job.work_dir) / "0" / "clip_bounds.json").write_text(left)
+        return (Outcome("FINISHED"),)
+
+    monkeypatch.setattr(group, "run_mode", run_mode)
+    name = f"bounds-{abs(hash(left))}"
+    assert run(name, "--mode", "flash_fsdp", "--regime", "clip") == 1
+    found = statuses(name)
+    assert found["reference/clip"][0] == "FAILED"
+    assert found["flash_fsdp/clip"][0] == "FAILED"
+
+
+def test_a_fault_of_the_launcher_leaves_nothing_running(monkeypatch):
+    def run_mode(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(group, "run_mode", run_mode)
+    with pytest.raises(OSError, match="no space"):
+        run("fault", "--mode", "no_dp", "--regime", "accuracy")
+    found = statuses("fault")
+    assert set(found) == {"fault", "no_dp/accuracy", "no_dp/accuracy (permuted)"}
+    assert {status for status, _ in found.values()} == {"FAILED"}
+    assert "no space left" in found["fault"][1]
+
+
+def test_a_group_is_never_written_twice(monkeypatch):
+    monkeypatch.setattr(group, "run_mode", lambda job, *_: tuple(map(_finished, job.regimes)))
+    assert run("twice", "--mode", "no_dp", "--regime", "accuracy") == 0
+    with pytest.raises(ValueError, match="group='twice': expected a name not used before"):
+        run("twice", "--mode", "no_dp", "--regime", "accuracy")
+    # Its folder may be gone; the store still knows it.
+    Path("results/twice/logs/no_dp").rmdir()
+    Path("results/twice/logs").rmdir()
+    Path("results/twice").rmdir()
+    with pytest.raises(ValueError, match="group='twice': expected a name not used before"):
+        run("twice", "--mode", "no_dp", "--regime", "accuracy")
+
+
+def test_two_groups_of_one_second_get_two_names(monkeypatch):
+    monkeypatch.setattr(group.time, "strftime", lambda _: "20260101-000000")
+    suite = build_suite(build_parser().parse_args(["quick"]), lambda model, data: None)
+    assert [open_group(suite)[1] for _ in range(3)] == [
+        "quick-20260101-000000",
+        "quick-20260101-000000-2",
+        "quick-20260101-000000-3",
+    ]
+
+
+def _finished(_regime) -> Outcome:
+    return Outcome("FINISHED")

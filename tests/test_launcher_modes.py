@@ -1,0 +1,243 @@
+"""Modes as real process groups of a fake worker, over a real SQLite store."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dpsgd_track.launcher.processes import MARKER
+from dpsgd_track.tracking import names
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "hf_a_secret_never_to_be_seen"
+
+
+@dataclass
+class Run:
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+
+
+def start(folder: Path, *argv: str, plan: dict | None = None) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_WORKER": json.dumps(plan or {})}
+    environment.pop("HF_TOKEN", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.fake_launch", *argv],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def runs(folder: Path) -> dict[str, Run]:
+    """Every run by the path of its names: `group/mode/regime/rank 0`."""
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        found = dict(database.execute("SELECT run_uuid, status FROM runs"))
+        tags: dict[str, dict[str, str]] = {run_id: {} for run_id in found}
+        params: dict[str, dict[str, str]] = {run_id: {} for run_id in found}
+        for table, into in (("tags", tags), ("params", params)):
+            for run_id, key, value in database.execute(f"SELECT run_uuid, key, value FROM {table}"):
+                into[run_id][key] = value
+
+    def path(run_id: str) -> str:
+        parent = tags[run_id].get(names.PARENT_RUN)
+        name = tags[run_id]["mlflow.runName"]
+        return f"{path(parent)}/{name}" if parent else name
+
+    return {path(i): Run(status, tags[i], params[i]) for i, status in found.items()}
+
+
+def living(folder: Path) -> list[psutil.Process]:
+    """Processes of a launch in `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            here = process.cwd() == str(folder) and MARKER in process.environ()
+            if here and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition, timeout_s: float = 40.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@dataclass
+class Suite:
+    code: int
+    out: str
+    err: str
+    runs: dict[str, Run]
+    folder: Path
+
+
+def launch(folder: Path, *argv: str, plan: dict | None = None) -> Suite:
+    process = start(folder, *argv, plan=plan)
+    out, err = process.communicate(timeout=120)
+    return Suite(process.returncode, out, err, runs(folder), folder)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Suite:
+    """One suite in which modes fail in each way, between modes that finish."""
+    plan = {
+        "no_dp": {"do": "out_of_memory", "regime": 1, "step": 2, "rank": 1},
+        "flash_fsdp": {"do": "sigkill", "rank": 1},
+        "flash_fsdp_bk": {"do": "crash", "regime": 0, "rank": 1},
+    }
+    argv = ("full", "--group", "mixed", "--num-iter", "3", "--nproc-per-node", "2")
+    modes = "no_dp,flash_fsdp,flash_fsdp_bk,flash_fsdp_fuse"
+    return launch(tmp_path_factory.mktemp("mixed"), *argv, "--mode", modes, plan=plan)
+
+
+def test_one_mode_failing_does_not_stop_the_others(mixed):
+    assert mixed.code == 1
+    for mode in ("reference", "flash_fsdp_fuse"):
+        for regime in ("accuracy", "clip"):
+            assert mixed.runs[f"mixed/{mode}/{regime}"].status == "FINISHED"
+            assert mixed.runs[f"mixed/{mode}/{regime}/rank 1"].status == "FINISHED"
+    group = mixed.runs["mixed"]
+    assert group.status == "FAILED"
+    assert group.tags[names.REASON].startswith("2 of 5 modes finished; failed: no_dp, flash_fsdp,")
+    assert len(json.loads(group.tags[names.EXPECTED_RUNS])) == 10
+    assert {run.status for run in mixed.runs.values()} == {"FINISHED", "FAILED"}
+    assert len(mixed.runs) == 1 + 10 * 3
+    assert not living(mixed.folder)
+
+
+def test_a_failure_is_the_regime_in_flight_and_the_finished_one_stays(mixed):
+    assert mixed.runs["mixed/no_dp/accuracy"].status == "FINISHED"
+    failed = mixed.runs["mixed/no_dp/accuracy (permuted)"]
+    assert failed.status == "FAILED"
+    reason = failed.tags[names.REASON]
+    assert reason.startswith("out of memory at step 2, rank 1: tried to allocate 1 PiB")
+    assert "--batch-size" in reason
+    assert "results/mixed/logs/no_dp/output.log" in reason
+    assert failed.tags[names.NOTE].startswith("**FAILED**: out of memory")
+
+
+def test_a_killed_worker_is_said_to_be_killed(mixed):
+    reason = mixed.runs["mixed/flash_fsdp/accuracy"].tags[names.REASON]
+    assert reason.startswith("the process group was killed: signal 9 (SIGKILL).")
+    assert "--batch-size" in reason
+    later = mixed.runs["mixed/flash_fsdp/clip"]
+    assert later.status == "FAILED"
+    assert later.tags[names.REASON].startswith("not started: regime accuracy failed first")
+
+
+def test_an_exception_is_quoted_from_the_log(mixed):
+    reason = mixed.runs["mixed/flash_fsdp_bk/accuracy"].tags[names.REASON]
+    assert "RuntimeError: the fake worker crashed on purpose" in reason
+
+
+def test_the_references_bounds_reach_the_other_modes(mixed):
+    bounds = mixed.runs["mixed/flash_fsdp_fuse/clip"].params["regime.max_grad_norms"]
+    assert bounds == "2.0, 2.0, 2.0, 0.5, 0.5, 0.5"
+    job = json.loads((mixed.folder / "results/mixed/logs/flash_fsdp_fuse/job.json").read_text())
+    assert job["regimes"][1]["max_grad_norms"] == [2.0, 2.0, 2.0, 0.5, 0.5, 0.5]
+
+
+def test_plain_lines_when_stdout_is_no_terminal(mixed):
+    assert "\x1b" not in mixed.out
+    lines = mixed.out.splitlines()
+    assert sum(line.startswith("flash_fsdp_fuse: ") for line in lines) == 4
+    assert lines[-2:] == ["compare: python compare.py mixed", "browse:  python launch.py ui"]
+    assert mixed.err == ""
+
+
+def test_without_the_reference_clip_is_failed_and_accuracy_still_runs(tmp_path):
+    plan = {"reference": {"do": "out_of_memory", "regime": 1}}
+    argv = ("quick", "--group", "g", "--mode", "flash_fsdp", "--nproc-per-node", "1")
+    suite = launch(tmp_path, *argv, plan=plan)
+    assert suite.code == 1
+    assert suite.runs["g/reference/accuracy"].status == "FINISHED"
+    assert suite.runs["g/reference/clip"].status == "FAILED"
+    assert suite.runs["g/flash_fsdp/accuracy"].status == "FINISHED"
+    clip = suite.runs["g/flash_fsdp/clip"]
+    assert clip.status == "FAILED"
+    assert "clipping bounds are unknown" in clip.tags[names.REASON]
+
+
+@pytest.fixture
+def stubborn(tmp_path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A launch whose worker ignores SIGTERM, in the middle of a step."""
+    plan = {"no_dp": {"do": "stubborn", "regime": 1, "rank": 1}}
+    argv = ("quick", "--group", "g", "--mode", "no_dp,flash_fsdp", "--regime", "accuracy")
+    process = start(tmp_path, *argv, plan=plan)
+    progress = tmp_path / "results/g/logs/no_dp/progress.jsonl"
+    wait_for(lambda: progress.exists() and '"regime": 1' in progress.read_text())
+    time.sleep(0.3)
+    assert living(tmp_path)
+    yield process, tmp_path
+    process.kill()
+    for left in living(tmp_path):
+        left.kill()
+
+
+def test_ctrl_c_ends_everything(stubborn):
+    process, folder = stubborn
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    # An impatient second one changes nothing.
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert not living(folder)
+    tree = runs(folder)
+    assert tree["g/no_dp/accuracy"].status == "FINISHED"
+    for name in ("g", "g/no_dp/accuracy (permuted)", "g/no_dp/accuracy (permuted)/rank 1"):
+        assert tree[name].status == "KILLED"
+        assert tree[name].tags[names.REASON] == "interrupted by SIGINT."
+    assert {run.status for run in tree.values()} == {"FINISHED", "KILLED"}
+    assert "Traceback" not in out + err
+
+
+def test_the_token_is_seen_by_workers_alone(tmp_path):
+    argv = ("single", "--mode", "no_dp", "--token", TOKEN, "--output", "results.json")
+    process = start(tmp_path, *argv, plan={"no_dp": {"do": "environment"}})
+    commands: set[str] = set()
+
+    def watch() -> bool:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                commands.add(" ".join(child.cmdline()))
+            except psutil.Error:
+                continue
+        return process.poll() is not None
+
+    wait_for(watch)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert any(
+        "tests.fake_worker" in command or "fake_worker.py" in command for command in commands
+    )
+    assert not any(TOKEN in text for text in (out, err, *commands))
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file.name for file in files if TOKEN.encode() in file.read_bytes()]
+    seen = json.loads(next(tmp_path.rglob("environment-rank0.json")).read_text())
+    assert seen["has_token"]
+    (group,) = [run for path, run in runs(tmp_path).items() if "/" not in path]
+    assert group.params["command"].endswith("launch.py single --mode no_dp --output results.json")
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["final_loss"] == pytest.approx(0.1)
+    assert result["loss_values"][0] == 1.0
+    assert (result["peak_memory_gb"], result["peak_memory_mb"]) == (0.5, 512.0)
+    assert result["layer_norms_history"][0]["norms"]["head_grad_norm"] == 2.0

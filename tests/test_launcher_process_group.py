@@ -1,0 +1,110 @@
+import io
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from dpsgd_track.config import DataConfig, JobConfig, ModelConfig, PerformanceConfig, RegimeConfig
+from dpsgd_track.launcher import process_group
+from dpsgd_track.launcher.interruption import Interruption
+from dpsgd_track.launcher.process_group import Launch, failure_of, outcomes
+from dpsgd_track.launcher.progress import PlainDisplay
+from tests.fake_worker import trajectory
+
+REGIMES = (RegimeConfig(name="accuracy", num_iter=2), RegimeConfig(name="clip", num_iter=3))
+
+
+def a_job(work_dir) -> JobConfig:
+    return JobConfig(
+        mode="no_dp",
+        model=ModelConfig(name="llama-tiny"),
+        data=DataConfig(),
+        performance=PerformanceConfig(),
+        regimes=REGIMES,
+        work_dir=str(work_dir),
+    )
+
+
+def test_success_without_a_trajectory_is_a_failure(tmp_path):
+    (tmp_path / "0").mkdir()
+    trajectory(2).save(tmp_path / "0" / "trajectory.npz")
+    finished, failed = outcomes(a_job(tmp_path), 0, {0, 1})
+    assert finished.status == "FINISHED"
+    assert failed.failure is not None
+    assert "without leaving a trajectory" in failed.failure.reason
+
+
+def test_a_password_in_the_store_reaches_workers_by_the_environment_alone(tmp_path, monkeypatch):
+    seen = {}
+
+    class Ended:
+        def __init__(self, command, environment, log):
+            seen.update(environment, command=command)
+
+        def poll(self):
+            return 0
+
+        def end(self, grace_s):
+            pass
+
+    monkeypatch.setattr(process_group, "Session", Ended)
+    job = replace(a_job(tmp_path), tracking_uri="postgresql://me:secret@host/db")
+    display = PlainDisplay(io.StringIO())
+    process_group.run_mode(job, Launch(num_ranks=2), Interruption(), display)
+    assert seen["MLFLOW_TRACKING_URI"] == "postgresql://me:secret@host/db"
+    assert "postgresql://***@host/db" in (tmp_path / "job.json").read_text()
+    assert "secret" not in (tmp_path / "job.json").read_text() + " ".join(seen["command"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_noted_once_and_raises_nothing(number):
+    before = signal.getsignal(number)
+    with Interruption() as interruption:
+        assert not interruption.requested
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.reason == f"interrupted by {signal.Signals(number).name}."
+    assert signal.getsignal(number) == before
+
+
+def report(folder, rank: int, text: str) -> None:
+    (folder / f"failure-rank{rank}.json").write_text(text)
+
+
+def test_the_first_report_counts(tmp_path):
+    report(tmp_path, 1, '{"kind": "not_finite", "message": "loss", "regime": 0, "step": 3}')
+    report(tmp_path, 0, '{"kind": "error", "message": "Connection closed by peer"}')
+    failure = failure_of(tmp_path, 1)
+    assert failure.reason == "a value became NaN or infinite at step 3, rank 1: loss"
+    assert "--learning-rate" in failure.advice
+
+
+def test_a_torn_report_is_still_a_failure(tmp_path):
+    report(tmp_path, 0, '{"kind": "out_of_')
+    assert "failure-rank0.json cannot be read" in failure_of(tmp_path, 1).reason
+
+
+@pytest.mark.parametrize(
+    ("log", "wanted"),
+    [
+        ("[rank1]: ValueError: a\n[rank1]: KeyError: 'b'\n", "KeyError: 'b'"),
+        ("torch.OutOfMemoryError: CUDA out of memory.\n", "torch.OutOfMemoryError: CUDA"),
+        ("one\n\ntwo\n", "one | two"),
+        (
+            "[rank1]: KeyError: 'b'\n[rank0]: RuntimeError: Connection closed by peer\n"
+            "Root Cause (first observed failure):\n[0]:\n  rank      : 1 (local_rank: 1)\n",
+            "at rank 1: KeyError: 'b'",
+        ),
+        ("Signal 15 (SIGTERM) received by PID 1\nSignal 9 (SIGKILL) received by PID 2", "signal 9"),
+    ],
+)
+def test_the_log_says_what_happened(log, wanted, tmp_path):
+    (tmp_path / "output.log").write_text(log)
+    assert wanted in failure_of(tmp_path, 1).reason
+
+
+def test_a_token_in_the_log_is_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (tmp_path / "output.log").write_text("OSError: hf_secret is invalid\n")
+    assert "OSError: *** is invalid" in failure_of(tmp_path, 1).reason

@@ -1,0 +1,191 @@
+import pytest
+
+from dpsgd_track.config import ACCURACY, CLIP, TRAIN
+from dpsgd_track.launcher import machine, suites
+from dpsgd_track.launcher.arguments import build_parser, reproducing_command
+from dpsgd_track.launcher.suites import Suite, build_suite
+from dpsgd_track.modes import table
+from tests.fake_launch import run
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    monkeypatch.setenv("HF_TOKEN", "")
+    return tmp_path
+
+
+def suite(*argv: str) -> Suite:
+    return build_suite(build_parser().parse_args(argv), lambda model, data: None)
+
+
+def modes(*argv: str) -> tuple[str, ...]:
+    return tuple(job.mode for job in suite(*argv).jobs)
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["quick"], (table.REFERENCE, *table.QUICK)),
+        (["full"], (table.REFERENCE, *table.FULL)),
+        (["quick", "--regime", "accuracy"], (table.REFERENCE, *table.QUICK)),
+        (["quick", "--regime", "clip"], (table.REFERENCE, *table.QUICK[1:])),
+        (["quick", "--mode", "flash_fsdp,no_dp"], (table.REFERENCE, "flash_fsdp", "no_dp")),
+        (["quick", "--mode", "flash_fsdp", "--mode", "reference"], ("reference", "flash_fsdp")),
+        (["full", "--mode", "flash_fsdp", "--regime", "accuracy"], ("flash_fsdp",)),
+        (["full", "--mode", "flash_fsdp", "--accuracy-test"], ("flash_fsdp",)),
+        (["single", "--mode", "no_dp"], ("no_dp",)),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_modes_of_a_suite(argv, wanted):
+    assert modes(*argv) == wanted
+
+
+def test_the_baseline_is_replayed_in_another_order_and_never_clipped():
+    baseline = next(job for job in suite("quick").jobs if job.mode == table.BASELINE)
+    assert [(r.name, r.permuted) for r in baseline.regimes] == [(ACCURACY, False), (ACCURACY, True)]
+
+
+def test_the_accuracy_regime_is_the_test_users_know():
+    job = suite("quick", "--micro-batches", "3").jobs[-1]
+    accuracy, clip = job.regimes
+    assert (accuracy.noise_multiplier, accuracy.max_grad_norms) == (0.01, (10000.0,) * 10)
+    assert accuracy.noise_matched
+    assert accuracy.micro_batches == 1
+    assert job.seed == 42
+    assert (clip.name, clip.learning_rate, clip.noise_multiplier) == (CLIP, 0.0, 0.0)
+    assert (clip.num_iter, clip.micro_batches, clip.max_grad_norms) == (6, 3, ())
+
+
+def test_single_trains_unless_it_is_an_accuracy_test():
+    (train,) = suite("single", "--mode", "no_dp", "--micro-batches", "4").jobs[0].regimes
+    assert (train.name, train.noise_matched, train.micro_batches) == (TRAIN, False, 4)
+    (accuracy,) = suite("single", "--mode", "no_dp", "--accuracy-test").jobs[0].regimes
+    assert (accuracy.name, accuracy.noise_matched) == (ACCURACY, True)
+
+
+def test_model_and_data_by_default():
+    def inputs(*argv: str) -> tuple[str, str]:
+        job = suite(*argv).jobs[0]
+        return job.model.name, job.data.source
+
+    assert inputs("quick") == ("minilm", "public-domain")
+    assert inputs("full") == ("llama-tiny", "synthetic")
+    assert inputs("quick", "--model-name", "llama-tiny") == ("llama-tiny", "synthetic")
+    assert inputs("quick", "--data", "synthetic") == ("minilm", "synthetic")
+
+
+def test_ranks_follow_the_visible_gpus(monkeypatch):
+    assert (suite("quick").num_ranks, suite("quick").jobs[0].performance.device) == (2, "cpu")
+    monkeypatch.setattr(suites, "count_gpus", lambda: 4)
+    assert (suite("quick").num_ranks, suite("quick").jobs[0].performance.device) == (4, "cuda")
+    assert suite("quick").jobs[0].regimes[0].warmup_iter == 1
+    assert suite("quick", "--device", "cpu").num_ranks == 2
+    with pytest.raises(ValueError, match="nproc_per_node=5: expected at most 4"):
+        suite("quick", "--nproc-per-node", "5")
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 2), ("", 0), ("1", 1), ("0,1,2", 2), ("-1", 0), ("GPU-ab", 1)]
+)
+def test_cuda_visible_devices_is_honoured(visible, count, monkeypatch):
+    monkeypatch.setattr(machine, "_present_gpus", lambda: 2)
+    monkeypatch.setattr(machine, "_torch_is_cpu_only", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine.count_gpus() == count
+
+
+BAD = {
+    "unknown mode": ["quick", "--mode", "flush_fsdp"],
+    "module that is not there": ["quick", "--mode", "no.such.module:make"],
+    "batch 0": ["quick", "--batch-size", "0"],
+    "sequence 0": ["quick", "--seq-length", "0"],
+    "negative sigma": ["quick", "--sigma", "-1"],
+    "sigma nan": ["quick", "--sigma", "nan"],
+    "negative sigma, clip only": ["quick", "--regime", "clip", "--sigma", "-1"],
+    "bound 0": ["quick", "--max-grad-norm", "0"],
+    "no step": ["quick", "--num-iter", "0"],
+    "negative warmup": ["quick", "--warmup-iter", "-1"],
+    "no micro-batch": ["quick", "--micro-batches", "0"],
+    "no rank": ["quick", "--nproc-per-node", "0"],
+    "unknown regime": ["quick", "--regime", "train"],
+    "regime of single": ["single", "--mode", "no_dp", "--regime", "clip"],
+    "two answers": ["quick", "--accuracy-test", "--regime", "clip"],
+    "baseline clipped": ["quick", "--mode", "no_dp", "--regime", "clip"],
+    "no mode": ["single"],
+    "two modes": ["single", "--mode", "no_dp,reference"],
+    "empty mode": ["quick", "--mode", ""],
+    "odd group": ["quick", "--group", "../up"],
+    "group with a quote": ["quick", "--group", "a'b"],
+    "reserved group": ["quick", "--group", "latest"],
+    "taken group": ["quick", "--group", "taken"],
+    "output of a suite": ["quick", "--output", "results.json"],
+    "output folder missing": ["single", "--mode", "no_dp", "--output", "none/results.json"],
+    "output is a folder": ["single", "--mode", "no_dp", "--output", "results"],
+    "gpu missing": ["quick", "--device", "cuda"],
+    "not a number": ["quick", "--num-iter", "ten"],
+    "abbreviation": ["quick", "--batch", "3"],
+    "unknown option": ["quick", "--bogus"],
+    "config missing": ["quick", "--config", "none.yaml"],
+    "config malformed": ["quick", "--config", "bad.yaml"],
+    "unknown setting": ["quick", "--config", "unknown.yaml"],
+    "file store": ["quick", "--tracking-uri", "./mlruns"],
+    "store folder missing": ["quick", "--tracking-uri", "sqlite:///none/mlflow.db"],
+    "empty token": ["quick", "--token", ""],
+    "ui without a store": ["ui"],
+    "ui on a port there is not": ["ui", "--port", "70000", "--tracking-uri", "sqlite:///is.db"],
+}
+
+
+@pytest.mark.parametrize("argv", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_touches_nothing(argv, empty_folder, capsys):
+    (empty_folder / "results" / "taken").mkdir(parents=True)
+    (empty_folder / "bad.yaml").write_text("a: [1\nb: }")
+    (empty_folder / "unknown.yaml").write_text("tracking_url: sqlite:///mlflow.db")
+    (empty_folder / "is.db").touch()
+    before = sorted(empty_folder.rglob("*"))
+    try:
+        code = run(argv)
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+    assert sorted(empty_folder.rglob("*")) == before
+
+
+def test_model_and_data_that_do_not_fit_stop_the_launch(empty_folder):
+    def refuse(model, data):
+        raise ValueError(f"model_name={model.name!r}: expected a preset.")
+
+    with pytest.raises(ValueError, match="model_name='nope'"):
+        build_suite(build_parser().parse_args(["quick", "--model-name", "nope"]), refuse)
+
+
+def test_the_recorded_command_holds_no_secret():
+    argv = ["quick", "--token", "hf_a", "--token=hf_b", "--mode", "no_dp"]
+    assert reproducing_command(argv) == "python launch.py quick --mode no_dp"
+    for uri in (["--tracking-uri", "http://u:pw@h"], ["--tracking-uri=http://u:pw@h"]):
+        command = reproducing_command(["quick", *uri])
+        assert "pw" not in command
+        assert "h" in command
+
+
+def test_every_option_is_explained():
+    commands = build_parser()._subparsers._group_actions[0].choices
+    for parser in commands.values():
+        for action in parser._actions:
+            assert action.help, action.option_strings
+            if action.dest != "help" and action.option_strings:
+                assert "default:" in action.help or "needs exactly one" in action.help
+
+
+def test_modes_lists_the_table(capsys):
+    assert run(["modes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in table.MODES)

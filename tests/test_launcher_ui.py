@@ -1,0 +1,63 @@
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from dpsgd_track.config import Settings
+from dpsgd_track.launcher.ui import open_ui
+from dpsgd_track.tracking.run_tree import RunTree
+from tests.test_launcher_modes import living
+from tests.test_tracking_writer import closed_port
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_ui_serves_artifacts_of_a_local_folder_and_ends_with_ctrl_c(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings()
+    run_id = RunTree(settings).start_group("g", [], {})
+    (tmp_path / "report.md").write_text("exact")
+    MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").log_artifact(
+        run_id, str(tmp_path / "report.md")
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), "ui", "--port", str(closed_port())],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert process.stdout is not None
+        address = re.search(r"http://\S+", process.stdout.readline())
+        assert address is not None
+        query = f"get-artifact?path=report.md&run_uuid={run_id}"
+        with urllib.request.urlopen(f"{address[0]}/{query}", timeout=30) as reply:
+            assert reply.read() == b"exact"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert not living(tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+        for left in living(tmp_path):
+            left.kill()
+
+
+def test_a_taken_port_is_said(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port={port}: expected a free port"):
+            open_ui(Settings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"), port)
+
+
+def test_a_tracking_server_has_its_own_ui(capsys):
+    assert open_ui(Settings(tracking_uri="http://me:secret@host:5000"), 5000) == 0
+    assert capsys.readouterr().out == "MLflow UI: http://***@host:5000\n"

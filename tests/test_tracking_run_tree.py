@@ -1,0 +1,144 @@
+import json
+import sqlite3
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from dpsgd_track.config import RegimeConfig, Settings
+from dpsgd_track.tracking import names, store
+from dpsgd_track.tracking.environment import environment
+from dpsgd_track.tracking.run_tree import FAILED, KILLED, MAX_PARAM_LENGTH, RunTree, flatten
+from tests.test_tracking_writer import closed_port
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    folder = tmp_path_factory.mktemp("store")
+    return Settings(
+        tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_location=str(folder / "artifacts")
+    )
+
+
+@pytest.fixture
+def client(settings) -> MlflowClient:
+    return MlflowClient(settings.tracking_uri)
+
+
+def test_runs_nest_three_deep_and_carry_their_tags(settings, client, capfd):
+    tree = RunTree(settings)
+    regime = RegimeConfig(name="accuracy", num_iter=1, noise_matched=True, permuted=True)
+    group = tree.start_group("g1", [("no_dp", "accuracy", "", "permuted")], {"suite": "quick"})
+    mode, ranks = tree.start_mode("no_dp", regime, 2, {"long": "x" * 10_000})
+    tags = client.get_run(ranks[1]).data.tags
+    assert tags[names.PARENT_RUN] == mode
+    assert tags[names.RANK] == "1"
+    assert tags["mlflow.runName"] == "rank 1"
+    run = client.get_run(mode)
+    assert (
+        run.data.tags
+        | {
+            names.GROUP: "g1",
+            names.KIND: names.KIND_MODE,
+            names.MODE: "no_dp",
+            names.REGIME: "accuracy",
+            names.VARIANT: "",
+            names.REPLAY: names.PERMUTED,
+            names.NOISE_MATCHED: "true",
+            names.PARENT_RUN: group,
+            "mlflow.runName": "no_dp/accuracy (permuted)",
+        }
+        == run.data.tags
+    )
+    assert len(run.data.params["long"]) == MAX_PARAM_LENGTH
+    expected = json.loads(client.get_run(group).data.tags[names.EXPECTED_RUNS])
+    assert expected == [["no_dp", "accuracy", "", "permuted"]]
+    assert tree.has_group("g1")
+    assert not tree.has_group("g2")
+    assert run.info.artifact_uri.startswith("file:///")
+    # Creating a store makes MLflow talk about migrations.
+    assert capfd.readouterr() == ("", "")
+
+
+def test_finish_sets_status_reason_and_note(settings, client):
+    tree = RunTree(settings)
+    group = tree.start_group("g3", [], {})
+    mode, ranks = tree.start_mode("no_dp", RegimeConfig(name="clip", num_iter=1), 1, {})
+    tree.finish(mode, FAILED, "out of memory.", "Try a smaller batch.")
+    tree.finish_open(KILLED, "interrupted.")
+    run = client.get_run(mode)
+    assert run.info.status == FAILED
+    assert run.data.tags[names.REASON] == "out of memory. Try a smaller batch."
+    assert "Try a smaller batch." in run.data.tags[names.NOTE]
+    assert {client.get_run(run_id).info.status for run_id in (group, *ranks)} == {KILLED}
+
+
+def refuse(**changes) -> str:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="expected a usable tracking store") as caught:
+        RunTree(Settings(**changes))
+    assert time.monotonic() - start < 15
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_unreachable_server_is_said_in_a_line():
+    message = refuse(tracking_uri=f"http://me:secret@127.0.0.1:{closed_port()}")
+    assert "Start the server" in message
+    assert "secret" not in message
+
+
+def test_a_missing_folder_is_said_in_a_line(tmp_path):
+    assert "does not exist" in refuse(tracking_uri=f"sqlite:///{tmp_path}/none/mlflow.db")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_file_that_is_no_database_is_said_in_a_line(tmp_path):
+    (tmp_path / "mlflow.db").write_text("not a database " * 1000)
+    assert "not a database" in refuse(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_a_locked_database_is_said_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.2)
+    lock = sqlite3.connect(tmp_path / "mlflow.db")
+    lock.execute("BEGIN EXCLUSIVE")
+    assert "locked" in refuse(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    lock.close()
+
+
+@pytest.mark.parametrize("uri", ["sqlite:mlflow.db", "sqlite://", "sqlite:///:memory:"])
+def test_an_sqlite_uri_without_a_file_is_refused(uri):
+    with pytest.raises(ValueError, match="expected sqlite:///FILE"):
+        store.open_store(Settings(tracking_uri=uri))
+
+
+def test_an_unknown_driver_is_said_in_a_line():
+    refuse(tracking_uri="postgresql+nodriver://host/db")
+
+
+@pytest.mark.parametrize(
+    ("uri", "location", "wanted"),
+    [
+        ("http://host", "mlartifacts", None),
+        ("http://host", "/shared/artifacts", "file:///shared/artifacts"),
+        ("sqlite:///x.db", "s3://bucket/a", "s3://bucket/a"),
+        ("sqlite:///x.db", None, None),
+    ],
+)
+def test_where_artifacts_go(uri, location, wanted):
+    settings = Settings(tracking_uri=uri, artifact_location=location)
+    assert store.artifact_location(settings) == wanted
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": (1.0, 2.0)}, "d": None}) == {
+        "a.b": "1",
+        "a.c": "1.0, 2.0",
+        "d": "None",
+    }
+
+
+def test_environment_names_versions_without_importing_them():
+    facts = environment()
+    assert {"python", "platform", "cpu", "torch", "mlflow", "opacus"} <= facts.keys()
+    assert all(facts.values())
