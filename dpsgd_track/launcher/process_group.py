@@ -143,6 +143,9 @@ def _environment(job: JobConfig, launch: Launch) -> dict[str, str]:
     package_root = str(Path(dpsgd_track.__file__).parent.parent)
     search_path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     environment = {
+        # glibc would give every large tensor back to the system and fault its pages in anew.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         "OMP_NUM_THREADS": str(max(1, num_cores() // launch.num_ranks)),
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*search_path, package_root]),

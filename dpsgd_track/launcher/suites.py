@@ -27,7 +27,7 @@ from dpsgd_track.launcher.machine import count_gpus
 from dpsgd_track.modes import table
 from dpsgd_track.tracking.names import PERMUTED
 
-CLIP_NUM_ITER = 6
+CLIP_NUM_ITER = 4
 """Steps of the clip regime: the first half clips some samples, the second half all."""
 CPU_RANKS = 2
 DEFAULT_CONFIG = Path("mlflow.yaml")

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from dpsgd_track.config import CLIP, JobConfig
+from dpsgd_track.tracking.client import TrackingError
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
 from dpsgd_track.tracking.writer import BatchWriter
 from dpsgd_track.training.loop import NotFiniteError, RegimeRun
@@ -154,6 +155,8 @@ def _device_facts(device: str) -> dict[str, str]:
 
 
 def _kind_of(error: BaseException) -> str:
+    if isinstance(error, TrackingError):
+        return "tracking"
     if isinstance(error, NotFiniteError):
         return "not_finite"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
