@@ -122,7 +122,12 @@ def _compare_regime(
     pairs = []
     for held in dict.fromkeys(r.label for r in (baseline, reference) if r):
         ours = next(t for label, t in recorded if label == held)
-        pairs += [compare_pair(name, (held, ours), other) for other in recorded if other[0] != held]
+        # The oracle is held against nobody: where it and no_dp differ, no_dp is at fault.
+        pairs += [
+            compare_pair(name, (held, ours), other)
+            for other in recorded
+            if other[0] not in (held, REFERENCE)
+        ]
     replay = None
     if baseline and baseline.trajectory:
         replays = (r for r in runs if r.replay and r.label == baseline.label and r.trajectory)

@@ -21,7 +21,7 @@ from dpsgd_track.comparison.group import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.report.table import main_regime, rows
 from dpsgd_track.tracking.reader import ModeRun
-from dpsgd_track.tracking.trajectory import Floats, Trajectory
+from dpsgd_track.tracking.trajectory import Floats, Integers, Trajectory
 
 ZERO = 1e-17
 """Where an exact zero is drawn on a logarithmic axis."""
@@ -139,7 +139,7 @@ def _layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
         height=height,
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 13},
-        margin={"l": 70, "r": 24, "t": 36, "b": 60},
+        margin={"l": 70, "r": 24, "t": 30, "b": 60},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
         hoverlabel={"namelength": -1},
         **more,
@@ -200,13 +200,16 @@ def _bars(
             orientation="h",
             text=shown,
             textposition="auto",
+            textangle=0,
             marker_color=[style.colour(label) for label in labels],
             hovertemplate="%{y}<br>%{text}<extra></extra>",
         )
     )
     _layout(figure, 110 + 34 * len(labels), showlegend=False)
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(title_text=axis)
+    # Room for a value that stands outside its bar.
+    longest = max((value for value in values if np.isfinite(value)), default=0.0)
+    figure.update_xaxes(title_text=axis, range=[0, 1.3 * longest or 1])
     return figure
 
 
@@ -241,10 +244,9 @@ def _drift_chart(
     figure = go.Figure()
     lines = [threshold, *([max(floor, ZERO)] if floor is not None else [])]
     heights = list(lines)
-    for pair in _against_baseline(regime):
-        drift = pair.drifts.get(name)
-        if not drift:
-            continue
+    pairs = [pair for pair in _against_baseline(regime) if name in pair.drifts]
+    for pair in pairs:
+        drift = pair.drifts[name]
         y = np.where(np.isfinite(drift.per_step), np.maximum(drift.per_step, ZERO), np.nan)
         heights += y[np.isfinite(y)].tolist()
         figure.add_scatter(
@@ -257,9 +259,11 @@ def _drift_chart(
             hovertemplate=_HOVER,
             **style.line(pair.mode, len(drift.steps)),
         )
-    _horizontal(figure, threshold, f"threshold {number(threshold)}", "dash", "#D55E00")
+    steps = np.concatenate([pair.drifts[name].steps for pair in pairs])
+    steps.sort()
+    _limit(figure, steps, threshold, f"threshold {number(threshold)}", "dash")
     if floor is not None:
-        _horizontal(figure, max(floor, ZERO), f"floor {number(floor)}", "dot", "#009E73")
+        _limit(figure, steps, max(floor, ZERO), f"floor {number(floor)}", "dot")
     _layout(figure, 430, showlegend=True)
     kind = "relative" if observable.is_relative else "absolute"
     figure.update_xaxes(title_text="step")
@@ -274,12 +278,15 @@ def _drift_chart(
     )
 
 
-def _horizontal(figure: go.Figure, y: float, text: str, dash: str, colour: str) -> None:
-    figure.add_hline(
-        y=y,
-        line={"dash": dash, "color": colour, "width": 1.5},
-        annotation={"text": text, "font": {"size": 12}},
-        annotation_position="top right",
+def _limit(figure: go.Figure, steps: Integers, y: float, text: str, dash: str) -> None:
+    # In the legend its label covers no curve.
+    figure.add_scatter(
+        x=[steps[0], steps[-1]],
+        y=[y, y],
+        mode="lines",
+        line={"dash": dash, "color": "#8C8C8C", "width": 2.5},
+        name=text,
+        hovertemplate="%{fullData.name}<extra></extra>",
     )
 
 
@@ -330,6 +337,7 @@ def _layer_heatmap(regime: RegimeComparison) -> Chart:
         )
     )
     _layout(figure, 140 + 22 * len(layers), showlegend=False)
+    figure.update_layout(margin={"r": 80})
     figure.update_xaxes(type="category", side="top", tickangle=0)
     figure.update_yaxes(type="category", autorange="reversed", dtick=1, tickfont={"size": 11})
     longest = max(map(len, layers))
@@ -350,14 +358,14 @@ def _cost_charts(comparison: GroupComparison, style: _Style) -> list[Chart]:
     if timed:
         labels, times = [row.label for row, _ in timed], [time for _, time in timed]
         shown = [
-            f"{time:.4g} ms" + (f" ({row.overhead:.2f} × no_dp)" if row.overhead else "")
+            f"{time:.4g} ms" + (f", {row.overhead:.2f}×" if row.overhead else "")
             for row, time in timed
         ]
         charts.append(
             Chart(
                 name="step_time",
                 title="Step time",
-                caption="Median over the recorded steps; the slowest rank counts.",
+                caption="Median over the recorded steps, the slowest rank's; × that of no_dp.",
                 figure=_bars(style, labels, times, shown, "ms a step"),
             )
         )

@@ -53,8 +53,9 @@ def note(comparison: GroupComparison) -> str:
         ),
     )
     verdict = f"## {_ICONS[comparison.verdict]} {comparison.verdict}"
+    said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
     name = f"Group **{_prose(comparison.group.name)}**"
-    return f"{verdict}\n\n{_prose(comparison.sentence)}\n\n{table}\n\n{name}\n"
+    return f"{verdict}\n\n{_prose(said)}\n\n{table}\n\n{name}\n"
 
 
 def markdown(comparison: GroupComparison) -> str:
