@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     # MLflow retries for minutes by default, which looks like a hang in front of a terminal.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
