@@ -204,6 +204,32 @@ def test_failed_replay_never_passes() -> None:
     assert comparison.regimes[0].floor is None
 
 
+@pytest.mark.parametrize(
+    "change", [{"status": "KILLED"}, {"tags": {}}], ids=["killed", "noise of its own"]
+)
+def test_unsound_replay_measures_no_floor(change: dict[str, Any]) -> None:
+    far = scaled(without_norms(record("accuracy")), "grad_norm", 1.5)
+    replay = mode_run("no_dp", replay="permuted", record=far, **change)
+    wrong = mode_run(MODE, record=scaled(record("accuracy"), "grad_norm", 1.5))
+    comparison = compared(with_run(with_run(healthy_runs(), replay), wrong))
+    assert comparison.regimes[0].floor is None
+    assert verdicts(comparison)[MODE] == "BUG"
+    assert verdicts(comparison)["no_dp (permuted)"] == "INCONCLUSIVE"
+
+
+def test_replay_that_is_too_short_never_passes() -> None:
+    short = first_steps(permuted(without_norms(record("accuracy"))), 3)
+    replay = mode_run("no_dp", replay="permuted", record=short)
+    found = verdicts(compared(with_run(healthy_runs(), replay)))
+    assert found["no_dp (permuted)"] == "INCONCLUSIVE"
+
+
+def test_runs_without_a_common_step_never_pass() -> None:
+    late = record("clip")
+    late = replace(late, step=late.step + 100)
+    assert verdicts(with_record("clip", late))[MODE] == "INCONCLUSIVE"
+
+
 def test_missing_baseline_never_passes() -> None:
     runs = [run for run in healthy_runs() if run.mode not in ("no_dp", "reference")]
     comparison = compared(runs)

@@ -295,7 +295,7 @@ def compare_pair(
     drifts: dict[str, Drift] = {}
     absent: dict[str, str] = {}
     for name, observable in OBSERVABLES.items():
-        drift = _reduce(pair, observable)
+        drift = _reduce(pair, observable) if pair.baseline.num_steps else None
         if drift is None:
             absent[name] = _why_absent(pair, observable, baseline[0], mode[0])
         else:
@@ -311,6 +311,8 @@ def compare_pair(
 
 
 def _why_absent(pair: Aligned, observable: Observable, baseline: str, mode: str) -> str:
+    if not pair.baseline.num_steps:
+        return "no step in common"
     sides = [
         label
         for label, side in ((baseline, pair.baseline), (mode, pair.other))

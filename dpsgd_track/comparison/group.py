@@ -13,6 +13,7 @@ from dpsgd_track.comparison.verdict import (
     Finding,
     Verdict,
     judge_coverage,
+    judge_gaps,
     judge_likeness,
     judge_pair,
     judge_run,
@@ -45,7 +46,10 @@ class RegimeComparison:
     """Label of the run that all others are held against; empty when there is none."""
     pairs: tuple[Pair, ...]
     """Each mode against the baseline, and against the reference where that is another run."""
+    replay: Pair | None
+    """The baseline's replay against the baseline."""
     floor: Floor | None
+    """What the replay shows; None unless it was sound."""
     largest: Mapping[str, LargestDrift]
     """By observable, over all pairs of modes."""
 
@@ -128,23 +132,31 @@ def _compare_regime(
             for other in recorded
             if other[0] not in (held, REFERENCE)
         ]
-    replay = None
-    if baseline and baseline.trajectory:
-        replays = (r for r in runs if r.replay and r.label == baseline.label and r.trajectory)
-        for run in replays:
-            assert run.trajectory
-            replay = compare_pair(
-                name, (baseline.label, baseline.trajectory), (run.title, run.trajectory)
-            )
+    replays = [r for r in runs if r.replay and baseline and r.label == baseline.label]
+    replay = next((p for r in replays if (p := _replayed(baseline, r))), None)
     regime = RegimeComparison(
         name=name,
         runs=tuple(r for r in runs if not r.replay),
         baseline=baseline.label if baseline else "",
         pairs=tuple(pairs),
-        floor=floor_of(replay),
+        replay=replay,
+        # An unsound replay would excuse what rounding does not explain.
+        floor=floor_of(replay if all(_is_sound(baseline, r) for r in replays) else None),
         largest=_largest(name, recorded, pairs),
     )
     return regime, baseline, reference
+
+
+def _replayed(baseline: ModeRun | None, replay: ModeRun) -> Pair | None:
+    if not (baseline and baseline.trajectory and replay.trajectory):
+        return None
+    ours, theirs = (baseline.label, baseline.trajectory), (replay.title, replay.trajectory)
+    return compare_pair(replay.regime, ours, theirs)
+
+
+def _is_sound(baseline: ModeRun | None, replay: ModeRun) -> bool:
+    found = [*judge_run(replay), *(judge_likeness(baseline, replay) if baseline else ())]
+    return not found
 
 
 def _recorded(runs: tuple[ModeRun, ...], label: str) -> ModeRun | None:
@@ -184,6 +196,8 @@ def _judge(
         unlike = list(judge_likeness(base, run))
         found += unlike
         pair = regime.pair(run.label, base.label)
+        if run.replay and regime.replay and regime.replay.mode == run.title:
+            found += judge_gaps(regime.replay)
         if run.replay or not pair:
             continue
         if any(f.verdict is Verdict.BUG for f in judge_run(base)):

@@ -175,11 +175,9 @@ def _differ(ours: float, theirs: float) -> bool:
     return known and not math.isclose(ours, theirs, rel_tol=1e-6)
 
 
-def judge_pair(
-    pair: Pair, thresholds: Thresholds, floor: Floor | None
-) -> tuple[list[Finding], FirstFailure | None]:
-    """Every gap and every drift over its threshold, and the stage that failed first."""
-    found = [
+def judge_gaps(pair: Pair) -> list[Finding]:
+    """One finding for each kind of thing that only one side has."""
+    return [
         Finding(
             verdict=Verdict.INCONCLUSIVE,
             regime=pair.regime,
@@ -188,6 +186,13 @@ def judge_pair(
         )
         for gap in pair.gaps
     ]
+
+
+def judge_pair(
+    pair: Pair, thresholds: Thresholds, floor: Floor | None
+) -> tuple[list[Finding], FirstFailure | None]:
+    """Every gap and every drift over its threshold, and the stage that failed first."""
+    found = judge_gaps(pair)
     if not pair.drifts:
         found.append(
             Finding(
@@ -198,7 +203,12 @@ def judge_pair(
             )
         )
     failure = first_failure(pair, thresholds, floor)
-    drifts = [f for d in pair.drifts.values() if (f := _judge_drift(pair, d, thresholds, floor))]
+    drifts = [
+        finding
+        for name, drift in pair.drifts.items()
+        if name != "final_loss"  # a loss like any other, and judged as such
+        and (finding := _judge_drift(pair, drift, thresholds, floor))
+    ]
     # The worst drift leads, and of equals the one that the stage which failed first shows.
     first = failure.observable if failure else ""
     drifts.sort(key=lambda f: (-f.verdict.severity, f.observable != first))
@@ -221,6 +231,7 @@ def _judge_drift(
         verdict, held_to = Verdict.INCONCLUSIVE, threshold
         shown = f"cannot be told from rounding: floor {number(measured)} above the threshold"
     kind = "relative" if observable.is_relative else "absolute"
+    kind += ", estimated from projections" * observable.is_estimate
     as_fraction = (
         f", {number(drift.relative_max)} of the loss" if observable.threshold == LOSS else ""
     )

@@ -78,7 +78,7 @@ class _Style:
                 "line": {"width": 1.5},
             },
             "name": plain(label),
-            "legendgroup": label,
+            "legendgroup": str(i),
         }
 
 

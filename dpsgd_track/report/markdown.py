@@ -13,24 +13,16 @@ LIMIT = 65_536
 """Characters that a code host accepts in one comment."""
 
 _ICONS = {"PASS": "✅", "DRIFT": "🟠", "BUG": "❌", "INCONCLUSIVE": "❔"}
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$@:-])")
 _CUT = "\n\n_Cut to the length of one comment; report.html has everything._\n"
 
 
-def inert(text: str) -> str:
-    """`text` such that Markdown, HTML, mentions and tables take none of it as theirs."""
-    line = " ".join(str(text).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(r"\\\1", line)
-
-
 def _prose(text: str) -> str:
-    # Numbers and names of our own sentences stay readable; only what could act is escaped.
+    # Names stay readable in the source as well: only what could act is escaped.
     line = " ".join(text.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", line)
     # A zero-width space keeps a mention and a bare link from being made out of a name.
-    return line.replace("@", "@\u200b").replace("://", ":\u200b//")
+    return re.sub(r"(@|:(?=//)|www(?=\.))", "\\1\u200b", line, flags=re.IGNORECASE)
 
 
 def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
