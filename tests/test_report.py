@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -30,7 +31,8 @@ from dpsgd_track.report.charts import ZERO, figures
 from dpsgd_track.report.html import html
 from dpsgd_track.report.markdown import LIMIT, markdown, note
 from dpsgd_track.report.numbers import SCHEMA_VERSION, drift_json
-from dpsgd_track.report.text import summary
+from dpsgd_track.report.table import rows
+from dpsgd_track.report.text import print_table, summary
 from dpsgd_track.report.write import folder_name, write_report
 
 HOSTILE = (
@@ -146,6 +148,21 @@ def test_names_are_inert_in_markdown() -> None:
 def test_control_characters_do_not_reach_the_terminal() -> None:
     runs = [mode_run("reference", "clip"), mode_run("m:\x1b[2J\r", "clip")]
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", summary(compared(runs)))
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 160])
+def test_terminal_table_keeps_names_and_numbers_whole(width: int) -> None:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO())
+    comparison = compared(healthy_runs())
+    print_table(comparison, console)
+    table = console.export_text().split("└")[0]
+    for row in rows(comparison):
+        assert f" {row.label} " in table
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= width
+    assert ("peak" in table) == (width == 160)
 
 
 def test_comment_fits_however_long_the_names() -> None:

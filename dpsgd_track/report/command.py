@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dpsgd_track.comparison import GroupComparison, Verdict
 
 PASSED, FAILED, USAGE, INCONCLUSIVE = 0, 1, 2, 3
+_LOG_WIDTH = 160
 ARTIFACT_FOLDER = "comparison"
 _LONGEST_TAG = 5000  # what MLflow's stores accept at least
 
@@ -76,7 +77,9 @@ def _compare(settings: Settings, wanted: str, *, log: bool, png: bool) -> GroupC
     comparison = compare_group(group, settings.thresholds)
     folder = Path(settings.results_dir) / folder_name(group.name)
     files = write_report(comparison, folder, png, tell=lambda line: print(line, file=sys.stderr))
-    print_table(comparison, Console(highlight=False))
+    # A log file has no width of its own, and is no reason to leave columns out.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH
+    print_table(comparison, Console(highlight=False, width=width))
     print(f"Report: {files[0]} (and {len(files) - 1} more files in {folder})")
     if log:
         _log(client, comparison, folder, files)

@@ -48,7 +48,7 @@ class Row:
     final_loss: float | None
     mean_grad_norm: float | None
     drifts: Mapping[str, float | None]
-    """Largest over the regimes, against each regime's baseline."""
+    """Largest over the regimes, against the baseline and the reference."""
     step_time_ms: float | None
     """Median, of the regime that the losses are from."""
     overhead: float | None
@@ -122,9 +122,11 @@ def _largest(
 ) -> float | None:
     values: list[float] = []
     for regime in comparison.regimes:
-        pair = regime.pair(label)
-        if pair and observable in pair.drifts:
-            values.append(pair.drifts[observable].max)
+        values += [
+            pair.drifts[observable].max
+            for pair in regime.pairs
+            if pair.mode == label and observable in pair.drifts
+        ]
         is_replay = any(run.replay and run.regime == regime.name for run in runs)
         measured = regime.floor.of(observable) if regime.floor and is_replay else None
         if measured is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpsgd_track.comparison.group import GroupComparison
 from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows
@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _COLOURS = {"PASS": "green", "DRIFT": "yellow", "BUG": "red", "INCONCLUSIVE": "magenta"}
+_FIRST_TO_GO = (
+    "mean grad norm",
+    "peak GiB",
+    "step ms",
+    "Δ grad norm",
+    "× no_dp",
+    "Δ sample norm",
+    "Δ clipped sum",
+    "final loss",
+    "Δ loss",
+)
 
 
 def summary(comparison: GroupComparison) -> str:
@@ -50,21 +61,39 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     from rich.text import Text
 
     table = Table(title=Text(_printable(comparison.group.name)))
-    shown = [row.cells for row in rows(comparison)]
-    # A narrow terminal gets only the columns that say something.
-    kept = [i for i in range(len(HEADINGS)) if i < 2 or any(row[i] != ABSENT for row in shown)]
-    for i in kept:
-        table.add_column(
-            HEADINGS[i], justify="left" if i < 2 else "right", no_wrap=i == 1, overflow="fold"
-        )
+    shown = [[_printable(cell) for cell in row.cells] for row in rows(comparison)]
+    widths = _fitting(shown, console.width)
+    for i, width in widths.items():
+        justify: Any = "left" if i < 2 else "right"
+        table.add_column(HEADINGS[i], justify=justify, min_width=width)
     for row in shown:
-        cells = [Text(_printable(row[i])) for i in kept]
+        cells = [Text(row[i]) for i in widths]
         cells[1].stylize(_COLOURS[row[1]])
         table.add_row(*cells)
     console.print(table)
+    # A log is wrapped by whoever shows it.
+    soft = not console.is_terminal
     for mode in comparison.modes:
         line = Text(f"{mode.verdict:<12}  ", style=_COLOURS[mode.verdict])
-        console.print(line.append(_printable(mode.sentence), style="default"))
-    console.print(
-        Text(_printable(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
-    )
+        line.append(_printable(mode.sentence), style="default")
+        console.print(line, soft_wrap=soft)
+    verdict = Text(_printable(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
+    console.print(verdict, soft_wrap=soft)
+
+
+def _fitting(shown: list[list[str]], width: int) -> dict[int, int]:
+    """Columns that say something and fit `width`, with their own least widths.
+
+    What has no room stands in the report.
+    """
+    least = {
+        i: max(len(word) for word in [*heading.split(), *(row[i] for row in shown)])
+        for i, heading in enumerate(HEADINGS)
+        if i < 2 or any(row[i] != ABSENT for row in shown)
+    }
+    for name in _FIRST_TO_GO:
+        # Each column has a space on both sides and one border; the table has one more.
+        if 1 + sum(3 + each for each in least.values()) <= width:
+            break
+        least.pop(HEADINGS.index(name), None)
+    return least
