@@ -223,26 +223,24 @@ def _alone(regime: RegimeComparison, sentence: str, against: str = "") -> Findin
 def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> str:
     if run.replay:
         return f"replay that measures the floor of {regime.name}"
-    if run.label == regime.baseline:
-        return f"baseline of {regime.name}"
-    pair = regime.pair(run.label)
-    if not pair:
-        return f"oracle of {regime.name}"
+    role = f"baseline of {regime.name}" if run.label == regime.baseline else ""
+    pairs = [pair for pair in regime.pairs if pair.mode == run.label]
+    drifts = [drift for pair in pairs for drift in pair.drifts.values()]
+    if not drifts:
+        return role or f"oracle of {regime.name}"
 
-    def share(drift: Drift) -> float:
-        return drift.max / float(getattr(thresholds, drift.observable.threshold))
+    def threshold(drift: Drift) -> float:
+        return float(getattr(thresholds, drift.observable.threshold))
 
-    nearest = max(pair.drifts.values(), key=share, default=None)
-    if nearest is None:
-        return ""
-    observable = nearest.observable
-    floor = regime.floor.of(observable.name) if regime.floor else None
-    agrees = f"agrees with {pair.baseline} in {regime.name}"
+    bases = " and ".join(pair.baseline for pair in pairs)
+    agrees = f"{role + ', ' if role else ''}agrees with {bases} in {regime.name}"
+    nearest = max(drifts, key=lambda drift: drift.max / threshold(drift))
     if nearest.max == 0:
         return f"{agrees} to the last bit"
+    floor = regime.floor.of(nearest.observable.name) if regime.floor else None
     return (
-        f"{agrees}; nearest to its threshold is the {observable.title}, {number(nearest.max)} "
-        f"(threshold {number(getattr(thresholds, observable.threshold))}, floor {number(floor)})"
+        f"{agrees}, nearest to its threshold in {nearest.observable.title} with "
+        f"{number(nearest.max)} (threshold {number(threshold(nearest))}, floor {number(floor)})"
     )
 
 

@@ -45,6 +45,8 @@ class Chart:
     figure: go.Figure
     min_width: int = 0
     """Pixels below which it scrolls sideways instead of shrinking."""
+    alone: bool = False
+    """Whether it is also written as files of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def plain(text: str) -> str:
 def figures(comparison: GroupComparison) -> tuple[Chart, ...]:
     """Every chart that the comparison has data for."""
     style = _Style.of(comparison)
-    made = [*headline_charts(comparison)]
+    made = _headline_charts(comparison, style)
     for regime in comparison.regimes:
         made += [
             _drift_chart(comparison, regime, name, style)
@@ -103,35 +105,27 @@ def figures(comparison: GroupComparison) -> tuple[Chart, ...]:
     return tuple(made)
 
 
-def headline_charts(comparison: GroupComparison) -> tuple[Chart, ...]:
-    """The three charts that are also written as files of their own."""
-    style = _Style.of(comparison)
-    charts = (
+def _headline_charts(comparison: GroupComparison, style: _Style) -> list[Chart]:
+    charts = [
         _trajectories(
             comparison,
             style,
-            Chart(
-                name="loss_trajectory",
-                title="Loss trajectories",
-                caption="Mean loss of each step. Where modes agree, their curves coincide.",
-                figure=None,
-            ),
             ("loss", lambda t: t.loss),
+            name="loss_trajectory",
+            title="Loss trajectories",
+            caption="Mean loss of each step. Where modes agree, their curves coincide.",
         ),
         _trajectories(
             comparison,
             style,
-            Chart(
-                name="gradient_norm_comparison",
-                title="Gradient norms",
-                caption="Norm of the clipped mean gradient of each step, before noise.",
-                figure=None,
-            ),
             ("gradient norm", lambda t: t.grad_norm),
+            name="gradient_norm_comparison",
+            title="Gradient norms",
+            caption="Norm of the clipped mean gradient of each step, before noise.",
         ),
         _final_loss(comparison, style),
-    )
-    return tuple(chart for chart in charts if chart.figure is not None)
+    ]
+    return [chart for chart in charts if chart]
 
 
 def _layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
@@ -156,13 +150,16 @@ def _drawn(regime: RegimeComparison) -> list[tuple[ModeRun, Trajectory]]:
 def _trajectories(
     comparison: GroupComparison,
     style: _Style,
-    chart: Chart,
     quantity: tuple[str, Callable[[Trajectory], Floats]],
-) -> Chart:
+    *,
+    name: str,
+    title: str,
+    caption: str,
+) -> Chart | None:
     axis, values = quantity
     regimes = [regime for regime in comparison.regimes if _drawn(regime)]
     if not regimes:
-        return chart
+        return None
     figure = make_subplots(
         rows=len(regimes),
         cols=1,
@@ -187,7 +184,7 @@ def _trajectories(
         figure.update_yaxes(title_text=axis, row=row, col=1)
         figure.update_xaxes(title_text="step", row=row, col=1)
     _layout(figure, 110 + 320 * len(regimes))
-    return Chart(name=chart.name, title=chart.title, caption=chart.caption, figure=figure)
+    return Chart(name=name, title=title, caption=caption, figure=figure, alone=True)
 
 
 def _bars(
@@ -213,21 +210,19 @@ def _bars(
     return figure
 
 
-def _final_loss(comparison: GroupComparison, style: _Style) -> Chart:
+def _final_loss(comparison: GroupComparison, style: _Style) -> Chart | None:
     main = main_regime(comparison)
-    drawn = _drawn(main) if main else []
-    figure = None
-    if drawn:
-        labels = [run.label for run, _ in drawn]
-        losses = [float(t.loss[-1]) for _, t in drawn]
-        shown = [f"{loss:.6f}" for loss in losses]
-        figure = _bars(style, labels, losses, shown, "loss at the last step")
-    name = main.name if main else ""
+    if main is None or not _drawn(main):
+        return None
+    labels = [run.label for run, _ in _drawn(main)]
+    losses = [float(t.loss[-1]) for _, t in _drawn(main)]
+    shown = [f"{loss:.6f}" for loss in losses]
     return Chart(
         name="final_loss_comparison",
         title="Final loss",
-        caption=f"Loss at the last step of regime {name}.",
-        figure=figure,
+        caption=f"Loss at the last step of regime {main.name}.",
+        figure=_bars(style, labels, losses, shown, "loss at the last step"),
+        alone=True,
     )
 
 

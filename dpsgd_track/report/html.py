@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -10,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from dpsgd_track.comparison.group import GroupComparison, iter_not_computed
-from dpsgd_track.report.charts import Chart, figures
+from dpsgd_track.report.charts import Chart
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
 
@@ -37,8 +38,8 @@ def _data(chart: Chart) -> Markup:
     return Markup(chart.figure.to_json().replace("<", "\\u003c"))
 
 
-def html(comparison: GroupComparison) -> str:
-    """The whole report."""
+def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
+    """The whole report, with `charts` in their order."""
     group = comparison.group
     started = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
     return (
@@ -59,7 +60,7 @@ def html(comparison: GroupComparison) -> str:
             ],
             environment=environment(group),
             command=command(group),
-            charts=figures(comparison),
+            charts=charts,
             **_page(group.name),
         )
     )

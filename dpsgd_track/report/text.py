@@ -65,7 +65,7 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     widths = _fitting(shown, console.width)
     for i, width in widths.items():
         justify: Any = "left" if i < 2 else "right"
-        table.add_column(HEADINGS[i], justify=justify, min_width=width)
+        table.add_column(HEADINGS[i], justify=justify, width=width)
     for row in shown:
         cells = [Text(row[i]) for i in widths]
         cells[1].stylize(_COLOURS[row[1]])
@@ -82,18 +82,24 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
 
 
 def _fitting(shown: list[list[str]], width: int) -> dict[int, int]:
-    """Columns that say something and fit `width`, with their own least widths.
+    """Columns that say something and fit `width`, each with its own width.
 
-    What has no room stands in the report.
+    Headings are broken before a column is left out; what has no room stands in the report.
     """
-    least = {
-        i: max(len(word) for word in [*heading.split(), *(row[i] for row in shown)])
-        for i, heading in enumerate(HEADINGS)
-        if i < 2 or any(row[i] != ABSENT for row in shown)
-    }
-    for name in _FIRST_TO_GO:
+
+    def longest(i: int, heading: list[str]) -> int:
+        return max(len(text) for text in [*heading, *(row[i] for row in shown)])
+
+    def fits(widths: dict[int, int]) -> bool:
         # Each column has a space on both sides and one border; the table has one more.
-        if 1 + sum(3 + each for each in least.values()) <= width:
+        return 1 + sum(3 + each for each in widths.values()) <= width
+
+    told = [i for i in range(len(HEADINGS)) if i < 2 or any(row[i] != ABSENT for row in shown)]
+    widths = {i: longest(i, [HEADINGS[i]]) for i in told}
+    if not fits(widths):
+        widths = {i: longest(i, HEADINGS[i].split()) for i in told}
+    for name in _FIRST_TO_GO:
+        if fits(widths):
             break
-        least.pop(HEADINGS.index(name), None)
-    return least
+        widths.pop(HEADINGS.index(name), None)
+    return widths

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpsgd_track.comparison.group import GroupComparison
-from dpsgd_track.report.charts import headline_charts
+from dpsgd_track.report.charts import figures
 from dpsgd_track.report.html import chart_html, html
 from dpsgd_track.report.markdown import markdown
 from dpsgd_track.report.numbers import drift_json
@@ -41,9 +41,10 @@ def write_report(
     `tell` is given one line if pictures were asked for and could not be drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    charts = headline_charts(comparison)
+    drawn = figures(comparison)
+    charts = [chart for chart in drawn if chart.alone]
     texts = {
-        "report.html": html(comparison),
+        "report.html": html(comparison, drawn),
         "report.md": markdown(comparison),
         "summary.txt": summary(comparison),
         "drift.json": drift_json(comparison),
