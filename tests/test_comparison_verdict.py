@@ -131,6 +131,19 @@ def test_noise_of_another_size_is_a_bug_and_named_noise() -> None:
     assert "First failing stage: noise at step 0" in sentence(comparison)
 
 
+def test_wrong_sum_with_the_right_noise_is_not_blamed_on_the_noise() -> None:
+    right = record("accuracy")
+    wrong = scaled(right, "gradient_sketch", 1.05, (1, 2))
+    wrong = replace(
+        wrong, noised_sketch=wrong.gradient_sketch + right.noised_sketch - right.gradient_sketch
+    )
+    comparison = with_record("accuracy", wrong)
+    pair = comparison.regimes[0].pair(MODE)
+    assert pair is not None
+    assert pair.drifts["noise"].max < 1e-12
+    assert "First failing stage: clipped sum at step 1" in sentence(comparison)
+
+
 def test_rounding_noise_in_a_gradient_that_is_zero_by_mathematics_passes() -> None:
     ours = put(record("clip"), "gradient_sketch", 1e-7, (..., 1, slice(None)))
     theirs = put(record("clip"), "gradient_sketch", -2e-7, (..., 1, slice(None)))
