@@ -1,0 +1,257 @@
+"""What the numbers mean: PASS, DRIFT, BUG or INCONCLUSIVE, each with a sentence saying why."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpsgd_track.comparison.drift import LOSS, Drift, Pair
+from dpsgd_track.comparison.finite import not_finite
+from dpsgd_track.comparison.floor import Floor
+from dpsgd_track.comparison.ladder import FirstFailure, first_failure, unlike_inputs
+from dpsgd_track.config import Thresholds
+from dpsgd_track.modes.table import MODES
+from dpsgd_track.tracking import names
+from dpsgd_track.tracking.reader import FAILED, FINISHED, ModeRun
+from dpsgd_track.tracking.trajectory import Trajectory
+
+COVERAGE = (0.2, 0.8)
+"""Fraction of samples that the mixed half of the clip regime must clip to show anything."""
+
+
+_NOT_FINITE = "not-finite"
+
+
+class Verdict(enum.StrEnum):
+    """Ordered by severity."""
+
+    PASS = "PASS"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    DRIFT = "DRIFT"
+    BUG = "BUG"
+
+    @property
+    def severity(self) -> int:
+        """0 for PASS, 3 for BUG."""
+        return list(Verdict).index(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One reason for a verdict other than PASS."""
+
+    verdict: Verdict
+    regime: str
+    sentence: str
+    against: str = ""
+    """Label of the baseline; empty where none is involved."""
+    observable: str = ""
+    value: float | None = None
+    threshold: float | None = None
+    floor: float | None = None
+    step: int | None = None
+    where: str = ""
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The most severe of `verdicts`; PASS for none."""
+    return max(verdicts, key=lambda v: v.severity, default=Verdict.PASS)
+
+
+def number(value: float | None) -> str:
+    """`value` to two or three significant digits: `3.1e-08`, `0.0123`, `not measured`."""
+    if value is None or math.isnan(value):
+        return "not measured" if value is None else "NaN"
+    if value == 0 or 1e-2 <= abs(value) < 1e4:
+        return f"{value:.3g}"
+    return f"{value:.1e}"
+
+
+def judge_run(run: ModeRun) -> Iterator[Finding]:
+    """What a run says of itself, before it is compared: how it ended, and NaN."""
+    reason = f": {run.reason.rstrip('. ')}" if run.reason else ""
+    if run.status != FINISHED:
+        # The worker stopped because of what it computed, which is a result.
+        broke = run.status == FAILED and _NOT_FINITE in run.reason.lower()
+        yield Finding(
+            verdict=Verdict.BUG if broke else Verdict.INCONCLUSIVE,
+            regime=run.regime,
+            sentence=f"its run in {run.regime} is {run.status}{reason}",
+        )
+    if run.trajectory_missing and run.status == FINISHED:
+        yield Finding(
+            verdict=Verdict.INCONCLUSIVE,
+            regime=run.regime,
+            sentence=f"its record of {run.regime} is incomplete: {run.trajectory_missing}",
+        )
+    if run.trajectory is None:
+        return
+    for bad in not_finite(run.trajectory):
+        yield Finding(
+            verdict=Verdict.BUG,
+            regime=run.regime,
+            sentence=f"{bad.title} is {bad.value} in {run.regime} at step {bad.step}"
+            + (f", {bad.where}" if bad.where else ""),
+            observable=bad.field,
+            value=bad.value,
+            step=bad.step,
+            where=bad.where,
+        )
+    yield from _unobserved(run, run.trajectory)
+
+
+def _unobserved(run: ModeRun, trajectory: Trajectory) -> Iterator[Finding]:
+    # A built-in mode that clips has per-sample norms; without them its clipping was not checked.
+    # Someone's own mode may have no way to tell them.
+    norms = trajectory.sample_norm
+    clips = run.mode in MODES and MODES[run.mode].is_private
+    if clips and norms.size and np.isnan(norms).all():
+        yield Finding(
+            verdict=Verdict.INCONCLUSIVE,
+            regime=run.regime,
+            sentence=f"it recorded no per-sample gradient norms in {run.regime}",
+            observable="sample_norm",
+        )
+
+
+def judge_coverage(run: ModeRun) -> Iterator[Finding]:
+    """Whether the reference clipped some samples and spared some in the clip regime."""
+    trajectory = run.trajectory
+    if trajectory is None:
+        return
+    mixed = trajectory.clip_fraction[trajectory.clip_fraction < 1]
+    share = float(mixed.mean()) if mixed.size else 1.0
+    low, high = COVERAGE
+    if not low <= share <= high:
+        yield Finding(
+            verdict=Verdict.INCONCLUSIVE,
+            regime=run.regime,
+            sentence=f"the reference clipped {share:.0%} of the samples in {run.regime} where "
+            f"{low:.0%} to {high:.0%} were meant, so clipping was not put to the test",
+            observable="clip_fraction",
+            value=share,
+        )
+
+
+def judge_likeness(baseline: ModeRun, mode: ModeRun) -> Iterator[Finding]:
+    """Whether two runs did the same thing, so that a difference between them means something."""
+    ours, theirs = baseline.trajectory, mode.trajectory
+    if ours is None or theirs is None:
+        return
+    reasons = []
+    unlike = unlike_inputs(ours, theirs)
+    if unlike:
+        reasons.append(f"other {unlike.sentence}")
+    if _differ(ours.noise_std, theirs.noise_std):
+        reasons.append(f"noise of {number(theirs.noise_std)}, not {number(ours.noise_std)}")
+    elif max(ours.noise_std, theirs.noise_std) > 0 and not all(
+        run.tags.get(names.NOISE_MATCHED) == "true" for run in (baseline, mode)
+    ):
+        reasons.append(f"noise of its own ({names.NOISE_MATCHED} is not true)")
+    _, i, j = np.intersect1d(ours.step, theirs.step, return_indices=True)
+    if any(map(_differ, ours.max_grad_norm[i].tolist(), theirs.max_grad_norm[j].tolist())):
+        reasons.append("other clipping bounds")
+    divisors = ours.expected_batch_size, theirs.expected_batch_size
+    if all(divisors) and divisors[0] != divisors[1]:
+        reasons.append(f"an expected batch size of {divisors[1]}, not {divisors[0]}")
+    if reasons:
+        yield Finding(
+            verdict=Verdict.INCONCLUSIVE,
+            regime=mode.regime,
+            sentence=f"cannot be compared with {baseline.label} in {mode.regime}: "
+            f"it ran with {' and '.join(reasons)}",
+            against=baseline.label,
+            step=unlike.step if unlike else None,
+        )
+
+
+def _differ(ours: float, theirs: float) -> bool:
+    # NaN means unknown. 1e-6: the bound may have passed through float32 on one side.
+    known = math.isfinite(ours) and math.isfinite(theirs)
+    return known and not math.isclose(ours, theirs, rel_tol=1e-6)
+
+
+def judge_gaps(pair: Pair) -> list[Finding]:
+    """One finding for each kind of thing that only one side has."""
+    return [
+        Finding(
+            verdict=Verdict.INCONCLUSIVE,
+            regime=pair.regime,
+            sentence=f"compared with {pair.baseline} in {pair.regime} only in part: {gap.sentence}",
+            against=pair.baseline,
+        )
+        for gap in pair.gaps
+    ]
+
+
+def judge_pair(
+    pair: Pair, thresholds: Thresholds, floor: Floor | None
+) -> tuple[list[Finding], FirstFailure | None]:
+    """Every gap and every drift over its threshold, and the stage that failed first."""
+    found = judge_gaps(pair)
+    if not pair.drifts:
+        found.append(
+            Finding(
+                verdict=Verdict.INCONCLUSIVE,
+                regime=pair.regime,
+                sentence=f"has nothing in common with {pair.baseline} in {pair.regime}",
+                against=pair.baseline,
+            )
+        )
+    failure = first_failure(pair, thresholds, floor)
+    drifts = [
+        finding
+        for name, drift in pair.drifts.items()
+        if name != "final_loss"  # a loss like any other, and judged as such
+        and (finding := _judge_drift(pair, drift, thresholds, floor))
+    ]
+    # The worst drift leads, and of equals the one that the stage which failed first shows.
+    first = failure.observable if failure else ""
+    drifts.sort(key=lambda f: (-f.verdict.severity, f.observable != first))
+    return found + drifts, failure
+
+
+def _judge_drift(
+    pair: Pair, drift: Drift, thresholds: Thresholds, floor: Floor | None
+) -> Finding | None:
+    observable = drift.observable
+    threshold = float(getattr(thresholds, observable.threshold))
+    if drift.max <= threshold:
+        return None
+    measured = floor.of(observable.name) if floor else None
+    verdict, held_to = Verdict.DRIFT, threshold
+    if drift.relative_max > thresholds.bug:
+        verdict, held_to = Verdict.BUG, thresholds.bug
+    shown = f"floor {number(measured)}"
+    if measured is not None and measured > threshold and drift.max <= 2 * measured:
+        verdict, held_to = Verdict.INCONCLUSIVE, threshold
+        shown = f"cannot be told from rounding: floor {number(measured)} above the threshold"
+    kind = "relative" if observable.is_relative else "absolute"
+    kind += ", estimated from projections" * observable.is_estimate
+    as_fraction = (
+        f", {number(drift.relative_max)} of the loss" if observable.threshold == LOSS else ""
+    )
+    where = f", {drift.where}" if drift.where else ""
+    limits = (
+        f"bug threshold {number(held_to)}"
+        if verdict is Verdict.BUG
+        else (f"threshold {number(held_to)}")
+    )
+    return Finding(
+        verdict=verdict,
+        regime=pair.regime,
+        sentence=f"{observable.title} differs from {pair.baseline} in {pair.regime} by "
+        f"{number(drift.max)} ({kind}{as_fraction}; {limits}; {shown}) "
+        f"at step {drift.step}{where}",
+        against=pair.baseline,
+        observable=observable.name,
+        value=drift.max,
+        threshold=held_to,
+        floor=measured,
+        step=drift.step,
+        where=drift.where,
+    )

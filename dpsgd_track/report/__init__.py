@@ -1,0 +1,1 @@
+"""Charts and texts made from a `GroupComparison`: HTML, Markdown, PNG, JSON, terminal."""

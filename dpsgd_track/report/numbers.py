@@ -1,0 +1,125 @@
+"""`drift.json`: every number of the comparison, as strict JSON with a versioned schema.
+
+A number that JSON has no literal for is a string ("Infinity", "-Infinity") or null (NaN).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dpsgd_track.comparison.drift import Drift, Pair
+from dpsgd_track.comparison.group import GroupComparison, ModeVerdict, RegimeComparison
+from dpsgd_track.report.table import rows
+
+SCHEMA = "dpsgd-track/drift"
+SCHEMA_VERSION = 1
+
+
+def drift_json(comparison: GroupComparison) -> str:
+    """The comparison as JSON text."""
+    group = comparison.group
+    document = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "group": group.name,
+        "group_run_id": group.run_id,
+        "verdict": comparison.verdict,
+        "sentence": comparison.sentence,
+        "thresholds": dataclasses.asdict(comparison.thresholds),
+        "table": [dataclasses.asdict(row) for row in rows(comparison)],
+        "modes": [_mode(mode) for mode in comparison.modes],
+        "regimes": [_regime(regime) for regime in comparison.regimes],
+        "runs": [
+            {
+                key: getattr(run, key)
+                for key in (
+                    "mode",
+                    "regime",
+                    "variant",
+                    "replay",
+                    "run_id",
+                    "status",
+                    "reason",
+                    "trajectory_missing",
+                )
+            }
+            for run in group.runs
+        ],
+    }
+    return json.dumps(strict(document), indent=1, allow_nan=False) + "\n"
+
+
+def strict(value: Any) -> Any:
+    """`value` with arrays as lists and without numbers that JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return strict(value.tolist())
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+    return value
+
+
+def _mode(mode: ModeVerdict) -> dict[str, Any]:
+    return {
+        "label": mode.label,
+        "verdict": mode.verdict,
+        "sentence": mode.sentence,
+        "findings": [dataclasses.asdict(finding) for finding in mode.findings],
+        "first_failures": [
+            {"regime": regime, "against": against, **dataclasses.asdict(failure)}
+            for (regime, against), failure in mode.failures.items()
+        ],
+    }
+
+
+def _regime(regime: RegimeComparison) -> dict[str, Any]:
+    return {
+        "name": regime.name,
+        "baseline": regime.baseline,
+        "floor": regime.floor
+        and {
+            "measured_on": regime.floor.measured_on,
+            "values": regime.floor.values,
+        },
+        "pairs": [_pair(pair) for pair in regime.pairs],
+        "largest_of_all_pairs": {
+            name: {"modes": [largest.first, largest.second], **_drift(largest.drift, steps=False)}
+            for name, largest in regime.largest.items()
+        },
+    }
+
+
+def _pair(pair: Pair) -> dict[str, Any]:
+    return {
+        "mode": pair.mode,
+        "baseline": pair.baseline,
+        "drifts": {name: _drift(drift) for name, drift in pair.drifts.items()},
+        "not_computed": pair.not_computed,
+        "gaps": [gap.sentence for gap in pair.gaps],
+    }
+
+
+def _drift(drift: Drift, *, steps: bool = True) -> dict[str, Any]:
+    series = {"steps": drift.steps, "per_step": drift.per_step, "by_item": drift.by_item}
+    return {
+        "max": drift.max,
+        "mean": drift.mean,
+        "std": drift.std,
+        "step": drift.step,
+        "where": drift.where,
+        "baseline_value": drift.baseline_value,
+        "mode_value": drift.other_value,
+        "relative": drift.relative_max,
+        "is_relative": drift.observable.is_relative,
+        "is_estimate": drift.observable.is_estimate,
+        **(series if steps else {}),
+    }

@@ -1,0 +1,184 @@
+"""The table of modes that every form of the report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpsgd_track.comparison.drift import OBSERVABLES
+from dpsgd_track.comparison.group import GroupComparison, RegimeComparison
+from dpsgd_track.comparison.verdict import Verdict, number
+from dpsgd_track.config import ACCURACY, TRAIN
+from dpsgd_track.modes.table import BASELINE
+from dpsgd_track.tracking.reader import FINISHED, ModeRun
+from dpsgd_track.tracking.trajectory import Floats
+
+DRIFT_COLUMNS = {
+    "loss": "Δ loss",
+    "grad_norm": "Δ grad norm",
+    "sample_norm": "Δ sample norm",
+    "gradient": "Δ clipped sum",
+}
+"""Observables with a column of their own, and its heading."""
+
+HEADINGS = (
+    "mode",
+    "verdict",
+    "final loss",
+    "mean grad norm",
+    *DRIFT_COLUMNS.values(),
+    "step ms",
+    "× no_dp",
+    "peak GiB",
+)
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One mode; None where it has no such number."""
+
+    label: str
+    verdict: Verdict
+    status: str
+    """FINISHED, or what became of its runs that did not finish."""
+    final_loss: float | None
+    mean_grad_norm: float | None
+    drifts: Mapping[str, float | None]
+    """Largest over the regimes, against the baseline and the reference."""
+    step_time_ms: float | None
+    """Median, of the regime that the losses are from."""
+    overhead: float | None
+    """Step time over that of no_dp."""
+    peak_memory_gib: float | None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """As text, in the order of HEADINGS."""
+        return (
+            self.label,
+            self.verdict.value,
+            ABSENT if self.final_loss is None else f"{self.final_loss:.6f}",
+            _shown(self.mean_grad_norm, 5),
+            *(ABSENT if v is None else number(v) for v in self.drifts.values()),
+            _shown(self.step_time_ms, 4),
+            ABSENT if self.overhead is None else f"{self.overhead:.2f}",
+            _shown(self.peak_memory_gib, 3),
+        )
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return ABSENT if value is None else f"{value:.{digits}g}"
+
+
+def rows(comparison: GroupComparison) -> tuple[Row, ...]:
+    """One row for each mode, in the launcher's order."""
+    return tuple(
+        _row(comparison, mode.label, mode.verdict, _runs_of(comparison, mode.label))
+        for mode in comparison.modes
+    )
+
+
+def main_regime(comparison: GroupComparison) -> RegimeComparison | None:
+    """The regime that losses and times are quoted from: the one in which weights move."""
+    order = (ACCURACY, TRAIN)
+    ranked = sorted(
+        comparison.regimes, key=lambda r: order.index(r.name) if r.name in order else len(order)
+    )
+    return ranked[0] if ranked else None
+
+
+def _runs_of(comparison: GroupComparison, label: str) -> list[ModeRun]:
+    return [run for run in comparison.group.runs if label == run.title]
+
+
+def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[ModeRun]) -> Row:
+    main = main_regime(comparison)
+    preferred = sorted(runs, key=lambda run: main is None or run.regime != main.name)
+    run = next((r for r in preferred if r.trajectory and r.trajectory.num_steps), None)
+    trajectory = run.trajectory if run else None
+    drifts = {name: _largest(comparison, label, runs, name) for name in DRIFT_COLUMNS}
+    broken = [f"{r.regime} {r.status}" for r in runs if r.status != FINISHED]
+    time = _median(trajectory.step_time_ms) if trajectory else None
+    base = _baseline_time(comparison, run.regime) if run else None
+    return Row(
+        label=label,
+        verdict=verdict,
+        status=", ".join(broken) or FINISHED,
+        final_loss=float(trajectory.loss[-1]) if trajectory else None,
+        mean_grad_norm=float(np.mean(trajectory.grad_norm)) if trajectory else None,
+        drifts=drifts,
+        step_time_ms=time,
+        overhead=time / base if time and base else None,
+        peak_memory_gib=_peak(trajectory.peak_memory_gib) if trajectory else None,
+    )
+
+
+def _largest(
+    comparison: GroupComparison, label: str, runs: list[ModeRun], observable: str
+) -> float | None:
+    values: list[float] = []
+    for regime in comparison.regimes:
+        values += [
+            pair.drifts[observable].max
+            for pair in regime.pairs
+            if pair.mode == label and observable in pair.drifts
+        ]
+        is_replay = any(run.replay and run.regime == regime.name for run in runs)
+        measured = regime.floor.of(observable) if regime.floor and is_replay else None
+        if measured is not None:
+            values.append(measured)
+    return max(values, default=None)
+
+
+def _baseline_time(comparison: GroupComparison, regime: str) -> float | None:
+    for run in comparison.group.runs:
+        if run.label == BASELINE and run.regime == regime and not run.replay and run.trajectory:
+            return _median(run.trajectory.step_time_ms)
+    return None
+
+
+def _median(values: Floats) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else None
+
+
+def _peak(values: Floats) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.max()) if known.size else None
+
+
+def consistency(comparison: GroupComparison) -> list[tuple[str, str, str, str, str, str]]:
+    """(regime, mode against baseline, observable, mean, std, max) of every pair's main drifts."""
+    return [
+        (
+            regime.name,
+            f"{pair.mode} vs {pair.baseline}",
+            OBSERVABLES[name].title,
+            number(drift.mean),
+            number(drift.std),
+            number(drift.max),
+        )
+        for regime in comparison.regimes
+        for pair in regime.pairs
+        for name in DRIFT_COLUMNS
+        if (drift := pair.drifts.get(name))
+    ]
+
+
+def floors(comparison: GroupComparison) -> list[tuple[str, str, str, str, str]]:
+    """(regime, observable, floor, threshold, largest drift over all pairs and whose)."""
+    return [
+        (
+            regime.name,
+            OBSERVABLES[name].title,
+            number(regime.floor.of(name) if regime.floor else None),
+            number(getattr(comparison.thresholds, OBSERVABLES[name].threshold)),
+            f"{number(largest.drift.max)} ({largest.second} vs {largest.first})",
+        )
+        for regime in comparison.regimes
+        for name, largest in regime.largest.items()
+    ]

@@ -1,0 +1,105 @@
+"""`summary.txt`, and the same table in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dpsgd_track.comparison.group import GroupComparison
+from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_COLOURS = {"PASS": "green", "DRIFT": "yellow", "BUG": "red", "INCONCLUSIVE": "magenta"}
+_FIRST_TO_GO = (
+    "mean grad norm",
+    "peak GiB",
+    "step ms",
+    "Δ grad norm",
+    "× no_dp",
+    "Δ sample norm",
+    "Δ clipped sum",
+    "final loss",
+    "Δ loss",
+)
+
+
+def summary(comparison: GroupComparison) -> str:
+    """The known table, the consistency analysis, and the verdict in sentences."""
+    table = [(row.label, row.cells[2], row.cells[3], row.status) for row in rows(comparison)]
+    parts = [
+        f"Group {comparison.group.name}",
+        _columns(("mode", "final loss", "average gradient norm", "status"), table),
+        "Consistency analysis (differences over the steps)",
+        _columns(("regime", "modes", "observable", "mean", "std", "max"), consistency(comparison))
+        if any(regime.pairs for regime in comparison.regimes)
+        else "Nothing to compare.",
+        f"Verdict: {comparison.verdict}",
+        "\n".join(f"{mode.verdict:<12}  {mode.sentence}" for mode in comparison.modes),
+        comparison.sentence,
+    ]
+    return "\n\n".join(_printable(part) for part in parts) + "\n"
+
+
+def _printable(text: str) -> str:
+    # Control characters in a name could rewrite what the terminal shows.
+    return "".join(c if c == "\n" or c.isprintable() else "�" for c in text)
+
+
+def _columns(heading: Sequence[str], table: Sequence[Sequence[str]]) -> str:
+    lines = [tuple(heading), *(tuple(line) for line in table)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+    text = ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in text)
+
+
+def print_table(comparison: GroupComparison, console: Console) -> None:
+    """Print the table of modes and the verdict; names are shown literally."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(_printable(comparison.group.name)))
+    shown = [[_printable(cell) for cell in row.cells] for row in rows(comparison)]
+    widths = _fitting(shown, console.width)
+    for i, width in widths.items():
+        justify: Any = "left" if i < 2 else "right"
+        table.add_column(HEADINGS[i], justify=justify, width=width)
+    for row in shown:
+        cells = [Text(row[i]) for i in widths]
+        cells[1].stylize(_COLOURS[row[1]])
+        table.add_row(*cells)
+    console.print(table)
+    # A log is wrapped by whoever shows it.
+    soft = not console.is_terminal
+    for mode in comparison.modes:
+        line = Text(f"{mode.verdict:<12}  ", style=_COLOURS[mode.verdict])
+        line.append(_printable(mode.sentence), style="default")
+        console.print(line, soft_wrap=soft)
+    verdict = Text(_printable(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
+    console.print(verdict, soft_wrap=soft)
+
+
+def _fitting(shown: list[list[str]], width: int) -> dict[int, int]:
+    """Columns that say something and fit `width`, each with its own width.
+
+    Headings are broken before a column is left out; what has no room stands in the report.
+    """
+
+    def longest(i: int, heading: list[str]) -> int:
+        return max(len(text) for text in [*heading, *(row[i] for row in shown)])
+
+    def fits(widths: dict[int, int]) -> bool:
+        # Each column has a space on both sides and one border; the table has one more.
+        return 1 + sum(3 + each for each in widths.values()) <= width
+
+    told = [i for i in range(len(HEADINGS)) if i < 2 or any(row[i] != ABSENT for row in shown)]
+    widths = {i: longest(i, [HEADINGS[i]]) for i in told}
+    if not fits(widths):
+        widths = {i: longest(i, HEADINGS[i].split()) for i in told}
+    for name in _FIRST_TO_GO:
+        if fits(widths):
+            break
+        widths.pop(HEADINGS.index(name), None)
+    return widths

@@ -1,0 +1,64 @@
+"""Writes every file of the report into one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from dpsgd_track.comparison.group import GroupComparison
+from dpsgd_track.report.charts import figures
+from dpsgd_track.report.html import chart_html, html
+from dpsgd_track.report.markdown import markdown
+from dpsgd_track.report.numbers import drift_json
+from dpsgd_track.report.png import PngSkipped, write_png
+from dpsgd_track.report.text import summary
+
+_LONGEST = 80
+
+
+def folder_name(group: str) -> str:
+    """`group` as the name of one folder: no separators, no dots in front, not too long.
+
+    A name that had to change carries a digest of the original, so that two never share a folder.
+    """
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", group).lstrip(".-")[:_LONGEST]
+    if safe == group:
+        return safe
+    return f"{safe or 'group'}-{hashlib.sha256(group.encode()).hexdigest()[:8]}"
+
+
+def write_report(
+    comparison: GroupComparison,
+    folder: Path,
+    png: bool = True,
+    tell: Callable[[str], None] = print,
+) -> list[Path]:
+    """Write the report into `folder`, which is made, and return the files.
+
+    A PNG of an earlier report does not stay beside a newer HTML: it is removed.
+    `tell` is given one line if pictures were asked for and could not be drawn.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = figures(comparison)
+    charts = [chart for chart in drawn if chart.alone]
+    texts = {
+        "report.html": html(comparison, drawn),
+        "report.md": markdown(comparison),
+        "summary.txt": summary(comparison),
+        "drift.json": drift_json(comparison),
+        **{f"{chart.name}.html": chart_html(chart, comparison.group.name) for chart in charts},
+    }
+    files = []
+    for name, text in texts.items():
+        files.append(folder / name)
+        files[-1].write_text(text, encoding="utf-8")
+    for chart in charts:
+        (folder / f"{chart.name}.png").unlink(missing_ok=True)
+    if png:
+        try:
+            files += write_png(charts, folder)
+        except PngSkipped as skipped:
+            tell(str(skipped))
+    return files

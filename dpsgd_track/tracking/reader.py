@@ -1,0 +1,325 @@
+"""Reads a run group back from the tracking server, and from nowhere else.
+
+The exact record is each mode run's `trajectory.npz`. A run that died before uploading it is
+read from its metric history: enough to see how far it got, never enough to pass.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.tracking import names
+from dpsgd_track.tracking.trajectory import Floats, Trajectory
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+MISSING = "MISSING"
+"""Status of a run that the launcher set out to do and that is not on the server."""
+FINISHED, FAILED = "FINISHED", "FAILED"
+
+_PAGE = 1000
+_NEWEST_SHOWN = 5
+# SQL stores hold an infinity as the largest float64.
+_STORED_INFINITY = 1.7e308
+
+
+class GroupNotFound(LookupError):
+    """Nothing to compare; the message says what was looked for and what is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeRun:
+    """One mode in one regime, as the server knows it."""
+
+    mode: str
+    regime: str
+    variant: str = ""
+    """Name of the code it ran; empty for the installed code."""
+    replay: str = ""
+    """`permuted` for a replay that measures the floor; empty otherwise."""
+    run_id: str = ""
+    """Empty when the run is missing."""
+    status: str = MISSING
+    """FINISHED, FAILED, KILLED, RUNNING, SCHEDULED or MISSING."""
+    reason: str = ""
+    """Why the run failed, as its worker reported it."""
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    trajectory: Trajectory | None = None
+    trajectory_missing: str = ""
+    """Why there is no trajectory, or only one rebuilt from metrics; empty when it is exact."""
+
+    @property
+    def label(self) -> str:
+        """Name in tables and charts: `mode` or `mode@variant`."""
+        return f"{self.mode}@{self.variant}" if self.variant else self.mode
+
+    @property
+    def title(self) -> str:
+        """`label`, told apart from its replay: `no_dp (permuted)`."""
+        return f"{self.label} ({self.replay})" if self.replay else self.label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One launch: everything that is compared together."""
+
+    name: str
+    run_id: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    start_time_ms: int
+    """Unix time."""
+    runs: tuple[ModeRun, ...]
+    """Mode runs, replays and missing ones included, in the launcher's order."""
+    rank_statuses: Mapping[str, int] = field(default_factory=dict)
+    """How many rank runs have each status."""
+    superseded: int = 0
+    """Earlier attempts of the same mode and regime, left out."""
+
+
+def open_client(tracking_uri: str) -> MlflowClient:
+    """A client of the store at `tracking_uri`, which must exist: reading creates nothing.
+
+    Raises:
+        GroupNotFound: an SQLite file that is not there.
+    """
+    if tracking_uri.startswith("sqlite:"):
+        path = Path(re.sub(r"^sqlite:/{0,3}", "", tracking_uri).partition("?")[0])
+        if not path.is_file():
+            raise GroupNotFound(
+                f"tracking_uri={redact_uri(tracking_uri)!r}: expected an existing SQLite file. "
+                "Launch a group first, or check --tracking-uri."
+            )
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+def find_group(client: MlflowClient, settings: Settings, wanted: str) -> Run:
+    """The group run that `wanted` names: a group's name, a run id, or `latest`.
+
+    Of several groups with one name the newest is meant. The id of a mode or rank run stands
+    for its group.
+
+    Raises:
+        GroupNotFound: the experiment or the group does not exist.
+    """
+    experiment = client.get_experiment_by_name(settings.experiment)
+    if experiment is None:
+        raise GroupNotFound(
+            f"experiment={settings.experiment!r}: expected an experiment of "
+            f"{redact_uri(settings.tracking_uri)}. Launch a group first, or check --config."
+        )
+    groups = list(_search(client, experiment.experiment_id, names.KIND_GROUP))
+    groups.sort(key=lambda run: run.info.start_time or 0, reverse=True)
+    if wanted == "latest" and groups:
+        return groups[0]
+    for name in (wanted, _group_of_run(client, wanted)):
+        for run in groups:
+            if name and name in (run.info.run_id, run.info.run_name, run.data.tags[names.GROUP]):
+                return run
+    newest = ", ".join(run.data.tags[names.GROUP] for run in groups[:_NEWEST_SHOWN])
+    raise GroupNotFound(
+        f"group={wanted!r}: expected a group's name, a run id or latest. "
+        + (f"The newest groups: {newest}." if newest else "The experiment holds no group.")
+    )
+
+
+def _group_of_run(client: MlflowClient, run_id: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    if not re.fullmatch(r"[0-9a-f]{32}", run_id):
+        return ""
+    try:
+        return str(client.get_run(run_id).data.tags.get(names.GROUP, ""))
+    except MlflowException:
+        return ""
+
+
+def _search(client: MlflowClient, experiment_id: str, kind: str) -> Iterator[Run]:
+    # Names are matched in Python: a quote in a name would break out of a filter string.
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id],
+            filter_string=f"tags.`{names.KIND}` = '{kind}'",
+            max_results=_PAGE,
+            order_by=["attributes.start_time DESC"],
+            page_token=token,
+        )
+        yield from (run for run in page if names.GROUP in run.data.tags)
+        token = page.token
+        if not token:
+            return
+
+
+def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:
+    """The group that `wanted` names, with the trajectory of each mode run.
+
+    Raises:
+        GroupNotFound: nothing matches.
+    """
+    run = find_group(client, settings, wanted)
+    name = run.data.tags[names.GROUP]
+    experiment_id = run.info.experiment_id
+    attempts = [
+        child
+        for child in _search(client, experiment_id, names.KIND_MODE)
+        if child.data.tags.get(names.PARENT_RUN) == run.info.run_id
+    ]
+    newest: dict[tuple[str, ...], Run] = {}
+    for child in attempts:  # newest first
+        newest.setdefault(_key(child), child)
+    mode_ids = {child.info.run_id for child in newest.values()}
+    ranks = Counter(
+        rank.info.status
+        for rank in _search(client, experiment_id, names.KIND_RANK)
+        if rank.data.tags.get(names.PARENT_RUN) in mode_ids
+    )
+    expected = _expected(run.data.tags.get(names.EXPECTED_RUNS, "[]"))
+    unexpected = sorted(newest.keys() - set(expected))
+    return Group(
+        name=name,
+        run_id=run.info.run_id,
+        tags=dict(run.data.tags),
+        params=dict(run.data.params),
+        start_time_ms=run.info.start_time or 0,
+        runs=tuple(
+            _mode_run(client, key, newest.get(key))
+            for key in [*dict.fromkeys(expected), *unexpected]
+        ),
+        rank_statuses=dict(ranks),
+        superseded=len(attempts) - len(newest),
+    )
+
+
+def _key(run: Run) -> tuple[str, ...]:
+    tags = run.data.tags
+    return tuple(
+        tags.get(tag, "") for tag in (names.MODE, names.REGIME, names.VARIANT, names.REPLAY)
+    )
+
+
+def _expected(text: str) -> list[tuple[str, ...]]:
+    try:
+        return [tuple(str(part or "") for part in row) for row in json.loads(text)]
+    except (ValueError, TypeError) as error:
+        raise GroupNotFound(
+            f"{names.EXPECTED_RUNS}={text[:80]!r}: expected a JSON list of "
+            "[mode, regime, variant, replay]. Launch the group again."
+        ) from error
+
+
+def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> ModeRun:
+    mode, regime, variant, replay = key
+    if run is None:
+        return ModeRun(
+            mode=mode,
+            regime=regime,
+            variant=variant,
+            replay=replay,
+            trajectory_missing="the run was never started",
+        )
+    trajectory, missing = _read_trajectory(client, run)
+    return ModeRun(
+        mode=mode,
+        regime=regime,
+        variant=variant,
+        replay=replay,
+        run_id=run.info.run_id,
+        status=run.info.status,
+        reason=run.data.tags.get(names.REASON, ""),
+        params=dict(run.data.params),
+        tags=dict(run.data.tags),
+        trajectory=trajectory,
+        trajectory_missing=missing,
+    )
+
+
+def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None, str]:
+    from mlflow.exceptions import MlflowException
+
+    run_id = run.info.run_id
+    try:
+        with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as folder:
+            path = Path(client.download_artifacts(run_id, names.TRAJECTORY_FILE, folder))
+            # NumPy leaves a torn archive open, which is in the way of removing the folder.
+            if not zipfile.is_zipfile(path):
+                raise ValueError(f"{path.name}: expected a trajectory file. It is torn.")
+            return Trajectory.load(path), ""
+    except ValueError as error:
+        missing = str(error)
+    except (MlflowException, OSError):
+        missing = f"{names.TRAJECTORY_FILE} was not uploaded"
+    trajectory = _from_metrics(client, run_id, run.data.metrics)
+    if trajectory is None:
+        return None, f"{missing}; no metrics were logged"
+    steps = f"{trajectory.num_steps} step{'s' * (trajectory.num_steps != 1)}"
+    return trajectory, f"{missing}; {steps} read from metric history"
+
+
+def _from_metrics(client: MlflowClient, run_id: str, logged: Iterable[str]) -> Trajectory | None:
+    prefixes = (names.LAYER_WEIGHT_NORM, names.LAYER_GRAD_NORM)
+    history: dict[str, dict[int, float]] = {
+        metric: {m.step: _restored(m.value) for m in client.get_metric_history(run_id, metric)}
+        for metric in logged
+        if metric in names.SCALAR_METRICS or metric.startswith(prefixes)
+    }
+    # A step that was cut off while it was logged is a missing step, not a NaN.
+    whole = [history.get(metric, {}).keys() for metric in ("loss", "grad_norm")]
+    steps = sorted(set(whole[0]) & set(whole[1]))
+    if not steps:
+        return None
+
+    def column(metric: str) -> Floats:
+        values = history.get(metric, {})
+        return np.array([values.get(step, np.nan) for step in steps])
+
+    layers = sorted({m.partition("/")[2] for m in history if m.startswith(prefixes)})
+
+    def matrix(prefix: str) -> Floats:
+        return np.array([column(prefix + layer) for layer in layers]).reshape(-1, len(steps)).T
+
+    S = len(steps)
+    scalars: dict[str, Any] = {metric: column(metric) for metric in names.SCALAR_METRICS}
+    if "grad_norm_noised" not in history:
+        scalars["grad_norm_noised"] = scalars["grad_norm"]
+    return Trajectory(
+        step=np.array(steps, dtype=np.int64),
+        **scalars,
+        max_grad_norm=np.full(S, np.nan),
+        layer_names=np.array(layers, dtype=np.str_),
+        layer_weight_norm=matrix(names.LAYER_WEIGHT_NORM),
+        layer_grad_norm=matrix(names.LAYER_GRAD_NORM),
+        sample_index=np.empty((S, 0), dtype=np.int64),
+        sample_loss=np.empty((S, 0)),
+        sample_norm=np.empty((S, 0)),
+        clip_factor=np.empty((S, 0)),
+        parameter_names=np.array([], dtype=np.str_),
+        sample_norm_by_parameter=np.empty((S, 0, 0)),
+        gradient_sketch=np.empty((S, 0, 1)),
+        noised_sketch=np.empty((S, 0, 1)),
+        weight_sketch=np.empty((S, 0, 1)),
+        data_hash=np.full(S, "", dtype=np.str_),
+        initial_weights_hash="",
+        noise_std=float("nan"),
+        expected_batch_size=0,
+    )
+
+
+def _restored(value: float) -> float:
+    return value if abs(value) < _STORED_INFINITY or value != value else np.copysign(np.inf, value)

@@ -1,0 +1,171 @@
+"""Reading groups back from a store."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_group import Store, compared, healthy_runs, mode_run, scaled, trajectory, verdicts
+
+from dpsgd_track.comparison import compare_group
+from dpsgd_track.config import Settings, Thresholds
+from dpsgd_track.tracking import names, reader
+from dpsgd_track.tracking.reader import Group, GroupNotFound, open_client, read_group
+
+RUN = mode_run("flash_fsdp", "clip")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def read(store: Store, wanted: str = "synthetic") -> Group:
+    return read_group(store.client, Settings(tracking_uri=store.uri), wanted)
+
+
+def test_what_was_written_is_read_exactly(store: Store) -> None:
+    written = healthy_runs()
+    store.add_group(written)
+    group = read(store)
+    assert [(r.title, r.regime) for r in group.runs] == [(r.title, r.regime) for r in written]
+    for ours, theirs in zip(group.runs, written, strict=True):
+        assert ours.trajectory is not None
+        assert theirs.trajectory is not None
+        for field in theirs.trajectory.__dataclass_fields__:
+            assert np.array_equal(
+                np.asarray(getattr(ours.trajectory, field)),
+                np.asarray(getattr(theirs.trajectory, field)),
+                equal_nan=np.asarray(getattr(ours.trajectory, field)).dtype.kind == "f",
+            )
+    assert group.rank_statuses == {"FINISHED": len(written)}
+    assert compare_group(group, Thresholds()).verdict == compared(written).verdict == "PASS"
+
+
+def test_group_is_found_by_name_by_id_by_a_childs_id_and_as_latest(store: Store) -> None:
+    first = store.add_group([RUN], "first")
+    second = store.add_group([RUN], 'it\'s "second"')
+    assert read(store, "first").run_id == read(store, first).run_id == first
+    assert read(store, 'it\'s "second"').run_id == second
+    assert read(store, "latest").run_id == second
+    child = read(store, "first").runs[0].run_id
+    assert read(store, child).run_id == first
+
+
+def test_of_two_groups_with_one_name_the_newest_is_read_without_the_others_runs(
+    store: Store,
+) -> None:
+    store.add_group(healthy_runs(), "twice")
+    newest = store.add_group([RUN], "twice")
+    group = read(store, "twice")
+    assert (group.run_id, len(group.runs)) == (newest, 1)
+
+
+def test_unknown_group_lists_the_newest(store: Store) -> None:
+    for i in range(7):
+        store.add_group([], f"group-{i}")
+    with pytest.raises(GroupNotFound, match=r"The newest groups: group-6, .*group-2\.$"):
+        read(store, "absent")
+    with pytest.raises(GroupNotFound):
+        read(store, "0" * 32)
+
+
+def test_empty_store_is_told_apart(store: Store) -> None:
+    with pytest.raises(GroupNotFound, match="holds no group"):
+        read(store, "latest")
+    with pytest.raises(GroupNotFound, match="experiment='other'"):
+        read_group(store.client, Settings(experiment="other"), "latest")
+
+
+@pytest.mark.parametrize("slashes", ["///", "////"])
+def test_reading_creates_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slashes: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = "absent.db" if slashes == "///" else str(tmp_path / "absent.db")[1:]
+    with pytest.raises(GroupNotFound, match="expected an existing SQLite file"):
+        open_client(f"sqlite:{slashes}{path}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_runs_than_a_page_are_all_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_PAGE", 2)
+    store.add_group(healthy_runs(), "paged")
+    for i in range(3):
+        store.add_group([], f"later-{i}")
+    assert len(read(store, "paged").runs) == len(healthy_runs())
+
+
+def test_expected_run_that_is_absent_is_missing_and_never_passes(store: Store) -> None:
+    store.add_group([r for r in healthy_runs() if r.mode != "flash_fsdp"], expected=healthy_runs())
+    group = read(store)
+    assert [r.status for r in group.runs].count("MISSING") == 2
+    assert verdicts(compare_group(group, Thresholds()))["flash_fsdp"] == "INCONCLUSIVE"
+
+
+def test_run_that_nobody_expected_is_read_too(store: Store) -> None:
+    store.add_group(healthy_runs(), expected=[])
+    assert len(read(store).runs) == len(healthy_runs())
+
+
+def test_newest_attempt_of_a_mode_counts(store: Store) -> None:
+    group_id = store.add_group([mode_run("flash_fsdp", "clip", status="FAILED", reason="oom")])
+    store.add_run(RUN, "synthetic", group_id)
+    group = read(store)
+    assert [r.status for r in group.runs] == ["FINISHED"]
+    assert group.superseded == 1
+
+
+def test_torn_file_is_a_reason_and_no_crash(store: Store) -> None:
+    group_id = store.add_group([])
+    run_id = store.add_run(replace(RUN, trajectory=None), "synthetic", group_id)
+    path = store.folder / names.TRAJECTORY_FILE
+    trajectory().save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    store.client.log_artifact(run_id, str(path))
+    run = read(store).runs[0]
+    assert run.trajectory is None
+    assert "expected a trajectory file" in run.trajectory_missing
+
+
+def test_file_of_another_schema_is_a_reason_and_no_crash(store: Store) -> None:
+    group_id = store.add_group([])
+    run_id = store.add_run(replace(RUN, trajectory=None), "synthetic", group_id)
+    path = store.folder / names.TRAJECTORY_FILE
+    np.savez(path, schema=np.int64(99))
+    store.client.log_artifact(run_id, str(path))
+    assert "schema 1, got 99" in read(store).runs[0].trajectory_missing
+
+
+def test_run_that_died_before_upload_is_read_from_its_metrics(store: Store) -> None:
+    killed = mode_run("flash_fsdp", "clip", status="KILLED")
+    runs = [r for r in healthy_runs() if (r.mode, r.regime) != ("flash_fsdp", "clip")]
+    group_id = store.add_group(runs)
+    run_id = store.add_run(killed, "synthetic", group_id)
+    record = trajectory(noise_std=0.0)
+    store.log_metrics(run_id, scaled(record, "loss", np.inf, 2))
+    store.client.log_metric(run_id, "loss", 1.0, step=9)  # cut off: step 9 has no more
+    group = read(store)
+    run = group.runs[-1]
+    assert run.trajectory is not None
+    assert run.trajectory.step.tolist() == [0, 1, 2, 3]
+    assert run.trajectory.loss.tolist() == [*record.loss[:2], np.inf, record.loss[3]]
+    assert np.array_equal(run.trajectory.layer_grad_norm, record.layer_grad_norm)
+    assert "4 steps read from metric history" in run.trajectory_missing
+    found = compare_group(group, Thresholds())
+    assert verdicts(found)["flash_fsdp"] == "BUG"  # the infinity
+    pair = found.regimes[1].pair("flash_fsdp")
+    assert pair is not None
+    assert pair.drifts["grad_norm"].max == 0
+
+
+def test_unreadable_list_of_expected_runs_is_an_error_and_no_crash(store: Store) -> None:
+    group_id = store.add_group([RUN])
+    store.client.set_tag(group_id, names.EXPECTED_RUNS, "[1, 2]")
+    with pytest.raises(GroupNotFound, match=r"expected a JSON list"):
+        read(store)
+    store.client.set_tag(group_id, names.EXPECTED_RUNS, json.dumps([["a", "clip", None, None]]))
+    assert read(store).runs[0].label == "a"

@@ -1,0 +1,352 @@
+"""The report's files: complete, inert whatever the names, and readable in a browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_group import (
+    compared,
+    group_of,
+    healthy_runs,
+    mode_run,
+    put,
+    scaled,
+    trajectory,
+    with_run,
+)
+
+from dpsgd_track.comparison import GroupComparison, compare_group
+from dpsgd_track.config import Thresholds
+from dpsgd_track.report import png
+from dpsgd_track.report.charts import ZERO, figures
+from dpsgd_track.report.html import html
+from dpsgd_track.report.markdown import LIMIT, markdown, note
+from dpsgd_track.report.numbers import SCHEMA_VERSION, drift_json
+from dpsgd_track.report.table import rows
+from dpsgd_track.report.text import print_table, summary
+from dpsgd_track.report.write import folder_name, write_report
+
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)>|`**[x](http://e.vil)@you%{x}"
+)
+FILES = {
+    "report.html",
+    "report.md",
+    "summary.txt",
+    "drift.json",
+    "loss_trajectory.html",
+    "gradient_norm_comparison.html",
+    "final_loss_comparison.html",
+}
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def hostile() -> GroupComparison:
+    """A group in which every name that a run can bring is an attack."""
+    record = trajectory(noise_std=0.0)
+    names: dict[str, Any] = {
+        key: np.array([HOSTILE + name for name in getattr(record, key)])
+        for key in ("layer_names", "parameter_names")
+    }
+    record = replace(record, **names)
+    wrong = scaled(record, "layer_grad_norm", 1.1, (2, 1))
+    runs = [
+        mode_run("reference", "clip", record),
+        mode_run(f"m:{HOSTILE}", "clip", wrong),
+        mode_run("flash_fsdp", "clip", status="FAILED", reason=HOSTILE),
+    ]
+    params = {"model_name": HOSTILE, "command": f"launch.py\n```\n{HOSTILE}"}
+    return compare_group(group_of(runs, name=HOSTILE, params=params), Thresholds())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    wrong = scaled(trajectory(noise_std=0.0), "layer_grad_norm", 1.1, (2, 1))
+    write_report(
+        compared(with_run(healthy_runs(), mode_run("flash_fsdp", "clip", wrong))), folder, png=False
+    )
+    return folder
+
+
+def test_all_files_are_written(written: Path) -> None:
+    assert {path.name for path in written.iterdir()} == FILES
+    assert (written / "report.html").stat().st_size < 6e6
+
+
+def test_html_asks_for_nothing_from_a_network(written: Path) -> None:
+    plotly = re.compile(r"<script>/\*\*.*?</script>", re.DOTALL)
+    for path in written.glob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        assert "default-src 'none'" in text
+        assert text.count("plotly.js v") == 1
+        own = plotly.sub("", text)
+        assert len(own) < 1e6
+        assert not re.findall(r"""(?:src|href)=["'](?!#)""", own)
+
+
+def test_report_names_the_verdict_first(written: Path) -> None:
+    text = (written / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("## ❌ BUG\n\nflash\\_fsdp: gradient norm of one layer differs")
+    summary_text = (written / "summary.txt").read_text(encoding="utf-8")
+    assert re.search(r"^mode +final loss +average gradient norm", summary_text, re.MULTILINE)
+    assert re.search(r"^regime +modes +observable +mean +std +max", summary_text, re.MULTILINE)
+
+
+def test_drift_json_is_strict_and_versioned() -> None:
+    record = put(trajectory(noise_std=0.0), "loss", np.nan, 1)
+    record = put(record, "grad_norm", np.inf, 1)
+    comparison = compared(with_run(healthy_runs(), mode_run("flash_fsdp", "clip", record)))
+
+    def refuse(literal: str) -> None:
+        raise AssertionError(literal)
+
+    document = json.loads(drift_json(comparison), parse_constant=refuse)
+    assert (document["schema"], document["schema_version"]) == (
+        "dpsgd-track/drift",
+        SCHEMA_VERSION,
+    )
+    pair = next(p for p in document["regimes"][1]["pairs"] if p["mode"] == "flash_fsdp")
+    assert pair["drifts"]["loss"]["per_step"] == [0, None, 0, 0]
+    assert pair["drifts"]["grad_norm"]["max"] == "Infinity"
+    assert document["verdict"] == "BUG"
+    assert document["regimes"][0]["floor"]["values"]["loss"] == 0
+
+
+def test_names_are_inert_in_html() -> None:
+    comparison = hostile()
+    text = html(comparison, figures(comparison))
+    own = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
+    assert "<img" not in own
+    assert "<script>alert" not in own
+    # Within Plotly's JSON, `<` is escaped twice: once for JSON in HTML, once for Plotly.
+    assert "\\u003cimg" not in own
+    assert "&lt;img" in own
+
+
+def test_names_are_inert_in_markdown() -> None:
+    for text in (markdown(hostile()), note(hostile())):
+        outside_code = re.sub(r"^(`{3,})sh$.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+        assert "<img" not in outside_code
+        assert "<script" not in outside_code
+        assert not re.search(r"(?<!\\)\]\(", outside_code)
+        assert "@you" not in outside_code
+        assert not re.search(r"(?<!\\)`", outside_code)
+        table = [line for line in outside_code.splitlines() if line.startswith("| ")]
+        heading = len(re.findall(r"(?<!\\)\|", table[0]))
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in table[:4]} == {heading}
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    runs = [mode_run("reference", "clip"), mode_run("m:\x1b[2J\r", "clip")]
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", summary(compared(runs)))
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 160])
+def test_terminal_table_keeps_names_and_numbers_whole(width: int) -> None:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO())
+    lost = mode_run("flash_fsdp_fuse_bk", "clip", status="KILLED")
+    comparison = compared([*healthy_runs(), lost])
+    print_table(comparison, console)
+    table = console.export_text().split("└")[0]
+    for row in rows(comparison):
+        assert f" {row.label} " in table
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= width
+    assert ("peak" in table) == (width > 100)
+
+
+def test_comment_fits_however_long_the_names() -> None:
+    wrong = scaled(trajectory(noise_std=0.0), "grad_norm", 1.1)
+    runs = [mode_run("reference", "clip")]
+    runs += [mode_run(f"mode{i}:{'x' * 1000}", "clip", wrong) for i in range(20)]
+    text = markdown(compared(runs))
+    assert len(text) < LIMIT
+    assert text.count("<details>") == text.count("</details>")
+    assert "Cut to the length of one comment" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("quick-20260101", "quick-20260101"),
+        ("../../etc", r"etc-[0-9a-f]{8}"),
+        ("..", r"group-[0-9a-f]{8}"),
+        ("a/b", r"a-b-[0-9a-f]{8}"),
+        ("x" * 300, r"x{80}-[0-9a-f]{8}"),
+    ],
+)
+def test_group_name_is_one_safe_folder(name: str, folder: str) -> None:
+    assert re.fullmatch(folder, folder_name(name))
+
+
+def test_two_group_names_never_share_a_folder() -> None:
+    assert folder_name("a/b") != folder_name("a:b") != folder_name("a-b")
+
+
+def test_exact_zero_is_visible_on_the_log_axis() -> None:
+    chart = next(c for c in figures(compared(healthy_runs())) if c.name == "drift_clip_grad_norm")
+    curve = chart.figure.data[0]
+    assert set(curve.y) == {ZERO}
+    assert "0, bitwise equal" in curve.text[0]
+    assert ZERO in chart.figure.layout.yaxis.tickvals
+
+
+def test_modes_differ_in_colour_dash_marker_and_size() -> None:
+    figure = figures(compared(healthy_runs()))[0].figure
+    curves = [c for c in figure.data if c.xaxis == "x"]
+    for look in ("line.color", "line.dash", "marker.symbol", "marker.size"):
+        assert len({str(c[look]) for c in curves}) == len(curves)
+
+
+def test_group_without_any_record_still_has_a_report(tmp_path: Path) -> None:
+    dead = [mode_run("no_dp", status="FAILED", reason="no GPU"), mode_run("x", status="MISSING")]
+    files = write_report(compared(dead), tmp_path, png=True)
+    assert {path.name for path in files} == {name for name in FILES if "_" not in name}
+    assert "no GPU" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_run_with_nothing_but_nan_still_has_a_report(tmp_path: Path) -> None:
+    record = trajectory(noise_std=0.0)
+    for field in record.__dataclass_fields__:
+        if getattr(getattr(record, field), "dtype", np.dtype(int)).kind == "f":
+            record = put(record, field, np.nan)
+    runs = with_run(healthy_runs(), mode_run("flash_fsdp", "clip", record))
+    comparison = compared(with_run(runs, mode_run("flash_fsdp", "accuracy", record)))
+    write_report(comparison, tmp_path, png=False)
+    assert comparison.verdict == "BUG"
+
+
+def test_missing_browser_is_one_line_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "absent"))
+    monkeypatch.setattr("choreographer.browsers.chromium.Chromium.find_browser", lambda **_: None)
+    said: list[str] = []
+    stale = tmp_path / "loss_trajectory.png"
+    stale.write_bytes(b"of an earlier report")
+    files = write_report(compared(healthy_runs()), tmp_path, png=True, tell=said.append)
+    assert {path.name for path in files} == FILES
+    assert not stale.exists()
+    assert len(said) == 1
+    assert said[0].startswith("PNG charts skipped: ")
+    assert "apt-get install chromium and pip install 'dpsgd-track[png]'" in said[0]
+    assert "\n" not in said[0]
+
+
+def test_missing_kaleido_is_one_line_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "kaleido", None)
+    charts = figures(compared(healthy_runs()))
+    with pytest.raises(png.PngSkipped, match="Kaleido is not installed"):
+        png.write_png(charts, Path())
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_png_charts_are_drawn(tmp_path: Path) -> None:
+    from PIL import Image
+
+    files = write_report(compared(healthy_runs()), tmp_path, png=True)
+    pictures = [path for path in files if path.suffix == ".png"]
+    assert len(pictures) == 3
+    for path in pictures:
+        with Image.open(path) as image:
+            assert image.width >= 1000
+            assert len(image.convert("RGB").getcolors(1 << 20) or []) > 20
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    flags = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu", *flags]
+        )
+        yield chromium
+        chromium.close()
+
+
+def opened(browser: Any, path: Path, **more: Any) -> Any:
+    """A page that is offline and fails on any console error."""
+    context = browser.new_context(offline=True, **more)
+    page = context.new_page()
+    page.complaints = []
+    page.on("console", lambda m: m.type == "error" and page.complaints.append(m.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (page.complaints.append("dialog"), dialog.dismiss()))
+    page.goto(path.as_uri())
+    page.wait_for_function(
+        "[...document.querySelectorAll('.chart')].every(e => e.dataset.drawn)", timeout=60_000
+    )
+    return page
+
+
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_report_draws_every_chart_offline(browser: Any, written: Path, scheme: Any) -> None:
+    page = opened(browser, written / "report.html", color_scheme=scheme)
+    assert page.complaints == []
+    charts = page.locator(".chart")
+    assert charts.count() > 10
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('.chart')].map(e => e.querySelectorAll("
+        "'.scatterlayer .trace, .heatmaplayer image, .barlayer .trace').length)"
+    )
+    assert all(drawn)
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    light = sum(map(int, re.findall(r"\d+", ground))) > 380
+    assert light == (scheme == "light")
+    ink = page.evaluate("getComputedStyle(document.querySelector('.chart .xtick text')).fill")
+    assert (sum(map(int, re.findall(r"\d+", ink))) < 380) == light
+    page.context.close()
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_report_fits_a_phone(browser: Any, written: Path) -> None:
+    page = opened(browser, written / "report.html", viewport={"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.context.close()
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_what_scrolls_is_reachable_by_keyboard(browser: Any, written: Path) -> None:
+    page = opened(browser, written / "report.html", viewport={"width": 390, "height": 800})
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "#modes"
+    unreachable = page.evaluate(
+        "[...document.querySelectorAll('.scroll, pre')].filter(e => e.tabIndex !== 0).length"
+    )
+    assert unreachable == 0
+    page.context.close()
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_hostile_names_are_inert_in_the_browser(browser: Any, tmp_path: Path) -> None:
+    write_report(hostile(), tmp_path, png=False)
+    for path in sorted(tmp_path.glob("*.html")):
+        page = opened(browser, path)
+        assert page.complaints == []
+        assert page.locator("img").count() == 0
+        assert page.locator(".chart a").count() == 0
+        shown = page.locator("h1").first.inner_text()
+        assert HOSTILE in shown
+        page.context.close()
