@@ -11,6 +11,7 @@ from torch import Tensor
 
 NUM_PROJECTIONS = 16
 BLOCK_ELEMENTS = 4096
+CHUNK_BLOCKS = 1024
 
 
 def norm_and_sketch(name: str, local: Tensor, start: int, num_elements: int) -> Tensor:
@@ -30,12 +31,17 @@ def norm_and_sketch(name: str, local: Tensor, start: int, num_elements: int) -> 
     before = start - first_block * BLOCK_ELEMENTS
     after = -(before + local.numel()) % BLOCK_ELEMENTS
     blocks = F.pad(local.detach().reshape(-1), (before, after)).view(-1, BLOCK_ELEMENTS)
-    inner = (blocks @ _position_signs(blocks.dtype, blocks.device)).double()
-    last_block = first_block + len(blocks)
     num_blocks = -(-num_elements // BLOCK_ELEMENTS)
-    outer = _block_signs(name, num_blocks)[first_block:last_block].to(blocks.device)
-    norm_sq = torch.linalg.vector_norm(blocks, dim=1).double().square().sum()
-    return torch.cat([norm_sq.view(1), (inner * outer).sum(dim=0)])
+    outer = _block_signs(name, num_blocks)[first_block:][: len(blocks)].to(local.device)
+    total = torch.zeros(1 + NUM_PROJECTIONS, dtype=torch.float64, device=local.device)
+    for chunk, chunk_outer in zip(
+        blocks.split(CHUNK_BLOCKS), outer.split(CHUNK_BLOCKS), strict=True
+    ):
+        # In float64: two float32 tensors that differ in the last bit must differ here as little.
+        exact = chunk.double()
+        total[0] += exact.square().sum()
+        total[1:] += (exact @ _position_signs(local.device) * chunk_outer).sum(dim=0)
+    return total
 
 
 def _signs(key: str, *shape: int) -> Tensor:
@@ -45,9 +51,9 @@ def _signs(key: str, *shape: int) -> Tensor:
 
 
 @cache
-def _position_signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+def _position_signs(device: torch.device) -> Tensor:
     """R, [BLOCK_ELEMENTS, NUM_PROJECTIONS]."""
-    return _signs("positions", BLOCK_ELEMENTS, NUM_PROJECTIONS).to(device, dtype)
+    return _signs("positions", BLOCK_ELEMENTS, NUM_PROJECTIONS).to(device, torch.float64)
 
 
 @cache
