@@ -63,7 +63,7 @@ def _rows(job_file: Path) -> list[dict[str, Any]]:
 def _shape(job: dict[str, Any], regime: dict[str, Any]) -> dict[str, Any]:
     return {
         "mode": job["mode"],
-        "regime": regime["name"] + ("-permuted" if regime["permuted"] else ""),
+        "regime": "-".join(filter(None, (regime["name"], regime["replay"]))),
         "model": job["model"]["name"],
         "param_dtype": job["performance"]["param_dtype"],
         "num_ranks": len(job["rank_run_ids"][0]),

@@ -26,6 +26,12 @@ CLIP = "clip"
 TRAIN = "train"
 REGIMES = (ACCURACY, CLIP, TRAIN)
 
+PERMUTED = "permuted"
+"""Replay of the baseline with the samples of each rank's batch in reverse order."""
+PLAIN = "plain"
+"""Replay of the reference in the type the modes compute in."""
+REPLAYS = ("", PERMUTED, PLAIN)
+
 
 def require(condition: bool, setting: str, got: object, allowed: str, advice: str = "") -> None:
     """Raise the project's one form of ValueError unless `condition` holds."""
@@ -150,11 +156,12 @@ class RegimeConfig:
     """sgd or adamw."""
     noise_matched: bool = False
     """All modes add the common noise, a function of (seed, step, parameter, element)."""
-    permuted: bool = False
-    """Samples of each rank's batch come in reverse order: a replay that measures the floor."""
+    replay: str = ""
+    """permuted or plain where the run only measures the numerical floor; else empty."""
 
     def __post_init__(self) -> None:
         require(self.name in REGIMES, "regime", self.name, f"one of {', '.join(REGIMES)}")
+        require(self.replay in REPLAYS, "replay", self.replay, f"one of {', '.join(REPLAYS)}")
         require(self.num_iter >= 1, "num_iter", self.num_iter, "an integer >= 1")
         require(self.warmup_iter >= 0, "warmup_iter", self.warmup_iter, "an integer >= 0")
         require(self.micro_batches >= 1, "micro_batches", self.micro_batches, "an integer >= 1")

@@ -45,7 +45,10 @@ def test_modes_of_a_suite(argv, wanted):
 
 def test_the_baseline_is_replayed_in_another_order_and_never_clipped():
     baseline = next(job for job in suite("quick").jobs if job.mode == table.BASELINE)
-    assert [(r.name, r.permuted) for r in baseline.regimes] == [(ACCURACY, False), (ACCURACY, True)]
+    assert [(r.name, r.replay) for r in baseline.regimes] == [
+        (ACCURACY, ""),
+        (ACCURACY, "permuted"),
+    ]
 
 
 def test_the_accuracy_regime_is_the_test_users_know():
@@ -56,7 +59,7 @@ def test_the_accuracy_regime_is_the_test_users_know():
     assert accuracy.micro_batches == 1
     assert job.seed == 42
     assert (clip.name, clip.learning_rate, clip.noise_multiplier) == (CLIP, 0.0, 0.0)
-    assert (clip.num_iter, clip.micro_batches, clip.max_grad_norms) == (6, 3, ())
+    assert (clip.num_iter, clip.micro_batches, clip.max_grad_norms) == (4, 3, ())
 
 
 def test_single_trains_unless_it_is_an_accuracy_test():
@@ -189,3 +192,16 @@ def test_modes_lists_the_table(capsys):
     assert run(["modes"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in table.MODES)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [
+        ("float32", [(ACCURACY, ""), (CLIP, ""), (CLIP, "plain")]),
+        ("bfloat16", [(ACCURACY, ""), (ACCURACY, "plain"), (CLIP, ""), (CLIP, "plain")]),
+    ],
+)
+def test_the_reference_is_replayed_in_the_modes_type_where_that_tells_something(dtype, wanted):
+    reference = suite("quick", "--param-dtype", dtype).jobs[0]
+    assert reference.mode == table.REFERENCE
+    assert [(r.name, r.replay) for r in reference.regimes] == wanted

@@ -27,7 +27,7 @@ def client(settings) -> MlflowClient:
 
 def test_runs_nest_three_deep_and_carry_their_tags(settings, client, capfd):
     tree = RunTree(settings)
-    regime = RegimeConfig(name="accuracy", num_iter=1, noise_matched=True, permuted=True)
+    regime = RegimeConfig(name="accuracy", num_iter=1, noise_matched=True, replay="permuted")
     group = tree.start_group("g1", [("no_dp", "accuracy", "", "permuted")], {"suite": "quick"})
     mode, ranks = tree.start_mode("no_dp", regime, 2, {"long": "x" * 10_000})
     tags = client.get_run(ranks[1]).data.tags
@@ -43,7 +43,7 @@ def test_runs_nest_three_deep_and_carry_their_tags(settings, client, capfd):
             names.MODE: "no_dp",
             names.REGIME: "accuracy",
             names.VARIANT: "",
-            names.REPLAY: names.PERMUTED,
+            names.REPLAY: "permuted",
             names.NOISE_MATCHED: "true",
             names.PARENT_RUN: group,
             "mlflow.runName": "no_dp/accuracy (permuted)",

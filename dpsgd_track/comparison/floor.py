@@ -1,4 +1,7 @@
-"""The numerical floor: how far a baseline is from itself when only the order of sums changes.
+"""The numerical floor: how far a baseline is from its own replay, where only rounding differs.
+
+The replay of `no_dp` has its samples in another order; that of `reference` computes in the type
+the modes do, so that it shows the error of plain autograd in that type.
 
 A drift that is no larger cannot be told from rounding, whatever the thresholds say.
 """
@@ -25,10 +28,8 @@ class Floor:
         return self.values.get(observable)
 
 
-def floor_of(replay: Pair | None) -> Floor | None:
-    """The floor that a replay shows; None when there was no replay."""
-    if replay is None:
-        return None
+def floor_of(replay: Pair) -> Floor:
+    """The floor that a replay shows."""
     return Floor(
         measured_on=replay.baseline,
         values={name: drift.max for name, drift in replay.drifts.items()},

@@ -46,12 +46,21 @@ class RegimeComparison:
     """Label of the run that all others are held against; empty when there is none."""
     pairs: tuple[Pair, ...]
     """Each mode against the baseline, and against the reference where that is another run."""
-    replay: Pair | None
-    """The baseline's replay against the baseline."""
-    floor: Floor | None
-    """What the replay shows; None unless it was sound."""
+    replays: Mapping[str, Pair]
+    """Replays against the run they repeat, by that run's label."""
+    floors: Mapping[str, Floor]
+    """What sound replays show, by the label of the run they repeat."""
     largest: Mapping[str, LargestDrift]
     """By observable, over all pairs of modes."""
+
+    @property
+    def floor(self) -> Floor | None:
+        """The baseline's floor; None unless it has a sound replay."""
+        return self.floors.get(self.baseline)
+
+    def floor_for(self, baseline: str) -> Floor | None:
+        """What differences from `baseline` are held against: its own floor, else the regime's."""
+        return self.floors.get(baseline, self.floor)
 
     def pair(self, mode: str, baseline: str = "") -> Pair | None:
         """`mode` against `baseline`, by default the regime's."""
@@ -132,31 +141,35 @@ def _compare_regime(
             for other in recorded
             if other[0] not in (held, REFERENCE)
         ]
-    replays = [r for r in runs if r.replay and baseline and r.label == baseline.label]
-    replay = next((p for r in replays if (p := _replayed(baseline, r))), None)
+    replays, floors = _replay(runs, [r for r in (baseline, reference) if r])
     regime = RegimeComparison(
         name=name,
         runs=tuple(r for r in runs if not r.replay),
         baseline=baseline.label if baseline else "",
         pairs=tuple(pairs),
-        replay=replay,
-        # An unsound replay would excuse what rounding does not explain.
-        floor=floor_of(replay if all(_is_sound(baseline, r) for r in replays) else None),
+        replays=replays,
+        floors=floors,
         largest=_largest(name, recorded, pairs),
     )
     return regime, baseline, reference
 
 
-def _replayed(baseline: ModeRun | None, replay: ModeRun) -> Pair | None:
-    if not (baseline and baseline.trajectory and replay.trajectory):
-        return None
-    ours, theirs = (baseline.label, baseline.trajectory), (replay.title, replay.trajectory)
-    return compare_pair(replay.regime, ours, theirs)
-
-
-def _is_sound(baseline: ModeRun | None, replay: ModeRun) -> bool:
-    found = [*judge_run(replay), *(judge_likeness(baseline, replay) if baseline else ())]
-    return not found
+def _replay(
+    runs: tuple[ModeRun, ...], bases: list[ModeRun]
+) -> tuple[dict[str, Pair], dict[str, Floor]]:
+    """Each base's replay against it, and the floor that a sound one shows, by label."""
+    replays: dict[str, Pair] = {}
+    floors: dict[str, Floor] = {}
+    for base in bases:
+        run = next((r for r in runs if r.replay and r.label == base.label and r.trajectory), None)
+        if run is None or run.trajectory is None or base.trajectory is None:
+            continue
+        pair = compare_pair(run.regime, (base.label, base.trajectory), (run.title, run.trajectory))
+        replays[base.label] = pair
+        # An unsound replay would excuse what rounding does not explain.
+        if not [*judge_run(run), *judge_likeness(base, run)]:
+            floors[base.label] = floor_of(pair)
+    return replays, floors
 
 
 def _recorded(runs: tuple[ModeRun, ...], label: str) -> ModeRun | None:
@@ -196,15 +209,16 @@ def _judge(
         unlike = list(judge_likeness(base, run))
         found += unlike
         pair = regime.pair(run.label, base.label)
-        if run.replay and regime.replay and regime.replay.mode == run.title:
-            found += judge_gaps(regime.replay)
+        replay = regime.replays.get(base.label)
+        if replay and replay.mode == run.title:
+            found += judge_gaps(replay)
         if run.replay or not pair:
             continue
         if any(f.verdict is Verdict.BUG for f in judge_run(base)):
             found.append(
                 _alone(regime, f"{base.label} is itself at fault in {regime.name}", base.label)
             )
-        drifts, failure = judge_pair(pair, thresholds, regime.floor)
+        drifts, failure = judge_pair(pair, thresholds, regime.floor_for(base.label))
         # Unlike runs differ for a reason that says nothing about the mode.
         found += [f for f in drifts if not unlike or not f.observable]
         if failure and not unlike:
@@ -225,7 +239,7 @@ def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> s
         return f"replay that measures the floor of {regime.name}"
     role = f"baseline of {regime.name}" if run.label == regime.baseline else ""
     pairs = [pair for pair in regime.pairs if pair.mode == run.label]
-    drifts = [drift for pair in pairs for drift in pair.drifts.values()]
+    drifts = [(pair.baseline, drift) for pair in pairs for drift in pair.drifts.values()]
     if not drifts:
         return role or f"oracle of {regime.name}"
 
@@ -234,10 +248,11 @@ def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> s
 
     bases = " and ".join(pair.baseline for pair in pairs)
     agrees = f"{role + ', ' if role else ''}agrees with {bases} in {regime.name}"
-    nearest = max(drifts, key=lambda drift: drift.max / threshold(drift))
+    against, nearest = max(drifts, key=lambda found: found[1].max / threshold(found[1]))
     if nearest.max == 0:
         return f"{agrees} to the last bit"
-    floor = regime.floor.of(nearest.observable.name) if regime.floor else None
+    measured = regime.floor_for(against)
+    floor = measured.of(nearest.observable.name) if measured else None
     return (
         f"{agrees}, nearest to its threshold in {nearest.observable.title} with "
         f"{number(nearest.max)} (threshold {number(threshold(nearest))}, floor {number(floor)})"

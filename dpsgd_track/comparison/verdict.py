@@ -23,6 +23,7 @@ COVERAGE = (0.2, 0.8)
 """Fraction of samples that the mixed half of the clip regime must clip to show anything."""
 
 
+# As the launcher words it.
 _NOT_FINITE = "not-finite"
 
 

@@ -7,6 +7,7 @@ hold fewer rows, or none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,10 @@ class GradientSharder(Protocol):
 
     def add(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
         """Consume (parameter name, this rank's gradient in the parameter's full shape)."""
+        ...
+
+    def keeping_root_gathered(self) -> AbstractContextManager[None]:
+        """Within it, a backward leaves the root's parameters gathered for the next one."""
         ...
 
 
@@ -119,6 +124,7 @@ class Fsdp2Sharder:
 
     def __init__(self, model: nn.Module) -> None:
         """`model` is sharded already."""
+        self.model = model
         self.parameters = trainable_parameters(model)
         self.unit_of = _units(model)
 
@@ -132,6 +138,16 @@ class Fsdp2Sharder:
                 in_flight.pop(0).finish()
         for bucket in in_flight:
             bucket.finish()
+
+    @contextmanager
+    def keeping_root_gathered(self) -> Iterator[None]:
+        """Within it, a backward leaves the root's parameters gathered for the next one."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_reshard_after_backward(False, recurse=False)
+        try:
+            yield
+        finally:
+            self.model.set_reshard_after_backward(True, recurse=False)
 
 
 class _Bucket:

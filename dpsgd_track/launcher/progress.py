@@ -44,7 +44,7 @@ def open_display(stream: TextIO | None = None) -> Display:
 
 def describe(regime: RegimeConfig) -> str:
     """A regime's name as it is shown."""
-    return f"{regime.name} (permuted)" if regime.permuted else regime.name
+    return f"{regime.name} ({regime.replay})" if regime.replay else regime.name
 
 
 def _loss(event: Mapping[str, Any]) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from dpsgd_track.config import (
     ACCURACY,
     CLIP,
+    PERMUTED,
+    PLAIN,
     SYNTHETIC,
     TRAIN,
     DataConfig,
@@ -25,7 +27,6 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.launcher.machine import count_gpus
 from dpsgd_track.modes import table
-from dpsgd_track.tracking.names import PERMUTED
 
 CLIP_NUM_ITER = 4
 """Steps of the clip regime: the first half clips some samples, the second half all."""
@@ -60,7 +61,7 @@ class Suite:
     def expected_runs(self) -> list[tuple[str, str, str, str]]:
         """(mode, regime, variant, replay) of every mode run."""
         return [
-            (job.mode, regime.name, "", PERMUTED if regime.permuted else "")
+            (job.mode, regime.name, "", regime.replay)
             for job in self.jobs
             for regime in job.regimes
         ]
@@ -227,6 +228,24 @@ def _regimes_of(
     )
     if mode == table.BASELINE and ACCURACY in names and args.command != "single":
         # The same samples in another order: what rounding alone makes of a trajectory.
-        return (accurate, replace(accurate, permuted=True))
+        return (accurate, replace(accurate, replay=PERMUTED))
+    if mode == table.REFERENCE and args.command != "single":
+        return _with_plain_replays({ACCURACY: accurate, CLIP: clipped}, names, args.param_dtype)
     known = {TRAIN: trained, ACCURACY: accurate, CLIP: clipped}
     return tuple(known[name] for name in names if not (name == CLIP and mode == table.BASELINE))
+
+
+def _with_plain_replays(
+    regimes: dict[str, RegimeConfig], names: Sequence[str], param_dtype: str
+) -> tuple[RegimeConfig, ...]:
+    """The reference's regimes, each with a replay in the modes' own type where it tells.
+
+    How far plain autograd is from the reference in that type is what rounding alone explains. In
+    float32 the baseline's replay shows as much for the accuracy regime.
+    """
+    found = []
+    for name in names:
+        found.append(regimes[name])
+        if name == CLIP or param_dtype != "float32":
+            found.append(replace(regimes[name], replay=PLAIN))
+    return tuple(found)

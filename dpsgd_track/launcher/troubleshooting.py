@@ -21,7 +21,7 @@ _TABLE: dict[str, tuple[str, str]] = {
         "or --param-dtype bfloat16.",
     ),
     NOT_FINITE: (
-        "a value became NaN or infinite",
+        "a value became NaN or infinite (not-finite)",
         "Try a smaller --learning-rate, a smaller --sigma, or --param-dtype float32; "
         "if other modes stay finite on the same data, the mode is at fault.",
     ),

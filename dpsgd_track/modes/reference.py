@@ -2,7 +2,8 @@
 
 It shares no code with any other mode beyond the loss and the data: no hooks, no norm rules, no
 sharding, no reduction of theirs. Every rank holds the whole model, in float64 unless asked
-otherwise, takes its own samples, and the sums are added over ranks.
+otherwise, takes its own samples, and the sums are added over ranks. In a low precision it keeps
+float32 weights and computes on rounded copies, as mixed precision does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class ReferenceMode(Mode):
 
     def __init__(self, model: nn.Module, context: ModeContext) -> None:
         super().__init__(context)
-        self.model = model.to(context.reference_dtype)
+        self.compute_dtype = context.reference_dtype
+        self.is_low_precision = self.compute_dtype.itemsize < 4
+        self.model = model if self.is_low_precision else model.to(self.compute_dtype)
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = context.make_optimizer(self.parameters)
@@ -56,13 +59,21 @@ class ReferenceMode(Mode):
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of one sample."""
-        loss = per_sample_loss(self.model(**sample.inputs).logits, sample.target_B)[0]
+        loss = per_sample_loss(self._logits(sample), sample.target_B)[0]
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         gradients = [
             torch.zeros_like(p) if g is None else g
             for p, g in zip(self.parameters, found, strict=True)
         ]
         return loss.detach(), gradients
+
+    def _logits(self, sample: Batch) -> Tensor:
+        if not self.is_low_precision:
+            logits: Tensor = self.model(**sample.inputs).logits
+            return logits
+        rounded = {n: p.to(self.compute_dtype) for n, p in self.model.named_parameters()}
+        logits = torch.func.functional_call(self.model, rounded, kwargs=sample.inputs).logits
+        return logits
 
     def clipped_sum(self) -> ClippedSum:
         """Add the ranks' sums; every rank then holds the whole."""

@@ -127,10 +127,12 @@ def _largest(
             for pair in regime.pairs
             if pair.mode == label and observable in pair.drifts
         ]
-        is_replay = any(run.replay and run.regime == regime.name for run in runs)
-        measured = regime.floor.of(observable) if regime.floor and is_replay else None
-        if measured is not None:
-            values.append(measured)
+        titles = {run.title for run in runs if run.replay}
+        values += [
+            pair.drifts[observable].max
+            for pair in regime.replays.values()
+            if pair.mode in titles and observable in pair.drifts
+        ]
     return max(values, default=None)
 
 

@@ -18,7 +18,7 @@ VARIANT = "dpsgd.variant"
 """Name given by `--variant NAME=PATH`; empty for the installed code."""
 RANK = "dpsgd.rank"
 REPLAY = "dpsgd.replay"
-"""`permuted` on a baseline replay with the batch order swapped; empty otherwise."""
+"""On a run that only measures the floor, which replay it is (config.REPLAYS); else empty."""
 REASON = "dpsgd.reason"
 """Why a run failed, with advice."""
 NOISE_MATCHED = "noise_matched"
@@ -29,7 +29,6 @@ EXPECTED_RUNS = "dpsgd.expected_runs"
 """On the group run: JSON list of the [mode, regime, variant, replay] the launcher set out to do."""
 
 KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
-PERMUTED = "permuted"
 
 TRAJECTORY_FILE = "trajectory.npz"
 

@@ -49,7 +49,7 @@ class ModeRun:
     variant: str = ""
     """Name of the code it ran; empty for the installed code."""
     replay: str = ""
-    """`permuted` for a replay that measures the floor; empty otherwise."""
+    """Which replay measures the floor (config.REPLAYS); empty for a run that is judged."""
     run_id: str = ""
     """Empty when the run is missing."""
     status: str = MISSING

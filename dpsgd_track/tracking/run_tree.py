@@ -95,7 +95,7 @@ class RunTree:
         Returns:
             The mode run's id, and the id of each rank's run.
         """
-        replay = names.PERMUTED if regime.permuted else ""
+        replay = regime.replay
         tags = {
             names.GROUP: self.group,
             names.MODE: mode,

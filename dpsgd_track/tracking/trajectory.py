@@ -116,7 +116,8 @@ class Trajectory:
             ValueError: the file is not a trajectory, is torn, or has another schema version.
         """
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            # The file is opened here, since numpy leaves one that it cannot read open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path.name}: expected a trajectory file. {error}") from error

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dpsgd_track.config import CLIP, JobConfig, PrivacyConfig, RegimeConfig
+from dpsgd_track.config import CLIP, PERMUTED, PLAIN, JobConfig, PrivacyConfig, RegimeConfig
 from dpsgd_track.distributed.sharding import trainable_parameters
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
@@ -149,11 +149,12 @@ class RegimeRun:
             world_size=dist.get_world_size(),
             device=self.device,
             extra_inputs=extra_inputs_of(model),
-            is_permuted=regime.permuted,
+            is_permuted=regime.replay == PERMUTED,
         )
 
     def _context(self) -> ModeContext:
         regime, performance = self.regime, self.job.performance
+        plain = performance.param_dtype if regime.replay == PLAIN else performance.reference_dtype
         adds_noise = regime.noise_matched or is_private(self.job.mode)
         return ModeContext(
             privacy=PrivacyConfig(
@@ -164,7 +165,7 @@ class RegimeRun:
             ),
             device=self.device,
             param_dtype=getattr(torch, performance.param_dtype),
-            reference_dtype=getattr(torch, performance.reference_dtype),
+            reference_dtype=getattr(torch, plain),
             make_optimizer=_optimizer_of(regime),
         )
 

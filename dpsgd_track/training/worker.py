@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class Worker:
         self.job, self.writer = job, writer
         self.rank = int(os.environ["RANK"])
         self.folder = Path(job.work_dir)
+        self.clip_bounds: tuple[float, ...] = ()
+        """C of each step as this job's clip regime calibrated it; its replay uses the same."""
         self.at: dict[str, Any] = {"regime": 0, "step": None}
         """Where the worker is, for the failure report."""
 
@@ -76,10 +79,14 @@ class Worker:
         folder = self.folder / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         self._progress(number, "start", 0, None)
+        if regime.name == CLIP and regime.replay:
+            regime = replace(regime, max_grad_norms=self.clip_bounds)
         run = RegimeRun(self.job, regime, device)
-        if regime.name == CLIP and not regime.max_grad_norms and self.rank == 0:
-            bounds = {"max_grad_norms": run.max_grad_norms}
-            (folder / "clip_bounds.json").write_text(json.dumps(bounds), encoding="utf-8")
+        if regime.name == CLIP and not regime.max_grad_norms:
+            self.clip_bounds = run.max_grad_norms
+            if self.rank == 0:
+                bounds = json.dumps({"max_grad_norms": self.clip_bounds})
+                (folder / "clip_bounds.json").write_text(bounds, encoding="utf-8")
         try:
             for done, metrics in run.steps():
                 self.at["step"] = done.seen.step

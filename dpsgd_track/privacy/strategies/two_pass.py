@@ -19,7 +19,10 @@ def two_pass(engine: Engine, batch: Batch) -> SampleRecord:
     assert capture is not None
     with capture.sample_batch(len(batch)):
         loss_B = engine.losses(batch)
-        torch.autograd.grad(loss_B.sum(), capture.roots, retain_graph=True, allow_unused=True)
+        # What the root holds (the embeddings) is gathered until the backward's end in any case:
+        # kept until the second, it is gathered once.
+        with engine.sharder.keeping_root_gathered():
+            torch.autograd.grad(loss_B.sum(), capture.roots, retain_graph=True, allow_unused=True)
         capture.finish_norms()
     norm_B = total_norm(capture.norm_sq)
     clip_factor_B = clip_factors(norm_B, engine.max_grad_norm)

@@ -1,0 +1,242 @@
+"""The path a user walks: launch, track, compare. Real workers, a real store, real reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from dpsgd_track.comparison import Verdict, compare_group
+from dpsgd_track.comparison.group import GroupComparison
+from dpsgd_track.config import Settings, Thresholds
+from dpsgd_track.modes.table import FULL, MODES
+from dpsgd_track.tracking import names
+from dpsgd_track.tracking.reader import Group, find_group, open_client, read_group
+from dpsgd_track.tracking.trajectory import Trajectory, sketch_distance
+
+ROOT = Path(__file__).resolve().parent.parent
+PRIVATE = [mode for mode in FULL if MODES[mode].is_private]
+
+
+class Workspace:
+    """A folder that a user works in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
+
+    def run(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        search_path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": search_path, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+
+    def group(self, name: str) -> Group:
+        client = open_client(self.uri)
+        settings = Settings(tracking_uri=self.uri)
+        return read_group(client, find_group(client, settings, name))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("full"))
+    done = workspace.run("launch.py", "full", "--group", "g", "--num-iter", "4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "compare: python compare.py g" in done.stdout
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def records(full: Workspace) -> dict[tuple[str, str, str], Trajectory]:
+    return {
+        (run.mode, run.regime, run.replay): run.trajectory
+        for run in full.group("g").runs
+        if run.trajectory
+    }
+
+
+def _relative(a: Any, b: Any) -> float:
+    return float(np.max(np.abs(a - b) / np.abs(b)))
+
+
+@pytest.mark.parametrize("mode", FULL)
+def test_every_mode_follows_the_baseline_to_a_millionth(records: Any, mode: str) -> None:
+    baseline, mine = records["no_dp", "accuracy", ""], records[mode, "accuracy", ""]
+    assert np.max(np.abs(mine.loss - baseline.loss)) < 1e-6
+    assert _relative(mine.grad_norm, baseline.grad_norm) < 1e-6
+    assert _relative(mine.grad_norm_noised, baseline.grad_norm_noised) < 1e-6
+
+
+@pytest.mark.parametrize("mode", PRIVATE)
+def test_clipping_equals_the_float64_reference(records: Any, mode: str) -> None:
+    reference, mine = records["reference", "clip", ""], records[mode, "clip", ""]
+    assert _relative(mine.sample_norm, reference.sample_norm) < 1e-5
+    assert np.max(np.abs(mine.clip_factor - reference.clip_factor)) < 1e-5
+    shape = (mine.num_steps, -1)
+    a, b = mine.gradient_sketch.reshape(shape), reference.gradient_sketch.reshape(shape)
+    assert np.max(sketch_distance(a, b) / sketch_distance(b, np.zeros_like(b))) < 1e-5
+
+
+def test_the_clip_regime_clips_some_then_all(records: Any) -> None:
+    fraction = records["reference", "clip", ""].clip_fraction
+    half = len(fraction) // 2
+    assert 0.2 <= fraction[:half].mean() <= 0.8
+    assert fraction[half:].tolist() == [1.0] * half
+
+
+def test_the_noise_is_sigma_c_and_the_same_in_every_mode(records: Any) -> None:
+    baseline = records["no_dp", "accuracy", ""]
+    noise = baseline.noised_sketch - baseline.gradient_sketch
+    # A projection of n elements of noise has a standard deviation of sigma C sqrt(n): the total
+    # over parameters and steps is known to a few percent.
+    total = math.sqrt(np.square(noise).sum(axis=1).mean())
+    elements = 217_282  # trainable elements of llama-tiny with two classes
+    assert total == pytest.approx(0.01 * 10_000 * math.sqrt(elements), rel=0.1)
+    for mode in PRIVATE:
+        other = records[mode, "accuracy", ""]
+        np.testing.assert_allclose(
+            other.noised_sketch - other.gradient_sketch, noise, atol=1e-6 * np.abs(noise).max()
+        )
+
+
+def test_compare_passes_and_leaves_its_files(full: Workspace) -> None:
+    done = full.run("compare.py", "g", "--no-png")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = full.folder / "results" / "g"
+    for name in ("report.html", "report.md", "summary.txt", "drift.json", "loss_trajectory.html"):
+        assert (folder / name).stat().st_size > 0
+    assert json.loads((folder / "drift.json").read_text())["verdict"] == "PASS"
+    client = MlflowClient(full.uri)
+    run_id = full.group("g").run_id
+    tags = client.get_run(run_id).data.tags
+    assert tags[names.VERDICT] == "PASS"
+    assert "PASS" in tags[names.NOTE]
+    assert "comparison/report.html" in {a.path for a in client.list_artifacts(run_id, "comparison")}
+
+
+def test_every_run_is_finished_and_holds_its_metrics(full: Workspace) -> None:
+    client = MlflowClient(full.uri)
+    experiment = client.get_experiment_by_name("dpsgd-track")
+    assert experiment is not None
+    runs = client.search_runs(
+        [experiment.experiment_id], "tags.`dpsgd.group` = 'g'", max_results=500
+    )
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    by_id = {run.info.run_id: run for run in runs}
+    for run in runs:
+        kind = run.data.tags[names.KIND]
+        parent = run.data.tags.get(names.PARENT_RUN)
+        assert (parent is None) == (kind == names.KIND_GROUP)
+        if kind == names.KIND_MODE:
+            assert by_id[parent].data.tags[names.KIND] == names.KIND_GROUP
+            steps = 4
+            for name in ("loss", "grad_norm", "grad_norm_noised", "step_time_ms"):
+                assert len(client.get_metric_history(run.info.run_id, name)) == steps
+            assert any(name.startswith(names.LAYER_GRAD_NORM) for name in run.data.metrics)
+            assert run.data.params["environment.torch"]
+        if kind == names.KIND_RANK:
+            assert by_id[parent].data.tags[names.KIND] == names.KIND_MODE
+            assert "step_time_ms" in run.data.metrics
+            is_private = run.data.tags[names.MODE] != "no_dp"
+            assert any(n.startswith(names.SAMPLE_NORM) for n in run.data.metrics) == is_private
+
+
+def test_the_same_mode_twice_is_bitwise_equal(full: Workspace, records: Any) -> None:
+    mode = "flash_fsdp_fuse_bk"
+    done = full.run(
+        "launch.py", "single", "--mode", mode, "--accuracy-test", "--num-iter", "4",
+        "--group", "again", "--output", "results.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = full.group("again").runs[0].trajectory
+    first = records[mode, "accuracy", ""]
+    assert again is not None
+    measured = {"step_time_ms", "peak_memory_gib", "tokens_per_second"}
+    for field in fields(Trajectory):
+        if field.name not in measured:
+            np.testing.assert_array_equal(getattr(again, field.name), getattr(first, field.name))
+    output = json.loads((full.folder / "results.json").read_text())
+    assert output["loss_values"] == first.loss.tolist()
+    assert output["final_loss"] == first.loss[-1]
+    # One run has nothing to be compared with, and says so.
+    assert full.run("compare.py", "again", "--no-png", "--no-log").returncode == 3
+
+
+DEFECTS = {
+    "NoiseByLocalShard": ("noise", "accuracy"),
+    "MeanClipFactor": ("clipped sum", "clip"),
+    "Rank0Loss": ("loss", "accuracy"),
+}
+
+
+@pytest.fixture(scope="module")
+def defective(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Any]:
+    workspace = Workspace(tmp_path_factory.mktemp("defective"))
+    planted = ["Healthy", *DEFECTS, "GoesNan", "OutOfMemory"]
+    modes = ",".join(["no_dp", *(f"defective_modes:{name}" for name in planted)])
+    arguments = ("full", "--mode", modes, "--num-iter", "2", "--group", "g")
+    return workspace, workspace.run("launch.py", *arguments)
+
+
+def _judged(workspace: Workspace, *planted: str) -> GroupComparison:
+    group = workspace.group("g")
+    kept = {"no_dp", "reference", *(f"defective_modes:{name}" for name in planted)}
+    runs = tuple(run for run in group.runs if run.mode in kept)
+    return compare_group(replace(group, runs=runs), Thresholds())
+
+
+def test_a_healthy_user_mode_passes(defective: tuple[Workspace, Any]) -> None:
+    assert _judged(defective[0], "Healthy").verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_planted_defect_turns_pass_into_bug(defective: tuple[Workspace, Any], name: str) -> None:
+    comparison = _judged(defective[0], "Healthy", name)
+    assert comparison.verdict is Verdict.BUG
+    verdicts = {mode.label: mode for mode in comparison.modes}
+    assert verdicts["defective_modes:Healthy"].verdict is Verdict.PASS
+    guilty = verdicts[f"defective_modes:{name}"]
+    stage, regime = DEFECTS[name]
+    assert guilty.verdict is Verdict.BUG
+    assert stage in guilty.sentence
+    assert regime in guilty.sentence
+
+
+def test_compare_exits_with_1_on_a_bug(defective: tuple[Workspace, Any]) -> None:
+    done = defective[0].run("compare.py", "g", "--no-png")
+    assert done.returncode == 1, done.stdout + done.stderr
+
+
+def test_failed_modes_say_why_and_the_others_go_on(defective: tuple[Workspace, Any]) -> None:
+    workspace, done = defective
+    assert done.returncode == 1
+    assert "6 of 8 modes finished" in done.stdout
+    runs = {(run.mode, run.regime): run for run in workspace.group("g").runs}
+    nan = runs["defective_modes:GoesNan", "accuracy"]
+    assert nan.status == "FAILED"
+    assert "grad_norm became nan at step 0" in nan.reason
+    assert nan.trajectory is not None, "what was computed is kept"
+    memory = runs["defective_modes:OutOfMemory", "accuracy"]
+    assert memory.status == "FAILED"
+    assert "out of memory" in memory.reason
+    assert "--batch-size" in memory.reason
+    assert runs["defective_modes:Healthy", "clip"].status == "FINISHED"
+    comparison = _judged(workspace, "GoesNan", "OutOfMemory")
+    verdicts = {mode.label.split(":")[-1]: mode.verdict for mode in comparison.modes}
+    assert verdicts["GoesNan"] is Verdict.BUG
+    assert verdicts["OutOfMemory"] is Verdict.INCONCLUSIVE
