@@ -1,0 +1,45 @@
+# Targets for people. `make quick ARGS="--num-iter 5"` hands options on to launch.py.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEV_INSTALLED := $(VENV)/.installed-dev
+ARGS ?=
+
+.PHONY: setup dev quick full test lint ui clean
+
+setup: $(INSTALLED)
+
+dev: $(DEV_INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[quick,png,test]'
+	@touch $@
+
+$(DEV_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# A mode that fails (exit code 1) is part of the comparison; anything worse ends here.
+quick full: setup
+	@group=$@-$$(date +%Y%m%d-%H%M%S); \
+	$(BIN)/python launch.py $@ --group $$group $(ARGS) || [ $$? -eq 1 ] || exit 1; \
+	$(BIN)/python compare.py $$group
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: setup
+	$(BIN)/python launch.py ui $(ARGS)
+
+# Leaves results/, mlflow.db and mlartifacts/ alone: they are yours.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
