@@ -1,7 +1,8 @@
 """A worker that speaks the launcher's protocol and computes nothing.
 
 What it does wrong is chosen by FAKE_WORKER, a JSON object: mode -> {"do": ..., "rank", "regime",
-"step"}; `do` is one of crash, hang, out_of_memory, sigkill, stubborn, no_trajectory.
+"step"}; `do` is one of crash, hang, out_of_memory, sigkill, stubborn, no_trajectory, environment,
+kill_host.
 """
 
 import json
@@ -12,12 +13,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from dpsgd_track.config import CLIP, JobConfig
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.tracking.trajectory import Trajectory
 
 SAMPLES, PROJECTIONS = 4, 3
+modes_seen: list[str] = []
+"""A mode's mark on its process, which no other mode may find."""
 
 
 def trajectory(num_steps: int) -> Trajectory:
@@ -72,6 +76,10 @@ def misbehave(job: JobConfig, plan: dict, rank: int, regime: int, step: int) -> 
         case "stubborn":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(600)
+        case "kill_host":
+            agent = psutil.Process(os.getppid())
+            agent.parent().kill()
+            time.sleep(600)
         case "hang":
             time.sleep(600)
 
@@ -82,10 +90,17 @@ def wait_for_all_ranks(work_dir: Path, rank: int, regime: int) -> None:
         time.sleep(0.01)
 
 
-def main() -> None:
-    job = JobConfig.from_json(Path(sys.argv[1]).read_text())
+def preload() -> None:
+    if "unimportable" in os.environ.get("FAKE_WORKER", ""):
+        raise ImportError("the fake worker lacks something")
+
+
+def main(job_file: str) -> int:
+    job = JobConfig.from_json(Path(job_file).read_text())
     rank = int(os.environ["RANK"])
     work_dir = Path(job.work_dir)
+    modes_seen.append(job.mode)
+    (work_dir / f"process-rank{rank}.json").write_text(json.dumps([os.getpid(), modes_seen]))
     plan = json.loads(os.environ.get("FAKE_WORKER", "{}")).get(job.mode, {"do": ""})
     if plan["do"] == "environment":
         shown = {"argv": sys.argv, "has_token": bool(os.environ.get("HF_TOKEN"))}
@@ -115,11 +130,8 @@ def main() -> None:
             wait_for_all_ranks(work_dir, rank, index)
             if rank == 0 and plan["do"] != "no_trajectory":
                 if job.mode == REFERENCE and regime.name == CLIP:
-                    bounds = {"max_grad_norms": [2.0, 2.0, 2.0, 0.5, 0.5, 0.5]}
+                    bounds = {"max_grad_norms": [2.0, 2.0, 0.5, 0.5]}
                     (folder / "clip_bounds.json").write_text(json.dumps(bounds))
                 trajectory(regime.num_iter).save(folder / "trajectory.npz")
             tell("end", regime.num_iter - 1)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -62,7 +62,7 @@ def test_a_mode_with_nothing_to_run_is_failed_and_not_started(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "left", [None, "{", "{}", '{"max_grad_norms": [1.0]}', '{"max_grad_norms": [0, 0, 0, 0, 0, 0]}']
+    "left", [None, "{", "{}", '{"max_grad_norms": [1.0]}', '{"max_grad_norms": [0, 0, 0, 0]}']
 )
 def test_bounds_that_cannot_be_used_fail_the_reference(left, monkeypatch):
     def run_mode(job, *_):

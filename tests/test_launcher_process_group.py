@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from dpsgd_track.config import DataConfig, JobConfig, ModelConfig, PerformanceConfig, RegimeConfig
-from dpsgd_track.launcher import process_group
+from dpsgd_track.launcher import process_group, worker_host
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.process_group import Launch, failure_of, outcomes
 from dpsgd_track.launcher.progress import PlainDisplay
+from dpsgd_track.launcher.worker_host import WorkerHost
 from tests.fake_worker import trajectory
 
 REGIMES = (RegimeConfig(name="accuracy", num_iter=2), RegimeConfig(name="clip", num_iter=3))
@@ -39,19 +40,23 @@ def test_a_password_in_the_store_reaches_workers_by_the_environment_alone(tmp_pa
     seen = {}
 
     class Ended:
-        def __init__(self, command, environment, log):
+        def __init__(self, command, environment, log, *, stdin):
             seen.update(environment, command=command)
 
         def poll(self):
             return 0
 
+        def kill_others(self):
+            pass
+
         def end(self, grace_s):
             pass
 
-    monkeypatch.setattr(process_group, "Session", Ended)
+    monkeypatch.setattr(worker_host, "Session", Ended)
     job = replace(a_job(tmp_path), tracking_uri="postgresql://me:secret@host/db")
     display = PlainDisplay(io.StringIO())
-    process_group.run_mode(job, Launch(num_ranks=2), Interruption(), display)
+    with WorkerHost("a.module") as host:
+        process_group.run_mode(job, Launch(num_ranks=2), host, Interruption(), display)
     assert seen["MLFLOW_TRACKING_URI"] == "postgresql://me:secret@host/db"
     assert "postgresql://***@host/db" in (tmp_path / "job.json").read_text()
     assert "secret" not in (tmp_path / "job.json").read_text() + " ".join(seen["command"])

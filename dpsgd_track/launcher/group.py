@@ -16,6 +16,7 @@ from dpsgd_track.launcher.process_group import Launch, Outcome, run_mode
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.suites import Suite
 from dpsgd_track.launcher.troubleshooting import Failure
+from dpsgd_track.launcher.worker_host import WorkerHost
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.tracking.environment import environment
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
@@ -82,6 +83,7 @@ class GroupRun:
         self._tree = tree
         self._folder = folder
         self._launch = launch
+        self._host = WorkerHost(launch.worker_module)
         self._display = display
         self._environment = {f"environment.{k}": v for k, v in environment().items()}
         self._clip_bounds: tuple[float, ...] | None = None
@@ -94,7 +96,7 @@ class GroupRun:
         Returns:
             The exit code.
         """
-        with Interruption() as interruption:
+        with Interruption() as interruption, self._host:
             try:
                 self._tree.start_group(
                     self._folder.name, self._suite.expected_runs, self._group_params(command)
@@ -144,7 +146,7 @@ class GroupRun:
                 rank_run_ids=tuple(ranks for _, ranks in runs[: len(ready)]),
                 work_dir=str(work_dir.absolute()),
             )
-            outcomes = run_mode(job, self._launch, interruption, self._display)
+            outcomes = run_mode(job, self._launch, self._host, interruption, self._display)
             outcomes = self._read_results(job, outcomes)
         unknown = Failure(kind=troubleshooting.NO_CLIP_BOUNDS)
         outcomes += tuple(Outcome(FAILED, unknown) for _ in blocked)

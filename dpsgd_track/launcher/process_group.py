@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -27,9 +26,10 @@ from dpsgd_track.config import JobConfig, redact_uri
 from dpsgd_track.launcher import troubleshooting
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.machine import num_cores
-from dpsgd_track.launcher.processes import Session
+from dpsgd_track.launcher.preloaded import Request
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.troubleshooting import Failure
+from dpsgd_track.launcher.worker_host import WorkerHost
 from dpsgd_track.tracking.client import TRACKING_URI_VARIABLE
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
 from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED
@@ -42,6 +42,8 @@ _EXCEPTION = re.compile(
     r"^(?:\[rank(\d+)\]:\s*)?((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit)(?:: .*)?)$",
     re.MULTILINE,
 )
+_OF_LAUNCHER = re.compile(r"\b(?:ChildFailedError|ProcessExitedException)\b")
+"""How torch's launcher says that a rank failed."""
 _ROOT_CAUSE = re.compile(r"^Root Cause .*?^\s*rank\s*: (\d+)", re.MULTILINE | re.DOTALL)
 _KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID")
 
@@ -65,7 +67,7 @@ class Launch:
     num_ranks: int
     """Processes of the group."""
     worker_module: str = WORKER
-    """Module run as `python -m` in every rank, with the path of job.json."""
+    """Module whose `main` runs in every rank, with the path of job.json; see WorkerHost."""
     grace_s: float = GRACE_S
     """Time the group gets to end by itself."""
 
@@ -73,6 +75,7 @@ class Launch:
 def run_mode(
     job: JobConfig,
     launch: Launch,
+    host: WorkerHost,
     interruption: Interruption,
     display: Display,
 ) -> tuple[Outcome, ...]:
@@ -86,18 +89,22 @@ def run_mode(
     # A password in the URI reaches the workers by the environment alone.
     written = replace(job, tracking_uri=redact_uri(job.tracking_uri))
     job_file.write_text(written.to_json(), encoding="utf-8")
-    session = Session(
-        _command(job_file, launch), _environment(job, launch), work_dir / "output.log"
+    request = Request(
+        job_file=str(job_file),
+        log=str(work_dir / "output.log"),
+        num_ranks=launch.num_ranks,
+        grace_s=launch.grace_s,
     )
+    host.start(request, _environment(job, launch))
     progress = _Progress(work_dir / "progress.jsonl")
     try:
-        while (code := session.poll()) is None and not interruption.requested:
+        while (code := host.poll()) is None and not interruption.requested:
             progress.forward(display.event)
             time.sleep(_POLL_S)
         if code is None:
             display.say(f"{interruption.reason} Ending {job.mode}.")
     finally:
-        session.end(launch.grace_s)
+        host.end()
     progress.forward(display.event)
     # A scheduler's SIGTERM may reach the group before this process looks.
     interrupted = interruption.requested and code != 0
@@ -123,21 +130,6 @@ def failure_of(work_dir: Path, code: int) -> Failure:
     return Failure(kind=troubleshooting.ERROR, message=_last_words(log, root), rank=root)
 
 
-def _command(job_file: Path, launch: Launch) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={launch.num_ranks}",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--local-addr=127.0.0.1",
-        "-m",
-        launch.worker_module,
-        str(job_file),
-    ]
-
-
 def _environment(job: JobConfig, launch: Launch) -> dict[str, str]:
     """The launcher's environment, with what the ranks need; HF_TOKEN passes through it."""
     package_root = str(Path(dpsgd_track.__file__).parent.parent)
@@ -147,6 +139,8 @@ def _environment(job: JobConfig, launch: Launch) -> dict[str, str]:
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         "OMP_NUM_THREADS": str(max(1, num_cores() // launch.num_ranks)),
+        # Counting GPUs through CUDA would spoil it for the processes forked afterwards.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*search_path, package_root]),
         "PYTHONUNBUFFERED": "1",
@@ -242,7 +236,7 @@ def _tail(path: Path) -> str:
 
 def _last_words(log: str, rank: int | None) -> str:
     """The last exception in the log, of `rank` where ranks are told apart; else its last lines."""
-    found = [raised for raised in _EXCEPTION.findall(log) if "ChildFailedError" not in raised[1]]
+    found = [raised for raised in _EXCEPTION.findall(log) if not _OF_LAUNCHER.search(raised[1])]
     # Other ranks only complain that this one is gone.
     raised = [text for of, text in found if of == str(rank)] or [text for _, text in found]
     lines = [line.strip() for line in log.splitlines() if line.strip()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -19,18 +19,25 @@ _ROUNDS = 20
 class Session:
     """A running command and its descendants.
 
-    torch.distributed's launcher gives each worker a session of its own, so that signalling one
-    process group does not reach them; they are found by a mark in their environment.
+    Descendants may lead sessions of their own, so that signalling one process group does not
+    reach them; they are found by a mark in the environment they started with.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        stdin: int = subprocess.DEVNULL,
+    ) -> None:
         """Start `command`, its output in `log`."""
         self._mark = uuid.uuid4().hex
         with log.open("ab") as output:
             self._leader = subprocess.Popen(
                 command,
                 env={**environment, MARKER: self._mark},
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -55,6 +62,10 @@ class Session:
             except subprocess.TimeoutExpired:
                 self._leader.kill()
                 self._leader.wait()
+        self.kill_others(known)
+
+    def kill_others(self, known: Collection[psutil.Process] = ()) -> None:
+        """Kill whatever the command started, but not the command; and what is `known`."""
         # A process may start another while it is being killed: look again until none is left.
         for _ in range(_ROUNDS):
             left = {*filter(_is_alive, known), *self._marked()}
@@ -73,6 +84,8 @@ class Session:
 
     def _marked(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
+            if process.pid == self.pid:
+                continue
             try:
                 if process.environ().get(MARKER) == self._mark and _is_alive(process):
                     yield process

@@ -1,16 +1,16 @@
-"""One rank of one mode's process group: `python -m dpsgd_track.training.worker job.json`.
+"""One rank of one mode's process group.
 
-Started by torch.distributed.run. Runs the mode's regimes one after the other, each from fresh
-weights; logs to MLflow in the background; leaves trajectories, progress and, when it fails, the
-reason in the job's working folder.
+`main` runs in every rank, forked by torch's launcher after `preload`: the mode's regimes one after
+the other, each from fresh weights. It logs to MLflow in the background, and leaves trajectories,
+progress and, when it fails, the reason in the job's working folder.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
-import sys
 import threading
 import traceback
 from dataclasses import replace
@@ -202,6 +202,23 @@ def _flush_when_told_to_stop(writer: BatchWriter) -> None:
     threading.Thread(target=wait, name="stop", daemon=True).start()
 
 
+PRELOADED = (
+    "dpsgd_track.modes.composed",
+    "dpsgd_track.modes.reference",
+    "mlflow.entities",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+)
+"""What most jobs import later. Opacus is left to the one mode that needs it."""
+
+
+def preload() -> None:
+    """Import what a rank would, in the process that ranks are forked from."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+
 def main(job_file: str) -> int:
     """Run the job; returns the process's exit code."""
     # Before any other thread starts: threads inherit what is blocked.
@@ -224,11 +241,3 @@ def main(job_file: str) -> int:
             traceback.print_exc()
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Skips the interpreter's teardown, which can block on a broken process group.
-    os._exit(code)

@@ -1,0 +1,217 @@
+"""Forks process groups that have their imports done: `python -m dpsgd_track.launcher.preloaded`.
+
+Usage: `preloaded WORKER_MODULE`, with a socket as standard input. Imports the worker and torch's
+launcher once. Then each line read from the socket, a `Request`, is answered by the exit code of
+the process group it asks for. A group is an agent in a session of its own, which runs torch's
+launcher, and the ranks that one forks:
+
+    launcher -> this process -> agent -> ranks
+
+No process outlives its parent: where the socket is closed, or at SIGTERM, this one ends its agent
+and itself; the kernel kills an agent without this process, and ranks without their agent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1
+_ADDRESS = "127.0.0.1"
+
+WorkerMain = Callable[[str], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One process group."""
+
+    job_file: str
+    """Path handed to the worker's `main`."""
+    log: str
+    """File that the group's output is appended to."""
+    num_ranks: int
+    """Processes of the group."""
+    grace_s: float
+    """Time the group gets to end by itself."""
+
+    def to_line(self) -> bytes:
+        """As it is sent."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+
+class _Host:
+    """Runs one process group after the other, each in a fresh fork."""
+
+    def __init__(self, channel: socket.socket, main: WorkerMain) -> None:
+        self._channel, self._main = channel, main
+        self._told_to_end = False
+        signal.signal(signal.SIGTERM, self._note)
+        # Who presses Ctrl-C or closes the terminal asks the launcher, which then asks here.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def serve(self) -> None:
+        """Until the launcher is gone, or asks to end."""
+        requests = self._channel.makefile("rb")
+        while not self._told_to_end:
+            if not self._is_readable():
+                continue
+            line = requests.readline()
+            if not line:
+                return
+            code = self._run(Request(**json.loads(line)))
+            if code is not None:
+                self._channel.sendall(f"{code}\n".encode())
+
+    def _run(self, request: Request) -> int | None:
+        """The group's exit code; None where it was ended."""
+        host = os.getpid()
+        agent = os.fork()
+        if agent == 0:
+            self._channel.close()
+            _lead(request, self._main, host)
+        while not self._told_to_end:
+            if (code := _exit_code(agent)) is not None:
+                return code
+            # Nothing is asked for while a group runs: this is the launcher's end of the socket
+            # being closed.
+            if self._is_readable():
+                self._told_to_end = True
+        os.kill(agent, signal.SIGTERM)
+        deadline = time.monotonic() + request.grace_s
+        while _exit_code(agent) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return None
+
+    def _is_readable(self) -> bool:
+        return bool(select.select([self._channel], [], [], _POLL_S)[0])
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._told_to_end = True
+
+
+def _exit_code(child: int) -> int | None:
+    """Exit code of an ended child, negative for a signal; None while it runs."""
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def _lead(request: Request, main: WorkerMain, host: int) -> None:
+    """The agent's life, in its fork."""
+    code = 1
+    try:
+        os.setsid()
+        _die_with(host, signal.SIGKILL)
+        _reset_signals()
+        log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(log, sys.stdout.fileno())
+        os.dup2(log, sys.stderr.fileno())
+        os.close(log)
+        _launch(request, main)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _leave(code)
+
+
+def _launch(request: Request, main: WorkerMain) -> None:
+    """Run the ranks by torch's launcher.
+
+    Raises:
+        ChildFailedError: one failed; its text says which and how.
+    """
+    from torch.distributed import TCPStore
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The static rendezvous, unlike c10d, starts no thread that could hold a lock at the fork. It
+    # finds this server by its port: choosing a free one in advance would be a race.
+    server = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=request.num_ranks,
+        run_id=Path(request.job_file).parent.name,
+        rdzv_backend="static",
+        rdzv_endpoint=f"{_ADDRESS}:{server.port}",
+        rdzv_configs={"rank": 0},
+        local_addr=_ADDRESS,
+        max_restarts=0,
+        start_method="fork",
+    )
+    agent = os.getpid()
+
+    def run_rank(job_file: str) -> None:
+        _reset_signals()
+        _die_with(agent, signal.SIGKILL)
+        try:
+            code = main(job_file)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            # torch's hook puts the rank in front of each line.
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        # torch's launcher waits for a rank that succeeds to return.
+        if code != 0:
+            _leave(code)
+
+    elastic_launch(config, run_rank)(request.job_file)
+
+
+def _reset_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _die_with(parent: int, number: int) -> None:
+    """Have the kernel send signal `number` to this process when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
+
+
+def _leave(code: int) -> None:
+    """Exit without the interpreter's teardown, which can block on a broken process group."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """Import, then serve."""
+    # While it imports, this process looks at nothing else.
+    _die_with(os.getppid(), signal.SIGTERM)
+    channel = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    worker = importlib.import_module(sys.argv[1])
+    worker.preload()
+    import torch
+    import torch.distributed.launcher.api
+
+    # A fork cannot use a device that was touched before.
+    assert not torch.cuda.is_initialized(), "preloading touched CUDA"
+    # What is never collected is never written to, and stays shared with the forks.
+    gc.collect()
+    gc.freeze()
+    _Host(channel, worker.main).serve()
+
+
+if __name__ == "__main__":
+    main()
