@@ -46,6 +46,8 @@ class Worker:
         """C of each step as this job's clip regime calibrated it; its replay uses the same."""
         self.at: dict[str, Any] = {"regime": 0, "step": None}
         """Where the worker is, for the failure report."""
+        self.is_leaving = threading.Event()
+        """Set once a regime is over, for good or not, and its records are being put away."""
 
     def run(self) -> None:
         """All regimes of the job."""
@@ -95,7 +97,9 @@ class Worker:
                 self._log(number, done.seen.step, own, is_global=False)
                 self._progress(number, "step", done.seen.step, metrics["loss"])
         finally:
+            self.is_leaving.set()
             self._leave_trajectories(number, folder, run)
+        self.is_leaving.clear()
         self._progress(number, "end", regime.num_iter - 1, None)
 
     def _log(self, number: int, step: int, metrics: dict[str, float], *, is_global: bool) -> None:
@@ -185,17 +189,20 @@ def _message_of(error: BaseException) -> str:
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
-def _flush_when_told_to_stop(writer: BatchWriter) -> None:
+def _flush_when_told_to_stop(worker: Worker, is_done: threading.Event) -> None:
     """Ship what is queued and leave on SIGTERM, even from inside a collective that hangs.
 
     A Python signal handler would wait for the main thread to return from it. The signals are
-    blocked in every thread, so that they are left to this one.
+    blocked in every thread, so that they are left to this one. When one rank fails, torch's
+    launcher stops the others at once: one that is putting its records away is let finish.
     """
 
     def wait() -> None:
         number = signal.sigwait(STOP_SIGNALS)
+        if worker.is_leaving.is_set():
+            is_done.wait(KILLED_FLUSH_TIMEOUT_S)
         try:
-            writer.close(KILLED_FLUSH_TIMEOUT_S)
+            worker.writer.close(KILLED_FLUSH_TIMEOUT_S)
         finally:
             os._exit(128 + number)
 
@@ -224,19 +231,25 @@ def main(job_file: str) -> int:
     # Before any other thread starts: threads inherit what is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     job = JobConfig.from_json(Path(job_file).read_text(encoding="utf-8"))
-    writer = BatchWriter(job.tracking_uri)
-    _flush_when_told_to_stop(writer)
-    worker = Worker(job, writer)
+    worker = Worker(job, BatchWriter(job.tracking_uri))
+    is_done = threading.Event()
+    _flush_when_told_to_stop(worker, is_done)
+    code = _run(worker)
+    is_done.set()
+    return code
+
+
+def _run(worker: Worker) -> int:
     try:
         worker.log_device_facts()
         worker.run()
-        writer.close(FLUSH_TIMEOUT_S)
+        worker.writer.close(FLUSH_TIMEOUT_S)
     except Exception as error:
         traceback.print_exc()
         worker.report_failure(error)
         # The reason comes first; what can still be shipped follows.
         try:
-            writer.close(FLUSH_TIMEOUT_S)
+            worker.writer.close(FLUSH_TIMEOUT_S)
         except Exception:
             traceback.print_exc()
         return 1
