@@ -56,7 +56,7 @@ def test_the_accuracy_regime_is_the_test_users_know():
     assert accuracy.micro_batches == 1
     assert job.seed == 42
     assert (clip.name, clip.learning_rate, clip.noise_multiplier) == (CLIP, 0.0, 0.0)
-    assert (clip.num_iter, clip.micro_batches, clip.max_grad_norms) == (6, 3, ())
+    assert (clip.num_iter, clip.micro_batches, clip.max_grad_norms) == (4, 3, ())
 
 
 def test_single_trains_unless_it_is_an_accuracy_test():
