@@ -220,7 +220,7 @@ def test_ctrl_c_ends_everything(stubborn):
 def test_nothing_outlives_a_killed_launcher(stubborn):
     process, folder = stubborn
     process.kill()
-    process.wait()
+    process.communicate()
     wait_for(lambda: not living(folder), timeout_s=5.0)
 
 
@@ -228,7 +228,7 @@ def test_a_launcher_killed_while_workers_are_imported_leaves_nothing(tmp_path):
     process = start(tmp_path, "single", "--mode", "no_dp")
     wait_for(lambda: living(tmp_path))
     process.kill()
-    process.wait()
+    process.communicate()
     wait_for(lambda: not living(tmp_path), timeout_s=5.0)
 
 

@@ -44,7 +44,7 @@ def test_a_password_in_the_store_reaches_workers_by_the_environment_alone(tmp_pa
             seen.update(environment, command=command)
 
         def poll(self):
-            return 0
+            return 1
 
         def kill_others(self):
             pass

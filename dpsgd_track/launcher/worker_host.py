@@ -44,8 +44,11 @@ class WorkerHost:
 
     def start(self, request: Request, environment: Mapping[str, str]) -> None:
         """Start a process group; the one before has ended."""
-        if self._session is None or environment != self._environment:
-            self._open(dict(environment), Path(request.log))
+        log = Path(request.log)
+        log.touch()
+        is_gone = self._session is None or self._session.poll() is not None
+        if is_gone or environment != self._environment:
+            self._open(dict(environment), log)
         assert self._channel is not None
         self._code, self._grace_s = None, request.grace_s
         # Where the process is gone, `poll` says so.
