@@ -14,6 +14,7 @@ setup: $(INSTALLED)
 dev: $(DEV_INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@test -e $@ || rm -rf $(VENV)  # what a failed attempt left
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[quick,png,test]'
 	@touch $@
