@@ -54,7 +54,7 @@ def test_the_baseline_is_replayed_in_another_order_and_never_clipped():
 def test_the_accuracy_regime_is_the_test_users_know():
     job = suite("quick", "--micro-batches", "3").jobs[-1]
     accuracy, clip = job.regimes
-    assert (accuracy.noise_multiplier, accuracy.max_grad_norms) == (0.01, (10000.0,) * 10)
+    assert (accuracy.noise_multiplier, accuracy.max_grad_norms) == (0.01, (10000.0,) * 5)
     assert accuracy.noise_matched
     assert accuracy.micro_batches == 1
     assert job.seed == 42

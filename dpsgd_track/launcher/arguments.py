@@ -130,8 +130,7 @@ def _add_regime(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-iter",
         type=int,
-        default=10,
-        help="recorded steps of the accuracy and train regimes (default: 10)",
+        help="recorded steps of the accuracy and train regimes (default: 5 in quick, else 10)",
     )
     group.add_argument(
         "--warmup-iter",

@@ -28,6 +28,8 @@ from dpsgd_track.config import (
 from dpsgd_track.launcher.machine import count_gpus
 from dpsgd_track.modes import table
 
+NUM_ITER, QUICK_NUM_ITER = 10, 5
+"""Recorded steps of the other regimes, by default."""
 CLIP_NUM_ITER = 4
 """Steps of the clip regime: the first half clips some samples, the second half all."""
 CPU_RANKS = 2
@@ -199,9 +201,14 @@ def _check_numbers(args: argparse.Namespace) -> None:
     PrivacyConfig(
         noise_multiplier=args.sigma, max_grad_norm=args.max_grad_norm, expected_batch_size=1
     )
-    require(args.num_iter >= 1, "num_iter", args.num_iter, "an integer >= 1")
+    require(_num_iter(args) >= 1, "num_iter", args.num_iter, "an integer >= 1")
     if args.micro_batches is not None:
         require(args.micro_batches >= 1, "micro_batches", args.micro_batches, "an integer >= 1")
+
+
+def _num_iter(args: argparse.Namespace) -> int:
+    default = QUICK_NUM_ITER if args.command == "quick" else NUM_ITER
+    return int(args.num_iter if args.num_iter is not None else default)
 
 
 def _regimes_of(
@@ -210,11 +217,11 @@ def _regimes_of(
     warmup = args.warmup_iter if args.warmup_iter is not None else int(device == "cuda")
     trained = RegimeConfig(
         name=TRAIN,
-        num_iter=args.num_iter,
+        num_iter=_num_iter(args),
         warmup_iter=warmup,
         micro_batches=args.micro_batches or 1,
         noise_multiplier=args.sigma,
-        max_grad_norms=(args.max_grad_norm,) * args.num_iter,
+        max_grad_norms=(args.max_grad_norm,) * _num_iter(args),
         learning_rate=args.learning_rate,
         optimizer=args.optimizer,
     )
