@@ -83,7 +83,8 @@ class _Host:
         host = os.getpid()
         agent = os.fork()
         if agent == 0:
-            self._channel.close()
+            # The launcher tells by the socket that this process is gone: no other may hold it.
+            os.close(self._channel.detach())
             _lead(request, self._main, host)
         while not self._told_to_end:
             if (code := _exit_code(agent)) is not None:

@@ -139,10 +139,10 @@ def _environment(job: JobConfig, launch: Launch) -> dict[str, str]:
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         "OMP_NUM_THREADS": str(max(1, num_cores() // launch.num_ranks)),
-        # Counting GPUs through CUDA would spoil it for the processes forked afterwards.
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*search_path, package_root]),
+        # Counting GPUs through CUDA would spoil it for the processes forked afterwards.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
