@@ -33,6 +33,7 @@ def main() -> int:
     """Run, summarise, and pass on launch.py's exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path)
+    parser.add_argument("--commit", default=_revision(), help="what the rows name as the commit")
     args, options = parser.parse_known_args()
     group = f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}"
     command = [sys.executable, str(ROOT / "launch.py"), "full", "--group", group, *options]
@@ -40,7 +41,7 @@ def main() -> int:
     rows = [
         row
         for job in sorted(Path("results").glob(f"{group}/logs/*/job.json"))
-        for row in _rows(job)
+        for row in _rows(job, args.commit)
     ]
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with args.csv.open("w", newline="", encoding="utf-8") as file:
@@ -50,13 +51,25 @@ def main() -> int:
     return code
 
 
-def _rows(job_file: Path) -> list[dict[str, Any]]:
+def _revision() -> str:
+    """The checkout's commit; `unknown` outside of one."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _rows(job_file: Path, commit: str) -> list[dict[str, Any]]:
     job = json.loads(job_file.read_text(encoding="utf-8"))
     rows = []
     for number, regime in enumerate(job["regimes"]):
         path = job_file.parent / str(number) / "trajectory.npz"
         trajectory = Trajectory.load(path) if path.exists() else None
-        rows.append(_shape(job, regime) | _figures(trajectory) | _machine())
+        rows.append(_shape(job, regime) | _figures(trajectory) | _machine(commit))
     return rows
 
 
@@ -91,23 +104,16 @@ def _figures(trajectory: Trajectory | None) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
-def _machine() -> dict[str, str]:
+def _machine(commit: str) -> dict[str, str]:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "device": device,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "opacus": version("opacus"),
-        "commit": revision or "unknown",
+        "commit": commit,
     }
 
 

@@ -25,7 +25,6 @@ ALLOWED: dict[str, set[str]] = {
     "launcher": {"config", "modes", "tracking", "training"},
     "comparison": {"config", "modes", "tracking"},
     "report": {"comparison", "config", "modes", "tracking"},
-    "faults": {"config", "distributed", "modes", "privacy"},
 }
 
 

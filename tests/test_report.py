@@ -241,7 +241,7 @@ def test_missing_browser_is_one_line_with_advice(
     assert not stale.exists()
     assert len(said) == 1
     assert said[0].startswith("PNG charts skipped: ")
-    assert "apt-get install chromium and pip install 'dpsgd-track[png]'" in said[0]
+    assert "apt-get install chromium and pip install 'kaleido>=1'" in said[0]
     assert "\n" not in said[0]
 
 

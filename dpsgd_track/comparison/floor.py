@@ -8,7 +8,7 @@ A drift that is no larger cannot be told from rounding, whatever the thresholds 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dpsgd_track.comparison.drift import Pair
@@ -18,19 +18,25 @@ from dpsgd_track.comparison.drift import Pair
 class Floor:
     """Measured in one regime."""
 
-    measured_on: str
-    """The baseline that was replayed."""
+    measured_on: tuple[str, ...]
+    """The runs that were replayed."""
     values: Mapping[str, float]
-    """Largest drift of the replay, by observable; one that it does not compute is left out."""
+    """Largest drift of a replay, by observable; one that none computes is left out."""
 
     def of(self, observable: str) -> float | None:
         """None where nothing was measured."""
         return self.values.get(observable)
 
 
-def floor_of(replay: Pair) -> Floor:
-    """The floor that a replay shows."""
-    return Floor(
-        measured_on=replay.baseline,
-        values={name: drift.max for name, drift in replay.drifts.items()},
-    )
+def floor_of(replays: Sequence[Pair]) -> Floor | None:
+    """The floor that replays show together; None when there are none.
+
+    The largest counts: each is one draw of what rounding can do.
+    """
+    if not replays:
+        return None
+    values: dict[str, float] = {}
+    for replay in replays:
+        for name, drift in replay.drifts.items():
+            values[name] = max(values.get(name, 0.0), drift.max)
+    return Floor(measured_on=tuple(replay.baseline for replay in replays), values=values)

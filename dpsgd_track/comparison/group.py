@@ -48,19 +48,10 @@ class RegimeComparison:
     """Each mode against the baseline, and against the reference where that is another run."""
     replays: Mapping[str, Pair]
     """Replays against the run they repeat, by that run's label."""
-    floors: Mapping[str, Floor]
-    """What sound replays show, by the label of the run they repeat."""
+    floor: Floor | None
+    """What the sound replays show together; None when there was none."""
     largest: Mapping[str, LargestDrift]
     """By observable, over all pairs of modes."""
-
-    @property
-    def floor(self) -> Floor | None:
-        """The baseline's floor; None unless it has a sound replay."""
-        return self.floors.get(self.baseline)
-
-    def floor_for(self, baseline: str) -> Floor | None:
-        """What differences from `baseline` are held against: its own floor, else the regime's."""
-        return self.floors.get(baseline, self.floor)
 
     def pair(self, mode: str, baseline: str = "") -> Pair | None:
         """`mode` against `baseline`, by default the regime's."""
@@ -141,14 +132,14 @@ def _compare_regime(
             for other in recorded
             if other[0] not in (held, REFERENCE)
         ]
-    replays, floors = _replay(runs, [r for r in (baseline, reference) if r])
+    replays, floor = _replay(runs, [r for r in (baseline, reference) if r])
     regime = RegimeComparison(
         name=name,
         runs=tuple(r for r in runs if not r.replay),
         baseline=baseline.label if baseline else "",
         pairs=tuple(pairs),
         replays=replays,
-        floors=floors,
+        floor=floor,
         largest=_largest(name, recorded, pairs),
     )
     return regime, baseline, reference
@@ -156,10 +147,10 @@ def _compare_regime(
 
 def _replay(
     runs: tuple[ModeRun, ...], bases: list[ModeRun]
-) -> tuple[dict[str, Pair], dict[str, Floor]]:
-    """Each base's replay against it, and the floor that a sound one shows, by label."""
+) -> tuple[dict[str, Pair], Floor | None]:
+    """Each base's replay against it, by label, and the floor that the sound ones show."""
     replays: dict[str, Pair] = {}
-    floors: dict[str, Floor] = {}
+    sound: list[Pair] = []
     for base in bases:
         run = next((r for r in runs if r.replay and r.label == base.label and r.trajectory), None)
         if run is None or run.trajectory is None or base.trajectory is None:
@@ -168,8 +159,8 @@ def _replay(
         replays[base.label] = pair
         # An unsound replay would excuse what rounding does not explain.
         if not [*judge_run(run), *judge_likeness(base, run)]:
-            floors[base.label] = floor_of(pair)
-    return replays, floors
+            sound.append(pair)
+    return replays, floor_of(sound)
 
 
 def _recorded(runs: tuple[ModeRun, ...], label: str) -> ModeRun | None:
@@ -218,7 +209,7 @@ def _judge(
             found.append(
                 _alone(regime, f"{base.label} is itself at fault in {regime.name}", base.label)
             )
-        drifts, failure = judge_pair(pair, thresholds, regime.floor_for(base.label))
+        drifts, failure = judge_pair(pair, thresholds, regime.floor)
         # Unlike runs differ for a reason that says nothing about the mode.
         found += [f for f in drifts if not unlike or not f.observable]
         if failure and not unlike:
@@ -239,7 +230,7 @@ def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> s
         return f"replay that measures the floor of {regime.name}"
     role = f"baseline of {regime.name}" if run.label == regime.baseline else ""
     pairs = [pair for pair in regime.pairs if pair.mode == run.label]
-    drifts = [(pair.baseline, drift) for pair in pairs for drift in pair.drifts.values()]
+    drifts = [drift for pair in pairs for drift in pair.drifts.values()]
     if not drifts:
         return role or f"oracle of {regime.name}"
 
@@ -248,11 +239,10 @@ def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> s
 
     bases = " and ".join(pair.baseline for pair in pairs)
     agrees = f"{role + ', ' if role else ''}agrees with {bases} in {regime.name}"
-    against, nearest = max(drifts, key=lambda found: found[1].max / threshold(found[1]))
+    nearest = max(drifts, key=lambda drift: drift.max / threshold(drift))
     if nearest.max == 0:
         return f"{agrees} to the last bit"
-    measured = regime.floor_for(against)
-    floor = measured.of(nearest.observable.name) if measured else None
+    floor = regime.floor.of(nearest.observable.name) if regime.floor else None
     return (
         f"{agrees}, nearest to its threshold in {nearest.observable.title} with "
         f"{number(nearest.max)} (threshold {number(threshold(nearest))}, floor {number(floor)})"

@@ -11,7 +11,7 @@ from typing import Any
 from dpsgd_track.report.charts import Chart
 
 _WIDTH = 1000
-_ADVICE = "apt-get install chromium and pip install 'dpsgd-track[png]'"
+_ADVICE = "apt-get install chromium and pip install 'kaleido>=1'"
 
 
 _TITLE = 40
