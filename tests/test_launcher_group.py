@@ -51,7 +51,7 @@ def test_a_mode_with_nothing_to_run_is_failed_and_not_started(monkeypatch):
 
     def run_mode(job, *_):
         started.append(job.mode)
-        return (Outcome("FAILED", Failure(kind=OUT_OF_MEMORY, regime=0)),)
+        return (Outcome("FAILED", Failure(kind=OUT_OF_MEMORY, regime=0)),) * len(job.regimes)
 
     monkeypatch.setattr(group, "run_mode", run_mode)
     assert run("blocked", "--mode", "flash_fsdp", "--regime", "clip") == 1
@@ -69,7 +69,7 @@ def test_bounds_that_cannot_be_used_fail_the_reference(left, monkeypatch):
         if left is not None:
             (Path(job.work_dir) / "0").mkdir()
             (Path(job.work_dir) / "0" / "clip_bounds.json").write_text(left)
-        return (Outcome("FINISHED"),)
+        return tuple(map(_finished, job.regimes))
 
     monkeypatch.setattr(group, "run_mode", run_mode)
     name = f"bounds-{abs(hash(left))}"

@@ -81,7 +81,7 @@ def test_the_first_report_counts(tmp_path):
     report(tmp_path, 1, '{"kind": "not_finite", "message": "loss", "regime": 0, "step": 3}')
     report(tmp_path, 0, '{"kind": "error", "message": "Connection closed by peer"}')
     failure = failure_of(tmp_path, 1)
-    assert failure.reason == "a value became NaN or infinite at step 3, rank 1: loss"
+    assert failure.reason == "a value became NaN or infinite (not-finite) at step 3, rank 1: loss"
     assert "--learning-rate" in failure.advice
 
 

@@ -23,6 +23,7 @@ from dpsgd_track.config import PrivacyConfig
 from dpsgd_track.distributed.sharding import as_sharded
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.noise import NoiseSource
 
@@ -110,6 +111,19 @@ def _whole(mode: Mode, shards: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _terms(records: list[SampleRecord]) -> dict[str, Tensor]:
+    """sum_i c_i ||g_i|| of each parameter over all ranks, where the mode tells."""
+    terms: dict[str, Tensor] = {}
+    for record in records:
+        for name, norm_B in (record.norm_by_parameter_B or {}).items():
+            assert record.clip_factor_B is not None
+            clipped = (record.clip_factor_B * norm_B).sum().double()
+            terms[name] = terms.get(name, torch.zeros_like(clipped)) + clipped
+    for term in terms.values():
+        dist.all_reduce(term)
+    return terms
+
+
 def _run(mode: Mode, batches: list[Batch]) -> dict[str, Any]:
     # A discarded first step, as warm-up does: nothing of it may remain.
     mode.accumulate(batches[0])
@@ -129,23 +143,27 @@ def _run(mode: Mode, batches: list[Batch]) -> dict[str, Any]:
         else torch.cat([r.norm_B.double() for r in records if r.norm_B is not None]),
         "norm_dtype": None if records[0].norm_B is None else str(records[0].norm_B.dtype),
         "sum": summed,
+        "terms": _terms(records),
         "noised": noised,
         "weights": weights,
     }
 
 
-def _error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+def _error(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], terms: dict[str, Tensor] | None = None
+) -> tuple[float, str]:
     """Largest relative error over parameters, and where.
 
-    A gradient that is zero by symmetry (a key's bias under softmax) holds rounding alone, and one
-    whose samples cancel holds much of it: neither is measured against less than a hundredth of
-    the whole gradient.
+    A gradient that is zero by symmetry (a key's bias under softmax) holds rounding alone: none is
+    measured against less than a hundredth of the whole. And where samples cancel (a classifier's
+    bias adds up p - y), what is left holds the rounding of its terms: none is measured against
+    less than a tenth of `terms`, the sum of the clipped samples' norms.
     """
     total = torch.stack([w.norm() for w in wanted.values()]).norm()
-    errors = {
-        name: ((found[name] - w).norm() / torch.maximum(w.norm(), 1e-2 * total)).item()
-        for name, w in wanted.items()
-    }
+    errors = {}
+    for name, w in wanted.items():
+        least = 1e-2 * total if terms is None else torch.maximum(1e-2 * total, 0.1 * terms[name])
+        errors[name] = ((found[name] - w).norm() / torch.maximum(w.norm(), least)).item()
     worst = max(errors, key=errors.__getitem__)
     return errors[worst], worst
 
@@ -211,7 +229,7 @@ def _row(
         norm_error = worst.item()
     clipped = (want["norm"] > bound).double().mean()
     dist.all_reduce(clipped)
-    sum_error, sum_where = _error(found["sum"], want["sum"])
+    sum_error, sum_where = _error(found["sum"], want["sum"], want["terms"])
     return {
         "model": model,
         "regime": regime,
