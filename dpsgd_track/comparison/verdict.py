@@ -12,7 +12,12 @@ import numpy as np
 from dpsgd_track.comparison.drift import LOSS, Drift, Pair
 from dpsgd_track.comparison.finite import not_finite
 from dpsgd_track.comparison.floor import Floor
-from dpsgd_track.comparison.ladder import FirstFailure, first_failure, unlike_inputs
+from dpsgd_track.comparison.ladder import (
+    FirstFailure,
+    explained_by_rounding,
+    first_failure,
+    unlike_inputs,
+)
 from dpsgd_track.config import Thresholds
 from dpsgd_track.modes.table import MODES
 from dpsgd_track.tracking import names
@@ -228,9 +233,9 @@ def _judge_drift(
     if drift.relative_max > thresholds.bug:
         verdict, held_to = Verdict.BUG, thresholds.bug
     shown = f"floor {number(measured)}"
-    if measured is not None and measured > threshold and drift.max <= 2 * measured:
+    if drift.max <= explained_by_rounding(observable, floor):
         verdict, held_to = Verdict.INCONCLUSIVE, threshold
-        shown = f"cannot be told from rounding: floor {number(measured)} above the threshold"
+        shown = f"cannot be told from rounding: floor {number(measured)}"
     kind = "relative" if observable.is_relative else "absolute"
     kind += ", estimated from projections" * observable.is_estimate
     as_fraction = (
