@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    from dpsgd_track.tracking.client import one_line
     from dpsgd_track.tracking.reader import GroupNotFound
 
     try:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except (MlflowException, SQLAlchemyError) as error:
         where = redact_uri(settings.tracking_uri)
-        why = str(error).replace(settings.tracking_uri, where).strip().splitlines()[0]
+        why = one_line(error, settings.tracking_uri)
         return _refuse(f"tracking_uri={where!r}: expected a tracking server that answers. {why}")
     except OSError as error:
         return _refuse(f"results_dir={settings.results_dir!r}: expected a writable folder. {error}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -256,11 +255,8 @@ def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None,
     run_id = run.info.run_id
     try:
         with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as folder:
-            path = Path(client.download_artifacts(run_id, names.TRAJECTORY_FILE, folder))
-            # NumPy leaves a torn archive open, which is in the way of removing the folder.
-            if not zipfile.is_zipfile(path):
-                raise ValueError(f"{path.name}: expected a trajectory file. It is torn.")
-            return Trajectory.load(path), ""
+            path = client.download_artifacts(run_id, names.TRAJECTORY_FILE, folder)
+            return Trajectory.load(Path(path)), ""
     except ValueError as error:
         missing = str(error)
     except (MlflowException, OSError):
