@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from dpsgd_track.kernels.flash_norm.reference import accumulation
 from dpsgd_track.privacy.layers.positions import (
-    elementwise_norm_sq,
+    elementwise_norms,
+    elementwise_sums,
     flatten_positions,
     is_trainable,
-    weighted_sum,
 )
 
 
@@ -29,14 +29,14 @@ def norm_sq(
     module: nn.Module, x: Tensor, dy: Tensor, outer_norm: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Squared norm [B] of each sample's gradient of weight and bias."""
-    return {name: elementwise_norm_sq(g) for name, g in _gradients(module, x, dy).items()}
+    return elementwise_norms(_gradients(module, x, dy))
 
 
 def clipped_sum(
     module: nn.Module, x: Tensor, dy: Tensor, clip_factor_B: Tensor
 ) -> dict[str, Tensor]:
     """sum_i c_i g_i of weight and bias, [P]."""
-    return {name: weighted_sum(g, clip_factor_B) for name, g in _gradients(module, x, dy).items()}
+    return elementwise_sums(_gradients(module, x, dy), clip_factor_B)
 
 
 def _gradients(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:

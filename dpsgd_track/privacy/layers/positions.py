@@ -30,6 +30,16 @@ def weighted_sum(grad_BTP: Tensor, clip_factor_B: Tensor) -> Tensor:
     return torch.einsum("b,bp->p", clip_factor_B, accumulation(grad_BTP).sum(dim=1))
 
 
+def elementwise_norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Squared norm [B] of each sample's gradient, from gradients at each position [B, T, P]."""
+    return {name: elementwise_norm_sq(gradient) for name, gradient in gradients.items()}
+
+
+def elementwise_sums(gradients: dict[str, Tensor], clip_factor_B: Tensor) -> dict[str, Tensor]:
+    """sum_i c_i g_i [P], from gradients at each position [B, T, P]."""
+    return {name: weighted_sum(gradient, clip_factor_B) for name, gradient in gradients.items()}
+
+
 def is_trainable(module: nn.Module, name: str) -> bool:
     """Whether `module` has a parameter `name` that is trained."""
     parameter = getattr(module, name, None)
