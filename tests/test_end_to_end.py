@@ -90,6 +90,13 @@ def test_clipping_equals_the_float64_reference(records: Any, mode: str) -> None:
     assert np.max(sketch_distance(a, b) / sketch_distance(b, np.zeros_like(b))) < 1e-5
 
 
+def test_a_replay_lists_the_same_samples_in_the_same_order(records: Any) -> None:
+    baseline, replay = records["no_dp", "accuracy", ""], records["no_dp", "accuracy", "permuted"]
+    assert np.array_equal(replay.sample_index, baseline.sample_index)
+    assert np.array_equal(replay.data_hash, baseline.data_hash)
+    np.testing.assert_allclose(replay.sample_loss, baseline.sample_loss, atol=1e-6)
+
+
 def test_the_clip_regime_clips_some_then_all(records: Any) -> None:
     fraction = records["reference", "clip", ""].clip_fraction
     half = len(fraction) // 2
