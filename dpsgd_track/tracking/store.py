@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 SQLITE_PREFIX = "sqlite:///"
 LOCK_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 10
-# Has the UI open on training runs rather than on traces of language models.
-_KIND, _TRAINING = "mlflow.experimentKind", "custom_model_development"
 
 
 def absolute_uri(tracking_uri: str) -> str:
@@ -140,11 +138,7 @@ def _experiment_id(client: MlflowClient, settings: Settings) -> str:
     if found is None:
         try:
             location = artifact_location(settings)
-            return str(
-                client.create_experiment(
-                    settings.experiment, artifact_location=location, tags={_KIND: _TRAINING}
-                )
-            )
+            return str(client.create_experiment(settings.experiment, artifact_location=location))
         except Exception:
             # Another launcher may have been first.
             found = client.get_experiment_by_name(settings.experiment)
