@@ -113,7 +113,7 @@ class OpacusGhostFsdpMode(Mode):
 
     def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
         """Opacus's own noise and scaling, drawing the given random numbers."""
-        with _random_numbers_from(source, trainable_parameters(self.model)):
+        with _NoiseFrom(source, trainable_parameters(self.model)):
             self.dp_optimizer.pre_step()
         self.has_pending = False
         return {part.name: part.local for part in self.gradient_parts()}
@@ -145,7 +145,7 @@ def _norm_names(wrapped: Any, model: nn.Module) -> list[tuple[Any, list[str]]]:
     ]
 
 
-class _random_numbers_from:
+class _NoiseFrom:
     """Within it, Opacus's FSDP optimizer draws its noise from `source`."""
 
     def __init__(self, source: NoiseSource, parameters: dict[str, nn.Parameter]) -> None:

@@ -41,8 +41,3 @@ class Engine:
     def losses(self, batch: Batch) -> Tensor:
         """Loss of each sample, [B], with its graph."""
         return per_sample_loss(self.model(**batch.inputs).logits, batch.target_B)
-
-    def forget(self) -> None:
-        """Drop what a failed or finished micro-batch captured."""
-        if self.capture is not None:
-            self.capture.kept.clear()
