@@ -52,6 +52,13 @@ class Session:
         """Exit code of the command; None while it runs."""
         return self._leader.poll()
 
+    def wait(self, timeout_s: float) -> int | None:
+        """Exit code of the command once it ends by itself; None where it takes longer."""
+        try:
+            return self._leader.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
     def end(self, grace_s: float) -> None:
         """End everything: ask the command to, wait `grace_s`, then kill whatever is left."""
         known = self._descendants()

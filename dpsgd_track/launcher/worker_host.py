@@ -69,9 +69,10 @@ class WorkerHost:
         if answer:
             self._code = int(answer)
         else:
-            session = self._session
+            # It lets go of the socket before it has ended; its own exit code is what counts.
+            code = self._session.wait(self._grace_s)
             self._close(0.0)
-            self._code = session.poll() or 1
+            self._code = code or 1
         return self._code
 
     def end(self) -> None:
