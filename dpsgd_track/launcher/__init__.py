@@ -1,1 +1,4 @@
 """Runs modes as process groups and keeps their run tree. Imports no torch."""
+
+EXIT_FINISHED, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+"""What launch.py exits with."""

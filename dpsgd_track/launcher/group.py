@@ -9,7 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dpsgd_track.config import CLIP, JobConfig, RegimeConfig, require
-from dpsgd_track.launcher import troubleshooting
+from dpsgd_track.launcher import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_INTERRUPTED,
+    troubleshooting,
+)
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.output import write_output
 from dpsgd_track.launcher.process_group import Launch, Outcome, run_mode
@@ -24,7 +29,6 @@ from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED, RunTree, fla
 from dpsgd_track.tracking.trajectory import Trajectory
 
 CLIP_BOUNDS_FILE = "clip_bounds.json"
-EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
 
 def open_group(suite: Suite) -> tuple[RunTree, str, Path]:

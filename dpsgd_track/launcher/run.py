@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import DataConfig, ModelConfig, redact_uri
+from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USAGE
 from dpsgd_track.launcher.arguments import build_parser, reproducing_command
 from dpsgd_track.modes.table import MODES
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
-
-EXIT_FINISHED, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def check_inputs(model: ModelConfig, data: DataConfig) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.tracking import names
+from dpsgd_track.tracking.client import connect
 from dpsgd_track.tracking.trajectory import Floats, Trajectory
 
 if TYPE_CHECKING:
@@ -103,9 +104,7 @@ def open_client(tracking_uri: str) -> MlflowClient:
                 f"tracking_uri={redact_uri(tracking_uri)!r}: expected an existing SQLite file. "
                 "Launch a group first, or check --tracking-uri."
             )
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=tracking_uri)
+    return connect(tracking_uri)
 
 
 def find_group(client: MlflowClient, settings: Settings, wanted: str) -> Run:
