@@ -46,6 +46,9 @@ def test_a_password_in_the_store_reaches_workers_by_the_environment_alone(tmp_pa
         def poll(self):
             return 1
 
+        def wait(self, timeout_s):
+            return 1
+
         def kill_others(self):
             pass
 
