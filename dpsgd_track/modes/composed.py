@@ -30,7 +30,7 @@ class ComposedMode(Mode):
         shard_fsdp2(model, mesh, context.param_dtype)
         self.model = model
         self.optimizer = context.make_optimizer(model.parameters())
-        self.engine = Engine(model, Fsdp2Sharder(model), self.max_grad_norm, capture)
+        self.engine = Engine(model, Fsdp2Sharder(model), self.max_grad_norm, context.loss, capture)
         self.strategy = STRATEGIES[spec.strategy]
 
     def accumulate(self, batch: Batch) -> SampleRecord:

@@ -26,19 +26,20 @@ from dpsgd_track.distributed.sharding import (
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.engine import Batch
-from dpsgd_track.privacy.loss import per_sample_loss
+from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
 from dpsgd_track.privacy.noise import NoiseSource
 
 
 class _SharedLoss(nn.Module):
     """The loss every mode shares, in the form Opacus asks of a criterion."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: PerSampleLoss) -> None:
         super().__init__()
+        self.loss = loss
         self.reduction = "mean"
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        loss_B = per_sample_loss(logits, target)
+        loss_B = self.loss(logits, target)
         return loss_B if self.reduction == "none" else loss_B.mean()
 
 
@@ -58,7 +59,7 @@ class OpacusGhostFsdpMode(Mode):
         wrapped, optimizer, self.criterion, _ = engine.make_private(
             module=model,
             optimizer=context.make_optimizer(model.parameters()),
-            criterion=_SharedLoss(),
+            criterion=_SharedLoss(context.loss),
             data_loader=DataLoader(rows, batch_size=privacy.expected_batch_size),
             noise_multiplier=privacy.noise_multiplier,
             max_grad_norm=privacy.max_grad_norm,
@@ -88,7 +89,7 @@ class OpacusGhostFsdpMode(Mode):
             self.dp_optimizer.signal_skip_step(do_skip=True)
             self.dp_optimizer.step()
             self.dp_optimizer.zero_grad()
-        loss = self.criterion(self.wrapped(**batch.inputs).logits, batch.target_B)
+        loss = self.criterion(logits_of(self.wrapped(**batch.inputs)), batch.targets)
         loss.backward()
         self.has_pending = True
         clip_factor_B = self.wrapped.get_clipping_coef()

@@ -17,6 +17,7 @@ from dpsgd_track.config import PrivacyConfig
 from dpsgd_track.distributed.sharding import LocalPart, local_part, trainable_parameters
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.loss import PerSampleLoss, classification_loss
 from dpsgd_track.privacy.noise import NoiseSource, add_noise
 
 
@@ -32,6 +33,10 @@ class ModeContext:
     """Builds the optimizer over the mode's own (sharded) parameters."""
     reference_dtype: torch.dtype = torch.float64
     """Type the `reference` mode computes in."""
+    loss: PerSampleLoss = classification_loss
+    """(logits, targets) -> loss of each sample."""
+    num_replicas: int = 1
+    """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
 
 
 ModeFactory = Callable[[nn.Module, ModeContext], "Mode"]

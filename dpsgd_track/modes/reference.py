@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.engine import Batch
-from dpsgd_track.privacy.loss import per_sample_loss
+from dpsgd_track.privacy.loss import logits_of
 
 
 class ReferenceMode(Mode):
@@ -59,7 +59,7 @@ class ReferenceMode(Mode):
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of one sample."""
-        loss = per_sample_loss(self._logits(sample), sample.target_B)[0]
+        loss = self.context.loss(self._logits(sample), sample.targets)[0]
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         gradients = [
             torch.zeros_like(p) if g is None else g
@@ -69,11 +69,9 @@ class ReferenceMode(Mode):
 
     def _logits(self, sample: Batch) -> Tensor:
         if not self.is_low_precision:
-            logits: Tensor = self.model(**sample.inputs).logits
-            return logits
+            return logits_of(self.model(**sample.inputs))
         rounded = {n: p.to(self.compute_dtype) for n, p in self.model.named_parameters()}
-        logits = torch.func.functional_call(self.model, rounded, kwargs=sample.inputs).logits
-        return logits
+        return logits_of(torch.func.functional_call(self.model, rounded, kwargs=sample.inputs))
 
     def clipped_sum(self) -> ClippedSum:
         """Add the ranks' sums; every rank then holds the whole."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dpsgd_track.distributed.sharding import GradientSharder
 from dpsgd_track.privacy.capture import Capture
-from dpsgd_track.privacy.loss import per_sample_loss
+from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class Batch:
 
     inputs: dict[str, Tensor]
     """The model's keyword arguments; dimension 0 of every tensor is the sample."""
-    target_B: Tensor
-    """Class of each sample."""
+    targets: Tensor
+    """What the loss compares with; dimension 0 is the sample. See `dpsgd_track.privacy.loss`."""
 
     def __len__(self) -> int:
-        return len(self.target_B)
+        return len(self.targets)
 
     def sample(self, index: int) -> Batch:
         """Sample `index` alone, as a batch of one."""
         pick = slice(index, index + 1)
-        return Batch({name: t[pick] for name, t in self.inputs.items()}, self.target_B[pick])
+        return Batch({name: t[pick] for name, t in self.inputs.items()}, self.targets[pick])
 
 
 @dataclass
@@ -36,8 +36,9 @@ class Engine:
     model: nn.Module
     sharder: GradientSharder
     max_grad_norm: float
+    loss: PerSampleLoss
     capture: Capture | None = None
 
     def losses(self, batch: Batch) -> Tensor:
         """Loss of each sample, [B], with its graph."""
-        return per_sample_loss(self.model(**batch.inputs).logits, batch.target_B)
+        return self.loss(logits_of(self.model(**batch.inputs)), batch.targets)

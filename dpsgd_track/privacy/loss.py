@@ -1,20 +1,72 @@
-"""The loss every mode shares."""
+"""The losses every mode shares: one number for each sample, in float32 or better.
+
+A loss is a function (logits, targets) -> [B]. Dimension 0 of both is the sample. The loss of a
+sample is the mean over its own targets alone, so that no sample's loss depends on another.
+
+Shapes: B samples, T positions, C classes, V tokens of the vocabulary.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
-def per_sample_loss(logits_BC: Tensor, target_B: Tensor) -> Tensor:
-    """Cross-entropy of each sample, [B].
+IGNORED = -100
+"""Target of a position that is not predicted."""
+
+
+def classification_loss(logits_BC: Tensor, target_B: Tensor) -> Tensor:
+    """Cross-entropy of each sample's class, [B]."""
+    return F.cross_entropy(_exact(logits_BC), target_B, reduction="none")
+
+
+def masked_lm_loss(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+    """Mean cross-entropy over each sample's own targets, [B]; 0 for a sample without any."""
+    per_token = F.cross_entropy(
+        _exact(logits_BTV).flatten(0, 1),
+        target_BT.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    ).view(target_BT.shape)
+    num_targets_B = target_BT.ne(IGNORED).sum(dim=1)
+    return per_token.sum(dim=1) / num_targets_B.clamp(min=1)
+
+
+def causal_lm_loss(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+    """The same where position t predicts the target of position t + 1, [B]."""
+    return masked_lm_loss(logits_BTV[:, :-1], target_BT[:, 1:])
+
+
+def regression_loss(logits_BC: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over each sample's own outputs, [B].
 
     Args:
-        logits_BC: class scores, any floating type.
-        target_B: class indices.
-    Returns:
-        [B], computed in float32 (float64 for float64 logits) whatever the logits' type.
+        target: as many numbers a sample as outputs; [B] where the output is one.
     """
-    logits_BC = logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))
-    return F.cross_entropy(logits_BC, target_B, reduction="none")
+    logits_BC = _exact(logits_BC).flatten(1)
+    return (logits_BC - target.view_as(logits_BC).to(logits_BC)).square().mean(dim=1)
+
+
+LOSSES: dict[str, PerSampleLoss] = {
+    "sequence-classification": classification_loss,
+    "causal-lm": causal_lm_loss,
+    "masked-lm": masked_lm_loss,
+    "regression": regression_loss,
+}
+"""Every built-in loss by the name of its task."""
+
+
+def logits_of(output: Any) -> Tensor:
+    """A model's output, or its `logits` where it is one of transformers' output classes."""
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
