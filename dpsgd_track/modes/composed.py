@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from dpsgd_track.distributed.sharding import Fsdp2Sharder, shard_fsdp2
+from dpsgd_track.distributed.reduction import Fsdp2Sharder, GradientSharder, LocalSharder
+from dpsgd_track.distributed.sharding import (
+    as_local,
+    as_sharded,
+    build_mesh,
+    shard_fsdp2,
+    sum_gradients,
+    trainable_parameters,
+)
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import ModeSpec
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.engine import Batch, Engine
-from dpsgd_track.privacy.fused_linear import connect, fuse_linears
+from dpsgd_track.privacy.expanded import expand
+from dpsgd_track.privacy.fused_linear import can_fuse, fuse
+from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.privacy.norms import NORM_RULES
+from dpsgd_track.privacy.precision import rounded_parameters
 from dpsgd_track.privacy.strategies import STRATEGIES
 
 
@@ -25,17 +38,21 @@ class ComposedMode(Mode):
     def __init__(self, spec: ModeSpec, model: nn.Module, context: ModeContext) -> None:
         super().__init__(context)
         self.clips = spec.is_private
-        capture = _capture(spec, model) if spec.is_private else None
-        mesh = init_device_mesh(context.device.type, (dist.get_world_size(),))
-        shard_fsdp2(model, mesh, context.param_dtype)
         self.model = model
+        capture = _capture(spec, model) if spec.is_private else None
+        sharder = self._shard(spec)
         self.optimizer = context.make_optimizer(model.parameters())
-        self.engine = Engine(model, Fsdp2Sharder(model), self.max_grad_norm, context.loss, capture)
+        self.engine = Engine(model, sharder, self.max_grad_norm, context.loss, capture)
+        if self._rounds_parameters:
+            self.engine.input_dtype = context.param_dtype
         self.strategy = STRATEGIES[spec.strategy]
 
     def accumulate(self, batch: Batch) -> SampleRecord:
-        """Add one micro-batch's clipped gradients."""
-        return self.strategy(self.engine, batch)
+        """Add one micro-batch's clipped gradients; an empty one takes part and adds nothing."""
+        is_empty = self.engine.is_standing_in = len(batch) == 0
+        with self._computing_in_param_dtype():
+            record = self.strategy(self.engine, batch.stand_in() if is_empty else batch)
+        return _of_nobody(record) if is_empty else record
 
     def set_max_grad_norm(self, max_grad_norm: float) -> None:
         """Clip at another C from the next micro-batch on."""
@@ -43,17 +60,90 @@ class ComposedMode(Mode):
         self.engine.max_grad_norm = max_grad_norm
 
     def clipped_sum(self) -> ClippedSum:
-        """The clipped sum; unbounded for the baseline, unless its test lends it C for the noise."""
-        clipped = super().clipped_sum()
-        if self.clips or self.context.privacy.noise_multiplier > 0:
-            return clipped
-        return ClippedSum(clipped.gradients, math.inf)
+        """The clipped sum; unbounded for the baseline, unless its test lends it C for the noise.
+
+        Raises:
+            RuntimeError: a backward that was none of the mode's has left gradients of its own.
+        """
+        if not self.clips:
+            clipped = super().clipped_sum()
+            has_bound = self.context.privacy.noise_multiplier > 0
+            return clipped if has_bound else replace(clipped, sensitivity=math.inf)
+        sums = self.engine.sharder.sums
+        for name, parameter in trainable_parameters(self.model).items():
+            _refuse_unclipped(name, parameter)
+            if name not in sums:
+                sums[name] = torch.zeros_like(as_local(parameter.detach()))
+        return ClippedSum(dict(sums), self.max_grad_norm)
+
+    def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
+        """Turn the clipped sum into the update direction, in `.grad`."""
+        gradients = super().privatize(clipped, source)
+        if self.clips:
+            for name, parameter in trainable_parameters(self.model).items():
+                local = gradients[name].to(parameter.dtype)
+                parameter.grad = as_sharded(local, parameter)
+        return gradients
+
+    def zero_grad(self) -> None:
+        """Forget the step's gradients."""
+        self.engine.sharder.sums.clear()
+        super().zero_grad()
+
+    def _shard(self, spec: ModeSpec) -> GradientSharder:
+        context = self.context
+        if spec.sharding == "none":
+            return LocalSharder()
+        if isinstance(self.model, FSDPModule):
+            # Sharded already, in units of its owner's choosing.
+            sum_gradients(self.model)
+        else:
+            mesh = build_mesh(context.device, context.num_replicas)
+            shard_fsdp2(self.model, mesh, context.param_dtype)
+        return Fsdp2Sharder(self.model)
+
+    @property
+    def _rounds_parameters(self) -> bool:
+        # FSDP2 does so itself.
+        return not isinstance(self.model, FSDPModule) and self.context.param_dtype.itemsize < 4
+
+    def _computing_in_param_dtype(self) -> AbstractContextManager[None]:
+        if self._rounds_parameters:
+            return rounded_parameters(self.model, self.context.param_dtype)
+        return nullcontext()
 
 
 def _capture(spec: ModeSpec, model: nn.Module) -> Capture:
     rule = NORM_RULES[spec.norm_rule]
-    if rule.fuses_linear:
-        fuse_linears(model)
     capture = Capture(model, rule, keep=spec.strategy == "bookkeeping")
-    connect(model, capture)
+    for layer in capture.layers:
+        if layer.rule is None:
+            expand(capture, layer)
+        elif rule.fuses_linear and can_fuse(layer):
+            fuse(capture, layer)
+        else:
+            capture.watch(layer)
     return capture
+
+
+def _of_nobody(record: SampleRecord) -> SampleRecord:
+    """The record of a made-up sample without the sample."""
+
+    def nothing(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:0]
+
+    by_parameter = record.norm_by_parameter_B
+    return SampleRecord(
+        record.loss_B[:0],
+        nothing(record.norm_B),
+        nothing(record.clip_factor_B),
+        by_parameter and {name: values[:0] for name, values in by_parameter.items()},
+    )
+
+
+def _refuse_unclipped(name: str, parameter: nn.Parameter) -> None:
+    if parameter.grad is not None and bool(as_local(parameter.grad).any()):
+        raise RuntimeError(
+            f"{name}: expected no gradient but the mode's own, found one in .grad. A backward of "
+            "another loss has left it there, and it is not clipped."
+        )

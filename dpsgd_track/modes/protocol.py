@@ -84,7 +84,7 @@ class Mode(ABC):
             This rank's shards of (clipped sum + noise) / expected batch size, by name.
         """
         privacy = self.context.privacy
-        add_noise(clipped, self.gradient_parts(), privacy.noise_multiplier, source)
+        add_noise(clipped, self.weight_parts(), privacy.noise_multiplier, source)
         for gradient in clipped.gradients.values():
             gradient.div_(privacy.expected_batch_size)
         return clipped.gradients

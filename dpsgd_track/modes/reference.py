@@ -8,6 +8,8 @@ float32 weights and computes on rounded copies, as mixed precision does.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.engine import Batch
-from dpsgd_track.privacy.loss import logits_of
 
 
 class ReferenceMode(Mode):
@@ -69,9 +70,10 @@ class ReferenceMode(Mode):
 
     def _logits(self, sample: Batch) -> Tensor:
         if not self.is_low_precision:
-            return logits_of(self.model(**sample.inputs))
+            return sample.run(self.model, self.compute_dtype)
         rounded = {n: p.to(self.compute_dtype) for n, p in self.model.named_parameters()}
-        return logits_of(torch.func.functional_call(self.model, rounded, kwargs=sample.inputs))
+        call = partial(torch.func.functional_call, self.model, rounded)
+        return sample.run(lambda *args, **inputs: call(args, inputs), self.compute_dtype)
 
     def clipped_sum(self) -> ClippedSum:
         """Add the ranks' sums; every rank then holds the whole."""

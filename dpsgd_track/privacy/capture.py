@@ -1,186 +1,178 @@
-"""Captures what per-sample gradients are made of: each layer's inputs and output gradients.
+"""Captures what per-sample gradients are made of, and turns it into norms and clipped sums.
 
-A `Capture` watches the layers of one model. In the forward pass it keeps the inputs of every
-call; in the backward pass, once the output gradients of all calls of a layer have arrived, it
-joins the calls along the positions and hands `(x, dy)` to the norm rule. A layer that is called
-several times in one forward is therefore exact: its calls are positions of one longer sequence.
+A `Capture` watches every module that owns trainable parameters. The forward pass counts the uses
+of each parameter; a backward pass brings one term of its per-sample gradients for each use (see
+`privacy.terms`). When the last has come, the parameter is *settled*: in a backward run for norms
+its squared norms are taken, in one run for sums its clipped sum is formed and handed on. Tied
+weights and modules that are called several times are exact for that reason.
 
-Two ways lead in: hooks on an unchanged module (`watch_with_hooks`), and the backward of a fused
-layer that was put in the module's place and reports itself (`open_call`, `close_call`).
+Modules report in three ways: hooks on an unchanged module (here), the backward of a fused linear
+layer (`privacy.fused_linear`), and per-sample copies of the parameters of a module that no rule
+knows (`privacy.expanded`).
+
+Autograd never forms a weight gradient in these backwards: it is asked for the gradients of the
+outermost activations only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from dpsgd_track.privacy.layers import LayerRule, find_rule
-from dpsgd_track.privacy.layers import linear as linear_rule
-from dpsgd_track.privacy.layers.positions import flatten_positions
+from dpsgd_track.privacy.layers.inventory import Layer, find_layers
 from dpsgd_track.privacy.norms import NormRule
+from dpsgd_track.privacy.terms import Outer, Term, clipped_sum, join, norm_sq
 
+Put = Callable[[str, Tensor], None]
+"""Takes a parameter's name and this rank's clipped sum of it."""
 
-@dataclass
-class _Call:
-    """One call of a layer in one forward pass."""
-
-    x: Tensor
-    dy: Tensor | None = None
-
-
-@dataclass
-class Layer:
-    """A layer whose per-sample gradients are captured."""
-
-    fqn: str
-    module: nn.Module
-    rule: LayerRule
-    shapes: dict[str, torch.Size]
-    """Full shape of each trainable parameter."""
-    calls: list[_Call] = field(default_factory=list)
-    num_pending: int = 0
-
-    def joined(self) -> tuple[Tensor, Tensor] | None:
-        """Inputs and output gradients of all calls that a gradient reached, as one sequence."""
-        reached = [(call.x, call.dy) for call in self.calls if call.dy is not None]
-        if not reached:
-            return None
-        if len(reached) == 1:
-            return reached[0]
-        return (
-            torch.cat([_as_sequence(x) for x, _ in reached], dim=1),
-            torch.cat([_as_sequence(dy) for _, dy in reached], dim=1),
-        )
-
-
-def _as_sequence(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor.reshape(len(tensor), -1)
-    return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
-
-
-_Kept = Callable[[Tensor], dict[str, Tensor]]
-"""clip_factor_B -> sum_i c_i g_i of each parameter of one layer; holds what that needs."""
+_Settle = Callable[[str, tuple[Term, ...]], None]
 
 
 class Capture:
-    """Per-sample squared norms of one micro-batch, and what clipped sums are formed from."""
+    """Per-sample squared norms of one micro-batch, and its clipped sums."""
 
     def __init__(self, model: nn.Module, norm_rule: NormRule, *, keep: bool) -> None:
         """Find the rule of every layer with trainable parameters; watch nothing yet.
 
         Args:
-            model: unsharded, its parameters in place.
+            model: sharded or not; only names, shapes and settings are looked at.
             norm_rule: how norms of linear layers are found.
             keep: keep what the clipped sums of one-pass strategies are formed from.
         Raises:
-            ValueError: naming every parameter that has no exact rule.
+            ValueError: naming everything whose per-sample gradients would not be exact.
         """
         self.norm_rule = norm_rule
         self.keep = keep
         self.layers = find_layers(model)
-        self.by_module = {layer.module: layer for layer in self.layers}
-        self.norm_sq: dict[str, Tensor] = {}
-        self.kept: dict[str, _Kept] = {}
-        self.roots: list[Tensor] = []
-        self._num_samples: int | None = None
-        self._is_open = False
+        self.parameter_names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.num_samples: int | None = None
+        """Samples of the micro-batch at hand; None outside of one."""
+        self._has_foreign_leaves: bool | None = None
+        self._settle: _Settle | None = None
+        self._terms: dict[str, list[Term]] = {}
+        self._num_pending: Counter[str] = Counter()
+        self._forget()
 
     @property
-    def wants_weight_gradients(self) -> bool:
-        """False in a backward that is run for the norms."""
-        return not self._is_open
+    def is_capturing(self) -> bool:
+        """Whether calls of layers are to be reported."""
+        return self.num_samples is not None and torch.is_grad_enabled()
 
     @contextmanager
     def sample_batch(self, num_samples: int) -> Iterator[None]:
-        """Captures the forward and backward inside, of `num_samples` samples."""
-        self.norm_sq, self.kept, self.roots = {}, {}, []
-        self._num_samples, self._is_open = num_samples, True
+        """Captures the forward and the backwards inside, of `num_samples` samples."""
+        self._forget()
+        self.num_samples = num_samples
         try:
             yield
         finally:
-            self._is_open = False
-            self._num_samples = None
-            self._forget_calls()
+            self.num_samples = None
+            self._forget()
 
-    def finish_norms(self) -> None:
-        """End of the backward: settle layers with a call that no gradient reached."""
-        for layer in self.layers:
-            if layer.num_pending:
-                self._settle(layer)
-        self._is_open = False
+    def run_norms(self, loss_B: Tensor, *, retain_graph: bool) -> dict[str, Tensor]:
+        """The backward for norms.
 
-    def norm_by_parameter(self) -> dict[str, Tensor]:
-        """L2 norm [B] of each sample's gradient of each parameter that a gradient reached."""
-        return {name: norm_sq.sqrt() for name, norm_sq in self.norm_sq.items()}
-
-    def clipped_sums(self, clip_factor_B: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, sum_i c_i g_i) of every trainable parameter, in the same order on every rank.
-
-        What is used is freed on the way; a layer that no gradient reached yields zeros.
+        Returns:
+            Squared norm [B] of each sample's gradient, for each parameter a gradient reached.
         """
-        for layer in self.layers:
-            kept = self.kept.pop(layer.fqn, None)
-            sums = {} if kept is None else kept(clip_factor_B)
-            for name, shape in layer.shapes.items():
-                gradient = sums.pop(name, None)
-                yield (
-                    _join(layer.fqn, name),
-                    clip_factor_B.new_zeros(shape) if gradient is None else gradient,
-                )
+        squares: dict[str, Tensor] = {}
 
-    def watch_with_hooks(self, module: nn.Module) -> None:
-        """Capture every later call of `module` through hooks."""
-        layer = self.by_module[module]
-        if isinstance(module, nn.Embedding):
-            module.register_forward_pre_hook(self._expand_shared_index)
-        module.register_forward_hook(self._hook_of(layer))
+        def settle(name: str, terms: tuple[Term, ...]) -> None:
+            if self.keep:
+                terms = self._kept[name] = self._kept_form(terms)
+            squares[name] = norm_sq(terms, self.norm_rule.outer_norm)
 
-    def open_call(self, layer: Layer, x: Tensor) -> int | None:
-        """A call begins; its number, or None when nothing is being captured."""
-        if not self._is_open or not torch.is_grad_enabled():
-            return None
-        if len(x) != self._num_samples:
+        self._inspect(loss_B)
+        self._run(loss_B, settle, retain_graph=retain_graph)
+        self._refuse_unreached(loss_B)
+        return squares
+
+    def run_sums(self, loss_B: Tensor, clip_factor_B: Tensor, put: Put) -> None:
+        """A second backward over the same graph; clipped sums are put as they are formed."""
+
+        def settle(name: str, terms: tuple[Term, ...]) -> None:
+            put(name, clipped_sum(terms, clip_factor_B))
+
+        self._run(loss_B, settle, retain_graph=False)
+
+    def put_kept_sums(self, clip_factor_B: Tensor, put: Put) -> None:
+        """Clipped sums from what the backward for norms kept, the last parameters' first."""
+        for name in reversed(self.parameter_names):
+            if name in self._kept:
+                put(name, clipped_sum(self._kept.pop(name), clip_factor_B))
+
+    def open_call(self, layer: Layer, x: Tensor | None = None) -> bool:
+        """A call of `layer` begins; False where a checkpoint only repeats one.
+
+        Args:
+            x: its input, where the samples must be seen in dimension 0.
+        Raises:
+            ValueError: they are not.
+        """
+        if _is_in_backward():
+            return False
+        if x is not None and len(x) != self.num_samples:
             raise ValueError(
-                f"{layer.fqn}: expected inputs of {self._num_samples} samples in dimension 0, got "
+                f"{layer.fqn}: expected inputs of {self.num_samples} samples in dimension 0, got "
                 f"shape {tuple(x.shape)}. Per-sample gradients of this layer cannot be told apart."
             )
-        layer.calls.append(_Call(x.detach()))
-        layer.num_pending += 1
-        return len(layer.calls) - 1
+        self._num_uses.update(layer.names.values())
+        if self._has_foreign_leaves is None:
+            parameters = dict(layer.module.named_parameters())
+            for local, name in layer.names.items():
+                self._parameter_edges[get_gradient_edge(parameters[local]).node, name] += 1
+        return True
 
-    def close_call(self, layer: Layer, call: int, dy: Tensor) -> None:
+    def close_call(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
         """The output gradients of a call have arrived."""
-        if not self._is_open:
-            return
-        layer.calls[call].dy = dy.detach()
-        layer.num_pending -= 1
-        if layer.num_pending == 0:
-            self._settle(layer)
+        assert self._settle is not None, "a backward that was not run by the capture"
+        assert layer.rule is not None
+        for name, term in layer.rule.terms(layer.module, x.detach(), dy.detach()).items():
+            self.add_term(layer.names[name], term)
 
-    def note_root(self, x: Tensor, y: Tensor) -> None:
-        """Remember `y` as an end of the backward where no gradient flows on through `x`.
+    def add_term(self, name: str, term: Term) -> None:
+        """One use's share of a parameter's per-sample gradients."""
+        assert self._settle is not None, "a backward that was not run by the capture"
+        self._terms.setdefault(name, []).append(term)
+        self._num_pending[name] -= 1
+        if self._num_pending[name] == 0:
+            self._settle(name, join(self._terms.pop(name)))
 
-        Asking autograd for the gradients of these tensors alone runs the backward through every
-        captured layer and forms no weight gradient.
+    def note_output(self, layer: Layer, edge: GradientEdge, root: GradientEdge | None) -> None:
+        """What a call that was opened has returned.
+
+        Args:
+            edge: the output's place in the graph, before anything is done to it.
+            root: what a backward has to reach for so that the call's gradient arrives; None
+                where gradients flow on from it to an earlier call.
         """
-        if self._is_open and not x.requires_grad:
-            self.roots.append(y)
+        if root is not None:
+            self._roots.append(root)
+        self._outputs.append((layer, edge.node))
 
-    def _hook_of(self, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            call = self.open_call(layer, args[0])
-            if call is None:
+    def watch(self, layer: Layer) -> None:
+        """Capture every later call of the layer through hooks on its module."""
+
+        def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, y: Tensor) -> None:
+            if not self.is_capturing:
                 return
-            self.note_root(args[0], output)
-            output.register_hook(lambda dy: self.close_call(layer, call, dy))
+            (x,) = args or tuple(kwargs.values())
+            held = _hold(x)
+            if self.open_call(layer, x):
+                edge = get_gradient_edge(y)
+                self.note_output(layer, edge, None if x.requires_grad else edge)
+                y.register_hook(lambda dy: self.close_call(layer, held(), dy))
 
-        return hook
+        if isinstance(layer.module, nn.Embedding):
+            layer.module.register_forward_pre_hook(self._expand_shared_index)
+        layer.module.register_forward_hook(after_forward, with_kwargs=True)
 
     def _expand_shared_index(self, module: nn.Module, args: tuple[Tensor, ...]) -> object:
         """Give every sample its own copy of an index that all share.
@@ -189,71 +181,131 @@ class Capture:
         would be the samples' sum. Expanded, the lookup is the same and the gradients apart.
         """
         index = args[0]
-        if self._is_open and len(index) == 1 and self._num_samples not in (None, 1):
-            return (index.expand(self._num_samples, *index.shape[1:]), *args[1:])
+        num_samples = self.num_samples
+        if self.is_capturing and num_samples is not None and num_samples != len(index) == 1:
+            return (index.expand(num_samples, *index.shape[1:]), *args[1:])
         return None
 
-    def _settle(self, layer: Layer) -> None:
-        pair = layer.joined()
-        layer.calls.clear()
-        layer.num_pending = 0
-        if pair is None:
+    def _run(self, loss_B: Tensor, settle: _Settle, *, retain_graph: bool) -> None:
+        self._terms, self._num_pending = {}, Counter(self._num_uses)
+        self._settle = settle
+        try:
+            if self._roots:
+                total = loss_B.sum()
+                torch.autograd.grad(
+                    total, self._roots, retain_graph=retain_graph, allow_unused=True
+                )
+        finally:
+            self._settle = None
+        # A use that no gradient reached has left its parameter waiting.
+        for name in list(self._terms):
+            settle(name, join(self._terms.pop(name)))
+
+    def _inspect(self, loss_B: Tensor) -> None:
+        """Look through the graph of the first batch for what the capture would not see.
+
+        Raises:
+            ValueError: a parameter is used in another way than by calling its module, so that
+                a part of its gradient would be missing.
+        """
+        if self._has_foreign_leaves is None:
+            _refuse_unseen_uses(loss_B, self._parameter_edges)
+        if self._has_foreign_leaves is not False:
+            # Leaves that are no parameters, such as inputs that ask for gradients. What is made
+            # from one looks as if a captured layer came before it.
+            leaves = [n.variable for n in _nodes_below(loss_B.grad_fn) if hasattr(n, "variable")]
+            foreign = [x for x in leaves if not isinstance(x, nn.Parameter) and x.numel() > 0]
+            self._has_foreign_leaves = bool(foreign)
+            self._roots += [get_gradient_edge(leaf) for leaf in foreign]
+
+    def _refuse_unreached(self, loss_B: Tensor) -> None:
+        """Raise where a call that the loss depends on was not reached by the backward."""
+        waiting = {name for name, pending in self._num_pending.items() if pending > 0}
+        if not waiting:
             return
-        norms, kept = self._norms(layer, *pair)
-        for name, norm_sq in norms.items():
-            self.norm_sq[_join(layer.fqn, name)] = norm_sq
-        if self.keep:
-            self.kept[layer.fqn] = kept
+        below = set(_nodes_below(loss_B.grad_fn))
+        reachable = Counter(
+            name for layer, node in self._outputs if node in below for name in layer.names.values()
+        )
+        for name in sorted(waiting):
+            if reachable[name] > self._num_uses[name] - self._num_pending[name]:
+                raise RuntimeError(
+                    f"{name}: the loss depends on a use of this parameter whose gradient could "
+                    "not be captured. Detach inputs that require gradients before the model."
+                )
 
-    def _norms(self, layer: Layer, x: Tensor, dy: Tensor) -> tuple[dict[str, Tensor], _Kept]:
-        if self.keep and layer.rule is linear_rule:
-            x_BTD, dy_BTP = flatten_positions(x), flatten_positions(dy)
-            if self.norm_rule.keeps_gradients(x_BTD, dy_BTP):
-                gradients = linear_rule.per_sample_gradients(layer.module, x_BTD, dy_BTP)
-                norms = {n: linear_rule.gradient_norm_sq(g) for n, g in gradients.items()}
-                return norms, partial(linear_rule.sum_gradients, gradients)
-        norms = layer.rule.norm_sq(layer.module, x, dy, self.norm_rule.outer_norm)
-        return norms, partial(layer.rule.clipped_sum, layer.module, x, dy)
+    def _kept_form(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        only = terms[0]
+        if len(terms) > 1 or not isinstance(only, Outer):
+            return terms
+        keeps_gradients = self.norm_rule.keeps_gradients(only.x_BTD, only.dy_BTP)
+        return (only.materialised(),) if keeps_gradients else terms
 
-    def _forget_calls(self) -> None:
-        for layer in self.layers:
-            layer.calls.clear()
-            layer.num_pending = 0
-        self.roots = []
+    def _forget(self) -> None:
+        self._roots: list[GradientEdge] = []
+        self._parameter_edges: Counter[tuple[Node, str]] = Counter()
+        self._outputs: list[tuple[Layer, Node]] = []
+        self._num_uses: Counter[str] = Counter()
+        self._kept: dict[str, tuple[Term, ...]] = {}
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
-    """Every module that owns trainable parameters, with its rule.
+def _is_in_backward() -> bool:
+    """Whether a forward is repeated by a checkpoint, from inside a backward."""
+    return torch._C._current_graph_task_id() != -1
 
-    Raises:
-        ValueError: naming each parameter that no rule covers, or that two modules share.
-    """
-    layers: list[Layer] = []
-    owner: dict[nn.Parameter, str] = {}
-    problems: list[str] = []
-    for fqn, module in model.named_modules():
-        trainable = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
-        if not trainable:
-            continue
-        for name in trainable:
-            parameter = getattr(module, name)
-            if parameter in owner:
-                problems.append(f"{_join(fqn, name)} (shared with {owner[parameter]})")
-            owner[parameter] = _join(fqn, name)
-        rule = find_rule(module)
-        if rule is None:
-            problems += [f"{_join(fqn, name)} (of {type(module).__name__})" for name in trainable]
-        else:
-            shapes = {name: getattr(module, name).shape for name in trainable}
-            layers.append(Layer(fqn, module, rule, shapes))
+
+def _nodes_below(node: Node | None, *, stop: Container[Node] = ()) -> Iterator[Node]:
+    """Every node of the graph that `node` leads to, once; nothing below those in `stop`."""
+    seen: set[Node] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            if node not in stop:
+                waiting += [function for function, _ in node.next_functions]
+
+
+def _refuse_unseen_uses(loss_B: Tensor, seen: Counter[tuple[Node, str]]) -> None:
+    """Raise unless every edge of the graph into a trained parameter is a use that was captured."""
+    expected = {node: (name, count) for (node, name), count in seen.items()}
+    edges: Counter[Node] = Counter()
+    problems = set()
+    for node in _nodes_below(loss_B.grad_fn, stop=set(expected)):
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and node not in expected:
+            problems.add(f"one of shape {tuple(leaf.shape)} that no captured module owns")
+        edges.update(child for child, _ in node.next_functions if child in expected)
+    problems |= {expected[n][0] for n, count in edges.items() if count > expected[n][1]}
     if problems:
         raise ValueError(
-            f"model={type(model).__name__!r}: expected layers whose per-sample gradients are known "
-            f"exactly. These parameters can't be clipped: {', '.join(problems)}. "
-            "Freeze them, or use a mode that supports them."
+            "model: expected every trainable parameter to be used by calling the module that owns "
+            f"it. Used in other ways too: {', '.join(sorted(problems))}. Call the module, or "
+            "freeze the parameter."
         )
-    return layers
 
 
-def _join(fqn: str, name: str) -> str:
-    return f"{fqn}.{name}" if fqn else name
+class _Held(torch.autograd.Function):
+    """Saves a tensor as autograd saves those of its own, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.view_as(anchor)
+
+
+def _hold(x: Tensor) -> Callable[[], Tensor]:
+    """Keeps `x` for the backward the way the layer itself does.
+
+    Under a checkpoint that is not at all until it is asked for and computed again; and a change
+    in place that would falsify it is an error, as autograd makes it.
+    """
+    anchor = torch.empty(0, requires_grad=True)
+    node: Any = _Held.apply(anchor, x).grad_fn
+
+    def held() -> Tensor:
+        (saved,) = node.saved_tensors
+        return saved
+
+    return held

@@ -1,24 +1,30 @@
-"""What a pass strategy works with: a sharded model, its capture, and where gradients go."""
+"""What a pass strategy works with: a model, its capture, and where clipped sums go."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dpsgd_track.distributed.sharding import GradientSharder
+from dpsgd_track.distributed.reduction import GradientSharder
 from dpsgd_track.privacy.capture import Capture
+from dpsgd_track.privacy.clipping import SampleRecord, clip_factors, total_norm
 from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank."""
+    """One micro-batch of one rank; it may be empty."""
 
     inputs: dict[str, Tensor]
     """The model's keyword arguments; dimension 0 of every tensor is the sample."""
     targets: Tensor
     """What the loss compares with; dimension 0 is the sample. See `dpsgd_track.privacy.loss`."""
+    args: tuple[Tensor, ...] = field(default=(), kw_only=True)
+    """The model's positional arguments, likewise."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -26,7 +32,28 @@ class Batch:
     def sample(self, index: int) -> Batch:
         """Sample `index` alone, as a batch of one."""
         pick = slice(index, index + 1)
-        return Batch({name: t[pick] for name, t in self.inputs.items()}, self.targets[pick])
+        inputs = {name: t[pick] for name, t in self.inputs.items()}
+        return Batch(inputs, self.targets[pick], args=tuple(t[pick] for t in self.args))
+
+    def run(self, model: Callable[..., Any], dtype: torch.dtype | None = None) -> Tensor:
+        """Logits of `model` over the batch; floating inputs are cast to `dtype`."""
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(dtype) if dtype and t.is_floating_point() else t
+
+        inputs = {name: cast(t) for name, t in self.inputs.items()}
+        return logits_of(model(*map(cast, self.args), **inputs))
+
+    def stand_in(self) -> Batch:
+        """One made-up sample of the same shapes: zeros, and masks that hide nothing."""
+
+        def blank(name: str, t: Tensor) -> Tensor:
+            shape = (1, *t.shape[1:])
+            return t.new_ones(shape) if name.endswith("mask") else t.new_zeros(shape)
+
+        inputs = {name: blank(name, t) for name, t in self.inputs.items()}
+        args = tuple(blank("", t) for t in self.args)
+        return Batch(inputs, blank("", self.targets), args=args)
 
 
 @dataclass
@@ -38,7 +65,25 @@ class Engine:
     max_grad_norm: float
     loss: PerSampleLoss
     capture: Capture | None = None
+    input_dtype: torch.dtype | None = None
+    """Type that floating inputs are cast to; None leaves them as they are."""
+    is_standing_in: bool = False
+    """The batch at hand is made up: its losses and gradients count for nothing."""
 
     def losses(self, batch: Batch) -> Tensor:
         """Loss of each sample, [B], with its graph."""
-        return self.loss(logits_of(self.model(**batch.inputs)), batch.targets)
+        return self.loss(batch.run(self.model, self.input_dtype), batch.targets)
+
+    def clip(self, loss_B: Tensor, norm_sq: dict[str, Tensor]) -> SampleRecord:
+        """Norms and clip factors from squared norms by parameter."""
+        norm_B = total_norm(norm_sq) if norm_sq else torch.zeros_like(loss_B)
+        by_parameter = {name: squares.sqrt() for name, squares in norm_sq.items()}
+        return SampleRecord(
+            loss_B.detach(), norm_B, clip_factors(norm_B, self.max_grad_norm), by_parameter
+        )
+
+    def put(self, name: str, gradient: Tensor) -> None:
+        """Add this rank's clipped sum of a parameter."""
+        if self.is_standing_in:
+            gradient = torch.zeros_like(gradient)
+        self.sharder.put(name, gradient)

@@ -1,7 +1,7 @@
-"""A linear layer whose backward computes the per-sample norms itself.
+"""Linear layers whose backward itself reports the per-sample gradients, and forms no other.
 
-It takes the place of `torch.nn.Linear`, keeps its parameters and names, and forms the weight
-gradient only when asked to: never in a backward that is run for the norms.
+The forward of the module is replaced while a batch is captured; the module stays what it is, with
+its parameters and names. Covers `torch.nn.Linear` and transformers' Conv1D.
 """
 
 from __future__ import annotations
@@ -10,79 +10,62 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from dpsgd_track.privacy.capture import Capture, Layer
+from dpsgd_track.privacy.capture import Capture
+from dpsgd_track.privacy.layers import linear, transposed_linear
+from dpsgd_track.privacy.layers.inventory import Layer
 
 
-class FusedLinear(nn.Linear):
-    """`torch.nn.Linear` that reports its output gradients to a capture."""
+def can_fuse(layer: Layer) -> bool:
+    """Whether `fuse` knows the layer."""
+    return layer.rule in (linear, transposed_linear)
 
-    is_fused_linear = True
-    capture: Capture
-    layer: Layer
 
-    def forward(self, input: Tensor) -> Tensor:
+def fuse(capture: Capture, layer: Layer) -> None:
+    """Make the layer's module report to `capture` from its own backward."""
+    module: Any = layer.module
+    plain = module.forward
+
+    def forward(x: Tensor) -> Tensor:
         """[B, ..., d] -> [B, ..., p]."""
-        call = self.capture.open_call(self.layer, input)
-        if call is None:
-            return F.linear(input, self.weight, self.bias)
-        output: Tensor = _FusedLinear.apply(
-            input, self.weight, self.bias, self.capture, self.layer, call
-        )
-        self.capture.note_root(input, output)
+        if not capture.is_capturing:
+            output: Tensor = plain(x)
+            return output
+        is_open = capture.open_call(layer, x)
+        weight_PD = module.weight if layer.rule is linear else module.weight.T
+        # A backward runs through a function only towards an input that it has to reach.
+        anchor = None if x.requires_grad else torch.empty(0, requires_grad=True)
+        output = _FusedLinear.apply(x, weight_PD, module.bias, anchor, capture, layer)
+        if is_open:
+            root = None if anchor is None else get_gradient_edge(anchor)
+            capture.note_output(layer, get_gradient_edge(output), root)
         return output
 
-
-def fuse_linears(model: nn.Module) -> None:
-    """Replace every plain trainable `torch.nn.Linear` of `model` in place; parameters are kept."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and any(p.requires_grad for p in child.parameters()):
-                fused = FusedLinear(
-                    child.in_features, child.out_features, child.bias is not None, device="meta"
-                )
-                fused.weight, fused.bias = child.weight, child.bias
-                fused.train(child.training)
-                parent.register_module(name, fused)
-
-
-def connect(model: nn.Module, capture: Capture) -> None:
-    """Make fused layers report to `capture`, and watch all others with hooks."""
-    for layer in capture.layers:
-        if isinstance(layer.module, FusedLinear):
-            layer.module.capture, layer.module.layer = capture, layer
-        else:
-            capture.watch_with_hooks(layer.module)
+    module.forward = forward
 
 
 class _FusedLinear(torch.autograd.Function):
-    """y = x W^T + b with norms in the backward."""
+    """y = x W^T + b; the backward reports to the capture and returns dx alone."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight_PD: Tensor,
         bias: Tensor | None,
+        anchor: Tensor | None,
         capture: Capture,
         layer: Layer,
-        call: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.capture, ctx.layer, ctx.call = capture, layer, call
-        return F.linear(x, weight, bias)
+        ctx.save_for_backward(x, weight_PD)
+        ctx.capture, ctx.layer = capture, layer
+        return F.linear(x, weight_PD, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        ctx.capture.close_call(ctx.layer, ctx.call, dy)
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        d_weight = d_bias = None
-        if ctx.capture.wants_weight_gradients:
-            dy_rows = dy.flatten(0, -2)
-            if ctx.needs_input_grad[1]:
-                d_weight = dy_rows.T @ x.flatten(0, -2)
-            if ctx.needs_input_grad[2]:
-                d_bias = dy_rows.sum(dim=0)
-        return dx, d_weight, d_bias, None, None, None
+        x, weight_PD = ctx.saved_tensors
+        ctx.capture.close_call(ctx.layer, x, dy)
+        dx = dy @ weight_PD.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, None

@@ -109,7 +109,7 @@ class RegimeRun:
         with clock.running():
             records = self._accumulate(share)
             clipped = mode.clipped_sum()
-        parts = [replace(p, local=clipped.gradients[p.name]) for p in mode.gradient_parts()]
+        parts = [replace(p, local=clipped.gradients[p.name]) for p in mode.weight_parts()]
         gradient = measure(mode, parts)
         with clock.running():
             mode.privatize(clipped, source)

@@ -43,13 +43,16 @@ def measure(mode: Mode, parts: list[LocalPart]) -> Measured:
     if mode.replicated:
         # Every rank holds everything: each measures its share.
         parts = [_share(part, dist.get_rank(), dist.get_world_size()) for part in parts]
-    packed = torch.stack(
-        [norm_and_sketch(part.name, part.local, part.start, part.num_elements) for part in parts]
-    )
+    packed = torch.stack([_norm_and_sketch(part) for part in parts])
     dist.all_reduce(packed)
     table = packed.cpu().numpy()
     norms = dict(zip((p.name for p in parts), table[:, 0].tolist(), strict=True))
     return Measured(norms, np.ascontiguousarray(table[:, 1:]))
+
+
+def _norm_and_sketch(part: LocalPart) -> Tensor:
+    local = part.local if part.is_counted else part.local.flatten()[:0]
+    return norm_and_sketch(part.name, local, part.start, part.num_elements)
 
 
 def _share(part: LocalPart, rank: int, world_size: int) -> LocalPart:

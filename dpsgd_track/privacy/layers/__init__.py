@@ -1,21 +1,27 @@
-"""One file per layer type: squared norms of per-sample gradients, and clipped sums of them.
+"""One file per layer type: what the per-sample gradients of its parameters are made of.
 
-Every rule sees the module, its inputs `x` [B, ..., d] and the gradients of its outputs `dy`
-[B, ..., p], both joined along the positions over all calls of the module in one forward pass.
-It owns exactly the parameters that the module's forward applies itself.
+Every rule sees the module, the input `x` [B, ...] of one call and the gradient of its output `dy`
+[B, ...], and owns exactly the parameters that the module's forward applies itself. A rule reads
+shapes and settings off the module and never its parameters' values, which are elsewhere when a
+model is sharded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm
-
-OuterNorm = Callable[[Tensor, Tensor], Tensor]
-"""(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T. What norm rules differ in."""
+from dpsgd_track.privacy.layers import (
+    convolution,
+    embedding,
+    group_norm,
+    layer_norm,
+    linear,
+    rms_norm,
+    transposed_linear,
+)
+from dpsgd_track.privacy.terms import Term
 
 
 class LayerRule(Protocol):
@@ -25,20 +31,20 @@ class LayerRule(Protocol):
         """Whether the rule is exact for `module`."""
         ...
 
-    def norm_sq(
-        self, module: nn.Module, x: Tensor, dy: Tensor, outer_norm: OuterNorm
-    ) -> dict[str, Tensor]:
-        """Squared norm [B] of each sample's gradient, for each trainable parameter."""
-        ...
-
-    def clipped_sum(
-        self, module: nn.Module, x: Tensor, dy: Tensor, clip_factor_B: Tensor
-    ) -> dict[str, Tensor]:
-        """sum_i c_i g_i in the parameter's shape, for each trainable parameter."""
+    def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
+        """Each trainable parameter's per-sample gradients by the parameter's name."""
         ...
 
 
-RULES: tuple[LayerRule, ...] = (linear, embedding, layer_norm, rms_norm)
+RULES: tuple[LayerRule, ...] = (
+    linear,
+    transposed_linear,
+    embedding,
+    layer_norm,
+    rms_norm,
+    group_norm,
+    convolution,
+)
 
 
 def find_rule(module: nn.Module) -> LayerRule | None:

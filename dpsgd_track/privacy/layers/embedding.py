@@ -1,52 +1,63 @@
-"""torch.nn.Embedding: one gradient row per distinct token; the padding row has none."""
+"""torch.nn.Embedding: one gradient row per distinct token; the padding row has none.
+
+Covers the embeddings of transformers that multiply what they look up by a constant (Gemma).
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from dpsgd_track.kernels.embedding_norm import embedding_norm_sq
-from dpsgd_track.kernels.flash_norm.reference import accumulation
+from dpsgd_track.privacy.terms import Rows, Term
 
 
 def matches(module: nn.Module) -> bool:
-    """True for embeddings whose gradient is the plain sum of its rows' gradients."""
+    """True for embeddings whose gradient is the plain sum of its rows' gradients, or a multiple."""
     return (
         isinstance(module, nn.Embedding)
-        and type(module).forward is nn.Embedding.forward
         and module.max_norm is None
         and not module.scale_grad_by_freq
         and not module.sparse
+        and _scale(module, torch.float32) is not None
     )
 
 
-def norm_sq(
-    module: nn.Module, x: Tensor, dy: Tensor, outer_norm: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Squared norm [B] of each sample's gradient of the table."""
+def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
+    """weight [V, D]."""
     assert isinstance(module, nn.Embedding)
-    tokens_BT, dy_BTD = _positions(module, x, dy)
-    return {"weight": embedding_norm_sq(tokens_BT, dy_BTD)}
-
-
-def clipped_sum(
-    module: nn.Module, x: Tensor, dy: Tensor, clip_factor_B: Tensor
-) -> dict[str, Tensor]:
-    """sum_i c_i g_i of the table, [V, D]."""
-    assert isinstance(module, nn.Embedding)
-    tokens_BT, dy_BTD = _positions(module, x, dy)
-    rows = accumulation(dy_BTD) * clip_factor_B.view(-1, 1, 1)
-    table = rows.new_zeros(module.num_embeddings, module.embedding_dim)
-    return {"weight": table.index_add_(0, tokens_BT.flatten(), rows.flatten(0, 1))}
-
-
-def _positions(module: nn.Embedding, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T] and their gradients [B, T, D], zeroed at the padding index."""
+    scale = _scale(module, dy.dtype)
+    assert scale is not None
     tokens_BT = x.reshape(len(x), -1)
     dy_BTD = dy.reshape(*tokens_BT.shape, dy.shape[-1])
     if module.padding_idx is not None:
         is_padding = tokens_BT.eq(module.padding_idx).unsqueeze(-1)
         dy_BTD = torch.where(is_padding, torch.zeros_like(dy_BTD), dy_BTD)
-    return tokens_BT, dy_BTD
+    if scale != 1:
+        dy_BTD = dy_BTD * scale
+    return {"weight": Rows(tokens_BT, dy_BTD, module.num_embeddings)}
+
+
+@torch.no_grad()
+def _scale(module: nn.Embedding, dtype: torch.dtype) -> float | None:
+    """What a subclass multiplies the looked-up rows by in `dtype`; None if it does anything else.
+
+    Found on a small table of the probe's own, since the real one may be large, or elsewhere.
+    """
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    device = module.weight.device
+    num_rows = 3 + (module.padding_idx or 0)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(num_rows, module.embedding_dim, generator=generator).add_(0.5)
+    table[-1] = 1.0
+    table = table.to(device, dtype)
+    tokens = torch.tensor([[num_rows - 1, num_rows - 2]], device=device)
+    rows = table[tokens]
+    found = torch.func.functional_call(module, {"weight": table}, (tokens,))
+    if found.shape != rows.shape or found.dtype != dtype:
+        return None
+    scale = float(found[0, 0, 0])
+    # A constant factor leaves nothing but the rounding of one product.
+    tolerance = 2 * torch.finfo(dtype).eps
+    is_constant = torch.allclose(found.float(), scale * rows.float(), rtol=tolerance, atol=0)
+    return scale if is_constant else None

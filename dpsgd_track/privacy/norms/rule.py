@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dpsgd_track.privacy.terms import OuterNorm
+
 
 def _never(x_BTD: Tensor, dy_BTP: Tensor) -> bool:
     return False
@@ -20,10 +22,10 @@ class NormRule:
     """How the norm of a linear layer's per-sample gradient is found."""
 
     name: str
-    outer_norm: Callable[[Tensor, Tensor], Tensor]
+    outer_norm: OuterNorm
     """(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T."""
     fuses_linear: bool = False
-    """Linear layers are replaced, and their backward computes the norms; else hooks do."""
+    """Linear layers report from a backward of their own; else from hooks."""
     keeps_gradients: Callable[[Tensor, Tensor], bool] = _never
     """(x_BTD, dy_BTP) -> whether a one-pass strategy keeps the per-sample gradients [B, P, D]
     themselves rather than x and dy: the norm is then a by-product, and the clipped sum needs no

@@ -1,7 +1,7 @@
 """One file per pass strategy: how norms become a clipped sum.
 
-A strategy is a function `(engine, batch) -> SampleRecord` that leaves the micro-batch's clipped
-sum added to the engine's gradients. Every loss is summed over samples, never averaged, so that
+A strategy is a function `(engine, batch) -> SampleRecord` that adds the micro-batch's clipped sum
+to the engine's. Every loss is summed over samples, never averaged, so that
 each sample's gradients flow unscaled.
 """
 

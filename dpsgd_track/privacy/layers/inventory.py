@@ -1,0 +1,102 @@
+"""Which modules own the trainable parameters of a model, and which rule each of them meets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dpsgd_track.distributed.sharding import transformer_blocks
+from dpsgd_track.privacy.layers import LayerRule, find_rule
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module whose parameters' per-sample gradients are captured."""
+
+    fqn: str
+    module: nn.Module
+    rule: LayerRule | None
+    """None: no rule knows the module; it runs on per-sample copies of its parameters."""
+    names: dict[str, str]
+    """Fully qualified name of each trainable parameter, by its name in the module. A parameter
+    that several modules share goes by its first name in all of them."""
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Every module that owns trainable parameters, with its rule.
+
+    A module without a rule takes the modules inside it along.
+
+    Raises:
+        ValueError: naming everything whose per-sample gradients would not be exact.
+    """
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    rules = {m: find_rule(m) for m in model.modules() if _trained(m)}
+    ruled = {id(p) for m, rule in rules.items() if rule for p in _trained(m).values()}
+    layers: list[Layer] = []
+    problems = list(_mixing_samples(model))
+    taken_along: set[nn.Module] = set()
+    for fqn, module in model.named_modules():
+        if module in taken_along or module not in rules:
+            continue
+        own, rule = _trained(module), rules[module]
+        if rule is None:
+            if all(id(p) in ruled for p in own.values()):
+                # Another name for what a known layer applies. `Capture` sees to it that it is no
+                # more than a name.
+                continue
+            inside = list(module.modules())
+            if _holds_units(model, inside):
+                bare = ", ".join(name_of[id(p)] for p in own.values())
+                problems.append(
+                    f"{bare} (of {type(module).__name__}, which also holds the model's blocks; "
+                    "move it into a module of its own)"
+                )
+                continue
+            taken_along.update(inside)
+            own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        names = {name: name_of[id(p)] for name, p in own.items()}
+        layers.append(Layer(fqn, module, rule, names))
+    if problems:
+        raise ValueError(
+            f"model={type(model).__name__!r}: expected layers whose per-sample gradients are known "
+            f"exactly. These can't be clipped: {'; '.join(problems)}. "
+            "Freeze them, or use a mode that supports them."
+        )
+    for layer in layers:
+        if layer.rule is None:
+            _logger.warning(
+                "%s (%s) has no rule of its own: it runs on one copy of its parameters for each "
+                "sample, which is exact, but slower and larger.",
+                layer.fqn or "the model",
+                type(layer.module).__name__,
+            )
+    return layers
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own trainable parameters."""
+    own = module.named_parameters(recurse=False)
+    return {name: parameter for name, parameter in own if parameter.requires_grad}
+
+
+def _mixing_samples(model: nn.Module) -> Iterator[str]:
+    for fqn, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            yield (
+                f"{fqn} ({type(module).__name__} mixes the samples of a batch; use GroupNorm, or "
+                "its eval mode)"
+            )
+
+
+def _holds_units(model: nn.Module, inside: list[nn.Module]) -> bool:
+    """Whether a module holds what is sharded, or repeated, as a whole of its own."""
+    blocks = set(transformer_blocks(model))
+    return any(m in blocks or isinstance(m, FSDPModule) for m in inside[1:])
