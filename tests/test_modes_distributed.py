@@ -1,4 +1,4 @@
-"""Every mode equals the oracle under FSDP2 on gloo ranks, in float32."""
+"""Every mode equals the oracle on every model of the zoo, however ranks share the samples."""
 
 from __future__ import annotations
 
@@ -6,25 +6,76 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from model_zoo import ZOO
+from torchrun_modes import Spec
 
 from dpsgd_track.modes.table import MODES
 
 HERE = Path(__file__).resolve().parent
-# float32 rounding is 6e-8; sums over 17 positions and 4 layers stay well below 1e-5.
+# float32 rounding is 6e-8; sums over 17 positions and a few layers stay well below 1e-5.
 TOLERANCE = 1e-5
-OURS = [name for name, spec in MODES.items() if spec.strategy in ("two_pass", "bookkeeping")]
-PRIVATE = [name for name, spec in MODES.items() if spec.is_private and name != "reference"]
+STRATEGIES = ("two_pass", "bookkeeping")
+OURS = [name for name, spec in MODES.items() if spec.strategy in STRATEGIES]
+FSDP = [name for name in OURS if MODES[name].sharding == "fsdp2"]
+TWO = ["flash_fsdp", "flash_fsdp_fuse_bk"]
+"""One of each strategy, one of each way to watch."""
+
+SPECS = {
+    # One device, and one rank of FSDP2.
+    "W1": Spec(
+        models=list(ZOO),
+        modes=[*OURS, "no_dp", "no_dp_single"],
+        cut=[[7, 4]],
+        regimes=["mixed"],
+    ),
+    # Uneven shares; one micro-batch is empty.
+    "W2": Spec(
+        models=list(ZOO),
+        modes=[*FSDP, "no_dp"],
+        cut=[[3, 0], [6, 2]],
+        regimes=["none", "mixed", "all"],
+    ),
+    # More ranks than some parameters have rows; a rank without samples.
+    "W3": Spec(
+        models=["reused-mlp", "tied-gpt2"],
+        modes=[*TWO, "no_dp"],
+        cut=[[4, 1], [0, 0], [3, 3]],
+        regimes=["mixed"],
+    ),
+    "W4": Spec(
+        models=["reused-mlp", "bert"],
+        modes=TWO,
+        cut=[[3, 1], [0, 0], [2, 0], [4, 1]],
+        regimes=["mixed"],
+    ),
+    # Two copies of the model, each sharded over two ranks.
+    "HSDP": Spec(
+        models=["reused-mlp", "tied-gpt2", "llama"],
+        modes=[*TWO, "no_dp"],
+        cut=[[3], [4], [2], [2]],
+        regimes=["none", "mixed"],
+        replicas=2,
+    ),
+    "checkpointing": Spec(
+        models=["llama", "tied-gpt2", "bert", "vit"],
+        modes=[*FSDP, "no_dp"],
+        cut=[[3, 2], [4, 2]],
+        regimes=["mixed"],
+        is_checkpointing=True,
+    ),
+}
 
 
-def _rows(world_size: int, modes: list[str], folder: Path) -> list[dict[str, Any]]:
-    output = folder / f"rows{world_size}.json"
+def run(spec: Spec, folder: Path) -> list[dict[str, Any]]:
+    output = folder / "rows.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world_size)]
-    command += [str(HERE / "torchrun_modes.py"), str(output), "float32", *modes]
+    command += ["--nproc-per-node", str(len(spec.cut))]
+    command += [str(HERE / "torchrun_modes.py"), str(output), json.dumps(asdict(spec))]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
@@ -35,31 +86,32 @@ def _rows(world_size: int, modes: list[str], folder: Path) -> list[dict[str, Any
     return rows
 
 
-# Opacus is slow, and other ranks than two tell nothing new about it here.
-CASES = {2: [name for name in MODES if name != "reference"], 3: [*OURS, "no_dp"]}
+@pytest.fixture(scope="module", params=SPECS)
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    spec = SPECS[request.param]
+    return spec, run(spec, tmp_path_factory.mktemp("modes"))
 
 
-@pytest.fixture(scope="module", params=CASES, ids="W{}".format)
-def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return _rows(request.param, CASES[request.param], tmp_path_factory.mktemp("modes"))
+def test_losses_norms_sums_noise_and_weights_equal_the_oracle(ran: Any) -> None:
+    spec, rows = ran
+    private = [row for row in rows if MODES[row["mode"]].is_private]
+    seen = {(row["model"], row["mode"], row["regime"]) for row in private}
+    modes = [mode for mode in spec.modes if MODES[mode].is_private]
+    assert seen == {(m, mode, r) for m in spec.models for mode in modes for r in spec.regimes}
+    wrong = [
+        row
+        for row in private
+        if row["norm_dtype"] != "torch.float32"
+        or any(not row[f"{what}_error"] < TOLERANCE for what in ERRORS)
+    ]
+    assert not wrong
 
 
-@pytest.mark.parametrize("mode", PRIVATE)
-def test_norms_sums_noise_and_weights_equal_the_oracle(rows: Any, mode: str) -> None:
-    mine = [row for row in rows if row["mode"] == mode]
-    if not mine and mode not in OURS:
-        pytest.skip("run with two ranks only")
-    assert {(row["model"], row["regime"]) for row in mine} == {
-        (model, regime) for model in ("llama", "bert") for regime in ("none", "mixed", "all")
-    }
-    for row in mine:
-        for error in ("norm_error", "sum_error", "noised_error", "weights_error"):
-            assert row[error] < TOLERANCE, row
-        assert row["norm_dtype"] == "torch.float32"
+ERRORS = ("loss", "norm", "sum", "noised", "weights")
 
 
-def test_the_three_bounds_clip_none_some_and_all(rows: Any) -> None:
-    for row in rows:
+def test_the_bounds_clip_none_some_and_all(ran: Any) -> None:
+    for row in ran[1]:
         assert {
             "none": row["clipped"] == 0,
             "mixed": 0.2 <= row["clipped"] <= 0.8,
@@ -67,7 +119,8 @@ def test_the_three_bounds_clip_none_some_and_all(rows: Any) -> None:
         }[row["regime"]], row
 
 
-def test_the_baseline_equals_the_oracle_only_where_nothing_is_clipped(rows: Any) -> None:
-    for row in rows:
-        if row["mode"] == "no_dp":
+def test_the_baseline_equals_the_oracle_only_where_nothing_is_clipped(ran: Any) -> None:
+    for row in ran[1]:
+        if not MODES[row["mode"]].is_private:
             assert (row["sum_error"] < TOLERANCE) == (row["regime"] == "none"), row
+            assert row["loss_error"] < TOLERANCE, row

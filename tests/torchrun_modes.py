@@ -1,6 +1,6 @@
-"""Run by torch.distributed.run: every mode against the oracle, errors written as JSON.
+"""Run by torch.distributed.run: modes against the oracle on models of the zoo, errors as JSON.
 
-Usage: torchrun_modes.py OUTPUT DTYPE MODE...
+Usage: torchrun_modes.py OUTPUT SPEC, a `Spec` as JSON.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from model_zoo import ZOO, batch, build
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 from dpsgd_track.config import PrivacyConfig
 from dpsgd_track.distributed.sharding import as_sharded
@@ -28,76 +29,64 @@ from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.noise import NoiseSource
 
 SIGMA = 0.7
-# Sizes that are equal to no other, and that neither 2 nor 3 ranks divide.
-T, MICRO, BATCH, VOCAB = 17, 2, 3, 97
 
 
-def _models() -> dict[str, Any]:
-    llama = LlamaConfig(
-        hidden_size=40,
-        intermediate_size=67,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        attention_bias=True,
-        pad_token_id=0,
-        use_cache=False,
-    )
-    bert = BertConfig(
-        hidden_size=44,
-        intermediate_size=71,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCAB,
-        max_position_embeddings=19,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=0,
-    )
-    return {"llama": llama, "bert": bert}
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What one process group runs."""
+
+    models: list[str]
+    modes: list[str]
+    cut: list[list[int]]
+    """For each rank, the size of each micro-batch. The samples stay the same, however cut."""
+    regimes: list[str]
+    """none, mixed, all: which samples C clips."""
+    dtype: str = "float32"
+    replicas: int = 1
+    is_checkpointing: bool = False
 
 
-def _build(config: Any, device: torch.device) -> nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config).train()
-    with torch.no_grad():
-        # No parameter at its special starting value: zero biases and unit norms hide errors.
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape))
-    return model.to(device)
+def _build(spec: Spec, name: str, device: torch.device) -> nn.Module:
+    model: Any = build(name).to(device)
+    if spec.is_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
-def _batches(device: torch.device, is_bert: bool) -> list[Batch]:
-    """This rank's micro-batches: ragged rows with repeated tokens, unlike on every rank."""
-    rank = dist.get_rank()
-    generator = torch.Generator().manual_seed(100 + rank)
-    batches = []
-    for _ in range(MICRO):
-        ids = torch.randint(1, VOCAB, (BATCH, T), generator=generator)
-        lengths = torch.randint(T // 2, T + 1, (BATCH, 1), generator=generator)
-        mask = (torch.arange(T) < lengths).long()
-        ids = ids * mask
-        ids[:, 1] = ids[:, 0]
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        inputs["position_ids"] = torch.arange(T).repeat(BATCH, 1)
-        if is_bert:
-            inputs["token_type_ids"] = torch.zeros_like(ids)
-        target = torch.randint(0, 2, (BATCH,), generator=generator)
-        batches.append(Batch({k: v.to(device) for k, v in inputs.items()}, target.to(device)))
-    return batches
+def _batches(spec: Spec, name: str, device: torch.device) -> list[Batch]:
+    """This rank's micro-batches out of the common samples."""
+    sizes = [size for cells in spec.cut for size in cells]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    everything = batch(name, sum(sizes), seed=1)
+    first = dist.get_rank() * len(spec.cut[0])
+    mine = zip(ends, sizes, strict=True)
+    cells = [slice(end - size, end) for end, size in mine][first : first + len(spec.cut[0])]
+
+    def pick(t: Tensor, cell: slice) -> Tensor:
+        return t[cell].to(device)
+
+    return [
+        Batch(
+            {key: pick(t, cell) for key, t in everything.inputs.items()},
+            pick(everything.targets, cell),
+            args=tuple(pick(t, cell) for t in everything.args),
+        )
+        for cell in cells
+    ]
 
 
-def _context(max_grad_norm: float, device: torch.device, dtype: torch.dtype) -> ModeContext:
+def _context(spec: Spec, name: str, max_grad_norm: float, device: torch.device) -> ModeContext:
     return ModeContext(
         privacy=PrivacyConfig(
             noise_multiplier=SIGMA,
             max_grad_norm=max_grad_norm,
-            expected_batch_size=dist.get_world_size() * MICRO * BATCH,
+            expected_batch_size=sum(map(sum, spec.cut)),
         ),
         device=device,
-        param_dtype=dtype,
+        param_dtype=getattr(torch, spec.dtype),
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        loss=ZOO[name].loss,
+        num_replicas=spec.replicas,
     )
 
 
@@ -179,13 +168,13 @@ def _device() -> torch.device:
     return device
 
 
-def _bounds(model: nn.Module, batches: list[Batch], device: torch.device) -> dict[str, float]:
+def _bounds(oracle: Mode, batches: list[Batch]) -> dict[str, float]:
     """C that clips none, some and all samples."""
-    mode = build_mode("reference", copy.deepcopy(model), _context(1e30, device, torch.float32))
-    norms = torch.cat([mode.accumulate(b).norm_B for b in batches])
-    everyone = [torch.empty_like(norms) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, norms)
-    everything = torch.cat(everyone)
+    norms = torch.cat([oracle.accumulate(b).norm_B for b in batches])
+    oracle.zero_grad()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, norms.tolist())
+    everything = torch.tensor([norm for part in everyone for norm in part])
     return {
         "none": 1e4,
         "mixed": everything.median().item(),
@@ -193,20 +182,22 @@ def _bounds(model: nn.Module, batches: list[Batch], device: torch.device) -> dic
     }
 
 
-def main(output: str, dtype_name: str, modes: list[str]) -> None:
+def main(output: str, spec: Spec) -> None:
     warnings.simplefilter("ignore")
     device = _device()
-    dtype = getattr(torch, dtype_name)
     rows = []
-    for model_name, config in _models().items():
-        model = _build(config, device)
-        batches = _batches(device, model_name == "bert")
-        for regime, bound in _bounds(model, batches, device).items():
-            context = _context(bound, device, dtype)
-            oracle = _run(build_mode("reference", copy.deepcopy(model), context), batches)
-            for name in modes:
-                found = _run(build_mode(name, copy.deepcopy(model), context), batches)
-                rows.append(_row(model_name, regime, bound, name, found, oracle))
+    for name in spec.models:
+        model = _build(spec, name, device)
+        batches = _batches(spec, name, device)
+        oracle = build_mode("reference", copy.deepcopy(model), _context(spec, name, 1e30, device))
+        for regime, bound in _bounds(oracle, batches).items():
+            if regime not in spec.regimes:
+                continue
+            context = _context(spec, name, bound, device)
+            wanted = _run(build_mode("reference", copy.deepcopy(model), context), batches)
+            for mode in spec.modes:
+                found = _run(build_mode(mode, copy.deepcopy(model), context), batches)
+                rows.append(_row(name, regime, bound, mode, found, wanted))
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(rows))
     dist.barrier()
@@ -223,18 +214,17 @@ def _row(
 ) -> dict[str, Any]:
     norm_error = None
     if found["norm"] is not None:
-        errors = torch.abs(found["norm"] - want["norm"]) / want["norm"]
-        worst = errors.max()
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        norm_error = worst.item()
-    clipped = (want["norm"] > bound).double().mean()
-    dist.all_reduce(clipped)
+        norm_error = _largest((found["norm"] - want["norm"]).abs() / want["norm"])
+    is_clipped = (want["norm"] > bound).double()
+    counts = torch.stack([is_clipped.sum(), torch.ones_like(is_clipped).sum()])
+    dist.all_reduce(counts)
     sum_error, sum_where = _error(found["sum"], want["sum"], want["terms"])
     return {
         "model": model,
         "regime": regime,
         "mode": mode,
-        "clipped": clipped.item() / dist.get_world_size(),
+        "clipped": (counts[0] / counts[1]).item(),
+        "loss_error": _largest((found["loss"] - want["loss"]).abs()),
         "norm_error": norm_error,
         "norm_dtype": found["norm_dtype"],
         "sum_error": sum_error,
@@ -244,5 +234,12 @@ def _row(
     }
 
 
+def _largest(errors: Tensor) -> float:
+    """Over all ranks' samples; a rank may have none."""
+    worst = torch.cat([errors, errors.new_zeros(1)]).max()
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst.item()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], Spec(**json.loads(sys.argv[2])))
