@@ -76,6 +76,8 @@ class PerformanceConfig:
     """Type the forward and backward compute in; master weights and reductions are float32."""
     reference_dtype: str = "float64"
     """Type the `reference` mode computes in: float64 or float32."""
+    num_replicas: int = 1
+    """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
 
     def __post_init__(self) -> None:
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
@@ -91,6 +93,7 @@ class PerformanceConfig:
             self.reference_dtype,
             "one of float64, float32",
         )
+        require(self.num_replicas >= 1, "replicas", self.num_replicas, "an integer >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +191,13 @@ class JobConfig:
     """What one process group (one mode, its regimes in turn) is started with."""
 
     mode: str
-    """A mode's name, or `package.module:factory`."""
+    """A mode's name, `opacus:GRAD_SAMPLE_MODE`, or `package.module:factory`."""
     model: ModelConfig
     data: DataConfig
     performance: PerformanceConfig
     regimes: tuple[RegimeConfig, ...]
+    num_ranks: int = 1
+    """Processes of the group."""
     seed: int = 42
     """Seeds data, weights and common noise, each through its own generator."""
     layer_norms: str = "all"
@@ -209,6 +214,9 @@ class JobConfig:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "random_seed", self.seed, "an integer from 0 to 2^63 - 1")
         require(bool(self.regimes), "regimes", self.regimes, "at least one regime")
+        replicas = self.performance.num_replicas
+        allowed = f"a divisor of the number of ranks, {self.num_ranks}"
+        require(self.num_ranks % replicas == 0, "replicas", replicas, allowed)
         require(self.layer_norms in ("all", "ends"), "layer_norms", self.layer_norms, "all or ends")
 
     def to_json(self) -> str:

@@ -31,8 +31,7 @@ def run(name: str, *argv: str) -> int:
     args = build_parser().parse_args(["quick", "--group", name, *argv])
     suite = build_suite(args, lambda model, data: None)
     tree, _, folder = open_group(suite)
-    launch = Launch(num_ranks=suite.num_ranks)
-    return GroupRun(suite, tree, folder, launch, PlainDisplay(io.StringIO())).run("launch.py")
+    return GroupRun(suite, tree, folder, Launch(), PlainDisplay(io.StringIO())).run("launch.py")
 
 
 def statuses(name: str) -> dict[str, tuple[str, str]]:

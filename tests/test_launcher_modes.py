@@ -183,6 +183,26 @@ def test_without_the_reference_clip_is_failed_and_accuracy_still_runs(tmp_path):
     assert "clipping bounds are unknown" in clip.tags[names.REASON]
 
 
+def test_a_mode_on_one_device_is_one_process_between_those_of_all_ranks(tmp_path):
+    modes = ("--mode", "no_dp,flash,flash_fsdp", "--nproc-per-node", "2")
+    suite = launch(tmp_path, "quick", "--group", "g", *modes, "--num-iter", "2")
+    assert suite.code == 0
+    ranks = [file.parent.name for file in tmp_path.rglob("process-rank*.json")]
+    assert {mode: ranks.count(mode) for mode in ranks} == {
+        "reference": 2,
+        "no_dp": 2,
+        "flash": 1,
+        "flash_fsdp": 2,
+    }
+    single, shared = suite.runs["g/flash/clip"], suite.runs["g/flash_fsdp/clip"]
+    assert (single.params["num_ranks"], shared.params["num_ranks"]) == ("1", "2")
+    assert single.params["regime.micro_batches"] == "4"
+    assert shared.params["regime.micro_batches"] == "2"
+    assert "g/flash/clip/rank 0" in suite.runs
+    assert "g/flash/clip/rank 1" not in suite.runs
+    assert {run.status for run in suite.runs.values()} == {"FINISHED"}
+
+
 @pytest.fixture
 def stubborn(tmp_path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A launch whose worker ignores SIGTERM, in the middle of a step."""

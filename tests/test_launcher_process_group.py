@@ -59,7 +59,7 @@ def test_a_password_in_the_store_reaches_workers_by_the_environment_alone(tmp_pa
     job = replace(a_job(tmp_path), tracking_uri="postgresql://me:secret@host/db")
     display = PlainDisplay(io.StringIO())
     with WorkerHost("a.module") as host:
-        process_group.run_mode(job, Launch(num_ranks=2), host, Interruption(), display)
+        process_group.run_mode(job, Launch(), host, Interruption(), display)
     assert seen["MLFLOW_TRACKING_URI"] == "postgresql://me:secret@host/db"
     assert "postgresql://***@host/db" in (tmp_path / "job.json").read_text()
     assert "secret" not in (tmp_path / "job.json").read_text() + " ".join(seen["command"])

@@ -80,6 +80,24 @@ def test_model_and_data_by_default():
     assert inputs("quick", "--data", "synthetic") == ("minilm", "synthetic")
 
 
+def test_a_mode_on_one_device_takes_the_micro_batches_of_all_ranks():
+    argv = ("--mode", "no_dp,flash", "--nproc-per-node", "4", "--micro-batches", "3")
+    shared, single = suite("quick", *argv, "--replicas", "2").jobs[1:]
+    assert (shared.num_ranks, shared.performance.num_replicas) == (4, 2)
+    assert (single.num_ranks, single.performance.num_replicas) == (1, 1)
+    assert [(r.name, r.micro_batches) for r in single.regimes] == [(ACCURACY, 4), (CLIP, 12)]
+    assert [r.micro_batches for r in shared.regimes] == [1, 1]
+
+
+def test_the_baseline_on_one_device_is_not_clipped_either():
+    assert modes("quick", "--mode", "no_dp_single,flash", "--regime", "clip") == (
+        "reference",
+        "flash",
+    )
+    baseline = suite("quick", "--mode", "no_dp_single").jobs[-1]
+    assert [(r.name, r.replay) for r in baseline.regimes] == [(ACCURACY, "")]
+
+
 def test_ranks_follow_the_visible_gpus(monkeypatch):
     assert (suite("quick").num_ranks, suite("quick").jobs[0].performance.device) == (2, "cpu")
     monkeypatch.setattr(suites, "count_gpus", lambda: 4)
@@ -114,6 +132,9 @@ BAD = {
     "no step": ["quick", "--num-iter", "0"],
     "negative warmup": ["quick", "--warmup-iter", "-1"],
     "no micro-batch": ["quick", "--micro-batches", "0"],
+    "no replica": ["quick", "--replicas", "0"],
+    "replicas that do not divide the ranks": ["quick", "--nproc-per-node", "4", "--replicas", "3"],
+    "opacus mode without a name": ["quick", "--mode", "opacus:"],
     "no rank": ["quick", "--nproc-per-node", "0"],
     "unknown regime": ["quick", "--regime", "train"],
     "regime of single": ["single", "--mode", "no_dp", "--regime", "clip"],
@@ -192,6 +213,12 @@ def test_modes_lists_the_table(capsys):
     assert run(["modes"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in table.MODES)
+
+
+def test_modes_lists_what_installed_packages_bring(monkeypatch, capsys):
+    monkeypatch.setattr("dpsgd_track.launcher.run.plugged_in_modes", lambda: {"mine": "pkg:make"})
+    assert run(["modes"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["mine", "pkg:make"]
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,14 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="ranks, one process each (default: one for each GPU, or 2 on cpu)",
     )
     group.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="R",
+        help="groups of ranks that each hold the whole model; the ranks of a group share it "
+        "(default: 1)",
+    )
+    group.add_argument(
         "--device", choices=DEVICES, help="where the model runs (default: cuda if there is one)"
     )
     group.add_argument(

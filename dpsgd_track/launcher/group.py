@@ -179,10 +179,8 @@ class GroupRun:
         config = asdict(job)
         for key in ("regimes", "run_ids", "rank_run_ids", "tracking_uri", "work_dir"):
             del config[key]
-        params = flatten({**config, "regime": asdict(regime), "num_ranks": self._launch.num_ranks})
-        return self._tree.start_mode(
-            job.mode, regime, self._launch.num_ranks, params | self._environment
-        )
+        params = flatten({**config, "regime": asdict(regime)})
+        return self._tree.start_mode(job.mode, regime, job.num_ranks, params | self._environment)
 
     def _read_results(self, job: JobConfig, outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
         """Take what later steps need; a result that cannot be read is a failure."""

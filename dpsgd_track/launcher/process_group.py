@@ -64,8 +64,6 @@ class Outcome:
 class Launch:
     """How workers are started; tests start others."""
 
-    num_ranks: int
-    """Processes of the group."""
     worker_module: str = WORKER
     """Module whose `main` runs in every rank, with the path of job.json; see WorkerHost."""
     grace_s: float = GRACE_S
@@ -92,10 +90,10 @@ def run_mode(
     request = Request(
         job_file=str(job_file),
         log=str(work_dir / "output.log"),
-        num_ranks=launch.num_ranks,
+        num_ranks=job.num_ranks,
         grace_s=launch.grace_s,
     )
-    host.start(request, _environment(job, launch))
+    host.start(request, _environment(job))
     progress = _Progress(work_dir / "progress.jsonl")
     try:
         while (code := host.poll()) is None and not interruption.requested:
@@ -130,7 +128,7 @@ def failure_of(work_dir: Path, code: int) -> Failure:
     return Failure(kind=troubleshooting.ERROR, message=_last_words(log, root), rank=root)
 
 
-def _environment(job: JobConfig, launch: Launch) -> dict[str, str]:
+def _environment(job: JobConfig) -> dict[str, str]:
     """The launcher's environment, with what the ranks need; HF_TOKEN passes through it."""
     package_root = str(Path(dpsgd_track.__file__).parent.parent)
     search_path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
@@ -138,7 +136,7 @@ def _environment(job: JobConfig, launch: Launch) -> dict[str, str]:
         # glibc would give every large tensor back to the system and fault its pages in anew.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-        "OMP_NUM_THREADS": str(max(1, num_cores() // launch.num_ranks)),
+        "OMP_NUM_THREADS": str(max(1, num_cores() // job.num_ranks)),
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*search_path, package_root]),
         # Counting GPUs through CUDA would spoil it for the processes forked afterwards.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dpsgd_track.config import DataConfig, ModelConfig, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USAGE
 from dpsgd_track.launcher.arguments import build_parser, reproducing_command
-from dpsgd_track.modes.table import MODES
+from dpsgd_track.modes.table import MODES, plugged_in_modes
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
@@ -32,14 +32,14 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     check_inputs: Callable[[ModelConfig, DataConfig], object] = check_inputs,
-    make_launch: Callable[[int], Launch] | None = None,
+    launch: Launch | None = None,
 ) -> int:
     """Parse, check, run.
 
     Args:
         argv: arguments (default: the process's own).
         check_inputs: says whether model and data fit.
-        make_launch: number of ranks -> how workers are started.
+        launch: how workers are started.
     Returns:
         The exit code.
     """
@@ -51,7 +51,7 @@ def main(
                 return _list_modes()
             case "ui":
                 return _open_ui(args)
-        return _run_suite(args, reproducing_command(argv), check_inputs, make_launch)
+        return _run_suite(args, reproducing_command(argv), check_inputs, launch)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -60,7 +60,7 @@ def _run_suite(
     args: argparse.Namespace,
     command: str,
     check_inputs: Callable[[ModelConfig, DataConfig], object],
-    make_launch: Callable[[int], Launch] | None,
+    launch: Launch | None,
 ) -> int:
     from dpsgd_track.launcher.group import GroupRun, open_group
     from dpsgd_track.launcher.process_group import Launch
@@ -76,10 +76,9 @@ def _run_suite(
         tree, group, folder = open_group(suite)
     except ValueError as error:
         return _complain(error, EXIT_USAGE)
-    launch = make_launch(suite.num_ranks) if make_launch else Launch(num_ranks=suite.num_ranks)
     display = open_display()
     try:
-        code = GroupRun(suite, tree, folder, launch, display).run(command)
+        code = GroupRun(suite, tree, folder, launch or Launch(), display).run(command)
     except TrackingError as error:
         code = _complain(error, EXIT_FAILED)
     finally:
@@ -103,6 +102,10 @@ def _store_options(args: argparse.Namespace) -> list[str]:
 def _list_modes() -> int:
     rows = [("mode", "norm rule", "strategy", "sharding", "")]
     rows += [(m.name, m.norm_rule, m.strategy, m.sharding, m.summary) for m in MODES.values()]
+    try:
+        rows += [(name, "", "", "", factory) for name, factory in plugged_in_modes().items()]
+    except ValueError as error:
+        return _complain(error, EXIT_USAGE)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(

@@ -51,7 +51,7 @@ class Suite:
     jobs: tuple[JobConfig, ...]
     """One for each mode, in order; run ids and work folders are filled in as they start."""
     num_ranks: int
-    """Processes of each job."""
+    """Processes of each job but those on one device."""
     settings: Settings
     """Where runs are tracked."""
     group: str | None
@@ -101,17 +101,20 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     data = DataConfig(source=source, seq_length=args.seq_length, batch_size=args.batch_size)
     _check_numbers(args)
     jobs = tuple(
-        JobConfig(
-            mode=mode,
-            model=model,
-            data=data,
-            performance=performance,
-            regimes=_regimes_of(mode, regimes, args, performance.device),
-            seed=args.random_seed,
-            layer_norms=args.layer_norms,
+        _placed(
+            JobConfig(
+                mode=mode,
+                model=model,
+                data=data,
+                performance=performance,
+                regimes=_regimes_of(mode, regimes, args, performance.device),
+                num_ranks=num_ranks,
+                seed=args.random_seed,
+                layer_norms=args.layer_norms,
+            )
         )
         for mode in modes
-        if not (mode == table.BASELINE and regimes == (CLIP,))
+        if table.is_private(mode) or regimes != (CLIP,)
     )
     check_inputs(model, data)
     return Suite(
@@ -122,6 +125,18 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
         group=args.group,
         output=args.output,
     )
+
+
+def _placed(job: JobConfig) -> JobConfig:
+    """`job` as one rank with all ranks' micro-batches, where its mode runs on one device.
+
+    Its global batches are then the same as everybody's.
+    """
+    if not table.runs_on_one_device(job.mode):
+        return job
+    regimes = tuple(replace(r, micro_batches=r.micro_batches * job.num_ranks) for r in job.regimes)
+    performance = replace(job.performance, num_replicas=1)
+    return replace(job, num_ranks=1, performance=performance, regimes=regimes)
 
 
 def _modes_and_regimes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -191,7 +206,10 @@ def _machine(args: argparse.Namespace) -> tuple[int, PerformanceConfig]:
         allowed = f"at most {num_gpus}, the number of visible GPUs"
         require(num_ranks <= num_gpus, "nproc_per_node", num_ranks, allowed)
     performance = PerformanceConfig(
-        device=device, param_dtype=args.param_dtype, reference_dtype=args.reference_dtype
+        device=device,
+        param_dtype=args.param_dtype,
+        reference_dtype=args.reference_dtype,
+        num_replicas=args.replicas,
     )
     return num_ranks, performance
 
@@ -239,7 +257,7 @@ def _regimes_of(
     if mode == table.REFERENCE and args.command != "single":
         return _with_plain_replays({ACCURACY: accurate, CLIP: clipped}, names, args.param_dtype)
     known = {TRAIN: trained, ACCURACY: accurate, CLIP: clipped}
-    return tuple(known[name] for name in names if not (name == CLIP and mode == table.BASELINE))
+    return tuple(known[name] for name in names if name != CLIP or table.is_private(mode))
 
 
 def _with_plain_replays(

@@ -8,23 +8,24 @@ from torch import nn
 
 from dpsgd_track.config import require
 from dpsgd_track.modes.protocol import Mode, ModeContext, ModeFactory
-from dpsgd_track.modes.table import MODES, check_mode
+from dpsgd_track.modes.table import check_mode, factory_of, spec_of
 
 
 def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
     """The mode `name` over `model`.
 
     Args:
-        name: a built-in mode, or `package.module:factory`.
+        name: a built-in mode, `opacus:GRAD_SAMPLE_MODE`, an entry point's name, or
+            `package.module:factory`.
         model: whole and unsharded, float32, on the context's device.
         context: what the mode is built with.
     Raises:
         ValueError: the name is unknown, or the mode cannot clip one of the parameters.
     """
     check_mode(name)
-    if name not in MODES:
-        return _user_factory(name)(model, context)
-    spec = MODES[name]
+    spec = spec_of(name)
+    if spec is None:
+        return _user_factory(factory_of(name))(model, context)
     if spec.strategy == "one_by_one":
         from dpsgd_track.modes.reference import ReferenceMode
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from importlib import metadata
 
 from dpsgd_track.config import require
 
@@ -14,39 +15,69 @@ class ModeSpec:
 
     name: str
     norm_rule: str
-    """none, ghost, flash, fused, or autograd (explicit gradients of one sample)."""
+    """none, ghost, flash, fused, materialised (explicit per-sample gradients of a whole batch), or
+    autograd (explicit gradients of one sample)."""
     strategy: str
     """plain, two_pass, bookkeeping, one_by_one, or opacus (the library's own step)."""
     sharding: str
-    """fsdp2, opacus_fsdp2 (the library's own wrapper) or replicated."""
+    """fsdp2, opacus_fsdp2 (the library's own wrapper), replicated (every rank holds the whole
+    model), or none (one device)."""
     summary: str
+    grad_sample_mode: str = ""
+    """What Opacus calls a mode that it runs; empty for others."""
 
     @property
     def is_private(self) -> bool:
         """Whether the mode clips."""
         return self.norm_rule != "none"
 
+    @property
+    def runs_on_one_device(self) -> bool:
+        """Whether the mode is one rank's work."""
+        return self.sharding == "none"
+
+
+_HOOKS_1, _HOOKS_2 = "tiled norms in hooks, one backward", "tiled norms in hooks, two backwards"
+_FUSED_1 = "norms inside linear backward, one backward"
+_FUSED_2 = "norms inside linear backward, two backwards"
+_GHOST_1 = "ghost norms in hooks, one backward"
 
 _TABLE = (
     ModeSpec("no_dp", "none", "plain", "fsdp2", "ordinary training, the baseline"),
-    ModeSpec("ghost_fsdp", "ghost", "opacus", "opacus_fsdp2", "Opacus's own FSDP ghost clipping"),
-    ModeSpec("flash_fsdp", "flash", "two_pass", "fsdp2", "tiled norms in hooks, two backwards"),
     ModeSpec(
-        "flash_fsdp_bk", "flash", "bookkeeping", "fsdp2", "tiled norms in hooks, one backward"
+        "ghost_fsdp",
+        "ghost",
+        "opacus",
+        "opacus_fsdp2",
+        "Opacus's own FSDP ghost clipping",
+        grad_sample_mode="ghost_fsdp",
     ),
+    ModeSpec("ghost_fsdp_bk", "ghost", "bookkeeping", "fsdp2", _GHOST_1),
+    ModeSpec("flash_fsdp", "flash", "two_pass", "fsdp2", _HOOKS_2),
+    ModeSpec("flash_fsdp_bk", "flash", "bookkeeping", "fsdp2", _HOOKS_1),
+    ModeSpec("flash_fsdp_fuse", "fused", "two_pass", "fsdp2", _FUSED_2),
+    ModeSpec("flash_fsdp_fuse_bk", "fused", "bookkeeping", "fsdp2", _FUSED_1),
+    ModeSpec("no_dp_single", "none", "plain", "none", "ordinary training on one device"),
     ModeSpec(
-        "flash_fsdp_fuse",
-        "fused",
-        "two_pass",
-        "fsdp2",
-        "norms inside linear backward, two backwards",
+        "ghost",
+        "ghost",
+        "opacus",
+        "none",
+        "Opacus's own ghost clipping",
+        grad_sample_mode="ghost",
     ),
+    ModeSpec("ghost_bk", "ghost", "bookkeeping", "none", _GHOST_1),
+    ModeSpec("flash", "flash", "two_pass", "none", _HOOKS_2),
+    ModeSpec("flash_bk", "flash", "bookkeeping", "none", _HOOKS_1),
+    ModeSpec("flash_fuse", "fused", "two_pass", "none", _FUSED_2),
+    ModeSpec("flash_fuse_bk", "fused", "bookkeeping", "none", _FUSED_1),
     ModeSpec(
-        "flash_fsdp_fuse_bk",
-        "fused",
-        "bookkeeping",
-        "fsdp2",
-        "norms inside linear backward, one backward",
+        "grad_materialize",
+        "materialised",
+        "opacus",
+        "none",
+        "Opacus's explicit per-sample gradients (hooks)",
+        grad_sample_mode="hooks",
     ),
     ModeSpec(
         "reference", "autograd", "one_by_one", "replicated", "the oracle: one sample at a time"
@@ -69,25 +100,79 @@ FULL = (
 )
 
 
-def check_mode(name: str) -> None:
-    """Raise unless `name` is a built-in mode or an importable `package.module:factory`.
+_OPACUS = "opacus"
+_ENTRY_POINTS = "dpsgd_track.modes"
 
-    Raises:
-        ValueError: naming the known modes.
-    """
-    known = f"one of {', '.join(MODES)}, or package.module:factory"
-    module, separator, factory = name.partition(":")
-    if not separator:
-        require(name in MODES, "mode", name, known)
-        return
-    require(bool(module) and factory.isidentifier(), "mode", name, known)
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    require(found, "mode", name, known, f"No module {module!r} can be imported.")
+
+def spec_of(name: str) -> ModeSpec | None:
+    """The parts of a built-in mode or of `opacus:GRAD_SAMPLE_MODE`; None for a user's own mode."""
+    if name in MODES:
+        return MODES[name]
+    library, _, mode = name.partition(":")
+    # A factory inside the library itself is named by its submodule, `opacus.module:factory`.
+    if library != _OPACUS:
+        return None
+    return ModeSpec(
+        name,
+        "ghost" if "ghost" in mode else "materialised",
+        "opacus",
+        "opacus_fsdp2" if mode.endswith("_fsdp") else "none",
+        f"Opacus's grad_sample_mode {mode}",
+        grad_sample_mode=mode,
+    )
 
 
 def is_private(name: str) -> bool:
     """Whether mode `name` clips; a user's own mode is taken to."""
-    return name not in MODES or MODES[name].is_private
+    spec = spec_of(name)
+    return spec is None or spec.is_private
+
+
+def runs_on_one_device(name: str) -> bool:
+    """Whether mode `name` is one rank's work; a user's own mode runs on all ranks."""
+    spec = spec_of(name)
+    return spec is not None and spec.runs_on_one_device
+
+
+def plugged_in_modes() -> dict[str, str]:
+    """Modes that installed packages bring as entry points: name -> `package.module:factory`.
+
+    Raises:
+        ValueError: a name is no identifier, is a built-in mode's, or is offered twice.
+    """
+    found: dict[str, str] = {}
+    for entry in metadata.entry_points(group=_ENTRY_POINTS):
+        where = f"entry point {entry.name} = {entry.value}"
+        advice = f"Rename it in the package that brings it ({where})."
+        require(entry.name.isidentifier(), "mode", entry.name, "an identifier", advice)
+        is_new = entry.name not in MODES and found.get(entry.name, entry.value) == entry.value
+        require(is_new, "mode", entry.name, "a name that no other mode has", advice)
+        found[entry.name] = entry.value
+    return found
+
+
+def factory_of(name: str) -> str:
+    """`package.module:factory` of a user's own mode, which may be an entry point's name."""
+    return name if ":" in name else plugged_in_modes().get(name, name)
+
+
+def check_mode(name: str) -> None:
+    """Raise unless `name` is a known mode or an importable `package.module:factory`.
+
+    Which grad_sample_mode the installed Opacus takes is known once it is imported, and no sooner.
+
+    Raises:
+        ValueError: naming the known modes.
+    """
+    if name in MODES:
+        return
+    module, _, factory = factory_of(name).partition(":")
+    if not (module and factory.isidentifier()):
+        names = ", ".join([*MODES, *plugged_in_modes()])
+        known = f"one of {names}, opacus:GRAD_SAMPLE_MODE, or package.module:factory"
+        require(False, "mode", name, known)
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    require(found, "mode", name, "a module that is there", f"No module {module!r} can be imported.")

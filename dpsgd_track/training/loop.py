@@ -167,6 +167,7 @@ class RegimeRun:
             param_dtype=getattr(torch, performance.param_dtype),
             reference_dtype=getattr(torch, plain),
             make_optimizer=_optimizer_of(regime),
+            num_replicas=performance.num_replicas,
         )
 
     def _noise_key(self) -> str:
