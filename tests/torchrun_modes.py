@@ -214,7 +214,8 @@ def _row(
 ) -> dict[str, Any]:
     norm_error = None
     if found["norm"] is not None:
-        norm_error = _largest((found["norm"] - want["norm"]).abs() / want["norm"])
+        # A sample without targets has a gradient of zero.
+        norm_error = _largest((found["norm"] - want["norm"]).abs() / want["norm"].clamp(min=1e-9))
     is_clipped = (want["norm"] > bound).double()
     counts = torch.stack([is_clipped.sum(), torch.ones_like(is_clipped).sum()])
     dist.all_reduce(counts)

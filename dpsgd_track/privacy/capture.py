@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,11 +169,16 @@ class Capture:
             if self.open_call(layer, x):
                 edge = get_gradient_edge(y)
                 self.note_output(layer, edge, None if x.requires_grad else edge)
-                y.register_hook(lambda dy: self.close_call(layer, held(), dy))
+                _on_gradient(
+                    y, edge, x.requires_grad, lambda dy: self.close_call(layer, held(), dy)
+                )
 
         if isinstance(layer.module, nn.Embedding):
             layer.module.register_forward_pre_hook(self._expand_shared_index)
         layer.module.register_forward_hook(after_forward, with_kwargs=True)
+
+    def _close_held(self, layer: Layer, held: Callable[[], Tensor], dy: Tensor) -> None:
+        self.close_call(layer, held(), dy)
 
     def _expand_shared_index(self, module: nn.Module, args: tuple[Tensor, ...]) -> object:
         """Give every sample its own copy of an index that all share.
@@ -284,6 +290,27 @@ def _refuse_unseen_uses(loss_B: Tensor, seen: Counter[tuple[Node, str]]) -> None
             f"it. Used in other ways too: {', '.join(sorted(problems))}. Call the module, or "
             "freeze the parameter."
         )
+
+
+def _on_gradient(
+    y: Tensor, edge: GradientEdge, is_passed_on: bool, call: Callable[[Tensor], None]
+) -> None:
+    """Call with the gradient of `y` when it has arrived.
+
+    Where the backward goes on through the node that made `y`, right before that runs: by then
+    every hook on `y` itself has, FSDP2's too, which gathers the parameters of a unit whose
+    output `y` is. A checkpoint may need them.
+    """
+    if not is_passed_on:
+        y.register_hook(call)
+        return
+
+    def before_node(gradients: tuple[Tensor | None, ...]) -> None:
+        dy = gradients[edge.output_nr]
+        if dy is not None:
+            call(dy)
+
+    edge.node.register_prehook(before_node)
 
 
 class _Held(torch.autograd.Function):
