@@ -96,9 +96,23 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     settings = read_settings(args)
     num_ranks, performance = _machine(args)
     model_name = args.model_name or ("minilm" if args.command == "quick" else "llama-tiny")
-    model = ModelConfig(name=model_name, vocab_size=args.vocab_size)
+    model = ModelConfig(
+        name=model_name,
+        vocab_size=args.vocab_size,
+        task=args.task,
+        dropout=args.dropout,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
     source = args.data or ("public-domain" if model_name == "minilm" else SYNTHETIC)
-    data = DataConfig(source=source, seq_length=args.seq_length, batch_size=args.batch_size)
+    data = DataConfig(
+        source=source,
+        seq_length=args.seq_length,
+        batch_size=args.batch_size,
+        padding=args.padding,
+        ragged=args.ragged,
+        sampling=args.sampling,
+        dataset_size=args.dataset_size,
+    )
     _check_numbers(args)
     jobs = tuple(
         JobConfig(
