@@ -8,12 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertPreTrainedModel, PreTrainedModel
 
-from dpsgd_track.config import DataConfig, JobConfig, ModelConfig, PerformanceConfig, RegimeConfig
+from dpsgd_track.config import (
+    CAUSAL_LM,
+    MASKED_LM,
+    REGRESSION,
+    TASKS,
+    DataConfig,
+    JobConfig,
+    ModelConfig,
+    PerformanceConfig,
+    RegimeConfig,
+)
+from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.training.data import Slicer, SyntheticText, TokenizedText
 from dpsgd_track.training.model import build_model
 from dpsgd_track.training.model_source import presets, resolve_model
-from dpsgd_track.training.observe import weights_digest
+from dpsgd_track.training.observe import linear_layer_names, weights_digest
 from dpsgd_track.training.preflight import check_inputs
 from dpsgd_track.training.text_source import read_text
 
@@ -117,7 +129,7 @@ def test_every_preset_resolves(name: str) -> None:
 
 def _config(**change: object) -> tuple[ModelConfig, DataConfig]:
     model = {"name": "llama-tiny", "vocab_size": None} | {
-        k: v for k, v in change.items() if k in ("name", "vocab_size")
+        k: v for k, v in change.items() if k in ("name", "vocab_size", "task")
     }
     data = {"source": "synthetic", "seq_length": 16} | {
         k: v for k, v in change.items() if k in ("source", "seq_length")
@@ -134,12 +146,24 @@ def _config(**change: object) -> tuple[ModelConfig, DataConfig]:
         ({"seq_length": 513}, "expected at most 512, the limit of llama-tiny"),
         ({"source": "missing.jsonl"}, r"data='missing.jsonl': expected synthetic, public-domain"),
         ({"source": "public-domain"}, "the preset llama-tiny has no tokenizer"),
+        (
+            {"task": "masked-lm"},
+            "task='masked-lm': expected one of sequence-classification",
+        ),
+        ({"task": "causal-lm", "seq_length": 1}, "seq_length=1: expected at least 2"),
+        ({"task": "summary"}, "task='summary': expected one of sequence-classification"),
     ],
     ids=str,
 )
 def test_inputs_that_cannot_work_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_inputs(*_config(**change))
+
+
+def test_a_folder_without_the_head_of_a_task_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="a llama model"):
+        check_inputs(ModelConfig(name=str(tmp_path), task=MASKED_LM), DataConfig())
 
 
 @pytest.mark.parametrize(
@@ -177,11 +201,100 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
 def test_a_job_survives_its_file() -> None:
     job = JobConfig(
         mode="no_dp",
-        model=ModelConfig(name="llama-tiny"),
-        data=DataConfig(),
+        model=ModelConfig(
+            name="llama-tiny", task=CAUSAL_LM, dropout=True, gradient_checkpointing=True
+        ),
+        data=DataConfig(padding="left", ragged=True, sampling="poisson", dataset_size=9),
         performance=PerformanceConfig(),
         regimes=(RegimeConfig(name="clip", num_iter=2, max_grad_norms=(0.1, 1 / 3)),),
         run_ids=("a",),
         rank_run_ids=(("b", "c"),),
     )
     assert JobConfig.from_json(job.to_json()) == job
+
+
+def test_the_tasks_are_those_that_have_a_loss() -> None:
+    assert tuple(LOSSES) == TASKS
+
+
+HEADS = {
+    CAUSAL_LM: ("llama-tiny", 512),
+    MASKED_LM: ("bert-tiny", 512),
+    REGRESSION: ("gpt2-tiny", 1),
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_model_has_the_head_of_its_task(task: str) -> None:
+    name, outputs = HEADS[task]
+    model = build_model(ModelConfig(name=name, task=task), num_labels=1, seed=0, device=CPU)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    assert model(input_ids=ids).logits.shape == ((2, 1) if outputs == 1 else (2, 5, outputs))
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "llama-tiny", "gpt2-tiny", "qwen2-tiny"])
+def test_a_causal_model_sees_no_later_token(name: str) -> None:
+    model = build_model(ModelConfig(name=name, task=CAUSAL_LM), num_labels=2, seed=0, device=CPU)
+    ids = torch.arange(1, 7)[None]
+    changed = ids.clone()
+    changed[0, 4] = 99
+    difference = (model(ids).logits - model(changed).logits).abs().amax(dim=(0, 2))
+    assert difference[:4].max() == 0
+    assert difference[4] > 0
+
+
+def test_gradient_checkpointing_recomputes_the_blocks_and_changes_no_gradient() -> None:
+    found = []
+    for is_on in (False, True):
+        config = ModelConfig(name="gpt2-tiny", gradient_checkpointing=is_on)
+        model = build_model(config, num_labels=2, seed=0, device=CPU)
+        calls: list[int] = []
+        # Inside a block: a hook on the block itself stays outside of what is recomputed.
+        model.transformer.h[1].ln_2.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(input_ids=torch.ones(2, 5, dtype=torch.long)).logits.sum().backward()
+        found.append((len(calls), model.transformer.wte.weight.grad))
+    assert [calls for calls, _ in found] == [1, 2]
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_a_model_that_cannot_recompute_its_blocks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedModel, "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(BertPreTrainedModel, "supports_gradient_checkpointing", False)
+    config = ModelConfig(name="bert-tiny", gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing=True: expected a model that can"):
+        build_model(config, num_labels=2, seed=0, device=CPU)
+
+
+def test_dropout_is_off_unless_asked_for() -> None:
+    def rates(is_on: bool) -> set[float]:
+        config = ModelConfig(name="bert-tiny", dropout=is_on)
+        model = build_model(config, num_labels=2, seed=0, device=CPU)
+        return {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+
+    assert rates(False) == {0.0}
+    assert rates(True) == {0.1}
+
+
+def test_a_tied_head_is_not_listed_as_a_layer_of_its_own() -> None:
+    for name, layers in (("gpt2-tiny", 4 * 4), ("qwen2-tiny", 4 * 7), ("llama-tiny", 4 * 7 + 1)):
+        model = build_model(
+            ModelConfig(name=name, task=CAUSAL_LM), num_labels=2, seed=0, device=CPU
+        )
+        assert len(linear_layer_names(model)) == layers
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"padding": "both"}, "padding='both': expected one of right, left"),
+        ({"source": "a.csv", "ragged": True}, "Text has lengths of its own"),
+        ({"sampling": "random"}, "sampling='random': expected one of sequential, poisson"),
+        ({"sampling": "poisson"}, "dataset_size=None: expected an integer >= 1"),
+        ({"dataset_size": 5}, "dataset_size=5: expected no value but with synthetic data"),
+        ({"source": "a.csv", "sampling": "poisson", "dataset_size": 5}, "dataset_size=5"),
+    ],
+    ids=str,
+)
+def test_data_that_cannot_be_is_refused(argument: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**argument)  # type: ignore[arg-type]

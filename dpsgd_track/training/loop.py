@@ -17,6 +17,7 @@ from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
 from dpsgd_track.privacy.clipping import SampleRecord
+from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.data import (
@@ -167,6 +168,7 @@ class RegimeRun:
             param_dtype=getattr(torch, performance.param_dtype),
             reference_dtype=getattr(torch, plain),
             make_optimizer=_optimizer_of(regime),
+            loss=LOSSES[self.job.model.task],
         )
 
     def _noise_key(self) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dpsgd_track.distributed.sharding import LocalPart, row_range
 from dpsgd_track.kernels.sketch import norm_and_sketch
@@ -161,5 +162,13 @@ def _bits_digest(tensor: Tensor) -> int:
 
 
 def linear_layer_names(model: nn.Module) -> list[str]:
-    """Fully qualified names of linear layers, in the model's order."""
-    return [fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Fully qualified names of linear layers, in the model's order.
+
+    A layer whose weight is another's (a tied head) is left out.
+    """
+    own = {name for name, _ in model.named_parameters()}
+    return [
+        fqn
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and f"{fqn}.weight" in own
+    ]
