@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from transformers import BertPreTrainedModel, PreTrainedModel
 
 from dpsgd_track.config import (
     CAUSAL_LM,
+    CLASSIFICATION,
     MASKED_LM,
     REGRESSION,
     TASKS,
@@ -21,8 +24,16 @@ from dpsgd_track.config import (
     PerformanceConfig,
     RegimeConfig,
 )
-from dpsgd_track.privacy.loss import LOSSES
-from dpsgd_track.training.data import Slicer, SyntheticText, TokenizedText
+from dpsgd_track.privacy.loss import IGNORED, LOSSES
+from dpsgd_track.training.data import (
+    Dataset,
+    Slicer,
+    SyntheticText,
+    TokenizedText,
+    build_dataset,
+    extra_inputs_of,
+    num_labels_of,
+)
 from dpsgd_track.training.model import build_model
 from dpsgd_track.training.model_source import presets, resolve_model
 from dpsgd_track.training.observe import linear_layer_names, weights_digest
@@ -32,10 +43,22 @@ from dpsgd_track.training.text_source import read_text
 CPU = torch.device("cpu")
 
 
+def _dataset(*, task: str = CLASSIFICATION, padding: str = "right", **text: Any) -> Dataset:
+    text = {"vocab_size": 97, "seq_length": 5, "num_labels": 3} | text
+    return Dataset(
+        texts=SyntheticText(seed=42, **text),
+        task=task,
+        seq_length=text["seq_length"],
+        padding=padding,
+        pad_token=0,
+        seed=42,
+        mask_token=96,
+    )
+
+
 def _slicer(world_size: int, rank: int, micro_batches: int, batch_size: int) -> Slicer:
-    dataset = SyntheticText(seed=42, vocab_size=97, seq_length=5, num_labels=3)
     return Slicer(
-        dataset=dataset,
+        dataset=_dataset(),
         batch_size=batch_size,
         micro_batches=micro_batches,
         rank=rank,
@@ -72,7 +95,7 @@ def test_samples_differ_and_nothing_drawn_elsewhere_shifts_them() -> None:
 
 def test_a_permuted_replay_holds_the_same_samples_in_another_order() -> None:
     plain = _slicer(2, 1, 2, 3)
-    permuted = Slicer(**{**plain.__dict__, "is_permuted": True})
+    permuted = replace(plain, is_permuted=True)
     a, b = plain.slice(0), permuted.slice(0)
     assert a.indices == tuple(reversed(b.indices))
     assert a.digests == tuple(reversed(b.digests))
@@ -81,21 +104,117 @@ def test_a_permuted_replay_holds_the_same_samples_in_another_order() -> None:
 def test_each_row_of_a_text_comes_once_an_epoch() -> None:
     text = read_text("public-domain")
 
-    class OneToken:
-        pad_token = "[PAD]"
-
-        def __call__(self, texts: list[str], **kwargs: object) -> dict[str, list[list[int]]]:
-            return {
-                "input_ids": [[i] for i in range(len(texts))],
-                "attention_mask": [[1]] * len(texts),
-            }
-
-    data = TokenizedText(text, OneToken(), seed=1, seq_length=1)
     n = len(text.texts)
-    epochs = [[int(data.sample(e * n + i).input_ids[0]) for i in range(n)] for e in range(2)]
+    data = TokenizedText([[i] for i in range(n)], text.labels, seed=1)
+    epochs = [[int(data.text(e * n + i)[0][0]) for i in range(n)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(n))
     assert epochs[0] != epochs[1]
     assert text.label_names == ("law", "verse")
+
+
+def test_ragged_samples_have_every_length_from_a_quarter_to_the_whole() -> None:
+    data = _dataset(seq_length=16, is_ragged=True)
+    lengths = {int(data.sample(i).attention_mask.sum()) for i in range(400)}
+    assert lengths == set(range(4, 17))
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padding_is_on_its_side_and_positions_begin_at_the_first_token(padding: str) -> None:
+    plain = _dataset(seq_length=16, is_ragged=True)
+    padded = _dataset(seq_length=16, is_ragged=True, padding=padding)
+    slicer = replace(_slicer(1, 0, 1, 8), dataset=padded)
+    (batch,) = slicer.slice(0).batches
+    for index in range(8):
+        tokens, _ = plain.texts.text(index)
+        where = slice(16 - len(tokens), 16) if padding == "left" else slice(0, len(tokens))
+        inputs = {name: values[index].numpy() for name, values in batch.inputs.items()}
+        assert inputs["input_ids"][where].tolist() == tokens.tolist()
+        assert inputs["position_ids"][where].tolist() == list(range(len(tokens)))
+        assert inputs["attention_mask"].sum() == inputs["attention_mask"][where].sum()
+        assert np.count_nonzero(inputs["input_ids"]) == len(tokens)
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny"])
+def test_a_sample_is_worth_the_same_on_either_side_of_its_padding(name: str) -> None:
+    model = build_model(ModelConfig(name=name), num_labels=2, seed=0, device=CPU)
+    losses = []
+    for padding in ("right", "left"):
+        data = _dataset(seq_length=16, num_labels=2, is_ragged=True, padding=padding)
+        slicer = replace(_slicer(1, 0, 1, 8), dataset=data, extra_inputs=extra_inputs_of(model))
+        (batch,) = slicer.slice(0).batches
+        losses.append(LOSSES[CLASSIFICATION](model(**batch.inputs).logits, batch.targets))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_a_causal_model_is_asked_for_every_token_but_the_padding() -> None:
+    data = _dataset(task=CAUSAL_LM, seq_length=16, is_ragged=True)
+    for index in range(20):
+        sample = data.sample(index)
+        wanted = np.where(sample.attention_mask == 1, sample.input_ids, IGNORED)
+        assert sample.target.tolist() == wanted.tolist()
+
+
+def test_a_masked_model_is_asked_for_what_was_masked_and_for_nothing_else() -> None:
+    plain, masked = (
+        _dataset(task=task, seq_length=40, is_ragged=True) for task in (CLASSIFICATION, MASKED_LM)
+    )
+    shares = []
+    for index in range(50):
+        whole, sample = plain.sample(index), masked.sample(index)
+        asked = sample.target != IGNORED
+        assert 1 <= asked.sum() == max(1, round(0.15 * whole.attention_mask.sum()))
+        assert sample.target[asked].tolist() == whole.input_ids[asked].tolist()
+        assert set(sample.input_ids[asked]) == {96}
+        assert sample.input_ids[~asked].tolist() == whole.input_ids[~asked].tolist()
+        shares.append(np.flatnonzero(asked).tolist())
+        assert masked.sample(index).digest() == sample.digest() != whole.digest()
+    assert len(set(map(str, shares))) > 45, "each sample has its own places"
+
+
+def test_synthetic_numbers_lie_between_minus_one_and_one() -> None:
+    data = _dataset(task=REGRESSION, num_labels=1)
+    numbers = np.array([data.sample(index).target for index in range(200)])
+    assert numbers.dtype == np.float32
+    assert -1 <= numbers.min() < -0.9
+    assert 0.9 < numbers.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [(["2.5", "-1", "2.5"], (2.5, -1.0, 2.5)), (["b", "1", "b"], (1.0, 0.0, 1.0))],
+)
+def test_labels_that_are_numbers_are_what_a_regression_predicts(
+    tmp_path: Path, labels: list[str], numbers: tuple[float, ...]
+) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"x,{name}\n" for name in labels))
+    assert read_text(str(tmp_path / "a.csv")).numbers == numbers
+
+
+def test_every_part_of_a_sample_is_in_its_digest() -> None:
+    sample = _dataset().sample(0)
+    parts = ("input_ids", "attention_mask", "target")
+    changed = [replace(sample, **{part: getattr(sample, part) + 1}) for part in parts]
+    assert len({s.digest() for s in (sample, *changed)}) == 4
+
+
+def test_a_text_of_one_token_is_refused_where_each_token_predicts_the_next() -> None:
+    with pytest.raises(ValueError, match="expected 2 tokens or more in every text"):
+        TokenizedText([[1, 2], [3]], [0, 1], seed=0, fewest=2)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_text_is_made_fit_for_each_task(task: str) -> None:
+    config = ModelConfig(name="minilm", task=task)
+    data = DataConfig(source="public-domain", seq_length=24)
+    model = build_model(config, num_labels=num_labels_of(config, data), seed=0, device=CPU)
+    dataset = build_dataset(config, data, model, seed=3)
+    slicer = replace(_slicer(1, 0, 1, 4), dataset=dataset, extra_inputs=extra_inputs_of(model))
+    (batch,) = slicer.slice(0).batches
+    loss_B = LOSSES[task](model(**batch.inputs).logits, batch.targets)
+    assert loss_B.shape == (4,)
+    assert bool(loss_B.isfinite().all())
+    mask_token = 103  # of BERT's vocabulary
+    assert (batch.inputs["input_ids"] == mask_token).any().item() == (task == MASKED_LM)
 
 
 def test_weights_are_a_function_of_the_seed_alone() -> None:

@@ -28,7 +28,6 @@ from dpsgd_track.training.data import (
     num_labels_of,
 )
 from dpsgd_track.training.model import build_model, check_length
-from dpsgd_track.training.model_source import resolve_model
 from dpsgd_track.training.observe import (
     GatheredSamples,
     gather_samples,
@@ -62,7 +61,7 @@ class RegimeRun:
 
     def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
         self.job, self.regime, self.device = job, regime, device
-        labels = num_labels_of(job.data, job.model.num_labels)
+        labels = num_labels_of(job.model, job.data)
         model = build_model(job.model, num_labels=labels, seed=job.seed, device=device)
         check_length(model, job.data.seq_length)
         self.slicer = self._slicer(model)
@@ -143,7 +142,7 @@ class RegimeRun:
     def _slicer(self, model: nn.Module) -> Slicer:
         job, regime = self.job, self.regime
         return Slicer(
-            dataset=build_dataset(job.data, resolve_model(job.model), model, seed=job.seed),
+            dataset=build_dataset(job.model, job.data, model, seed=job.seed),
             batch_size=job.data.batch_size,
             micro_batches=regime.micro_batches,
             rank=dist.get_rank(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,6 +26,17 @@ class LabelledText:
     """Class index of each text."""
     label_names: tuple[str, ...]
     """What the file calls each class, sorted."""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Each text's label as a number, or its class index where one of them is none."""
+        try:
+            named = [float(name) for name in self.label_names]
+        except ValueError:
+            named = []
+        if not named or not all(map(math.isfinite, named)):
+            named = [float(index) for index in range(len(self.label_names))]
+        return tuple(named[label] for label in self.labels)
 
 
 def read_text(source: str) -> LabelledText:
