@@ -144,6 +144,7 @@ BAD = {
     "poisson of nothing": ["full", "--sampling", "poisson"],
     "size of a sequence": ["full", "--dataset-size", "9"],
     "ragged text": ["quick", "--ragged"],
+    "more than there is": ["full", "--sampling", "poisson", "--dataset-size", "7"],
     "not a number": ["quick", "--num-iter", "ten"],
     "abbreviation": ["quick", "--batch", "3"],
     "unknown option": ["quick", "--bogus"],

@@ -51,10 +51,10 @@ class ReferenceMode(Mode):
             for name, square in zip(self.names, squares, strict=True):
                 by_parameter[name].append(square.sqrt())
         return SampleRecord(
-            torch.stack(losses),
-            torch.stack(norms),
-            torch.stack(factors),
-            {name: torch.stack(values) for name, values in by_parameter.items()},
+            _column(losses),
+            _column(norms),
+            _column(factors),
+            {name: _column(values) for name, values in by_parameter.items()},
         )
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -80,3 +80,8 @@ class ReferenceMode(Mode):
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
         return super().clipped_sum()
+
+
+def _column(values: list[Tensor]) -> Tensor:
+    """One value for each sample, [B], of a micro-batch that may be empty."""
+    return torch.stack(values) if values else torch.zeros(0)

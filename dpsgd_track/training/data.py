@@ -1,14 +1,16 @@
 """Samples as a function of (seed, global index) alone, and a rank's slice of them.
 
-A step's global batch is G = W K b consecutive indices; rank r takes the r-th of W equal slices
-and cuts it into K micro-batches. The global batch is therefore the same however it is shared
-out, and nothing else that draws random numbers can change it.
+A step's global batch is either G = W K b consecutive indices, or, with Poisson sampling, each of N
+indices with probability G / N, as a function of (seed, step). Rank r takes the r-th of W slices,
+as equal as they can be, and cuts it into micro-batches of b samples. The global batch is therefore
+the same however it is shared out, and nothing else that draws random numbers can change it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,7 +36,7 @@ from dpsgd_track.training.model_source import resolve_model
 from dpsgd_track.training.text_source import read_text
 
 # Streams of one seed that must not meet.
-_TOKENS, _ORDER, _LENGTH, _MASKED = range(4)
+_TOKENS, _ORDER, _LENGTH, _MASKED, _SAMPLING = range(5)
 
 MASKED_SHARE = 0.15
 """Of a sample's tokens, those a masked language model has to predict."""
@@ -217,7 +219,7 @@ class Slice:
     digests: tuple[int, ...]
     """Digest of each sample."""
     batches: tuple[Batch, ...]
-    """K micro-batches."""
+    """Micro-batches, as many on every rank; the last may hold fewer samples, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,28 +236,42 @@ class Slicer:
     """Which of position_ids and token_type_ids the model takes."""
     is_permuted: bool = False
     """Reverse the rank's order: the same sum in another order of additions."""
+    population: int | None = None
+    """Samples that Poisson sampling draws from (N); None for consecutive samples."""
 
     @property
-    def global_batch_size(self) -> int:
-        """Samples in a step over all ranks and micro-batches."""
+    def expected_batch_size(self) -> int:
+        """Samples a step is expected to hold over all ranks and micro-batches (G)."""
         return self.world_size * self.micro_batches * self.batch_size
 
     def slice(self, step: int) -> Slice:
         """This rank's share of `step`."""
-        share = self.micro_batches * self.batch_size
-        first = step * self.global_batch_size + self.rank * share
-        indices = list(range(first, first + share))
+        shares = np.array_split(self._global_batch(step), self.world_size)
+        # Every rank takes part in every collective, so all do as many micro-batches as the first,
+        # whose share is the largest.
+        num_batches = max(1, math.ceil(len(shares[0]) / self.batch_size))
+        indices = shares[self.rank].tolist()
         if self.is_permuted:
             indices.reverse()
         samples = [self.dataset.sample(index) for index in indices]
-        chunks = [samples[i : i + self.batch_size] for i in range(0, share, self.batch_size)]
+        starts = range(0, num_batches * self.batch_size, self.batch_size)
+        chunks = [samples[start : start + self.batch_size] for start in starts]
         return Slice(
             tuple(indices),
             tuple(sample.digest() for sample in samples),
             tuple(self._batch(chunk) for chunk in chunks),
         )
 
-    def _batch(self, samples: list[Sample]) -> Batch:
+    def _global_batch(self, step: int) -> NDArray[np.int64]:
+        size = self.expected_batch_size
+        if self.population is None:
+            return np.arange(step * size, (step + 1) * size)
+        random = _generator(self.dataset.seed, _SAMPLING, step)
+        return np.flatnonzero(random.random(self.population) < size / self.population)
+
+    def _batch(self, chosen: list[Sample]) -> Batch:
+        # An empty batch has the types and shapes of any other.
+        samples = chosen or [self.dataset.sample(0)]
         input_ids = torch.from_numpy(np.stack([s.input_ids for s in samples]))
         attention_mask = torch.from_numpy(np.stack([s.attention_mask for s in samples]))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -267,7 +283,10 @@ class Slicer:
         if "token_type_ids" in self.extra_inputs:
             inputs["token_type_ids"] = torch.zeros_like(input_ids)
         targets = torch.from_numpy(np.stack([sample.target for sample in samples]))
-        return Batch({k: v.to(self.device) for k, v in inputs.items()}, targets.to(self.device))
+        batch = Batch({k: v.to(self.device) for k, v in inputs.items()}, targets.to(self.device))
+        if chosen:
+            return batch
+        return Batch({name: t[:0] for name, t in batch.inputs.items()}, batch.targets[:0])
 
 
 def extra_inputs_of(model: nn.Module) -> frozenset[str]:

@@ -38,6 +38,7 @@ from dpsgd_track.training.observe import (
     weights_digest,
 )
 from dpsgd_track.training.recorder import Recorder, StepObservation
+from dpsgd_track.training.text_source import population_of
 
 
 class NotFiniteError(RuntimeError):
@@ -75,7 +76,7 @@ class RegimeRun:
             Recorder(
                 layer_names,
                 self.parameter_names,
-                self.slicer.global_batch_size,
+                self.slicer.expected_batch_size,
                 digest,
                 self.mode.context.privacy.noise_multiplier * self.max_grad_norms[0],
                 self._layer_norm_steps(),
@@ -121,10 +122,11 @@ class RegimeRun:
         time_ms, memory_gib = largest_of_ranks(
             [clock.elapsed_ms, clock.peak_memory_gib], self.device
         )
-        num_tokens = self.slicer.global_batch_size * self.job.data.seq_length
+        samples = gather_samples(local, self.device)
+        num_tokens = len(samples.index) * self.job.data.seq_length
         seen = StepObservation(
             step=step,
-            samples=gather_samples(local, self.device),
+            samples=samples,
             gradient=gradient,
             noised=noised,
             weights_before=weights_before,
@@ -150,6 +152,7 @@ class RegimeRun:
             device=self.device,
             extra_inputs=extra_inputs_of(model),
             is_permuted=regime.replay == PERMUTED,
+            population=population_of(job.data),
         )
 
     def _context(self) -> ModeContext:
@@ -161,7 +164,7 @@ class RegimeRun:
                 noise_multiplier=regime.noise_multiplier if adds_noise else 0.0,
                 # Before calibration nothing is clipped.
                 max_grad_norm=(regime.max_grad_norms or (1e30,))[0],
-                expected_batch_size=self.slicer.global_batch_size,
+                expected_batch_size=self.slicer.expected_batch_size,
             ),
             device=self.device,
             param_dtype=getattr(torch, performance.param_dtype),
@@ -191,7 +194,13 @@ class RegimeRun:
             )
         norms = [self._norms(step) for step in range(self.regime.num_iter)]
         num_mixed = (len(norms) + 1) // 2
-        mixed = float(np.median(np.concatenate(norms[:num_mixed])))
+        mixed_norms = np.concatenate(norms[:num_mixed])
+        if not len(mixed_norms):
+            raise ValueError(
+                f"batch_size={self.slicer.batch_size}: expected samples in the first half of "
+                f"regime {CLIP}. Poisson sampling chose none: raise --batch-size."
+            )
+        mixed = float(np.median(mixed_norms))
         below_all = 0.5 * float(np.min(np.concatenate(norms)))
         if not below_all > 0 or not math.isfinite(mixed):
             raise NotFiniteError(f"per-sample norms from {below_all * 2} with median {mixed}")

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dpsgd_track.config import require
+from dpsgd_track.config import POISSON, DataConfig, require
 
 CORPORA = ("public-domain",)
 """Bundled corpora by name."""
@@ -37,6 +37,13 @@ class LabelledText:
         if not named or not all(map(math.isfinite, named)):
             named = [float(index) for index in range(len(self.label_names))]
         return tuple(named[label] for label in self.labels)
+
+
+def population_of(data: DataConfig) -> int | None:
+    """Samples that Poisson sampling draws from; None where nothing is drawn."""
+    if data.sampling != POISSON:
+        return None
+    return data.dataset_size or len(read_text(data.source).texts)
 
 
 def read_text(source: str) -> LabelledText:
