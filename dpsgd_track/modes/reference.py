@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
+from dpsgd_track.privacy.dropout import only
 from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.loss import logits_of
 
@@ -37,7 +38,8 @@ class ReferenceMode(Mode):
         losses, norms, factors = [], [], []
         by_parameter: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for index in range(len(batch)):
-            loss, gradients = self.gradient(batch.sample(index))
+            with only(index):
+                loss, gradients = self.gradient(batch.sample(index))
             squares = [gradient.square().sum() for gradient in gradients]
             norm = torch.stack(squares).sum().sqrt()
             factor = torch.clamp(self.max_grad_norm / norm, max=1.0)

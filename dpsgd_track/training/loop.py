@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
 from dpsgd_track.privacy.clipping import SampleRecord
+from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.training.clock import StepClock
@@ -91,7 +94,7 @@ class RegimeRun:
             NotFiniteError: after the step that became NaN or infinite was yielded.
         """
         for _ in range(self.regime.warmup_iter):
-            self._accumulate(self.slicer.slice(0))
+            self._accumulate(self.slicer.slice(0), 0)
             self.mode.clipped_sum()
             self.mode.zero_grad()
         for step in range(self.regime.num_iter):
@@ -108,7 +111,7 @@ class RegimeRun:
         source = NoiseSource(self._noise_key(), step)
         mode.set_max_grad_norm(self.max_grad_norms[step])
         with clock.running():
-            records = self._accumulate(share)
+            records = self._accumulate(share, step)
             clipped = mode.clipped_sum()
         parts = [replace(p, local=clipped.gradients[p.name]) for p in mode.gradient_parts()]
         gradient = measure(mode, parts)
@@ -138,8 +141,17 @@ class RegimeRun:
         )
         return Step(seen, local, clock.elapsed_ms, clock.peak_memory_gib)
 
-    def _accumulate(self, share: Slice) -> list[SampleRecord]:
-        return [self.mode.accumulate(batch) for batch in share.batches]
+    def _accumulate(self, share: Slice, step: int) -> list[SampleRecord]:
+        records, indices = [], iter(share.indices)
+        for batch in share.batches:
+            with self._dropout(step, list(islice(indices, len(batch)))):
+                records.append(self.mode.accumulate(batch))
+        return records
+
+    def _dropout(self, step: int, samples: list[int]) -> AbstractContextManager[None]:
+        if not self.job.model.dropout:
+            return nullcontext()
+        return KeyedDropout(seed=self.job.seed, step=step, samples=samples)
 
     def _slicer(self, model: nn.Module) -> Slicer:
         job, regime = self.job, self.regime
@@ -208,7 +220,7 @@ class RegimeRun:
 
     def _norms(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         share = self.slicer.slice(step)
-        records = self._accumulate(share)
+        records = self._accumulate(share, step)
         self.mode.zero_grad()
         local = local_samples(records, share.indices, share.digests, self.parameter_names)
         return gather_samples(local, self.device).norm
