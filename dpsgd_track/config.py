@@ -21,6 +21,18 @@ PARAM_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
 DEVICES = ("cpu", "cuda")
 
+CLASSIFICATION = "sequence-classification"
+CAUSAL_LM = "causal-lm"
+MASKED_LM = "masked-lm"
+REGRESSION = "regression"
+TASKS = (CLASSIFICATION, CAUSAL_LM, MASKED_LM, REGRESSION)
+"""What is predicted; `dpsgd_track.privacy.loss` holds the loss of each."""
+
+PADDINGS = ("right", "left")
+SEQUENTIAL = "sequential"
+POISSON = "poisson"
+SAMPLINGS = (SEQUENTIAL, POISSON)
+
 ACCURACY = "accuracy"
 CLIP = "clip"
 TRAIN = "train"
@@ -105,10 +117,17 @@ class ModelConfig:
     vocab_size: int | None = None
     """Overrides a preset's vocabulary size; only where weights are random."""
     num_labels: int = 2
-    """Classes of the sequence classification head."""
+    """Classes of the sequence classification head; not used by other tasks."""
+    task: str = CLASSIFICATION
+    """What is predicted: sequence-classification, causal-lm, masked-lm or regression."""
+    dropout: bool = False
+    """Keep the model's own dropout rates, with masks that are the same in every mode."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward instead of keeping them."""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "model_name", self.name, "a preset, a folder or a hub id")
+        require(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
         require(
             self.vocab_size is None or self.vocab_size >= 2,
             "vocab_size",
@@ -130,11 +149,47 @@ class DataConfig:
     seq_length: int = 64
     """Tokens in a sample, padding included."""
     batch_size: int = 2
-    """Samples in one micro-batch of one rank."""
+    """Samples in one micro-batch of one rank; with Poisson sampling, at most."""
+    padding: str = "right"
+    """Side that a sample shorter than `seq_length` is padded on: right or left."""
+    ragged: bool = False
+    """Synthetic samples have 1/4 to 4/4 of `seq_length` tokens, rather than all."""
+    sampling: str = SEQUENTIAL
+    """sequential (each step the next samples), or poisson (each sample independently)."""
+    dataset_size: int | None = None
+    """Synthetic samples that Poisson sampling draws from; text has its own number of rows."""
 
     def __post_init__(self) -> None:
         require(self.seq_length >= 1, "seq_length", self.seq_length, "an integer >= 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer >= 1")
+        require(self.padding in PADDINGS, "padding", self.padding, f"one of {', '.join(PADDINGS)}")
+        is_synthetic = self.source == SYNTHETIC
+        require(
+            is_synthetic or not self.ragged,
+            "ragged",
+            self.ragged,
+            "no --ragged but with synthetic data",
+            "Text has lengths of its own.",
+        )
+        known = f"one of {', '.join(SAMPLINGS)}"
+        require(self.sampling in SAMPLINGS, "sampling", self.sampling, known)
+        if is_synthetic and self.sampling == POISSON:
+            size = self.dataset_size
+            require(
+                size is not None and size >= 1,
+                "dataset_size",
+                size,
+                "an integer >= 1 with synthetic data and Poisson sampling",
+                "Give --dataset-size.",
+            )
+        else:
+            require(
+                self.dataset_size is None,
+                "dataset_size",
+                self.dataset_size,
+                "no value but with synthetic data and Poisson sampling",
+                "Leave it out.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,9 @@ from synthetic_group import (
 
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.group import GroupComparison
+from dpsgd_track.comparison.verdict import judge_coverage
 from dpsgd_track.config import Thresholds
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
 
 MODE = "flash_fsdp"
 
@@ -459,3 +460,61 @@ def test_thresholds_are_the_ones_given() -> None:
     )
     assert compare_group(group, Thresholds(grad_norm=5e-3)).verdict == "PASS"
     assert compare_group(group, Thresholds(bug=2e-3)).verdict == "BUG"
+
+
+def uneven(t: Trajectory, *, wider: int = 0) -> Trajectory:
+    """`t` without the last two samples of step 1 and without all of step 3."""
+    changed: dict[str, Any] = {}
+    for name in SAMPLE_COLUMNS:
+        values = getattr(t, name)
+        filler = UNUSED if name == "sample_index" else np.nan
+        width = [(0, 0), (0, wider)] + [(0, 0)] * (values.ndim - 2)
+        values = np.pad(values, width, constant_values=filler)
+        values[1, 4:] = values[3] = filler
+        changed[name] = values
+    return replace(t, **changed)
+
+
+def with_uneven(changed: Trajectory) -> GroupComparison:
+    ours = uneven(record("clip"))
+    runs = with_run(healthy_runs(), mode_run("reference", "clip", ours))
+    runs = with_run(runs, mode_run("flash_fsdp_fuse", "clip", ours))
+    return compared(with_run(runs, mode_run(MODE, "clip", changed)))
+
+
+@pytest.mark.parametrize("wider", [0, 2])
+def test_steps_of_unequal_size_pass_in_any_order(wider: int) -> None:
+    assert with_uneven(uneven(record("clip"), wider=wider)).verdict == "PASS"
+    assert with_uneven(permuted(uneven(record("clip"), wider=wider))).verdict == "PASS"
+
+
+@pytest.mark.parametrize("field", ["sample_norm", "sample_loss", "clip_factor"])
+def test_nan_at_a_sample_of_an_uneven_step_is_a_bug(field: str) -> None:
+    wrong = put(uneven(record("clip")), field, np.nan, (1, 3))
+    comparison = with_uneven(wrong)
+    assert verdicts(comparison)[MODE] == "BUG"
+    assert "at step 1, sample 9" in sentence(comparison)
+
+
+def test_a_drift_in_an_uneven_step_is_judged() -> None:
+    wrong = scaled(uneven(record("clip")), "sample_norm", 1.1, (1, 3))
+    assert verdicts(with_uneven(wrong))[MODE] == "BUG"
+
+
+def test_a_sample_that_only_one_side_of_an_uneven_step_has_never_passes() -> None:
+    missing = uneven(record("clip"))
+    for name in SAMPLE_COLUMNS:
+        missing = put(missing, name, UNUSED if name == "sample_index" else np.nan, (1, 3))
+    comparison = with_uneven(missing)
+    assert verdicts(comparison)[MODE] == "INCONCLUSIVE"
+    assert "1 sample missing from the mode: 9 (step 1)" in sentence(comparison)
+
+
+def test_coverage_counts_samples_and_not_steps() -> None:
+    # 27 of 31 samples are clipped, though on average over the two mixed steps less than half.
+    t = trajectory(noise_std=0.0, samples=30)
+    t = replace(t, clip_fraction=np.array([0.0, 0.9, 1.0, 1.0]))
+    assert not list(judge_coverage(mode_run("reference", "clip", t)))
+    t = put(t, "sample_index", UNUSED, (0, slice(1, 30)))
+    (finding,) = judge_coverage(mode_run("reference", "clip", t))
+    assert finding.value == pytest.approx(27 / 31)

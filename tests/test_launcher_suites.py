@@ -1,6 +1,6 @@
 import pytest
 
-from dpsgd_track.config import ACCURACY, CLIP, TRAIN
+from dpsgd_track.config import ACCURACY, CAUSAL_LM, CLIP, TRAIN
 from dpsgd_track.launcher import machine, suites
 from dpsgd_track.launcher.arguments import build_parser, reproducing_command
 from dpsgd_track.launcher.suites import Suite, build_suite
@@ -98,6 +98,16 @@ def test_the_baseline_on_one_device_is_not_clipped_either():
     assert [(r.name, r.replay) for r in baseline.regimes] == [(ACCURACY, "")]
 
 
+def test_task_and_batches_reach_every_job():
+    argv = ["--task", "causal-lm", "--dropout", "--gradient-checkpointing", "--padding", "left"]
+    argv += ["--ragged", "--sampling", "poisson", "--dataset-size", "9"]
+    for job in suite("full", *argv).jobs:
+        model, data = job.model, job.data
+        assert (model.task, model.dropout, model.gradient_checkpointing) == (CAUSAL_LM, True, True)
+        assert (data.padding, data.ragged) == ("left", True)
+        assert (data.sampling, data.dataset_size) == ("poisson", 9)
+
+
 def test_ranks_follow_the_visible_gpus(monkeypatch):
     assert (suite("quick").num_ranks, suite("quick").jobs[0].performance.device) == (2, "cpu")
     monkeypatch.setattr(suites, "count_gpus", lambda: 4)
@@ -151,6 +161,11 @@ BAD = {
     "output folder missing": ["single", "--mode", "no_dp", "--output", "none/results.json"],
     "output is a folder": ["single", "--mode", "no_dp", "--output", "results"],
     "gpu missing": ["quick", "--device", "cuda"],
+    "unknown task": ["quick", "--task", "summary"],
+    "poisson of nothing": ["full", "--sampling", "poisson"],
+    "size of a sequence": ["full", "--dataset-size", "9"],
+    "ragged text": ["quick", "--ragged"],
+    "more than there is": ["full", "--sampling", "poisson", "--dataset-size", "7"],
     "not a number": ["quick", "--num-iter", "ten"],
     "abbreviation": ["quick", "--batch", "3"],
     "unknown option": ["quick", "--bogus"],

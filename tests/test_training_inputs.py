@@ -3,27 +3,62 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertPreTrainedModel, PreTrainedModel
 
-from dpsgd_track.config import DataConfig, JobConfig, ModelConfig, PerformanceConfig, RegimeConfig
-from dpsgd_track.training.data import Slicer, SyntheticText, TokenizedText
+from dpsgd_track.config import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    MASKED_LM,
+    REGRESSION,
+    TASKS,
+    DataConfig,
+    JobConfig,
+    ModelConfig,
+    PerformanceConfig,
+    RegimeConfig,
+)
+from dpsgd_track.privacy.loss import IGNORED, LOSSES
+from dpsgd_track.training.data import (
+    Dataset,
+    Slicer,
+    SyntheticText,
+    TokenizedText,
+    build_dataset,
+    extra_inputs_of,
+    num_labels_of,
+)
 from dpsgd_track.training.model import build_model
 from dpsgd_track.training.model_source import presets, resolve_model
-from dpsgd_track.training.observe import weights_digest
+from dpsgd_track.training.observe import linear_layer_names, weights_digest
 from dpsgd_track.training.preflight import check_inputs
 from dpsgd_track.training.text_source import read_text
 
 CPU = torch.device("cpu")
 
 
+def _dataset(*, task: str = CLASSIFICATION, padding: str = "right", **text: Any) -> Dataset:
+    text = {"vocab_size": 97, "seq_length": 5, "num_labels": 3} | text
+    return Dataset(
+        texts=SyntheticText(seed=42, **text),
+        task=task,
+        seq_length=text["seq_length"],
+        padding=padding,
+        pad_token=0,
+        seed=42,
+        mask_token=96,
+    )
+
+
 def _slicer(world_size: int, rank: int, micro_batches: int, batch_size: int) -> Slicer:
-    dataset = SyntheticText(seed=42, vocab_size=97, seq_length=5, num_labels=3)
     return Slicer(
-        dataset=dataset,
+        dataset=_dataset(),
         batch_size=batch_size,
         micro_batches=micro_batches,
         rank=rank,
@@ -60,7 +95,7 @@ def test_samples_differ_and_nothing_drawn_elsewhere_shifts_them() -> None:
 
 def test_a_permuted_replay_holds_the_same_samples_in_another_order() -> None:
     plain = _slicer(2, 1, 2, 3)
-    permuted = Slicer(**{**plain.__dict__, "is_permuted": True})
+    permuted = replace(plain, is_permuted=True)
     a, b = plain.slice(0), permuted.slice(0)
     assert a.indices == tuple(reversed(b.indices))
     assert a.digests == tuple(reversed(b.digests))
@@ -69,21 +104,149 @@ def test_a_permuted_replay_holds_the_same_samples_in_another_order() -> None:
 def test_each_row_of_a_text_comes_once_an_epoch() -> None:
     text = read_text("public-domain")
 
-    class OneToken:
-        pad_token = "[PAD]"
-
-        def __call__(self, texts: list[str], **kwargs: object) -> dict[str, list[list[int]]]:
-            return {
-                "input_ids": [[i] for i in range(len(texts))],
-                "attention_mask": [[1]] * len(texts),
-            }
-
-    data = TokenizedText(text, OneToken(), seed=1, seq_length=1)
     n = len(text.texts)
-    epochs = [[int(data.sample(e * n + i).input_ids[0]) for i in range(n)] for e in range(2)]
+    data = TokenizedText([[i] for i in range(n)], text.labels, seed=1)
+    epochs = [[int(data.text(e * n + i)[0][0]) for i in range(n)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(n))
     assert epochs[0] != epochs[1]
     assert text.label_names == ("law", "verse")
+
+
+def _poisson(world_size: int, rank: int, batch_size: int, population: int) -> Slicer:
+    slicer = _slicer(world_size, rank, 1, batch_size)
+    return replace(slicer, population=population)
+
+
+def test_poisson_sampling_takes_each_sample_at_the_expected_rate_and_on_its_own() -> None:
+    steps, population = 2000, 10
+    taken = np.zeros((steps, population))
+    for step in range(steps):
+        taken[step, list(_poisson(1, 0, 3, population).slice(step).indices)] = 1
+    # Of 2000 draws at 0.3: a standard deviation of 0.010, and of 0.022 for a correlation.
+    assert np.abs(taken.mean(axis=0) - 0.3).max() < 0.05
+    assert np.abs(np.corrcoef(taken.T) - np.eye(population)).max() < 0.1
+    assert np.abs(np.corrcoef(taken[1:].ravel(), taken[:-1].ravel())[0, 1]) < 0.05
+
+
+def test_every_rank_cuts_as_many_micro_batches_with_the_same_inputs_and_types() -> None:
+    seen = set()
+    for step in range(60):
+        slices = [_poisson(3, rank, 2, 12).slice(step) for rank in range(3)]
+        whole = _poisson(1, 0, 6, 12).slice(step)
+        assert tuple(i for s in slices for i in s.indices) == whole.indices
+        assert len({len(s.batches) for s in slices}) == 1
+        for batch in (b for s in slices for b in s.batches):
+            assert len(batch) <= 2
+            layout = {name: (t.dtype, t.shape[1:]) for name, t in batch.inputs.items()}
+            seen.add(str((layout, batch.targets.dtype, batch.targets.shape[1:])))
+            assert {len(t) for t in batch.inputs.values()} == {len(batch)}
+    assert len(seen) == 1
+    assert {len(_poisson(3, 2, 2, 12).slice(step).batches) for step in range(60)} == {1, 2}
+
+
+def test_ragged_samples_have_every_length_from_a_quarter_to_the_whole() -> None:
+    data = _dataset(seq_length=16, is_ragged=True)
+    lengths = {int(data.sample(i).attention_mask.sum()) for i in range(400)}
+    assert lengths == set(range(4, 17))
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padding_is_on_its_side_and_positions_begin_at_the_first_token(padding: str) -> None:
+    plain = _dataset(seq_length=16, is_ragged=True)
+    padded = _dataset(seq_length=16, is_ragged=True, padding=padding)
+    slicer = replace(_slicer(1, 0, 1, 8), dataset=padded)
+    (batch,) = slicer.slice(0).batches
+    for index in range(8):
+        tokens, _ = plain.texts.text(index)
+        where = slice(16 - len(tokens), 16) if padding == "left" else slice(0, len(tokens))
+        inputs = {name: values[index].numpy() for name, values in batch.inputs.items()}
+        assert inputs["input_ids"][where].tolist() == tokens.tolist()
+        assert inputs["position_ids"][where].tolist() == list(range(len(tokens)))
+        assert inputs["attention_mask"].sum() == inputs["attention_mask"][where].sum()
+        assert np.count_nonzero(inputs["input_ids"]) == len(tokens)
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny"])
+def test_a_sample_is_worth_the_same_on_either_side_of_its_padding(name: str) -> None:
+    model = build_model(ModelConfig(name=name), num_labels=2, seed=0, device=CPU)
+    losses = []
+    for padding in ("right", "left"):
+        data = _dataset(seq_length=16, num_labels=2, is_ragged=True, padding=padding)
+        slicer = replace(_slicer(1, 0, 1, 8), dataset=data, extra_inputs=extra_inputs_of(model))
+        (batch,) = slicer.slice(0).batches
+        losses.append(LOSSES[CLASSIFICATION](model(**batch.inputs).logits, batch.targets))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_a_causal_model_is_asked_for_every_token_but_the_padding() -> None:
+    data = _dataset(task=CAUSAL_LM, seq_length=16, is_ragged=True)
+    for index in range(20):
+        sample = data.sample(index)
+        wanted = np.where(sample.attention_mask == 1, sample.input_ids, IGNORED)
+        assert sample.target.tolist() == wanted.tolist()
+
+
+def test_a_masked_model_is_asked_for_what_was_masked_and_for_nothing_else() -> None:
+    plain, masked = (
+        _dataset(task=task, seq_length=40, is_ragged=True) for task in (CLASSIFICATION, MASKED_LM)
+    )
+    shares = []
+    for index in range(50):
+        whole, sample = plain.sample(index), masked.sample(index)
+        asked = sample.target != IGNORED
+        assert 1 <= asked.sum() == max(1, round(0.15 * whole.attention_mask.sum()))
+        assert sample.target[asked].tolist() == whole.input_ids[asked].tolist()
+        assert set(sample.input_ids[asked]) == {96}
+        assert sample.input_ids[~asked].tolist() == whole.input_ids[~asked].tolist()
+        shares.append(np.flatnonzero(asked).tolist())
+        assert masked.sample(index).digest() == sample.digest() != whole.digest()
+    assert len(set(map(str, shares))) > 45, "each sample has its own places"
+
+
+def test_synthetic_numbers_lie_between_minus_one_and_one() -> None:
+    data = _dataset(task=REGRESSION, num_labels=1)
+    numbers = np.array([data.sample(index).target for index in range(200)])
+    assert numbers.dtype == np.float32
+    assert -1 <= numbers.min() < -0.9
+    assert 0.9 < numbers.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [(["2.5", "-1", "2.5"], (2.5, -1.0, 2.5)), (["b", "1", "b"], (1.0, 0.0, 1.0))],
+)
+def test_labels_that_are_numbers_are_what_a_regression_predicts(
+    tmp_path: Path, labels: list[str], numbers: tuple[float, ...]
+) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"x,{name}\n" for name in labels))
+    assert read_text(str(tmp_path / "a.csv")).numbers == numbers
+
+
+def test_every_part_of_a_sample_is_in_its_digest() -> None:
+    sample = _dataset().sample(0)
+    parts = ("input_ids", "attention_mask", "target")
+    changed = [replace(sample, **{part: getattr(sample, part) + 1}) for part in parts]
+    assert len({s.digest() for s in (sample, *changed)}) == 4
+
+
+def test_a_text_of_one_token_is_refused_where_each_token_predicts_the_next() -> None:
+    with pytest.raises(ValueError, match="expected 2 tokens or more in every text"):
+        TokenizedText([[1, 2], [3]], [0, 1], seed=0, fewest=2)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_text_is_made_fit_for_each_task(task: str) -> None:
+    config = ModelConfig(name="minilm", task=task)
+    data = DataConfig(source="public-domain", seq_length=24)
+    model = build_model(config, num_labels=num_labels_of(config, data), seed=0, device=CPU)
+    dataset = build_dataset(config, data, model, seed=3)
+    slicer = replace(_slicer(1, 0, 1, 4), dataset=dataset, extra_inputs=extra_inputs_of(model))
+    (batch,) = slicer.slice(0).batches
+    loss_B = LOSSES[task](model(**batch.inputs).logits, batch.targets)
+    assert loss_B.shape == (4,)
+    assert bool(loss_B.isfinite().all())
+    mask_token = 103  # of BERT's vocabulary
+    assert (batch.inputs["input_ids"] == mask_token).any().item() == (task == MASKED_LM)
 
 
 def test_weights_are_a_function_of_the_seed_alone() -> None:
@@ -117,7 +280,7 @@ def test_every_preset_resolves(name: str) -> None:
 
 def _config(**change: object) -> tuple[ModelConfig, DataConfig]:
     model = {"name": "llama-tiny", "vocab_size": None} | {
-        k: v for k, v in change.items() if k in ("name", "vocab_size")
+        k: v for k, v in change.items() if k in ("name", "vocab_size", "task")
     }
     data = {"source": "synthetic", "seq_length": 16} | {
         k: v for k, v in change.items() if k in ("source", "seq_length")
@@ -134,12 +297,24 @@ def _config(**change: object) -> tuple[ModelConfig, DataConfig]:
         ({"seq_length": 513}, "expected at most 512, the limit of llama-tiny"),
         ({"source": "missing.jsonl"}, r"data='missing.jsonl': expected synthetic, public-domain"),
         ({"source": "public-domain"}, "the preset llama-tiny has no tokenizer"),
+        (
+            {"task": "masked-lm"},
+            "task='masked-lm': expected one of sequence-classification",
+        ),
+        ({"task": "causal-lm", "seq_length": 1}, "seq_length=1: expected at least 2"),
+        ({"task": "summary"}, "task='summary': expected one of sequence-classification"),
     ],
     ids=str,
 )
 def test_inputs_that_cannot_work_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_inputs(*_config(**change))
+
+
+def test_a_folder_without_the_head_of_a_task_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="a llama model"):
+        check_inputs(ModelConfig(name=str(tmp_path), task=MASKED_LM), DataConfig())
 
 
 @pytest.mark.parametrize(
@@ -177,11 +352,100 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
 def test_a_job_survives_its_file() -> None:
     job = JobConfig(
         mode="no_dp",
-        model=ModelConfig(name="llama-tiny"),
-        data=DataConfig(),
+        model=ModelConfig(
+            name="llama-tiny", task=CAUSAL_LM, dropout=True, gradient_checkpointing=True
+        ),
+        data=DataConfig(padding="left", ragged=True, sampling="poisson", dataset_size=9),
         performance=PerformanceConfig(),
         regimes=(RegimeConfig(name="clip", num_iter=2, max_grad_norms=(0.1, 1 / 3)),),
         run_ids=("a",),
         rank_run_ids=(("b", "c"),),
     )
     assert JobConfig.from_json(job.to_json()) == job
+
+
+def test_the_tasks_are_those_that_have_a_loss() -> None:
+    assert tuple(LOSSES) == TASKS
+
+
+HEADS = {
+    CAUSAL_LM: ("llama-tiny", 512),
+    MASKED_LM: ("bert-tiny", 512),
+    REGRESSION: ("gpt2-tiny", 1),
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_model_has_the_head_of_its_task(task: str) -> None:
+    name, outputs = HEADS[task]
+    model = build_model(ModelConfig(name=name, task=task), num_labels=1, seed=0, device=CPU)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    assert model(input_ids=ids).logits.shape == ((2, 1) if outputs == 1 else (2, 5, outputs))
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "llama-tiny", "gpt2-tiny", "qwen2-tiny"])
+def test_a_causal_model_sees_no_later_token(name: str) -> None:
+    model = build_model(ModelConfig(name=name, task=CAUSAL_LM), num_labels=2, seed=0, device=CPU)
+    ids = torch.arange(1, 7)[None]
+    changed = ids.clone()
+    changed[0, 4] = 99
+    difference = (model(ids).logits - model(changed).logits).abs().amax(dim=(0, 2))
+    assert difference[:4].max() == 0
+    assert difference[4] > 0
+
+
+def test_gradient_checkpointing_recomputes_the_blocks_and_changes_no_gradient() -> None:
+    found = []
+    for is_on in (False, True):
+        config = ModelConfig(name="gpt2-tiny", gradient_checkpointing=is_on)
+        model = build_model(config, num_labels=2, seed=0, device=CPU)
+        calls: list[int] = []
+        # Inside a block: a hook on the block itself stays outside of what is recomputed.
+        model.transformer.h[1].ln_2.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(input_ids=torch.ones(2, 5, dtype=torch.long)).logits.sum().backward()
+        found.append((len(calls), model.transformer.wte.weight.grad))
+    assert [calls for calls, _ in found] == [1, 2]
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_a_model_that_cannot_recompute_its_blocks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedModel, "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(BertPreTrainedModel, "supports_gradient_checkpointing", False)
+    config = ModelConfig(name="bert-tiny", gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing=True: expected a model that can"):
+        build_model(config, num_labels=2, seed=0, device=CPU)
+
+
+def test_dropout_is_off_unless_asked_for() -> None:
+    def rates(is_on: bool) -> set[float]:
+        config = ModelConfig(name="bert-tiny", dropout=is_on)
+        model = build_model(config, num_labels=2, seed=0, device=CPU)
+        return {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+
+    assert rates(False) == {0.0}
+    assert rates(True) == {0.1}
+
+
+def test_a_tied_head_is_not_listed_as_a_layer_of_its_own() -> None:
+    for name, layers in (("gpt2-tiny", 4 * 4), ("qwen2-tiny", 4 * 7), ("llama-tiny", 4 * 7 + 1)):
+        model = build_model(
+            ModelConfig(name=name, task=CAUSAL_LM), num_labels=2, seed=0, device=CPU
+        )
+        assert len(linear_layer_names(model)) == layers
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"padding": "both"}, "padding='both': expected one of right, left"),
+        ({"source": "a.csv", "ragged": True}, "Text has lengths of its own"),
+        ({"sampling": "random"}, "sampling='random': expected one of sequential, poisson"),
+        ({"sampling": "poisson"}, "dataset_size=None: expected an integer >= 1"),
+        ({"dataset_size": 5}, "dataset_size=5: expected no value but with synthetic data"),
+        ({"source": "a.csv", "sampling": "poisson", "dataset_size": 5}, "dataset_size=5"),
+    ],
+    ids=str,
+)
+def test_data_that_cannot_be_is_refused(argument: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**argument)  # type: ignore[arg-type]

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.tracking.trajectory import Integers, Trajectory
+from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, UNUSED, Integers, Trajectory
 
 _SHOWN = 3
 
 _BY_LAYER = ("layer_names", "layer_weight_norm", "layer_grad_norm")
-_BY_SAMPLE = ("sample_loss", "sample_norm", "clip_factor", "sample_norm_by_parameter")
+_BY_SAMPLE = tuple(name for name in SAMPLE_COLUMNS if name != "sample_index")
 _SKETCHES = ("gradient_sketch", "noised_sketch", "weight_sketch")
 
 
@@ -124,10 +124,10 @@ def _in_sample_order(baseline: Trajectory, other: Trajectory, gaps: list[Gap]) -
     for row, (step, ours, theirs) in enumerate(
         zip(baseline.step, baseline.sample_index, other.sample_index, strict=True)
     ):
-        place = {int(sample): i for i, sample in enumerate(theirs)}
+        place = {int(sample): i for i, sample in enumerate(theirs) if sample != UNUSED}
         places[row] = [place.get(int(sample), -1) for sample in ours]
-        known = set(ours.tolist())
-        absent["mode"] += [f"{s} (step {step})" for s in ours.tolist() if s not in place]
+        known = set(ours.tolist()) - {UNUSED}
+        absent["mode"] += [f"{s} (step {step})" for s in sorted(known - place.keys())]
         absent["baseline"] += [f"{s} (step {step})" for s in place if s not in known]
     gaps.extend(
         Gap(kind="sample", missing_from=side, names=tuple(names))

@@ -1,7 +1,8 @@
 """NaN and infinity, where a run must not have them.
 
 NaN in a per-sample field or in a layer norm may mean "not computed", but only for the whole of
-what is not computed: one NaN among numbers is a defect.
+what is not computed: one NaN among numbers is a defect. A place that a step has no sample for is
+none.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
 
 ALWAYS_FINITE = {
     "loss": "loss",
@@ -48,6 +49,8 @@ def not_finite(trajectory: Trajectory) -> tuple[NotFinite, ...]:
     for field, title in (ALWAYS_FINITE | SOMETIMES_ABSENT).items():
         values = getattr(trajectory, field)
         bad = ~np.isfinite(values)
+        if field in SAMPLE_COLUMNS:
+            bad[trajectory.sample_index == UNUSED] = False
         if field in SOMETIMES_ABSENT:
             bad &= ~_absent(field, np.isnan(values))
         if bad.any():

@@ -129,8 +129,11 @@ def judge_coverage(run: ModeRun) -> Iterator[Finding]:
     trajectory = run.trajectory
     if trajectory is None:
         return
-    mixed = trajectory.clip_fraction[trajectory.clip_fraction < 1]
-    share = float(mixed.mean()) if mixed.size else 1.0
+    is_mixed = trajectory.clip_fraction < 1
+    # A record read from metrics doesn't know how many samples a step had.
+    weights = np.maximum(trajectory.num_samples, 1)[is_mixed]
+    mixed = trajectory.clip_fraction[is_mixed]
+    share = float(np.average(mixed, weights=weights / weights.sum())) if mixed.size else 1.0
     low, high = COVERAGE
     if not low <= share <= high:
         yield Finding(

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dpsgd_track.config import DEVICES, OPTIMIZERS, PARAM_DTYPES, redact_uri
+from dpsgd_track.config import (
+    CLASSIFICATION,
+    DEVICES,
+    OPTIMIZERS,
+    PADDINGS,
+    PARAM_DTYPES,
+    SAMPLINGS,
+    SEQUENTIAL,
+    TASKS,
+    redact_uri,
+)
 
 SUITES = {
     "quick": "no_dp and the flash modes against the reference, in a few minutes",
@@ -110,6 +120,47 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--random-seed", type=int, default=42, help="seed of data, weights and noise (default: 42)"
+    )
+    _add_task(group)
+
+
+def _add_task(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--task",
+        choices=TASKS,
+        default=CLASSIFICATION,
+        help=f"what is predicted (default: {CLASSIFICATION})",
+    )
+    group.add_argument(
+        "--dropout",
+        action="store_true",
+        help="keep the model's dropout rates, with masks common to all modes "
+        "(default: dropout is switched off)",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward (default: keep them)",
+    )
+    group.add_argument(
+        "--padding", choices=PADDINGS, default="right", help="side of the padding (default: right)"
+    )
+    group.add_argument(
+        "--ragged",
+        action="store_true",
+        help="synthetic samples of unequal lengths (default: all as long as --seq-length)",
+    )
+    group.add_argument(
+        "--sampling",
+        choices=SAMPLINGS,
+        default=SEQUENTIAL,
+        help="the next samples each step, or each sample independently (default: sequential)",
+    )
+    group.add_argument(
+        "--dataset-size",
+        type=int,
+        metavar="N",
+        help="synthetic samples that Poisson sampling draws from (default: none)",
     )
 
 

@@ -27,6 +27,7 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.launcher.machine import count_gpus
 from dpsgd_track.modes import table
+from dpsgd_track.training.text_source import population_of
 
 NUM_ITER, QUICK_NUM_ITER = 10, 5
 """Recorded steps of the other regimes, by default."""
@@ -96,9 +97,23 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     settings = read_settings(args)
     num_ranks, performance = _machine(args)
     model_name = args.model_name or ("minilm" if args.command == "quick" else "llama-tiny")
-    model = ModelConfig(name=model_name, vocab_size=args.vocab_size)
+    model = ModelConfig(
+        name=model_name,
+        vocab_size=args.vocab_size,
+        task=args.task,
+        dropout=args.dropout,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
     source = args.data or ("public-domain" if model_name == "minilm" else SYNTHETIC)
-    data = DataConfig(source=source, seq_length=args.seq_length, batch_size=args.batch_size)
+    data = DataConfig(
+        source=source,
+        seq_length=args.seq_length,
+        batch_size=args.batch_size,
+        padding=args.padding,
+        ragged=args.ragged,
+        sampling=args.sampling,
+        dataset_size=args.dataset_size,
+    )
     _check_numbers(args)
     jobs = tuple(
         _placed(
@@ -117,6 +132,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
         if table.is_private(mode) or regimes != (CLIP,)
     )
     check_inputs(model, data)
+    _check_sampling(data, jobs, num_ranks)
     return Suite(
         name=args.command,
         jobs=jobs,
@@ -222,6 +238,21 @@ def _check_numbers(args: argparse.Namespace) -> None:
     require(_num_iter(args) >= 1, "num_iter", args.num_iter, "an integer >= 1")
     if args.micro_batches is not None:
         require(args.micro_batches >= 1, "micro_batches", args.micro_batches, "an integer >= 1")
+
+
+def _check_sampling(data: DataConfig, jobs: Sequence[JobConfig], num_ranks: int) -> None:
+    """A sample can't be drawn with a probability above 1."""
+    population = population_of(data)
+    micro_batches = max(regime.micro_batches for job in jobs for regime in job.regimes)
+    expected = num_ranks * micro_batches * data.batch_size
+    require(
+        population is None or expected <= population,
+        "sampling",
+        data.sampling,
+        f"at most {population} samples in a step, as many as there are, where ranks x "
+        f"micro-batches x batch size is {expected}",
+        "Lower --batch-size, or give more data.",
+    )
 
 
 def _num_iter(args: argparse.Namespace) -> int:

@@ -65,7 +65,11 @@ class Mode(ABC):
 
     @abstractmethod
     def accumulate(self, batch: Batch) -> SampleRecord:
-        """Add one micro-batch's clipped gradients; every rank calls it equally often."""
+        """Add one micro-batch's clipped gradients; every rank calls it equally often.
+
+        The batch may be empty. A mode that runs a part of it says which sample with
+        `dpsgd_track.privacy.dropout.only`, so that dropout finds the sample's own masks.
+        """
 
     def set_max_grad_norm(self, max_grad_norm: float) -> None:
         """Clip at another C from the next micro-batch on."""

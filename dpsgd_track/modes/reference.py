@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
+from dpsgd_track.privacy.dropout import only
 from dpsgd_track.privacy.engine import Batch
 
 
@@ -38,7 +39,8 @@ class ReferenceMode(Mode):
         losses, norms, factors = [], [], []
         by_parameter: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for index in range(len(batch)):
-            loss, gradients = self.gradient(batch.sample(index))
+            with only(index):
+                loss, gradients = self.gradient(batch.sample(index))
             squares = [gradient.square().sum() for gradient in gradients]
             norm = torch.stack(squares).sum().sqrt()
             factor = torch.clamp(self.max_grad_norm / norm, max=1.0)
@@ -52,10 +54,10 @@ class ReferenceMode(Mode):
             for name, square in zip(self.names, squares, strict=True):
                 by_parameter[name].append(square.sqrt())
         return SampleRecord(
-            torch.stack(losses),
-            torch.stack(norms),
-            torch.stack(factors),
-            {name: torch.stack(values) for name, values in by_parameter.items()},
+            _column(losses),
+            _column(norms),
+            _column(factors),
+            {name: _column(values) for name, values in by_parameter.items()},
         )
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -82,3 +84,8 @@ class ReferenceMode(Mode):
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
         return super().clipped_sum()
+
+
+def _column(values: list[Tensor]) -> Tensor:
+    """One value for each sample, [B], of a micro-batch that may be empty."""
+    return torch.stack(values) if values else torch.zeros(0)

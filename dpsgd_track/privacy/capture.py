@@ -169,9 +169,8 @@ class Capture:
             if self.open_call(layer, x):
                 edge = get_gradient_edge(y)
                 self.note_output(layer, edge, None if x.requires_grad else edge)
-                _on_gradient(
-                    y, edge, x.requires_grad, lambda dy: self.close_call(layer, held(), dy)
-                )
+                close = partial(self._close_held, layer, held)
+                _on_gradient(y, edge, x.requires_grad, close)
 
         if isinstance(layer.module, nn.Embedding):
             layer.module.register_forward_pre_hook(self._expand_shared_index)

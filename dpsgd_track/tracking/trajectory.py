@@ -3,9 +3,11 @@
 A trajectory is columnar, float64 and exact. The mode run holds the global one (all samples of
 all ranks, in order of their global index); each rank run holds its rank's own. NaN means "this
 mode does not compute it" in `sample_norm`, `clip_factor` and the arrays derived from them; in
-every other field NaN is what the run computed.
+every other field NaN is what the run computed. A step with fewer samples than another leaves
+places unused: index -1 and NaN.
 
-Legend: S steps, N samples of one step, L linear layers, P trainable parameters, K projections.
+Legend: S steps, N samples of the step that has most, L linear layers, P trainable parameters,
+K projections.
 """
 
 from __future__ import annotations
@@ -20,6 +22,18 @@ from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
 
+UNUSED = -1
+"""Sample index of a place that a step has no sample for."""
+
+SAMPLE_COLUMNS = (
+    "sample_index",
+    "sample_loss",
+    "sample_norm",
+    "clip_factor",
+    "sample_norm_by_parameter",
+)
+"""Fields with one place for each sample of a step."""
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Strings = NDArray[np.str_]
@@ -32,13 +46,14 @@ class Trajectory:
     step: Integers
     """[S] step numbers, ascending."""
     loss: Floats
-    """[S] mean over the samples of the step (all ranks' in a mode run)."""
+    """[S] mean over the samples of the step (all ranks' in a mode run); 0 of an empty step."""
     grad_norm: Floats
     """[S] L2 norm of clipped sum / expected batch size, before noise."""
     grad_norm_noised: Floats
     """[S] the same after noise."""
     clip_fraction: Floats
-    """[S] fraction of samples with clip factor < 1; NaN where nothing is clipped by design."""
+    """[S] fraction of samples with clip factor < 1; NaN where nothing is clipped by design, and of
+    an empty step."""
     max_grad_norm: Floats
     """[S] C in force."""
     step_time_ms: Floats
@@ -54,7 +69,7 @@ class Trajectory:
     layer_grad_norm: Floats
     """[S, L] L2 norm of the weight's clipped sum / expected batch size; NaN where not recorded."""
     sample_index: Integers
-    """[S, N] global index of each sample; never repeats within a regime."""
+    """[S, N] global index of each sample, -1 at an unused place; never repeats within a step."""
     sample_loss: Floats
     """[S, N] loss of each sample."""
     sample_norm: Floats
@@ -100,6 +115,11 @@ class Trajectory:
     def num_steps(self) -> int:
         """S."""
         return len(self.step)
+
+    @property
+    def num_samples(self) -> Integers:
+        """[S] samples of each step."""
+        return np.asarray((self.sample_index != UNUSED).sum(axis=1))
 
     def save(self, path: Path) -> None:
         """Write to `path` as a compressed npz, whole or not at all."""

@@ -1,14 +1,17 @@
 """Samples as a function of (seed, global index) alone, and a rank's slice of them.
 
-A step's global batch is G = W K b consecutive indices; rank r takes the r-th of W equal slices
-and cuts it into K micro-batches. The global batch is therefore the same however it is shared
-out, and nothing else that draws random numbers can change it.
+A step's global batch is either G = W K b consecutive indices, or, with Poisson sampling, each of N
+indices with probability G / N, as a function of (seed, step). Rank r takes the r-th of W slices,
+as equal as they can be, and cuts it into micro-batches of b samples. The global batch is therefore
+the same however it is shared out, and nothing else that draws random numbers can change it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,106 +21,193 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoTokenizer
 
-from dpsgd_track.config import SYNTHETIC, DataConfig
+from dpsgd_track.config import (
+    CAUSAL_LM,
+    MASKED_LM,
+    REGRESSION,
+    SYNTHETIC,
+    DataConfig,
+    ModelConfig,
+    require,
+)
 from dpsgd_track.privacy.engine import Batch
-from dpsgd_track.training.model_source import ModelSource
-from dpsgd_track.training.text_source import LabelledText, read_text
+from dpsgd_track.privacy.loss import IGNORED
+from dpsgd_track.training.model_source import resolve_model
+from dpsgd_track.training.text_source import read_text
 
 # Streams of one seed that must not meet.
-_TOKENS, _ORDER = 0, 1
+_TOKENS, _ORDER, _LENGTH, _MASKED, _SAMPLING = range(5)
+
+MASKED_SHARE = 0.15
+"""Of a sample's tokens, those a masked language model has to predict."""
+
+Tokens = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sequence, padded to the sequence length."""
 
-    input_ids: NDArray[np.int64]
+    input_ids: Tokens
     """[T]"""
-    attention_mask: NDArray[np.int64]
+    attention_mask: Tokens
     """[T] 1 at tokens, 0 at padding."""
-    target: int
-    """Class."""
+    target: NDArray[Any]
+    """[] int64 class, [] float32 number, or [T] int64 tokens, IGNORED where none is predicted."""
 
     def digest(self) -> int:
         """64-bit digest of everything the sample holds."""
         content = hashlib.blake2b(digest_size=8)
-        content.update(self.input_ids.tobytes())
-        content.update(self.attention_mask.tobytes())
-        content.update(self.target.to_bytes(8, "little"))
+        for array in (self.input_ids, self.attention_mask, self.target):
+            content.update(array.tobytes())
         return int.from_bytes(content.digest(), "little", signed=True)
 
 
-class Dataset(Protocol):
-    """Endless samples by global index."""
+class Texts(Protocol):
+    """Endless texts by global index."""
 
-    num_labels: int
-
-    def sample(self, index: int) -> Sample:
-        """The sample with that global index."""
+    def text(self, index: int) -> tuple[Tokens, float]:
+        """Tokens, one at least, and label: a class, or a number for a regression."""
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class SyntheticText:
-    """Uniformly random tokens and classes."""
+    """Uniformly random tokens and labels: classes, or numbers from -1 to 1."""
 
-    def __init__(self, *, seed: int, vocab_size: int, seq_length: int, num_labels: int) -> None:
-        self.seed, self.vocab_size, self.seq_length = seed, vocab_size, seq_length
-        self.num_labels = num_labels
+    seed: int
+    vocab_size: int
+    seq_length: int
+    num_labels: int
+    is_ragged: bool = False
+    """Lengths from a quarter of the sequence length to all of it, and 2 at least."""
 
-    def sample(self, index: int) -> Sample:
-        """Tokens 1 .. vocab_size - 1 (0 is padding), no padding."""
+    def text(self, index: int) -> tuple[Tokens, float]:
+        """Tokens 1 .. vocab_size - 1 (0 is padding)."""
         random = _generator(self.seed, _TOKENS, index)
-        return Sample(
-            random.integers(1, self.vocab_size, size=self.seq_length, dtype=np.int64),
-            np.ones(self.seq_length, dtype=np.int64),
-            int(random.integers(0, self.num_labels)),
-        )
+        tokens = random.integers(1, self.vocab_size, size=self.seq_length, dtype=np.int64)
+        is_number = self.num_labels == 1
+        label = random.uniform(-1, 1) if is_number else random.integers(0, self.num_labels)
+        if self.is_ragged:
+            shortest = min(max(self.seq_length // 4, 2), self.seq_length)
+            lengths = _generator(self.seed, _LENGTH, index)
+            tokens = tokens[: lengths.integers(shortest, self.seq_length + 1)]
+        return tokens, float(label)
 
 
 class TokenizedText:
     """Labelled text through the model's tokenizer, in a new random order each epoch."""
 
-    def __init__(self, text: LabelledText, tokenizer: Any, *, seed: int, seq_length: int) -> None:
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        encoded = tokenizer(
-            list(text.texts), truncation=True, max_length=seq_length, padding="max_length"
-        )
-        self.input_ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-        self.attention_mask = np.asarray(encoded["attention_mask"], dtype=np.int64)
-        self.targets = text.labels
-        self.num_labels = len(text.label_names)
+    def __init__(
+        self, tokens: list[list[int]], labels: Sequence[float], *, seed: int, fewest: int = 1
+    ) -> None:
+        for row, found in enumerate(tokens, start=1):
+            allowed = f"{fewest} tokens or more in every text"
+            require(len(found) >= fewest, "data", len(found), allowed, f"See row {row}.")
+        self.tokens = [np.array(found, dtype=np.int64) for found in tokens]
+        self.labels = labels
         self.seed = seed
 
-    def sample(self, index: int) -> Sample:
+    def text(self, index: int) -> tuple[Tokens, float]:
         """Every row once an epoch."""
-        epoch, position = divmod(index, len(self.targets))
-        order = _generator(self.seed, _ORDER, epoch).permutation(len(self.targets))
+        epoch, position = divmod(index, len(self.tokens))
+        order = _generator(self.seed, _ORDER, epoch).permutation(len(self.tokens))
         row = int(order[position])
-        return Sample(self.input_ids[row], self.attention_mask[row], self.targets[row])
+        return self.tokens[row], self.labels[row]
 
 
-def build_dataset(config: DataConfig, source: ModelSource, model: nn.Module, *, seed: int) -> Any:
-    """The data that `config` names, fit for `model`."""
-    model_config: Any = model.config
-    if config.source == SYNTHETIC:
-        return SyntheticText(
-            seed=seed,
-            vocab_size=model_config.vocab_size,
-            seq_length=config.seq_length,
-            num_labels=model_config.num_labels,
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Endless samples by global index: texts, padded, with what their task asks for."""
+
+    texts: Texts
+    task: str
+    seq_length: int
+    padding: str
+    """right or left."""
+    pad_token: int
+    seed: int
+    mask_token: int | None = None
+    """What takes the place of a token that a masked language model has to predict."""
+
+    def sample(self, index: int) -> Sample:
+        """The sample with that global index."""
+        tokens, label = self.texts.text(index)
+        input_ids, target = self._with_target(tokens, label, index)
+        return Sample(
+            self._padded(input_ids, self.pad_token),
+            self._padded(np.ones_like(tokens), 0),
+            self._padded(target, IGNORED) if target.ndim else target,
         )
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
-    return TokenizedText(
-        read_text(config.source), tokenizer, seed=seed, seq_length=config.seq_length
+
+    def _with_target(self, tokens: Tokens, label: float, index: int) -> tuple[Tokens, NDArray[Any]]:
+        if self.task == CAUSAL_LM:
+            return tokens, tokens
+        if self.task == MASKED_LM:
+            assert self.mask_token is not None
+            num_masked = max(1, round(MASKED_SHARE * len(tokens)))
+            random = _generator(self.seed, _MASKED, index)
+            chosen = np.isin(np.arange(len(tokens)), random.permutation(len(tokens))[:num_masked])
+            return np.where(chosen, self.mask_token, tokens), np.where(chosen, tokens, IGNORED)
+        return tokens, np.array(label, np.float32 if self.task == REGRESSION else np.int64)
+
+    def _padded(self, values: Tokens, filler: int) -> Tokens:
+        missing = self.seq_length - len(values)
+        width = (missing, 0) if self.padding == "left" else (0, missing)
+        return np.pad(values, width, constant_values=filler)
+
+
+def build_dataset(model: ModelConfig, data: DataConfig, built: Any, *, seed: int) -> Dataset:
+    """The data that `data` names for the task of `model`.
+
+    Args:
+        built: the model, whose vocabulary and padding token are used.
+
+    Raises:
+        ValueError: the text has too few tokens, or its tokenizer no mask token.
+    """
+    texts: Texts
+    if data.source == SYNTHETIC:
+        texts = SyntheticText(
+            seed=seed,
+            vocab_size=built.config.vocab_size,
+            seq_length=data.seq_length,
+            num_labels=num_labels_of(model, data),
+            is_ragged=data.ragged,
+        )
+        mask_token = built.config.vocab_size - 1
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model).path)
+        text = read_text(data.source)
+        tokens = tokenizer(list(text.texts), truncation=True, max_length=data.seq_length)
+        labels = text.numbers if model.task == REGRESSION else text.labels
+        fewest = 2 if model.task == CAUSAL_LM else 1
+        texts = TokenizedText(tokens["input_ids"], labels, seed=seed, fewest=fewest)
+        mask_token = tokenizer.mask_token_id
+        require(
+            model.task != MASKED_LM or mask_token is not None,
+            "task",
+            model.task,
+            f"another task, as the tokenizer of {model.name} has no mask token",
+        )
+    return Dataset(
+        texts=texts,
+        task=model.task,
+        seq_length=data.seq_length,
+        padding=data.padding,
+        pad_token=built.config.pad_token_id,
+        seed=seed,
+        mask_token=mask_token,
     )
 
 
-def num_labels_of(config: DataConfig, default: int) -> int:
-    """Classes in the data; `default` for synthetic data, which has as many as asked for."""
-    if config.source == SYNTHETIC:
-        return default
-    return len(read_text(config.source).label_names)
+def num_labels_of(model: ModelConfig, data: DataConfig) -> int:
+    """Outputs of a classifier (the text's classes, or as many as asked for) or regression."""
+    if model.task == REGRESSION:
+        return 1
+    if data.source == SYNTHETIC:
+        return model.num_labels
+    return len(read_text(data.source).label_names)
 
 
 @dataclass(frozen=True)
@@ -129,7 +219,7 @@ class Slice:
     digests: tuple[int, ...]
     """Digest of each sample."""
     batches: tuple[Batch, ...]
-    """K micro-batches."""
+    """Micro-batches, as many on every rank; the last may hold fewer samples, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,42 +236,57 @@ class Slicer:
     """Which of position_ids and token_type_ids the model takes."""
     is_permuted: bool = False
     """Reverse the rank's order: the same sum in another order of additions."""
+    population: int | None = None
+    """Samples that Poisson sampling draws from (N); None for consecutive samples."""
 
     @property
-    def global_batch_size(self) -> int:
-        """Samples in a step over all ranks and micro-batches."""
+    def expected_batch_size(self) -> int:
+        """Samples a step is expected to hold over all ranks and micro-batches (G)."""
         return self.world_size * self.micro_batches * self.batch_size
 
     def slice(self, step: int) -> Slice:
         """This rank's share of `step`."""
-        share = self.micro_batches * self.batch_size
-        first = step * self.global_batch_size + self.rank * share
-        indices = list(range(first, first + share))
+        shares = np.array_split(self._global_batch(step), self.world_size)
+        # Every rank takes part in every collective, so all do as many micro-batches as the first,
+        # whose share is the largest.
+        num_batches = max(1, math.ceil(len(shares[0]) / self.batch_size))
+        indices = shares[self.rank].tolist()
         if self.is_permuted:
             indices.reverse()
         samples = [self.dataset.sample(index) for index in indices]
-        chunks = [samples[i : i + self.batch_size] for i in range(0, share, self.batch_size)]
+        starts = range(0, num_batches * self.batch_size, self.batch_size)
+        chunks = [samples[start : start + self.batch_size] for start in starts]
         return Slice(
             tuple(indices),
             tuple(sample.digest() for sample in samples),
             tuple(self._batch(chunk) for chunk in chunks),
         )
 
-    def _batch(self, samples: list[Sample]) -> Batch:
+    def _global_batch(self, step: int) -> NDArray[np.int64]:
+        size = self.expected_batch_size
+        if self.population is None:
+            return np.arange(step * size, (step + 1) * size)
+        random = _generator(self.dataset.seed, _SAMPLING, step)
+        return np.flatnonzero(random.random(self.population) < size / self.population)
+
+    def _batch(self, chosen: list[Sample]) -> Batch:
+        # An empty batch has the types and shapes of any other.
+        samples = chosen or [self.dataset.sample(0)]
         input_ids = torch.from_numpy(np.stack([s.input_ids for s in samples]))
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": torch.from_numpy(np.stack([s.attention_mask for s in samples])),
-        }
+        attention_mask = torch.from_numpy(np.stack([s.attention_mask for s in samples]))
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         # Left to itself, a model makes one row of these for all samples, and Opacus then sees
         # the sum of the samples' gradients where it should see each.
         if "position_ids" in self.extra_inputs:
-            positions = torch.arange(input_ids.shape[1])
-            inputs["position_ids"] = positions.repeat(len(samples), 1)
+            # A sample's first token is at position 0, also behind padding.
+            inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if "token_type_ids" in self.extra_inputs:
             inputs["token_type_ids"] = torch.zeros_like(input_ids)
-        target = torch.tensor([sample.target for sample in samples])
-        return Batch({k: v.to(self.device) for k, v in inputs.items()}, target.to(self.device))
+        targets = torch.from_numpy(np.stack([sample.target for sample in samples]))
+        batch = Batch({k: v.to(self.device) for k, v in inputs.items()}, targets.to(self.device))
+        if chosen:
+            return batch
+        return Batch({name: t[:0] for name, t in batch.inputs.items()}, batch.targets[:0])
 
 
 def extra_inputs_of(model: nn.Module) -> frozenset[str]:

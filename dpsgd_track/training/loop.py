@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
 from dpsgd_track.privacy.clipping import SampleRecord
+from dpsgd_track.privacy.dropout import KeyedDropout
+from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.data import (
@@ -27,7 +31,6 @@ from dpsgd_track.training.data import (
     num_labels_of,
 )
 from dpsgd_track.training.model import build_model, check_length
-from dpsgd_track.training.model_source import resolve_model
 from dpsgd_track.training.observe import (
     GatheredSamples,
     gather_samples,
@@ -38,6 +41,7 @@ from dpsgd_track.training.observe import (
     weights_digest,
 )
 from dpsgd_track.training.recorder import Recorder, StepObservation
+from dpsgd_track.training.text_source import population_of
 
 
 class NotFiniteError(RuntimeError):
@@ -61,7 +65,7 @@ class RegimeRun:
 
     def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
         self.job, self.regime, self.device = job, regime, device
-        labels = num_labels_of(job.data, job.model.num_labels)
+        labels = num_labels_of(job.model, job.data)
         model = build_model(job.model, num_labels=labels, seed=job.seed, device=device)
         check_length(model, job.data.seq_length)
         self.slicer = self._slicer(model)
@@ -75,7 +79,7 @@ class RegimeRun:
             Recorder(
                 layer_names,
                 self.parameter_names,
-                self.slicer.global_batch_size,
+                self.slicer.expected_batch_size,
                 digest,
                 self.mode.context.privacy.noise_multiplier * self.max_grad_norms[0],
                 self._layer_norm_steps(),
@@ -90,7 +94,7 @@ class RegimeRun:
             NotFiniteError: after the step that became NaN or infinite was yielded.
         """
         for _ in range(self.regime.warmup_iter):
-            self._accumulate(self.slicer.slice(0))
+            self._accumulate(self.slicer.slice(0), 0)
             self.mode.clipped_sum()
             self.mode.zero_grad()
         for step in range(self.regime.num_iter):
@@ -107,7 +111,7 @@ class RegimeRun:
         source = NoiseSource(self._noise_key(), step)
         mode.set_max_grad_norm(self.max_grad_norms[step])
         with clock.running():
-            records = self._accumulate(share)
+            records = self._accumulate(share, step)
             clipped = mode.clipped_sum()
         parts = [replace(p, local=clipped.gradients[p.name]) for p in mode.weight_parts()]
         gradient = measure(mode, parts)
@@ -121,10 +125,11 @@ class RegimeRun:
         time_ms, memory_gib = largest_of_ranks(
             [clock.elapsed_ms, clock.peak_memory_gib], self.device
         )
-        num_tokens = self.slicer.global_batch_size * self.job.data.seq_length
+        samples = gather_samples(local, self.device)
+        num_tokens = len(samples.index) * self.job.data.seq_length
         seen = StepObservation(
             step=step,
-            samples=gather_samples(local, self.device),
+            samples=samples,
             gradient=gradient,
             noised=noised,
             weights_before=weights_before,
@@ -136,13 +141,22 @@ class RegimeRun:
         )
         return Step(seen, local, clock.elapsed_ms, clock.peak_memory_gib)
 
-    def _accumulate(self, share: Slice) -> list[SampleRecord]:
-        return [self.mode.accumulate(batch) for batch in share.batches]
+    def _accumulate(self, share: Slice, step: int) -> list[SampleRecord]:
+        records, indices = [], iter(share.indices)
+        for batch in share.batches:
+            with self._dropout(step, list(islice(indices, len(batch)))):
+                records.append(self.mode.accumulate(batch))
+        return records
+
+    def _dropout(self, step: int, samples: list[int]) -> AbstractContextManager[None]:
+        if not self.job.model.dropout:
+            return nullcontext()
+        return KeyedDropout(seed=self.job.seed, step=step, samples=samples)
 
     def _slicer(self, model: nn.Module) -> Slicer:
         job, regime = self.job, self.regime
         return Slicer(
-            dataset=build_dataset(job.data, resolve_model(job.model), model, seed=job.seed),
+            dataset=build_dataset(job.model, job.data, model, seed=job.seed),
             batch_size=job.data.batch_size,
             micro_batches=regime.micro_batches,
             rank=dist.get_rank(),
@@ -150,6 +164,7 @@ class RegimeRun:
             device=self.device,
             extra_inputs=extra_inputs_of(model),
             is_permuted=regime.replay == PERMUTED,
+            population=population_of(job.data),
         )
 
     def _context(self) -> ModeContext:
@@ -161,13 +176,14 @@ class RegimeRun:
                 noise_multiplier=regime.noise_multiplier if adds_noise else 0.0,
                 # Before calibration nothing is clipped.
                 max_grad_norm=(regime.max_grad_norms or (1e30,))[0],
-                expected_batch_size=self.slicer.global_batch_size,
+                expected_batch_size=self.slicer.expected_batch_size,
             ),
             device=self.device,
             param_dtype=getattr(torch, performance.param_dtype),
             reference_dtype=getattr(torch, plain),
             make_optimizer=_optimizer_of(regime),
             num_replicas=performance.num_replicas,
+            loss=LOSSES[self.job.model.task],
         )
 
     def _noise_key(self) -> str:
@@ -191,7 +207,13 @@ class RegimeRun:
             )
         norms = [self._norms(step) for step in range(self.regime.num_iter)]
         num_mixed = (len(norms) + 1) // 2
-        mixed = float(np.median(np.concatenate(norms[:num_mixed])))
+        mixed_norms = np.concatenate(norms[:num_mixed])
+        if not len(mixed_norms):
+            raise ValueError(
+                f"batch_size={self.slicer.batch_size}: expected samples in the first half of "
+                f"regime {CLIP}. Poisson sampling chose none: raise --batch-size."
+            )
+        mixed = float(np.median(mixed_norms))
         below_all = 0.5 * float(np.min(np.concatenate(norms)))
         if not below_all > 0 or not math.isfinite(mixed):
             raise NotFiniteError(f"per-sample norms from {below_all * 2} with median {mixed}")
@@ -199,7 +221,7 @@ class RegimeRun:
 
     def _norms(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         share = self.slicer.slice(step)
-        records = self._accumulate(share)
+        records = self._accumulate(share, step)
         self.mode.zero_grad()
         local = local_samples(records, share.indices, share.digests, self.parameter_names)
         return gather_samples(local, self.device).norm

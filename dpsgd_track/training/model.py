@@ -6,31 +6,61 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.utils import logging as transformers_logging
 
-from dpsgd_track.config import ModelConfig, require
+from dpsgd_track.config import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    MASKED_LM,
+    REGRESSION,
+    ModelConfig,
+    require,
+)
 from dpsgd_track.training.model_source import ModelSource, resolve_model
+
+_HEADS: dict[str, Any] = {
+    CLASSIFICATION: AutoModelForSequenceClassification,
+    CAUSAL_LM: AutoModelForCausalLM,
+    MASKED_LM: AutoModelForMaskedLM,
+    # A classifier with one output; the loss makes it a regression.
+    REGRESSION: AutoModelForSequenceClassification,
+}
+"""transformers' class of models for each task."""
 
 
 def build_model(
     config: ModelConfig, *, num_labels: int, seed: int, device: torch.device
 ) -> nn.Module:
-    """A float32 sequence classifier in training mode, whole, on `device`.
+    """A float32 model with the task's head in training mode, whole, on `device`.
 
     Random weights (all of a preset's, the new head of a pretrained model) depend on `seed` and
-    the kind of device alone. Dropout is switched off: a comparison needs one function.
+    the kind of device alone. Dropout is switched off unless asked for.
+
+    Args:
+        num_labels: outputs of a classifier or regression.
 
     Raises:
-        ValueError: the configuration or the weights can't be loaded.
+        ValueError: the configuration or the weights can't be loaded, or the model can't do what
+            is asked.
     """
     # Reports of a newly initialised head say what num_labels already says.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     source = resolve_model(config)
     hf_config = load_config(source)
+    check_task(config, hf_config)
     hf_config.num_labels = num_labels
-    _switch_off_dropout(hf_config)
+    if not config.dropout:
+        _switch_off_dropout(hf_config)
+    if config.task == CAUSAL_LM and hasattr(hf_config, "is_decoder"):
+        # An encoder would otherwise see the token that it predicts.
+        hf_config.is_decoder = True
     hf_config.use_cache = False
     if getattr(hf_config, "pad_token_id", None) is None:
         hf_config.pad_token_id = 0
@@ -39,14 +69,43 @@ def build_model(
         torch.manual_seed(seed)
         if source.preset is not None:
             with device:
-                model = AutoModelForSequenceClassification.from_config(hf_config)
+                model = _HEADS[config.task].from_config(hf_config)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model = _HEADS[config.task].from_pretrained(
                 source.path, config=hf_config, dtype=torch.float32
             )
     model = model.to(device=device, dtype=torch.float32).train()
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(model, config)
     assert isinstance(model, nn.Module)
     return model
+
+
+def check_task(config: ModelConfig, hf_config: Any) -> None:
+    """Raise ValueError unless transformers has the task's head for this kind of model."""
+    able = [task for task, head in _HEADS.items() if type(hf_config) in head._model_mapping]
+    require(
+        config.task in able,
+        "task",
+        config.task,
+        f"one of {', '.join(able)} for {config.name}, a {hf_config.model_type} model"
+        if able
+        else f"another model than {config.name}: no task has a head for {hf_config.model_type}",
+        "Choose another --task or --model-name.",
+    )
+
+
+def _checkpoint_gradients(model: Any, config: ModelConfig) -> None:
+    require(
+        model.supports_gradient_checkpointing,
+        "gradient_checkpointing",
+        True,
+        f"a model that can recompute its blocks, which {config.name} can't",
+        "Leave out --gradient-checkpointing.",
+    )
+    # transformers has renamed it, and warns of the old name where it knows the new one.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def load_config(source: ModelSource) -> Any:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dpsgd_track.distributed.sharding import LocalPart, row_range
 from dpsgd_track.kernels.sketch import norm_and_sketch
@@ -73,6 +74,10 @@ class GatheredSamples:
     """[N, P]"""
     digests: NDArray[np.int64]
 
+    def mean_loss(self) -> float:
+        """Mean over the samples; 0 where there are none, as for the gradient."""
+        return float(self.loss.mean()) if len(self.loss) else 0.0
+
     def data_hash(self) -> str:
         """Digest of the samples."""
         return hashlib.blake2b(self.digests.tobytes(), digest_size=8).hexdigest()
@@ -96,22 +101,33 @@ def local_samples(
 
 
 def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamples:
-    """All ranks' samples, on every rank; every rank holds equally many."""
+    """All ranks' samples, on every rank; a rank may hold none."""
     floats = np.column_stack([local.loss, local.norm, local.clip_factor, local.norm_by_parameter])
-    table = _all_gather(torch.from_numpy(floats), device)
-    whole = _all_gather(torch.from_numpy(np.column_stack([local.index, local.digests])), device)
-    order = np.argsort(whole[:, 0], kind="stable")
-    table, whole = table[order], whole[order]
+    # Their bits travel as integers, beside the integers.
+    whole = np.column_stack([local.index, local.digests, floats.view(np.int64)])
+    whole = _gather_rows(torch.from_numpy(whole), device)
+    whole = whole[np.argsort(whole[:, 0], kind="stable")]
+    table = whole[:, 2:].copy().view(np.float64)
     return GatheredSamples(
         whole[:, 0], table[:, 0], table[:, 1], table[:, 2], table[:, 3:], whole[:, 1]
     )
 
 
-def _all_gather(local: Tensor, device: torch.device) -> NDArray[Any]:
-    local = local.contiguous().to(device)
+def _gather_rows(local: Tensor, device: torch.device) -> NDArray[Any]:
+    """The rows of all ranks, of which each may hold another number."""
+    counts = [int(count) for count in _all_gather(torch.tensor([len(local)]), device)]
+    padded = local.new_zeros(max(*counts, 1), local.shape[1])
+    padded[: len(local)] = local
+    pieces = _all_gather(padded, device)
+    rows = [piece[:count] for piece, count in zip(pieces, counts, strict=True)]
+    return torch.cat(rows).cpu().numpy()
+
+
+def _all_gather(local: Tensor, device: torch.device) -> list[Tensor]:
+    local = local.to(device)
     pieces = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(pieces, local)
-    return torch.cat(pieces).cpu().numpy()
+    return pieces
 
 
 def _column(values: Tensor | None, length: int) -> Floats:
@@ -164,5 +180,13 @@ def _bits_digest(tensor: Tensor) -> int:
 
 
 def linear_layer_names(model: nn.Module) -> list[str]:
-    """Fully qualified names of linear layers, in the model's order."""
-    return [fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Fully qualified names of linear layers, in the model's order.
+
+    A layer whose weight is another's (a tied head) is left out.
+    """
+    own = {name for name, _ in model.named_parameters()}
+    return [
+        fqn
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and f"{fqn}.weight" in own
+    ]

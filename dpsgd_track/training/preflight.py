@@ -1,9 +1,18 @@
-"""Checks of model and data that need no process group. Imports no torch."""
+"""Checks of model and data that need no process group. Importing it imports no torch."""
 
 from __future__ import annotations
 
-from dpsgd_track.config import SYNTHETIC, DataConfig, ModelConfig, require
-from dpsgd_track.training.model_source import resolve_model
+from pathlib import Path
+
+from dpsgd_track.config import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    SYNTHETIC,
+    DataConfig,
+    ModelConfig,
+    require,
+)
+from dpsgd_track.training.model_source import ModelSource, resolve_model
 from dpsgd_track.training.text_source import read_text
 
 
@@ -22,6 +31,13 @@ def check_inputs(model: ModelConfig, data: DataConfig) -> None:
         f"at most {limit}, the limit of {model.name}",
         "Shorten --seq-length.",
     )
+    require(
+        model.task != CAUSAL_LM or data.seq_length >= 2,
+        "seq_length",
+        data.seq_length,
+        f"at least 2 for {CAUSAL_LM}, where each token predicts the next",
+    )
+    _check_task(model, source)
     if data.source == SYNTHETIC:
         return
     read_text(data.source)
@@ -32,3 +48,14 @@ def check_inputs(model: ModelConfig, data: DataConfig) -> None:
         f"synthetic, since the preset {model.name} has no tokenizer",
         "Choose a model with one, such as --model-name minilm.",
     )
+
+
+def _check_task(model: ModelConfig, source: ModelSource) -> None:
+    """Raise unless the model has a head for its task; a hub id's is checked by its workers."""
+    is_at_hand = source.preset is not None or Path(source.path or "").is_dir()
+    if model.task == CLASSIFICATION or not is_at_hand:
+        return
+    # What heads a model has is transformers' knowledge, which takes seconds to import.
+    from dpsgd_track.training.model import check_task, load_config
+
+    check_task(model, load_config(source))

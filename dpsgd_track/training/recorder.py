@@ -14,7 +14,7 @@ from dpsgd_track.tracking.names import (
     SAMPLE_NORM,
     SCALAR_METRICS,
 )
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
 from dpsgd_track.training.observe import GatheredSamples, Measured
 
 
@@ -53,10 +53,10 @@ class Recorder:
         """Record a step; returns it as metrics."""
         divisor = self.expected_batch_size
         factors = seen.samples.clip_factor
-        is_clipping = not np.isnan(factors).any()
+        is_clipping = len(factors) > 0 and not np.isnan(factors).any()
         row: dict[str, Any] = {
             "step": seen.step,
-            "loss": float(seen.samples.loss.mean()),
+            "loss": seen.samples.mean_loss(),
             "grad_norm": seen.gradient.total_norm() / divisor,
             "grad_norm_noised": seen.noised.total_norm(),
             "clip_fraction": float((factors < 1).mean()) if is_clipping else float("nan"),
@@ -81,7 +81,9 @@ class Recorder:
 
     def trajectory(self) -> Trajectory:
         """All steps so far."""
-        columns = {name: np.array([row[name] for row in self.rows]) for name in self.rows[0]}
+        num_samples = max(len(row["sample_index"]) for row in self.rows)
+        rows = [_widened(row, num_samples) for row in self.rows]
+        columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         return Trajectory(
             **columns,
             layer_names=np.array(self.layer_names, dtype=np.str_),
@@ -111,15 +113,25 @@ class Recorder:
         return metrics
 
 
+def _widened(row: dict[str, Any], num_samples: int) -> dict[str, Any]:
+    """`row` with its samples' columns as long as those of the step that has most of them."""
+    missing = num_samples - len(row["sample_index"])
+    widened = dict(row)
+    for name in SAMPLE_COLUMNS:
+        value = row[name]
+        width = [(0, missing)] + [(0, 0)] * (value.ndim - 1)
+        filler = UNUSED if name == "sample_index" else np.nan
+        widened[name] = np.pad(value, width, constant_values=filler)
+    return widened
+
+
 def rank_metrics(
     local: GatheredSamples, step_time_ms: float, memory_gib: float
 ) -> dict[str, float]:
     """A rank's own values of one step."""
-    metrics = {
-        "loss": float(local.loss.mean()),
-        "step_time_ms": step_time_ms,
-        "peak_memory_gib": memory_gib,
-    }
+    metrics = {"step_time_ms": step_time_ms, "peak_memory_gib": memory_gib}
+    if len(local.index):
+        metrics["loss"] = local.mean_loss()
     # In order of the global index, so that positions mean the same in a permuted replay.
     for prefix, column in ((SAMPLE_NORM, local.norm), (CLIP_FACTOR, local.clip_factor)):
         for position, row in enumerate(np.argsort(local.index)):

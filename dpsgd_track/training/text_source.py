@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dpsgd_track.config import require
+from dpsgd_track.config import POISSON, DataConfig, require
 
 CORPORA = ("public-domain",)
 """Bundled corpora by name."""
@@ -25,6 +26,24 @@ class LabelledText:
     """Class index of each text."""
     label_names: tuple[str, ...]
     """What the file calls each class, sorted."""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Each text's label as a number, or its class index where one of them is none."""
+        try:
+            named = [float(name) for name in self.label_names]
+        except ValueError:
+            named = []
+        if not named or not all(map(math.isfinite, named)):
+            named = [float(index) for index in range(len(self.label_names))]
+        return tuple(named[label] for label in self.labels)
+
+
+def population_of(data: DataConfig) -> int | None:
+    """Samples that Poisson sampling draws from; None where nothing is drawn."""
+    if data.sampling != POISSON:
+        return None
+    return data.dataset_size or len(read_text(data.source).texts)
 
 
 def read_text(source: str) -> LabelledText:

@@ -1,0 +1,44 @@
+"""Run by torch.distributed.run: every job of a folder, without launcher or tracking.
+
+Usage: torchrun_regimes.py FOLDER
+
+FOLDER/NAME.json holds a JobConfig. The record of its n-th regime becomes NAME-n.npz, and each
+rank's own NAME-n-rankR.npz; the ranks' metrics of each step become NAME-n-rankR.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dpsgd_track.config import JobConfig
+from dpsgd_track.training.loop import RegimeRun
+from dpsgd_track.training.recorder import rank_metrics
+
+
+def main(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for file in sorted(folder.glob("*.json")):
+        job = JobConfig.from_json(file.read_text())
+        for number, regime in enumerate(job.regimes):
+            run = RegimeRun(job, regime, torch.device("cpu"))
+            own = [rank_metrics(done.local, 1.0, 1.0) for done, _ in run.steps()]
+            stem = f"{file.stem}-{number}"
+            out = folder / "out"
+            run.records[1].trajectory().save(out / f"{stem}-rank{rank}.npz")
+            (out / f"{stem}-rank{rank}.json").write_text(json.dumps(own))
+            if rank == 0:
+                run.records[0].trajectory().save(out / f"{stem}.npz")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
