@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from dpsgd_track.modes.table import MODES
+from dpsgd_track.modes.table import FULL, MODES
 
 HERE = Path(__file__).resolve().parent
 # float32 rounding is 6e-8; sums over 17 positions and 4 layers stay well below 1e-5.
 TOLERANCE = 1e-5
-OURS = [name for name, spec in MODES.items() if spec.strategy in ("two_pass", "bookkeeping")]
-PRIVATE = [name for name, spec in MODES.items() if spec.is_private and name != "reference"]
+OURS = [name for name in FULL if MODES[name].strategy in ("two_pass", "bookkeeping")]
+PRIVATE = [name for name in FULL if MODES[name].is_private]
 
 
 def _rows(world_size: int, modes: list[str], folder: Path) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def _rows(world_size: int, modes: list[str], folder: Path) -> list[dict[str, Any
 
 
 # Opacus is slow, and other ranks than two tell nothing new about it here.
-CASES = {2: [name for name in MODES if name != "reference"], 3: [*OURS, "no_dp"]}
+CASES = {2: list(FULL), 3: [*OURS, "no_dp"]}
 
 
 @pytest.fixture(scope="module", params=CASES, ids="W{}".format)

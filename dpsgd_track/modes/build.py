@@ -8,32 +8,32 @@ from torch import nn
 
 from dpsgd_track.config import require
 from dpsgd_track.modes.protocol import Mode, ModeContext, ModeFactory
-from dpsgd_track.modes.table import MODES, check_mode
+from dpsgd_track.modes.table import check_mode, spec_of
 
 
 def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
     """The mode `name` over `model`.
 
     Args:
-        name: a built-in mode, or `package.module:factory`.
+        name: a built-in mode, `opacus:GRAD_SAMPLE_MODE`, or `package.module:factory`.
         model: whole and unsharded, float32, on the context's device.
         context: what the mode is built with.
     Raises:
         ValueError: the name is unknown, or the mode cannot clip one of the parameters.
     """
     check_mode(name)
-    if name not in MODES:
+    spec = spec_of(name)
+    if spec is None:
         return _user_factory(name)(model, context)
-    spec = MODES[name]
     if spec.strategy == "one_by_one":
         from dpsgd_track.modes.reference import ReferenceMode
 
         return ReferenceMode(model, context)
     if spec.strategy == "opacus":
         # Opacus takes seconds to import; the other modes do without.
-        from dpsgd_track.modes.opacus_fsdp import OpacusGhostFsdpMode
+        from dpsgd_track.modes.opacus import OpacusMode
 
-        return OpacusGhostFsdpMode(model, context)
+        return OpacusMode(spec.grad_sample_mode, model, context)
     from dpsgd_track.modes.composed import ComposedMode
 
     return ComposedMode(spec, model, context)

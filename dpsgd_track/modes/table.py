@@ -14,12 +14,15 @@ class ModeSpec:
 
     name: str
     norm_rule: str
-    """none, ghost, flash, fused, or autograd (explicit gradients of one sample)."""
+    """none, ghost, flash, fused, materialised (explicit per-sample gradients of a whole batch), or
+    autograd (explicit gradients of one sample)."""
     strategy: str
     """plain, two_pass, bookkeeping, one_by_one, or opacus (the library's own step)."""
     sharding: str
-    """fsdp2, opacus_fsdp2 (the library's own wrapper) or replicated."""
+    """fsdp2, opacus_fsdp2 (the library's own wrapper), replicated, or none (one device)."""
     summary: str
+    grad_sample_mode: str = ""
+    """What Opacus calls a mode that it runs; empty for others."""
 
     @property
     def is_private(self) -> bool:
@@ -29,7 +32,14 @@ class ModeSpec:
 
 _TABLE = (
     ModeSpec("no_dp", "none", "plain", "fsdp2", "ordinary training, the baseline"),
-    ModeSpec("ghost_fsdp", "ghost", "opacus", "opacus_fsdp2", "Opacus's own FSDP ghost clipping"),
+    ModeSpec(
+        "ghost_fsdp",
+        "ghost",
+        "opacus",
+        "opacus_fsdp2",
+        "Opacus's own FSDP ghost clipping",
+        grad_sample_mode="ghost_fsdp",
+    ),
     ModeSpec("flash_fsdp", "flash", "two_pass", "fsdp2", "tiled norms in hooks, two backwards"),
     ModeSpec(
         "flash_fsdp_bk", "flash", "bookkeeping", "fsdp2", "tiled norms in hooks, one backward"
@@ -47,6 +57,22 @@ _TABLE = (
         "bookkeeping",
         "fsdp2",
         "norms inside linear backward, one backward",
+    ),
+    ModeSpec(
+        "ghost",
+        "ghost",
+        "opacus",
+        "none",
+        "Opacus's own ghost clipping",
+        grad_sample_mode="ghost",
+    ),
+    ModeSpec(
+        "grad_materialize",
+        "materialised",
+        "opacus",
+        "none",
+        "Opacus's explicit per-sample gradients (hooks)",
+        grad_sample_mode="hooks",
     ),
     ModeSpec(
         "reference", "autograd", "one_by_one", "replicated", "the oracle: one sample at a time"
@@ -67,6 +93,23 @@ FULL = (
     "flash_fsdp_fuse",
     "flash_fsdp_fuse_bk",
 )
+
+
+def spec_of(name: str) -> ModeSpec | None:
+    """The parts of a built-in mode or of `opacus:GRAD_SAMPLE_MODE`; None for a user's own mode."""
+    if name in MODES:
+        return MODES[name]
+    library, _, mode = name.partition(":")
+    if library != "opacus":
+        return None
+    return ModeSpec(
+        name,
+        "ghost" if "ghost" in mode else "materialised",
+        "opacus",
+        "opacus_fsdp2" if "_fsdp" in mode else "none",
+        f"Opacus's grad_sample_mode {mode}",
+        grad_sample_mode=mode,
+    )
 
 
 def check_mode(name: str) -> None:
