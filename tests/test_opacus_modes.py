@@ -106,6 +106,18 @@ def test_factors_and_norms_by_parameter_equal_the_oracle(
     assert (found.loss_B - wanted.loss_B).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_discarded_step_of_two_micro_batches_leaves_nothing_behind(
+    models: Any, mode: str
+) -> None:
+    whole, batches, bounds = models["bert"]
+    built = build_mode(mode, copy.deepcopy(whole), _context(bounds["mixed"]))
+    for batch in batches:
+        built.accumulate(batch)
+    built.zero_grad()
+    assert _rows(built, whole, batches, bounds["mixed"])["sum_error"] < TOLERANCE
+
+
 def test_expanded_weights_cannot_run_an_rms_norm(models: Any) -> None:
     whole, batches, _ = models["llama"]
     mode = build_mode("opacus:ew", copy.deepcopy(whole), _context(1.0))
