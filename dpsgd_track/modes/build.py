@@ -32,9 +32,9 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
         return ReferenceMode(model, context)
     if spec.strategy == "opacus":
         # Opacus takes seconds to import; the other modes do without.
-        from dpsgd_track.modes.opacus_fsdp import OpacusGhostFsdpMode
+        from dpsgd_track.modes.opacus import OpacusMode
 
-        return OpacusGhostFsdpMode(model, context)
+        return OpacusMode(spec.grad_sample_mode, model, context)
     from dpsgd_track.modes.composed import ComposedMode
 
     return ComposedMode(spec, model, context)

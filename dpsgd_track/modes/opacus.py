@@ -1,0 +1,306 @@
+"""Opacus's own modes, through its PrivacyEngine, as its users run it.
+
+Clipping, accumulation, noise calibration and scaling are Opacus's; only the noise's random
+numbers are replaced by the common ones, so that they cancel in a comparison.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import opacus
+import torch
+import torch.distributed as dist
+from opacus.grad_sample import get_gsm_class
+from opacus.utils.fsdp_utils import FSDP2Wrapper
+from opacus.validators.errors import UnsupportedModuleError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpsgd_track.config import require
+from dpsgd_track.distributed.sharding import (
+    as_sharded,
+    local_part,
+    mixed_precision,
+    trainable_parameters,
+)
+from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
+from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
+from dpsgd_track.privacy.noise import NoiseSource
+
+
+class OpacusMode(Mode):
+    """Any `grad_sample_mode` of the installed Opacus.
+
+    Modes with `fsdp` in their name run under Opacus's FSDP2Wrapper; the others on one device.
+    """
+
+    dp_optimizer: Any
+    """`optimizer`, as Opacus's own class."""
+
+    def __init__(self, grad_sample_mode: str, model: nn.Module, context: ModeContext) -> None:
+        """Wrap `model` as `PrivacyEngine.make_private` does.
+
+        Raises:
+            ValueError: Opacus has no such mode, does not run it here, or refuses the model.
+        """
+        super().__init__(context)
+        self.world_size = dist.get_world_size()
+        self.is_sharded = "fsdp" in grad_sample_mode
+        _check(grad_sample_mode, self.is_sharded, context)
+        self.model = self.shard(model) if self.is_sharded else model
+        # Only the modes that clip in two backwards come with a criterion.
+        self.wrapped, optimizer, *criterion, _ = self._make_private(grad_sample_mode)
+        self.criterion = criterion[0] if criterion else None
+        self.optimizer = self.dp_optimizer = optimizer
+        self.first_input = next(iter(inspect.signature(model.forward).parameters))
+        name = "accumulate" if hasattr(optimizer, "accumulate") else "clip_and_accumulate"
+        self.collect = _OncePerBatch(getattr(optimizer, name))
+        setattr(optimizer, name, self.collect)
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """`model` sharded by Opacus's own wrapper."""
+        policy = mixed_precision(self.context.param_dtype)
+        sharded: nn.Module = FSDP2Wrapper(model, mp_policy=policy)
+        return sharded
+
+    def set_max_grad_norm(self, max_grad_norm: float) -> None:
+        """Clip at another C, in the module where it clips, and in the optimizer."""
+        super().set_max_grad_norm(max_grad_norm)
+        self.dp_optimizer.max_grad_norm = max_grad_norm
+        if self.criterion is not None:
+            self.wrapped.max_grad_norm = max_grad_norm
+
+    def accumulate(self, batch: Batch) -> SampleRecord:
+        """One forward, and the backward or the two that Opacus makes of it.
+
+        Opacus keeps the earlier micro-batches of a step only if each is followed by a skipped
+        step, as its own BatchMemoryManager does.
+        """
+        if self.collect.is_due:
+            self.dp_optimizer.signal_skip_step(do_skip=True)
+            self.dp_optimizer.step()
+            self.dp_optimizer.zero_grad()
+        loss_B = self.backward(batch)
+        self.collect.is_due = True
+        norms = self._norm_by_parameter()
+        if self.criterion is not None:
+            factor_B = self.wrapped.get_clipping_coef()
+            return SampleRecord(loss_B, self.wrapped.per_sample_gradient_norms, factor_B, norms)
+        # The optimizer clips without leaving a trace; these are by its formula.
+        norm_B = torch.stack(list(norms.values()), dim=1).norm(2, dim=1)
+        factor_B = (self.max_grad_norm / (norm_B + 1e-6)).clamp(max=1.0)
+        return SampleRecord(loss_B, norm_B, factor_B, norms)
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Losses of the samples, [B], after their backward."""
+        logits = self.logits(batch)
+        if self.criterion is None:
+            loss_B = self.context.loss(logits, batch.targets)
+            loss_B.mean().backward()
+        else:
+            loss = self.criterion(logits, batch.targets)
+            loss.backward()
+            loss_B = loss.loss_per_sample
+        return loss_B.detach()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Output of the model for `batch`."""
+        # Expanded weights take the batch size from the first argument, by position.
+        inputs = dict(batch.inputs)
+        first = [inputs.pop(self.first_input)] if self.first_input in inputs else []
+        return logits_of(self.wrapped(*batch.args, *first, **inputs))
+
+    def clipped_sum(self) -> ClippedSum:
+        """What Opacus has summed; over several ranks, times the number that it divided by."""
+        self.collect()
+        summed = {}
+        parameters: dict[str, Any] = {**trainable_parameters(self.model)}
+        for name, parameter in parameters.items():
+            total = (
+                self.dp_optimizer.grad_state[parameter]["summed_grad"]
+                if self.is_sharded
+                else parameter.summed_grad
+            )
+            summed[name] = local_part(name, parameter, total).local * self.world_size
+        return ClippedSum(summed, self.max_grad_norm)
+
+    def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
+        """Opacus's own noise and scaling, drawing the given random numbers."""
+        with _NoiseFrom(source, self.dp_optimizer, trainable_parameters(self.model)):
+            self.dp_optimizer.pre_step()
+        return {part.name: part.local for part in self.gradient_parts()}
+
+    def step(self) -> None:
+        """The rest of Opacus's step: the wrapped optimizer's."""
+        self.dp_optimizer.original_optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the step's gradients, the earlier micro-batches' too."""
+        self.collect.is_due = False
+        self.dp_optimizer._is_last_step_skipped = False
+        self.dp_optimizer.zero_grad()
+
+    def _make_private(self, grad_sample_mode: str) -> Any:
+        privacy = self.context.privacy
+        # Opacus reads the expected batch size off a data loader: one batch of that many rows.
+        rows = TensorDataset(torch.zeros(privacy.expected_batch_size, 1))
+        try:
+            return opacus.PrivacyEngine().make_private(
+                module=self.model,
+                optimizer=self.context.make_optimizer(self.model.parameters()),
+                criterion=_SharedLoss(self.context.loss),
+                data_loader=DataLoader(rows, batch_size=privacy.expected_batch_size),
+                noise_multiplier=privacy.noise_multiplier,
+                max_grad_norm=privacy.max_grad_norm,
+                poisson_sampling=False,
+                grad_sample_mode=grad_sample_mode,
+            )
+        except (UnsupportedModuleError, NotImplementedError) as error:
+            raise ValueError(
+                f"model={type(self.model).__name__!r}: expected one that Opacus's "
+                f"{grad_sample_mode} takes. {_reasons(error)}"
+            ) from error
+
+    def _norm_by_parameter(self) -> dict[str, Tensor]:
+        parameters: dict[str, Any] = {**trainable_parameters(self.model)}
+        if self.criterion is None:
+            grad_samples = self.dp_optimizer.grad_samples
+            return {
+                name: g.reshape(len(g), -1).norm(2, dim=-1)
+                for name, g in zip(parameters, grad_samples, strict=True)
+            }
+        if not self.is_sharded:
+            return {name: p._norm_sample for name, p in parameters.items()}
+        name_of = {p: name for name, p in parameters.items()}
+        return {
+            name_of[p]: norm_B
+            for module in self.wrapped.iterate_submodules(self.model)
+            for p, norm_B in zip(_trainable(module), module.norm_sample, strict=True)
+        }
+
+
+class _SharedLoss(nn.Module):
+    """The loss every mode shares, in the form Opacus asks of a criterion."""
+
+    def __init__(self, loss: PerSampleLoss) -> None:
+        super().__init__()
+        self.loss = loss
+        self.reduction = "mean"
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss_B = self.loss(logits, target)
+        return loss_B if self.reduction == "none" else loss_B.mean()
+
+
+class _OncePerBatch:
+    """Opacus's way of adding up a batch, once for each backward.
+
+    `clipped_sum` looks at the sum before Opacus's own step would form it.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+        self.is_due = False
+
+    def __call__(self) -> None:
+        if self.is_due:
+            self.is_due = False
+            self.function()
+
+
+class _NoiseFrom:
+    """Within it, Opacus's `optimizer` draws its noise from `source`."""
+
+    def __init__(
+        self, source: NoiseSource, optimizer: Any, parameters: dict[str, nn.Parameter]
+    ) -> None:
+        self.source = source
+        # Each of Opacus's optimizers calls the function by its own module's name for it.
+        self.module: Any = sys.modules[type(optimizer).add_noise.__module__]
+        self.remaining = iter(parameters.items())
+
+    def __enter__(self) -> None:
+        self.original = self.module._generate_noise
+        self.module._generate_noise = self.generate
+
+    def __exit__(self, *exception: object) -> None:
+        self.module._generate_noise = self.original
+
+    def generate(self, *, std: float, reference: Any, **unused: object) -> Tensor:
+        """Noise of `std` for the next parameter; Opacus asks in the optimizer's order."""
+        name, parameter = next(self.remaining)
+        if parameter.shape != reference.shape:
+            raise RuntimeError(f"{name}: Opacus asked for noise in an unexpected order")
+        part = local_part(name, parameter, reference)
+        local = self.source.standard_normal(part).to(reference.dtype).mul_(std)
+        return as_sharded(local, reference) if isinstance(reference, DTensor) else local
+
+
+def grad_sample_modes() -> list[str]:
+    """Every `grad_sample_mode` that the installed Opacus takes.
+
+    Opacus keeps no list of them: its `get_gsm_class` compares a name with constants.
+    """
+    constants: list[Any] = list(get_gsm_class.__code__.co_consts)
+    for constant in [c for c in constants if isinstance(c, tuple | frozenset)]:
+        constants += constant
+    return sorted({c for c in constants if isinstance(c, str) and _is_known(c)})
+
+
+def _is_known(grad_sample_mode: str) -> bool:
+    try:
+        get_gsm_class(grad_sample_mode)
+    except ValueError:
+        return False
+    return True
+
+
+def _check(grad_sample_mode: str, is_sharded: bool, context: ModeContext) -> None:
+    known = grad_sample_modes()
+    require(
+        _is_known(grad_sample_mode),
+        "grad_sample_mode",
+        grad_sample_mode,
+        f"one of {', '.join(known)}",
+        f"Those are the modes of Opacus {opacus.__version__}.",
+    )
+    if is_sharded:
+        require(
+            context.num_replicas == 1,
+            "num_replicas",
+            context.num_replicas,
+            "1",
+            "Opacus's FSDP2Wrapper shards over all ranks.",
+        )
+        return
+    require(
+        dist.get_world_size() == 1,
+        "nproc_per_node",
+        dist.get_world_size(),
+        f"1 for Opacus's {grad_sample_mode}",
+        "Of Opacus's modes, ghost_fsdp runs on several ranks.",
+    )
+    require(
+        context.param_dtype == torch.float32,
+        "param_dtype",
+        str(context.param_dtype).removeprefix("torch."),
+        f"float32 for Opacus's {grad_sample_mode}",
+        "On one device it keeps no float32 weights beside rounded ones.",
+    )
+
+
+def _reasons(error: Exception) -> str:
+    """Opacus raises one error that holds a list of them."""
+    listed = error.args[0] if error.args and isinstance(error.args[0], list) else [error]
+    return " ".join(str(reason).strip() for reason in listed)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters(recurse=False) if p.requires_grad]
