@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dpsgd_track.config import DEVICES, OPTIMIZERS, PARAM_DTYPES, redact_uri
+from dpsgd_track.config import DEVICES, NOISE_FROM, OPTIMIZERS, PARAM_DTYPES, redact_uri
 
 SUITES = {
     "quick": "no_dp and the flash modes against the reference, in a few minutes",
@@ -110,6 +110,13 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--random-seed", type=int, default=42, help="seed of data, weights and noise (default: 42)"
+    )
+    group.add_argument(
+        "--noise-from",
+        choices=NOISE_FROM,
+        default="seed",
+        help="where the noise of the train regime comes from: seed, the same at every run, or os, "
+        "the operating system's entropy (default: seed)",
     )
 
 

@@ -17,7 +17,7 @@ from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
 from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.privacy.noise import NoiseSource
+from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.data import (
     Slice,
@@ -70,6 +70,7 @@ class RegimeRun:
         self.parameter_names = list(trainable_parameters(model))
         self.mode = build_mode(job.mode, model, self._context())
         self.weights = measure(self.mode, self.mode.weight_parts())
+        self.noise_key = self._noise_key()
         self.max_grad_norms = regime.max_grad_norms or self._calibrate()
         self.records = [
             Recorder(
@@ -104,7 +105,7 @@ class RegimeRun:
     def _step(self, step: int) -> Step:
         mode, clock = self.mode, StepClock(self.device)
         share = self.slicer.slice(step)
-        source = NoiseSource(self._noise_key(), step)
+        source = NoiseSource(self.noise_key, step)
         mode.set_max_grad_norm(self.max_grad_norms[step])
         with clock.running():
             records = self._accumulate(share)
@@ -172,8 +173,11 @@ class RegimeRun:
 
     def _noise_key(self) -> str:
         # Matched noise is common to all modes; a mode's own is its own.
-        owner = "common" if self.regime.noise_matched else self.job.mode
-        return f"{self.job.seed}/{owner}"
+        if self.regime.noise_matched:
+            return f"{self.job.seed}/common"
+        if self.job.noise_from == "os":
+            return fresh_key(None, self.device)
+        return f"{self.job.seed}/{self.job.mode}"
 
     def _layer_norm_steps(self) -> frozenset[int]:
         last = self.regime.num_iter - 1
