@@ -206,6 +206,8 @@ class JobConfig:
     entropy, another at every run)."""
     layer_norms: str = "all"
     """Steps whose per-layer norms are recorded: all, or ends (first and last)."""
+    delta: float = 1e-5
+    """Probability with which the epsilon that is recorded may fail to hold."""
     tracking_uri: str = ""
     """MLflow tracking server or store; credentials come from the environment only."""
     run_ids: tuple[str, ...] = ()
@@ -218,6 +220,7 @@ class JobConfig:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "random_seed", self.seed, "an integer from 0 to 2^63 - 1")
         require(self.noise_from in NOISE_FROM, "noise_from", self.noise_from, "seed or os")
+        require(0 < self.delta < 1, "delta", self.delta, "a number between 0 and 1")
         require(bool(self.regimes), "regimes", self.regimes, "at least one regime")
         replicas = self.performance.num_replicas
         allowed = f"a divisor of the number of ranks, {self.num_ranks}"

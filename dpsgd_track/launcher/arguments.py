@@ -12,7 +12,7 @@ from dpsgd_track.config import DEVICES, NOISE_FROM, OPTIMIZERS, PARAM_DTYPES, re
 
 SUITES = {
     "quick": "no_dp and the flash modes against the reference, in a few minutes",
-    "full": "every built-in mode against the reference",
+    "full": "the baseline, Opacus and the sharded flash modes against the reference",
     "single": "one mode on its own",
 }
 _SECRET = "--token"
@@ -110,6 +110,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--random-seed", type=int, default=42, help="seed of data, weights and noise (default: 42)"
+    )
+    group.add_argument(
+        "--delta",
+        type=float,
+        default=1e-5,
+        help="probability at which the recorded epsilon is stated (default: 1e-5)",
     )
     group.add_argument(
         "--noise-from",

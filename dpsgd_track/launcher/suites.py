@@ -114,6 +114,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
                 num_ranks=num_ranks,
                 seed=args.random_seed,
                 noise_from=args.noise_from,
+                delta=args.delta,
                 layer_norms=args.layer_norms,
             )
         )

@@ -51,6 +51,8 @@ class Dataset(Protocol):
     """Endless samples by global index."""
 
     num_labels: int
+    num_samples: int | None
+    """Samples of an epoch; None where none ever comes again."""
 
     def sample(self, index: int) -> Sample:
         """The sample with that global index."""
@@ -59,6 +61,8 @@ class Dataset(Protocol):
 
 class SyntheticText:
     """Uniformly random tokens and classes."""
+
+    num_samples = None
 
     def __init__(self, *, seed: int, vocab_size: int, seq_length: int, num_labels: int) -> None:
         self.seed, self.vocab_size, self.seq_length = seed, vocab_size, seq_length
@@ -87,6 +91,7 @@ class TokenizedText:
         self.attention_mask = np.asarray(encoded["attention_mask"], dtype=np.int64)
         self.targets = text.labels
         self.num_labels = len(text.label_names)
+        self.num_samples = len(text.labels)
         self.seed = seed
 
     def sample(self, index: int) -> Sample:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +16,10 @@ from dpsgd_track.distributed.sharding import trainable_parameters
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
+from dpsgd_track.privacy.accounting import epsilon_prv, epsilon_rdp, sequential_history
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
+from dpsgd_track.tracking import names
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.data import (
     Slice,
@@ -101,6 +103,31 @@ class RegimeRun:
             self.records[1].add(replace(own, peak_memory_gib=done.local_memory_gib))
             yield done, metrics
             _require_finite(step, metrics)
+
+    def accounting(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Each recorded step with the epsilon spent after it; none where no noise protects.
+
+        RDP's epsilon is there at every step. PRV's is there after 1, 2, 4, 8, ... steps and the
+        last, unless it would take too long.
+        """
+        sigma, job = self.mode.context.privacy.noise_multiplier, self.job
+        if sigma == 0 or not is_private(job.mode):
+            return
+        batch_size, num_samples = self.slicer.global_batch_size, self.slicer.dataset.num_samples
+        done = [row["step"] + 1 for row in self.records[0].rows]
+        for num_steps in done:
+            history = sequential_history(sigma, num_steps, batch_size, num_samples)
+            ((_, sampling_rate, steps),) = history
+            metrics = {
+                names.EPSILON_RDP: epsilon_rdp(history, job.delta),
+                names.ACCOUNTED_SIGMA: sigma,
+                names.ACCOUNTED_SAMPLING_RATE: sampling_rate,
+                names.ACCOUNTED_STEPS: float(steps),
+            }
+            if num_steps == done[-1] or num_steps.bit_count() == 1:
+                prv = epsilon_prv(history, job.delta)
+                metrics |= {} if prv is None else {names.EPSILON_PRV: prv}
+            yield num_steps - 1, metrics
 
     def _step(self, step: int) -> Step:
         mode, clock = self.mode, StepClock(self.device)
