@@ -20,6 +20,7 @@ import yaml
 PARAM_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
 DEVICES = ("cpu", "cuda")
+NOISE_FROM = ("seed", "os")
 
 CLASSIFICATION = "sequence-classification"
 CAUSAL_LM = "causal-lm"
@@ -255,8 +256,13 @@ class JobConfig:
     """Processes of the group."""
     seed: int = 42
     """Seeds data, weights and common noise, each through its own generator."""
+    noise_from: str = "seed"
+    """Where noise that is not common to all modes comes from: seed, or os (the operating system's
+    entropy, another at every run)."""
     layer_norms: str = "all"
     """Steps whose per-layer norms are recorded: all, or ends (first and last)."""
+    delta: float = 1e-5
+    """Probability with which the epsilon that is recorded may fail to hold."""
     tracking_uri: str = ""
     """MLflow tracking server or store; credentials come from the environment only."""
     run_ids: tuple[str, ...] = ()
@@ -268,6 +274,8 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "random_seed", self.seed, "an integer from 0 to 2^63 - 1")
+        require(self.noise_from in NOISE_FROM, "noise_from", self.noise_from, "seed or os")
+        require(0 < self.delta < 1, "delta", self.delta, "a number between 0 and 1")
         require(bool(self.regimes), "regimes", self.regimes, "at least one regime")
         replicas = self.performance.num_replicas
         allowed = f"a divisor of the number of ranks, {self.num_ranks}"

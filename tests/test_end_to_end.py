@@ -134,6 +134,26 @@ def test_compare_passes_and_leaves_its_files(full: Workspace) -> None:
     assert "comparison/report.html" in {a.path for a in client.list_artifacts(run_id, "comparison")}
 
 
+def test_the_noise_of_the_accuracy_test_is_said_to_promise_nothing(full: Workspace) -> None:
+    history = MlflowClient(full.uri).get_metric_history
+    for run in full.group("g").runs:
+        epsilons = [metric.value for metric in history(run.run_id, names.EPSILON_RDP)]
+        if run.mode == "no_dp" or run.regime == "clip":
+            assert not [name for name in run.metrics if "epsilon" in name or "account" in name]
+            continue
+        # Synthetic samples never come again, so that each is used once. At the lowest order, 1.1,
+        # that is 1.1 / (2 sigma^2) = 5500, and log(1 / delta) / 0.1 and less for delta.
+        assert epsilons == pytest.approx([5611.8] * 4, abs=0.1)
+        assert run.metrics[names.ACCOUNTED_SIGMA] == 0.01
+        assert run.metrics[names.ACCOUNTED_SAMPLING_RATE] == 1.0
+        assert run.metrics[names.ACCOUNTED_STEPS] == 1.0
+    done = full.run("compare.py", "g", "--no-png", "--no-log")
+    said = "The noise of accuracy gives epsilon = 5612 at delta = 1e-05: no privacy."
+    assert said in " ".join(done.stdout.split())
+    for name in ("summary.txt", "report.html"):
+        assert said in (full.folder / "results" / "g" / name).read_text(encoding="utf-8")
+
+
 def test_every_run_is_finished_and_holds_its_metrics(full: Workspace) -> None:
     client = MlflowClient(full.uri)
     experiment = client.get_experiment_by_name("dpsgd-track")

@@ -15,7 +15,8 @@ def follow(display) -> None:
         display.event({**event, "event": "start", "step": 0, "loss": None})
         for step in range(regime.num_iter):
             display.event({**event, "event": "step", "step": step, "loss": 0.5 - step / 8})
-        display.event({**event, "event": "end", "step": step, "loss": None})
+        epsilon = 5449.455 if regime.name == "accuracy" else None
+        display.event({**event, "event": "end", "step": step, "loss": None, "epsilon": epsilon})
     display.end_mode("FAILED", "out of memory [at] step 1")
     display.close()
 
@@ -39,5 +40,6 @@ def test_a_file_gets_one_line_for_each_thing_that_matters():
     assert len(lines) == 4
     assert lines[0] == "flash_fsdp: started (accuracy, clip)"
     assert lines[1].startswith("flash_fsdp: accuracy, 2 steps in ")
-    assert lines[1].endswith("loss 0.3750")
+    assert lines[1].endswith("loss 0.3750, epsilon 5.45e+03")
+    assert lines[2].endswith("loss 0.2500")
     assert lines[3].endswith("out of memory [at] step 1")

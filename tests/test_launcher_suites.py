@@ -145,6 +145,8 @@ BAD = {
     "no replica": ["quick", "--replicas", "0"],
     "replicas that do not divide the ranks": ["quick", "--nproc-per-node", "4", "--replicas", "3"],
     "opacus mode without a name": ["quick", "--mode", "opacus:"],
+    "own noise in a comparison": ["quick", "--noise-from", "os"],
+    "delta 1": ["quick", "--delta", "1"],
     "no rank": ["quick", "--nproc-per-node", "0"],
     "unknown regime": ["quick", "--regime", "train"],
     "regime of single": ["single", "--mode", "no_dp", "--regime", "clip"],

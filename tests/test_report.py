@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from synthetic_group import (
     compared,
     group_of,
@@ -100,6 +101,36 @@ def test_report_names_the_verdict_first(written: Path) -> None:
     summary_text = (written / "summary.txt").read_text(encoding="utf-8")
     assert re.search(r"^mode +final loss +average gradient norm", summary_text, re.MULTILINE)
     assert re.search(r"^regime +modes +observable +mean +std +max", summary_text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("regime", "epsilon", "noise_from", "said"),
+    [
+        ("accuracy", 5449.455, "seed", "epsilon = 5449 at delta = 1e-05: no privacy. It is there"),
+        ("accuracy", 1.5, "seed", "epsilon = 1.5 at delta = 1e-05. It is there to be compared"),
+        ("train", 1.5, "seed", "epsilon = 1.5 at delta = 1e-05. It comes from the seed"),
+        ("train", 1.5, "os", "The noise of train gives epsilon = 1.5 at delta = 1e-05."),
+    ],
+)
+def test_every_form_of_the_report_says_what_the_noise_promises(
+    regime: str, epsilon: float, noise_from: str, said: str
+) -> None:
+    metrics = {"epsilon_rdp": 2 * epsilon, "epsilon_prv": epsilon}
+    params = {"delta": "1e-05", "noise_from": noise_from}
+    runs = [mode_run("no_dp", regime), mode_run("flash", regime, metrics=metrics, params=params)]
+    comparison = compared(runs)
+    console = Console(width=200, file=io.StringIO())
+    print_table(comparison, console)
+    for text in (
+        summary(comparison),
+        markdown(comparison),
+        html(comparison, []),
+        console.file.getvalue(),
+    ):
+        assert text.count("The noise of") == 1
+        assert said in text
+    silent = compared([mode_run("no_dp", regime), mode_run("flash", regime)])
+    assert "The noise of" not in summary(silent)
 
 
 def test_drift_json_is_strict_and_versioned() -> None:

@@ -11,6 +11,7 @@ from typing import NoReturn
 from dpsgd_track.config import (
     CLASSIFICATION,
     DEVICES,
+    NOISE_FROM,
     OPTIMIZERS,
     PADDINGS,
     PARAM_DTYPES,
@@ -22,7 +23,7 @@ from dpsgd_track.config import (
 
 SUITES = {
     "quick": "no_dp and the flash modes against the reference, in a few minutes",
-    "full": "every built-in mode against the reference",
+    "full": "the baseline, Opacus and the sharded flash modes against the reference",
     "single": "one mode on its own",
 }
 _SECRET = "--token"
@@ -161,6 +162,19 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         type=int,
         metavar="N",
         help="synthetic samples that Poisson sampling draws from (default: none)",
+    )
+    group.add_argument(
+        "--delta",
+        type=float,
+        default=1e-5,
+        help="probability at which the recorded epsilon is stated (default: 1e-5)",
+    )
+    group.add_argument(
+        "--noise-from",
+        choices=NOISE_FROM,
+        default="seed",
+        help="where the noise of the train regime comes from: seed, the same at every run, or os, "
+        "the operating system's entropy (default: seed)",
     )
 
 

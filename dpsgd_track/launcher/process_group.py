@@ -3,7 +3,7 @@
 What a worker leaves in its work folder:
 
 - `progress.jsonl`: one JSON object a line, by rank 0: regime, event (start, step, end), step,
-  num_iter, loss.
+  num_iter, loss, epsilon (in end, where noise was accounted for).
 - `failure-rank{r}.json`: kind, message, regime, step of the failure rank r met.
 - `{regime}/trajectory.npz`: what a finished regime observed.
 - `{regime}/clip_bounds.json`: C of each step, measured by the reference in the clip regime.

@@ -52,6 +52,11 @@ def _loss(event: Mapping[str, Any]) -> str:
     return "" if loss is None else f"{loss:.4f}"
 
 
+def _epsilon(event: Mapping[str, Any]) -> str:
+    epsilon = event.get("epsilon")
+    return "" if epsilon is None else f", epsilon {epsilon:.3g}"
+
+
 class PlainDisplay:
     """One line for each mode's start, each regime's end and each mode's end."""
 
@@ -79,7 +84,8 @@ class PlainDisplay:
             took = time.monotonic() - self._regime_start
             steps = f"{event['num_iter']} steps in {took:.1f} s"
             loss = f", loss {self._loss}" if self._loss else ""
-            self.say(f"{self._mode}: {describe(self._regimes[event['regime']])}, {steps}{loss}")
+            regime = describe(self._regimes[event["regime"]])
+            self.say(f"{self._mode}: {regime}, {steps}{loss}{_epsilon(event)}")
 
     def end_mode(self, status: str, reason: str = "") -> None:
         """See `Display`."""
@@ -130,7 +136,8 @@ class LiveDisplay:
         loss = _loss(event)
         self._loss = f"loss {loss}" if loss else self._loss
         regime = describe(self._regimes[at])
-        self._progress.update(self._task, completed=done, regime=regime, loss=self._loss)
+        shown = f"{self._loss}{_epsilon(event)}"
+        self._progress.update(self._task, completed=done, regime=regime, loss=shown)
 
     def end_mode(self, status: str, reason: str = "") -> None:
         """See `Display`."""

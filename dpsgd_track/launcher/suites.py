@@ -94,6 +94,9 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     """
     modes, regimes = _modes_and_regimes(args)
     _check_places(args)
+    advice = "Only `single` without --accuracy-test has noise of its own."
+    own_noise = TRAIN in regimes or args.noise_from == "seed"
+    require(own_noise, "noise_from", args.noise_from, "seed", advice)
     settings = read_settings(args)
     num_ranks, performance = _machine(args)
     model_name = args.model_name or ("minilm" if args.command == "quick" else "llama-tiny")
@@ -125,6 +128,8 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
                 regimes=_regimes_of(mode, regimes, args, performance.device),
                 num_ranks=num_ranks,
                 seed=args.random_seed,
+                noise_from=args.noise_from,
+                delta=args.delta,
                 layer_norms=args.layer_norms,
             )
         )

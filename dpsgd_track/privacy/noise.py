@@ -3,24 +3,48 @@
 Noise is drawn in blocks of consecutive elements of the whole parameter, each block from a
 generator seeded by a digest of what it is for. A rank draws only the blocks that overlap its
 shard, so that the noise of an element does not depend on how many ranks there are, shards never
-repeat each other's noise, and nothing else that is random can shift it. The bits are those of
-the device's generator: equal on equal devices.
+repeat each other's noise, and nothing else that is random can shift it. The digest makes what one
+key draws for different steps, parameters and blocks independent, on any rank. The bits are those
+of the device's generator: equal on equal devices.
+
+With `fresh_key` nobody can know the key. But no generator here is cryptographically secure: who
+sees much of the raw noise of one block may in principle predict the rest of that block.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dpsgd_track.distributed.sharding import LocalPart
 from dpsgd_track.privacy.clipping import ClippedSum
 
 BLOCK_ELEMENTS = 1 << 18
+_KEY_BYTES = 32
+
+
+def fresh_key(group: dist.ProcessGroup | None, device: torch.device) -> str:
+    """256 bits of the operating system's entropy, as hexadecimal digits, equal on every rank.
+
+    Ranks that share a key agree on the noise of an element that several of them hold, and draw
+    different noise for different elements.
+
+    Args:
+        group: ranks that are to share the key; None: all, or this process if it is alone.
+        device: where the group's backend communicates.
+    """
+    key = torch.tensor(list(secrets.token_bytes(_KEY_BYTES)), dtype=torch.uint8, device=device)
+    if dist.is_initialized():
+        dist.broadcast(key, group=group, group_src=0)
+    return bytes(key.tolist()).hex()
 
 
 @dataclass(frozen=True)
@@ -28,7 +52,7 @@ class NoiseSource:
     """Standard normal noise for any part of any parameter at one step."""
 
     key: str
-    """What the noise belongs to, such as a seed; equal keys draw equal noise."""
+    """What the noise belongs to, such as a seed, or a `fresh_key`; equal keys draw equal noise."""
     step: int
 
     def standard_normal(self, part: LocalPart) -> Tensor:
@@ -43,12 +67,17 @@ class NoiseSource:
 
     def _block(self, part: LocalPart, block: int, *, device: torch.device) -> Tensor:
         name = f"{self.key}/{self.step}/{part.name}/{block}".encode()
-        digest = hashlib.blake2b(name, digest_size=8).digest()
-        generator = torch.Generator(device=device)
-        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+        digest = hashlib.blake2b(name, digest_size=_KEY_BYTES).digest()
         # The whole block is drawn even where less is needed: how a generator fills a tensor
         # depends on the tensor's length, which must not depend on the shard.
         size = min(BLOCK_ELEMENTS, part.num_elements - block * BLOCK_ELEMENTS)
+        if device.type == "cpu":
+            # There torch's own generator heeds 32 bits of a seed: among 100,000 blocks two would
+            # be alike, and a seed could be found by trying all.
+            bits = np.random.SFC64(int.from_bytes(digest, "little"))
+            return torch.from_numpy(np.random.Generator(bits).standard_normal(size, np.float32))
+        generator = torch.Generator(device=device)
+        generator.manual_seed(int.from_bytes(digest[:8], "little"))
         return torch.randn(size, generator=generator, device=device)
 
 

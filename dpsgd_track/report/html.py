@@ -13,6 +13,7 @@ from markupsafe import Markup
 from dpsgd_track.comparison.group import GroupComparison, iter_not_computed
 from dpsgd_track.report.charts import Chart
 from dpsgd_track.report.environment import command, environment
+from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
 
 
@@ -51,6 +52,7 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
             started=f"{started:%Y-%m-%d %H:%M} UTC",
             headings=HEADINGS,
             rows=rows(comparison),
+            guarantees=guarantees(group),
             floors=floors(comparison),
             consistency=consistency(comparison),
             not_computed=[

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from dpsgd_track.comparison.group import GroupComparison, iter_not_computed
 from dpsgd_track.report.environment import command, environment
+from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
 
 LIMIT = 65_536
@@ -47,7 +48,8 @@ def note(comparison: GroupComparison) -> str:
     verdict = f"## {_ICONS[comparison.verdict]} {comparison.verdict}"
     said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
     name = f"Group **{_prose(comparison.group.name)}**"
-    return f"{verdict}\n\n{_prose(said)}\n\n{table}\n\n{name}\n"
+    promised = [_prose(sentence) for sentence in guarantees(comparison.group)]
+    return "\n\n".join([verdict, _prose(said), table, *promised, name]) + "\n"
 
 
 def markdown(comparison: GroupComparison) -> str:

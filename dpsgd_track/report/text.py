@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpsgd_track.comparison.group import GroupComparison
+from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def summary(comparison: GroupComparison) -> str:
         _columns(("regime", "modes", "observable", "mean", "std", "max"), consistency(comparison))
         if any(regime.pairs for regime in comparison.regimes)
         else "Nothing to compare.",
+        *guarantees(comparison.group),
         f"Verdict: {comparison.verdict}",
         "\n".join(f"{mode.verdict:<12}  {mode.sentence}" for mode in comparison.modes),
         comparison.sentence,
@@ -77,6 +79,8 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
         line = Text(f"{mode.verdict:<12}  ", style=_COLOURS[mode.verdict])
         line.append(_printable(mode.sentence), style="default")
         console.print(line, soft_wrap=soft)
+    for sentence in guarantees(comparison.group):
+        console.print(Text(_printable(sentence)), soft_wrap=soft)
     verdict = Text(_printable(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
     console.print(verdict, soft_wrap=soft)
 

@@ -43,6 +43,13 @@ SCALAR_METRICS = (
 )
 """One value a step; each is a field of `Trajectory` under the same name."""
 
+EPSILON_RDP, EPSILON_PRV = "epsilon_rdp", "epsilon_prv"
+"""Metrics of a private mode's run with noise: epsilon after each step, by two accountants."""
+ACCOUNTED_SIGMA = "accounting/sigma"
+ACCOUNTED_SAMPLING_RATE = "accounting/sampling_rate"
+ACCOUNTED_STEPS = "accounting/steps"
+"""What epsilon was computed from; `privacy/accounting.py` says how steps are counted."""
+
 LAYER_WEIGHT_NORM = "layer_weight_norm/"
 LAYER_GRAD_NORM = "layer_grad_norm/"
 SAMPLE_NORM = "sample_norm/"

@@ -58,6 +58,8 @@ class ModeRun:
     """Why the run failed, as its worker reported it."""
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Last value of each."""
     trajectory: Trajectory | None = None
     trajectory_missing: str = ""
     """Why there is no trajectory, or only one rebuilt from metrics; empty when it is exact."""
@@ -243,6 +245,7 @@ def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> Mo
         reason=run.data.tags.get(names.REASON, ""),
         params=dict(run.data.params),
         tags=dict(run.data.tags),
+        metrics={name: _restored(value) for name, value in run.data.metrics.items()},
         trajectory=trajectory,
         trajectory_missing=missing,
     )

@@ -66,6 +66,11 @@ class Sample:
 class Texts(Protocol):
     """Endless texts by global index."""
 
+    @property
+    def num_samples(self) -> int | None:
+        """Texts of an epoch; None where none ever comes again."""
+        ...
+
     def text(self, index: int) -> tuple[Tokens, float]:
         """Tokens, one at least, and label: a class, or a number for a regression."""
         ...
@@ -81,6 +86,7 @@ class SyntheticText:
     num_labels: int
     is_ragged: bool = False
     """Lengths from a quarter of the sequence length to all of it, and 2 at least."""
+    num_samples: None = None
 
     def text(self, index: int) -> tuple[Tokens, float]:
         """Tokens 1 .. vocab_size - 1 (0 is padding)."""
@@ -106,6 +112,7 @@ class TokenizedText:
             require(len(found) >= fewest, "data", len(found), allowed, f"See row {row}.")
         self.tokens = [np.array(found, dtype=np.int64) for found in tokens]
         self.labels = labels
+        self.num_samples = len(labels)
         self.seed = seed
 
     def text(self, index: int) -> tuple[Tokens, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,10 +18,17 @@ from dpsgd_track.distributed.sharding import trainable_parameters
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
+from dpsgd_track.privacy.accounting import (
+    epsilon_prv,
+    epsilon_rdp,
+    poisson_history,
+    sequential_history,
+)
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.loss import LOSSES
-from dpsgd_track.privacy.noise import NoiseSource
+from dpsgd_track.privacy.noise import NoiseSource, fresh_key
+from dpsgd_track.tracking import names
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.data import (
     Slice,
@@ -74,6 +81,7 @@ class RegimeRun:
         self.parameter_names = list(trainable_parameters(model))
         self.mode = build_mode(job.mode, model, self._context())
         self.weights = measure(self.mode, self.mode.weight_parts())
+        self.noise_key = self._noise_key()
         self.max_grad_norms = regime.max_grad_norms or self._calibrate()
         self.records = [
             Recorder(
@@ -105,10 +113,39 @@ class RegimeRun:
             yield done, metrics
             _require_finite(step, metrics)
 
+    def accounting(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Each recorded step with the epsilon spent after it; none where no noise protects.
+
+        RDP's epsilon is there at every step. PRV's is there after 1, 2, 4, 8, ... steps and the
+        last, unless it would take too long.
+        """
+        sigma, job = self.mode.context.privacy.noise_multiplier, self.job
+        if sigma == 0 or not is_private(job.mode):
+            return
+        slicer = self.slicer
+        done = [row["step"] + 1 for row in self.records[0].rows]
+        for num_steps in done:
+            step_is = sigma, num_steps, slicer.expected_batch_size
+            if slicer.population is None:
+                history = sequential_history(*step_is, slicer.dataset.texts.num_samples)
+            else:
+                history = poisson_history(*step_is, slicer.population)
+            ((_, sampling_rate, steps),) = history
+            metrics = {
+                names.EPSILON_RDP: epsilon_rdp(history, job.delta),
+                names.ACCOUNTED_SIGMA: sigma,
+                names.ACCOUNTED_SAMPLING_RATE: sampling_rate,
+                names.ACCOUNTED_STEPS: float(steps),
+            }
+            if num_steps == done[-1] or num_steps.bit_count() == 1:
+                prv = epsilon_prv(history, job.delta)
+                metrics |= {} if prv is None else {names.EPSILON_PRV: prv}
+            yield num_steps - 1, metrics
+
     def _step(self, step: int) -> Step:
         mode, clock = self.mode, StepClock(self.device)
         share = self.slicer.slice(step)
-        source = NoiseSource(self._noise_key(), step)
+        source = NoiseSource(self.noise_key, step)
         mode.set_max_grad_norm(self.max_grad_norms[step])
         with clock.running():
             records = self._accumulate(share, step)
@@ -188,8 +225,11 @@ class RegimeRun:
 
     def _noise_key(self) -> str:
         # Matched noise is common to all modes; a mode's own is its own.
-        owner = "common" if self.regime.noise_matched else self.job.mode
-        return f"{self.job.seed}/{owner}"
+        if self.regime.noise_matched:
+            return f"{self.job.seed}/common"
+        if self.job.noise_from == "os":
+            return fresh_key(None, self.device)
+        return f"{self.job.seed}/{self.job.mode}"
 
     def _layer_norm_steps(self) -> frozenset[int]:
         last = self.regime.num_iter - 1

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from dpsgd_track.config import CLIP, JobConfig
+from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import TrackingError
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
 from dpsgd_track.tracking.writer import BatchWriter
@@ -99,8 +100,20 @@ class Worker:
         finally:
             self.is_leaving.set()
             self._leave_trajectories(number, folder, run)
+            epsilon = self._log_epsilon(number, run)
         self.is_leaving.clear()
-        self._progress(number, "end", regime.num_iter - 1, None)
+        self._progress(number, "end", regime.num_iter - 1, None, epsilon)
+
+    def _log_epsilon(self, number: int, run: RegimeRun) -> float | None:
+        """Log what each step has spent; returns the last epsilon. Rank 0 alone computes it.
+
+        Done once the steps are over, since the other ranks' clocks would see rank 0 compute.
+        """
+        epsilon = None
+        for step, metrics in run.accounting() if self.rank == 0 else ():
+            self._log(number, step, metrics, is_global=True)
+            epsilon = metrics.get(names.EPSILON_PRV, metrics[names.EPSILON_RDP])
+        return epsilon
 
     def _log(self, number: int, step: int, metrics: dict[str, float], *, is_global: bool) -> None:
         run_id = self._run_id(number, is_global=is_global)
@@ -129,7 +142,14 @@ class Worker:
             return None
         return self.job.run_ids[number] if is_global else self.job.rank_run_ids[number][self.rank]
 
-    def _progress(self, number: int, event: str, step: int, loss: float | None) -> None:
+    def _progress(
+        self,
+        number: int,
+        event: str,
+        step: int,
+        loss: float | None,
+        epsilon: float | None = None,
+    ) -> None:
         if self.rank != 0:
             return
         line = {
@@ -138,6 +158,7 @@ class Worker:
             "step": step,
             "num_iter": self.job.regimes[number].num_iter,
             "loss": loss,
+            "epsilon": epsilon,
         }
         with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -212,12 +233,13 @@ def _flush_when_told_to_stop(worker: Worker, is_done: threading.Event) -> None:
 PRELOADED = (
     "dpsgd_track.modes.composed",
     "dpsgd_track.modes.reference",
+    "opacus.accountants",
     "mlflow.entities",
     "mlflow.store.tracking.sqlalchemy_store",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
 )
-"""What most jobs import later. Opacus is left to the one mode that needs it."""
+"""What most jobs import later."""
 
 
 def preload() -> None:
