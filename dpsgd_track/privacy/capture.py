@@ -52,7 +52,8 @@ class Capture:
         self.norm_rule = norm_rule
         self.keep = keep
         self.layers = find_layers(model)
-        self.parameter_names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+        """Whole shape of each trainable parameter."""
         self.num_samples: int | None = None
         """Samples of the micro-batch at hand; None outside of one."""
         self._has_foreign_leaves: bool | None = None
@@ -99,15 +100,15 @@ class Capture:
         """A second backward over the same graph; clipped sums are put as they are formed."""
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
-            put(name, clipped_sum(terms, clip_factor_B))
+            put(name, clipped_sum(terms, clip_factor_B).view(self.shapes[name]))
 
         self._run(loss_B, settle, retain_graph=False)
 
     def put_kept_sums(self, clip_factor_B: Tensor, put: Put) -> None:
         """Clipped sums from what the backward for norms kept, the last parameters' first."""
-        for name in reversed(self.parameter_names):
+        for name, shape in reversed(self.shapes.items()):
             if name in self._kept:
-                put(name, clipped_sum(self._kept.pop(name), clip_factor_B))
+                put(name, clipped_sum(self._kept.pop(name), clip_factor_B).view(shape))
 
     def open_call(self, layer: Layer, x: Tensor | None = None) -> bool:
         """A call of `layer` begins; False where a checkpoint only repeats one.

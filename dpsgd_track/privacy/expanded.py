@@ -10,6 +10,7 @@ vectorised is run sample by sample, which is the same definition.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,80 +63,101 @@ class _EachSample:
     def __init__(self, layer: Layer, plain: Forward) -> None:
         self.layer, self.plain = layer, plain
         self.shell = _Shell(layer.module, plain)
-        self.is_verified = False
         self.is_vectorised = True
+        self.sample_dims: list[int] = []
+        """Dimension of the samples in each output tensor, from the first batch of several."""
 
     def __call__(self, copies: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-        if not self.is_verified:
+        num_samples = len(next(iter(copies.values())))
+        if num_samples == 1:
+            return self._one({name: copy[0] for name, copy in copies.items()}, args, kwargs)
+        if not self.sample_dims:
             self._verify(copies, args, kwargs)
-        return self._run(copies, args, kwargs)
+        found, structure = self._run(copies, args, kwargs)
+        dims = iter(self.sample_dims)
+        joined = [_joined(x, next(dims)) if isinstance(x, Tensor) else x for x in found]
+        return pytree.tree_unflatten(joined, structure)
 
-    def _run(self, copies: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    def _one(self, copy: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        named = {f"inner.{name}": value for name, value in copy.items()}
+        return torch.func.functional_call(self.shell, named, args, kwargs)
+
+    def _run(self, copies: dict[str, Tensor], args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+        """Outputs for each sample, tensors stacked along a new dimension 0, and their structure."""
         num_samples = len(next(iter(copies.values())))
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        is_batched = [isinstance(x, Tensor) and x.shape[:1] == (num_samples,) for x in leaves]
+        in_dims = [_sample_dim(leaf, num_samples) for leaf in leaves]
+        out_structure: list[Any] = []
 
-        def one(copy: dict[str, Tensor], leaves: list[Any]) -> Any:
+        def one(copy: dict[str, Tensor], leaves: list[Any]) -> list[Any]:
             alone = [
-                leaf.unsqueeze(0) if batched else leaf
-                for leaf, batched in zip(leaves, is_batched, strict=True)
+                leaf if dim is None else leaf.unsqueeze(0)
+                for leaf, dim in zip(leaves, in_dims, strict=True)
             ]
-            args, kwargs = pytree.tree_unflatten(alone, structure)
-            named = {f"inner.{name}": value for name, value in copy.items()}
-            return torch.func.functional_call(self.shell, named, args, kwargs)
+            found, out = pytree.tree_flatten(
+                self._one(copy, *pytree.tree_unflatten(alone, structure))
+            )
+            out_structure.append(out)
+            return found
 
         if self.is_vectorised:
             try:
-                in_dims = (0, [0 if batched else None for batched in is_batched])
-                found = torch.vmap(one, in_dims, randomness="different")(copies, leaves)
-                return pytree.tree_map(self._joined, found)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
+                    mapped = torch.vmap(one, (0, in_dims), randomness="different")
+                    return mapped(copies, leaves), out_structure[0]
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 self.is_vectorised = False
                 reason = str(error).splitlines()[0]
                 _logger.warning("%s runs sample by sample: %s", self.layer.fqn, reason)
-        found = [
+        out_structure.clear()
+        rows = [
             one(
                 {name: copy[i] for name, copy in copies.items()},
-                [x[i] if batched else x for x, batched in zip(leaves, is_batched, strict=True)],
+                [leaf if d is None else leaf[i] for leaf, d in zip(leaves, in_dims, strict=True)],
             )
             for i in range(num_samples)
         ]
-        return pytree.tree_map(
-            lambda *outputs: (
-                self._joined(torch.stack(outputs)) if isinstance(outputs[0], Tensor) else outputs[0]
-            ),
-            *found,
-        )
-
-    def _joined(self, output: Tensor) -> Tensor:
-        """[B, 1, ...] -> [B, ...]."""
-        if output.dim() < 2 or output.shape[1] != 1:
-            raise ValueError(
-                f"{self.layer.fqn}: expected outputs with the sample in dimension 0, got shape "
-                f"{tuple(output.shape[1:])} for one sample. Freeze the module, or give it a rule."
-            )
-        return output.flatten(0, 1)
+        columns = zip(*rows, strict=True)
+        stacked = [torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
+        return stacked, out_structure[0]
 
     @torch.no_grad()
     def _verify(self, copies: dict[str, Tensor], args: Any, kwargs: Any) -> None:
-        """Hold one mapped forward against the plain one: samples must not see each other."""
+        """Hold one mapped forward against the plain one: samples must not see each other.
+
+        Raises:
+            ValueError: they do.
+        """
         module = self.layer.module
         was_training = {m: m.training for m in module.modules()}
         module.eval()
         try:
-            mapped = self._run(copies, args, kwargs)
-            plain = self.plain(*args, **kwargs)
+            mapped, _ = self._run(copies, args, kwargs)
+            plain = pytree.tree_leaves(self.plain(*args, **kwargs))
         finally:
             for m, training in was_training.items():
                 m.training = training
-        for a, b in zip(pytree.tree_leaves(mapped), pytree.tree_leaves(plain), strict=True):
-            if isinstance(a, Tensor) and not _is_close(a, b):
+        for found, wanted in zip(mapped, plain, strict=True):
+            if not isinstance(found, Tensor):
+                continue
+            fitting = [d for d in range(found.dim() - 1) if _is_close(_joined(found, d), wanted)]
+            if not fitting:
                 raise ValueError(
                     f"{self.layer.fqn}: expected a module that treats each sample by itself, got "
                     "other outputs for a batch than for its samples one at a time. "
                     "Freeze the module, or give it a rule."
                 )
-        self.is_verified = True
+            self.sample_dims.append(fitting[0])
+
+
+def _sample_dim(leaf: object, num_samples: int) -> int | None:
+    return 0 if isinstance(leaf, Tensor) and leaf.shape[:1] == (num_samples,) else None
+
+
+def _joined(output: Tensor, dim: int) -> Tensor:
+    """Samples [B, ...], each with a dimension `dim` of 1, as one batch along that dimension."""
+    return output.movedim(0, dim).flatten(dim, dim + 1)
 
 
 class _Shell(nn.Module):

@@ -61,7 +61,10 @@ class _FusedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight_PD)
         ctx.capture, ctx.layer = capture, layer
-        return F.linear(x, weight_PD, bias)
+        y = F.linear(x.flatten(0, -2), weight_PD, bias)
+        # Not a view, which what follows might want to change in place.
+        whole: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight_PD)))
+        return whole
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,6 +8,9 @@ its terms are joined before a norm is taken: norms do not add up, gradients do.
 - `Rows`: rows of a table, of an embedding. Only the rows that were looked up are held.
 - `Dense`: the per-sample gradients themselves, [B, *parameter].
 
+Elements are in the parameter's order, but its dimensions may be flattened: a convolution's weight
+is an `Outer` of [P, everything else].
+
 Shapes: B samples, T positions, D inputs, P outputs, V rows.
 """
 
@@ -86,11 +89,11 @@ class Dense:
     """Per-sample gradients."""
 
     grad_B: Tensor
-    """[B, *parameter]"""
+    """[B, *parameter], or its elements in that order"""
 
     def norm_sq(self, outer_norm: OuterNorm) -> Tensor:
         """Squared norm of the gradients as they are stored, [B]."""
-        flat = self.grad_B.flatten(1)
+        flat = self.grad_B.reshape(len(self.grad_B), -1)
         norm = torch.linalg.vector_norm(flat, dim=1, dtype=accumulation_dtype(flat))
         return norm.square()
 
@@ -116,8 +119,8 @@ def join(terms: Sequence[Term]) -> tuple[Term, ...]:
     outers = [term for term in terms if isinstance(term, Outer)]
     rows = [term for term in terms if isinstance(term, Rows)]
     if len(outers) + len(rows) < len(terms):
-        dense = [accumulation(term.materialised().grad_B) for term in terms]
-        return (Dense(torch.stack(dense).sum(dim=0)),)
+        grads = [accumulation(term.materialised().grad_B) for term in terms]
+        return (Dense(torch.stack([g.reshape(len(g), -1) for g in grads]).sum(dim=0)),)
     joined: list[Term] = []
     if outers:
         joined.append(

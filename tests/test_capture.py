@@ -1,0 +1,476 @@
+"""Whole models: what is shared, reused, unused, frozen or unknown is exact, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dpsgd_track.config import PrivacyConfig
+from dpsgd_track.modes.build import build_mode
+from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.modes.table import MODES
+from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.layers.inventory import find_layers
+
+B, T, D, V = 3, 5, 7, 9
+OURS = [
+    name
+    for name, spec in MODES.items()
+    if spec.strategy in ("two_pass", "bookkeeping") and spec.runs_on_one_device
+]
+# float64 throughout.
+TOLERANCE = 1e-10
+
+TOKENS = torch.tensor([[0, 1, 2, 1, 3], [2, 3, 2, 3, 3], [1, 1, 0, 0, 1]])
+"""Each row repeats a token; the padding index 2 is there once, twice and not at all."""
+
+
+def sum_loss(output: Tensor, target_B: Tensor) -> Tensor:
+    return output.flatten(1).sum(dim=1) * target_B
+
+
+def mode_of(name: str, model: nn.Module, max_grad_norm: float = 1.0) -> Mode:
+    context = ModeContext(
+        privacy=PrivacyConfig(
+            noise_multiplier=0.0, max_grad_norm=max_grad_norm, expected_batch_size=B
+        ),
+        device=torch.device("cpu"),
+        param_dtype=torch.float32,
+        make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        loss=sum_loss,
+    )
+    return build_mode(name, model, context)
+
+
+def batch_of(*inputs: Tensor) -> Batch:
+    return Batch({}, torch.tensor([1.0, -2.0, 0.7], dtype=torch.float64), args=inputs)
+
+
+def per_sample(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
+    """Each sample's gradient by plain autograd."""
+    found = []
+    names, parameters = zip(
+        *[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True
+    )
+    for i in range(len(batch)):
+        sample = batch.sample(i)
+        loss = sum_loss(model(*sample.args), sample.targets).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found.append(
+            {
+                n: torch.zeros_like(p) if g is None else g
+                for n, p, g in zip(names, parameters, gradients, strict=True)
+            }
+        )
+    return found
+
+
+def check(name: str, model: nn.Module, *inputs: Tensor) -> Mode:
+    """The mode's norms and clipped sum are those of plain autograd, with some samples clipped."""
+    torch.manual_seed(0)
+    model = model.double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = batch_of(*(x.double() if x.is_floating_point() else x for x in inputs))
+    expected = per_sample(copy.deepcopy(model), batch)
+    norms = torch.stack([torch.stack([g.norm() for g in e.values()]).norm() for e in expected])
+    bound = norms.median().item()
+    factors = (bound / norms).clamp(max=1)
+    assert 0 < (factors < 1).sum() < B
+    mode = mode_of(name, model, bound)
+    record = mode.accumulate(batch)
+    torch.testing.assert_close(record.norm_B, norms, rtol=TOLERANCE, atol=0)
+    clipped = mode.clipped_sum().gradients
+    assert set(clipped) == set(expected[0])
+    for parameter, found in clipped.items():
+        grads = torch.stack([e[parameter] for e in expected])
+        total = torch.tensordot(factors, grads, dims=1)
+        torch.testing.assert_close(found, total, rtol=TOLERANCE, atol=1e-10)
+        by_parameter = (record.norm_by_parameter_B or {}).get(parameter)
+        want = grads.reshape(B, -1).norm(dim=1)
+        if by_parameter is None:
+            assert not want.any()
+        else:
+            torch.testing.assert_close(by_parameter, want, rtol=TOLERANCE, atol=1e-10)
+    return mode
+
+
+class _Twice(nn.Module):
+    """One linear layer used twice, a shared position index, and layers that are not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(V, D, padding_idx=2)
+        self.positions = nn.Embedding(T, D)
+        self.mix = nn.Linear(D, D)
+        self.never_called = nn.Linear(D, D)
+        self.called_in_vain = nn.Linear(D, D)
+        self.head = nn.Linear(D, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1]).unsqueeze(0)
+        h = self.tokens(tokens) + self.positions(positions)
+        self.called_in_vain(h)
+        h = torch.tanh(self.mix(torch.tanh(self.mix(h))))
+        y: Tensor = self.head(h)
+        return y
+
+
+class _Tied(nn.Module):
+    """Input and output embeddings share a table; so do two linear layers, and a norm and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(V, D, padding_idx=2)
+        self.left, self.right = nn.Linear(D, D), nn.Linear(D, D)
+        self.right.weight = self.left.weight
+        self.norm = nn.LayerNorm(D)
+        self.right.bias = self.norm.bias
+        self.head = nn.Linear(D, V, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.tokens(tokens)
+        h = self.norm(torch.tanh(self.left(h)) + self.right(h))
+        y: Tensor = self.head(h).softmax(dim=-1).square()
+        return y
+
+
+class _Bare(nn.Module):
+    """Bare parameters, of every shape in which models hold them."""
+
+    def __init__(self, *, is_leaf: bool = True) -> None:
+        super().__init__()
+        self.cls = nn.Parameter(torch.zeros(1, 1, D))
+        self.positions = nn.Parameter(torch.zeros(1, T + 1, D))
+        self.gain = nn.Parameter(torch.ones(D))
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.project = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.cls.expand(len(x), -1, -1), self.project(x)], dim=1)
+        return torch.tanh((x + self.positions) * self.gain) / self.temperature
+
+
+class _Branching(nn.Module):
+    """Looks at values, which cannot be vectorised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [row * (self.scale if row.sum() > 0 else self.scale.square()) for row in x]
+        return torch.stack(rows)
+
+
+class _Adapted(nn.Module):
+    """LoRA: only the adapters are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(V, D)
+        self.base = nn.Linear(D, D)
+        self.down, self.up = nn.Linear(D, 2, bias=False), nn.Linear(2, D, bias=False)
+        self.head = nn.Linear(D, 1)
+        for module in (self.tokens, self.base, self.head):
+            module.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = torch.tanh(self.base(self.tokens(tokens)))
+        h = torch.tanh(self.base(h) + self.up(self.down(h)))
+        y: Tensor = self.head(torch.tanh(self.base(h) + self.up(self.down(h))))
+        return y
+
+
+class _AdaptedAfterLeaf(_Adapted):
+    """The same where the frozen embedding's output asks for gradients, as checkpoints need."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        handle = self.tokens.register_forward_hook(lambda m, a, y: y.requires_grad_())
+        try:
+            return super().forward(tokens)
+        finally:
+            handle.remove()
+
+
+def _then_head(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(*modules, nn.Linear(D, 2))
+
+
+PICTURE = torch.randn(B, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(B, T, D, generator=torch.Generator().manual_seed(2))
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "reused-unused": (_Twice, TOKENS),
+    "tied": (_Tied, TOKENS),
+    "bare-parameters": (lambda: _then_head(_Bare()), ROWS),
+    "cannot-be-vectorised": (lambda: _then_head(nn.Linear(D, D), _Branching()), ROWS),
+    "adapters": (_Adapted, TOKENS),
+    "adapters-after-leaf": (_AdaptedAfterLeaf, TOKENS),
+    "recurrent": (
+        lambda: nn.Sequential(nn.Linear(D, D), _First(nn.GRU(D, 4, batch_first=True))),
+        ROWS,
+    ),
+    "attention": (lambda: _then_head(_SelfAttention()), ROWS),
+    "pictures": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.ReLU(inplace=True),
+            nn.GroupNorm(2, 4),
+            nn.Conv2d(4, 4, 3, groups=4),
+            nn.Flatten(),
+            nn.Linear(16, 2),
+        ),
+        PICTURE,
+    ),
+    "transposed-convolution": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 1, 7)),
+        PICTURE,
+    ),
+    "biases-alone": (lambda: _only_biases(_then_head(nn.Linear(D, D), nn.Tanh())), ROWS),
+}
+
+
+class _First(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)[0]
+        return y
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+def _only_biases(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    return model
+
+
+@pytest.mark.parametrize("mode", OURS)
+@pytest.mark.parametrize("model", MODELS)
+def test_norms_and_clipped_sums_equal_autograd(model: str, mode: str) -> None:
+    make, inputs = MODELS[model]
+    check(mode, make(), inputs)
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_a_mode_leaves_no_gradient_behind(mode: str) -> None:
+    trained = check(mode, _Twice(), TOKENS)
+    assert all(p.grad is None for p in trained.model.parameters())
+    trained.zero_grad()
+    assert not any(g.any() for g in trained.clipped_sum().gradients.values())
+
+
+@pytest.mark.parametrize("mode", OURS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_are_exact_or_refused(mode: str, use_reentrant: bool) -> None:
+    class Checkpointed(_Twice):
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = self.tokens(tokens)
+            for _ in range(2):
+                h = checkpoint(self._block, h, use_reentrant=use_reentrant)
+            y: Tensor = self.head(h)
+            return y
+
+        def _block(self, h: Tensor) -> Tensor:
+            return torch.tanh(self.mix(torch.tanh(self.mix(h))))
+
+    if not use_reentrant:
+        check(mode, Checkpointed(), TOKENS)
+        return
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        check(mode, Checkpointed(), TOKENS)
+
+
+def test_a_checkpoint_still_frees_the_inputs_of_its_layers() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(D, 1000), nn.Linear(1000, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.second(torch.tanh(self.first(x)))
+            return y
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+            self.wide: list[Any] = []
+            self.block.second.register_forward_pre_hook(self._note)
+
+        def _note(self, module: nn.Module, args: tuple[Tensor]) -> None:
+            # The storage's size is looked up later; holding the tensor would keep it alive.
+            import weakref
+
+            self.wide.append(weakref.ref(args[0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(self.block, x, use_reentrant=False)
+            self.is_freed = self.wide[-1]() is None
+            return y
+
+    model = Model()
+    mode_of("flash", model).accumulate(Batch({}, torch.ones(B), args=(ROWS,)))
+    assert model.is_freed
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_dropout_is_drawn_once_for_all_backwards(mode: str) -> None:
+    model = _then_head(nn.Linear(D, 50), nn.Dropout(0.5), _Bare50(), nn.Linear(50, D)).double()
+    trained = mode_of(mode, model, 1e9)
+    for sample in range(B):
+        # With one sample and nothing clipped, the sum is what the norm is of.
+        record = trained.accumulate(batch_of(ROWS.double()).sample(sample))
+        summed = torch.stack([g.norm() for g in trained.clipped_sum().gradients.values()]).norm()
+        torch.testing.assert_close(summed, record.norm_B[0])
+        trained.zero_grad()
+
+
+class _Bare50(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(50))
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dropout(x) * self.gain
+        return y
+
+
+def test_modules_without_a_rule_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(_Bare(), nn.Linear(D, 2)).double()
+    mode = mode_of("flash_bk", model)
+    for _ in range(2):
+        mode.accumulate(batch_of(ROWS.double()))
+    (said,) = caplog.messages
+    assert said.startswith("0 (_Bare) has no rule of its own")
+
+
+class _Transposing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+class _Functional(nn.Module):
+    """Uses its table a second time behind the back of the module that owns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(V, D)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.tokens(tokens), self.tokens.weight)
+
+
+class _Centred(nn.Module):
+    """A bare parameter, and outputs that depend on the other samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(dim=0)) * self.gain
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls = nn.Parameter(torch.zeros(1, 1, D))
+        self.blocks = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.cls
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    "samples-elsewhere": (_Transposing, ROWS, r"inner: expected inputs of 3 samples"),
+    "functional-use": (_Functional, TOKENS, r"Used in other ways too: tokens\.weight"),
+    "mixed-samples": (lambda: _then_head(_Centred()), ROWS, r"0: .* treats each sample by itself"),
+    "batch-norm": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)),
+        PICTURE,
+        r"1 \(BatchNorm2d mixes the samples",
+    ),
+    "bare-parameter-among-blocks": (_Blocks, ROWS, r"cls \(of _Blocks, which also holds"),
+}
+
+
+@pytest.mark.parametrize("mode", ["flash", "flash_fuse_bk"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_not_be_exact_is_refused_by_name(name: str, mode: str) -> None:
+    make, inputs, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        mode_of(mode, make()).accumulate(Batch({}, torch.ones(B), args=(inputs,)))
+
+
+def test_frozen_layers_need_no_rule() -> None:
+    model = _Blocks()
+    model.cls.requires_grad_(False)
+    assert [layer.fqn for layer in find_layers(model)] == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_a_backward_of_another_loss_is_refused(mode: str) -> None:
+    model = _Twice().double()
+    trained = mode_of(mode, model)
+    trained.accumulate(batch_of(TOKENS))
+    model(TOKENS).sum().backward()
+    with pytest.raises(RuntimeError, match="it is not clipped"):
+        trained.clipped_sum()
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_a_change_in_place_of_what_a_layer_read_is_an_error(mode: str) -> None:
+    class Spoiling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.enter(x)
+            y: Tensor = self.leave(h)
+            h.mul_(2)
+            return y
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        mode_of(mode, Spoiling()).accumulate(Batch({}, torch.ones(B), args=(ROWS,)))
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_an_empty_batch_adds_nothing_and_trains_on(mode: str) -> None:
+    model = _Twice().double()
+    trained = mode_of(mode, model)
+    record = trained.accumulate(Batch({}, torch.ones(0), args=(TOKENS[:0],)))
+    assert (len(record.loss_B), len(record.norm_B)) == (0, 0)
+    assert not any(g.any() for g in trained.clipped_sum().gradients.values())
+    trained.accumulate(batch_of(TOKENS))
+    assert any(g.any() for g in trained.clipped_sum().gradients.values())
