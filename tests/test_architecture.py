@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"config"},
     "privacy": {"config", "distributed", "kernels"},
     "modes": {"config", "distributed", "privacy"},
+    "library": {"config", "distributed", "modes", "privacy"},
     "tracking": {"config"},
     "training": {"config", "distributed", "kernels", "modes", "privacy", "tracking"},
     "launcher": {"config", "modes", "tracking", "training"},

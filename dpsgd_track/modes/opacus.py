@@ -13,7 +13,6 @@ from typing import Any
 
 import opacus
 import torch
-import torch.distributed as dist
 from opacus.grad_sample import get_gsm_class
 from opacus.utils.fsdp_utils import FSDP2Wrapper
 from opacus.validators.errors import UnsupportedModuleError
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpsgd_track.config import require
+from dpsgd_track.distributed.ranks import world_size
 from dpsgd_track.distributed.sharding import (
     as_sharded,
     local_part,
@@ -51,7 +51,7 @@ class OpacusMode(Mode):
             ValueError: Opacus has no such mode, does not run it here, or refuses the model.
         """
         super().__init__(context)
-        self.world_size = dist.get_world_size()
+        self.world_size = world_size()
         self.is_sharded = "fsdp" in grad_sample_mode
         _check(grad_sample_mode, self.is_sharded, context)
         self.model = self.shard(model) if self.is_sharded else model
@@ -281,9 +281,9 @@ def _check(grad_sample_mode: str, is_sharded: bool, context: ModeContext) -> Non
         )
         return
     require(
-        dist.get_world_size() == 1,
+        world_size() == 1,
         "nproc_per_node",
-        dist.get_world_size(),
+        world_size(),
         f"1 for Opacus's {grad_sample_mode}",
         "Of Opacus's modes, ghost_fsdp runs on several ranks.",
     )

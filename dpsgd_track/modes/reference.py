@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from dpsgd_track.distributed.ranks import sum_over_ranks
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.dropout import only
@@ -82,7 +82,7 @@ class ReferenceMode(Mode):
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+            sum_over_ranks(parameter.grad)
         return super().clipped_sum()
 
 

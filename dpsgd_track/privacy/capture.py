@@ -110,6 +110,13 @@ class Capture:
             if name in self._kept:
                 put(name, clipped_sum(self._kept.pop(name), clip_factor_B).view(shape))
 
+    def note_parameters(self, layer: Layer) -> None:
+        """A call of `layer` is about to begin, and its parameters are where it will find them."""
+        if self._has_foreign_leaves is None and self.is_capturing and not _is_in_backward():
+            parameters = dict(layer.module.named_parameters())
+            for local, name in layer.names.items():
+                self._parameter_edges[get_gradient_edge(parameters[local]).node, name] += 1
+
     def open_call(self, layer: Layer, x: Tensor | None = None) -> bool:
         """A call of `layer` begins; False where a checkpoint only repeats one.
 
@@ -126,10 +133,6 @@ class Capture:
                 f"shape {tuple(x.shape)}. Per-sample gradients of this layer cannot be told apart."
             )
         self._num_uses.update(layer.names.values())
-        if self._has_foreign_leaves is None:
-            parameters = dict(layer.module.named_parameters())
-            for local, name in layer.names.items():
-                self._parameter_edges[get_gradient_edge(parameters[local]).node, name] += 1
         return True
 
     def close_call(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
@@ -162,6 +165,9 @@ class Capture:
     def watch(self, layer: Layer) -> None:
         """Capture every later call of the layer through hooks on its module."""
 
+        def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.note_parameters(layer)
+
         def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, y: Tensor) -> None:
             if not self.is_capturing:
                 return
@@ -175,6 +181,7 @@ class Capture:
 
         if isinstance(layer.module, nn.Embedding):
             layer.module.register_forward_pre_hook(self._expand_shared_index)
+        layer.module.register_forward_pre_hook(before_forward)
         layer.module.register_forward_hook(after_forward, with_kwargs=True)
 
     def _close_held(self, layer: Layer, held: Callable[[], Tensor], dy: Tensor) -> None:

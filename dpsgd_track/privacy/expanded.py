@@ -43,6 +43,7 @@ def expand(capture: Capture, layer: Layer) -> None:
             name: parameters[name].expand(capture.num_samples, *parameters[name].shape)
             for name in layer.names
         }
+        capture.note_parameters(layer)
         if capture.open_call(layer):
             for name, copy in copies.items():
                 _report(capture, layer, name, copy)

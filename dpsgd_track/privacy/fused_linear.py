@@ -33,6 +33,7 @@ def fuse(capture: Capture, layer: Layer) -> None:
         if not capture.is_capturing:
             output: Tensor = plain(x)
             return output
+        capture.note_parameters(layer)
         is_open = capture.open_call(layer, x)
         weight_PD = module.weight if layer.rule is linear else module.weight.T
         # A backward runs through a function only towards an input that it has to reach.

@@ -1,0 +1,41 @@
+"""A training loop made private: what changes is marked.
+
+Run it: python examples/private_loop.py
+"""
+
+import torch
+from torch import nn
+
+import dpsgd_track
+
+NUM_SAMPLES, BATCH_SIZE, NUM_STEPS = 2000, 100, 100
+
+torch.manual_seed(0)
+x = torch.randn(NUM_SAMPLES, 16)
+y = (x[:, :4].sum(dim=1) > 0).long()
+
+model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.LayerNorm(32), nn.Linear(32, 2))
+optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
+
+private = dpsgd_track.make_private(  # new
+    model,
+    optimizer,
+    noise_multiplier=1.0,
+    max_grad_norm=1.0,
+    expected_batch_size=BATCH_SIZE,
+    sample_rate=BATCH_SIZE / NUM_SAMPLES,
+)
+
+for step in range(NUM_STEPS):
+    # Poisson sampling: each sample is taken or not by itself, so batches differ in size.
+    taken = torch.rand(NUM_SAMPLES) < BATCH_SIZE / NUM_SAMPLES
+    loss = private.backward(x[taken], y[taken])  # in place of loss.backward()
+    optimizer.step()  # as before; the noise is added here
+    if step % 20 == 19:
+        epsilon = private.epsilon(delta=1e-5)
+        print(
+            f"step {step + 1}: loss {loss.mean().item():.3f}, epsilon {epsilon:.2f} at delta 1e-5"
+        )
+
+accuracy = (model(x).argmax(dim=1) == y).float().mean().item()
+print(f"accuracy {accuracy:.0%}")

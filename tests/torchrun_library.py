@@ -1,0 +1,96 @@
+"""Run by torch.distributed.run with two ranks: a loop of one's own under FSDP2, wrapped variously.
+
+Usage: torchrun_library.py OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from model_zoo import batch, build
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from dpsgd_track import make_private
+
+SIZES = {0: [4, 0], 1: [1, 3]}
+SETTINGS: dict[str, Any] = {
+    "loss": "causal-lm",
+    "noise_multiplier": 0.7,
+    "max_grad_norm": 2.0,
+    "expected_batch_size": 8,
+    "seed": 1,
+}
+
+
+def _wrapped(wrapping: str) -> nn.Module:
+    model: Any = build("tied-gpt2")
+    if wrapping == "root":
+        fully_shard(model)
+    elif wrapping == "every layer":
+        for block in model.transformer.h:
+            for part in (block.attn, block.mlp, block.ln_1):
+                fully_shard(part)
+            fully_shard(block)
+        fully_shard(model)
+    return model
+
+
+def _loop(mode: str, wrapping: str) -> Tensor:
+    model = _wrapped(wrapping)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    private = make_private(model, optimizer, mode=mode, **SETTINGS)
+    for step in range(2):
+        for number, size in enumerate(SIZES[dist.get_rank()]):
+            part = batch("tied-gpt2", size, seed=100 * step + 10 * number + dist.get_rank())
+            private.backward(part.inputs, part.targets)
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole])
+
+
+def _unprepared(*, is_mixed: bool) -> str:
+    model = build("tied-gpt2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    private = make_private(model, optimizer, mode="flash_fsdp", **SETTINGS)
+    part = batch("tied-gpt2", 3, seed=1)
+    if is_mixed:
+        private.backward(part.inputs, part.targets)
+    model(**part.inputs).logits.sum().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "took a step"
+
+
+def main(output: str) -> None:
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    wanted = _loop("flash_fsdp", "by block")
+    distance = {
+        f"{mode}, {wrapping}": ((_loop(mode, wrapping) - wanted).norm() / wanted.norm()).item()
+        for mode in ("flash_fsdp", "flash_fsdp_bk", "flash_fsdp_fuse", "flash_fsdp_fuse_bk")
+        for wrapping in ("root", "every layer")
+    }
+    found = {
+        "distance": distance,
+        "unprepared": _unprepared(is_mixed=False),
+        "mixed": _unprepared(is_mixed=True),
+    }
+    if dist.get_rank() == 0:
+        Path(output).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
