@@ -109,6 +109,7 @@ def test_each_row_of_a_text_comes_once_an_epoch() -> None:
     epochs = [[int(data.text(e * n + i)[0][0]) for i in range(n)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(n))
     assert epochs[0] != epochs[1]
+    assert data.num_samples == n
     assert text.label_names == ("law", "verse")
 
 
