@@ -38,7 +38,7 @@ from dpsgd_track.training.model import build_model
 from dpsgd_track.training.model_source import presets, resolve_model
 from dpsgd_track.training.observe import linear_layer_names, weights_digest
 from dpsgd_track.training.preflight import check_inputs
-from dpsgd_track.training.text_source import read_text
+from dpsgd_track.training.text_source import population_of, read_text
 
 CPU = torch.device("cpu")
 
@@ -142,6 +142,12 @@ def test_every_rank_cuts_as_many_micro_batches_with_the_same_inputs_and_types() 
             assert {len(t) for t in batch.inputs.values()} == {len(batch)}
     assert len(seen) == 1
     assert {len(_poisson(3, 2, 2, 12).slice(step).batches) for step in range(60)} == {1, 2}
+
+
+def test_poisson_sampling_draws_from_all_rows_of_a_text() -> None:
+    assert population_of(DataConfig(source="public-domain", sampling="poisson")) == 64
+    assert population_of(DataConfig(sampling="poisson", dataset_size=7)) == 7
+    assert population_of(DataConfig()) is None
 
 
 def test_ragged_samples_have_every_length_from_a_quarter_to_the_whole() -> None:
