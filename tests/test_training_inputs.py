@@ -236,7 +236,7 @@ def test_every_part_of_a_sample_is_in_its_digest() -> None:
 
 
 def test_a_text_of_one_token_is_refused_where_each_token_predicts_the_next() -> None:
-    with pytest.raises(ValueError, match="expected 2 tokens or more in every text"):
+    with pytest.raises(ValueError, match=r"data='row 2': expected 2 tokens or more"):
         TokenizedText([[1, 2], [3]], [0, 1], seed=0, fewest=2)
 
 
@@ -430,6 +430,16 @@ def test_dropout_is_off_unless_asked_for() -> None:
 
     assert rates(False) == {0.0}
     assert rates(True) == {0.1}
+
+
+@pytest.mark.parametrize("token", [None, -1])
+def test_a_model_without_a_padding_token_pads_with_zero(tmp_path: Path, token: int | None) -> None:
+    model: Any = build_model(ModelConfig(name="gpt2-tiny"), num_labels=2, seed=0, device=CPU)
+    model.config.pad_token_id = token
+    model.save_pretrained(tmp_path)
+    saved = ModelConfig(name=str(tmp_path))
+    loaded: Any = build_model(saved, num_labels=2, seed=0, device=CPU)
+    assert loaded.config.pad_token_id == 0
 
 
 def test_a_tied_head_is_not_listed_as_a_layer_of_its_own() -> None:
