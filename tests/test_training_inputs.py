@@ -38,7 +38,7 @@ from dpsgd_track.training.model import build_model
 from dpsgd_track.training.model_source import presets, resolve_model
 from dpsgd_track.training.observe import linear_layer_names, weights_digest
 from dpsgd_track.training.preflight import check_inputs
-from dpsgd_track.training.text_source import read_text
+from dpsgd_track.training.text_source import population_of, read_text
 
 CPU = torch.device("cpu")
 
@@ -145,6 +145,12 @@ def test_every_rank_cuts_as_many_micro_batches_with_the_same_inputs_and_types() 
     assert {len(_poisson(3, 2, 2, 12).slice(step).batches) for step in range(60)} == {1, 2}
 
 
+def test_poisson_sampling_draws_from_all_rows_of_a_text() -> None:
+    assert population_of(DataConfig(source="public-domain", sampling="poisson")) == 64
+    assert population_of(DataConfig(sampling="poisson", dataset_size=7)) == 7
+    assert population_of(DataConfig()) is None
+
+
 def test_ragged_samples_have_every_length_from_a_quarter_to_the_whole() -> None:
     data = _dataset(seq_length=16, is_ragged=True)
     lengths = {int(data.sample(i).attention_mask.sum()) for i in range(400)}
@@ -231,7 +237,7 @@ def test_every_part_of_a_sample_is_in_its_digest() -> None:
 
 
 def test_a_text_of_one_token_is_refused_where_each_token_predicts_the_next() -> None:
-    with pytest.raises(ValueError, match="expected 2 tokens or more in every text"):
+    with pytest.raises(ValueError, match=r"data='row 2': expected 2 tokens or more"):
         TokenizedText([[1, 2], [3]], [0, 1], seed=0, fewest=2)
 
 
@@ -425,6 +431,16 @@ def test_dropout_is_off_unless_asked_for() -> None:
 
     assert rates(False) == {0.0}
     assert rates(True) == {0.1}
+
+
+@pytest.mark.parametrize("token", [None, -1])
+def test_a_model_without_a_padding_token_pads_with_zero(tmp_path: Path, token: int | None) -> None:
+    model: Any = build_model(ModelConfig(name="gpt2-tiny"), num_labels=2, seed=0, device=CPU)
+    model.config.pad_token_id = token
+    model.save_pretrained(tmp_path)
+    saved = ModelConfig(name=str(tmp_path))
+    loaded: Any = build_model(saved, num_labels=2, seed=0, device=CPU)
+    assert loaded.config.pad_token_id == 0
 
 
 def test_a_tied_head_is_not_listed_as_a_layer_of_its_own() -> None:

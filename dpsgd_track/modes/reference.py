@@ -1,9 +1,9 @@
 """The oracle: one sample at a time through plain autograd.
 
-It shares no code with any other mode beyond the loss and the data: no hooks, no norm rules, no
-sharding, no reduction of theirs. Every rank holds the whole model, in float64 unless asked
-otherwise, takes its own samples, and the sums are added over ranks. In a low precision it keeps
-float32 weights and computes on rounded copies, as mixed precision does.
+It shares no code with any other mode beyond the loss, the data and dropout's masks: no hooks, no
+norm rules, no sharding, no reduction of theirs. Every rank holds the whole model, in float64 unless
+asked otherwise, takes its own samples, and the sums are added over ranks. In a low precision it
+keeps float32 weights and computes on rounded copies, as mixed precision does.
 """
 
 from __future__ import annotations

@@ -133,7 +133,10 @@ class KeyedDropout:
 
 @contextmanager
 def only(index: int) -> Iterator[None]:
-    """Within it, forwards run sample `index` of the micro-batch alone; nothing without dropout."""
+    """Within it, forwards run sample `index` of the micro-batch alone; nothing without dropout.
+
+    A backward that recomputes activations belongs inside too.
+    """
     if not _active:
         yield
         return

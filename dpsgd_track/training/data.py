@@ -109,7 +109,7 @@ class TokenizedText:
     ) -> None:
         for row, found in enumerate(tokens, start=1):
             allowed = f"{fewest} tokens or more in every text"
-            require(len(found) >= fewest, "data", len(found), allowed, f"See row {row}.")
+            require(len(found) >= fewest, "data", f"row {row}", allowed)
         self.tokens = [np.array(found, dtype=np.int64) for found in tokens]
         self.labels = labels
         self.num_samples = len(labels)

@@ -62,8 +62,8 @@ def build_model(
         # An encoder would otherwise see the token that it predicts.
         hf_config.is_decoder = True
     hf_config.use_cache = False
-    if getattr(hf_config, "pad_token_id", None) is None:
-        hf_config.pad_token_id = 0
+    # Some configurations have none, or -1, which no embedding can look up.
+    hf_config.pad_token_id = max(getattr(hf_config, "pad_token_id", None) or 0, 0)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
