@@ -122,7 +122,8 @@ FLAGGED = {
     "loss-inside-the-model": ("clipped sum", "gradient", 0.5),
     # A sum over 15 tokens in place of their mean: the contribution reaches 15 C.
     "tokens-as-samples": ("clipped sum", "grad_norm", 13.9),
-    # The two uses of one weight are counted as two weights.
+    # The two uses of one weight are counted as two weights: norms are 7 % too small to 8 % too
+    # large.
     "tied-embeddings": ("per-sample norms", "sample_norm", 0.05),
     # The first of two micro-batches is lost.
     "two-backwards": ("clipped sum", "gradient", 0.9),
@@ -191,7 +192,7 @@ def test_bfloat16_norms_of_opacus_are_rounded_to_bfloat16_and_flagged(
     assert flagged["opacus"] == {"sample_norm", "clip_factor"}
     assert not flagged["flash_fsdp"]
     assert not flagged["flash_fsdp_bk"]
-    # Measured: 3.6e-3 against 5e-4.
+    # Measured: 4.0e-3 against 4e-4.
     assert _norm_errors(outcomes, "opacus").max() > 2e-3
     for mode in OURS:
         assert _norm_errors(outcomes, mode).max() < 1e-3
