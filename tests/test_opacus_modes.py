@@ -147,6 +147,12 @@ def test_one_device_modes_refuse_several_ranks(
         build_mode("ghost", models["bert"][0], _context(1.0))
 
 
+def test_replicas_are_refused(models: Any) -> None:
+    context = replace(_context(1.0), num_replicas=2)
+    with pytest.raises(ValueError, match=r"num_replicas=2: expected 1.*FSDP2Wrapper shards over"):
+        build_mode("ghost_fsdp", models["bert"][0], context)
+
+
 def test_one_device_modes_refuse_bfloat16(models: Any) -> None:
     context = replace(_context(1.0), param_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="param_dtype='bfloat16': expected float32"):

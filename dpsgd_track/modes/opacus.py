@@ -17,13 +17,12 @@ from opacus.grad_sample import get_gsm_class
 from opacus.utils.fsdp_utils import FSDP2Wrapper
 from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpsgd_track.config import require
 from dpsgd_track.distributed.ranks import world_size
 from dpsgd_track.distributed.sharding import (
-    as_sharded,
+    LocalPart,
     local_part,
     mixed_precision,
     trainable_parameters,
@@ -238,9 +237,10 @@ class _NoiseFrom:
         name, parameter = next(self.remaining)
         if parameter.shape != reference.shape:
             raise RuntimeError(f"{name}: Opacus asked for noise in an unexpected order")
-        part = local_part(name, parameter, reference)
-        local = self.source.standard_normal(part).to(reference.dtype).mul_(std)
-        return as_sharded(local, reference) if isinstance(reference, DTensor) else local
+        # Whole, even where the parameter is sharded: what becomes of it there is Opacus's matter.
+        whole = torch.empty(reference.shape, device=reference.device)
+        part = LocalPart(name, whole, 0, whole.numel())
+        return self.source.standard_normal(part).to(reference.dtype).mul_(std)
 
 
 def grad_sample_modes() -> list[str]:

@@ -116,7 +116,7 @@ def spec_of(name: str) -> ModeSpec | None:
         name,
         "ghost" if "ghost" in mode else "materialised",
         "opacus",
-        "opacus_fsdp2" if mode.endswith("_fsdp") else "none",
+        "opacus_fsdp2" if "fsdp" in mode else "none",
         f"Opacus's grad_sample_mode {mode}",
         grad_sample_mode=mode,
     )
