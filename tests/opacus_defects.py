@@ -281,15 +281,16 @@ class _Slicer:
     """Cuts steps as the tool's own does, out of a condition's samples."""
 
     condition: Condition
+    population = None
 
     @property
-    def global_batch_size(self) -> int:
+    def expected_batch_size(self) -> int:
         return self.condition.batch_size * self.condition.micro_batches * dist.get_world_size()
 
     def slice(self, step: int) -> Slice:
         condition = self.condition
         share = condition.batch_size * condition.micro_batches
-        first = step * self.global_batch_size + dist.get_rank() * share
+        first = step * self.expected_batch_size + dist.get_rank() * share
         indices = list(range(first, first + share))
         batches = [
             condition.batch(indices[at : at + condition.batch_size], step)
@@ -328,13 +329,14 @@ class _Run(RegimeRun):
         self.parameter_names = list(trainable_parameters(model))
         context = replace(self._context(), loss=condition.loss)
         self.mode = build_mode(mode, model, context)
+        self.noise_key = self._noise_key()
         self.weights = measure(self.mode, self.mode.weight_parts())
         self.max_grad_norms = bounds or self._calibrate()
         self.records = [
             Recorder(
                 layer_names,
                 self.parameter_names,
-                self.slicer.global_batch_size,
+                self.slicer.expected_batch_size,
                 digest,
                 condition.sigma * self.max_grad_norms[0],
                 self._layer_norm_steps(),

@@ -201,9 +201,8 @@ def test_bfloat16_norms_of_opacus_are_rounded_to_bfloat16_and_flagged(
 def test_a_clipped_gradient_exceeds_c_in_bfloat16(outcomes: Outcomes) -> None:
     """All ranks hold one sample, so the gradient norm is that of its clipped gradient.
 
-    Measured: 1.0038 C. A second backward rounds anew, so that two passes of our own exceed C as
-    far as Opacus does, though their norms and factors are float32. The oracle clips the gradient
-    that it measured, and does not.
+    Measured: Opacus 1.0038 C. Its second backward starts from other losses and rounds anew. Ours
+    is the first once more, and the factors are applied where the sum is formed.
     """
     largest = {
         mode: float(
@@ -215,8 +214,9 @@ def test_a_clipped_gradient_exceeds_c_in_bfloat16(outcomes: Outcomes) -> None:
         for mode in ("opacus", *OURS, "reference (plain)")
     }
     assert largest["reference (plain)"] < 1 + 1e-6
-    for mode in ("opacus", *OURS):
-        assert 1.001 < largest[mode] < 1.008, largest
+    assert largest["opacus"] > 1.001
+    for mode in OURS:
+        assert largest[mode] < 1.0005, largest
 
 
 def test_opacus_cannot_take_an_empty_batch(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torchrun_modes
 from opacus.grad_sample import get_gsm_class
 from opacus.optimizers import optimizer
 from torch import Tensor, nn
-from torchrun_modes import MICRO
+from torchrun_modes import Spec
 
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.opacus import OpacusMode, grad_sample_modes
@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 CPU = torch.device("cpu")
+SPEC = Spec(models=["llama", "roberta"], modes=[], cut=[[3, 3]], regimes=[])
 # float32 rounding is 6e-8; sums over 17 positions and 4 layers stay well below 1e-5.
 TOLERANCE = 1e-5
 # Opacus divides C by (norm + 1e-6), which moves a clip factor by 1e-6 / norm.
@@ -37,7 +38,7 @@ MODES = ("grad_materialize", "ghost", "opacus:functorch", "opacus:ew")
 # torch's expanded weights know no product of a weight and a tensor, which an RMSNorm is.
 CASES = [
     (model, mode)
-    for model in ("llama", "bert")
+    for model in ("llama", "roberta")
     for mode in MODES
     if (model, mode) != ("llama", "opacus:ew")
 ]
@@ -54,15 +55,17 @@ def _process_group() -> Iterator[None]:
 def models() -> dict[str, Any]:
     """For each model: itself, its micro-batches and C by regime."""
     found = {}
-    for name, config in torchrun_modes._models().items():
-        model = torchrun_modes._build(config, CPU)
-        batches = torchrun_modes._batches(CPU, name == "bert")
-        found[name] = model, batches, torchrun_modes._bounds(model, batches, CPU)
+    for name in SPEC.models:
+        model = torchrun_modes._build(SPEC, name, CPU)
+        batches = torchrun_modes._batches(SPEC, name, CPU)
+        oracle = build_mode("reference", copy.deepcopy(model), _context(1e30))
+        found[name] = model, batches, torchrun_modes._bounds(oracle, batches)
     return found
 
 
 def _context(max_grad_norm: float) -> ModeContext:
-    return torchrun_modes._context(max_grad_norm, CPU, torch.float32)
+    # Both models are classifiers.
+    return torchrun_modes._context(SPEC, "llama", max_grad_norm, CPU)
 
 
 def _rows(mode: Mode, model: nn.Module, batches: list[Batch], bound: float) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def test_norms_sums_noise_and_weights_equal_the_oracle(
     models: Any, model: str, mode: str, regime: str, clipped: float
 ) -> None:
     whole, batches, bounds = models[model]
-    assert len(batches) == MICRO == 2
+    assert len(batches) == 2
     # C is set as the step loop sets it: everything Opacus keeps it in must follow.
     built = build_mode(mode, copy.deepcopy(whole), _context(1e30))
     built.set_max_grad_norm(bounds[regime])
@@ -110,7 +113,7 @@ def test_factors_and_norms_by_parameter_equal_the_oracle(
 def test_a_discarded_step_of_two_micro_batches_leaves_nothing_behind(
     models: Any, mode: str
 ) -> None:
-    whole, batches, bounds = models["bert"]
+    whole, batches, bounds = models["roberta"]
     built = build_mode(mode, copy.deepcopy(whole), _context(bounds["mixed"]))
     for batch in batches:
         built.accumulate(batch)
@@ -126,7 +129,7 @@ def test_expanded_weights_cannot_run_an_rms_norm(models: Any) -> None:
 
 
 def test_no_op_says_that_nothing_computes_gradients(models: Any) -> None:
-    whole, batches, _ = models["bert"]
+    whole, batches, _ = models["roberta"]
     mode = build_mode("opacus:no_op", copy.deepcopy(whole), _context(1.0))
     with pytest.raises(ValueError, match="Per sample gradient is not initialized"):
         mode.accumulate(batches[0])
@@ -136,7 +139,7 @@ def test_an_unknown_mode_is_answered_with_those_of_the_library(models: Any) -> N
     assert grad_sample_modes() == ["ew", "functorch", "ghost", "ghost_fsdp", "hooks", "no_op"]
     assert all(get_gsm_class(name) for name in grad_sample_modes())
     with pytest.raises(ValueError, match=r"'flash': expected one of ew, functorch, ghost, ghost_f"):
-        build_mode("opacus:flash", models["bert"][0], _context(1.0))
+        build_mode("opacus:flash", models["roberta"][0], _context(1.0))
 
 
 def test_one_device_modes_refuse_several_ranks(
@@ -144,19 +147,19 @@ def test_one_device_modes_refuse_several_ranks(
 ) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"nproc_per_node=2: expected 1 .*ghost_fsdp"):
-        build_mode("ghost", models["bert"][0], _context(1.0))
+        build_mode("ghost", models["roberta"][0], _context(1.0))
 
 
 def test_replicas_are_refused(models: Any) -> None:
     context = replace(_context(1.0), num_replicas=2)
     with pytest.raises(ValueError, match=r"num_replicas=2: expected 1.*FSDP2Wrapper shards over"):
-        build_mode("ghost_fsdp", models["bert"][0], context)
+        build_mode("ghost_fsdp", models["roberta"][0], context)
 
 
 def test_one_device_modes_refuse_bfloat16(models: Any) -> None:
     context = replace(_context(1.0), param_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="param_dtype='bfloat16': expected float32"):
-        build_mode("ghost", models["bert"][0], context)
+        build_mode("ghost", models["roberta"][0], context)
 
 
 class _Scaled(nn.Linear):
@@ -187,7 +190,7 @@ def test_a_batch_norm_is_refused_before_training() -> None:
 
 
 def test_opacus_draws_its_own_noise_again_after_a_step(models: Any) -> None:
-    whole, batches, _ = models["bert"]
+    whole, batches, _ = models["roberta"]
     before = optimizer._generate_noise
     mode = build_mode("grad_materialize", copy.deepcopy(whole), _context(1.0))
     torchrun_modes._run(mode, batches)

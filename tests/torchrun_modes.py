@@ -174,7 +174,7 @@ def _bounds(oracle: Mode, batches: list[Batch]) -> dict[str, float]:
     oracle.zero_grad()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, norms.tolist())
-    everything = torch.tensor([norm for part in everyone for norm in part])
+    everything = torch.tensor([norm for part in everyone for norm in part], dtype=torch.float64)
     return {
         "none": 1e4,
         "mixed": everything.median().item(),

@@ -42,15 +42,23 @@ class Outer:
         return outer_norm(self.x_BTD, self.dy_BTP)
 
     def clipped_sum(self, clip_factor_B: Tensor) -> Tensor:
-        """sum_i c_i g_i, [P, D], in the clip factors' type."""
+        """sum_i c_i g_i, [P, D], in the clip factors' type.
+
+        The factors meet the gradients in that type. Rounded into bfloat16 factors of the product,
+        they would move a whole sample's gradient by up to 0.2 %, and beyond C.
+        """
+        if self.x_BTD.is_cuda and self.x_BTD.dtype in (torch.bfloat16, torch.float16):
+            total = clip_factor_B.new_zeros(self.dy_BTP.shape[2], self.x_BTD.shape[2])
+            for factor, dy_TP, x_TD in zip(clip_factor_B, self.dy_BTP, self.x_BTD, strict=True):
+                total.addcmul_(factor, torch.mm(dy_TP.T, x_TD, out_dtype=torch.float32))
+            return total
+        x_BTD, dy_BTP = accumulation(self.x_BTD), accumulation(self.dy_BTP)
         factors = clip_factor_B.view(-1, 1, 1)
-        # The factor goes on the smaller side.
-        x_BTD, dy_BTP = self.x_BTD, self.dy_BTP
         if x_BTD.shape[2] < dy_BTP.shape[2]:
-            x_BTD = (x_BTD * factors).to(x_BTD.dtype)
+            x_BTD = x_BTD * factors
         else:
-            dy_BTP = (dy_BTP * factors).to(dy_BTP.dtype)
-        return _matrix_product(dy_BTP.flatten(0, 1).T, x_BTD.flatten(0, 1))
+            dy_BTP = dy_BTP * factors
+        return dy_BTP.flatten(0, 1).T @ x_BTD.flatten(0, 1)
 
     def materialised(self) -> Dense:
         """The per-sample gradients, [B, P, D], in the factors' type."""
@@ -159,10 +167,3 @@ def clipped_sum(joined: Sequence[Term], clip_factor_B: Tensor) -> Tensor:
     for term in joined[1:]:
         total += term.clipped_sum(clip_factor_B)
     return total
-
-
-def _matrix_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a float32 (or float64) result whatever the inputs' type."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return accumulation(a) @ accumulation(b)
