@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from model_zoo import ZOO
 from torchrun_modes import Spec
 
@@ -71,13 +72,14 @@ SPECS = {
 }
 
 
-def run(spec: Spec, folder: Path) -> list[dict[str, Any]]:
+def run(spec: Spec, folder: Path, *, on_gpus: bool = False) -> list[dict[str, Any]]:
     output = folder / "rows.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(len(spec.cut))]
     command += [str(HERE / "torchrun_modes.py"), str(output), json.dumps(asdict(spec))]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    if not on_gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
@@ -93,7 +95,19 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_losses_norms_sums_noise_and_weights_equal_the_oracle(ran: Any) -> None:
-    spec, rows = ran
+    check(*ran)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("name", SPECS)
+def test_the_same_on_gpus(name: str, tmp_path: Path) -> None:
+    spec = SPECS[name]
+    if torch.cuda.device_count() < len(spec.cut):
+        pytest.skip(f"needs {len(spec.cut)} GPUs, found {torch.cuda.device_count()}")
+    check(spec, run(spec, tmp_path, on_gpus=True))
+
+
+def check(spec: Spec, rows: list[dict[str, Any]]) -> None:
     private = [row for row in rows if MODES[row["mode"]].is_private]
     seen = {(row["model"], row["mode"], row["regime"]) for row in private}
     modes = [mode for mode in spec.modes if MODES[mode].is_private]

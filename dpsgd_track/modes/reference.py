@@ -54,10 +54,10 @@ class ReferenceMode(Mode):
             for name, square in zip(self.names, squares, strict=True):
                 by_parameter[name].append(square.sqrt())
         return SampleRecord(
-            _column(losses),
-            _column(norms),
-            _column(factors),
-            {name: _column(values) for name, values in by_parameter.items()},
+            self._column(losses),
+            self._column(norms),
+            self._column(factors),
+            {name: self._column(values) for name, values in by_parameter.items()},
         )
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -85,7 +85,8 @@ class ReferenceMode(Mode):
             sum_over_ranks(parameter.grad)
         return super().clipped_sum()
 
-
-def _column(values: list[Tensor]) -> Tensor:
-    """One value for each sample, [B], of a micro-batch that may be empty."""
-    return torch.stack(values) if values else torch.zeros(0)
+    def _column(self, values: list[Tensor]) -> Tensor:
+        """One value for each sample, [B], of a micro-batch that may be empty."""
+        if not values:
+            return torch.zeros(0, device=self.context.device)
+        return torch.stack(values)
