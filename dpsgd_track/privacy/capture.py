@@ -336,10 +336,11 @@ def _hold(x: Tensor) -> Callable[[], Tensor]:
     in place that would falsify it is an error, as autograd makes it.
     """
     anchor = torch.empty(0, requires_grad=True)
-    node: Any = _Held.apply(anchor, x).grad_fn
+    token: Any = _Held.apply(anchor, x)
 
     def held() -> Tensor:
-        (saved,) = node.saved_tensors
+        # The token, rather than its node: without it torch 2.11 lets go of what is saved.
+        (saved,) = token.grad_fn.saved_tensors
         return saved
 
     return held
