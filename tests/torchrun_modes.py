@@ -164,6 +164,8 @@ def _device() -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    # Convolutions round to 10 bits by default.
+    torch.backends.cudnn.allow_tf32 = False
     dist.init_process_group("nccl", device_id=device)
     return device
 
