@@ -311,9 +311,11 @@ def _on_gradient(
     if not is_passed_on:
         y.register_hook(call)
         return
+    # The hook must not hold the node that holds it: nothing would ever free the two.
+    output_nr = edge.output_nr
 
     def before_node(gradients: tuple[Tensor | None, ...]) -> None:
-        dy = gradients[edge.output_nr]
+        dy = gradients[output_nr]
         if dy is not None:
             call(dy)
 

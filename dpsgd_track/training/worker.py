@@ -7,6 +7,7 @@ progress and, when it fails, the reason in the job's working folder.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -55,6 +56,9 @@ class Worker:
         device = self._join_group()
         for number in range(len(self.job.regimes)):
             self._run_regime(number, device)
+            if device.type == "cuda":
+                # A sharded model is full of cycles, and the next regime needs its memory.
+                gc.collect()
         dist.barrier()
         dist.destroy_process_group()
 
