@@ -121,6 +121,7 @@ class _Twice(nn.Module):
         positions = torch.arange(tokens.shape[1]).unsqueeze(0)
         h = self.tokens(tokens) + self.positions(positions)
         self.called_in_vain(h)
+        self.mix(h)  # in vain, this time
         h = torch.tanh(self.mix(torch.tanh(self.mix(h))))
         y: Tensor = self.head(h)
         return y
@@ -345,8 +346,8 @@ def test_nothing_of_a_batch_outlives_it(mode: str) -> None:
     try:
         for _ in range(2):
             trained.accumulate(batch_of(TOKENS))
-            assert len(seen) == 3
-            assert [x() for x in seen] == [None] * 3
+            assert len(seen) == 4
+            assert [x() for x in seen] == [None] * 4
             seen.clear()
     finally:
         gc.enable()
@@ -373,6 +374,43 @@ class _Bare50(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.dropout(x) * self.gain
         return y
+
+
+class _Failing(torch.autograd.Function):
+    is_failing = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        if _Failing.is_failing:
+            raise ArithmeticError("half way")
+        return dy
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_a_backward_that_failed_leaves_nothing_for_the_next(mode: str) -> None:
+    class Model(_Twice):
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = torch.tanh(self.mix(self.tokens(tokens)))
+            y: Tensor = self.head(self.mix(_Failing.apply(h)))
+            return y
+
+    def clipped_sum(trained: Mode) -> list[Tensor]:
+        trained.accumulate(batch_of(TOKENS))
+        return list(trained.clipped_sum().gradients.values())
+
+    model = Model().double()
+    trained = mode_of(mode, copy.deepcopy(model))
+    _Failing.is_failing = True
+    with pytest.raises(ArithmeticError):
+        trained.accumulate(batch_of(TOKENS))
+    _Failing.is_failing = False
+    wanted = clipped_sum(mode_of(mode, model))
+    for found, want in zip(clipped_sum(trained), wanted, strict=True):
+        assert torch.equal(found, want)
 
 
 def test_modules_without_a_rule_are_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -198,8 +198,13 @@ def main(output: str, spec: Spec) -> None:
             context = _context(spec, name, bound, device)
             wanted = _run(build_mode("reference", copy.deepcopy(model), context), batches)
             for mode in spec.modes:
-                found = _run(build_mode(mode, copy.deepcopy(model), context), batches)
-                rows.append(_row(name, regime, bound, mode, found, wanted))
+                try:
+                    found = _run(build_mode(mode, copy.deepcopy(model), context), batches)
+                except Exception as error:  # one of all ranks, or the group hangs
+                    refused = {"model": name, "regime": regime, "mode": mode, "error": str(error)}
+                    rows.append(refused)
+                else:
+                    rows.append(_row(name, regime, bound, mode, found, wanted))
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(rows))
     dist.barrier()
