@@ -239,6 +239,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 1, 7)),
         PICTURE,
     ),
+    "named-twice": (lambda: _then_head(_NamedTwice()), ROWS),
     "biases-alone": (lambda: _only_biases(_then_head(nn.Linear(D, D), nn.Tanh())), ROWS),
 }
 
@@ -260,6 +261,20 @@ class _SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+class _NamedTwice(nn.Module):
+    """Holds a bias of its own, and under another name that of the layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, D)
+        self.same = self.inner.bias
+        self.shift = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.tanh(self.inner(x)) + self.shift
         return y
 
 
@@ -363,6 +378,39 @@ def test_dropout_is_drawn_once_for_all_backwards(mode: str) -> None:
         summed = torch.stack([g.norm() for g in trained.clipped_sum().gradients.values()]).norm()
         torch.testing.assert_close(summed, record.norm_B[0])
         trained.zero_grad()
+
+
+def test_dropout_in_an_unknown_module_differs_between_samples() -> None:
+    model = nn.Sequential(_Bare50())
+    context_mode = mode_of("flash_bk", model, 1e9)
+    ones = torch.ones(B, 50)
+    record = context_mode.accumulate(Batch({}, torch.ones(B), args=(ones,)))
+    # The loss is the number of places kept, over 0.7.
+    assert len(set(record.loss_B.tolist())) > 1
+
+
+def test_a_checkpoint_opens_no_call_again() -> None:
+    class Checkpointed(_Twice):
+        def forward(self, tokens: Tensor) -> Tensor:
+            y: Tensor = checkpoint(super().forward, tokens, use_reentrant=False)
+            return y
+
+    opened = []
+    for model in (_Twice(), Checkpointed()):
+        trained = mode_of("flash", model.double())
+        capture = trained.engine.capture  # type: ignore[attr-defined]
+        uses: list[int] = []
+        run_sums = capture.run_sums
+
+        def noting(*args: Any, uses: Any = uses, run: Any = run_sums, of: Any = capture) -> None:
+            run(*args)
+            uses.append(of._num_uses.total())
+
+        capture.run_sums = noting
+        torch.manual_seed(0)
+        trained.accumulate(batch_of(TOKENS))
+        opened.append(uses)
+    assert opened[0] == opened[1]
 
 
 class _Bare50(nn.Module):

@@ -14,6 +14,7 @@ from dpsgd_track.config import PrivacyConfig
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.noise import NoiseSource
 
 NUM_SAMPLES, NUM_CONTRIBUTIONS = 200, 1000
 # Each strategy and each way to watch.
@@ -98,3 +99,16 @@ def test_of_a_thousand_samples_none_adds_more_than_c(name: str, device: torch.de
     assert (norms > bound).double().mean() > 0.8
     # The last bits of float32 remain.
     assert (added / bound).max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_the_weights_that_are_updated_are_float32(name: str) -> None:
+    mode = _mode(name, "llama", 1.0, torch.device("cpu"))
+    parameters = dict(mode.model.named_parameters())
+    before = [p.detach().clone() for p in parameters.values()]
+    mode.accumulate(batch("llama", 2, seed=1))
+    mode.privatize(mode.clipped_sum(), NoiseSource("", 0))
+    mode.step()
+    after = dict(mode.model.named_parameters())
+    assert all(after[name] is p and p.dtype == torch.float32 for name, p in parameters.items())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after.values(), strict=True))
