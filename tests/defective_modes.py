@@ -42,19 +42,16 @@ class MeanClipFactor(Healthy):
     """sum_i g_i times the mean clip factor, in place of sum_i c_i g_i."""
 
     def accumulate(self, batch: Batch) -> SampleRecord:
-        capture = self.engine.capture
-        assert capture is not None
-        before = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
-        bound = self.engine.max_grad_norm
+        sums, bound = self.engine.sharder.sums, self.engine.max_grad_norm
+        before = {name: total.clone() for name, total in sums.items()}
         self.engine.max_grad_norm = 1e30
         record = super().accumulate(batch)
         self.engine.max_grad_norm = bound
         assert record.norm_B is not None
         factors = (bound / record.norm_B).clamp(max=1.0)
-        for name, parameter in self.model.named_parameters():
-            assert parameter.grad is not None
-            start = before.get(name, torch.zeros_like(parameter.grad))
-            parameter.grad = start + (parameter.grad - start) * factors.mean().item()
+        for name, total in sums.items():
+            start = before.get(name, torch.zeros_like(total))
+            sums[name] = start + (total - start) * factors.mean().item()
         return replace(record, clip_factor_B=factors)
 
 

@@ -20,8 +20,10 @@ from dpsgd_track.config import (
     PerformanceConfig,
     RegimeConfig,
 )
-from dpsgd_track.privacy.accounting import epsilon_rdp, sequential_history
+from dpsgd_track.privacy.accounting import epsilon_rdp, poisson_history, sequential_history
 from dpsgd_track.training.loop import RegimeRun
+
+SEQUENTIAL = DataConfig(seq_length=4)
 
 
 @pytest.fixture
@@ -31,7 +33,13 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _run(mode: str = "reference", regime: str = TRAIN, num_iter: int = 6, **job: Any) -> RegimeRun:
+def _run(
+    mode: str = "reference",
+    regime: str = TRAIN,
+    num_iter: int = 6,
+    data: DataConfig = SEQUENTIAL,
+    **job: Any,
+) -> RegimeRun:
     sigma = 0.0 if regime == CLIP else 2.0
     settings = RegimeConfig(
         name=regime,
@@ -43,7 +51,7 @@ def _run(mode: str = "reference", regime: str = TRAIN, num_iter: int = 6, **job:
     config = JobConfig(
         mode=mode,
         model=ModelConfig(name="llama-tiny"),
-        data=DataConfig(seq_length=4),
+        data=data,
         performance=PerformanceConfig(num_replicas=job.get("num_ranks", 1)),
         regimes=(settings,),
         **job,
@@ -52,10 +60,21 @@ def _run(mode: str = "reference", regime: str = TRAIN, num_iter: int = 6, **job:
 
 
 @pytest.mark.usefixtures("alone")
-def test_each_recorded_step_is_accounted_for() -> None:
+def test_poisson_sampling_amplifies() -> None:
+    run = _run(data=DataConfig(seq_length=4, sampling="poisson", dataset_size=50))
+    for _ in run.steps():
+        pass
+    for step, metrics in run.accounting():
+        assert metrics["accounting/sampling_rate"] == 2 / 50
+        assert metrics["accounting/steps"] == step + 1
+        assert metrics["epsilon_rdp"] == epsilon_rdp(poisson_history(2.0, step + 1, 2, 50), 1e-5)
+
+
+@pytest.mark.usefixtures("alone")
+def test_each_recorded_step_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     run = _run(delta=1e-6)
     # Of 7 samples, the fourth batch of 2 takes one again, maybe one that it has already.
-    run.slicer.dataset.num_samples = 7
+    monkeypatch.setattr(type(run.slicer.dataset.texts), "num_samples", 7)
     steps = list(run.steps())
     accounted = dict(run.accounting())
     assert list(accounted) == list(range(len(steps)))

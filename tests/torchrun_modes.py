@@ -223,9 +223,8 @@ def _row(
     if found["norm"] is not None:
         # A sample without targets has a gradient of zero.
         norm_error = _largest((found["norm"] - want["norm"]).abs() / want["norm"].clamp(min=1e-9))
-    # One that is zero cannot be clipped, and C must not wait for it.
-    is_clipped = ((want["norm"] > bound) | (want["norm"] == 0)).double()
-    counts = torch.stack([is_clipped.sum(), torch.ones_like(is_clipped).sum()])
+    # A gradient of zero cannot be clipped, and is not counted.
+    counts = torch.stack([(want["norm"] > bound).sum(), (want["norm"] > 0).sum()])
     dist.all_reduce(counts)
     sum_error, sum_where = _error(found["sum"], want["sum"], want["terms"])
     return {

@@ -86,7 +86,7 @@ class SyntheticText:
     num_labels: int
     is_ragged: bool = False
     """Lengths from a quarter of the sequence length to all of it, and 2 at least."""
-    num_samples: None = None
+    num_samples = None
 
     def text(self, index: int) -> tuple[Tokens, float]:
         """Tokens 1 .. vocab_size - 1 (0 is padding)."""
