@@ -57,6 +57,7 @@ class Capture:
         self.num_samples: int | None = None
         """Samples of the micro-batch at hand; None outside of one."""
         self._has_foreign_leaves: bool | None = None
+        """Whether the first batch's graph had leaves that are no parameters; None before it."""
         self._settle: _Settle | None = None
         self._terms: dict[str, list[Term]] = {}
         self._num_pending: Counter[str] = Counter()
