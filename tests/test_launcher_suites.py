@@ -108,6 +108,12 @@ def test_task_and_batches_reach_every_job():
         assert (data.sampling, data.dataset_size) == ("poisson", 9)
 
 
+def test_one_device_draws_no_more_samples_than_all_ranks():
+    argv = ("--sampling", "poisson", "--dataset-size", "8", "--mode", "no_dp,flash")
+    # 2 ranks x 2 micro-batches x 2 samples, and 1 x 4 x 2.
+    assert [job.num_ranks for job in suite("full", *argv).jobs] == [2, 2, 1]
+
+
 def test_ranks_follow_the_visible_gpus(monkeypatch):
     assert (suite("quick").num_ranks, suite("quick").jobs[0].performance.device) == (2, "cpu")
     monkeypatch.setattr(suites, "count_gpus", lambda: 4)

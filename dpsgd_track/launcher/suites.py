@@ -137,7 +137,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
         if table.is_private(mode) or regimes != (CLIP,)
     )
     check_inputs(model, data)
-    _check_sampling(data, jobs, num_ranks)
+    _check_sampling(data, jobs)
     return Suite(
         name=args.command,
         jobs=jobs,
@@ -245,11 +245,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
         require(args.micro_batches >= 1, "micro_batches", args.micro_batches, "an integer >= 1")
 
 
-def _check_sampling(data: DataConfig, jobs: Sequence[JobConfig], num_ranks: int) -> None:
+def _check_sampling(data: DataConfig, jobs: Sequence[JobConfig]) -> None:
     """A sample can't be drawn with a probability above 1."""
     population = population_of(data)
-    micro_batches = max(regime.micro_batches for job in jobs for regime in job.regimes)
-    expected = num_ranks * micro_batches * data.batch_size
+    expected = data.batch_size * max(
+        job.num_ranks * regime.micro_batches for job in jobs for regime in job.regimes
+    )
     require(
         population is None or expected <= population,
         "sampling",
