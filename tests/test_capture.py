@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from dpsgd_track.config import PrivacyConfig
@@ -239,6 +241,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 1, 7)),
         PICTURE,
     ),
+    "parametrised": (
+        lambda: _then_head(
+            weight_norm(nn.Linear(D, D, bias=False)), nn.Tanh(), _with_positive_bias()
+        ),
+        ROWS,
+    ),
     "named-twice": (lambda: _then_head(_NamedTwice()), ROWS),
     "biases-alone": (lambda: _only_biases(_then_head(nn.Linear(D, D), nn.Tanh())), ROWS),
 }
@@ -276,6 +284,17 @@ class _NamedTwice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.tanh(self.inner(x)) + self.shift
         return y
+
+
+class _Exponential(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+def _with_positive_bias() -> nn.Module:
+    layer = nn.Linear(D, D)
+    register_parametrization(layer, "bias", _Exponential())
+    return layer
 
 
 def _only_biases(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from dpsgd_track.config import require
 
@@ -28,7 +29,10 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            members = list(child) if isinstance(child, nn.ModuleList) else []
+            is_list = isinstance(child, nn.ModuleList) and not isinstance(
+                child, ParametrizationList
+            )
+            members = list(child) if is_list else []
             if len({type(m) for m in members}) == 1 and any(True for _ in child.parameters()):
                 blocks.extend(members)
             else:

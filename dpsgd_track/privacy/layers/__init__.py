@@ -49,4 +49,16 @@ RULES: tuple[LayerRule, ...] = (
 
 def find_rule(module: nn.Module) -> LayerRule | None:
     """The rule that is exact for `module`, or None."""
+    if not _applies_its_own(module):
+        return None
     return next((rule for rule in RULES if rule.matches(module)), None)
+
+
+def _applies_its_own(module: nn.Module) -> bool:
+    """Whether weight and bias, where there are any, are parameters and all that there is.
+
+    A parametrised module computes them from others.
+    """
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
+    applied = {n for n in ("weight", "bias") if isinstance(getattr(module, n, None), Tensor)}
+    return own == applied

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from dpsgd_track.distributed.sharding import transformer_blocks
 from dpsgd_track.privacy.layers import LayerRule, find_rule
@@ -38,7 +39,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
         ValueError: naming everything whose per-sample gradients would not be exact.
     """
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    rules = {m: find_rule(m) for m in model.modules() if _trained(m)}
+    rules = {m: find_rule(m) for m in model.modules() if _trained(m) or is_parametrized(m)}
     ruled = {id(p) for m, rule in rules.items() if rule for p in _trained(m).values()}
     layers: list[Layer] = []
     problems = list(_mixing_samples(model))
@@ -48,7 +49,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
             continue
         own, rule = _trained(module), rules[module]
         if rule is None:
-            if all(id(p) in ruled for p in own.values()):
+            if own and all(id(p) in ruled for p in own.values()):
                 # Another name for what a known layer applies. `Capture` sees to it that it is no
                 # more than a name.
                 continue
@@ -62,6 +63,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
                 continue
             taken_along.update(inside)
             own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+            if not own:
+                continue
         names = {name: name_of[id(p)] for name, p in own.items()}
         layers.append(Layer(fqn, module, rule, names))
     if problems:
