@@ -29,10 +29,9 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            is_list = isinstance(child, nn.ModuleList) and not isinstance(
-                child, ParametrizationList
-            )
-            members = list(child) if is_list else []
+            if isinstance(child, ParametrizationList):
+                continue  # no blocks, but what computes one parameter from others
+            members = list(child.children()) if isinstance(child, nn.ModuleList) else []
             if len({type(m) for m in members}) == 1 and any(True for _ in child.parameters()):
                 blocks.extend(members)
             else:
