@@ -36,6 +36,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "linear-4d": (lambda: nn.Linear(D, P), _floats(B, 2, T, D)),
     "embedding": (lambda: nn.Embedding(9, D), _tokens()),
     "embedding-padding": (lambda: nn.Embedding(9, D, padding_idx=2), _tokens()),
+    "embedding-sparse": (lambda: nn.Embedding(9, D, sparse=True), _tokens()),
     "embedding-scaled": (
         lambda: Gemma3TextScaledWordEmbedding(9, D, padding_idx=2, embed_scale=D**0.5),
         _tokens(),
@@ -81,7 +82,7 @@ def _per_sample(module: nn.Module, x: Tensor, dy: Tensor) -> list[dict[str, Tens
     for i in range(len(x)):
         module.zero_grad()
         (module(x[i : i + 1]) * dy[i : i + 1]).sum().backward()
-        found.append({n: p.grad.clone() for n, p in module.named_parameters()})
+        found.append({n: p.grad.to_dense().clone() for n, p in module.named_parameters()})
     return found
 
 

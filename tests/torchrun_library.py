@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from dpsgd_track import make_private
 
-SIZES = {0: [4, 0], 1: [1, 3]}
+SIZES = ({0: [4, 0], 1: [1, 3]}, {0: [0], 1: [0]}, {0: [2, 1], 1: [3, 2]})
+"""By step and rank: the micro-batches. In the second step nobody has a sample."""
 SETTINGS: dict[str, Any] = {
     "loss": "causal-lm",
     "noise_multiplier": 0.7,
@@ -47,12 +48,22 @@ def _loop(mode: str, wrapping: str) -> Tensor:
     model = _wrapped(wrapping)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     private = make_private(model, optimizer, mode=mode, **SETTINGS)
-    for step in range(2):
-        for number, size in enumerate(SIZES[dist.get_rank()]):
+    for step, sizes in enumerate(SIZES):
+        before = _whole(model)
+        for number, size in enumerate(sizes[dist.get_rank()]):
             part = batch("tied-gpt2", size, seed=100 * step + 10 * number + dist.get_rank())
             private.backward(part.inputs, part.targets)
         optimizer.step()
         optimizer.zero_grad()
+        if not any(map(any, sizes.values())):
+            # Noise alone: sigma C, over the expected batch size and times the learning rate.
+            noise = (before - _whole(model)) / 0.1 * 8
+            z = (noise.std() / (0.7 * 2.0) - 1) * (2 * len(noise)) ** 0.5
+            assert abs(z) < 6, z
+    return _whole(model)
+
+
+def _whole(model: nn.Module) -> Tensor:
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     return torch.cat([p.detach().flatten() for p in whole])
 

@@ -1,6 +1,7 @@
 """torch.nn.Embedding: one gradient row per distinct token; the padding row has none.
 
-Covers the embeddings of transformers that multiply what they look up by a constant (Gemma).
+Covers the embeddings of transformers that multiply what they look up by a constant (Gemma), and
+those with sparse gradients: the sum over samples is dense, as the noise that follows is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ def matches(module: nn.Module) -> bool:
         isinstance(module, nn.Embedding)
         and module.max_norm is None
         and not module.scale_grad_by_freq
-        and not module.sparse
         and _scale(module, torch.float32) is not None
     )
 
