@@ -554,6 +554,22 @@ def test_what_would_not_be_exact_is_refused_by_name(name: str, mode: str) -> Non
         mode_of(mode, make()).accumulate(Batch({}, torch.ones(B), args=(inputs,)))
 
 
+@pytest.mark.parametrize("mode", ["flash", "flash_fuse_bk"])
+def test_a_use_that_begins_later_is_refused_too(mode: str) -> None:
+    class Later(_Functional):
+        is_functional = False
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens) if self.is_functional else self.tokens(tokens)
+
+    trained = mode_of(mode, Later().double())
+    for _ in range(3):
+        trained.accumulate(batch_of(TOKENS))
+    trained.model.is_functional = True
+    with pytest.raises(ValueError, match="Used in other ways too"):
+        trained.accumulate(batch_of(TOKENS))
+
+
 def test_frozen_layers_need_no_rule() -> None:
     model = _Blocks()
     model.cls.requires_grad_(False)

@@ -56,8 +56,9 @@ class Capture:
         """Whole shape of each trainable parameter."""
         self.num_samples: int | None = None
         """Samples of the micro-batch at hand; None outside of one."""
-        self._has_foreign_leaves: bool | None = None
-        """Whether the first batch's graph had leaves that are no parameters; None before it."""
+        self._num_batches = 0
+        self._has_foreign_leaves = False
+        """Whether the graph had leaves that are no parameters when it was last inspected."""
         self._settle: _Settle | None = None
         self._terms: dict[str, list[Term]] = {}
         self._num_pending: Counter[str] = Counter()
@@ -73,6 +74,7 @@ class Capture:
         """Captures the forward and the backwards inside, of `num_samples` samples."""
         self._forget()
         self.num_samples = num_samples
+        self._num_batches += 1
         try:
             yield
         finally:
@@ -113,7 +115,7 @@ class Capture:
 
     def note_parameters(self, layer: Layer) -> None:
         """A call of `layer` is about to begin, and its parameters are where it will find them."""
-        if self._has_foreign_leaves is None and self.is_capturing and not _is_in_backward():
+        if self._is_inspected and self.is_capturing and not _is_in_backward():
             parameters = dict(layer.module.named_parameters())
             for local, name in layer.names.items():
                 self._parameter_edges[get_gradient_edge(parameters[local]).node, name] += 1
@@ -215,16 +217,21 @@ class Capture:
         for name in list(self._terms):
             settle(name, join(self._terms.pop(name)))
 
+    @property
+    def _is_inspected(self) -> bool:
+        """Whether the graph of this batch is looked through: of the 1st, 2nd, 4th, 8th, ..."""
+        return self._num_batches.bit_count() == 1
+
     def _inspect(self, loss_B: Tensor) -> None:
-        """Look through the graph of the first batch for what the capture would not see.
+        """Look through the graph for what the capture would not see.
 
         Raises:
             ValueError: a parameter is used in another way than by calling its module, so that
                 a part of its gradient would be missing.
         """
-        if self._has_foreign_leaves is None:
+        if self._is_inspected:
             _refuse_unseen_uses(loss_B, self._parameter_edges)
-        if self._has_foreign_leaves is not False:
+        if self._is_inspected or self._has_foreign_leaves:
             # Leaves that are no parameters, such as inputs that ask for gradients. What is made
             # from one looks as if a captured layer came before it.
             leaves = [n.variable for n in _nodes_below(loss_B.grad_fn) if hasattr(n, "variable")]
