@@ -65,6 +65,15 @@ def test_a_password_in_the_store_reaches_workers_by_the_environment_alone(tmp_pa
     assert "secret" not in (tmp_path / "job.json").read_text() + " ".join(seen["command"])
 
 
+@pytest.fixture
+def handled():
+    """SIGHUP as where nothing ignores it: tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("handled")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_noted_once_and_raises_nothing(number):
     before = signal.getsignal(number)
@@ -74,6 +83,14 @@ def test_a_signal_is_noted_once_and_raises_nothing(number):
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.reason == f"interrupted by {signal.Signals(number).name}."
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.usefixtures("handled")
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not interruption.requested
 
 
 def report(folder, rank: int, text: str) -> None:
