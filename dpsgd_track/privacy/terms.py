@@ -23,8 +23,12 @@ import torch
 from torch import Tensor
 
 from dpsgd_track.kernels.embedding_cross import embedding_cross
-from dpsgd_track.kernels.embedding_norm import embedding_norm_sq
-from dpsgd_track.kernels.flash_norm.reference import accumulation, accumulation_dtype
+from dpsgd_track.kernels.embedding_norm import embedding_norm_sq, per_sample_table
+from dpsgd_track.kernels.flash_norm.reference import (
+    accumulation,
+    accumulation_dtype,
+    uses_tensor_cores,
+)
 
 OuterNorm = Callable[[Tensor, Tensor], Tensor]
 """(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T. What norm rules differ in."""
@@ -47,7 +51,7 @@ class Outer:
         The factors meet the gradients in that type. Rounded into bfloat16 factors of the product,
         they would move a whole sample's gradient by up to 0.2 %, and beyond C.
         """
-        if self.x_BTD.is_cuda and self.x_BTD.dtype in (torch.bfloat16, torch.float16):
+        if uses_tensor_cores(self.x_BTD):
             total = clip_factor_B.new_zeros(self.dy_BTP.shape[2], self.x_BTD.shape[2])
             for factor, dy_TP, x_TD in zip(clip_factor_B, self.dy_BTP, self.x_BTD, strict=True):
                 total.addcmul_(factor, torch.mm(dy_TP.T, x_TD, out_dtype=torch.float32))
@@ -86,10 +90,7 @@ class Rows:
 
     def materialised(self) -> Dense:
         """The per-sample gradients, [B, V, D]: for tables too small to matter."""
-        rows = accumulation(self.dy_BTD)
-        table = rows.new_zeros(len(rows), self.num_rows, rows.shape[-1])
-        index = self.tokens_BT.unsqueeze(-1).expand_as(rows)
-        return Dense(table.scatter_add_(1, index, rows))
+        return Dense(per_sample_table(self.tokens_BT, self.dy_BTD, self.num_rows))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpsgd_track.kernels.embedding_norm import per_sample_table
 from dpsgd_track.kernels.flash_norm.reference import accumulation, accumulation_dtype, product
 
 TILE_T = 256
@@ -17,9 +18,7 @@ def per_sample_inner_product(
     tokens_BT: Tensor, dy_BTD: Tensor, x_BSD: Tensor, dy_BSV: Tensor
 ) -> Tensor:
     """The definition: both gradients whole, [B, V, D] each. [B]."""
-    rows_BTD = accumulation(dy_BTD)
-    table = rows_BTD.new_zeros(len(tokens_BT), dy_BSV.shape[-1], rows_BTD.shape[-1])
-    table.scatter_add_(1, tokens_BT.unsqueeze(-1).expand_as(rows_BTD), rows_BTD)
+    table = per_sample_table(tokens_BT, dy_BTD, dy_BSV.shape[-1])
     head = torch.einsum("bsv,bsd->bvd", accumulation(dy_BSV), accumulation(x_BSD))
     return (table * head).sum(dim=(1, 2))
 

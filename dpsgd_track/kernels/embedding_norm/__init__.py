@@ -8,6 +8,10 @@ A token that repeats has its gradients added before the square; the padding row 
 Memory is [B, T, D], never [B, V, D].
 """
 
-from dpsgd_track.kernels.embedding_norm.reference import embedding_norm_sq, per_sample_norm_sq
+from dpsgd_track.kernels.embedding_norm.reference import (
+    embedding_norm_sq,
+    per_sample_norm_sq,
+    per_sample_table,
+)
 
-__all__ = ["embedding_norm_sq", "per_sample_norm_sq"]
+__all__ = ["embedding_norm_sq", "per_sample_norm_sq", "per_sample_table"]

@@ -11,11 +11,16 @@ from torch import Tensor
 from dpsgd_track.kernels.flash_norm.reference import accumulation
 
 
+def per_sample_table(tokens_BT: Tensor, dy_BTD: Tensor, num_rows: int) -> Tensor:
+    """Every sample's whole gradient of the table, [B, V, D], in its accumulation type."""
+    rows_BTD = accumulation(dy_BTD)
+    table = rows_BTD.new_zeros(len(tokens_BT), num_rows, rows_BTD.shape[-1])
+    return table.scatter_add_(1, tokens_BT.unsqueeze(-1).expand_as(rows_BTD), rows_BTD)
+
+
 def per_sample_norm_sq(tokens_BT: Tensor, dy_BTD: Tensor, num_rows: int) -> Tensor:
     """The definition: every sample's whole gradient table. [B], O(B V D) memory."""
-    table = dy_BTD.new_zeros(len(tokens_BT), num_rows, dy_BTD.shape[-1])
-    index = tokens_BT.unsqueeze(-1).expand_as(dy_BTD)
-    return table.scatter_add(1, index, dy_BTD).square().sum(dim=(1, 2))
+    return per_sample_table(tokens_BT, dy_BTD, num_rows).square().sum(dim=(1, 2))
 
 
 def embedding_norm_sq(tokens_BT: Tensor, dy_BTD: Tensor) -> Tensor:

@@ -56,9 +56,14 @@ def _outer_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Batched a @ b with a float32 (or float64) result whatever the inputs' type."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if uses_tensor_cores(a):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(accumulation(a), accumulation(b))
+
+
+def uses_tensor_cores(tensor: Tensor) -> bool:
+    """Whether products of `tensor` take 16-bit factors and accumulate in float32 by themselves."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
