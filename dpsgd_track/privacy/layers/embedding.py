@@ -6,6 +6,8 @@ those with sparse gradients: the sum over samples is dense, as the noise that fo
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +20,14 @@ def matches(module: nn.Module) -> bool:
         isinstance(module, nn.Embedding)
         and module.max_norm is None
         and not module.scale_grad_by_freq
-        and _scale(module, torch.float32) is not None
+        and _scale_of(module, torch.float32) is not None
     )
 
 
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [V, D]."""
     assert isinstance(module, nn.Embedding)
-    scale = _scale(module, dy.dtype)
+    scale = _scale_of(module, dy.dtype)
     assert scale is not None
     tokens_BT = x.reshape(len(x), -1)
     dy_BTD = dy.reshape(*tokens_BT.shape, dy.shape[-1])
@@ -37,8 +39,19 @@ def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     return {"weight": Rows(tokens_BT, dy_BTD, module.num_embeddings)}
 
 
+_scales: WeakKeyDictionary[nn.Module, dict[torch.dtype, float | None]] = WeakKeyDictionary()
+
+
+def _scale_of(module: nn.Embedding, dtype: torch.dtype) -> float | None:
+    """`_probed_scale`, which waits for the device, once for each module and type."""
+    known = _scales.setdefault(module, {})
+    if dtype not in known:
+        known[dtype] = _probed_scale(module, dtype)
+    return known[dtype]
+
+
 @torch.no_grad()
-def _scale(module: nn.Embedding, dtype: torch.dtype) -> float | None:
+def _probed_scale(module: nn.Embedding, dtype: torch.dtype) -> float | None:
     """What a subclass multiplies the looked-up rows by in `dtype`; None if it does anything else.
 
     Found on a small table of the probe's own, since the real one may be large, or elsewhere.
