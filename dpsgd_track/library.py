@@ -158,6 +158,9 @@ def make_private(
         ValueError: a setting is out of range, or the mode cannot clip a parameter exactly.
     """
     check_mode(mode)
+    needs_no_bound = is_private(mode) or noise_multiplier == 0
+    allowed = f"0 for {mode}, which does not clip"
+    require(needs_no_bound, "noise_multiplier", noise_multiplier, allowed)
     if isinstance(loss, str):
         require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
         loss = LOSSES[loss]
@@ -184,13 +187,9 @@ def make_private(
     )
     key = fresh_key(None, device) if seed is None else str(seed)
     private = PrivateTraining(build_mode(mode, model, context), key, sample_rate)
-    if is_private(mode) or noise_multiplier == 0:
-        optimizer.register_step_pre_hook(private._before_step)
-        optimizer.register_step_post_hook(private._after_step)
-        return private
-    raise ValueError(
-        f"noise_multiplier={noise_multiplier!r}: expected 0 for {mode}, which does not clip."
-    )
+    optimizer.register_step_pre_hook(private._before_step)
+    optimizer.register_step_post_hook(private._after_step)
+    return private
 
 
 class _Repointed:
