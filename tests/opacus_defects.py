@@ -38,7 +38,7 @@ from dpsgd_track.config import (
     PrivacyConfig,
     RegimeConfig,
 )
-from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
+from dpsgd_track.distributed.sharding import LocalPart
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.opacus import OpacusMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -48,8 +48,6 @@ from dpsgd_track.privacy.loss import PerSampleLoss, causal_lm_loss, classificati
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.training.data import Slice
 from dpsgd_track.training.loop import RegimeRun
-from dpsgd_track.training.observe import linear_layer_names, measure, weights_digest
-from dpsgd_track.training.recorder import Recorder
 
 CPU = torch.device("cpu")
 T, VOCAB = 16, 61
@@ -325,24 +323,7 @@ class _Run(RegimeRun):
         self.slicer: Any = _Slicer(condition)
         torch.manual_seed(0)
         model = condition.model().train()
-        digest, layer_names = weights_digest(model), linear_layer_names(model)
-        self.parameter_names = list(trainable_parameters(model))
-        context = replace(self._context(), loss=condition.loss)
-        self.mode = build_mode(mode, model, context)
-        self.noise_key = self._noise_key()
-        self.weights = measure(self.mode, self.mode.weight_parts())
-        self.max_grad_norms = bounds or self._calibrate()
-        self.records = [
-            Recorder(
-                layer_names,
-                self.parameter_names,
-                self.slicer.expected_batch_size,
-                digest,
-                condition.sigma * self.max_grad_norms[0],
-                self._layer_norm_steps(),
-            )
-            for _ in ("all ranks", "this rank")
-        ]
+        self._begin(model, replace(self._context(), loss=condition.loss))
 
 
 def run(condition: Condition, folder: Path) -> None:

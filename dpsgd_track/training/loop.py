@@ -76,10 +76,15 @@ class RegimeRun:
         model = build_model(job.model, num_labels=labels, seed=job.seed, device=device)
         check_length(model, job.data.seq_length)
         self.slicer = self._slicer(model)
+        self._begin(model, self._context())
+
+    def _begin(self, model: nn.Module, context: ModeContext) -> None:
+        """Put the mode over `model`, and start its records."""
+        job, regime = self.job, self.regime
         digest = weights_digest(model)
         layer_names = linear_layer_names(model)
         self.parameter_names = list(trainable_parameters(model))
-        self.mode = build_mode(job.mode, model, self._context())
+        self.mode = build_mode(job.mode, model, context)
         self.weights = measure(self.mode, self.mode.weight_parts())
         self.noise_key = self._noise_key()
         self.max_grad_norms = regime.max_grad_norms or self._calibrate()
