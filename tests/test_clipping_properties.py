@@ -54,6 +54,15 @@ def _sum(mode: Mode, batches: list[Batch], max_grad_norm: float) -> Tensor:
     return flat
 
 
+def _norms(mode: Mode, whole: Batch, max_grad_norm: float) -> Tensor:
+    """Norm of each sample's gradient."""
+    mode.set_max_grad_norm(max_grad_norm)
+    norms = mode.accumulate(whole).norm_B
+    mode.zero_grad()
+    assert norms is not None
+    return norms
+
+
 def _pick(whole: Batch, indices: list[int]) -> Batch:
     inputs = {name: t[indices] for name, t in whole.inputs.items()}
     return Batch(inputs, whole.targets[indices], args=tuple(t[indices] for t in whole.args))
@@ -114,10 +123,7 @@ def test_where_all_are_clipped_the_sum_is_homogeneous_in_c(
     mode: str, model: str, size: int, seed: int, bound: float
 ) -> None:
     built, whole = _mode(mode, model), batch(model, size, seed)
-    built.set_max_grad_norm(bound)
-    norms = built.accumulate(whole).norm_B
-    built.zero_grad()
-    assert norms is not None
+    norms = _norms(built, whole, bound)
     small = norms[norms > 0].min().item() * min(bound, 1.0) * 0.9
     once, thrice = _sum(built, [whole], small / 3), _sum(built, [whole], small)
     assert (3 * once - thrice).norm() <= ROUNDING * small * size
@@ -128,9 +134,6 @@ def test_without_clipping_the_sum_no_longer_depends_on_c(
     mode: str, model: str, size: int, seed: int, bound: float
 ) -> None:
     built, whole = _mode(mode, model), batch(model, size, seed)
-    built.set_max_grad_norm(bound)
-    norms = built.accumulate(whole).norm_B
-    built.zero_grad()
-    assert norms is not None
+    norms = _norms(built, whole, bound)
     large = norms.max().item() * (1 + bound)
     assert torch.equal(_sum(built, [whole], large), _sum(built, [whole], 10 * large))

@@ -1,8 +1,8 @@
 """One file per pass strategy: how norms become a clipped sum.
 
 A strategy is a function `(engine, batch) -> SampleRecord` that adds the micro-batch's clipped sum
-to the engine's. Every loss is summed over samples, never averaged, so that
-each sample's gradients flow unscaled.
+to the engine's. Every loss is summed over samples, never averaged, so that each sample's
+gradients flow unscaled.
 """
 
 from collections.abc import Callable
