@@ -39,11 +39,15 @@ CLIP = "clip"
 TRAIN = "train"
 REGIMES = (ACCURACY, CLIP, TRAIN)
 
+AGAIN = "again"
+"""Replay of the baseline with nothing changed."""
 PERMUTED = "permuted"
 """Replay of the baseline with the samples of each rank's batch in reverse order."""
+ULP = "ulp"
+"""Replay of the baseline with every embedded input moved to a neighbouring number."""
 PLAIN = "plain"
 """Replay of the reference in the type the modes compute in."""
-REPLAYS = ("", PERMUTED, PLAIN)
+REPLAYS = ("", AGAIN, PERMUTED, ULP, PLAIN)
 
 
 def require(condition: bool, setting: str, got: object, allowed: str, advice: str = "") -> None:
@@ -216,7 +220,7 @@ class RegimeConfig:
     noise_matched: bool = False
     """All modes add the common noise, a function of (seed, step, parameter, element)."""
     replay: str = ""
-    """permuted or plain where the run only measures the numerical floor; else empty."""
+    """again, permuted, ulp or plain where the run only measures the numerical floor; else empty."""
 
     def __post_init__(self) -> None:
         require(self.name in REGIMES, "regime", self.name, f"one of {', '.join(REGIMES)}")

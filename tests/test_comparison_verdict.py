@@ -467,7 +467,7 @@ def uneven(t: Trajectory, *, wider: int = 0) -> Trajectory:
     changed: dict[str, Any] = {}
     for name in SAMPLE_COLUMNS:
         values = getattr(t, name)
-        filler = UNUSED if name == "sample_index" else np.nan
+        filler = UNUSED if values.dtype == np.int64 else np.nan
         width = [(0, 0), (0, wider)] + [(0, 0)] * (values.ndim - 2)
         values = np.pad(values, width, constant_values=filler)
         values[1, 4:] = values[3] = filler

@@ -112,6 +112,8 @@ def _select(
             value = value[..., parameters]
         elif item.name in _SKETCHES:
             value = value[:, parameters]
+        elif item.name == "noise_samples":
+            value = value[:, :, parameters]
         chosen[item.name] = value
     return replace(trajectory, **chosen)
 
@@ -139,9 +141,10 @@ def _in_sample_order(baseline: Trajectory, other: Trajectory, gaps: list[Gap]) -
 
 
 def _gather(values: NDArray[Any], places: Integers) -> NDArray[Any]:
-    # A row of NaN appended at the end is what place -1 picks.
+    # A row of NaN, or of ranks that nobody has, appended at the end is what place -1 picks.
     shape = (values.shape[0], 1, *values.shape[2:])
-    padded = np.concatenate([values, np.full(shape, np.nan)], axis=1)
+    filler = UNUSED if values.dtype == np.int64 else np.nan
+    padded = np.concatenate([values, np.full(shape, filler, dtype=values.dtype)], axis=1)
     rows = np.arange(len(values))[:, None]
     picked: NDArray[Any] = padded[rows, places]
     return picked

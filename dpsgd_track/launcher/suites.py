@@ -10,11 +10,13 @@ from pathlib import Path
 
 from dpsgd_track.config import (
     ACCURACY,
+    AGAIN,
     CLIP,
     PERMUTED,
     PLAIN,
     SYNTHETIC,
     TRAIN,
+    ULP,
     DataConfig,
     JobConfig,
     ModelConfig,
@@ -289,25 +291,11 @@ def _regimes_of(
         optimizer=args.optimizer,
     )
     if mode == table.BASELINE and ACCURACY in names and args.command != "single":
-        # The same samples in another order: what rounding alone makes of a trajectory.
-        return (accurate, replace(accurate, replay=PERMUTED))
+        # What rounding alone makes of a trajectory.
+        return (accurate, *(replace(accurate, replay=kind) for kind in (AGAIN, PERMUTED, ULP)))
     if mode == table.REFERENCE and args.command != "single":
-        return _with_plain_replays({ACCURACY: accurate, CLIP: clipped}, names, args.param_dtype)
+        # How far plain autograd in the modes' own type is from the reference.
+        known = {ACCURACY: accurate, CLIP: clipped}
+        return tuple(replace(known[name], replay=kind) for name in names for kind in ("", PLAIN))
     known = {TRAIN: trained, ACCURACY: accurate, CLIP: clipped}
     return tuple(known[name] for name in names if name != CLIP or table.is_private(mode))
-
-
-def _with_plain_replays(
-    regimes: dict[str, RegimeConfig], names: Sequence[str], param_dtype: str
-) -> tuple[RegimeConfig, ...]:
-    """The reference's regimes, each with a replay in the modes' own type where it tells.
-
-    How far plain autograd is from the reference in that type is what rounding alone explains. In
-    float32 the baseline's replay shows as much for the accuracy regime.
-    """
-    found = []
-    for name in names:
-        found.append(regimes[name])
-        if name == CLIP or param_dtype != "float32":
-            found.append(replace(regimes[name], replay=PLAIN))
-    return tuple(found)

@@ -7,7 +7,7 @@ every other field NaN is what the run computed. A step with fewer samples than a
 places unused: index -1 and NaN.
 
 Legend: S steps, N samples of the step that has most, L linear layers, P trainable parameters,
-K projections.
+K projections, W ranks, M elements of a shard.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 UNUSED = -1
 """Sample index of a place that a step has no sample for."""
 
 SAMPLE_COLUMNS = (
     "sample_index",
+    "sample_rank",
     "sample_loss",
     "sample_norm",
     "clip_factor",
@@ -70,6 +71,8 @@ class Trajectory:
     """[S, L] L2 norm of the weight's clipped sum / expected batch size; NaN where not recorded."""
     sample_index: Integers
     """[S, N] global index of each sample, -1 at an unused place; never repeats within a step."""
+    sample_rank: Integers
+    """[S, N] rank that computed each sample; -1 at an unused place."""
     sample_loss: Floats
     """[S, N] loss of each sample."""
     sample_norm: Floats
@@ -86,6 +89,9 @@ class Trajectory:
     """[S, P, K] the same projections of clipped sum + noise."""
     weight_sketch: Floats
     """[S, P, K] the same projections of the weights after the step."""
+    noise_samples: NDArray[np.float32]
+    """[S, W, P, M] some elements of the noise on each rank's shard of each parameter, at the same
+    positions in every step; NaN past the end of a shard. M is 0 but in the noise regime."""
     data_hash: Strings
     """[S] digest of the step's samples in order of their global index."""
     initial_weights_hash: str
@@ -102,9 +108,10 @@ class Trajectory:
         wanted: dict[str, tuple[int, ...]] = {
             **dict.fromkeys(_PER_STEP, (S,)),
             **dict.fromkeys(("layer_weight_norm", "layer_grad_norm"), (S, L)),
-            **dict.fromkeys(("sample_loss", "sample_norm", "clip_factor"), (S, N)),
+            **dict.fromkeys(("sample_rank", "sample_loss", "sample_norm", "clip_factor"), (S, N)),
             "sample_norm_by_parameter": (S, N, P),
             **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),
+            "noise_samples": (S, self.noise_samples.shape[1], P, self.noise_samples.shape[-1]),
         }
         for name, shape in wanted.items():
             got = getattr(self, name).shape

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dpsgd_track.config import CLIP, PERMUTED, PLAIN, JobConfig, PrivacyConfig, RegimeConfig
+from dpsgd_track.config import CLIP, PERMUTED, PLAIN, ULP, JobConfig, PrivacyConfig, RegimeConfig
 from dpsgd_track.distributed.sharding import trainable_parameters
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
@@ -37,7 +37,7 @@ from dpsgd_track.training.data import (
     extra_inputs_of,
     num_labels_of,
 )
-from dpsgd_track.training.model import build_model, check_length
+from dpsgd_track.training.model import build_model, check_length, perturb_inputs
 from dpsgd_track.training.observe import (
     GatheredSamples,
     gather_samples,
@@ -75,6 +75,8 @@ class RegimeRun:
         labels = num_labels_of(job.model, job.data)
         model = build_model(job.model, num_labels=labels, seed=job.seed, device=device)
         check_length(model, job.data.seq_length)
+        if regime.replay == ULP:
+            perturb_inputs(model, job.seed)
         self.slicer = self._slicer(model)
         self._begin(model, self._context())
 
@@ -176,6 +178,7 @@ class RegimeRun:
             noised=noised,
             weights_before=weights_before,
             weights_after=self.weights,
+            noise=np.empty((0, len(self.parameter_names), 0), dtype=np.float32),
             max_grad_norm=self.max_grad_norms[step],
             step_time_ms=time_ms,
             peak_memory_gib=memory_gib,

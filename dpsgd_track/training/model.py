@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -134,6 +135,23 @@ def check_length(model: nn.Module, seq_length: int) -> None:
         f"at most {limit}, the limit of the model",
         "Shorten --seq-length.",
     )
+
+
+def perturb_inputs(model: Any, seed: int) -> None:
+    """Move every number that the embedding hands to the model to one of its two neighbours.
+
+    Which of the two is random, the same at every call. What comes of it is what any error of one
+    unit in the last place does to a step.
+    """
+
+    def move(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        signs = torch.Generator().manual_seed(seed % 2**63)
+        up = torch.randint(0, 2, output.shape, generator=signs, dtype=torch.bool)
+        start = output.detach()
+        end = torch.where(up.to(start.device), math.inf, -math.inf).to(start.dtype)
+        return output + (torch.nextafter(start, end) - start)
+
+    model.get_input_embeddings().register_forward_hook(move)
 
 
 def _switch_off_dropout(hf_config: Any) -> None:

@@ -67,6 +67,8 @@ class GatheredSamples:
     """What is known of each sample, in order of the global index. NaN: not computed."""
 
     index: NDArray[np.int64]
+    rank: NDArray[np.int64]
+    """That computed it."""
     loss: Floats
     norm: Floats
     clip_factor: Floats
@@ -92,6 +94,7 @@ def local_samples(
     """This rank's samples of all micro-batches of a step."""
     return GatheredSamples(
         np.array(indices, dtype=np.int64),
+        np.full(len(indices), dist.get_rank(), dtype=np.int64),
         np.concatenate([_column(r.loss_B, len(r.loss_B)) for r in records]),
         np.concatenate([_column(r.norm_B, len(r.loss_B)) for r in records]),
         np.concatenate([_column(r.clip_factor_B, len(r.loss_B)) for r in records]),
@@ -104,12 +107,12 @@ def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamp
     """All ranks' samples, on every rank; a rank may hold none."""
     floats = np.column_stack([local.loss, local.norm, local.clip_factor, local.norm_by_parameter])
     # Their bits travel as integers, beside the integers.
-    whole = np.column_stack([local.index, local.digests, floats.view(np.int64)])
+    whole = np.column_stack([local.index, local.rank, local.digests, floats.view(np.int64)])
     whole = _gather_rows(torch.from_numpy(whole), device)
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
-    table = whole[:, 2:].copy().view(np.float64)
+    table = whole[:, 3:].copy().view(np.float64)
     return GatheredSamples(
-        whole[:, 0], table[:, 0], table[:, 1], table[:, 2], table[:, 3:], whole[:, 1]
+        whole[:, 0], whole[:, 1], table[:, 0], table[:, 1], table[:, 2], table[:, 3:], whole[:, 2]
     )
 
 

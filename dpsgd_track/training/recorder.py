@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpsgd_track.tracking.names import (
     CLIP_FACTOR,
@@ -30,6 +31,8 @@ class StepObservation:
     """(Clipped sum + noise) / expected batch size."""
     weights_before: Measured
     weights_after: Measured
+    noise: NDArray[np.float32]
+    """[W, P, M] some elements of the noise on each rank's shard of each parameter."""
     max_grad_norm: float
     step_time_ms: float
     peak_memory_gib: float
@@ -67,6 +70,7 @@ class Recorder:
             "layer_weight_norm": self._layer_norms(seen.step, seen.weights_before, 1),
             "layer_grad_norm": self._layer_norms(seen.step, seen.gradient, divisor),
             "sample_index": seen.samples.index,
+            "sample_rank": seen.samples.rank,
             "sample_loss": seen.samples.loss,
             "sample_norm": seen.samples.norm,
             "clip_factor": factors,
@@ -74,6 +78,7 @@ class Recorder:
             "gradient_sketch": seen.gradient.sketch,
             "noised_sketch": seen.noised.sketch * divisor,
             "weight_sketch": seen.weights_after.sketch,
+            "noise_samples": seen.noise,
             "data_hash": seen.samples.data_hash(),
         }
         self.rows.append(row)
@@ -120,7 +125,7 @@ def _widened(row: dict[str, Any], num_samples: int) -> dict[str, Any]:
     for name in SAMPLE_COLUMNS:
         value = row[name]
         width = [(0, missing)] + [(0, 0)] * (value.ndim - 1)
-        filler = UNUSED if name == "sample_index" else np.nan
+        filler = UNUSED if value.dtype == np.int64 else np.nan
         widened[name] = np.pad(value, width, constant_values=filler)
     return widened
 
