@@ -19,7 +19,7 @@ from dpsgd_track.comparison import GroupComparison, compare_group
 from dpsgd_track.config import Thresholds
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.reader import Group, ModeRun
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, Trajectory
 
 NOT_CLIPPING = ("sample_norm", "clip_factor", "sample_norm_by_parameter")
 
@@ -95,8 +95,7 @@ def put(t: Trajectory, field_name: str, value: float, at: Any = ...) -> Trajecto
 
 def permuted(t: Trajectory) -> Trajectory:
     """`t` with the samples of every step in reverse order."""
-    columns = ("sample_index", "sample_loss", *NOT_CLIPPING)
-    changed: dict[str, Any] = {name: getattr(t, name)[:, ::-1].copy() for name in columns}
+    changed: dict[str, Any] = {name: getattr(t, name)[:, ::-1].copy() for name in SAMPLE_COLUMNS}
     return replace(t, **changed)
 
 

@@ -215,7 +215,7 @@ def test_failed_replay_never_passes() -> None:
     dead = mode_run("no_dp", replay="permuted", status="FAILED", reason="killed")
     comparison = compared(with_run(healthy_runs(), dead))
     assert comparison.verdict == "INCONCLUSIVE"
-    assert comparison.regimes[0].floor is None
+    assert comparison.regimes[0].floor() is None
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_unsound_replay_measures_no_floor(change: dict[str, Any]) -> None:
     replay = mode_run("no_dp", replay="permuted", record=far, **change)
     wrong = mode_run(MODE, record=scaled(record("accuracy"), "grad_norm", 1.5))
     comparison = compared(with_run(with_run(healthy_runs(), replay), wrong))
-    assert comparison.regimes[0].floor is None
+    assert comparison.regimes[0].floor() is None
     assert verdicts(comparison)[MODE] == "BUG"
     assert verdicts(comparison)["no_dp (permuted)"] == "INCONCLUSIVE"
 
@@ -504,7 +504,9 @@ def test_a_drift_in_an_uneven_step_is_judged() -> None:
 def test_a_sample_that_only_one_side_of_an_uneven_step_has_never_passes() -> None:
     missing = uneven(record("clip"))
     for name in SAMPLE_COLUMNS:
-        missing = put(missing, name, UNUSED if name == "sample_index" else np.nan, (1, 3))
+        missing = put(
+            missing, name, UNUSED if name in ("sample_index", "sample_rank") else np.nan, (1, 3)
+        )
     comparison = with_uneven(missing)
     assert verdicts(comparison)[MODE] == "INCONCLUSIVE"
     assert "1 sample missing from the mode: 9 (step 1)" in sentence(comparison)

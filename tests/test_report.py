@@ -150,7 +150,7 @@ def test_drift_json_is_strict_and_versioned() -> None:
     assert pair["drifts"]["loss"]["per_step"] == [0, None, 0, 0]
     assert pair["drifts"]["grad_norm"]["max"] == "Infinity"
     assert document["verdict"] == "BUG"
-    assert document["regimes"][0]["floor"]["values"]["loss"] == 0
+    assert document["regimes"][0]["floors"]["no_dp"]["values"]["loss"] == 0
 
 
 def test_names_are_inert_in_html() -> None:

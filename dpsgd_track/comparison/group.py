@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
+from dpsgd_track.comparison.blame import Blame
 from dpsgd_track.comparison.drift import Drift, Pair, compare_pair
 from dpsgd_track.comparison.floor import Floor, floor_of
-from dpsgd_track.comparison.ladder import FirstFailure
+from dpsgd_track.comparison.ladder import FirstFailure, Rung
+from dpsgd_track.comparison.noise import NoiseAudit
 from dpsgd_track.comparison.verdict import (
     Finding,
     Verdict,
@@ -47,11 +49,17 @@ class RegimeComparison:
     pairs: tuple[Pair, ...]
     """Each mode against the baseline, and against the reference where that is another run."""
     replays: Mapping[str, Pair]
-    """Replays against the run they repeat, by that run's label."""
-    floor: Floor | None
-    """What the sound replays show together; None when there was none."""
+    """Replays against the run they repeat, by the replay's title."""
+    floors: Mapping[str, Floor]
+    """What the sound replays of a run show together, by that run's label."""
     largest: Mapping[str, LargestDrift]
     """By observable, over all pairs of modes."""
+    audits: Mapping[str, NoiseAudit] = field(default_factory=dict)
+    """By label, of the modes that add noise."""
+
+    def floor(self, baseline: str = "") -> Floor | None:
+        """The floor of drifts from `baseline`, by default the regime's."""
+        return self.floors.get(baseline or self.baseline)
 
     def pair(self, mode: str, baseline: str = "") -> Pair | None:
         """`mode` against `baseline`, by default the regime's."""
@@ -70,6 +78,10 @@ class ModeVerdict:
     failures: Mapping[tuple[str, str], FirstFailure]
     """First failing stage by (regime, baseline)."""
     sentence: str
+    ladders: Mapping[tuple[str, str], tuple[Rung, ...]] = field(default_factory=dict)
+    """Every stage, in the order of a step, by (regime, baseline)."""
+    blames: Mapping[tuple[str, str], Blame] = field(default_factory=dict)
+    """By (regime, baseline); only where something is to blame."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +95,8 @@ class GroupComparison:
     """Replays included, as `mode (replay)`."""
     verdict: Verdict
     sentence: str
+    waiver_notes: tuple[str, ...] = ()
+    """Waivers that have expired, or that nothing needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,14 +146,14 @@ def _compare_regime(
             for other in recorded
             if other[0] not in (held, REFERENCE)
         ]
-    replays, floor = _replay(runs, [r for r in (baseline, reference) if r])
+    replays, floors = _replay(runs, [r for r in (baseline, reference) if r])
     regime = RegimeComparison(
         name=name,
         runs=tuple(r for r in runs if not r.replay),
         baseline=baseline.label if baseline else "",
         pairs=tuple(pairs),
         replays=replays,
-        floor=floor,
+        floors=floors,
         largest=_largest(name, recorded, pairs),
     )
     return regime, baseline, reference
@@ -147,20 +161,25 @@ def _compare_regime(
 
 def _replay(
     runs: tuple[ModeRun, ...], bases: list[ModeRun]
-) -> tuple[dict[str, Pair], Floor | None]:
-    """Each base's replay against it, by label, and the floor that the sound ones show."""
+) -> tuple[dict[str, Pair], dict[str, Floor]]:
+    """Each replay against its base, by title, and the floor of each base by its label."""
     replays: dict[str, Pair] = {}
-    sound: list[Pair] = []
-    for base in bases:
-        run = next((r for r in runs if r.replay and r.label == base.label and r.trajectory), None)
-        if run is None or run.trajectory is None or base.trajectory is None:
-            continue
-        pair = compare_pair(run.regime, (base.label, base.trajectory), (run.title, run.trajectory))
-        replays[base.label] = pair
-        # An unsound replay would excuse what rounding does not explain.
-        if not [*judge_run(run), *judge_likeness(base, run)]:
-            sound.append(pair)
-    return replays, floor_of(sound)
+    floors: dict[str, Floor] = {}
+    for base in {id(base): base for base in bases}.values():
+        sound: list[Pair] = []
+        for run in runs:
+            if not run.replay or run.label != base.label:
+                continue
+            if run.trajectory is None or base.trajectory is None:
+                continue
+            ours, theirs = (base.label, base.trajectory), (run.title, run.trajectory)
+            pair = replays[run.title] = compare_pair(run.regime, ours, theirs)
+            # An unsound replay would excuse what rounding does not explain.
+            if not [*judge_run(run), *judge_likeness(base, run)]:
+                sound.append(pair)
+        if floor := floor_of(sound):
+            floors[base.label] = floor
+    return replays, floors
 
 
 def _recorded(runs: tuple[ModeRun, ...], label: str) -> ModeRun | None:
@@ -200,8 +219,8 @@ def _judge(
         unlike = list(judge_likeness(base, run))
         found += unlike
         pair = regime.pair(run.label, base.label)
-        replay = regime.replays.get(base.label)
-        if replay and replay.mode == run.title:
+        replay = regime.replays.get(run.title)
+        if replay and replay.baseline == base.label:
             found += judge_gaps(replay)
         if run.replay or not pair:
             continue
@@ -209,7 +228,7 @@ def _judge(
             found.append(
                 _alone(regime, f"{base.label} is itself at fault in {regime.name}", base.label)
             )
-        drifts, failure = judge_pair(pair, thresholds, regime.floor)
+        drifts, failure = judge_pair(pair, thresholds, regime.floor(base.label))
         # Unlike runs differ for a reason that says nothing about the mode.
         found += [f for f in drifts if not unlike or not f.observable]
         if failure and not unlike:
@@ -242,7 +261,8 @@ def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> s
     nearest = max(drifts, key=lambda drift: drift.max / threshold(drift))
     if nearest.max == 0:
         return f"{agrees} to the last bit"
-    floor = regime.floor.of(nearest.observable.name) if regime.floor else None
+    known = regime.floor()
+    floor = known.of(nearest.observable.name) if known else None
     return (
         f"{agrees}, nearest to its threshold in {nearest.observable.title} with "
         f"{number(nearest.max)} (threshold {number(threshold(nearest))}, floor {number(floor)})"

@@ -6,6 +6,7 @@ earliest step is looked at, and in it the earliest stage.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from dpsgd_track.comparison.drift import OBSERVABLES, Observable, Pair
@@ -24,6 +25,35 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("updated weights", ("update", "weights", "layer_weight_norm")),
 )
 """Stages of one step with their observables, in the order in which they are computed."""
+
+
+class StageStatus(enum.StrEnum):
+    """What became of a stage."""
+
+    OK = "ok"
+    INTRODUCED = "introduced"
+    """The stage itself went wrong."""
+    INHERITED = "inherited"
+    """What it was given was wrong already, and explains what it shows."""
+    NOT_COMPARED = "not compared"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One stage of one comparison: where it first failed, or where it came nearest to failing."""
+
+    stage: str
+    status: StageStatus
+    observable: str = ""
+    value: float | None = None
+    limit: float | None = None
+    """What the value was held against."""
+    floor: float | None = None
+    step: int | None = None
+    where: str = ""
+    """Layer, parameter or sample of the value."""
+    items: tuple[str, ...] = ()
+    """All that were over the limit in that step, worst first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from dpsgd_track.comparison.ladder import (
     first_failure,
     unlike_inputs,
 )
+from dpsgd_track.comparison.waivers import Waiver
 from dpsgd_track.config import Thresholds
 from dpsgd_track.modes.table import MODES
 from dpsgd_track.tracking import names
@@ -61,6 +62,8 @@ class Finding:
     floor: float | None = None
     step: int | None = None
     where: str = ""
+    waiver: Waiver | None = None
+    """Why it fails nothing, where it is accepted for now."""
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

@@ -235,7 +235,8 @@ def _drift_chart(
 ) -> Chart:
     observable = OBSERVABLES[name]
     threshold = float(getattr(comparison.thresholds, observable.threshold))
-    floor = regime.floor.of(name) if regime.floor else None
+    known = regime.floor()
+    floor = known.of(name) if known else None
     figure = go.Figure()
     lines = [threshold, *([max(floor, ZERO)] if floor is not None else [])]
     heights = list(lines)

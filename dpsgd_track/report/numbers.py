@@ -85,10 +85,9 @@ def _regime(regime: RegimeComparison) -> dict[str, Any]:
     return {
         "name": regime.name,
         "baseline": regime.baseline,
-        "floor": regime.floor
-        and {
-            "measured_on": regime.floor.measured_on,
-            "values": regime.floor.values,
+        "floors": {
+            label: {"measured_on": floor.measured_on, "values": floor.values}
+            for label, floor in regime.floors.items()
         },
         "pairs": [_pair(pair) for pair in regime.pairs],
         "largest_of_all_pairs": {

@@ -177,7 +177,7 @@ def floors(comparison: GroupComparison) -> list[tuple[str, str, str, str, str]]:
         (
             regime.name,
             OBSERVABLES[name].title,
-            number(regime.floor.of(name) if regime.floor else None),
+            number(floor.of(name) if (floor := regime.floor()) else None),
             number(getattr(comparison.thresholds, OBSERVABLES[name].threshold)),
             f"{number(largest.drift.max)} ({largest.second} vs {largest.first})",
         )
