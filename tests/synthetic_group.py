@@ -37,9 +37,12 @@ def trajectory(
     accurate = noise_std > 0
     factor = np.ones((S, N)) if accurate else np.minimum(1, bound / sample_norm)
     gradient = rng.normal(0, 5.0, (S, P, K))
+    # No longer than the sum of the lengths of its parts.
+    length = (factor * sample_norm).sum(axis=1) * rng.uniform(0.3, 0.6, S)
+    gradient *= (length / np.sqrt(np.square(gradient).mean(axis=2).sum(axis=1)))[:, None, None]
+    grad_norm = length / N
     noised = gradient + rng.normal(0, noise_std, (S, P, K))
     weights = rng.normal(0, 30.0, (P, K)) - 1e-4 * np.cumsum(noised, axis=0)
-    grad_norm = rng.uniform(1.0, 2.0, S)
     return Trajectory(
         step=np.arange(S),
         loss=np.linspace(7.0, 6.5, S),

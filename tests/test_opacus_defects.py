@@ -261,4 +261,4 @@ def test_defects_are_found_by_launch_and_compare(tmp_path: Path) -> None:
     for name in guilty:
         found = modes_found[f"opacus_defects:{name}"]
         assert found["verdict"] == "BUG"
-        assert "First failing stage: clipped sum" in found["sentence"]
+        assert "To blame: clipped sum" in found["sentence"]

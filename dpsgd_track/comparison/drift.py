@@ -19,16 +19,21 @@ LOSS, GRAD_NORM = "loss", "grad_norm"
 """Thresholds an observable may be held against: fields of `config.Thresholds`."""
 
 # A relative difference is taken of max(|baseline|, SMALL x total), the total being that of all
-# layers, parameters or samples of the step. Some gradients are zero by mathematics (the key bias
-# of an attention layer), so both sides hold only rounding noise, about 1e-8 of the total in
-# float32, and their plain relative difference is about 1. With 1e-3, that noise shows as 1e-5,
-# while an item that is entirely wrong still exceeds 1e-3 down to 1e-6 of the total.
-SMALL = 1e-3
+# layers or parameters of the step. Some gradients are zero by mathematics (the key bias of an
+# attention layer), so both sides hold only rounding noise, and their plain relative difference is
+# about 1. The noise is 1e-8 of the total in float32, and 1e-6 where a norm is computed from a Gram
+# matrix, whose terms cancel. An item that is entirely wrong shows as 2 % at a thousandth of the
+# total, and above float32's rounding down to a millionth of it.
+SMALL = 0.05
+# Samples are computed each by itself, so the rounding of one is not measured by the others.
+SMALL_SAMPLE = 1e-3
 
 
-def relative(baseline: Floats, difference: Floats, total: Floats | float) -> Floats:
+def relative(
+    baseline: Floats, difference: Floats, total: Floats | float, small: float = SMALL
+) -> Floats:
     """`difference` in units of the baseline; 0/0 is 0, and anything else over 0 is infinite."""
-    scale = np.maximum(np.abs(baseline), SMALL * np.asarray(total))
+    scale = np.maximum(np.abs(baseline), small * np.asarray(total))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(difference == 0, 0.0, difference / scale)
 
@@ -48,10 +53,13 @@ def _absolute(field: str) -> Callable[[Aligned], Floats]:
     return lambda pair: _difference(getattr(pair.baseline, field), getattr(pair.other, field))
 
 
-def _relative(field: str, total: Callable[[Trajectory], Floats]) -> Callable[[Aligned], Floats]:
+def _relative(
+    field: str, total: Callable[[Trajectory], Floats], small: float = SMALL
+) -> Callable[[Aligned], Floats]:
     def measure(pair: Aligned) -> Floats:
         ours = getattr(pair.baseline, field)
-        return relative(ours, _difference(ours, getattr(pair.other, field)), total(pair.baseline))
+        apart = _difference(ours, getattr(pair.other, field))
+        return relative(ours, apart, total(pair.baseline), small)
 
     return measure
 
@@ -150,7 +158,7 @@ OBSERVABLES: dict[str, Observable] = {
         Observable(
             name="sample_norm",
             title="per-sample gradient norm",
-            measure=_relative("sample_norm", lambda t: _largest(t.sample_norm, 1)),
+            measure=_relative("sample_norm", lambda t: _largest(t.sample_norm, 1), SMALL_SAMPLE),
             field="sample_norm",
             items="sample",
         ),
@@ -182,7 +190,7 @@ OBSERVABLES: dict[str, Observable] = {
         Observable(
             name="grad_norm",
             title="gradient norm",
-            measure=_relative("grad_norm", lambda t: _largest(t.grad_norm, None)),
+            measure=_relative("grad_norm", lambda t: _largest(t.grad_norm, None), SMALL_SAMPLE),
             field="grad_norm",
         ),
         Observable(
@@ -213,7 +221,9 @@ OBSERVABLES: dict[str, Observable] = {
         Observable(
             name="grad_norm_noised",
             title="noised gradient norm",
-            measure=_relative("grad_norm_noised", lambda t: _largest(t.grad_norm_noised, None)),
+            measure=_relative(
+                "grad_norm_noised", lambda t: _largest(t.grad_norm_noised, None), SMALL_SAMPLE
+            ),
             field="grad_norm_noised",
         ),
         Observable(
@@ -271,6 +281,10 @@ class Drift:
     """The largest as a fraction of the baseline's value."""
     by_item: Mapping[str, float]
     """Largest over the steps, of each layer or parameter; empty for other items."""
+    items: tuple[str, ...]
+    """Layers or parameters, in the order of `per_step_by_item`; empty for other items."""
+    per_step_by_item: Floats
+    """[S, items] largest difference of each; NaN where not computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +367,21 @@ def _reduce(pair: Aligned, observable: Observable) -> Drift | None:
         other_value=theirs,
         relative_max=fraction,
         by_item=_by_item(pair, observable, known),
+        **_items(pair, observable, items),
     )
+
+
+def _items(pair: Aligned, observable: Observable, found: Floats) -> dict[str, Any]:
+    S = len(found)
+    names: Any = pair.baseline.parameter_names
+    if observable.items == "layer":
+        names = pair.baseline.layer_names
+    elif observable.items == "sample_parameter":
+        largest = np.where(np.isnan(found), -1.0, found).reshape(S, -1, len(names)).max(axis=1)
+        found = np.where(largest < 0, np.nan, largest)
+    elif observable.items != "parameter":
+        return {"items": (), "per_step_by_item": np.empty((S, 0))}
+    return {"items": tuple(names.tolist()), "per_step_by_item": found}
 
 
 def _label(pair: Aligned, observable: Observable, row: int, column: int) -> str:

@@ -6,15 +6,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from dpsgd_track.comparison.blame import Blame
+from dpsgd_track.comparison.alignment import align
+from dpsgd_track.comparison.blame import Blame, blame
 from dpsgd_track.comparison.drift import Drift, Pair, compare_pair
 from dpsgd_track.comparison.floor import Floor, floor_of
-from dpsgd_track.comparison.ladder import FirstFailure, Rung
+from dpsgd_track.comparison.ladder import (
+    FirstFailure,
+    Rung,
+    first_failure,
+    ladder,
+    own_errors,
+    unlike_inputs,
+)
 from dpsgd_track.comparison.noise import NoiseAudit
 from dpsgd_track.comparison.verdict import (
     Finding,
     Verdict,
+    judge_consistency,
     judge_coverage,
+    judge_floor,
     judge_gaps,
     judge_likeness,
     judge_pair,
@@ -22,7 +32,7 @@ from dpsgd_track.comparison.verdict import (
     number,
     worst,
 )
-from dpsgd_track.config import CLIP, Thresholds
+from dpsgd_track.config import CLIP, PLAIN, Thresholds
 from dpsgd_track.modes.table import BASELINE, REFERENCE
 from dpsgd_track.tracking.reader import Group, ModeRun
 from dpsgd_track.tracking.trajectory import Trajectory
@@ -103,6 +113,8 @@ class GroupComparison:
 class _Judged:
     findings: tuple[Finding, ...]
     failures: Mapping[tuple[str, str], FirstFailure]
+    ladders: Mapping[tuple[str, str], tuple[Rung, ...]]
+    blames: Mapping[tuple[str, str], Blame]
     passed: str
     """What is said of the run in its regime if nothing was found."""
 
@@ -162,24 +174,26 @@ def _compare_regime(
 def _replay(
     runs: tuple[ModeRun, ...], bases: list[ModeRun]
 ) -> tuple[dict[str, Pair], dict[str, Floor]]:
-    """Each replay against its base, by title, and the floor of each base by its label."""
+    """Each replay against its base, by title, and the floor that the sound ones show together."""
     replays: dict[str, Pair] = {}
-    floors: dict[str, Floor] = {}
-    for base in {id(base): base for base in bases}.values():
-        sound: list[Pair] = []
-        for run in runs:
-            if not run.replay or run.label != base.label:
-                continue
-            if run.trajectory is None or base.trajectory is None:
-                continue
-            ours, theirs = (base.label, base.trajectory), (run.title, run.trajectory)
-            pair = replays[run.title] = compare_pair(run.regime, ours, theirs)
-            # An unsound replay would excuse what rounding does not explain.
-            if not [*judge_run(run), *judge_likeness(base, run)]:
-                sound.append(pair)
-        if floor := floor_of(sound):
-            floors[base.label] = floor
-    return replays, floors
+    sound: list[Pair] = []
+    against_float64 = False
+    known = {base.label: base for base in bases if base.trajectory}
+    for run in runs:
+        base = known.get(run.label)
+        if not run.replay or base is None or run.trajectory is None or base.trajectory is None:
+            continue
+        ours, theirs = (base.label, base.trajectory), (run.title, run.trajectory)
+        pair = replays[run.title] = compare_pair(run.regime, ours, theirs)
+        # An unsound replay would excuse what rounding does not explain.
+        if [*judge_run(run), *judge_likeness(base, run)]:
+            continue
+        sound.append(pair)
+        exact = base.params.get("performance.reference_dtype", "float64") == "float64"
+        against_float64 |= run.replay == PLAIN and exact
+    # All are held to the largest: each replay is one draw of what rounding can do.
+    floor = floor_of(sound, against_float64=against_float64)
+    return replays, dict.fromkeys(known, floor) if floor else {}
 
 
 def _recorded(runs: tuple[ModeRun, ...], label: str) -> ModeRun | None:
@@ -205,7 +219,10 @@ def _judge(
     held_against: tuple[ModeRun | None, ModeRun | None],
     thresholds: Thresholds,
 ) -> _Judged:
-    found = list(judge_run(run))
+    own_findings, broken = judge_consistency(run)
+    found = [*judge_run(run), *own_findings]
+    ladders: dict[tuple[str, str], tuple[Rung, ...]] = {}
+    blames: dict[tuple[str, str], Blame] = {}
     failures: dict[tuple[str, str], FirstFailure] = {}
     baseline, reference = held_against
     if regime.name == CLIP and reference:
@@ -222,19 +239,38 @@ def _judge(
         replay = regime.replays.get(run.title)
         if replay and replay.baseline == base.label:
             found += judge_gaps(replay)
-        if run.replay or not pair:
+        if run.replay or not pair or run.trajectory is None or base.trajectory is None:
             continue
         if any(f.verdict is Verdict.BUG for f in judge_run(base)):
             found.append(
                 _alone(regime, f"{base.label} is itself at fault in {regime.name}", base.label)
             )
-        drifts, failure = judge_pair(pair, thresholds, regime.floor(base.label))
+        key, floor = (regime.name, base.label), regime.floor(base.label)
+        found += judge_floor(pair, floor)
+        aligned = align(base.trajectory, run.trajectory)
+        ladders[key] = ladder(
+            pair,
+            thresholds,
+            floor,
+            inputs=unlike_inputs(base.trajectory, run.trajectory),
+            broken=broken,
+            own_errors=own_errors(aligned, pair, thresholds, floor),
+        )
+        drifts = judge_pair(pair, thresholds, floor, ladders[key])
         # Unlike runs differ for a reason that says nothing about the mode.
         found += [f for f in drifts if not unlike or not f.observable]
-        if failure and not unlike:
-            failures[regime.name, base.label] = failure
+        if unlike:
+            continue
+        if failure := first_failure(ladders[key]):
+            failures[key] = failure
+        if guilty := blame(ladders[key], aligned, run.params):
+            blames[key] = guilty
     return _Judged(
-        findings=tuple(found), failures=failures, passed=_passed(run, regime, thresholds)
+        findings=tuple(found),
+        failures=failures,
+        ladders=ladders,
+        blames=blames,
+        passed=_passed(run, regime, thresholds),
     )
 
 
@@ -276,13 +312,14 @@ def _mode_verdict(label: str, results: list[_Judged]) -> ModeVerdict:
     )
     verdict = worst(f.verdict for f in findings)
     failures = {key: f for result in results for key, f in result.failures.items()}
+    blames = {key: b for result in results for key, b in result.blames.items()}
     if not findings:
         sentence = "; ".join(result.passed for result in results if result.passed)
     else:
         sentence = findings[0].sentence
-        failure = failures.get((findings[0].regime, findings[0].against))
-        if failure and findings[0].observable:
-            sentence += f". First failing stage: {failure.sentence}"
+        guilty = blames.get((findings[0].regime, findings[0].against))
+        if guilty and findings[0].observable:
+            sentence += f". To blame: {guilty.sentence}"
         if len(findings) > 1:
             sentence += f" (and {len(findings) - 1} more)"
     return ModeVerdict(
@@ -291,6 +328,8 @@ def _mode_verdict(label: str, results: list[_Judged]) -> ModeVerdict:
         findings=tuple(findings),
         failures=failures,
         sentence=f"{label}: {sentence}.",
+        ladders={key: r for result in results for key, r in result.ladders.items()},
+        blames=blames,
     )
 
 

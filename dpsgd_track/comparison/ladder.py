@@ -1,18 +1,25 @@
-"""Which stage of a step went wrong first.
+"""Which stage of a step went wrong first, and which only passed it on.
 
-An error travels down a step and into the next one, so of everything that is out of bounds the
-earliest step is looked at, and in it the earliest stage.
+An error travels down a step and, where weights are trained, into the next one. So a stage is at
+fault if it fails in a step in which no earlier stage does, or if it breaks a relation between its
+own inputs and outputs (`consistency.py`). The other stages that fail have inherited it.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from dpsgd_track.comparison.drift import OBSERVABLES, Observable, Pair
-from dpsgd_track.comparison.floor import Floor
-from dpsgd_track.config import Thresholds
-from dpsgd_track.tracking.trajectory import Trajectory
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsgd_track.comparison.alignment import Aligned
+from dpsgd_track.comparison.consistency import Inconsistency
+from dpsgd_track.comparison.drift import Drift, Pair
+from dpsgd_track.comparison.floor import Floor, limits_of
+from dpsgd_track.config import CLIP, Thresholds
+from dpsgd_track.tracking.trajectory import Floats, Trajectory, sketch_distance
 
 DATA, INITIAL_WEIGHTS = "data", "initial weights"
 
@@ -25,6 +32,9 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("updated weights", ("update", "weights", "layer_weight_norm")),
 )
 """Stages of one step with their observables, in the order in which they are computed."""
+
+_OWN_EVIDENCE = ("noise",)
+"""Observables that show their stage alone, whatever it was given."""
 
 
 class StageStatus(enum.StrEnum):
@@ -53,12 +63,19 @@ class Rung:
     where: str = ""
     """Layer, parameter or sample of the value."""
     items: tuple[str, ...] = ()
-    """All that were over the limit in that step, worst first."""
+    """All layers or parameters that were over the limit in that step, worst first."""
+
+    @property
+    def times(self) -> float:
+        """Value over limit."""
+        if self.value is None or self.limit is None:
+            return float("nan")
+        return self.value / self.limit if self.limit else float("inf")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstFailure:
-    """Where a comparison first goes out of bounds."""
+    """The stage that went wrong first."""
 
     stage: str
     step: int
@@ -75,22 +92,61 @@ class FirstFailure:
         return f"{self.stage}{when}{', ' + self.where if self.where else ''}"
 
 
-def explained_by_rounding(observable: Observable, floor: Floor | None) -> float:
-    """The largest drift that rounding may explain; 0 where no floor was measured.
+@dataclass(frozen=True, kw_only=True)
+class Excess:
+    """A drift in units of its limits: of what rounding explains, or else of its threshold."""
 
-    Twice the floor, as in FlashAttention's tests, where the floor is the largest of many samples
-    or parameters and therefore steady. A loss or a norm is one draw of a random difference, and
-    the norms of all layers move together; the ratio of two such draws exceeds 2 every third
-    time, so five times the floor is allowed.
-    """
-    measured = floor.of(observable.name) if floor else None
-    return (5.0 if observable.items in ("", "layer") else 2.0) * (measured or 0.0)
+    drift: Drift
+    times: Floats
+    """[S] largest over the items; NaN where not computed."""
+    limits: Floats
+    """[S, items], or [S, 1] where there are none."""
+
+    @property
+    def failing(self) -> NDArray[np.bool_]:
+        """[S] steps over the limit."""
+        return np.asarray(self.times > 1)
+
+    @property
+    def by_item(self) -> Floats:
+        """[S, items] differences, in the shape of the limits."""
+        return self.drift.per_step_by_item if self.drift.items else self.drift.per_step[:, None]
+
+    def rung(self, stage: str, status: StageStatus, row: int, floor: Floor | None) -> Rung:
+        """The stage as step `row` shows it."""
+        drift = self.drift
+        times = np.nan_to_num(self.by_item[row] / self.limits[row], posinf=np.inf)
+        worst_first = np.argsort(-times, kind="stable")
+        item, where, items = int(worst_first[0]), drift.where_per_step[row], ()
+        if drift.items:
+            items = tuple(drift.items[i] for i in worst_first if times[i] > 1)
+            kind = "layer" if drift.observable.items == "layer" else "parameter"
+            named = f"{kind} {drift.items[item]}"
+            # The place of the largest also names the sample.
+            where = where if where.endswith(named) else named
+        return Rung(
+            stage=stage,
+            status=status,
+            observable=drift.observable.name,
+            value=float(self.by_item[row, item]),
+            limit=float(self.limits[row, item]),
+            floor=floor.of(drift.observable.name) if floor else None,
+            step=int(drift.steps[row]),
+            where=where,
+            items=items,
+        )
 
 
-def limit(observable: Observable, thresholds: Thresholds, floor: Floor | None) -> float:
-    """The threshold, or what rounding may explain where that is more."""
-    threshold = float(getattr(thresholds, observable.threshold))
-    return max(threshold, explained_by_rounding(observable, floor))
+def excess_of(drift: Drift, thresholds: Thresholds, floor: Floor | None) -> Excess:
+    """`drift` in units of its limits."""
+    limits = limits_of(drift, floor)
+    if limits is None:
+        threshold = float(getattr(thresholds, drift.observable.threshold))
+        limits = np.full((len(drift.steps), 1), threshold)
+    if drift.items:
+        limits = np.broadcast_to(limits, drift.per_step_by_item.shape)
+    excess = Excess(drift=drift, times=drift.per_step, limits=limits)
+    return replace(excess, times=np.fmax.reduce(excess.by_item / limits, axis=1))
 
 
 def unlike_inputs(baseline: Trajectory, mode: Trajectory) -> FirstFailure | None:
@@ -108,27 +164,139 @@ def unlike_inputs(baseline: Trajectory, mode: Trajectory) -> FirstFailure | None
     return None
 
 
-def first_failure(
-    pair: Pair, thresholds: Thresholds, floor: Floor | None = None
-) -> FirstFailure | None:
-    """The earliest step, and in it the earliest stage, with a drift over its limit."""
-    best: tuple[int, int] | None = None
-    found: FirstFailure | None = None
-    for rank, (stage, observables) in enumerate(STAGES):
-        for name in observables:
-            if name not in pair.drifts:
-                continue
-            drift = pair.drifts[name]
-            bound = limit(OBSERVABLES[name], thresholds, floor)
-            over = (drift.per_step > bound).nonzero()[0]
-            if len(over) and (best is None or (int(over[0]), rank) < best):
-                row = int(over[0])
-                best = (row, rank)
-                found = FirstFailure(
-                    stage=stage,
-                    step=int(drift.steps[row]),
-                    where=drift.where_per_step[row],
-                    observable=name,
-                    value=float(drift.per_step[row]),
-                )
-    return found
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    name: str
+    excesses: tuple[Excess, ...]
+    failing: NDArray[np.bool_]
+    """[S]"""
+    is_broken: NDArray[np.bool_]
+    """[S] fails by itself, whatever it was given."""
+
+
+def ladder(
+    pair: Pair,
+    thresholds: Thresholds,
+    floor: Floor | None,
+    *,
+    inputs: FirstFailure | None = None,
+    broken: Sequence[Inconsistency] = (),
+    own_errors: Mapping[str, Floats] | None = None,
+) -> tuple[Rung, ...]:
+    """Every stage of `pair`, in the order of a step.
+
+    Args:
+        inputs: the data or weights that the two runs did not share.
+        broken: relations that the mode's own numbers break.
+        own_errors: by stage, [S] how many times its limit the error is that its inputs leave
+            unexplained; the steps are those of the pair.
+    """
+    rungs = [
+        Rung(stage=stage, status=StageStatus.INTRODUCED, step=inputs.step)
+        if inputs and inputs.stage == stage
+        else Rung(stage=stage, status=StageStatus.OK)
+        for stage in (DATA, INITIAL_WEIGHTS)
+    ]
+    any_drift = next(iter(pair.drifts.values()), None)
+    num_steps = len(any_drift.steps) if any_drift else 0
+    earlier = np.zeros(num_steps, dtype=bool)
+    stages = []
+    for name, observables in STAGES:
+        stage = _stage(pair, name, observables, thresholds, floor, num_steps)
+        for each in broken:
+            if each.stage == name and any_drift is not None:
+                stage.is_broken[any_drift.steps == each.step] = True
+        if own_errors and name in own_errors:
+            stage.is_broken[:] |= stage.failing & (own_errors[name] > 1)
+        stages.append(stage)
+    # Trained weights carry an error into every later step; with a learning rate of 0 each step
+    # starts afresh.
+    if pair.regime != CLIP:
+        failing = np.any([stage.failing for stage in stages], axis=0)
+        earlier = np.concatenate([[False], np.logical_or.accumulate(failing)[:-1]])[:num_steps]
+    for stage in stages:
+        rungs.append(_rung(stage, earlier, floor))
+        earlier = earlier | stage.failing
+    return tuple(rungs)
+
+
+def own_errors(
+    aligned: Aligned, pair: Pair, thresholds: Thresholds, floor: Floor | None
+) -> dict[str, Floats]:
+    """By stage, how many times what its inputs explain its error is, step by step.
+
+    A sum of clipped gradients is off by at most what its clip factors and the norms they belong
+    to are off by: sum over samples of |c' - c| n + c' |n' - n|.
+    """
+    drift = pair.drifts.get("gradient")
+    ours, theirs = aligned.baseline, aligned.other
+    if drift is None or np.isnan(theirs.clip_factor * ours.clip_factor).all():
+        return {}
+    excess = excess_of(drift, thresholds, floor)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        apart = np.abs(theirs.clip_factor - ours.clip_factor) * ours.sample_norm
+        apart += theirs.clip_factor * np.abs(theirs.sample_norm - ours.sample_norm)
+        length, distance = (
+            np.sqrt(np.square(sketch_distance(ours.gradient_sketch, other)).sum(axis=1))
+            for other in (np.zeros_like(ours.gradient_sketch), theirs.gradient_sketch)
+        )
+        # Both distances are estimates.
+        explained = 2 * np.nansum(apart, axis=1) / length + excess.limits.max(axis=1)
+        return {"clipped sum": distance / length / explained}
+
+
+def _stage(
+    pair: Pair,
+    name: str,
+    observables: Sequence[str],
+    thresholds: Thresholds,
+    floor: Floor | None,
+    num_steps: int,
+) -> _Stage:
+    excesses = tuple(
+        excess_of(pair.drifts[each], thresholds, floor)
+        for each in observables
+        if each in pair.drifts
+    )
+    none = np.zeros(num_steps, dtype=bool)
+    failing = np.any([none, *(excess.failing for excess in excesses)], axis=0)
+    own = [e.failing for e in excesses if e.drift.observable.name in _OWN_EVIDENCE]
+    return _Stage(
+        name=name, excesses=excesses, failing=failing, is_broken=np.any([none, *own], axis=0)
+    )
+
+
+def _rung(stage: _Stage, earlier: NDArray[np.bool_], floor: Floor | None) -> Rung:
+    if not stage.excesses:
+        status = StageStatus.INTRODUCED if stage.is_broken.any() else StageStatus.NOT_COMPARED
+        return Rung(stage=stage.name, status=status)
+    introduced = np.flatnonzero((stage.failing & ~earlier) | stage.is_broken)
+    failing = np.flatnonzero(stage.failing)
+    if len(introduced):
+        status, row = StageStatus.INTRODUCED, int(introduced[0])
+    elif len(failing):
+        status, row = StageStatus.INHERITED, int(failing[0])
+    else:
+        status = StageStatus.OK
+        row = int(np.nanargmax(np.fmax.reduce([e.times for e in stage.excesses], axis=0)))
+    times = [float(np.nan_to_num(excess.times[row], nan=-1.0)) for excess in stage.excesses]
+    # Of those that fail, one that names a layer says more than a total.
+    tells = [(t > 1 and bool(e.drift.items), t) for e, t in zip(stage.excesses, times, strict=True)]
+    shown = stage.excesses[tells.index(max(tells))]
+    return shown.rung(stage.name, status, row, floor)
+
+
+def first_failure(rungs: Sequence[Rung]) -> FirstFailure | None:
+    """The stage at fault: of the earliest step, and in it the earliest that introduced an error."""
+    order = {rung.stage: place for place, rung in enumerate(rungs)}
+    guilty = [rung for rung in rungs if rung.status is StageStatus.INTRODUCED]
+    if not guilty:
+        return None
+    first = min(guilty, key=lambda r: (-1 if r.step is None else r.step, order[r.stage]))
+    return FirstFailure(
+        stage=first.stage,
+        step=-1 if first.step is None else first.step,
+        where=first.where,
+        observable=first.observable,
+        value=float("nan") if first.value is None else first.value,
+    )

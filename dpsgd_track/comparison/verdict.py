@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dpsgd_track.comparison.consistency import TOLERANCE, Inconsistency, inconsistencies
 from dpsgd_track.comparison.drift import LOSS, Drift, Pair
 from dpsgd_track.comparison.finite import not_finite
 from dpsgd_track.comparison.floor import Floor
 from dpsgd_track.comparison.ladder import (
-    FirstFailure,
-    explained_by_rounding,
+    STAGES,
+    Excess,
+    Rung,
+    StageStatus,
+    excess_of,
     first_failure,
     unlike_inputs,
 )
@@ -28,6 +32,9 @@ from dpsgd_track.tracking.trajectory import Trajectory
 COVERAGE = (0.2, 0.8)
 """Fraction of samples that the mixed half of the clip regime must clip to show anything."""
 
+SURE = 10.0
+"""Times its limit from which on the error of a stage that was given the right inputs is a bug,
+however small it is."""
 
 # As the launcher words it.
 _NOT_FINITE = "not-finite"
@@ -200,10 +207,53 @@ def judge_gaps(pair: Pair) -> list[Finding]:
     ]
 
 
+def judge_consistency(run: ModeRun) -> tuple[list[Finding], tuple[Inconsistency, ...]]:
+    """Relations between the run's own numbers that do not hold, and a finding for each."""
+    if run.trajectory is None:
+        return [], ()
+    broken = inconsistencies(run.trajectory, run.params)
+    findings = [
+        Finding(
+            verdict=Verdict.BUG if each.value > SURE * TOLERANCE else Verdict.DRIFT,
+            regime=run.regime,
+            sentence=f"{each.title} in {run.regime} by {number(each.value)} (relative; "
+            f"limit {number(TOLERANCE)}) at step {each.step}"
+            + (f", {each.where}" if each.where else ""),
+            observable=each.observable,
+            value=each.value,
+            threshold=TOLERANCE,
+            step=each.step,
+            where=each.where,
+        )
+        for each in broken
+    ]
+    return findings, broken
+
+
+def judge_floor(pair: Pair, floor: Floor | None) -> Iterator[Finding]:
+    """Whether rounding leaves anything to be compared, in every step."""
+    if floor is None or floor.chaos is None:
+        return
+    measured = floor.of("gradient")
+    yield Finding(
+        verdict=Verdict.INCONCLUSIVE,
+        regime=pair.regime,
+        sentence=f"cannot be compared with {pair.baseline} in {pair.regime} from step "
+        f"{floor.chaos} on: rounding alone moves equal runs apart, by up to {number(measured)} "
+        "times the clipped sum. Run fewer steps, or lower the learning rate",
+        against=pair.baseline,
+        step=floor.chaos,
+    )
+
+
 def judge_pair(
-    pair: Pair, thresholds: Thresholds, floor: Floor | None
-) -> tuple[list[Finding], FirstFailure | None]:
-    """Every gap and every drift over its threshold, and the stage that failed first."""
+    pair: Pair, thresholds: Thresholds, floor: Floor | None, rungs: Sequence[Rung]
+) -> list[Finding]:
+    """Every gap and every drift that is over its limit.
+
+    Args:
+        rungs: the pair's ladder.
+    """
     found = judge_gaps(pair)
     if not pair.drifts:
         found.append(
@@ -214,56 +264,86 @@ def judge_pair(
                 against=pair.baseline,
             )
         )
-    failure = first_failure(pair, thresholds, floor)
+    guilty = {rung.stage for rung in rungs if rung.status is StageStatus.INTRODUCED}
+    at_fault = {name for stage, names in STAGES if stage in guilty for name in names}
     drifts = [
         finding
         for name, drift in pair.drifts.items()
         if name != "final_loss"  # a loss like any other, and judged as such
-        and (finding := _judge_drift(pair, drift, thresholds, floor))
+        and (finding := _judge_drift(pair, drift, thresholds, floor, name in at_fault))
     ]
-    # The worst drift leads, and of equals the one that the stage which failed first shows.
+    failure = first_failure(rungs)
     first = failure.observable if failure else ""
+    # The worst drift leads, and of equals the one that the stage at fault shows.
     drifts.sort(key=lambda f: (-f.verdict.severity, f.observable != first))
-    return found + drifts, failure
+    return found + drifts
 
 
 def _judge_drift(
-    pair: Pair, drift: Drift, thresholds: Thresholds, floor: Floor | None
+    pair: Pair, drift: Drift, thresholds: Thresholds, floor: Floor | None, is_at_fault: bool
 ) -> Finding | None:
     observable = drift.observable
     threshold = float(getattr(thresholds, observable.threshold))
-    if drift.max <= threshold:
-        return None
+    excess = excess_of(drift, thresholds, floor)
     measured = floor.of(observable.name) if floor else None
-    verdict, held_to = Verdict.DRIFT, threshold
-    if drift.relative_max > thresholds.bug:
-        verdict, held_to = Verdict.BUG, thresholds.bug
-    shown = f"floor {number(measured)}"
-    if drift.max <= explained_by_rounding(observable, floor):
-        verdict, held_to = Verdict.INCONCLUSIVE, threshold
-        shown = f"cannot be told from rounding: floor {number(measured)}"
-    kind = "relative" if observable.is_relative else "absolute"
-    kind += ", estimated from projections" * observable.is_estimate
-    as_fraction = (
-        f", {number(drift.relative_max)} of the loss" if observable.threshold == LOSS else ""
-    )
-    where = f", {drift.where}" if drift.where else ""
-    limits = (
-        f"bug threshold {number(held_to)}"
-        if verdict is Verdict.BUG
-        else (f"threshold {number(held_to)}")
-    )
+    times = float(np.nanmax(excess.times))
+    if times <= 1:
+        # Within what rounding explains, or within the threshold where no floor is known.
+        is_as_right_as_plain = floor is not None and floor.against_float64
+        if drift.max <= threshold or is_as_right_as_plain:
+            return None
+        row = int(np.nanargmax(drift.per_step))
+    else:
+        row = int(np.nanargmax(excess.times))
+    shown = excess.rung("", StageStatus.OK, row, floor)
+    assert shown.value is not None
+    assert shown.step is not None
+    as_fraction = _as_fraction(drift, excess)
+    verdict = Verdict.DRIFT
+    if times <= 1:
+        verdict = Verdict.INCONCLUSIVE
+    elif as_fraction > thresholds.bug or (is_at_fault and measured is not None and times > SURE):
+        verdict = Verdict.BUG
+    held_to = thresholds.bug if as_fraction > thresholds.bug and times > 1 else threshold
     return Finding(
         verdict=verdict,
         regime=pair.regime,
         sentence=f"{observable.title} differs from {pair.baseline} in {pair.regime} by "
-        f"{number(drift.max)} ({kind}{as_fraction}; {limits}; {shown}) "
-        f"at step {drift.step}{where}",
+        f"{number(shown.value)} ({_terms(drift, thresholds, measured, times, held_to)}) "
+        f"at step {shown.step}" + (f", {shown.where}" if shown.where else ""),
         against=pair.baseline,
         observable=observable.name,
-        value=drift.max,
+        value=shown.value,
         threshold=held_to,
         floor=measured,
-        step=drift.step,
-        where=drift.where,
+        step=shown.step,
+        where=shown.where,
     )
+
+
+def _as_fraction(drift: Drift, excess: Excess) -> float:
+    """The largest difference that is over its limit, as a fraction of what it was to be."""
+    over = excess.by_item[excess.by_item > excess.limits]
+    if not over.size:
+        return 0.0
+    unit = drift.relative_max / drift.max if drift.observable.threshold == LOSS else 1.0
+    return float(over.max()) * unit
+
+
+def _terms(
+    drift: Drift, thresholds: Thresholds, floor: float | None, times: float, held_to: float
+) -> str:
+    """What stands in brackets behind a drift."""
+    terms = ["relative" if drift.observable.is_relative else "absolute"]
+    if drift.observable.is_estimate:
+        terms[0] += ", estimated from projections"
+    if drift.observable.threshold == LOSS:
+        terms[0] += f", {number(drift.relative_max)} of the loss"
+    terms.append(f"{'bug ' * (held_to == thresholds.bug)}threshold {number(held_to)}")
+    if floor is None:
+        terms.append("floor not measured")
+    elif times <= 1:
+        terms.append(f"cannot be told from rounding: floor {number(floor)}")
+    else:
+        terms.append(f"{number(times)} times what rounding explains, floor {number(floor)}")
+    return "; ".join(terms)

@@ -1,0 +1,293 @@
+"""Where an error arose, who inherited it, whose samples it is in, and what its size gives away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_group import compared, healthy_runs, mode_run, put, scaled, trajectory, with_run
+
+from dpsgd_track.comparison.blame import Blame, describe, where_it_arose
+from dpsgd_track.comparison.fingerprint import (
+    Ratio,
+    fingerprint,
+    projected_ratio,
+    quantities,
+    ratio_of,
+)
+from dpsgd_track.comparison.group import ModeVerdict
+from dpsgd_track.comparison.ladder import Rung, StageStatus
+from dpsgd_track.tracking.trajectory import Trajectory
+
+MODE = "flash_fsdp"
+CLIP_KEY = ("clip", "reference")
+PARAMS = {
+    "num_ranks": "3",
+    "regime.micro_batches": "7",
+    "data.batch_size": "5",
+    "data.seq_length": "121",
+    "regime.learning_rate": "6e-4",
+    "regime.optimizer": "sgd",
+}
+NAMES = tuple(
+    f"model.layers.{i}.{part}"
+    for i in range(4)
+    for part in ("norm.weight", "proj.weight", "proj.bias")
+)
+
+
+def clip_record(**more: Any) -> Trajectory:
+    return trajectory(noise_std=0.0, **more)
+
+
+def judged(
+    wrong: Trajectory, base: Trajectory | None = None, plain: Trajectory | None = None
+) -> ModeVerdict:
+    """The verdict of `wrong` in the clip regime, where the reference's replay is `plain`."""
+    base = base or clip_record()
+    runs = with_run(healthy_runs(), mode_run("reference", "clip", base))
+    runs = with_run(runs, mode_run(MODE, "clip", wrong, params=PARAMS))
+    runs = with_run(runs, mode_run("flash_fsdp_fuse", "clip", base))
+    runs.append(mode_run("reference", "clip", plain or base, replay="plain"))
+    return next(mode for mode in compared(runs).modes if mode.label == MODE)
+
+
+def blamed(wrong: Trajectory, base: Trajectory | None = None) -> Blame:
+    found = judged(wrong, base)
+    assert found.verdict == "BUG"
+    return found.blames[CLIP_KEY]
+
+
+def statuses(found: ModeVerdict) -> dict[str, str]:
+    return {rung.stage: rung.status.value for rung in found.ladders[CLIP_KEY]}
+
+
+def with_norms(t: Trajectory, by_parameter: np.ndarray) -> Trajectory:
+    """`t` with other norms, and all that follows from them but the sum."""
+    norm = np.sqrt(np.square(by_parameter).sum(axis=2))
+    factor = np.minimum(1.0, t.max_grad_norm[:, None] / norm)
+    return replace(t, sample_norm_by_parameter=by_parameter, sample_norm=norm, clip_factor=factor)
+
+
+def test_healthy_run_has_a_ladder_without_blame() -> None:
+    found = judged(clip_record())
+    assert set(statuses(found).values()) == {"ok"}
+    assert found.blames == {}
+
+
+def test_wrong_norm_of_one_parameter_is_named_and_the_clip_factors_inherit() -> None:
+    base = clip_record()
+    by_parameter = base.sample_norm_by_parameter.copy()
+    by_parameter[2:, :, 1] *= 1.5
+    found = judged(with_norms(base, by_parameter))
+    assert found.blames[CLIP_KEY].layers == ("model.layers.1.weight",)
+    assert (found.blames[CLIP_KEY].stage, found.blames[CLIP_KEY].step) == ("per-sample norms", 2)
+    assert "1.5 times the baseline's throughout" in found.sentence
+    known = statuses(found)
+    assert (known["loss"], known["per-sample norms"]) == ("ok", "introduced")
+    assert (known["clip factors"], known["clipped sum"]) == ("inherited", "ok")
+
+
+def test_wrong_sum_of_right_factors_is_introduced_by_the_sum() -> None:
+    found = judged(scaled(clip_record(), "gradient_sketch", 2.0, (slice(None), 2)))
+    assert found.blames[CLIP_KEY].layers == ("model.layers.2.weight",)
+    assert "2 (counted twice)" in found.blames[CLIP_KEY].fingerprint
+    assert statuses(found)["clipped sum"] == "introduced"
+
+
+def test_sum_that_is_off_by_more_than_its_factors_is_at_fault_too() -> None:
+    base = clip_record()
+    by_parameter = base.sample_norm_by_parameter * (1 + 1e-4)
+    slightly = with_norms(base, by_parameter)
+    assert statuses(judged(slightly))["clipped sum"] == "ok"
+    wrong = scaled(slightly, "gradient_sketch", 3.0)
+    assert statuses(judged(wrong))["clipped sum"] == "introduced"
+    inherited = scaled(slightly, "gradient_sketch", 1 + 1e-4)
+    assert statuses(judged(inherited))["clipped sum"] == "inherited"
+
+
+def test_samples_of_one_rank_alone_name_the_rank() -> None:
+    base = clip_record()
+    by_parameter = base.sample_norm_by_parameter.copy()
+    by_parameter[:, base.sample_rank[0] == 1] *= 1.25
+    found = blamed(with_norms(base, by_parameter))
+    assert found.ranks == (1,)
+    assert found.samples == tuple(base.sample_index[0][base.sample_rank[0] == 1].tolist())
+    assert "of rank 1 alone" in found.sentence
+
+
+def test_error_in_all_samples_names_none() -> None:
+    base = clip_record()
+    found = blamed(with_norms(base, base.sample_norm_by_parameter * 1.25))
+    assert (found.samples, found.ranks) == ((), ())
+    assert "all 4 parameters" in found.sentence
+
+
+def test_error_of_ten_times_the_floor_with_right_inputs_is_a_bug_below_every_threshold() -> None:
+    base = clip_record()
+    plain = with_norms(base, base.sample_norm_by_parameter * (1 + 1e-6))
+    slight = with_norms(base, base.sample_norm_by_parameter * (1 + 2e-5))
+    found = judged(slight, base, plain)
+    assert found.verdict == "DRIFT"
+    worse = judged(with_norms(base, base.sample_norm_by_parameter * (1 + 4e-4)), base, plain)
+    assert worse.verdict == "BUG"
+    assert "times what rounding explains" in worse.sentence
+
+
+def test_wrong_layer_that_hands_its_error_on_is_told_from_those_before_it() -> None:
+    arose, inherited = where_it_arose(NAMES[:8], NAMES)
+    assert arose == ("model.layers.2.proj.weight",) or arose == NAMES[7:8]
+    assert set(inherited) == set(NAMES[:7]) - {"model.layers.2.proj.weight"}
+
+
+def test_wrong_layers_with_right_ones_before_them_are_wrong_by_themselves() -> None:
+    biases = tuple(name for name in NAMES if name.endswith("bias"))
+    assert where_it_arose(biases, NAMES) == (biases, ())
+    assert where_it_arose(NAMES, NAMES) == (NAMES, ())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (NAMES, "all 12 parameters"),
+        (NAMES[:1], "model.layers.0.norm.weight"),
+        (NAMES[2::3], "every *.bias (4)"),
+        (NAMES[1::3], "every model.layers.*.proj.weight (4)"),
+        (
+            NAMES[:5],
+            "model.layers.0.norm.weight, model.layers.0.proj.weight, "
+            "model.layers.0.proj.bias and 2 more",
+        ),
+    ],
+)
+def test_what_parameters_have_in_common_is_said(wrong: tuple[str, ...], said: str) -> None:
+    assert describe(wrong, NAMES) == said
+
+
+KNOWN = quantities(PARAMS, 0.37)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "symbol"),
+    [
+        (2.0, "2 (counted twice)"),
+        (0.5, "1/2"),
+        (3.0, "W (the number of ranks)"),
+        (3**0.5, "sqrt(W)"),
+        (1 / 3, "1/W"),
+        (7.0, "K (the number of micro-batches)"),
+        (7**0.5, "sqrt(K)"),
+        (5.0, "b (the samples of a micro-batch)"),
+        (0.2, "1/b"),
+        (105.0, "B (the global batch size)"),
+        (1 / 105, "1/B"),
+        (0.37, "C (the clipping bound)"),
+        (1 / 0.37, "1/C"),
+        (11.0, "sqrt(T)"),
+        (121.0, "T (the sequence length)"),
+        (-1.0, "its negative"),
+    ],
+)
+def test_known_ratio_is_called_by_name(ratio: float, symbol: str) -> None:
+    said = fingerprint(Ratio(value=ratio, spread=1e-4), KNOWN)
+    assert symbol in said
+    assert " or " not in said
+
+
+def test_quantities_that_coincide_are_all_named() -> None:
+    said = fingerprint(Ratio(value=2.0, spread=0.0), quantities({**PARAMS, "num_ranks": "2"}, 0.37))
+    assert "2 (counted twice) or W (the number of ranks)" in said
+
+
+@pytest.mark.parametrize(
+    "ratio", [Ratio(value=3.0, spread=0.2), Ratio(value=1.001, spread=0.0), None]
+)
+def test_scattered_ratio_or_none_suggests_nothing(ratio: Ratio | None) -> None:
+    assert fingerprint(ratio, KNOWN) == ""
+
+
+def test_ratio_of_turned_vectors_is_none() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(4, 16))
+    assert projected_ratio(a, rng.normal(size=(4, 16))) is None
+    found = projected_ratio(a, 3 * a)
+    assert found is not None
+    assert found.value == pytest.approx(3)
+    gone = projected_ratio(a, 0 * a)
+    assert fingerprint(gone, KNOWN) == "it is zero: left out altogether"
+
+
+def test_ratio_ignores_what_is_undefined() -> None:
+    found = ratio_of(np.array([0.0, 1.0, 2.0]), np.array([1.0, 2.0, 4.0]))
+    assert found == Ratio(value=2.0, spread=0.0)
+    assert ratio_of(np.array([0.0]), np.array([0.0])) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "stage"),
+    [
+        (lambda t: scaled(t, "sample_norm", 1.01, (1, 2)), "per-sample norms"),
+        (lambda t: scaled(t, "clip_factor", 0.98, (3, 2)), "clip factors"),
+        (lambda t: scaled(t, "grad_norm", 9.0, 2), "clipped sum"),
+    ],
+)
+def test_run_that_contradicts_itself_is_a_bug_without_any_baseline(change: Any, stage: str) -> None:
+    wrong = mode_run(MODE, "clip", change(clip_record()), params=PARAMS)
+    (found,) = [m for m in compared([wrong]).modes if m.label == MODE]
+    assert found.verdict == "BUG"
+    assert {
+        "sample_norm": "per-sample norms",
+        "clip_factor": "clip factors",
+        "grad_norm": "clipped sum",
+    }[found.findings[0].observable] == stage
+
+
+@pytest.mark.parametrize(
+    ("rate", "verdict"), [(1.0, "PASS"), (1.01, "PASS"), (1.5, "BUG"), (-1.0, "BUG")]
+)
+def test_sgd_step_follows_from_the_gradient(rate: float, verdict: str) -> None:
+    base = trajectory()
+    path = -1e-4 * rate * np.cumsum(base.noised_sketch, axis=0) / base.expected_batch_size
+    moved = replace(base, weight_sketch=base.weight_sketch[:1] * 0 + 30.0 + path)
+    params = {**PARAMS, "regime.learning_rate": "1e-4"}
+    runs = [mode_run("no_dp", record=moved), mode_run(MODE, record=moved, params=params)]
+    (found,) = [m for m in compared(runs).modes if m.label == MODE]
+    assert found.verdict == verdict
+
+
+def test_stage_that_fails_only_after_another_step_failed_has_inherited_where_weights_move() -> None:
+    wrong = scaled(trajectory(), "gradient_sketch", 1.5, (1, 2))
+    wrong = scaled(wrong, "loss", 1.01, slice(2, None))
+    noise = trajectory().noised_sketch - trajectory().gradient_sketch
+    wrong = replace(wrong, noised_sketch=wrong.gradient_sketch + noise)
+    runs = with_run(healthy_runs(), mode_run(MODE, record=wrong, params=PARAMS))
+    (found,) = [m for m in compared(runs).modes if m.label == MODE]
+    rungs = {rung.stage: rung for rung in found.ladders["accuracy", "no_dp"]}
+    assert rungs["loss"].status is StageStatus.INHERITED
+    assert (rungs["clipped sum"].status, rungs["clipped sum"].step) == (StageStatus.INTRODUCED, 1)
+    assert rungs["noise"].status is not StageStatus.INTRODUCED
+
+
+def test_rung_tells_how_many_times_its_limit_a_value_is() -> None:
+    rung = Rung(stage="loss", status=StageStatus.OK, value=3.0, limit=2.0)
+    assert rung.times == 1.5
+    assert np.isnan(replace(rung, limit=None).times)
+
+
+def test_floor_that_explodes_leaves_the_rest_inconclusive() -> None:
+    base = trajectory(steps=30)
+    wild = scaled(base, "gradient_sketch", 3.0, slice(20, None))
+    runs = [
+        mode_run("no_dp", record=base),
+        mode_run("no_dp", record=wild, replay="ulp"),
+        mode_run(MODE, record=scaled(base, "gradient_sketch", 5.0, slice(20, None))),
+    ]
+    (found,) = [m for m in compared(runs).modes if m.label == MODE]
+    assert found.verdict == "INCONCLUSIVE"
+    assert "from step 13 on: rounding alone moves equal runs apart" in found.sentence
+    early = put(base, "gradient_sketch", 0.0, 3)
+    runs[-1] = mode_run(MODE, record=early)
+    (found,) = [m for m in compared(runs).modes if m.label == MODE]
+    assert found.verdict == "BUG"
