@@ -8,7 +8,7 @@ from itertools import combinations
 
 from dpsgd_track.comparison.alignment import align
 from dpsgd_track.comparison.blame import Blame, blame
-from dpsgd_track.comparison.drift import Drift, Pair, compare_pair
+from dpsgd_track.comparison.drift import OBSERVABLES, Drift, Pair, compare_pair
 from dpsgd_track.comparison.floor import Floor, floor_of
 from dpsgd_track.comparison.ladder import (
     FirstFailure,
@@ -138,7 +138,9 @@ def compare_group(group: Group, thresholds: Thresholds) -> GroupComparison:
         regimes=tuple(regimes),
         modes=modes,
         verdict=verdict,
-        sentence=_group_sentence(verdict, modes),
+        sentence=_group_sentence(
+            verdict, modes, has_floor=any(regime.floors for regime in regimes)
+        ),
     )
 
 
@@ -270,7 +272,7 @@ def _judge(
         failures=failures,
         ladders=ladders,
         blames=blames,
-        passed=_passed(run, regime, thresholds),
+        passed=_passed(run, regime, thresholds, ladders),
     )
 
 
@@ -280,28 +282,30 @@ def _alone(regime: RegimeComparison, sentence: str, against: str = "") -> Findin
     )
 
 
-def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> str:
+def _passed(
+    run: ModeRun,
+    regime: RegimeComparison,
+    thresholds: Thresholds,
+    ladders: Mapping[tuple[str, str], tuple[Rung, ...]],
+) -> str:
     if run.replay:
         return f"replay that measures the floor of {regime.name}"
     role = f"baseline of {regime.name}" if run.label == regime.baseline else ""
-    pairs = [pair for pair in regime.pairs if pair.mode == run.label]
-    drifts = [drift for pair in pairs for drift in pair.drifts.values()]
-    if not drifts:
+    if not ladders:
         return role or f"oracle of {regime.name}"
-
-    def threshold(drift: Drift) -> float:
-        return float(getattr(thresholds, drift.observable.threshold))
-
-    bases = " and ".join(pair.baseline for pair in pairs)
+    bases = " and ".join(base for _, base in ladders)
     agrees = f"{role + ', ' if role else ''}agrees with {bases} in {regime.name}"
-    nearest = max(drifts, key=lambda drift: drift.max / threshold(drift))
-    if nearest.max == 0:
+    rungs = [rung for rungs in ladders.values() for rung in rungs if rung.value is not None]
+    nearest = max(rungs, key=lambda rung: rung.times, default=None)
+    if nearest is None or not nearest.value:
         return f"{agrees} to the last bit"
-    known = regime.floor()
-    floor = known.of(nearest.observable.name) if known else None
+    observable = OBSERVABLES[nearest.observable]
+    threshold = float(getattr(thresholds, observable.threshold))
+    limit = "what rounding explains" if nearest.floor is not None else "its threshold"
     return (
-        f"{agrees}, nearest to its threshold in {nearest.observable.title} with "
-        f"{number(nearest.max)} (threshold {number(threshold(nearest))}, floor {number(floor)})"
+        f"{agrees}, nearest to its limit in {observable.title} with {number(nearest.value)}, "
+        f"{number(nearest.times)} times {limit} (threshold {number(threshold)}, "
+        f"floor {number(nearest.floor)})"
     )
 
 
@@ -333,11 +337,12 @@ def _mode_verdict(label: str, results: list[_Judged]) -> ModeVerdict:
     )
 
 
-def _group_sentence(verdict: Verdict, modes: tuple[ModeVerdict, ...]) -> str:
+def _group_sentence(verdict: Verdict, modes: tuple[ModeVerdict, ...], *, has_floor: bool) -> str:
     if not modes:
         return "INCONCLUSIVE: the group holds no run of any mode."
     if verdict is Verdict.PASS:
-        return f"PASS: all {len(modes)} runs agree within the thresholds."
+        how = "as closely as rounding allows" if has_floor else "within the thresholds"
+        return f"PASS: all {len(modes)} runs agree {how}."
     guilty = [mode for mode in modes if mode.verdict is verdict]
     others = f" The same verdict for {', '.join(m.label for m in guilty[1:])}." * (len(guilty) > 1)
     return f"{verdict}: {guilty[0].sentence}{others}"
