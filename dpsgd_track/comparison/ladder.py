@@ -233,6 +233,8 @@ def own_errors(
     if drift is None or np.isnan(theirs.clip_factor * ours.clip_factor).all():
         return {}
     excess = excess_of(drift, thresholds, floor)
+    if not excess.failing.any():
+        return {}
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         apart = np.abs(theirs.clip_factor - ours.clip_factor) * ours.sample_norm
         apart += theirs.clip_factor * np.abs(theirs.sample_norm - ours.sample_norm)
