@@ -10,7 +10,7 @@ from dpsgd_track.comparison.blame import Blame
 from dpsgd_track.comparison.drift import Drift, Pair, compare_pair
 from dpsgd_track.comparison.floor import Floor, floor_of
 from dpsgd_track.comparison.ladder import FirstFailure, Rung
-from dpsgd_track.comparison.noise import NoiseAudit
+from dpsgd_track.comparison.noise import NoiseAudit, audit, judge_noise
 from dpsgd_track.comparison.verdict import (
     Finding,
     Verdict,
@@ -22,9 +22,9 @@ from dpsgd_track.comparison.verdict import (
     number,
     worst,
 )
-from dpsgd_track.config import CLIP, Thresholds
+from dpsgd_track.config import CLIP, NOISE, PLAIN, SILENT, Thresholds
 from dpsgd_track.modes.table import BASELINE, REFERENCE
-from dpsgd_track.tracking.reader import Group, ModeRun
+from dpsgd_track.tracking.reader import FINISHED, Group, ModeRun
 from dpsgd_track.tracking.trajectory import Trajectory
 
 
@@ -116,6 +116,8 @@ def compare_group(group: Group, thresholds: Thresholds) -> GroupComparison:
         regime, baseline, reference = _compare_regime(name, runs)
         regimes.append(regime)
         for run in runs:
+            if run.replay == SILENT and run.status == FINISHED:
+                continue
             result = _judge(run, regime, (baseline, reference), thresholds)
             judged.setdefault(run.title, []).append(result)
     modes = tuple(_mode_verdict(label, results) for label, results in judged.items())
@@ -133,6 +135,8 @@ def compare_group(group: Group, thresholds: Thresholds) -> GroupComparison:
 def _compare_regime(
     name: str, runs: tuple[ModeRun, ...]
 ) -> tuple[RegimeComparison, ModeRun | None, ModeRun | None]:
+    if name == NOISE:
+        return _audit_regime(name, runs), None, None
     # no_dp clips nothing, so in the clip regime only the oracle can be the baseline.
     reference = _recorded(runs, REFERENCE)
     baseline = reference if name == CLIP else _recorded(runs, BASELINE) or reference
@@ -155,8 +159,30 @@ def _compare_regime(
         replays=replays,
         floors=floors,
         largest=_largest(name, recorded, pairs),
+        audits=_audits(runs, reference),
     )
     return regime, baseline, reference
+
+
+def _audit_regime(name: str, runs: tuple[ModeRun, ...]) -> RegimeComparison:
+    """A regime whose runs differ by design, each having noise of its own."""
+    return RegimeComparison(
+        name=name,
+        runs=tuple(r for r in runs if not r.replay),
+        baseline="",
+        pairs=(),
+        replays={},
+        floors={},
+        largest={},
+        audits=_audits(runs, None),
+    )
+
+
+def _audits(runs: tuple[ModeRun, ...], reference: ModeRun | None) -> dict[str, NoiseAudit]:
+    """What can be said of each run's noise, by label."""
+    plain = next((r for r in runs if r.label == REFERENCE and r.replay == PLAIN), None)
+    found = {run.label: audit(run, reference, plain) for run in runs if not run.replay}
+    return {label: each for label, each in found.items() if each}
 
 
 def _replay(
@@ -206,13 +232,15 @@ def _judge(
     thresholds: Thresholds,
 ) -> _Judged:
     found = list(judge_run(run))
+    if not run.replay:
+        found += judge_noise(run, regime.audits.get(run.label))
     failures: dict[tuple[str, str], FirstFailure] = {}
     baseline, reference = held_against
     if regime.name == CLIP and reference:
         found += judge_coverage(reference)
-    if baseline is None:
+    if baseline is None and regime.name != NOISE:
         found.append(_alone(regime, f"there is no baseline to compare with in {regime.name}"))
-    elif run is baseline and not regime.pairs:
+    elif baseline and run is baseline and not regime.pairs:
         found.append(_alone(regime, f"there is nothing to compare with in {regime.name}"))
     bases = {id(b): b for b in held_against if b and b is not run and run is not reference}
     for base in bases.values():
@@ -245,6 +273,8 @@ def _alone(regime: RegimeComparison, sentence: str, against: str = "") -> Findin
 
 
 def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> str:
+    if regime.name == NOISE:
+        return f"its noise is as it should be in {regime.name}"
     if run.replay:
         return f"replay that measures the floor of {regime.name}"
     role = f"baseline of {regime.name}" if run.label == regime.baseline else ""

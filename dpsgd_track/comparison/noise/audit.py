@@ -1,0 +1,120 @@
+"""All checks that a run has records for, and what failed ones mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from dpsgd_track.comparison.noise.check import NoiseAudit, NoiseCheck
+from dpsgd_track.comparison.noise.correlation import REUSE, check_correlations
+from dpsgd_track.comparison.noise.samples import samples_of
+from dpsgd_track.comparison.noise.sensitivity import sensitivity
+from dpsgd_track.comparison.noise.shape import check_shape
+from dpsgd_track.comparison.noise.sketches import check_sketches
+from dpsgd_track.comparison.noise.std import EMPTY_STEP, GROUPED, STD, Cells, check_std
+from dpsgd_track.comparison.verdict import Finding, Verdict
+from dpsgd_track.config import NOISE
+from dpsgd_track.tracking.names import UNEQUAL_NOISE
+from dpsgd_track.tracking.reader import ModeRun
+
+SAMPLES, SKETCHES = "samples", "sketches"
+
+
+def audit(
+    run: ModeRun, reference: ModeRun | None = None, plain: ModeRun | None = None
+) -> NoiseAudit | None:
+    """Everything that can be said of the noise of `run` by itself.
+
+    Args:
+        reference: the regime's run of the reference, whose norms count for the sensitivity.
+        plain: that of the reference in the type that modes compute in.
+    Returns:
+        None for a run that neither adds noise nor clips, or left no record of it.
+    """
+    trajectory = run.trajectory
+    if trajectory is None or not trajectory.num_steps:
+        return None
+    checks: list[NoiseCheck] = []
+    source, cells = "", None
+    samples = samples_of(trajectory)
+    if samples is not None and samples.held.any():
+        source = SAMPLES
+        checks, cells = check_std(run, trajectory, samples)
+        if np.isfinite(samples.noise).all():
+            checks += [*check_shape(samples), *check_correlations(samples)]
+    elif sketched := check_sketches(trajectory):
+        source = SKETCHES
+        checks, cells = sketched
+    contribution = sensitivity(run, reference, plain)
+    checks += [contribution] if contribution else []
+    if not checks:
+        return None
+    return NoiseAudit(
+        regime=run.regime,
+        mode=run.label,
+        checks=tuple(checks),
+        by_parameter=_rows(cells),
+        source=source,
+    )
+
+
+def _rows(cells: Cells | None) -> tuple[tuple[str, float, float, float], ...]:
+    if cells is None:
+        return ()
+    columns = cells.value.tolist(), cells.low.tolist(), cells.high.tolist()
+    return tuple(zip(cells.labels, *columns, strict=True))
+
+
+def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
+    """What an audit found, and that a run of the noise regime has none."""
+    if UNEQUAL_NOISE in run.reason:
+        yield _finding(run.regime, run.reason.rstrip(". "))
+    if audit is None:
+        if run.regime == NOISE and not run.replay:
+            yield Finding(
+                verdict=Verdict.INCONCLUSIVE,
+                regime=run.regime,
+                sentence=f"it left no record of its noise in {run.regime}, so that it cannot be "
+                "audited",
+                observable="noise",
+            )
+        return
+    for check in _telling(audit.failed):
+        yield _finding(run.regime, check.sentence, check)
+
+
+def _finding(regime: str, sentence: str, check: NoiseCheck | None = None) -> Finding:
+    stage = "clipped sum" if check and check.name == "sensitivity" else "noise"
+    return Finding(
+        verdict=Verdict.BUG,
+        regime=regime,
+        sentence=f"{stage} in {regime}: {sentence}",
+        observable="noise",
+        value=check.value if check else None,
+        where=check.where if check else "",
+    )
+
+
+def _telling(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
+    """`failed` without those that only say again what another says better."""
+    named = {check.name: check for check in failed}
+    kept = []
+    if best := _telling_std(named):
+        kept.append(best)
+    related = [check for check in failed if check.name.startswith("correlation_of_")]
+    for check in failed:
+        is_std = check.name in (STD, EMPTY_STEP, *GROUPED)
+        if not is_std and not (check.name == REUSE and related):
+            kept.append(check)
+    return kept
+
+
+def _telling_std(failed: dict[str, NoiseCheck]) -> NoiseCheck | None:
+    """The std that says where: that of the grouping of which the smallest share failed."""
+    by_step = failed.get("std_by_step")
+    if EMPTY_STEP in failed and by_step and by_step.num_failed == failed[EMPTY_STEP].num_failed:
+        return failed[EMPTY_STEP]
+    # Of equal shares the coarser grouping says it.
+    found = [failed[name] for name in (STD, *GROUPED, EMPTY_STEP) if name in failed]
+    return min(found, key=lambda check: check.num_failed / check.num_cells, default=None)
