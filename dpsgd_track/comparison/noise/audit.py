@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from dpsgd_track.comparison.noise.check import NoiseAudit, NoiseCheck
-from dpsgd_track.comparison.noise.correlation import REUSE, check_correlations
+from dpsgd_track.comparison.noise.correlation import CORRELATION, REUSE, check_correlations
 from dpsgd_track.comparison.noise.samples import samples_of
-from dpsgd_track.comparison.noise.sensitivity import sensitivity
-from dpsgd_track.comparison.noise.shape import check_shape
+from dpsgd_track.comparison.noise.sensitivity import SENSITIVITY, sensitivity
+from dpsgd_track.comparison.noise.shape import MEAN, REPETITION, SHAPE, check_shape
 from dpsgd_track.comparison.noise.sketches import check_sketches
-from dpsgd_track.comparison.noise.std import EMPTY_STEP, GROUPED, STD, Cells, check_std
+from dpsgd_track.comparison.noise.std import BY_SHARD, EMPTY_STEP, GROUPED, STD, Cells, check_std
 from dpsgd_track.comparison.verdict import Finding, Verdict
 from dpsgd_track.config import NOISE
 from dpsgd_track.tracking.names import UNEQUAL_NOISE
@@ -85,11 +85,11 @@ def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
 
 
 def _finding(regime: str, sentence: str, check: NoiseCheck | None = None) -> Finding:
-    stage = "clipped sum" if check and check.name == "sensitivity" else "noise"
+    stage = "clipped sum" if check and check.name == SENSITIVITY else "noise"
     return Finding(
         verdict=Verdict.BUG,
         regime=regime,
-        sentence=f"{stage} in {regime}: {sentence}",
+        sentence=f"{stage} (regime {regime}): {sentence}",
         observable="noise",
         value=check.value if check else None,
         where=check.where if check else "",
@@ -97,24 +97,27 @@ def _finding(regime: str, sentence: str, check: NoiseCheck | None = None) -> Fin
 
 
 def _telling(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
-    """`failed` without those that only say again what another says better."""
+    """`failed` without those that only say again what another says better, the best first."""
     named = {check.name: check for check in failed}
-    kept = []
-    if best := _telling_std(named):
-        kept.append(best)
-    related = [check for check in failed if check.name.startswith("correlation_of_")]
-    for check in failed:
-        is_std = check.name in (STD, EMPTY_STEP, *GROUPED)
-        if not is_std and not (check.name == REUSE and related):
-            kept.append(check)
-    return kept
+    kept = [named[REPETITION]] if REPETITION in named else []
+    if std := _telling_std(named):
+        kept.append(std)
+    related = [check for check in failed if check.name.startswith(CORRELATION)]
+    if not kept and not related:
+        # Noise of several stds, with holes, or that repeats is not normal either.
+        kept += [named[MEAN]] if MEAN in named else [c for c in failed if c.name in SHAPE]
+    # Elements that repeat make every other correlation spread more than chance does.
+    least = 0.8 * max((abs(check.value) for check in related), default=0.0)
+    kept += [check for check in related if abs(check.value) >= least]
+    rest = (REUSE, SENSITIVITY) if not related else (SENSITIVITY,)
+    return kept + [named[name] for name in rest if name in named]
 
 
 def _telling_std(failed: dict[str, NoiseCheck]) -> NoiseCheck | None:
-    """The std that says where: that of the grouping of which the smallest share failed."""
+    """The std that explains the others; else that of the smallest parts."""
     by_step = failed.get("std_by_step")
     if EMPTY_STEP in failed and by_step and by_step.num_failed == failed[EMPTY_STEP].num_failed:
         return failed[EMPTY_STEP]
-    # Of equal shares the coarser grouping says it.
-    found = [failed[name] for name in (STD, *GROUPED, EMPTY_STEP) if name in failed]
-    return min(found, key=lambda check: check.num_failed / check.num_cells, default=None)
+    order = (BY_SHARD, *reversed(GROUPED), STD, EMPTY_STEP)
+    found = [failed[name] for name in order if name in failed]
+    return next((check for check in found if check.explains_others), found[0] if found else None)

@@ -36,6 +36,8 @@ class NoiseCheck:
     """Parameters, ranks, steps or pairs that were looked at one by one."""
     num_failed: int = 0
     """How many of them were out of bounds."""
+    explains_others: bool = False
+    """Of checks that look at the same in larger or smaller parts, the one that says it best."""
 
     @property
     def was_tested(self) -> bool:

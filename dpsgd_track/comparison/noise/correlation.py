@@ -17,6 +17,8 @@ from dpsgd_track.comparison.noise.gaussian import correlation_bound
 from dpsgd_track.comparison.noise.samples import Samples
 from dpsgd_track.tracking.trajectory import Floats
 
+CORRELATION = "correlation_of_"
+"""Begins the name of the checks of one kind of pairs."""
 REUSE = "reuse"
 _CONSECUTIVE = 128
 """The first kept elements of a shard are its first, so that they lie at equal places of shards of
@@ -76,7 +78,7 @@ def correlation_check(
     excess = np.where(num < _FEWEST, 0.0, np.abs(value) / bound)
     worst = int(excess.argmax())
     return _check(
-        f"correlation_of_{kind}",
+        f"{CORRELATION}{kind}",
         f"correlation of {kind}",
         (float(value[worst]), float(bound[worst])),
         labels[worst],

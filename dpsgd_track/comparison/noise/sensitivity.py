@@ -8,6 +8,7 @@ from dpsgd_track.comparison.noise.check import NoiseCheck
 from dpsgd_track.tracking.reader import ModeRun
 from dpsgd_track.tracking.trajectory import UNUSED, Floats, Trajectory
 
+SENSITIVITY = "sensitivity"
 TOLERANCE = 5e-4
 """What float32 and a formula such as C / (norm + 1e-6) explain."""
 
@@ -47,7 +48,7 @@ def sensitivity(
     where = f"sample {trajectory.sample_index[step, place]} at step {trajectory.step[step]}"
     by = "by the reference's norms" if is_known else "by its own norms, as there are no others"
     return NoiseCheck(
-        name="sensitivity",
+        name=SENSITIVITY,
         title="largest contribution / C",
         value=largest,
         low=largest - tolerance,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpsgd_track.comparison.noise.check import ALPHA, NoiseCheck
 from dpsgd_track.comparison.noise.gaussian import (
@@ -16,6 +17,9 @@ from dpsgd_track.comparison.noise.gaussian import (
 from dpsgd_track.comparison.noise.samples import Samples
 from dpsgd_track.tracking.trajectory import Floats
 
+REPETITION = "repetition"
+MEAN = "mean"
+SHAPE = (MEAN, "distribution", "kurtosis")
 _FEWEST_FOR_KURTOSIS = 1000
 # The formula for its bounds lets five times as many samples of 2,000 below them as it should at a
 # probability of 1e-4.
@@ -25,14 +29,21 @@ _REPEATED, _REPEATED_SHARE = 8, 0.05
 nine of 256."""
 
 
+Bools = NDArray[np.bool_]
+
+
 def check_shape(samples: Samples) -> Iterator[NoiseCheck]:
-    """All checks of this module; of noise that is zero everywhere only the first."""
+    """All checks of this module; of noise that is zero everywhere only the first.
+
+    A step without any noise is left out: its std says what is wrong with it.
+    """
     yield _check_mean(samples)
     if samples.noise.any():
-        flat = samples.even[np.broadcast_to(samples.held, samples.even.shape)]
+        has_noise = np.asarray(samples.noise.any(axis=(1, 2, 3), keepdims=True))
+        flat = samples.even[samples.held & has_noise]
         yield _check_distribution(flat)
         if len(flat) >= _FEWEST_FOR_KURTOSIS:
-            yield _check_kurtosis(samples, flat)
+            yield _check_kurtosis(samples, flat, has_noise)
         yield _check_repetition(samples)
 
 
@@ -59,7 +70,7 @@ def _check_mean(samples: Samples) -> NoiseCheck:
     worst = int(excess.argmax())
     value, reach = float(mean[worst]), float(bound[worst])
     return NoiseCheck(
-        name="mean",
+        name=MEAN,
         title="mean of the noise",
         value=value,
         low=value - reach,
@@ -90,10 +101,10 @@ def _check_distribution(flat: Floats) -> NoiseCheck:
     )
 
 
-def _check_kurtosis(samples: Samples, flat: Floats) -> NoiseCheck:
+def _check_kurtosis(samples: Samples, flat: Floats, has_noise: Bools) -> NoiseCheck:
     labels, found = [""], [flat]
     for p, name in enumerate(samples.parameters):
-        held = np.broadcast_to(samples.held[:, p], samples.even[:, :, p].shape)
+        held = samples.held[:, p] & has_noise[:, :, 0]
         if held.sum() >= _FEWEST_FOR_KURTOSIS:
             labels.append(f" in {name}")
             found.append(samples.even[:, :, p][held])
@@ -131,18 +142,21 @@ def _kurtosis(values: Floats) -> float:
 
 def _check_repetition(samples: Samples) -> NoiseCheck:
     S, W, P, _ = samples.noise.shape
-    worst, where, count, num = 0.0, "", 0, 0
+    worst, where, count, num, value, num_failed = 0.0, "", 0, 0, 0.0, 0
     for s, w, p in np.ndindex(S, W, P):
         values = samples.noise[s, w, p, samples.held[w, p]]
-        if not len(values):
-            continue
-        most = int(np.unique(values, return_counts=True)[1].max())
+        if not values.any():
+            continue  # a shard that holds nothing, or has no noise, which its std says
+        unique, counts = np.unique(values, return_counts=True)
+        most = int(counts.max())
         excess = most / max(_REPEATED, _REPEATED_SHARE * len(values))
+        num_failed += excess > 1
         if excess > worst:
             worst, where, count, num = excess, samples.place(s, w, p), most, len(values)
+            value = float(unique[counts.argmax()])
     limit = max(_REPEATED, _REPEATED_SHARE * num)
     return NoiseCheck(
-        name="repetition",
+        name=REPETITION,
         title="share of one value in a shard",
         value=count / num,
         low=max(count - limit, 0) / num,
@@ -150,7 +164,8 @@ def _check_repetition(samples: Samples) -> NoiseCheck:
         expected=0.0,
         is_ok=worst <= 1,
         where=where,
-        sentence=f"one value stands {count} times among {num} elements of its noise in {where}",
+        sentence=f"the value {value:.3g} stands {count} times among {num} elements of its noise "
+        f"in {where}",
         num_cells=S * W * P,
-        num_failed=int(worst > 1),
+        num_failed=num_failed,
     )

@@ -19,7 +19,7 @@ import numpy as np
 from dpsgd_track.comparison.noise.check import NoiseCheck
 from dpsgd_track.comparison.noise.correlation import correlation_check, correlations
 from dpsgd_track.comparison.noise.samples import noise_std
-from dpsgd_track.comparison.noise.std import Cells, cells_of, std_check
+from dpsgd_track.comparison.noise.std import STD, Cells, cells_of, std_check, telling
 from dpsgd_track.tracking.trajectory import Floats, Trajectory
 
 _SMALLEST = 1e-3
@@ -70,9 +70,13 @@ def _checks(
     steps = [f"step {step}" for step in trajectory.step.tolist()]
     # In a total, all parameters are taken to be as bad as the worst of them.
     least = np.full_like(dof, dof.min())
-    yield std_check("std", "std of the noise", _cells([""], y, least, (0, 1)))
-    yield std_check("std_by_step", "std by step", _cells(steps, y, least, 1))
-    yield std_check("std_by_parameter", "std by parameter", by_parameter)
+    total, by_step = _cells([""], y, least, (0, 1)), _cells(steps, y, least, 1)
+    found = {STD: total, "std_by_step": by_step, "std_by_parameter": by_parameter}
+    grouped = {name: cells for name, cells in found.items() if name != STD}
+    best = telling(total, grouped, grouped)
+    for name, cells in found.items():
+        title = "std of the noise" if name == STD else name.replace("_", " ")
+        yield std_check(name, title, cells, explains_others=best == name)
     if len(steps) > 1:
         rows = y.reshape(len(steps), -1)
         value, num = correlations(rows, np.ones(rows.shape, dtype=bool))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from dpsgd_track.tracking.reader import ModeRun
 from dpsgd_track.tracking.trajectory import Floats, Trajectory
 
 STD, EMPTY_STEP = "std", "std_of_empty_step"
-GROUPED = ("std_by_rank", "std_by_step", "std_by_parameter", "std_by_shard")
+GROUPED = ("std_by_rank", "std_by_step", "std_by_parameter")
+BY_SHARD = "std_by_shard"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class Cells:
             excess = np.maximum(self.low, 1 / self.high)
         return np.where(np.isnan(excess), np.inf, excess)
 
+    def may_be(self, std: Floats | float) -> NDArray[np.bool_]:
+        """Whether `std` lies in each interval."""
+        return np.asarray((self.low <= std) & (std <= self.high))
+
 
 def cells_of(labels: Sequence[str], sum_sq: Floats, dof: Floats | NDArray[np.int64]) -> Cells:
     """Cells with something in them, at a level that is theirs together."""
@@ -43,7 +48,9 @@ def cells_of(labels: Sequence[str], sum_sq: Floats, dof: Floats | NDArray[np.int
     return Cells(labels=[labels[int(i)] for i in filled], value=value, low=low, high=high)
 
 
-def std_check(name: str, title: str, cells: Cells, likely_cause: str = "") -> NoiseCheck:
+def std_check(
+    name: str, title: str, cells: Cells, *, likely_cause: str = "", explains_others: bool = False
+) -> NoiseCheck:
     """The cell that is farthest out, against 1."""
     excess = cells.excess
     worst = int(excess.argmax())
@@ -68,7 +75,26 @@ def std_check(name: str, title: str, cells: Cells, likely_cause: str = "") -> No
         sentence=sentence,
         num_cells=len(excess),
         num_failed=num_failed,
+        explains_others=explains_others,
     )
+
+
+def telling(total: Cells, grouped: Mapping[str, Cells], explained: Collection[str]) -> str:
+    """Which check says best what is wrong; empty where only the smallest parts can.
+
+    Args:
+        grouped: by rank, step or parameter.
+        explained: those of them whose values fit all of their parts.
+    """
+    value = float(total.value[0])
+    if (total.excess > 1).any() and all(cells.may_be(value).all() for cells in grouped.values()):
+        return STD
+    shares = {
+        name: float((cells.excess > 1).mean())
+        for name, cells in grouped.items()
+        if name in explained and (cells.excess > 1).any() and not cells.may_be(value).all()
+    }
+    return min(shares, key=lambda name: shares[name], default="")
 
 
 def check_std(
@@ -81,19 +107,35 @@ def check_std(
     def grouped(labels: Sequence[str], *axes: int) -> Cells:
         return cells_of(labels, sum_sq.sum(axis=axes), num.sum(axis=axes))
 
-    by_step = grouped([f"step {step}" for step in samples.steps], 1, 2)
-    by_parameter = grouped(samples.parameters, 0, 1)
+    axes = dict(zip(GROUPED, ((0, 2), (1, 2), (0, 1)), strict=True))
+    names = [f"rank {w}" for w in range(W)], [f"step {s}" for s in samples.steps]
+    cells = {
+        name: grouped(labels, *axes[name])
+        for name, labels in zip(GROUPED, (*names, samples.parameters), strict=True)
+    }
     places = [samples.place(s, w, p) for s in range(S) for w in range(W) for p in range(P)]
-    cause = _likely_cause(run, trajectory, by_step)
+    by_shard, total = grouped(places), grouped([""], 0, 1, 2)
+    explained = [name for name in GROUPED if _fits(by_shard, sum_sq, num, axes[name])]
+    best = telling(total, cells, explained)
+    cause = _likely_cause(run, trajectory, cells["std_by_step"])
     checks = [
-        std_check(STD, "std of the noise", grouped([""], 0, 1, 2), cause),
-        std_check("std_by_rank", "std by rank", grouped([f"rank {w}" for w in range(W)], 0, 2)),
-        std_check("std_by_step", "std by step", by_step, cause),
-        std_check("std_by_parameter", "std by parameter", by_parameter),
-        std_check("std_by_shard", "std by parameter, rank and step", grouped(places)),
-        _check_empty_step(trajectory, samples),
+        std_check(STD, "std of the noise", total, likely_cause=cause, explains_others=best == STD)
     ]
-    return checks, by_parameter
+    for name in GROUPED:
+        title = name.replace("_", " ")
+        said = cause if name == "std_by_step" else ""
+        check = std_check(name, title, cells[name], likely_cause=said, explains_others=best == name)
+        checks.append(check)
+    checks.append(std_check(BY_SHARD, "std by parameter, rank and step", by_shard))
+    checks.append(_check_empty_step(trajectory, samples))
+    return checks, cells["std_by_parameter"]
+
+
+def _fits(by_shard: Cells, sum_sq: Floats, num: NDArray[np.int64], axes: tuple[int, ...]) -> bool:
+    """Whether every shard may have the std of all that are summed over `axes` with it."""
+    squares, nums = sum_sq.sum(axis=axes, keepdims=True), num.sum(axis=axes, keepdims=True)
+    std = np.broadcast_to(np.sqrt(squares / np.maximum(nums, 1)), num.shape)
+    return bool(by_shard.may_be(std[num > 0]).all())
 
 
 def _check_empty_step(trajectory: Trajectory, samples: Samples) -> NoiseCheck:
