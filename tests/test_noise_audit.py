@@ -210,6 +210,10 @@ def test_a_mode_without_empty_batches_is_told_so() -> None:
     check = next(c for c in audited(full).checks if c.name == "std_of_empty_step")
     assert (check.is_ok, check.was_tested) == (True, False)
     assert "not put to the test" in check.sentence
+    comparison = compared([*healthy_runs(), run_of(full)])
+    (said,) = [mode.sentence for mode in comparison.modes if mode.label == "flash_fsdp"]
+    assert "its noise in noise has std 1.0" in said
+    assert "noise on an empty batch was not put to the test" in said
 
 
 def test_nan_noise_never_passes() -> None:

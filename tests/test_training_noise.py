@@ -67,9 +67,7 @@ def _sentences(path: Path) -> list[str]:
 # numbers alone are in test_noise_audit.py.
 FAULTS = {
     "IdenticalShards": "between rank 0 and rank 1 is 1.000",
-    "EveryRankAddsAll": "as if each of the ranks added the whole noise",
     "EveryMicroBatch": "as if every micro-batch got the whole noise",
-    "SameEveryMicroBatch": "as if every micro-batch got the same whole noise",
     "SkipsEmptyBatches": "of the empty step 2 is 0.000",
     "OncePerColumn": "stands 1",
 }

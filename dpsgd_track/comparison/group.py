@@ -10,7 +10,7 @@ from dpsgd_track.comparison.blame import Blame
 from dpsgd_track.comparison.drift import Drift, Pair, compare_pair
 from dpsgd_track.comparison.floor import Floor, floor_of
 from dpsgd_track.comparison.ladder import FirstFailure, Rung
-from dpsgd_track.comparison.noise import NoiseAudit, audit, judge_noise
+from dpsgd_track.comparison.noise import NoiseAudit, audit, judge_noise, passed_noise
 from dpsgd_track.comparison.verdict import (
     Finding,
     Verdict,
@@ -273,8 +273,8 @@ def _alone(regime: RegimeComparison, sentence: str, against: str = "") -> Findin
 
 
 def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> str:
-    if regime.name == NOISE:
-        return f"its noise is as it should be in {regime.name}"
+    if regime.name == NOISE and run.label in regime.audits:
+        return passed_noise(regime.audits[run.label])
     if run.replay:
         return f"replay that measures the floor of {regime.name}"
     role = f"baseline of {regime.name}" if run.label == regime.baseline else ""

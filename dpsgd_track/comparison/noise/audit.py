@@ -66,6 +66,19 @@ def _rows(cells: Cells | None) -> tuple[tuple[str, float, float, float], ...]:
     return tuple(zip(cells.labels, *columns, strict=True))
 
 
+def passed_noise(audit: NoiseAudit) -> str:
+    """What is said of a mode of which no check failed: `its noise has std 1.001 sigma C (...)`."""
+    std = next((check for check in audit.checks if check.name == STD), None)
+    if std is None:
+        return ""
+    said = (
+        f"its noise in {audit.regime} has std {std.value:.3f} sigma C ({std.low:.3f} to "
+        f"{std.high:.3f}), is normal and repeats nowhere"
+    )
+    untested = [check.sentence for check in audit.checks if not check.was_tested]
+    return "; ".join([said, *untested])
+
+
 def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
     """What an audit found, and that a run of the noise regime has none."""
     if UNEQUAL_NOISE in run.reason:

@@ -47,7 +47,7 @@ def kolmogorov_distance(values: Floats) -> float:
 def kolmogorov_bound(num: int, alpha: float) -> float:
     """Largest such distance; never too small, as the distribution at any `num` lies below that
     of the limit."""
-    return float(special.kolmogi(alpha)) / np.sqrt(num)
+    return float(special.kolmogi(alpha) / np.sqrt(num))
 
 
 def kurtosis_bounds(num: int, alpha: float) -> tuple[float, float]:

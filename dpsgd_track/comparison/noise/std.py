@@ -151,8 +151,7 @@ def _check_empty_step(trajectory: Trajectory, samples: Samples) -> NoiseCheck:
             high=nan,
             expected=1.0,
             is_ok=True,
-            sentence="no step of its was empty, so whether an empty batch gets its noise was not "
-            "put to the test",
+            sentence="no step was empty, so that noise on an empty batch was not put to the test",
         )
     labels = [f"the empty step {samples.steps[i]}" for i in empty]
     cells = cells_of(
