@@ -107,6 +107,8 @@ def test_every_observable_is_judged(field: str, at: Any, factor: float, verdict:
     comparison = with_record("clip", scaled(record("clip"), field, factor, at))
     if field == "weight_sketch" and factor == 1.004:
         verdict = "BUG"  # 0.4 % of the weights is far more than the step they moved by
+    if field == "clip_factor" and factor == 1.004:
+        verdict = "BUG"  # a sample then contributes more than C, which the noise is calibrated to
     assert verdicts(comparison)[MODE] == verdict
     if verdict != "PASS":
         assert f"step {at if isinstance(at, int) else at[0]}" in sentence(comparison)
@@ -268,7 +270,7 @@ def test_empty_group_never_passes() -> None:
         ({"initial_weights_hash": "other"}, "initial weights"),
         ({"data_hash": np.array(["data-0", "other", "data-2", "data-3"])}, "data at step 1"),
         ({"noise_std": 1.0}, "noise of 1"),
-        ({"max_grad_norm": np.full(4, 3.0)}, "clipping bounds"),
+        ({"max_grad_norm": np.full(4, 2e4)}, "clipping bounds"),
         ({"expected_batch_size": 7}, "expected batch size of 7"),
     ],
 )
