@@ -174,6 +174,7 @@ def test_a_fault_is_named(name: str) -> None:
     fault, wanted = FAULTS[name]
     found = sentences(noisy(fault))
     assert any(wanted in sentence for sentence in found), found
+    assert all(check.num_failed > 0 for check in audited(noisy(fault)).failed)
     assert len(found) <= 2, "one fault, not a list of its consequences"
 
 
@@ -388,13 +389,15 @@ def test_wrong_noise_is_a_bug_of_its_mode_alone() -> None:
     assert "noise (regime noise): the std of its noise" in guilty.sentence
 
 
-def test_a_run_of_the_noise_regime_without_its_noise_is_inconclusive() -> None:
+@pytest.mark.parametrize("has_norms", [True, False])
+def test_a_run_of_the_noise_regime_without_its_noise_is_inconclusive(has_norms: bool) -> None:
     record = replace(noisy(), noise_samples=np.empty((4, 0, len(SIZES), 0), dtype=np.float32))
-    silent = replace(record, clip_factor=np.full(record.clip_factor.shape, np.nan))
-    comparison = compared(_noisy_group(run_of(silent)))
+    if not has_norms:
+        record = replace(record, clip_factor=np.full(record.clip_factor.shape, np.nan))
+    comparison = compared(_noisy_group(run_of(record)))
     guilty = next(mode for mode in comparison.modes if mode.label == "flash_fsdp")
     assert guilty.verdict is Verdict.INCONCLUSIVE
-    assert any("left no record of its noise" in f.sentence for f in guilty.findings)
+    assert any("left no elements of its noise" in f.sentence for f in guilty.findings)
 
 
 def test_replicas_with_unequal_noise_are_a_bug() -> None:

@@ -80,20 +80,18 @@ def passed_noise(audit: NoiseAudit) -> str:
 
 
 def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
-    """What an audit found, and that a run of the noise regime has none."""
+    """What the audit of a run found, and that a run of the noise regime has none of its noise."""
     if UNEQUAL_NOISE in run.reason:
         yield _finding(run.regime, run.reason.rstrip(". "))
-    if audit is None:
-        if run.regime == NOISE and not run.replay:
-            yield Finding(
-                verdict=Verdict.INCONCLUSIVE,
-                regime=run.regime,
-                sentence=f"it left no record of its noise in {run.regime}, so that it cannot be "
-                "audited",
-                observable="noise",
-            )
-        return
-    for check in _telling(audit.failed):
+    if run.regime == NOISE and not (audit and audit.source == SAMPLES):
+        yield Finding(
+            verdict=Verdict.INCONCLUSIVE,
+            regime=run.regime,
+            sentence=f"it left no elements of its noise in {run.regime}, so that it cannot be "
+            "audited",
+            observable="noise",
+        )
+    for check in _telling(audit.failed) if audit else ():
         yield _finding(run.regime, check.sentence, check)
 
 
