@@ -36,8 +36,9 @@ SAMPLINGS = (SEQUENTIAL, POISSON)
 
 ACCURACY = "accuracy"
 CLIP = "clip"
+NOISE = "noise"
 TRAIN = "train"
-REGIMES = (ACCURACY, CLIP, TRAIN)
+REGIMES = (ACCURACY, CLIP, NOISE, TRAIN)
 
 AGAIN = "again"
 """Replay of the baseline with nothing changed."""
@@ -47,7 +48,9 @@ ULP = "ulp"
 """Replay of the baseline with every embedded input moved to a neighbouring number."""
 PLAIN = "plain"
 """Replay of the reference in the type the modes compute in."""
-REPLAYS = ("", AGAIN, PERMUTED, ULP, PLAIN)
+SILENT = "silent"
+"""Twin of a run of the noise regime, at sigma 0: what its noise is added to."""
+REPLAYS = ("", AGAIN, PERMUTED, ULP, PLAIN, SILENT)
 
 
 def require(condition: bool, setting: str, got: object, allowed: str, advice: str = "") -> None:
@@ -202,7 +205,7 @@ class RegimeConfig:
     """One pass over fresh weights: how many steps, of what shape, under which privacy."""
 
     name: str
-    """accuracy, clip or train."""
+    """accuracy, clip, noise or train."""
     num_iter: int
     """Recorded steps."""
     warmup_iter: int = 0
@@ -220,7 +223,8 @@ class RegimeConfig:
     noise_matched: bool = False
     """All modes add the common noise, a function of (seed, step, parameter, element)."""
     replay: str = ""
-    """again, permuted, ulp or plain where the run only measures the numerical floor; else empty."""
+    """again, permuted, ulp or plain where the run only measures the numerical floor; silent for
+    the twin of a noisy run; else empty."""
 
     def __post_init__(self) -> None:
         require(self.name in REGIMES, "regime", self.name, f"one of {', '.join(REGIMES)}")

@@ -47,6 +47,7 @@ def trajectory(num_steps: int) -> Trajectory:
         sample_norm=by_sample,
         clip_factor=by_sample,
         parameter_names=np.array(["head.weight"]),
+        parameter_sizes=np.array([1]),
         sample_norm_by_parameter=by_sample[:, :, None],
         gradient_sketch=sketch,
         noised_sketch=sketch,

@@ -62,6 +62,7 @@ def trajectory(
         sample_norm=sample_norm,
         clip_factor=factor,
         parameter_names=np.array([f"model.layers.{i}.weight" for i in range(P)]),
+        parameter_sizes=np.zeros(P, dtype=np.int64),
         sample_norm_by_parameter=by_parameter,
         gradient_sketch=gradient,
         noised_sketch=noised,
@@ -105,7 +106,7 @@ def permuted(t: Trajectory) -> Trajectory:
 def first_steps(t: Trajectory, count: int) -> Trajectory:
     """The first `count` steps of `t`."""
     scalars = ("initial_weights_hash", "noise_std", "expected_batch_size")
-    whole = (*scalars, "layer_names", "parameter_names")
+    whole = (*scalars, "layer_names", "parameter_names", "parameter_sizes")
     changed: dict[str, Any] = {
         name: getattr(t, name)[:count] for name in t.__dataclass_fields__ if name not in whole
     }

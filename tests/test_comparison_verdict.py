@@ -275,7 +275,7 @@ def test_empty_group_never_passes() -> None:
         ({"initial_weights_hash": "other"}, "initial weights"),
         ({"data_hash": np.array(["data-0", "other", "data-2", "data-3"])}, "data at step 1"),
         ({"noise_std": 1.0}, "noise of 1"),
-        ({"max_grad_norm": np.full(4, 30.0)}, "clipping bounds"),
+        ({"max_grad_norm": np.full(4, 2e4)}, "clipping bounds"),
         ({"expected_batch_size": 7}, "expected batch size of 7"),
     ],
 )

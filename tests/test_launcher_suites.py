@@ -1,6 +1,6 @@
 import pytest
 
-from dpsgd_track.config import ACCURACY, CAUSAL_LM, CLIP, TRAIN
+from dpsgd_track.config import ACCURACY, CAUSAL_LM, CLIP, NOISE, SILENT, TRAIN
 from dpsgd_track.launcher import machine, suites
 from dpsgd_track.launcher.arguments import build_parser, reproducing_command
 from dpsgd_track.launcher.suites import Suite, build_suite
@@ -247,3 +247,43 @@ def test_the_reference_is_replayed_in_the_modes_type():
     assert reference.mode == table.REFERENCE
     wanted = [(ACCURACY, ""), (ACCURACY, "plain"), (CLIP, ""), (CLIP, "plain")]
     assert [(r.name, r.replay) for r in reference.regimes] == wanted
+
+
+def test_the_noise_regime_is_a_twin_and_a_run_with_awkward_constants():
+    jobs = suite("full", "--regime", "noise", "--micro-batches", "5").jobs
+    assert [job.mode for job in jobs] == [m for m in table.FULL if m != table.BASELINE]
+    for job in jobs:
+        twin, noisy = job.regimes
+        assert (twin.name, twin.replay, twin.noise_multiplier) == (NOISE, SILENT, 0.0)
+        assert (noisy.name, noisy.replay, noisy.noise_multiplier) == (NOISE, "", 0.7)
+        assert not noisy.noise_matched
+        assert noisy.learning_rate == 0
+        assert noisy.max_grad_norms == twin.max_grad_norms
+        assert 1 not in noisy.max_grad_norms
+        assert noisy.micro_batches == 5
+
+
+def test_the_noise_regime_comes_beside_the_others_and_only_when_asked_for():
+    argv = ("quick", "--regime", "accuracy", "--regime", "noise")
+    names = {job.mode: [(r.name, r.replay) for r in job.regimes] for job in suite(*argv).jobs}
+    noise = [(NOISE, SILENT), (NOISE, "")]
+    assert names["flash_fsdp"] == [(ACCURACY, ""), *noise]
+    assert NOISE not in {name for name, _ in names[table.BASELINE] + names[table.REFERENCE]}
+    assert NOISE not in {r.name for job in suite("quick").jobs for r in job.regimes}
+
+
+@pytest.mark.parametrize("mode", ["no_dp", "reference", "no_dp,reference"])
+def test_a_mode_without_noise_of_its_own_has_no_noise_regime(mode):
+    with pytest.raises(ValueError, match=f"mode={mode!r}: expected a private mode, the reference"):
+        suite("full", "--regime", "noise", "--mode", mode)
+
+
+def test_noise_of_the_operating_system_is_for_regimes_with_noise_of_their_own():
+    assert suite("quick", "--regime", "noise", "--noise-from", "os").jobs[0].noise_from == "os"
+    with pytest.raises(ValueError, match="noise_from"):
+        suite("quick", "--noise-from", "os")
+
+
+def test_the_noise_regime_draws_no_samples():
+    argv = ("--sampling", "poisson", "--dataset-size", "8", "--batch-size", "2")
+    assert suite("full", "--regime", "noise", *argv).jobs

@@ -37,7 +37,11 @@ def run_jobs(folder: Path, world_size: int, jobs: dict[str, JobConfig]) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(world_size)]
     command += [str(HERE / "torchrun_regimes.py"), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        "OMP_NUM_THREADS": "1",
+    }
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=280, check=False

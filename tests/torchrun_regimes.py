@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dpsgd_track.config import JobConfig
+from dpsgd_track.config import SILENT, JobConfig
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.recorder import rank_metrics
 
@@ -27,8 +27,11 @@ def main(folder: Path) -> None:
     rank = dist.get_rank()
     for file in sorted(folder.glob("*.json")):
         job = JobConfig.from_json(file.read_text())
+        silent = None
         for number, regime in enumerate(job.regimes):
-            run = RegimeRun(job, regime, torch.device("cpu"))
+            run = RegimeRun(job, regime, torch.device("cpu"), None if regime.replay else silent)
+            if regime.replay == SILENT:
+                silent = run.taken
             own = [rank_metrics(done.local, 1.0, 1.0) for done, _ in run.steps()]
             stem = f"{file.stem}-{number}"
             out = folder / "out"

@@ -7,8 +7,9 @@ The flow of `compare_group`, regime by regime:
 3. `floor` takes the same measure of a baseline and its replay: rounding alone;
 4. `finite` looks for NaN and infinity in each run by itself;
 5. `ladder` finds the first step and stage that is out of bounds;
-6. `verdict` turns all of it into PASS, DRIFT, BUG or INCONCLUSIVE, with a sentence;
-7. `group` runs the above over all runs and gathers the result.
+6. `noise` audits the noise of each run by itself, and what each sample contributes;
+7. `verdict` turns all of it into PASS, DRIFT, BUG or INCONCLUSIVE, with a sentence;
+8. `group` runs the above over all runs and gathers the result.
 """
 
 from dpsgd_track.comparison.group import GroupComparison, compare_group

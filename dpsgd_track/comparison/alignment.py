@@ -104,11 +104,11 @@ def _select(
         value = getattr(trajectory, item.name)
         if not isinstance(value, np.ndarray):
             continue
-        if item.name not in ("layer_names", "parameter_names"):
+        if item.name not in ("layer_names", "parameter_names", "parameter_sizes"):
             value = value[steps]
         if item.name in _BY_LAYER:
             value = value[..., layers]
-        elif item.name in ("parameter_names", "sample_norm_by_parameter"):
+        elif item.name in ("parameter_names", "parameter_sizes", "sample_norm_by_parameter"):
             value = value[..., parameters]
         elif item.name in _SKETCHES:
             value = value[:, parameters]

@@ -18,7 +18,7 @@ from dpsgd_track.comparison.ladder import (
     own_errors,
     unlike_inputs,
 )
-from dpsgd_track.comparison.noise import NoiseAudit
+from dpsgd_track.comparison.noise import NoiseAudit, audit, judge_noise, passed_noise
 from dpsgd_track.comparison.verdict import (
     Finding,
     Verdict,
@@ -32,9 +32,9 @@ from dpsgd_track.comparison.verdict import (
     number,
     worst,
 )
-from dpsgd_track.config import CLIP, PLAIN, Thresholds
+from dpsgd_track.config import CLIP, NOISE, PLAIN, SILENT, Thresholds
 from dpsgd_track.modes.table import BASELINE, REFERENCE
-from dpsgd_track.tracking.reader import Group, ModeRun
+from dpsgd_track.tracking.reader import FINISHED, Group, ModeRun
 from dpsgd_track.tracking.trajectory import Trajectory
 
 
@@ -128,6 +128,8 @@ def compare_group(group: Group, thresholds: Thresholds) -> GroupComparison:
         regime, baseline, reference = _compare_regime(name, runs)
         regimes.append(regime)
         for run in runs:
+            if run.replay == SILENT and run.status == FINISHED:
+                continue
             result = _judge(run, regime, (baseline, reference), thresholds)
             judged.setdefault(run.title, []).append(result)
     modes = tuple(_mode_verdict(label, results) for label, results in judged.items())
@@ -147,6 +149,8 @@ def compare_group(group: Group, thresholds: Thresholds) -> GroupComparison:
 def _compare_regime(
     name: str, runs: tuple[ModeRun, ...]
 ) -> tuple[RegimeComparison, ModeRun | None, ModeRun | None]:
+    if name == NOISE:
+        return _audit_regime(name, runs), None, None
     # no_dp clips nothing, so in the clip regime only the oracle can be the baseline.
     reference = _recorded(runs, REFERENCE)
     baseline = reference if name == CLIP else _recorded(runs, BASELINE) or reference
@@ -169,8 +173,30 @@ def _compare_regime(
         replays=replays,
         floors=floors,
         largest=_largest(name, recorded, pairs),
+        audits=_audits(runs, reference),
     )
     return regime, baseline, reference
+
+
+def _audit_regime(name: str, runs: tuple[ModeRun, ...]) -> RegimeComparison:
+    """A regime whose runs differ by design, each having noise of its own."""
+    return RegimeComparison(
+        name=name,
+        runs=tuple(r for r in runs if not r.replay),
+        baseline="",
+        pairs=(),
+        replays={},
+        floors={},
+        largest={},
+        audits=_audits(runs, None),
+    )
+
+
+def _audits(runs: tuple[ModeRun, ...], reference: ModeRun | None) -> dict[str, NoiseAudit]:
+    """What can be said of each run's noise, by label."""
+    plain = next((r for r in runs if r.label == REFERENCE and r.replay == PLAIN), None)
+    found = {run.label: audit(run, reference, plain) for run in runs if not run.replay}
+    return {label: each for label, each in found.items() if each}
 
 
 def _replay(
@@ -223,15 +249,17 @@ def _judge(
 ) -> _Judged:
     own_findings, broken = judge_consistency(run)
     found = [*judge_run(run), *own_findings]
+    if not run.replay:
+        found += judge_noise(run, regime.audits.get(run.label))
     ladders: dict[tuple[str, str], tuple[Rung, ...]] = {}
     blames: dict[tuple[str, str], Blame] = {}
     failures: dict[tuple[str, str], FirstFailure] = {}
     baseline, reference = held_against
     if regime.name == CLIP and reference:
         found += judge_coverage(reference)
-    if baseline is None:
+    if baseline is None and regime.name != NOISE:
         found.append(_alone(regime, f"there is no baseline to compare with in {regime.name}"))
-    elif run is baseline and not regime.pairs:
+    elif baseline and run is baseline and not regime.pairs:
         found.append(_alone(regime, f"there is nothing to compare with in {regime.name}"))
     bases = {id(b): b for b in held_against if b and b is not run and run is not reference}
     for base in bases.values():
@@ -288,6 +316,8 @@ def _passed(
     thresholds: Thresholds,
     ladders: Mapping[tuple[str, str], tuple[Rung, ...]],
 ) -> str:
+    if regime.name == NOISE and run.label in regime.audits:
+        return passed_noise(regime.audits[run.label])
     if run.replay:
         return f"replay that measures the floor of {regime.name}"
     role = f"baseline of {regime.name}" if run.label == regime.baseline else ""

@@ -116,8 +116,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--micro-batches",
         type=int,
         metavar="K",
-        help="micro-batches a rank accumulates in a step of the clip and train regimes "
-        "(default: 2 in clip, 1 in train)",
+        help="micro-batches a rank accumulates in a step of the clip, noise and train "
+        "regimes (default: 2 in clip, 3 in noise, 1 in train)",
     )
     group.add_argument(
         "--random-seed", type=int, default=42, help="seed of data, weights and noise (default: 42)"
@@ -173,8 +173,8 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         "--noise-from",
         choices=NOISE_FROM,
         default="seed",
-        help="where the noise of the train regime comes from: seed, the same at every run, or os, "
-        "the operating system's entropy (default: seed)",
+        help="where noise that is a mode's own, in noise and train, comes from: seed, the same at "
+        "every run, or os, the operating system's entropy (default: seed)",
     )
 
 
@@ -190,7 +190,8 @@ def _add_regime(parser: argparse.ArgumentParser) -> None:
         "--regime",
         action="append",
         metavar="NAME",
-        help="regime of quick and full, repeatable: accuracy, clip (default: both)",
+        help="regime of quick and full, repeatable: accuracy, clip, noise "
+        "(default: accuracy and clip)",
     )
     group.add_argument(
         "--num-iter",

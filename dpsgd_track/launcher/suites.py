@@ -12,8 +12,10 @@ from dpsgd_track.config import (
     ACCURACY,
     AGAIN,
     CLIP,
+    NOISE,
     PERMUTED,
     PLAIN,
+    SILENT,
     SYNTHETIC,
     TRAIN,
     ULP,
@@ -35,11 +37,16 @@ NUM_ITER, QUICK_NUM_ITER = 10, 5
 """Recorded steps of the other regimes, by default."""
 CLIP_NUM_ITER = 4
 """Steps of the clip regime: the first half clips some samples, the second half all."""
+NOISE_SIGMA = 0.7
+NOISE_BOUNDS = (0.37, 0.83, 1.3, 0.47)
+"""C of each step of the noise regime: none is 1, and no two have a likely fault's ratio."""
+NOISE_MICRO_BATCHES = 3
 CPU_RANKS = 2
 DEFAULT_CONFIG = Path("mlflow.yaml")
 
 _SUITE_MODES = {"quick": table.QUICK, "full": table.FULL}
 _SUITE_REGIMES = (ACCURACY, CLIP)
+_KNOWN_REGIMES = (*_SUITE_REGIMES, NOISE)
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 InputCheck = Callable[[ModelConfig, DataConfig], object]
@@ -96,8 +103,8 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     """
     modes, regimes = _modes_and_regimes(args)
     _check_places(args)
-    advice = "Only `single` without --accuracy-test has noise of its own."
-    own_noise = TRAIN in regimes or args.noise_from == "seed"
+    advice = "Only `single` without --accuracy-test and --regime noise have noise of its own."
+    own_noise = TRAIN in regimes or NOISE in regimes or args.noise_from == "seed"
     require(own_noise, "noise_from", args.noise_from, "seed", advice)
     settings = read_settings(args)
     num_ranks, performance = _machine(args)
@@ -136,7 +143,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
             )
         )
         for mode in modes
-        if table.is_private(mode) or regimes != (CLIP,)
+        if _takes_part(mode, regimes)
     )
     check_inputs(model, data)
     _check_sampling(data, jobs)
@@ -173,22 +180,33 @@ def _modes_and_regimes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple
         return asked, (ACCURACY if args.accuracy_test else TRAIN,)
     regimes = _split(args.regime)
     for regime in regimes:
-        require(regime in _SUITE_REGIMES, "regime", regime, f"one of {', '.join(_SUITE_REGIMES)}")
+        require(regime in _KNOWN_REGIMES, "regime", regime, f"one of {', '.join(_KNOWN_REGIMES)}")
     if args.accuracy_test:
         advice = "Leave out --accuracy-test or --regime."
         require(regimes in ((), (ACCURACY,)), "regime", ",".join(regimes), ACCURACY, advice)
         regimes = (ACCURACY,)
-    regimes = tuple(name for name in _SUITE_REGIMES if name in (regimes or _SUITE_REGIMES))
+    regimes = tuple(name for name in _KNOWN_REGIMES if name in (regimes or _SUITE_REGIMES))
     if CLIP in regimes or not asked:
         # The reference comes first: the other modes' clipping bounds are measured by it.
         modes = (table.REFERENCE, *(asked or _SUITE_MODES[args.command]))
     else:
         modes = asked
-    if regimes == (CLIP,):
-        private = [mode for mode in asked if table.is_private(mode)]
-        advice = "The baseline does not clip."
-        require(bool(private or not asked), "mode", ",".join(asked), "a private mode", advice)
+    if not any(_takes_part(mode, regimes) for mode in asked or modes):
+        but = ", the reference apart" if NOISE in regimes else ""
+        advice = f"It has no run in {' and '.join(regimes)}."
+        require(False, "mode", ",".join(asked), f"a private mode{but}", advice)
     return tuple(dict.fromkeys(modes)), regimes
+
+
+def _takes_part(mode: str, regimes: Sequence[str]) -> bool:
+    return any(_is_run(mode, regime) for regime in regimes)
+
+
+def _is_run(mode: str, regime: str) -> bool:
+    """Whether `mode` has a run in `regime`: what neither clips nor adds noise has none in those."""
+    if regime == NOISE and mode == table.REFERENCE:
+        return False
+    return regime not in (CLIP, NOISE) or table.is_private(mode)
 
 
 def _split(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -248,10 +266,16 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _check_sampling(data: DataConfig, jobs: Sequence[JobConfig]) -> None:
-    """A sample can't be drawn with a probability above 1."""
+    """A sample can't be drawn with a probability above 1; the noise regime draws none."""
     population = population_of(data)
     expected = data.batch_size * max(
-        job.num_ranks * regime.micro_batches for job in jobs for regime in job.regimes
+        (
+            job.num_ranks * regime.micro_batches
+            for job in jobs
+            for regime in job.regimes
+            if regime.name != NOISE
+        ),
+        default=0,
     )
     require(
         population is None or expected <= population,
@@ -296,6 +320,24 @@ def _regimes_of(
     if mode == table.REFERENCE and args.command != "single":
         # How far plain autograd in the modes' own type is from the reference.
         known = {ACCURACY: accurate, CLIP: clipped}
-        return tuple(replace(known[name], replay=kind) for name in names for kind in ("", PLAIN))
-    known = {TRAIN: trained, ACCURACY: accurate, CLIP: clipped}
-    return tuple(known[name] for name in names if name != CLIP or table.is_private(mode))
+        return tuple(
+            replace(known[name], replay=kind)
+            for name in names
+            if name in known
+            for kind in ("", PLAIN)
+        )
+    listed = (trained, accurate, clipped, *_noisy(clipped, args))
+    return tuple(r for name in names if _is_run(mode, name) for r in listed if r.name == name)
+
+
+def _noisy(clipped: RegimeConfig, args: argparse.Namespace) -> tuple[RegimeConfig, ...]:
+    """The noise regime and, before it, its twin."""
+    twin = replace(
+        clipped,
+        name=NOISE,
+        num_iter=len(NOISE_BOUNDS),
+        micro_batches=args.micro_batches or NOISE_MICRO_BATCHES,
+        max_grad_norms=NOISE_BOUNDS,
+        replay=SILENT,
+    )
+    return twin, replace(twin, noise_multiplier=NOISE_SIGMA, replay="")

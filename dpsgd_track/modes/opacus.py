@@ -42,6 +42,8 @@ class OpacusMode(Mode):
 
     dp_optimizer: Any
     """`optimizer`, as Opacus's own class."""
+    takes_empty_batches = False
+    """Its hooks reduce over the samples of a batch, and raise where there are none."""
 
     def __init__(self, grad_sample_mode: str, model: nn.Module, context: ModeContext) -> None:
         """Wrap `model` as `PrivacyEngine.make_private` does.

@@ -58,6 +58,8 @@ class Mode(ABC):
     """Every rank holds every parameter whole, rather than a shard."""
     clips = True
     """Whether gradients are clipped at all."""
+    takes_empty_batches = True
+    """Whether `accumulate` takes a batch of no samples, as Poisson sampling may give it."""
 
     def __init__(self, context: ModeContext) -> None:
         self.context = context

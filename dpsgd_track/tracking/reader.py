@@ -309,6 +309,7 @@ def _from_metrics(client: MlflowClient, run_id: str, logged: Iterable[str]) -> T
         sample_norm=np.empty((S, 0)),
         clip_factor=np.empty((S, 0)),
         parameter_names=np.array([], dtype=np.str_),
+        parameter_sizes=np.array([], dtype=np.int64),
         sample_norm_by_parameter=np.empty((S, 0, 0)),
         gradient_sketch=np.empty((S, 0, 1)),
         noised_sketch=np.empty((S, 0, 1)),

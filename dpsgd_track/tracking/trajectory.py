@@ -81,6 +81,8 @@ class Trajectory:
     """[S, N] factor each sample's gradient was multiplied by."""
     parameter_names: Strings
     """[P] fully qualified names of trainable parameters."""
+    parameter_sizes: Integers
+    """[P] elements of each, over all ranks; 0 where unknown."""
     sample_norm_by_parameter: Floats
     """[S, N, P] L2 norm of each sample's gradient of each parameter."""
     gradient_sketch: Floats
@@ -107,6 +109,7 @@ class Trajectory:
         K = self.gradient_sketch.shape[-1]
         wanted: dict[str, tuple[int, ...]] = {
             **dict.fromkeys(_PER_STEP, (S,)),
+            "parameter_sizes": (P,),
             **dict.fromkeys(("layer_weight_norm", "layer_grad_norm"), (S, L)),
             **dict.fromkeys(("sample_rank", "sample_loss", "sample_norm", "clip_factor"), (S, N)),
             "sample_norm_by_parameter": (S, N, P),

@@ -1,7 +1,8 @@
 """Samples as a function of (seed, global index) alone, and a rank's slice of them.
 
 A step's global batch is either G = W K b consecutive indices, or, with Poisson sampling, each of N
-indices with probability G / N, as a function of (seed, step). Rank r takes the r-th of W slices,
+indices with probability G / N, as a function of (seed, step), or as many of the next indices as
+the step's given size. Rank r takes the r-th of W slices,
 as equal as they can be, and cuts it into micro-batches of b samples. The global batch is therefore
 the same however it is shared out, and nothing else that draws random numbers can change it.
 """
@@ -245,6 +246,8 @@ class Slicer:
     """Reverse the rank's order: the same sum in another order of additions."""
     population: int | None = None
     """Samples that Poisson sampling draws from (N); None for consecutive samples."""
+    sizes: tuple[int, ...] = ()
+    """Samples of each step, consecutive, over all ranks; empty for G in every step."""
 
     @property
     def expected_batch_size(self) -> int:
@@ -254,9 +257,7 @@ class Slicer:
     def slice(self, step: int) -> Slice:
         """This rank's share of `step`."""
         shares = np.array_split(self._global_batch(step), self.world_size)
-        # Every rank takes part in every collective, so all do as many micro-batches as the first,
-        # whose share is the largest.
-        num_batches = max(1, math.ceil(len(shares[0]) / self.batch_size))
+        num_batches = self._num_batches(len(shares[0]))
         indices = shares[self.rank].tolist()
         if self.is_permuted:
             indices.reverse()
@@ -269,8 +270,21 @@ class Slicer:
             tuple(self._batch(chunk) for chunk in chunks),
         )
 
+    def leaves_some_empty(self, step: int) -> bool:
+        """Whether a micro-batch of `step` is empty on some rank."""
+        shares = np.array_split(self._global_batch(step), self.world_size)
+        return len(shares[-1]) <= (self._num_batches(len(shares[0])) - 1) * self.batch_size
+
+    def _num_batches(self, largest_share: int) -> int:
+        # Every rank takes part in every collective, so all do as many micro-batches as the first,
+        # whose share is the largest.
+        return max(1, math.ceil(largest_share / self.batch_size))
+
     def _global_batch(self, step: int) -> NDArray[np.int64]:
         size = self.expected_batch_size
+        if self.sizes:
+            start = sum(self.sizes[:step])
+            return np.arange(start, start + self.sizes[step])
         if self.population is None:
             return np.arange(step * size, (step + 1) * size)
         random = _generator(self.dataset.seed, _SAMPLING, step)

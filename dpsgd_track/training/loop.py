@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,10 +11,20 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import nn
 
-from dpsgd_track.config import CLIP, PERMUTED, PLAIN, ULP, JobConfig, PrivacyConfig, RegimeConfig
-from dpsgd_track.distributed.sharding import trainable_parameters
+from dpsgd_track.config import (
+    CLIP,
+    NOISE,
+    PERMUTED,
+    PLAIN,
+    ULP,
+    JobConfig,
+    PrivacyConfig,
+    RegimeConfig,
+)
+from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
@@ -29,6 +39,7 @@ from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.tracking import names
+from dpsgd_track.training import noise_samples
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.data import (
     Slice,
@@ -70,8 +81,22 @@ class Step:
 class RegimeRun:
     """A mode over fresh weights, and the records of its steps."""
 
-    def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        job: JobConfig,
+        regime: RegimeConfig,
+        device: torch.device,
+        silent: Mapping[int, noise_samples.Floats] | None = None,
+    ) -> None:
+        """
+        Args:
+            silent: in the noise regime, `taken` of the twin without noise.
+        """
         self.job, self.regime, self.device = job, regime, device
+        self.silent = silent
+        self.taken: dict[int, noise_samples.Floats] = {}
+        """[P, M] of each step: some elements of this rank's update, times the expected batch size.
+        Only in the noise regime."""
         labels = num_labels_of(job.model, job.data)
         model = build_model(job.model, num_labels=labels, seed=job.seed, device=device)
         check_length(model, job.data.seq_length)
@@ -86,6 +111,7 @@ class RegimeRun:
         digest = weights_digest(model)
         layer_names = linear_layer_names(model)
         self.parameter_names = list(trainable_parameters(model))
+        sizes = {name: p.numel() for name, p in trainable_parameters(model).items()}
         self.mode = build_mode(job.mode, model, context)
         self.weights = measure(self.mode, self.mode.weight_parts())
         self.noise_key = self._noise_key()
@@ -93,7 +119,7 @@ class RegimeRun:
         self.records = [
             Recorder(
                 layer_names,
-                self.parameter_names,
+                sizes,
                 self.slicer.expected_batch_size,
                 digest,
                 self.mode.context.privacy.noise_multiplier * self.max_grad_norms[0],
@@ -112,7 +138,7 @@ class RegimeRun:
             self._accumulate(self.slicer.slice(0), 0)
             self.mode.clipped_sum()
             self.mode.zero_grad()
-        for step in range(self.regime.num_iter):
+        for step in self._step_numbers():
             done = self._step(step)
             metrics = self.records[0].add(done.seen)
             own = replace(done.seen, samples=done.local, step_time_ms=done.local_time_ms)
@@ -123,11 +149,12 @@ class RegimeRun:
     def accounting(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Each recorded step with the epsilon spent after it; none where no noise protects.
 
+        Nor are there any in the noise regime, whose weights never move.
         RDP's epsilon is there at every step. PRV's is there after 1, 2, 4, 8, ... steps and the
         last, unless it would take too long.
         """
         sigma, job = self.mode.context.privacy.noise_multiplier, self.job
-        if sigma == 0 or not is_private(job.mode):
+        if sigma == 0 or not is_private(job.mode) or self.regime.name == NOISE:
             return
         slicer = self.slicer
         done = [row["step"] + 1 for row in self.records[0].rows]
@@ -149,6 +176,13 @@ class RegimeRun:
                 metrics |= {} if prv is None else {names.EPSILON_PRV: prv}
             yield num_steps - 1, metrics
 
+    def _step_numbers(self) -> list[int]:
+        """Steps that the mode can take: one that takes no empty batch is given none to audit."""
+        steps = list(range(self.regime.num_iter))
+        if self.regime.name != NOISE or self.mode.takes_empty_batches:
+            return steps
+        return [step for step in steps if not self.slicer.leaves_some_empty(step)]
+
     def _step(self, step: int) -> Step:
         mode, clock = self.mode, StepClock(self.device)
         share = self.slicer.slice(step)
@@ -162,7 +196,9 @@ class RegimeRun:
         with clock.running():
             mode.privatize(clipped, source)
             mode.step()
-        noised = measure(mode, mode.gradient_parts())
+        noised_parts = mode.gradient_parts()
+        noised = measure(mode, noised_parts)
+        noise = self._noise(step, noised_parts)
         mode.zero_grad()
         local = local_samples(records, share.indices, share.digests, self.parameter_names)
         weights_before, self.weights = self.weights, measure(mode, mode.weight_parts())
@@ -178,13 +214,22 @@ class RegimeRun:
             noised=noised,
             weights_before=weights_before,
             weights_after=self.weights,
-            noise=np.empty((0, len(self.parameter_names), 0), dtype=np.float32),
+            noise=noise,
             max_grad_norm=self.max_grad_norms[step],
             step_time_ms=time_ms,
             peak_memory_gib=memory_gib,
             tokens_per_second=num_tokens / time_ms * 1e3,
         )
         return Step(seen, local, clock.elapsed_ms, clock.peak_memory_gib)
+
+    def _noise(self, step: int, parts: list[LocalPart]) -> NDArray[np.float32]:
+        """[W, P, M] some elements of the noise on each rank's shards; empty where none is kept."""
+        if self.regime.name == NOISE:
+            self.taken[step] = noise_samples.take(parts, self.slicer.expected_batch_size)
+            if self.silent is not None:
+                noise = self.taken[step] - self.silent[step]
+                return noise_samples.gather(self.mode, parts, noise, self.device)
+        return np.empty((0, len(parts), 0), dtype=np.float32)
 
     def _accumulate(self, share: Slice, step: int) -> list[SampleRecord]:
         records, indices = [], iter(share.indices)
@@ -200,6 +245,7 @@ class RegimeRun:
 
     def _slicer(self, model: nn.Module) -> Slicer:
         job, regime = self.job, self.regime
+        sizes = _uneven_sizes(job, regime) if regime.name == NOISE else ()
         return Slicer(
             dataset=build_dataset(job.model, job.data, model, seed=job.seed),
             batch_size=job.data.batch_size,
@@ -209,7 +255,8 @@ class RegimeRun:
             device=self.device,
             extra_inputs=extra_inputs_of(model),
             is_permuted=regime.replay == PERMUTED,
-            population=population_of(job.data),
+            population=None if sizes else population_of(job.data),
+            sizes=sizes,
         )
 
     def _context(self) -> ModeContext:
@@ -273,6 +320,13 @@ class RegimeRun:
         self.mode.zero_grad()
         local = local_samples(records, share.indices, share.digests, self.parameter_names)
         return gather_samples(local, self.device).norm
+
+
+def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
+    """Samples of each step: all, one fewer, none, a single one, and again."""
+    full = dist.get_world_size() * regime.micro_batches * job.data.batch_size
+    sizes = (full, max(full - 1, 1), 0, 1)
+    return tuple(sizes[step % len(sizes)] for step in range(regime.num_iter))
 
 
 def _optimizer_of(

@@ -44,7 +44,8 @@ class Recorder:
     """Collects one regime's steps."""
 
     layer_names: list[str]
-    parameter_names: list[str]
+    parameter_sizes: dict[str, int]
+    """Elements of each trainable parameter, in the model's order."""
     expected_batch_size: int
     initial_weights_hash: str
     noise_std: float
@@ -92,7 +93,8 @@ class Recorder:
         return Trajectory(
             **columns,
             layer_names=np.array(self.layer_names, dtype=np.str_),
-            parameter_names=np.array(self.parameter_names, dtype=np.str_),
+            parameter_names=np.array(list(self.parameter_sizes), dtype=np.str_),
+            parameter_sizes=np.array(list(self.parameter_sizes.values()), dtype=np.int64),
             initial_weights_hash=self.initial_weights_hash,
             noise_std=self.noise_std,
             expected_batch_size=self.expected_batch_size,

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dpsgd_track.config import CLIP, JobConfig
+from dpsgd_track.config import CLIP, NOISE, SILENT, JobConfig
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import TrackingError
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
 from dpsgd_track.tracking.writer import BatchWriter
 from dpsgd_track.training.loop import NotFiniteError, RegimeRun
+from dpsgd_track.training.noise_samples import Floats
 from dpsgd_track.training.recorder import rank_metrics
 
 FLUSH_TIMEOUT_S = 60.0
@@ -46,6 +47,8 @@ class Worker:
         self.folder = Path(job.work_dir)
         self.clip_bounds: tuple[float, ...] = ()
         """C of each step as this job's clip regime calibrated it; its replay uses the same."""
+        self.silent: dict[int, Floats] = {}
+        """What the twin without noise took of its updates; the noisy run subtracts it."""
         self.at: dict[str, Any] = {"regime": 0, "step": None}
         """Where the worker is, for the failure report."""
         self.is_leaving = threading.Event()
@@ -88,7 +91,10 @@ class Worker:
         self._progress(number, "start", 0, None)
         if regime.name == CLIP and regime.replay:
             regime = replace(regime, max_grad_norms=self.clip_bounds)
-        run = RegimeRun(self.job, regime, device)
+        is_noisy = regime.name == NOISE and not regime.replay
+        run = RegimeRun(self.job, regime, device, self.silent if is_noisy else None)
+        if regime.replay == SILENT:
+            self.silent = run.taken
         if regime.name == CLIP and not regime.max_grad_norms:
             self.clip_bounds = run.max_grad_norms
             if self.rank == 0:

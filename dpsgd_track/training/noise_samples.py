@@ -1,0 +1,101 @@
+"""Some elements of a mode's noise: what its update direction holds beyond that of its twin.
+
+The twin has the same data and weights and sigma 0, so that the difference is the noise of any
+mode, wherever in its step it adds it.
+
+Legend: W ranks, P trainable parameters, M elements of a shard.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpsgd_track.distributed.sharding import LocalPart
+from dpsgd_track.modes.protocol import Mode
+from dpsgd_track.tracking.names import UNEQUAL_NOISE
+
+Floats = NDArray[np.float64]
+
+NUM_ELEMENTS = 256
+"""M: of a larger shard, the first half of these and as many more or fewer, spread over it."""
+
+
+class UnequalNoiseError(RuntimeError):
+    """Ranks that hold the same elements have added different noise to them."""
+
+
+def positions(num_elements: int) -> NDArray[np.int64]:
+    """Local positions that are kept of a shard, ascending, at most NUM_ELEMENTS.
+
+    The spread ones count from the shard's end in equal parts of it: where its rows are a multiple
+    of their number they lie in one column, which shows noise that was drawn once for all rows.
+    """
+    if num_elements <= NUM_ELEMENTS:
+        return np.arange(num_elements)
+    half = NUM_ELEMENTS // 2
+    spread = num_elements - 1 - np.arange(half) * num_elements // half
+    return np.union1d(np.arange(half), spread)
+
+
+def take(parts: list[LocalPart], scale: float) -> Floats:
+    """[P, M] kept elements of this rank's shards times `scale`; NaN past a shard's end."""
+    taken = np.full((len(parts), NUM_ELEMENTS), np.nan)
+    for row, part in zip(taken, parts, strict=True):
+        flat = part.local.detach().reshape(-1)
+        at = torch.from_numpy(positions(len(flat))).to(flat.device)
+        row[: len(at)] = flat[at].double().cpu().numpy()
+    return taken * scale
+
+
+def gather(
+    mode: Mode, parts: list[LocalPart], noise: Floats, device: torch.device
+) -> NDArray[np.float32]:
+    """[W, P, M] of all ranks that hold a shard of their own, on every rank.
+
+    Raises:
+        UnequalNoiseError: ranks that hold the same elements differ.
+    """
+    starts = np.array([part.start for part in parts], dtype=np.int64)
+    is_counted = all(part.is_counted for part in parts)
+    if mode.replicated:
+        is_counted = dist.get_rank() == 0
+    packed = np.column_stack([noise, starts, np.full(len(parts), is_counted)])
+    pieces = _all_gather(torch.from_numpy(packed), device)
+    everywhere = pieces[..., :NUM_ELEMENTS]
+    check_copies(everywhere, pieces[..., -2], [part.name for part in parts])
+    kept: NDArray[np.float32] = everywhere[pieces[:, 0, -1] == 1].astype(np.float32)
+    return kept
+
+
+def check_copies(noise: Floats, starts: Floats, names: list[str]) -> None:
+    """Raise unless ranks whose shard begins at the same element have equal noise on it.
+
+    Args:
+        noise: [W, P, M].
+        starts: [W, P] flat index of the first element of the shard in the whole parameter.
+    """
+    for rank in range(1, len(noise)):
+        for other in range(rank):
+            is_copy = (starts[rank] == starts[other]) & ~np.isnan(noise[[rank, other], :, 0]).any(0)
+            # Two replicas may round a sum of gradients differently, by 1e-7 of a noise that is
+            # not much smaller.
+            equal = np.isclose(noise[rank], noise[other], rtol=1e-3, atol=1e-4, equal_nan=True)
+            unlike = np.flatnonzero(is_copy & ~equal.all(axis=1))
+            if len(unlike):
+                raise UnequalNoiseError(
+                    f"{UNEQUAL_NOISE}: ranks {other} and {rank} hold the same elements of "
+                    f"{names[int(unlike[0])]} and have added different noise to them"
+                )
+
+
+def _all_gather(local: Tensor, device: torch.device) -> NDArray[Any]:
+    local = local.to(device)
+    pieces = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, local)
+    return torch.stack(pieces).cpu().numpy()
