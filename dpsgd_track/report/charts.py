@@ -175,8 +175,8 @@ def _trajectories(
             figure.add_scatter(
                 x=trajectory.step[shown_steps],
                 y=y,
-                text=[f"{axis} {value:.9g}" for value in y],
-                hovertemplate=_HOVER,
+                # A text for each point would be larger than the curve.
+                hovertemplate=_HOVER.replace("%{text}", f"{axis} %{{y:.9~g}}"),
                 showlegend=run.label not in shown,
                 row=row,
                 col=1,

@@ -6,7 +6,7 @@ import numpy as np
 
 from dpsgd_track.tracking.trajectory import Floats, Integers
 
-MOST = 1000
+MOST = 800
 """Points that a series keeps at most: about as many as a chart has pixels."""
 
 
