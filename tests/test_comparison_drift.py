@@ -13,7 +13,7 @@ from synthetic_group import permuted, put, scaled, trajectory, without_norms
 from dpsgd_track.comparison import drift as drift_module
 from dpsgd_track.comparison.drift import Pair, compare_pair, compare_pairs
 from dpsgd_track.comparison.observables import OBSERVABLES, SMALL
-from dpsgd_track.tracking.trajectory import LARGE, Trajectory
+from dpsgd_track.tracking.trajectory import LARGE, SAMPLE_COLUMNS, Trajectory
 
 STEPS = 40
 LABELS = {"layer": "layer {}", "parameter": "parameter {}", "sample": "sample {}"}
@@ -209,11 +209,28 @@ def with_other_samples(t: Trajectory) -> Trajectory:
     return replace(t, **changed)
 
 
-BASE = trajectory(steps=STEPS, samples=6)
+def shuffled(t: Trajectory) -> Trajectory:
+    """`t` with the samples of every step in an order of its own."""
+    order = np.argsort(np.random.default_rng(0).random(t.sample_index.shape), axis=1)
+    rows = np.arange(t.num_steps)[:, None]
+    changed: dict[str, Any] = {name: getattr(t, name)[rows, order] for name in SAMPLE_COLUMNS}
+    return replace(t, **changed)
+
+
+def with_an_empty_step(t: Trajectory) -> Trajectory:
+    """`t` with a step in which every gradient is zero, and so is what it would be divided by."""
+    for name in ("gradient_sketch", "noised_sketch", "grad_norm", "layer_grad_norm"):
+        t = put(t, name, 0.0, 9)
+    return t
+
+
+BASE = with_an_empty_step(trajectory(steps=STEPS, samples=6))
 OTHERS = {
     "equal": BASE,
     "rounded": rounded(BASE, 1),
     "permuted": permuted(rounded(BASE, 2)),
+    "shuffled": shuffled(rounded(BASE, 2)),
+    "not-empty": put(rounded(BASE, 11), "gradient_sketch", 1.0, (9, 2)),
     "nan": put(rounded(BASE, 3), "gradient_sketch", np.nan, (17, 2)),
     "infinity": put(rounded(BASE, 4), "sample_norm_by_parameter", np.inf, (21, 3, 1)),
     "infinite-weights": put(rounded(BASE, 5), "weight_sketch", -np.inf, (20, 1, 3)),

@@ -207,7 +207,7 @@ def test_history_by_sql_is_what_the_client_reads(store: Store) -> None:
     points += [Metric("a name: of-its.own", 3.0, 1, -2)]
     wanted = ["loss", "a name: of-its.own", "never logged"]
     store.client.log_batch(run_id, metrics=points)
-    store.client.log_batch(other, metrics=[Metric("loss", 5.0, 1, 0)])
+    store.client.log_batch(other, metrics=[Metric("loss", 5.0, 1000, 0)])
     by_sql = metric_history(store.client, run_id, wanted)
     by_client = metric_history(Watched(store.client, "http://server"), run_id, wanted)  # type: ignore[arg-type]
     assert list(by_sql) == list(by_client) == wanted

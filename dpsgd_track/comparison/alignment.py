@@ -243,7 +243,6 @@ def _permutation(ours: Integers, theirs: Integers) -> _Places:
         return None
     places = np.empty_like(ours)
     np.put_along_axis(places, here, there, axis=1)
-    places[ours == UNUSED] = -1
     return places
 
 
