@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from synthetic_group import Store, compared, healthy_runs, mode_run, scaled, tra
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.config import Settings, Thresholds
 from dpsgd_track.tracking import names, reader
+from dpsgd_track.tracking.history import metric_history
 from dpsgd_track.tracking.reader import Group, GroupNotFound, open_client, read_group
 
 RUN = mode_run("flash_fsdp", "clip")
@@ -154,7 +156,8 @@ def test_run_that_died_before_upload_is_read_from_its_metrics(store: Store) -> N
     assert run.trajectory.step.tolist() == [0, 1, 2, 3]
     assert run.trajectory.loss.tolist() == [*record.loss[:2], np.inf, record.loss[3]]
     assert np.array_equal(run.trajectory.layer_grad_norm, record.layer_grad_norm)
-    assert "4 steps read from metric history" in run.trajectory_missing
+    missing = "trajectory.npz was not uploaded; 4 steps read from metric history"
+    assert run.trajectory_missing == missing
     found = compare_group(group, Thresholds())
     assert verdicts(found)["flash_fsdp"] == "BUG"  # the infinity
     pair = found.regimes[1].pair("flash_fsdp")
@@ -169,3 +172,76 @@ def test_unreadable_list_of_expected_runs_is_an_error_and_no_crash(store: Store)
         read(store)
     store.client.set_tag(group_id, names.EXPECTED_RUNS, json.dumps([["a", "clip", None, None]]))
     assert read(store).runs[0].label == "a"
+
+
+class Watched:
+    """A client that says what it answered, and may pretend to be one of a server."""
+
+    def __init__(self, client: Any, tracking_uri: str = "") -> None:
+        self._client = client
+        self.tracking_uri = tracking_uri or client.tracking_uri
+        self.num_runs = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def search_runs(self, *args: Any, **options: Any) -> Any:
+        page = self._client.search_runs(*args, **options)
+        self.num_runs += len(page)
+        return page
+
+
+def test_history_by_sql_is_what_the_client_reads(store: Store) -> None:
+    from mlflow.entities import Metric
+
+    run_id = store.add_run(RUN, "synthetic", store.add_group([]))
+    other = store.add_run(RUN, "synthetic", store.add_group([]))
+    values = [1.5, float("nan"), np.inf, -np.inf, 1 / 3, -1e300]
+    points = [Metric("loss", value, 10 + i, i) for i, value in enumerate(values)]
+    # Of several values of one step the newest counts, in whatever order they arrived.
+    points += [
+        Metric("loss", 7.0, 99, 4),
+        Metric("loss", 8.0, 50, 4),
+        Metric("loss", 0.1, 99, 2**40),
+    ]
+    points += [Metric("a name: of-its.own", 3.0, 1, -2)]
+    wanted = ["loss", "a name: of-its.own", "never logged"]
+    store.client.log_batch(run_id, metrics=points)
+    store.client.log_batch(other, metrics=[Metric("loss", 5.0, 1000, 0)])
+    by_sql = metric_history(store.client, run_id, wanted)
+    by_client = metric_history(Watched(store.client, "http://server"), run_id, wanted)  # type: ignore[arg-type]
+    assert list(by_sql) == list(by_client) == wanted
+    for metric in wanted:
+        assert list(by_sql[metric]) == sorted(by_client[metric])
+        ours, theirs = by_sql[metric], by_client[metric]
+        assert np.array_equal(
+            reader.restored(list(ours.values())),
+            reader.restored([theirs[step] for step in ours]),
+            equal_nan=True,
+        )
+    restored = reader.restored(list(by_sql["loss"].values()))
+    assert np.array_equal(restored, [*values[:4], 7.0, values[5], 0.1], equal_nan=True)
+
+
+def test_no_more_runs_are_read_when_the_experiment_is_older(store: Store) -> None:
+    def runs_read(wanted: str) -> int:
+        client = Watched(store.client)
+        group = read_group(client, Settings(tracking_uri=store.uri), wanted)  # type: ignore[arg-type]
+        assert group.rank_statuses == {"FINISHED": len(healthy_runs())}
+        return client.num_runs
+
+    store.add_group(healthy_runs(), "first")
+    alone = runs_read("first")
+    for i in range(3):
+        store.add_group(healthy_runs(), f"later-{i}")
+    assert runs_read("latest") <= alone + 3  # the groups' own runs are listed
+    assert runs_read("first") <= alone + 3
+
+
+def test_artifacts_in_a_folder_with_an_awkward_name_are_read(store: Store) -> None:
+    folder = store.folder / "a b%20c#d"
+    store.experiment_id = store.client.create_experiment("awkward", folder.as_uri())
+    store.add_group([RUN])
+    group = read_group(store.client, Settings(experiment="awkward"), "latest")
+    assert list(folder.rglob(names.TRAJECTORY_FILE))
+    assert group.runs[0].trajectory_missing == ""

@@ -3,7 +3,7 @@
 The flow of `compare_group`, regime by regime:
 
 1. `alignment` puts two trajectories side by side by step, sample index and name;
-2. `drift` measures how far apart they are in every observable;
+2. `drift` measures how far apart they are in everything that `observables` lists;
 3. `floor` takes the same measure of a baseline and its replay: rounding alone;
 4. `finite` looks for NaN and infinity in each run by itself;
 5. `ladder` finds the first step and stage that is out of bounds;

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd_track.comparison.alignment import Aligned
-from dpsgd_track.comparison.drift import SMALL_SAMPLE, relative
 from dpsgd_track.comparison.fingerprint import (
     Ratio,
     fingerprint,
@@ -20,6 +19,7 @@ from dpsgd_track.comparison.fingerprint import (
     ratio_of,
 )
 from dpsgd_track.comparison.ladder import Rung, StageStatus
+from dpsgd_track.comparison.observables import SMALL_SAMPLE, relative
 from dpsgd_track.tracking.trajectory import UNUSED, Floats
 
 _SHOWN = 3
@@ -64,7 +64,14 @@ def blame(rungs: Sequence[Rung], pair: Aligned, params: Mapping[str, str]) -> Bl
     if not rung.observable or not len(rows):
         step = None if rung.step is None or rung.step < 0 else rung.step
         return _said(Blame(stage=rung.stage, step=step), ())
-    row = int(rows[0])
+    # Large fields of long records are read for this step and the one before it alone.
+    first = max(0, int(rows[0]) - 1)
+    row = int(rows[0]) - first
+    pair = Aligned(
+        baseline=pair.baseline.rows(first, first + row + 1),
+        other=pair.other.rows(first, first + row + 1),
+        gaps=(),
+    )
     names = tuple(pair.baseline.parameter_names.tolist())
     arose, inherited = (
         where_it_arose(rung.items, names) if rung.stage == "per-sample norms" else (rung.items, ())

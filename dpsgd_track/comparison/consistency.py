@@ -15,13 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpsgd_track.tracking.trajectory import Floats, Trajectory, sketch_distance
+from dpsgd_track.tracking.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 TOLERANCE = 1e-4
 """Largest relative error of a relation between float32 numbers; the addition of many terms and a
 small constant under a quotient's bar stay well below."""
 # The step is compared by two sketches' difference, where the weights' own rounding remains.
 _ROUNDING = 2.0**-23
+_BLOCK = 512
+"""Steps that are looked at together: records of long runs are larger than memory."""
 # The triangle inequality holds exactly; this is room for rounding in bfloat16.
 _TIMES_LONGER = 1.05
 
@@ -46,10 +48,21 @@ def inconsistencies(t: Trajectory, params: Mapping[str, str]) -> tuple[Inconsist
     Args:
         params: of the mode's run, as the launcher logged them.
     """
-    # NaN and infinity are findings of their own (finite.py).
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        found = (_total_norm(t), _clip_factor(t), _length_of_sum(t), _sgd_step(t, params))
-    return tuple(each for each in found if each is not None)
+    found: dict[str, Inconsistency] = {}
+    for start in range(0, t.num_steps, _BLOCK):
+        # A step of the optimizer is looked at together with the one before it.
+        block = t.rows(max(0, start - 1), start + _BLOCK)
+        # NaN and infinity are findings of their own (finite.py).
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            for each in (
+                _total_norm(block),
+                _clip_factor(block),
+                _length_of_sum(block),
+                _sgd_step(block, params),
+            ):
+                if each is not None:
+                    found.setdefault(each.observable, each)
+    return tuple(found.values())
 
 
 def _total_norm(t: Trajectory) -> Inconsistency | None:
@@ -109,9 +122,8 @@ def _sgd_step(t: Trajectory, params: Mapping[str, str]) -> Inconsistency | None:
         return None
     wanted = -rate * t.noised_sketch[1:] / t.expected_batch_size
     error = sketch_distance(np.diff(t.weight_sketch, axis=0), wanted)
-    zero = np.zeros_like(wanted)
-    length = _l2(sketch_distance(wanted, zero))
-    rounding = _l2(sketch_distance(t.weight_sketch[1:], zero)) * _ROUNDING
+    length = _l2(sketch_length(wanted))
+    rounding = _l2(sketch_length(t.weight_sketch[1:])) * _ROUNDING
     # Half a unit in the last place of each weight, which a step much smaller disappears in.
     over = np.argwhere(error > 0.01 * length + 4 * rounding)
     if not len(over):

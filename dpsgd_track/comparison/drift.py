@@ -1,257 +1,70 @@
 """How far two aligned trajectories are apart, one number per observable, step and item.
 
+Records of long runs with many parameters are far larger than what is said of them, so they are
+walked through in blocks of steps, all pairs at a time: each block is read once, and let go of
+before the next.
+
 Legend: S steps, N samples of one step, L linear layers, P trainable parameters, K projections,
 M items an observable is made of (layers, samples, parameters, or one for a scalar).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpsgd_track.comparison.alignment import Aligned, Gap, align
-from dpsgd_track.tracking.trajectory import Floats, Integers, Trajectory, sketch_distance
+from dpsgd_track.comparison.observables import LOSS, OBSERVABLES, Observable, relative
+from dpsgd_track.tracking.trajectory import LARGE, Floats, Integers, Trajectory
 
-LOSS, GRAD_NORM = "loss", "grad_norm"
-"""Thresholds an observable may be held against: fields of `config.Thresholds`."""
+Labelled = tuple[str, Trajectory]
+"""A run's label and its record."""
 
-# A relative difference is taken of max(|baseline|, SMALL x total), the total being that of all
-# layers or parameters of the step. Some gradients are zero by mathematics (the key bias of an
-# attention layer), so both sides hold only rounding noise, and their plain relative difference is
-# about 1. The noise is 1e-8 of the total in float32, and 1e-6 where a norm is computed from a Gram
-# matrix, whose terms cancel. An item that is entirely wrong shows as 2 % at a thousandth of the
-# total, and above float32's rounding down to a millionth of it.
-SMALL = 0.05
-# Samples are computed each by itself, so the rounding of one is not measured by the others.
-SMALL_SAMPLE = 1e-3
+# Numbers of one field and run in a block: 2 MB, so that what a block is made into stays in cache.
+_BLOCK_SIZE = 1 << 18
 
 
-def relative(
-    baseline: Floats, difference: Floats, total: Floats | float, small: float = SMALL
-) -> Floats:
-    """`difference` in units of the baseline; 0/0 is 0, and anything else over 0 is infinite."""
-    scale = np.maximum(np.abs(baseline), small * np.asarray(total))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.where(difference == 0, 0.0, difference / scale)
+@dataclass(frozen=True)
+class Places(Sequence[str]):
+    """[S] the layer, parameter or sample of each step's largest difference, named on demand."""
 
+    record: Trajectory
+    """The baseline, aligned."""
+    items: str
+    """What the observable is made of."""
+    columns: Integers
+    """[S] index of the item."""
 
-def _difference(baseline: Floats, other: Floats) -> Floats:
-    # Infinities are findings of their own (finite.py); here they only must not warn.
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.abs(other - baseline)
+    def __len__(self) -> int:
+        return len(self.columns)
 
-
-def _l2(values: Floats, axis: int) -> Floats:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.sqrt(np.nansum(np.square(values), axis=axis, keepdims=True))
-
-
-def _absolute(field: str) -> Callable[[Aligned], Floats]:
-    return lambda pair: _difference(getattr(pair.baseline, field), getattr(pair.other, field))
-
-
-def _relative(
-    field: str, total: Callable[[Trajectory], Floats], small: float = SMALL
-) -> Callable[[Aligned], Floats]:
-    def measure(pair: Aligned) -> Floats:
-        ours = getattr(pair.baseline, field)
-        apart = _difference(ours, getattr(pair.other, field))
-        return relative(ours, apart, total(pair.baseline), small)
-
-    return measure
-
-
-def _largest(values: Floats, axis: int | None) -> Floats:
-    return np.max(np.nan_to_num(np.abs(values)), axis=axis, keepdims=True, initial=0.0)
-
-
-def _direction(
-    of: Callable[[Trajectory], Floats], scale: Callable[[Trajectory], Floats] | None = None
-) -> Callable[[Aligned], Floats]:
-    """Sketch distance in units of the baseline's norm, both estimated: [S, P]."""
-
-    def measure(pair: Aligned) -> Floats:
-        ours, theirs = of(pair.baseline), of(pair.other)
-        with np.errstate(invalid="ignore", over="ignore"):
-            distance = sketch_distance(ours, theirs)
-            unit = (scale or of)(pair.baseline)
-            norm = sketch_distance(unit, np.zeros_like(unit))
-        return relative(norm, distance, _l2(norm, axis=1))
-
-    return measure
-
-
-def _update(pair: Aligned) -> Floats:
-    # A learning rate that is wrong moves weights by far less than they are long, so the path of
-    # one step is compared as well. The path's own rounding is that of the weights.
-    ours, theirs = (np.diff(t.weight_sketch, axis=0) for t in (pair.baseline, pair.other))
-    after = pair.baseline.weight_sketch[1:]
-    with np.errstate(invalid="ignore", over="ignore"):
-        distance, length = sketch_distance(ours, theirs), sketch_distance(ours, np.zeros_like(ours))
-        weight = sketch_distance(after, np.zeros_like(after))
-    path = relative(length, distance, np.maximum(_l2(length, axis=1), weight))
-    return np.concatenate([np.full((1, path.shape[1]), np.nan), path])
-
-
-def _final_loss(pair: Aligned) -> Floats:
-    drift = np.full(pair.baseline.num_steps, np.nan)
-    drift[-1:] = _difference(pair.baseline.loss[-1:], pair.other.loss[-1:])
-    return drift
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observable:
-    """One thing that is compared."""
-
-    name: str
-    title: str
-    """As it stands in a sentence."""
-    measure: Callable[[Aligned], Floats]
-    """[S] or [S, items] differences; NaN where not computed."""
-    field: str
-    """Trajectory field it is made from."""
-    items: str = ""
-    """layer, parameter, sample, sample_parameter; empty for a scalar."""
-    threshold: str = GRAD_NORM
-    """Which threshold it is held against."""
-    is_relative: bool = True
-    is_estimate: bool = False
-    """Known from K projections: relative standard deviation about sqrt(1 / (2 K))."""
-
-
-def _noise(t: Trajectory) -> Floats:
-    with np.errstate(invalid="ignore"):
-        return t.noised_sketch - t.gradient_sketch
-
-
-OBSERVABLES: dict[str, Observable] = {
-    o.name: o
-    for o in (
-        Observable(
-            name="loss",
-            title="loss",
-            measure=_absolute("loss"),
-            field="loss",
-            threshold=LOSS,
-            is_relative=False,
-        ),
-        Observable(
-            name="final_loss",
-            title="final loss",
-            measure=_final_loss,
-            field="loss",
-            threshold=LOSS,
-            is_relative=False,
-        ),
-        Observable(
-            name="sample_loss",
-            title="loss of one sample",
-            measure=_absolute("sample_loss"),
-            field="sample_loss",
-            items="sample",
-            threshold=LOSS,
-            is_relative=False,
-        ),
-        Observable(
-            name="sample_norm",
-            title="per-sample gradient norm",
-            measure=_relative("sample_norm", lambda t: _largest(t.sample_norm, 1), SMALL_SAMPLE),
-            field="sample_norm",
-            items="sample",
-        ),
-        Observable(
-            name="sample_norm_by_parameter",
-            title="per-sample gradient norm of one parameter",
-            measure=_relative(
-                "sample_norm_by_parameter", lambda t: _l2(t.sample_norm_by_parameter, 2)
-            ),
-            field="sample_norm_by_parameter",
-            items="sample_parameter",
-        ),
-        Observable(
-            name="clip_factor",
-            title="clip factor",
-            measure=_absolute("clip_factor"),
-            field="clip_factor",
-            items="sample",
-            is_relative=False,
-        ),
-        Observable(
-            name="gradient",
-            title="clipped sum (distance)",
-            measure=_direction(lambda t: t.gradient_sketch),
-            field="gradient_sketch",
-            items="parameter",
-            is_estimate=True,
-        ),
-        Observable(
-            name="grad_norm",
-            title="gradient norm",
-            measure=_relative("grad_norm", lambda t: _largest(t.grad_norm, None), SMALL_SAMPLE),
-            field="grad_norm",
-        ),
-        Observable(
-            name="layer_grad_norm",
-            title="gradient norm of one layer",
-            measure=_relative("layer_grad_norm", lambda t: t.grad_norm[:, None]),
-            field="layer_grad_norm",
-            items="layer",
-        ),
-        # The noise can be a thousand times longer than the clipped sum and would hide an error
-        # in it, so the sum above and the noise alone are both compared, besides their total.
-        Observable(
-            name="noise",
-            title="noise (distance)",
-            measure=_direction(_noise, lambda t: t.noised_sketch),
-            field="noised_sketch",
-            items="parameter",
-            is_estimate=True,
-        ),
-        Observable(
-            name="noised_gradient",
-            title="noised gradient (distance)",
-            measure=_direction(lambda t: t.noised_sketch),
-            field="noised_sketch",
-            items="parameter",
-            is_estimate=True,
-        ),
-        Observable(
-            name="grad_norm_noised",
-            title="noised gradient norm",
-            measure=_relative(
-                "grad_norm_noised", lambda t: _largest(t.grad_norm_noised, None), SMALL_SAMPLE
-            ),
-            field="grad_norm_noised",
-        ),
-        Observable(
-            name="update",
-            title="weight update (distance)",
-            measure=_update,
-            field="weight_sketch",
-            items="parameter",
-            is_estimate=True,
-        ),
-        Observable(
-            name="weights",
-            title="weights after the step (distance)",
-            measure=_direction(lambda t: t.weight_sketch),
-            field="weight_sketch",
-            items="parameter",
-            is_estimate=True,
-        ),
-        Observable(
-            name="layer_weight_norm",
-            title="weight norm of one layer",
-            measure=_relative("layer_weight_norm", lambda t: _l2(t.layer_weight_norm, 1)),
-            field="layer_weight_norm",
-            items="layer",
-        ),
-    )
-}
-"""Everything that is compared, in the order in which a step computes it."""
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, row: int | slice) -> str | tuple[str, ...]:
+        if isinstance(row, slice):
+            return tuple(self[i] for i in range(*row.indices(len(self))))
+        column = int(self.columns[row])
+        match self.items:
+            case "layer":
+                return f"layer {self.record.layer_names[column]}"
+            case "parameter":
+                return f"parameter {self.record.parameter_names[column]}"
+            case "sample":
+                return f"sample {self.record.sample_index[row, column]}"
+            case "sample_parameter":
+                sample, parameter = divmod(column, len(self.record.parameter_names))
+                return (
+                    f"sample {self.record.sample_index[row, sample]}, "
+                    f"parameter {self.record.parameter_names[parameter]}"
+                )
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +76,7 @@ class Drift:
     """[S] the steps both sides have."""
     per_step: Floats
     """[S] largest difference of each step; NaN where not computed."""
-    where_per_step: tuple[str, ...]
+    where_per_step: Sequence[str]
     """[S] the layer, parameter or sample it is found at; empty for a scalar."""
     max: float
     mean: float
@@ -281,10 +94,20 @@ class Drift:
     """The largest as a fraction of the baseline's value."""
     by_item: Mapping[str, float]
     """Largest over the steps, of each layer or parameter; empty for other items."""
-    items: tuple[str, ...]
-    """Layers or parameters, in the order of `per_step_by_item`; empty for other items."""
-    per_step_by_item: Floats
-    """[S, items] largest difference of each; NaN where not computed."""
+    items: tuple[str, ...] = ()
+    """[M] layers or parameters of `per_step_by_item`; empty for other items."""
+    per_step_by_item: NDArray[np.float32] | None = None
+    """[S, M] largest difference of each layer or parameter (over the samples, where each has its
+    own) at each step; NaN where not computed. None where there are no such items, and in a pair
+    that is only looked at for the largest drift of all."""
+
+    @property
+    def matrix(self) -> Floats:
+        """[S, M] `per_step_by_item`, or [S, 1] `per_step` where there are no such items."""
+        if not self.items:
+            return self.per_step[:, None]
+        assert self.per_step_by_item is not None, "a pair that is judged keeps its items"
+        return self.per_step_by_item.astype(np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,26 +124,134 @@ class Pair:
     gaps: tuple[Gap, ...]
 
 
-def compare_pair(
-    regime: str, baseline: tuple[str, Trajectory], mode: tuple[str, Trajectory]
-) -> Pair:
+def compare_pair(regime: str, baseline: Labelled, mode: Labelled) -> Pair:
     """Every observable of a labelled `mode` against a labelled `baseline`."""
-    pair = align(baseline[1], mode[1])
+    return compare_pairs(regime, [(baseline, mode)])[0]
+
+
+def compare_pairs(
+    regime: str, pairs: Sequence[tuple[Labelled, Labelled]], num_detailed: int | None = None
+) -> list[Pair]:
+    """Every observable of many (baseline, mode), each record read once.
+
+    Args:
+        num_detailed: the first so many pairs keep `Drift.per_step_by_item`; by default all.
+    """
+    detailed = len(pairs) if num_detailed is None else num_detailed
+    walks = [
+        _Walk(align(baseline[1], mode[1]), keep_items=number < detailed)
+        for number, (baseline, mode) in enumerate(pairs)
+    ]
+    for walk in walks:
+        walk.take_small()
+    for start, stop in _blocks([side for walk in walks for side in walk.sides]):
+        # An update is the path from the step before, so a block begins one step early.
+        first = max(0, start - 1)
+        running = [walk for walk in walks if start < walk.num_steps]
+        sides = {id(side): side for walk in running for side in walk.sides}
+        blocks = {key: side.rows(first, stop) for key, side in sides.items()}
+        for walk in running:
+            ours, theirs = (blocks[id(side)] for side in walk.sides)
+            walk.take_block(ours, theirs, start, start - first)
+    return [
+        _summed_up(regime, baseline[0], mode[0], walk)
+        for (baseline, mode), walk in zip(pairs, walks, strict=True)
+    ]
+
+
+def _blocks(sides: Sequence[Trajectory]) -> Iterator[tuple[int, int]]:
+    num_steps = max((side.num_steps for side in sides), default=0)
+    width = max((prod(side.shape_of(name)[1:]) for side in sides for name in _COMPARED), default=1)
+    rows = max(16, _BLOCK_SIZE // max(1, width))
+    for start in range(0, num_steps, rows):
+        yield start, min(start + rows, num_steps)
+
+
+_COMPARED = [name for name in LARGE if name in {o.field for o in OBSERVABLES.values()}]
+
+
+class _Walk:
+    """One pair on its way through the steps, with the largest differences so far."""
+
+    def __init__(self, pair: Aligned, *, keep_items: bool) -> None:
+        self.pair = pair
+        self.sides = pair.baseline, pair.other
+        self.num_steps = pair.baseline.num_steps
+        self.keep_items = keep_items
+        self.seen: dict[str, _Seen] = {}
+        """By observable."""
+
+    def take_small(self) -> None:
+        """Measure what is small enough to be looked at as a whole."""
+        for observable in OBSERVABLES.values():
+            if observable.field not in LARGE and self.num_steps:
+                found = observable.measure(*self.sides)
+                self._take(observable, found, 0)
+
+    def take_block(self, baseline: Trajectory, other: Trajectory, start: int, early: int) -> None:
+        """Measure a block of steps from row `start` on, which begins `early` steps before it."""
+        for observable in OBSERVABLES.values():
+            if observable.field in LARGE:
+                self._take(observable, observable.measure(baseline, other)[early:], start)
+
+    def _take(self, observable: Observable, found: Floats, start: int) -> None:
+        if found.size:
+            if observable.name not in self.seen:
+                self.seen[observable.name] = _Seen(self, observable, found)
+            self.seen[observable.name].take(found, start)
+
+
+class _Seen:
+    """The differences of one observable, folded into the largest of each step and item."""
+
+    def __init__(self, walk: _Walk, observable: Observable, found: Floats) -> None:
+        S, record = walk.num_steps, walk.pair.baseline
+        self.per_step = np.full(S, np.nan)
+        self.columns = np.zeros(S, dtype=np.int64)
+        names: dict[str, Sequence[str]] = {
+            "layer": record.layer_names.tolist(),
+            "parameter": record.parameter_names.tolist(),
+            "sample_parameter": record.parameter_names.tolist(),
+        }
+        self.items = tuple(names.get(observable.items, ()))
+        self.by_item = np.full(len(self.items), np.nan)
+        self.per_step_by_item: NDArray[np.float32] | None = None
+        if walk.keep_items and self.items:
+            self.per_step_by_item = np.full((S, len(self.items)), np.nan, dtype=np.float32)
+
+    def take(self, found: Floats, start: int) -> None:
+        """Fold in `found` ([rows] or [rows, ...]), whose first row is step row `start`."""
+        rows = slice(start, start + len(found))
+        flat = found.reshape(len(found), -1)
+        # argmax would take NaN for the largest.
+        columns = np.where(np.isnan(flat), -1.0, flat).argmax(axis=1)
+        self.columns[rows] = columns
+        self.per_step[rows] = flat[np.arange(len(flat)), columns]
+        if not self.items:
+            return
+        largest = np.fmax.reduce(found, axis=1) if found.ndim == 3 else found
+        self.by_item = np.fmax(self.by_item, np.fmax.reduce(largest, axis=0))
+        if self.per_step_by_item is not None:
+            with np.errstate(over="ignore"):
+                self.per_step_by_item[rows] = largest
+
+
+def _summed_up(regime: str, baseline: str, mode: str, walk: _Walk) -> Pair:
     drifts: dict[str, Drift] = {}
     absent: dict[str, str] = {}
     for name, observable in OBSERVABLES.items():
-        drift = _reduce(pair, observable) if pair.baseline.num_steps else None
-        if drift is None:
-            absent[name] = _why_absent(pair, observable, baseline[0], mode[0])
+        seen = walk.seen.get(name)
+        if seen is None or np.isnan(seen.per_step).all():
+            absent[name] = _why_absent(walk.pair, observable, baseline, mode)
         else:
-            drifts[name] = drift
+            drifts[name] = _drift(walk.pair, observable, seen)
     return Pair(
         regime=regime,
-        baseline=baseline[0],
-        mode=mode[0],
+        baseline=baseline,
+        mode=mode,
         drifts=drifts,
         not_computed=absent,
-        gaps=pair.gaps,
+        gaps=walk.pair.gaps,
     )
 
 
@@ -330,95 +261,55 @@ def _why_absent(pair: Aligned, observable: Observable, baseline: str, mode: str)
     sides = [
         label
         for label, side in ((baseline, pair.baseline), (mode, pair.other))
-        if np.isnan(getattr(side, observable.field)).all()
+        if _is_blank(side, observable.field)
     ]
     return f"not computed by {' and '.join(sides)}" if sides else "nothing in common to compare"
 
 
-def _reduce(pair: Aligned, observable: Observable) -> Drift | None:
-    found = observable.measure(pair)
-    S = pair.baseline.num_steps
-    items = found.reshape(S, -1) if found.size else np.empty((S, 0))
-    if np.isnan(items).all():
-        return None
-    known = np.where(np.isnan(items), -1.0, items)
-    at = known.argmax(axis=1)
-    per_step = items[np.arange(S), at]
-    wheres = tuple(_label(pair, observable, row, int(column)) for row, column in enumerate(at))
+def _is_blank(side: Trajectory, field: str) -> bool:
+    starts = range(0, side.num_steps, 16)
+    return all(np.isnan(side.read(field, start, start + 16)).all() for start in starts)
+
+
+def _drift(pair: Aligned, observable: Observable, seen: _Seen) -> Drift:
+    per_step = seen.per_step
     row = int(np.nanargmax(per_step))
-    ours, theirs = _values(pair, observable, row, int(at[row]))
+    ours, theirs = _values(pair, observable, row, int(seen.columns[row]))
     largest = float(per_step[row])
     fraction = largest
     if not observable.is_relative and observable.threshold == LOSS:
         fraction = float(relative(np.array(ours), np.array(largest), 0.0))
     with np.errstate(invalid="ignore"):  # the standard deviation of an infinity is NaN
         mean, std = float(np.nanmean(per_step)), float(np.nanstd(per_step))
+    places = Places(pair.baseline, observable.items, seen.columns)
+    # A sample's parameters are many, and no table of them is shown.
+    by_item = zip(seen.items, seen.by_item.tolist(), strict=True)
     return Drift(
         observable=observable,
         steps=pair.baseline.step,
         per_step=per_step,
-        where_per_step=wheres,
+        where_per_step=places,
         max=largest,
         mean=mean,
         std=std,
         step=int(pair.baseline.step[row]),
-        where=wheres[row],
+        where=places[row],
         baseline_value=ours,
         other_value=theirs,
         relative_max=fraction,
-        by_item=_by_item(pair, observable, known),
-        **_items(pair, observable, items),
+        by_item={name: value for name, value in by_item if value >= 0}
+        if observable.items in ("layer", "parameter")
+        else {},
+        items=seen.items,
+        per_step_by_item=seen.per_step_by_item,
     )
-
-
-def _items(pair: Aligned, observable: Observable, found: Floats) -> dict[str, Any]:
-    S = len(found)
-    names: Any = pair.baseline.parameter_names
-    if observable.items == "layer":
-        names = pair.baseline.layer_names
-    elif observable.items == "sample_parameter":
-        largest = np.where(np.isnan(found), -1.0, found).reshape(S, -1, len(names)).max(axis=1)
-        found = np.where(largest < 0, np.nan, largest)
-    elif observable.items != "parameter":
-        return {"items": (), "per_step_by_item": np.empty((S, 0))}
-    return {"items": tuple(names.tolist()), "per_step_by_item": found}
-
-
-def _label(pair: Aligned, observable: Observable, row: int, column: int) -> str:
-    side = pair.baseline
-    P = len(side.parameter_names)
-    match observable.items:
-        case "layer":
-            return f"layer {side.layer_names[column]}"
-        case "parameter":
-            return f"parameter {side.parameter_names[column]}"
-        case "sample":
-            return f"sample {side.sample_index[row, column]}"
-        case "sample_parameter":
-            sample, parameter = divmod(column, P)
-            return (
-                f"sample {side.sample_index[row, sample]}, "
-                f"parameter {side.parameter_names[parameter]}"
-            )
-    return ""
 
 
 def _values(pair: Aligned, observable: Observable, row: int, column: int) -> tuple[float, float]:
     if observable.is_estimate:
         return float("nan"), float("nan")
     ours, theirs = (
-        float(getattr(side, observable.field)[row].reshape(-1)[column])
+        float(side.read(observable.field, row, row + 1).reshape(-1)[column])
         for side in (pair.baseline, pair.other)
     )
     return ours, theirs
-
-
-def _by_item(pair: Aligned, observable: Observable, known: Floats) -> dict[str, float]:
-    names: Any = {
-        "layer": pair.baseline.layer_names,
-        "parameter": pair.baseline.parameter_names,
-    }.get(observable.items, ())
-    largest = known.max(axis=0, initial=-1.0)
-    return {
-        str(name): float(value) for name, value in zip(names, largest, strict=False) if value >= 0
-    }

@@ -7,12 +7,15 @@ none.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
+from dpsgd_track.tracking.trajectory import LARGE, SAMPLE_COLUMNS, UNUSED, Trajectory
 
 ALWAYS_FINITE = {
     "loss": "loss",
@@ -43,37 +46,62 @@ class NotFinite:
     where: str
 
 
+_known: WeakKeyDictionary[Trajectory, tuple[NotFinite, ...]] = WeakKeyDictionary()
+_ROWS = 256
+"""Steps of a large field that are looked at together."""
+
+
 def not_finite(trajectory: Trajectory) -> tuple[NotFinite, ...]:
-    """One entry for each field with a NaN or an infinity that it must not have."""
-    found = []
-    for field, title in (ALWAYS_FINITE | SOMETIMES_ABSENT).items():
-        values = getattr(trajectory, field)
+    """One entry for each field with a NaN or an infinity that it must not have.
+
+    Looked for once: a baseline is asked about for every run that is held against it.
+    """
+    if trajectory not in _known:
+        fields = ALWAYS_FINITE | SOMETIMES_ABSENT
+        found = (_first(trajectory, field, title) for field, title in fields.items())
+        _known[trajectory] = tuple(bad for bad in found if bad)
+    return _known[trajectory]
+
+
+def _first(t: Trajectory, field: str, title: str) -> NotFinite | None:
+    absent: NDArray[np.bool_] | None = None
+    for start, stop in _blocks(t, field):
+        values = t.read(field, start, stop)
         bad = ~np.isfinite(values)
         if field in SAMPLE_COLUMNS:
-            bad[trajectory.sample_index == UNUSED] = False
-        if field in SOMETIMES_ABSENT:
-            bad &= ~_absent(field, np.isnan(values))
+            bad[t.sample_index[start:stop] == UNUSED] = False
+        if bad.any() and field in SOMETIMES_ABSENT:
+            absent = _absent(t, field) if absent is None else absent
+            bad &= ~absent
         if bad.any():
-            at = np.unravel_index(int(bad.argmax()), bad.shape)
-            found.append(
-                NotFinite(
-                    field=field,
-                    title=title,
-                    value=float(values[at]),
-                    step=int(trajectory.step[at[0]]),
-                    where=_where(trajectory, field, tuple(int(i) for i in at)),
-                )
+            row, *item = (int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
+            return NotFinite(
+                field=field,
+                title=title,
+                value=float(values[(row, *item)]),
+                step=int(t.step[start + row]),
+                where=_where(t, field, (start + row, *item)),
             )
-    return tuple(found)
+    return None
 
 
-def _absent(field: str, nan: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _blocks(t: Trajectory, field: str) -> Iterator[tuple[int, int]]:
+    # A small field is one block, and so is its answer to what is not computed.
+    rows = _ROWS if field in LARGE else max(1, t.num_steps)
+    return ((start, start + rows) for start in range(0, t.num_steps, rows))
+
+
+def _absent(t: Trajectory, field: str) -> NDArray[np.bool_]:
+    """What is NaN since it is not computed, in a shape that the field's blocks broadcast with."""
+    nan = (np.isnan(t.read(field, start, stop)) for start, stop in _blocks(t, field))
     if field == "sample_norm_by_parameter":
-        return np.asarray(nan.all(axis=(0, 1), keepdims=True))
+        columns = (block.all(axis=(0, 1), keepdims=True) for block in nan)
+        return functools.reduce(np.logical_and, columns)
+    whole = next(nan)
     if field.startswith("layer_"):
         # A step without layer norms, or a layer that has none in any step.
-        return np.asarray(nan.all(axis=1, keepdims=True) | nan.all(axis=0, keepdims=True))
-    return np.asarray(nan.all(keepdims=True))
+        return np.asarray(whole.all(axis=1, keepdims=True) | whole.all(axis=0, keepdims=True))
+    return np.asarray(whole.all(keepdims=True))
 
 
 def _where(t: Trajectory, field: str, at: tuple[int, ...]) -> str:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpsgd_track.comparison.drift import LOSS, Drift, Pair
+from dpsgd_track.comparison.drift import Drift, Pair
+from dpsgd_track.comparison.observables import LOSS
 from dpsgd_track.tracking.trajectory import Floats, Integers
 
 # Twice the error of plain autograd, as in FlashAttention's tests, where the floor is the largest
@@ -127,12 +128,12 @@ def _chaos(gradient: _Series) -> int | None:
 def _series(drifts: Sequence[Drift]) -> _Series:
     steps = np.unique(np.concatenate([drift.steps for drift in drifts]))
     items = drifts[0].items
-    largest, by_item = np.zeros(len(steps)), np.zeros((len(steps), len(items)))
+    largest, by_item = np.zeros(len(steps)), np.zeros((len(steps), max(1, len(items))))
     for drift in drifts:
         rows = np.searchsorted(steps, drift.steps)
         largest[rows] = np.fmax(largest[rows], drift.per_step)
         if drift.items == items:
-            by_item[rows] = np.fmax(by_item[rows], drift.per_step_by_item)
+            by_item[rows] = np.fmax(by_item[rows], drift.matrix)
     return _Series(
         steps=steps,
         largest=np.maximum.accumulate(largest),

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from dpsgd_track.comparison.alignment import align
 from dpsgd_track.comparison.blame import Blame, blame
-from dpsgd_track.comparison.drift import OBSERVABLES, Drift, Pair, compare_pair
+from dpsgd_track.comparison.drift import Drift, Labelled, Pair, compare_pairs
 from dpsgd_track.comparison.floor import Floor, floor_of
 from dpsgd_track.comparison.ladder import (
     FirstFailure,
@@ -19,6 +19,7 @@ from dpsgd_track.comparison.ladder import (
     unlike_inputs,
 )
 from dpsgd_track.comparison.noise import NoiseAudit, audit, judge_noise, passed_noise
+from dpsgd_track.comparison.observables import OBSERVABLES
 from dpsgd_track.comparison.verdict import (
     Finding,
     Verdict,
@@ -35,7 +36,6 @@ from dpsgd_track.comparison.verdict import (
 from dpsgd_track.config import CLIP, NOISE, PLAIN, SILENT, Thresholds
 from dpsgd_track.modes.table import BASELINE, REFERENCE
 from dpsgd_track.tracking.reader import FINISHED, Group, ModeRun
-from dpsgd_track.tracking.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,24 +155,38 @@ def _compare_regime(
     reference = _recorded(runs, REFERENCE)
     baseline = reference if name == CLIP else _recorded(runs, BASELINE) or reference
     recorded = [(r.label, r.trajectory) for r in runs if r.trajectory and not r.replay]
-    pairs = []
-    for held in dict.fromkeys(r.label for r in (baseline, reference) if r):
-        ours = next(t for label, t in recorded if label == held)
-        # The oracle is held against nobody: where it and no_dp differ, no_dp is at fault.
-        pairs += [
-            compare_pair(name, (held, ours), other)
-            for other in recorded
-            if other[0] not in (held, REFERENCE)
-        ]
-    replays, floors = _replay(runs, [r for r in (baseline, reference) if r])
+    bases = list({id(r): r for r in (baseline, reference) if r}.values())
+    # The oracle is held against nobody: where it and no_dp differ, no_dp is at fault.
+    judged = [
+        (held, other)
+        for held in map(_labelled, bases)
+        for other in recorded
+        if other[0] not in (held[0], REFERENCE)
+    ]
+    repeats = [
+        (base, run)
+        for base in bases
+        for run in runs
+        if run.replay and run.label == base.label and run.trajectory
+    ]
+    replayed = [(_labelled(base), (run.title, _labelled(run)[1])) for base, run in repeats]
+    known = {frozenset((held[0], other[0])) for held, other in judged}
+    rest = [
+        pair
+        for pair in combinations(recorded, 2)
+        if frozenset((pair[0][0], pair[1][0])) not in known
+    ]
+    num_detailed = len(judged) + len(replayed)
+    pairs = compare_pairs(name, [*judged, *replayed, *rest], num_detailed)
+    shown, replays = tuple(pairs[: len(judged)]), pairs[len(judged) : num_detailed]
     regime = RegimeComparison(
         name=name,
         runs=tuple(r for r in runs if not r.replay),
         baseline=baseline.label if baseline else "",
-        pairs=tuple(pairs),
-        replays=replays,
-        floors=floors,
-        largest=_largest(name, recorded, pairs),
+        pairs=shown,
+        replays={pair.mode: pair for pair in replays},
+        floors=_floors(repeats, replays),
+        largest=_largest(recorded, [*shown, *pairs[num_detailed:]]),
         audits=_audits(runs, reference),
     )
     return regime, baseline, reference
@@ -199,20 +213,16 @@ def _audits(runs: tuple[ModeRun, ...], reference: ModeRun | None) -> dict[str, N
     return {label: each for label, each in found.items() if each}
 
 
-def _replay(
-    runs: tuple[ModeRun, ...], bases: list[ModeRun]
-) -> tuple[dict[str, Pair], dict[str, Floor]]:
-    """Each replay against its base, by title, and the floor that the sound ones show together."""
-    replays: dict[str, Pair] = {}
+def _labelled(run: ModeRun) -> Labelled:
+    assert run.trajectory is not None, "only a recorded run is held against others"
+    return run.label, run.trajectory
+
+
+def _floors(repeats: list[tuple[ModeRun, ModeRun]], replays: list[Pair]) -> dict[str, Floor]:
+    """The floor that the sound replays show together, by the label of each base."""
     sound: list[Pair] = []
     against_float64 = False
-    known = {base.label: base for base in bases if base.trajectory}
-    for run in runs:
-        base = known.get(run.label)
-        if not run.replay or base is None or run.trajectory is None or base.trajectory is None:
-            continue
-        ours, theirs = (base.label, base.trajectory), (run.title, run.trajectory)
-        pair = replays[run.title] = compare_pair(run.regime, ours, theirs)
+    for (base, run), pair in zip(repeats, replays, strict=True):
         # An unsound replay would excuse what rounding does not explain.
         if [*judge_run(run), *judge_likeness(base, run)]:
             continue
@@ -221,20 +231,18 @@ def _replay(
         against_float64 |= run.replay == PLAIN and exact
     # All are held to the largest: each replay is one draw of what rounding can do.
     floor = floor_of(sound, against_float64=against_float64)
-    return replays, dict.fromkeys(known, floor) if floor else {}
+    return dict.fromkeys((base.label for base, _ in repeats), floor) if floor else {}
 
 
 def _recorded(runs: tuple[ModeRun, ...], label: str) -> ModeRun | None:
     return next((r for r in runs if r.label == label and not r.replay and r.trajectory), None)
 
 
-def _largest(
-    regime: str, recorded: list[tuple[str, Trajectory]], known: list[Pair]
-) -> dict[str, LargestDrift]:
-    done = {frozenset((pair.baseline, pair.mode)): pair for pair in known}
+def _largest(recorded: list[Labelled], pairs: list[Pair]) -> dict[str, LargestDrift]:
+    by_labels = {frozenset((pair.baseline, pair.mode)): pair for pair in pairs}
     largest: dict[str, LargestDrift] = {}
-    for first, second in combinations(recorded, 2):
-        pair = done.get(frozenset((first[0], second[0]))) or compare_pair(regime, first, second)
+    for (first, _), (second, _) in combinations(recorded, 2):
+        pair = by_labels[frozenset((first, second))]
         for name, drift in pair.drifts.items():
             if name not in largest or drift.max > largest[name].drift.max:
                 largest[name] = LargestDrift(first=pair.baseline, second=pair.mode, drift=drift)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from dpsgd_track.comparison.consistency import Inconsistency
 from dpsgd_track.comparison.drift import Drift, Pair
 from dpsgd_track.comparison.floor import Floor, limits_of
 from dpsgd_track.config import CLIP, Thresholds
-from dpsgd_track.tracking.trajectory import Floats, Trajectory, sketch_distance
+from dpsgd_track.tracking.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 DATA, INITIAL_WEIGHTS = "data", "initial weights"
 
@@ -107,10 +107,8 @@ class Excess:
         """[S] steps over the limit."""
         return np.asarray(self.times > 1)
 
-    @property
-    def by_item(self) -> Floats:
-        """[S, items] differences, in the shape of the limits."""
-        return self.drift.per_step_by_item if self.drift.items else self.drift.per_step[:, None]
+    by_item: Floats
+    """[S, items] differences, in the shape of the limits."""
 
     def rung(self, stage: str, status: StageStatus, row: int, floor: Floor | None) -> Rung:
         """The stage as step `row` shows it."""
@@ -143,10 +141,10 @@ def excess_of(drift: Drift, thresholds: Thresholds, floor: Floor | None) -> Exce
     if limits is None:
         threshold = float(getattr(thresholds, drift.observable.threshold))
         limits = np.full((len(drift.steps), 1), threshold)
-    if drift.items:
-        limits = np.broadcast_to(limits, drift.per_step_by_item.shape)
-    excess = Excess(drift=drift, times=drift.per_step, limits=limits)
-    return replace(excess, times=np.fmax.reduce(excess.by_item / limits, axis=1))
+    by_item = drift.matrix
+    limits = np.broadcast_to(limits, by_item.shape)
+    times = np.fmax.reduce(by_item / limits, axis=1)
+    return Excess(drift=drift, times=times, limits=limits, by_item=by_item)
 
 
 def unlike_inputs(baseline: Trajectory, mode: Trajectory) -> FirstFailure | None:
@@ -239,12 +237,18 @@ def own_errors(
         apart = np.abs(theirs.clip_factor - ours.clip_factor) * ours.sample_norm
         apart += theirs.clip_factor * np.abs(theirs.sample_norm - ours.sample_norm)
         length, distance = (
-            np.sqrt(np.square(sketch_distance(ours.gradient_sketch, other)).sum(axis=1))
-            for other in (np.zeros_like(ours.gradient_sketch), theirs.gradient_sketch)
+            np.sqrt(np.square(by_parameter).sum(axis=1))
+            for by_parameter in (
+                sketch_length(ours.gradient_sketch),
+                sketch_distance(ours.gradient_sketch, theirs.gradient_sketch),
+            )
         )
         # Both distances are estimates.
         explained = 2 * np.nansum(apart, axis=1) / length + excess.limits.max(axis=1)
-        return {"clipped sum": distance / length / explained}
+    for side in (ours, theirs):
+        side.release()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {"clipped sum": np.asarray(distance / length / explained)}
 
 
 def _stage(

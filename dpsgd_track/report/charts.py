@@ -20,6 +20,7 @@ from dpsgd_track.comparison.drift import OBSERVABLES, Pair
 from dpsgd_track.comparison.group import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.report.table import main_regime, rows
+from dpsgd_track.report.thinning import kept
 from dpsgd_track.tracking.reader import ModeRun
 from dpsgd_track.tracking.trajectory import Floats, Integers, Trajectory
 
@@ -169,16 +170,17 @@ def _trajectories(
     shown: set[str] = set()
     for row, regime in enumerate(regimes, 1):
         for run, trajectory in _drawn(regime):
-            y = values(trajectory)
+            shown_steps = kept(values(trajectory))
+            y = values(trajectory)[shown_steps]
             figure.add_scatter(
-                x=trajectory.step,
+                x=trajectory.step[shown_steps],
                 y=y,
-                text=[f"{axis} {value:.9g}" for value in y],
-                hovertemplate=_HOVER,
+                # A text for each point would be larger than the curve.
+                hovertemplate=_HOVER.replace("%{text}", f"{axis} %{{y:.9~g}}"),
                 showlegend=run.label not in shown,
                 row=row,
                 col=1,
-                **style.line(run.label, trajectory.num_steps),
+                **style.line(run.label, len(y)),
             )
             shown.add(run.label)
         figure.update_yaxes(title_text=axis, row=row, col=1)
@@ -243,17 +245,19 @@ def _drift_chart(
     pairs = [pair for pair in _against_baseline(regime) if name in pair.drifts]
     for pair in pairs:
         drift = pair.drifts[name]
-        y = np.where(np.isfinite(drift.per_step), np.maximum(drift.per_step, ZERO), np.nan)
+        shown = kept(drift.per_step)
+        values, where = drift.per_step[shown], drift.where_per_step
+        y = np.where(np.isfinite(values), np.maximum(values, ZERO), np.nan)
         heights += y[np.isfinite(y)].tolist()
         figure.add_scatter(
-            x=drift.steps,
+            x=drift.steps[shown],
             y=y,
             text=[
-                f"{'0, bitwise equal' if value == 0 else number(value)}<br>{plain(where)}"
-                for value, where in zip(drift.per_step.tolist(), drift.where_per_step, strict=True)
+                f"{'0, bitwise equal' if value == 0 else number(value)}<br>{plain(where[row])}"
+                for value, row in zip(values.tolist(), shown.tolist(), strict=True)
             ],
             hovertemplate=_HOVER,
-            **style.line(pair.mode, len(drift.steps)),
+            **style.line(pair.mode, len(y)),
         )
     steps = np.concatenate([pair.drifts[name].steps for pair in pairs])
     steps.sort()

@@ -1,6 +1,8 @@
 """`drift.json`: every number of the comparison, as strict JSON with a versioned schema.
 
-A number that JSON has no literal for is a string ("Infinity", "-Infinity") or null (NaN).
+A number that JSON has no literal for is a string ("Infinity", "-Infinity") or null (NaN). Of a
+long series only some steps are listed (thinning.py), its extremes among them; every other number
+is that of all steps.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from dpsgd_track.comparison.drift import Drift, Pair
 from dpsgd_track.comparison.group import GroupComparison, ModeVerdict, RegimeComparison
 from dpsgd_track.report.table import rows
+from dpsgd_track.report.thinning import kept
 
 SCHEMA = "dpsgd-track/drift"
 SCHEMA_VERSION = 1
@@ -60,7 +63,10 @@ def strict(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return strict(value.tolist())
+        is_plain = value.dtype.kind in "biu" or (
+            value.dtype.kind == "f" and np.isfinite(value).all()
+        )
+        return value.tolist() if is_plain else strict(value.tolist())
     if isinstance(value, list | tuple):
         return [strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -108,7 +114,12 @@ def _pair(pair: Pair) -> dict[str, Any]:
 
 
 def _drift(drift: Drift, *, steps: bool = True) -> dict[str, Any]:
-    series = {"steps": drift.steps, "per_step": drift.per_step, "by_item": drift.by_item}
+    listed = kept(drift.per_step) if steps else np.arange(0)
+    series = {
+        "steps": drift.steps[listed],
+        "per_step": drift.per_step[listed],
+        "by_item": drift.by_item,
+    }
     return {
         "max": drift.max,
         "mean": drift.mean,

@@ -14,12 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
 
 from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import connect
+from dpsgd_track.tracking.history import metric_history, restored
 from dpsgd_track.tracking.trajectory import Floats, Trajectory
 
 if TYPE_CHECKING:
@@ -30,10 +33,9 @@ MISSING = "MISSING"
 """Status of a run that the launcher set out to do and that is not on the server."""
 FINISHED, FAILED = "FINISHED", "FAILED"
 
-_PAGE = 1000
+# A run comes with all of its tags and params, and the newest group is most often the one meant.
+_PAGE = 100
 _NEWEST_SHOWN = 5
-# SQL stores hold an infinity as the largest float64.
-_STORED_INFINITY = 1.7e308
 
 
 class GroupNotFound(LookupError):
@@ -124,14 +126,15 @@ def find_group(client: MlflowClient, settings: Settings, wanted: str) -> Run:
             f"experiment={settings.experiment!r}: expected an experiment of "
             f"{redact_uri(settings.tracking_uri)}. Launch a group first, or check --config."
         )
-    groups = list(_search(client, experiment.experiment_id, names.KIND_GROUP))
-    groups.sort(key=lambda run: run.info.start_time or 0, reverse=True)
-    if wanted == "latest" and groups:
-        return groups[0]
-    for name in (wanted, _group_of_run(client, wanted)):
-        for run in groups:
-            if name and name in (run.info.run_id, run.info.run_name, run.data.tags[names.GROUP]):
-                return run
+    groups = []
+    for run in _search(client, experiment.experiment_id, names.KIND_GROUP):
+        if wanted == "latest" or _is_named(run, wanted):
+            return run
+        groups.append(run)
+    name = _group_of_run(client, wanted)
+    for run in groups:
+        if name and _is_named(run, name):
+            return run
     newest = ", ".join(run.data.tags[names.GROUP] for run in groups[:_NEWEST_SHOWN])
     raise GroupNotFound(
         f"group={wanted!r}: expected a group's name, a run id or latest. "
@@ -150,13 +153,20 @@ def _group_of_run(client: MlflowClient, run_id: str) -> str:
         return ""
 
 
-def _search(client: MlflowClient, experiment_id: str, kind: str) -> Iterator[Run]:
-    # Names are matched in Python: a quote in a name would break out of a filter string.
+def _is_named(run: Run, name: str) -> bool:
+    return name in (run.info.run_id, run.info.run_name, run.data.tags[names.GROUP])
+
+
+def _search(client: MlflowClient, experiment_id: str, kind: str, parent: str = "") -> Iterator[Run]:
+    """Runs of one kind, newest first; of the run `parent` where it is given."""
+    # Names are matched in Python: a quote in a name would break out of a filter string. A run id
+    # has none.
+    child = f" AND tags.`{names.PARENT_RUN}` = '{parent}'" if parent else ""
     token = None
     while True:
         page = client.search_runs(
             [experiment_id],
-            filter_string=f"tags.`{names.KIND}` = '{kind}'",
+            filter_string=f"tags.`{names.KIND}` = '{kind}'{child}",
             max_results=_PAGE,
             order_by=["attributes.start_time DESC"],
             page_token=token,
@@ -176,19 +186,14 @@ def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:
     run = find_group(client, settings, wanted)
     name = run.data.tags[names.GROUP]
     experiment_id = run.info.experiment_id
-    attempts = [
-        child
-        for child in _search(client, experiment_id, names.KIND_MODE)
-        if child.data.tags.get(names.PARENT_RUN) == run.info.run_id
-    ]
+    attempts = list(_search(client, experiment_id, names.KIND_MODE, run.info.run_id))
     newest: dict[tuple[str, ...], Run] = {}
     for child in attempts:  # newest first
         newest.setdefault(_key(child), child)
-    mode_ids = {child.info.run_id for child in newest.values()}
     ranks = Counter(
         rank.info.status
-        for rank in _search(client, experiment_id, names.KIND_RANK)
-        if rank.data.tags.get(names.PARENT_RUN) in mode_ids
+        for child in newest.values()
+        for rank in _search(client, experiment_id, names.KIND_RANK, child.info.run_id)
     )
     expected = _expected(run.data.tags.get(names.EXPECTED_RUNS, "[]"))
     unexpected = sorted(newest.keys() - set(expected))
@@ -235,6 +240,7 @@ def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> Mo
             trajectory_missing="the run was never started",
         )
     trajectory, missing = _read_trajectory(client, run)
+    logged = run.data.metrics
     return ModeRun(
         mode=mode,
         regime=regime,
@@ -245,7 +251,7 @@ def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> Mo
         reason=run.data.tags.get(names.REASON, ""),
         params=dict(run.data.params),
         tags=dict(run.data.tags),
-        metrics={name: _restored(value) for name, value in run.data.metrics.items()},
+        metrics=dict(zip(logged, restored(list(logged.values())).tolist(), strict=True)),
         trajectory=trajectory,
         trajectory_missing=missing,
     )
@@ -255,9 +261,12 @@ def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None,
     from mlflow.exceptions import MlflowException
 
     run_id = run.info.run_id
+    folder = _local_folder(run.info.artifact_uri)
     try:
-        with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as folder:
-            path = client.download_artifacts(run_id, names.TRAJECTORY_FILE, folder)
+        if folder is not None:
+            return _load_local(folder / names.TRAJECTORY_FILE), ""
+        with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
+            path = client.download_artifacts(run_id, names.TRAJECTORY_FILE, downloaded)
             return Trajectory.load(Path(path)), ""
     except ValueError as error:
         missing = str(error)
@@ -270,13 +279,24 @@ def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None,
     return trajectory, f"{missing}; {steps} read from metric history"
 
 
+def _load_local(path: Path) -> Trajectory:
+    if not path.exists():
+        raise FileNotFoundError(path)
+    return Trajectory.load(path)
+
+
+def _local_folder(artifact_uri: str) -> Path | None:
+    """Where artifacts are on this machine, so that they need no copy; None for another store."""
+    parts = urlparse(artifact_uri)
+    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
+        return None
+    return Path(url2pathname(parts.path))
+
+
 def _from_metrics(client: MlflowClient, run_id: str, logged: Iterable[str]) -> Trajectory | None:
     prefixes = (names.LAYER_WEIGHT_NORM, names.LAYER_GRAD_NORM)
-    history: dict[str, dict[int, float]] = {
-        metric: {m.step: _restored(m.value) for m in client.get_metric_history(run_id, metric)}
-        for metric in logged
-        if metric in names.SCALAR_METRICS or metric.startswith(prefixes)
-    }
+    wanted = [m for m in logged if m in names.SCALAR_METRICS or m.startswith(prefixes)]
+    history = metric_history(client, run_id, wanted)
     # A step that was cut off while it was logged is a missing step, not a NaN.
     whole = [history.get(metric, {}).keys() for metric in ("loss", "grad_norm")]
     steps = sorted(set(whole[0]) & set(whole[1]))
@@ -285,7 +305,7 @@ def _from_metrics(client: MlflowClient, run_id: str, logged: Iterable[str]) -> T
 
     def column(metric: str) -> Floats:
         values = history.get(metric, {})
-        return np.array([values.get(step, np.nan) for step in steps])
+        return restored([values.get(step) for step in steps])
 
     layers = sorted({m.partition("/")[2] for m in history if m.startswith(prefixes)})
 
@@ -320,7 +340,3 @@ def _from_metrics(client: MlflowClient, run_id: str, logged: Iterable[str]) -> T
         noise_std=float("nan"),
         expected_batch_size=0,
     )
-
-
-def _restored(value: float) -> float:
-    return value if abs(value) < _STORED_INFINITY or value != value else np.copysign(np.inf, value)

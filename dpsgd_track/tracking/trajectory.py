@@ -12,13 +12,15 @@ K projections, W ranks, M elements of a shard.
 
 from __future__ import annotations
 
-import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dpsgd_track.tracking.columns import TornFile, open_archive
 
 SCHEMA_VERSION = 2
 
@@ -35,14 +37,39 @@ SAMPLE_COLUMNS = (
 )
 """Fields with one place for each sample of a step."""
 
+LARGE = (
+    "sample_norm_by_parameter",
+    "gradient_sketch",
+    "noised_sketch",
+    "weight_sketch",
+    "noise_samples",
+)
+"""Fields that a trajectory read from a file leaves there until they are asked for."""
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Strings = NDArray[np.str_]
 
 
-@dataclass(frozen=True, kw_only=True)
+class Column(Protocol):
+    """A field that is somewhere else than in memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[S, ...]."""
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop`, anew at each call."""
+
+
+# Compared and hashed by identity: arrays cannot be, and what was derived once can be looked up.
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectory:
-    """Everything one run observed, step by step."""
+    """Everything one run observed, step by step.
+
+    The fields of LARGE may be columns that are read when they are first asked for; `rows` and
+    `read` look at some steps of them without keeping the rest, and `release` lets them go.
+    """
 
     step: Integers
     """[S] step numbers, ascending."""
@@ -104,22 +131,28 @@ class Trajectory:
     """Divisor of the clipped sum."""
 
     def __post_init__(self) -> None:
-        S, N = self.sample_index.shape
-        L, P = len(self.layer_names), len(self.parameter_names)
-        K = self.gradient_sketch.shape[-1]
-        wanted: dict[str, tuple[int, ...]] = {
-            **dict.fromkeys(_PER_STEP, (S,)),
-            "parameter_sizes": (P,),
-            **dict.fromkeys(("layer_weight_norm", "layer_grad_norm"), (S, L)),
-            **dict.fromkeys(("sample_rank", "sample_loss", "sample_norm", "clip_factor"), (S, N)),
-            "sample_norm_by_parameter": (S, N, P),
-            **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),
-            "noise_samples": (S, self.noise_samples.shape[1], P, self.noise_samples.shape[-1]),
-        }
-        for name, shape in wanted.items():
-            got = getattr(self, name).shape
-            if got != shape:
-                raise ValueError(f"trajectory.{name}: expected shape {shape}, got {got}.")
+        _check_shapes(lambda name: getattr(self, name).shape)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NDArray[Any]:
+            column = self.__dict__.get("_columns", {}).get(name)
+            if column is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.__dict__[name] = column.read(0, column.shape[0])
+            return self.__dict__[name]
+
+    @classmethod
+    def deferred(cls, values: Mapping[str, Any], columns: Mapping[str, Column]) -> Trajectory:
+        """A trajectory with `values` in memory and the fields of `columns` where they are.
+
+        Raises:
+            ValueError: the shapes do not belong together.
+        """
+        _check_shapes(lambda name: (columns[name] if name in columns else values[name]).shape)
+        made = object.__new__(cls)
+        made.__dict__.update(values, _columns=dict(columns))
+        return made
 
     @property
     def num_steps(self) -> int:
@@ -131,43 +164,117 @@ class Trajectory:
         """[S] samples of each step."""
         return np.asarray((self.sample_index != UNUSED).sum(axis=1))
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of a field, which is not read for that."""
+        held = self.__dict__.get(name)
+        column: Column = self.__dict__["_columns"][name] if held is None else held
+        return column.shape
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """[stop - start, ...] some rows of a field with one row a step, without keeping them."""
+        start, stop, _ = slice(start, stop).indices(self.num_steps)
+        held: NDArray[Any] | None = self.__dict__.get(name)
+        if held is not None:
+            return held[start:stop]
+        column: Column = self.__dict__["_columns"][name]
+        return column.read(start, stop)
+
+    def rows(self, start: int, stop: int) -> Trajectory:
+        """The steps from row `start` to `stop`; large fields are read when they are asked for."""
+        start, stop, _ = slice(start, stop).indices(self.num_steps)
+        values = dict(self.__dict__)
+        columns: dict[str, Column] = values.pop("_columns", {})
+        values.update({name: values[name][start:stop] for name in _BY_STEP if name in values})
+        apart: dict[str, Column] = {
+            name: _Rows(self, name, start, stop) for name in columns if name not in values
+        }
+        return Trajectory.deferred(values, apart)
+
+    def release(self) -> None:
+        """Let go of large fields that can be read again."""
+        for name in self.__dict__.get("_columns", ()):
+            self.__dict__.pop(name, None)
+
     def save(self, path: Path) -> None:
-        """Write to `path` as a compressed npz, whole or not at all."""
+        """Write to `path` as an npz, whole or not at all.
+
+        Uncompressed: what a training computes hardly compresses, and rows of an uncompressed
+        field can be read without the rest.
+        """
         partial = path.with_suffix(".partial.npz")
-        columns: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
-        np.savez_compressed(partial, schema=np.int64(SCHEMA_VERSION), **columns)
+        columns: dict[str, Any] = {
+            f.name: np.asarray(getattr(self, f.name), order="C") for f in fields(self)
+        }
+        np.savez(partial, schema=np.int64(SCHEMA_VERSION), **columns)
         partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Trajectory:
-        """Read what `save` wrote.
+        """Open what `save` wrote. The file may be removed afterwards.
 
         Raises:
             ValueError: the file is not a trajectory, is torn, or has another schema version.
         """
         try:
-            # The file is opened here, since numpy leaves one that it cannot read open.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            values, columns = open_archive(path, apart=LARGE)
+        except TornFile as error:
             raise ValueError(f"{path.name}: expected a trajectory file. {error}") from error
-        version = int(arrays.pop("schema", np.int64(-1)))
+        version = int(values.pop("schema", np.int64(-1)))
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"{path.name}: expected trajectory schema {SCHEMA_VERSION}, got {version}. "
                 "Compare with the version of dpsgd-track that wrote it."
             )
         names = {f.name for f in fields(cls)}
-        if arrays.keys() != names:
+        if values.keys() | columns.keys() != names:
+            differing = (values.keys() | columns.keys()) ^ names
             raise ValueError(
                 f"{path.name}: expected the fields of schema {SCHEMA_VERSION}; "
-                f"differing: {', '.join(sorted(arrays.keys() ^ names))}."
+                f"differing: {', '.join(sorted(differing))}."
             )
-        values: dict[str, Any] = dict(arrays)
-        values["initial_weights_hash"] = str(arrays["initial_weights_hash"])
-        values["noise_std"] = float(arrays["noise_std"])
-        values["expected_batch_size"] = int(arrays["expected_batch_size"])
-        return cls(**values)
+        scalars: dict[str, Any] = {
+            "initial_weights_hash": str(values["initial_weights_hash"]),
+            "noise_std": float(values["noise_std"]),
+            "expected_batch_size": int(values["expected_batch_size"]),
+        }
+        return cls.deferred({**values, **scalars}, columns)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a large field of a trajectory."""
+
+    of: Trajectory
+    name: str
+    first: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.end - self.first, *self.of.shape_of(self.name)[1:])
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        return self.of.read(self.name, self.first + start, self.first + stop)
+
+
+def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
+    S, N = shape_of("sample_index")
+    (L,), (P,) = shape_of("layer_names"), shape_of("parameter_names")
+    K = shape_of("gradient_sketch")[-1]
+    noise = shape_of("noise_samples")
+    wanted: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(_PER_STEP, (S,)),
+        "parameter_sizes": (P,),
+        **dict.fromkeys(("layer_weight_norm", "layer_grad_norm"), (S, L)),
+        **dict.fromkeys(("sample_rank", "sample_loss", "sample_norm", "clip_factor"), (S, N)),
+        "sample_norm_by_parameter": (S, N, P),
+        **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),
+        "noise_samples": (S, noise[1], P, noise[-1]),
+    }
+    for name, shape in wanted.items():
+        got = shape_of(name)
+        if got != shape:
+            raise ValueError(f"trajectory.{name}: expected shape {shape}, got {got}.")
 
 
 _PER_STEP = (
@@ -182,15 +289,23 @@ _PER_STEP = (
     "tokens_per_second",
     "data_hash",
 )
+_BY_STEP = (*_PER_STEP, "layer_weight_norm", "layer_grad_norm", *SAMPLE_COLUMNS, *LARGE)
+
+
+def sketch_length(sketch: Floats) -> Floats:
+    """Estimated L2 norm of a tensor known by its sketch.
+
+    Args:
+        sketch: [..., K] projections.
+    Returns:
+        [...] sqrt(mean over K of sketch^2), whose square is an unbiased estimate
+        (Achlioptas, 2003, "Database-friendly random projections").
+    """
+    # Without a temporary of the squares, and without a call for each row of K.
+    sum_of_squares = np.einsum("...k,...k->...", sketch, sketch)
+    return cast(Floats, np.sqrt(sum_of_squares / sketch.shape[-1]))
 
 
 def sketch_distance(a: Floats, b: Floats) -> Floats:
-    """Estimated L2 distance between two tensors known by their sketches.
-
-    Args:
-        a, b: [..., K] projections.
-    Returns:
-        [...] sqrt(mean over K of (a - b)^2), whose square is an unbiased estimate
-        (Achlioptas, 2003, "Database-friendly random projections").
-    """
-    return cast(Floats, np.sqrt(np.mean(np.square(a - b), axis=-1)))
+    """[...] estimated L2 distance between two tensors known by their sketches, [..., K] each."""
+    return sketch_length(a - b)

@@ -1,0 +1,127 @@
+"""Reads an npz archive with its large arrays left in the file, to be read by rows later."""
+
+from __future__ import annotations
+
+import os
+import struct
+import weakref
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+_CHUNK = 1 << 20
+# The fixed part of a member's header: PKWARE, APPNOTE.TXT 6.3.10, section 4.3.7.
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+
+class TornFile(Exception):
+    """The archive is not one, or is not whole; the message says what is wrong."""
+
+
+class _OpenFile:
+    """A file that stays readable when its name is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the bytes from `offset` on.
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        while buffer:
+            count = os.preadv(self.descriptor, [buffer], offset)
+            if not count:
+                raise ValueError("trajectory file: expected it to stay as it was when opened.")
+            buffer, offset = buffer[count:], offset + count
+
+
+@dataclass(frozen=True)
+class FileColumn:
+    """An array in a file, row after row."""
+
+    file: _OpenFile
+    offset: int
+    """Byte of the file at which the first row begins."""
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop`."""
+        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        if rows.size:
+            row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+            self.file.read_into(rows.data.cast("B"), self.offset + start * row_bytes)
+        return rows
+
+
+def open_archive(
+    path: Path, apart: Collection[str]
+) -> tuple[dict[str, NDArray[Any]], dict[str, FileColumn]]:
+    """The arrays of an npz file, those named in `apart` left in the file.
+
+    Every byte is read once and held against its checksum. An array that is compressed or not in
+    C order cannot be read by rows and is returned with the others.
+
+    Raises:
+        TornFile: it is not an npz file, or not whole.
+    """
+    values: dict[str, NDArray[Any]] = {}
+    columns: dict[str, FileColumn] = {}
+    with _said_as_torn():
+        file = _OpenFile(path)
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                column = _column(archive, member, file) if name in apart else None
+                if column is None:
+                    with archive.open(member) as content:
+                        values[name] = npy.read_array(content, allow_pickle=False)
+                else:
+                    columns[name] = column
+    return values, columns
+
+
+@contextmanager
+def _said_as_torn() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, struct.error) as error:
+        raise TornFile(str(error)) from error
+
+
+def _column(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: _OpenFile
+) -> FileColumn | None:
+    if member.compress_type != zipfile.ZIP_STORED:
+        return None
+    with archive.open(member) as content:
+        version = npy.read_magic(content)
+        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        if version not in read_header:
+            return None
+        shape, is_fortran, dtype = read_header[version](content)
+        if (is_fortran and len(shape) > 1) or dtype.hasobject:
+            return None
+        header_bytes = content.tell()
+        # Reading to the end is what checks the sum.
+        num_bytes = 0
+        while chunk := content.read(_CHUNK):
+            num_bytes += len(chunk)
+    if num_bytes != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{member.filename} holds {num_bytes} bytes, not a whole array.")
+    start = bytearray(_LOCAL_HEADER.size)
+    file.read_into(memoryview(start), member.header_offset)
+    *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(start)
+    before = _LOCAL_HEADER.size + name_bytes + extra_bytes + header_bytes
+    return FileColumn(file, member.header_offset + before, shape, dtype)

@@ -1,0 +1,69 @@
+"""The metric history of a run: by SQL where the store is a database, else through MLflow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpsgd_track.tracking.trajectory import Floats
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+History = dict[str, dict[int, float | None]]
+"""By metric, then by step; None for NaN; of several values of one step the newest."""
+
+_DATABASE = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?:")
+# SQL stores hold an infinity as the largest float64.
+_STORED_INFINITY = 1.7e308
+
+# MLflow's own table; the order is that of its index and decides which of several values is last.
+_QUERY = """
+SELECT step, CASE WHEN is_nan THEN NULL ELSE value END
+FROM metrics WHERE run_uuid = :run_id AND key = :metric ORDER BY step, timestamp, value
+"""
+
+
+def restored(values: Sequence[float | None]) -> Floats:
+    """Values as they were logged: a store keeps an infinity as the largest float64."""
+    known = np.array(values, dtype=np.float64)
+    known[known >= _STORED_INFINITY] = np.inf
+    known[known <= -_STORED_INFINITY] = -np.inf
+    return known
+
+
+def metric_history(client: MlflowClient, run_id: str, metrics: Iterable[str]) -> History:
+    """Everything a run logged of `metrics`.
+
+    MLflow's client makes an object of each point, which takes ten times as long as the query.
+    """
+    if _DATABASE.match(client.tracking_uri):
+        return _from_database(client.tracking_uri, run_id, metrics)
+    return {
+        metric: {
+            point.step: point.value
+            for point in sorted(
+                client.get_metric_history(run_id, metric), key=lambda p: (p.timestamp, p.value)
+            )
+        }
+        for metric in metrics
+    }
+
+
+def _from_database(uri: str, run_id: str, metrics: Iterable[str]) -> History:
+    import sqlalchemy
+
+    query = sqlalchemy.text(_QUERY)
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        with engine.connect() as connection:
+            rows: dict[str, Any] = {
+                metric: connection.execute(query, {"run_id": run_id, "metric": metric}).all()
+                for metric in metrics
+            }
+            return {metric: dict(points) for metric, points in rows.items()}
+    finally:
+        engine.dispose()
