@@ -136,6 +136,9 @@ def _compare_regime(
     # no_dp clips nothing, so in the clip regime only the oracle can be the baseline.
     reference = _recorded(runs, REFERENCE)
     baseline = reference if name == CLIP else _recorded(runs, BASELINE) or reference
+    # A mode on its own can still be the baseline of its variants.
+    installed = (_recorded(runs, run.mode) for run in runs if run.variant)
+    baseline = baseline or next(filter(None, installed), None)
     recorded = [(r.label, r.trajectory) for r in runs if r.trajectory and not r.replay]
     pairs = []
     for held in dict.fromkeys(r.label for r in (baseline, reference) if r):
