@@ -8,10 +8,13 @@ The flow of `compare_group`, regime by regime:
 4. `finite` looks for NaN and infinity in each run by itself;
 5. `ladder` finds the first step and stage that is out of bounds;
 6. `verdict` turns all of it into PASS, DRIFT, BUG or INCONCLUSIVE, with a sentence;
-7. `group` runs the above over all runs and gathers the result.
+7. `group` runs the above over all runs and gathers the result; `groups` does so for two groups.
+
+`waivers` says which drifts are accepted for now.
 """
 
 from dpsgd_track.comparison.group import GroupComparison, compare_group
+from dpsgd_track.comparison.groups import compare_groups
 from dpsgd_track.comparison.verdict import Verdict
 
-__all__ = ["GroupComparison", "Verdict", "compare_group"]
+__all__ = ["GroupComparison", "Verdict", "compare_group", "compare_groups"]

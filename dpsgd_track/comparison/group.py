@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 from dpsgd_track.comparison.blame import Blame
@@ -22,6 +23,7 @@ from dpsgd_track.comparison.verdict import (
     number,
     worst,
 )
+from dpsgd_track.comparison.waivers import Waiver, waiver_notes, waiver_of
 from dpsgd_track.config import CLIP, Thresholds
 from dpsgd_track.modes.table import BASELINE, REFERENCE
 from dpsgd_track.tracking.reader import Group, ModeRun
@@ -74,7 +76,7 @@ class ModeVerdict:
     label: str
     verdict: Verdict
     findings: tuple[Finding, ...]
-    """Worst first; empty for PASS."""
+    """Worst first, waived ones last; a PASS has none but waived ones."""
     failures: Mapping[tuple[str, str], FirstFailure]
     """First failing stage by (regime, baseline)."""
     sentence: str
@@ -97,6 +99,8 @@ class GroupComparison:
     sentence: str
     waiver_notes: tuple[str, ...] = ()
     """Waivers that have expired, or that nothing needed."""
+    environment_differences: tuple[tuple[str, str, str], ...] = ()
+    """Of two groups: (key, before, after) of each fact of software and machine that differs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +111,19 @@ class _Judged:
     """What is said of the run in its regime if nothing was found."""
 
 
-def compare_group(group: Group, thresholds: Thresholds) -> GroupComparison:
-    """Compare and judge all runs of `group`."""
+def compare_group(
+    group: Group,
+    thresholds: Thresholds,
+    waivers: Sequence[Waiver] = (),
+    today: datetime.date | None = None,
+) -> GroupComparison:
+    """Compare and judge all runs of `group`.
+
+    Args:
+        waivers: drifts that are accepted until they expire.
+        today: the day that they are asked on (default: this one).
+    """
+    today = today or datetime.date.today()
     regimes = []
     judged: dict[str, list[_Judged]] = {}
     for name in dict.fromkeys(run.regime for run in group.runs):
@@ -117,9 +132,11 @@ def compare_group(group: Group, thresholds: Thresholds) -> GroupComparison:
         regimes.append(regime)
         for run in runs:
             result = _judge(run, regime, (baseline, reference), thresholds)
+            result = _waive(result, run.title, regime, thresholds, waivers, today)
             judged.setdefault(run.title, []).append(result)
     modes = tuple(_mode_verdict(label, results) for label, results in judged.items())
     verdict = worst(mode.verdict for mode in modes) if modes else Verdict.INCONCLUSIVE
+    used = {f.waiver for mode in modes for f in mode.findings if f.waiver}
     return GroupComparison(
         group=group,
         thresholds=thresholds,
@@ -127,7 +144,29 @@ def compare_group(group: Group, thresholds: Thresholds) -> GroupComparison:
         modes=modes,
         verdict=verdict,
         sentence=_group_sentence(verdict, modes),
+        waiver_notes=waiver_notes(waivers, used, today),
     )
+
+
+def _waive(
+    judged: _Judged,
+    label: str,
+    regime: RegimeComparison,
+    thresholds: Thresholds,
+    waivers: Sequence[Waiver],
+    today: datetime.date,
+) -> _Judged:
+    """`judged`, in which each finding that a waiver accepts carries it."""
+
+    def waived(finding: Finding) -> Finding:
+        pair = regime.pair(label, finding.against) if finding.against else None
+        drift = pair.drifts.get(finding.observable) if pair else None
+        if drift is None:
+            return finding
+        threshold = float(getattr(thresholds, drift.observable.threshold))
+        return replace(finding, waiver=waiver_of(finding, label, drift, threshold, waivers, today))
+
+    return replace(judged, findings=tuple(map(waived, judged.findings)))
 
 
 def _compare_regime(
@@ -273,14 +312,15 @@ def _passed(run: ModeRun, regime: RegimeComparison, thresholds: Thresholds) -> s
 
 
 def _mode_verdict(label: str, results: list[_Judged]) -> ModeVerdict:
-    findings = sorted(
+    every = sorted(
         (f for result in results for f in result.findings),
-        key=lambda f: -f.verdict.severity,
+        key=lambda f: (f.waiver is not None, -f.verdict.severity),
     )
+    findings = [f for f in every if not f.waiver]
     verdict = worst(f.verdict for f in findings)
     failures = {key: f for result in results for key, f in result.failures.items()}
     if not findings:
-        sentence = "; ".join(result.passed for result in results if result.passed)
+        sentence = "; ".join(filter(None, map(_passed_or_waived, results)))
     else:
         sentence = findings[0].sentence
         failure = failures.get((findings[0].regime, findings[0].against))
@@ -288,23 +328,43 @@ def _mode_verdict(label: str, results: list[_Judged]) -> ModeVerdict:
             sentence += f". First failing stage: {failure.sentence}"
         if len(findings) > 1:
             sentence += f" (and {len(findings) - 1} more)"
+        sentence += _waived(every, "; ")
     return ModeVerdict(
         label=label,
         verdict=verdict,
-        findings=tuple(findings),
+        findings=tuple(every),
         failures=failures,
         sentence=f"{label}: {sentence}.",
     )
 
 
+def _passed_or_waived(result: _Judged) -> str:
+    # A run whose drift is waived does not agree.
+    if not result.findings:
+        return result.passed
+    more = f" (and {len(result.findings) - 1} more)" * (len(result.findings) > 1)
+    return f"{result.findings[0].sentence}{more}{_waived(result.findings, '; ')}"
+
+
+def _waived(findings: Sequence[Finding], before: str) -> str:
+    """`before`, how many findings are waived, and until when the first of them; or nothing."""
+    ends = [f.waiver.expires for f in findings if f.waiver]
+    if not ends:
+        return ""
+    return f"{before}{len(ends)} finding{'s' * (len(ends) > 1)} waived until {min(ends)}"
+
+
 def _group_sentence(verdict: Verdict, modes: tuple[ModeVerdict, ...]) -> str:
     if not modes:
         return "INCONCLUSIVE: the group holds no run of any mode."
+    every = [finding for mode in modes for finding in mode.findings]
     if verdict is Verdict.PASS:
-        return f"PASS: all {len(modes)} runs agree within the thresholds."
+        accepted = _waived(every, ", but for ")
+        return f"PASS: all {len(modes)} runs agree within the thresholds{accepted}."
     guilty = [mode for mode in modes if mode.verdict is verdict]
     others = f" The same verdict for {', '.join(m.label for m in guilty[1:])}." * (len(guilty) > 1)
-    return f"{verdict}: {guilty[0].sentence}{others}"
+    accepted = _waived(every, " ")
+    return f"{verdict}: {guilty[0].sentence}{others}{accepted}{'.' * bool(accepted)}"
 
 
 def iter_not_computed(comparison: GroupComparison) -> Iterator[tuple[str, Pair]]:

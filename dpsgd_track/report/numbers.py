@@ -6,6 +6,7 @@ A number that JSON has no literal for is a string ("Infinity", "-Infinity") or n
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 from collections.abc import Mapping
@@ -33,6 +34,11 @@ def drift_json(comparison: GroupComparison) -> str:
         "sentence": comparison.sentence,
         "thresholds": dataclasses.asdict(comparison.thresholds),
         "table": [dataclasses.asdict(row) for row in rows(comparison)],
+        "waiver_notes": comparison.waiver_notes,
+        "environment_differences": [
+            {"key": key, "before": before, "after": after}
+            for key, before, after in comparison.environment_differences
+        ],
         "modes": [_mode(mode) for mode in comparison.modes],
         "regimes": [_regime(regime) for regime in comparison.regimes],
         "runs": [
@@ -63,6 +69,8 @@ def strict(value: Any) -> Any:
         return strict(value.tolist())
     if isinstance(value, list | tuple):
         return [strict(item) for item in value]
+    if isinstance(value, datetime.date):
+        return value.isoformat()
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
     return value
