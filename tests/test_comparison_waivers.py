@@ -120,6 +120,19 @@ def test_a_second_drift_behind_a_waived_one_still_fails() -> None:
     assert "1 finding waived" in mode.sentence
 
 
+def test_waived_findings_come_last_however_bad() -> None:
+    record = mode_run("flash_fsdp", "clip").trajectory
+    both = scaled(scaled(record, "grad_norm", 1.5, 1), "layer_grad_norm", 1.004, (1, 0))
+    runs = with_run(healthy_runs(), mode_run("flash_fsdp", "clip", both))
+    comparison = judged(runs, waiver())
+    mode = next(mode for mode in comparison.modes if mode.label == "flash_fsdp")
+    assert mode.verdict is Verdict.DRIFT
+    assert [(f.observable, bool(f.waiver)) for f in mode.findings] == [
+        ("layer_grad_norm", False),
+        ("grad_norm", True),
+    ]
+
+
 LAYER = "layer model.layers.0.self_attn.q_proj"
 
 
@@ -155,6 +168,8 @@ RECORD = mode_run("flash_fsdp", "clip").trajectory
 def test_what_is_no_drift_is_never_waived(run) -> None:
     comparison = judged(with_run(healthy_runs(), run), *EVERYTHING)
     assert verdict_of(comparison) is not Verdict.PASS
+    waived = [f for mode in comparison.modes for f in mode.findings if f.waiver]
+    assert all(f.value is not None and np.isfinite(f.value) for f in waived)
 
 
 def test_clipping_that_was_not_tested_is_never_waived() -> None:

@@ -94,6 +94,9 @@ def read_golden(path: Path) -> Group:
     """
     try:
         with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            if _CONTENTS not in archive.namelist():
+                # A torn file can look like the last whole trajectory in it.
+                raise zipfile.BadZipFile(f"it holds no {_CONTENTS}")
             document = json.loads(archive.read(_CONTENTS))
             _check_schema(document, path)
             runs = []
