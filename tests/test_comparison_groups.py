@@ -220,6 +220,18 @@ def test_the_floor_is_the_larger_of_both_groups() -> None:
         assert floor.of("loss") == pytest.approx(7e-5, rel=0.1)
 
 
+def test_rounding_of_the_modes_type_does_not_excuse_the_oracle() -> None:
+    coarse = scaled(CLIPPED, "grad_norm", 1.2, 1)
+    plain = [*healthy_runs(), mode_run("reference", "clip", coarse, replay="plain")]
+    for mode, verdict in (("reference", "BUG"), ("flash_fsdp", "INCONCLUSIVE")):
+        wrong = mode_run(mode, "clip", scaled(CLIPPED, "grad_norm", 1.1, 1))
+        # The replay shares the fault of the run that it repeats.
+        again = mode_run("reference", "clip", scaled(coarse, "grad_norm", 1.1, 1), replay="plain")
+        after = with_run(plain, wrong)
+        after = with_run(after, again) if mode == "reference" else after
+        assert verdicts(held(plain, after))[mode] == verdict
+
+
 def test_a_waiver_accepts_a_drift_between_groups() -> None:
     waiver = Waiver(
         mode="flash_fsdp",
