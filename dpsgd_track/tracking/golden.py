@@ -1,18 +1,22 @@
 """A group as one small file, to be kept in a repository and compared with later groups.
 
 The file is a zip: `group.json` with everything about the group and its runs but their
-trajectories, which are beside it as `runs/N.npz`. It holds no user name and no absolute path.
+trajectories, and `runs.zip` with the columns of those, as `N/COLUMN.npy`. That one is not
+compressed by itself: what runs have in common, replays above all, is then stored once. It holds no
+user name and no absolute path.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import lzma
 import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ SUFFIX = ".dpsgd"
 SCHEMA = "dpsgd-track/golden"
 SCHEMA_VERSION = 1
 
-_CONTENTS = "group.json"
+_CONTENTS, _RUNS = "group.json", "runs.zip"
 # MLflow's own tags name the user, the machine's folders, and ids of another server.
 _NOT_KEPT = ("mlflow.",)
 _ABSOLUTE = re.compile(r"(?<![\w./])(?:~\w*/|/|[A-Za-z]:[\\/]|file:)[^\s'\",;)\]]*")
@@ -73,13 +77,9 @@ def write_golden(group: Group, path: Path, *, force: bool = False) -> None:
     }
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            text = json.dumps(document, indent=1, allow_nan=False)
-            _add(archive, _CONTENTS, text.encode(), zipfile.ZIP_DEFLATED)
-            for number, run in enumerate(group.runs):
-                if run.trajectory is not None:
-                    # It is compressed already.
-                    _add(archive, _place(number), _bytes_of(run.trajectory), zipfile.ZIP_STORED)
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as archive:
+            _add(archive, _CONTENTS, json.dumps(document, indent=1, allow_nan=False).encode())
+            _add(archive, _RUNS, _packed([run.trajectory for run in group.runs]))
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -93,24 +93,19 @@ def read_golden(path: Path) -> Group:
         GroupNotFound: the file is missing, is torn, is something else, or is of a newer version.
     """
     try:
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-            if _CONTENTS not in archive.namelist():
-                # A torn file can look like the last whole trajectory in it.
-                raise zipfile.BadZipFile(f"it holds no {_CONTENTS}")
+        with zipfile.ZipFile(path) as archive:
             document = json.loads(archive.read(_CONTENTS))
-            _check_schema(document, path)
-            runs = []
-            for number, values in enumerate(document["runs"]):
-                trajectory = None
-                if values.pop("has_trajectory"):
-                    file = Path(folder) / "trajectory.npz"
-                    file.write_bytes(archive.read(_place(number)))
-                    trajectory = Trajectory.load(file)
-                runs.append(_run(values, trajectory))
+            _check_schema(document)
+            with zipfile.ZipFile(io.BytesIO(archive.read(_RUNS))) as packed:
+                runs = [
+                    _run(values, _unpacked(packed, number) if has_trajectory else None)
+                    for number, values in enumerate(document["runs"])
+                    for has_trajectory in [values.pop("has_trajectory")]
+                ]
             return _group(document["group"], tuple(runs))
     except FileNotFoundError:
         reason = "There is no such file."
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         reason = f"It is torn or something else: {error}"
     # RuntimeError: encrypted, or nested without end.
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -120,7 +115,7 @@ def read_golden(path: Path) -> Group:
     )
 
 
-def _check_schema(document: Any, path: Path) -> None:
+def _check_schema(document: Any) -> None:
     schema, version = document["schema"], document["schema_version"]
     if schema != SCHEMA:
         raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}")
@@ -131,19 +126,39 @@ def _check_schema(document: Any, path: Path) -> None:
         )
 
 
-def _add(archive: zipfile.ZipFile, name: str, data: bytes, compression: int) -> None:
-    archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, compression)
+def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, archive.compression)
 
 
-def _place(number: int) -> str:
-    return f"runs/{number}.npz"
+def _packed(trajectories: Sequence[Trajectory | None]) -> bytes:
+    """All columns of all runs as one zip, not compressed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as packed, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trajectory.npz"
+        for number, trajectory in enumerate(trajectories):
+            if trajectory is None:
+                continue
+            trajectory.save(file)
+            with zipfile.ZipFile(file) as columns:
+                for name in columns.namelist():
+                    _add(packed, f"{number}/{name}", columns.read(name))
+    return buffer.getvalue()
 
 
-def _bytes_of(trajectory: Trajectory) -> bytes:
+def _unpacked(packed: zipfile.ZipFile, number: int) -> Trajectory:
+    """The trajectory of one run.
+
+    Raises:
+        ValueError: it is none, or of another version.
+    """
+    place = f"{number}/"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trajectory.npz"
-        trajectory.save(file)
-        return file.read_bytes()
+        with zipfile.ZipFile(file, "w") as columns:
+            for name in packed.namelist():
+                if name.startswith(place):
+                    _add(columns, name.removeprefix(place), packed.read(name))
+        return Trajectory.load(file)
 
 
 def _plain(value: Group | ModeRun, leave_out: str) -> dict[str, Any]:
