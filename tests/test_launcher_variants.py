@@ -58,11 +58,13 @@ def suite(*argv: str) -> Suite:
         ("../x=fork", "expected a NAME of up to 60 letters"),
         ("fork=absent", "expected an existing folder"),
         ("fork=fork/library/__init__.py", "expected an existing folder"),
+        ("fork=a:b", "expected a folder without ':'"),
         ("fork=empty", "expected a folder with a package in it or in its src/"),
     ],
 )
 def test_a_variant_that_cannot_run_is_refused_before_anything_starts(given, said):
     Path("empty").mkdir()
+    Path("a:b").mkdir()
     with pytest.raises(ValueError, match=f"^variant=.*{said}"):
         suite("quick", "--variant", given)
     assert not Path("mlflow.db").exists()

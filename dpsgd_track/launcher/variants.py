@@ -7,6 +7,7 @@ but where none did, everything that is said of the variant would be said of the 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,6 +43,8 @@ def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
 def _root_of(folder: Path, given: str) -> Path:
     """The folder that goes on the import path: `src` where the packages are there."""
     require(folder.is_dir(), "variant", given, "an existing folder")
+    known = f"a folder without {os.pathsep!r} in its path, as it goes on the import path"
+    require(os.pathsep not in str(folder.resolve()), "variant", given, known)
     for root in (folder / "src", folder):
         if any(root.glob("*/__init__.py")):
             return root.resolve()
