@@ -111,6 +111,7 @@ def record(shape: Shape) -> Trajectory:
         sample_norm=np.sqrt(np.square(by_parameter).sum(axis=2)),
         clip_factor=np.ones((S, N)),
         parameter_names=np.array([f"model.layers.{i}.weight" for i in range(P)]),
+        parameter_sizes=np.full(num_parameters, 0),
         sample_norm_by_parameter=by_parameter,
         gradient_sketch=gradient,
         noised_sketch=noised,

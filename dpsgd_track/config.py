@@ -251,6 +251,18 @@ class RegimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VariantConfig:
+    """A source checkout whose packages a job imports instead of the installed ones."""
+
+    name: str
+    """Told apart by it: `mode@name`."""
+    path: str
+    """The checkout, as it was given."""
+    root: str
+    """Absolute folder in it that holds its packages; first on the import path of the workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobConfig:
     """What one process group (one mode, its regimes in turn) is started with."""
 
@@ -279,6 +291,8 @@ class JobConfig:
     """For each regime, the MLflow run of each rank."""
     work_dir: str = ""
     """Folder the workers leave trajectories, progress and failure reports in."""
+    variant: VariantConfig | None = None
+    """Code that is run in place of what is installed."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "random_seed", self.seed, "an integer from 0 to 2^63 - 1")
@@ -289,6 +303,11 @@ class JobConfig:
         allowed = f"a divisor of the number of ranks, {self.num_ranks}"
         require(self.num_ranks % replicas == 0, "replicas", replicas, allowed)
         require(self.layer_norms in ("all", "ends"), "layer_norms", self.layer_norms, "all or ends")
+
+    @property
+    def label(self) -> str:
+        """What the job is called: `mode` or `mode@variant`."""
+        return f"{self.mode}@{self.variant.name}" if self.variant else self.mode
 
     def to_json(self) -> str:
         """The configuration as JSON; it never holds a token."""
@@ -302,7 +321,9 @@ class JobConfig:
             RegimeConfig(**{**regime, "max_grad_norms": tuple(regime["max_grad_norms"])})
             for regime in raw.pop("regimes")
         ]
+        variant = raw.pop("variant")
         return cls(
+            variant=VariantConfig(**variant) if variant else None,
             model=ModelConfig(**raw.pop("model")),
             data=DataConfig(**raw.pop("data")),
             performance=PerformanceConfig(**raw.pop("performance")),

@@ -17,8 +17,8 @@ from dpsgd_track.comparison.fingerprint import (
     quantities,
     ratio_of,
 )
-from dpsgd_track.comparison.group import ModeVerdict
 from dpsgd_track.comparison.ladder import Rung, StageStatus
+from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.tracking.trajectory import Trajectory
 
 MODE = "flash_fsdp"

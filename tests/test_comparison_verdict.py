@@ -23,7 +23,7 @@ from synthetic_group import (
 )
 
 from dpsgd_track.comparison import compare_group
-from dpsgd_track.comparison.group import GroupComparison
+from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import judge_coverage
 from dpsgd_track.config import Thresholds
 from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory

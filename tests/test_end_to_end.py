@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from dpsgd_track.comparison import Verdict, compare_group
-from dpsgd_track.comparison.group import GroupComparison
+from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.config import Settings, Thresholds
 from dpsgd_track.modes.table import FULL, MODES
 from dpsgd_track.tracking import names

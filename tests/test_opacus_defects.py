@@ -20,7 +20,7 @@ from synthetic_group import compared, mode_run
 from test_end_to_end import Workspace
 
 from dpsgd_track.comparison.drift import compare_pair
-from dpsgd_track.comparison.group import ModeVerdict
+from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import CLIP, PLAIN
 from dpsgd_track.tracking.reader import ModeRun

@@ -11,8 +11,8 @@ from test_end_to_end import Workspace
 from test_training_batches import run_jobs
 
 from dpsgd_track.comparison import compare_group
-from dpsgd_track.comparison.group import GroupComparison
 from dpsgd_track.comparison.noise import audit, judge_noise
+from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.config import (
     NOISE,
     SILENT,

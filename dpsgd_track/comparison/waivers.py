@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from dpsgd_track.comparison.observables import OBSERVABLES
+from dpsgd_track.config import REGIMES, require
+from dpsgd_track.modes.table import MODES, plugged_in_modes
+
+if TYPE_CHECKING:
+    from dpsgd_track.comparison.ladder import Excess
+    from dpsgd_track.comparison.verdict import Finding
+
+ANY = "*"
+"""Stands for any text, also within a pattern."""
+
+_REQUIRED = ("mode", "observable", "reason", "expires")
+_ITEMS = ("layer", "parameter")
+"""What `where` can name: of these a drift knows every single one, of others only the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +40,175 @@ class Waiver:
     reason: str
     expires: datetime.date
     """Last day on which it holds."""
-    regime: str = "*"
-    where: str = "*"
-    """Layer, parameter or sample, as a finding names it; `*` for any."""
+    regime: str = ANY
+    where: str = ANY
+    """Layer or parameter, as a finding names it; `*` for any."""
     up_to: float | None = None
     """Largest drift that is accepted; None for any."""
+
+    @property
+    def title(self) -> str:
+        """What it is about: `gradient of ghost_fsdp in clip`."""
+        regime = "" if self.regime == ANY else f" in {self.regime}"
+        where = "" if self.where == ANY else f" at {self.where}"
+        return f"{self.observable} of {self.mode}{regime}{where}"
+
+
+def load_waivers(path: Path) -> tuple[Waiver, ...]:
+    """The waivers that the YAML file `path` lists.
+
+    Raises:
+        ValueError: the file is missing or no YAML, or a waiver in it is incomplete, has an unknown
+            key, or can never apply.
+    """
+    name = str(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(
+            f"waivers={name!r}: expected a file that can be read. Check --waivers."
+        ) from None
+    # PyYAML lets the ValueError of an impossible date through.
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"waivers={name!r}: expected valid YAML. {error}") from None
+    raw = [] if raw is None else raw
+    require(isinstance(raw, list), "waivers", name, "a list of waivers at the top")
+    return tuple(_waiver(entry, f"{path.name}[{number}]") for number, entry in enumerate(raw))
+
+
+def _waiver(entry: Any, place: str) -> Waiver:
+    known = [field.name for field in fields(Waiver)]
+    require(isinstance(entry, Mapping), place, entry, f"a mapping of {', '.join(known)}")
+    for key in entry:
+        require(key in known, f"{place}, key", key, f"one of {', '.join(known)}")
+    for key in _REQUIRED:
+        require(entry.get(key) is not None, f"{place}.{key}", None, "a value")
+    texts = {}
+    for key in ("mode", "observable", "reason", "regime", "where"):
+        if key in entry:
+            text = entry[key]
+            is_text = isinstance(text, str) and bool(text.strip())
+            require(is_text, f"{place}.{key}", text, "a text that is not empty")
+            texts[key] = " ".join(text.split())
+    waiver = Waiver(**texts, expires=_date(entry["expires"], place), up_to=_up_to(entry, place))
+    _check_reach(waiver, place)
+    return waiver
+
+
+def _date(value: Any, place: str) -> datetime.date:
+    # YAML makes a date of 2026-12-31 by itself, unless it is quoted.
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+        with contextlib.suppress(ValueError):
+            value = datetime.date.fromisoformat(value)
+    require(type(value) is datetime.date, f"{place}.expires", value, "a date such as 2026-12-31")
+    return value
+
+
+def _up_to(entry: Mapping[str, Any], place: str) -> float | None:
+    value = entry.get("up_to")
+    if value is None:
+        return None
+    try:  # YAML 1.1 reads 1e-3 as a text
+        bound = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        bound = float("nan")
+    is_number = bool(np.isfinite(bound)) and bound > 0
+    require(is_number, f"{place}.up_to", value, "a number > 0")
+    return bound
+
+
+def _check_reach(waiver: Waiver, place: str) -> None:
+    """Raise where nothing that is compared could match, or everything would."""
+    is_named = bool(f"{waiver.mode}{waiver.observable}".strip(ANY))
+    require(is_named, f"{place}.mode", waiver.mode, "a name, where the observable is any")
+    mode = waiver.mode.partition("@")[0]
+    known = [*MODES, *plugged_in_modes()]
+    advice = "Or opacus:GRAD_SAMPLE_MODE, or package.module:factory; each also with @VARIANT."
+    is_mode = ":" in mode or any(matches(mode, name) for name in known)
+    require(is_mode, f"{place}.mode", waiver.mode, f"one of {', '.join(known)}", advice)
+    _check_known(waiver.observable, OBSERVABLES, f"{place}.observable")
+    _check_known(waiver.regime, REGIMES, f"{place}.regime")
+    if waiver.where != ANY:
+        of = [name for name, o in OBSERVABLES.items() if o.items in _ITEMS]
+        advice = f"`where` is for {', '.join(of)}."
+        has_items = any(matches(waiver.observable, name) for name in of)
+        allowed = "no where with this observable"
+        require(has_items, f"{place}.where", waiver.where, allowed, advice)
+        allowed = "`layer NAME` or `parameter NAME`"
+        is_item = waiver.where.startswith((*(f"{item} " for item in _ITEMS), ANY))
+        require(is_item, f"{place}.where", waiver.where, allowed)
+
+
+def _check_known(pattern: str, known: Collection[str], setting: str) -> None:
+    found = any(matches(pattern, name) for name in known)
+    require(found, setting, pattern, f"one of {', '.join(known)}")
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether `text` is `pattern`, in which each `*` stands for any text."""
+    return bool(re.fullmatch(".*".join(map(re.escape, pattern.split(ANY))), text, re.DOTALL))
+
+
+def waiver_of(
+    finding: Finding,
+    label: str,
+    excess: Excess,
+    waivers: Iterable[Waiver],
+    today: datetime.date,
+) -> Waiver | None:
+    """The first of `waivers` that accepts `finding` of the mode `label`; None where none does.
+
+    Only a drift can be accepted: how a run ended, NaN, and what was not compared never.
+
+    Args:
+        excess: the drift that the finding was made from.
+    """
+    over = excess.by_item > excess.limits
+    values = excess.by_item[over] if over.any() else excess.drift.per_step
+    largest = float(np.nanmax(values))
+    if not np.isfinite(largest):
+        return None
+    for waiver in waivers:
+        if (
+            today <= waiver.expires
+            and matches(waiver.mode, label)
+            and matches(waiver.observable, finding.observable)
+            and matches(waiver.regime, finding.regime)
+            and (waiver.up_to is None or largest <= waiver.up_to)
+            and _is_all_there(excess, waiver.where)
+        ):
+            return waiver
+    return None
+
+
+def _is_all_there(excess: Excess, where: str) -> bool:
+    """Whether every layer or parameter that is over its limit is one that `where` names.
+
+    A finding names the largest only, and behind a drift that is known there may be a new one.
+    """
+    if where == ANY:
+        return True
+    kind = excess.drift.observable.items
+    over = np.flatnonzero(np.any(excess.by_item > excess.limits, axis=0))
+    return kind in _ITEMS and all(
+        matches(where, f"{kind} {excess.drift.items[item]}") for item in over
+    )
+
+
+def waiver_notes(
+    waivers: Iterable[Waiver], used: Collection[Waiver], today: datetime.date
+) -> tuple[str, ...]:
+    """A sentence for each waiver that has expired, or that nothing needed."""
+    notes = []
+    for waiver in waivers:
+        if waiver.expires < today:
+            notes.append(
+                f"The waiver for {waiver.title} expired on {waiver.expires} and was not applied "
+                f"(its reason: {waiver.reason})."
+            )
+        elif waiver not in used:
+            notes.append(
+                f"The waiver for {waiver.title} was not needed: no such drift was found "
+                f"(its reason: {waiver.reason})."
+            )
+    return tuple(notes)

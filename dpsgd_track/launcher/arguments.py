@@ -84,6 +84,13 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "(default: the suite's; `single` needs exactly one)",
     )
     group.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME=PATH",
+        help="run the modes once more (not reference) with the packages of PATH, a checkout, "
+        "in place of the installed ones, as mode@NAME; repeatable (default: none)",
+    )
+    group.add_argument(
         "--model-name",
         metavar="NAME",
         help="preset, local folder or hub id (default: minilm in quick, else llama-tiny)",

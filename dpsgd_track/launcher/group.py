@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dpsgd_track.config import CLIP, JobConfig, RegimeConfig, require
+from dpsgd_track.config import CLIP, JobConfig, RegimeConfig, VariantConfig, require
 from dpsgd_track.launcher import (
     EXIT_FAILED,
     EXIT_FINISHED,
     EXIT_INTERRUPTED,
     troubleshooting,
+    variants,
 )
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.output import write_output
@@ -91,6 +93,8 @@ class GroupRun:
         self._display = display
         self._environment = {f"environment.{k}": v for k, v in environment().items()}
         self._clip_bounds: tuple[float, ...] | None = None
+        self._finished: dict[VariantConfig, list[tuple[str, bool]]] = defaultdict(list)
+        """Mode runs of each variant that finished, and whether they imported anything of it."""
 
     def run(self, command: str) -> int:
         """Run every mode; one that fails does not stop the others.
@@ -119,16 +123,30 @@ class GroupRun:
                 self._display.say(f"group {self._folder.name}: {interruption.reason}")
                 return EXIT_INTERRUPTED
             if status == FAILED:
-                failed.append(job.mode)
+                failed.append(job.label)
+        unused = self._fail_unused_variants()
         total = len(self._suite.jobs)
         summary = f"{total - len(failed)} of {total} modes finished"
-        if failed:
-            reason = f"{summary}; failed: {', '.join(failed)}."
+        if failed or unused:
+            causes = [f"failed: {', '.join(failed)}"] * bool(failed) + unused
+            reason = "; ".join([summary, *causes])
             self._tree.finish(self._tree.group_run_id, FAILED, reason)
         else:
             self._tree.finish(self._tree.group_run_id, FINISHED)
         self._display.say(f"group {self._folder.name}: {summary}")
-        return EXIT_FAILED if failed else EXIT_FINISHED
+        return EXIT_FAILED if failed or unused else EXIT_FINISHED
+
+    def _fail_unused_variants(self) -> list[str]:
+        """Fail the runs of each variant that no mode imported anything of; why, for each."""
+        reasons = []
+        for variant, runs in self._finished.items():
+            if any(is_used for _, is_used in runs):
+                continue
+            reasons.append(variants.unused(variant))
+            for run_id, _ in runs:
+                self._tree.finish(run_id, FAILED, reasons[-1])
+            self._display.say(reasons[-1])
+        return reasons
 
     def _run_mode(self, job: JobConfig, interruption: Interruption) -> str:
         """Run one mode with its runs around it.
@@ -137,9 +155,9 @@ class GroupRun:
             FINISHED, FAILED where a regime failed, or KILLED.
         """
         ready, blocked = self._split_regimes(job)
-        work_dir = self._work_dir(job.mode)
+        work_dir = self._work_dir(job.label)
         runs = [self._start_runs(job, regime) for regime in (*ready, *blocked)]
-        self._display.start_mode(job.mode, ready)
+        self._display.start_mode(job.label, ready)
         outcomes: tuple[Outcome, ...] = ()
         if ready:
             job = replace(
@@ -157,6 +175,8 @@ class GroupRun:
         for (mode_run, ranks), outcome in zip(runs, outcomes, strict=True):
             for run_id in (*ranks, mode_run):
                 self._finish(run_id, outcome, work_dir, interruption)
+            if job.variant and outcome.status == FINISHED:
+                self._finished[job.variant].append((mode_run, bool(variants.imports_of(job))))
         return self._show(outcomes, work_dir)
 
     def _split_regimes(
@@ -177,10 +197,14 @@ class GroupRun:
 
     def _start_runs(self, job: JobConfig, regime: RegimeConfig) -> tuple[str, tuple[str, ...]]:
         config = asdict(job)
-        for key in ("regimes", "run_ids", "rank_run_ids", "tracking_uri", "work_dir"):
+        for key in ("regimes", "run_ids", "rank_run_ids", "tracking_uri", "work_dir", "variant"):
             del config[key]
-        params = flatten({**config, "regime": asdict(regime)})
-        return self._tree.start_mode(job.mode, regime, job.num_ranks, params | self._environment)
+        variant = job.variant
+        if variant:
+            config["variant"] = {"name": variant.name, **variants.facts(variant)}
+        params = flatten({**config, "regime": asdict(regime)}) | self._environment
+        name = variant.name if variant else ""
+        return self._tree.start_mode(job.mode, regime, job.num_ranks, params, name)
 
     def _read_results(self, job: JobConfig, outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
         """Take what later steps need; a result that cannot be read is a failure."""
@@ -202,7 +226,9 @@ class GroupRun:
             require(bool(bounds), CLIP_BOUNDS_FILE, bounds, "one bound for each step")
             # RegimeConfig checks their number and values.
             self._clip_bounds = replace(regime, max_grad_norms=bounds).max_grad_norms
-        if self._suite.output is not None:
+        if job.variant is not None:
+            variants.imports_of(job)
+        elif self._suite.output is not None:
             write_output(Trajectory.load(folder / TRAJECTORY_FILE), self._suite.output)
 
     def _finish(
@@ -226,9 +252,9 @@ class GroupRun:
         self._display.end_mode(status, reason)
         return status
 
-    def _work_dir(self, mode: str) -> Path:
+    def _work_dir(self, label: str) -> Path:
         # A dash is in no mode's name, so that two modes never share a folder.
-        folder = self._folder / "logs" / mode.replace(":", "-")
+        folder = self._folder / "logs" / label.replace(":", "-")
         folder.mkdir(parents=True)
         return folder
 
@@ -238,7 +264,8 @@ class GroupRun:
         params = {
             "command": command,
             "suite": suite.name,
-            "modes": [job.mode for job in suite.jobs],
+            "modes": [job.label for job in suite.jobs],
+            "variant": {v.name: variants.facts(v) for job in suite.jobs if (v := job.variant)},
             "regimes": list(dict.fromkeys(regime for _, regime, _, _ in suite.expected_runs)),
             "num_ranks": suite.num_ranks,
             **{key: shared[key] for key in ("model", "data", "performance", "seed", "layer_norms")},

@@ -16,6 +16,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import select
@@ -24,10 +26,12 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
+
+from dpsgd_track.tracking.names import VARIANT_VARIABLE
 
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -195,10 +199,31 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
+class _First(importlib.abc.MetaPathFinder):
+    """Finds the packages of one folder before anything else is asked.
+
+    An editable install may answer for a package before the import path is looked at.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if path is not None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, [self._root], target)
+        # A folder without __init__.py, such as docs, is no package to put before a real one.
+        return spec if spec and spec.loader else None
+
+
 def main() -> None:
     """Import, then serve."""
     # While it imports, this process looks at nothing else.
     _die_with(os.getppid(), signal.SIGTERM)
+    if root := os.environ.get(VARIANT_VARIABLE):
+        sys.meta_path.insert(0, _First(root))
     channel = socket.socket(fileno=os.dup(sys.stdin.fileno()))
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     worker = importlib.import_module(sys.argv[1])

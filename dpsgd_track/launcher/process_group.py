@@ -5,6 +5,7 @@ What a worker leaves in its work folder:
 - `progress.jsonl`: one JSON object a line, by rank 0: regime, event (start, step, end), step,
   num_iter, loss, epsilon (in end, where noise was accounted for).
 - `failure-rank{r}.json`: kind, message, regime, step of the failure rank r met.
+- `imports.json`: what a variant's job imported from the variant, by package.
 - `{regime}/trajectory.npz`: what a finished regime observed.
 - `{regime}/clip_bounds.json`: C of each step, measured by the reference in the clip regime.
 """
@@ -31,7 +32,7 @@ from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.troubleshooting import Failure
 from dpsgd_track.launcher.worker_host import WorkerHost
 from dpsgd_track.tracking.client import TRACKING_URI_VARIABLE
-from dpsgd_track.tracking.names import TRAJECTORY_FILE
+from dpsgd_track.tracking.names import TRAJECTORY_FILE, VARIANT_VARIABLE
 from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED
 
 WORKER = "dpsgd_track.training.worker"
@@ -100,7 +101,7 @@ def run_mode(
             progress.forward(display.event)
             time.sleep(_POLL_S)
         if code is None:
-            display.say(f"{interruption.reason} Ending {job.mode}.")
+            display.say(f"{interruption.reason} Ending {job.label}.")
     finally:
         host.end()
     progress.forward(display.event)
@@ -146,6 +147,12 @@ def _environment(job: JobConfig) -> dict[str, str]:
     }
     if job.tracking_uri:
         environment[TRACKING_URI_VARIABLE] = job.tracking_uri
+    if job.variant:
+        # `python -m` would put the working directory first, and a checkout of its own with it.
+        ours = [job.variant.root, os.getcwd(), environment["PYTHONPATH"]]
+        environment["PYTHONPATH"] = os.pathsep.join(ours)
+        environment["PYTHONSAFEPATH"] = "1"
+        environment[VARIANT_VARIABLE] = job.variant.root
     return environment
 
 

@@ -26,10 +26,12 @@ from dpsgd_track.config import (
     PrivacyConfig,
     RegimeConfig,
     Settings,
+    VariantConfig,
     load_settings,
     require,
 )
 from dpsgd_track.launcher.machine import count_gpus
+from dpsgd_track.launcher.variants import read_variants, variant_jobs
 from dpsgd_track.modes import table
 from dpsgd_track.training.text_source import population_of
 
@@ -59,7 +61,8 @@ class Suite:
     name: str
     """quick, full or single."""
     jobs: tuple[JobConfig, ...]
-    """One for each mode, in order; run ids and work folders are filled in as they start."""
+    """One for each mode, in order, then one for each mode of each variant; run ids and work folders
+    are filled in as they start."""
     num_ranks: int
     """Processes of each job but those on one device."""
     settings: Settings
@@ -73,7 +76,7 @@ class Suite:
     def expected_runs(self) -> list[tuple[str, str, str, str]]:
         """(mode, regime, variant, replay) of every mode run."""
         return [
-            (job.mode, regime.name, "", regime.replay)
+            (job.mode, regime.name, job.variant.name if job.variant else "", regime.replay)
             for job in self.jobs
             for regime in job.regimes
         ]
@@ -106,6 +109,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     advice = "Only `single` without --accuracy-test and --regime noise have noise of its own."
     own_noise = TRAIN in regimes or NOISE in regimes or args.noise_from == "seed"
     require(own_noise, "noise_from", args.noise_from, "seed", advice)
+    variants = read_variants(args.variant or ())
     settings = read_settings(args)
     num_ranks, performance = _machine(args)
     model_name = args.model_name or ("minilm" if args.command == "quick" else "llama-tiny")
@@ -149,12 +153,22 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     _check_sampling(data, jobs)
     return Suite(
         name=args.command,
-        jobs=jobs,
+        jobs=(*jobs, *_again(jobs, variants)),
         num_ranks=num_ranks,
         settings=settings,
         group=args.group,
         output=args.output,
     )
+
+
+def _again(
+    jobs: tuple[JobConfig, ...], variants: tuple[VariantConfig, ...]
+) -> tuple[JobConfig, ...]:
+    again = variant_jobs(jobs, variants)
+    if variants:
+        known = "a mode besides reference to run a variant in"
+        require(bool(again), "mode", ",".join(job.mode for job in jobs), known)
+    return again
 
 
 def _placed(job: JobConfig) -> JobConfig:

@@ -10,6 +10,8 @@ from pathlib import Path
 from dpsgd_track.config import Settings, load_settings
 
 DEFAULT_CONFIG = Path("mlflow.yaml")
+WAIVERS = "waivers.yaml"
+"""Read where it is beside the settings file."""
 
 _EXIT_CODES = """\
 exit codes: 0 PASS; 1 DRIFT or BUG; 2 usage, or nothing found; 3 INCONCLUSIVE
@@ -20,12 +22,24 @@ def parser() -> argparse.ArgumentParser:
     """The parser, with every option documented."""
     made = argparse.ArgumentParser(
         prog="compare.py",
-        description="Compare the modes of a run group and write a report.",
+        description="Compare the modes of a run group, or all runs of two groups, and write a "
+        "report.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("group", metavar="GROUP", help="a group's name, a run id, or latest")
+    made.add_argument(
+        "group",
+        metavar="GROUP",
+        help="a group's name, a run id, latest, or a golden file (.dpsgd), which needs no server",
+    )
+    made.add_argument(
+        "after",
+        metavar="GROUP_B",
+        nargs="?",
+        help="hold each run of this group against the same run of the first (default: compare the "
+        "modes of the first with each other)",
+    )
     made.add_argument(
         "--config", type=Path, help=f"settings file (default: {DEFAULT_CONFIG} if it exists)"
     )
@@ -42,6 +56,22 @@ def parser() -> argparse.ArgumentParser:
         choices=("drift", "bug"),
         default="drift",
         help="the least verdict that fails; bug lets DRIFT pass (default: drift)",
+    )
+    made.add_argument(
+        "--waivers",
+        type=Path,
+        metavar="FILE",
+        help="YAML list of drifts that are accepted until a day "
+        f"(default: {WAIVERS} beside the settings file, if it exists)",
+    )
+    made.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="also write the group to FILE, a golden file that ends in .dpsgd",
+    )
+    made.add_argument(
+        "--force", action="store_true", help="let --export replace a file that is there"
     )
     made.add_argument("--no-png", action="store_true", help="leave out the PNG charts")
     made.add_argument("--no-log", action="store_true", help="leave the tracking server as it is")
@@ -69,6 +99,14 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         if (value := getattr(arguments, name)) is not None
     }
     return replace(settings, thresholds=replace(settings.thresholds, **given), **places)
+
+
+def waivers_path(arguments: argparse.Namespace) -> Path | None:
+    """The waivers file to read, if any."""
+    if arguments.waivers is not None:
+        return Path(arguments.waivers)
+    beside = (arguments.config or DEFAULT_CONFIG).with_name(WAIVERS)
+    return beside if beside.exists() else None
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

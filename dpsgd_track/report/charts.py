@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dpsgd_track.comparison.drift import OBSERVABLES, Pair
-from dpsgd_track.comparison.group import GroupComparison, RegimeComparison
+from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.report.table import main_regime, rows
 from dpsgd_track.report.thinning import kept

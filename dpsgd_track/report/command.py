@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.config import Settings, redact_uri
-from dpsgd_track.report.arguments import parse, settings_of
+from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.report.arguments import parse, settings_of, waivers_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from dpsgd_track.comparison import GroupComparison, Verdict
+    from dpsgd_track.comparison.waivers import Waiver
+    from dpsgd_track.tracking.reader import Group
 
 PASSED, FAILED, USAGE, INCONCLUSIVE = 0, 1, 2, 3
 _LOG_WIDTH = 160
@@ -27,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         settings = settings_of(arguments)
+        waivers = _waivers(arguments)
+        _check_export(arguments)
     except ValueError as error:
         return _refuse(str(error))
     # MLflow retries for minutes by default, which looks like a hang in front of a terminal.
@@ -39,10 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dpsgd_track.tracking.reader import GroupNotFound
 
     try:
-        comparison = _compare(
-            settings, arguments.group, log=not arguments.no_log, png=not arguments.no_png
-        )
-    except GroupNotFound as error:
+        comparison = _compare(settings, arguments, waivers)
+    except (GroupNotFound, _Refused) as error:
         return _refuse(str(error))
     except (MlflowException, SQLAlchemyError) as error:
         where = redact_uri(settings.tracking_uri)
@@ -51,6 +54,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _refuse(f"results_dir={settings.results_dir!r}: expected a writable folder. {error}")
     return exit_code(comparison.verdict, arguments.fail_on)
+
+
+class _Refused(Exception):
+    """What was asked for cannot be done; the message says why."""
+
+
+def _waivers(arguments: argparse.Namespace) -> tuple[Waiver, ...]:
+    path = waivers_path(arguments)
+    if path is None:
+        return ()
+    from dpsgd_track.comparison.waivers import load_waivers
+
+    return load_waivers(path)
+
+
+def _check_export(arguments: argparse.Namespace) -> None:
+    export = arguments.export
+    require(export is not None or not arguments.force, "force", True, "it with --export")
+    if export is None:
+        return
+    from dpsgd_track.tracking.golden import check_target
+
+    advice = "Export one group at a time."
+    require(arguments.after is None, "export", str(export), "one GROUP", advice)
+    check_target(export, force=arguments.force)
 
 
 def _refuse(message: str) -> int:
@@ -65,36 +93,73 @@ def exit_code(verdict: Verdict, fail_on: str) -> int:
     return {"PASS": PASSED, "INCONCLUSIVE": INCONCLUSIVE}.get(verdict, FAILED)
 
 
-def _compare(settings: Settings, wanted: str, *, log: bool, png: bool) -> GroupComparison:
-    from rich.console import Console
-
-    from dpsgd_track.comparison import compare_group
-    from dpsgd_track.report.text import print_table
-    from dpsgd_track.report.write import folder_name, write_report
+def _read(settings: Settings, wanted: str) -> Group:
+    from dpsgd_track.tracking.golden import is_golden, read_golden
     from dpsgd_track.tracking.reader import open_client, read_group
 
-    client = open_client(settings.tracking_uri)
-    group = read_group(client, settings, wanted)
-    comparison = compare_group(group, settings.thresholds)
-    folder = Path(settings.results_dir) / folder_name(group.name)
-    files = write_report(comparison, folder, png, tell=lambda line: print(line, file=sys.stderr))
+    if is_golden(wanted):
+        return read_golden(Path(wanted))
+    return read_group(open_client(settings.tracking_uri), settings, wanted)
+
+
+def _export(group: Group, arguments: argparse.Namespace) -> None:
+    from dpsgd_track.tracking.golden import write_golden
+
+    try:
+        write_golden(group, arguments.export, force=arguments.force)
+    except ValueError as error:
+        raise _Refused(str(error)) from error
+    print(f"Golden file: {arguments.export} ({arguments.export.stat().st_size / 1024:.0f} KiB)")
+
+
+def _compare(
+    settings: Settings, arguments: argparse.Namespace, waivers: Sequence[Waiver]
+) -> GroupComparison:
+    from rich.console import Console
+
+    from dpsgd_track.comparison import compare_group, compare_groups
+    from dpsgd_track.report.text import print_table
+    from dpsgd_track.report.write import folder_name, write_report
+    from dpsgd_track.tracking.golden import is_golden
+    from dpsgd_track.tracking.reader import open_client
+
+    group = _read(settings, arguments.group)
+    if arguments.after is None:
+        comparison = compare_group(group, settings.thresholds, waivers)
+    else:
+        after = _read(settings, arguments.after)
+        comparison = compare_groups(group, after, settings.thresholds, waivers)
+    folder = Path(settings.results_dir) / folder_name(comparison.group.name)
+    png, tell = not arguments.no_png, lambda line: print(line, file=sys.stderr)
+    files = write_report(comparison, folder, png, tell)
     # A log file has no width of its own, and is no reason to leave columns out.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH
     print_table(comparison, Console(highlight=False, width=width))
     print(f"Report: {files[0]} (and {len(files) - 1} more files in {folder})")
-    if log:
-        _log(client, comparison, folder, files)
+    if arguments.export is not None:
+        _export(group, arguments)
+    if not arguments.no_log and not is_golden(arguments.after or arguments.group):
+        client = open_client(settings.tracking_uri)
+        if arguments.after is None:
+            _log(client, comparison, files)
+        else:
+            _upload(client, comparison, files, f"{ARTIFACT_FOLDER}-{folder_name(group.name)}")
     return comparison
 
 
-def _log(
-    client: MlflowClient, comparison: GroupComparison, folder: Path, files: Sequence[Path]
+def _upload(
+    client: MlflowClient, comparison: GroupComparison, files: Sequence[Path], target: str
 ) -> None:
+    for file in files:  # one by one: the folder may hold what is not ours
+        client.log_artifact(comparison.group.run_id, str(file), target)
+
+
+def _log(client: MlflowClient, comparison: GroupComparison, files: Sequence[Path]) -> None:
+    """The report of a group on its own, with its verdict; of two it is uploaded alone."""
     from dpsgd_track.report.markdown import note
     from dpsgd_track.tracking import names
 
     run_id = comparison.group.run_id
-    for file in files:  # one by one: the folder may hold what is not ours
-        client.log_artifact(run_id, str(file), ARTIFACT_FOLDER)
+    _upload(client, comparison, files, ARTIFACT_FOLDER)
     client.set_tag(run_id, names.NOTE, note(comparison)[:_LONGEST_TAG])
     client.set_tag(run_id, names.VERDICT, comparison.verdict.value)

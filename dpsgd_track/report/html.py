@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dpsgd_track.comparison.group import GroupComparison, iter_not_computed
+from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
 from dpsgd_track.report.charts import Chart
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from dpsgd_track.comparison.group import GroupComparison, iter_not_computed
+from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
-from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
+from dpsgd_track.report.table import HEADINGS, consistency, floors, rows, waived
 
 LIMIT = 65_536
 """Characters that a code host accepts in one comment."""
@@ -41,7 +41,7 @@ def note(comparison: GroupComparison) -> str:
     table = _table(
         HEADINGS,
         (
-            [row.cells[0], f"{_ICONS[row.verdict]} {row.verdict}", *row.cells[2:]]
+            [row.cells[0], f"{_ICONS[row.verdict]} {row.cells[1]}", *row.cells[2:]]
             for row in rows(comparison)
         ),
     )
@@ -56,7 +56,7 @@ def markdown(comparison: GroupComparison) -> str:
     """The whole comment, shorter than LIMIT characters."""
     why = "\n".join(f"- **{mode.verdict}** {_prose(mode.sentence)}" for mode in comparison.modes)
     all_findings = "\n".join(
-        f"- **{f.verdict}** {_prose(mode.label)}: {_prose(f.sentence)}"
+        f"- **{f.verdict}**{' (waived)' * bool(f.waiver)} {_prose(f'{mode.label}: {f.sentence}')}"
         for mode in comparison.modes
         for f in mode.findings
     )
@@ -65,9 +65,12 @@ def markdown(comparison: GroupComparison) -> str:
         for regime, pair in iter_not_computed(comparison)
         for name, why in pair.not_computed.items()
     )
+    differing = _table(("setting", "before", "after"), comparison.environment_differences)
+    differing *= bool(comparison.environment_differences)
     details = [
         ("Why, mode by mode", why),
         ("All findings", all_findings),
+        ("Waivers", "\n".join(f"- {_prose(sentence)}" for sentence in waived(comparison))),
         (
             "Thresholds and the measured numerical floor",
             _table(
@@ -82,6 +85,7 @@ def markdown(comparison: GroupComparison) -> str:
             ),
         ),
         ("Not computed, so not compared", skipped),
+        ("Environments that differ", differing),
         ("Environment", _table(("setting", "value"), environment(comparison.group))),
         ("Reproduce", _code(command(comparison.group))),
     ]

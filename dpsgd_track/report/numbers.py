@@ -8,6 +8,7 @@ is that of all steps.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dpsgd_track.comparison.drift import Drift, Pair
-from dpsgd_track.comparison.group import GroupComparison, ModeVerdict, RegimeComparison
+from dpsgd_track.comparison.result import GroupComparison, ModeVerdict, RegimeComparison
 from dpsgd_track.report.table import rows
 from dpsgd_track.report.thinning import kept
 
@@ -36,6 +37,11 @@ def drift_json(comparison: GroupComparison) -> str:
         "sentence": comparison.sentence,
         "thresholds": dataclasses.asdict(comparison.thresholds),
         "table": [dataclasses.asdict(row) for row in rows(comparison)],
+        "waiver_notes": comparison.waiver_notes,
+        "environment_differences": [
+            {"key": key, "before": before, "after": after}
+            for key, before, after in comparison.environment_differences
+        ],
         "modes": [_mode(mode) for mode in comparison.modes],
         "regimes": [_regime(regime) for regime in comparison.regimes],
         "runs": [
@@ -69,6 +75,8 @@ def strict(value: Any) -> Any:
         return value.tolist() if is_plain else strict(value.tolist())
     if isinstance(value, list | tuple):
         return [strict(item) for item in value]
+    if isinstance(value, datetime.date):
+        return value.isoformat()
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
     return value

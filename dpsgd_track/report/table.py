@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dpsgd_track.comparison.drift import OBSERVABLES
-from dpsgd_track.comparison.group import GroupComparison, RegimeComparison
+from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import Verdict, number
 from dpsgd_track.config import ACCURACY, TRAIN
 from dpsgd_track.modes.table import BASELINE
@@ -54,13 +54,15 @@ class Row:
     overhead: float | None
     """Step time over that of no_dp."""
     peak_memory_gib: float | None
+    num_waived: int = 0
+    """Findings that a waiver accepts."""
 
     @property
     def cells(self) -> tuple[str, ...]:
         """As text, in the order of HEADINGS."""
         return (
             self.label,
-            self.verdict.value,
+            f"{self.verdict}{f' ({self.num_waived} waived)' * bool(self.num_waived)}",
             ABSENT if self.final_loss is None else f"{self.final_loss:.6f}",
             _shown(self.mean_grad_norm, 5),
             *(ABSENT if v is None else number(v) for v in self.drifts.values()),
@@ -77,7 +79,10 @@ def _shown(value: float | None, digits: int) -> str:
 def rows(comparison: GroupComparison) -> tuple[Row, ...]:
     """One row for each mode, in the launcher's order."""
     return tuple(
-        _row(comparison, mode.label, mode.verdict, _runs_of(comparison, mode.label))
+        replace(
+            _row(comparison, mode.label, mode.verdict, _runs_of(comparison, mode.label)),
+            num_waived=sum(finding.waiver is not None for finding in mode.findings),
+        )
         for mode in comparison.modes
     )
 
@@ -151,6 +156,18 @@ def _median(values: Floats) -> float | None:
 def _peak(values: Floats) -> float | None:
     known = values[np.isfinite(values)]
     return float(known.max()) if known.size else None
+
+
+def waived(comparison: GroupComparison) -> list[str]:
+    """A sentence for each finding that is waived, then what is to be said of other waivers."""
+    accepted = [
+        f"{mode.label}: {finding.verdict}, waived until {finding.waiver.expires} "
+        f"({finding.waiver.reason}): {finding.sentence}."
+        for mode in comparison.modes
+        for finding in mode.findings
+        if finding.waiver
+    ]
+    return [*accepted, *comparison.waiver_notes]
 
 
 def consistency(comparison: GroupComparison) -> list[tuple[str, str, str, str, str, str]]:

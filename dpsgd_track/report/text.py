@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpsgd_track.comparison.group import GroupComparison
+from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.report.guarantee import guarantees
-from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows
+from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,12 +36,19 @@ def summary(comparison: GroupComparison) -> str:
         _columns(("regime", "modes", "observable", "mean", "std", "max"), consistency(comparison))
         if any(regime.pairs for regime in comparison.regimes)
         else "Nothing to compare.",
+        *_differing(comparison),
         *guarantees(comparison.group),
         f"Verdict: {comparison.verdict}",
         "\n".join(f"{mode.verdict:<12}  {mode.sentence}" for mode in comparison.modes),
+        *(["Waivers\n" + "\n".join(waived(comparison))] if waived(comparison) else []),
         comparison.sentence,
     ]
     return "\n\n".join(_printable(part) for part in parts) + "\n"
+
+
+def _differing(comparison: GroupComparison) -> list[str]:
+    lines = comparison.environment_differences
+    return [_columns(("environment", "before", "after"), lines)] if lines else []
 
 
 def _printable(text: str) -> str:
@@ -63,23 +70,24 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     from rich.text import Text
 
     table = Table(title=Text(_printable(comparison.group.name)))
-    shown = [[_printable(cell) for cell in row.cells] for row in rows(comparison)]
+    modes = rows(comparison)
+    shown = [[_printable(cell) for cell in row.cells] for row in modes]
     widths = _fitting(shown, console.width)
     for i, width in widths.items():
         justify: Any = "left" if i < 2 else "right"
         table.add_column(HEADINGS[i], justify=justify, width=width)
-    for row in shown:
+    for mode, row in zip(modes, shown, strict=True):
         cells = [Text(row[i]) for i in widths]
-        cells[1].stylize(_COLOURS[row[1]])
+        cells[1].stylize(_COLOURS[mode.verdict])
         table.add_row(*cells)
     console.print(table)
     # A log is wrapped by whoever shows it.
     soft = not console.is_terminal
-    for mode in comparison.modes:
-        line = Text(f"{mode.verdict:<12}  ", style=_COLOURS[mode.verdict])
-        line.append(_printable(mode.sentence), style="default")
+    for judged in comparison.modes:
+        line = Text(f"{judged.verdict:<12}  ", style=_COLOURS[judged.verdict])
+        line.append(_printable(judged.sentence), style="default")
         console.print(line, soft_wrap=soft)
-    for sentence in guarantees(comparison.group):
+    for sentence in [*guarantees(comparison.group), *comparison.waiver_notes]:
         console.print(Text(_printable(sentence)), soft_wrap=soft)
     verdict = Text(_printable(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
     console.print(verdict, soft_wrap=soft)

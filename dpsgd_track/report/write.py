@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from dpsgd_track.comparison.group import GroupComparison
+from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.report.charts import figures
 from dpsgd_track.report.html import chart_html, html
 from dpsgd_track.report.markdown import markdown

@@ -1,10 +1,12 @@
-"""What a run was made with: interpreter, platform, package versions, git revision."""
+"""What a run was made with: interpreter, platform, versions, git revision, imported code."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 from dpsgd_track import __version__
@@ -25,7 +27,25 @@ def environment() -> dict[str, str]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    return facts | _git_facts(Path.cwd())
+    return facts | git_facts(Path.cwd())
+
+
+def imported_from(root: str) -> dict[str, str]:
+    """Packages that this process imported from directly below `root`, and their versions.
+
+    Only what the folder itself holds counts: a virtual environment inside it does not.
+    """
+    root = os.path.realpath(root)
+    found = {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        package = name.partition(".")[0]
+        if file is None or package in found:
+            continue
+        place = os.path.realpath(file)
+        if place == f"{root}/{package}.py" or place.startswith(f"{root}/{package}/"):
+            found[package] = str(getattr(sys.modules.get(package), "__version__", "unknown"))
+    return found
 
 
 def _cpu_model() -> str:
@@ -40,7 +60,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git_facts(folder: Path) -> dict[str, str]:
+def git_facts(folder: Path) -> dict[str, str]:
+    """Revision of the repository that `folder` is in, and whether it has changes; else empty."""
     revision = _git(folder, "rev-parse", "HEAD")
     if not revision:
         return {}

@@ -33,6 +33,10 @@ EXPECTED_RUNS = "dpsgd.expected_runs"
 KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
 
 TRAJECTORY_FILE = "trajectory.npz"
+IMPORTS_FILE = "imports.json"
+"""In the work folder of a variant's job: package -> version of what came from the variant."""
+VARIANT_VARIABLE = "DPSGD_TRACK_VARIANT"
+"""Environment variable of a variant's workers: the folder whose packages come first."""
 
 SCALAR_METRICS = (
     "loss",

@@ -88,7 +88,12 @@ class RunTree:
         return self.group_run_id
 
     def start_mode(
-        self, mode: str, regime: RegimeConfig, num_ranks: int, params: Mapping[str, str]
+        self,
+        mode: str,
+        regime: RegimeConfig,
+        num_ranks: int,
+        params: Mapping[str, str],
+        variant: str = "",
     ) -> tuple[str, tuple[str, ...]]:
         """Create the runs of one mode in one regime.
 
@@ -100,11 +105,12 @@ class RunTree:
             names.GROUP: self.group,
             names.MODE: mode,
             names.REGIME: regime.name,
-            names.VARIANT: "",
+            names.VARIANT: variant,
             names.REPLAY: replay,
             names.NOISE_MATCHED: str(regime.noise_matched).lower(),
         }
-        title = f"{mode}/{regime.name}" + (f" ({replay})" if replay else "")
+        label = f"{mode}@{variant}" if variant else mode
+        title = f"{label}/{regime.name}" + (f" ({replay})" if replay else "")
         parent = {names.PARENT_RUN: self.group_run_id, names.KIND: names.KIND_MODE}
         mode_run = self._create(title, tags | parent, params)
         parent = {names.PARENT_RUN: mode_run, names.KIND: names.KIND_RANK}

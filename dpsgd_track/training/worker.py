@@ -25,6 +25,7 @@ import torch.distributed as dist
 from dpsgd_track.config import CLIP, NOISE, SILENT, JobConfig
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import TrackingError
+from dpsgd_track.tracking.environment import imported_from
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
 from dpsgd_track.tracking.writer import BatchWriter
 from dpsgd_track.training.loop import NotFiniteError, RegimeRun
@@ -62,8 +63,19 @@ class Worker:
             if device.type == "cuda":
                 # A sharded model is full of cycles, and the next regime needs its memory.
                 gc.collect()
+        self._leave_imports()
         dist.barrier()
         dist.destroy_process_group()
+
+    def _leave_imports(self) -> None:
+        """Say what the variant really brought, in a file and on each run."""
+        if self.job.variant is None or self.rank != 0:
+            return
+        found = imported_from(self.job.variant.root)
+        (self.folder / names.IMPORTS_FILE).write_text(json.dumps(found), encoding="utf-8")
+        facts = {f"variant.{package}.version": version for package, version in found.items()}
+        for run_id in self.job.run_ids:
+            self.writer.log_params(run_id, {"variant.imported": ", ".join(sorted(found)), **facts})
 
     def report_failure(self, error: BaseException) -> None:
         """Leave the reason where the launcher looks for it."""
@@ -254,8 +266,11 @@ PRELOADED = (
 
 def preload() -> None:
     """Import what a rank would, in the process that ranks are forked from."""
+    root = os.environ.get(names.VARIANT_VARIABLE)
     for name in PRELOADED:
-        importlib.import_module(name)
+        # What a variant brings is left to the modes, so that it shows whether one uses it.
+        if root is None or not Path(root, name.partition(".")[0]).exists():
+            importlib.import_module(name)
 
 
 def main(job_file: str) -> int:

@@ -1,0 +1,93 @@
+"""`--variant NAME=PATH`: a source checkout that the modes run once more, beside what is installed.
+
+Its packages come first on the workers' import path. A mode need not use what the variant brings,
+but where none did, everything that is said of the variant would be said of the installed code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dpsgd_track.config import JobConfig, VariantConfig, require
+from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.tracking.environment import git_facts
+from dpsgd_track.tracking.names import IMPORTS_FILE
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,60}")
+
+
+def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
+    """The variants that `NAME=PATH` arguments ask for.
+
+    Raises:
+        ValueError: a name is not acceptable or used twice, or a folder holds no package.
+    """
+    variants: dict[str, VariantConfig] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        advice = "For example --variant fork=../opacus."
+        require(bool(equals and path), "variant", text, "NAME=PATH", advice)
+        known = "a NAME of up to 60 letters, digits, '.', '_' and '-'"
+        require(bool(_NAME.fullmatch(name)), "variant", text, known)
+        require(name not in variants, "variant", text, "a NAME not used before")
+        root = _root_of(Path(path).expanduser(), text)
+        variants[name] = VariantConfig(name=name, path=path, root=str(root))
+    return tuple(variants.values())
+
+
+def _root_of(folder: Path, given: str) -> Path:
+    """The folder that goes on the import path: `src` where the packages are there."""
+    require(folder.is_dir(), "variant", given, "an existing folder")
+    known = f"a folder without {os.pathsep!r} in its path, as it goes on the import path"
+    require(os.pathsep not in str(folder.resolve()), "variant", given, known)
+    for root in (folder / "src", folder):
+        if any(root.glob("*/__init__.py")):
+            return root.resolve()
+    advice = "Give the folder of a source checkout."
+    require(False, "variant", given, "a folder with a package in it or in its src/", advice)
+    raise AssertionError("unreachable")
+
+
+def variant_jobs(
+    jobs: Sequence[JobConfig], variants: Sequence[VariantConfig]
+) -> tuple[JobConfig, ...]:
+    """Each job but the reference's once more for each variant, without replays."""
+    return tuple(
+        replace(job, variant=variant, regimes=tuple(r for r in job.regimes if not r.replay))
+        for variant in variants
+        for job in jobs
+        if job.mode != REFERENCE
+    )
+
+
+def facts(variant: VariantConfig) -> dict[str, str]:
+    """What is known of a variant before it runs: path as given, git revision, changes."""
+    return {"path": variant.path, **git_facts(Path(variant.root))}
+
+
+def imports_of(job: JobConfig) -> dict[str, str]:
+    """Packages that a finished job imported from its variant; version by name.
+
+    Raises:
+        ValueError: the job left no list, or one that cannot be read.
+    """
+    path = Path(job.work_dir) / IMPORTS_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(package): str(version) for package, version in found.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path.name}: expected what was imported. {error}") from error
+
+
+def unused(variant: VariantConfig) -> str:
+    """Why a variant that nothing was imported from fails."""
+    return (
+        f"variant={variant.name}={variant.path}: expected a mode that imports something of it. "
+        "None did, so what ran is the installed code. "
+        "Check the path, or add a mode that uses what it brings."
+    )

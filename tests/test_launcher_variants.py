@@ -1,0 +1,301 @@
+"""A variant's code is what runs, or the group says that it was not."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from dpsgd_track.config import JobConfig, Settings
+from dpsgd_track.launcher import group, suites
+from dpsgd_track.launcher.arguments import build_parser
+from dpsgd_track.launcher.group import GroupRun, open_group
+from dpsgd_track.launcher.process_group import Launch, Outcome
+from dpsgd_track.launcher.progress import PlainDisplay
+from dpsgd_track.launcher.suites import Suite, build_suite
+from dpsgd_track.tracking import names
+from dpsgd_track.tracking.environment import imported_from
+from dpsgd_track.tracking.reader import ModeRun, open_client, read_group
+from tests import fake_worker
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    checkout(tmp_path / "fork", "library")
+    return tmp_path
+
+
+def checkout(folder: Path, package: str) -> Path:
+    (folder / package).mkdir(parents=True)
+    (folder / package / "__init__.py").write_text("__version__ = '9.8'\n")
+    return folder
+
+
+def suite(*argv: str) -> Suite:
+    return build_suite(build_parser().parse_args(argv), lambda model, data: None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("fork", "expected NAME=PATH"),
+        ("fork=", "expected NAME=PATH"),
+        ("=fork", "expected a NAME of up to 60 letters"),
+        ("a b=fork", "expected a NAME of up to 60 letters"),
+        ("<img>;=fork", "expected a NAME of up to 60 letters"),
+        ("../x=fork", "expected a NAME of up to 60 letters"),
+        ("fork=absent", "expected an existing folder"),
+        ("fork=fork/library/__init__.py", "expected an existing folder"),
+        ("fork=a:b", "expected a folder without ':'"),
+        ("fork=empty", "expected a folder with a package in it or in its src/"),
+    ],
+)
+def test_a_variant_that_cannot_run_is_refused_before_anything_starts(given, said):
+    Path("empty").mkdir()
+    Path("a:b").mkdir()
+    with pytest.raises(ValueError, match=f"^variant=.*{said}"):
+        suite("quick", "--variant", given)
+    assert not Path("mlflow.db").exists()
+
+
+def test_two_variants_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="variant='a=fork': expected a NAME not used before"):
+        suite("quick", "--variant", "a=fork", "--variant", "a=fork")
+
+
+def test_a_variant_of_the_reference_alone_is_refused():
+    with pytest.raises(ValueError, match="expected a mode besides reference"):
+        suite("single", "--mode", "reference", "--variant", "a=fork")
+
+
+def test_every_mode_but_the_reference_runs_once_more_without_replays():
+    made = suite("quick", "--variant", "a=fork", "--variant", "b=fork")
+    assert [job.label for job in made.jobs] == [
+        "reference", "no_dp", "flash_fsdp", "flash_fsdp_fuse",
+        "no_dp@a", "flash_fsdp@a", "flash_fsdp_fuse@a",
+        "no_dp@b", "flash_fsdp@b", "flash_fsdp_fuse@b",
+    ]  # fmt: skip
+    again = [row for row in made.expected_runs if row[2] == "a"]
+    assert again == [
+        ("no_dp", "accuracy", "a", ""),
+        ("flash_fsdp", "accuracy", "a", ""),
+        ("flash_fsdp", "clip", "a", ""),
+        ("flash_fsdp_fuse", "accuracy", "a", ""),
+        ("flash_fsdp_fuse", "clip", "a", ""),
+    ]
+    assert JobConfig.from_json(made.jobs[-1].to_json()) == made.jobs[-1]
+
+
+def test_packages_below_src_are_found(workspace):
+    checkout(workspace / "layout" / "src", "library")
+    checkout(workspace / "layout", "tests")
+    job = suite("single", "--mode", "no_dp", "--variant", "a=layout").jobs[-1]
+    assert job.variant is not None
+    assert job.variant.root == str(workspace / "layout" / "src")
+    assert job.variant.path == "layout"
+
+
+def test_only_what_a_folder_itself_holds_counts_as_imported(workspace, monkeypatch):
+    site = checkout(workspace / "fork" / ".venv" / "site-packages", "other")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.syspath_prepend(str(workspace / "fork"))
+    for package in ("library", "other"):
+        __import__(package)
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        monkeypatch.setitem(sys.modules, package, __import__(package))
+    assert imported_from(str(workspace / "fork")) == {"library": "9.8"}
+
+
+def runs_of(name: str, workspace: Path) -> dict[str, ModeRun]:
+    uri = f"sqlite:///{workspace / 'mlflow.db'}"
+    found = read_group(open_client(uri), Settings(tracking_uri=uri), name)
+    return {run.title: run for run in found.runs}
+
+
+def run_faked(monkeypatch, imported: dict[str, dict[str, str]], *argv: str) -> tuple[int, str]:
+    """Exit code and what was said; each mode's workers leave `imported` of it."""
+
+    def run_mode(job: JobConfig, *_: object) -> tuple[Outcome, ...]:
+        if job.variant:
+            found = imported[job.label]
+            (Path(job.work_dir) / names.IMPORTS_FILE).write_text(json.dumps(found))
+        for number in range(len(job.regimes)):
+            folder = Path(job.work_dir) / str(number)
+            folder.mkdir()
+            record = fake_worker.trajectory(2)
+            record.save(folder / names.TRAJECTORY_FILE)
+            (folder / "clip_bounds.json").write_text('{"max_grad_norms": [2, 2, 1, 1]}')
+        return (Outcome("FINISHED"),) * len(job.regimes)
+
+    monkeypatch.setattr(group, "run_mode", run_mode)
+    said = io.StringIO()
+    made = suite(*argv, "--group", "g")
+    tree, _, folder = open_group(made)
+    return GroupRun(made, tree, folder, Launch(), PlainDisplay(said)).run("x"), said.getvalue()
+
+
+MODES = ("quick", "--regime", "accuracy", "--mode", "no_dp,flash_fsdp", "--variant", "a=fork")
+
+
+def test_a_variant_that_nothing_was_imported_from_fails(workspace, monkeypatch):
+    code, said = run_faked(monkeypatch, {"no_dp@a": {}, "flash_fsdp@a": {}}, *MODES)
+    assert code == 1
+    assert "variant=a=fork: expected a mode that imports something of it." in said
+    runs = runs_of("g", workspace)
+    assert {runs[label].status for label in ("no_dp@a", "flash_fsdp@a")} == {"FAILED"}
+    assert "what ran is the installed code" in runs["no_dp@a"].reason
+    assert runs["no_dp"].status == "FINISHED"
+
+
+def test_one_mode_that_uses_a_variant_is_enough(workspace, monkeypatch):
+    found = {"no_dp@a": {}, "flash_fsdp@a": {"library": "9.8"}}
+    assert run_faked(monkeypatch, found, *MODES)[0] == 0
+    runs = runs_of("g", workspace)
+    assert {run.status for run in runs.values()} == {"FINISHED"}
+    assert Path("results/g/logs/flash_fsdp@a").is_dir()
+
+
+def test_results_of_a_single_run_are_the_installed_codes(workspace, monkeypatch):
+    order = []
+    monkeypatch.setattr(group, "write_output", lambda _, path: order.append(path.name))
+    argv = ("single", "--mode", "no_dp", "--output", "o.json", "--variant", "a=fork")
+    assert run_faked(monkeypatch, {"no_dp@a": {"library": "1"}}, *argv)[0] == 0
+    assert order == ["o.json"]
+
+
+# An import hook that answers first, as some editable installs put into every interpreter.
+HOOK = """\
+import importlib.machinery, sys
+class Editable:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name == 'opacus':
+            return importlib.machinery.PathFinder.find_spec(name, [{installed!r}], target)
+sys.meta_path.insert(0, Editable)
+sys.path.insert(0, {installed!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A group in which a checkout of Opacus clips at 0.9 C, under real workers.
+
+    The working directory has an opacus of its own and the interpreter an editable install, as a
+    developer's has.
+    """
+    folder = tmp_path_factory.mktemp("forked")
+    found = importlib.util.find_spec("opacus")
+    assert found is not None
+    assert found.origin is not None
+    installed = Path(found.origin).parent
+    without = shutil.ignore_patterns("__pycache__", "tests")
+    shutil.copytree(installed, folder / "checkout" / "opacus", ignore=without)
+    shutil.copytree(installed, folder / "work" / "opacus", ignore=without)
+    file = folder / "checkout/opacus/grad_sample/grad_sample_module_fast_gradient_clipping.py"
+    text = file.read_text()
+    right = "return (self.max_grad_norm / (norm_sample"
+    assert right in text
+    file.write_text(text.replace(right, "return (0.9 * self.max_grad_norm / (norm_sample"))
+    git = ["git", "-C", str(folder / "checkout"), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    (folder / "hook").mkdir()
+    (folder / "hook" / "sitecustomize.py").write_text(HOOK.format(installed=str(installed.parent)))
+    argv = ["full", "--mode", "ghost_fsdp", "--regime", "clip", "--group", "g", "--seq-length", "8"]
+    search_path = os.pathsep.join([str(folder / "hook"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *argv, "--variant", "fork=../checkout"],
+        cwd=folder / "work",
+        env={**os.environ, "PYTHONPATH": search_path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    return folder / "work", done
+
+
+def test_a_checkout_that_clips_wrongly_is_told_from_the_installed_library(forked):
+    from synthetic_group import verdicts
+
+    from dpsgd_track.comparison import compare_group
+    from dpsgd_track.config import Thresholds
+
+    folder, done = forked
+    assert done.returncode == 0, done.stdout + done.stderr
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    comparison = compare_group(
+        read_group(open_client(uri), Settings(tracking_uri=uri), "g"), Thresholds()
+    )
+    found = verdicts(comparison)
+    assert (found["ghost_fsdp"], found["ghost_fsdp@fork"]) == ("PASS", "BUG")
+    wrong = next(mode for mode in comparison.modes if mode.label == "ghost_fsdp@fork")
+    assert "clip factor" in wrong.sentence
+
+
+def test_what_a_variant_brought_is_recorded(forked):
+    folder, done = forked
+    assert done.returncode == 0, done.stdout + done.stderr
+    params = runs_of("g", folder)["ghost_fsdp@fork"].params
+    assert params["variant.name"] == "fork"
+    assert params["variant.path"] == "../checkout"
+    assert params["variant.imported"] == "opacus"
+    assert params["variant.opacus.version"]
+    assert len(params["variant.git_revision"]) == 40
+    assert params["variant.git_dirty"] == "false"
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    parent = read_group_params(client)
+    assert parent["variant.fork.path"] == "../checkout"
+    assert parent["modes"] == "reference, ghost_fsdp, ghost_fsdp@fork"
+
+
+def test_a_checkout_of_this_package_runs_in_its_own_workers(workspace):
+    left_out = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "dpsgd_track", workspace / "next" / "dpsgd_track", ignore=left_out)
+    (workspace / "work").mkdir()
+    # As in the root of a checkout, where `python -m` finds the package first.
+    (workspace / "work" / "dpsgd_track").symlink_to(ROOT / "dpsgd_track")
+    with (workspace / "next" / "dpsgd_track" / "__init__.py").open("a") as file:
+        file.write("\n__version__ = '9.9'\n")
+    argv = ["single", "--mode", "no_dp", "--num-iter", "1", "--nproc-per-node", "1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *argv, "--variant", "a=../next", "--group", "g"],
+        cwd=workspace / "work",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = runs_of("g", workspace / "work")
+    assert runs["no_dp@a"].params["variant.dpsgd_track.version"] == "9.9"
+    assert "variant.dpsgd_track.version" not in runs["no_dp"].params
+
+
+def read_group_params(client: MlflowClient) -> dict[str, str]:
+    experiment = client.get_experiment_by_name("dpsgd-track")
+    runs = client.search_runs([experiment.experiment_id], "attributes.run_name = 'g'")
+    return dict(runs[0].data.params)
+
+
+def test_a_mode_alone_is_held_against_itself_as_installed():
+    from synthetic_group import compared, mode_run, scaled, verdicts
+
+    run = mode_run("flash_fsdp")
+    wrong = mode_run("flash_fsdp", record=scaled(run.trajectory, "grad_norm", 1.1), variant="a")
+    assert verdicts(compared([run, wrong])) == {"flash_fsdp": "PASS", "flash_fsdp@a": "BUG"}
+    same = mode_run("flash_fsdp", variant="a")
+    assert verdicts(compared([run, same])) == {"flash_fsdp": "PASS", "flash_fsdp@a": "PASS"}

@@ -1,0 +1,260 @@
+"""A golden file holds a group exactly, and nothing of who made it or where."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_group import (
+    Store,
+    first_steps,
+    group_of,
+    healthy_runs,
+    mode_run,
+    put,
+    scaled,
+    trajectory,
+    with_run,
+)
+
+from dpsgd_track.report import command
+from dpsgd_track.tracking.golden import read_golden, write_golden
+from dpsgd_track.tracking.reader import Group, GroupNotFound, ModeRun
+from dpsgd_track.tracking.trajectory import Trajectory
+
+HOSTILE = "../<script>alert(1)</script>|`**[x](http://e.vil)@you;'\"\n\x1b[2J"
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Equal to the last bit, types included."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, Trajectory | Group | ModeRun):
+        for field in fields(ours):
+            assert_same(getattr(ours, field.name), getattr(theirs, field.name))
+    elif isinstance(ours, np.ndarray):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        assert ours.tobytes() == theirs.tobytes()
+    elif isinstance(ours, tuple):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same(a, b)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, float):
+        assert struct.pack("d", ours) == struct.pack("d", theirs)
+    else:
+        assert ours == theirs
+
+
+def odd_runs() -> list[ModeRun]:
+    record = trajectory()
+    for row, value in enumerate((np.nan, np.inf, -np.inf, -0.0)):
+        record = put(record, "loss", value, row)
+    empty = first_steps(trajectory(), 0)
+    metrics = {"a": float("nan"), "b": float("inf"), "c": -0.0, "d": 5e-324, "e": 1 / 3}
+    return [
+        *healthy_runs(),
+        mode_run("flash", record=record, metrics=metrics, variant="fork", params={"k": HOSTILE}),
+        mode_run("flash_bk", record=empty, replay="again"),
+        mode_run("ghost", status="MISSING", trajectory_missing="the run was never started"),
+        mode_run(HOSTILE, status="FAILED", reason=HOSTILE.replace("/", "")),
+    ]
+
+
+def test_every_bit_survives_the_round_trip(tmp_path: Path) -> None:
+    group = group_of(
+        odd_runs(), HOSTILE, rank_statuses={"FINISHED": 3}, superseded=2, params={"command": "x"}
+    )
+    group = replace(group, runs=tuple(replace(r, params={"a": "1"}) for r in group.runs))
+    write_golden(group, tmp_path / "g.dpsgd")
+    assert_same(read_golden(tmp_path / "g.dpsgd"), group)
+    again = tmp_path / "again.dpsgd"
+    write_golden(read_golden(tmp_path / "g.dpsgd"), again)
+    assert again.read_bytes() == (tmp_path / "g.dpsgd").read_bytes()
+    write_golden(group_of([], "empty"), tmp_path / "empty.dpsgd")
+    assert_same(read_golden(tmp_path / "empty.dpsgd"), group_of([], "empty"))
+    assert [file.suffix for file in tmp_path.iterdir()] == [".dpsgd"] * 3
+
+
+PRIVATE = {
+    "mlflow.user": "anne",
+    "mlflow.source.name": "launch.py",
+    "mlflow.note.content": "x",
+    "command": "python launch.py quick --data /home/anne/x.csv",
+    "data.source": "/home/anne/x.csv",
+    "model.name": "~/models/a",
+    "other": "~anne/models",
+    "windows": "C:\\Users\\anne",
+    "uri": "sqlite:////home/anne/mlflow.db",
+    "artifact": "file:///home/anne",
+    "listed": "a,/home/anne",
+    "quoted": "--data='/home/anne/x y'",
+}
+KEPT = {
+    "environment.cpu": "Intel(R) Xeon(R) CPU @ 2.70GHz",
+    "variant.path": "../opacus",
+    "share": "n/a",
+    "model": "org/model",
+    "mode": "package.module:factory",
+    "dpsgd.mode": "flash",
+    "loss": "1e-05",
+}
+
+
+def test_no_user_and_no_absolute_path_is_kept(tmp_path: Path) -> None:
+    values = {**PRIVATE, **KEPT}
+    reason = "it failed: [Errno 2] '/home/anne/x.csv'. Log: /home/anne/results/output.log"
+    run = mode_run("flash", status="FAILED", params=values, tags=values, reason=reason)
+    group = group_of([run], params=values, tags=values)
+    write_golden(group, tmp_path / "g.dpsgd")
+    found = read_golden(tmp_path / "g.dpsgd")
+    for kept in (found.params, found.tags, found.runs[0].params, found.runs[0].tags):
+        assert kept == KEPT
+    assert found.runs[0].reason == "it failed: [Errno 2] '[path]'. Log: [path]"
+    with zipfile.ZipFile(tmp_path / "g.dpsgd") as archive:
+        assert all(b"anne" not in archive.read(name) for name in archive.namelist())
+
+
+def test_a_file_is_never_replaced_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "g.dpsgd"
+    path.write_text("precious")
+    with pytest.raises(ValueError, match=r"expected a file that is not there yet. Add --force"):
+        write_golden(group_of(healthy_runs()), path)
+    assert path.read_text() == "precious"
+    write_golden(group_of(healthy_runs()), path, force=True)
+    assert read_golden(path).name == "synthetic"
+
+
+def damaged(path: Path, **changes: Any) -> None:
+    """Write a golden file again, with `changes` to its JSON."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    document = json.loads(parts["group.json"])
+    for key, value in changes.items():
+        place, _, name = key.partition("__")
+        if name:
+            (document[place][0] if place == "runs" else document[place])[name] = value
+        else:
+            document[key] = value
+    parts["group.json"] = json.dumps(document).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schema": "other"}, "its schema is 'other'"),
+        ({"schema_version": 99}, "its schema version is 99, this program's is 1"),
+        ({"group__name": 3}, "its name is '3'"),
+        ({"group__start_time_ms": "now"}, "its start_time_ms is 'now'"),
+        ({"group__hat": "x"}, "hat"),
+        ({"runs__params": {"a": 1}}, "its params is"),
+        ({"runs__status": None}, "its status is 'None'"),
+        ({"runs__metrics": {"a": "x"}}, "could not convert"),
+        ({"runs__has_trajectory": True, "runs": []}, "expected a file"),
+        ({"group": []}, "expected a file"),
+        ({"runs": {}}, "expected a file"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_foreign_or_newer_file_is_an_error(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "g.dpsgd"
+    write_golden(group_of(healthy_runs()), path)
+    damaged(path)
+    read_golden(path)
+    if list(changes) == ["runs"] or len(changes) == 2:
+        changes = {"runs": [3]}
+    damaged(path, **changes)
+    with pytest.raises(GroupNotFound, match="expected a file that compare") as e:
+        read_golden(path)
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_torn_file_is_an_error(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "g.dpsgd"
+    write_golden(group_of(healthy_runs()), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(GroupNotFound, match="It is torn or something else"):
+        read_golden(path)
+
+
+def test_a_flipped_byte_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "g.dpsgd"
+    write_golden(group_of(healthy_runs()), path)
+    whole = bytearray(path.read_bytes())
+    for at in range(100, len(whole) - 2000, len(whole) // 50):
+        bent = bytearray(whole)
+        bent[at] ^= 0xFF
+        path.write_bytes(bent)
+        with pytest.raises(GroupNotFound):
+            read_golden(path)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.chdir(tmp_path)
+    made = Store(tmp_path)
+    made.add_group(healthy_runs(), params={"command": "python launch.py quick"})
+    return made
+
+
+def test_a_golden_file_stands_wherever_a_group_may(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tracking-uri", store.uri, "--no-png"]
+    assert command.main(["synthetic", *options, "--export", "golden.dpsgd"]) == 0
+    assert "Golden file: golden.dpsgd (" in capsys.readouterr().out
+    before = store.client.search_runs([store.experiment_id])
+    wrong = scaled(mode_run("flash_fsdp", "clip").trajectory, "grad_norm", 1.1, 1)
+    store.add_group(with_run(healthy_runs(), mode_run("flash_fsdp", "clip", wrong)), "later")
+    assert command.main(["golden.dpsgd", "latest", *options]) == 1
+    assert command.main(["golden.dpsgd", "synthetic", *options]) == 0
+    # Without any server, and nothing is written to one.
+    nowhere = ["--tracking-uri", "http://127.0.0.1:9", "--no-png", "--results-dir", "alone"]
+    assert command.main(["golden.dpsgd", *nowhere]) == 0
+    assert Path("alone/synthetic/report.html").is_file()
+    assert command.main(["golden.dpsgd", "golden.dpsgd", *nowhere]) == 0
+    assert command.main(["latest", "golden.dpsgd", *options]) == 1
+    after = {run.info.run_id: dict(run.data.tags) for run in before}
+    for run_id, tags in after.items():
+        assert dict(store.client.get_run(run_id).data.tags) == tags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["absent.dpsgd"], "group='absent.dpsgd': expected a file that compare.py --export wrote."),
+        (["torn.dpsgd"], "It is torn or something else"),
+        (["synthetic", "absent.dpsgd"], "There is no such file."),
+        (["synthetic", "--export", "torn.dpsgd"], "Add --force to replace it."),
+        (["synthetic", "--export", "golden.zip"], "expected a file that ends in .dpsgd"),
+        (["synthetic", "--export", "no/golden.dpsgd"], "expected a file in an existing folder"),
+        (["synthetic", "synthetic", "--export", "n.dpsgd"], "expected one GROUP"),
+        (["synthetic", "--force"], "force=True: expected it with --export"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_file_that_cannot_be_used_is_one_line_and_exit_code_2(
+    store: Store, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    Path("torn.dpsgd").write_text("no zip")
+    assert command.main([*arguments, "--tracking-uri", store.uri, "--no-png"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert Path("torn.dpsgd").read_text() == "no zip"
+    assert not Path("results").exists()
