@@ -9,8 +9,9 @@ tables directly, since logging millions of them through its client takes hours. 
 links to their mode's: nothing reads them. One sample a rank and step, and one spike, in
 flash_fsdp, that must be found where it was planted.
 
-Rows are self-contained: what was compared and how, wall time from process start to exit, and the
-peak resident set of the process and its children.
+Rows are self-contained: what was compared and how, wall and CPU time from process start to exit,
+the load of the machine meanwhile (this process alone makes 1), and the peak resident set of the
+process and its children.
 """
 
 from __future__ import annotations
@@ -335,6 +336,8 @@ def measure(uri: str, shape: Shape, results: Path) -> dict[str, Any]:
         "steps": shape.num_steps,
         "exit_code": process.returncode,
         "wall_s": f"{wall_s:.2f}",
+        "cpu_s": f"{used.ru_utime + used.ru_stime:.2f}",
+        "load": f"{os.getloadavg()[0]:.1f}",
         "peak_rss_gib": f"{used.ru_maxrss / 2**20:.3f}",
         "report_mb": f"{(results / shape.name / 'report.html').stat().st_size / 1e6:.2f}",
         "drift_json_mb": f"{(results / shape.name / 'drift.json').stat().st_size / 1e6:.2f}",
