@@ -112,7 +112,7 @@ def record(shape: Shape) -> Trajectory:
         sample_norm=np.sqrt(np.square(by_parameter).sum(axis=2)),
         clip_factor=np.ones((S, N)),
         parameter_names=np.array([f"model.layers.{i}.weight" for i in range(P)]),
-        parameter_sizes=np.full(num_parameters, 0),
+        parameter_sizes=np.full(P, 10_000),
         sample_norm_by_parameter=by_parameter,
         gradient_sketch=gradient,
         noised_sketch=noised,
@@ -120,7 +120,7 @@ def record(shape: Shape) -> Trajectory:
         noise_samples=np.empty((S, 0, P, 0), dtype=np.float32),
         data_hash=np.array([f"data-{step}" for step in range(S)]),
         initial_weights_hash="weights",
-        noise_std=100.0,
+        noise_std=1.0,
         expected_batch_size=N,
     )
 
