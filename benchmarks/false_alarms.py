@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Launch and compare groups of correct modes, and count the alarms, which are all false.
 
-    python benchmarks/false_alarms.py OUT.csv
+    python benchmarks/false_alarms.py OUT.csv --folder /tmp/false-alarms
 
 Ten configurations, each with five seeds of data, weights and noise. One CSV row for each mode that
-was judged, with how near it came to a limit. Exits with 1 where any verdict is DRIFT or BUG.
+was judged, with how near it came to a limit. Exits with 1 where any verdict is DRIFT or BUG. Groups
+stay in the folder, and one that is there already is compared anew without being launched again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import platform
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -43,35 +43,44 @@ CONFIGURATIONS = {
     "--learning-rate 1e-3 --sigma 1e-4",
 }
 FAIL = ("DRIFT", "BUG")
+COLUMNS = (
+    "configuration",
+    "seed",
+    "mode",
+    "verdict",
+    "nearest",
+    "value",
+    "times_limit",
+    "device",
+    "torch",
+    "commit",
+    "sentence",
+)
 
 
 def main() -> int:
     """Measure; 1 where there was an alarm."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path)
+    parser.add_argument("--folder", type=Path, required=True, help="where stores are kept")
     parser.add_argument("--seeds", type=int, default=5, help="replays of each configuration")
     parser.add_argument("--only", action="append", choices=CONFIGURATIONS, help="configurations")
     parser.add_argument("--commit", default=_revision(), help="what the rows name as the commit")
     args, options = parser.parse_known_args()
     counts: Counter[str] = Counter()
     args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        args.csv.open("w", newline="", encoding="utf-8") as file,
-        tempfile.TemporaryDirectory() as at,
-    ):
-        writer = None
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
         for name in args.only or CONFIGURATIONS:
             for seed in range(args.seeds):
-                for row in _judged(name, seed, Path(at), options):
-                    row |= {"commit": args.commit, "torch": version("torch")}
-                    writer = writer or csv.DictWriter(file, list(row), lineterminator="\n")
-                    if not sum(counts.values()):
-                        writer.writeheader()
-                    writer.writerow(row)
-                    file.flush()
+                for row in _judged(name, seed, args.folder, options):
+                    writer.writerow(row | {"commit": args.commit, "torch": version("torch")})
                     counts[row["verdict"]] += 1
                     if row["verdict"] != "PASS":
                         print(row["sentence"], flush=True)
+                file.flush()
                 print(f"{name}, seed {seed}: {dict(counts)}", flush=True)
     return int(any(counts[verdict] for verdict in FAIL))
 
@@ -81,6 +90,8 @@ def _judged(name: str, seed: int, folder: Path, options: list[str]) -> Iterator[
     group = f"{name}-{seed}"
     launch = ["quick", *CONFIGURATIONS[name].split(), "--random-seed", str(1000 + seed), *options]
     for command in (["launch.py", *launch, "--group", group], ["compare.py", group, "--no-png"]):
+        if command[0] == "launch.py" and (folder / "results" / group).exists():
+            continue
         done = subprocess.run(
             [sys.executable, str(ROOT / command[0]), *command[1:]],
             cwd=folder,
