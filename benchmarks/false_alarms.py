@@ -103,7 +103,7 @@ def _judged(name: str, seed: int, folder: Path, options: list[str]) -> Iterator[
             raise RuntimeError(f"{name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     document = json.loads((folder / "results" / group / "drift.json").read_text(encoding="utf-8"))
     for mode in document["modes"]:
-        rungs = [rung for ladder in mode["ladders"] for rung in ladder["rungs"]]
+        rungs = [rung for ladder in mode["ladders"] for rung in ladder["stages"]]
         if rungs:
             nearest = max(rungs, key=lambda rung: (rung["value"] or 0.0) / (rung["limit"] or 1.0))
             yield {

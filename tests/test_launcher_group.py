@@ -86,7 +86,8 @@ def test_a_fault_of_the_launcher_leaves_nothing_running(monkeypatch):
     with pytest.raises(OSError, match="no space"):
         run("fault", "--mode", "no_dp", "--regime", "accuracy")
     found = statuses("fault")
-    assert set(found) == {"fault", "no_dp/accuracy", "no_dp/accuracy (permuted)"}
+    replays = {f"no_dp/accuracy ({kind})" for kind in ("again", "permuted", "ulp")}
+    assert set(found) == {"fault", "no_dp/accuracy", *replays}
     assert {status for status, _ in found.values()} == {"FAILED"}
     assert "no space left" in found["fault"][1]
 
