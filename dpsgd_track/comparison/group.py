@@ -97,6 +97,8 @@ class GroupComparison:
     sentence: str
     waiver_notes: tuple[str, ...] = ()
     """Waivers that have expired, or that nothing needed."""
+    environment_differences: tuple[tuple[str, str, str], ...] = ()
+    """(setting, before, after) of what two groups that are compared ran with."""
 
 
 @dataclass(frozen=True, kw_only=True)
