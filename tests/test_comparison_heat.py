@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from synthetic_group import permuted, put, scaled, trajectory, without_norms
@@ -33,6 +35,15 @@ def test_one_wrong_sample_shows_at_its_step_rank_and_parameter(is_permuted: bool
     expected[STEP, rank, PARAMETER] = 0.5
     np.testing.assert_allclose(found.values, expected, atol=1e-12)
     assert found.first_steps.tolist() == found.last_steps.tolist() == [0, 1, 2, 3]
+
+
+def test_ranks_are_those_of_the_mode_and_not_of_the_baseline() -> None:
+    record = trajectory(noise_std=0.0)
+    on_one_rank = replace(record, sample_rank=np.zeros_like(record.sample_rank))
+    found = heat_of(on_one_rank, wrong(record))
+    assert found is not None
+    assert found.ranks.tolist() == [0, 1]
+    assert np.argwhere(found.values > 0.1).tolist() == [[STEP, 1, PARAMETER]]
 
 
 def test_heat_has_the_largest_drift_of_the_observable() -> None:

@@ -163,7 +163,15 @@ def test_hover_tells_value_threshold_floor_and_place(page: Any) -> None:
     label = chart.locator(".hovertext").first
     label.wait_for()
     said = label.text_content()
-    for part in (GUILTY, "step 5", "× the threshold", "× the floor", "sample "):
+    regime = broken().regimes[1]
+    pair, floor = regime.pair(GUILTY), regime.floor()
+    assert pair is not None
+    assert floor is not None
+    drift = pair.drifts["sample_norm"]
+    value, place = float(drift.per_step[5]), drift.where_per_step[5]
+    of_threshold = f"{value / broken().thresholds.grad_norm:.3g} × the threshold"
+    of_floor = f"{value / floor.values['sample_norm']:.1e} × the floor".replace("e+0", "e+")
+    for part in (GUILTY, "step 5", f"{value:.3g}", of_threshold, of_floor, place):
         assert part in said
 
 
