@@ -82,7 +82,8 @@ def show(page: Any, name: str) -> Any:
     # In the middle, where the bar at the top covers nothing of it.
     chart.evaluate("e => e.scrollIntoView({ block: 'center', behavior: 'instant' })")
     page.wait_for_function(
-        "name => document.querySelector(`.chart[data-name='${name}'] .main-svg`)", arg=name
+        "name => document.querySelector(`.chart[data-name='${name}']:not([data-stale]) .main-svg`)",
+        arg=name,
     )
     return chart
 
@@ -218,7 +219,6 @@ def test_the_mode_filter_hides_a_mode_everywhere_and_brings_it_back(page: Any) -
     box = page.get_by_role("checkbox", name=GUILTY, exact=True)
     box.uncheck()
     show_all(page)
-    page.wait_for_timeout(200)
     names = page.eval_on_selector_all(
         ".chart",
         "all => all.filter(e => !e.dataset.name.startsWith('heatmap')).map(e => e.dataset.name)",
@@ -233,7 +233,6 @@ def test_the_mode_filter_hides_a_mode_everywhere_and_brings_it_back(page: Any) -
     assert not any(text.startswith(GUILTY) for text in rows.all_inner_texts())
     box.check()
     show(page, "trajectory_clip_loss")
-    page.wait_for_timeout(200)
     assert GUILTY in visible_modes(page, "trajectory_clip_loss")
     assert any(text.startswith(GUILTY) for text in rows.all_inner_texts())
 

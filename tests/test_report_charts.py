@@ -14,7 +14,7 @@ from synthetic_report import GUILTY, GUILTY_LAYER, audit, broken, healthy
 from dpsgd_track.report.charts import figures
 from dpsgd_track.report.charts.curves import kept, points_of_each, whole
 from dpsgd_track.report.charts.heatmap import LOWEST, NOTHING, PER_DECADE, as_bytes
-from dpsgd_track.report.charts.style import Chart, name_axis
+from dpsgd_track.report.charts.style import Chart, name_axis, wrapped
 from dpsgd_track.report.html import chart_data
 
 
@@ -135,3 +135,16 @@ def test_every_trace_of_a_mode_can_be_filtered() -> None:
                 ("floor", "threshold", "as it should be")
             )
             assert belongs_to_no_mode or "mode" in trace.meta
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("flash_fsdp", "flash_fsdp"),
+        ("defective_modes:NoiseByLocalShard", "defective_modes:<br>NoiseByLocalShard"),
+        ("a" * 40, f"{'a' * 18}<br>{'a' * 18}<br>aaaa"),
+        ("<b>\n", "&lt;b&gt;\n"),
+    ],
+)
+def test_names_above_columns_are_broken_and_not_lost(name: str, lines: str) -> None:
+    assert wrapped(name) == lines

@@ -231,6 +231,8 @@ def test_advice_names_where_to_start() -> None:
     assert advice(healthy()).startswith("Safe to merge")
     start = "Start at the per-sample norms of model.layers.2.weight at step 3 in flash_fsdp_fuse."
     assert start in advice(broken())
+    failing = many_wrong(1)
+    assert "Start at the clipped sum at step 0, in mode0." in advice(failing)
     assert advice(inconclusive()).startswith("Do not merge on this evidence")
 
 

@@ -28,18 +28,19 @@ from dpsgd_track.report.stages import (
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
 
 SECTIONS = (
-    ("trajectories", "Trajectories", "No run recorded a step."),
-    ("drift", "Drift by observable", "No two runs could be compared."),
+    ("trajectories", "Trajectories", "Trajectories", "No run recorded a step."),
+    ("drift", "Drift by observable", "Drift", "No two runs could be compared."),
     (
         "heatmap",
         "Where: parameter, rank and step",
+        "Where",
         "Left out: no two runs recorded per-sample norms by parameter.",
     ),
-    ("samples", "Sample by sample", "Left out: no two runs recorded per-sample norms."),
-    ("noise", "Noise audit", "Left out: no mode's own noise was audited."),
-    ("cost", "Time and memory", "Left out: no run recorded a time."),
+    ("samples", "Sample by sample", "Samples", "Left out: no two runs recorded per-sample norms."),
+    ("noise", "Noise audit", "Noise audit", "Left out: no mode's own noise was audited."),
+    ("cost", "Time and memory", "Time and memory", "Left out: no run recorded a time."),
 )
-"""(identifier, heading, what is said where there is no chart)."""
+"""(identifier, heading, the same in one word or two, what is said where there is no chart)."""
 
 
 @cache
@@ -118,7 +119,7 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
             sections=SECTIONS,
             charts_of={
                 section: [chart for chart in charts if chart.section == section]
-                for section, _, _ in SECTIONS
+                for section, *_ in SECTIONS
             },
             audits=[audit for regime in comparison.regimes for audit in regime.audits.values()],
             number=number,

@@ -138,14 +138,6 @@ def multiple(value: float | None, limit: float | None) -> str:
     return "< 0.01 × limit" if 0 < share < 0.01 else f"{share:.2g} × limit"
 
 
-def main_blame(comparison: GroupComparison) -> tuple[ModeVerdict, Blame] | None:
-    """The blame of the mode that the verdict is about; None where nothing is to blame."""
-    for mode in comparison.modes:
-        if mode.verdict is comparison.verdict and mode.blames:
-            return mode, next(iter(mode.blames.values()))
-    return None
-
-
 def accepted(comparison: GroupComparison) -> list[tuple[ModeVerdict, Finding]]:
     """Findings that a waiver covers, with the mode that each is about."""
     return [(m, finding) for m in comparison.modes for finding in m.findings if finding.waiver]
@@ -153,8 +145,8 @@ def accepted(comparison: GroupComparison) -> list[tuple[ModeVerdict, Finding]]:
 
 def advice(comparison: GroupComparison) -> str:
     """What whoever reviews the change should do, in one or two sentences."""
-    blamed = main_blame(comparison)
-    start = f" Start at {_place(*blamed)}." if blamed else ""
+    place = _first_place(comparison)
+    start = f" Start at the {place}." if place else ""
     match comparison.verdict:
         case Verdict.PASS:
             waived = len(accepted(comparison))
@@ -173,7 +165,15 @@ def advice(comparison: GroupComparison) -> str:
     )
 
 
-def _place(mode: ModeVerdict, blame: Blame) -> str:
-    layer = f" of {blame.layers[0]}" if blame.layers else ""
-    step = f" at step {blame.step}" if blame.step is not None else ""
-    return f"the {blame.stage}{layer}{step} in {mode.label}"
+def _first_place(comparison: GroupComparison) -> str:
+    """Where the first mode with the group's verdict went wrong; empty where it is not known."""
+    for mode in comparison.modes:
+        if mode.verdict is not comparison.verdict:
+            continue
+        for blame in mode.blames.values():
+            layer = f" of {blame.layers[0]}" if blame.layers else ""
+            step = f" at step {blame.step}" if blame.step is not None else ""
+            return f"{blame.stage}{layer}{step} in {mode.label}"
+        for failure in mode.failures.values():
+            return f"{failure.sentence}, in {mode.label}"
+    return ""

@@ -60,11 +60,17 @@ def above_zero(values: Floats) -> Floats:
     return np.where(np.isfinite(values), np.maximum(values, ZERO), np.nan)
 
 
+def step_axis(first: int, last: int) -> dict[str, Any]:
+    """An axis of steps, none of which is half a step."""
+    few = {"dtick": 1} if last - first < 12 else {}
+    return {"title_text": "step", **few}
+
+
 def log_axis(heights: list[float]) -> dict[str, Any]:
     """A logarithmic axis that holds `heights`, with a tick for 0 where one is ZERO."""
     low = int(np.floor(np.log10(min(heights))))
     high = int(np.ceil(np.log10(max(heights)))) + 1
-    every = max(1, (high - low) // 8)
+    every = max(1, -(-(high - low) // 8))
     powers = [power for power in range(low, high + 1, every) if 10.0**power > ZERO * 5]
     has_zero = min(heights) <= ZERO
     return {

@@ -12,8 +12,16 @@ from numpy.typing import NDArray
 from dpsgd_track.comparison.drift import OBSERVABLES, Drift, Pair
 from dpsgd_track.comparison.group import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
-from dpsgd_track.report.charts.curves import ZERO, above_zero, drawn, kept, log_axis, whole
-from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, name_axis, plain, short
+from dpsgd_track.report.charts.curves import (
+    ZERO,
+    above_zero,
+    drawn,
+    kept,
+    log_axis,
+    step_axis,
+    whole,
+)
+from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, name_axis, plain, wrapped
 from dpsgd_track.tracking.trajectory import Integers
 
 _ALWAYS = ("loss", "grad_norm", "sample_norm", "gradient")
@@ -64,7 +72,7 @@ def _drift_chart(
         _limit(figure, ends, max(floor, ZERO), f"floor {number(floor)}", "dot")
     layout(figure, 400, showlegend=True)
     kind = "relative" if observable.is_relative else "absolute"
-    figure.update_xaxes(title_text="step")
+    figure.update_xaxes(**step_axis(int(ends[0]), int(ends[1])))
     figure.update_yaxes(title_text=f"{kind} difference", **log_axis(heights))
     zero = " Drawn at 0: bitwise equal." if min(heights) <= ZERO else ""
     return Chart(
@@ -155,15 +163,15 @@ def _layer_heatmap(comparison: GroupComparison, regime: RegimeComparison, style:
         )
     threshold = float(getattr(comparison.thresholds, OBSERVABLES["layer_grad_norm"].threshold))
     # The page colours it as the heatmap of parameters, by the threshold.
-    layout(
-        figure, max(250, 110 + 22 * len(layers)), showlegend=False, meta={"threshold": threshold}
-    )
-    figure.update_layout(margin={"t": 40, "r": 90, "b": 20})
+    layout(figure, max(250, 110 + 22 * len(layers)), showlegend=False)
+    more_lines = max(wrapped(pair.mode).count("<br>") for pair in pairs)
+    margin = {"t": 40 + 14 * more_lines, "r": 90, "b": 20}
+    figure.update_layout(margin=margin, meta={"threshold": threshold})
     figure.update_xaxes(
         side="top",
         tickangle=0,
         tickvals=list(range(len(pairs))),
-        ticktext=[short(pair.mode) for pair in pairs],
+        ticktext=[wrapped(pair.mode) for pair in pairs],
         range=[-0.5, len(pairs) - 0.5],
         showgrid=False,
         zeroline=False,

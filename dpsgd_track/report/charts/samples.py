@@ -47,8 +47,8 @@ def _chart(comparison: GroupComparison, regime: RegimeComparison, style: Style) 
     floor = known.of(_NAME) if (known := regime.floor(base)) else None
     _band(figure, np.array(reach), floor)
     layout(figure, 460, showlegend=True)
-    figure.update_xaxes(title_text=f"gradient norm of the sample in {plain(base)}")
-    figure.update_yaxes(title_text="norm / that of the baseline - 1", exponentformat="e")
+    figure.update_xaxes(title_text=f"gradient norm in {plain(base)}")
+    figure.update_yaxes(title_text="ratio - 1", exponentformat="e")
     thinned = (
         f" Drawn: {_MOST_SAMPLES:,} of {most:,} samples a mode, the farthest off among them."
         if most > _MOST_SAMPLES

@@ -8,6 +8,7 @@ Names are escaped, because Plotly reads a subset of HTML in every text.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,7 @@ _MOST_MARKERS = 40  # more would merge into a band
 GREY = "#8C8C8C"
 """Of what belongs to no mode: floors and thresholds."""
 
-_LONGEST_TICK = 44
+_LONGEST_TICK, _COLUMN, _MOST_LINES = 44, 18, 4
 
 _RULE = "#d5dae0"
 
@@ -143,6 +144,14 @@ def plain(text: str) -> str:
 def short(name: str) -> str:
     """`name` for an axis: its end, which tells parameters apart, where it is long."""
     return plain(name if len(name) <= _LONGEST_TICK else f"…{name[1 - _LONGEST_TICK :]}")
+
+
+def wrapped(name: str) -> str:
+    """`name` in lines that stand above a column, broken after a separator where there is one."""
+    lines = re.findall(
+        rf".{{1,{_COLUMN}}}(?:(?<=[_:.\-])|$)|.{{1,{_COLUMN}}}", visible(name), re.DOTALL
+    )
+    return "<br>".join(html.escape(line, quote=False) for line in lines[:_MOST_LINES])
 
 
 def name_axis(names: Sequence[str], row_height: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from dpsgd_track.comparison.drift import relative
 from dpsgd_track.comparison.group import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
-from dpsgd_track.report.charts.curves import drawn, kept, whole
+from dpsgd_track.report.charts.curves import drawn, kept, step_axis, whole
 from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
 from dpsgd_track.tracking.reader import ModeRun
 from dpsgd_track.tracking.trajectory import Floats, Integers, Trajectory
@@ -116,7 +116,7 @@ def _stacked(regimes: list[RegimeComparison], quantity: _Quantity, style: Style)
             _curve(figure, run.label, points, style, row=row, is_named=is_new, **meta)
             shown.add(run.label)
         figure.update_yaxes(title_text=quantity.axis, row=row, col=1)
-        figure.update_xaxes(title_text="step", row=row, col=1)
+        figure.update_xaxes(**_axis([t for _, t in recorded(regime)]), row=row, col=1)
     layout(figure, 110 + 320 * len(regimes))
     figure.update_layout(margin={"t": 36})
     return Chart(
@@ -155,7 +155,8 @@ def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Styl
         _curve(figure, run.label, points, style, row=2, is_named=False, **differs)
     if others:
         figure.update_yaxes(title_text="difference", exponentformat="e", row=2, col=1)
-    figure.update_xaxes(title_text="step", row=2 if others else 1, col=1)
+    axis = _axis([t for _, t in runs])
+    figure.update_xaxes(**axis, row=2 if others else 1, col=1)
     layout(figure, 500 if others else 340)
     return Chart(
         name=f"trajectory_{regime.name}_{quantity.name}",
@@ -165,6 +166,10 @@ def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Styl
         section="trajectories",
         regime=regime.name,
     )
+
+
+def _axis(trajectories: list[Trajectory]) -> dict[str, Any]:
+    return step_axis(min(t.step[0] for t in trajectories), max(t.step[-1] for t in trajectories))
 
 
 def _below(

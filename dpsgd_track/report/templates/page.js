@@ -57,6 +57,7 @@
     for (const element of elements) {
       if (!element.dataset.drawn) continue;
       stale.set(element, new Set([...(stale.get(element) || []), what]));
+      element.dataset.stale = "yes";
       if (near.has(element)) refresh(element);
     }
   };
@@ -64,6 +65,7 @@
     const changes = stale.get(element);
     if (!changes || !element.clientWidth) return;
     stale.delete(element);
+    delete element.dataset.stale;
     const spec = specOf(element);
     if (changes.has("size")) Plotly.Plots.resize(element);
     if (spec.cube) { Plotly.react(element, ...cubed(element, spec)); return; }
