@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,8 @@ FILES = {
     "report.md",
     "summary.txt",
     "drift.json",
+    "junit.xml",
+    "annotations.txt",
     "loss_trajectory.html",
     "gradient_norm_comparison.html",
     "final_loss_comparison.html",
@@ -198,14 +199,30 @@ def test_terminal_table_keeps_names_and_numbers_whole(width: int) -> None:
     assert ("peak" in table) == (width > 100)
 
 
-def test_comment_fits_however_long_the_names() -> None:
+def long_group(num_modes: int) -> GroupComparison:
+    """Modes with long names full of what Markdown escapes, all with a BUG."""
     wrong = scaled(trajectory(noise_std=0.0), "grad_norm", 1.1)
     runs = [mode_run("reference", "clip")]
-    runs += [mode_run(f"mode{i}:{'x' * 1000}", "clip", wrong) for i in range(20)]
-    text = markdown(compared(runs))
+    runs += [mode_run(f"mode{i}:{'<|x' * 300}", "clip", wrong) for i in range(num_modes)]
+    params = {f"setting{i}": "[x](y)" * 100 for i in range(300)}
+    return compare_group(group_of(runs, params=params), Thresholds())
+
+
+@pytest.mark.parametrize("num_modes", [2, 20, 70])
+def test_comment_leaves_whole_sections_out_where_it_is_too_long(num_modes: int) -> None:
+    text = markdown(long_group(num_modes))
     assert len(text) < LIMIT
     assert text.count("<details>") == text.count("</details>")
-    assert "Cut to the length of one comment" in text
+    assert text.startswith("## ❌ BUG\n\nmode0")
+    tables = re.findall(r"(?:^\| .* \|$\n?)+", text, re.MULTILINE)
+    for table in tables:
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(bars) == 1
+    left_out = re.search(r"^_Left out for length: (.*)\. report", text, re.MULTILINE)
+    assert bool(left_out) == (num_modes > 2)
+    if left_out:
+        for title in left_out.group(1).split(", "):
+            assert f"<summary>{title}</summary>" not in text
 
 
 @pytest.mark.parametrize(
@@ -229,8 +246,7 @@ def test_two_group_names_never_share_a_folder() -> None:
 def test_exact_zero_is_visible_on_the_log_axis() -> None:
     chart = next(c for c in figures(compared(healthy_runs())) if c.name == "drift_clip_grad_norm")
     curve = chart.figure.data[0]
-    assert set(curve.y) == {ZERO}
-    assert "0, bitwise equal" in curve.text[0]
+    assert set(curve.y.tolist()) == {float(np.float32(ZERO))}
     assert ZERO in chart.figure.layout.yaxis.tickvals
 
 
@@ -298,86 +314,3 @@ def test_png_charts_are_drawn(tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert image.width >= 1000
             assert len(image.convert("RGB").getcolors(1 << 20) or []) > 20
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    flags = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu", *flags]
-        )
-        yield chromium
-        chromium.close()
-
-
-def opened(browser: Any, path: Path, **more: Any) -> Any:
-    """A page that is offline and fails on any console error."""
-    context = browser.new_context(offline=True, **more)
-    page = context.new_page()
-    page.complaints = []
-    page.on("console", lambda m: m.type == "error" and page.complaints.append(m.text))
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (page.complaints.append("dialog"), dialog.dismiss()))
-    page.goto(path.as_uri())
-    page.wait_for_function(
-        "[...document.querySelectorAll('.chart')].every(e => e.dataset.drawn)", timeout=60_000
-    )
-    return page
-
-
-@pytest.mark.browser
-@needs_chromium
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_report_draws_every_chart_offline(browser: Any, written: Path, scheme: Any) -> None:
-    page = opened(browser, written / "report.html", color_scheme=scheme)
-    assert page.complaints == []
-    charts = page.locator(".chart")
-    assert charts.count() > 10
-    drawn = page.evaluate(
-        "[...document.querySelectorAll('.chart')].map(e => e.querySelectorAll("
-        "'.scatterlayer .trace, .heatmaplayer image, .barlayer .trace').length)"
-    )
-    assert all(drawn)
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    light = sum(map(int, re.findall(r"\d+", ground))) > 380
-    assert light == (scheme == "light")
-    ink = page.evaluate("getComputedStyle(document.querySelector('.chart .xtick text')).fill")
-    assert (sum(map(int, re.findall(r"\d+", ink))) < 380) == light
-    page.context.close()
-
-
-@pytest.mark.browser
-@needs_chromium
-def test_report_fits_a_phone(browser: Any, written: Path) -> None:
-    page = opened(browser, written / "report.html", viewport={"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.context.close()
-
-
-@pytest.mark.browser
-@needs_chromium
-def test_what_scrolls_is_reachable_by_keyboard(browser: Any, written: Path) -> None:
-    page = opened(browser, written / "report.html", viewport={"width": 390, "height": 800})
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.getAttribute('href')") == "#modes"
-    unreachable = page.evaluate(
-        "[...document.querySelectorAll('.scroll, pre')].filter(e => e.tabIndex !== 0).length"
-    )
-    assert unreachable == 0
-    page.context.close()
-
-
-@pytest.mark.browser
-@needs_chromium
-def test_hostile_names_are_inert_in_the_browser(browser: Any, tmp_path: Path) -> None:
-    write_report(hostile(), tmp_path, png=False)
-    for path in sorted(tmp_path.glob("*.html")):
-        page = opened(browser, path)
-        assert page.complaints == []
-        assert page.locator("img").count() == 0
-        assert page.locator(".chart a").count() == 0
-        shown = page.locator("h1").first.inner_text()
-        assert HOSTILE in shown
-        page.context.close()

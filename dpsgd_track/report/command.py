@@ -135,6 +135,8 @@ def _compare(
     # A log file has no width of its own, and is no reason to leave columns out.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH
     print_table(comparison, Console(highlight=False, width=width))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        print((folder / "annotations.txt").read_text(encoding="utf-8"), end="")
     print(f"Report: {files[0]} (and {len(files) - 1} more files in {folder})")
     if arguments.export is not None:
         _export(group, arguments)

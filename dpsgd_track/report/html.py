@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -11,10 +12,35 @@ import jinja2
 from markupsafe import Markup
 
 from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
-from dpsgd_track.report.charts import Chart
+from dpsgd_track.comparison.verdict import number
+from dpsgd_track.report.charts import Chart, Style
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
+from dpsgd_track.report.names import visible
+from dpsgd_track.report.stages import (
+    ALL_STAGES,
+    SYMBOLS,
+    VERDICT_SYMBOLS,
+    accepted,
+    advice,
+    stage_tables,
+)
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
+
+SECTIONS = (
+    ("trajectories", "Trajectories", "Trajectories", "No run recorded a step."),
+    ("drift", "Drift by observable", "Drift", "No two runs could be compared."),
+    (
+        "heatmap",
+        "Where: parameter, rank and step",
+        "Where",
+        "Left out: no two runs recorded per-sample norms by parameter.",
+    ),
+    ("samples", "Sample by sample", "Samples", "Left out: no two runs recorded per-sample norms."),
+    ("noise", "Noise audit", "Noise audit", "Left out: no mode's own noise was audited."),
+    ("cost", "Time and memory", "Time and memory", "Left out: no run recorded a time."),
+)
+"""(identifier, heading, the same in one word or two, what is said where there is no chart)."""
 
 
 @cache
@@ -22,6 +48,7 @@ def _templates() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("dpsgd_track.report"),
         autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -34,15 +61,44 @@ def _plotly() -> Markup:
     return Markup(get_plotlyjs())  # the library's own code, not a name from a run
 
 
+def chart_data(chart: Chart) -> str:
+    """What the page draws `chart` from, as JSON in which equal arrays stand only once.
+
+    An array is kept under `arrays`, and `{"$": i}` stands in its place.
+    """
+    places: dict[str, int] = {}
+
+    def place(value: Any) -> dict[str, int]:
+        return {"$": places.setdefault(json.dumps(value, separators=(",", ":")), len(places))}
+
+    def shared(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if value.keys() >= {"dtype", "bdata"}:
+                return place(value)
+            return {key: shared(item) for key, item in value.items()}
+        if not isinstance(value, list):
+            return value
+        if len(value) > 2 and all(isinstance(item, str) for item in value):
+            return place(value)
+        return [shared(item) for item in value]
+
+    document = shared(json.loads(chart.figure.to_json()))
+    document["arrays"] = [json.loads(text) for text in places]
+    if chart.cube:
+        document["cube"] = chart.cube
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def _data(chart: Chart) -> Markup:
     # Inside a script element only `<` can end it or open a comment.
-    return Markup(chart.figure.to_json().replace("<", "\\u003c"))
+    return Markup(chart_data(chart).replace("<", "\\u003c"))
 
 
 def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
     """The whole report, with `charts` in their order."""
     group = comparison.group
     started = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
+    style = Style.of(comparison)
     return (
         _templates()
         .get_template("report.html")
@@ -50,22 +106,58 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
             comparison=comparison,
             group=group,
             started=f"{started:%Y-%m-%d %H:%M} UTC",
+            advice=advice(comparison),
+            facts=_facts(comparison),
+            symbols=VERDICT_SYMBOLS,
+            style=style,
             headings=HEADINGS,
             rows=rows(comparison),
-            guarantees=guarantees(group),
+            mode_of={run.title: style.index(run.label) for run in group.runs},
+            stages=ALL_STAGES,
+            stage_tables=stage_tables(comparison),
+            stage_symbols=SYMBOLS,
+            sections=SECTIONS,
+            charts_of={
+                section: [chart for chart in charts if chart.section == section]
+                for section, *_ in SECTIONS
+            },
+            audits=[audit for regime in comparison.regimes for audit in regime.audits.values()],
+            number=number,
+            waived=accepted(comparison),
+            not_computed=_not_computed(comparison),
             floors=floors(comparison),
             consistency=consistency(comparison),
-            not_computed=[
-                (regime, f"{pair.mode} vs {pair.baseline}", name, why)
-                for regime, pair in iter_not_computed(comparison)
-                for name, why in pair.not_computed.items()
-            ],
+            guarantees=guarantees(group),
             environment=environment(group),
             command=command(group),
-            charts=charts,
             **_page(group.name),
         )
     )
+
+
+def _facts(comparison: GroupComparison) -> list[str]:
+    """What the verdict rests on, in a few words each."""
+    group = comparison.group
+    judged = len({run.label for run in group.runs})
+    replays = len({run.title for run in group.runs if run.replay})
+    steps = {run.trajectory.num_steps for run in group.runs if run.trajectory}
+    names = ", ".join(regime.name for regime in comparison.regimes)
+    facts = [f"{judged} mode{'s' * (judged != 1)}"]
+    if names:
+        facts.append(f"regime{'s' * (len(comparison.regimes) != 1)} {names}")
+    if steps:
+        facts.append(f"up to {max(steps):,} step{'s' * (max(steps) != 1)} each")
+    floor = f"rounding measured by {replays} replay{'s' * (replays != 1)}"
+    facts.append(floor if replays else "rounding was not measured")
+    return facts
+
+
+def _not_computed(comparison: GroupComparison) -> list[tuple[str, str, str, str]]:
+    return [
+        (regime, f"{pair.mode} vs {pair.baseline}", name, why)
+        for regime, pair in iter_not_computed(comparison)
+        for name, why in pair.not_computed.items()
+    ]
 
 
 def chart_html(chart: Chart, group: str) -> str:

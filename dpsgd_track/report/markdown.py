@@ -6,20 +6,27 @@ import re
 from collections.abc import Iterable, Sequence
 
 from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
+from dpsgd_track.comparison.verdict import number
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
-from dpsgd_track.report.table import HEADINGS, consistency, floors, rows, waived
+from dpsgd_track.report.names import visible
+from dpsgd_track.report.stages import accepted, advice, stage_tables
+from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
 
 LIMIT = 65_536
 """Characters that a code host accepts in one comment."""
+_RESERVED = 1000
+"""For the line that names what was left out."""
 
 _ICONS = {"PASS": "✅", "DRIFT": "🟠", "BUG": "❌", "INCONCLUSIVE": "❔"}
-_CUT = "\n\n_Cut to the length of one comment; report.html has everything._\n"
+_LONGEST_SENTENCE, _LONGEST_CELL = 600, 120
+_MOST_ROWS, _MOST_LADDERS = 60, 6
 
 
-def _prose(text: str) -> str:
+def _prose(text: str, longest: int = _LONGEST_SENTENCE) -> str:
     # Names stay readable in the source as well: only what could act is escaped.
-    line = " ".join(text.split())
+    line = visible(" ".join(text.split()))
+    line = line if len(line) <= longest else f"{line[: longest - 1]}…"
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", line)
     # A zero-width space keeps a mention and a bare link from being made out of a name.
@@ -27,9 +34,21 @@ def _prose(text: str) -> str:
 
 
 def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    found = list(lines)
+    if not found:
+        return ""
     table = [heading, ["---"] * len(heading)]
-    table += [[_prose(cell) for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+    table += [[_prose(cell, _LONGEST_CELL) for cell in line] for line in found[:_MOST_ROWS]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table) + _more(len(found))
+
+
+def _list(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items[:_MOST_ROWS]) + _more(len(items))
+
+
+def _more(count: int) -> str:
+    left = count - _MOST_ROWS
+    return f"\n\n_And {left} more in report.html._" if left > 0 else ""
 
 
 def _folded(title: str, body: str) -> str:
@@ -38,68 +57,116 @@ def _folded(title: str, body: str) -> str:
 
 def note(comparison: GroupComparison) -> str:
     """The verdict and the table of modes: what the group run's note shows."""
+    worst_first = sorted(rows(comparison), key=lambda row: -row.verdict.severity)
     table = _table(
         HEADINGS,
         (
             [row.cells[0], f"{_ICONS[row.verdict]} {row.cells[1]}", *row.cells[2:]]
-            for row in rows(comparison)
+            for row in (rows(comparison) if len(worst_first) <= _MOST_ROWS else worst_first)
         ),
     )
     verdict = f"## {_ICONS[comparison.verdict]} {comparison.verdict}"
     said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
     name = f"Group **{_prose(comparison.group.name)}**"
     promised = [_prose(sentence) for sentence in guarantees(comparison.group)]
-    return "\n\n".join([verdict, _prose(said), table, *promised, name]) + "\n"
+    parts = [verdict, _prose(said), f"**{_prose(advice(comparison))}**", table, *promised, name]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _ladders(comparison: GroupComparison) -> list[str]:
+    """A table of stages for each mode in which one went wrong."""
+    return [
+        f"**{_prose(line.label)}** in {_prose(table.regime)}, against {_prose(table.against)}"
+        + (f": {_prose(line.blame.sentence)}." if line.blame else "")
+        + "\n\n"
+        + _table(
+            ("stage", "status", "value", "of its limit", "where"),
+            (
+                (cell.stage, f"{cell.symbol} {cell.status}", cell.value, cell.multiple, cell.about)
+                for cell in line.cells
+            ),
+        )
+        for table in stage_tables(comparison)
+        for line in table.lines
+        if line.is_wrong
+    ][:_MOST_LADDERS]
 
 
 def markdown(comparison: GroupComparison) -> str:
-    """The whole comment, shorter than LIMIT characters."""
-    why = "\n".join(f"- **{mode.verdict}** {_prose(mode.sentence)}" for mode in comparison.modes)
-    all_findings = "\n".join(
-        f"- **{f.verdict}**{' (waived)' * bool(f.waiver)} {_prose(f'{mode.label}: {f.sentence}')}"
+    """The whole comment, shorter than LIMIT characters.
+
+    A section that no longer fits is left out as a whole, and the last line says so.
+    """
+    text = note(comparison)
+    left_out: list[str] = []
+    for title, body, is_folded in _sections(comparison):
+        section = f"\n{_folded(title, body) if is_folded else body}\n" if body else ""
+        if len(text) + len(section) + _RESERVED > LIMIT:
+            left_out.append(title)
+        else:
+            text += section
+    if left_out:
+        names = ", ".join(dict.fromkeys(left_out))
+        text += f"\n_Left out for length: {names}. report.html has everything._\n"
+    return text
+
+
+def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
+    """(title, body, whether it is folded), the most important first."""
+    ladders = [("Stages", body, False) for body in _ladders(comparison)]
+    why = [f"**{mode.verdict}** {_prose(mode.sentence)}" for mode in comparison.modes]
+    found = [
+        f"**{f.verdict}** {_prose(mode.label)}: {_prose(f.sentence)}{' (waived)' * bool(f.waiver)}"
         for mode in comparison.modes
         for f in mode.findings
-    )
-    skipped = "\n".join(
-        f"- {_prose(f'{regime}: {pair.mode} vs {pair.baseline}: {name} {why}')}"
+    ]
+    skipped = [
+        _prose(f"{regime}: {pair.mode} vs {pair.baseline}: {name} {why}")
         for regime, pair in iter_not_computed(comparison)
         for name, why in pair.not_computed.items()
-    )
-    differing = _table(("setting", "before", "after"), comparison.environment_differences)
-    differing *= bool(comparison.environment_differences)
-    details = [
-        ("Why, mode by mode", why),
-        ("All findings", all_findings),
-        ("Waivers", "\n".join(f"- {_prose(sentence)}" for sentence in waived(comparison))),
-        (
-            "Thresholds and the measured numerical floor",
-            _table(
-                ("regime", "observable", "floor", "threshold", "largest of all pairs"),
-                floors(comparison),
-            ),
-        ),
-        (
-            "Consistency analysis",
-            _table(
-                ("regime", "modes", "observable", "mean", "std", "max"), consistency(comparison)
-            ),
-        ),
-        ("Not computed, so not compared", skipped),
-        ("Environments that differ", differing),
-        ("Environment", _table(("setting", "value"), environment(comparison.group))),
-        ("Reproduce", _code(command(comparison.group))),
     ]
-    text = note(comparison)
-    for title, body in details:
-        section = "\n" + _folded(title, body) + "\n" if body else ""
-        if len(text) + len(section) + len(_CUT) >= LIMIT:
-            return text[: LIMIT - len(_CUT) - 1] + _CUT
-        text += section
-    return text
+    limits = ("regime", "observable", "floor", "threshold", "largest of all pairs")
+    spread = ("regime", "modes", "observable", "mean", "std", "max")
+    differing = _table(("setting", "before", "after"), comparison.environment_differences)
+    folded = [
+        ("Why, mode by mode", _list(why)),
+        ("Reproduce", _code(command(comparison.group))),
+        ("All findings", _list(found)),
+        ("Waivers", _waivers(comparison)),
+        ("Noise audit", _audits(comparison)),
+        ("What differs between the two groups", differing),
+        ("Thresholds and the measured numerical floor", _table(limits, floors(comparison))),
+        ("Consistency analysis", _table(spread, consistency(comparison))),
+        ("Not computed, so not compared", _list(skipped)),
+        ("Environment", _table(("setting", "value"), environment(comparison.group))),
+    ]
+    return [*ladders, *((title, body, True) for title, body in folded)]
+
+
+def _waivers(comparison: GroupComparison) -> str:
+    lines = [
+        (m.label, f.observable, number(f.value), f.waiver.reason, str(f.waiver.expires))
+        for m, f in accepted(comparison)
+        if f.waiver
+    ]
+    table = _table(("mode", "observable", "drift", "reason", "until"), lines)
+    notes = _list([_prose(line) for line in comparison.waiver_notes])
+    return "\n\n".join(part for part in (table, notes) if part)
+
+
+def _audits(comparison: GroupComparison) -> str:
+    lines = [
+        (audit.regime, audit.mode, check.title, "ok" if check.is_ok else "failed", check.sentence)
+        for regime in comparison.regimes
+        for audit in regime.audits.values()
+        for check in audit.checks
+    ]
+    return _table(("regime", "mode", "check", "result", "found"), lines)
 
 
 def _code(text: str) -> str:
     if not text:
         return ""
+    text = visible(text)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}sh\n{text}\n{fence}"

@@ -1,5 +1,7 @@
 """`drift.json`: every number of the comparison, as strict JSON with a versioned schema.
 
+The schema is published beside this file: `schema/drift.schema.json`, JSON Schema draft 2020-12.
+
 A number that JSON has no literal for is a string ("Infinity", "-Infinity") or null (NaN). Of a
 long series only some steps are listed (thinning.py), its extremes among them; every other number
 is that of all steps.
@@ -17,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from dpsgd_track.comparison.drift import Drift, Pair
+from dpsgd_track.comparison.noise import NoiseAudit
 from dpsgd_track.comparison.result import GroupComparison, ModeVerdict, RegimeComparison
+from dpsgd_track.comparison.verdict import Finding
 from dpsgd_track.report.table import rows
 from dpsgd_track.report.thinning import kept
 
 SCHEMA = "dpsgd-track/drift"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def drift_json(comparison: GroupComparison) -> str:
@@ -37,13 +41,13 @@ def drift_json(comparison: GroupComparison) -> str:
         "sentence": comparison.sentence,
         "thresholds": dataclasses.asdict(comparison.thresholds),
         "table": [dataclasses.asdict(row) for row in rows(comparison)],
-        "waiver_notes": comparison.waiver_notes,
-        "environment_differences": [
-            {"key": key, "before": before, "after": after}
-            for key, before, after in comparison.environment_differences
-        ],
         "modes": [_mode(mode) for mode in comparison.modes],
         "regimes": [_regime(regime) for regime in comparison.regimes],
+        "waiver_notes": comparison.waiver_notes,
+        "environment_differences": [
+            {"setting": setting, "before": before, "after": after}
+            for setting, before, after in comparison.environment_differences
+        ],
         "runs": [
             {
                 key: getattr(run, key)
@@ -87,12 +91,31 @@ def _mode(mode: ModeVerdict) -> dict[str, Any]:
         "label": mode.label,
         "verdict": mode.verdict,
         "sentence": mode.sentence,
-        "findings": [dataclasses.asdict(finding) for finding in mode.findings],
+        "findings": [_finding(finding) for finding in mode.findings],
         "first_failures": [
             {"regime": regime, "against": against, **dataclasses.asdict(failure)}
             for (regime, against), failure in mode.failures.items()
         ],
+        "ladders": [
+            {
+                "regime": regime,
+                "against": against,
+                "stages": [dataclasses.asdict(rung) for rung in rungs],
+            }
+            for (regime, against), rungs in mode.ladders.items()
+        ],
+        "blames": [
+            {"regime": regime, "against": against, **dataclasses.asdict(blame)}
+            for (regime, against), blame in mode.blames.items()
+        ],
     }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    found = dataclasses.asdict(finding)
+    if finding.waiver:
+        found["waiver"]["expires"] = finding.waiver.expires.isoformat()
+    return found
 
 
 def _regime(regime: RegimeComparison) -> dict[str, Any]:
@@ -104,10 +127,23 @@ def _regime(regime: RegimeComparison) -> dict[str, Any]:
             for label, floor in regime.floors.items()
         },
         "pairs": [_pair(pair) for pair in regime.pairs],
+        "noise_audits": [_audit(audit) for audit in regime.audits.values()],
         "largest_of_all_pairs": {
             name: {"modes": [largest.first, largest.second], **_drift(largest.drift, steps=False)}
             for name, largest in regime.largest.items()
         },
+    }
+
+
+def _audit(audit: NoiseAudit) -> dict[str, Any]:
+    return {
+        "mode": audit.mode,
+        "source": audit.source,
+        "checks": [dataclasses.asdict(check) for check in audit.checks],
+        "by_parameter": [
+            {"parameter": name, "ratio": ratio, "low": low, "high": high}
+            for name, ratio, low, high in audit.by_parameter
+        ],
     }
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpsgd_track.comparison.result import GroupComparison
+from dpsgd_track.report.annotations import workflow_commands
 from dpsgd_track.report.charts import figures
 from dpsgd_track.report.html import chart_html, html
+from dpsgd_track.report.junit import junit
 from dpsgd_track.report.markdown import markdown
 from dpsgd_track.report.numbers import drift_json
 from dpsgd_track.report.png import PngSkipped, write_png
@@ -48,6 +50,8 @@ def write_report(
         "report.md": markdown(comparison),
         "summary.txt": summary(comparison),
         "drift.json": drift_json(comparison),
+        "junit.xml": junit(comparison),
+        "annotations.txt": workflow_commands(comparison),
         **{f"{chart.name}.html": chart_html(chart, comparison.group.name) for chart in charts},
     }
     files = []

@@ -1,0 +1,53 @@
+"""`annotations.txt`: what went wrong as GitHub's workflow commands, one a line."""
+
+from __future__ import annotations
+
+from dpsgd_track.comparison.result import GroupComparison
+from dpsgd_track.comparison.verdict import Verdict, worst
+from dpsgd_track.report.junit import counted
+from dpsgd_track.report.names import visible
+
+MOST = 10
+"""Of each level: GitHub shows no more of one step."""
+
+_LEVELS = {Verdict.BUG: "error", Verdict.DRIFT: "error", Verdict.INCONCLUSIVE: "warning"}
+
+
+def workflow_commands(comparison: GroupComparison) -> str:
+    """One line for each mode and regime that does not pass; the last says how many are left out."""
+    found: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
+    for mode in comparison.modes:
+        for regime in dict.fromkeys(finding.regime for finding in mode.findings):
+            if not (findings := counted(mode, regime)):
+                continue
+            verdict = worst(finding.verdict for finding in findings)
+            blames = [b.sentence for (name, _), b in mode.blames.items() if name == regime]
+            said = next(f.sentence for f in findings if f.verdict is verdict)
+            title = f"{verdict}: {mode.label} in {regime}"
+            found[_LEVELS[verdict]].append((title, ". ".join([*blames[:1], said])))
+    if not comparison.modes:
+        found["warning"].append(("INCONCLUSIVE", comparison.sentence))
+    lines = [
+        _command(level, title, message)
+        for level, entries in found.items()
+        for title, message in _shortened(entries)
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _shortened(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    if len(entries) <= MOST:
+        return entries
+    left = len(entries) - MOST + 1
+    return [*entries[: MOST - 1], (f"{left} more", "They stand in report.html.")]
+
+
+def _command(level: str, title: str, message: str) -> str:
+    # In a property a colon or a comma would end it; a line feed would begin another command.
+    name = _escaped(title).replace(":", "%3A").replace(",", "%2C")
+    return f"::{level} title={name}::{_escaped(message)}"
+
+
+def _escaped(text: str) -> str:
+    text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return visible(text)

@@ -1,0 +1,64 @@
+"""The points of a curve: as few as show it, and as precise as a page can draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsgd_track.tracking.trajectory import Floats
+
+_MOST_POINTS, _LEAST_POINTS = 1000, 200
+"""Of one curve; more would merge on any screen, and fewer would hide what happened."""
+
+_POINTS_OF_A_PAGE = 115_000
+"""At eight bytes each, this keeps the page below 6 MB beside Plotly's own code."""
+
+ZERO = 1e-17
+"""Where an exact zero is drawn on a logarithmic axis."""
+
+_LARGEST = 1e38  # what float32 holds
+
+
+def points_of_each(num_curves: int) -> int:
+    """Most points of a curve on a page that has `num_curves`."""
+    return max(_LEAST_POINTS, min(_MOST_POINTS, _POINTS_OF_A_PAGE // max(1, num_curves)))
+
+
+def drawn(values: NDArray[Any]) -> NDArray[np.float32]:
+    """`values` with seven digits, which the page stores in six characters each."""
+    return np.clip(values, -_LARGEST, _LARGEST).astype(np.float32)
+
+
+def whole(values: NDArray[Any]) -> NDArray[Any]:
+    """Whole numbers, such as steps, in the smallest type that holds them."""
+    largest = int(np.abs(values).max(initial=0))
+    fitting = next((t for t in (np.int8, np.int16) if largest <= np.iinfo(t).max), np.int32)
+    return values.astype(fitting)
+
+
+def above_zero(values: Floats) -> Floats:
+    """`values` for a logarithmic axis: what is not finite is not drawn, and 0 is ZERO."""
+    return np.where(np.isfinite(values), np.maximum(values, ZERO), np.nan)
+
+
+def step_axis(first: int, last: int) -> dict[str, Any]:
+    """An axis of steps, none of which is half a step."""
+    few = {"dtick": 1} if last - first < 12 else {}
+    return {"title_text": "step", **few}
+
+
+def log_axis(heights: list[float]) -> dict[str, Any]:
+    """A logarithmic axis that holds `heights`, with a tick for 0 where one is ZERO."""
+    low = int(np.floor(np.log10(min(heights))))
+    high = int(np.ceil(np.log10(max(heights)))) + 1
+    every = max(1, -(-(high - low) // 8))
+    powers = [power for power in range(low, high + 1, every) if 10.0**power > ZERO * 5]
+    has_zero = min(heights) <= ZERO
+    return {
+        "type": "log",
+        "range": [low - 0.5, high],
+        "tickvals": [*([ZERO] if has_zero else []), *(10.0**power for power in powers)],
+        "ticktext": [*(["0"] if has_zero else []), *(f"1e{power:+03d}" for power in powers)],
+    }

@@ -1,0 +1,190 @@
+"""How far each mode is from the baseline at each step, with the threshold and the floor."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from dpsgd_track.comparison.drift import OBSERVABLES, Drift, Pair
+from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
+from dpsgd_track.comparison.verdict import number
+from dpsgd_track.report.charts.curves import (
+    ZERO,
+    above_zero,
+    drawn,
+    log_axis,
+    step_axis,
+    whole,
+)
+from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, name_axis, plain, wrapped
+from dpsgd_track.report.thinning import kept
+from dpsgd_track.tracking.trajectory import Integers
+
+_ALWAYS = ("loss", "grad_norm", "sample_norm", "gradient")
+_IF_ANY = ("clip_factor", "noise", "update")
+"""Drawn only where some mode is off: where all are equal, the ladder says all there is to say."""
+
+
+def against_baseline(regime: RegimeComparison) -> list[Pair]:
+    """The pairs that charts show."""
+    return [pair for pair in regime.pairs if pair.baseline == regime.baseline]
+
+
+def drift_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
+    """One chart of each observable and regime, then one of all layers."""
+    charts = []
+    for regime in comparison.regimes:
+        pairs = against_baseline(regime)
+        charts += [
+            _drift_chart(comparison, regime, name, style)
+            for name in OBSERVABLES
+            if any(name in pair.drifts for pair in pairs)
+            and (name in _ALWAYS or (name in _IF_ANY and _differs(pairs, name)))
+        ]
+        if any(_layers(pair) for pair in pairs):
+            charts.append(_layer_heatmap(comparison, regime, style))
+    return charts
+
+
+def _differs(pairs: list[Pair], name: str) -> bool:
+    return any(pair.drifts[name].max > 0 for pair in pairs if name in pair.drifts)
+
+
+def _drift_chart(
+    comparison: GroupComparison, regime: RegimeComparison, name: str, style: Style
+) -> Chart:
+    observable = OBSERVABLES[name]
+    threshold = float(getattr(comparison.thresholds, observable.threshold))
+    floor = known.of(name) if (known := regime.floor()) else None
+    figure = go.Figure()
+    heights = [threshold, *([max(floor, ZERO)] if floor is not None else [])]
+    pairs = [pair for pair in against_baseline(regime) if name in pair.drifts]
+    for pair in pairs:
+        heights += _curve(figure, pair, pair.drifts[name], (threshold, floor), style)
+    every = np.concatenate([pair.drifts[name].steps for pair in pairs])
+    ends = np.array([every.min(), every.max()])
+    _limit(figure, ends, threshold, f"threshold {number(threshold)}", "dash")
+    if floor is not None:
+        _limit(figure, ends, max(floor, ZERO), f"floor {number(floor)}", "dot")
+    layout(figure, 400, showlegend=True)
+    kind = "relative" if observable.is_relative else "absolute"
+    figure.update_xaxes(**step_axis(int(ends[0]), int(ends[1])))
+    figure.update_yaxes(title_text=f"{kind} difference", **log_axis(heights))
+    zero = " Drawn at 0: bitwise equal." if min(heights) <= ZERO else ""
+    return Chart(
+        name=f"drift_{regime.name}_{name}",
+        title=f"Drift of the {observable.title} in {regime.name}",
+        caption=f"Largest difference from {regime.baseline} at each step.{zero}"
+        + ("" if floor is not None else " No floor was measured."),
+        figure=figure,
+        section="drift",
+        regime=regime.name,
+    )
+
+
+def _curve(
+    figure: go.Figure,
+    pair: Pair,
+    drift: Drift,
+    held_against: tuple[float, float | None],
+    style: Style,
+) -> list[float]:
+    """Adds the curve and returns its heights."""
+    y = above_zero(drift.per_step)
+    at = kept(y, style.most_points)
+    places, more = _wheres([drift.where_per_step[place] for place in at])
+    threshold, floor = held_against
+    figure.add_scatter(
+        x=whole(drift.steps[at]),
+        y=drawn(y[at]),
+        customdata=places,
+        **style.line(pair.mode, len(at), hover="drift", threshold=threshold, floor=floor, **more),
+    )
+    return [float(value) for value in y[np.isfinite(y)]]
+
+
+def _wheres(names: list[str]) -> tuple[NDArray[Any] | None, dict[str, Any]]:
+    """A number for each name, and what the page makes the name of it again."""
+    if not any(names):
+        return None, {}
+    # Samples are many, and differ in their number alone.
+    numbered = [re.fullmatch(r"(\D*)(\d{1,9})", name, re.ASCII) for name in names]
+    prefixes = {match.group(1) for match in numbered if match}
+    if len(prefixes) == 1 and all(numbered):
+        numbers = np.array([int(match.group(2)) for match in numbered if match])
+        return whole(numbers), {"prefix": plain(prefixes.pop())}
+    known = list(dict.fromkeys(names))
+    place_of = {name: i for i, name in enumerate(known)}
+    places = np.array([place_of[name] for name in names])
+    return whole(places), {"names": [plain(name) for name in known]}
+
+
+def _limit(figure: go.Figure, ends: Integers, y: float, text: str, dash: str) -> None:
+    # In the legend its label covers no curve.
+    figure.add_scatter(
+        x=whole(ends),
+        y=[y, y],
+        mode="lines",
+        line={"dash": dash, "color": GREY, "width": 2.5},
+        name=text,
+        hovertemplate="%{fullData.name}<extra></extra>",
+    )
+
+
+def _layers(pair: Pair) -> dict[str, float]:
+    drift = pair.drifts.get("layer_grad_norm")
+    return dict(drift.by_item) if drift else {}
+
+
+def _layer_heatmap(comparison: GroupComparison, regime: RegimeComparison, style: Style) -> Chart:
+    pairs = [pair for pair in against_baseline(regime) if _layers(pair)]
+    layers = list(dict.fromkeys(layer for pair in pairs for layer in _layers(pair)))
+    figure = go.Figure()
+    # A trace a mode, so that the filter takes out its column.
+    for column, pair in enumerate(pairs):
+        values = [_layers(pair).get(layer, np.nan) for layer in layers]
+        figure.add_heatmap(
+            x=[column - 0.5, column + 0.5],
+            y=np.arange(len(layers), dtype=np.int32),
+            z=np.log10(np.clip(np.array(values), ZERO, 1e300)).astype(np.float32)[:, None],
+            text=[["" if np.isnan(value) else number(value)] for value in values],
+            texttemplate="%{text}",
+            textfont={"size": 11},
+            customdata=[[plain(layer)] for layer in layers],
+            hovertemplate="%{fullData.name}<br>%{customdata}<br>%{text}<extra></extra>",
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+            **style.of_mode(pair.mode),
+        )
+    threshold = float(getattr(comparison.thresholds, OBSERVABLES["layer_grad_norm"].threshold))
+    # The page colours it as the heatmap of parameters, by the threshold.
+    layout(figure, max(250, 110 + 22 * len(layers)), showlegend=False)
+    more_lines = max(wrapped(pair.mode).count("<br>") for pair in pairs)
+    margin = {"t": 40 + 14 * more_lines, "r": 90, "b": 20}
+    figure.update_layout(margin=margin, meta={"threshold": threshold})
+    figure.update_xaxes(
+        side="top",
+        tickangle=0,
+        tickvals=list(range(len(pairs))),
+        ticktext=[wrapped(pair.mode) for pair in pairs],
+        range=[-0.5, len(pairs) - 0.5],
+        showgrid=False,
+        zeroline=False,
+    )
+    figure.update_yaxes(**name_axis(layers, 22))
+    return Chart(
+        name=f"layers_{regime.name}",
+        title=f"Gradient norm by layer in {regime.name}",
+        caption=f"Largest relative difference from {regime.baseline} over all steps. "
+        f"Blue is below the threshold of {number(threshold)}, orange above.",
+        figure=figure,
+        section="drift",
+        regime=regime.name,
+        min_width=7 * min(44, max(map(len, layers))) + 130 * len(pairs) + 120,
+        is_wide=True,
+    )

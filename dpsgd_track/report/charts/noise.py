@@ -1,0 +1,87 @@
+"""The size of the noise of each parameter, as a multiple of what it should be."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+
+from dpsgd_track.comparison.noise import NoiseAudit
+from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
+from dpsgd_track.report.charts.curves import drawn
+from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, name_axis, plain
+
+_MOST_PARAMETERS = 40
+
+
+def noise_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
+    """One chart of each regime whose noise was audited by parameter."""
+    return [
+        _chart(regime, audits, style)
+        for regime in comparison.regimes
+        if (audits := [audit for audit in regime.audits.values() if audit.by_parameter])
+    ]
+
+
+def _shown(audits: list[NoiseAudit]) -> tuple[list[str], int]:
+    """The parameters that are drawn, in the model's order, and how many there are."""
+    farthest: dict[str, float] = {}
+    for audit in audits:
+        for name, estimate, low, high in audit.by_parameter:
+            # Farther from 1 in units of its own interval is more surprising.
+            off = abs(estimate - 1) / max(high - low, 1e-12)
+            off = off if np.isfinite(off) else np.inf
+            farthest[name] = max(farthest.get(name, 0.0), off)
+    worst = sorted(farthest, key=lambda name: -farthest[name])[:_MOST_PARAMETERS]
+    return [name for name in farthest if name in worst], len(farthest)
+
+
+def _chart(regime: RegimeComparison, audits: list[NoiseAudit], style: Style) -> Chart:
+    names, total = _shown(audits)
+    figure = go.Figure()
+    for place, audit in enumerate(audits):
+        known = [entry for entry in audit.by_parameter if entry[0] in names]
+        ratio, low, high = (np.array([entry[i] for entry in known]) for i in (1, 2, 3))
+        # Modes of one parameter stand beside each other.
+        shift = (place - (len(audits) - 1) / 2) * 0.7 / len(audits)
+        figure.add_scatter(
+            x=drawn(ratio),
+            y=drawn(np.array([names.index(entry[0]) for entry in known]) + shift),
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": drawn(high - ratio),
+                "arrayminus": drawn(ratio - low),
+                "thickness": 1.5,
+                "width": 3,
+            },
+            mode="markers",
+            marker={
+                "symbol": style.symbol(audit.mode),
+                "color": style.colour(audit.mode),
+                "size": 8,
+            },
+            **style.of_mode(audit.mode, hover="noise", names=[plain(entry[0]) for entry in known]),
+        )
+    figure.add_scatter(
+        x=[1, 1],
+        y=[-0.5, len(names) - 0.5],
+        mode="lines",
+        line={"color": GREY, "width": 2, "dash": "dash"},
+        name="as it should be",
+        hoverinfo="skip",
+    )
+    row_height = max(18, 9 * len(audits))
+    layout(figure, 150 + row_height * len(names), showlegend=True)
+    figure.update_xaxes(title_text="std of the noise / (sigma C)")
+    figure.update_yaxes(**name_axis(names, row_height))
+    left_out = f" Drawn: the {len(names)} farthest from 1 of {total}." if total > len(names) else ""
+    return Chart(
+        name=f"noise_{regime.name}",
+        title=f"Size of the noise by parameter in {regime.name}",
+        caption=f"Estimate and confidence interval; 1 is sigma C.{left_out}",
+        figure=figure,
+        section="noise",
+        regime=regime.name,
+        min_width=560,
+        is_wide=True,
+    )

@@ -1,0 +1,140 @@
+"""Each sample's gradient norm against the baseline's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from dpsgd_track.comparison.alignment import align
+from dpsgd_track.comparison.drift import OBSERVABLES
+from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
+from dpsgd_track.comparison.verdict import number
+from dpsgd_track.report.charts.curves import drawn, whole
+from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
+from dpsgd_track.tracking.trajectory import Floats, Integers, Trajectory
+
+_MOST_SAMPLES = 500
+"""Of one mode."""
+_NAME = "sample_norm"
+
+
+def sample_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
+    """One chart of each regime in which per-sample norms were compared."""
+    return [chart for regime in comparison.regimes if (chart := _chart(comparison, regime, style))]
+
+
+def _chart(comparison: GroupComparison, regime: RegimeComparison, style: Style) -> Chart | None:
+    pairs = [pair for pair in regime.pairs if _NAME in pair.drifts]
+    if not pairs:
+        return None
+    base = pairs[0].baseline
+    recorded = {run.label: run.trajectory for run in regime.runs if run.trajectory}
+    figure = go.Figure()
+    total, most, reach = 0, 0, [np.inf, 0.0]
+    for mode in (pair.mode for pair in pairs if pair.baseline == base):
+        norms, ratios, told = _samples(recorded[base], recorded[mode])
+        if not norms.size:
+            continue
+        chosen = _chosen(ratios)
+        total, most = total + len(ratios), max(most, len(ratios))
+        reach = [min(reach[0], norms.min()), max(reach[1], norms.max())]
+        _points(figure, mode, norms[chosen], ratios[chosen], told[chosen], style)
+    if not total:
+        return None
+    threshold = float(getattr(comparison.thresholds, OBSERVABLES[_NAME].threshold))
+    floor = known.of(_NAME) if (known := regime.floor(base)) else None
+    _band(figure, np.array(reach), floor)
+    layout(figure, 460, showlegend=True)
+    figure.update_xaxes(title_text=f"gradient norm in {plain(base)}")
+    figure.update_yaxes(title_text="ratio - 1", exponentformat="e")
+    thinned = (
+        f" Drawn: {_MOST_SAMPLES:,} of {most:,} samples a mode, the farthest off among them."
+        if most > _MOST_SAMPLES
+        else ""
+    )
+    return Chart(
+        name=f"samples_{regime.name}",
+        title=f"Sample by sample in {regime.name}",
+        caption=f"Ratio to {base} less 1. Filled: clipped by the mode; open: not clipped. "
+        f"The threshold is ±{number(threshold)}; "
+        + (f"grey: the floor, ±{number(floor)}." if floor is not None else "no floor was measured.")
+        + thinned,
+        figure=figure,
+        section="samples",
+        regime=regime.name,
+        is_wide=True,
+    )
+
+
+def _samples(base: Trajectory, mode: Trajectory) -> tuple[Floats, Floats, Integers]:
+    """([M] baseline's norms, [M] ratio - 1, [M, 4] step, sample, rank, 1 if clipped)."""
+    pair = align(base, mode)
+    ours, theirs = pair.baseline.sample_norm, pair.other.sample_norm
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratios = theirs / ours - 1
+        clipped = pair.other.clip_factor < 1
+    rows, columns = np.nonzero(np.isfinite(ratios))
+    told = np.stack(
+        [
+            pair.baseline.step[rows],
+            pair.baseline.sample_index[rows, columns],
+            pair.other.sample_rank[rows, columns],
+            clipped[rows, columns],
+        ],
+        axis=1,
+    )
+    return ours[rows, columns], ratios[rows, columns], told
+
+
+def _chosen(ratios: Floats) -> Integers:
+    """Half of the places by how far off they are, the others evenly over the run."""
+    if len(ratios) <= _MOST_SAMPLES:
+        return np.arange(len(ratios))
+    half = _MOST_SAMPLES // 2
+    farthest = np.argpartition(-np.abs(ratios), half)[:half]
+    evenly = np.linspace(0, len(ratios) - 1, half).astype(int)
+    return np.unique([*farthest, *evenly])
+
+
+def _points(
+    figure: go.Figure, mode: str, norms: Floats, ratios: Floats, told: Integers, style: Style
+) -> None:
+    is_clipped = told[:, 3] == 1
+    first = True
+    for which, suffix in ((~is_clipped, "-open"), (is_clipped, "")):
+        if not which.any():
+            continue
+        look: dict[str, Any] = style.of_mode(mode, hover="sample", clipped=not suffix)
+        figure.add_scatter(
+            x=drawn(norms[which]),
+            y=drawn(ratios[which]),
+            customdata=whole(told[which, :3]),
+            mode="markers",
+            marker={
+                "symbol": style.symbol(mode) + suffix,
+                "color": style.colour(mode),
+                "size": 7,
+                "line": {"width": 1.2, "color": style.colour(mode)},
+            },
+            showlegend=first,
+            **look,
+        )
+        first = False
+
+
+def _band(figure: go.Figure, reach: Floats, floor: float | None) -> None:
+    if floor is None:
+        return
+    low, high = reach
+    figure.add_scatter(
+        x=drawn(np.array([low, high, high, low])),
+        y=drawn(np.array([floor, floor, -floor, -floor])),
+        mode="lines",
+        fill="toself",
+        fillcolor="rgba(140, 140, 140, 0.28)",
+        line={"color": GREY, "width": 1},
+        name=f"floor ±{number(floor)}",
+        hoverinfo="skip",
+    )

@@ -1,0 +1,188 @@
+"""How every chart looks, and how a mode is told from another in all of them.
+
+Curves of modes that agree coincide exactly, so every mode has its own colour, dash and marker,
+and markers shrink from mode to mode: the ones below stay visible around the ones above.
+Names are escaped, because Plotly reads a subset of HTML in every text.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import plotly.graph_objects as go
+
+from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
+from dpsgd_track.report.charts.curves import points_of_each
+from dpsgd_track.report.names import visible
+
+# Okabe and Ito (2008), without black and yellow, which vanish on dark and on light ground.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_SVG_DASHES = {
+    "solid": "",
+    "dash": "7 3",
+    "dot": "2 3",
+    "dashdot": "7 3 2 3",
+    "longdash": "11 3",
+    "longdashdot": "11 3 2 3",
+}
+_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "pentagon", "cross")
+_DENSE = 200  # points from which on thick lines merge
+_MOST_MARKERS = 40  # more would merge into a band
+
+GREY = "#8C8C8C"
+"""Of what belongs to no mode: floors and thresholds."""
+
+_LONGEST_TICK, _COLUMN, _MOST_LINES = 44, 18, 4
+
+_RULE = "#d5dae0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A figure with what is said about it."""
+
+    name: str
+    """Identifier, and the file's stem where it is written alone."""
+    title: str
+    caption: str
+    figure: go.Figure
+    section: str = ""
+    """Section of the report it stands in; empty where it is only written alone."""
+    regime: str = ""
+    """Empty for one of all regimes."""
+    min_width: int = 0
+    """Pixels below which it scrolls sideways instead of shrinking."""
+    is_wide: bool = False
+    """Whether it takes the whole width where two charts fit side by side."""
+    alone: bool = False
+    """Whether it is also written as files of its own."""
+    cube: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers of which the page draws a part at a time; see `heatmap`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How each mode is drawn, the same in all charts."""
+
+    order: tuple[str, ...]
+    """Labels, in the launcher's order."""
+    most_points: int
+    """Of one curve."""
+
+    @classmethod
+    def of(cls, comparison: GroupComparison) -> Style:
+        """For all charts of `comparison`."""
+        return cls(
+            order=tuple(dict.fromkeys(run.label for run in comparison.group.runs)),
+            most_points=points_of_each(sum(map(_curves_of, comparison.regimes))),
+        )
+
+    def index(self, label: str) -> int:
+        """Place of the mode, by which the page's filter knows it."""
+        return self.order.index(label)
+
+    def colour(self, label: str) -> str:
+        """As `#rrggbb`."""
+        return _COLOURS[self.index(label) % len(_COLOURS)]
+
+    def dash(self, label: str) -> str:
+        """Plotly's name of the pattern."""
+        return _DASHES[self.index(label) % len(_DASHES)]
+
+    def svg_dash(self, label: str) -> str:
+        """The pattern as SVG has it; empty for a solid line."""
+        return _SVG_DASHES[self.dash(label)]
+
+    def symbol(self, label: str) -> str:
+        """Plotly's name of the filled marker."""
+        return _MARKERS[self.index(label) % len(_MARKERS)]
+
+    def of_mode(self, label: str, **meta: Any) -> dict[str, Any]:
+        """What the trace of a mode carries, so that the page can filter it."""
+        return {
+            "name": plain(label),
+            "legendgroup": str(self.index(label)),
+            "meta": {"mode": self.index(label), **meta},
+        }
+
+    def line(self, label: str, num_points: int, **meta: Any) -> dict[str, Any]:
+        """A curve with markers."""
+        i = self.index(label)
+        thickest = 4 if num_points <= _DENSE else 2
+        return {
+            "mode": "lines+markers",
+            "line": {
+                "color": self.colour(label),
+                "dash": self.dash(label),
+                "width": max(1.2, thickest - 0.5 * i),
+            },
+            "marker": {
+                "symbol": f"{self.symbol(label)}-open",
+                "size": max(4, 15 - 11 * i / max(1, len(self.order) - 1)),
+                "maxdisplayed": _MOST_MARKERS,
+                "line": {"width": 1.5},
+            },
+            **self.of_mode(label, **meta),
+        }
+
+
+def _curves_of(regime: RegimeComparison) -> int:
+    """About as many as there will be: two trajectories with differences, six drifts."""
+    return 4 * len(regime.runs) + 6 * len(regime.pairs)
+
+
+def plain(text: str) -> str:
+    """`text` such that Plotly shows it letter by letter."""
+    return html.escape(visible(text), quote=False)
+
+
+def short(name: str) -> str:
+    """`name` for an axis: its end, which tells parameters apart, where it is long."""
+    return plain(name if len(name) <= _LONGEST_TICK else f"…{name[1 - _LONGEST_TICK :]}")
+
+
+def wrapped(name: str) -> str:
+    """`name` in lines that stand above a column, broken after a separator where there is one."""
+    lines = re.findall(
+        rf".{{1,{_COLUMN}}}(?:(?<=[_:.\-])|$)|.{{1,{_COLUMN}}}", visible(name), re.DOTALL
+    )
+    return "<br>".join(html.escape(line, quote=False) for line in lines[:_MOST_LINES])
+
+
+def name_axis(names: Sequence[str], row_height: float) -> dict[str, Any]:
+    """An axis with the names of rows, the first on top; as many as fit are written."""
+    every = max(1, round(13 / row_height + 0.49))
+    places = list(range(0, len(names), every))
+    return {
+        "tickvals": places,
+        "ticktext": [short(names[place]) for place in places],
+        "range": [len(names) - 0.5, -0.5],
+        "tickfont": {"size": 11},
+        "showgrid": False,
+        "zeroline": False,
+    }
+
+
+def layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
+    """`figure` in the house's style, `height` pixels high."""
+    # A template of Plotly's would add thousands of characters to every chart of the page.
+    figure.update_layout(
+        height=height,
+        template=go.layout.Template(),
+        font={"family": "system-ui, sans-serif", "size": 13},
+        paper_bgcolor="#ffffff",
+        plot_bgcolor="#ffffff",
+        margin={"l": 70, "r": 24, "t": 16, "b": 60},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        hoverlabel={"namelength": -1, "align": "left"},
+        **more,
+    )
+    axis = {"automargin": True, "title_standoff": 8, "gridcolor": _RULE, "zerolinecolor": _RULE}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    return figure

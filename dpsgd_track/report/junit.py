@@ -1,0 +1,104 @@
+"""`junit.xml`: a test case for each mode, regime and stage, for any CI that reads JUnit's format.
+
+A suite is one regime. Each mode has a case `verdict`, which fails for BUG and DRIFT and is an
+error for INCONCLUSIVE, and a case for each stage: the stage that introduced an error fails, one
+that inherits it or was not compared is skipped. A suite with a failure or an error is one whose
+group does not pass, and the other way round.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from xml.etree import ElementTree as ET
+
+from dpsgd_track.comparison.ladder import StageStatus
+from dpsgd_track.comparison.result import GroupComparison, ModeVerdict
+from dpsgd_track.comparison.verdict import Finding, Verdict, worst
+from dpsgd_track.report.stages import Cell, Line, stage_tables
+
+_FAILURES = (Verdict.BUG, Verdict.DRIFT)
+_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit(comparison: GroupComparison) -> str:
+    """The comparison as JUnit XML."""
+    root = ET.Element("testsuites", name=_text(f"dpsgd-track {comparison.group.name}"))
+    regimes = [regime.name for regime in comparison.regimes]
+    for name in regimes:
+        suite = ET.SubElement(root, "testsuite", name=_text(name))
+        titles = {run.title for run in comparison.group.runs if run.regime == name}
+        modes = [mode for mode in comparison.modes if mode.label in titles]
+        for mode in modes:
+            _verdict_case(suite, mode, name)
+        _stage_cases(suite, comparison, name, modes)
+        _count(suite)
+    if not regimes:
+        suite = ET.SubElement(root, "testsuite", name="group")
+        _outcome(_case(suite, "group", "verdict"), "error", comparison.sentence)
+        _count(suite)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _text(text: str) -> str:
+    return _NOT_IN_XML.sub("\ufffd", text)
+
+
+def _case(suite: ET.Element, mode: str, name: str) -> ET.Element:
+    return ET.SubElement(suite, "testcase", classname=_text(mode), name=_text(name))
+
+
+def _outcome(case: ET.Element, kind: str, message: str, details: Sequence[str] = ()) -> None:
+    outcome = ET.SubElement(case, kind, message=_text(message))
+    outcome.text = _text("\n".join(details)) or None
+
+
+def _count(suite: ET.Element) -> None:
+    for attribute, kind in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        suite.set(attribute, str(len(suite.findall(f"testcase/{kind}"))))
+    suite.set("tests", str(len(suite)))
+
+
+def counted(mode: ModeVerdict, regime: str) -> list[Finding]:
+    """Findings of `mode` in `regime` that are not accepted by a waiver."""
+    return [f for f in mode.findings if f.regime == regime and not f.waiver]
+
+
+def _verdict_case(suite: ET.Element, mode: ModeVerdict, regime: str) -> None:
+    case = _case(suite, mode.label, "verdict")
+    found = counted(mode, regime)
+    if not found:
+        return
+    kind = "failure" if worst(f.verdict for f in found) in _FAILURES else "error"
+    said = [f"{f.verdict}: {f.sentence}" for f in found]
+    _outcome(case, kind, said[0], said)
+
+
+def _stage_cases(
+    suite: ET.Element, comparison: GroupComparison, regime: str, modes: Sequence[ModeVerdict]
+) -> None:
+    by_label = {mode.label: mode for mode in modes}
+    for table in stage_tables(comparison):
+        if table.regime != regime:
+            continue
+        for line in table.lines:
+            found = counted(by_label[line.label], regime)
+            fails = any(f.verdict in _FAILURES and f.against == table.against for f in found)
+            for cell in line.cells:
+                case = _case(suite, line.label, f"{cell.stage}, against {table.against}")
+                _tell(case, cell, line, fails)
+
+
+def _tell(case: ET.Element, cell: Cell, line: Line, fails: bool) -> None:
+    details = [", ".join(part for part in (cell.value, cell.multiple, cell.about) if part)]
+    match cell.status:
+        case StageStatus.NOT_COMPARED:
+            _outcome(case, "skipped", "not compared")
+        case StageStatus.INHERITED:
+            _outcome(case, "skipped", "inherits the error of an earlier stage", details)
+        case StageStatus.INTRODUCED if fails:
+            sentence = line.blame.sentence if line.blame else f"{cell.stage} went wrong"
+            _outcome(case, "failure", sentence, details)
+        case StageStatus.INTRODUCED:
+            _outcome(case, "skipped", "over its limit, but accepted", details)

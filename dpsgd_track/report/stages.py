@@ -1,0 +1,179 @@
+"""The ladder of stages as tables: which stage of which mode went wrong, in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dpsgd_track.comparison.blame import Blame
+from dpsgd_track.comparison.drift import OBSERVABLES
+from dpsgd_track.comparison.ladder import DATA, INITIAL_WEIGHTS, STAGES, Rung, StageStatus
+from dpsgd_track.comparison.result import GroupComparison, ModeVerdict
+from dpsgd_track.comparison.verdict import Finding, Verdict, number
+
+ALL_STAGES = (DATA, INITIAL_WEIGHTS, *(stage for stage, _ in STAGES))
+
+SYMBOLS = {
+    StageStatus.OK: "✓",
+    StageStatus.INTRODUCED: "✗",
+    StageStatus.INHERITED: "↳",
+    StageStatus.NOT_COMPARED: "–",
+}
+"""Says the status without its colour."""
+
+VERDICT_SYMBOLS = {
+    Verdict.PASS: "✓",
+    Verdict.DRIFT: "≈",
+    Verdict.BUG: "✗",
+    Verdict.INCONCLUSIVE: "?",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One rung, in words."""
+
+    stage: str
+    status: StageStatus
+    symbol: str
+    value: str = ""
+    """`3.1e-08`; empty where there is none."""
+    multiple: str = ""
+    """`0.03 × limit`; empty where it was held against nothing."""
+    about: str = ""
+    """Observable, step and place of the value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """All stages of one mode."""
+
+    label: str
+    cells: tuple[Cell, ...]
+    """One for each of ALL_STAGES."""
+    blame: Blame | None
+    is_wrong: bool
+    """Whether a stage of it went wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTable:
+    """All modes held against one baseline in one regime, those that went wrong first."""
+
+    regime: str
+    against: str
+    lines: tuple[Line, ...]
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether a stage of any mode went wrong."""
+        return any(line.is_wrong for line in self.lines)
+
+    @property
+    def summary(self) -> str:
+        """One sentence without a full stop."""
+        wrong = [line.label for line in self.lines if line.is_wrong]
+        if wrong:
+            return f"a stage went wrong in {', '.join(wrong)}"
+        cells = [cell for line in self.lines for cell in line.cells]
+        compared = sum(cell.status is not StageStatus.NOT_COMPARED for cell in cells)
+        return f"all {compared} compared stages of {len(self.lines)} modes are ok"
+
+
+def stage_tables(comparison: GroupComparison) -> tuple[StageTable, ...]:
+    """One table for each regime and baseline, those in which a stage went wrong first."""
+    keys = dict.fromkeys(key for mode in comparison.modes for key in mode.ladders)
+    order = [regime.name for regime in comparison.regimes]
+    tables = [
+        StageTable(
+            regime=regime,
+            against=against,
+            lines=_lines(comparison, (regime, against)),
+        )
+        for regime, against in sorted(keys, key=lambda key: order.index(key[0]))
+    ]
+    return tuple(sorted(tables, key=lambda table: not table.is_wrong))
+
+
+def _lines(comparison: GroupComparison, key: tuple[str, str]) -> tuple[Line, ...]:
+    lines = [_line(mode, key) for mode in comparison.modes if key in mode.ladders]
+    return tuple(sorted(lines, key=lambda line: not line.is_wrong))
+
+
+def _line(mode: ModeVerdict, key: tuple[str, str]) -> Line:
+    rungs = {rung.stage: rung for rung in mode.ladders[key]}
+    absent = StageStatus.NOT_COMPARED
+    cells = tuple(_cell(rungs.get(stage, Rung(stage=stage, status=absent))) for stage in ALL_STAGES)
+    wrong = (StageStatus.INTRODUCED, StageStatus.INHERITED)
+    return Line(
+        label=mode.label,
+        cells=cells,
+        blame=mode.blames.get(key),
+        is_wrong=any(cell.status in wrong for cell in cells),
+    )
+
+
+def _cell(rung: Rung) -> Cell:
+    known = OBSERVABLES.get(rung.observable)
+    title = known.title if known else rung.observable
+    step = f"step {rung.step}" if rung.step is not None and rung.step >= 0 else ""
+    floor = f"floor {number(rung.floor)}" if rung.floor is not None else ""
+    return Cell(
+        stage=rung.stage,
+        status=rung.status,
+        symbol=SYMBOLS[rung.status],
+        value="" if rung.value is None else number(rung.value),
+        multiple=multiple(rung.value, rung.limit),
+        about=", ".join(part for part in (title, step, rung.where, floor) if part),
+    )
+
+
+def multiple(value: float | None, limit: float | None) -> str:
+    """`value` in units of `limit`: `0.03 × limit`; empty where either is unknown."""
+    if value is None or limit is None or math.isnan(value):
+        return ""
+    if limit == 0:
+        return "0 × limit" if value == 0 else "over a limit of 0"
+    share = value / limit
+    return "< 0.01 × limit" if 0 < share < 0.01 else f"{share:.2g} × limit"
+
+
+def accepted(comparison: GroupComparison) -> list[tuple[ModeVerdict, Finding]]:
+    """Findings that a waiver covers, with the mode that each is about."""
+    return [(m, finding) for m in comparison.modes for finding in m.findings if finding.waiver]
+
+
+def advice(comparison: GroupComparison) -> str:
+    """What whoever reviews the change should do, in one or two sentences."""
+    place = _first_place(comparison)
+    start = f" Start at the {place}." if place else ""
+    match comparison.verdict:
+        case Verdict.PASS:
+            waived = len(accepted(comparison))
+            but = f" {waived} accepted drifts are listed under Waivers." if waived else ""
+            return f"Safe to merge as far as these runs show.{but}"
+        case Verdict.BUG:
+            return f"Do not merge.{start} The difference is too large for rounding."
+        case Verdict.DRIFT:
+            return (
+                f"Look before you merge.{start} If the change is meant to alter results, say so "
+                "in the review; if not, treat it as a bug."
+            )
+    return (
+        "Do not merge on this evidence: nothing was shown either way. Remove the cause that the "
+        "sentence names, run the group again and compare again."
+    )
+
+
+def _first_place(comparison: GroupComparison) -> str:
+    """Where the first mode with the group's verdict went wrong; empty where it is not known."""
+    for mode in comparison.modes:
+        if mode.verdict is not comparison.verdict:
+            continue
+        for blame in mode.blames.values():
+            layer = f" of {blame.layers[0]}" if blame.layers else ""
+            step = f" at step {blame.step}" if blame.step is not None else ""
+            return f"{blame.stage}{layer}{step} in {mode.label}"
+        for failure in mode.failures.values():
+            return f"{failure.sentence}, in {mode.label}"
+    return ""

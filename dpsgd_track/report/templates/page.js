@@ -1,0 +1,227 @@
+(() => {
+  const root = document.documentElement;
+  const all = (selector, from = document) => [...from.querySelectorAll(selector)];
+  const charts = all(".chart");
+  const specs = new Map();
+  const hidden = new Set();
+
+  // Theme: the system's until the button is pressed; no storage, which a sandbox would refuse.
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  let chosen = "system", printing = false;
+  const colour = name => getComputedStyle(root).getPropertyValue(name).trim();
+  const setTheme = () => { root.dataset.theme = printing ? "light" : chosen === "system" ? (dark.matches ? "dark" : "light") : chosen; };
+  setTheme();
+
+  const themed = layout => {
+    const [ink, rule, ground, raised] = ["--ink", "--rule", "--ground", "--raised"].map(colour);
+    const changed = { paper_bgcolor: ground, plot_bgcolor: ground, "font.color": ink, "hoverlabel.bgcolor": raised, "hoverlabel.font.color": ink, "hoverlabel.bordercolor": rule };
+    for (const axis of Object.keys(layout).filter(key => /^[xy]axis\d*$/.test(key))) {
+      for (const part of ["gridcolor", "linecolor", "zerolinecolor"]) changed[`${axis}.${part}`] = rule;
+    }
+    if (layout.meta && layout.meta.threshold) changed.coloraxis = heatmap.scale(layout.meta.threshold, colour);
+    return changed;
+  };
+  const put = (target, changes) => {
+    for (const [path, value] of Object.entries(changes)) {
+      const keys = path.split(".");
+      const owner = keys.slice(0, -1).reduce((at, key) => (at[key] ||= {}), target);
+      owner[keys[keys.length - 1]] = value;
+    }
+  };
+
+  const specOf = element => {
+    if (!specs.has(element)) {
+      const spec = JSON.parse(document.getElementById(`${element.id}-data`).textContent);
+      const resolve = value => {
+        if (!value || typeof value !== "object") return value;
+        if (value.$ !== undefined) {
+          const array = spec.arrays[value.$];
+          return Array.isArray(array) ? [...array] : { ...array };
+        }
+        for (const key of Object.keys(value)) value[key] = resolve(value[key]);
+        return value;
+      };
+      resolve(spec.data);
+      resolve(spec.layout);
+      spec.data.forEach(hover.told);
+      specs.set(element, spec);
+    }
+    return specs.get(element);
+  };
+  const isHidden = trace => trace.meta && hidden.has(trace.meta.mode);
+
+  // A chart that is out of sight waits, whatever changed, until it is scrolled near.
+  const stale = new Map();
+  const near = new Set();
+  const later = (what, elements = charts) => {
+    for (const element of elements) {
+      if (!element.dataset.drawn) continue;
+      stale.set(element, new Set([...(stale.get(element) || []), what]));
+      element.dataset.stale = "yes";
+      if (near.has(element)) refresh(element);
+    }
+  };
+  const refresh = element => {
+    const changes = stale.get(element);
+    if (!changes || !element.clientWidth) return;
+    stale.delete(element);
+    delete element.dataset.stale;
+    const spec = specOf(element);
+    if (changes.has("size")) Plotly.Plots.resize(element);
+    if (spec.cube) { Plotly.react(element, ...cubed(element, spec)); return; }
+    if (changes.has("theme")) Plotly.relayout(element, themed(element.layout));
+    if (changes.has("modes")) {
+      const changed = element.data.map((trace, i) => i).filter(i => isHidden(element.data[i]) !== (element.data[i].visible === false));
+      if (changed.length) Plotly.restyle(element, { visible: changed.map(i => !isHidden(element.data[i])) }, changed);
+    }
+  };
+
+  const cubed = (element, spec) => {
+    const controls = specControls(element, spec);
+    const { trace, layout } = heatmap.drawn(spec.cube, controls, colour, element.clientWidth < 480);
+    const full = { ...spec.layout, ...layout, xaxis: { ...spec.layout.xaxis, ...layout.xaxis } };
+    full.uirevision = `${controls.mode} ${controls.view} ${controls.rank}`;
+    put(full, themed(full));
+    return [[{ ...spec.data[0], ...trace }], full];
+  };
+  // As text: the names in a chart's data are escaped for Plotly.
+  const nameOf = mode => document.querySelector(`input[name=mode][value="${mode}"]`).closest("label").textContent.trim();
+  const specControls = (element, spec) => {
+    const box = element.closest("figure").querySelector(".controls");
+    const [mode, view, rank, step] = ["mode", "view", "rank", "step"].map(name => box.querySelector(`[data-control="${name}"]`));
+    if (!mode.options.length) {
+      for (const each of spec.cube.modes) mode.add(new Option(nameOf(each.mode), each.mode));
+      box.dataset.wanted = heatmap.worst(spec.cube);
+      mode.addEventListener("input", () => { box.dataset.wanted = mode.value; });
+      box.addEventListener("input", () => later("modes", [element]));
+    }
+    for (const option of mode.options) option.disabled = hidden.has(Number(option.value));
+    // A mode that the filter hides makes way for another, and comes back with the filter.
+    const open = [...mode.options].filter(option => !option.disabled);
+    const choice = open.find(option => option.value === box.dataset.wanted) || open[0];
+    mode.value = choice ? choice.value : "";
+    const own = spec.cube.modes.find(each => String(each.mode) === mode.value);
+    if (own && rank.dataset.mode !== mode.value) {
+      const before = rank.value;
+      rank.replaceChildren(new Option("all, side by side", "all"), ...own.ranks.map(r => new Option(`rank ${r}`, r)));
+      rank.value = own.ranks.map(String).includes(before) ? before : "all";
+      rank.dataset.mode = mode.value;
+      step.max = own.first.length - 1;
+    }
+    rank.closest("label").hidden = view.value === "step";
+    step.closest("label").hidden = view.value !== "step";
+    const bin = Math.min(Number(step.value), own ? own.first.length - 1 : 0);
+    if (own) box.querySelector("output").textContent = heatmap.steps(own, bin);
+    return { mode: own ? own.mode : null, view: view.value, rank: rank.value, bin };
+  };
+
+  const draw = element => {
+    if (element.dataset.drawn || !element.clientWidth) return;
+    element.dataset.drawn = "yes";
+    const spec = specOf(element);
+    const narrow = element.clientWidth < 480;
+    if (narrow) spec.layout.margin = { ...spec.layout.margin, l: 40, r: spec.cube ? 70 : 8 };
+    let [data, layout] = [spec.data, spec.layout];
+    if (spec.cube) [data, layout] = cubed(element, spec);
+    else {
+      data.forEach(trace => { if (isHidden(trace)) trace.visible = false; });
+      put(layout, themed(layout));
+    }
+    const description = element.getAttribute("aria-label");
+    Plotly.newPlot(element, data, layout, { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+    if (description) element.setAttribute("aria-label", description);
+    if (!root.dataset.firstChart) root.dataset.firstChart = String(Math.round(performance.now()));
+  };
+
+  const queue = [];
+  const work = () => {
+    const element = queue.shift();
+    if (element && near.has(element)) { draw(element); refresh(element); }
+    if (queue.length) setTimeout(work);
+  };
+  const watch = new IntersectionObserver(entries => {
+    const idle = !queue.length;
+    for (const entry of entries) {
+      near[entry.isIntersecting ? "add" : "delete"](entry.target);
+      if (entry.isIntersecting) queue.push(entry.target);
+    }
+    if (idle && queue.length) setTimeout(work);
+  }, { rootMargin: "500px 0px" });
+  charts.forEach(element => watch.observe(element));
+  // The first is drawn in any case, so that whoever scrolls finds one at once.
+  if (charts.length) setTimeout(() => draw(charts[0]));
+
+  // Filters: of modes, and of regimes.
+  const filterModes = () => {
+    all("[data-mode-row]").forEach(row => { row.hidden = hidden.has(Number(row.dataset.modeRow)); });
+    later("modes");
+  };
+  const boxes = all("input[name=mode]");
+  for (const box of boxes) {
+    box.addEventListener("change", () => {
+      hidden[box.checked ? "delete" : "add"](Number(box.value));
+      filterModes();
+    });
+  }
+  const everything = document.getElementById("all-modes");
+  if (everything) everything.addEventListener("click", () => {
+    boxes.forEach(box => { box.checked = true; });
+    hidden.clear();
+    filterModes();
+  });
+  for (const radio of all("input[name=regime]")) {
+    radio.addEventListener("change", () => {
+      for (const part of all("[data-regime]")) part.hidden = radio.value !== "" && part.dataset.regime !== radio.value;
+      later("size");
+    });
+  }
+  // A browser that comes back to the page may remember what was ticked.
+  addEventListener("pageshow", () => {
+    boxes.forEach(box => { if (!box.checked) hidden.add(Number(box.value)); });
+    if (hidden.size) filterModes();
+    const radio = document.querySelector("input[name=regime]:checked");
+    if (radio && radio.value) radio.dispatchEvent(new Event("change"));
+  });
+
+  const recolour = () => { setTheme(); later("theme"); };
+  dark.addEventListener("change", recolour);
+  const button = document.getElementById("theme");
+  if (button) button.addEventListener("click", () => {
+    chosen = { system: "light", light: "dark", dark: "system" }[chosen];
+    button.querySelector("span").textContent = chosen;
+    recolour();
+  });
+
+  // On paper there is no scrolling near: everything is drawn, unfolded, dark on light.
+  const folded = [];
+  const beforePrint = () => {
+    if (printing) return;
+    printing = true;
+    setTheme();
+    all("details:not([open])").forEach(part => { part.open = true; folded.push(part); });
+    for (const element of charts) { draw(element); near.add(element); }
+    later("theme");
+  };
+  const afterPrint = () => {
+    if (!printing) return;
+    printing = false;
+    folded.splice(0).forEach(part => { part.open = false; });
+    recolour();
+  };
+  addEventListener("beforeprint", beforePrint);
+  addEventListener("afterprint", afterPrint);
+  matchMedia("print").addEventListener("change", event => event.matches ? beforePrint() : afterPrint());
+
+  for (const copy of all("button.copy")) {
+    copy.addEventListener("click", async () => {
+      const source = document.getElementById(copy.dataset.from), said = document.getElementById(copy.dataset.says);
+      try {
+        await navigator.clipboard.writeText(source.textContent);
+        said.textContent = "Copied.";
+      } catch {
+        getSelection().selectAllChildren(source);
+        said.textContent = document.execCommand("copy") ? "Copied." : "Selected: press Ctrl+C or ⌘C.";
+      }
+    });
+  }
+})();

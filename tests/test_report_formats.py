@@ -1,0 +1,292 @@
+"""What other programs read: JUnit XML, GitHub annotations, drift.json, and the example workflow."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import jsonschema
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+from synthetic_group import (
+    compared,
+    healthy_runs,
+    mode_run,
+    put,
+    scaled,
+    trajectory,
+    with_run,
+)
+from synthetic_report import GUILTY, broken, healthy
+from test_report import hostile
+
+from dpsgd_track.comparison import GroupComparison
+from dpsgd_track.comparison.ladder import StageStatus
+from dpsgd_track.comparison.verdict import Verdict
+from dpsgd_track.report.annotations import MOST, workflow_commands
+from dpsgd_track.report.charts import figures
+from dpsgd_track.report.html import html
+from dpsgd_track.report.junit import junit
+from dpsgd_track.report.markdown import markdown, note
+from dpsgd_track.report.numbers import SCHEMA_VERSION, drift_json
+from dpsgd_track.report.stages import advice, multiple, stage_tables
+from dpsgd_track.report.text import print_table
+
+SCHEMA = json.loads(
+    (resources.files("dpsgd_track.report") / "schema" / "drift.schema.json").read_text("utf-8")
+)
+WORKFLOW = Path(__file__).resolve().parent.parent / "examples" / "github-actions.yml"
+
+
+def many_wrong(count: int) -> GroupComparison:
+    wrong = scaled(trajectory(noise_std=0.0), "grad_norm", 1.1)
+    modes = [mode_run(f"mode{i}", "clip", wrong) for i in range(count)]
+    return compared([mode_run("reference", "clip"), *modes])
+
+
+def inconclusive() -> GroupComparison:
+    return compared([*healthy_runs(), mode_run("ghost_fsdp", "clip", status="KILLED")])
+
+
+def not_finite() -> GroupComparison:
+    record = put(trajectory(noise_std=0.0), "loss", np.nan, 1)
+    record = put(record, "grad_norm", np.inf, 1)
+    return compared(with_run(healthy_runs(), mode_run("flash_fsdp", "clip", record)))
+
+
+def nothing() -> GroupComparison:
+    return compared([])
+
+
+EVERY = [healthy, broken, inconclusive, not_finite, nothing, hostile]
+
+
+@pytest.mark.parametrize("made", EVERY, ids=lambda made: made.__name__)
+def test_junit_fails_exactly_where_the_group_does(made: Any) -> None:
+    comparison = made()
+    root = ET.fromstring(junit(comparison))
+    outcomes = {kind: len(root.findall(f".//{kind}")) for kind in ("failure", "error")}
+    assert (outcomes["failure"] > 0) == (comparison.verdict in (Verdict.BUG, Verdict.DRIFT))
+    assert any(outcomes.values()) == (comparison.verdict is not Verdict.PASS)
+    for suite in root:
+        assert int(suite.get("tests", -1)) == len(suite.findall("testcase"))
+        assert int(suite.get("failures", -1)) == len(suite.findall("testcase/failure"))
+        assert int(suite.get("errors", -1)) == len(suite.findall("testcase/error"))
+        names = [(case.get("classname"), case.get("name")) for case in suite]
+        assert len(set(names)) == len(names)
+
+
+def test_junit_fails_at_the_stage_that_introduced_the_error_and_skips_the_heirs() -> None:
+    root = ET.fromstring(junit(broken()))
+    outcome = {
+        (case.get("classname"), case.get("name")): case[0].tag if len(case) else "passed"
+        for case in root.iterfind("testsuite[@name='clip']/testcase")
+    }
+    stages = {
+        "loss": "passed",
+        "per-sample norms": "failure",
+        "clip factors": "skipped",
+        "clipped sum": "skipped",
+    }
+    for stage, expected in stages.items():
+        assert outcome[GUILTY, f"{stage}, against reference"] == expected
+    assert outcome["flash_fsdp", "per-sample norms, against reference"] == "passed"
+    failure = root.find(f".//testcase[@classname='{GUILTY}']/failure[@message]")
+    assert failure is not None
+
+
+def test_junit_survives_characters_that_xml_lacks() -> None:
+    run = mode_run("m:\x00\x1b]]>\ud800\ufffe<&\"'", "clip", status="FAILED", reason="a\x0bb")
+    root = ET.fromstring(junit(compared([*healthy_runs(), run])))
+    names = {case.get("classname") for case in root.iter("testcase")}
+    assert "m:\ufffd\ufffd]]>\ufffd\ufffd<&\"'" in names
+
+
+def test_an_accepted_drift_fails_no_test() -> None:
+    modes = tuple(
+        replace(
+            mode,
+            findings=tuple(
+                replace(f, waiver=broken().modes[1].findings[0].waiver) for f in mode.findings
+            ),
+        )
+        for mode in broken().modes
+    )
+    waived = replace(broken(), modes=modes, verdict=Verdict.PASS)
+    root = ET.fromstring(junit(waived))
+    assert not root.findall(".//failure")
+    assert not root.findall(".//error")
+    assert workflow_commands(waived) == ""
+    assert "accepted drifts are listed under Waivers" in advice(waived)
+
+
+def test_annotations_are_one_line_each_and_escaped() -> None:
+    comparison = compared(
+        [
+            *healthy_runs(),
+            mode_run("m:a,b%\n::error::x", "clip", status="FAILED", reason="50% gone\r\n::stop"),
+        ]
+    )
+    (line,) = workflow_commands(comparison).splitlines()
+    command, title, message = re.fullmatch(r"::(\w+) title=([^:,]*)::(.*)", line).groups()
+    assert command == "warning"
+    assert title == "INCONCLUSIVE%3A m%3Aa%2Cb%25%0A%3A%3Aerror%3A%3Ax in clip"
+    assert "50%25 gone%0D%0A::stop" in message
+
+
+@pytest.mark.parametrize(("count", "shown"), [(1, 1), (MOST, MOST), (MOST + 5, MOST)])
+def test_no_more_annotations_than_are_shown(count: int, shown: int) -> None:
+    lines = workflow_commands(many_wrong(count)).splitlines()
+    assert len(lines) == shown
+    assert all(line.startswith("::error ") for line in lines)
+    assert ("6 more" in lines[-1]) == (count > MOST)
+
+
+def test_a_healthy_group_has_no_annotations() -> None:
+    assert workflow_commands(healthy()) == ""
+
+
+@pytest.mark.parametrize("made", EVERY, ids=lambda made: made.__name__)
+def test_drift_json_meets_its_published_schema(made: Any) -> None:
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    validator.validate(json.loads(drift_json(made())))
+
+
+def test_schema_is_valid_and_of_the_version_that_is_written() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["properties"]["schema_version"] == {"const": SCHEMA_VERSION}
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("verdict",), "MAYBE"),
+        (("schema_version",), 1),
+        (("surprise",), 1),
+        (("modes", 0, "ladders", 0, "stages", 0, "status"), "fine"),
+        (("regimes", 0, "noise_audits", 0, "checks", 0, "is_ok"), "yes"),
+    ],
+)
+def test_schema_refuses_what_is_not_meant(where: tuple[Any, ...], value: Any) -> None:
+    document = json.loads(drift_json(broken()))
+    at = document
+    for key in where[:-1]:
+        at = at[key]
+    at[where[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(SCHEMA).validate(document)
+
+
+def test_drift_json_has_ladders_blames_audits_waivers_and_differences() -> None:
+    document = json.loads(drift_json(broken()))
+    guilty = next(mode for mode in document["modes"] if mode["label"] == GUILTY)
+    ladder = next(each for each in guilty["ladders"] if each["regime"] == "clip")
+    assert [stage["status"] for stage in ladder["stages"]][2:5] == ["ok", "introduced", "inherited"]
+    assert guilty["blames"][0]["ranks"] == [1]
+    assert document["regimes"][0]["noise_audits"][0]["checks"][0]["is_ok"] is True
+    waivers = [f["waiver"] for mode in document["modes"] for f in mode["findings"] if f["waiver"]]
+    assert [waiver["expires"] for waiver in waivers] == ["2026-12-31"]
+    assert document["environment_differences"][0] == {
+        "setting": "torch",
+        "before": "2.12.1",
+        "after": "2.13.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "said"),
+    [
+        (0.08, 1e-3, "80 × limit"),
+        (5e-6, 1e-4, "0.05 × limit"),
+        (1e-7, 1e-3, "< 0.01 × limit"),
+        (0.0, 1e-3, "0 × limit"),
+        (0.0, 0.0, "0 × limit"),
+        (1e-9, 0.0, "over a limit of 0"),
+        (float("nan"), 1e-3, ""),
+        (None, 1e-3, ""),
+    ],
+)
+def test_multiple_of_a_limit(value: float | None, limit: float, said: str) -> None:
+    assert multiple(value, limit) == said
+
+
+def test_stages_that_went_wrong_come_first() -> None:
+    tables = stage_tables(broken())
+    assert (tables[0].regime, tables[0].against) == ("clip", "reference")
+    assert tables[0].lines[0].label == GUILTY
+    assert [table.is_wrong for table in tables] == [True, False, False]
+    statuses = {cell.stage: cell.status for cell in tables[0].lines[0].cells}
+    assert statuses["per-sample norms"] is StageStatus.INTRODUCED
+
+
+def test_advice_names_where_to_start() -> None:
+    assert advice(healthy()).startswith("Safe to merge")
+    start = "Start at the per-sample norms of model.layers.2.weight at step 3 in flash_fsdp_fuse."
+    assert start in advice(broken())
+    failing = many_wrong(1)
+    assert "Start at the clipped sum at step 0 in mode0." in advice(failing)
+    assert advice(inconclusive()).startswith("Do not merge on this evidence")
+
+
+def test_every_form_shows_the_stage_that_went_wrong() -> None:
+    blame = "went wrong by themselves first in model.layers.2.weight"
+    text = markdown(broken())
+    assert blame in text
+    assert text.index("✗ introduced") < text.index("<details>")
+    assert blame in html(broken(), figures(broken()))
+    assert "✗ introduced" not in markdown(healthy())
+
+
+def test_sections_without_data_say_so_in_one_line() -> None:
+    bare = compared([mode_run("no_dp"), mode_run("x", status="MISSING")])
+    text = html(bare, figures(bare))
+    assert "Left out: no two runs could be compared stage by stage." in text
+    assert "Left out: no mode&#39;s own noise was audited." in text
+    assert "Waivers" not in text
+    assert "What differs between the two groups" not in text
+
+
+def test_note_of_a_large_group_shows_the_worst_modes() -> None:
+    wrong = scaled(trajectory(noise_std=0.0), "grad_norm", 1.1)
+    runs = [mode_run("reference", "clip")]
+    runs += [mode_run(f"mode{i}", "clip") for i in range(80)]
+    text = note(compared([*runs, mode_run("bad", "clip", wrong)]))
+    assert "| bad | ❌ BUG |" in text
+    assert "_And 22 more in report.html._" in text
+
+
+def test_workflow_asks_for_little_and_puts_nothing_of_others_into_a_shell() -> None:
+    text = WORKFLOW.read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {}
+    assert set(workflow[True]) == {"pull_request"}  # YAML 1.1 reads `on` as true
+    jobs = workflow["jobs"]
+    assert {name: job["permissions"] for name, job in jobs.items()} == {
+        "compare": {"contents": "read"},
+        "comment": {"pull-requests": "write"},
+    }
+    for job in jobs.values():
+        for step in job["steps"]:
+            assert "${{" not in step.get("run", "") + step.get("with", {}).get("script", "")
+            assert "uses" not in step or re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"])
+    # What may write never has the pull request's code.
+    assert not any("checkout" in step.get("uses", "") for step in jobs["comment"]["steps"])
+    commands = " ".join(step.get("run", "") for step in jobs["compare"]["steps"])
+    assert "launch.py quick" in commands
+    assert "compare.py" in commands
+    assert "secrets." not in text
+
+
+def test_terminal_still_prints_a_group_of_every_kind() -> None:
+    for made in EVERY:
+        console = Console(width=120, file=io.StringIO())
+        print_table(made(), console)
+        assert made().verdict in console.file.getvalue()
