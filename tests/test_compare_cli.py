@@ -56,6 +56,22 @@ def test_exit_code_tells_the_verdict(
     assert compare(store, "--no-log", *options) == code
 
 
+@pytest.mark.parametrize("is_action", [True, False])
+def test_annotations_are_printed_where_github_reads_them(
+    store: Store,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_action: bool,
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", str(is_action).lower())
+    store.add_group(off_by(1.1))
+    assert compare(store, "--no-log") == 1
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line for line in lines if line.startswith("::")]
+    assert len(commands) == is_action
+    assert all(c.startswith("::error title=BUG%3A flash_fsdp in clip::") for c in commands)
+
+
 def test_result_is_printed_written_and_logged(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
