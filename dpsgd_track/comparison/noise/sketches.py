@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpsgd_track.comparison.noise.check import NoiseCheck
 from dpsgd_track.comparison.noise.correlation import correlation_check, correlations
 from dpsgd_track.comparison.noise.samples import noise_std
 from dpsgd_track.comparison.noise.std import STD, Cells, cells_of, std_check, telling
-from dpsgd_track.tracking.trajectory import Floats, Trajectory
+from dpsgd_track.tracking.trajectory import Floats, Trajectory, sketch_length
 
 _SMALLEST = 1e-3
 """Noise that is smaller beside the gradient drowns in the rounding of their sum in float32."""
@@ -28,24 +29,46 @@ _MANY = 16
 """A parameter with so many elements for each projection counts in totals: small ones would make
 the interval of all as wide as their own."""
 
+_BLOCK = 256
+"""Steps that are looked at together: the sketches of a long run are larger than memory."""
+_MOST_STEPS = 64
+"""Steps of which every two are compared."""
+
 
 def check_sketches(trajectory: Trajectory) -> tuple[list[NoiseCheck], Cells] | None:
     """Checks, and the std of each parameter; None where nothing can be said."""
     sizes = trajectory.parameter_sizes
     if not (trajectory.noise_std > 0 and len(sizes) and (sizes > 0).all()):
         return None
-    gradient, noised = trajectory.gradient_sketch, trajectory.noised_sketch
-    scale = noise_std(trajectory)[:, None] * np.sqrt(sizes)
-    size = np.sqrt(np.mean(np.square(gradient), axis=-1))
-    if not np.isfinite(noised).all() or (scale < _SMALLEST * size).any():
-        return None
-    y = (noised - gradient) / scale[..., None]
-    dof = independent_squares(sizes.astype(np.float64), y.shape[-1])
-    is_counted = sizes >= _MANY * y.shape[-1]
+    S, K = trajectory.num_steps, trajectory.shape_of("gradient_sketch")[-1]
+    blocks = []
+    for start in range(0, S, _BLOCK):
+        y = _standardised(trajectory, start, start + _BLOCK)
+        if y is None:
+            return None
+        blocks.append(np.square(y).sum(axis=-1))
+    sum_sq = np.concatenate(blocks)
+    dof = independent_squares(sizes.astype(np.float64), K)
+    is_counted = sizes >= _MANY * K
     if not is_counted.any():
         is_counted[:] = True
-    by_parameter = _cells(list(trajectory.parameter_names), y, dof, 0)
-    return list(_checks(trajectory, y[:, is_counted], dof[is_counted], by_parameter)), by_parameter
+    by_parameter = _cells(list(trajectory.parameter_names), sum_sq, K, dof, 0)
+    counted = sum_sq[:, is_counted], dof[is_counted]
+    checks = [*_check_std(trajectory, *counted, K, by_parameter)]
+    if S > 1:
+        checks.append(_check_steps(trajectory, is_counted, float(dof[is_counted].min())))
+    return checks, by_parameter
+
+
+def _standardised(trajectory: Trajectory, start: int, stop: int) -> Floats | None:
+    """[rows, P, K] noise of std 1 at steps from row `start` on; None where it can't be told."""
+    gradient, noised = (
+        trajectory.read(name, start, stop) for name in ("gradient_sketch", "noised_sketch")
+    )
+    scale = noise_std(trajectory)[start:stop, None] * np.sqrt(trajectory.parameter_sizes)
+    if not np.isfinite(noised).all() or (scale < _SMALLEST * sketch_length(gradient)).any():
+        return None
+    return np.asarray((noised - gradient) / scale[..., None])
 
 
 def independent_squares(sizes: Floats, num_projections: int) -> Floats:
@@ -54,31 +77,41 @@ def independent_squares(sizes: Floats, num_projections: int) -> Floats:
     return np.maximum(K / np.square(1 + np.sqrt(K / sizes)), 1.0)
 
 
-def _cells(labels: list[str], y: Floats, dof: Floats, axis: int | tuple[int, ...]) -> Cells:
-    """Estimates from y [S, P, K], over `axis` of [S, P]."""
-    S, P, K = y.shape
-    sum_sq = np.square(y).sum(axis=-1)
-    num = np.broadcast_to(dof, (S, P)).sum(axis=axis)
+def _cells(
+    labels: list[str], sum_sq: Floats, K: int, dof: Floats, axis: int | tuple[int, ...]
+) -> Cells:
+    """Estimates from sums of K squares, [S, P], over `axis`."""
+    num = np.broadcast_to(dof, sum_sq.shape).sum(axis=axis)
     # The mean square is what is known; it is worth `num` squares.
-    count = np.broadcast_to(float(K), (S, P)).sum(axis=axis)
+    count = np.full(sum_sq.shape, float(K)).sum(axis=axis)
     return cells_of(labels, sum_sq.sum(axis=axis) / count * num, num)
 
 
-def _checks(
-    trajectory: Trajectory, y: Floats, dof: Floats, by_parameter: Cells
+def _check_std(
+    trajectory: Trajectory, sum_sq: Floats, dof: Floats, K: int, by_parameter: Cells
 ) -> Iterator[NoiseCheck]:
     steps = [f"step {step}" for step in trajectory.step.tolist()]
     # In a total, all parameters are taken to be as bad as the worst of them.
     least = np.full_like(dof, dof.min())
-    total, by_step = _cells([""], y, least, (0, 1)), _cells(steps, y, least, 1)
+    total = _cells([""], sum_sq, K, least, (0, 1))
+    by_step = _cells(steps, sum_sq, K, least, 1)
     found = {STD: total, "std_by_step": by_step, "std_by_parameter": by_parameter}
     grouped = {name: cells for name, cells in found.items() if name != STD}
     best = telling(total, grouped, grouped)
     for name, cells in found.items():
         title = "std of the noise" if name == STD else name.replace("_", " ")
         yield std_check(name, title, cells, explains_others=best == name)
-    if len(steps) > 1:
-        rows = y.reshape(len(steps), -1)
-        value, num = correlations(rows, np.ones(rows.shape, dtype=bool))
-        labels = [f"{a} and {b}" for a, b in combinations(steps, 2)]
-        yield correlation_check("steps", labels, value, np.full_like(num, int(least.sum())))
+
+
+def _check_steps(trajectory: Trajectory, is_counted: NDArray[np.bool_], dof: float) -> NoiseCheck:
+    """Correlation of steps: the first ones, and others spread over the run."""
+    S = trajectory.num_steps
+    spread = np.linspace(0, S - 1, min(S, _MOST_STEPS // 2)).astype(int)
+    chosen = np.unique(np.concatenate([np.arange(min(S, _MOST_STEPS // 2)), spread]))
+    found = [_standardised(trajectory, row, row + 1) for row in chosen.tolist()]
+    rows = np.stack([y[0, is_counted].ravel() for y in found if y is not None])
+    value, num = correlations(rows, np.ones(rows.shape, dtype=bool))
+    steps = [f"step {step}" for step in trajectory.step[chosen].tolist()]
+    labels = [f"{a} and {b}" for a, b in combinations(steps, 2)]
+    worth = int(dof * is_counted.sum())
+    return correlation_check("steps", labels, value, np.full_like(num, worth))
