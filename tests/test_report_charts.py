@@ -117,7 +117,7 @@ def test_every_trace_of_a_mode_can_be_filtered() -> None:
     for each in figures(broken()):
         for trace in each.figure.data:
             belongs_to_no_mode = each.cube or (trace.name or "").startswith(
-                ("floor", "threshold", "as it should be")
+                ("floor", "threshold", "limit", "as it should be")
             )
             assert belongs_to_no_mode or "mode" in trace.meta
 

@@ -54,6 +54,8 @@ class Worker:
         """Where the worker is, for the failure report."""
         self.is_leaving = threading.Event()
         """Set once a regime is over, for good or not, and its records are being put away."""
+        self.is_told_to_stop = threading.Event()
+        """Set when another rank failed, or the user has had enough."""
 
     def run(self) -> None:
         """All regimes of the job."""
@@ -242,6 +244,7 @@ def _flush_when_told_to_stop(worker: Worker, is_done: threading.Event) -> None:
 
     def wait() -> None:
         number = signal.sigwait(STOP_SIGNALS)
+        worker.is_told_to_stop.set()
         if worker.is_leaving.is_set():
             is_done.wait(KILLED_FLUSH_TIMEOUT_S)
         try:
@@ -293,7 +296,9 @@ def _run(worker: Worker) -> int:
         worker.writer.close(FLUSH_TIMEOUT_S)
     except Exception as error:
         traceback.print_exc()
-        worker.report_failure(error)
+        # What fails on the way out, such as logging to a writer that was closed, is no reason.
+        if not worker.is_told_to_stop.is_set():
+            worker.report_failure(error)
         # The reason comes first; what can still be shipped follows.
         try:
             worker.writer.close(FLUSH_TIMEOUT_S)

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from dpsgd_track.comparison.drift import OBSERVABLES, Drift, Pair
+from dpsgd_track.comparison.floor import limits_of
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.report.charts.curves import (
@@ -70,6 +71,7 @@ def _drift_chart(
     _limit(figure, ends, threshold, f"threshold {number(threshold)}", "dash")
     if floor is not None:
         _limit(figure, ends, max(floor, ZERO), f"floor {number(floor)}", "dot")
+    heights += _limit_of_rounding(figure, pairs[0].drifts[name], regime, style)
     layout(figure, 400, showlegend=True)
     kind = "relative" if observable.is_relative else "absolute"
     figure.update_xaxes(**step_axis(int(ends[0]), int(ends[1])))
@@ -133,6 +135,27 @@ def _limit(figure: go.Figure, ends: Integers, y: float, text: str, dash: str) ->
         name=text,
         hovertemplate="%{fullData.name}<extra></extra>",
     )
+
+
+def _limit_of_rounding(
+    figure: go.Figure, drift: Drift, regime: RegimeComparison, style: Style
+) -> list[float]:
+    """Adds what the verdict holds the drift to, the largest of all layers; returns its heights."""
+    limits = limits_of(drift, regime.floor())
+    if limits is None:
+        return []
+    y = limits.max(axis=1)
+    y[~np.isfinite(y)] = np.nan  # where rounding explains anything
+    at = kept(y, style.most_points)
+    figure.add_scatter(
+        x=whole(drift.steps[at]),
+        y=drawn(y[at]),
+        mode="lines",
+        line={"dash": "longdash", "color": GREY, "width": 1.5},
+        name="limit of rounding",
+        hovertemplate="limit of rounding %{y:.2~g}<extra></extra>",
+    )
+    return [float(value) for value in y[np.isfinite(y)]]
 
 
 def _layers(pair: Pair) -> dict[str, float]:
