@@ -103,7 +103,10 @@ def main(job_file: str) -> int:
     rank = int(os.environ["RANK"])
     work_dir = Path(job.work_dir)
     modes_seen.append(job.mode)
-    (work_dir / f"process-rank{rank}.json").write_text(json.dumps([os.getpid(), modes_seen]))
+    num_ranks = len(psutil.Process(os.getppid()).children())
+    (work_dir / f"process-rank{rank}.json").write_text(
+        json.dumps([os.getpid(), modes_seen, num_ranks])
+    )
     plan = json.loads(os.environ.get("FAKE_WORKER", "{}")).get(job.mode, {"do": ""})
     if plan["do"] == "environment":
         shown = {"argv": sys.argv, "has_token": bool(os.environ.get("HF_TOKEN"))}

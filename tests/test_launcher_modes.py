@@ -158,8 +158,13 @@ def test_the_references_bounds_reach_the_other_modes(mixed):
 def test_every_rank_is_a_fresh_process(mixed):
     left = sorted((mixed.folder / "results/mixed/logs").glob("*/process-rank*.json"))
     processes = [json.loads(file.read_text()) for file in left]
-    assert len({pid for pid, _ in processes}) == len(processes) == 5 * 2
-    assert [seen for _, seen in processes] == [[file.parent.name] for file in left]
+    assert len({pid for pid, _, _ in processes}) == len(processes) == 5 * 2
+    assert [seen for _, seen, _ in processes] == [[file.parent.name] for file in left]
+
+
+def test_no_rank_starts_before_all_are_forked(mixed):
+    left = (mixed.folder / "results/mixed/logs").glob("*/process-rank*.json")
+    assert {json.loads(file.read_text())[2] for file in left} == {2}
 
 
 def test_plain_lines_when_stdout_is_no_terminal(mixed):

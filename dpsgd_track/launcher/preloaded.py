@@ -19,6 +19,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -34,6 +35,7 @@ from types import FrameType, ModuleType
 from dpsgd_track.tracking.names import VARIANT_VARIABLE
 
 _POLL_S = 0.05
+_FORK_TIMEOUT_S = 60.0
 _PR_SET_PDEATHSIG = 1
 _ADDRESS = "127.0.0.1"
 
@@ -160,10 +162,14 @@ def _launch(request: Request, main: WorkerMain) -> None:
         start_method="fork",
     )
     agent = os.getpid()
+    # The server's thread lives in this process. While it serves one rank, the fork of another
+    # could inherit a lock that it holds, and hang: nobody talks to it until all are forked.
+    all_forked = multiprocessing.get_context("fork").Barrier(request.num_ranks)
 
     def run_rank(job_file: str) -> None:
         _reset_signals()
         _die_with(agent, signal.SIGKILL)
+        all_forked.wait(_FORK_TIMEOUT_S)
         try:
             code = main(job_file)
         except SystemExit as error:
