@@ -41,9 +41,9 @@ RESOLUTION = 32 * 2.0**-23
 """Relative difference that is never called one: float32, with the rounding of a few operations
 that a correct implementation may order differently. Norms, factors and sums are float32 whatever
 the parameters' type."""
-# Where the terms of a Gram matrix cancel, as for the key bias of an attention layer, the square root
-# of what remains is off by sqrt(2^-23), 3e-4, of the terms: up to 1.6e-6 of the whole sample's norm,
-# or 3.1e-5 here, in a small BERT with 64 tokens. It leaves the norm that is clipped as it is.
+# Where the terms of a Gram matrix cancel, as for the key bias of an attention layer, the square
+# root of what remains is off by sqrt(2^-23), 3e-4, of the terms: up to 1.6e-6 of the whole sample's
+# norm, or 3.1e-5 here, in a small BERT with 64 tokens. The norm that is clipped does not show it.
 _RESOLUTION_OF = {"sample_norm_by_parameter": 1e-4}
 
 CHAOS = 0.5
