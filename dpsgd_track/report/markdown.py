@@ -116,7 +116,7 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
     ladders = [("Stages", body, False) for body in _ladders(comparison)]
     why = [f"**{mode.verdict}** {_prose(mode.sentence)}" for mode in comparison.modes]
     found = [
-        f"**{f.verdict}** {_prose(mode.label)}: {_prose(f.sentence)}{' (waived)' * bool(f.waiver)}"
+        f"**{f.verdict}**{' (waived)' * bool(f.waiver)} {_prose(f'{mode.label}: {f.sentence}')}"
         for mode in comparison.modes
         for f in mode.findings
     ]
