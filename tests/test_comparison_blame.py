@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from synthetic_group import compared, healthy_runs, mode_run, put, scaled, trajectory, with_run
 
+from dpsgd_track.comparison import consistency
 from dpsgd_track.comparison.blame import Blame, describe, where_it_arose
 from dpsgd_track.comparison.fingerprint import (
     Ratio,
@@ -102,7 +103,7 @@ def test_sum_that_is_off_by_more_than_its_factors_is_at_fault_too() -> None:
     by_parameter = base.sample_norm_by_parameter * (1 + 1e-4)
     slightly = with_norms(base, by_parameter)
     assert statuses(judged(slightly))["clipped sum"] == "ok"
-    wrong = scaled(slightly, "gradient_sketch", 3.0)
+    wrong = scaled(slightly, "gradient_sketch", 1.2)
     assert statuses(judged(wrong))["clipped sum"] == "introduced"
     inherited = scaled(slightly, "gradient_sketch", 1 + 1e-4)
     assert statuses(judged(inherited))["clipped sum"] == "inherited"
@@ -116,6 +117,15 @@ def test_samples_of_one_rank_alone_name_the_rank() -> None:
     assert found.ranks == (1,)
     assert found.samples == tuple(base.sample_index[0][base.sample_rank[0] == 1].tolist())
     assert "of rank 1 alone" in found.sentence
+
+
+def test_some_samples_of_every_rank_name_no_rank() -> None:
+    base = clip_record()
+    by_parameter = base.sample_norm_by_parameter.copy()
+    by_parameter[:, [0, -1]] *= 1.25
+    found = blamed(with_norms(base, by_parameter))
+    assert found.samples == (base.sample_index[0, 0], base.sample_index[0, -1])
+    assert found.ranks == ()
 
 
 def test_error_in_all_samples_names_none() -> None:
@@ -134,6 +144,14 @@ def test_error_of_ten_times_the_floor_with_right_inputs_is_a_bug_below_every_thr
     worse = judged(with_norms(base, base.sample_norm_by_parameter * (1 + 4e-4)), base, plain)
     assert worse.verdict == "BUG"
     assert "times what rounding explains" in worse.sentence
+
+
+def test_mode_as_right_as_plain_autograd_passes_above_every_threshold() -> None:
+    base = clip_record()
+    plain = with_norms(base, base.sample_norm_by_parameter * (1 + 3e-3))
+    rounded = with_norms(base, base.sample_norm_by_parameter * (1 + 5e-3))
+    assert judged(rounded, base, plain).verdict == "PASS"
+    assert judged(rounded, base).verdict == "BUG"
 
 
 def test_wrong_layer_that_hands_its_error_on_is_told_from_those_before_it() -> None:
@@ -257,6 +275,30 @@ def test_sgd_step_follows_from_the_gradient(rate: float, verdict: str) -> None:
     assert found.verdict == verdict
 
 
+def test_noise_that_is_wrong_beside_a_wrong_sum_is_wrong_by_itself() -> None:
+    base = trajectory()
+    noise = base.noised_sketch - base.gradient_sketch
+    wrong = scaled(base, "gradient_sketch", 1.5, 1)
+    statuses = []
+    for factor in (1.0, 1.5):
+        noised = wrong.gradient_sketch + noise * factor
+        runs = with_run(healthy_runs(), mode_run(MODE, record=replace(wrong, noised_sketch=noised)))
+        (found,) = [m for m in compared(runs).modes if m.label == MODE]
+        rungs = {rung.stage: rung.status.value for rung in found.ladders["accuracy", "no_dp"]}
+        statuses.append(rungs["noise"])
+    assert statuses == ["inherited", "introduced"]
+
+
+def test_sgd_step_between_two_blocks_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consistency, "_BLOCK", 2)
+    base = trajectory(steps=4)
+    params = {**PARAMS, "regime.learning_rate": "6e-4"}
+    assert consistency.inconsistencies(base, params) == ()
+    jumped = put(base, "weight_sketch", 1e4, slice(2, None))
+    (found,) = consistency.inconsistencies(jumped, params)
+    assert (found.stage, found.step) == ("updated weights", 2)
+
+
 def test_stage_that_fails_only_after_another_step_failed_has_inherited_where_weights_move() -> None:
     wrong = scaled(trajectory(), "gradient_sketch", 1.5, (1, 2))
     wrong = scaled(wrong, "loss", 1.01, slice(2, None))
@@ -282,7 +324,7 @@ def test_floor_that_explodes_leaves_the_rest_inconclusive() -> None:
     runs = [
         mode_run("no_dp", record=base),
         mode_run("no_dp", record=wild, replay="ulp"),
-        mode_run(MODE, record=scaled(base, "gradient_sketch", 5.0, slice(20, None))),
+        mode_run(MODE, record=scaled(base, "gradient_sketch", 50.0, slice(20, None))),
     ]
     (found,) = [m for m in compared(runs).modes if m.label == MODE]
     assert found.verdict == "INCONCLUSIVE"

@@ -251,10 +251,10 @@ def test_the_report_of_two_groups_is_whole_and_inert(tmp_path: Path) -> None:
     files = {file.name: file.read_text() for file in write_report(comparison, tmp_path, png=False)}
     assert "<img src=x" not in files["report.html"] + files["report.md"]
     assert "@you" not in files["report.md"]
-    assert "Environments that differ" in files["report.md"]
+    assert "What differs between the two groups" in files["report.md"]
     assert "environment.torch" in files["summary.txt"]
     found = json.loads(files["drift.json"])["environment_differences"]
-    assert {"key": "environment.torch", "before": "2.11", "after": HOSTILE} in found
+    assert {"setting": "environment.torch", "before": "2.11", "after": HOSTILE} in found
     assert [row.label for row in rows(comparison)] == [mode.label for mode in comparison.modes]
 
 

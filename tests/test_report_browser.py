@@ -205,11 +205,11 @@ def test_zoom_narrows_the_axis_and_double_click_resets_it(page: Any) -> None:
 
 def test_a_click_on_the_legend_hides_one_curve(page: Any) -> None:
     chart = show(page, "drift_clip_grad_norm")
-    assert chart.locator(".scatterlayer .trace").count() == 4
+    assert chart.locator(".scatterlayer .trace").count() == 5
     chart.locator(".legendtoggle").first.click()
     page.wait_for_function(
         "document.querySelectorAll(\".chart[data-name='drift_clip_grad_norm'] "
-        '.scatterlayer .trace").length === 3'
+        '.scatterlayer .trace").length === 4'
     )
     chart.locator(".legendtoggle").first.click()
 

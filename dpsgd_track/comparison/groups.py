@@ -19,6 +19,7 @@ from dpsgd_track.comparison.result import (
     LargestDrift,
     ModeVerdict,
     RegimeComparison,
+    earlier_label,
     group_sentence,
     mode_verdict,
 )
@@ -74,7 +75,7 @@ class _Sides:
     def earlier(self) -> tuple[ModeRun, ...]:
         """The earlier group's runs under names of their own."""
         return tuple(
-            replace(run, mode=f"{label} [{self.baseline}]", variant="")
+            replace(run, mode=earlier_label(label, self.baseline), variant="")
             for label, run in self.before.items()
         )
 

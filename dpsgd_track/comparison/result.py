@@ -13,6 +13,7 @@ from dpsgd_track.comparison.noise import NoiseAudit
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import Thresholds
 from dpsgd_track.tracking.reader import Group, ModeRun
+from dpsgd_track.tracking.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,24 @@ class RegimeComparison:
         """The floor of drifts from `baseline`, by default the regime's."""
         return self.floors.get(baseline or self.baseline)
 
+    def base_of(self, mode: str, baseline: str = "") -> Trajectory | None:
+        """The record that `mode` is held against, by default as the regime's baseline.
+
+        Of two groups, each mode is held against its own earlier run.
+        """
+        held = baseline or self.baseline
+        recorded = {run.label: run.trajectory for run in self.runs if run.trajectory}
+        return recorded.get(held) or recorded.get(earlier_label(mode, held))
+
     def pair(self, mode: str, baseline: str = "") -> Pair | None:
         """`mode` against `baseline`, by default the regime's."""
         wanted = (mode, baseline or self.baseline)
         return next((p for p in self.pairs if (p.mode, p.baseline) == wanted), None)
+
+
+def earlier_label(label: str, baseline: str) -> str:
+    """What the earlier run of `label` is called where `baseline` is the name of a whole group."""
+    return f"{label} [{baseline}]"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,8 +56,9 @@ def _heats(regime: RegimeComparison, num_bins: int) -> list[Heat]:
     base, modes = _compared(regime)
     recorded = {run.label: run.trajectory for run in regime.runs if run.trajectory}
     found = (
-        heat(regime.name, (base, recorded[base]), (mode, recorded[mode]), num_bins)
+        heat(regime.name, (base, held), (mode, recorded[mode]), num_bins)
         for mode in modes
+        if (held := regime.base_of(mode, base))
     )
     return [each for each in found if each]
 

@@ -34,7 +34,10 @@ def _chart(comparison: GroupComparison, regime: RegimeComparison, style: Style) 
     figure = go.Figure()
     total, most, reach = 0, 0, [np.inf, 0.0]
     for mode in (pair.mode for pair in pairs if pair.baseline == base):
-        norms, ratios, told = _samples(recorded[base], recorded[mode])
+        held = regime.base_of(mode, base)
+        if held is None:
+            continue
+        norms, ratios, told = _samples(held, recorded[mode])
         if not norms.size:
             continue
         chosen = _chosen(ratios)

@@ -131,8 +131,9 @@ def _stacked(regimes: list[RegimeComparison], quantity: _Quantity, style: Style)
 
 def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Style) -> Chart:
     runs = recorded(regime)
-    base = next((t for run, t in runs if run.label == regime.baseline), None)
-    others = [(r, t) for r, t in runs if r.label != regime.baseline] if base else []
+    held = {run.label: regime.base_of(run.label) for run, _ in runs}
+    others = [(run, t, base) for run, t in runs if (base := held[run.label]) and base is not t]
+    base = next((base for _, _, base in others), None)
     measured = known.of(quantity.name) if (known := regime.floor()) else None
     figure = make_subplots(
         rows=2 if others else 1,
@@ -148,9 +149,8 @@ def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Styl
         meta = {"hover": "value", "quantity": quantity.axis}
         _curve(figure, run.label, points, style, row=1, is_named=True, **meta)
     figure.update_yaxes(title_text=quantity.axis, row=1, col=1)
-    for run, trajectory in others:
-        assert base is not None
-        points = _difference(base, trajectory, quantity)
+    for run, trajectory, own_base in others:
+        points = _difference(own_base, trajectory, quantity)
         differs: dict[str, Any] = {"hover": "difference", "floor": measured}
         differs["base"] = plain(regime.baseline)
         _curve(figure, run.label, points, style, row=2, is_named=False, **differs)
