@@ -281,7 +281,8 @@ def test_noise_that_is_wrong_beside_a_wrong_sum_is_wrong_by_itself() -> None:
     wrong = scaled(base, "gradient_sketch", 1.5, 1)
     statuses = []
     for factor in (1.0, 1.5):
-        noised = wrong.gradient_sketch + noise * factor
+        factors = np.array([1.0, factor, 1.0, 1.0])[:, None, None]
+        noised = wrong.gradient_sketch + noise * factors
         runs = with_run(healthy_runs(), mode_run(MODE, record=replace(wrong, noised_sketch=noised)))
         (found,) = [m for m in compared(runs).modes if m.label == MODE]
         rungs = {rung.stage: rung.status.value for rung in found.ladders["accuracy", "no_dp"]}
