@@ -27,8 +27,8 @@ MARGIN = 2.0
 # two such draws exceeds 2 every third time.
 MARGIN_OF_SCALARS = 5.0
 # Few steps leave some layer's floor small by luck: none is taken to be less than this share of the
-# largest.
-_LEAST_SHARE = {"layer": 0.5, "parameter": 0.3, "sample_parameter": 0.3}
+# largest. So a limit of one parameter is never below the largest floor of any.
+_LEAST_SHARE = {"layer": 0.5, "parameter": 0.5, "sample_parameter": 0.5}
 _RELATED = {
     "loss": "sample_loss",
     "final_loss": "sample_loss",
