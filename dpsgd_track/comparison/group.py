@@ -17,6 +17,7 @@ from dpsgd_track.comparison.result import (
     LargestDrift,
     RegimeComparison,
     group_sentence,
+    largest_of,
     mode_verdict,
 )
 from dpsgd_track.comparison.verdict import (
@@ -170,13 +171,8 @@ def _recorded(runs: tuple[ModeRun, ...], label: str) -> ModeRun | None:
 
 def _largest(recorded: list[Labelled], pairs: list[Pair]) -> dict[str, LargestDrift]:
     by_labels = {frozenset((pair.baseline, pair.mode)): pair for pair in pairs}
-    largest: dict[str, LargestDrift] = {}
-    for (first, _), (second, _) in combinations(recorded, 2):
-        pair = by_labels[frozenset((first, second))]
-        for name, drift in pair.drifts.items():
-            if name not in largest or drift.max > largest[name].drift.max:
-                largest[name] = LargestDrift(first=pair.baseline, second=pair.mode, drift=drift)
-    return largest
+    # Of equal ones the first counts, in the launcher's order.
+    return largest_of(by_labels[frozenset((a, b))] for (a, _), (b, _) in combinations(recorded, 2))
 
 
 def _judge(

@@ -16,11 +16,11 @@ from dpsgd_track.comparison.judge import joined, judge_against, judge_alone, pas
 from dpsgd_track.comparison.result import (
     GroupComparison,
     Judged,
-    LargestDrift,
     ModeVerdict,
     RegimeComparison,
     earlier_label,
     group_sentence,
+    largest_of,
     mode_verdict,
 )
 from dpsgd_track.comparison.verdict import (
@@ -180,7 +180,7 @@ def _regime(sides: _Sides, before: Group) -> RegimeComparison:
         pairs=pairs,
         replays=replays,
         floors={sides.baseline: floor} if floor else {},
-        largest=_largest(pairs),
+        largest=largest_of(pairs),
     )
 
 
@@ -203,15 +203,6 @@ def _replays(runs: tuple[ModeRun, ...]) -> dict[str, Pair]:
 
 def _run_of(runs: Iterable[ModeRun], label: str) -> ModeRun | None:
     return next((run for run in runs if run.label == label and not run.replay), None)
-
-
-def _largest(pairs: Iterable[Pair]) -> dict[str, LargestDrift]:
-    largest: dict[str, LargestDrift] = {}
-    for pair in pairs:
-        for name, drift in pair.drifts.items():
-            if name not in largest or drift.max > largest[name].drift.max:
-                largest[name] = LargestDrift(first=pair.baseline, second=pair.mode, drift=drift)
-    return largest
 
 
 def _judge(

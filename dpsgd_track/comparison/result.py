@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dpsgd_track.comparison.blame import Blame
@@ -23,6 +23,16 @@ class LargestDrift:
     first: str
     second: str
     drift: Drift
+
+
+def largest_of(pairs: Iterable[Pair]) -> dict[str, LargestDrift]:
+    """The largest drift of each observable over `pairs`."""
+    largest: dict[str, LargestDrift] = {}
+    for pair in pairs:
+        for name, drift in pair.drifts.items():
+            if name not in largest or drift.max > largest[name].drift.max:
+                largest[name] = LargestDrift(first=pair.baseline, second=pair.mode, drift=drift)
+    return largest
 
 
 @dataclass(frozen=True, kw_only=True)
