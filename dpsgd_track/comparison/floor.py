@@ -86,18 +86,12 @@ class Floor:
     against_float64: bool = False
     """Whether plain autograd was compared with the float64 reference, rather than a mode with
     itself alone: what is within such a floor is as right as plain autograd."""
-
     chaos: int | None = None
     """First step from which on rounding alone explains any gradient: nothing is compared there."""
 
     def of(self, observable: str) -> float | None:
         """None where nothing was measured."""
         return self.values.get(observable)
-
-    def per_step(self, observable: str, steps: Integers) -> Floats | None:
-        """[S] the floor that counts for each of `steps`; None where nothing was measured."""
-        series = self.series.get(observable)
-        return None if series is None else series.largest[series.at(steps)]
 
 
 def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor | None:

@@ -101,14 +101,13 @@ class Excess:
     """[S] largest over the items; NaN where not computed."""
     limits: Floats
     """[S, items], or [S, 1] where there are none."""
+    by_item: Floats
+    """[S, items] differences, in the shape of the limits."""
 
     @property
     def failing(self) -> NDArray[np.bool_]:
         """[S] steps over the limit."""
         return np.asarray(self.times > 1)
-
-    by_item: Floats
-    """[S, items] differences, in the shape of the limits."""
 
     def rung(self, stage: str, status: StageStatus, row: int, floor: Floor | None) -> Rung:
         """The stage as step `row` shows it."""
