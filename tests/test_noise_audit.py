@@ -11,6 +11,7 @@ import pytest
 from synthetic_group import compared, group_of, healthy_runs, mode_run, trajectory, verdicts
 
 from dpsgd_track.comparison.group import compare_group
+from dpsgd_track.comparison.groups import compare_groups
 from dpsgd_track.comparison.noise import NoiseAudit, audit, judge_noise, sensitivity
 from dpsgd_track.comparison.noise.gaussian import correlation_bound, kurtosis_bounds, std_interval
 from dpsgd_track.comparison.noise.sketches import independent_squares
@@ -429,3 +430,11 @@ def test_intervals_hold_as_often_as_they_say() -> None:
     kurtosis = (z**4).mean(axis=1) / np.square((z**2).mean(axis=1))
     least, most = kurtosis_bounds(1000, alpha)
     assert 15 < ((kurtosis < least) | (kurtosis > most)).sum() < 70
+
+
+def test_the_noise_of_two_groups_is_audited_too() -> None:
+    twin = run_of(replace(noisy(), noise_std=0.0), replay=SILENT)
+    june, july = (group_of([twin, run_of(noisy())], name) for name in ("june", "july"))
+    comparison = compare_groups(june, july, Thresholds())
+    assert [(mode.label, mode.verdict) for mode in comparison.modes] == [("flash_fsdp", "PASS")]
+    assert comparison.regimes[0].audits["flash_fsdp"].source == "samples"

@@ -10,7 +10,7 @@ from itertools import combinations
 from dpsgd_track.comparison.drift import Labelled, Pair, compare_pairs
 from dpsgd_track.comparison.floor import Floor, floor_of
 from dpsgd_track.comparison.judge import joined, judge_against, judge_alone, passed, waive
-from dpsgd_track.comparison.noise import NoiseAudit, audit
+from dpsgd_track.comparison.noise import audits_of
 from dpsgd_track.comparison.result import (
     GroupComparison,
     Judged,
@@ -118,7 +118,7 @@ def _compare_regime(
         replays={pair.mode: pair for pair in replays},
         floors=_floors(repeats, replays),
         largest=_largest(recorded, [*shown, *pairs[num_detailed:]]),
-        audits=_audits(runs, reference),
+        audits=audits_of(runs, reference),
     )
     return regime, baseline, reference
 
@@ -133,15 +133,8 @@ def _audit_regime(name: str, runs: tuple[ModeRun, ...]) -> RegimeComparison:
         replays={},
         floors={},
         largest={},
-        audits=_audits(runs, None),
+        audits=audits_of(runs, None),
     )
-
-
-def _audits(runs: tuple[ModeRun, ...], reference: ModeRun | None) -> dict[str, NoiseAudit]:
-    """What can be said of each run's noise, by label."""
-    plain = next((r for r in runs if r.label == REFERENCE and r.replay == PLAIN), None)
-    found = {run.label: audit(run, reference, plain) for run in runs if not run.replay}
-    return {label: each for label, each in found.items() if each}
 
 
 def _labelled(run: ModeRun) -> Labelled:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from dpsgd_track.comparison.drift import Pair, compare_pair
 from dpsgd_track.comparison.floor import floor_of
 from dpsgd_track.comparison.judge import joined, judge_against, judge_alone, passed, waive
+from dpsgd_track.comparison.noise import audits_of
 from dpsgd_track.comparison.result import (
     GroupComparison,
     Judged,
@@ -32,9 +33,9 @@ from dpsgd_track.comparison.verdict import (
     worst,
 )
 from dpsgd_track.comparison.waivers import Waiver, waiver_notes
-from dpsgd_track.config import CLIP, Thresholds
+from dpsgd_track.config import CLIP, SILENT, Thresholds
 from dpsgd_track.modes.table import BASELINE, REFERENCE
-from dpsgd_track.tracking.reader import MISSING, Group, ModeRun
+from dpsgd_track.tracking.reader import FINISHED, MISSING, Group, ModeRun
 
 _ENVIRONMENT = ("environment.", "device.")
 _CODE = ("environment.git_revision", "environment.git_dirty", "environment.dpsgd_track")
@@ -110,6 +111,8 @@ def compare_groups(
         runs += sides.after
         earlier += sides.earlier
         for run in sides.after:
+            if run.replay == SILENT and run.status == FINISHED:
+                continue
             result = _judge(run, sides, regime, thresholds, differences)
             result = waive(result, run.title, regime, thresholds, waivers, today)
             judged.setdefault(run.title, []).append(result)
@@ -181,6 +184,7 @@ def _regime(sides: _Sides, before: Group) -> RegimeComparison:
         replays=replays,
         floors={sides.baseline: floor} if floor else {},
         largest=largest_of(pairs),
+        audits=audits_of(sides.after, sides.reference),
     )
 
 

@@ -8,8 +8,16 @@
 6. `audit` runs all that a run has records for, and turns failed checks into findings.
 """
 
-from dpsgd_track.comparison.noise.audit import audit, judge_noise, passed_noise
+from dpsgd_track.comparison.noise.audit import audit, audits_of, judge_noise, passed_noise
 from dpsgd_track.comparison.noise.check import NoiseAudit, NoiseCheck
 from dpsgd_track.comparison.noise.sensitivity import sensitivity
 
-__all__ = ["NoiseAudit", "NoiseCheck", "audit", "judge_noise", "passed_noise", "sensitivity"]
+__all__ = [
+    "NoiseAudit",
+    "NoiseCheck",
+    "audit",
+    "audits_of",
+    "judge_noise",
+    "passed_noise",
+    "sensitivity",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from dpsgd_track.comparison.noise.shape import MEAN, REPETITION, SHAPE, check_sh
 from dpsgd_track.comparison.noise.sketches import check_sketches
 from dpsgd_track.comparison.noise.std import BY_SHARD, EMPTY_STEP, GROUPED, STD, Cells, check_std
 from dpsgd_track.comparison.verdict import Finding, Verdict
-from dpsgd_track.config import NOISE
+from dpsgd_track.config import NOISE, PLAIN
+from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.tracking.names import UNEQUAL_NOISE
 from dpsgd_track.tracking.reader import ModeRun
 
@@ -57,6 +58,18 @@ def audit(
         by_parameter=_rows(cells),
         source=source,
     )
+
+
+def audits_of(runs: Iterable[ModeRun], reference: ModeRun | None) -> dict[str, NoiseAudit]:
+    """What can be said of the noise of each of a regime's `runs`, by label.
+
+    Args:
+        reference: as in `audit`.
+    """
+    runs = tuple(runs)
+    plain = next((r for r in runs if r.label == REFERENCE and r.replay == PLAIN), None)
+    found = {run.label: audit(run, reference, plain) for run in runs if not run.replay}
+    return {label: each for label, each in found.items() if each}
 
 
 def _rows(cells: Cells | None) -> tuple[tuple[str, float, float, float], ...]:
