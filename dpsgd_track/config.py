@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,16 @@ ACCURACY = "accuracy"
 CLIP = "clip"
 NOISE = "noise"
 TRAIN = "train"
-REGIMES = (ACCURACY, CLIP, NOISE, TRAIN)
+PROBE = "probe-"
+"""Begins the name of a regime that is run on the probe, whatever model the user chose."""
+PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE = (f"{PROBE}{kind}" for kind in (ACCURACY, CLIP, NOISE))
+REGIMES = (ACCURACY, CLIP, NOISE, TRAIN, PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
+
+
+def kind_of(regime: str) -> str:
+    """accuracy, clip, noise or train: what a regime does, on whichever model."""
+    return regime.removeprefix(PROBE)
+
 
 AGAIN = "again"
 """Replay of the baseline with nothing changed."""
@@ -200,12 +209,17 @@ class DataConfig:
             )
 
 
+PROBE_MODEL = ModelConfig(name="dpsgd-track/probe", task=CAUSAL_LM)
+PROBE_DATA = DataConfig(seq_length=17, batch_size=5, ragged=True)
+"""Sizes that are equal to no other, and to nothing that a likely fault multiplies or divides by."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RegimeConfig:
     """One pass over fresh weights: how many steps, of what shape, under which privacy."""
 
     name: str
-    """accuracy, clip, noise or train."""
+    """One of REGIMES."""
     num_iter: int
     """Recorded steps."""
     warmup_iter: int = 0
@@ -225,6 +239,11 @@ class RegimeConfig:
     replay: str = ""
     """again, permuted, ulp or plain where the run only measures the numerical floor; silent for
     the twin of a noisy run; else empty."""
+
+    @property
+    def kind(self) -> str:
+        """accuracy, clip, noise or train."""
+        return kind_of(self.name)
 
     def __post_init__(self) -> None:
         require(self.name in REGIMES, "regime", self.name, f"one of {', '.join(REGIMES)}")
@@ -308,6 +327,11 @@ class JobConfig:
     def label(self) -> str:
         """What the job is called: `mode` or `mode@variant`."""
         return f"{self.mode}@{self.variant.name}" if self.variant else self.mode
+
+    def run_in(self, regime: RegimeConfig) -> JobConfig:
+        """The job with the model and data of `regime`: the probe's, or the user's."""
+        is_probe = regime.name.startswith(PROBE)
+        return replace(self, model=PROBE_MODEL, data=PROBE_DATA) if is_probe else self
 
     def to_json(self) -> str:
         """The configuration as JSON; it never holds a token."""

@@ -30,7 +30,7 @@ from dpsgd_track.comparison.verdict import (
     worst,
 )
 from dpsgd_track.comparison.waivers import Waiver, waiver_notes
-from dpsgd_track.config import CLIP, NOISE, PLAIN, SILENT, Thresholds
+from dpsgd_track.config import CLIP, NOISE, PLAIN, SILENT, Thresholds, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE
 from dpsgd_track.tracking.reader import FINISHED, Group, ModeRun
 
@@ -77,11 +77,11 @@ def compare_group(
 def _compare_regime(
     name: str, runs: tuple[ModeRun, ...]
 ) -> tuple[RegimeComparison, ModeRun | None, ModeRun | None]:
-    if name == NOISE:
+    if kind_of(name) == NOISE:
         return _audit_regime(name, runs), None, None
     # no_dp clips nothing, so in the clip regime only the oracle can be the baseline.
     reference = _recorded(runs, REFERENCE)
-    baseline = reference if name == CLIP else _recorded(runs, BASELINE) or reference
+    baseline = reference if kind_of(name) == CLIP else _recorded(runs, BASELINE) or reference
     # A mode on its own can still be the baseline of its variants.
     installed = (_recorded(runs, run.mode) for run in runs if run.variant)
     baseline = baseline or next(filter(None, installed), None)
@@ -176,9 +176,9 @@ def _judge(
 ) -> Judged:
     found, broken = judge_alone(run, regime)
     baseline, reference = held_against
-    if regime.name == CLIP and reference:
+    if kind_of(regime.name) == CLIP and reference:
         found += judge_coverage(reference)
-    if baseline is None and regime.name != NOISE:
+    if baseline is None and kind_of(regime.name) != NOISE:
         found.append(_alone(regime, f"there is no baseline to compare with in {regime.name}"))
     elif baseline and run is baseline and not regime.pairs:
         found.append(_alone(regime, f"there is nothing to compare with in {regime.name}"))

@@ -33,7 +33,7 @@ from dpsgd_track.comparison.verdict import (
     worst,
 )
 from dpsgd_track.comparison.waivers import Waiver, waiver_notes
-from dpsgd_track.config import CLIP, SILENT, Thresholds
+from dpsgd_track.config import CLIP, SILENT, Thresholds, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE
 from dpsgd_track.tracking.reader import FINISHED, MISSING, Group, ModeRun
 
@@ -191,7 +191,7 @@ def _regime(sides: _Sides, before: Group) -> RegimeComparison:
 def _replays(runs: tuple[ModeRun, ...]) -> dict[str, Pair]:
     """Sound replays of a group's own baseline, by title."""
     regime = runs[0].regime if runs else ""
-    base = _run_of(runs, REFERENCE if regime == CLIP else BASELINE)
+    base = _run_of(runs, REFERENCE if kind_of(regime) == CLIP else BASELINE)
     if base is None or base.trajectory is None:
         return {}
     return {
@@ -217,7 +217,7 @@ def _judge(
     differences: EnvironmentDifferences,
 ) -> Judged:
     found, broken = judge_alone(run, regime)
-    if regime.name == CLIP and sides.reference:
+    if kind_of(regime.name) == CLIP and sides.reference:
         found += judge_coverage(sides.reference)
     base = sides.before.get(run.label)
     if run.replay or base is None:

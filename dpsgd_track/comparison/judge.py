@@ -31,7 +31,7 @@ from dpsgd_track.comparison.verdict import (
     number,
 )
 from dpsgd_track.comparison.waivers import Waiver, waiver_of
-from dpsgd_track.config import NOISE, Thresholds
+from dpsgd_track.config import NOISE, Thresholds, kind_of
 from dpsgd_track.tracking.reader import ModeRun
 
 
@@ -104,7 +104,7 @@ def passed(
     ladders: Mapping[Key, tuple[Rung, ...]],
 ) -> str:
     """What is said of a run that nothing was found of."""
-    if regime.name == NOISE and run.label in regime.audits:
+    if kind_of(regime.name) == NOISE and run.label in regime.audits:
         return passed_noise(regime.audits[run.label])
     if run.replay:
         return f"replay that measures the floor of {regime.name}"

@@ -18,7 +18,7 @@ from dpsgd_track.comparison.alignment import Aligned
 from dpsgd_track.comparison.consistency import Inconsistency
 from dpsgd_track.comparison.drift import Drift, Pair
 from dpsgd_track.comparison.floor import Floor, limits_of
-from dpsgd_track.config import CLIP, Thresholds
+from dpsgd_track.config import CLIP, Thresholds, kind_of
 from dpsgd_track.tracking.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 DATA, INITIAL_WEIGHTS = "data", "initial weights"
@@ -208,7 +208,7 @@ def ladder(
         stages.append(stage)
     # Trained weights carry an error into every later step; with a learning rate of 0 each step
     # starts afresh.
-    if pair.regime != CLIP:
+    if kind_of(pair.regime) != CLIP:
         failing = np.any([stage.failing for stage in stages], axis=0)
         earlier = np.concatenate([[False], np.logical_or.accumulate(failing)[:-1]])[:num_steps]
     for stage in stages:

@@ -92,7 +92,8 @@ class GroupRun:
         self._host = WorkerHost(launch.worker_module)
         self._display = display
         self._environment = {f"environment.{k}": v for k, v in environment().items()}
-        self._clip_bounds: tuple[float, ...] | None = None
+        self._clip_bounds: dict[str, tuple[float, ...]] = {}
+        """C of each step as the reference measured it, by regime."""
         self._finished: dict[VariantConfig, list[tuple[str, bool]]] = defaultdict(list)
         """Mode runs of each variant that finished, and whether they imported anything of it."""
 
@@ -187,16 +188,16 @@ class GroupRun:
             return job.regimes, ()
         ready, blocked = [], []
         for regime in job.regimes:
-            if regime.name != CLIP:
+            if regime.kind != CLIP:
                 ready.append(regime)
-            elif self._clip_bounds is None:
-                blocked.append(regime)
+            elif bounds := self._clip_bounds.get(regime.name):
+                ready.append(replace(regime, max_grad_norms=bounds))
             else:
-                ready.append(replace(regime, max_grad_norms=self._clip_bounds))
+                blocked.append(regime)
         return tuple(ready), tuple(blocked)
 
     def _start_runs(self, job: JobConfig, regime: RegimeConfig) -> tuple[str, tuple[str, ...]]:
-        config = asdict(job)
+        config = asdict(job.run_in(regime))
         for key in ("regimes", "run_ids", "rank_run_ids", "tracking_uri", "work_dir", "variant"):
             del config[key]
         variant = job.variant
@@ -220,12 +221,13 @@ class GroupRun:
         return tuple(checked)
 
     def _read_result(self, job: JobConfig, regime: RegimeConfig, folder: Path) -> None:
-        if job.mode == REFERENCE and regime.name == CLIP and not regime.replay:
+        if job.mode == REFERENCE and regime.kind == CLIP and not regime.replay:
             text = (folder / CLIP_BOUNDS_FILE).read_text(encoding="utf-8")
             bounds = tuple(float(bound) for bound in json.loads(text)["max_grad_norms"])
             require(bool(bounds), CLIP_BOUNDS_FILE, bounds, "one bound for each step")
             # RegimeConfig checks their number and values.
-            self._clip_bounds = replace(regime, max_grad_norms=bounds).max_grad_norms
+            checked = replace(regime, max_grad_norms=bounds)
+            self._clip_bounds[regime.name] = checked.max_grad_norms
         if job.variant is not None:
             variants.imports_of(job)
         elif self._suite.output is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,10 @@ from dpsgd_track.config import (
     NOISE,
     PERMUTED,
     PLAIN,
+    PROBE,
+    PROBE_ACCURACY,
+    PROBE_CLIP,
+    PROBE_NOISE,
     SILENT,
     SYNTHETIC,
     TRAIN,
@@ -27,6 +31,7 @@ from dpsgd_track.config import (
     RegimeConfig,
     Settings,
     VariantConfig,
+    kind_of,
     load_settings,
     require,
 )
@@ -43,12 +48,18 @@ NOISE_SIGMA = 0.7
 NOISE_BOUNDS = (0.37, 0.83, 1.3, 0.47)
 """C of each step of the noise regime: none is 1, and no two have a likely fault's ratio."""
 NOISE_MICRO_BATCHES = 3
+PROBE_MICRO_BATCHES = 3
+PROBE_SIGMA, PROBE_BOUND, PROBE_LEARNING_RATE = 0.0037, 83.0, 0.053
+"""In the probe's accuracy regime, where no sample reaches C and noise is no longer than what it is
+added to."""
 CPU_RANKS = 2
 DEFAULT_CONFIG = Path("mlflow.yaml")
 
 _SUITE_MODES = {"quick": table.QUICK, "full": table.FULL}
-_SUITE_REGIMES = (ACCURACY, CLIP)
-_KNOWN_REGIMES = (*_SUITE_REGIMES, NOISE)
+PROBES = (PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
+_SUITE_REGIMES = {"quick": (ACCURACY, CLIP, *PROBES), "full": (ACCURACY, CLIP)}
+"""Those that are run unless the user asks for others."""
+_KNOWN_REGIMES = (ACCURACY, CLIP, NOISE, *PROBES)
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 InputCheck = Callable[[ModelConfig, DataConfig], object]
@@ -107,7 +118,8 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     modes, regimes = _modes_and_regimes(args)
     _check_places(args)
     advice = "Only `single` without --accuracy-test and --regime noise have noise of its own."
-    own_noise = TRAIN in regimes or NOISE in regimes or args.noise_from == "seed"
+    kinds = {kind_of(regime) for regime in regimes}
+    own_noise = TRAIN in kinds or NOISE in kinds or args.noise_from == "seed"
     require(own_noise, "noise_from", args.noise_from, "seed", advice)
     variants = read_variants(args.variant or ())
     settings = read_settings(args)
@@ -199,14 +211,16 @@ def _modes_and_regimes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple
         advice = "Leave out --accuracy-test or --regime."
         require(regimes in ((), (ACCURACY,)), "regime", ",".join(regimes), ACCURACY, advice)
         regimes = (ACCURACY,)
-    regimes = tuple(name for name in _KNOWN_REGIMES if name in (regimes or _SUITE_REGIMES))
-    if CLIP in regimes or not asked:
+    regimes = tuple(
+        name for name in _KNOWN_REGIMES if name in (regimes or _SUITE_REGIMES[args.command])
+    )
+    if CLIP in map(kind_of, regimes) or not asked:
         # The reference comes first: the other modes' clipping bounds are measured by it.
         modes = (table.REFERENCE, *(asked or _SUITE_MODES[args.command]))
     else:
         modes = asked
     if not any(_takes_part(mode, regimes) for mode in asked or modes):
-        but = ", the reference apart" if NOISE in regimes else ""
+        but = ", the reference apart" if NOISE in map(kind_of, regimes) else ""
         advice = f"It has no run in {' and '.join(regimes)}."
         require(False, "mode", ",".join(asked), f"a private mode{but}", advice)
     return tuple(dict.fromkeys(modes)), regimes
@@ -218,9 +232,13 @@ def _takes_part(mode: str, regimes: Sequence[str]) -> bool:
 
 def _is_run(mode: str, regime: str) -> bool:
     """Whether `mode` has a run in `regime`: what neither clips nor adds noise has none in those."""
-    if regime == NOISE and mode == table.REFERENCE:
+    kind = kind_of(regime)
+    if kind == NOISE and mode == table.REFERENCE:
         return False
-    return regime not in (CLIP, NOISE) or table.is_private(mode)
+    # Opacus refuses tied and reused weights, without which the probe would show little.
+    if kind != regime and table.is_of_opacus(mode):
+        return False
+    return kind not in (CLIP, NOISE) or table.is_private(mode)
 
 
 def _split(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -287,7 +305,7 @@ def _check_sampling(data: DataConfig, jobs: Sequence[JobConfig]) -> None:
             job.num_ranks * regime.micro_batches
             for job in jobs
             for regime in job.regimes
-            if regime.name != NOISE
+            if regime.name != NOISE and not regime.name.startswith(PROBE)
         ),
         default=0,
     )
@@ -309,6 +327,17 @@ def _num_iter(args: argparse.Namespace) -> int:
 def _regimes_of(
     mode: str, names: Sequence[str], args: argparse.Namespace, device: str
 ) -> tuple[RegimeConfig, ...]:
+    known = {regime.name: regime for regime in _known_regimes(args, device)}
+    is_suite = args.command != "single"
+    return tuple(
+        run
+        for name in names
+        if _is_run(mode, name)
+        for run in _with_replays(mode, known[name], is_suite=is_suite)
+    )
+
+
+def _known_regimes(args: argparse.Namespace, device: str) -> Iterator[RegimeConfig]:
     warmup = args.warmup_iter if args.warmup_iter is not None else int(device == "cuda")
     trained = RegimeConfig(
         name=TRAIN,
@@ -320,7 +349,6 @@ def _regimes_of(
         learning_rate=args.learning_rate,
         optimizer=args.optimizer,
     )
-    accurate = replace(trained, name=ACCURACY, micro_batches=1, noise_matched=True)
     clipped = RegimeConfig(
         name=CLIP,
         num_iter=CLIP_NUM_ITER,
@@ -328,30 +356,43 @@ def _regimes_of(
         micro_batches=args.micro_batches or 2,
         optimizer=args.optimizer,
     )
-    if mode == table.BASELINE and ACCURACY in names and args.command != "single":
-        # What rounding alone makes of a trajectory.
-        return (accurate, *(replace(accurate, replay=kind) for kind in (AGAIN, PERMUTED, ULP)))
-    if mode == table.REFERENCE and args.command != "single":
-        # How far plain autograd in the modes' own type is from the reference.
-        known = {ACCURACY: accurate, CLIP: clipped}
-        return tuple(
-            replace(known[name], replay=kind)
-            for name in names
-            if name in known
-            for kind in ("", PLAIN)
-        )
-    listed = (trained, accurate, clipped, *_noisy(clipped, args))
-    return tuple(r for name in names if _is_run(mode, name) for r in listed if r.name == name)
-
-
-def _noisy(clipped: RegimeConfig, args: argparse.Namespace) -> tuple[RegimeConfig, ...]:
-    """The noise regime and, before it, its twin."""
-    twin = replace(
+    noisy = replace(
         clipped,
         name=NOISE,
         num_iter=len(NOISE_BOUNDS),
         micro_batches=args.micro_batches or NOISE_MICRO_BATCHES,
         max_grad_norms=NOISE_BOUNDS,
-        replay=SILENT,
+        noise_multiplier=NOISE_SIGMA,
     )
-    return twin, replace(twin, noise_multiplier=NOISE_SIGMA, replay="")
+    yield trained
+    yield replace(trained, name=ACCURACY, micro_batches=1, noise_matched=True)
+    yield clipped
+    yield noisy
+    # The probe's are the same whatever the user chose, so that what they can show is known.
+    on_probe = replace(clipped, micro_batches=PROBE_MICRO_BATCHES, optimizer="sgd")
+    yield replace(
+        on_probe,
+        name=PROBE_ACCURACY,
+        noise_multiplier=PROBE_SIGMA,
+        max_grad_norms=(PROBE_BOUND,) * on_probe.num_iter,
+        learning_rate=PROBE_LEARNING_RATE,
+        noise_matched=True,
+    )
+    yield replace(on_probe, name=PROBE_CLIP)
+    micro_batches = on_probe.micro_batches
+    yield replace(noisy, name=PROBE_NOISE, micro_batches=micro_batches, optimizer="sgd")
+
+
+def _with_replays(mode: str, regime: RegimeConfig, *, is_suite: bool) -> tuple[RegimeConfig, ...]:
+    """`regime` with the runs beside it that a comparison needs."""
+    if regime.kind == NOISE:
+        # The twin without noise comes first: what it computed is taken off.
+        return replace(regime, noise_multiplier=0.0, replay=SILENT), regime
+    replays: tuple[str, ...] = ()
+    if is_suite and mode == table.BASELINE:
+        # What rounding alone makes of a trajectory.
+        replays = (AGAIN, PERMUTED, ULP)
+    elif is_suite and mode == table.REFERENCE:
+        # How far plain autograd in the modes' own type is from the reference.
+        replays = (PLAIN,)
+    return (regime, *(replace(regime, replay=kind) for kind in replays))

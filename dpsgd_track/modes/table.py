@@ -128,6 +128,12 @@ def is_private(name: str) -> bool:
     return spec is None or spec.is_private
 
 
+def is_of_opacus(name: str) -> bool:
+    """Whether mode `name` is one of the library's own, as installed or as a variant."""
+    spec = spec_of(name)
+    return spec is not None and spec.strategy == _OPACUS
+
+
 def runs_on_one_device(name: str) -> bool:
     """Whether mode `name` is one rank's work; a user's own mode runs on all ranks."""
     spec = spec_of(name)

@@ -19,6 +19,8 @@ from dpsgd_track.config import (
     NOISE,
     PERMUTED,
     PLAIN,
+    PROBE,
+    PROBE_CLIP,
     ULP,
     JobConfig,
     PrivacyConfig,
@@ -92,6 +94,7 @@ class RegimeRun:
         Args:
             silent: in the noise regime, `taken` of the twin without noise.
         """
+        job = job.run_in(regime)
         self.job, self.regime, self.device = job, regime, device
         self.silent = silent
         self.taken: dict[int, noise_samples.Floats] = {}
@@ -149,12 +152,13 @@ class RegimeRun:
     def accounting(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Each recorded step with the epsilon spent after it; none where no noise protects.
 
-        Nor are there any in the noise regime, whose weights never move.
+        Nor are there any in the noise regime, whose weights never move, or on the probe.
         RDP's epsilon is there at every step. PRV's is there after 1, 2, 4, 8, ... steps and the
         last, unless it would take too long.
         """
         sigma, job = self.mode.context.privacy.noise_multiplier, self.job
-        if sigma == 0 or not is_private(job.mode) or self.regime.name == NOISE:
+        is_told_nothing = self.regime.kind == NOISE or self.regime.name.startswith(PROBE)
+        if sigma == 0 or not is_private(job.mode) or is_told_nothing:
             return
         slicer = self.slicer
         done = [row["step"] + 1 for row in self.records[0].rows]
@@ -224,7 +228,7 @@ class RegimeRun:
 
     def _noise(self, step: int, parts: list[LocalPart]) -> NDArray[np.float32]:
         """[W, P, M] some elements of the noise on each rank's shards; empty where none is kept."""
-        if self.regime.name == NOISE:
+        if self.regime.kind == NOISE:
             self.taken[step] = noise_samples.take(parts, self.slicer.expected_batch_size)
             if self.silent is not None:
                 noise = self.taken[step] - self.silent[step]
@@ -245,7 +249,7 @@ class RegimeRun:
 
     def _slicer(self, model: nn.Module) -> Slicer:
         job, regime = self.job, self.regime
-        sizes = _uneven_sizes(job, regime) if regime.name == NOISE else ()
+        sizes = _uneven_sizes(job, regime)
         return Slicer(
             dataset=build_dataset(job.model, job.data, model, seed=job.seed),
             batch_size=job.data.batch_size,
@@ -296,7 +300,7 @@ class RegimeRun:
         In the first half C is the median of the norms of those steps' samples; in the second,
         half the smallest.
         """
-        if self.regime.name != CLIP or not is_private(self.job.mode):
+        if self.regime.kind != CLIP or not is_private(self.job.mode):
             raise ValueError(
                 f"max_grad_norms=(): expected one value a step in regime {self.regime.name}."
             )
@@ -323,9 +327,19 @@ class RegimeRun:
 
 
 def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
-    """Samples of each step: all, one fewer, none, a single one, and again."""
-    full = dist.get_world_size() * regime.micro_batches * job.data.batch_size
-    sizes = (full, max(full - 1, 1), 0, 1)
+    """Samples of each step where they are to differ, so that ranks and micro-batches do as well.
+
+    In the noise regime all, one fewer, none, a single one. In the probe's clip regime one fewer
+    than all, a full micro-batch of each rank and one sample more, all, a single one. And again.
+    """
+    each = dist.get_world_size() * job.data.batch_size
+    full = each * regime.micro_batches
+    if regime.kind == NOISE:
+        sizes = (full, max(full - 1, 1), 0, 1)
+    elif regime.name == PROBE_CLIP:
+        sizes = (max(full - 1, 1), min(each + 1, full), full, 1)
+    else:
+        return ()
     return tuple(sizes[step % len(sizes)] for step in range(regime.num_iter))
 
 

@@ -19,11 +19,13 @@ from dpsgd_track.config import (
     CAUSAL_LM,
     CLASSIFICATION,
     MASKED_LM,
+    PROBE_MODEL,
     REGRESSION,
     ModelConfig,
     require,
 )
 from dpsgd_track.training.model_source import ModelSource, resolve_model
+from dpsgd_track.training.probe import build_probe
 
 _HEADS: dict[str, Any] = {
     CLASSIFICATION: AutoModelForSequenceClassification,
@@ -50,6 +52,8 @@ def build_model(
         ValueError: the configuration or the weights can't be loaded, or the model can't do what
             is asked.
     """
+    if config == PROBE_MODEL:
+        return build_probe(seed=seed, device=device)
     # Reports of a newly initialised head say what num_labels already says.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

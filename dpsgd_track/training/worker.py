@@ -46,8 +46,8 @@ class Worker:
         self.job, self.writer = job, writer
         self.rank = int(os.environ["RANK"])
         self.folder = Path(job.work_dir)
-        self.clip_bounds: tuple[float, ...] = ()
-        """C of each step as this job's clip regime calibrated it; its replay uses the same."""
+        self.clip_bounds: dict[str, tuple[float, ...]] = {}
+        """C of each step as each of this job's clip regimes calibrated it; replays use the same."""
         self.silent: dict[int, Floats] = {}
         """What the twin without noise took of its updates; the noisy run subtracts it."""
         self.at: dict[str, Any] = {"regime": 0, "step": None}
@@ -103,16 +103,16 @@ class Worker:
         folder = self.folder / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         self._progress(number, "start", 0, None)
-        if regime.name == CLIP and regime.replay:
-            regime = replace(regime, max_grad_norms=self.clip_bounds)
-        is_noisy = regime.name == NOISE and not regime.replay
+        if regime.kind == CLIP and regime.replay:
+            regime = replace(regime, max_grad_norms=self.clip_bounds[regime.name])
+        is_noisy = regime.kind == NOISE and not regime.replay
         run = RegimeRun(self.job, regime, device, self.silent if is_noisy else None)
         if regime.replay == SILENT:
             self.silent = run.taken
-        if regime.name == CLIP and not regime.max_grad_norms:
-            self.clip_bounds = run.max_grad_norms
+        if regime.kind == CLIP and not regime.max_grad_norms:
+            self.clip_bounds[regime.name] = run.max_grad_norms
             if self.rank == 0:
-                bounds = json.dumps({"max_grad_norms": self.clip_bounds})
+                bounds = json.dumps({"max_grad_norms": run.max_grad_norms})
                 (folder / "clip_bounds.json").write_text(bounds, encoding="utf-8")
         try:
             for done, metrics in run.steps():

@@ -14,7 +14,7 @@ from dpsgd_track.comparison.noise.shape import MEAN, REPETITION, SHAPE, check_sh
 from dpsgd_track.comparison.noise.sketches import check_sketches
 from dpsgd_track.comparison.noise.std import BY_SHARD, EMPTY_STEP, GROUPED, STD, Cells, check_std
 from dpsgd_track.comparison.verdict import Finding, Verdict
-from dpsgd_track.config import NOISE, PLAIN
+from dpsgd_track.config import NOISE, PLAIN, kind_of
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.tracking.names import UNEQUAL_NOISE
 from dpsgd_track.tracking.reader import ModeRun
@@ -96,7 +96,7 @@ def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
     """What the audit of a run found, and that a run of the noise regime has none of its noise."""
     if UNEQUAL_NOISE in run.reason:
         yield _finding(run.regime, run.reason.rstrip(". "))
-    if run.regime == NOISE and not (audit and audit.source == SAMPLES):
+    if kind_of(run.regime) == NOISE and not (audit and audit.source == SAMPLES):
         yield Finding(
             verdict=Verdict.INCONCLUSIVE,
             regime=run.regime,

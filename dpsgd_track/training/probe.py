@@ -1,0 +1,90 @@
+"""The probe: a small model that holds everything that known faults need to show.
+
+Whatever model the user chose may hide a fault that another would show. The probe has a biased
+linear layer that sees several positions, tokens that repeat, a padding index, targets that are
+ignored, LayerNorm and RMSNorm, a head tied to the embedding, a module that is used twice, two
+linear layers whose outputs are added, a parameter that is never used, and one with fewer rows than
+there are ranks. No two sizes are equal, few are divisible by anything, and most lie one past a
+power of two.
+
+Shapes: B samples, T positions, D values of a position, H values inside a block, V tokens.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+NUM_TOKENS, MAX_LENGTH = 29, 23
+D, H = 33, 65
+_UNUSED = 7
+_SPREAD = 0.1
+"""Std of what is added to every parameter: zero biases and unit norms would hide errors."""
+_OF_EMBEDDING = 0.3
+"""What the embedding's weights, standard normal otherwise, are multiplied by."""
+
+
+class _Block(nn.Module):
+    """Mixes positions, then two layers added, then one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.left = nn.Linear(D, H, bias=False)
+        self.right = nn.Linear(D, H)
+        self.reused = nn.Linear(H, H)
+        self.down = nn.Linear(H, D)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h = self.norm(x_BTD)
+        # Padding takes part, so that the gradients of its row are only zero if they are made so.
+        around = h.mean(dim=1, keepdim=True) + h.roll(1, dims=1)
+        h = torch.tanh(self.left(h) + self.right(around))
+        h = torch.tanh(self.reused(torch.tanh(self.reused(h))))
+        out: Tensor = x_BTD + self.down(h)
+        return out
+
+
+class Probe(nn.Module):
+    """Predicts tokens from those around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            vocab_size=NUM_TOKENS, pad_token_id=0, max_position_embeddings=MAX_LENGTH
+        )
+        self.embedding = nn.Embedding(NUM_TOKENS, D, padding_idx=0)
+        self.position = nn.Embedding(MAX_LENGTH, D)
+        self.blocks = nn.ModuleList([_Block(), _Block()])
+        self.gate = nn.Linear(D, 1)
+        self.unused = nn.Linear(D, _UNUSED)
+        self.norm = nn.RMSNorm(D)
+        self.head = nn.Linear(D, NUM_TOKENS, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T]; the mask is there because every model takes one."""
+        h = self.embedding(input_ids) + self.position(position_ids)
+        for block in self.blocks:
+            h = block(h)
+        logits: Tensor = self.head(self.norm(h) * torch.sigmoid(self.gate(h)))
+        return logits
+
+    def get_input_embeddings(self) -> nn.Module:
+        """As transformers' models have it."""
+        return self.embedding
+
+
+def build_probe(*, seed: int, device: torch.device) -> nn.Module:
+    """The probe, its weights a function of the seed alone, on `device`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Probe()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(_SPREAD * torch.randn_like(parameter))
+            # As the head's weight, it would make loud guesses.
+            model.embedding.weight.mul_(_OF_EMBEDDING)
+    return model.to(device).train()
