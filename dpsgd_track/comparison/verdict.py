@@ -24,7 +24,7 @@ from dpsgd_track.comparison.ladder import (
 )
 from dpsgd_track.comparison.waivers import Waiver
 from dpsgd_track.config import Thresholds
-from dpsgd_track.modes.table import MODES
+from dpsgd_track.modes.table import spec_of
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.reader import FAILED, FINISHED, ModeRun
 from dpsgd_track.tracking.trajectory import Trajectory
@@ -124,7 +124,8 @@ def _unobserved(run: ModeRun, trajectory: Trajectory) -> Iterator[Finding]:
     # A built-in mode that clips has per-sample norms; without them its clipping was not checked.
     # Someone's own mode may have no way to tell them.
     norms = trajectory.sample_norm
-    clips = run.mode in MODES and MODES[run.mode].is_private
+    spec = spec_of(run.mode)
+    clips = spec is not None and spec.is_private
     if clips and norms.size and np.isnan(norms).all():
         yield Finding(
             verdict=Verdict.INCONCLUSIVE,

@@ -100,12 +100,28 @@ FULL = (
 )
 
 
+_PLANTED = "+"
 _OPACUS = "opacus"
 _ENTRY_POINTS = "dpsgd_track.modes"
 
 
+def split_planted(name: str) -> tuple[str, str]:
+    """(mode, fault) of `mode+fault`, a mode with a known fault planted in it; else (mode, "")."""
+    mode, _, fault = name.partition(_PLANTED)
+    return mode, fault
+
+
+def with_fault(mode: str, fault: str) -> str:
+    """The name of `mode` with `fault` planted in it."""
+    return f"{mode}{_PLANTED}{fault}"
+
+
 def spec_of(name: str) -> ModeSpec | None:
-    """The parts of a built-in mode or of `opacus:GRAD_SAMPLE_MODE`; None for a user's own mode."""
+    """The parts of a built-in mode or of `opacus:GRAD_SAMPLE_MODE`; None for a user's own mode.
+
+    A fault that is planted in the mode changes none of them.
+    """
+    name, _ = split_planted(name)
     if name in MODES:
         return MODES[name]
     library, _, mode = name.partition(":")
@@ -159,6 +175,7 @@ def plugged_in_modes() -> dict[str, str]:
 
 def factory_of(name: str) -> str:
     """`package.module:factory` of a user's own mode, which may be an entry point's name."""
+    name, _ = split_planted(name)
     return name if ":" in name else plugged_in_modes().get(name, name)
 
 
@@ -170,6 +187,7 @@ def check_mode(name: str) -> None:
     Raises:
         ValueError: naming the known modes.
     """
+    name, _ = split_planted(name)
     if name in MODES:
         return
     module, _, factory = factory_of(name).partition(":")

@@ -92,7 +92,7 @@ class Capture:
         def settle(name: str, terms: tuple[Term, ...]) -> None:
             if self.keep:
                 terms = self._kept[name] = self._kept_form(terms)
-            squares[name] = norm_sq(terms, self.norm_rule.outer_norm)
+            squares[name] = self.norm_sq_of(name, terms)
 
         self._inspect(loss_B)
         self._run(loss_B, settle, retain_graph=retain_graph)
@@ -103,15 +103,23 @@ class Capture:
         """A second backward over the same graph; clipped sums are put as they are formed."""
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
-            put(name, clipped_sum(terms, clip_factor_B).view(self.shapes[name]))
+            put(name, self.sum_of(name, terms, clip_factor_B))
 
         self._run(loss_B, settle, retain_graph=False)
 
     def put_kept_sums(self, clip_factor_B: Tensor, put: Put) -> None:
         """Clipped sums from what the backward for norms kept, the last parameters' first."""
-        for name, shape in reversed(self.shapes.items()):
+        for name in reversed(self.shapes):
             if name in self._kept:
-                put(name, clipped_sum(self._kept.pop(name), clip_factor_B).view(shape))
+                put(name, self.sum_of(name, self._kept.pop(name), clip_factor_B))
+
+    def norm_sq_of(self, name: str, terms: tuple[Term, ...]) -> Tensor:
+        """Squared norm [B] of a parameter's per-sample gradients."""
+        return norm_sq(terms, self.norm_rule.outer_norm)
+
+    def sum_of(self, name: str, terms: tuple[Term, ...], clip_factor_B: Tensor) -> Tensor:
+        """Clipped sum of a parameter's gradients over this rank's samples, in its whole shape."""
+        return clipped_sum(terms, clip_factor_B).view(self.shapes[name])
 
     def note_parameters(self, layer: Layer) -> None:
         """A call of `layer` is about to begin, and its parameters are where it will find them."""

@@ -27,7 +27,7 @@ from dpsgd_track.config import (
     RegimeConfig,
 )
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
-from dpsgd_track.modes.build import build_mode
+from dpsgd_track.faults import build
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
 from dpsgd_track.privacy.accounting import (
@@ -115,7 +115,7 @@ class RegimeRun:
         layer_names = linear_layer_names(model)
         self.parameter_names = list(trainable_parameters(model))
         sizes = {name: p.numel() for name, p in trainable_parameters(model).items()}
-        self.mode = build_mode(job.mode, model, context)
+        self.mode = build(job.mode, model, context)
         self.weights = measure(self.mode, self.mode.weight_parts())
         self.noise_key = self._noise_key()
         self.max_grad_norms = regime.max_grad_norms or self._calibrate()

@@ -1,0 +1,194 @@
+"""What a fault is, and how one is planted in a mode.
+
+A fault is a few lines that replace what happens at one or two *seams*: named places of a step.
+Some seams every mode has, because the protocol names them; the others belong to our own engine.
+Nothing of a mode's code is touched, and everything is as it was once the fault is taken out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+
+from dpsgd_track.config import require
+from dpsgd_track.modes.protocol import Mode
+
+Wrapper = Callable[..., Any]
+"""Takes what it replaces, and then that one's own arguments."""
+
+MODE_SEAMS = {
+    "accumulate": "a micro-batch's forward, backward and clipping",
+    "set_max_grad_norm": "another C",
+    "clipped_sum": "the sum over micro-batches and ranks",
+    "privatize": "noise and division",
+    "step": "the optimizer's step",
+    "zero_grad": "the end of a step",
+}
+"""Methods of the protocol, which every mode has."""
+
+ENGINE_SEAMS = {
+    "loss": ("mode", "engine.loss"),
+    "run_norms": ("mode", "engine.capture.run_norms"),
+    "norm_sq_of": ("mode", "engine.capture.norm_sq_of"),
+    "clip": ("mode", "engine.clip"),
+    "sum_of": ("mode", "engine.capture.sum_of"),
+    "put": ("mode", "engine.put"),
+    "linear_terms": ("dpsgd_track.privacy.layers", "linear.terms"),
+    "embedding_terms": ("dpsgd_track.privacy.layers", "embedding.terms"),
+    "layer_norm_terms": ("dpsgd_track.privacy.layers", "layer_norm.terms"),
+    "rms_norm_terms": ("dpsgd_track.privacy.layers", "rms_norm.terms"),
+    "join": ("dpsgd_track.privacy.capture", "join"),
+    "rows_norm_sq": ("dpsgd_track.privacy.terms", "Rows.norm_sq"),
+    "rows_sum": ("dpsgd_track.privacy.terms", "Rows.clipped_sum"),
+    "total_norm": ("dpsgd_track.privacy.engine", "total_norm"),
+    "clip_factors": ("dpsgd_track.privacy.engine", "clip_factors"),
+    "reduce_scatter": ("dpsgd_track.distributed.reduction", "_reduce_scatter"),
+    "padded_rows": ("dpsgd_track.distributed.reduction", "_padded_rows"),
+    "add_noise": ("dpsgd_track.modes.protocol", "add_noise"),
+    "standard_normal": ("dpsgd_track.privacy.noise", "NoiseSource.standard_normal"),
+}
+"""Places inside our own engine: (`mode` or a module, what lies there)."""
+
+NORMS = "per-sample norms"
+FACTORS = "clip factors"
+SUM = "clipped sum"
+NOISE = "noise"
+UPDATE = "updated weights"
+LOSS = "loss"
+"""Stages of a step, as the comparison names them."""
+
+FUSED_BK = "flash_fsdp_fuse_bk"
+FSDP_MODES = ("flash_fsdp", "flash_fsdp_bk", "flash_fsdp_fuse", FUSED_BK)
+"""Modes that a fault is planted in by default: each in one of them, in turn."""
+
+
+class Site:
+    """A mode with its seams open."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode: Any = mode
+        self._undo = ExitStack()
+
+    def wrap(self, seam: str, wrapper: Wrapper) -> None:
+        """Have `wrapper` called in place of what is at `seam`, with that as its first argument.
+
+        Raises:
+            ValueError: the mode has no such seam.
+        """
+        owner, attribute = self._find(seam)
+        original = getattr(owner, attribute)
+        is_own = attribute in vars(owner)
+
+        @functools.wraps(original)
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        setattr(owner, attribute, replaced)
+        if is_own:
+            self._undo.callback(setattr, owner, attribute, original)
+        else:
+            self._undo.callback(delattr, owner, attribute)
+
+    def sums(self) -> dict[str, Tensor]:
+        """This rank's shards of the step's clipped sum so far, which may be changed in place."""
+        engine = getattr(self.mode, "engine", None)
+        if engine is not None and engine.capture is not None:
+            sums: dict[str, Tensor] = engine.sharder.sums
+            return sums
+        return {part.name: part.local for part in self.mode.gradient_parts()}
+
+    def close(self) -> None:
+        """Take out everything that was planted."""
+        self._undo.close()
+
+    def _find(self, seam: str) -> tuple[Any, str]:
+        if seam in MODE_SEAMS:
+            return self.mode, seam
+        place, path = ENGINE_SEAMS[seam]
+        has_engine = getattr(getattr(self.mode, "engine", None), "capture", None) is not None
+        name = type(self.mode).__name__
+        require(has_engine, "mode", name, f"a mode with the seam {seam}", "Only our own have it.")
+        root = self.mode if place == "mode" else import_module(place)
+        above, _, attribute = path.rpartition(".")
+        return (attrgetter(above)(root) if above else root), attribute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One known defect."""
+
+    name: str
+    kind: str
+    """Class of faults: the module that it stands in."""
+    title: str
+    """What goes wrong, in a few words."""
+    source: str
+    """Where it was found, or `plausible`."""
+    formula: str
+    """What is computed, and in place of what."""
+    needs: tuple[str, ...]
+    """What a test has to have for the fault to show."""
+    stage: str
+    """Stage of a step that is to be blamed."""
+    where: str
+    """Pattern of the parameters that are to be blamed; empty where the fault has no place."""
+    seams: tuple[str, ...]
+    """Where it is planted."""
+    modes: tuple[str, ...]
+    """Modes that it can be planted in by default."""
+    plant: Callable[[Site], None]
+
+    @property
+    def fits_any_mode(self) -> bool:
+        """Whether every mode has its seams."""
+        return all(seam in MODE_SEAMS for seam in self.seams)
+
+
+FAULTS: dict[str, Fault] = {}
+"""Every fault by name."""
+
+
+def fault(
+    title: str,
+    *,
+    at: str,
+    formula: str,
+    stage: str,
+    source: str = "plausible",
+    needs: str = "",
+    where: str = "",
+    modes: tuple[str, ...] = FSDP_MODES,
+) -> Callable[[Callable[[Site], None]], Callable[[Site], None]]:
+    """Register the function below as a fault of the same name.
+
+    Args:
+        at: seams, comma separated.
+        needs: as many conditions, comma separated.
+    """
+
+    def register(plant: Callable[[Site], None]) -> Callable[[Site], None]:
+        name = plant.__name__
+        assert name not in FAULTS
+        FAULTS[name] = Fault(
+            name=name,
+            kind=plant.__module__.rpartition(".")[2],
+            title=title,
+            source=source,
+            formula=formula,
+            needs=tuple(part.strip() for part in needs.split(",") if part),
+            stage=stage,
+            where=where,
+            seams=tuple(seam.strip() for seam in at.split(",")),
+            modes=modes,
+            plant=plant,
+        )
+        return plant
+
+    return register

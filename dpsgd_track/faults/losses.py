@@ -1,0 +1,139 @@
+"""Faults of the loss and of the samples it is taken of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpsgd_track.faults.fault import LOSS, Site, fault
+from dpsgd_track.privacy.loss import IGNORED, masked_lm_loss
+
+TARGETS = "samples with unequal numbers of targets"
+
+
+@fault(
+    "ignored targets stay in a sample's mean",
+    source="Opacus #792",
+    formula="sum_t l_t / (T - 1), in place of the mean over the sample's own targets",
+    at="loss",
+    needs="targets that are ignored",
+    stage=LOSS,
+)
+def ignored_targets_counted(site: Site) -> None:
+    """Short samples weigh less."""
+
+    def loss(original: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        num_targets = targets[:, 1:].ne(IGNORED).sum(dim=1).clamp(min=1)
+        found: Tensor = original(logits, targets) * num_targets / (targets.shape[1] - 1)
+        return found
+
+    site.wrap("loss", loss)
+
+
+@fault(
+    "mean over the batch's targets",
+    formula="sum_t l_t b / (targets of the batch), in place of each sample's own mean",
+    at="loss",
+    needs=TARGETS,
+    stage=LOSS,
+)
+def mean_over_batch(site: Site) -> None:
+    """What a loss with reduction mean does: a sample's gradient depends on the others."""
+
+    def loss(original: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        num_targets = targets[:, 1:].ne(IGNORED).sum(dim=1).clamp(min=1)
+        found: Tensor = original(logits, targets) * num_targets / num_targets.float().mean()
+        return found
+
+    site.wrap("loss", loss)
+
+
+@fault(
+    "targets not shifted",
+    formula="position t predicts token t, in place of t + 1",
+    at="loss",
+    stage=LOSS,
+)
+def targets_not_shifted(site: Site) -> None:
+    """An easy task."""
+    site.wrap("loss", lambda original, logits, targets: masked_lm_loss(logits, targets))
+
+
+@fault(
+    "loss from low-precision logits",
+    source="Opacus, loss without `.float()`",
+    formula="logits rounded to bfloat16",
+    at="loss",
+    needs="float32, or a loss that is compared to 1e-3",
+    stage=LOSS,
+)
+def logits_in_bf16(site: Site) -> None:
+    """Quantised to 4e-3 at a loss of 1."""
+    site.wrap("loss", lambda original, logits, targets: original(logits.bfloat16(), targets))
+
+
+@fault(
+    "rank 0's losses reported for everybody's",
+    formula="l of rank 0's samples",
+    at="accumulate",
+    needs="several ranks, other data on each",
+    stage=LOSS,
+)
+def loss_of_rank_0(site: Site) -> None:
+    """The update is right."""
+
+    def accumulate(original: Any, batch: Any) -> Any:
+        record = original(batch)
+        loss_B = torch.zeros(64, dtype=torch.float64, device=site.mode.context.device)
+        loss_B[: len(record.loss_B)] = record.loss_B
+        dist.broadcast(loss_B, src=0)
+        return replace(record, loss_B=loss_B[: len(record.loss_B)])
+
+    site.wrap("accumulate", accumulate)
+
+
+@fault(
+    "every rank computes rank 0's samples",
+    formula="x of rank 0, in place of the rank's own",
+    at="accumulate",
+    needs="several ranks, other data on each",
+    stage=LOSS,
+)
+def same_samples_on_every_rank(site: Site) -> None:
+    """A sampler that was not told the rank."""
+
+    def accumulate(original: Any, batch: Any) -> Any:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (batch.inputs, batch.targets))
+        inputs, targets = everyone[0]
+        size = len(batch)
+        if size == 0 or len(targets) < size:
+            return original(batch)
+        device = batch.targets.device
+        inputs = {name: t[:size].to(device) for name, t in inputs.items()}
+        return original(replace(batch, inputs=inputs, targets=targets[:size].to(device)))
+
+    site.wrap("accumulate", accumulate)
+
+
+@fault(
+    "positions lost",
+    formula="position 0 everywhere",
+    at="accumulate",
+    needs="a model that takes positions",
+    stage=LOSS,
+)
+def positions_lost(site: Site) -> None:
+    """An input that a wrapper does not hand on."""
+
+    def accumulate(original: Any, batch: Any) -> Any:
+        inputs = dict(batch.inputs)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = torch.zeros_like(inputs["position_ids"])
+        return original(replace(batch, inputs=inputs))
+
+    site.wrap("accumulate", accumulate)

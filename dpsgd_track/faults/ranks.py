@@ -1,0 +1,169 @@
+"""Faults of what ranks share: sums, shards and divisors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpsgd_track.faults.fault import NOISE, SUM, Site, fault
+
+SEVERAL = "several ranks"
+
+
+def _scaled_sum(site: Site, factor_of: Any) -> None:
+    def clipped_sum(original: Any) -> Any:
+        clipped = original()
+        for name, total in clipped.gradients.items():
+            total.mul_(factor_of(name))
+        return clipped
+
+    site.wrap("clipped_sum", clipped_sum)
+
+
+@fault(
+    "averaged over ranks, not added",
+    source="FSDP2's default",
+    formula="S / W",
+    at="clipped_sum",
+    needs=SEVERAL,
+    stage=SUM,
+)
+def averaged_over_ranks(site: Site) -> None:
+    """The noise is not: noise over signal is W times too large."""
+    _scaled_sum(site, lambda name: 1 / dist.get_world_size())
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing is on its way."""
+
+
+@fault(
+    "ranks' gradients not added",
+    formula="the rank's own share of S",
+    at="reduce_scatter",
+    needs="several ranks, other data on each",
+    stage=SUM,
+)
+def ranks_not_added(site: Site) -> None:
+    """Each keeps its rows of its own sum."""
+
+    def reduce_scatter(original: Any, shard: Tensor, packed: Tensor, **options: Any) -> _Done:
+        shard.copy_(packed.view(-1, shard.numel())[dist.get_rank()])
+        return _Done()
+
+    site.wrap("reduce_scatter", reduce_scatter)
+
+
+@fault(
+    "shards of the sum at the wrong ranks",
+    formula="rows of rank r at rank r + 1",
+    at="reduce_scatter",
+    needs="several ranks, a comparison of directions",
+    stage=SUM,
+)
+def shards_rotated(site: Site) -> None:
+    """The total norm is right."""
+
+    def reduce_scatter(original: Any, shard: Tensor, packed: Tensor, **options: Any) -> Any:
+        turned = packed.view(-1, shard.numel()).roll(1, 0).contiguous()
+        return original(shard, turned.view(-1), **options)
+
+    site.wrap("reduce_scatter", reduce_scatter)
+
+
+@fault(
+    "uneven rows padded at the wrong end",
+    formula="row p - 1 in place of row p, where ranks do not divide the rows",
+    at="padded_rows",
+    needs="several ranks, rows that they do not divide",
+    stage=SUM,
+)
+def uneven_rows_padded_in_front(site: Site) -> None:
+    """Zeros come first."""
+
+    def padded_rows(original: Any, gradient: Tensor, world_size: int) -> Tensor:
+        missing = -len(gradient) % world_size
+        empty = gradient.new_zeros(missing, *gradient.shape[1:])
+        found: Tensor = original(torch.cat([empty, gradient]), world_size)
+        return found
+
+    site.wrap("padded_rows", padded_rows)
+
+
+@fault(
+    "parameters with fewer rows than ranks lost",
+    formula="0 in place of S where rows < W",
+    at="clipped_sum",
+    needs="more ranks than a parameter has rows",
+    stage=SUM,
+    where="gate.*",
+)
+def few_rows_lost(site: Site) -> None:
+    """A rank without a shard skips the collective for all."""
+    rows = {name: p.shape[0] for name, p in site.mode.model.named_parameters()}
+    _scaled_sum(site, lambda name: float(rows[name] >= dist.get_world_size()))
+
+
+@fault(
+    "small parameters added once by each rank",
+    formula="W S of one-dimensional parameters",
+    at="clipped_sum",
+    needs=SEVERAL,
+    stage=SUM,
+    where="*",
+)
+def small_parameters_counted_by_all(site: Site) -> None:
+    """Taken for replicated, and added over ranks once more."""
+    dims = {name: p.dim() for name, p in site.mode.model.named_parameters()}
+    _scaled_sum(site, lambda name: dist.get_world_size() if dims[name] == 1 else 1)
+
+
+@fault(
+    "sums added in bfloat16",
+    formula="ranks' sums rounded to bfloat16 before they are added",
+    at="put",
+    needs="float32, or norms that are compared to 1e-3",
+    stage=SUM,
+)
+def sums_in_bf16(site: Site) -> None:
+    """A reduction in the parameters' type."""
+    site.wrap("put", lambda original, name, total: original(name, total.bfloat16().float()))
+
+
+def _divided(site: Site, factor: float) -> None:
+    def privatize(original: Any, *args: Any) -> Any:
+        found = original(*args)
+        for part in site.mode.gradient_parts():
+            part.local.mul_(factor)
+        return found
+
+    site.wrap("privatize", privatize)
+
+
+@fault(
+    "divided by the number of ranks once more",
+    source="Opacus 95fdb35a",
+    formula="(S + N) / (W B)",
+    at="privatize",
+    needs=SEVERAL,
+    stage=NOISE,
+)
+def divided_by_ranks_again(site: Site) -> None:
+    """A global batch size taken for a local one."""
+    _divided(site, 1 / dist.get_world_size())
+
+
+@fault(
+    "divided by the rank's batch",
+    formula="(S + N) W / B",
+    at="privatize",
+    needs=SEVERAL,
+    stage=NOISE,
+)
+def divided_by_own_batch(site: Site) -> None:
+    """A local batch size taken for a global one."""
+    _divided(site, dist.get_world_size())
