@@ -22,6 +22,7 @@ from typing import Any
 import opacus
 import torch
 import torch.distributed as dist
+from rank_exit import leave
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -452,3 +453,4 @@ def _write(path: Path, found: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    leave()

@@ -22,10 +22,12 @@ ALLOWED: dict[str, set[str]] = {
     "modes": {"config", "distributed", "privacy"},
     "library": {"config", "distributed", "modes", "privacy"},
     "tracking": {"config"},
-    "training": {"config", "distributed", "kernels", "modes", "privacy", "tracking"},
-    "launcher": {"config", "modes", "tracking", "training"},
+    "faults": {"config", "distributed", "kernels", "modes", "privacy"},
+    "training": {"config", "distributed", "faults", "kernels", "modes", "privacy", "tracking"},
+    "launcher": {"config", "faults", "modes", "tracking", "training"},
     "comparison": {"config", "modes", "tracking"},
     "report": {"comparison", "config", "modes", "tracking"},
+    "detection": {"comparison", "config", "faults", "launcher", "modes", "report", "tracking"},
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from model_zoo import batch, build
+from rank_exit import leave
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -105,3 +106,4 @@ def main(output: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from model_zoo import ZOO, batch, build
+from rank_exit import leave
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -251,3 +252,4 @@ def _largest(errors: Tensor) -> float:
 
 if __name__ == "__main__":
     main(sys.argv[1], Spec(**json.loads(sys.argv[2])))
+    leave()

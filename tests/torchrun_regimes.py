@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rank_exit import leave
 
 from dpsgd_track.config import SILENT, JobConfig
 from dpsgd_track.training.loop import RegimeRun
@@ -45,3 +46,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -26,6 +26,9 @@ _SHOWN = 3
 _FROM_HERE_ON = 0.9
 """Share of the layers before a wrong one that are wrong too where it has passed its error on."""
 
+_FEWEST_BEFORE = 3
+"""Fewer parameters before it may be wrong by themselves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Blame:
@@ -114,7 +117,8 @@ def where_it_arose(
     before = [name for name in names[: place[last]] if name.rpartition(".")[0] != layer]
     passed_on = [name for name in known if name in set(before)]
     is_everything = len(known) == len(names)
-    if is_everything or not before or len(passed_on) < _FROM_HERE_ON * len(before):
+    is_told = len(before) >= _FEWEST_BEFORE and len(passed_on) >= _FROM_HERE_ON * len(before)
+    if is_everything or not is_told:
         return tuple(known), ()
     arose = tuple(name for name in known if name not in set(passed_on))
     return arose, tuple(passed_on)

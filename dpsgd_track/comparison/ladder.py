@@ -195,14 +195,15 @@ def ladder(
         for stage in (DATA, INITIAL_WEIGHTS)
     ]
     any_drift = next(iter(pair.drifts.values()), None)
-    num_steps = len(any_drift.steps) if any_drift else 0
+    steps = any_drift.steps.tolist() if any_drift else []
+    num_steps = len(steps)
     earlier = np.zeros(num_steps, dtype=bool)
     stages = []
     for name, observables in STAGES:
         stage = _stage(pair, name, observables, thresholds, floor, num_steps)
         for each in broken:
-            if each.stage == name and any_drift is not None:
-                stage.is_broken[any_drift.steps == each.step] = True
+            if each.stage == name and each.step in steps:
+                stage.is_broken[steps.index(each.step)] = True
         if own_errors and name in own_errors:
             stage.is_broken[:] |= stage.failing & (own_errors[name] > 1)
         stages.append(stage)
@@ -212,7 +213,7 @@ def ladder(
         failing = np.any([stage.failing for stage in stages], axis=0)
         earlier = np.concatenate([[False], np.logical_or.accumulate(failing)[:-1]])[:num_steps]
     for stage in stages:
-        rungs.append(_rung(stage, earlier, floor))
+        rungs.append(_rung(stage, earlier, floor, steps))
         earlier = earlier | stage.failing
     return tuple(rungs)
 
@@ -271,10 +272,14 @@ def _stage(
     )
 
 
-def _rung(stage: _Stage, earlier: NDArray[np.bool_], floor: Floor | None) -> Rung:
+def _rung(
+    stage: _Stage, earlier: NDArray[np.bool_], floor: Floor | None, steps: Sequence[int]
+) -> Rung:
     if not stage.excesses:
-        status = StageStatus.INTRODUCED if stage.is_broken.any() else StageStatus.NOT_COMPARED
-        return Rung(stage=stage.name, status=status)
+        if not stage.is_broken.any():
+            return Rung(stage=stage.name, status=StageStatus.NOT_COMPARED)
+        first = steps[int(stage.is_broken.argmax())]
+        return Rung(stage=stage.name, status=StageStatus.INTRODUCED, step=first)
     introduced = np.flatnonzero((stage.failing & ~earlier) | stage.is_broken)
     failing = np.flatnonzero(stage.failing)
     if len(introduced):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from dpsgd_track.comparison.blame import Blame
 from dpsgd_track.comparison.drift import Drift, Pair
 from dpsgd_track.comparison.floor import Floor
-from dpsgd_track.comparison.ladder import FirstFailure, Rung
+from dpsgd_track.comparison.ladder import STAGES, FirstFailure, Rung
 from dpsgd_track.comparison.noise import NoiseAudit
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import Thresholds
@@ -131,12 +131,13 @@ class Judged:
 
 def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
     """What `results`, one a regime, add up to."""
+    blames = {key: b for result in results for key, b in result.blames.items()}
+    first = _first_blamed(blames)
     every = sorted(
         (f for result in results for f in result.findings),
-        key=lambda f: (f.waiver is not None, -f.verdict.severity),
+        key=lambda f: (f.waiver is not None, -f.verdict.severity, (f.regime, f.against) != first),
     )
     findings = [f for f in every if not f.waiver]
-    blames = {key: b for result in results for key, b in result.blames.items()}
     if not findings:
         sentence = "; ".join(filter(None, map(_passed_or_waived, results)))
     else:
@@ -156,6 +157,20 @@ def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
         ladders={key: r for result in results for key, r in result.ladders.items()},
         blames=blames,
     )
+
+
+def _first_blamed(blames: Mapping[Key, Blame]) -> Key | None:
+    """Where the earliest stage of a step is blamed: what is held against no_dp alone shows no
+    norms, and where nothing is clipped a wrong clip factor does not show."""
+    order = [stage for stage, _ in STAGES]
+
+    def place(key: Key) -> tuple[int, int, bool]:
+        blamed = blames[key]
+        stage = order.index(blamed.stage) if blamed.stage in order else -1
+        says_where = bool(blamed.layers or blamed.samples)
+        return stage, -1 if blamed.step is None else blamed.step, not says_where
+
+    return min(blames, key=place, default=None)
 
 
 def _passed_or_waived(result: Judged) -> str:

@@ -137,8 +137,8 @@ class Fault:
     """What a test has to have for the fault to show."""
     stage: str
     """Stage of a step that is to be blamed."""
-    where: str
-    """Pattern of the parameters that are to be blamed; empty where the fault has no place."""
+    where: tuple[str, ...]
+    """Patterns of the parameters that are to be blamed; empty where the fault has no place."""
     seams: tuple[str, ...]
     """Where it is planted."""
     modes: tuple[str, ...]
@@ -169,8 +169,9 @@ def fault(
     """Register the function below as a fault of the same name.
 
     Args:
-        at: seams, comma separated.
-        needs: as many conditions, comma separated.
+        at: seams.
+        needs: conditions.
+        where: patterns. Of each of the three there may be several, comma separated.
     """
 
     def register(plant: Callable[[Site], None]) -> Callable[[Site], None]:
@@ -182,13 +183,17 @@ def fault(
             title=title,
             source=source,
             formula=formula,
-            needs=tuple(part.strip() for part in needs.split(",") if part),
+            needs=_split(needs),
             stage=stage,
-            where=where,
-            seams=tuple(seam.strip() for seam in at.split(",")),
+            where=_split(where),
+            seams=_split(at),
             modes=modes,
             plant=plant,
         )
         return plant
 
     return register
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

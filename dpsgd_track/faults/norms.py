@@ -171,7 +171,8 @@ def reused_use_lost(site: Site) -> None:
     at="rows_norm_sq",
     needs="tokens that repeat",
     stage=NORMS,
-    where="embedding.weight",
+    # The positions of padding are all the same.
+    where="embedding.weight, position.weight",
 )
 def repeated_tokens_apart(site: Site) -> None:
     """Squares before equal rows are added."""

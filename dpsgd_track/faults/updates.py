@@ -162,7 +162,7 @@ def noised_gradient_clipped(site: Site) -> None:
     def step(original: Any) -> None:
         square = torch.stack([g.double().square().sum() for g in _gradients(site).values()]).sum()
         dist.all_reduce(square)
-        factor = min(1.0, 1 / float(square.sqrt()))
+        factor = 1 / max(1.0, float(square.sqrt()))
         _rates(site, factor)
         original()
         _rates(site, 1 / factor)
