@@ -3,7 +3,8 @@
 
 import sys
 
+from dpsgd_track.detection.command import detect
 from dpsgd_track.launcher.run import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(detect=detect))

@@ -94,6 +94,22 @@ class ModeVerdict:
     """Every stage, in the order of a step, by (regime, baseline)."""
     blames: Mapping[tuple[str, str], Blame] = field(default_factory=dict)
     """By (regime, baseline); only where something is to blame."""
+    guilty: Guilty | None = None
+    """What all of it comes down to; None where no stage is known to have gone wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guilty:
+    """The one place that a mode's sentence names."""
+
+    stage: str
+    regime: str
+    step: int | None = None
+    """None before the first step, or where it is not known."""
+    layers: tuple[str, ...] = ()
+    """Layers or parameters concerned, worst first; empty where the stage has none."""
+    observable: str = ""
+    """What showed it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +172,33 @@ def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
         sentence=f"{label}: {sentence}.",
         ladders={key: r for result in results for key, r in result.ladders.items()},
         blames=blames,
+        guilty=_guilty(findings, blames, first),
+    )
+
+
+def _guilty(
+    findings: Sequence[Finding], blames: Mapping[Key, Blame], first: Key | None
+) -> Guilty | None:
+    alone = next((f for f in findings if f.stage), None)
+    if first is not None:
+        blamed = blames[first]
+        shown = (f.observable for f in findings if (f.regime, f.against) == first)
+        return Guilty(
+            stage=blamed.stage,
+            regime=first[0],
+            step=blamed.step,
+            layers=blamed.layers,
+            observable=next(shown, alone.observable if alone else ""),
+        )
+    if alone is None:
+        return None
+    layers = (alone.where.partition(" on ")[0],) if alone.where else ()
+    return Guilty(
+        stage=alone.stage,
+        regime=alone.regime,
+        step=alone.step,
+        layers=layers,
+        observable=alone.observable,
     )
 
 

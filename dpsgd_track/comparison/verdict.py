@@ -69,6 +69,8 @@ class Finding:
     floor: float | None = None
     step: int | None = None
     where: str = ""
+    stage: str = ""
+    """Of a finding that no baseline is needed for, the stage that it is about."""
     waiver: Waiver | None = None
     """Why it fails nothing, where it is accepted for now."""
 
@@ -225,6 +227,7 @@ def judge_consistency(run: ModeRun) -> tuple[list[Finding], tuple[Inconsistency,
             threshold=TOLERANCE,
             step=each.step,
             where=each.where,
+            stage=each.stage,
         )
         for each in broken
     ]

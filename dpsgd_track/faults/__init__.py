@@ -21,6 +21,7 @@ from dpsgd_track.faults import (
     updates,
 )
 from dpsgd_track.faults.fault import FAULTS, Fault, Site
+from dpsgd_track.faults.mutes import MUTES
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import split_planted
@@ -49,27 +50,50 @@ def find_fault(name: str) -> Fault:
     """The fault of that name.
 
     Raises:
-        ValueError: listing the known ones.
+        ValueError: there is none.
     """
-    require(name in FAULTS, "fault", name, f"one of {', '.join(FAULTS)}")
+    advice = "`launch.py faults --list` lists them."
+    require(name in FAULTS, "fault", name, "a known fault", advice)
     return FAULTS[name]
 
 
-def build(name: str, model: nn.Module, context: ModeContext) -> Mode:
-    """`build_mode`, and the fault that the name asks for planted in what it built.
+def check_planted(mode: str) -> None:
+    """Raise ValueError unless everything that the name asks to be planted is known."""
+    for name in split_planted(mode)[1]:
+        if name not in MUTES:
+            find_fault(name)
 
-    Faults that were planted in this process before are taken out: some lie in code that modes
-    share.
+
+def build(name: str, model: nn.Module, context: ModeContext) -> Mode:
+    """`build_mode`, and what the name asks for planted in what it built.
+
+    What was planted in this process before is taken out: some of it lies in code that modes share.
     """
     while _open:
         _open.pop().close()
-    mode_name, fault_name = split_planted(name)
+    mode_name, planted = split_planted(name)
     mode = build_mode(mode_name, model, context)
-    if fault_name:
+    if planted:
         site = Site(mode)
         _open.append(site)
-        find_fault(fault_name).plant(site)
+        for each in planted:
+            plant = MUTES[each] if each in MUTES else find_fault(each).plant
+            plant(site)
     return mode
 
 
-__all__ = ["FAULTS", "KINDS", "Fault", "build", "find_fault"]
+def unreached_seams() -> list[str]:
+    """Where something is planted in this process that no step has come by."""
+    return sorted({seam for site in _open for seam in site.unreached})
+
+
+__all__ = [
+    "FAULTS",
+    "KINDS",
+    "MUTES",
+    "Fault",
+    "build",
+    "check_planted",
+    "find_fault",
+    "unreached_seams",
+]

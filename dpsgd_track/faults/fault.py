@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpsgd_track.config import require
 from dpsgd_track.modes.protocol import Mode
+from dpsgd_track.modes.table import spec_of
 
 Wrapper = Callable[..., Any]
 """Takes what it replaces, and then that one's own arguments."""
@@ -32,6 +33,12 @@ MODE_SEAMS = {
     "zero_grad": "the end of a step",
 }
 """Methods of the protocol, which every mode has."""
+
+PROTOCOL_SEAMS = {
+    "add_noise": ("dpsgd_track.modes.protocol", "add_noise"),
+    "standard_normal": ("dpsgd_track.privacy.noise", "NoiseSource.standard_normal"),
+}
+"""What every mode comes by that leaves `Mode.privatize` as it is."""
 
 ENGINE_SEAMS = {
     "loss": ("mode", "engine.loss"),
@@ -51,8 +58,6 @@ ENGINE_SEAMS = {
     "clip_factors": ("dpsgd_track.privacy.engine", "clip_factors"),
     "reduce_scatter": ("dpsgd_track.distributed.reduction", "_reduce_scatter"),
     "padded_rows": ("dpsgd_track.distributed.reduction", "_padded_rows"),
-    "add_noise": ("dpsgd_track.modes.protocol", "add_noise"),
-    "standard_normal": ("dpsgd_track.privacy.noise", "NoiseSource.standard_normal"),
 }
 """Places inside our own engine: (`mode` or a module, what lies there)."""
 
@@ -67,6 +72,7 @@ LOSS = "loss"
 FUSED_BK = "flash_fsdp_fuse_bk"
 FSDP_MODES = ("flash_fsdp", "flash_fsdp_bk", "flash_fsdp_fuse", FUSED_BK)
 """Modes that a fault is planted in by default: each in one of them, in turn."""
+_OF_FUSED_BK = "fused", "bookkeeping"
 
 
 class Site:
@@ -74,6 +80,8 @@ class Site:
 
     def __init__(self, mode: Mode) -> None:
         self.mode: Any = mode
+        self.unreached: set[str] = set()
+        """Seams at which something was planted and that no step has come by so far."""
         self._undo = ExitStack()
 
     def wrap(self, seam: str, wrapper: Wrapper) -> None:
@@ -85,9 +93,11 @@ class Site:
         owner, attribute = self._find(seam)
         original = getattr(owner, attribute)
         is_own = attribute in vars(owner)
+        self.unreached.add(seam)
 
         @functools.wraps(original)
         def replaced(*args: Any, **kwargs: Any) -> Any:
+            self.unreached.discard(seam)
             return wrapper(original, *args, **kwargs)
 
         setattr(owner, attribute, replaced)
@@ -111,10 +121,11 @@ class Site:
     def _find(self, seam: str) -> tuple[Any, str]:
         if seam in MODE_SEAMS:
             return self.mode, seam
-        place, path = ENGINE_SEAMS[seam]
-        has_engine = getattr(getattr(self.mode, "engine", None), "capture", None) is not None
-        name = type(self.mode).__name__
-        require(has_engine, "mode", name, f"a mode with the seam {seam}", "Only our own have it.")
+        place, path = (PROTOCOL_SEAMS | ENGINE_SEAMS)[seam]
+        if seam in ENGINE_SEAMS:
+            has_engine = getattr(getattr(self.mode, "engine", None), "capture", None) is not None
+            allowed = f"a mode with the seam {seam}"
+            require(has_engine, "mode", type(self.mode).__name__, allowed, "Only our own have it.")
         root = self.mode if place == "mode" else import_module(place)
         above, _, attribute = path.rpartition(".")
         return (attrgetter(above)(root) if above else root), attribute
@@ -142,13 +153,24 @@ class Fault:
     seams: tuple[str, ...]
     """Where it is planted."""
     modes: tuple[str, ...]
-    """Modes that it can be planted in by default."""
+    """Of the sharded flash modes, those that it can be planted in."""
     plant: Callable[[Site], None]
 
     @property
     def fits_any_mode(self) -> bool:
         """Whether every mode has its seams."""
-        return all(seam in MODE_SEAMS for seam in self.seams)
+        return not any(seam in ENGINE_SEAMS for seam in self.seams)
+
+    def fits(self, mode: str) -> bool:
+        """Whether it can be planted in one of our own modes, sharded or not."""
+        spec = spec_of(mode)
+        keeps_gradients = spec is not None and (spec.norm_rule, spec.strategy) == _OF_FUSED_BK
+        return FUSED_BK in self.modes or not keeps_gradients
+
+    @property
+    def needs_ranks(self) -> bool:
+        """Whether it shows on several ranks alone."""
+        return any("ranks" in need for need in self.needs)
 
 
 FAULTS: dict[str, Fault] = {}

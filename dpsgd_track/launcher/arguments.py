@@ -26,6 +26,7 @@ SUITES = {
     "full": "the baseline, Opacus and the sharded flash modes against the reference",
     "single": "one mode on its own",
 }
+FAULTS = "plant known faults in modes, and see which of them the comparison finds"
 _SECRET = "--token"
 
 
@@ -37,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `launch.py quick | full | single | modes | ui`."""
+    """The parser of `launch.py quick | full | single | faults | modes | ui`."""
     parser = _Parser(
         prog="launch.py",
         description="Run DP-SGD modes one after the other and track them in MLflow.",
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_regime(suite)
         _add_machine(suite)
         _add_tracking(suite)
+    _add_faults(commands.add_parser("faults", help=FAULTS, description=FAULTS, allow_abbrev=False))
     commands.add_parser("modes", help="list the modes", allow_abbrev=False)
     ui = commands.add_parser("ui", help="open the MLflow UI on the store", allow_abbrev=False)
     _add_store(ui)
@@ -72,6 +74,29 @@ def reproducing_command(argv: Sequence[str]) -> str:
                 else redact_uri(argument)
             )
     return shlex.join(kept)
+
+
+def _add_faults(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is planted")
+    group.add_argument(
+        "--fault",
+        action="append",
+        metavar="NAME",
+        help="fault to plant, or a class of faults; repeatable or comma separated (default: all)",
+    )
+    group.add_argument(
+        "--mode",
+        action="append",
+        metavar="NAME",
+        help="mode to plant every fault in, repeatable (default: each fault in one of the sharded "
+        "flash modes, in turn)",
+    )
+    group.add_argument("--list", action="store_true", help="list the faults, and run nothing")
+    group.add_argument(
+        "--random-seed", type=int, default=42, help="seed of data, weights and noise (default: 42)"
+    )
+    _add_machine(parser)
+    _add_tracking(parser)
 
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
@@ -280,7 +305,8 @@ def _add_tracking(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="JSON file for the results of `single` (default: none)",
+        help="JSON file for the results of `single`; in `faults`, Markdown file for the matrix "
+        "(default: none)",
     )
     _add_store(group)
 

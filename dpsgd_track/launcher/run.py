@@ -20,6 +20,10 @@ from dpsgd_track.modes.table import MODES, plugged_in_modes
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
 
+RunSuite = Callable[[argparse.Namespace], tuple[int, str]]
+"""Runs the suite of parsed arguments; returns the exit code and the group's name."""
+Detect = Callable[[argparse.Namespace, RunSuite], int]
+
 
 def check_inputs(model: ModelConfig, data: DataConfig) -> None:
     """Raise ValueError where model and data cannot be built; imports the training half."""
@@ -33,6 +37,7 @@ def main(
     *,
     check_inputs: Callable[[ModelConfig, DataConfig], object] = check_inputs,
     launch: Launch | None = None,
+    detect: Detect | None = None,
 ) -> int:
     """Parse, check, run.
 
@@ -40,6 +45,8 @@ def main(
         argv: arguments (default: the process's own).
         check_inputs: says whether model and data fit.
         launch: how workers are started.
+        detect: what `faults` does with its arguments and how it runs a suite. It compares as
+            well as launches, so that it stands above this.
     Returns:
         The exit code.
     """
@@ -51,7 +58,14 @@ def main(
                 return _list_modes()
             case "ui":
                 return _open_ui(args)
-        return _run_suite(args, reproducing_command(argv), check_inputs, launch)
+
+        def run(args: argparse.Namespace) -> tuple[int, str]:
+            return _run_suite(args, reproducing_command(argv), check_inputs, launch)
+
+        if args.command == "faults":
+            assert detect is not None, "an entry point that offers faults says how"
+            return detect(args, run)
+        return run(args)[0]
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -61,7 +75,8 @@ def _run_suite(
     command: str,
     check_inputs: Callable[[ModelConfig, DataConfig], object],
     launch: Launch | None,
-) -> int:
+) -> tuple[int, str]:
+    """Run a suite as a group; returns the exit code, and the group's name where there is one."""
     from dpsgd_track.launcher.group import GroupRun, open_group
     from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.progress import open_display
@@ -75,7 +90,7 @@ def _run_suite(
         suite = build_suite(args, check_inputs)
         tree, group, folder = open_group(suite)
     except ValueError as error:
-        return _complain(error, EXIT_USAGE)
+        return _complain(error, EXIT_USAGE), ""
     display = open_display()
     try:
         code = GroupRun(suite, tree, folder, launch or Launch(), display).run(command)
@@ -86,7 +101,7 @@ def _run_suite(
     store = _store_options(args)
     print(f"compare: {shlex.join(['python', 'compare.py', group, *store])}")
     print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *store])}")
-    return code
+    return code, group
 
 
 def _store_options(args: argparse.Namespace) -> list[str]:

@@ -105,15 +105,15 @@ _OPACUS = "opacus"
 _ENTRY_POINTS = "dpsgd_track.modes"
 
 
-def split_planted(name: str) -> tuple[str, str]:
-    """(mode, fault) of `mode+fault`, a mode with a known fault planted in it; else (mode, "")."""
-    mode, _, fault = name.partition(_PLANTED)
-    return mode, fault
+def split_planted(name: str) -> tuple[str, tuple[str, ...]]:
+    """(mode, faults) of `mode+fault`, a mode with known faults planted in it."""
+    mode, *faults = name.split(_PLANTED)
+    return mode, tuple(faults)
 
 
-def with_fault(mode: str, fault: str) -> str:
-    """The name of `mode` with `fault` planted in it."""
-    return f"{mode}{_PLANTED}{fault}"
+def with_planted(mode: str, *faults: str) -> str:
+    """The name of `mode` with `faults` planted in it."""
+    return _PLANTED.join([mode, *faults])
 
 
 def spec_of(name: str) -> ModeSpec | None:

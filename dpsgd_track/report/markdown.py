@@ -23,7 +23,8 @@ _LONGEST_SENTENCE, _LONGEST_CELL = 600, 120
 _MOST_ROWS, _MOST_LADDERS = 60, 6
 
 
-def _prose(text: str, longest: int = _LONGEST_SENTENCE) -> str:
+def prose(text: str, longest: int = _LONGEST_SENTENCE) -> str:
+    """`text` on one line, in which nothing acts: no markup, no mention, no link."""
     # Names stay readable in the source as well: only what could act is escaped.
     line = visible(" ".join(text.split()))
     line = line if len(line) <= longest else f"{line[: longest - 1]}…"
@@ -38,7 +39,7 @@ def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     if not found:
         return ""
     table = [heading, ["---"] * len(heading)]
-    table += [[_prose(cell, _LONGEST_CELL) for cell in line] for line in found[:_MOST_ROWS]]
+    table += [[prose(cell, _LONGEST_CELL) for cell in line] for line in found[:_MOST_ROWS]]
     return "\n".join(f"| {' | '.join(line)} |" for line in table) + _more(len(found))
 
 
@@ -67,17 +68,17 @@ def note(comparison: GroupComparison) -> str:
     )
     verdict = f"## {_ICONS[comparison.verdict]} {comparison.verdict}"
     said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
-    name = f"Group **{_prose(comparison.group.name)}**"
-    promised = [_prose(sentence) for sentence in guarantees(comparison.group)]
-    parts = [verdict, _prose(said), f"**{_prose(advice(comparison))}**", table, *promised, name]
+    name = f"Group **{prose(comparison.group.name)}**"
+    promised = [prose(sentence) for sentence in guarantees(comparison.group)]
+    parts = [verdict, prose(said), f"**{prose(advice(comparison))}**", table, *promised, name]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _ladders(comparison: GroupComparison) -> list[str]:
     """A table of stages for each mode in which one went wrong."""
     return [
-        f"**{_prose(line.label)}** in {_prose(table.regime)}, against {_prose(table.against)}"
-        + (f": {_prose(line.blame.sentence)}." if line.blame else "")
+        f"**{prose(line.label)}** in {prose(table.regime)}, against {prose(table.against)}"
+        + (f": {prose(line.blame.sentence)}." if line.blame else "")
         + "\n\n"
         + _table(
             ("stage", "status", "value", "of its limit", "where"),
@@ -114,14 +115,14 @@ def markdown(comparison: GroupComparison) -> str:
 def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
     """(title, body, whether it is folded), the most important first."""
     ladders = [("Stages", body, False) for body in _ladders(comparison)]
-    why = [f"**{mode.verdict}** {_prose(mode.sentence)}" for mode in comparison.modes]
+    why = [f"**{mode.verdict}** {prose(mode.sentence)}" for mode in comparison.modes]
     found = [
-        f"**{f.verdict}**{' (waived)' * bool(f.waiver)} {_prose(f'{mode.label}: {f.sentence}')}"
+        f"**{f.verdict}**{' (waived)' * bool(f.waiver)} {prose(f'{mode.label}: {f.sentence}')}"
         for mode in comparison.modes
         for f in mode.findings
     ]
     skipped = [
-        _prose(f"{regime}: {pair.mode} vs {pair.baseline}: {name} {why}")
+        prose(f"{regime}: {pair.mode} vs {pair.baseline}: {name} {why}")
         for regime, pair in iter_not_computed(comparison)
         for name, why in pair.not_computed.items()
     ]
@@ -150,7 +151,7 @@ def _waivers(comparison: GroupComparison) -> str:
         if f.waiver
     ]
     table = _table(("mode", "observable", "drift", "reason", "until"), lines)
-    notes = _list([_prose(line) for line in comparison.waiver_notes])
+    notes = _list([prose(line) for line in comparison.waiver_notes])
     return "\n\n".join(part for part in (table, notes) if part)
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dpsgd_track.config import CLIP, NOISE, SILENT, JobConfig
+from dpsgd_track.faults import unreached_seams
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import TrackingError
 from dpsgd_track.tracking.environment import imported_from
@@ -124,9 +125,16 @@ class Worker:
         finally:
             self.is_leaving.set()
             self._leave_trajectories(number, folder, run)
+            self._log_unreached(number)
             epsilon = self._log_epsilon(number, run)
         self.is_leaving.clear()
         self._progress(number, "end", regime.num_iter - 1, None, epsilon)
+
+    def _log_unreached(self, number: int) -> None:
+        """Say where a planted fault had no chance to do anything."""
+        run_id = self._run_id(number, is_global=True)
+        if run_id is not None and (seams := unreached_seams()):
+            self.writer.log_params(run_id, {names.UNREACHED: ", ".join(seams)})
 
     def _log_epsilon(self, number: int, run: RegimeRun) -> float | None:
         """Log what each step has spent; returns the last epsilon. Rank 0 alone computes it.

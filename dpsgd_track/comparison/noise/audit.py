@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -20,6 +21,8 @@ from dpsgd_track.tracking.names import UNEQUAL_NOISE
 from dpsgd_track.tracking.reader import ModeRun
 
 SAMPLES, SKETCHES = "samples", "sketches"
+_STEP = re.compile(r"\bstep (\d+)")
+"""As the checks name the step of a cell."""
 
 
 def audit(
@@ -110,13 +113,16 @@ def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
 
 def _finding(regime: str, sentence: str, check: NoiseCheck | None = None) -> Finding:
     stage = "clipped sum" if check and check.name == SENSITIVITY else "noise"
+    step = _STEP.search(check.where) if check else None
     return Finding(
         verdict=Verdict.BUG,
         regime=regime,
         sentence=f"{stage} (regime {regime}): {sentence}",
         observable="noise",
         value=check.value if check else None,
+        step=int(step[1]) if step else None,
         where=check.where if check else "",
+        stage=stage,
     )
 
 

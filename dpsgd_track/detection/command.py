@@ -1,0 +1,168 @@
+"""What `launch.py faults` does: plant, run, compare, and tell what was found.
+
+Faulty and healthy modes run as one group, like any other, and are compared as `compare.py` does.
+Exit codes: 0 every fault that can show was found and no healthy mode raised an alarm, 1 otherwise,
+2 usage error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpsgd_track.config import PROBE_CLIP, require
+from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
+from dpsgd_track.launcher.arguments import build_parser, reproducing_command
+from dpsgd_track.launcher.run import RunSuite
+
+if TYPE_CHECKING:
+    from dpsgd_track.comparison.result import GroupComparison
+    from dpsgd_track.detection.matrix import Matrix
+
+ARTIFACT_FOLDER = "faults"
+_LOG_WIDTH = 160
+
+
+def detect(args: argparse.Namespace, run: RunSuite) -> int:
+    """Run `launch.py faults`; returns the exit code.
+
+    Args:
+        run: runs a suite as a group.
+    """
+    from dpsgd_track.detection import plan
+
+    try:
+        faults = plan.chosen_faults(_split(args.fault))
+        modes = _split(args.mode)
+        plan.check_modes(modes)
+        _check_output(args.output)
+    except ValueError as error:
+        print(f"launch.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+    if args.list:
+        return _list(faults)
+    planned: list[str] = [] if modes else list(plan.planted_in_turn(faults))
+    for mode in modes:
+        mutes: tuple[str, ...] = ()
+        if not plan.is_ours(mode):
+            code, found = _listen(args, run, mode)
+            if found is None:
+                return code
+            mutes = found
+        planned += plan.planted_in(mode, faults, mutes)
+    code, comparison = _run(args, run, planned, args.group)
+    if comparison is None:
+        return code
+    return _tell(args, comparison)
+
+
+def _split(values: Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(p.strip() for value in values or () for p in value.split(",")))
+
+
+def _check_output(output: Path | None) -> None:
+    if output is not None:
+        is_writable = not output.is_dir() and output.absolute().parent.is_dir()
+        require(is_writable, "output", str(output), "a file in an existing folder")
+
+
+def _list(faults: Sequence[object]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dpsgd_track.faults.fault import Fault
+
+    table = Table()
+    for heading in ("fault", "class", "what goes wrong", "source"):
+        table.add_column(heading, overflow="fold")
+    for fault in faults:
+        assert isinstance(fault, Fault)
+        table.add_row(fault.name, fault.kind, fault.title, fault.source)
+    Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
+    return EXIT_FINISHED
+
+
+def _run(
+    args: argparse.Namespace, run: RunSuite, modes: Sequence[str], group: str | None
+) -> tuple[int, GroupComparison | None]:
+    """Run `modes` on the probe as one group, and compare them.
+
+    Returns:
+        The exit code, and the comparison where the group ran to its end.
+    """
+    suite = build_parser().parse_args(["quick", "--mode", ",".join(dict.fromkeys(modes))])
+    for name, value in vars(args).items():
+        if name in vars(suite) and name not in ("mode", "output"):
+            setattr(suite, name, value)
+    suite.group = group
+    code, name = run(suite)
+    # A mode that failed is part of what is compared.
+    if not name or code not in (EXIT_FINISHED, EXIT_FAILED):
+        return code, None
+    from dpsgd_track.comparison import compare_group
+    from dpsgd_track.launcher.suites import read_settings
+    from dpsgd_track.tracking.reader import open_client, read_group
+
+    settings = read_settings(args)
+    found = read_group(open_client(settings.tracking_uri), settings, name)
+    return EXIT_FINISHED, compare_group(found, settings.thresholds)
+
+
+def _listen(
+    args: argparse.Namespace, run: RunSuite, mode: str
+) -> tuple[int, tuple[str, ...] | None]:
+    """What someone else's mode does not tell; None where it is no place to plant a fault in.
+
+    Faults planted in a mode that is wrong by itself would prove nothing.
+    """
+    from dpsgd_track.comparison.verdict import Verdict
+    from dpsgd_track.detection import plan
+    from dpsgd_track.modes.table import BASELINE, REFERENCE
+
+    group = f"{args.group}-healthy" if args.group else None
+    code, comparison = _run(args, run, (BASELINE, mode), group)
+    if comparison is None:
+        return code, None
+    runs = {r.label: r for r in comparison.group.runs if r.regime == PROBE_CLIP and not r.replay}
+    told, known = (runs[label].trajectory for label in (mode, REFERENCE))
+    (verdict,) = (each for each in comparison.modes if each.label == mode)
+    if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or told is None or known is None:
+        print(f"{verdict.sentence} It needs to be sound before faults are planted in it.")
+        return EXIT_FAILED, None
+    return EXIT_FINISHED, plan.mutes_of(told, known)
+
+
+def _tell(args: argparse.Namespace, comparison: GroupComparison) -> int:
+    """Print the matrix, write it, and put it on the group's run."""
+    from rich.console import Console
+
+    from dpsgd_track.detection import text
+    from dpsgd_track.detection.coverage import print_coverage
+    from dpsgd_track.detection.matrix import matrix_of
+    from dpsgd_track.launcher.suites import read_settings
+    from dpsgd_track.tracking.reader import open_client
+
+    settings = read_settings(args)
+    matrix = matrix_of(comparison)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    text.print_matrix(matrix, console)
+    print_coverage(matrix, console)
+    folder = Path(settings.results_dir) / matrix.group
+    page = text.markdown(matrix, reproducing_command(sys.argv[1:]))
+    files = {"faults.md": page, "faults.json": text.to_json(matrix)}
+    client = open_client(settings.tracking_uri)
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+        client.log_artifact(comparison.group.run_id, str(folder / name), ARTIFACT_FOLDER)
+    if args.output is not None:
+        args.output.write_text(page, encoding="utf-8")
+    print(f"Matrix: {folder / 'faults.md'}")
+    return _exit_code(matrix)
+
+
+def _exit_code(matrix: Matrix) -> int:
+    missed = [row for row in matrix.missed if not row.mutes]
+    return EXIT_FAILED if missed or matrix.false_alarms else EXIT_FINISHED

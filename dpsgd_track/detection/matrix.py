@@ -1,0 +1,193 @@
+"""What the comparison of a group said of each fault that was planted in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from dpsgd_track.comparison.result import GroupComparison, Guilty, ModeVerdict
+from dpsgd_track.comparison.verdict import Verdict
+from dpsgd_track.config import PROBE_ACCURACY
+from dpsgd_track.faults import FAULTS, MUTES, Fault
+from dpsgd_track.modes.table import (
+    BASELINE,
+    REFERENCE,
+    runs_on_one_device,
+    spec_of,
+    split_planted,
+)
+from dpsgd_track.tracking.names import UNREACHED
+from dpsgd_track.tracking.reader import FINISHED, ModeRun
+
+LATEST_STEP = 3
+"""Step by which a fault has to be found."""
+_FOUND = (Verdict.BUG, Verdict.DRIFT)
+_NAIVE = ("loss", "grad_norm")
+"""What a test without clipping looks at that knows no more than a training curve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One fault in one mode."""
+
+    fault: Fault
+    mode: str
+    """What it was planted in."""
+    label: str
+    """`mode+fault`, as the group has it."""
+    verdict: Verdict
+    sentence: str
+    guilty: Guilty | None
+    """The stage, step and layers that the comparison blamed."""
+    naive_saw: bool
+    """Whether loss or total gradient norm, unclipped, passed its fixed threshold."""
+    excuse: str = ""
+    """Why it could not show in this mode; empty where it could."""
+    mutes: tuple[str, ...] = ()
+    """What the mode was kept from telling."""
+
+    @property
+    def is_detected(self) -> bool:
+        """Whether the verdict is one that fails a review."""
+        return self.verdict in _FOUND
+
+    @property
+    def has_right_stage(self) -> bool:
+        """Whether the stage is blamed in which the fault is."""
+        return self.guilty is not None and self.guilty.stage == self.fault.stage
+
+    @property
+    def has_right_place(self) -> bool:
+        """Right stage and, where the fault has a place, no layer blamed that it is not in."""
+        if not self.has_right_stage or self.guilty is None:
+            return False
+        if not self.fault.where:
+            return True
+        layers = self.guilty.layers
+        return bool(layers) and all(
+            any(fnmatchcase(layer, pattern) for pattern in self.fault.where) for layer in layers
+        )
+
+    @property
+    def is_in_time(self) -> bool:
+        """Whether the blame falls on a step early enough."""
+        step = self.guilty.step if self.guilty else None
+        return step is not None and step <= LATEST_STEP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """Every fault that was planted, and the healthy twins."""
+
+    group: str
+    rows: tuple[Row, ...]
+    healthy: tuple[ModeVerdict, ...]
+    """Modes without faults, replays and the reference apart."""
+    settings: str
+    """Ranks, type and device in a few words."""
+
+    @property
+    def counted(self) -> tuple[Row, ...]:
+        """Faults that could show."""
+        return tuple(row for row in self.rows if not row.excuse)
+
+    @property
+    def missed(self) -> tuple[Row, ...]:
+        """Faults that could show and were not found."""
+        return tuple(row for row in self.counted if not row.is_detected)
+
+    @property
+    def false_alarms(self) -> tuple[ModeVerdict, ...]:
+        """Healthy modes that did not pass.
+
+        Someone else's mode may leave things out that are then INCONCLUSIVE; that is no alarm.
+        """
+        return tuple(
+            mode
+            for mode in self.healthy
+            if mode.verdict in _FOUND
+            or (mode.verdict is not Verdict.PASS and spec_of(mode.label) is not None)
+        )
+
+    def count(self, what: str, rows: Sequence[Row] | None = None) -> int:
+        """How many of `rows` (default: all counted) have the property `what`."""
+        return sum(bool(getattr(row, what)) for row in (self.counted if rows is None else rows))
+
+
+def matrix_of(comparison: GroupComparison) -> Matrix:
+    """Read the matrix off the comparison of a group, as `compare.py` makes it."""
+    rows, healthy = [], []
+    runs = comparison.group.runs
+    known = {run.label: [r for r in runs if r.label == run.label] for run in runs}
+    for mode in comparison.modes:
+        name, planted = split_planted(mode.label)
+        faults = [each for each in planted if each in FAULTS]
+        own = known.get(mode.label)
+        # The title of a replay is no label.
+        if own is None or name == REFERENCE:
+            continue
+        if faults:
+            rows.append(_row(comparison, mode, name, FAULTS[faults[0]], own))
+        elif not planted:
+            healthy.append(mode)
+    return Matrix(
+        group=comparison.group.name,
+        rows=tuple(rows),
+        healthy=tuple(healthy),
+        settings=_settings(runs),
+    )
+
+
+def _row(
+    comparison: GroupComparison,
+    verdict: ModeVerdict,
+    mode: str,
+    fault: Fault,
+    runs: Sequence[ModeRun],
+) -> Row:
+    return Row(
+        fault=fault,
+        mode=mode,
+        label=verdict.label,
+        verdict=verdict.verdict,
+        sentence=verdict.sentence.removeprefix(f"{verdict.label}: "),
+        guilty=verdict.guilty,
+        naive_saw=_naive_saw(comparison, verdict.label, runs),
+        excuse=_excuse(fault, mode, runs),
+        mutes=tuple(name for name in split_planted(verdict.label)[1] if name in MUTES),
+    )
+
+
+def _naive_saw(comparison: GroupComparison, label: str, runs: Sequence[ModeRun]) -> bool:
+    if any(run.regime == PROBE_ACCURACY and run.status != FINISHED for run in runs):
+        return True
+    regime = next((r for r in comparison.regimes if r.name == PROBE_ACCURACY), None)
+    pair = regime.pair(label, BASELINE) if regime else None
+    if pair is None:
+        return False
+    return any(
+        not drift.max <= getattr(comparison.thresholds, drift.observable.threshold)
+        for name, drift in pair.drifts.items()
+        if name in _NAIVE
+    )
+
+
+def _excuse(fault: Fault, mode: str, runs: Sequence[ModeRun]) -> str:
+    reasons = [run.reason for run in runs if "a mode with the seam" in run.reason]
+    if reasons:
+        return "it cannot be planted: the mode has no such seam"
+    unreached = [set(filter(None, run.params.get(UNREACHED, "").split(", "))) for run in runs]
+    never = set.intersection(*unreached) if unreached else set()
+    if never:
+        return f"the mode never comes by {', '.join(sorted(never))}"
+    if fault.needs_ranks and runs_on_one_device(mode):
+        return f"the mode runs on one device, and it needs {', '.join(fault.needs)}"
+    return ""
+
+
+def _settings(runs: Iterable[ModeRun]) -> str:
+    params = next((run.params for run in runs if run.mode == BASELINE), {})
+    ranks, dtype = params.get("num_ranks", "?"), params.get("performance.param_dtype", "?")
+    device = params.get("device.name") or params.get("performance.device", "?")
+    return f"{ranks} ranks, {dtype}, {device}"
