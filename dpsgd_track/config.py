@@ -41,7 +41,9 @@ TRAIN = "train"
 PROBE = "probe-"
 """Begins the name of a regime that is run on the probe, whatever model the user chose."""
 PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE = (f"{PROBE}{kind}" for kind in (ACCURACY, CLIP, NOISE))
-REGIMES = (ACCURACY, CLIP, NOISE, TRAIN, PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
+PROBE_NAIVE = f"{PROBE}naive"
+"""What a test would run that knows of no fault: nothing is clipped, next to no noise is added."""
+REGIMES = (ACCURACY, CLIP, NOISE, TRAIN, PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE, PROBE_NAIVE)
 
 
 def kind_of(regime: str) -> str:

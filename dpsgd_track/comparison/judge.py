@@ -32,6 +32,7 @@ from dpsgd_track.comparison.verdict import (
 )
 from dpsgd_track.comparison.waivers import Waiver, waiver_of
 from dpsgd_track.config import NOISE, Thresholds, kind_of
+from dpsgd_track.tracking.names import LEFT_OUT
 from dpsgd_track.tracking.reader import ModeRun
 
 
@@ -73,7 +74,8 @@ def judge_against(
         broken=broken,
         own_errors=own_errors(aligned, pair, thresholds, floor),
     )
-    found = [*judge_floor(pair, floor), *judge_pair(pair, thresholds, floor, rungs)]
+    left_out = run.params.get(LEFT_OUT, "")
+    found = [*judge_floor(pair, floor), *judge_pair(pair, thresholds, floor, rungs, left_out)]
     key = pair.regime, pair.baseline
     if unlike:
         return Judged(findings=tuple(f for f in found if not f.observable), ladders={key: rungs})
@@ -113,6 +115,8 @@ def passed(
         return role or f"oracle of {regime.name}"
     bases = " and ".join(base for _, base in ladders)
     agrees = f"{role + ', ' if role else ''}agrees with {bases} in {regime.name}"
+    if left_out := run.params.get(LEFT_OUT):
+        agrees += f" but for steps {left_out}, which have batches that are empty and it takes none"
     rungs = [rung for rungs in ladders.values() for rung in rungs if rung.value is not None]
     nearest = max(rungs, key=lambda rung: rung.times, default=None)
     if nearest is None or not nearest.value:

@@ -197,8 +197,12 @@ def _differ(ours: float, theirs: float) -> bool:
     return known and not math.isclose(ours, theirs, rel_tol=1e-6)
 
 
-def judge_gaps(pair: Pair) -> list[Finding]:
-    """One finding for each kind of thing that only one side has."""
+def judge_gaps(pair: Pair, left_out: str = "") -> list[Finding]:
+    """One finding for each kind of thing that only one side has.
+
+    Args:
+        left_out: steps that the mode's run says it did not take.
+    """
     return [
         Finding(
             verdict=Verdict.INCONCLUSIVE,
@@ -207,6 +211,7 @@ def judge_gaps(pair: Pair) -> list[Finding]:
             against=pair.baseline,
         )
         for gap in pair.gaps
+        if (gap.kind, gap.missing_from, ", ".join(gap.names)) != ("step", "mode", left_out)
     ]
 
 
@@ -251,14 +256,19 @@ def judge_floor(pair: Pair, floor: Floor | None) -> Iterator[Finding]:
 
 
 def judge_pair(
-    pair: Pair, thresholds: Thresholds, floor: Floor | None, rungs: Sequence[Rung]
+    pair: Pair,
+    thresholds: Thresholds,
+    floor: Floor | None,
+    rungs: Sequence[Rung],
+    left_out: str = "",
 ) -> list[Finding]:
     """Every gap and every drift that is over its limit.
 
     Args:
         rungs: the pair's ladder.
+        left_out: as in `judge_gaps`.
     """
-    found = judge_gaps(pair)
+    found = judge_gaps(pair, left_out)
     if not pair.drifts:
         found.append(
             Finding(

@@ -19,8 +19,8 @@ from dpsgd_track.launcher.arguments import build_parser, reproducing_command
 from dpsgd_track.launcher.run import RunSuite
 
 if TYPE_CHECKING:
-    from dpsgd_track.comparison.result import GroupComparison
     from dpsgd_track.detection.matrix import Matrix
+    from dpsgd_track.tracking.reader import Group
 
 ARTIFACT_FOLDER = "faults"
 _LOG_WIDTH = 160
@@ -38,25 +38,22 @@ def detect(args: argparse.Namespace, run: RunSuite) -> int:
         faults = plan.chosen_faults(_split(args.fault))
         modes = _split(args.mode)
         plan.check_modes(modes)
+        theirs = [mode for mode in modes if not plan.is_ours(mode)]
+        require(len(theirs) <= 1, "mode", ",".join(theirs), "one mode of yours at a time")
         _check_output(args.output)
     except ValueError as error:
         print(f"launch.py: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     if args.list:
         return _list(faults)
+    code, mutes = _listen(args, run, theirs[0]) if theirs else (EXIT_FINISHED, ())
+    if mutes is None:
+        return code
     planned: list[str] = [] if modes else list(plan.planted_in_turn(faults))
     for mode in modes:
-        mutes: tuple[str, ...] = ()
-        if not plan.is_ours(mode):
-            code, found = _listen(args, run, mode)
-            if found is None:
-                return code
-            mutes = found
         planned += plan.planted_in(mode, faults, mutes)
-    code, comparison = _run(args, run, planned, args.group)
-    if comparison is None:
-        return code
-    return _tell(args, comparison)
+    code, group = _run(args, run, planned, args.group)
+    return code if group is None else _tell(args, group)
 
 
 def _split(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -86,48 +83,52 @@ def _list(faults: Sequence[object]) -> int:
 
 
 def _run(
-    args: argparse.Namespace, run: RunSuite, modes: Sequence[str], group: str | None
-) -> tuple[int, GroupComparison | None]:
-    """Run `modes` on the probe as one group, and compare them.
+    args: argparse.Namespace, run: RunSuite, modes: Sequence[str], name: str | None
+) -> tuple[int, Group | None]:
+    """Run `modes` on the probe as one group.
 
     Returns:
-        The exit code, and the comparison where the group ran to its end.
+        The exit code, and the group where it ran to its end.
     """
     suite = build_parser().parse_args(["quick", "--mode", ",".join(dict.fromkeys(modes))])
-    for name, value in vars(args).items():
-        if name in vars(suite) and name not in ("mode", "output"):
-            setattr(suite, name, value)
-    suite.group = group
-    code, name = run(suite)
+    for option, value in vars(args).items():
+        if option in vars(suite) and option not in ("mode", "output"):
+            setattr(suite, option, value)
+    suite.group = name
+    code, group = run(suite)
     # A mode that failed is part of what is compared.
-    if not name or code not in (EXIT_FINISHED, EXIT_FAILED):
+    if not group or code not in (EXIT_FINISHED, EXIT_FAILED):
         return code, None
-    from dpsgd_track.comparison import compare_group
     from dpsgd_track.launcher.suites import read_settings
     from dpsgd_track.tracking.reader import open_client, read_group
 
     settings = read_settings(args)
-    found = read_group(open_client(settings.tracking_uri), settings, name)
-    return EXIT_FINISHED, compare_group(found, settings.thresholds)
+    return EXIT_FINISHED, read_group(open_client(settings.tracking_uri), settings, group)
 
 
 def _listen(
     args: argparse.Namespace, run: RunSuite, mode: str
 ) -> tuple[int, tuple[str, ...] | None]:
-    """What someone else's mode does not tell; None where it is no place to plant a fault in.
+    """What someone else's mode does not tell.
 
     Faults planted in a mode that is wrong by itself would prove nothing.
+
+    Returns:
+        The exit code, and nothing where the mode is no place to plant a fault in.
     """
+    from dpsgd_track.comparison import compare_group
     from dpsgd_track.comparison.verdict import Verdict
     from dpsgd_track.detection import plan
+    from dpsgd_track.launcher.suites import read_settings
     from dpsgd_track.modes.table import BASELINE, REFERENCE
 
-    group = f"{args.group}-healthy" if args.group else None
-    code, comparison = _run(args, run, (BASELINE, mode), group)
-    if comparison is None:
+    name = f"{args.group}-healthy" if args.group else None
+    code, group = _run(args, run, (BASELINE, mode), name)
+    if group is None:
         return code, None
-    runs = {r.label: r for r in comparison.group.runs if r.regime == PROBE_CLIP and not r.replay}
-    told, known = (runs[label].trajectory for label in (mode, REFERENCE))
+    comparison = compare_group(group, read_settings(args).thresholds)
+    runs = {r.label: r for r in group.runs if r.regime == PROBE_CLIP and not r.replay}
+    told, known = runs[mode].trajectory, runs[REFERENCE].trajectory
     (verdict,) = (each for each in comparison.modes if each.label == mode)
     if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or told is None or known is None:
         print(f"{verdict.sentence} It needs to be sound before faults are planted in it.")
@@ -135,7 +136,7 @@ def _listen(
     return EXIT_FINISHED, plan.mutes_of(told, known)
 
 
-def _tell(args: argparse.Namespace, comparison: GroupComparison) -> int:
+def _tell(args: argparse.Namespace, group: Group) -> int:
     """Print the matrix, write it, and put it on the group's run."""
     from rich.console import Console
 
@@ -146,7 +147,7 @@ def _tell(args: argparse.Namespace, comparison: GroupComparison) -> int:
     from dpsgd_track.tracking.reader import open_client
 
     settings = read_settings(args)
-    matrix = matrix_of(comparison)
+    matrix = matrix_of(group, settings.thresholds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     text.print_matrix(matrix, console)
     print_coverage(matrix, console)
@@ -156,7 +157,7 @@ def _tell(args: argparse.Namespace, comparison: GroupComparison) -> int:
     client = open_client(settings.tracking_uri)
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
-        client.log_artifact(comparison.group.run_id, str(folder / name), ARTIFACT_FOLDER)
+        client.log_artifact(group.run_id, str(folder / name), ARTIFACT_FOLDER)
     if args.output is not None:
         args.output.write_text(page, encoding="utf-8")
     print(f"Matrix: {folder / 'faults.md'}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.result import GroupComparison, Guilty, ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
-from dpsgd_track.config import PROBE_ACCURACY
+from dpsgd_track.config import PROBE_NAIVE, Thresholds
 from dpsgd_track.faults import FAULTS, MUTES, Fault
 from dpsgd_track.modes.table import (
     BASELINE,
@@ -17,14 +18,14 @@ from dpsgd_track.modes.table import (
     spec_of,
     split_planted,
 )
-from dpsgd_track.tracking.names import UNREACHED
-from dpsgd_track.tracking.reader import FINISHED, ModeRun
+from dpsgd_track.tracking.names import LEFT_OUT, REPLICATED, UNREACHED
+from dpsgd_track.tracking.reader import FINISHED, Group, ModeRun
 
 LATEST_STEP = 3
 """Step by which a fault has to be found."""
 _FOUND = (Verdict.BUG, Verdict.DRIFT)
 _NAIVE = ("loss", "grad_norm")
-"""What a test without clipping looks at that knows no more than a training curve."""
+"""All that a naive test looks at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Row:
     guilty: Guilty | None
     """The stage, step and layers that the comparison blamed."""
     naive_saw: bool
-    """Whether loss or total gradient norm, unclipped, passed its fixed threshold."""
+    """Whether loss or total gradient norm passed its fixed threshold where nothing is clipped."""
     excuse: str = ""
     """Why it could not show in this mode; empty where it could."""
     mutes: tuple[str, ...] = ()
@@ -115,8 +116,22 @@ class Matrix:
         return sum(bool(getattr(row, what)) for row in (self.counted if rows is None else rows))
 
 
-def matrix_of(comparison: GroupComparison) -> Matrix:
-    """Read the matrix off the comparison of a group, as `compare.py` makes it."""
+def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
+    """Compare a group as `compare.py` does, and read off what it says of each fault.
+
+    The naive test's runs are compared by themselves: they are no part of what finds a fault.
+    """
+    naive, probed = (
+        compare_group(replace(group, runs=tuple(runs)), thresholds)
+        for runs in (
+            (run for run in group.runs if run.regime == PROBE_NAIVE),
+            (run for run in group.runs if run.regime != PROBE_NAIVE),
+        )
+    )
+    return _matrix(probed, naive)
+
+
+def _matrix(comparison: GroupComparison, naive: GroupComparison) -> Matrix:
     rows, healthy = [], []
     runs = comparison.group.runs
     known = {run.label: [r for r in runs if r.label == run.label] for run in runs}
@@ -128,7 +143,7 @@ def matrix_of(comparison: GroupComparison) -> Matrix:
         if own is None or name == REFERENCE:
             continue
         if faults:
-            rows.append(_row(comparison, mode, name, FAULTS[faults[0]], own))
+            rows.append(_row(naive, mode, name, FAULTS[faults[0]], own))
         elif not planted:
             healthy.append(mode)
     return Matrix(
@@ -140,7 +155,7 @@ def matrix_of(comparison: GroupComparison) -> Matrix:
 
 
 def _row(
-    comparison: GroupComparison,
+    naive: GroupComparison,
     verdict: ModeVerdict,
     mode: str,
     fault: Fault,
@@ -153,24 +168,23 @@ def _row(
         verdict=verdict.verdict,
         sentence=verdict.sentence.removeprefix(f"{verdict.label}: "),
         guilty=verdict.guilty,
-        naive_saw=_naive_saw(comparison, verdict.label, runs),
+        naive_saw=_naive_saw(naive, verdict.label),
         excuse=_excuse(fault, mode, runs),
         mutes=tuple(name for name in split_planted(verdict.label)[1] if name in MUTES),
     )
 
 
-def _naive_saw(comparison: GroupComparison, label: str, runs: Sequence[ModeRun]) -> bool:
-    if any(run.regime == PROBE_ACCURACY and run.status != FINISHED for run in runs):
-        return True
-    regime = next((r for r in comparison.regimes if r.name == PROBE_ACCURACY), None)
-    pair = regime.pair(label, BASELINE) if regime else None
-    if pair is None:
-        return False
-    return any(
-        not drift.max <= getattr(comparison.thresholds, drift.observable.threshold)
-        for name, drift in pair.drifts.items()
-        if name in _NAIVE
-    )
+def _naive_saw(naive: GroupComparison, label: str) -> bool:
+    for regime in naive.regimes:
+        if any(run.label == label and run.status != FINISHED for run in regime.runs):
+            return True
+        pair = regime.pair(label)
+        drifts = pair.drifts.values() if pair else ()
+        for drift in drifts:
+            threshold = getattr(naive.thresholds, drift.observable.threshold)
+            if drift.observable.name in _NAIVE and not drift.max <= threshold:
+                return True
+    return False
 
 
 def _excuse(fault: Fault, mode: str, runs: Sequence[ModeRun]) -> str:
@@ -181,6 +195,10 @@ def _excuse(fault: Fault, mode: str, runs: Sequence[ModeRun]) -> str:
     never = set.intersection(*unreached) if unreached else set()
     if never:
         return f"the mode never comes by {', '.join(sorted(never))}"
+    if "shards" in fault.needs and any(run.params.get(REPLICATED) == "true" for run in runs):
+        return "the mode holds every parameter whole on every rank"
+    if "an empty step" in fault.needs and any(LEFT_OUT in run.params for run in runs):
+        return "the mode takes no empty batch"
     if fault.needs_ranks and runs_on_one_device(mode):
         return f"the mode runs on one device, and it needs {', '.join(fault.needs)}"
     return ""

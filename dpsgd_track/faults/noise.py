@@ -237,7 +237,7 @@ def embedding_without_noise(site: Site) -> None:
     source="torch.randn_like of a local shard",
     formula="N of element e of a shard, the same on every rank",
     at="standard_normal",
-    needs=SEVERAL,
+    needs="several ranks, shards",
     stage=NOISE,
 )
 def identical_shards(site: Site) -> None:
@@ -254,7 +254,7 @@ def identical_shards(site: Site) -> None:
     "one rank's noise the negative of another's",
     formula="-N of rank 0 on rank 1",
     at="standard_normal",
-    needs=SEVERAL,
+    needs="several ranks, shards",
     stage=NOISE,
 )
 def antithetic_shards(site: Site) -> None:

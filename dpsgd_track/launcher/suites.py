@@ -20,6 +20,7 @@ from dpsgd_track.config import (
     PROBE_CLIP,
     PROBE_DATA,
     PROBE_MODEL,
+    PROBE_NAIVE,
     PROBE_NOISE,
     SILENT,
     SYNTHETIC,
@@ -59,9 +60,13 @@ DEFAULT_CONFIG = Path("mlflow.yaml")
 
 _SUITE_MODES = {"quick": table.QUICK, "full": table.FULL}
 PROBES = (PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
-_SUITE_REGIMES = {"quick": (ACCURACY, CLIP, *PROBES), "full": (ACCURACY, CLIP), "faults": PROBES}
+_SUITE_REGIMES = {
+    "quick": (ACCURACY, CLIP, *PROBES),
+    "full": (ACCURACY, CLIP),
+    "faults": (*PROBES, PROBE_NAIVE),
+}
 """Those that are run unless the user asks for others."""
-_KNOWN_REGIMES = (ACCURACY, CLIP, NOISE, *PROBES)
+_KNOWN_REGIMES = (ACCURACY, CLIP, NOISE, *PROBES, PROBE_NAIVE)
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 InputCheck = Callable[[ModelConfig, DataConfig], object]
@@ -252,7 +257,7 @@ def _takes_part(mode: str, regimes: Sequence[str]) -> bool:
 def _is_run(mode: str, regime: str) -> bool:
     """Whether `mode` has a run in `regime`: what neither clips nor adds noise has none in those."""
     kind = kind_of(regime)
-    if kind == NOISE and mode == table.REFERENCE:
+    if mode == table.REFERENCE and (kind == NOISE or regime == PROBE_NAIVE):
         return False
     # Opacus refuses tied and reused weights, without which the probe would show little.
     if kind != regime and table.is_of_opacus(mode):
@@ -389,7 +394,7 @@ def _known_regimes(args: argparse.Namespace, device: str) -> Iterator[RegimeConf
     yield noisy
     # The probe's are the same whatever the user chose, so that what they can show is known.
     on_probe = replace(clipped, micro_batches=PROBE_MICRO_BATCHES, optimizer="sgd")
-    yield replace(
+    accurate = replace(
         on_probe,
         name=PROBE_ACCURACY,
         noise_multiplier=PROBE_SIGMA,
@@ -397,6 +402,8 @@ def _known_regimes(args: argparse.Namespace, device: str) -> Iterator[RegimeConf
         learning_rate=PROBE_LEARNING_RATE,
         noise_matched=True,
     )
+    yield accurate
+    yield replace(accurate, name=PROBE_NAIVE, noise_multiplier=1e-9, micro_batches=1)
     yield replace(on_probe, name=PROBE_CLIP)
     micro_batches = on_probe.micro_batches
     yield replace(noisy, name=PROBE_NOISE, micro_batches=micro_batches, optimizer="sgd")
@@ -408,7 +415,7 @@ def _with_replays(mode: str, regime: RegimeConfig, *, is_suite: bool) -> tuple[R
         # The twin without noise comes first: what it computed is taken off.
         return replace(regime, noise_multiplier=0.0, replay=SILENT), regime
     replays: tuple[str, ...] = ()
-    if is_suite and mode == table.BASELINE:
+    if is_suite and mode == table.BASELINE and regime.kind == ACCURACY:
         # What rounding alone makes of a trajectory.
         replays = (AGAIN, PERMUTED, ULP)
     elif is_suite and mode == table.REFERENCE:

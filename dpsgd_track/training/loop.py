@@ -141,7 +141,10 @@ class RegimeRun:
             self._accumulate(self.slicer.slice(0), 0)
             self.mode.clipped_sum()
             self.mode.zero_grad()
-        for step in self._step_numbers():
+        left_out = self.left_out_steps()
+        for step in range(self.regime.num_iter):
+            if step in left_out:
+                continue
             done = self._step(step)
             metrics = self.records[0].add(done.seen)
             own = replace(done.seen, samples=done.local, step_time_ms=done.local_time_ms)
@@ -180,12 +183,12 @@ class RegimeRun:
                 metrics |= {} if prv is None else {names.EPSILON_PRV: prv}
             yield num_steps - 1, metrics
 
-    def _step_numbers(self) -> list[int]:
-        """Steps that the mode can take: one that takes no empty batch is given none to audit."""
-        steps = list(range(self.regime.num_iter))
-        if self.regime.name != NOISE or self.mode.takes_empty_batches:
-            return steps
-        return [step for step in steps if not self.slicer.leaves_some_empty(step)]
+    def left_out_steps(self) -> list[int]:
+        """Steps of uneven batches that are not given to a mode which takes no empty one."""
+        if not self.slicer.sizes or self.mode.takes_empty_batches:
+            return []
+        steps = range(self.regime.num_iter)
+        return [step for step in steps if self.slicer.leaves_some_empty(step)]
 
     def _step(self, step: int) -> Step:
         mode, clock = self.mode, StepClock(self.device)

@@ -125,16 +125,21 @@ class Worker:
         finally:
             self.is_leaving.set()
             self._leave_trajectories(number, folder, run)
-            self._log_unreached(number)
+            self._log_facts(number, run)
             epsilon = self._log_epsilon(number, run)
         self.is_leaving.clear()
         self._progress(number, "end", regime.num_iter - 1, None, epsilon)
 
-    def _log_unreached(self, number: int) -> None:
-        """Say where a planted fault had no chance to do anything."""
+    def _log_facts(self, number: int, run: RegimeRun) -> None:
+        """What is known of the mode once it has run, and where a planted fault had no chance."""
+        facts = {
+            names.LEFT_OUT: ", ".join(map(str, run.left_out_steps())),
+            names.REPLICATED: "true" if run.mode.replicated else "",
+            names.UNREACHED: ", ".join(unreached_seams()),
+        }
         run_id = self._run_id(number, is_global=True)
-        if run_id is not None and (seams := unreached_seams()):
-            self.writer.log_params(run_id, {names.UNREACHED: ", ".join(seams)})
+        if run_id is not None and any(facts.values()):
+            self.writer.log_params(run_id, {name: said for name, said in facts.items() if said})
 
     def _log_epsilon(self, number: int, run: RegimeRun) -> float | None:
         """Log what each step has spent; returns the last epsilon. Rank 0 alone computes it.
