@@ -66,9 +66,12 @@ class Row:
         if not self.fault.where:
             return True
         layers = self.guilty.layers
-        return bool(layers) and all(
-            any(fnmatchcase(layer, pattern) for pattern in self.fault.where) for layer in layers
-        )
+        return bool(layers) and all(map(self._holds, layers))
+
+    def _holds(self, layer: str) -> bool:
+        """Whether the fault is in a parameter, or in the weight of a layer, of that name."""
+        names = layer, f"{layer}.weight"
+        return any(fnmatchcase(n, pattern) for n in names for pattern in self.fault.where)
 
     @property
     def is_in_time(self) -> bool:
