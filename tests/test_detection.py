@@ -1,0 +1,245 @@
+"""Known faults are found: a representative third of the matrix, through the command itself.
+
+`launch.py faults` runs all of it; docs/detection.md holds what that said.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_end_to_end import ROOT, Workspace
+
+from dpsgd_track.comparison.result import Guilty
+from dpsgd_track.comparison.verdict import Verdict
+from dpsgd_track.config import Thresholds
+from dpsgd_track.detection.coverage import coverage
+from dpsgd_track.detection.matrix import Matrix, Row, matrix_of
+from dpsgd_track.detection.plan import chosen_faults, planted_in, planted_in_turn
+from dpsgd_track.detection.text import markdown, summary
+from dpsgd_track.faults import FAULTS, KINDS
+from dpsgd_track.faults.fault import FSDP_MODES
+from dpsgd_track.modes.table import MODES
+
+THIRD = [name for number, name in enumerate(FAULTS) if number % 3 == 0]
+
+
+@pytest.fixture(scope="module")
+def third(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
+    workspace = Workspace(tmp_path_factory.mktemp("third"))
+    done = workspace.run(
+        "launch.py", "faults", "--group", "g", "--fault", ",".join(THIRD), "--output", "matrix.md"
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    return workspace, done.stdout
+
+
+@pytest.fixture(scope="module")
+def matrix(third: tuple[Workspace, str]) -> Matrix:
+    return matrix_of(third[0].group("g"), Thresholds())
+
+
+def test_a_third_holds_faults_of_every_class() -> None:
+    assert {FAULTS[name].kind for name in THIRD} >= set(KINDS) - {"precision"}
+
+
+def test_every_fault_is_found(matrix: Matrix) -> None:
+    assert {row.fault.name for row in matrix.rows} == set(THIRD)
+    assert [row.label for row in matrix.missed] == []
+
+
+def test_at_least_nine_tenths_are_blamed_on_the_right_stage_and_layer(matrix: Matrix) -> None:
+    assert matrix.count("has_right_place") >= 0.9 * len(THIRD)
+
+
+def test_all_are_found_by_the_fourth_step(matrix: Matrix) -> None:
+    assert [row.label for row in matrix.counted if not row.is_in_time] == []
+
+
+def test_no_healthy_mode_raises_an_alarm(matrix: Matrix) -> None:
+    assert {mode.label for mode in matrix.healthy} >= set(FSDP_MODES)
+    assert matrix.false_alarms == ()
+
+
+def test_the_naive_test_misses_many(matrix: Matrix) -> None:
+    seen = {row.fault.name: row.naive_saw for row in matrix.rows}
+    assert 0 < sum(seen.values()) < 0.7 * len(seen)
+
+
+def test_the_matrix_is_printed_written_and_logged(third: tuple[Workspace, str]) -> None:
+    workspace, out = third
+    page = (workspace.folder / "matrix.md").read_text()
+    assert page == (workspace.folder / "results/g/faults.md").read_text()
+    for name in THIRD:
+        assert name in out
+        assert f"`{name}`" in page
+    told = json.loads((workspace.folder / "results/g/faults.json").read_text())
+    assert [row["fault"] for row in told["rows"]] == [f.name for f in chosen_faults(THIRD)]
+    assert all(row["sentence"] for row in told["rows"])
+    logged = {path.name for path in workspace.folder.rglob("mlartifacts/**/faults.*")}
+    assert logged == {"faults.md", "faults.json"}
+
+
+def test_compare_names_the_same_faults(third: tuple[Workspace, str]) -> None:
+    done = third[0].run("compare.py", "g", "--no-png", "--no-log")
+    assert done.returncode == 1
+    assert all(name in done.stdout for name in THIRD)
+
+
+# The mode that README.md shows, and the same by someone who reports nothing.
+FOREIGN = """
+
+class Quiet(MyMode):
+    takes_empty_batches = False
+
+    def accumulate(self, batch):
+        assert len(batch)
+        return SampleRecord(super().accumulate(batch).loss_B)
+
+
+class Broken(MyMode):
+    def set_max_grad_norm(self, max_grad_norm):
+        super().set_max_grad_norm(max_grad_norm / 2)
+"""
+ASKED = ["clamp_missing", "stand_in_counted", "norms_reported_twice", "micro_batches_averaged"]
+ASKED += ["no_noise", "empty_step_without_noise", "identical_shards"]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("foreign"))
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r'```python\n("""One sample at a time.*?)```', readme, re.DOTALL)
+    (workspace.folder / "my_mode.py").write_text(code + FOREIGN)
+    return workspace
+
+
+def test_the_mode_of_the_readme_lets_every_fault_be_seen(foreign: Workspace) -> None:
+    done = foreign.run(
+        "launch.py", "faults", "--mode", "my_mode:MyMode", "--fault", ",".join(ASKED)
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    out = " ".join(done.stdout.split())
+    assert "clipping: 1 of 1 would be found" in out
+    assert "norms: 1 of 1 would be found" in out
+    # The copies of a parameter have the same noise by right.
+    assert "not identical_shards: the mode holds every parameter whole on every rank" in out
+
+
+def test_a_mode_that_tells_little_is_told_what_that_hides(foreign: Workspace) -> None:
+    done = foreign.run("launch.py", "faults", "--mode", "my_mode:Quiet", "--fault", ",".join(ASKED))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    out = " ".join(done.stdout.split())
+    assert "not stand_in_counted: the mode tells no norm of any sample" in out
+    assert "not empty_step_without_noise: the mode takes no empty batch" in out
+    assert "clipping: 1 of 1 would be found" in out
+
+
+def test_a_mode_that_is_wrong_by_itself_is_no_place_for_faults(foreign: Workspace) -> None:
+    done = foreign.run("launch.py", "faults", "--mode", "my_mode:Broken", "--fault", "no_noise")
+    assert done.returncode == 1
+    assert "It needs to be sound before faults are planted in it." in done.stdout
+    assert "no_noise" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--fault", "nonsense"], "fault='nonsense': expected a fault, or one of the classes"),
+        (["--mode", "nonsense"], "mode='nonsense': expected one of"),
+        (["--mode", "ghost_fsdp"], "Opacus's modes refuse the probe's tied and reused weights"),
+        (["--mode", "no_dp"], "expected one of our private modes, or one of yours"),
+        (["--mode", "reference"], "expected one of our private modes, or one of yours"),
+        (["--output", "nowhere/matrix.md"], "output='nowhere/matrix.md': expected a file"),
+        (["--mode", "json:loads,json:dumps"], "expected one mode of yours at a time"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(
+    tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
+    done = Workspace(tmp_path).run("launch.py", "faults", *arguments)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_runs_nothing(tmp_path: Path) -> None:
+    done = Workspace(tmp_path).run("launch.py", "faults", "--list")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in FAULTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_faults_are_planted_in_turn_and_each_once() -> None:
+    planned = planted_in_turn(chosen_faults([]))
+    assert len(set(planned)) == len(planned) == 1 + len(FSDP_MODES) + len(FAULTS)
+    hosts = Counter(name.partition("+")[0] for name in planned if "+" in name)
+    assert set(hosts) == set(FSDP_MODES)
+    assert max(hosts.values()) < 2 * min(hosts.values())
+
+
+@pytest.mark.parametrize("mode", [m for m, s in MODES.items() if s.strategy == "bookkeeping"])
+def test_one_of_our_modes_takes_every_fault_that_fits_it(mode: str) -> None:
+    planned = planted_in(mode, chosen_faults([]))
+    assert {name.partition("+")[0] for name in planned} == {mode, "no_dp"}
+    assert len(planned) - 2 == sum(fault.fits(mode) for fault in FAULTS.values())
+
+
+def _row(**changes: Any) -> Row:
+    guilty = Guilty(stage="clipped sum", regime="probe-clip", step=0, layers=("gate.weight",))
+    row = Row(
+        fault=FAULTS["sign_flipped"],
+        mode="flash_fsdp",
+        label="flash_fsdp+sign_flipped",
+        verdict=Verdict.BUG,
+        sentence="it differs",
+        guilty=guilty,
+        naive_saw=False,
+    )
+    return replace(row, **changes)
+
+
+def _judged(*rows: Row) -> Matrix:
+    return Matrix(group="g", rows=rows, healthy=(), settings="2 ranks")
+
+
+def test_a_row_is_right_only_in_stage_and_place_and_time() -> None:
+    right = _row()
+    assert right.has_right_place
+    assert right.is_in_time
+    assert right.guilty is not None
+    elsewhere = _row(guilty=replace(right.guilty, layers=("gate.weight", "gate.bias")))
+    assert elsewhere.has_right_stage
+    assert not elsewhere.has_right_place
+    assert not _row(guilty=replace(right.guilty, layers=())).has_right_place
+    assert not _row(guilty=replace(right.guilty, stage="noise")).has_right_place
+    assert _row(guilty=replace(right.guilty, layers=("gate",))).has_right_place
+    assert not _row(guilty=replace(right.guilty, step=4)).is_in_time
+    assert not _row(guilty=None).has_right_place
+    assert not _row(verdict=Verdict.INCONCLUSIVE).is_detected
+
+
+def test_what_could_not_show_is_not_counted_and_is_said() -> None:
+    matrix = _judged(_row(), _row(verdict=Verdict.PASS, guilty=None, excuse="it cannot"))
+    assert matrix.missed == ()
+    assert len(matrix.counted) == 1
+    assert summary(matrix)[0] == "1 of 1 (100%) faults found"
+    assert summary(matrix)[-1] == "1 faults could not show"
+
+
+def test_a_miss_is_on_the_page_with_its_sentence() -> None:
+    matrix = _judged(_row(verdict=Verdict.PASS, guilty=None, sentence="agrees with <no_dp>"))
+    page = markdown(matrix, "python launch.py faults")
+    found = page.split("## Not found")[1]
+    assert "`flash_fsdp+sign_flipped`: agrees with &lt;no" in found
+
+
+def test_coverage_is_said_of_other_peoples_modes_alone() -> None:
+    assert coverage(_judged(_row())) == []
+    lines = coverage(_judged(_row(mode="my.mode:Mine", verdict=Verdict.PASS, guilty=None)))
+    assert lines == ["sums: 0 of 1 would be found; not sign_flipped: the comparison said PASS"]
