@@ -183,7 +183,7 @@ class RegimeRun:
     def _step_numbers(self) -> list[int]:
         """Steps that the mode can take: one that takes no empty batch is given none to audit."""
         steps = list(range(self.regime.num_iter))
-        if self.regime.name != NOISE or self.mode.takes_empty_batches:
+        if self.regime.kind != NOISE or self.mode.takes_empty_batches:
             return steps
         return [step for step in steps if not self.slicer.leaves_some_empty(step)]
 
@@ -330,14 +330,14 @@ def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
     """Samples of each step where they are to differ, so that ranks and micro-batches do as well.
 
     In the noise regime all, one fewer, none, a single one. In the probe's clip regime one fewer
-    than all, a full micro-batch of each rank and one sample more, all, a single one. And again.
+    than all, a third of all (a full micro-batch of each of several ranks) and one sample more, all,
+    a single one. And again. A mode on one device, which has all ranks' micro-batches, gets as many.
     """
-    each = dist.get_world_size() * job.data.batch_size
-    full = each * regime.micro_batches
+    full = dist.get_world_size() * job.data.batch_size * regime.micro_batches
     if regime.kind == NOISE:
         sizes = (full, max(full - 1, 1), 0, 1)
     elif regime.name == PROBE_CLIP:
-        sizes = (max(full - 1, 1), min(each + 1, full), full, 1)
+        sizes = (max(full - 1, 1), min(full // 3 + 1, full), full, 1)
     else:
         return ()
     return tuple(sizes[step % len(sizes)] for step in range(regime.num_iter))
