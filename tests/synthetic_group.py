@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dpsgd_track.comparison import GroupComparison, compare_group
-from dpsgd_track.config import Thresholds
+from dpsgd_track.config import CLIP, Thresholds, kind_of
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.reader import Group, ModeRun
 from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, Trajectory
@@ -118,7 +118,7 @@ def mode_run(
 ) -> ModeRun:
     """A finished run; by default with the record that its mode and regime call for."""
     if record is None and more.get("status", "FINISHED") == "FINISHED":
-        record = trajectory(noise_std=0.0 if regime == "clip" else 100.0)
+        record = trajectory(noise_std=0.0 if kind_of(regime) == CLIP else 100.0)
         record = without_norms(record) if mode == "no_dp" else record
     settings = {"status": "FINISHED", "tags": {names.NOISE_MATCHED: "true"}, "run_id": "0" * 32}
     return ModeRun(mode=mode, regime=regime, trajectory=record, **{**settings, **more})

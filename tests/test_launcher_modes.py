@@ -183,7 +183,23 @@ def test_without_the_reference_clip_is_failed_and_accuracy_still_runs(tmp_path):
     assert suite.runs["g/reference/accuracy"].status == "FINISHED"
     assert suite.runs["g/reference/clip"].status == "FAILED"
     assert suite.runs["g/flash_fsdp/accuracy"].status == "FINISHED"
-    clip = suite.runs["g/flash_fsdp/clip"]
+    assert suite.runs["g/flash_fsdp/probe-accuracy"].status == "FINISHED"
+    for regime in ("clip", "probe-clip"):
+        clip = suite.runs[f"g/flash_fsdp/{regime}"]
+        assert clip.status == "FAILED"
+        assert "clipping bounds are unknown" in clip.tags[names.REASON]
+
+
+def test_without_the_references_run_on_the_probe_the_users_own_clip_regime_still_runs(tmp_path):
+    plan = {"reference": {"do": "out_of_memory", "regime": 6}}
+    argv = ("quick", "--group", "g", "--mode", "flash_fsdp", "--nproc-per-node", "1")
+    suite = launch(tmp_path, *argv, plan=plan)
+    assert suite.code == 1
+    assert suite.runs["g/reference/clip"].status == "FINISHED"
+    assert suite.runs["g/reference/probe-clip"].status == "FAILED"
+    for regime in ("accuracy", "clip", "probe-accuracy", "probe-noise"):
+        assert suite.runs[f"g/flash_fsdp/{regime}"].status == "FINISHED", regime
+    clip = suite.runs["g/flash_fsdp/probe-clip"]
     assert clip.status == "FAILED"
     assert "clipping bounds are unknown" in clip.tags[names.REASON]
 
@@ -203,6 +219,10 @@ def test_a_mode_on_one_device_is_one_process_between_those_of_all_ranks(tmp_path
     assert (single.params["num_ranks"], shared.params["num_ranks"]) == ("1", "2")
     assert single.params["regime.micro_batches"] == "4"
     assert shared.params["regime.micro_batches"] == "2"
+    on_probe = (suite.runs["g/flash/probe-clip"], suite.runs["g/flash_fsdp/probe-clip"])
+    assert [run.params["regime.micro_batches"] for run in on_probe] == ["6", "3"]
+    assert {run.params["model.name"] for run in on_probe} == {"dpsgd-track/probe"}
+    assert {run.params["model.name"] for run in (single, shared)} == {"minilm"}
     assert "g/flash/clip/rank 0" in suite.runs
     assert "g/flash/clip/rank 1" not in suite.runs
     assert {run.status for run in suite.runs.values()} == {"FINISHED"}

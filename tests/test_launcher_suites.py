@@ -1,6 +1,24 @@
 import pytest
 
-from dpsgd_track.config import ACCURACY, CAUSAL_LM, CLIP, NOISE, SILENT, TRAIN
+from dpsgd_track.config import (
+    ACCURACY,
+    AGAIN,
+    CAUSAL_LM,
+    CLIP,
+    NOISE,
+    PERMUTED,
+    PLAIN,
+    PROBE,
+    PROBE_ACCURACY,
+    PROBE_CLIP,
+    PROBE_DATA,
+    PROBE_MODEL,
+    PROBE_NOISE,
+    SILENT,
+    TRAIN,
+    ULP,
+    RegimeConfig,
+)
 from dpsgd_track.launcher import machine, suites
 from dpsgd_track.launcher.arguments import build_parser, reproducing_command
 from dpsgd_track.launcher.suites import Suite, build_suite
@@ -24,6 +42,15 @@ def modes(*argv: str) -> tuple[str, ...]:
     return tuple(job.mode for job in suite(*argv).jobs)
 
 
+def regimes(*argv: str) -> dict[str, list[tuple[str, str]]]:
+    """(name, replay) of each run, by mode."""
+    return {job.mode: [(r.name, r.replay) for r in job.regimes] for job in suite(*argv).jobs}
+
+
+USERS = ("--regime", "accuracy,clip")
+"""The regimes on the user's own model, without the probe's."""
+
+
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
@@ -31,6 +58,12 @@ def modes(*argv: str) -> tuple[str, ...]:
         (["full"], (table.REFERENCE, *table.FULL)),
         (["quick", "--regime", "accuracy"], (table.REFERENCE, *table.QUICK)),
         (["quick", "--regime", "clip"], (table.REFERENCE, *table.QUICK[1:])),
+        (["quick", "--regime", "probe-accuracy"], (table.REFERENCE, *table.QUICK)),
+        (["quick", "--regime", "probe-clip"], (table.REFERENCE, *table.QUICK[1:])),
+        (["quick", "--regime", "probe-noise"], table.QUICK[1:]),
+        (["quick", "--regime", "probe-clip", "--mode", "flash"], (table.REFERENCE, "flash")),
+        (["quick", "--regime", "probe-accuracy", "--mode", "flash"], ("flash",)),
+        (["full", "--regime", "clip,probe-clip"], (table.REFERENCE, *table.FULL[1:])),
         (["quick", "--mode", "flash_fsdp,no_dp"], (table.REFERENCE, "flash_fsdp", "no_dp")),
         (["quick", "--mode", "flash_fsdp", "--mode", "reference"], ("reference", "flash_fsdp")),
         (["full", "--mode", "flash_fsdp", "--regime", "accuracy"], ("flash_fsdp",)),
@@ -44,14 +77,17 @@ def test_modes_of_a_suite(argv, wanted):
 
 
 def test_the_baseline_is_replayed_in_three_ways_and_never_clipped():
-    baseline = next(job for job in suite("quick").jobs if job.mode == table.BASELINE)
     kinds = ("", "again", "permuted", "ulp")
-    assert [(r.name, r.replay) for r in baseline.regimes] == [(ACCURACY, k) for k in kinds]
+    of_user = [(ACCURACY, kind) for kind in kinds]
+    assert regimes("quick", *USERS)[table.BASELINE] == of_user
+    on_probe = [(PROBE_ACCURACY, kind) for kind in kinds]
+    assert regimes("quick")[table.BASELINE] == of_user + on_probe
 
 
 def test_the_accuracy_regime_is_the_test_users_know():
     job = suite("quick", "--micro-batches", "3").jobs[-1]
-    accuracy, clip = job.regimes
+    accuracy, clip, *_ = job.regimes
+    assert suite("quick", "--micro-batches", "3", *USERS).jobs[-1].regimes == (accuracy, clip)
     assert (accuracy.noise_multiplier, accuracy.max_grad_norms) == (0.01, (10000.0,) * 5)
     assert accuracy.noise_matched
     assert accuracy.micro_batches == 1
@@ -83,8 +119,13 @@ def test_a_mode_on_one_device_takes_the_micro_batches_of_all_ranks():
     shared, single = suite("quick", *argv, "--replicas", "2").jobs[1:]
     assert (shared.num_ranks, shared.performance.num_replicas) == (4, 2)
     assert (single.num_ranks, single.performance.num_replicas) == (1, 1)
-    assert [(r.name, r.micro_batches) for r in single.regimes] == [(ACCURACY, 4), (CLIP, 12)]
-    assert {r.micro_batches for r in shared.regimes} == {1}
+    of_user = [(r.name, r.micro_batches) for r in single.regimes[:2]]
+    assert of_user == [(ACCURACY, 4), (CLIP, 12)]
+    assert {r.micro_batches for r in single.regimes[2:]} == {12}
+    assert [(r.name, r.micro_batches) for r in shared.regimes if not r.replay] == [
+        (ACCURACY, 1),
+        (PROBE_ACCURACY, 3),
+    ]
 
 
 def test_the_baseline_on_one_device_is_not_clipped_either():
@@ -92,8 +133,9 @@ def test_the_baseline_on_one_device_is_not_clipped_either():
         "reference",
         "flash",
     )
-    baseline = suite("quick", "--mode", "no_dp_single").jobs[-1]
-    assert [(r.name, r.replay) for r in baseline.regimes] == [(ACCURACY, "")]
+    assert regimes("quick", *USERS, "--mode", "no_dp_single")["no_dp_single"] == [(ACCURACY, "")]
+    on_probe = [(ACCURACY, ""), (PROBE_ACCURACY, "")]
+    assert regimes("quick", "--mode", "no_dp_single")["no_dp_single"] == on_probe
 
 
 def test_task_and_batches_reach_every_job():
@@ -149,13 +191,20 @@ BAD = {
     "no replica": ["quick", "--replicas", "0"],
     "replicas that do not divide the ranks": ["quick", "--nproc-per-node", "4", "--replicas", "3"],
     "opacus mode without a name": ["quick", "--mode", "opacus:"],
-    "own noise in a comparison": ["quick", "--noise-from", "os"],
+    "own noise in a comparison": ["full", "--noise-from", "os"],
+    "own noise without a noise regime": ["quick", *USERS, "--noise-from", "os"],
     "delta 1": ["quick", "--delta", "1"],
     "no rank": ["quick", "--nproc-per-node", "0"],
     "unknown regime": ["quick", "--regime", "train"],
     "regime of single": ["single", "--mode", "no_dp", "--regime", "clip"],
     "two answers": ["quick", "--accuracy-test", "--regime", "clip"],
     "baseline clipped": ["quick", "--mode", "no_dp", "--regime", "clip"],
+    "baseline clipped on the probe": ["quick", "--mode", "no_dp", "--regime", "probe-clip"],
+    "opacus on the probe": ["quick", "--mode", "ghost_fsdp", "--regime", "probe-clip"],
+    "noiseless on the probe": ["quick", "--mode", "reference", "--regime", "probe-noise"],
+    "no such probe": ["quick", "--regime", "probe-train"],
+    "probe in single": ["single", "--mode", "no_dp", "--regime", "probe-clip"],
+    "probe in an accuracy test": ["quick", "--accuracy-test", "--regime", "probe-accuracy"],
     "no mode": ["single"],
     "two modes": ["single", "--mode", "no_dp,reference"],
     "empty mode": ["quick", "--mode", ""],
@@ -243,10 +292,131 @@ def test_modes_lists_what_installed_packages_bring(monkeypatch, capsys):
 
 
 def test_the_reference_is_replayed_in_the_modes_type():
-    reference = suite("quick", "--param-dtype", "bfloat16").jobs[0]
-    assert reference.mode == table.REFERENCE
     wanted = [(ACCURACY, ""), (ACCURACY, "plain"), (CLIP, ""), (CLIP, "plain")]
-    assert [(r.name, r.replay) for r in reference.regimes] == wanted
+    for command in (("full",), ("quick", *USERS)):
+        made = suite(*command, "--param-dtype", "bfloat16")
+        assert made.jobs[0].mode == table.REFERENCE
+        assert [(r.name, r.replay) for r in made.jobs[0].regimes] == wanted
+
+
+def test_quick_runs_the_users_model_and_then_the_probe():
+    private = [
+        (ACCURACY, ""),
+        (CLIP, ""),
+        (PROBE_ACCURACY, ""),
+        (PROBE_CLIP, ""),
+        (PROBE_NOISE, SILENT),
+        (PROBE_NOISE, ""),
+    ]
+    with_plain = (ACCURACY, CLIP, PROBE_ACCURACY, PROBE_CLIP)
+    assert regimes("quick") == {
+        table.REFERENCE: [(name, replay) for name in with_plain for replay in ("", PLAIN)],
+        table.BASELINE: [
+            (name, replay)
+            for name in (ACCURACY, PROBE_ACCURACY)
+            for replay in ("", AGAIN, PERMUTED, ULP)
+        ],
+        "flash_fsdp": private,
+        "flash_fsdp_fuse": private,
+    }
+
+
+def test_no_other_command_runs_the_probe_unasked():
+    commands = (["full"], ["quick", "--accuracy-test"], ["single", "--mode", "flash_fsdp"])
+    for command in commands:
+        names = {name for runs in regimes(*command).values() for name, _ in runs}
+        assert not [name for name in names if name.startswith(PROBE)], command
+    full = {name for runs in regimes("full").values() for name, _ in runs}
+    assert full == {ACCURACY, CLIP}
+    assert regimes("full", "--regime", "probe-clip")["flash_fsdp_bk"] == [(PROBE_CLIP, "")]
+
+
+@pytest.mark.parametrize("mode", [m for m in table.MODES if table.is_of_opacus(m)])
+def test_modes_of_opacus_have_no_run_on_the_probe(mode):
+    named = f"opacus:{table.MODES[mode].grad_sample_mode}"
+    for own in (mode, named, f"{mode}+bias_norm_by_gram"):
+        assert regimes("quick", "--mode", own)[own] == [(ACCURACY, ""), (CLIP, "")]
+        for regime in (PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE):
+            with pytest.raises(ValueError, match="expected a private mode"):
+                suite("quick", "--mode", own, "--regime", regime)
+            # Beside others it is left out, and they run.
+            assert own not in modes("quick", "--mode", f"{own},flash_fsdp", "--regime", regime)
+
+
+def test_a_fault_changes_no_regime_of_its_mode():
+    found = regimes("quick", "--mode", "flash_fsdp,flash_fsdp+bias_norm_by_gram")
+    assert found["flash_fsdp+bias_norm_by_gram"] == found["flash_fsdp"]
+
+
+def on_probe(*argv: str) -> dict[str, list[RegimeConfig]]:
+    """Each mode's regimes on the probe, whose model and data are the probe's own."""
+    made: dict[str, list[RegimeConfig]] = {}
+    for job in suite(*argv).jobs:
+        made[job.mode] = [r for r in job.regimes if r.name.startswith(PROBE)]
+        for regime in job.regimes:
+            run = job.run_in(regime)
+            is_probe = (run.model, run.data) == (PROBE_MODEL, PROBE_DATA)
+            assert is_probe == regime.name.startswith(PROBE)
+            assert is_probe or (run.model, run.data) == (job.model, job.data)
+    return made
+
+
+CHOSEN = {
+    "steps": ["--num-iter", "9"],
+    "batch size": ["--batch-size", "7"],
+    "micro-batches": ["--micro-batches", "4"],
+    "length": ["--seq-length", "8"],
+    "sigma": ["--sigma", "2"],
+    "bound": ["--max-grad-norm", "3"],
+    "learning rate": ["--learning-rate", "0.5"],
+    "optimizer": ["--optimizer", "adamw"],
+    "model": ["--model-name", "llama-tiny", "--vocab-size", "50", "--dropout"],
+    "task": ["--task", "masked-lm", "--gradient-checkpointing"],
+    "text": ["--data", "synthetic", "--ragged", "--padding", "left"],
+    "poisson": ["--data", "synthetic", "--sampling", "poisson", "--dataset-size", "8"],
+}
+
+
+@pytest.mark.parametrize("argv", CHOSEN.values(), ids=CHOSEN.keys())
+def test_what_the_user_chose_changes_nothing_on_the_probe(argv):
+    changed = suite("quick", *argv).jobs
+    assert changed != suite("quick").jobs
+    assert on_probe("quick", *argv) == on_probe("quick")
+    assert len(on_probe("quick")["flash_fsdp"]) == 4
+
+
+def test_the_probes_regimes_are_accuracy_clip_and_noise_with_constants_of_their_own():
+    accuracy, clip, twin, noisy = on_probe("quick")["flash_fsdp"]
+    assert [r.kind for r in (accuracy, clip, twin, noisy)] == [ACCURACY, CLIP, NOISE, NOISE]
+    assert (accuracy.noise_matched, accuracy.optimizer, accuracy.num_iter) == (True, "sgd", 4)
+    assert accuracy.noise_multiplier > 0
+    assert accuracy.learning_rate > 0
+    # The reference measures the bounds, the weights stay, and nothing is added.
+    assert (clip.max_grad_norms, clip.learning_rate, clip.noise_multiplier) == ((), 0.0, 0.0)
+    assert (twin.replay, twin.noise_multiplier) == (SILENT, 0.0)
+    assert (noisy.replay, noisy.noise_multiplier, noisy.noise_matched) == ("", 0.7, False)
+    assert noisy.max_grad_norms == twin.max_grad_norms
+    assert {r.micro_batches for r in (accuracy, clip, twin, noisy)} == {3}
+
+
+def test_the_probe_draws_no_samples_from_the_users_data():
+    argv = ("--data", "synthetic", "--sampling", "poisson", "--dataset-size", "8")
+    # More than 8 samples a step would be refused in the user's own regimes.
+    probes = "probe-accuracy,probe-clip,probe-noise"
+    assert suite("quick", *argv, "--batch-size", "3", "--regime", probes).jobs
+    with pytest.raises(ValueError, match="sampling='poisson': expected at most 8 samples"):
+        suite("quick", *argv, "--batch-size", "3")
+
+
+def test_a_regime_of_the_probe_can_run_alone():
+    assert regimes("quick", "--regime", "probe-clip") == {
+        table.REFERENCE: [(PROBE_CLIP, ""), (PROBE_CLIP, PLAIN)],
+        "flash_fsdp": [(PROBE_CLIP, "")],
+        "flash_fsdp_fuse": [(PROBE_CLIP, "")],
+    }
+    both = regimes("quick", "--regime", "probe-noise,accuracy", "--mode", "no_dp,flash_fsdp")
+    assert both["flash_fsdp"] == [(ACCURACY, ""), (PROBE_NOISE, SILENT), (PROBE_NOISE, "")]
+    assert {name for name, _ in both["no_dp"]} == {ACCURACY}
 
 
 def test_the_noise_regime_is_a_twin_and_a_run_with_awkward_constants():
@@ -272,16 +442,19 @@ def test_the_noise_regime_comes_beside_the_others_and_only_when_asked_for():
     assert NOISE not in {r.name for job in suite("quick").jobs for r in job.regimes}
 
 
+@pytest.mark.parametrize("regime", ["noise", "probe-noise"])
 @pytest.mark.parametrize("mode", ["no_dp", "reference", "no_dp,reference"])
-def test_a_mode_without_noise_of_its_own_has_no_noise_regime(mode):
+def test_a_mode_without_noise_of_its_own_has_no_noise_regime(mode, regime):
     with pytest.raises(ValueError, match=f"mode={mode!r}: expected a private mode, the reference"):
-        suite("full", "--regime", "noise", "--mode", mode)
+        suite("full", "--regime", regime, "--mode", mode)
 
 
 def test_noise_of_the_operating_system_is_for_regimes_with_noise_of_their_own():
     assert suite("quick", "--regime", "noise", "--noise-from", "os").jobs[0].noise_from == "os"
-    with pytest.raises(ValueError, match="noise_from"):
-        suite("quick", "--noise-from", "os")
+    assert suite("quick", "--noise-from", "os").jobs[0].noise_from == "os"
+    for argv in (["full"], ["quick", *USERS], ["quick", "--accuracy-test"]):
+        with pytest.raises(ValueError, match="noise_from='os': expected seed"):
+            suite(*argv, "--noise-from", "os")
 
 
 def test_the_noise_regime_draws_no_samples():

@@ -22,16 +22,17 @@ from synthetic_group import (
     scaled,
     trajectory,
     with_run,
+    without_norms,
 )
 
 from dpsgd_track.comparison import GroupComparison, compare_group
-from dpsgd_track.config import Thresholds
+from dpsgd_track.config import PROBE_ACCURACY, PROBE_CLIP, Thresholds
 from dpsgd_track.report import png
 from dpsgd_track.report.charts import ZERO, figures
 from dpsgd_track.report.html import html
 from dpsgd_track.report.markdown import LIMIT, markdown, note
 from dpsgd_track.report.numbers import SCHEMA_VERSION, drift_json
-from dpsgd_track.report.table import rows
+from dpsgd_track.report.table import main_regime, rows
 from dpsgd_track.report.text import print_table, summary
 from dpsgd_track.report.write import folder_name, write_report
 
@@ -68,6 +69,67 @@ def hostile() -> GroupComparison:
     ]
     params = {"model_name": HOSTILE, "command": f"launch.py\n```\n{HOSTILE}"}
     return compare_group(group_of(runs, name=HOSTILE, params=params), Thresholds())
+
+
+def with_probe(*, factor: float = 1.0) -> GroupComparison:
+    """A healthy group that was run on the probe as well, where a norm of one mode is off."""
+    trained = put(trajectory(), "loss", 99.0)
+    on_probe = [
+        mode_run("no_dp", PROBE_ACCURACY, without_norms(trained)),
+        mode_run("flash_fsdp", PROBE_ACCURACY, trained),
+        mode_run("reference", PROBE_ACCURACY, trained),
+        mode_run("reference", PROBE_CLIP),
+        mode_run("flash_fsdp", PROBE_CLIP),
+        mode_run(
+            "flash_fsdp_fuse", PROBE_CLIP, scaled(trajectory(noise_std=0.0), "sample_norm", factor)
+        ),
+    ]
+    # First, so that it is no matter of order what is quoted.
+    return compared([*on_probe, *healthy_runs()])
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "PASS"), (1.5, "BUG")])
+def test_regimes_on_the_probe_are_in_every_form_of_the_report(
+    factor: float, verdict: str, tmp_path: Path
+) -> None:
+    comparison = with_probe(factor=factor)
+    assert comparison.verdict.value == verdict
+    assert {r.name for r in comparison.regimes} == {
+        "accuracy",
+        "clip",
+        PROBE_ACCURACY,
+        PROBE_CLIP,
+    }
+    write_report(comparison, tmp_path, png=False)
+    for name in ("report.html", "report.md", "summary.txt", "drift.json"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert PROBE_CLIP in text, name
+        assert verdict in text, name
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)
+    charts = {chart.name for chart in figures(comparison)}
+    for name in [name for name in charts if "_clip" in name and PROBE_CLIP not in name]:
+        assert name.replace("_clip", f"_{PROBE_CLIP}") in charts
+    guilty = next(mode for mode in comparison.modes if mode.label == "flash_fsdp_fuse")
+    assert guilty.verdict.value == verdict
+    assert PROBE_CLIP in guilty.sentence
+
+
+def test_losses_and_times_are_quoted_from_the_users_own_model() -> None:
+    comparison = with_probe()
+    assert comparison.regimes[0].name == PROBE_ACCURACY
+    main = main_regime(comparison)
+    assert main is not None
+    assert main.name == "accuracy"
+    assert {row.final_loss for row in rows(comparison)} == {6.5}
+    # Where only the probe was run there is nothing else to quote from.
+    probe_alone = replace(
+        comparison, regimes=tuple(r for r in comparison.regimes if r.name.startswith("probe-"))
+    )
+    main = main_regime(probe_alone)
+    assert main is not None
+    assert main.name == PROBE_ACCURACY
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,8 @@ NOISE_BOUNDS = (0.37, 0.83, 1.3, 0.47)
 NOISE_MICRO_BATCHES = 3
 PROBE_MICRO_BATCHES = 3
 PROBE_SIGMA, PROBE_BOUND, PROBE_LEARNING_RATE = 0.0037, 83.0, 0.053
-"""In the probe's accuracy regime, where no sample reaches C and noise is no longer than what it is
-added to."""
+"""In the probe's accuracy regime, where no sample reaches C and noise is about as long as what it
+is added to."""
 CPU_RANKS = 2
 DEFAULT_CONFIG = Path("mlflow.yaml")
 
@@ -124,7 +124,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     """
     modes, regimes = _modes_and_regimes(args)
     _check_places(args)
-    advice = "Only `single` without --accuracy-test and --regime noise have noise of its own."
+    advice = "Only noise regimes and `single` without --accuracy-test have noise of their own."
     kinds = {kind_of(regime) for regime in regimes}
     own_noise = TRAIN in kinds or NOISE in kinds or args.noise_from == "seed"
     require(own_noise, "noise_from", args.noise_from, "seed", advice)

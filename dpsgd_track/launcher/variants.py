@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dpsgd_track.config import JobConfig, VariantConfig, require
+from dpsgd_track.config import SILENT, JobConfig, VariantConfig, require
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.tracking.environment import git_facts
 from dpsgd_track.tracking.names import IMPORTS_FILE
@@ -56,9 +56,16 @@ def _root_of(folder: Path, given: str) -> Path:
 def variant_jobs(
     jobs: Sequence[JobConfig], variants: Sequence[VariantConfig]
 ) -> tuple[JobConfig, ...]:
-    """Each job but the reference's once more for each variant, without replays."""
+    """Each job but the reference's once more for each variant, without replays.
+
+    The twin without noise is run again: a noisy run's noise is what it has over its twin.
+    """
     return tuple(
-        replace(job, variant=variant, regimes=tuple(r for r in job.regimes if not r.replay))
+        replace(
+            job,
+            variant=variant,
+            regimes=tuple(r for r in job.regimes if r.replay in ("", SILENT)),
+        )
         for variant in variants
         for job in jobs
         if job.mode != REFERENCE

@@ -333,14 +333,14 @@ def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
     """Samples of each step where they are to differ, so that ranks and micro-batches do as well.
 
     In the noise regime all, one fewer, none, a single one. In the probe's clip regime one fewer
-    than all, a full micro-batch of each rank and one sample more, all, a single one. And again.
+    than all, a third of all (a full micro-batch of each of several ranks) and one sample more, all,
+    a single one. And again. A mode on one device, which has all ranks' micro-batches, gets as many.
     """
-    each = dist.get_world_size() * job.data.batch_size
-    full = each * regime.micro_batches
+    full = dist.get_world_size() * job.data.batch_size * regime.micro_batches
     if regime.kind == NOISE:
         sizes = (full, max(full - 1, 1), 0, 1)
     elif regime.name == PROBE_CLIP:
-        sizes = (max(full - 1, 1), min(each + 1, full), full, 1)
+        sizes = (max(full - 1, 1), min(full // 3 + 1, full), full, 1)
     else:
         return ()
     return tuple(sizes[step % len(sizes)] for step in range(regime.num_iter))
