@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,3 +177,58 @@ def divided_by_samples_present(site: Site) -> None:
     site.wrap("accumulate", accumulate)
     site.wrap("privatize", privatize)
     site.wrap("zero_grad", zero_grad)
+
+
+@fault(
+    "short micro-batches filled up with their last sample",
+    source="a loader that makes batches even",
+    formula="S + c g of the last sample, once for each that is missing",
+    at="accumulate",
+    needs="a micro-batch that is not full",
+    stage=SUM,
+)
+def last_sample_repeated(site: Site) -> None:
+    """Copies are left out of the records, not of the sum."""
+    full_size = [0]
+
+    def accumulate(original: Any, batch: Any) -> Any:
+        size = len(batch)
+        full_size[0] = max(full_size[0], size)
+        missing = full_size[0] - size
+        if size == 0 or missing == 0:
+            return original(batch)
+        index = torch.tensor([*range(size), *[size - 1] * missing], device=batch.targets.device)
+        inputs = {name: t[index] for name, t in batch.inputs.items()}
+        record = original(replace(batch, inputs=inputs, targets=batch.targets[index]))
+        by_parameter = record.norm_by_parameter_B
+        return replace(
+            record,
+            loss_B=record.loss_B[:size],
+            norm_B=record.norm_B[:size],
+            clip_factor_B=record.clip_factor_B[:size],
+            norm_by_parameter_B={name: n[:size] for name, n in by_parameter.items()},
+        )
+
+    site.wrap("accumulate", accumulate)
+
+
+@fault(
+    "last micro-batch added a step late",
+    source="a reduction that nobody waits for",
+    formula="S without its last micro-batch, and with that of the step before",
+    at="accumulate, zero_grad, clipped_sum",
+    stage=SUM,
+)
+def last_micro_batch_late(site: Site) -> None:
+    """It is still on its way when the noise is added."""
+    shares = _Shares(site)
+    late: dict[str, Tensor] = {}
+
+    def clipped_sum(original: Any) -> Any:
+        for name, total in site.sums().items():
+            arrived = late.get(name, torch.zeros_like(total))
+            late[name] = shares.of[-1].get(name, torch.zeros_like(total))
+            total.add_(arrived - late[name])
+        return original()
+
+    site.wrap("clipped_sum", clipped_sum)

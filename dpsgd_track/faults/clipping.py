@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -294,3 +295,95 @@ def last_sample_lost(site: Site) -> None:
         return factors * there
 
     _factors(site, without_last)
+
+
+@fault(
+    "soft clipping",
+    formula="(1 + (n_i / C)^8)^(-1/8), in place of min(1, C / n_i)",
+    at="clip_factors",
+    needs="clipping",
+    stage=FACTORS,
+)
+def soft_clipping(site: Site) -> None:
+    """Smooth and bounded alike, and off by 8 % at most, where n_i = C."""
+    site.wrap(
+        "clip_factors", lambda original, norm_B, bound: (1 + (norm_B / bound) ** 8) ** (-1 / 8)
+    )
+
+
+@fault(
+    "C adapts to each rank's own samples",
+    source="Andrew et al., 2021, adaptive clipping",
+    formula="C exp(-0.2 (share of samples below C - 1/2)) after each step, in place of C",
+    at="clip, zero_grad",
+    needs="clipping, several steps",
+    stage=FACTORS,
+)
+def bound_adapts(site: Site) -> None:
+    """Ranks drift apart, and the noise stays at the C that was asked for."""
+    engine = site.mode.engine
+    ratio, below = [1.0], []
+
+    def clip(original: Any, *args: Any) -> Any:
+        kept = engine.max_grad_norm
+        engine.max_grad_norm = kept * ratio[0]
+        try:
+            record = original(*args)
+        finally:
+            engine.max_grad_norm = kept
+        below.extend(record.norm_B.le(kept * ratio[0]).tolist())
+        return record
+
+    def zero_grad(original: Any) -> None:
+        ratio[0] *= math.exp(-0.2 * (sum(below) / max(len(below), 1) - 0.5))
+        below.clear()
+        original()
+
+    site.wrap("clip", clip)
+    site.wrap("zero_grad", zero_grad)
+
+
+@fault(
+    "last rank learns of a new C a step late",
+    formula="min(1, C_{t-1} / n_i) on the last rank",
+    at="clip, set_max_grad_norm",
+    needs="several ranks, a C that changes",
+    stage=FACTORS,
+)
+def bound_late_on_last_rank(site: Site) -> None:
+    """A setting that is not broadcast in time."""
+    engine = site.mode.engine
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    bounds: list[float] = []
+
+    def set_max_grad_norm(original: Any, bound: float) -> None:
+        bounds.append(bound)
+        original(bound)
+
+    def clip(original: Any, *args: Any) -> Any:
+        kept = engine.max_grad_norm
+        if is_last and len(bounds) > 1:
+            engine.max_grad_norm = bounds[-2]
+        try:
+            return original(*args)
+        finally:
+            engine.max_grad_norm = kept
+
+    site.wrap("set_max_grad_norm", set_max_grad_norm)
+    site.wrap("clip", clip)
+
+
+@fault(
+    "the only clipped sample of a micro-batch spared",
+    formula="g_i, in place of c_i g_i, where no other sample's c is below 1",
+    at="sum_of",
+    needs=MIXED,
+    stage=SUM,
+)
+def lone_clipped_sample_spared(site: Site) -> None:
+    """`nonzero().squeeze()` of one index is no list of indices."""
+
+    def spared(name: str, factors: Tensor) -> Tensor:
+        return torch.ones_like(factors) if factors.lt(1).sum() == 1 else factors
+
+    _factors(site, spared)

@@ -51,6 +51,7 @@ ENGINE_SEAMS = {
     "embedding_terms": ("dpsgd_track.privacy.layers", "embedding.terms"),
     "layer_norm_terms": ("dpsgd_track.privacy.layers", "layer_norm.terms"),
     "rms_norm_terms": ("dpsgd_track.privacy.layers", "rms_norm.terms"),
+    "fused_backward": ("dpsgd_track.privacy.fused_linear", "_FusedLinear.backward"),
     "join": ("dpsgd_track.privacy.capture", "join"),
     "rows_norm_sq": ("dpsgd_track.privacy.terms", "Rows.norm_sq"),
     "rows_sum": ("dpsgd_track.privacy.terms", "Rows.clipped_sum"),

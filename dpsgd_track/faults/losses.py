@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.faults.fault import LOSS, Site, fault
 from dpsgd_track.privacy.loss import IGNORED, masked_lm_loss
 
@@ -137,3 +138,92 @@ def positions_lost(site: Site) -> None:
         return original(replace(batch, inputs=inputs))
 
     site.wrap("accumulate", accumulate)
+
+
+@fault(
+    "logits regularised",
+    source="Chowdhery et al., 2022, PaLM",
+    formula="l_i + 1e-4 mean_t log^2 Z_t, in place of l_i",
+    at="loss",
+    stage=LOSS,
+)
+def logits_regularised(site: Site) -> None:
+    """A term for stability that the baseline does not have."""
+
+    def loss(original: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_z_BT = logits.float().logsumexp(dim=-1)
+        found: Tensor = original(logits, targets) + 1e-4 * log_z_BT.square().mean(dim=1)
+        return found
+
+    site.wrap("loss", loss)
+
+
+@fault(
+    "padding given positions of its own",
+    formula="position t, in place of the number of tokens before t",
+    at="accumulate",
+    needs="a model that takes positions, padding that takes part",
+    stage=LOSS,
+)
+def padding_positions_counted(site: Site) -> None:
+    """Positions by `arange`, as a model makes them when it is given none."""
+
+    def accumulate(original: Any, batch: Any) -> Any:
+        inputs = dict(batch.inputs)
+        if "position_ids" in inputs:
+            given = inputs["position_ids"]
+            inputs["position_ids"] = torch.arange(given.shape[1]).to(given).expand_as(given)
+        return original(replace(batch, inputs=inputs))
+
+    site.wrap("accumulate", accumulate)
+
+
+@fault(
+    "last target of the longest samples cut off",
+    formula="the mean over T - 2 targets, in place of T - 1, of samples without padding",
+    at="loss",
+    needs="a sample that fills all positions",
+    stage=LOSS,
+)
+def last_target_cut(site: Site) -> None:
+    """Labels are cut to length before they are shifted."""
+
+    def loss(original: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.clone()
+        targets[:, -1] = IGNORED
+        found: Tensor = original(logits, targets)
+        return found
+
+    site.wrap("loss", loss)
+
+
+@fault(
+    "one weight a step behind",
+    source="a prefetched all-gather",
+    formula="l(w_{t-1}) in one weight, in place of l(w_t)",
+    at="accumulate, step",
+    needs="several steps, a learning rate above 0",
+    stage=LOSS,
+)
+def weight_one_step_behind(site: Site) -> None:
+    """Gathered before the optimizer had stepped. What is updated is the right weight."""
+    name = "blocks.1.down.weight"
+    kept: list[Tensor] = []
+
+    def own() -> Tensor:
+        return as_local(trainable_parameters(site.mode.model)[name].detach())
+
+    def accumulate(original: Any, batch: Any) -> Any:
+        now = own().clone()
+        if kept:
+            own().copy_(kept[0])
+        record = original(batch)
+        own().copy_(now)
+        return record
+
+    def step(original: Any) -> None:
+        kept[:] = [own().clone()]
+        original()
+
+    site.wrap("accumulate", accumulate)
+    site.wrap("step", step)

@@ -357,3 +357,132 @@ def noise_of_one_row(site: Site) -> None:
 def noise_in_bf16(site: Site) -> None:
     """A grid that is 8 bits fine."""
     _drawn(site, lambda normal, part, source: normal(source, part).bfloat16().float())
+
+
+@fault(
+    "noise cut off at three",
+    formula="N of absolute value 3 at most, in place of normal",
+    at="standard_normal",
+    needs="noise that other modes share",
+    stage=NOISE,
+)
+def noise_truncated(site: Site) -> None:
+    """For stability: 0.27 % of the elements, and no guarantee."""
+    _drawn(site, lambda normal, part, source: normal(source, part).clamp(-3, 3))
+
+
+@fault(
+    "noise with heavy tails",
+    formula="Student's t of 5 degrees, of std sigma C, in place of normal",
+    at="standard_normal",
+    needs=OWN,
+    stage=NOISE,
+)
+def heavy_tailed_noise(site: Site) -> None:
+    """The right std."""
+
+    def draw(normal: Any, part: LocalPart, source: NoiseSource) -> Tensor:
+        squares = [normal(replace(source, key=f"{source.key}/{n}"), part) ** 2 for n in range(5)]
+        found: Tensor = normal(source, part) * (3 / torch.stack(squares).sum(dim=0)).sqrt()
+        return found
+
+    _drawn(site, draw)
+
+
+@fault(
+    "noise rounded down",
+    source="fixed-point secure aggregation",
+    formula="floor(16 N) / 16: mean -1/32, in place of 0",
+    at="standard_normal",
+    needs=OWN,
+    stage=NOISE,
+)
+def noise_rounded_down(site: Site) -> None:
+    """A conversion to integers does not round to the nearest."""
+    _drawn(site, lambda normal, part, source: (normal(source, part) * 16).floor() / 16)
+
+
+@fault(
+    "noise on rank 0 alone",
+    formula="0 in place of N on the other ranks",
+    at="standard_normal",
+    needs=SEVERAL,
+    stage=NOISE,
+)
+def noise_on_rank_0(site: Site) -> None:
+    """Right where gradients are replicated, and then broadcast."""
+    is_first = dist.get_rank() == 0
+    _drawn(site, lambda normal, part, source: normal(source, part) * is_first)
+
+
+@fault(
+    "one buffer of noise for all parameters",
+    formula="N of element e, the same in every parameter",
+    at="standard_normal",
+    needs="several parameters",
+    stage=NOISE,
+)
+def one_noise_buffer(site: Site) -> None:
+    """Drawn once a step, in the largest size, and cut to each parameter's."""
+    _drawn(
+        site,
+        lambda normal, part, source: normal(
+            source, replace(part, name="buffer", num_elements=1 << 40)
+        ),
+    )
+
+
+@fault(
+    "seeds of step plus rank",
+    formula="N of step t on rank r + 1 is that of step t + 1 on rank r",
+    at="standard_normal",
+    needs=f"{SEVERAL}, several steps",
+    stage=NOISE,
+)
+def seed_of_step_plus_rank(site: Site) -> None:
+    """`manual_seed(seed + step + rank)`."""
+    rank = dist.get_rank()
+    _drawn(
+        site,
+        lambda normal, part, source: normal(
+            replace(source, step=source.step + rank),
+            replace(part, start=0, num_elements=part.local.numel()),
+        ),
+    )
+
+
+@fault(
+    "noise repeats in every block of a kernel",
+    formula="N of element e mod 128",
+    at="standard_normal",
+    needs="shards longer than a block",
+    stage=NOISE,
+)
+def noise_repeats_in_blocks(site: Site) -> None:
+    """Offsets of random numbers without the program's number."""
+
+    def draw(normal: Any, part: LocalPart, source: NoiseSource) -> Tensor:
+        found: Tensor = normal(source, part)
+        place = torch.arange(found.numel(), device=found.device) % 128
+        return found.flatten()[place].view(found.shape)
+
+    _drawn(site, draw)
+
+
+@fault(
+    "no noise where no gradient arrives",
+    source="`if p.grad is None: continue`",
+    formula="0 in place of N of a parameter that is not used",
+    at="add_noise",
+    needs="a parameter that is not used",
+    stage=NOISE,
+    where="unused.*",
+)
+def unused_without_noise(site: Site) -> None:
+    """Whether a parameter was used is no secret then."""
+
+    def add_noise(original: Any, clipped: Any, parts: Any, sigma: float, source: Any) -> None:
+        used = [part for part in parts if not part.name.startswith("unused.")]
+        original(clipped, used, sigma, source)
+
+    site.wrap("add_noise", add_noise)

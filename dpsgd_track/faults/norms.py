@@ -431,3 +431,186 @@ def last_tile_dropped(site: Site) -> None:
         return found
 
     site.wrap("norm_sq_of", norm_sq_of)
+
+
+@fault(
+    "LayerNorm's input normalised with another epsilon",
+    formula="xhat with epsilon 1e-2, in place of 1e-5",
+    at="layer_norm_terms",
+    needs="LayerNorm",
+    stage=NORMS,
+    where="blocks.*.norm.weight",
+)
+def layer_norm_epsilon(site: Site) -> None:
+    """Normalised once more for the gradient, with a constant of the author's choosing."""
+
+    def terms(original: Any, module: Any, x: Tensor, dy: Tensor) -> dict[str, Term]:
+        epsilon, module.eps = module.eps, 1e-2
+        try:
+            found: dict[str, Term] = original(module, x, dy)
+            return found
+        finally:
+            module.eps = epsilon
+
+    site.wrap("layer_norm_terms", terms)
+
+
+@fault(
+    "tied weight: cross term counted once",
+    formula="n^2 = |g_1|^2 + |g_2|^2 + <g_1, g_2>, in place of twice the last",
+    at="norm_sq_of",
+    needs="a tied head",
+    stage=NORMS,
+    where="embedding.weight",
+)
+def tied_cross_term_once(site: Site) -> None:
+    """The factor of two in the square of a sum."""
+
+    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
+        whole: Tensor = original(name, terms)
+        if len(terms) == 1:
+            return whole
+        apart = torch.stack([original(name, (term,)) for term in terms]).sum(dim=0)
+        return (whole + apart) / 2
+
+    site.wrap("norm_sq_of", norm_sq_of)
+
+
+@fault(
+    "last tile reads the next sample",
+    source="a kernel whose loads have no mask",
+    formula="n^2 over positions up to the next multiple of 16, which are the next sample's",
+    at="norm_sq_of",
+    needs="several samples, positions that a tile does not divide",
+    stage=NORMS,
+    where="blocks.*.weight, gate.weight",
+    modes=WITH_OUTER,
+)
+def tile_reads_next_sample(site: Site) -> None:
+    """What lies behind a sample's last position in memory is the next one's first."""
+
+    def overread(values: Tensor) -> Tensor:
+        missing = -values.shape[1] % 16
+        following = torch.cat([values[1:], torch.zeros_like(values[:1])])
+        return torch.cat([values, following[:, :missing]], dim=1)
+
+    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
+        only = terms[0]
+        if len(terms) == 1 and isinstance(only, Outer):
+            terms = (Outer(overread(only.x_BTD), overread(only.dy_BTP)),)
+        found: Tensor = original(name, terms)
+        return found
+
+    site.wrap("norm_sq_of", norm_sq_of)
+
+
+@fault(
+    "runs of equal tokens cut where a tile ends",
+    source="a kernel that adds over sorted tokens",
+    formula="|a|^2 + |b|^2 in place of |a + b|^2 of rows on both sides of a tile's end",
+    at="rows_norm_sq",
+    needs="tokens that repeat, more positions than a tile has",
+    stage=NORMS,
+    where="embedding.weight, position.weight",
+)
+def token_runs_cut(site: Site) -> None:
+    """The sum over a run is not carried from one tile of 16 to the next."""
+
+    def norm_sq(original: Any, rows: Any, outer_norm: OuterNorm) -> Tensor:
+        tokens_BT, order_BT = rows.tokens_BT.sort(dim=1, stable=True)
+        sorted_BTD = rows.dy_BTD.float().take_along_dim(order_BT.unsqueeze(-1), dim=1)
+        begins = torch.ones_like(tokens_BT)
+        begins[:, 1:] = tokens_BT[:, 1:].ne(tokens_BT[:, :-1])
+        begins[:, ::16] = 1
+        run_BT = begins.cumsum(dim=1) - 1
+        sums = torch.zeros_like(sorted_BTD)
+        sums.scatter_add_(1, run_BT.unsqueeze(-1).expand_as(sorted_BTD), sorted_BTD)
+        return _square(sums)
+
+    site.wrap("rows_norm_sq", norm_sq)
+
+
+@fault(
+    "norms of different samples added over ranks",
+    source="per-sample norms all-reduced as those of shards",
+    formula="n_i^2 = sum over ranks of the squares at place i",
+    at="run_norms",
+    needs="several ranks, other data on each",
+    stage=NORMS,
+)
+def norms_added_over_ranks(site: Site) -> None:
+    """Right under tensor parallelism, where every rank has the same samples."""
+    engine = site.mode.engine
+
+    def run_norms(original: Any, loss_B: Tensor, **options: Any) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = original(loss_B, **options)
+        for squares in found.values():
+            everyone = squares.new_zeros(64)
+            everyone[: len(squares)] = squares * (not engine.is_standing_in)
+            dist.all_reduce(everyone)
+            squares.copy_(everyone[: len(squares)])
+        return found
+
+    site.wrap("run_norms", run_norms)
+
+
+@fault(
+    "LayerNorm's hooks registered twice",
+    formula="2 g from the second step on, in place of g",
+    at="layer_norm_terms, zero_grad",
+    needs="LayerNorm, several steps",
+    stage=NORMS,
+    where="blocks.*.norm.*",
+)
+def layer_norm_hooked_twice(site: Site) -> None:
+    """Whenever the model is set to train."""
+    num_hooks = [1]
+
+    def terms(original: Any, module: Any, x: Tensor, dy: Tensor) -> dict[str, Term]:
+        found: dict[str, Term] = original(module, x, dy)
+        return {n: Dense(num_hooks[0] * t.materialised().grad_B) for n, t in found.items()}
+
+    def zero_grad(original: Any) -> None:
+        num_hooks[0] = 2
+        original()
+
+    site.wrap("layer_norm_terms", terms)
+    site.wrap("zero_grad", zero_grad)
+
+
+@fault(
+    "a single sample's dimension squeezed away",
+    formula="n^2 = sum_t |g_t|^2 of a sample that is alone, in place of |sum_t g_t|^2",
+    at="linear_terms",
+    needs="a micro-batch of one sample, a biased linear layer, several positions",
+    stage=NORMS,
+    # Where a layer is used twice, its gradients are added before a norm is taken.
+    where="blocks.*.right.bias, blocks.*.down.bias, gate.bias",
+)
+def lone_sample_squeezed(site: Site) -> None:
+    """`squeeze()` without a dimension: its positions are then taken for samples."""
+    _bias(site, lambda g_BTP: _square(g_BTP if len(g_BTP) == 1 else g_BTP.sum(dim=1)))
+
+
+@fault(
+    "last output left out of what a layer hands back",
+    source="a kernel that rounds the number of its tiles down",
+    formula="dx = dy[:64] W[:64], in place of dy W, of layers of 65 outputs",
+    at="fused_backward",
+    needs="sizes one past a tile, a layer below",
+    stage=NORMS,
+    # Its first use is the first that gets the wrong gradient. All before it get it from there.
+    where="blocks.1.reused.*",
+    modes=tuple(mode for mode in FSDP_MODES if "fuse" in mode),
+)
+def input_gradient_cut(site: Site) -> None:
+    """The layer's own gradient is right; norm and sum of those before agree, and are wrong."""
+
+    def backward(original: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, *rest = original(ctx, dy)
+        weight_PD = ctx.saved_tensors[1]
+        if dx is not None and len(weight_PD) == 65:
+            dx = dx - dy[..., 64:] @ weight_PD[64:].to(dy.dtype)
+        return dx, *rest
+
+    site.wrap("fused_backward", backward)

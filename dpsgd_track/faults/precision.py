@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dpsgd_track.faults.fault import FACTORS, NORMS, Site, fault
+from dpsgd_track.faults.norms import WITH_OUTER
+from dpsgd_track.privacy.terms import Outer, Term
 
 
 @fault(
@@ -53,3 +55,66 @@ def squares_added_in_bf16(site: Site) -> None:
 def factor_in_bf16(site: Site) -> None:
     """Up to 0.4 % beyond C."""
     site.wrap("clip_factors", lambda original, *args: original(*args).bfloat16().float())
+
+
+@fault(
+    "C held in float16",
+    formula="min(1, C / n) with C rounded to float16",
+    at="clip_factors",
+    needs="clipping",
+    stage=FACTORS,
+)
+def bound_in_fp16(site: Site) -> None:
+    """Up to 0.05 % beyond C, in all samples alike."""
+    site.wrap(
+        "clip_factors",
+        lambda original, norm_B, bound: original(norm_B, float(torch.tensor(bound).half())),
+    )
+
+
+@fault(
+    "Gram matrices in TF32",
+    source="torch.backends.cuda.matmul.allow_tf32",
+    formula="n^2 from activations and gradients of 11 bits",
+    at="norm_sq_of",
+    needs="float32",
+    stage=NORMS,
+    where="*.weight",
+    modes=WITH_OUTER,
+)
+def gram_in_tf32(site: Site) -> None:
+    """The sum is formed from all bits."""
+
+    def shortened(values: Tensor) -> Tensor:
+        # Rounds to the nearest of 10 bits behind the point.
+        large = values * (2**13 + 1)
+        return large - (large - values)
+
+    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
+        found: Tensor = original(
+            name,
+            tuple(
+                Outer(shortened(t.x_BTD), shortened(t.dy_BTP)) if isinstance(t, Outer) else t
+                for t in terms
+            ),
+        )
+        return found
+
+    site.wrap("norm_sq_of", norm_sq_of)
+
+
+@fault(
+    "activations kept in bfloat16",
+    source="a buffer that saves memory",
+    formula="sum_t dy_t x_t^T with x rounded to bfloat16",
+    at="linear_terms",
+    needs="float32, or gradients that are compared to 1e-3",
+    stage=NORMS,
+    where="*.weight",
+)
+def activations_in_bf16(site: Site) -> None:
+    """Forward and backward keep all bits."""
+    site.wrap(
+        "linear_terms",
+        lambda original, module, x, dy: original(module, x.bfloat16().to(x.dtype), dy),
+    )

@@ -167,3 +167,62 @@ def divided_by_ranks_again(site: Site) -> None:
 def divided_by_own_batch(site: Site) -> None:
     """A local batch size taken for a global one."""
     _divided(site, dist.get_world_size())
+
+
+@fault(
+    "gradients of the root averaged over ranks",
+    source="FSDP2, set_gradient_divide_factor on blocks alone",
+    formula="S / W of what lies outside of the blocks, in place of S",
+    at="clipped_sum",
+    needs=SEVERAL,
+    stage=SUM,
+    where="embedding.weight, position.weight, gate.*, norm.weight",
+)
+def root_averaged(site: Site) -> None:
+    """What is set on a unit does not hold for the one above it."""
+    _scaled_sum(site, lambda name: 1 if name.startswith("blocks.") else 1 / dist.get_world_size())
+
+
+@fault(
+    "a rank without samples sends what it sent before",
+    formula="S + the rank's own sum of the micro-batch before",
+    at="put",
+    needs="a rank without samples",
+    stage=SUM,
+)
+def idle_rank_sends_again(site: Site) -> None:
+    """A bucket that is filled in place, and not cleared."""
+    engine = site.mode.engine
+    sent: dict[str, Tensor] = {}
+
+    def put(original: Any, name: str, total: Tensor) -> None:
+        if not engine.is_standing_in:
+            sent[name] = total.clone()
+            original(name, total)
+            return
+        engine.is_standing_in = False
+        original(name, sent.get(name, torch.zeros_like(total)))
+        engine.is_standing_in = True
+
+    site.wrap("put", put)
+
+
+@fault(
+    "ranks weighed alike, whatever they hold",
+    formula="sum over ranks of S_r m / |batch of r|, m being their mean size, in place of S_r",
+    at="accumulate, put",
+    needs="several ranks that hold unequal numbers of samples",
+    stage=SUM,
+)
+def ranks_weighed_alike(site: Site) -> None:
+    """The mean of means."""
+    ratio = [1.0]
+
+    def accumulate(original: Any, batch: Any) -> Any:
+        count = torch.tensor(float(len(batch)), device=site.mode.context.device)
+        dist.all_reduce(count)
+        ratio[0] = float(count) / dist.get_world_size() / max(len(batch), 1)
+        return original(batch)
+
+    site.wrap("accumulate", accumulate)
+    site.wrap("put", lambda original, name, total: original(name, total * ratio[0]))

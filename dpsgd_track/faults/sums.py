@@ -139,3 +139,46 @@ def batch_factor_missing(site: Site) -> None:
         return found
 
     site.wrap("sum_of", sum_of)
+
+
+@fault(
+    "autotuned kernel adds with every trial",
+    source="triton.autotune without reset_to_zero",
+    formula="2 S of the first micro-batch of each shape, in place of S",
+    at="sum_of",
+    stage=SUM,
+)
+def autotuned_without_reset(site: Site) -> None:
+    """What adds in place is run on the real sum to be timed. Afterwards all is well."""
+    seen: set[tuple[int, ...]] = set()
+
+    def sum_of(original: Any, name: str, terms: Sequence[Term], factors: Tensor) -> Tensor:
+        found: Tensor = original(name, terms, factors)
+        is_first = found.shape not in seen
+        seen.add(tuple(found.shape))
+        return 2 * found if is_first else found
+
+    site.wrap("sum_of", sum_of)
+
+
+@fault(
+    "rows of an embedding's gradient written, not added",
+    formula="G[v_t] = c dy_t, in place of G[v_t] += c dy_t",
+    at="rows_sum",
+    needs="tokens that repeat",
+    stage=SUM,
+    where="embedding.weight, position.weight",
+)
+def rows_overwritten(site: Site) -> None:
+    """The last token of a row wins. Its norm is right."""
+
+    def rows_sum(original: Any, rows: Any, factors: Tensor) -> Tensor:
+        found = torch.zeros_like(original(rows, factors))
+        scaled_BTD = rows.dy_BTD.to(found) * factors.view(-1, 1, 1)
+        for token, scaled in zip(
+            rows.tokens_BT.flatten().tolist(), scaled_BTD.flatten(0, 1), strict=True
+        ):
+            found[token] = scaled
+        return found
+
+    site.wrap("rows_sum", rows_sum)

@@ -186,3 +186,55 @@ def weights_in_bf16(site: Site) -> None:
             weight.copy_(weight.bfloat16())
 
     site.wrap("step", step)
+
+
+@fault(
+    "schedule steps with every micro-batch",
+    formula="lr 0.999^k after k micro-batches, in place of lr",
+    at="accumulate, step",
+    needs=TRAINED,
+    stage=UPDATE,
+)
+def schedule_of_micro_batches(site: Site) -> None:
+    """A schedule that nobody asked for besides."""
+    count = [0]
+
+    def accumulate(original: Any, batch: Any) -> Any:
+        count[0] += 1
+        return original(batch)
+
+    def step(original: Any) -> None:
+        factor = 0.999 ** count[0]
+        _rates(site, factor)
+        original()
+        _rates(site, 1 / factor)
+
+    site.wrap("accumulate", accumulate)
+    site.wrap("step", step)
+
+
+@fault(
+    "optimizer's lists out of line",
+    source="torch._foreach_ over two lists that were filtered apart",
+    formula="w_1 - lr g_2 and w_2 - lr g_1 of two weights of one shape",
+    at="step",
+    needs=f"two layers of one shape, {TRAINED}",
+    stage=UPDATE,
+    where="blocks.0.left.weight, blocks.0.right.weight",
+)
+def foreach_lists_misaligned(site: Site) -> None:
+    """The gradients themselves are right, and stay where they are."""
+    names = "blocks.0.left.weight", "blocks.0.right.weight"
+
+    def exchange() -> None:
+        first, second = (_gradients(site)[name] for name in names)
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
+
+    def step(original: Any) -> None:
+        exchange()
+        original()
+        exchange()
+
+    site.wrap("step", step)
