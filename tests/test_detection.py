@@ -77,7 +77,7 @@ def test_the_matrix_is_printed_written_and_logged(third: tuple[Workspace, str]) 
     assert page == (workspace.folder / "results/g/faults.md").read_text()
     for name in THIRD:
         assert name in out
-        assert f"`{name}`" in page
+        assert f"`{name}`" in page.replace("\\", "")
     told = json.loads((workspace.folder / "results/g/faults.json").read_text())
     assert [row["fault"] for row in told["rows"]] == [f.name for f in chosen_faults(THIRD)]
     assert all(row["sentence"] for row in told["rows"])
@@ -116,6 +116,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     readme = (ROOT / "README.md").read_text()
     (code,) = re.findall(r'```python\n("""One sample at a time.*?)```', readme, re.DOTALL)
     (workspace.folder / "my_mode.py").write_text(code + FOREIGN)
+    workspace.search_path = [str(workspace.folder)]
     return workspace
 
 
@@ -199,7 +200,9 @@ def _row(**changes: Any) -> Row:
         verdict=Verdict.BUG,
         sentence="it differs",
         guilty=guilty,
+        num_parameters=25,
         naive_saw=False,
+        audit_saw=False,
     )
     return replace(row, **changes)
 
@@ -222,6 +225,15 @@ def test_a_row_is_right_only_in_stage_and_place_and_time() -> None:
     assert not _row(guilty=replace(right.guilty, step=4)).is_in_time
     assert not _row(guilty=None).has_right_place
     assert not _row(verdict=Verdict.INCONCLUSIVE).is_detected
+
+
+def test_of_a_fault_that_is_everywhere_no_few_layers_may_be_blamed() -> None:
+    fault = FAULTS["averaged_over_ranks"]
+    guilty = Guilty(stage="clipped sum", regime="probe-clip", step=0)
+    assert _row(fault=fault, guilty=guilty).has_right_place
+    for number, is_right in ((1, False), (8, False), (9, True), (25, True)):
+        layers = tuple(f"layer{i}" for i in range(number))
+        assert _row(fault=fault, guilty=replace(guilty, layers=layers)).has_right_place is is_right
 
 
 def test_what_could_not_show_is_not_counted_and_is_said() -> None:

@@ -33,9 +33,11 @@ class Workspace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
+        self.search_path: list[str] = []
+        """Folders with modes of the user's own."""
 
     def run(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        search_path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+        search_path = os.pathsep.join([*self.search_path, str(ROOT / "tests"), str(ROOT)])
         return subprocess.run(
             [sys.executable, str(ROOT / script), *arguments],
             cwd=self.folder,

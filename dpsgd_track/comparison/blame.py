@@ -20,7 +20,7 @@ from dpsgd_track.comparison.fingerprint import (
 )
 from dpsgd_track.comparison.ladder import Rung, StageStatus
 from dpsgd_track.comparison.observables import SMALL_SAMPLE, relative
-from dpsgd_track.tracking.trajectory import UNUSED, Floats
+from dpsgd_track.tracking.trajectory import UNUSED, Floats, sketch_distance, sketch_length
 
 _SHOWN = 3
 _FROM_HERE_ON = 0.9
@@ -76,9 +76,12 @@ def blame(rungs: Sequence[Rung], pair: Aligned, params: Mapping[str, str]) -> Bl
         gaps=(),
     )
     names = tuple(pair.baseline.parameter_names.tolist())
-    arose, inherited = (
-        where_it_arose(rung.items, names) if rung.stage == "per-sample norms" else (rung.items, ())
-    )
+    arose: tuple[str, ...] = rung.items
+    inherited: tuple[str, ...] = ()
+    if rung.stage == "per-sample norms":
+        arose, inherited = where_it_arose(rung.items, names)
+        if _are_right_in_sum(inherited, rung, pair, row):
+            arose, inherited = rung.items, ()
     samples = _samples(rung, pair, row)
     found = Blame(
         stage=rung.stage,
@@ -122,6 +125,25 @@ def where_it_arose(
         return tuple(known), ()
     arose = tuple(name for name in known if name not in set(passed_on))
     return arose, tuple(passed_on)
+
+
+def _are_right_in_sum(parameters: Sequence[str], rung: Rung, pair: Aligned, row: int) -> bool:
+    """Whether gradients of which wrong norms are told add up to what they should.
+
+    A wrong gradient that a layer has handed on would be wrong in the sum as well. Where samples
+    were clipped, wrong norms make the sum wrong themselves, and nothing is known.
+    """
+    ours, theirs = pair.baseline, pair.other
+    with np.errstate(invalid="ignore"):
+        is_clipped = bool((ours.clip_factor[row] < 1).any() or (theirs.clip_factor[row] < 1).any())
+    if is_clipped or not parameters:
+        return False
+    columns = [i for i, name in enumerate(ours.parameter_names.tolist()) if name in parameters]
+    sums = [side.gradient_sketch[[row]][:, columns] for side in (ours, theirs)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = sketch_distance(*sums) / sketch_length(sums[0])
+    limit = rung.limit or 0.0
+    return bool(np.nanmedian(errors) <= limit)
 
 
 def describe(wrong: Sequence[str], names: Sequence[str]) -> str:

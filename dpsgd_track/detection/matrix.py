@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.result import GroupComparison, Guilty, ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
-from dpsgd_track.config import PROBE_NAIVE, Thresholds
+from dpsgd_track.config import PROBE_NAIVE, PROBE_NOISE, Thresholds
 from dpsgd_track.faults import FAULTS, MUTES, Fault
 from dpsgd_track.modes.table import (
     BASELINE,
@@ -24,6 +24,8 @@ from dpsgd_track.tracking.reader import FINISHED, Group, ModeRun
 LATEST_STEP = 3
 """Step by which a fault has to be found."""
 _FOUND = (Verdict.BUG, Verdict.DRIFT)
+_EVERYWHERE = 1 / 3
+"""Share of the parameters from which on they are no few."""
 _NAIVE = ("loss", "grad_norm")
 """All that a naive test looks at."""
 
@@ -41,8 +43,12 @@ class Row:
     sentence: str
     guilty: Guilty | None
     """The stage, step and layers that the comparison blamed."""
+    num_parameters: int
+    """Of the model."""
     naive_saw: bool
     """Whether loss or total gradient norm passed its fixed threshold where nothing is clipped."""
+    audit_saw: bool
+    """Whether the audit of the mode's own noise found it, without any other run."""
     excuse: str = ""
     """Why it could not show in this mode; empty where it could."""
     mutes: tuple[str, ...] = ()
@@ -60,12 +66,15 @@ class Row:
 
     @property
     def has_right_place(self) -> bool:
-        """Right stage and, where the fault has a place, no layer blamed that it is not in."""
+        """Right stage, and no layer blamed that the fault is not in.
+
+        Of a fault that is everywhere, no few layers may be blamed.
+        """
         if not self.has_right_stage or self.guilty is None:
             return False
-        if not self.fault.where:
-            return True
         layers = self.guilty.layers
+        if not self.fault.where:
+            return not layers or len(layers) >= _EVERYWHERE * self.num_parameters
         return bool(layers) and all(map(self._holds, layers))
 
     def _holds(self, layer: str) -> bool:
@@ -124,17 +133,20 @@ def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
 
     The naive test's runs are compared by themselves: they are no part of what finds a fault.
     """
-    naive, probed = (
+    naive, audited, probed = (
         compare_group(replace(group, runs=tuple(runs)), thresholds)
         for runs in (
             (run for run in group.runs if run.regime == PROBE_NAIVE),
+            (run for run in group.runs if run.regime == PROBE_NOISE),
             (run for run in group.runs if run.regime != PROBE_NAIVE),
         )
     )
-    return _matrix(probed, naive)
+    return _matrix(probed, naive, audited)
 
 
-def _matrix(comparison: GroupComparison, naive: GroupComparison) -> Matrix:
+def _matrix(
+    comparison: GroupComparison, naive: GroupComparison, audited: GroupComparison
+) -> Matrix:
     rows, healthy = [], []
     runs = comparison.group.runs
     known = {run.label: [r for r in runs if r.label == run.label] for run in runs}
@@ -146,7 +158,7 @@ def _matrix(comparison: GroupComparison, naive: GroupComparison) -> Matrix:
         if own is None or name == REFERENCE:
             continue
         if faults:
-            rows.append(_row(naive, mode, name, FAULTS[faults[0]], own))
+            rows.append(_row(mode, name, FAULTS[faults[0]], own, naive, audited))
         elif not planted:
             healthy.append(mode)
     return Matrix(
@@ -158,12 +170,15 @@ def _matrix(comparison: GroupComparison, naive: GroupComparison) -> Matrix:
 
 
 def _row(
-    naive: GroupComparison,
     verdict: ModeVerdict,
     mode: str,
     fault: Fault,
     runs: Sequence[ModeRun],
+    naive: GroupComparison,
+    audited: GroupComparison,
 ) -> Row:
+    recorded = [run.trajectory.parameter_names for run in runs if run.trajectory]
+    alone = next((each for each in audited.modes if each.label == verdict.label), None)
     return Row(
         fault=fault,
         mode=mode,
@@ -171,7 +186,9 @@ def _row(
         verdict=verdict.verdict,
         sentence=verdict.sentence.removeprefix(f"{verdict.label}: "),
         guilty=verdict.guilty,
+        num_parameters=max(map(len, recorded), default=0),
         naive_saw=_naive_saw(naive, verdict.label),
+        audit_saw=alone is not None and alone.verdict in _FOUND,
         excuse=_excuse(fault, mode, runs),
         mutes=tuple(name for name in split_planted(verdict.label)[1] if name in MUTES),
     )

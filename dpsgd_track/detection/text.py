@@ -29,6 +29,10 @@ def summary(matrix: Matrix) -> list[str]:
         f"{_share(matrix.count('naive_saw'), rows)} seen by a test of loss and gradient norm "
         "without clipping",
     ]
+    of_noise = tuple(row for row in rows if row.fault.kind == "noise")
+    if of_noise:
+        share = _share(matrix.count("audit_saw", of_noise), of_noise)
+        lines.append(f"{share} faults of the noise found by the audit of a mode's own noise alone")
     excused = len(matrix.rows) - len(rows)
     return [*lines, *([f"{excused} faults could not show"] if excused else [])]
 
@@ -111,11 +115,12 @@ def _table(rows: Iterable[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name, mode, verdict, step, blamed, _, naive = map(prose, _cells(row))
+        name, mode, verdict, step, blamed, _, naive = _cells(row)
         source = "" if row.fault.source == "plausible" else f" [{prose(row.fault.source)}]"
         what = f"**{prose(row.fault.title)}**{source}: {prose(row.fault.formula)}"
         needs = prose(", ".join(row.fault.needs)) or "nothing"
-        cells = (f"`{name}`", what, needs, mode, verdict, step, blamed, naive)
+        told = (verdict, step, prose(blamed), naive)
+        cells = (f"`{name}`", what, needs, f"`{mode}`", *told)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -144,6 +149,7 @@ def to_json(matrix: Matrix) -> str:
             "has_right_stage": row.has_right_stage,
             "has_right_place": row.has_right_place,
             "naive_saw": row.naive_saw,
+            "audit_saw": row.audit_saw,
             "excuse": row.excuse,
             "mutes": list(row.mutes),
             "sentence": row.sentence,

@@ -318,6 +318,7 @@ def uniform_noise(site: Site) -> None:
     at="standard_normal",
     needs="shards longer than a block",
     stage=NOISE,
+    where="*.weight",
 )
 def noise_in_first_block(site: Site) -> None:
     """A kernel's grid that is too small."""
@@ -336,6 +337,7 @@ def noise_in_first_block(site: Site) -> None:
     at="standard_normal",
     needs=OWN,
     stage=NOISE,
+    where="*.weight",
 )
 def noise_of_one_row(site: Site) -> None:
     """Broadcast over the others."""

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-NUM_TOKENS, MAX_LENGTH = 29, 23
+NUM_TOKENS, MAX_LENGTH = 31, 23
 D, H = 33, 65
 _UNUSED = 7
 _SPREAD = 0.1
