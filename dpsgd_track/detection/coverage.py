@@ -38,8 +38,8 @@ def _why(row: Row) -> str:
     if row.excuse:
         return row.excuse
     if row.mutes:
-        told = " and ".join(title(name) for name in row.mutes)
-        return f"the mode tells {told}"
+        *most, last = (title(name) for name in row.mutes)
+        return f"the mode tells {', '.join(most)}{' and ' * bool(most)}{last}"
     return f"the comparison said {row.verdict}"
 
 

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.result import GroupComparison, Guilty, ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
-from dpsgd_track.config import PROBE_NAIVE, PROBE_NOISE, Thresholds
+from dpsgd_track.config import PROBE_CLIP, PROBE_NAIVE, PROBE_NOISE, Thresholds
+from dpsgd_track.detection.plan import is_ours, mutes_of
 from dpsgd_track.faults import FAULTS, MUTES, Fault
 from dpsgd_track.modes.table import (
     BASELINE,
@@ -52,7 +53,7 @@ class Row:
     excuse: str = ""
     """Why it could not show in this mode; empty where it could."""
     mutes: tuple[str, ...] = ()
-    """What the mode was kept from telling."""
+    """What the mode does not tell, or was kept from telling."""
 
     @property
     def is_detected(self) -> bool:
@@ -133,65 +134,75 @@ def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
 
     The naive test's runs are compared by themselves: they are no part of what finds a fault.
     """
-    naive, audited, probed = (
-        compare_group(replace(group, runs=tuple(runs)), thresholds)
-        for runs in (
-            (run for run in group.runs if run.regime == PROBE_NAIVE),
-            (run for run in group.runs if run.regime == PROBE_NOISE),
-            (run for run in group.runs if run.regime != PROBE_NAIVE),
+
+    def compared(runs: Iterable[ModeRun]) -> GroupComparison:
+        return compare_group(replace(group, runs=tuple(runs)), thresholds)
+
+    return _Reader(
+        probed=compared(run for run in group.runs if run.regime != PROBE_NAIVE),
+        naive=compared(run for run in group.runs if run.regime == PROBE_NAIVE),
+        audited=compared(run for run in group.runs if run.regime == PROBE_NOISE),
+    ).matrix()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    probed: GroupComparison
+    """All regimes that a fault may be found in."""
+    naive: GroupComparison
+    audited: GroupComparison
+    """The noise regime alone."""
+
+    def matrix(self) -> Matrix:
+        runs = self.probed.group.runs
+        labels = {run.label for run in runs}
+        rows, healthy = [], []
+        for mode in self.probed.modes:
+            name, planted = split_planted(mode.label)
+            # The title of a replay is no label.
+            if mode.label not in labels or name == REFERENCE:
+                continue
+            faults = [FAULTS[each] for each in planted if each in FAULTS]
+            if faults:
+                rows.append(self._row(mode, faults[0]))
+            elif not planted:
+                healthy.append(mode)
+        return Matrix(
+            group=self.probed.group.name,
+            rows=tuple(rows),
+            healthy=tuple(healthy),
+            settings=_settings(runs),
         )
+
+    def _row(self, verdict: ModeVerdict, fault: Fault) -> Row:
+        every = self.probed.group.runs
+        runs = [run for run in every if run.label == verdict.label]
+        mode, planted = split_planted(verdict.label)
+        recorded = [run.trajectory.parameter_names for run in runs if run.trajectory]
+        audits = {each.label: each.verdict for each in self.audited.modes}
+        muted = tuple(name for name in planted if name in MUTES)
+        return Row(
+            fault=fault,
+            mode=mode,
+            label=verdict.label,
+            verdict=verdict.verdict,
+            sentence=verdict.sentence.removeprefix(f"{verdict.label}: "),
+            guilty=verdict.guilty,
+            num_parameters=max(map(len, recorded), default=0),
+            naive_saw=_naive_saw(self.naive, verdict.label),
+            audit_saw=audits.get(verdict.label) in _FOUND,
+            excuse=_excuse(fault, mode, runs),
+            mutes=muted or _silence(mode, every),
+        )
+
+
+def _silence(mode: str, runs: Iterable[ModeRun]) -> tuple[str, ...]:
+    """What someone else's mode does not tell, as its healthy run shows."""
+    told, known = (
+        next((r.trajectory for r in runs if (r.label, r.regime) == (label, PROBE_CLIP)), None)
+        for label in (mode, REFERENCE)
     )
-    return _matrix(probed, naive, audited)
-
-
-def _matrix(
-    comparison: GroupComparison, naive: GroupComparison, audited: GroupComparison
-) -> Matrix:
-    rows, healthy = [], []
-    runs = comparison.group.runs
-    known = {run.label: [r for r in runs if r.label == run.label] for run in runs}
-    for mode in comparison.modes:
-        name, planted = split_planted(mode.label)
-        faults = [each for each in planted if each in FAULTS]
-        own = known.get(mode.label)
-        # The title of a replay is no label.
-        if own is None or name == REFERENCE:
-            continue
-        if faults:
-            rows.append(_row(mode, name, FAULTS[faults[0]], own, naive, audited))
-        elif not planted:
-            healthy.append(mode)
-    return Matrix(
-        group=comparison.group.name,
-        rows=tuple(rows),
-        healthy=tuple(healthy),
-        settings=_settings(runs),
-    )
-
-
-def _row(
-    verdict: ModeVerdict,
-    mode: str,
-    fault: Fault,
-    runs: Sequence[ModeRun],
-    naive: GroupComparison,
-    audited: GroupComparison,
-) -> Row:
-    recorded = [run.trajectory.parameter_names for run in runs if run.trajectory]
-    alone = next((each for each in audited.modes if each.label == verdict.label), None)
-    return Row(
-        fault=fault,
-        mode=mode,
-        label=verdict.label,
-        verdict=verdict.verdict,
-        sentence=verdict.sentence.removeprefix(f"{verdict.label}: "),
-        guilty=verdict.guilty,
-        num_parameters=max(map(len, recorded), default=0),
-        naive_saw=_naive_saw(naive, verdict.label),
-        audit_saw=alone is not None and alone.verdict in _FOUND,
-        excuse=_excuse(fault, mode, runs),
-        mutes=tuple(name for name in split_planted(verdict.label)[1] if name in MUTES),
-    )
+    return () if is_ours(mode) or told is None or known is None else mutes_of(told, known)
 
 
 def _naive_saw(naive: GroupComparison, label: str) -> bool:

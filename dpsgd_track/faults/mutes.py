@@ -33,7 +33,7 @@ def without_clip_factors(site: Site) -> None:
 
 
 def without_empty_batches(site: Site) -> None:
-    """Steps in which a rank has no samples are left out."""
+    """Nothing of steps in which a rank has no samples."""
     site.mode.takes_empty_batches = False
 
 
