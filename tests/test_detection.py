@@ -200,7 +200,7 @@ def _row(**changes: Any) -> Row:
         verdict=Verdict.BUG,
         sentence="it differs",
         guilty=guilty,
-        num_parameters=25,
+        num_places=25,
         naive_saw=False,
         audit_saw=False,
     )

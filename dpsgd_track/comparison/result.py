@@ -192,12 +192,11 @@ def _guilty(
         )
     if alone is None:
         return None
-    layers = (alone.where.partition(" on ")[0],) if alone.where else ()
     return Guilty(
         stage=alone.stage,
         regime=alone.regime,
         step=alone.step,
-        layers=layers,
+        layers=alone.layers,
         observable=alone.observable,
     )
 

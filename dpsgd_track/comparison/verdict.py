@@ -71,6 +71,8 @@ class Finding:
     where: str = ""
     stage: str = ""
     """Of a finding that no baseline is needed for, the stage that it is about."""
+    layers: tuple[str, ...] = ()
+    """And the parameters that it names."""
     waiver: Waiver | None = None
     """Why it fails nothing, where it is accepted for now."""
 

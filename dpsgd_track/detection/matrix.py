@@ -44,8 +44,8 @@ class Row:
     sentence: str
     guilty: Guilty | None
     """The stage, step and layers that the comparison blamed."""
-    num_parameters: int
-    """Of the model."""
+    num_places: int
+    """Parameters of the model; its layers where layers are blamed."""
     naive_saw: bool
     """Whether loss or total gradient norm passed its fixed threshold where nothing is clipped."""
     audit_saw: bool
@@ -75,7 +75,7 @@ class Row:
             return False
         layers = self.guilty.layers
         if not self.fault.where:
-            return not layers or len(layers) >= _EVERYWHERE * self.num_parameters
+            return not layers or len(layers) >= _EVERYWHERE * self.num_places
         return bool(layers) and all(map(self._holds, layers))
 
     def _holds(self, layer: str) -> bool:
@@ -178,7 +178,6 @@ class _Reader:
         every = self.probed.group.runs
         runs = [run for run in every if run.label == verdict.label]
         mode, planted = split_planted(verdict.label)
-        recorded = [run.trajectory.parameter_names for run in runs if run.trajectory]
         audits = {each.label: each.verdict for each in self.audited.modes}
         muted = tuple(name for name in planted if name in MUTES)
         return Row(
@@ -188,12 +187,21 @@ class _Reader:
             verdict=verdict.verdict,
             sentence=verdict.sentence.removeprefix(f"{verdict.label}: "),
             guilty=verdict.guilty,
-            num_parameters=max(map(len, recorded), default=0),
+            num_places=_num_places(verdict.guilty, runs),
             naive_saw=_naive_saw(self.naive, verdict.label),
             audit_saw=audits.get(verdict.label) in _FOUND,
             excuse=_excuse(fault, mode, runs),
             mutes=muted or _silence(mode, every),
         )
+
+
+def _num_places(guilty: Guilty | None, runs: Iterable[ModeRun]) -> int:
+    for run in runs:
+        if run.trajectory and guilty and guilty.layers:
+            layers = run.trajectory.layer_names.tolist()
+            is_layer = guilty.layers[0] in layers
+            return len(layers) if is_layer else len(run.trajectory.parameter_names)
+    return 0
 
 
 def _silence(mode: str, runs: Iterable[ModeRun]) -> tuple[str, ...]:

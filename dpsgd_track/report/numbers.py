@@ -108,6 +108,7 @@ def _mode(mode: ModeVerdict) -> dict[str, Any]:
             {"regime": regime, "against": against, **dataclasses.asdict(blame)}
             for (regime, against), blame in mode.blames.items()
         ],
+        "guilty": mode.guilty and dataclasses.asdict(mode.guilty),
     }
 
 

@@ -98,7 +98,7 @@ def passed_noise(audit: NoiseAudit) -> str:
 def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
     """What the audit of a run found, and that a run of the noise regime has none of its noise."""
     if UNEQUAL_NOISE in run.reason:
-        yield _finding(run.regime, run.reason.rstrip(". "))
+        yield _finding(run, run.reason.rstrip(". "))
     if kind_of(run.regime) == NOISE and not (audit and audit.source == SAMPLES):
         yield Finding(
             verdict=Verdict.INCONCLUSIVE,
@@ -108,21 +108,24 @@ def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
             observable="noise",
         )
     for check in _telling(audit.failed) if audit else ():
-        yield _finding(run.regime, check.sentence, check)
+        yield _finding(run, check.sentence, check)
 
 
-def _finding(regime: str, sentence: str, check: NoiseCheck | None = None) -> Finding:
+def _finding(run: ModeRun, sentence: str, check: NoiseCheck | None = None) -> Finding:
     stage = "clipped sum" if check and check.name == SENSITIVITY else "noise"
-    step = _STEP.search(check.where) if check else None
+    where = check.where if check else ""
+    step = _STEP.search(where)
+    known = run.trajectory.parameter_names.tolist() if run.trajectory else []
     return Finding(
         verdict=Verdict.BUG,
-        regime=regime,
-        sentence=f"{stage} (regime {regime}): {sentence}",
+        regime=run.regime,
+        sentence=f"{stage} (regime {run.regime}): {sentence}",
         observable="noise",
         value=check.value if check else None,
         step=int(step[1]) if step else None,
-        where=check.where if check else "",
+        where=where,
         stage=stage,
+        layers=tuple(name for name in known if name in where.split()),
     )
 
 
