@@ -9,11 +9,18 @@ import numpy as np
 
 from dpsgd_track.comparison.noise.check import NoiseAudit, NoiseCheck
 from dpsgd_track.comparison.noise.correlation import CORRELATION, REUSE, check_correlations
+from dpsgd_track.comparison.noise.equality import (
+    EQUAL_VALUES,
+    ZEROS,
+    check_equal_values,
+    check_zeros,
+)
 from dpsgd_track.comparison.noise.samples import samples_of
 from dpsgd_track.comparison.noise.sensitivity import SENSITIVITY, sensitivity
 from dpsgd_track.comparison.noise.shape import MEAN, REPETITION, SHAPE, check_shape
 from dpsgd_track.comparison.noise.sketches import check_sketches
 from dpsgd_track.comparison.noise.std import BY_SHARD, EMPTY_STEP, GROUPED, STD, Cells, check_std
+from dpsgd_track.comparison.noise.tails import TAILS, check_tails
 from dpsgd_track.comparison.verdict import Finding, Verdict
 from dpsgd_track.config import NOISE, PLAIN, kind_of
 from dpsgd_track.modes.table import REFERENCE
@@ -47,6 +54,8 @@ def audit(
         checks, cells = check_std(run, trajectory, samples)
         if np.isfinite(samples.noise).all():
             checks += [*check_shape(samples), *check_correlations(samples)]
+            if samples.noise.any():
+                checks += [check_tails(samples), check_zeros(samples), check_equal_values(samples)]
     elif sketched := check_sketches(trajectory):
         source = SKETCHES
         checks, cells = sketched
@@ -132,18 +141,40 @@ def _finding(run: ModeRun, sentence: str, check: NoiseCheck | None = None) -> Fi
 def _telling(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
     """`failed` without those that only say again what another says better, the best first."""
     named = {check.name: check for check in failed}
-    kept = [named[REPETITION]] if REPETITION in named else []
+    related = [check for check in failed if check.name.startswith(CORRELATION)]
+    is_related = bool(related) or REUSE in named
+    kept = _telling_values(named, is_related=is_related)
     if std := _telling_std(named):
         kept.append(std)
-    related = [check for check in failed if check.name.startswith(CORRELATION)]
     if not kept and not related:
         # Noise of several stds, with holes, or that repeats is not normal either.
-        kept += [named[MEAN]] if MEAN in named else [c for c in failed if c.name in SHAPE]
+        shape = [named[MEAN]] if MEAN in named else [c for c in failed if c.name in SHAPE]
+        kept += shape or _telling_signs(named, is_related=is_related)
     # Elements that repeat make every other correlation spread more than chance does.
     least = 0.8 * max((abs(check.value) for check in related), default=0.0)
     kept += [check for check in related if abs(check.value) >= least]
     rest = (REUSE, SENSITIVITY) if not related else (SENSITIVITY,)
     return kept + [named[name] for name in rest if name in named]
+
+
+def _telling_values(failed: dict[str, NoiseCheck], *, is_related: bool) -> list[NoiseCheck]:
+    """That values repeat, or are zero: the check that says it best.
+
+    Args:
+        is_related: a correlation says better what repeats what.
+    """
+    if REPETITION in failed:
+        return [failed[REPETITION]]
+    equal = failed.get(EQUAL_VALUES)
+    if equal and equal.explains_others and not is_related:
+        return [equal]
+    return [failed[ZEROS]] if ZEROS in failed else []
+
+
+def _telling_signs(failed: dict[str, NoiseCheck], *, is_related: bool) -> list[NoiseCheck]:
+    """What is left of noise that looks normal: too few far out, or too many equal by a little."""
+    names = (TAILS,) if is_related else (TAILS, EQUAL_VALUES)
+    return [failed[name] for name in names if name in failed][:1]
 
 
 def _telling_std(failed: dict[str, NoiseCheck]) -> NoiseCheck | None:

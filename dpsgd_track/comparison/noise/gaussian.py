@@ -69,3 +69,25 @@ def kurtosis_bounds(num: int, alpha: float) -> tuple[float, float]:
         x = ((1 - 2 / a) / root**3 - 1) / np.sqrt(2 / (a - 4)) if root > 0 else np.inf
         bounds.append(float(mean + x * np.sqrt(variance)))
     return bounds[0], bounds[1]
+
+
+def beyond(distance: ArrayLike) -> Floats:
+    """Probability that |z| is larger than `distance`."""
+    return np.asarray(2 * special.ndtr(-np.asarray(distance, np.float64)))
+
+
+def share_interval(
+    few: ArrayLike, many: ArrayLike, num: ArrayLike, alpha: float
+) -> tuple[Floats, Floats]:
+    """Ends of the interval of shares of which `num` draws may have had the counts seen; exact.
+
+    Args:
+        few: the least that may have been counted, which the lower end follows from.
+        many: the most.
+    Source:
+        Clopper and Pearson, 1934, "The use of confidence or fiducial limits".
+    """
+    least, most, n = (np.asarray(v, np.float64) for v in (few, many, num))
+    low = special.betaincinv(np.maximum(least, 1), n - least + 1, alpha / 2)
+    high = special.betainccinv(most + 1, np.maximum(n - most, 1), alpha / 2)
+    return np.where(least > 0, low, 0.0), np.where(most < n, high, 1.0)

@@ -6,6 +6,7 @@ Legend: S steps, W ranks, P parameters, M elements of a shard.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,13 @@ from numpy.typing import NDArray
 
 from dpsgd_track.tracking.reader import ModeRun
 from dpsgd_track.tracking.trajectory import UNUSED, Floats, Trajectory
+
+FINE, COARSE = 2.0**-14, 2.0**-5
+"""Distances, in sigma C, that rounding stays below in an update of float32, even where the sum is a
+hundred times the noise; and of bfloat16, where it is not larger than the noise."""
+_COARSE_BITS, _COARSE_SHARE = 13, 0.05
+"""The difference of two bfloat16 numbers of similar size has no more bits; of float32 numbers one
+in 500 happens to end so early, or 3 % where the sum is a hundred times the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,8 @@ class Samples:
     """[W, P, M] False past the end of a shard."""
     steps: tuple[int, ...]
     parameters: tuple[str, ...]
+    resolution: float = FINE
+    """Elements that are so far apart are not rounded to the same value: FINE or COARSE."""
 
     @cached_property
     def sum_sq(self) -> Floats:
@@ -43,6 +53,14 @@ class Samples:
         rms = np.sqrt(self.sum_sq.sum(axis=(1, 2)) / np.maximum(self.num.sum(axis=(1, 2)), 1))
         scale = np.divide(1.0, rms, out=np.zeros_like(rms), where=rms > 0)
         return self.noise * scale[:, None, None, None]
+
+    def parts(self) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+        """Parts of which each has many shards: as they stand in a sentence, and the axes of
+        [S, W, P] that are summed over for them."""
+        yield [""], (0, 1, 2)
+        yield [f" in {name}" for name in self.parameters], (0, 1)
+        yield [f" on rank {rank}" for rank in range(self.held.shape[0])], (0, 2)
+        yield [f" at step {step}" for step in self.steps], (1, 2)
 
     def place(self, step: int, rank: int, parameter: int) -> str:
         """`model.norm.weight on rank 1 at step 2`."""
@@ -67,7 +85,20 @@ def samples_of(trajectory: Trajectory) -> Samples | None:
         held=held,
         steps=tuple(trajectory.step.tolist()),
         parameters=tuple(trajectory.parameter_names.tolist()),
+        resolution=_resolution(trajectory, held),
     )
+
+
+def _resolution(trajectory: Trajectory, held: NDArray[np.bool_]) -> float:
+    """COARSE where too many elements end as early as differences of short numbers do.
+
+    An element is the difference of two updates times the batch size, rounded to float32.
+    """
+    updates = trajectory.noise_samples[:, held].astype(np.float64) / trajectory.expected_batch_size
+    mantissas = np.frexp(updates[updates != 0])[0] * 2.0**_COARSE_BITS
+    off = np.abs(mantissas - np.round(mantissas))
+    is_short = off <= 2.0 ** (_COARSE_BITS - 23)
+    return COARSE if len(off) and is_short.mean() > _COARSE_SHARE else FINE
 
 
 def num_micro_batches(run: ModeRun, trajectory: Trajectory) -> Floats | None:

@@ -50,12 +50,7 @@ def check_shape(samples: Samples) -> Iterator[NoiseCheck]:
 def _check_mean(samples: Samples) -> NoiseCheck:
     total, num = samples.noise.sum(axis=-1), samples.num
     labels, sums, squares, nums = [], [], [], []
-    for names, axes in (
-        ([""], (0, 1, 2)),
-        ([f" in {name}" for name in samples.parameters], (0, 1)),
-        ([f" on rank {rank}" for rank in range(num.shape[1])], (0, 2)),
-        ([f" at step {step}" for step in samples.steps], (1, 2)),
-    ):
+    for names, axes in samples.parts():
         labels += names
         sums.append(np.ravel(total.sum(axis=axes)))
         squares.append(np.ravel(samples.sum_sq.sum(axis=axes)))
