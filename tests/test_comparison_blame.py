@@ -10,7 +10,8 @@ import pytest
 from synthetic_group import compared, healthy_runs, mode_run, put, scaled, trajectory, with_run
 
 from dpsgd_track.comparison import consistency
-from dpsgd_track.comparison.blame import Blame, describe, where_it_arose
+from dpsgd_track.comparison.alignment import Aligned
+from dpsgd_track.comparison.blame import Blame, _are_right_in_sum, describe, where_it_arose
 from dpsgd_track.comparison.fingerprint import (
     Ratio,
     fingerprint,
@@ -19,7 +20,14 @@ from dpsgd_track.comparison.fingerprint import (
     ratio_of,
 )
 from dpsgd_track.comparison.ladder import Rung, StageStatus
-from dpsgd_track.comparison.result import ModeVerdict
+from dpsgd_track.comparison.result import (
+    Guilty,
+    Judged,
+    ModeVerdict,
+    _first_blamed,
+    mode_verdict,
+)
+from dpsgd_track.comparison.verdict import Finding, Verdict
 from dpsgd_track.tracking.trajectory import Trajectory
 
 MODE = "flash_fsdp"
@@ -334,3 +342,81 @@ def test_floor_that_explodes_leaves_the_rest_inconclusive() -> None:
     runs[-1] = mode_run(MODE, record=early)
     (found,) = [m for m in compared(runs).modes if m.label == MODE]
     assert found.verdict == "BUG"
+
+
+def test_the_earliest_stage_that_any_comparison_shows_is_guilty_and_leads_the_sentence() -> None:
+    def finding(against: str, observable: str, stage: str = "") -> Finding:
+        said = f"{observable} differs from {against}"
+        return Finding(
+            verdict=Verdict.BUG,
+            regime="accuracy",
+            sentence=said,
+            against=against,
+            observable=observable,
+            stage=stage,
+        )
+
+    late, early = ("accuracy", "no_dp"), ("accuracy", "reference")
+    result = Judged(
+        findings=(finding("no_dp", "gradient"), finding("reference", "sample_norm")),
+        blames={
+            late: Blame(stage="clipped sum", step=0, layers=("a", "b")),
+            early: Blame(stage="per-sample norms", step=0, layers=("a",), sentence="norms of a"),
+        },
+    )
+    found = mode_verdict(MODE, [result])
+    assert found.guilty == Guilty(
+        stage="per-sample norms",
+        regime="accuracy",
+        step=0,
+        layers=("a",),
+        observable="sample_norm",
+    )
+    assert found.sentence.startswith(f"{MODE}: sample_norm differs from reference")
+    assert "To blame: norms of a" in found.sentence
+    alone = replace(finding("", "noise", "noise"), step=2, layers=("b",))
+    guilty = mode_verdict(MODE, [Judged(findings=(alone,))]).guilty
+    assert guilty == Guilty(
+        stage="noise", regime="accuracy", step=2, layers=("b",), observable="noise"
+    )
+    assert mode_verdict(MODE, [Judged()]).guilty is None
+
+
+def test_of_equal_stages_the_one_that_says_where_is_guilty() -> None:
+    blames = {
+        ("accuracy", "no_dp"): Blame(stage="clip factors", step=1),
+        ("accuracy", "reference"): Blame(stage="clip factors", step=1, samples=(3,)),
+        ("clip", "reference"): Blame(stage="clip factors", step=0),
+    }
+    assert _first_blamed(blames) == ("clip", "reference")
+    del blames["clip", "reference"]
+    assert _first_blamed(blames) == ("accuracy", "reference")
+
+
+def test_an_error_is_handed_on_only_where_sums_that_are_not_clipped_are_wrong_too() -> None:
+    base = replace(clip_record(), clip_factor=np.ones_like(clip_record().clip_factor))
+    rung = Rung(stage="per-sample norms", status=StageStatus.INTRODUCED, limit=1e-4)
+    names = tuple(base.parameter_names.tolist())
+    wrong = scaled(base, "gradient_sketch", 1.5)
+
+    def are_right(other: Trajectory, baseline: Trajectory = base) -> bool:
+        pair = Aligned(baseline=baseline, other=other, gaps=())
+        return _are_right_in_sum(names, rung, pair, 0)
+
+    assert are_right(base)
+    assert not are_right(wrong)
+    # Where samples were clipped nothing is known.
+    clipped = clip_record()
+    assert not are_right(clipped, clipped)
+
+
+def test_a_stage_that_only_contradicts_itself_is_blamed_on_the_step_where_it_does() -> None:
+    run = next(r for r in healthy_runs() if (r.mode, r.regime) == (MODE, "accuracy"))
+    assert run.trajectory is not None
+    norms = run.trajectory.sample_norm.copy()
+    norms[2] *= 1.5
+    wrong = replace(run, trajectory=replace(run.trajectory, sample_norm=norms))
+    runs = [r for r in healthy_runs() if r.regime == "accuracy"]
+    (found,) = (m for m in compared(with_run(runs, wrong)).modes if m.label == MODE)
+    assert found.blames["accuracy", "no_dp"].stage == "per-sample norms"
+    assert found.blames["accuracy", "no_dp"].step == 2
