@@ -241,7 +241,7 @@ def test_what_could_not_show_is_not_counted_and_is_said() -> None:
     assert matrix.missed == ()
     assert len(matrix.counted) == 1
     assert summary(matrix)[0] == "1 of 1 (100%) faults found"
-    assert summary(matrix)[-1] == "1 faults could not show"
+    assert summary(matrix)[-1] == "1 fault could not show"
 
 
 def test_a_miss_is_on_the_page_with_its_sentence() -> None:

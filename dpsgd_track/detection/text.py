@@ -34,7 +34,10 @@ def summary(matrix: Matrix) -> list[str]:
         share = _share(matrix.count("audit_saw", of_noise), of_noise)
         lines.append(f"{share} faults of the noise found by the audit of a mode's own noise alone")
     excused = len(matrix.rows) - len(rows)
-    return [*lines, *([f"{excused} faults could not show"] if excused else [])]
+    return [
+        *lines,
+        *([f"{excused} {'fault' if excused == 1 else 'faults'} could not show"] if excused else []),
+    ]
 
 
 def _share(number: int, rows: tuple[Row, ...]) -> str:

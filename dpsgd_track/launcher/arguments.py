@@ -222,8 +222,8 @@ def _add_regime(parser: argparse.ArgumentParser) -> None:
         "--regime",
         action="append",
         metavar="NAME",
-        help="regime of quick and full, repeatable: accuracy, clip, noise "
-        "(default: accuracy and clip)",
+        help="regime of quick and full, repeatable: accuracy, clip, noise, probe-accuracy, "
+        "probe-clip, probe-noise (default: accuracy and clip, and in quick those of the probe)",
     )
     group.add_argument(
         "--num-iter",
