@@ -19,7 +19,7 @@ from dpsgd_track.comparison.result import Guilty
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import Thresholds
 from dpsgd_track.detection.coverage import coverage
-from dpsgd_track.detection.matrix import Matrix, Row, matrix_of
+from dpsgd_track.detection.matrix import PROBES, Matrix, Row, matrix_of
 from dpsgd_track.detection.plan import chosen_faults, planted_in, planted_in_turn
 from dpsgd_track.detection.text import markdown, summary
 from dpsgd_track.faults import FAULTS, KINDS
@@ -59,6 +59,11 @@ def test_at_least_nine_tenths_are_blamed_on_the_right_stage_and_layer(matrix: Ma
 
 def test_all_are_found_by_the_fourth_step(matrix: Matrix) -> None:
     assert [row.label for row in matrix.counted if not row.is_in_time] == []
+
+
+def test_every_regime_finds_some_that_no_other_finds(matrix: Matrix) -> None:
+    sole = Counter(row.found_in[0] for row in matrix.rows if len(row.found_in) == 1)
+    assert set(sole) == set(PROBES)
 
 
 def test_no_healthy_mode_raises_an_alarm(matrix: Matrix) -> None:
@@ -202,7 +207,7 @@ def _row(**changes: Any) -> Row:
         guilty=guilty,
         num_places=25,
         naive_saw=False,
-        audit_saw=False,
+        found_in=("probe-clip",),
     )
     return replace(row, **changes)
 
@@ -242,6 +247,12 @@ def test_what_could_not_show_is_not_counted_and_is_said() -> None:
     assert len(matrix.counted) == 1
     assert summary(matrix)[0] == "1 of 1 (100%) faults found"
     assert summary(matrix)[-1] == "1 fault could not show"
+
+
+def test_what_each_regime_finds_by_itself_is_counted() -> None:
+    matrix = _judged(_row(), _row(found_in=("probe-accuracy", "probe-clip")), _row(found_in=()))
+    said = "regimes by themselves would find 1 by probe-accuracy, 2 by probe-clip, 0 by probe-noise"
+    assert said in summary(matrix)
 
 
 def test_a_miss_is_on_the_page_with_its_sentence() -> None:

@@ -40,19 +40,23 @@ def compare_group(
     thresholds: Thresholds,
     waivers: Sequence[Waiver] = (),
     today: datetime.date | None = None,
+    *,
+    all_pairs: bool = True,
 ) -> GroupComparison:
     """Compare and judge all runs of `group`.
 
     Args:
         waivers: drifts that are accepted until they expire.
         today: the day that they are asked on (default: this one).
+        all_pairs: compare every two modes, also those of which neither is a baseline. No verdict
+            depends on it.
     """
     today = today or datetime.date.today()
     regimes = []
     judged: dict[str, list[Judged]] = {}
     for name in dict.fromkeys(run.regime for run in group.runs):
         runs = tuple(run for run in group.runs if run.regime == name)
-        regime, baseline, reference = _compare_regime(name, runs)
+        regime, baseline, reference = _compare_regime(name, runs, all_pairs=all_pairs)
         regimes.append(regime)
         for run in runs:
             if run.replay == SILENT and run.status == FINISHED:
@@ -75,7 +79,7 @@ def compare_group(
 
 
 def _compare_regime(
-    name: str, runs: tuple[ModeRun, ...]
+    name: str, runs: tuple[ModeRun, ...], *, all_pairs: bool
 ) -> tuple[RegimeComparison, ModeRun | None, ModeRun | None]:
     if kind_of(name) == NOISE:
         return _audit_regime(name, runs), None, None
@@ -105,7 +109,7 @@ def _compare_regime(
     rest = [
         pair
         for pair in combinations(recorded, 2)
-        if frozenset((pair[0][0], pair[1][0])) not in known
+        if all_pairs and frozenset((pair[0][0], pair[1][0])) not in known
     ]
     num_detailed = len(judged) + len(replayed)
     pairs = compare_pairs(name, [*judged, *replayed, *rest], num_detailed)
@@ -117,7 +121,7 @@ def _compare_regime(
         pairs=shown,
         replays={pair.mode: pair for pair in replays},
         floors=_floors(repeats, replays),
-        largest=_largest(recorded, [*shown, *pairs[num_detailed:]]),
+        largest=_largest(recorded, [*shown, *pairs[num_detailed:]]) if all_pairs else {},
         audits=audits_of(runs, reference),
     )
     return regime, baseline, reference

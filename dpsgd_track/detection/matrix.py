@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.result import GroupComparison, Guilty, ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
-from dpsgd_track.config import PROBE_CLIP, PROBE_NAIVE, PROBE_NOISE, Thresholds
+from dpsgd_track.config import PROBE_ACCURACY, PROBE_CLIP, PROBE_NAIVE, PROBE_NOISE, Thresholds
 from dpsgd_track.detection.plan import is_ours, mutes_of
 from dpsgd_track.faults import FAULTS, MUTES, Fault
 from dpsgd_track.modes.table import (
@@ -22,6 +22,7 @@ from dpsgd_track.modes.table import (
 from dpsgd_track.tracking.names import LEFT_OUT, REPLICATED, UNREACHED
 from dpsgd_track.tracking.reader import FINISHED, Group, ModeRun
 
+PROBES = (PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
 LATEST_STEP = 3
 """Step by which a fault has to be found."""
 _FOUND = (Verdict.BUG, Verdict.DRIFT)
@@ -48,8 +49,8 @@ class Row:
     """Parameters of the model; its layers where layers are blamed."""
     naive_saw: bool
     """Whether loss or total gradient norm passed its fixed threshold where nothing is clipped."""
-    audit_saw: bool
-    """Whether the audit of the mode's own noise found it, without any other run."""
+    found_in: tuple[str, ...]
+    """Regimes that would have found it without the others."""
     excuse: str = ""
     """Why it could not show in this mode; empty where it could."""
     mutes: tuple[str, ...] = ()
@@ -136,22 +137,23 @@ def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
     """
 
     def compared(runs: Iterable[ModeRun]) -> GroupComparison:
-        return compare_group(replace(group, runs=tuple(runs)), thresholds)
+        return compare_group(replace(group, runs=tuple(runs)), thresholds, all_pairs=False)
 
-    return _Reader(
-        probed=compared(run for run in group.runs if run.regime != PROBE_NAIVE),
-        naive=compared(run for run in group.runs if run.regime == PROBE_NAIVE),
-        audited=compared(run for run in group.runs if run.regime == PROBE_NOISE),
-    ).matrix()
+    def alone(regime: str) -> GroupComparison:
+        return compared(run for run in group.runs if run.regime == regime)
+
+    probed = compared(run for run in group.runs if run.regime != PROBE_NAIVE)
+    by_regime = {regime: alone(regime) for regime in PROBES}
+    return _Reader(probed=probed, by_regime=by_regime, naive=alone(PROBE_NAIVE)).matrix()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
     probed: GroupComparison
     """All regimes that a fault may be found in."""
+    by_regime: Mapping[str, GroupComparison]
+    """Each of them by itself."""
     naive: GroupComparison
-    audited: GroupComparison
-    """The noise regime alone."""
 
     def matrix(self) -> Matrix:
         runs = self.probed.group.runs
@@ -178,7 +180,6 @@ class _Reader:
         every = self.probed.group.runs
         runs = [run for run in every if run.label == verdict.label]
         mode, planted = split_planted(verdict.label)
-        audits = {each.label: each.verdict for each in self.audited.modes}
         muted = tuple(name for name in planted if name in MUTES)
         return Row(
             fault=fault,
@@ -189,7 +190,11 @@ class _Reader:
             guilty=verdict.guilty,
             num_places=_num_places(verdict.guilty, runs),
             naive_saw=_naive_saw(self.naive, verdict.label),
-            audit_saw=audits.get(verdict.label) in _FOUND,
+            found_in=tuple(
+                regime
+                for regime, comparison in self.by_regime.items()
+                if any(m.label == verdict.label and m.verdict in _FOUND for m in comparison.modes)
+            ),
             excuse=_excuse(fault, mode, runs),
             mutes=muted or _silence(mode, every),
         )

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from dpsgd_track.detection.matrix import LATEST_STEP, Matrix, Row
+from dpsgd_track.config import PROBE_NOISE
+from dpsgd_track.detection.matrix import LATEST_STEP, PROBES, Matrix, Row
 from dpsgd_track.faults import KINDS
 from dpsgd_track.report.markdown import prose
 
@@ -29,10 +30,15 @@ def summary(matrix: Matrix) -> list[str]:
         f"{_share(matrix.count('naive_saw'), rows)} seen by a test of loss and gradient norm "
         "without clipping",
     ]
-    of_noise = tuple(row for row in rows if row.fault.kind == "noise")
+    alone = [f"{sum(r in row.found_in for row in rows)} by {r}" for r in PROBES]
+    lines.append(f"regimes by themselves would find {', '.join(alone)}")
+    of_noise = [row for row in rows if row.fault.kind == "noise"]
     if of_noise:
-        share = _share(matrix.count("audit_saw", of_noise), of_noise)
-        lines.append(f"{share} faults of the noise found by the audit of a mode's own noise alone")
+        audited = sum(PROBE_NOISE in row.found_in for row in of_noise)
+        lines.append(
+            f"of the {len(of_noise)} faults of the noise, the audit of a mode's own noise finds "
+            f"{audited} by itself"
+        )
     excused = len(matrix.rows) - len(rows)
     return [
         *lines,
@@ -152,7 +158,7 @@ def to_json(matrix: Matrix) -> str:
             "has_right_stage": row.has_right_stage,
             "has_right_place": row.has_right_place,
             "naive_saw": row.naive_saw,
-            "audit_saw": row.audit_saw,
+            "found_in": list(row.found_in),
             "excuse": row.excuse,
             "mutes": list(row.mutes),
             "sentence": row.sentence,
