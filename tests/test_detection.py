@@ -213,7 +213,7 @@ def _row(**changes: Any) -> Row:
 
 
 def _judged(*rows: Row) -> Matrix:
-    return Matrix(group="g", rows=rows, healthy=(), settings="2 ranks")
+    return Matrix(group="g", rows=rows, healthy=(), naive_alarms=(), settings="2 ranks")
 
 
 def test_a_row_is_right_only_in_stage_and_place_and_time() -> None:
@@ -260,6 +260,15 @@ def test_a_miss_is_on_the_page_with_its_sentence() -> None:
     page = markdown(matrix, "python launch.py faults")
     found = page.split("## Not found")[1]
     assert "`flash_fsdp+sign_flipped`: agrees with &lt;no" in found
+
+
+def test_a_miss_that_is_known_is_no_failure_and_says_why() -> None:
+    lost = _row(verdict=Verdict.PASS, guilty=None, known_reason="the type itself rounds so")
+    matrix = _judged(lost)
+    assert matrix.missed == (lost,)
+    assert matrix.unexplained == ()
+    assert "the type itself rounds so. it differs" in markdown(matrix, "python launch.py faults")
+    assert _judged(_row(verdict=Verdict.PASS, guilty=None)).unexplained
 
 
 def test_coverage_is_said_of_other_peoples_modes_alone() -> None:

@@ -363,6 +363,7 @@ def on_probe(*argv: str) -> dict[str, list[RegimeConfig]]:
 
 CHOSEN = {
     "steps": ["--num-iter", "9"],
+    "warm-up": ["--warmup-iter", "2"],
     "batch size": ["--batch-size", "7"],
     "micro-batches": ["--micro-batches", "4"],
     "length": ["--seq-length", "8"],

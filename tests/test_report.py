@@ -106,6 +106,7 @@ def test_regimes_on_the_probe_are_in_every_form_of_the_report(
         assert PROBE_CLIP in text, name
         assert verdict in text, name
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "on a small model that lets known faults show" in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(set(ids)) == len(ids)
     charts = {chart.name for chart in figures(comparison)}

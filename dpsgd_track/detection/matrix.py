@@ -53,6 +53,8 @@ class Row:
     """Regimes that would have found it without the others."""
     excuse: str = ""
     """Why it could not show in this mode; empty where it could."""
+    known_reason: str = ""
+    """Why it is known not to be found in the type that modes compute in."""
     mutes: tuple[str, ...] = ()
     """What the mode does not tell, or was kept from telling."""
 
@@ -99,6 +101,8 @@ class Matrix:
     rows: tuple[Row, ...]
     healthy: tuple[ModeVerdict, ...]
     """Modes without faults, replays and the reference apart."""
+    naive_alarms: tuple[str, ...]
+    """Healthy modes that the naive test would have raised an alarm on."""
     settings: str
     """Ranks, type and device in a few words."""
 
@@ -111,6 +115,11 @@ class Matrix:
     def missed(self) -> tuple[Row, ...]:
         """Faults that could show and were not found."""
         return tuple(row for row in self.counted if not row.is_detected)
+
+    @property
+    def unexplained(self) -> tuple[Row, ...]:
+        """Missed faults of which it was not known that they would be."""
+        return tuple(row for row in self.missed if not (row.mutes or row.known_reason))
 
     @property
     def false_alarms(self) -> tuple[ModeVerdict, ...]:
@@ -173,6 +182,7 @@ class _Reader:
             group=self.probed.group.name,
             rows=tuple(rows),
             healthy=tuple(healthy),
+            naive_alarms=tuple(m.label for m in healthy if _naive_saw(self.naive, m.label)),
             settings=_settings(runs),
         )
 
@@ -196,6 +206,7 @@ class _Reader:
                 if any(m.label == verdict.label and m.verdict in _FOUND for m in comparison.modes)
             ),
             excuse=_excuse(fault, mode, runs),
+            known_reason=_known_reason(fault, runs),
             mutes=muted or _silence(mode, every),
         )
 
@@ -246,6 +257,11 @@ def _excuse(fault: Fault, mode: str, runs: Sequence[ModeRun]) -> str:
     if fault.needs_ranks and runs_on_one_device(mode):
         return f"the mode runs on one device, and it needs {', '.join(fault.needs)}"
     return ""
+
+
+def _known_reason(fault: Fault, runs: Iterable[ModeRun]) -> str:
+    is_low = any(run.params.get("performance.param_dtype") == "bfloat16" for run in runs)
+    return fault.in_bf16 if is_low else ""
 
 
 def _settings(runs: Iterable[ModeRun]) -> str:

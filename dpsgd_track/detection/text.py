@@ -28,7 +28,7 @@ def summary(matrix: Matrix) -> list[str]:
         f"{_share(matrix.count('is_in_time'), rows)} blamed on a step no later than {LATEST_STEP}",
         f"{len(matrix.false_alarms)} false alarms on {len(matrix.healthy)} healthy modes",
         f"{_share(matrix.count('naive_saw'), rows)} seen by a test of loss and gradient norm "
-        "without clipping",
+        f"without clipping, which raises {len(matrix.naive_alarms)} false alarms",
     ]
     alone = [f"{sum(r in row.found_in for row in rows)} by {r}" for r in PROBES]
     lines.append(f"regimes by themselves would find {', '.join(alone)}")
@@ -94,7 +94,7 @@ def _blamed(row: Row) -> str:
 def _exceptions(matrix: Matrix) -> list[str]:
     """What is not as it should be, a line each."""
     lines = [f"FALSE ALARM {mode.sentence}" for mode in matrix.false_alarms]
-    lines += [f"MISSED {row.label}: {row.verdict}, {row.sentence}" for row in matrix.missed]
+    lines += [f"MISSED {row.label}: {row.verdict}, {_with_reason(row)}" for row in matrix.missed]
     return lines
 
 
@@ -135,7 +135,11 @@ def _table(rows: Iterable[Row]) -> str:
 
 
 def _listed(rows: list[Row], none: str) -> str:
-    return "\n".join(f"- `{row.label}`: {prose(row.sentence)}" for row in rows) or none
+    return "\n".join(f"- `{row.label}`: {prose(_with_reason(row))}" for row in rows) or none
+
+
+def _with_reason(row: Row) -> str:
+    return f"{row.known_reason}. {row.sentence}" if row.known_reason else row.sentence
 
 
 def to_json(matrix: Matrix) -> str:

@@ -151,6 +151,8 @@ class Fault:
     """Stage of a step that is to be blamed."""
     where: tuple[str, ...]
     """Patterns of the parameters that are to be blamed; empty where the fault has no place."""
+    in_bf16: str
+    """Why it is not found where modes compute in bfloat16; empty where it is."""
     seams: tuple[str, ...]
     """Where it is planted."""
     modes: tuple[str, ...]
@@ -187,6 +189,7 @@ def fault(
     source: str = "plausible",
     needs: str = "",
     where: str = "",
+    in_bf16: str = "",
     modes: tuple[str, ...] = FSDP_MODES,
 ) -> Callable[[Callable[[Site], None]], Callable[[Site], None]]:
     """Register the function below as a fault of the same name.
@@ -209,6 +212,7 @@ def fault(
             needs=_split(needs),
             stage=stage,
             where=_split(where),
+            in_bf16=in_bf16,
             seams=_split(at),
             modes=modes,
             plant=plant,

@@ -70,6 +70,7 @@ def targets_not_shifted(site: Site) -> None:
     formula="logits rounded to bfloat16",
     at="loss",
     needs="float32, or a loss that is compared to 1e-3",
+    in_bf16="the model's own logits are rounded so",
     stage=LOSS,
 )
 def logits_in_bf16(site: Site) -> None:
@@ -145,6 +146,7 @@ def positions_lost(site: Site) -> None:
     source="Chowdhery et al., 2022, PaLM",
     formula="l_i + 1e-4 mean_t log^2 Z_t, in place of l_i",
     at="loss",
+    in_bf16="it moves a loss by 1e-3, and rounding moves one by 5e-3",
     stage=LOSS,
 )
 def logits_regularised(site: Site) -> None:

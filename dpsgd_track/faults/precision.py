@@ -109,6 +109,7 @@ def gram_in_tf32(site: Site) -> None:
     formula="sum_t dy_t x_t^T with x rounded to bfloat16",
     at="linear_terms",
     needs="float32, or gradients that are compared to 1e-3",
+    in_bf16="it is what computing in bfloat16 means",
     stage=NORMS,
     where="*.weight",
 )

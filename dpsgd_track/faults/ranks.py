@@ -127,6 +127,7 @@ def small_parameters_counted_by_all(site: Site) -> None:
     formula="ranks' sums rounded to bfloat16 before they are added",
     at="put",
     needs="float32, or norms that are compared to 1e-3",
+    in_bf16="what is added is rounded so already",
     stage=SUM,
 )
 def sums_in_bf16(site: Site) -> None:

@@ -91,7 +91,9 @@ def _add_faults(parser: argparse.ArgumentParser) -> None:
         help="mode to plant every fault in, repeatable (default: each fault in one of the sharded "
         "flash modes, in turn)",
     )
-    group.add_argument("--list", action="store_true", help="list the faults, and run nothing")
+    group.add_argument(
+        "--list", action="store_true", help="list the faults, and run nothing (default: run)"
+    )
     group.add_argument(
         "--random-seed", type=int, default=42, help="seed of data, weights and noise (default: 42)"
     )

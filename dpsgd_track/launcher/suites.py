@@ -392,8 +392,9 @@ def _known_regimes(args: argparse.Namespace, device: str) -> Iterator[RegimeConf
     yield replace(trained, name=ACCURACY, micro_batches=1, noise_matched=True)
     yield clipped
     yield noisy
-    # The probe's are the same whatever the user chose, so that what they can show is known.
-    on_probe = replace(clipped, micro_batches=PROBE_MICRO_BATCHES, optimizer="sgd")
+    # The probe's are the same whatever the user chose, so that what they can show is known. A
+    # warm-up would hide what goes wrong the first time only.
+    on_probe = replace(clipped, warmup_iter=0, micro_batches=PROBE_MICRO_BATCHES, optimizer="sgd")
     accurate = replace(
         on_probe,
         name=PROBE_ACCURACY,
@@ -405,8 +406,13 @@ def _known_regimes(args: argparse.Namespace, device: str) -> Iterator[RegimeConf
     yield accurate
     yield replace(accurate, name=PROBE_NAIVE, noise_multiplier=1e-9, micro_batches=1)
     yield replace(on_probe, name=PROBE_CLIP)
-    micro_batches = on_probe.micro_batches
-    yield replace(noisy, name=PROBE_NOISE, micro_batches=micro_batches, optimizer="sgd")
+    yield replace(
+        on_probe,
+        name=PROBE_NOISE,
+        num_iter=noisy.num_iter,
+        max_grad_norms=noisy.max_grad_norms,
+        noise_multiplier=noisy.noise_multiplier,
+    )
 
 
 def _with_replays(mode: str, regime: RegimeConfig, *, is_suite: bool) -> tuple[RegimeConfig, ...]:
