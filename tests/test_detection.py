@@ -162,6 +162,7 @@ def test_a_mode_that_is_wrong_by_itself_is_no_place_for_faults(foreign: Workspac
         (["--mode", "no_dp"], "expected one of our private modes, or one of yours"),
         (["--mode", "reference"], "expected one of our private modes, or one of yours"),
         (["--output", "nowhere/matrix.md"], "output='nowhere/matrix.md': expected a file"),
+        (["--mode", "flash_fsdp+no_noise"], "expected a mode without faults"),
         (["--mode", "json:loads,json:dumps"], "expected one mode of yours at a time"),
     ],
 )

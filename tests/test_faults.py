@@ -83,6 +83,9 @@ def _step(mode: Mode) -> dict[str, torch.Tensor]:
 def test_there_are_enough_faults_of_every_class() -> None:
     assert len(FAULTS) >= 60
     assert {fault.kind for fault in FAULTS.values()} == set(KINDS)
+    # Any of these names may be asked for.
+    assert not set(KINDS) & set(FAULTS)
+    assert not set(MUTES) & set(FAULTS)
 
 
 @pytest.mark.parametrize("name", FAULTS)

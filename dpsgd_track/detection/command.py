@@ -15,21 +15,23 @@ from typing import TYPE_CHECKING
 
 from dpsgd_track.config import PROBE_CLIP, require
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
-from dpsgd_track.launcher.arguments import build_parser, reproducing_command
+from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.run import RunSuite
 
 if TYPE_CHECKING:
     from dpsgd_track.detection.matrix import Matrix
+    from dpsgd_track.faults import Fault
     from dpsgd_track.tracking.reader import Group
 
 ARTIFACT_FOLDER = "faults"
 _LOG_WIDTH = 160
 
 
-def detect(args: argparse.Namespace, run: RunSuite) -> int:
+def detect(args: argparse.Namespace, command: str, run: RunSuite) -> int:
     """Run `launch.py faults`; returns the exit code.
 
     Args:
+        command: the command line, to be written beside what it found.
         run: runs a suite as a group.
     """
     from dpsgd_track.detection import plan
@@ -53,7 +55,7 @@ def detect(args: argparse.Namespace, run: RunSuite) -> int:
     for mode in modes:
         planned += plan.planted_in(mode, faults, mutes)
     code, group = _run(args, run, planned, args.group)
-    return code if group is None else _tell(args, group)
+    return code if group is None else _tell(args, command, group)
 
 
 def _split(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -66,17 +68,14 @@ def _check_output(output: Path | None) -> None:
         require(is_writable, "output", str(output), "a file in an existing folder")
 
 
-def _list(faults: Sequence[object]) -> int:
+def _list(faults: Sequence[Fault]) -> int:
     from rich.console import Console
     from rich.table import Table
-
-    from dpsgd_track.faults.fault import Fault
 
     table = Table()
     for heading in ("fault", "class", "what goes wrong", "source"):
         table.add_column(heading, overflow="fold")
     for fault in faults:
-        assert isinstance(fault, Fault)
         table.add_row(fault.name, fault.kind, fault.title, fault.source)
     Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
     return EXIT_FINISHED
@@ -136,7 +135,7 @@ def _listen(
     return EXIT_FINISHED, plan.mutes_of(told, known)
 
 
-def _tell(args: argparse.Namespace, group: Group) -> int:
+def _tell(args: argparse.Namespace, command: str, group: Group) -> int:
     """Print the matrix, write it, and put it on the group's run."""
     from rich.console import Console
 
@@ -152,7 +151,7 @@ def _tell(args: argparse.Namespace, group: Group) -> int:
     text.print_matrix(matrix, console)
     print_coverage(matrix, console)
     folder = Path(settings.results_dir) / matrix.group
-    page = text.markdown(matrix, reproducing_command(sys.argv[1:]))
+    page = text.markdown(matrix, command)
     files = {"faults.md": page, "faults.json": text.to_json(matrix)}
     client = open_client(settings.tracking_uri)
     for name, content in files.items():

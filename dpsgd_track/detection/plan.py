@@ -9,7 +9,14 @@ import numpy as np
 from dpsgd_track.config import require
 from dpsgd_track.faults import FAULTS, KINDS, MUTES, Fault
 from dpsgd_track.faults.fault import FSDP_MODES
-from dpsgd_track.modes.table import BASELINE, REFERENCE, check_mode, spec_of, with_planted
+from dpsgd_track.modes.table import (
+    BASELINE,
+    REFERENCE,
+    check_mode,
+    spec_of,
+    split_planted,
+    with_planted,
+)
 from dpsgd_track.tracking.trajectory import Trajectory
 
 _OURS = ("two_pass", "bookkeeping")
@@ -39,6 +46,7 @@ def check_modes(modes: Sequence[str]) -> None:
     """Raise ValueError for a mode that no fault can be planted in."""
     for mode in modes:
         check_mode(mode)
+        require(not split_planted(mode)[1], "mode", mode, "a mode without faults", "Use --fault.")
         spec = spec_of(mode)
         is_fit = is_ours(mode) or (spec is None and mode not in (BASELINE, REFERENCE))
         advice = "Opacus's modes refuse the probe's tied and reused weights." * (

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 RunSuite = Callable[[argparse.Namespace], tuple[int, str]]
 """Runs the suite of parsed arguments; returns the exit code and the group's name."""
-Detect = Callable[[argparse.Namespace, RunSuite], int]
+Detect = Callable[[argparse.Namespace, str, RunSuite], int]
+"""Takes the arguments, the command line that is to be recorded, and how a suite is run."""
 
 
 def check_inputs(model: ModelConfig, data: DataConfig) -> None:
@@ -45,8 +46,7 @@ def main(
         argv: arguments (default: the process's own).
         check_inputs: says whether model and data fit.
         launch: how workers are started.
-        detect: what `faults` does with its arguments and how it runs a suite. It compares as
-            well as launches, so that it stands above this.
+        detect: what `faults` does. It compares as well as launches, so that it stands above this.
     Returns:
         The exit code.
     """
@@ -59,12 +59,14 @@ def main(
             case "ui":
                 return _open_ui(args)
 
+        command = reproducing_command(argv)
+
         def run(args: argparse.Namespace) -> tuple[int, str]:
-            return _run_suite(args, reproducing_command(argv), check_inputs, launch)
+            return _run_suite(args, command, check_inputs, launch)
 
         if args.command == "faults":
             assert detect is not None, "an entry point that offers faults says how"
-            return detect(args, run)
+            return detect(args, command, run)
         return run(args)[0]
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
