@@ -17,9 +17,8 @@ from test_end_to_end import ROOT, Workspace
 
 from dpsgd_track.comparison.result import Guilty
 from dpsgd_track.comparison.verdict import Verdict
-from dpsgd_track.config import Thresholds
 from dpsgd_track.detection.coverage import coverage
-from dpsgd_track.detection.matrix import Matrix, Row, matrix_of
+from dpsgd_track.detection.matrix import Matrix, Row
 from dpsgd_track.detection.plan import chosen_faults, planted_in, planted_in_turn
 from dpsgd_track.detection.text import markdown, summary
 from dpsgd_track.faults import FAULTS, KINDS
@@ -40,25 +39,27 @@ def third(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
 
 
 @pytest.fixture(scope="module")
-def matrix(third: tuple[Workspace, str]) -> Matrix:
-    return matrix_of(third[0].group("g"), Thresholds())
+def told(third: tuple[Workspace, str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((third[0].folder / "results/g/faults.json").read_text())
+    return found
 
 
 def test_a_third_holds_faults_of_every_class() -> None:
-    assert {FAULTS[name].kind for name in THIRD} >= set(KINDS) - {"precision"}
+    assert {FAULTS[name].kind for name in THIRD} >= set(KINDS)
 
 
-def test_every_fault_is_found(matrix: Matrix) -> None:
-    assert {row.fault.name for row in matrix.rows} == set(THIRD)
-    assert [row.label for row in matrix.missed] == []
+def test_every_fault_is_found(told: Any) -> None:
+    assert [row["fault"] for row in told["rows"]] == [f.name for f in chosen_faults(THIRD)]
+    assert [row["label"] for row in told["rows"] if not row["is_detected"]] == []
 
 
-def test_at_least_nine_tenths_are_blamed_on_the_right_stage_and_layer(matrix: Matrix) -> None:
-    assert matrix.count("has_right_place") >= 0.9 * len(THIRD)
+def test_at_least_nine_tenths_are_blamed_on_the_right_stage_and_layer(told: Any) -> None:
+    assert sum(row["has_right_place"] for row in told["rows"]) >= 0.9 * len(THIRD)
 
 
-def test_all_are_found_by_the_fourth_step(matrix: Matrix) -> None:
-    assert [row.label for row in matrix.counted if not row.is_in_time] == []
+def test_all_are_found_by_the_fourth_step(told: Any) -> None:
+    late = [row["label"] for row in told["rows"] if row["step"] is None or row["step"] > 3]
+    assert late == []
 
 
 @pytest.mark.parametrize(
@@ -66,40 +67,32 @@ def test_all_are_found_by_the_fourth_step(matrix: Matrix) -> None:
     [("updates", "probe-accuracy"), ("clipping", "probe-clip"), ("noise", "probe-noise")],
 )
 def test_each_regime_finds_the_faults_it_is_for_by_itself(
-    matrix: Matrix, kind: str, regime: str
+    told: Any, kind: str, regime: str
 ) -> None:
-    found_in = [row.found_in for row in matrix.rows if row.fault.kind == kind]
+    found_in = [row["found_in"] for row in told["rows"] if row["kind"] == kind]
     assert sum(regime in each for each in found_in) >= 0.9 * len(found_in)
 
 
-def test_no_healthy_mode_raises_an_alarm(matrix: Matrix) -> None:
-    assert {mode.label for mode in matrix.healthy} >= set(FSDP_MODES)
-    assert matrix.false_alarms == ()
+def test_no_healthy_mode_raises_an_alarm(told: Any) -> None:
+    assert {mode["mode"] for mode in told["healthy"]} == {"no_dp", *FSDP_MODES}
+    assert {mode["verdict"] for mode in told["healthy"]} == {"PASS"}
 
 
-def test_the_naive_test_misses_many(matrix: Matrix) -> None:
-    seen = {row.fault.name: row.naive_saw for row in matrix.rows}
-    assert 0 < sum(seen.values()) < 0.7 * len(seen)
+def test_the_naive_test_misses_many(told: Any) -> None:
+    seen = [row["naive_saw"] for row in told["rows"]]
+    assert 0 < sum(seen) < 0.7 * len(seen)
 
 
-def test_the_matrix_is_printed_written_and_logged(third: tuple[Workspace, str]) -> None:
+def test_the_matrix_is_printed_written_and_logged(third: tuple[Workspace, str], told: Any) -> None:
     workspace, out = third
     page = (workspace.folder / "matrix.md").read_text()
     assert page == (workspace.folder / "results/g/faults.md").read_text()
     for name in THIRD:
         assert name in out
-        assert f"`{name}`" in page.replace("\\", "")
-    told = json.loads((workspace.folder / "results/g/faults.json").read_text())
-    assert [row["fault"] for row in told["rows"]] == [f.name for f in chosen_faults(THIRD)]
+        assert f"`{name}`" in page
     assert all(row["sentence"] for row in told["rows"])
     logged = {path.name for path in workspace.folder.rglob("mlartifacts/**/faults.*")}
     assert logged == {"faults.md", "faults.json"}
-
-
-def test_compare_names_the_same_faults(third: tuple[Workspace, str]) -> None:
-    done = third[0].run("compare.py", "g", "--no-png", "--no-log")
-    assert done.returncode == 1
-    assert all(name in done.stdout for name in THIRD)
 
 
 # The mode that README.md shows, and the same by someone who reports nothing.
@@ -131,24 +124,14 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-def test_the_mode_of_the_readme_lets_every_fault_be_seen(foreign: Workspace) -> None:
-    done = foreign.run(
-        "launch.py", "faults", "--mode", "my_mode:MyMode", "--fault", ",".join(ASKED)
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    out = " ".join(done.stdout.split())
-    assert "clipping: 1 of 1 would be found" in out
-    assert "norms: 1 of 1 would be found" in out
-    # The copies of a parameter have the same noise by right.
-    assert "not identical_shards: the mode holds every parameter whole on every rank" in out
-
-
 def test_a_mode_that_tells_little_is_told_what_that_hides(foreign: Workspace) -> None:
     done = foreign.run("launch.py", "faults", "--mode", "my_mode:Quiet", "--fault", ",".join(ASKED))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     out = " ".join(done.stdout.split())
     assert "not stand_in_counted: the mode tells no norm of any sample" in out
     assert "not empty_step_without_noise: the mode takes no empty batch" in out
+    # The copies of a parameter have the same noise by right.
+    assert "not identical_shards: the mode holds every parameter whole on every rank" in out
     assert "clipping: 1 of 1 would be found" in out
 
 
