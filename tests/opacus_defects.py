@@ -281,6 +281,7 @@ class _Slicer:
 
     condition: Condition
     population = None
+    sizes = ()
 
     @property
     def expected_batch_size(self) -> int:
