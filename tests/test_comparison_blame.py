@@ -420,3 +420,9 @@ def test_a_stage_that_only_contradicts_itself_is_blamed_on_the_step_where_it_doe
     (found,) = (m for m in compared(with_run(runs, wrong)).modes if m.label == MODE)
     assert found.blames["accuracy", "no_dp"].stage == "per-sample norms"
     assert found.blames["accuracy", "no_dp"].step == 2
+
+
+def test_one_wrong_parameter_before_another_is_not_said_to_have_inherited_it() -> None:
+    names = ("embedding.weight", "position.weight", "proj.weight")
+    wrong = ("position.weight", "embedding.weight")
+    assert where_it_arose(wrong, names) == (wrong, ())
