@@ -41,14 +41,20 @@ TRAIN = "train"
 PROBE = "probe-"
 """Begins the name of a regime that is run on the probe, whatever model the user chose."""
 PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE = (f"{PROBE}{kind}" for kind in (ACCURACY, CLIP, NOISE))
+PROBES = (PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
 PROBE_NAIVE = f"{PROBE}naive"
 """What a test would run that knows of no fault: nothing is clipped, next to no noise is added."""
-REGIMES = (ACCURACY, CLIP, NOISE, TRAIN, PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE, PROBE_NAIVE)
+REGIMES = (ACCURACY, CLIP, NOISE, TRAIN, *PROBES, PROBE_NAIVE)
 
 
 def kind_of(regime: str) -> str:
     """accuracy, clip, noise or train: what a regime does, on whichever model."""
     return regime.removeprefix(PROBE)
+
+
+def is_probe(regime: str) -> bool:
+    """Whether a regime is run on the probe."""
+    return regime.startswith(PROBE)
 
 
 AGAIN = "again"
@@ -332,8 +338,9 @@ class JobConfig:
 
     def run_in(self, regime: RegimeConfig) -> JobConfig:
         """The job with the model and data of `regime`: the probe's, or the user's."""
-        is_probe = regime.name.startswith(PROBE)
-        return replace(self, model=PROBE_MODEL, data=PROBE_DATA) if is_probe else self
+        if not is_probe(regime.name):
+            return self
+        return replace(self, model=PROBE_MODEL, data=PROBE_DATA)
 
     def to_json(self) -> str:
         """The configuration as JSON; it never holds a token."""

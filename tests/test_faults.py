@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -100,13 +101,7 @@ def test_a_fault_is_documented(name: str) -> None:
     assert set(fault.modes) <= set(MODES)
     names = {n for n, _ in _probe().named_parameters()}
     for pattern in fault.where:
-        assert any(_matches(name, pattern) for name in names), pattern
-
-
-def _matches(name: str, pattern: str) -> bool:
-    from fnmatch import fnmatchcase
-
-    return fnmatchcase(name, pattern)
+        assert any(fnmatchcase(name, pattern) for name in names), pattern
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.config import PROBE_CLIP, require
+from dpsgd_track.config import Settings, require
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
 from dpsgd_track.launcher.arguments import build_parser
-from dpsgd_track.launcher.run import RunSuite
+from dpsgd_track.launcher.run import RunSuite, complain
 
 if TYPE_CHECKING:
     from dpsgd_track.detection.matrix import Matrix
@@ -35,31 +35,28 @@ def detect(args: argparse.Namespace, command: str, run: RunSuite) -> int:
         run: runs a suite as a group.
     """
     from dpsgd_track.detection import plan
+    from dpsgd_track.launcher.suites import read_settings, split_names
 
     try:
-        faults = plan.chosen_faults(_split(args.fault))
-        modes = _split(args.mode)
+        settings = read_settings(args)
+        faults = plan.chosen_faults(split_names(args.fault))
+        modes = split_names(args.mode)
         plan.check_modes(modes)
         theirs = [mode for mode in modes if not plan.is_ours(mode)]
         require(len(theirs) <= 1, "mode", ",".join(theirs), "one mode of yours at a time")
         _check_output(args.output)
     except ValueError as error:
-        print(f"launch.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE
+        return complain(error, EXIT_USAGE)
     if args.list:
         return _list(faults)
-    code, mutes = _listen(args, run, theirs[0]) if theirs else (EXIT_FINISHED, ())
+    code, mutes = _listen(args, settings, run, theirs[0]) if theirs else (EXIT_FINISHED, ())
     if mutes is None:
         return code
     planned: list[str] = [] if modes else list(plan.planted_in_turn(faults))
     for mode in modes:
         planned += plan.planted_in(mode, faults, mutes)
-    code, group = _run(args, run, planned, args.group)
-    return code if group is None else _tell(args, command, group)
-
-
-def _split(values: Sequence[str] | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(p.strip() for value in values or () for p in value.split(",")))
+    code, group = _run(args, settings, run, planned, args.group)
+    return code if group is None else _tell(args.output, settings, command, group)
 
 
 def _check_output(output: Path | None) -> None:
@@ -82,7 +79,11 @@ def _list(faults: Sequence[Fault]) -> int:
 
 
 def _run(
-    args: argparse.Namespace, run: RunSuite, modes: Sequence[str], name: str | None
+    args: argparse.Namespace,
+    settings: Settings,
+    run: RunSuite,
+    modes: Sequence[str],
+    name: str | None,
 ) -> tuple[int, Group | None]:
     """Run `modes` on the probe as one group.
 
@@ -98,15 +99,13 @@ def _run(
     # A mode that failed is part of what is compared.
     if not group or code not in (EXIT_FINISHED, EXIT_FAILED):
         return code, None
-    from dpsgd_track.launcher.suites import read_settings
     from dpsgd_track.tracking.reader import open_client, read_group
 
-    settings = read_settings(args)
     return EXIT_FINISHED, read_group(open_client(settings.tracking_uri), settings, group)
 
 
 def _listen(
-    args: argparse.Namespace, run: RunSuite, mode: str
+    args: argparse.Namespace, settings: Settings, run: RunSuite, mode: str
 ) -> tuple[int, tuple[str, ...] | None]:
     """What someone else's mode does not tell.
 
@@ -118,34 +117,30 @@ def _listen(
     from dpsgd_track.comparison import compare_group
     from dpsgd_track.comparison.verdict import Verdict
     from dpsgd_track.detection import plan
-    from dpsgd_track.launcher.suites import read_settings
-    from dpsgd_track.modes.table import BASELINE, REFERENCE
+    from dpsgd_track.modes.table import BASELINE
 
     name = f"{args.group}-healthy" if args.group else None
-    code, group = _run(args, run, (BASELINE, mode), name)
+    code, group = _run(args, settings, run, (BASELINE, mode), name)
     if group is None:
         return code, None
-    comparison = compare_group(group, read_settings(args).thresholds)
-    runs = {r.label: r for r in group.runs if r.regime == PROBE_CLIP and not r.replay}
-    told, known = runs[mode].trajectory, runs[REFERENCE].trajectory
+    comparison = compare_group(group, settings.thresholds)
+    mutes = plan.mutes_of(mode, group.runs)
     (verdict,) = (each for each in comparison.modes if each.label == mode)
-    if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or told is None or known is None:
+    if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or mutes is None:
         print(f"{verdict.sentence} It needs to be sound before faults are planted in it.")
         return EXIT_FAILED, None
-    return EXIT_FINISHED, plan.mutes_of(told, known)
+    return EXIT_FINISHED, mutes
 
 
-def _tell(args: argparse.Namespace, command: str, group: Group) -> int:
+def _tell(output: Path | None, settings: Settings, command: str, group: Group) -> int:
     """Print the matrix, write it, and put it on the group's run."""
     from rich.console import Console
 
     from dpsgd_track.detection import text
     from dpsgd_track.detection.coverage import print_coverage
     from dpsgd_track.detection.matrix import matrix_of
-    from dpsgd_track.launcher.suites import read_settings
     from dpsgd_track.tracking.reader import open_client
 
-    settings = read_settings(args)
     matrix = matrix_of(group, settings.thresholds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     text.print_matrix(matrix, console)
@@ -157,8 +152,8 @@ def _tell(args: argparse.Namespace, command: str, group: Group) -> int:
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
         client.log_artifact(group.run_id, str(folder / name), ARTIFACT_FOLDER)
-    if args.output is not None:
-        args.output.write_text(page, encoding="utf-8")
+    if output is not None:
+        output.write_text(page, encoding="utf-8")
     print(f"Matrix: {folder / 'faults.md'}")
     return _exit_code(matrix)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.result import GroupComparison, Guilty, ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
-from dpsgd_track.config import PROBE_ACCURACY, PROBE_CLIP, PROBE_NAIVE, PROBE_NOISE, Thresholds
+from dpsgd_track.config import PROBE_NAIVE, PROBES, Thresholds
 from dpsgd_track.detection.plan import is_ours, mutes_of
 from dpsgd_track.faults import FAULTS, MUTES, Fault
 from dpsgd_track.modes.table import (
@@ -22,7 +22,6 @@ from dpsgd_track.modes.table import (
 from dpsgd_track.tracking.names import LEFT_OUT, REPLICATED, UNREACHED
 from dpsgd_track.tracking.reader import FINISHED, Group, ModeRun
 
-PROBES = (PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
 LATEST_STEP = 3
 """Step by which a fault has to be found."""
 _FOUND = (Verdict.BUG, Verdict.DRIFT)
@@ -134,9 +133,9 @@ class Matrix:
             or (mode.verdict is not Verdict.PASS and spec_of(mode.label) is not None)
         )
 
-    def count(self, what: str, rows: Sequence[Row] | None = None) -> int:
-        """How many of `rows` (default: all counted) have the property `what`."""
-        return sum(bool(getattr(row, what)) for row in (self.counted if rows is None else rows))
+    def count(self, what: str) -> int:
+        """How many of the counted rows have the property `what`."""
+        return sum(bool(getattr(row, what)) for row in self.counted)
 
 
 def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
@@ -151,17 +150,19 @@ def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
     def alone(regime: str) -> GroupComparison:
         return compared(run for run in group.runs if run.regime == regime)
 
-    probed = compared(run for run in group.runs if run.regime != PROBE_NAIVE)
-    by_regime = {regime: alone(regime) for regime in PROBES}
-    return _Reader(probed=probed, by_regime=by_regime, naive=alone(PROBE_NAIVE)).matrix()
+    return _Reader(
+        probed=compared(run for run in group.runs if run.regime != PROBE_NAIVE),
+        found_by={r: {m.label for m in alone(r).modes if m.verdict in _FOUND} for r in PROBES},
+        naive=alone(PROBE_NAIVE),
+    ).matrix()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
     probed: GroupComparison
     """All regimes that a fault may be found in."""
-    by_regime: Mapping[str, GroupComparison]
-    """Each of them by itself."""
+    found_by: Mapping[str, Set[str]]
+    """Labels of the modes that each of them finds fault with by itself."""
     naive: GroupComparison
 
     def matrix(self) -> Matrix:
@@ -200,14 +201,11 @@ class _Reader:
             guilty=verdict.guilty,
             num_places=_num_places(verdict.guilty, runs),
             naive_saw=_naive_saw(self.naive, verdict.label),
-            found_in=tuple(
-                regime
-                for regime, comparison in self.by_regime.items()
-                if any(m.label == verdict.label and m.verdict in _FOUND for m in comparison.modes)
-            ),
+            found_in=tuple(r for r, labels in self.found_by.items() if verdict.label in labels),
             excuse=_excuse(fault, mode, runs),
             known_reason=_known_reason(fault, runs),
-            mutes=muted or _silence(mode, every),
+            # Ours tell everything, unless they are muted.
+            mutes=muted or (() if is_ours(mode) else mutes_of(mode, every) or ()),
         )
 
 
@@ -218,15 +216,6 @@ def _num_places(guilty: Guilty | None, runs: Iterable[ModeRun]) -> int:
             is_layer = guilty.layers[0] in layers
             return len(layers) if is_layer else len(run.trajectory.parameter_names)
     return 0
-
-
-def _silence(mode: str, runs: Iterable[ModeRun]) -> tuple[str, ...]:
-    """What someone else's mode does not tell, as its healthy run shows."""
-    told, known = (
-        next((r.trajectory for r in runs if (r.label, r.regime) == (label, PROBE_CLIP)), None)
-        for label in (mode, REFERENCE)
-    )
-    return () if is_ours(mode) or told is None or known is None else mutes_of(told, known)
 
 
 def _naive_saw(naive: GroupComparison, label: str) -> bool:
@@ -243,9 +232,6 @@ def _naive_saw(naive: GroupComparison, label: str) -> bool:
 
 
 def _excuse(fault: Fault, mode: str, runs: Sequence[ModeRun]) -> str:
-    reasons = [run.reason for run in runs if "a mode with the seam" in run.reason]
-    if reasons:
-        return "it cannot be planted: the mode has no such seam"
     unreached = [set(filter(None, run.params.get(UNREACHED, "").split(", "))) for run in runs]
     never = set.intersection(*unreached) if unreached else set()
     if never:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from dpsgd_track.config import require
+from dpsgd_track.config import PROBE_CLIP, require
 from dpsgd_track.faults import FAULTS, KINDS, MUTES, Fault
 from dpsgd_track.faults.fault import FSDP_MODES
 from dpsgd_track.modes.table import (
     BASELINE,
     REFERENCE,
     check_mode,
+    is_of_opacus,
     spec_of,
     split_planted,
     with_planted,
 )
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.tracking.reader import ModeRun
 
 _OURS = ("two_pass", "bookkeeping")
 
@@ -49,9 +50,8 @@ def check_modes(modes: Sequence[str]) -> None:
         require(not split_planted(mode)[1], "mode", mode, "a mode without faults", "Use --fault.")
         spec = spec_of(mode)
         is_fit = is_ours(mode) or (spec is None and mode not in (BASELINE, REFERENCE))
-        advice = "Opacus's modes refuse the probe's tied and reused weights." * (
-            spec is not None and spec.strategy == "opacus"
-        )
+        refused = "Opacus's modes refuse the probe's tied and reused weights."
+        advice = refused if is_of_opacus(mode) else ""
         require(is_fit, "mode", mode, "one of our private modes, or one of yours", advice)
 
 
@@ -88,8 +88,16 @@ def _planted(mode: str, faults: Sequence[Fault], mutes: Sequence[str]) -> Iterat
             yield with_planted(fault.modes[0], *mutes, fault.name)
 
 
-def mutes_of(told: Trajectory, reference: Trajectory) -> tuple[str, ...]:
-    """What a mode does not tell, as its record of the probe's clip regime shows."""
+def mutes_of(mode: str, runs: Iterable[ModeRun]) -> tuple[str, ...] | None:
+    """What `mode` does not tell, as its record of the probe's clip regime shows; None for none.
+
+    Args:
+        runs: of a group with the healthy mode and the reference.
+    """
+    recorded = {r.label: r.trajectory for r in runs if r.regime == PROBE_CLIP and not r.replay}
+    told, reference = recorded.get(mode), recorded.get(REFERENCE)
+    if told is None or reference is None:
+        return None
     is_silent = {
         "without_norms": np.isnan(told.sample_norm).all(),
         "without_norms_by_parameter": np.isnan(told.sample_norm_by_parameter).all(),

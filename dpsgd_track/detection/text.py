@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from dpsgd_track.config import PROBE_NOISE
-from dpsgd_track.detection.matrix import LATEST_STEP, PROBES, Matrix, Row
+from dpsgd_track.config import PROBE_NOISE, PROBES
+from dpsgd_track.detection.matrix import LATEST_STEP, Matrix, Row
 from dpsgd_track.faults import KINDS
 from dpsgd_track.report.markdown import prose
 

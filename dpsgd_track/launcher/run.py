@@ -92,12 +92,12 @@ def _run_suite(
         suite = build_suite(args, check_inputs)
         tree, group, folder = open_group(suite)
     except ValueError as error:
-        return _complain(error, EXIT_USAGE), ""
+        return complain(error, EXIT_USAGE), ""
     display = open_display()
     try:
         code = GroupRun(suite, tree, folder, launch or Launch(), display).run(command)
     except TrackingError as error:
-        code = _complain(error, EXIT_FAILED)
+        code = complain(error, EXIT_FAILED)
     finally:
         display.close()
     store = _store_options(args)
@@ -122,7 +122,7 @@ def _list_modes() -> int:
     try:
         rows += [(name, "", "", "", factory) for name, factory in plugged_in_modes().items()]
     except ValueError as error:
-        return _complain(error, EXIT_USAGE)
+        return complain(error, EXIT_USAGE)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(
@@ -138,9 +138,10 @@ def _open_ui(args: argparse.Namespace) -> int:
     try:
         return open_ui(read_settings(args), args.port)
     except ValueError as error:
-        return _complain(error, EXIT_USAGE)
+        return complain(error, EXIT_USAGE)
 
 
-def _complain(error: Exception, code: int) -> int:
+def complain(error: Exception, code: int) -> int:
+    """Say in one line what is wrong; returns `code`, to exit with."""
     print(f"launch.py: {' '.join(str(error).split())}", file=sys.stderr)
     return code

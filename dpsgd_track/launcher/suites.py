@@ -15,13 +15,13 @@ from dpsgd_track.config import (
     NOISE,
     PERMUTED,
     PLAIN,
-    PROBE,
     PROBE_ACCURACY,
     PROBE_CLIP,
     PROBE_DATA,
     PROBE_MODEL,
     PROBE_NAIVE,
     PROBE_NOISE,
+    PROBES,
     SILENT,
     SYNTHETIC,
     TRAIN,
@@ -34,6 +34,7 @@ from dpsgd_track.config import (
     RegimeConfig,
     Settings,
     VariantConfig,
+    is_probe,
     kind_of,
     load_settings,
     require,
@@ -59,7 +60,6 @@ CPU_RANKS = 2
 DEFAULT_CONFIG = Path("mlflow.yaml")
 
 _SUITE_MODES = {"quick": table.QUICK, "full": table.FULL}
-PROBES = (PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
 _SUITE_REGIMES = {
     "quick": (ACCURACY, CLIP, *PROBES),
     "full": (ACCURACY, CLIP),
@@ -151,7 +151,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
         for mode in modes
         if _takes_part(mode, regimes)
     )
-    if not all(regime.startswith(PROBE) for regime in regimes):
+    if not all(map(is_probe, regimes)):
         check_inputs(model, data)
     _check_sampling(data, jobs)
     return Suite(
@@ -211,7 +211,7 @@ def _placed(job: JobConfig) -> JobConfig:
 
 
 def _modes_and_regimes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    asked = _split(args.mode)
+    asked = split_names(args.mode)
     for mode in asked:
         table.check_mode(mode)
         _check_planted(mode)
@@ -220,7 +220,7 @@ def _modes_and_regimes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple
         advice = "Use --accuracy-test, or the quick and full suites."
         require(not args.regime, "regime", _joined(args.regime), "no --regime in single", advice)
         return asked, (ACCURACY if args.accuracy_test else TRAIN,)
-    regimes = _split(args.regime)
+    regimes = split_names(args.regime)
     for regime in regimes:
         require(regime in _KNOWN_REGIMES, "regime", regime, f"one of {', '.join(_KNOWN_REGIMES)}")
     if args.accuracy_test:
@@ -260,12 +260,12 @@ def _is_run(mode: str, regime: str) -> bool:
     if mode == table.REFERENCE and (kind == NOISE or regime == PROBE_NAIVE):
         return False
     # Opacus refuses tied and reused weights, without which the probe would show little.
-    if kind != regime and table.is_of_opacus(mode):
+    if is_probe(regime) and table.is_of_opacus(mode):
         return False
     return kind not in (CLIP, NOISE) or table.is_private(mode)
 
 
-def _split(values: Sequence[str] | None) -> tuple[str, ...]:
+def split_names(values: Sequence[str] | None) -> tuple[str, ...]:
     """Each of `a,b` and `c` once, in order."""
     return tuple(dict.fromkeys(part.strip() for value in values or () for part in value.split(",")))
 
@@ -329,7 +329,7 @@ def _check_sampling(data: DataConfig, jobs: Sequence[JobConfig]) -> None:
             job.num_ranks * regime.micro_batches
             for job in jobs
             for regime in job.regimes
-            if regime.name != NOISE and not regime.name.startswith(PROBE)
+            if regime.name != NOISE and not is_probe(regime.name)
         ),
         default=0,
     )

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
 from dpsgd_track.comparison.verdict import number
-from dpsgd_track.config import PROBE
+from dpsgd_track.config import PROBE, is_probe
 from dpsgd_track.report.charts import Chart, Style
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
@@ -146,7 +146,7 @@ def _facts(comparison: GroupComparison) -> list[str]:
     facts = [f"{judged} mode{'s' * (judged != 1)}"]
     if names:
         facts.append(f"regime{'s' * (len(comparison.regimes) != 1)} {names}")
-    if any(regime.name.startswith(PROBE) for regime in comparison.regimes):
+    if any(is_probe(regime.name) for regime in comparison.regimes):
         facts.append(f"{PROBE}…: on a small model that lets known faults show")
     if steps:
         facts.append(f"up to {max(steps):,} step{'s' * (max(steps) != 1)} each")

@@ -19,12 +19,12 @@ from dpsgd_track.config import (
     NOISE,
     PERMUTED,
     PLAIN,
-    PROBE,
     PROBE_CLIP,
     ULP,
     JobConfig,
     PrivacyConfig,
     RegimeConfig,
+    is_probe,
 )
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
 from dpsgd_track.faults import build
@@ -160,7 +160,7 @@ class RegimeRun:
         last, unless it would take too long.
         """
         sigma, job = self.mode.context.privacy.noise_multiplier, self.job
-        is_told_nothing = self.regime.kind == NOISE or self.regime.name.startswith(PROBE)
+        is_told_nothing = self.regime.kind == NOISE or is_probe(self.regime.name)
         if sigma == 0 or not is_private(job.mode) or is_told_nothing:
             return
         slicer = self.slicer
