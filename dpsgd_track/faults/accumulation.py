@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpsgd_track.faults.fault import NOISE, SUM, Site, fault
+from dpsgd_track.faults.ranks import scaled_update
 
 SEVERAL = "several micro-batches"
 
@@ -21,17 +21,13 @@ class _Shares:
         self.of: list[dict[str, Tensor]] = []
         self._site = site
         site.wrap("accumulate", self._accumulate)
-        site.wrap("zero_grad", self._zero_grad)
+        site.before("zero_grad", self.of.clear)
 
     def _accumulate(self, original: Any, batch: Any) -> Any:
         before = {name: total.clone() for name, total in self._site.sums().items()}
         record = original(batch)
         self.of.append({n: t - before.get(n, 0.0) for n, t in self._site.sums().items()})
         return record
-
-    def _zero_grad(self, original: Any) -> None:
-        self.of.clear()
-        original()
 
 
 def _summed(site: Site, choose: Any) -> None:
@@ -155,28 +151,19 @@ def stand_in_counted(site: Site) -> None:
 )
 def divided_by_samples_present(site: Site) -> None:
     """A divisor that depends on the data is not private."""
-    count = [0]
+    sizes: list[int] = []
 
     def accumulate(original: Any, batch: Any) -> Any:
-        count[0] += len(batch)
+        sizes.append(len(batch))
         return original(batch)
 
-    def privatize(original: Any, *args: Any) -> Any:
-        present = torch.tensor(float(count[0]), device=site.mode.context.device)
-        dist.all_reduce(present)
-        ratio = site.mode.context.privacy.expected_batch_size / max(float(present), 1.0)
-        found = original(*args)
-        for part in site.mode.gradient_parts():
-            part.local.mul_(ratio)
-        return found
-
-    def zero_grad(original: Any) -> None:
-        count[0] = 0
-        original()
+    def ratio() -> float:
+        present = site.over_ranks(sum(sizes))
+        return float(site.mode.context.privacy.expected_batch_size / max(present, 1.0))
 
     site.wrap("accumulate", accumulate)
-    site.wrap("privatize", privatize)
-    site.wrap("zero_grad", zero_grad)
+    scaled_update(site, ratio)
+    site.before("zero_grad", sizes.clear)
 
 
 @fault(

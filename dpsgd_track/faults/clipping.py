@@ -233,13 +233,9 @@ def factors_one_batch_late(site: Site) -> None:
         is_first = len(kept) < 2 or len(kept[-2]) != len(factors)
         return factors if is_first else kept[-2]
 
-    def zero_grad(original: Any) -> None:
-        kept.clear()
-        original()
-
     site.wrap("clip", clip)
     _factors(site, late)
-    site.wrap("zero_grad", zero_grad)
+    site.before("zero_grad", kept.clear)
 
 
 @fault(
@@ -334,13 +330,12 @@ def bound_adapts(site: Site) -> None:
         below.extend(record.norm_B.le(kept * ratio[0]).tolist())
         return record
 
-    def zero_grad(original: Any) -> None:
+    def adapt() -> None:
         ratio[0] *= math.exp(-0.2 * (sum(below) / max(len(below), 1) - 0.5))
         below.clear()
-        original()
 
     site.wrap("clip", clip)
-    site.wrap("zero_grad", zero_grad)
+    site.before("zero_grad", adapt)
 
 
 @fault(

@@ -15,6 +15,8 @@ from importlib import import_module
 from operator import attrgetter
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dpsgd_track.config import require
@@ -106,6 +108,21 @@ class Site:
             self._undo.callback(setattr, owner, attribute, original)
         else:
             self._undo.callback(delattr, owner, attribute)
+
+    def before(self, seam: str, call: Callable[[], object]) -> None:
+        """Have `call` called first whenever a step comes by `seam`."""
+
+        def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            call()
+            return original(*args, **kwargs)
+
+        self.wrap(seam, wrapper)
+
+    def over_ranks(self, number: float) -> float:
+        """The sum of a number of each rank."""
+        total = torch.tensor(float(number), device=self.mode.context.device)
+        dist.all_reduce(total)
+        return float(total)
 
     def sums(self) -> dict[str, Tensor]:
         """This rank's shards of the step's clipped sum so far, which may be changed in place."""

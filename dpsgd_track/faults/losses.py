@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -122,6 +123,16 @@ def same_samples_on_every_rank(site: Site) -> None:
     site.wrap("accumulate", accumulate)
 
 
+def _with_positions(site: Site, change: Callable[[Tensor], Tensor]) -> None:
+    def accumulate(original: Any, batch: Any) -> Any:
+        inputs = dict(batch.inputs)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = change(inputs["position_ids"])
+        return original(replace(batch, inputs=inputs))
+
+    site.wrap("accumulate", accumulate)
+
+
 @fault(
     "positions lost",
     formula="position 0 everywhere",
@@ -132,13 +143,7 @@ def same_samples_on_every_rank(site: Site) -> None:
 def positions_lost(site: Site) -> None:
     """An input that a wrapper does not hand on."""
 
-    def accumulate(original: Any, batch: Any) -> Any:
-        inputs = dict(batch.inputs)
-        if "position_ids" in inputs:
-            inputs["position_ids"] = torch.zeros_like(inputs["position_ids"])
-        return original(replace(batch, inputs=inputs))
-
-    site.wrap("accumulate", accumulate)
+    _with_positions(site, torch.zeros_like)
 
 
 @fault(
@@ -170,14 +175,7 @@ def logits_regularised(site: Site) -> None:
 def padding_positions_counted(site: Site) -> None:
     """Positions by `arange`, as a model makes them when it is given none."""
 
-    def accumulate(original: Any, batch: Any) -> Any:
-        inputs = dict(batch.inputs)
-        if "position_ids" in inputs:
-            given = inputs["position_ids"]
-            inputs["position_ids"] = torch.arange(given.shape[1]).to(given).expand_as(given)
-        return original(replace(batch, inputs=inputs))
-
-    site.wrap("accumulate", accumulate)
+    _with_positions(site, lambda given: torch.arange(given.shape[1]).to(given).expand_as(given))
 
 
 @fault(

@@ -205,8 +205,7 @@ def empty_step_without_noise(site: Site) -> None:
         return original(batch)
 
     def add_noise(original: Any, *args: Any) -> None:
-        present = torch.tensor(float(count[0]), device=site.mode.context.device)
-        dist.all_reduce(present)
+        present = site.over_ranks(count[0])
         count[0] = 0
         if present > 0:
             original(*args)

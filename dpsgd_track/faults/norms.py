@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,22 @@ class _WithNorm(Dense):
 def per_sample(terms: Sequence[Term]) -> Tensor:
     """[B, elements] the gradients that `terms` add up to."""
     return torch.stack([term.materialised().grad_B.flatten(1) for term in terms]).sum(dim=0)
+
+
+def of_changed_outers(site: Site, change: Callable[[Outer], Outer]) -> None:
+    """Take norms of linear layers' gradients from other factors than sums are formed of."""
+
+    def norm_sq_of(original: Any, name: str, terms: Sequence[Term]) -> Tensor:
+        changed = tuple(change(t) if isinstance(t, Outer) else t for t in terms)
+        found: Tensor = original(name, changed)
+        return found
+
+    site.wrap("norm_sq_of", norm_sq_of)
+
+
+def _apart(norm_sq_of: Any, name: str, terms: Sequence[Term]) -> Tensor:
+    """Squared norms of `terms`, added without what they have in common."""
+    return torch.stack([norm_sq_of(name, (term,)) for term in terms]).sum(dim=0)
 
 
 def _square(values: Tensor) -> Tensor:
@@ -89,17 +105,9 @@ def bias_positions_apart(site: Site) -> None:
 def positions_summed_first(site: Site) -> None:
     """Right for one position: the rule of a two-dimensional input used on a three-dimensional."""
 
-    def norm_sq_of(original: Any, name: str, terms: Sequence[Term]) -> Tensor:
-        summed = [
-            Outer(t.x_BTD.sum(1, keepdim=True), t.dy_BTP.sum(1, keepdim=True))
-            if isinstance(t, Outer)
-            else t
-            for t in terms
-        ]
-        found: Tensor = original(name, tuple(summed))
-        return found
-
-    site.wrap("norm_sq_of", norm_sq_of)
+    of_changed_outers(
+        site, lambda t: Outer(t.x_BTD.sum(1, keepdim=True), t.dy_BTP.sum(1, keepdim=True))
+    )
 
 
 @fault(
@@ -115,8 +123,7 @@ def tied_norms_added(site: Site) -> None:
     """The cross term of embedding and head is left out."""
 
     def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
-        parts: list[Tensor] = [original(name, (term,)) for term in terms]
-        return torch.stack(parts).sum(dim=0)
+        return _apart(original, name, terms)
 
     site.wrap("norm_sq_of", norm_sq_of)
 
@@ -140,8 +147,7 @@ def reused_norms_added(site: Site) -> None:
             found: Tensor = original(name, terms)
             return found
         halves = zip(terms[0].x_BTD.chunk(2, 1), terms[0].dy_BTP.chunk(2, 1), strict=True)
-        uses: list[Tensor] = [original(name, (Outer(x, dy),)) for x, dy in halves]
-        return torch.stack(uses).sum(dim=0)
+        return _apart(original, name, [Outer(x, dy) for x, dy in halves])
 
     site.wrap("norm_sq_of", norm_sq_of)
 
@@ -378,12 +384,8 @@ def norm_buffer_not_reset(site: Site) -> None:
             kept[name] = squares
         return found
 
-    def zero_grad(original: Any) -> None:
-        kept.clear()
-        original()
-
     site.wrap("run_norms", run_norms)
-    site.wrap("zero_grad", zero_grad)
+    site.before("zero_grad", kept.clear)
 
 
 def _gram(x_BTD: Tensor, dy_BTP: Tensor, weight: Tensor) -> Tensor:
@@ -426,12 +428,7 @@ def tile_pairs_counted_once(site: Site) -> None:
 def last_tile_dropped(site: Site) -> None:
     """A kernel that rounds the number of its tiles down."""
 
-    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
-        whole = [Outer(t.x_BTD, t.dy_BTP[..., :64]) if isinstance(t, Outer) else t for t in terms]
-        found: Tensor = original(name, tuple(whole))
-        return found
-
-    site.wrap("norm_sq_of", norm_sq_of)
+    of_changed_outers(site, lambda t: Outer(t.x_BTD, t.dy_BTP[..., :64]))
 
 
 @fault(
@@ -472,8 +469,7 @@ def tied_cross_term_once(site: Site) -> None:
         whole: Tensor = original(name, terms)
         if len(terms) == 1:
             return whole
-        apart = torch.stack([original(name, (term,)) for term in terms]).sum(dim=0)
-        return (whole + apart) / 2
+        return (whole + _apart(original, name, terms)) / 2
 
     site.wrap("norm_sq_of", norm_sq_of)
 

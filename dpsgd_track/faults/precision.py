@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dpsgd_track.faults.fault import FACTORS, NORMS, Site, fault
-from dpsgd_track.faults.norms import WITH_OUTER
-from dpsgd_track.privacy.terms import Outer, Term
+from dpsgd_track.faults.norms import WITH_OUTER, of_changed_outers
+from dpsgd_track.privacy.terms import Outer
 
 
 @fault(
@@ -90,17 +90,7 @@ def gram_in_tf32(site: Site) -> None:
         large = values * (2**13 + 1)
         return large - (large - values)
 
-    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
-        found: Tensor = original(
-            name,
-            tuple(
-                Outer(shortened(t.x_BTD), shortened(t.dy_BTP)) if isinstance(t, Outer) else t
-                for t in terms
-            ),
-        )
-        return found
-
-    site.wrap("norm_sq_of", norm_sq_of)
+    of_changed_outers(site, lambda t: Outer(shortened(t.x_BTD), shortened(t.dy_BTP)))
 
 
 @fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,9 +136,12 @@ def sums_in_bf16(site: Site) -> None:
     site.wrap("put", lambda original, name, total: original(name, total.bfloat16().float()))
 
 
-def _divided(site: Site, factor: float) -> None:
+def scaled_update(site: Site, factor_of: Callable[[], float]) -> None:
+    """Multiply what the optimizer is given, signal and noise alike."""
+
     def privatize(original: Any, *args: Any) -> Any:
         found = original(*args)
+        factor = factor_of()
         for part in site.mode.gradient_parts():
             part.local.mul_(factor)
         return found
@@ -155,7 +159,7 @@ def _divided(site: Site, factor: float) -> None:
 )
 def divided_by_ranks_again(site: Site) -> None:
     """A global batch size taken for a local one."""
-    _divided(site, 1 / dist.get_world_size())
+    scaled_update(site, lambda: 1 / dist.get_world_size())
 
 
 @fault(
@@ -167,7 +171,7 @@ def divided_by_ranks_again(site: Site) -> None:
 )
 def divided_by_own_batch(site: Site) -> None:
     """A local batch size taken for a global one."""
-    _divided(site, dist.get_world_size())
+    scaled_update(site, dist.get_world_size)
 
 
 @fault(
@@ -220,9 +224,7 @@ def ranks_weighed_alike(site: Site) -> None:
     ratio = [1.0]
 
     def accumulate(original: Any, batch: Any) -> Any:
-        count = torch.tensor(float(len(batch)), device=site.mode.context.device)
-        dist.all_reduce(count)
-        ratio[0] = float(count) / dist.get_world_size() / max(len(batch), 1)
+        ratio[0] = site.over_ranks(len(batch)) / dist.get_world_size() / max(len(batch), 1)
         return original(batch)
 
     site.wrap("accumulate", accumulate)
