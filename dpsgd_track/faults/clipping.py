@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,31 @@ from dpsgd_track.privacy.terms import Term
 MIXED = "samples that C clips beside samples that it spares"
 
 
+def _bounded(
+    site: Site,
+    bound_of: Callable[[float], float],
+    look: Callable[[Any, float], None] = lambda record, bound: None,
+) -> None:
+    """Clip at `bound_of` the C that was asked for; the noise knows nothing of it.
+
+    Args:
+        look: is shown each micro-batch's record, and what it was clipped at.
+    """
+    engine = site.mode.engine
+
+    def clip(original: Any, *args: Any) -> Any:
+        asked = engine.max_grad_norm
+        engine.max_grad_norm = bound = bound_of(asked)
+        try:
+            record = original(*args)
+        finally:
+            engine.max_grad_norm = asked
+        look(record, bound)
+        return record
+
+    site.wrap("clip", clip)
+
+
 @fault(
     "C of the first step for ever",
     formula="min(1, C_0 / n_i), in place of C of the step",
@@ -27,17 +52,8 @@ MIXED = "samples that C clips beside samples that it spares"
 )
 def bound_of_first_step(site: Site) -> None:
     """The noise follows C, clipping does not."""
-    engine = site.mode.engine
-    first = engine.max_grad_norm
-
-    def clip(original: Any, *args: Any) -> Any:
-        engine.max_grad_norm, kept = first, engine.max_grad_norm
-        try:
-            return original(*args)
-        finally:
-            engine.max_grad_norm = kept
-
-    site.wrap("clip", clip)
+    first = site.mode.engine.max_grad_norm
+    _bounded(site, lambda asked: first)
 
 
 @fault(
@@ -317,24 +333,16 @@ def soft_clipping(site: Site) -> None:
 )
 def bound_adapts(site: Site) -> None:
     """Ranks drift apart, and the noise stays at the C that was asked for."""
-    engine = site.mode.engine
     ratio, below = [1.0], []
 
-    def clip(original: Any, *args: Any) -> Any:
-        kept = engine.max_grad_norm
-        engine.max_grad_norm = kept * ratio[0]
-        try:
-            record = original(*args)
-        finally:
-            engine.max_grad_norm = kept
-        below.extend(record.norm_B.le(kept * ratio[0]).tolist())
-        return record
+    def count(record: Any, bound: float) -> None:
+        below.extend(record.norm_B.le(bound).tolist())
 
     def adapt() -> None:
         ratio[0] *= math.exp(-0.2 * (sum(below) / max(len(below), 1) - 0.5))
         below.clear()
 
-    site.wrap("clip", clip)
+    _bounded(site, lambda asked: asked * ratio[0], count)
     site.before("zero_grad", adapt)
 
 
@@ -347,7 +355,6 @@ def bound_adapts(site: Site) -> None:
 )
 def bound_late_on_last_rank(site: Site) -> None:
     """A setting that is not broadcast in time."""
-    engine = site.mode.engine
     is_last = dist.get_rank() == dist.get_world_size() - 1
     bounds: list[float] = []
 
@@ -355,17 +362,8 @@ def bound_late_on_last_rank(site: Site) -> None:
         bounds.append(bound)
         original(bound)
 
-    def clip(original: Any, *args: Any) -> Any:
-        kept = engine.max_grad_norm
-        if is_last and len(bounds) > 1:
-            engine.max_grad_norm = bounds[-2]
-        try:
-            return original(*args)
-        finally:
-            engine.max_grad_norm = kept
-
     site.wrap("set_max_grad_norm", set_max_grad_norm)
-    site.wrap("clip", clip)
+    _bounded(site, lambda asked: bounds[-2] if is_last and len(bounds) > 1 else asked)
 
 
 @fault(

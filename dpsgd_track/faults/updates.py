@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,21 @@ def _weights(site: Site) -> dict[str, Tensor]:
 
 def _gradients(site: Site) -> dict[str, Tensor]:
     return {part.name: part.local for part in site.mode.gradient_parts()}
+
+
+def _stepped_with(site: Site, used: Callable[[str, Tensor], Tensor]) -> None:
+    """Have the optimizer use `used(name, gradient)`; the gradients are then what they were."""
+
+    def step(original: Any) -> None:
+        gradients = _gradients(site)
+        noised = {name: total.clone() for name, total in gradients.items()}
+        for name, total in gradients.items():
+            total.copy_(used(name, noised[name]))
+        original()
+        for name, total in gradients.items():
+            total.copy_(noised[name])
+
+    site.wrap("step", step)
 
 
 def _rates(site: Site, factor: float) -> None:
@@ -43,17 +59,8 @@ def update_without_noise(site: Site) -> None:
         clean.update({name: total / divisor for name, total in clipped.gradients.items()})
         return original(clipped, source)
 
-    def step(original: Any) -> None:
-        gradients = _gradients(site)
-        noised = {name: total.clone() for name, total in gradients.items()}
-        for name, total in gradients.items():
-            total.copy_(clean[name])
-        original()
-        for name, total in gradients.items():
-            total.copy_(noised[name])
-
     site.wrap("privatize", privatize)
-    site.wrap("step", step)
+    _stepped_with(site, lambda name, noised: clean[name])
 
 
 @fault("optimizer stepped twice", formula="w - 2 lr g", at="step", needs=TRAINED, stage=UPDATE)
@@ -115,17 +122,11 @@ def momentum_added(site: Site) -> None:
     """The first step is right."""
     kept: dict[str, Tensor] = {}
 
-    def step(original: Any) -> None:
-        gradients = _gradients(site)
-        noised = {name: total.clone() for name, total in gradients.items()}
-        for name, total in gradients.items():
-            total.add_(kept.get(name, torch.zeros_like(total)), alpha=0.9)
-            kept[name] = total.clone()
-        original()
-        for name, total in gradients.items():
-            total.copy_(noised[name])
+    def with_momentum(name: str, noised: Tensor) -> Tensor:
+        kept[name] = noised + 0.9 * kept.get(name, torch.zeros_like(noised))
+        return kept[name]
 
-    site.wrap("step", step)
+    _stepped_with(site, with_momentum)
 
 
 @fault(
