@@ -22,6 +22,10 @@ OPTIMIZERS = ("sgd", "adamw")
 DEVICES = ("cpu", "cuda")
 NOISE_FROM = ("seed", "os")
 
+AUTO, GRADIENTS, GRAM, TILED = "auto", "gradients", "gram", "tiled"
+PLANS = (AUTO, GRADIENTS, GRAM, TILED)
+"""How norms of linear layers are found; `dpsgd_track.privacy.planner` says what each means."""
+
 CLASSIFICATION = "sequence-classification"
 CAUSAL_LM = "causal-lm"
 MASKED_LM = "masked-lm"
@@ -115,8 +119,11 @@ class PerformanceConfig:
     """Type the `reference` mode computes in: float64 or float32."""
     num_replicas: int = 1
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
+    plan: str = AUTO
+    """How flash and fused modes find the norms of linear layers: auto chooses layer by layer."""
 
     def __post_init__(self) -> None:
+        require(self.plan in PLANS, "plan", self.plan, f"one of {', '.join(PLANS)}")
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(
             self.param_dtype in PARAM_DTYPES,
