@@ -80,9 +80,14 @@ class Capture:
         self.num_samples: int | None = None
         """Samples of the micro-batch at hand; None outside of one."""
         self._num_batches = 0
+        self._is_inspected = False
+        """Whether the graph of the batch at hand is looked through: of the 1st, 2nd, 4th, ..."""
+        self._plans: dict[tuple[str, torch.Size, torch.dtype], str] = {}
         self._has_foreign_leaves = False
         """Whether the graph had leaves that are no parameters when it was last inspected."""
         self._settle: _Settle | None = None
+        self._is_last = False
+        """Whether no other backward of the batch follows."""
         self._terms: dict[str, list[Term]] = {}
         self._num_pending: Counter[str] = Counter()
         self._forget()
@@ -98,6 +103,7 @@ class Capture:
         self._forget()
         self.num_samples = num_samples
         self._num_batches += 1
+        self._is_inspected = self._num_batches.bit_count() == 1
         try:
             yield
         finally:
@@ -160,16 +166,15 @@ class Capture:
 
     def plan_of(self, name: str, x: Tensor, num_outputs: int) -> str:
         """How the norm of weight `name` is found for inputs [B, ..., D]."""
-        num_samples, num_features = len(x), x.shape[-1]
-        shape = LinearShape(
-            num_samples,
-            x.numel() // max(num_samples * num_features, 1),
-            num_features,
-            num_outputs,
-            x.dtype,
-            x.device,
-        )
-        return self.planner.choose(name, shape, is_shared=name in self.shared)
+        key = name, x.shape, x.dtype
+        known = self._plans.get(key)
+        if known is None:
+            B, D = x.shape[0], x.shape[-1]
+            T = x.numel() // max(B * D, 1)
+            shape = LinearShape(B, T, D, num_outputs, x.dtype, x.device)
+            is_shared = name in self.shared
+            known = self._plans[key] = self.planner.choose(name, shape, is_shared=is_shared)
+        return known
 
     def note_parameters(self, layer: Layer) -> None:
         """A call that is captured is about to begin, and parameters are where it will find them."""
@@ -188,7 +193,7 @@ class Capture:
         """
         if _is_in_backward():
             return False
-        if x is not None and len(x) != self.num_samples:
+        if x is not None and x.shape[0] != self.num_samples:
             raise ValueError(
                 f"{layer.fqn}: expected inputs of {self.num_samples} samples in dimension 0, got "
                 f"shape {tuple(x.shape)}. Per-sample gradients of this layer cannot be told apart."
@@ -254,7 +259,7 @@ class Capture:
             if not self.is_capturing:
                 return
             (x,) = args or tuple(kwargs.values())
-            held = _hold(x)
+            held = _saved(x) if _is_saved_by_others() else self._hold(x)
             if not self.open_call(layer, x):
                 return
             edge = get_gradient_edge(y)
@@ -276,6 +281,28 @@ class Capture:
         layer.module.register_forward_pre_hook(before_forward)
         layer.module.register_forward_hook(after_forward, with_kwargs=True)
 
+    def _hold(self, x: Tensor) -> Callable[[], Tensor]:
+        """Keeps `x` until the last backward has asked for it.
+
+        A change in place that would falsify it is an error, as autograd makes it.
+        """
+        version = x._version
+        held: list[Tensor] = [x]
+
+        def take() -> Tensor:
+            (kept,) = held
+            if kept._version != version:
+                raise RuntimeError(
+                    f"expected what a layer read as it was, got a tensor of shape "
+                    f"{tuple(kept.shape)} that has been modified by an inplace operation. "
+                    "Change a copy of it."
+                )
+            if self._is_last:
+                held.clear()
+            return kept
+
+        return take
+
     def _expand_shared_index(self, module: nn.Module, args: tuple[Tensor, ...]) -> object:
         """Give every sample its own copy of an index that all share.
 
@@ -290,7 +317,7 @@ class Capture:
 
     def _run(self, loss_B: Tensor, settle: _Settle, *, retain_graph: bool) -> None:
         self._terms, self._num_pending = {}, Counter(self._num_uses)
-        self._settle = settle
+        self._settle, self._is_last = settle, not retain_graph
         try:
             if self._roots:
                 total = loss_B.sum()
@@ -308,11 +335,6 @@ class Capture:
                 settle(name, join(self._terms.pop(name)))
         finally:
             self._settle = None
-
-    @property
-    def _is_inspected(self) -> bool:
-        """Whether the graph of this batch is looked through: of the 1st, 2nd, 4th, 8th, ..."""
-        return self._num_batches.bit_count() == 1
 
     def _inspect(self, loss_B: Tensor) -> None:
         """Look through the graph for what the capture would not see.
@@ -446,11 +468,10 @@ class _Held(torch.autograd.Function):
         return anchor.view_as(anchor)
 
 
-def _hold(x: Tensor) -> Callable[[], Tensor]:
+def _saved(x: Tensor) -> Callable[[], Tensor]:
     """Keeps `x` for the backward the way the layer itself does.
 
-    Under a checkpoint that is not at all until it is asked for and computed again; and a change
-    in place that would falsify it is an error, as autograd makes it.
+    Under a checkpoint that is not at all, until it is asked for and computed again.
     """
     anchor = torch.empty(0, requires_grad=True)
     token: Any = _Held.apply(anchor, x)

@@ -25,7 +25,7 @@ def run_linear(capture: Capture, layer: Layer, x: Tensor) -> Tensor:
     The call is opened here.
     """
     module: Any = layer.module
-    num_samples = len(x)
+    num_samples = x.shape[0]
     weight, bias = module.weight, module.bias
     if torch.is_autocast_enabled(x.device.type):
         # Once, rather than for each sample.
@@ -59,7 +59,7 @@ def run_rms_norm_per_sample(capture: Capture, layer: Layer) -> None:
             return output
         capture.note_parameters(layer)
         weight = module.weight
-        view = weight.expand(len(x), *[1] * (x.dim() - 2), *weight.shape)
+        view = weight.expand(x.shape[0], *[1] * (x.dim() - 2), *weight.shape)
         if capture.open_call(layer, x):
             capture.want(layer, "weight", view)
         module._parameters["weight"] = view

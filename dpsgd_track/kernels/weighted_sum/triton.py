@@ -25,28 +25,38 @@ TILE = 64
 
 @triton.jit
 def _load(address, kind, offset, mask):
-    """Values at an address, as float32."""
+    """Values at an address that 16 divides, as float32."""
     if kind == 0:
-        found = tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask=mask, other=0.0)
+        float32 = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
+        found = tl.load(float32 + offset, mask=mask, other=0.0)
     elif kind == 1:
-        low = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offset, mask=mask, other=0.0)
-        found = low.to(tl.float32)
+        bfloat16 = tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16)
+        found = tl.load(bfloat16 + offset, mask=mask, other=0.0).to(tl.float32)
     else:
-        half = tl.load(address.to(tl.pointer_type(tl.float16)) + offset, mask=mask, other=0.0)
-        found = half.to(tl.float32)
+        float16 = tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16)
+        found = tl.load(float16 + offset, mask=mask, other=0.0).to(tl.float32)
     return found
+
+
+@triton.jit
+def _size(table_ptr, IS_EVEN: tl.constexpr):
+    """A size from the table, known to the compiler as a multiple of 16 where it is one."""
+    size = tl.load(table_ptr)
+    if IS_EVEN:
+        size = tl.multiple_of(size, 16)
+    return size
 
 
 @triton.jit
 def _norms_kernel(
     table_ptr, owner_ptr, first_ptr, partial_ptr, max_chunks,
-    BLOCK: tl.constexpr, REPEATS: tl.constexpr,
+    IS_EVEN: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(owner_ptr + tl.program_id(0))
     chunk = tl.program_id(0) - tl.load(first_ptr + tensor)
     sample = tl.program_id(1)
     address = tl.load(table_ptr + tensor * 3)
-    N = tl.load(table_ptr + tensor * 3 + 1)
+    N = _size(table_ptr + tensor * 3 + 1, IS_EVEN)
     kind = tl.load(table_ptr + tensor * 3 + 2)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     start = chunk.to(tl.int64) * (REPEATS * BLOCK)
@@ -59,12 +69,16 @@ def _norms_kernel(
 
 
 @triton.jit
-def _sums_kernel(table_ptr, owner_ptr, first_ptr, factor_ptr, B, BLOCK: tl.constexpr):
+def _sums_kernel(
+    table_ptr, owner_ptr, first_ptr, factor_ptr, B,
+    IS_EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     tensor = tl.load(owner_ptr + tl.program_id(0))
     chunk = tl.program_id(0) - tl.load(first_ptr + tensor)
     address = tl.load(table_ptr + tensor * 4)
     sum_ptr = tl.load(table_ptr + tensor * 4 + 1).to(tl.pointer_type(tl.float32))
-    N = tl.load(table_ptr + tensor * 4 + 2)
+    sum_ptr = tl.multiple_of(sum_ptr, 16)
+    N = _size(table_ptr + tensor * 4 + 2, IS_EVEN)
     kind = tl.load(table_ptr + tensor * 4 + 3)
     place = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -74,13 +88,17 @@ def _sums_kernel(table_ptr, owner_ptr, first_ptr, factor_ptr, B, BLOCK: tl.const
 
 
 @triton.jit
-def _turned_sums_kernel(table_ptr, owner_ptr, first_ptr, factor_ptr, B, TILE: tl.constexpr):
+def _turned_sums_kernel(
+    table_ptr, owner_ptr, first_ptr, factor_ptr, B,
+    IS_EVEN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     tensor = tl.load(owner_ptr + tl.program_id(0))
     tile = tl.program_id(0) - tl.load(first_ptr + tensor)
     address = tl.load(table_ptr + tensor * 5)
     sum_ptr = tl.load(table_ptr + tensor * 5 + 1).to(tl.pointer_type(tl.float32))
-    P = tl.load(table_ptr + tensor * 5 + 2)
-    D = tl.load(table_ptr + tensor * 5 + 3)
+    sum_ptr = tl.multiple_of(sum_ptr, 16)
+    P = _size(table_ptr + tensor * 5 + 2, IS_EVEN)
+    D = _size(table_ptr + tensor * 5 + 3, IS_EVEN)
     kind = tl.load(table_ptr + tensor * 5 + 4)
     tiles_d = (D + TILE - 1) // TILE
     p = (tile // tiles_d) * TILE + tl.arange(0, TILE)
@@ -97,7 +115,7 @@ def _turned_sums_kernel(table_ptr, owner_ptr, first_ptr, factor_ptr, B, TILE: tl
 def norms_sq(grads: Sequence[Tensor]) -> Tensor:
     """As the package's; [parameters, B] float32."""
     # The order of the elements does not matter.
-    grads = [grad if _is_turned(grad) else grad.contiguous() for grad in grads]
+    grads = [_aligned(grad if _is_turned(grad) else grad.contiguous()) for grad in grads]
     B, device = len(grads[0]), grads[0].device
     sizes = [grad.numel() // max(B, 1) for grad in grads]
     num_chunks = tuple(triton.cdiv(size, BLOCK * REPEATS) for size in sizes)
@@ -107,18 +125,33 @@ def norms_sq(grads: Sequence[Tensor]) -> Tensor:
     owner, first = programs_of(num_chunks, device)
     partial = torch.zeros(len(grads), B, max(num_chunks), dtype=torch.float32, device=device)
     _norms_kernel[(len(owner), B)](
-        table, owner, first, partial, max(num_chunks), BLOCK=BLOCK, REPEATS=REPEATS, num_warps=8
-    )
+        table, owner, first, partial, max(num_chunks),
+        IS_EVEN=_are_even(sizes), BLOCK=BLOCK, REPEATS=REPEATS, num_warps=8,
+    )  # fmt: skip
     return partial.sum(dim=2)
 
 
 def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
     """As the package's; float32."""
     sums = [grad.new_empty(grad.shape[1:], dtype=torch.float32) for grad in grads]
-    pairs = list(zip(grads, sums, strict=True))
-    _sum_turned([pair for pair in pairs if _is_turned(pair[0])], factor_B)
-    _sum_flat([(g.contiguous(), total) for g, total in pairs if not _is_turned(g)], factor_B)
+    turned, flat = [], []
+    for grad, total in zip(grads, sums, strict=True):
+        if _is_turned(grad):
+            turned.append((_aligned(grad), total))
+        else:
+            flat.append((_aligned(grad.contiguous()), total))
+    _sum_turned(turned, factor_B)
+    _sum_flat(flat, factor_B)
     return sums
+
+
+def _aligned(grad: Tensor) -> Tensor:
+    """Where 16 divides the address; of a copy if need be, as of a part of something larger."""
+    return grad if grad.data_ptr() % 16 == 0 else grad.clone()
+
+
+def _are_even(sizes: Sequence[int]) -> bool:
+    return all(size % 16 == 0 for size in sizes)
 
 
 def _is_turned(grad: Tensor) -> bool:
@@ -133,8 +166,9 @@ def _sum_flat(pairs: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor) -> None:
     owner, first = programs_of(num_chunks, factor_B.device)
     table = address_table(rows, factor_B.device)
     _sums_kernel[(len(owner),)](
-        table, owner, first, factor_B, len(factor_B), BLOCK=BLOCK, num_warps=8
-    )
+        table, owner, first, factor_B, len(factor_B),
+        IS_EVEN=_are_even([s.numel() for _, s in pairs]), BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
 
 
 def _sum_turned(pairs: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor) -> None:
@@ -147,5 +181,6 @@ def _sum_turned(pairs: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor) -> Non
     owner, first = programs_of(num_tiles, factor_B.device)
     table = address_table(rows, factor_B.device)
     _turned_sums_kernel[(len(owner),)](
-        table, owner, first, factor_B, len(factor_B), TILE=TILE, num_warps=4
-    )
+        table, owner, first, factor_B, len(factor_B),
+        IS_EVEN=_are_even([n for _, s in pairs for n in s.shape]), TILE=TILE, num_warps=4,
+    )  # fmt: skip
