@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from dpsgd_track.config import (
+    AUTO,
     CLASSIFICATION,
     DEVICES,
     NOISE_FROM,
     OPTIMIZERS,
     PADDINGS,
     PARAM_DTYPES,
+    PLANS,
     SAMPLINGS,
     SEQUENTIAL,
     TASKS,
@@ -281,6 +283,14 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         choices=PARAM_DTYPES,
         default="float32",
         help="type the forward and backward compute in (default: float32)",
+    )
+    group.add_argument(
+        "--plan",
+        choices=PLANS,
+        default=AUTO,
+        help="how flash and fused modes find the norms of linear layers: per-sample gradients "
+        "themselves (one backward only), the Gram form or the tiled form; auto chooses layer by "
+        "layer (default: auto)",
     )
     group.add_argument(
         "--reference-dtype",

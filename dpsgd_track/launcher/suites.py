@@ -11,6 +11,7 @@ from pathlib import Path
 from dpsgd_track.config import (
     ACCURACY,
     AGAIN,
+    AUTO,
     CLIP,
     NOISE,
     PERMUTED,
@@ -133,6 +134,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     num_ranks, performance = _machine(args)
     model, data = _model_and_data(args)
     _check_numbers(args)
+    _check_plan(args.plan, modes)
     jobs = tuple(
         _placed(
             JobConfig(
@@ -307,8 +309,19 @@ def _machine(args: argparse.Namespace) -> tuple[int, PerformanceConfig]:
         param_dtype=args.param_dtype,
         reference_dtype=args.reference_dtype,
         num_replicas=args.replicas,
+        plan=args.plan,
     )
     return num_ranks, performance
+
+
+def _check_plan(plan: str, modes: Sequence[str]) -> None:
+    if plan == AUTO:
+        return
+    known = "auto, where no mode can do otherwise"
+    require(any(table.takes_plan(mode, plan) for mode in modes), "plan", plan, known)
+    two_pass = [m for m in modes if table.takes_plan(m, AUTO) and not table.takes_plan(m, plan)]
+    allowed = f"another plan for {', '.join(two_pass)}, which keep nothing between two backwards"
+    require(not two_pass, "plan", plan, allowed, "Leave the modes out, or choose gram or tiled.")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from importlib import metadata
 
-from dpsgd_track.config import require
+from dpsgd_track.config import GRADIENTS, require
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,17 @@ def is_of_opacus(name: str) -> bool:
     """Whether mode `name` is one of the library's own, as installed or as a variant."""
     spec = spec_of(name)
     return spec is not None and spec.strategy == _OPACUS
+
+
+def takes_plan(name: str, plan: str) -> bool:
+    """Whether mode `name` can find every norm as `plan` says.
+
+    Only flash and fused norms leave a choice; with two backwards no gradients are kept.
+    """
+    spec = spec_of(name)
+    if spec is None or spec.norm_rule not in ("flash", "fused"):
+        return False
+    return plan != GRADIENTS or spec.strategy == "bookkeeping"
 
 
 def runs_on_one_device(name: str) -> bool:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dpsgd_track.config import (
+    AUTO,
     CLIP,
     NOISE,
     PERMUTED,
@@ -29,7 +30,7 @@ from dpsgd_track.config import (
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
 from dpsgd_track.faults import build
 from dpsgd_track.modes.protocol import ModeContext
-from dpsgd_track.modes.table import is_private
+from dpsgd_track.modes.table import is_private, takes_plan
 from dpsgd_track.privacy.accounting import (
     epsilon_prv,
     epsilon_rdp,
@@ -282,6 +283,7 @@ class RegimeRun:
             reference_dtype=getattr(torch, plain),
             make_optimizer=_optimizer_of(regime),
             num_replicas=performance.num_replicas,
+            plan=performance.plan if takes_plan(self.job.mode, performance.plan) else AUTO,
             loss=LOSSES[self.job.model.task],
         )
 
