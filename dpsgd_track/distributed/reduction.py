@@ -131,9 +131,13 @@ class Fsdp2Sharder:
         if len(self._in_flight) == MAX_IN_FLIGHT:
             _add_to(self.sums, self._in_flight.pop(0).finish())
         mesh = next(iter(parameters.values())).device_mesh
-        # NCCL runs many collectives as one. gloo does not, where each costs as much as a copy.
-        is_nccl = dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "nccl"
-        self._in_flight.append((_Grouped if is_nccl else _Packed)(parameters, whole))
+        is_one = _launches_as_one(mesh.get_group(mesh.ndim - 1))
+        self._in_flight.append((_Grouped if is_one else _Packed)(parameters, whole))
+
+
+def _launches_as_one(group: dist.ProcessGroup) -> bool:
+    """Whether many collectives cost what one does. Of gloo's, each costs more than a copy."""
+    return dist.get_backend(group) == "nccl"
 
 
 class _Packed:
