@@ -260,11 +260,11 @@ class GroupRun:
     def _show(
         self, regimes: Sequence[RegimeConfig], outcomes: Sequence[Outcome], work_dir: Path
     ) -> str:
-        statuses = [
-            OUT_OF_MEMORY if _ran_out_of_memory(regime, outcome) else outcome.status
-            for regime, outcome in zip(regimes, outcomes, strict=True)
-        ]
-        status = next((s for s in (KILLED, FAILED, OUT_OF_MEMORY) if s in statuses), FINISHED)
+        statuses = [outcome.status for outcome in outcomes]
+        status = next((s for s in (KILLED, FAILED) if s in statuses), FINISHED)
+        if status == FAILED and any(map(_ran_out_of_memory, regimes, outcomes)):
+            # Regimes after it could not start.
+            status = OUT_OF_MEMORY
         failures = [outcome.failure for outcome in outcomes if outcome.failure]
         reason = ""
         if failures:

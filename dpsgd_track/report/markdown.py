@@ -117,7 +117,7 @@ def markdown(comparison: GroupComparison) -> str:
 
 def profile_note(profile: Profile, group: Group) -> str:
     """The table of a profile: what the note of a group shows that holds nothing else."""
-    state = "⏱ Profile, incomplete" if profile.incomplete else "⏱ Profile"
+    state = "Profile, incomplete" if profile.incomplete else "Profile"
     facts = prose(", ".join(profile_table.facts(profile, group)))
     name = f"Group **{prose(group.name)}**" + f": {facts}" * bool(facts)
     parts = [f"## {state}", prose(profile.sentence), _costs(profile), name]
@@ -147,7 +147,7 @@ def _costs(profile: Profile) -> str:
 
 
 def _plans(profile: Profile) -> str:
-    return _table(("mode", "T", "B", "layers", "how"), profile_table.plans(profile))
+    return _table(profile_table.PLAN_HEADINGS, profile_table.plans(profile))
 
 
 def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:

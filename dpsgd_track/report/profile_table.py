@@ -20,10 +20,10 @@ HEADINGS = (
     "T",
     "B",
     "step ms [p20–p80]",
-    "× baseline",
+    "× time",
     "tokens/s",
     "peak GiB",
-    "× baseline",
+    "× memory",
     "tracking",
     "notes",
 )
@@ -31,9 +31,10 @@ NUMBERS = tuple(range(1, len(HEADINGS) - 1))
 """Columns of numbers."""
 LEGEND = (
     "Step time: median of the steps that were not tracked, of the slowest rank, with the 20th and "
-    "80th percentile. × baseline: over ordinary training on as many devices, run right before and "
-    "right after. Tracking: what observing loss and layer norms adds to a step. Peak memory: CUDA "
-    "allocations of the recorded steps, or the process's resident set on CPU; the largest rank's."
+    "80th percentile. × time, × memory: over ordinary training on as many devices, run right "
+    "before and right after. Tracking: what observing loss and layer norms adds to a step. Peak "
+    "memory: CUDA allocations of the recorded steps, or the process's resident set on CPU; the "
+    "largest rank's."
 )
 
 SCHEMA = "dpsgd-track/profile"
@@ -48,10 +49,12 @@ def cells(cost: Cost) -> tuple[str, ...]:
         cost.label,
         str(cost.seq_length),
         str(cost.batch_size),
-        ABSENT if time is None else f"{_ms(time.median)} [{_ms(time.p20)}–{_ms(time.p80)}]",
+        ABSENT
+        if time is None
+        else f"{_three(time.median)} [{_three(time.p20)}–{_three(time.p80)}]",
         "1" if cost.is_baseline and time else ABSENT if ratio is None else times(ratio),
         ABSENT if speed is None else f"{speed.median:,.0f}",
-        ABSENT if cost.peak_memory_gib is None else f"{cost.peak_memory_gib:.3g}",
+        ABSENT if cost.peak_memory_gib is None else _three(cost.peak_memory_gib),
         "1"
         if cost.is_baseline and time
         else ABSENT
@@ -67,8 +70,13 @@ def times(ratio: Spread) -> str:
     return f"{ratio.median:.2f} [{ratio.p20:.2f}–{ratio.p80:.2f}]"
 
 
-def _ms(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+def _with_spread(value: Spread) -> str:
+    return f"{_three(value.median)} [{_three(value.p20)}–{_three(value.p80)}]"
+
+
+def _three(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def rows(profile: Profile) -> list[tuple[str, ...]]:
@@ -86,9 +94,9 @@ def best(profile: Profile) -> list[str]:
             cheapest = min(held, key=lambda c: c.time_ratio.median if c.time_ratio else 0.0)
             assert cheapest.time_ratio is not None
             found.append(
-                f"T={shape[0]}, B={shape[1]}: least time beside {label} takes {cheapest.label}, "
+                f"T={shape[0]}, B={shape[1]}: {cheapest.label} adds least, with "
                 f"{times(cheapest.time_ratio)} × the step time and {cheapest.memory_ratio:.2f} × "
-                "the memory."
+                f"the memory of {label}."
             )
     return found
 
@@ -113,6 +121,7 @@ def facts(profile: Profile, group: Group) -> list[str]:
 
 def costs_of(profile: Profile, group: Group) -> dict[str, object]:
     """What a page shows of a profile besides its charts."""
+    befores = [None, *(cost.shape for cost in profile.costs[:-1])]
     return {
         "sentence": profile.sentence,
         "incomplete": profile.incomplete,
@@ -123,28 +132,38 @@ def costs_of(profile: Profile, group: Group) -> dict[str, object]:
         "rows": rows(profile),
         "legend": LEGEND,
         "plans": plans(profile),
+        "plan_headings": PLAN_HEADINGS,
+        "is_first": [
+            cost.shape != before for cost, before in zip(profile.costs, befores, strict=True)
+        ],
     }
 
 
-def plans(profile: Profile) -> list[tuple[str, str, str, str, str]]:
-    """(mode, T, B, layers, how) of what modes said of their layers; like layers are one row."""
-    found: list[tuple[str, str, str, str, str]] = []
+PLAN_HEADINGS = ("mode", "layers", "how", "at")
+
+
+def plans(profile: Profile) -> list[tuple[str, str, str, str]]:
+    """What modes said of their layers, in the order of PLAN_HEADINGS; like layers are one row."""
+    shapes: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
+    told: dict[str, list[tuple[int, int]]] = {}
     for cost in profile.costs:
         counts: dict[tuple[str, str], int] = {}
         for layer, how in cost.plan.items():
             like = re.sub(r"\d+", "*", layer), how
             counts[like] = counts.get(like, 0) + 1
-        found += [
-            (
-                cost.label,
-                str(cost.seq_length),
-                str(cost.batch_size),
-                f"{layers} ({count})" if count > 1 else layers,
-                how,
-            )
-            for (layers, how), count in counts.items()
-        ]
-    return found
+        for (layers, how), count in counts.items():
+            name = f"{layers} ({count})" if count > 1 else layers
+            shapes.setdefault((cost.label, name, how), []).append(cost.shape)
+        if counts:
+            told.setdefault(cost.label, []).append(cost.shape)
+    return [
+        (label, layers, how, "every shape" if at == told[label] else _shapes(at))
+        for (label, layers, how), at in shapes.items()
+    ]
+
+
+def _shapes(shapes: list[tuple[int, int]]) -> str:
+    return ", ".join(f"T={T} B={B}" for T, B in shapes)
 
 
 def _started(group: Group) -> str:

@@ -67,7 +67,7 @@ def _costs(profile: Profile) -> list[str]:
         _columns(profile_table.HEADINGS, profile_table.rows(profile)),
         "\n".join((*profile.incomplete, *profile_table.best(profile))),
         profile_table.LEGEND,
-        *([_columns(("mode", "T", "B", "layers", "how"), layers)] if layers else []),
+        *([_columns(profile_table.PLAN_HEADINGS, layers)] if layers else []),
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -17,6 +18,17 @@ from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
 from dpsgd_track.report.profile_table import times
 
 SECTION = "profile"
+_SEVERAL_TIMES = 4
+_PLACES = (
+    "middle left",
+    "bottom center",
+    "middle right",
+    "top center",
+    "bottom right",
+    "bottom center",
+    "top right",
+)
+"""Of a point's label, mode by mode, so that few lie on each other."""
 _MANY_TIMES = 20
 """Largest over smallest time from which on an axis is logarithmic."""
 
@@ -36,18 +48,13 @@ class _Quantity:
         return f"{found.median:.4g} {self.unit}"
 
 
-def _memory(cost: Cost) -> Spread | None:
-    peak = cost.peak_memory_gib
-    return None if peak is None else Spread(median=peak, p20=peak, p80=peak, num_steps=1)
-
-
 _QUANTITIES = (
     _Quantity(
         name="profile_memory",
         title="Peak memory",
         axis="GiB",
         caption="Largest rank's, of the recorded steps; on CPU the process's resident set.",
-        value=_memory,
+        value=lambda cost: _alone(cost.peak_memory_gib),
         unit="GiB",
     ),
     _Quantity(
@@ -64,14 +71,18 @@ _QUANTITIES = (
 
 def profile_charts(profile: Profile, style: Style) -> list[Chart]:
     """Every chart of a profile."""
-    charts = [_against_length(profile, quantity, style) for quantity in _QUANTITIES]
+    has_lengths = len({T for T, _ in profile.shapes}) > 1
+    draw = _against_length if has_lengths else _at_one_length
+    charts = [draw(profile, quantity, style) for quantity in _QUANTITIES]
     charts += _ratios(profile, style)
     charts += _memory_against_time(profile, style)
     return charts
 
 
-def _shape(cost: Cost, profile: Profile) -> str:
-    """The shape, as far as it tells points apart."""
+def _point_name(cost: Cost, profile: Profile) -> str:
+    """The shape, as far as it tells points apart; the mode where all have one shape."""
+    if len(profile.shapes) == 1:
+        return plain(cost.label)
     parts = []
     if len({T for T, _ in profile.shapes}) > 1:
         parts.append(f"T={cost.seq_length}")
@@ -101,6 +112,47 @@ def _against_length(profile: Profile, quantity: _Quantity, style: Style) -> Char
         name=quantity.name,
         title=f"{quantity.title} against sequence length",
         caption=quantity.caption + _crosses(profile),
+        figure=figure,
+        section=SECTION,
+        alone=True,
+    )
+
+
+def _at_one_length(profile: Profile, quantity: _Quantity, style: Style) -> Chart:
+    """Bars, where there is no length to draw against."""
+    figure = go.Figure()
+    has_sizes = len({B for _, B in profile.shapes}) > 1
+    largest = 0.0
+    for cost in profile.costs:
+        value = quantity.value(cost)
+        largest = max(largest, value.p80 if value else 0.0)
+        name = f"{cost.label}, B={cost.batch_size}" if has_sizes else cost.label
+        figure.add_bar(
+            y=[plain(name)],
+            x=[value.median if value else 0],
+            orientation="h",
+            error_x=_whisker(value),
+            marker_color=style.colour(cost.label),
+            customdata=[_told(cost, quantity.said(value) if value else "")],
+            hovertemplate="%{customdata}<extra></extra>",
+            **style.of_mode(cost.label),
+        )
+        figure.add_scatter(
+            y=[plain(name)],
+            x=[value.p80 if value else 0],
+            mode="text",
+            text=[f"  {quantity.said(value) if value else cost.status}"],
+            textposition="middle right",
+            hoverinfo="skip",
+            **style.of_mode(cost.label),
+        )
+    layout(figure, 110 + 34 * len(profile.costs), showlegend=False, barmode="overlay")
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
+    figure.update_xaxes(title_text=quantity.axis, range=[0, 1.35 * largest or 1])
+    return Chart(
+        name=quantity.name,
+        title=f"{quantity.title} at T={profile.shapes[0][0]}",
+        caption=quantity.caption,
         figure=figure,
         section=SECTION,
         alone=True,
@@ -167,6 +219,12 @@ def _error(values: Any) -> dict[str, Any]:
     }
 
 
+def _whisker(value: Spread | None) -> dict[str, Any] | None:
+    """The spread on a bar; None where there is none to see."""
+    has_spread = value is not None and value.p80 > value.p20
+    return {**_error([value]), "color": GREY} if has_spread else None
+
+
 def _told(cost: Cost, said: str) -> str:
     lines = [plain(cost.label), f"T={cost.seq_length}, B={cost.batch_size}", said]
     return "<br>".join([*lines, *map(plain, cost.notes)])
@@ -212,36 +270,40 @@ def _ratios(profile: Profile, style: Style) -> list[Chart]:
         return []
     shapes = list(dict.fromkeys(cost.shape for cost in held))
     count = max(sum(cost.shape == shape for cost in held) for shape in shapes)
+    # In pixels: bars, and between two rows of them the ticks of one and the title of the other.
+    bars, between = 30 * count + 10, 70
+    total = len(shapes) * bars + (len(shapes) - 1) * between
     figure = make_subplots(
         rows=len(shapes),
         cols=2,
         shared_yaxes=True,
-        horizontal_spacing=0.04,
-        vertical_spacing=0.3 / (len(shapes) * (1 + count / 8)),
+        horizontal_spacing=0.05,
+        vertical_spacing=between / total if len(shapes) > 1 else 0,
         subplot_titles=[
             f"{what}, T={T}, B={B}" for T, B in shapes for what in ("step time", "peak memory")
         ],
     )
-    largest = [1.0, 1.0]
     for row, shape in enumerate(shapes, 1):
         for cost in (cost for cost in held if cost.shape == shape):
             _ratio_bars(figure, cost, style, row)
-            if cost.time_ratio and cost.memory_ratio:
-                largest[0] = max(largest[0], cost.time_ratio.p80)
-                largest[1] = max(largest[1], cost.memory_ratio)
+    largest = (
+        max((cost.time_ratio.p80 for cost in held if cost.time_ratio), default=1.0),
+        max((cost.memory_ratio for cost in held if cost.memory_ratio), default=1.0),
+    )
     for col, most in enumerate(largest, 1):
-        figure.update_xaxes(range=[0, 1.12 * most], col=col)
+        # Room for the figure beside the longest bar.
+        figure.update_xaxes(range=[0, 1.18 * max(most, 1.0)], col=col)
         figure.update_xaxes(title_text="× baseline", row=len(shapes), col=col)
-    figure.add_vline(x=1, line={"color": GREY, "width": 2, "dash": "dash"})
-    layout(figure, 100 + len(shapes) * (64 + 30 * count), showlegend=False, barmode="overlay")
-    figure.update_layout(margin={"t": 36})
-    figure.update_yaxes(autorange="reversed", type="category")
+    figure.add_vline(x=1, line={"color": GREY, "width": 2, "dash": "dash"}, layer="below")
+    layout(figure, total + 36 + 60, showlegend=False, barmode="overlay")
+    figure.update_layout(margin={"t": 36, "b": 60})
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     return [
         Chart(
             name="profile_overhead",
             title="Overhead over ordinary training",
-            caption="Over the baseline's runs right before and right after; bars: p20 to p80 of "
-            "the mode's steps. Dashed: as much as the baseline.",
+            caption="Over the baseline's runs right before and right after; thin bars: p20 to p80 "
+            "of the mode's steps. Dashed: as much as the baseline.",
             figure=figure,
             section=SECTION,
             is_wide=True,
@@ -254,25 +316,16 @@ def _ratios(profile: Profile, style: Style) -> list[Chart]:
 def _ratio_bars(figure: go.Figure, cost: Cost, style: Style, row: int) -> None:
     time, memory = cost.time_ratio, cost.memory_ratio
     why = str(cost.status) if cost.status is not Status.MEASURED else "no baseline"
-    values = (
-        (time.median if time else None, f"{time.median:.2f}×" if time else ""),
-        (memory, f"{memory:.2f}×" if memory else ""),
-    )
-    told = [
-        f"step time {times(time)} × {cost.baseline.label}" if time and cost.baseline else why,
-        f"peak memory {memory:.3f} × {cost.baseline.label}" if memory and cost.baseline else why,
-    ]
-    for col, ((value, text), said) in enumerate(zip(values, told, strict=True), 1):
+    base = cost.baseline.label if cost.baseline else ""
+    for col, ratio, said in (
+        (1, time, f"step time {times(time)} × {base}" if time else why),
+        (2, _alone(memory), f"peak memory {memory:.3f} × {base}" if memory else why),
+    ):
         figure.add_bar(
             y=[plain(cost.label)],
-            x=[value or 0],
+            x=[ratio.median if ratio else 0],
             orientation="h",
-            error_x=_error([time]) if time and col == 1 else None,
-            text=[text if value else f"{why} "],
-            textposition="inside" if value else "outside",
-            insidetextanchor="start",
-            insidetextfont={"color": "#ffffff"},
-            textangle=0,
+            error_x=_whisker(ratio),
             marker_color=style.colour(cost.label),
             customdata=[_told(cost, said)],
             hovertemplate="%{customdata}<extra></extra>",
@@ -280,6 +333,31 @@ def _ratio_bars(figure: go.Figure, cost: Cost, style: Style, row: int) -> None:
             col=col,
             **style.of_mode(cost.label),
         )
+        # Beside the spread, which would strike through a label of the bar.
+        figure.add_scatter(
+            y=[plain(cost.label)],
+            x=[ratio.p80 if ratio else 0],
+            mode="text",
+            text=[f"  {ratio.median:.2f}×" if ratio else f"  {why}"],
+            textposition="middle right",
+            hoverinfo="skip",
+            row=row,
+            col=col,
+            **style.of_mode(cost.label),
+        )
+
+
+def _alone(value: float | None) -> Spread | None:
+    return None if value is None else Spread(median=value, p20=value, p80=value, num_steps=1)
+
+
+def _scale(values: Sequence[float]) -> dict[str, Any]:
+    """An axis on which points of several lengths do not crowd in a corner."""
+    if max(values) < _SEVERAL_TIMES * min(values):
+        return {"rangemode": "tozero"}
+    low, high = np.floor(np.log10(min(values))), np.ceil(np.log10(max(values)))
+    ticks = [digit * 10.0**power for power in range(int(low), int(high) + 1) for digit in (1, 2, 5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,g}" for tick in ticks]}
 
 
 def _memory_against_time(profile: Profile, style: Style) -> list[Chart]:
@@ -294,22 +372,21 @@ def _memory_against_time(profile: Profile, style: Style) -> list[Chart]:
         look = style.line(label, len(own))
         look["mode"] = "markers+text+lines"
         look["line"] = {**look["line"], "width": 1}
+        place = _PLACES[style.index(label) % len(_PLACES)]
         figure.add_scatter(
             x=[time for _, time, _ in found],
             y=[memory for _, _, memory in found],
-            text=[_shape(cost, profile) for cost, _, _ in found],
-            textposition="top center",
-            textfont={"size": 10},
+            text=[_point_name(cost, profile) for cost, _, _ in found],
+            textposition=place,
+            textfont={"size": 10, "color": style.colour(label)},
             customdata=[_told(c, f"{time:.4g} ms, {gib:.3g} GiB") for c, time, gib in found],
             hovertemplate="%{customdata}<extra></extra>",
             **look,
         )
-    layout(figure, 420, showlegend=True)
-    is_log = max(spans) > _MANY_TIMES * min(spans)
-    figure.update_xaxes(
-        title_text="ms a step", **({"type": "log"} if is_log else {"rangemode": "tozero"})
-    )
-    figure.update_yaxes(title_text="GiB", rangemode="tozero")
+    layout(figure, 480, showlegend=True)
+    sizes = [cost.peak_memory_gib for cost in known if cost.peak_memory_gib]
+    figure.update_xaxes(title_text="ms a step", **_scale(spans))
+    figure.update_yaxes(title_text="GiB", **_scale(sizes))
     return [
         Chart(
             name="profile_memory_against_time",
