@@ -493,6 +493,8 @@ def _with_replays(mode: str, regime: RegimeConfig, *, is_suite: bool) -> tuple[R
         # The twin without noise comes first: what it computed is taken off.
         return replace(regime, noise_multiplier=0.0, replay=SILENT), regime
     replays: tuple[str, ...] = ()
+    if regime.kind == PROFILE:
+        return (regime,)
     if is_suite and mode == table.BASELINE and regime.kind == ACCURACY:
         # What rounding alone makes of a trajectory.
         replays = (AGAIN, PERMUTED, ULP)

@@ -9,7 +9,7 @@ Legend: P trainable parameters, L linear layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +76,8 @@ class LayerNorms:
         gradients: Sequence[LocalPart],
         weights: Sequence[LocalPart],
         records: Sequence[SampleRecord],
-    ) -> Iterator[tuple[int, StepNorms]]:
-        """Take the norms of a step, on their way to be read later; yields the step before.
+    ) -> tuple[int, StepNorms] | None:
+        """Take the norms of a step, to be read later; returns those of the step observed before.
 
         Args:
             gradients: this rank's shards of the clipped sum, of all trainable parameters.
@@ -86,20 +86,21 @@ class LayerNorms:
         """
         packed = self._packed(gradients, weights, records)
         self._add_up(packed)
-        yield from self.read()
+        before = self.read()
         self._landed.copy_(packed, non_blocking=True)
         if self._arrival is not None:
             self._arrival.record()
         self._step = step
+        return before
 
-    def read(self) -> Iterator[tuple[int, StepNorms]]:
-        """The step that was observed last, unless it has been handed out."""
+    def read(self) -> tuple[int, StepNorms] | None:
+        """The step that was observed last, and what was seen; None once it has been handed out."""
         if self._step is None:
-            return
+            return None
         if self._arrival is not None:
             self._arrival.synchronize()
         step, self._step = self._step, None
-        yield step, self._unpacked(self._landed.tolist())
+        return step, self._unpacked(self._landed.tolist())
 
     def _packed(
         self,

@@ -66,8 +66,7 @@ class ProfileRun(PreparedRun):
             self._step(step, on_tracked)
             clock.tick()
         own_ms, own_gib = clock.stop()
-        for step, seen in self._norms.read():
-            on_tracked(step, seen)
+        _hand_out(self._norms.read(), on_tracked)
         *times_ms, memory_gib = largest_of_ranks([*own_ms, own_gib], self.device)
         own = Timings(
             step_time_ms=tuple(own_ms),
@@ -95,15 +94,19 @@ class ProfileRun(PreparedRun):
         if self.mode.replicated and dist.get_rank() > 0:
             weights = [replace(part, is_counted=False) for part in weights]
         gradients = [replace(part, local=clipped.gradients[part.name]) for part in weights]
-        for seen_step, seen in self._norms.observe(step, gradients, weights, records):
-            if seen_step >= 0:
-                on_tracked(seen_step, seen)
+        _hand_out(self._norms.observe(step, gradients, weights, records), on_tracked)
 
     def _num_tokens(self) -> tuple[int, ...]:
         own = [len(share.indices) * self.job.data.seq_length for share in self._slices]
         total = torch.tensor(own, device=self.device)
         dist.all_reduce(total)
         return tuple(total.tolist())
+
+
+def _hand_out(seen: tuple[int, StepNorms] | None, on_tracked: OnTracked) -> None:
+    # Steps below 0 are warm-up.
+    if seen is not None and seen[0] >= 0:
+        on_tracked(*seen)
 
 
 def _add_up(packed: torch.Tensor) -> None:
