@@ -32,7 +32,7 @@ from dpsgd_track.config import (
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.history import metric_history
 from dpsgd_track.tracking.reader import Group, open_client, read_group
-from dpsgd_track.training import profile
+from dpsgd_track.training import profile, worker
 from dpsgd_track.training.profile import ProfileRun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +110,28 @@ def test_a_timed_step_is_a_training_step_and_warm_up_is_not_timed(
 def test_a_private_mode_adds_its_own_noise_and_the_baseline_none(alone: None) -> None:
     assert _run("flash_bk").mode.context.privacy.noise_multiplier == 0.5
     assert _run("no_dp_single").mode.context.privacy.noise_multiplier == 0.0
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (RuntimeError("CUDA error: out of memory"), "out_of_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."), "out_of_memory"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "error"),
+        (ValueError("out of memory"), "config"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, kind: str) -> None:
+    assert worker._kind_of(error) == kind
+
+
+def test_a_lack_of_memory_on_a_cpu_is_known_by_what_torch_says_of_it() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert worker._kind_of(raised.value) == "out_of_memory"
 
 
 class Launched:

@@ -260,6 +260,15 @@ def _device_facts(device: str) -> dict[str, str]:
     return facts
 
 
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What a lack of memory is called by CUDA and NCCL, by torch on CPUs, and by cuBLAS."""
+
+
 def _kind_of(error: BaseException) -> str:
     if isinstance(error, TrackingError):
         return "tracking"
@@ -267,7 +276,7 @@ def _kind_of(error: BaseException) -> str:
         return "not_finite"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out_of_memory"
-    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
         return "out_of_memory"
     return "config" if isinstance(error, ValueError) else "error"
 
