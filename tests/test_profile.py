@@ -216,6 +216,20 @@ def test_times_memory_and_ratios_are_those_of_the_steps(found: Profile) -> None:
     assert flash.time_ratio is not None
 
 
+def test_a_step_takes_as_long_as_on_the_slowest_rank(launched: Launched, group: Group) -> None:
+    run = next(run for run in group.points if run.mode == "flash_fsdp")
+    client = launched.client
+    experiment = client.get_experiment_by_name("dpsgd-track").experiment_id
+    query = f"tags.`{names.PARENT_RUN}` = '{run.run_id}'"
+    ranks = [found.info.run_id for found in client.search_runs([experiment], query)]
+    own = [metric_history(client, rank, ["step_time_ms", "peak_memory_gib"]) for rank in ranks]
+    assert len(own) == 2
+    assert run.timings is not None
+    for step, time_ms in enumerate(run.timings.step_time_ms):
+        assert time_ms == max(each["step_time_ms"][step] or 0 for each in own)
+    assert run.timings.peak_memory_gib == max(each["peak_memory_gib"][0] or 0 for each in own)
+
+
 def test_each_process_group_is_fresh(launched: Launched) -> None:
     folders = {path.name for path in (launched.folder / "results/g/logs").iterdir()}
     lost = LOST.replace(":", "-")
