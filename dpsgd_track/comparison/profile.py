@@ -168,13 +168,9 @@ def profile_of(group: Group) -> Profile | None:
     if not group.points:
         return None
     costs: list[Cost] = []
-    for shape in dict.fromkeys(
-        (run.point.seq_length, run.point.batch_size) for run in group.points
-    ):
-        runs = sorted(
-            (r for r in group.points if (r.point.seq_length, r.point.batch_size) == shape),
-            key=lambda run: run.point.order,
-        )
+    in_order = sorted(group.points, key=lambda run: run.point.order)
+    for shape in dict.fromkeys(map(_shape, in_order)):
+        runs = [run for run in in_order if _shape(run) == shape]
         for label in dict.fromkeys(run.label for run in runs):
             own = [run for run in runs if run.label == label]
             if label in {baseline_of(run.mode) for run in runs}:

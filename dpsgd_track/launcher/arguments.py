@@ -112,9 +112,10 @@ def _add_what(parser: argparse.ArgumentParser, *, is_profile: bool) -> None:
         "--mode",
         action="append",
         metavar="NAME",
-        help="mode to run, repeatable or comma separated; replaces the suite's modes "
-        "(default: the suite's; `single` needs exactly one"
-        + ("; no_dp takes part in any case)" if is_profile else ")"),
+        help="mode to time beside no_dp, repeatable or comma separated (default: those of full)"
+        if is_profile
+        else "mode to run, repeatable or comma separated; replaces the suite's modes "
+        "(default: the suite's; `single` needs exactly one)",
     )
     group.add_argument(
         "--variant",
@@ -151,7 +152,9 @@ def _add_what(parser: argparse.ArgumentParser, *, is_profile: bool) -> None:
         "--micro-batches",
         type=int,
         metavar="K",
-        help="micro-batches a rank accumulates in a step of the clip, noise and train "
+        help="micro-batches a rank accumulates in a timed step (default: 1)"
+        if is_profile
+        else "micro-batches a rank accumulates in a step of the clip, noise and train "
         "regimes (default: 2 in clip, 3 in noise, 1 in train)",
     )
     group.add_argument(
@@ -236,8 +239,8 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         "--noise-from",
         choices=NOISE_FROM,
         default="seed",
-        help="where noise that is a mode's own, in noise and train, comes from: seed, the same at "
-        "every run, or os, the operating system's entropy (default: seed)",
+        help="where noise that is a mode's own, in noise, train and profile, comes from: seed, the "
+        "same at every run, or os, the operating system's entropy (default: seed)",
     )
 
 

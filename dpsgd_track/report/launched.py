@@ -10,14 +10,23 @@ from dpsgd_track.config import Settings
 
 def summarise(settings: Settings, group: str, output: Path | None) -> None:
     """Print the table of the profile `group`, and write its figures to `output` as CSV."""
+    from mlflow.exceptions import MlflowException
     from rich.console import Console
+    from sqlalchemy.exc import SQLAlchemyError
 
     from dpsgd_track.comparison.profile import profile_of
     from dpsgd_track.report.profile_table import profile_csv
     from dpsgd_track.report.text import console_width, print_profile
-    from dpsgd_track.tracking.reader import open_client, read_group
+    from dpsgd_track.tracking.client import one_line
+    from dpsgd_track.tracking.reader import GroupNotFound, open_client, read_group
 
-    found = read_group(open_client(settings.tracking_uri), settings, group)
+    try:
+        found = read_group(open_client(settings.tracking_uri), settings, group)
+    except (GroupNotFound, MlflowException, SQLAlchemyError) as error:
+        # The runs are over; compare.py can still read them when the store answers again.
+        said = one_line(error, settings.tracking_uri)
+        print(f"launch.py: group {group} could not be read back. {said}", file=sys.stderr)
+        return
     profile = profile_of(found)
     assert profile is not None, "a profile has points"
     print_profile(profile, group, Console(highlight=False, width=console_width()))
