@@ -107,6 +107,37 @@ def test_a_timed_step_is_a_training_step_and_warm_up_is_not_timed(
     assert timings.peak_memory_gib > 0.05
 
 
+def test_on_a_gpu_the_host_waits_before_the_first_step_and_after_the_last_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("event")
+            self.at = 10.0 * calls.count("event") ** 2
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at - self.at
+
+    cuda = SimpleNamespace(
+        Event=Event,
+        synchronize=lambda _: calls.append("wait"),
+        reset_peak_memory_stats=lambda _: calls.append("forget memory"),
+        max_memory_allocated=lambda _: 3 * 2**30,
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    clock = profile._Clock(torch.device("cuda"))
+    clock.start()
+    for _ in range(3):
+        clock.tick()
+    assert clock.stop() == ([30.0, 50.0, 70.0], 3.0)
+    assert calls == ["wait", "forget memory", *["event"] * 4, "wait"]
+
+
 def test_a_private_mode_adds_its_own_noise_and_the_baseline_none(alone: None) -> None:
     assert _run("flash_bk").mode.context.privacy.noise_multiplier == 0.5
     assert _run("no_dp_single").mode.context.privacy.noise_multiplier == 0.0
