@@ -51,10 +51,10 @@ def cells(cost: Cost) -> tuple[str, ...]:
         str(cost.batch_size),
         ABSENT
         if time is None
-        else f"{_three(time.median)} [{_three(time.p20)}–{_three(time.p80)}]",
+        else f"{three_digits(time.median)} [{three_digits(time.p20)}–{three_digits(time.p80)}]",
         "1" if cost.is_baseline and time else ABSENT if ratio is None else times(ratio),
         ABSENT if speed is None else f"{speed.median:,.0f}",
-        ABSENT if cost.peak_memory_gib is None else _three(cost.peak_memory_gib),
+        ABSENT if cost.peak_memory_gib is None else three_digits(cost.peak_memory_gib),
         "1"
         if cost.is_baseline and time
         else ABSENT
@@ -71,10 +71,10 @@ def times(ratio: Spread) -> str:
 
 
 def _with_spread(value: Spread) -> str:
-    return f"{_three(value.median)} [{_three(value.p20)}–{_three(value.p80)}]"
+    return f"{three_digits(value.median)} [{three_digits(value.p20)}–{three_digits(value.p80)}]"
 
 
-def _three(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three digits at least."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 

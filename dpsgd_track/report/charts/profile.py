@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 
 from dpsgd_track.comparison.profile import Cost, Profile, Spread, Status
 from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
-from dpsgd_track.report.profile_table import times
+from dpsgd_track.report.profile_table import three_digits, times
 
 SECTION = "profile"
 _SEVERAL_TIMES = 4
@@ -45,7 +45,7 @@ class _Quantity:
 
     def said(self, found: Spread) -> str:
         """A value as it is shown."""
-        return f"{found.median:.4g} {self.unit}"
+        return f"{three_digits(found.median)} {self.unit}"
 
 
 _QUANTITIES = (
@@ -290,11 +290,12 @@ def _ratios(profile: Profile, style: Style) -> list[Chart]:
         max((cost.time_ratio.p80 for cost in held if cost.time_ratio), default=1.0),
         max((cost.memory_ratio for cost in held if cost.memory_ratio), default=1.0),
     )
+    is_all_there = all(cost.time_ratio for cost in held)
     for col, most in enumerate(largest, 1):
-        # Room for the figure beside the longest bar.
-        figure.update_xaxes(range=[0, 1.18 * max(most, 1.0)], col=col)
+        # Room for the figure beside the longest bar, and for words beside the baseline's line.
+        figure.update_xaxes(range=[0, max(1.18 * most, 1.18 if is_all_there else 1.5)], col=col)
         figure.update_xaxes(title_text="× baseline", row=len(shapes), col=col)
-    figure.add_vline(x=1, line={"color": GREY, "width": 2, "dash": "dash"}, layer="below")
+    figure.add_vline(x=1, line={"color": GREY, "width": 2, "dash": "dash"})
     layout(figure, total + 36 + 60, showlegend=False, barmode="overlay")
     figure.update_layout(margin={"t": 36, "b": 60})
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
@@ -333,10 +334,10 @@ def _ratio_bars(figure: go.Figure, cost: Cost, style: Style, row: int) -> None:
             col=col,
             **style.of_mode(cost.label),
         )
-        # Beside the spread, which would strike through a label of the bar.
+        # Beside the spread and the baseline's line, which would strike through it.
         figure.add_scatter(
             y=[plain(cost.label)],
-            x=[ratio.p80 if ratio else 0],
+            x=[max(ratio.p80, 1.0) if ratio else 1.0],
             mode="text",
             text=[f"  {ratio.median:.2f}×" if ratio else f"  {why}"],
             textposition="middle right",
