@@ -91,7 +91,7 @@ def large(
         base_ms = (60 + 0.05 * shape[0] * shape[1] / 2) * time
         gib = (4 + 0.0035 * shape[0] * shape[1] / 2) * memory
         plan = {
-            f"{names.PLAN}model.layers.{i}.{name}": how
+            f"{names.PLAN}model.layers.{i}.{name}": f"{how} (B={shape[1]}, T={shape[0]})"
             for i in range(3)
             for name, how in (("self_attn.q_proj", "gram"), ("mlp.down_proj", "gradient"))
             if mode != BASELINE

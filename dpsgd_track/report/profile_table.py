@@ -149,6 +149,8 @@ def plans(profile: Profile) -> list[tuple[str, str, str, str]]:
     for cost in profile.costs:
         counts: dict[tuple[str, str], int] = {}
         for layer, how in cost.plan.items():
+            # The shape has a column of its own.
+            how = how.removesuffix(f" (B={cost.batch_size}, T={cost.seq_length})")
             like = re.sub(r"\d+", "*", layer), how
             counts[like] = counts.get(like, 0) + 1
         for (layers, how), count in counts.items():
