@@ -10,20 +10,24 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import DataConfig, ModelConfig, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USAGE
-from dpsgd_track.launcher.arguments import build_parser, reproducing_command
+from dpsgd_track.launcher.arguments import PROFILE, build_parser, reproducing_command
 from dpsgd_track.modes.table import MODES, plugged_in_modes
 
 if TYPE_CHECKING:
+    from dpsgd_track.config import Settings
     from dpsgd_track.launcher.process_group import Launch
 
 RunSuite = Callable[[argparse.Namespace], tuple[int, str]]
 """Runs the suite of parsed arguments; returns the exit code and the group's name."""
 Detect = Callable[[argparse.Namespace, str, RunSuite], int]
 """Takes the arguments, the command line that is to be recorded, and how a suite is run."""
+Summarise = Callable[["Settings", str, Path | None], object]
+"""Takes the settings, a group's name, and the file that its figures are to be written to."""
 
 
 def check_inputs(model: ModelConfig, data: DataConfig) -> None:
@@ -39,6 +43,7 @@ def main(
     check_inputs: Callable[[ModelConfig, DataConfig], object] = check_inputs,
     launch: Launch | None = None,
     detect: Detect | None = None,
+    summarise: Summarise | None = None,
 ) -> int:
     """Parse, check, run.
 
@@ -47,6 +52,7 @@ def main(
         check_inputs: says whether model and data fit.
         launch: how workers are started.
         detect: what `faults` does. It compares as well as launches, so that it stands above this.
+        summarise: what `profile` does with its figures once they are taken; likewise.
     Returns:
         The exit code.
     """
@@ -62,7 +68,7 @@ def main(
         command = reproducing_command(argv)
 
         def run(args: argparse.Namespace) -> tuple[int, str]:
-            return _run_suite(args, command, check_inputs, launch)
+            return _run_suite(args, command, check_inputs, launch, summarise)
 
         if args.command == "faults":
             assert detect is not None, "an entry point that offers faults says how"
@@ -77,6 +83,7 @@ def _run_suite(
     command: str,
     check_inputs: Callable[[ModelConfig, DataConfig], object],
     launch: Launch | None,
+    summarise: Summarise | None,
 ) -> tuple[int, str]:
     """Run a suite as a group; returns the exit code, and the group's name where there is one."""
     from dpsgd_track.launcher.group import GroupRun, open_group
@@ -100,6 +107,9 @@ def _run_suite(
         code = complain(error, EXIT_FAILED)
     finally:
         display.close()
+    if args.command == PROFILE and code in (EXIT_FINISHED, EXIT_FAILED):
+        assert summarise is not None, "an entry point that offers profiles says how"
+        summarise(suite.settings, group, suite.output)
     store = _store_options(args)
     print(f"compare: {shlex.join(['python', 'compare.py', group, *store])}")
     print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *store])}")

@@ -112,6 +112,13 @@ class Mode(ABC):
         """Forget the step's gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def plan(self) -> dict[str, str]:
+        """How the mode goes about each layer, once it has taken a step; by the layer's name.
+
+        It is recorded and shown, and nothing depends on it.
+        """
+        return {}
+
     def gradient_parts(self) -> list[LocalPart]:
         """This rank's part of every trainable parameter's gradient; absent ones become zeros."""
         parts = []

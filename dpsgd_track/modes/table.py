@@ -88,6 +88,8 @@ MODES: dict[str, ModeSpec] = {spec.name: spec for spec in _TABLE}
 """Every built-in mode by name."""
 
 BASELINE = "no_dp"
+SINGLE_BASELINE = "no_dp_single"
+"""What modes on one device are timed against."""
 REFERENCE = "reference"
 QUICK = ("no_dp", "flash_fsdp", "flash_fsdp_fuse")
 FULL = (
@@ -165,6 +167,11 @@ def runs_on_one_device(name: str) -> bool:
     """Whether mode `name` is one rank's work; a user's own mode runs on all ranks."""
     spec = spec_of(name)
     return spec is not None and spec.runs_on_one_device
+
+
+def baseline_of(name: str) -> str:
+    """The mode that `name` is timed against: ordinary training on as many devices."""
+    return SINGLE_BASELINE if runs_on_one_device(name) else BASELINE
 
 
 def plugged_in_modes() -> dict[str, str]:

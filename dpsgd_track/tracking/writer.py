@@ -81,6 +81,7 @@ class BatchWriter:
         self._flush_interval_s = flush_interval_s
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._settled = threading.Event()
         self._deadline = math.inf
         self._losses = _Losses()
         self._thread: threading.Thread | None = None
@@ -99,6 +100,13 @@ class BatchWriter:
     def upload(self, run_id: str, path: Path) -> None:
         """Enqueue a file to become an artifact; it must stay in place until `close`."""
         self._put(_File(run_id, path))
+
+    def settle(self, timeout_s: float = 10.0) -> None:
+        """Wait until nothing is left to ship, or for `timeout_s` seconds: nothing then runs beside
+        what the caller does next."""
+        if self._thread is not None:
+            self._settled.clear()
+            self._settled.wait(timeout_s)
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Ship what is left, for at most `timeout_s` seconds. Closing twice does nothing.
@@ -138,6 +146,8 @@ class BatchWriter:
         while not closing:
             closing = self._closing.wait(self._flush_interval_s)
             self._ship(client, self._drain())
+            if self._queue.empty():
+                self._settled.set()
 
     def _drain(self) -> list[_Item]:
         items: list[_Item] = []
