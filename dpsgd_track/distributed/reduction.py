@@ -191,7 +191,8 @@ class _Grouped:
         world_size = self.mesh.shape[-1]
         # The collectives read them until they are done.
         self.whole = [_padded_rows(g, world_size).view(-1) for g in gradients.values()]
-        self.shards = [whole.new_empty(whole.numel() // world_size) for whole in self.whole]
+        sizes = [whole.numel() // world_size for whole in self.whole]
+        self.shards = self.whole[0].new_empty(sum(sizes)).split(sizes)
         group = self.mesh.get_group(self.mesh.ndim - 1)
         with dist._coalescing_manager(group, async_ops=True) as self.work:
             for shard, whole in zip(self.shards, self.whole, strict=True):
@@ -213,7 +214,7 @@ def _padded_rows(gradient: Tensor, world_size: int) -> Tensor:
     """[rows, ...] as [W, chunk * row], float32, zero rows added at the end."""
     rows = gradient.shape[0]
     chunk = -(-rows // world_size)
-    flat = gradient.reshape(rows, -1).float()
+    flat = gradient.float().reshape(rows, -1)
     if chunk * world_size != rows:
         flat = torch.nn.functional.pad(flat, (0, 0, 0, chunk * world_size - rows))
     return flat.reshape(world_size, -1)

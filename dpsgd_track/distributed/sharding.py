@@ -165,9 +165,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def as_local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharded or not; no gradient flows through it."""
     if not isinstance(tensor, DTensor):
-        return tensor
+        return tensor.detach()
     with torch.no_grad():
-        # The held tensor itself, without a node of the graph.
+        # The held tensor itself: to detach the whole first would take longer.
         return tensor.to_local()
 
 

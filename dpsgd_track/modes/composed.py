@@ -78,7 +78,7 @@ class ComposedMode(Mode):
         for layout, parameter in self._layouts:
             _refuse_unclipped(layout.name, parameter)
             if layout.name not in sums:
-                sums[layout.name] = torch.zeros_like(as_local(parameter.detach()))
+                sums[layout.name] = torch.zeros_like(as_local(parameter))
         return ClippedSum(dict(sums), self.max_grad_norm)
 
     def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ def _capture(spec: ModeSpec, model: nn.Module, plan: str) -> tuple[Capture, froz
             late.update(layer.names.values())
         elif rule.is_fused and can_fuse(layer):
             fuse(capture, layer)
-        elif rule.is_fused and takes_weight_per_sample(layer):
+        elif takes_weight_per_sample(layer):
             run_rms_norm_per_sample(capture, layer)
             late.update(layer.names.values())
         else:

@@ -130,7 +130,7 @@ class Mode(ABC):
 
     def weight_parts(self) -> list[LocalPart]:
         """This rank's part of every trainable parameter."""
-        return [layout.part(parameter.detach()) for layout, parameter in self._layouts]
+        return [layout.part(parameter) for layout, parameter in self._layouts]
 
     @cached_property
     def _layouts(self) -> list[tuple[Layout, nn.Parameter]]:

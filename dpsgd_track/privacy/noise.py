@@ -5,9 +5,10 @@ does not depend on how many ranks there are, shards never repeat each other's no
 else that is random can shift it. A digest of what the noise is for makes what one key draws for
 different steps and parameters independent, on any rank.
 
-On a GPU the digest is the key of a generator that counts elements (`kernels.gaussian_noise`). On a
-CPU, where that would be slow, noise is drawn in blocks of consecutive elements of the whole
-parameter, each from a generator of its own. The bits are equal on devices of one kind.
+On a GPU the generator counts elements (`kernels.gaussian_noise`): a step has a key, a parameter a
+nonce beside the count. On a CPU, where that would be slow, noise is drawn in blocks of consecutive
+elements of the whole parameter, each from a generator of its own. The bits are equal on devices of
+one kind.
 
 With `fresh_key` nobody can know the key. But no generator here is cryptographically secure: who
 sees much of the raw noise of one block may in principle predict the rest of that block.
@@ -20,6 +21,7 @@ import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -87,13 +89,9 @@ class NoiseSource:
             return
         from dpsgd_track.kernels.gaussian_noise.triton import add_gaussian
 
-        words = [np.frombuffer(self._digest(part.name)[:16], dtype="<u4") for _, part in totals]
-        keys = [(int(a), int(b), int(c), int(d)) for a, b, c, d in words]
+        key = _words(f"{self.key}/{self.step}")
+        keys = [(*key, *_words(f"{self.key}/{part.name}")) for _, part in totals]
         add_gaussian([t for t, _ in totals], [part.start for _, part in totals], keys, std=std)
-
-    def _digest(self, what: str) -> bytes:
-        name = f"{self.key}/{self.step}/{what}".encode()
-        return hashlib.blake2b(name, digest_size=_KEY_BYTES).digest()
 
     def _block(self, part: LocalPart, block: int) -> Tensor:
         # The whole block is drawn even where less is needed: how a generator fills a tensor
@@ -101,8 +99,17 @@ class NoiseSource:
         size = min(BLOCK_ELEMENTS, part.num_elements - block * BLOCK_ELEMENTS)
         # torch's own generator heeds 32 bits of a seed: among 100,000 blocks two would be alike,
         # and a seed could be found by trying all.
-        bits = np.random.SFC64(int.from_bytes(self._digest(f"{part.name}/{block}"), "little"))
+        name = f"{self.key}/{self.step}/{part.name}/{block}".encode()
+        digest = hashlib.blake2b(name, digest_size=_KEY_BYTES).digest()
+        bits = np.random.SFC64(int.from_bytes(digest, "little"))
         return torch.from_numpy(np.random.Generator(bits).standard_normal(size, np.float32))
+
+
+@lru_cache(maxsize=1 << 16)
+def _words(what: str) -> tuple[int, int]:
+    """Two words of 32 bits that belong to `what`."""
+    digest = hashlib.blake2b(what.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def _overlaps(start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ as training that logs each step would. The others are not, so that the cost of t
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 from collections.abc import Callable
@@ -60,6 +61,9 @@ class ProfileRun(PreparedRun):
         self.mode.set_max_grad_norm(self.regime.max_grad_norms[0])
         for step in range(-self.regime.warmup_iter, 0):
             self._step(step, on_tracked)
+        # What a collector would walk through from time to time was there before the steps.
+        gc.collect()
+        gc.freeze()
         dist.barrier()
         clock.start()
         for step in range(self.regime.num_iter):

@@ -133,7 +133,7 @@ def norms_sq(grads: Sequence[Tensor]) -> Tensor:
 
 def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
     """As the package's; float32."""
-    sums = [grad.new_empty(grad.shape[1:], dtype=torch.float32) for grad in grads]
+    sums = _empty([grad.shape[1:] for grad in grads], factor_B)
     turned, flat = [], []
     for grad, total in zip(grads, sums, strict=True):
         if _is_turned(grad):
@@ -143,6 +143,14 @@ def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
     _sum_turned(turned, factor_B)
     _sum_flat(flat, factor_B)
     return sums
+
+
+def _empty(shapes: Sequence[torch.Size], like: Tensor) -> list[Tensor]:
+    """Tensors of these shapes in one piece of memory, each at an address that 16 divides."""
+    sizes = [shape.numel() + -shape.numel() % 4 for shape in shapes]
+    pieces = like.new_empty(sum(sizes)).split(sizes)
+    pairs = zip(pieces, shapes, strict=True)
+    return [piece[: shape.numel()].view(shape) for piece, shape in pairs]
 
 
 def _aligned(grad: Tensor) -> Tensor:

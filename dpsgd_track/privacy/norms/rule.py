@@ -18,7 +18,7 @@ class NormRule:
     outer_norm: OuterNorm
     """(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T."""
     is_fused: bool = False
-    """Layers that can be report from inside the graph; else all do from hooks."""
+    """Linear layers report from inside the graph; else from hooks."""
     is_planned: bool = False
     """The planner chooses layer by layer; else norms are all found in the rule's one way, and a
     one-pass strategy keeps x and dy."""
