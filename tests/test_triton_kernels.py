@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,9 +11,6 @@ import torch
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    # Read when a kernel's module is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton")
 
 from dpsgd_track.kernels.clipped_product import reference as product_reference  # noqa: E402
