@@ -36,7 +36,9 @@ class Workspace:
         self.search_path: list[str] = []
         """Folders with modes of the user's own."""
 
-    def run(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, script: str, *arguments: str, timeout_s: float = 280
+    ) -> subprocess.CompletedProcess[str]:
         search_path = os.pathsep.join([*self.search_path, str(ROOT / "tests"), str(ROOT)])
         return subprocess.run(
             [sys.executable, str(ROOT / script), *arguments],
