@@ -1,8 +1,10 @@
 import math
+import random
 import socket
 import sqlite3
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,12 @@ def run_id(client) -> str:
 
 
 def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody is given meanwhile: below those that the system hands out by itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def test_ten_thousand_values_arrive_exactly_and_logging_never_blocks(store, run_id):
