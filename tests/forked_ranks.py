@@ -96,7 +96,9 @@ def forked_ranks(folder: Path) -> Iterator[ForkedRanks]:
 def _environment(*, on_gpus: bool) -> dict[str, str]:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "OMP_NUM_THREADS": "1",
         # Counting GPUs through CUDA would spoil it for the processes forked afterwards.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",

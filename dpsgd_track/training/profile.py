@@ -11,12 +11,13 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
 from dpsgd_track.config import JobConfig, RegimeConfig
-from dpsgd_track.distributed.sharding import trainable_parameters
+from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
 from dpsgd_track.faults import build
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.noise import NoiseSource
@@ -94,11 +95,19 @@ class ProfileRun(PreparedRun):
     def _track(
         self, step: int, clipped: ClippedSum, records: list[SampleRecord], on_tracked: OnTracked
     ) -> None:
+        gradients = [
+            LocalPart(p.name, clipped.gradients[p.name], p.start, p.num_elements, p.is_counted)
+            for p in self._weights
+        ]
+        _hand_out(self._norms.observe(step, gradients, self._weights, records), on_tracked)
+
+    @cached_property
+    def _weights(self) -> list[LocalPart]:
+        # An optimizer changes weights in place: where they are stays the same.
         weights = self.mode.weight_parts()
         if self.mode.replicated and dist.get_rank() > 0:
             weights = [replace(part, is_counted=False) for part in weights]
-        gradients = [replace(part, local=clipped.gradients[part.name]) for part in weights]
-        _hand_out(self._norms.observe(step, gradients, weights, records), on_tracked)
+        return weights
 
     def _num_tokens(self) -> tuple[int, ...]:
         own = [len(share.indices) * self.job.data.seq_length for share in self._slices]
