@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from dpsgd_track.tracking.writer import BatchWriter
 from mlflow import MlflowClient
 
 from dpsgd_track.tracking.client import TrackingError, connect, with_credentials
-from dpsgd_track.tracking.writer import BatchWriter
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ SUITES = {
     "single": "one mode on its own",
 }
 FAULTS = "plant known faults in modes, and see which of them the comparison finds"
+SYNC = "ship what is in the spool to the tracking store, and check that all of it arrived"
 _SECRET = "--token"
 
 
@@ -38,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `launch.py quick | full | single | faults | modes | ui`."""
+    """The parser of `launch.py quick | full | single | faults | sync | modes | ui`."""
     parser = _Parser(
         prog="launch.py",
         description="Run DP-SGD modes one after the other and track them in MLflow.",
@@ -52,6 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
         _add_machine(suite)
         _add_tracking(suite)
     _add_faults(commands.add_parser("faults", help=FAULTS, description=FAULTS, allow_abbrev=False))
+    sync = commands.add_parser("sync", help=SYNC, description=SYNC, allow_abbrev=False)
+    sync.add_argument(
+        "group",
+        nargs="?",
+        metavar="GROUP",
+        help="group to ship (default: every group in the spool)",
+    )
+    _add_store(sync)
+    _add_spool(sync)
     commands.add_parser("modes", help="list the modes", allow_abbrev=False)
     ui = commands.add_parser("ui", help="open the MLflow UI on the store", allow_abbrev=False)
     _add_store(ui)
@@ -310,7 +320,24 @@ def _add_tracking(parser: argparse.ArgumentParser) -> None:
         help="JSON file for the results of `single`; in `faults`, Markdown file for the matrix "
         "(default: none)",
     )
+    group.add_argument(
+        "--offline",
+        action="store_true",
+        help="keep everything in the spool and look for no store; `launch.py sync` ships it later "
+        "(default: ship as it comes)",
+    )
+    _add_spool(group)
     _add_store(group)
+
+
+def _add_spool(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--spool",
+        type=Path,
+        metavar="DIR",
+        help="folder that records are kept in until the store has them "
+        "(default: spool_dir of the configuration)",
+    )
 
 
 def _add_store(parser: argparse._ActionsContainer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -21,73 +20,29 @@ from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.output import write_output
 from dpsgd_track.launcher.process_group import Launch, Outcome, run_mode
 from dpsgd_track.launcher.progress import Display
+from dpsgd_track.launcher.recording import Recording
 from dpsgd_track.launcher.suites import Suite
 from dpsgd_track.launcher.troubleshooting import Failure
 from dpsgd_track.launcher.worker_host import WorkerHost
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.tracking.environment import environment
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
-from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED, RunTree, flatten
+from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED, flatten
 from dpsgd_track.tracking.trajectory import Trajectory
 
 CLIP_BOUNDS_FILE = "clip_bounds.json"
-
-
-def open_group(suite: Suite) -> tuple[RunTree, str, Path]:
-    """Open the store and claim a name for the group.
-
-    Returns:
-        The run tree, the group's name, and its new folder.
-
-    Raises:
-        ValueError: the store cannot be used, or the name or folder is taken.
-    """
-    results = Path(suite.settings.results_dir)
-    if suite.group is not None:
-        _require_new(not (results / suite.group).exists(), suite.group)
-    tree = RunTree(suite.settings)
-    if suite.group is not None:
-        _require_new(not tree.has_group(suite.group) and _claim(results, suite.group), suite.group)
-        return tree, suite.group, results / suite.group
-    name = base = f"{suite.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while tree.has_group(name) or not _claim(results, name):
-        number += 1
-        name = f"{base}-{number}"
-    return tree, name, results / name
-
-
-def _require_new(is_new: bool, group: str) -> None:
-    require(is_new, "group", group, "a name not used before", "Choose another, or leave it out.")
-
-
-def _claim(results: Path, group: str) -> bool:
-    """Create the group's folder; False where another launcher was first."""
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        (results / group).mkdir()
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise ValueError(
-            f"results_dir={str(results)!r}: expected a folder that can be written to. {error}"
-        ) from error
-    return True
 
 
 class GroupRun:
     """One group in the making."""
 
     def __init__(
-        self, suite: Suite, tree: RunTree, folder: Path, launch: Launch, display: Display
+        self, suite: Suite, recording: Recording, launch: Launch, display: Display
     ) -> None:
-        """
-        Args:
-            folder: the group's own, as `open_group` created it.
-        """
         self._suite = suite
-        self._tree = tree
-        self._folder = folder
+        self._recording = recording
+        self._tree = recording.tree
+        self._folder = recording.folder
         self._launch = launch
         self._host = WorkerHost(launch.worker_module)
         self._display = display
@@ -104,16 +59,20 @@ class GroupRun:
             command: the command line to record.
         Returns:
             The exit code.
+
+        Raises:
+            StoreError: the store takes nothing; no mode was started.
         """
         with Interruption() as interruption, self._host:
+            self._tree.start_group(self._suite.expected_runs, self._group_params(command))
+            self._recording.start(self._display.say)
             try:
-                self._tree.start_group(
-                    self._folder.name, self._suite.expected_runs, self._group_params(command)
-                )
                 return self._run_modes(interruption)
             except Exception as error:
                 self._tree.finish_open(FAILED, f"the launcher failed: {error}")
                 raise
+            finally:
+                self._recording.close(lambda: interruption.requested)
 
     def _run_modes(self, interruption: Interruption) -> int:
         failed: list[str] = []
@@ -131,9 +90,9 @@ class GroupRun:
         if failed or unused:
             causes = [f"failed: {', '.join(failed)}"] * bool(failed) + unused
             reason = "; ".join([summary, *causes])
-            self._tree.finish(self._tree.group_run_id, FAILED, reason)
+            self._tree.finish(self._tree.group_run, FAILED, reason)
         else:
-            self._tree.finish(self._tree.group_run_id, FINISHED)
+            self._tree.finish(self._tree.group_run, FINISHED)
         self._display.say(f"group {self._folder.name}: {summary}")
         return EXIT_FAILED if failed or unused else EXIT_FINISHED
 
@@ -164,7 +123,7 @@ class GroupRun:
             job = replace(
                 job,
                 regimes=ready,
-                tracking_uri=self._tree.tracking_uri,
+                spool=str(self._recording.spool.absolute()),
                 run_ids=tuple(mode_run for mode_run, _ in runs[: len(ready)]),
                 rank_run_ids=tuple(ranks for _, ranks in runs[: len(ready)]),
                 work_dir=str(work_dir.absolute()),
@@ -198,7 +157,7 @@ class GroupRun:
 
     def _start_runs(self, job: JobConfig, regime: RegimeConfig) -> tuple[str, tuple[str, ...]]:
         config = asdict(job.run_in(regime))
-        for key in ("regimes", "run_ids", "rank_run_ids", "tracking_uri", "work_dir", "variant"):
+        for key in ("regimes", "run_ids", "rank_run_ids", "spool", "work_dir", "variant"):
             del config[key]
         variant = job.variant
         if variant:

@@ -18,12 +18,12 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dpsgd_track
-from dpsgd_track.config import JobConfig, redact_uri
+from dpsgd_track.config import JobConfig
 from dpsgd_track.launcher import troubleshooting
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.machine import num_cores
@@ -31,7 +31,6 @@ from dpsgd_track.launcher.preloaded import Request
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.troubleshooting import Failure
 from dpsgd_track.launcher.worker_host import WorkerHost
-from dpsgd_track.tracking.client import TRACKING_URI_VARIABLE
 from dpsgd_track.tracking.names import TRAJECTORY_FILE, VARIANT_VARIABLE
 from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED
 
@@ -85,9 +84,7 @@ def run_mode(
     """
     work_dir = Path(job.work_dir)
     job_file = work_dir / "job.json"
-    # A password in the URI reaches the workers by the environment alone.
-    written = replace(job, tracking_uri=redact_uri(job.tracking_uri))
-    job_file.write_text(written.to_json(), encoding="utf-8")
+    job_file.write_text(job.to_json(), encoding="utf-8")
     request = Request(
         job_file=str(job_file),
         log=str(work_dir / "output.log"),
@@ -145,8 +142,6 @@ def _environment(job: JobConfig) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if job.tracking_uri:
-        environment[TRACKING_URI_VARIABLE] = job.tracking_uri
     if job.variant:
         # `python -m` would put the working directory first, and a checkout of its own with it.
         ours = [job.variant.root, os.getcwd(), environment["PYTHONPATH"]]

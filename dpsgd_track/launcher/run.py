@@ -58,6 +58,8 @@ def main(
                 return _list_modes()
             case "ui":
                 return _open_ui(args)
+            case "sync":
+                return _sync(args)
 
         command = reproducing_command(argv)
 
@@ -79,30 +81,38 @@ def _run_suite(
     launch: Launch | None,
 ) -> tuple[int, str]:
     """Run a suite as a group; returns the exit code, and the group's name where there is one."""
-    from dpsgd_track.launcher.group import GroupRun, open_group
+    from dpsgd_track.launcher.group import GroupRun
     from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.progress import open_display
+    from dpsgd_track.launcher.recording import open_group
     from dpsgd_track.launcher.suites import build_suite
     from dpsgd_track.tracking.client import TrackingError
+    from dpsgd_track.tracking.store import StoreError
 
     if args.token:
         # Workers and the hub's client inherit it; it goes nowhere else.
         os.environ["HF_TOKEN"] = args.token
     try:
         suite = build_suite(args, check_inputs)
-        tree, group, folder = open_group(suite)
+        recording = open_group(suite)
     except ValueError as error:
         return complain(error, EXIT_USAGE), ""
     display = open_display()
     try:
-        code = GroupRun(suite, tree, folder, launch or Launch(), display).run(command)
+        code = GroupRun(suite, recording, launch or Launch(), display).run(command)
+    except StoreError as error:
+        return complain(error, EXIT_USAGE), ""
     except TrackingError as error:
         code = complain(error, EXIT_FAILED)
     finally:
         display.close()
-    store = _store_options(args)
-    print(f"compare: {shlex.join(['python', 'compare.py', group, *store])}")
-    print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *store])}")
+    group, places = recording.group, _place_options(args)
+    if recording.left_behind:
+        print(f"tracking: not all of {group} is in the store. {recording.left_behind}")
+        print(f"          It is kept in {recording.spool}, and compare.py reads it there.")
+        print(f"ship:    {shlex.join(['python', 'launch.py', 'sync', group, *places])}")
+    print(f"compare: {shlex.join(['python', 'compare.py', group, *places])}")
+    print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *_store_options(args)])}")
     return code, group
 
 
@@ -114,6 +124,12 @@ def _store_options(args: argparse.Namespace) -> list[str]:
     if args.tracking_uri is not None:
         options += ["--tracking-uri", redact_uri(args.tracking_uri)]
     return options
+
+
+def _place_options(args: argparse.Namespace) -> list[str]:
+    """The options by which another command finds the same store and spool."""
+    spool = [] if args.spool is None else ["--spool", str(args.spool)]
+    return _store_options(args) + spool
 
 
 def _list_modes() -> int:
@@ -137,6 +153,16 @@ def _open_ui(args: argparse.Namespace) -> int:
 
     try:
         return open_ui(read_settings(args), args.port)
+    except ValueError as error:
+        return complain(error, EXIT_USAGE)
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from dpsgd_track.launcher.suites import read_settings
+    from dpsgd_track.launcher.sync import sync
+
+    try:
+        return sync(read_settings(args), args.group)
     except ValueError as error:
         return complain(error, EXIT_USAGE)
 

@@ -1,0 +1,188 @@
+"""Where a group is recorded: its name, its folder, its spool, and the store it is shipped to."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.launcher.suites import Suite
+from dpsgd_track.tracking.run_tree import RunTree
+from dpsgd_track.tracking.shipper import Shipper, settle
+from dpsgd_track.tracking.shipping import AWAY_TIMEOUT_S, CLOSE_TIMEOUT_S, Shipping
+from dpsgd_track.tracking.spool import CONTROL, SpoolWriter
+from dpsgd_track.tracking.spooled import Busy, SpooledGroup, claim, spooled_groups
+from dpsgd_track.tracking.store import absolute_uri, has_group, open_store, unusable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_PROBE_BYTES = 65536
+
+
+class Recording:
+    """A group's records from its first run to what is left on this machine at the end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        group: str,
+        spooled: SpooledGroup,
+        store: tuple[MlflowClient, str] | None,
+    ) -> None:
+        """
+        Args:
+            spooled: the group's new folder in the spool.
+            store: client and id of the experiment; None to ship nothing.
+        """
+        self._settings = settings
+        self.group = group
+        self.folder = Path(settings.results_dir) / group
+        """The group's own, for what is no record."""
+        self.spool = spooled.folder
+        self._spooled = spooled
+        self._store = store
+        self._held: list[IO[bytes]] = [spooled.hold()]
+        self._writer = SpoolWriter(spooled.folder, f"launcher{CONTROL}")
+        self.tree = RunTree(self._writer, settings.experiment, group)
+        self._shipper: Shipper | None = None
+        self._shipping: Shipping | None = None
+        self.left_behind = ""
+        """Once closed: why something is on this machine alone; empty where the store has it."""
+
+    def start(self, tell: Callable[[str], object]) -> None:
+        """Ship what is there, and go on shipping in the background.
+
+        Raises:
+            StoreError: the store takes nothing; nothing is left of the group.
+        """
+        left = self._left_by_the_dead(tell)
+        if self._store is None:
+            return
+        uri = absolute_uri(self._settings.tracking_uri)
+        self._shipper = self._shipper_of(self._spooled)
+        try:
+            # The group's own run is what shows whether the store can be written to.
+            self._shipper.ship()
+        except Exception as error:
+            self._forget()
+            raise unusable(self._settings, error) from error
+        self._shipping = Shipping(self._shipper, uri, tell, left=left)
+        self._shipping.start()
+
+    def close(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
+        """Ship the rest, for a limited time, and check that it arrived.
+
+        Args:
+            is_hurried: whether somebody waits for the end.
+        """
+        if self._shipping is not None:
+            timeout_s = AWAY_TIMEOUT_S if is_hurried() else CLOSE_TIMEOUT_S
+            self._writer.close()
+            self.left_behind = self._shipping.close(timeout_s, is_hurried=is_hurried)
+            if not self.left_behind:
+                self.left_behind = self._check()
+        elif self._store is None:
+            self._writer.close()
+            self.left_behind = "It was launched with --offline."
+        self._release()
+
+    def _check(self) -> str:
+        assert self._shipper is not None
+        # Over HTTP each metric's values are a request, which `launch.py sync` takes the time for.
+        is_database = not self._settings.tracking_uri.startswith("http")
+        try:
+            problems = settle(self._shipper, count=is_database)
+        except Exception as error:
+            return str(unusable(self._settings, error))
+        return problems[0] if problems else ""
+
+    def _left_by_the_dead(self, tell: Callable[[str], object]) -> list[Shipper]:
+        """Close the runs of launchers that died; those that were shipped here are to be again."""
+        left = []
+        target = redact_uri(absolute_uri(self._settings.tracking_uri))
+        for group in spooled_groups(self._spooled.folder.parent):
+            with contextlib.suppress(Busy, OSError):
+                held = group.hold()
+                self._held.append(held)
+                if closed := group.close_left_open():
+                    tell(f"group {group.name}: closed {closed} runs, {_DIED}")
+                if self._store is not None and target in group.state():
+                    left.append(self._shipper_of(group))
+        return left
+
+    def _shipper_of(self, group: SpooledGroup) -> Shipper:
+        assert self._store is not None
+        client, experiment_id = self._store
+        uri = absolute_uri(self._settings.tracking_uri)
+        return Shipper(group, client, uri, experiment_id)
+
+    def _forget(self) -> None:
+        self._writer.close()
+        self._spooled.remove()
+        self._release()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _release(self) -> None:
+        while self._held:
+            self._held.pop().close()
+
+
+_DIED = "as its launcher died."
+
+
+def open_group(suite: Suite) -> Recording:
+    """Open the store and claim a name for the group.
+
+    Raises:
+        ValueError: the store or a folder cannot be used, or the name is taken.
+    """
+    settings = suite.settings
+    results, spool = Path(settings.results_dir), Path(settings.spool_dir)
+    if suite.group is not None:
+        is_new = not (results / suite.group).exists() and not (spool / suite.group).exists()
+        _require_new(is_new, suite.group)
+    store = None if suite.is_offline else open_store(settings)
+
+    def claimed(name: str) -> SpooledGroup | None:
+        if store is not None and has_group(*store, name):
+            return None
+        spooled = claim(spool, name)
+        if spooled is not None and not _claim(results, name):
+            spooled.folder.rmdir()
+            return None
+        return spooled
+
+    name = base = suite.group or f"{suite.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while (spooled := claimed(name)) is None:
+        _require_new(suite.group is None, name)
+        number += 1
+        name = f"{base}-{number}"
+    return Recording(settings, name, spooled, store)
+
+
+def _require_new(is_new: bool, group: str) -> None:
+    require(is_new, "group", group, "a name not used before", "Choose another, or leave it out.")
+
+
+def _claim(results: Path, group: str) -> bool:
+    """Create the group's folder; False where another launcher was first."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        try:
+            (results / group).mkdir()
+        except FileExistsError:
+            return False
+        probe = results / group / "probe"
+        probe.write_bytes(bytes(_PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"results_dir={str(results)!r}: expected a folder that can be written to. {error}"
+        ) from error
+    return True
