@@ -13,11 +13,10 @@ from dpsgd_track.config import Settings, redact_uri, require
 from dpsgd_track.report.arguments import parse, settings_of, waivers_path
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from dpsgd_track.comparison import GroupComparison, Verdict
     from dpsgd_track.comparison.waivers import Waiver
     from dpsgd_track.tracking.reader import Group
+    from dpsgd_track.tracking.source import Found
 
 PASSED, FAILED, USAGE, INCONCLUSIVE = 0, 1, 2, 3
 _LOG_WIDTH = 160
@@ -34,9 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_export(arguments)
     except ValueError as error:
         return _refuse(str(error))
-    # MLflow retries for minutes by default, which looks like a hang in front of a terminal.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -93,13 +89,15 @@ def exit_code(verdict: Verdict, fail_on: str) -> int:
     return {"PASS": PASSED, "INCONCLUSIVE": INCONCLUSIVE}.get(verdict, FAILED)
 
 
-def _read(settings: Settings, wanted: str) -> Group:
+def _read(settings: Settings, wanted: str) -> tuple[Group, Found | None]:
+    """The group, and where it was read; None for a golden file."""
     from dpsgd_track.tracking.golden import is_golden, read_golden
-    from dpsgd_track.tracking.reader import open_client, read_group
+    from dpsgd_track.tracking.source import read_group_anywhere
 
     if is_golden(wanted):
-        return read_golden(Path(wanted))
-    return read_group(open_client(settings.tracking_uri), settings, wanted)
+        return read_golden(Path(wanted)), None
+    found = read_group_anywhere(settings, wanted, lambda line: print(line, file=sys.stderr))
+    return found.group, found
 
 
 def _export(group: Group, arguments: argparse.Namespace) -> None:
@@ -120,14 +118,12 @@ def _compare(
     from dpsgd_track.comparison import compare_group, compare_groups
     from dpsgd_track.report.text import print_table
     from dpsgd_track.report.write import folder_name, write_report
-    from dpsgd_track.tracking.golden import is_golden
-    from dpsgd_track.tracking.reader import open_client
 
-    group = _read(settings, arguments.group)
+    group, found = _read(settings, arguments.group)
     if arguments.after is None:
         comparison = compare_group(group, settings.thresholds, waivers)
     else:
-        after = _read(settings, arguments.after)
+        after, found = _read(settings, arguments.after)
         comparison = compare_groups(group, after, settings.thresholds, waivers)
     folder = Path(settings.results_dir) / folder_name(comparison.group.name)
     png, tell = not arguments.no_png, lambda line: print(line, file=sys.stderr)
@@ -140,28 +136,20 @@ def _compare(
     print(f"Report: {files[0]} (and {len(files) - 1} more files in {folder})")
     if arguments.export is not None:
         _export(group, arguments)
-    if not arguments.no_log and not is_golden(arguments.after or arguments.group):
-        client = open_client(settings.tracking_uri)
+    if not arguments.no_log and found is not None:
         if arguments.after is None:
-            _log(client, comparison, files)
+            _log(found, comparison, files)
         else:
-            _upload(client, comparison, files, f"{ARTIFACT_FOLDER}-{folder_name(group.name)}")
+            target = f"{ARTIFACT_FOLDER}-{folder_name(group.name)}"
+            found.attach([(file, target) for file in files], {})
     return comparison
 
 
-def _upload(
-    client: MlflowClient, comparison: GroupComparison, files: Sequence[Path], target: str
-) -> None:
-    for file in files:  # one by one: the folder may hold what is not ours
-        client.log_artifact(comparison.group.run_id, str(file), target)
-
-
-def _log(client: MlflowClient, comparison: GroupComparison, files: Sequence[Path]) -> None:
+def _log(found: Found, comparison: GroupComparison, files: Sequence[Path]) -> None:
     """The report of a group on its own, with its verdict; of two it is uploaded alone."""
     from dpsgd_track.report.markdown import note
     from dpsgd_track.tracking import names
 
-    run_id = comparison.group.run_id
-    _upload(client, comparison, files, ARTIFACT_FOLDER)
-    client.set_tag(run_id, names.NOTE, note(comparison)[:_LONGEST_TAG])
-    client.set_tag(run_id, names.VERDICT, comparison.verdict.value)
+    verdict = comparison.verdict.value
+    tags = {names.NOTE: note(comparison)[:_LONGEST_TAG], names.VERDICT: verdict}
+    found.attach([(file, ARTIFACT_FOLDER) for file in files], tags)

@@ -1,4 +1,4 @@
-"""Reads a run group back from the tracking server, and from nowhere else.
+"""Reads a run group back from the tracking server.
 
 The exact record is each mode run's `trajectory.npz`. A run that died before uploading it is
 read from its metric history: enough to see how far it got, never enough to pass.
@@ -20,9 +20,9 @@ from urllib.request import url2pathname
 import numpy as np
 
 from dpsgd_track.config import Settings, redact_uri
-from dpsgd_track.tracking import names
+from dpsgd_track.tracking import exact, names
 from dpsgd_track.tracking.client import connect
-from dpsgd_track.tracking.history import metric_history, restored
+from dpsgd_track.tracking.history import History, metric_history, restored
 from dpsgd_track.tracking.trajectory import Floats, Trajectory
 
 if TYPE_CHECKING:
@@ -183,7 +183,11 @@ def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:
     Raises:
         GroupNotFound: nothing matches.
     """
-    run = find_group(client, settings, wanted)
+    return group_of(client, find_group(client, settings, wanted))
+
+
+def group_of(client: MlflowClient, run: Run) -> Group:
+    """The group of a group run, with the trajectory of each mode run."""
     name = run.data.tags[names.GROUP]
     experiment_id = run.info.experiment_id
     attempts = list(_search(client, experiment_id, names.KIND_MODE, run.info.run_id))
@@ -195,8 +199,6 @@ def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:
         for child in newest.values()
         for rank in _search(client, experiment_id, names.KIND_RANK, child.info.run_id)
     )
-    expected = _expected(run.data.tags.get(names.EXPECTED_RUNS, "[]"))
-    unexpected = sorted(newest.keys() - set(expected))
     return Group(
         name=name,
         run_id=run.info.run_id,
@@ -204,16 +206,25 @@ def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:
         params=dict(run.data.params),
         start_time_ms=run.info.start_time or 0,
         runs=tuple(
-            _mode_run(client, key, newest.get(key))
-            for key in [*dict.fromkeys(expected), *unexpected]
+            _mode_run(client, key, newest.get(key)) for key in in_order(run.data.tags, newest)
         ),
         rank_statuses=dict(ranks),
         superseded=len(attempts) - len(newest),
     )
 
 
+def in_order(tags: Mapping[str, str], found: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """What the launcher set out to do, by the group run's tags, and then what else was found."""
+    expected = dict.fromkeys(_expected(tags.get(names.EXPECTED_RUNS, "[]")))
+    return [*expected, *sorted(set(found) - expected.keys())]
+
+
 def _key(run: Run) -> tuple[str, ...]:
-    tags = run.data.tags
+    return key_of(run.data.tags)
+
+
+def key_of(tags: Mapping[str, str]) -> tuple[str, ...]:
+    """(mode, regime, variant, replay) of a mode run."""
     return tuple(
         tags.get(tag, "") for tag in (names.MODE, names.REGIME, names.VARIANT, names.REPLAY)
     )
@@ -230,15 +241,9 @@ def _expected(text: str) -> list[tuple[str, ...]]:
 
 
 def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> ModeRun:
-    mode, regime, variant, replay = key
     if run is None:
-        return ModeRun(
-            mode=mode,
-            regime=regime,
-            variant=variant,
-            replay=replay,
-            trajectory_missing="the run was never started",
-        )
+        return never_started(key)
+    mode, regime, variant, replay = key
     trajectory, missing = _read_trajectory(client, run)
     logged = run.data.metrics
     return ModeRun(
@@ -257,6 +262,18 @@ def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> Mo
     )
 
 
+def never_started(key: tuple[str, ...]) -> ModeRun:
+    """A mode run that the launcher set out to do."""
+    mode, regime, variant, replay = key
+    return ModeRun(
+        mode=mode,
+        regime=regime,
+        variant=variant,
+        replay=replay,
+        trajectory_missing="the run was never started",
+    )
+
+
 def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None, str]:
     from mlflow.exceptions import MlflowException
 
@@ -264,7 +281,7 @@ def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None,
     folder = _local_folder(run.info.artifact_uri)
     try:
         if folder is not None:
-            return _load_local(folder / names.TRAJECTORY_FILE), ""
+            return load_local(folder / names.TRAJECTORY_FILE), ""
         with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
             path = client.download_artifacts(run_id, names.TRAJECTORY_FILE, downloaded)
             return Trajectory.load(Path(path)), ""
@@ -272,14 +289,36 @@ def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None,
         missing = str(error)
     except (MlflowException, OSError):
         missing = f"{names.TRAJECTORY_FILE} was not uploaded"
-    trajectory = _from_metrics(client, run_id, run.data.metrics)
+    logged = metric_history(client, run_id, metrics_of_trajectory(run.data.metrics))
+    history: History = {
+        metric: dict(zip(points, restored(list(points.values())).tolist(), strict=True))
+        for metric, points in logged.items()
+    }
+    changed = int(run.data.tags.get(names.INEXACT_VALUES, 0))
+    for (metric, step), value in _exact_values(client, run_id).items() if changed else ():
+        if metric in history:
+            history[metric][step] = value
+    return rebuilt(history, missing)
+
+
+def _exact_values(client: MlflowClient, run_id: str) -> dict[tuple[str, int], float]:
+    """What the store could not hold as it was logged."""
+    with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
+        path = client.download_artifacts(run_id, exact.FILE, downloaded)
+        return exact.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def rebuilt(history: History, missing: str) -> tuple[Trajectory | None, str]:
+    """What metrics tell of a trajectory, and why there is no more."""
+    trajectory = _from_metrics(history)
     if trajectory is None:
         return None, f"{missing}; no metrics were logged"
     steps = f"{trajectory.num_steps} step{'s' * (trajectory.num_steps != 1)}"
     return trajectory, f"{missing}; {steps} read from metric history"
 
 
-def _load_local(path: Path) -> Trajectory:
+def load_local(path: Path) -> Trajectory:
+    """The trajectory in a file; FileNotFoundError where there is none."""
     if not path.exists():
         raise FileNotFoundError(path)
     return Trajectory.load(path)
@@ -293,10 +332,15 @@ def _local_folder(artifact_uri: str) -> Path | None:
     return Path(url2pathname(parts.path))
 
 
-def _from_metrics(client: MlflowClient, run_id: str, logged: Iterable[str]) -> Trajectory | None:
-    prefixes = (names.LAYER_WEIGHT_NORM, names.LAYER_GRAD_NORM)
-    wanted = [m for m in logged if m in names.SCALAR_METRICS or m.startswith(prefixes)]
-    history = metric_history(client, run_id, wanted)
+_LAYER_PREFIXES = (names.LAYER_WEIGHT_NORM, names.LAYER_GRAD_NORM)
+
+
+def metrics_of_trajectory(logged: Iterable[str]) -> list[str]:
+    """Those of the metrics that a trajectory holds."""
+    return [m for m in logged if m in names.SCALAR_METRICS or m.startswith(_LAYER_PREFIXES)]
+
+
+def _from_metrics(history: History) -> Trajectory | None:
     # A step that was cut off while it was logged is a missing step, not a NaN.
     whole = [history.get(metric, {}).keys() for metric in ("loss", "grad_norm")]
     steps = sorted(set(whole[0]) & set(whole[1]))
@@ -305,9 +349,9 @@ def _from_metrics(client: MlflowClient, run_id: str, logged: Iterable[str]) -> T
 
     def column(metric: str) -> Floats:
         values = history.get(metric, {})
-        return restored([values.get(step) for step in steps])
+        return np.array([values.get(step) for step in steps], dtype=np.float64)
 
-    layers = sorted({m.partition("/")[2] for m in history if m.startswith(prefixes)})
+    layers = sorted({m.partition("/")[2] for m in history if m.startswith(_LAYER_PREFIXES)})
 
     def matrix(prefix: str) -> Floats:
         return np.array([column(prefix + layer) for layer in layers]).reshape(-1, len(steps)).T

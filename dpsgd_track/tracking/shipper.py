@@ -302,13 +302,16 @@ def settle(
     Raises:
         Exception: the store is away.
     """
-    while shipper.ship(should_stop):
-        if should_stop():
-            return ["not everything was shipped"]
-    problems = list(shipper.refused.values()) + shipper.differences(count=count)
-    if not problems:
-        shipper.group.remove()
-    return problems
+    sizes: dict[str, int] = {}
+    # A comparison may have added its report meanwhile.
+    while sizes != (sizes := shipper.group.sizes()):
+        while shipper.ship(should_stop):
+            if should_stop():
+                return ["not everything was shipped"]
+        if problems := [*shipper.refused.values(), *shipper.differences(count=count)]:
+            return problems
+    shipper.group.remove()
+    return []
 
 
 def _is_about_a_value(error: Exception) -> bool:
