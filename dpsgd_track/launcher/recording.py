@@ -12,7 +12,7 @@ from dpsgd_track.config import Settings, redact_uri, require
 from dpsgd_track.launcher.suites import Suite
 from dpsgd_track.tracking.run_tree import RunTree
 from dpsgd_track.tracking.shipper import Shipper, settle
-from dpsgd_track.tracking.shipping import AWAY_TIMEOUT_S, CLOSE_TIMEOUT_S, Shipping
+from dpsgd_track.tracking.shipping import Shipping
 from dpsgd_track.tracking.spool import CONTROL, SpoolWriter
 from dpsgd_track.tracking.spooled import Busy, SpooledGroup, claim, spooled_groups
 from dpsgd_track.tracking.store import absolute_uri, has_group, open_store, unusable
@@ -79,16 +79,18 @@ class Recording:
         Args:
             is_hurried: whether somebody waits for the end.
         """
-        if self._shipping is not None:
-            timeout_s = AWAY_TIMEOUT_S if is_hurried() else CLOSE_TIMEOUT_S
+        try:
             self._writer.close()
-            self.left_behind = self._shipping.close(timeout_s, is_hurried=is_hurried)
-            if not self.left_behind:
-                self.left_behind = self._check()
-        elif self._store is None:
-            self._writer.close()
-            self.left_behind = "It was launched with --offline."
-        self._release()
+        finally:
+            self._ship_rest(is_hurried)
+            self._release()
+
+    def _ship_rest(self, is_hurried: Callable[[], bool]) -> None:
+        if self._store is None:
+            self.left_behind = f"{self.group} was launched with --offline: no store has it."
+        elif self._shipping is not None:
+            reason = self._shipping.close(is_hurried=is_hurried) or self._check()
+            self.left_behind = reason and f"the store does not have all of {self.group}. {reason}"
 
     def _check(self) -> str:
         assert self._shipper is not None
@@ -152,10 +154,13 @@ def open_group(suite: Suite) -> Recording:
         if store is not None and has_group(*store, name):
             return None
         spooled = claim(spool, name)
-        if spooled is not None and not _claim(results, name):
-            spooled.folder.rmdir()
-            return None
-        return spooled
+        is_claimed = False
+        try:
+            is_claimed = spooled is not None and _claim(results, name)
+        finally:
+            if spooled is not None and not is_claimed:
+                spooled.folder.rmdir()
+        return spooled if is_claimed else None
 
     name = base = suite.group or f"{suite.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1

@@ -108,8 +108,7 @@ def _run_suite(
         display.close()
     group, places = recording.group, _place_options(args)
     if recording.left_behind:
-        print(f"tracking: not all of {group} is in the store. {recording.left_behind}")
-        print(f"          It is kept in {recording.spool}, and compare.py reads it there.")
+        print(f"tracking: {recording.left_behind} It is in {recording.spool}, and safe.")
         print(f"ship:    {shlex.join(['python', 'launch.py', 'sync', group, *places])}")
     print(f"compare: {shlex.join(['python', 'compare.py', group, *places])}")
     print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *_store_options(args)])}")

@@ -37,6 +37,7 @@ _ABOUT_THE_RECORD = (
 )
 
 # What went wrong, at the end of urllib3's account of everything around it.
+_DATABASE_CAUSE = re.compile(r"\((?:sqlite3|psycopg2\.?\w*)\.\w+\) (.+)")
 _HTTP_CAUSE = re.compile(r"Caused by \w+\([\"'].*?\): (.*?)\.?[\"']\)")
 
 
@@ -87,6 +88,8 @@ def one_line(error: BaseException, tracking_uri: str = "") -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if caused := _HTTP_CAUSE.search(text):
         text = f"{caused[1]}."
+    elif caused := _DATABASE_CAUSE.search(str(error)):
+        text = f"{caused[1].strip()}."
     if tracking_uri:
         text = text.replace(tracking_uri, redact_uri(tracking_uri))
     return text[:500] or type(error).__name__

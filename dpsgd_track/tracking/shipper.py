@@ -71,7 +71,7 @@ class Shipper:
         self._make_sure_of_runs()
         before = dict(self._acknowledged)
         files = spool_files(self.group.folder)
-        ends: list[tuple[str, Event]] = []
+        ends: list[tuple[str, int, Event]] = []
         read: dict[str, int] = {}
         for file in files:
             # What ends a run is kept back until everything written before it is there.
@@ -84,14 +84,15 @@ class Shipper:
                     continue
                 self._attempt(file, partial(self._ship_rows, rows))
                 if event is not None and event["do"] == "end":
-                    ends.append((file.name, event))
+                    ends.append((file.name, offset, event))
                 elif event is not None:
                     self._attempt(file, partial(self._ship_event, event))
                 read[file.name] = offset
                 if not ends or file.suffix != CONTROL:
                     self._acknowledge(file.name, offset)
-        for name, event in sorted(ends, key=lambda end: end[1]["time_ms"]):
+        for name, offset, event in ends:
             self._attempt(self.group.folder / name, partial(self._end, event))
+            self._acknowledge(name, offset)
         for name, offset in read.items():
             self._acknowledge(name, offset)
         if self._acknowledged != before:
