@@ -36,9 +36,13 @@ _ABOUT_THE_RECORD = (
     "RESOURCE_DOES_NOT_EXIST",
 )
 
-# What went wrong, at the end of urllib3's account of everything around it.
-_DATABASE_CAUSE = re.compile(r"\((?:sqlite3|psycopg2\.?\w*)\.\w+\) (.+)")
-_HTTP_CAUSE = re.compile(r"Caused by \w+\([\"'].*?\): (.*?)\.?[\"']\)")
+# What went wrong, in the middle of urllib3's and SQLAlchemy's account of everything around it.
+_CAUSES = (
+    re.compile(r"Caused by \w+\([\"'].*?\): (.*?)\.?[\"']\)"),
+    re.compile(r"Caused by \w+\('Connection aborted\.', \w+\((?:\d+, )?'(.*?)'\)"),
+    re.compile(r"failed with timeout exception .*?\): (.*?)\. \("),
+    re.compile(r"\((?:sqlite3|psycopg2\.?\w*)\.\w+\) (.+)"),
+)
 
 
 class TrackingError(RuntimeError):
@@ -86,9 +90,8 @@ def is_about_the_record(error: Exception) -> bool:
 def one_line(error: BaseException, tracking_uri: str = "") -> str:
     """First line of an error's text, without the credentials `tracking_uri` may carry."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if caused := _HTTP_CAUSE.search(text):
-        text = f"{caused[1]}."
-    elif caused := _DATABASE_CAUSE.search(str(error)):
+    found = (cause.search(str(error)) for cause in _CAUSES)
+    if caused := next(filter(None, found), None):
         text = f"{caused[1].strip()}."
     if tracking_uri:
         text = text.replace(tracking_uri, redact_uri(tracking_uri))

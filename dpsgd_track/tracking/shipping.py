@@ -43,6 +43,7 @@ class Shipping:
         self._left = list(left)
         self._interval_s = interval_s
         self._trouble = ""
+        self._is_away = False
         self._is_complete = False
         self._closing, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="shipping", daemon=True)
@@ -70,7 +71,7 @@ class Shipping:
         while self._thread.is_alive():
             self._thread.join(0.05)
             waited_s = time.monotonic() - start
-            is_short = bool(self._trouble) or is_hurried()
+            is_short = self._is_away or is_hurried()
             if waited_s > (away_timeout_s if is_short else timeout_s):
                 break
         self._stop.set()
@@ -87,6 +88,7 @@ class Shipping:
             try:
                 if self._trouble:
                     self._shipper.is_there()
+                    self._is_away = False
                 self._shipper.ship(self._stop.is_set)
             except Exception as error:
                 self._note(error)
@@ -105,7 +107,7 @@ class Shipping:
             self._ship_left()
 
     def _note(self, error: Exception) -> None:
-        is_new = not self._trouble
+        is_new, self._is_away = not self._trouble, True
         self._trouble = one_line(error, self._uri)
         if is_new:
             self._tell(
