@@ -27,6 +27,7 @@ SUITES = {
     "single": "one mode on its own",
 }
 FAULTS = "plant known faults in modes, and see which of them the comparison finds"
+RESUME = "run what is missing in a group: modes that failed, were killed or never started"
 SYNC = "ship what is in the spool to the tracking store, and check that all of it arrived"
 _SECRET = "--token"
 
@@ -39,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `launch.py quick | full | single | faults | sync | modes | ui`."""
+    """The parser of `launch.py quick | full | single | faults | resume | sync | modes | ui`."""
     parser = _Parser(
         prog="launch.py",
         description="Run DP-SGD modes one after the other and track them in MLflow.",
@@ -53,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         _add_machine(suite)
         _add_tracking(suite)
     _add_faults(commands.add_parser("faults", help=FAULTS, description=FAULTS, allow_abbrev=False))
+    resume = commands.add_parser("resume", help=RESUME, description=RESUME, allow_abbrev=False)
+    resume.add_argument("group", metavar="GROUP", help="group of quick, full or single")
+    _add_store(resume)
+    _add_offline(resume)
+    _add_spool(resume)
     sync = commands.add_parser("sync", help=SYNC, description=SYNC, allow_abbrev=False)
     sync.add_argument(
         "group",
@@ -320,14 +326,18 @@ def _add_tracking(parser: argparse.ArgumentParser) -> None:
         help="JSON file for the results of `single`; in `faults`, Markdown file for the matrix "
         "(default: none)",
     )
-    group.add_argument(
+    _add_offline(group)
+    _add_spool(group)
+    _add_store(group)
+
+
+def _add_offline(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--offline",
         action="store_true",
         help="keep everything in the spool and look for no store; `launch.py sync` ships it later "
         "(default: ship as it comes)",
     )
-    _add_spool(group)
-    _add_store(group)
 
 
 def _add_spool(parser: argparse._ActionsContainer) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain, count
 from pathlib import Path
 
 from dpsgd_track.config import CLIP, JobConfig, RegimeConfig, VariantConfig, require
@@ -52,11 +53,15 @@ class GroupRun:
         self._finished: dict[VariantConfig, list[tuple[str, bool]]] = defaultdict(list)
         """Mode runs of each variant that finished, and whether they imported anything of it."""
 
+    def know_clip_bounds(self, bounds: Mapping[str, tuple[float, ...]]) -> None:
+        """Take C of each step of clip regimes, by name, from an earlier run of the reference."""
+        self._clip_bounds.update(bounds)
+
     def run(self, command: str) -> int:
         """Run every mode; one that fails does not stop the others.
 
         Args:
-            command: the command line to record.
+            command: the command line to record; a group that is resumed has its own.
         Returns:
             The exit code.
 
@@ -64,7 +69,8 @@ class GroupRun:
             StoreError: the store takes nothing; no mode was started.
         """
         with Interruption() as interruption, self._host:
-            self._tree.start_group(self._suite.expected_runs, self._group_params(command))
+            if not self._tree.group_run:
+                self._tree.start_group(self._suite.expected_runs, self._group_params(command))
             self._recording.start(self._display.say)
             try:
                 return self._run_modes(interruption)
@@ -215,8 +221,14 @@ class GroupRun:
 
     def _work_dir(self, label: str) -> Path:
         # A dash is in no mode's name, so that two modes never share a folder.
-        folder = self._folder / "logs" / label.replace(":", "-")
-        folder.mkdir(parents=True)
+        logs = self._folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        name = label.replace(":", "-")
+        taken = {folder.name for folder in logs.iterdir()}
+        # Attempts of a group that is resumed stay beside each other.
+        attempts = chain((name,), (f"{name}-{number}" for number in count(2)))
+        folder = logs / next(attempt for attempt in attempts if attempt not in taken)
+        folder.mkdir()
         return folder
 
     def _group_params(self, command: str) -> dict[str, str]:

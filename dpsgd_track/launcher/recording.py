@@ -32,12 +32,19 @@ class Recording:
         group: str,
         spooled: SpooledGroup,
         store: tuple[MlflowClient, str] | None,
+        *,
+        is_new: bool = True,
     ) -> None:
         """
         Args:
-            spooled: the group's new folder in the spool.
+            spooled: the group's folder in the spool.
             store: client and id of the experiment; None to ship nothing.
+            is_new: the folder was made for this, and goes with what could not be started.
+
+        Raises:
+            Busy: somebody is at work on the group.
         """
+        self._is_new = is_new
         self._settings = settings
         self.group = group
         self.folder = Path(settings.results_dir) / group
@@ -124,10 +131,12 @@ class Recording:
 
     def _forget(self) -> None:
         self._writer.close()
-        self._spooled.remove()
+        if self._is_new:
+            self._spooled.remove()
+            # It is not empty where the group is resumed.
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
         self._release()
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
     def _release(self) -> None:
         while self._held:

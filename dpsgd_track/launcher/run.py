@@ -9,16 +9,18 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import DataConfig, ModelConfig, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USAGE
-from dpsgd_track.launcher.arguments import build_parser, reproducing_command
+from dpsgd_track.launcher.arguments import SUITES, build_parser, reproducing_command
 from dpsgd_track.modes.table import MODES, plugged_in_modes
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
+    from dpsgd_track.launcher.recording import Recording
+    from dpsgd_track.launcher.suites import Suite
 
 RunSuite = Callable[[argparse.Namespace], tuple[int, str]]
 """Runs the suite of parsed arguments; returns the exit code and the group's name."""
@@ -63,6 +65,9 @@ def main(
 
         command = reproducing_command(argv)
 
+        if args.command == "resume":
+            return _resume(args, check_inputs, launch)
+
         def run(args: argparse.Namespace) -> tuple[int, str]:
             return _run_suite(args, command, check_inputs, launch)
 
@@ -81,13 +86,8 @@ def _run_suite(
     launch: Launch | None,
 ) -> tuple[int, str]:
     """Run a suite as a group; returns the exit code, and the group's name where there is one."""
-    from dpsgd_track.launcher.group import GroupRun
-    from dpsgd_track.launcher.process_group import Launch
-    from dpsgd_track.launcher.progress import open_display
     from dpsgd_track.launcher.recording import open_group
     from dpsgd_track.launcher.suites import build_suite
-    from dpsgd_track.tracking.client import TrackingError
-    from dpsgd_track.tracking.store import StoreError
 
     if args.token:
         # Workers and the hub's client inherit it; it goes nowhere else.
@@ -97,11 +97,52 @@ def _run_suite(
         recording = open_group(suite)
     except ValueError as error:
         return complain(error, EXIT_USAGE), ""
+    code = _run_group(args, suite, recording, command, launch, {})
+    return code, "" if code == EXIT_USAGE else recording.group
+
+
+def _resume(
+    args: argparse.Namespace,
+    check_inputs: Callable[[ModelConfig, DataConfig], object],
+    launch: Launch | None,
+) -> int:
+    from dpsgd_track.launcher.resume import find_missing, reopen_group
+    from dpsgd_track.launcher.suites import read_settings
+
+    try:
+        missing = find_missing(read_settings(args), args.group, check_inputs)
+        if missing is None:
+            print(f"group {args.group}: nothing is missing")
+            return EXIT_FINISHED
+        recording = reopen_group(missing, is_offline=args.offline)
+    except ValueError as error:
+        return complain(error, EXIT_USAGE)
+    for line in missing.changes:
+        print(f"not as it was: {line}")
+    return _run_group(args, missing.suite, recording, "", launch, missing.clip_bounds)
+
+
+def _run_group(
+    args: argparse.Namespace,
+    suite: Suite,
+    recording: Recording,
+    command: str,
+    launch: Launch | None,
+    clip_bounds: Mapping[str, tuple[float, ...]],
+) -> int:
+    from dpsgd_track.launcher.group import GroupRun
+    from dpsgd_track.launcher.process_group import Launch
+    from dpsgd_track.launcher.progress import open_display
+    from dpsgd_track.tracking.client import TrackingError
+    from dpsgd_track.tracking.store import StoreError
+
     display = open_display()
     try:
-        code = GroupRun(suite, recording, launch or Launch(), display).run(command)
+        group_run = GroupRun(suite, recording, launch or Launch(), display)
+        group_run.know_clip_bounds(clip_bounds)
+        code = group_run.run(command)
     except StoreError as error:
-        return complain(error, EXIT_USAGE), ""
+        return complain(error, EXIT_USAGE)
     except TrackingError as error:
         code = complain(error, EXIT_FAILED)
     finally:
@@ -110,9 +151,11 @@ def _run_suite(
     if recording.left_behind:
         print(f"tracking: {recording.left_behind} It is in {recording.spool}, and safe.")
         print(f"ship:    {shlex.join(['python', 'launch.py', 'sync', group, *places])}")
+    if code != EXIT_FINISHED and suite.name in SUITES:
+        print(f"resume:  {shlex.join(['python', 'launch.py', 'resume', group, *places])}")
     print(f"compare: {shlex.join(['python', 'compare.py', group, *places])}")
     print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *_store_options(args)])}")
-    return code, group
+    return code
 
 
 def _store_options(args: argparse.Namespace) -> list[str]:

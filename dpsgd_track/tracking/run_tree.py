@@ -68,6 +68,26 @@ class RunTree:
         self.group_run = self._create(self.group, tags, params)
         return self.group_run
 
+    def resume_group(
+        self,
+        run: str,
+        start_ms: int,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        *,
+        is_elsewhere: bool,
+    ) -> None:
+        """Take up a group run that ended.
+
+        Args:
+            is_elsewhere: the rest of the group is in the store, and not in this spool.
+        """
+        self._add_run(run, self.group, tags, params, time_ms=start_ms, is_resumed=is_elsewhere)
+        self._writer.add("reopen", run)
+        # Why it ended before is no longer so.
+        self._writer.set_tags(run, {names.REASON: "", names.NOTE: ""})
+        self.group_run = run
+
     def start_mode(
         self,
         mode: str,
@@ -118,16 +138,27 @@ class RunTree:
 
     def _create(self, title: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
         run = uuid.uuid4().hex
+        self._add_run(run, title, {**self._user, **tags}, params)
+        return run
+
+    def _add_run(
+        self,
+        run: str,
+        title: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        **more: object,
+    ) -> None:
         self._writer.add(
             "run",
             run,
             experiment=self._experiment,
             title=title,
-            tags={**self._user, **tags},
+            tags=dict(tags),
             params={key: value[:MAX_PARAM_LENGTH] for key, value in params.items()},
+            **more,
         )
         self._open[run] = None
-        return run
 
 
 def _user_name() -> str:

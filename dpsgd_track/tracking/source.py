@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpsgd_track.config import Settings, redact_uri
@@ -94,7 +94,24 @@ def read_group_anywhere(settings: Settings, wanted: str, tell: Callable[[str], o
 
 def _spooled(settings: Settings, group: SpooledGroup, tell: Callable[[str], object]) -> Found:
     tell(f"Read in {group.folder}, as the store does not have all of {group.name} yet.")
-    return Found(read_spooled(group), settings, group)
+    found = read_spooled(group)
+    run = group.group_run()
+    if run is not None and run.is_resumed:
+        client = open_client(settings.tracking_uri)
+        found = _merged(group_of(client, find_group(client, settings, group.name)), found)
+    return Found(found, settings, group)
+
+
+def _merged(stored: Group, spooled: Group) -> Group:
+    """A group that was resumed: its runs in the store, but for those that are in the spool."""
+    newer = {run_key(run): run for run in spooled.runs if run.run_id}
+    runs = tuple(newer.pop(run_key(run), run) for run in stored.runs)
+    return replace(spooled, runs=(*runs, *newer.values()))
+
+
+def run_key(run: ModeRun) -> tuple[str, str, str, str]:
+    """What tells a mode run from the others of its group."""
+    return run.mode, run.regime, run.variant, run.replay
 
 
 def _newest_spooled(settings: Settings, wanted: str) -> tuple[SpooledGroup, SpooledRun] | None:

@@ -54,6 +54,8 @@ class SpooledRun:
     files: list[tuple[Path, str]] = field(default_factory=list)
     """Files, and the artifact folder of each."""
     rows: list[MetricRow] = field(default_factory=list)
+    is_resumed: bool = False
+    """Of a group run: what else belongs to the group may be in the store alone."""
 
     @property
     def kind(self) -> str:
@@ -71,6 +73,7 @@ class SpooledRun:
             case "run":
                 self.experiment, self.title = event["experiment"], event["title"]
                 self.start_ms = event["time_ms"]
+                self.is_resumed |= event.get("is_resumed", False)
                 self.tags |= event["tags"]
                 self.params |= event["params"]
             case "reopen":
