@@ -108,6 +108,8 @@ def open_client(tracking_uri: str) -> MlflowClient:
                 f"tracking_uri={redact_uri(tracking_uri)!r}: expected an existing SQLite file. "
                 "Launch a group first, or check --tracking-uri."
             )
+        # MLflow keeps what it opened by its name, which may mean another file by now.
+        tracking_uri = f"sqlite:///{path.absolute()}"
     return connect(tracking_uri)
 
 

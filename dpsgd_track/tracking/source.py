@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -119,12 +120,14 @@ def _newest_spooled(settings: Settings, wanted: str) -> tuple[SpooledGroup, Spoo
     target = redact_uri(absolute_uri(settings.tracking_uri))
     found = []
     for group in spooled_groups(Path(settings.spool_dir)):
-        run = group.group_run()
-        if run is None or _is_shipped(group, target):
-            continue
-        is_meant = wanted in ("latest", group.name) or wanted in group.runs(with_rows=False)
-        if is_meant or wanted in group.state().get(target, {}).get("run_ids", {}).values():
-            found.append((group, run))
+        # What is gone meanwhile is in the store.
+        with contextlib.suppress(FileNotFoundError):
+            run = group.group_run()
+            if run is None or _is_shipped(group, target):
+                continue
+            is_meant = wanted in ("latest", group.name) or wanted in group.runs(with_rows=False)
+            if is_meant or wanted in group.state().get(target, {}).get("run_ids", {}).values():
+                found.append((group, run))
     return max(found, key=lambda pair: pair[1].start_ms, default=None)
 
 

@@ -9,10 +9,12 @@ SPOOL_DIR/GROUP/state.json        for each store: ids of the runs there, bytes a
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +34,7 @@ DIED = "its launcher died before it could say how the run ended."
 """Reason of runs that were left open."""
 
 _LOCK, _STATE = "lock", "state.json"
+_GONE = ".gone-"
 
 
 class Busy(Exception):
@@ -188,22 +191,27 @@ class SpooledGroup:
         partial.replace(self.folder / _STATE)
 
     def remove(self) -> None:
-        """Remove all of it, the name last, so that a half removed group is still found."""
-        # The lock keeps others out until the end.
-        for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name == _LOCK):
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        self.folder.rmdir()
+        """Remove all of it. Whoever looks meanwhile sees all or nothing."""
+        gone = self.folder.with_name(f"{_GONE}{uuid.uuid4().hex}")
+        self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def spooled_groups(spool_dir: Path) -> list[SpooledGroup]:
-    """Groups in the spool directory, oldest first."""
+    """Groups in the spool directory, by name."""
     if not spool_dir.is_dir():
         return []
-    found = [folder for folder in spool_dir.iterdir() if folder.is_dir() and spool_files(folder)]
-    return [SpooledGroup(f) for f in sorted(found, key=lambda f: (f.stat().st_ctime_ns, f.name))]
+    found = []
+    for folder in sorted(spool_dir.iterdir()):
+        if folder.name.startswith(_GONE):
+            # Its process was killed while it removed it.
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        # It may be removed at this moment.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if spool_files(folder):
+                found.append(SpooledGroup(folder))
+    return found
 
 
 def claim(spool_dir: Path, group: str) -> SpooledGroup | None:

@@ -1,0 +1,252 @@
+"""Groups that are cut short: nothing stays RUNNING, what was logged is there, the rest is run."""
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpsgd_track.config import Settings
+from dpsgd_track.launcher import suites
+from dpsgd_track.report import command as compare
+from dpsgd_track.tracking import names
+from dpsgd_track.tracking.source import read_group_anywhere
+from dpsgd_track.tracking.store import open_store
+from tests import fake_launch
+from tests.test_launcher_modes import living, start
+from tests.tracking_servers import MlflowServer, Wire
+
+NO_DP = ("--mode", "no_dp", "--regime", "accuracy")
+NUM_RUNS = 13
+"""The group's, and those of no_dp and its three replays with two ranks each."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    return tmp_path
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, **modes: dict) -> None:
+    monkeypatch.setenv("FAKE_WORKER", json.dumps(modes))
+
+
+def statuses(group: str, uri: str = "") -> Counter[str]:
+    client, experiment_id = open_store(Settings(tracking_uri=uri or Settings().tracking_uri))
+    runs = client.search_runs([experiment_id], f"tags.`{names.GROUP}` = '{group}'")
+    return Counter(run.info.status for run in runs)
+
+
+def spooled() -> list[str]:
+    return sorted(path.name for path in Path("spool").iterdir())
+
+
+def until(holds, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def steps_told(group: str) -> int:
+    found = Path("results", group, "logs").glob("*/progress.jsonl")
+    return sum(file.read_text().count('"step", ') for file in found)
+
+
+def kill_a_launcher(folder: Path, group: str, after_steps: int = 3) -> None:
+    """SIGKILL to a launcher in the middle of a mode; returns when its workers are gone, too."""
+    slow = {"no_dp": {"do": "slow"}}
+    process = start(folder, "quick", *NO_DP, "--group", group, "--num-iter", "40", plan=slow)
+    until(lambda: steps_told(group) >= after_steps)
+    workers = living(folder)
+    assert len(workers) >= 3
+    process.kill()
+    process.communicate()
+    until(lambda: not any(worker.is_running() for worker in workers))
+
+
+def test_a_launcher_killed_without_warning_leaves_nothing_running(folder, capsys):
+    kill_a_launcher(folder, "first")
+    told = steps_told("first")
+    found = read_group_anywhere(Settings(), "first", print)
+    run = next(run for run in found.group.runs if not run.replay)
+    assert found.spooled is not None
+    assert run.status == "RUNNING"
+    assert run.trajectory is not None
+    assert run.trajectory.num_steps >= told - 1
+    assert compare.main(["first", "--no-png"]) == 3
+
+    assert fake_launch.run(["sync"]) == 0
+    said = capsys.readouterr().out
+    # The group, the mode run that had begun, its ranks, and its replays with theirs.
+    assert f"first: closed {NUM_RUNS} runs, as its launcher died" in said
+    assert "each value checked" in said
+    assert spooled() == []
+    assert statuses("first") == {"KILLED": NUM_RUNS}
+    stored = read_group_anywhere(Settings(), "first", print)
+    assert stored.spooled is None
+    run = next(run for run in stored.group.runs if not run.replay)
+    assert run.trajectory is not None
+    assert run.trajectory.num_steps >= told - 1
+    assert "launcher died" in run.reason
+    # The report that was made meanwhile came along.
+    assert stored.group.tags[names.VERDICT] == "INCONCLUSIVE"
+
+
+def test_the_next_launch_closes_what_a_dead_launcher_left(folder, monkeypatch, capsys):
+    kill_a_launcher(folder, "first")
+    assert statuses("first")["RUNNING"] > 0
+    plan(monkeypatch, no_dp={"do": "slow"})
+    assert fake_launch.run(["quick", *NO_DP, "--group", "second", "--num-iter", "10"]) == 0
+    assert f"group first: closed {NUM_RUNS} runs" in capsys.readouterr().out
+    assert statuses("first") == {"KILLED": NUM_RUNS}
+    assert statuses("second") == {"FINISHED": NUM_RUNS}
+    assert spooled() == []
+
+
+def test_two_launches_at_once_on_a_fresh_store_do_not_disturb_each_other(folder):
+    processes = [start(folder, "quick", *NO_DP, "--group", name) for name in ("a", "b")]
+    for process in processes:
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == 0, out + err
+    assert statuses("a") == statuses("b") == {"FINISHED": NUM_RUNS}
+    assert spooled() == []
+
+
+def test_a_group_is_run_only_where_it_lacks_something(folder, monkeypatch, capsys):
+    plan(monkeypatch, no_dp={"do": "crash", "regime": 1, "step": 2})
+    options = ("--mode", "no_dp,flash_fsdp", "--regime", "accuracy,clip", "--group", "g")
+    assert fake_launch.run(["quick", *options]) == 1
+    assert "resume:  python launch.py resume g" in capsys.readouterr().out
+    plan(monkeypatch)
+    assert fake_launch.run(["resume", "g"]) == 0
+    said = capsys.readouterr().out
+    assert "no_dp: started (accuracy (again), accuracy (permuted), accuracy (ulp))" in said
+    assert "flash_fsdp: started" not in said
+    group = read_group_anywhere(Settings(), "g", print).group
+    assert {run.status for run in group.runs} == {"FINISHED"}
+    assert group.superseded == 3
+    assert group.tags[names.REASON] == ""
+    client, _ = open_store(Settings())
+    assert client.get_run(group.run_id).info.status == "FINISHED"
+    assert fake_launch.run(["resume", "g"]) == 0
+    assert "nothing is missing" in capsys.readouterr().out
+
+
+def test_a_killed_group_is_resumed_from_the_spool_and_without_a_store(folder, monkeypatch, capsys):
+    plan(monkeypatch, flash_fsdp={"do": "crash"})
+    options = ("--mode", "flash_fsdp", "--regime", "clip", "--group", "g", "--offline")
+    assert fake_launch.run(["quick", *options]) == 1
+    plan(monkeypatch)
+    capsys.readouterr()
+    assert fake_launch.run(["resume", "g", "--offline"]) == 0
+    said = capsys.readouterr().out
+    # Its bounds are those that the reference measured the first time.
+    assert "reference: started" not in said
+    assert "flash_fsdp: started (clip)" in said
+    assert not Path("mlflow.db").exists()
+    assert fake_launch.run(["sync", "g"]) == 0
+    group = read_group_anywhere(Settings(), "g", print).group
+    assert {run.status for run in group.runs} == {"FINISHED"}
+    (flash,) = (run for run in group.runs if run.mode == "flash_fsdp")
+    assert flash.params["regime.max_grad_norms"] == "1.0, 1.0, 1.0, 1.0"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("resume", "none"), "expected"),
+        (("sync", "none"), "group='none': expected a group in the spool"),
+    ],
+)
+def test_a_group_that_is_not_there(folder, capsys, argv, said):
+    open_store(Settings())
+    assert fake_launch.run(list(argv)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_group_is_left_alone_while_its_launcher_lives(folder, capsys):
+    slow = {"no_dp": {"do": "slow"}}
+    process = start(folder, "quick", *NO_DP, "--group", "g", "--num-iter", "200", plan=slow)
+    try:
+        until(lambda: steps_told("g") > 1)
+        assert fake_launch.run(["sync"]) == 1
+        assert "is at work" in capsys.readouterr().out
+        assert fake_launch.run(["resume", "g"]) == 2
+        assert "nobody works on" in capsys.readouterr().err
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "RUNNING" not in statuses("g")
+    assert spooled() == []
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+def test_a_launch_goes_on_when_its_server_dies(folder, server, monkeypatch, capsys):
+    plan(monkeypatch, no_dp={"do": "slow"})
+    wire = Wire(server.port)
+
+    def cut() -> None:
+        until(lambda: steps_told("g") >= 5)
+        wire.cut()
+
+    threading.Thread(target=cut).start()
+    arguments = ("quick", *NO_DP, "--group", "g", "--num-iter", "20", "--tracking-uri", wire.uri)
+    began = time.monotonic()
+    assert fake_launch.run(list(arguments)) == 0
+    assert time.monotonic() - began < 25
+    said = capsys.readouterr().out
+    assert said.count("takes nothing at the moment") == 1
+    assert f"ship:    python launch.py sync g --tracking-uri {wire.uri}" in said
+    assert spooled() == ["g"]
+    place = ("--tracking-uri", wire.uri, "--no-png")
+    began = time.monotonic()
+    assert compare.main(["g", *place]) in (1, 3)
+    assert compare.main(["latest", *place]) in (1, 3)
+    assert time.monotonic() - began < 20
+    assert capsys.readouterr().err.count("Read in spool/g") == 2
+    assert fake_launch.run(["sync", "g", "--tracking-uri", wire.uri]) == 2
+    wire.mend()
+    assert fake_launch.run(["sync", "g", "--tracking-uri", wire.uri]) == 0
+    assert statuses("g", wire.uri) == {"FINISHED": NUM_RUNS}
+    assert spooled() == []
+    wire.cut()
+
+
+def test_an_offline_group_is_created_on_a_server_later(folder, server, capsys):
+    options = ("--group", "later", "--offline", "--spool", "elsewhere")
+    assert fake_launch.run(["quick", *NO_DP, *options]) == 0
+    said = capsys.readouterr().out
+    assert "ship:    python launch.py sync later --spool elsewhere" in said
+    assert compare.main(["later", "--spool", "elsewhere", "--no-png"]) in (1, 3)
+    assert not Path("mlflow.db").exists()
+    uri = ("--tracking-uri", server.uri)
+    assert fake_launch.run(["sync", "--spool", "elsewhere", *uri]) == 0
+    assert statuses("later", server.uri) == {"FINISHED": NUM_RUNS}
+    capsys.readouterr()
+    assert compare.main(["later", *uri, "--no-png"]) in (1, 3)
+    assert "Read in" not in capsys.readouterr().err
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_four_ranks_start_on_a_fresh_store_twenty_times(folder):
+    for attempt in range(20):
+        options = ("--group", f"g{attempt}", "--nproc-per-node", "4")
+        assert fake_launch.run(["quick", *NO_DP, *options]) == 0
+        assert statuses(f"g{attempt}") == {"FINISHED": 21}
+        Path("mlflow.db").rename(f"{attempt}.db")
+        shutil.rmtree("mlartifacts", ignore_errors=True)
