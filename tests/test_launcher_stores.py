@@ -18,6 +18,7 @@ import pytest
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import suites
 from dpsgd_track.tracking import names
+from dpsgd_track.tracking.source import read_group_anywhere
 from dpsgd_track.tracking.store import open_store
 from tests import fake_launch
 from tests.tracking_servers import MlflowServer, closed_port
@@ -133,6 +134,43 @@ def test_no_room_for_what_is_kept_here(folder, capsys, database, option):
             options = ["--config", "own.yaml"]
         said = refuse(capsys, f"sqlite:///{database}", *options)
     assert "No space left on device" in said
+
+
+def told(group: str) -> int:
+    found = Path("results", group, "logs").glob("*/progress.jsonl")
+    return sum(file.read_text().count('"step", ') for file in found)
+
+
+def test_a_disk_that_fills_up_stops_no_step_and_what_was_written_is_readable(
+    folder, capfd, monkeypatch
+):
+    monkeypatch.setenv("FAKE_WORKER", '{"no_dp": {"do": "slow"}}')
+    with small_disk(folder, "256k") as disk:
+
+        def fill_later() -> None:
+            while told("g") < 5:
+                time.sleep(0.02)
+            fill(disk)
+
+        threading.Thread(target=fill_later).start()
+        options = ("--group", "g", "--num-iter", "20", "--spool", str(disk))
+        assert launch(f"sqlite:///{folder}/mlflow.db", *options) == 1
+        # All steps of all four regimes were done before it was said that they could not be kept.
+        assert told("g") == 80
+        said = capfd.readouterr()
+        assert "No space left on device" in said.out
+        assert "Traceback" not in said.out + said.err
+        settings = Settings(tracking_uri=f"sqlite:///{folder}/mlflow.db", spool_dir=str(disk))
+        run = read_group_anywhere(settings, "g", print).group.runs[0]
+        assert run.trajectory is not None
+        assert 4 <= run.trajectory.num_steps < 20
+        assert run.trajectory.loss.tolist() == [
+            1 / (1 + i) for i in range(run.trajectory.num_steps)
+        ]
+        (disk / "filler").unlink()
+        sync = ("sync", "--spool", str(disk), "--tracking-uri", settings.tracking_uri)
+        assert fake_launch.run(list(sync)) == 0
+    assert "RUNNING" not in statuses(settings.tracking_uri, "g")
 
 
 class Gate(ThreadingHTTPServer):

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 
 from dpsgd_track.config import RegimeConfig, Settings
 from dpsgd_track.tracking import names, store
+from dpsgd_track.tracking.client import one_line, with_credentials
 from dpsgd_track.tracking.environment import environment
 from dpsgd_track.tracking.run_tree import (
     FAILED,
@@ -178,3 +179,42 @@ def test_environment_names_versions_without_importing_them():
     facts = environment()
     assert {"python", "platform", "cpu", "torch", "mlflow", "opacus"} <= facts.keys()
     assert all(facts.values())
+
+
+def test_a_redacted_uri_stands_for_the_one_in_the_environment(monkeypatch):
+    secret = "postgresql://user:secret@host/db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
+    assert with_credentials("postgresql://***@host/db") == secret
+    assert with_credentials("sqlite:///other.db") == "sqlite:///other.db"
+
+
+ROUND = "HTTPConnectionPool(host='h', port=1): Max retries exceeded with url: /x (Caused by "
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (
+            ROUND + "NewConnectionError(\"HTTPConnection(host='h', port=1): Failed to establish a "
+            'new connection: [Errno 111] Connection refused"))',
+            "Failed to establish a new connection: [Errno 111] Connection refused.",
+        ),
+        (
+            ROUND + "ProtocolError('Connection aborted.', ConnectionResetError(104, 'Connection "
+            "reset by peer')))",
+            "Connection reset by peer.",
+        ),
+        (
+            "API request to x failed with timeout exception HTTPConnectionPool(host='h', port=1): "
+            "Read timed out. (read timeout=10). To increase the timeout, set a variable.",
+            "Read timed out.",
+        ),
+        (
+            "(raised as a result of Query-invoked autoflush)\n"
+            "(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]",
+            "database or disk is full.",
+        ),
+    ],
+)
+def test_what_went_wrong_is_said_without_everything_around_it(said, wanted):
+    assert one_line(RuntimeError(said)) == wanted

@@ -221,6 +221,17 @@ def test_what_the_store_lost_is_said_and_keeps_the_spool(shipped, settings, stat
     assert shipped.group.folder.is_dir()
 
 
+def test_what_did_not_end_keeps_its_spool(tmp_path, settings):
+    tree = spool_a_group(tmp_path, "endless", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    control = SpoolWriter(group.folder, f"more{CONTROL}")
+    tree = RunTree(control, "dpsgd-track", "endless")
+    tree.start_group([], {})
+    control.close()
+    assert settle(shipper_of(group, settings), count=True) == ["endless: it did not end"]
+    assert group.folder.is_dir()
+
+
 def test_a_name_the_store_refuses_takes_nothing_else_with_it(tmp_path, settings):
     tree = spool_a_group(tmp_path, "refused")
     (group,) = spooled_groups(tmp_path)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ WORKER = "dpsgd_track.training.worker"
 GRACE_S = 10.0
 _POLL_S = 0.1
 _LOG_TAIL_BYTES = 65536
+_LEAST_FREE_BYTES = 65536
 _EXCEPTION = re.compile(
     r"^(?:\[rank(\d+)\]:\s*)?((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit)(?:: .*)?)$",
     re.MULTILINE,
@@ -113,6 +115,9 @@ def failure_of(work_dir: Path, code: int) -> Failure:
     if reports:
         return _read_report(reports[0])
     log = _tail(work_dir / "output.log")
+    if shutil.disk_usage(work_dir).free < _LEAST_FREE_BYTES:
+        # Neither the report nor the log may have found room.
+        return Failure(kind=troubleshooting.DISK_FULL, message=_last_words(log, None))
     # The launcher of the ranks ends the others with SIGTERM when one is gone.
     kills = [(number, name) for number, name in _KILLED.findall(log) if name != "SIGTERM"]
     if kills:

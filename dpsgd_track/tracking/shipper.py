@@ -265,6 +265,8 @@ class Shipper:
         return found
 
     def _differences(self, run: SpooledRun, count: bool) -> Iterator[str]:
+        if run.status == RUNNING:
+            yield "it did not end"
         run_id = self.run_ids[run.key]
         stored = self._client.get_run(run_id)
         if stored.info.status != run.status:

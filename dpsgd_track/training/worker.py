@@ -1,12 +1,13 @@
 """One rank of one mode's process group.
 
 `main` runs in every rank, forked by torch's launcher after `preload`: the mode's regimes one after
-the other, each from fresh weights. It logs to MLflow in the background, and leaves trajectories,
-progress and, when it fails, the reason in the job's working folder.
+the other, each from fresh weights. It appends what it observes to the group's spool, and leaves
+trajectories, progress and, when it fails, the reason in the job's working folder.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
@@ -224,6 +225,8 @@ def _device_facts(device: str) -> dict[str, str]:
 def _kind_of(error: BaseException) -> str:
     if isinstance(error, TrackingError):
         return "tracking"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "disk_full"
     if isinstance(error, NotFiniteError):
         return "not_finite"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
