@@ -144,6 +144,9 @@ def main(job_file: str) -> int:
                 log(job, writer, rank, index, step)
                 if plan["do"] == "slow":
                     time.sleep(0.05)
+                    # As much as real steps log.
+                    norms = {f"sample_norm/{i:03d}": 1.0 for i in range(100)}
+                    writer.log_metrics(job.rank_run_ids[index][rank], step, norms)
                 tell("step", step)
             wait_for_all_ranks(work_dir, rank, index)
             if rank == 0 and plan["do"] != "no_trajectory":

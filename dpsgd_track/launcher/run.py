@@ -6,6 +6,7 @@ Exit codes: 0 every mode finished, 1 one failed, 2 usage error, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -144,6 +145,10 @@ def _run_group(
     except StoreError as error:
         return complain(error, EXIT_USAGE)
     except TrackingError as error:
+        code = complain(error, EXIT_FAILED)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
         code = complain(error, EXIT_FAILED)
     finally:
         display.close()
