@@ -16,6 +16,7 @@ INTERVAL_S = 1.0
 CLOSE_TIMEOUT_S, AWAY_TIMEOUT_S = 60.0, 5.0
 """How long the end waits for a store that takes records, and for one that is away."""
 _LONGEST_PAUSE_S = 5.0
+_SILENT_S = 3.0
 
 Tell = Callable[[str], object]
 
@@ -68,9 +69,13 @@ class Shipping:
         """
         self._closing.set()
         start = time.monotonic()
+        is_said = False
         while self._thread.is_alive():
             self._thread.join(0.05)
             waited_s = time.monotonic() - start
+            if waited_s > _SILENT_S and not is_said and not self._is_away:
+                is_said = True
+                self._tell(f"tracking: shipping the rest, for at most {timeout_s:g} s.")
             is_short = self._is_away or is_hurried()
             if waited_s > (away_timeout_s if is_short else timeout_s):
                 break
