@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,16 +16,14 @@ from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter
 from dpsgd_track.tracking.spooled import claim, spooled_groups
 from dpsgd_track.tracking.store import open_store
 from tests.test_tracking_shipping import MODE, check_whole, logged
-from tests.tracking_servers import MlflowServer, Wire, postgres
+from tests.tracking_servers import MlflowServer, Wire, postgres, shared_server
 
 STEP_S = 0.02
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("server"))
-    yield server
-    server.kill()
+def server() -> MlflowServer:
+    return shared_server()
 
 
 def log_a_group(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -9,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,20 @@ class MlflowServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+@cache
+def shared_server() -> MlflowServer:
+    """One server for all tests that leave it as it is: it takes seconds to start."""
+    folder = Path(tempfile.mkdtemp(prefix="dpsgd-track-server-"))
+    server = MlflowServer(folder)
+
+    def end() -> None:
+        server.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    return server
 
 
 class Wire:
