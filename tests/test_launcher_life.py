@@ -1,8 +1,8 @@
 """Groups that are cut short: nothing stays RUNNING, what was logged is there, the rest is run."""
 
 import json
+import shlex
 import shutil
-import signal
 import threading
 import time
 from collections import Counter
@@ -13,7 +13,7 @@ import pytest
 from dpsgd_track.config import RegimeConfig, Settings
 from dpsgd_track.launcher import suites
 from dpsgd_track.launcher.arguments import build_parser
-from dpsgd_track.launcher.recording import open_group
+from dpsgd_track.launcher.recording import Recording, open_group
 from dpsgd_track.report import command as compare
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.source import read_group_anywhere
@@ -23,12 +23,22 @@ from tests.test_launcher_modes import living, start
 from tests.tracking_servers import MlflowServer, Wire, shared_server
 
 NO_DP = ("--mode", "no_dp", "--regime", "accuracy")
+SECRET = "a-secret-never-to-be-seen"
 NUM_RUNS = 13
 """The group's, and those of no_dp and its three replays with two ranks each."""
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory) -> Path:
+    """A fresh SQLite store, to be copied: making one takes longer than most tests."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    open_store(Settings(tracking_uri=f"sqlite:///{path}", artifact_location=str(path.parent)))
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, database, monkeypatch) -> Path:
+    shutil.copy(database, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suites, "count_gpus", lambda: 0)
     return tmp_path
@@ -100,24 +110,32 @@ def test_a_launcher_killed_without_warning_leaves_nothing_running(folder, capsys
     assert stored.group.tags[names.VERDICT] == "INCONCLUSIVE"
 
 
-def test_the_next_launch_closes_what_a_dead_launcher_left(folder, monkeypatch, capsys):
-    kill_a_launcher(folder, "first")
-    assert statuses("first")["RUNNING"] > 0
-    plan(monkeypatch, no_dp={"do": "slow"})
-    assert fake_launch.run(["quick", *NO_DP, "--group", "second", "--num-iter", "10"]) == 0
-    assert f"group first: closed {NUM_RUNS} runs" in capsys.readouterr().out
-    assert statuses("first") == {"KILLED": NUM_RUNS}
+def a_group_in_the_making(group: str) -> Recording:
+    """What a launcher has open in the middle of a group."""
+    options = (*NO_DP, "--group", group)
+    args = build_parser().parse_args(["quick", *options])
+    recording = open_group(suites.build_suite(args, lambda *_: None))
+    recording.tree.start_group(
+        [], {"command": shlex.join(["python", "launch.py", "quick", *options])}
+    )
+    recording.start(print)
+    recording.tree.start_mode("no_dp", RegimeConfig(name="accuracy", num_iter=1), 2, {})
+    return recording
+
+
+def test_the_next_launch_closes_what_a_dead_launcher_left(folder, capsys):
+    a_group_in_the_making("first").close()
+    assert spooled() == ["first"]
+    assert statuses("first") == {"RUNNING": 4}
+    assert fake_launch.run(["quick", *NO_DP, "--group", "second"]) == 0
+    assert "group first: closed 4 runs" in capsys.readouterr().out
+    assert statuses("first") == {"KILLED": 4}
     assert statuses("second") == {"FINISHED": NUM_RUNS}
     assert spooled() == []
 
 
-def test_two_groups_at_once_on_a_fresh_store_do_not_disturb_each_other(folder):
-    args = build_parser().parse_args(["quick", *NO_DP])
-    recordings = [open_group(suites.build_suite(args, lambda *_: None)) for _ in range(2)]
-    for each in recordings:
-        each.tree.start_group([], {})
-        each.start(print)
-        each.tree.start_mode("no_dp", RegimeConfig(name="train", num_iter=1), 2, {})
+def test_two_groups_at_once_do_not_disturb_each_other(folder):
+    recordings = [a_group_in_the_making(group) for group in ("a", "b")]
     for each in recordings:
         each.tree.finish_open("FINISHED", "")
         each.close()
@@ -151,7 +169,7 @@ def test_a_group_is_run_only_where_it_lacks_something(folder, monkeypatch, capsy
     assert "no_dp: started (accuracy (again), accuracy (permuted), accuracy (ulp))" in said
     assert "flash_fsdp: started (accuracy, clip)" in said
     assert "reference: started" not in said
-    assert not Path("mlflow.db").exists()
+    assert statuses("g") == {}
     # It is the same from the store, once the spool is gone.
     assert fake_launch.run(["sync", "g"]) == 0
     plan(monkeypatch)
@@ -185,19 +203,13 @@ def test_a_group_that_is_not_there(folder, capsys, argv, said):
 
 
 def test_a_group_is_left_alone_while_its_launcher_lives(folder, capsys):
-    slow = {"no_dp": {"do": "slow"}}
-    process = start(folder, "quick", *NO_DP, "--group", "g", "--num-iter", "200", plan=slow)
-    try:
-        until(lambda: steps_told("g") > 1)
-        assert fake_launch.run(["sync"]) == 1
-        assert "is at work" in capsys.readouterr().out
-        assert fake_launch.run(["resume", "g"]) == 2
-        assert "nobody works on" in capsys.readouterr().err
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "RUNNING" not in statuses("g")
+    recording = a_group_in_the_making("g")
+    assert fake_launch.run(["sync"]) == 1
+    assert "is at work" in capsys.readouterr().out
+    assert fake_launch.run(["resume", "g"]) == 2
+    assert "nobody works on" in capsys.readouterr().err
+    recording.tree.finish_open("FINISHED", "")
+    recording.close()
     assert spooled() == []
 
 
@@ -235,12 +247,21 @@ def test_a_launch_goes_on_when_its_server_dies(folder, server, monkeypatch, caps
     wire.cut()
 
 
-def test_an_offline_group_is_created_on_a_server_later(folder, server, capsys):
-    options = ("--group", "later", "--offline", "--spool", "elsewhere")
+def test_an_offline_group_is_created_on_a_server_later(folder, server, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    uri = f"http://me:{SECRET}@127.0.0.1:1"
+    options = ("--group", "later", "--offline", "--spool", "elsewhere", "--tracking-uri", uri)
     assert fake_launch.run(["quick", *NO_DP, *options]) == 0
-    said = capsys.readouterr().out
-    assert "ship:    python launch.py sync later --spool elsewhere" in said
-    assert not Path("mlflow.db").exists()
+    said = capsys.readouterr()
+    command = (
+        "python launch.py sync later --tracking-uri 'http://***@127.0.0.1:1' --spool elsewhere"
+    )
+    assert f"ship:    {command}" in said.out
+    kept = b"".join(file.read_bytes() for file in Path().rglob("*") if file.is_file())
+    assert b"no_dp" in kept
+    assert SECRET.encode() not in kept
+    assert SECRET not in said.out + said.err
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     place = ("--spool", "elsewhere", "--tracking-uri", server.uri)
     assert fake_launch.run(["sync", *place]) == 0
     assert statuses("later", server.uri) == {"FINISHED": NUM_RUNS}
