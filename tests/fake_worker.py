@@ -1,8 +1,8 @@
 """A worker that speaks the launcher's protocol and computes nothing.
 
 What it does wrong is chosen by FAKE_WORKER, a JSON object: mode -> {"do": ..., "rank", "regime",
-"step"}; `do` is one of crash, hang, slow, out_of_memory, sigkill, stubborn, no_trajectory,
-environment, kill_host.
+"step"}; `do` is one of crash, hang, slow, wide (slow, with many metrics), out_of_memory,
+sigkill, stubborn, no_trajectory, environment, kill_host.
 """
 
 import json
@@ -142,8 +142,9 @@ def main(job_file: str) -> int:
                 if at == (rank, index, step):
                     misbehave(job, plan, rank, index, step)
                 log(job, writer, rank, index, step)
-                if plan["do"] == "slow":
+                if plan["do"] in ("slow", "wide"):
                     time.sleep(0.05)
+                if plan["do"] == "wide":
                     # As much as real steps log.
                     norms = {f"sample_norm/{i:03d}": 1.0 for i in range(100)}
                     writer.log_metrics(job.rank_run_ids[index][rank], step, norms)

@@ -147,7 +147,7 @@ def told(group: str) -> int:
 def test_a_disk_that_fills_up_stops_no_step_and_what_was_written_is_readable(
     folder, capfd, monkeypatch
 ):
-    monkeypatch.setenv("FAKE_WORKER", '{"no_dp": {"do": "slow"}}')
+    monkeypatch.setenv("FAKE_WORKER", '{"no_dp": {"do": "wide"}}')
     with small_disk(folder, "256k") as disk:
 
         def fill_later() -> None:

@@ -38,7 +38,7 @@ def sync(settings: Settings, group: str | None) -> int:
 
 def _sync_one(settings: Settings, group: SpooledGroup) -> int:
     size = sum(group.sizes().values()) / 1024
-    print(f"{group.name}: {size:,.1f} KiB of records in {group.folder}", flush=True)
+    print(f"{group.name}: {size:,.1f} KiB of records in {group.folder}")
     try:
         held = group.hold()
     except Busy:
@@ -57,6 +57,7 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         client, experiment_id = open_store(settings)
         uri = absolute_uri(settings.tracking_uri)
         counted = group.count()
+        print(f"{group.name}: shipping {counted}, then reading them back", flush=True)
         try:
             problems = settle(Shipper(group, client, uri, experiment_id), count=True)
         except Exception as error:
