@@ -48,8 +48,9 @@ def plan(monkeypatch: pytest.MonkeyPatch, **modes: dict) -> None:
     monkeypatch.setenv("FAKE_WORKER", json.dumps(modes))
 
 
-def statuses(group: str, uri: str = "") -> Counter[str]:
-    client, experiment_id = open_store(Settings(tracking_uri=uri or Settings().tracking_uri))
+def statuses(group: str, uri: str = "", experiment: str = "dpsgd-track") -> Counter[str]:
+    settings = Settings(tracking_uri=uri or Settings().tracking_uri, experiment=experiment)
+    client, experiment_id = open_store(settings)
     runs = client.search_runs([experiment_id], f"tags.`{names.GROUP}` = '{group}'")
     return Counter(run.info.status for run in runs)
 
@@ -110,9 +111,9 @@ def test_a_launcher_killed_without_warning_leaves_nothing_running(folder, capsys
     assert stored.group.tags[names.VERDICT] == "INCONCLUSIVE"
 
 
-def a_group_in_the_making(group: str) -> Recording:
+def a_group_in_the_making(group: str, *more: str) -> Recording:
     """What a launcher has open in the middle of a group."""
-    options = (*NO_DP, "--group", group)
+    options = (*NO_DP, "--group", group, *more)
     args = build_parser().parse_args(["quick", *options])
     recording = open_group(suites.build_suite(args, lambda *_: None))
     recording.tree.start_group(
@@ -124,12 +125,15 @@ def a_group_in_the_making(group: str) -> Recording:
 
 
 def test_the_next_launch_closes_what_a_dead_launcher_left(folder, capsys):
-    a_group_in_the_making("first").close()
+    Path("other.yaml").write_text("experiment: other")
+    a_group_in_the_making("first", "--config", "other.yaml").close()
     assert spooled() == ["first"]
-    assert statuses("first") == {"RUNNING": 4}
+    assert statuses("first", experiment="other") == {"RUNNING": 4}
     assert fake_launch.run(["quick", *NO_DP, "--group", "second"]) == 0
     assert "group first: closed 4 runs" in capsys.readouterr().out
-    assert statuses("first") == {"KILLED": 4}
+    # It stayed in its own experiment.
+    assert statuses("first", experiment="other") == {"KILLED": 4}
+    assert statuses("first") == {}
     assert statuses("second") == {"FINISHED": NUM_RUNS}
     assert spooled() == []
 
@@ -274,8 +278,7 @@ def test_an_offline_group_is_created_on_a_server_later(folder, server, monkeypat
 @pytest.mark.timeout(1200)
 def test_four_ranks_start_on_a_fresh_store_twenty_times(folder):
     for attempt in range(20):
-        options = ("--group", f"g{attempt}", "--nproc-per-node", "4")
+        uri = f"sqlite:///{folder}/{attempt}.db"
+        options = ("--group", f"g{attempt}", "--nproc-per-node", "4", "--tracking-uri", uri)
         assert fake_launch.run(["quick", *NO_DP, *options]) == 0
-        assert statuses(f"g{attempt}") == {"FINISHED": 21}
-        Path("mlflow.db").rename(f"{attempt}.db")
-        shutil.rmtree("mlartifacts", ignore_errors=True)
+        assert statuses(f"g{attempt}", uri) == {"FINISHED": 21}

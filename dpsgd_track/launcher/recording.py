@@ -70,7 +70,7 @@ class Recording:
         if self._store is None:
             return
         uri = absolute_uri(self._settings.tracking_uri)
-        self._shipper = self._shipper_of(self._spooled)
+        self._shipper = self._shipper_of(self._spooled, self._store[1])
         try:
             # The group's own run is what shows whether the store can be written to.
             self._shipper.ship()
@@ -118,16 +118,17 @@ class Recording:
                 held = group.hold()
                 self._held.append(held)
                 if closed := group.close_left_open():
-                    tell(f"group {group.name}: closed {closed} runs, {_DIED}")
-                if self._store is not None and target in group.state():
-                    left.append(self._shipper_of(group))
+                    tell(f"group {group.name}: closed {closed} runs, as its launcher died.")
+                known = group.state().get(target)
+                if self._store is not None and known:
+                    # It stays in its own experiment.
+                    left.append(self._shipper_of(group, known["experiment_id"]))
         return left
 
-    def _shipper_of(self, group: SpooledGroup) -> Shipper:
+    def _shipper_of(self, group: SpooledGroup, experiment_id: str) -> Shipper:
         assert self._store is not None
-        client, experiment_id = self._store
         uri = absolute_uri(self._settings.tracking_uri)
-        return Shipper(group, client, uri, experiment_id)
+        return Shipper(group, self._store[0], uri, experiment_id)
 
     def _forget(self) -> None:
         self._writer.close()
@@ -141,9 +142,6 @@ class Recording:
     def _release(self) -> None:
         while self._held:
             self._held.pop().close()
-
-
-_DIED = "as its launcher died."
 
 
 def open_group(suite: Suite) -> Recording:

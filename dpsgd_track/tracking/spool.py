@@ -222,7 +222,8 @@ def _create(folder: Path, name: str) -> int:
     path = folder / f"{max(taken, default=0) + 1:06d}-{name}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
     descriptor = os.open(path, flags, 0o666)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Who asks whether it is being written holds the lock for a moment.
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
 
 
