@@ -27,12 +27,12 @@ def server() -> MlflowServer:
 
 
 def log_a_group(
-    spool: Path, name: str, uri: str, steps: int, at_step: Callable[[int], object]
+    spool: Path, name: str, uri: str, steps: int, at_step: Callable[[int, list[str]], object]
 ) -> tuple[list[float], list[str], str]:
     """Log a group while it is shipped; how long each step's logging took (ms), and what was said.
 
     Args:
-        at_step: called before each step.
+        at_step: called before each step, with what was said so far.
     """
     group = claim(spool, name)
     assert group is not None
@@ -48,7 +48,7 @@ def log_a_group(
     workers = [SpoolWriter(group.folder, f"no_dp-rank{rank}{RECORDS}") for rank in (0, 1)]
     took_ms = []
     for step in range(steps):
-        at_step(step)
+        at_step(step, said)
         start = time.thread_time()
         workers[0].log_metrics(mode, step, logged(step, 9))
         took_ms.append((time.thread_time() - start) * 1000)
@@ -82,7 +82,7 @@ def test_a_wire_cut_in_the_middle_of_anything_loses_nothing(tmp_path, server):
     rng = random.Random(5)
     cuts = []
 
-    def at_step(step: int) -> None:
+    def at_step(step: int, _: list[str]) -> None:
         if step % 20 == 10:
             # The server does what it is asked to, and its answer is lost on the way.
             wire.answers_left = rng.randrange(3)
@@ -107,7 +107,7 @@ def test_a_server_that_goes_for_good_leaves_all_of_it_to_sync(tmp_path, server):
     wire = Wire(server.port)
     start = time.monotonic()
     _, said, left = log_a_group(
-        tmp_path, "gone", wire.uri, 40, lambda step: step == 20 and wire.cut()
+        tmp_path, "gone", wire.uri, 40, lambda step, _: step == 20 and wire.cut()
     )
     assert time.monotonic() - start < 10
     assert "refused" in left
@@ -123,13 +123,16 @@ def kill_and_restart(server: MlflowServer, spool: Path, name: str, times: int) -
     rng = random.Random(11)
     due = {rng.randrange(60) + 60 * i for i in range(times)}
 
-    def at_step(step: int) -> None:
-        if step in due:
-            server.kill()
-            server.start()
-            # It takes seconds to start. Half of the time it is killed again before it is there.
-            if rng.random() < 0.5:
-                server.wait()
+    def at_step(step: int, said: list[str]) -> None:
+        if step not in due:
+            return
+        server.kill()
+        server.start()
+        # It takes seconds to start. At times it is killed again before it is there.
+        if rng.random() < 0.75:
+            server.wait()
+            while said and "is back" not in said[-1]:
+                time.sleep(0.05)
 
     took_ms, said, left = log_a_group(spool, name, server.uri, 60 * times, at_step)
     if left:
