@@ -5,6 +5,7 @@ import sys
 
 from dpsgd_track.detection.command import detect
 from dpsgd_track.launcher.run import main
+from dpsgd_track.report.launched import summarise
 
 if __name__ == "__main__":
-    sys.exit(main(detect=detect))
+    sys.exit(main(detect=detect, summarise=summarise))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,10 @@ PARAM_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
 DEVICES = ("cpu", "cuda")
 NOISE_FROM = ("seed", "os")
+
+AUTO, GRADIENTS, GRAM, TILED = "auto", "gradients", "gram", "tiled"
+PLANS = (AUTO, GRADIENTS, GRAM, TILED)
+"""How norms of linear layers are found; `dpsgd_track.privacy.planner` says what each means."""
 
 CLASSIFICATION = "sequence-classification"
 CAUSAL_LM = "causal-lm"
@@ -38,17 +43,19 @@ ACCURACY = "accuracy"
 CLIP = "clip"
 NOISE = "noise"
 TRAIN = "train"
+PROFILE = "profile"
+"""Steps that are timed, and compared with nothing but each other's times."""
 PROBE = "probe-"
 """Begins the name of a regime that is run on the probe, whatever model the user chose."""
 PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE = (f"{PROBE}{kind}" for kind in (ACCURACY, CLIP, NOISE))
 PROBES = (PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
 PROBE_NAIVE = f"{PROBE}naive"
 """What a test would run that knows of no fault: nothing is clipped, next to no noise is added."""
-REGIMES = (ACCURACY, CLIP, NOISE, TRAIN, *PROBES, PROBE_NAIVE)
+REGIMES = (ACCURACY, CLIP, NOISE, TRAIN, PROFILE, *PROBES, PROBE_NAIVE)
 
 
 def kind_of(regime: str) -> str:
-    """accuracy, clip, noise or train: what a regime does, on whichever model."""
+    """accuracy, clip, noise, train or profile: what a regime does, on whichever model."""
     return regime.removeprefix(PROBE)
 
 
@@ -115,8 +122,11 @@ class PerformanceConfig:
     """Type the `reference` mode computes in: float64 or float32."""
     num_replicas: int = 1
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
+    plan: str = AUTO
+    """How flash and fused modes find the norms of linear layers: auto chooses layer by layer."""
 
     def __post_init__(self) -> None:
+        require(self.plan in PLANS, "plan", self.plan, f"one of {', '.join(PLANS)}")
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(
             self.param_dtype in PARAM_DTYPES,
@@ -223,6 +233,34 @@ PROBE_DATA = DataConfig(seq_length=17, batch_size=5, ragged=True)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Point:
+    """One run of a profile: a shape, and its place among the group's runs."""
+
+    seq_length: int
+    """Tokens in a sample (T)."""
+    batch_size: int
+    """Samples in a micro-batch of a rank (B)."""
+    order: int
+    """1 for the run that is timed first."""
+
+    def __str__(self) -> str:
+        return f"T{self.seq_length}-B{self.batch_size}-{self.order}"
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """The point that reads as `text`.
+
+        Raises:
+            ValueError: none does.
+        """
+        match = re.fullmatch(r"T(\d+)-B(\d+)-(\d+)", text, re.ASCII)
+        require(match is not None, "point", text, "a point such as T64-B2-1")
+        assert match is not None
+        seq_length, batch_size, order = map(int, match.groups())
+        return cls(seq_length=seq_length, batch_size=batch_size, order=order)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RegimeConfig:
     """One pass over fresh weights: how many steps, of what shape, under which privacy."""
 
@@ -247,15 +285,20 @@ class RegimeConfig:
     replay: str = ""
     """again, permuted, ulp or plain where the run only measures the numerical floor; silent for
     the twin of a noisy run; else empty."""
+    point: str = ""
+    """Of a profile, which of its runs this is, as Point reads; else empty."""
 
     @property
     def kind(self) -> str:
-        """accuracy, clip, noise or train."""
+        """accuracy, clip, noise, train or profile."""
         return kind_of(self.name)
 
     def __post_init__(self) -> None:
         require(self.name in REGIMES, "regime", self.name, f"one of {', '.join(REGIMES)}")
         require(self.replay in REPLAYS, "replay", self.replay, f"one of {', '.join(REPLAYS)}")
+        if self.point:
+            Point.parse(self.point)
+            require(self.name == PROFILE, "point", self.point, f"none but in regime {PROFILE}")
         require(self.num_iter >= 1, "num_iter", self.num_iter, "an integer >= 1")
         require(self.warmup_iter >= 0, "warmup_iter", self.warmup_iter, "an integer >= 0")
         require(self.micro_batches >= 1, "micro_batches", self.micro_batches, "an integer >= 1")
@@ -336,6 +379,14 @@ class JobConfig:
     def label(self) -> str:
         """What the job is called: `mode` or `mode@variant`."""
         return f"{self.mode}@{self.variant.name}" if self.variant else self.mode
+
+    @property
+    def title(self) -> str:
+        """`label`, with the shape where it is one of a profile's: `no_dp (T=64, B=2)`."""
+        points = [Point.parse(regime.point) for regime in self.regimes if regime.point]
+        return "".join(
+            [self.label, *(f" (T={point.seq_length}, B={point.batch_size})" for point in points)]
+        )
 
     def run_in(self, regime: RegimeConfig) -> JobConfig:
         """The job with the model and data of `regime`: the probe's, or the user's."""

@@ -16,19 +16,22 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
-from dpsgd_track.config import PrivacyConfig
+from dpsgd_track.config import AUTO, GRADIENTS, TILED, PrivacyConfig
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.modes.table import MODES
+from dpsgd_track.modes.table import MODES, takes_plan
 from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.layers.inventory import find_layers
 
 B, T, D, V = 3, 5, 7, 9
 OURS = [
-    name
+    name if plan == AUTO else f"{name}/{plan}"
     for name, spec in MODES.items()
     if spec.strategy in ("two_pass", "bookkeeping") and spec.runs_on_one_device
+    for plan in (AUTO, GRADIENTS, TILED)
+    if plan == AUTO or takes_plan(name, plan)
 ]
+"""Modes by name, and with a plan that they would not choose for what is so small: `mode/plan`."""
 # float64 throughout.
 TOLERANCE = 1e-10
 
@@ -41,6 +44,7 @@ def sum_loss(output: Tensor, target_B: Tensor) -> Tensor:
 
 
 def mode_of(name: str, model: nn.Module, max_grad_norm: float = 1.0) -> Mode:
+    name, _, plan = name.partition("/")
     context = ModeContext(
         privacy=PrivacyConfig(
             noise_multiplier=0.0, max_grad_norm=max_grad_norm, expected_batch_size=B
@@ -49,6 +53,7 @@ def mode_of(name: str, model: nn.Module, max_grad_norm: float = 1.0) -> Mode:
         param_dtype=torch.float32,
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         loss=sum_loss,
+        plan=plan or AUTO,
     )
     return build_mode(name, model, context)
 

@@ -9,7 +9,7 @@ import torch
 
 from dpsgd_track.kernels.embedding_norm import embedding_norm_sq, per_sample_norm_sq
 from dpsgd_track.kernels.flash_norm import flash_norm_sq, outer_norm_sq
-from dpsgd_track.kernels.flash_norm.reference import TILE_P, TILE_T, _gram_form, _outer_form
+from dpsgd_track.kernels.flash_norm.reference import TILE_P, TILE_T, gram_form, outer_form
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
 from dpsgd_track.kernels.sketch.reference import BLOCK_ELEMENTS
 
@@ -29,14 +29,14 @@ def _pair(shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]
     return x, torch.randn(B, T, P, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("form", [_gram_form, _outer_form, flash_norm_sq])
+@pytest.mark.parametrize("form", [gram_form, outer_form, flash_norm_sq])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-T{}-D{}-P{}".format(*s))
 def test_each_form_equals_the_definition(form, shape) -> None:
     x, dy = _pair(shape)
     torch.testing.assert_close(form(x, dy), outer_norm_sq(x, dy), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("form", [_gram_form, _outer_form])
+@pytest.mark.parametrize("form", [gram_form, outer_form])
 def test_low_precision_inputs_are_accumulated_in_float32(form) -> None:
     x, dy = _pair((2, 300, 64, 64))
     low_x, low_dy = x.bfloat16(), dy.bfloat16()
@@ -50,7 +50,7 @@ def test_low_precision_inputs_are_accumulated_in_float32(form) -> None:
 def test_nan_stays_in_its_own_sample() -> None:
     x, dy = _pair((3, TILE_T + 1, 8, 8))
     dy[1, 0, 0] = float("nan")
-    for form in (_gram_form, _outer_form):
+    for form in (gram_form, outer_form):
         assert form(x, dy).isnan().tolist() == [False, True, False]
 
 

@@ -340,6 +340,19 @@ def test_a_store_that_comes_back_is_shipped_to_by_itself(tmp_path, settings):
     check_whole(*open_store(settings), "back")
 
 
+def test_nothing_is_shipped_while_it_is_to_be_quiet(tmp_path, settings):
+    spool_a_group(tmp_path, "quiet", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    shipper = shipper_of(group, settings)
+    shipping = Shipping(shipper, settings.tracking_uri, print, interval_s=0.01)
+    with shipping.quiet():
+        shipping.start()
+        time.sleep(0.3)
+        assert shipper.run_ids == {}
+    assert shipping.close() == ""
+    assert len(shipper.run_ids) == 4
+
+
 def test_the_end_waits_a_limited_time_for_a_store_that_is_away(tmp_path, settings):
     spool_a_group(tmp_path, "away", steps=1)
     (group,) = spooled_groups(tmp_path)

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from rank_exit import leave
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dpsgd_track.config import PrivacyConfig
+from dpsgd_track.config import AUTO, GRADIENTS, PrivacyConfig
+from dpsgd_track.distributed import reduction
 from dpsgd_track.distributed.sharding import as_sharded
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.modes.table import takes_plan
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.noise import NoiseSource
@@ -89,6 +91,12 @@ def _context(spec: Spec, name: str, max_grad_norm: float, device: torch.device) 
         loss=ZOO[name].loss,
         num_replicas=spec.replicas,
     )
+
+
+def _planned(context: ModeContext, mode: str, regime: str) -> ModeContext:
+    """`context` with what a mode would keep of larger models, but where it clips some samples."""
+    keeps_gradients = regime != "mixed" and takes_plan(mode, GRADIENTS)
+    return replace(context, plan=GRADIENTS if keeps_gradients else AUTO)
 
 
 def _whole(mode: Mode, shards: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -199,8 +207,11 @@ def main(output: str, spec: Spec) -> None:
             context = _context(spec, name, bound, device)
             wanted = _run(build_mode("reference", copy.deepcopy(model), context), batches)
             for mode in spec.modes:
+                # The way of GPUs, which gloo knows as well.
+                reduction._launches_as_one = lambda group, regime=regime: regime == "all"
                 try:
-                    found = _run(build_mode(mode, copy.deepcopy(model), context), batches)
+                    planned = _planned(context, mode, regime)
+                    found = _run(build_mode(mode, copy.deepcopy(model), planned), batches)
                 except Exception as error:  # one of all ranks, or the group hangs
                     refused = {"model": name, "regime": regime, "mode": mode, "error": str(error)}
                     rows.append(refused)

@@ -121,7 +121,9 @@ def compare_groups(
     used = {f.waiver for mode in modes for f in mode.findings if f.waiver}
     return GroupComparison(
         # The earlier runs are drawn beside the later ones.
-        group=replace(after, name=f"{after.name}-vs-{before.name}", runs=(*runs, *earlier)),
+        group=replace(
+            after, name=f"{after.name}-vs-{before.name}", runs=(*runs, *earlier), points=()
+        ),
         thresholds=thresholds,
         regimes=tuple(regimes),
         modes=modes,

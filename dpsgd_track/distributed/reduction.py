@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dpsgd_track.distributed.sharding import trainable_parameters
+from dpsgd_track.distributed.sharding import as_local, trainable_parameters, transformer_blocks
 
-MAX_BUCKETS_IN_FLIGHT = 2
+MAX_IN_FLIGHT = 2
 
 # torch 2.13 renames the collective and warns on the old name.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -25,9 +25,11 @@ class GradientSharder(Protocol):
 
     sums: dict[str, Tensor]
     """This rank's part of each sum so far, by parameter name, float32 or float64."""
+    groups: list[list[str]]
+    """Parameters that go together, in the order in which they are best put."""
 
-    def put(self, name: str, gradient: Tensor) -> None:
-        """Add this rank's gradient, in the parameter's full shape; at most once per batch."""
+    def put(self, gradients: dict[str, Tensor]) -> None:
+        """Add this rank's gradients, in full shapes; each at most once per batch."""
         ...
 
     def finish(self) -> None:
@@ -42,15 +44,13 @@ class GradientSharder(Protocol):
 class LocalSharder:
     """One device holds everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.groups = list(_names_by_unit(model, transformer_blocks(model)).values())
 
-    def put(self, name: str, gradient: Tensor) -> None:
-        """Add to the sum."""
-        if name in self.sums:
-            self.sums[name] += gradient
-        else:
-            self.sums[name] = gradient
+    def put(self, gradients: dict[str, Tensor]) -> None:
+        """Add to the sums."""
+        _add_to(self.sums, gradients)
 
     def finish(self) -> None:
         """Nothing is on its way."""
@@ -60,33 +60,49 @@ class LocalSharder:
         return nullcontext()
 
 
-class Fsdp2Sharder:
-    """Reduces gradients bucket by bucket, one bucket for each FSDP2 unit.
+def _add_to(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    again = [name for name in more if name in sums]
+    if again:
+        torch._foreach_add_([sums[n] for n in again], [more[n] for n in again])
+    sums |= {name: total for name, total in more.items() if name not in sums}
 
-    All ranks reduce the units in the same order, the last of the model first, whatever order the
-    gradients come in; each bucket is on its way while the next is filled.
+
+class Fsdp2Sharder:
+    """Reduces gradients group by group, one group for each FSDP2 unit.
+
+    All ranks reduce the groups in the same order, the last of the model first, whatever order the
+    gradients come in; each group is on its way while the next is filled.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """`model` is sharded already."""
+    def __init__(self, model: nn.Module, late: Container[str] = ()) -> None:
+        """
+        Args:
+            model: sharded already.
+            late: parameters whose gradients come at the end of a backward. They go with the root's.
+        """
         self.model = model
         self.sums: dict[str, Tensor] = {}
-        self.parameters = trainable_parameters(model)
-        self.names_of = _names_by_unit(model)
+        self.parameters = {n: _dtensor(p) for n, p in trainable_parameters(model).items()}
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        names_of = _names_by_unit(model, units[1:])
+        *inner, root = names_of.values()
+        root += [name for names in inner for name in names if name in late]
+        inner = [[name for name in names if name not in late] for names in inner]
+        self.groups = [names for names in [*inner, root] if names]
         self._start_batch()
 
-    def put(self, name: str, gradient: Tensor) -> None:
-        """Take a gradient; start reducing every unit that is complete and next in turn."""
-        self._waiting[name] = gradient
-        while self._units and all(n in self._waiting for n in self.names_of[self._units[0]]):
-            self._reduce(self._units.pop(0))
+    def put(self, gradients: dict[str, Tensor]) -> None:
+        """Take gradients; start reducing every group that is complete and next in turn."""
+        self._waiting |= gradients
+        while self._to_do and all(name in self._waiting for name in self._to_do[0]):
+            self._reduce(self._to_do.pop(0))
 
     def finish(self) -> None:
-        """Reduce the units that are left, and wait for all."""
-        for unit in self._units:
-            self._reduce(unit)
-        for bucket in self._in_flight:
-            bucket.finish(self.sums)
+        """Reduce the groups that are left, and wait for all."""
+        for names in self._to_do:
+            self._reduce(names)
+        for reduction in self._in_flight:
+            _add_to(self.sums, reduction.finish())
         self._start_batch()
 
     @contextmanager
@@ -101,32 +117,41 @@ class Fsdp2Sharder:
 
     def _start_batch(self) -> None:
         self._waiting: dict[str, Tensor] = {}
-        self._in_flight: list[_Bucket] = []
-        self._units = list(self.names_of)
+        self._in_flight: list[_Packed | _Grouped] = []
+        self._to_do = list(self.groups)
 
-    def _reduce(self, unit: str) -> None:
-        names = self.names_of[unit]
-        whole = [self._waiting.pop(name, None) for name in names]
-        if len(self._in_flight) == MAX_BUCKETS_IN_FLIGHT:
-            self._in_flight.pop(0).finish(self.sums)
-        self._in_flight.append(_Bucket({n: self.parameters[n] for n in names}, whole))
+    def _reduce(self, names: list[str]) -> None:
+        parameters = {name: self.parameters[name] for name in names}
+        whole = {
+            name: self._waiting.pop(name)
+            if name in self._waiting
+            else torch.zeros(parameter.shape, device=parameter.device)
+            for name, parameter in parameters.items()
+        }
+        if len(self._in_flight) == MAX_IN_FLIGHT:
+            _add_to(self.sums, self._in_flight.pop(0).finish())
+        mesh = next(iter(parameters.values())).device_mesh
+        is_one = _launches_as_one(mesh.get_group(mesh.ndim - 1))
+        self._in_flight.append((_Grouped if is_one else _Packed)(parameters, whole))
 
 
-class _Bucket:
-    """One reduce-scatter of several whole gradients.
+def _launches_as_one(group: dist.ProcessGroup) -> bool:
+    """Whether many collectives cost what one does. Of gloo's, each costs more than a copy."""
+    return dist.get_backend(group) == "nccl"
 
-    The input is laid out as [W, columns]: row r holds, for each parameter in turn, the rows of
-    rank r's shard, padded to the largest shard.
+
+class _Packed:
+    """One reduce-scatter of several whole gradients, copied into one tensor.
+
+    That is laid out as [W, columns]: row r holds, for each parameter in turn, the rows of rank r's
+    shard, padded to the largest shard.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], gradients: list[Tensor | None]) -> None:
-        self.parameters = {name: _dtensor(p) for name, p in parameters.items()}
-        self.mesh = next(iter(self.parameters.values())).device_mesh
+    def __init__(self, parameters: dict[str, DTensor], gradients: dict[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.mesh = next(iter(parameters.values())).device_mesh
         world_size = self.mesh.shape[-1]
-        padded = [
-            _padded_rows(torch.zeros(p.shape, device=p.device) if g is None else g, world_size)
-            for p, g in zip(self.parameters.values(), gradients, strict=True)
-        ]
+        padded = [_padded_rows(gradient, world_size) for gradient in gradients.values()]
         self.widths = [p.shape[1] for p in padded]
         packed = torch.cat(padded, dim=1)
         self.shard = packed.new_empty(packed.shape[1])
@@ -139,32 +164,66 @@ class _Bucket:
         # The collective reads `packed` until it is done.
         self.packed: Tensor | None = packed
 
-    def finish(self, sums: dict[str, Tensor]) -> None:
-        """Wait, then add the shards to `sums`."""
+    def finish(self) -> dict[str, Tensor]:
+        """Wait; this rank's shards of the sums."""
         assert self.work is not None
         self.work.wait()
         self.packed = None
         if self.mesh.ndim == 2:
             dist.all_reduce(self.shard, group=self.mesh.get_group(0))
-        columns = self.shard.split(self.widths)
-        for (name, parameter), column in zip(self.parameters.items(), columns, strict=True):
-            shape = parameter.to_local().shape
-            local = column[: shape.numel()].view(shape)
-            if name in sums:
-                sums[name] += local
-            else:
-                # A copy, so that the bucket does not outlive its smallest part.
-                sums[name] = local.clone()
+        columns = zip(self.parameters.items(), self.shard.split(self.widths), strict=True)
+        # Copies, so that the whole does not outlive its smallest part.
+        return {
+            name: _local_rows(parameter, column).clone() for (name, parameter), column in columns
+        }
+
+
+class _Grouped:
+    """Reduce-scatters of several whole gradients as they are, launched as one.
+
+    Shards are equal numbers of rows that follow each other, so that a whole gradient is laid out
+    as the collective wants it, if need be with rows added at its end.
+    """
+
+    def __init__(self, parameters: dict[str, DTensor], gradients: dict[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.mesh = next(iter(parameters.values())).device_mesh
+        world_size = self.mesh.shape[-1]
+        # The collectives read them until they are done.
+        self.whole = [_padded_rows(g, world_size).view(-1) for g in gradients.values()]
+        sizes = [whole.numel() // world_size for whole in self.whole]
+        self.shards = self.whole[0].new_empty(sum(sizes)).split(sizes)
+        group = self.mesh.get_group(self.mesh.ndim - 1)
+        with dist._coalescing_manager(group, async_ops=True) as self.work:
+            for shard, whole in zip(self.shards, self.whole, strict=True):
+                _reduce_scatter(shard, whole, group=group)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Wait; this rank's shards of the sums."""
+        self.work.wait()
+        self.whole.clear()
+        if self.mesh.ndim == 2:
+            with dist._coalescing_manager(self.mesh.get_group(0)):
+                for shard in self.shards:
+                    dist.all_reduce(shard, group=self.mesh.get_group(0))
+        pairs = zip(self.parameters.items(), self.shards, strict=True)
+        return {name: _local_rows(parameter, shard) for (name, parameter), shard in pairs}
 
 
 def _padded_rows(gradient: Tensor, world_size: int) -> Tensor:
     """[rows, ...] as [W, chunk * row], float32, zero rows added at the end."""
     rows = gradient.shape[0]
     chunk = -(-rows // world_size)
-    flat = gradient.reshape(rows, -1).float()
+    flat = gradient.float().reshape(rows, -1)
     if chunk * world_size != rows:
         flat = torch.nn.functional.pad(flat, (0, 0, 0, chunk * world_size - rows))
     return flat.reshape(world_size, -1)
+
+
+def _local_rows(parameter: DTensor, shard: Tensor) -> Tensor:
+    """The rows that this rank holds, of a shard that may be padded."""
+    shape = as_local(parameter).shape
+    return shard[: shape.numel()].view(shape)
 
 
 def _dtensor(tensor: Tensor) -> DTensor:
@@ -172,12 +231,13 @@ def _dtensor(tensor: Tensor) -> DTensor:
     return tensor
 
 
-def _names_by_unit(model: nn.Module) -> dict[str, list[str]]:
-    """Trainable parameters of each FSDP2 unit, the last unit first, the root's at the end."""
-    units = [fqn for fqn, module in model.named_modules() if isinstance(module, FSDPModule)]
-    names_of: dict[str, list[str]] = {unit: [] for unit in [*reversed(units[1:]), units[0]]}
-    innermost_first = sorted(units, key=len, reverse=True)
+def _names_by_unit(model: nn.Module, units: Sequence[nn.Module]) -> dict[str, list[str]]:
+    """Trainable parameters of each unit, the last unit first, and at the end what is in none."""
+    fqn_of = {module: fqn for fqn, module in model.named_modules()}
+    fqns = [fqn_of[unit] for unit in units]
+    names_of: dict[str, list[str]] = {fqn: [] for fqn in [*reversed(fqns), ""]}
+    innermost_first = sorted(fqns, key=len, reverse=True)
     for name in trainable_parameters(model):
-        unit = next(u for u in innermost_first if u == "" or name.startswith(u + "."))
+        unit = next((fqn for fqn in innermost_first if name.startswith(fqn + ".")), "")
         names_of[unit].append(name)
-    return {unit: names for unit, names in names_of.items() if names}
+    return names_of

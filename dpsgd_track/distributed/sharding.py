@@ -109,14 +109,32 @@ def row_range(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
     return min(rank * chunk, num_rows), min((rank + 1) * chunk, num_rows)
 
 
-def local_part(name: str, parameter: Tensor, tensor: Tensor) -> LocalPart:
-    """This rank's part of `tensor`, which is laid out as `parameter` is.
+@dataclass(frozen=True)
+class Layout:
+    """Where in a whole parameter the part lies that this rank holds."""
+
+    name: str
+    start: int
+    """Flat index of the first element held."""
+    num_elements: int
+    """Elements of the whole parameter."""
+    is_counted: bool
+
+    def part(self, tensor: Tensor) -> LocalPart:
+        """This rank's part of a tensor that is laid out as the parameter is."""
+        return LocalPart(
+            self.name, as_local(tensor), self.start, self.num_elements, self.is_counted
+        )
+
+
+def layout_of(name: str, parameter: Tensor) -> Layout:
+    """How `parameter` is laid out.
 
     Raises:
         ValueError: the parameter is a DTensor that FSDP2's default placement did not make.
     """
     if not isinstance(parameter, DTensor):
-        return LocalPart(name, tensor, 0, parameter.numel())
+        return Layout(name, 0, parameter.numel(), is_counted=True)
     mesh = parameter.device_mesh
     *replicated, sharded = parameter.placements
     if mesh.ndim > 2 or not sharded.is_shard(0) or not all(p.is_replicate() for p in replicated):
@@ -127,8 +145,16 @@ def local_part(name: str, parameter: Tensor, tensor: Tensor) -> LocalPart:
     first_row, _ = row_range(parameter.shape[0], mesh.get_local_rank(mesh.ndim - 1), mesh.shape[-1])
     row_elements = parameter.numel() // max(parameter.shape[0], 1)
     is_counted = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
-    start = first_row * row_elements
-    return LocalPart(name, as_local(tensor), start, parameter.numel(), is_counted)
+    return Layout(name, first_row * row_elements, parameter.numel(), is_counted)
+
+
+def local_part(name: str, parameter: Tensor, tensor: Tensor) -> LocalPart:
+    """This rank's part of `tensor`, which is laid out as `parameter` is.
+
+    Raises:
+        ValueError: the parameter is a DTensor that FSDP2's default placement did not make.
+    """
+    return layout_of(name, parameter).part(tensor)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -137,19 +163,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def as_local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharded or not."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """What this rank holds of a tensor, sharded or not; no gradient flows through it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with torch.no_grad():
+        # The held tensor itself: to detach the whole first would take longer.
+        return tensor.to_local()
 
 
 def as_sharded(local: Tensor, like: Tensor) -> Tensor:
     """`local` rows laid out as `like`: a DTensor where that is one."""
     if not isinstance(like, DTensor):
         return local
-    return DTensor.from_local(
-        local,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    # As FSDP2 makes its own gradients: from_local would check and infer what is known.
+    return DTensor(local, like._spec, requires_grad=False)

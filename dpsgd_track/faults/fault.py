@@ -8,7 +8,7 @@ Nothing of a mode's code is touched, and everything is as it was once the fault 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -45,9 +45,9 @@ PROTOCOL_SEAMS = {
 ENGINE_SEAMS = {
     "loss": ("mode", "engine.loss"),
     "run_norms": ("mode", "engine.capture.run_norms"),
-    "norm_sq_of": ("mode", "engine.capture.norm_sq_of"),
+    "norm_sq_of": ("mode", "engine.capture.norms_of"),
     "clip": ("mode", "engine.clip"),
-    "sum_of": ("mode", "engine.capture.sum_of"),
+    "sum_of": ("mode", "engine.capture.sums_of"),
     "put": ("mode", "engine.put"),
     "linear_terms": ("dpsgd_track.privacy.layers", "linear.terms"),
     "embedding_terms": ("dpsgd_track.privacy.layers", "embedding.terms"),
@@ -63,6 +63,40 @@ ENGINE_SEAMS = {
     "padded_rows": ("dpsgd_track.distributed.reduction", "_padded_rows"),
 }
 """Places inside our own engine: (`mode` or a module, what lies there)."""
+
+
+def _norms_one_by_one(wrapper: Wrapper) -> Wrapper:
+    def norms_of(original: Any, joined: Mapping[str, Any]) -> dict[str, Tensor]:
+        def norm_sq_of(name: str, terms: Any) -> Tensor:
+            found: Tensor = original({name: terms})[name]
+            return found
+
+        return {name: wrapper(norm_sq_of, name, terms) for name, terms in joined.items()}
+
+    return norms_of
+
+
+def _sums_one_by_one(wrapper: Wrapper) -> Wrapper:
+    def sums_of(original: Any, joined: Mapping[str, Any], factors: Tensor) -> dict[str, Tensor]:
+        def sum_of(name: str, terms: Any, factor_B: Tensor) -> Tensor:
+            found: Tensor = original({name: terms}, factor_B)[name]
+            return found
+
+        return {name: wrapper(sum_of, name, terms, factors) for name, terms in joined.items()}
+
+    return sums_of
+
+
+def _put_one_by_one(wrapper: Wrapper) -> Wrapper:
+    def put(original: Any, sums: Mapping[str, Tensor]) -> None:
+        for name, total in sums.items():
+            wrapper(lambda name, total: original({name: total}), name, total)
+
+    return put
+
+
+_ONE_BY_ONE = {"norm_sq_of": _norms_one_by_one, "sum_of": _sums_one_by_one, "put": _put_one_by_one}
+"""Seams where the engine takes many parameters at once, and a fault is told of each by itself."""
 
 NORMS = "per-sample norms"
 FACTORS = "clip factors"
@@ -94,6 +128,12 @@ class Site:
             ValueError: the mode has no such seam.
         """
         owner, attribute = self._find(seam)
+        if seam in _ONE_BY_ONE:
+            wrapper = _ONE_BY_ONE[seam](wrapper)
+        if seam == "standard_normal":
+            # Or a GPU would draw all parts' noise in one go.
+            self._undo.callback(setattr, owner, "add_to", owner.add_to)
+            owner.add_to = owner.add_one_by_one
         original = getattr(owner, attribute)
         is_own = attribute in vars(owner)
         self.unreached.add(seam)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from dpsgd_track.config import (
+    AUTO,
     CLASSIFICATION,
     DEVICES,
     NOISE_FROM,
     OPTIMIZERS,
     PADDINGS,
     PARAM_DTYPES,
+    PLANS,
     SAMPLINGS,
     SEQUENTIAL,
     TASKS,
@@ -25,7 +27,12 @@ SUITES = {
     "quick": "no_dp and the flash modes against the reference, in a few minutes",
     "full": "the baseline, Opacus and the sharded flash modes against the reference",
     "single": "one mode on its own",
+    "profile": "step time and peak memory of modes beside ordinary training",
 }
+PROFILE = "profile"
+RESUMABLE = tuple(name for name in SUITES if name != PROFILE)
+"""Times of a profile mean something beside those of the same launch alone."""
+PROFILE_SEQ_LENGTHS, PROFILE_BATCH_SIZES = "64,256", "2"
 FAULTS = "plant known faults in modes, and see which of them the comparison finds"
 RESUME = "run what is missing in a group: modes that failed, were killed or never started"
 SYNC = "ship what is in the spool to the tracking store, and check that all of it arrived"
@@ -40,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `launch.py quick | full | single | faults | resume | sync | modes | ui`."""
+    """The parser of `launch.py COMMAND`."""
     parser = _Parser(
         prog="launch.py",
         description="Run DP-SGD modes one after the other and track them in MLflow.",
@@ -49,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in SUITES.items():
         suite = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        _add_what(suite)
-        _add_regime(suite)
+        _add_what(suite, is_profile=name == PROFILE)
+        _add_regime(suite, is_profile=name == PROFILE)
         _add_machine(suite)
         _add_tracking(suite)
     _add_faults(commands.add_parser("faults", help=FAULTS, description=FAULTS, allow_abbrev=False))
@@ -117,13 +124,15 @@ def _add_faults(parser: argparse.ArgumentParser) -> None:
     _add_tracking(parser)
 
 
-def _add_what(parser: argparse.ArgumentParser) -> None:
+def _add_what(parser: argparse.ArgumentParser, *, is_profile: bool) -> None:
     group = parser.add_argument_group("what is run")
     group.add_argument(
         "--mode",
         action="append",
         metavar="NAME",
-        help="mode to run, repeatable or comma separated; replaces the suite's modes "
+        help="mode to time beside no_dp, repeatable or comma separated (default: those of full)"
+        if is_profile
+        else "mode to run, repeatable or comma separated; replaces the suite's modes "
         "(default: the suite's; `single` needs exactly one)",
     )
     group.add_argument(
@@ -156,23 +165,48 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="hub access token, handed to workers as HF_TOKEN and written nowhere; setting "
         "HF_TOKEN keeps it out of the process list as well (default: HF_TOKEN)",
     )
-    group.add_argument(
-        "--seq-length", type=int, default=64, help="tokens in a sample (default: 64)"
-    )
-    group.add_argument(
-        "--batch-size", type=int, default=2, help="samples in a micro-batch of a rank (default: 2)"
-    )
+    _add_shape(group, is_profile=is_profile)
     group.add_argument(
         "--micro-batches",
         type=int,
         metavar="K",
-        help="micro-batches a rank accumulates in a step of the clip, noise and train "
+        help="micro-batches a rank accumulates in a timed step (default: 1)"
+        if is_profile
+        else "micro-batches a rank accumulates in a step of the clip, noise and train "
         "regimes (default: 2 in clip, 3 in noise, 1 in train)",
     )
     group.add_argument(
         "--random-seed", type=int, default=42, help="seed of data, weights and noise (default: 42)"
     )
     _add_task(group)
+
+
+def _add_shape(group: argparse._ActionsContainer, *, is_profile: bool) -> None:
+    if not is_profile:
+        group.add_argument(
+            "--seq-length", type=int, default=64, help="tokens in a sample (default: 64)"
+        )
+        group.add_argument(
+            "--batch-size",
+            type=int,
+            default=2,
+            help="samples in a micro-batch of a rank (default: 2)",
+        )
+        return
+    group.add_argument(
+        "--seq-length",
+        action="append",
+        metavar="T",
+        help="tokens in a sample, repeatable or comma separated; every length is run with every "
+        f"batch size (default: {PROFILE_SEQ_LENGTHS})",
+    )
+    group.add_argument(
+        "--batch-size",
+        action="append",
+        metavar="B",
+        help="samples in a micro-batch of a rank, repeatable or comma separated "
+        f"(default: {PROFILE_BATCH_SIZES})",
+    )
 
 
 def _add_task(group: argparse._ActionsContainer) -> None:
@@ -223,13 +257,38 @@ def _add_task(group: argparse._ActionsContainer) -> None:
         "--noise-from",
         choices=NOISE_FROM,
         default="seed",
-        help="where noise that is a mode's own, in noise and train, comes from: seed, the same at "
-        "every run, or os, the operating system's entropy (default: seed)",
+        help="where noise that is a mode's own, in noise, train and profile, comes from: seed, the "
+        "same at every run, or os, the operating system's entropy (default: seed)",
     )
 
 
-def _add_regime(parser: argparse.ArgumentParser) -> None:
+def _add_regime(parser: argparse.ArgumentParser, *, is_profile: bool) -> None:
     group = parser.add_argument_group("how it is trained")
+    if is_profile:
+        _add_timed(group)
+    else:
+        _add_judged(group)
+    group.add_argument(
+        "--sigma",
+        type=float,
+        default=0.01,
+        help="noise multiplier: std of the noise in units of the clipping bound (default: 0.01)",
+    )
+    group.add_argument(
+        "--max-grad-norm",
+        type=float,
+        default=10000.0,
+        help="C, the bound on the L2 norm of a sample's gradient (default: 10000)",
+    )
+    group.add_argument(
+        "--learning-rate", type=float, default=1e-5, help="optimizer's step size (default: 1e-5)"
+    )
+    group.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="sgd", help="update rule (default: sgd)"
+    )
+
+
+def _add_judged(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--accuracy-test",
         action="store_true",
@@ -253,23 +312,22 @@ def _add_regime(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="steps thrown away before the recorded ones (default: 1 on cuda, 0 on cpu)",
     )
+
+
+def _add_timed(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--sigma",
-        type=float,
-        default=0.01,
-        help="noise multiplier: std of the noise in units of the clipping bound (default: 0.01)",
+        "--accuracy-test",
+        action="store_true",
+        help="after its timed steps, each mode also runs the accuracy regime, at the first "
+        "sequence length and batch size alone (default: off)",
     )
     group.add_argument(
-        "--max-grad-norm",
-        type=float,
-        default=10000.0,
-        help="C, the bound on the L2 norm of a sample's gradient (default: 10000)",
+        "--num-iter",
+        type=int,
+        help="recorded steps; loss and layer norms are observed in every second one (default: 10)",
     )
     group.add_argument(
-        "--learning-rate", type=float, default=1e-5, help="optimizer's step size (default: 1e-5)"
-    )
-    group.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="sgd", help="update rule (default: sgd)"
+        "--warmup-iter", type=int, help="steps taken before the recorded ones (default: 3)"
     )
 
 
@@ -299,6 +357,14 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="type the forward and backward compute in (default: float32)",
     )
     group.add_argument(
+        "--plan",
+        choices=PLANS,
+        default=AUTO,
+        help="how flash and fused modes find the norms of linear layers: per-sample gradients "
+        "themselves (one backward only), the Gram form or the tiled form; auto chooses layer by "
+        "layer (default: auto)",
+    )
+    group.add_argument(
         "--reference-dtype",
         choices=("float64", "float32"),
         default="float64",
@@ -323,8 +389,8 @@ def _add_tracking(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="JSON file for the results of `single`; in `faults`, Markdown file for the matrix "
-        "(default: none)",
+        help="JSON file for the results of `single`; in `profile`, CSV file with a row for each "
+        "figure; in `faults`, Markdown file for the matrix (default: none)",
     )
     _add_offline(group)
     _add_spool(group)

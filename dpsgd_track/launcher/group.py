@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import asdict, replace
 from itertools import chain, count
 from pathlib import Path
 
-from dpsgd_track.config import CLIP, JobConfig, RegimeConfig, VariantConfig, require
+from dpsgd_track.config import CLIP, PROFILE, JobConfig, RegimeConfig, VariantConfig, require
 from dpsgd_track.launcher import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -26,12 +27,15 @@ from dpsgd_track.launcher.suites import Suite
 from dpsgd_track.launcher.troubleshooting import Failure
 from dpsgd_track.launcher.worker_host import WorkerHost
 from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.tracking import names
 from dpsgd_track.tracking.environment import environment
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
 from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED, flatten
 from dpsgd_track.tracking.trajectory import Trajectory
 
 CLIP_BOUNDS_FILE = "clip_bounds.json"
+OUT_OF_MEMORY = "OUT OF MEMORY"
+"""What is said of a run of a profile that had too little memory: a result, not a failure."""
 
 
 class GroupRun:
@@ -82,17 +86,22 @@ class GroupRun:
 
     def _run_modes(self, interruption: Interruption) -> int:
         failed: list[str] = []
-        for job in self._suite.jobs:
-            status = KILLED if interruption.requested else self._run_mode(job, interruption)
+        num_out_of_memory = 0
+        total = len(self._suite.jobs)
+        for number, job in enumerate(self._suite.jobs, 1):
+            place = f"[{number}/{total}] " if self._suite.name == PROFILE else ""
+            status = KILLED if interruption.requested else self._run_mode(job, interruption, place)
             if status == KILLED:
                 self._tree.finish_open(KILLED, interruption.reason)
                 self._display.say(f"group {self._folder.name}: {interruption.reason}")
                 return EXIT_INTERRUPTED
             if status == FAILED:
-                failed.append(job.label)
+                failed.append(job.title)
+            num_out_of_memory += status == OUT_OF_MEMORY
         unused = self._fail_unused_variants()
-        total = len(self._suite.jobs)
-        summary = f"{total - len(failed)} of {total} modes finished"
+        what = "runs" if self._suite.name == PROFILE else "modes"
+        summary = f"{total - len(failed) - num_out_of_memory} of {total} {what} finished"
+        summary += f", {num_out_of_memory} out of memory" * bool(num_out_of_memory)
         if failed or unused:
             causes = [f"failed: {', '.join(failed)}"] * bool(failed) + unused
             reason = "; ".join([summary, *causes])
@@ -114,16 +123,18 @@ class GroupRun:
             self._display.say(reasons[-1])
         return reasons
 
-    def _run_mode(self, job: JobConfig, interruption: Interruption) -> str:
+    def _run_mode(self, job: JobConfig, interruption: Interruption, place: str) -> str:
         """Run one mode with its runs around it.
 
+        Args:
+            place: which of many it is, as it is shown.
         Returns:
-            FINISHED, FAILED where a regime failed, or KILLED.
+            FINISHED, FAILED where a regime failed, OUT_OF_MEMORY where that is all, or KILLED.
         """
         ready, blocked = self._split_regimes(job)
-        work_dir = self._work_dir(job.label)
+        work_dir = self._work_dir(job)
         runs = [self._start_runs(job, regime) for regime in (*ready, *blocked)]
-        self._display.start_mode(job.label, ready)
+        self._display.start_mode(f"{place}{job.title}", ready)
         outcomes: tuple[Outcome, ...] = ()
         if ready:
             job = replace(
@@ -134,16 +145,21 @@ class GroupRun:
                 rank_run_ids=tuple(ranks for _, ranks in runs[: len(ready)]),
                 work_dir=str(work_dir.absolute()),
             )
-            outcomes = run_mode(job, self._launch, self._host, interruption, self._display)
+            is_timed = any(regime.kind == PROFILE for regime in ready)
+            with self._recording.quiet() if is_timed else contextlib.nullcontext():
+                outcomes = run_mode(job, self._launch, self._host, interruption, self._display)
             outcomes = self._read_results(job, outcomes)
         unknown = Failure(kind=troubleshooting.NO_CLIP_BOUNDS)
         outcomes += tuple(Outcome(FAILED, unknown) for _ in blocked)
-        for (mode_run, ranks), outcome in zip(runs, outcomes, strict=True):
+        regimes = (*ready, *blocked)
+        for (mode_run, ranks), regime, outcome in zip(runs, regimes, outcomes, strict=True):
+            if _ran_out_of_memory(regime, outcome):
+                self._tree.mark(mode_run, names.OUT_OF_MEMORY)
             for run_id in (*ranks, mode_run):
                 self._finish(run_id, outcome, work_dir, interruption)
             if job.variant and outcome.status == FINISHED:
                 self._finished[job.variant].append((mode_run, bool(variants.imports_of(job))))
-        return self._show(outcomes, work_dir)
+        return self._show(regimes, outcomes, work_dir)
 
     def _split_regimes(
         self, job: JobConfig
@@ -195,7 +211,7 @@ class GroupRun:
             self._clip_bounds[regime.name] = checked.max_grad_norms
         if job.variant is not None:
             variants.imports_of(job)
-        elif self._suite.output is not None:
+        elif self._suite.output is not None and regime.kind != PROFILE:
             write_output(Trajectory.load(folder / TRAJECTORY_FILE), self._suite.output)
 
     def _finish(
@@ -209,21 +225,28 @@ class GroupRun:
             reason = interruption.reason if outcome.status == KILLED else ""
             self._tree.finish(run_id, outcome.status, reason)
 
-    def _show(self, outcomes: Sequence[Outcome], work_dir: Path) -> str:
+    def _show(
+        self, regimes: Sequence[RegimeConfig], outcomes: Sequence[Outcome], work_dir: Path
+    ) -> str:
         statuses = [outcome.status for outcome in outcomes]
         status = next((s for s in (KILLED, FAILED) if s in statuses), FINISHED)
+        if status == FAILED and any(map(_ran_out_of_memory, regimes, outcomes)):
+            # Regimes after it could not start.
+            status = OUT_OF_MEMORY
         failures = [outcome.failure for outcome in outcomes if outcome.failure]
         reason = ""
         if failures:
-            reason = f"{failures[0].reason} {failures[0].advice} Log: {work_dir / 'output.log'}"
+            advice = "" if status == OUT_OF_MEMORY else f" {failures[0].advice}"
+            reason = f"{failures[0].reason}{advice} Log: {work_dir / 'output.log'}"
         self._display.end_mode(status, reason)
         return status
 
-    def _work_dir(self, label: str) -> Path:
+    def _work_dir(self, job: JobConfig) -> Path:
         # A dash is in no mode's name, so that two modes never share a folder.
+        points = [f"-{regime.point}" for regime in job.regimes if regime.point]
         logs = self._folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        name = label.replace(":", "-")
+        name = "".join([job.label.replace(":", "-"), *points])
         taken = {folder.name for folder in logs.iterdir()}
         # Attempts of a group that is resumed stay beside each other.
         attempts = chain((name,), (f"{name}-{number}" for number in count(2)))
@@ -237,10 +260,19 @@ class GroupRun:
         params = {
             "command": command,
             "suite": suite.name,
-            "modes": [job.label for job in suite.jobs],
+            "modes": list(dict.fromkeys(job.label for job in suite.jobs)),
             "variant": {v.name: variants.facts(v) for job in suite.jobs if (v := job.variant)},
-            "regimes": list(dict.fromkeys(regime for _, regime, _, _ in suite.expected_runs)),
+            "regimes": list(dict.fromkeys(run[1] for run in suite.expected_runs)),
             "num_ranks": suite.num_ranks,
             **{key: shared[key] for key in ("model", "data", "performance", "seed", "layer_norms")},
         }
+        every = {key: [getattr(job.data, key) for job in suite.jobs] for key in shared["data"]}
+        # Lengths and batch sizes of a profile.
+        params["data"] = {key: list(dict.fromkeys(found)) for key, found in every.items()}
         return flatten(params) | self._environment
+
+
+def _ran_out_of_memory(regime: RegimeConfig, outcome: Outcome) -> bool:
+    failure = outcome.failure
+    is_timed = regime.kind == PROFILE
+    return is_timed and failure is not None and failure.kind == troubleshooting.OUT_OF_MEMORY

@@ -3,10 +3,11 @@
 What a worker leaves in its work folder:
 
 - `progress.jsonl`: one JSON object a line, by rank 0: regime, event (start, step, end), step,
-  num_iter, loss, epsilon (in end, where noise was accounted for).
+  num_iter, loss, epsilon (in end, where noise was accounted for),
+  step_time_ms and peak_memory_gib (in end, of a profile).
 - `failure-rank{r}.json`: kind, message, regime, step of the failure rank r met.
 - `imports.json`: what a variant's job imported from the variant, by package.
-- `{regime}/trajectory.npz`: what a finished regime observed.
+- `{regime}/trajectory.npz`: what a finished regime observed; of a profile `timings.json`.
 - `{regime}/clip_bounds.json`: C of each step, measured by the reference in the clip regime.
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import dpsgd_track
-from dpsgd_track.config import JobConfig
+from dpsgd_track.config import PROFILE, JobConfig
 from dpsgd_track.launcher import troubleshooting
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.machine import num_cores
@@ -32,7 +33,7 @@ from dpsgd_track.launcher.preloaded import Request
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.troubleshooting import Failure
 from dpsgd_track.launcher.worker_host import WorkerHost
-from dpsgd_track.tracking.names import TRAJECTORY_FILE, VARIANT_VARIABLE
+from dpsgd_track.tracking.names import TIMINGS_FILE, TRAJECTORY_FILE, VARIANT_VARIABLE
 from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED
 
 WORKER = "dpsgd_track.training.worker"
@@ -100,7 +101,7 @@ def run_mode(
             progress.forward(display.event)
             time.sleep(_POLL_S)
         if code is None:
-            display.say(f"{interruption.reason} Ending {job.label}.")
+            display.say(f"{interruption.reason} Ending {job.title}.")
     finally:
         host.end()
     progress.forward(display.event)
@@ -191,7 +192,8 @@ def outcomes(job: JobConfig, code: int | None, ended: set[int]) -> tuple[Outcome
     """
     work_dir = Path(job.work_dir)
     indices = range(len(job.regimes))
-    complete = [i in ended and (work_dir / str(i) / TRAJECTORY_FILE).is_file() for i in indices]
+    files = [TIMINGS_FILE if r.kind == PROFILE else TRAJECTORY_FILE for r in job.regimes]
+    complete = [i in ended and (work_dir / str(i) / files[i]).is_file() for i in indices]
     if code is None:
         return tuple(Outcome(FINISHED if done else KILLED) for done in complete)
     if code == 0:

@@ -52,6 +52,17 @@ def _loss(event: Mapping[str, Any]) -> str:
     return "" if loss is None else f"{loss:.4f}"
 
 
+def _is_one_point(regimes: Sequence[RegimeConfig]) -> bool:
+    """Whether all there is is one run of a profile, of which there are many: a line says it."""
+    return len(regimes) == 1 and bool(regimes[0].point)
+
+
+def _cost(event: Mapping[str, Any]) -> str:
+    if event.get("step_time_ms") is None:
+        return ""
+    return f", {event['step_time_ms']:.4g} ms a step, {event['peak_memory_gib']:.3g} GiB"
+
+
 def _epsilon(event: Mapping[str, Any]) -> str:
     epsilon = event.get("epsilon")
     return "" if epsilon is None else f", epsilon {epsilon:.3g}"
@@ -65,13 +76,15 @@ class PlainDisplay:
         self._mode = ""
         self._regimes: Sequence[RegimeConfig] = ()
         self._mode_start = self._regime_start = 0.0
+        self._is_told = False
         self._loss = ""
 
     def start_mode(self, mode: str, regimes: Sequence[RegimeConfig]) -> None:
         """See `Display`."""
         self._mode, self._regimes = mode, regimes
         self._mode_start = time.monotonic()
-        if regimes:
+        self._is_told = False
+        if regimes and not _is_one_point(regimes):
             self.say(f"{mode}: started ({', '.join(map(describe, regimes))})")
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -85,10 +98,13 @@ class PlainDisplay:
             steps = f"{event['num_iter']} steps in {took:.1f} s"
             loss = f", loss {self._loss}" if self._loss else ""
             regime = describe(self._regimes[event["regime"]])
-            self.say(f"{self._mode}: {regime}, {steps}{loss}{_epsilon(event)}")
+            self.say(f"{self._mode}: {regime}, {steps}{loss}{_epsilon(event)}{_cost(event)}")
+            self._is_told = _is_one_point(self._regimes)
 
     def end_mode(self, status: str, reason: str = "") -> None:
         """See `Display`."""
+        if self._is_told and not reason:
+            return
         took = time.monotonic() - self._mode_start
         self.say(f"{self._mode}: {status} after {took:.1f} s{f': {reason}' if reason else ''}")
 
@@ -136,7 +152,7 @@ class LiveDisplay:
         loss = _loss(event)
         self._loss = f"loss {loss}" if loss else self._loss
         regime = describe(self._regimes[at])
-        shown = f"{self._loss}{_epsilon(event)}"
+        shown = f"{self._loss}{_epsilon(event)}{_cost(event)}".removeprefix(", ")
         self._progress.update(self._task, completed=done, regime=regime, loss=shown)
 
     def end_mode(self, status: str, reason: str = "") -> None:

@@ -80,6 +80,10 @@ class Recording:
         self._shipping = Shipping(self._shipper, uri, tell, left=left)
         self._shipping.start()
 
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Ship nothing while entered, so that nothing runs beside what is timed."""
+        return self._shipping.quiet() if self._shipping else contextlib.nullcontext()
+
     def close(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
         """Ship the rest, for a limited time, and check that it arrived.
 

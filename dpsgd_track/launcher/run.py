@@ -11,14 +11,21 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import DataConfig, ModelConfig, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USAGE
-from dpsgd_track.launcher.arguments import SUITES, build_parser, reproducing_command
+from dpsgd_track.launcher.arguments import (
+    PROFILE,
+    RESUMABLE,
+    build_parser,
+    reproducing_command,
+)
 from dpsgd_track.modes.table import MODES, plugged_in_modes
 
 if TYPE_CHECKING:
+    from dpsgd_track.config import Settings
     from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.recording import Recording
     from dpsgd_track.launcher.suites import Suite
@@ -27,6 +34,8 @@ RunSuite = Callable[[argparse.Namespace], tuple[int, str]]
 """Runs the suite of parsed arguments; returns the exit code and the group's name."""
 Detect = Callable[[argparse.Namespace, str, RunSuite], int]
 """Takes the arguments, the command line that is to be recorded, and how a suite is run."""
+Summarise = Callable[["Settings", str, Path | None], object]
+"""Takes the settings, a group's name, and the file that its figures are to be written to."""
 
 
 def check_inputs(model: ModelConfig, data: DataConfig) -> None:
@@ -42,6 +51,7 @@ def main(
     check_inputs: Callable[[ModelConfig, DataConfig], object] = check_inputs,
     launch: Launch | None = None,
     detect: Detect | None = None,
+    summarise: Summarise | None = None,
 ) -> int:
     """Parse, check, run.
 
@@ -50,6 +60,7 @@ def main(
         check_inputs: says whether model and data fit.
         launch: how workers are started.
         detect: what `faults` does. It compares as well as launches, so that it stands above this.
+        summarise: what `profile` does with its figures once they are taken; likewise.
     Returns:
         The exit code.
     """
@@ -70,7 +81,7 @@ def main(
             return _resume(args, check_inputs, launch)
 
         def run(args: argparse.Namespace) -> tuple[int, str]:
-            return _run_suite(args, command, check_inputs, launch)
+            return _run_suite(args, command, check_inputs, launch, summarise)
 
         if args.command == "faults":
             assert detect is not None, "an entry point that offers faults says how"
@@ -85,6 +96,7 @@ def _run_suite(
     command: str,
     check_inputs: Callable[[ModelConfig, DataConfig], object],
     launch: Launch | None,
+    summarise: Summarise | None,
 ) -> tuple[int, str]:
     """Run a suite as a group; returns the exit code, and the group's name where there is one."""
     from dpsgd_track.launcher.recording import open_group
@@ -98,7 +110,13 @@ def _run_suite(
         recording = open_group(suite)
     except ValueError as error:
         return complain(error, EXIT_USAGE), ""
-    code = _run_group(args, suite, recording, command, launch, {})
+
+    def say_figures() -> None:
+        if args.command == PROFILE:
+            assert summarise is not None, "an entry point that offers profiles says how"
+            summarise(suite.settings, recording.group, suite.output)
+
+    code = _run_group(args, suite, recording, command, launch, {}, say_figures)
     return code, "" if code == EXIT_USAGE else recording.group
 
 
@@ -130,6 +148,7 @@ def _run_group(
     command: str,
     launch: Launch | None,
     clip_bounds: Mapping[str, tuple[float, ...]],
+    summarise: Callable[[], object] = lambda: None,
 ) -> int:
     from dpsgd_track.launcher.group import GroupRun
     from dpsgd_track.launcher.process_group import Launch
@@ -152,11 +171,13 @@ def _run_group(
         code = complain(error, EXIT_FAILED)
     finally:
         display.close()
+    if code in (EXIT_FINISHED, EXIT_FAILED):
+        summarise()
     group, places = recording.group, _place_options(args)
     if recording.left_behind:
         print(f"tracking: {recording.left_behind} It is in {recording.spool}, and safe.")
         print(f"ship:    {shlex.join(['python', 'launch.py', 'sync', group, *places])}")
-    if code != EXIT_FINISHED and suite.name in SUITES:
+    if code != EXIT_FINISHED and suite.name in RESUMABLE:
         print(f"resume:  {shlex.join(['python', 'launch.py', 'resume', group, *places])}")
     print(f"compare: {shlex.join(['python', 'compare.py', group, *places])}")
     print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *_store_options(args)])}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from dpsgd_track.config import (
     ACCURACY,
     AGAIN,
+    AUTO,
     CLIP,
     NOISE,
     PERMUTED,
@@ -22,6 +23,7 @@ from dpsgd_track.config import (
     PROBE_NAIVE,
     PROBE_NOISE,
     PROBES,
+    PROFILE,
     SILENT,
     SYNTHETIC,
     TRAIN,
@@ -39,13 +41,16 @@ from dpsgd_track.config import (
     load_settings,
     require,
 )
+from dpsgd_track.launcher.arguments import PROFILE_BATCH_SIZES, PROFILE_SEQ_LENGTHS
 from dpsgd_track.launcher.machine import count_gpus
+from dpsgd_track.launcher.points import profile_jobs, with_baselines
 from dpsgd_track.launcher.variants import read_variants, variant_jobs
 from dpsgd_track.modes import table
 from dpsgd_track.training.text_source import population_of
 
 NUM_ITER, QUICK_NUM_ITER = 10, 5
 """Recorded steps of the other regimes, by default."""
+PROFILE_WARMUP_ITER = 3
 CLIP_NUM_ITER = 4
 """Steps of the clip regime: the first half clips some samples, the second half all."""
 NOISE_SIGMA = 0.7
@@ -59,7 +64,7 @@ is added to."""
 CPU_RANKS = 2
 DEFAULT_CONFIG = Path("mlflow.yaml")
 
-_SUITE_MODES = {"quick": table.QUICK, "full": table.FULL}
+_SUITE_MODES = {"quick": table.QUICK, "full": table.FULL, PROFILE: table.FULL}
 _SUITE_REGIMES = {
     "quick": (ACCURACY, CLIP, *PROBES),
     "full": (ACCURACY, CLIP),
@@ -77,10 +82,10 @@ class Suite:
     """Jobs to run one after the other, and where to keep their runs."""
 
     name: str
-    """quick, full or single."""
+    """quick, full, single or profile."""
     jobs: tuple[JobConfig, ...]
-    """One for each mode, in order, then one for each mode of each variant; run ids and work folders
-    are filled in as they start."""
+    """One for each mode, in order, then one for each mode of each variant; in a profile, one for
+    each of its runs. Run ids and work folders are filled in as they start."""
     num_ranks: int
     """Processes of each job but those on one device."""
     settings: Settings
@@ -88,15 +93,18 @@ class Suite:
     group: str | None
     """The group's name where the user chose one."""
     output: Path | None
-    """JSON file for the results of a single run."""
+    """JSON file for the results of a single run, CSV file for those of a profile."""
     is_offline: bool = False
     """Records stay in the spool; no store is looked for."""
 
     @property
-    def expected_runs(self) -> list[tuple[str, str, str, str]]:
-        """(mode, regime, variant, replay) of every mode run."""
+    def expected_runs(self) -> list[tuple[str, ...]]:
+        """(mode, regime, variant, replay) of every mode run, and of a profile's its point."""
         return [
-            (job.mode, regime.name, job.variant.name if job.variant else "", regime.replay)
+            (
+                *(job.mode, regime.name, job.variant.name if job.variant else "", regime.replay),
+                *([regime.point] if regime.point else []),
+            )
             for job in self.jobs
             for regime in job.regimes
         ]
@@ -128,15 +136,19 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     """
     modes, regimes = _modes_and_regimes(args)
     _check_places(args)
-    advice = "Only noise regimes and `single` without --accuracy-test have noise of their own."
+    advice = (
+        "Only noise regimes, profiles and `single` without --accuracy-test have noise of their own."
+    )
     kinds = {kind_of(regime) for regime in regimes}
-    own_noise = TRAIN in kinds or NOISE in kinds or args.noise_from == "seed"
+    own_noise = bool(kinds & {TRAIN, NOISE, PROFILE}) or args.noise_from == "seed"
     require(own_noise, "noise_from", args.noise_from, "seed", advice)
     variants = read_variants(args.variant or ())
     settings = read_settings(args)
     num_ranks, performance = _machine(args)
-    model, data = _model_and_data(args)
+    seq_lengths, batch_sizes = _shapes(args)
+    model, data = _model_and_data(args, seq_lengths[0], batch_sizes[0])
     _check_numbers(args)
+    _check_plan(args.plan, modes)
     jobs = tuple(
         _placed(
             JobConfig(
@@ -155,12 +167,16 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
         for mode in modes
         if _takes_part(mode, regimes)
     )
-    if not all(map(is_probe, regimes)):
-        check_inputs(model, data)
-    _check_sampling(data, jobs)
+    jobs = (*jobs, *_again(jobs, variants))
+    if args.command == PROFILE:
+        jobs = profile_jobs(jobs, seq_lengths, batch_sizes)
+    for each in dict.fromkeys(job.data for job in jobs):
+        if not all(map(is_probe, regimes)):
+            check_inputs(model, each)
+        _check_sampling(each, [job for job in jobs if job.data == each])
     return Suite(
         name=args.command,
-        jobs=(*jobs, *_again(jobs, variants)),
+        jobs=jobs,
         num_ranks=num_ranks,
         settings=settings,
         group=args.group,
@@ -169,7 +185,26 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     )
 
 
-def _model_and_data(args: argparse.Namespace) -> tuple[ModelConfig, DataConfig]:
+def _shapes(args: argparse.Namespace) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Every sequence length, and every batch size; one each but in a profile."""
+    if args.command != PROFILE:
+        return (args.seq_length,), (args.batch_size,)
+    return (
+        _integers("seq_length", args.seq_length or [PROFILE_SEQ_LENGTHS]),
+        _integers("batch_size", args.batch_size or [PROFILE_BATCH_SIZES]),
+    )
+
+
+def _integers(setting: str, given: Sequence[str]) -> tuple[int, ...]:
+    found = split_names(given)
+    are_integers = all(re.fullmatch(r"[0-9]{1,9}", text) and int(text) >= 1 for text in found)
+    require(are_integers, setting, ",".join(given), "integers >= 1, comma separated")
+    return tuple(dict.fromkeys(map(int, found)))
+
+
+def _model_and_data(
+    args: argparse.Namespace, seq_length: int, batch_size: int
+) -> tuple[ModelConfig, DataConfig]:
     if args.command == "faults":
         return PROBE_MODEL, PROBE_DATA
     model_name = args.model_name or ("minilm" if args.command == "quick" else "llama-tiny")
@@ -183,8 +218,8 @@ def _model_and_data(args: argparse.Namespace) -> tuple[ModelConfig, DataConfig]:
     source = args.data or ("public-domain" if model_name == "minilm" else SYNTHETIC)
     data = DataConfig(
         source=source,
-        seq_length=args.seq_length,
-        batch_size=args.batch_size,
+        seq_length=seq_length,
+        batch_size=batch_size,
         padding=args.padding,
         ragged=args.ragged,
         sampling=args.sampling,
@@ -225,6 +260,8 @@ def _modes_and_regimes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple
         advice = "Use --accuracy-test, or the quick and full suites."
         require(not args.regime, "regime", _joined(args.regime), "no --regime in single", advice)
         return asked, (ACCURACY if args.accuracy_test else TRAIN,)
+    if args.command == PROFILE:
+        return _timed_modes(asked, is_tested=args.accuracy_test)
     regimes = split_names(args.regime)
     for regime in regimes:
         require(regime in _KNOWN_REGIMES, "regime", regime, f"one of {', '.join(_KNOWN_REGIMES)}")
@@ -245,6 +282,17 @@ def _modes_and_regimes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple
         advice = f"It has no run in {' and '.join(regimes)}."
         require(False, "mode", ",".join(asked), f"a private mode{but}", advice)
     return tuple(dict.fromkeys(modes)), regimes
+
+
+def _timed_modes(
+    asked: tuple[str, ...], *, is_tested: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Modes and regimes of a profile; the suite's own accuracy test has the reference besides."""
+    modes = with_baselines(asked or _SUITE_MODES[PROFILE])
+    if not is_tested:
+        return modes, (PROFILE,)
+    judges = () if asked else (table.REFERENCE,)
+    return (*judges, *modes), (PROFILE, ACCURACY)
 
 
 def _check_planted(mode: str) -> None:
@@ -287,7 +335,8 @@ def _check_places(args: argparse.Namespace) -> None:
         require(args.group != "latest", "group", args.group, "another name", advice)
     if args.output is not None:
         output = str(args.output)
-        require(args.command == "single", "output", output, "no --output but in single")
+        known = f"no --output but in single and {PROFILE}"
+        require(args.command in ("single", PROFILE), "output", output, known)
         require(not args.output.is_dir(), "output", output, "a file, not a folder")
         folder = args.output.absolute().parent
         require(folder.is_dir(), "output", output, "a file in an existing folder")
@@ -312,8 +361,19 @@ def _machine(args: argparse.Namespace) -> tuple[int, PerformanceConfig]:
         param_dtype=args.param_dtype,
         reference_dtype=args.reference_dtype,
         num_replicas=args.replicas,
+        plan=args.plan,
     )
     return num_ranks, performance
+
+
+def _check_plan(plan: str, modes: Sequence[str]) -> None:
+    if plan == AUTO:
+        return
+    known = "auto, where no mode can do otherwise"
+    require(any(table.takes_plan(mode, plan) for mode in modes), "plan", plan, known)
+    two_pass = [m for m in modes if table.takes_plan(m, AUTO) and not table.takes_plan(m, plan)]
+    allowed = f"another plan for {', '.join(two_pass)}, which keep nothing between two backwards"
+    require(not two_pass, "plan", plan, allowed, "Leave the modes out, or choose gram or tiled.")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -321,7 +381,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
     PrivacyConfig(
         noise_multiplier=args.sigma, max_grad_norm=args.max_grad_norm, expected_batch_size=1
     )
-    require(_num_iter(args) >= 1, "num_iter", args.num_iter, "an integer >= 1")
+    least = 2 if args.command == PROFILE else 1
+    advice = "Every second step is tracked, the others are not." * (least == 2)
+    require(_num_iter(args) >= least, "num_iter", args.num_iter, f"an integer >= {least}", advice)
     if args.micro_batches is not None:
         require(args.micro_batches >= 1, "micro_batches", args.micro_batches, "an integer >= 1")
 
@@ -361,9 +423,14 @@ def _regimes_of(
     return tuple(
         run
         for name in names
-        if _is_run(mode, name)
+        if _is_run(mode, name) and not (name == PROFILE and mode in _untimed(args))
         for run in _with_replays(mode, known[name], is_suite=is_suite)
     )
+
+
+def _untimed(args: argparse.Namespace) -> tuple[str, ...]:
+    """Modes that take part in a profile for its accuracy test alone."""
+    return () if table.REFERENCE in split_names(args.mode) else (table.REFERENCE,)
 
 
 def _known_regimes(args: argparse.Namespace, device: str) -> Iterator[RegimeConfig]:
@@ -394,6 +461,11 @@ def _known_regimes(args: argparse.Namespace, device: str) -> Iterator[RegimeConf
         noise_multiplier=NOISE_SIGMA,
     )
     yield trained
+    timed = PROFILE_WARMUP_ITER if args.warmup_iter is None else args.warmup_iter
+    yield replace(trained, name=PROFILE, warmup_iter=timed)
+    # What --warmup-iter says of a profile is of its timed steps.
+    warmup = int(device == "cuda") if args.command == PROFILE else warmup
+    trained = replace(trained, warmup_iter=warmup)
     yield replace(trained, name=ACCURACY, micro_batches=1, noise_matched=True)
     yield clipped
     yield noisy
@@ -426,6 +498,8 @@ def _with_replays(mode: str, regime: RegimeConfig, *, is_suite: bool) -> tuple[R
         # The twin without noise comes first: what it computed is taken off.
         return replace(regime, noise_multiplier=0.0, replay=SILENT), regime
     replays: tuple[str, ...] = ()
+    if regime.kind == PROFILE:
+        return (regime,)
     if is_suite and mode == table.BASELINE and regime.kind == ACCURACY:
         # What rounding alone makes of a trajectory.
         replays = (AGAIN, PERMUTED, ULP)

@@ -17,7 +17,6 @@ from dpsgd_track.distributed.sharding import (
     build_mesh,
     shard_fsdp2,
     sum_gradients,
-    trainable_parameters,
 )
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import ModeSpec
@@ -28,6 +27,10 @@ from dpsgd_track.privacy.expanded import expand
 from dpsgd_track.privacy.fused_linear import can_fuse, fuse
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.privacy.norms import NORM_RULES
+from dpsgd_track.privacy.per_sample_weights import (
+    run_rms_norm_per_sample,
+    takes_weight_per_sample,
+)
 from dpsgd_track.privacy.precision import rounded_parameters
 from dpsgd_track.privacy.strategies import STRATEGIES
 
@@ -39,8 +42,10 @@ class ComposedMode(Mode):
         super().__init__(context)
         self.clips = spec.is_private
         self.model = model
-        capture = _capture(spec, model) if spec.is_private else None
-        sharder = self._shard(spec)
+        capture, late = (
+            _capture(spec, model, context.plan) if spec.is_private else (None, frozenset())
+        )
+        sharder = self._shard(spec, late)
         self.optimizer = context.make_optimizer(model.parameters())
         self.engine = Engine(model, sharder, self.max_grad_norm, context.loss, capture)
         if self._rounds_parameters:
@@ -70,18 +75,18 @@ class ComposedMode(Mode):
             has_bound = self.context.privacy.noise_multiplier > 0
             return clipped if has_bound else replace(clipped, sensitivity=math.inf)
         sums = self.engine.sharder.sums
-        for name, parameter in trainable_parameters(self.model).items():
-            _refuse_unclipped(name, parameter)
-            if name not in sums:
-                sums[name] = torch.zeros_like(as_local(parameter.detach()))
+        for layout, parameter in self._layouts:
+            _refuse_unclipped(layout.name, parameter)
+            if layout.name not in sums:
+                sums[layout.name] = torch.zeros_like(as_local(parameter))
         return ClippedSum(dict(sums), self.max_grad_norm)
 
     def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
         """Turn the clipped sum into the update direction, in `.grad`."""
         gradients = super().privatize(clipped, source)
         if self.clips:
-            for name, parameter in trainable_parameters(self.model).items():
-                local = gradients[name].to(parameter.dtype)
+            for layout, parameter in self._layouts:
+                local = gradients[layout.name].to(parameter.dtype)
                 parameter.grad = as_sharded(local, parameter)
         return gradients
 
@@ -90,17 +95,22 @@ class ComposedMode(Mode):
         self.engine.sharder.sums.clear()
         super().zero_grad()
 
-    def _shard(self, spec: ModeSpec) -> GradientSharder:
+    def plan(self) -> dict[str, str]:
+        """How the norm of each linear layer's weight was found so far."""
+        capture = self.engine.capture
+        return capture.planner.summary() if capture is not None else {}
+
+    def _shard(self, spec: ModeSpec, late: frozenset[str]) -> GradientSharder:
         context = self.context
         if spec.sharding == "none":
-            return LocalSharder()
+            return LocalSharder(self.model)
         if isinstance(self.model, FSDPModule):
             # Sharded already, in units of its owner's choosing.
             sum_gradients(self.model)
         else:
             mesh = build_mesh(context.device, context.num_replicas)
             shard_fsdp2(self.model, mesh, context.param_dtype)
-        return Fsdp2Sharder(self.model)
+        return Fsdp2Sharder(self.model, late)
 
     @property
     def _rounds_parameters(self) -> bool:
@@ -113,17 +123,23 @@ class ComposedMode(Mode):
         return nullcontext()
 
 
-def _capture(spec: ModeSpec, model: nn.Module) -> Capture:
+def _capture(spec: ModeSpec, model: nn.Module, plan: str) -> tuple[Capture, frozenset[str]]:
+    """The capture, and the parameters whose gradients arrive when a backward is over."""
     rule = NORM_RULES[spec.norm_rule]
-    capture = Capture(model, rule, keep=spec.strategy == "bookkeeping")
+    capture = Capture(model, rule, keep=spec.strategy == "bookkeeping", plan=plan)
+    late: set[str] = set()
     for layer in capture.layers:
         if layer.rule is None:
             expand(capture, layer)
-        elif rule.fuses_linear and can_fuse(layer):
+            late.update(layer.names.values())
+        elif rule.is_fused and can_fuse(layer):
             fuse(capture, layer)
+        elif takes_weight_per_sample(layer):
+            run_rms_norm_per_sample(capture, layer)
+            late.update(layer.names.values())
         else:
             capture.watch(layer)
-    return capture
+    return capture, frozenset(late)
 
 
 def _of_nobody(record: SampleRecord) -> SampleRecord:

@@ -9,12 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from dpsgd_track.config import PrivacyConfig
-from dpsgd_track.distributed.sharding import LocalPart, local_part, trainable_parameters
+from dpsgd_track.config import AUTO, PrivacyConfig
+from dpsgd_track.distributed.sharding import (
+    Layout,
+    LocalPart,
+    layout_of,
+    trainable_parameters,
+)
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.loss import PerSampleLoss, classification_loss
@@ -37,6 +43,8 @@ class ModeContext:
     """(logits, targets) -> loss of each sample."""
     num_replicas: int = 1
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
+    plan: str = AUTO
+    """How flash and fused modes find norms of linear layers; see `dpsgd_track.privacy.planner`."""
 
 
 ModeFactory = Callable[[nn.Module, ModeContext], "Mode"]
@@ -91,8 +99,9 @@ class Mode(ABC):
         """
         privacy = self.context.privacy
         add_noise(clipped, self.weight_parts(), privacy.noise_multiplier, source)
-        for gradient in clipped.gradients.values():
-            gradient.div_(privacy.expected_batch_size)
+        gradients = list(clipped.gradients.values())
+        if gradients:
+            torch._foreach_div_(gradients, privacy.expected_batch_size)
         return clipped.gradients
 
     def step(self) -> None:
@@ -103,18 +112,28 @@ class Mode(ABC):
         """Forget the step's gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def plan(self) -> dict[str, str]:
+        """How the mode goes about each layer, once it has taken a step; by the layer's name.
+
+        It is recorded and shown, and nothing depends on it.
+        """
+        return {}
+
     def gradient_parts(self) -> list[LocalPart]:
         """This rank's part of every trainable parameter's gradient; absent ones become zeros."""
         parts = []
-        for name, parameter in trainable_parameters(self.model).items():
+        for layout, parameter in self._layouts:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parts.append(local_part(name, parameter, parameter.grad))
+            parts.append(layout.part(parameter.grad))
         return parts
 
     def weight_parts(self) -> list[LocalPart]:
         """This rank's part of every trainable parameter."""
-        return [
-            local_part(name, parameter, parameter.detach())
-            for name, parameter in trainable_parameters(self.model).items()
-        ]
+        return [layout.part(parameter) for layout, parameter in self._layouts]
+
+    @cached_property
+    def _layouts(self) -> list[tuple[Layout, nn.Parameter]]:
+        # Walking through the modules takes milliseconds; which parameters there are stays the same.
+        trainable = trainable_parameters(self.model)
+        return [(layout_of(name, parameter), parameter) for name, parameter in trainable.items()]

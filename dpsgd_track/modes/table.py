@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from importlib import metadata
 
-from dpsgd_track.config import require
+from dpsgd_track.config import GRADIENTS, require
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ MODES: dict[str, ModeSpec] = {spec.name: spec for spec in _TABLE}
 """Every built-in mode by name."""
 
 BASELINE = "no_dp"
+SINGLE_BASELINE = "no_dp_single"
+"""What modes on one device are timed against."""
 REFERENCE = "reference"
 QUICK = ("no_dp", "flash_fsdp", "flash_fsdp_fuse")
 FULL = (
@@ -150,10 +152,26 @@ def is_of_opacus(name: str) -> bool:
     return spec is not None and spec.strategy == _OPACUS
 
 
+def takes_plan(name: str, plan: str) -> bool:
+    """Whether mode `name` can find every norm as `plan` says.
+
+    Only flash and fused norms leave a choice; with two backwards no gradients are kept.
+    """
+    spec = spec_of(name)
+    if spec is None or spec.norm_rule not in ("flash", "fused"):
+        return False
+    return plan != GRADIENTS or spec.strategy == "bookkeeping"
+
+
 def runs_on_one_device(name: str) -> bool:
     """Whether mode `name` is one rank's work; a user's own mode runs on all ranks."""
     spec = spec_of(name)
     return spec is not None and spec.runs_on_one_device
+
+
+def baseline_of(name: str) -> str:
+    """The mode that `name` is timed against: ordinary training on as many devices."""
+    return SINGLE_BASELINE if runs_on_one_device(name) else BASELINE
 
 
 def plugged_in_modes() -> dict[str, str]:

@@ -77,13 +77,14 @@ class Engine:
     def clip(self, loss_B: Tensor, norm_sq: dict[str, Tensor]) -> SampleRecord:
         """Norms and clip factors from squared norms by parameter."""
         norm_B = total_norm(norm_sq) if norm_sq else torch.zeros_like(loss_B)
-        by_parameter = {name: squares.sqrt() for name, squares in norm_sq.items()}
+        roots = torch.stack(list(norm_sq.values())).sqrt().unbind() if norm_sq else ()
+        by_parameter = dict(zip(norm_sq, roots, strict=True))
         return SampleRecord(
             loss_B.detach(), norm_B, clip_factors(norm_B, self.max_grad_norm), by_parameter
         )
 
-    def put(self, name: str, gradient: Tensor) -> None:
-        """Add this rank's clipped sum of a parameter."""
+    def put(self, sums: dict[str, Tensor]) -> None:
+        """Add this rank's clipped sums of some parameters."""
         if self.is_standing_in:
-            gradient = torch.zeros_like(gradient)
-        self.sharder.put(name, gradient)
+            sums = {name: torch.zeros_like(total) for name, total in sums.items()}
+        self.sharder.put(sums)

@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.layers.inventory import Layer
-from dpsgd_track.privacy.terms import Dense
 
 _logger = logging.getLogger(__name__)
 
@@ -46,16 +44,10 @@ def expand(capture: Capture, layer: Layer) -> None:
         capture.note_parameters(layer)
         if capture.open_call(layer):
             for name, copy in copies.items():
-                _report(capture, layer, name, copy)
+                capture.want(layer, name, copy)
         return each(copies, args, kwargs)
 
     module.forward = forward
-
-
-def _report(capture: Capture, layer: Layer, name: str, copy: Tensor) -> None:
-    edge = get_gradient_edge(copy)
-    capture.note_output(layer, edge, edge)
-    copy.register_hook(lambda grad_B: capture.add_term(layer.names[name], Dense(grad_B.detach())))
 
 
 class _EachSample:

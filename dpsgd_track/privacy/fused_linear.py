@@ -1,7 +1,8 @@
 """Linear layers whose backward itself reports the per-sample gradients, and forms no other.
 
 The forward of the module is replaced while a batch is captured; the module stays what it is, with
-its parameters and names. Covers `torch.nn.Linear` and transformers' Conv1D.
+its parameters and names. Covers `torch.nn.Linear` and transformers' Conv1D. Where the plan is to
+keep the gradients, autograd forms them; else the backward is a function of our own.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from dpsgd_track.config import GRADIENTS
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.layers import linear, transposed_linear
 from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.per_sample_weights import run_linear
 
 
 def can_fuse(layer: Layer) -> bool:
@@ -34,6 +37,8 @@ def fuse(capture: Capture, layer: Layer) -> None:
             output: Tensor = plain(x)
             return output
         capture.note_parameters(layer)
+        if _has_gradients_formed(capture, layer, x):
+            return run_linear(capture, layer, x)
         is_open = capture.open_call(layer, x)
         weight_PD = module.weight if layer.rule is linear else module.weight.T
         # A backward runs through a function only towards an input that it has to reach.
@@ -45,6 +50,17 @@ def fuse(capture: Capture, layer: Layer) -> None:
         return output
 
     module.forward = forward
+
+
+def _has_gradients_formed(capture: Capture, layer: Layer, x: Tensor) -> bool:
+    """Whether the per-sample gradients themselves are kept, so that autograd may form them."""
+    if not capture.keep:
+        return False
+    if "weight" not in layer.names:
+        return True
+    weight: Any = layer.module.weight
+    num_outputs = weight.numel() // x.shape[-1]
+    return capture.plan_of(layer.names["weight"], x, num_outputs) == GRADIENTS
 
 
 class _FusedLinear(torch.autograd.Function):

@@ -1,11 +1,14 @@
 """Gaussian noise for a clipped sum, a function of (key, step, parameter, element).
 
-Noise is drawn in blocks of consecutive elements of the whole parameter, each block from a
-generator seeded by a digest of what it is for. A rank draws only the blocks that overlap its
-shard, so that the noise of an element does not depend on how many ranks there are, shards never
-repeat each other's noise, and nothing else that is random can shift it. The digest makes what one
-key draws for different steps, parameters and blocks independent, on any rank. The bits are those
-of the device's generator: equal on equal devices.
+A rank draws noise for the elements it holds and for no others, so that the noise of an element
+does not depend on how many ranks there are, shards never repeat each other's noise, and nothing
+else that is random can shift it. A digest of what the noise is for makes what one key draws for
+different steps and parameters independent, on any rank.
+
+On a GPU the generator counts elements (`kernels.gaussian_noise`): a step has a key, a parameter a
+nonce beside the count. On a CPU, where that would be slow, noise is drawn in blocks of consecutive
+elements of the whole parameter, each from a generator of its own. The bits are equal on devices of
+one kind.
 
 With `fresh_key` nobody can know the key. But no generator here is cryptographically secure: who
 sees much of the raw noise of one block may in principle predict the rest of that block.
@@ -16,8 +19,9 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -57,28 +61,55 @@ class NoiseSource:
 
     def standard_normal(self, part: LocalPart) -> Tensor:
         """Noise of std 1 for the elements that `part` holds, float32, in its local shape."""
-        pieces = [
-            self._block(part, block, device=part.local.device)[first:last]
-            for block, first, last in _overlaps(part.start, part.stop)
-        ]
-        if not pieces:
-            return torch.zeros_like(part.local, dtype=torch.float32)
-        return torch.cat(pieces).view(part.local.shape)
+        noise = torch.zeros(part.local.shape, dtype=torch.float32, device=part.local.device)
+        if noise.is_cuda:
+            self._add_on_gpu([(noise, part)], std=1.0)
+        elif noise.numel():
+            pieces = [
+                self._block(part, block)[first:last]
+                for block, first, last in _overlaps(part.start, part.stop)
+            ]
+            noise = torch.cat(pieces).view(part.local.shape)
+        return noise
 
-    def _block(self, part: LocalPart, block: int, *, device: torch.device) -> Tensor:
-        name = f"{self.key}/{self.step}/{part.name}/{block}".encode()
-        digest = hashlib.blake2b(name, digest_size=_KEY_BYTES).digest()
+    def add_to(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
+        """Add noise to tensors that are laid out as parts are, in place."""
+        on_gpu = [t for t in totals if t[0].dtype == torch.float32 and t[0].is_cuda]
+        self._add_on_gpu([t for t in on_gpu if t[0].is_contiguous()], std=std)
+        done = {id(total) for total, _ in on_gpu if total.is_contiguous()}
+        self.add_one_by_one([t for t in totals if id(t[0]) not in done], std=std)
+
+    def add_one_by_one(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
+        """What `add_to` does, by `standard_normal` of each part."""
+        for total, part in totals:
+            total.add_(self.standard_normal(part).to(total.dtype), alpha=std)
+
+    def _add_on_gpu(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
+        if not totals:
+            return
+        from dpsgd_track.kernels.gaussian_noise.triton import add_gaussian
+
+        key = _words(f"{self.key}/{self.step}")
+        keys = [(*key, *_words(f"{self.key}/{part.name}")) for _, part in totals]
+        add_gaussian([t for t, _ in totals], [part.start for _, part in totals], keys, std=std)
+
+    def _block(self, part: LocalPart, block: int) -> Tensor:
         # The whole block is drawn even where less is needed: how a generator fills a tensor
         # depends on the tensor's length, which must not depend on the shard.
         size = min(BLOCK_ELEMENTS, part.num_elements - block * BLOCK_ELEMENTS)
-        if device.type == "cpu":
-            # There torch's own generator heeds 32 bits of a seed: among 100,000 blocks two would
-            # be alike, and a seed could be found by trying all.
-            bits = np.random.SFC64(int.from_bytes(digest, "little"))
-            return torch.from_numpy(np.random.Generator(bits).standard_normal(size, np.float32))
-        generator = torch.Generator(device=device)
-        generator.manual_seed(int.from_bytes(digest[:8], "little"))
-        return torch.randn(size, generator=generator, device=device)
+        # torch's own generator heeds 32 bits of a seed: among 100,000 blocks two would be alike,
+        # and a seed could be found by trying all.
+        name = f"{self.key}/{self.step}/{part.name}/{block}".encode()
+        digest = hashlib.blake2b(name, digest_size=_KEY_BYTES).digest()
+        bits = np.random.SFC64(int.from_bytes(digest, "little"))
+        return torch.from_numpy(np.random.Generator(bits).standard_normal(size, np.float32))
+
+
+@lru_cache(maxsize=1 << 16)
+def _words(what: str) -> tuple[int, int]:
+    """Two words of 32 bits that belong to `what`."""
+    digest = hashlib.blake2b(what.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def _overlaps(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -109,6 +140,4 @@ def add_noise(
             f"sensitivity={clipped.sensitivity!r}: expected a finite bound to calibrate noise to. "
             "Clip the gradients first."
         )
-    for part in parts:
-        gradient = clipped.gradients[part.name]
-        gradient.add_(source.standard_normal(part).to(gradient.dtype), alpha=std)
+    source.add_to([(clipped.gradients[part.name], part) for part in parts], std=std)

@@ -16,19 +16,17 @@ Shapes: B samples, T positions, D inputs, P outputs, V rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dpsgd_track.kernels.clipped_product import clipped_product
 from dpsgd_track.kernels.embedding_cross import embedding_cross
 from dpsgd_track.kernels.embedding_norm import embedding_norm_sq, per_sample_table
-from dpsgd_track.kernels.flash_norm.reference import (
-    accumulation,
-    accumulation_dtype,
-    uses_tensor_cores,
-)
+from dpsgd_track.kernels.flash_norm.reference import accumulation
+from dpsgd_track.kernels.weighted_sum import norms_sq, weighted_sums
 
 OuterNorm = Callable[[Tensor, Tensor], Tensor]
 """(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T. What norm rules differ in."""
@@ -46,23 +44,8 @@ class Outer:
         return outer_norm(self.x_BTD, self.dy_BTP)
 
     def clipped_sum(self, clip_factor_B: Tensor) -> Tensor:
-        """sum_i c_i g_i, [P, D], in the clip factors' type.
-
-        The factors meet the gradients in that type. Rounded into bfloat16 factors of the product,
-        they would move a whole sample's gradient by up to 0.2 %, and beyond C.
-        """
-        if uses_tensor_cores(self.x_BTD):
-            total = clip_factor_B.new_zeros(self.dy_BTP.shape[2], self.x_BTD.shape[2])
-            for factor, dy_TP, x_TD in zip(clip_factor_B, self.dy_BTP, self.x_BTD, strict=True):
-                total.addcmul_(factor, torch.mm(dy_TP.T, x_TD, out_dtype=torch.float32))
-            return total
-        x_BTD, dy_BTP = accumulation(self.x_BTD), accumulation(self.dy_BTP)
-        factors = clip_factor_B.view(-1, 1, 1)
-        if x_BTD.shape[2] < dy_BTP.shape[2]:
-            x_BTD = x_BTD * factors
-        else:
-            dy_BTP = dy_BTP * factors
-        return dy_BTP.flatten(0, 1).T @ x_BTD.flatten(0, 1)
+        """sum_i c_i g_i, [P, D], in the clip factors' type."""
+        return clipped_product(self.x_BTD, self.dy_BTP, clip_factor_B)
 
     def materialised(self) -> Dense:
         """The per-sample gradients, [B, P, D], in the factors' type."""
@@ -102,13 +85,11 @@ class Dense:
 
     def norm_sq(self, outer_norm: OuterNorm) -> Tensor:
         """Squared norm of the gradients as they are stored, [B]."""
-        flat = self.grad_B.reshape(len(self.grad_B), -1)
-        norm = torch.linalg.vector_norm(flat, dim=1, dtype=accumulation_dtype(flat))
-        return norm.square()
+        return norms_sq([self.grad_B])[0]
 
     def clipped_sum(self, clip_factor_B: Tensor) -> Tensor:
         """sum_i c_i g_i."""
-        return torch.tensordot(clip_factor_B, self.grad_B.to(clip_factor_B.dtype), dims=1)
+        return weighted_sums([self.grad_B], clip_factor_B)[0]
 
     def materialised(self) -> Dense:
         """Itself."""
@@ -149,21 +130,59 @@ def join(terms: Sequence[Term]) -> tuple[Term, ...]:
     return tuple(joined)
 
 
-def norm_sq(joined: Sequence[Term], outer_norm: OuterNorm) -> Tensor:
-    """Squared norm [B] of the sum of terms that `join` returned."""
-    total_B = torch.stack([term.norm_sq(outer_norm) for term in joined]).sum(dim=0)
+def norms_sq_of(
+    joined: Mapping[str, Sequence[Term]], outer_norm_of: Callable[[str], OuterNorm]
+) -> dict[str, Tensor]:
+    """Squared norms [B] of the sums of terms that `join` returned, by parameter.
+
+    All gradients that are there as such are read in one go.
+    """
+    dense = _dense_ones(joined)
+    found = {
+        name: _norm_sq(terms, outer_norm_of(name))
+        for name, terms in joined.items()
+        if name not in dense
+    }
+    if dense:
+        found |= dict(zip(dense, norms_sq(list(dense.values())).unbind(), strict=True))
+    return {name: found[name] for name in joined}
+
+
+def _dense_ones(joined: Mapping[str, Sequence[Term]]) -> dict[str, Tensor]:
+    """Gradients of the parameters that have one `Dense` and nothing else."""
+    # Of exactly this class: another may bring norms of its own.
+    return {n: t[0].grad_B for n, t in joined.items() if len(t) == 1 and type(t[0]) is Dense}
+
+
+def _norm_sq(joined: Sequence[Term], outer_norm: OuterNorm) -> Tensor:
     if len(joined) == 1:
-        return total_B
+        return joined[0].norm_sq(outer_norm)
     head, lookups = joined
     assert isinstance(head, Outer)
     assert isinstance(lookups, Rows)
+    total_B = head.norm_sq(outer_norm) + lookups.norm_sq(outer_norm)
     cross_B = embedding_cross(lookups.tokens_BT, lookups.dy_BTD, head.x_BTD, head.dy_BTP)
     # Terms that cancel can round to just below zero.
     return (total_B + 2 * cross_B).clamp_min_(0.0)
 
 
-def clipped_sum(joined: Sequence[Term], clip_factor_B: Tensor) -> Tensor:
-    """sum_i c_i g_i of the sum of terms."""
+def clipped_sums_of(
+    joined: Mapping[str, Sequence[Term]], clip_factor_B: Tensor
+) -> dict[str, Tensor]:
+    """sum_i c_i g_i of the sums of terms, by parameter."""
+    dense = _dense_ones(joined)
+    found = {
+        name: _clipped_sum(terms, clip_factor_B)
+        for name, terms in joined.items()
+        if name not in dense
+    }
+    if dense:
+        sums = weighted_sums(list(dense.values()), clip_factor_B)
+        found |= dict(zip(dense, sums, strict=True))
+    return found
+
+
+def _clipped_sum(joined: Sequence[Term], clip_factor_B: Tensor) -> Tensor:
     total = joined[0].clipped_sum(clip_factor_B)
     for term in joined[1:]:
         total += term.clipped_sum(clip_factor_B)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dpsgd_track.tracking.source import Found
 
 PASSED, FAILED, USAGE, INCONCLUSIVE = 0, 1, 2, 3
-_LOG_WIDTH = 160
 ARTIFACT_FOLDER = "comparison"
 _LONGEST_TAG = 5000  # what MLflow's stores accept at least
 
@@ -40,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dpsgd_track.tracking.reader import GroupNotFound
 
     try:
-        comparison = _compare(settings, arguments, waivers)
+        group, found = _read(settings, arguments.group)
+        if arguments.after is None and group.points and not group.runs:
+            return _show_profile(settings, arguments, group, found)
+        comparison = _compare(settings, arguments, waivers, group, found)
     except (GroupNotFound, _Refused) as error:
         return _refuse(str(error))
     except (MlflowException, SQLAlchemyError) as error:
@@ -49,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"tracking_uri={where!r}: expected a tracking server that answers. {why}")
     except OSError as error:
         return _refuse(f"results_dir={settings.results_dir!r}: expected a writable folder. {error}")
-    return exit_code(comparison.verdict, arguments.fail_on)
+    code = exit_code(comparison.verdict, arguments.fail_on)
+    return _profile_code(comparison.group) if code == PASSED else code
 
 
 class _Refused(Exception):
@@ -111,29 +114,36 @@ def _export(group: Group, arguments: argparse.Namespace) -> None:
 
 
 def _compare(
-    settings: Settings, arguments: argparse.Namespace, waivers: Sequence[Waiver]
+    settings: Settings,
+    arguments: argparse.Namespace,
+    waivers: Sequence[Waiver],
+    group: Group,
+    found: Found | None,
 ) -> GroupComparison:
     from rich.console import Console
 
     from dpsgd_track.comparison import compare_group, compare_groups
-    from dpsgd_track.report.text import print_table
+    from dpsgd_track.comparison.profile import profile_of
+    from dpsgd_track.report.text import console_width, print_profile, print_table
     from dpsgd_track.report.write import folder_name, write_report
 
-    group, found = _read(settings, arguments.group)
     if arguments.after is None:
         comparison = compare_group(group, settings.thresholds, waivers)
     else:
         after, found = _read(settings, arguments.after)
+        for each in (group, after):
+            _refuse_profile(each)
         comparison = compare_groups(group, after, settings.thresholds, waivers)
     folder = Path(settings.results_dir) / folder_name(comparison.group.name)
     png, tell = not arguments.no_png, lambda line: print(line, file=sys.stderr)
     files = write_report(comparison, folder, png, tell)
-    # A log file has no width of its own, and is no reason to leave columns out.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH
-    print_table(comparison, Console(highlight=False, width=width))
+    console = Console(highlight=False, width=console_width())
+    print_table(comparison, console)
+    if profile := profile_of(comparison.group):
+        print_profile(profile, "Speed and memory", console)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print((folder / "annotations.txt").read_text(encoding="utf-8"), end="")
-    print(f"Report: {files[0]} (and {len(files) - 1} more files in {folder})")
+    _say_where(files, folder)
     if arguments.export is not None:
         _export(group, arguments)
     if not arguments.no_log and found is not None:
@@ -143,6 +153,53 @@ def _compare(
             target = f"{ARTIFACT_FOLDER}-{folder_name(group.name)}"
             found.attach([(file, target) for file in files], {})
     return comparison
+
+
+def _say_where(files: Sequence[Path], folder: Path) -> None:
+    print(f"Report: {files[0]} (and {len(files) - 1} more files in {folder})")
+
+
+def _refuse_profile(group: Group) -> None:
+    if group.points and not group.runs:
+        raise _Refused(
+            f"group={group.name!r}: expected a group with runs to compare. It is a profile, whose "
+            "times mean something beside each other alone: give one GROUP."
+        )
+
+
+def _show_profile(
+    settings: Settings, arguments: argparse.Namespace, group: Group, found: Found | None
+) -> int:
+    """Report a group that holds nothing but a profile; returns the exit code."""
+    from rich.console import Console
+
+    from dpsgd_track.comparison.profile import profile_of
+    from dpsgd_track.report.markdown import profile_note
+    from dpsgd_track.report.text import console_width, print_profile
+    from dpsgd_track.report.write import folder_name, write_profile
+    from dpsgd_track.tracking import names
+
+    if arguments.export is not None:
+        _refuse_profile(group)
+    profile = profile_of(group)
+    assert profile is not None
+    folder = Path(settings.results_dir) / folder_name(group.name)
+    png, tell = not arguments.no_png, lambda line: print(line, file=sys.stderr)
+    files = write_profile(profile, group, folder, png, tell)
+    print_profile(profile, group.name, Console(highlight=False, width=console_width()))
+    _say_where(files, folder)
+    if not arguments.no_log and found is not None:
+        said = {names.NOTE: profile_note(profile, group)[:_LONGEST_TAG]}
+        found.attach([(file, ARTIFACT_FOLDER) for file in files], said)
+    return _profile_code(group)
+
+
+def _profile_code(group: Group) -> int:
+    """0 where every run of the group's profile ended as it should, or there is none."""
+    from dpsgd_track.comparison.profile import profile_of
+
+    profile = profile_of(group)
+    return INCONCLUSIVE if profile and profile.incomplete else PASSED
 
 
 def _log(found: Found, comparison: GroupComparison, files: Sequence[Path]) -> None:

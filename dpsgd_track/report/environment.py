@@ -17,7 +17,7 @@ def command(group: Group) -> str:
 
 def environment(group: Group) -> list[tuple[str, str]]:
     """Settings and versions: the group's own, then what all of its mode runs agree on."""
-    params = [run.params for run in group.runs if run.params]
+    params = [run.params for run in (*group.runs, *group.points) if run.params]
     shared = {
         key: value
         for key, value in (params[0] if params else {}).items()

@@ -11,13 +11,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.config import PROBE, is_probe
 from dpsgd_track.report.charts import Chart, Style
+from dpsgd_track.report.charts.profile import SECTION as PROFILE_SECTION
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
+from dpsgd_track.report.profile_table import costs_of
 from dpsgd_track.report.stages import (
     ALL_STAGES,
     SYMBOLS,
@@ -27,6 +30,7 @@ from dpsgd_track.report.stages import (
     stage_tables,
 )
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
+from dpsgd_track.tracking.reader import Group
 
 SECTIONS = (
     ("trajectories", "Trajectories", "Trajectories", "No run recorded a step."),
@@ -111,16 +115,17 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
             facts=_facts(comparison),
             symbols=VERDICT_SYMBOLS,
             style=style,
+            costs=costs_of(profile, group) if (profile := profile_of(group)) else None,
             headings=HEADINGS,
             rows=rows(comparison),
-            mode_of={run.title: style.index(run.label) for run in group.runs},
+            mode_of={run.title: style.index(run.label) for run in (*group.runs, *group.points)},
             stages=ALL_STAGES,
             stage_tables=stage_tables(comparison),
             stage_symbols=SYMBOLS,
             sections=SECTIONS,
             charts_of={
                 section: [chart for chart in charts if chart.section == section]
-                for section, *_ in SECTIONS
+                for section in (*(section for section, *_ in SECTIONS), PROFILE_SECTION)
             },
             audits=[audit for regime in comparison.regimes for audit in regime.audits.values()],
             number=number,
@@ -129,6 +134,26 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
             floors=floors(comparison),
             consistency=consistency(comparison),
             guarantees=guarantees(group),
+            environment=environment(group),
+            command=command(group),
+            **_page(group.name),
+        )
+    )
+
+
+def profile_html(profile: Profile, group: Group, charts: Sequence[Chart]) -> str:
+    """The whole report of a group that holds nothing but a profile."""
+    started = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
+    style = Style.of_group(group)
+    return (
+        _templates()
+        .get_template("profile.html")
+        .render(
+            costs=costs_of(profile, group),
+            charts=charts,
+            style=style,
+            mode_of={run.label: style.index(run.label) for run in group.points},
+            started=f"{started:%Y-%m-%d %H:%M} UTC",
             environment=environment(group),
             command=command(group),
             **_page(group.name),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
 from dpsgd_track.comparison.verdict import number
+from dpsgd_track.report import profile_table
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import accepted, advice, stage_tables
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
+from dpsgd_track.tracking.reader import Group
 
 LIMIT = 65_536
 """Characters that a code host accepts in one comment."""
@@ -112,6 +115,41 @@ def markdown(comparison: GroupComparison) -> str:
     return text
 
 
+def profile_note(profile: Profile, group: Group) -> str:
+    """The table of a profile: what the note of a group shows that holds nothing else."""
+    state = "Profile, incomplete" if profile.incomplete else "Profile"
+    facts = prose(", ".join(profile_table.facts(profile, group)))
+    name = f"Group **{prose(group.name)}**" + f": {facts}" * bool(facts)
+    parts = [f"## {state}", prose(profile.sentence), _costs(profile), name]
+    return "\n\n".join(parts) + "\n"
+
+
+def profile_markdown(profile: Profile, group: Group) -> str:
+    """The whole comment on a group that holds nothing but a profile."""
+    folded = [
+        ("How each layer's norm was found", _plans(profile)),
+        ("Reproduce", _code(command(group))),
+        ("Environment", _table(("setting", "value"), environment(group))),
+    ]
+    parts = [profile_note(profile, group), *(_folded(t, body) + "\n" for t, body in folded if body)]
+    text = ""
+    for part in parts:
+        if len(text) + len(part) + _RESERVED <= LIMIT:
+            text += f"\n{part}" * bool(text) or part
+    return text
+
+
+def _costs(profile: Profile) -> str:
+    said = _list([prose(sentence) for sentence in profile.incomplete])
+    best = _list([prose(sentence) for sentence in profile_table.best(profile)])
+    table = _table(profile_table.HEADINGS, profile_table.rows(profile))
+    return "\n\n".join(part for part in (said, best, table, profile_table.LEGEND) if part)
+
+
+def _plans(profile: Profile) -> str:
+    return _table(profile_table.PLAN_HEADINGS, profile_table.plans(profile))
+
+
 def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
     """(title, body, whether it is folded), the most important first."""
     ladders = [("Stages", body, False) for body in _ladders(comparison)]
@@ -141,7 +179,12 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
         ("Not computed, so not compared", _list(skipped)),
         ("Environment", _table(("setting", "value"), environment(comparison.group))),
     ]
-    return [*ladders, *((title, body, True) for title, body in folded)]
+    profile = profile_of(comparison.group)
+    costs = []
+    if profile:
+        costs = [("Speed and memory", f"**Speed and memory**\n\n{_costs(profile)}", False)]
+        folded.append(("How each layer's norm was found", _plans(profile)))
+    return [*costs, *ladders, *((title, body, True) for title, body in folded)]
 
 
 def _waivers(comparison: GroupComparison) -> str:

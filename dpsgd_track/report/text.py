@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
+from dpsgd_track.report import profile_table
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived
+from dpsgd_track.tracking.reader import Group
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _COLOURS = {"PASS": "green", "DRIFT": "yellow", "BUG": "red", "INCONCLUSIVE": "magenta"}
+_LOG_WIDTH = 160
 _FIRST_TO_GO = (
     "mean grad norm",
     "peak GiB",
@@ -41,9 +47,28 @@ def summary(comparison: GroupComparison) -> str:
         f"Verdict: {comparison.verdict}",
         "\n".join(f"{mode.verdict:<12}  {mode.sentence}" for mode in comparison.modes),
         *(["Waivers\n" + "\n".join(waived(comparison))] if waived(comparison) else []),
+        *(_costs(profile) if (profile := profile_of(comparison.group)) else []),
         comparison.sentence,
     ]
     return "\n\n".join(_printable(part) for part in parts) + "\n"
+
+
+def profile_summary(profile: Profile, group: Group) -> str:
+    """The table of a group that holds nothing but a profile."""
+    facts = ", ".join(profile_table.facts(profile, group))
+    parts = [f"Group {group.name}", facts, *_costs(profile), profile.sentence]
+    return "\n\n".join(_printable(part) for part in parts if part) + "\n"
+
+
+def _costs(profile: Profile) -> list[str]:
+    layers = profile_table.plans(profile)
+    return [
+        "Speed and memory",
+        _columns(profile_table.HEADINGS, profile_table.rows(profile)),
+        "\n".join((*profile.incomplete, *profile_table.best(profile))),
+        profile_table.LEGEND,
+        *([_columns(profile_table.PLAN_HEADINGS, layers)] if layers else []),
+    ]
 
 
 def _differing(comparison: GroupComparison) -> list[str]:
@@ -91,6 +116,34 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
         console.print(Text(_printable(sentence)), soft_wrap=soft)
     verdict = Text(_printable(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
     console.print(verdict, soft_wrap=soft)
+
+
+def print_profile(profile: Profile, name: str, console: Console) -> None:
+    """Print the table of a profile, then what is missing of it; names are shown literally."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(_printable(name)))
+    lines = profile_table.rows(profile)
+    is_noted = any(line[-1] for line in lines)
+    headings = profile_table.HEADINGS[: None if is_noted else -1]
+    for i, heading in enumerate(headings):
+        justify: Any = "right" if i in profile_table.NUMBERS else "left"
+        table.add_column(heading, justify=justify)
+    shape = None
+    for cost, line in zip(profile.costs, lines, strict=True):
+        if shape not in (None, cost.shape):
+            table.add_section()
+        shape = cost.shape
+        table.add_row(*(Text(_printable(cell)) for cell in line[: len(headings)]))
+    console.print(table)
+    for sentence in (*profile.incomplete, profile.sentence):
+        console.print(Text(_printable(sentence)), soft_wrap=not console.is_terminal)
+
+
+def console_width() -> int | None:
+    """A log file has no width of its own, and is no reason to leave columns out."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH
 
 
 def _fitting(shown: list[list[str]], width: int) -> dict[int, int]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.report.annotations import workflow_commands
-from dpsgd_track.report.charts import figures
-from dpsgd_track.report.html import chart_html, html
+from dpsgd_track.report.charts import Chart, Style, figures, profile_charts
+from dpsgd_track.report.html import chart_html, html, profile_html
 from dpsgd_track.report.junit import junit
-from dpsgd_track.report.markdown import markdown
+from dpsgd_track.report.markdown import markdown, profile_markdown
 from dpsgd_track.report.numbers import drift_json
 from dpsgd_track.report.png import PngSkipped, write_png
-from dpsgd_track.report.text import summary
+from dpsgd_track.report.profile_table import profile_csv, profile_json
+from dpsgd_track.report.text import profile_summary, summary
+from dpsgd_track.tracking.reader import Group
 
 _LONGEST = 80
 
@@ -42,9 +45,7 @@ def write_report(
     A PNG of an earlier report does not stay beside a newer HTML: it is removed.
     `tell` is given one line if pictures were asked for and could not be drawn.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = figures(comparison)
-    charts = [chart for chart in drawn if chart.alone]
     texts = {
         "report.html": html(comparison, drawn),
         "report.md": markdown(comparison),
@@ -52,10 +53,50 @@ def write_report(
         "drift.json": drift_json(comparison),
         "junit.xml": junit(comparison),
         "annotations.txt": workflow_commands(comparison),
-        **{f"{chart.name}.html": chart_html(chart, comparison.group.name) for chart in charts},
     }
+    if profile := profile_of(comparison.group):
+        texts |= _figures_of(profile, comparison.group)
+    return _write(folder, comparison.group.name, texts, drawn, png, tell)
+
+
+def write_profile(
+    profile: Profile,
+    group: Group,
+    folder: Path,
+    png: bool = True,
+    tell: Callable[[str], None] = print,
+) -> list[Path]:
+    """As `write_report`, of a group that holds nothing but a profile."""
+    drawn = profile_charts(profile, Style.of_group(group))
+    texts = {
+        "report.html": profile_html(profile, group, drawn),
+        "report.md": profile_markdown(profile, group),
+        "summary.txt": profile_summary(profile, group),
+        **_figures_of(profile, group),
+    }
+    return _write(folder, group.name, texts, drawn, png, tell)
+
+
+def _figures_of(profile: Profile, group: Group) -> dict[str, str]:
+    return {
+        "profile.csv": profile_csv(profile, group),
+        "profile.json": profile_json(profile, group),
+    }
+
+
+def _write(
+    folder: Path,
+    group: str,
+    texts: Mapping[str, str],
+    drawn: Sequence[Chart],
+    png: bool,
+    tell: Callable[[str], None],
+) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    charts = [chart for chart in drawn if chart.alone]
+    alone = {f"{chart.name}.html": chart_html(chart, group) for chart in charts}
     files = []
-    for name, text in texts.items():
+    for name, text in {**texts, **alone}.items():
         files.append(folder / name)
         files[-1].write_text(text, encoding="utf-8")
     for chart in charts:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dpsgd_track import __version__
 
-PACKAGES = ("torch", "transformers", "opacus", "mlflow")
+PACKAGES = ("torch", "triton", "transformers", "opacus", "mlflow")
 
 
 def environment() -> dict[str, str]:

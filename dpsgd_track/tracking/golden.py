@@ -57,7 +57,7 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def write_golden(group: Group, path: Path, *, force: bool = False) -> None:
-    """Write `group` to `path`, whole or not at all.
+    """Write `group` to `path`, whole or not at all; a profile of it is left out.
 
     Raises:
         ValueError: the file is there already, or cannot be written.
@@ -66,10 +66,10 @@ def write_golden(group: Group, path: Path, *, force: bool = False) -> None:
     document = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
-        "group": _plain(group, leave_out="runs"),
+        "group": _plain(group, leave_out=("runs", "points")),
         "runs": [
             {
-                **_plain(run, leave_out="trajectory"),
+                **_plain(run, leave_out=("trajectory",)),
                 "has_trajectory": run.trajectory is not None,
             }
             for run in group.runs
@@ -161,7 +161,7 @@ def _unpacked(packed: zipfile.ZipFile, number: int) -> Trajectory:
         return Trajectory.load(file)
 
 
-def _plain(value: Group | ModeRun, leave_out: str) -> dict[str, Any]:
+def _plain(value: Group | ModeRun, leave_out: Sequence[str]) -> dict[str, Any]:
     """The fields of `value` as JSON holds them, without what is private to a machine."""
     plain: dict[str, Any] = {}
     for field in dataclasses.fields(value):
@@ -175,7 +175,7 @@ def _plain(value: Group | ModeRun, leave_out: str) -> dict[str, Any]:
             plain[field.name] = dict(content)
         elif isinstance(content, str) and field.name in ("reason", "trajectory_missing"):
             plain[field.name] = _ABSOLUTE.sub(_HIDDEN, content)
-        elif field.name != leave_out:
+        elif field.name not in leave_out:
             plain[field.name] = content
     return plain
 

@@ -10,24 +10,27 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
 
-from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.config import PROFILE, Point, Settings, redact_uri
 from dpsgd_track.tracking import exact, names
 from dpsgd_track.tracking.client import connect
 from dpsgd_track.tracking.history import History, metric_history, restored
+from dpsgd_track.tracking.timings import Timings
 from dpsgd_track.tracking.trajectory import Floats, Trajectory
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+Result = TypeVar("Result")
 
 MISSING = "MISSING"
 """Status of a run that the launcher set out to do and that is not on the server."""
@@ -78,6 +81,21 @@ class ModeRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PointRun(ModeRun):
+    """One run of a profile, as the server knows it. It has no trajectory."""
+
+    point: Point
+    timings: Timings | None = None
+    timings_missing: str = ""
+    """Why there are none."""
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Whether it had too little memory, which is a result."""
+        return self.tags.get(names.OUT_OF_MEMORY) == "true"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """One launch: everything that is compared together."""
 
@@ -88,7 +106,10 @@ class Group:
     start_time_ms: int
     """Unix time."""
     runs: tuple[ModeRun, ...]
-    """Mode runs, replays and missing ones included, in the launcher's order."""
+    """Mode runs, replays and missing ones included, in the launcher's order; those of a profile
+    are not among them."""
+    points: tuple[PointRun, ...] = ()
+    """Runs of a profile, missing ones included, in the order they were timed in."""
     rank_statuses: Mapping[str, int] = field(default_factory=dict)
     """How many rank runs have each status."""
     superseded: int = 0
@@ -201,15 +222,15 @@ def group_of(client: MlflowClient, run: Run) -> Group:
         for child in newest.values()
         for rank in _search(client, experiment_id, names.KIND_RANK, child.info.run_id)
     )
+    keys = in_order(run.data.tags, newest)
     return Group(
         name=name,
         run_id=run.info.run_id,
         tags=dict(run.data.tags),
         params=dict(run.data.params),
         start_time_ms=run.info.start_time or 0,
-        runs=tuple(
-            _mode_run(client, key, newest.get(key)) for key in in_order(run.data.tags, newest)
-        ),
+        runs=tuple(_mode_run(client, key, newest.get(key)) for key in keys if not is_point(key)),
+        points=tuple(_point_run(client, key, newest.get(key)) for key in keys if is_point(key)),
         rank_statuses=dict(ranks),
         superseded=len(attempts) - len(newest),
     )
@@ -226,26 +247,38 @@ def _key(run: Run) -> tuple[str, ...]:
 
 
 def key_of(tags: Mapping[str, str]) -> tuple[str, ...]:
-    """(mode, regime, variant, replay) of a mode run."""
+    """(mode, regime, variant, replay, point) of a mode run."""
     return tuple(
-        tags.get(tag, "") for tag in (names.MODE, names.REGIME, names.VARIANT, names.REPLAY)
+        tags.get(tag, "")
+        for tag in (names.MODE, names.REGIME, names.VARIANT, names.REPLAY, names.POINT)
     )
+
+
+def is_point(key: tuple[str, ...]) -> bool:
+    """Whether a run is one of a profile."""
+    return key[1] == PROFILE
 
 
 def _expected(text: str) -> list[tuple[str, ...]]:
     try:
-        return [tuple(str(part or "") for part in row) for row in json.loads(text)]
+        rows = [tuple(str(part or "") for part in row) for row in json.loads(text)]
+        keys = [(*row, "") if len(row) == 4 else row for row in rows]
+        if any(len(key) != 5 for key in keys):
+            raise ValueError("A row has another length.")
+        for key in filter(is_point, keys):
+            Point.parse(key[4])
+        return keys
     except (ValueError, TypeError) as error:
         raise GroupNotFound(
             f"{names.EXPECTED_RUNS}={text[:80]!r}: expected a JSON list of "
-            "[mode, regime, variant, replay]. Launch the group again."
+            "[mode, regime, variant, replay], and in a profile the point. Launch the group again."
         ) from error
 
 
 def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> ModeRun:
     if run is None:
         return never_started(key)
-    mode, regime, variant, replay = key
+    mode, regime, variant, replay, _ = key
     trajectory, missing = _read_trajectory(client, run)
     logged = run.data.metrics
     return ModeRun(
@@ -266,7 +299,7 @@ def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> Mo
 
 def never_started(key: tuple[str, ...]) -> ModeRun:
     """A mode run that the launcher set out to do."""
-    mode, regime, variant, replay = key
+    mode, regime, variant, replay, _ = key
     return ModeRun(
         mode=mode,
         regime=regime,
@@ -276,21 +309,71 @@ def never_started(key: tuple[str, ...]) -> ModeRun:
     )
 
 
-def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None, str]:
+def point_never_timed(key: tuple[str, ...]) -> PointRun:
+    """A run of a profile that the launcher set out to do."""
+    mode, regime, variant, _, point = key
+    return PointRun(
+        mode=mode,
+        regime=regime,
+        variant=variant,
+        point=Point.parse(point),
+        timings_missing="the run was never started",
+    )
+
+
+def _point_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> PointRun:
+    if run is None:
+        return point_never_timed(key)
+    mode, regime, variant, _, point = key
+    timings, missing = None, ""
+    try:
+        timings = _read_artifact(client, run, names.TIMINGS_FILE, Timings.load)
+    except (ValueError, LookupError) as error:
+        missing = str(error)
+    return PointRun(
+        mode=mode,
+        regime=regime,
+        variant=variant,
+        point=Point.parse(point),
+        run_id=run.info.run_id,
+        status=run.info.status,
+        reason=run.data.tags.get(names.REASON, ""),
+        params=dict(run.data.params),
+        tags=dict(run.data.tags),
+        timings=timings,
+        timings_missing=missing,
+    )
+
+
+def _read_artifact(
+    client: MlflowClient, run: Run, name: str, load: Callable[[Path], Result]
+) -> Result:
+    """What `load` makes of the run's file `name`.
+
+    Raises:
+        ValueError: it is something else.
+        LookupError: it is not there.
+    """
     from mlflow.exceptions import MlflowException
 
-    run_id = run.info.run_id
     folder = _local_folder(run.info.artifact_uri)
     try:
         if folder is not None:
-            return load_local(folder / names.TRAJECTORY_FILE), ""
+            if not (folder / name).exists():
+                raise FileNotFoundError(folder / name)
+            return load(folder / name)
         with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
-            path = client.download_artifacts(run_id, names.TRAJECTORY_FILE, downloaded)
-            return Trajectory.load(Path(path)), ""
-    except ValueError as error:
-        missing = str(error)
+            return load(Path(client.download_artifacts(run.info.run_id, name, downloaded)))
     except (MlflowException, OSError):
-        missing = f"{names.TRAJECTORY_FILE} was not uploaded"
+        raise LookupError(f"{name} was not uploaded") from None
+
+
+def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None, str]:
+    try:
+        return _read_artifact(client, run, names.TRAJECTORY_FILE, Trajectory.load), ""
+    except (ValueError, LookupError) as error:
+        missing = str(error)
+    run_id = run.info.run_id
     logged = metric_history(client, run_id, metrics_of_trajectory(run.data.metrics))
     history: History = {
         metric: dict(zip(points, restored(list(points.values())).tolist(), strict=True))
@@ -317,13 +400,6 @@ def rebuilt(history: History, missing: str) -> tuple[Trajectory | None, str]:
         return None, f"{missing}; no metrics were logged"
     steps = f"{trajectory.num_steps} step{'s' * (trajectory.num_steps != 1)}"
     return trajectory, f"{missing}; {steps} read from metric history"
-
-
-def load_local(path: Path) -> Trajectory:
-    """The trajectory in a file; FileNotFoundError where there is none."""
-    if not path.exists():
-        raise FileNotFoundError(path)
-    return Trajectory.load(path)
 
 
 def _local_folder(artifact_uri: str) -> Path | None:

@@ -50,13 +50,12 @@ class RunTree:
         self.group = group
         self.group_run = ""
 
-    def start_group(
-        self, expected: Sequence[tuple[str, str, str, str]], params: Mapping[str, str]
-    ) -> str:
+    def start_group(self, expected: Sequence[Sequence[str]], params: Mapping[str, str]) -> str:
         """Create the group run.
 
         Args:
-            expected: (mode, regime, variant, replay) of every mode run set out to do.
+            expected: (mode, regime, variant, replay) of every mode run set out to do; of one of a
+                profile, the point besides.
         Returns:
             Its key.
         """
@@ -110,8 +109,11 @@ class RunTree:
             names.REPLAY: replay,
             names.NOISE_MATCHED: str(regime.noise_matched).lower(),
         }
+        if regime.point:
+            tags[names.POINT] = regime.point
         label = f"{mode}@{variant}" if variant else mode
-        title = f"{label}/{regime.name}" + (f" ({replay})" if replay else "")
+        which = replay or regime.point
+        title = f"{label}/{regime.name}" + (f" ({which})" if which else "")
         parent = {names.PARENT_RUN: self.group_run, names.KIND: names.KIND_MODE}
         mode_run = self._create(title, tags | parent, params)
         parent = {names.PARENT_RUN: mode_run, names.KIND: names.KIND_RANK}
@@ -120,6 +122,10 @@ class RunTree:
             for rank in range(num_ranks)
         )
         return mode_run, ranks
+
+    def mark(self, run: str, tag: str) -> None:
+        """Set a tag of a run to `true`."""
+        self._writer.set_tags(run, {tag: "true"})
 
     def finish(self, run: str, status: str, reason: str = "", advice: str = "") -> None:
         """End a run as FINISHED, FAILED or KILLED, with the reason where it did not finish."""

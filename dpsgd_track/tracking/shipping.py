@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dpsgd_track.config import redact_uri
 from dpsgd_track.tracking.client import one_line
@@ -16,6 +16,7 @@ INTERVAL_S = 1.0
 CLOSE_TIMEOUT_S, AWAY_TIMEOUT_S = 60.0, 5.0
 """How long the end waits for a store that takes records, and for one that is away."""
 _LONGEST_PAUSE_S = 5.0
+_LONGEST_PASS_S = 15.0
 _SILENT_S = 3.0
 
 Tell = Callable[[str], object]
@@ -46,12 +47,23 @@ class Shipping:
         self._trouble = ""
         self._is_away = False
         self._is_complete = False
+        self._passing = threading.Lock()
         self._closing, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="shipping", daemon=True)
 
     def start(self) -> None:
         """Begin to ship, in the background."""
         self._thread.start()
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Ship nothing while entered; what is being shipped is waited for, for a limited time."""
+        is_quiet = self._passing.acquire(timeout=_LONGEST_PASS_S)
+        try:
+            yield
+        finally:
+            if is_quiet:
+                self._passing.release()
 
     def close(
         self,
@@ -91,10 +103,11 @@ class Shipping:
             # What is written before the end is asked for is shipped by the pass after it.
             is_closing = self._closing.wait(pause_s)
             try:
-                if self._trouble:
-                    self._shipper.is_there()
-                    self._is_away = False
-                self._shipper.ship(self._stop.is_set)
+                with self._passing:
+                    if self._trouble:
+                        self._shipper.is_there()
+                        self._is_away = False
+                    self._shipper.ship(self._stop.is_set)
             except Exception as error:
                 self._note(error)
                 pause_s = min(2 * max(pause_s, 0.25), _LONGEST_PAUSE_S)
@@ -109,12 +122,13 @@ class Shipping:
             if is_closing:
                 self._is_complete = not self._shipper.refused and not self._stop.is_set()
                 return
-            self._ship_left()
+            with self._passing:
+                self._ship_left()
 
     def _note(self, error: Exception) -> None:
         is_new, self._is_away = not self._trouble, True
         self._trouble = one_line(error, self._uri)
-        if is_new:
+        if is_new and not self._stop.is_set():
             self._tell(
                 f"tracking: {redact_uri(self._uri)} takes nothing at the moment: {self._trouble} "
                 f"Training goes on, and records are kept in {self._shipper.group.folder}."

@@ -7,8 +7,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.config import Point, Settings, redact_uri
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import one_line
 from dpsgd_track.tracking.history import History
@@ -16,20 +17,25 @@ from dpsgd_track.tracking.reader import (
     Group,
     GroupNotFound,
     ModeRun,
+    PointRun,
     find_group,
     group_of,
     in_order,
+    is_point,
     key_of,
-    load_local,
     metrics_of_trajectory,
     never_started,
     open_client,
+    point_never_timed,
     rebuilt,
 )
 from dpsgd_track.tracking.spool import CONTROL, SpoolWriter
 from dpsgd_track.tracking.spooled import SpooledGroup, SpooledRun, spooled_groups
 from dpsgd_track.tracking.store import absolute_uri
+from dpsgd_track.tracking.timings import Timings
 from dpsgd_track.tracking.trajectory import Trajectory
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,12 @@ def _merged(stored: Group, spooled: Group) -> Group:
     """A group that was resumed: its runs in the store, but for those that are in the spool."""
     newer = {run_key(run): run for run in spooled.runs if run.run_id}
     runs = tuple(newer.pop(run_key(run), run) for run in stored.runs)
-    return replace(spooled, runs=(*runs, *newer.values()))
+    # Profiles are not resumed.
+    return replace(spooled, runs=(*runs, *newer.values()), points=stored.points)
 
 
 def run_key(run: ModeRun) -> tuple[str, str, str, str]:
-    """What tells a mode run from the others of its group."""
+    """What tells a mode run from the others of its group; those of a profile apart."""
     return run.mode, run.regime, run.variant, run.replay
 
 
@@ -152,13 +159,15 @@ def read_spooled(spooled: SpooledGroup) -> Group:
     newest = {key_of(run.tags): run for run in sorted(modes, key=lambda run: run.start_ms)}
     kept = {run.key for run in newest.values()}
     ranks = [run for run in runs.values() if run.kind == names.KIND_RANK and run.parent in kept]
+    keys = in_order(group.tags, newest)
     return Group(
         name=spooled.name,
         run_id=group.key,
         tags=group.tags,
         params=group.params,
         start_time_ms=group.start_ms,
-        runs=tuple(_mode_run(key, newest.get(key)) for key in in_order(group.tags, newest)),
+        runs=tuple(_mode_run(key, newest.get(key)) for key in keys if not is_point(key)),
+        points=tuple(_point_run(key, newest.get(key)) for key in keys if is_point(key)),
         rank_statuses=dict(Counter(run.status for run in ranks)),
         superseded=len(modes) - len(newest),
     )
@@ -167,7 +176,7 @@ def read_spooled(spooled: SpooledGroup) -> Group:
 def _mode_run(key: tuple[str, ...], run: SpooledRun | None) -> ModeRun:
     if run is None:
         return never_started(key)
-    mode, regime, variant, replay = key
+    mode, regime, variant, replay, _ = key
     trajectory, missing = _trajectory(run)
     return ModeRun(
         mode=mode,
@@ -185,15 +194,48 @@ def _mode_run(key: tuple[str, ...], run: SpooledRun | None) -> ModeRun:
     )
 
 
+def _point_run(key: tuple[str, ...], run: SpooledRun | None) -> PointRun:
+    if run is None:
+        return point_never_timed(key)
+    mode, regime, variant, _, point = key
+    timings, missing = None, ""
+    try:
+        timings = _load(run, names.TIMINGS_FILE, Timings.load)
+    except (ValueError, LookupError) as error:
+        missing = str(error)
+    return PointRun(
+        mode=mode,
+        regime=regime,
+        variant=variant,
+        point=Point.parse(point),
+        run_id=run.key,
+        status=run.status,
+        reason=run.tags.get(names.REASON, ""),
+        params=run.params,
+        tags=run.tags,
+        timings=timings,
+        timings_missing=missing,
+    )
+
+
+def _load(run: SpooledRun, name: str, load: Callable[[Path], Result]) -> Result:
+    """What `load` makes of the run's file `name`.
+
+    Raises:
+        ValueError: it is something else.
+        LookupError: it is not there.
+    """
+    path = next((path for path, _ in reversed(run.files) if path.name == name), None)
+    if path is None or not path.is_file():
+        raise LookupError(f"{name} was not written")
+    return load(path)
+
+
 def _trajectory(run: SpooledRun) -> tuple[Trajectory | None, str]:
-    missing = f"{names.TRAJECTORY_FILE} was not written"
-    for path, _ in reversed(run.files):
-        if path.name == names.TRAJECTORY_FILE:
-            try:
-                return load_local(path), ""
-            except (OSError, ValueError) as error:
-                missing = str(error)
-            break
+    try:
+        return _load(run, names.TRAJECTORY_FILE, Trajectory.load), ""
+    except (ValueError, LookupError) as error:
+        missing = str(error)
     history: History = defaultdict(dict)
     for row in run.rows:
         for metric, value in zip(row.keys, row.values, strict=True):

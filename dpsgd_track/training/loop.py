@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
 from dpsgd_track.config import (
     CLIP,
     NOISE,
-    PERMUTED,
-    PLAIN,
-    PROBE_CLIP,
-    ULP,
     JobConfig,
-    PrivacyConfig,
     RegimeConfig,
     is_probe,
 )
@@ -36,21 +28,10 @@ from dpsgd_track.privacy.accounting import (
     poisson_history,
     sequential_history,
 )
-from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.privacy.dropout import KeyedDropout
-from dpsgd_track.privacy.loss import LOSSES
-from dpsgd_track.privacy.noise import NoiseSource, fresh_key
+from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.tracking import names
 from dpsgd_track.training import noise_samples
 from dpsgd_track.training.clock import StepClock
-from dpsgd_track.training.data import (
-    Slice,
-    Slicer,
-    build_dataset,
-    extra_inputs_of,
-    num_labels_of,
-)
-from dpsgd_track.training.model import build_model, check_length, perturb_inputs
 from dpsgd_track.training.observe import (
     GatheredSamples,
     gather_samples,
@@ -60,8 +41,8 @@ from dpsgd_track.training.observe import (
     measure,
     weights_digest,
 )
+from dpsgd_track.training.prepare import PreparedRun
 from dpsgd_track.training.recorder import Recorder, StepObservation
-from dpsgd_track.training.text_source import population_of
 
 
 class NotFiniteError(RuntimeError):
@@ -80,7 +61,7 @@ class Step:
     local_memory_gib: float
 
 
-class RegimeRun:
+class RegimeRun(PreparedRun):
     """A mode over fresh weights, and the records of its steps."""
 
     def __init__(
@@ -94,17 +75,12 @@ class RegimeRun:
         Args:
             silent: in the noise regime, `taken` of the twin without noise.
         """
-        job = job.run_in(regime)
-        self.job, self.regime, self.device = job, regime, device
+        super().__init__(job, regime, device)
         self.silent = silent
         self.taken: dict[int, noise_samples.Floats] = {}
         """[P, M] of each step: some elements of this rank's update, times the expected batch size.
         Only in the noise regime."""
-        labels = num_labels_of(job.model, job.data)
-        model = build_model(job.model, num_labels=labels, seed=job.seed, device=device)
-        check_length(model, job.data.seq_length)
-        if regime.replay == ULP:
-            perturb_inputs(model, job.seed)
+        model = self._model()
         self.slicer = self._slicer(model)
         self._begin(model, self._context())
 
@@ -238,61 +214,6 @@ class RegimeRun:
                 return noise_samples.gather(self.mode, parts, noise, self.device)
         return np.empty((0, len(parts), 0), dtype=np.float32)
 
-    def _accumulate(self, share: Slice, step: int) -> list[SampleRecord]:
-        records, indices = [], iter(share.indices)
-        for batch in share.batches:
-            with self._dropout(step, list(islice(indices, len(batch)))):
-                records.append(self.mode.accumulate(batch))
-        return records
-
-    def _dropout(self, step: int, samples: list[int]) -> AbstractContextManager[None]:
-        if not self.job.model.dropout:
-            return nullcontext()
-        return KeyedDropout(seed=self.job.seed, step=step, samples=samples)
-
-    def _slicer(self, model: nn.Module) -> Slicer:
-        job, regime = self.job, self.regime
-        sizes = _uneven_sizes(job, regime)
-        return Slicer(
-            dataset=build_dataset(job.model, job.data, model, seed=job.seed),
-            batch_size=job.data.batch_size,
-            micro_batches=regime.micro_batches,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            device=self.device,
-            extra_inputs=extra_inputs_of(model),
-            is_permuted=regime.replay == PERMUTED,
-            population=None if sizes else population_of(job.data),
-            sizes=sizes,
-        )
-
-    def _context(self) -> ModeContext:
-        regime, performance = self.regime, self.job.performance
-        plain = performance.param_dtype if regime.replay == PLAIN else performance.reference_dtype
-        adds_noise = regime.noise_matched or is_private(self.job.mode)
-        return ModeContext(
-            privacy=PrivacyConfig(
-                noise_multiplier=regime.noise_multiplier if adds_noise else 0.0,
-                # Before calibration nothing is clipped.
-                max_grad_norm=(regime.max_grad_norms or (1e30,))[0],
-                expected_batch_size=self.slicer.expected_batch_size,
-            ),
-            device=self.device,
-            param_dtype=getattr(torch, performance.param_dtype),
-            reference_dtype=getattr(torch, plain),
-            make_optimizer=_optimizer_of(regime),
-            num_replicas=performance.num_replicas,
-            loss=LOSSES[self.job.model.task],
-        )
-
-    def _noise_key(self) -> str:
-        # Matched noise is common to all modes; a mode's own is its own.
-        if self.regime.noise_matched:
-            return f"{self.job.seed}/common"
-        if self.job.noise_from == "os":
-            return fresh_key(None, self.device)
-        return f"{self.job.seed}/{self.job.mode}"
-
     def _layer_norm_steps(self) -> frozenset[int]:
         last = self.regime.num_iter - 1
         return frozenset(range(last + 1) if self.job.layer_norms == "all" else (0, last))
@@ -327,31 +248,6 @@ class RegimeRun:
         self.mode.zero_grad()
         local = local_samples(records, share.indices, share.digests, self.parameter_names)
         return gather_samples(local, self.device).norm
-
-
-def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
-    """Samples of each step where they are to differ, so that ranks and micro-batches do as well.
-
-    In the noise regime all, one fewer, none, a single one. In the probe's clip regime one fewer
-    than all, a third of all (a full micro-batch of each of several ranks) and one sample more, all,
-    a single one. And again. A mode on one device, which has all ranks' micro-batches, gets as many.
-    """
-    full = dist.get_world_size() * job.data.batch_size * regime.micro_batches
-    if regime.kind == NOISE:
-        sizes = (full, max(full - 1, 1), 0, 1)
-    elif regime.name == PROBE_CLIP:
-        sizes = (max(full - 1, 1), min(full // 3 + 1, full), full, 1)
-    else:
-        return ()
-    return tuple(sizes[step % len(sizes)] for step in range(regime.num_iter))
-
-
-def _optimizer_of(
-    regime: RegimeConfig,
-) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
-    if regime.optimizer == "adamw":
-        return lambda parameters: torch.optim.AdamW(parameters, lr=regime.learning_rate)
-    return lambda parameters: torch.optim.SGD(parameters, lr=regime.learning_rate)
 
 
 def _require_finite(step: int, metrics: dict[str, float]) -> None:

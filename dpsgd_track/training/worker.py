@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import signal
+import statistics
 import threading
 import traceback
 from dataclasses import replace
@@ -23,15 +24,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dpsgd_track.config import CLIP, NOISE, SILENT, JobConfig
+from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT, JobConfig
 from dpsgd_track.faults import unreached_seams
+from dpsgd_track.modes.protocol import Mode
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import TrackingError
 from dpsgd_track.tracking.environment import imported_from
-from dpsgd_track.tracking.names import TRAJECTORY_FILE
+from dpsgd_track.tracking.names import TIMINGS_FILE, TRAJECTORY_FILE
 from dpsgd_track.tracking.spool import RECORDS, SpoolWriter
+from dpsgd_track.tracking.timings import Timings
 from dpsgd_track.training.loop import NotFiniteError, RegimeRun
 from dpsgd_track.training.noise_samples import Floats
+from dpsgd_track.training.profile import ProfileRun
 from dpsgd_track.training.recorder import rank_metrics
 
 LEAVING_TIMEOUT_S = 5.0
@@ -103,6 +107,9 @@ class Worker:
         folder = self.folder / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         self._progress(number, "start", 0, None)
+        if regime.kind == PROFILE:
+            self._profile(number, folder, device)
+            return
         if regime.kind == CLIP and regime.replay:
             regime = replace(regime, max_grad_norms=self.clip_bounds[regime.name])
         is_noisy = regime.kind == NOISE and not regime.replay
@@ -124,17 +131,41 @@ class Worker:
         finally:
             self.is_leaving.set()
             self._leave_trajectories(number, folder, run)
-            self._log_facts(number, run)
+            self._log_facts(number, run.mode, run.left_out_steps())
             epsilon = self._log_epsilon(number, run)
         self.is_leaving.clear()
         self._progress(number, "end", regime.num_iter - 1, None, epsilon)
 
-    def _log_facts(self, number: int, run: RegimeRun) -> None:
+    def _profile(self, number: int, folder: Path, device: torch.device) -> None:
+        """Time the steps; what is known of them is put away once all are taken."""
+        run = ProfileRun(self.job, self.job.regimes[number], device)
+        timings, own = run.run(
+            lambda step, seen: self._log(number, step, seen.metrics(), is_global=True)
+        )
+        self._log_timings(number, timings, is_global=True)
+        self._log_timings(number, own, is_global=False)
+        if self.rank == 0:
+            path = folder / TIMINGS_FILE
+            timings.save(path)
+            if (run_id := self._run_id(number, is_global=True)) is not None:
+                self.writer.upload(run_id, path)
+        self._log_facts(number, run.mode, [])
+        self._progress(number, "end", len(timings.step_time_ms) - 1, None, timings=timings)
+
+    def _log_timings(self, number: int, timings: Timings, *, is_global: bool) -> None:
+        for step, time_ms in enumerate(timings.step_time_ms):
+            metrics = {"step_time_ms": time_ms, "peak_memory_gib": timings.peak_memory_gib}
+            if is_global:
+                metrics["tokens_per_second"] = timings.num_tokens[step] / time_ms * 1e3
+            self._log(number, step, metrics, is_global=is_global)
+
+    def _log_facts(self, number: int, mode: Mode, left_out: list[int]) -> None:
         """What is known of the mode once it has run, and where a planted fault had no chance."""
         facts = {
-            names.LEFT_OUT: ", ".join(map(str, run.left_out_steps())),
-            names.REPLICATED: "true" if run.mode.replicated else "",
+            names.LEFT_OUT: ", ".join(map(str, left_out)),
+            names.REPLICATED: "true" if mode.replicated else "",
             names.UNREACHED: ", ".join(unreached_seams()),
+            **{f"{names.PLAN}{layer}": how for layer, how in mode.plan().items()},
         }
         run_id = self._run_id(number, is_global=True)
         if run_id is not None and any(facts.values()):
@@ -185,10 +216,11 @@ class Worker:
         step: int,
         loss: float | None,
         epsilon: float | None = None,
+        timings: Timings | None = None,
     ) -> None:
         if self.rank != 0:
             return
-        line = {
+        line: dict[str, Any] = {
             "regime": number,
             "event": event,
             "step": step,
@@ -196,6 +228,9 @@ class Worker:
             "loss": loss,
             "epsilon": epsilon,
         }
+        if timings:
+            line["step_time_ms"] = statistics.median(timings.step_time_ms)
+            line["peak_memory_gib"] = timings.peak_memory_gib
         with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -222,6 +257,15 @@ def _device_facts(device: str) -> dict[str, str]:
     return facts
 
 
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What a lack of memory is called by CUDA and NCCL, by torch on CPUs, and by cuBLAS."""
+
+
 def _kind_of(error: BaseException) -> str:
     if isinstance(error, TrackingError):
         return "tracking"
@@ -231,7 +275,7 @@ def _kind_of(error: BaseException) -> str:
         return "not_finite"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out_of_memory"
-    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
         return "out_of_memory"
     return "config" if isinstance(error, ValueError) else "error"
 

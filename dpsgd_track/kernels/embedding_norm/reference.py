@@ -24,14 +24,7 @@ def per_sample_norm_sq(tokens_BT: Tensor, dy_BTD: Tensor, num_rows: int) -> Tens
 
 
 def embedding_norm_sq(tokens_BT: Tensor, dy_BTD: Tensor) -> Tensor:
-    """Squared norm of each sample's gradient of the table.
-
-    Args:
-        tokens_BT: row looked up at each position, integers.
-        dy_BTD: gradients of the looked-up rows, zero at padding.
-    Returns:
-        [B], float32 (float64 for float64 gradients). No host synchronisation.
-    """
+    """As the package's: equal tokens are brought together, and their rows added."""
     sorted_BT, order_BT = tokens_BT.sort(dim=1, stable=True)
     # Equal tokens are neighbours now; number the runs 0, 1, ... within each sample.
     starts = torch.zeros_like(sorted_BT)

@@ -13,6 +13,66 @@ Differentially Private Learners", section 4); the cheaper form is chosen from th
 Shapes: B samples, T positions, D inputs, P outputs.
 """
 
-from dpsgd_track.kernels.flash_norm.reference import flash_norm_sq, outer_norm_sq
+from __future__ import annotations
 
-__all__ = ["flash_norm_sq", "outer_norm_sq"]
+import torch
+from torch import Tensor
+
+from dpsgd_track.kernels.device import uses_tensor_cores
+from dpsgd_track.kernels.flash_norm import reference
+from dpsgd_track.kernels.flash_norm.reference import outer_norm_sq
+
+__all__ = [
+    "flash_norm_sq",
+    "gradients_and_norms_sq",
+    "gram_norm_sq",
+    "outer_norm_sq",
+    "tiled_norm_sq",
+]
+
+
+def flash_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+    """Squared norm of each sample's weight gradient, tile by tile, in the cheaper form.
+
+    Args:
+        x_BTD: the layer's inputs, any floating type.
+        dy_BTP: gradients of the layer's outputs.
+    Returns:
+        [B], float32 (float64 for float64 inputs), accumulated in that type.
+    """
+    if gram_is_cheaper(x_BTD.shape[1], x_BTD.shape[2], dy_BTP.shape[2]):
+        return gram_norm_sq(x_BTD, dy_BTP)
+    return tiled_norm_sq(x_BTD, dy_BTP)
+
+
+def gram_is_cheaper(T: int, D: int, P: int) -> bool:
+    """Whether the symmetric Gram form has fewer products than the outer form."""
+    return T * (D + P) <= 2 * D * P
+
+
+def gram_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+    """The norm by its Gram form."""
+    if uses_tensor_cores(x_BTD):
+        from dpsgd_track.kernels.flash_norm import triton
+
+        return triton.gram_form(x_BTD, dy_BTP)
+    return reference.gram_form(x_BTD, dy_BTP)
+
+
+def tiled_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+    """The norm by its outer form."""
+    if uses_tensor_cores(x_BTD):
+        from dpsgd_track.kernels.flash_norm import triton
+
+        return triton.outer_form(x_BTD, dy_BTP)
+    return reference.outer_form(x_BTD, dy_BTP)
+
+
+def gradients_and_norms_sq(x_BTD: Tensor, dy_BTP: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample gradients [B, P, D] in the factors' type, and the squared norms [B] of those."""
+    if uses_tensor_cores(x_BTD):
+        from dpsgd_track.kernels.flash_norm import triton
+
+        return triton.gradients_and_norms(x_BTD, dy_BTP)
+    grad_BPD = torch.bmm(dy_BTP.mT, x_BTD)
+    return grad_BPD, grad_BPD.to(reference.accumulation_dtype(grad_BPD)).square().sum(dim=(1, 2))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpsgd_track.kernels.device import uses_tensor_cores
+
 TILE_T = 256
 TILE_P = 512
 
@@ -18,22 +20,8 @@ def outer_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
     return grad_BPD.square().sum(dim=(1, 2))
 
 
-def flash_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
-    """Squared norm of each sample's weight gradient, tile by tile.
-
-    Args:
-        x_BTD: the layer's inputs, any floating type.
-        dy_BTP: gradients of the layer's outputs.
-    Returns:
-        [B], float32 (float64 for float64 inputs), accumulated in that type.
-    """
-    T, D, P = x_BTD.shape[1], x_BTD.shape[2], dy_BTP.shape[2]
-    if T * (D + P) <= 2 * D * P:
-        return _gram_form(x_BTD, dy_BTP)
-    return _outer_form(x_BTD, dy_BTP)
-
-
-def _gram_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+def gram_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+    """The Gram form: neither Gram matrix is ever whole."""
     total_B = x_BTD.new_zeros(len(x_BTD), dtype=accumulation_dtype(x_BTD))
     x_tiles, dy_tiles = x_BTD.split(TILE_T, dim=1), dy_BTP.split(TILE_T, dim=1)
     for row, (x_r, dy_r) in enumerate(zip(x_tiles, dy_tiles, strict=True)):
@@ -47,7 +35,8 @@ def _gram_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
     return total_B.clamp_min_(0.0)
 
 
-def _outer_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+def outer_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+    """The outer form: no gradient is ever whole."""
     total_B = x_BTD.new_zeros(len(x_BTD), dtype=accumulation_dtype(x_BTD))
     for dy_BTp in dy_BTP.split(TILE_P, dim=2):
         total_B += product(dy_BTp.mT, x_BTD).square_().sum(dim=(1, 2))
@@ -59,11 +48,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if uses_tensor_cores(a):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(accumulation(a), accumulation(b))
-
-
-def uses_tensor_cores(tensor: Tensor) -> bool:
-    """Whether products of `tensor` take 16-bit factors and accumulate in float32 by themselves."""
-    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpsgd_track.kernels.flash_norm.reference import accumulation
-from dpsgd_track.privacy.layers.positions import is_trainable, summed_positions
-from dpsgd_track.privacy.terms import Term
+from dpsgd_track.kernels.normalisation import weight_and_bias_gradients
+from dpsgd_track.privacy.layers.positions import is_trainable
+from dpsgd_track.privacy.terms import Dense, Term
 
 
 def matches(module: nn.Module) -> bool:
@@ -18,12 +17,19 @@ def matches(module: nn.Module) -> bool:
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight and bias, in the normalised shape."""
     assert isinstance(module, nn.LayerNorm)
-    shape = list(module.normalized_shape)
-    dy = accumulation(dy)
+    num_dims = len(module.normalized_shape)
+    weight, bias = weight_and_bias_gradients(
+        _positions(x, num_dims), _positions(dy, num_dims), module.eps, is_centred=True
+    )
     found: dict[str, Term] = {}
     if is_trainable(module, "weight"):
-        xhat = F.layer_norm(accumulation(x), shape, eps=module.eps)
-        found["weight"] = summed_positions(dy * xhat, len(shape))
+        found["weight"] = Dense(weight)
     if is_trainable(module, "bias"):
-        found["bias"] = summed_positions(dy, len(shape))
+        found["bias"] = Dense(bias)
     return found
+
+
+def _positions(tensor: Tensor, num_feature_dims: int) -> Tensor:
+    """[B, ..., *features] as [B, T, D]."""
+    features = tensor.shape[tensor.dim() - num_feature_dims :].numel()
+    return tensor.reshape(len(tensor), -1, features)

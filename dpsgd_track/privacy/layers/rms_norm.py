@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd_track.kernels.flash_norm.reference import accumulation
-from dpsgd_track.privacy.layers.positions import summed_positions
-from dpsgd_track.privacy.terms import Term
+from dpsgd_track.kernels.normalisation import normalised, weight_and_bias_gradients
+from dpsgd_track.privacy.layers.positions import flatten_positions
+from dpsgd_track.privacy.terms import Dense, Term
 
 
 def matches(module: nn.Module) -> bool:
@@ -25,13 +26,10 @@ def matches(module: nn.Module) -> bool:
 
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [P]."""
-    xhat = _normalised(x, _epsilon(module, x.dtype))
-    return {"weight": summed_positions(accumulation(dy) * xhat)}
-
-
-def _normalised(x: Tensor, eps: float) -> Tensor:
-    x = accumulation(x)
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+    weight, _ = weight_and_bias_gradients(
+        flatten_positions(x), flatten_positions(dy), _epsilon(module, x.dtype), is_centred=False
+    )
+    return {"weight": Dense(weight)}
 
 
 def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
@@ -50,8 +48,32 @@ def _computes_rms_norm(module: nn.Module, weight: Tensor) -> bool:
         torch.randn(3, len(weight), generator=generator).to(weight.device, weight.dtype)
         for _ in range(2)
     )
-    xhat = _normalised(x, _epsilon(module, x.dtype))
+    xhat = normalised(x, _epsilon(module, x.dtype), is_centred=False)
     got = accumulation(torch.func.functional_call(module, {"weight": probe}, (x,)))
     return any(
         torch.allclose(got, scale * xhat, rtol=2e-2, atol=2e-2) for scale in (probe, 1 + probe)
     )
+
+
+@torch.no_grad()
+def takes_weight_per_sample(module: nn.Module) -> bool:
+    """Whether the module's forward broadcasts a weight [B, 1, D] over inputs [B, T, D].
+
+    Its own arithmetic then gives the per-sample gradients, and autograd forms them.
+    """
+    weight = next(module.parameters(recurse=False))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, len(weight), generator=generator).to(weight.device, weight.dtype)
+    each = torch.randn(2, len(weight), generator=generator).to(weight.device, weight.dtype)
+
+    def run(weight: Tensor, x: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(module, {"weight": weight}, (x,))
+        return found
+
+    try:
+        together = run(each.unsqueeze(1), x)
+    except RuntimeError:
+        return False
+    apart = torch.cat([run(w, x[i : i + 1]) for i, w in enumerate(each)])
+    # A mean may be added up in another order for more rows.
+    return together.shape == apart.shape and torch.allclose(together, apart, rtol=1e-5, atol=1e-6)

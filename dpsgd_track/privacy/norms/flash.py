@@ -3,4 +3,4 @@
 from dpsgd_track.kernels.flash_norm import flash_norm_sq
 from dpsgd_track.privacy.norms.rule import NormRule
 
-FLASH = NormRule(name="flash", outer_norm=flash_norm_sq)
+FLASH = NormRule(name="flash", outer_norm=flash_norm_sq, is_planned=True)

@@ -5,16 +5,9 @@ Shapes: B samples, T positions, D inputs, P outputs of a linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from dpsgd_track.privacy.terms import OuterNorm
-
-
-def _never(x_BTD: Tensor, dy_BTP: Tensor) -> bool:
-    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +17,8 @@ class NormRule:
     name: str
     outer_norm: OuterNorm
     """(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T."""
-    fuses_linear: bool = False
-    """Linear layers report from a backward of their own; else from hooks."""
-    keeps_gradients: Callable[[Tensor, Tensor], bool] = _never
-    """(x_BTD, dy_BTP) -> whether a one-pass strategy keeps the per-sample gradients [B, P, D]
-    themselves rather than x and dy: the norm is then a by-product, and the clipped sum needs no
-    second product."""
+    is_fused: bool = False
+    """Linear layers report from inside the graph; else from hooks."""
+    is_planned: bool = False
+    """The planner chooses layer by layer; else norms are all found in the rule's one way, and a
+    one-pass strategy keeps x and dy."""

@@ -19,6 +19,7 @@ def bookkeeping(engine: Engine, batch: Batch) -> SampleRecord:
         loss_B = engine.losses(batch)
         record = engine.clip(loss_B, capture.run_norms(loss_B, retain_graph=False))
         assert record.clip_factor_B is not None
-        capture.put_kept_sums(record.clip_factor_B, engine.put)
+        for names in engine.sharder.groups:
+            engine.put(capture.kept_sums(names, record.clip_factor_B))
     engine.sharder.finish()
     return record

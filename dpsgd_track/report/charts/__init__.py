@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dpsgd_track.comparison.profile import profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.report.charts.cost import cost_charts, final_loss
 from dpsgd_track.report.charts.curves import ZERO
 from dpsgd_track.report.charts.drift import drift_charts
 from dpsgd_track.report.charts.heatmap import heatmap_charts
 from dpsgd_track.report.charts.noise import noise_charts
+from dpsgd_track.report.charts.profile import profile_charts
 from dpsgd_track.report.charts.samples import sample_charts
 from dpsgd_track.report.charts.style import Chart, Style
 from dpsgd_track.report.charts.trajectories import all_regimes, trajectory_charts
 
-__all__ = ["ZERO", "Chart", "Style", "figures"]
+__all__ = ["ZERO", "Chart", "Style", "figures", "profile_charts"]
 
 
 def figures(comparison: GroupComparison) -> tuple[Chart, ...]:
@@ -26,6 +28,9 @@ def figures(comparison: GroupComparison) -> tuple[Chart, ...]:
         heatmap_charts,
         sample_charts,
         noise_charts,
-        cost_charts,
     )
-    return tuple(chart for make in made for chart in make(comparison, style))
+    charts = [chart for make in made for chart in make(comparison, style)]
+    profile = profile_of(comparison.group)
+    # The times of steps that are measured all over say less than those of a profile.
+    costs = profile_charts(profile, style) if profile else cost_charts(comparison, style)
+    return (*charts, *costs)

@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.report.charts.curves import points_of_each
 from dpsgd_track.report.names import visible
+from dpsgd_track.tracking.reader import Group
 
 # Okabe and Ito (2008), without black and yellow, which vanish on dark and on light ground.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -78,9 +79,14 @@ class Style:
     def of(cls, comparison: GroupComparison) -> Style:
         """For all charts of `comparison`."""
         return cls(
-            order=tuple(dict.fromkeys(run.label for run in comparison.group.runs)),
+            order=_labels(comparison.group),
             most_points=points_of_each(sum(map(_curves_of, comparison.regimes))),
         )
+
+    @classmethod
+    def of_group(cls, group: Group) -> Style:
+        """For the charts of a group that holds nothing but a profile."""
+        return cls(order=_labels(group), most_points=points_of_each(1))
 
     def index(self, label: str) -> int:
         """Place of the mode, by which the page's filter knows it."""
@@ -129,6 +135,10 @@ class Style:
             },
             **self.of_mode(label, **meta),
         }
+
+
+def _labels(group: Group) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(run.label for run in (*group.runs, *group.points)))
 
 
 def _curves_of(regime: RegimeComparison) -> int:

@@ -1,0 +1,139 @@
+"""The figures of a profile as rows that stand alone: what was measured, of what, on what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dpsgd_track.comparison.profile import Cost, Profile, Spread, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One figure, with everything that it needs to be understood alone."""
+
+    mode: str
+    variant: str
+    status: Status
+    model: str
+    task: str
+    seq_length: int
+    batch_size: int
+    micro_batches: str
+    world_size: int | None
+    quantity: str
+    unit: str
+    median: float | None
+    p20: float | None
+    p80: float | None
+    num_steps: int | None
+    baseline: str
+    """Label of what the ratio is to; empty of a baseline."""
+    baseline_median: float | None
+    ratio: float | None
+    device: str
+    param_dtype: str
+    optimizer: str
+    torch: str
+    cuda: str
+    triton: str
+    transformers: str
+    opacus: str
+    dpsgd_track: str
+    git_revision: str
+    git_dirty: str
+    date: str
+    """UTC, of the group's start."""
+
+
+_Figure = tuple[str, str, Spread | None, float | None, float | None]
+"""Quantity, unit, value, the baseline's, and the ratio."""
+
+
+def measurements(profile: Profile, date: str) -> tuple[Measurement, ...]:
+    """Every figure; of a run that was not measured one without a value, which says why."""
+    found = []
+    for cost in profile.costs:
+        for quantity, unit, value, base, ratio in _figures(cost):
+            found.append(
+                Measurement(
+                    mode=cost.mode,
+                    variant=cost.variant,
+                    status=cost.status,
+                    seq_length=cost.seq_length,
+                    batch_size=cost.batch_size,
+                    world_size=cost.num_ranks,
+                    quantity=quantity,
+                    unit=unit,
+                    median=value.median if value else None,
+                    p20=value.p20 if value else None,
+                    p80=value.p80 if value else None,
+                    num_steps=value.num_steps if value else None,
+                    baseline=cost.baseline.label if cost.baseline and ratio is not None else "",
+                    baseline_median=base,
+                    ratio=ratio,
+                    date=date,
+                    **_circumstances(cost.params),
+                )
+            )
+    return tuple(found)
+
+
+def _figures(cost: Cost) -> list[_Figure]:
+    time, memory = cost.step_time_ms, cost.peak_memory_gib
+    if cost.status is not Status.MEASURED or time is None or memory is None:
+        return [("step_time", "ms", None, None, None)]
+    base, ratio = cost.baseline, cost.time_ratio
+    num_steps = time.num_steps + (cost.tracked_time_ms.num_steps if cost.tracked_time_ms else 0)
+    peak = Spread(median=memory, p20=memory, p80=memory, num_steps=num_steps)
+    figures: list[_Figure] = [
+        (
+            "step_time",
+            "ms",
+            time,
+            base.step_time_ms if base else None,
+            ratio.median if ratio else None,
+        ),
+        ("step_time_tracked", "ms", cost.tracked_time_ms, None, None),
+        ("tokens_per_second", "tokens/s", cost.tokens_per_second, None, None),
+        (
+            "peak_memory",
+            "GiB",
+            peak,
+            base.peak_memory_gib if base else None,
+            cost.memory_ratio,
+        ),
+    ]
+    if (overhead := cost.tracking_overhead) is not None:
+        alone = Spread(median=overhead, p20=overhead, p80=overhead, num_steps=num_steps)
+        figures.append(("tracking_overhead", "1", alone, None, None))
+    return figures
+
+
+def _circumstances(params: Mapping[str, str]) -> dict[str, str]:
+    """What a run was made with and on."""
+
+    def of(*keys: str) -> str:
+        return next((params[key] for key in keys if params.get(key)), "")
+
+    return {
+        "model": of("model.name"),
+        "task": of("model.task"),
+        "micro_batches": of("regime.micro_batches"),
+        "device": of("device.name", "environment.cpu"),
+        "param_dtype": of("performance.param_dtype"),
+        "optimizer": of("regime.optimizer"),
+        "cuda": of("device.cuda"),
+        **{
+            name: of(f"environment.{name}")
+            for name in (
+                "torch",
+                "triton",
+                "transformers",
+                "opacus",
+                "dpsgd_track",
+                "git_revision",
+                "git_dirty",
+            )
+        },
+    }

@@ -1,0 +1,296 @@
+"""What each mode costs beside ordinary training: medians, spreads and ratios. No verdict.
+
+A mode is held against the two runs of its baseline that it stands between, so that what the
+machine did meanwhile cancels. Ratios are of steps that were not tracked.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from dpsgd_track.modes.table import baseline_of
+from dpsgd_track.tracking import names
+from dpsgd_track.tracking.reader import FINISHED, MISSING, Group, PointRun
+from dpsgd_track.tracking.timings import Timings
+
+RESTLESS = 0.05
+"""Relative change between the two baseline runs around a mode from which on it is pointed out."""
+
+
+class Status(enum.StrEnum):
+    """What became of one run of a profile."""
+
+    MEASURED = "measured"
+    OUT_OF_MEMORY = "out of memory"
+    FAILED = "failed"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Steps of one kind."""
+
+    median: float
+    p20: float
+    p80: float
+    """20th and 80th percentile."""
+    num_steps: int
+
+    def over(self, unit: float) -> Spread:
+        """In units of `unit`."""
+        return Spread(
+            median=self.median / unit,
+            p20=self.p20 / unit,
+            p80=self.p80 / unit,
+            num_steps=self.num_steps,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What a mode is held against: the runs of its baseline before and after it."""
+
+    label: str
+    step_time_ms: float
+    """Median over the steps of both."""
+    peak_memory_gib: float
+    """Median of both."""
+    num_runs: int
+    """2, or 1 where one of them was not measured."""
+    moved: float | None
+    """Median step time of the run after over that of the run before, minus 1; None of one run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One mode at one shape. A baseline's runs at the shape are taken together."""
+
+    label: str
+    mode: str
+    variant: str
+    seq_length: int
+    batch_size: int
+    status: Status
+    is_baseline: bool = False
+    reason: str = ""
+    """Why it was not measured."""
+    params: Mapping[str, str] = field(default_factory=dict)
+    """Of its run."""
+    num_ranks: int | None = None
+    step_time_ms: Spread | None = None
+    """Of the steps that were not tracked."""
+    tracked_time_ms: Spread | None = None
+    tokens_per_second: Spread | None = None
+    """Of the steps that were not tracked."""
+    peak_memory_gib: float | None = None
+    baseline: Baseline | None = None
+    """None of a baseline, and where none was measured."""
+    time_ratio: Spread | None = None
+    """Step time over the baseline's median."""
+    memory_ratio: float | None = None
+    moved: float | None = None
+    """Of a baseline: the largest over the smallest median of its runs at the shape, minus 1."""
+    plan: Mapping[str, str] = field(default_factory=dict)
+    """How the mode went about each layer."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, B)"""
+        return self.seq_length, self.batch_size
+
+    @property
+    def tracking_overhead(self) -> float | None:
+        """Median time of tracked steps over that of the others, minus 1."""
+        if self.tracked_time_ms is None or self.step_time_ms is None:
+            return None
+        return self.tracked_time_ms.median / self.step_time_ms.median - 1
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of the figures, or why there are none."""
+        found = []
+        if self.status is Status.OUT_OF_MEMORY:
+            found.append("out of memory")
+        elif self.status is not Status.MEASURED:
+            found.append(f"{self.status}: {self.reason}" if self.reason else str(self.status))
+        elif not self.is_baseline and self.baseline is None:
+            found.append("no baseline was measured beside it")
+        elif self.baseline is not None and self.baseline.num_runs < 2:
+            found.append("held against one baseline run")
+        moved = self.baseline.moved if self.baseline else self.moved
+        if moved is not None and abs(moved) >= RESTLESS:
+            found.append(f"baseline moved {moved:+.0%}" if self.baseline else f"moved {moved:.0%}")
+        if self.reason and self.status is Status.MEASURED:
+            found.append(self.reason)
+        return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What all modes of a group cost."""
+
+    costs: tuple[Cost, ...]
+    """One for each mode and shape, shape after shape, in the order they were timed in."""
+    incomplete: tuple[str, ...]
+    """A sentence for each run that failed or is missing; out of memory is a result."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Modes, in order."""
+        return tuple(dict.fromkeys(cost.label for cost in self.costs))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(T, B) of each shape, in order."""
+        return tuple(dict.fromkeys(cost.shape for cost in self.costs))
+
+    @property
+    def sentence(self) -> str:
+        """What was measured, in a line."""
+        counts = dict.fromkeys(Status, 0)
+        for cost in self.costs:
+            counts[cost.status] += 1
+        num_modes, num_shapes = len(self.labels), len(self.shapes)
+        said = [
+            f"{num_modes} mode{'s' * (num_modes != 1)} at "
+            f"{num_shapes} shape{'s' * (num_shapes != 1)}"
+        ]
+        said += [f"{count} {status}" for status, count in counts.items() if count]
+        return ", ".join(said) + "."
+
+
+def profile_of(group: Group) -> Profile | None:
+    """What the group's profile shows; None where it has none."""
+    if not group.points:
+        return None
+    costs: list[Cost] = []
+    in_order = sorted(group.points, key=lambda run: run.point.order)
+    for shape in dict.fromkeys(map(_shape, in_order)):
+        runs = [run for run in in_order if _shape(run) == shape]
+        for label in dict.fromkeys(run.label for run in runs):
+            own = [run for run in runs if run.label == label]
+            if label in {baseline_of(run.mode) for run in runs}:
+                costs.append(_baseline_cost(own))
+            else:
+                costs += [_cost(run, runs) for run in own]
+    failed = (run for run in group.points if status_of(run) in (Status.FAILED, Status.MISSING))
+    return Profile(costs=tuple(costs), incomplete=tuple(map(_failure, failed)))
+
+
+def _shape(run: PointRun) -> tuple[int, int]:
+    return run.point.seq_length, run.point.batch_size
+
+
+def status_of(run: PointRun) -> Status:
+    """What became of `run`."""
+    if run.is_out_of_memory:
+        return Status.OUT_OF_MEMORY
+    if run.status == MISSING:
+        return Status.MISSING
+    return Status.MEASURED if run.status == FINISHED and run.timings else Status.FAILED
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Median, 20th and 80th percentile; None of nothing."""
+    if not values:
+        return None
+    p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
+    return Spread(median=median, p20=p20, p80=p80, num_steps=len(values))
+
+
+def _failure(run: PointRun) -> str:
+    shape = f"T={run.point.seq_length}, B={run.point.batch_size}"
+    reason = run.reason or run.timings_missing
+    return f"{run.label} ({shape}) is {run.status}" + (f": {reason}" if reason else "")
+
+
+def _steps(timings: Timings, *, tracked: bool) -> list[float]:
+    pairs = zip(timings.step_time_ms, timings.is_tracked, strict=True)
+    return [time for time, is_tracked in pairs if is_tracked == tracked]
+
+
+def _speeds(timings: Timings) -> list[float]:
+    every = zip(timings.num_tokens, timings.step_time_ms, timings.is_tracked, strict=True)
+    return [tokens / time * 1e3 for tokens, time, is_tracked in every if time and not is_tracked]
+
+
+def _measured(runs: Iterable[PointRun]) -> list[Timings]:
+    return [r.timings for r in runs if r.timings and status_of(r) is Status.MEASURED]
+
+
+def _own(runs: Sequence[PointRun]) -> Cost:
+    """The runs of one mode at one shape, taken together and held against nothing."""
+    timings = _measured(runs)
+    # Of several runs, one that was measured stands for the others.
+    shown = next((run for run in runs if status_of(run) is Status.MEASURED), runs[0])
+    ranks = shown.params.get("num_ranks", "")
+    return Cost(
+        label=shown.label,
+        mode=shown.mode,
+        variant=shown.variant,
+        seq_length=shown.point.seq_length,
+        batch_size=shown.point.batch_size,
+        status=status_of(shown),
+        reason="" if timings else shown.reason or shown.timings_missing,
+        params=shown.params,
+        num_ranks=int(ranks) if ranks.isdecimal() else None,
+        step_time_ms=spread([ms for t in timings for ms in _steps(t, tracked=False)]),
+        tracked_time_ms=spread([ms for t in timings for ms in _steps(t, tracked=True)]),
+        tokens_per_second=spread([speed for t in timings for speed in _speeds(t)]),
+        peak_memory_gib=float(np.median([t.peak_memory_gib for t in timings])) if timings else None,
+        plan={
+            key.removeprefix(names.PLAN): how
+            for key, how in shown.params.items()
+            if key.startswith(names.PLAN)
+        },
+    )
+
+
+def _baseline_cost(runs: Sequence[PointRun]) -> Cost:
+    medians = [np.median(_steps(t, tracked=False)) for t in _measured(runs)]
+    own = _own(runs)
+    lost = [run for run in runs if status_of(run) is not Status.MEASURED]
+    is_partly_lost = bool(lost) and own.status is Status.MEASURED
+    return replace(
+        own,
+        is_baseline=True,
+        moved=float(max(medians) / min(medians) - 1) if len(medians) > 1 else None,
+        reason=f"{len(lost)} of {len(runs)} runs not measured" if is_partly_lost else own.reason,
+    )
+
+
+def _cost(run: PointRun, runs: Sequence[PointRun]) -> Cost:
+    own = _own([run])
+    base = _around(run, runs)
+    if own.step_time_ms is None or own.peak_memory_gib is None or base is None:
+        return own
+    return replace(
+        own,
+        baseline=base,
+        time_ratio=own.step_time_ms.over(base.step_time_ms),
+        memory_ratio=own.peak_memory_gib / base.peak_memory_gib,
+    )
+
+
+def _around(run: PointRun, runs: Sequence[PointRun]) -> Baseline | None:
+    """The baseline's last run before `run` and its first after it, of those at the same shape."""
+    label = baseline_of(run.mode)
+    theirs = [other for other in runs if other.label == label]
+    before = [other for other in theirs if other.point.order < run.point.order][-1:]
+    after = [other for other in theirs if other.point.order > run.point.order][:1]
+    timings = _measured([*before, *after])
+    if not timings:
+        return None
+    steps = [_steps(t, tracked=False) for t in timings]
+    medians = [float(np.median(times)) for times in steps]
+    return Baseline(
+        label=label,
+        step_time_ms=float(np.median([time for times in steps for time in times])),
+        peak_memory_gib=float(np.median([t.peak_memory_gib for t in timings])),
+        num_runs=len(timings),
+        moved=medians[1] / medians[0] - 1 if len(medians) == 2 else None,
+    )

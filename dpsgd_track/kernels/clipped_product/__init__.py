@@ -1,0 +1,27 @@
+"""Clipped sum of a linear layer's per-sample gradients, from their factors.
+
+    S = sum_i c_i sum_t g_it x_it^T
+
+The clip factors meet the products in float32. Rounded into 16-bit factors of the product, they
+would move a whole sample's gradient by up to 0.2 %, and beyond C.
+
+Shapes: B samples, T positions, D inputs, P outputs.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dpsgd_track.kernels.clipped_product import reference
+from dpsgd_track.kernels.device import uses_tensor_cores
+
+__all__ = ["clipped_product"]
+
+
+def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
+    """S, [P, D], in the clip factors' type, float32 or float64."""
+    if uses_tensor_cores(x_BTD):
+        from dpsgd_track.kernels.clipped_product import triton
+
+        return triton.clipped_product(x_BTD, dy_BTP, factor_B)
+    return reference.clipped_product(x_BTD, dy_BTP, factor_B)

@@ -1,0 +1,41 @@
+"""Per-sample gradients of the weight and bias of an RMSNorm or a LayerNorm.
+
+With xhat the normalised input and g the gradient of the output, a sample's gradients are
+
+    weight: sum_t g_t * xhat_t,    bias: sum_t g_t
+
+    RMSNorm:    xhat = x / sqrt(mean(x^2) + eps)
+    LayerNorm:  xhat = (x - mean(x)) / sqrt(var(x) + eps)
+
+They are vectors, whose norms cost nothing once they are there. In one pass over x and g; xhat is
+never stored.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dpsgd_track.kernels.device import runs_triton
+from dpsgd_track.kernels.normalisation import reference
+from dpsgd_track.kernels.normalisation.reference import normalised
+
+__all__ = ["normalised", "weight_and_bias_gradients"]
+
+
+def weight_and_bias_gradients(
+    x_BTD: Tensor, dy_BTD: Tensor, eps: float, *, is_centred: bool
+) -> tuple[Tensor, Tensor]:
+    """Each sample's gradient of the weight and of the bias.
+
+    Args:
+        x_BTD: the layer's inputs.
+        dy_BTD: gradients of its outputs.
+        is_centred: a LayerNorm, not an RMSNorm.
+    Returns:
+        [B, D] each, float32 (float64 for float64 inputs).
+    """
+    if runs_triton(x_BTD, dy_BTD):
+        from dpsgd_track.kernels.normalisation import triton
+
+        return triton.weight_and_bias_gradients(x_BTD, dy_BTD, eps, is_centred=is_centred)
+    return reference.weight_and_bias_gradients(x_BTD, dy_BTD, eps, is_centred=is_centred)

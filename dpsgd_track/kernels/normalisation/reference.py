@@ -1,0 +1,28 @@
+"""Per-sample gradients of normalisation layers, in plain torch.
+
+Shapes: B samples, T positions, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpsgd_track.kernels.flash_norm.reference import accumulation
+
+
+def normalised(x: Tensor, eps: float, *, is_centred: bool) -> Tensor:
+    """xhat over the last dimension, in the accumulation type of `x`."""
+    x = accumulation(x)
+    if is_centred:
+        x = x - x.mean(dim=-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def weight_and_bias_gradients(
+    x_BTD: Tensor, dy_BTD: Tensor, eps: float, *, is_centred: bool
+) -> tuple[Tensor, Tensor]:
+    """As the package's."""
+    dy_BTD = accumulation(dy_BTD)
+    xhat_BTD = normalised(x_BTD, eps, is_centred=is_centred)
+    return (dy_BTD * xhat_BTD).sum(dim=1), dy_BTD.sum(dim=1)

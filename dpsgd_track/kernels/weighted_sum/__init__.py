@@ -1,0 +1,47 @@
+"""Kept per-sample gradients g_i of several parameters: their norms, and their clipped sums.
+
+    ||g_i||^2 = sum_n g_in^2,    S_n = sum_i c_i g_in
+
+Both read the gradients once, in the type they are kept in, and add in float32; neither makes a
+copy in another type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dpsgd_track.kernels.device import runs_triton
+from dpsgd_track.kernels.weighted_sum import reference
+
+__all__ = ["norms_sq", "weighted_sums"]
+
+
+def norms_sq(grads: Sequence[Tensor]) -> Tensor:
+    """Squared norm of each sample's gradient of each parameter.
+
+    Args:
+        grads: [B, *parameter] each, any floating type.
+    Returns:
+        [parameters, B], float32 (float64 for float64 gradients).
+    """
+    if runs_triton(*grads):
+        from dpsgd_track.kernels.weighted_sum import triton
+
+        return triton.norms_sq(grads)
+    return reference.norms_sq(grads)
+
+
+def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
+    """sum_i c_i g_i of each parameter, contiguous, in the factors' type.
+
+    Args:
+        grads: [B, *parameter] each, any floating type.
+        factor_B: c, float32 or float64.
+    """
+    if runs_triton(factor_B, *grads):
+        from dpsgd_track.kernels.weighted_sum import triton
+
+        return triton.weighted_sums(grads, factor_B)
+    return reference.weighted_sums(grads, factor_B)

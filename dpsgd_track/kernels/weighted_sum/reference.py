@@ -1,0 +1,33 @@
+"""Norms and clipped sums of kept gradients, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def norms_sq(grads: Sequence[Tensor]) -> Tensor:
+    """As the package's."""
+    return torch.stack([_norm_sq(grad) for grad in grads])
+
+
+def _norm_sq(grad: Tensor) -> Tensor:
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    grad = grad.unsqueeze(-1) if grad.dim() == 1 else grad
+    # Without a copy in another type, and whatever the order in memory.
+    return torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.dim())), dtype=dtype).square()
+
+
+def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
+    """As the package's."""
+    return [_weighted_sum(grad, factor_B) for grad in grads]
+
+
+def _weighted_sum(grad: Tensor, factor_B: Tensor) -> Tensor:
+    # Of what lies transposed, the sum is formed so, too, and turned at the end.
+    is_transposed = grad.dim() == 3 and grad.mT.is_contiguous() and not grad.is_contiguous()
+    rows = grad.mT if is_transposed else grad
+    total = (factor_B @ rows.reshape(len(grad), -1).to(factor_B.dtype)).view(rows.shape[1:])
+    return (total.mT if is_transposed else total).contiguous()

@@ -1,0 +1,61 @@
+"""The runs of a profile, in the order in which they are timed.
+
+At each shape every mode stands between two runs of its baseline, so that a machine that grows
+slower or faster does so for both: no_dp, mode 1, no_dp, mode 2, no_dp. Modes on one device stand
+between runs of no_dp_single in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dpsgd_track.config import PROFILE, JobConfig, Point
+from dpsgd_track.modes.table import BASELINE, SINGLE_BASELINE, baseline_of
+
+
+def with_baselines(modes: Sequence[str]) -> tuple[str, ...]:
+    """`modes` with the baselines that they are held against in front."""
+    needed = {BASELINE, *map(baseline_of, modes)}
+    return tuple(dict.fromkeys([b for b in (BASELINE, SINGLE_BASELINE) if b in needed] + [*modes]))
+
+
+def interleaved(jobs: Sequence[JobConfig]) -> list[JobConfig]:
+    """`jobs`, one for each mode, with the baseline's run before, between and after the others."""
+    order: list[JobConfig] = []
+    for base in (job for job in jobs if job.label == baseline_of(job.mode)):
+        held = [job for job in jobs if job is not base and baseline_of(job.mode) == base.mode]
+        order.append(base)
+        for job in held:
+            order += [job, base]
+    return order
+
+
+def profile_jobs(
+    jobs: Sequence[JobConfig], seq_lengths: Sequence[int], batch_sizes: Sequence[int]
+) -> tuple[JobConfig, ...]:
+    """A job for each run of a profile, in order.
+
+    Args:
+        jobs: one for each mode, the baselines first. Regimes besides the profile are run once, by
+            the first job of each mode.
+    """
+    points: list[JobConfig] = []
+    seen: set[str] = set()
+    for seq_length in seq_lengths:
+        for batch_size in batch_sizes:
+            for job in interleaved([job for job in jobs if _is_timed(job)]):
+                point = Point(seq_length=seq_length, batch_size=batch_size, order=len(points) + 1)
+                regimes = tuple(
+                    replace(regime, point=str(point)) if regime.name == PROFILE else regime
+                    for regime in job.regimes
+                    if regime.name == PROFILE or job.label not in seen
+                )
+                seen.add(job.label)
+                data = replace(job.data, seq_length=seq_length, batch_size=batch_size)
+                points.append(replace(job, data=data, regimes=regimes))
+    return (*(job for job in jobs if not _is_timed(job)), *points)
+
+
+def _is_timed(job: JobConfig) -> bool:
+    return any(regime.name == PROFILE for regime in job.regimes)

@@ -1,0 +1,224 @@
+"""A profile as a table, as CSV and as JSON, and what the modes said of their layers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from datetime import UTC, datetime
+
+from dpsgd_track.comparison.measurements import Measurement, measurements
+from dpsgd_track.comparison.profile import Cost, Profile, Spread
+from dpsgd_track.report.numbers import strict
+from dpsgd_track.report.table import ABSENT
+from dpsgd_track.tracking.reader import Group
+
+HEADINGS = (
+    "mode",
+    "T",
+    "B",
+    "step ms [p20–p80]",
+    "× time",
+    "tokens/s",
+    "peak GiB",
+    "× memory",
+    "tracking",
+    "notes",
+)
+NUMBERS = tuple(range(1, len(HEADINGS) - 1))
+"""Columns of numbers."""
+LEGEND = (
+    "Step time: median of the steps that were not tracked, of the slowest rank, with the 20th and "
+    "80th percentile. × time, × memory: over ordinary training on as many devices, run right "
+    "before and right after. Tracking: what observing loss and layer norms adds to a step. Peak "
+    "memory: CUDA allocations of the recorded steps, or the process's resident set on CPU; the "
+    "largest rank's."
+)
+
+SCHEMA = "dpsgd-track/profile"
+SCHEMA_VERSION = 1
+
+
+def cells(cost: Cost) -> tuple[str, ...]:
+    """One row, in the order of HEADINGS."""
+    time, ratio, speed = cost.step_time_ms, cost.time_ratio, cost.tokens_per_second
+    overhead = cost.tracking_overhead
+    return (
+        cost.label,
+        str(cost.seq_length),
+        str(cost.batch_size),
+        ABSENT
+        if time is None
+        else f"{three_digits(time.median)} [{three_digits(time.p20)}–{three_digits(time.p80)}]",
+        "1" if cost.is_baseline and time else ABSENT if ratio is None else times(ratio),
+        ABSENT if speed is None else f"{speed.median:,.0f}",
+        ABSENT if cost.peak_memory_gib is None else three_digits(cost.peak_memory_gib),
+        "1"
+        if cost.is_baseline and time
+        else ABSENT
+        if cost.memory_ratio is None
+        else f"{cost.memory_ratio:.2f}",
+        ABSENT if overhead is None else f"{overhead:+.1%}",
+        "; ".join(cost.notes),
+    )
+
+
+def times(ratio: Spread) -> str:
+    """A ratio with its spread: `2.31 [2.20–2.40]`."""
+    return f"{ratio.median:.2f} [{ratio.p20:.2f}–{ratio.p80:.2f}]"
+
+
+def _with_spread(value: Spread) -> str:
+    return f"{three_digits(value.median)} [{three_digits(value.p20)}–{three_digits(value.p80)}]"
+
+
+def three_digits(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def rows(profile: Profile) -> list[tuple[str, ...]]:
+    """The table, without its headings."""
+    return [cells(cost) for cost in profile.costs]
+
+
+def best(profile: Profile) -> list[str]:
+    """At each shape, which mode costs least beside its baseline."""
+    found = []
+    for shape in profile.shapes:
+        costs = [cost for cost in profile.costs if cost.shape == shape]
+        for label in dict.fromkeys(cost.baseline.label for cost in costs if cost.baseline):
+            held = [c for c in costs if c.time_ratio and c.baseline and c.baseline.label == label]
+            cheapest = min(held, key=lambda c: c.time_ratio.median if c.time_ratio else 0.0)
+            assert cheapest.time_ratio is not None
+            found.append(
+                f"T={shape[0]}, B={shape[1]}: {cheapest.label} adds least, with "
+                f"{times(cheapest.time_ratio)} × the step time and {cheapest.memory_ratio:.2f} × "
+                f"the memory of {label}."
+            )
+    return found
+
+
+def facts(profile: Profile, group: Group) -> list[str]:
+    """What the figures were taken of and on, in a few words each."""
+    params = next((cost.params for cost in profile.costs if cost.params), {})
+    known = {**group.params, **params}
+    ranks = known.get("num_ranks", "")
+    found = [
+        known.get("model.name", ""),
+        known.get("performance.param_dtype", ""),
+        f"{ranks} rank{'s' * (ranks != '1')}" if ranks else "",
+        known.get("device.name", "") or known.get("environment.cpu", ""),
+    ]
+    timings = [run.timings for run in group.points if run.timings]
+    if timings:
+        steps = max(len(t.step_time_ms) for t in timings)
+        found.append(f"{steps} recorded steps a run, every second one tracked")
+    return [fact for fact in found if fact]
+
+
+def costs_of(profile: Profile, group: Group) -> dict[str, object]:
+    """What a page shows of a profile besides its charts."""
+    befores = [None, *(cost.shape for cost in profile.costs[:-1])]
+    return {
+        "sentence": profile.sentence,
+        "incomplete": profile.incomplete,
+        "facts": facts(profile, group),
+        "best": best(profile),
+        "headings": HEADINGS,
+        "numbers": NUMBERS,
+        "rows": rows(profile),
+        "legend": LEGEND,
+        "plans": plans(profile),
+        "plan_headings": PLAN_HEADINGS,
+        "is_first": [
+            cost.shape != before for cost, before in zip(profile.costs, befores, strict=True)
+        ],
+    }
+
+
+PLAN_HEADINGS = ("mode", "layers", "how", "at")
+
+
+def plans(profile: Profile) -> list[tuple[str, str, str, str]]:
+    """What modes said of their layers, in the order of PLAN_HEADINGS; like layers are one row."""
+    shapes: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
+    told: dict[str, list[tuple[int, int]]] = {}
+    for cost in profile.costs:
+        counts: dict[tuple[str, str], int] = {}
+        for layer, how in cost.plan.items():
+            # The shape has a column of its own.
+            how = how.removesuffix(f" (B={cost.batch_size}, T={cost.seq_length})")
+            like = re.sub(r"\d+", "*", layer), how
+            counts[like] = counts.get(like, 0) + 1
+        for (layers, how), count in counts.items():
+            name = f"{layers} ({count})" if count > 1 else layers
+            shapes.setdefault((cost.label, name, how), []).append(cost.shape)
+        if counts:
+            told.setdefault(cost.label, []).append(cost.shape)
+    return [
+        (label, layers, how, "every shape" if at == told[label] else _shapes(at))
+        for (label, layers, how), at in shapes.items()
+    ]
+
+
+def _shapes(shapes: list[tuple[int, int]]) -> str:
+    return ", ".join(f"T={T} B={B}" for T, B in shapes)
+
+
+def _started(group: Group) -> str:
+    started = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
+    return f"{started:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def profile_csv(profile: Profile, group: Group) -> str:
+    """One row for each figure, each of which stands alone."""
+    text = io.StringIO()
+    names = [field.name for field in dataclasses.fields(Measurement)]
+    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
+    writer.writeheader()
+    for measurement in measurements(profile, _started(group)):
+        values = dataclasses.asdict(measurement)
+        writer.writerow({name: _plain(value) for name, value in values.items()})
+    return text.getvalue()
+
+
+def _plain(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def profile_json(profile: Profile, group: Group) -> str:
+    """The profile as strict JSON; its schema is `schema/profile.schema.json`."""
+    document = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "group": group.name,
+        "group_run_id": group.run_id,
+        "started": _started(group),
+        "sentence": profile.sentence,
+        "incomplete": profile.incomplete,
+        "costs": [_cost(cost) for cost in profile.costs],
+        "runs": [
+            {
+                "mode": run.mode,
+                "variant": run.variant,
+                "seq_length": run.point.seq_length,
+                "batch_size": run.point.batch_size,
+                "order": run.point.order,
+                "run_id": run.run_id,
+                "status": run.status,
+                "reason": run.reason or run.timings_missing,
+                "timings": run.timings and dataclasses.asdict(run.timings),
+            }
+            for run in group.points
+        ],
+    }
+    return json.dumps(strict(document), indent=1, allow_nan=False) + "\n"
+
+
+def _cost(cost: Cost) -> dict[str, object]:
+    plain = dataclasses.asdict(dataclasses.replace(cost, params={}, plan=dict(cost.plan)))
+    del plain["params"]
+    return {**plain, "tracking_overhead": cost.tracking_overhead, "notes": cost.notes}

@@ -1,0 +1,63 @@
+"""The record of one run of a profile: the contract between the half that times and the half that
+compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+SCHEMA = "dpsgd-track/timings"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """What the recorded steps of one run took; warm-up is not among them."""
+
+    step_time_ms: tuple[float, ...]
+    """Of each step, forward to forgotten gradients; the slowest rank's."""
+    is_tracked: tuple[bool, ...]
+    """Whether a step was also observed: its loss, and norms of each linear layer."""
+    num_tokens: tuple[int, ...]
+    """Tokens of each step over all ranks, padding included."""
+    peak_memory_gib: float
+    """Largest CUDA allocation over the recorded steps, or the process's resident set on CPU; the
+    largest rank's."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.step_time_ms), len(self.is_tracked), len(self.num_tokens)}
+        if len(lengths) > 1 or 0 in lengths:
+            raise ValueError("timings: expected one time, mark and number of tokens for each step.")
+        for value in (*self.step_time_ms, self.peak_memory_gib):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"timings: expected numbers >= 0, got {value!r}.")
+
+    def save(self, path: Path) -> None:
+        """Write to `path`, whole or not at all."""
+        document = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Timings:
+        """What `save` wrote.
+
+        Raises:
+            ValueError: the file is something else, is torn, or has another schema version.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            found = document.pop("schema"), document.pop("schema_version")
+            if found != (SCHEMA, SCHEMA_VERSION):
+                raise ValueError(f"It has schema {found[0]} {found[1]}.")
+            memory = float(document.pop("peak_memory_gib"))
+            columns = {key: tuple(values) for key, values in document.items()}
+            return cls(peak_memory_gib=memory, **columns)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path.name}: expected {SCHEMA} {SCHEMA_VERSION}. {type(error).__name__}: {error}"
+            ) from error

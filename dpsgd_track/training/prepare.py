@@ -1,0 +1,140 @@
+"""What a regime's run starts from: model, data, context and noise, before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dpsgd_track.config import (
+    AUTO,
+    NOISE,
+    PERMUTED,
+    PLAIN,
+    PROBE_CLIP,
+    ULP,
+    JobConfig,
+    PrivacyConfig,
+    RegimeConfig,
+)
+from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.modes.table import is_private, takes_plan
+from dpsgd_track.privacy.clipping import SampleRecord
+from dpsgd_track.privacy.dropout import KeyedDropout
+from dpsgd_track.privacy.loss import LOSSES
+from dpsgd_track.privacy.noise import fresh_key
+from dpsgd_track.training.data import (
+    Slice,
+    Slicer,
+    build_dataset,
+    extra_inputs_of,
+    num_labels_of,
+)
+from dpsgd_track.training.model import build_model, check_length, perturb_inputs
+from dpsgd_track.training.text_source import population_of
+
+
+class PreparedRun:
+    """A mode over fresh weights, with everything that its steps need."""
+
+    mode: Mode
+    slicer: Slicer
+
+    def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
+        """The subclass builds the model, the slicer and the mode, in this order."""
+        self.job, self.regime, self.device = job.run_in(regime), regime, device
+
+    def _model(self) -> nn.Module:
+        """The model, whole; its weights are a function of the seed."""
+        job = self.job
+        labels = num_labels_of(job.model, job.data)
+        model = build_model(job.model, num_labels=labels, seed=job.seed, device=self.device)
+        check_length(model, job.data.seq_length)
+        if self.regime.replay == ULP:
+            perturb_inputs(model, job.seed)
+        return model
+
+    def _accumulate(self, share: Slice, step: int) -> list[SampleRecord]:
+        records, indices = [], iter(share.indices)
+        for batch in share.batches:
+            with self._dropout(step, list(islice(indices, len(batch)))):
+                records.append(self.mode.accumulate(batch))
+        return records
+
+    def _dropout(self, step: int, samples: list[int]) -> AbstractContextManager[None]:
+        if not self.job.model.dropout:
+            return nullcontext()
+        return KeyedDropout(seed=self.job.seed, step=step, samples=samples)
+
+    def _slicer(self, model: nn.Module) -> Slicer:
+        job, regime = self.job, self.regime
+        sizes = _uneven_sizes(job, regime)
+        return Slicer(
+            dataset=build_dataset(job.model, job.data, model, seed=job.seed),
+            batch_size=job.data.batch_size,
+            micro_batches=regime.micro_batches,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            device=self.device,
+            extra_inputs=extra_inputs_of(model),
+            is_permuted=regime.replay == PERMUTED,
+            population=None if sizes else population_of(job.data),
+            sizes=sizes,
+        )
+
+    def _context(self) -> ModeContext:
+        regime, performance = self.regime, self.job.performance
+        plain = performance.param_dtype if regime.replay == PLAIN else performance.reference_dtype
+        adds_noise = regime.noise_matched or is_private(self.job.mode)
+        return ModeContext(
+            privacy=PrivacyConfig(
+                noise_multiplier=regime.noise_multiplier if adds_noise else 0.0,
+                # Before calibration nothing is clipped.
+                max_grad_norm=(regime.max_grad_norms or (1e30,))[0],
+                expected_batch_size=self.slicer.expected_batch_size,
+            ),
+            device=self.device,
+            param_dtype=getattr(torch, performance.param_dtype),
+            reference_dtype=getattr(torch, plain),
+            make_optimizer=_optimizer_of(regime),
+            num_replicas=performance.num_replicas,
+            plan=performance.plan if takes_plan(self.job.mode, performance.plan) else AUTO,
+            loss=LOSSES[self.job.model.task],
+        )
+
+    def _noise_key(self) -> str:
+        # Matched noise is common to all modes; a mode's own is its own.
+        if self.regime.noise_matched:
+            return f"{self.job.seed}/common"
+        if self.job.noise_from == "os":
+            return fresh_key(None, self.device)
+        return f"{self.job.seed}/{self.job.mode}"
+
+
+def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
+    """Samples of each step where they are to differ, so that ranks and micro-batches do as well.
+
+    In the noise regime all, one fewer, none, a single one. In the probe's clip regime one fewer
+    than all, a third of all (a full micro-batch of each of several ranks) and one sample more, all,
+    a single one. And again. A mode on one device, which has all ranks' micro-batches, gets as many.
+    """
+    full = dist.get_world_size() * job.data.batch_size * regime.micro_batches
+    if regime.kind == NOISE:
+        sizes = (full, max(full - 1, 1), 0, 1)
+    elif regime.name == PROBE_CLIP:
+        sizes = (max(full - 1, 1), min(full // 3 + 1, full), full, 1)
+    else:
+        return ()
+    return tuple(sizes[step % len(sizes)] for step in range(regime.num_iter))
+
+
+def _optimizer_of(
+    regime: RegimeConfig,
+) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    if regime.optimizer == "adamw":
+        return lambda parameters: torch.optim.AdamW(parameters, lr=regime.learning_rate)
+    return lambda parameters: torch.optim.SGD(parameters, lr=regime.learning_rate)

@@ -1,0 +1,309 @@
+"""What a profile's numbers come to. Nothing is launched."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+from synthetic_group import Store, compared, group_of, healthy_runs, verdicts
+from synthetic_profile import large, missing, out_of_memory, point, profiled, timings
+
+from dpsgd_track.comparison import compare_group
+from dpsgd_track.comparison.profile import Cost, Status, profile_of
+from dpsgd_track.config import Settings, Thresholds
+from dpsgd_track.report import command
+from dpsgd_track.report.profile_table import plans, profile_csv, profile_json
+from dpsgd_track.report.write import write_profile, write_report
+from dpsgd_track.tracking import names
+from dpsgd_track.tracking.golden import read_golden, write_golden
+from dpsgd_track.tracking.reader import PointRun, read_group
+from dpsgd_track.tracking.timings import Timings
+
+ROOT = Path(__file__).parent.parent
+SCHEMA = json.loads(
+    (ROOT / "dpsgd_track/report/schema/profile.schema.json").read_text(encoding="utf-8")
+)
+
+BETWEEN = [
+    point("no_dp", 1, timings([10, 10, 10, 10], gib=2.0)),
+    point("flash_fsdp", 2, timings([10, 20, 30, 40, 50, 60], [33] * 6, gib=3.0)),
+    point("no_dp", 3, timings([20, 20, 20, 20], gib=4.0)),
+    point("flash_fsdp_bk", 4, timings([45, 45], gib=2.0)),
+    point("no_dp", 5, timings([1000, 1000], gib=90.0)),
+]
+"""Times that no two of the five have in common."""
+
+
+def costs(runs: list[PointRun]) -> dict[str, Cost]:
+    found = profile_of(profiled(runs))
+    assert found is not None
+    return {cost.label: cost for cost in found.costs}
+
+
+def test_a_mode_is_held_against_the_baseline_right_before_and_after_it() -> None:
+    flash, other = costs(BETWEEN)["flash_fsdp"], costs(BETWEEN)["flash_fsdp_bk"]
+    assert flash.baseline is not None
+    assert other.baseline is not None
+    assert (flash.baseline.step_time_ms, flash.baseline.peak_memory_gib) == (15.0, 3.0)
+    assert flash.baseline.moved == 1.0  # twice as slow after it
+    # Four steps of 20 ms and two of 1000.
+    assert (other.baseline.step_time_ms, other.baseline.peak_memory_gib) == (20.0, 47.0)
+
+
+def test_a_ratio_is_the_mode_over_the_baseline() -> None:
+    flash = costs(BETWEEN)["flash_fsdp"]
+    assert flash.time_ratio is not None
+    assert flash.time_ratio.median == pytest.approx(35 / 15)
+    assert flash.memory_ratio == pytest.approx(3.0 / 3.0)
+    assert costs(BETWEEN)["flash_fsdp_bk"].memory_ratio == pytest.approx(2 / 47)
+
+
+def test_the_spread_goes_from_the_20th_to_the_80th_percentile_of_untracked_steps() -> None:
+    flash = costs(BETWEEN)["flash_fsdp"]
+    assert flash.step_time_ms is not None
+    assert flash.time_ratio is not None
+    assert flash.step_time_ms.num_steps == 6
+    assert (flash.step_time_ms.p20, flash.step_time_ms.p80) == pytest.approx((20, 50))
+    assert (flash.time_ratio.p20, flash.time_ratio.p80) == pytest.approx((20 / 15, 50 / 15))
+
+
+def test_tracked_steps_show_what_tracking_costs_and_nothing_else() -> None:
+    runs = list(BETWEEN)
+    flash = costs(runs)["flash_fsdp"]
+    assert flash.tracking_overhead == pytest.approx(33 / 35 - 1)
+    runs[1] = replace(runs[1], timings=timings([10, 20, 30, 40, 50, 60], [999] * 6))
+    assert costs(runs)["flash_fsdp"].time_ratio == flash.time_ratio
+    assert costs(runs)["flash_fsdp"].tokens_per_second == flash.tokens_per_second
+    runs[0] = replace(runs[0], timings=timings([10] * 4, [999] * 4))
+    assert costs(runs)["flash_fsdp"].time_ratio == flash.time_ratio
+
+
+def test_a_baseline_is_one_row_of_all_its_runs_and_says_how_far_they_moved() -> None:
+    base = costs(BETWEEN)["no_dp"]
+    assert base.is_baseline
+    assert base.time_ratio is None
+    assert base.step_time_ms is not None
+    assert (base.step_time_ms.median, base.step_time_ms.num_steps) == (20.0, 10)
+    assert base.moved == pytest.approx(99.0)
+    assert base.notes == ("moved 9900%",)
+
+
+def test_modes_on_one_device_are_held_against_their_own_baseline() -> None:
+    alone = [
+        point("no_dp_single", 6, timings([100])),
+        point("flash_bk", 7, timings([150])),
+        point("no_dp_single", 8, timings([100])),
+    ]
+    found = costs([*BETWEEN, *alone])
+    assert found["no_dp_single"].is_baseline
+    assert found["flash_bk"].baseline is not None
+    assert found["flash_bk"].baseline.label == "no_dp_single"
+    assert found["flash_bk"].time_ratio is not None
+    assert found["flash_bk"].time_ratio.median == 1.5
+
+
+def test_a_variant_is_held_against_the_installed_baseline() -> None:
+    runs = [*BETWEEN[:3], point("no_dp", 4, timings([30]), variant="b"), replace(BETWEEN[4])]
+    found = costs(runs)["no_dp@b"]
+    assert found.baseline is not None
+    assert (found.baseline.label, found.baseline.num_runs) == ("no_dp", 2)
+
+
+def test_shapes_are_not_mixed() -> None:
+    found = profile_of(profiled(large()))
+    assert found is not None
+    for cost in found.costs:
+        if cost.label == "flash_fsdp_bk":
+            assert cost.time_ratio is not None
+            assert cost.time_ratio.median == pytest.approx(1.4, rel=0.03)
+    assert found.shapes == ((1024, 2), (4096, 2), (16384, 2))
+
+
+def test_out_of_memory_is_a_result_and_a_failure_is_none() -> None:
+    lost = [BETWEEN[0], out_of_memory("flash_fsdp", 2), *BETWEEN[2:]]
+    found = profile_of(profiled(lost))
+    assert found is not None
+    assert found.incomplete == ()
+    cost = next(cost for cost in found.costs if cost.label == "flash_fsdp")
+    assert (cost.status, cost.notes) == (Status.OUT_OF_MEMORY, ("out of memory",))
+    assert cost.step_time_ms is cost.time_ratio is cost.memory_ratio is None
+    assert found.sentence == "3 modes at 1 shape, 2 measured, 1 out of memory."
+
+    failed = point("flash_fsdp", 2, status="FAILED", reason="the worker raised an error")
+    found = profile_of(profiled([BETWEEN[0], failed, *BETWEEN[2:]]))
+    assert found is not None
+    assert found.incomplete == ("flash_fsdp (T=64, B=2) is FAILED: the worker raised an error",)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_run_that_is_missing_leaves_the_profile_incomplete(index: int) -> None:
+    runs = list(BETWEEN)
+    runs[index] = missing(runs[index])
+    found = profile_of(profiled(runs))
+    assert found is not None
+    assert len(found.incomplete) == 1
+    if index == 0:
+        flash = costs(runs)["flash_fsdp"]
+        assert flash.baseline is not None
+        assert (flash.baseline.num_runs, flash.baseline.moved) == (1, None)
+        assert flash.notes == ("held against one baseline run",)
+
+
+def test_a_mode_without_a_baseline_has_times_and_no_ratio() -> None:
+    runs = [out_of_memory("no_dp", 1), BETWEEN[1], out_of_memory("no_dp", 3)]
+    flash = costs(runs)["flash_fsdp"]
+    assert flash.step_time_ms is not None
+    assert flash.time_ratio is flash.memory_ratio is None
+    assert flash.notes == ("no baseline was measured beside it",)
+
+
+def test_what_is_compared_takes_no_notice_of_a_profile() -> None:
+    with_profile = compare_group(group_of(healthy_runs(), points=tuple(large())), Thresholds())
+    assert verdicts(with_profile) == verdicts(compared(healthy_runs()))
+    assert "profile" not in {regime.name for regime in with_profile.regimes}
+
+
+def test_every_row_of_the_csv_stands_alone() -> None:
+    group = profiled(large())
+    found = profile_of(group)
+    assert found is not None
+    rows = list(csv.DictReader(io.StringIO(profile_csv(found, group))))
+    # Of each of 16 measured costs five figures, and a row for each that ran out of memory.
+    assert len(rows) == 16 * 5 + 2
+    assert {row["torch"] for row in rows if row["status"] == "measured"} == {"2.13.0"}
+    assert {row["date"] for row in rows} == {"2023-11-14T22:13:20Z"}
+    (time,) = (
+        row
+        for row in rows
+        if (row["mode"], row["quantity"], row["seq_length"]) == ("flash_fsdp", "step_time", "1024")
+    )
+    assert float(time["median"]) / float(time["baseline_median"]) == pytest.approx(
+        float(time["ratio"]), rel=1e-4
+    )
+    assert float(time["p20"]) < float(time["median"]) < float(time["p80"])
+    lost = [row for row in rows if row["status"] == "out of memory"]
+    assert {(row["mode"], row["median"]) for row in lost} == {
+        ("ghost_fsdp", ""),
+        ("flash_fsdp", ""),
+    }
+
+
+def test_json_is_as_its_schema_says() -> None:
+    runs = [*large(), missing(point("flash_fsdp", 99, shape=(8, 1)))]
+    group = profiled(runs)
+    found = profile_of(group)
+    assert found is not None
+    document = json.loads(profile_json(found, group))
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.Draft202012Validator(SCHEMA).validate(document)
+    del document["costs"][0]["status"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(SCHEMA).validate(document)
+
+
+def test_like_layers_and_shapes_are_one_row_of_the_plan() -> None:
+    found = profile_of(profiled(large()))
+    assert found is not None
+    rows = [row for row in plans(found) if row[0] == "flash_fsdp_bk"]
+    assert rows == [
+        ("flash_fsdp_bk", "model.layers.*.self_attn.q_proj (3)", "gram", "every shape"),
+        ("flash_fsdp_bk", "model.layers.*.mlp.down_proj (3)", "gradient", "every shape"),
+    ]
+
+
+def test_a_report_shows_the_profile_alone_or_beside_the_verdict(tmp_path: Path) -> None:
+    group = profiled(large())
+    found = profile_of(group)
+    assert found is not None
+    alone = {path.name for path in write_profile(found, group, tmp_path / "alone", png=False)}
+    charts = {
+        f"profile_{name}.html"
+        for name in ("memory", "step_time", "overhead", "memory_against_time")
+    }
+    texts = {"report.html", "report.md", "summary.txt"}
+    assert alone == {*charts, *texts, "profile.csv", "profile.json"}
+    for name in texts:
+        text = (tmp_path / "alone" / name).read_text(encoding="utf-8")
+        assert "out of memory" in text
+        assert "INCONCLUSIVE" not in text.partition("<body>")[2]
+    both = compare_group(group_of(healthy_runs(), points=tuple(large())), Thresholds())
+    files = {path.name for path in write_report(both, tmp_path / "both", png=False)}
+    assert files >= {*alone, "drift.json", "junit.xml"}
+    for name in texts:
+        text = (tmp_path / "both" / name).read_text(encoding="utf-8")
+        assert "PASS" in text
+        assert "Speed and memory" in text
+        assert "out of memory" in text
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.chdir(tmp_path)
+    return Store(tmp_path)
+
+
+def _add(store: Store, runs: list[PointRun], expected: list[PointRun]) -> None:
+    group_id = store.add_group([], "profile")
+    rows = [[r.mode, r.regime, r.variant, "", str(r.point)] for r in expected]
+    store.client.set_tag(group_id, names.EXPECTED_RUNS, json.dumps(rows))
+    for run in runs:
+        tagged = replace(run, tags={**run.tags, names.POINT: str(run.point)}, timings=None)
+        run_id = store.add_run(tagged, "profile", group_id)
+        if run.timings:
+            path = store.folder / names.TIMINGS_FILE
+            run.timings.save(path)
+            store.client.log_artifact(run_id, str(path))
+
+
+@pytest.mark.parametrize(
+    ("second", "code"),
+    [
+        pytest.param(BETWEEN[1], 0, id="measured"),
+        pytest.param(out_of_memory("flash_fsdp", 2), 0, id="out of memory"),
+        pytest.param(point("flash_fsdp", 2, status="FAILED"), 3, id="failed"),
+        pytest.param(point("flash_fsdp", 2), 3, id="no timings"),
+        pytest.param(None, 3, id="missing"),
+    ],
+)
+def test_compare_ends_with_0_when_every_run_gave_a_result(
+    store: Store, second: PointRun | None, code: int
+) -> None:
+    runs = [BETWEEN[0], *([second] if second else []), BETWEEN[2]]
+    _add(store, runs, BETWEEN[:3])
+    options = ["profile", "--tracking-uri", store.uri, "--no-png"]
+    assert command.main([*options, *(["--no-log"] if code else [])]) == code
+    settings = Settings(tracking_uri=store.uri)
+    group = read_group(store.client, settings, "profile")
+    assert group.runs == ()
+    assert [str(run.point) for run in group.points] == ["T64-B2-1", "T64-B2-2", "T64-B2-3"]
+    assert group.points[0].timings == BETWEEN[0].timings
+
+
+def test_a_profile_is_compared_with_no_other_group_and_kept_in_no_golden_file(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _add(store, BETWEEN[:3], BETWEEN[:3])
+    options = ["--tracking-uri", store.uri, "--no-png", "--no-log"]
+    assert command.main(["profile", "profile", *options]) == 2
+    assert "whose times mean something beside each other alone" in capsys.readouterr().err
+    assert command.main(["profile", "--export", "x.dpsgd", *options]) == 2
+    mixed = group_of(healthy_runs(), points=tuple(BETWEEN))
+    write_golden(mixed, Path("y.dpsgd"))
+    kept = read_golden(Path("y.dpsgd"))
+    assert (len(kept.runs), kept.points) == (len(mixed.runs), ())
+
+
+def test_a_torn_record_is_told_from_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / names.TIMINGS_FILE
+    timings([1, 2]).save(path)
+    assert Timings.load(path) == timings([1, 2])
+    whole = path.read_text()
+    for broken in (whole[:-9], "[]", whole.replace("timings", "other"), whole.replace("1.1", "-1")):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"timings.json: expected dpsgd-track/timings 1"):
+            Timings.load(path)

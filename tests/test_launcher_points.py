@@ -1,0 +1,227 @@
+"""Which runs a profile sets out to do, and in which order. Nothing is launched."""
+
+from __future__ import annotations
+
+import io
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from dpsgd_track.config import ACCURACY, PLAIN, PROFILE, JobConfig, Point, RegimeConfig
+from dpsgd_track.launcher import group, machine, suites
+from dpsgd_track.launcher.arguments import build_parser
+from dpsgd_track.launcher.group import GroupRun
+from dpsgd_track.launcher.process_group import Launch, Outcome
+from dpsgd_track.launcher.progress import PlainDisplay
+from dpsgd_track.launcher.recording import open_group
+from dpsgd_track.launcher.suites import Suite, build_suite
+from dpsgd_track.launcher.troubleshooting import ERROR, NOT_STARTED, OUT_OF_MEMORY, Failure
+from dpsgd_track.modes import table
+from dpsgd_track.tracking import names
+from tests.fake_launch import run
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    monkeypatch.setattr(machine, "count_gpus", lambda: 0)
+    return tmp_path
+
+
+def suite(*argv: str) -> Suite:
+    args = build_parser().parse_args([PROFILE, *argv])
+    return build_suite(args, lambda model, data: None)
+
+
+def order(*argv: str) -> list[str]:
+    return [job.label for job in suite(*argv).jobs]
+
+
+ONE = ("--seq-length", "64")
+
+
+def test_every_mode_stands_between_two_runs_of_its_baseline():
+    assert order(*ONE, "--mode", "flash_fsdp,ghost_fsdp") == [
+        *("no_dp", "flash_fsdp", "no_dp", "ghost_fsdp", "no_dp"),
+    ]
+    labels = order(*ONE)
+    assert labels[::2] == ["no_dp"] * len(table.FULL)
+    assert tuple(labels[1::2]) == table.FULL[1:]
+
+
+def test_modes_on_one_device_stand_between_runs_of_their_own_baseline():
+    assert order(*ONE, "--mode", "flash,flash_fsdp,flash_bk") == [
+        *("no_dp", "flash_fsdp", "no_dp"),
+        *("no_dp_single", "flash", "no_dp_single", "flash_bk", "no_dp_single"),
+    ]
+
+
+def test_the_baseline_takes_part_whatever_is_asked_for():
+    assert order(*ONE, "--mode", "no_dp") == ["no_dp"]
+    assert order(*ONE, "--mode", "flash") == ["no_dp", "no_dp_single", "flash", "no_dp_single"]
+
+
+def test_a_variant_stands_between_runs_of_the_installed_baseline(empty_folder):
+    package = empty_folder / "checkout" / "opacus"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    assert order(*ONE, "--mode", "flash_fsdp", "--variant", "b=checkout") == [
+        *("no_dp", "flash_fsdp", "no_dp", "no_dp@b", "no_dp", "flash_fsdp@b", "no_dp"),
+    ]
+
+
+def test_every_length_is_run_with_every_batch_size_and_runs_are_numbered():
+    jobs = suite("--mode", "flash_fsdp", "--seq-length", "8,16", *("--batch-size", "1"),
+                 "--batch-size", "4").jobs  # fmt: skip
+    points = [Point.parse(job.regimes[0].point) for job in jobs]
+    assert [point.order for point in points] == list(range(1, 13))
+    shapes = [(point.seq_length, point.batch_size) for point in points]
+    assert shapes == [shape for shape in ((8, 1), (8, 4), (16, 1), (16, 4)) for _ in range(3)]
+    assert [(job.data.seq_length, job.data.batch_size) for job in jobs] == shapes
+    assert len(set(suite("--mode", "flash_fsdp").expected_runs)) == 6
+
+
+def test_a_run_of_a_profile_is_the_profile_and_nothing_else():
+    job = suite("--mode", "flash_fsdp", *ONE, "--sigma", "0.3").jobs[1]
+    (regime,) = job.regimes
+    assert (regime.name, regime.num_iter, regime.warmup_iter) == (PROFILE, 10, 3)
+    assert (regime.noise_multiplier, regime.noise_matched) == (0.3, False)
+    assert not regime.replay
+    assert regime.micro_batches == 1
+    assert JobConfig.from_json(job.to_json()) == job
+
+
+def test_a_mode_on_one_device_takes_the_micro_batches_of_all_ranks():
+    jobs = suite("--mode", "flash", *ONE, "--nproc-per-node", "4", "--micro-batches", "3").jobs
+    assert [(job.num_ranks, job.regimes[0].micro_batches) for job in jobs] == [
+        (4, 3),
+        *[(1, 12)] * 3,
+    ]
+
+
+def test_the_accuracy_test_is_run_once_by_each_mode_at_the_first_shape():
+    jobs = suite("--accuracy-test", "--seq-length", "64,128", "--warmup-iter", "5").jobs
+    tested = [job for job in jobs if any(r.name == ACCURACY for r in job.regimes)]
+    assert sorted(job.mode for job in tested) == sorted([table.REFERENCE, *table.FULL])
+    assert {job.data.seq_length for job in tested} == {64}
+    reference, baseline = jobs[:2]
+    assert [(r.name, r.replay) for r in reference.regimes] == [(ACCURACY, ""), (ACCURACY, PLAIN)]
+    kinds = ("", "again", "permuted", "ulp")
+    assert [(r.name, r.replay) for r in baseline.regimes] == [
+        (PROFILE, ""),
+        *((ACCURACY, kind) for kind in kinds),
+    ]
+    # What is asked of the timed steps is not asked of the test.
+    assert [r.warmup_iter for r in baseline.regimes] == [5, 0, 0, 0, 0]
+
+
+def test_the_reference_is_timed_only_where_it_is_asked_for():
+    assert "reference" not in order(*ONE, "--mode", "flash_fsdp", "--accuracy-test")
+    assert order(*ONE, "--mode", "reference") == ["no_dp", "reference", "no_dp"]
+    asked = suite(*ONE, "--mode", "reference", "--accuracy-test").jobs[1]
+    assert [r.name for r in asked.regimes] == [PROFILE, ACCURACY, ACCURACY]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--seq-length", "64,x"], "seq_length='64,x': expected integers >= 1, comma separated"),
+        (["--seq-length", ""], "seq_length='': expected integers >= 1"),
+        (["--batch-size", "0"], "batch_size='0': expected integers >= 1"),
+        (["--num-iter", "1"], "num_iter=1: expected an integer >= 2"),
+        (["--mode", "flosh"], "mode='flosh': expected one of"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(argv, said, capsys):
+    assert run([PROFILE, *argv]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("results").exists()
+
+
+def test_every_length_is_checked_against_the_model():
+    def refuse_long(_model, data):
+        if data.seq_length > 64:
+            raise ValueError(f"seq_length={data.seq_length}")
+
+    args = build_parser().parse_args([PROFILE, "--seq-length", "64,128"])
+    with pytest.raises(ValueError, match="seq_length=128"):
+        build_suite(args, refuse_long)
+
+
+def test_a_point_belongs_to_a_profile():
+    with pytest.raises(ValueError, match="point='T1-B1-1': expected none but in regime profile"):
+        RegimeConfig(name=ACCURACY, num_iter=1, point="T1-B1-1")
+    with pytest.raises(ValueError, match="point='T1': expected a point such as T64-B2-1"):
+        RegimeConfig(name=PROFILE, num_iter=1, point="T1")
+
+
+def _run(monkeypatch, name: str, failures: dict[str, str], *argv: str) -> tuple[int, str]:
+    """Exit code and output of a suite in which modes fail as told."""
+
+    def run_mode(job, *_):
+        kind = failures.get(job.mode)
+        if kind is None:
+            return tuple(Outcome("FINISHED") for _ in job.regimes)
+        first = Outcome("FAILED", Failure(kind=kind, rank=1, regime=0))
+        later = Outcome("FAILED", Failure(kind=NOT_STARTED, message="regime profile failed first"))
+        return (first, *(later for _ in job.regimes[1:]))
+
+    monkeypatch.setattr(group, "run_mode", run_mode)
+    made = suite("--group", name, "--mode", "flash_fsdp,ghost_fsdp", *ONE, *argv)
+    recording = open_group(made)
+    stream = io.StringIO()
+    code = GroupRun(made, recording, Launch(), PlainDisplay(stream)).run("launch.py")
+    return code, stream.getvalue()
+
+
+def _runs(name: str) -> dict[str, tuple[str, str]]:
+    client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    experiment = client.get_experiment_by_name("dpsgd-track").experiment_id
+    query = f"tags.`{names.GROUP}` = '{name}' AND tags.`{names.KIND}` != 'rank'"
+    return {
+        found.info.run_name: (found.info.status, found.data.tags.get(names.OUT_OF_MEMORY, ""))
+        for found in client.search_runs([experiment], query)
+    }
+
+
+def test_out_of_memory_ends_with_0_and_any_other_failure_with_1(monkeypatch):
+    lost = {"ghost_fsdp": OUT_OF_MEMORY}
+    for name, argv in (("lost", ()), ("tested", ("--accuracy-test",))):
+        code, said = _run(monkeypatch, name, lost, *argv)
+        assert code == 0
+        assert "ghost_fsdp (T=64, B=2): OUT OF MEMORY after" in said
+        assert f"group {name}: 4 of 5 runs finished, 1 out of memory" in said
+        found = _runs(name)
+        assert found["ghost_fsdp/profile (T64-B2-4)"] == ("FAILED", "true")
+        assert found["flash_fsdp/profile (T64-B2-2)"] == ("FINISHED", "")
+        assert found[name][0] == "FINISHED"
+    code, said = _run(monkeypatch, "broken", {"ghost_fsdp": ERROR})
+    assert code == 1
+    assert "4 of 5 runs finished\n" in said
+    found = _runs("broken")
+    assert found["ghost_fsdp/profile (T64-B2-4)"] == ("FAILED", "")
+    assert found["broken"][0] == "FAILED"
+
+
+def test_one_line_says_all_of_one_run():
+    stream = io.StringIO()
+    display = PlainDisplay(stream)
+    display.start_mode("[2/3] no_dp (T=8, B=1)", [RegimeConfig(name=PROFILE, num_iter=4,
+                       point="T8-B1-2")])  # fmt: skip
+    event = {"regime": 0, "num_iter": 4, "step": 0, "loss": None}
+    display.event({**event, "event": "start"})
+    display.event({**event, "event": "end", "step_time_ms": 12.345, "peak_memory_gib": 0.5})
+    display.end_mode("FINISHED")
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("[2/3] no_dp (T=8, B=1): profile, 4 steps in ")
+    assert line.endswith(" s, 12.35 ms a step, 0.5 GiB")
+
+
+def test_no_two_runs_share_a_folder():
+    jobs = suite("--mode", "flash_fsdp").jobs
+    places = [(job.label, job.regimes[0].point) for job in jobs]
+    assert len(set(places)) == len(places)
+    assert all(a != b for a, b in pairwise(order("--mode", "flash_fsdp", *ONE)))

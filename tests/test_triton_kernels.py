@@ -1,0 +1,221 @@
+"""Every Triton kernel equals its reference: on a GPU for real, elsewhere under the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+ON_GPU = torch.cuda.is_available()
+pytest.importorskip("triton", reason="needs triton")
+
+from dpsgd_track.kernels.clipped_product import reference as product_reference  # noqa: E402
+from dpsgd_track.kernels.clipped_product import triton as product  # noqa: E402
+from dpsgd_track.kernels.embedding_norm import reference as embedding_reference  # noqa: E402
+from dpsgd_track.kernels.embedding_norm import triton as embedding  # noqa: E402
+from dpsgd_track.kernels.flash_norm import outer_norm_sq  # noqa: E402
+from dpsgd_track.kernels.flash_norm import triton as flash  # noqa: E402
+from dpsgd_track.kernels.gaussian_noise import reference as noise_reference  # noqa: E402
+from dpsgd_track.kernels.gaussian_noise import triton as noise  # noqa: E402
+from dpsgd_track.kernels.normalisation import reference as normalisation_reference  # noqa: E402
+from dpsgd_track.kernels.normalisation import triton as normalisation  # noqa: E402
+from dpsgd_track.kernels.weighted_sum import reference as sum_reference  # noqa: E402
+from dpsgd_track.kernels.weighted_sum import triton as weighted_sum  # noqa: E402
+
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# The interpreter's products take float16, and not bfloat16.
+LOW = torch.bfloat16 if ON_GPU else torch.float16
+# Sums of up to 300 float32 products, beside the same in float64.
+TOLERANCE = 2e-6
+
+# One past a tile in every dimension, and less than one.
+SHAPES = [(1, 1, 1, 1), (2, 65, 257, 129), (3, 129, 65, 17)]
+
+
+def shape_id(shape: tuple[int, ...]) -> str:
+    return "-".join(f"{letter}{size}" for letter, size in zip("BTDP", shape, strict=False))
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that a kernel is given to write to is full of NaN."""
+    plain = Tensor.new_empty
+
+    def new_empty(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
+        found = plain(tensor, *args, **kwargs)
+        return found.fill_(float("nan")) if found.is_floating_point() else found
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    return
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def factors(shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    B, T, D, P = shape
+    return random(B, T, D, dtype=LOW), random(B, T, P, dtype=LOW, seed=1)
+
+
+@pytest.mark.parametrize("form", ["outer_form", "gram_form"])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_the_flash_norm_equals_its_definition(form: str, shape: tuple[int, int, int, int]) -> None:
+    x, dy = factors(shape)
+    found = getattr(flash, form)(x, dy)
+    assert found.dtype == torch.float32
+    # The Gram form adds T^2 products of either sign.
+    assert relative_error(found, outer_norm_sq(x.double(), dy.double())) < 10 * TOLERANCE
+
+
+def test_the_flash_norm_reads_factors_that_are_parts_of_a_tensor() -> None:
+    whole = random(2, 40, 3 * 32, dtype=LOW)
+    x, dy = whole[..., :32], whole[..., 64:]
+    wanted = outer_norm_sq(x.double(), dy.double())
+    assert relative_error(flash.outer_form(x, dy), wanted) < TOLERANCE
+    assert relative_error(flash.gram_form(x.mT.contiguous().mT, dy), wanted) < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["outer_form", "gram_form"])
+def test_nan_stays_in_its_own_sample(form: str) -> None:
+    x, dy = factors((3, 65, 17, 33))
+    dy[1, 64, 32] = float("nan")
+    assert getattr(flash, form)(x, dy).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_norms_beside_gradients_are_those_of_the_gradients_as_stored(
+    shape: tuple[int, int, int, int],
+) -> None:
+    x, dy = factors(shape)
+    grad, norms = flash.gradients_and_norms(x, dy)
+    assert grad.dtype == LOW
+    exact = torch.einsum("btp,btd->bpd", dy.double(), x.double())
+    # One rounding to 16 bits.
+    assert relative_error(grad, exact) < torch.finfo(LOW).eps
+    assert relative_error(norms, grad.double().square().sum(dim=(1, 2))) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_the_clipped_product_weighs_each_sample(shape: tuple[int, int, int, int]) -> None:
+    x, dy = factors(shape)
+    # Factors of very unlike size: each sample must have its own.
+    factor = torch.tensor([1.0, 3e-4, 0.7][: len(x)], device=DEVICE)
+    found = product.clipped_product(x, dy, factor)
+    wanted = product_reference.clipped_product(x.double(), dy.double(), factor.double())
+    assert relative_error(found, wanted) < TOLERANCE
+
+
+def gradients() -> list[Tensor]:
+    """Of several sizes, types and orders in memory, one of them at an odd address."""
+    B = 3
+    return [
+        random(B, 5, dtype=LOW),
+        random(B, 1, 4096 * 8 + 1),
+        random(B, 65, 33, dtype=LOW),
+        random(B, 65, 129, dtype=LOW).mT,
+        random(B, 64, 64).mT,
+        random(B, 1, dtype=torch.float16),
+        random(B * 7 + 1, dtype=torch.float16)[1:].view(B, 7),
+        random(B, dtype=torch.float32),
+        random(B, 2, 3, 4, dtype=LOW),
+    ]
+
+
+def test_kept_gradients_have_the_norms_of_the_reference() -> None:
+    grads = gradients()
+    found = weighted_sum.norms_sq(grads)
+    wanted = sum_reference.norms_sq([grad.double() for grad in grads])
+    torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE, atol=0)
+
+
+def test_kept_gradients_are_weighed_and_laid_out_like_the_parameter() -> None:
+    grads = gradients()
+    factor = torch.tensor([0.3, 1.0, 2e-3], device=DEVICE)
+    found = weighted_sum.weighted_sums(grads, factor)
+    for grad, total in zip(grads, found, strict=True):
+        assert total.shape == grad.shape[1:]
+        assert total.is_contiguous()
+        wanted = torch.tensordot(factor.double(), grad.double(), dims=1)
+        assert relative_error(total, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("is_centred", [False, True], ids=["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 17, 33), (3, 16, 64)], ids=shape_id)
+def test_normalisation_layers_have_the_gradients_of_the_reference(
+    shape: tuple[int, int, int], is_centred: bool
+) -> None:
+    # Off centre, or the mean would hardly matter.
+    x, dy = random(*shape) + 1, random(*shape, seed=1)
+    found = normalisation.weight_and_bias_gradients(x, dy, 1e-5, is_centred=is_centred)
+    wanted = normalisation_reference.weight_and_bias_gradients(
+        x.double(), dy.double(), 1e-5, is_centred=is_centred
+    )
+    for part, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(part.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 1000], ids=lambda n: f"V{n}")
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 17, 33), (2, 35, 513)], ids=shape_id)
+def test_the_embedding_norm_adds_equal_tokens(shape: tuple[int, int, int], num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    tokens = torch.randint(0, num_tokens, shape[:2], generator=generator).to(DEVICE)
+    dy = random(*shape, dtype=LOW)
+    found = embedding.embedding_norm_sq(tokens, dy)
+    assert relative_error(found, embedding_reference.embedding_norm_sq(tokens, dy.double())) < (
+        TOLERANCE
+    )
+
+
+def test_philox_gives_the_published_words() -> None:
+    # Random123's known answers, of Salmon et al., 2011.
+    counter = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    found = noise_reference.philox(
+        tuple(np.array([word], dtype=np.uint64) for word in counter), (0xA4093822, 0x299F31D0)
+    )
+    assert [int(words[0]) for words in found] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+KEYS = [(0x12345678, 0x9ABCDEF0, 0xDEADBEEF, 0xFFFFFFFF), (1, 2, 3, 4), (1, 2, 3, 5)]
+
+
+@pytest.mark.parametrize("start", [0, 3, 4 * 256, 2**33 + 1])
+def test_the_noise_of_a_shard_is_that_of_the_reference(start: int) -> None:
+    sizes = [1029, 1, 4]
+    found = [random(size) for size in sizes]
+    wanted = [x.double() for x in found]
+    noise.add_gaussian(found, [start, 5, 0], KEYS, std=2.5)
+    noise_reference.add_gaussian(wanted, [start, 5, 0], KEYS, std=2.5)
+    for x, y in zip(found, wanted, strict=True):
+        # float32 rounds the angle and the root of the logarithm.
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=5e-5)
+
+
+def test_the_noise_of_an_element_does_not_depend_on_the_shard() -> None:
+    whole, parts = torch.zeros(4099, device=DEVICE), torch.zeros(4099, device=DEVICE)
+    noise.add_gaussian([whole], [0], KEYS[:1], std=1.0)
+    cuts = [0, 1, 1030, 1032, 4099]
+    pieces = [parts[a:b] for a, b in itertools.pairwise(cuts)]
+    noise.add_gaussian(pieces, cuts[:-1], KEYS[:1] * len(pieces), std=1.0)
+    assert torch.equal(whole, parts)
+
+
+def test_the_noise_is_normal_and_other_keys_draw_other_noise() -> None:
+    draws = noise_reference.standard_normal(0, 200_000, KEYS[1])
+    assert abs(draws.mean()) < 5 / np.sqrt(len(draws))
+    assert abs(draws.std() - 1) < 5 / np.sqrt(2 * len(draws))
+    # The fourth moment of a normal is 3, its estimate's deviation the root of 96 / n.
+    assert abs((draws**4).mean() - 3) < 5 * np.sqrt(96 / len(draws))
+    for lag in (1, 2, 3, 4):
+        assert abs((draws[lag:] * draws[:-lag]).mean()) < 5 / np.sqrt(len(draws))
+    others = noise_reference.standard_normal(0, 200_000, KEYS[2])
+    assert abs((draws * others).mean()) < 5 / np.sqrt(len(draws))
