@@ -5,8 +5,9 @@
 
 Each of the ranks logs 200 metrics a step, as a process of its own that computes on one thread in
 between, while the launcher's thread in a third process ships them: to SQLite, to an MLflow server,
-to one that is killed in the middle, and nowhere. Times are wall times of the call. `load` is that
-of the machine in the last minute: where it exceeds the cores, the scheduler is measured as well.
+to one that is killed in the middle, and nowhere. Times are wall times of the call, and CPU times of
+the thread. `load` is that of the machine in the last minute: where it exceeds the cores, the wall
+times measure the scheduler as well.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ from dpsgd_track.tracking.store import open_store  # noqa: E402
 from tests.tracking_servers import MlflowServer  # noqa: E402
 
 NUM_METRICS = 200
+Times = list[tuple[float, float]]
 STORES = ("offline", "sqlite", "http", "dead")
 
 
-def train(folder: str, run: str, rank: int, num_steps: int, compute_s: float) -> list[float]:
-    """Log `num_steps` steps; how long each call took, in ms."""
+def train(folder: str, run: str, rank: int, num_steps: int, compute_s: float) -> Times:
+    """Log `num_steps` steps; wall and CPU time of each call, in ms."""
     writer = SpoolWriter(Path(folder), f"rank{rank}{RECORDS}")
     rng = np.random.default_rng(rank)
     took_ms = []
@@ -52,14 +54,15 @@ def train(folder: str, run: str, rank: int, num_steps: int, compute_s: float) ->
         while time.perf_counter() < until:
             rng.normal(size=1000).sum()
         values = {f"layer_grad_norm/{i}": value for i, value in enumerate(rng.normal(size=200))}
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.thread_time()
         writer.log_metrics(run, step, values)
-        took_ms.append((time.perf_counter() - start) * 1000)
+        cpu_s, wall_s = time.thread_time() - cpu_start, time.perf_counter() - start
+        took_ms.append((wall_s * 1000, cpu_s * 1000))
     writer.close()
     return took_ms
 
 
-def measure(store: str, folder: Path, ranks: int, num_steps: int, compute_s: float) -> list[float]:
+def measure(store: str, folder: Path, ranks: int, num_steps: int, compute_s: float) -> Times:
     """Times of all calls of all ranks."""
     folder.mkdir()
     group = SpooledGroup(folder / "spool" / "g")
@@ -107,16 +110,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) / store
             times = measure(store, place, args.ranks, args.num_steps, args.compute_ms / 1000)
-        median, p99 = np.percentile(times, [50, 99])
+        wall, cpu = np.transpose(times)
         row = {
             "store": store,
             "metrics": NUM_METRICS,
             "ranks": args.ranks,
             "steps": args.num_steps,
             "compute_ms": args.compute_ms,
-            "median_ms": f"{median:.4f}",
-            "p99_ms": f"{p99:.4f}",
-            "max_ms": f"{max(times):.3f}",
+            "median_ms": f"{np.median(wall):.4f}",
+            "p99_ms": f"{np.percentile(wall, 99):.4f}",
+            "max_ms": f"{wall.max():.3f}",
+            "cpu_median_ms": f"{np.median(cpu):.4f}",
+            "cpu_p99_ms": f"{np.percentile(cpu, 99):.4f}",
             "load": f"{os.getloadavg()[0]:.1f}",
             "cores": os.cpu_count(),
             "machine": platform.machine(),
