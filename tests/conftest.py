@@ -1,11 +1,44 @@
-"""What has to be set before any test module is imported."""
+"""What test files share, and in which order they start."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
+from forked_ranks import ForkedRanks, forked_ranks
 
 from dpsgd_track.launcher.machine import count_gpus
 
-if not count_gpus():
-    # Triton reads it as its own modules are imported, which transformers may do.
+if count_gpus() == 0:
+    # Read as Triton is imported, which torch and transformers do before the tests of its kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+LONGEST = (
+    "test_detection.py",
+    "test_modes_distributed.py",
+    "test_end_to_end.py",
+    "test_launcher_modes.py",
+    "test_training_noise.py",
+    "test_opacus_defects.py",
+    "test_launcher_variants.py",
+    "test_training_probe.py",
+    "test_report_browser.py",
+    "test_launcher_life.py",
+    "test_launcher_stores.py",
+    "test_precision.py",
+)
+"""Files that start first: a long one at the end would leave a worker without work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first, and leave the rest as it is."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(scope="session")
+def rank_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRanks]:
+    """Starts process groups."""
+    with forked_ranks(tmp_path_factory.mktemp("ranks")) as found:
+        yield found

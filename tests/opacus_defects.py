@@ -1,6 +1,6 @@
 """Opacus's known defects, each the way a user walks into it: modes, and the conditions they need.
 
-Run by torch.distributed.run as `opacus_defects.py PART OUTPUT`. The part `conditions` runs the
+`main` is run in every rank, with the name of a part and a folder. The part `conditions` runs the
 oracle, two modes of ours and Opacus under each condition, as the step loop does, and leaves
 OUTPUT/CONDITION/MODE.npz, or MODE.txt with the error; then what the step loop has no place for:
 replicas, and an empty batch on one rank. `empty-batch` is that of Opacus. The modes enter by
@@ -10,7 +10,6 @@ replicas, and an empty batch on one rank. `empty-batch` is that of Opacus. The m
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from typing import Any
 import opacus
 import torch
 import torch.distributed as dist
-from rank_exit import leave
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -430,7 +428,9 @@ def _attempt(function: Callable[[], float]) -> float | str:
         return f"{type(error).__name__}: {error}"
 
 
-def main(part: str, output: Path) -> None:
+def main(part: str, folder: str) -> None:
+    """Run a part, and leave what was found in `folder`."""
+    output = Path(folder)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     if part == "conditions":
@@ -450,8 +450,3 @@ def main(part: str, output: Path) -> None:
 def _write(path: Path, found: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         path.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
-    leave()

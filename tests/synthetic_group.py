@@ -164,7 +164,7 @@ def verdicts(comparison: GroupComparison) -> dict[str, str]:
 
 
 @cache
-def _tables() -> Path:
+def empty_tables() -> Path:
     """An SQLite file with MLflow's tables and nothing in them: making one takes seconds."""
     from mlflow import MlflowClient
 
@@ -188,7 +188,7 @@ class Store:
     def __post_init__(self) -> None:
         from mlflow import MlflowClient
 
-        shutil.copy(_tables(), self.folder / "mlflow.db")
+        shutil.copy(empty_tables(), self.folder / "mlflow.db")
         self.uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.client = MlflowClient(tracking_uri=self.uri)
         self.experiment_id = self.client.create_experiment(

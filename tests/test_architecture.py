@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import LONGEST
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dpsgd_track"
@@ -78,3 +79,8 @@ def test_the_light_half_imports_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'opacus'}"
     code = f"import sys\nimport {', '.join(LIGHT)}\nassert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_test_files_that_start_first_are_there() -> None:
+    names = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(LONGEST) <= names

@@ -180,8 +180,9 @@ def test_help_is_instant_and_loads_nothing_heavy() -> None:
         "print(sorted({'torch', 'numpy', 'mlflow', 'plotly', 'rich'} & set(sys.modules)))"
     )
     assert python("-c", watched).stdout.splitlines()[-1] == "[]"
-    times = []
-    for _ in range(3):
+    times: list[float] = []
+    # Other work on the machine only ever adds: of several times the least is the command's own.
+    while len(times) < 10 and min(times, default=9) >= 0.5:
         started = time.perf_counter()
         assert "exit codes" in python("compare.py", "--help").stdout
         times.append(time.perf_counter() - started)

@@ -27,15 +27,17 @@ from dpsgd_track.faults.fault import FSDP_MODES
 from dpsgd_track.launcher.run import main
 from dpsgd_track.modes.table import MODES
 
+# One launch of many modes, beside which another worker may start process groups of its own.
+pytestmark = pytest.mark.timeout(600)
+
 THIRD = [name for number, name in enumerate(FAULTS) if number % 3 == 0]
 
 
 @pytest.fixture(scope="module")
 def third(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
     workspace = Workspace(tmp_path_factory.mktemp("third"))
-    done = workspace.run(
-        "launch.py", "faults", "--group", "g", "--fault", ",".join(THIRD), "--output", "matrix.md"
-    )
+    argv = ("faults", "--group", "g", "--fault", ",".join(THIRD), "--output", "matrix.md")
+    done = workspace.run("launch.py", *argv, timeout_s=560)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
     return workspace, done.stdout
 

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from synthetic_group import empty_tables
 
 from dpsgd_track.config import RegimeConfig, Settings
 from dpsgd_track.launcher import suites
@@ -28,17 +29,9 @@ NUM_RUNS = 13
 """The group's, and those of no_dp and its three replays with two ranks each."""
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory) -> Path:
-    """A fresh SQLite store, to be copied: making one takes longer than most tests."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    open_store(Settings(tracking_uri=f"sqlite:///{path}", artifact_location=str(path.parent)))
-    return path
-
-
 @pytest.fixture
-def folder(tmp_path, database, monkeypatch) -> Path:
-    shutil.copy(database, tmp_path)
+def folder(tmp_path, monkeypatch) -> Path:
+    shutil.copy(empty_tables(), tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suites, "count_gpus", lambda: 0)
     return tmp_path
@@ -153,7 +146,9 @@ def test_two_launches_at_once_on_a_fresh_store_do_not_disturb_each_other(tmp_pat
     for attempt in range(10):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        processes = [start(folder, "quick", *NO_DP, "--group", name) for name in ("a", "b")]
+        processes = [
+            start(folder, "quick", *NO_DP, "--group", name, makes_store=True) for name in ("a", "b")
+        ]
         for process in processes:
             out, err = process.communicate(timeout=90)
             assert process.returncode == 0, out + err
@@ -234,7 +229,7 @@ def test_a_launch_goes_on_when_its_server_dies(folder, server, monkeypatch, caps
     arguments = ("quick", *NO_DP, "--group", "g", "--num-iter", "8", "--tracking-uri", wire.uri)
     began = time.monotonic()
     assert fake_launch.run(list(arguments)) == 0
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 60
     said = capsys.readouterr().out
     assert said.count("takes nothing at the moment") == 1
     assert f"ship:    python launch.py sync g --tracking-uri {wire.uri}" in said

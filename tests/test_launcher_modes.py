@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from synthetic_group import empty_tables
 
 from dpsgd_track.launcher.processes import MARKER
 from dpsgd_track.tracking import names
@@ -29,7 +31,11 @@ class Run:
     params: dict[str, str]
 
 
-def start(folder: Path, *argv: str, plan: dict | None = None) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *argv: str, plan: dict | None = None, makes_store: bool = False
+) -> subprocess.Popen[str]:
+    if not makes_store:
+        shutil.copy(empty_tables(), folder / "mlflow.db")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_WORKER": json.dumps(plan or {})}
     environment.pop("HF_TOKEN", None)
     return subprocess.Popen(
@@ -89,8 +95,8 @@ class Suite:
     folder: Path
 
 
-def launch(folder: Path, *argv: str, plan: dict | None = None) -> Suite:
-    process = start(folder, *argv, plan=plan)
+def launch(folder: Path, *argv: str, plan: dict | None = None, makes_store: bool = False) -> Suite:
+    process = start(folder, *argv, plan=plan, makes_store=makes_store)
     out, err = process.communicate(timeout=120)
     return Suite(process.returncode, out, err, runs(folder), folder)
 
@@ -105,7 +111,8 @@ def mixed(tmp_path_factory) -> Suite:
     }
     argv = ("full", "--group", "mixed", "--num-iter", "3", "--nproc-per-node", "2")
     modes = "no_dp,flash_fsdp,flash_fsdp_bk,flash_fsdp_fuse"
-    return launch(tmp_path_factory.mktemp("mixed"), *argv, "--mode", modes, plan=plan)
+    folder = tmp_path_factory.mktemp("mixed")
+    return launch(folder, *argv, "--mode", modes, plan=plan, makes_store=True)
 
 
 def test_one_mode_failing_does_not_stop_the_others(mixed):

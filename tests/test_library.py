@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import ForkedRanks
 from torch import Tensor, nn
 
 import dpsgd_track
@@ -264,16 +265,10 @@ def test_the_example_runs() -> None:
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def sharded(tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("library") / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(ROOT / "tests" / "torchrun_library.py"), str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = rank_host.run("torchrun_library", str(output), num_ranks=2)
+    assert done.code == 0, done.log[-3000:]
     found: dict[str, Any] = json.loads(output.read_text())
     return found
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked_ranks import ForkedRanks
 from model_zoo import ZOO
 from torchrun_modes import Spec
 
 from dpsgd_track.modes.table import MODES
 
-HERE = Path(__file__).resolve().parent
 # float32 rounding is 6e-8; sums over 17 positions and a few layers stay well below 1e-5.
 TOLERANCE = 1e-5
 STRATEGIES = ("two_pass", "bookkeeping")
@@ -72,26 +69,28 @@ SPECS = {
 }
 
 
-def run(spec: Spec, folder: Path, *, on_gpus: bool = False) -> list[dict[str, Any]]:
+def run(
+    rank_host: ForkedRanks, spec: Spec, folder: Path, *, on_gpus: bool = False
+) -> list[dict[str, Any]]:
     output = folder / "rows.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(len(spec.cut))]
-    command += [str(HERE / "torchrun_modes.py"), str(output), json.dumps(asdict(spec))]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    if not on_gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+    done = rank_host.run(
+        "torchrun_modes",
+        str(output),
+        json.dumps(asdict(spec)),
+        num_ranks=len(spec.cut),
+        on_gpus=on_gpus,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.code == 0, done.log[-3000:]
     rows: list[dict[str, Any]] = json.loads(output.read_text())
     return rows
 
 
 @pytest.fixture(scope="module", params=SPECS)
-def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ran(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks
+) -> Any:
     spec = SPECS[request.param]
-    return spec, run(spec, tmp_path_factory.mktemp("modes"))
+    return spec, run(rank_host, spec, tmp_path_factory.mktemp("modes"))
 
 
 def test_losses_norms_sums_noise_and_weights_equal_the_oracle(ran: Any) -> None:
@@ -100,11 +99,11 @@ def test_losses_norms_sums_noise_and_weights_equal_the_oracle(ran: Any) -> None:
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("name", SPECS)
-def test_the_same_on_gpus(name: str, tmp_path: Path) -> None:
+def test_the_same_on_gpus(name: str, tmp_path: Path, rank_host: ForkedRanks) -> None:
     spec = SPECS[name]
     if torch.cuda.device_count() < len(spec.cut):
         pytest.skip(f"needs {len(spec.cut)} GPUs, found {torch.cuda.device_count()}")
-    check(spec, run(spec, tmp_path, on_gpus=True))
+    check(spec, run(rank_host, spec, tmp_path, on_gpus=True))
 
 
 def check(spec: Spec, rows: list[dict[str, Any]]) -> None:
@@ -136,10 +135,11 @@ reused weights, scaled embeddings, bare parameters, and position indices that sa
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_opacus_is_exact_or_raises(world_size: int, tmp_path: Path) -> None:
+def test_opacus_is_exact_or_raises(world_size: int, tmp_path: Path, rank_host: ForkedRanks) -> None:
     modes = list(EXACT_IN_OPACUS) if world_size == 1 else ["ghost_fsdp"]
     cut = [[3, 3]] * world_size
-    rows = run(Spec(models=list(ZOO), modes=modes, cut=cut, regimes=["mixed"]), tmp_path)
+    spec = Spec(models=list(ZOO), modes=modes, cut=cut, regimes=["mixed"])
+    rows = run(rank_host, spec, tmp_path)
     assert not [row for row in rows if "error" not in row and not is_exact(row)]
     for mode in modes:
         exact = {row["model"] for row in rows if row["mode"] == mode and "error" not in row}

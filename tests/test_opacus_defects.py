@@ -7,15 +7,13 @@ against the oracle as `compare.py` does; figures beside the assertions are measu
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forked_ranks import Ended, ForkedRanks
 from synthetic_group import compared, mode_run
 from test_end_to_end import Workspace
 
@@ -26,22 +24,14 @@ from dpsgd_track.config import CLIP, PLAIN
 from dpsgd_track.tracking.reader import ModeRun
 from dpsgd_track.tracking.trajectory import Trajectory
 
-HERE = Path(__file__).resolve().parent
 OURS = ("flash_fsdp", "flash_fsdp_bk")
 # float32 rounding is 6e-8. Where clipped samples cancel in a sum, what is left holds the rounding
 # of its terms: 8e-6 was seen, with a floor of 6e-6.
 TOLERANCE = 5e-5
 
 
-def _torchrun(part: str, output: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(HERE / "opacus_defects.py"), part, str(output)]
-    search_path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+def _run(rank_host: ForkedRanks, part: str, folder: Path) -> Ended:
+    return rank_host.run("opacus_defects", part, str(folder), num_ranks=2)
 
 
 class Outcomes:
@@ -77,11 +67,11 @@ class Outcomes:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks) -> Outcomes:
     folder = tmp_path_factory.mktemp("defects")
-    done = _torchrun("conditions", folder)
+    done = _run(rank_host, "conditions", folder)
     # An empty batch comes last; where one fails, the rest is there.
-    assert (folder / "replicas.json").exists(), done.stderr[-3000:]
+    assert (folder / "replicas.json").exists(), done.log[-3000:]
     return Outcomes(folder)
 
 
@@ -218,11 +208,11 @@ def test_a_clipped_gradient_exceeds_c_in_bfloat16(outcomes: Outcomes) -> None:
         assert largest[mode] < 1.0005, largest
 
 
-def test_opacus_cannot_take_an_empty_batch(tmp_path: Path) -> None:
+def test_opacus_cannot_take_an_empty_batch(tmp_path: Path, rank_host: ForkedRanks) -> None:
     """One rank fails, and the others wait for it in a collective until they are stopped."""
-    done = _torchrun("empty-batch", tmp_path)
-    assert done.returncode != 0
-    assert "[rank1]: RuntimeError: cannot reshape tensor of 0 elements" in done.stderr
+    done = _run(rank_host, "empty-batch", tmp_path)
+    assert done.code != 0
+    assert "[rank1]: RuntimeError: cannot reshape tensor of 0 elements" in done.log
 
 
 @pytest.mark.parametrize("mode", OURS)

@@ -109,7 +109,7 @@ def test_a_server_that_goes_for_good_leaves_all_of_it_to_sync(tmp_path, server):
     _, said, left = log_a_group(
         tmp_path, "gone", wire.uri, 40, lambda step, _: step == 20 and wire.cut()
     )
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert "refused" in left
     assert len(said) == 1
     wire.mend()

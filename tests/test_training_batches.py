@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forked_ranks import ForkedRanks
 
 from dpsgd_track.comparison.finite import not_finite
 from dpsgd_track.config import (
@@ -25,28 +23,18 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.tracking.trajectory import UNUSED, Trajectory, sketch_distance
 
-HERE = Path(__file__).resolve().parent
 STEPS = 12
 
 
-def run_jobs(folder: Path, world_size: int, jobs: dict[str, JobConfig]) -> Path:
+def run_jobs(
+    rank_host: ForkedRanks, folder: Path, world_size: int, jobs: dict[str, JobConfig]
+) -> Path:
     """Run `jobs` on `world_size` ranks; returns the folder of their records."""
     (folder / "out").mkdir(parents=True)
     for name, job in jobs.items():
         (folder / f"{name}.json").write_text(job.to_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world_size)]
-    command += [str(HERE / "torchrun_regimes.py"), str(folder)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = rank_host.run("torchrun_regimes", str(folder), num_ranks=world_size)
+    assert done.code == 0, done.log[-3000:]
     return folder / "out"
 
 
@@ -75,13 +63,13 @@ def _poisson_job(world_size: int, batch_size: int, micro_batches: int) -> JobCon
 
 
 @pytest.fixture(scope="module")
-def poisson(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def poisson(tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks) -> dict[str, Path]:
     """The same run of two expected samples a step, on one rank and on two."""
     folder = tmp_path_factory.mktemp("poisson")
     alone = {"one": _poisson_job(1, 2, 1), "two": _poisson_job(1, 1, 2)}
     return {
-        "W1": run_jobs(folder / "W1", 1, alone),
-        "W2": run_jobs(folder / "W2", 2, {"one": _poisson_job(2, 1, 1)}),
+        "W1": run_jobs(rank_host, folder / "W1", 1, alone),
+        "W2": run_jobs(rank_host, folder / "W2", 2, {"one": _poisson_job(2, 1, 1)}),
     }
 
 
@@ -178,14 +166,16 @@ def _dropout_job(mode: str, micro_batches: int, *, recompute: bool = False) -> J
 
 
 @pytest.fixture(scope="module")
-def dropping(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trajectory]:
+def dropping(
+    tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks
+) -> dict[str, Trajectory]:
     """Records of three steps with dropout, by ranks and mode; `again` recomputes activations."""
     folder = tmp_path_factory.mktemp("dropout")
     found = {}
     for ranks in (1, 2):
         jobs = {mode: _dropout_job(mode, 2 // ranks) for mode in DROPPING}
         jobs["again"] = _dropout_job("no_dp", 2 // ranks, recompute=True)
-        out = run_jobs(folder / str(ranks), ranks, jobs)
+        out = run_jobs(rank_host, folder / str(ranks), ranks, jobs)
         found |= {f"W{ranks} {name}": Trajectory.load(out / f"{name}-0.npz") for name in jobs}
     return found
 

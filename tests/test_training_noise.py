@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_ranks import ForkedRanks
 from test_end_to_end import Workspace
 from test_training_batches import run_jobs
 
@@ -75,10 +76,10 @@ SOUND = ("flash_fsdp", "flash_fsdp_fuse_bk", "ghost_fsdp")
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks) -> Path:
     jobs = {mode: _job(mode, 2) for mode in SOUND}
     jobs |= {name: _job(f"defective_noise:{name}", 2) for name in FAULTS}
-    return run_jobs(tmp_path_factory.mktemp("noise"), 2, jobs)
+    return run_jobs(rank_host, tmp_path_factory.mktemp("noise"), 2, jobs)
 
 
 @pytest.mark.parametrize("mode", SOUND)
@@ -126,8 +127,10 @@ def test_a_shard_is_sampled_at_its_start_and_all_over(two_ranks: Path) -> None:
     assert set((positions(256 * 64)[128:] % 64).tolist()) == {63}
 
 
-def test_three_ranks_of_which_one_has_no_rows_of_the_head(tmp_path: Path) -> None:
-    out = run_jobs(tmp_path / "W3", 3, {"flash_fsdp": _job("flash_fsdp", 3)})
+def test_three_ranks_of_which_one_has_no_rows_of_the_head(
+    tmp_path: Path, rank_host: ForkedRanks
+) -> None:
+    out = run_jobs(rank_host, tmp_path / "W3", 3, {"flash_fsdp": _job("flash_fsdp", 3)})
     record = Trajectory.load(out / "flash_fsdp-1.npz")
     held = ~np.isnan(record.noise_samples[0]).all(axis=2)
     assert record.noise_samples.shape[1] == 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -131,15 +131,24 @@ def gradients() -> list[Tensor]:
     ]
 
 
-def test_kept_gradients_have_the_norms_of_the_reference() -> None:
-    grads = gradients()
+def even_gradients() -> list[Tensor]:
+    """Such as real layers have: 16 bytes at a time are read and written."""
+    return [random(3, 64, 128, dtype=LOW).mT, random(3, 32, 16, dtype=LOW), random(3, 1, 4096 * 9)]
+
+
+@pytest.fixture(params=[gradients, even_gradients], ids=["odd", "even"])
+def grads(request: pytest.FixtureRequest) -> list[Tensor]:
+    found: list[Tensor] = request.param()
+    return found
+
+
+def test_kept_gradients_have_the_norms_of_the_reference(grads: list[Tensor]) -> None:
     found = weighted_sum.norms_sq(grads)
     wanted = sum_reference.norms_sq([grad.double() for grad in grads])
     torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE, atol=0)
 
 
-def test_kept_gradients_are_weighed_and_laid_out_like_the_parameter() -> None:
-    grads = gradients()
+def test_kept_gradients_are_weighed_and_laid_out_like_the_parameter(grads: list[Tensor]) -> None:
     factor = torch.tensor([0.3, 1.0, 2e-3], device=DEVICE)
     found = weighted_sum.weighted_sums(grads, factor)
     for grad, total in zip(grads, found, strict=True):
@@ -219,3 +228,22 @@ def test_the_noise_is_normal_and_other_keys_draw_other_noise() -> None:
         assert abs((draws[lag:] * draws[:-lag]).mean()) < 5 / np.sqrt(len(draws))
     others = noise_reference.standard_normal(0, 200_000, KEYS[2])
     assert abs((draws * others).mean()) < 5 / np.sqrt(len(draws))
+
+
+@pytest.mark.parametrize("width_of", [lambda n: n, lambda n: -(-n // 2), lambda n: -(-n // 3)])
+def test_weighed_sums_go_to_the_rows_of_ranks(
+    grads: list[Tensor], width_of: Callable[[int], int]
+) -> None:
+    # As parameters are divided: by whole rows, the last ranks holding fewer or none.
+    grads = [grad for grad in grads if grad.dim() > 1]
+    factor = torch.tensor([0.3, 1.0, 2e-3], device=DEVICE)
+    widths = [width_of(grad.shape[1]) * grad.shape[2:].numel() for grad in grads]
+    packed = torch.full((3, sum(widths)), float("nan"), device=DEVICE)
+    outs = packed.split(widths, dim=1)
+    weighted_sum.weighted_sums_into(outs, grads, factor)
+    for out, grad in zip(outs, grads, strict=True):
+        total = torch.tensordot(factor.double(), grad.double(), dims=1).flatten()
+        found = out.flatten()
+        assert relative_error(found[: len(total)], total) < TOLERANCE
+        # Nothing beyond the end is touched.
+        assert found[len(total) :].isnan().all()

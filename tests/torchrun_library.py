@@ -1,12 +1,8 @@
-"""Run by torch.distributed.run with two ranks: a loop of one's own under FSDP2, wrapped variously.
-
-Usage: torchrun_library.py OUTPUT
-"""
+"""Run in each of two ranks: a loop of one's own under FSDP2, wrapped variously."""
 
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from model_zoo import batch, build
-from rank_exit import leave
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -85,6 +80,7 @@ def _unprepared(*, is_mixed: bool) -> str:
 
 
 def main(output: str) -> None:
+    """Leave what was found as JSON."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     wanted = _loop("flash_fsdp", "by block")
@@ -102,8 +98,3 @@ def main(output: str) -> None:
         Path(output).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
-    leave()

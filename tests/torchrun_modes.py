@@ -1,14 +1,10 @@
-"""Run by torch.distributed.run: modes against the oracle on models of the zoo, errors as JSON.
-
-Usage: torchrun_modes.py OUTPUT SPEC, a `Spec` as JSON.
-"""
+"""Run in every rank: modes against the oracle on models of the zoo, errors as JSON."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
-import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from model_zoo import ZOO, batch, build
-from rank_exit import leave
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -193,7 +188,9 @@ def _bounds(oracle: Mode, batches: list[Batch]) -> dict[str, float]:
     }
 
 
-def main(output: str, spec: Spec) -> None:
+def main(output: str, spec_json: str) -> None:
+    """Run a `Spec`, given as JSON."""
+    spec = Spec(**json.loads(spec_json))
     warnings.simplefilter("ignore")
     device = _device()
     rows = []
@@ -259,8 +256,3 @@ def _largest(errors: Tensor) -> float:
     worst = torch.cat([errors, errors.new_zeros(1)]).max()
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst.item()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Spec(**json.loads(sys.argv[2])))
-    leave()

@@ -1,6 +1,4 @@
-"""Run by torch.distributed.run: every job of a folder, without launcher or tracking.
-
-Usage: torchrun_regimes.py FOLDER
+"""Run in every rank: every job of a folder, without launcher or tracking.
 
 FOLDER/NAME.json holds a JobConfig. The record of its n-th regime becomes NAME-n.npz, and each
 rank's own NAME-n-rankR.npz; the ranks' metrics of each step become NAME-n-rankR.json.
@@ -9,20 +7,20 @@ rank's own NAME-n-rankR.npz; the ranks' metrics of each step become NAME-n-rankR
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rank_exit import leave
 
 from dpsgd_track.config import SILENT, JobConfig
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.recorder import rank_metrics
 
 
-def main(folder: Path) -> None:
+def main(folder_name: str) -> None:
+    """Run the jobs of FOLDER."""
+    folder = Path(folder_name)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -42,8 +40,3 @@ def main(folder: Path) -> None:
                 run.records[0].trajectory().save(out / f"{stem}.npz")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    leave()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -20,6 +20,11 @@ MAX_IN_FLIGHT = 2
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+Fill = Callable[[Sequence[Tensor]], None]
+"""Writes this rank's whole gradients of a group, each as [W, elements of one rank's shard]. What is
+beyond a gradient's end is left as it is."""
+
+
 class GradientSharder(Protocol):
     """Adds up whole local gradients, and keeps what this rank holds of their sum."""
 
@@ -27,9 +32,15 @@ class GradientSharder(Protocol):
     """This rank's part of each sum so far, by parameter name, float32 or float64."""
     groups: list[list[str]]
     """Parameters that go together, in the order in which they are best put."""
+    packs: bool
+    """Whether `pack` takes whole groups."""
 
     def put(self, gradients: dict[str, Tensor]) -> None:
         """Add this rank's gradients, in full shapes; each at most once per batch."""
+        ...
+
+    def pack(self, names: list[str], fill: Fill) -> None:
+        """Add a whole group, which is next in turn, from where `fill` writes it."""
         ...
 
     def finish(self) -> None:
@@ -44,6 +55,8 @@ class GradientSharder(Protocol):
 class LocalSharder:
     """One device holds everything."""
 
+    packs = False
+
     def __init__(self, model: nn.Module) -> None:
         self.sums: dict[str, Tensor] = {}
         self.groups = list(_names_by_unit(model, transformer_blocks(model)).values())
@@ -51,6 +64,10 @@ class LocalSharder:
     def put(self, gradients: dict[str, Tensor]) -> None:
         """Add to the sums."""
         _add_to(self.sums, gradients)
+
+    def pack(self, names: list[str], fill: Fill) -> None:
+        """Nothing is packed."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """Nothing is on its way."""
@@ -73,6 +90,8 @@ class Fsdp2Sharder:
     All ranks reduce the groups in the same order, the last of the model first, whatever order the
     gradients come in; each group is on its way while the next is filled.
     """
+
+    packs = True
 
     def __init__(self, model: nn.Module, late: Container[str] = ()) -> None:
         """
@@ -120,6 +139,12 @@ class Fsdp2Sharder:
         self._in_flight: list[_Packed | _Grouped] = []
         self._to_do = list(self.groups)
 
+    def pack(self, names: list[str], fill: Fill) -> None:
+        """Reduce a whole group, which is next in turn, from where `fill` writes it."""
+        assert self._to_do[0] == names
+        self._to_do.pop(0)
+        self._start(_Packed({name: self.parameters[name] for name in names}, fill))
+
     def _reduce(self, names: list[str]) -> None:
         parameters = {name: self.parameters[name] for name in names}
         whole = {
@@ -128,11 +153,22 @@ class Fsdp2Sharder:
             else torch.zeros(parameter.shape, device=parameter.device)
             for name, parameter in parameters.items()
         }
+        group = _shard_group(parameters)
+        if _launches_as_one(group):
+            self._start(_Grouped(parameters, whole))
+            return
+
+        def fill(columns: Sequence[Tensor]) -> None:
+            world_size = dist.get_world_size(group)
+            for column, gradient in zip(columns, whole.values(), strict=True):
+                column.copy_(_padded_rows(gradient, world_size))
+
+        self._start(_Packed(parameters, fill))
+
+    def _start(self, reduction: _Packed | _Grouped) -> None:
         if len(self._in_flight) == MAX_IN_FLIGHT:
             _add_to(self.sums, self._in_flight.pop(0).finish())
-        mesh = next(iter(parameters.values())).device_mesh
-        is_one = _launches_as_one(mesh.get_group(mesh.ndim - 1))
-        self._in_flight.append((_Grouped if is_one else _Packed)(parameters, whole))
+        self._in_flight.append(reduction)
 
 
 def _launches_as_one(group: dist.ProcessGroup) -> bool:
@@ -140,26 +176,35 @@ def _launches_as_one(group: dist.ProcessGroup) -> bool:
     return dist.get_backend(group) == "nccl"
 
 
+def _shard_group(parameters: dict[str, DTensor]) -> dist.ProcessGroup:
+    """Ranks that share one copy of the parameters."""
+    mesh = next(iter(parameters.values())).device_mesh
+    return mesh.get_group(mesh.ndim - 1)
+
+
 class _Packed:
-    """One reduce-scatter of several whole gradients, copied into one tensor.
+    """One reduce-scatter of several whole gradients, written into one tensor.
 
     That is laid out as [W, columns]: row r holds, for each parameter in turn, the rows of rank r's
     shard, padded to the largest shard.
     """
 
-    def __init__(self, parameters: dict[str, DTensor], gradients: dict[str, Tensor]) -> None:
+    def __init__(self, parameters: dict[str, DTensor], fill: Fill) -> None:
         self.parameters = parameters
         self.mesh = next(iter(parameters.values())).device_mesh
         world_size = self.mesh.shape[-1]
-        padded = [_padded_rows(gradient, world_size) for gradient in gradients.values()]
-        self.widths = [p.shape[1] for p in padded]
-        packed = torch.cat(padded, dim=1)
+        shapes = [parameter.shape for parameter in parameters.values()]
+        self.widths = [-(-shape[0] // world_size) * shape[1:].numel() for shape in shapes]
+        device = next(iter(parameters.values())).device
+        packed = torch.empty(world_size, sum(self.widths), device=device)
+        columns = packed.split(self.widths, dim=1)
+        for column, shape in zip(columns, shapes, strict=True):
+            if shape[0] % world_size:
+                column.zero_()
+        fill(columns)
         self.shard = packed.new_empty(packed.shape[1])
         self.work = _reduce_scatter(
-            self.shard,
-            packed.view(-1),
-            group=self.mesh.get_group(self.mesh.ndim - 1),
-            async_op=True,
+            self.shard, packed.view(-1), group=_shard_group(parameters), async_op=True
         )
         # The collective reads `packed` until it is done.
         self.packed: Tensor | None = packed
@@ -171,11 +216,9 @@ class _Packed:
         self.packed = None
         if self.mesh.ndim == 2:
             dist.all_reduce(self.shard, group=self.mesh.get_group(0))
-        columns = zip(self.parameters.items(), self.shard.split(self.widths), strict=True)
-        # Copies, so that the whole does not outlive its smallest part.
-        return {
-            name: _local_rows(parameter, column).clone() for (name, parameter), column in columns
-        }
+        columns = self.shard.split(self.widths)
+        pairs = zip(self.parameters.items(), columns, strict=True)
+        return {name: _local_rows(parameter, column) for (name, parameter), column in pairs}
 
 
 class _Grouped:
@@ -193,7 +236,7 @@ class _Grouped:
         self.whole = [_padded_rows(g, world_size).view(-1) for g in gradients.values()]
         sizes = [whole.numel() // world_size for whole in self.whole]
         self.shards = self.whole[0].new_empty(sum(sizes)).split(sizes)
-        group = self.mesh.get_group(self.mesh.ndim - 1)
+        group = _shard_group(parameters)
         with dist._coalescing_manager(group, async_ops=True) as self.work:
             for shard, whole in zip(self.shards, self.whole, strict=True):
                 _reduce_scatter(shard, whole, group=group)

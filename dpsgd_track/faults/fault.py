@@ -98,6 +98,9 @@ def _put_one_by_one(wrapper: Wrapper) -> Wrapper:
 _ONE_BY_ONE = {"norm_sq_of": _norms_one_by_one, "sum_of": _sums_one_by_one, "put": _put_one_by_one}
 """Seams where the engine takes many parameters at once, and a fault is told of each by itself."""
 
+_OF_WHOLE_SUMS = ("sum_of", "put", "padded_rows")
+"""Seams that whole sums come by, which the engine may do without."""
+
 NORMS = "per-sample norms"
 FACTORS = "clip factors"
 SUM = "clipped sum"
@@ -130,6 +133,9 @@ class Site:
         owner, attribute = self._find(seam)
         if seam in _ONE_BY_ONE:
             wrapper = _ONE_BY_ONE[seam](wrapper)
+        if seam in _OF_WHOLE_SUMS:
+            self._undo.callback(setattr, self.mode.engine, "packs", self.mode.engine.packs)
+            self.mode.engine.packs = False
         if seam == "standard_normal":
             # Or a GPU would draw all parts' noise in one go.
             self._undo.callback(setattr, owner, "add_to", owner.add_to)

@@ -153,6 +153,15 @@ class Capture:
                 sums[name] = clip_factor_B.new_zeros(self.shapes[name])
         return sums
 
+    def kept_gradients(self, names: Iterable[str]) -> list[Tensor] | None:
+        """Per-sample gradients [B, *parameter] of all of some parameters, if those were kept."""
+        terms = [self._kept.get(name, ()) for name in names]
+        if not all(len(t) == 1 and type(t[0]) is Dense for t in terms):
+            return None
+        for name in names:
+            del self._kept[name]
+        return [term.grad_B for (term,) in terms if isinstance(term, Dense)]
+
     def norms_of(self, joined: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
         """Squared norms [B] of parameters' per-sample gradients."""
         return norms_sq_of(joined, self._outer_norm_of)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd_track.distributed.reduction import GradientSharder
+from dpsgd_track.kernels.weighted_sum import weighted_sums_into
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.clipping import SampleRecord, clip_factors, total_norm
 from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
@@ -69,6 +70,8 @@ class Engine:
     """Type that floating inputs are cast to; None leaves them as they are."""
     is_standing_in: bool = False
     """The batch at hand is made up: its losses and gradients count for nothing."""
+    packs: bool = True
+    """Whether sums of kept gradients may go to the other ranks without being whole tensors."""
 
     def losses(self, batch: Batch) -> Tensor:
         """Loss of each sample, [B], with its graph."""
@@ -82,6 +85,20 @@ class Engine:
         return SampleRecord(
             loss_B.detach(), norm_B, clip_factors(norm_B, self.max_grad_norm), by_parameter
         )
+
+    def put_kept(self, names: list[str], clip_factor_B: Tensor) -> None:
+        """Add this rank's clipped sums of a group, from what the backward for norms kept of it.
+
+        Where that is gradients, their sums are written where the other ranks expect them.
+        """
+        assert self.capture is not None
+        packs = self.packs and self.sharder.packs and not self.is_standing_in
+        gradients = self.capture.kept_gradients(names) if packs else None
+        if gradients is None:
+            self.put(self.capture.kept_sums(names, clip_factor_B))
+        else:
+            kept = gradients
+            self.sharder.pack(names, lambda outs: weighted_sums_into(outs, kept, clip_factor_B))
 
     def put(self, sums: dict[str, Tensor]) -> None:
         """Add this rank's clipped sums of some parameters."""

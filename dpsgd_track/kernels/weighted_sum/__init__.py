@@ -15,7 +15,7 @@ from torch import Tensor
 from dpsgd_track.kernels.device import runs_triton
 from dpsgd_track.kernels.weighted_sum import reference
 
-__all__ = ["norms_sq", "weighted_sums"]
+__all__ = ["norms_sq", "weighted_sums", "weighted_sums_into"]
 
 
 def norms_sq(grads: Sequence[Tensor]) -> Tensor:
@@ -45,3 +45,20 @@ def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
 
         return triton.weighted_sums(grads, factor_B)
     return reference.weighted_sums(grads, factor_B)
+
+
+def weighted_sums_into(outs: Sequence[Tensor], grads: Sequence[Tensor], factor_B: Tensor) -> None:
+    """The same, written in rows.
+
+    Args:
+        outs: of each parameter [W, width], float32: its elements in order, width of them a row.
+            What follows the last element stays as it is.
+        grads: [B, *parameter] each.
+        factor_B: c, float32 or float64.
+    """
+    if runs_triton(factor_B, *grads):
+        from dpsgd_track.kernels.weighted_sum import triton
+
+        triton.weighted_sums_into(outs, grads, factor_B)
+    else:
+        reference.weighted_sums_into(outs, grads, factor_B)

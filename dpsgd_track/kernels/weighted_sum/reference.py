@@ -31,3 +31,11 @@ def _weighted_sum(grad: Tensor, factor_B: Tensor) -> Tensor:
     rows = grad.mT if is_transposed else grad
     total = (factor_B @ rows.reshape(len(grad), -1).to(factor_B.dtype)).view(rows.shape[1:])
     return (total.mT if is_transposed else total).contiguous()
+
+
+def weighted_sums_into(outs: Sequence[Tensor], grads: Sequence[Tensor], factor_B: Tensor) -> None:
+    """As the package's."""
+    for out, total in zip(outs, weighted_sums(grads, factor_B), strict=True):
+        elements = total.view(-1)
+        for row, part in zip(out, elements.split(out.shape[1]), strict=False):
+            row[: len(part)] = part

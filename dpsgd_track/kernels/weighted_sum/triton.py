@@ -9,6 +9,7 @@ Shapes: B samples, N elements of a parameter, P and D its rows and columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -69,22 +70,34 @@ def _norms_kernel(
 
 
 @triton.jit
+def _places(sum_ptr, width, stride, element):
+    """Where elements of a whole parameter go that is laid out in rows, one for each rank."""
+    row = element // width
+    return sum_ptr + row * stride + (element - row * width)
+
+
+@triton.jit
 def _sums_kernel(
     table_ptr, owner_ptr, first_ptr, factor_ptr, B,
     IS_EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(owner_ptr + tl.program_id(0))
     chunk = tl.program_id(0) - tl.load(first_ptr + tensor)
-    address = tl.load(table_ptr + tensor * 4)
-    sum_ptr = tl.load(table_ptr + tensor * 4 + 1).to(tl.pointer_type(tl.float32))
-    sum_ptr = tl.multiple_of(sum_ptr, 16)
-    N = _size(table_ptr + tensor * 4 + 2, IS_EVEN)
-    kind = tl.load(table_ptr + tensor * 4 + 3)
-    place = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row_ptr = table_ptr + tensor * 7
+    address = tl.load(row_ptr)
+    kind = tl.load(row_ptr + 1)
+    sum_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
+    width = _size(row_ptr + 3, IS_EVEN)
+    stride = _size(row_ptr + 4, IS_EVEN)
+    N = _size(row_ptr + 5, IS_EVEN)
+    if IS_EVEN:
+        sum_ptr = tl.multiple_of(sum_ptr, 16)
+    element = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for sample in range(B):
-        total += tl.load(factor_ptr + sample) * _load(address, kind, sample * N + place, place < N)
-    tl.store(sum_ptr + place, total, mask=place < N)
+        grad = _load(address, kind, sample * N + element, element < N)
+        total += tl.load(factor_ptr + sample) * grad
+    tl.store(_places(sum_ptr, width, stride, element), total, mask=element < N)
 
 
 @triton.jit
@@ -94,22 +107,29 @@ def _turned_sums_kernel(
 ):  # fmt: skip
     tensor = tl.load(owner_ptr + tl.program_id(0))
     tile = tl.program_id(0) - tl.load(first_ptr + tensor)
-    address = tl.load(table_ptr + tensor * 5)
-    sum_ptr = tl.load(table_ptr + tensor * 5 + 1).to(tl.pointer_type(tl.float32))
-    sum_ptr = tl.multiple_of(sum_ptr, 16)
-    P = _size(table_ptr + tensor * 5 + 2, IS_EVEN)
-    D = _size(table_ptr + tensor * 5 + 3, IS_EVEN)
-    kind = tl.load(table_ptr + tensor * 5 + 4)
+    row_ptr = table_ptr + tensor * 7
+    address = tl.load(row_ptr)
+    kind = tl.load(row_ptr + 1)
+    sum_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
+    width = _size(row_ptr + 3, IS_EVEN)
+    stride = _size(row_ptr + 4, IS_EVEN)
+    P = _size(row_ptr + 5, IS_EVEN)
+    D = _size(row_ptr + 6, IS_EVEN)
+    if IS_EVEN:
+        sum_ptr = tl.multiple_of(sum_ptr, 16)
     tiles_d = (D + TILE - 1) // TILE
     p = (tile // tiles_d) * TILE + tl.arange(0, TILE)
-    d = (tile % tiles_d) * TILE + tl.arange(0, TILE)
+    first_d = (tile % tiles_d) * TILE
+    d = first_d + tl.arange(0, TILE)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
     is_there = (d[:, None] < D) & (p[None, :] < P)
     for sample in range(B):
         offset = (sample * D + d[:, None]) * P + p[None, :]
         total += tl.load(factor_ptr + sample) * _load(address, kind, offset, is_there)
-    place = p[:, None] * D + d[None, :]
-    tl.store(sum_ptr + place, tl.trans(total), mask=(p[:, None] < P) & (d[None, :] < D))
+    # Rows of a parameter are never divided among ranks.
+    row = _places(sum_ptr, width, stride, p.to(tl.int64) * D)
+    mask = (p[:, None] < P) & (d[None, :] < D)
+    tl.store(row[:, None] + d[None, :], tl.trans(total), mask=mask)
 
 
 def norms_sq(grads: Sequence[Tensor]) -> Tensor:
@@ -133,24 +153,54 @@ def norms_sq(grads: Sequence[Tensor]) -> Tensor:
 
 def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
     """As the package's; float32."""
-    sums = _empty([grad.shape[1:] for grad in grads], factor_B)
-    turned, flat = [], []
-    for grad, total in zip(grads, sums, strict=True):
-        if _is_turned(grad):
-            turned.append((_aligned(grad), total))
-        else:
-            flat.append((_aligned(grad.contiguous()), total))
-    _sum_turned(turned, factor_B)
-    _sum_flat(flat, factor_B)
-    return sums
-
-
-def _empty(shapes: Sequence[torch.Size], like: Tensor) -> list[Tensor]:
-    """Tensors of these shapes in one piece of memory, each at an address that 16 divides."""
+    shapes = [grad.shape[1:] for grad in grads]
+    # In one piece of memory, each at an address that 16 divides.
     sizes = [shape.numel() + -shape.numel() % 4 for shape in shapes]
-    pieces = like.new_empty(sum(sizes)).split(sizes)
-    pairs = zip(pieces, shapes, strict=True)
-    return [piece[: shape.numel()].view(shape) for piece, shape in pairs]
+    pieces = factor_B.new_empty(sum(sizes)).split(sizes)
+    sums = [piece[: shape.numel()] for piece, shape in zip(pieces, shapes, strict=True)]
+    weighted_sums_into([total.view(1, -1) for total in sums], grads, factor_B)
+    return [total.view(shape) for total, shape in zip(sums, shapes, strict=True)]
+
+
+def weighted_sums_into(outs: Sequence[Tensor], grads: Sequence[Tensor], factor_B: Tensor) -> None:
+    """As the package's."""
+    turned, flat = [], []
+    for out, grad in zip(outs, grads, strict=True):
+        if _is_turned(grad):
+            turned.append((out, _aligned(grad)))
+        else:
+            flat.append((out, _aligned(grad.contiguous())))
+    if turned:
+        tiles = [triton.cdiv(g.shape[1], TILE) * triton.cdiv(g.shape[2], TILE) for _, g in turned]
+        _launch(_turned_sums_kernel, turned, factor_B, tiles, TILE=TILE, num_warps=4)
+    if flat:
+        chunks = [triton.cdiv(_num_elements(g), BLOCK) for _, g in flat]
+        _launch(_sums_kernel, flat, factor_B, chunks, BLOCK=BLOCK, num_warps=8)
+
+
+def _launch(
+    kernel: Any,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    factor_B: Tensor,
+    num_programs: Sequence[int],
+    **options: int,
+) -> None:
+    rows = []
+    for out, grad in pairs:
+        sizes = grad.shape[1:] if _is_turned(grad) else (_num_elements(grad), 0)
+        places = out.data_ptr(), out.shape[1], out.stride(0)
+        rows.append((grad.data_ptr(), KINDS[grad.dtype], *places, *sizes))
+    device = factor_B.device
+    owner, first = programs_of(tuple(num_programs), device)
+    # Addresses are in bytes, sizes in elements.
+    is_even = all(n % 16 == 0 for row in rows for n in row[2:])
+    table = address_table(rows, device)
+    kernel[(len(owner),)](table, owner, first, factor_B, len(factor_B), IS_EVEN=is_even, **options)
+
+
+def _num_elements(grad: Tensor) -> int:
+    """Of one sample's gradient."""
+    return grad.shape[1:].numel()
 
 
 def _aligned(grad: Tensor) -> Tensor:
@@ -164,31 +214,3 @@ def _are_even(sizes: Sequence[int]) -> bool:
 
 def _is_turned(grad: Tensor) -> bool:
     return grad.dim() == 3 and not grad.is_contiguous() and grad.mT.is_contiguous()
-
-
-def _sum_flat(pairs: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor) -> None:
-    if not pairs:
-        return
-    rows = [(g.data_ptr(), s.data_ptr(), s.numel(), KINDS[g.dtype]) for g, s in pairs]
-    num_chunks = tuple(triton.cdiv(s.numel(), BLOCK) for _, s in pairs)
-    owner, first = programs_of(num_chunks, factor_B.device)
-    table = address_table(rows, factor_B.device)
-    _sums_kernel[(len(owner),)](
-        table, owner, first, factor_B, len(factor_B),
-        IS_EVEN=_are_even([s.numel() for _, s in pairs]), BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
-
-
-def _sum_turned(pairs: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor) -> None:
-    if not pairs:
-        return
-    rows = [(g.data_ptr(), s.data_ptr(), *s.shape, KINDS[g.dtype]) for g, s in pairs]
-    num_tiles = tuple(
-        triton.cdiv(s.shape[0], TILE) * triton.cdiv(s.shape[1], TILE) for _, s in pairs
-    )
-    owner, first = programs_of(num_tiles, factor_B.device)
-    table = address_table(rows, factor_B.device)
-    _turned_sums_kernel[(len(owner),)](
-        table, owner, first, factor_B, len(factor_B),
-        IS_EVEN=_are_even([n for _, s in pairs for n in s.shape]), TILE=TILE, num_warps=4,
-    )  # fmt: skip

@@ -20,6 +20,6 @@ def bookkeeping(engine: Engine, batch: Batch) -> SampleRecord:
         record = engine.clip(loss_B, capture.run_norms(loss_B, retain_graph=False))
         assert record.clip_factor_B is not None
         for names in engine.sharder.groups:
-            engine.put(capture.kept_sums(names, record.clip_factor_B))
+            engine.put_kept(names, record.clip_factor_B)
     engine.sharder.finish()
     return record
