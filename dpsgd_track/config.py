@@ -353,12 +353,13 @@ class JobConfig:
     """Steps whose per-layer norms are recorded: all, or ends (first and last)."""
     delta: float = 1e-5
     """Probability with which the epsilon that is recorded may fail to hold."""
-    tracking_uri: str = ""
-    """MLflow tracking server or store; credentials come from the environment only."""
+    spool: str = ""
+    """Folder of the group's spool, which the workers append their records to; empty when nothing
+    is tracked."""
     run_ids: tuple[str, ...] = ()
-    """MLflow run of this mode in each regime; empty when nothing is tracked."""
+    """Run of this mode in each regime, as it is called in the spool."""
     rank_run_ids: tuple[tuple[str, ...], ...] = ()
-    """For each regime, the MLflow run of each rank."""
+    """For each regime, the run of each rank."""
     work_dir: str = ""
     """Folder the workers leave trajectories, progress and failure reports in."""
     variant: VariantConfig | None = None
@@ -448,11 +449,13 @@ class Settings:
     """Folder or URI for artifacts of a new experiment; null lets the server decide."""
     results_dir: str = "results"
     """Folder compare.py writes <group>/ into."""
+    spool_dir: str = "spool"
+    """Folder that records are kept in until the store has them."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     """Verdict thresholds."""
 
     def __post_init__(self) -> None:
-        for name in ("tracking_uri", "experiment", "results_dir"):
+        for name in ("tracking_uri", "experiment", "results_dir", "spool_dir"):
             value = getattr(self, name)
             require(isinstance(value, str) and bool(value), name, value, "a non-empty string")
         schemes = ("sqlite:", "postgresql", "mysql", "http://", "https://")

@@ -24,6 +24,8 @@ LONGEST = (
     "test_launcher_variants.py",
     "test_training_probe.py",
     "test_report_browser.py",
+    "test_launcher_life.py",
+    "test_launcher_stores.py",
     "test_precision.py",
 )
 """Files that start first: a long one at the end would leave a worker without work."""

@@ -1,8 +1,8 @@
 """A worker that speaks the launcher's protocol and computes nothing.
 
 What it does wrong is chosen by FAKE_WORKER, a JSON object: mode -> {"do": ..., "rank", "regime",
-"step"}; `do` is one of crash, hang, out_of_memory, sigkill, stubborn, no_trajectory, environment,
-kill_host.
+"step"}; `do` is one of crash, hang, slow, wide (slow, with many metrics), out_of_memory,
+sigkill, stubborn, no_trajectory, environment, kill_host.
 """
 
 import json
@@ -17,6 +17,7 @@ import psutil
 
 from dpsgd_track.config import CLIP, JobConfig
 from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.tracking.spool import SpoolWriter
 from dpsgd_track.tracking.trajectory import Trajectory
 
 SAMPLES, PROJECTIONS = 4, 3
@@ -93,6 +94,13 @@ def wait_for_all_ranks(work_dir: Path, rank: int, regime: int) -> None:
         time.sleep(0.01)
 
 
+def log(job: JobConfig, writer: SpoolWriter, rank: int, regime: int, step: int) -> None:
+    writer.log_metrics(job.rank_run_ids[regime][rank], step, {"loss": step + rank / 3})
+    if rank == 0:
+        values = {"loss": 1.0 / (1 + step), "grad_norm": 2.0, "grad_norm_noised": 3.0}
+        writer.log_metrics(job.run_ids[regime], step, values)
+
+
 def preload() -> None:
     if "unimportable" in os.environ.get("FAKE_WORKER", ""):
         raise ImportError("the fake worker lacks something")
@@ -107,6 +115,7 @@ def main(job_file: str) -> int:
     (work_dir / f"process-rank{rank}.json").write_text(
         json.dumps([os.getpid(), modes_seen, num_ranks])
     )
+    writer = SpoolWriter(Path(job.spool) if job.spool else None, f"{work_dir.name}-{rank}.records")
     plan = json.loads(os.environ.get("FAKE_WORKER", "{}")).get(job.mode, {"do": ""})
     if plan["do"] == "environment":
         shown = {"argv": sys.argv, "has_token": bool(os.environ.get("HF_TOKEN"))}
@@ -132,6 +141,13 @@ def main(job_file: str) -> int:
                 at = (plan.get("rank", 0), plan.get("regime", 0), plan.get("step", 1))
                 if at == (rank, index, step):
                     misbehave(job, plan, rank, index, step)
+                log(job, writer, rank, index, step)
+                if plan["do"] in ("slow", "wide"):
+                    time.sleep(0.05)
+                if plan["do"] == "wide":
+                    # As much as real steps log.
+                    norms = {f"sample_norm/{i:03d}": 1.0 for i in range(100)}
+                    writer.log_metrics(job.rank_run_ids[index][rank], step, norms)
                 tell("step", step)
             wait_for_all_ranks(work_dir, rank, index)
             if rank == 0 and plan["do"] != "no_trajectory":
@@ -139,5 +155,7 @@ def main(job_file: str) -> int:
                     bounds = {"max_grad_norms": [2.0, 2.0, 0.5, 0.5]}
                     (folder / "clip_bounds.json").write_text(json.dumps(bounds))
                 trajectory(regime.num_iter).save(folder / "trajectory.npz")
+                writer.upload(job.run_ids[index], folder / "trajectory.npz")
             tell("end", regime.num_iter - 1)
+    writer.close()
     return 0

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from dpsgd_track.launcher import group, suites
+from dpsgd_track.launcher import group, recording, suites
 from dpsgd_track.launcher.arguments import build_parser
-from dpsgd_track.launcher.group import GroupRun, open_group
+from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
+from dpsgd_track.launcher.recording import open_group
 from dpsgd_track.launcher.suites import build_suite
 from dpsgd_track.launcher.troubleshooting import OUT_OF_MEMORY, Failure
 from dpsgd_track.tracking import names
@@ -30,8 +31,8 @@ def cpu_only(folder, monkeypatch):
 def run(name: str, *argv: str) -> int:
     args = build_parser().parse_args(["quick", "--group", name, *argv])
     suite = build_suite(args, lambda model, data: None)
-    tree, _, folder = open_group(suite)
-    return GroupRun(suite, tree, folder, Launch(), PlainDisplay(io.StringIO())).run("launch.py")
+    recording = open_group(suite)
+    return GroupRun(suite, recording, Launch(), PlainDisplay(io.StringIO())).run("launch.py")
 
 
 def statuses(name: str) -> dict[str, tuple[str, str]]:
@@ -106,9 +107,12 @@ def test_a_group_is_never_written_twice(monkeypatch):
 
 
 def test_two_groups_of_one_second_get_two_names(monkeypatch):
-    monkeypatch.setattr(group.time, "strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr(recording.time, "strftime", lambda _: "20260101-000000")
     suite = build_suite(build_parser().parse_args(["quick"]), lambda model, data: None)
-    assert [open_group(suite)[1] for _ in range(3)] == [
+    recordings = [open_group(suite) for _ in range(3)]
+    for each in recordings:
+        each.close()
+    assert [each.group for each in recordings] == [
         "quick-20260101-000000",
         "quick-20260101-000000-2",
         "quick-20260101-000000-3",

@@ -12,9 +12,10 @@ from mlflow import MlflowClient
 from dpsgd_track.config import ACCURACY, PLAIN, PROFILE, JobConfig, Point, RegimeConfig
 from dpsgd_track.launcher import group, machine, suites
 from dpsgd_track.launcher.arguments import build_parser
-from dpsgd_track.launcher.group import GroupRun, open_group
+from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
+from dpsgd_track.launcher.recording import open_group
 from dpsgd_track.launcher.suites import Suite, build_suite
 from dpsgd_track.launcher.troubleshooting import ERROR, NOT_STARTED, OUT_OF_MEMORY, Failure
 from dpsgd_track.modes import table
@@ -170,9 +171,9 @@ def _run(monkeypatch, name: str, failures: dict[str, str], *argv: str) -> tuple[
 
     monkeypatch.setattr(group, "run_mode", run_mode)
     made = suite("--group", name, "--mode", "flash_fsdp,ghost_fsdp", *ONE, *argv)
-    tree, _, folder = open_group(made)
+    recording = open_group(made)
     stream = io.StringIO()
-    code = GroupRun(made, tree, folder, Launch(), PlainDisplay(stream)).run("launch.py")
+    code = GroupRun(made, recording, Launch(), PlainDisplay(stream)).run("launch.py")
     return code, stream.getvalue()
 
 

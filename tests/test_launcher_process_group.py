@@ -1,7 +1,6 @@
 import io
 import os
 import signal
-from dataclasses import replace
 
 import pytest
 
@@ -36,7 +35,8 @@ def test_success_without_a_trajectory_is_a_failure(tmp_path):
     assert "without leaving a trajectory" in failed.failure.reason
 
 
-def test_a_password_in_the_store_reaches_workers_by_the_environment_alone(tmp_path, monkeypatch):
+def test_workers_know_of_no_store(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     seen = {}
 
     class Ended:
@@ -56,13 +56,12 @@ def test_a_password_in_the_store_reaches_workers_by_the_environment_alone(tmp_pa
             pass
 
     monkeypatch.setattr(worker_host, "Session", Ended)
-    job = replace(a_job(tmp_path), tracking_uri="postgresql://me:secret@host/db")
     display = PlainDisplay(io.StringIO())
     with WorkerHost("a.module") as host:
-        process_group.run_mode(job, Launch(), host, Interruption(), display)
-    assert seen["MLFLOW_TRACKING_URI"] == "postgresql://me:secret@host/db"
-    assert "postgresql://***@host/db" in (tmp_path / "job.json").read_text()
-    assert "secret" not in (tmp_path / "job.json").read_text() + " ".join(seen["command"])
+        process_group.run_mode(a_job(tmp_path), Launch(), host, Interruption(), display)
+    # They append to files: what could leak is not there.
+    assert "MLFLOW_TRACKING_URI" not in seen
+    assert "tracking" not in (tmp_path / "job.json").read_text() + " ".join(seen["command"])
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher.ui import open_ui
-from dpsgd_track.tracking.run_tree import RunTree
+from dpsgd_track.tracking.store import open_store
 from tests.test_launcher_modes import living
-from tests.test_tracking_writer import closed_port
+from tests.tracking_servers import closed_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,11 +21,10 @@ ROOT = Path(__file__).parent.parent
 def test_the_ui_serves_artifacts_of_a_local_folder_and_ends_with_ctrl_c(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = Settings()
-    run_id = RunTree(settings).start_group("g", [], {})
+    client, experiment_id = open_store(settings)
+    run_id = client.create_run(experiment_id).info.run_id
     (tmp_path / "report.md").write_text("exact")
-    MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").log_artifact(
-        run_id, str(tmp_path / "report.md")
-    )
+    client.log_artifact(run_id, str(tmp_path / "report.md"))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), "ui", "--port", str(closed_port())],
         stdout=subprocess.PIPE,

@@ -17,9 +17,10 @@ from mlflow import MlflowClient
 from dpsgd_track.config import JobConfig, Settings
 from dpsgd_track.launcher import group, suites
 from dpsgd_track.launcher.arguments import build_parser
-from dpsgd_track.launcher.group import GroupRun, open_group
+from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
+from dpsgd_track.launcher.recording import open_group
 from dpsgd_track.launcher.suites import Suite, build_suite
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.environment import imported_from
@@ -146,8 +147,8 @@ def run_faked(monkeypatch, imported: dict[str, dict[str, str]], *argv: str) -> t
     monkeypatch.setattr(group, "run_mode", run_mode)
     said = io.StringIO()
     made = suite(*argv, "--group", "g")
-    tree, _, folder = open_group(made)
-    return GroupRun(made, tree, folder, Launch(), PlainDisplay(said)).run("x"), said.getvalue()
+    recording = open_group(made)
+    return GroupRun(made, recording, Launch(), PlainDisplay(said)).run("x"), said.getvalue()
 
 
 MODES = ("quick", "--regime", "accuracy", "--mode", "no_dp,flash_fsdp", "--variant", "a=fork")

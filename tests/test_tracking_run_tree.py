@@ -1,15 +1,29 @@
+import contextlib
 import json
 import sqlite3
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from dpsgd_track.config import RegimeConfig, Settings
 from dpsgd_track.tracking import names, store
+from dpsgd_track.tracking.client import one_line, with_credentials
 from dpsgd_track.tracking.environment import environment
-from dpsgd_track.tracking.run_tree import FAILED, KILLED, MAX_PARAM_LENGTH, RunTree, flatten
-from tests.test_tracking_writer import closed_port
+from dpsgd_track.tracking.run_tree import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    MAX_PARAM_LENGTH,
+    RunTree,
+    flatten,
+)
+from dpsgd_track.tracking.shipper import Shipper, settle
+from dpsgd_track.tracking.spool import CONTROL, SpoolWriter
+from dpsgd_track.tracking.spooled import claim
+from tests.tracking_servers import closed_port
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +39,38 @@ def client(settings) -> MlflowClient:
     return MlflowClient(settings.tracking_uri)
 
 
-def test_runs_nest_three_deep_and_carry_their_tags(settings, client, capfd):
-    tree = RunTree(settings)
+@contextlib.contextmanager
+def planted(settings: Settings, spool: Path, group: str) -> Iterator[RunTree]:
+    """A run tree that is in the store, under its own keys, at the end."""
+    claimed = claim(spool, group)
+    assert claimed is not None
+    writer = SpoolWriter(claimed.folder, f"launcher{CONTROL}")
+    yield RunTree(writer, settings.experiment, group)
+    writer.close()
+    shipper = Shipper(claimed, *_store(settings))
+    assert settle(shipper, count=True) == []
+    IDS.update(shipper.run_ids)
+
+
+IDS: dict[str, str] = {}
+
+
+def _store(settings: Settings) -> tuple[MlflowClient, str, str]:
+    client, experiment_id = store.open_store(settings)
+    return client, settings.tracking_uri, experiment_id
+
+
+def test_runs_nest_three_deep_and_carry_their_tags(settings, client, tmp_path, capfd):
     regime = RegimeConfig(name="accuracy", num_iter=1, noise_matched=True, replay="permuted")
-    group = tree.start_group("g1", [("no_dp", "accuracy", "", "permuted")], {"suite": "quick"})
-    mode, ranks = tree.start_mode("no_dp", regime, 2, {"long": "x" * 10_000})
-    tags = client.get_run(ranks[1]).data.tags
-    assert tags[names.PARENT_RUN] == mode
+    with planted(settings, tmp_path, "g1") as tree:
+        group = tree.start_group([("no_dp", "accuracy", "", "permuted")], {"suite": "quick"})
+        mode, ranks = tree.start_mode("no_dp", regime, 2, {"long": "x" * 10_000})
+        tree.finish_open(FINISHED, "")
+    tags = client.get_run(IDS[ranks[1]]).data.tags
+    assert tags[names.PARENT_RUN] == IDS[mode]
     assert tags[names.RANK] == "1"
     assert tags["mlflow.runName"] == "rank 1"
-    run = client.get_run(mode)
+    run = client.get_run(IDS[mode])
     assert (
         run.data.tags
         | {
@@ -45,38 +81,39 @@ def test_runs_nest_three_deep_and_carry_their_tags(settings, client, capfd):
             names.VARIANT: "",
             names.REPLAY: "permuted",
             names.NOISE_MATCHED: "true",
-            names.PARENT_RUN: group,
+            names.PARENT_RUN: IDS[group],
             "mlflow.runName": "no_dp/accuracy (permuted)",
         }
         == run.data.tags
     )
     assert len(run.data.params["long"]) == MAX_PARAM_LENGTH
-    expected = json.loads(client.get_run(group).data.tags[names.EXPECTED_RUNS])
+    expected = json.loads(client.get_run(IDS[group]).data.tags[names.EXPECTED_RUNS])
     assert expected == [["no_dp", "accuracy", "", "permuted"]]
-    assert tree.has_group("g1")
-    assert not tree.has_group("g2")
+    experiment_id = run.info.experiment_id
+    assert store.has_group(client, experiment_id, "g1")
+    assert not store.has_group(client, experiment_id, "g2")
     assert run.info.artifact_uri.startswith("file:///")
     # Creating a store makes MLflow talk about migrations.
     assert capfd.readouterr() == ("", "")
 
 
-def test_finish_sets_status_reason_and_note(settings, client):
-    tree = RunTree(settings)
-    group = tree.start_group("g3", [], {})
-    mode, ranks = tree.start_mode("no_dp", RegimeConfig(name="clip", num_iter=1), 1, {})
-    tree.finish(mode, FAILED, "out of memory.", "Try a smaller batch.")
-    tree.finish_open(KILLED, "interrupted.")
-    run = client.get_run(mode)
+def test_finish_sets_status_reason_and_note(settings, client, tmp_path):
+    with planted(settings, tmp_path, "g3") as tree:
+        group = tree.start_group([], {})
+        mode, ranks = tree.start_mode("no_dp", RegimeConfig(name="clip", num_iter=1), 1, {})
+        tree.finish(mode, FAILED, "out of memory.", "Try a smaller batch.")
+        tree.finish_open(KILLED, "interrupted.")
+    run = client.get_run(IDS[mode])
     assert run.info.status == FAILED
     assert run.data.tags[names.REASON] == "out of memory. Try a smaller batch."
     assert "Try a smaller batch." in run.data.tags[names.NOTE]
-    assert {client.get_run(run_id).info.status for run_id in (group, *ranks)} == {KILLED}
+    assert {client.get_run(IDS[run]).info.status for run in (group, *ranks)} == {KILLED}
 
 
 def refuse(**changes) -> str:
     start = time.monotonic()
     with pytest.raises(ValueError, match="expected a usable tracking store") as caught:
-        RunTree(Settings(**changes))
+        store.open_store(Settings(**changes))
     assert time.monotonic() - start < 15
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -142,3 +179,42 @@ def test_environment_names_versions_without_importing_them():
     facts = environment()
     assert {"python", "platform", "cpu", "torch", "mlflow", "opacus"} <= facts.keys()
     assert all(facts.values())
+
+
+def test_a_redacted_uri_stands_for_the_one_in_the_environment(monkeypatch):
+    secret = "postgresql://user:secret@host/db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
+    assert with_credentials("postgresql://***@host/db") == secret
+    assert with_credentials("sqlite:///other.db") == "sqlite:///other.db"
+
+
+ROUND = "HTTPConnectionPool(host='h', port=1): Max retries exceeded with url: /x (Caused by "
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (
+            ROUND + "NewConnectionError(\"HTTPConnection(host='h', port=1): Failed to establish a "
+            'new connection: [Errno 111] Connection refused"))',
+            "Failed to establish a new connection: [Errno 111] Connection refused.",
+        ),
+        (
+            ROUND + "ProtocolError('Connection aborted.', ConnectionResetError(104, 'Connection "
+            "reset by peer')))",
+            "Connection reset by peer.",
+        ),
+        (
+            "API request to x failed with timeout exception HTTPConnectionPool(host='h', port=1): "
+            "Read timed out. (read timeout=10). To increase the timeout, set a variable.",
+            "Read timed out.",
+        ),
+        (
+            "(raised as a result of Query-invoked autoflush)\n"
+            "(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]",
+            "database or disk is full.",
+        ),
+    ],
+)
+def test_what_went_wrong_is_said_without_everything_around_it(said, wanted):
+    assert one_line(RuntimeError(said)) == wanted

@@ -21,7 +21,7 @@ from dpsgd_track.launcher.run import RunSuite, complain
 if TYPE_CHECKING:
     from dpsgd_track.detection.matrix import Matrix
     from dpsgd_track.faults import Fault
-    from dpsgd_track.tracking.reader import Group
+    from dpsgd_track.tracking.source import Found
 
 ARTIFACT_FOLDER = "faults"
 _LOG_WIDTH = 160
@@ -55,8 +55,8 @@ def detect(args: argparse.Namespace, command: str, run: RunSuite) -> int:
     planned: list[str] = [] if modes else list(plan.planted_in_turn(faults))
     for mode in modes:
         planned += plan.planted_in(mode, faults, mutes)
-    code, group = _run(args, settings, run, planned, args.group)
-    return code if group is None else _tell(args.output, settings, command, group)
+    code, found = _run(args, settings, run, planned, args.group)
+    return code if found is None else _tell(args.output, settings, command, found)
 
 
 def _check_output(output: Path | None) -> None:
@@ -84,7 +84,7 @@ def _run(
     run: RunSuite,
     modes: Sequence[str],
     name: str | None,
-) -> tuple[int, Group | None]:
+) -> tuple[int, Found | None]:
     """Run `modes` on the probe as one group.
 
     Returns:
@@ -99,9 +99,10 @@ def _run(
     # A mode that failed is part of what is compared.
     if not group or code not in (EXIT_FINISHED, EXIT_FAILED):
         return code, None
-    from dpsgd_track.tracking.reader import open_client, read_group
+    from dpsgd_track.tracking.source import read_group_anywhere
 
-    return EXIT_FINISHED, read_group(open_client(settings.tracking_uri), settings, group)
+    found = read_group_anywhere(settings, group, lambda line: print(line, file=sys.stderr))
+    return EXIT_FINISHED, found
 
 
 def _listen(
@@ -120,11 +121,11 @@ def _listen(
     from dpsgd_track.modes.table import BASELINE
 
     name = f"{args.group}-healthy" if args.group else None
-    code, group = _run(args, settings, run, (BASELINE, mode), name)
-    if group is None:
+    code, found = _run(args, settings, run, (BASELINE, mode), name)
+    if found is None:
         return code, None
-    comparison = compare_group(group, settings.thresholds)
-    mutes = plan.mutes_of(mode, group.runs)
+    comparison = compare_group(found.group, settings.thresholds)
+    mutes = plan.mutes_of(mode, found.group.runs)
     (verdict,) = (each for each in comparison.modes if each.label == mode)
     if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or mutes is None:
         print(f"{verdict.sentence} It needs to be sound before faults are planted in it.")
@@ -132,26 +133,24 @@ def _listen(
     return EXIT_FINISHED, mutes
 
 
-def _tell(output: Path | None, settings: Settings, command: str, group: Group) -> int:
+def _tell(output: Path | None, settings: Settings, command: str, found: Found) -> int:
     """Print the matrix, write it, and put it on the group's run."""
     from rich.console import Console
 
     from dpsgd_track.detection import text
     from dpsgd_track.detection.coverage import print_coverage
     from dpsgd_track.detection.matrix import matrix_of
-    from dpsgd_track.tracking.reader import open_client
 
-    matrix = matrix_of(group, settings.thresholds)
+    matrix = matrix_of(found.group, settings.thresholds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     text.print_matrix(matrix, console)
     print_coverage(matrix, console)
     folder = Path(settings.results_dir) / matrix.group
     page = text.markdown(matrix, command)
     files = {"faults.md": page, "faults.json": text.to_json(matrix)}
-    client = open_client(settings.tracking_uri)
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
-        client.log_artifact(group.run_id, str(folder / name), ARTIFACT_FOLDER)
+    found.attach([(folder / name, ARTIFACT_FOLDER) for name in files], {})
     if output is not None:
         output.write_text(page, encoding="utf-8")
     print(f"Matrix: {folder / 'faults.md'}")

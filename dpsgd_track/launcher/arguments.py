@@ -30,8 +30,12 @@ SUITES = {
     "profile": "step time and peak memory of modes beside ordinary training",
 }
 PROFILE = "profile"
+RESUMABLE = tuple(name for name in SUITES if name != PROFILE)
+"""Times of a profile mean something beside those of the same launch alone."""
 PROFILE_SEQ_LENGTHS, PROFILE_BATCH_SIZES = "64,256", "2"
 FAULTS = "plant known faults in modes, and see which of them the comparison finds"
+RESUME = "run what is missing in a group: modes that failed, were killed or never started"
+SYNC = "ship what is in the spool to the tracking store, and check that all of it arrived"
 _SECRET = "--token"
 
 
@@ -43,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `launch.py quick | full | single | profile | faults | modes | ui`."""
+    """The parser of `launch.py COMMAND`."""
     parser = _Parser(
         prog="launch.py",
         description="Run DP-SGD modes one after the other and track them in MLflow.",
@@ -57,6 +61,20 @@ def build_parser() -> argparse.ArgumentParser:
         _add_machine(suite)
         _add_tracking(suite)
     _add_faults(commands.add_parser("faults", help=FAULTS, description=FAULTS, allow_abbrev=False))
+    resume = commands.add_parser("resume", help=RESUME, description=RESUME, allow_abbrev=False)
+    resume.add_argument("group", metavar="GROUP", help="group of quick, full or single")
+    _add_store(resume)
+    _add_offline(resume)
+    _add_spool(resume)
+    sync = commands.add_parser("sync", help=SYNC, description=SYNC, allow_abbrev=False)
+    sync.add_argument(
+        "group",
+        nargs="?",
+        metavar="GROUP",
+        help="group to ship (default: every group in the spool)",
+    )
+    _add_store(sync)
+    _add_spool(sync)
     commands.add_parser("modes", help="list the modes", allow_abbrev=False)
     ui = commands.add_parser("ui", help="open the MLflow UI on the store", allow_abbrev=False)
     _add_store(ui)
@@ -374,7 +392,28 @@ def _add_tracking(parser: argparse.ArgumentParser) -> None:
         help="JSON file for the results of `single`; in `profile`, CSV file with a row for each "
         "figure; in `faults`, Markdown file for the matrix (default: none)",
     )
+    _add_offline(group)
+    _add_spool(group)
     _add_store(group)
+
+
+def _add_offline(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        help="keep everything in the spool and look for no store; `launch.py sync` ships it later "
+        "(default: ship as it comes)",
+    )
+
+
+def _add_spool(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--spool",
+        type=Path,
+        metavar="DIR",
+        help="folder that records are kept in until the store has them "
+        "(default: spool_dir of the configuration)",
+    )
 
 
 def _add_store(parser: argparse._ActionsContainer) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain, count
 from pathlib import Path
 
 from dpsgd_track.config import CLIP, PROFILE, JobConfig, RegimeConfig, VariantConfig, require
@@ -21,6 +22,7 @@ from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.output import write_output
 from dpsgd_track.launcher.process_group import Launch, Outcome, run_mode
 from dpsgd_track.launcher.progress import Display
+from dpsgd_track.launcher.recording import Recording
 from dpsgd_track.launcher.suites import Suite
 from dpsgd_track.launcher.troubleshooting import Failure
 from dpsgd_track.launcher.worker_host import WorkerHost
@@ -28,7 +30,7 @@ from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.environment import environment
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
-from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED, RunTree, flatten
+from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED, flatten
 from dpsgd_track.tracking.trajectory import Trajectory
 
 CLIP_BOUNDS_FILE = "clip_bounds.json"
@@ -36,61 +38,16 @@ OUT_OF_MEMORY = "OUT OF MEMORY"
 """What is said of a run of a profile that had too little memory: a result, not a failure."""
 
 
-def open_group(suite: Suite) -> tuple[RunTree, str, Path]:
-    """Open the store and claim a name for the group.
-
-    Returns:
-        The run tree, the group's name, and its new folder.
-
-    Raises:
-        ValueError: the store cannot be used, or the name or folder is taken.
-    """
-    results = Path(suite.settings.results_dir)
-    if suite.group is not None:
-        _require_new(not (results / suite.group).exists(), suite.group)
-    tree = RunTree(suite.settings)
-    if suite.group is not None:
-        _require_new(not tree.has_group(suite.group) and _claim(results, suite.group), suite.group)
-        return tree, suite.group, results / suite.group
-    name = base = f"{suite.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while tree.has_group(name) or not _claim(results, name):
-        number += 1
-        name = f"{base}-{number}"
-    return tree, name, results / name
-
-
-def _require_new(is_new: bool, group: str) -> None:
-    require(is_new, "group", group, "a name not used before", "Choose another, or leave it out.")
-
-
-def _claim(results: Path, group: str) -> bool:
-    """Create the group's folder; False where another launcher was first."""
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        (results / group).mkdir()
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise ValueError(
-            f"results_dir={str(results)!r}: expected a folder that can be written to. {error}"
-        ) from error
-    return True
-
-
 class GroupRun:
     """One group in the making."""
 
     def __init__(
-        self, suite: Suite, tree: RunTree, folder: Path, launch: Launch, display: Display
+        self, suite: Suite, recording: Recording, launch: Launch, display: Display
     ) -> None:
-        """
-        Args:
-            folder: the group's own, as `open_group` created it.
-        """
         self._suite = suite
-        self._tree = tree
-        self._folder = folder
+        self._recording = recording
+        self._tree = recording.tree
+        self._folder = recording.folder
         self._launch = launch
         self._host = WorkerHost(launch.worker_module)
         self._display = display
@@ -100,23 +57,32 @@ class GroupRun:
         self._finished: dict[VariantConfig, list[tuple[str, bool]]] = defaultdict(list)
         """Mode runs of each variant that finished, and whether they imported anything of it."""
 
+    def know_clip_bounds(self, bounds: Mapping[str, tuple[float, ...]]) -> None:
+        """Take C of each step of clip regimes, by name, from an earlier run of the reference."""
+        self._clip_bounds.update(bounds)
+
     def run(self, command: str) -> int:
         """Run every mode; one that fails does not stop the others.
 
         Args:
-            command: the command line to record.
+            command: the command line to record; a group that is resumed has its own.
         Returns:
             The exit code.
+
+        Raises:
+            StoreError: the store takes nothing; no mode was started.
         """
         with Interruption() as interruption, self._host:
+            if not self._tree.group_run:
+                self._tree.start_group(self._suite.expected_runs, self._group_params(command))
+            self._recording.start(self._display.say)
             try:
-                self._tree.start_group(
-                    self._folder.name, self._suite.expected_runs, self._group_params(command)
-                )
                 return self._run_modes(interruption)
             except Exception as error:
                 self._tree.finish_open(FAILED, f"the launcher failed: {error}")
                 raise
+            finally:
+                self._recording.close(lambda: interruption.requested)
 
     def _run_modes(self, interruption: Interruption) -> int:
         failed: list[str] = []
@@ -139,9 +105,9 @@ class GroupRun:
         if failed or unused:
             causes = [f"failed: {', '.join(failed)}"] * bool(failed) + unused
             reason = "; ".join([summary, *causes])
-            self._tree.finish(self._tree.group_run_id, FAILED, reason)
+            self._tree.finish(self._tree.group_run, FAILED, reason)
         else:
-            self._tree.finish(self._tree.group_run_id, FINISHED)
+            self._tree.finish(self._tree.group_run, FINISHED)
         self._display.say(f"group {self._folder.name}: {summary}")
         return EXIT_FAILED if failed or unused else EXIT_FINISHED
 
@@ -174,12 +140,14 @@ class GroupRun:
             job = replace(
                 job,
                 regimes=ready,
-                tracking_uri=self._tree.tracking_uri,
+                spool=str(self._recording.spool.absolute()),
                 run_ids=tuple(mode_run for mode_run, _ in runs[: len(ready)]),
                 rank_run_ids=tuple(ranks for _, ranks in runs[: len(ready)]),
                 work_dir=str(work_dir.absolute()),
             )
-            outcomes = run_mode(job, self._launch, self._host, interruption, self._display)
+            is_timed = any(regime.kind == PROFILE for regime in ready)
+            with self._recording.quiet() if is_timed else contextlib.nullcontext():
+                outcomes = run_mode(job, self._launch, self._host, interruption, self._display)
             outcomes = self._read_results(job, outcomes)
         unknown = Failure(kind=troubleshooting.NO_CLIP_BOUNDS)
         outcomes += tuple(Outcome(FAILED, unknown) for _ in blocked)
@@ -211,7 +179,7 @@ class GroupRun:
 
     def _start_runs(self, job: JobConfig, regime: RegimeConfig) -> tuple[str, tuple[str, ...]]:
         config = asdict(job.run_in(regime))
-        for key in ("regimes", "run_ids", "rank_run_ids", "tracking_uri", "work_dir", "variant"):
+        for key in ("regimes", "run_ids", "rank_run_ids", "spool", "work_dir", "variant"):
             del config[key]
         variant = job.variant
         if variant:
@@ -276,8 +244,14 @@ class GroupRun:
     def _work_dir(self, job: JobConfig) -> Path:
         # A dash is in no mode's name, so that two modes never share a folder.
         points = [f"-{regime.point}" for regime in job.regimes if regime.point]
-        folder = self._folder / "logs" / "".join([job.label.replace(":", "-"), *points])
-        folder.mkdir(parents=True)
+        logs = self._folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        name = "".join([job.label.replace(":", "-"), *points])
+        taken = {folder.name for folder in logs.iterdir()}
+        # Attempts of a group that is resumed stay beside each other.
+        attempts = chain((name,), (f"{name}-{number}" for number in count(2)))
+        folder = logs / next(attempt for attempt in attempts if attempt not in taken)
+        folder.mkdir()
         return folder
 
     def _group_params(self, command: str) -> dict[str, str]:

@@ -16,15 +16,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dpsgd_track
-from dpsgd_track.config import PROFILE, JobConfig, redact_uri
+from dpsgd_track.config import PROFILE, JobConfig
 from dpsgd_track.launcher import troubleshooting
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.machine import num_cores
@@ -32,7 +33,6 @@ from dpsgd_track.launcher.preloaded import Request
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.troubleshooting import Failure
 from dpsgd_track.launcher.worker_host import WorkerHost
-from dpsgd_track.tracking.client import TRACKING_URI_VARIABLE
 from dpsgd_track.tracking.names import TIMINGS_FILE, TRAJECTORY_FILE, VARIANT_VARIABLE
 from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED
 
@@ -40,6 +40,7 @@ WORKER = "dpsgd_track.training.worker"
 GRACE_S = 10.0
 _POLL_S = 0.1
 _LOG_TAIL_BYTES = 65536
+_LEAST_FREE_BYTES = 65536
 _EXCEPTION = re.compile(
     r"^(?:\[rank(\d+)\]:\s*)?((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit)(?:: .*)?)$",
     re.MULTILINE,
@@ -86,9 +87,7 @@ def run_mode(
     """
     work_dir = Path(job.work_dir)
     job_file = work_dir / "job.json"
-    # A password in the URI reaches the workers by the environment alone.
-    written = replace(job, tracking_uri=redact_uri(job.tracking_uri))
-    job_file.write_text(written.to_json(), encoding="utf-8")
+    job_file.write_text(job.to_json(), encoding="utf-8")
     request = Request(
         job_file=str(job_file),
         log=str(work_dir / "output.log"),
@@ -117,6 +116,9 @@ def failure_of(work_dir: Path, code: int) -> Failure:
     if reports:
         return _read_report(reports[0])
     log = _tail(work_dir / "output.log")
+    if shutil.disk_usage(work_dir).free < _LEAST_FREE_BYTES:
+        # Neither the report nor the log may have found room.
+        return Failure(kind=troubleshooting.DISK_FULL, message=_last_words(log, None))
     # The launcher of the ranks ends the others with SIGTERM when one is gone.
     kills = [(number, name) for number, name in _KILLED.findall(log) if name != "SIGTERM"]
     if kills:
@@ -146,8 +148,6 @@ def _environment(job: JobConfig) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if job.tracking_uri:
-        environment[TRACKING_URI_VARIABLE] = job.tracking_uri
     if job.variant:
         # `python -m` would put the working directory first, and a checkout of its own with it.
         ours = [job.variant.root, os.getcwd(), environment["PYTHONPATH"]]

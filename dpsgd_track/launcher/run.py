@@ -6,21 +6,29 @@ Exit codes: 0 every mode finished, 1 one failed, 2 usage error, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import DataConfig, ModelConfig, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USAGE
-from dpsgd_track.launcher.arguments import PROFILE, build_parser, reproducing_command
+from dpsgd_track.launcher.arguments import (
+    PROFILE,
+    RESUMABLE,
+    build_parser,
+    reproducing_command,
+)
 from dpsgd_track.modes.table import MODES, plugged_in_modes
 
 if TYPE_CHECKING:
     from dpsgd_track.config import Settings
     from dpsgd_track.launcher.process_group import Launch
+    from dpsgd_track.launcher.recording import Recording
+    from dpsgd_track.launcher.suites import Suite
 
 RunSuite = Callable[[argparse.Namespace], tuple[int, str]]
 """Runs the suite of parsed arguments; returns the exit code and the group's name."""
@@ -64,8 +72,13 @@ def main(
                 return _list_modes()
             case "ui":
                 return _open_ui(args)
+            case "sync":
+                return _sync(args)
 
         command = reproducing_command(argv)
+
+        if args.command == "resume":
+            return _resume(args, check_inputs, launch)
 
         def run(args: argparse.Namespace) -> tuple[int, str]:
             return _run_suite(args, command, check_inputs, launch, summarise)
@@ -86,34 +99,89 @@ def _run_suite(
     summarise: Summarise | None,
 ) -> tuple[int, str]:
     """Run a suite as a group; returns the exit code, and the group's name where there is one."""
-    from dpsgd_track.launcher.group import GroupRun, open_group
-    from dpsgd_track.launcher.process_group import Launch
-    from dpsgd_track.launcher.progress import open_display
+    from dpsgd_track.launcher.recording import open_group
     from dpsgd_track.launcher.suites import build_suite
-    from dpsgd_track.tracking.client import TrackingError
 
     if args.token:
         # Workers and the hub's client inherit it; it goes nowhere else.
         os.environ["HF_TOKEN"] = args.token
     try:
         suite = build_suite(args, check_inputs)
-        tree, group, folder = open_group(suite)
+        recording = open_group(suite)
     except ValueError as error:
         return complain(error, EXIT_USAGE), ""
+
+    def say_figures() -> None:
+        if args.command == PROFILE:
+            assert summarise is not None, "an entry point that offers profiles says how"
+            summarise(suite.settings, recording.group, suite.output)
+
+    code = _run_group(args, suite, recording, command, launch, {}, say_figures)
+    return code, "" if code == EXIT_USAGE else recording.group
+
+
+def _resume(
+    args: argparse.Namespace,
+    check_inputs: Callable[[ModelConfig, DataConfig], object],
+    launch: Launch | None,
+) -> int:
+    from dpsgd_track.launcher.resume import find_missing, reopen_group
+    from dpsgd_track.launcher.suites import read_settings
+
+    try:
+        missing = find_missing(read_settings(args), args.group, check_inputs)
+        if missing is None:
+            print(f"group {args.group}: nothing is missing")
+            return EXIT_FINISHED
+        recording = reopen_group(missing, is_offline=args.offline)
+    except ValueError as error:
+        return complain(error, EXIT_USAGE)
+    for line in missing.changes:
+        print(f"not as it was: {line}")
+    return _run_group(args, missing.suite, recording, "", launch, missing.clip_bounds)
+
+
+def _run_group(
+    args: argparse.Namespace,
+    suite: Suite,
+    recording: Recording,
+    command: str,
+    launch: Launch | None,
+    clip_bounds: Mapping[str, tuple[float, ...]],
+    summarise: Callable[[], object] = lambda: None,
+) -> int:
+    from dpsgd_track.launcher.group import GroupRun
+    from dpsgd_track.launcher.process_group import Launch
+    from dpsgd_track.launcher.progress import open_display
+    from dpsgd_track.tracking.client import TrackingError
+    from dpsgd_track.tracking.store import StoreError
+
     display = open_display()
     try:
-        code = GroupRun(suite, tree, folder, launch or Launch(), display).run(command)
+        group_run = GroupRun(suite, recording, launch or Launch(), display)
+        group_run.know_clip_bounds(clip_bounds)
+        code = group_run.run(command)
+    except StoreError as error:
+        return complain(error, EXIT_USAGE)
     except TrackingError as error:
+        code = complain(error, EXIT_FAILED)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
         code = complain(error, EXIT_FAILED)
     finally:
         display.close()
-    if args.command == PROFILE and code in (EXIT_FINISHED, EXIT_FAILED):
-        assert summarise is not None, "an entry point that offers profiles says how"
-        summarise(suite.settings, group, suite.output)
-    store = _store_options(args)
-    print(f"compare: {shlex.join(['python', 'compare.py', group, *store])}")
-    print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *store])}")
-    return code, group
+    if code in (EXIT_FINISHED, EXIT_FAILED):
+        summarise()
+    group, places = recording.group, _place_options(args)
+    if recording.left_behind:
+        print(f"tracking: {recording.left_behind} It is in {recording.spool}, and safe.")
+        print(f"ship:    {shlex.join(['python', 'launch.py', 'sync', group, *places])}")
+    if code != EXIT_FINISHED and suite.name in RESUMABLE:
+        print(f"resume:  {shlex.join(['python', 'launch.py', 'resume', group, *places])}")
+    print(f"compare: {shlex.join(['python', 'compare.py', group, *places])}")
+    print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *_store_options(args)])}")
+    return code
 
 
 def _store_options(args: argparse.Namespace) -> list[str]:
@@ -124,6 +192,12 @@ def _store_options(args: argparse.Namespace) -> list[str]:
     if args.tracking_uri is not None:
         options += ["--tracking-uri", redact_uri(args.tracking_uri)]
     return options
+
+
+def _place_options(args: argparse.Namespace) -> list[str]:
+    """The options by which another command finds the same store and spool."""
+    spool = [] if args.spool is None else ["--spool", str(args.spool)]
+    return _store_options(args) + spool
 
 
 def _list_modes() -> int:
@@ -147,6 +221,16 @@ def _open_ui(args: argparse.Namespace) -> int:
 
     try:
         return open_ui(read_settings(args), args.port)
+    except ValueError as error:
+        return complain(error, EXIT_USAGE)
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from dpsgd_track.launcher.suites import read_settings
+    from dpsgd_track.launcher.sync import sync
+
+    try:
+        return sync(read_settings(args), args.group)
     except ValueError as error:
         return complain(error, EXIT_USAGE)
 

@@ -94,6 +94,8 @@ class Suite:
     """The group's name where the user chose one."""
     output: Path | None
     """JSON file for the results of a single run, CSV file for those of a profile."""
+    is_offline: bool = False
+    """Records stay in the spool; no store is looked for."""
 
     @property
     def expected_runs(self) -> list[tuple[str, ...]]:
@@ -118,6 +120,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     settings = load_settings(path)
     if args.tracking_uri is not None:
         settings = replace(settings, tracking_uri=args.tracking_uri)
+    if getattr(args, "spool", None) is not None:
+        settings = replace(settings, spool_dir=str(args.spool))
     return settings
 
 
@@ -177,6 +181,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
         settings=settings,
         group=args.group,
         output=args.output,
+        is_offline=args.offline,
     )
 
 

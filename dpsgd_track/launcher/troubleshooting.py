@@ -8,6 +8,7 @@ OUT_OF_MEMORY = "out_of_memory"
 NOT_FINITE = "not_finite"
 CONFIG = "config"
 TRACKING = "tracking"
+DISK_FULL = "disk_full"
 ERROR = "error"
 KILLED = "killed"
 NO_TRAJECTORY = "no_trajectory"
@@ -30,8 +31,13 @@ _TABLE: dict[str, tuple[str, str]] = {
         "Change the option named above; `launch.py modes` lists the modes.",
     ),
     TRACKING: (
-        "results could not be written to MLflow",
-        "Check that the tracking server is up and its disk has room, then run again.",
+        "records could not be kept on this machine",
+        "Make room, or choose another --spool; then `launch.py resume GROUP` runs what is missing.",
+    ),
+    DISK_FULL: (
+        "the disk is full",
+        "Make room where results_dir and the spool are; then `launch.py resume GROUP` runs what is "
+        "missing.",
     ),
     ERROR: (
         "the worker raised an error",

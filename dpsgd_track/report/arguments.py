@@ -44,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
         "--config", type=Path, help=f"settings file (default: {DEFAULT_CONFIG} if it exists)"
     )
     made.add_argument("--tracking-uri", help="where runs are tracked")
+    made.add_argument(
+        "--spool",
+        metavar="DIR",
+        help="folder of records that the store may not have yet (default: spool_dir of the "
+        "settings file)",
+    )
     made.add_argument("--results-dir", help="folder to write GROUP/ into")
     for name, meaning in (
         ("loss", "largest acceptable absolute difference of a loss"),
@@ -98,6 +104,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         for name in ("tracking_uri", "results_dir")
         if (value := getattr(arguments, name)) is not None
     }
+    if arguments.spool is not None:
+        places["spool_dir"] = arguments.spool
     return replace(settings, thresholds=replace(settings.thresholds, **given), **places)
 
 

@@ -13,11 +13,10 @@ from dpsgd_track.config import Settings, redact_uri, require
 from dpsgd_track.report.arguments import parse, settings_of, waivers_path
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from dpsgd_track.comparison import GroupComparison, Verdict
     from dpsgd_track.comparison.waivers import Waiver
     from dpsgd_track.tracking.reader import Group
+    from dpsgd_track.tracking.source import Found
 
 PASSED, FAILED, USAGE, INCONCLUSIVE = 0, 1, 2, 3
 ARTIFACT_FOLDER = "comparison"
@@ -33,9 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_export(arguments)
     except ValueError as error:
         return _refuse(str(error))
-    # MLflow retries for minutes by default, which looks like a hang in front of a terminal.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -43,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dpsgd_track.tracking.reader import GroupNotFound
 
     try:
-        group = _read(settings, arguments.group)
+        group, found = _read(settings, arguments.group)
         if arguments.after is None and group.points and not group.runs:
-            return _show_profile(settings, arguments, group)
-        comparison = _compare(settings, arguments, waivers, group)
+            return _show_profile(settings, arguments, group, found)
+        comparison = _compare(settings, arguments, waivers, group, found)
     except (GroupNotFound, _Refused) as error:
         return _refuse(str(error))
     except (MlflowException, SQLAlchemyError) as error:
@@ -96,13 +92,15 @@ def exit_code(verdict: Verdict, fail_on: str) -> int:
     return {"PASS": PASSED, "INCONCLUSIVE": INCONCLUSIVE}.get(verdict, FAILED)
 
 
-def _read(settings: Settings, wanted: str) -> Group:
+def _read(settings: Settings, wanted: str) -> tuple[Group, Found | None]:
+    """The group, and where it was read; None for a golden file."""
     from dpsgd_track.tracking.golden import is_golden, read_golden
-    from dpsgd_track.tracking.reader import open_client, read_group
+    from dpsgd_track.tracking.source import read_group_anywhere
 
     if is_golden(wanted):
-        return read_golden(Path(wanted))
-    return read_group(open_client(settings.tracking_uri), settings, wanted)
+        return read_golden(Path(wanted)), None
+    found = read_group_anywhere(settings, wanted, lambda line: print(line, file=sys.stderr))
+    return found.group, found
 
 
 def _export(group: Group, arguments: argparse.Namespace) -> None:
@@ -116,7 +114,11 @@ def _export(group: Group, arguments: argparse.Namespace) -> None:
 
 
 def _compare(
-    settings: Settings, arguments: argparse.Namespace, waivers: Sequence[Waiver], group: Group
+    settings: Settings,
+    arguments: argparse.Namespace,
+    waivers: Sequence[Waiver],
+    group: Group,
+    found: Found | None,
 ) -> GroupComparison:
     from rich.console import Console
 
@@ -124,13 +126,11 @@ def _compare(
     from dpsgd_track.comparison.profile import profile_of
     from dpsgd_track.report.text import console_width, print_profile, print_table
     from dpsgd_track.report.write import folder_name, write_report
-    from dpsgd_track.tracking.golden import is_golden
-    from dpsgd_track.tracking.reader import open_client
 
     if arguments.after is None:
         comparison = compare_group(group, settings.thresholds, waivers)
     else:
-        after = _read(settings, arguments.after)
+        after, found = _read(settings, arguments.after)
         for each in (group, after):
             _refuse_profile(each)
         comparison = compare_groups(group, after, settings.thresholds, waivers)
@@ -146,13 +146,12 @@ def _compare(
     _say_where(files, folder)
     if arguments.export is not None:
         _export(group, arguments)
-    if not arguments.no_log and not is_golden(arguments.after or arguments.group):
-        client = open_client(settings.tracking_uri)
+    if not arguments.no_log and found is not None:
         if arguments.after is None:
-            _log(client, comparison, files)
+            _log(found, comparison, files)
         else:
             target = f"{ARTIFACT_FOLDER}-{folder_name(group.name)}"
-            _upload(client, comparison.group, files, target)
+            found.attach([(file, target) for file in files], {})
     return comparison
 
 
@@ -168,7 +167,9 @@ def _refuse_profile(group: Group) -> None:
         )
 
 
-def _show_profile(settings: Settings, arguments: argparse.Namespace, group: Group) -> int:
+def _show_profile(
+    settings: Settings, arguments: argparse.Namespace, group: Group, found: Found | None
+) -> int:
     """Report a group that holds nothing but a profile; returns the exit code."""
     from rich.console import Console
 
@@ -177,7 +178,6 @@ def _show_profile(settings: Settings, arguments: argparse.Namespace, group: Grou
     from dpsgd_track.report.text import console_width, print_profile
     from dpsgd_track.report.write import folder_name, write_profile
     from dpsgd_track.tracking import names
-    from dpsgd_track.tracking.reader import open_client
 
     if arguments.export is not None:
         _refuse_profile(group)
@@ -188,10 +188,9 @@ def _show_profile(settings: Settings, arguments: argparse.Namespace, group: Grou
     files = write_profile(profile, group, folder, png, tell)
     print_profile(profile, group.name, Console(highlight=False, width=console_width()))
     _say_where(files, folder)
-    if not arguments.no_log:
-        client = open_client(settings.tracking_uri)
-        _upload(client, group, files, ARTIFACT_FOLDER)
-        client.set_tag(group.run_id, names.NOTE, profile_note(profile, group)[:_LONGEST_TAG])
+    if not arguments.no_log and found is not None:
+        said = {names.NOTE: profile_note(profile, group)[:_LONGEST_TAG]}
+        found.attach([(file, ARTIFACT_FOLDER) for file in files], said)
     return _profile_code(group)
 
 
@@ -203,17 +202,11 @@ def _profile_code(group: Group) -> int:
     return INCONCLUSIVE if profile and profile.incomplete else PASSED
 
 
-def _upload(client: MlflowClient, group: Group, files: Sequence[Path], target: str) -> None:
-    for file in files:  # one by one: the folder may hold what is not ours
-        client.log_artifact(group.run_id, str(file), target)
-
-
-def _log(client: MlflowClient, comparison: GroupComparison, files: Sequence[Path]) -> None:
+def _log(found: Found, comparison: GroupComparison, files: Sequence[Path]) -> None:
     """The report of a group on its own, with its verdict; of two it is uploaded alone."""
     from dpsgd_track.report.markdown import note
     from dpsgd_track.tracking import names
 
-    run_id = comparison.group.run_id
-    _upload(client, comparison.group, files, ARTIFACT_FOLDER)
-    client.set_tag(run_id, names.NOTE, note(comparison)[:_LONGEST_TAG])
-    client.set_tag(run_id, names.VERDICT, comparison.verdict.value)
+    verdict = comparison.verdict.value
+    tags = {names.NOTE: note(comparison)[:_LONGEST_TAG], names.VERDICT: verdict}
+    found.attach([(file, ARTIFACT_FOLDER) for file in files], tags)

@@ -18,10 +18,11 @@ def summarise(settings: Settings, group: str, output: Path | None) -> None:
     from dpsgd_track.report.profile_table import profile_csv
     from dpsgd_track.report.text import console_width, print_profile
     from dpsgd_track.tracking.client import one_line
-    from dpsgd_track.tracking.reader import GroupNotFound, open_client, read_group
+    from dpsgd_track.tracking.reader import GroupNotFound
+    from dpsgd_track.tracking.source import read_group_anywhere
 
     try:
-        found = read_group(open_client(settings.tracking_uri), settings, group)
+        found = read_group_anywhere(settings, group, print).group
     except (GroupNotFound, MlflowException, SQLAlchemyError) as error:
         # The runs are over; compare.py can still read them when the store answers again.
         said = one_line(error, settings.tracking_uri)

@@ -1,4 +1,4 @@
-"""The way to MLflow that run tree and writer share: a quiet client that fails soon and clearly."""
+"""The way to MLflow that launcher and reader share: a quiet client that fails soon and clearly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from dpsgd_track.config import redact_uri
+from dpsgd_track.config import redact_uri, require
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -17,26 +17,51 @@ TRACKING_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 # MLflow's own defaults stall a caller for four minutes when the server is gone, and write
 # migrations and addresses to the terminal. A value the user has set wins.
 _ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Of libpq, whose own default is to wait for ever.
+    "PGCONNECT_TIMEOUT": "10",
 }
-_TRANSIENT_CODES = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
+# What is to be tried again is tried again here, where it delays nobody.
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_INSECURE = "MLFLOW_TRACKING_INSECURE_TLS"
+_ABOUT_THE_RECORD = (
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+)
 
-# What went wrong, at the end of urllib3's account of everything around it.
-_HTTP_CAUSE = re.compile(r"Caused by \w+\([\"'].*?\): (.*?)\.?[\"']\)")
+# What went wrong, in the middle of urllib3's and SQLAlchemy's account of everything around it.
+_CAUSES = (
+    re.compile(r"Caused by \w+\([\"'].*?\): (.*?)\.?[\"']\)"),
+    re.compile(r"Caused by \w+\('Connection aborted\.', \w+\((?:\d+, )?'(.*?)'\)"),
+    re.compile(r"failed with timeout exception .*?\): (.*?)\. \("),
+    re.compile(r"\((?:sqlite3|psycopg2\.?\w*)\.\w+\) (.+)"),
+)
 
 
 class TrackingError(RuntimeError):
-    """Something could not be written to the tracking store."""
+    """Records could not be kept."""
 
 
 def connect(tracking_uri: str) -> MlflowClient:
     """A client of the store at `tracking_uri`; creates an SQL store that does not exist yet."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ[_RETRIES] = "0"
+    insecure = os.environ.get(_INSECURE, "")
+    require(
+        insecure.lower() not in ("true", "1"),
+        _INSECURE,
+        insecure,
+        "false, as certificates are verified",
+        "Name the authority that signed the server's in MLFLOW_TRACKING_SERVER_CERT_PATH.",
+    )
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):
@@ -53,21 +78,21 @@ def with_credentials(tracking_uri: str) -> str:
     return secret if secret and redact_uri(secret) == tracking_uri else tracking_uri
 
 
-def is_transient(error: Exception) -> bool:
-    """Whether trying again may help: a locked database, a server that is away."""
-    import requests
+def is_about_the_record(error: Exception) -> bool:
+    """Whether a store refused what it was sent; anything else may be better another time."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return error.error_code in _TRANSIENT_CODES
-    return isinstance(error, ConnectionError | TimeoutError | requests.RequestException)
+        return error.error_code in _ABOUT_THE_RECORD
+    return isinstance(error, LookupError | FileNotFoundError)
 
 
 def one_line(error: BaseException, tracking_uri: str = "") -> str:
     """First line of an error's text, without the credentials `tracking_uri` may carry."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if caused := _HTTP_CAUSE.search(text):
-        text = f"{caused[1]}."
+    found = (cause.search(str(error)) for cause in _CAUSES)
+    if caused := next(filter(None, found), None):
+        text = f"{caused[1].strip()}."
     if tracking_uri:
         text = text.replace(tracking_uri, redact_uri(tracking_uri))
     return text[:500] or type(error).__name__

@@ -26,6 +26,11 @@ SELECT step, CASE WHEN is_nan THEN NULL ELSE value END
 FROM metrics WHERE run_uuid = :run_id AND key = :metric ORDER BY step, timestamp, value
 """
 
+_ALL_QUERY = """
+SELECT key, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END
+FROM metrics WHERE run_uuid = :run_id
+"""
+
 
 def restored(values: Sequence[float | None]) -> Floats:
     """Values as they were logged: a store keeps an infinity as the largest float64."""
@@ -51,6 +56,36 @@ def metric_history(client: MlflowClient, run_id: str, metrics: Iterable[str]) ->
         }
         for metric in metrics
     }
+
+
+def all_points(
+    client: MlflowClient, run_id: str, metrics: Iterable[str]
+) -> dict[str, list[tuple[int, int, float | None]]]:
+    """(step, Unix time in ms, value) of everything a run logged of `metrics`; None for NaN."""
+    if _DATABASE.match(client.tracking_uri):
+        found: dict[str, list[tuple[int, int, float | None]]] = {metric: [] for metric in metrics}
+        for metric, *point in _query(client.tracking_uri, _ALL_QUERY, run_id=run_id):
+            if metric in found:
+                found[metric].append(tuple(point))
+        return found
+    return {
+        metric: [
+            (point.step, point.timestamp, None if point.value != point.value else point.value)
+            for point in client.get_metric_history(run_id, metric)
+        ]
+        for metric in metrics
+    }
+
+
+def _query(uri: str, query: str, **parameters: str) -> list[Any]:
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        with engine.connect() as connection:
+            return list(connection.execute(sqlalchemy.text(query), parameters).all())
+    finally:
+        engine.dispose()
 
 
 def _from_database(uri: str, run_id: str, metrics: Iterable[str]) -> History:

@@ -1,4 +1,4 @@
-"""Reads a run group back from the tracking server, and from nowhere else.
+"""Reads a run group back from the tracking server.
 
 The exact record is each mode run's `trajectory.npz`. A run that died before uploading it is
 read from its metric history: enough to see how far it got, never enough to pass.
@@ -20,9 +20,9 @@ from urllib.request import url2pathname
 import numpy as np
 
 from dpsgd_track.config import PROFILE, Point, Settings, redact_uri
-from dpsgd_track.tracking import names
+from dpsgd_track.tracking import exact, names
 from dpsgd_track.tracking.client import connect
-from dpsgd_track.tracking.history import metric_history, restored
+from dpsgd_track.tracking.history import History, metric_history, restored
 from dpsgd_track.tracking.timings import Timings
 from dpsgd_track.tracking.trajectory import Floats, Trajectory
 
@@ -129,6 +129,8 @@ def open_client(tracking_uri: str) -> MlflowClient:
                 f"tracking_uri={redact_uri(tracking_uri)!r}: expected an existing SQLite file. "
                 "Launch a group first, or check --tracking-uri."
             )
+        # MLflow keeps what it opened by its name, which may mean another file by now.
+        tracking_uri = f"sqlite:///{path.absolute()}"
     return connect(tracking_uri)
 
 
@@ -204,7 +206,11 @@ def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:
     Raises:
         GroupNotFound: nothing matches.
     """
-    run = find_group(client, settings, wanted)
+    return group_of(client, find_group(client, settings, wanted))
+
+
+def group_of(client: MlflowClient, run: Run) -> Group:
+    """The group of a group run, with the trajectory of each mode run."""
     name = run.data.tags[names.GROUP]
     experiment_id = run.info.experiment_id
     attempts = list(_search(client, experiment_id, names.KIND_MODE, run.info.run_id))
@@ -216,31 +222,40 @@ def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:
         for child in newest.values()
         for rank in _search(client, experiment_id, names.KIND_RANK, child.info.run_id)
     )
-    expected = _expected(run.data.tags.get(names.EXPECTED_RUNS, "[]"))
-    unexpected = sorted(newest.keys() - set(expected))
-    keys = [*dict.fromkeys(expected), *unexpected]
+    keys = in_order(run.data.tags, newest)
     return Group(
         name=name,
         run_id=run.info.run_id,
         tags=dict(run.data.tags),
         params=dict(run.data.params),
         start_time_ms=run.info.start_time or 0,
-        runs=tuple(_mode_run(client, key, newest.get(key)) for key in keys if not _is_point(key)),
-        points=tuple(_point_run(client, key, newest.get(key)) for key in keys if _is_point(key)),
+        runs=tuple(_mode_run(client, key, newest.get(key)) for key in keys if not is_point(key)),
+        points=tuple(_point_run(client, key, newest.get(key)) for key in keys if is_point(key)),
         rank_statuses=dict(ranks),
         superseded=len(attempts) - len(newest),
     )
 
 
+def in_order(tags: Mapping[str, str], found: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """What the launcher set out to do, by the group run's tags, and then what else was found."""
+    expected = dict.fromkeys(_expected(tags.get(names.EXPECTED_RUNS, "[]")))
+    return [*expected, *sorted(set(found) - expected.keys())]
+
+
 def _key(run: Run) -> tuple[str, ...]:
-    tags = run.data.tags
+    return key_of(run.data.tags)
+
+
+def key_of(tags: Mapping[str, str]) -> tuple[str, ...]:
+    """(mode, regime, variant, replay, point) of a mode run."""
     return tuple(
         tags.get(tag, "")
         for tag in (names.MODE, names.REGIME, names.VARIANT, names.REPLAY, names.POINT)
     )
 
 
-def _is_point(key: tuple[str, ...]) -> bool:
+def is_point(key: tuple[str, ...]) -> bool:
+    """Whether a run is one of a profile."""
     return key[1] == PROFILE
 
 
@@ -250,7 +265,7 @@ def _expected(text: str) -> list[tuple[str, ...]]:
         keys = [(*row, "") if len(row) == 4 else row for row in rows]
         if any(len(key) != 5 for key in keys):
             raise ValueError("A row has another length.")
-        for key in filter(_is_point, keys):
+        for key in filter(is_point, keys):
             Point.parse(key[4])
         return keys
     except (ValueError, TypeError) as error:
@@ -261,15 +276,9 @@ def _expected(text: str) -> list[tuple[str, ...]]:
 
 
 def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> ModeRun:
-    mode, regime, variant, replay, _ = key
     if run is None:
-        return ModeRun(
-            mode=mode,
-            regime=regime,
-            variant=variant,
-            replay=replay,
-            trajectory_missing="the run was never started",
-        )
+        return never_started(key)
+    mode, regime, variant, replay, _ = key
     trajectory, missing = _read_trajectory(client, run)
     logged = run.data.metrics
     return ModeRun(
@@ -288,14 +297,34 @@ def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> Mo
     )
 
 
-def _point_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> PointRun:
+def never_started(key: tuple[str, ...]) -> ModeRun:
+    """A mode run that the launcher set out to do."""
+    mode, regime, variant, replay, _ = key
+    return ModeRun(
+        mode=mode,
+        regime=regime,
+        variant=variant,
+        replay=replay,
+        trajectory_missing="the run was never started",
+    )
+
+
+def point_never_timed(key: tuple[str, ...]) -> PointRun:
+    """A run of a profile that the launcher set out to do."""
     mode, regime, variant, _, point = key
-    place = Point.parse(point)
+    return PointRun(
+        mode=mode,
+        regime=regime,
+        variant=variant,
+        point=Point.parse(point),
+        timings_missing="the run was never started",
+    )
+
+
+def _point_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> PointRun:
     if run is None:
-        missing = "the run was never started"
-        return PointRun(
-            mode=mode, regime=regime, variant=variant, point=place, timings_missing=missing
-        )
+        return point_never_timed(key)
+    mode, regime, variant, _, point = key
     timings, missing = None, ""
     try:
         timings = _read_artifact(client, run, names.TIMINGS_FILE, Timings.load)
@@ -305,7 +334,7 @@ def _point_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> P
         mode=mode,
         regime=regime,
         variant=variant,
-        point=place,
+        point=Point.parse(point),
         run_id=run.info.run_id,
         status=run.info.status,
         reason=run.data.tags.get(names.REASON, ""),
@@ -344,7 +373,29 @@ def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None,
         return _read_artifact(client, run, names.TRAJECTORY_FILE, Trajectory.load), ""
     except (ValueError, LookupError) as error:
         missing = str(error)
-    trajectory = _from_metrics(client, run.info.run_id, run.data.metrics)
+    run_id = run.info.run_id
+    logged = metric_history(client, run_id, metrics_of_trajectory(run.data.metrics))
+    history: History = {
+        metric: dict(zip(points, restored(list(points.values())).tolist(), strict=True))
+        for metric, points in logged.items()
+    }
+    changed = int(run.data.tags.get(names.INEXACT_VALUES, 0))
+    for (metric, step), value in _exact_values(client, run_id).items() if changed else ():
+        if metric in history:
+            history[metric][step] = value
+    return rebuilt(history, missing)
+
+
+def _exact_values(client: MlflowClient, run_id: str) -> dict[tuple[str, int], float]:
+    """What the store could not hold as it was logged."""
+    with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
+        path = client.download_artifacts(run_id, exact.FILE, downloaded)
+        return exact.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def rebuilt(history: History, missing: str) -> tuple[Trajectory | None, str]:
+    """What metrics tell of a trajectory, and why there is no more."""
+    trajectory = _from_metrics(history)
     if trajectory is None:
         return None, f"{missing}; no metrics were logged"
     steps = f"{trajectory.num_steps} step{'s' * (trajectory.num_steps != 1)}"
@@ -359,10 +410,15 @@ def _local_folder(artifact_uri: str) -> Path | None:
     return Path(url2pathname(parts.path))
 
 
-def _from_metrics(client: MlflowClient, run_id: str, logged: Iterable[str]) -> Trajectory | None:
-    prefixes = (names.LAYER_WEIGHT_NORM, names.LAYER_GRAD_NORM)
-    wanted = [m for m in logged if m in names.SCALAR_METRICS or m.startswith(prefixes)]
-    history = metric_history(client, run_id, wanted)
+_LAYER_PREFIXES = (names.LAYER_WEIGHT_NORM, names.LAYER_GRAD_NORM)
+
+
+def metrics_of_trajectory(logged: Iterable[str]) -> list[str]:
+    """Those of the metrics that a trajectory holds."""
+    return [m for m in logged if m in names.SCALAR_METRICS or m.startswith(_LAYER_PREFIXES)]
+
+
+def _from_metrics(history: History) -> Trajectory | None:
     # A step that was cut off while it was logged is a missing step, not a NaN.
     whole = [history.get(metric, {}).keys() for metric in ("loss", "grad_norm")]
     steps = sorted(set(whole[0]) & set(whole[1]))
@@ -371,9 +427,9 @@ def _from_metrics(client: MlflowClient, run_id: str, logged: Iterable[str]) -> T
 
     def column(metric: str) -> Floats:
         values = history.get(metric, {})
-        return restored([values.get(step) for step in steps])
+        return np.array([values.get(step) for step in steps], dtype=np.float64)
 
-    layers = sorted({m.partition("/")[2] for m in history if m.startswith(prefixes)})
+    layers = sorted({m.partition("/")[2] for m in history if m.startswith(_LAYER_PREFIXES)})
 
     def matrix(prefix: str) -> Floats:
         return np.array([column(prefix + layer) for layer in layers]).reshape(-1, len(steps)).T

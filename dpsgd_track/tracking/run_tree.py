@@ -1,30 +1,25 @@
-"""The run tree of one group, as the launcher builds it; the launcher alone sets run statuses."""
+"""The run tree of one group, as the launcher builds it; the launcher alone sets run statuses.
+
+It is written to the group's spool, so that no store can hold up what the launcher does.
+"""
 
 from __future__ import annotations
 
 import getpass
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from dpsgd_track.config import RegimeConfig, Settings, redact_uri
+from dpsgd_track.config import RegimeConfig
 from dpsgd_track.tracking import names
-from dpsgd_track.tracking.client import TrackingError, is_transient, one_line
-from dpsgd_track.tracking.store import absolute_uri, open_store
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from dpsgd_track.tracking.spool import SpoolWriter
 
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
 MAX_PARAM_LENGTH = 6000
-MAX_TAG_LENGTH = 8000
-_PARAMS_PER_BATCH = 100
-_ATTEMPTS = 6
-
-Result = TypeVar("Result")
+MAX_TAG_LENGTH = 5000
+"""What MLflow's stores accept at least."""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -40,53 +35,57 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class RunTree:
-    """Group, mode and rank runs of one group.
+    """Group, mode and rank runs of one group. A run is known by its key in the spool."""
 
-    Raises (constructor):
-        ValueError: the tracking store cannot be used.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.tracking_uri = absolute_uri(settings.tracking_uri)
-        """Where workers find the store; it may carry credentials."""
-        self._shown_uri = redact_uri(settings.tracking_uri)
-        self._client: MlflowClient
-        self._client, self._experiment_id = open_store(settings)
+    def __init__(self, writer: SpoolWriter, experiment: str, group: str) -> None:
+        """
+        Args:
+            writer: of the group's control file.
+            experiment: name of the experiment that the runs belong to.
+        """
+        self._writer = writer
+        self._experiment = experiment
         self._open: dict[str, None] = {}
         self._user = {"mlflow.user": _user_name(), "mlflow.source.name": "launch.py"}
-        self.group = ""
-        self.group_run_id = ""
+        self.group = group
+        self.group_run = ""
 
-    def has_group(self, group: str) -> bool:
-        """Whether the experiment already holds a group of this name."""
-        query = f"tags.`{names.GROUP}` = '{group}'"
-        found = self._ask(
-            lambda: self._client.search_runs([self._experiment_id], query, max_results=1)
-        )
-        return bool(found)
-
-    def start_group(
-        self,
-        group: str,
-        expected: Sequence[Sequence[str]],
-        params: Mapping[str, str],
-    ) -> str:
+    def start_group(self, expected: Sequence[Sequence[str]], params: Mapping[str, str]) -> str:
         """Create the group run.
 
         Args:
             expected: (mode, regime, variant, replay) of every mode run set out to do; of one of a
                 profile, the point besides.
         Returns:
-            Its run id.
+            Its key.
         """
         tags = {
-            names.GROUP: group,
+            names.GROUP: self.group,
             names.KIND: names.KIND_GROUP,
             names.EXPECTED_RUNS: json.dumps(expected),
         }
-        self.group = group
-        self.group_run_id = self._create(group, tags, params)
-        return self.group_run_id
+        self.group_run = self._create(self.group, tags, params)
+        return self.group_run
+
+    def resume_group(
+        self,
+        run: str,
+        start_ms: int,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        *,
+        is_elsewhere: bool,
+    ) -> None:
+        """Take up a group run that ended.
+
+        Args:
+            is_elsewhere: the rest of the group is in the store, and not in this spool.
+        """
+        self._add_run(run, self.group, tags, params, time_ms=start_ms, is_resumed=is_elsewhere)
+        self._writer.add("reopen", run)
+        # Why it ended before is no longer so.
+        self._writer.set_tags(run, {names.REASON: "", names.NOTE: ""})
+        self.group_run = run
 
     def start_mode(
         self,
@@ -99,7 +98,7 @@ class RunTree:
         """Create the runs of one mode in one regime.
 
         Returns:
-            The mode run's id, and the id of each rank's run.
+            The mode run's key, and the key of each rank's run.
         """
         replay = regime.replay
         tags = {
@@ -115,7 +114,7 @@ class RunTree:
         label = f"{mode}@{variant}" if variant else mode
         which = replay or regime.point
         title = f"{label}/{regime.name}" + (f" ({which})" if which else "")
-        parent = {names.PARENT_RUN: self.group_run_id, names.KIND: names.KIND_MODE}
+        parent = {names.PARENT_RUN: self.group_run, names.KIND: names.KIND_MODE}
         mode_run = self._create(title, tags | parent, params)
         parent = {names.PARENT_RUN: mode_run, names.KIND: names.KIND_RANK}
         ranks = tuple(
@@ -124,60 +123,48 @@ class RunTree:
         )
         return mode_run, ranks
 
-    def mark(self, run_id: str, tag: str) -> None:
+    def mark(self, run: str, tag: str) -> None:
         """Set a tag of a run to `true`."""
-        self._set_tag(run_id, tag, "true")
+        self._writer.set_tags(run, {tag: "true"})
 
-    def finish(self, run_id: str, status: str, reason: str = "", advice: str = "") -> None:
+    def finish(self, run: str, status: str, reason: str = "", advice: str = "") -> None:
         """End a run as FINISHED, FAILED or KILLED, with the reason where it did not finish."""
         if reason:
             tag = f"{reason} {advice}".strip()
             note = f"**{status}**: {reason}" + (f"\n\n{advice}" if advice else "")
-            for key, value in ((names.REASON, tag), (names.NOTE, note)):
-                self._set_tag(run_id, key, value[:MAX_TAG_LENGTH])
-        self._ask(lambda: self._client.set_terminated(run_id, status))
-        self._open.pop(run_id, None)
+            said = {names.REASON: tag[:MAX_TAG_LENGTH], names.NOTE: note[:MAX_TAG_LENGTH]}
+            self._writer.set_tags(run, said)
+        self._writer.add("end", run, status=status)
+        self._open.pop(run, None)
 
     def finish_open(self, status: str, reason: str) -> None:
         """End every run of this tree that is still running, the group run last."""
-        for run_id in reversed(list(self._open)):
-            self.finish(run_id, status, reason)
+        for run in reversed(list(self._open)):
+            self.finish(run, status, reason)
 
     def _create(self, title: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
-        run = self._ask(
-            lambda: self._client.create_run(
-                self._experiment_id, tags={**self._user, **tags}, run_name=title
-            )
+        run = uuid.uuid4().hex
+        self._add_run(run, title, {**self._user, **tags}, params)
+        return run
+
+    def _add_run(
+        self,
+        run: str,
+        title: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        **more: object,
+    ) -> None:
+        self._writer.add(
+            "run",
+            run,
+            experiment=self._experiment,
+            title=title,
+            tags=dict(tags),
+            params={key: value[:MAX_PARAM_LENGTH] for key, value in params.items()},
+            **more,
         )
-        run_id = str(run.info.run_id)
-        self._open[run_id] = None
-        self._log_params(run_id, params)
-        return run_id
-
-    def _set_tag(self, run_id: str, key: str, value: str) -> None:
-        self._ask(lambda: self._client.set_tag(run_id, key, value))
-
-    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        entities = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in params.items()]
-        for start in range(0, len(entities), _PARAMS_PER_BATCH):
-            batch = entities[start : start + _PARAMS_PER_BATCH]
-            self._ask(partial(self._client.log_batch, run_id, params=batch))
-
-    def _ask(self, call: Callable[[], Result]) -> Result:
-        """`call()`, tried again while the store is away for a moment."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                return call()
-            except Exception as error:
-                if attempt == _ATTEMPTS - 1 or not is_transient(error):
-                    raise TrackingError(
-                        f"tracking_uri={self._shown_uri!r}: expected the tracking store to answer. "
-                        f"{one_line(error, self.tracking_uri)}"
-                    ) from error
-                time.sleep(0.5 * 2**attempt)
-        raise AssertionError("unreachable")
+        self._open[run] = None
 
 
 def _user_name() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import connect, one_line
 
 if TYPE_CHECKING:
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
 SQLITE_PREFIX = "sqlite:///"
 LOCK_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 10
+
+# What a store's error says -> what to do about it.
+_ADVICE = {
+    "error code 401": "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+    "MLFLOW_TRACKING_TOKEN.",
+    "Host header": "Add the name used here to the server's --allowed-hosts.",
+    "error code 403": "These credentials may not write there: ask who runs the server.",
+    "CERTIFICATE_VERIFY_FAILED": "Name the authority that signed the server's certificate in "
+    "MLFLOW_TRACKING_SERVER_CERT_PATH.",
+    "out-of-date database schema": "Back the database up, then run `mlflow db upgrade` on it, or "
+    "install the MLflow it belongs to.",
+    "disk is full": "Make room where the store is.",
+    "No space left": "Make room where the store is.",
+    "readonly": "Make it writable, or choose another --tracking-uri.",
+}
 
 
 def absolute_uri(tracking_uri: str) -> str:
@@ -48,7 +64,7 @@ def open_store(settings: Settings) -> tuple[MlflowClient, str]:
     """A client of the store, created where it is missing, and the id of its experiment.
 
     Raises:
-        ValueError: the store cannot be used; said in one line, within 15 seconds.
+        StoreError: the store cannot be used; said in one line, within 15 seconds.
     """
     uri = absolute_uri(settings.tracking_uri)
     path = sqlite_path(uri)
@@ -57,18 +73,35 @@ def open_store(settings: Settings) -> tuple[MlflowClient, str]:
             _check_sqlite(path)
         elif not uri.startswith("http"):
             _check_database(uri)
-        with _creation_lock(path), _impatient():
+        with _creation_lock(path):
             client = connect(uri)
             return client, _experiment_id(client, settings)
     except _StoreProblem as problem:
         reason = str(problem)
     except Exception as error:
-        reason = one_line(error, uri)
-    hint = "Start the server, or check --tracking-uri." if uri.startswith("http") else ""
-    raise ValueError(
+        raise unusable(settings, error) from error
+    raise _unusable(settings, reason)
+
+
+def unusable(settings: Settings, error: Exception) -> StoreError:
+    """What `error` says about the store, in a line, with what to do about it."""
+    uri = absolute_uri(settings.tracking_uri)
+    reason = one_line(error, uri)
+    advice = next((words for sign, words in _ADVICE.items() if sign in reason), "")
+    if not advice and uri.startswith("http"):
+        advice = "Start the server, or check --tracking-uri."
+    return _unusable(settings, f"{reason} {advice}".rstrip())
+
+
+def _unusable(settings: Settings, reason: str) -> StoreError:
+    return StoreError(
         f"tracking_uri={redact_uri(settings.tracking_uri)!r}: expected a usable tracking store. "
-        f"{reason} {hint}".rstrip()
+        f"{reason}"
     )
+
+
+class StoreError(ValueError):
+    """The tracking store cannot be used; the message says why, and what to do."""
 
 
 class _StoreProblem(Exception):
@@ -118,19 +151,10 @@ def _creation_lock(path: Path | None) -> Iterator[None]:
         os.close(folder)
 
 
-@contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-    """No retries while nothing depends on the store yet: a wrong address is said at once."""
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+def has_group(client: MlflowClient, experiment_id: str, group: str) -> bool:
+    """Whether the experiment holds a group of this name."""
+    query = f"tags.`{names.GROUP}` = '{group}'"
+    return bool(client.search_runs([experiment_id], query, max_results=1))
 
 
 def _experiment_id(client: MlflowClient, settings: Settings) -> str:

@@ -1,12 +1,13 @@
 """One rank of one mode's process group.
 
 `main` runs in every rank, forked by torch's launcher after `preload`: the mode's regimes one after
-the other, each from fresh weights. It logs to MLflow in the background, and leaves trajectories,
-progress and, when it fails, the reason in the job's working folder.
+the other, each from fresh weights. It appends what it observes to the group's spool, and leaves
+trajectories, progress and, when it fails, the reason in the job's working folder.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
@@ -30,24 +31,22 @@ from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import TrackingError
 from dpsgd_track.tracking.environment import imported_from
 from dpsgd_track.tracking.names import TIMINGS_FILE, TRAJECTORY_FILE
+from dpsgd_track.tracking.spool import RECORDS, SpoolWriter
 from dpsgd_track.tracking.timings import Timings
-from dpsgd_track.tracking.writer import BatchWriter
 from dpsgd_track.training.loop import NotFiniteError, RegimeRun
 from dpsgd_track.training.noise_samples import Floats
 from dpsgd_track.training.profile import ProfileRun
 from dpsgd_track.training.recorder import rank_metrics
 
-FLUSH_TIMEOUT_S = 60.0
-"""How long a finished worker may take to ship what is still queued."""
-KILLED_FLUSH_TIMEOUT_S = 5.0
-"""The same for one that was told to stop."""
+LEAVING_TIMEOUT_S = 5.0
+"""How long a worker that is told to stop may take to put its trajectories away."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class Worker:
     """What a rank does, and what it leaves behind."""
 
-    def __init__(self, job: JobConfig, writer: BatchWriter) -> None:
+    def __init__(self, job: JobConfig, writer: SpoolWriter) -> None:
         self.job, self.writer = job, writer
         self.rank = int(os.environ["RANK"])
         self.folder = Path(job.work_dir)
@@ -140,8 +139,6 @@ class Worker:
     def _profile(self, number: int, folder: Path, device: torch.device) -> None:
         """Time the steps; what is known of them is put away once all are taken."""
         run = ProfileRun(self.job, self.job.regimes[number], device)
-        # Nothing but the steps runs while they are timed.
-        self.writer.settle()
         timings, own = run.run(
             lambda step, seen: self._log(number, step, seen.metrics(), is_global=True)
         )
@@ -272,6 +269,8 @@ _NO_MEMORY = (
 def _kind_of(error: BaseException) -> str:
     if isinstance(error, TrackingError):
         return "tracking"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "disk_full"
     if isinstance(error, NotFiniteError):
         return "not_finite"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -294,7 +293,7 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 def _flush_when_told_to_stop(worker: Worker, is_done: threading.Event) -> None:
-    """Ship what is queued and leave on SIGTERM, even from inside a collective that hangs.
+    """Leave on SIGTERM, even from inside a collective that hangs.
 
     A Python signal handler would wait for the main thread to return from it. The signals are
     blocked in every thread, so that they are left to this one. When one rank fails, torch's
@@ -305,9 +304,9 @@ def _flush_when_told_to_stop(worker: Worker, is_done: threading.Event) -> None:
         number = signal.sigwait(STOP_SIGNALS)
         worker.is_told_to_stop.set()
         if worker.is_leaving.is_set():
-            is_done.wait(KILLED_FLUSH_TIMEOUT_S)
+            is_done.wait(LEAVING_TIMEOUT_S)
         try:
-            worker.writer.close(KILLED_FLUSH_TIMEOUT_S)
+            worker.writer.close()
         finally:
             os._exit(128 + number)
 
@@ -318,8 +317,6 @@ PRELOADED = (
     "dpsgd_track.modes.composed",
     "dpsgd_track.modes.reference",
     "opacus.accountants",
-    "mlflow.entities",
-    "mlflow.store.tracking.sqlalchemy_store",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
 )
@@ -340,7 +337,9 @@ def main(job_file: str) -> int:
     # Before any other thread starts: threads inherit what is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     job = JobConfig.from_json(Path(job_file).read_text(encoding="utf-8"))
-    worker = Worker(job, BatchWriter(job.tracking_uri))
+    folder = Path(job.spool) if job.spool else None
+    name = f"{Path(job.work_dir).name}-rank{os.environ['RANK']}{RECORDS}"
+    worker = Worker(job, SpoolWriter(folder, name))
     is_done = threading.Event()
     _flush_when_told_to_stop(worker, is_done)
     code = _run(worker)
@@ -352,7 +351,7 @@ def _run(worker: Worker) -> int:
     try:
         worker.log_device_facts()
         worker.run()
-        worker.writer.close(FLUSH_TIMEOUT_S)
+        worker.writer.close()
     except Exception as error:
         traceback.print_exc()
         # What fails on the way out, such as logging to a writer that was closed, is no reason.
@@ -360,7 +359,7 @@ def _run(worker: Worker) -> int:
             worker.report_failure(error)
         # The reason comes first; what can still be shipped follows.
         try:
-            worker.writer.close(FLUSH_TIMEOUT_S)
+            worker.writer.close()
         except Exception:
             traceback.print_exc()
         return 1

@@ -1,0 +1,141 @@
+#!/usr/bin/env python
+"""Measure what logging costs the thread that trains, one CSV row for each store.
+
+    python benchmarks/tracking_cost.py OUT.csv
+
+Each of the ranks logs 200 metrics a step, as a process of its own that computes on one thread in
+between, while the launcher's thread in a third process ships them: to SQLite, to an MLflow server,
+to one that is killed in the middle, and nowhere. Times are wall times of the call, and CPU times of
+the thread. `load` is that of the machine in the last minute: where it exceeds the cores, the wall
+times measure the scheduler as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dpsgd_track.config import RegimeConfig, Settings  # noqa: E402
+from dpsgd_track.tracking.run_tree import RunTree  # noqa: E402
+from dpsgd_track.tracking.shipper import Shipper  # noqa: E402
+from dpsgd_track.tracking.shipping import Shipping  # noqa: E402
+from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
+from dpsgd_track.tracking.spooled import SpooledGroup  # noqa: E402
+from dpsgd_track.tracking.store import open_store  # noqa: E402
+from tests.tracking_servers import MlflowServer  # noqa: E402
+
+NUM_METRICS = 200
+Times = list[tuple[float, float]]
+STORES = ("offline", "sqlite", "http", "dead")
+
+
+def train(folder: str, run: str, rank: int, num_steps: int, compute_s: float) -> Times:
+    """Log `num_steps` steps; wall and CPU time of each call, in ms."""
+    writer = SpoolWriter(Path(folder), f"rank{rank}{RECORDS}")
+    rng = np.random.default_rng(rank)
+    took_ms = []
+    for step in range(num_steps):
+        until = time.perf_counter() + compute_s
+        while time.perf_counter() < until:
+            rng.normal(size=1000).sum()
+        values = {f"layer_grad_norm/{i}": value for i, value in enumerate(rng.normal(size=200))}
+        start, cpu_start = time.perf_counter(), time.thread_time()
+        writer.log_metrics(run, step, values)
+        cpu_s, wall_s = time.thread_time() - cpu_start, time.perf_counter() - start
+        took_ms.append((wall_s * 1000, cpu_s * 1000))
+    writer.close()
+    return took_ms
+
+
+def measure(store: str, folder: Path, ranks: int, num_steps: int, compute_s: float) -> Times:
+    """Times of all calls of all ranks."""
+    folder.mkdir()
+    group = SpooledGroup(folder / "spool" / "g")
+    group.folder.mkdir(parents=True)
+    control = SpoolWriter(group.folder, f"launcher{CONTROL}")
+    tree = RunTree(control, "dpsgd-track", "g")
+    tree.start_group([], {})
+    regime = RegimeConfig(name="train", num_iter=num_steps)
+    _, runs = tree.start_mode("no_dp", regime, ranks, {})
+    server = MlflowServer(folder) if store in ("http", "dead") else None
+    shipping = None
+    if store != "offline":
+        uri = server.uri if server else f"sqlite:///{folder}/mlflow.db"
+        client, experiment_id = open_store(Settings(tracking_uri=uri))
+        shipping = Shipping(Shipper(group, client, uri, experiment_id), uri, print)
+        shipping.start()
+    if server and store == "dead":
+        threading.Timer(num_steps * compute_s / 3, server.kill).start()
+    with multiprocessing.get_context("spawn").Pool(ranks) as pool:
+        jobs = [
+            (str(group.folder), run, rank, num_steps, compute_s) for rank, run in enumerate(runs)
+        ]
+        times = pool.starmap(train, jobs, chunksize=1)
+    control.close()
+    if shipping:
+        shipping.close(timeout_s=5.0, away_timeout_s=1.0)
+    if server:
+        server.kill()
+    return [took for of_rank in times for took in of_rank[1:]]
+
+
+def main() -> None:
+    """Measure every store."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--compute-ms", type=float, default=20.0)
+    args = parser.parse_args()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    rows = []
+    for store in STORES:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / store
+            times = measure(store, place, args.ranks, args.num_steps, args.compute_ms / 1000)
+        wall, cpu = np.transpose(times)
+        row = {
+            "store": store,
+            "metrics": NUM_METRICS,
+            "ranks": args.ranks,
+            "steps": args.num_steps,
+            "compute_ms": args.compute_ms,
+            "median_ms": f"{np.median(wall):.4f}",
+            "p99_ms": f"{np.percentile(wall, 99):.4f}",
+            "max_ms": f"{wall.max():.3f}",
+            "cpu_median_ms": f"{np.median(cpu):.4f}",
+            "cpu_p99_ms": f"{np.percentile(cpu, 99):.4f}",
+            "load": f"{os.getloadavg()[0]:.1f}",
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "mlflow": version("mlflow"),
+            "commit": commit,
+        }
+        print(row, flush=True)
+        rows.append(row)
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

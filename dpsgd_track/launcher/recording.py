@@ -1,0 +1,204 @@
+"""Where a group is recorded: its name, its folder, its spool, and the store it is shipped to."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.launcher.suites import Suite
+from dpsgd_track.tracking.run_tree import RunTree
+from dpsgd_track.tracking.shipper import Shipper, settle
+from dpsgd_track.tracking.shipping import Shipping
+from dpsgd_track.tracking.spool import CONTROL, SpoolWriter
+from dpsgd_track.tracking.spooled import Busy, SpooledGroup, claim, spooled_groups
+from dpsgd_track.tracking.store import absolute_uri, has_group, open_store, unusable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_PROBE_BYTES = 65536
+
+
+class Recording:
+    """A group's records from its first run to what is left on this machine at the end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        group: str,
+        spooled: SpooledGroup,
+        store: tuple[MlflowClient, str] | None,
+        *,
+        is_new: bool = True,
+    ) -> None:
+        """
+        Args:
+            spooled: the group's folder in the spool.
+            store: client and id of the experiment; None to ship nothing.
+            is_new: the folder was made for this, and goes with what could not be started.
+
+        Raises:
+            Busy: somebody is at work on the group.
+        """
+        self._is_new = is_new
+        self._settings = settings
+        self.group = group
+        self.folder = Path(settings.results_dir) / group
+        """The group's own, for what is no record."""
+        self.spool = spooled.folder
+        self._spooled = spooled
+        self._store = store
+        self._held: list[IO[bytes]] = [spooled.hold()]
+        self._writer = SpoolWriter(spooled.folder, f"launcher{CONTROL}")
+        self.tree = RunTree(self._writer, settings.experiment, group)
+        self._shipper: Shipper | None = None
+        self._shipping: Shipping | None = None
+        self.left_behind = ""
+        """Once closed: why something is on this machine alone; empty where the store has it."""
+
+    def start(self, tell: Callable[[str], object]) -> None:
+        """Ship what is there, and go on shipping in the background.
+
+        Raises:
+            StoreError: the store takes nothing; nothing is left of the group.
+        """
+        left = self._left_by_the_dead(tell)
+        if self._store is None:
+            return
+        uri = absolute_uri(self._settings.tracking_uri)
+        self._shipper = self._shipper_of(self._spooled, self._store[1])
+        try:
+            # The group's own run is what shows whether the store can be written to.
+            self._shipper.ship()
+        except Exception as error:
+            self._forget()
+            raise unusable(self._settings, error) from error
+        self._shipping = Shipping(self._shipper, uri, tell, left=left)
+        self._shipping.start()
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Ship nothing while entered, so that nothing runs beside what is timed."""
+        return self._shipping.quiet() if self._shipping else contextlib.nullcontext()
+
+    def close(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
+        """Ship the rest, for a limited time, and check that it arrived.
+
+        Args:
+            is_hurried: whether somebody waits for the end.
+        """
+        try:
+            self._writer.close()
+        finally:
+            self._ship_rest(is_hurried)
+            self._release()
+
+    def _ship_rest(self, is_hurried: Callable[[], bool]) -> None:
+        if self._store is None:
+            self.left_behind = f"{self.group} was launched with --offline: no store has it."
+        elif self._shipping is not None:
+            reason = self._shipping.close(is_hurried=is_hurried) or self._check()
+            self.left_behind = reason and f"the store does not have all of {self.group}. {reason}"
+
+    def _check(self) -> str:
+        assert self._shipper is not None
+        # Over HTTP each metric's values are a request, which `launch.py sync` takes the time for.
+        is_database = not self._settings.tracking_uri.startswith("http")
+        try:
+            problems = settle(self._shipper, count=is_database)
+        except Exception as error:
+            return str(unusable(self._settings, error))
+        return problems[0] if problems else ""
+
+    def _left_by_the_dead(self, tell: Callable[[str], object]) -> list[Shipper]:
+        """Close the runs of launchers that died; those that were shipped here are to be again."""
+        left = []
+        target = redact_uri(absolute_uri(self._settings.tracking_uri))
+        for group in spooled_groups(self._spooled.folder.parent):
+            with contextlib.suppress(Busy, OSError):
+                held = group.hold()
+                self._held.append(held)
+                if closed := group.close_left_open():
+                    tell(f"group {group.name}: closed {closed} runs, as its launcher died.")
+                known = group.state().get(target)
+                if self._store is not None and known:
+                    # It stays in its own experiment.
+                    left.append(self._shipper_of(group, known["experiment_id"]))
+        return left
+
+    def _shipper_of(self, group: SpooledGroup, experiment_id: str) -> Shipper:
+        assert self._store is not None
+        uri = absolute_uri(self._settings.tracking_uri)
+        return Shipper(group, self._store[0], uri, experiment_id)
+
+    def _forget(self) -> None:
+        self._writer.close()
+        if self._is_new:
+            self._spooled.remove()
+            # It is not empty where the group is resumed.
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+        self._release()
+
+    def _release(self) -> None:
+        while self._held:
+            self._held.pop().close()
+
+
+def open_group(suite: Suite) -> Recording:
+    """Open the store and claim a name for the group.
+
+    Raises:
+        ValueError: the store or a folder cannot be used, or the name is taken.
+    """
+    settings = suite.settings
+    results, spool = Path(settings.results_dir), Path(settings.spool_dir)
+    if suite.group is not None:
+        is_new = not (results / suite.group).exists() and not (spool / suite.group).exists()
+        _require_new(is_new, suite.group)
+    store = None if suite.is_offline else open_store(settings)
+
+    def claimed(name: str) -> SpooledGroup | None:
+        if store is not None and has_group(*store, name):
+            return None
+        spooled = claim(spool, name)
+        is_claimed = False
+        try:
+            is_claimed = spooled is not None and _claim(results, name)
+        finally:
+            if spooled is not None and not is_claimed:
+                spooled.folder.rmdir()
+        return spooled if is_claimed else None
+
+    name = base = suite.group or f"{suite.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while (spooled := claimed(name)) is None:
+        _require_new(suite.group is None, name)
+        number += 1
+        name = f"{base}-{number}"
+    return Recording(settings, name, spooled, store)
+
+
+def _require_new(is_new: bool, group: str) -> None:
+    require(is_new, "group", group, "a name not used before", "Choose another, or leave it out.")
+
+
+def _claim(results: Path, group: str) -> bool:
+    """Create the group's folder; False where another launcher was first."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        try:
+            (results / group).mkdir()
+        except FileExistsError:
+            return False
+        probe = results / group / "probe"
+        probe.write_bytes(bytes(_PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"results_dir={str(results)!r}: expected a folder that can be written to. {error}"
+        ) from error
+    return True

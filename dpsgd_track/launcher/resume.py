@@ -1,0 +1,135 @@
+"""`launch.py resume`: what a group lacks, as a suite that runs only that."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dpsgd_track.config import CLIP, NOISE, JobConfig, RegimeConfig, Settings, require
+from dpsgd_track.launcher.arguments import RESUMABLE, build_parser
+from dpsgd_track.launcher.recording import Recording
+from dpsgd_track.launcher.suites import InputCheck, Suite, build_suite
+from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.tracking import names
+from dpsgd_track.tracking.environment import environment
+from dpsgd_track.tracking.reader import FINISHED, Group, GroupNotFound
+from dpsgd_track.tracking.source import read_group_anywhere, run_key
+from dpsgd_track.tracking.spooled import Busy, SpooledGroup, claim
+from dpsgd_track.tracking.store import open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """What is to be run once more."""
+
+    suite: Suite
+    """The group's, with the jobs and regimes that did not finish."""
+    group: Group
+    """As far as it got."""
+    clip_bounds: dict[str, tuple[float, ...]]
+    """C of each step of the clip regimes that the reference finished."""
+    changes: tuple[str, ...]
+    """What of the environment is not as it was when the group was launched."""
+
+
+def find_missing(settings: Settings, wanted: str, check_inputs: InputCheck) -> Missing | None:
+    """What the group `wanted` lacks; None where it lacks nothing.
+
+    Raises:
+        ValueError: there is no such group, it cannot be resumed, or its inputs are gone.
+    """
+    try:
+        group = read_group_anywhere(settings, wanted, print).group
+    except GroupNotFound as error:
+        raise ValueError(str(error)) from error
+    command = shlex.split(group.params.get("command", ""))[2:]
+    is_known = command[:1] and command[0] in RESUMABLE
+    require(bool(is_known), "group", wanted, f"a group of {', '.join(RESUMABLE)}")
+    args = build_parser().parse_args(command)
+    suite = replace(build_suite(args, check_inputs), settings=settings, group=group.name)
+    # A run that ended without its record tells too little to be compared.
+    done = {
+        run_key(run) for run in group.runs if run.status == FINISHED and not run.trajectory_missing
+    }
+    jobs = tuple(
+        replace(job, regimes=regimes) for job in suite.jobs if (regimes := _missing(job, done))
+    )
+    if not jobs:
+        return None
+    return Missing(
+        suite=replace(suite, jobs=jobs),
+        group=group,
+        clip_bounds=_clip_bounds(group),
+        changes=_changes(group),
+    )
+
+
+def _missing(job: JobConfig, done: set[tuple[str, str, str, str]]) -> tuple[RegimeConfig, ...]:
+    variant = job.variant.name if job.variant else ""
+    missing = {
+        (regime.name, regime.replay)
+        for regime in job.regimes
+        if (job.mode, regime.name, variant, regime.replay) not in done
+    }
+    # A replay of clip takes its bounds from the run beside it, noise what its silent twin left.
+    both = {name for name, _ in missing}
+    return tuple(
+        regime
+        for regime in job.regimes
+        if (regime.name, regime.replay) in missing
+        or (regime.kind in (CLIP, NOISE) and regime.name in both)
+    )
+
+
+def _clip_bounds(group: Group) -> dict[str, tuple[float, ...]]:
+    return {
+        run.regime: tuple(map(float, run.trajectory.max_grad_norm))
+        for run in group.runs
+        if run.mode == REFERENCE and not run.replay and run.status == FINISHED
+        if run.trajectory is not None and not run.trajectory_missing
+    }
+
+
+def _changes(group: Group) -> tuple[str, ...]:
+    now = environment()
+    return tuple(
+        f"{name} is {value}, was {before}"
+        for name, value in now.items()
+        if (before := group.params.get(f"environment.{name}", value)) != value
+    )
+
+
+def reopen_group(missing: Missing, *, is_offline: bool) -> Recording:
+    """Take up the group where it was left.
+
+    Args:
+        is_offline: records stay in the spool; no store is looked for.
+
+    Raises:
+        ValueError: it is still being run, or the store cannot be used.
+    """
+    group, settings = missing.group, missing.suite.settings
+    store = None if is_offline else open_store(settings)
+    spool = Path(settings.spool_dir)
+    spooled = claim(spool, group.name)
+    is_new = spooled is not None
+    try:
+        if spooled is None:
+            spooled = SpooledGroup(spool / group.name)
+            with spooled.hold():
+                spooled.close_left_open()
+        recording = Recording(settings, group.name, spooled, store, is_new=is_new)
+    except Busy as error:
+        advice = "Its launcher, or a sync, is at work: wait for it to end."
+        raise ValueError(
+            f"group={group.name!r}: expected a group that nobody works on. {advice}"
+        ) from error
+    recording.folder.mkdir(parents=True, exist_ok=True)
+    key = group.tags.get(names.KEY, group.run_id)
+    tags = {
+        name: value for name, value in group.tags.items() if name not in (names.VERDICT, names.NOTE)
+    }
+    start_ms, params = group.start_time_ms, group.params
+    recording.tree.resume_group(key, start_ms, tags, params, is_elsewhere=is_new)
+    return recording

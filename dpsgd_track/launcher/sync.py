@@ -1,0 +1,74 @@
+"""`launch.py sync`: ship what is in the spool, and check that all of it arrived."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
+from dpsgd_track.tracking.shipper import Shipper, settle
+from dpsgd_track.tracking.spooled import Busy, SpooledGroup, spooled_groups
+from dpsgd_track.tracking.store import absolute_uri, open_store, unusable
+
+_SHOWN = 10
+
+
+def sync(settings: Settings, group: str | None) -> int:
+    """Ship `group`, or all; returns the exit code: 0 where all of it is in the store.
+
+    Raises:
+        ValueError: there is no such group in the spool, or the store cannot be used.
+    """
+    spool = Path(settings.spool_dir)
+    found = [each for each in spooled_groups(spool) if group in (None, each.name)]
+    if not found and group is not None:
+        known = ", ".join(each.name for each in spooled_groups(spool)) or "nothing"
+        raise ValueError(
+            f"group={group!r}: expected a group in the spool {str(spool)!r}, which holds {known}. "
+            "What was shipped and checked is no longer there."
+        )
+    if not found:
+        print(f"{spool}: nothing to ship")
+        return EXIT_FINISHED
+    # One after the other even if one fails: each is whole in itself.
+    codes = [_sync_one(settings, each) for each in found]
+    return max(codes)
+
+
+def _sync_one(settings: Settings, group: SpooledGroup) -> int:
+    size = sum(group.sizes().values()) / 1024
+    print(f"{group.name}: {size:,.1f} KiB of records in {group.folder}")
+    try:
+        held = group.hold()
+    except Busy:
+        print(f"{group.name}: its launcher, or another sync, is at work. Wait for it to end.")
+        return EXIT_FAILED
+    with held:
+        if closed := group.close_left_open():
+            print(f"{group.name}: closed {closed} runs, as its launcher died")
+        run = group.group_run()
+        if run is None:
+            print(f"{group.name}: its launcher died before the first record was whole")
+            group.remove()
+            return EXIT_FINISHED
+        # A group belongs to the experiment it was launched in.
+        settings = replace(settings, experiment=run.experiment)
+        client, experiment_id = open_store(settings)
+        uri = absolute_uri(settings.tracking_uri)
+        counted = group.count()
+        print(f"{group.name}: shipping {counted}, then reading them back", flush=True)
+        try:
+            problems = settle(Shipper(group, client, uri, experiment_id), count=True)
+        except Exception as error:
+            raise unusable(settings, error) from error
+    for line in problems[:_SHOWN]:
+        print(f"{group.name}: {line}")
+    if len(problems) > _SHOWN:
+        print(f"{group.name}: and {len(problems) - _SHOWN} more")
+    where = redact_uri(settings.tracking_uri)
+    if problems:
+        print(f"{group.name}: NOT all of it is at {where}; the spool is kept in {group.folder}")
+        return EXIT_FAILED
+    print(f"{group.name}: {counted} are at {where}, each value checked; the spool was removed")
+    return EXIT_FINISHED

@@ -1,0 +1,338 @@
+"""Ships a spooled group to a tracking store, as often as it takes, and counts what arrived.
+
+Sending anything twice changes nothing: a store keeps one of several equal (metric, step, time,
+value), params and tags may be set again, a file replaces itself, and a run is found by the key it
+carries. So whatever was not acknowledged is simply sent again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpsgd_track.config import redact_uri
+from dpsgd_track.tracking import exact, names
+from dpsgd_track.tracking.client import is_about_the_record, one_line
+from dpsgd_track.tracking.exact import Point
+from dpsgd_track.tracking.history import all_points
+from dpsgd_track.tracking.spool import CONTROL, Event, MetricRow, SpoolReader, spool_files
+from dpsgd_track.tracking.spooled import RUNNING, SpooledGroup, SpooledRun
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+MAX_METRICS_PER_BATCH = 1000
+MAX_PARAMS_PER_BATCH = 100
+MAX_TAGS_PER_BATCH = 100
+_ROWS_AT_ONCE = 200
+
+
+class Shipper:
+    """Takes one group to one store. The group is held by the caller."""
+
+    def __init__(
+        self, group: SpooledGroup, client: MlflowClient, tracking_uri: str, experiment_id: str
+    ) -> None:
+        """
+        Args:
+            client: of the store at `tracking_uri`.
+            experiment_id: where runs are created.
+        """
+        self.group = group
+        self._client = client
+        self._uri = tracking_uri
+        self._experiment_id = experiment_id
+        self._target = redact_uri(tracking_uri)
+        state = group.state().get(self._target, {})
+        self.run_ids: dict[str, str] = {}
+        """Id in the store of each run, by its key."""
+        self._acknowledged: dict[str, int] = {}
+        if state.get("experiment_id") == experiment_id:
+            self.run_ids, self._acknowledged = state["run_ids"], state["acknowledged"]
+        self._readers: dict[str, SpoolReader] = {}
+        self._inexact: dict[str, list[tuple[Point, float]]] = defaultdict(list)
+        self.refused: dict[str, str] = {}
+        """Why records of a spool file can't be shipped, by its name."""
+        self._is_sure_of_runs = False
+
+    def ship(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Ship what is there and not acknowledged yet.
+
+        Returns:
+            Whether there was anything.
+
+        Raises:
+            Exception: the store is away, or refuses everything; call again later.
+        """
+        self._make_sure_of_runs()
+        before = dict(self._acknowledged)
+        files = spool_files(self.group.folder)
+        ends: list[tuple[str, int, Event]] = []
+        read: dict[str, int] = {}
+        for file in files:
+            # What ends a run is kept back until everything written before it is there.
+            for offset, rows, event in _chunks(self._reader(file)):
+                if should_stop():
+                    return True
+                if offset <= self._acknowledged.get(file.name, 0):
+                    for row in rows:
+                        self._inexact[row.run] += exact.inexact(row)
+                    continue
+                self._attempt(file, partial(self._ship_rows, rows))
+                if event is not None and event["do"] == "end":
+                    ends.append((file.name, offset, event))
+                elif event is not None:
+                    self._attempt(file, partial(self._ship_event, event))
+                read[file.name] = offset
+                if not ends or file.suffix != CONTROL:
+                    self._acknowledge(file.name, offset)
+        for name, offset, event in ends:
+            self._attempt(self.group.folder / name, partial(self._end, event))
+            self._acknowledge(name, offset)
+        for name, offset in read.items():
+            self._acknowledge(name, offset)
+        if self._acknowledged != before:
+            self._save()
+        return bool(read)
+
+    def is_there(self) -> None:
+        """Raise if the store does not answer; costs little."""
+        self._client.get_experiment(self._experiment_id)
+
+    # A failed attempt leaves its file where it was, so that the next process begins there.
+    def _acknowledge(self, name: str, offset: int) -> None:
+        if name not in self.refused:
+            self._acknowledged[name] = offset
+
+    def _reader(self, file: Path) -> SpoolReader:
+        return self._readers.setdefault(file.name, SpoolReader(file))
+
+    def _attempt(self, file: Path, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if not is_about_the_record(error):
+                # What was read and not sent has to be read again.
+                self._readers.clear()
+                self._inexact.clear()
+                raise
+            self.refused.setdefault(file.name, one_line(error, self._uri))
+
+    def _save(self) -> None:
+        state = self.group.state()
+        state[self._target] = {
+            "experiment_id": self._experiment_id,
+            "run_ids": self.run_ids,
+            "acknowledged": self._acknowledged,
+        }
+        try:
+            self.group.save_state(state)
+        except OSError:
+            # The next process sends more than it needs to.
+            return
+
+    def _make_sure_of_runs(self) -> None:
+        """Know which runs are in the store: a call that was cut off may have created one."""
+        if self._is_sure_of_runs:
+            return
+        known: dict[str, str] = {}
+        for run in self._search():
+            if key := run.data.tags.get(names.KEY):
+                known.setdefault(key, str(run.info.run_id))
+        if not self.run_ids.items() <= known.items():
+            # It is another database than it was.
+            self._acknowledged.clear()
+        self.run_ids = known
+        self._is_sure_of_runs = True
+
+    def _search(self) -> Iterator[Any]:
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment_id],
+                filter_string=f"tags.`{names.GROUP}` = '{self.group.name}'",
+                max_results=500,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _ship_event(self, event: Event) -> None:
+        match event["do"]:
+            case "run":
+                self._create(event)
+            case "reopen":
+                self._client.update_run(self._id(event["run"]), RUNNING)
+            case "params":
+                self._log_params(self._id(event["run"]), event["params"])
+            case "tags":
+                self._set_tags(self._id(event["run"]), event["tags"])
+            case "file":
+                path = str(self.group.folder / event["path"])
+                self._client.log_artifact(self._id(event["run"]), path, event["folder"] or None)
+
+    def _id(self, key: str) -> str:
+        return self.run_ids[key]
+
+    def _create(self, event: Event) -> None:
+        key = event["run"]
+        if key not in self.run_ids:
+            tags = {**event["tags"], names.KEY: key}
+            if parent := tags.get(names.PARENT_RUN):
+                tags[names.PARENT_RUN] = self._id(parent)
+            self._is_sure_of_runs = False
+            run = self._client.create_run(
+                self._experiment_id, start_time=event["time_ms"], tags=tags, run_name=event["title"]
+            )
+            self._is_sure_of_runs = True
+            self.run_ids[key] = str(run.info.run_id)
+        self._log_params(self.run_ids[key], event["params"])
+
+    def _end(self, event: Event) -> None:
+        run_id = self._id(event["run"])
+        if points := self._inexact.get(event["run"]):
+            self._client.log_text(run_id, exact.to_json(points), exact.FILE)
+            self._set_tags(run_id, {names.INEXACT_VALUES: str(len(points))})
+        self._client.set_terminated(run_id, event["status"], event["time_ms"])
+
+    def _log_params(self, run_id: str, params: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        entities = [Param(key, value) for key, value in params.items()]
+        for start in range(0, len(entities), MAX_PARAMS_PER_BATCH):
+            batch = entities[start : start + MAX_PARAMS_PER_BATCH]
+            self._client.log_batch(run_id, params=batch)
+
+    def _set_tags(self, run_id: str, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(key, value) for key, value in tags.items()]
+        for start in range(0, len(entities), MAX_TAGS_PER_BATCH):
+            self._client.log_batch(run_id, tags=entities[start : start + MAX_TAGS_PER_BATCH])
+
+    def _ship_rows(self, rows: Sequence[MetricRow]) -> None:
+        from mlflow.entities import Metric
+
+        metrics: dict[str, list[Metric]] = defaultdict(list)
+        for row in rows:
+            self._inexact[row.run] += exact.inexact(row)
+            metrics[row.run] += [
+                Metric(key, value, row.time_ms, row.step)
+                for key, value in zip(row.keys, row.values, strict=True)
+            ]
+        problem: Exception | None = None
+        for run, entities in metrics.items():
+            for start in range(0, len(entities), MAX_METRICS_PER_BATCH):
+                batch = entities[start : start + MAX_METRICS_PER_BATCH]
+                problem = self._log_metrics(self._id(run), batch) or problem
+        if problem is not None:
+            raise problem
+
+    def _log_metrics(self, run_id: str, batch: Sequence[Metric]) -> Exception | None:
+        """Log them all; one that the store refuses does not take the others with it."""
+        try:
+            self._client.log_batch(run_id, metrics=batch)
+        except Exception as error:
+            if not is_about_the_record(error):
+                raise
+            if len(batch) == 1 or not _is_about_a_value(error):
+                return error
+            half = len(batch) // 2
+            problems = [self._log_metrics(run_id, part) for part in (batch[:half], batch[half:])]
+            return next(filter(None, problems), None)
+        return None
+
+    def differences(self, *, count: bool = True) -> list[str]:
+        """What the store does not hold as the spool does; empty where all is there.
+
+        Args:
+            count: compare every value of every metric; else only that each metric, param, status
+                and file is there.
+        """
+        found: list[str] = []
+        for run in self.group.runs().values():
+            if run.key not in self.run_ids:
+                found.append(f"{run.title or run.key}: the run is not there")
+                continue
+            found += [f"{run.title}: {line}" for line in self._differences(run, count)]
+        return found
+
+    def _differences(self, run: SpooledRun, count: bool) -> Iterator[str]:
+        if run.status == RUNNING:
+            yield "it did not end"
+        run_id = self.run_ids[run.key]
+        stored = self._client.get_run(run_id)
+        if stored.info.status != run.status:
+            yield f"its status is {stored.info.status}, not {run.status}"
+        if missing := run.params.keys() - stored.data.params.keys():
+            yield f"{len(missing)} of {len(run.params)} params are missing"
+        wanted: dict[str, set[tuple[int, int, float | None]]] = defaultdict(set)
+        for row in run.rows:
+            for key, value in zip(row.keys, row.values, strict=True):
+                wanted[key].add((row.step, row.time_ms, exact.as_stored(value)))
+        if missing := wanted.keys() - stored.data.metrics.keys():
+            yield f"{len(missing)} of {len(wanted)} metrics are missing"
+        elif count and wanted:
+            held = all_points(self._client, run_id, wanted)
+            for key, points in wanted.items():
+                if len(held[key]) != len(points) or set(held[key]) != points:
+                    yield f"{key}: {len(held[key])} values instead of {len(points)}"
+        for folder in {folder for _, folder in run.files}:
+            listed = {f.path for f in self._client.list_artifacts(run_id, folder or None)}
+            for path, where in run.files:
+                name = f"{where}/{path.name}" if where else path.name
+                if where == folder and name not in listed:
+                    yield f"{name} is missing"
+
+
+def settle(
+    shipper: Shipper, *, count: bool, should_stop: Callable[[], bool] = lambda: False
+) -> list[str]:
+    """Ship a group that nobody writes to, and remove its spool once all of it is seen to be there.
+
+    Args:
+        count: compare every value of every metric.
+    Returns:
+        What is not in the store as it is in the spool; empty where the spool was removed.
+
+    Raises:
+        Exception: the store is away.
+    """
+    sizes: dict[str, int] = {}
+    # A comparison may have added its report meanwhile.
+    while sizes != (sizes := shipper.group.sizes()):
+        while shipper.ship(should_stop):
+            if should_stop():
+                return ["not everything was shipped"]
+        if problems := [*shipper.refused.values(), *shipper.differences(count=count)]:
+            return problems
+    shipper.group.remove()
+    return []
+
+
+def _is_about_a_value(error: Exception) -> bool:
+    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+def _chunks(reader: SpoolReader) -> Iterator[tuple[int, list[MetricRow], Event | None]]:
+    """Records of a file in order: rows, then the event after them, and the byte after all."""
+    rows: list[MetricRow] = []
+    offset = reader.offset
+    for offset, record in reader.records():
+        if isinstance(record, MetricRow):
+            rows.append(record)
+            if len(rows) < _ROWS_AT_ONCE:
+                continue
+            yield offset, rows, None
+        else:
+            yield offset, rows, record
+        rows = []
+    if rows:
+        yield offset, rows, None

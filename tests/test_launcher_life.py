@@ -1,0 +1,279 @@
+"""Groups that are cut short: nothing stays RUNNING, what was logged is there, the rest is run."""
+
+import json
+import shlex
+import shutil
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from synthetic_group import empty_tables
+
+from dpsgd_track.config import RegimeConfig, Settings
+from dpsgd_track.launcher import suites
+from dpsgd_track.launcher.arguments import build_parser
+from dpsgd_track.launcher.recording import Recording, open_group
+from dpsgd_track.report import command as compare
+from dpsgd_track.tracking import names
+from dpsgd_track.tracking.source import read_group_anywhere
+from dpsgd_track.tracking.store import open_store
+from tests import fake_launch
+from tests.test_launcher_modes import living, start
+from tests.tracking_servers import MlflowServer, Wire, shared_server
+
+NO_DP = ("--mode", "no_dp", "--regime", "accuracy")
+SECRET = "a-secret-never-to-be-seen"
+NUM_RUNS = 13
+"""The group's, and those of no_dp and its three replays with two ranks each."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    shutil.copy(empty_tables(), tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    return tmp_path
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, **modes: dict) -> None:
+    monkeypatch.setenv("FAKE_WORKER", json.dumps(modes))
+
+
+def statuses(group: str, uri: str = "", experiment: str = "dpsgd-track") -> Counter[str]:
+    settings = Settings(tracking_uri=uri or Settings().tracking_uri, experiment=experiment)
+    client, experiment_id = open_store(settings)
+    runs = client.search_runs([experiment_id], f"tags.`{names.GROUP}` = '{group}'")
+    return Counter(run.info.status for run in runs)
+
+
+def spooled() -> list[str]:
+    return sorted(path.name for path in Path("spool").iterdir())
+
+
+def until(holds, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def steps_told(group: str) -> int:
+    found = Path("results", group, "logs").glob("*/progress.jsonl")
+    return sum(file.read_text().count('"step", ') for file in found)
+
+
+def kill_a_launcher(folder: Path, group: str, after_steps: int = 3) -> None:
+    """SIGKILL to a launcher in the middle of a mode; returns when its workers are gone, too."""
+    slow = {"no_dp": {"do": "slow"}}
+    process = start(folder, "quick", *NO_DP, "--group", group, "--num-iter", "40", plan=slow)
+    until(lambda: steps_told(group) >= after_steps)
+    workers = living(folder)
+    assert len(workers) >= 3
+    process.kill()
+    process.communicate()
+    until(lambda: not any(worker.is_running() for worker in workers))
+
+
+def test_a_launcher_killed_without_warning_leaves_nothing_running(folder, capsys):
+    kill_a_launcher(folder, "first")
+    told = steps_told("first")
+    found = read_group_anywhere(Settings(), "first", print)
+    run = next(run for run in found.group.runs if not run.replay)
+    assert found.spooled is not None
+    assert run.status == "RUNNING"
+    assert run.trajectory is not None
+    assert run.trajectory.num_steps >= told - 1
+    assert compare.main(["first", "--no-png"]) == 3
+
+    assert fake_launch.run(["sync"]) == 0
+    said = capsys.readouterr().out
+    # The group, the mode run that had begun, its ranks, and its replays with theirs.
+    assert f"first: closed {NUM_RUNS} runs, as its launcher died" in said
+    assert "each value checked" in said
+    assert spooled() == []
+    assert statuses("first") == {"KILLED": NUM_RUNS}
+    stored = read_group_anywhere(Settings(), "first", print)
+    assert stored.spooled is None
+    run = next(run for run in stored.group.runs if not run.replay)
+    assert run.trajectory is not None
+    assert run.trajectory.num_steps >= told - 1
+    assert "launcher died" in run.reason
+    # The report that was made meanwhile came along.
+    assert stored.group.tags[names.VERDICT] == "INCONCLUSIVE"
+
+
+def a_group_in_the_making(group: str, *more: str) -> Recording:
+    """What a launcher has open in the middle of a group."""
+    options = (*NO_DP, "--group", group, *more)
+    args = build_parser().parse_args(["quick", *options])
+    recording = open_group(suites.build_suite(args, lambda *_: None))
+    recording.tree.start_group(
+        [], {"command": shlex.join(["python", "launch.py", "quick", *options])}
+    )
+    recording.start(print)
+    recording.tree.start_mode("no_dp", RegimeConfig(name="accuracy", num_iter=1), 2, {})
+    return recording
+
+
+def test_the_next_launch_closes_what_a_dead_launcher_left(folder, capsys):
+    Path("other.yaml").write_text("experiment: other")
+    a_group_in_the_making("first", "--config", "other.yaml").close()
+    assert spooled() == ["first"]
+    assert statuses("first", experiment="other") == {"RUNNING": 4}
+    assert fake_launch.run(["quick", *NO_DP, "--group", "second"]) == 0
+    assert "group first: closed 4 runs" in capsys.readouterr().out
+    # It stayed in its own experiment.
+    assert statuses("first", experiment="other") == {"KILLED": 4}
+    assert statuses("first") == {}
+    assert statuses("second") == {"FINISHED": NUM_RUNS}
+    assert spooled() == []
+
+
+def test_two_groups_at_once_do_not_disturb_each_other(folder):
+    recordings = [a_group_in_the_making(group) for group in ("a", "b")]
+    for each in recordings:
+        each.tree.finish_open("FINISHED", "")
+        each.close()
+        assert each.left_behind == ""
+        assert statuses(each.group) == {"FINISHED": 4}
+    assert spooled() == []
+
+
+@pytest.mark.soak
+def test_two_launches_at_once_on_a_fresh_store_do_not_disturb_each_other(tmp_path):
+    for attempt in range(10):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        processes = [
+            start(folder, "quick", *NO_DP, "--group", name, makes_store=True) for name in ("a", "b")
+        ]
+        for process in processes:
+            out, err = process.communicate(timeout=90)
+            assert process.returncode == 0, out + err
+        uri = f"sqlite:///{folder}/mlflow.db"
+        assert statuses("a", uri) == statuses("b", uri) == {"FINISHED": NUM_RUNS}
+        assert not list((folder / "spool").iterdir())
+
+
+def test_a_group_is_run_only_where_it_lacks_something(folder, monkeypatch, capsys):
+    plan(monkeypatch, no_dp={"do": "crash", "regime": 1, "step": 2}, flash_fsdp={"do": "crash"})
+    options = ("--mode", "no_dp,flash_fsdp", "--regime", "accuracy,clip", "--group", "g")
+    assert fake_launch.run(["quick", *options, "--offline"]) == 1
+    assert "resume:  python launch.py resume g" in capsys.readouterr().out
+    plan(monkeypatch, flash_fsdp={"do": "crash", "regime": 1})
+    assert fake_launch.run(["resume", "g", "--offline"]) == 1
+    said = capsys.readouterr().out
+    assert "no_dp: started (accuracy (again), accuracy (permuted), accuracy (ulp))" in said
+    assert "flash_fsdp: started (accuracy, clip)" in said
+    assert "reference: started" not in said
+    assert statuses("g") == {}
+    # It is the same from the store, once the spool is gone.
+    assert fake_launch.run(["sync", "g"]) == 0
+    plan(monkeypatch)
+    assert fake_launch.run(["resume", "g"]) == 0
+    assert "flash_fsdp: started (clip)" in capsys.readouterr().out
+    assert spooled() == []
+    group = read_group_anywhere(Settings(), "g", print).group
+    assert {run.status for run in group.runs} == {"FINISHED"}
+    assert group.superseded == 3 + 2 + 1
+    assert group.tags[names.REASON] == ""
+    client, _ = open_store(Settings())
+    assert client.get_run(group.run_id).info.status == "FINISHED"
+    # Its bounds are those that the reference measured the first time.
+    flash = next(run for run in group.runs if (run.mode, run.regime) == ("flash_fsdp", "clip"))
+    assert flash.params["regime.max_grad_norms"] == "1.0, 1.0, 1.0, 1.0"
+    assert fake_launch.run(["resume", "g"]) == 0
+    assert "nothing is missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("resume", "none"), "expected"),
+        (("sync", "none"), "group='none': expected a group in the spool"),
+    ],
+)
+def test_a_group_that_is_not_there(folder, capsys, argv, said):
+    open_store(Settings())
+    assert fake_launch.run(list(argv)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_group_is_left_alone_while_its_launcher_lives(folder, capsys):
+    recording = a_group_in_the_making("g")
+    assert fake_launch.run(["sync"]) == 1
+    assert "is at work" in capsys.readouterr().out
+    assert fake_launch.run(["resume", "g"]) == 2
+    assert "nobody works on" in capsys.readouterr().err
+    recording.tree.finish_open("FINISHED", "")
+    recording.close()
+    assert spooled() == []
+
+
+@pytest.fixture(scope="module")
+def server() -> MlflowServer:
+    return shared_server()
+
+
+def test_a_launch_goes_on_when_its_server_dies(folder, server, monkeypatch, capsys):
+    plan(monkeypatch, no_dp={"do": "slow"})
+    wire = Wire(server.port)
+
+    def cut() -> None:
+        until(lambda: steps_told("g") >= 5)
+        wire.cut()
+
+    threading.Thread(target=cut).start()
+    arguments = ("quick", *NO_DP, "--group", "g", "--num-iter", "8", "--tracking-uri", wire.uri)
+    began = time.monotonic()
+    assert fake_launch.run(list(arguments)) == 0
+    assert time.monotonic() - began < 60
+    said = capsys.readouterr().out
+    assert said.count("takes nothing at the moment") == 1
+    assert f"ship:    python launch.py sync g --tracking-uri {wire.uri}" in said
+    assert spooled() == ["g"]
+    for wanted in ("g", "latest"):
+        found = read_group_anywhere(Settings(tracking_uri=wire.uri), wanted, print)
+        assert found.group.name == "g"
+        assert "Read in spool/g" in capsys.readouterr().out
+    assert fake_launch.run(["sync", "g", "--tracking-uri", wire.uri]) == 2
+    wire.mend()
+    assert fake_launch.run(["sync", "g", "--tracking-uri", wire.uri]) == 0
+    assert statuses("g", wire.uri) == {"FINISHED": NUM_RUNS}
+    assert spooled() == []
+    wire.cut()
+
+
+def test_an_offline_group_is_created_on_a_server_later(folder, server, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    uri = f"http://me:{SECRET}@127.0.0.1:1"
+    options = ("--group", "later", "--offline", "--spool", "elsewhere", "--tracking-uri", uri)
+    assert fake_launch.run(["quick", *NO_DP, *options]) == 0
+    said = capsys.readouterr()
+    command = (
+        "python launch.py sync later --tracking-uri 'http://***@127.0.0.1:1' --spool elsewhere"
+    )
+    assert f"ship:    {command}" in said.out
+    kept = b"".join(file.read_bytes() for file in Path().rglob("*") if file.is_file())
+    assert b"no_dp" in kept
+    assert SECRET.encode() not in kept
+    assert SECRET not in said.out + said.err
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    place = ("--spool", "elsewhere", "--tracking-uri", server.uri)
+    assert fake_launch.run(["sync", *place]) == 0
+    assert statuses("later", server.uri) == {"FINISHED": NUM_RUNS}
+    found = read_group_anywhere(Settings(tracking_uri=server.uri), "later", print)
+    assert found.spooled is None
+    assert all(run.trajectory and not run.trajectory_missing for run in found.group.runs)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_four_ranks_start_on_a_fresh_store_twenty_times(folder):
+    for attempt in range(20):
+        uri = f"sqlite:///{folder}/{attempt}.db"
+        options = ("--group", f"g{attempt}", "--nproc-per-node", "4", "--tracking-uri", uri)
+        assert fake_launch.run(["quick", *NO_DP, *options]) == 0
+        assert statuses(f"g{attempt}", uri) == {"FINISHED": 21}

@@ -1,0 +1,160 @@
+"""A server that goes and comes back while a group is logged: nothing is lost or doubled."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpsgd_track.config import Settings
+from dpsgd_track.tracking.run_tree import RunTree
+from dpsgd_track.tracking.shipper import Shipper, settle
+from dpsgd_track.tracking.shipping import Shipping
+from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter
+from dpsgd_track.tracking.spooled import claim, spooled_groups
+from dpsgd_track.tracking.store import open_store
+from tests.test_tracking_shipping import MODE, check_whole, logged
+from tests.tracking_servers import MlflowServer, Wire, postgres, shared_server
+
+STEP_S = 0.02
+
+
+@pytest.fixture(scope="module")
+def server() -> MlflowServer:
+    return shared_server()
+
+
+def log_a_group(
+    spool: Path, name: str, uri: str, steps: int, at_step: Callable[[int, list[str]], object]
+) -> tuple[list[float], list[str], str]:
+    """Log a group while it is shipped; how long each step's logging took (ms), and what was said.
+
+    Args:
+        at_step: called before each step, with what was said so far.
+    """
+    group = claim(spool, name)
+    assert group is not None
+    client, experiment_id = open_store(Settings(tracking_uri=uri))
+    control = SpoolWriter(group.folder, f"launcher{CONTROL}")
+    tree = RunTree(control, "dpsgd-track", name)
+    tree.start_group([("no_dp", "clip", "", "")], {"suite": "quick"})
+    mode, ranks = tree.start_mode("no_dp", MODE, 2, {"seed": "42"})
+    shipper = Shipper(group, client, uri, experiment_id)
+    said: list[str] = []
+    shipping = Shipping(shipper, uri, said.append, interval_s=0.05)
+    shipping.start()
+    workers = [SpoolWriter(group.folder, f"no_dp-rank{rank}{RECORDS}") for rank in (0, 1)]
+    took_ms = []
+    for step in range(steps):
+        at_step(step, said)
+        start = time.thread_time()
+        workers[0].log_metrics(mode, step, logged(step, 9))
+        took_ms.append((time.thread_time() - start) * 1000)
+        for rank in (0, 1):
+            workers[rank].log_metrics(ranks[rank], step, logged(step, rank))
+        time.sleep(STEP_S)
+    file = spool / "trajectory.npz"
+    file.write_bytes(b"exact")
+    for rank, worker in enumerate(workers):
+        worker.upload(ranks[rank], file)
+        worker.log_params(ranks[rank], {"device.name": "cpu"})
+        worker.close()
+    for run in (*ranks, mode, tree.group_run):
+        tree.finish(run, "FINISHED")
+    control.close()
+    left = shipping.close(timeout_s=60, away_timeout_s=1)
+    if not left:
+        assert settle(shipper, count=True) == []
+    return took_ms, said, left
+
+
+def sync(spool: Path, uri: str) -> None:
+    (group,) = spooled_groups(spool)
+    client, experiment_id = open_store(Settings(tracking_uri=uri))
+    with group.hold():
+        assert settle(Shipper(group, client, uri, experiment_id), count=True) == []
+
+
+def test_a_wire_cut_in_the_middle_of_anything_loses_nothing(tmp_path, server):
+    wire = Wire(server.port)
+    rng = random.Random(5)
+    cuts = []
+
+    def at_step(step: int, _: list[str]) -> None:
+        if step % 20 == 10:
+            # The server does what it is asked to, and its answer is lost on the way.
+            wire.answers_left = rng.randrange(3)
+            cuts.append(step)
+        elif step and step % 20 == 19:
+            wire.cut()
+            wire.mend()
+
+    took_ms, said, left = log_a_group(tmp_path, "cut", wire.uri, 120, at_step)
+    wire.cut()
+    assert left == ""
+    assert len(cuts) == 6
+    away = [line for line in said if "takes nothing" in line]
+    back = [line for line in said if "is back" in line]
+    assert 1 <= len(away) <= len(cuts)
+    assert len(back) == len(away)
+    assert statistics.median(took_ms) < 0.2
+    check_whole(*open_store(Settings(tracking_uri=server.uri)), "cut", 120)
+
+
+def test_a_server_that_goes_for_good_leaves_all_of_it_to_sync(tmp_path, server):
+    wire = Wire(server.port)
+    start = time.monotonic()
+    _, said, left = log_a_group(
+        tmp_path, "gone", wire.uri, 40, lambda step, _: step == 20 and wire.cut()
+    )
+    assert time.monotonic() - start < 30
+    assert "refused" in left
+    assert len(said) == 1
+    wire.mend()
+    sync(tmp_path, wire.uri)
+    wire.cut()
+    check_whole(*open_store(Settings(tracking_uri=server.uri)), "gone", 40)
+
+
+def kill_and_restart(server: MlflowServer, spool: Path, name: str, times: int) -> None:
+    """SIGKILL to the server at random steps, over and over, in one group."""
+    rng = random.Random(11)
+    due = {rng.randrange(60) + 60 * i for i in range(times)}
+
+    def at_step(step: int, said: list[str]) -> None:
+        if step not in due:
+            return
+        server.kill()
+        server.start()
+        # It takes seconds to start. At times it is killed again before it is there.
+        if rng.random() < 0.75:
+            server.wait()
+            while said and "is back" not in said[-1]:
+                time.sleep(0.05)
+
+    took_ms, said, left = log_a_group(spool, name, server.uri, 60 * times, at_step)
+    if left:
+        server.wait()
+        sync(spool, server.uri)
+    check_whole(*open_store(Settings(tracking_uri=server.uri)), name, 60 * times)
+    print(f"{name}: {times} kills, {len(said)} lines, p50 {statistics.median(took_ms):.3f} ms")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_twenty_kills_of_a_server_on_sqlite(tmp_path):
+    server = MlflowServer(tmp_path)
+    kill_and_restart(server, tmp_path / "spool", "killed", 20)
+    server.kill()
+
+
+@pytest.mark.soak
+@pytest.mark.postgres
+@pytest.mark.timeout(1200)
+def test_twenty_kills_of_a_server_on_postgresql(tmp_path):
+    with postgres(tmp_path) as uri:
+        server = MlflowServer(tmp_path, uri)
+        kill_and_restart(server, tmp_path / "spool", "killed", 20)
+        server.kill()

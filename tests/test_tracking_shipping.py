@@ -1,0 +1,391 @@
+"""What is spooled arrives in the store: all of it, once, whatever happens on the way."""
+
+import math
+import random
+import sqlite3
+import struct
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from dpsgd_track.config import RegimeConfig, Settings
+from dpsgd_track.tracking import exact, names
+from dpsgd_track.tracking.history import all_points
+from dpsgd_track.tracking.run_tree import RunTree
+from dpsgd_track.tracking.shipper import Shipper, settle
+from dpsgd_track.tracking.shipping import Shipping
+from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter
+from dpsgd_track.tracking.spooled import Busy, SpooledGroup, claim, spooled_groups
+from dpsgd_track.tracking.store import open_store
+from tests.tracking_servers import postgres
+
+ODD = (math.inf, -math.inf, -0.0, math.nan, 5e-324, 1.7976931348623157e308, 1 / 3)
+MODE = RegimeConfig(name="clip", num_iter=1)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    folder = tmp_path_factory.mktemp("store")
+    settings = Settings(
+        tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_location=str(folder / "artifacts")
+    )
+    open_store(settings)
+    return settings
+
+
+def bits(value: float) -> bytes:
+    return struct.pack("<d", value)
+
+
+def logged(step: int, seed: int = 0) -> dict[str, float]:
+    """What a step logs: ordinary numbers, and such as SQL cannot hold."""
+    rng = random.Random(step * 1000 + seed)
+    values = {f"layer/{i}": struct.unpack("<d", rng.randbytes(8))[0] for i in range(5)}
+    return {**values, "odd": ODD[step % len(ODD)], "loss": step + 1 / 3}
+
+
+def spool_a_group(spool: Path, name: str, steps: int = 30, status: str = "FINISHED") -> RunTree:
+    """A finished group of one mode run and two rank runs, as launcher and workers leave it."""
+    group = claim(spool, name)
+    assert group is not None
+    control = SpoolWriter(group.folder, f"launcher{CONTROL}")
+    tree = RunTree(control, "dpsgd-track", name)
+    tree.start_group([("no_dp", "clip", "", "")], {"suite": "quick"})
+    mode, ranks = tree.start_mode("no_dp", MODE, 2, {"seed": "42"})
+    trajectory = spool / "trajectory.npz"
+    trajectory.write_bytes(name.encode())
+    for rank, run in enumerate(ranks):
+        worker = SpoolWriter(group.folder, f"no_dp-rank{rank}{RECORDS}")
+        for step in range(steps):
+            if rank == 0:
+                worker.log_metrics(mode, step, logged(step, 9))
+            worker.log_metrics(run, step, logged(step, rank))
+        worker.upload(run, trajectory)
+        worker.log_params(run, {"device.name": "cpu"})
+        worker.close()
+    for run in (*ranks, mode, tree.group_run):
+        tree.finish(run, status, "" if status == "FINISHED" else "it broke.")
+    control.close()
+    return tree
+
+
+def shipper_of(group: SpooledGroup, settings: Settings, client: Any = None) -> Shipper:
+    real, experiment_id = open_store(settings)
+    return Shipper(group, client or real, settings.tracking_uri, experiment_id)
+
+
+def check_whole(client: MlflowClient, experiment_id: str, name: str, steps: int = 30) -> None:
+    """Every value of a spooled group is there once, bit for bit."""
+    runs = client.search_runs([experiment_id], f"tags.`{names.GROUP}` = '{name}'")
+    assert sorted(run.info.run_name for run in runs) == sorted(
+        [name, "no_dp/clip", "rank 0", "rank 1"]
+    )
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert all(run.info.end_time >= run.info.start_time for run in runs)
+    for run in runs:
+        if run.data.tags[names.KIND] == names.KIND_GROUP:
+            assert run.data.params == {"suite": "quick"}
+            continue
+        seed = int(run.data.tags.get(names.RANK, 9))
+        points = all_points(client, run.info.run_id, logged(0))
+        restored = exact.from_json(
+            Path(client.download_artifacts(run.info.run_id, exact.FILE)).read_text()
+        )
+        assert int(run.data.tags[names.INEXACT_VALUES]) == len(restored)
+        for metric, held in points.items():
+            assert sorted(step for step, _, _ in held) == list(range(steps))
+            for step, _, stored in held:
+                value = restored.get((metric, step), math.nan if stored is None else stored)
+                assert bits(value) == bits(logged(step, seed)[metric])
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert ("trajectory.npz" in files) == (names.RANK in run.data.tags)
+
+
+def test_a_group_arrives_bit_for_bit_and_its_spool_goes(tmp_path, settings):
+    spool_a_group(tmp_path, "whole")
+    (group,) = spooled_groups(tmp_path)
+    shipper = shipper_of(group, settings)
+    assert settle(shipper, count=True) == []
+    assert spooled_groups(tmp_path) == []
+    check_whole(*open_store(settings), "whole")
+
+
+class Flaky:
+    """A client whose calls fail at chance, before or after the store has done what was asked."""
+
+    def __init__(self, client: MlflowClient, rng: random.Random, chance: float) -> None:
+        self._client, self._rng, self._chance = client, rng, chance
+        self.tracking_uri = client.tracking_uri
+        self.num_failures = 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            fails = self._rng.random() < self._chance
+            self.num_failures += fails
+            if fails and self._rng.random() < 0.5:
+                raise MlflowException("the server was killed before it did anything")
+            answer = getattr(self._client, name)(*arguments, **options)
+            if fails:
+                raise MlflowException("the server was killed before it could answer")
+            return answer
+
+        return call
+
+
+def ship_through_failures(settings: Settings, spool: Path, name: str, seed: int) -> int:
+    """Ship a group with a store that fails at every fourth call, by ever new processes."""
+    spool_a_group(spool, name)
+    group = next(each for each in spooled_groups(spool) if each.name == name)
+    client, _ = open_store(settings)
+    flaky = Flaky(client, random.Random(seed), 0.25)
+    shipper = shipper_of(group, settings, flaky)
+    for attempt in range(500):
+        try:
+            if settle(shipper, count=True) == []:
+                break
+        except MlflowException:
+            if attempt % 3 == 0:
+                # The process that shipped is killed, too.
+                shipper = shipper_of(group, settings, flaky)
+    check_whole(*open_store(settings), name)
+    return flaky.num_failures
+
+
+def test_no_failure_of_the_store_loses_or_doubles_anything(tmp_path, settings):
+    assert ship_through_failures(settings, tmp_path, "flaky", 2) > 20
+
+
+@pytest.mark.soak
+def test_twenty_times_no_failure_of_the_store_loses_or_doubles_anything(tmp_path, settings):
+    for seed in range(20):
+        ship_through_failures(settings, tmp_path, f"flaky-{seed}", seed + 1)
+
+
+def test_what_was_shipped_is_found_again_without_its_state(tmp_path, settings):
+    spool_a_group(tmp_path, "forgetful")
+    (group,) = spooled_groups(tmp_path)
+    shipper_of(group, settings).ship()
+    (group.folder / "state.json").write_text("{")
+    assert settle(shipper_of(group, settings), count=True) == []
+    check_whole(*open_store(settings), "forgetful")
+
+
+def test_a_store_that_was_emptied_is_filled_again(shipped, settings):
+    with closing(sqlite3.connect(settings.tracking_uri.removeprefix("sqlite:///"))) as database:
+        for run_id in shipped.run_ids.values():
+            for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+                database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (run_id,))
+        database.commit()
+    assert settle(shipper_of(shipped.group, settings), count=True) == []
+    check_whole(*open_store(settings), shipped.group.name)
+
+
+@pytest.fixture
+def shipped(tmp_path, settings, request) -> Shipper:
+    """A group that was shipped, and whose spool is still there."""
+    spool_a_group(tmp_path, f"shipped-{abs(hash(request.node.name))}")
+    (group,) = spooled_groups(tmp_path)
+    shipper = shipper_of(group, settings)
+    assert shipper.ship()
+    assert shipper.differences() == []
+    return shipper
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("DELETE FROM metrics WHERE run_uuid = ? AND key = 'loss' AND step = 4", "loss: 29 values"),
+        ("UPDATE metrics SET value = 5 WHERE run_uuid = ? AND key = 'loss' AND step = 4", "loss:"),
+        ("UPDATE runs SET status = 'RUNNING' WHERE run_uuid = ?", "its status is RUNNING"),
+        ("DELETE FROM params WHERE run_uuid = ?", "1 of 1 params"),
+        ("DELETE FROM latest_metrics WHERE run_uuid = ? AND key = 'loss'", "1 of 7 metrics"),
+    ],
+)
+def test_what_the_store_lost_is_said_and_keeps_the_spool(shipped, settings, statement, said):
+    run_id = next(
+        shipped.run_ids[run.key] for run in shipped.group.runs().values() if run.title == "rank 1"
+    )
+    with closing(sqlite3.connect(settings.tracking_uri.removeprefix("sqlite:///"))) as database:
+        assert database.execute(statement, (run_id,)).rowcount == 1
+        database.commit()
+    problems = settle(shipped, count=True)
+    assert len(problems) == 1
+    assert said in problems[0]
+    assert problems[0].startswith("rank 1: ")
+    assert shipped.group.folder.is_dir()
+
+
+def test_what_did_not_end_keeps_its_spool(tmp_path, settings):
+    tree = spool_a_group(tmp_path, "endless", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    control = SpoolWriter(group.folder, f"more{CONTROL}")
+    tree = RunTree(control, "dpsgd-track", "endless")
+    tree.start_group([], {})
+    control.close()
+    assert settle(shipper_of(group, settings), count=True) == ["endless: it did not end"]
+    assert group.folder.is_dir()
+
+
+def test_a_name_the_store_refuses_takes_nothing_else_with_it(tmp_path, settings):
+    tree = spool_a_group(tmp_path, "refused")
+    (group,) = spooled_groups(tmp_path)
+    worker = SpoolWriter(group.folder, f"odd{RECORDS}")
+    worker.log_metrics(tree.group_run, 0, {"fine": 1.0, "layer[0]": 2.0, "also fine": 3.0})
+    worker.close()
+    shipper = shipper_of(group, settings)
+    problems = settle(shipper, count=True)
+    assert "layer[0]" in problems[0]
+    assert group.folder.is_dir()
+    client, _ = open_store(settings)
+    run = client.get_run(shipper.run_ids[tree.group_run])
+    assert run.data.metrics == {"fine": 1.0, "also fine": 3.0}
+    assert run.info.status == "FINISHED"
+
+
+def test_a_run_ends_only_when_its_values_are_there(tmp_path, settings):
+    spool_a_group(tmp_path, "order")
+    (group,) = spooled_groups(tmp_path)
+    client, _ = open_store(settings)
+    seen: list[str] = []
+
+    class Watched:
+        tracking_uri = client.tracking_uri
+
+        def __getattr__(self, name: str) -> Any:
+            seen.append(name)
+            return getattr(client, name)
+
+    shipper_of(group, settings, Watched()).ship()
+    assert set(seen[-seen[::-1].index("log_batch") :]) <= {"set_terminated"}
+    assert seen.count("set_terminated") == 4
+
+
+def test_who_ships_a_group_is_alone_with_it(tmp_path):
+    spool_a_group(tmp_path, "alone", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    with group.hold(), pytest.raises(Busy):
+        group.hold()
+    worker = SpoolWriter(group.folder, f"alive{RECORDS}")
+    with pytest.raises(Busy):
+        group.hold()
+    worker.close()
+    group.hold().close()
+
+
+def test_runs_of_a_dead_launcher_are_closed(tmp_path, settings):
+    group = claim(tmp_path, "dead")
+    assert group is not None
+    control = SpoolWriter(group.folder, f"launcher{CONTROL}")
+    tree = RunTree(control, "dpsgd-track", "dead")
+    tree.start_group([], {})
+    mode, ranks = tree.start_mode("no_dp", MODE, 1, {})
+    tree.finish(ranks[0], "FINISHED")
+    control.close()
+    assert group.close_left_open() == 2
+    assert group.close_left_open() == 0
+    shipper = shipper_of(group, settings)
+    assert settle(shipper, count=True) == []
+    client, _ = open_store(settings)
+    found = {key: client.get_run(run_id) for key, run_id in shipper.run_ids.items()}
+    assert found[ranks[0]].info.status == "FINISHED"
+    for run in (mode, tree.group_run):
+        assert found[run].info.status == "KILLED"
+        assert "launcher died" in found[run].data.tags[names.REASON]
+
+
+class Switched:
+    """A client of a store that can be switched off."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+        self.tracking_uri = client.tracking_uri
+        self.is_on = True
+
+    def __getattr__(self, name: str) -> Any:
+        if not self.is_on:
+            raise MlflowException("connection refused")
+        return getattr(self._client, name)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_store_that_comes_back_is_shipped_to_by_itself(tmp_path, settings):
+    spool_a_group(tmp_path, "back")
+    (group,) = spooled_groups(tmp_path)
+    said: list[str] = []
+    client = Switched(open_store(settings)[0])
+    shipper = shipper_of(group, settings, client)
+    client.is_on = False
+    shipping = Shipping(shipper, settings.tracking_uri, said.append, interval_s=0.01)
+    shipping.start()
+    until(lambda: len(said) == 1)
+    time.sleep(0.5)
+    client.is_on = True
+    until(lambda: len(said) == 2)
+    assert shipping.close() == ""
+    assert "takes nothing at the moment: connection refused" in said[0]
+    assert str(group.folder) in said[0]
+    assert "is back" in said[1]
+    check_whole(*open_store(settings), "back")
+
+
+def test_nothing_is_shipped_while_it_is_to_be_quiet(tmp_path, settings):
+    spool_a_group(tmp_path, "quiet", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    shipper = shipper_of(group, settings)
+    shipping = Shipping(shipper, settings.tracking_uri, print, interval_s=0.01)
+    with shipping.quiet():
+        shipping.start()
+        time.sleep(0.3)
+        assert shipper.run_ids == {}
+    assert shipping.close() == ""
+    assert len(shipper.run_ids) == 4
+
+
+def test_the_end_waits_a_limited_time_for_a_store_that_is_away(tmp_path, settings):
+    spool_a_group(tmp_path, "away", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    client = Switched(open_store(settings)[0])
+    client.is_on = False
+    shipper = shipper_of(group, settings, client)
+    shipping = Shipping(shipper, settings.tracking_uri, print, interval_s=0.01)
+    shipping.start()
+    start = time.monotonic()
+    assert shipping.close(timeout_s=30, away_timeout_s=0.5) == "connection refused"
+    assert 0.4 < time.monotonic() - start < 20
+
+
+def test_a_store_that_hangs_holds_the_end_up_for_a_limited_time(tmp_path, settings):
+    spool_a_group(tmp_path, "hangs", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    client, _ = open_store(settings)
+
+    class Slow(Switched):
+        def __getattr__(self, name: str) -> Any:
+            time.sleep(3)
+            return getattr(client, name)
+
+    shipper = shipper_of(group, settings, Slow(client))
+    shipping = Shipping(shipper, settings.tracking_uri, print, interval_s=0.01)
+    shipping.start()
+    start = time.monotonic()
+    assert "took longer than 0.2 s" in shipping.close(timeout_s=0.2)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.postgres
+def test_postgresql_holds_the_same(tmp_path):
+    with postgres(tmp_path) as uri:
+        settings = Settings(tracking_uri=uri, artifact_location=str(tmp_path / "artifacts"))
+        assert ship_through_failures(settings, tmp_path / "spool", "postgres", 3) > 5

@@ -1,0 +1,266 @@
+"""Records on disk: what is appended is read back bit for bit, up to what was cut off."""
+
+import math
+import os
+import random
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpsgd_track.tracking import exact, spool
+from dpsgd_track.tracking.client import TrackingError
+from dpsgd_track.tracking.spool import (
+    CONTROL,
+    RECORDS,
+    MetricRow,
+    SpoolDamaged,
+    SpoolReader,
+    SpoolWriter,
+    is_being_written,
+    spool_files,
+)
+
+ODD = (math.inf, -math.inf, -0.0, 0.0, math.nan, 5e-324, 1.7976931348623157e308, 1 / 3)
+NEGATIVE_NAN = struct.unpack("<d", bytes.fromhex("010000000000f8ff"))[0]
+
+
+def bits(values) -> list[bytes]:
+    return [struct.pack("<d", value) for value in values]
+
+
+def read(path: Path) -> list:
+    return [record for _, record in SpoolReader(path).records()]
+
+
+def write(folder: Path, steps: int, num_metrics: int = 3) -> Path:
+    writer = SpoolWriter(folder, f"a{RECORDS}")
+    for step in range(steps):
+        writer.log_metrics("run", step, {f"m{i}": step + i / 7 for i in range(num_metrics)})
+    writer.close()
+    return spool_files(folder)[-1]
+
+
+def test_values_come_back_bit_for_bit(tmp_path):
+    writer = SpoolWriter(tmp_path, f"rank0{RECORDS}")
+    rng = random.Random(0)
+    values = [*ODD, NEGATIVE_NAN, *(struct.unpack("<d", rng.randbytes(8))[0] for _ in range(500))]
+    before = spool.now_ms()
+    writer.log_metrics("run", 7, {f"m/{i}": value for i, value in enumerate(values)})
+    writer.log_params("run", {"a": "é\n"})
+    writer.log_metrics("other", -1, {"m/0": 1.0})
+    writer.close()
+    row, params, other = read(spool_files(tmp_path)[0])
+    assert bits(row.values) == bits(values)
+    assert row.keys == tuple(f"m/{i}" for i in range(len(values)))
+    assert (row.run, row.step) == ("run", 7)
+    assert before <= row.time_ms <= spool.now_ms()
+    assert params["params"] == {"a": "é\n"}
+    assert other == MetricRow("other", ("m/0",), -1, other.time_ms, (1.0,))
+
+
+def test_a_file_cut_anywhere_is_read_up_to_the_cut(tmp_path):
+    whole = write(tmp_path, 4).read_bytes()
+    ends = [offset for offset, _ in SpoolReader(spool_files(tmp_path)[0]).records()]
+    cut = tmp_path / f"000009-cut{RECORDS}"
+    for length in range(len(whole) + 1):
+        cut.write_bytes(whole[:length])
+        assert len(read(cut)) == sum(end <= length for end in ends)
+
+
+@pytest.mark.parametrize("tail", [bytes(100), b"\xff" * 100], ids=["zeros", "ones"])
+def test_what_a_crash_of_the_machine_leaves_at_the_end_is_no_record(tmp_path, tail):
+    path = write(tmp_path, 4)
+    path.write_bytes(path.read_bytes() + tail)
+    assert len(read(path)) == 4
+
+
+def test_a_record_with_one_bit_turned_is_not_believed(tmp_path):
+    path = write(tmp_path, 1)
+    whole = path.read_bytes()
+    for place in range(len(spool.MAGIC), len(whole)):
+        path.write_bytes(whole[:place] + bytes((whole[place] ^ 4,)) + whole[place + 1 :])
+        assert read(path) == []
+
+
+def test_a_growing_file_is_read_on_from_where_it_was(tmp_path):
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}")
+    reader = SpoolReader(spool_files(tmp_path)[0])
+    seen = []
+    for step in range(5):
+        writer.log_metrics("run", step, {"loss": 1.0 * step})
+        seen += [record.step for _, record in reader.records()]
+    assert seen == list(range(5))
+    writer.close()
+
+
+def test_another_version_is_refused(tmp_path):
+    path = tmp_path / f"000001-a{CONTROL}"
+    path.write_bytes(b"dpsgd-track spool 2\nwhatever")
+    with pytest.raises(SpoolDamaged, match="version 1"):
+        read(path)
+
+
+def test_it_is_known_whether_the_writer_lives(tmp_path):
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}")
+    (file,) = spool_files(tmp_path)
+    assert is_being_written(file)
+    writer.close()
+    assert not is_being_written(file)
+
+
+KILLED_WRITER = """
+import sys
+from pathlib import Path
+from dpsgd_track.tracking.spool import SpoolWriter
+writer = SpoolWriter(Path(sys.argv[1]), "a.records")
+step = 0
+while True:
+    writer.log_metrics("run", step, {f"m{i}": float(step) for i in range(200)})
+    print(step, flush=True)
+    step += 1
+"""
+
+
+def kill_a_writer(folder: Path, after_s: float) -> tuple[int, int]:
+    """Kill a process that logs without end; how many steps it logged, and how many are there."""
+    folder.mkdir()
+    command = [sys.executable, "-c", KILLED_WRITER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(after_s)
+        os.kill(process.pid, signal.SIGKILL)
+        rest = process.stdout.read().split("\n")
+    logged = max([0, *map(int, filter(None, rest[:-1]))]) + 1
+    rows = read(spool_files(folder)[0])
+    assert [row.step for row in rows] == list(range(len(rows)))
+    assert all(set(row.values) == {float(row.step)} for row in rows)
+    return logged, len(rows)
+
+
+def test_sigkill_loses_at_most_the_step_in_flight(tmp_path):
+    logged, kept = kill_a_writer(tmp_path / "0", 0.05)
+    assert kept >= logged > 1
+
+
+@pytest.mark.soak
+def test_sigkill_at_twenty_moments_loses_at_most_the_step_in_flight(tmp_path):
+    rng = random.Random(1)
+    for attempt in range(20):
+        logged, kept = kill_a_writer(tmp_path / str(attempt), rng.uniform(0, 0.3))
+        assert kept >= logged
+
+
+class FullDisk:
+    """Takes `room` bytes, and parts of a write like a real one."""
+
+    def __init__(self, monkeypatch, room: int) -> None:
+        self.room = room
+        self._write = os.write
+        monkeypatch.setattr(spool.os, "write", self.write)
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = self._write(descriptor, data[: self.room])
+        self.room -= written
+        return written
+
+
+def test_a_full_disk_stops_nothing_and_nothing_is_lost_once_there_is_room(tmp_path, monkeypatch):
+    said: list[str] = []
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}", tell=said.append)
+    disk = FullDisk(monkeypatch, 500)
+    for step in range(100):
+        writer.log_metrics("run", step, {"loss": step + 1 / 3})
+    whole = read(spool_files(tmp_path)[0])
+    assert 0 < len(whole) < 20
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+    disk.room = 1 << 20
+    writer.log_metrics("run", 100, {"loss": 100 + 1 / 3})
+    writer.close()
+    rows = read(spool_files(tmp_path)[0])
+    assert [(row.step, row.values) for row in rows] == [(s, (s + 1 / 3,)) for s in range(101)]
+
+
+def test_a_disk_that_stays_full_is_said_at_the_end(tmp_path, monkeypatch):
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}", tell=lambda line: None)
+    FullDisk(monkeypatch, 300)
+    for step in range(20):
+        writer.log_metrics("run", step, {"loss": 1.0})
+    with pytest.raises(TrackingError, match=r"expected room for records, but 1\d could not"):
+        writer.close()
+    assert read(spool_files(tmp_path)[0])
+
+
+def test_a_writer_that_can_never_write_does_not_take_all_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(spool, "_MAX_HELD_BYTES", 10_000)
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}", tell=lambda line: None)
+    FullDisk(monkeypatch, 0)
+    values = {f"m{i}": 1.0 for i in range(1000)}
+    writer.log_metrics("run", 0, dict.fromkeys("abc", 1.0))
+    with pytest.raises(TrackingError, match="No space left"):
+        writer.log_metrics("run", 0, values)
+
+
+def test_a_file_stays_as_it_was_when_it_was_handed_over(tmp_path):
+    source = tmp_path / "trajectory.npz"
+    source.write_bytes(b"first")
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}")
+    writer.upload("run", source, "there")
+    source.unlink()
+    source.write_bytes(b"second")
+    writer.close()
+    (event,) = read(spool_files(tmp_path)[0])
+    assert (tmp_path / event["path"]).read_bytes() == b"first"
+    assert (tmp_path / event["path"]).name == "trajectory.npz"
+    assert event["folder"] == "there"
+
+
+def test_nothing_is_kept_without_a_folder(tmp_path):
+    writer = SpoolWriter(None, "a")
+    writer.log_metrics("", 0, {"loss": 1.0})
+    writer.log_params("", {})
+    writer.upload("", tmp_path)
+    writer.close()
+
+
+def test_logging_two_hundred_values_takes_a_fifth_of_a_millisecond(tmp_path):
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}")
+    values = {f"layer_grad_norm/{i}": math.pi / (i + 1) for i in range(200)}
+    took_s = []
+    for step in range(300):
+        start = time.thread_time()
+        writer.log_metrics("run", step, values)
+        took_s.append(time.thread_time() - start)
+    writer.close()
+    # CPU time, as the machine may be busy with something else.
+    assert statistics.median(took_s) < 0.2e-3
+
+
+def test_what_a_store_cannot_hold_is_known_beforehand():
+    keys = tuple(f"m{i}" for i in range(len(ODD) + 1))
+    row = MetricRow("run", keys, 3, 99, (*ODD, NEGATIVE_NAN))
+    changed = exact.inexact(row)
+    named = [point[0] for point, _ in changed]
+    assert named == ["m0", "m1", "m2", "m6", "m8"]
+    restored = exact.from_json(exact.to_json(changed))
+    assert bits(restored.values()) == bits([value for _, value in changed])
+    assert set(restored) == {(name, 3) for name in named}
+    assert list(map(exact.as_stored, ODD)) == [
+        *(exact.LARGEST, -exact.LARGEST, 0.0, 0.0, None, 5e-324, exact.LARGEST, 1 / 3)
+    ]
+
+
+def test_an_exact_file_of_another_version_is_refused():
+    with pytest.raises(ValueError, match="version 1"):
+        exact.from_json('{"schema_version": 2, "values": []}')
+    with pytest.raises(ValueError, match="expected what the launcher wrote"):
+        exact.from_json("[]")
