@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from dpsgd_track.config import ACCURACY, PLAIN, PROFILE, JobConfig, Point, RegimeConfig
+from dpsgd_track.config import ACCURACY, PLAIN, PROFILE, JobConfig, Point, RegimeConfig, Settings
 from dpsgd_track.launcher import group, machine, suites
 from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
-from dpsgd_track.launcher.recording import open_group
+from dpsgd_track.launcher.recording import Recording, open_group
 from dpsgd_track.launcher.suites import Suite, build_suite
 from dpsgd_track.launcher.troubleshooting import ERROR, NOT_STARTED, OUT_OF_MEMORY, Failure
 from dpsgd_track.modes import table
+from dpsgd_track.report import command as compare
 from dpsgd_track.tracking import names
+from dpsgd_track.tracking.source import read_group_anywhere
+from dpsgd_track.tracking.spool import RECORDS, SpoolWriter
+from dpsgd_track.tracking.timings import Timings
 from tests.fake_launch import run
 
 
@@ -158,11 +165,23 @@ def test_a_point_belongs_to_a_profile():
         RegimeConfig(name=PROFILE, num_iter=1, point="T1")
 
 
+def _leave_timings(job: JobConfig) -> None:
+    writer = SpoolWriter(Path(job.spool), f"{Path(job.work_dir).name}-rank0{RECORDS}")
+    timings = Timings(
+        step_time_ms=(2.0, 2.5), is_tracked=(False, True), num_tokens=(128,) * 2, peak_memory_gib=1
+    )
+    timings.save(Path(job.work_dir) / names.TIMINGS_FILE)
+    writer.upload(job.run_ids[0], Path(job.work_dir) / names.TIMINGS_FILE)
+    writer.log_params(job.run_ids[0], {f"{names.PLAN}head": "in one piece"})
+    writer.close()
+
+
 def _run(monkeypatch, name: str, failures: dict[str, str], *argv: str) -> tuple[int, str]:
     """Exit code and output of a suite in which modes fail as told."""
 
     def run_mode(job, *_):
         kind = failures.get(job.mode)
+        _leave_timings(job)
         if kind is None:
             return tuple(Outcome("FINISHED") for _ in job.regimes)
         first = Outcome("FAILED", Failure(kind=kind, rank=1, regime=0))
@@ -173,7 +192,7 @@ def _run(monkeypatch, name: str, failures: dict[str, str], *argv: str) -> tuple[
     made = suite("--group", name, "--mode", "flash_fsdp,ghost_fsdp", *ONE, *argv)
     recording = open_group(made)
     stream = io.StringIO()
-    code = GroupRun(made, recording, Launch(), PlainDisplay(stream)).run("launch.py")
+    code = GroupRun(made, recording, Launch(), PlainDisplay(stream)).run("python launch.py profile")
     return code, stream.getvalue()
 
 
@@ -204,6 +223,61 @@ def test_out_of_memory_ends_with_0_and_any_other_failure_with_1(monkeypatch):
     found = _runs("broken")
     assert found["ghost_fsdp/profile (T64-B2-4)"] == ("FAILED", "")
     assert found["broken"][0] == "FAILED"
+
+
+def test_a_profile_without_a_store_is_read_in_the_spool_and_shipped_later(monkeypatch, capsys):
+    lost = {"ghost_fsdp": OUT_OF_MEMORY}
+    assert _run(monkeypatch, "g", lost, "--offline")[0] == 0
+    assert compare.main(["g", "--no-png"]) == 0
+    said = capsys.readouterr()
+    assert "2 measured, 1 out of memory" in said.out
+    assert "the store does not have all of g yet" in said.err
+    spooled = read_group_anywhere(Settings(), "g", print)
+    assert spooled.spooled is not None
+    assert not spooled.group.runs
+
+    assert run(["sync"]) == 0
+    assert "each value checked" in capsys.readouterr().out
+    stored = read_group_anywhere(Settings(), "g", print)
+    assert stored.spooled is None
+    assert "2 measured" in stored.group.tags[names.NOTE]
+    assert not stored.group.runs
+    assert [str(point.point) for point in stored.group.points] == [
+        f"T64-B2-{order}" for order in range(1, 6)
+    ]
+    for before, after in zip(spooled.group.points, stored.group.points, strict=True):
+        assert (before.title, before.status) == (after.title, after.status)
+        assert before.params == after.params
+        assert before.params[f"{names.PLAN}head"] == "in one piece"
+        assert before.is_out_of_memory == after.is_out_of_memory == (after.mode == "ghost_fsdp")
+        assert before.timings == after.timings
+        assert after.timings is not None
+        assert before.timings_missing == after.timings_missing == ""
+
+
+def test_a_profile_is_not_resumed_as_its_times_would_be_of_another_day(monkeypatch, capsys):
+    assert _run(monkeypatch, "g", {"ghost_fsdp": ERROR}, "--offline")[0] == 1
+    assert run(["resume", "g", "--offline"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "group='g': expected a group of quick, full, single. Times of a profile" in said
+
+
+def test_nothing_is_shipped_beside_timed_steps(monkeypatch):
+    entered: list[bool] = []
+    seen: list[bool] = []
+
+    @contextlib.contextmanager
+    def quiet(_recording: Recording) -> Iterator[None]:
+        entered.append(True)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(Recording, "quiet", quiet)
+    monkeypatch.setattr(
+        sys.modules[__name__], "_leave_timings", lambda _: seen.append(any(entered))
+    )
+    _run(monkeypatch, "g", {}, "--offline")
+    assert seen == [True] * 5
 
 
 def test_one_line_says_all_of_one_run():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpsgd_track.config import CLIP, NOISE, JobConfig, RegimeConfig, Settings, require
-from dpsgd_track.launcher.arguments import RESUMABLE, build_parser
+from dpsgd_track.launcher.arguments import PROFILE, RESUMABLE, build_parser
 from dpsgd_track.launcher.recording import Recording
 from dpsgd_track.launcher.suites import InputCheck, Suite, build_suite
 from dpsgd_track.modes.table import REFERENCE
@@ -45,7 +45,9 @@ def find_missing(settings: Settings, wanted: str, check_inputs: InputCheck) -> M
         raise ValueError(str(error)) from error
     command = shlex.split(group.params.get("command", ""))[2:]
     is_known = command[:1] and command[0] in RESUMABLE
-    require(bool(is_known), "group", wanted, f"a group of {', '.join(RESUMABLE)}")
+    advice = "Times of a profile mean something beside those of the same launch: launch it again."
+    allowed = f"a group of {', '.join(RESUMABLE)}"
+    require(bool(is_known), "group", wanted, allowed, advice * (command[:1] == [PROFILE]))
     args = build_parser().parse_args(command)
     suite = replace(build_suite(args, check_inputs), settings=settings, group=group.name)
     # A run that ended without its record tells too little to be compared.
