@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 
@@ -10,9 +11,25 @@ from forked_ranks import ForkedRanks, forked_ranks
 
 from dpsgd_track.launcher.machine import count_gpus
 
+
+def _compute_on_one_core() -> None:
+    """Keep this process to one thread; what it starts has as many as where a user starts it.
+
+    Another worker computes beside this one, and threads that wait for each other spin. The
+    variable is read as the libraries are loaded.
+    """
+    is_chosen = "OMP_NUM_THREADS" in os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in ("scipy.linalg", "torch"):
+        importlib.import_module(name)
+    if not is_chosen:
+        del os.environ["OMP_NUM_THREADS"]
+
+
 if count_gpus() == 0:
     # Read as Triton is imported, which torch and transformers do before the tests of its kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+_compute_on_one_core()
 
 LONGEST = (
     "test_detection.py",
