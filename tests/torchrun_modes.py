@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dpsgd_track.config import AUTO, GRADIENTS, PrivacyConfig
-from dpsgd_track.distributed import reduction
 from dpsgd_track.distributed.sharding import as_sharded
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -204,8 +203,6 @@ def main(output: str, spec_json: str) -> None:
             context = _context(spec, name, bound, device)
             wanted = _run(build_mode("reference", copy.deepcopy(model), context), batches)
             for mode in spec.modes:
-                # The way of GPUs, which gloo knows as well.
-                reduction._launches_as_one = lambda group, regime=regime: regime == "all"
                 try:
                     planned = _planned(context, mode, regime)
                     found = _run(build_mode(mode, copy.deepcopy(model), planned), batches)

@@ -136,7 +136,7 @@ class Fsdp2Sharder:
 
     def _start_batch(self) -> None:
         self._waiting: dict[str, Tensor] = {}
-        self._in_flight: list[_Packed | _Grouped] = []
+        self._in_flight: list[_Packed] = []
         self._to_do = list(self.groups)
 
     def pack(self, names: list[str], fill: Fill) -> None:
@@ -153,27 +153,18 @@ class Fsdp2Sharder:
             else torch.zeros(parameter.shape, device=parameter.device)
             for name, parameter in parameters.items()
         }
-        group = _shard_group(parameters)
-        if _launches_as_one(group):
-            self._start(_Grouped(parameters, whole))
-            return
+        world_size = dist.get_world_size(_shard_group(parameters))
 
         def fill(columns: Sequence[Tensor]) -> None:
-            world_size = dist.get_world_size(group)
             for column, gradient in zip(columns, whole.values(), strict=True):
                 column.copy_(_padded_rows(gradient, world_size))
 
         self._start(_Packed(parameters, fill))
 
-    def _start(self, reduction: _Packed | _Grouped) -> None:
+    def _start(self, reduction: _Packed) -> None:
         if len(self._in_flight) == MAX_IN_FLIGHT:
             _add_to(self.sums, self._in_flight.pop(0).finish())
         self._in_flight.append(reduction)
-
-
-def _launches_as_one(group: dist.ProcessGroup) -> bool:
-    """Whether many collectives cost what one does. Of gloo's, each costs more than a copy."""
-    return dist.get_backend(group) == "nccl"
 
 
 def _shard_group(parameters: dict[str, DTensor]) -> dist.ProcessGroup:
@@ -186,7 +177,8 @@ class _Packed:
     """One reduce-scatter of several whole gradients, written into one tensor.
 
     That is laid out as [W, columns]: row r holds, for each parameter in turn, the rows of rank r's
-    shard, padded to the largest shard.
+    shard, padded to the largest shard. Ranks may write it in different ways, as a rank without
+    samples does; what they send is laid out alike.
     """
 
     def __init__(self, parameters: dict[str, DTensor], fill: Fill) -> None:
@@ -219,38 +211,6 @@ class _Packed:
         columns = self.shard.split(self.widths)
         pairs = zip(self.parameters.items(), columns, strict=True)
         return {name: _local_rows(parameter, column) for (name, parameter), column in pairs}
-
-
-class _Grouped:
-    """Reduce-scatters of several whole gradients as they are, launched as one.
-
-    Shards are equal numbers of rows that follow each other, so that a whole gradient is laid out
-    as the collective wants it, if need be with rows added at its end.
-    """
-
-    def __init__(self, parameters: dict[str, DTensor], gradients: dict[str, Tensor]) -> None:
-        self.parameters = parameters
-        self.mesh = next(iter(parameters.values())).device_mesh
-        world_size = self.mesh.shape[-1]
-        # The collectives read them until they are done.
-        self.whole = [_padded_rows(g, world_size).view(-1) for g in gradients.values()]
-        sizes = [whole.numel() // world_size for whole in self.whole]
-        self.shards = self.whole[0].new_empty(sum(sizes)).split(sizes)
-        group = _shard_group(parameters)
-        with dist._coalescing_manager(group, async_ops=True) as self.work:
-            for shard, whole in zip(self.shards, self.whole, strict=True):
-                _reduce_scatter(shard, whole, group=group)
-
-    def finish(self) -> dict[str, Tensor]:
-        """Wait; this rank's shards of the sums."""
-        self.work.wait()
-        self.whole.clear()
-        if self.mesh.ndim == 2:
-            with dist._coalescing_manager(self.mesh.get_group(0)):
-                for shard in self.shards:
-                    dist.all_reduce(shard, group=self.mesh.get_group(0))
-        pairs = zip(self.parameters.items(), self.shards, strict=True)
-        return {name: _local_rows(parameter, shard) for (name, parameter), shard in pairs}
 
 
 def _padded_rows(gradient: Tensor, world_size: int) -> Tensor:
