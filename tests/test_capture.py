@@ -617,3 +617,20 @@ def test_an_empty_batch_adds_nothing_and_trains_on(mode: str) -> None:
     assert not any(g.any() for g in trained.clipped_sum().gradients.values())
     trained.accumulate(batch_of(TOKENS))
     assert any(g.any() for g in trained.clipped_sum().gradients.values())
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_a_change_in_place_of_looked_up_tokens_is_an_error(mode: str) -> None:
+    class Spoiling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(V, D)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            rows: Tensor = self.tokens(tokens)
+            # autograd has no reason to look at them again: their gradient stops at the rows.
+            tokens.clamp_(max=1)
+            return rows
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        mode_of(mode, Spoiling()).accumulate(Batch({}, torch.ones(B), args=(TOKENS.clone(),)))
