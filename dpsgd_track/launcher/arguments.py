@@ -329,6 +329,14 @@ def _add_timed(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--warmup-iter", type=int, help="steps taken before the recorded ones (default: 3)"
     )
+    group.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="times that every mode is timed at every shape, each in fresh processes: where a step "
+        "is short, times differ from process to process (default: 1)",
+    )
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

@@ -169,7 +169,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     )
     jobs = (*jobs, *_again(jobs, variants))
     if args.command == PROFILE:
-        jobs = profile_jobs(jobs, seq_lengths, batch_sizes)
+        jobs = profile_jobs(jobs, seq_lengths, batch_sizes, args.rounds)
     for each in dict.fromkeys(job.data for job in jobs):
         if not all(map(is_probe, regimes)):
             check_inputs(model, each)
@@ -383,6 +383,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
     )
     least = 2 if args.command == PROFILE else 1
     advice = "Every second step is tracked, the others are not." * (least == 2)
+    if args.command == PROFILE:
+        require(args.rounds >= 1, "rounds", args.rounds, "an integer >= 1")
     require(_num_iter(args) >= least, "num_iter", args.num_iter, f"an integer >= {least}", advice)
     if args.micro_batches is not None:
         require(args.micro_batches >= 1, "micro_batches", args.micro_batches, "an integer >= 1")
