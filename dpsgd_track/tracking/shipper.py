@@ -19,7 +19,7 @@ from dpsgd_track.tracking.client import is_about_the_record, one_line
 from dpsgd_track.tracking.exact import Point
 from dpsgd_track.tracking.history import all_points
 from dpsgd_track.tracking.spool import CONTROL, Event, MetricRow, SpoolReader, spool_files
-from dpsgd_track.tracking.spooled import RUNNING, SpooledGroup, SpooledRun
+from dpsgd_track.tracking.spooled import ELSEWHERE, RUNNING, SpooledGroup, SpooledRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,6 +29,10 @@ MAX_METRICS_PER_BATCH = 1000
 MAX_PARAMS_PER_BATCH = 100
 MAX_TAGS_PER_BATCH = 100
 _ROWS_AT_ONCE = 200
+
+
+class NotThereYet(Exception):
+    """Runs that another machine keeps are not in the store yet; call again later."""
 
 
 class Shipper:
@@ -168,6 +172,8 @@ class Shipper:
         match event["do"]:
             case "run":
                 self._create(event)
+            case "join":
+                self._find(event["run"])
             case "reopen":
                 self._client.update_run(self._id(event["run"]), RUNNING)
             case "params":
@@ -177,6 +183,15 @@ class Shipper:
             case "file":
                 path = str(self.group.folder / event["path"])
                 self._client.log_artifact(self._id(event["run"]), path, event["folder"] or None)
+
+    def _find(self, key: str) -> None:
+        if key not in self.run_ids:
+            self._is_sure_of_runs = False
+            self._make_sure_of_runs()
+        if key not in self.run_ids:
+            # It is to be looked for again.
+            self._is_sure_of_runs = False
+            raise NotThereYet(f"Node 0 has not shipped {self.group.name} to there yet.")
 
     def _id(self, key: str) -> str:
         return self.run_ids[key]
@@ -200,6 +215,8 @@ class Shipper:
         if points := self._inexact.get(event["run"]):
             self._client.log_text(run_id, exact.to_json(points), exact.FILE)
             self._set_tags(run_id, {names.INEXACT_VALUES: str(len(points))})
+        if event["status"] == ELSEWHERE:
+            return
         self._client.set_terminated(run_id, event["status"], event["time_ms"])
 
     def _log_params(self, run_id: str, params: dict[str, str]) -> None:
@@ -261,15 +278,16 @@ class Shipper:
             if run.key not in self.run_ids:
                 found.append(f"{run.title or run.key}: the run is not there")
                 continue
-            found += [f"{run.title}: {line}" for line in self._differences(run, count)]
+            found += [f"{run.title or run.key}: {line}" for line in self._differences(run, count)]
         return found
 
     def _differences(self, run: SpooledRun, count: bool) -> Iterator[str]:
         if run.status == RUNNING:
             yield "it did not end"
+        is_elsewhere = run.status == ELSEWHERE
         run_id = self.run_ids[run.key]
         stored = self._client.get_run(run_id)
-        if stored.info.status != run.status:
+        if stored.info.status != run.status and not is_elsewhere:
             yield f"its status is {stored.info.status}, not {run.status}"
         if missing := run.params.keys() - stored.data.params.keys():
             yield f"{len(missing)} of {len(run.params)} params are missing"
