@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ONE, NODES = "one", "nodes"
+POSTGRESQL, SQLITE, FILE = "postgresql", "sqlite", "file"
 RANKS_PER_NODE = 8
 NUM_SCALARS = 10
 """Of a mode run's metrics, those that are logged in every step; the others are layers' norms."""
@@ -88,9 +89,13 @@ class Shape:
     """Metrics of a step on the mode's run, where layers' norms are recorded."""
     rank_metrics: int = 10
     """Metrics of a step on each logged rank's run."""
-    store: str = "postgresql"
-    """postgresql, or sqlite, which has no server before it."""
+    store: str = POSTGRESQL
+    """What the server keeps everything in: postgresql or sqlite. file: SQLite without a server."""
     server_workers: int = 1
+    connections: int = 45
+    """That each worker of the server may have to its database; 0 leaves it to MLflow, which has 15.
+    A batch of metrics takes two, one after the other, and 40 are worked on at once: where all
+    connections are held by those that wait for their second, everybody waits for 30 s."""
     limit_s: float = 400.0
     """How long the rest may take to arrive after the last step."""
 
@@ -195,19 +200,30 @@ class Store:
 @contextlib.contextmanager
 def store(shape: Shape, folder: Path) -> Iterator[Store]:
     """An empty one; its processes are ended at the end."""
-    if shape.store == "sqlite":
+    if shape.store == FILE:
         uri = f"sqlite:///{folder}/mlflow.db"
         yield Store(uri, uri, None, None)
         return
     before = set(psutil.Process().children())
-    with postgres(folder) as database:
-        (of_database,) = set(psutil.Process().children()) - before
-        server = MlflowServer(folder, database, "--workers", str(shape.server_workers))
-        try:
-            (process,) = set(psutil.Process().children()) - before - {of_database}
-            yield Store(server.uri, database, process, of_database)
-        finally:
-            server.kill()
+    pool = {
+        "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": str(shape.connections),
+        "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "0",
+    }
+    with contextlib.ExitStack() as ended:
+        of_database: set[psutil.Process] = set()
+        database = f"sqlite:///{folder}/server.db"
+        if shape.store == POSTGRESQL:
+            database = ended.enter_context(postgres(folder))
+            of_database = set(psutil.Process().children()) - before
+        server = MlflowServer(
+            folder,
+            database,
+            *("--workers", str(shape.server_workers)),
+            environment=pool if shape.connections and of_database else None,
+        )
+        ended.callback(server.kill)
+        (process,) = set(psutil.Process().children()) - before - of_database
+        yield Store(server.uri, database, process, next(iter(of_database), None))
 
 
 def cpu_s(process: psutil.Process | None) -> float:
@@ -280,7 +296,7 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
                 processes.append(_CONTEXT.Process(target=launcher, args=(*host, go, done, told)))
         num_shippers = len(processes)
         runs = {-1: mode, **dict(enumerate(of_ranks))}
-        pipes, num_processes = [], min(shape.ranks, 4)
+        pipes, num_processes = [], max(1, min(shape.ranks // 8, 4))
         for number in range(num_processes):
             near, far = _CONTEXT.Pipe()
             pipes.append(near)
@@ -367,7 +383,8 @@ def _row(shape: Shape, requests: list[Request], first: float) -> dict[str, Any]:
         "logged_ranks": len(shape.logged),
         "layout": shape.layout,
         "store": shape.store,
-        "server_workers": shape.server_workers if shape.store != "sqlite" else 0,
+        "server_workers": shape.server_workers if shape.store != FILE else 0,
+        "connections": shape.connections if shape.store == POSTGRESQL else 0,
         "layer_norms": shape.layer_norms,
         "steps": shape.steps,
         "steps_per_second": shape.steps_per_second,
@@ -413,9 +430,13 @@ QUICK = Shape(
     steps=8,
     steps_per_second=40.0,
     mode_metrics=30,
-    store="sqlite",
+    store=FILE,
     limit_s=60.0,
 )
+
+
+_PLAIN = ("steps", "steps_per_second", "mode_metrics", "rank_metrics", "limit_s", "store")
+"""Options that hold for every row."""
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
@@ -424,12 +445,17 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
         QUICK if args.quick else Shape(ranks=1, layout=ONE),
         **{
             name: value
-            for name in ("steps", "steps_per_second", "mode_metrics", "rank_metrics", "limit_s")
+            for name in (
+                "steps",
+                "steps_per_second",
+                "mode_metrics",
+                "rank_metrics",
+                "limit_s",
+                "store",
+            )
             if (value := getattr(args, name)) is not None
         },
     )
-    if args.sqlite:
-        shape = replace(shape, store="sqlite")
     ranks = args.ranks or ([QUICK.ranks] if args.quick else [64, 128, 256, 512])
     return [
         replace(
@@ -439,8 +465,10 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
             log_ranks=log_ranks,
             layer_norms=layer_norms,
             server_workers=workers,
+            connections=connections,
         )
         for workers in args.server_workers
+        for connections in args.connections
         for layer_norms in args.layer_norms
         for log_ranks in args.log_ranks
         for num_ranks in ranks
@@ -461,7 +489,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--log-ranks", type=listed(str), default=["all"], metavar="WHICH,...")
     parser.add_argument("--layer-norms", type=listed(str), default=["all"], metavar="WHICH,...")
     parser.add_argument("--server-workers", type=listed(int), default=[1], metavar="N,...")
-    parser.add_argument("--sqlite", action="store_true", help="no server, and SQLite")
+    parser.add_argument("--connections", type=listed(int), default=[45], metavar="N,...")
+    parser.add_argument("--store", choices=(POSTGRESQL, SQLITE, FILE))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--steps-per-second", type=float)
     parser.add_argument("--mode-metrics", type=int)
@@ -474,7 +503,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure everything that is asked for; 1 where anything was lost or doubled."""
     args = _parser().parse_args(argv)
-    _CONTEXT.set_forkserver_preload(["mlflow", "dpsgd_track.tracking.shipping"])
+    _CONTEXT.set_forkserver_preload(["__main__", "mlflow.tracking", "mlflow.entities"])
     is_whole = True
     for shape in shapes(args):
         with tempfile.TemporaryDirectory(prefix="dpsgd-track-scale-") as folder:
