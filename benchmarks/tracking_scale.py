@@ -2,6 +2,7 @@
 """Measure how much tracking a server takes from many ranks, one CSV row for each measurement.
 
     python benchmarks/tracking_scale.py OUT.csv
+    python benchmarks/tracking_scale.py OUT.csv --table    # of what was measured before
 
 The ranks are made up: a few processes stand for all of them, and append to each rank's spool what
 a real one logs, so many steps a second. Everything after that is real: launchers that ship what is
@@ -477,12 +478,47 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
     ]
 
 
+_COLUMNS = {
+    "ranks": "{ranks}",
+    "logged": "{logged_ranks}",
+    "launchers": "{shippers}",
+    "server": "{server}",
+    "logged a second": "{logged_per_s}",
+    "arrived a second": "{arrived_per_s} ({arrived_per_s_p20} to {arrived_per_s_p80})",
+    "values a request": "{metrics_per_request}",
+    "request ms (longest)": "{request_ms_median} ({request_ms_max})",
+    "rest s": "{drain_s}",
+    "server's cores": "{server_cores}",
+    "lost, doubled": "{lost}, {doubled}",
+    "load": "{load}",
+}
+
+
+def table(path: Path) -> str:
+    """The rows of a CSV file as a Markdown table."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lines = [list(_COLUMNS), ["---"] * len(_COLUMNS)]
+    for row in rows:
+        server = [row["store"].replace("postgresql", "PostgreSQL").replace("sqlite", "SQLite")]
+        if row["server_workers"] != "1":
+            server.append(f"{row['server_workers']} workers")
+        if row["store"] == POSTGRESQL and row["connections"] == "0":
+            server.append("15 connections")
+        if row["layer_norms"] != "all":
+            server.append(f"layer norms {row['layer_norms']}")
+        named = {**row, "server": ", ".join(server)}
+        lines.append([form.format(**named) for form in _COLUMNS.values()])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _parser() -> argparse.ArgumentParser:
     def listed(kind: Any) -> Any:
         return lambda text: [kind(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path, help="CSV file; rows are added to one that is there")
+    parser.add_argument("--table", action="store_true", help="only print the file as a table")
     parser.add_argument("--quick", action="store_true", help="16 ranks, SQLite, seconds")
     parser.add_argument("--ranks", type=listed(int), metavar="N,...")
     parser.add_argument("--layout", type=listed(str), default=[ONE, NODES], metavar="one,nodes")
@@ -503,6 +539,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure everything that is asked for; 1 where anything was lost or doubled."""
     args = _parser().parse_args(argv)
+    if args.table:
+        print(table(args.out))
+        return 0
     _CONTEXT.set_forkserver_preload(["__main__", "mlflow.tracking", "mlflow.entities"])
     is_whole = True
     for shape in shapes(args):

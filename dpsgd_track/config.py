@@ -173,6 +173,7 @@ class ModelConfig:
 
 
 EVERY, ENDS = "all", "ends"
+"""Of steps or ranks, in place of a number."""
 
 
 def layer_norm_steps(layer_norms: str, num_iter: int) -> frozenset[int]:

@@ -194,8 +194,8 @@ class GroupRun:
             config["variant"] = {"name": variant.name, **variants.facts(variant)}
         params = flatten({**config, "regime": asdict(regime)}) | self._environment
         name = variant.name if variant else ""
-        which = logged_ranks(job.log_ranks, job.num_ranks)
-        return self._tree.start_mode(job.mode, regime, job.num_ranks, params, name, which)
+        logged = logged_ranks(job.log_ranks, job.num_ranks)
+        return self._tree.start_mode(job.mode, regime, job.num_ranks, params, name, logged)
 
     def _read_results(self, job: JobConfig, outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
         """Take what later steps need; a result that cannot be read is a failure."""

@@ -15,8 +15,8 @@ from dpsgd_track.tracking.spool import MetricRow, SpoolReader, spool_files
 from dpsgd_track.tracking.spooled import SpooledGroup, SpooledRun
 
 MAX_POINTS = 100_000
-"""Values in a part, unless a single metric has more. One takes 130 bytes here, and as many again
-once the store has answered."""
+"""Values in a part, unless a single metric has more. With the store's answer beside it, one takes
+some 350 bytes."""
 
 Name = tuple[str, str]
 """Key of a run, and metric."""
