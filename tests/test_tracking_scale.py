@@ -465,3 +465,9 @@ def test_the_measurement_sees_what_was_lost_and_what_was_doubled(measured):
         database.execute("DELETE FROM metrics WHERE key = 'scalar_1' AND step = 3")
         database.commit()
     assert lost_and_doubled(groups, uri, run_ids) == (1, 1)
+
+
+def test_the_page_shows_the_figures_that_were_measured():
+    measured = tracking_scale.ROOT / "benchmarks" / "tracking_scale.csv"
+    page = (tracking_scale.ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert tracking_scale.table(measured) in page
