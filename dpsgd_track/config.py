@@ -365,6 +365,30 @@ class VariantConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodesConfig:
+    """The machines that a group runs on, one launcher each; node 0 leads."""
+
+    num_nodes: int = 1
+    """Machines."""
+    node_rank: int = 0
+    """This one among them."""
+    host: str = ""
+    """Name or address of node 0, as the others reach it; empty for a single machine."""
+    port: int = 0
+    """Where node 0 can be talked to."""
+
+    def __post_init__(self) -> None:
+        require(self.num_nodes >= 1, "nnodes", self.num_nodes, "an integer >= 1")
+        allowed = f"0 to {self.num_nodes - 1}, where --nnodes is {self.num_nodes}"
+        require(0 <= self.node_rank < self.num_nodes, "node_rank", self.node_rank, allowed)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this machine's launcher keeps the group's runs."""
+        return self.node_rank == 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobConfig:
     """What one process group (one mode, its regimes in turn) is started with."""
 

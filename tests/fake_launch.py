@@ -10,7 +10,7 @@ def run(argv: list[str] | None = None) -> int:
     return main(
         argv,
         check_inputs=lambda model, data: None,
-        launch=Launch(worker_module="tests.fake_worker", grace_s=1.5),
+        launch=Launch(worker_module="tests.fake_worker", grace_s=1.5, lost_after_s=3.0),
     )
 
 

@@ -90,7 +90,7 @@ def misbehave(job: JobConfig, plan: dict, rank: int, regime: int, step: int) -> 
 
 def wait_for_all_ranks(work_dir: Path, rank: int, regime: int) -> None:
     (work_dir / f"arrived-{regime}-{rank}").touch()
-    while len(list(work_dir.glob(f"arrived-{regime}-*"))) < int(os.environ["WORLD_SIZE"]):
+    while len(list(work_dir.glob(f"arrived-{regime}-*"))) < int(os.environ["LOCAL_WORLD_SIZE"]):
         time.sleep(0.01)
 
 

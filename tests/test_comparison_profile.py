@@ -93,6 +93,27 @@ def test_a_baseline_is_one_row_of_all_its_runs_and_says_how_far_they_moved() -> 
     assert base.notes == ("moved 9900%",)
 
 
+def test_each_round_is_held_against_the_baseline_beside_it() -> None:
+    """Processes that are twice as slow in the second round cancel."""
+    rounds = [
+        *(point("no_dp", 1, timings([10] * 4)), point("flash_fsdp", 2, timings([12] * 4, gib=3.0))),
+        *(point("no_dp", 3, timings([10] * 4)), point("flash_fsdp", 4, timings([22] * 4, gib=3.0))),
+        point("no_dp", 5, timings([30] * 4)),
+    ]
+    flash = costs(rounds)["flash_fsdp"]
+    assert flash.time_ratio is not None
+    assert flash.baseline is not None
+    assert flash.ratio_of_rounds == pytest.approx((1.2, 1.1))
+    assert (flash.time_ratio.median, flash.time_ratio.num_steps) == (pytest.approx(1.15), 8)
+    assert (flash.memory_ratio, flash.baseline.num_runs) == (3.0, 4)
+    assert flash.baseline.moved == 2.0
+    assert flash.notes == ("baseline moved +200%", "2 rounds, 1.10 to 1.20")
+    rounds[1] = out_of_memory("flash_fsdp", 2)
+    flash = costs(rounds)["flash_fsdp"]
+    assert flash.ratio_of_rounds == pytest.approx((1.1,))
+    assert flash.notes == ("baseline moved +200%", "1 of 2 runs not measured")
+
+
 def test_modes_on_one_device_are_held_against_their_own_baseline() -> None:
     alone = [
         point("no_dp_single", 6, timings([100])),

@@ -59,6 +59,15 @@ def test_every_mode_stands_between_two_runs_of_its_baseline():
     assert tuple(labels[1::2]) == table.FULL[1:]
 
 
+def test_every_round_times_every_mode_between_two_baselines():
+    assert order(*ONE, "--mode", "flash_fsdp,ghost_fsdp", "--rounds", "2") == [
+        *("no_dp", "flash_fsdp", "no_dp", "ghost_fsdp") * 2,
+        "no_dp",
+    ]
+    with pytest.raises(ValueError, match=r"rounds=0: expected an integer >= 1"):
+        suite("--rounds", "0")
+
+
 def test_modes_on_one_device_stand_between_runs_of_their_own_baseline():
     assert order(*ONE, "--mode", "flash,flash_fsdp,flash_bk") == [
         *("no_dp", "flash_fsdp", "no_dp"),

@@ -1,7 +1,8 @@
 """What each mode costs beside ordinary training: medians, spreads and ratios. No verdict.
 
-A mode is held against the two runs of its baseline that it stands between, so that what the
-machine did meanwhile cancels. Ratios are of steps that were not tracked.
+A run of a mode is held against the two runs of its baseline that it stands between, so that what
+the machine did meanwhile cancels; the rounds of a profile are taken together after that. Ratios are
+of steps that were not tracked.
 """
 
 from __future__ import annotations
@@ -40,34 +41,26 @@ class Spread:
     """20th and 80th percentile."""
     num_steps: int
 
-    def over(self, unit: float) -> Spread:
-        """In units of `unit`."""
-        return Spread(
-            median=self.median / unit,
-            p20=self.p20 / unit,
-            p80=self.p80 / unit,
-            num_steps=self.num_steps,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """What a mode is held against: the runs of its baseline before and after it."""
+    """What a mode is held against: its baseline's runs before and after it, in every round."""
 
     label: str
     step_time_ms: float
-    """Median over the steps of both."""
+    """Median over the steps of all of them."""
     peak_memory_gib: float
-    """Median of both."""
+    """Median of all of them."""
     num_runs: int
-    """2, or 1 where one of them was not measured."""
+    """2 for each round, less those that were not measured."""
     moved: float | None
-    """Median step time of the run after over that of the run before, minus 1; None of one run."""
+    """Median step time of the run after over that of the run before, minus 1, in the round where
+    it is farthest from 0; None where no round has both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One mode at one shape. A baseline's runs at the shape are taken together."""
+    """One mode at one shape, its rounds taken together, and all runs of a baseline."""
 
     label: str
     mode: str
@@ -90,7 +83,9 @@ class Cost:
     baseline: Baseline | None = None
     """None of a baseline, and where none was measured."""
     time_ratio: Spread | None = None
-    """Step time over the baseline's median."""
+    """Step time over the median of the baseline in the same round."""
+    ratio_of_rounds: tuple[float, ...] = ()
+    """Median of each round's, in order."""
     memory_ratio: float | None = None
     moved: float | None = None
     """Of a baseline: the largest over the smallest median of its runs at the shape, minus 1."""
@@ -124,6 +119,9 @@ class Cost:
         moved = self.baseline.moved if self.baseline else self.moved
         if moved is not None and abs(moved) >= RESTLESS:
             found.append(f"baseline moved {moved:+.0%}" if self.baseline else f"moved {moved:.0%}")
+        if len(self.ratio_of_rounds) > 1:
+            least, most = min(self.ratio_of_rounds), max(self.ratio_of_rounds)
+            found.append(f"{len(self.ratio_of_rounds)} rounds, {least:.2f} to {most:.2f}")
         if self.reason and self.status is Status.MEASURED:
             found.append(self.reason)
         return tuple(found)
@@ -176,7 +174,7 @@ def profile_of(group: Group) -> Profile | None:
             if label in {baseline_of(run.mode) for run in runs}:
                 costs.append(_baseline_cost(own))
             else:
-                costs += [_cost(run, runs) for run in own]
+                costs.append(_cost(own, runs))
     failed = (run for run in group.points if status_of(run) in (Status.FAILED, Status.MISSING))
     return Profile(costs=tuple(costs), incomplete=tuple(map(_failure, failed)))
 
@@ -228,6 +226,8 @@ def _own(runs: Sequence[PointRun]) -> Cost:
     # Of several runs, one that was measured stands for the others.
     shown = next((run for run in runs if status_of(run) is Status.MEASURED), runs[0])
     ranks = shown.params.get("num_ranks", "")
+    num_lost = len(runs) - len(timings)
+    reason = f"{num_lost} of {len(runs)} runs not measured" if num_lost else ""
     return Cost(
         label=shown.label,
         mode=shown.mode,
@@ -235,7 +235,7 @@ def _own(runs: Sequence[PointRun]) -> Cost:
         seq_length=shown.point.seq_length,
         batch_size=shown.point.batch_size,
         status=status_of(shown),
-        reason="" if timings else shown.reason or shown.timings_missing,
+        reason=reason if timings else shown.reason or shown.timings_missing,
         params=shown.params,
         num_ranks=int(ranks) if ranks.isdecimal() else None,
         step_time_ms=spread([ms for t in timings for ms in _steps(t, tracked=False)]),
@@ -252,45 +252,57 @@ def _own(runs: Sequence[PointRun]) -> Cost:
 
 def _baseline_cost(runs: Sequence[PointRun]) -> Cost:
     medians = [np.median(_steps(t, tracked=False)) for t in _measured(runs)]
-    own = _own(runs)
-    lost = [run for run in runs if status_of(run) is not Status.MEASURED]
-    is_partly_lost = bool(lost) and own.status is Status.MEASURED
+    moved = float(max(medians) / min(medians) - 1) if len(medians) > 1 else None
+    return replace(_own(runs), is_baseline=True, moved=moved)
+
+
+def _cost(own: Sequence[PointRun], runs: Sequence[PointRun]) -> Cost:
+    """What the runs `own` of a mode, one a round, say of it beside the baseline's among `runs`."""
+    rounds = [
+        (timings, around)
+        for run in own
+        for timings in _measured([run])
+        if (around := _around(run, runs))
+    ]
+    if not rounds:
+        return _own(own)
+    ratios = [
+        [ms / _median(around) for ms in _steps(timings, tracked=False)]
+        for timings, around in rounds
+    ]
+    beside = [each for _, around in rounds for each in around]
+    moved = [
+        _median(around[1:]) / _median(around[:1]) - 1 for _, around in rounds if len(around) == 2
+    ]
+    memory = [timings.peak_memory_gib / _peak_gib(around) for timings, around in rounds]
     return replace(
-        own,
-        is_baseline=True,
-        moved=float(max(medians) / min(medians) - 1) if len(medians) > 1 else None,
-        reason=f"{len(lost)} of {len(runs)} runs not measured" if is_partly_lost else own.reason,
+        _own(own),
+        baseline=Baseline(
+            label=baseline_of(own[0].mode),
+            step_time_ms=_median(beside),
+            peak_memory_gib=_peak_gib(beside),
+            num_runs=len(beside),
+            moved=max(moved, key=abs, default=None),
+        ),
+        time_ratio=spread([ratio for each in ratios for ratio in each]),
+        ratio_of_rounds=tuple(float(np.median(each)) for each in ratios),
+        memory_ratio=float(np.median(memory)),
     )
 
 
-def _cost(run: PointRun, runs: Sequence[PointRun]) -> Cost:
-    own = _own([run])
-    base = _around(run, runs)
-    if own.step_time_ms is None or own.peak_memory_gib is None or base is None:
-        return own
-    return replace(
-        own,
-        baseline=base,
-        time_ratio=own.step_time_ms.over(base.step_time_ms),
-        memory_ratio=own.peak_memory_gib / base.peak_memory_gib,
-    )
+def _median(runs: Sequence[Timings]) -> float:
+    """Step time over all steps of `runs` (ms)."""
+    return float(np.median([ms for timings in runs for ms in _steps(timings, tracked=False)]))
 
 
-def _around(run: PointRun, runs: Sequence[PointRun]) -> Baseline | None:
+def _peak_gib(runs: Sequence[Timings]) -> float:
+    return float(np.median([timings.peak_memory_gib for timings in runs]))
+
+
+def _around(run: PointRun, runs: Sequence[PointRun]) -> list[Timings]:
     """The baseline's last run before `run` and its first after it, of those at the same shape."""
     label = baseline_of(run.mode)
     theirs = [other for other in runs if other.label == label]
     before = [other for other in theirs if other.point.order < run.point.order][-1:]
     after = [other for other in theirs if other.point.order > run.point.order][:1]
-    timings = _measured([*before, *after])
-    if not timings:
-        return None
-    steps = [_steps(t, tracked=False) for t in timings]
-    medians = [float(np.median(times)) for times in steps]
-    return Baseline(
-        label=label,
-        step_time_ms=float(np.median([time for times in steps for time in times])),
-        peak_memory_gib=float(np.median([t.peak_memory_gib for t in timings])),
-        num_runs=len(timings),
-        moved=medians[1] / medians[0] - 1 if len(medians) == 2 else None,
-    )
+    return _measured([*before, *after])

@@ -59,10 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
         _add_what(suite, is_profile=name == PROFILE)
         _add_regime(suite, is_profile=name == PROFILE)
         _add_machine(suite)
+        _add_nodes(suite)
         _add_tracking(suite)
     _add_faults(commands.add_parser("faults", help=FAULTS, description=FAULTS, allow_abbrev=False))
     resume = commands.add_parser("resume", help=RESUME, description=RESUME, allow_abbrev=False)
     resume.add_argument("group", metavar="GROUP", help="group of quick, full or single")
+    _add_nodes(resume)
     _add_store(resume)
     _add_offline(resume)
     _add_spool(resume)
@@ -329,6 +331,14 @@ def _add_timed(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--warmup-iter", type=int, help="steps taken before the recorded ones (default: 3)"
     )
+    group.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="times that every mode is timed at every shape, each in fresh processes: where a step "
+        "is short, times differ from process to process (default: 1)",
+    )
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
@@ -369,6 +379,35 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         choices=("float64", "float32"),
         default="float64",
         help="type the reference mode computes in (default: float64)",
+    )
+
+
+def _add_nodes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "on several machines", "Start the same command on each, with another --node-rank."
+    )
+    group.add_argument(
+        "--nnodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="machines, one launcher each (default: 1)",
+    )
+    group.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="R",
+        help="this machine among them; 0 leads, and keeps the group's runs",
+    )
+    group.add_argument(
+        "--rdzv-endpoint", metavar="HOST:PORT", help="a free port of node 0, as the others reach it"
+    )
+    group.add_argument(
+        "--rdzv-timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds to wait for the other machines before anything starts (default: 600)",
     )
 
 

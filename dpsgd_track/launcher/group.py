@@ -27,6 +27,7 @@ from dpsgd_track.launcher import (
     variants,
 )
 from dpsgd_track.launcher.interruption import Interruption
+from dpsgd_track.launcher.nodes import Leader
 from dpsgd_track.launcher.output import write_output
 from dpsgd_track.launcher.process_group import Launch, Outcome, run_mode
 from dpsgd_track.launcher.progress import Display
@@ -50,9 +51,19 @@ class GroupRun:
     """One group in the making."""
 
     def __init__(
-        self, suite: Suite, recording: Recording, launch: Launch, display: Display
+        self,
+        suite: Suite,
+        recording: Recording,
+        launch: Launch,
+        display: Display,
+        leader: Leader | None = None,
     ) -> None:
+        """
+        Args:
+            leader: where other machines take part.
+        """
         self._suite = suite
+        self._leader = leader
         self._recording = recording
         self._tree = recording.tree
         self._folder = recording.folder
@@ -83,16 +94,26 @@ class GroupRun:
         with Interruption() as interruption, self._host:
             if not self._tree.group_run:
                 self._tree.start_group(self._suite.expected_runs, self._group_params(command))
-            self._recording.start(self._display.say)
+            code, said = EXIT_FAILED, "node 0 could not start the group"
             try:
-                return self._run_modes(interruption)
-            except Exception as error:
-                self._tree.finish_open(FAILED, f"the launcher failed: {error}")
-                raise
+                self._recording.start(self._display.say)
+                said = "node 0's launcher failed"
+                if self._leader:
+                    self._leader.welcome(self._recording.group)
+                try:
+                    code, said = self._run_modes(interruption)
+                    return code
+                except Exception as error:
+                    self._tree.finish_open(FAILED, f"the launcher failed: {error}")
+                    raise
+                finally:
+                    self._recording.close(lambda: interruption.requested)
             finally:
-                self._recording.close(lambda: interruption.requested)
+                if self._leader:
+                    self._leader.close(code, said)
 
-    def _run_modes(self, interruption: Interruption) -> int:
+    def _run_modes(self, interruption: Interruption) -> tuple[int, str]:
+        """Run them; returns the exit code and a summary."""
         failed: list[str] = []
         num_out_of_memory = 0
         total = len(self._suite.jobs)
@@ -102,9 +123,13 @@ class GroupRun:
             if status == KILLED:
                 self._tree.finish_open(KILLED, interruption.reason)
                 self._display.say(f"group {self._folder.name}: {interruption.reason}")
-                return EXIT_INTERRUPTED
+                return EXIT_INTERRUPTED, interruption.reason
             if status == FAILED:
                 failed.append(job.title)
+            if self._leader and self._leader.lost:
+                # The other modes need that machine, too.
+                failed += [job.title for job in self._suite.jobs[number:]]
+                break
             num_out_of_memory += status == OUT_OF_MEMORY
         unused = self._fail_unused_variants()
         what = "runs" if self._suite.name == PROFILE else "modes"
@@ -117,7 +142,7 @@ class GroupRun:
         else:
             self._tree.finish(self._tree.group_run, FINISHED)
         self._display.say(f"group {self._folder.name}: {summary}")
-        return EXIT_FAILED if failed or unused else EXIT_FINISHED
+        return EXIT_FAILED if failed or unused else EXIT_FINISHED, summary
 
     def _fail_unused_variants(self) -> list[str]:
         """Fail the runs of each variant that no mode imported anything of; why, for each."""
@@ -155,7 +180,9 @@ class GroupRun:
             )
             is_timed = any(regime.kind == PROFILE for regime in ready)
             with self._recording.quiet() if is_timed else contextlib.nullcontext():
-                outcomes = run_mode(job, self._launch, self._host, interruption, self._display)
+                outcomes = run_mode(
+                    job, self._launch, self._host, interruption, self._display, self._leader
+                )
             outcomes = self._read_results(job, outcomes)
         unknown = Failure(kind=troubleshooting.NO_CLIP_BOUNDS)
         outcomes += tuple(Outcome(FAILED, unknown) for _ in blocked)

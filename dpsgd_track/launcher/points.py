@@ -20,19 +20,25 @@ def with_baselines(modes: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([b for b in (BASELINE, SINGLE_BASELINE) if b in needed] + [*modes]))
 
 
-def interleaved(jobs: Sequence[JobConfig]) -> list[JobConfig]:
-    """`jobs`, one for each mode, with the baseline's run before, between and after the others."""
+def interleaved(jobs: Sequence[JobConfig], num_rounds: int = 1) -> list[JobConfig]:
+    """`jobs`, one for each mode, with the baseline's run before, between and after the others.
+
+    In a second round, the baseline's last run of the first is the one before its first mode.
+    """
     order: list[JobConfig] = []
     for base in (job for job in jobs if job.label == baseline_of(job.mode)):
         held = [job for job in jobs if job is not base and baseline_of(job.mode) == base.mode]
         order.append(base)
-        for job in held:
+        for job in held * num_rounds:
             order += [job, base]
     return order
 
 
 def profile_jobs(
-    jobs: Sequence[JobConfig], seq_lengths: Sequence[int], batch_sizes: Sequence[int]
+    jobs: Sequence[JobConfig],
+    seq_lengths: Sequence[int],
+    batch_sizes: Sequence[int],
+    num_rounds: int,
 ) -> tuple[JobConfig, ...]:
     """A job for each run of a profile, in order.
 
@@ -44,7 +50,7 @@ def profile_jobs(
     seen: set[str] = set()
     for seq_length in seq_lengths:
         for batch_size in batch_sizes:
-            for job in interleaved([job for job in jobs if _is_timed(job)]):
+            for job in interleaved([job for job in jobs if _is_timed(job)], num_rounds):
                 point = Point(seq_length=seq_length, batch_size=batch_size, order=len(points) + 1)
                 regimes = tuple(
                     replace(regime, point=str(point)) if regime.name == PROFILE else regime

@@ -36,6 +36,7 @@ from dpsgd_track.tracking.names import VARIANT_VARIABLE
 
 _POLL_S = 0.05
 _FORK_TIMEOUT_S = 60.0
+_RENDEZVOUS_TIMEOUT_S = 60
 _PR_SET_PDEATHSIG = 1
 _ADDRESS = "127.0.0.1"
 
@@ -43,21 +44,48 @@ WorkerMain = Callable[[str], int]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where the ranks of a job meet that runs on several machines."""
+
+    num_nodes: int
+    """Machines."""
+    node_rank: int
+    """This one among them."""
+    host: str
+    """Where node 0's launcher serves a store for this job alone, as this machine reaches it."""
+    port: int
+    """Of that store."""
+    run_id: str
+    """The same on every machine."""
+    interface: str
+    """Network interface that ranks talk to those of other machines by; empty to leave it open."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """One process group."""
+    """One process group, or this machine's part of one."""
 
     job_file: str
     """Path handed to the worker's `main`."""
     log: str
     """File that the group's output is appended to."""
     num_ranks: int
-    """Processes of the group."""
+    """Processes on this machine."""
     grace_s: float
     """Time the group gets to end by itself."""
+    meeting: Meeting | None = None
+    """None where no other machine takes part."""
 
     def to_line(self) -> bytes:
         """As it is sent."""
         return json.dumps(asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Request:
+        """The inverse of `to_line`."""
+        values = json.loads(line)
+        meeting = values.pop("meeting")
+        return cls(**values, meeting=Meeting(**meeting) if meeting else None)
 
 
 class _Host:
@@ -80,7 +108,7 @@ class _Host:
             line = requests.readline()
             if not line:
                 return
-            code = self._run(Request(**json.loads(line)))
+            code = self._run(Request.from_line(line))
             if code is not None:
                 self._channel.sendall(f"{code}\n".encode())
 
@@ -146,18 +174,31 @@ def _launch(request: Request, main: WorkerMain) -> None:
     from torch.distributed import TCPStore
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The static rendezvous, unlike c10d, starts no thread that could hold a lock at the fork. It
-    # finds this server by its port: choosing a free one in advance would be a race.
-    server = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    # The static rendezvous, unlike c10d, starts no thread that could hold a lock at the fork.
+    if (meeting := request.meeting) is None:
+        # It finds this server by its port: choosing a free one in advance would be a race.
+        server = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        run_id = Path(request.job_file).parent.name
+        meeting = Meeting(
+            num_nodes=1,
+            node_rank=0,
+            host=_ADDRESS,
+            port=server.port,
+            run_id=run_id,
+            interface="",
+        )
+        backend = "static"
+    else:
+        backend = _serve_elsewhere()
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=meeting.num_nodes,
+        max_nodes=meeting.num_nodes,
         nproc_per_node=request.num_ranks,
-        run_id=Path(request.job_file).parent.name,
-        rdzv_backend="static",
-        rdzv_endpoint=f"{_ADDRESS}:{server.port}",
-        rdzv_configs={"rank": 0},
-        local_addr=_ADDRESS,
+        run_id=meeting.run_id,
+        rdzv_backend=backend,
+        rdzv_endpoint=f"{meeting.host}:{meeting.port}",
+        rdzv_configs={"rank": meeting.node_rank, "timeout": _RENDEZVOUS_TIMEOUT_S},
+        local_addr=_ADDRESS if meeting.num_nodes == 1 else None,
         max_restarts=0,
         start_method="fork",
     )
@@ -183,6 +224,46 @@ def _launch(request: Request, main: WorkerMain) -> None:
             _leave(code)
 
     elastic_launch(config, run_rank)(request.job_file)
+
+
+def _serve_elsewhere() -> str:
+    """The name of a static rendezvous whose store is served by node 0's launcher.
+
+    torch's own has the agent of node 0 serve it, which then forks its ranks while other machines
+    talk to it.
+    """
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousInfo,
+        RendezvousParameters,
+        rendezvous_handler_registry,
+    )
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    name = "served-elsewhere"
+
+    class ServedElsewhere(StaticTCPRendezvous):
+        def get_backend(self) -> str:
+            return name
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            self._store = TCPStore(
+                self.master_addr,
+                self.master_port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=self.timeout,
+            )
+            return super().next_rendezvous()
+
+    def create(parameters: RendezvousParameters) -> ServedElsewhere:
+        host, _, port = parameters.endpoint.rpartition(":")
+        rank, timeout = parameters.config["rank"], parameters.config["timeout"]
+        nodes = parameters.max_nodes
+        return ServedElsewhere(host, int(port), rank, nodes, parameters.run_id, timeout)
+
+    rendezvous_handler_registry.register(name, create)
+    return name
 
 
 def _reset_signals() -> None:

@@ -19,7 +19,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from dpsgd_track.config import PROFILE, JobConfig
 from dpsgd_track.launcher import troubleshooting
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.machine import num_cores
-from dpsgd_track.launcher.preloaded import Request
+from dpsgd_track.launcher.nodes import LOST_AFTER_S, Leader, Report
+from dpsgd_track.launcher.preloaded import Meeting, Request
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.troubleshooting import Failure
 from dpsgd_track.launcher.worker_host import WorkerHost
@@ -71,6 +72,8 @@ class Launch:
     """Module whose `main` runs in every rank, with the path of job.json; see WorkerHost."""
     grace_s: float = GRACE_S
     """Time the group gets to end by itself."""
+    lost_after_s: float = LOST_AFTER_S
+    """How long another machine may be silent before it counts as lost."""
 
 
 def run_mode(
@@ -79,35 +82,70 @@ def run_mode(
     host: WorkerHost,
     interruption: Interruption,
     display: Display,
+    leader: Leader | None = None,
 ) -> tuple[Outcome, ...]:
     """Run `job` to its end, or until an interruption; no process of it is left behind.
 
+    Args:
+        leader: where other machines take part.
     Returns:
         The outcome of each regime.
     """
+    progress = _Progress(Path(job.work_dir) / "progress.jsonl")
+    meeting = leader.start(job, Path(job.work_dir).name) if leader else None
+    others = leader if meeting else None
+    trouble = ""
+    try:
+        start(job, launch, host, meeting)
+        while (code := host.poll()) is None and not interruption.requested:
+            if others and (trouble := others.trouble()):
+                display.say(f"{trouble} Ending {job.title}.")
+                break
+            progress.forward(display.event)
+            time.sleep(_POLL_S)
+        if code is None and not trouble:
+            display.say(f"{interruption.reason} Ending {job.title}.")
+    finally:
+        host.end()
+    progress.forward(display.event)
+    reports: list[Report] = []
+    if others:
+        # Where this machine's part was cut short, so are the others'.
+        own = interruption.reason if interruption.requested else "node 0 failed."
+        reports = others.settle("" if code == 0 else trouble or own)
+    # A scheduler's SIGTERM may reach the group before this process looks.
+    if interruption.requested and code != 0:
+        return outcomes(job, None, progress.ended)
+    if code:
+        reports.append(report_of(Path(job.work_dir), code))
+    return outcomes(job, 1 if code is None else code, progress.ended, cause(reports))
+
+
+def start(job: JobConfig, launch: Launch, host: WorkerHost, meeting: Meeting | None) -> None:
+    """Start this machine's ranks of `job`."""
     work_dir = Path(job.work_dir)
     job_file = work_dir / "job.json"
     job_file.write_text(job.to_json(), encoding="utf-8")
     request = Request(
         job_file=str(job_file),
         log=str(work_dir / "output.log"),
-        num_ranks=job.num_ranks,
+        num_ranks=job.num_ranks // (meeting.num_nodes if meeting else 1),
         grace_s=launch.grace_s,
+        meeting=meeting,
     )
-    host.start(request, _environment(job))
-    progress = _Progress(work_dir / "progress.jsonl")
-    try:
-        while (code := host.poll()) is None and not interruption.requested:
-            progress.forward(display.event)
-            time.sleep(_POLL_S)
-        if code is None:
-            display.say(f"{interruption.reason} Ending {job.title}.")
-    finally:
-        host.end()
-    progress.forward(display.event)
-    # A scheduler's SIGTERM may reach the group before this process looks.
-    interrupted = interruption.requested and code != 0
-    return outcomes(job, None if interrupted else code, progress.ended)
+    host.start(request, _environment(job, request))
+
+
+def report_of(work_dir: Path, code: int) -> Report:
+    """Why and when the group in `work_dir` exited with `code`."""
+    times = [file.stat().st_mtime for file in work_dir.glob("failure-rank*.json")]
+    return Report(failure=failure_of(work_dir, code), time_s=min(times, default=time.time()))
+
+
+def cause(reports: Sequence[Report]) -> Failure | None:
+    """Of what several machines report, what the others came from; None of nothing."""
+    found = [(each.failure.is_echo, each.time_s, each.failure) for each in reports if each.failure]
+    return min(found, key=lambda each: each[:2])[2] if found else None
 
 
 def failure_of(work_dir: Path, code: int) -> Failure:
@@ -132,7 +170,7 @@ def failure_of(work_dir: Path, code: int) -> Failure:
     return Failure(kind=troubleshooting.ERROR, message=_last_words(log, root), rank=root)
 
 
-def _environment(job: JobConfig) -> dict[str, str]:
+def _environment(job: JobConfig, request: Request) -> dict[str, str]:
     """The launcher's environment, with what the ranks need; HF_TOKEN passes through it."""
     package_root = str(Path(dpsgd_track.__file__).parent.parent)
     search_path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
@@ -140,7 +178,8 @@ def _environment(job: JobConfig) -> dict[str, str]:
         # glibc would give every large tensor back to the system and fault its pages in anew.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-        "OMP_NUM_THREADS": str(max(1, num_cores() // job.num_ranks)),
+        "OMP_NUM_THREADS": str(max(1, num_cores() // request.num_ranks)),
+        **_interface(request.meeting),
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*search_path, package_root]),
         # Counting GPUs through CUDA would spoil it for the processes forked afterwards.
@@ -155,6 +194,17 @@ def _environment(job: JobConfig) -> dict[str, str]:
         environment["PYTHONSAFEPATH"] = "1"
         environment[VARIANT_VARIABLE] = job.variant.root
     return environment
+
+
+def _interface(meeting: Meeting | None) -> dict[str, str]:
+    """Which network ranks on several machines talk over: the one that node 0 is reached by."""
+    if meeting is None or not meeting.interface:
+        return {}
+    # NCCL takes a name with = in front of it whole.
+    return {
+        "GLOO_SOCKET_IFNAME": meeting.interface,
+        "NCCL_SOCKET_IFNAME": f"={meeting.interface}",
+    }
 
 
 class _Progress:
@@ -183,12 +233,15 @@ class _Progress:
             on_event(event)
 
 
-def outcomes(job: JobConfig, code: int | None, ended: set[int]) -> tuple[Outcome, ...]:
+def outcomes(
+    job: JobConfig, code: int | None, ended: set[int], failure: Failure | None = None
+) -> tuple[Outcome, ...]:
     """How each regime went, judged by what it left.
 
     Args:
         code: exit code of the group; None where it was interrupted.
         ended: indices of the regimes whose end was reported.
+        failure: why it failed, where that is known from elsewhere than its folder.
     """
     work_dir = Path(job.work_dir)
     indices = range(len(job.regimes))
@@ -196,10 +249,10 @@ def outcomes(job: JobConfig, code: int | None, ended: set[int]) -> tuple[Outcome
     complete = [i in ended and (work_dir / str(i) / files[i]).is_file() for i in indices]
     if code is None:
         return tuple(Outcome(FINISHED if done else KILLED) for done in complete)
-    if code == 0:
+    if code == 0 and failure is None:
         missing = Failure(kind=troubleshooting.NO_TRAJECTORY)
         return tuple(Outcome(FINISHED) if done else Outcome(FAILED, missing) for done in complete)
-    failure = failure_of(work_dir, code)
+    failure = failure or failure_of(work_dir, code)
     # A failure after the last regime, such as an upload, is the last regime's.
     in_flight = next((i for i in indices if not complete[i]), len(complete) - 1)
     at = failure.regime if failure.regime in indices else in_flight

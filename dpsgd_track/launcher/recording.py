@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from dpsgd_track.config import Settings, redact_uri, require
 from dpsgd_track.launcher.suites import Suite
 from dpsgd_track.tracking.run_tree import RunTree
-from dpsgd_track.tracking.shipper import Shipper, settle
+from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
 from dpsgd_track.tracking.shipping import Shipping
 from dpsgd_track.tracking.spool import CONTROL, SpoolWriter
-from dpsgd_track.tracking.spooled import Busy, SpooledGroup, claim, spooled_groups
+from dpsgd_track.tracking.spooled import (
+    ELSEWHERE,
+    Busy,
+    SpooledGroup,
+    claim,
+    part_of,
+    spooled_groups,
+)
 from dpsgd_track.tracking.store import absolute_uri, has_group, open_store, unusable
 
 if TYPE_CHECKING:
@@ -73,12 +80,23 @@ class Recording:
         self._shipper = self._shipper_of(self._spooled, self._store[1])
         try:
             # The group's own run is what shows whether the store can be written to.
-            self._shipper.ship()
+            with contextlib.suppress(NotThereYet):
+                self._shipper.ship()
         except Exception as error:
             self._forget()
             raise unusable(self._settings, error) from error
         self._shipping = Shipping(self._shipper, uri, tell, left=left)
         self._shipping.start()
+
+    def join(self, runs: Iterable[str]) -> None:
+        """Take part in runs that node 0 keeps."""
+        for run in runs:
+            self._writer.add("join", run, experiment=self._settings.experiment)
+
+    def leave(self, runs: Iterable[str]) -> None:
+        """What this machine had to say of them was said."""
+        for run in runs:
+            self._writer.add("end", run, status=ELSEWHERE)
 
     def quiet(self) -> contextlib.AbstractContextManager[None]:
         """Ship nothing while entered, so that nothing runs beside what is timed."""
@@ -122,7 +140,7 @@ class Recording:
                 held = group.hold()
                 self._held.append(held)
                 if closed := group.close_left_open():
-                    tell(f"group {group.name}: closed {closed} runs, as its launcher died.")
+                    tell(f"group {group.label}: closed {closed} runs, as its launcher died.")
                 known = group.state().get(target)
                 if self._store is not None and known:
                     # It stays in its own experiment.
@@ -180,6 +198,30 @@ def open_group(suite: Suite) -> Recording:
         number += 1
         name = f"{base}-{number}"
     return Recording(settings, name, spooled, store)
+
+
+def open_part(settings: Settings, group: str, node_rank: int, *, is_offline: bool) -> Recording:
+    """Open the store for what this machine adds to a group of node 0.
+
+    Raises:
+        ValueError: the store or a folder cannot be used, or somebody is at work there.
+    """
+    store = None if is_offline else open_store(settings)
+    spool, name = Path(settings.spool_dir), part_of(group, node_rank)
+    spooled = claim(spool, name)
+    is_new = spooled is not None
+    try:
+        # What an earlier launch left there goes with the rest.
+        recording = Recording(
+            settings, group, spooled or SpooledGroup(spool / name), store, is_new=is_new
+        )
+    except Busy as error:
+        advice = "Its launcher, or a sync, is at work: wait for it to end."
+        raise ValueError(
+            f"group={group!r}: expected nobody at work on {spool / name}. {advice}"
+        ) from error
+    recording.folder.mkdir(parents=True, exist_ok=True)
+    return recording
 
 
 def _require_new(is_new: bool, group: str) -> None:

@@ -6,7 +6,15 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpsgd_track.config import CLIP, NOISE, JobConfig, RegimeConfig, Settings, require
+from dpsgd_track.config import (
+    CLIP,
+    NOISE,
+    JobConfig,
+    NodesConfig,
+    RegimeConfig,
+    Settings,
+    require,
+)
 from dpsgd_track.launcher.arguments import PROFILE, RESUMABLE, build_parser
 from dpsgd_track.launcher.recording import Recording
 from dpsgd_track.launcher.suites import InputCheck, Suite, build_suite
@@ -33,8 +41,13 @@ class Missing:
     """What of the environment is not as it was when the group was launched."""
 
 
-def find_missing(settings: Settings, wanted: str, check_inputs: InputCheck) -> Missing | None:
+def find_missing(
+    settings: Settings, wanted: str, nodes: NodesConfig, check_inputs: InputCheck
+) -> Missing | None:
     """What the group `wanted` lacks; None where it lacks nothing.
+
+    Args:
+        nodes: machines that it is to be run on, as many as before.
 
     Raises:
         ValueError: there is no such group, it cannot be resumed, or its inputs are gone.
@@ -49,7 +62,12 @@ def find_missing(settings: Settings, wanted: str, check_inputs: InputCheck) -> M
     allowed = f"a group of {', '.join(RESUMABLE)}"
     require(bool(is_known), "group", wanted, allowed, advice * (command[:1] == [PROFILE]))
     args = build_parser().parse_args(command)
-    suite = replace(build_suite(args, check_inputs), settings=settings, group=group.name)
+    suite = build_suite(args, check_inputs)
+    before = suite.nodes.num_nodes
+    advice = "Ranks are spread over machines as they were. Give --nnodes, --node-rank and "
+    advice += "--rdzv-endpoint on each."
+    require(nodes.num_nodes == before, "nnodes", nodes.num_nodes, f"{before}, as before", advice)
+    suite = replace(suite, settings=settings, group=group.name, nodes=nodes)
     # A run that ended without its record tells too little to be compared.
     done = {
         run_key(run) for run in group.runs if run.status == FINISHED and not run.trajectory_missing

@@ -6,6 +6,7 @@ Exit codes: 0 every mode finished, 1 one failed, 2 usage error, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import shlex
@@ -25,7 +26,8 @@ from dpsgd_track.launcher.arguments import (
 from dpsgd_track.modes.table import MODES, plugged_in_modes
 
 if TYPE_CHECKING:
-    from dpsgd_track.config import Settings
+    from dpsgd_track.config import JobConfig, NodesConfig, Settings
+    from dpsgd_track.launcher.nodes import Leader
     from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.recording import Recording
     from dpsgd_track.launcher.suites import Suite
@@ -105,10 +107,16 @@ def _run_suite(
     if args.token:
         # Workers and the hub's client inherit it; it goes nowhere else.
         os.environ["HF_TOKEN"] = args.token
+    leader = None
     try:
         suite = build_suite(args, check_inputs)
+        if not suite.nodes.leads:
+            return _follow(args, suite.settings, suite.nodes, suite.jobs, launch), ""
+        leader = _lead(suite.nodes, suite.jobs, args, launch)
         recording = open_group(suite)
     except ValueError as error:
+        if leader is not None:
+            leader.refuse(str(error))
         return complain(error, EXIT_USAGE), ""
 
     def say_figures() -> None:
@@ -116,7 +124,7 @@ def _run_suite(
             assert summarise is not None, "an entry point that offers profiles says how"
             summarise(suite.settings, recording.group, suite.output)
 
-    code = _run_group(args, suite, recording, command, launch, {}, say_figures)
+    code = _run_group(args, suite, recording, command, launch, {}, say_figures, leader)
     return code, "" if code == EXIT_USAGE else recording.group
 
 
@@ -126,19 +134,94 @@ def _resume(
     launch: Launch | None,
 ) -> int:
     from dpsgd_track.launcher.resume import find_missing, reopen_group
-    from dpsgd_track.launcher.suites import read_settings
+    from dpsgd_track.launcher.suites import read_nodes, read_settings
 
+    leader = None
     try:
-        missing = find_missing(read_settings(args), args.group, check_inputs)
+        nodes = read_nodes(args)
+        if not nodes.leads:
+            return _follow(args, read_settings(args), nodes, None, launch)
+        leader = _lead(nodes, None, args, launch)
+        missing = find_missing(read_settings(args), args.group, nodes, check_inputs)
         if missing is None:
-            print(f"group {args.group}: nothing is missing")
+            said = f"group {args.group}: nothing is missing"
+            print(said)
+            if leader is not None:
+                leader.refuse(said)
             return EXIT_FINISHED
         recording = reopen_group(missing, is_offline=args.offline)
     except ValueError as error:
+        if leader is not None:
+            leader.refuse(str(error))
         return complain(error, EXIT_USAGE)
     for line in missing.changes:
         print(f"not as it was: {line}")
-    return _run_group(args, missing.suite, recording, "", launch, missing.clip_bounds)
+    bounds = missing.clip_bounds
+    return _run_group(args, missing.suite, recording, "", launch, bounds, leader=leader)
+
+
+def _lead(
+    nodes: NodesConfig,
+    jobs: Sequence[JobConfig] | None,
+    args: argparse.Namespace,
+    launch: Launch | None,
+) -> Leader | None:
+    """Wait for the other machines' launchers; None where there are none.
+
+    Raises:
+        ValueError: one does not come, or would run something else.
+    """
+    if nodes.num_nodes == 1:
+        return None
+    from dpsgd_track.launcher.nodes import Leader
+    from dpsgd_track.launcher.process_group import Launch
+
+    leader = Leader(nodes, lost_after_s=(launch or Launch()).lost_after_s)
+    leader.gather(jobs, args.rdzv_timeout, _say)
+    return leader
+
+
+def _follow(
+    args: argparse.Namespace,
+    settings: Settings,
+    nodes: NodesConfig,
+    jobs: Sequence[JobConfig] | None,
+    launch: Launch | None,
+) -> int:
+    """Take part in the group that node 0 leads.
+
+    Raises:
+        ValueError: nothing starts.
+    """
+    from dpsgd_track.launcher.follow import follow
+    from dpsgd_track.launcher.nodes import Follower, hello_of
+    from dpsgd_track.launcher.process_group import Launch
+    from dpsgd_track.launcher.recording import open_part
+    from dpsgd_track.launcher.suites import check_shared_store
+    from dpsgd_track.tracking.client import TrackingError
+    from dpsgd_track.tracking.store import open_store
+
+    check_shared_store(settings, nodes, is_offline=args.offline)
+    launch, hello = launch or Launch(), hello_of(jobs)
+    try:
+        if not args.offline:
+            open_store(settings)
+    except ValueError as error:
+        hello["problem"] = str(error)
+    follower = Follower(nodes, lost_after_s=launch.lost_after_s)
+    with contextlib.closing(follower):
+        group = follower.join(hello, args.rdzv_timeout, _say)
+        recording = open_part(settings, group, nodes.node_rank, is_offline=args.offline)
+        try:
+            code = follow(follower, recording, launch, _say)
+        except TrackingError as error:
+            code = complain(error, EXIT_FAILED)
+    _say_left_behind(args, recording)
+    return code
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _run_group(
@@ -149,6 +232,7 @@ def _run_group(
     launch: Launch | None,
     clip_bounds: Mapping[str, tuple[float, ...]],
     summarise: Callable[[], object] = lambda: None,
+    leader: Leader | None = None,
 ) -> int:
     from dpsgd_track.launcher.group import GroupRun
     from dpsgd_track.launcher.process_group import Launch
@@ -158,7 +242,7 @@ def _run_group(
 
     display = open_display()
     try:
-        group_run = GroupRun(suite, recording, launch or Launch(), display)
+        group_run = GroupRun(suite, recording, launch or Launch(), display, leader)
         group_run.know_clip_bounds(clip_bounds)
         code = group_run.run(command)
     except StoreError as error:
@@ -174,14 +258,20 @@ def _run_group(
     if code in (EXIT_FINISHED, EXIT_FAILED):
         summarise()
     group, places = recording.group, _place_options(args)
-    if recording.left_behind:
-        print(f"tracking: {recording.left_behind} It is in {recording.spool}, and safe.")
-        print(f"ship:    {shlex.join(['python', 'launch.py', 'sync', group, *places])}")
+    _say_left_behind(args, recording)
     if code != EXIT_FINISHED and suite.name in RESUMABLE:
-        print(f"resume:  {shlex.join(['python', 'launch.py', 'resume', group, *places])}")
+        again = ["python", "launch.py", "resume", group, *_node_options(args), *places]
+        print(f"resume:  {shlex.join(again)}")
     print(f"compare: {shlex.join(['python', 'compare.py', group, *places])}")
     print(f"browse:  {shlex.join(['python', 'launch.py', 'ui', *_store_options(args)])}")
     return code
+
+
+def _say_left_behind(args: argparse.Namespace, recording: Recording) -> None:
+    if recording.left_behind:
+        command = ["python", "launch.py", "sync", recording.group, *_place_options(args)]
+        print(f"tracking: {recording.left_behind} It is in {recording.spool}, and safe.")
+        print(f"ship:    {shlex.join(command)}")
 
 
 def _store_options(args: argparse.Namespace) -> list[str]:
@@ -192,6 +282,14 @@ def _store_options(args: argparse.Namespace) -> list[str]:
     if args.tracking_uri is not None:
         options += ["--tracking-uri", redact_uri(args.tracking_uri)]
     return options
+
+
+def _node_options(args: argparse.Namespace) -> list[str]:
+    """The options by which machines meet again; each has a --node-rank of its own."""
+    if getattr(args, "nnodes", 1) == 1:
+        return []
+    endpoint = ["--rdzv-endpoint", args.rdzv_endpoint]
+    return ["--nnodes", str(args.nnodes), "--node-rank", str(args.node_rank), *endpoint]
 
 
 def _place_options(args: argparse.Namespace) -> list[str]:

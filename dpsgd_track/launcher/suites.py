@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dpsgd_track.config import (
@@ -31,6 +31,7 @@ from dpsgd_track.config import (
     DataConfig,
     JobConfig,
     ModelConfig,
+    NodesConfig,
     PerformanceConfig,
     PrivacyConfig,
     RegimeConfig,
@@ -96,6 +97,8 @@ class Suite:
     """JSON file for the results of a single run, CSV file for those of a profile."""
     is_offline: bool = False
     """Records stay in the spool; no store is looked for."""
+    nodes: NodesConfig = field(default_factory=NodesConfig)
+    """Machines that it runs on."""
 
     @property
     def expected_runs(self) -> list[tuple[str, ...]]:
@@ -146,7 +149,9 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     require(own_noise, "noise_from", args.noise_from, "seed", advice)
     variants = read_variants(args.variant or ())
     settings = read_settings(args)
-    num_ranks, performance = _machine(args)
+    nodes = read_nodes(args)
+    num_local_ranks, performance = _machine(args)
+    num_ranks = num_local_ranks * nodes.num_nodes
     seq_lengths, batch_sizes = _shapes(args)
     model, data = _model_and_data(args, seq_lengths[0], batch_sizes[0])
     _check_numbers(args)
@@ -172,11 +177,12 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
     )
     jobs = (*jobs, *_again(jobs, variants))
     if args.command == PROFILE:
-        jobs = profile_jobs(jobs, seq_lengths, batch_sizes)
+        jobs = profile_jobs(jobs, seq_lengths, batch_sizes, args.rounds)
     for each in dict.fromkeys(job.data for job in jobs):
         if not all(map(is_probe, regimes)):
             check_inputs(model, each)
         _check_sampling(each, [job for job in jobs if job.data == each])
+    check_shared_store(settings, nodes, is_offline=args.offline)
     return Suite(
         name=args.command,
         jobs=jobs,
@@ -185,6 +191,46 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
         group=args.group,
         output=args.output,
         is_offline=args.offline,
+        nodes=nodes,
+    )
+
+
+def read_nodes(args: argparse.Namespace) -> NodesConfig:
+    """The machines that the arguments name; `faults` has one.
+
+    Raises:
+        ValueError: what they say does not fit.
+    """
+    if args.command == "faults":
+        return NodesConfig()
+    num_nodes, rank, endpoint = args.nnodes, args.node_rank, args.rdzv_endpoint
+    require(num_nodes >= 1, "nnodes", num_nodes, "an integer >= 1")
+    if num_nodes == 1:
+        advice = "Give --nnodes as well."
+        require(rank in (None, 0), "node_rank", rank, "0, where --nnodes is 1", advice)
+        require(endpoint is None, "rdzv_endpoint", endpoint, "none, where --nnodes is 1", advice)
+        return NodesConfig()
+    advice = f"--nnodes is {num_nodes}."
+    require(rank is not None, "node_rank", rank, f"0 to {num_nodes - 1}", advice)
+    require(args.rdzv_timeout > 0, "rdzv_timeout", args.rdzv_timeout, "seconds, above 0")
+    found = re.fullmatch(r"(?:\[(.+)\]|([^:\s]+)):([0-9]{1,5})", endpoint or "")
+    is_known = found is not None and 1 <= int(found[3]) <= 65535
+    require(is_known, "rdzv_endpoint", endpoint, "HOST:PORT of node 0", advice)
+    assert found is not None
+    return NodesConfig(
+        num_nodes=num_nodes, node_rank=rank, host=found[1] or found[2], port=int(found[3])
+    )
+
+
+def check_shared_store(settings: Settings, nodes: NodesConfig, *, is_offline: bool) -> None:
+    """Raise ValueError where machines would each track into a file of their own."""
+    is_shared = not settings.tracking_uri.startswith("sqlite:")
+    require(
+        nodes.num_nodes == 1 or is_offline or is_shared,
+        "tracking_uri",
+        settings.tracking_uri,
+        "a server, as --nnodes is not 1",
+        "Give --tracking-uri http://..., or --offline and ship with `launch.py sync` later.",
     )
 
 
@@ -386,6 +432,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
     )
     least = 2 if args.command == PROFILE else 1
     advice = "Every second step is tracked, the others are not." * (least == 2)
+    if args.command == PROFILE:
+        require(args.rounds >= 1, "rounds", args.rounds, "an integer >= 1")
     require(_num_iter(args) >= least, "num_iter", args.num_iter, f"an integer >= {least}", advice)
     if args.micro_batches is not None:
         require(args.micro_batches >= 1, "micro_batches", args.micro_batches, "an integer >= 1")

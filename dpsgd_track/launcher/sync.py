@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
-from dpsgd_track.tracking.shipper import Shipper, settle
+from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
 from dpsgd_track.tracking.spooled import Busy, SpooledGroup, spooled_groups
 from dpsgd_track.tracking.store import absolute_uri, open_store, unusable
 
@@ -38,37 +38,39 @@ def sync(settings: Settings, group: str | None) -> int:
 
 def _sync_one(settings: Settings, group: SpooledGroup) -> int:
     size = sum(group.sizes().values()) / 1024
-    print(f"{group.name}: {size:,.1f} KiB of records in {group.folder}")
+    print(f"{group.label}: {size:,.1f} KiB of records in {group.folder}")
     try:
         held = group.hold()
     except Busy:
-        print(f"{group.name}: its launcher, or another sync, is at work. Wait for it to end.")
+        print(f"{group.label}: its launcher, or another sync, is at work. Wait for it to end.")
         return EXIT_FAILED
     with held:
         if closed := group.close_left_open():
-            print(f"{group.name}: closed {closed} runs, as its launcher died")
-        run = group.group_run()
-        if run is None:
-            print(f"{group.name}: its launcher died before the first record was whole")
+            print(f"{group.label}: closed {closed} runs, as its launcher died")
+        experiment = group.experiment()
+        if not experiment:
+            print(f"{group.label}: its launcher died before the first record was whole")
             group.remove()
             return EXIT_FINISHED
         # A group belongs to the experiment it was launched in.
-        settings = replace(settings, experiment=run.experiment)
+        settings = replace(settings, experiment=experiment)
         client, experiment_id = open_store(settings)
         uri = absolute_uri(settings.tracking_uri)
         counted = group.count()
-        print(f"{group.name}: shipping {counted}, then reading them back", flush=True)
+        print(f"{group.label}: shipping {counted}, then reading them back", flush=True)
         try:
             problems = settle(Shipper(group, client, uri, experiment_id), count=True)
+        except NotThereYet as error:
+            problems = [f"{error} Run `launch.py sync {group.name}` on node 0 first."]
         except Exception as error:
             raise unusable(settings, error) from error
     for line in problems[:_SHOWN]:
-        print(f"{group.name}: {line}")
+        print(f"{group.label}: {line}")
     if len(problems) > _SHOWN:
-        print(f"{group.name}: and {len(problems) - _SHOWN} more")
+        print(f"{group.label}: and {len(problems) - _SHOWN} more")
     where = redact_uri(settings.tracking_uri)
     if problems:
-        print(f"{group.name}: NOT all of it is at {where}; the spool is kept in {group.folder}")
+        print(f"{group.label}: NOT all of it is at {where}; the spool is kept in {group.folder}")
         return EXIT_FAILED
-    print(f"{group.name}: {counted} are at {where}, each value checked; the spool was removed")
+    print(f"{group.label}: {counted} are at {where}, each value checked; the spool was removed")
     return EXIT_FINISHED

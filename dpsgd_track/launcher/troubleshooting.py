@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 OUT_OF_MEMORY = "out_of_memory"
@@ -14,6 +15,7 @@ KILLED = "killed"
 NO_TRAJECTORY = "no_trajectory"
 NOT_STARTED = "not_started"
 NO_CLIP_BOUNDS = "no_clip_bounds"
+NODE_LOST = "node_lost"
 
 _TABLE: dict[str, tuple[str, str]] = {
     OUT_OF_MEMORY: (
@@ -48,6 +50,11 @@ _TABLE: dict[str, tuple[str, str]] = {
         "Signal 9 is most often the kernel running out of memory: try a smaller --batch-size, "
         "a shorter --seq-length, or fewer ranks with --nproc-per-node.",
     ),
+    NODE_LOST: (
+        "a machine was lost",
+        "See that every machine is up and reaches the others; then `launch.py resume GROUP` on all "
+        "of them runs what is missing.",
+    ),
     NO_TRAJECTORY: (
         "the worker ended without leaving a trajectory",
         "Read the log; a mode of your own must run every step it is asked to.",
@@ -61,6 +68,14 @@ _TABLE: dict[str, tuple[str, str]] = {
         "The mode `reference` measures them and failed: see its run.",
     ),
 }
+
+
+_ECHO = re.compile(
+    r"connection (?:closed|reset|was reset) by|broken pipe|remote process exited|socket timeout"
+    r"|timed? ?out|heartbeat|DistNetworkError|DistStoreError|Gloo|NCCL",
+    re.IGNORECASE,
+)
+"""What the communication libraries say of a rank that ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +104,11 @@ class Failure:
         where = f" at {', '.join(places)}" if places else ""
         summary = _TABLE.get(self.kind, _TABLE[ERROR])[0]
         return f"{summary}{where}" + (f": {self.message}" if self.message else ".")
+
+    @property
+    def is_echo(self) -> bool:
+        """Whether it may say no more than that another rank is gone."""
+        return self.kind == ERROR and bool(_ECHO.search(self.message))
 
     @property
     def advice(self) -> str:

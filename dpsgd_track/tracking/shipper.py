@@ -20,7 +20,7 @@ from dpsgd_track.tracking.exact import Point
 from dpsgd_track.tracking.history import all_points
 from dpsgd_track.tracking.inventory import Inventory, Name, Points
 from dpsgd_track.tracking.spool import CONTROL, Event, MetricRow, SpoolReader, spool_files
-from dpsgd_track.tracking.spooled import RUNNING, SpooledGroup, SpooledRun
+from dpsgd_track.tracking.spooled import ELSEWHERE, RUNNING, SpooledGroup, SpooledRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,6 +32,10 @@ MAX_TAGS_PER_BATCH = 100
 _ROWS_AT_ONCE, _VALUES_AT_ONCE = 200, 20_000
 """What is held in memory of a backlog, however long it is: so many steps, unless one of them has
 more values than that."""
+
+
+class NotThereYet(Exception):
+    """Runs that another machine keeps are not in the store yet; call again later."""
 
 
 class Shipper:
@@ -171,6 +175,8 @@ class Shipper:
         match event["do"]:
             case "run":
                 self._create(event)
+            case "join":
+                self._find(event["run"])
             case "reopen":
                 self._client.update_run(self._id(event["run"]), RUNNING)
             case "params":
@@ -180,6 +186,15 @@ class Shipper:
             case "file":
                 path = str(self.group.folder / event["path"])
                 self._client.log_artifact(self._id(event["run"]), path, event["folder"] or None)
+
+    def _find(self, key: str) -> None:
+        if key not in self.run_ids:
+            self._is_sure_of_runs = False
+            self._make_sure_of_runs()
+        if key not in self.run_ids:
+            # It is to be looked for again.
+            self._is_sure_of_runs = False
+            raise NotThereYet(f"Node 0 has not shipped {self.group.name} to there yet.")
 
     def _id(self, key: str) -> str:
         return self.run_ids[key]
@@ -203,6 +218,8 @@ class Shipper:
         if points := self._inexact.get(event["run"]):
             self._client.log_text(run_id, exact.to_json(points), exact.FILE)
             self._set_tags(run_id, {names.INEXACT_VALUES: str(len(points))})
+        if event["status"] == ELSEWHERE:
+            return
         self._client.set_terminated(run_id, event["status"], event["time_ms"])
 
     def _log_params(self, run_id: str, params: dict[str, str]) -> None:
@@ -267,12 +284,13 @@ class Shipper:
                 found.append(f"{run.title or run.key}: the run is not there")
                 continue
             stored = self._client.get_run(self.run_ids[run.key])
-            found += [f"{run.title}: {line}" for line in self._differences(run, stored)]
+            problems = list(self._differences(run, stored))
             metrics = inventory.metrics[run.key]
             if missing := metrics - stored.data.metrics.keys():
-                found.append(f"{run.title}: {len(missing)} of {len(metrics)} metrics are missing")
+                problems.append(f"{len(missing)} of {len(metrics)} metrics are missing")
             else:
                 whole.add(run.key)
+            found += [f"{run.title or run.key}: {line}" for line in problems]
         for points in inventory.parts(whole.__contains__) if count else ():
             found += self._other_values(inventory.runs, points)
         return found
@@ -288,12 +306,13 @@ class Shipper:
                 wanted = points[run, metric]
                 if len(held) != len(wanted) or set(held) != wanted:
                     counts = f"{len(held)} values instead of {len(wanted)}"
-                    yield f"{runs[run].title}: {metric}: {counts}"
+                    yield f"{runs[run].title or run}: {metric}: {counts}"
 
     def _differences(self, run: SpooledRun, stored: Run) -> Iterator[str]:
         if run.status == RUNNING:
             yield "it did not end"
-        if stored.info.status != run.status:
+        is_elsewhere = run.status == ELSEWHERE
+        if stored.info.status != run.status and not is_elsewhere:
             yield f"its status is {stored.info.status}, not {run.status}"
         if missing := run.params.keys() - stored.data.params.keys():
             yield f"{len(missing)} of {len(run.params)} params are missing"

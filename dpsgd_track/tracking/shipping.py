@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dpsgd_track.config import redact_uri
 from dpsgd_track.tracking.client import one_line
-from dpsgd_track.tracking.shipper import Shipper, settle
+from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
 
 INTERVAL_S = 1.0
 """How long records are gathered before they are shipped."""
@@ -45,7 +45,7 @@ class Shipping:
         self._left = list(left)
         self._interval_s = interval_s
         self._trouble = ""
-        self._is_away = False
+        self._is_away = self._is_told = False
         self._is_complete = False
         self._passing = threading.Lock()
         self._closing, self._stop = threading.Event(), threading.Event()
@@ -117,7 +117,9 @@ class Shipping:
                 continue
             if self._trouble:
                 self._trouble = ""
-                self._tell(f"tracking: {redact_uri(self._uri)} is back, nothing was lost.")
+                if self._is_told:
+                    self._is_told = False
+                    self._tell(f"tracking: {redact_uri(self._uri)} is back, nothing was lost.")
             pause_s = self._interval_s
             if is_closing:
                 self._is_complete = not self._shipper.refused and not self._stop.is_set()
@@ -126,9 +128,11 @@ class Shipping:
                 self._ship_left()
 
     def _note(self, error: Exception) -> None:
-        is_new, self._is_away = not self._trouble, True
         self._trouble = one_line(error, self._uri)
-        if is_new and not self._stop.is_set():
+        # Where it is, but what another machine ships is not, that one may only be slower.
+        self._is_away = not isinstance(error, NotThereYet)
+        if self._is_away and not self._is_told and not self._stop.is_set():
+            self._is_told = True
             self._tell(
                 f"tracking: {redact_uri(self._uri)} takes nothing at the moment: {self._trouble} "
                 f"Training goes on, and records are kept in {self._shipper.group.folder}."

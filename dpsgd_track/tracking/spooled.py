@@ -5,6 +5,9 @@ SPOOL_DIR/GROUP/000001-*.control  events of the launcher: runs, their params, ta
 SPOOL_DIR/GROUP/000002-*.records  what a worker observed
 SPOOL_DIR/GROUP/files/            files to be uploaded
 SPOOL_DIR/GROUP/state.json        for each store: ids of the runs there, bytes acknowledged
+
+On a machine that only takes part in a group, SPOOL_DIR/GROUP+nodeR holds the like: what it adds to
+runs that node 0 keeps.
 """
 
 from __future__ import annotations
@@ -30,9 +33,13 @@ from dpsgd_track.tracking.spool import (
 )
 
 RUNNING, KILLED = "RUNNING", "KILLED"
+ELSEWHERE = "ELSEWHERE"
+"""Status of a run that another machine ends."""
 DIED = "its launcher died before it could say how the run ended."
 """Reason of runs that were left open."""
 
+# No group's name holds it.
+_PART = "+node"
 _LOCK, _STATE = "lock", "state.json"
 _GONE = ".gone-"
 
@@ -57,6 +64,8 @@ class SpooledRun:
     files: list[tuple[Path, str]] = field(default_factory=list)
     """Files, and the artifact folder of each."""
     rows: list[MetricRow] = field(default_factory=list)
+    is_joined: bool = False
+    """Another machine keeps it."""
     is_resumed: bool = False
     """Of a group run: what else belongs to the group may be in the store alone."""
 
@@ -79,6 +88,8 @@ class SpooledRun:
                 self.is_resumed |= event.get("is_resumed", False)
                 self.tags |= event["tags"]
                 self.params |= event["params"]
+            case "join":
+                self.experiment, self.is_joined = event["experiment"], True
             case "reopen":
                 self.status, self.end_ms = RUNNING, 0
             case "params":
@@ -109,7 +120,17 @@ class SpooledGroup:
     @property
     def name(self) -> str:
         """The group's name."""
+        return self.folder.name.partition(_PART)[0]
+
+    @property
+    def label(self) -> str:
+        """The group's name, and on another machine than node 0 which one it is."""
         return self.folder.name
+
+    def experiment(self) -> str:
+        """The experiment that it belongs to; empty where not even that was written whole."""
+        found = (run.experiment for run in self.runs(with_rows=False).values() if run.experiment)
+        return next(found, "")
 
     def hold(self) -> IO[bytes]:
         """Keep others from writing and shipping, until what is returned is closed.
@@ -158,6 +179,9 @@ class SpooledGroup:
             return 0
         writer = SpoolWriter(self.folder, f"closing{CONTROL}")
         for run in reversed(left):
+            if run.is_joined:
+                writer.add("end", run.key, status=ELSEWHERE)
+                continue
             note = {names.REASON: DIED, names.NOTE: f"**{KILLED}**: {DIED}"}
             writer.set_tags(run.key, note)
             writer.add("end", run.key, status=KILLED)
@@ -202,6 +226,11 @@ class SpooledGroup:
         gone = self.folder.with_name(f"{_GONE}{uuid.uuid4().hex}")
         self.folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def part_of(group: str, node_rank: int) -> str:
+    """The folder of what a machine adds to a group that node 0 keeps."""
+    return f"{group}{_PART}{node_rank}"
 
 
 def spooled_groups(spool_dir: Path) -> list[SpooledGroup]:
