@@ -14,8 +14,8 @@ a host for every 8 ranks, each with a spool and a launcher of its own; the first
 runs. Before the first step runs are created (`create_s`), and each launcher learns which they are
 (`join_s`); how long that took is in the row.
 
-At the end every value in the spools is held against the database: what is lost or doubled is in the
-row too, and makes the exit code 1.
+At the end every value in the spools is held against the database: what is lost (or had not arrived
+within `--limit-s`) or doubled is in the row too, and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -505,7 +505,7 @@ _COLUMNS = {
     "request ms (longest)": "{request_ms_median} ({request_ms_max})",
     "rest s": "{drain_s}",
     "CPU us a value: server, database": "{server_us}, {database_us}",
-    "lost, doubled": "{lost}, {doubled}",
+    "missing, doubled": "{lost}, {doubled}",
     "load": "{load}",
 }
 
