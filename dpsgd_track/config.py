@@ -172,6 +172,38 @@ class ModelConfig:
         require(self.num_labels >= 2, "num_labels", self.num_labels, "an integer >= 2")
 
 
+EVERY, ENDS = "all", "ends"
+"""Of steps or ranks, in place of a number."""
+
+
+def layer_norm_steps(layer_norms: str, num_iter: int) -> frozenset[int]:
+    """Steps of `num_iter` whose layer norms are recorded: those asked for, the first and the last.
+
+    Raises:
+        ValueError: `layer_norms` is none of all, ends, and an integer >= 1.
+    """
+    last = num_iter - 1
+    if layer_norms == ENDS:
+        return frozenset((0, last))
+    is_known = layer_norms == EVERY or re.fullmatch(r"[1-9][0-9]{0,8}", layer_norms, re.ASCII)
+    require(bool(is_known), "layer_norms", layer_norms, "all, ends, or an integer N >= 1")
+    stride = 1 if layer_norms == EVERY else int(layer_norms)
+    return frozenset((*range(0, num_iter, stride), last))
+
+
+def logged_ranks(log_ranks: str, num_ranks: int) -> tuple[int, ...]:
+    """Ranks of a group that have a run of their own: so many, evenly spaced, rank 0 among them.
+
+    Raises:
+        ValueError: `log_ranks` is neither all nor an integer >= 0.
+    """
+    is_known = log_ranks == EVERY or re.fullmatch(r"[0-9]{1,9}", log_ranks, re.ASCII)
+    allowed = "all, 0 for rank 0 alone, or a number of ranks"
+    require(bool(is_known), "log_ranks", log_ranks, allowed)
+    wanted = num_ranks if log_ranks == EVERY else min(max(1, int(log_ranks)), num_ranks)
+    return tuple(number * num_ranks // wanted for number in range(wanted))
+
+
 SYNTHETIC = "synthetic"
 
 
@@ -373,8 +405,11 @@ class JobConfig:
     noise_from: str = "seed"
     """Where noise that is not common to all modes comes from: seed, or os (the operating system's
     entropy, another at every run)."""
-    layer_norms: str = "all"
-    """Steps whose per-layer norms are recorded: all, or ends (first and last)."""
+    layer_norms: str = EVERY
+    """Steps whose per-layer norms are recorded: all, ends (first and last), or an integer N (every
+    Nth, the first and the last)."""
+    log_ranks: str = EVERY
+    """Ranks that have a run of their own: all, 0 (rank 0 alone), or how many."""
     delta: float = 1e-5
     """Probability with which the epsilon that is recorded may fail to hold."""
     spool: str = ""
@@ -383,7 +418,7 @@ class JobConfig:
     run_ids: tuple[str, ...] = ()
     """Run of this mode in each regime, as it is called in the spool."""
     rank_run_ids: tuple[tuple[str, ...], ...] = ()
-    """For each regime, the run of each rank."""
+    """For each regime, the run of each rank; empty for one that is not logged."""
     work_dir: str = ""
     """Folder the workers leave trajectories, progress and failure reports in."""
     variant: VariantConfig | None = None
@@ -397,7 +432,8 @@ class JobConfig:
         replicas = self.performance.num_replicas
         allowed = f"a divisor of the number of ranks, {self.num_ranks}"
         require(self.num_ranks % replicas == 0, "replicas", replicas, allowed)
-        require(self.layer_norms in ("all", "ends"), "layer_norms", self.layer_norms, "all or ends")
+        layer_norm_steps(self.layer_norms, 1)
+        logged_ranks(self.log_ranks, self.num_ranks)
 
     @property
     def label(self) -> str:
@@ -475,6 +511,8 @@ class Settings:
     """Folder compare.py writes <group>/ into."""
     spool_dir: str = "spool"
     """Folder that records are kept in until the store has them."""
+    log_ranks: str = EVERY
+    """Ranks that have a run of their own: all, 0 (rank 0 alone), or how many, evenly spaced."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     """Verdict thresholds."""
 
@@ -490,6 +528,7 @@ class Settings:
             "a URI that starts with sqlite:, postgresql, mysql, http:// or https://",
             "MLflow's file store is not supported.",
         )
+        logged_ranks(self.log_ranks, 1)
 
 
 def redact_uri(uri: str) -> str:
@@ -520,6 +559,9 @@ def load_settings(path: Path | None) -> Settings:
     raw = {} if raw is None else raw
     require(isinstance(raw, Mapping), "config", str(path), "a mapping of settings at the top")
     values = _known_keys(Settings, raw, where=str(path))
+    if "log_ranks" in values:
+        # YAML reads a number of ranks as one; anything else is refused as it is written.
+        values["log_ranks"] = str(values["log_ranks"])
     if "thresholds" in values:
         section = values["thresholds"]
         require(isinstance(section, Mapping), "thresholds", section, "a mapping of numbers")

@@ -95,7 +95,8 @@ def wait_for_all_ranks(work_dir: Path, rank: int, regime: int) -> None:
 
 
 def log(job: JobConfig, writer: SpoolWriter, rank: int, regime: int, step: int) -> None:
-    writer.log_metrics(job.rank_run_ids[regime][rank], step, {"loss": step + rank / 3})
+    if own := job.rank_run_ids[regime][rank]:
+        writer.log_metrics(own, step, {"loss": step + rank / 3})
     if rank == 0:
         values = {"loss": 1.0 / (1 + step), "grad_norm": 2.0, "grad_norm_noised": 3.0}
         writer.log_metrics(job.run_ids[regime], step, values)
@@ -144,7 +145,7 @@ def main(job_file: str) -> int:
                 log(job, writer, rank, index, step)
                 if plan["do"] in ("slow", "wide"):
                     time.sleep(0.05)
-                if plan["do"] == "wide":
+                if plan["do"] == "wide" and job.rank_run_ids[index][rank]:
                     # As much as real steps log.
                     norms = {f"sample_norm/{i:03d}": 1.0 for i in range(100)}
                     writer.log_metrics(job.rank_run_ids[index][rank], step, norms)

@@ -25,7 +25,7 @@ from synthetic_group import (
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import judge_coverage
-from dpsgd_track.config import Thresholds
+from dpsgd_track.config import Thresholds, layer_norm_steps
 from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
 
 MODE = "flash_fsdp"
@@ -413,6 +413,29 @@ def test_mode_of_ones_own_may_lack_sample_norms() -> None:
 def test_layer_norms_of_the_ends_only_are_no_nan() -> None:
     ends = put(record("clip"), "layer_grad_norm", np.nan, slice(1, 3))
     assert compared(with_run(healthy_runs(), mode_run(MODE, "clip", ends))).verdict == "PASS"
+
+
+def _thinned(layer_norms: str) -> Trajectory:
+    steps = layer_norm_steps(layer_norms, 4)
+    left_out = [step for step in range(4) if step not in steps]
+    thinned = put(record("clip"), "layer_grad_norm", np.nan, left_out)
+    return put(thinned, "layer_weight_norm", np.nan, left_out)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("2", "3"), ("3", "2"), ("all", "2"), ("2", "ends"), ("ends", "all")]
+)
+def test_layer_norms_thinned_in_two_ways_are_compared_where_both_have_them(
+    ours: str, theirs: str
+) -> None:
+    thinned = mode_run("reference", "clip", _thinned(ours))
+    runs = with_run(healthy_runs(), thinned)
+    same = with_run(runs, mode_run(MODE, "clip", _thinned(theirs)))
+    assert set(verdicts(compared(same)).values()) == {"PASS"}
+    wrong = scaled(_thinned(theirs), "layer_grad_norm", 1.1, (3, 1))
+    comparison = compared(with_run(runs, mode_run(MODE, "clip", wrong)))
+    assert verdicts(comparison)[MODE] == "BUG"
+    assert "at step 3" in sentence(comparison)
 
 
 def test_small_absolute_loss_difference_is_no_bug_however_small_the_loss() -> None:

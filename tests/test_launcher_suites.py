@@ -229,6 +229,11 @@ BAD = {
     "unknown setting": ["quick", "--config", "unknown.yaml"],
     "file store": ["quick", "--tracking-uri", "./mlruns"],
     "store folder missing": ["quick", "--tracking-uri", "sqlite:///none/mlflow.db"],
+    "no such layer norms": ["quick", "--layer-norms", "some"],
+    "layer norms of no step": ["quick", "--layer-norms", "0"],
+    "no such ranks": ["quick", "--log-ranks", "first"],
+    "fewer ranks than none": ["quick", "--log-ranks=-1"],
+    "odd ranks in the settings": ["quick", "--config", "ranks.yaml"],
     "empty token": ["quick", "--token", ""],
     "ui without a store": ["ui"],
     "ui on a port there is not": ["ui", "--port", "70000", "--tracking-uri", "sqlite:///is.db"],
@@ -240,6 +245,7 @@ def test_bad_input_is_one_line_and_touches_nothing(argv, empty_folder, capsys):
     (empty_folder / "results" / "taken").mkdir(parents=True)
     (empty_folder / "bad.yaml").write_text("a: [1\nb: }")
     (empty_folder / "unknown.yaml").write_text("tracking_url: sqlite:///mlflow.db")
+    (empty_folder / "ranks.yaml").write_text("log_ranks: 1.5")
     (empty_folder / "is.db").touch()
     before = sorted(empty_folder.rglob("*"))
     try:

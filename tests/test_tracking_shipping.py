@@ -93,7 +93,7 @@ def check_whole(client: MlflowClient, experiment_id: str, name: str, steps: int 
             assert run.data.params == {"suite": "quick"}
             continue
         seed = int(run.data.tags.get(names.RANK, 9))
-        points = all_points(client, run.info.run_id, logged(0))
+        points = dict(all_points(client, run.info.run_id, logged(0)))
         restored = exact.from_json(
             Path(client.download_artifacts(run.info.run_id, exact.FILE)).read_text()
         )

@@ -420,9 +420,16 @@ def _add_tracking(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--layer-norms",
-        choices=("all", "ends"),
         default="all",
-        help="steps whose per-layer norms are recorded: all, or first and last (default: all)",
+        metavar="WHICH",
+        help="steps whose per-layer norms are recorded: all, ends (first and last), or an integer "
+        "N: every Nth, the first and the last (default: all)",
+    )
+    group.add_argument(
+        "--log-ranks",
+        metavar="WHICH",
+        help="ranks with an MLflow run of their own: all, 0 (rank 0 alone), or an integer N: so "
+        "many, evenly spaced (default: log_ranks of the configuration)",
     )
     group.add_argument(
         "--output",

@@ -10,7 +10,15 @@ from dataclasses import asdict, replace
 from itertools import chain, count
 from pathlib import Path
 
-from dpsgd_track.config import CLIP, PROFILE, JobConfig, RegimeConfig, VariantConfig, require
+from dpsgd_track.config import (
+    CLIP,
+    PROFILE,
+    JobConfig,
+    RegimeConfig,
+    VariantConfig,
+    logged_ranks,
+    require,
+)
 from dpsgd_track.launcher import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -182,7 +190,7 @@ class GroupRun:
         for (mode_run, ranks), regime, outcome in zip(runs, regimes, outcomes, strict=True):
             if _ran_out_of_memory(regime, outcome):
                 self._tree.mark(mode_run, names.OUT_OF_MEMORY)
-            for run_id in (*ranks, mode_run):
+            for run_id in filter(None, (*ranks, mode_run)):
                 self._finish(run_id, outcome, work_dir, interruption)
             if job.variant and outcome.status == FINISHED:
                 self._finished[job.variant].append((mode_run, bool(variants.imports_of(job))))
@@ -213,7 +221,8 @@ class GroupRun:
             config["variant"] = {"name": variant.name, **variants.facts(variant)}
         params = flatten({**config, "regime": asdict(regime)}) | self._environment
         name = variant.name if variant else ""
-        return self._tree.start_mode(job.mode, regime, job.num_ranks, params, name)
+        logged = logged_ranks(job.log_ranks, job.num_ranks)
+        return self._tree.start_mode(job.mode, regime, job.num_ranks, params, name, logged)
 
     def _read_results(self, job: JobConfig, outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
         """Take what later steps need; a result that cannot be read is a failure."""
@@ -291,7 +300,8 @@ class GroupRun:
             "variant": {v.name: variants.facts(v) for job in suite.jobs if (v := job.variant)},
             "regimes": list(dict.fromkeys(run[1] for run in suite.expected_runs)),
             "num_ranks": suite.num_ranks,
-            **{key: shared[key] for key in ("model", "data", "performance", "seed", "layer_norms")},
+            **{key: shared[key] for key in ("model", "data", "performance", "seed")},
+            **{key: shared[key] for key in ("layer_norms", "log_ranks")},
         }
         every = {key: [getattr(job.data, key) for job in suite.jobs] for key in shared["data"]}
         # Lengths and batch sizes of a profile.

@@ -125,6 +125,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
         settings = replace(settings, tracking_uri=args.tracking_uri)
     if getattr(args, "spool", None) is not None:
         settings = replace(settings, spool_dir=str(args.spool))
+    if getattr(args, "log_ranks", None) is not None:
+        settings = replace(settings, log_ranks=args.log_ranks)
     return settings
 
 
@@ -167,6 +169,7 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
                 noise_from=args.noise_from,
                 delta=args.delta,
                 layer_norms=args.layer_norms,
+                log_ranks=settings.log_ranks,
             )
         )
         for mode in modes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +27,8 @@ FROM metrics WHERE run_uuid = :run_id AND key = :metric ORDER BY step, timestamp
 """
 
 _ALL_QUERY = """
-SELECT key, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END
-FROM metrics WHERE run_uuid = :run_id
+SELECT step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END
+FROM metrics WHERE run_uuid = :run_id AND key = :metric
 """
 
 
@@ -46,7 +46,8 @@ def metric_history(client: MlflowClient, run_id: str, metrics: Iterable[str]) ->
     MLflow's client makes an object of each point, which takes ten times as long as the query.
     """
     if _DATABASE.match(client.tracking_uri):
-        return _from_database(client.tracking_uri, run_id, metrics)
+        found = _of_each(client.tracking_uri, _QUERY, run_id, metrics)
+        return {metric: dict(map(tuple, rows)) for metric, rows in found}
     return {
         metric: {
             point.step: point.value
@@ -60,45 +61,33 @@ def metric_history(client: MlflowClient, run_id: str, metrics: Iterable[str]) ->
 
 def all_points(
     client: MlflowClient, run_id: str, metrics: Iterable[str]
-) -> dict[str, list[tuple[int, int, float | None]]]:
-    """(step, Unix time in ms, value) of everything a run logged of `metrics`; None for NaN."""
+) -> Iterator[tuple[str, list[tuple[int, int, float | None]]]]:
+    """(step, Unix time in ms, value) of everything a run logged, of one metric after the other.
+
+    The value is None for NaN.
+    """
     if _DATABASE.match(client.tracking_uri):
-        found: dict[str, list[tuple[int, int, float | None]]] = {metric: [] for metric in metrics}
-        for metric, *point in _query(client.tracking_uri, _ALL_QUERY, run_id=run_id):
-            if metric in found:
-                found[metric].append(tuple(point))
-        return found
-    return {
-        metric: [
-            (point.step, point.timestamp, None if point.value != point.value else point.value)
-            for point in client.get_metric_history(run_id, metric)
-        ]
-        for metric in metrics
-    }
+        for metric, rows in _of_each(client.tracking_uri, _ALL_QUERY, run_id, metrics):
+            yield metric, [tuple(row) for row in rows]
+        return
+    for metric in metrics:
+        points = client.get_metric_history(run_id, metric)
+        yield (
+            metric,
+            [(p.step, p.timestamp, None if p.value != p.value else p.value) for p in points],
+        )
 
 
-def _query(uri: str, query: str, **parameters: str) -> list[Any]:
+def _of_each(
+    uri: str, query: str, run_id: str, metrics: Iterable[str]
+) -> Iterator[tuple[str, Sequence[Any]]]:
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(uri)
     try:
         with engine.connect() as connection:
-            return list(connection.execute(sqlalchemy.text(query), parameters).all())
-    finally:
-        engine.dispose()
-
-
-def _from_database(uri: str, run_id: str, metrics: Iterable[str]) -> History:
-    import sqlalchemy
-
-    query = sqlalchemy.text(_QUERY)
-    engine = sqlalchemy.create_engine(uri)
-    try:
-        with engine.connect() as connection:
-            rows: dict[str, Any] = {
-                metric: connection.execute(query, {"run_id": run_id, "metric": metric}).all()
-                for metric in metrics
-            }
-            return {metric: dict(points) for metric, points in rows.items()}
+            for metric in metrics:
+                named = {"run_id": run_id, "metric": metric}
+                yield metric, connection.execute(sqlalchemy.text(query), named).all()
     finally:
         engine.dispose()

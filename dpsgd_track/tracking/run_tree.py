@@ -8,7 +8,7 @@ from __future__ import annotations
 import getpass
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dpsgd_track.config import RegimeConfig
@@ -94,11 +94,14 @@ class RunTree:
         num_ranks: int,
         params: Mapping[str, str],
         variant: str = "",
+        logged: Collection[int] | None = None,
     ) -> tuple[str, tuple[str, ...]]:
         """Create the runs of one mode in one regime.
 
+        Args:
+            logged: ranks that have a run of their own; None for all.
         Returns:
-            The mode run's key, and the key of each rank's run.
+            The mode run's key, and the key of each rank's run; empty for one that has none.
         """
         replay = regime.replay
         tags = {
@@ -119,6 +122,8 @@ class RunTree:
         parent = {names.PARENT_RUN: mode_run, names.KIND: names.KIND_RANK}
         ranks = tuple(
             self._create(f"rank {rank}", tags | parent | {names.RANK: str(rank)}, {})
+            if logged is None or rank in logged
+            else ""
             for rank in range(num_ranks)
         )
         return mode_run, ranks

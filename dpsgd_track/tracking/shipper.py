@@ -8,7 +8,7 @@ carries. So whatever was not acknowledged is simply sent again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +18,20 @@ from dpsgd_track.tracking import exact, names
 from dpsgd_track.tracking.client import is_about_the_record, one_line
 from dpsgd_track.tracking.exact import Point
 from dpsgd_track.tracking.history import all_points
+from dpsgd_track.tracking.inventory import Inventory, Name, Points
 from dpsgd_track.tracking.spool import CONTROL, Event, MetricRow, SpoolReader, spool_files
 from dpsgd_track.tracking.spooled import ELSEWHERE, RUNNING, SpooledGroup, SpooledRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Run
 
 MAX_METRICS_PER_BATCH = 1000
 MAX_PARAMS_PER_BATCH = 100
 MAX_TAGS_PER_BATCH = 100
-_ROWS_AT_ONCE = 200
+_ROWS_AT_ONCE, _VALUES_AT_ONCE = 200, 20_000
+"""What is held in memory of a backlog, however long it is: so many steps, unless one of them has
+more values than that."""
 
 
 class NotThereYet(Exception):
@@ -274,34 +277,46 @@ class Shipper:
                 and file is there.
         """
         found: list[str] = []
-        for run in self.group.runs().values():
+        inventory = Inventory(self.group)
+        whole: set[str] = set()
+        for run in inventory.runs.values():
             if run.key not in self.run_ids:
                 found.append(f"{run.title or run.key}: the run is not there")
                 continue
-            found += [f"{run.title or run.key}: {line}" for line in self._differences(run, count)]
+            stored = self._client.get_run(self.run_ids[run.key])
+            problems = list(self._differences(run, stored))
+            metrics = inventory.metrics[run.key]
+            if missing := metrics - stored.data.metrics.keys():
+                problems.append(f"{len(missing)} of {len(metrics)} metrics are missing")
+            else:
+                whole.add(run.key)
+            found += [f"{run.title or run.key}: {line}" for line in problems]
+        for points in inventory.parts(whole.__contains__) if count else ():
+            found += self._other_values(inventory.runs, points)
         return found
 
-    def _differences(self, run: SpooledRun, count: bool) -> Iterator[str]:
+    def _other_values(
+        self, runs: Mapping[str, SpooledRun], points: Mapping[Name, Points]
+    ) -> Iterator[str]:
+        metrics: dict[str, list[str]] = defaultdict(list)
+        for run, metric in points:
+            metrics[run].append(metric)
+        for run, asked in metrics.items():
+            for metric, held in all_points(self._client, self.run_ids[run], asked):
+                wanted = points[run, metric]
+                if len(held) != len(wanted) or set(held) != wanted:
+                    counts = f"{len(held)} values instead of {len(wanted)}"
+                    yield f"{runs[run].title or run}: {metric}: {counts}"
+
+    def _differences(self, run: SpooledRun, stored: Run) -> Iterator[str]:
         if run.status == RUNNING:
             yield "it did not end"
         is_elsewhere = run.status == ELSEWHERE
-        run_id = self.run_ids[run.key]
-        stored = self._client.get_run(run_id)
         if stored.info.status != run.status and not is_elsewhere:
             yield f"its status is {stored.info.status}, not {run.status}"
         if missing := run.params.keys() - stored.data.params.keys():
             yield f"{len(missing)} of {len(run.params)} params are missing"
-        wanted: dict[str, set[tuple[int, int, float | None]]] = defaultdict(set)
-        for row in run.rows:
-            for key, value in zip(row.keys, row.values, strict=True):
-                wanted[key].add((row.step, row.time_ms, exact.as_stored(value)))
-        if missing := wanted.keys() - stored.data.metrics.keys():
-            yield f"{len(missing)} of {len(wanted)} metrics are missing"
-        elif count and wanted:
-            held = all_points(self._client, run_id, wanted)
-            for key, points in wanted.items():
-                if len(held[key]) != len(points) or set(held[key]) != points:
-                    yield f"{key}: {len(held[key])} values instead of {len(points)}"
+        run_id = self.run_ids[run.key]
         for folder in {folder for _, folder in run.files}:
             listed = {f.path for f in self._client.list_artifacts(run_id, folder or None)}
             for path, where in run.files:
@@ -342,15 +357,17 @@ def _is_about_a_value(error: Exception) -> bool:
 def _chunks(reader: SpoolReader) -> Iterator[tuple[int, list[MetricRow], Event | None]]:
     """Records of a file in order: rows, then the event after them, and the byte after all."""
     rows: list[MetricRow] = []
+    num_values = 0
     offset = reader.offset
     for offset, record in reader.records():
         if isinstance(record, MetricRow):
             rows.append(record)
-            if len(rows) < _ROWS_AT_ONCE:
+            num_values += len(record.values)
+            if len(rows) < _ROWS_AT_ONCE and num_values < _VALUES_AT_ONCE:
                 continue
             yield offset, rows, None
         else:
             yield offset, rows, record
-        rows = []
+        rows, num_values = [], 0
     if rows:
         yield offset, rows, None

@@ -150,16 +150,19 @@ class SpoolWriter:
 
     def _define(self, run: str, keys: tuple[str, ...]) -> tuple[int, struct.Struct]:
         table = (len(self._tables), struct.Struct(f"<{len(keys)}d"))
-        self._tables[run, keys] = table
         content = json.dumps({"number": table[0], "run": run, "keys": keys}).encode()
         self._append(_framed(_KEYS, content))
+        # Not before it is kept: nobody could read the values that follow it.
+        self._tables[run, keys] = table
         return table
 
     def _append(self, frame: bytes) -> None:
         assert self._descriptor >= 0, "the spool is closed"
         if self._held:
-            self._hold(frame)
+            # In order: there may be room by now.
             self._flush()
+        if self._held:
+            self._hold(frame)
             return
         try:
             self._write(frame)
@@ -177,10 +180,10 @@ class SpoolWriter:
             self._trouble = os.strerror(error.errno or errno.EIO)
 
     def _hold(self, frame: bytes) -> None:
+        if self._held_bytes + len(frame) > _MAX_HELD_BYTES:
+            raise TrackingError(self._complaint())
         self._held.append(frame)
         self._held_bytes += len(frame)
-        if self._held_bytes > _MAX_HELD_BYTES:
-            raise TrackingError(self._complaint())
 
     def _write(self, frame: bytes) -> None:
         """Append `frame` whole, or not at all."""

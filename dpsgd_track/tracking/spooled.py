@@ -190,9 +190,16 @@ class SpooledGroup:
 
     def count(self) -> str:
         """What it holds, in words."""
-        runs = self.runs().values()
-        values = sum(len(row.values) for run in runs for row in run.rows)
-        files = sum(len(run.files) for run in runs)
+        runs: set[str] = set()
+        values = files = 0
+        for file in spool_files(self.folder):
+            for _, record in SpoolReader(file).records():
+                if isinstance(record, MetricRow):
+                    runs.add(record.run)
+                    values += len(record.values)
+                else:
+                    runs.add(record["run"])
+                    files += record["do"] == "file"
         return f"{len(runs)} runs, {values:,} values of metrics and {files} files"
 
     def sizes(self) -> dict[str, int]:

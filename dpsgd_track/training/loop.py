@@ -17,6 +17,7 @@ from dpsgd_track.config import (
     JobConfig,
     RegimeConfig,
     is_probe,
+    layer_norm_steps,
 )
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
 from dpsgd_track.faults import build
@@ -102,7 +103,7 @@ class RegimeRun(PreparedRun):
                 self.slicer.expected_batch_size,
                 digest,
                 self.mode.context.privacy.noise_multiplier * self.max_grad_norms[0],
-                self._layer_norm_steps(),
+                layer_norm_steps(job.layer_norms, regime.num_iter),
             )
             for _ in ("all ranks", "this rank")
         ]
@@ -213,10 +214,6 @@ class RegimeRun(PreparedRun):
                 noise = self.taken[step] - self.silent[step]
                 return noise_samples.gather(self.mode, parts, noise, self.device)
         return np.empty((0, len(parts), 0), dtype=np.float32)
-
-    def _layer_norm_steps(self) -> frozenset[int]:
-        last = self.regime.num_iter - 1
-        return frozenset(range(last + 1) if self.job.layer_norms == "all" else (0, last))
 
     def _calibrate(self) -> tuple[float, ...]:
         """C of each step from this mode's own norms: half the steps mixed, half all clipped.

@@ -204,10 +204,15 @@ class Worker:
                 self.writer.upload(run_id, path)
 
     def _run_id(self, number: int, *, is_global: bool) -> str | None:
-        """The MLflow run to write to; global values are rank 0's to write."""
+        """The MLflow run to write to; global values are rank 0's to write.
+
+        None where this rank has none: its own values are not logged, or nothing is.
+        """
         if not self.job.run_ids or (is_global and self.rank != 0):
             return None
-        return self.job.run_ids[number] if is_global else self.job.rank_run_ids[number][self.rank]
+        if is_global:
+            return self.job.run_ids[number]
+        return self.job.rank_run_ids[number][self.rank] or None
 
     def _progress(
         self,
@@ -337,8 +342,11 @@ def main(job_file: str) -> int:
     # Before any other thread starts: threads inherit what is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     job = JobConfig.from_json(Path(job_file).read_text(encoding="utf-8"))
-    folder = Path(job.spool) if job.spool else None
-    name = f"{Path(job.work_dir).name}-rank{os.environ['RANK']}{RECORDS}"
+    rank = int(os.environ["RANK"])
+    # Rank 0 logs what is everybody's. A file that would stay empty is not even made.
+    is_logged = rank == 0 or any(ranks[rank] for ranks in job.rank_run_ids)
+    folder = Path(job.spool) if job.spool and is_logged else None
+    name = f"{Path(job.work_dir).name}-rank{rank}{RECORDS}"
     worker = Worker(job, SpoolWriter(folder, name))
     is_done = threading.Event()
     _flush_when_told_to_stop(worker, is_done)
