@@ -17,7 +17,9 @@ from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.recording import Recording, open_group
 from dpsgd_track.report import command as compare
 from dpsgd_track.tracking import names
+from dpsgd_track.tracking.shipper import Shipper
 from dpsgd_track.tracking.source import read_group_anywhere
+from dpsgd_track.tracking.spool import SpoolWriter
 from dpsgd_track.tracking.store import open_store
 from tests import fake_launch
 from tests.test_launcher_modes import living, start
@@ -210,6 +212,84 @@ def test_a_group_is_left_alone_while_its_launcher_lives(folder, capsys):
     recording.tree.finish_open("FINISHED", "")
     recording.close()
     assert spooled() == []
+
+
+def test_a_spool_that_cannot_be_read_is_in_nobodys_way(folder, capsys):
+    a_group_in_the_making("first").close()
+    other = Path("spool/other")
+    other.mkdir()
+    (other / "000001-launcher.control").write_bytes(b"dpsgd-track spool 2\n")
+    assert read_group_anywhere(Settings(), "latest", print).group.name == "first"
+    assert "other/000001-launcher.control: expected a spool file of version 1" in (
+        capsys.readouterr().out
+    )
+    a_group_in_the_making("second").close()
+    assert "group other: spool/other/000001-launcher.control: " in capsys.readouterr().out
+    assert compare.main(["other"]) == fake_launch.run(["sync", "other"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("expected a spool file of version 1. Ship it with") == 2
+    assert said.count("\n") == 2
+    assert fake_launch.run(["sync"]) == 1
+    assert "other: NOT shipped. " in capsys.readouterr().out
+    assert spooled() == ["other"]
+    assert statuses("first") == statuses("second") == {"KILLED": 4}
+
+
+def test_one_workers_damaged_file_keeps_back_nothing_else(folder, capsys):
+    recording = a_group_in_the_making("g")
+    recording.tree.finish_open("FINISHED", "")
+    (recording.spool / "000002-no_dp-rank0.records").write_bytes(bytes(100))
+    recording.close()
+    assert "expected a spool file of version 1" in recording.left_behind
+    assert fake_launch.run(["sync"]) == 1
+    assert "NOT all of it is at" in capsys.readouterr().out
+    assert statuses("g") == {"FINISHED": 4}
+    assert spooled() == ["g"]
+
+
+def test_records_are_kept_where_those_of_the_launcher_were_lost(folder, capsys):
+    group = Path("spool/g")
+    group.mkdir(parents=True)
+    worker = SpoolWriter(group, "no_dp-rank0.records")
+    worker.log_metrics("run", 0, {"loss": 1.0})
+    worker.close()
+    assert fake_launch.run(["sync"]) == 1
+    assert "belongs to no run that is known" in capsys.readouterr().out
+    assert spooled() == ["g"]
+
+
+def test_a_group_that_cannot_be_shipped_does_not_keep_the_others(folder, capsys):
+    Path("other.yaml").write_text("experiment: other")
+    a_group_in_the_making("a", "--config", "other.yaml").close()
+    a_group_in_the_making("b").close()
+    client, experiment_id = open_store(Settings(experiment="other"))
+    client.delete_experiment(experiment_id)
+    assert fake_launch.run(["sync"]) == 1
+    said = capsys.readouterr().out
+    assert "a: NOT shipped." in said
+    assert "experiment 'other' is deleted" in said
+    assert spooled() == ["a"]
+    assert statuses("b") == {"KILLED": 4}
+
+
+def test_a_group_is_as_it_was_where_it_could_not_be_resumed(folder, monkeypatch, capsys):
+    recording = a_group_in_the_making("g")
+    recording.tree.finish_open("KILLED", "interrupted.")
+    monkeypatch.setattr(Shipper, "differences", lambda *_, **__: ["something is missing"])
+    recording.close()
+
+    def refuse(*_: object) -> None:
+        raise OSError("the store takes nothing")
+
+    monkeypatch.setattr(Shipper, "ship", refuse)
+    assert fake_launch.run(["resume", "g"]) == 2
+    assert "the store takes nothing" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert fake_launch.run(["sync"]) == 0
+    # Nothing was left open that a later launch would have to end.
+    assert "closed" not in capsys.readouterr().out
+    assert statuses("g") == {"KILLED": 4}
 
 
 @pytest.fixture(scope="module")

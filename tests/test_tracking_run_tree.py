@@ -214,6 +214,10 @@ ROUND = "HTTPConnectionPool(host='h', port=1): Max retries exceeded with url: /x
             "(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]",
             "database or disk is full.",
         ),
+        (
+            "413 Client Error: too large for url: http://me:a@secret@host:1/x",
+            "413 Client Error: too large for url: http://***@host:1/x",
+        ),
     ],
 )
 def test_what_went_wrong_is_said_without_everything_around_it(said, wanted):

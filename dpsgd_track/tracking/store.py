@@ -85,10 +85,9 @@ def open_store(settings: Settings) -> tuple[MlflowClient, str]:
 
 def unusable(settings: Settings, error: Exception) -> StoreError:
     """What `error` says about the store, in a line, with what to do about it."""
-    uri = absolute_uri(settings.tracking_uri)
-    reason = one_line(error, uri)
+    reason = one_line(error)
     advice = next((words for sign, words in _ADVICE.items() if sign in reason), "")
-    if not advice and uri.startswith("http"):
+    if not advice and settings.tracking_uri.startswith("http"):
         advice = "Start the server, or check --tracking-uri."
     return _unusable(settings, f"{reason} {advice}".rstrip())
 
