@@ -22,6 +22,7 @@ from dpsgd_track.tracking.source import read_group_anywhere
 from dpsgd_track.tracking.spool import SpoolWriter
 from dpsgd_track.tracking.store import open_store
 from tests import fake_launch
+from tests.test_launcher_kills import kill_all
 from tests.test_launcher_modes import living, start
 from tests.tracking_servers import MlflowServer, Wire, shared_server
 
@@ -104,6 +105,38 @@ def test_a_launcher_killed_without_warning_leaves_nothing_running(folder, capsys
     assert "launcher died" in run.reason
     # The report that was made meanwhile came along.
     assert stored.group.tags[names.VERDICT] == "INCONCLUSIVE"
+
+
+def test_when_everything_dies_at_once_the_rest_is_run_and_the_group_is_whole(
+    folder, monkeypatch, capsys
+):
+    options = ("--mode", "no_dp,flash_fsdp", "--regime", "accuracy", "--group", "g")
+    slow = {"flash_fsdp": {"do": "slow"}}
+    process = start(folder, "quick", *options, "--num-iter", "40", plan=slow)
+    told = Path("results/g/logs/flash_fsdp/progress.jsonl")
+    until(lambda: told.exists() and told.read_text().count('"step", ') >= 3)
+    kill_all(process)
+    process.communicate()
+    assert not living(folder)
+    steps = told.read_text().count('"step", ')
+    found = {run.title: run for run in read_group_anywhere(Settings(), "g", print).group.runs}
+    assert found["no_dp (ulp)"].status == "FINISHED"
+    cut = found["flash_fsdp"]
+    assert cut.trajectory is not None
+    assert cut.trajectory.num_steps in (steps, steps + 1)
+    assert compare.main(["g", "--no-png"]) != 0
+    capsys.readouterr()
+    assert fake_launch.run(["resume", "g"]) == 0
+    said = capsys.readouterr().out
+    assert "flash_fsdp: started (accuracy)" in said
+    assert "group g: 1 of 1 modes finished" in said
+    # The run of flash_fsdp that was cut off and its two ranks; the group's own went on.
+    assert statuses("g") == {"FINISHED": 1 + 3 * 4 + 3 + 0, "KILLED": 3}
+    assert spooled() == []
+    group = read_group_anywhere(Settings(), "g", print).group
+    assert {run.status for run in group.runs} == {"FINISHED"}
+    assert {run.trajectory.num_steps for run in group.runs if run.trajectory} == {40}
+    assert group.superseded == 1
 
 
 def a_group_in_the_making(group: str, *more: str) -> Recording:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import suites
@@ -111,6 +113,14 @@ def test_a_full_disk_under_the_store(folder, capsys, database):
         said = refuse(capsys, f"sqlite:///{disk}/mlflow.db")
     assert "full" in said
     assert "Make room" in said
+
+
+def test_a_store_that_refuses_the_group(folder, capsys, database, monkeypatch):
+    def create(*_: object, **__: object) -> None:
+        raise MlflowException("value too long", error_code=INVALID_PARAMETER_VALUE)
+
+    monkeypatch.setattr(MlflowClient, "create_run", create)
+    assert "value too long" in refuse(capsys, f"sqlite:///{database}")
 
 
 def test_a_store_that_can_only_be_read(folder, capsys, database):

@@ -20,6 +20,7 @@ from requests import HTTPError, Response
 from dpsgd_track.config import RegimeConfig, Settings
 from dpsgd_track.tracking import exact, names
 from dpsgd_track.tracking.history import all_points
+from dpsgd_track.tracking.reader import read_group
 from dpsgd_track.tracking.run_tree import RunTree
 from dpsgd_track.tracking.shipper import Shipper, settle
 from dpsgd_track.tracking.shipping import Shipping
@@ -633,3 +634,15 @@ def test_postgresql_holds_the_same(tmp_path):
     with postgres(tmp_path) as uri:
         settings = Settings(tracking_uri=uri, artifact_location=str(tmp_path / "artifacts"))
         assert ship_through_failures(settings, tmp_path / "spool", "postgres", 3) > 5
+        # What a group set out to do may be longer than a tag of PostgreSQL's.
+        expected = [(f"mode-{i}", "accuracy", "", "") for i in range(500)]
+        group = claim(tmp_path / "spool", "long")
+        assert group is not None
+        control = SpoolWriter(group.folder, f"launcher{CONTROL}")
+        tree = RunTree(control, "dpsgd-track", "long")
+        tree.start_group(expected, {})
+        tree.finish(tree.group_run, "FINISHED")
+        control.close()
+        assert settle(shipper_of(group, settings), count=True) == []
+        runs = read_group(open_store(settings)[0], settings, "long").runs
+        assert [run.mode for run in runs] == [mode for mode, *_ in expected]

@@ -75,6 +75,8 @@ class Recording:
         try:
             # The group's own run is what shows whether the store can be written to.
             self._shipper.ship()
+            if self.tree.group_run not in self._shipper.run_ids:
+                raise TrackingError(next(iter(self._shipper.refused.values())))
         except Exception as error:
             problem = unusable(self._settings, error)
             self._forget(str(problem))
