@@ -223,6 +223,28 @@ def test_a_group_is_run_only_where_it_lacks_something(folder, monkeypatch, capsy
     assert "nothing is missing" in capsys.readouterr().out
 
 
+def test_a_matrix_that_was_cut_short_is_finished_and_told(folder, monkeypatch, capsys):
+    planted = "flash_fsdp+bound_ignored"
+    plan(monkeypatch, **{planted: {"do": "crash"}})
+    options = ("--mode", "flash_fsdp", "--fault", planted.partition("+")[2])
+    # What the fake worker makes up is found to be wrong, with a fault and without.
+    assert fake_launch.run(["faults", *options, "--group", "g", "--output", "matrix.md"]) == 1
+    assert "resume:  python launch.py resume g" in capsys.readouterr().out
+    Path("matrix.md").unlink()
+    plan(monkeypatch)
+    assert fake_launch.run(["resume", "g"]) == 1
+    said = capsys.readouterr().out
+    assert f"{planted}: started" in said
+    assert said.count(": started") == 1
+    assert "Matrix: results/g/faults.md" in said
+    assert f"python launch.py faults {shlex.join(options)}" in Path("matrix.md").read_text()
+    # Once it is whole it is told again, and nothing is run.
+    assert fake_launch.run(["resume", "g"]) == 1
+    said = capsys.readouterr().out
+    assert "group g: nothing is missing" in said
+    assert "Matrix: results/g/faults.md" in said
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
