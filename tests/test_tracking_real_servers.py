@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from sqlalchemy import Connection, create_engine, text
 
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import suites
@@ -18,10 +19,9 @@ from dpsgd_track.report import command as compare
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.reader import open_client, read_group
 from dpsgd_track.tracking.spooled import spooled_groups
-from dpsgd_track.tracking.store import open_store
 from tests import fake_launch
 from tests.test_launcher_stores import SECRET, launch, refuse, statuses
-from tests.test_tracking_shipping import check_whole, spool_a_group
+from tests.test_tracking_shipping import spool_a_group
 from tests.tracking_servers import Certificate, MlflowServer, certificate, gate, postgres
 
 WRITER, READER, STRANGER = "writer", "reader", "stranger"
@@ -168,7 +168,7 @@ def test_sync_shows_a_token_and_reads_everything_back(
         assert fake_launch.run(sync) == 0
         assert "each value checked" in capsys.readouterr().out
         assert not spooled_groups(folder / "spool")
-        check_whole(*open_store(Settings(tracking_uri=asked.uri)), "later")
+        assert statuses(asked.uri, "later") == {"FINISHED": 4}
 
 
 @pytest.mark.parametrize(
@@ -207,15 +207,55 @@ def test_an_authority_that_nobody_named_is_not_trusted(
     assert "CERTIFICATE_VERIFY_FAILED" in refuse(capsys, guarded.server.uri)
 
 
-@pytest.mark.postgres
-def test_its_runs_are_in_postgresql(guarded: Guarded) -> None:
+@pytest.fixture
+def database(guarded: Guarded) -> Iterator[Connection]:
+    """The database behind the server, to be looked into."""
     if guarded.database != "postgresql":
         pytest.skip(guarded.database)
-    import sqlalchemy
-
-    engine = sqlalchemy.create_engine(guarded.server.store)
+    engine = create_engine(guarded.server.store, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        query = "SELECT name FROM runs WHERE status = 'FINISHED'"
-        found = {name for (name,) in connection.execute(sqlalchemy.text(query))}
+        yield connection
     engine.dispose()
-    assert {"whole", "later"} <= found
+
+
+@pytest.mark.postgres
+def test_its_runs_are_in_postgresql(database: Connection) -> None:
+    found = database.execute(text("SELECT name FROM runs WHERE status = 'FINISHED'"))
+    assert {"whole", "later"} <= {name for (name,) in found}
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(
+    ("statement", "undo", "said"),
+    [
+        (
+            "ALTER DATABASE mlflow SET default_transaction_read_only = on",
+            "ALTER DATABASE mlflow RESET default_transaction_read_only",
+            "read-only transaction. Make it writable",
+        ),
+        (
+            "UPDATE alembic_version SET version_num = 'abcdef012345'",
+            "UPDATE alembic_version SET version_num = '{version}'",
+            "install the MLflow it belongs to",
+        ),
+    ],
+    ids=["that can only be read", "of another MLflow"],
+)
+def test_a_postgresql(
+    folder: Path, guarded: Guarded, database: Connection, capsys, statement, undo, said
+) -> None:
+    version = database.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    database.execute(text(statement))
+    try:
+        # MLflow keeps what it opened by its name, and connections that know of no change.
+        assert said in refuse(capsys, f"{guarded.server.store}?application_name={said[0]}")
+    finally:
+        database.execute(text(undo.format(version=version)))
+
+
+@pytest.mark.postgres
+def test_a_postgresql_that_knows_nobody_of_that_name(
+    folder: Path, guarded: Guarded, database: Connection, capsys
+) -> None:
+    uri = guarded.server.store.replace("tracker@", f"me:{SECRET}@")
+    assert 'role "me" does not exist' in refuse(capsys, uri)

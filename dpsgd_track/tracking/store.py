@@ -34,6 +34,7 @@ _ADVICE = {
     "disk is full": "Make room where the store is.",
     "No space left": "Make room where the store is.",
     "readonly": "Make it writable, or choose another --tracking-uri.",
+    "read-only": "Make it writable, or choose another --tracking-uri.",
 }
 
 
