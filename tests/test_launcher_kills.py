@@ -78,8 +78,11 @@ class Workspace:
 
     def goes_on(self) -> subprocess.Popen[str]:
         """Launch the group, or resume it where there is anything of it."""
-        is_spooled = (self.folder / "spool" / self.group).is_dir()
-        if is_spooled or self.statuses():
+        spooled = SpooledGroup(self.folder / "spool" / self.group)
+        if spooled.folder.is_dir() and spooled.group_run() is None:
+            # Its launcher was killed between the folder and the first record.
+            self.number += 1
+        elif spooled.folder.is_dir() or self.statuses():
             return self.start("launch.py", "resume", self.group)
         return self.start("launch.py", *SUITE, "--group", self.group)
 

@@ -428,16 +428,22 @@ def test_a_group_that_is_taken_up_again_is_shown_as_running(tmp_path, settings):
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_a_report_that_is_being_added_is_not_removed_with_the_spool(tmp_path, settings):
+def test_a_report_that_is_being_added_is_not_removed_with_the_spool(
+    tmp_path, settings, monkeypatch
+):
     tree = spool_a_group(tmp_path, "compared", steps=1)
     (group,) = spooled_groups(tmp_path)
     shipper = shipper_of(group, settings)
     report = tmp_path / "report.html"
     report.write_text("all is well")
     comparison = SpoolWriter(group.folder, f"attached{CONTROL}")
+    is_removed = threading.Event()
+    remove = SpooledGroup.remove
+    monkeypatch.setattr(SpooledGroup, "remove", lambda group: (remove(group), is_removed.set()))
 
     def add() -> None:
-        time.sleep(0.3)
+        # It is not by luck that it comes in time.
+        is_removed.wait(1)
         comparison.upload(tree.group_run, report, "comparison")
         comparison.close()
 
