@@ -3,9 +3,11 @@
 
     python benchmarks/tracking_cost.py OUT.csv
 
-Each of the ranks logs 200 metrics a step, as a process of its own that computes on one thread in
-between, while the launcher's thread in a third process ships them: to SQLite, to an MLflow server,
-to one that is killed in the middle, and nowhere. Times are wall times of the call, and CPU times of
+Each of the ranks logs 200 metrics a step as a worker does, to the run of its mode and to its own,
+and tells of the step where the launcher looks for it. It is a process of its own that computes on
+one thread in between, over more memory than the processor's caches hold, as training would. The
+launcher's thread in another process ships the records: to SQLite, to an MLflow server, to one that
+is killed in the middle, and nowhere. Times are wall times of all that a step logs, and CPU times of
 the thread. `load` is that of the machine in the last minute: where it exceeds the cores, the wall
 times measure the scheduler as well.
 """
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,36 +33,65 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dpsgd_track.config import RegimeConfig, Settings  # noqa: E402
+from dpsgd_track.config import JobConfig, RegimeConfig, Settings  # noqa: E402
+from dpsgd_track.launcher.arguments import build_parser  # noqa: E402
+from dpsgd_track.launcher.suites import build_suite  # noqa: E402
 from dpsgd_track.tracking.run_tree import RunTree  # noqa: E402
 from dpsgd_track.tracking.shipper import Shipper  # noqa: E402
 from dpsgd_track.tracking.shipping import Shipping  # noqa: E402
 from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
 from dpsgd_track.tracking.spooled import SpooledGroup  # noqa: E402
 from dpsgd_track.tracking.store import open_store  # noqa: E402
+from dpsgd_track.training.worker import Worker  # noqa: E402
 from tests.tracking_servers import MlflowServer  # noqa: E402
 
 NUM_METRICS = 200
+NUM_OWN = 20
+"""Of these, those of a rank alone; rank 0 logs the others."""
+_WORKING_SET_BYTES = 64 << 20
 Times = list[tuple[float, float]]
 STORES = ("offline", "sqlite", "http", "dead")
 
 
-def train(folder: str, run: str, rank: int, num_steps: int, compute_s: float) -> Times:
-    """Log `num_steps` steps; wall and CPU time of each call, in ms."""
+def train(folder: str, job_text: str, rank: int, compute_s: float) -> Times:
+    """Log every step of a job; wall and CPU time of each step's logging, in ms."""
+    os.environ["RANK"] = str(rank)
+    job = JobConfig.from_json(job_text)
     writer = SpoolWriter(Path(folder), f"rank{rank}{RECORDS}")
+    worker = Worker(job, writer)
     rng = np.random.default_rng(rank)
+    weights = rng.normal(size=_WORKING_SET_BYTES // 8)
     took_ms = []
-    for step in range(num_steps):
+    for step in range(job.regimes[0].num_iter):
         until = time.perf_counter() + compute_s
         while time.perf_counter() < until:
-            rng.normal(size=1000).sum()
-        values = {f"layer_grad_norm/{i}": value for i, value in enumerate(rng.normal(size=200))}
+            weights *= 0.999
+        norms = rng.normal(size=NUM_METRICS - NUM_OWN).tolist()
+        values = {f"layer_grad_norm/{i}": value for i, value in enumerate(norms)}
+        own = {f"sample_norm/{i}": value for i, value in enumerate(norms[:NUM_OWN])}
         start, cpu_start = time.perf_counter(), time.thread_time()
-        writer.log_metrics(run, step, values)
+        worker._log(0, step, values, is_global=True)
+        worker._log(0, step, own, is_global=False)
+        worker._progress(0, "step", step, norms[0])
         cpu_s, wall_s = time.thread_time() - cpu_start, time.perf_counter() - start
         took_ms.append((wall_s * 1000, cpu_s * 1000))
     writer.close()
     return took_ms
+
+
+def a_job(folder: Path, tree: RunTree, ranks: int, num_steps: int) -> JobConfig:
+    """One regime of one mode, with its runs."""
+    regime = RegimeConfig(name="train", num_iter=num_steps)
+    args = build_parser().parse_args(["single", "--mode", "no_dp", "--device", "cpu"])
+    run, own = tree.start_mode("no_dp", regime, ranks, {})
+    return replace(
+        build_suite(args, lambda *_: None).jobs[0],
+        regimes=(regime,),
+        num_ranks=ranks,
+        run_ids=(run,),
+        rank_run_ids=(own,),
+        work_dir=str(folder),
+    )
 
 
 def measure(store: str, folder: Path, ranks: int, num_steps: int, compute_s: float) -> Times:
@@ -70,8 +102,7 @@ def measure(store: str, folder: Path, ranks: int, num_steps: int, compute_s: flo
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "g")
     tree.start_group([], {})
-    regime = RegimeConfig(name="train", num_iter=num_steps)
-    _, runs = tree.start_mode("no_dp", regime, ranks, {})
+    job = a_job(folder, tree, ranks, num_steps).to_json()
     server = MlflowServer(folder) if store in ("http", "dead") else None
     shipping = None
     if store != "offline":
@@ -82,9 +113,7 @@ def measure(store: str, folder: Path, ranks: int, num_steps: int, compute_s: flo
     if server and store == "dead":
         threading.Timer(num_steps * compute_s / 3, server.kill).start()
     with multiprocessing.get_context("spawn").Pool(ranks) as pool:
-        jobs = [
-            (str(group.folder), run, rank, num_steps, compute_s) for rank, run in enumerate(runs)
-        ]
+        jobs = [(str(group.folder), job, rank, compute_s) for rank in range(ranks)]
         times = pool.starmap(train, jobs, chunksize=1)
     control.close()
     if shipping:

@@ -2,6 +2,7 @@
 
 import sys
 
+from dpsgd_track.detection.command import detect
 from dpsgd_track.launcher.process_group import Launch
 from dpsgd_track.launcher.run import main
 
@@ -11,6 +12,7 @@ def run(argv: list[str] | None = None) -> int:
         argv,
         check_inputs=lambda model, data: None,
         launch=Launch(worker_module="tests.fake_worker", grace_s=1.5, lost_after_s=3.0),
+        detect=detect,
     )
 
 

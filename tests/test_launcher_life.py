@@ -17,9 +17,12 @@ from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.recording import Recording, open_group
 from dpsgd_track.report import command as compare
 from dpsgd_track.tracking import names
+from dpsgd_track.tracking.shipper import Shipper
 from dpsgd_track.tracking.source import read_group_anywhere
+from dpsgd_track.tracking.spool import SpoolWriter
 from dpsgd_track.tracking.store import open_store
 from tests import fake_launch
+from tests.test_launcher_kills import kill_all
 from tests.test_launcher_modes import living, start
 from tests.tracking_servers import MlflowServer, Wire, shared_server
 
@@ -102,6 +105,38 @@ def test_a_launcher_killed_without_warning_leaves_nothing_running(folder, capsys
     assert "launcher died" in run.reason
     # The report that was made meanwhile came along.
     assert stored.group.tags[names.VERDICT] == "INCONCLUSIVE"
+
+
+def test_when_everything_dies_at_once_the_rest_is_run_and_the_group_is_whole(
+    folder, monkeypatch, capsys
+):
+    options = ("--mode", "no_dp,flash_fsdp", "--regime", "accuracy", "--group", "g")
+    slow = {"flash_fsdp": {"do": "slow"}}
+    process = start(folder, "quick", *options, "--num-iter", "40", plan=slow)
+    told = Path("results/g/logs/flash_fsdp/progress.jsonl")
+    until(lambda: told.exists() and told.read_text().count('"step", ') >= 3)
+    kill_all(process)
+    process.communicate()
+    assert not living(folder)
+    steps = told.read_text().count('"step", ')
+    found = {run.title: run for run in read_group_anywhere(Settings(), "g", print).group.runs}
+    assert found["no_dp (ulp)"].status == "FINISHED"
+    cut = found["flash_fsdp"]
+    assert cut.trajectory is not None
+    assert cut.trajectory.num_steps in (steps, steps + 1)
+    assert compare.main(["g", "--no-png"]) != 0
+    capsys.readouterr()
+    assert fake_launch.run(["resume", "g"]) == 0
+    said = capsys.readouterr().out
+    assert "flash_fsdp: started (accuracy)" in said
+    assert "group g: 1 of 1 modes finished" in said
+    # The run of flash_fsdp that was cut off and its two ranks; the group's own went on.
+    assert statuses("g") == {"FINISHED": 1 + 3 * 4 + 3 + 0, "KILLED": 3}
+    assert spooled() == []
+    group = read_group_anywhere(Settings(), "g", print).group
+    assert {run.status for run in group.runs} == {"FINISHED"}
+    assert {run.trajectory.num_steps for run in group.runs if run.trajectory} == {40}
+    assert group.superseded == 1
 
 
 def a_group_in_the_making(group: str, *more: str) -> Recording:
@@ -188,6 +223,28 @@ def test_a_group_is_run_only_where_it_lacks_something(folder, monkeypatch, capsy
     assert "nothing is missing" in capsys.readouterr().out
 
 
+def test_a_matrix_that_was_cut_short_is_finished_and_told(folder, monkeypatch, capsys):
+    planted = "flash_fsdp+bound_ignored"
+    plan(monkeypatch, **{planted: {"do": "crash"}})
+    options = ("--mode", "flash_fsdp", "--fault", planted.partition("+")[2])
+    # What the fake worker makes up is found to be wrong, with a fault and without.
+    assert fake_launch.run(["faults", *options, "--group", "g", "--output", "matrix.md"]) == 1
+    assert "resume:  python launch.py resume g" in capsys.readouterr().out
+    Path("matrix.md").unlink()
+    plan(monkeypatch)
+    assert fake_launch.run(["resume", "g"]) == 1
+    said = capsys.readouterr().out
+    assert f"{planted}: started" in said
+    assert said.count(": started") == 1
+    assert "Matrix: results/g/faults.md" in said
+    assert f"python launch.py faults {shlex.join(options)}" in Path("matrix.md").read_text()
+    # Once it is whole it is told again, and nothing is run.
+    assert fake_launch.run(["resume", "g"]) == 1
+    said = capsys.readouterr().out
+    assert "group g: nothing is missing" in said
+    assert "Matrix: results/g/faults.md" in said
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -210,6 +267,84 @@ def test_a_group_is_left_alone_while_its_launcher_lives(folder, capsys):
     recording.tree.finish_open("FINISHED", "")
     recording.close()
     assert spooled() == []
+
+
+def test_a_spool_that_cannot_be_read_is_in_nobodys_way(folder, capsys):
+    a_group_in_the_making("first").close()
+    other = Path("spool/other")
+    other.mkdir()
+    (other / "000001-launcher.control").write_bytes(b"dpsgd-track spool 2\n")
+    assert read_group_anywhere(Settings(), "latest", print).group.name == "first"
+    assert "other/000001-launcher.control: expected a spool file of version 1" in (
+        capsys.readouterr().out
+    )
+    a_group_in_the_making("second").close()
+    assert "group other: spool/other/000001-launcher.control: " in capsys.readouterr().out
+    assert compare.main(["other"]) == fake_launch.run(["sync", "other"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("expected a spool file of version 1. Ship it with") == 2
+    assert said.count("\n") == 2
+    assert fake_launch.run(["sync"]) == 1
+    assert "other: NOT shipped. " in capsys.readouterr().out
+    assert spooled() == ["other"]
+    assert statuses("first") == statuses("second") == {"KILLED": 4}
+
+
+def test_one_workers_damaged_file_keeps_back_nothing_else(folder, capsys):
+    recording = a_group_in_the_making("g")
+    recording.tree.finish_open("FINISHED", "")
+    (recording.spool / "000002-no_dp-rank0.records").write_bytes(bytes(100))
+    recording.close()
+    assert "expected a spool file of version 1" in recording.left_behind
+    assert fake_launch.run(["sync"]) == 1
+    assert "NOT all of it is at" in capsys.readouterr().out
+    assert statuses("g") == {"FINISHED": 4}
+    assert spooled() == ["g"]
+
+
+def test_records_are_kept_where_those_of_the_launcher_were_lost(folder, capsys):
+    group = Path("spool/g")
+    group.mkdir(parents=True)
+    worker = SpoolWriter(group, "no_dp-rank0.records")
+    worker.log_metrics("run", 0, {"loss": 1.0})
+    worker.close()
+    assert fake_launch.run(["sync"]) == 1
+    assert "belongs to no run that is known" in capsys.readouterr().out
+    assert spooled() == ["g"]
+
+
+def test_a_group_that_cannot_be_shipped_does_not_keep_the_others(folder, capsys):
+    Path("other.yaml").write_text("experiment: other")
+    a_group_in_the_making("a", "--config", "other.yaml").close()
+    a_group_in_the_making("b").close()
+    client, experiment_id = open_store(Settings(experiment="other"))
+    client.delete_experiment(experiment_id)
+    assert fake_launch.run(["sync"]) == 1
+    said = capsys.readouterr().out
+    assert "a: NOT shipped." in said
+    assert "experiment 'other' is deleted" in said
+    assert spooled() == ["a"]
+    assert statuses("b") == {"KILLED": 4}
+
+
+def test_a_group_is_as_it_was_where_it_could_not_be_resumed(folder, monkeypatch, capsys):
+    recording = a_group_in_the_making("g")
+    recording.tree.finish_open("KILLED", "interrupted.")
+    monkeypatch.setattr(Shipper, "differences", lambda *_, **__: ["something is missing"])
+    recording.close()
+
+    def refuse(*_: object) -> None:
+        raise OSError("the store takes nothing")
+
+    monkeypatch.setattr(Shipper, "ship", refuse)
+    assert fake_launch.run(["resume", "g"]) == 2
+    assert "the store takes nothing" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert fake_launch.run(["sync"]) == 0
+    # Nothing was left open that a later launch would have to end.
+    assert "closed" not in capsys.readouterr().out
+    assert statuses("g") == {"KILLED": 4}
 
 
 @pytest.fixture(scope="module")

@@ -268,7 +268,7 @@ def test_a_profile_is_not_resumed_as_its_times_would_be_of_another_day(monkeypat
     assert _run(monkeypatch, "g", {"ghost_fsdp": ERROR}, "--offline")[0] == 1
     assert run(["resume", "g", "--offline"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "group='g': expected a group of quick, full, single. Times of a profile" in said
+    assert "group='g': expected a group of quick, full, single, faults. Times of a profile" in said
 
 
 def test_nothing_is_shipped_beside_timed_steps(monkeypatch):

@@ -12,11 +12,13 @@ from dpsgd_track.config import RegimeConfig, Settings
 from dpsgd_track.tracking import names, store
 from dpsgd_track.tracking.client import one_line, with_credentials
 from dpsgd_track.tracking.environment import environment
+from dpsgd_track.tracking.reader import read_group
 from dpsgd_track.tracking.run_tree import (
     FAILED,
     FINISHED,
     KILLED,
     MAX_PARAM_LENGTH,
+    MAX_TAG_LENGTH,
     RunTree,
     flatten,
 )
@@ -214,7 +216,22 @@ ROUND = "HTTPConnectionPool(host='h', port=1): Max retries exceeded with url: /x
             "(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]",
             "database or disk is full.",
         ),
+        (
+            "413 Client Error: too large for url: http://me:a@secret@host:1/x",
+            "413 Client Error: too large for url: http://***@host:1/x",
+        ),
     ],
 )
 def test_what_went_wrong_is_said_without_everything_around_it(said, wanted):
     assert one_line(RuntimeError(said)) == wanted
+
+
+def test_what_a_group_sets_out_to_do_fits_into_tags_however_long(settings, client, tmp_path):
+    expected = [(f"mode-{i}", "accuracy", "variant", "again") for i in range(200)]
+    with planted(settings, tmp_path, "long") as tree:
+        tree.start_group(expected, {})
+        tree.finish_open(FINISHED, "")
+    data = client.get_run(IDS[tree.group_run]).data
+    assert all(len(value) <= MAX_TAG_LENGTH for value in data.tags.values())
+    runs = read_group(client, settings, "long").runs
+    assert [(r.mode, r.regime, r.variant, r.replay) for r in runs] == expected

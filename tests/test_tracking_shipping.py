@@ -4,22 +4,27 @@ import math
 import random
 import sqlite3
 import struct
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from requests import HTTPError, Response
 
 from dpsgd_track.config import RegimeConfig, Settings
 from dpsgd_track.tracking import exact, names
 from dpsgd_track.tracking.history import all_points
+from dpsgd_track.tracking.reader import read_group
 from dpsgd_track.tracking.run_tree import RunTree
 from dpsgd_track.tracking.shipper import Shipper, settle
 from dpsgd_track.tracking.shipping import Shipping
+from dpsgd_track.tracking.source import read_group_anywhere
 from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter
 from dpsgd_track.tracking.spooled import Busy, SpooledGroup, claim, spooled_groups
 from dpsgd_track.tracking.store import open_store
@@ -205,6 +210,8 @@ def shipped(tmp_path, settings, request) -> Shipper:
         ("UPDATE runs SET status = 'RUNNING' WHERE run_uuid = ?", "its status is RUNNING"),
         ("DELETE FROM params WHERE run_uuid = ?", "1 of 1 params"),
         ("DELETE FROM latest_metrics WHERE run_uuid = ? AND key = 'loss'", "1 of 7 metrics"),
+        ("UPDATE params SET value = 'gpu' WHERE run_uuid = ?", "device.name is 'gpu', not 'cpu'"),
+        ("DELETE FROM tags WHERE run_uuid = ? AND key = 'dpsgd.kind'", "1 of 11 tags are missing"),
     ],
 )
 def test_what_the_store_lost_is_said_and_keeps_the_spool(shipped, settings, statement, said):
@@ -219,6 +226,16 @@ def test_what_the_store_lost_is_said_and_keeps_the_spool(shipped, settings, stat
     assert said in problems[0]
     assert problems[0].startswith("rank 1: ")
     assert shipped.group.folder.is_dir()
+
+
+def test_a_file_that_the_store_has_only_a_part_of_is_said(shipped, settings):
+    client, _ = open_store(settings)
+    run = client.get_run(list(shipped.run_ids.values())[-1])
+    stored = Path(run.info.artifact_uri.removeprefix("file://")) / "trajectory.npz"
+    whole = stored.stat().st_size
+    stored.write_bytes(stored.read_bytes()[:-1])
+    (problem,) = settle(shipped, count=True)
+    assert f"trajectory.npz has {whole - 1} bytes instead of {whole}" in problem
 
 
 def test_what_did_not_end_keeps_its_spool(tmp_path, settings):
@@ -248,6 +265,133 @@ def test_a_name_the_store_refuses_takes_nothing_else_with_it(tmp_path, settings)
     assert run.info.status == "FINISHED"
 
 
+class Refusing:
+    """A client of a store that takes everything but files."""
+
+    def __init__(self, client: MlflowClient, status: int) -> None:
+        self._client, self._status = client, status
+        self.tracking_uri = client.tracking_uri
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("log_artifact", "log_text"):
+            return getattr(self._client, name)
+
+        def refuse(*_: object) -> None:
+            response = Response()
+            response.status_code = self._status
+            raise HTTPError("too large for url: http://me:a-secret@host/x", response=response)
+
+        return refuse
+
+
+def test_a_file_that_is_refused_takes_nothing_else_with_it(tmp_path, settings):
+    spool_a_group(tmp_path, "large")
+    (group,) = spooled_groups(tmp_path)
+    client, experiment_id = open_store(settings)
+    shipper = shipper_of(group, settings, Refusing(client, 413))
+    problems = settle(shipper, count=True)
+    assert "too large for url: http://***@host/x" in problems
+    found = client.search_runs([experiment_id], f"tags.`{names.GROUP}` = 'large'")
+    assert [run.info.status for run in found] == ["FINISHED"] * 4
+    assert all("loss" in run.data.metrics for run in found if run.info.run_name != "large")
+    # Where it is but the gateway that is not there, all of it waits.
+    with pytest.raises(HTTPError):
+        settle(shipper_of(group, settings, Refusing(client, 502)), count=True)
+    assert settle(shipper_of(group, settings), count=True) == []
+    check_whole(client, experiment_id, "large")
+
+
+def test_what_no_database_keeps_is_replaced(tmp_path, settings):
+    tree = spool_a_group(tmp_path, "odd-text")
+    (group,) = spooled_groups(tmp_path)
+    control = SpoolWriter(group.folder, f"more{CONTROL}")
+    control.set_tags(tree.group_run, {names.REASON: "a\0b \udcff c"})
+    control.log_params(tree.group_run, {"argument": "\udcff"})
+    control.close()
+    shipper = shipper_of(group, settings)
+    assert settle(shipper, count=True) == []
+    data = open_store(settings)[0].get_run(shipper.run_ids[tree.group_run]).data
+    assert data.tags[names.REASON] == "a\ufffdb ? c"
+    assert data.params["argument"] == "?"
+
+
+def test_a_run_that_the_store_creates_too_late_is_not_there_twice(tmp_path, settings):
+    spool_a_group(tmp_path, "twice")
+    (group,) = spooled_groups(tmp_path)
+    client, experiment_id = open_store(settings)
+    late: list[Callable[[], Any]] = []
+
+    class Late:
+        """Gives up on the second run just before the server gets to it."""
+
+        tracking_uri = client.tracking_uri
+        num_created = 0
+
+        def create_run(self, *arguments: Any, **options: Any) -> Any:
+            self.num_created += 1
+            if self.num_created == 2:
+                late.append(lambda: client.create_run(*arguments, **options))
+                raise MlflowException("timed out")
+            return client.create_run(*arguments, **options)
+
+        def log_batch(self, *arguments: Any, **options: Any) -> None:
+            client.log_batch(*arguments, **options)
+            if self.num_created > 2 and late:
+                late.pop()()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(client, name)
+
+    shipper = shipper_of(group, settings, Late())
+    with pytest.raises(MlflowException, match="timed out"):
+        shipper.ship()
+    while shipper.ship():
+        pass
+    found = client.search_runs([experiment_id], f"tags.`{names.GROUP}` = 'twice'")
+    assert len(found) == 5
+    # It is another process that looks.
+    assert settle(shipper_of(group, settings), count=True) == []
+    check_whole(client, experiment_id, "twice")
+
+
+def test_a_worker_that_comes_and_goes_while_runs_are_created_keeps_its_exact_values(
+    tmp_path, settings
+):
+    group = claim(tmp_path, "quick-worker")
+    assert group is not None
+    control = SpoolWriter(group.folder, f"launcher{CONTROL}")
+    tree = RunTree(control, "dpsgd-track", "quick-worker")
+    tree.start_group([], {})
+    mode, (rank,) = tree.start_mode("no_dp", MODE, 1, {})
+    client, _ = open_store(settings)
+
+    class Slow:
+        """While the last run is created, its worker logs all it has, and the launcher ends it."""
+
+        tracking_uri = client.tracking_uri
+
+        def create_run(self, *arguments: Any, **options: Any) -> Any:
+            if options["run_name"] == "rank 0":
+                worker = SpoolWriter(group.folder, f"no_dp-rank0{RECORDS}")
+                worker.log_metrics(rank, 0, {"loss": math.inf})
+                worker.close()
+                for run in (rank, mode, tree.group_run):
+                    tree.finish(run, "FINISHED")
+                control.close()
+            return client.create_run(*arguments, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(client, name)
+
+    shipper = shipper_of(group, settings, Slow())
+    shipper.ship()
+    assert settle(shipper, count=True) == []
+    run_id = shipper.run_ids[rank]
+    assert client.get_run(run_id).data.tags[names.INEXACT_VALUES] == "1"
+    restored = exact.from_json(Path(client.download_artifacts(run_id, exact.FILE)).read_text())
+    assert restored == {("loss", 0): math.inf}
+
+
 def test_a_run_ends_only_when_its_values_are_there(tmp_path, settings):
     spool_a_group(tmp_path, "order")
     (group,) = spooled_groups(tmp_path)
@@ -264,6 +408,83 @@ def test_a_run_ends_only_when_its_values_are_there(tmp_path, settings):
     shipper_of(group, settings, Watched()).ship()
     assert set(seen[-seen[::-1].index("log_batch") :]) <= {"set_terminated"}
     assert seen.count("set_terminated") == 4
+
+
+def test_a_group_that_is_taken_up_again_is_shown_as_running(tmp_path, settings):
+    tree = spool_a_group(tmp_path, "again", steps=1, status="FAILED")
+    (group,) = spooled_groups(tmp_path)
+    control = SpoolWriter(group.folder, f"launcher{CONTROL}")
+    resumed = RunTree(control, "dpsgd-track", "again")
+    tags = {names.GROUP: "again", names.KIND: names.KIND_GROUP}
+    resumed.resume_group(tree.group_run, 1, tags, {"suite": "quick"}, is_elsewhere=False)
+    shipper = shipper_of(group, settings)
+    shipper.ship()
+    client, _ = open_store(settings)
+    run_id = shipper.run_ids[tree.group_run]
+    assert client.get_run(run_id).info.status == "RUNNING"
+    resumed.finish(tree.group_run, "FINISHED")
+    control.close()
+    assert settle(shipper_of(group, settings), count=True) == []
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_report_that_is_being_added_is_not_removed_with_the_spool(
+    tmp_path, settings, monkeypatch
+):
+    tree = spool_a_group(tmp_path, "compared", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    shipper = shipper_of(group, settings)
+    report = tmp_path / "report.html"
+    report.write_text("all is well")
+    comparison = SpoolWriter(group.folder, f"attached{CONTROL}")
+    is_removed = threading.Event()
+    remove = SpooledGroup.remove
+    monkeypatch.setattr(SpooledGroup, "remove", lambda group: (remove(group), is_removed.set()))
+
+    def add() -> None:
+        # It is not by luck that it comes in time.
+        is_removed.wait(1)
+        comparison.upload(tree.group_run, report, "comparison")
+        comparison.close()
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    assert settle(shipper, count=True) == []
+    thread.join()
+    client, _ = open_store(settings)
+    (file,) = client.list_artifacts(shipper.run_ids[tree.group_run], "comparison")
+    assert file.path == "comparison/report.html"
+
+
+def test_a_report_goes_to_the_store_where_the_spool_was_removed_meanwhile(
+    tmp_path, settings, monkeypatch
+):
+    spool_a_group(tmp_path, "removed", steps=1)
+    settings = replace(settings, spool_dir=str(tmp_path))
+    found = read_group_anywhere(settings, "removed", lambda line: None)
+    report = tmp_path / "report.html"
+    report.write_text("all is well")
+    assert found.spooled is not None
+    shipper = shipper_of(found.spooled, settings)
+    upload = SpoolWriter.upload
+
+    def removed_first(self: SpoolWriter, *arguments: Any) -> None:
+        monkeypatch.setattr(SpoolWriter, "upload", upload)
+        monkeypatch.setattr(SpooledGroup, "is_being_written", lambda group: False)
+        assert settle(shipper, count=True) == []
+        upload(self, *arguments)
+
+    monkeypatch.setattr(SpoolWriter, "upload", removed_first)
+    for name in ("report.html", "summary.txt"):
+        # The second time the folder is not there to begin with.
+        (tmp_path / name).write_text("all is well")
+        found.attach([(tmp_path / name, "comparison")], {names.VERDICT: "PASS"})
+    client, _ = open_store(settings)
+    run = client.get_run(next(iter(shipper.run_ids.values())))
+    assert not found.spooled.folder.exists()
+    assert run.data.tags[names.VERDICT] == "PASS"
+    listed = {file.path for file in client.list_artifacts(run.info.run_id, "comparison")}
+    assert listed == {"comparison/report.html", "comparison/summary.txt"}
 
 
 def test_who_ships_a_group_is_alone_with_it(tmp_path):
@@ -384,8 +605,50 @@ def test_a_store_that_hangs_holds_the_end_up_for_a_limited_time(tmp_path, settin
     assert time.monotonic() - start < 20
 
 
+def test_a_check_that_hangs_holds_the_end_up_for_a_limited_time(tmp_path, settings):
+    spool_a_group(tmp_path, "unchecked", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    is_over = threading.Event()
+
+    def hang() -> tuple[str, ...]:
+        is_over.wait(60)
+        return ()
+
+    shipping = Shipping(
+        shipper_of(group, settings), settings.tracking_uri, print, check=hang, interval_s=0.01
+    )
+    shipping.start()
+    start = time.monotonic()
+    assert "took longer than 0.5 s" in shipping.close(timeout_s=0.5)
+    assert time.monotonic() - start < 20
+    assert shipping.should_stop()
+    is_over.set()
+
+
+def test_what_a_check_finds_is_said_at_the_end(tmp_path, settings):
+    spool_a_group(tmp_path, "checked", steps=1)
+    (group,) = spooled_groups(tmp_path)
+    shipping = Shipping(
+        shipper_of(group, settings), settings.tracking_uri, print, check=lambda: ["one is missing"]
+    )
+    shipping.start()
+    assert shipping.close() == "one is missing"
+
+
 @pytest.mark.postgres
 def test_postgresql_holds_the_same(tmp_path):
     with postgres(tmp_path) as uri:
         settings = Settings(tracking_uri=uri, artifact_location=str(tmp_path / "artifacts"))
         assert ship_through_failures(settings, tmp_path / "spool", "postgres", 3) > 5
+        # What a group set out to do may be longer than a tag of PostgreSQL's.
+        expected = [(f"mode-{i}", "accuracy", "", "") for i in range(500)]
+        group = claim(tmp_path / "spool", "long")
+        assert group is not None
+        control = SpoolWriter(group.folder, f"launcher{CONTROL}")
+        tree = RunTree(control, "dpsgd-track", "long")
+        tree.start_group(expected, {})
+        tree.finish(tree.group_run, "FINISHED")
+        control.close()
+        assert settle(shipper_of(group, settings), count=True) == []
+        runs = read_group(open_store(settings)[0], settings, "long").runs
+        assert [run.mode for run in runs] == [mode for mode, *_ in expected]

@@ -114,6 +114,16 @@ def test_it_is_known_whether_the_writer_lives(tmp_path):
     assert not is_being_written(file)
 
 
+def test_two_writers_of_one_name_at_the_same_time_have_files_of_their_own(tmp_path, monkeypatch):
+    first = SpoolWriter(tmp_path, f"attached{CONTROL}")
+    listed = [[], spool_files(tmp_path)]
+    monkeypatch.setattr(spool, "spool_files", lambda folder: listed.pop(0))
+    second = SpoolWriter(tmp_path, f"attached{CONTROL}")
+    assert [first.path.name[:6], second.path.name[:6]] == ["000001", "000002"]
+    first.close()
+    second.close()
+
+
 KILLED_WRITER = """
 import sys
 from pathlib import Path

@@ -1,14 +1,19 @@
-"""Real MLflow servers and a real PostgreSQL on loopback, and a wire to them that can be cut."""
+"""Real MLflow servers and a real PostgreSQL on loopback, what stands in front of them, and a wire
+to them that can be cut."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import datetime
+import http.client
+import ipaddress
 import os
 import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -16,8 +21,11 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +41,70 @@ def closed_port() -> int:
             return port
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """What a server on loopback shows of itself, and the authority that signed it."""
+
+    authority: Path
+    """What a client has to trust."""
+    chain: Path
+    key: Path
+
+    def serving(self) -> ssl.SSLContext:
+        """Of a server that shows it."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.chain, self.key)
+        return context
+
+    def trusting(self) -> ssl.SSLContext:
+        """Of a client that trusts the authority, and nobody else."""
+        return ssl.create_default_context(cafile=str(self.authority))
+
+
+def certificate(folder: Path) -> Certificate:
+    """A new authority and a certificate for 127.0.0.1, both valid for a day."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    now = datetime.datetime.now(datetime.UTC)
+    day = datetime.timedelta(days=1)
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    titles = [
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, title)])
+        for title in ("an authority of the tests", "127.0.0.1")
+    ]
+
+    def sign(subject: int, *extensions: x509.ExtensionType) -> bytes:
+        public = keys[subject].public_key()
+        builder = (
+            x509.CertificateBuilder(titles[0], titles[subject], public)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - day)
+            .not_valid_after(now + day)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        )
+        for extension in extensions:
+            is_critical = isinstance(extension, x509.BasicConstraints)
+            builder = builder.add_extension(extension, critical=is_critical)
+        return builder.sign(keys[0], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    of_authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(keys[0].public_key())
+    place = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = Certificate(folder / "authority.pem", folder / "chain.pem", folder / "key.pem")
+    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
+    made.authority.write_bytes(sign(0, x509.BasicConstraints(ca=True, path_length=0), usage))
+    made.chain.write_bytes(sign(1, x509.SubjectAlternativeName([place]), of_authority))
+    made.key.write_bytes(
+        keys[1].private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return made
+
+
 class MlflowServer:
     """`mlflow server` as a process of its own, with artifacts proxied."""
 
@@ -42,10 +114,17 @@ class MlflowServer:
         store: str | None = None,
         *options: str,
         environment: Mapping[str, str] | None = None,
+        certificate: Certificate | None = None,
     ) -> None:
         self.store = store or f"sqlite:///{folder}/server.db"
         self.port = closed_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
+        scheme = "https" if certificate else "http"
+        self.uri = f"{scheme}://127.0.0.1:{self.port}"
+        self._context = None
+        if certificate:
+            self._context = certificate.trusting()
+            files = f"--ssl-certfile {certificate.chain} --ssl-keyfile {certificate.key}"
+            options += ("--uvicorn-opts", files)
         self._folder = folder
         self._options = options
         self._environment = environment or {}
@@ -77,11 +156,18 @@ class MlflowServer:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                address = f"{self.uri}/health"
+                urllib.request.urlopen(address, timeout=5, context=self._context).close()
                 return
             assert self._process.poll() is None, (self._folder / "server.log").read_text()[-2000:]
             time.sleep(0.1)
         raise AssertionError("the MLflow server did not start")
+
+    def connection(self) -> http.client.HTTPConnection:
+        """A new connection to it."""
+        if self._context:
+            return http.client.HTTPSConnection("127.0.0.1", self.port, context=self._context)
+        return http.client.HTTPConnection("127.0.0.1", self.port)
 
     def kill(self) -> None:
         """SIGKILL to it and its workers, in the middle of whatever they do."""
@@ -102,6 +188,81 @@ def shared_server() -> MlflowServer:
 
     atexit.register(end)
     return server
+
+
+class Gate(ThreadingHTTPServer):
+    """Stands in front of a server: asks for credentials, speaks TLS, changes the host's name."""
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        server: MlflowServer,
+        *,
+        wanted: str = "",
+        host: str = "",
+        status: int = 401,
+        passes_on: str = "",
+        shows: Certificate | None = None,
+    ) -> None:
+        """
+        Args:
+            wanted: Authorization that a request must have; any if empty.
+            host: what the server is told that it was called; its address if empty.
+            status: of the answer to a request that has another.
+            passes_on: Authorization that the server is shown; that of the request if empty.
+            shows: speaks TLS with this certificate.
+        """
+        self.to, self.wanted, self.host, self.status = server, wanted, host, status
+        self.passes_on = passes_on
+        super().__init__(("127.0.0.1", 0), _Handler)
+        if shows:
+            self.socket = shows.serving().wrap_socket(self.socket, server_side=True)
+        scheme = "https" if shows else "http"
+        self.uri = f"{scheme}://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Gate
+
+    def _pass(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.wanted and self.headers.get("Authorization") != self.server.wanted:
+            return self._answer(self.server.status, b"You are not authenticated.")
+        connection = self.server.to.connection()
+        headers = dict(self.headers)
+        headers["Host"] = self.server.host or f"127.0.0.1:{self.server.to.port}"
+        if self.server.passes_on:
+            headers["Authorization"] = self.server.passes_on
+        connection.request(self.command, self.path, body, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        return self._answer(answer.status, content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = _pass
+
+    def _answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def gate(server: MlflowServer, **options: Any) -> Iterator[Gate]:
+    """A gate that is taken away at the end."""
+    made = Gate(server, **options)
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        made.server_close()
 
 
 class Wire:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dpsgd_track.config import Settings, require
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
-from dpsgd_track.launcher.arguments import build_parser
+from dpsgd_track.launcher.arguments import planted_suite
 from dpsgd_track.launcher.run import RunSuite, complain
 
 if TYPE_CHECKING:
@@ -90,10 +90,7 @@ def _run(
     Returns:
         The exit code, and the group where it ran to its end.
     """
-    suite = build_parser().parse_args(["quick", "--mode", ",".join(dict.fromkeys(modes))])
-    for option, value in vars(args).items():
-        if option in vars(suite) and option not in ("mode", "output"):
-            setattr(suite, option, value)
+    suite = planted_suite(args, modes)
     suite.group = name
     code, group = run(suite)
     # A mode that failed is part of what is compared.

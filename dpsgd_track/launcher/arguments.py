@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,8 +29,8 @@ SUITES = {
     "single": "one mode on its own",
     "profile": "step time and peak memory of modes beside ordinary training",
 }
-PROFILE = "profile"
-RESUMABLE = tuple(name for name in SUITES if name != PROFILE)
+PROFILE, PLANTED = "profile", "faults"
+RESUMABLE = (*(name for name in SUITES if name != PROFILE), PLANTED)
 """Times of a profile mean something beside those of the same launch alone."""
 PROFILE_SEQ_LENGTHS, PROFILE_BATCH_SIZES = "64,256", "2"
 FAULTS = "plant known faults in modes, and see which of them the comparison finds"
@@ -61,9 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
         _add_machine(suite)
         _add_nodes(suite)
         _add_tracking(suite)
-    _add_faults(commands.add_parser("faults", help=FAULTS, description=FAULTS, allow_abbrev=False))
+    _add_faults(commands.add_parser(PLANTED, help=FAULTS, description=FAULTS, allow_abbrev=False))
     resume = commands.add_parser("resume", help=RESUME, description=RESUME, allow_abbrev=False)
-    resume.add_argument("group", metavar="GROUP", help="group of quick, full or single")
+    resume.add_argument("group", metavar="GROUP", help="group of quick, full, single or faults")
     _add_nodes(resume)
     _add_store(resume)
     _add_offline(resume)
@@ -99,6 +99,15 @@ def reproducing_command(argv: Sequence[str]) -> str:
                 else redact_uri(argument)
             )
     return shlex.join(kept)
+
+
+def planted_suite(args: argparse.Namespace, modes: Iterable[str]) -> argparse.Namespace:
+    """The arguments of `faults` as those of the suite that runs `modes` on the probe."""
+    suite = build_parser().parse_args(["quick", "--mode", ",".join(dict.fromkeys(modes))])
+    for option, value in vars(args).items():
+        if option in vars(suite) and option not in ("mode", "output"):
+            setattr(suite, option, value)
+    return suite
 
 
 def _add_faults(parser: argparse.ArgumentParser) -> None:

@@ -10,10 +10,11 @@ from typing import IO, TYPE_CHECKING
 
 from dpsgd_track.config import Settings, redact_uri, require
 from dpsgd_track.launcher.suites import Suite
-from dpsgd_track.tracking.run_tree import RunTree
+from dpsgd_track.tracking.client import TrackingError
+from dpsgd_track.tracking.run_tree import KILLED, RunTree
 from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
 from dpsgd_track.tracking.shipping import Shipping
-from dpsgd_track.tracking.spool import CONTROL, SpoolWriter
+from dpsgd_track.tracking.spool import CONTROL, SpoolDamaged, SpoolWriter
 from dpsgd_track.tracking.spooled import (
     ELSEWHERE,
     Busy,
@@ -82,10 +83,13 @@ class Recording:
             # The group's own run is what shows whether the store can be written to.
             with contextlib.suppress(NotThereYet):
                 self._shipper.ship()
+            if self.tree.group_run and self.tree.group_run not in self._shipper.run_ids:
+                raise TrackingError(next(iter(self._shipper.refused.values())))
         except Exception as error:
-            self._forget()
-            raise unusable(self._settings, error) from error
-        self._shipping = Shipping(self._shipper, uri, tell, left=left)
+            problem = unusable(self._settings, error)
+            self._forget(str(problem))
+            raise problem from error
+        self._shipping = Shipping(self._shipper, uri, tell, left=left, check=self._check)
         self._shipping.start()
 
     def join(self, runs: Iterable[str]) -> None:
@@ -118,25 +122,24 @@ class Recording:
         if self._store is None:
             self.left_behind = f"{self.group} was launched with --offline: no store has it."
         elif self._shipping is not None:
-            reason = self._shipping.close(is_hurried=is_hurried) or self._check()
+            reason = self._shipping.close(is_hurried=is_hurried)
             self.left_behind = reason and f"the store does not have all of {self.group}. {reason}"
 
-    def _check(self) -> str:
+    def _check(self) -> list[str]:
+        """What is not in the store after all; the spool is removed where it has everything."""
         assert self._shipper is not None
+        assert self._shipping is not None
         # Over HTTP each metric's values are a request, which `launch.py sync` takes the time for.
         is_database = not self._settings.tracking_uri.startswith("http")
-        try:
-            problems = settle(self._shipper, count=is_database)
-        except Exception as error:
-            return str(unusable(self._settings, error))
-        return problems[0] if problems else ""
+        should_stop = self._shipping.should_stop
+        return settle(self._shipper, count=is_database, should_stop=should_stop)
 
     def _left_by_the_dead(self, tell: Callable[[str], object]) -> list[Shipper]:
         """Close the runs of launchers that died; those that were shipped here are to be again."""
         left = []
         target = redact_uri(absolute_uri(self._settings.tracking_uri))
         for group in spooled_groups(self._spooled.folder.parent):
-            with contextlib.suppress(Busy, OSError):
+            try:
                 held = group.hold()
                 self._held.append(held)
                 if closed := group.close_left_open():
@@ -145,6 +148,11 @@ class Recording:
                 if self._store is not None and known:
                     # It stays in its own experiment.
                     left.append(self._shipper_of(group, known["experiment_id"]))
+            except (Busy, OSError):
+                continue
+            except (SpoolDamaged, TrackingError) as error:
+                # This launch is about another group.
+                tell(f"group {group.name}: {error}")
         return left
 
     def _shipper_of(self, group: SpooledGroup, experiment_id: str) -> Shipper:
@@ -152,7 +160,9 @@ class Recording:
         uri = absolute_uri(self._settings.tracking_uri)
         return Shipper(group, self._store[0], uri, experiment_id)
 
-    def _forget(self) -> None:
+    def _forget(self, reason: str) -> None:
+        if not self._is_new:
+            self.tree.finish_open(KILLED, reason)
         self._writer.close()
         if self._is_new:
             self._spooled.remove()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpsgd_track.config import (
-    CLIP,
-    NOISE,
-    JobConfig,
-    NodesConfig,
-    RegimeConfig,
-    Settings,
-    require,
+from dpsgd_track.config import CLIP, NOISE, JobConfig, NodesConfig, RegimeConfig, require
+from dpsgd_track.launcher.arguments import (
+    PLANTED,
+    PROFILE,
+    RESUMABLE,
+    build_parser,
+    planted_suite,
 )
-from dpsgd_track.launcher.arguments import PROFILE, RESUMABLE, build_parser
 from dpsgd_track.launcher.recording import Recording
-from dpsgd_track.launcher.suites import InputCheck, Suite, build_suite
+from dpsgd_track.launcher.suites import InputCheck, Suite, build_suite, read_settings
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.environment import environment
@@ -31,8 +30,12 @@ from dpsgd_track.tracking.store import open_store
 class Missing:
     """What is to be run once more."""
 
+    args: argparse.Namespace
+    """What the group was launched with, and where it is kept now."""
+    command: str
+    """The command line that it was launched by."""
     suite: Suite
-    """The group's, with the jobs and regimes that did not finish."""
+    """The group's, with the jobs and regimes that did not finish: none where it lacks nothing."""
     group: Group
     """As far as it got."""
     clip_bounds: dict[str, tuple[float, ...]]
@@ -42,27 +45,34 @@ class Missing:
 
 
 def find_missing(
-    settings: Settings, wanted: str, nodes: NodesConfig, check_inputs: InputCheck
-) -> Missing | None:
-    """What the group `wanted` lacks; None where it lacks nothing.
+    resumed: argparse.Namespace, nodes: NodesConfig, check_inputs: InputCheck
+) -> Missing:
+    """What a group lacks.
 
     Args:
+        resumed: arguments of `resume`.
         nodes: machines that it is to be run on, as many as before.
 
     Raises:
         ValueError: there is no such group, it cannot be resumed, or its inputs are gone.
     """
+    settings, wanted = read_settings(resumed), resumed.group
     try:
         group = read_group_anywhere(settings, wanted, print).group
     except GroupNotFound as error:
         raise ValueError(str(error)) from error
-    command = shlex.split(group.params.get("command", ""))[2:]
+    launched = group.params.get("command", "")
+    command = shlex.split(launched)[2:]
     is_known = command[:1] and command[0] in RESUMABLE
     advice = "Times of a profile mean something beside those of the same launch: launch it again."
     allowed = f"a group of {', '.join(RESUMABLE)}"
     require(bool(is_known), "group", wanted, allowed, advice * (command[:1] == [PROFILE]))
     args = build_parser().parse_args(command)
-    suite = build_suite(args, check_inputs)
+    for place in ("config", "tracking_uri", "spool", "offline"):
+        setattr(args, place, getattr(resumed, place))
+    modes = [run.mode for run in group.runs if run.mode != REFERENCE]
+    of_suite = planted_suite(args, modes) if args.command == PLANTED else args
+    suite = build_suite(of_suite, check_inputs)
     before = suite.nodes.num_nodes
     advice = "Ranks are spread over machines as they were. Give --nnodes, --node-rank and "
     advice += "--rdzv-endpoint on each."
@@ -75,9 +85,9 @@ def find_missing(
     jobs = tuple(
         replace(job, regimes=regimes) for job in suite.jobs if (regimes := _missing(job, done))
     )
-    if not jobs:
-        return None
     return Missing(
+        args=args,
+        command=launched,
         suite=replace(suite, jobs=jobs),
         group=group,
         clip_bounds=_clip_bounds(group),

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from dpsgd_track.config import DataConfig, ModelConfig, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_USAGE
 from dpsgd_track.launcher.arguments import (
+    PLANTED,
     PROFILE,
     RESUMABLE,
     build_parser,
     reproducing_command,
 )
-from dpsgd_track.modes.table import MODES, plugged_in_modes
+from dpsgd_track.modes.table import MODES, plugged_in_modes, split_planted
 
 if TYPE_CHECKING:
     from dpsgd_track.config import JobConfig, NodesConfig, Settings
@@ -80,12 +81,12 @@ def main(
         command = reproducing_command(argv)
 
         if args.command == "resume":
-            return _resume(args, check_inputs, launch)
+            return _resume(args, check_inputs, launch, detect)
 
         def run(args: argparse.Namespace) -> tuple[int, str]:
             return _run_suite(args, command, check_inputs, launch, summarise)
 
-        if args.command == "faults":
+        if args.command == PLANTED:
             assert detect is not None, "an entry point that offers faults says how"
             return detect(args, command, run)
         return run(args)[0]
@@ -132,32 +133,41 @@ def _resume(
     args: argparse.Namespace,
     check_inputs: Callable[[ModelConfig, DataConfig], object],
     launch: Launch | None,
+    detect: Detect | None,
 ) -> int:
     from dpsgd_track.launcher.resume import find_missing, reopen_group
     from dpsgd_track.launcher.suites import read_nodes, read_settings
 
-    leader = None
+    leader, code = None, EXIT_FINISHED
     try:
         nodes = read_nodes(args)
         if not nodes.leads:
             return _follow(args, read_settings(args), nodes, None, launch)
         leader = _lead(nodes, None, args, launch)
-        missing = find_missing(read_settings(args), args.group, nodes, check_inputs)
-        if missing is None:
+        missing = find_missing(args, nodes, check_inputs)
+        if not missing.suite.jobs:
             said = f"group {args.group}: nothing is missing"
             print(said)
             if leader is not None:
-                leader.refuse(said)
-            return EXIT_FINISHED
-        recording = reopen_group(missing, is_offline=args.offline)
+                leader.close(code, said)
+        else:
+            recording = reopen_group(missing, is_offline=args.offline)
     except ValueError as error:
         if leader is not None:
             leader.refuse(str(error))
         return complain(error, EXIT_USAGE)
-    for line in missing.changes:
-        print(f"not as it was: {line}")
-    bounds = missing.clip_bounds
-    return _run_group(args, missing.suite, recording, "", launch, bounds, leader=leader)
+    if missing.suite.jobs:
+        for line in missing.changes:
+            print(f"not as it was: {line}")
+        bounds = missing.clip_bounds
+        code = _run_group(args, missing.suite, recording, "", launch, bounds, leader=leader)
+    # A mode of the user's own is run healthy first, as a group of its own.
+    is_planted = any(split_planted(run.mode)[1] for run in missing.group.runs)
+    if not is_planted or code not in (EXIT_FINISHED, EXIT_FAILED):
+        return code
+    assert detect is not None, "an entry point that offers faults says how"
+    # The group is whole, or as whole as it gets: it is compared like one that was just run.
+    return detect(missing.args, missing.command, lambda _: (code, missing.group.name))
 
 
 def _lead(

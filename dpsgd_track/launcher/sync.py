@@ -7,9 +7,11 @@ from pathlib import Path
 
 from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
+from dpsgd_track.tracking.client import TrackingError
 from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
+from dpsgd_track.tracking.spool import SpoolDamaged
 from dpsgd_track.tracking.spooled import Busy, SpooledGroup, spooled_groups
-from dpsgd_track.tracking.store import absolute_uri, open_store, unusable
+from dpsgd_track.tracking.store import StoreError, absolute_uri, open_store, unusable
 
 _SHOWN = 10
 
@@ -32,8 +34,20 @@ def sync(settings: Settings, group: str | None) -> int:
         print(f"{spool}: nothing to ship")
         return EXIT_FINISHED
     # One after the other even if one fails: each is whole in itself.
-    codes = [_sync_one(settings, each) for each in found]
-    return max(codes)
+    codes = []
+    for each in found:
+        try:
+            codes.append(_sync_one(settings, each))
+        except FileNotFoundError:
+            if each.folder.exists():
+                raise
+            print(f"{each.label}: its launcher shipped it meanwhile")
+        except (StoreError, SpoolDamaged, TrackingError, OSError) as error:
+            if len(found) == 1:
+                raise ValueError(str(error)) from error
+            print(f"{each.label}: NOT shipped. {error}")
+            codes.append(EXIT_FAILED)
+    return max(codes, default=EXIT_FINISHED)
 
 
 def _sync_one(settings: Settings, group: SpooledGroup) -> int:
@@ -50,6 +64,9 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         experiment = group.experiment()
         if not experiment:
             print(f"{group.label}: its launcher died before the first record was whole")
+            if any(each.rows or each.files for each in group.runs().values()):
+                print(f"{group.label}: what is in {group.folder} belongs to no run that is known")
+                return EXIT_FAILED
             group.remove()
             return EXIT_FINISHED
         # A group belongs to the experiment it was launched in.

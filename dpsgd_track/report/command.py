@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refuse(str(error))
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
     from dpsgd_track.tracking.client import one_line
@@ -45,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison = _compare(settings, arguments, waivers, group, found)
     except (GroupNotFound, _Refused) as error:
         return _refuse(str(error))
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, SQLAlchemyError, RequestException) as error:
         where = redact_uri(settings.tracking_uri)
-        why = one_line(error, settings.tracking_uri)
+        why = one_line(error)
         return _refuse(f"tracking_uri={where!r}: expected a tracking server that answers. {why}")
     except OSError as error:
         return _refuse(f"results_dir={settings.results_dir!r}: expected a writable folder. {error}")

@@ -25,7 +25,7 @@ def summarise(settings: Settings, group: str, output: Path | None) -> None:
         found = read_group_anywhere(settings, group, print).group
     except (GroupNotFound, MlflowException, SQLAlchemyError) as error:
         # The runs are over; compare.py can still read them when the store answers again.
-        said = one_line(error, settings.tracking_uri)
+        said = one_line(error)
         print(f"launch.py: group {group} could not be read back. {said}", file=sys.stderr)
         return
     profile = profile_of(found)

@@ -36,6 +36,10 @@ _ABOUT_THE_RECORD = (
     "RESOURCE_DOES_NOT_EXIST",
 )
 
+# Statuses by which what stands between, or a store of files, refuses one file.
+_ABOUT_THE_FILE = (400, 404, 405, 409, 411, 413, 414, 415, 422)
+
+_CREDENTIALS = re.compile(r"(\w://)[^/\s]*@")
 # What went wrong, in the middle of urllib3's and SQLAlchemy's account of everything around it.
 _CAUSES = (
     re.compile(r"Caused by \w+\([\"'].*?\): (.*?)\.?[\"']\)"),
@@ -81,18 +85,19 @@ def with_credentials(tracking_uri: str) -> str:
 def is_about_the_record(error: Exception) -> bool:
     """Whether a store refused what it was sent; anything else may be better another time."""
     from mlflow.exceptions import MlflowException
+    from requests import HTTPError
 
     if isinstance(error, MlflowException):
         return error.error_code in _ABOUT_THE_RECORD
+    if isinstance(error, HTTPError) and error.response is not None:
+        return error.response.status_code in _ABOUT_THE_FILE
     return isinstance(error, LookupError | FileNotFoundError)
 
 
-def one_line(error: BaseException, tracking_uri: str = "") -> str:
-    """First line of an error's text, without the credentials `tracking_uri` may carry."""
+def one_line(error: BaseException) -> str:
+    """First line of an error's text, without the credentials that addresses in it carry."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     found = (cause.search(str(error)) for cause in _CAUSES)
     if caused := next(filter(None, found), None):
         text = f"{caused[1].strip()}."
-    if tracking_uri:
-        text = text.replace(tracking_uri, redact_uri(tracking_uri))
-    return text[:500] or type(error).__name__
+    return _CREDENTIALS.sub(r"\1***@", text)[:500] or type(error).__name__

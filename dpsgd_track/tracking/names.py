@@ -43,7 +43,8 @@ VERDICT = "dpsgd.verdict"
 """PASS, DRIFT, BUG or INCONCLUSIVE; on the group run, set by compare.py."""
 EXPECTED_RUNS = "dpsgd.expected_runs"
 """On the group run: JSON list of the [mode, regime, variant, replay] the launcher set out to do;
-in a profile with the point as a fifth."""
+in a profile with the point as a fifth. What is too long for a tag goes on in
+`dpsgd.expected_runs.2` and so on."""
 
 KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
 

@@ -238,7 +238,7 @@ def group_of(client: MlflowClient, run: Run) -> Group:
 
 def in_order(tags: Mapping[str, str], found: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """What the launcher set out to do, by the group run's tags, and then what else was found."""
-    expected = dict.fromkeys(_expected(tags.get(names.EXPECTED_RUNS, "[]")))
+    expected = dict.fromkeys(_expected(_joined(tags, names.EXPECTED_RUNS) or "[]"))
     return [*expected, *sorted(set(found) - expected.keys())]
 
 
@@ -257,6 +257,14 @@ def key_of(tags: Mapping[str, str]) -> tuple[str, ...]:
 def is_point(key: tuple[str, ...]) -> bool:
     """Whether a run is one of a profile."""
     return key[1] == PROFILE
+
+
+def _joined(tags: Mapping[str, str], tag: str) -> str:
+    """A long text that is spread over `tag`, `tag.2`, `tag.3` and so on."""
+    parts = [tags.get(tag, "")]
+    while part := tags.get(f"{tag}.{len(parts) + 1}"):
+        parts.append(part)
+    return "".join(parts)
 
 
 def _expected(text: str) -> list[tuple[str, ...]]:

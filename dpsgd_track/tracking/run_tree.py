@@ -62,7 +62,7 @@ class RunTree:
         tags = {
             names.GROUP: self.group,
             names.KIND: names.KIND_GROUP,
-            names.EXPECTED_RUNS: json.dumps(expected),
+            **_in_parts(names.EXPECTED_RUNS, json.dumps(expected)),
         }
         self.group_run = self._create(self.group, tags, params)
         return self.group_run
@@ -170,6 +170,13 @@ class RunTree:
             **more,
         )
         self._open[run] = None
+
+
+def _in_parts(tag: str, text: str) -> dict[str, str]:
+    """`text` as tags that a database has room for: `tag`, `tag.2`, `tag.3` and so on."""
+    starts = range(0, len(text), MAX_TAG_LENGTH)
+    parts = [text[start : start + MAX_TAG_LENGTH] for start in starts]
+    return {f"{tag}.{number}" if number > 1 else tag: p for number, p in enumerate(parts, 1)}
 
 
 def _user_name() -> str:

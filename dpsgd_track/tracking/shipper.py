@@ -7,6 +7,7 @@ carries. So whatever was not acknowledged is simply sent again.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,8 +20,16 @@ from dpsgd_track.tracking.client import is_about_the_record, one_line
 from dpsgd_track.tracking.exact import Point
 from dpsgd_track.tracking.history import all_points
 from dpsgd_track.tracking.inventory import Inventory, Name, Points
-from dpsgd_track.tracking.spool import CONTROL, Event, MetricRow, SpoolReader, spool_files
-from dpsgd_track.tracking.spooled import ELSEWHERE, RUNNING, SpooledGroup, SpooledRun
+from dpsgd_track.tracking.run_tree import MAX_PARAM_LENGTH
+from dpsgd_track.tracking.spool import (
+    CONTROL,
+    Event,
+    MetricRow,
+    SpoolDamaged,
+    SpoolReader,
+    spool_files,
+)
+from dpsgd_track.tracking.spooled import ELSEWHERE, RUNNING, Busy, SpooledGroup, SpooledRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,6 +41,7 @@ MAX_TAGS_PER_BATCH = 100
 _ROWS_AT_ONCE, _VALUES_AT_ONCE = 200, 20_000
 """What is held in memory of a backlog, however long it is: so many steps, unless one of them has
 more values than that."""
+_REPORT_TIMEOUT_S = 10.0
 
 
 class NotThereYet(Exception):
@@ -51,7 +61,6 @@ class Shipper:
         """
         self.group = group
         self._client = client
-        self._uri = tracking_uri
         self._experiment_id = experiment_id
         self._target = redact_uri(tracking_uri)
         state = group.state().get(self._target, {})
@@ -77,26 +86,27 @@ class Shipper:
         """
         self._make_sure_of_runs()
         before = dict(self._acknowledged)
-        files = spool_files(self.group.folder)
         ends: list[tuple[str, int, Event]] = []
         read: dict[str, int] = {}
-        for file in files:
+        for file, offset, rows, event in self._unread():
+            if should_stop():
+                return True
+            if offset <= self._acknowledged.get(file.name, 0):
+                for row in rows:
+                    self._inexact[row.run] += exact.inexact(row)
+                continue
+            self._attempt(file, partial(self._ship_rows, rows))
             # What ends a run is kept back until everything written before it is there.
-            for offset, rows, event in _chunks(self._reader(file)):
-                if should_stop():
-                    return True
-                if offset <= self._acknowledged.get(file.name, 0):
-                    for row in rows:
-                        self._inexact[row.run] += exact.inexact(row)
-                    continue
-                self._attempt(file, partial(self._ship_rows, rows))
-                if event is not None and event["do"] == "end":
-                    ends.append((file.name, offset, event))
-                elif event is not None:
-                    self._attempt(file, partial(self._ship_event, event))
-                read[file.name] = offset
-                if not ends or file.suffix != CONTROL:
-                    self._acknowledge(file.name, offset)
+            if event is not None and event["do"] == "end":
+                ends.append((file.name, offset, event))
+            elif event is not None:
+                if event["do"] == "reopen":
+                    # It ended before it was shipped, and goes on.
+                    ends = [end for end in ends if end[2]["run"] != event["run"]]
+                self._attempt(file, partial(self._ship_event, event))
+            read[file.name] = offset
+            if not ends or file.suffix != CONTROL:
+                self._acknowledge(file.name, offset)
         for name, offset, event in ends:
             self._attempt(self.group.folder / name, partial(self._end, event))
             self._acknowledge(name, offset)
@@ -105,6 +115,22 @@ class Shipper:
         if self._acknowledged != before:
             self._save()
         return bool(read)
+
+    def _unread(self) -> Iterator[tuple[Path, int, list[MetricRow], Event | None]]:
+        """What is there and was not read yet, control files first, each with its file.
+
+        What workers left is listed only when control files were read to their end: a worker may
+        have come and gone meanwhile, and what it observed goes before the end of its run.
+        """
+        for is_control in (True, False):
+            for file in spool_files(self.group.folder):
+                if (file.suffix == CONTROL) != is_control:
+                    continue
+                try:
+                    for chunk in _chunks(self._reader(file)):
+                        yield file, *chunk
+                except SpoolDamaged as error:
+                    self.refused.setdefault(file.name, str(error))
 
     def is_there(self) -> None:
         """Raise if the store does not answer; costs little."""
@@ -127,7 +153,7 @@ class Shipper:
                 self._readers.clear()
                 self._inexact.clear()
                 raise
-            self.refused.setdefault(file.name, one_line(error, self._uri))
+            self.refused.setdefault(file.name, one_line(error))
 
     def _save(self) -> None:
         state = self.group.state()
@@ -147,14 +173,28 @@ class Shipper:
         if self._is_sure_of_runs:
             return
         known: dict[str, str] = {}
-        for run in self._search():
-            if key := run.data.tags.get(names.KEY):
-                known.setdefault(key, str(run.info.run_id))
+        for key, ids in self._found().items():
+            before = self.run_ids.get(key, "")
+            known[key] = before if before in ids else ids[0]
         if not self.run_ids.items() <= known.items():
             # It is another database than it was.
             self._acknowledged.clear()
         self.run_ids = known
         self._is_sure_of_runs = True
+
+    def _found(self) -> dict[str, list[str]]:
+        """Ids of the group's runs in the store, by their keys."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for run in self._search():
+            if key := run.data.tags.get(names.KEY):
+                found[key].append(str(run.info.run_id))
+        return found
+
+    def remove_doubles(self) -> None:
+        """Delete runs that the store created after nobody waited for them any more."""
+        for key, ids in self._found().items():
+            for run_id in set(ids) - {self.run_ids.get(key, ids[0])}:
+                self._client.delete_run(run_id)
 
     def _search(self) -> Iterator[Any]:
         token = None
@@ -215,17 +255,24 @@ class Shipper:
 
     def _end(self, event: Event) -> None:
         run_id = self._id(event["run"])
+        problem: Exception | None = None
         if points := self._inexact.get(event["run"]):
-            self._client.log_text(run_id, exact.to_json(points), exact.FILE)
-            self._set_tags(run_id, {names.INEXACT_VALUES: str(len(points))})
-        if event["status"] == ELSEWHERE:
-            return
-        self._client.set_terminated(run_id, event["status"], event["time_ms"])
+            try:
+                self._client.log_text(run_id, exact.to_json(points), exact.FILE)
+                self._set_tags(run_id, {names.INEXACT_VALUES: str(len(points))})
+            except Exception as error:
+                if not is_about_the_record(error):
+                    raise
+                problem = error
+        if event["status"] != ELSEWHERE:
+            self._client.set_terminated(run_id, event["status"], event["time_ms"])
+        if problem is not None:
+            raise problem
 
     def _log_params(self, run_id: str, params: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        entities = [Param(key, value) for key, value in params.items()]
+        entities = [Param(key, storable(value)) for key, value in params.items()]
         for start in range(0, len(entities), MAX_PARAMS_PER_BATCH):
             batch = entities[start : start + MAX_PARAMS_PER_BATCH]
             self._client.log_batch(run_id, params=batch)
@@ -233,7 +280,7 @@ class Shipper:
     def _set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        entities = [RunTag(key, value) for key, value in tags.items()]
+        entities = [RunTag(key, storable(value)) for key, value in tags.items()]
         for start in range(0, len(entities), MAX_TAGS_PER_BATCH):
             self._client.log_batch(run_id, tags=entities[start : start + MAX_TAGS_PER_BATCH])
 
@@ -314,15 +361,30 @@ class Shipper:
         is_elsewhere = run.status == ELSEWHERE
         if stored.info.status != run.status and not is_elsewhere:
             yield f"its status is {stored.info.status}, not {run.status}"
-        if missing := run.params.keys() - stored.data.params.keys():
-            yield f"{len(missing)} of {len(run.params)} params are missing"
         run_id = self.run_ids[run.key]
-        for folder in {folder for _, folder in run.files}:
-            listed = {f.path for f in self._client.list_artifacts(run_id, folder or None)}
-            for path, where in run.files:
-                name = f"{where}/{path.name}" if where else path.name
-                if where == folder and name not in listed:
-                    yield f"{name} is missing"
+        for what, kept, held in (
+            ("params", run.params, stored.data.params),
+            ("tags", run.tags, stored.data.tags),
+        ):
+            if missing := kept.keys() - held.keys():
+                yield f"{len(missing)} of {len(kept)} {what} are missing"
+        for key, param in run.params.items():
+            ours = storable(param)[:MAX_PARAM_LENGTH]
+            if (theirs := stored.data.params.get(key, ours)) != ours:
+                yield f"its param {key} is {theirs[:80]!r}, not {ours[:80]!r}"
+        # Of several files of one name the last one stays.
+        files = {(where, path.name): path for path, where in run.files}
+        for folder in {where for where, _ in files}:
+            artifacts = self._client.list_artifacts(run_id, folder or None)
+            listed = {artifact.path: artifact.file_size for artifact in artifacts}
+            for (where, name), path in files.items():
+                place = f"{where}/{name}" if where else name
+                if where != folder:
+                    continue
+                if place not in listed:
+                    yield f"{place} is missing"
+                elif path.is_file() and listed[place] not in (None, size := path.stat().st_size):
+                    yield f"{place} has {listed[place]} bytes instead of {size}"
 
 
 def settle(
@@ -336,18 +398,38 @@ def settle(
         What is not in the store as it is in the spool; empty where the spool was removed.
 
     Raises:
+        Busy: somebody writes to it.
         Exception: the store is away.
     """
     sizes: dict[str, int] = {}
     # A comparison may have added its report meanwhile.
-    while sizes != (sizes := shipper.group.sizes()):
+    while sizes != (sizes := _sizes_at_rest(shipper.group)):
         while shipper.ship(should_stop):
             if should_stop():
                 return ["not everything was shipped"]
         if problems := [*shipper.refused.values(), *shipper.differences(count=count)]:
             return problems
+    if not shipper.group.is_part:
+        shipper.remove_doubles()
+    if should_stop():
+        return ["it was not removed from the spool"]
     shipper.group.remove()
     return []
+
+
+def _sizes_at_rest(group: SpooledGroup) -> dict[str, int]:
+    """Sizes of the spool files once nobody writes to them: a comparison adds its report."""
+    deadline = time.monotonic() + _REPORT_TIMEOUT_S
+    while group.is_being_written():
+        if time.monotonic() > deadline:
+            raise Busy(f"{group.name}: another process writes to it. Wait for it to end.")
+        time.sleep(0.02)
+    return group.sizes()
+
+
+def storable(text: str) -> str:
+    """`text` without what no database keeps: the character NUL, and halves of characters."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
 def _is_about_a_value(error: Exception) -> bool:

@@ -32,17 +32,22 @@ class Shipping:
         tell: Tell,
         *,
         left: Sequence[Shipper] = (),
+        check: Callable[[], Sequence[str]] = tuple,
         interval_s: float = INTERVAL_S,
     ) -> None:
         """
         Args:
             tell: is told, once each time, that the store is away, and that it is back.
             left: groups of launchers that died.
+            check: called once all is shipped; says what is not in the store after all. It is given
+                no more time than shipping is.
         """
         self._shipper = shipper
         self._uri = tracking_uri
         self._tell = tell
         self._left = list(left)
+        self._check = check
+        self._problems: Sequence[str] = ()
         self._interval_s = interval_s
         self._trouble = ""
         self._is_away = self._is_told = False
@@ -94,8 +99,12 @@ class Shipping:
         self._stop.set()
         if self._is_complete:
             return ""
-        refused = next(iter(self._shipper.refused.values()), "")
-        return self._trouble or refused or f"It took longer than {timeout_s:g} s."
+        found = [*self._shipper.refused.values(), *self._problems]
+        return self._trouble or next(iter(found), f"It took longer than {timeout_s:g} s.")
+
+    def should_stop(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._stop.is_set()
 
     def _run(self) -> None:
         pause_s = self._interval_s
@@ -108,6 +117,9 @@ class Shipping:
                         self._shipper.is_there()
                         self._is_away = False
                     self._shipper.ship(self._stop.is_set)
+                    if is_closing and not self._shipper.refused and not self._stop.is_set():
+                        self._problems = self._check()
+                        self._is_complete = not self._problems
             except Exception as error:
                 self._note(error)
                 pause_s = min(2 * max(pause_s, 0.25), _LONGEST_PAUSE_S)
@@ -122,13 +134,12 @@ class Shipping:
                     self._tell(f"tracking: {redact_uri(self._uri)} is back, nothing was lost.")
             pause_s = self._interval_s
             if is_closing:
-                self._is_complete = not self._shipper.refused and not self._stop.is_set()
                 return
             with self._passing:
                 self._ship_left()
 
     def _note(self, error: Exception) -> None:
-        self._trouble = one_line(error, self._uri)
+        self._trouble = one_line(error)
         # Where it is, but what another machine ships is not, that one may only be slower.
         self._is_away = not isinstance(error, NotThereYet)
         if self._is_away and not self._is_told and not self._stop.is_set():

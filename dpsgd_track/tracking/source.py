@@ -29,7 +29,7 @@ from dpsgd_track.tracking.reader import (
     point_never_timed,
     rebuilt,
 )
-from dpsgd_track.tracking.spool import CONTROL, SpoolWriter
+from dpsgd_track.tracking.spool import CONTROL, SpoolDamaged, SpoolWriter
 from dpsgd_track.tracking.spooled import SpooledGroup, SpooledRun, spooled_groups
 from dpsgd_track.tracking.store import absolute_uri
 from dpsgd_track.tracking.timings import Timings
@@ -52,13 +52,10 @@ class Found:
 
         What is put into the spool is shipped with the rest of it.
         """
-        if self.spooled is not None and self.spooled.folder.is_dir():
-            writer = SpoolWriter(self.spooled.folder, f"attached{CONTROL}")
-            for path, folder in files:
-                writer.upload(self.group.run_id, path, folder)
-            writer.set_tags(self.group.run_id, tags)
-            writer.close()
-            return
+        if self.spooled is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._spool(self.spooled.folder, files, tags)
+                return
         client = open_client(self.settings.tracking_uri)
         run_id = self.group.run_id
         if self.spooled is not None:
@@ -68,6 +65,18 @@ class Found:
             client.log_artifact(run_id, str(path), folder)
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
+
+    def _spool(
+        self, spool: Path, files: Sequence[tuple[Path, str]], tags: Mapping[str, str]
+    ) -> None:
+        """Put it into the spool; raises FileNotFoundError where that was removed meanwhile."""
+        writer = SpoolWriter(spool, f"attached{CONTROL}")
+        for path, folder in files:
+            writer.upload(self.group.run_id, path, folder)
+        writer.set_tags(self.group.run_id, tags)
+        writer.close()
+        # A folder that was renamed to be removed takes what is written to it along.
+        writer.path.stat()
 
 
 def read_group_anywhere(settings: Settings, wanted: str, tell: Callable[[str], object]) -> Found:
@@ -81,7 +90,7 @@ def read_group_anywhere(settings: Settings, wanted: str, tell: Callable[[str], o
         GroupNotFound: nothing matches.
         Exception: the store does not answer, and the spool does not hold what is wanted.
     """
-    local = _newest_spooled(settings, wanted)
+    local = _newest_spooled(settings, wanted, tell)
     if local is not None and wanted != "latest":
         return _spooled(settings, local[0], tell)
     try:
@@ -92,7 +101,7 @@ def read_group_anywhere(settings: Settings, wanted: str, tell: Callable[[str], o
             raise
         if not isinstance(error, GroupNotFound):
             where = redact_uri(settings.tracking_uri)
-            tell(f"{where} does not answer: {one_line(error, settings.tracking_uri)}")
+            tell(f"{where} does not answer: {one_line(error)}")
         return _spooled(settings, local[0], tell)
     if local is not None and local[1].start_ms > (run.info.start_time or 0):
         return _spooled(settings, local[0], tell)
@@ -122,19 +131,27 @@ def run_key(run: ModeRun) -> tuple[str, str, str, str]:
     return run.mode, run.regime, run.variant, run.replay
 
 
-def _newest_spooled(settings: Settings, wanted: str) -> tuple[SpooledGroup, SpooledRun] | None:
+def _newest_spooled(
+    settings: Settings, wanted: str, tell: Callable[[str], object]
+) -> tuple[SpooledGroup, SpooledRun] | None:
     """The newest group in the spool that is meant, with its run, if the store lacks any of it."""
     target = redact_uri(absolute_uri(settings.tracking_uri))
     found = []
     for group in spooled_groups(Path(settings.spool_dir)):
-        # What is gone meanwhile is in the store.
-        with contextlib.suppress(FileNotFoundError):
+        try:
             run = group.group_run()
             if run is None or _is_shipped(group, target):
                 continue
             is_meant = wanted in ("latest", group.name) or wanted in group.runs(with_rows=False)
             if is_meant or wanted in group.state().get(target, {}).get("run_ids", {}).values():
                 found.append((group, run))
+        except FileNotFoundError:
+            # What is gone meanwhile is in the store.
+            continue
+        except SpoolDamaged as error:
+            if wanted == group.name:
+                raise GroupNotFound(str(error)) from error
+            tell(str(error))
     return max(found, key=lambda pair: pair[1].start_ms, default=None)
 
 

@@ -15,6 +15,7 @@ is not forced to the disk: a machine that loses power may lose the last half min
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -65,7 +66,7 @@ class MetricRow:
 
 
 class SpoolDamaged(Exception):
-    """A spool file was written by something else; the message says by what."""
+    """A spool file does not begin as this version begins one; the message names it."""
 
 
 class SpoolWriter:
@@ -97,8 +98,10 @@ class SpoolWriter:
         self._trouble = ""
         self._end = 0
         self._descriptor = -1
+        self.path = Path(os.devnull)
+        """The file; nowhere without a folder."""
         if folder is not None:
-            self._descriptor = _create(folder, name)
+            self.path, self._descriptor = _create(folder, name)
             self._append(MAGIC)
 
     def log_metrics(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -208,7 +211,9 @@ class SpoolWriter:
         place = Path(FILES) / uuid.uuid4().hex[:12]
         target = self._folder / place / path.name
         try:
-            target.parent.mkdir(parents=True)
+            # The group's own folder is not made anew where it was removed.
+            (self._folder / FILES).mkdir(exist_ok=True)
+            target.parent.mkdir()
             try:
                 os.link(path, target)
             except OSError:
@@ -219,15 +224,19 @@ class SpoolWriter:
         return str(place / path.name)
 
 
-def _create(folder: Path, name: str) -> int:
+def _create(folder: Path, name: str) -> tuple[Path, int]:
     """A new file, numbered so that names are in order of creation, locked while it is written."""
-    taken = [int(file.name[:6]) for file in spool_files(folder)]
-    path = folder / f"{max(taken, default=0) + 1:06d}-{name}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-    descriptor = os.open(path, flags, 0o666)
+    while True:
+        taken = [int(file.name[:6]) for file in spool_files(folder)]
+        path = folder / f"{max(taken, default=0) + 1:06d}-{name}"
+        # Two processes may use the same name at the same time.
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, flags, 0o666)
+            break
     # Who asks whether it is being written holds the lock for a moment.
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
+    return path, descriptor
 
 
 def _framed(kind: int, content: bytes) -> bytes:
@@ -281,7 +290,8 @@ class SpoolReader:
                     return
                 if magic != MAGIC:
                     raise SpoolDamaged(
-                        f"{self.path.name}: expected a spool file of version {SCHEMA_VERSION}."
+                        f"{self.path}: expected a spool file of version {SCHEMA_VERSION}. "
+                        "Ship it with the dpsgd-track that wrote it, or move its folder away."
                     )
                 self.offset = len(MAGIC)
             file.seek(self.offset)

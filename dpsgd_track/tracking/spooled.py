@@ -26,6 +26,7 @@ from dpsgd_track.tracking import names
 from dpsgd_track.tracking.spool import (
     CONTROL,
     MetricRow,
+    SpoolDamaged,
     SpoolReader,
     SpoolWriter,
     is_being_written,
@@ -45,7 +46,7 @@ _GONE = ".gone-"
 
 
 class Busy(Exception):
-    """Another process writes or ships the group."""
+    """Another process writes or ships the group; the message says which group."""
 
 
 @dataclass
@@ -123,6 +124,11 @@ class SpooledGroup:
         return self.folder.name.partition(_PART)[0]
 
     @property
+    def is_part(self) -> bool:
+        """Whether another machine keeps the group's runs."""
+        return _PART in self.folder.name
+
+    @property
     def label(self) -> str:
         """The group's name, and on another machine than node 0 which one it is."""
         return self.folder.name
@@ -141,7 +147,7 @@ class SpooledGroup:
         held = (self.folder / _LOCK).open("ab")
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            busy = any(map(is_being_written, spool_files(self.folder)))
+            busy = self.is_being_written()
         except BlockingIOError:
             busy = True
         if busy:
@@ -150,18 +156,29 @@ class SpooledGroup:
         return held
 
     def runs(self, *, with_rows: bool = True) -> dict[str, SpooledRun]:
-        """Every run by its key, in order of creation."""
+        """Every run by its key, in order of creation.
+
+        What a worker left in a file that cannot be read is missing; `Shipper.refused` says so.
+
+        Raises:
+            SpoolDamaged: what the launcher left cannot be read.
+        """
         runs: dict[str, SpooledRun] = {}
         for file in spool_files(self.folder):
-            if file.suffix != CONTROL and not with_rows:
-                continue
-            for _, record in SpoolReader(file).records():
-                if isinstance(record, MetricRow):
-                    runs.setdefault(record.run, SpooledRun(record.run)).rows.append(record)
-                else:
-                    key = record["run"]
-                    runs.setdefault(key, SpooledRun(key)).apply(dict(record), self.folder)
+            if file.suffix == CONTROL:
+                self._read(file, runs)
+            elif with_rows:
+                with contextlib.suppress(SpoolDamaged):
+                    self._read(file, runs)
         return runs
+
+    def _read(self, file: Path, runs: dict[str, SpooledRun]) -> None:
+        for _, record in SpoolReader(file).records():
+            if isinstance(record, MetricRow):
+                runs.setdefault(record.run, SpooledRun(record.run)).rows.append(record)
+            else:
+                key = record["run"]
+                runs.setdefault(key, SpooledRun(key)).apply(dict(record), self.folder)
 
     def group_run(self) -> SpooledRun | None:
         """The group's own run; None where not even that was written whole."""
@@ -206,6 +223,10 @@ class SpooledGroup:
         """Bytes of each spool file."""
         return {file.name: file.stat().st_size for file in spool_files(self.folder)}
 
+    def is_being_written(self) -> bool:
+        """Whether some process has one of its files open, to write to it."""
+        return any(map(is_being_written, spool_files(self.folder)))
+
     def state(self) -> dict[str, Any]:
         """What each store has acknowledged, by its URI without credentials."""
         try:
@@ -243,8 +264,8 @@ def spooled_groups(spool_dir: Path) -> list[SpooledGroup]:
             # Its process was killed while it removed it.
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        # It may be removed at this moment.
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        # It may be removed at this moment, or be somebody else's.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             if spool_files(folder):
                 found.append(SpooledGroup(folder))
     return found

@@ -34,6 +34,7 @@ _ADVICE = {
     "disk is full": "Make room where the store is.",
     "No space left": "Make room where the store is.",
     "readonly": "Make it writable, or choose another --tracking-uri.",
+    "read-only": "Make it writable, or choose another --tracking-uri.",
 }
 
 
@@ -85,10 +86,9 @@ def open_store(settings: Settings) -> tuple[MlflowClient, str]:
 
 def unusable(settings: Settings, error: Exception) -> StoreError:
     """What `error` says about the store, in a line, with what to do about it."""
-    uri = absolute_uri(settings.tracking_uri)
-    reason = one_line(error, uri)
+    reason = one_line(error)
     advice = next((words for sign, words in _ADVICE.items() if sign in reason), "")
-    if not advice and uri.startswith("http"):
+    if not advice and settings.tracking_uri.startswith("http"):
         advice = "Start the server, or check --tracking-uri."
     return _unusable(settings, f"{reason} {advice}".rstrip())
 
