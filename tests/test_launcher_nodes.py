@@ -21,6 +21,7 @@ from dpsgd_track.config import (
     Settings,
 )
 from dpsgd_track.launcher import nodes as nodes_module
+from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.nodes import (
     Follower,
     Leader,
@@ -35,7 +36,7 @@ from dpsgd_track.launcher.process_group import cause
 from dpsgd_track.launcher.troubleshooting import ERROR, KILLED, NODE_LOST, NOT_FINITE, Failure
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.source import read_group_anywhere
-from dpsgd_track.tracking.spooled import SpooledGroup, part_of, spooled_groups
+from dpsgd_track.tracking.spooled import ELSEWHERE, SpooledGroup, part_of, spooled_groups
 from dpsgd_track.tracking.store import open_store
 from tests import fake_launch
 from tests.test_launcher_modes import living, start
@@ -306,6 +307,7 @@ def test_the_interface_is_the_one_of_the_route():
     assert interface_towards("no-such-host.invalid") == ""
 
 
+SLURM = {"JOB_ID": "123456", "JOB_NODELIST": "x[1-2]", "NNODES": "2"}
 NO_DP = ("full", "--mode", "no_dp,flash_fsdp", "--regime", "accuracy", "--nproc-per-node", "2")
 
 
@@ -471,6 +473,9 @@ def test_a_machine_that_dies_takes_the_mode_with_it(folders, who):
     with group.hold():
         assert group.close_left_open() > 0
         assert group.close_left_open() == 0
+    # Of node 0's runs, another machine says no more than that it has nothing to add.
+    closed = {run.status for run in group.runs(with_rows=False).values()}
+    assert closed == {"KILLED" if who == 0 else ELSEWHERE}
 
 
 def test_ctrl_c_on_one_machine_ends_the_group_on_all(folders):
@@ -518,3 +523,40 @@ def test_machines_that_do_not_fit_are_an_error(tmp_path, monkeypatch, capsys, op
     assert fake_launch.run(["quick", "--device", "cpu", *options]) == 2
     assert said in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
+
+
+STUBS = {
+    "scontrol": "echo first; echo second",
+    "srun": """
+test "$1" = --kill-on-bad-exit=0
+shift
+for SLURM_NODEID in 0 1; do SLURM_NODEID=$SLURM_NODEID "$@" || code=$?; done
+exit ${code:-0}
+""",
+    "python": 'printf "%s\\n" "$*" >> calls; test "$1" != launch.py',
+}
+
+
+def test_the_slurm_script_starts_the_same_on_every_machine_and_compares(tmp_path):
+    for name, script in STUBS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "USER": "me",
+        "SPOOL_DIR": str(tmp_path / "spool"),
+        "TRACKING_URI": "http://tracking:5000",
+        **{f"SLURM_{name}": value for name, value in SLURM.items()},
+    }
+    script = Path(__file__).parent.parent / "examples" / "several_machines.sbatch"
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment, timeout=30)
+    # That of the modes that failed, though there was a comparison.
+    assert done.returncode == 1
+    *launches, comparison = (tmp_path / "calls").read_text().splitlines()
+    assert comparison == "compare.py slurm-123456 --tracking-uri http://tracking:5000"
+    found = [build_parser().parse_args(call.split()[1:]) for call in launches]
+    assert [args.node_rank for args in found] == [0, 1]
+    for args in found:
+        args.node_rank = None
+        assert (args.nnodes, args.rdzv_endpoint) == (2, "first:23456")
+    assert found[0] == found[1]
