@@ -236,6 +236,7 @@ class FakeStore:
     def __init__(self, num_metrics: int, times_ms: Sequence[int]) -> None:
         self.num_metrics, self.times_ms = num_metrics, times_ms
         self.num_shipped = self.num_runs = 0
+        self.tags: dict[str, dict[str, str]] = {}
         self.lost: tuple[str, int] | None = None
         """Metric and step of a value that it does not hold."""
 
@@ -245,8 +246,9 @@ class FakeStore:
 
         return Page()
 
-    def create_run(self, *_: object, **__: object) -> Any:
+    def create_run(self, *_: object, tags: dict[str, str], **__: object) -> Any:
         self.num_runs += 1
+        self.tags[f"run{self.num_runs}"] = tags
         return SimpleNamespace(info=SimpleNamespace(run_id=f"run{self.num_runs}"))
 
     def log_batch(self, _: str, metrics: Sequence[Any] = (), **__: object) -> None:
@@ -255,9 +257,9 @@ class FakeStore:
     def set_terminated(self, *_: object) -> None:
         """Nothing is kept."""
 
-    def get_run(self, _: str) -> Any:
+    def get_run(self, run_id: str) -> Any:
         metrics = {metric_name(i): 0.0 for i in range(self.num_metrics)}
-        data = SimpleNamespace(params={}, metrics=metrics)
+        data = SimpleNamespace(params={}, metrics=metrics, tags=self.tags[run_id])
         return SimpleNamespace(info=SimpleNamespace(status=FINISHED), data=data)
 
     def get_metric_history(self, _: str, metric: str) -> list[Any]:

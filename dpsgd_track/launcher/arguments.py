@@ -406,10 +406,13 @@ def _add_nodes(parser: argparse.ArgumentParser) -> None:
         "--node-rank",
         type=int,
         metavar="R",
-        help="this machine among them; 0 leads, and keeps the group's runs",
+        help="this machine among them; 0 leads, and keeps the group's runs (default: none, as one "
+        "machine does without)",
     )
     group.add_argument(
-        "--rdzv-endpoint", metavar="HOST:PORT", help="a free port of node 0, as the others reach it"
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="a free port of node 0, as the others reach it (default: none)",
     )
     group.add_argument(
         "--rdzv-timeout",

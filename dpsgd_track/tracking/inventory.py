@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpsgd_track.tracking import exact
 from dpsgd_track.tracking.spool import MetricRow, SpoolReader, spool_files
-from dpsgd_track.tracking.spooled import SpooledGroup, SpooledRun
+from dpsgd_track.tracking.spooled import SpooledGroup, SpooledRun, records_of
 
 MAX_POINTS = 100_000
 """Values in a part, unless a single metric has more. With the store's answer beside it, one takes
@@ -39,7 +39,7 @@ class Inventory:
 
     def _count(self, file: Path, folder: Path) -> None:
         num_rows: Counter[tuple[str, tuple[str, ...]]] = Counter()
-        for _, record in SpoolReader(file).records():
+        for record in records_of(file):
             if isinstance(record, MetricRow):
                 num_rows[record.run, record.keys] += 1
             else:

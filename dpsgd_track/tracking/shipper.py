@@ -173,7 +173,10 @@ class Shipper:
         if self._is_sure_of_runs:
             return
         known: dict[str, str] = {}
-        for key, ids in self._found().items():
+        if self.group.is_part:
+            # All runs of a large group, asked for by every machine, would stop a server.
+            known = {key: run_id for key in self.run_ids if (run_id := self._look_up(key))}
+        for key, ids in () if self.group.is_part else self._found().items():
             before = self.run_ids.get(key, "")
             known[key] = before if before in ids else ids[0]
         if not self.run_ids.items() <= known.items():
@@ -228,13 +231,21 @@ class Shipper:
                 self._client.log_artifact(self._id(event["run"]), path, event["folder"] or None)
 
     def _find(self, key: str) -> None:
-        if key not in self.run_ids:
-            self._is_sure_of_runs = False
-            self._make_sure_of_runs()
-        if key not in self.run_ids:
-            # It is to be looked for again.
-            self._is_sure_of_runs = False
+        if key in self.run_ids:
+            return
+        run_id = self._look_up(key)
+        if not run_id:
             raise NotThereYet(f"Node 0 has not shipped {self.group.name} to there yet.")
+        self.run_ids[key] = run_id
+
+    def _look_up(self, key: str) -> str:
+        """Id in the store of a run; empty where it is not there."""
+        query = f"tags.`{names.KEY}` = '{key}'"
+        order = ["attributes.start_time ASC"]
+        found = self._client.search_runs(
+            [self._experiment_id], query, max_results=1, order_by=order
+        )
+        return str(found[0].info.run_id) if found else ""
 
     def _id(self, key: str) -> str:
         return self.run_ids[key]

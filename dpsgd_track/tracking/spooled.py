@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ from typing import IO, Any
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.spool import (
     CONTROL,
+    Event,
     MetricRow,
     SpoolDamaged,
     SpoolReader,
@@ -165,20 +167,15 @@ class SpooledGroup:
         """
         runs: dict[str, SpooledRun] = {}
         for file in spool_files(self.folder):
-            if file.suffix == CONTROL:
-                self._read(file, runs)
-            elif with_rows:
-                with contextlib.suppress(SpoolDamaged):
-                    self._read(file, runs)
+            if file.suffix != CONTROL and not with_rows:
+                continue
+            for record in records_of(file):
+                if isinstance(record, MetricRow):
+                    runs.setdefault(record.run, SpooledRun(record.run)).rows.append(record)
+                else:
+                    key = record["run"]
+                    runs.setdefault(key, SpooledRun(key)).apply(dict(record), self.folder)
         return runs
-
-    def _read(self, file: Path, runs: dict[str, SpooledRun]) -> None:
-        for _, record in SpoolReader(file).records():
-            if isinstance(record, MetricRow):
-                runs.setdefault(record.run, SpooledRun(record.run)).rows.append(record)
-            else:
-                key = record["run"]
-                runs.setdefault(key, SpooledRun(key)).apply(dict(record), self.folder)
 
     def group_run(self) -> SpooledRun | None:
         """The group's own run; None where not even that was written whole."""
@@ -210,7 +207,7 @@ class SpooledGroup:
         runs: set[str] = set()
         values = files = 0
         for file in spool_files(self.folder):
-            for _, record in SpoolReader(file).records():
+            for record in records_of(file):
                 if isinstance(record, MetricRow):
                     runs.add(record.run)
                     values += len(record.values)
@@ -247,6 +244,20 @@ class SpooledGroup:
         gone = self.folder.with_name(f"{_GONE}{uuid.uuid4().hex}")
         self.folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def records_of(file: Path) -> Iterator[MetricRow | Event]:
+    """What a file holds: nothing where it is a worker's and cannot be read.
+
+    Raises:
+        SpoolDamaged: it is a launcher's and cannot be read.
+    """
+    try:
+        for _, record in SpoolReader(file).records():
+            yield record
+    except SpoolDamaged:
+        if file.suffix == CONTROL:
+            raise
 
 
 def part_of(group: str, node_rank: int) -> str:
