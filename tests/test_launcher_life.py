@@ -227,6 +227,7 @@ def test_a_matrix_that_was_cut_short_is_finished_and_told(folder, monkeypatch, c
     planted = "flash_fsdp+bound_ignored"
     plan(monkeypatch, **{planted: {"do": "crash"}})
     options = ("--mode", "flash_fsdp", "--fault", planted.partition("+")[2])
+    options += ("--nproc-per-node", "1")
     # What the fake worker makes up is found to be wrong, with a fault and without.
     assert fake_launch.run(["faults", *options, "--group", "g", "--output", "matrix.md"]) == 1
     assert "resume:  python launch.py resume g" in capsys.readouterr().out
