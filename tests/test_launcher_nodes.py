@@ -1,11 +1,13 @@
 """A group on several machines: launchers that find each other, fail together and end together."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,8 +58,19 @@ def job(mode: str = "no_dp", num_ranks: int = 2, seed: int = 42) -> JobConfig:
 
 
 @pytest.fixture(autouse=True)
-def short_byes(monkeypatch):
+def short_byes(monkeypatch) -> Iterator[None]:
+    made: list[Follower] = []
+    make = Follower.__init__
+
+    def remember(self: Follower, *args, **options) -> None:
+        make(self, *args, **options)
+        made.append(self)
+
     monkeypatch.setattr(nodes_module, "_BYE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(Follower, "__init__", remember)
+    yield
+    for follower in made:
+        follower.close()
 
 
 def machines(num_nodes: int = 2) -> list[NodesConfig]:
@@ -458,6 +471,7 @@ def test_a_machine_that_dies_takes_the_mode_with_it(folders, who):
         assert "node 0 (127.0.0.1) is gone" in said or "was not heard of for 3 s" in said
     else:
         assert "a machine was lost: node 1" in said
+        assert "flash_fsdp: started" not in said
         assert "was not heard of for 3 s" in said
         assert (
             "failed: no_dp, flash_fsdp"
@@ -478,7 +492,8 @@ def test_a_machine_that_dies_takes_the_mode_with_it(folders, who):
     assert closed == {"KILLED" if who == 0 else ELSEWHERE}
 
 
-def test_ctrl_c_on_one_machine_ends_the_group_on_all(folders):
+def test_ctrl_c_on_one_machine_ends_the_group_on_all_that_share_a_disk(tmp_path):
+    folders = [tmp_path, tmp_path]
     slow = {"no_dp": {"do": "slow"}}
     argv = (*NO_DP, "--group", "g", "--offline", "--num-iter", "400")
     processes = launched(folders, *argv, plans=(slow, slow))
@@ -491,6 +506,10 @@ def test_ctrl_c_on_one_machine_ends_the_group_on_all(folders):
     (code, said), (other_code, other_said) = ended(processes, 30)
     assert (code, other_code) == (130, 130), said + other_said
     assert "group g: interrupted by SIGINT." in other_said
+    logs = tmp_path / "results" / "g" / "logs"
+    for place, spool in (("no_dp", "g"), ("no_dp-node1", part_of("g", 1))):
+        job = json.loads((logs / place / "job.json").read_text())
+        assert job["spool"] == str(tmp_path / "spool" / spool)
 
 
 @pytest.mark.parametrize(
