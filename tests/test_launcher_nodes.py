@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,7 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.launcher import nodes as nodes_module
 from dpsgd_track.launcher.arguments import build_parser
+from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.nodes import (
     Follower,
     Leader,
@@ -34,12 +36,12 @@ from dpsgd_track.launcher.nodes import (
     hello_of,
     interface_towards,
 )
-from dpsgd_track.launcher.process_group import cause
+from dpsgd_track.launcher.process_group import Launch, cause
 from dpsgd_track.launcher.troubleshooting import ERROR, KILLED, NODE_LOST, NOT_FINITE, Failure
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.source import read_group_anywhere
 from dpsgd_track.tracking.spooled import ELSEWHERE, SpooledGroup, part_of, spooled_groups
-from dpsgd_track.tracking.store import open_store
+from dpsgd_track.tracking.store import StoreError, open_store
 from tests import fake_launch
 from tests.test_launcher_modes import living, start
 from tests.tracking_servers import MlflowServer, closed_port, shared_server
@@ -417,6 +419,52 @@ def test_two_machines_make_one_group(folders, server):
     assert "no_dp: started" not in said
     group = read_group_anywhere(Settings(tracking_uri=server.uri), "two", print).group
     assert {run.status for run in group.runs} == {"FINISHED"}
+    done = ended(launched(folders, *argv))
+    assert [code for code, _ in done] == [0, 0], done
+    for _, said in done:
+        assert "group two: nothing is missing" in said
+    assert [spooled_groups(folder / "spool") for folder in folders] == [[], []]
+
+
+def test_a_machine_without_room_is_named_on_all_of_them(folders):
+    (folders[1] / "spool").touch()
+    argv = (*NO_DP, "--group", "none", "--offline")
+    done = ended(launched(folders, *argv))
+    assert [code for code, _ in done] == [2, 2], done
+    for _, said in done:
+        assert f"node 1 ({socket.gethostname()}): spool_dir='spool': expected a folder" in said
+
+
+class Told:
+    """A leader that only listens to what it is to say."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple] = []
+
+    def __getattr__(self, name: str):
+        return lambda *values: self.said.append((name, *values))
+
+
+@pytest.mark.parametrize("error", [StoreError("it is full"), None])
+def test_others_are_welcome_once_the_store_took_the_group(tmp_path, monkeypatch, error):
+    leader, tree = Told(), SimpleNamespace(group_run="g", finish=lambda *_: None)
+    recording = SimpleNamespace(tree=tree, folder=tmp_path, group="g", close=lambda *_: None)
+
+    def start(_: object) -> None:
+        if error:
+            raise error
+
+    recording.start = start
+    suite = SimpleNamespace(jobs=(), name="quick")
+    display = SimpleNamespace(say=lambda line: None)
+    run = GroupRun(suite, recording, Launch(), display, leader)
+    if error:
+        with pytest.raises(StoreError):
+            run.run("")
+        assert leader.said == [("refuse", "it is full")]
+    else:
+        assert run.run("") == 0
+        assert leader.said == [("welcome", "g"), ("close", 0, "0 of 0 modes finished")]
 
 
 def test_offline_both_keep_their_part_and_sync_wants_node_0s_first(

@@ -40,6 +40,7 @@ from dpsgd_track.tracking import names
 from dpsgd_track.tracking.environment import environment
 from dpsgd_track.tracking.names import TRAJECTORY_FILE
 from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED, flatten
+from dpsgd_track.tracking.store import StoreError
 from dpsgd_track.tracking.trajectory import Trajectory
 
 CLIP_BOUNDS_FILE = "clip_bounds.json"
@@ -94,23 +95,28 @@ class GroupRun:
         with Interruption() as interruption, self._host:
             if not self._tree.group_run:
                 self._tree.start_group(self._suite.expected_runs, self._group_params(command))
-            code, said = EXIT_FAILED, "node 0 could not start the group"
+            self._start_recording()
+            code, said = EXIT_FAILED, "node 0's launcher failed"
             try:
-                self._recording.start(self._display.say)
-                said = "node 0's launcher failed"
-                if self._leader:
-                    self._leader.welcome(self._recording.group)
-                try:
-                    code, said = self._run_modes(interruption)
-                    return code
-                except Exception as error:
-                    self._tree.finish_open(FAILED, f"the launcher failed: {error}")
-                    raise
-                finally:
-                    self._recording.close(lambda: interruption.requested)
+                code, said = self._run_modes(interruption)
+                return code
+            except Exception as error:
+                self._tree.finish_open(FAILED, f"the launcher failed: {error}")
+                raise
             finally:
                 if self._leader:
                     self._leader.close(code, said)
+                self._recording.close(lambda: interruption.requested)
+
+    def _start_recording(self) -> None:
+        try:
+            self._recording.start(self._display.say)
+        except StoreError as error:
+            if self._leader:
+                self._leader.refuse(str(error))
+            raise
+        if self._leader:
+            self._leader.welcome(self._recording.group)
 
     def _run_modes(self, interruption: Interruption) -> tuple[int, str]:
         """Run them; returns the exit code and a summary."""

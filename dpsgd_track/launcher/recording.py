@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -208,6 +210,21 @@ def open_group(suite: Suite) -> Recording:
         number += 1
         name = f"{base}-{number}"
     return Recording(settings, name, spooled, store)
+
+
+def check_folders(settings: Settings) -> None:
+    """Raise ValueError where nothing can be written to the folders that a group needs."""
+    for name in ("results_dir", "spool_dir"):
+        folder = Path(getattr(settings, name))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(os.urandom(_PROBE_BYTES))
+        except OSError as error:
+            raise ValueError(
+                f"{name}={str(folder)!r}: expected a folder with room to write to. "
+                f"{error.strerror}."
+            ) from error
 
 
 def open_part(settings: Settings, group: str, node_rank: int, *, is_offline: bool) -> Recording:

@@ -149,6 +149,7 @@ def _resume(
             said = f"group {args.group}: nothing is missing"
             print(said)
             if leader is not None:
+                leader.welcome(missing.group.name)
                 leader.close(code, said)
         else:
             recording = reopen_group(missing, is_offline=args.offline)
@@ -206,7 +207,7 @@ def _follow(
     from dpsgd_track.launcher.follow import follow
     from dpsgd_track.launcher.nodes import Follower, hello_of
     from dpsgd_track.launcher.process_group import Launch
-    from dpsgd_track.launcher.recording import open_part
+    from dpsgd_track.launcher.recording import check_folders, open_part
     from dpsgd_track.launcher.suites import check_shared_store
     from dpsgd_track.tracking.client import TrackingError
     from dpsgd_track.tracking.store import open_store
@@ -214,6 +215,7 @@ def _follow(
     check_shared_store(settings, nodes, is_offline=args.offline)
     launch, hello = launch or Launch(), hello_of(jobs)
     try:
+        check_folders(settings)
         if not args.offline:
             open_store(settings)
     except ValueError as error:
