@@ -37,6 +37,7 @@ from dpsgd_track.launcher.nodes import (
     interface_towards,
 )
 from dpsgd_track.launcher.process_group import Launch, cause
+from dpsgd_track.launcher.recording import open_part
 from dpsgd_track.launcher.troubleshooting import ERROR, KILLED, NODE_LOST, NOT_FINITE, Failure
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.source import read_group_anywhere
@@ -424,6 +425,18 @@ def test_two_machines_make_one_group(folders, server):
     for _, said in done:
         assert "group two: nothing is missing" in said
     assert [spooled_groups(folder / "spool") for folder in folders] == [[], []]
+
+
+def test_what_a_machine_left_in_a_group_is_closed_when_it_takes_part_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = open_part(Settings(), "g", 1, is_offline=True)
+    first.join(["run"])
+    with pytest.raises(ValueError, match="nobody at work on"):
+        open_part(Settings(), "g", 1, is_offline=True)
+    first.close()
+    assert SpooledGroup(first.spool).runs()["run"].status == "RUNNING"
+    open_part(Settings(), "g", 1, is_offline=True).close()
+    assert SpooledGroup(first.spool).runs()["run"].status == ELSEWHERE
 
 
 def test_a_machine_without_room_is_named_on_all_of_them(folders):

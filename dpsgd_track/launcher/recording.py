@@ -238,10 +238,12 @@ def open_part(settings: Settings, group: str, node_rank: int, *, is_offline: boo
     spooled = claim(spool, name)
     is_new = spooled is not None
     try:
-        # What an earlier launch left there goes with the rest.
-        recording = Recording(
-            settings, group, spooled or SpooledGroup(spool / name), store, is_new=is_new
-        )
+        if spooled is None:
+            # What an earlier launch left there goes with the rest.
+            spooled = SpooledGroup(spool / name)
+            with spooled.hold():
+                spooled.close_left_open()
+        recording = Recording(settings, group, spooled, store, is_new=is_new)
     except Busy as error:
         advice = "Its launcher, or a sync, is at work: wait for it to end."
         raise ValueError(
