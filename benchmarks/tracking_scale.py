@@ -10,9 +10,9 @@ spooled, as processes of their own, an `mlflow server` and its PostgreSQL, all o
 loopback. The cores are shared by all of them.
 
 There are two layouts. `one`: all ranks on one host, with one launcher that ships them all. `nodes`:
-a host for every 8 ranks, each with a spool and a launcher of its own; the first one creates the
-runs. Before the first step runs are created (`create_s`), and each launcher learns which they are
-(`join_s`); how long that took is in the row.
+a host for every 8 ranks, each with a spool and a launcher of its own, as with `--nnodes`; the first
+one creates the runs. Before the first step runs are created (`create_s`), and each launcher looks
+up those of its own ranks (`join_s`); how long that took is in the row.
 
 At the end every value in the spools is held against the database: what is lost (or had not arrived
 within `--limit-s`) or doubled is in the row too, and makes the exit code 1.
@@ -57,7 +57,7 @@ from dpsgd_track.tracking.run_tree import FINISHED, RunTree  # noqa: E402
 from dpsgd_track.tracking.shipper import Shipper  # noqa: E402
 from dpsgd_track.tracking.shipping import Shipping  # noqa: E402
 from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
-from dpsgd_track.tracking.spooled import SpooledGroup  # noqa: E402
+from dpsgd_track.tracking.spooled import ELSEWHERE, SpooledGroup, part_of  # noqa: E402
 from dpsgd_track.tracking.store import open_store  # noqa: E402
 from tests.tracking_servers import MlflowServer, postgres  # noqa: E402
 
@@ -129,7 +129,7 @@ def work(shape: Shape, folder: str, ranks: Sequence[int], runs: dict[int, str], 
     """
     with_layers = layer_norm_steps(shape.layer_norms, shape.steps)
     writers = {
-        rank: SpoolWriter(Path(folder) / str(shape.node_of(rank)) / GROUP, f"rank{rank}{RECORDS}")
+        rank: SpoolWriter(spool_of(Path(folder), shape.node_of(rank)), f"rank{rank}{RECORDS}")
         for rank in ranks
         if rank == 0 or runs[rank]
     }
@@ -171,6 +171,11 @@ class Timed:
             self.requests.append((time.time(), time.perf_counter() - start, len(metrics)))
 
 
+def spool_of(folder: Path, node: int) -> Path:
+    """A host's spool of the group."""
+    return folder / str(node) / (part_of(GROUP, node) if node else GROUP)
+
+
 def launcher(
     folder: str, uri: str, experiment_id: str, limit_s: float, go: Any, done: Any, told: Any
 ) -> None:
@@ -178,7 +183,7 @@ def launcher(
     client = Timed(connect(uri))
     shipper = Shipper(SpooledGroup(Path(folder)), client, uri, experiment_id)  # type: ignore[arg-type]
     shipping = Shipping(shipper, uri, lambda line: None)
-    # Each asks for all runs of the group, and where many do so at once some get no answer in time.
+    # Where many look for their runs at once, some get no answer in time.
     deadline = time.time() + limit_s
     while True:
         try:
@@ -287,7 +292,7 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
         settings = Settings(tracking_uri=place.uri)
         client, experiment_id = open_store(settings)
         nodes = sorted({shape.node_of(rank) for rank in range(shape.ranks)})
-        groups = [SpooledGroup(folder / str(node) / GROUP) for node in nodes]
+        groups = [SpooledGroup(spool_of(folder, node)) for node in nodes]
         for group in groups:
             group.folder.mkdir(parents=True)
         control = SpoolWriter(groups[0].folder, f"launcher{CONTROL}")
@@ -295,6 +300,7 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
         tree.start_group([], {})
         regime = RegimeConfig(name="train", num_iter=shape.steps)
         mode, of_ranks = tree.start_mode("no_dp", regime, shape.ranks, {}, "", shape.logged)
+        parts = _joined(shape, groups, of_ranks)
         begin = time.time()
         creator = Shipper(groups[0], client, place.uri, experiment_id)
         creator.ship()
@@ -336,6 +342,10 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
         for run in (*filter(None, of_ranks), mode, tree.group_run):
             tree.finish(run, FINISHED)
         control.close()
+        for part, of_part in parts:
+            for run in of_part:
+                part.add("end", run, status=ELSEWHERE)
+            part.close()
         done.set()
         answers = [_next(told, processes) for _ in range(num_shippers)]
         last = time.time()
@@ -370,6 +380,20 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
             "trouble": "; ".join(troubles),
         }
     return row
+
+
+def _joined(
+    shape: Shape, groups: Sequence[SpooledGroup], of_ranks: Sequence[str]
+) -> list[tuple[SpoolWriter, list[str]]]:
+    """What every host but the first takes part in: its launcher's file, and the runs."""
+    found = []
+    for node, group in enumerate(groups[1:], 1):
+        writer = SpoolWriter(group.folder, f"launcher{CONTROL}")
+        runs = [run for rank, run in enumerate(of_ranks) if run and shape.node_of(rank) == node]
+        for run in runs:
+            writer.add("join", run, experiment=Settings().experiment)
+        found.append((writer, runs))
+    return found
 
 
 def _next(told: Any, processes: Sequence[Any]) -> Any:

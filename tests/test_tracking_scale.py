@@ -452,7 +452,7 @@ def test_the_measurement_says_what_was_logged_and_that_it_arrived(measured):
 
 def test_the_measurement_sees_what_was_lost_and_what_was_doubled(measured):
     _, folder = measured
-    groups = [SpooledGroup(folder / node / tracking_scale.GROUP) for node in "01"]
+    groups = [SpooledGroup(tracking_scale.spool_of(folder, node)) for node in (0, 1)]
     uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("dpsgd-track").experiment_id])
