@@ -113,7 +113,7 @@ class Workspace:
         query = f"tags.`{names.GROUP}` = '{self.group}'"
         for run in client.search_runs([experiment_id], query, max_results=1000):
             if run.data.tags[names.KEY] not in held:
-                points = all_points(client, run.info.run_id, run.data.metrics)
+                points = dict(all_points(client, run.info.run_id, run.data.metrics))
                 held[run.data.tags[names.KEY]] = {
                     metric: [step for step, _, _ in found] for metric, found in points.items()
                 }
