@@ -57,7 +57,7 @@ from dpsgd_track.tracking.run_tree import FINISHED, RunTree  # noqa: E402
 from dpsgd_track.tracking.shipper import Shipper  # noqa: E402
 from dpsgd_track.tracking.shipping import Shipping  # noqa: E402
 from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
-from dpsgd_track.tracking.spooled import ELSEWHERE, SpooledGroup, part_of  # noqa: E402
+from dpsgd_track.tracking.spooled import SpooledGroup, join, leave, part_of  # noqa: E402
 from dpsgd_track.tracking.store import open_store  # noqa: E402
 from tests.tracking_servers import MlflowServer, postgres  # noqa: E402
 
@@ -343,8 +343,7 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
             tree.finish(run, FINISHED)
         control.close()
         for part, of_part in parts:
-            for run in of_part:
-                part.add("end", run, status=ELSEWHERE)
+            leave(part, of_part)
             part.close()
         done.set()
         answers = [_next(told, processes) for _ in range(num_shippers)]
@@ -390,8 +389,7 @@ def _joined(
     for node, group in enumerate(groups[1:], 1):
         writer = SpoolWriter(group.folder, f"launcher{CONTROL}")
         runs = [run for rank, run in enumerate(of_ranks) if run and shape.node_of(rank) == node]
-        for run in runs:
-            writer.add("join", run, experiment=Settings().experiment)
+        join(writer, Settings().experiment, runs)
         found.append((writer, runs))
     return found
 
@@ -484,18 +482,7 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
     """What the arguments ask for."""
     shape = replace(
         QUICK if args.quick else Shape(ranks=1, layout=ONE),
-        **{
-            name: value
-            for name in (
-                "steps",
-                "steps_per_second",
-                "mode_metrics",
-                "rank_metrics",
-                "limit_s",
-                "store",
-            )
-            if (value := getattr(args, name)) is not None
-        },
+        **{name: value for name in _PLAIN if (value := getattr(args, name)) is not None},
     )
     ranks = args.ranks or ([QUICK.ranks] if args.quick else [64, 128, 256, 512])
     return [

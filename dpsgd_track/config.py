@@ -383,6 +383,11 @@ class NodesConfig:
         require(0 <= self.node_rank < self.num_nodes, "node_rank", self.node_rank, allowed)
 
     @property
+    def endpoint(self) -> str:
+        """HOST:PORT of node 0."""
+        return f"{self.host}:{self.port}"
+
+    @property
     def leads(self) -> bool:
         """Whether this machine's launcher keeps the group's runs."""
         return self.node_rank == 0
@@ -439,6 +444,11 @@ class JobConfig:
     def label(self) -> str:
         """What the job is called: `mode` or `mode@variant`."""
         return f"{self.mode}@{self.variant.name}" if self.variant else self.mode
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it has a regime whose times are what counts."""
+        return any(regime.kind == PROFILE for regime in self.regimes)
 
     @property
     def title(self) -> str:

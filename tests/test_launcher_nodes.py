@@ -99,6 +99,14 @@ def met(leader: Leader, *followers: Follower, jobs: list[JobConfig] | None = Non
     assert joined == ["g"] * len(followers)
 
 
+def two() -> tuple[Leader, Follower]:
+    """Two machines that have found each other."""
+    places = machines()
+    leader, follower = Leader(places[0]), Follower(places[1])
+    met(leader, follower)
+    return leader, follower
+
+
 def refused(follower: Follower, hello: dict) -> None:
     with pytest.raises(Refused):
         follower.join(hello, 20, lambda line: None)
@@ -144,18 +152,14 @@ def test_jobs_are_handed_out_in_turn_and_reports_come_back():
 
 
 def test_a_job_on_one_device_is_node_0s_alone():
-    places = machines()
-    leader, follower = Leader(places[0]), Follower(places[1])
-    met(leader, follower)
+    leader, follower = two()
     assert leader.start(job("flash", num_ranks=1), "alone") is None
     assert follower.next_share() is None
     leader.close(0, "")
 
 
 def test_a_job_that_is_cut_short_is_ended_everywhere():
-    places = machines()
-    leader, follower = Leader(places[0]), Follower(places[1])
-    met(leader, follower)
+    leader, follower = two()
     leader.start(job(), "run")
     next_share(follower)
     assert leader.trouble() == ""
@@ -174,9 +178,7 @@ def test_a_job_that_is_cut_short_is_ended_everywhere():
 
 
 def test_a_failure_elsewhere_is_trouble_here():
-    places = machines()
-    leader, follower = Leader(places[0]), Follower(places[1])
-    met(leader, follower)
+    leader, follower = two()
     leader.start(job(), "run")
     next_share(follower)
     follower.done(Report(failure=Failure(kind=KILLED, message="signal 9"), time_s=0.0))
@@ -345,6 +347,16 @@ def launched(
         start(folder, *common, "--node-rank", str(rank), *(second if rank else ()), plan=plan)
         for rank, (folder, plan) in enumerate(zip(folders, plans, strict=True))
     ]
+
+
+def until_steps(num_steps: int, folder: Path, process: subprocess.Popen[str]) -> None:
+    """Until so many steps of no_dp were told of."""
+    told = folder / "results" / "g" / "logs" / "no_dp" / "progress.jsonl"
+    deadline = time.monotonic() + 60
+    while not told.exists() or told.read_text().count('"step", ') < num_steps:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
 
 
 def ended(processes: list[subprocess.Popen[str]], timeout_s: float = 90) -> list[tuple[int, str]]:
@@ -516,12 +528,7 @@ def test_a_machine_that_dies_takes_the_mode_with_it(folders, who):
     slow = {"no_dp": {"do": "slow"}}
     argv = (*NO_DP, "--group", "g", "--offline", "--num-iter", "400")
     processes = launched(folders, *argv, plans=(slow, slow))
-    told = folders[0] / "results" / "g" / "logs" / "no_dp" / "progress.jsonl"
-    deadline = time.monotonic() + 60
-    while not told.exists() or told.read_text().count('"step", ') < 5:
-        assert time.monotonic() < deadline
-        assert processes[0].poll() is None
-        time.sleep(0.05)
+    until_steps(5, folders[0], processes[0])
     processes[who].send_signal(signal.SIGKILL)
     began = time.monotonic()
     processes[who].communicate()
@@ -558,11 +565,7 @@ def test_ctrl_c_on_one_machine_ends_the_group_on_all_that_share_a_disk(tmp_path)
     slow = {"no_dp": {"do": "slow"}}
     argv = (*NO_DP, "--group", "g", "--offline", "--num-iter", "400")
     processes = launched(folders, *argv, plans=(slow, slow))
-    told = folders[0] / "results" / "g" / "logs" / "no_dp" / "progress.jsonl"
-    deadline = time.monotonic() + 60
-    while not told.exists() or told.read_text().count('"step", ') < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until_steps(3, folders[0], processes[0])
     processes[0].send_signal(signal.SIGINT)
     (code, said), (other_code, other_said) = ended(processes, 30)
     assert (code, other_code) == (130, 130), said + other_said

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dpsgd_track.config import PROFILE, JobConfig
+from dpsgd_track.config import JobConfig
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_INTERRUPTED
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.nodes import Follower, NodeLost, Report, Share
@@ -34,13 +34,15 @@ def follow(
     """
     node = f"node {follower.nodes.node_rank}"
     host = WorkerHost(launch.worker_module)
-    with Interruption() as interruption, host:
+    interruption = Interruption()
+    part = _Part(follower, recording, launch, host, interruption, tell)
+    with interruption, host:
         recording.start(tell)
         try:
             while not interruption.requested:
                 found = follower.next_share()
                 if isinstance(found, Share):
-                    _Part(follower, recording, launch, host, interruption, tell).run(found)
+                    part.run(found)
                 elif found is not None:
                     code, summary = found
                     tell(f"{node}: group {recording.group}: {summary}")
@@ -57,7 +59,7 @@ def follow(
 
 
 class _Part:
-    """This machine's part of one job."""
+    """This machine's part of each job."""
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class _Part:
         self._tell = tell
 
     def run(self, share: Share) -> None:
-        """Run it to its end, and report how that was.
+        """Run one to its end, and report how that was.
 
         Raises:
             NodeLost: node 0 is gone; so are this machine's ranks.
@@ -90,8 +92,7 @@ class _Part:
         ]
         self._recording.join(runs)
         self._tell(f"node {node_rank}: {job.title}: started {num_ranks} ranks")
-        is_timed = any(regime.kind == PROFILE for regime in job.regimes)
-        with self._recording.quiet() if is_timed else contextlib.nullcontext():
+        with self._recording.quiet() if job.is_timed else contextlib.nullcontext():
             try:
                 start(job, self._launch, self._host, meeting)
                 code, reason = self._wait()

@@ -184,8 +184,7 @@ class GroupRun:
                 rank_run_ids=tuple(ranks for _, ranks in runs[: len(ready)]),
                 work_dir=str(work_dir.absolute()),
             )
-            is_timed = any(regime.kind == PROFILE for regime in ready)
-            with self._recording.quiet() if is_timed else contextlib.nullcontext():
+            with self._recording.quiet() if job.is_timed else contextlib.nullcontext():
                 outcomes = run_mode(
                     job, self._launch, self._host, interruption, self._display, self._leader
                 )

@@ -21,7 +21,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,7 @@ class Leader:
         Raises:
             Refused: they would not, or one did not come; those that came are told.
         """
-        endpoint = f"{self.nodes.host}:{self.nodes.port}"
+        endpoint = self.nodes.endpoint
         own = hello_of(jobs)
         deadline = time.monotonic() + timeout_s
         waiting = set(self._others)
@@ -157,7 +157,7 @@ class Leader:
 
     def _check(self, rank: int, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         self._hosts[rank] = theirs["host"]
-        who = f"node {rank} ({theirs['host']})"
+        who = self._name(rank)
         if theirs.get("problem"):
             raise Refused(f"{who}: {theirs['problem']}")
         for name, version in own["versions"].items():
@@ -169,8 +169,8 @@ class Leader:
                 )
         if theirs["jobs"] is None or own["jobs"] is None:
             return
-        pairs = _differences(own["jobs"], theirs["jobs"])
-        for name, ours, found in pairs:
+        if different := _difference(own["jobs"], theirs["jobs"]):
+            name, ours, found = different
             raise Refused(
                 f"{name}={found!r} on {who}: expected {ours!r}, as on node 0. "
                 "Start the same command on all machines, with another --node-rank each."
@@ -212,7 +212,7 @@ class Leader:
         if self.lost:
             return self.lost
         failed = [rank for rank, report in self._reports().items() if report.failure]
-        return f"node {failed[0]} ({self._hosts[failed[0]]}) failed." if failed else ""
+        return f"{self._name(failed[0])} failed." if failed else ""
 
     def settle(self, reason: str) -> list[Report]:
         """End the job everywhere, and learn how it went.
@@ -304,7 +304,7 @@ class Follower:
             Refused: node 0 does not answer, or starts nothing.
         """
         nodes = self.nodes
-        endpoint = f"{nodes.host}:{nodes.port}"
+        endpoint = nodes.endpoint
         deadline = time.monotonic() + timeout_s
         tell(f"node {nodes.node_rank} of {nodes.num_nodes}: waiting for node 0 at {endpoint}")
         reason = _wait_for_port(nodes, deadline)
@@ -429,7 +429,7 @@ class Follower:
                 self._last_contact = time.monotonic()
                 time.sleep(_POLL_S)
         except RuntimeError as error:
-            self._trouble = " ".join(str(error).split())[:200]
+            self._trouble = _in_a_line(error)
 
 
 def _serve(port: int, nodes: NodesConfig) -> TCPStore:
@@ -439,8 +439,8 @@ def _serve(port: int, nodes: NodesConfig) -> TCPStore:
         return TCPStore(_ANY, port, is_master=True, wait_for_workers=False)
     except RuntimeError as error:
         raise Refused(
-            f"rdzv_endpoint='{nodes.host}:{nodes.port}': expected a free port of this machine. "
-            f"{' '.join(str(error).split())[:200]}"
+            f"rdzv_endpoint={nodes.endpoint!r}: expected a free port of this machine. "
+            f"{_in_a_line(error)}"
         ) from error
 
 
@@ -466,6 +466,10 @@ def _wait_for_port(nodes: NodesConfig, deadline: float) -> str:
         time.sleep(5 * _POLL_S)
 
 
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 def _read(store: TCPStore, key: str) -> Any:
     return json.loads(store.get(key)) if store.check([key]) else None
 
@@ -484,14 +488,15 @@ def _report(said: Mapping[str, Any], who: str) -> Report:
     )
 
 
-def _differences(
+def _difference(
     ours: Sequence[Mapping[str, str]], theirs: Sequence[Mapping[str, str]]
-) -> Iterator[tuple[str, str, str]]:
-    """(setting, here, there) of each setting that is not the same."""
+) -> tuple[str, str, str] | None:
+    """(setting, here, there) of the first setting that is not the same; None where all are."""
     modes = ", ".join(job["mode"] for job in ours), ", ".join(job["mode"] for job in theirs)
     if modes[0] != modes[1]:
-        yield "mode", *modes
-    for here, there in zip(ours, theirs, strict=False):
+        return "mode", *modes
+    for here, there in zip(ours, theirs, strict=True):
         for name in {**here, **there}:
             if here.get(name) != there.get(name):
-                yield name, here.get(name, ""), there.get(name, "")
+                return name, here.get(name, ""), there.get(name, "")
+    return None

@@ -50,7 +50,7 @@ def profile_jobs(
     seen: set[str] = set()
     for seq_length in seq_lengths:
         for batch_size in batch_sizes:
-            for job in interleaved([job for job in jobs if _is_timed(job)], num_rounds):
+            for job in interleaved([job for job in jobs if job.is_timed], num_rounds):
                 point = Point(seq_length=seq_length, batch_size=batch_size, order=len(points) + 1)
                 regimes = tuple(
                     replace(regime, point=str(point)) if regime.name == PROFILE else regime
@@ -60,8 +60,4 @@ def profile_jobs(
                 seen.add(job.label)
                 data = replace(job.data, seq_length=seq_length, batch_size=batch_size)
                 points.append(replace(job, data=data, regimes=regimes))
-    return (*(job for job in jobs if not _is_timed(job)), *points)
-
-
-def _is_timed(job: JobConfig) -> bool:
-    return any(regime.name == PROFILE for regime in job.regimes)
+    return (*(job for job in jobs if not job.is_timed), *points)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,10 +16,12 @@ from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
 from dpsgd_track.tracking.shipping import Shipping
 from dpsgd_track.tracking.spool import CONTROL, SpoolDamaged, SpoolWriter
 from dpsgd_track.tracking.spooled import (
-    ELSEWHERE,
     Busy,
     SpooledGroup,
+    check_room,
     claim,
+    join,
+    leave,
     part_of,
     spooled_groups,
 )
@@ -29,8 +29,6 @@ from dpsgd_track.tracking.store import absolute_uri, has_group, open_store, unus
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-_PROBE_BYTES = 65536
 
 
 class Recording:
@@ -96,13 +94,11 @@ class Recording:
 
     def join(self, runs: Iterable[str]) -> None:
         """Take part in runs that node 0 keeps."""
-        for run in runs:
-            self._writer.add("join", run, experiment=self._settings.experiment)
+        join(self._writer, self._settings.experiment, runs)
 
     def leave(self, runs: Iterable[str]) -> None:
         """What this machine had to say of them was said."""
-        for run in runs:
-            self._writer.add("end", run, status=ELSEWHERE)
+        leave(self._writer, runs)
 
     def quiet(self) -> contextlib.AbstractContextManager[None]:
         """Ship nothing while entered, so that nothing runs beside what is timed."""
@@ -218,8 +214,7 @@ def check_folders(settings: Settings) -> None:
         folder = Path(getattr(settings, name))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as probe:
-                probe.write(os.urandom(_PROBE_BYTES))
+            check_room(folder)
         except OSError as error:
             raise ValueError(
                 f"{name}={str(folder)!r}: expected a folder with room to write to. "
@@ -233,24 +228,41 @@ def open_part(settings: Settings, group: str, node_rank: int, *, is_offline: boo
     Raises:
         ValueError: the store or a folder cannot be used, or somebody is at work there.
     """
+    place = part_of(group, node_rank)
+    allowed = f"nobody at work on {Path(settings.spool_dir, place)}"
+    return take_up(settings, group, place, allowed, is_offline=is_offline)[0]
+
+
+def take_up(
+    settings: Settings, group: str, place: str, allowed: str, *, is_offline: bool
+) -> tuple[Recording, bool]:
+    """Open the store, and go on in a folder of the spool, made anew where it is not there.
+
+    Args:
+        place: the folder's name.
+        allowed: what is expected of the group, in words.
+    Returns:
+        The recording, and whether the folder is new.
+
+    Raises:
+        ValueError: the store or a folder cannot be used, or somebody is at work there.
+    """
     store = None if is_offline else open_store(settings)
-    spool, name = Path(settings.spool_dir), part_of(group, node_rank)
-    spooled = claim(spool, name)
+    spool = Path(settings.spool_dir)
+    spooled = claim(spool, place)
     is_new = spooled is not None
     try:
         if spooled is None:
             # What an earlier launch left there goes with the rest.
-            spooled = SpooledGroup(spool / name)
+            spooled = SpooledGroup(spool / place)
             with spooled.hold():
                 spooled.close_left_open()
         recording = Recording(settings, group, spooled, store, is_new=is_new)
     except Busy as error:
         advice = "Its launcher, or a sync, is at work: wait for it to end."
-        raise ValueError(
-            f"group={group!r}: expected nobody at work on {spool / name}. {advice}"
-        ) from error
+        raise ValueError(f"group={group!r}: expected {allowed}. {advice}") from error
     recording.folder.mkdir(parents=True, exist_ok=True)
-    return recording
+    return recording, is_new
 
 
 def _require_new(is_new: bool, group: str) -> None:
@@ -265,9 +277,7 @@ def _claim(results: Path, group: str) -> bool:
             (results / group).mkdir()
         except FileExistsError:
             return False
-        probe = results / group / "probe"
-        probe.write_bytes(bytes(_PROBE_BYTES))
-        probe.unlink()
+        check_room(results / group)
     except OSError as error:
         raise ValueError(
             f"results_dir={str(results)!r}: expected a folder that can be written to. {error}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from dpsgd_track.config import CLIP, NOISE, JobConfig, NodesConfig, RegimeConfig, require
 from dpsgd_track.launcher.arguments import (
@@ -15,15 +14,13 @@ from dpsgd_track.launcher.arguments import (
     build_parser,
     planted_suite,
 )
-from dpsgd_track.launcher.recording import Recording
+from dpsgd_track.launcher.recording import Recording, take_up
 from dpsgd_track.launcher.suites import InputCheck, Suite, build_suite, read_settings
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.environment import environment
 from dpsgd_track.tracking.reader import FINISHED, Group, GroupNotFound
 from dpsgd_track.tracking.source import read_group_anywhere, run_key
-from dpsgd_track.tracking.spooled import Busy, SpooledGroup, claim
-from dpsgd_track.tracking.store import open_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,22 +137,8 @@ def reopen_group(missing: Missing, *, is_offline: bool) -> Recording:
         ValueError: it is still being run, or the store cannot be used.
     """
     group, settings = missing.group, missing.suite.settings
-    store = None if is_offline else open_store(settings)
-    spool = Path(settings.spool_dir)
-    spooled = claim(spool, group.name)
-    is_new = spooled is not None
-    try:
-        if spooled is None:
-            spooled = SpooledGroup(spool / group.name)
-            with spooled.hold():
-                spooled.close_left_open()
-        recording = Recording(settings, group.name, spooled, store, is_new=is_new)
-    except Busy as error:
-        advice = "Its launcher, or a sync, is at work: wait for it to end."
-        raise ValueError(
-            f"group={group.name!r}: expected a group that nobody works on. {advice}"
-        ) from error
-    recording.folder.mkdir(parents=True, exist_ok=True)
+    allowed = "a group that nobody works on"
+    recording, is_new = take_up(settings, group.name, group.name, allowed, is_offline=is_offline)
     key = group.tags.get(names.KEY, group.run_id)
     tags = {
         name: value for name, value in group.tags.items() if name not in (names.VERDICT, names.NOTE)

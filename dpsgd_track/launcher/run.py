@@ -298,7 +298,7 @@ def _store_options(args: argparse.Namespace) -> list[str]:
 
 def _node_options(args: argparse.Namespace) -> list[str]:
     """The options by which machines meet again; each has a --node-rank of its own."""
-    if getattr(args, "nnodes", 1) == 1:
+    if args.nnodes == 1:
         return []
     endpoint = ["--rdzv-endpoint", args.rdzv_endpoint]
     return ["--nnodes", str(args.nnodes), "--node-rank", str(args.node_rank), *endpoint]

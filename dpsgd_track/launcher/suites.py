@@ -196,13 +196,11 @@ def build_suite(args: argparse.Namespace, check_inputs: InputCheck) -> Suite:
 
 
 def read_nodes(args: argparse.Namespace) -> NodesConfig:
-    """The machines that the arguments name; `faults` has one.
+    """The machines that the arguments name.
 
     Raises:
         ValueError: what they say does not fit.
     """
-    if args.command == "faults":
-        return NodesConfig()
     num_nodes, rank, endpoint = args.nnodes, args.node_rank, args.rdzv_endpoint
     require(num_nodes >= 1, "nnodes", num_nodes, "an integer >= 1")
     if num_nodes == 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
 from dpsgd_track.tracking.client import TrackingError
+from dpsgd_track.tracking.inventory import Inventory
 from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
 from dpsgd_track.tracking.spool import SpoolDamaged
 from dpsgd_track.tracking.spooled import Busy, SpooledGroup, spooled_groups
@@ -73,7 +74,7 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         settings = replace(settings, experiment=experiment)
         client, experiment_id = open_store(settings)
         uri = absolute_uri(settings.tracking_uri)
-        counted = group.count()
+        counted = Inventory(group)
         print(f"{group.label}: shipping {counted}, then reading them back", flush=True)
         try:
             problems = settle(Shipper(group, client, uri, experiment_id), count=True)

@@ -52,6 +52,11 @@ class Inventory:
             for metric in metrics:
                 self._sizes[key, metric] += count
 
+    def __str__(self) -> str:
+        files = sum(len(run.files) for run in self.runs.values())
+        values = self._sizes.total()
+        return f"{len(self.runs)} runs, {values:,} values of metrics and {files} files"
+
     def parts(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[Name, Points]]:
         """The values of all runs that are wanted by their keys, at most MAX_POINTS at a time."""
         names: list[Name] = []

@@ -172,13 +172,14 @@ class Shipper:
         """Know which runs are in the store: a call that was cut off may have created one."""
         if self._is_sure_of_runs:
             return
-        known: dict[str, str] = {}
         if self.group.is_part:
             # All runs of a large group, asked for by every machine, would stop a server.
             known = {key: run_id for key in self.run_ids if (run_id := self._look_up(key))}
-        for key, ids in () if self.group.is_part else self._found().items():
-            before = self.run_ids.get(key, "")
-            known[key] = before if before in ids else ids[0]
+        else:
+            known = {
+                key: before if (before := self.run_ids.get(key, "")) in ids else ids[0]
+                for key, ids in self._found().items()
+            }
         if not self.run_ids.items() <= known.items():
             # It is another database than it was.
             self._acknowledged.clear()
@@ -369,8 +370,7 @@ class Shipper:
     def _differences(self, run: SpooledRun, stored: Run) -> Iterator[str]:
         if run.status == RUNNING:
             yield "it did not end"
-        is_elsewhere = run.status == ELSEWHERE
-        if stored.info.status != run.status and not is_elsewhere:
+        if run.status not in (stored.info.status, ELSEWHERE):
             yield f"its status is {stored.info.status}, not {run.status}"
         run_id = self.run_ids[run.key]
         for what, kept, held in (

@@ -17,8 +17,9 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -194,27 +195,13 @@ class SpooledGroup:
         writer = SpoolWriter(self.folder, f"closing{CONTROL}")
         for run in reversed(left):
             if run.is_joined:
-                writer.add("end", run.key, status=ELSEWHERE)
+                leave(writer, [run.key])
                 continue
             note = {names.REASON: DIED, names.NOTE: f"**{KILLED}**: {DIED}"}
             writer.set_tags(run.key, note)
             writer.add("end", run.key, status=KILLED)
         writer.close()
         return len(left)
-
-    def count(self) -> str:
-        """What it holds, in words."""
-        runs: set[str] = set()
-        values = files = 0
-        for file in spool_files(self.folder):
-            for record in records_of(file):
-                if isinstance(record, MetricRow):
-                    runs.add(record.run)
-                    values += len(record.values)
-                else:
-                    runs.add(record["run"])
-                    files += record["do"] == "file"
-        return f"{len(runs)} runs, {values:,} values of metrics and {files} files"
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each spool file."""
@@ -265,6 +252,18 @@ def part_of(group: str, node_rank: int) -> str:
     return f"{group}{_PART}{node_rank}"
 
 
+def join(writer: SpoolWriter, experiment: str, runs: Iterable[str]) -> None:
+    """Take part in runs that another machine keeps."""
+    for run in runs:
+        writer.add("join", run, experiment=experiment)
+
+
+def leave(writer: SpoolWriter, runs: Iterable[str]) -> None:
+    """What this machine had to say of them was said."""
+    for run in runs:
+        writer.add("end", run, status=ELSEWHERE)
+
+
 def spooled_groups(spool_dir: Path) -> list[SpooledGroup]:
     """Groups in the spool directory, by name."""
     if not spool_dir.is_dir():
@@ -295,16 +294,20 @@ def claim(spool_dir: Path, group: str) -> SpooledGroup | None:
         raise _no_room(spool_dir, error) from error
     try:
         folder.mkdir()
-        # More than a file system grants where it is full.
-        probe = folder / "probe"
-        probe.write_bytes(os.urandom(65536))
-        probe.unlink()
+        check_room(folder)
     except FileExistsError:
         return None
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise _no_room(spool_dir, error) from error
     return SpooledGroup(folder)
+
+
+def check_room(folder: Path) -> None:
+    """Raise OSError where `folder` takes no file with something in it."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        # More than a file system grants where it is full.
+        probe.write(os.urandom(65536))
 
 
 def _no_room(spool_dir: Path, error: OSError) -> ValueError:
