@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import MODES
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
-from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.noise import NoiseSource, add_noise
 
 

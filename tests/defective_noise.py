@@ -14,8 +14,8 @@ from defective_modes import Healthy
 from torch import Tensor
 
 from dpsgd_track.distributed.sharding import LocalPart
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
-from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.noise import NoiseSource
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import IGNORED, LOSSES, PerSampleLoss
 
 VOCAB, T, PIXELS, FEATURES = 97, 17, 15, 13

@@ -41,8 +41,8 @@ from dpsgd_track.distributed.sharding import LocalPart
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.opacus import OpacusMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
-from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.loss import PerSampleLoss, causal_lm_loss, classification_loss
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.training.data import Slice

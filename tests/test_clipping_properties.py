@@ -15,7 +15,7 @@ from dpsgd_track.config import PrivacyConfig
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import MODES
-from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.batch import Batch
 
 OURS = [
     name

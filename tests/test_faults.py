@@ -19,8 +19,8 @@ from dpsgd_track.faults import FAULTS, KINDS, MUTES, build, check_planted, unrea
 from dpsgd_track.faults.fault import ENGINE_SEAMS, MODE_SEAMS, PROTOCOL_SEAMS, Site
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import MODES, split_planted, with_planted
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.loss import causal_lm_loss
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.training.model import build_model

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import pytest
 import torch
 from forked_ranks import ForkedRanks
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import dpsgd_track
+from dpsgd_track.modes.reference import ReferenceMode
 from dpsgd_track.modes.table import MODES
 from dpsgd_track.privacy.accounting import epsilon_rdp
 
@@ -185,16 +189,17 @@ def test_a_resumed_run_draws_no_noise_twice(model: nn.Module) -> None:
     optimizer.step()
     fresh = nn.Linear(1000, 1)
 
-    def noise_of(num_steps: int) -> Tensor:
+    def noise_after(state: dict[str, Any] | None) -> Tensor:
         trained = copy.deepcopy(fresh)
         resumed, optimizer = _made(trained, "flash")
-        resumed.load_state_dict({"num_steps": num_steps})
+        if state is not None:
+            resumed.load_state_dict(state)
         resumed.backward(torch.zeros(0, 1000), torch.zeros(0, dtype=torch.long))
         optimizer.step()
         return _weights(trained) - _weights(fresh)
 
-    assert private.state_dict() == {"num_steps": 1}
-    assert not torch.equal(noise_of(0), noise_of(1))
+    assert private.num_steps == 1
+    assert not torch.equal(noise_after(None), noise_after(private.state_dict()))
 
 
 def test_epsilon_counts_the_steps_taken(model: nn.Module) -> None:
@@ -243,6 +248,480 @@ def test_epsilon_needs_noise_and_a_sample_rate(model: nn.Module) -> None:
         _made(copy.deepcopy(model), "flash")[0].epsilon(1e-5)
     with pytest.raises(ValueError, match="Without noise epsilon is infinite"):
         _made(model, "flash", noise_multiplier=0.0, sample_rate=0.1)[0].epsilon(1e-5)
+
+
+@pytest.mark.parametrize("mode", PRIVATE)
+@pytest.mark.parametrize(
+    "reduce", [torch.mean, torch.sum, lambda x: x[:, None], lambda x: x.expand(3, -1).T]
+)
+def test_a_loss_that_is_not_one_number_a_sample_is_refused(
+    model: nn.Module, mode: str, reduce: Any
+) -> None:
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        reduced: Tensor = reduce(nn.functional.cross_entropy(logits, y, reduction="none"))
+        return reduced
+
+    private, optimizer = _made(model, mode, loss=loss)
+    with pytest.raises(ValueError, match=r"loss='loss': expected one number a sample"):
+        private.backward(*_data())
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+
+
+NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "overflow": 1e30}
+
+
+@pytest.mark.parametrize("mode", [*(name for name in OURS if MODES[name].is_private), "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
+def test_a_sample_that_is_not_finite_adds_nothing(
+    mode: str, dtype: torch.dtype, value: float
+) -> None:
+    torch.manual_seed(0)
+    # LayerNorm would make a large sample as good as any.
+    model = nn.Sequential(nn.Linear(D, 6), nn.Linear(6, 3))
+    without = copy.deepcopy(model)
+    x, y = _data()
+    x[2] = value
+    keep = torch.tensor([0, 1, 3, 4])
+    private, optimizer = _made(model, mode, param_dtype=dtype)
+    with pytest.warns(UserWarning, match="is not finite: such samples add nothing"):
+        private.backward(x, y)
+    assert private.last.num_left_out == private.num_left_out == 1
+    assert private.last.clip_factor_B[2] == 0
+    optimizer.step()
+    other, optimizer = _made(without, mode, param_dtype=dtype)
+    other.backward(x[keep], y[keep])
+    optimizer.step()
+    assert _weights(model).isfinite().all()
+    torch.testing.assert_close(_weights(model), _weights(without), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["ghost", "grad_materialize"])
+def test_a_sample_that_is_not_finite_is_refused_by_opacus(model: nn.Module, mode: str) -> None:
+    private, optimizer = _made(model, mode)
+    before = _weights(model)
+    x, y = _data()
+    x[2] = float("nan")
+    with pytest.raises(ValueError, match="expected finite losses and gradients, got 1"):
+        private.backward(x, y)
+    with pytest.raises(RuntimeError, match="may be in the sum in part"):
+        optimizer.step()
+    assert torch.equal(_weights(model), before)
+
+
+class _FailsOnce(torch.autograd.Function):
+    """Stands for an allocation that fails in the n-th backward from now."""
+
+    failing_at = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        _FailsOnce.failing_at -= 1
+        if _FailsOnce.failing_at == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return dy
+
+
+class _Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(D, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.leave(_FailsOnce.apply(torch.tanh(self.enter(x))))
+        return y
+
+
+@pytest.mark.parametrize("mode", [*(name for name in OURS if MODES[name].is_private), "reference"])
+@pytest.mark.parametrize("failing_at", [1, 2])
+def test_a_batch_that_failed_can_be_added_in_halves(mode: str, failing_at: int) -> None:
+    torch.manual_seed(0)
+    model = _Failing()
+    whole = copy.deepcopy(model)
+    x, y = _data()
+    settings = {"spot_check": False, "noise_multiplier": 0.0}
+    private, optimizer = _made(model, mode, **settings)
+    private.backward(*_data(seed=2))
+    _FailsOnce.failing_at = failing_at
+    is_one_pass = mode.endswith("_bk")
+    if failing_at == 1 or not is_one_pass:
+        with pytest.raises(torch.OutOfMemoryError):
+            private.backward(x, y)
+        private.backward(x[:2], y[:2])
+        private.backward(x[2:], y[2:])
+    else:
+        private.backward(x, y)
+    _FailsOnce.failing_at = 0
+    optimizer.step()
+    other, optimizer = _made(whole, mode, **settings)
+    other.backward(*_data(seed=2))
+    other.backward(x, y)
+    optimizer.step()
+    torch.testing.assert_close(_weights(model), _weights(whole), rtol=1e-6, atol=1e-7)
+
+
+def test_after_a_failure_in_opacus_the_step_has_to_begin_anew() -> None:
+    torch.manual_seed(0)
+    private, optimizer = _made(_Failing(), "ghost")
+    _FailsOnce.failing_at = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        private.backward(*_data())
+    _FailsOnce.failing_at = 0
+    with pytest.raises(RuntimeError, match=r"Call optimizer\.zero_grad\(\)"):
+        private.backward(*_data())
+    optimizer.zero_grad()
+    private.backward(*_data())
+    optimizer.step()
+
+
+@pytest.mark.parametrize("mode", PRIVATE)
+def test_zero_grad_forgets_the_batch(model: nn.Module, mode: str) -> None:
+    once = copy.deepcopy(model)
+    private, optimizer = _made(model, mode)
+    private.backward(*_data(seed=5))
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="without a clipped gradient"):
+        optimizer.step()
+    private.backward(*_data())
+    optimizer.step()
+    other, optimizer = _made(once, mode)
+    optimizer.zero_grad()
+    other.backward(*_data())
+    optimizer.step()
+    torch.testing.assert_close(_weights(model), _weights(once), rtol=0, atol=0)
+
+
+def _in_training(model: nn.Module) -> None:
+    model.train()
+
+
+def _freeze(model: nn.Module) -> None:
+    model[0].weight.requires_grad_(False)
+
+
+def _unfreeze(model: nn.Module) -> None:
+    model[4].requires_grad_(True)
+
+
+def _replace(model: nn.Module) -> None:
+    model[0] = nn.Linear(D, 6)
+
+
+def _exchange_parameter(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(6, D))
+
+
+def _hook_gradient(model: nn.Module) -> None:
+    model[0].weight.register_hook(lambda gradient: 2 * gradient)
+
+
+def _begin_to_write(model: nn.Module) -> None:
+    model[3].is_writing = True
+
+
+def _begin_to_use(model: nn.Module) -> None:
+    model[3].used = [model[0]]
+
+
+def _replace_forward(model: nn.Module) -> None:
+    model[0].forward = torch.tanh
+
+
+def _weight_norm(model: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+
+
+class _Changeable(nn.Module):
+    """Begins to do what it should not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(6))
+        self.is_writing = False
+        self.used: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_writing:
+            self.average.mul_(0.9).add_(x.detach().mean(dim=0), alpha=0.1)
+        for layer in self.used:
+            x = x + x @ layer.weight[:, :6]
+        return x
+
+
+LATER = {
+    "batch-norm": (_in_training, r"2: expected BatchNorm1d in its eval mode"),
+    "frozen": (_freeze, r"0\.weight: expected requires_grad=True"),
+    "unfrozen": (_unfreeze, r"4\.weight: expected requires_grad=False"),
+    "layer": (_replace, r"model: expected modules as they were"),
+    "parameter": (_exchange_parameter, r"0: expected parameters as they were"),
+    "gradient-hook": (_hook_gradient, r"0\.weight: expected no hook"),
+    "buffer": (_begin_to_write, r"3\.average: expected a forward that leaves the model as it is"),
+    "functional": (_begin_to_use, r"Used in other ways too: 0\.weight"),
+    "forward": (_replace_forward, r"0: expected the forward of Linear"),
+    "parametrised": (_weight_norm, r"0: expected modules as they were|parameters as they were"),
+}
+
+
+@pytest.mark.parametrize("num_batches", [0, 4])
+@pytest.mark.parametrize("change", LATER)
+def test_what_changes_later_is_refused_at_once(change: str, num_batches: int) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(6, affine=False).eval()
+    model = nn.Sequential(
+        nn.Linear(D, 6), nn.Tanh(), norm, _Changeable(), nn.Linear(6, 6), nn.Linear(6, 3)
+    )
+    model[4].requires_grad_(False)
+    private, optimizer = _made(model, "flash_bk")
+    for _ in range(num_batches):
+        private.backward(*_data())
+        optimizer.step()
+    make, message = LATER[change]
+    make(model)
+    before = _weights(model)
+    with pytest.raises(ValueError, match=message):
+        private.backward(*_data())
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert torch.equal(_weights(model), before)
+
+
+def test_parameters_added_to_the_optimizer_are_refused(model: nn.Module) -> None:
+    private, optimizer = _made(model, "flash_bk")
+    private.backward(*_data())
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match="expected the parameters that it had"):
+        optimizer.step()
+
+
+def test_weights_that_move_to_other_memory_are_still_the_ones_used(model: nn.Module) -> None:
+    private, optimizer = _made(model, "flash_bk")
+    private.backward(*_data())
+    optimizer.step()
+    model.load_state_dict({n: p * 2 for n, p in model.state_dict().items()}, assign=False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 3
+    fresh = copy.deepcopy(model)
+    private.backward(*_data())
+    other = private.last.norm_B
+    wanted = _made(fresh, "reference")[0]
+    wanted.backward(*_data())
+    torch.testing.assert_close(other.double(), wanted.last.norm_B, rtol=1e-5, atol=0)
+
+
+class _Copying(ReferenceMode):
+    """Hands out copies of its gradients: noise on them alone would reach no weight."""
+
+    def clipped_sum(self) -> Any:
+        clipped = super().clipped_sum()
+        return replace(clipped, gradients={n: g.clone() for n, g in clipped.gradients.items()})
+
+
+class _NoiseInStep(ReferenceMode):
+    def step(self) -> None:
+        super().step()
+
+
+class _OwnPrivatize(ReferenceMode):
+    def privatize(self, clipped: Any, source: Any) -> Any:
+        return clipped.gradients
+
+
+class _LessSensitive(ReferenceMode):
+    def clipped_sum(self) -> Any:
+        return replace(super().clipped_sum(), sensitivity=0.0)
+
+
+class _OtherModel(ReferenceMode):
+    def __init__(self, model: nn.Module, context: Any) -> None:
+        super().__init__(copy.deepcopy(model), context)
+
+
+def test_a_mode_that_copies_its_gradients_trains_with_noise(model: nn.Module) -> None:
+    before = _weights(model)
+    private, optimizer = _made(model, "test_library:_Copying")
+    private.backward(*_data(0))
+    optimizer.step()
+    noise = (before - _weights(model)) / 0.5 * B
+    assert abs(noise.std() / (SIGMA * C) - 1) < 5 / (2 * len(noise)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("_NoiseInStep", r"a mode without a step\(\) of its own"),
+        ("_OwnPrivatize", r"a mode without a privatize\(\) of its own"),
+        ("_OtherModel", r"a mode that trains the optimizer's parameters; it lacks 0\.weight"),
+    ],
+)
+def test_a_mode_that_could_skip_the_noise_is_refused(
+    model: nn.Module, name: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _made(model, f"test_library:{name}")
+
+
+def test_a_sum_that_claims_less_than_c_is_refused(model: nn.Module) -> None:
+    private, optimizer = _made(model, "test_library:_LessSensitive")
+    private.backward(*_data())
+    with pytest.raises(ValueError, match=r"sensitivity=0\.0: expected 0\.37"):
+        optimizer.step()
+
+
+def test_a_step_of_opacus_without_noise_is_refused(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, optimizer = _made(model, "ghost")
+    private.backward(*_data())
+    monkeypatch.setattr(private.mode.dp_optimizer, "noise_multiplier", 0.0)
+    before = _weights(model)
+    with pytest.raises(RuntimeError, match="expected a standard deviation"):
+        optimizer.step()
+    assert torch.equal(_weights(model), before)
+
+
+def test_epsilon_tells_the_whole_life(model: nn.Module) -> None:
+    first, optimizer = _made(model, "flash", noise_multiplier=0.6, sample_rate=0.1)
+    for _ in range(50):
+        first.backward(*_data(0))
+        optimizer.step()
+    spent = first.epsilon(1e-5)
+    fresh = copy.deepcopy(nn.Linear(D, 3))
+    resumed, optimizer = _made(fresh, "flash", noise_multiplier=4.0, sample_rate=0.1)
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.epsilon(1e-5) == spent
+    resumed.backward(*_data())
+    optimizer.step()
+    assert resumed.epsilon(1e-5) == epsilon_rdp(((0.6, 0.1, 50), (4.0, 0.1, 1)), 1e-5)
+    with pytest.warns(UserWarning, match="50 private steps were taken on this model"):
+        again, _ = _made(copy.deepcopy(model), "flash", noise_multiplier=4.0, sample_rate=0.1)
+    assert again.epsilon(1e-5) == spent
+    with pytest.raises(ValueError, match="steps"):
+        again.load_state_dict(_made(nn.Linear(D, 3), "flash")[0].state_dict())
+    with pytest.raises(ValueError, match="before the first step"):
+        resumed.load_state_dict(first.state_dict())
+
+
+def test_a_second_call_takes_the_optimizer_over(model: nn.Module) -> None:
+    optimizer = torch.optim.Adam(model.parameters())
+    settings = {"noise_multiplier": SIGMA, "max_grad_norm": C, "expected_batch_size": B}
+    first = dpsgd_track.make_private(model, optimizer, **settings)
+    first.backward(*_data())
+    optimizer.step()
+    with pytest.warns(UserWarning, match="1 private steps"):
+        second = dpsgd_track.make_private(model, optimizer, **settings)
+    with pytest.raises(RuntimeError, match="made private again"):
+        first.backward(*_data())
+    second.backward(*_data())
+    optimizer.step()
+    assert second.num_steps == 2
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
+def test_many_calls_on_one_model_leave_nothing_on_it(model: nn.Module) -> None:
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    for _ in range(20):
+        private, _ = _made(model, "flash_fuse_bk")
+        private.backward(*_data())
+    after = {name: dict(vars(module)) for name, module in model.named_modules()}
+    assert before == after
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adagrad, torch.optim.Adam, torch.optim.RMSprop])
+def test_every_fresh_optimizer_is_taken(model: nn.Module, make: Any) -> None:
+    optimizer = make(model.parameters(), lr=0.1)
+    private = dpsgd_track.make_private(
+        model, optimizer, noise_multiplier=SIGMA, max_grad_norm=C, expected_batch_size=B
+    )
+    private.backward(*_data())
+    optimizer.step()
+    assert private.num_steps == 1
+
+
+def test_an_optimizer_that_another_library_wraps_is_named(model: nn.Module) -> None:
+    class Wrapped(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    with pytest.raises(ValueError, match="optimizer='Wrapped': expected an optimizer of torch's"):
+        dpsgd_track.make_private(
+            model,
+            Wrapped(torch.optim.SGD(model.parameters())),
+            noise_multiplier=SIGMA,
+            max_grad_norm=C,
+            expected_batch_size=B,
+        )
+
+
+def test_an_output_without_logits_is_named(model: nn.Module) -> None:
+    class Tuple(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.inner(x), x
+
+    private, _ = _made(Tuple(), "flash")
+    with pytest.raises(ValueError, match="an output with a tensor `logits`, got tuple"):
+        private.backward(*_data())
+
+
+def test_complex_parameters_are_named() -> None:
+    model = nn.Sequential(nn.Linear(D, 3))
+    model.register_parameter("phase", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))
+    with pytest.raises(ValueError, match=r"phase \(complex\)"):
+        _made(model, "flash")
+
+
+@pytest.mark.parametrize("mode", [name for name in OURS if MODES[name].is_private])
+def test_a_copy_is_an_ordinary_module(mode: str) -> None:
+    torch.manual_seed(0)
+
+    def make() -> nn.Module:
+        attention = nn.TransformerEncoderLayer(8, 2, 9, batch_first=True, dropout=0.0)
+        return nn.Sequential(nn.Embedding(D, 8), attention, nn.Flatten(), nn.Linear(40, 3))
+
+    model, tokens = make(), torch.randint(0, D, (B, 5))
+    private, optimizer = _made(model, mode)
+    averaged = AveragedModel(model)
+    for _ in range(2):
+        private.backward(tokens, _data()[1])
+        optimizer.step()
+        averaged.update_parameters(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(model), averaged.module, torch.load(buffer, weights_only=False)):
+        fresh = make()
+        fresh.load_state_dict(copied.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(copied(tokens), fresh(tokens), rtol=0, atol=0)
+            for parameter in copied.parameters():
+                parameter.zero_()
+            assert not copied(tokens).any()
+    with pytest.raises(TypeError, match="copy the model"):
+        copy.deepcopy(private)
+
+
+def test_autocast_is_the_forwards_alone(model: nn.Module) -> None:
+    x, y = _data()
+    wanted = []
+    for i in range(B):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x[i : i + 1]).float(), y[i : i + 1])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        wanted.append(torch.cat([g.flatten() for g in gradients]).norm())
+    private, optimizer = _made(model, "flash_bk")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        private.backward(x, y)
+    optimizer.step()
+    # Autograd rounds each sample's gradient of a weight to bfloat16, the engine none.
+    torch.testing.assert_close(private.last.norm_B, torch.stack(wanted), rtol=5e-3, atol=0)
 
 
 def test_evaluation_is_untouched(model: nn.Module) -> None:

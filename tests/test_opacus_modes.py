@@ -19,7 +19,7 @@ from torchrun_modes import Spec
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.opacus import OpacusMode, grad_sample_modes
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.batch import Batch
 
 # What Opacus and torch say to every user: the noise is not cryptographically secure, no input
 # needs a gradient, and (functorch) token numbers are no type to compute in.

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpsgd_track.config import PrivacyConfig
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.noise import NoiseSource
 
 NUM_SAMPLES, NUM_CONTRIBUTIONS = 200, 1000

@@ -31,7 +31,7 @@ from dpsgd_track.config import (
 from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.suites import CPU_RANKS, PROBE_MICRO_BATCHES, build_suite
 from dpsgd_track.modes.composed import ComposedMode
-from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import IGNORED, LOSSES
 from dpsgd_track.tracking.reader import ModeRun
 from dpsgd_track.training.loop import RegimeRun

@@ -21,8 +21,8 @@ from dpsgd_track.distributed.sharding import as_sharded
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import takes_plan
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.noise import NoiseSource
 
 SIGMA = 0.7

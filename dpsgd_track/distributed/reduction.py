@@ -1,4 +1,4 @@
-"""The way of hand-made gradients to the ranks that hold the parameters, summed over all ranks."""
+"""Reduce-scatters clipped sums to the ranks that own the shards, micro-batch by micro-batch."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class GradientSharder(Protocol):
     """Parameters that go together, in the order in which they are best put."""
     packs: bool
     """Whether `pack` takes whole groups."""
+    num_copies: int
+    """Ranks that hold the same shard, one in each replica of the model."""
 
     def put(self, gradients: dict[str, Tensor]) -> None:
         """Add this rank's gradients, in full shapes; each at most once per batch."""
@@ -47,23 +49,66 @@ class GradientSharder(Protocol):
         """End of a micro-batch; all ranks call it. What was not put counts as zeros."""
         ...
 
+    def commit(self) -> None:
+        """Add the finished micro-batch to the sums."""
+        ...
+
+    def discard(self) -> None:
+        """Forget everything of a micro-batch that failed."""
+        ...
+
+    def aside(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Within it, sums start from nothing and go into what is returned."""
+        ...
+
+    def gradients_of(self, total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        """This rank's part of the gradients of all ranks' `total`, by autograd."""
+        ...
+
     def keeping_root_gathered(self) -> AbstractContextManager[None]:
         """Within it, a backward leaves the root's parameters gathered for the next one."""
         ...
 
 
-class LocalSharder:
+class _Sums:
+    """The sums so far, and those of a micro-batch that may still fail."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._batch: dict[str, Tensor] = {}
+
+    def commit(self) -> None:
+        """Add the finished micro-batch to the sums."""
+        batch, self._batch = self._batch, {}
+        _add_to(self.sums, batch)
+
+    def discard(self) -> None:
+        """Forget everything of a micro-batch that failed."""
+        self._batch = {}
+
+    @contextmanager
+    def aside(self) -> Iterator[dict[str, Tensor]]:
+        """Within it, sums start from nothing and go into what is returned."""
+        sums, self.sums = self.sums, {}
+        try:
+            yield self.sums
+        finally:
+            self.sums = sums
+
+
+class LocalSharder(_Sums):
     """One device holds everything."""
 
     packs = False
+    num_copies = 1
 
     def __init__(self, model: nn.Module) -> None:
-        self.sums: dict[str, Tensor] = {}
+        super().__init__()
         self.groups = list(_names_by_unit(model, transformer_blocks(model)).values())
 
     def put(self, gradients: dict[str, Tensor]) -> None:
-        """Add to the sums."""
-        _add_to(self.sums, gradients)
+        """Add to the micro-batch's sums."""
+        _add_to(self._batch, gradients)
 
     def pack(self, names: list[str], fill: Fill) -> None:
         """Nothing is packed."""
@@ -71,6 +116,10 @@ class LocalSharder:
 
     def finish(self) -> None:
         """Nothing is on its way."""
+
+    def gradients_of(self, total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        """The gradients of `total`."""
+        return list(torch.autograd.grad(total, parameters, allow_unused=True))
 
     def keeping_root_gathered(self) -> AbstractContextManager[None]:
         """Nothing is gathered."""
@@ -84,7 +133,7 @@ def _add_to(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
     sums |= {name: total for name, total in more.items() if name not in sums}
 
 
-class Fsdp2Sharder:
+class Fsdp2Sharder(_Sums):
     """Reduces gradients group by group, one group for each FSDP2 unit.
 
     All ranks reduce the groups in the same order, the last of the model first, whatever order the
@@ -99,9 +148,11 @@ class Fsdp2Sharder:
             model: sharded already.
             late: parameters whose gradients come at the end of a backward. They go with the root's.
         """
+        super().__init__()
         self.model = model
-        self.sums: dict[str, Tensor] = {}
-        self.parameters = {n: _dtensor(p) for n, p in trainable_parameters(model).items()}
+        self.parameters = {n: _dtensor(n, p) for n, p in trainable_parameters(model).items()}
+        mesh = next(iter(self.parameters.values())).device_mesh
+        self.num_copies = mesh.shape[0] if mesh.ndim == 2 else 1
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         names_of = _names_by_unit(model, units[1:])
         *inner, root = names_of.values()
@@ -121,8 +172,25 @@ class Fsdp2Sharder:
         for names in self._to_do:
             self._reduce(names)
         for reduction in self._in_flight:
-            _add_to(self.sums, reduction.finish())
+            _add_to(self._batch, reduction.finish())
         self._start_batch()
+
+    def discard(self) -> None:
+        """Forget everything of a micro-batch that failed."""
+        super().discard()
+        self._start_batch()
+
+    def gradients_of(self, total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        """This rank's part of the gradients of all ranks' `total`, as FSDP2 reduces them."""
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            total.backward()
+            return [None if p.grad is None else as_local(p.grad) for p in parameters]
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
 
     @contextmanager
     def keeping_root_gathered(self) -> Iterator[None]:
@@ -163,7 +231,7 @@ class Fsdp2Sharder:
 
     def _start(self, reduction: _Packed) -> None:
         if len(self._in_flight) == MAX_IN_FLIGHT:
-            _add_to(self.sums, self._in_flight.pop(0).finish())
+            _add_to(self._batch, self._in_flight.pop(0).finish())
         self._in_flight.append(reduction)
 
 
@@ -229,8 +297,12 @@ def _local_rows(parameter: DTensor, shard: Tensor) -> Tensor:
     return shard[: shape.numel()].view(shape)
 
 
-def _dtensor(tensor: Tensor) -> DTensor:
-    assert isinstance(tensor, DTensor)
+def _dtensor(name: str, tensor: Tensor) -> DTensor:
+    if not isinstance(tensor, DTensor):
+        raise ValueError(
+            f"{name}: expected a parameter that fully_shard has sharded, got one that it ignores. "
+            "Leave it out of ignored_params, or freeze it."
+        )
     return tensor
 
 

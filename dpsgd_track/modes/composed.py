@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dpsgd_track.distributed.reduction import Fsdp2Sharder, GradientSharder, LocalSharder
 from dpsgd_track.distributed.sharding import (
     as_local,
-    as_sharded,
     build_mesh,
     shard_fsdp2,
     sum_gradients,
 )
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import ModeSpec
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.capture import Capture
+from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
-from dpsgd_track.privacy.engine import Batch, Engine
-from dpsgd_track.privacy.expanded import expand
-from dpsgd_track.privacy.fused_linear import can_fuse, fuse
-from dpsgd_track.privacy.noise import NoiseSource
+from dpsgd_track.privacy.engine import Engine
+from dpsgd_track.privacy.expanded import ExpandedLayer
+from dpsgd_track.privacy.fused_linear import FusedLayer, can_fuse
 from dpsgd_track.privacy.norms import NORM_RULES
-from dpsgd_track.privacy.per_sample_weights import (
-    run_rms_norm_per_sample,
-    takes_weight_per_sample,
-)
-from dpsgd_track.privacy.precision import rounded_parameters
+from dpsgd_track.privacy.per_sample_weights import RmsNormPerSample, takes_weight_per_sample
 from dpsgd_track.privacy.strategies import STRATEGIES
 
 
 class ComposedMode(Mode):
     """A mode as its line in the table says."""
+
+    is_atomic = True
 
     def __init__(self, spec: ModeSpec, model: nn.Module, context: ModeContext) -> None:
         super().__init__(context)
@@ -47,17 +44,15 @@ class ComposedMode(Mode):
         )
         sharder = self._shard(spec, late)
         self.optimizer = context.make_optimizer(model.parameters())
-        self.engine = Engine(model, sharder, self.max_grad_norm, context.loss, capture)
-        if self._rounds_parameters:
-            self.engine.input_dtype = context.param_dtype
-        self.strategy = STRATEGIES[spec.strategy]
+        strategy = STRATEGIES[spec.strategy]
+        self.engine = Engine(model, sharder, self.max_grad_norm, context.loss, strategy, capture)
+        # FSDP2 rounds parameters itself.
+        if not isinstance(model, FSDPModule) and context.param_dtype.itemsize < 4:
+            self.engine.rounded_dtype = context.param_dtype
 
     def accumulate(self, batch: Batch) -> SampleRecord:
         """Add one micro-batch's clipped gradients; an empty one takes part and adds nothing."""
-        is_empty = self.engine.is_standing_in = len(batch) == 0
-        with self._computing_in_param_dtype():
-            record = self.strategy(self.engine, batch.stand_in() if is_empty else batch)
-        return _of_nobody(record) if is_empty else record
+        return self.engine.add(batch)
 
     def set_max_grad_norm(self, max_grad_norm: float) -> None:
         """Clip at another C from the next micro-batch on."""
@@ -81,15 +76,6 @@ class ComposedMode(Mode):
                 sums[layout.name] = torch.zeros_like(as_local(parameter))
         return ClippedSum(dict(sums), self.max_grad_norm)
 
-    def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
-        """Turn the clipped sum into the update direction, in `.grad`."""
-        gradients = super().privatize(clipped, source)
-        if self.clips:
-            for layout, parameter in self._layouts:
-                local = gradients[layout.name].to(parameter.dtype)
-                parameter.grad = as_sharded(local, parameter)
-        return gradients
-
     def zero_grad(self) -> None:
         """Forget the step's gradients."""
         self.engine.sharder.sums.clear()
@@ -112,16 +98,6 @@ class ComposedMode(Mode):
             shard_fsdp2(self.model, mesh, context.param_dtype)
         return Fsdp2Sharder(self.model, late)
 
-    @property
-    def _rounds_parameters(self) -> bool:
-        # FSDP2 does so itself.
-        return not isinstance(self.model, FSDPModule) and self.context.param_dtype.itemsize < 4
-
-    def _computing_in_param_dtype(self) -> AbstractContextManager[None]:
-        if self._rounds_parameters:
-            return rounded_parameters(self.model, self.context.param_dtype)
-        return nullcontext()
-
 
 def _capture(spec: ModeSpec, model: nn.Module, plan: str) -> tuple[Capture, frozenset[str]]:
     """The capture, and the parameters whose gradients arrive when a backward is over."""
@@ -129,32 +105,17 @@ def _capture(spec: ModeSpec, model: nn.Module, plan: str) -> tuple[Capture, froz
     capture = Capture(model, rule, keep=spec.strategy == "bookkeeping", plan=plan)
     late: set[str] = set()
     for layer in capture.layers:
+        way: type[CapturedLayer] = WatchedLayer
         if layer.rule is None:
-            expand(capture, layer)
-            late.update(layer.names.values())
+            way = ExpandedLayer
         elif rule.is_fused and can_fuse(layer):
-            fuse(capture, layer)
+            way = FusedLayer
         elif takes_weight_per_sample(layer):
-            run_rms_norm_per_sample(capture, layer)
+            way = RmsNormPerSample
+        capture.take(way(capture, layer))
+        if way in (ExpandedLayer, RmsNormPerSample):
             late.update(layer.names.values())
-        else:
-            capture.watch(layer)
     return capture, frozenset(late)
-
-
-def _of_nobody(record: SampleRecord) -> SampleRecord:
-    """The record of a made-up sample without the sample."""
-
-    def nothing(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[:0]
-
-    by_parameter = record.norm_by_parameter_B
-    return SampleRecord(
-        record.loss_B[:0],
-        nothing(record.norm_B),
-        nothing(record.clip_factor_B),
-        by_parameter and {name: values[:0] for name, values in by_parameter.items()},
-    )
 
 
 def _refuse_unclipped(name: str, parameter: nn.Parameter) -> None:

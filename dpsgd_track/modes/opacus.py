@@ -28,8 +28,8 @@ from dpsgd_track.distributed.sharding import (
     trainable_parameters,
 )
 from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
-from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
 from dpsgd_track.privacy.noise import NoiseSource
 

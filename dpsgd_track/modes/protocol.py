@@ -18,12 +18,13 @@ from dpsgd_track.config import AUTO, PrivacyConfig
 from dpsgd_track.distributed.sharding import (
     Layout,
     LocalPart,
+    as_sharded,
     layout_of,
     trainable_parameters,
 )
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
-from dpsgd_track.privacy.engine import Batch
-from dpsgd_track.privacy.loss import PerSampleLoss, classification_loss
+from dpsgd_track.privacy.loss import PerSampleLoss, classification_loss, one_loss_a_sample
 from dpsgd_track.privacy.noise import NoiseSource, add_noise
 
 
@@ -40,11 +41,14 @@ class ModeContext:
     reference_dtype: torch.dtype = torch.float64
     """Type the `reference` mode computes in."""
     loss: PerSampleLoss = classification_loss
-    """(logits, targets) -> loss of each sample."""
+    """(logits, targets) -> loss of each sample. Anything but one number a sample raises."""
     num_replicas: int = 1
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
     plan: str = AUTO
     """How flash and fused modes find norms of linear layers; see `dpsgd_track.privacy.planner`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", one_loss_a_sample(self.loss))
 
 
 ModeFactory = Callable[[nn.Module, ModeContext], "Mode"]
@@ -68,6 +72,8 @@ class Mode(ABC):
     """Whether gradients are clipped at all."""
     takes_empty_batches = True
     """Whether `accumulate` takes a batch of no samples, as Poisson sampling may give it."""
+    is_atomic = False
+    """Whether a batch that fails in `accumulate` leaves nothing of itself in the sum."""
 
     def __init__(self, context: ModeContext) -> None:
         self.context = context
@@ -92,17 +98,35 @@ class Mode(ABC):
         )
 
     def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
-        """Turn the clipped sum into the update direction, in `.grad`.
+        """Turn the clipped sum into the update direction, and write it into every `.grad`.
+
+        Whatever a mode's `clipped_sum` returns, copies or its own tensors, is what the weights
+        are updated with, noise included.
 
         Returns:
             This rank's shards of (clipped sum + noise) / expected batch size, by name.
+        Raises:
+            RuntimeError: the clipped sum lacks a trainable parameter, or has others.
         """
         privacy = self.context.privacy
         add_noise(clipped, self.weight_parts(), privacy.noise_multiplier, source)
         gradients = list(clipped.gradients.values())
         if gradients:
             torch._foreach_div_(gradients, privacy.expected_batch_size)
+        if self.clips:
+            self._write_gradients(clipped.gradients)
         return clipped.gradients
+
+    def _write_gradients(self, gradients: dict[str, Tensor]) -> None:
+        unlike = gradients.keys() ^ {layout.name for layout, _ in self._layouts}
+        if unlike:
+            raise RuntimeError(
+                f"clipped_sum() of {type(self).__name__}: expected a sum for each trainable "
+                f"parameter and nothing else; what differs: {', '.join(sorted(unlike))}."
+            )
+        for layout, parameter in self._layouts:
+            local = gradients[layout.name].to(parameter.dtype)
+            parameter.grad = as_sharded(local, parameter)
 
     def step(self) -> None:
         """Update the weights from `.grad`."""

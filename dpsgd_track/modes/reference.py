@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dpsgd_track.distributed.ranks import sum_over_ranks
 from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.dropout import only
-from dpsgd_track.privacy.engine import Batch
 
 
 class ReferenceMode(Mode):

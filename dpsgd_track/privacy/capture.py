@@ -1,36 +1,45 @@
 """Captures what per-sample gradients are made of, and turns it into norms and clipped sums.
 
-A `Capture` watches every module that owns trainable parameters. The forward pass counts the uses
-of each parameter; a backward pass brings one term of its per-sample gradients for each use (see
-`privacy.terms`). When the last has come, the parameter is *settled*: in a backward run for norms
-its squared norms are taken, in one run for sums its clipped sum is formed and handed on. Tied
-weights and modules that are called several times are exact for that reason.
+While a batch is captured, every module that owns trainable parameters runs on leaves of the
+capture's own, which share the parameters' memory (`privacy.captured_layer`). The forward pass
+counts the uses of each parameter; a backward pass brings one term of its per-sample gradients for
+each use (see `privacy.terms`). When the last has come, the parameter is *settled*: in a backward
+run for norms its squared norms are taken, in one run for sums its clipped sum is formed and handed
+on. Tied weights and modules that are called several times are exact for that reason.
 
-Modules report in four ways: hooks on an unchanged module (here), the backward of a fused linear
-layer (`privacy.fused_linear`), a view of a parameter for each sample whose gradients autograd
-itself forms (`privacy.per_sample_weights`), and the same of a module that no rule knows
-(`privacy.expanded`).
+Layers are captured in five ways: from what they read and the gradient of what they return
+(`WatchedLayer`), in the backward of a fused linear layer (`privacy.fused_linear`), by a view
+of a parameter for each sample whose gradients autograd itself forms (`privacy.per_sample_weights`),
+the same of a module that no rule knows (`privacy.expanded`), and by one backward a sample where
+the samples cannot be told apart otherwise (`privacy.backward_per_sample`). Which of them fits a
+layer is found before the first batch (`privacy.sample_dim`).
 
 Autograd never forms a weight's own gradient in these backwards: it is asked for those of the
-outermost activations and of per-sample views only.
+outermost activations and of per-sample views only. It is also asked for the parameters themselves,
+to which no path leads as long as every use of a parameter is a call of the module that owns it: a
+gradient that arrives there would be missing from the norms, and the batch is refused.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, require
 from dpsgd_track.kernels.flash_norm import gram_norm_sq, tiled_norm_sq
 from dpsgd_track.privacy.layers.inventory import Layer, find_layers
 from dpsgd_track.privacy.norms import NormRule
 from dpsgd_track.privacy.planner import LinearShape, Planner
+from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.terms import (
     Dense,
     Outer,
@@ -40,6 +49,9 @@ from dpsgd_track.privacy.terms import (
     join,
     norms_sq_of,
 )
+
+if TYPE_CHECKING:
+    from dpsgd_track.privacy.captured_layer import CapturedLayer
 
 Put = Callable[[dict[str, Tensor]], None]
 """Takes this rank's clipped sums by parameter."""
@@ -55,7 +67,7 @@ class Capture:
     def __init__(
         self, model: nn.Module, norm_rule: NormRule, *, keep: bool, plan: str = AUTO
     ) -> None:
-        """Find the rule of every layer with trainable parameters; watch nothing yet.
+        """Find the rule of every layer with trainable parameters; capture nothing yet.
 
         Args:
             model: sharded or not; only names, shapes and settings are looked at.
@@ -66,12 +78,15 @@ class Capture:
             ValueError: naming everything whose per-sample gradients would not be exact, or a plan
                 that the rule or the strategy does not have.
         """
+        self.model = model
         self.norm_rule = norm_rule
         self.keep = keep
         allowed = f"{AUTO}, as the {norm_rule.name} norm has one way only"
         require(norm_rule.is_planned or plan == AUTO, "plan", plan, allowed)
         self.planner = Planner(keeps=keep, forced=plan)
         self.layers = find_layers(model)
+        self.captured: dict[str, CapturedLayer] = {}
+        """Each layer by its fully qualified name, in the way in which it is captured."""
         owners = Counter(name for layer in self.layers for name in layer.names.values())
         self.shared = frozenset(name for name, count in owners.items() if count > 1)
         """Parameters that several modules have."""
@@ -79,9 +94,11 @@ class Capture:
         """Whole shape of each trainable parameter."""
         self.num_samples: int | None = None
         """Samples of the micro-batch at hand; None outside of one."""
+        self.path = 0
+        """Digest of which layers the last micro-batch's forward called, in order."""
+        self.dtypes: set[torch.dtype] = set()
+        """Types that gradients have come in."""
         self._num_batches = 0
-        self._is_inspected = False
-        """Whether the graph of the batch at hand is looked through: of the 1st, 2nd, 4th, ..."""
         self._plans: dict[tuple[str, torch.Size, torch.dtype], str] = {}
         self._has_foreign_leaves = False
         """Whether the graph had leaves that are no parameters when it was last inspected."""
@@ -90,6 +107,14 @@ class Capture:
         """Whether no other backward of the batch follows."""
         self._terms: dict[str, list[Term]] = {}
         self._num_pending: Counter[str] = Counter()
+        self._owners = [
+            (module._parameters, local, name) for module, local, name in _trained_places(model)
+        ]
+        """Where each trainable parameter is looked up, and its fully qualified name."""
+        self._found_by_sample: list[tuple[str, Tensor]] = []
+        """[B, *parameter] of leaves that are one for all samples, once they were found."""
+        self._unsharded: dict[str, Tensor] = {}
+        """Under FSDP2 the whole parameters that a forward runs on, by name."""
         self._forget()
 
     @property
@@ -97,24 +122,59 @@ class Capture:
         """Whether calls of layers are to be reported."""
         return self.num_samples is not None and torch.is_grad_enabled()
 
+    @cached_property
+    def _units(self) -> list[_NotedUnit]:
+        # The model is sharded after the capture was made, and before its first batch.
+        return [
+            _NotedUnit(self, module, f"{fqn}." if fqn else "")
+            for fqn, module in self.model.named_modules()
+            if issubclass(type(module), FSDPModule)
+        ]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model is under FSDP2, once it has been sharded."""
+        return bool(self._units)
+
+    def take(self, captured: CapturedLayer) -> None:
+        """Capture a layer in this way from the next batch on."""
+        self.captured[captured.layer.fqn] = captured
+
     @contextmanager
     def sample_batch(self, num_samples: int) -> Iterator[None]:
         """Captures the forward and the backwards inside, of `num_samples` samples."""
         self._forget()
         self.num_samples = num_samples
         self._num_batches += 1
-        self._is_inspected = self._num_batches.bit_count() == 1
         try:
-            yield
+            with self.attached(self.captured.values()):
+                yield
         finally:
+            self.path = hash(tuple(self._calls))
             self.num_samples = None
             self._forget()
+
+    @contextmanager
+    def attached(self, modules: Iterable[ReplacedForward]) -> Iterator[None]:
+        """Within it the forwards of some modules are replaced."""
+        attached: list[ReplacedForward] = []
+        try:
+            for module in [*self._units, *modules]:
+                module.attach()
+                attached.append(module)
+            yield
+        finally:
+            for module in reversed(attached):
+                module.detach()
 
     def run_norms(self, loss_B: Tensor, *, retain_graph: bool) -> dict[str, Tensor]:
         """The backward for norms.
 
         Returns:
             Squared norm [B] of each sample's gradient, for each parameter a gradient reached.
+        Raises:
+            ValueError: a parameter is used in another way than by calling its module, so that
+                a part of its gradient would be missing.
         """
         squares: dict[str, Tensor] = {}
         there: dict[str, tuple[Term, ...]] = {}
@@ -128,8 +188,12 @@ class Capture:
                 # Now, so that the factors need not be kept.
                 squares.update(self.norms_of({name: terms}))
 
-        self._inspect(loss_B)
-        self._run(loss_B, settle, retain_graph=retain_graph)
+        self._find_foreign_leaves(loss_B)
+        parameters = self._current_parameters()
+        found = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
+        _refuse_unseen_uses(
+            [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]
+        )
         self._refuse_unreached(loss_B)
         return squares | self.norms_of(there)
 
@@ -139,7 +203,7 @@ class Capture:
         def settle(name: str, terms: tuple[Term, ...]) -> None:
             put(self.sums_of({name: terms}, clip_factor_B))
 
-        self._run(loss_B, settle, retain_graph=False)
+        self._run(loss_B, settle, (), retain_graph=False)
 
     def kept_sums(self, names: Iterable[str], clip_factor_B: Tensor) -> dict[str, Tensor]:
         """Clipped sums of some parameters, from what the backward for norms kept of them.
@@ -185,36 +249,49 @@ class Capture:
             known = self._plans[key] = self.planner.choose(name, shape, is_shared=is_shared)
         return known
 
-    def note_parameters(self, layer: Layer) -> None:
-        """A call that is captured is about to begin, and parameters are where it will find them."""
-        if self._is_inspected and not _is_in_backward():
-            parameters = dict(layer.module.named_parameters())
-            for local, name in layer.names.items():
-                self._parameter_edges[get_gradient_edge(parameters[local]).node, name] += 1
-
-    def open_call(self, layer: Layer, x: Tensor | None = None) -> bool:
-        """A call of `layer` begins; False where a checkpoint only repeats one.
+    def open_call(self, layer: Layer, x: Tensor | None = None, sample_dim: int = 0) -> bool:
+        """A call of `layer` begins, a use of each of its parameters; False where a checkpoint
+        only repeats one.
 
         Args:
-            x: its input, where the samples must be seen in dimension 0.
+            x: its input, where the samples must be seen in one dimension.
+            sample_dim: that dimension.
         Raises:
             ValueError: they are not.
         """
         if _is_in_backward():
             return False
-        if x is not None and x.shape[0] != self.num_samples:
+        if x is not None and x.shape[sample_dim : sample_dim + 1] != (self.num_samples,):
             raise ValueError(
-                f"{layer.fqn}: expected inputs of {self.num_samples} samples in dimension 0, got "
-                f"shape {tuple(x.shape)}. Per-sample gradients of this layer cannot be told apart."
+                f"{layer.fqn}: expected inputs of {self.num_samples} samples in dimension "
+                f"{sample_dim}, got shape {tuple(x.shape)}. Per-sample gradients of this layer "
+                "cannot be told apart."
             )
+        self._calls.append(layer.fqn)
         for name in layer.names.values():
             self._num_uses[name] += 1
         return True
 
+    def open_call_by_sample(self, layer: Layer, leaves: Mapping[str, Tensor]) -> None:
+        """A call of `layer` begins that runs on `leaves`, by local name, for all samples.
+
+        Their per-sample gradients are found by one backward for each sample, over all calls.
+        """
+        if _is_in_backward():
+            return
+        self._calls.append(layer.fqn)
+        for local_name, leaf in leaves.items():
+            if not any(leaf is known for _, known in self._by_sample):
+                self._by_sample.append((layer.names[local_name], leaf))
+                self._num_uses[layer.names[local_name]] += 1
+
     def close_call(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
         """The output gradients of a call have arrived."""
+        if self.is_telling_samples_apart:
+            return
         assert self._settle is not None, "a backward that was not run by the capture"
         assert layer.rule is not None
+        self.dtypes.add(dy.dtype)
         for name, term in layer.rule.terms(layer.module, x.detach(), dy.detach()).items():
             self.add_term(layer.names[name], term)
 
@@ -225,6 +302,10 @@ class Capture:
         self._num_pending[name] -= 1
         if self._num_pending[name] == 0:
             self._settle(name, join(self._terms.pop(name)))
+
+    def _add_gradients(self, name: str, grad_B: Tensor) -> None:
+        self.dtypes.add(grad_B.dtype)
+        self.add_term(name, Dense(grad_B))
 
     def note_output(
         self,
@@ -254,47 +335,20 @@ class Capture:
         assert view.grad_fn is not None
         name = layer.names[local_name]
         self._roots.append(view)
-        self._closings.append(lambda grad_B: self.add_term(name, Dense(grad_B)))
+        self._closings.append(lambda grad_B: self._add_gradients(name, grad_B))
         self._outputs.append(((name,), view.grad_fn))
 
-    def watch(self, layer: Layer) -> None:
-        """Capture every later call of the layer through hooks on its module."""
+    def note_unsharded(self, name: str, parameter: Tensor) -> None:
+        """Under FSDP2 the forward is about to run on this parameter."""
+        self._unsharded[name] = parameter
 
-        def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self.is_capturing:
-                self.note_parameters(layer)
-
-        def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any, y: Tensor) -> None:
-            if not self.is_capturing:
-                return
-            (x,) = args or tuple(kwargs.values())
-            held = _saved(x) if _is_saved_by_others() else self._hold(x)
-            if not self.open_call(layer, x):
-                return
-            edge = get_gradient_edge(y)
-
-            def close(dy: Tensor) -> None:
-                self.close_call(layer, held(), dy)
-
-            if x.requires_grad:
-                self.note_output(layer, edge, None)
-                _before_node(edge, close)
-            elif _is_saved_by_others():
-                self.note_output(layer, edge, edge)
-                y.register_hook(close)
-            else:
-                self.note_output(layer, edge, edge, close)
-
-        if isinstance(layer.module, nn.Embedding):
-            layer.module.register_forward_pre_hook(self._expand_shared_index)
-        layer.module.register_forward_pre_hook(before_forward)
-        layer.module.register_forward_hook(after_forward, with_kwargs=True)
-
-    def _hold(self, x: Tensor) -> Callable[[], Tensor]:
+    def hold(self, x: Tensor) -> Callable[[], Tensor]:
         """Keeps `x` until the last backward has asked for it.
 
         A change in place that would falsify it is an error, as autograd makes it.
         """
+        if is_saved_by_others():
+            return _saved(x)
         version = x._version
         held: list[Tensor] = [x]
 
@@ -312,27 +366,25 @@ class Capture:
 
         return take
 
-    def _expand_shared_index(self, module: nn.Module, args: tuple[Tensor, ...]) -> object:
-        """Give every sample its own copy of an index that all share.
-
-        Position indices often come as [1, T] and broadcast later; the gradient that returns
-        would be the samples' sum. Expanded, the lookup is the same and the gradients apart.
-        """
-        index = args[0]
-        num_samples = self.num_samples
-        if self.is_capturing and num_samples is not None and num_samples != len(index) == 1:
-            return (index.expand(num_samples, *index.shape[1:]), *args[1:])
-        return None
-
-    def _run(self, loss_B: Tensor, settle: _Settle, *, retain_graph: bool) -> None:
+    def _run(
+        self,
+        loss_B: Tensor,
+        settle: _Settle,
+        parameters: Iterable[Tensor],
+        *,
+        retain_graph: bool,
+    ) -> list[Tensor | None]:
+        """A backward; returns the gradients of `parameters`, where there are any."""
         self._terms, self._num_pending = {}, Counter(self._num_uses)
         self._settle, self._is_last = settle, not retain_graph
         try:
-            if self._roots:
-                total = loss_B.sum()
-                roots: Any = self._roots
-                gradients: list[Tensor | None] = list(
-                    torch.autograd.grad(total, roots, retain_graph=retain_graph, allow_unused=True)
+            for name, gradient_B in self._gradients_by_sample(loss_B):
+                self.add_term(name, Dense(gradient_B))
+            roots: Any = [*self._roots, *parameters]
+            gradients: list[Tensor | None] = []
+            if roots:
+                gradients += torch.autograd.grad(
+                    loss_B.sum(), roots, retain_graph=retain_graph, allow_unused=True
                 )
                 for number, close in enumerate(self._closings):
                     # Let go of each as soon as it was taken.
@@ -342,26 +394,55 @@ class Capture:
             # A use that no gradient reached has left its parameter waiting.
             for name in list(self._terms):
                 settle(name, join(self._terms.pop(name)))
+            return gradients[len(self._roots) :]
         finally:
             self._settle = None
 
-    def _inspect(self, loss_B: Tensor) -> None:
-        """Look through the graph for what the capture would not see.
+    def _gradients_by_sample(self, loss_B: Tensor) -> list[tuple[str, Tensor]]:
+        """[B, *parameter] of each leaf that is one for all samples, by a backward for each."""
+        if self._by_sample and not self._found_by_sample:
+            leaves = [leaf for _, leaf in self._by_sample]
+            self.is_telling_samples_apart = True
+            try:
+                rows = [
+                    torch.autograd.grad(
+                        loss_B, leaves, one_hot, retain_graph=True, materialize_grads=True
+                    )
+                    for one_hot in torch.eye(len(loss_B), dtype=loss_B.dtype, device=loss_B.device)
+                ]
+            finally:
+                self.is_telling_samples_apart = False
+            names = [name for name, _ in self._by_sample]
+            stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+            self._found_by_sample = list(zip(names, stacked, strict=True))
+        return self._found_by_sample
 
-        Raises:
-            ValueError: a parameter is used in another way than by calling its module, so that
-                a part of its gradient would be missing.
+    def _current_parameters(self) -> dict[str, Tensor]:
+        """The tensors that a use of a parameter outside of its module would be a use of."""
+        if self.is_sharded:
+            return self._unsharded
+        current = ((name, own.get(local)) for own, local, name in self._owners)
+        return {name: parameter for name, parameter in current if parameter is not None}
+
+    def _find_foreign_leaves(self, loss_B: Tensor) -> None:
+        """Look through the graph of the 1st, 2nd, 4th, ... batch for leaves that are no parameters.
+
+        What is made from one, such as an input that asks for gradients, looks as if a captured
+        layer came before it.
         """
-        if self._is_inspected:
-            _refuse_unseen_uses(loss_B, self._parameter_edges)
-        if self._is_inspected or self._has_foreign_leaves:
-            # Leaves that are no parameters, such as inputs that ask for gradients. What is made
-            # from one looks as if a captured layer came before it.
-            leaves = [n.variable for n in _nodes_below(loss_B.grad_fn) if hasattr(n, "variable")]
-            foreign = [x for x in leaves if not isinstance(x, nn.Parameter) and x.numel() > 0]
-            self._has_foreign_leaves = bool(foreign)
-            self._roots += [get_gradient_edge(leaf) for leaf in foreign]
-            self._closings += [None] * len(foreign)
+        if self._num_batches.bit_count() > 1 and not self._has_foreign_leaves:
+            return
+        ours = {id(p) for p in self._current_parameters().values()}
+        leaves = [
+            node.variable
+            for node in _nodes_below(loss_B.grad_fn)
+            if hasattr(node, "variable") and not isinstance(node.variable, nn.Parameter)
+        ]
+        ours |= {id(leaf) for captured in self.captured.values() for leaf in captured.own_leaves()}
+        foreign = [leaf for leaf in leaves if id(leaf) not in ours and leaf.numel() > 0]
+        self._has_foreign_leaves = bool(foreign)
+        self._roots += [get_gradient_edge(leaf) for leaf in foreign]
+        self._closings += [None] * len(foreign)
 
     def _refuse_unreached(self, loss_B: Tensor) -> None:
         """Raise where a call that the loss depends on was not reached by the backward."""
@@ -403,10 +484,60 @@ class Capture:
         """What a backward has to reach."""
         self._closings: list[_Close | None] = []
         """What takes the gradient of each."""
-        self._parameter_edges: Counter[tuple[Node, str]] = Counter()
         self._outputs: list[tuple[tuple[str, ...], Node]] = []
         self._num_uses: Counter[str] = Counter()
         self._kept: dict[str, tuple[Term, ...]] = {}
+        self._by_sample: list[tuple[str, Tensor]] = []
+        """Leaves whose gradients take one backward for each sample, by the parameter's name."""
+        self._found_by_sample = []
+        self.is_telling_samples_apart = False
+        """Whether a backward of one sample's loss is under way, which ends no call."""
+        self._calls: list[str] = []
+
+
+class _NotedUnit(ReplacedForward):
+    """A module that FSDP2 shards: tells the capture its whole parameters as it runs."""
+
+    def __init__(self, capture: Capture, module: nn.Module, prefix: str) -> None:
+        super().__init__(module)
+        self.capture = capture
+        self.places = [
+            (m._parameters, local, prefix + name) for m, local, name in _trained_places(module)
+        ]
+        self.is_noted = False
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note the parameters at the first call, as FSDP2 keeps the same tensors for ever."""
+        if not self.is_noted:
+            for own, local, name in self.places:
+                parameter = own[local]
+                # Those of inner units are still sharded.
+                if parameter is not None and not isinstance(parameter, DTensor):
+                    self.capture.note_unsharded(name, parameter)
+            self.is_noted = True
+        return self.plain(*args, **kwargs)
+
+
+def _trained_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module, name in it, fully qualified name) of each trainable parameter, once each."""
+    first: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
+    for fqn, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            name = f"{fqn}.{local}" if fqn else local
+            if parameter is not None and parameter.requires_grad and first[id(parameter)] == name:
+                yield module, local, name
+
+
+def _refuse_unseen_uses(names: Iterable[str]) -> None:
+    """Raise where the loss depends on parameters otherwise than through calls of their modules."""
+    problems = sorted(names)
+    if problems:
+        raise ValueError(
+            "model: expected every trainable parameter to be used by calling the module that owns "
+            f"it. Used in other ways too: {', '.join(problems)}. Call the module, or freeze the "
+            "parameter. What a hook computes from a parameter counts as another way "
+            "(torch.nn.utils.weight_norm, prune): use torch.nn.utils.parametrize."
+        )
 
 
 def _is_in_backward() -> bool:
@@ -414,8 +545,8 @@ def _is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _nodes_below(node: Node | None, *, stop: Container[Node] = ()) -> Iterator[Node]:
-    """Every node of the graph that `node` leads to, once; nothing below those in `stop`."""
+def _nodes_below(node: Node | None) -> Iterator[Node]:
+    """Every node of the graph that `node` leads to, once."""
     seen: set[Node] = set()
     waiting = [node]
     while waiting:
@@ -423,49 +554,12 @@ def _nodes_below(node: Node | None, *, stop: Container[Node] = ()) -> Iterator[N
         if node is not None and node not in seen:
             seen.add(node)
             yield node
-            if node not in stop:
-                waiting += [function for function, _ in node.next_functions]
+            waiting += [function for function, _ in node.next_functions]
 
 
-def _refuse_unseen_uses(loss_B: Tensor, seen: Counter[tuple[Node, str]]) -> None:
-    """Raise unless every edge of the graph into a trained parameter is a use that was captured."""
-    expected = {node: (name, count) for (node, name), count in seen.items()}
-    edges: Counter[Node] = Counter()
-    problems = set()
-    for node in _nodes_below(loss_B.grad_fn, stop=set(expected)):
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter) and node not in expected:
-            problems.add(f"one of shape {tuple(leaf.shape)} that no captured module owns")
-        edges.update(child for child, _ in node.next_functions if child in expected)
-    problems |= {expected[n][0] for n, count in edges.items() if count > expected[n][1]}
-    if problems:
-        raise ValueError(
-            "model: expected every trainable parameter to be used by calling the module that owns "
-            f"it. Used in other ways too: {', '.join(sorted(problems))}. Call the module, or "
-            "freeze the parameter."
-        )
-
-
-def _is_saved_by_others() -> bool:
+def is_saved_by_others() -> bool:
     """Whether what autograd saves now is left to somebody else, such as a checkpoint."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _before_node(edge: GradientEdge, call: _Close) -> None:
-    """Call with the gradient of an output when it has arrived, right before its node runs.
-
-    By then every hook on the output itself has run, FSDP2's too, which gathers the parameters of
-    a unit whose output it is. A checkpoint may need them.
-    """
-    # The hook must not hold the node that holds it: nothing would ever free the two.
-    output_nr = edge.output_nr
-
-    def before_node(gradients: tuple[Tensor | None, ...]) -> None:
-        dy = gradients[output_nr]
-        if dy is not None:
-            call(dy)
-
-    edge.node.register_prehook(before_node)
 
 
 class _Held(torch.autograd.Function):

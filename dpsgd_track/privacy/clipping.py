@@ -43,6 +43,33 @@ class SampleRecord:
     norm_by_parameter_B: dict[str, Tensor] | None = None
     """L2 norm of each sample's gradient of each parameter; a missing name means 0."""
 
+    @property
+    def is_left_out_B(self) -> Tensor | None:
+        """Samples that add nothing because their loss or norm is not finite, bool [B]."""
+        if self.norm_B is None:
+            return None
+        return ~(self.loss_B.isfinite() & self.norm_B.isfinite())
+
+    @property
+    def num_left_out(self) -> int:
+        """Number of those samples; on a GPU this waits for the device."""
+        left_out = self.is_left_out_B
+        return 0 if left_out is None else int(left_out.sum())
+
+    def of_nobody(self) -> SampleRecord:
+        """The same fields for no samples, where a batch was empty and a made-up sample ran."""
+
+        def nothing(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[:0]
+
+        by_parameter = self.norm_by_parameter_B
+        return SampleRecord(
+            self.loss_B[:0],
+            nothing(self.norm_B),
+            nothing(self.clip_factor_B),
+            by_parameter and {name: values[:0] for name, values in by_parameter.items()},
+        )
+
 
 def total_norm(norm_sq_by_parameter: dict[str, Tensor]) -> Tensor:
     """Norm over all parameters from squared norms by parameter, [B]."""

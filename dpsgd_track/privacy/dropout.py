@@ -150,6 +150,22 @@ def only(index: int) -> Iterator[None]:
         dropout.samples = samples
 
 
+@contextmanager
+def of_any_samples() -> Iterator[None]:
+    """Within it, forwards may run any number of samples, whose masks do not matter."""
+    if not _active:
+        yield
+        return
+    dropout = _active[-1]
+    samples, dropout.samples = dropout.samples, ()
+    dropout.restart()
+    try:
+        yield
+    finally:
+        dropout.samples = samples
+        dropout.restart()
+
+
 def _attention_weights(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:

@@ -3,58 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpsgd_track.distributed.reduction import GradientSharder
+from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.kernels.weighted_sum import weighted_sums_into
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.clipping import SampleRecord, clip_factors, total_norm
-from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
+from dpsgd_track.privacy.loss import PerSampleLoss
+from dpsgd_track.privacy.precision import rounded_parameters
+from dpsgd_track.privacy.sample_dim import find_sample_dims
 
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of one rank; it may be empty."""
-
-    inputs: dict[str, Tensor]
-    """The model's keyword arguments; dimension 0 of every tensor is the sample."""
-    targets: Tensor
-    """What the loss compares with; dimension 0 is the sample. See `dpsgd_track.privacy.loss`."""
-    args: tuple[Tensor, ...] = field(default=(), kw_only=True)
-    """The model's positional arguments, likewise."""
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def sample(self, index: int) -> Batch:
-        """Sample `index` alone, as a batch of one."""
-        pick = slice(index, index + 1)
-        inputs = {name: t[pick] for name, t in self.inputs.items()}
-        return Batch(inputs, self.targets[pick], args=tuple(t[pick] for t in self.args))
-
-    def run(self, model: Callable[..., Any], dtype: torch.dtype | None = None) -> Tensor:
-        """Logits of `model` over the batch; floating inputs are cast to `dtype`."""
-
-        def cast(t: Tensor) -> Tensor:
-            return t.to(dtype) if dtype and t.is_floating_point() else t
-
-        inputs = {name: cast(t) for name, t in self.inputs.items()}
-        return logits_of(model(*map(cast, self.args), **inputs))
-
-    def stand_in(self) -> Batch:
-        """One made-up sample of the same shapes: zeros, and masks that hide nothing."""
-
-        def blank(name: str, t: Tensor) -> Tensor:
-            shape = (1, *t.shape[1:])
-            return t.new_ones(shape) if name.endswith("mask") else t.new_zeros(shape)
-
-        inputs = {name: blank(name, t) for name, t in self.inputs.items()}
-        args = tuple(blank("", t) for t in self.args)
-        return Batch(inputs, blank("", self.targets), args=args)
+Strategy = Callable[["Engine", Batch], SampleRecord]
+"""Puts the clipped sum of a micro-batch; see `privacy.strategies`."""
 
 
 @dataclass
@@ -65,26 +31,99 @@ class Engine:
     sharder: GradientSharder
     max_grad_norm: float
     loss: PerSampleLoss
+    strategy: Strategy
     capture: Capture | None = None
-    input_dtype: torch.dtype | None = None
-    """Type that floating inputs are cast to; None leaves them as they are."""
+    rounded_dtype: torch.dtype | None = None
+    """Type that parameters and floating inputs are rounded to on one device; None leaves them as
+    they are."""
     is_standing_in: bool = False
     """The batch at hand is made up: its losses and gradients count for nothing."""
     packs: bool = True
     """Whether sums of kept gradients may go to the other ranks without being whole tensors."""
+    _weight_B: Tensor | None = field(default=None, init=False)
+    """What gradients are weighted with in place of the clip factors."""
+    _knows_sample_dims: bool = field(default=False, init=False)
+
+    def add(self, batch: Batch) -> SampleRecord:
+        """Add a micro-batch's clipped sum, whole or not at all; an empty one adds nothing."""
+        is_empty = self.is_standing_in = len(batch) == 0
+        if is_empty:
+            batch = batch.stand_in()
+        try:
+            with self.in_rounded_dtype():
+                if self.capture is not None and not self._knows_sample_dims:
+                    find_sample_dims(self.capture, self._logits, batch)
+                    self._knows_sample_dims = True
+                record = self.strategy(self, batch)
+        except BaseException:
+            self.sharder.discard()
+            raise
+        self.sharder.commit()
+        return record.of_nobody() if is_empty else record
+
+    def weighted_sum(
+        self, batch: Batch, weight_B: Tensor
+    ) -> tuple[SampleRecord, dict[str, Tensor]]:
+        """sum_i w_i g_i over all ranks as the engine forms it, in place of a clipped sum.
+
+        Returns:
+            The record as `add` would return it, and this rank's part of each sum. Nothing is added.
+        """
+        self._weight_B = weight_B if len(batch) else weight_B.new_zeros(1)
+        try:
+            with self.sharder.aside() as sums:
+                record = self.add(batch)
+                return record, dict(sums)
+        finally:
+            self._weight_B = None
+
+    def plain_gradients(
+        self, batch: Batch, weight_B: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The same by autograd, with nothing captured.
+
+        Returns:
+            Logits and losses of the samples, and this rank's part of the gradient of
+            sum_i w_i loss_i over all ranks, by parameter.
+        """
+        if len(batch) == 0:
+            batch, weight_B = batch.stand_in(), weight_B.new_zeros(1)
+        parameters = trainable_parameters(self.model)
+        with self.in_rounded_dtype():
+            logits = self._logits(batch)
+            loss_B = self.loss(logits, batch.targets)
+            total = (loss_B * weight_B).sum()
+            found = self.sharder.gradients_of(total, list(parameters.values()))
+        gradients = {
+            name: torch.zeros_like(as_local(parameter)) if gradient is None else gradient
+            for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+        }
+        return logits.detach(), loss_B.detach(), gradients
 
     def losses(self, batch: Batch) -> Tensor:
         """Loss of each sample, [B], with its graph."""
-        return self.loss(batch.run(self.model, self.input_dtype), batch.targets)
+        return self.loss(self._logits(batch), batch.targets)
 
     def clip(self, loss_B: Tensor, norm_sq: dict[str, Tensor]) -> SampleRecord:
-        """Norms and clip factors from squared norms by parameter."""
+        """Norms and clip factors from squared norms by parameter.
+
+        A sample whose loss or norm is not finite has factor 0: it is left out of the sum.
+        """
         norm_B = total_norm(norm_sq) if norm_sq else torch.zeros_like(loss_B)
         roots = torch.stack(list(norm_sq.values())).sqrt().unbind() if norm_sq else ()
         by_parameter = dict(zip(norm_sq, roots, strict=True))
-        return SampleRecord(
-            loss_B.detach(), norm_B, clip_factors(norm_B, self.max_grad_norm), by_parameter
-        )
+        loss_B = loss_B.detach()
+        factor_B = clip_factors(norm_B, self.max_grad_norm)
+        factor_B = torch.where(loss_B.isfinite(), factor_B, 0.0)
+        return SampleRecord(loss_B, norm_B, factor_B, by_parameter)
+
+    def weights_of(self, record: SampleRecord) -> Tensor:
+        """What each sample's gradient is multiplied by in the sum, [B]: its clip factor."""
+        assert record.clip_factor_B is not None
+        if self._weight_B is None:
+            return record.clip_factor_B
+        # What would be left out of a clipped sum is left out here too.
+        return self._weight_B.to(record.clip_factor_B.dtype) * record.clip_factor_B.ne(0)
 
     def put_kept(self, names: list[str], clip_factor_B: Tensor) -> None:
         """Add this rank's clipped sums of a group, from what the backward for norms kept of it.
@@ -105,3 +144,19 @@ class Engine:
         if self.is_standing_in:
             sums = {name: torch.zeros_like(total) for name, total in sums.items()}
         self.sharder.put(sums)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return batch.run(self.model, self.rounded_dtype)
+
+    def without_autocast(self) -> AbstractContextManager[object]:
+        """Within it, which is after a forward, norms and sums are not cast as a forward is."""
+        device = next(self.model.parameters()).device.type
+        if not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
+
+    def in_rounded_dtype(self) -> AbstractContextManager[None]:
+        """Within it the model runs on parameters of the type that the mode computes in."""
+        if self.rounded_dtype is None:
+            return nullcontext()
+        return rounded_parameters(self.model, self.rounded_dtype)

@@ -5,13 +5,18 @@ of one, with parameters expanded to [B, *parameter]. Autograd then delivers the 
 copy, which is the per-sample gradient, whatever the module computes: nothing is recomputed, and
 dropout inside is drawn once. The mapping is `torch.func.vmap`; a module that cannot be
 vectorised is run sample by sample, which is the same definition.
+
+Which dimension of each argument and output holds the samples is learned from a call in which
+their number is equal to no other size (`privacy.sample_dim`), and kept: it is no matter of sizes
+that happen to be equal later.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,73 +24,123 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.capture import Capture
+from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.replaced_forward import Forward
 
 _logger = logging.getLogger(__name__)
 
-Forward = Callable[..., Any]
+_Copies = dict[str, Tensor]
+"""[B, *parameter] by the parameter's name in the module."""
 
 
-def expand(capture: Capture, layer: Layer) -> None:
-    """Make the layer's module run on per-sample copies whenever a batch is captured."""
-    module = layer.module
-    plain: Forward = module.forward
-    each = _EachSample(layer, plain)
+@dataclass(frozen=True)
+class SampleDims:
+    """Dimensions of the samples in the tensors of a call; None where all samples share one."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not capture.is_capturing:
-            return plain(*args, **kwargs)
-        assert capture.num_samples is not None
-        parameters = dict(module.named_parameters())
-        copies = {
-            name: parameters[name].expand(capture.num_samples, *parameters[name].shape)
-            for name in layer.names
-        }
-        capture.note_parameters(layer)
-        if capture.open_call(layer):
-            for name, copy in copies.items():
-                capture.want(layer, name, copy)
-        return each(copies, args, kwargs)
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
 
-    module.forward = forward
+    @property
+    def is_shared(self) -> bool:
+        """Whether the call read nothing that belongs to one sample."""
+        return all(dim is None for dim in self.inputs)
 
 
-class _EachSample:
-    """Maps a module's forward over samples and per-sample parameters."""
+class ExpandedLayer(CapturedLayer):
+    """Runs the layer's module on per-sample copies of its parameters."""
 
-    def __init__(self, layer: Layer, plain: Forward) -> None:
-        self.layer, self.plain = layer, plain
-        self.shell = _Shell(layer.module, plain)
+    def __init__(self, capture: Capture, layer: Layer) -> None:
+        super().__init__(capture, layer)
+        self.shell = _Shell(layer.module)
         self.is_vectorised = True
-        self.sample_dims: list[int] = []
-        """Dimension of the samples in each output tensor, from the first batch of several."""
+        self.dims: dict[tuple[int | None, ...], SampleDims] = {}
+        """By the number of dimensions of each argument; None for what is no tensor."""
 
-    def __call__(self, copies: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-        num_samples = len(next(iter(copies.values())))
-        if num_samples == 1:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module returns, each sample's part from the sample's copy."""
+        capture = self.capture
+        assert capture.num_samples is not None
+        copies = {
+            name: leaf.expand(capture.num_samples, *leaf.shape)
+            for name, leaf in self.leaves().items()
+        }
+        if capture.open_call(self.layer):
+            for name, copy in copies.items():
+                capture.want(self.layer, name, copy)
+        if capture.num_samples == 1:
             return self._one({name: copy[0] for name, copy in copies.items()}, args, kwargs)
-        if not self.sample_dims:
-            self._verify(copies, args, kwargs)
-        found, structure = self._run(copies, args, kwargs)
-        dims = iter(self.sample_dims)
-        joined = [_joined(x, next(dims)) if isinstance(x, Tensor) else x for x in found]
+        dims = self.dims.get(_kind(args, kwargs)) or self.learn(copies, args, kwargs)
+        assert dims is not None
+        found, structure = self._map(copies, dims.inputs, args, kwargs)
+        joined = [
+            _joined(x, dim) if isinstance(x, Tensor) else x
+            for x, dim in zip(found, dims.outputs, strict=True)
+        ]
         return pytree.tree_unflatten(joined, structure)
 
-    def _one(self, copy: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    @torch.no_grad()
+    def learn(self, copies: _Copies, args: Any, kwargs: Any) -> SampleDims | None:
+        """Find the samples' dimensions, and hold the mapped forward against the module's own.
+
+        Args:
+            copies: of as many samples as the call has.
+        Returns:
+            The dimensions; None where a call of the same kind had the samples elsewhere.
+        Raises:
+            ValueError: a sample's output depends on the other samples.
+        """
+        num_samples = len(next(iter(copies.values())))
+        leaves = pytree.tree_leaves((args, kwargs))
+        inputs = tuple(_dim_of_size(leaf, num_samples) for leaf in leaves)
+        known = self.dims.get(_kind(args, kwargs))
+        if known is not None:
+            return known if known.inputs == inputs else None
+        was_training = {m: m.training for m in self.module.modules()}
+        self.module.eval()
+        try:
+            mapped, _ = self._map(copies, inputs, args, kwargs)
+            plain = pytree.tree_leaves(self.plain(*args, **kwargs))
+        finally:
+            for m, training in was_training.items():
+                m.training = training
+        is_shared = all(dim is None for dim in inputs)
+        outputs = tuple(
+            _shared_dim(found, wanted) if is_shared else self._dim_of_output(found, wanted)
+            for found, wanted in zip(mapped, plain, strict=True)
+        )
+        dims = self.dims[_kind(args, kwargs)] = SampleDims(inputs, outputs)
+        return dims
+
+    def _dim_of_output(self, found: Any, wanted: Any) -> int | None:
+        if not isinstance(found, Tensor):
+            return None
+        fitting = [d for d in range(found.dim() - 1) if _is_close(_joined(found, d), wanted)]
+        if not fitting:
+            raise ValueError(
+                f"{self.layer.fqn}: expected a module that treats each sample by itself, got "
+                "other outputs for a batch than for its samples one at a time. "
+                "Freeze the module, or give it a rule."
+            )
+        return fitting[0]
+
+    def _one(self, copy: _Copies, args: Any, kwargs: Any) -> Any:
+        self.shell.plain = self.plain
         named = {f"inner.{name}": value for name, value in copy.items()}
         return torch.func.functional_call(self.shell, named, args, kwargs)
 
-    def _run(self, copies: dict[str, Tensor], args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    def _map(
+        self, copies: _Copies, dims: Sequence[int | None], args: Any, kwargs: Any
+    ) -> tuple[list[Any], Any]:
         """Outputs for each sample, tensors stacked along a new dimension 0, and their structure."""
         num_samples = len(next(iter(copies.values())))
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        in_dims = [_sample_dim(leaf, num_samples) for leaf in leaves]
         out_structure: list[Any] = []
 
-        def one(copy: dict[str, Tensor], leaves: list[Any]) -> list[Any]:
+        def one(copy: _Copies, leaves: list[Any]) -> list[Any]:
             alone = [
-                leaf if dim is None else leaf.unsqueeze(0)
-                for leaf, dim in zip(leaves, in_dims, strict=True)
+                leaf if dim is None else leaf.unsqueeze(dim)
+                for leaf, dim in zip(leaves, dims, strict=True)
             ]
             found, out = pytree.tree_flatten(
                 self._one(copy, *pytree.tree_unflatten(alone, structure))
@@ -97,7 +152,7 @@ class _EachSample:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="There is a performance drop")
-                    mapped = torch.vmap(one, (0, in_dims), randomness="different")
+                    mapped = torch.vmap(one, (0, list(dims)), randomness="different")
                     return mapped(copies, leaves), out_structure[0]
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 self.is_vectorised = False
@@ -107,7 +162,10 @@ class _EachSample:
         rows = [
             one(
                 {name: copy[i] for name, copy in copies.items()},
-                [leaf if d is None else leaf[i] for leaf, d in zip(leaves, in_dims, strict=True)],
+                [
+                    leaf if dim is None else leaf.select(dim, i)
+                    for leaf, dim in zip(leaves, dims, strict=True)
+                ],
             )
             for i in range(num_samples)
         ]
@@ -115,51 +173,40 @@ class _EachSample:
         stacked = [torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
         return stacked, out_structure[0]
 
-    @torch.no_grad()
-    def _verify(self, copies: dict[str, Tensor], args: Any, kwargs: Any) -> None:
-        """Hold one mapped forward against the plain one: samples must not see each other.
 
-        Raises:
-            ValueError: they do.
-        """
-        module = self.layer.module
-        was_training = {m: m.training for m in module.modules()}
-        module.eval()
-        try:
-            mapped, _ = self._run(copies, args, kwargs)
-            plain = pytree.tree_leaves(self.plain(*args, **kwargs))
-        finally:
-            for m, training in was_training.items():
-                m.training = training
-        for found, wanted in zip(mapped, plain, strict=True):
-            if not isinstance(found, Tensor):
-                continue
-            fitting = [d for d in range(found.dim() - 1) if _is_close(_joined(found, d), wanted)]
-            if not fitting:
-                raise ValueError(
-                    f"{self.layer.fqn}: expected a module that treats each sample by itself, got "
-                    "other outputs for a batch than for its samples one at a time. "
-                    "Freeze the module, or give it a rule."
-                )
-            self.sample_dims.append(fitting[0])
+def _kind(args: Any, kwargs: Any) -> tuple[int | None, ...]:
+    leaves = pytree.tree_leaves((args, kwargs))
+    return tuple(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves)
 
 
-def _sample_dim(leaf: object, num_samples: int) -> int | None:
-    return 0 if isinstance(leaf, Tensor) and leaf.shape[:1] == (num_samples,) else None
+def _dim_of_size(leaf: object, size: int) -> int | None:
+    """The first dimension of that size."""
+    if not isinstance(leaf, Tensor) or size not in leaf.shape:
+        return None
+    return leaf.shape.index(size)
 
 
-def _joined(output: Tensor, dim: int) -> Tensor:
+def _shared_dim(found: Any, wanted: Any) -> int | None:
+    """-1 for an output of all samples that each is given a copy of; see `captured_layer.spread`."""
+    return -1 if isinstance(wanted, Tensor) else None
+
+
+def _joined(output: Tensor, dim: int | None) -> Tensor:
     """Samples [B, ...], each with a dimension `dim` of 1, as one batch along that dimension."""
+    if dim == -1:
+        return output[:, 0] if output.shape[1:2] == (1,) else output
+    assert dim is not None
     return output.movedim(0, dim).flatten(dim, dim + 1)
 
 
 class _Shell(nn.Module):
     """Holds the module, so that `functional_call` runs its plain forward without its hooks."""
 
-    def __init__(self, inner: nn.Module, plain: Forward) -> None:
+    plain: Forward
+
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.plain = plain
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.plain(*args, **kwargs)
@@ -170,6 +217,8 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
+    # A sample that is not finite is no reason to doubt the others.
+    a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
     # Rounding is far below the square root of the unit, a mistake far above.
     tolerance = torch.finfo(a.dtype).eps ** 0.5
     return bool((a - b).float().norm() <= tolerance * b.float().norm())

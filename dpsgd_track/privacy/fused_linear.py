@@ -1,8 +1,7 @@
 """Linear layers whose backward itself reports the per-sample gradients, and forms no other.
 
-The forward of the module is replaced while a batch is captured; the module stays what it is, with
-its parameters and names. Covers `torch.nn.Linear` and transformers' Conv1D. Where the plan is to
-keep the gradients, autograd forms them; else the backward is a function of our own.
+Covers `torch.nn.Linear` and transformers' Conv1D. Where the plan is to keep the gradients, autograd
+forms them; else the backward is a function of our own.
 """
 
 from __future__ import annotations
@@ -16,51 +15,48 @@ from torch.autograd.graph import get_gradient_edge
 
 from dpsgd_track.config import GRADIENTS
 from dpsgd_track.privacy.capture import Capture
+from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.layers import linear, transposed_linear
 from dpsgd_track.privacy.layers.inventory import Layer
 from dpsgd_track.privacy.per_sample_weights import run_linear
 
 
 def can_fuse(layer: Layer) -> bool:
-    """Whether `fuse` knows the layer."""
+    """Whether `FusedLayer` knows the layer."""
     return layer.rule in (linear, transposed_linear)
 
 
-def fuse(capture: Capture, layer: Layer) -> None:
-    """Make the layer's module report to `capture` from its own backward."""
-    module: Any = layer.module
-    plain = module.forward
+class FusedLayer(CapturedLayer):
+    """Reports to the capture from the backward of its own linear function."""
 
-    def forward(x: Tensor) -> Tensor:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[B, ..., d] -> [B, ..., p]."""
-        if not capture.is_capturing:
-            output: Tensor = plain(x)
-            return output
-        capture.note_parameters(layer)
-        if _has_gradients_formed(capture, layer, x):
-            return run_linear(capture, layer, x)
+        capture, layer = self.capture, self.layer
+        module: Any = layer.module
+        x = self.only_input(args, kwargs)
+        leaves = self.leaves()
+        if self._has_gradients_formed(x):
+            return run_linear(capture, layer, leaves, x)
         is_open = capture.open_call(layer, x)
-        weight_PD = module.weight if layer.rule is linear else module.weight.T
+        weight, bias = leaves.get("weight", module.weight), leaves.get("bias", module.bias)
+        weight_PD = weight if layer.rule is linear else weight.T
         # A backward runs through a function only towards an input that it has to reach.
         anchor = None if x.requires_grad else torch.empty(0, requires_grad=True)
-        output = _FusedLinear.apply(x, weight_PD, module.bias, anchor, capture, layer)
+        output = _FusedLinear.apply(x, weight_PD, bias, anchor, capture, layer)
         if is_open:
             root = None if anchor is None else get_gradient_edge(anchor)
             capture.note_output(layer, get_gradient_edge(output), root)
         return output
 
-    module.forward = forward
-
-
-def _has_gradients_formed(capture: Capture, layer: Layer, x: Tensor) -> bool:
-    """Whether the per-sample gradients themselves are kept, so that autograd may form them."""
-    if not capture.keep:
-        return False
-    if "weight" not in layer.names:
-        return True
-    weight: Any = layer.module.weight
-    num_outputs = weight.numel() // x.shape[-1]
-    return capture.plan_of(layer.names["weight"], x, num_outputs) == GRADIENTS
+    def _has_gradients_formed(self, x: Tensor) -> bool:
+        """Whether the per-sample gradients are kept, so that autograd may form them."""
+        if not self.capture.keep:
+            return False
+        if "weight" not in self.layer.names:
+            return True
+        weight: Any = self.layer.module.weight
+        num_outputs = weight.numel() // x.shape[-1]
+        return self.capture.plan_of(self.layer.names["weight"], x, num_outputs) == GRADIENTS
 
 
 class _FusedLinear(torch.autograd.Function):

@@ -8,6 +8,7 @@ Shapes: B samples, T positions, C classes, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,9 +63,51 @@ LOSSES: dict[str, PerSampleLoss] = {
 """Every built-in loss by the name of its task."""
 
 
+def one_loss_a_sample(loss: PerSampleLoss) -> PerSampleLoss:
+    """`loss`, which raises ValueError wherever it does not return one number a sample, [B].
+
+    A mean or a sum over the batch has gradients of another size than the samples' own: nothing
+    would be clipped at C.
+    """
+
+    @functools.wraps(loss)
+    def checked(logits: Tensor, targets: Tensor) -> Tensor:
+        loss_B = loss(logits, targets)
+        is_one_a_sample = (
+            isinstance(loss_B, Tensor)
+            and loss_B.shape == (len(targets),)
+            and loss_B.is_floating_point()
+        )
+        if not is_one_a_sample:
+            got = (
+                f"{loss_B.dtype} of shape {tuple(loss_B.shape)}"
+                if isinstance(loss_B, Tensor)
+                else type(loss_B).__name__
+            )
+            name = getattr(loss, "__name__", type(loss).__name__)
+            raise ValueError(
+                f"loss={name!r}: expected one number a sample, a tensor of shape "
+                f"({len(targets)},), got {got}. Use reduction='none', and take the mean over "
+                "each sample's own outputs, never over samples."
+            )
+        return loss_B
+
+    return checked
+
+
 def logits_of(output: Any) -> Tensor:
-    """A model's output, or its `logits` where it is one of transformers' output classes."""
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    """A model's output, or its `logits` where it is one of transformers' output classes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"model: expected a tensor, or an output with a tensor `logits`, got "
+            f"{type(output).__name__}. Wrap the model in a module that returns the tensor that the "
+            "loss takes."
+        )
     return logits
 
 

@@ -9,24 +9,29 @@ Shapes: B samples, T positions, D inputs, P outputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpsgd_track.privacy.capture import Capture
+from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.layers import linear, rms_norm
 from dpsgd_track.privacy.layers.inventory import Layer
 
 
-def run_linear(capture: Capture, layer: Layer, x: Tensor) -> Tensor:
+def run_linear(capture: Capture, layer: Layer, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """A linear layer (or transformers' Conv1D) on its weight for each sample.
 
     The call is opened here.
+
+    Args:
+        leaves: what stands for its trainable parameters.
     """
     module: Any = layer.module
     num_samples = x.shape[0]
-    weight, bias = module.weight, module.bias
+    weight, bias = leaves.get("weight", module.weight), leaves.get("bias", module.bias)
     if torch.is_autocast_enabled(x.device.type):
         # Once, rather than for each sample.
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -47,31 +52,24 @@ def run_linear(capture: Capture, layer: Layer, x: Tensor) -> Tensor:
     return y if x.dim() == 3 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def run_rms_norm_per_sample(capture: Capture, layer: Layer) -> None:
-    """Make an RMSNorm's module run on its weight for each sample whenever a batch is captured."""
-    module: Any = layer.module
-    plain = module.forward
+class RmsNormPerSample(CapturedLayer):
+    """An RMSNorm that runs on its weight for each sample."""
 
-    def forward(x: Tensor) -> Tensor:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[B, ..., D] -> [B, ..., D]."""
-        if not capture.is_capturing:
-            output: Tensor = plain(x)
-            return output
-        capture.note_parameters(layer)
-        weight = module.weight
+        x = self.only_input(args, kwargs)
+        parameters = self.module._parameters
+        held, weight = parameters["weight"], self.leaf("weight")
         view = weight.expand(x.shape[0], *[1] * (x.dim() - 2), *weight.shape)
-        if capture.open_call(layer, x):
-            capture.want(layer, "weight", view)
-        module._parameters["weight"] = view
+        if self.capture.open_call(self.layer, x):
+            self.capture.want(self.layer, "weight", view)
+        parameters["weight"] = view  # type: ignore[assignment]
         try:
-            output = plain(x)
+            return self.plain(*args, **kwargs)
         finally:
-            module._parameters["weight"] = weight
-        return output
-
-    module.forward = forward
+            parameters["weight"] = held
 
 
 def takes_weight_per_sample(layer: Layer) -> bool:
-    """Whether `run_rms_norm_per_sample` is exact for the layer."""
+    """Whether `RmsNormPerSample` is exact for the layer."""
     return layer.rule is rms_norm and rms_norm.takes_weight_per_sample(layer.module)

@@ -31,7 +31,7 @@ from dpsgd_track.config import (
     ModelConfig,
     require,
 )
-from dpsgd_track.privacy.engine import Batch
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import IGNORED
 from dpsgd_track.training.model_source import resolve_model
 from dpsgd_track.training.text_source import read_text

@@ -57,8 +57,11 @@ def find_rule(module: nn.Module) -> LayerRule | None:
 def _applies_its_own(module: nn.Module) -> bool:
     """Whether weight and bias, where there are any, are parameters and all that there is.
 
-    A parametrised module computes them from others.
+    A parametrised module computes them from others. Nor is a rule exact for a module whose forward
+    somebody has replaced.
     """
+    if "forward" in vars(module):
+        return False
     own = {name for name, parameter in module._parameters.items() if parameter is not None}
     applied = {n for n in ("weight", "bias") if isinstance(getattr(module, n, None), Tensor)}
     return own == applied

@@ -66,8 +66,12 @@ def _probed_scale(module: nn.Embedding, dtype: torch.dtype) -> float | None:
     table = table.to(device, dtype)
     tokens = torch.tensor([[num_rows - 1, num_rows - 2]], device=device)
     rows = table[tokens]
-    found = torch.func.functional_call(module, {"weight": table}, (tokens,))
-    if found.shape != rows.shape or found.dtype != dtype:
+    try:
+        found = torch.func.functional_call(module, {"weight": table}, (tokens,))
+    except Exception:
+        # It looks up other rows than it is asked for, or takes other arguments.
+        return None
+    if not isinstance(found, Tensor) or found.shape != rows.shape or found.dtype != dtype:
         return None
     scale = float(found[0, 0, 0])
     # A constant factor leaves nothing but the rounding of one product.

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from dpsgd_track.distributed.sharding import transformer_blocks
 from dpsgd_track.privacy.layers import LayerRule, find_rule
@@ -42,7 +46,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     rules = {m: find_rule(m) for m in model.modules() if _trained(m) or is_parametrized(m)}
     ruled = {id(p) for m, rule in rules.items() if rule for p in _trained(m).values()}
     layers: list[Layer] = []
-    problems = list(_mixing_samples(model))
+    problems = list(_unfit(model))
     taken_along: set[nn.Module] = set()
     for fqn, module in model.named_modules():
         if module in taken_along or module not in rules:
@@ -66,6 +70,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
             if not own:
                 continue
         names = {name: name_of[id(p)] for name, p in own.items()}
+        problems += _hooked_weights(fqn, module)
         layers.append(Layer(fqn, module, rule, names))
     if problems:
         raise ValueError(
@@ -90,12 +95,35 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in own if parameter.requires_grad}
 
 
-def _mixing_samples(model: nn.Module) -> Iterator[str]:
+def mixes_samples(module: nn.Module, *, in_training: bool) -> bool:
+    """Whether `module` computes with, or keeps, statistics of a whole batch."""
+    if isinstance(module, _BatchNorm):
+        return in_training or not module.track_running_stats
+    return isinstance(module, _InstanceNorm) and module.track_running_stats and in_training
+
+
+def _unfit(model: nn.Module) -> Iterator[str]:
+    """Parts of a model that no per-sample gradients make private, with the reason."""
     for fqn, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
+        kind = type(module).__name__
+        if mixes_samples(module, in_training=module.training):
             yield (
-                f"{fqn} ({type(module).__name__} mixes the samples of a batch; use GroupNorm, or "
-                "its eval mode)"
+                f"{fqn} ({kind} mixes the samples of a batch, or keeps their statistics; use "
+                "GroupNorm, or its eval mode)"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            yield f"{fqn} ({kind} rescales the rows it looks up, for good; use max_norm=None)"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_complex():
+            yield f"{name} (complex)"
+
+
+def _hooked_weights(fqn: str, module: nn.Module) -> Iterator[str]:
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+            yield (
+                f"{fqn} (a hook of {type(hook).__name__} computes its weight; use "
+                "torch.nn.utils.parametrizations, or torch.nn.utils.prune.remove)"
             )
 
 

@@ -5,15 +5,10 @@ to the engine's. Every loss is summed over samples, never averaged, so that each
 gradients flow unscaled.
 """
 
-from collections.abc import Callable
-
-from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.privacy.engine import Batch, Engine
+from dpsgd_track.privacy.engine import Strategy
 from dpsgd_track.privacy.strategies.bookkeeping import bookkeeping
 from dpsgd_track.privacy.strategies.plain import plain
 from dpsgd_track.privacy.strategies.two_pass import two_pass
-
-Strategy = Callable[[Engine, Batch], SampleRecord]
 
 STRATEGIES: dict[str, Strategy] = {
     "plain": plain,

@@ -7,8 +7,9 @@ the next is formed.
 
 from __future__ import annotations
 
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.privacy.engine import Batch, Engine
+from dpsgd_track.privacy.engine import Engine
 
 
 def bookkeeping(engine: Engine, batch: Batch) -> SampleRecord:
@@ -17,9 +18,10 @@ def bookkeeping(engine: Engine, batch: Batch) -> SampleRecord:
     assert capture is not None
     with capture.sample_batch(len(batch)):
         loss_B = engine.losses(batch)
-        record = engine.clip(loss_B, capture.run_norms(loss_B, retain_graph=False))
-        assert record.clip_factor_B is not None
-        for names in engine.sharder.groups:
-            engine.put_kept(names, record.clip_factor_B)
+        with engine.without_autocast():
+            record = engine.clip(loss_B, capture.run_norms(loss_B, retain_graph=False))
+            weight_B = engine.weights_of(record)
+            for names in engine.sharder.groups:
+                engine.put_kept(names, weight_B)
     engine.sharder.finish()
     return record

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.privacy.engine import Batch, Engine
+from dpsgd_track.privacy.engine import Engine
 
 
 def plain(engine: Engine, batch: Batch) -> SampleRecord:

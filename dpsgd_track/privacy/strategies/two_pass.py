@@ -9,8 +9,9 @@ would not be what was measured.
 
 from __future__ import annotations
 
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.privacy.engine import Batch, Engine
+from dpsgd_track.privacy.engine import Engine
 
 
 def two_pass(engine: Engine, batch: Batch) -> SampleRecord:
@@ -21,10 +22,10 @@ def two_pass(engine: Engine, batch: Batch) -> SampleRecord:
         loss_B = engine.losses(batch)
         # What the root holds (the embeddings) is gathered until the backward's end in any case:
         # kept until the second, it is gathered once.
-        with engine.sharder.keeping_root_gathered():
-            norm_sq = capture.run_norms(loss_B, retain_graph=True)
-        record = engine.clip(loss_B, norm_sq)
-        assert record.clip_factor_B is not None
-        capture.run_sums(loss_B, record.clip_factor_B, engine.put)
+        with engine.without_autocast():
+            with engine.sharder.keeping_root_gathered():
+                norm_sq = capture.run_norms(loss_B, retain_graph=True)
+            record = engine.clip(loss_B, norm_sq)
+            capture.run_sums(loss_B, engine.weights_of(record), engine.put)
     engine.sharder.finish()
     return record

@@ -1,0 +1,67 @@
+"""One micro-batch of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpsgd_track.privacy.loss import logits_of
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank; it may be empty."""
+
+    inputs: dict[str, Tensor]
+    """The model's keyword arguments; dimension 0 of every tensor is the sample."""
+    targets: Tensor
+    """What the loss compares with; dimension 0 is the sample. See `dpsgd_track.privacy.loss`."""
+    args: tuple[Tensor, ...] = field(default=(), kw_only=True)
+    """The model's positional arguments, likewise."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor, the targets last."""
+        yield from (*self.args, *self.inputs.values(), self.targets)
+
+    def sample(self, index: int) -> Batch:
+        """Sample `index` alone, as a batch of one."""
+        return self._mapped(lambda name, t: t[index : index + 1])
+
+    def copies(self, index: int, num_samples: int) -> Batch:
+        """Sample `index` as often as that."""
+        return self._mapped(lambda name, t: t[index : index + 1].expand(num_samples, *t.shape[1:]))
+
+    def resized(self, num_samples: int) -> Batch:
+        """As many samples: the batch's, from the first one on and over again."""
+        rows = torch.arange(num_samples, device=self.targets.device) % len(self)
+        return self._mapped(lambda name, t: t[rows.to(t.device)])
+
+    def stand_in(self) -> Batch:
+        """One made-up sample of the same shapes: zeros, and masks that hide nothing."""
+
+        def blank(name: str, t: Tensor) -> Tensor:
+            shape = (1, *t.shape[1:])
+            return t.new_ones(shape) if name.endswith("mask") else t.new_zeros(shape)
+
+        return self._mapped(blank)
+
+    def run(self, model: Callable[..., Any], dtype: torch.dtype | None = None) -> Tensor:
+        """Logits of `model` over the batch; floating inputs are cast to `dtype`."""
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(dtype) if dtype and t.is_floating_point() else t
+
+        inputs = {name: cast(t) for name, t in self.inputs.items()}
+        return logits_of(model(*map(cast, self.args), **inputs))
+
+    def _mapped(self, function: Callable[[str, Tensor], Tensor]) -> Batch:
+        inputs = {name: function(name, t) for name, t in self.inputs.items()}
+        args = tuple(function("", t) for t in self.args)
+        return Batch(inputs, function("", self.targets), args=args)

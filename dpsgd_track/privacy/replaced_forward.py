@@ -1,0 +1,50 @@
+"""Modules whose forward is another for a while."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+
+
+class ReplacedForward(ABC):
+    """A module whose forward is another between `attach` and `detach`.
+
+    Outside of that the module is as its owner made it: a copy of it is an ordinary module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._own = vars(module)
+        self._before: Forward | None = None
+        self._first: Forward = module.forward
+        self.plain = self._first
+        """The module's own forward."""
+
+        @functools.wraps(self._first)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.call(args, kwargs)
+
+        self._forward = forward
+
+    @abstractmethod
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is called in place of the module's own forward."""
+
+    def attach(self) -> None:
+        """Replace the module's forward."""
+        self._before = self._own.get("forward")
+        self.plain = self._before or self._first
+        self._own["forward"] = self._forward
+
+    def detach(self) -> None:
+        """Give the module its own forward back."""
+        if self._before is None:
+            del self._own["forward"]
+        else:
+            self._own["forward"] = self._before
