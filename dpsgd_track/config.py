@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,47 @@ def require(condition: bool, setting: str, got: object, allowed: str, advice: st
         raise ValueError(f"{setting}={got!r}: expected {allowed}. {advice}".rstrip())
 
 
+def _is_number(got: float) -> bool:
+    """Whether `got` is a finite number that a float can hold; True, False and text are none."""
+    if not isinstance(got, Real) or isinstance(got, bool):
+        return False
+    try:
+        return math.isfinite(got)
+    except OverflowError:
+        return False
+
+
 def _require_finite(setting: str, got: float, *, above: float | None, allowed: str) -> None:
-    ok = math.isfinite(got) and (got >= 0 if above is None else got > above)
+    ok = _is_number(got) and (got >= 0 if above is None else got > above)
     require(ok, setting, got, allowed)
+
+
+MAX_GRAD_NORMS = (1e-6, 1e30)
+"""Smallest and largest C: the range in which float32 keeps what C promises.
+
+A gradient element below 2^-63 has a square below 2^-126, which float32 holds with few bits or, on a
+device that flushes denormals, as 0. Of N elements a norm of sqrt(N) 2^-63 may thus go unseen: 1e-13
+of 10^12 elements. In the Gram form the squares are those of a layer's output gradients (or inputs),
+and what goes unseen is sqrt(T P) 2^-63 times the norm of its inputs: 3e-10 where T P is 10^9 and
+that norm 10^5, and 3e-9 for 100 such layers. With u unseen, the squared norm is at most u^2 larger
+than it seems, and a contribution at most C sqrt(1 + (u/C)^2). From C = 1e-6 on that is C but for
+1e-5 of it, in the worst case; at 1e-9 it could be 3 C. Clip factors have all their bits: a norm
+whose square float32 holds is below 1.9e19, and C divided by it is a normal number.
+
+A norm from 1.9e19 counts as infinite, and its sample is left out: from there on no C clips
+anything. Up to 1e30 it may stand for "do not clip" while sigma C is a float32 still.
+"""
+
+
+def _require_max_grad_norm(got: float) -> None:
+    smallest, largest = MAX_GRAD_NORMS
+    require(
+        _is_number(got) and smallest <= got <= largest,
+        "max_grad_norm",
+        got,
+        f"a number from {smallest:g} to {largest:g}",
+        "float32 cannot keep another bound.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +134,16 @@ class PrivacyConfig:
     noise_multiplier: float
     """sigma: standard deviation of the noise on the clipped sum, in units of C."""
     max_grad_norm: float
-    """C: bound on the L2 norm of one sample's contribution."""
+    """C: bound on the L2 norm of one sample's contribution, within `MAX_GRAD_NORMS`."""
     expected_batch_size: int
     """Samples a step is expected to hold over all ranks and micro-batches; the divisor."""
 
     def __post_init__(self) -> None:
         _require_finite("sigma", self.noise_multiplier, above=None, allowed="a number >= 0")
-        _require_finite("max_grad_norm", self.max_grad_norm, above=0.0, allowed="a number > 0")
-        require(
-            self.expected_batch_size >= 1,
-            "expected_batch_size",
-            self.expected_batch_size,
-            "an integer >= 1",
-        )
+        _require_max_grad_norm(self.max_grad_norm)
+        size = self.expected_batch_size
+        is_integer = isinstance(size, Integral) and not isinstance(size, bool)
+        require(is_integer and size >= 1, "expected_batch_size", size, "an integer >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +372,7 @@ class RegimeConfig:
         require(self.micro_batches >= 1, "micro_batches", self.micro_batches, "an integer >= 1")
         _require_finite("sigma", self.noise_multiplier, above=None, allowed="a number >= 0")
         for bound in self.max_grad_norms:
-            _require_finite("max_grad_norm", bound, above=0.0, allowed="a number > 0")
+            _require_max_grad_norm(bound)
         require(
             len(self.max_grad_norms) in (0, self.num_iter),
             "max_grad_norms",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
+from dpsgd_track.kernels import left_out
+from dpsgd_track.kernels.clipped_product import reference as product
 from dpsgd_track.kernels.embedding_norm import embedding_norm_sq, per_sample_norm_sq
 from dpsgd_track.kernels.flash_norm import flash_norm_sq, outer_norm_sq
 from dpsgd_track.kernels.flash_norm.reference import TILE_P, TILE_T, gram_form, outer_form
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
 from dpsgd_track.kernels.sketch.reference import BLOCK_ELEMENTS
+from dpsgd_track.kernels.weighted_sum import reference as sums
+from dpsgd_track.privacy.terms import Dense, Outer, Rows, clipped_sums_of
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -96,3 +103,126 @@ def test_the_sketch_sees_a_permutation_that_norms_do_not() -> None:
     assert a[0].item() == pytest.approx(b[0].item(), rel=1e-12)
     distance = (a[1:] - b[1:]).square().mean().sqrt() / x.norm()
     assert distance > 0.5
+
+
+NAN, INF = float("nan"), float("inf")
+LEFT_OUT = [(0,), (1,), (3,), (0, 2, 3), (0, 1, 2, 3)]
+"""Samples of four: the first, one in the middle, the last, several, all."""
+Sum = Callable[[list[Tensor], Tensor], list[Tensor]]
+
+
+def _rows(operands: list[Tensor], factor: Tensor) -> list[Tensor]:
+    tokens = torch.arange(operands[0].shape[1]).remainder(3).expand(4, -1)[: len(factor)]
+    return [Rows(tokens, operands[0], 5).clipped_sum(factor)]
+
+
+def _joined(operands: list[Tensor], factor: Tensor) -> list[Tensor]:
+    tokens = torch.zeros(operands[2].shape[:2], dtype=torch.int64)
+    terms = (Outer(operands[0], operands[1]), Rows(tokens, operands[2], operands[1].shape[2]))
+    return list(clipped_sums_of({"tied": terms, "dense": (Dense(operands[3]),)}, factor).values())
+
+
+# Name: (shapes of the operands, what forms clipped sums of them).
+SUMS: dict[str, tuple[list[tuple[int, ...]], Sum]] = {
+    "product, D < P": ([(17, 7), (17, 9)], lambda ops, c: [product.clipped_product(*ops, c)]),
+    "product, D > P": ([(17, 9), (17, 7)], lambda ops, c: [product.clipped_product(*ops, c)]),
+    "kept gradients": ([(33, 5), (), (7,), (2, 3, 4)], sums.weighted_sums),
+    "turned gradients": ([(33, 5)], lambda ops, c: sums.weighted_sums([ops[0].mT], c)),
+    "rows": ([(17, 6)], _rows),
+    "joined terms": ([(17, 6), (17, 9), (4, 6), (3, 2)], _joined),
+}
+
+
+def _operands(name: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(len(name))
+    found = [torch.randn(4, *shape, generator=generator).to(dtype) for shape in SUMS[name][0]]
+    factor = torch.tensor([0.7, 1.0, 3e-4, 0.2])
+    return found, factor.double() if dtype == torch.float64 else factor
+
+
+@pytest.fixture(params=["cpu", "elsewhere"])
+def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the factors may be looked at, as on CPU; elsewhere that would wait for the device."""
+    if request.param == "elsewhere":
+        monkeypatch.setattr(Tensor, "is_cpu", False)
+    return bool(request.param == "cpu")
+
+
+@contextmanager
+def _nobody_looks(is_forbidden: bool) -> Iterator[None]:
+    """Fail where a value is asked for, as that would wait for a device."""
+    with pytest.MonkeyPatch.context() as patch:
+        for look in ("__bool__", "item", "tolist", "nonzero") if is_forbidden else ():
+            patch.setattr(Tensor, look, lambda *args: pytest.fail("waits for the device"))
+        yield
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sample_of_factor_0_adds_nothing_whatever_it_is(
+    name: str, dtype: torch.dtype, value: float, looks: bool
+) -> None:
+    form = SUMS[name][1]
+    for samples in LEFT_OUT:
+        operands, factor = _operands(name, dtype)
+        factor[list(samples)] = 0
+        zeroed = [x.clone() for x in operands]
+        for x in zeroed:
+            x[list(samples)] = 0
+        wanted = form(zeroed, factor)
+        # In each operand by itself, as a NaN times 0 in the other would do, and in all.
+        for spoilt in [*([x] for x in operands), operands]:
+            before = [x.clone() for x in spoilt]
+            for x in spoilt:
+                x[list(samples)] = value
+            with _nobody_looks(not looks):
+                totals = form(operands, factor)
+            for total, expected in zip(totals, wanted, strict=True):
+                assert torch.equal(total, expected)
+            for x, old in zip(spoilt, before, strict=True):
+                x.copy_(old)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_on_cpu_the_others_add_up_as_if_it_were_not_there(name: str) -> None:
+    form = SUMS[name][1]
+    for samples in LEFT_OUT:
+        operands, factor = _operands(name, torch.float32)
+        factor[list(samples)] = 0
+        kept = [i for i in range(4) if i not in samples]
+        wanted = form([x[kept] for x in operands], factor[kept])
+        for x in operands:
+            x[list(samples)] = NAN
+        for total, expected in zip(form(operands, factor), wanted, strict=True):
+            assert torch.equal(total, expected)
+
+
+def _unmasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: nothing is left out, and 0 is a factor like any other."""
+    for module in (left_out, product, sums):
+        monkeypatch.setattr(module, "kept_samples", lambda factor_B: None)
+
+
+@pytest.mark.parametrize("name", [name for name in SUMS if name != "rows"])
+def test_without_the_mask_nan_would_poison_the_sum(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _unmasked(monkeypatch)
+    operands, factor = _operands(name, torch.float32)
+    factor[1] = 0
+    operands[0][1] = NAN
+    assert any(total.isnan().any() for total in SUMS[name][1](operands, factor))
+
+
+def test_where_all_samples_are_kept_a_cpu_copies_nothing() -> None:
+    factor, x = torch.tensor([0.1, 1.0]), torch.ones(2, 3)
+    assert left_out.kept_samples(factor) is None
+    assert left_out.only_kept(x, None) is x
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_an_empty_batch_has_sums_of_zeros(name: str) -> None:
+    operands, factor = _operands(name, torch.float32)
+    for total in SUMS[name][1]([x[:0] for x in operands], factor[:0]):
+        assert not total.any()

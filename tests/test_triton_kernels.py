@@ -247,3 +247,70 @@ def test_weighed_sums_go_to_the_rows_of_ranks(
         assert relative_error(found[: len(total)], total) < TOLERANCE
         # Nothing beyond the end is touched.
         assert found[len(total) :].isnan().all()
+
+
+# The first sample, one in the middle, the last, several, all of four.
+LEFT_OUT = [(0,), (1,), (3,), (0, 2), (0, 1, 2, 3)]
+NAN, INF = float("nan"), float("inf")
+# Too small a number to be divided by: the product leaves such a sample out as well.
+DENORMAL = 1e-39
+
+
+def four_factors(samples: tuple[int, ...], value: float = 0.0) -> tuple[Tensor, list[int]]:
+    """Factors of four samples, `value` for some, and the indices of the others."""
+    factor = torch.tensor([0.7, 1.0, 3e-4, 0.2])
+    factor[list(samples)] = value
+    return factor.to(DEVICE), [i for i in range(4) if i not in samples]
+
+
+def spoilt(whole: Tensor, samples: tuple[int, ...], value: float | None) -> Tensor:
+    """A copy in the same order in memory, with `value` in all of some samples' elements."""
+    found = whole.clone(memory_format=torch.preserve_format)
+    if value is not None:
+        found[list(samples)] = value
+    return found
+
+
+@pytest.mark.parametrize("small", [0.0, DENORMAL])
+@pytest.mark.parametrize("samples", LEFT_OUT, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 129, 17), (64, 128, 128)], ids=shape_id)
+def test_the_clipped_product_leaves_out_samples_of_factor_0(
+    shape: tuple[int, int, int], samples: tuple[int, ...], small: float
+) -> None:
+    x, dy = factors((4, *shape))
+    factor, kept = four_factors(samples, small)
+    # Bit for bit what the other samples' batch has, so that no division has touched it.
+    wanted = product.clipped_product(x[kept], dy[kept], factor[kept])
+    assert kept or not wanted.any()
+    for value_x, value_dy in ((NAN, None), (None, INF), (None, NAN), (-INF, INF)):
+        bad_x, bad_dy = spoilt(x, samples, value_x), spoilt(dy, samples, value_dy)
+        assert torch.equal(product.clipped_product(bad_x, bad_dy, factor), wanted)
+        # The test has power: such a sample times a factor of 0 is NaN.
+        terms = torch.einsum("b,btp,btd->pd", factor, bad_dy.float(), bad_x.float())
+        assert not terms.isfinite().any()
+
+
+@pytest.mark.parametrize("samples", LEFT_OUT, ids=str)
+def test_weighed_sums_leave_out_samples_of_factor_0(samples: tuple[int, ...]) -> None:
+    factor, kept = four_factors(samples)
+    whole = [
+        random(4, dtype=torch.bfloat16),
+        random(4, 4097),
+        random(4, 65, 33, dtype=torch.float16),
+        random(4, 64, 64, dtype=torch.bfloat16),
+        random(4, 65, 129).mT,
+        random(4, 65, 3, dtype=torch.float16).mT,
+        random(4, 64, 64, dtype=torch.bfloat16).mT,
+    ]
+    zeroed = weighted_sum.weighted_sums([spoilt(grad, samples, 0.0) for grad in whole], factor)
+    for value in (NAN, INF):
+        bad = [spoilt(grad, samples, value) for grad in whole]
+        found = weighted_sum.weighted_sums(bad, factor)
+        for grad, total, wanted in zip(bad, found, zeroed, strict=True):
+            assert torch.equal(total, wanted)
+            # The test has power: such a sample times 0 is NaN.
+            assert not torch.tensordot(factor, grad.float(), dims=1).isfinite().any()
+    if kept:
+        others = [g.mT[kept].mT if weighted_sum._is_turned(g) else g[kept] for g in whole]
+        alone = weighted_sum.weighted_sums(others, factor[kept])
+        assert all(map(torch.equal, zeroed, alone))

@@ -4,6 +4,9 @@ It shares no code with any other mode beyond the loss, the data and dropout's ma
 norm rules, no sharding, no reduction of theirs. Every rank holds the whole model, in float64 unless
 asked otherwise, takes its own samples, and the sums are added over ranks. In a low precision it
 keeps float32 weights and computes on rounded copies, as mixed precision does.
+
+A sample whose loss, gradient or norm is not finite is left out: its factor is 0, and nothing of it
+is added. A micro-batch is added as a whole, once all of its gradients are there.
 """
 
 from __future__ import annotations
@@ -35,24 +38,29 @@ class ReferenceMode(Mode):
         self.optimizer = context.make_optimizer(self.parameters)
 
     def accumulate(self, batch: Batch) -> SampleRecord:
-        """Clip each sample's gradient by itself, and add."""
+        """Clip each sample's gradient by itself, add up, and add the sum to `.grad`."""
         losses, norms, factors = [], [], []
         by_parameter: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        sums = [torch.zeros_like(parameter) for parameter in self.parameters]
         for index in range(len(batch)):
             with only(index):
                 loss, gradients = self.gradient(batch.sample(index))
             squares = [gradient.square().sum() for gradient in gradients]
             norm = torch.stack(squares).sum().sqrt()
             factor = torch.clamp(self.max_grad_norm / norm, max=1.0)
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.addcmul_(factor, gradient)
+            # The norm is finite only where all of the gradient is.
+            counts = loss.isfinite() & norm.isfinite() & (factor > 0)
+            factor = torch.where(counts, factor, 0.0)
+            for total, gradient in zip(sums, gradients, strict=True):
+                # Zeros in its place, as 0 times NaN is NaN.
+                total.addcmul_(factor, torch.where(counts, gradient, 0.0))
             losses.append(loss)
             norms.append(norm)
             factors.append(factor)
             for name, square in zip(self.names, squares, strict=True):
                 by_parameter[name].append(square.sqrt())
+        for parameter, total in zip(self.parameters, sums, strict=True):
+            parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
         return SampleRecord(
             self._column(losses),
             self._column(norms),

@@ -9,11 +9,36 @@ from torch import Tensor
 
 
 def clip_factors(norm_B: Tensor, max_grad_norm: float) -> Tensor:
-    """c_i = min(1, C / ||g_i||), in the norms' type; 1 where the norm is 0. [B].
+    """c_i = min(1, C / ||g_i||), [B], in the norms' type. Never NaN, nor beyond 0 to 1.
 
+    Factor 0 means that the sample is left out: clipped sums take nothing of it, not even 0 times
+    its gradient. Waits for no device.
+
+    | norm | factor |
+    |---|---|
+    | 0 | 1 |
+    | denormal | 1, or C / norm where C is smaller |
+    | up to C | 1 |
+    | beyond C | C / norm, correctly rounded |
+    | so far beyond C that C / norm is denormal or 0 | 0: with too few bits it could exceed C |
+    | finite, with C beyond the largest number of the norms' type | 1 |
+    | infinite, as a norm that overflows its type is | 0 |
+    | NaN | 0 |
+    | none, of an empty batch | none |
+
+    Within `config.MAX_GRAD_NORMS` no norm of `total_norm` is in the fifth or the sixth row: one
+    whose square is finite is too small for the former, and C for the latter.
+
+    Args:
+        norm_B: ||g_i|| >= 0, float32 or float64.
+        max_grad_norm: C, a number > 0 in the norms' type.
     Source: Abadi et al., 2016, "Deep Learning with Differential Privacy", algorithm 1.
     """
-    return (max_grad_norm / norm_B).clamp(max=1.0)
+    # As a tensor, or torch would multiply by 1 / norm, which is rounded once more, or infinite.
+    bound = torch.tensor(max_grad_norm, dtype=norm_B.dtype, device="cpu")
+    factor_B = (bound / norm_B).clamp(max=1.0)
+    # A comparison with NaN is false.
+    return torch.where(factor_B >= torch.finfo(norm_B.dtype).tiny, factor_B, 0.0)
 
 
 @dataclass(frozen=True)
@@ -39,7 +64,7 @@ class SampleRecord:
     norm_B: Tensor | None = None
     """L2 norm of each sample's gradient over all trainable parameters, before clipping."""
     clip_factor_B: Tensor | None = None
-    """Factor each sample's gradient was multiplied by."""
+    """Factor each sample's gradient was multiplied by; 0 where the sample was left out."""
     norm_by_parameter_B: dict[str, Tensor] | None = None
     """L2 norm of each sample's gradient of each parameter; a missing name means 0."""
 
@@ -72,5 +97,10 @@ class SampleRecord:
 
 
 def total_norm(norm_sq_by_parameter: dict[str, Tensor]) -> Tensor:
-    """Norm over all parameters from squared norms by parameter, [B]."""
+    """Norm over all parameters from squared norms by parameter, [B].
+
+    NaN or infinite where a square is, and infinite where their sum overflows: in float32, for norms
+    from 1.8e19. A square that underflows counts as 0: of N gradient elements sqrt(N) 1.1e-19 may
+    go unseen, which `config.MAX_GRAD_NORMS` keeps far below C.
+    """
     return torch.stack(list(norm_sq_by_parameter.values())).sum(dim=0).sqrt()

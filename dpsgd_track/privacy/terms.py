@@ -4,6 +4,9 @@ Each use of a parameter in a forward pass gives one term; the per-sample gradien
 its terms. A parameter that is used several times, in one module or in several, is exact because
 its terms are joined before a norm is taken: norms do not add up, gradients do.
 
+A sample whose clip factor is 0 is left out of every clipped sum: it adds nothing, even where what
+its gradient is made of is NaN or infinite.
+
 - `Outer`: sum_t dy_t x_t^T, of a linear layer. Only the factors are held.
 - `Rows`: rows of a table, of an embedding. Only the rows that were looked up are held.
 - `Dense`: the per-sample gradients themselves, [B, *parameter].
@@ -68,8 +71,11 @@ class Rows:
     def clipped_sum(self, clip_factor_B: Tensor) -> Tensor:
         """sum_i c_i g_i, [V, D]."""
         rows = accumulation(self.dy_BTD) * clip_factor_B.view(-1, 1, 1)
-        table = rows.new_zeros(self.num_rows, rows.shape[-1])
-        return table.index_add_(0, self.tokens_BT.flatten(), rows.flatten(0, 1))
+        # What is left out may be NaN times 0: it goes to one more row, which nobody reads.
+        index_BT = torch.where(clip_factor_B.view(-1, 1) != 0, self.tokens_BT, self.num_rows)
+        table = rows.new_zeros(self.num_rows + 1, rows.shape[-1])
+        table.index_add_(0, index_BT.flatten(), rows.flatten(0, 1))
+        return table[: self.num_rows]
 
     def materialised(self) -> Dense:
         """The per-sample gradients, [B, V, D]: for tables too small to matter."""

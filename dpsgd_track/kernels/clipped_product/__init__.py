@@ -5,6 +5,10 @@
 The clip factors meet the products in float32. Rounded into 16-bit factors of the product, they
 would move a whole sample's gradient by up to 0.2 %, and beyond C.
 
+A sample whose factor is 0 is left out: it adds nothing, even where x or g is NaN or infinite. On
+tensor cores the same goes for a factor below float32's normal range (1.2e-38), which has too few
+bits to be divided by; `clip_factors` gives none.
+
 Shapes: B samples, T positions, D inputs, P outputs.
 """
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dpsgd_track.kernels.left_out import kept_samples, only_kept
+
 
 def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
     """As the package's: one product, of factors of which the smaller was scaled."""
-    x_BTD, dy_BTP = x_BTD.to(factor_B.dtype), dy_BTP.to(factor_B.dtype)
+    is_kept_B = kept_samples(factor_B)
+    factor_B = only_kept(factor_B, is_kept_B)
+    x_BTD = only_kept(x_BTD, is_kept_B).to(factor_B.dtype)
+    dy_BTP = only_kept(dy_BTP, is_kept_B).to(factor_B.dtype)
     factors = factor_B.view(-1, 1, 1)
     if x_BTD.shape[2] < dy_BTP.shape[2]:
         x_BTD = x_BTD * factors

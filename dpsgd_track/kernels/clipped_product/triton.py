@@ -1,7 +1,8 @@
 """The clipped sum of outer products on a GPU: one launch, float32 sums on tensor cores.
 
 A tile holds one running sum. Before sample i is added, it is multiplied by c_{i-1} / c_i, and by
-the last factor at the end, so that what each product was multiplied by is its own factor.
+the last factor at the end, so that what each product was multiplied by is its own factor. Of a
+sample that is left out nothing is read, and the running sum stays as it is.
 
 Shapes: B samples, T positions, D inputs, P outputs.
 """
@@ -21,6 +22,9 @@ from dpsgd_track.kernels.flash_norm.triton import (
     with_unit_stride,
 )
 
+# Smallest factor that has all its bits: float32's normal range begins here.
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
+
 
 @triton.jit
 def _clipped_product_kernel(
@@ -38,24 +42,34 @@ def _clipped_product_kernel(
     total = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
     dy_ptr += t[:, None] * dy_stride_t + p[None, :]
     x_ptr += t[:, None] * x_stride_t + d[None, :]
-    before = 1.0
+    coming = tl.load(factor_ptr, mask=B > 0, other=0.0)
+    is_kept = tl.abs(coming) >= SMALLEST
+    ratio = 1.0
+    before = tl.where(is_kept, coming, 1.0)
     for sample in range(B):
-        factor = tl.load(factor_ptr + sample)
-        total *= before / factor
-        before = factor
+        # Read long before it is needed, as the next sample's loads wait for it.
+        coming = tl.load(factor_ptr + sample + 1, mask=sample + 1 < B, other=0.0)
+        total *= ratio
+        num_positions = tl.where(is_kept, T, 0)
+        # Where all is loaded without a mask, the loop ends before it begins.
+        stop = num_positions if IS_EVEN else T
         dy_tile = dy_ptr
         x_tile = x_ptr
-        for start in range(0, T, BLOCK_T):
+        for start in range(0, stop, BLOCK_T):
             if IS_EVEN:
                 dy = tl.load(dy_tile)
                 x = tl.load(x_tile)
             else:
-                is_there = (start + t)[:, None] < T
+                is_there = (start + t)[:, None] < num_positions
                 dy = tl.load(dy_tile, mask=is_there & (p[None, :] < P), other=0.0)
                 x = tl.load(x_tile, mask=is_there & (d[None, :] < D), other=0.0)
             total = tl.dot(tl.trans(dy), x, total)
             dy_tile += BLOCK_T * dy_stride_t
             x_tile += BLOCK_T * x_stride_t
+        is_kept = tl.abs(coming) >= SMALLEST
+        # Not before / before: a GPU's quotient of equal numbers need not be 1.
+        ratio = tl.where(is_kept, before / tl.where(is_kept, coming, 1.0), 1.0)
+        before = tl.where(is_kept, coming, before)
         dy_ptr += dy_stride_b
         x_ptr += x_stride_b
     total *= before

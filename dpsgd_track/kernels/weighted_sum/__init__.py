@@ -4,6 +4,9 @@
 
 Both read the gradients once, in the type they are kept in, and add in float32; neither makes a
 copy in another type.
+
+A sample whose factor is 0 is left out of a sum: it adds nothing, even where its gradient is NaN or
+infinite.
 """
 
 from __future__ import annotations

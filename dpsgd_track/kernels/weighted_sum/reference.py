@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpsgd_track.kernels.left_out import kept_samples, only_kept
+
 
 def norms_sq(grads: Sequence[Tensor]) -> Tensor:
     """As the package's."""
@@ -22,14 +24,18 @@ def _norm_sq(grad: Tensor) -> Tensor:
 
 def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
     """As the package's."""
-    return [_weighted_sum(grad, factor_B) for grad in grads]
+    is_kept_B = kept_samples(factor_B)
+    factor_B = only_kept(factor_B, is_kept_B)
+    return [_weighted_sum(grad, factor_B, is_kept_B) for grad in grads]
 
 
-def _weighted_sum(grad: Tensor, factor_B: Tensor) -> Tensor:
+def _weighted_sum(grad: Tensor, factor_B: Tensor, is_kept_B: Tensor | None) -> Tensor:
     # Of what lies transposed, the sum is formed so, too, and turned at the end.
     is_transposed = grad.dim() == 3 and grad.mT.is_contiguous() and not grad.is_contiguous()
-    rows = grad.mT if is_transposed else grad
-    total = (factor_B @ rows.reshape(len(grad), -1).to(factor_B.dtype)).view(rows.shape[1:])
+    rows = only_kept(grad.mT if is_transposed else grad, is_kept_B)
+    # Of no sample at all, -1 would stand for any size.
+    flat = rows.reshape(len(rows), rows.shape[1:].numel()).to(factor_B.dtype)
+    total = (factor_B @ flat).view(rows.shape[1:])
     return (total.mT if is_transposed else total).contiguous()
 
 

@@ -77,6 +77,13 @@ def _places(sum_ptr, width, stride, element):
 
 
 @triton.jit
+def _weighed(factor, grad):
+    """c_i g_i, and 0 where the factor is 0, whatever the gradient is."""
+    # Chosen once both are there: a load that waited for the factor would come later.
+    return factor * tl.where(factor != 0.0, grad, 0.0)
+
+
+@triton.jit
 def _sums_kernel(
     table_ptr, owner_ptr, first_ptr, factor_ptr, B,
     IS_EVEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -96,7 +103,7 @@ def _sums_kernel(
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for sample in range(B):
         grad = _load(address, kind, sample * N + element, element < N)
-        total += tl.load(factor_ptr + sample) * grad
+        total += _weighed(tl.load(factor_ptr + sample), grad)
     tl.store(_places(sum_ptr, width, stride, element), total, mask=element < N)
 
 
@@ -125,7 +132,8 @@ def _turned_sums_kernel(
     is_there = (d[:, None] < D) & (p[None, :] < P)
     for sample in range(B):
         offset = (sample * D + d[:, None]) * P + p[None, :]
-        total += tl.load(factor_ptr + sample) * _load(address, kind, offset, is_there)
+        grad = _load(address, kind, offset, is_there)
+        total += _weighed(tl.load(factor_ptr + sample), grad)
     # Rows of a parameter are never divided among ranks.
     row = _places(sum_ptr, width, stride, p.to(tl.int64) * D)
     mask = (p[:, None] < P) & (d[None, :] < D)
