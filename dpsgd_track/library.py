@@ -225,7 +225,7 @@ class PrivateTraining:
 
     def _refuse_what_is_not_finite(self, record: SampleRecord) -> None:
         # Our own modes leave such a sample out; another's has it in its sum.
-        if isinstance(self.mode, OWN_MODES) or not record.num_left_out:
+        if type(self.mode) in OWN_MODES or not record.num_left_out:
             return
         raise ValueError(
             f"batch: expected finite losses and gradients, got {record.num_left_out} samples "
@@ -249,7 +249,7 @@ class PrivateTraining:
             )
         clipped = self.mode.clipped_sum()
         audited = None
-        if not isinstance(self.mode, OWN_MODES):
+        if type(self.mode) not in OWN_MODES:
             _check_sum(self.mode, clipped, self._privacy.max_grad_norm)
             audited = _NoiseAudit(clipped, self._privacy)
         # What is divided and has noise must not be taken for a sum again.

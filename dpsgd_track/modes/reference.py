@@ -27,6 +27,7 @@ class ReferenceMode(Mode):
     """DP-SGD as its definition reads."""
 
     replicated = True
+    is_atomic = True
 
     def __init__(self, model: nn.Module, context: ModeContext) -> None:
         super().__init__(context)

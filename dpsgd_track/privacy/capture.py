@@ -128,13 +128,13 @@ class Capture:
         return [
             _NotedUnit(self, module, f"{fqn}." if fqn else "")
             for fqn, module in self.model.named_modules()
-            if issubclass(type(module), FSDPModule)
+            if issubclass(type(module), FSDPModule) and fqn not in self.captured
         ]
 
     @property
     def is_sharded(self) -> bool:
         """Whether the model is under FSDP2, once it has been sharded."""
-        return bool(self._units)
+        return issubclass(type(self.model), FSDPModule)
 
     def take(self, captured: CapturedLayer) -> None:
         """Capture a layer in this way from the next batch on."""
@@ -420,7 +420,13 @@ class Capture:
     def _current_parameters(self) -> dict[str, Tensor]:
         """The tensors that a use of a parameter outside of its module would be a use of."""
         if self.is_sharded:
-            return self._unsharded
+            # Layers that are units of their own have met theirs.
+            of_layers = [
+                captured.seen_parameters()
+                for captured in self.captured.values()
+                if issubclass(type(captured.module), FSDPModule)
+            ]
+            return {n: p for found in of_layers for n, p in found.items()} | self._unsharded
         current = ((name, own.get(local)) for own, local, name in self._owners)
         return {name: parameter for name, parameter in current if parameter is not None}
 

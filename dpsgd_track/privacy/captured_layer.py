@@ -66,6 +66,14 @@ class CapturedLayer(ReplacedForward):
         """What stands for each trainable parameter inside a call, by its name in the module."""
         return {name: place.leaf() for name, place in self._places.items()}
 
+    def seen_parameters(self) -> dict[str, Tensor]:
+        """Trainable parameters that calls so far have found, by fully qualified name."""
+        return {
+            self.layer.names[local]: place.parameter
+            for local, place in self._places.items()
+            if place.parameter is not None
+        }
+
     def own_leaves(self) -> Iterator[Tensor]:
         """Every leaf that was made so far."""
         return (place.made for place in self._places.values() if place.made is not None)
