@@ -34,6 +34,8 @@ NORM_LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Relative error that a sample's norm may have; rounding comes to some 1e-15 and 1e-6."""
 SUM_LIMIT = 1e-4
 """Norm of the clipped sum's error, over the norm of the sum."""
+VANISHING = 1e-6
+"""Norm of a gradient below which rounding would be judged."""
 VERBS = "freeze use call choose give move detach change set pass replace put train add make switch"
 WAYS_OUT = re.compile(
     rf"(?:^|[.;:,] |\b(?:or|and) )(?:{'|'.join(VERBS.split())})\b",
@@ -164,6 +166,10 @@ def prepare(architecture: Architecture, sizes: tuple[int, ...]) -> Trial | None:
     else:
         raise RuntimeError("the plain model runs neither in float64 nor in float32")
     (batch, truth), *_ = batches
+    if float(truth.norm_B.min()) < VANISHING:
+        raise RuntimeError(
+            "the plain model has no gradient to speak of; feed it with other samples"
+        )
     # Where parts round to float32, one sample alone is rounded otherwise than in a batch.
     apart = (_gradient(model, batch, architecture) - truth.gradients_BN.sum(0)).norm()
     rounds = bool(apart > 1e-11 * truth.gradients_BN.sum(0).norm())

@@ -104,9 +104,10 @@ class Architecture:
 def tokens(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Ragged token ids [B, T], 0 at padding, and their mask; each row repeats a token."""
     ids = torch.randint(4, VOCAB, (size, T), generator=generator)
-    lengths = torch.randint(T // 2, T + 1, (size, 1), generator=generator)
+    # A query whose loss counts needs two keys that differ, or its gradient is 0.
+    lengths = torch.randint(T - 2, T + 1, (size, 1), generator=generator)
     mask = (torch.arange(T) < lengths).long()
-    ids[:, 1] = ids[:, 0]
+    ids[:, 2] = ids[:, 0]
     return ids * mask, mask
 
 
@@ -335,6 +336,7 @@ speech = functools.partial(
     apply_spec_augment=False,
 )
 WITH_HEADS = {"T": T, "heads": NUM_HEADS}
+PADDED = {"T": T, "T of whole windows": 8}
 WITH_CLASSES = {"T": T, "classes": NUM_CLASSES}
 STAGES: dict[str, Any] = {
     "depths": [1, 1],
@@ -489,6 +491,7 @@ def _frozen_llama() -> Any:
 
 def with_peft(config: str, *, drops: bool = False, **settings: Any) -> Architecture:
     """A llama under one of peft's methods."""
+    sizes = {"T": T, "width": WIDTH} if settings.get("use_dora") else {"T": T}
 
     def build() -> nn.Module:
         import peft
@@ -502,6 +505,7 @@ def with_peft(config: str, *, drops: bool = False, **settings: Any) -> Architect
         build=build,
         make_samples=causal_text,
         loss=peft_prompt_loss if config in _ADD_TOKENS else LOSSES["causal-lm"],
+        sizes=sizes,
         drops=drops,
         needs="peft",
     )
@@ -642,7 +646,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nystromformer": masked("Nystromformer", num_landmarks=T, segment_means_seq_len=T),
     "roformer": masked("RoFormer", embedding_size=WIDTH),
     "esm": masked("Esm", position_embedding_type="rotary", mask_token_id=VOCAB - 1),
-    "longformer": masked("Longformer", attention_window=4),
+    "longformer": masked("Longformer", attention_window=4, sizes=PADDED),
     "mobilebert": masked(
         "MobileBert", embedding_size=8, intra_bottleneck_size=WIDTH, true_hidden_size=WIDTH
     ),
@@ -677,7 +681,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "marian": seq2seq("Marian", decoder_vocab_size=VOCAB, **BART),
     "blenderbot": seq2seq("Blenderbot", **BART),
     "m2m100": seq2seq("M2M100", **BART),
-    "led": seq2seq("LED", attention_window=4, max_encoder_position_embeddings=32, **BART),
+    "led": seq2seq(
+        "LED", attention_window=4, max_encoder_position_embeddings=32, sizes=PADDED, **BART
+    ),
     "prophetnet": seq2seq(
         "ProphetNet",
         num_encoder_layers=1,
