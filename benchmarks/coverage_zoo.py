@@ -107,7 +107,7 @@ def tokens(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     # A query whose loss counts needs two keys that differ, or its gradient is 0.
     lengths = torch.randint(T - 2, T + 1, (size, 1), generator=generator)
     mask = (torch.arange(T) < lengths).long()
-    ids[:, 2] = ids[:, 0]
+    ids[:, 1:3] = torch.stack([ids[:, 0] % (VOCAB - 5) + 4, ids[:, 0]], dim=1)
     return ids * mask, mask
 
 
