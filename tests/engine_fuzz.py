@@ -149,6 +149,8 @@ class Case:
             for f in fields(self)
             if getattr(self, f.name) != f.default
         ]
+        # In double quotes, as shells need them.
+        said = [part.replace("'", '"') for part in said]
         return f"Case({', '.join(said)})"
 
 
@@ -380,6 +382,8 @@ class _Loop:
                 off = float((ours[name] - wanted).detach().norm())
                 why = " (samples see each other)" if self.saw_none else ""
                 raise _Stop(WRONG, f"weights{why}: {name} is off by {off:.2g}")
+            if float(wanted.detach().abs().amax()) > 1e4:
+                raise _Stop(VOID, f"{name} has diverged: rounding decides what is computed")
 
     def _check_length(self, before: dict[str, Tensor]) -> None:
         """A step moves the weights by at most what its samples may add."""
@@ -478,7 +482,10 @@ class _Loop:
             norms += self._truth(self._data(number, k)).norms
         norms = sorted(n for n in norms if math.isfinite(n) and n > 1e-6) or [1.0]
         middle = norms[len(norms) // 2]
-        return {"none": 1e6, "some": 0.999 * middle, "all": 0.1 * norms[0]}[self.case.bound]
+        # Noise goes with the bound: a larger one would throw the weights far off.
+        return {"none": 10 * norms[-1], "some": 0.999 * middle, "all": 0.1 * norms[0]}[
+            self.case.bound
+        ]
 
     # What happens beside the steps.
 
@@ -861,15 +868,18 @@ def case_of(choose: Choose, *, mode: str | None = None) -> Case:
 
 
 @st.composite
-def cases(draw: Callable[[st.SearchStrategy[Any]], Any], mode: str | None = None) -> Case:
+def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
     """`case_of`, drawn by hypothesis."""
-    return case_of(lambda options: draw(st.sampled_from(options)), mode=mode)
+    return case_of(lambda options: draw(st.sampled_from(options)))
 
 
-def run_many(num_cases: int, seed: int) -> list[tuple[Case, Outcome]]:
-    """Cases drawn alike, of which hypothesis would draw many that are like one another."""
-    choose = random.Random(seed).choice
-    drawn = [case_of(choose) for _ in range(num_cases)]
+def run_many(num_cases: int, seed: int, *, mode: str | None = None) -> list[tuple[Case, Outcome]]:
+    """Cases that have nothing to do with each other.
+
+    Hypothesis draws many that are alike: of 121 pieces its first 150 cases hold 19, these 93.
+    """
+    choose = random.Random(f"{seed}/{mode}").choice
+    drawn = [case_of(choose, mode=mode) for _ in range(num_cases)]
     return [(case, run(case)) for case in drawn]
 
 
@@ -956,6 +966,11 @@ def _simpler(case: Case) -> Iterator[Case]:
             yield replace(case, pieces=(*pieces[:k], "linear", *pieces[k + 1 :]))
 
 
+def reproduction(case: Case) -> str:
+    """A command line that runs the case alone."""
+    return f"PYTHONPATH=.:tests python -c 'from engine_fuzz import *; print(run({case}))'"
+
+
 def kinds(found: Iterable[tuple[Case, Outcome]], most: int) -> str:
     """The smallest case of each kind of failure and of needless refusal, the commonest first.
 
@@ -974,7 +989,7 @@ def kinds(found: Iterable[tuple[Case, Outcome]], most: int) -> str:
     lines = [f"{len(telling)} cases that should not be, {len(telling[:most])} of them made small"]
     for kind, pairs in sorted(by_kind.items(), key=lambda item: -len(item[1])):
         case, outcome = min(pairs, key=lambda pair: len(repr(pair[0])))
-        lines.append(f"{len(pairs):4}  {kind}\n      run({case})\n      {outcome.detail}")
+        lines.append(f"{len(pairs):4}  {kind}\n      {outcome.detail}\n      {reproduction(case)}")
     return "\n".join(lines)
 
 

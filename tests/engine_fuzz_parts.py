@@ -327,13 +327,13 @@ def _table(h: Tensor) -> Tensor:
 
 _piece(
     "table-TT-to-module",
-    LEGAL,
+    EITHER,
     lambda m, h: m.a(h, _table(h)),
     a=lambda s: _Mixer(s.num_features),
 )
 _piece(
     "table-TD-to-module",
-    LEGAL,
+    EITHER,
     lambda m, h: m.a(h, rows=_distances(h, h.shape[-1])[0]),
     a=lambda s: _Adder(s.num_features),
 )
