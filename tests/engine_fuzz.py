@@ -58,6 +58,9 @@ TOLERANCE = 1e-8
 # A norm is the root of a sum in which Gram matrices may cancel: 1e-16 there is 1e-8 here.
 NORM_TOLERANCE = 1e-6
 
+LARGEST_NORM = 1e5
+"""Of a sample's gradient. Beyond it a model is so steep that rounding shows at `TOLERANCE`."""
+
 EVENTS: dict[str, str] = {
     "none": LEGAL,
     "zero-grad-before": LEGAL,
@@ -382,8 +385,6 @@ class _Loop:
                 off = float((ours[name] - wanted).detach().norm())
                 why = " (samples see each other)" if self.saw_none else ""
                 raise _Stop(WRONG, f"weights{why}: {name} is off by {off:.2g}")
-            if float(wanted.detach().abs().amax()) > 1e4:
-                raise _Stop(VOID, f"{name} has diverged: rounding decides what is computed")
 
     def _check_length(self, before: dict[str, Tensor]) -> None:
         """A step moves the weights by at most what its samples may add."""
@@ -433,10 +434,12 @@ class _Loop:
                 truth.exists = truth.can_be_isolated = False
         for name, value in _state(self.twin):
             value.detach().copy_(state[name])
-        if not truth.exists and NONE not in self.case.contracts() and not self._is_finite(truth):
+        if max(filter(math.isfinite, truth.norms), default=0.0) > LARGEST_NORM:
+            raise _Stop(VOID, "diverged: rounding decides what is computed")
+        if not truth.exists and NONE not in self.case.contracts():
+            if self._is_finite(truth):
+                raise _Stop(WRONG, "of the fuzz itself: autograd finds no truth for legal parts")
             truth.exists = True
-        elif not truth.exists and NONE not in self.case.contracts():
-            raise AssertionError(f"{self.case} was believed to have a truth")
         return truth
 
     @staticmethod
@@ -861,7 +864,7 @@ def case_of(choose: Choose, *, mode: str | None = None) -> Case:
         bound=choose(("some", "some", "all", "none")),
         optimizer=choose(("sgd", "sgd", "momentum", "adam")),
         inputs=choose(("one", "one", "pair", "keywords")),
-        sigma=choose((0.0, 0.0, 0.0, 0.7)),
+        sigma=choose((0.0, 0.0, 0.0, 0.1)),
         frozen=choose(range(4)) if thaws or choose(range(5)) == 0 else None,
         seed=choose(range(1000)),
     )
