@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from dpsgd_track.config import PrivacyConfig, require
 from dpsgd_track.distributed.ranks import world_size
-from dpsgd_track.distributed.sharding import trainable_parameters
+from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -73,6 +73,7 @@ class PrivateTraining:
         self._num_batches = 0
         self._num_own_steps = 0
         self._spoiled: BaseException | None = None
+        self._gradients = _GradientWatch(mode)
         self._left_out = _LeftOut()
         self._is_clearing = False
         self._is_closed = False
@@ -120,6 +121,7 @@ class PrivateTraining:
                 known exactly. Nothing is updated with the batch.
         """
         self._refuse_unless_whole()
+        self._gradients.check()
         batch = _batch(inputs, targets)
         is_added = False
         try:
@@ -135,6 +137,7 @@ class PrivateTraining:
             if is_added or not self.mode.is_atomic:
                 self._spoiled = error
             raise
+        self._gradients.take()
         self._left_out.add(self.last)
         self._num_batches += 1
         return self.last.loss_B
@@ -247,6 +250,8 @@ class PrivateTraining:
                 "optimizer: expected the parameters that it had when it was made private, got "
                 "others. Call make_private again after a change of parameter groups."
             )
+        self._gradients.check()
+        self._gradients.release()
         clipped = self.mode.clipped_sum()
         audited = None
         if type(self.mode) not in OWN_MODES:
@@ -274,12 +279,65 @@ class PrivateTraining:
             self.mode.zero_grad()
         finally:
             self._is_clearing = False
+        self._gradients.release()
         self._num_batches = 0
         self._spoiled = None
 
     def _note_history(self) -> None:
         # Plain tuples, so that a saved model needs nothing of ours.
         vars(self.model)[_HISTORY] = tuple(map(tuple, self._ledger.history))
+
+
+class _GradientWatch:
+    """Sees what others do to `.grad` while batches are being added.
+
+    Our own modes keep their sums elsewhere; a parameter's gradient of zeros then stands for them.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        parameters = list(trainable_parameters(mode.model).values())
+        self._keeps_sums_elsewhere = isinstance(mode, ComposedMode) and mode.clips
+        if self._keeps_sums_elsewhere:
+            parameters = sorted(parameters, key=Tensor.numel)[:1]
+        self._parameters = parameters
+        self._taken: list[tuple[Tensor | None, int]] = []
+
+    def take(self) -> None:
+        """Remember the gradients as they are after a batch was added."""
+        if self._keeps_sums_elsewhere and not self._taken:
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        self._taken = [(p.grad, _version(p.grad)) for p in self._parameters]
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: somebody has cleared a gradient, or added to it, since.
+        """
+        for parameter, (gradient, version) in zip(self._parameters, self._taken, strict=False):
+            if parameter.grad is gradient and _version(gradient) == version:
+                continue
+            was_cleared = parameter.grad is None or not bool(as_local(parameter.grad).any())
+            what = (
+                "one that was cleared, as model.zero_grad() does. Call optimizer.zero_grad(): it "
+                "forgets the batches too"
+                if was_cleared
+                else "another. A backward of another loss has added to it, and it is not clipped"
+            )
+            raise RuntimeError(f".grad: expected the gradient that backward() left, got {what}.")
+
+    def release(self) -> None:
+        """Take away what stands for sums that are kept elsewhere."""
+        if self._keeps_sums_elsewhere and self._taken:
+            for parameter, (gradient, _) in zip(self._parameters, self._taken, strict=True):
+                if parameter.grad is gradient:
+                    parameter.grad = None
+        self._taken = []
+
+
+def _version(gradient: Tensor | None) -> int:
+    return 0 if gradient is None else gradient._version
 
 
 class _LeftOut:

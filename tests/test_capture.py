@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import cached, register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from dpsgd_track.config import AUTO, GRADIENTS, TILED, PrivacyConfig
@@ -686,6 +686,79 @@ class _HookedOutput(nn.Module):
         return y
 
 
+class _InPlace(nn.Module):
+    """Changes what linear layers return, which is a view where they have a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.mix, self.leave = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu_(self.enter(x))
+        return torch.tanh_(self.leave(self.mix(h).add_(h)))
+
+
+class _Keeping(nn.Module):
+    """A module without a rule that keeps a tensor for later."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * self.scale
+            self.penalty = y.square()
+            return y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled, self.head = self.Scaled(), nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.scaled(x)) + self.scaled.penalty.sum(dim=2, keepdim=True)
+        return y
+
+
+class _CachedParametrisation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = weight_norm(nn.Linear(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with cached():
+            return torch.tanh(self.mix(torch.tanh(self.mix(x))))
+
+
+class _SampleBySample(nn.Module):
+    """Looks each sample up in a call of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(V, D), nn.Linear(D, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(torch.cat([self.tokens(row[None]) for row in tokens])))
+        return y
+
+
+class _InitialState(nn.Module):
+    """A recurrent layer with a state [1, B, d], and attention with a mask [T, T] at T = B."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(8, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.enter = nn.Linear(D, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        h = self.rnn(x, x.mean(dim=1)[None].contiguous())[0]
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        y: Tensor = self.attention(h, h, h, attn_mask=mask, need_weights=False)[0]
+        return y
+
+
 SHARED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "p": (lambda: _FirstCopy(lambda x, p: x + p), TOKENS),
     "p[0]": (lambda: _FirstCopy(lambda x, p: x + p[0]), TOKENS),
@@ -707,6 +780,11 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "offset-positions": (lambda: _OffsetPositions(is_shared=False), TOKENS),
     "offset-positions-shared": (lambda: _OffsetPositions(is_shared=True), TOKENS),
     "forward-hook": (_HookedOutput, ROWS),
+    "in-place": (_InPlace, ROWS),
+    "kept-for-later": (_Keeping, ROWS),
+    "cached-parametrisation": (_CachedParametrisation, ROWS),
+    "sample-by-sample": (_SampleBySample, TOKENS),
+    "initial-state": (_InitialState, ROWS[:, :B]),
 }
 """What is shared by samples, or has them elsewhere than in dimension 0."""
 

@@ -115,11 +115,12 @@ def test_step_after_a_plain_backward_raises(model: nn.Module, mode: str) -> None
     assert torch.equal(_weights(model), before)
 
 
-@pytest.mark.parametrize("mode", [name for name in OURS if MODES[name].is_private])
+@pytest.mark.parametrize("mode", [*(name for name in OURS if MODES[name].is_private), "reference"])
 def test_a_plain_backward_beside_the_private_one_raises(model: nn.Module, mode: str) -> None:
     private, optimizer = _made(model, mode)
     x, y = _data()
     private.backward(x, y)
+    x = x.double() if mode == "reference" else x
     nn.functional.cross_entropy(model(x), y).backward()
     before = _weights(model)
     with pytest.raises(RuntimeError, match="it is not clipped"):
@@ -396,6 +397,39 @@ def test_zero_grad_forgets_the_batch(model: nn.Module, mode: str) -> None:
     other.backward(*_data())
     optimizer.step()
     torch.testing.assert_close(_weights(model), _weights(once), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", PRIVATE)
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_cleared_behind_the_optimizers_back_are_noticed(
+    model: nn.Module, mode: str, set_to_none: bool
+) -> None:
+    private, optimizer = _made(model, mode)
+    private.backward(*_data())
+    private.model.zero_grad(set_to_none=set_to_none)
+    with pytest.raises(RuntimeError, match=r"as model\.zero_grad\(\) does"):
+        optimizer.step()
+    optimizer.zero_grad()
+    private.backward(*_data())
+    optimizer.step()
+
+
+def test_noise_covers_the_largest_c_of_a_step() -> None:
+    noises = []
+    for bounds in ((1.0, 0.01), (0.01, 1.0)):
+        torch.manual_seed(0)
+        model = nn.Linear(D, 300)
+        before = _weights(model)
+        private, optimizer = _made(model, "flash_bk", max_grad_norm=bounds[0])
+        private.backward(*_data(0))
+        private.mode.set_max_grad_norm(bounds[1])
+        private.backward(*_data(0))
+        optimizer.step()
+        noises.append((before - _weights(model)).std() / 0.5 * B)
+    for noise in noises:
+        assert abs(noise / SIGMA - 1) < 0.1
+    private.backward(*_data(0))
+    assert private.mode.clipped_sum().sensitivity == 1.0
 
 
 def _in_training(model: nn.Module) -> None:

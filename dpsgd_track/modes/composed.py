@@ -52,7 +52,9 @@ class ComposedMode(Mode):
 
     def accumulate(self, batch: Batch) -> SampleRecord:
         """Add one micro-batch's clipped gradients; an empty one takes part and adds nothing."""
-        return self.engine.add(batch)
+        record = self.engine.add(batch)
+        self.note_bound()
+        return record
 
     def set_max_grad_norm(self, max_grad_norm: float) -> None:
         """Clip at another C from the next micro-batch on."""
@@ -74,7 +76,7 @@ class ComposedMode(Mode):
             _refuse_unclipped(layout.name, parameter)
             if layout.name not in sums:
                 sums[layout.name] = torch.zeros_like(as_local(parameter))
-        return ClippedSum(dict(sums), self.max_grad_norm)
+        return ClippedSum(dict(sums), self.sensitivity)
 
     def zero_grad(self) -> None:
         """Forget the step's gradients."""

@@ -78,6 +78,7 @@ class Mode(ABC):
     def __init__(self, context: ModeContext) -> None:
         self.context = context
         self.max_grad_norm = context.privacy.max_grad_norm
+        self._largest_bound = 0.0
 
     @abstractmethod
     def accumulate(self, batch: Batch) -> SampleRecord:
@@ -91,10 +92,19 @@ class Mode(ABC):
         """Clip at another C from the next micro-batch on."""
         self.max_grad_norm = max_grad_norm
 
+    @property
+    def sensitivity(self) -> float:
+        """The largest C that a micro-batch of this step was clipped at; C where there is none."""
+        return self._largest_bound or self.max_grad_norm
+
+    def note_bound(self) -> None:
+        """A micro-batch that was clipped at the C in force is in the sum now."""
+        self._largest_bound = max(self._largest_bound, self.max_grad_norm)
+
     def clipped_sum(self) -> ClippedSum:
         """The clipped sum of the micro-batches since the last step, as this rank's shards."""
         return ClippedSum(
-            {part.name: part.local for part in self.gradient_parts()}, self.max_grad_norm
+            {part.name: part.local for part in self.gradient_parts()}, self.sensitivity
         )
 
     def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
@@ -134,6 +144,7 @@ class Mode(ABC):
 
     def zero_grad(self) -> None:
         """Forget the step's gradients."""
+        self._largest_bound = 0.0
         self.optimizer.zero_grad(set_to_none=True)
 
     def plan(self) -> dict[str, str]:

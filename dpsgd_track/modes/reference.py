@@ -62,6 +62,7 @@ class ReferenceMode(Mode):
                 by_parameter[name].append(square.sqrt())
         for parameter, total in zip(self.parameters, sums, strict=True):
             parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
+        self.note_bound()
         return SampleRecord(
             self._column(losses),
             self._column(norms),

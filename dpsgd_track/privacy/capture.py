@@ -284,6 +284,9 @@ class Capture:
             if not any(leaf is known for _, known in self._by_sample):
                 self._by_sample.append((layer.names[local_name], leaf))
                 self._num_uses[layer.names[local_name]] += 1
+                # So that a backward comes by the layers after this one.
+                self._roots.append(leaf)
+                self._closings.append(None)
 
     def close_call(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
         """The output gradients of a call have arrived."""

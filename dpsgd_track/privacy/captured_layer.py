@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -129,6 +130,9 @@ class WatchedLayer(CapturedLayer):
             x = spread(x, capture.num_samples)
             args, kwargs = (x,), {}
         y: Tensor = self.run_plain(args, kwargs)
+        if y._is_view():
+            # A change in place of a view would take the output's node out of the graph.
+            y = torch.ops.aten._unsafe_view(y, y.shape)
         held = capture.hold(x)
         if not capture.open_call(layer, x, dim):
             return y

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.capture import Capture
@@ -45,6 +47,10 @@ class SampleDims:
     def is_shared(self) -> bool:
         """Whether the call read nothing that belongs to one sample."""
         return all(dim is None for dim in self.inputs)
+
+
+class MixedSamplesError(ValueError):
+    """A module treats a batch in another way than its samples one at a time."""
 
 
 class ExpandedLayer(CapturedLayer):
@@ -86,9 +92,10 @@ class ExpandedLayer(CapturedLayer):
         Args:
             copies: of as many samples as the call has.
         Returns:
-            The dimensions; None where a call of the same kind had the samples elsewhere.
+            The dimensions; None where a call of the same kind had the samples elsewhere, or where
+            the module keeps tensors for later, which belong to one sample's run.
         Raises:
-            ValueError: a sample's output depends on the other samples.
+            MixedSamplesError: a sample's output depends on the other samples.
         """
         num_samples = len(next(iter(copies.values())))
         leaves = pytree.tree_leaves((args, kwargs))
@@ -100,6 +107,8 @@ class ExpandedLayer(CapturedLayer):
         self.module.eval()
         try:
             mapped, _ = self._map(copies, inputs, args, kwargs)
+            if self._keeps_mapped_tensors():
+                return None
             plain = pytree.tree_leaves(self.plain(*args, **kwargs))
         finally:
             for m, training in was_training.items():
@@ -112,12 +121,19 @@ class ExpandedLayer(CapturedLayer):
         dims = self.dims[_kind(args, kwargs)] = SampleDims(inputs, outputs)
         return dims
 
+    def _keeps_mapped_tensors(self) -> bool:
+        return any(
+            isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
+            for module in self.module.modules()
+            for value in vars(module).values()
+        )
+
     def _dim_of_output(self, found: Any, wanted: Any) -> int | None:
         if not isinstance(found, Tensor):
             return None
         fitting = [d for d in range(found.dim() - 1) if _is_close(_joined(found, d), wanted)]
         if not fitting:
-            raise ValueError(
+            raise MixedSamplesError(
                 f"{self.layer.fqn}: expected a module that treats each sample by itself, got "
                 "other outputs for a batch than for its samples one at a time. "
                 "Freeze the module, or give it a rule."
@@ -127,7 +143,8 @@ class ExpandedLayer(CapturedLayer):
     def _one(self, copy: _Copies, args: Any, kwargs: Any) -> Any:
         self.shell.plain = self.plain
         named = {f"inner.{name}": value for name, value in copy.items()}
-        return torch.func.functional_call(self.shell, named, args, kwargs)
+        with _no_cached_parametrisations():
+            return torch.func.functional_call(self.shell, named, args, kwargs)
 
     def _map(
         self, copies: _Copies, dims: Sequence[int | None], args: Any, kwargs: Any
@@ -172,6 +189,16 @@ class ExpandedLayer(CapturedLayer):
         columns = zip(*rows, strict=True)
         stacked = [torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
         return stacked, out_structure[0]
+
+
+@contextmanager
+def _no_cached_parametrisations() -> Iterator[None]:
+    """Within it every use of a parametrised tensor computes it, as each sample has its own."""
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
 
 
 def _kind(args: Any, kwargs: Any) -> tuple[int | None, ...]:

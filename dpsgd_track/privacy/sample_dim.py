@@ -29,7 +29,7 @@ from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer, spread
 from dpsgd_track.privacy.dropout import of_any_samples
-from dpsgd_track.privacy.expanded import ExpandedLayer
+from dpsgd_track.privacy.expanded import ExpandedLayer, MixedSamplesError
 from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, transposed_linear
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
@@ -63,8 +63,8 @@ def find_sample_dims(capture: Capture, run: Run, batch: Batch) -> None:
     other = batch.resized(num_samples)
     try:
         places, _ = _observe(capture, run, other, _Observer)
-    except _MixedSamples as error:
-        raise ValueError(*error.args) from None
+    except MixedSamplesError:
+        raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         _logger.warning(
@@ -135,10 +135,6 @@ def _observe(
     return {o.captured.layer.fqn: o.places for o in observers if o.places}, outputs
 
 
-class _MixedSamples(Exception):
-    """A module was seen to mix samples."""
-
-
 class _Observer(ReplacedForward):
     """A layer that runs as it is, and notes where its inputs have the samples."""
 
@@ -176,8 +172,11 @@ class _Observer(ReplacedForward):
         }
         try:
             dims = captured.learn(copies, args, kwargs)
-        except ValueError as error:
-            raise _MixedSamples(*error.args) from None
+        except MixedSamplesError:
+            raise
+        except Exception as error:
+            _logger.debug("%s cannot be run sample by sample: %s", captured.layer.fqn, error)
+            return UNKNOWN
         if dims is None:
             return UNKNOWN
         if captured is not self.captured:
