@@ -123,6 +123,7 @@ def test_settings_file_in_the_working_directory_is_read(
     [
         (["absent"], "group='absent': expected"),
         (["x", "--tracking-uri", "sqlite:///absent.db"], "expected an existing SQLite file"),
+        (["x", "--tracking-uri", "sqlite:mlflow.db"], "expected sqlite:///FILE"),
         (["x", "--tracking-uri", "file:///tmp"], "tracking_uri='file:///tmp': expected"),
         (["x", "--config", "absent.yaml"], "config='absent.yaml': expected"),
         (["x", "--config", "wide.yaml"], "expected UTF-8 text. It is UTF-16"),
