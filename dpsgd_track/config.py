@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from dpsgd_track.text_file import open_text
+
 PARAM_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
 DEVICES = ("cpu", "cuda")
@@ -590,17 +592,18 @@ def load_settings(path: Path | None) -> Settings:
     """Settings from `path`; the defaults when `path` is None.
 
     Raises:
-        ValueError: the file is missing, is not YAML, or has a key or value that is not known.
+        ValueError: the file is missing, is no YAML in UTF-8, or has an unknown key or value.
     """
     if path is None:
         return Settings()
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open_text("config", path) as file:
+            raw = yaml.safe_load(file.read())
     except FileNotFoundError:
         raise ValueError(
             f"config={str(path)!r}: expected an existing file. Check --config."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"config={str(path)!r}: expected valid YAML. {error}") from None
     raw = {} if raw is None else raw
     require(isinstance(raw, Mapping), "config", str(path), "a mapping of settings at the top")

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "dpsgd_track"
 
 # What each room may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
-    "config": set(),
+    "text_file": set(),
+    "config": {"text_file"},
     "kernels": set(),
     "distributed": {"config"},
     "privacy": {"config", "distributed", "kernels"},
@@ -24,9 +25,18 @@ ALLOWED: dict[str, set[str]] = {
     "library": {"config", "distributed", "modes", "privacy"},
     "tracking": {"config"},
     "faults": {"config", "distributed", "kernels", "modes", "privacy"},
-    "training": {"config", "distributed", "faults", "kernels", "modes", "privacy", "tracking"},
+    "training": {
+        "config",
+        "distributed",
+        "faults",
+        "kernels",
+        "modes",
+        "privacy",
+        "text_file",
+        "tracking",
+    },
     "launcher": {"config", "faults", "modes", "tracking", "training"},
-    "comparison": {"config", "modes", "tracking"},
+    "comparison": {"config", "modes", "text_file", "tracking"},
     "report": {"comparison", "config", "modes", "tracking"},
     "detection": {"comparison", "config", "faults", "launcher", "modes", "report", "tracking"},
 }

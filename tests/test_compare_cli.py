@@ -107,8 +107,9 @@ def test_settings_file_in_the_working_directory_is_read(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.add_group(healthy_runs())
+    # With a byte order mark, as editors on Windows write it.
     Path("mlflow.yaml").write_text(
-        f"tracking_uri: {store.uri}\nresults_dir: here\n", encoding="utf-8"
+        f"tracking_uri: {store.uri}\nresults_dir: here\n", encoding="utf-8-sig"
     )
     assert command.main(["synthetic", "--no-png", "--no-log"]) == 0
     assert Path("here/synthetic/report.md").is_file()
@@ -122,14 +123,18 @@ def test_settings_file_in_the_working_directory_is_read(
     [
         (["absent"], "group='absent': expected"),
         (["x", "--tracking-uri", "sqlite:///absent.db"], "expected an existing SQLite file"),
+        (["x", "--tracking-uri", "sqlite:mlflow.db"], "expected sqlite:///FILE"),
         (["x", "--tracking-uri", "file:///tmp"], "tracking_uri='file:///tmp': expected"),
         (["x", "--config", "absent.yaml"], "config='absent.yaml': expected"),
+        (["x", "--config", "wide.yaml"], "expected UTF-8 text. It is UTF-16"),
+        (["x", "--config", "."], "expected a file that can be read. Is a directory."),
         (["x", "--loss-threshold", "-1"], "thresholds.loss=-1.0: expected"),
     ],
 )
 def test_error_of_a_user_is_one_line_and_exit_code_2(
     store: Store, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
+    Path("wide.yaml").write_text("results_dir: here", encoding="utf-16")
     if "--tracking-uri" not in arguments:
         arguments = [*arguments, "--tracking-uri", store.uri]
     assert command.main(arguments) == 2

@@ -212,7 +212,15 @@ def test_a_file_of_waivers_is_read_as_written(tmp_path: Path) -> None:
         ),
         Waiver(mode="opacus:ew", observable="loss", reason="x", expires=datetime.date(2027, 1, 1)),
     )
+    text = path.read_text(encoding="utf-8")
+    assert load_waivers(write(tmp_path, f"\ufeff{text}")) == load_waivers(write(tmp_path, text))
     assert load_waivers(write(tmp_path, "# none\n")) == ()
+
+
+def test_a_file_of_waivers_in_utf16_is_called_so(tmp_path: Path) -> None:
+    write(tmp_path, "").write_text("[]", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"^waivers='.*': expected UTF-8 text. It is UTF-16, "):
+        load_waivers(tmp_path / "w.yaml")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A store that cannot be used is said before anything starts, in a line, and leaves nothing."""
 
 import contextlib
+import os
 import shutil
 import socket
 import sqlite3
@@ -8,15 +9,21 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
+from mlflow.utils.file_utils import local_file_uri_to_path
+from synthetic_group import empty_tables
 
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import suites
+from dpsgd_track.report import command as compare
 from dpsgd_track.tracking import names
+from dpsgd_track.tracking.history import metric_history
+from dpsgd_track.tracking.reader import _local_folder, open_client
 from dpsgd_track.tracking.source import read_group_anywhere
 from dpsgd_track.tracking.store import open_store
 from tests import fake_launch
@@ -236,3 +243,141 @@ def test_certificates_are_verified(folder, server, capsys, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(shown.authority))
         monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
         open_store(Settings(tracking_uri=uri))
+
+
+ODD_NAMES = ("feature%20x", "a?b", "a?b=c", "a#b", "ü b", 'it\'s "x"', "a;b&c=d", "100%", "[b]:@")
+"""Names of folders that a URI writes in another way, or cuts short."""
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("place", ["working directory", "option"])
+def test_the_store_is_the_file_that_sqlite3_opens_under_the_same_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    here = folder / name
+    here.mkdir()
+    # What is opened where %20 is decoded.
+    (folder / "feature x").mkdir()
+    shutil.copy(empty_tables(), here / "mlflow.db")
+    shutil.copy(empty_tables(), folder / "feature x" / "mlflow.db")
+    before = set(folder.rglob("*"))
+    settings = Settings()
+    if place == "option":
+        settings = Settings(tracking_uri=f"sqlite:///{here}/mlflow.db")
+        location = str(here / "artifacts")
+        settings = replace(settings, artifact_location=location)
+    else:
+        monkeypatch.chdir(here)
+    client, experiment_id = open_store(settings)
+    run_id = client.create_run(experiment_id).info.run_id
+    client.log_metric(run_id, "loss", 0.5)
+    (here / "note.txt").write_text("kept")
+    client.log_artifact(run_id, str(here / "note.txt"))
+    with contextlib.closing(sqlite3.connect(here / "mlflow.db")) as database:
+        assert database.execute("SELECT run_uuid FROM runs").fetchall() == [(run_id,)]
+    # Readers find the same file, by SQL as well, and its artifacts.
+    reader = open_client(settings.tracking_uri)
+    assert metric_history(reader, run_id, ["loss"]) == {"loss": {0: 0.5}}
+    kept = _local_folder(reader.get_run(run_id).info.artifact_uri)
+    assert kept is not None
+    assert kept.is_relative_to(here)
+    assert (kept / "note.txt").read_text() == "kept"
+    assert {path.relative_to(folder).parts[0] for path in set(folder.rglob("*")) - before} == {name}
+
+
+@pytest.mark.parametrize("name", ["feature%20x", 'it\'s "x"'])
+def test_a_new_store_keeps_artifacts_beside_it_where_no_place_is_set(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    here = folder / name
+    here.mkdir()
+    monkeypatch.chdir(here)
+    settings = Settings(artifact_location=None)
+    client, experiment_id = open_store(settings)
+    run_id = client.create_run(experiment_id).info.run_id
+    (here / "note.txt").write_text("kept")
+    client.log_artifact(run_id, str(here / "note.txt"))
+    assert len(list(here.glob(f"mlruns/*/{run_id}/artifacts/note.txt"))) == 1
+    assert list(folder.iterdir()) == [here]
+    assert "_MLFLOW_SERVER_ARTIFACT_ROOT" not in os.environ
+
+
+def test_a_path_through_a_link_and_back_is_followed_as_the_system_does(folder: Path) -> None:
+    (folder / "far" / "away").mkdir(parents=True)
+    (folder / "link").symlink_to(folder / "far" / "away")
+    shutil.copy(empty_tables(), folder / "far" / "mlflow.db")
+    client, experiment_id = open_store(Settings(tracking_uri="sqlite:///link/../mlflow.db"))
+    client.create_run(experiment_id)
+    with contextlib.closing(sqlite3.connect("link/../mlflow.db")) as database:
+        assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+    assert not Path("mlflow.db").exists()
+
+
+def test_every_command_finds_the_store_in_a_folder_with_an_odd_name(folder, monkeypatch, capsys):
+    here, other = folder / "a%20b?c=d#e \"ü'", folder / "a b"
+    here.mkdir()
+    other.mkdir()
+    shutil.copy(empty_tables(), here / "mlflow.db")
+    monkeypatch.chdir(here)
+    options = ("--mode", "no_dp", "--regime", "accuracy", "--group", "g")
+    monkeypatch.setenv("FAKE_WORKER", '{"no_dp": {"do": "crash", "regime": 1}}')
+    assert fake_launch.run(["quick", *options]) == 1
+    monkeypatch.setenv("FAKE_WORKER", "{}")
+    assert fake_launch.run(["resume", "g", "--offline"]) == 0
+    assert fake_launch.run(["sync", "g"]) == 0
+    assert list(Path("spool").iterdir()) == []
+    capsys.readouterr()
+    assert fake_launch.run(["resume", "g"]) == 0
+    assert "nothing is missing" in capsys.readouterr().out
+    # Of the synthetic records no verdict is asked, but that all of them are read, from anywhere.
+    monkeypatch.chdir(other)
+    uri = f"sqlite:///{here}/mlflow.db"
+    compare.main(["g", "--no-png", "--tracking-uri", uri, "--results-dir", str(here / "out")])
+    found = read_group_anywhere(Settings(tracking_uri=uri), "g", print)
+    assert {run.status for run in found.group.runs} == {"FINISHED"}
+    assert all(run.trajectory and not run.trajectory_missing for run in found.group.runs)
+    assert found.group.tags[names.VERDICT]
+    assert sorted(folder.iterdir()) == sorted((here, other))
+    assert list(other.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("sqlite:///mlflow.db?timeout=60", "expected sqlite:///FILE without options"),
+        ("sqlite:///stores/", "expected sqlite:///FILE."),
+        ("sqlite:///raw\udcff.db", "expected a path in UTF-8"),
+    ],
+)
+def test_a_store_that_mlflow_would_open_elsewhere(folder, capsys, uri, message):
+    assert message in refuse(capsys, uri)
+    assert message in refuse(capsys, uri, "--offline")
+    assert compare.main(["g", "--tracking-uri", uri]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    for command in ("sync", "ui"):
+        assert fake_launch.run([command, "--tracking-uri", uri]) == 2
+        assert message in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+def test_artifacts_in_a_folder_that_mlflow_cannot_name(folder, capsys, database, monkeypatch):
+    Path("raw\udcff").mkdir()
+    monkeypatch.chdir("raw\udcff")
+    said = refuse(capsys, f"sqlite:///{database}")
+    assert "artifact_location=" in said
+    assert "expected a path in UTF-8" in said
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("/a#b/c?d/e%20f", "/a#b/c?d/e f"),
+        ("file:///a%23b/c%3Fd/e%2520f", "/a#b/c?d/e%20f"),
+        ("s3://bucket/a", None),
+    ],
+)
+def test_artifacts_are_looked_for_where_mlflow_puts_them(uri: str, place: str | None) -> None:
+    assert _local_folder(uri) == (None if place is None else Path(place))
+    assert place in (None, local_file_uri_to_path(uri))

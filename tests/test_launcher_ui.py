@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_ui_serves_artifacts_of_a_local_folder_and_ends_with_ctrl_c(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    # A name that a URI writes in another way.
+    here = tmp_path / "a%20b?c#d"
+    here.mkdir()
+    monkeypatch.chdir(here)
     settings = Settings()
     client, experiment_id = open_store(settings)
     run_id = client.create_run(experiment_id).info.run_id
@@ -40,11 +43,12 @@ def test_the_ui_serves_artifacts_of_a_local_folder_and_ends_with_ctrl_c(tmp_path
             assert reply.read() == b"exact"
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
-        assert not living(tmp_path)
+        assert not living(here)
+        assert sorted(tmp_path.iterdir()) == [here, tmp_path / "report.md"]
     finally:
         process.kill()
         process.communicate()
-        for left in living(tmp_path):
+        for left in living(here):
             left.kill()
 
 

@@ -162,6 +162,7 @@ def test_an_unknown_driver_is_said_in_a_line():
         ("http://host", "/shared/artifacts", "file:///shared/artifacts"),
         ("sqlite:///x.db", "s3://bucket/a", "s3://bucket/a"),
         ("sqlite:///x.db", None, None),
+        ("sqlite:///x.db", "/data/c:/a%20b", "file:///data/c%3A/a%2520b"),
     ],
 )
 def test_where_artifacts_go(uri, location, wanted):

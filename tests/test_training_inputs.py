@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,15 +220,30 @@ def test_synthetic_numbers_lie_between_minus_one_and_one() -> None:
     assert 0.9 < numbers.max() <= 1
 
 
+def _csv(tmp_path: Path, labels: list[str]) -> str:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"x,{name}\n" for name in labels))
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("labels", "numbers"),
-    [(["2.5", "-1", "2.5"], (2.5, -1.0, 2.5)), (["b", "1", "b"], (1.0, 0.0, 1.0))],
+    [(["2.5", "-1", "2.5"], (2.5, -1.0, 2.5)), (["b", "a", "b"], (1.0, 0.0, 1.0))],
 )
 def test_labels_that_are_numbers_are_what_a_regression_predicts(
     tmp_path: Path, labels: list[str], numbers: tuple[float, ...]
 ) -> None:
-    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"x,{name}\n" for name in labels))
-    assert read_text(str(tmp_path / "a.csv")).numbers == numbers
+    assert read_text(_csv(tmp_path, labels)).numbers == numbers
+
+
+@pytest.mark.parametrize("label", ["b", "1e39"])
+def test_a_label_that_a_regression_cannot_predict_is_named(tmp_path: Path, label: str) -> None:
+    source = _csv(tmp_path, ["2.5", "-1", label, "7"])
+    message = f"a.csv', line 4, label='{label}': expected a number that float32 holds"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_inputs(*_config(name="minilm", task=REGRESSION, source=source))
+    # Any text is the name of a class.
+    check_inputs(*_config(name="minilm", source=source))
 
 
 def test_every_part_of_a_sample_is_in_its_digest() -> None:
@@ -329,10 +346,20 @@ def test_a_folder_without_the_head_of_a_task_is_refused(tmp_path: Path) -> None:
     [
         ("a.jsonl", "{not json\n", "Line 1"),
         ("a.jsonl", "[1]\n", "a JSON object in line 1"),
-        ("a.jsonl", '{"text": "x"}\n', "a non-empty text and a label in row 1"),
+        ("a.jsonl", '{"text": "x"}\n', "line 1, label=None: expected a text that is not empty"),
+        ("a.jsonl", '{"text": " ", "label": 1}\n', "line 1, text=' ': expected a text"),
+        (
+            "a.jsonl",
+            '{"text": "\\ud83d", "label": 1}\n',
+            r"line 1, text='\\ud83d': expected a text",
+        ),
+        ("a.jsonl", "[" * 100_000, "Line 1"),
+        ("a.jsonl", '{"text": "x", "label": 1' + "0" * 5_000 + "}", "Line 1"),
         ("a.jsonl", "", "at least one row"),
         ("a.jsonl", '{"text": "x", "label": 1}\n', "two classes or more"),
         ("a.csv", "words,label\nx,1\n", "Name the columns text and label"),
+        ("a.csv", "text,label\nx,1\n\ny\n", "line 4, label=None: expected"),
+        ("a.csv", 'label,text\n1,x\n2,"y\n1,z\n', "line 3 opens a quote that is never closed"),
         ("a.txt", "x", "an existing .jsonl or .csv file"),
     ],
 )
@@ -354,6 +381,121 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
     a, b = read_text(str(tmp_path / "a.csv")), read_text(str(tmp_path / "a.jsonl"))
     assert a == b
     assert a.labels == (1, 0)
+
+
+ROWS = [{"text": "one, zwölf", "label": "b"}, {"text": "three", "label": "a"}]
+CONTENTS = {
+    "a.csv": "text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in ROWS),
+    "a.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text(CONTENTS[name], encoding="utf-8")
+    plain = read_text(str(path))
+    path.write_text(CONTENTS[name], encoding="utf-8-sig")
+    assert read_text(str(path)) == plain
+    assert plain.texts == ("one, zwölf", "three")
+
+
+OTHER_ENCODINGS = {
+    "utf-16": "It is UTF-16, by its byte order mark.",
+    "utf-16-le": "It looks like UTF-16, or is no text.",
+    "utf-16-be": "It looks like UTF-16, or is no text.",
+    "utf-32": "It is UTF-32, by its byte order mark.",
+    "latin-1": "holds the byte 0xf6 where it cannot be.",
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize("encoding", OTHER_ENCODINGS)
+def test_a_file_that_is_not_utf8_is_called_so(tmp_path: Path, name: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_text(CONTENTS[name], encoding=encoding)
+    line = {"a.csv": "Line 2 ", "a.jsonl": "Line 1 "}[name] * (encoding == "latin-1")
+    with pytest.raises(ValueError, match=r"expected UTF-8 text\.") as caught:
+        read_text(str(path))
+    assert str(caught.value) == (
+        f"data={str(path)!r}: expected UTF-8 text. {line}{OTHER_ENCODINGS[encoding]} "
+        "Save the file as UTF-8."
+    )
+
+
+def test_a_wrong_byte_far_into_a_file_is_found_in_its_line(tmp_path: Path) -> None:
+    content = CONTENTS["a.jsonl"].encode() * 20_000
+    (tmp_path / "a.jsonl").write_bytes(content + b"\xff")
+    with pytest.raises(ValueError, match="Line 40001 holds the byte 0xff"):
+        read_text(str(tmp_path / "a.jsonl"))
+
+
+def test_a_text_of_any_length_is_read_and_csv_keeps_its_limit(tmp_path: Path) -> None:
+    path, before = tmp_path / "a.csv", csv.field_size_limit()
+    long = "word " * before
+    path.write_text(f"text,label\n{long},a\nx,b\n")
+    assert [len(text) for text in read_text(str(path)).texts] == [len(long), 1]
+    path.write_text(f"text,label\n{long},\n")
+    with pytest.raises(ValueError, match="line 2, label=''"):
+        read_text(str(path))
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("NaN", "label=nan: expected a text that is not empty, a finite number, or true or false"),
+        ("-Infinity", "label=-inf: expected"),
+        ("1e999", "label=inf: expected"),
+        pytest.param("1" + "0" * 400, "label=1000", id="10 ** 400"),
+        ("null", "label=None: expected"),
+        ('""', "label='': expected"),
+        ('" "', "label=' ': expected"),
+        ('"nan"', "label='nan': expected"),
+        ("[1]", r"label=[1]: expected"),
+        ('"b"', "label='b': expected a number, as in line 2"),
+        ("true", "label=True: expected a number, as in line 2"),
+    ],
+)
+def test_a_label_that_is_none_is_named_with_its_line(
+    tmp_path: Path, label: str, message: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    row = '{"text": "x", "label": %s}\n'
+    path.write_text("\n" + row % 0 + row % 1.5 + row % label)
+    message = f"data={str(path)!r}, line 4, {message}"
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_text(str(path))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("label", ["nan", "-inf", "1e999", " "])
+def test_a_label_of_csv_that_is_none_is_named_with_the_line_its_row_begins_in(
+    tmp_path: Path, label: str
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'text,label\n"two\nlines",1\n\n"more\nlines",{label}\n')
+    with pytest.raises(ValueError, match=re.escape(f"line 5, label={label!r}: expected a text")):
+        read_text(str(path))
+
+
+def test_one_number_is_one_class_however_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "x", "label": {y}}}\n' for y in ("1", "1.0", "2.5")))
+    text = read_text(str(path))
+    assert text.label_names == ("1", "2.5")
+    assert text.labels == (0, 0, 1)
+    assert text.numbers == (1.0, 1.0, 2.5)
+
+
+@pytest.mark.parametrize("content", ["\ufeff{}", "[]", "{"])
+def test_a_model_configuration_that_transformers_would_not_read_is_refused(
+    tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model_name='.*': expected a folder whose config.json"):
+        check_inputs(ModelConfig(name=str(tmp_path)), DataConfig())
 
 
 def test_a_job_survives_its_file() -> None:

@@ -16,6 +16,7 @@ import yaml
 from dpsgd_track.comparison.observables import OBSERVABLES
 from dpsgd_track.config import REGIMES, require
 from dpsgd_track.modes.table import MODES, plugged_in_modes
+from dpsgd_track.text_file import open_text
 
 if TYPE_CHECKING:
     from dpsgd_track.comparison.ladder import Excess
@@ -58,16 +59,19 @@ def load_waivers(path: Path) -> tuple[Waiver, ...]:
     """The waivers that the YAML file `path` lists.
 
     Raises:
-        ValueError: the file is missing or no YAML, or a waiver in it is incomplete, has an unknown
-            key, or can never apply.
+        ValueError: the file is missing or no YAML in UTF-8, or a waiver in it is incomplete, has
+            an unknown key, or can never apply.
     """
     name = str(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
+        with open_text("waivers", path) as file:
+            text = file.read()
+    except FileNotFoundError:
         raise ValueError(
             f"waivers={name!r}: expected a file that can be read. Check --waivers."
         ) from None
+    try:
+        raw = yaml.safe_load(text)
     # PyYAML lets the ValueError of an impossible date through.
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"waivers={name!r}: expected valid YAML. {error}") from None

@@ -25,7 +25,8 @@ from dpsgd_track.tracking.spooled import (
     part_of,
     spooled_groups,
 )
-from dpsgd_track.tracking.store import absolute_uri, has_group, open_store, unusable
+from dpsgd_track.tracking.sqlite_file import absolute_uri
+from dpsgd_track.tracking.store import has_group, open_store, unusable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -47,6 +47,7 @@ from dpsgd_track.launcher.machine import count_gpus
 from dpsgd_track.launcher.points import profile_jobs, with_baselines
 from dpsgd_track.launcher.variants import read_variants, variant_jobs
 from dpsgd_track.modes import table
+from dpsgd_track.tracking.sqlite_file import sqlite_path
 from dpsgd_track.training.text_source import population_of
 
 NUM_ITER, QUICK_NUM_ITER = 10, 5
@@ -127,6 +128,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
         settings = replace(settings, spool_dir=str(args.spool))
     if getattr(args, "log_ranks", None) is not None:
         settings = replace(settings, log_ranks=args.log_ranks)
+    # Raises where it names no file.
+    sqlite_path(settings.tracking_uri)
     return settings
 
 

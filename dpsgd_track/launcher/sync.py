@@ -12,7 +12,8 @@ from dpsgd_track.tracking.inventory import Inventory
 from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
 from dpsgd_track.tracking.spool import SpoolDamaged
 from dpsgd_track.tracking.spooled import Busy, SpooledGroup, spooled_groups
-from dpsgd_track.tracking.store import StoreError, absolute_uri, open_store, unusable
+from dpsgd_track.tracking.sqlite_file import absolute_uri
+from dpsgd_track.tracking.store import StoreError, open_store, unusable
 
 _SHOWN = 10
 

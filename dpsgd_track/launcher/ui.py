@@ -12,7 +12,7 @@ from pathlib import Path
 from dpsgd_track.config import Settings, redact_uri, require
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.processes import Session
-from dpsgd_track.tracking.store import absolute_uri, sqlite_path
+from dpsgd_track.tracking.sqlite_file import absolute_uri, sqlalchemy_uri, sqlite_path
 
 HOST = "127.0.0.1"
 _POLL_S = 0.2
@@ -72,7 +72,7 @@ def _environment(uri: str) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         **os.environ,
         # By the environment, not the command line: the URI may carry a password.
-        "MLFLOW_BACKEND_STORE_URI": uri,
+        "MLFLOW_BACKEND_STORE_URI": sqlalchemy_uri(uri),
         # Job execution starts helper processes that take 2 GB and serve nothing here.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }

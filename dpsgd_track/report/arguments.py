@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpsgd_track.config import Settings, load_settings
+from dpsgd_track.tracking.sqlite_file import sqlite_path
 
 DEFAULT_CONFIG = Path("mlflow.yaml")
 WAIVERS = "waivers.yaml"
@@ -106,7 +107,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     }
     if arguments.spool is not None:
         places["spool_dir"] = arguments.spool
-    return replace(settings, thresholds=replace(settings.thresholds, **given), **places)
+    settings = replace(settings, thresholds=replace(settings.thresholds, **given), **places)
+    # Raises where it names no file.
+    sqlite_path(settings.tracking_uri)
+    return settings
 
 
 def waivers_path(arguments: argparse.Namespace) -> Path | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import redact_uri, require
+from dpsgd_track.tracking.sqlite_file import sqlalchemy_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +31,8 @@ _ENVIRONMENT = {
 }
 # What is to be tried again is tried again here, where it delays nobody.
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+# The only way to a store's default.
+_ARTIFACT_ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"
 _INSECURE = "MLFLOW_TRACKING_INSECURE_TLS"
 _ABOUT_THE_RECORD = (
     "BAD_REQUEST",
@@ -70,7 +76,25 @@ def connect(tracking_uri: str) -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
-    return MlflowClient(with_credentials(tracking_uri))
+    with _default_artifact_root():
+        return MlflowClient(sqlalchemy_uri(with_credentials(tracking_uri)))
+
+
+@contextlib.contextmanager
+def _default_artifact_root() -> Iterator[None]:
+    """Give MLflow its own default, the folder `mlruns`, as a URI.
+
+    As a path, MLflow would decode %XX in it, and paste it into SQL with its quotes.
+    """
+    if _ARTIFACT_ROOT in os.environ:
+        yield
+        return
+    os.environ[_ARTIFACT_ROOT] = Path("mlruns").absolute().as_uri()
+    try:
+        yield
+    finally:
+        # Where it stays, MLflow takes this process for a server.
+        os.environ.pop(_ARTIFACT_ROOT, None)
 
 
 def with_credentials(tracking_uri: str) -> str:

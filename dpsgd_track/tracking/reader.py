@@ -23,6 +23,7 @@ from dpsgd_track.config import PROFILE, Point, Settings, redact_uri
 from dpsgd_track.tracking import exact, names
 from dpsgd_track.tracking.client import connect
 from dpsgd_track.tracking.history import History, metric_history, restored
+from dpsgd_track.tracking.sqlite_file import absolute_uri, sqlite_path
 from dpsgd_track.tracking.timings import Timings
 from dpsgd_track.tracking.trajectory import Floats, Trajectory
 
@@ -121,17 +122,16 @@ def open_client(tracking_uri: str) -> MlflowClient:
 
     Raises:
         GroupNotFound: an SQLite file that is not there.
+        ValueError: an SQLite URI without a file.
     """
-    if tracking_uri.startswith("sqlite:"):
-        path = Path(re.sub(r"^sqlite:/{0,3}", "", tracking_uri).partition("?")[0])
-        if not path.is_file():
-            raise GroupNotFound(
-                f"tracking_uri={redact_uri(tracking_uri)!r}: expected an existing SQLite file. "
-                "Launch a group first, or check --tracking-uri."
-            )
-        # MLflow keeps what it opened by its name, which may mean another file by now.
-        tracking_uri = f"sqlite:///{path.absolute()}"
-    return connect(tracking_uri)
+    path = sqlite_path(tracking_uri)
+    if path is not None and not path.is_file():
+        raise GroupNotFound(
+            f"tracking_uri={redact_uri(tracking_uri)!r}: expected an existing SQLite file. "
+            "Launch a group first, or check --tracking-uri."
+        )
+    # MLflow keeps what it opened by its name, which may mean another file by now.
+    return connect(absolute_uri(tracking_uri))
 
 
 def find_group(client: MlflowClient, settings: Settings, wanted: str) -> Run:
@@ -412,6 +412,9 @@ def rebuilt(history: History, missing: str) -> tuple[Trajectory | None, str]:
 
 def _local_folder(artifact_uri: str) -> Path | None:
     """Where artifacts are on this machine, so that they need no copy; None for another store."""
+    # As MLflow reads it: in a path, `?` and `#` are characters.
+    if artifact_uri.startswith("/"):
+        return Path(url2pathname(artifact_uri))
     parts = urlparse(artifact_uri)
     if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
         return None

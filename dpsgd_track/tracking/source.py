@@ -31,7 +31,7 @@ from dpsgd_track.tracking.reader import (
 )
 from dpsgd_track.tracking.spool import CONTROL, SpoolDamaged, SpoolWriter
 from dpsgd_track.tracking.spooled import SpooledGroup, SpooledRun, spooled_groups
-from dpsgd_track.tracking.store import absolute_uri
+from dpsgd_track.tracking.sqlite_file import absolute_uri
 from dpsgd_track.tracking.timings import Timings
 from dpsgd_track.tracking.trajectory import Trajectory
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING
 from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.tracking import names
 from dpsgd_track.tracking.client import connect, one_line
+from dpsgd_track.tracking.sqlite_file import absolute_uri, require_utf8, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SQLITE_PREFIX = "sqlite:///"
 LOCK_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 10
+_URI = re.compile(r"[A-Za-z][\w+.-]*:/")
 
 # What a store's error says -> what to do about it.
 _ADVICE = {
@@ -38,37 +40,16 @@ _ADVICE = {
 }
 
 
-def absolute_uri(tracking_uri: str) -> str:
-    """`tracking_uri` with the path of an SQLite file made absolute."""
-    path = sqlite_path(tracking_uri)
-    return tracking_uri if path is None else f"{SQLITE_PREFIX}{path}"
-
-
-def sqlite_path(tracking_uri: str) -> Path | None:
-    """The file behind an SQLite URI; None for other stores.
-
-    Raises:
-        ValueError: the URI names no file.
-    """
-    if not tracking_uri.startswith("sqlite:"):
-        return None
-    name = tracking_uri.removeprefix(SQLITE_PREFIX)
-    if name in (tracking_uri, "", ":memory:"):
-        raise ValueError(
-            f"tracking_uri={tracking_uri!r}: expected sqlite:///FILE. "
-            "Ranks are processes of their own: the store must be a file."
-        )
-    return Path(name).absolute()
-
-
 def open_store(settings: Settings) -> tuple[MlflowClient, str]:
     """A client of the store, created where it is missing, and the id of its experiment.
 
     Raises:
+        ValueError: a URI or path in the settings cannot be used.
         StoreError: the store cannot be used; said in one line, within 15 seconds.
     """
     uri = absolute_uri(settings.tracking_uri)
     path = sqlite_path(uri)
+    location = artifact_location(settings)
     try:
         if path is not None:
             _check_sqlite(path)
@@ -76,7 +57,7 @@ def open_store(settings: Settings) -> tuple[MlflowClient, str]:
             _check_database(uri)
         with _creation_lock(path):
             client = connect(uri)
-            return client, _experiment_id(client, settings)
+            return client, _experiment_id(client, settings, location)
     except _StoreProblem as problem:
         reason = str(problem)
     except Exception as error:
@@ -157,11 +138,10 @@ def has_group(client: MlflowClient, experiment_id: str, group: str) -> bool:
     return bool(client.search_runs([experiment_id], query, max_results=1))
 
 
-def _experiment_id(client: MlflowClient, settings: Settings) -> str:
+def _experiment_id(client: MlflowClient, settings: Settings, location: str | None) -> str:
     found = client.get_experiment_by_name(settings.experiment)
     if found is None:
         try:
-            location = artifact_location(settings)
             return str(client.create_experiment(settings.experiment, artifact_location=location))
         except Exception:
             # Another launcher may have been first.
@@ -182,10 +162,15 @@ def artifact_location(settings: Settings) -> str | None:
 
     A relative folder is this machine's own, so behind an HTTP server it would be out of reach
     for everybody else: the server decides then.
+
+    Raises:
+        ValueError: MLflow cannot keep the name of the folder.
     """
     location = settings.artifact_location
-    if not location or "://" in location or ":/" in location:
+    if not location or _URI.match(location):
         return location or None
     if settings.tracking_uri.startswith("http") and not Path(location).is_absolute():
         return None
-    return Path(location).absolute().as_uri()
+    folder = Path(location).absolute()
+    require_utf8("artifact_location", folder)
+    return folder.as_uri()

@@ -39,11 +39,23 @@ class ModelSource:
         config = self.preset
         if config is None and self.path is not None:
             file = Path(self.path) / "config.json"
-            config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            config = _read_config(file) if file.is_file() else None
         if config is None:
             return None
         limit = config.get("max_position_embeddings", config.get("n_positions"))
         return None if limit is None else int(limit)
+
+
+def _read_config(file: Path) -> Any:
+    # Read as transformers reads it, which takes no byte order mark.
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        reason = "It holds something else."
+    except (OSError, ValueError, RecursionError) as error:
+        config, reason = None, f"{str(error).rstrip('.')}."
+    allowed = "a folder whose config.json is a JSON object in UTF-8 without byte order mark"
+    require(isinstance(config, dict), "model_name", str(file.parent), allowed, reason)
+    return config
 
 
 def presets() -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from dpsgd_track.config import (
     CAUSAL_LM,
     CLASSIFICATION,
+    REGRESSION,
     SYNTHETIC,
     DataConfig,
     ModelConfig,
@@ -40,7 +41,10 @@ def check_inputs(model: ModelConfig, data: DataConfig) -> None:
     _check_task(model, source)
     if data.source == SYNTHETIC:
         return
-    read_text(data.source)
+    text = read_text(data.source)
+    if model.task == REGRESSION:
+        # Raises where a label is not a number.
+        _ = text.numbers
     require(
         source.has_tokenizer,
         "data",

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import reprlib
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dpsgd_track.config import POISSON, DataConfig, require
+from dpsgd_track.text_file import open_text
 
 CORPORA = ("public-domain",)
 """Bundled corpora by name."""
+
+Rows = Iterable[tuple[int, Mapping[str, Any]]]
+"""Line that a row begins in, and its columns by name."""
+
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+_TRUTH, _NUMBER, _TEXT = "true or false", "a number", "a text"
 
 
 @dataclass(frozen=True)
@@ -26,17 +37,29 @@ class LabelledText:
     """Class index of each text."""
     label_names: tuple[str, ...]
     """What the file calls each class, sorted."""
+    lines: tuple[int, ...] = field(compare=False, repr=False)
+    """Line of the file that each text begins in."""
+    source: str = field(compare=False)
+    """Name of a bundled corpus, or path of the file."""
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """Each text's label as a number, or its class index where one of them is none."""
-        try:
-            named = [float(name) for name in self.label_names]
-        except ValueError:
-            named = []
-        if not named or not all(map(math.isfinite, named)):
-            named = [float(index) for index in range(len(self.label_names))]
-        return tuple(named[label] for label in self.labels)
+        """Each text's label as a number, or its class index where none of them is one.
+
+        Raises:
+            ValueError: only some are, or float32 does not hold one of them.
+        """
+        named = [_as_number(name) for name in self.label_names]
+        if all(number is None for number in named):
+            return tuple(map(float, self.labels))
+        numbers = []
+        for line, label in zip(self.lines, self.labels, strict=True):
+            number = named[label]
+            if number is None or abs(number) > _LARGEST_FLOAT32:
+                allowed = "a number that float32 holds, as a regression predicts it"
+                raise _refused_label(self.source, line, self.label_names[label], allowed)
+            numbers.append(number)
+        return tuple(numbers)
 
 
 def population_of(data: DataConfig) -> int | None:
@@ -58,44 +81,151 @@ def read_text(source: str) -> LabelledText:
     path = Path(source).expanduser()
     allowed = f"synthetic, {', '.join(CORPORA)}, or an existing .jsonl or .csv file"
     require(path.suffix in (".jsonl", ".csv") and path.is_file(), "data", source, allowed)
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file) if path.suffix == ".csv" else _json_rows(file, source)
-            return _labelled(rows, source)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"data={source!r}: expected UTF-8 text with a header. {error}") from None
+    with open_text("data", path) as file:
+        if path.suffix == ".jsonl":
+            return _labelled(_json_rows(file, source), source)
+        with _fields_of_any_length():
+            return _labelled(_csv_rows(file, source), source)
 
 
-def _json_rows(lines: Iterable[str], source: str) -> Iterable[dict[str, Any]]:
+def _json_rows(lines: Iterable[str], source: str) -> Rows:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        # Python also refuses an integer of too many digits, and what is nested too deeply.
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"data={source!r}: expected one JSON object a line. Line {number}: {error}"
             ) from None
         require(isinstance(row, dict), "data", source, f"a JSON object in line {number}")
-        yield row
+        yield number, row
 
 
-def _labelled(rows: Iterable[dict[str, Any]], source: str) -> LabelledText:
+_LIMIT_OF_FIELDS = threading.Lock()
+
+
+@contextlib.contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """Have `csv` read long texts. The limit is the process's: it is put back at the end."""
+    # Of two threads, the first to end would take the other's limit back.
+    with _LIMIT_OF_FIELDS:
+        before = csv.field_size_limit(sys.maxsize)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
+def _csv_rows(file: TextIO, source: str) -> Rows:
+    is_at_end = False
+
+    def lines() -> Iterator[str]:
+        nonlocal is_at_end
+        yield from file
+        is_at_end = True
+
+    reader = csv.reader(lines())
+    header: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            # Only within quotes does a row ask for a line after the last. It would hold all rows
+            # from there on as one text.
+            advice = f"The row of line {line} opens a quote that is never closed."
+            require(not is_at_end, "data", source, "CSV whose quotes are closed", advice)
+            if header and cells:
+                yield line, dict(zip(header, cells, strict=False))
+            elif cells:
+                header = cells
+                got = f"The header is {reprlib.repr(header)}. Name the columns text and label."
+                has_both = {"text", "label"} <= set(header)
+                require(has_both, "data", source, "the columns text and label", got)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"data={source!r}: expected CSV with a header. Line {line}: {error}"
+        ) from None
+
+
+def _labelled(rows: Rows, source: str) -> LabelledText:
     texts: list[str] = []
     names: list[str] = []
-    for number, row in enumerate(rows, start=1):
+    lines: list[int] = []
+    kind = ""
+    for line, row in rows:
         text, label = row.get("text"), row.get("label")
-        require(
-            isinstance(text, str) and bool(text.strip()) and label not in (None, ""),
-            "data",
-            source,
-            f"a non-empty text and a label in row {number}",
-            "Name the columns text and label.",
-        )
-        texts.append(str(text))
-        names.append(str(label))
+        if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
+            raise ValueError(
+                f"data={source!r}, line {line}, text={reprlib.repr(text)}: expected a text in "
+                "Unicode that is not empty. Name the columns text and label."
+            )
+        kind = kind or _kind(label)
+        _check_label(source, line, label, kind, lines[0] if lines else line)
+        texts.append(text)
+        names.append(_name(label))
+        lines.append(line)
     require(bool(texts), "data", source, "at least one row")
     label_names = tuple(sorted(set(names)))
     require(len(label_names) >= 2, "data", source, f"two classes or more, got {label_names}")
     index = {name: i for i, name in enumerate(label_names)}
-    return LabelledText(tuple(texts), tuple(index[name] for name in names), label_names)
+    labels = tuple(index[name] for name in names)
+    return LabelledText(tuple(texts), labels, label_names, tuple(lines), source)
+
+
+def _check_label(source: str, line: int, label: Any, kind: str, first: int) -> None:
+    """Raise unless `label` is one, and of the `kind` that the label of line `first` is."""
+    number = _as_number(label)
+    is_finite = number is None or math.isfinite(number)
+    is_empty = isinstance(label, str) and not label.strip()
+    if not _kind(label) or is_empty or not is_finite:
+        allowed = f"{_TEXT} that is not empty, a finite number, or {_TRUTH}, in the column label"
+        raise _refused_label(source, line, label, allowed)
+    if _kind(label) != kind:
+        raise _refused_label(source, line, label, f"{kind}, as in line {first}")
+
+
+def _refused_label(source: str, line: int, label: Any, allowed: str) -> ValueError:
+    # Anything may stand there, and be long.
+    got = reprlib.repr(label)
+    return ValueError(
+        f"data={source!r}, line {line}, label={got}: expected {allowed}. "
+        "Correct the row, or leave it out."
+    )
+
+
+def _kind(label: Any) -> str:
+    """What a label is; empty where it cannot be one."""
+    if isinstance(label, bool):
+        return _TRUTH
+    if isinstance(label, int | float):
+        return _NUMBER
+    return _TEXT if isinstance(label, str) and _is_unicode(label) else ""
+
+
+def _as_number(label: Any) -> float | None:
+    """The number that a label is or spells; None where it is none."""
+    if isinstance(label, bool) or not isinstance(label, int | float | str):
+        return None
+    try:
+        return float(label)
+    except ValueError:
+        return None
+    except OverflowError:  # an integer
+        return math.inf
+
+
+def _name(label: Any) -> str:
+    """What the class is called: 1 and 1.0 are one number, and one class."""
+    is_whole = isinstance(label, float) and label.is_integer()
+    return str(int(label) if is_whole else label)
+
+
+def _is_unicode(text: str) -> bool:
+    r"""Whether it holds no half of a pair, as JSON's "\ud83d" alone: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
