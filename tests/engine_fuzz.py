@@ -334,8 +334,10 @@ class _Loop:
         if not truth.can_be_isolated:
             raise _Stop(WRONG, "taken, though no truth exists")
         self._check_record(told, truth, data)
-        for norm, gradients in zip(truth.norms, truth.gradients, strict=True):
-            self._add(gradients, min(1.0, self.max_norm / norm) if norm else 1.0)
+        for loss, norm, gradients in zip(truth.losses, truth.norms, truth.gradients, strict=True):
+            is_finite = math.isfinite(loss) and math.isfinite(norm)
+            factor = min(1.0, self.max_norm / norm) if norm else 1.0
+            self._add(gradients, factor if is_finite else 0.0)
 
     def _check_record(self, told: Tensor, truth: _Truth, data: _Data) -> None:
         why = "" if truth.exists else " (samples see each other)"
@@ -402,8 +404,8 @@ class _Loop:
     def _add(self, gradients: dict[str, Tensor], factor: float) -> None:
         self.num_added += 1
         for name, gradient in gradients.items():
-            # A sample without a finite gradient adds nothing.
-            if math.isfinite(factor) and factor > 0:
+            # A sample without a finite loss or gradient adds nothing.
+            if factor > 0:
                 self.sums[name] = self.sums.get(name, 0) + factor * gradient
 
     def _truth(self, data: _Data) -> _Truth:
@@ -621,8 +623,10 @@ class _Loop:
         # No backward came by.
         self.bounds.append(self.max_norm)
         self.saw_none |= not truth.exists
-        for norm, gradients in zip(truth.norms, truth.gradients, strict=True):
-            self._add(gradients, min(1.0, self.max_norm / norm) if norm else 1.0)
+        for loss, norm, gradients in zip(truth.losses, truth.norms, truth.gradients, strict=True):
+            is_finite = math.isfinite(loss) and math.isfinite(norm)
+            factor = min(1.0, self.max_norm / norm) if norm else 1.0
+            self._add(gradients, factor if is_finite else 0.0)
 
     def _fail_in_step(self) -> None:
         """Something else stops the step, after the engine was asked."""

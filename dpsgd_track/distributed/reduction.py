@@ -119,6 +119,8 @@ class LocalSharder(_Sums):
 
     def gradients_of(self, total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
         """The gradients of `total`."""
+        if not total.requires_grad:
+            return [None for _ in parameters]
         return list(torch.autograd.grad(total, parameters, allow_unused=True))
 
     def keeping_root_gathered(self) -> AbstractContextManager[None]:

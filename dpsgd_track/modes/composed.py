@@ -49,6 +49,8 @@ class ComposedMode(Mode):
         # FSDP2 rounds parameters itself.
         if not isinstance(model, FSDPModule) and context.param_dtype.itemsize < 4:
             self.engine.rounded_dtype = context.param_dtype
+            if capture is not None:
+                capture.has_copies = True
 
     def accumulate(self, batch: Batch) -> SampleRecord:
         """Add one micro-batch's clipped gradients; an empty one takes part and adds nothing."""

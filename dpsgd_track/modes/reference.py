@@ -73,7 +73,9 @@ class ReferenceMode(Mode):
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of one sample."""
         loss = self.context.loss(self._logits(sample), sample.targets)[0]
-        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        found: tuple[Tensor | None, ...] = (None,) * len(self.parameters)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         gradients = [
             torch.zeros_like(p) if g is None else g
             for p, g in zip(self.parameters, found, strict=True)

@@ -32,7 +32,11 @@ class Batch:
 
     def sample(self, index: int) -> Batch:
         """Sample `index` alone, as a batch of one."""
-        return self._mapped(lambda name, t: t[index : index + 1])
+        return self.part(index, index + 1)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Samples from `start` up to `stop`."""
+        return self._mapped(lambda name, t: t[start:stop])
 
     def copies(self, index: int, num_samples: int) -> Batch:
         """Sample `index` as often as that."""

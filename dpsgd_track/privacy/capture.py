@@ -96,6 +96,8 @@ class Capture:
         """Samples of the micro-batch at hand; None outside of one."""
         self.path = 0
         """Digest of which layers the last micro-batch's forward called, in order."""
+        self.has_copies = False
+        """Whether parameters are copies that are made for each batch."""
         self.dtypes: set[torch.dtype] = set()
         """Types that gradients have come in."""
         self._num_batches = 0
@@ -146,10 +148,17 @@ class Capture:
         self._forget()
         self.num_samples = num_samples
         self._num_batches += 1
+        captured = self.captured.values()
+        if not self.is_sharded:
+            for layer in captured:
+                layer.refresh()
         try:
-            with self.attached(self.captured.values()):
+            with self.attached(captured):
                 yield
         finally:
+            if self.has_copies:
+                for layer in captured:
+                    layer.release()
             self.path = hash(tuple(self._calls))
             self.num_samples = None
             self._forget()
@@ -380,6 +389,9 @@ class Capture:
         """A backward; returns the gradients of `parameters`, where there are any."""
         self._terms, self._num_pending = {}, Counter(self._num_uses)
         self._settle, self._is_last = settle, not retain_graph
+        if not loss_B.requires_grad:
+            # No trained parameter has a part in it.
+            return [None for _ in parameters]
         try:
             for name, gradient_B in self._gradients_by_sample(loss_B):
                 self.add_term(name, Dense(gradient_B))

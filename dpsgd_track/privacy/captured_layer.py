@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpsgd_track.privacy.capture import Capture, is_saved_by_others
+from dpsgd_track.privacy.layers import linear
 from dpsgd_track.privacy.layers.inventory import Layer
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
@@ -43,45 +44,46 @@ class CapturedLayer(ReplacedForward):
         Raises:
             ValueError: somebody else has replaced the forward of a layer that a rule was found for.
         """
-        if self.layer.rule is not None and "forward" in self._own:
+        if "forward" in self._own and self.layer.rule is not None:
             raise ValueError(
                 f"{self.layer.fqn}: expected the forward of {type(self.module).__name__}, got one "
                 "that was replaced after the mode was made. Make the model private after that."
             )
         super().attach()
-        if not self.capture.is_sharded:
-            for place in self._places.values():
-                place.refresh()
-
-    def detach(self) -> None:
-        """Give the module its own forward back."""
-        super().detach()
-        for place in self._places.values():
-            place.release()
 
     def leaf(self, local_name: str) -> Tensor:
         """What stands for a trainable parameter inside a call."""
-        return self._places[local_name].leaf()
+        return self.leaves()[local_name]
 
     def leaves(self) -> dict[str, Tensor]:
         """What stands for each trainable parameter inside a call, by its name in the module."""
-        return {name: place.leaf() for name, place in self._places.items()}
+        return {place.name: place.leaf() for place in self._places}
+
+    def own_leaves(self) -> Iterator[Tensor]:
+        """Every leaf that was made so far."""
+        return (place.made for place in self._places if place.made is not None)
 
     def seen_parameters(self) -> dict[str, Tensor]:
         """Trainable parameters that calls so far have found, by fully qualified name."""
         return {
-            self.layer.names[local]: place.parameter
-            for local, place in self._places.items()
+            self.layer.names[place.name]: place.parameter
+            for place in self._places
             if place.parameter is not None
         }
 
-    def own_leaves(self) -> Iterator[Tensor]:
-        """Every leaf that was made so far."""
-        return (place.made for place in self._places.values() if place.made is not None)
+    def refresh(self) -> None:
+        """Forget leaves whose parameters have moved to other memory, as `module.to` moves them."""
+        for place in self._places:
+            place.refresh()
+
+    def release(self) -> None:
+        """Let go of copies of parameters, which are made for each batch."""
+        for place in self._places:
+            place.release()
 
     def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own forward on leaves of the capture's in place of its parameters."""
-        places = self._places.values()
+        places = self._places
         for place in places:
             place.enter()
         try:
@@ -120,6 +122,7 @@ class WatchedLayer(CapturedLayer):
         """
         super().__init__(capture, layer)
         self.sample_dim, self.is_spread = sample_dim, is_spread
+        self._returns_views = layer.rule is linear and layer.module.bias is not None
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[..., d] -> [..., p]."""
@@ -129,10 +132,7 @@ class WatchedLayer(CapturedLayer):
             assert capture.num_samples is not None
             x = spread(x, capture.num_samples)
             args, kwargs = (x,), {}
-        y: Tensor = self.run_plain(args, kwargs)
-        if y._is_view():
-            # A change in place of a view would take the output's node out of the graph.
-            y = torch.ops.aten._unsafe_view(y, y.shape)
+        y = self._output(x, args, kwargs)
         held = capture.hold(x)
         if not capture.open_call(layer, x, dim):
             return y
@@ -152,6 +152,16 @@ class WatchedLayer(CapturedLayer):
             capture.note_output(layer, edge, edge, close)
         return y
 
+    def _output(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the module returns, and no view: a change in place of one would take its node out of
+        the graph."""
+        if self._returns_views and x.dim() > 2:
+            # torch flattens the positions, too, and returns a view of the product.
+            y: Tensor = self.run_plain((x.flatten(0, -2),), {})
+            return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        y = self.run_plain(args, kwargs)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
 
 def spread(x: Tensor, num_samples: int) -> Tensor:
     """[1, ...] or [...] that all samples share as [B, ...], a view."""
@@ -162,66 +172,63 @@ def spread(x: Tensor, num_samples: int) -> Tensor:
 class _Place:
     """Where a module looks a trainable parameter up, and the leaf that is put there."""
 
-    def __init__(self, owns: list[tuple[dict[str, Any], str]]) -> None:
-        self.owns = owns
-        """Every name that the module has for it: the dictionary of parameters and the key."""
+    def __init__(self, name: str, own: dict[str, Any], key: str) -> None:
+        self.name, self.own, self.key = name, own, key
+        self.others: list[tuple[dict[str, Any], str]] = []
+        """The module's other names for the same parameter."""
         self.parameter: Tensor | None = None
         self.made: Tensor | None = None
+        self.address = 0
 
     def leaf(self) -> Tensor:
         """The leaf of the parameter that is there now."""
-        own, key = self.owns[0]
-        parameter: Tensor = own[key]
+        parameter: Tensor = self.own[self.key]
         if parameter is self.made:
             return parameter
         if parameter is not self.parameter:
-            self.make(parameter)
+            # It shares the parameter's memory.
+            self.parameter, self.made = parameter, parameter.detach().requires_grad_()
+            self.address = parameter.data_ptr()
         assert self.made is not None
         return self.made
 
-    def make(self, parameter: Tensor) -> None:
-        """A leaf that shares the parameter's memory."""
-        self.parameter, self.made = parameter, parameter.detach().requires_grad_()
-
     def refresh(self) -> None:
-        """Forget a leaf whose parameter has moved to other memory, as `module.to` moves it."""
-        if (
-            self.made is not None
-            and self.parameter is not None
-            and self.made.data_ptr() != self.parameter.data_ptr()
-        ):
+        """Forget the leaf if the parameter's memory is another."""
+        if self.parameter is not None and self.parameter.data_ptr() != self.address:
             self.parameter = self.made = None
 
     def release(self) -> None:
-        """Let go of a copy of a parameter, which is made for each batch."""
+        """Let go of what is no parameter of the model itself."""
         if self.parameter is not None and not isinstance(self.parameter, nn.Parameter):
             self.parameter = self.made = None
 
     def enter(self) -> None:
         """Put the leaf where the module looks the parameter up."""
-        leaf = self.leaf()
-        for own, key in self.owns:
-            own[key] = leaf
+        own, key = self.own, self.key
+        own[key] = self.made if own[key] is self.parameter else self.leaf()
+        for own, key in self.others:
+            own[key] = self.made
 
     def leave(self) -> None:
         """Put the parameter back."""
-        for own, key in self.owns:
+        self.own[self.key] = self.parameter
+        for own, key in self.others:
             own[key] = self.parameter
 
 
-def _places_of(layer: Layer) -> dict[str, _Place]:
+def _places_of(layer: Layer) -> list[_Place]:
     places: dict[int, _Place] = {}
-    by_name: dict[str, _Place] = {}
     trained = {id(p): n for n, p in layer.module.named_parameters() if n in layer.names}
     for module in layer.module.modules():
         for key, parameter in module._parameters.items():
             name = trained.get(id(parameter))
             if name is None:
                 continue
-            place = places.setdefault(id(parameter), _Place([]))
-            place.owns.append((module._parameters, key))
-            by_name[name] = place
-    return by_name
+            if id(parameter) in places:
+                places[id(parameter)].others.append((module._parameters, key))
+            else:
+                places[id(parameter)] = _Place(name, module._parameters, key)
+    return list(places.values())
 
 
 def _before_node(edge: GradientEdge, call: Callable[[Tensor], None]) -> None:

@@ -44,6 +44,9 @@ class Engine:
     """What gradients are weighted with in place of the clip factors."""
     _knows_sample_dims: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        self._device_type = next(self.model.parameters()).device.type
+
     def add(self, batch: Batch) -> SampleRecord:
         """Add a micro-batch's clipped sum, whole or not at all; an empty one adds nothing."""
         is_empty = self.is_standing_in = len(batch) == 0
@@ -150,10 +153,9 @@ class Engine:
 
     def without_autocast(self) -> AbstractContextManager[object]:
         """Within it, which is after a forward, norms and sums are not cast as a forward is."""
-        device = next(self.model.parameters()).device.type
-        if not torch.is_autocast_enabled(device):
+        if not torch.is_autocast_enabled(self._device_type):
             return nullcontext()
-        return torch.autocast(device, enabled=False)
+        return torch.autocast(self._device_type, enabled=False)
 
     def in_rounded_dtype(self) -> AbstractContextManager[None]:
         """Within it the model runs on parameters of the type that the mode computes in."""

@@ -6,29 +6,46 @@ hundred modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dpsgd_track.privacy.layers.inventory import mixes_samples
+from dpsgd_track.privacy.layers.inventory import mixes_samples, refuse_unfit
+
+_Ids = Callable[[dict[str, Any]], object]
 
 
 class ModelGuard:
     """A model as it was when it was made private."""
 
     def __init__(self, model: nn.Module) -> None:
+        """
+        Raises:
+            ValueError: naming what mixes samples or keeps data of them already.
+        """
+        refuse_unfit(model)
         is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         named = list(model.named_modules())
-        self._children = [(fqn, m._modules, _ids(m._modules)) for fqn, m in named]
-        # FSDP2 puts other tensors into their place as it goes.
-        ids = (lambda own: tuple(own)) if is_sharded else _ids
-        self._own = [(fqn, m._parameters, ids(m._parameters)) for fqn, m in named]
-        self._ids_of_own = ids
-        self._requires_grad = [(n, p, p.requires_grad) for n, p in model.named_parameters()]
-        self._buffers = [(fqn, m._buffers) for fqn, m in named if m._buffers]
+        # FSDP2 puts other tensors into the place of parameters as it goes.
+        ids_of_own = tuple if is_sharded else _ids
+        self._tables: list[tuple[str, dict[str, Any], _Ids, object]] = []
+        """Each module's modules and parameters, and what they were."""
+        for fqn, module in named:
+            children, own = module._modules, module._parameters
+            self._tables.append((fqn, children, _ids, _ids(children)))
+            self._tables.append((fqn, own, ids_of_own, ids_of_own(own)))
+        self._parameters = list(model.named_parameters())
+        self._requires_grad = [p.requires_grad for _, p in self._parameters]
+        self._buffers = [
+            (f"{fqn}.{name}" if fqn else name, module._buffers, name)
+            for fqn, module in named
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         self._mixing = [(fqn, m) for fqn, m in named if mixes_samples(m, in_training=True)]
 
     def check(self) -> None:
@@ -37,13 +54,12 @@ class ModelGuard:
         Raises:
             ValueError: naming the module or parameter that has changed.
         """
-        for fqn, children, ids in self._children:
-            if _ids(children) != ids:
-                _refuse(fqn or "model", "modules as they were", "one replaced, added or taken out")
-        for fqn, own, ids in self._own:
-            if self._ids_of_own(own) != ids:
-                _refuse(fqn or "model", "parameters as they were", "others")
-        for name, parameter, requires_grad in self._requires_grad:
+        for fqn, table, ids, before in self._tables:
+            if ids(table) != before:
+                _refuse(fqn or "model", "modules and parameters as they were", "others")
+        for (name, parameter), requires_grad in zip(
+            self._parameters, self._requires_grad, strict=True
+        ):
             if parameter.requires_grad != requires_grad:
                 _refuse(name, f"requires_grad={requires_grad}", str(not requires_grad))
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
@@ -67,26 +83,30 @@ class ModelGuard:
             ValueError: it has written into a buffer or a parameter of the model, past clipping and
                 noise.
         """
-        before = list(self._versions())
+        tensors, versions = self._versions()
         yield
-        for (name, tensor, version), (_, now, version_now) in zip(
-            before, self._versions(), strict=True
-        ):
-            if tensor is not now or version != version_now:
-                raise ValueError(
-                    f"{name}: expected a forward that leaves the model as it is, got one that "
-                    "writes into it. What it keeps of the samples is neither clipped nor covered "
-                    "by noise. Freeze the statistics (track_running_stats=False, max_norm=None, "
-                    "eval mode), or keep them outside of the model."
-                )
+        tensors_now, versions_now = self._versions()
+        if versions == versions_now and all(map(is_, tensors, tensors_now)):
+            return
+        names = [name for name, _ in self._parameters] + [name for name, _, _ in self._buffers]
+        written = [
+            name
+            for name, *before, tensor, version in zip(
+                names, tensors, versions, tensors_now, versions_now, strict=True
+            )
+            if before[0] is not tensor or before[1] != version
+        ]
+        raise ValueError(
+            f"{', '.join(written)}: expected a forward that leaves the model as it is, got one "
+            "that writes into it. What it keeps of the samples is neither clipped nor covered by "
+            "noise. Freeze the statistics (track_running_stats=False, max_norm=None, eval mode), "
+            "or keep them outside of the model."
+        )
 
-    def _versions(self) -> Iterator[tuple[str, Tensor, int]]:
-        for name, parameter, _ in self._requires_grad:
-            yield name, parameter, parameter._version
-        for fqn, buffers in self._buffers:
-            for name, buffer in buffers.items():
-                if buffer is not None:
-                    yield f"{fqn}.{name}" if fqn else name, buffer, buffer._version
+    def _versions(self) -> tuple[list[Tensor], list[int]]:
+        tensors: list[Tensor] = [parameter for _, parameter in self._parameters]
+        tensors += [own[name] for _, own, name in self._buffers]
+        return tensors, [tensor._version for tensor in tensors]
 
 
 def _ids(values: dict[str, Any]) -> tuple[int, ...]:

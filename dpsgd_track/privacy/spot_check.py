@@ -48,6 +48,9 @@ REPEATED_EVERY = 5
 MAX_PATHS = 16
 """Sequences of layer calls that are checked; a model may have a new one in every batch."""
 
+MAX_LOSSES_ALONE = 16
+"""Samples whose losses are computed again, each from its own logits."""
+
 _FLOOR = 0.01
 """Share of the whole below which a parameter's difference is no matter."""
 _NUM_SPREADS, _SPREADS_ALLOWED = 3, 8.0
@@ -81,6 +84,7 @@ class SpotCheck:
         self._num_batches = 0
         self._kinds: set[object] = set()
         self._paths: set[int] = set()
+        self._modules = list(engine.model.modules())
         self._unproven = set(trainable_parameters(engine.model))
         """Parameters whose gradients were 0 in every check so far."""
 
@@ -96,6 +100,7 @@ class SpotCheck:
             SpotCheckError: naming the parameters whose gradients are not their samples' own.
         """
         self._num_batches += 1
+        self._kind = self._kind_of(batch)
         is_first = not self._kinds
         if is_first or (not self._is_sharded and self._is_new(batch)):
             self._check(batch)
@@ -104,10 +109,27 @@ class SpotCheck:
         """Check a batch that was added, if it is due on any rank; all ranks call it."""
         is_due = self._is_new(batch) or self._is_repeated() or self._is_new_path()
         if self._agreement.any(is_due or self._has_new_gradients(record)):
-            self._check(batch)
+            try:
+                self._check(batch)
+            except torch.OutOfMemoryError:
+                # The batch itself was added; another of its kind will be checked.
+                _logger.warning("There was no memory left for a spot check.")
+
+    def _kind_of(self, batch: Batch) -> object:
+        num_samples = len(batch)
+        sizes = [
+            (t.dtype, *(((size - 1).bit_length(), size == num_samples) for size in t.shape[1:]))
+            for t in batch.tensors()
+        ]
+        autocast = [
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in {t.device.type for t in batch.tensors()}
+        ]
+        training = hash(tuple([module.training for module in self._modules]))
+        return num_samples == 1, tuple(sizes), tuple(autocast), training
 
     def _is_new(self, batch: Batch) -> bool:
-        return len(batch) > 0 and _kind_of(self.engine.model, batch) not in self._kinds
+        return len(batch) > 0 and self._kind not in self._kinds
 
     def _is_repeated(self) -> bool:
         num_batches = self._num_batches
@@ -143,7 +165,7 @@ class SpotCheck:
                 self.cost.seconds,
             )
             if len(batch):
-                self._kinds.add(_kind_of(self.engine.model, batch))
+                self._kinds.add(self._kind)
 
     def _compare(self, batch: Batch) -> bool:
         """Compare a batch of all ranks; False where that has to wait for another."""
@@ -157,6 +179,7 @@ class SpotCheck:
         chosen = self.cost.num_checks
         if not comparison.is_random:
             self._unproven -= comparison.compare_samples(chosen)
+            comparison.compare_halves()
             return True
         comparison.compare_copies(chosen)
         with in_eval_mode(self.engine.model), torch.backends.cudnn.flags(enabled=False):
@@ -171,21 +194,8 @@ class SpotCheck:
                 )
                 return True
             self._unproven -= alone.compare_samples(chosen)
+            alone.compare_halves()
         return True
-
-
-def _kind_of(model: torch.nn.Module, batch: Batch) -> object:
-    num_samples = len(batch)
-    sizes = [
-        (t.dtype, *(((size - 1).bit_length(), size == num_samples) for size in t.shape[1:]))
-        for t in batch.tensors()
-    ]
-    autocast = [
-        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in {t.device.type for t in batch.tensors()}
-    ]
-    training = hash(tuple(module.training for module in model.modules()))
-    return num_samples == 1, tuple(sizes), tuple(autocast), training
 
 
 class _Comparison:
@@ -256,6 +266,19 @@ class _Comparison:
             self._hold(f"gradient norm of {which}", got, wanted, wanted, norms_alone)
         return proven
 
+    def compare_halves(self) -> None:
+        """Losses of all samples against those in batches of half as many."""
+        middle = (len(self.batch) + 1) // 2
+        losses = []
+        for half in (self.batch.part(0, middle), self.batch.part(middle, len(self.batch))):
+            runs = half if len(half) else self.batch.stand_in()
+            with torch.no_grad(), kept_random_state(runs), self.engine.in_rounded_dtype():
+                losses.append(self.engine.losses(runs)[: len(half)])
+        problem = ""
+        if len(self.batch):
+            problem = self._unlike_losses(self.record.loss_B, torch.cat(losses), "in half of it")
+        self._raise_together(problem)
+
     def compare_copies(self, chosen: int) -> None:
         """Losses of two samples against those in batches of copies of each.
 
@@ -283,12 +306,13 @@ class _Comparison:
             index = 0
             if rank == self.rank:
                 assert self.record.norm_B is not None
-                if turn == 0:
-                    index = int(self.record.norm_B.argmax())
-                else:
+                index = int(self.record.norm_B.argmax())
+                if turn == 1:
+                    # Another one, where there is one.
                     generator = torch.Generator().manual_seed(chosen)
                     size = self.num_samples[rank]
-                    index = int(torch.randint(size, (), generator=generator))
+                    index += int(torch.randint(max(size - 1, 1), (), generator=generator)) + 1
+                    index %= size
             yield rank, index
 
     def _plain_projections(self) -> tuple[Tensor, str, bool]:
@@ -354,7 +378,7 @@ class _Comparison:
         """Raise where `got` is not `wanted`, up to rounding at that scale."""
         num = len(self.names)
         whole = scale[:num].square().sum().sqrt()
-        allowed = self._tolerance * (scale + _FLOOR * whole)
+        allowed = self._tolerance * (scale + _FLOOR * whole) + _FLOOR * self._unit
         allowed[num + 1 :] = self._tolerance * scale[num + 1 :]
         is_near = (got - wanted).abs() <= allowed
         if bool(is_near.all()):
@@ -381,13 +405,13 @@ class _Comparison:
     def _problem_of_losses(self, logits: Tensor, loss_B: Tensor) -> str:
         """What is wrong where losses are not the model's, or depend on other samples' logits."""
         told_B = self.record.loss_B
-        worst = int((told_B - loss_B).abs().argmax())
-        problem = self._unlike(worst, told_B[worst], loss_B[worst], "without the engine")
+        problem = self._unlike_losses(told_B, loss_B, "without the engine")
         if problem:
             return problem
         if len(logits) != len(self.batch):
             return ""
-        for index in {0, len(self.batch) - 1}:
+        step = -(-len(self.batch) // MAX_LOSSES_ALONE)
+        for index in range(0, len(self.batch), step):
             sample = self.batch.sample(index)
             with torch.no_grad():
                 (alone,) = self.engine.loss(logits[index : index + 1], sample.targets)
@@ -395,6 +419,10 @@ class _Comparison:
             if problem:
                 return problem
         return ""
+
+    def _unlike_losses(self, got_B: Tensor, wanted_B: Tensor, where: str) -> str:
+        worst = int((got_B - wanted_B).abs().argmax())
+        return self._unlike(worst, got_B[worst], wanted_B[worst], where)
 
     def _unlike(self, index: int, got: Tensor, wanted: Tensor, where: str) -> str:
         if abs(float(got) - float(wanted)) <= self._tolerance * (abs(float(wanted)) + 1):
@@ -449,7 +477,8 @@ class _Comparison:
 
 
 def _unit_of(dtype: torch.dtype, device: torch.device) -> float:
-    unit = float(torch.finfo(dtype).eps)
+    # Models in float64 compute parts in float32: norms, rotary angles, attention's scores.
+    unit = max(float(torch.finfo(dtype).eps), float(torch.finfo(torch.float32).eps))
     if device.type == "cuda" and dtype == torch.float32:
         # Convolutions round to TensorFloat-32 unless told otherwise, products if told to.
         takes_tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32

@@ -102,6 +102,20 @@ def mixes_samples(module: nn.Module, *, in_training: bool) -> bool:
     return isinstance(module, _InstanceNorm) and module.track_running_stats and in_training
 
 
+def refuse_unfit(model: nn.Module) -> None:
+    """Raise where a model mixes samples, or keeps data of them, whatever clips its gradients.
+
+    Raises:
+        ValueError: naming the layers.
+    """
+    problems = list(_unfit(model))
+    if problems:
+        raise ValueError(
+            f"model={type(model).__name__!r}: expected one that treats each sample by itself. "
+            f"These do not: {'; '.join(problems)}."
+        )
+
+
 def _unfit(model: nn.Module) -> Iterator[str]:
     """Parts of a model that no per-sample gradients make private, with the reason."""
     for fqn, module in model.named_modules():
