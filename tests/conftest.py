@@ -44,6 +44,7 @@ LONGEST = (
     "test_launcher_life.py",
     "test_launcher_stores.py",
     "test_precision.py",
+    "test_precision_bias.py",
 )
 """Files that start first: a long one at the end would leave a worker without work."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -121,9 +122,23 @@ def test_a_frozen_parameter_has_no_term(name: str) -> None:
     assert set(rule.terms(module, x, dy)) == {"bias"}
 
 
-class _Doubled(nn.RMSNorm):
+class _DoubledRMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
+
+
+class _InputsEpsilonRMSNorm(nn.RMSNorm):
+    """Another epsilon in a low precision: that of the inputs' type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, torch.finfo(x.dtype).eps)
+
+
+class _OuterEpsilonRMSNorm(nn.RMSNorm):
+    """Epsilon is added to the root, which shows where inputs are small."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / (x.square().mean(dim=-1, keepdim=True).sqrt() + self.eps)
 
 
 class _Scaled(nn.Linear):
@@ -139,7 +154,9 @@ class _Shifted(nn.Embedding):
 @pytest.mark.parametrize(
     "module",
     [
-        _Doubled(D),
+        _DoubledRMSNorm(D),
+        _InputsEpsilonRMSNorm(D),
+        _OuterEpsilonRMSNorm(D, eps=1e-6),
         _Scaled(D, P),
         nn.Embedding(9, D, scale_grad_by_freq=True),
         nn.Embedding(9, D, max_norm=1.0),

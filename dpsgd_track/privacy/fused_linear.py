@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
@@ -18,7 +17,7 @@ from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.layers import linear, transposed_linear
 from dpsgd_track.privacy.layers.inventory import Layer
-from dpsgd_track.privacy.per_sample_weights import run_linear
+from dpsgd_track.privacy.per_sample_weights import linear_forward, run_linear
 
 
 def can_fuse(layer: Layer) -> bool:
@@ -74,10 +73,7 @@ class _FusedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight_PD)
         ctx.capture, ctx.layer = capture, layer
-        y = F.linear(x.flatten(0, -2), weight_PD, bias)
-        # Not a view, which what follows might want to change in place.
-        whole: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight_PD)))
-        return whole
+        return linear_forward(x, weight_PD, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

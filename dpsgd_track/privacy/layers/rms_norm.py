@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dpsgd_track.kernels.flash_norm.reference import accumulation
+from dpsgd_track.kernels.flash_norm.reference import accumulation, accumulation_dtype
 from dpsgd_track.kernels.normalisation import normalised, weight_and_bias_gradients
 from dpsgd_track.privacy.layers.positions import flatten_positions
 from dpsgd_track.privacy.terms import Dense, Term
@@ -21,34 +21,39 @@ def matches(module: nn.Module) -> bool:
     weights = dict(module.named_parameters(recurse=False))
     if list(weights) != ["weight"] or weights["weight"].dim() != 1:
         return False
-    return _computes_rms_norm(module, weights["weight"])
+    weight = weights["weight"]
+    # A default epsilon, or a cast, may be another in a low precision.
+    return all(_computes_rms_norm(module, weight, d) for d in (weight.dtype, torch.bfloat16))
 
 
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [P]."""
     weight, _ = weight_and_bias_gradients(
-        flatten_positions(x), flatten_positions(dy), _epsilon(module, x.dtype), is_centred=False
+        flatten_positions(x), flatten_positions(dy), _epsilon(module, x), is_centred=False
     )
     return {"weight": Dense(weight)}
 
 
-def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
+def _epsilon(module: nn.Module, x: Tensor) -> float:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return torch.finfo(dtype).eps if eps is None else float(eps)
+    # torch's default is that of the type it computes in: float32's for 16-bit inputs.
+    return torch.finfo(accumulation_dtype(x)).eps if eps is None else float(eps)
 
 
 @torch.no_grad()
-def _computes_rms_norm(module: nn.Module, weight: Tensor) -> bool:
+def _computes_rms_norm(module: nn.Module, weight: Tensor, dtype: torch.dtype) -> bool:
     """Compare the module with w * xhat and (1 + w) * xhat on fixed input and weights.
 
     Weights of the probe's own: those of a sharded model are elsewhere, and w = 1 tells little.
+    Every row comes again so small that epsilon is most of what it is divided by.
     """
     generator = torch.Generator().manual_seed(0)
     x, (probe, *_) = (
-        torch.randn(3, len(weight), generator=generator).to(weight.device, weight.dtype)
-        for _ in range(2)
+        torch.randn(3, len(weight), generator=generator).to(weight.device, dtype) for _ in range(2)
     )
-    xhat = normalised(x, _epsilon(module, x.dtype), is_centred=False)
+    eps = _epsilon(module, x)
+    x = torch.cat([x, x * (eps or 1.0) ** 0.5])
+    xhat = normalised(x, eps, is_centred=False)
     got = accumulation(torch.func.functional_call(module, {"weight": probe}, (x,)))
     return any(
         torch.allclose(got, scale * xhat, rtol=2e-2, atol=2e-2) for scale in (probe, 1 + probe)
