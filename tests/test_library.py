@@ -493,13 +493,13 @@ LATER = {
     "batch-norm": (_in_training, r"2: expected BatchNorm1d in its eval mode"),
     "frozen": (_freeze, r"0\.weight: expected requires_grad=True"),
     "unfrozen": (_unfreeze, r"4\.weight: expected requires_grad=False"),
-    "layer": (_replace, r"model: expected modules as they were"),
-    "parameter": (_exchange_parameter, r"0: expected parameters as they were"),
+    "layer": (_replace, r"model: expected modules and parameters as they were"),
+    "parameter": (_exchange_parameter, r"0: expected modules and parameters as they were"),
     "gradient-hook": (_hook_gradient, r"0\.weight: expected no hook"),
     "buffer": (_begin_to_write, r"3\.average: expected a forward that leaves the model as it is"),
     "functional": (_begin_to_use, r"Used in other ways too: 0\.weight"),
     "forward": (_replace_forward, r"0: expected the forward of Linear"),
-    "parametrised": (_weight_norm, r"0: expected modules as they were|parameters as they were"),
+    "parametrised": (_weight_norm, r"0: expected modules and parameters as they were"),
 }
 
 

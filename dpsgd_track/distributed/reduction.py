@@ -65,6 +65,10 @@ class GradientSharder(Protocol):
         """This rank's part of the gradients of all ranks' `total`, by autograd."""
         ...
 
+    def reshard(self) -> None:
+        """After a forward without a backward, leave parameters as they were before it."""
+        ...
+
     def keeping_root_gathered(self) -> AbstractContextManager[None]:
         """Within it, a backward leaves the root's parameters gathered for the next one."""
         ...
@@ -122,6 +126,9 @@ class LocalSharder(_Sums):
         if not total.requires_grad:
             return [None for _ in parameters]
         return list(torch.autograd.grad(total, parameters, allow_unused=True))
+
+    def reshard(self) -> None:
+        """Nothing is gathered."""
 
     def keeping_root_gathered(self) -> AbstractContextManager[None]:
         """Nothing is gathered."""
@@ -193,6 +200,11 @@ class Fsdp2Sharder(_Sums):
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
+
+    def reshard(self) -> None:
+        """The root, which FSDP2 leaves gathered for a backward."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()
 
     @contextmanager
     def keeping_root_gathered(self) -> Iterator[None]:

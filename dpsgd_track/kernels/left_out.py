@@ -8,6 +8,8 @@ Shapes: B samples.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,21 @@ def kept_samples(factor_B: Tensor) -> Tensor | None:
 
     A CPU looks. Elsewhere a look would wait for the device.
     """
-    if factor_B.is_cpu and bool(factor_B.all()):
+    if factor_B.is_cpu and _are_all_kept(factor_B):
         return None
     return factor_B != 0
+
+
+_last: tuple[weakref.ref[Tensor], int, bool] | None = None
+"""Factors that were looked at last, their version and the answer: a batch has one for all sums."""
+
+
+def _are_all_kept(factor_B: Tensor) -> bool:
+    global _last
+    version = factor_B._version
+    if _last is None or _last[0]() is not factor_B or _last[1] != version:
+        _last = weakref.ref(factor_B), version, bool(factor_B.all())
+    return _last[2]
 
 
 def only_kept(tensor: Tensor, is_kept_B: Tensor | None) -> Tensor:

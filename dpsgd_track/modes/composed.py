@@ -51,6 +51,8 @@ class ComposedMode(Mode):
             self.engine.rounded_dtype = context.param_dtype
             if capture is not None:
                 capture.has_copies = True
+        # As long as nothing is gathered.
+        assert self._layouts is not None
 
     def accumulate(self, batch: Batch) -> SampleRecord:
         """Add one micro-batch's clipped gradients; an empty one takes part and adds nothing."""

@@ -149,16 +149,17 @@ class Capture:
         self.num_samples = num_samples
         self._num_batches += 1
         captured = self.captured.values()
+        places = [place for layer in captured for place in layer.places]
         if not self.is_sharded:
-            for layer in captured:
-                layer.refresh()
+            for place in places:
+                place.refresh()
         try:
             with self.attached(captured):
                 yield
         finally:
             if self.has_copies:
-                for layer in captured:
-                    layer.release()
+                for place in places:
+                    place.release()
             self.path = hash(tuple(self._calls))
             self.num_samples = None
             self._forget()
@@ -553,10 +554,11 @@ def _refuse_unseen_uses(names: Iterable[str]) -> None:
     """Raise where the loss depends on parameters otherwise than through calls of their modules."""
     problems = sorted(names)
     if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
             "model: expected every trainable parameter to be used by calling the module that owns "
-            f"it. Used in other ways too: {', '.join(problems)}. Call the module, or freeze the "
-            "parameter. What a hook computes from a parameter counts as another way "
+            f"it. Used in other ways too: {', '.join(problems[:5])}{more}. Call the module, or "
+            "freeze the parameter. What a hook computes from a parameter counts as another way "
             "(torch.nn.utils.weight_norm, prune): use torch.nn.utils.parametrize."
         )
 

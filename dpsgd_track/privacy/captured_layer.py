@@ -10,12 +10,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpsgd_track.privacy.capture import Capture, is_saved_by_others
-from dpsgd_track.privacy.layers import linear
 from dpsgd_track.privacy.layers.inventory import Layer
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
@@ -26,7 +24,8 @@ class CapturedLayer(ReplacedForward):
     def __init__(self, capture: Capture, layer: Layer) -> None:
         super().__init__(layer.module)
         self.capture, self.layer = capture, layer
-        self._places = _places_of(layer)
+        self.places = _places_of(layer)
+        """Where the module looks its trainable parameters up."""
 
     @abstractmethod
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -57,33 +56,23 @@ class CapturedLayer(ReplacedForward):
 
     def leaves(self) -> dict[str, Tensor]:
         """What stands for each trainable parameter inside a call, by its name in the module."""
-        return {place.name: place.leaf() for place in self._places}
+        return {place.name: place.leaf() for place in self.places}
 
     def own_leaves(self) -> Iterator[Tensor]:
         """Every leaf that was made so far."""
-        return (place.made for place in self._places if place.made is not None)
+        return (place.made for place in self.places if place.made is not None)
 
     def seen_parameters(self) -> dict[str, Tensor]:
         """Trainable parameters that calls so far have found, by fully qualified name."""
         return {
             self.layer.names[place.name]: place.parameter
-            for place in self._places
+            for place in self.places
             if place.parameter is not None
         }
 
-    def refresh(self) -> None:
-        """Forget leaves whose parameters have moved to other memory, as `module.to` moves them."""
-        for place in self._places:
-            place.refresh()
-
-    def release(self) -> None:
-        """Let go of copies of parameters, which are made for each batch."""
-        for place in self._places:
-            place.release()
-
     def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own forward on leaves of the capture's in place of its parameters."""
-        places = self._places
+        places = self.places
         for place in places:
             place.enter()
         try:
@@ -98,6 +87,8 @@ class CapturedLayer(ReplacedForward):
         Raises:
             ValueError: it is called with more.
         """
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return args[0]
         given = [x for x in (*args, *kwargs.values()) if x is not None]
         if len(given) != 1 or not isinstance(given[0], Tensor):
             raise ValueError(
@@ -122,7 +113,6 @@ class WatchedLayer(CapturedLayer):
         """
         super().__init__(capture, layer)
         self.sample_dim, self.is_spread = sample_dim, is_spread
-        self._returns_views = layer.rule is linear and layer.module.bias is not None
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[..., d] -> [..., p]."""
@@ -132,35 +122,47 @@ class WatchedLayer(CapturedLayer):
             assert capture.num_samples is not None
             x = spread(x, capture.num_samples)
             args, kwargs = (x,), {}
-        y = self._output(x, args, kwargs)
+        y: Tensor = self.run_plain(args, kwargs)
         held = capture.hold(x)
         if not capture.open_call(layer, x, dim):
             return y
-        edge = get_gradient_edge(y)
+        seen = _of_no_view(y)
+        edge, shape = get_gradient_edge(seen), None if seen is y else y.shape
 
         def close(dy: Tensor) -> None:
-            if not capture.is_telling_samples_apart:
-                capture.close_call(layer, held().movedim(dim, 0), dy.movedim(dim, 0))
+            if capture.is_telling_samples_apart:
+                return
+            x = held()
+            if shape is not None:
+                dy = dy.view(shape)
+            if dim:
+                x, dy = x.movedim(dim, 0), dy.movedim(dim, 0)
+            capture.close_call(layer, x, dy)
 
         if x.requires_grad:
             capture.note_output(layer, edge, None)
             _before_node(edge, close)
         elif is_saved_by_others():
             capture.note_output(layer, edge, edge)
-            y.register_hook(close)
+            seen.register_hook(close)
         else:
             capture.note_output(layer, edge, edge, close)
         return y
 
-    def _output(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What the module returns, and no view: a change in place of one would take its node out of
-        the graph."""
-        if self._returns_views and x.dim() > 2:
-            # torch flattens the positions, too, and returns a view of the product.
-            y: Tensor = self.run_plain((x.flatten(0, -2),), {})
-            return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-        y = self.run_plain(args, kwargs)
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+def _of_no_view(y: Tensor) -> Tensor:
+    """`y`, or what it is a view of: the same elements in the same order.
+
+    A change in place takes the node of a view out of the graph, but not that of its base: a linear
+    layer's product, of which it returns the positions apart.
+    """
+    base = y._base if y._is_view() else None
+    if base is None:
+        return y
+    assert base.numel() == y.numel()
+    assert base.is_contiguous()
+    assert y.is_contiguous()
+    return base
 
 
 def spread(x: Tensor, num_samples: int) -> Tensor:
@@ -169,7 +171,7 @@ def spread(x: Tensor, num_samples: int) -> Tensor:
     return shared.expand(num_samples, *shared.shape)
 
 
-class _Place:
+class ParameterPlace:
     """Where a module looks a trainable parameter up, and the leaf that is put there."""
 
     def __init__(self, name: str, own: dict[str, Any], key: str) -> None:
@@ -216,8 +218,8 @@ class _Place:
             own[key] = self.parameter
 
 
-def _places_of(layer: Layer) -> list[_Place]:
-    places: dict[int, _Place] = {}
+def _places_of(layer: Layer) -> list[ParameterPlace]:
+    places: dict[int, ParameterPlace] = {}
     trained = {id(p): n for n, p in layer.module.named_parameters() if n in layer.names}
     for module in layer.module.modules():
         for key, parameter in module._parameters.items():
@@ -227,7 +229,7 @@ def _places_of(layer: Layer) -> list[_Place]:
             if id(parameter) in places:
                 places[id(parameter)].others.append((module._parameters, key))
             else:
-                places[id(parameter)] = _Place(name, module._parameters, key)
+                places[id(parameter)] = ParameterPlace(name, module._parameters, key)
     return list(places.values())
 
 

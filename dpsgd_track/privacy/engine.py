@@ -56,6 +56,7 @@ class Engine:
             with self.in_rounded_dtype():
                 if self.capture is not None and not self._knows_sample_dims:
                     find_sample_dims(self.capture, self._logits, batch)
+                    self.sharder.reshard()
                     self._knows_sample_dims = True
                 record = self.strategy(self, batch)
         except BaseException:

@@ -6,8 +6,9 @@ hundred modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -15,8 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dpsgd_track.privacy.layers.inventory import mixes_samples, refuse_unfit
-
-_Ids = Callable[[dict[str, Any]], object]
 
 
 class ModelGuard:
@@ -31,13 +30,11 @@ class ModelGuard:
         is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         named = list(model.named_modules())
         # FSDP2 puts other tensors into the place of parameters as it goes.
-        ids_of_own = tuple if is_sharded else _ids
-        self._tables: list[tuple[str, dict[str, Any], _Ids, object]] = []
-        """Each module's modules and parameters, and what they were."""
-        for fqn, module in named:
-            children, own = module._modules, module._parameters
-            self._tables.append((fqn, children, _ids, _ids(children)))
-            self._tables.append((fqn, own, ids_of_own, ids_of_own(own)))
+        self._look_at_own = _keys if is_sharded else _values
+        self._names = [fqn or "model" for fqn, _ in named]
+        self._children = [module._modules for _, module in named]
+        self._own = [module._parameters for _, module in named]
+        self._before = self._structure()
         self._parameters = list(model.named_parameters())
         self._requires_grad = [p.requires_grad for _, p in self._parameters]
         self._buffers = [
@@ -54,14 +51,12 @@ class ModelGuard:
         Raises:
             ValueError: naming the module or parameter that has changed.
         """
-        for fqn, table, ids, before in self._tables:
-            if ids(table) != before:
-                _refuse(fqn or "model", "modules and parameters as they were", "others")
-        for (name, parameter), requires_grad in zip(
-            self._parameters, self._requires_grad, strict=True
-        ):
-            if parameter.requires_grad != requires_grad:
-                _refuse(name, f"requires_grad={requires_grad}", str(not requires_grad))
+        now = self._structure()
+        if len(now) != len(self._before) or not all(map(is_, now, self._before)):
+            self._refuse_structure()
+        if [p.requires_grad for _, p in self._parameters] != self._requires_grad:
+            self._refuse_requires_grad()
+        for name, parameter in self._parameters:
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError(
                     f"{name}: expected no hook on the gradient of a parameter, got one. It would "
@@ -103,14 +98,35 @@ class ModelGuard:
             "or keep them outside of the model."
         )
 
+    def _structure(self) -> list[object]:
+        """Every module, and every parameter or its name, in order."""
+        return [*_values(self._children), *self._look_at_own(self._own)]
+
+    def _refuse_structure(self) -> None:
+        now, before = iter(self._structure()), iter(self._before)
+        sizes = [*map(len, self._children), *map(len, self._own)]
+        for where, size in zip(self._names * 2, sizes, strict=True):
+            if any(next(now) is not next(before, None) for _ in range(size)):
+                _refuse(where, "modules and parameters as they were", "others")
+        _refuse("model", "modules and parameters as they were", "fewer")
+
+    def _refuse_requires_grad(self) -> None:
+        for (name, parameter), before in zip(self._parameters, self._requires_grad, strict=True):
+            if parameter.requires_grad != before:
+                _refuse(name, f"requires_grad={before}", str(not before))
+
     def _versions(self) -> tuple[list[Tensor], list[int]]:
         tensors: list[Tensor] = [parameter for _, parameter in self._parameters]
         tensors += [own[name] for _, own, name in self._buffers]
         return tensors, [tensor._version for tensor in tensors]
 
 
-def _ids(values: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(map(id, values.values()))
+def _values(tables: list[dict[str, Any]]) -> Iterable[object]:
+    return chain.from_iterable(table.values() for table in tables)
+
+
+def _keys(tables: list[dict[str, Any]]) -> Iterable[object]:
+    return chain.from_iterable(tables)
 
 
 def _refuse(where: str, expected: str, got: str) -> None:

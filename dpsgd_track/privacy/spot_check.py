@@ -156,6 +156,7 @@ class SpotCheck:
         try:
             was_done = self._compare(batch)
         finally:
+            self.engine.sharder.reshard()
             self.cost.seconds += time.perf_counter() - started
         if was_done:
             self.cost.num_checks += 1
