@@ -36,7 +36,7 @@ from dpsgd_track.faults.fault import Site
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import MODES, takes_plan
-from dpsgd_track.privacy import per_sample_weights
+from dpsgd_track.privacy import fused_linear
 from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.loss import regression_loss
 from dpsgd_track.privacy.terms import Dense, Outer, Term
@@ -298,9 +298,9 @@ def test_a_product_that_is_rounded_before_its_bias_is_added_is_found(
         product = F.linear(x, weight_PD)
         return product if bias is None else product + bias
 
-    monkeypatch.setattr(per_sample_weights, "linear_forward", twice_rounded)
+    monkeypatch.setattr(fused_linear, "linear_forward", twice_rounded)
     found, wanted = (
-        losses_of(name, "linear", device) for name in ("flash_fuse_bk/gradients", "no_dp_single")
+        losses_of(name, "linear", device) for name in ("flash_fuse_bk/tiled", "no_dp_single")
     )
     assert not torch.equal(found, wanted)
 

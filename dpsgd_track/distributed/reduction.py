@@ -34,6 +34,8 @@ class GradientSharder(Protocol):
     """Parameters that go together, in the order in which they are best put."""
     packs: bool
     """Whether `pack` takes whole groups."""
+    repeats_batches: bool
+    """Whether one rank may run a batch again without the others."""
     num_copies: int
     """Ranks that hold the same shard, one in each replica of the model."""
 
@@ -104,6 +106,7 @@ class LocalSharder(_Sums):
     """One device holds everything."""
 
     packs = False
+    repeats_batches = True
     num_copies = 1
 
     def __init__(self, model: nn.Module) -> None:
@@ -150,6 +153,7 @@ class Fsdp2Sharder(_Sums):
     """
 
     packs = True
+    repeats_batches = False
 
     def __init__(self, model: nn.Module, late: Container[str] = ()) -> None:
         """

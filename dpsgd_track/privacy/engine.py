@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dpsgd_track.distributed.reduction import GradientSharder
 from dpsgd_track.distributed.sharding import as_local, trainable_parameters
+from dpsgd_track.kernels.left_out import answer_later, assuming_all_kept
 from dpsgd_track.kernels.weighted_sum import weighted_sums_into
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.capture import Capture
@@ -43,6 +44,8 @@ class Engine:
     _weight_B: Tensor | None = field(default=None, init=False)
     """What gradients are weighted with in place of the clip factors."""
     _knows_sample_dims: bool = field(default=False, init=False)
+    _leaves_out: Callable[[], bool] | None = field(default=None, init=False)
+    """On a GPU, whether a sample of the batch at hand is left out: waits until that is known."""
 
     def __post_init__(self) -> None:
         self._device_type = next(self.model.parameters()).device.type
@@ -58,12 +61,27 @@ class Engine:
                     find_sample_dims(self.capture, self._logits, batch)
                     self.sharder.reshard()
                     self._knows_sample_dims = True
-                record = self.strategy(self, batch)
+                record = self._run(batch)
         except BaseException:
             self.sharder.discard()
             raise
         self.sharder.commit()
         return record.of_nobody() if is_empty else record
+
+    def _run(self, batch: Batch) -> SampleRecord:
+        """The strategy, on one GPU at first as if no sample were left out.
+
+        Whether one is, is known long before its sums are formed there.
+        """
+        if self._device_type == "cpu" or not self.sharder.repeats_batches:
+            return self.strategy(self, batch)
+        with assuming_all_kept() as assumption:
+            record = self.strategy(self, batch)
+        assert self._leaves_out is not None
+        if assumption.was_made and self._leaves_out():
+            self.sharder.discard()
+            record = self.strategy(self, batch)
+        return record
 
     def weighted_sum(
         self, batch: Batch, weight_B: Tensor
@@ -119,6 +137,8 @@ class Engine:
         loss_B = loss_B.detach()
         factor_B = clip_factors(norm_B, self.max_grad_norm)
         factor_B = torch.where(loss_B.isfinite(), factor_B, 0.0)
+        if factor_B.is_cuda:
+            self._leaves_out = answer_later(factor_B.eq(0).any())
         return SampleRecord(loss_B, norm_B, factor_B, by_parameter)
 
     def weights_of(self, record: SampleRecord) -> Tensor:

@@ -9,15 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from dpsgd_track.config import GRADIENTS
 from dpsgd_track.privacy.capture import Capture
-from dpsgd_track.privacy.captured_layer import CapturedLayer
+from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer
 from dpsgd_track.privacy.layers import linear, transposed_linear
 from dpsgd_track.privacy.layers.inventory import Layer
-from dpsgd_track.privacy.per_sample_weights import linear_forward, run_linear
+from dpsgd_track.privacy.per_sample_weights import run_linear
 
 
 def can_fuse(layer: Layer) -> bool:
@@ -28,6 +29,10 @@ def can_fuse(layer: Layer) -> bool:
 class FusedLayer(CapturedLayer):
     """Reports to the capture from the backward of its own linear function."""
 
+    def __init__(self, capture: Capture, layer: Layer) -> None:
+        super().__init__(capture, layer)
+        self._watched = WatchedLayer(capture, layer)
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[B, ..., d] -> [B, ..., p]."""
         capture, layer = self.capture, self.layer
@@ -35,6 +40,9 @@ class FusedLayer(CapturedLayer):
         x = self.only_input(args, kwargs)
         leaves = self.leaves()
         if self._has_gradients_formed(x):
+            if self._rounds_twice(x):
+                self._watched.plain = self.plain
+                return self._watched.run(args, kwargs)
             return run_linear(capture, layer, leaves, x)
         is_open = capture.open_call(layer, x)
         weight, bias = leaves.get("weight", module.weight), leaves.get("bias", module.bias)
@@ -46,6 +54,19 @@ class FusedLayer(CapturedLayer):
             root = None if anchor is None else get_gradient_edge(anchor)
             capture.note_output(layer, get_gradient_edge(output), root)
         return output
+
+    def _rounds_twice(self, x: Tensor) -> bool:
+        """Whether a batched product would be rounded before its bias is added.
+
+        On a GPU `torch.baddbmm` does so in 16 bits: what it adds is the bias rounded to the
+        product's last bit, in all samples alike. The layer's own forward rounds once.
+        """
+        weight: Any = self.layer.module.weight
+        device = x.device.type
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        )
+        return dtype.itemsize == 2 and self.layer.module.bias is not None
 
     def _has_gradients_formed(self, x: Tensor) -> bool:
         """Whether the per-sample gradients are kept, so that autograd may form them."""
@@ -81,3 +102,11 @@ class _FusedLinear(torch.autograd.Function):
         ctx.capture.close_call(ctx.layer, x, dy)
         dx = dy @ weight_PD.to(dy.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, None
+
+
+def linear_forward(x: Tensor, weight_PD: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b as the layer itself computes it, [B, ..., P]."""
+    y = F.linear(x, weight_PD, bias)
+    # Not a view, which what follows might want to change in place.
+    whole: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return whole

@@ -14,14 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.layers import linear, rms_norm
 from dpsgd_track.privacy.layers.inventory import Layer
-from dpsgd_track.privacy.layers.positions import flatten_positions
 
 
 def run_linear(capture: Capture, layer: Layer, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -47,53 +45,10 @@ def run_linear(capture: Capture, layer: Layer, leaves: Mapping[str, Tensor], x: 
         capture.want(layer, "weight", weight)
     if is_open and "bias" in layer.names:
         capture.want(layer, "bias", bias)
-    if bias is not None and weight.dtype.itemsize == 2:
-        found: Tensor = _BiasedLinear.apply(x, weight, bias, layer.rule is linear)
-        return found
     x_BTD = x.reshape(num_samples, -1, x.shape[-1]) if x.dim() != 3 else x
     weight_BDP = weight.mT if layer.rule is linear else weight
     y = torch.bmm(x_BTD, weight_BDP) if bias is None else torch.baddbmm(bias, x_BTD, weight_BDP)
     return y if x.dim() == 3 else y.view(*x.shape[:-1], y.shape[-1])
-
-
-class _BiasedLinear(torch.autograd.Function):
-    """y = x W^T + b in 16 bits, with W and b there once for each sample.
-
-    On a GPU `torch.baddbmm` rounds the product before it adds the bias. What it adds is then the
-    bias rounded to the product's last bit, up to half of that bit too much or too little, in all
-    samples alike. The layer's own forward rounds once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, is_linear: bool) -> Tensor:
-        """[B, ..., D], [B, P, D] (or [B, D, P]) and [B, 1, P] to [B, ..., P]."""
-        ctx.save_for_backward(x, weight)
-        ctx.is_linear = is_linear
-        return linear_forward(x, weight[0] if is_linear else weight[0].T, bias[0, 0])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dx = dweight = dbias = None
-        dy_BTP = flatten_positions(dy)
-        if ctx.needs_input_grad[0]:
-            weight_PD = weight[0] if ctx.is_linear else weight[0].T
-            dx = dy @ weight_PD.to(dy.dtype)
-        if ctx.needs_input_grad[1]:
-            x_BTD = flatten_positions(x).to(dy.dtype)
-            rows, columns = (dy_BTP, x_BTD) if ctx.is_linear else (x_BTD, dy_BTP)
-            dweight = torch.bmm(rows.mT, columns)
-        if ctx.needs_input_grad[2]:
-            dbias = dy_BTP.sum(dim=1, keepdim=True)
-        return dx, dweight, dbias, None
-
-
-def linear_forward(x: Tensor, weight_PD: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b as the layer itself computes it, [B, ..., P]."""
-    y = F.linear(x, weight_PD, bias)
-    # Not a view, which what follows might want to change in place.
-    whole: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-    return whole
 
 
 class RmsNormPerSample(CapturedLayer):
