@@ -73,7 +73,8 @@ class Engine:
 
         Whether one is, is known long before its sums are formed there.
         """
-        if self._device_type == "cpu" or not self.sharder.repeats_batches:
+        is_clipped_on_one_gpu = self.capture is not None and self.sharder.repeats_batches
+        if self._device_type == "cpu" or not is_clipped_on_one_gpu:
             return self.strategy(self, batch)
         with assuming_all_kept() as assumption:
             record = self.strategy(self, batch)
