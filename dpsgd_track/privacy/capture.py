@@ -418,9 +418,9 @@ class Capture:
         """[B, *parameter] of each leaf that is one for all samples, by a backward for each."""
         if self._by_sample and not self._found_by_sample:
             if not bool(loss_B.isfinite().all()):
-                names = ", ".join(sorted({name for name, _ in self._by_sample}))
+                shared = ", ".join(sorted({name for name, _ in self._by_sample}))
                 raise ValueError(
-                    f"loss: expected finite losses where samples share {names}, got one that is "
+                    f"loss: expected finite losses where samples share {shared}, got one that is "
                     "not. It would be in every sample's gradient. Leave the sample out."
                 )
             leaves = [leaf for _, leaf in self._by_sample]

@@ -105,14 +105,16 @@ class SpotCheck:
         self._num_batches += 1
         self._kind = self._kind_of(batch)
         is_first = not self._kinds
-        if is_first or (not self._is_sharded and self._is_new(batch)):
+        self._is_checked = is_first or (not self._is_sharded and self._is_new(batch))
+        if self._is_checked:
             self._check(batch)
 
     def after(self, batch: Batch, record: SampleRecord) -> None:
         """Check a batch that was added, if it is due on any rank; all ranks call it."""
         is_due = self._is_new(batch) or self._is_repeated() or self._is_new_path()
         is_due_anywhere = self._agreement.any(is_due or self._has_new_gradients(record))
-        if is_due_anywhere or self._num_batches in SUMS_CHECKED:
+        is_early = self._num_batches in SUMS_CHECKED and not self._is_checked
+        if is_due_anywhere or is_early:
             try:
                 self._check(batch, sums_alone=not is_due_anywhere)
             except torch.OutOfMemoryError:
