@@ -36,17 +36,23 @@ _Copies = dict[str, Tensor]
 """[B, *parameter] by the parameter's name in the module."""
 
 
+SPREAD = -1
+"""In place of a dimension."""
+
+
 @dataclass(frozen=True)
 class SampleDims:
-    """Dimensions of the samples in the tensors of a call; None where all samples share one."""
+    """Dimensions of the samples in the tensors of a call; None for what is no tensor."""
 
     inputs: tuple[int | None, ...]
+    """None also where all samples share a tensor."""
     outputs: tuple[int | None, ...]
+    """SPREAD where all samples share a tensor: each is given a copy, see `captured_layer.spread`"""
 
     @property
     def is_shared(self) -> bool:
-        """Whether the call read nothing that belongs to one sample."""
-        return all(dim is None for dim in self.inputs)
+        """Whether nothing that the call returned belongs to one sample."""
+        return all(dim is None or dim == SPREAD for dim in self.outputs)
 
 
 class MixedSamplesError(ValueError):
@@ -113,10 +119,8 @@ class ExpandedLayer(CapturedLayer):
         finally:
             for m, training in was_training.items():
                 m.training = training
-        is_shared = all(dim is None for dim in inputs)
         outputs = tuple(
-            _shared_dim(found, wanted) if is_shared else self._dim_of_output(found, wanted)
-            for found, wanted in zip(mapped, plain, strict=True)
+            self._dim_of_output(found, wanted) for found, wanted in zip(mapped, plain, strict=True)
         )
         dims = self.dims[_kind(args, kwargs)] = SampleDims(inputs, outputs)
         return dims
@@ -131,6 +135,8 @@ class ExpandedLayer(CapturedLayer):
     def _dim_of_output(self, found: Any, wanted: Any) -> int | None:
         if not isinstance(found, Tensor):
             return None
+        if found.shape[1:] == wanted.shape and _is_close(found, wanted.expand_as(found)):
+            return SPREAD
         fitting = [d for d in range(found.dim() - 1) if _is_close(_joined(found, d), wanted)]
         if not fitting:
             raise MixedSamplesError(
@@ -213,14 +219,9 @@ def _dim_of_size(leaf: object, size: int) -> int | None:
     return leaf.shape.index(size)
 
 
-def _shared_dim(found: Any, wanted: Any) -> int | None:
-    """-1 for an output of all samples that each is given a copy of; see `captured_layer.spread`."""
-    return -1 if isinstance(wanted, Tensor) else None
-
-
 def _joined(output: Tensor, dim: int | None) -> Tensor:
     """Samples [B, ...], each with a dimension `dim` of 1, as one batch along that dimension."""
-    if dim == -1:
+    if dim == SPREAD:
         return output[:, 0] if output.shape[1:2] == (1,) else output
     assert dim is not None
     return output.movedim(0, dim).flatten(dim, dim + 1)
