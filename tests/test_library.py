@@ -794,6 +794,12 @@ def test_how_a_model_is_wrapped_changes_nothing(sharded: dict[str, Any]) -> None
     assert len(sharded["distance"]) == 8
 
 
+def test_a_batch_that_failed_can_be_added_in_halves_under_fsdp2(sharded: dict[str, Any]) -> None:
+    assert len(sharded["failed"]) == 8
+    for what, distance in sharded["failed"].items():
+        assert distance < 1e-6, what
+
+
 def test_step_after_a_plain_backward_raises_under_fsdp2(sharded: dict[str, Any]) -> None:
     assert "without a clipped gradient" in sharded["unprepared"]
     assert "it is not clipped" in sharded["mixed"]

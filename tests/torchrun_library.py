@@ -79,6 +79,69 @@ def _unprepared(*, is_mixed: bool) -> str:
     return "took a step"
 
 
+class _FailsOnce(torch.autograd.Function):
+    """Stands for an allocation that fails in the n-th backward from now, on every rank."""
+
+    failing_at = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        _FailsOnce.failing_at -= 1
+        if _FailsOnce.failing_at == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return dy
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(_FailsOnce.apply(x)))
+
+
+class _Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList([_Block(), _Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        for block in self.blocks:
+            h = block(h)
+        y: Tensor = self.leave(h)
+        return y
+
+
+def _failed(mode: str, failing_at: int) -> Tensor:
+    """Weights after a step of two batches, the second of which may fail and be given in halves."""
+    torch.manual_seed(0)
+    model = _Failing()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = SETTINGS | {"loss": "sequence-classification", "spot_check": False}
+    private = make_private(model, optimizer, mode=mode, **settings)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(4, 6, generator=generator)
+    y = torch.randint(0, 3, (4,), generator=generator)
+    private.backward(x, y)
+    _FailsOnce.failing_at = failing_at
+    try:
+        private.backward(2 * x, y)
+        assert not failing_at
+    except torch.OutOfMemoryError:
+        _FailsOnce.failing_at = 0
+        private.backward(2 * x[:1], y[:1])
+        private.backward(2 * x[1:], y[1:])
+    optimizer.step()
+    return _whole(model)
+
+
 def main(output: str) -> None:
     """Leave what was found as JSON."""
     warnings.simplefilter("ignore")
@@ -89,8 +152,14 @@ def main(output: str) -> None:
         for mode in ("flash_fsdp", "flash_fsdp_bk", "flash_fsdp_fuse", "flash_fsdp_fuse_bk")
         for wrapping in ("root", "every layer")
     }
+    failed = {
+        f"{mode}, {at}": (_failed(mode, at) - _failed(mode, 0)).norm().item()
+        for mode in ("flash_fsdp", "flash_fsdp_bk", "flash_fsdp_fuse", "flash_fsdp_fuse_bk")
+        for at in ((1, 2) if mode.endswith("bk") else (1, 4))
+    }
     found = {
         "distance": distance,
+        "failed": failed,
         "unprepared": _unprepared(is_mixed=False),
         "mixed": _unprepared(is_mixed=True),
     }

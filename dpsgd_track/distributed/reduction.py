@@ -189,9 +189,20 @@ class Fsdp2Sharder(_Sums):
         self._start_batch()
 
     def discard(self) -> None:
-        """Forget everything of a micro-batch that failed."""
+        """Forget everything of a micro-batch that failed, and have FSDP2 end its backward.
+
+        A backward that raises leaves parameters gathered, and what FSDP2 does at its end undone for
+        all that follow.
+        """
         super().discard()
         self._start_batch()
+        assert isinstance(self.model, FSDPModule)
+        state = self.model._get_fsdp_state()
+        if state._state_ctx.post_backward_final_callback_queued:
+            state._root_post_backward_final_callback()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def gradients_of(self, total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
         """This rank's part of the gradients of all ranks' `total`, as FSDP2 reduces them."""
