@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from dpsgd_track import make_private
 
-SIZES = ({0: [4, 0], 1: [1, 3]}, {0: [0], 1: [0]}, {0: [2, 1], 1: [3, 2]})
-"""By step and rank: the micro-batches. In the second step nobody has a sample."""
+SIZES = ({0: [0, 4], 1: [1, 3]}, {0: [0], 1: [0]}, {0: [2, 1], 1: [3, 2]})
+"""By step and rank: the micro-batches. The first is empty on one rank, the second step on all."""
 SETTINGS: dict[str, Any] = {
     "loss": "causal-lm",
     "noise_multiplier": 0.7,

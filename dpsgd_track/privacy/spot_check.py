@@ -104,7 +104,8 @@ class SpotCheck:
         """
         self._num_batches += 1
         self._kind = self._kind_of(batch)
-        is_first = not self._kinds
+        # The same on all ranks, also on one that has had no sample yet.
+        is_first = self.cost.num_checks == 0
         self._is_checked = is_first or (not self._is_sharded and self._is_new(batch))
         if self._is_checked:
             self._check(batch)
