@@ -343,7 +343,9 @@ class _Loop:
         why = "" if truth.exists else " (samples see each other)"
         norms = self.private.last.norm_B
         if self.is_random:
-            if not torch.isfinite(norms).all():
+            if not torch.isfinite(norms).all() and not any(
+                step.event == "not-finite" for step in self.case.steps
+            ):
                 raise _Stop(WRONG, "norms are not finite")
             return
         if told.shape != (len(data),):

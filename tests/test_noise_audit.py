@@ -161,7 +161,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "a tenth zero": (_a_tenth_zero, "the value 0 stands"),
     "first block": (_only(0, every, every, every, slice(64, None)), "the value 0 stands"),
     "shards": (lambda z, rng: np.repeat(z[:, :1], 2, 1), "between rank 0 and rank 1 is 1.000"),
-    "steps": (lambda z, rng: np.repeat(z[:1], 4, 0), "step 0 and step 3 is 1.000"),
+    "steps": (lambda z, rng: np.repeat(z[:1], 4, 0), "step 0 and step 1 is 1.000"),
     "shape": (_same_for_one_shape, "model.layers.1.weight and model.layers.2.weight is 1.000"),
     "shifted": (
         _shifted_reuse,

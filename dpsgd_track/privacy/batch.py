@@ -44,8 +44,11 @@ class Batch:
 
     def resized(self, num_samples: int) -> Batch:
         """As many samples: the batch's, from the first one on and over again."""
-        rows = torch.arange(num_samples, device=self.targets.device) % len(self)
-        return self._mapped(lambda name, t: t[rows.to(t.device)])
+        return self.rows(torch.arange(num_samples) % len(self))
+
+    def rows(self, indices: Tensor) -> Batch:
+        """The samples of these indices."""
+        return self._mapped(lambda name, t: t[indices.to(t.device)])
 
     def stand_in(self) -> Batch:
         """One made-up sample of the same shapes: zeros, and masks that hide nothing."""

@@ -45,12 +45,14 @@ _logger = logging.getLogger(__name__)
 
 REPEATED_EVERY = 5
 """Batches 1, 2^5, 2^10, 2^15, ... are checked, whatever else is."""
-SUMS_CHECKED = (2, 4)
+SUMS_CHECKED = (2,)
 """Batches whose sums are checked: what reorders samples by their values may not have done so in the
 first."""
 MAX_PATHS = 16
 """Sequences of layer calls that are checked; a model may have a new one in every batch."""
 
+MAX_SINGLES = 8
+"""Samples of a batch up to which each one's loss is computed alone."""
 MAX_LOSSES_ALONE = 16
 """Samples whose losses are computed again, each from its own logits."""
 
@@ -178,6 +180,9 @@ class SpotCheck:
     def _compare(self, batch: Batch, *, sums_alone: bool) -> bool:
         """Compare a batch of all ranks; False where that has to wait for another."""
         comparison = _Comparison(self.engine, batch)
+        if comparison.has_left_out():
+            batch = batch.rows(comparison.finite_samples())
+            comparison = _Comparison(self.engine, batch)
         if not comparison.is_possible():
             return False
         comparison.compare_sums()
@@ -189,7 +194,7 @@ class SpotCheck:
         chosen = self.cost.num_checks
         if not comparison.is_random:
             self._unproven -= comparison.compare_samples(chosen)
-            comparison.compare_halves()
+            comparison.compare_parts()
             return True
         comparison.compare_copies(chosen)
         with in_eval_mode(self.engine.model), torch.backends.cudnn.flags(enabled=False):
@@ -204,7 +209,7 @@ class SpotCheck:
                 )
                 return True
             self._unproven -= alone.compare_samples(chosen)
-            alone.compare_halves()
+            alone.compare_parts()
         return True
 
 
@@ -223,9 +228,23 @@ class _Comparison:
         self.weight_B = (size * sign).to(self.device)
         self.is_random = False
         """Whether a forward draws random numbers; known once sums were compared."""
+        self._form_sums()
 
     def is_possible(self) -> bool:
-        """Form the engine's sums; False where no rank has a sample, or one is not finite."""
+        """False where no rank has a sample, or one is not finite."""
+        return self.num_left_out == 0 and any(self.num_samples)
+
+    def has_left_out(self) -> bool:
+        """Whether a sample of any rank is not finite."""
+        return self.num_left_out > 0
+
+    def finite_samples(self) -> Tensor:
+        """Indices of this rank's samples that are finite."""
+        left_out = self.record.is_left_out_B
+        assert left_out is not None
+        return (~left_out).nonzero().flatten()
+
+    def _form_sums(self) -> None:
         with kept_random_state(self.batch):
             self.record, sums = self.engine.weighted_sum(self.batch, self.weight_B)
         self.projections = self._projected(sums)
@@ -234,8 +253,7 @@ class _Comparison:
         counts[self.rank] = len(self.batch)
         counts[-1] = self.record.num_left_out
         sum_over_ranks(counts)
-        *self.num_samples, num_left_out = map(int, counts.tolist())
-        return num_left_out == 0 and any(self.num_samples)
+        *self.num_samples, self.num_left_out = map(int, counts.tolist())
 
     def compare_sums(self) -> None:
         """The engine's weighted sums against autograd's."""
@@ -283,17 +301,20 @@ class _Comparison:
             self._hold(f"gradient norm of {which}", got, wanted, wanted, norms_alone)
         return proven
 
-    def compare_halves(self) -> None:
-        """Losses of all samples against those in batches of half as many."""
-        middle = (len(self.batch) + 1) // 2
-        losses = []
-        for half in (self.batch.part(0, middle), self.batch.part(middle, len(self.batch))):
-            runs = half if len(half) else self.batch.stand_in()
+    def compare_parts(self) -> None:
+        """Losses of all samples against those in smaller batches: of every other sample, or of one
+        where there are few."""
+        loss_B = torch.zeros_like(self.record.loss_B)
+        most = max(self.num_samples)
+        num_parts = most if most <= MAX_SINGLES else 2
+        for first in range(num_parts):
+            part = self.batch.rows(torch.arange(first, len(self.batch), num_parts))
+            runs = part if len(part) else self.batch.stand_in()
             with torch.no_grad(), kept_random_state(runs), self.engine.in_rounded_dtype():
-                losses.append(self.engine.losses(runs)[: len(half)])
+                loss_B[first::num_parts] = self.engine.losses(runs)[: len(part)]
         problem = ""
         if len(self.batch):
-            problem = self._unlike_losses(self.record.loss_B, torch.cat(losses), "in half of it")
+            problem = self._unlike_losses(self.record.loss_B, loss_B, "in a part of it")
         self._raise_together(problem)
 
     def compare_copies(self, chosen: int) -> None:
