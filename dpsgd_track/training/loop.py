@@ -179,10 +179,12 @@ class RegimeRun(PreparedRun):
         gradient = measure(mode, parts)
         with clock.running():
             mode.privatize(clipped, source)
-            mode.step()
+        # Before the step: noise that a mode adds there would be nobody's under another loop.
         noised_parts = mode.gradient_parts()
         noised = measure(mode, noised_parts)
         noise = self._noise(step, noised_parts)
+        with clock.running():
+            mode.step()
         mode.zero_grad()
         local = local_samples(records, share.indices, share.digests, self.parameter_names)
         weights_before, self.weights = self.weights, measure(mode, mode.weight_parts())
