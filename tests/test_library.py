@@ -17,6 +17,7 @@ import torch
 from forked_ranks import ForkedRanks
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torchrun_library import FailsOnce
 
 import dpsgd_track
 from dpsgd_track.modes.reference import ReferenceMode
@@ -313,30 +314,13 @@ def test_a_sample_that_is_not_finite_is_refused_by_opacus(model: nn.Module, mode
     assert torch.equal(_weights(model), before)
 
 
-class _FailsOnce(torch.autograd.Function):
-    """Stands for an allocation that fails in the n-th backward from now."""
-
-    failing_at = 0
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        _FailsOnce.failing_at -= 1
-        if _FailsOnce.failing_at == 0:
-            raise torch.OutOfMemoryError("out of memory")
-        return dy
-
-
 class _Failing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.enter, self.leave = nn.Linear(D, 6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.leave(_FailsOnce.apply(torch.tanh(self.enter(x))))
+        y: Tensor = self.leave(FailsOnce.apply(torch.tanh(self.enter(x))))
         return y
 
 
@@ -350,7 +334,7 @@ def test_a_batch_that_failed_can_be_added_in_halves(mode: str, failing_at: int) 
     settings = {"spot_check": False, "noise_multiplier": 0.0}
     private, optimizer = _made(model, mode, **settings)
     private.backward(*_data(seed=2))
-    _FailsOnce.failing_at = failing_at
+    FailsOnce.failing_at = failing_at
     is_one_pass = mode.endswith("_bk")
     if failing_at == 1 or not is_one_pass:
         with pytest.raises(torch.OutOfMemoryError):
@@ -359,7 +343,7 @@ def test_a_batch_that_failed_can_be_added_in_halves(mode: str, failing_at: int) 
         private.backward(x[2:], y[2:])
     else:
         private.backward(x, y)
-    _FailsOnce.failing_at = 0
+    FailsOnce.failing_at = 0
     optimizer.step()
     other, optimizer = _made(whole, mode, **settings)
     other.backward(*_data(seed=2))
@@ -371,10 +355,10 @@ def test_a_batch_that_failed_can_be_added_in_halves(mode: str, failing_at: int) 
 def test_after_a_failure_in_opacus_the_step_has_to_begin_anew() -> None:
     torch.manual_seed(0)
     private, optimizer = _made(_Failing(), "ghost")
-    _FailsOnce.failing_at = 2
+    FailsOnce.failing_at = 2
     with pytest.raises(torch.OutOfMemoryError):
         private.backward(*_data())
-    _FailsOnce.failing_at = 0
+    FailsOnce.failing_at = 0
     with pytest.raises(RuntimeError, match=r"Call optimizer\.zero_grad\(\)"):
         private.backward(*_data())
     optimizer.zero_grad()

@@ -79,7 +79,7 @@ def _unprepared(*, is_mixed: bool) -> str:
     return "took a step"
 
 
-class _FailsOnce(torch.autograd.Function):
+class FailsOnce(torch.autograd.Function):
     """Stands for an allocation that fails in the n-th backward from now, on every rank."""
 
     failing_at = 0
@@ -90,8 +90,8 @@ class _FailsOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        _FailsOnce.failing_at -= 1
-        if _FailsOnce.failing_at == 0:
+        FailsOnce.failing_at -= 1
+        if FailsOnce.failing_at == 0:
             raise torch.OutOfMemoryError("out of memory")
         return dy
 
@@ -102,7 +102,7 @@ class _Block(nn.Module):
         self.inner = nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.inner(_FailsOnce.apply(x)))
+        return torch.tanh(self.inner(FailsOnce.apply(x)))
 
 
 class _Failing(nn.Module):
@@ -130,12 +130,12 @@ def _failed(mode: str, failing_at: int) -> Tensor:
     x = torch.randn(4, 6, generator=generator)
     y = torch.randint(0, 3, (4,), generator=generator)
     private.backward(x, y)
-    _FailsOnce.failing_at = failing_at
+    FailsOnce.failing_at = failing_at
     try:
         private.backward(2 * x, y)
         assert not failing_at
     except torch.OutOfMemoryError:
-        _FailsOnce.failing_at = 0
+        FailsOnce.failing_at = 0
         private.backward(2 * x[:1], y[:1])
         private.backward(2 * x[1:], y[1:])
     optimizer.step()
