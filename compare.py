@@ -4,7 +4,7 @@
 import gc
 import sys
 
-from dpsgd_track.report.command import main
+from dpsgd_track.cli.compare import main
 
 if __name__ == "__main__":
     # Half of the time goes to importing MLflow, and a fifth of that to looking for garbage in it.

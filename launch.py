@@ -3,9 +3,9 @@
 
 import sys
 
-from dpsgd_track.detection.command import detect
-from dpsgd_track.launcher.run import main
-from dpsgd_track.report.launched import summarise
+from dpsgd_track.cli.faults import detect
+from dpsgd_track.cli.launch import main
+from dpsgd_track.cli.profile import summarise
 
 if __name__ == "__main__":
     sys.exit(main(detect=detect, summarise=summarise))

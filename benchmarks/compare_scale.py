@@ -41,8 +41,8 @@ sys.path.insert(0, str(ROOT))
 
 from dpsgd_track.config import ACCURACY  # noqa: E402
 from dpsgd_track.modes.table import FULL, REFERENCE  # noqa: E402
-from dpsgd_track.tracking import names  # noqa: E402
-from dpsgd_track.tracking.trajectory import Trajectory  # noqa: E402
+from dpsgd_track.record import names  # noqa: E402
+from dpsgd_track.record.trajectory import Trajectory  # noqa: E402
 
 EXPERIMENT = "dpsgd-track"
 SPIKED = "flash_fsdp"

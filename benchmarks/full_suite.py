@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dpsgd_track.tracking.trajectory import Trajectory  # noqa: E402
+from dpsgd_track.record.trajectory import Trajectory  # noqa: E402
 
 
 def main() -> int:

@@ -28,11 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from dpsgd_track.kernels.clipped_product import clipped_product  # noqa: E402
 from dpsgd_track.kernels.embedding_norm import embedding_norm_sq  # noqa: E402
-from dpsgd_track.kernels.flash_norm import (  # noqa: E402
-    gradients_and_norms_sq,
-    gram_norm_sq,
-    tiled_norm_sq,
-)
+from dpsgd_track.kernels.flash_norm import gradients_and_norms_sq, gram_norm_sq, tiled_norm_sq  # noqa: E402
 from dpsgd_track.kernels.normalisation import weight_and_bias_gradients  # noqa: E402
 from dpsgd_track.kernels.weighted_sum import norms_sq, weighted_sums  # noqa: E402
 

@@ -33,17 +33,17 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from dpsgd_track.cli.options import build_parser  # noqa: E402
 from dpsgd_track.config import JobConfig, RegimeConfig, Settings  # noqa: E402
-from dpsgd_track.launcher.arguments import build_parser  # noqa: E402
 from dpsgd_track.launcher.suites import build_suite  # noqa: E402
-from dpsgd_track.tracking.run_tree import RunTree  # noqa: E402
-from dpsgd_track.tracking.shipper import Shipper  # noqa: E402
-from dpsgd_track.tracking.shipping import Shipping  # noqa: E402
-from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
-from dpsgd_track.tracking.spooled import SpooledGroup  # noqa: E402
-from dpsgd_track.tracking.store import open_store  # noqa: E402
+from dpsgd_track.store.opening import open_store  # noqa: E402
+from dpsgd_track.store.run_tree import RunTree  # noqa: E402
+from dpsgd_track.store.shipper import Shipper  # noqa: E402
+from dpsgd_track.store.shipping import Shipping  # noqa: E402
+from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
+from dpsgd_track.store.spooled import SpooledGroup  # noqa: E402
 from dpsgd_track.training.worker import Worker  # noqa: E402
-from tests.tracking_servers import MlflowServer  # noqa: E402
+from tests.support.tracking_servers import MlflowServer  # noqa: E402
 
 NUM_METRICS = 200
 NUM_OWN = 20

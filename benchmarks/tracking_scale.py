@@ -44,22 +44,17 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dpsgd_track.config import (  # noqa: E402
-    RegimeConfig,
-    Settings,
-    layer_norm_steps,
-    logged_ranks,
-)
-from dpsgd_track.tracking.client import connect  # noqa: E402
-from dpsgd_track.tracking.history import all_points  # noqa: E402
-from dpsgd_track.tracking.inventory import Inventory  # noqa: E402
-from dpsgd_track.tracking.run_tree import FINISHED, RunTree  # noqa: E402
-from dpsgd_track.tracking.shipper import Shipper  # noqa: E402
-from dpsgd_track.tracking.shipping import Shipping  # noqa: E402
-from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
-from dpsgd_track.tracking.spooled import SpooledGroup, join, leave, part_of  # noqa: E402
-from dpsgd_track.tracking.store import open_store  # noqa: E402
-from tests.tracking_servers import MlflowServer, postgres  # noqa: E402
+from dpsgd_track.config import RegimeConfig, Settings, layer_norm_steps, logged_ranks  # noqa: E402
+from dpsgd_track.store.client import connect  # noqa: E402
+from dpsgd_track.store.history import all_points  # noqa: E402
+from dpsgd_track.store.inventory import Inventory  # noqa: E402
+from dpsgd_track.store.opening import open_store  # noqa: E402
+from dpsgd_track.store.run_tree import FINISHED, RunTree  # noqa: E402
+from dpsgd_track.store.shipper import Shipper  # noqa: E402
+from dpsgd_track.store.shipping import Shipping  # noqa: E402
+from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
+from dpsgd_track.store.spooled import SpooledGroup, join, leave, part_of  # noqa: E402
+from tests.support.tracking_servers import MlflowServer, postgres  # noqa: E402
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

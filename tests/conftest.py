@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from forked_ranks import ForkedRanks, forked_ranks
 
-from dpsgd_track.launcher.machine import count_gpus
+from dpsgd_track.launcher.hardware import count_gpus
+from tests.support.forked_ranks import ForkedRanks, forked_ranks
 
 
 def _compute_on_one_core() -> None:

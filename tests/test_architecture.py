@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import LONGEST
+
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dpsgd_track"
@@ -23,22 +24,44 @@ ALLOWED: dict[str, set[str]] = {
     "privacy": {"config", "distributed", "kernels"},
     "modes": {"config", "distributed", "privacy"},
     "library": {"config", "distributed", "modes", "privacy"},
-    "tracking": {"config"},
-    "faults": {"config", "distributed", "kernels", "modes", "privacy"},
+    "record": {"config"},
+    "store": {"config", "record"},
     "training": {
         "config",
         "distributed",
-        "faults",
+        "kernels",
+        "modes",
+        "mutants",
+        "privacy",
+        "record",
+        "store",
+        "text_file",
+    },
+    "launcher": {"cli", "config", "modes", "mutants", "record", "store", "training"},
+    "comparison": {"config", "modes", "record", "store", "text_file"},
+    "report": {"comparison", "config", "modes", "record", "store"},
+    "mutants": {
+        "comparison",
+        "config",
+        "distributed",
         "kernels",
         "modes",
         "privacy",
-        "text_file",
-        "tracking",
+        "record",
+        "report",
+        "store",
     },
-    "launcher": {"config", "faults", "modes", "tracking", "training"},
-    "comparison": {"config", "modes", "text_file", "tracking"},
-    "report": {"comparison", "config", "modes", "tracking"},
-    "detection": {"comparison", "config", "faults", "launcher", "modes", "report", "tracking"},
+    "cli": {
+        "comparison",
+        "config",
+        "launcher",
+        "modes",
+        "mutants",
+        "record",
+        "report",
+        "store",
+        "training",
+    },
 }
 
 
@@ -78,9 +101,9 @@ def test_no_module_without_a_subject(name: str) -> None:
 LIGHT = (
     "dpsgd_track.comparison",
     "dpsgd_track.report.write",
-    "dpsgd_track.tracking.reader",
+    "dpsgd_track.store.reader",
     "dpsgd_track.modes.table",
-    "dpsgd_track.launcher.arguments",
+    "dpsgd_track.cli.options",
     "dpsgd_track.training.preflight",
 )
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_zoo import ZOO, batch, build
 from torch import Tensor
 
 from dpsgd_track.config import PrivacyConfig
@@ -16,6 +15,7 @@ from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import MODES
 from dpsgd_track.privacy.batch import Batch
+from tests.support.model_zoo import ZOO, batch, build
 
 OURS = [
     name

@@ -9,11 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from synthetic_group import Store, healthy_runs, mode_run, scaled, trajectory, with_run
 
-from dpsgd_track.report import command
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.reader import ModeRun
+from dpsgd_track.cli import compare as command
+from dpsgd_track.record import names
+from dpsgd_track.store.reader import ModeRun
+from tests.support.synthetic_group import (
+    Store,
+    healthy_runs,
+    mode_run,
+    scaled,
+    trajectory,
+    with_run,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -204,7 +211,7 @@ def test_comparing_never_imports_torch(store: Store) -> None:
     store.add_group(healthy_runs())
     watched = (
         "import sys\n"
-        "from dpsgd_track.report.command import main\n"
+        "from dpsgd_track.cli.compare import main\n"
         f"code = main(['synthetic', '--tracking-uri', {store.uri!r}, '--no-png'])\n"
         "print(code, sorted({'torch', 'transformers', 'opacus'} & set(sys.modules)))"
     )

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from compare_scale import ROOT, SPIKED, Shape, mode_metrics, record, write_group
-from synthetic_group import Store
 
 from dpsgd_track.config import Settings
+from dpsgd_track.record import names
 from dpsgd_track.report.thinning import MOST
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.reader import read_group
+from dpsgd_track.store.reader import read_group
+from tests.support.synthetic_group import Store
 
 SHAPE = Shape(name="small", modes=("no_dp", SPIKED, "flash_fsdp_bk"), num_ranks=2, num_steps=1200)
 
 COMPARE = """
 import sys
-from dpsgd_track.report.command import main
+from dpsgd_track.cli.compare import main
 code = main(sys.argv[1:])
 assert "torch" not in sys.modules, "comparing needs no torch"
 sys.exit(code)

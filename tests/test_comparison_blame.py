@@ -7,28 +7,35 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_group import compared, healthy_runs, mode_run, put, scaled, trajectory, with_run
 
-from dpsgd_track.comparison import consistency
-from dpsgd_track.comparison.alignment import Aligned
-from dpsgd_track.comparison.blame import Blame, _are_right_in_sum, describe, where_it_arose
-from dpsgd_track.comparison.fingerprint import (
+from dpsgd_track.comparison.audit import consistency
+from dpsgd_track.comparison.diagnose.culprit import (
+    Blame,
+    _are_right_in_sum,
+    describe,
+    where_it_arose,
+)
+from dpsgd_track.comparison.diagnose.fingerprint import (
     Ratio,
     fingerprint,
     projected_ratio,
     quantities,
     ratio_of,
 )
-from dpsgd_track.comparison.ladder import Rung, StageStatus
-from dpsgd_track.comparison.result import (
-    Guilty,
-    Judged,
-    ModeVerdict,
-    _first_blamed,
-    mode_verdict,
-)
+from dpsgd_track.comparison.diagnose.ladder import Rung, StageStatus
+from dpsgd_track.comparison.measure.alignment import Aligned
+from dpsgd_track.comparison.result import Guilty, Judged, ModeVerdict, _first_blamed, mode_verdict
 from dpsgd_track.comparison.verdict import Finding, Verdict
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.record.trajectory import Trajectory
+from tests.support.synthetic_group import (
+    compared,
+    healthy_runs,
+    mode_run,
+    put,
+    scaled,
+    trajectory,
+    with_run,
+)
 
 MODE = "flash_fsdp"
 CLIP_KEY = ("clip", "reference")

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_group import permuted, put, scaled, trajectory, without_norms
 
-from dpsgd_track.comparison import drift as drift_module
-from dpsgd_track.comparison.drift import Pair, compare_pair, compare_pairs
-from dpsgd_track.comparison.observables import OBSERVABLES, SMALL, SMALL_SAMPLE
-from dpsgd_track.tracking.trajectory import LARGE, SAMPLE_COLUMNS, Trajectory
+from dpsgd_track.comparison.measure import drift as drift_module
+from dpsgd_track.comparison.measure.drift import Pair, compare_pair, compare_pairs
+from dpsgd_track.comparison.measure.observables import OBSERVABLES, SMALL, SMALL_SAMPLE
+from dpsgd_track.record.trajectory import LARGE, SAMPLE_COLUMNS, Trajectory
+from tests.support.synthetic_group import permuted, put, scaled, trajectory, without_norms
 
 STEPS = 40
 LABELS = {"layer": "layer {}", "parameter": "parameter {}", "sample": "sample {}"}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_group import put, trajectory, without_norms
 
-from dpsgd_track.comparison.finite import not_finite
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.comparison.measure.finite import not_finite
+from dpsgd_track.record.trajectory import Trajectory
+from tests.support.synthetic_group import put, trajectory, without_norms
 
 LONG = trajectory(steps=600)
 

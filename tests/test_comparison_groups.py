@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_group import (
+
+from dpsgd_track.cli import compare as command
+from dpsgd_track.comparison import GroupComparison, Verdict, compare_groups
+from dpsgd_track.comparison.waivers import Waiver
+from dpsgd_track.config import Thresholds
+from dpsgd_track.report.drift_json import drift_json
+from dpsgd_track.report.markdown import markdown
+from dpsgd_track.report.table import rows
+from dpsgd_track.report.text import summary
+from dpsgd_track.report.write import write_report
+from dpsgd_track.store.reader import ModeRun
+from tests.support.synthetic_group import (
     Store,
     group_of,
     healthy_runs,
@@ -21,17 +32,6 @@ from synthetic_group import (
     verdicts,
     with_run,
 )
-
-from dpsgd_track.comparison import GroupComparison, Verdict, compare_groups
-from dpsgd_track.comparison.waivers import Waiver
-from dpsgd_track.config import Thresholds
-from dpsgd_track.report import command
-from dpsgd_track.report.markdown import markdown
-from dpsgd_track.report.numbers import drift_json
-from dpsgd_track.report.table import rows
-from dpsgd_track.report.text import summary
-from dpsgd_track.report.write import write_report
-from dpsgd_track.tracking.reader import ModeRun
 
 HOSTILE = "<img src=x onerror=alert(1)>|`**[x](http://e.vil)@you;'\""
 ENVIRONMENT = {"environment.torch": "2.11", "environment.git_revision": "a" * 40}

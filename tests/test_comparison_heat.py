@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic_group import permuted, put, scaled, trajectory, without_norms
 
-from dpsgd_track.comparison.drift import compare_pair
-from dpsgd_track.comparison.heat import Heat, heat
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.comparison.measure.drift import compare_pair
+from dpsgd_track.comparison.measure.norm_heatmap import Heat, heat
+from dpsgd_track.record.trajectory import Trajectory
+from tests.support.synthetic_group import permuted, put, scaled, trajectory, without_norms
 
 STEP, SAMPLE, PARAMETER = 2, 5, 1
 

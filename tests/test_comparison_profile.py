@@ -10,19 +10,19 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from synthetic_group import Store, compared, group_of, healthy_runs, verdicts
-from synthetic_profile import large, missing, out_of_memory, point, profiled, timings
 
+from dpsgd_track.cli import compare as command
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.profile import Cost, Status, profile_of
 from dpsgd_track.config import Settings, Thresholds
-from dpsgd_track.report import command
+from dpsgd_track.record import names
+from dpsgd_track.record.timings import Timings
 from dpsgd_track.report.profile_table import plans, profile_csv, profile_json
 from dpsgd_track.report.write import write_profile, write_report
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.golden import read_golden, write_golden
-from dpsgd_track.tracking.reader import PointRun, read_group
-from dpsgd_track.tracking.timings import Timings
+from dpsgd_track.store.golden import read_golden, write_golden
+from dpsgd_track.store.reader import PointRun, read_group
+from tests.support.synthetic_group import Store, compared, group_of, healthy_runs, verdicts
+from tests.support.synthetic_profile import large, missing, out_of_memory, point, profiled, timings
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = json.loads(

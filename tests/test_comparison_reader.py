@@ -9,13 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_group import Store, compared, healthy_runs, mode_run, scaled, trajectory, verdicts
 
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.config import Settings, Thresholds
-from dpsgd_track.tracking import names, reader
-from dpsgd_track.tracking.history import metric_history
-from dpsgd_track.tracking.reader import Group, GroupNotFound, open_client, read_group
+from dpsgd_track.record import names
+from dpsgd_track.store import reader
+from dpsgd_track.store.history import metric_history
+from dpsgd_track.store.reader import Group, GroupNotFound, open_client, read_group
+from tests.support.synthetic_group import (
+    Store,
+    compared,
+    healthy_runs,
+    mode_run,
+    scaled,
+    trajectory,
+    verdicts,
+)
 
 RUN = mode_run("flash_fsdp", "clip")
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_group import (
+
+from dpsgd_track.comparison import compare_group
+from dpsgd_track.comparison.result import GroupComparison
+from dpsgd_track.comparison.verdict import judge_coverage
+from dpsgd_track.config import Thresholds, layer_norm_steps
+from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
+from tests.support.synthetic_group import (
     compared,
     first_steps,
     group_of,
@@ -21,12 +27,6 @@ from synthetic_group import (
     with_run,
     without_norms,
 )
-
-from dpsgd_track.comparison import compare_group
-from dpsgd_track.comparison.result import GroupComparison
-from dpsgd_track.comparison.verdict import judge_coverage
-from dpsgd_track.config import Thresholds, layer_norm_steps
-from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
 
 MODE = "flash_fsdp"
 

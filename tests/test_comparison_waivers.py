@@ -12,16 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from synthetic_group import Store, group_of, healthy_runs, mode_run, put, scaled, with_run
 
+from dpsgd_track.cli import compare as command
 from dpsgd_track.comparison import GroupComparison, Verdict, compare_group
 from dpsgd_track.comparison.waivers import Waiver, load_waivers, matches
 from dpsgd_track.config import Thresholds
-from dpsgd_track.report import command
+from dpsgd_track.report.drift_json import drift_json
 from dpsgd_track.report.html import html
 from dpsgd_track.report.markdown import markdown
-from dpsgd_track.report.numbers import drift_json
 from dpsgd_track.report.text import print_table, summary
+from tests.support.synthetic_group import (
+    Store,
+    group_of,
+    healthy_runs,
+    mode_run,
+    put,
+    scaled,
+    with_run,
+)
 
 TODAY = datetime.date(2026, 6, 15)
 LATER = datetime.date(2026, 12, 31)

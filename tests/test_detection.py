@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_end_to_end import ROOT, Workspace
 
+from dpsgd_track.cli.faults import detect
+from dpsgd_track.cli.launch import main
 from dpsgd_track.comparison.result import Guilty
 from dpsgd_track.comparison.verdict import Verdict
-from dpsgd_track.detection.command import detect
-from dpsgd_track.detection.coverage import coverage
-from dpsgd_track.detection.matrix import Matrix, Row
-from dpsgd_track.detection.plan import chosen_faults, planted_in, planted_in_turn
-from dpsgd_track.detection.text import markdown, summary
-from dpsgd_track.faults import FAULTS, KINDS
-from dpsgd_track.faults.fault import FSDP_MODES
-from dpsgd_track.launcher.run import main
 from dpsgd_track.modes.table import MODES
+from dpsgd_track.mutants import FAULTS, KINDS
+from dpsgd_track.mutants.choice import chosen_faults, planted_in, planted_in_turn
+from dpsgd_track.mutants.coverage import coverage
+from dpsgd_track.mutants.fault import FSDP_MODES
+from dpsgd_track.mutants.matrix import Matrix, Row
+from dpsgd_track.mutants.matrix_text import markdown, summary
+from tests.test_end_to_end import ROOT, Workspace
 
 # One launch of many modes, beside which another worker may start process groups of its own.
 pytestmark = pytest.mark.timeout(600)

@@ -19,9 +19,9 @@ from dpsgd_track.comparison import Verdict, compare_group
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.config import Settings, Thresholds
 from dpsgd_track.modes.table import FULL, MODES
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.reader import Group, open_client, read_group
-from dpsgd_track.tracking.trajectory import Trajectory, sketch_distance
+from dpsgd_track.record import names
+from dpsgd_track.record.trajectory import Trajectory, sketch_distance
+from dpsgd_track.store.reader import Group, open_client, read_group
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = [mode for mode in FULL if MODES[mode].is_private]
@@ -39,7 +39,7 @@ class Workspace:
     def run(
         self, script: str, *arguments: str, timeout_s: float = 280
     ) -> subprocess.CompletedProcess[str]:
-        search_path = os.pathsep.join([*self.search_path, str(ROOT / "tests"), str(ROOT)])
+        search_path = os.pathsep.join([*self.search_path, str(ROOT)])
         return subprocess.run(
             [sys.executable, str(ROOT / script), *arguments],
             cwd=self.folder,
@@ -224,14 +224,14 @@ DEFECTS = {
 def defective(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Any]:
     workspace = Workspace(tmp_path_factory.mktemp("defective"))
     planted = ["Healthy", *DEFECTS, "GoesNan", "OutOfMemory"]
-    modes = ",".join(["no_dp", *(f"defective_modes:{name}" for name in planted)])
+    modes = ",".join(["no_dp", *(f"tests.support.defective_modes:{name}" for name in planted)])
     arguments = ("full", "--mode", modes, "--num-iter", "2", "--group", "g")
     return workspace, workspace.run("launch.py", *arguments)
 
 
 def _judged(workspace: Workspace, *planted: str) -> GroupComparison:
     group = workspace.group("g")
-    kept = {"no_dp", "reference", *(f"defective_modes:{name}" for name in planted)}
+    kept = {"no_dp", "reference", *(f"tests.support.defective_modes:{name}" for name in planted)}
     runs = tuple(run for run in group.runs if run.mode in kept)
     return compare_group(replace(group, runs=runs), Thresholds())
 
@@ -245,8 +245,8 @@ def test_a_planted_defect_turns_pass_into_bug(defective: tuple[Workspace, Any], 
     comparison = _judged(defective[0], "Healthy", name)
     assert comparison.verdict is Verdict.BUG
     verdicts = {mode.label: mode for mode in comparison.modes}
-    assert verdicts["defective_modes:Healthy"].verdict is Verdict.PASS
-    guilty = verdicts[f"defective_modes:{name}"]
+    assert verdicts["tests.support.defective_modes:Healthy"].verdict is Verdict.PASS
+    guilty = verdicts[f"tests.support.defective_modes:{name}"]
     stage, regime = DEFECTS[name]
     assert guilty.verdict is Verdict.BUG
     assert stage in guilty.sentence
@@ -263,15 +263,15 @@ def test_failed_modes_say_why_and_the_others_go_on(defective: tuple[Workspace, A
     assert done.returncode == 1
     assert "6 of 8 modes finished" in done.stdout
     runs = {(run.mode, run.regime): run for run in workspace.group("g").runs}
-    nan = runs["defective_modes:GoesNan", "accuracy"]
+    nan = runs["tests.support.defective_modes:GoesNan", "accuracy"]
     assert nan.status == "FAILED"
     assert "grad_norm became nan at step 0" in nan.reason
     assert nan.trajectory is not None, "what was computed is kept"
-    memory = runs["defective_modes:OutOfMemory", "accuracy"]
+    memory = runs["tests.support.defective_modes:OutOfMemory", "accuracy"]
     assert memory.status == "FAILED"
     assert "out of memory" in memory.reason
     assert "--batch-size" in memory.reason
-    assert runs["defective_modes:Healthy", "clip"].status == "FINISHED"
+    assert runs["tests.support.defective_modes:Healthy", "clip"].status == "FINISHED"
     comparison = _judged(workspace, "GoesNan", "OutOfMemory")
     verdicts = {mode.label.split(":")[-1]: mode.verdict for mode in comparison.modes}
     assert verdicts["GoesNan"] is Verdict.BUG

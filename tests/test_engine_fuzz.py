@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fuzz import (
+from hypothesis import HealthCheck, Phase, given, settings
+
+import dpsgd_track
+from dpsgd_track.modes.composed import ComposedMode
+from dpsgd_track.privacy import engine as engine_module
+from dpsgd_track.privacy.clipping import ClippedSum
+from dpsgd_track.privacy.spot_check import SpotCheck
+from tests.support.engine_fuzz import (
     CRASH,
     EXACT,
     MODES,
@@ -27,14 +34,7 @@ from engine_fuzz import (
     smallest,
     summary,
 )
-from engine_fuzz_parts import HEADS, LOSSES, NONE, PIECES, RANDOM, SOURCES
-from hypothesis import HealthCheck, Phase, given, settings
-
-import dpsgd_track
-from dpsgd_track.modes.composed import ComposedMode
-from dpsgd_track.privacy import engine as engine_module
-from dpsgd_track.privacy.clipping import ClippedSum
-from dpsgd_track.privacy.spot_check import SpotCheck
+from tests.support.engine_fuzz_parts import HEADS, LOSSES, NONE, PIECES, RANDOM, SOURCES
 
 CASES_A_MODE = 15
 SOAK_CASES = 2000

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dpsgd_track.comparison.ladder import STAGES
+from dpsgd_track.comparison.diagnose.ladder import STAGES
 from dpsgd_track.config import PROBE_MODEL, PrivacyConfig
-from dpsgd_track.faults import FAULTS, KINDS, MUTES, build, check_planted, unreached_seams
-from dpsgd_track.faults.fault import ENGINE_SEAMS, MODE_SEAMS, PROTOCOL_SEAMS, Site
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import MODES, split_planted, with_planted
+from dpsgd_track.mutants import FAULTS, KINDS, MUTES, build, check_planted, unreached_seams
+from dpsgd_track.mutants.fault import ENGINE_SEAMS, MODE_SEAMS, PROTOCOL_SEAMS, Site
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.loss import causal_lm_loss

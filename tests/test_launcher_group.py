@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from dpsgd_track.cli.options import build_parser
 from dpsgd_track.launcher import group, recording, suites
-from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import open_group
 from dpsgd_track.launcher.suites import build_suite
-from dpsgd_track.launcher.troubleshooting import OUT_OF_MEMORY, Failure
-from dpsgd_track.tracking import names
+from dpsgd_track.record import names
+from dpsgd_track.record.failure import OUT_OF_MEMORY, Failure
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ import psutil
 import pytest
 
 from dpsgd_track.config import Settings
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.history import all_points
-from dpsgd_track.tracking.spooled import SpooledGroup
-from dpsgd_track.tracking.store import open_store
+from dpsgd_track.record import names
+from dpsgd_track.store.history import all_points
+from dpsgd_track.store.opening import open_store
+from dpsgd_track.store.spooled import SpooledGroup
 from tests.test_launcher_modes import living
 
 ROOT = Path(__file__).resolve().parent.parent

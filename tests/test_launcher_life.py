@@ -9,22 +9,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from synthetic_group import empty_tables
 
+from dpsgd_track.cli import compare as compare
+from dpsgd_track.cli.options import build_parser
 from dpsgd_track.config import RegimeConfig, Settings
 from dpsgd_track.launcher import suites
-from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.recording import Recording, open_group
-from dpsgd_track.report import command as compare
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.shipper import Shipper
-from dpsgd_track.tracking.source import read_group_anywhere
-from dpsgd_track.tracking.spool import SpoolWriter
-from dpsgd_track.tracking.store import open_store
-from tests import fake_launch
+from dpsgd_track.record import names
+from dpsgd_track.store.find_group import read_group_anywhere
+from dpsgd_track.store.opening import open_store
+from dpsgd_track.store.shipper import Shipper
+from dpsgd_track.store.spool import SpoolWriter
+from tests.support import fake_launch
+from tests.support.synthetic_group import empty_tables
+from tests.support.tracking_servers import MlflowServer, Wire, shared_server
 from tests.test_launcher_kills import kill_all
 from tests.test_launcher_modes import living, start
-from tests.tracking_servers import MlflowServer, Wire, shared_server
 
 NO_DP = ("--mode", "no_dp", "--regime", "accuracy")
 SECRET = "a-secret-never-to-be-seen"

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from synthetic_group import empty_tables
 
 from dpsgd_track.launcher.processes import MARKER
-from dpsgd_track.tracking import names
+from dpsgd_track.record import names
+from tests.support.synthetic_group import empty_tables
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_a_secret_never_to_be_seen"
@@ -39,7 +39,7 @@ def start(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_WORKER": json.dumps(plan or {})}
     environment.pop("HF_TOKEN", None)
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.fake_launch", *argv],
+        [sys.executable, "-m", "tests.support.fake_launch", *argv],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -320,7 +320,7 @@ def test_the_token_is_seen_by_workers_alone(tmp_path):
     wait_for(watch)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert any("tests.fake_worker" in command for command in commands)
+    assert any("tests.support.fake_worker" in command for command in commands)
     assert not any(TOKEN in text for text in (out, err, *commands))
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not [file.name for file in files if TOKEN.encode() in file.read_bytes()]

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dpsgd_track.cli.options import build_parser
 from dpsgd_track.config import (
     DataConfig,
     JobConfig,
@@ -23,10 +24,11 @@ from dpsgd_track.config import (
     RegimeConfig,
     Settings,
 )
-from dpsgd_track.launcher import nodes as nodes_module
-from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.group import GroupRun
-from dpsgd_track.launcher.nodes import (
+from dpsgd_track.launcher.process_group import Launch, cause
+from dpsgd_track.launcher.recording import open_part
+from dpsgd_track.launcher.several_machines import meeting as nodes_module
+from dpsgd_track.launcher.several_machines.meeting import (
     Follower,
     Leader,
     NodeLost,
@@ -36,16 +38,14 @@ from dpsgd_track.launcher.nodes import (
     hello_of,
     interface_towards,
 )
-from dpsgd_track.launcher.process_group import Launch, cause
-from dpsgd_track.launcher.recording import open_part
-from dpsgd_track.launcher.troubleshooting import ERROR, KILLED, NODE_LOST, NOT_FINITE, Failure
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.source import read_group_anywhere
-from dpsgd_track.tracking.spooled import ELSEWHERE, SpooledGroup, part_of, spooled_groups
-from dpsgd_track.tracking.store import StoreError, open_store
-from tests import fake_launch
+from dpsgd_track.record import names
+from dpsgd_track.record.failure import ERROR, KILLED, NODE_LOST, NOT_FINITE, Failure
+from dpsgd_track.store.find_group import read_group_anywhere
+from dpsgd_track.store.opening import StoreError, open_store
+from dpsgd_track.store.spooled import ELSEWHERE, SpooledGroup, part_of, spooled_groups
+from tests.support import fake_launch
+from tests.support.tracking_servers import MlflowServer, closed_port, shared_server
 from tests.test_launcher_modes import living, start
-from tests.tracking_servers import MlflowServer, closed_port, shared_server
 
 
 def job(mode: str = "no_dp", num_ranks: int = 2, seed: int = 42) -> JobConfig:

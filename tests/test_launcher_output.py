@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from dpsgd_track.launcher.output import write_output
-from tests.fake_worker import trajectory
+from tests.support.fake_worker import trajectory
 
 
 def test_output_is_strict_json_even_of_nan(tmp_path):

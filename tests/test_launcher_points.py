@@ -12,22 +12,23 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from dpsgd_track.cli import compare as compare
+from dpsgd_track.cli.options import build_parser
 from dpsgd_track.config import ACCURACY, PLAIN, PROFILE, JobConfig, Point, RegimeConfig, Settings
-from dpsgd_track.launcher import group, machine, suites
-from dpsgd_track.launcher.arguments import build_parser
+from dpsgd_track.launcher import group, suites
+from dpsgd_track.launcher import hardware as machine
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import Recording, open_group
 from dpsgd_track.launcher.suites import Suite, build_suite
-from dpsgd_track.launcher.troubleshooting import ERROR, NOT_STARTED, OUT_OF_MEMORY, Failure
 from dpsgd_track.modes import table
-from dpsgd_track.report import command as compare
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.source import read_group_anywhere
-from dpsgd_track.tracking.spool import RECORDS, SpoolWriter
-from dpsgd_track.tracking.timings import Timings
-from tests.fake_launch import run
+from dpsgd_track.record import names
+from dpsgd_track.record.failure import ERROR, NOT_STARTED, OUT_OF_MEMORY, Failure
+from dpsgd_track.record.timings import Timings
+from dpsgd_track.store.find_group import read_group_anywhere
+from dpsgd_track.store.spool import RECORDS, SpoolWriter
+from tests.support.fake_launch import run
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,13 @@ import signal
 import pytest
 
 from dpsgd_track.config import DataConfig, JobConfig, ModelConfig, PerformanceConfig, RegimeConfig
-from dpsgd_track.launcher import process_group, worker_host
+from dpsgd_track.launcher import fork_client as worker_host
+from dpsgd_track.launcher import process_group
+from dpsgd_track.launcher.fork_client import WorkerHost
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.process_group import Launch, failure_of, outcomes
 from dpsgd_track.launcher.progress import PlainDisplay
-from dpsgd_track.launcher.worker_host import WorkerHost
-from tests.fake_worker import trajectory
+from tests.support.fake_worker import trajectory
 
 REGIMES = (RegimeConfig(name="accuracy", num_iter=2), RegimeConfig(name="clip", num_iter=3))
 

@@ -16,18 +16,24 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
-from synthetic_group import empty_tables
 
+from dpsgd_track.cli import compare as compare
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import suites
-from dpsgd_track.report import command as compare
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.history import metric_history
-from dpsgd_track.tracking.reader import _local_folder, open_client
-from dpsgd_track.tracking.source import read_group_anywhere
-from dpsgd_track.tracking.store import open_store
-from tests import fake_launch
-from tests.tracking_servers import MlflowServer, certificate, closed_port, gate, shared_server
+from dpsgd_track.record import names
+from dpsgd_track.store.find_group import read_group_anywhere
+from dpsgd_track.store.history import metric_history
+from dpsgd_track.store.opening import open_store
+from dpsgd_track.store.reader import _local_folder, open_client
+from tests.support import fake_launch
+from tests.support.synthetic_group import empty_tables
+from tests.support.tracking_servers import (
+    MlflowServer,
+    certificate,
+    closed_port,
+    gate,
+    shared_server,
+)
 
 SECRET = "a-secret-never-to-be-seen"
 

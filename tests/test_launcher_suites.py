@@ -1,5 +1,6 @@
 import pytest
 
+from dpsgd_track.cli.options import build_parser, reproducing_command
 from dpsgd_track.config import (
     ACCURACY,
     AGAIN,
@@ -19,11 +20,11 @@ from dpsgd_track.config import (
     ULP,
     RegimeConfig,
 )
-from dpsgd_track.launcher import machine, suites
-from dpsgd_track.launcher.arguments import build_parser, reproducing_command
+from dpsgd_track.launcher import hardware as machine
+from dpsgd_track.launcher import suites
 from dpsgd_track.launcher.suites import Suite, build_suite
 from dpsgd_track.modes import table
-from tests.fake_launch import run
+from tests.support.fake_launch import run
 
 
 @pytest.fixture(autouse=True)
@@ -292,7 +293,7 @@ def test_modes_lists_the_table(capsys):
 
 
 def test_modes_lists_what_installed_packages_bring(monkeypatch, capsys):
-    monkeypatch.setattr("dpsgd_track.launcher.run.plugged_in_modes", lambda: {"mine": "pkg:make"})
+    monkeypatch.setattr("dpsgd_track.cli.launch.plugged_in_modes", lambda: {"mine": "pkg:make"})
     assert run(["modes"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["mine", "pkg:make"]
 

@@ -11,9 +11,9 @@ import pytest
 
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher.ui import open_ui
-from dpsgd_track.tracking.store import open_store
+from dpsgd_track.store.opening import open_store
+from tests.support.tracking_servers import closed_port
 from tests.test_launcher_modes import living
-from tests.tracking_servers import closed_port
 
 ROOT = Path(__file__).parent.parent
 

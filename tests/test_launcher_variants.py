@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from dpsgd_track.cli.options import build_parser
 from dpsgd_track.config import JobConfig, Settings
 from dpsgd_track.launcher import group, suites
-from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import open_group
 from dpsgd_track.launcher.suites import Suite, build_suite
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.environment import imported_from
-from dpsgd_track.tracking.reader import ModeRun, open_client, read_group
-from tests import fake_worker
+from dpsgd_track.record import names
+from dpsgd_track.record.environment import imported_from
+from dpsgd_track.store.reader import ModeRun, open_client, read_group
+from tests.support import fake_worker
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -233,10 +233,9 @@ def forked(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
 
 
 def test_a_checkout_that_clips_wrongly_is_told_from_the_installed_library(forked):
-    from synthetic_group import verdicts
-
     from dpsgd_track.comparison import compare_group
     from dpsgd_track.config import Thresholds
+    from tests.support.synthetic_group import verdicts
 
     folder, done = forked
     assert done.returncode == 0, done.stdout + done.stderr
@@ -297,7 +296,7 @@ def read_group_params(client: MlflowClient) -> dict[str, str]:
 
 
 def test_a_mode_alone_is_held_against_itself_as_installed():
-    from synthetic_group import compared, mode_run, scaled, verdicts
+    from tests.support.synthetic_group import compared, mode_run, scaled, verdicts
 
     run = mode_run("flash_fsdp")
     wrong = mode_run("flash_fsdp", record=scaled(run.trajectory, "grad_norm", 1.1), variant="a")

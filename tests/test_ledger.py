@@ -15,11 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dp_accounting_values import DELTAS, HISTORIES, ORDERS_KEPT, PATH, History, accountants_of
 
 from dpsgd_track.privacy import accounting, ledger
 from dpsgd_track.privacy.accounting import epsilon_prv, epsilon_rdp
 from dpsgd_track.privacy.ledger import MAX_NUM_STEPS, PrivacyLedger
+from tests.support.dp_accounting_values import (
+    DELTAS,
+    HISTORIES,
+    ORDERS_KEPT,
+    PATH,
+    History,
+    accountants_of,
+)
 
 DELTA = 1e-5
 FIRST, SECOND = (0.6, 0.1, 50), (4.0, 0.1, 1)

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import ForkedRanks
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torchrun_library import FailsOnce
 
 import dpsgd_track
 from dpsgd_track.modes.reference import ReferenceMode
 from dpsgd_track.modes.table import MODES
 from dpsgd_track.privacy.accounting import epsilon_rdp
+from tests.support.forked_ranks import ForkedRanks
+from tests.support.torchrun_library import FailsOnce
 
 # Of Opacus, and of torch about Opacus's hooks.
 pytestmark = [
@@ -766,7 +766,7 @@ def test_the_example_runs() -> None:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("library") / "out.json"
-    done = rank_host.run("torchrun_library", str(output), num_ranks=2)
+    done = rank_host.run("tests.support.torchrun_library", str(output), num_ranks=2)
     assert done.code == 0, done.log[-3000:]
     found: dict[str, Any] = json.loads(output.read_text())
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_zoo import batch, build
 
 from dpsgd_track.config import TASKS
 from dpsgd_track.privacy.loss import (
@@ -14,6 +13,7 @@ from dpsgd_track.privacy.loss import (
     masked_lm_loss,
     regression_loss,
 )
+from tests.support.model_zoo import batch, build
 
 # transformers compares labels[t + 1] with logits[t] in a causal model, and skips -100.
 MODELS = {

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import ForkedRanks
-from model_zoo import ZOO
-from torchrun_modes import Spec
 
 from dpsgd_track.modes.table import MODES
+from tests.support.forked_ranks import ForkedRanks
+from tests.support.model_zoo import ZOO
+from tests.support.torchrun_modes import Spec
 
 # float32 rounding is 6e-8; sums over 17 positions and a few layers stay well below 1e-5.
 TOLERANCE = 1e-5
@@ -74,7 +74,7 @@ def run(
 ) -> list[dict[str, Any]]:
     output = folder / "rows.json"
     done = rank_host.run(
-        "torchrun_modes",
+        "tests.support.torchrun_modes",
         str(output),
         json.dumps(asdict(spec)),
         num_ranks=len(spec.cut),

@@ -8,19 +8,30 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_group import compared, group_of, healthy_runs, mode_run, trajectory, verdicts
 
+from dpsgd_track.comparison.audit.noise import NoiseAudit, audit, judge_noise, sensitivity
+from dpsgd_track.comparison.audit.noise.gaussian import (
+    correlation_bound,
+    kurtosis_bounds,
+    std_interval,
+)
+from dpsgd_track.comparison.audit.noise.sketches import independent_squares
 from dpsgd_track.comparison.group import compare_group
 from dpsgd_track.comparison.groups import compare_groups
-from dpsgd_track.comparison.noise import NoiseAudit, audit, judge_noise, sensitivity
-from dpsgd_track.comparison.noise.gaussian import correlation_bound, kurtosis_bounds, std_interval
-from dpsgd_track.comparison.noise.sketches import independent_squares
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import NOISE, PLAIN, SILENT, Thresholds
 from dpsgd_track.launcher.suites import NOISE_BOUNDS, NOISE_SIGMA
-from dpsgd_track.tracking.names import UNEQUAL_NOISE
-from dpsgd_track.tracking.reader import ModeRun
-from dpsgd_track.tracking.trajectory import UNUSED, Trajectory
+from dpsgd_track.record.names import UNEQUAL_NOISE
+from dpsgd_track.record.trajectory import UNUSED, Trajectory
+from dpsgd_track.store.reader import ModeRun
+from tests.support.synthetic_group import (
+    compared,
+    group_of,
+    healthy_runs,
+    mode_run,
+    trajectory,
+    verdicts,
+)
 
 SIZES = (256 * 64, 64 * 64, 64 * 64, 64, 64 * 170, 170 * 64, 64, 128, 3, 1, 300)
 C = np.array(NOISE_BOUNDS)

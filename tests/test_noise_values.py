@@ -10,20 +10,20 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from test_noise_audit import C, Fault, Floats, audited, noisy, sentences
 
-from dpsgd_track.comparison.noise import check
-from dpsgd_track.comparison.noise.equality import (
+from dpsgd_track.comparison.audit.noise import check
+from dpsgd_track.comparison.audit.noise.equality import (
     EQUAL_VALUES,
     ZEROS,
     check_equal_values,
     check_zeros,
     log_moments,
 )
-from dpsgd_track.comparison.noise.gaussian import beyond, share_interval
-from dpsgd_track.comparison.noise.samples import COARSE, FINE, Samples, samples_of
-from dpsgd_track.comparison.noise.tails import TAILS, check_tails
+from dpsgd_track.comparison.audit.noise.gaussian import beyond, share_interval
+from dpsgd_track.comparison.audit.noise.samples import COARSE, FINE, Samples, samples_of
+from dpsgd_track.comparison.audit.noise.tails import TAILS, check_tails
 from dpsgd_track.launcher.suites import NOISE_SIGMA
+from tests.test_noise_audit import C, Fault, Floats, audited, noisy, sentences
 
 SMALL = (600, 300, 64, 3, 1)
 BATCH = 1001

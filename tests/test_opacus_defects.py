@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forked_ranks import Ended, ForkedRanks
-from synthetic_group import compared, mode_run
-from test_end_to_end import Workspace
 
-from dpsgd_track.comparison.drift import compare_pair
+from dpsgd_track.comparison.measure.drift import compare_pair
 from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import CLIP, PLAIN
-from dpsgd_track.tracking.reader import ModeRun
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.store.reader import ModeRun
+from tests.support.forked_ranks import Ended, ForkedRanks
+from tests.support.synthetic_group import compared, mode_run
+from tests.test_end_to_end import Workspace
 
 OURS = ("flash_fsdp", "flash_fsdp_bk")
 # float32 rounding is 6e-8. Where clipped samples cancel in a sum, what is left holds the rounding
@@ -31,7 +31,7 @@ TOLERANCE = 5e-5
 
 
 def _run(rank_host: ForkedRanks, part: str, folder: Path) -> Ended:
-    return rank_host.run("opacus_defects", part, str(folder), num_ranks=2)
+    return rank_host.run("tests.support.opacus_defects", part, str(folder), num_ranks=2)
 
 
 class Outcomes:
@@ -236,7 +236,7 @@ def test_defects_are_found_by_launch_and_compare(tmp_path: Path) -> None:
     """The path a user walks, with Opacus used as it must not be."""
     workspace = Workspace(tmp_path)
     guilty = ("LossInsideTheModel", "TwoBackwards")
-    modes = ",".join(f"opacus_defects:{name}" for name in guilty)
+    modes = ",".join(f"tests.support.opacus_defects:{name}" for name in guilty)
     done = workspace.run(
         "launch.py", "full", "--mode", modes, "--regime", "clip", "--model-name", "bert-tiny",
         "--seq-length", "16", "--group", "g",
@@ -248,6 +248,6 @@ def test_defects_are_found_by_launch_and_compare(tmp_path: Path) -> None:
     modes_found = {mode["label"]: mode for mode in report["modes"]}
     assert modes_found["reference"]["verdict"] == "PASS"
     for name in guilty:
-        found = modes_found[f"opacus_defects:{name}"]
+        found = modes_found[f"tests.support.opacus_defects:{name}"]
         assert found["verdict"] == "BUG"
         assert "To blame: clipped sum" in found["sentence"]

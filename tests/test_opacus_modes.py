@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torchrun_modes
 from opacus.grad_sample import get_gsm_class
 from opacus.optimizers import optimizer
 from torch import Tensor, nn
-from torchrun_modes import Spec
 
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.opacus import OpacusMode, grad_sample_modes
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.batch import Batch
+from tests.support import torchrun_modes
+from tests.support.torchrun_modes import Spec
 
 # What Opacus and torch say to every user: the noise is not cryptographically secure, no input
 # needs a gradient, and (functorch) token numbers are no type to compute in.

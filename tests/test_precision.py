@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from model_zoo import ZOO, batch, build
 from torch import Tensor
 
 from dpsgd_track.config import PrivacyConfig
@@ -15,6 +14,7 @@ from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.noise import NoiseSource
+from tests.support.model_zoo import ZOO, batch, build
 
 NUM_SAMPLES, NUM_CONTRIBUTIONS = 200, 1000
 # Each strategy and each way to watch.

@@ -27,19 +27,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bf16_layers import KINDS, build, make_batch
 from scipy import stats
 from torch import Tensor, nn
 
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, PrivacyConfig
-from dpsgd_track.faults.fault import Site
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import MODES, takes_plan
+from dpsgd_track.mutants.fault import Site
 from dpsgd_track.privacy import fused_linear
 from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.loss import regression_loss
 from dpsgd_track.privacy.terms import Dense, Outer, Term
+from tests.support.bf16_layers import KINDS, build, make_batch
 
 TOLERATED, TOLERATED_IN_TOTAL = 2**-10, 2**-12
 """Bias of one parameter, and of the norm over all of them."""

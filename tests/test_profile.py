@@ -29,15 +29,15 @@ from dpsgd_track.config import (
     Settings,
     Thresholds,
 )
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.history import metric_history
-from dpsgd_track.tracking.reader import Group, open_client, read_group
+from dpsgd_track.record import names
+from dpsgd_track.store.history import metric_history
+from dpsgd_track.store.reader import Group, open_client, read_group
 from dpsgd_track.training import profile, worker
 from dpsgd_track.training.profile import ProfileRun
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LENGTH, NUM_ITER, WARMUP_ITER = 8, 4, 3
-LOST = "defective_modes:OutOfMemory"
+LOST = "tests.support.defective_modes:OutOfMemory"
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ class Launched:
         )
 
     def run(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+        path = str(ROOT)
         return subprocess.run(
             [sys.executable, str(ROOT / script), *arguments],
             cwd=self.folder,

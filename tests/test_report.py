@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from synthetic_group import (
+
+from dpsgd_track.comparison import GroupComparison, compare_group
+from dpsgd_track.config import PROBE_ACCURACY, PROBE_CLIP, Thresholds
+from dpsgd_track.report import png
+from dpsgd_track.report.charts import ZERO, figures
+from dpsgd_track.report.drift_json import SCHEMA_VERSION, drift_json
+from dpsgd_track.report.html import html
+from dpsgd_track.report.markdown import LIMIT, markdown, note
+from dpsgd_track.report.table import main_regime, rows
+from dpsgd_track.report.text import print_table, summary
+from dpsgd_track.report.write import folder_name, write_report
+from tests.support.synthetic_group import (
     compared,
     group_of,
     healthy_runs,
@@ -24,17 +35,6 @@ from synthetic_group import (
     with_run,
     without_norms,
 )
-
-from dpsgd_track.comparison import GroupComparison, compare_group
-from dpsgd_track.config import PROBE_ACCURACY, PROBE_CLIP, Thresholds
-from dpsgd_track.report import png
-from dpsgd_track.report.charts import ZERO, figures
-from dpsgd_track.report.html import html
-from dpsgd_track.report.markdown import LIMIT, markdown, note
-from dpsgd_track.report.numbers import SCHEMA_VERSION, drift_json
-from dpsgd_track.report.table import main_regime, rows
-from dpsgd_track.report.text import print_table, summary
-from dpsgd_track.report.write import folder_name, write_report
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)>|`**[x](http://e.vil)@you%{x}"

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_group import compared, healthy_runs, mode_run
-from synthetic_report import COMMAND, GUILTY, QUICK, broken, healthy, large
-from test_report import HOSTILE, hostile
 
 from dpsgd_track.report.charts import figures
 from dpsgd_track.report.html import html
 from dpsgd_track.report.write import write_report
+from tests.support.synthetic_group import compared, healthy_runs, mode_run
+from tests.support.synthetic_report import COMMAND, GUILTY, QUICK, broken, healthy, large
+from tests.test_report import HOSTILE, hostile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [

@@ -8,14 +8,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic_group import compared, healthy_runs, mode_run, scaled, trajectory, with_run
-from synthetic_report import GUILTY, GUILTY_LAYER, audit, broken, healthy
 
 from dpsgd_track.report.charts import figures
 from dpsgd_track.report.charts.curves import points_of_each, whole
 from dpsgd_track.report.charts.heatmap import LOWEST, NOTHING, PER_DECADE, as_bytes
 from dpsgd_track.report.charts.style import Chart, name_axis, wrapped
 from dpsgd_track.report.html import chart_data
+from tests.support.synthetic_group import (
+    compared,
+    healthy_runs,
+    mode_run,
+    scaled,
+    trajectory,
+    with_run,
+)
+from tests.support.synthetic_report import GUILTY, GUILTY_LAYER, audit, broken, healthy
 
 
 def chart(charts: tuple[Chart, ...], name: str) -> Chart:
@@ -126,7 +133,10 @@ def test_every_trace_of_a_mode_can_be_filtered() -> None:
     ("name", "lines"),
     [
         ("flash_fsdp", "flash_fsdp"),
-        ("defective_modes:NoiseByLocalShard", "defective_modes:<br>NoiseByLocalShard"),
+        (
+            "defective_modes:NoiseByLocalShard",
+            "defective_modes:<br>NoiseByLocalShard",
+        ),
         ("a" * 40, f"{'a' * 18}<br>{'a' * 18}<br>aaaa"),
         ("<b>\n", "&lt;b&gt;\n"),
     ],

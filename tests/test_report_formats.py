@@ -16,7 +16,19 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-from synthetic_group import (
+
+from dpsgd_track.comparison import GroupComparison
+from dpsgd_track.comparison.diagnose.ladder import StageStatus
+from dpsgd_track.comparison.verdict import Verdict
+from dpsgd_track.report.annotations import MOST, workflow_commands
+from dpsgd_track.report.charts import figures
+from dpsgd_track.report.drift_json import SCHEMA_VERSION, drift_json
+from dpsgd_track.report.html import html
+from dpsgd_track.report.junit import junit
+from dpsgd_track.report.markdown import markdown, note
+from dpsgd_track.report.stages import advice, multiple, stage_tables
+from dpsgd_track.report.text import print_table
+from tests.support.synthetic_group import (
     compared,
     healthy_runs,
     mode_run,
@@ -25,20 +37,8 @@ from synthetic_group import (
     trajectory,
     with_run,
 )
-from synthetic_report import GUILTY, broken, healthy
-from test_report import hostile
-
-from dpsgd_track.comparison import GroupComparison
-from dpsgd_track.comparison.ladder import StageStatus
-from dpsgd_track.comparison.verdict import Verdict
-from dpsgd_track.report.annotations import MOST, workflow_commands
-from dpsgd_track.report.charts import figures
-from dpsgd_track.report.html import html
-from dpsgd_track.report.junit import junit
-from dpsgd_track.report.markdown import markdown, note
-from dpsgd_track.report.numbers import SCHEMA_VERSION, drift_json
-from dpsgd_track.report.stages import advice, multiple, stage_tables
-from dpsgd_track.report.text import print_table
+from tests.support.synthetic_report import GUILTY, broken, healthy
+from tests.test_report import hostile
 
 SCHEMA = json.loads(
     (resources.files("dpsgd_track.report") / "schema" / "drift.schema.json").read_text("utf-8")

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from dpsgd_track.config import Settings
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.spooled import SpooledGroup, part_of, spooled_groups
-from dpsgd_track.tracking.store import open_store
-from tests.network_namespaces import Network, network
-from tests.tracking_servers import closed_port
+from dpsgd_track.record import names
+from dpsgd_track.store.opening import open_store
+from dpsgd_track.store.spooled import SpooledGroup, part_of, spooled_groups
+from tests.support.network_namespaces import Network, network
+from tests.support.tracking_servers import closed_port
 
 ROOT = Path(__file__).parent.parent
 LOST_AFTER_S = 4.0
@@ -24,7 +24,7 @@ NUM_ITER = 25
 LAUNCH = f"""
 import sys
 from dpsgd_track.launcher.process_group import Launch
-from dpsgd_track.launcher.run import main
+from dpsgd_track.cli.launch import main
 sys.exit(main(sys.argv[1:], launch=Launch(grace_s=2, lost_after_s={LOST_AFTER_S})))
 """
 HEALTHY = """

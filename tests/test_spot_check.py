@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import model_zoo
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from dpsgd_track.privacy.layers import inventory, linear
 from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.privacy.spot_check import SpotCheckError
 from dpsgd_track.privacy.terms import Outer
+from tests.support import model_zoo
 
 B, D, V, CLASSES = 5, 6, 11, 3
 

@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_group import (
+
+from dpsgd_track.cli import compare as command
+from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.store.golden import read_golden, write_golden
+from dpsgd_track.store.reader import Group, GroupNotFound, ModeRun
+from tests.support.synthetic_group import (
     Store,
     first_steps,
     group_of,
@@ -22,11 +27,6 @@ from synthetic_group import (
     trajectory,
     with_run,
 )
-
-from dpsgd_track.report import command
-from dpsgd_track.tracking.golden import read_golden, write_golden
-from dpsgd_track.tracking.reader import Group, GroupNotFound, ModeRun
-from dpsgd_track.tracking.trajectory import Trajectory
 
 HOSTILE = "../<script>alert(1)</script>|`**[x](http://e.vil)@you;'\"\n\x1b[2J"
 

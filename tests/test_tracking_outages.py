@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from dpsgd_track.config import Settings
-from dpsgd_track.tracking.run_tree import RunTree
-from dpsgd_track.tracking.shipper import Shipper, settle
-from dpsgd_track.tracking.shipping import Shipping
-from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter
-from dpsgd_track.tracking.spooled import claim, spooled_groups
-from dpsgd_track.tracking.store import open_store
+from dpsgd_track.store.opening import open_store
+from dpsgd_track.store.run_tree import RunTree
+from dpsgd_track.store.shipper import Shipper, settle
+from dpsgd_track.store.shipping import Shipping
+from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter
+from dpsgd_track.store.spooled import claim, spooled_groups
+from tests.support.tracking_servers import MlflowServer, Wire, postgres, shared_server
 from tests.test_tracking_shipping import MODE, check_whole, logged
-from tests.tracking_servers import MlflowServer, Wire, postgres, shared_server
 
 STEP_S = 0.02
 

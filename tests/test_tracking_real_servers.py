@@ -13,16 +13,16 @@ import pytest
 from mlflow import MlflowClient
 from sqlalchemy import Connection, create_engine, text
 
+from dpsgd_track.cli import compare as compare
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import suites
-from dpsgd_track.report import command as compare
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.reader import open_client, read_group
-from dpsgd_track.tracking.spooled import spooled_groups
-from tests import fake_launch
+from dpsgd_track.record import names
+from dpsgd_track.store.reader import open_client, read_group
+from dpsgd_track.store.spooled import spooled_groups
+from tests.support import fake_launch
+from tests.support.tracking_servers import Certificate, MlflowServer, certificate, gate, postgres
 from tests.test_launcher_stores import SECRET, launch, refuse, statuses
 from tests.test_tracking_shipping import spool_a_group
-from tests.tracking_servers import Certificate, MlflowServer, certificate, gate, postgres
 
 WRITER, READER, STRANGER = "writer", "reader", "stranger"
 NUM_RUNS = 13

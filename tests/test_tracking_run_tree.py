@@ -9,11 +9,12 @@ import pytest
 from mlflow import MlflowClient
 
 from dpsgd_track.config import RegimeConfig, Settings
-from dpsgd_track.tracking import names, store
-from dpsgd_track.tracking.client import one_line, with_credentials
-from dpsgd_track.tracking.environment import environment
-from dpsgd_track.tracking.reader import read_group
-from dpsgd_track.tracking.run_tree import (
+from dpsgd_track.record import names
+from dpsgd_track.record.environment import environment
+from dpsgd_track.store import opening as store
+from dpsgd_track.store.client import one_line, with_credentials
+from dpsgd_track.store.reader import read_group
+from dpsgd_track.store.run_tree import (
     FAILED,
     FINISHED,
     KILLED,
@@ -22,10 +23,10 @@ from dpsgd_track.tracking.run_tree import (
     RunTree,
     flatten,
 )
-from dpsgd_track.tracking.shipper import Shipper, settle
-from dpsgd_track.tracking.spool import CONTROL, SpoolWriter
-from dpsgd_track.tracking.spooled import claim
-from tests.tracking_servers import closed_port
+from dpsgd_track.store.shipper import Shipper, settle
+from dpsgd_track.store.spool import CONTROL, SpoolWriter
+from dpsgd_track.store.spooled import claim
+from tests.support.tracking_servers import closed_port
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tracking_scale
-from forked_ranks import ForkedRanks
 from mlflow import MlflowClient
 from tracking_scale import NODES, QUICK, circumstances, lost_and_doubled, measure
 
+from dpsgd_track.cli.options import build_parser
 from dpsgd_track.config import (
     CLIP,
     TRAIN,
@@ -33,21 +33,22 @@ from dpsgd_track.config import (
     logged_ranks,
 )
 from dpsgd_track.launcher import group, suites
-from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import open_group
 from dpsgd_track.launcher.suites import build_suite
-from dpsgd_track.tracking import inventory, names, shipper, spool
-from dpsgd_track.tracking.client import TrackingError
-from dpsgd_track.tracking.inventory import Inventory
-from dpsgd_track.tracking.run_tree import FINISHED, RunTree
-from dpsgd_track.tracking.shipper import Shipper
-from dpsgd_track.tracking.source import read_spooled
-from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter, spool_files
-from dpsgd_track.tracking.spooled import SpooledGroup, claim
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.record import names
+from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.store import inventory, shipper, spool
+from dpsgd_track.store.client import TrackingError
+from dpsgd_track.store.find_group import read_spooled
+from dpsgd_track.store.inventory import Inventory
+from dpsgd_track.store.run_tree import FINISHED, RunTree
+from dpsgd_track.store.shipper import Shipper
+from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter, spool_files
+from dpsgd_track.store.spooled import SpooledGroup, claim
+from tests.support.forked_ranks import ForkedRanks
 
 MIB = 1 << 20
 

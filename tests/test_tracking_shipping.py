@@ -18,17 +18,18 @@ from mlflow.exceptions import MlflowException
 from requests import HTTPError, Response
 
 from dpsgd_track.config import RegimeConfig, Settings
-from dpsgd_track.tracking import exact, names
-from dpsgd_track.tracking.history import all_points
-from dpsgd_track.tracking.reader import read_group
-from dpsgd_track.tracking.run_tree import RunTree
-from dpsgd_track.tracking.shipper import Shipper, settle
-from dpsgd_track.tracking.shipping import Shipping
-from dpsgd_track.tracking.source import read_group_anywhere
-from dpsgd_track.tracking.spool import CONTROL, RECORDS, SpoolWriter
-from dpsgd_track.tracking.spooled import Busy, SpooledGroup, claim, spooled_groups
-from dpsgd_track.tracking.store import open_store
-from tests.tracking_servers import postgres
+from dpsgd_track.record import names
+from dpsgd_track.store import exact
+from dpsgd_track.store.find_group import read_group_anywhere
+from dpsgd_track.store.history import all_points
+from dpsgd_track.store.opening import open_store
+from dpsgd_track.store.reader import read_group
+from dpsgd_track.store.run_tree import RunTree
+from dpsgd_track.store.shipper import Shipper, settle
+from dpsgd_track.store.shipping import Shipping
+from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter
+from dpsgd_track.store.spooled import Busy, SpooledGroup, claim, spooled_groups
+from tests.support.tracking_servers import postgres
 
 ODD = (math.inf, -math.inf, -0.0, math.nan, 5e-324, 1.7976931348623157e308, 1 / 3)
 MODE = RegimeConfig(name="clip", num_iter=1)

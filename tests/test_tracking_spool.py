@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dpsgd_track.tracking import exact, spool
-from dpsgd_track.tracking.client import TrackingError
-from dpsgd_track.tracking.spool import (
+from dpsgd_track.store import exact, spool
+from dpsgd_track.store.client import TrackingError
+from dpsgd_track.store.spool import (
     CONTROL,
     RECORDS,
     MetricRow,
@@ -127,7 +127,7 @@ def test_two_writers_of_one_name_at_the_same_time_have_files_of_their_own(tmp_pa
 KILLED_WRITER = """
 import sys
 from pathlib import Path
-from dpsgd_track.tracking.spool import SpoolWriter
+from dpsgd_track.store.spool import SpoolWriter
 writer = SpoolWriter(Path(sys.argv[1]), "a.records")
 step = 0
 while True:

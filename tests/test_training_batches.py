@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forked_ranks import ForkedRanks
 
-from dpsgd_track.comparison.finite import not_finite
+from dpsgd_track.comparison.measure.finite import not_finite
 from dpsgd_track.config import (
     ACCURACY,
     CAUSAL_LM,
@@ -21,7 +20,8 @@ from dpsgd_track.config import (
     PerformanceConfig,
     RegimeConfig,
 )
-from dpsgd_track.tracking.trajectory import UNUSED, Trajectory, sketch_distance
+from dpsgd_track.record.trajectory import UNUSED, Trajectory, sketch_distance
+from tests.support.forked_ranks import ForkedRanks
 
 STEPS = 12
 
@@ -33,7 +33,7 @@ def run_jobs(
     (folder / "out").mkdir(parents=True)
     for name, job in jobs.items():
         (folder / f"{name}.json").write_text(job.to_json())
-    done = rank_host.run("torchrun_regimes", str(folder), num_ranks=world_size)
+    done = rank_host.run("tests.support.torchrun_regimes", str(folder), num_ranks=world_size)
     assert done.code == 0, done.log[-3000:]
     return folder / "out"
 

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked_ranks import ForkedRanks
-from test_end_to_end import Workspace
-from test_training_batches import run_jobs
 
 from dpsgd_track.comparison import compare_group
-from dpsgd_track.comparison.noise import audit, judge_noise
+from dpsgd_track.comparison.audit.noise import audit, judge_noise
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.config import (
     NOISE,
@@ -25,14 +22,17 @@ from dpsgd_track.config import (
     Thresholds,
 )
 from dpsgd_track.launcher.suites import NOISE_BOUNDS, NOISE_MICRO_BATCHES, NOISE_SIGMA
-from dpsgd_track.tracking.reader import Group, ModeRun
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.store.reader import Group, ModeRun
 from dpsgd_track.training.noise_samples import (
     NUM_ELEMENTS,
     UnequalNoiseError,
     check_copies,
     positions,
 )
+from tests.support.forked_ranks import ForkedRanks
+from tests.test_end_to_end import Workspace
+from tests.test_training_batches import run_jobs
 
 
 def _job(mode: str, num_ranks: int) -> JobConfig:
@@ -78,7 +78,7 @@ SOUND = ("flash_fsdp", "flash_fsdp_fuse_bk", "ghost_fsdp")
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks) -> Path:
     jobs = {mode: _job(mode, 2) for mode in SOUND}
-    jobs |= {name: _job(f"defective_noise:{name}", 2) for name in FAULTS}
+    jobs |= {name: _job(f"tests.support.defective_noise:{name}", 2) for name in FAULTS}
     return run_jobs(rank_host, tmp_path_factory.mktemp("noise"), 2, jobs)
 
 
@@ -157,7 +157,7 @@ def test_copies_that_differ_are_refused_and_shards_are_no_copies() -> None:
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("replicas"))
-    modes = "no_dp,flash_fsdp,flash,grad_materialize,defective_noise:UnequalReplicas"
+    modes = "no_dp,flash_fsdp,flash,grad_materialize,tests.support.defective_noise:UnequalReplicas"
     arguments = ("--regime", NOISE, "--replicas", "2", "--seq-length", "4", "--group", "g")
     done = workspace.run("launch.py", "full", "--mode", modes, *arguments)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -183,7 +183,7 @@ def test_replicas_and_modes_on_one_device_pass(replicas: Workspace) -> None:
 
 
 def test_replicas_that_diverge_are_a_bug(replicas: Workspace) -> None:
-    comparison = _judged(replicas.group("g"), "defective_noise:UnequalReplicas")
+    comparison = _judged(replicas.group("g"), "tests.support.defective_noise:UnequalReplicas")
     assert comparison.sentence.startswith("BUG")
     assert (
         "ranks 0 and 1 hold the same elements of model.embed_tokens.weight" in comparison.sentence

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_end_to_end import Workspace
 from torch import Tensor, nn
 
+from dpsgd_track.cli.options import build_parser
 from dpsgd_track.comparison import Verdict, compare_group
 from dpsgd_track.comparison.verdict import judge_coverage
 from dpsgd_track.config import (
@@ -28,15 +28,15 @@ from dpsgd_track.config import (
     JobConfig,
     Thresholds,
 )
-from dpsgd_track.launcher.arguments import build_parser
 from dpsgd_track.launcher.suites import CPU_RANKS, PROBE_MICRO_BATCHES, build_suite
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import IGNORED, LOSSES
-from dpsgd_track.tracking.reader import ModeRun
+from dpsgd_track.store.reader import ModeRun
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.model import build_model
 from dpsgd_track.training.probe import MAX_LENGTH, NUM_TOKENS, D, H, Probe
+from tests.test_end_to_end import Workspace
 
 CPU = torch.device("cpu")
 SEED = 42

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_group import trajectory
 
-from dpsgd_track.tracking.trajectory import LARGE, Trajectory
+from dpsgd_track.record.trajectory import LARGE, Trajectory
+from tests.support.synthetic_group import trajectory
 
 RECORD = trajectory(steps=30)
 

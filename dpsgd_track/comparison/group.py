@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from dpsgd_track.comparison.drift import Labelled, Pair, compare_pairs
-from dpsgd_track.comparison.floor import Floor, floor_of
+from dpsgd_track.comparison.audit.noise import audits_of
 from dpsgd_track.comparison.judge import joined, judge_against, judge_alone, passed, waive
-from dpsgd_track.comparison.noise import audits_of
+from dpsgd_track.comparison.measure.drift import Labelled, Pair, compare_pairs
+from dpsgd_track.comparison.measure.floor import Floor, floor_of
 from dpsgd_track.comparison.result import (
     GroupComparison,
     Judged,
@@ -32,7 +32,7 @@ from dpsgd_track.comparison.verdict import (
 from dpsgd_track.comparison.waivers import Waiver, waiver_notes
 from dpsgd_track.config import CLIP, NOISE, PLAIN, SILENT, Thresholds, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE
-from dpsgd_track.tracking.reader import FINISHED, Group, ModeRun
+from dpsgd_track.store.reader import FINISHED, Group, ModeRun
 
 
 def compare_group(

@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dpsgd_track.comparison.drift import Pair, compare_pair
-from dpsgd_track.comparison.floor import floor_of
+from dpsgd_track.comparison.audit.noise import audits_of
 from dpsgd_track.comparison.judge import joined, judge_against, judge_alone, passed, waive
-from dpsgd_track.comparison.noise import audits_of
+from dpsgd_track.comparison.measure.drift import Pair, compare_pair
+from dpsgd_track.comparison.measure.floor import floor_of
 from dpsgd_track.comparison.result import (
     GroupComparison,
     Judged,
@@ -35,7 +35,7 @@ from dpsgd_track.comparison.verdict import (
 from dpsgd_track.comparison.waivers import Waiver, waiver_notes
 from dpsgd_track.config import CLIP, SILENT, Thresholds, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE
-from dpsgd_track.tracking.reader import FINISHED, MISSING, Group, ModeRun
+from dpsgd_track.store.reader import FINISHED, MISSING, Group, ModeRun
 
 _ENVIRONMENT = ("environment.", "device.")
 _CODE = ("environment.git_revision", "environment.git_dirty", "environment.dpsgd_track")

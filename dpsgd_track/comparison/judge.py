@@ -6,12 +6,10 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from dpsgd_track.comparison.alignment import align
-from dpsgd_track.comparison.blame import blame
-from dpsgd_track.comparison.consistency import Inconsistency
-from dpsgd_track.comparison.drift import Pair
-from dpsgd_track.comparison.floor import Floor
-from dpsgd_track.comparison.ladder import (
+from dpsgd_track.comparison.audit.consistency import Inconsistency
+from dpsgd_track.comparison.audit.noise import judge_noise, passed_noise
+from dpsgd_track.comparison.diagnose.culprit import blame
+from dpsgd_track.comparison.diagnose.ladder import (
     Rung,
     excess_of,
     first_failure,
@@ -19,8 +17,10 @@ from dpsgd_track.comparison.ladder import (
     own_errors,
     unlike_inputs,
 )
-from dpsgd_track.comparison.noise import judge_noise, passed_noise
-from dpsgd_track.comparison.observables import OBSERVABLES
+from dpsgd_track.comparison.measure.alignment import align
+from dpsgd_track.comparison.measure.drift import Pair
+from dpsgd_track.comparison.measure.floor import Floor
+from dpsgd_track.comparison.measure.observables import OBSERVABLES
 from dpsgd_track.comparison.result import Judged, Key, RegimeComparison
 from dpsgd_track.comparison.verdict import (
     Finding,
@@ -32,8 +32,8 @@ from dpsgd_track.comparison.verdict import (
 )
 from dpsgd_track.comparison.waivers import Waiver, waiver_of
 from dpsgd_track.config import NOISE, Thresholds, kind_of
-from dpsgd_track.tracking.names import LEFT_OUT
-from dpsgd_track.tracking.reader import ModeRun
+from dpsgd_track.record.names import LEFT_OUT
+from dpsgd_track.store.reader import ModeRun
 
 
 def judge_alone(

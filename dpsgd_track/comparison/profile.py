@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dpsgd_track.modes.table import baseline_of
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.reader import FINISHED, MISSING, Group, PointRun
-from dpsgd_track.tracking.timings import Timings
+from dpsgd_track.record import names
+from dpsgd_track.record.timings import Timings
+from dpsgd_track.store.reader import FINISHED, MISSING, Group, PointRun
 
 RESTLESS = 0.05
 """Relative change between the two baseline runs around a mode from which on it is pointed out."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dpsgd_track.comparison.blame import Blame
-from dpsgd_track.comparison.drift import Drift, Pair
-from dpsgd_track.comparison.floor import Floor
-from dpsgd_track.comparison.ladder import STAGES, FirstFailure, Rung
-from dpsgd_track.comparison.noise import NoiseAudit
+from dpsgd_track.comparison.audit.noise import NoiseAudit
+from dpsgd_track.comparison.diagnose.culprit import Blame
+from dpsgd_track.comparison.diagnose.ladder import STAGES, FirstFailure, Rung
+from dpsgd_track.comparison.measure.drift import Drift, Pair
+from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import Thresholds
-from dpsgd_track.tracking.reader import Group, ModeRun
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.store.reader import Group, ModeRun
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpsgd_track.comparison.consistency import TOLERANCE, Inconsistency, inconsistencies
-from dpsgd_track.comparison.drift import LOSS, Drift, Pair
-from dpsgd_track.comparison.finite import not_finite
-from dpsgd_track.comparison.floor import Floor
-from dpsgd_track.comparison.ladder import (
+from dpsgd_track.comparison.audit.consistency import TOLERANCE, Inconsistency, inconsistencies
+from dpsgd_track.comparison.diagnose.ladder import (
     STAGES,
     Excess,
     Rung,
@@ -22,12 +19,15 @@ from dpsgd_track.comparison.ladder import (
     first_failure,
     unlike_inputs,
 )
+from dpsgd_track.comparison.measure.drift import LOSS, Drift, Pair
+from dpsgd_track.comparison.measure.finite import not_finite
+from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.waivers import Waiver
 from dpsgd_track.config import Thresholds
 from dpsgd_track.modes.table import spec_of
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.reader import FAILED, FINISHED, ModeRun
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.record import names
+from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.store.reader import FAILED, FINISHED, ModeRun
 
 COVERAGE = (0.2, 0.8)
 """Fraction of samples that the mixed half of the clip regime must clip to show anything."""

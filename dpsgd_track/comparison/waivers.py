@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from dpsgd_track.comparison.observables import OBSERVABLES
+from dpsgd_track.comparison.measure.observables import OBSERVABLES
 from dpsgd_track.config import REGIMES, require
 from dpsgd_track.modes.table import MODES, plugged_in_modes
 from dpsgd_track.text_file import open_text
 
 if TYPE_CHECKING:
-    from dpsgd_track.comparison.ladder import Excess
+    from dpsgd_track.comparison.diagnose.ladder import Excess
     from dpsgd_track.comparison.verdict import Finding
 
 ANY = "*"

@@ -19,29 +19,24 @@ from dpsgd_track.config import (
     logged_ranks,
     require,
 )
-from dpsgd_track.launcher import (
-    EXIT_FAILED,
-    EXIT_FINISHED,
-    EXIT_INTERRUPTED,
-    troubleshooting,
-    variants,
-)
+from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, variants
+from dpsgd_track.launcher.fork_client import WorkerHost
 from dpsgd_track.launcher.interruption import Interruption
-from dpsgd_track.launcher.nodes import Leader
 from dpsgd_track.launcher.output import write_output
 from dpsgd_track.launcher.process_group import Launch, Outcome, run_mode
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.recording import Recording
+from dpsgd_track.launcher.several_machines.meeting import Leader
 from dpsgd_track.launcher.suites import Suite
-from dpsgd_track.launcher.troubleshooting import Failure
-from dpsgd_track.launcher.worker_host import WorkerHost
 from dpsgd_track.modes.table import REFERENCE
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.environment import environment
-from dpsgd_track.tracking.names import TRAJECTORY_FILE
-from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED, flatten
-from dpsgd_track.tracking.store import StoreError
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.record import failure as troubleshooting
+from dpsgd_track.record import names
+from dpsgd_track.record.environment import environment
+from dpsgd_track.record.failure import Failure
+from dpsgd_track.record.names import TRAJECTORY_FILE
+from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.store.opening import StoreError
+from dpsgd_track.store.run_tree import FAILED, FINISHED, KILLED, flatten
 
 CLIP_BOUNDS_FILE = "clip_bounds.json"
 OUT_OF_MEMORY = "OUT OF MEMORY"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dpsgd_track.tracking.trajectory import Trajectory
+from dpsgd_track.record.trajectory import Trajectory
 
 
 def write_output(trajectory: Trajectory, path: Path) -> None:

@@ -26,16 +26,16 @@ from typing import Any
 
 import dpsgd_track
 from dpsgd_track.config import PROFILE, JobConfig
-from dpsgd_track.launcher import troubleshooting
+from dpsgd_track.launcher.fork_client import WorkerHost
+from dpsgd_track.launcher.fork_server import Meeting, Request
+from dpsgd_track.launcher.hardware import num_cores
 from dpsgd_track.launcher.interruption import Interruption
-from dpsgd_track.launcher.machine import num_cores
-from dpsgd_track.launcher.nodes import LOST_AFTER_S, Leader, Report
-from dpsgd_track.launcher.preloaded import Meeting, Request
 from dpsgd_track.launcher.progress import Display
-from dpsgd_track.launcher.troubleshooting import Failure
-from dpsgd_track.launcher.worker_host import WorkerHost
-from dpsgd_track.tracking.names import TIMINGS_FILE, TRAJECTORY_FILE, VARIANT_VARIABLE
-from dpsgd_track.tracking.run_tree import FAILED, FINISHED, KILLED
+from dpsgd_track.launcher.several_machines.meeting import LOST_AFTER_S, Leader, Report
+from dpsgd_track.record import failure as troubleshooting
+from dpsgd_track.record.failure import Failure
+from dpsgd_track.record.names import TIMINGS_FILE, TRAJECTORY_FILE, VARIANT_VARIABLE
+from dpsgd_track.store.run_tree import FAILED, FINISHED, KILLED
 
 WORKER = "dpsgd_track.training.worker"
 GRACE_S = 10.0

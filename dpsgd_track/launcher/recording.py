@@ -10,12 +10,13 @@ from typing import IO, TYPE_CHECKING
 
 from dpsgd_track.config import Settings, redact_uri, require
 from dpsgd_track.launcher.suites import Suite
-from dpsgd_track.tracking.client import TrackingError
-from dpsgd_track.tracking.run_tree import KILLED, RunTree
-from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
-from dpsgd_track.tracking.shipping import Shipping
-from dpsgd_track.tracking.spool import CONTROL, SpoolDamaged, SpoolWriter
-from dpsgd_track.tracking.spooled import (
+from dpsgd_track.store.client import TrackingError
+from dpsgd_track.store.opening import has_group, open_store, unusable
+from dpsgd_track.store.run_tree import KILLED, RunTree
+from dpsgd_track.store.shipper import NotThereYet, Shipper, settle
+from dpsgd_track.store.shipping import Shipping
+from dpsgd_track.store.spool import CONTROL, SpoolDamaged, SpoolWriter
+from dpsgd_track.store.spooled import (
     Busy,
     SpooledGroup,
     check_room,
@@ -25,8 +26,7 @@ from dpsgd_track.tracking.spooled import (
     part_of,
     spooled_groups,
 )
-from dpsgd_track.tracking.sqlite_file import absolute_uri
-from dpsgd_track.tracking.store import has_group, open_store, unusable
+from dpsgd_track.store.sqlite_file import absolute_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

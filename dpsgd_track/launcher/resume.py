@@ -6,21 +6,15 @@ import argparse
 import shlex
 from dataclasses import dataclass, replace
 
+from dpsgd_track.cli.options import PLANTED, PROFILE, RESUMABLE, build_parser, planted_suite
 from dpsgd_track.config import CLIP, NOISE, JobConfig, NodesConfig, RegimeConfig, require
-from dpsgd_track.launcher.arguments import (
-    PLANTED,
-    PROFILE,
-    RESUMABLE,
-    build_parser,
-    planted_suite,
-)
 from dpsgd_track.launcher.recording import Recording, take_up
 from dpsgd_track.launcher.suites import InputCheck, Suite, build_suite, read_settings
 from dpsgd_track.modes.table import REFERENCE
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.environment import environment
-from dpsgd_track.tracking.reader import FINISHED, Group, GroupNotFound
-from dpsgd_track.tracking.source import read_group_anywhere, run_key
+from dpsgd_track.record import names
+from dpsgd_track.record.environment import environment
+from dpsgd_track.store.find_group import read_group_anywhere, run_key
+from dpsgd_track.store.reader import FINISHED, Group, GroupNotFound
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dpsgd_track.cli.options import PROFILE_BATCH_SIZES, PROFILE_SEQ_LENGTHS
 from dpsgd_track.config import (
     ACCURACY,
     AGAIN,
@@ -42,12 +43,11 @@ from dpsgd_track.config import (
     load_settings,
     require,
 )
-from dpsgd_track.launcher.arguments import PROFILE_BATCH_SIZES, PROFILE_SEQ_LENGTHS
-from dpsgd_track.launcher.machine import count_gpus
-from dpsgd_track.launcher.points import profile_jobs, with_baselines
+from dpsgd_track.launcher.hardware import count_gpus
+from dpsgd_track.launcher.profile_order import profile_jobs, with_baselines
 from dpsgd_track.launcher.variants import read_variants, variant_jobs
 from dpsgd_track.modes import table
-from dpsgd_track.tracking.sqlite_file import sqlite_path
+from dpsgd_track.store.sqlite_file import sqlite_path
 from dpsgd_track.training.text_source import population_of
 
 NUM_ITER, QUICK_NUM_ITER = 10, 5
@@ -348,7 +348,7 @@ def _timed_modes(
 def _check_planted(mode: str) -> None:
     if table.split_planted(mode)[1]:
         # Imports torch, which nothing else that is checked needs.
-        from dpsgd_track.faults import check_planted
+        from dpsgd_track.mutants import check_planted
 
         check_planted(mode)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
-from dpsgd_track.tracking.client import TrackingError
-from dpsgd_track.tracking.inventory import Inventory
-from dpsgd_track.tracking.shipper import NotThereYet, Shipper, settle
-from dpsgd_track.tracking.spool import SpoolDamaged
-from dpsgd_track.tracking.spooled import Busy, SpooledGroup, spooled_groups
-from dpsgd_track.tracking.sqlite_file import absolute_uri
-from dpsgd_track.tracking.store import StoreError, open_store, unusable
+from dpsgd_track.store.client import TrackingError
+from dpsgd_track.store.inventory import Inventory
+from dpsgd_track.store.opening import StoreError, open_store, unusable
+from dpsgd_track.store.shipper import NotThereYet, Shipper, settle
+from dpsgd_track.store.spool import SpoolDamaged
+from dpsgd_track.store.spooled import Busy, SpooledGroup, spooled_groups
+from dpsgd_track.store.sqlite_file import absolute_uri
 
 _SHOWN = 10
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from dpsgd_track.config import Settings, redact_uri, require
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.processes import Session
-from dpsgd_track.tracking.sqlite_file import absolute_uri, sqlalchemy_uri, sqlite_path
+from dpsgd_track.store.sqlite_file import absolute_uri, sqlalchemy_uri, sqlite_path
 
 HOST = "127.0.0.1"
 _POLL_S = 0.2

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dpsgd_track.config import SILENT, JobConfig, VariantConfig, require
 from dpsgd_track.modes.table import REFERENCE
-from dpsgd_track.tracking.environment import git_facts
-from dpsgd_track.tracking.names import IMPORTS_FILE
+from dpsgd_track.record.environment import git_facts
+from dpsgd_track.record.names import IMPORTS_FILE
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,60}")
 

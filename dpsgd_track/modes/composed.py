@@ -10,12 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dpsgd_track.distributed.reduction import Fsdp2Sharder, GradientSharder, LocalSharder
-from dpsgd_track.distributed.sharding import (
-    as_local,
-    build_mesh,
-    shard_fsdp2,
-    sum_gradients,
-)
+from dpsgd_track.distributed.sharding import as_local, build_mesh, shard_fsdp2, sum_gradients
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import ModeSpec
 from dpsgd_track.privacy.batch import Batch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.reader import Group
+from dpsgd_track.record import names
+from dpsgd_track.store.reader import Group
 
 _OWN_TAGS = ("mlflow.", "dpsgd.")
 _COMMAND = ("command", "dpsgd.command")

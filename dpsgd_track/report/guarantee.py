@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dpsgd_track.config import TRAIN
-from dpsgd_track.tracking.names import EPSILON_PRV, EPSILON_RDP
-from dpsgd_track.tracking.reader import Group, ModeRun
+from dpsgd_track.record.names import EPSILON_PRV, EPSILON_RDP
+from dpsgd_track.store.reader import Group, ModeRun
 
 NO_PRIVACY = 20.0
 """Epsilon from which on nothing is promised: one sample can make an outcome e^20, half a billion

@@ -30,7 +30,7 @@ from dpsgd_track.report.stages import (
     stage_tables,
 )
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
-from dpsgd_track.tracking.reader import Group
+from dpsgd_track.store.reader import Group
 
 SECTIONS = (
     ("trajectories", "Trajectories", "Trajectories", "No run recorded a step."),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
-from dpsgd_track.comparison.ladder import StageStatus
+from dpsgd_track.comparison.diagnose.ladder import StageStatus
 from dpsgd_track.comparison.result import GroupComparison, ModeVerdict
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.report.stages import Cell, Line, stage_tables

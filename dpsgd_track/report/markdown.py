@@ -14,7 +14,7 @@ from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import accepted, advice, stage_tables
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
-from dpsgd_track.tracking.reader import Group
+from dpsgd_track.store.reader import Group
 
 LIMIT = 65_536
 """Characters that a code host accepts in one comment."""

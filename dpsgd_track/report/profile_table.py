@@ -9,11 +9,11 @@ import json
 import re
 from datetime import UTC, datetime
 
-from dpsgd_track.comparison.measurements import Measurement, measurements
 from dpsgd_track.comparison.profile import Cost, Profile, Spread
-from dpsgd_track.report.numbers import strict
+from dpsgd_track.comparison.profile_rows import Measurement, measurements
+from dpsgd_track.report.drift_json import strict
 from dpsgd_track.report.table import ABSENT
-from dpsgd_track.tracking.reader import Group
+from dpsgd_track.store.reader import Group
 
 HEADINGS = (
     "mode",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dpsgd_track.comparison.blame import Blame
-from dpsgd_track.comparison.drift import OBSERVABLES
-from dpsgd_track.comparison.ladder import DATA, INITIAL_WEIGHTS, STAGES, Rung, StageStatus
+from dpsgd_track.comparison.diagnose.culprit import Blame
+from dpsgd_track.comparison.diagnose.ladder import DATA, INITIAL_WEIGHTS, STAGES, Rung, StageStatus
+from dpsgd_track.comparison.measure.drift import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison, ModeVerdict
 from dpsgd_track.comparison.verdict import Finding, Verdict, number
 

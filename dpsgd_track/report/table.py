@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpsgd_track.comparison.drift import OBSERVABLES
+from dpsgd_track.comparison.measure.drift import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import Verdict, number
 from dpsgd_track.config import ACCURACY, TRAIN
 from dpsgd_track.modes.table import BASELINE
-from dpsgd_track.tracking.reader import FINISHED, ModeRun
-from dpsgd_track.tracking.trajectory import Floats
+from dpsgd_track.record.trajectory import Floats
+from dpsgd_track.store.reader import FINISHED, ModeRun
 
 DRIFT_COLUMNS = {
     "loss": "Δ loss",

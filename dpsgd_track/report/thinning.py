@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpsgd_track.tracking.trajectory import Floats, Integers
+from dpsgd_track.record.trajectory import Floats, Integers
 
 MOST = 800
 """Points that a series keeps at most: about as many as a chart has pixels."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpsgd_track.distributed.sharding import LocalPart
 from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.tracking.names import LAYER_GRAD_NORM, LAYER_WEIGHT_NORM
+from dpsgd_track.record.names import LAYER_GRAD_NORM, LAYER_WEIGHT_NORM
 
 
 @dataclass(frozen=True, kw_only=True)

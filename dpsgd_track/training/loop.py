@@ -11,18 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dpsgd_track.config import (
-    CLIP,
-    NOISE,
-    JobConfig,
-    RegimeConfig,
-    is_probe,
-    layer_norm_steps,
-)
+from dpsgd_track.config import CLIP, NOISE, JobConfig, RegimeConfig, is_probe, layer_norm_steps
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
-from dpsgd_track.faults import build
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
+from dpsgd_track.mutants import build
 from dpsgd_track.privacy.accounting import (
     epsilon_prv,
     epsilon_rdp,
@@ -30,7 +23,7 @@ from dpsgd_track.privacy.accounting import (
     sequential_history,
 )
 from dpsgd_track.privacy.noise import NoiseSource
-from dpsgd_track.tracking import names
+from dpsgd_track.record import names
 from dpsgd_track.training import noise_samples
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.observe import (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpsgd_track.distributed.sharding import LocalPart
 from dpsgd_track.modes.protocol import Mode
-from dpsgd_track.tracking.names import UNEQUAL_NOISE
+from dpsgd_track.record.names import UNEQUAL_NOISE
 
 Floats = NDArray[np.float64]
 

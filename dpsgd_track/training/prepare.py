@@ -27,13 +27,7 @@ from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.privacy.noise import fresh_key
-from dpsgd_track.training.data import (
-    Slice,
-    Slicer,
-    build_dataset,
-    extra_inputs_of,
-    num_labels_of,
-)
+from dpsgd_track.training.data import Slice, Slicer, build_dataset, extra_inputs_of, num_labels_of
 from dpsgd_track.training.model import build_model, check_length, perturb_inputs
 from dpsgd_track.training.text_source import population_of
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from dpsgd_track.config import JobConfig, RegimeConfig
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
-from dpsgd_track.faults import build
+from dpsgd_track.mutants import build
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.noise import NoiseSource
-from dpsgd_track.tracking.timings import Timings
+from dpsgd_track.record.timings import Timings
 from dpsgd_track.training.clock import GIB
 from dpsgd_track.training.layer_norms import LayerNorms, StepNorms
 from dpsgd_track.training.observe import largest_of_ranks, linear_layer_names

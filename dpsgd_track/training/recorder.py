@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.tracking.names import (
+from dpsgd_track.record.names import (
     CLIP_FACTOR,
     LAYER_GRAD_NORM,
     LAYER_WEIGHT_NORM,
     SAMPLE_NORM,
     SCALAR_METRICS,
 )
-from dpsgd_track.tracking.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
+from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
 from dpsgd_track.training.observe import GatheredSamples, Measured
 
 

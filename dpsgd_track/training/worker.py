@@ -25,14 +25,14 @@ import torch
 import torch.distributed as dist
 
 from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT, JobConfig
-from dpsgd_track.faults import unreached_seams
 from dpsgd_track.modes.protocol import Mode
-from dpsgd_track.tracking import names
-from dpsgd_track.tracking.client import TrackingError
-from dpsgd_track.tracking.environment import imported_from
-from dpsgd_track.tracking.names import TIMINGS_FILE, TRAJECTORY_FILE
-from dpsgd_track.tracking.spool import RECORDS, SpoolWriter
-from dpsgd_track.tracking.timings import Timings
+from dpsgd_track.mutants import unreached_seams
+from dpsgd_track.record import names
+from dpsgd_track.record.environment import imported_from
+from dpsgd_track.record.names import TIMINGS_FILE, TRAJECTORY_FILE
+from dpsgd_track.record.timings import Timings
+from dpsgd_track.store.client import TrackingError
+from dpsgd_track.store.spool import RECORDS, SpoolWriter
 from dpsgd_track.training.loop import NotFiniteError, RegimeRun
 from dpsgd_track.training.noise_samples import Floats
 from dpsgd_track.training.profile import ProfileRun

@@ -10,9 +10,6 @@ output gradients, a sample's gradient is E + H with
 Memory is one tile of [B, S, t] products, never [B, V, D].
 """
 
-from dpsgd_track.kernels.embedding_cross.reference import (
-    embedding_cross,
-    per_sample_inner_product,
-)
+from dpsgd_track.kernels.embedding_cross.reference import embedding_cross, per_sample_inner_product
 
 __all__ = ["embedding_cross", "per_sample_inner_product"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.tracking.trajectory import Floats
+from dpsgd_track.record.trajectory import Floats
 
 _MOST_POINTS, _LEAST_POINTS = 1000, 200
 """Of one curve; more would merge on any screen, and fewer would hide what happened."""

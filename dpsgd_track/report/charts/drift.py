@@ -9,21 +9,14 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from dpsgd_track.comparison.drift import OBSERVABLES, Drift, Pair
-from dpsgd_track.comparison.floor import limits_of
+from dpsgd_track.comparison.measure.drift import OBSERVABLES, Drift, Pair
+from dpsgd_track.comparison.measure.floor import limits_of
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
-from dpsgd_track.report.charts.curves import (
-    ZERO,
-    above_zero,
-    drawn,
-    log_axis,
-    step_axis,
-    whole,
-)
+from dpsgd_track.record.trajectory import Integers
+from dpsgd_track.report.charts.curves import ZERO, above_zero, drawn, log_axis, step_axis, whole
 from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, name_axis, plain, wrapped
 from dpsgd_track.report.thinning import kept
-from dpsgd_track.tracking.trajectory import Integers
 
 _ALWAYS = ("loss", "grad_norm", "sample_norm", "gradient")
 _IF_ANY = ("clip_factor", "noise", "update")

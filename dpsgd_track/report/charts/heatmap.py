@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from dpsgd_track.comparison.drift import OBSERVABLES
-from dpsgd_track.comparison.heat import Heat, heat
+from dpsgd_track.comparison.measure.drift import OBSERVABLES
+from dpsgd_track.comparison.measure.norm_heatmap import Heat, heat
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.trajectory import Floats
 from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain
-from dpsgd_track.tracking.trajectory import Floats
 
 _MOST_CELLS = 400_000
 """Of all cubes of a report together: half a megabyte."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from dpsgd_track.comparison.noise import NoiseAudit
+from dpsgd_track.comparison.audit.noise import NoiseAudit
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.report.charts.curves import drawn
 from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, name_axis, plain

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from dpsgd_track.comparison.alignment import align
-from dpsgd_track.comparison.drift import OBSERVABLES
+from dpsgd_track.comparison.measure.alignment import align
+from dpsgd_track.comparison.measure.drift import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, whole
 from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
-from dpsgd_track.tracking.trajectory import Floats, Integers, Trajectory
 
 _MOST_SAMPLES = 500
 """Of one mode."""

@@ -1,0 +1,1 @@
+"""The command line: every use of arguments, verb by verb."""

@@ -1,0 +1,1 @@
+"""Checks of one run by itself: its noise, and relations between its own numbers."""

@@ -1,0 +1,152 @@
+"""What one run's stages make of their own inputs, without any baseline.
+
+A clip factor follows from the norm it was computed from, a clipped sum is no longer than its
+parts, and an SGD step is the learning rate times the gradient. Where such a relation is broken,
+the stage itself went wrong, whatever it was given.
+
+Legend: S steps, N samples, P parameters, K projections.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
+
+TOLERANCE = 1e-4
+"""Largest relative error of a relation between float32 numbers; the addition of many terms and a
+small constant under a quotient's bar stay well below."""
+# The step is compared by two sketches' difference, where the weights' own rounding remains.
+_ROUNDING = 2.0**-23
+_BLOCK = 512
+"""Steps that are looked at together: records of long runs are larger than memory."""
+# The triangle inequality holds exactly; this is room for rounding in bfloat16.
+_TIMES_LONGER = 1.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inconsistency:
+    """A relation between a run's own numbers that does not hold."""
+
+    stage: str
+    observable: str
+    title: str
+    """What was expected of what, as it stands in a sentence."""
+    value: float
+    """Relative error."""
+    step: int
+    where: str = ""
+
+
+def inconsistencies(t: Trajectory, params: Mapping[str, str]) -> tuple[Inconsistency, ...]:
+    """The first place at which each relation is broken.
+
+    Args:
+        params: of the mode's run, as the launcher logged them.
+    """
+    found: dict[str, Inconsistency] = {}
+    for start in range(0, t.num_steps, _BLOCK):
+        # A step of the optimizer is looked at together with the one before it.
+        block = t.rows(max(0, start - 1), start + _BLOCK)
+        # NaN and infinity are findings of their own (finite.py).
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            for each in (
+                _total_norm(block),
+                _clip_factor(block),
+                _length_of_sum(block),
+                _sgd_step(block, params),
+            ):
+                if each is not None:
+                    found.setdefault(each.observable, each)
+    return tuple(found.values())
+
+
+def _total_norm(t: Trajectory) -> Inconsistency | None:
+    total = np.sqrt(np.square(t.sample_norm_by_parameter).sum(axis=2))
+    error = np.abs(t.sample_norm - total) / total
+    title = "a sample's norm differs from that of its parameters' norms"
+    return _of_samples(t, "per-sample norms", "sample_norm", title, error)
+
+
+def _clip_factor(t: Trajectory) -> Inconsistency | None:
+    wanted = np.minimum(1.0, t.max_grad_norm[:, None] / t.sample_norm)
+    error = np.abs(t.clip_factor - wanted) / wanted
+    title = "a clip factor differs from min(1, C / norm) of the norm that the mode itself reports"
+    return _of_samples(t, "clip factors", "clip_factor", title, error)
+
+
+def _of_samples(
+    t: Trajectory, stage: str, observable: str, title: str, error: Floats
+) -> Inconsistency | None:
+    over = np.argwhere(error > TOLERANCE)
+    if not len(over):
+        return None
+    row = int(over[0, 0])
+    column = int(np.nanargmax(error[row]))
+    return Inconsistency(
+        stage=stage,
+        observable=observable,
+        title=title,
+        value=float(error[row, column]),
+        step=int(t.step[row]),
+        where=f"sample {t.sample_index[row, column]}",
+    )
+
+
+def _length_of_sum(t: Trajectory) -> Inconsistency | None:
+    if not t.expected_batch_size or np.isnan(t.clip_factor * t.sample_norm).all():
+        return None
+    bound = np.nansum(t.clip_factor * t.sample_norm, axis=1)
+    length = t.grad_norm * t.expected_batch_size
+    over = np.flatnonzero(length > bound * _TIMES_LONGER)
+    if not len(over):
+        return None
+    row = int(over[0])
+    return Inconsistency(
+        stage="clipped sum",
+        observable="grad_norm",
+        title="the clipped sum is longer than the sum of the lengths of what it is made of",
+        value=float(length[row] / bound[row] - 1) if bound[row] else math.inf,
+        step=int(t.step[row]),
+    )
+
+
+def _sgd_step(t: Trajectory, params: Mapping[str, str]) -> Inconsistency | None:
+    """Whether each step after the first moved the weights by learning rate x gradient."""
+    rate = _number(params.get("regime.learning_rate"))
+    if params.get("regime.optimizer") != "sgd" or rate is None or not t.expected_batch_size:
+        return None
+    wanted = -rate * t.noised_sketch[1:] / t.expected_batch_size
+    error = sketch_distance(np.diff(t.weight_sketch, axis=0), wanted)
+    length = _l2(sketch_length(wanted))
+    rounding = _l2(sketch_length(t.weight_sketch[1:])) * _ROUNDING
+    # Half a unit in the last place of each weight, which a step much smaller disappears in.
+    over = np.argwhere(error > 0.01 * length + 4 * rounding)
+    if not len(over):
+        return None
+    row = int(over[0, 0])
+    column = int(np.nanargmax(error[row]))
+    return Inconsistency(
+        stage="updated weights",
+        observable="update",
+        title="the weights did not move by the learning rate times the gradient",
+        value=float(error[row, column] / length[row, 0]) if length[row, 0] else math.inf,
+        step=int(t.step[row + 1]),
+        where=f"parameter {t.parameter_names[column]}",
+    )
+
+
+def _l2(by_parameter: Floats) -> Floats:
+    """[S, 1] of all parameters."""
+    return np.sqrt(np.square(by_parameter).sum(axis=1, keepdims=True))
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None

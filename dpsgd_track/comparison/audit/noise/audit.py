@@ -1,0 +1,194 @@
+"""All checks that a run has records for, and what failed ones mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from dpsgd_track.comparison.audit.noise.check import NoiseAudit, NoiseCheck
+from dpsgd_track.comparison.audit.noise.correlation import CORRELATION, REUSE, check_correlations
+from dpsgd_track.comparison.audit.noise.equality import (
+    EQUAL_VALUES,
+    ZEROS,
+    check_equal_values,
+    check_zeros,
+)
+from dpsgd_track.comparison.audit.noise.samples import samples_of
+from dpsgd_track.comparison.audit.noise.sensitivity import SENSITIVITY, sensitivity
+from dpsgd_track.comparison.audit.noise.shape import MEAN, REPETITION, SHAPE, check_shape
+from dpsgd_track.comparison.audit.noise.sketches import check_sketches
+from dpsgd_track.comparison.audit.noise.std import (
+    BY_SHARD,
+    EMPTY_STEP,
+    GROUPED,
+    STD,
+    Cells,
+    check_std,
+)
+from dpsgd_track.comparison.audit.noise.tails import TAILS, check_tails
+from dpsgd_track.comparison.verdict import Finding, Verdict
+from dpsgd_track.config import NOISE, PLAIN, kind_of
+from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.record.names import UNEQUAL_NOISE
+from dpsgd_track.store.reader import ModeRun
+
+SAMPLES, SKETCHES = "samples", "sketches"
+_STEP = re.compile(r"\bstep (\d+)")
+"""As the checks name the step of a cell."""
+
+
+def audit(
+    run: ModeRun, reference: ModeRun | None = None, plain: ModeRun | None = None
+) -> NoiseAudit | None:
+    """Everything that can be said of the noise of `run` by itself.
+
+    Args:
+        reference: the regime's run of the reference, whose norms count for the sensitivity.
+        plain: that of the reference in the type that modes compute in.
+    Returns:
+        None for a run that neither adds noise nor clips, or left no record of it.
+    """
+    trajectory = run.trajectory
+    if trajectory is None or not trajectory.num_steps:
+        return None
+    checks: list[NoiseCheck] = []
+    source, cells = "", None
+    samples = samples_of(trajectory)
+    if samples is not None and samples.held.any():
+        source = SAMPLES
+        checks, cells = check_std(run, trajectory, samples)
+        if np.isfinite(samples.noise).all():
+            checks += [*check_shape(samples), *check_correlations(samples)]
+            if samples.noise.any():
+                checks += [check_tails(samples), check_zeros(samples), check_equal_values(samples)]
+    elif sketched := check_sketches(trajectory):
+        source = SKETCHES
+        checks, cells = sketched
+    contribution = sensitivity(run, reference, plain)
+    checks += [contribution] if contribution else []
+    if not checks:
+        return None
+    return NoiseAudit(
+        regime=run.regime,
+        mode=run.label,
+        checks=tuple(checks),
+        by_parameter=_rows(cells),
+        source=source,
+    )
+
+
+def audits_of(runs: Iterable[ModeRun], reference: ModeRun | None) -> dict[str, NoiseAudit]:
+    """What can be said of the noise of each of a regime's `runs`, by label.
+
+    Args:
+        reference: as in `audit`.
+    """
+    runs = tuple(runs)
+    plain = next((r for r in runs if r.label == REFERENCE and r.replay == PLAIN), None)
+    found = {run.label: audit(run, reference, plain) for run in runs if not run.replay}
+    return {label: each for label, each in found.items() if each}
+
+
+def _rows(cells: Cells | None) -> tuple[tuple[str, float, float, float], ...]:
+    if cells is None:
+        return ()
+    columns = cells.value.tolist(), cells.low.tolist(), cells.high.tolist()
+    return tuple(zip(cells.labels, *columns, strict=True))
+
+
+def passed_noise(audit: NoiseAudit) -> str:
+    """What is said of a mode of which no check failed: `its noise has std 1.001 sigma C (...)`."""
+    std = next((check for check in audit.checks if check.name == STD), None)
+    if std is None:
+        return ""
+    said = (
+        f"its noise in {audit.regime} has std {std.value:.3f} sigma C ({std.low:.3f} to "
+        f"{std.high:.3f}), is normal and repeats nowhere"
+    )
+    untested = [check.sentence for check in audit.checks if not check.was_tested]
+    return "; ".join([said, *untested])
+
+
+def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
+    """What the audit of a run found, and that a run of the noise regime has none of its noise."""
+    if UNEQUAL_NOISE in run.reason:
+        yield _finding(run, run.reason.rstrip(". "))
+    if kind_of(run.regime) == NOISE and not (audit and audit.source == SAMPLES):
+        yield Finding(
+            verdict=Verdict.INCONCLUSIVE,
+            regime=run.regime,
+            sentence=f"it left no elements of its noise in {run.regime}, so that it cannot be "
+            "audited",
+            observable="noise",
+        )
+    for check in _telling(audit.failed) if audit else ():
+        yield _finding(run, check.sentence, check)
+
+
+def _finding(run: ModeRun, sentence: str, check: NoiseCheck | None = None) -> Finding:
+    stage = "clipped sum" if check and check.name == SENSITIVITY else "noise"
+    where = check.where if check else ""
+    step = _STEP.search(where)
+    known = run.trajectory.parameter_names.tolist() if run.trajectory else []
+    return Finding(
+        verdict=Verdict.BUG,
+        regime=run.regime,
+        sentence=f"{stage} (regime {run.regime}): {sentence}",
+        observable="noise",
+        value=check.value if check else None,
+        step=int(step[1]) if step else None,
+        where=where,
+        stage=stage,
+        layers=tuple(name for name in known if name in where.split()),
+    )
+
+
+def _telling(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
+    """`failed` without those that only say again what another says better, the best first."""
+    named = {check.name: check for check in failed}
+    related = [check for check in failed if check.name.startswith(CORRELATION)]
+    is_related = bool(related) or REUSE in named
+    kept = _telling_values(named, is_related=is_related)
+    if std := _telling_std(named):
+        kept.append(std)
+    if not kept and not related:
+        # Noise of several stds, with holes, or that repeats is not normal either.
+        shape = [named[MEAN]] if MEAN in named else [c for c in failed if c.name in SHAPE]
+        kept += shape or _telling_signs(named, is_related=is_related)
+    # Elements that repeat make every other correlation spread more than chance does.
+    least = 0.8 * max((abs(check.value) for check in related), default=0.0)
+    kept += [check for check in related if abs(check.value) >= least]
+    rest = (REUSE, SENSITIVITY) if not related else (SENSITIVITY,)
+    return kept + [named[name] for name in rest if name in named]
+
+
+def _telling_values(failed: dict[str, NoiseCheck], *, is_related: bool) -> list[NoiseCheck]:
+    """That values repeat, or are zero: the check that says it best.
+
+    Args:
+        is_related: a correlation says better what repeats what.
+    """
+    if REPETITION in failed:
+        return [failed[REPETITION]]
+    equal = failed.get(EQUAL_VALUES)
+    if equal and equal.explains_others and not is_related:
+        return [equal]
+    return [failed[ZEROS]] if ZEROS in failed else []
+
+
+def _telling_signs(failed: dict[str, NoiseCheck], *, is_related: bool) -> list[NoiseCheck]:
+    """What is left of noise that looks normal: too few far out, or too many equal by a little."""
+    names = (TAILS,) if is_related else (TAILS, EQUAL_VALUES)
+    return [failed[name] for name in names if name in failed][:1]
+
+
+def _telling_std(failed: dict[str, NoiseCheck]) -> NoiseCheck | None:
+    """The std that explains the others; else that of the smallest parts."""
+    by_step = failed.get("std_by_step")
+    if EMPTY_STEP in failed and by_step and by_step.num_failed == failed[EMPTY_STEP].num_failed:
+        return failed[EMPTY_STEP]
+    order = (BY_SHARD, *reversed(GROUPED), STD, EMPTY_STEP)
+    found = [failed[name] for name in order if name in failed]
+    return next((check for check in found if check.explains_others), found[0] if found else None)

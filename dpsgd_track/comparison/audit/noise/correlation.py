@@ -1,0 +1,197 @@
+"""Is the noise independent between ranks, steps, parameters and places?
+
+Legend: S steps, W ranks, P parameters, M elements of a shard, R rows that are held against each
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
+from dpsgd_track.comparison.audit.noise.gaussian import correlation_bound
+from dpsgd_track.comparison.audit.noise.samples import Samples
+from dpsgd_track.record.trajectory import Floats
+
+CORRELATION = "correlation_of_"
+"""Begins the name of the checks of one kind of pairs."""
+REUSE = "reuse"
+_CONSECUTIVE = 128
+"""The first kept elements of a shard are its first, so that they lie at equal places of shards of
+any size."""
+_LAGS = 64
+_FEWEST = 16
+"""Elements by which two shards are compared; below it even equal ones are no proof."""
+_FEWEST_PRODUCTS = 256
+"""From so many on, the correlation of neighbours is distributed as that of two vectors."""
+_ROWS_AT_ONCE = 512
+
+Bools = NDArray[np.bool_]
+
+
+def check_correlations(samples: Samples) -> Iterator[NoiseCheck]:
+    """All checks of this module."""
+    ranks = [f"rank {w}" for w in range(samples.num.shape[1])]
+    steps = [f"step {step}" for step in samples.steps]
+    held = np.broadcast_to(samples.held, samples.even.shape)
+    if len(ranks) > 1:
+        yield _check_pairs("ranks", ranks, samples, held, axis=1)
+    if len(steps) > 1:
+        yield _check_pairs("steps", steps, samples, held, axis=0)
+    if len(samples.parameters) > 1:
+        rows = np.moveaxis(samples.even, 2, 0).reshape(len(samples.parameters), -1)
+        kept = np.moveaxis(held, 2, 0).reshape(len(samples.parameters), -1)
+        value, num = correlations(rows, kept)
+        labels = _pair_labels(samples.parameters)
+        yield correlation_check("parameters", labels, value, num)
+    if samples.even.shape[-1] > 1:
+        yield _check_neighbours(samples)
+    yield _check_reuse(samples)
+
+
+def correlations(rows: Floats, held: Bools) -> tuple[Floats, NDArray[np.int64]]:
+    """Of each pair of R rows, the correlation over what both hold, and how many that is.
+
+    Args:
+        rows: [R, N], 0 where not held; their means are known to be zero.
+    Returns:
+        [R (R - 1) / 2] each, in the order of `itertools.combinations`.
+    """
+    weights = held.astype(np.float64)
+    num = weights @ weights.T
+    squares = np.square(rows) @ weights.T
+    scale = np.sqrt(squares * squares.T)
+    value = np.divide(rows @ rows.T, scale, out=np.zeros_like(num), where=scale > 0)
+    pairs = np.triu_indices(len(rows), k=1)
+    return value[pairs], num[pairs].astype(np.int64)
+
+
+def correlation_check(
+    kind: str, labels: Sequence[str], value: Floats, num: NDArray[np.int64]
+) -> NoiseCheck:
+    """The pair whose correlation chance explains least."""
+    bound = correlation_bound(num, ALPHA / len(value))
+    excess = np.where(num < _FEWEST, 0.0, np.abs(value) / bound)
+    worst = _first_largest(excess)
+    return _check(
+        f"{CORRELATION}{kind}",
+        f"correlation of {kind}",
+        (float(value[worst]), float(bound[worst])),
+        labels[worst],
+        len(value),
+        int((~(excess <= 1)).sum()),
+    )
+
+
+def _check(
+    name: str,
+    title: str,
+    found: tuple[float, float],
+    where: str,
+    num_cells: int,
+    num_failed: int,
+) -> NoiseCheck:
+    value, reach = found
+    sentence = f"the correlation of its noise between {where} is {value:.3f} where chance "
+    sentence += f"explains {reach:.3f}"
+    if num_failed and value > 0.99:
+        sentence += ": they are the same"
+    if num_failed > 1:
+        sentence += f" ({num_failed} of {num_cells} are out of bounds)"
+    return NoiseCheck(
+        name=name,
+        title=title,
+        value=value,
+        low=max(value - reach, -1.0),
+        high=min(value + reach, 1.0),
+        expected=0.0,
+        is_ok=num_failed == 0,
+        where=where,
+        sentence=sentence,
+        num_cells=num_cells,
+        num_failed=num_failed,
+    )
+
+
+def _check_pairs(
+    kind: str, names: Sequence[str], samples: Samples, held: Bools, *, axis: int
+) -> NoiseCheck:
+    """Between all `names` along `axis`, over everything and of each parameter by itself."""
+    every = np.moveaxis(samples.even, axis, 0)
+    kept = np.moveaxis(held, axis, 0)
+    found = [correlations(every.reshape(len(names), -1), kept.reshape(len(names), -1))]
+    labels = _pair_labels(names)
+    for p, parameter in enumerate(samples.parameters):
+        shape = (len(names), -1)
+        found.append(correlations(every[:, :, p].reshape(shape), kept[:, :, p].reshape(shape)))
+        labels += [f"{label} in {parameter}" for label in _pair_labels(names)]
+    value, num = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return correlation_check(kind, labels, value, num)
+
+
+def _pair_labels(names: Sequence[str]) -> list[str]:
+    return [f"{a} and {b}" for a, b in combinations(names, 2)]
+
+
+def _check_neighbours(samples: Samples) -> NoiseCheck:
+    """Between elements of a shard that are 1 to _LAGS apart, over everything and by parameter."""
+    P = len(samples.parameters)
+    first = np.moveaxis(samples.even[..., :_CONSECUTIVE], 2, 0)
+    held = np.moveaxis(np.broadcast_to(samples.held, samples.even.shape)[..., :_CONSECUTIVE], 2, 0)
+    lags = range(1, min(_LAGS, first.shape[-1] - 1) + 1)
+    value, num = np.zeros((len(lags), P + 1)), np.zeros((len(lags), P + 1), dtype=np.int64)
+    axes = (1, 2, 3)
+    for row, lag in enumerate(lags):
+        here, there = first[..., :-lag], first[..., lag:]
+        both = held[..., :-lag] & held[..., lag:]
+        sums = [
+            np.append(total, total.sum())
+            for total in (
+                (here * there * both).sum(axis=axes),
+                (np.square(here) * both).sum(axis=axes),
+                (np.square(there) * both).sum(axis=axes),
+                both.sum(axis=axes),
+            )
+        ]
+        scale = np.sqrt(sums[1] * sums[2])
+        value[row] = np.divide(sums[0], scale, out=np.zeros(P + 1), where=scale > 0)
+        num[row] = sums[3]
+    places = [*(f" in {name}" for name in samples.parameters), ""]
+    labels = [f"elements {lag} apart{place}" for lag in lags for place in places]
+    value[num < _FEWEST_PRODUCTS] = 0
+    return correlation_check("neighbours", labels, value.ravel(), num.ravel())
+
+
+def _check_reuse(samples: Samples) -> NoiseCheck:
+    """Between the first elements of any two shards of any parameter, rank and step."""
+    S, W, P, _ = samples.even.shape
+    rows = samples.even[..., :_CONSECUTIVE].reshape(S * W * P, -1)
+    held = np.broadcast_to(samples.held, samples.even.shape)[..., :_CONSECUTIVE]
+    weights = held.reshape(len(rows), -1).astype(np.float64)
+    num_pairs = max(len(rows) * (len(rows) - 1) // 2, 1)
+    bound = correlation_bound(np.arange(_CONSECUTIVE + 1), ALPHA / num_pairs)
+    bound[:_FEWEST] = np.inf
+    squares, worst, num_failed = np.square(rows), (0.0, 0, 0, 0.0, np.inf), 0
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        scale = np.sqrt((squares[some] @ weights.T) * (weights[some] @ squares.T))
+        value = np.divide(rows[some] @ rows.T, scale, out=np.zeros_like(scale), where=scale > 0)
+        reach = bound[(weights[some] @ weights.T).astype(np.int64)]
+        excess = np.triu(np.abs(value) / reach, k=start + 1)
+        num_failed += int((~(excess <= 1)).sum())
+        i, j = np.unravel_index(_first_largest(excess), excess.shape)
+        if excess[i, j] > worst[0]:
+            worst = (excess[i, j], start + int(i), int(j), value[i, j], reach[i, j])
+    names = [samples.place(row // (W * P), row // P % W, row % P) for row in worst[1:3]]
+    found = (float(worst[3]), float(worst[4]))
+    title = "correlation of any two shards"
+    return _check(REUSE, title, found, " and ".join(names), num_pairs, num_failed)
+
+
+def _first_largest(excess: Floats) -> int:
+    """Flat index of the first of the largest, which machines may round differently."""
+    return int(excess.round(9).argmax())

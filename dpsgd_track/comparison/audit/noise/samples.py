@@ -1,0 +1,111 @@
+"""Elements of the noise in units of sigma C, where they are from, and what the run was asked for.
+
+Legend: S steps, W ranks, P parameters, M elements of a shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsgd_track.record.trajectory import UNUSED, Floats, Trajectory
+from dpsgd_track.store.reader import ModeRun
+
+FINE, COARSE = 2.0**-14, 2.0**-5
+"""Distances, in sigma C, that rounding stays below in an update of float32, even where the sum is a
+hundred times the noise; and of bfloat16, where it is not larger than the noise."""
+_COARSE_BITS, _COARSE_SHARE = 13, 0.05
+"""The difference of two bfloat16 numbers of similar size has no more bits; of float32 numbers one
+in 500 happens to end so early, or 3 % where the sum is a hundred times the noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Noise of one run, standardised."""
+
+    noise: Floats
+    """[S, W, P, M] noise / (sigma C); 0 past the end of a shard."""
+    held: NDArray[np.bool_]
+    """[W, P, M] False past the end of a shard."""
+    steps: tuple[int, ...]
+    parameters: tuple[str, ...]
+    resolution: float = FINE
+    """Elements that are so far apart are not rounded to the same value: FINE or COARSE."""
+
+    @cached_property
+    def sum_sq(self) -> Floats:
+        """[S, W, P]"""
+        return np.asarray(np.square(self.noise).sum(axis=-1))
+
+    @cached_property
+    def num(self) -> NDArray[np.int64]:
+        """[S, W, P] elements behind each."""
+        return np.broadcast_to(self.held.sum(axis=-1), self.sum_sq.shape)
+
+    @cached_property
+    def even(self) -> Floats:
+        """`noise` with the std of every step made 1, so that a wrong std shows as nothing else."""
+        rms = np.sqrt(self.sum_sq.sum(axis=(1, 2)) / np.maximum(self.num.sum(axis=(1, 2)), 1))
+        scale = np.divide(1.0, rms, out=np.zeros_like(rms), where=rms > 0)
+        return self.noise * scale[:, None, None, None]
+
+    def parts(self) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+        """Parts of which each has many shards: as they stand in a sentence, and the axes of
+        [S, W, P] that are summed over for them."""
+        yield [""], (0, 1, 2)
+        yield [f" in {name}" for name in self.parameters], (0, 1)
+        yield [f" on rank {rank}" for rank in range(self.held.shape[0])], (0, 2)
+        yield [f" at step {step}" for step in self.steps], (1, 2)
+
+    def place(self, step: int, rank: int, parameter: int) -> str:
+        """`model.norm.weight on rank 1 at step 2`."""
+        return f"{self.parameters[parameter]} on rank {rank} at step {self.steps[step]}"
+
+
+def noise_std(trajectory: Trajectory) -> Floats:
+    """[S] sigma C of each step."""
+    bounds = trajectory.max_grad_norm
+    return np.asarray(trajectory.noise_std * bounds / bounds[0])
+
+
+def samples_of(trajectory: Trajectory) -> Samples | None:
+    """None for a run that kept no elements of its noise, or was to add none."""
+    raw = trajectory.noise_samples
+    if not raw.size or not trajectory.noise_std > 0:
+        return None
+    held = np.asarray(~np.isnan(raw).all(axis=0))
+    noise = raw / noise_std(trajectory)[:, None, None, None]
+    return Samples(
+        noise=np.where(held, noise, 0.0).astype(np.float64),
+        held=held,
+        steps=tuple(trajectory.step.tolist()),
+        parameters=tuple(trajectory.parameter_names.tolist()),
+        resolution=_resolution(trajectory, held),
+    )
+
+
+def _resolution(trajectory: Trajectory, held: NDArray[np.bool_]) -> float:
+    """COARSE where too many elements end as early as differences of short numbers do.
+
+    An element is the difference of two updates times the batch size, rounded to float32.
+    """
+    updates = trajectory.noise_samples[:, held].astype(np.float64) / trajectory.expected_batch_size
+    mantissas = np.frexp(updates[updates != 0])[0] * 2.0**_COARSE_BITS
+    off = np.abs(mantissas - np.round(mantissas))
+    is_short = off <= 2.0 ** (_COARSE_BITS - 23)
+    return COARSE if len(off) and is_short.mean() > _COARSE_SHARE else FINE
+
+
+def num_micro_batches(run: ModeRun, trajectory: Trajectory) -> Floats | None:
+    """[S] micro-batches that each rank did; None where the run does not say how large they are."""
+    batch_size = run.params.get("data.batch_size", "")
+    if not batch_size.isdigit() or not trajectory.sample_index.shape[1]:
+        return None
+    ranks = np.where(trajectory.sample_index == UNUSED, UNUSED, trajectory.sample_rank)
+    most = [np.bincount(row[row >= 0], minlength=1).max() for row in ranks]
+    return np.array([max(1, math.ceil(count / int(batch_size))) for count in most], np.float64)

@@ -1,0 +1,86 @@
+"""Does any sample contribute more than C, the number that the noise is calibrated to?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dpsgd_track.comparison.audit.noise.check import NoiseCheck
+from dpsgd_track.record.trajectory import UNUSED, Floats, Trajectory
+from dpsgd_track.store.reader import ModeRun
+
+SENSITIVITY = "sensitivity"
+TOLERANCE = 5e-4
+"""What float32 and a formula such as C / (norm + 1e-6) explain."""
+
+
+def sensitivity(
+    run: ModeRun, reference: ModeRun | None = None, plain: ModeRun | None = None
+) -> NoiseCheck | None:
+    """The largest clip factor x norm / C of a run, over all its steps and samples.
+
+    Args:
+        reference: whose norms count, where it has computed the same samples.
+        plain: the reference in the type that modes compute in. Norms that it gets wrong by so
+            much, the mode may get wrong as well, and by twice as much.
+    Returns:
+        None for a run that has no clip factors.
+    """
+    trajectory = run.trajectory
+    if trajectory is None or not np.isfinite(trajectory.clip_factor).any():
+        return None
+    own = trajectory.sample_norm
+    norms = _norms_of(reference, trajectory)
+    is_known = norms is not None
+    rounding = _norms_of(plain, trajectory)
+    tolerance = TOLERANCE
+    if norms is not None and rounding is not None:
+        error = np.divide(rounding - norms, norms, out=np.zeros_like(norms), where=norms > 0)
+        tolerance += 2 * float(np.nanmax(np.abs(error), initial=0.0))
+    norms = own if norms is None else norms
+    ratio = trajectory.clip_factor * norms / trajectory.max_grad_norm[:, None]
+    real = trajectory.sample_index != UNUSED
+    if not np.isfinite(ratio[real]).any():
+        return None
+    step, place = np.unravel_index(
+        int(np.where(real, np.nan_to_num(ratio, nan=-1.0), -1.0).argmax()), ratio.shape
+    )
+    largest = float(ratio[step, place])
+    where = f"sample {trajectory.sample_index[step, place]} at step {trajectory.step[step]}"
+    by = "by the reference's norms" if is_known else "by its own norms, as there are no others"
+    return NoiseCheck(
+        name=SENSITIVITY,
+        title="largest contribution / C",
+        value=largest,
+        low=largest - tolerance,
+        high=largest + tolerance,
+        expected=1.0,
+        is_ok=largest <= 1 + tolerance,
+        where=where,
+        sentence=f"the largest contribution of a sample is {largest:.6f} C ({where}; {by}) where "
+        f"{1 + tolerance:.6f} C is allowed",
+        num_cells=int(real.sum()),
+        num_failed=int((ratio[real] > 1 + tolerance).sum()),
+    )
+
+
+def _norms_of(run: ModeRun | None, trajectory: Trajectory) -> Floats | None:
+    """[S, N] norms as `run` has them of the samples of `trajectory`; None where one is missing."""
+    theirs = run.trajectory if run else None
+    if theirs is None:
+        return None
+    norms = np.full(trajectory.sample_norm.shape, np.nan)
+    rows = {int(step): row for row, step in enumerate(theirs.step)}
+    for row, step in enumerate(trajectory.step.tolist()):
+        if step not in rows:
+            return None
+        there = rows[step]
+        known = dict(
+            zip(
+                theirs.sample_index[there].tolist(), theirs.sample_norm[there].tolist(), strict=True
+            )
+        )
+        wanted = trajectory.sample_index[row]
+        norms[row] = [known.get(i, np.nan) if i != UNUSED else np.nan for i in wanted.tolist()]
+        if np.isnan(norms[row][wanted != UNUSED]).any():
+            return None
+    return norms

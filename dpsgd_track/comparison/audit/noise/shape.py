@@ -1,0 +1,166 @@
+"""Is the noise normal with mean zero, and does no value stand in it again and again?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
+from dpsgd_track.comparison.audit.noise.gaussian import (
+    correlation_bound,
+    kolmogorov_bound,
+    kolmogorov_distance,
+    kurtosis_bounds,
+)
+from dpsgd_track.comparison.audit.noise.samples import Samples
+from dpsgd_track.record.trajectory import Floats
+
+REPETITION = "repetition"
+MEAN = "mean"
+SHAPE = (MEAN, "distribution", "kurtosis")
+_FEWEST_FOR_KURTOSIS = 1000
+# The formula for its bounds lets five times as many samples of 2,000 below them as it should at a
+# probability of 1e-4.
+_KURTOSIS_ALPHA = ALPHA / 100
+_REPEATED, _REPEATED_SHARE = 8, 0.05
+"""So many equal values in a shard are too many. In float32 two may be equal by chance; in bfloat16
+nine of 256."""
+
+
+Bools = NDArray[np.bool_]
+
+
+def check_shape(samples: Samples) -> Iterator[NoiseCheck]:
+    """All checks of this module; of noise that is zero everywhere only the first.
+
+    A step without any noise is left out: its std says what is wrong with it.
+    """
+    yield _check_mean(samples)
+    if samples.noise.any():
+        has_noise = np.asarray(samples.noise.any(axis=(1, 2, 3), keepdims=True))
+        flat = samples.even[samples.held & has_noise]
+        yield _check_distribution(flat)
+        if len(flat) >= _FEWEST_FOR_KURTOSIS:
+            yield _check_kurtosis(samples, flat, has_noise)
+        yield _check_repetition(samples)
+
+
+def _check_mean(samples: Samples) -> NoiseCheck:
+    total, num = samples.noise.sum(axis=-1), samples.num
+    labels, sums, squares, nums = [], [], [], []
+    for names, axes in samples.parts():
+        labels += names
+        sums.append(np.ravel(total.sum(axis=axes)))
+        squares.append(np.ravel(samples.sum_sq.sum(axis=axes)))
+        nums.append(np.ravel(num.sum(axis=axes)))
+    n = np.concatenate(nums)
+    mean = np.concatenate(sums) / np.maximum(n, 1)
+    # The mean over the root mean square is the correlation with a vector of ones.
+    bound = correlation_bound(n, ALPHA / len(n)) * np.sqrt(
+        np.concatenate(squares) / np.maximum(n, 1)
+    )
+    excess = np.divide(np.abs(mean), bound, out=np.zeros_like(mean), where=bound > 0)
+    worst = int(excess.argmax())
+    value, reach = float(mean[worst]), float(bound[worst])
+    return NoiseCheck(
+        name=MEAN,
+        title="mean of the noise",
+        value=value,
+        low=value - reach,
+        high=value + reach,
+        expected=0.0,
+        is_ok=bool((excess <= 1).all()),
+        where=labels[worst].strip(),
+        sentence=f"the mean of its noise{labels[worst]} is {value:.4f} sigma C where chance "
+        f"explains {reach:.4f}",
+        num_cells=len(n),
+        num_failed=int((~(excess <= 1)).sum()),
+    )
+
+
+def _check_distribution(flat: Floats) -> NoiseCheck:
+    value, reach = kolmogorov_distance(flat), kolmogorov_bound(len(flat), ALPHA)
+    return NoiseCheck(
+        name="distribution",
+        title="distance from the normal distribution",
+        value=value,
+        low=max(value - reach, 0.0),
+        high=value + reach,
+        expected=0.0,
+        is_ok=value <= reach,
+        sentence=f"the distribution of its noise is {value:.4f} from the normal one "
+        f"(Kolmogorov-Smirnov; chance explains {reach:.4f})",
+        num_failed=int(not value <= reach),
+    )
+
+
+def _check_kurtosis(samples: Samples, flat: Floats, has_noise: Bools) -> NoiseCheck:
+    labels, found = [""], [flat]
+    for p, name in enumerate(samples.parameters):
+        held = samples.held[:, p] & has_noise[:, :, 0]
+        if held.sum() >= _FEWEST_FOR_KURTOSIS:
+            labels.append(f" in {name}")
+            found.append(samples.even[:, :, p][held])
+    bounds = [kurtosis_bounds(len(v), _KURTOSIS_ALPHA / len(found)) for v in found]
+    value = np.array([_kurtosis(v) for v in found])
+    away = [v - 3 for v in value.tolist()]
+    excess = np.array(
+        [d / (high - 3 if d > 0 else low - 3) for d, (low, high) in zip(away, bounds, strict=True)]
+    )
+    worst = int(excess.argmax())
+    low, high = bounds[worst]
+    kurtosis = float(value[worst])
+    return NoiseCheck(
+        name="kurtosis",
+        title="kurtosis of the noise",
+        value=kurtosis,
+        low=kurtosis - (high - 3),
+        high=kurtosis + (3 - low),
+        expected=3.0,
+        is_ok=bool((excess <= 1).all()),
+        where=labels[worst].strip(),
+        sentence=f"the kurtosis of its noise{labels[worst]} is {kurtosis:.3f} where normal noise "
+        f"has 3 and chance explains {low:.3f} to {high:.3f}",
+        num_cells=len(found),
+        num_failed=int((~(excess <= 1)).sum()),
+    )
+
+
+def _kurtosis(values: Floats) -> float:
+    squares = np.square(values)
+    mean = squares.mean()
+    # Of a parameter without noise nothing can be said here; its std says it.
+    return float(np.square(squares).mean() / mean**2) if mean > 0 else 3.0
+
+
+def _check_repetition(samples: Samples) -> NoiseCheck:
+    S, W, P, _ = samples.noise.shape
+    worst, where, count, num, value, num_failed = 0.0, "", 0, 0, 0.0, 0
+    for s, w, p in np.ndindex(S, W, P):
+        values = samples.noise[s, w, p, samples.held[w, p]]
+        if not values.any():
+            continue  # a shard that holds nothing, or has no noise, which its std says
+        unique, counts = np.unique(values, return_counts=True)
+        most = int(counts.max())
+        excess = most / max(_REPEATED, _REPEATED_SHARE * len(values))
+        num_failed += excess > 1
+        if excess > worst:
+            worst, where, count, num = excess, samples.place(s, w, p), most, len(values)
+            value = float(unique[counts.argmax()])
+    limit = max(_REPEATED, _REPEATED_SHARE * num)
+    return NoiseCheck(
+        name=REPETITION,
+        title="share of one value in a shard",
+        value=count / num,
+        low=max(count - limit, 0) / num,
+        high=min(count + limit, num) / num,
+        expected=0.0,
+        is_ok=worst <= 1,
+        where=where,
+        sentence=f"the value {value:.3g} stands {count} times among {num} elements of its noise "
+        f"in {where}",
+        num_cells=S * W * P,
+        num_failed=num_failed,
+    )

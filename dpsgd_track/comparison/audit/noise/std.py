@@ -1,0 +1,197 @@
+"""Is the std of the noise sigma C: of all of it, and of each parameter, rank and step?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
+from dpsgd_track.comparison.audit.noise.gaussian import std_interval
+from dpsgd_track.comparison.audit.noise.samples import Samples, num_micro_batches
+from dpsgd_track.record.trajectory import Floats, Trajectory
+from dpsgd_track.store.reader import ModeRun
+
+STD, EMPTY_STEP = "std", "std_of_empty_step"
+GROUPED = ("std_by_rank", "std_by_step", "std_by_parameter")
+BY_SHARD = "std_by_shard"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """Estimates of the std, one for each of several parts of the noise."""
+
+    labels: Sequence[str]
+    value: Floats
+    low: Floats
+    high: Floats
+
+    @property
+    def excess(self) -> Floats:
+        """By what factor 1 lies outside each interval; more than 1 is out of bounds."""
+        with np.errstate(divide="ignore"):
+            excess = np.maximum(self.low, 1 / self.high)
+        return np.where(np.isnan(excess), np.inf, excess)
+
+    def may_be(self, std: Floats | float) -> NDArray[np.bool_]:
+        """Whether `std` lies in each interval."""
+        return np.asarray((self.low <= std) & (std <= self.high))
+
+
+def cells_of(labels: Sequence[str], sum_sq: Floats, dof: Floats | NDArray[np.int64]) -> Cells:
+    """Cells with something in them, at a level that is theirs together."""
+    squares, num = np.ravel(sum_sq), np.ravel(dof)
+    filled = np.flatnonzero(num > 0)
+    value, low, high = std_interval(squares[filled], num[filled], ALPHA / max(len(filled), 1))
+    return Cells(labels=[labels[int(i)] for i in filled], value=value, low=low, high=high)
+
+
+def std_check(
+    name: str, title: str, cells: Cells, *, likely_cause: str = "", explains_others: bool = False
+) -> NoiseCheck:
+    """The cell that is farthest out, against 1."""
+    excess = cells.excess
+    worst = int(excess.argmax())
+    num_failed = int((excess > 1).sum())
+    where = cells.labels[worst]
+    value, low, high = (float(v[worst]) for v in (cells.value, cells.low, cells.high))
+    sentence = f"the std of its noise{f' of {where}' if where else ''} is {value:.3f} sigma C "
+    sentence += f"(interval {low:.3f} to {high:.3f}) where 1 is meant"
+    if len(excess) > 1 and num_failed:
+        sentence += f", and {num_failed} of {len(excess)} are out of bounds"
+    if num_failed and likely_cause:
+        sentence += f": {likely_cause}"
+    return NoiseCheck(
+        name=name,
+        title=title,
+        value=value,
+        low=low,
+        high=high,
+        expected=1.0,
+        is_ok=num_failed == 0,
+        where=where,
+        sentence=sentence,
+        num_cells=len(excess),
+        num_failed=num_failed,
+        explains_others=explains_others,
+    )
+
+
+def telling(total: Cells, grouped: Mapping[str, Cells], explained: Collection[str]) -> str:
+    """Which check says best what is wrong; empty where only the smallest parts can.
+
+    Args:
+        grouped: by rank, step or parameter.
+        explained: those of them whose values fit all of their parts.
+    """
+    value = float(total.value[0])
+    if (total.excess > 1).any() and all(cells.may_be(value).all() for cells in grouped.values()):
+        return STD
+    shares = {
+        name: float((cells.excess > 1).mean())
+        for name, cells in grouped.items()
+        if name in explained and (cells.excess > 1).any() and not cells.may_be(value).all()
+    }
+    return min(shares, key=lambda name: shares[name], default="")
+
+
+def check_std(
+    run: ModeRun, trajectory: Trajectory, samples: Samples
+) -> tuple[list[NoiseCheck], Cells]:
+    """All checks of the std, and the estimate of each parameter."""
+    sum_sq, num = samples.sum_sq, samples.num
+    S, W, P = sum_sq.shape
+
+    def grouped(labels: Sequence[str], *axes: int) -> Cells:
+        return cells_of(labels, sum_sq.sum(axis=axes), num.sum(axis=axes))
+
+    axes = dict(zip(GROUPED, ((0, 2), (1, 2), (0, 1)), strict=True))
+    names = [f"rank {w}" for w in range(W)], [f"step {s}" for s in samples.steps]
+    cells = {
+        name: grouped(labels, *axes[name])
+        for name, labels in zip(GROUPED, (*names, samples.parameters), strict=True)
+    }
+    places = [samples.place(s, w, p) for s in range(S) for w in range(W) for p in range(P)]
+    by_shard, total = grouped(places), grouped([""], 0, 1, 2)
+    explained = [name for name in GROUPED if _fits(by_shard, sum_sq, num, axes[name])]
+    best = telling(total, cells, explained)
+    cause = _likely_cause(run, trajectory, cells["std_by_step"])
+    checks = [
+        std_check(STD, "std of the noise", total, likely_cause=cause, explains_others=best == STD)
+    ]
+    for name in GROUPED:
+        title = name.replace("_", " ")
+        said = cause if name == "std_by_step" else ""
+        check = std_check(name, title, cells[name], likely_cause=said, explains_others=best == name)
+        checks.append(check)
+    checks.append(std_check(BY_SHARD, "std by parameter, rank and step", by_shard))
+    checks.append(_check_empty_step(trajectory, samples))
+    return checks, cells["std_by_parameter"]
+
+
+def _fits(by_shard: Cells, sum_sq: Floats, num: NDArray[np.int64], axes: tuple[int, ...]) -> bool:
+    """Whether every shard may have the std of all that are summed over `axes` with it."""
+    squares, nums = sum_sq.sum(axis=axes, keepdims=True), num.sum(axis=axes, keepdims=True)
+    std = np.broadcast_to(np.sqrt(squares / np.maximum(nums, 1)), num.shape)
+    return bool(by_shard.may_be(std[num > 0]).all())
+
+
+def _check_empty_step(trajectory: Trajectory, samples: Samples) -> NoiseCheck:
+    title = "std at a step without samples"
+    empty = np.flatnonzero(trajectory.num_samples == 0)
+    if not len(empty):
+        nan = float("nan")
+        return NoiseCheck(
+            name=EMPTY_STEP,
+            title=title,
+            value=nan,
+            low=nan,
+            high=nan,
+            expected=1.0,
+            is_ok=True,
+            sentence="no step was empty, so that noise on an empty batch was not put to the test",
+        )
+    labels = [f"the empty step {samples.steps[i]}" for i in empty]
+    cells = cells_of(
+        labels, samples.sum_sq[empty].sum(axis=(1, 2)), samples.num[empty].sum(axis=(1, 2))
+    )
+    return std_check(EMPTY_STEP, title, cells)
+
+
+def _likely_cause(run: ModeRun, trajectory: Trajectory, by_step: Cells) -> str:
+    """What well-known fault makes the std of every step what it is; empty for none or several."""
+    if not len(by_step.value) or len(by_step.value) != trajectory.num_steps:
+        return ""
+    if (by_step.value < 1e-3).all():
+        return "it adds no noise"
+    fitting = {
+        cause
+        for factor, cause in _faults(run, trajectory)
+        if ((by_step.low <= factor) & (factor <= by_step.high)).all() and (factor != 1).any()
+    }
+    return " or ".join(sorted(fitting)) if len(fitting) <= 2 else ""
+
+
+def _faults(run: ModeRun, trajectory: Trajectory) -> Iterator[tuple[Floats, str]]:
+    """(what it multiplies the std of each step by, [S], in words) of known faults."""
+    bounds = trajectory.max_grad_norm
+    sigma = trajectory.noise_std / bounds[0]
+    W = float(trajectory.noise_samples.shape[1])
+    divisor = float(trajectory.expected_batch_size)
+    before = np.concatenate([bounds[:1], bounds[:-1]])
+    yield bounds, "as if it were sigma C^2"
+    yield 1 / bounds, "as if C were ignored and it were sigma"
+    yield 1 / (sigma * bounds), "as if it were 1, whatever sigma and C"
+    yield bounds[0] / bounds, "as if C were that of the first step"
+    yield before / bounds, "as if C were that of the step before"
+    one = np.ones_like(bounds)
+    yield one * divisor, "as if calibrated to the sum of the batch but added to its mean"
+    yield one / divisor, "as if divided by the batch size once too often"
+    yield one * np.sqrt(W), "as if each of the ranks added the whole noise"
+    yield one * W, "as if each of the ranks added the same whole noise"
+    micro_batches = num_micro_batches(run, trajectory)
+    if micro_batches is not None:
+        yield np.sqrt(micro_batches), "as if every micro-batch got the whole noise"
+        yield micro_batches, "as if every micro-batch got the same whole noise"

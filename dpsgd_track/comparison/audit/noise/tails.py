@@ -1,0 +1,91 @@
+"""Are as many elements large as of normal noise?
+
+The distance of Kolmogorov and Smirnov sees nothing of one element in a hundred, and those far out
+are what epsilon is made of.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
+from dpsgd_track.comparison.audit.noise.gaussian import beyond, share_interval
+from dpsgd_track.comparison.audit.noise.samples import Samples
+from dpsgd_track.record.trajectory import Floats
+
+TAILS = "tails"
+_LEVELS = (2.5, 3.0, 3.5)
+"""In sigma C; and the largest element of each part is a level too."""
+_ROUNDING = 2.0**-8
+"""By so much an element may have been rounded over a level, relatively: that of bfloat16."""
+
+
+def check_tails(samples: Samples) -> NoiseCheck:
+    """Elements beyond each level, and the largest, of everything and by part.
+
+    That the largest of n is m is that none of n is beyond m, and that one is at m or beyond. Both
+    are as rare as they would be for a level that was chosen before.
+    """
+    size = np.abs(samples.even)
+    held = samples.held & samples.noise.any(axis=(1, 2, 3), keepdims=True)
+    counts = np.stack([held.sum(axis=-1), *_beyond_levels(np.where(held, size, 0.0))])
+    largest = np.where(held, size, 0.0).max(axis=-1)
+    labels, cells = [], []
+    for names, axes in samples.parts():
+        labels += names * (len(_LEVELS) + 1)
+        num, *beyond_levels = counts.sum(axis=tuple(axis + 1 for axis in axes)).reshape(
+            len(counts), -1
+        )
+        for i, level in enumerate(_LEVELS):
+            few, many = beyond_levels[2 * i : 2 * i + 2]
+            cells.append(np.stack([num, np.full(num.shape, level), few, many]))
+        most = np.ravel(largest.max(axis=axes))
+        cells.append(np.stack([num, most, np.ones(num.shape), np.zeros(num.shape)]))
+    return _judged(labels, np.concatenate(cells, axis=1))
+
+
+def _beyond_levels(size: Floats) -> list[Floats]:
+    """[S, W, P] for each level: what is surely beyond it, and what may be."""
+    return [
+        np.asarray((size > level * factor).sum(axis=-1))
+        for level in _LEVELS
+        for factor in (1 + _ROUNDING, 1 - _ROUNDING)
+    ]
+
+
+def _judged(labels: list[str], cells: Floats) -> NoiseCheck:
+    """The cell that is farthest out of its bounds.
+
+    Args:
+        cells: [4, len(labels)] elements, level, those surely beyond it, those that may be.
+    """
+    num, level, few, many = cells
+    low, high = share_interval(few, many, num, ALPHA / len(labels))
+    # Of the largest element, rounding is in the level and not in the counts.
+    is_largest = few > many
+    low_level = np.where(is_largest, level * (1 - _ROUNDING), level)
+    high_level = np.where(is_largest, level * (1 + _ROUNDING), level)
+    most, least = beyond(low_level), beyond(high_level)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = np.maximum(low / most, least / high)
+    excess[num == 0] = 0
+    worst = int(excess.argmax())
+    n, at = int(num[worst]), float(level[worst])
+    is_few = float(least[worst]) / float(high[worst]) > float(low[worst]) / float(most[worst])
+    count = int(many[worst] if is_few else few[worst])
+    share = float(beyond(at))
+    expected = f"{n * share:.0f}" if n * share >= 10 else f"{n * share:.2g}"
+    return NoiseCheck(
+        name=TAILS,
+        title="share of large elements",
+        value=count / n,
+        low=min(float(low[worst]), share) if excess[worst] <= 1 else float(low[worst]),
+        high=max(float(high[worst]), share) if excess[worst] <= 1 else float(high[worst]),
+        expected=share,
+        is_ok=bool((excess <= 1).all()),
+        where=labels[worst].strip(),
+        sentence=f"{count or 'none'} of its {n} elements{labels[worst]} "
+        f"{'is' if count <= 1 else 'are'} beyond {at:.3g} sigma C where {expected} are expected",
+        num_cells=len(labels),
+        num_failed=int((~(excess <= 1)).sum()),
+    )

@@ -1,0 +1,1 @@
+"""Which stage went wrong first, where, and a likely cause."""

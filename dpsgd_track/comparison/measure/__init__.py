@@ -1,0 +1,1 @@
+"""How far two runs are apart, and what rounding explains of it."""

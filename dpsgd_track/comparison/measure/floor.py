@@ -1,0 +1,171 @@
+"""The numerical floor: what rounding alone makes of a run, measured by replaying the baselines.
+
+The replays of `no_dp` are the same run again, its samples in another order, and its embedded
+inputs moved by one unit in the last place. The replay of `reference` computes in the type the
+modes do, so that it shows the error of plain autograd in that type against float64.
+
+A drift within its limit cannot be told from rounding, whatever the thresholds say; one above it
+is none, however small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpsgd_track.comparison.measure.drift import Drift, Pair
+from dpsgd_track.comparison.measure.observables import LOSS
+from dpsgd_track.record.trajectory import Floats, Integers
+
+# Twice the error of plain autograd, as in FlashAttention's tests, where the floor is the largest
+# of many draws, such as the projections of a parameter.
+MARGIN = 2.0
+# A loss, or the norm of a layer, is one draw of a random difference in each step, and the ratio of
+# two such draws exceeds 2 every third time. So is a sample's: there are many, but in bfloat16 the
+# one whose gradient cancels most has the largest error of all in every run. In runs of correct
+# modes it came to 2.6 times that of plain autograd.
+MARGIN_OF_ONE_DRAW = 5.0
+_ONE_DRAW = ("", "layer", "sample", "sample_parameter")
+# Few steps leave some layer's floor small by luck: none is taken to be less than this share of the
+# largest. So a limit of one parameter is never below the largest floor of any.
+_LEAST_SHARE = {"layer": 0.5, "parameter": 0.5, "sample_parameter": 0.5}
+_RELATED = {
+    "loss": "sample_loss",
+    "final_loss": "sample_loss",
+    "grad_norm": "layer_grad_norm",
+}
+"""Whose floor also says something of another's: a mean is about as far off as what it is made of,
+and has fewer draws to show it."""
+
+RESOLUTION = 32 * 2.0**-23
+"""Relative difference that is never called one: float32, with the rounding of a few operations
+that a correct implementation may order differently. Norms, factors and sums are float32 whatever
+the parameters' type."""
+# Where the terms of a Gram matrix cancel, as for the key bias of an attention layer, the square
+# root of what remains is off by sqrt(2^-23), 3e-4, of the terms: up to 1.6e-6 of the whole sample's
+# norm, or 3.1e-5 here, in a small BERT with 64 tokens. The norm that is clipped does not show it.
+_RESOLUTION_OF = {"sample_norm_by_parameter": 1e-4}
+
+CHAOS = 0.5
+"""Limit of the clipped sum's distance from which on nothing is compared: rounding alone has moved
+the weights so far apart that a step's gradient is another."""
+
+_AHEAD, _AHEAD_SHARE = 4, 1.25
+"""A floor that grows from step to step does so a little sooner in one run than in another: what is
+measured up to step 1.25 s + 4 counts for step s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Series:
+    """The floor of one observable, step by step."""
+
+    steps: Integers
+    """[S]"""
+    largest: Floats
+    """[S] over all items."""
+    items: tuple[str, ...]
+    by_item: Floats
+    """[S, items]"""
+
+    def at(self, steps: Integers) -> Integers:
+        """Rows that count for `steps`."""
+        reach = steps * _AHEAD_SHARE + _AHEAD
+        return np.maximum(np.searchsorted(self.steps, reach, side="right") - 1, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """Measured in one regime."""
+
+    measured_on: tuple[str, ...]
+    """The replays."""
+    values: Mapping[str, float]
+    """Largest drift of a replay, by observable; one that none computes is left out."""
+    series: Mapping[str, _Series]
+    """The same step by step, largest so far."""
+    against_float64: bool = False
+    """Whether plain autograd was compared with the float64 reference, rather than a mode with
+    itself alone: what is within such a floor is as right as plain autograd."""
+    chaos: int | None = None
+    """First step from which on rounding alone explains any gradient: nothing is compared there."""
+
+    def of(self, observable: str) -> float | None:
+        """None where nothing was measured."""
+        return self.values.get(observable)
+
+
+def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor | None:
+    """The floor that replays show together; None when there are none.
+
+    The largest counts: each is one draw of what rounding can do.
+    """
+    if not replays:
+        return None
+    drifts: dict[str, list[Drift]] = {}
+    for replay in replays:
+        for name, drift in replay.drifts.items():
+            drifts.setdefault(name, []).append(drift)
+    series = {name: _series(found) for name, found in drifts.items()}
+    return Floor(
+        measured_on=tuple(dict.fromkeys(replay.mode for replay in replays)),
+        values={name: max(drift.max for drift in found) for name, found in drifts.items()},
+        series=series,
+        against_float64=against_float64,
+        chaos=_chaos(series["gradient"]) if "gradient" in series else None,
+    )
+
+
+def _chaos(gradient: _Series) -> int | None:
+    lost = np.flatnonzero(MARGIN * gradient.largest[gradient.at(gradient.steps)] > CHAOS)
+    return int(gradient.steps[lost[0]]) if len(lost) else None
+
+
+def _series(drifts: Sequence[Drift]) -> _Series:
+    steps = np.unique(np.concatenate([drift.steps for drift in drifts]))
+    items = drifts[0].items
+    largest, by_item = np.zeros(len(steps)), np.zeros((len(steps), max(1, len(items))))
+    for drift in drifts:
+        rows = np.searchsorted(steps, drift.steps)
+        largest[rows] = np.fmax(largest[rows], drift.per_step)
+        if drift.items == items:
+            by_item[rows] = np.fmax(by_item[rows], drift.matrix)
+    return _Series(
+        steps=steps,
+        largest=np.maximum.accumulate(largest),
+        items=items,
+        by_item=np.maximum.accumulate(by_item, axis=0),
+    )
+
+
+def limits_of(drift: Drift, floor: Floor | None) -> Floats | None:
+    """[S, items] what rounding explains of each layer or parameter of `drift`, or [S, 1] of all.
+
+    Infinite where rounding explains anything; None where no floor was measured.
+    """
+    name, kind = drift.observable.name, drift.observable.items
+    series = floor.series.get(name) if floor else None
+    if floor is None or series is None:
+        return None
+    rows = series.at(drift.steps)
+    measured = series.largest[rows][:, None]
+    if (related := floor.series.get(_RELATED.get(name, ""))) is not None:
+        theirs = related.largest[related.at(drift.steps)][:, None]
+        measured = np.maximum(measured, 0.5 * theirs)
+    if drift.items and drift.items == series.items:
+        measured = np.maximum(series.by_item[rows], _LEAST_SHARE[kind] * measured)
+    margin = MARGIN_OF_ONE_DRAW if kind in _ONE_DRAW else MARGIN
+    resolution = _RESOLUTION_OF.get(name, RESOLUTION) * _unit(drift)
+    limits = np.maximum(margin * measured, resolution)
+    if floor.chaos is not None:
+        limits[drift.steps >= floor.chaos] = np.inf
+    return limits
+
+
+def _unit(drift: Drift) -> float:
+    # A loss is compared absolutely, and a number of that size is what gets rounded.
+    value = abs(drift.baseline_value)
+    is_loss = drift.observable.threshold == LOSS
+    return max(1.0, value) if is_loss and math.isfinite(value) else 1.0

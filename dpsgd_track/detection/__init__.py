@@ -1,1 +1,0 @@
-"""The detection matrix: which known faults the comparison finds, and what it says of them."""

@@ -1,0 +1,330 @@
+"""Forks process groups that have their imports done: `python -m dpsgd_track.launcher.fork_server`.
+
+Usage: `preloaded WORKER_MODULE`, with a socket as standard input. Imports the worker and torch's
+launcher once. Then each line read from the socket, a `Request`, is answered by the exit code of
+the process group it asks for. A group is an agent in a session of its own, which runs torch's
+launcher, and the ranks that one forks:
+
+    launcher -> this process -> agent -> ranks
+
+No process outlives its parent: where the socket is closed, or at SIGTERM, this one ends its agent
+and itself; the kernel kills an agent without this process, and ranks without their agent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import importlib.abc
+import importlib.machinery
+import json
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, ModuleType
+
+from dpsgd_track.record.names import VARIANT_VARIABLE
+
+_POLL_S = 0.05
+_FORK_TIMEOUT_S = 60.0
+_RENDEZVOUS_TIMEOUT_S = 60
+_PR_SET_PDEATHSIG = 1
+_ADDRESS = "127.0.0.1"
+
+WorkerMain = Callable[[str], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where the ranks of a job meet that runs on several machines."""
+
+    num_nodes: int
+    """Machines."""
+    node_rank: int
+    """This one among them."""
+    host: str
+    """Where node 0's launcher serves a store for this job alone, as this machine reaches it."""
+    port: int
+    """Of that store."""
+    run_id: str
+    """The same on every machine."""
+    interface: str
+    """Network interface that ranks talk to those of other machines by; empty to leave it open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One process group, or this machine's part of one."""
+
+    job_file: str
+    """Path handed to the worker's `main`."""
+    log: str
+    """File that the group's output is appended to."""
+    num_ranks: int
+    """Processes on this machine."""
+    grace_s: float
+    """Time the group gets to end by itself."""
+    meeting: Meeting | None = None
+    """None where no other machine takes part."""
+
+    def to_line(self) -> bytes:
+        """As it is sent."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Request:
+        """The inverse of `to_line`."""
+        values = json.loads(line)
+        meeting = values.pop("meeting")
+        return cls(**values, meeting=Meeting(**meeting) if meeting else None)
+
+
+class _Host:
+    """Runs one process group after the other, each in a fresh fork."""
+
+    def __init__(self, channel: socket.socket, main: WorkerMain) -> None:
+        self._channel, self._main = channel, main
+        self._told_to_end = False
+        signal.signal(signal.SIGTERM, self._note)
+        # Who presses Ctrl-C or closes the terminal asks the launcher, which then asks here.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def serve(self) -> None:
+        """Until the launcher is gone, or asks to end."""
+        requests = self._channel.makefile("rb")
+        while not self._told_to_end:
+            if not self._is_readable():
+                continue
+            line = requests.readline()
+            if not line:
+                return
+            code = self._run(Request.from_line(line))
+            if code is not None:
+                self._channel.sendall(f"{code}\n".encode())
+
+    def _run(self, request: Request) -> int | None:
+        """The group's exit code; None where it was ended."""
+        host = os.getpid()
+        agent = os.fork()
+        if agent == 0:
+            # The launcher tells by the socket that this process is gone: no other may hold it.
+            os.close(self._channel.detach())
+            _lead(request, self._main, host)
+        while not self._told_to_end:
+            if (code := _exit_code(agent)) is not None:
+                return code
+            # Nothing is asked for while a group runs: this is the launcher's end of the socket
+            # being closed.
+            if self._is_readable():
+                self._told_to_end = True
+        os.kill(agent, signal.SIGTERM)
+        deadline = time.monotonic() + request.grace_s
+        while _exit_code(agent) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return None
+
+    def _is_readable(self) -> bool:
+        return bool(select.select([self._channel], [], [], _POLL_S)[0])
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._told_to_end = True
+
+
+def _exit_code(child: int) -> int | None:
+    """Exit code of an ended child, negative for a signal; None while it runs."""
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def _lead(request: Request, main: WorkerMain, host: int) -> None:
+    """The agent's life, in its fork."""
+    code = 1
+    try:
+        os.setsid()
+        _die_with(host, signal.SIGKILL)
+        _reset_signals()
+        log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(log, sys.stdout.fileno())
+        os.dup2(log, sys.stderr.fileno())
+        os.close(log)
+        _launch(request, main)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _leave(code)
+
+
+def _launch(request: Request, main: WorkerMain) -> None:
+    """Run the ranks by torch's launcher.
+
+    Raises:
+        ChildFailedError: one failed; its text says which and how.
+    """
+    from torch.distributed import TCPStore
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The static rendezvous, unlike c10d, starts no thread that could hold a lock at the fork.
+    if (meeting := request.meeting) is None:
+        # It finds this server by its port: choosing a free one in advance would be a race.
+        server = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        run_id = Path(request.job_file).parent.name
+        meeting = Meeting(
+            num_nodes=1,
+            node_rank=0,
+            host=_ADDRESS,
+            port=server.port,
+            run_id=run_id,
+            interface="",
+        )
+        backend = "static"
+    else:
+        backend = _serve_elsewhere()
+    config = LaunchConfig(
+        min_nodes=meeting.num_nodes,
+        max_nodes=meeting.num_nodes,
+        nproc_per_node=request.num_ranks,
+        run_id=meeting.run_id,
+        rdzv_backend=backend,
+        rdzv_endpoint=f"{meeting.host}:{meeting.port}",
+        rdzv_configs={"rank": meeting.node_rank, "timeout": _RENDEZVOUS_TIMEOUT_S},
+        local_addr=_ADDRESS if meeting.num_nodes == 1 else None,
+        max_restarts=0,
+        start_method="fork",
+    )
+    agent = os.getpid()
+    # The server's thread lives in this process. While it serves one rank, the fork of another
+    # could inherit a lock that it holds, and hang: nobody talks to it until all are forked.
+    all_forked = multiprocessing.get_context("fork").Barrier(request.num_ranks)
+
+    def run_rank(job_file: str) -> None:
+        _reset_signals()
+        _die_with(agent, signal.SIGKILL)
+        all_forked.wait(_FORK_TIMEOUT_S)
+        try:
+            code = main(job_file)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            # torch's hook puts the rank in front of each line.
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        # torch's launcher waits for a rank that succeeds to return.
+        if code != 0:
+            _leave(code)
+
+    elastic_launch(config, run_rank)(request.job_file)
+
+
+def _serve_elsewhere() -> str:
+    """The name of a static rendezvous whose store is served by node 0's launcher.
+
+    torch's own has the agent of node 0 serve it, which then forks its ranks while other machines
+    talk to it.
+    """
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousInfo,
+        RendezvousParameters,
+        rendezvous_handler_registry,
+    )
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    name = "served-elsewhere"
+
+    class ServedElsewhere(StaticTCPRendezvous):
+        def get_backend(self) -> str:
+            return name
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            self._store = TCPStore(
+                self.master_addr,
+                self.master_port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=self.timeout,
+            )
+            return super().next_rendezvous()
+
+    def create(parameters: RendezvousParameters) -> ServedElsewhere:
+        host, _, port = parameters.endpoint.rpartition(":")
+        rank, timeout = parameters.config["rank"], parameters.config["timeout"]
+        nodes = parameters.max_nodes
+        return ServedElsewhere(host, int(port), rank, nodes, parameters.run_id, timeout)
+
+    rendezvous_handler_registry.register(name, create)
+    return name
+
+
+def _reset_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _die_with(parent: int, number: int) -> None:
+    """Have the kernel send signal `number` to this process when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
+
+
+def _leave(code: int) -> None:
+    """Exit without the interpreter's teardown, which can block on a broken process group."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class _First(importlib.abc.MetaPathFinder):
+    """Finds the packages of one folder before anything else is asked.
+
+    An editable install may answer for a package before the import path is looked at.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if path is not None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, [self._root], target)
+        # A folder without __init__.py, such as docs, is no package to put before a real one.
+        return spec if spec and spec.loader else None
+
+
+def main() -> None:
+    """Import, then serve."""
+    # While it imports, this process looks at nothing else.
+    _die_with(os.getppid(), signal.SIGTERM)
+    if root := os.environ.get(VARIANT_VARIABLE):
+        sys.meta_path.insert(0, _First(root))
+    channel = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    worker = importlib.import_module(sys.argv[1])
+    worker.preload()
+    import torch
+    import torch.distributed.launcher.api
+
+    # A fork cannot use a device that was touched before.
+    assert not torch.cuda.is_initialized(), "preloading touched CUDA"
+    # What is never collected is never written to, and stays shared with the forks.
+    gc.collect()
+    gc.freeze()
+    _Host(channel, worker.main).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A launcher that takes part in a group of another machine's: it runs its ranks of each job."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from dpsgd_track.config import JobConfig
+from dpsgd_track.launcher import EXIT_FAILED, EXIT_INTERRUPTED
+from dpsgd_track.launcher.fork_client import WorkerHost
+from dpsgd_track.launcher.interruption import Interruption
+from dpsgd_track.launcher.process_group import Launch, report_of, start
+from dpsgd_track.launcher.recording import Recording
+from dpsgd_track.launcher.several_machines.meeting import Follower, NodeLost, Report, Share
+from dpsgd_track.record.failure import KILLED, Failure
+
+_POLL_S = 0.1
+
+
+def follow(
+    follower: Follower, recording: Recording, launch: Launch, tell: Callable[[str], object]
+) -> int:
+    """Run what node 0 hands out until it is over; returns the exit code, node 0's if it is known.
+
+    Args:
+        recording: of what this machine adds to the group.
+        tell: is told what happens, line by line.
+
+    Raises:
+        StoreError: the store takes nothing.
+    """
+    node = f"node {follower.nodes.node_rank}"
+    host = WorkerHost(launch.worker_module)
+    interruption = Interruption()
+    part = _Part(follower, recording, launch, host, interruption, tell)
+    with interruption, host:
+        recording.start(tell)
+        try:
+            while not interruption.requested:
+                found = follower.next_share()
+                if isinstance(found, Share):
+                    part.run(found)
+                elif found is not None:
+                    code, summary = found
+                    tell(f"{node}: group {recording.group}: {summary}")
+                    return code
+                else:
+                    time.sleep(_POLL_S)
+            tell(f"{node}: {interruption.reason}")
+            return EXIT_INTERRUPTED
+        except NodeLost as error:
+            tell(f"{node}: {error} Nothing more can be run here.")
+            return EXIT_FAILED
+        finally:
+            recording.close(lambda: interruption.requested)
+
+
+class _Part:
+    """This machine's part of each job."""
+
+    def __init__(
+        self,
+        follower: Follower,
+        recording: Recording,
+        launch: Launch,
+        host: WorkerHost,
+        interruption: Interruption,
+        tell: Callable[[str], object],
+    ) -> None:
+        self._follower = follower
+        self._recording = recording
+        self._launch = launch
+        self._host = host
+        self._interruption = interruption
+        self._tell = tell
+
+    def run(self, share: Share) -> None:
+        """Run one to its end, and report how that was.
+
+        Raises:
+            NodeLost: node 0 is gone; so are this machine's ranks.
+        """
+        node_rank = self._follower.nodes.node_rank
+        meeting, job = share.meeting, self._placed(share.job, node_rank)
+        num_ranks = job.num_ranks // meeting.num_nodes
+        first = node_rank * num_ranks
+        runs = [
+            run for ranks in job.rank_run_ids for run in ranks[first : first + num_ranks] if run
+        ]
+        self._recording.join(runs)
+        self._tell(f"node {node_rank}: {job.title}: started {num_ranks} ranks")
+        with self._recording.quiet() if job.is_timed else contextlib.nullcontext():
+            try:
+                start(job, self._launch, self._host, meeting)
+                code, reason = self._wait()
+            finally:
+                self._host.end()
+                self._recording.leave(runs)
+        report = self._report(job, code)
+        self._follower.done(report)
+        said = f"ended: {reason}" if reason else "finished"
+        if report.failure:
+            said = f"failed: {report.failure.reason}"
+        self._tell(f"node {node_rank}: {job.title}: {said}")
+
+    def _placed(self, job: JobConfig, node_rank: int) -> JobConfig:
+        """The job with this machine's folders."""
+        # Where machines share a disk, each has its own all the same.
+        name = f"{Path(job.work_dir).name}-node{node_rank}"
+        folder = self._recording.folder / "logs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return replace(
+            job, work_dir=str(folder.absolute()), spool=str(self._recording.spool.absolute())
+        )
+
+    def _wait(self) -> tuple[int | None, str]:
+        """Exit code of the ranks, None where they are to be ended, and why."""
+        while (code := self._host.poll()) is None:
+            if self._interruption.requested:
+                return None, self._interruption.reason
+            if reason := self._follower.is_to_end():
+                return None, reason
+            time.sleep(_POLL_S)
+        return code, ""
+
+    def _report(self, job: JobConfig, code: int | None) -> Report:
+        if code:
+            return report_of(Path(job.work_dir), code)
+        failure = None
+        if code is None and self._interruption.requested:
+            failure = Failure(kind=KILLED, message=self._interruption.reason)
+        return Report(failure=failure, time_s=time.time())

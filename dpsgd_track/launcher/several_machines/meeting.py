@@ -1,0 +1,502 @@
+"""What the launchers of one group's machines tell each other, over a store of torch's rendezvous.
+
+Node 0 serves the store at the endpoint and leads: it alone keeps the runs, and hands out one job
+after the other. The others run their share of each and say how it went. Keys:
+
+- `joined/R`, `hello/R`: node R is there; what it would run, and on what.
+- `welcome` or `refused`: the group's name, or why nothing starts.
+- `job/N`: the N-th job, and where its ranks meet. `end/N`: end it, for the reason given.
+- `done/N/R`: how it went on node R.
+- `beat/R`: a count that grows while node R lives.
+- `over`: the group's exit code and summary. `bye/R`: node R has read it.
+
+Whoever can reach the endpoint can take part, as with every rendezvous of torch: it belongs on a
+network of one's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from dpsgd_track.config import JobConfig, NodesConfig
+from dpsgd_track.launcher.fork_server import Meeting
+from dpsgd_track.record import failure as troubleshooting
+from dpsgd_track.record.environment import environment
+from dpsgd_track.record.failure import Failure
+from dpsgd_track.store.run_tree import flatten
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+LOST_AFTER_S = 20.0
+"""How long a machine may be silent before it counts as lost."""
+_BEAT_S, _POLL_S = 1.0, 0.1
+_DONE_TIMEOUT_S, _BYE_TIMEOUT_S = 60.0, 5.0
+_ANY = "127.0.0.1"
+"""A server listens on every address, whichever it is told; its own process takes this one."""
+_ALIKE = ("dpsgd_track", "torch", "opacus", "transformers")
+"""Versions that all machines must have in common."""
+
+Tell = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One machine's part of a job."""
+
+    job: JobConfig
+    """As node 0 has it."""
+    meeting: Meeting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How a machine's part of a job ended."""
+
+    failure: Failure | None
+    """None where it did what it was asked to."""
+    time_s: float
+    """Unix time of the failure, by that machine's clock."""
+
+
+class Refused(ValueError):
+    """The group does not start; the message says why."""
+
+
+class NodeLost(Exception):
+    """A machine is not heard of any more; the message says which."""
+
+
+def hello_of(jobs: Sequence[JobConfig] | None) -> dict[str, Any]:
+    """What a machine says of itself.
+
+    Args:
+        jobs: what it would run; None where it takes what node 0 says.
+    """
+    found = environment()
+    return {
+        "host": socket.gethostname(),
+        "versions": {name: found[name] for name in _ALIKE if name in found},
+        "jobs": None if jobs is None else [flatten(asdict(job)) for job in jobs],
+    }
+
+
+def interface_towards(host: str) -> str:
+    """The network interface by which `host` is reached; empty where that is not known."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            # Sends nothing: it only looks up the route.
+            probe.connect(place)
+            address = str(probe.getsockname()[0])
+    except OSError:
+        return ""
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in {each.address.partition("%")[0] for each in addresses}:
+            return name
+    return ""
+
+
+class Leader:
+    """Node 0's side."""
+
+    def __init__(self, nodes: NodesConfig, *, lost_after_s: float = LOST_AFTER_S) -> None:
+        """Serve the store.
+
+        Raises:
+            Refused: the port is taken.
+        """
+        self.nodes = nodes
+        self._lost_after_s = lost_after_s
+        self._store = _serve(nodes.port, nodes)
+        self._others = range(1, nodes.num_nodes)
+        self._hosts: dict[int, str] = {}
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._job_store: TCPStore | None = None
+        self._number = -1
+        self.lost = ""
+        """Which machine is lost, in words; empty while all are there."""
+
+    def gather(self, jobs: Sequence[JobConfig] | None, timeout_s: float, tell: Tell) -> None:
+        """Wait for the other machines, and see that they would run the same.
+
+        Raises:
+            Refused: they would not, or one did not come; those that came are told.
+        """
+        endpoint = self.nodes.endpoint
+        own = hello_of(jobs)
+        deadline = time.monotonic() + timeout_s
+        waiting = set(self._others)
+        tell(f"waiting at {endpoint} for {len(waiting)} other launchers")
+        try:
+            while waiting:
+                if time.monotonic() > deadline:
+                    who = ", ".join(map(str, sorted(waiting)))
+                    raise Refused(
+                        f"rdzv_endpoint={endpoint!r}: expected all of {self.nodes.num_nodes} "
+                        f"machines within {timeout_s:g} s. Node {who} did not come."
+                    )
+                for rank in sorted(waiting):
+                    if (said := _read(self._store, f"hello/{rank}")) is not None:
+                        self._check(rank, own, said)
+                        waiting.discard(rank)
+                time.sleep(_POLL_S)
+        except (Refused, KeyboardInterrupt) as error:
+            self.refuse(str(error) or "node 0 was interrupted.")
+            raise
+
+    def _check(self, rank: int, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+        self._hosts[rank] = theirs["host"]
+        who = self._name(rank)
+        if theirs.get("problem"):
+            raise Refused(f"{who}: {theirs['problem']}")
+        for name, version in own["versions"].items():
+            found = theirs["versions"].get(name)
+            if found != version:
+                raise Refused(
+                    f"{name}={found!r} on {who}: expected {version}, as on node 0. "
+                    "Install the same on all machines."
+                )
+        if theirs["jobs"] is None or own["jobs"] is None:
+            return
+        if different := _difference(own["jobs"], theirs["jobs"]):
+            name, ours, found = different
+            raise Refused(
+                f"{name}={found!r} on {who}: expected {ours!r}, as on node 0. "
+                "Start the same command on all machines, with another --node-rank each."
+            )
+
+    def refuse(self, reason: str) -> None:
+        """Tell the others that nothing starts."""
+        _write(self._store, "refused", {"reason": reason})
+        self._wait_for_byes()
+
+    def welcome(self, group: str) -> None:
+        """Tell the others the group's name."""
+        now = time.monotonic()
+        self._beats = dict.fromkeys(self._others, (-1, now))
+        _write(self._store, "welcome", {"group": group})
+
+    def start(self, job: JobConfig, run_id: str) -> Meeting | None:
+        """Hand out a job; None where this machine runs it alone."""
+        if job.num_ranks < self.nodes.num_nodes:
+            return None
+        self._number += 1
+        # What one job leaves in a store would mislead the next.
+        self._job_store = _serve(0, self.nodes)
+        meeting = Meeting(
+            num_nodes=self.nodes.num_nodes,
+            node_rank=0,
+            host=_ANY,
+            port=self._job_store.port,
+            run_id=run_id,
+            interface=interface_towards(self.nodes.host),
+        )
+        said = {"job": job.to_json(), "meeting": asdict(meeting)}
+        _write(self._store, f"job/{self._number}", said)
+        return meeting
+
+    def trouble(self) -> str:
+        """Why the job cannot go on, in words; empty while it can."""
+        self._listen()
+        if self.lost:
+            return self.lost
+        failed = [rank for rank, report in self._reports().items() if report.failure]
+        return f"{self._name(failed[0])} failed." if failed else ""
+
+    def settle(self, reason: str) -> list[Report]:
+        """End the job everywhere, and learn how it went.
+
+        Args:
+            reason: why it is cut short; empty where this machine's part finished.
+        Returns:
+            What went wrong elsewhere.
+        """
+        if reason:
+            _write(self._store, f"end/{self._number}", {"reason": reason})
+        deadline = time.monotonic() + _DONE_TIMEOUT_S
+        while len(self._reports()) < len(self._others):
+            self._listen()
+            if self.lost or time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        reports = self._reports()
+        silent = [rank for rank in self._others if rank not in reports]
+        if silent and not self.lost:
+            self.lost = f"{self._name(silent[0])} did not end its part."
+        found = [report for report in reports.values() if report.failure]
+        if self.lost:
+            failure = Failure(kind=troubleshooting.NODE_LOST, message=self.lost)
+            found.append(Report(failure=failure, time_s=time.time()))
+        return found
+
+    def close(self, code: int, summary: str) -> None:
+        """Tell the others that the group is over."""
+        _write(self._store, "over", {"code": code, "summary": summary})
+        self._wait_for_byes()
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        for rank in self._others:
+            beat = _read(self._store, f"beat/{rank}")
+            seen, since = self._beats[rank]
+            if beat is not None and beat != seen:
+                self._beats[rank] = beat, now
+            elif now - since > self._lost_after_s and not self.lost:
+                self.lost = f"{self._name(rank)} was not heard of for {self._lost_after_s:g} s."
+
+    def _reports(self) -> dict[int, Report]:
+        found = {}
+        for rank in self._others:
+            if (said := _read(self._store, f"done/{self._number}/{rank}")) is not None:
+                found[rank] = _report(said, self._name(rank))
+        return found
+
+    def _name(self, rank: int) -> str:
+        return f"node {rank} ({self._hosts[rank]})"
+
+    def _wait_for_byes(self) -> None:
+        """Serve those that came until they have read the end."""
+        deadline = time.monotonic() + _BYE_TIMEOUT_S
+        here = [rank for rank in self._others if _read(self._store, f"hello/{rank}") is not None]
+        while not self.lost and time.monotonic() < deadline:
+            if all(_read(self._store, f"bye/{rank}") is not None for rank in here):
+                return
+            time.sleep(_POLL_S)
+
+
+class Follower:
+    """Another node's side. A thread talks to node 0, so that a cut line holds nobody up."""
+
+    def __init__(self, nodes: NodesConfig, *, lost_after_s: float = LOST_AFTER_S) -> None:
+        self.nodes = nodes
+        self._lost_after_s = lost_after_s
+        self._lock = threading.Lock()
+        self._to_tell: list[tuple[str, Any]] = []
+        self._wanted: set[str] = set()
+        self._heard: dict[str, Any] = {}
+        self._last_contact = 0.0
+        self._trouble = ""
+        self._is_over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._number = -1
+
+    def close(self) -> None:
+        """Talk no more. A thread that came back while the interpreter ends would abort it."""
+        self._is_over.set()
+        if self._thread is not None:
+            self._thread.join(_BYE_TIMEOUT_S)
+
+    def join(self, hello: Mapping[str, Any], timeout_s: float, tell: Tell) -> str:
+        """Report to node 0; returns the group's name.
+
+        Raises:
+            Refused: node 0 does not answer, or starts nothing.
+        """
+        nodes = self.nodes
+        endpoint = nodes.endpoint
+        deadline = time.monotonic() + timeout_s
+        tell(f"node {nodes.node_rank} of {nodes.num_nodes}: waiting for node 0 at {endpoint}")
+        reason = _wait_for_port(nodes, deadline)
+        if reason:
+            raise Refused(
+                f"rdzv_endpoint={endpoint!r}: expected node 0's launcher there within "
+                f"{timeout_s:g} s. {reason}"
+            )
+        try:
+            store = _connect(nodes)
+            if store.add(f"joined/{nodes.node_rank}", 1) > 1:
+                raise Refused(
+                    f"node_rank={nodes.node_rank}: expected one launcher for each. Another has "
+                    "joined with this one."
+                )
+        except RuntimeError as error:
+            raise Refused(
+                f"rdzv_endpoint={endpoint!r}: expected node 0's launcher there. {error}"
+            ) from error
+        self._tell(f"hello/{nodes.node_rank}", hello)
+        self._want("welcome", "refused")
+        self._last_contact = time.monotonic()
+        self._thread = threading.Thread(target=self._talk, args=(store,), name="node", daemon=True)
+        self._thread.start()
+        while True:
+            if (said := self._said("refused")) is not None:
+                self._leave()
+                raise Refused(said["reason"])
+            if (said := self._said("welcome")) is not None:
+                self._want("over", "job/0")
+                return str(said["group"])
+            if problem := self._lost():
+                raise Refused(problem)
+            time.sleep(_POLL_S)
+
+    def next_share(self) -> Share | tuple[int, str] | None:
+        """The next job, or the group's exit code and summary; None while there is neither.
+
+        Raises:
+            NodeLost: node 0 is not heard of any more.
+        """
+        if (said := self._said("over")) is not None:
+            self._leave()
+            return int(said["code"]), str(said["summary"])
+        if (said := self._said(f"job/{self._number + 1}")) is not None:
+            self._number += 1
+            self._want("over", f"job/{self._number + 1}", f"end/{self._number}")
+            meeting = Meeting(**said["meeting"])
+            meeting = replace(
+                meeting,
+                node_rank=self.nodes.node_rank,
+                host=self.nodes.host,
+                interface=interface_towards(self.nodes.host),
+            )
+            return Share(job=JobConfig.from_json(said["job"]), meeting=meeting)
+        if problem := self._lost():
+            raise NodeLost(problem)
+        return None
+
+    def is_to_end(self) -> str:
+        """Why this job is to end, in words; empty while it is to go on.
+
+        Raises:
+            NodeLost: node 0 is not heard of any more.
+        """
+        if (said := self._said(f"end/{self._number}")) is not None:
+            return str(said["reason"])
+        if problem := self._lost():
+            raise NodeLost(problem)
+        return ""
+
+    def done(self, report: Report) -> None:
+        """Say how this machine's part of the job went."""
+        failure = None if report.failure is None else asdict(report.failure)
+        said = {"failure": failure, "time_s": report.time_s}
+        self._tell(f"done/{self._number}/{self.nodes.node_rank}", said)
+
+    def _lost(self) -> str:
+        silent_s = time.monotonic() - self._last_contact
+        if self._trouble:
+            return f"node 0 ({self.nodes.host}) is gone: {self._trouble}"
+        if silent_s > self._lost_after_s:
+            return f"node 0 ({self.nodes.host}) was not heard of for {self._lost_after_s:g} s."
+        return ""
+
+    def _tell(self, key: str, value: object) -> None:
+        with self._lock:
+            self._to_tell.append((key, value))
+
+    def _want(self, *keys: str) -> None:
+        with self._lock:
+            self._wanted = set(keys)
+
+    def _said(self, key: str) -> Any:
+        with self._lock:
+            return self._heard.get(key)
+
+    def _leave(self) -> None:
+        """Have node 0 know that its last word was heard, if it still listens."""
+        self._tell(f"bye/{self.nodes.node_rank}", True)
+        self._is_over.wait(_BYE_TIMEOUT_S)
+
+    def _talk(self, store: TCPStore) -> None:
+        count, next_beat = 0, 0.0
+        try:
+            while not self._is_over.is_set():
+                now = time.monotonic()
+                if now >= next_beat:
+                    count, next_beat = count + 1, now + _BEAT_S
+                    _write(store, f"beat/{self.nodes.node_rank}", count)
+                with self._lock:
+                    to_tell, self._to_tell = self._to_tell, []
+                    wanted = [key for key in self._wanted if key not in self._heard]
+                for key, value in to_tell:
+                    _write(store, key, value)
+                    if key.startswith("bye/"):
+                        self._is_over.set()
+                for key in wanted:
+                    if (said := _read(store, key)) is not None:
+                        with self._lock:
+                            self._heard[key] = said
+                self._last_contact = time.monotonic()
+                time.sleep(_POLL_S)
+        except RuntimeError as error:
+            self._trouble = _in_a_line(error)
+
+
+def _serve(port: int, nodes: NodesConfig) -> TCPStore:
+    from torch.distributed import TCPStore
+
+    try:
+        return TCPStore(_ANY, port, is_master=True, wait_for_workers=False)
+    except RuntimeError as error:
+        raise Refused(
+            f"rdzv_endpoint={nodes.endpoint!r}: expected a free port of this machine. "
+            f"{_in_a_line(error)}"
+        ) from error
+
+
+def _connect(nodes: NodesConfig) -> TCPStore:
+    from torch.distributed import TCPStore
+
+    timeout = timedelta(seconds=LOST_AFTER_S)
+    return TCPStore(
+        nodes.host, nodes.port, is_master=False, wait_for_workers=False, timeout=timeout
+    )
+
+
+def _wait_for_port(nodes: NodesConfig, deadline: float) -> str:
+    """Until something listens at the endpoint; why nothing does, in words."""
+    while True:
+        try:
+            with contextlib.closing(socket.create_connection((nodes.host, nodes.port), timeout=5)):
+                return ""
+        except OSError as error:
+            reason = f"{error.strerror or error}."
+        if time.monotonic() > deadline:
+            return reason
+        time.sleep(5 * _POLL_S)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _read(store: TCPStore, key: str) -> Any:
+    return json.loads(store.get(key)) if store.check([key]) else None
+
+
+def _write(store: TCPStore, key: str, value: object) -> None:
+    store.set(key, json.dumps(value))
+
+
+def _report(said: Mapping[str, Any], who: str) -> Report:
+    if said["failure"] is None:
+        return Report(failure=None, time_s=said["time_s"])
+    failure = Failure(**said["failure"])
+    return Report(
+        failure=replace(failure, message=f"{who}: {failure.message}".rstrip(": ")),
+        time_s=said["time_s"],
+    )
+
+
+def _difference(
+    ours: Sequence[Mapping[str, str]], theirs: Sequence[Mapping[str, str]]
+) -> tuple[str, str, str] | None:
+    """(setting, here, there) of the first setting that is not the same; None where all are."""
+    modes = ", ".join(job["mode"] for job in ours), ", ".join(job["mode"] for job in theirs)
+    if modes[0] != modes[1]:
+        return "mode", *modes
+    for here, there in zip(ours, theirs, strict=True):
+        for name in {**here, **there}:
+            if here.get(name) != there.get(name):
+                return name, here.get(name, ""), there.get(name, "")
+    return None

@@ -1,0 +1,251 @@
+"""What the comparison of a group said of each fault that was planted in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from dpsgd_track.comparison import compare_group
+from dpsgd_track.comparison.result import GroupComparison, Guilty, ModeVerdict
+from dpsgd_track.comparison.verdict import Verdict
+from dpsgd_track.config import PROBE_NAIVE, PROBES, Thresholds
+from dpsgd_track.modes.table import BASELINE, REFERENCE, runs_on_one_device, spec_of, split_planted
+from dpsgd_track.mutants import FAULTS, MUTES, Fault
+from dpsgd_track.mutants.choice import is_ours, mutes_of
+from dpsgd_track.record.names import LEFT_OUT, REPLICATED, UNREACHED
+from dpsgd_track.store.reader import FINISHED, Group, ModeRun
+
+LATEST_STEP = 3
+"""Step by which a fault has to be found."""
+_FOUND = (Verdict.BUG, Verdict.DRIFT)
+_EVERYWHERE = 1 / 3
+"""Share of the parameters from which on they are no few."""
+_NAIVE = ("loss", "grad_norm")
+"""All that a naive test looks at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One fault in one mode."""
+
+    fault: Fault
+    mode: str
+    """What it was planted in."""
+    label: str
+    """`mode+fault`, as the group has it."""
+    verdict: Verdict
+    sentence: str
+    guilty: Guilty | None
+    """The stage, step and layers that the comparison blamed."""
+    num_places: int
+    """Parameters of the model; its layers where layers are blamed."""
+    naive_saw: bool
+    """Whether loss or total gradient norm passed its fixed threshold where nothing is clipped."""
+    found_in: tuple[str, ...]
+    """Regimes that would have found it without the others."""
+    excuse: str = ""
+    """Why it could not show in this mode; empty where it could."""
+    known_reason: str = ""
+    """Why it is known not to be found in the type that modes compute in."""
+    mutes: tuple[str, ...] = ()
+    """What the mode does not tell, or was kept from telling."""
+
+    @property
+    def is_detected(self) -> bool:
+        """Whether the verdict is one that fails a review."""
+        return self.verdict in _FOUND
+
+    @property
+    def has_right_stage(self) -> bool:
+        """Whether the stage is blamed in which the fault is."""
+        return self.guilty is not None and self.guilty.stage == self.fault.stage
+
+    @property
+    def has_right_place(self) -> bool:
+        """Right stage, and no layer blamed that the fault is not in.
+
+        Of a fault that is everywhere, no few layers may be blamed.
+        """
+        if not self.has_right_stage or self.guilty is None:
+            return False
+        layers = self.guilty.layers
+        if not self.fault.where:
+            return not layers or len(layers) >= _EVERYWHERE * self.num_places
+        return bool(layers) and all(map(self._holds, layers))
+
+    def _holds(self, layer: str) -> bool:
+        """Whether the fault is in a parameter, or in the weight of a layer, of that name."""
+        names = layer, f"{layer}.weight"
+        return any(fnmatchcase(n, pattern) for n in names for pattern in self.fault.where)
+
+    @property
+    def is_in_time(self) -> bool:
+        """Whether the blame falls on a step early enough."""
+        step = self.guilty.step if self.guilty else None
+        return step is not None and step <= LATEST_STEP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """Every fault that was planted, and the healthy twins."""
+
+    group: str
+    rows: tuple[Row, ...]
+    healthy: tuple[ModeVerdict, ...]
+    """Modes without faults, replays and the reference apart."""
+    naive_alarms: tuple[str, ...]
+    """Healthy modes that the naive test would have raised an alarm on."""
+    settings: str
+    """Ranks, type and device in a few words."""
+
+    @property
+    def counted(self) -> tuple[Row, ...]:
+        """Faults that could show."""
+        return tuple(row for row in self.rows if not row.excuse)
+
+    @property
+    def missed(self) -> tuple[Row, ...]:
+        """Faults that could show and were not found."""
+        return tuple(row for row in self.counted if not row.is_detected)
+
+    @property
+    def unexplained(self) -> tuple[Row, ...]:
+        """Missed faults of which it was not known that they would be."""
+        return tuple(row for row in self.missed if not (row.mutes or row.known_reason))
+
+    @property
+    def false_alarms(self) -> tuple[ModeVerdict, ...]:
+        """Healthy modes that did not pass.
+
+        Someone else's mode may leave things out that are then INCONCLUSIVE; that is no alarm.
+        """
+        return tuple(
+            mode
+            for mode in self.healthy
+            if mode.verdict in _FOUND
+            or (mode.verdict is not Verdict.PASS and spec_of(mode.label) is not None)
+        )
+
+    def count(self, what: str) -> int:
+        """How many of the counted rows have the property `what`."""
+        return sum(bool(getattr(row, what)) for row in self.counted)
+
+
+def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
+    """Compare a group as `compare.py` does, and read off what it says of each fault.
+
+    The naive test's runs are compared by themselves: they are no part of what finds a fault.
+    """
+
+    def compared(runs: Iterable[ModeRun]) -> GroupComparison:
+        return compare_group(replace(group, runs=tuple(runs)), thresholds, all_pairs=False)
+
+    def alone(regime: str) -> GroupComparison:
+        return compared(run for run in group.runs if run.regime == regime)
+
+    return _Reader(
+        probed=compared(run for run in group.runs if run.regime != PROBE_NAIVE),
+        found_by={r: {m.label for m in alone(r).modes if m.verdict in _FOUND} for r in PROBES},
+        naive=alone(PROBE_NAIVE),
+    ).matrix()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    probed: GroupComparison
+    """All regimes that a fault may be found in."""
+    found_by: Mapping[str, Set[str]]
+    """Labels of the modes that each of them finds fault with by itself."""
+    naive: GroupComparison
+
+    def matrix(self) -> Matrix:
+        runs = self.probed.group.runs
+        labels = {run.label for run in runs}
+        rows, healthy = [], []
+        for mode in self.probed.modes:
+            name, planted = split_planted(mode.label)
+            # The title of a replay is no label.
+            if mode.label not in labels or name == REFERENCE:
+                continue
+            faults = [FAULTS[each] for each in planted if each in FAULTS]
+            if faults:
+                rows.append(self._row(mode, faults[0]))
+            elif not planted:
+                healthy.append(mode)
+        return Matrix(
+            group=self.probed.group.name,
+            rows=tuple(rows),
+            healthy=tuple(healthy),
+            naive_alarms=tuple(m.label for m in healthy if _naive_saw(self.naive, m.label)),
+            settings=_settings(runs),
+        )
+
+    def _row(self, verdict: ModeVerdict, fault: Fault) -> Row:
+        every = self.probed.group.runs
+        runs = [run for run in every if run.label == verdict.label]
+        mode, planted = split_planted(verdict.label)
+        muted = tuple(name for name in planted if name in MUTES)
+        return Row(
+            fault=fault,
+            mode=mode,
+            label=verdict.label,
+            verdict=verdict.verdict,
+            sentence=verdict.sentence.removeprefix(f"{verdict.label}: "),
+            guilty=verdict.guilty,
+            num_places=_num_places(verdict.guilty, runs),
+            naive_saw=_naive_saw(self.naive, verdict.label),
+            found_in=tuple(r for r, labels in self.found_by.items() if verdict.label in labels),
+            excuse=_excuse(fault, mode, runs),
+            known_reason=_known_reason(fault, runs),
+            # Ours tell everything, unless they are muted.
+            mutes=muted or (() if is_ours(mode) else mutes_of(mode, every) or ()),
+        )
+
+
+def _num_places(guilty: Guilty | None, runs: Iterable[ModeRun]) -> int:
+    for run in runs:
+        if run.trajectory and guilty and guilty.layers:
+            layers = run.trajectory.layer_names.tolist()
+            is_layer = guilty.layers[0] in layers
+            return len(layers) if is_layer else len(run.trajectory.parameter_names)
+    return 0
+
+
+def _naive_saw(naive: GroupComparison, label: str) -> bool:
+    for regime in naive.regimes:
+        if any(run.label == label and run.status != FINISHED for run in regime.runs):
+            return True
+        pair = regime.pair(label)
+        drifts = pair.drifts.values() if pair else ()
+        for drift in drifts:
+            threshold = getattr(naive.thresholds, drift.observable.threshold)
+            if drift.observable.name in _NAIVE and not drift.max <= threshold:
+                return True
+    return False
+
+
+def _excuse(fault: Fault, mode: str, runs: Sequence[ModeRun]) -> str:
+    unreached = [set(filter(None, run.params.get(UNREACHED, "").split(", "))) for run in runs]
+    never = set.intersection(*unreached) if unreached else set()
+    if never:
+        return f"the mode never comes by {', '.join(sorted(never))}"
+    if "shards" in fault.needs and any(run.params.get(REPLICATED) == "true" for run in runs):
+        return "the mode holds every parameter whole on every rank"
+    if "an empty step" in fault.needs and any(LEFT_OUT in run.params for run in runs):
+        return "the mode takes no empty batch"
+    if fault.needs_ranks and runs_on_one_device(mode):
+        return f"the mode runs on one device, and it needs {', '.join(fault.needs)}"
+    return ""
+
+
+def _known_reason(fault: Fault, runs: Iterable[ModeRun]) -> str:
+    is_low = any(run.params.get("performance.param_dtype") == "bfloat16" for run in runs)
+    return fault.in_bf16 if is_low else ""
+
+
+def _settings(runs: Iterable[ModeRun]) -> str:
+    params = next((run.params for run in runs if run.mode == BASELINE), {})
+    ranks, dtype = params.get("num_ranks", "?"), params.get("performance.param_dtype", "?")
+    device = params.get("device.name") or params.get("performance.device", "?")
+    return f"{ranks} ranks, {dtype}, {device}"

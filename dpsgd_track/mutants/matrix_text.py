@@ -1,0 +1,177 @@
+"""The matrix as a table for the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from dpsgd_track.config import PROBE_NOISE, PROBES
+from dpsgd_track.mutants import KINDS
+from dpsgd_track.mutants.matrix import LATEST_STEP, Matrix, Row
+from dpsgd_track.report.markdown import prose
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = 1
+_YES, _NO = "✓", "✗"
+
+
+def summary(matrix: Matrix) -> list[str]:
+    """The figures that the matrix comes down to, one sentence each, without a full stop."""
+    rows = matrix.counted
+    lines = [
+        f"{_share(matrix.count('is_detected'), rows)} faults found",
+        f"{_share(matrix.count('has_right_stage'), rows)} with the right stage blamed, "
+        f"{_share(matrix.count('has_right_place'), rows)} with the right stage and layer",
+        f"{_share(matrix.count('is_in_time'), rows)} blamed on a step no later than {LATEST_STEP}",
+        f"{len(matrix.false_alarms)} false alarms on {len(matrix.healthy)} healthy modes",
+        f"{_share(matrix.count('naive_saw'), rows)} seen by a test of loss and gradient norm "
+        f"without clipping, which raises {len(matrix.naive_alarms)} false alarms",
+    ]
+    alone = [f"{sum(r in row.found_in for row in rows)} by {r}" for r in PROBES]
+    lines.append(f"regimes by themselves would find {', '.join(alone)}")
+    of_noise = [row for row in rows if row.fault.kind == "noise"]
+    if of_noise:
+        audited = sum(PROBE_NOISE in row.found_in for row in of_noise)
+        lines.append(
+            f"of the {len(of_noise)} faults of the noise, the audit of a mode's own noise finds "
+            f"{audited} by itself"
+        )
+    excused = len(matrix.rows) - len(rows)
+    return [
+        *lines,
+        *([f"{excused} {'fault' if excused == 1 else 'faults'} could not show"] if excused else []),
+    ]
+
+
+def _share(number: int, rows: tuple[Row, ...]) -> str:
+    percent = f" ({number / len(rows):.0%})" if rows else ""
+    return f"{number} of {len(rows)}{percent}"
+
+
+def print_matrix(matrix: Matrix, console: Console) -> None:
+    """The table, what was missed, and the figures."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{matrix.group}: {matrix.settings}")
+    for heading in ("fault", "mode", "verdict", "step", "blamed", "shown by", "naive test"):
+        table.add_column(heading, overflow="fold")
+    for row in matrix.rows:
+        style = "" if row.has_right_place and row.is_detected else "yellow"
+        style = style if row.is_detected or row.excuse else "red"
+        table.add_row(*map(Text, _cells(row)), style=style)
+    console.print(table)
+    for line in [*_exceptions(matrix), *summary(matrix)]:
+        console.print(Text(line))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    guilty = row.guilty
+    if row.excuse:
+        return row.fault.name, row.mode, "could not show", "", row.excuse, "", ""
+    return (
+        row.fault.name,
+        row.mode,
+        str(row.verdict),
+        "" if guilty is None or guilty.step is None else str(guilty.step),
+        f"{_blamed(row)} {_YES if row.has_right_place else _NO}",
+        guilty.observable if guilty else "",
+        "sees it" if row.naive_saw else "misses it",
+    )
+
+
+def _blamed(row: Row) -> str:
+    if row.guilty is None:
+        return "nothing"
+    shown = row.guilty.layers[:2]
+    more = f" and {len(row.guilty.layers) - 2} more" * (len(row.guilty.layers) > 2)
+    return ", ".join([row.guilty.stage, *shown]) + more
+
+
+def _exceptions(matrix: Matrix) -> list[str]:
+    """What is not as it should be, a line each."""
+    lines = [f"FALSE ALARM {mode.sentence}" for mode in matrix.false_alarms]
+    lines += [f"MISSED {row.label}: {row.verdict}, {_with_reason(row)}" for row in matrix.missed]
+    return lines
+
+
+def markdown(matrix: Matrix, command: str) -> str:
+    """The page that the documentation holds."""
+    parts = [
+        "# Which faults are found",
+        f"Made by `{command}` ({matrix.settings}). Each fault was planted in a correct mode, "
+        "which then ran on the probe and was compared like any other.",
+        "\n".join(f"- {line}" for line in summary(matrix)),
+    ]
+    for kind, about in KINDS.items():
+        rows = [row for row in matrix.rows if row.fault.kind == kind]
+        if rows:
+            parts += [f"## {kind.capitalize()}", about, _table(rows)]
+    missed = [row for row in matrix.counted if not row.is_detected]
+    misplaced = [row for row in matrix.counted if row.is_detected and not row.has_right_place]
+    parts += ["## Not found", _listed(missed, "Every fault was found.")]
+    parts += ["## Found, and blamed on another place", _listed(misplaced, "None.")]
+    parts += ["## Healthy modes", "\n".join(f"- {prose(m.sentence)}" for m in matrix.healthy)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Iterable[Row]) -> str:
+    lines = [
+        "| fault | what is computed | needs | planted in | verdict | step | blamed | naive test |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name, mode, verdict, step, blamed, _, naive = _cells(row)
+        source = "" if row.fault.source == "plausible" else f" [{prose(row.fault.source)}]"
+        what = f"**{prose(row.fault.title)}**{source}: {prose(row.fault.formula)}"
+        needs = prose(", ".join(row.fault.needs)) or "nothing"
+        told = (verdict, step, prose(blamed), naive)
+        cells = (f"`{name}`", what, needs, f"`{mode}`", *told)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _listed(rows: list[Row], none: str) -> str:
+    return "\n".join(f"- `{row.label}`: {prose(_with_reason(row))}" for row in rows) or none
+
+
+def _with_reason(row: Row) -> str:
+    return f"{row.known_reason}. {row.sentence}" if row.known_reason else row.sentence
+
+
+def to_json(matrix: Matrix) -> str:
+    """Everything, for programs."""
+    rows = [
+        {
+            "fault": row.fault.name,
+            "kind": row.fault.kind,
+            "mode": row.mode,
+            "label": row.label,
+            "verdict": row.verdict.value,
+            "is_detected": row.is_detected,
+            "stage": row.guilty.stage if row.guilty else None,
+            "regime": row.guilty.regime if row.guilty else None,
+            "step": row.guilty.step if row.guilty else None,
+            "layers": list(row.guilty.layers) if row.guilty else [],
+            "observable": row.guilty.observable if row.guilty else None,
+            "expected_stage": row.fault.stage,
+            "expected_layers": list(row.fault.where),
+            "has_right_stage": row.has_right_stage,
+            "has_right_place": row.has_right_place,
+            "naive_saw": row.naive_saw,
+            "found_in": list(row.found_in),
+            "excuse": row.excuse,
+            "mutes": list(row.mutes),
+            "sentence": row.sentence,
+        }
+        for row in matrix.rows
+    ]
+    healthy = [
+        {"mode": mode.label, "verdict": mode.verdict.value, "sentence": mode.sentence}
+        for mode in matrix.healthy
+    ]
+    found = {"schema": SCHEMA, "group": matrix.group, "settings": matrix.settings}
+    return json.dumps({**found, "rows": rows, "healthy": healthy}, indent=2) + "\n"

@@ -1,0 +1,311 @@
+"""The trajectory record: the contract between the half that trains and the half that compares.
+
+A trajectory is columnar, float64 and exact. The mode run holds the global one (all samples of
+all ranks, in order of their global index); each rank run holds its rank's own. NaN means "this
+mode does not compute it" in `sample_norm`, `clip_factor` and the arrays derived from them; in
+every other field NaN is what the run computed. A step with fewer samples than another leaves
+places unused: index -1 and NaN.
+
+Legend: S steps, N samples of the step that has most, L linear layers, P trainable parameters,
+K projections, W ranks, M elements of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsgd_track.record.columns import TornFile, open_archive
+
+SCHEMA_VERSION = 2
+
+UNUSED = -1
+"""Sample index of a place that a step has no sample for."""
+
+SAMPLE_COLUMNS = (
+    "sample_index",
+    "sample_rank",
+    "sample_loss",
+    "sample_norm",
+    "clip_factor",
+    "sample_norm_by_parameter",
+)
+"""Fields with one place for each sample of a step."""
+
+LARGE = (
+    "sample_norm_by_parameter",
+    "gradient_sketch",
+    "noised_sketch",
+    "weight_sketch",
+    "noise_samples",
+)
+"""Fields that a trajectory read from a file leaves there until they are asked for."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Strings = NDArray[np.str_]
+
+
+class Column(Protocol):
+    """A field that is somewhere else than in memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[S, ...]."""
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop`, anew at each call."""
+
+
+# Compared and hashed by identity: arrays cannot be, and what was derived once can be looked up.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectory:
+    """Everything one run observed, step by step.
+
+    The fields of LARGE may be columns that are read when they are first asked for; `rows` and
+    `read` look at some steps of them without keeping the rest, and `release` lets them go.
+    """
+
+    step: Integers
+    """[S] step numbers, ascending."""
+    loss: Floats
+    """[S] mean over the samples of the step (all ranks' in a mode run); 0 of an empty step."""
+    grad_norm: Floats
+    """[S] L2 norm of clipped sum / expected batch size, before noise."""
+    grad_norm_noised: Floats
+    """[S] the same after noise."""
+    clip_fraction: Floats
+    """[S] fraction of samples with clip factor < 1; NaN where nothing is clipped by design, and of
+    an empty step."""
+    max_grad_norm: Floats
+    """[S] C in force."""
+    step_time_ms: Floats
+    """[S] forward to optimizer step, without measurement; the slowest rank's in a mode run."""
+    peak_memory_gib: Floats
+    """[S] peak so far: CUDA allocations, or the process's resident set on CPU; largest rank's."""
+    tokens_per_second: Floats
+    """[S] tokens of the step over all ranks / step time."""
+    layer_names: Strings
+    """[L] fully qualified names of linear layers."""
+    layer_weight_norm: Floats
+    """[S, L] L2 norm of the layer's weight before the step; NaN where not recorded."""
+    layer_grad_norm: Floats
+    """[S, L] L2 norm of the weight's clipped sum / expected batch size; NaN where not recorded."""
+    sample_index: Integers
+    """[S, N] global index of each sample, -1 at an unused place; never repeats within a step."""
+    sample_rank: Integers
+    """[S, N] rank that computed each sample; -1 at an unused place."""
+    sample_loss: Floats
+    """[S, N] loss of each sample."""
+    sample_norm: Floats
+    """[S, N] L2 norm of each sample's gradient over all trainable parameters."""
+    clip_factor: Floats
+    """[S, N] factor each sample's gradient was multiplied by."""
+    parameter_names: Strings
+    """[P] fully qualified names of trainable parameters."""
+    parameter_sizes: Integers
+    """[P] elements of each, over all ranks; 0 where unknown."""
+    sample_norm_by_parameter: Floats
+    """[S, N, P] L2 norm of each sample's gradient of each parameter."""
+    gradient_sketch: Floats
+    """[S, P, K] +-1 projections of the clipped sum; E[mean over K of square] = squared norm."""
+    noised_sketch: Floats
+    """[S, P, K] the same projections of clipped sum + noise."""
+    weight_sketch: Floats
+    """[S, P, K] the same projections of the weights after the step."""
+    noise_samples: NDArray[np.float32]
+    """[S, W, P, M] some elements of the noise on each rank's shard of each parameter, at the same
+    positions in every step; NaN past the end of a shard. M is 0 but in the noise regime."""
+    data_hash: Strings
+    """[S] digest of the step's samples in order of their global index."""
+    initial_weights_hash: str
+    """Digest of all weights before the first step."""
+    noise_std: float
+    """sigma * C at the first step: std of each element of the noise on the clipped sum."""
+    expected_batch_size: int
+    """Divisor of the clipped sum."""
+
+    def __post_init__(self) -> None:
+        _check_shapes(lambda name: getattr(self, name).shape)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NDArray[Any]:
+            column = self.__dict__.get("_columns", {}).get(name)
+            if column is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.__dict__[name] = column.read(0, column.shape[0])
+            return self.__dict__[name]
+
+    @classmethod
+    def deferred(cls, values: Mapping[str, Any], columns: Mapping[str, Column]) -> Trajectory:
+        """A trajectory with `values` in memory and the fields of `columns` where they are.
+
+        Raises:
+            ValueError: the shapes do not belong together.
+        """
+        _check_shapes(lambda name: (columns[name] if name in columns else values[name]).shape)
+        made = object.__new__(cls)
+        made.__dict__.update(values, _columns=dict(columns))
+        return made
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return len(self.step)
+
+    @property
+    def num_samples(self) -> Integers:
+        """[S] samples of each step."""
+        return np.asarray((self.sample_index != UNUSED).sum(axis=1))
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of a field, which is not read for that."""
+        held = self.__dict__.get(name)
+        column: Column = self.__dict__["_columns"][name] if held is None else held
+        return column.shape
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """[stop - start, ...] some rows of a field with one row a step, without keeping them."""
+        start, stop, _ = slice(start, stop).indices(self.num_steps)
+        held: NDArray[Any] | None = self.__dict__.get(name)
+        if held is not None:
+            return held[start:stop]
+        column: Column = self.__dict__["_columns"][name]
+        return column.read(start, stop)
+
+    def rows(self, start: int, stop: int) -> Trajectory:
+        """The steps from row `start` to `stop`; large fields are read when they are asked for."""
+        start, stop, _ = slice(start, stop).indices(self.num_steps)
+        values = dict(self.__dict__)
+        columns: dict[str, Column] = values.pop("_columns", {})
+        values.update({name: values[name][start:stop] for name in _BY_STEP if name in values})
+        apart: dict[str, Column] = {
+            name: _Rows(self, name, start, stop) for name in columns if name not in values
+        }
+        return Trajectory.deferred(values, apart)
+
+    def release(self) -> None:
+        """Let go of large fields that can be read again."""
+        for name in self.__dict__.get("_columns", ()):
+            self.__dict__.pop(name, None)
+
+    def save(self, path: Path) -> None:
+        """Write to `path` as an npz, whole or not at all.
+
+        Uncompressed: what a training computes hardly compresses, and rows of an uncompressed
+        field can be read without the rest.
+        """
+        partial = path.with_suffix(".partial.npz")
+        columns: dict[str, Any] = {
+            f.name: np.asarray(getattr(self, f.name), order="C") for f in fields(self)
+        }
+        np.savez(partial, schema=np.int64(SCHEMA_VERSION), **columns)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Trajectory:
+        """Open what `save` wrote. The file may be removed afterwards.
+
+        Raises:
+            ValueError: the file is not a trajectory, is torn, or has another schema version.
+        """
+        try:
+            values, columns = open_archive(path, apart=LARGE)
+        except TornFile as error:
+            raise ValueError(f"{path.name}: expected a trajectory file. {error}") from error
+        version = int(values.pop("schema", np.int64(-1)))
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path.name}: expected trajectory schema {SCHEMA_VERSION}, got {version}. "
+                "Compare with the version of dpsgd-track that wrote it."
+            )
+        names = {f.name for f in fields(cls)}
+        if values.keys() | columns.keys() != names:
+            differing = (values.keys() | columns.keys()) ^ names
+            raise ValueError(
+                f"{path.name}: expected the fields of schema {SCHEMA_VERSION}; "
+                f"differing: {', '.join(sorted(differing))}."
+            )
+        scalars: dict[str, Any] = {
+            "initial_weights_hash": str(values["initial_weights_hash"]),
+            "noise_std": float(values["noise_std"]),
+            "expected_batch_size": int(values["expected_batch_size"]),
+        }
+        return cls.deferred({**values, **scalars}, columns)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a large field of a trajectory."""
+
+    of: Trajectory
+    name: str
+    first: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.end - self.first, *self.of.shape_of(self.name)[1:])
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        return self.of.read(self.name, self.first + start, self.first + stop)
+
+
+def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
+    S, N = shape_of("sample_index")
+    (L,), (P,) = shape_of("layer_names"), shape_of("parameter_names")
+    K = shape_of("gradient_sketch")[-1]
+    noise = shape_of("noise_samples")
+    wanted: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(_PER_STEP, (S,)),
+        "parameter_sizes": (P,),
+        **dict.fromkeys(("layer_weight_norm", "layer_grad_norm"), (S, L)),
+        **dict.fromkeys(("sample_rank", "sample_loss", "sample_norm", "clip_factor"), (S, N)),
+        "sample_norm_by_parameter": (S, N, P),
+        **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),
+        "noise_samples": (S, noise[1], P, noise[-1]),
+    }
+    for name, shape in wanted.items():
+        got = shape_of(name)
+        if got != shape:
+            raise ValueError(f"trajectory.{name}: expected shape {shape}, got {got}.")
+
+
+_PER_STEP = (
+    "step",
+    "loss",
+    "grad_norm",
+    "grad_norm_noised",
+    "clip_fraction",
+    "max_grad_norm",
+    "step_time_ms",
+    "peak_memory_gib",
+    "tokens_per_second",
+    "data_hash",
+)
+_BY_STEP = (*_PER_STEP, "layer_weight_norm", "layer_grad_norm", *SAMPLE_COLUMNS, *LARGE)
+
+
+def sketch_length(sketch: Floats) -> Floats:
+    """Estimated L2 norm of a tensor known by its sketch.
+
+    Args:
+        sketch: [..., K] projections.
+    Returns:
+        [...] sqrt(mean over K of sketch^2), whose square is an unbiased estimate
+        (Achlioptas, 2003, "Database-friendly random projections").
+    """
+    # Without a temporary of the squares, and without a call for each row of K.
+    sum_of_squares = np.einsum("...k,...k->...", sketch, sketch)
+    return cast(Floats, np.sqrt(sum_of_squares / sketch.shape[-1]))
+
+
+def sketch_distance(a: Floats, b: Floats) -> Floats:
+    """[...] estimated L2 distance between two tensors known by their sketches, [..., K] each."""
+    return sketch_length(a - b)

@@ -1,0 +1,261 @@
+"""Where a group is read: in the store, or in the spool while the store does not have all of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from dpsgd_track.config import Point, Settings, redact_uri
+from dpsgd_track.record import names
+from dpsgd_track.record.timings import Timings
+from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.store.client import one_line
+from dpsgd_track.store.history import History
+from dpsgd_track.store.reader import (
+    Group,
+    GroupNotFound,
+    ModeRun,
+    PointRun,
+    find_group,
+    group_of,
+    in_order,
+    is_point,
+    key_of,
+    metrics_of_trajectory,
+    never_started,
+    open_client,
+    point_never_timed,
+    rebuilt,
+)
+from dpsgd_track.store.spool import CONTROL, SpoolDamaged, SpoolWriter
+from dpsgd_track.store.spooled import SpooledGroup, SpooledRun, spooled_groups
+from dpsgd_track.store.sqlite_file import absolute_uri
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A group, and where it was read."""
+
+    group: Group
+    settings: Settings
+    spooled: SpooledGroup | None = None
+    """Its folder in the spool; None where it was read in the store."""
+
+    def attach(self, files: Sequence[tuple[Path, str]], tags: Mapping[str, str]) -> None:
+        """Put files, each into an artifact folder, and tags on the group's run where it was read.
+
+        What is put into the spool is shipped with the rest of it.
+        """
+        if self.spooled is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._spool(self.spooled.folder, files, tags)
+                return
+        client = open_client(self.settings.tracking_uri)
+        run_id = self.group.run_id
+        if self.spooled is not None:
+            # The store has all of it by now, and another name for the run.
+            run_id = find_group(client, self.settings, self.group.name).info.run_id
+        for path, folder in files:
+            client.log_artifact(run_id, str(path), folder)
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+
+    def _spool(
+        self, spool: Path, files: Sequence[tuple[Path, str]], tags: Mapping[str, str]
+    ) -> None:
+        """Put it into the spool; raises FileNotFoundError where that was removed meanwhile."""
+        writer = SpoolWriter(spool, f"attached{CONTROL}")
+        for path, folder in files:
+            writer.upload(self.group.run_id, path, folder)
+        writer.set_tags(self.group.run_id, tags)
+        writer.close()
+        # A folder that was renamed to be removed takes what is written to it along.
+        writer.path.stat()
+
+
+def read_group_anywhere(settings: Settings, wanted: str, tell: Callable[[str], object]) -> Found:
+    """The group that `wanted` names, with the trajectory of each mode run.
+
+    Args:
+        wanted: a group's name, a run id, or `latest`: the newest of both places.
+        tell: is told where it was read, if that is the spool.
+
+    Raises:
+        GroupNotFound: nothing matches.
+        Exception: the store does not answer, and the spool does not hold what is wanted.
+    """
+    local = _newest_spooled(settings, wanted, tell)
+    if local is not None and wanted != "latest":
+        return _spooled(settings, local[0], tell)
+    try:
+        client = open_client(settings.tracking_uri)
+        run = find_group(client, settings, wanted)
+    except Exception as error:
+        if local is None:
+            raise
+        if not isinstance(error, GroupNotFound):
+            where = redact_uri(settings.tracking_uri)
+            tell(f"{where} does not answer: {one_line(error)}")
+        return _spooled(settings, local[0], tell)
+    if local is not None and local[1].start_ms > (run.info.start_time or 0):
+        return _spooled(settings, local[0], tell)
+    return Found(group_of(client, run), settings)
+
+
+def _spooled(settings: Settings, group: SpooledGroup, tell: Callable[[str], object]) -> Found:
+    tell(f"Read in {group.folder}, as the store does not have all of {group.name} yet.")
+    found = read_spooled(group)
+    run = group.group_run()
+    if run is not None and run.is_resumed:
+        client = open_client(settings.tracking_uri)
+        found = _merged(group_of(client, find_group(client, settings, group.name)), found)
+    return Found(found, settings, group)
+
+
+def _merged(stored: Group, spooled: Group) -> Group:
+    """A group that was resumed: its runs in the store, but for those that are in the spool."""
+    newer = {run_key(run): run for run in spooled.runs if run.run_id}
+    runs = tuple(newer.pop(run_key(run), run) for run in stored.runs)
+    # Profiles are not resumed.
+    return replace(spooled, runs=(*runs, *newer.values()), points=stored.points)
+
+
+def run_key(run: ModeRun) -> tuple[str, str, str, str]:
+    """What tells a mode run from the others of its group; those of a profile apart."""
+    return run.mode, run.regime, run.variant, run.replay
+
+
+def _newest_spooled(
+    settings: Settings, wanted: str, tell: Callable[[str], object]
+) -> tuple[SpooledGroup, SpooledRun] | None:
+    """The newest group in the spool that is meant, with its run, if the store lacks any of it."""
+    target = redact_uri(absolute_uri(settings.tracking_uri))
+    found = []
+    for group in spooled_groups(Path(settings.spool_dir)):
+        try:
+            run = group.group_run()
+            if run is None or _is_shipped(group, target):
+                continue
+            is_meant = wanted in ("latest", group.name) or wanted in group.runs(with_rows=False)
+            if is_meant or wanted in group.state().get(target, {}).get("run_ids", {}).values():
+                found.append((group, run))
+        except FileNotFoundError:
+            # What is gone meanwhile is in the store.
+            continue
+        except SpoolDamaged as error:
+            if wanted == group.name:
+                raise GroupNotFound(str(error)) from error
+            tell(str(error))
+    return max(found, key=lambda pair: pair[1].start_ms, default=None)
+
+
+def _is_shipped(group: SpooledGroup, target: str) -> bool:
+    acknowledged = group.state().get(target, {}).get("acknowledged", {})
+    return bool(acknowledged) and group.sizes() == acknowledged
+
+
+def read_spooled(spooled: SpooledGroup) -> Group:
+    """The group that a folder of the spool holds, as far as it goes.
+
+    Raises:
+        GroupNotFound: its launcher died before its first record was whole.
+    """
+    runs = spooled.runs()
+    group = next((run for run in runs.values() if run.kind == names.KIND_GROUP), None)
+    if group is None:
+        raise GroupNotFound(
+            f"group={spooled.name!r}: expected the group's own run in {spooled.folder}."
+        )
+    modes = [run for run in runs.values() if run.kind == names.KIND_MODE]
+    newest = {key_of(run.tags): run for run in sorted(modes, key=lambda run: run.start_ms)}
+    kept = {run.key for run in newest.values()}
+    ranks = [run for run in runs.values() if run.kind == names.KIND_RANK and run.parent in kept]
+    keys = in_order(group.tags, newest)
+    return Group(
+        name=spooled.name,
+        run_id=group.key,
+        tags=group.tags,
+        params=group.params,
+        start_time_ms=group.start_ms,
+        runs=tuple(_mode_run(key, newest.get(key)) for key in keys if not is_point(key)),
+        points=tuple(_point_run(key, newest.get(key)) for key in keys if is_point(key)),
+        rank_statuses=dict(Counter(run.status for run in ranks)),
+        superseded=len(modes) - len(newest),
+    )
+
+
+def _mode_run(key: tuple[str, ...], run: SpooledRun | None) -> ModeRun:
+    if run is None:
+        return never_started(key)
+    mode, regime, variant, replay, _ = key
+    trajectory, missing = _trajectory(run)
+    return ModeRun(
+        mode=mode,
+        regime=regime,
+        variant=variant,
+        replay=replay,
+        run_id=run.key,
+        status=run.status,
+        reason=run.tags.get(names.REASON, ""),
+        params=run.params,
+        tags=run.tags,
+        metrics=run.last_metrics(),
+        trajectory=trajectory,
+        trajectory_missing=missing,
+    )
+
+
+def _point_run(key: tuple[str, ...], run: SpooledRun | None) -> PointRun:
+    if run is None:
+        return point_never_timed(key)
+    mode, regime, variant, _, point = key
+    timings, missing = None, ""
+    try:
+        timings = _load(run, names.TIMINGS_FILE, Timings.load)
+    except (ValueError, LookupError) as error:
+        missing = str(error)
+    return PointRun(
+        mode=mode,
+        regime=regime,
+        variant=variant,
+        point=Point.parse(point),
+        run_id=run.key,
+        status=run.status,
+        reason=run.tags.get(names.REASON, ""),
+        params=run.params,
+        tags=run.tags,
+        timings=timings,
+        timings_missing=missing,
+    )
+
+
+def _load(run: SpooledRun, name: str, load: Callable[[Path], Result]) -> Result:
+    """What `load` makes of the run's file `name`.
+
+    Raises:
+        ValueError: it is something else.
+        LookupError: it is not there.
+    """
+    path = next((path for path, _ in reversed(run.files) if path.name == name), None)
+    if path is None or not path.is_file():
+        raise LookupError(f"{name} was not written")
+    return load(path)
+
+
+def _trajectory(run: SpooledRun) -> tuple[Trajectory | None, str]:
+    try:
+        return _load(run, names.TRAJECTORY_FILE, Trajectory.load), ""
+    except (ValueError, LookupError) as error:
+        missing = str(error)
+    history: History = defaultdict(dict)
+    for row in run.rows:
+        for metric, value in zip(row.keys, row.values, strict=True):
+            history[metric][row.step] = value
+    wanted = metrics_of_trajectory(history)
+    return rebuilt({metric: history[metric] for metric in wanted}, missing)

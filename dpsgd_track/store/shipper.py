@@ -1,0 +1,467 @@
+"""Ships a spooled group to a tracking store, as often as it takes, and counts what arrived.
+
+Sending anything twice changes nothing: a store keeps one of several equal (metric, step, time,
+value), params and tags may be set again, a file replaces itself, and a run is found by the key it
+carries. So whatever was not acknowledged is simply sent again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpsgd_track.config import redact_uri
+from dpsgd_track.record import names
+from dpsgd_track.store import exact
+from dpsgd_track.store.client import is_about_the_record, one_line
+from dpsgd_track.store.exact import Point
+from dpsgd_track.store.history import all_points
+from dpsgd_track.store.inventory import Inventory, Name, Points
+from dpsgd_track.store.run_tree import MAX_PARAM_LENGTH
+from dpsgd_track.store.spool import (
+    CONTROL,
+    Event,
+    MetricRow,
+    SpoolDamaged,
+    SpoolReader,
+    spool_files,
+)
+from dpsgd_track.store.spooled import ELSEWHERE, RUNNING, Busy, SpooledGroup, SpooledRun
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+MAX_METRICS_PER_BATCH = 1000
+MAX_PARAMS_PER_BATCH = 100
+MAX_TAGS_PER_BATCH = 100
+_ROWS_AT_ONCE, _VALUES_AT_ONCE = 200, 20_000
+"""What is held in memory of a backlog, however long it is: so many steps, unless one of them has
+more values than that."""
+_REPORT_TIMEOUT_S = 10.0
+
+
+class NotThereYet(Exception):
+    """Runs that another machine keeps are not in the store yet; call again later."""
+
+
+class Shipper:
+    """Takes one group to one store. The group is held by the caller."""
+
+    def __init__(
+        self, group: SpooledGroup, client: MlflowClient, tracking_uri: str, experiment_id: str
+    ) -> None:
+        """
+        Args:
+            client: of the store at `tracking_uri`.
+            experiment_id: where runs are created.
+        """
+        self.group = group
+        self._client = client
+        self._experiment_id = experiment_id
+        self._target = redact_uri(tracking_uri)
+        state = group.state().get(self._target, {})
+        self.run_ids: dict[str, str] = {}
+        """Id in the store of each run, by its key."""
+        self._acknowledged: dict[str, int] = {}
+        if state.get("experiment_id") == experiment_id:
+            self.run_ids, self._acknowledged = state["run_ids"], state["acknowledged"]
+        self._readers: dict[str, SpoolReader] = {}
+        self._inexact: dict[str, list[tuple[Point, float]]] = defaultdict(list)
+        self.refused: dict[str, str] = {}
+        """Why records of a spool file can't be shipped, by its name."""
+        self._is_sure_of_runs = False
+
+    def ship(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Ship what is there and not acknowledged yet.
+
+        Returns:
+            Whether there was anything.
+
+        Raises:
+            Exception: the store is away, or refuses everything; call again later.
+        """
+        self._make_sure_of_runs()
+        before = dict(self._acknowledged)
+        ends: list[tuple[str, int, Event]] = []
+        read: dict[str, int] = {}
+        for file, offset, rows, event in self._unread():
+            if should_stop():
+                return True
+            if offset <= self._acknowledged.get(file.name, 0):
+                for row in rows:
+                    self._inexact[row.run] += exact.inexact(row)
+                continue
+            self._attempt(file, partial(self._ship_rows, rows))
+            # What ends a run is kept back until everything written before it is there.
+            if event is not None and event["do"] == "end":
+                ends.append((file.name, offset, event))
+            elif event is not None:
+                if event["do"] == "reopen":
+                    # It ended before it was shipped, and goes on.
+                    ends = [end for end in ends if end[2]["run"] != event["run"]]
+                self._attempt(file, partial(self._ship_event, event))
+            read[file.name] = offset
+            if not ends or file.suffix != CONTROL:
+                self._acknowledge(file.name, offset)
+        for name, offset, event in ends:
+            self._attempt(self.group.folder / name, partial(self._end, event))
+            self._acknowledge(name, offset)
+        for name, offset in read.items():
+            self._acknowledge(name, offset)
+        if self._acknowledged != before:
+            self._save()
+        return bool(read)
+
+    def _unread(self) -> Iterator[tuple[Path, int, list[MetricRow], Event | None]]:
+        """What is there and was not read yet, control files first, each with its file.
+
+        What workers left is listed only when control files were read to their end: a worker may
+        have come and gone meanwhile, and what it observed goes before the end of its run.
+        """
+        for is_control in (True, False):
+            for file in spool_files(self.group.folder):
+                if (file.suffix == CONTROL) != is_control:
+                    continue
+                try:
+                    for chunk in _chunks(self._reader(file)):
+                        yield file, *chunk
+                except SpoolDamaged as error:
+                    self.refused.setdefault(file.name, str(error))
+
+    def is_there(self) -> None:
+        """Raise if the store does not answer; costs little."""
+        self._client.get_experiment(self._experiment_id)
+
+    # A failed attempt leaves its file where it was, so that the next process begins there.
+    def _acknowledge(self, name: str, offset: int) -> None:
+        if name not in self.refused:
+            self._acknowledged[name] = offset
+
+    def _reader(self, file: Path) -> SpoolReader:
+        return self._readers.setdefault(file.name, SpoolReader(file))
+
+    def _attempt(self, file: Path, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if not is_about_the_record(error):
+                # What was read and not sent has to be read again.
+                self._readers.clear()
+                self._inexact.clear()
+                raise
+            self.refused.setdefault(file.name, one_line(error))
+
+    def _save(self) -> None:
+        state = self.group.state()
+        state[self._target] = {
+            "experiment_id": self._experiment_id,
+            "run_ids": self.run_ids,
+            "acknowledged": self._acknowledged,
+        }
+        try:
+            self.group.save_state(state)
+        except OSError:
+            # The next process sends more than it needs to.
+            return
+
+    def _make_sure_of_runs(self) -> None:
+        """Know which runs are in the store: a call that was cut off may have created one."""
+        if self._is_sure_of_runs:
+            return
+        if self.group.is_part:
+            # All runs of a large group, asked for by every machine, would stop a server.
+            known = {key: run_id for key in self.run_ids if (run_id := self._look_up(key))}
+        else:
+            known = {
+                key: before if (before := self.run_ids.get(key, "")) in ids else ids[0]
+                for key, ids in self._found().items()
+            }
+        if not self.run_ids.items() <= known.items():
+            # It is another database than it was.
+            self._acknowledged.clear()
+        self.run_ids = known
+        self._is_sure_of_runs = True
+
+    def _found(self) -> dict[str, list[str]]:
+        """Ids of the group's runs in the store, by their keys."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for run in self._search():
+            if key := run.data.tags.get(names.KEY):
+                found[key].append(str(run.info.run_id))
+        return found
+
+    def remove_doubles(self) -> None:
+        """Delete runs that the store created after nobody waited for them any more."""
+        for key, ids in self._found().items():
+            for run_id in set(ids) - {self.run_ids.get(key, ids[0])}:
+                self._client.delete_run(run_id)
+
+    def _search(self) -> Iterator[Any]:
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment_id],
+                filter_string=f"tags.`{names.GROUP}` = '{self.group.name}'",
+                max_results=500,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _ship_event(self, event: Event) -> None:
+        match event["do"]:
+            case "run":
+                self._create(event)
+            case "join":
+                self._find(event["run"])
+            case "reopen":
+                self._client.update_run(self._id(event["run"]), RUNNING)
+            case "params":
+                self._log_params(self._id(event["run"]), event["params"])
+            case "tags":
+                self._set_tags(self._id(event["run"]), event["tags"])
+            case "file":
+                path = str(self.group.folder / event["path"])
+                self._client.log_artifact(self._id(event["run"]), path, event["folder"] or None)
+
+    def _find(self, key: str) -> None:
+        if key in self.run_ids:
+            return
+        run_id = self._look_up(key)
+        if not run_id:
+            raise NotThereYet(f"Node 0 has not shipped {self.group.name} to there yet.")
+        self.run_ids[key] = run_id
+
+    def _look_up(self, key: str) -> str:
+        """Id in the store of a run; empty where it is not there."""
+        query = f"tags.`{names.KEY}` = '{key}'"
+        order = ["attributes.start_time ASC"]
+        found = self._client.search_runs(
+            [self._experiment_id], query, max_results=1, order_by=order
+        )
+        return str(found[0].info.run_id) if found else ""
+
+    def _id(self, key: str) -> str:
+        return self.run_ids[key]
+
+    def _create(self, event: Event) -> None:
+        key = event["run"]
+        if key not in self.run_ids:
+            tags = {**event["tags"], names.KEY: key}
+            if parent := tags.get(names.PARENT_RUN):
+                tags[names.PARENT_RUN] = self._id(parent)
+            self._is_sure_of_runs = False
+            run = self._client.create_run(
+                self._experiment_id, start_time=event["time_ms"], tags=tags, run_name=event["title"]
+            )
+            self._is_sure_of_runs = True
+            self.run_ids[key] = str(run.info.run_id)
+        self._log_params(self.run_ids[key], event["params"])
+
+    def _end(self, event: Event) -> None:
+        run_id = self._id(event["run"])
+        problem: Exception | None = None
+        if points := self._inexact.get(event["run"]):
+            try:
+                self._client.log_text(run_id, exact.to_json(points), exact.FILE)
+                self._set_tags(run_id, {names.INEXACT_VALUES: str(len(points))})
+            except Exception as error:
+                if not is_about_the_record(error):
+                    raise
+                problem = error
+        if event["status"] != ELSEWHERE:
+            self._client.set_terminated(run_id, event["status"], event["time_ms"])
+        if problem is not None:
+            raise problem
+
+    def _log_params(self, run_id: str, params: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        entities = [Param(key, storable(value)) for key, value in params.items()]
+        for start in range(0, len(entities), MAX_PARAMS_PER_BATCH):
+            batch = entities[start : start + MAX_PARAMS_PER_BATCH]
+            self._client.log_batch(run_id, params=batch)
+
+    def _set_tags(self, run_id: str, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(key, storable(value)) for key, value in tags.items()]
+        for start in range(0, len(entities), MAX_TAGS_PER_BATCH):
+            self._client.log_batch(run_id, tags=entities[start : start + MAX_TAGS_PER_BATCH])
+
+    def _ship_rows(self, rows: Sequence[MetricRow]) -> None:
+        from mlflow.entities import Metric
+
+        metrics: dict[str, list[Metric]] = defaultdict(list)
+        for row in rows:
+            self._inexact[row.run] += exact.inexact(row)
+            metrics[row.run] += [
+                Metric(key, value, row.time_ms, row.step)
+                for key, value in zip(row.keys, row.values, strict=True)
+            ]
+        problem: Exception | None = None
+        for run, entities in metrics.items():
+            for start in range(0, len(entities), MAX_METRICS_PER_BATCH):
+                batch = entities[start : start + MAX_METRICS_PER_BATCH]
+                problem = self._log_metrics(self._id(run), batch) or problem
+        if problem is not None:
+            raise problem
+
+    def _log_metrics(self, run_id: str, batch: Sequence[Metric]) -> Exception | None:
+        """Log them all; one that the store refuses does not take the others with it."""
+        try:
+            self._client.log_batch(run_id, metrics=batch)
+        except Exception as error:
+            if not is_about_the_record(error):
+                raise
+            if len(batch) == 1 or not _is_about_a_value(error):
+                return error
+            half = len(batch) // 2
+            problems = [self._log_metrics(run_id, part) for part in (batch[:half], batch[half:])]
+            return next(filter(None, problems), None)
+        return None
+
+    def differences(self, *, count: bool = True) -> list[str]:
+        """What the store does not hold as the spool does; empty where all is there.
+
+        Args:
+            count: compare every value of every metric; else only that each metric, param, status
+                and file is there.
+        """
+        found: list[str] = []
+        inventory = Inventory(self.group)
+        whole: set[str] = set()
+        for run in inventory.runs.values():
+            if run.key not in self.run_ids:
+                found.append(f"{run.title or run.key}: the run is not there")
+                continue
+            stored = self._client.get_run(self.run_ids[run.key])
+            problems = list(self._differences(run, stored))
+            metrics = inventory.metrics[run.key]
+            if missing := metrics - stored.data.metrics.keys():
+                problems.append(f"{len(missing)} of {len(metrics)} metrics are missing")
+            else:
+                whole.add(run.key)
+            found += [f"{run.title or run.key}: {line}" for line in problems]
+        for points in inventory.parts(whole.__contains__) if count else ():
+            found += self._other_values(inventory.runs, points)
+        return found
+
+    def _other_values(
+        self, runs: Mapping[str, SpooledRun], points: Mapping[Name, Points]
+    ) -> Iterator[str]:
+        metrics: dict[str, list[str]] = defaultdict(list)
+        for run, metric in points:
+            metrics[run].append(metric)
+        for run, asked in metrics.items():
+            for metric, held in all_points(self._client, self.run_ids[run], asked):
+                wanted = points[run, metric]
+                if len(held) != len(wanted) or set(held) != wanted:
+                    counts = f"{len(held)} values instead of {len(wanted)}"
+                    yield f"{runs[run].title or run}: {metric}: {counts}"
+
+    def _differences(self, run: SpooledRun, stored: Run) -> Iterator[str]:
+        if run.status == RUNNING:
+            yield "it did not end"
+        if run.status not in (stored.info.status, ELSEWHERE):
+            yield f"its status is {stored.info.status}, not {run.status}"
+        run_id = self.run_ids[run.key]
+        for what, kept, held in (
+            ("params", run.params, stored.data.params),
+            ("tags", run.tags, stored.data.tags),
+        ):
+            if missing := kept.keys() - held.keys():
+                yield f"{len(missing)} of {len(kept)} {what} are missing"
+        for key, param in run.params.items():
+            ours = storable(param)[:MAX_PARAM_LENGTH]
+            if (theirs := stored.data.params.get(key, ours)) != ours:
+                yield f"its param {key} is {theirs[:80]!r}, not {ours[:80]!r}"
+        # Of several files of one name the last one stays.
+        files = {(where, path.name): path for path, where in run.files}
+        for folder in {where for where, _ in files}:
+            artifacts = self._client.list_artifacts(run_id, folder or None)
+            listed = {artifact.path: artifact.file_size for artifact in artifacts}
+            for (where, name), path in files.items():
+                place = f"{where}/{name}" if where else name
+                if where != folder:
+                    continue
+                if place not in listed:
+                    yield f"{place} is missing"
+                elif path.is_file() and listed[place] not in (None, size := path.stat().st_size):
+                    yield f"{place} has {listed[place]} bytes instead of {size}"
+
+
+def settle(
+    shipper: Shipper, *, count: bool, should_stop: Callable[[], bool] = lambda: False
+) -> list[str]:
+    """Ship a group that nobody writes to, and remove its spool once all of it is seen to be there.
+
+    Args:
+        count: compare every value of every metric.
+    Returns:
+        What is not in the store as it is in the spool; empty where the spool was removed.
+
+    Raises:
+        Busy: somebody writes to it.
+        Exception: the store is away.
+    """
+    sizes: dict[str, int] = {}
+    # A comparison may have added its report meanwhile.
+    while sizes != (sizes := _sizes_at_rest(shipper.group)):
+        while shipper.ship(should_stop):
+            if should_stop():
+                return ["not everything was shipped"]
+        if problems := [*shipper.refused.values(), *shipper.differences(count=count)]:
+            return problems
+    if not shipper.group.is_part:
+        shipper.remove_doubles()
+    if should_stop():
+        return ["it was not removed from the spool"]
+    shipper.group.remove()
+    return []
+
+
+def _sizes_at_rest(group: SpooledGroup) -> dict[str, int]:
+    """Sizes of the spool files once nobody writes to them: a comparison adds its report."""
+    deadline = time.monotonic() + _REPORT_TIMEOUT_S
+    while group.is_being_written():
+        if time.monotonic() > deadline:
+            raise Busy(f"{group.name}: another process writes to it. Wait for it to end.")
+        time.sleep(0.02)
+    return group.sizes()
+
+
+def storable(text: str) -> str:
+    """`text` without what no database keeps: the character NUL, and halves of characters."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
+def _is_about_a_value(error: Exception) -> bool:
+    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+def _chunks(reader: SpoolReader) -> Iterator[tuple[int, list[MetricRow], Event | None]]:
+    """Records of a file in order: rows, then the event after them, and the byte after all."""
+    rows: list[MetricRow] = []
+    num_values = 0
+    offset = reader.offset
+    for offset, record in reader.records():
+        if isinstance(record, MetricRow):
+            rows.append(record)
+            num_values += len(record.values)
+            if len(rows) < _ROWS_AT_ONCE and num_values < _VALUES_AT_ONCE:
+                continue
+            yield offset, rows, None
+        else:
+            yield offset, rows, record
+        rows, num_values = [], 0
+    if rows:
+        yield offset, rows, None

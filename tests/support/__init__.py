@@ -1,0 +1,1 @@
+"""What tests share: made-up groups, programs that run in ranks, servers, and defective modes."""
