@@ -8,7 +8,6 @@ change speed and memory and never the guarantee. Errors read
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -303,34 +302,6 @@ PROBE_DATA = DataConfig(seq_length=17, batch_size=5, ragged=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """One run of a profile: a shape, and its place among the group's runs."""
-
-    seq_length: int
-    """Tokens in a sample (T)."""
-    batch_size: int
-    """Samples in a micro-batch of a rank (B)."""
-    order: int
-    """1 for the run that is timed first."""
-
-    def __str__(self) -> str:
-        return f"T{self.seq_length}-B{self.batch_size}-{self.order}"
-
-    @classmethod
-    def parse(cls, text: str) -> Point:
-        """The point that reads as `text`.
-
-        Raises:
-            ValueError: none does.
-        """
-        match = re.fullmatch(r"T(\d+)-B(\d+)-(\d+)", text, re.ASCII)
-        require(match is not None, "point", text, "a point such as T64-B2-1")
-        assert match is not None
-        seq_length, batch_size, order = map(int, match.groups())
-        return cls(seq_length=seq_length, batch_size=batch_size, order=order)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RegimeConfig:
     """One pass over fresh weights: how many steps, of what shape, under which privacy."""
 
@@ -355,8 +326,8 @@ class RegimeConfig:
     replay: str = ""
     """again, permuted, ulp or plain where the run only measures the numerical floor; silent for
     the twin of a noisy run; else empty."""
-    point: str = ""
-    """Of a profile, which of its runs this is, as Point reads; else empty."""
+    order: int = 0
+    """Place among the timed runs of a profile, 1 for the first; 0 elsewhere."""
 
     @property
     def kind(self) -> str:
@@ -366,9 +337,8 @@ class RegimeConfig:
     def __post_init__(self) -> None:
         require(self.name in REGIMES, "regime", self.name, f"one of {', '.join(REGIMES)}")
         require(self.replay in REPLAYS, "replay", self.replay, f"one of {', '.join(REPLAYS)}")
-        if self.point:
-            Point.parse(self.point)
-            require(self.name == PROFILE, "point", self.point, f"none but in regime {PROFILE}")
+        is_timed = self.name == PROFILE
+        require(self.order >= 0 and (is_timed or not self.order), "order", self.order, "0")
         require(self.num_iter >= 1, "num_iter", self.num_iter, "an integer >= 1")
         require(self.warmup_iter >= 0, "warmup_iter", self.warmup_iter, "an integer >= 0")
         require(self.micro_batches >= 1, "micro_batches", self.micro_batches, "an integer >= 1")
@@ -400,6 +370,10 @@ class VariantConfig:
     """The checkout, as it was given."""
     root: str
     """Absolute folder in it that holds its packages; first on the import path of the workers."""
+    git_revision: str = ""
+    """Commit of the checkout; empty where it is no repository."""
+    git_dirty: bool = False
+    """True if the checkout has uncommitted changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,7 +407,7 @@ class NodesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """What one process group (one mode, its regimes in turn) is started with."""
+    """One process group: one mode, and its regimes in turn."""
 
     mode: str
     """A mode's name, `opacus:GRAD_SAMPLE_MODE`, or `package.module:factory`."""
@@ -455,15 +429,6 @@ class JobConfig:
     """Ranks that have a run of their own: all, 0 (rank 0 alone), or how many."""
     delta: float = 1e-5
     """Probability with which the epsilon that is recorded may fail to hold."""
-    spool: str = ""
-    """Folder of the group's spool, which the workers append their records to; empty when nothing
-    is tracked."""
-    run_ids: tuple[str, ...] = ()
-    """Run of this mode in each regime, as it is called in the spool."""
-    rank_run_ids: tuple[tuple[str, ...], ...] = ()
-    """For each regime, the run of each rank; empty for one that is not logged."""
-    work_dir: str = ""
-    """Folder the workers leave trajectories, progress and failure reports in."""
     variant: VariantConfig | None = None
     """Code that is run in place of what is installed."""
 
@@ -490,41 +455,15 @@ class JobConfig:
 
     @property
     def title(self) -> str:
-        """`label`, with the shape where it is one of a profile's: `no_dp (T=64, B=2)`."""
-        points = [Point.parse(regime.point) for regime in self.regimes if regime.point]
-        return "".join(
-            [self.label, *(f" (T={point.seq_length}, B={point.batch_size})" for point in points)]
-        )
+        """`label`, with the shape where it is timed: `no_dp (T=64, B=2)`."""
+        shape = f" (T={self.data.seq_length}, B={self.data.batch_size})"
+        return self.label + (shape if self.is_timed else "")
 
     def run_in(self, regime: RegimeConfig) -> JobConfig:
         """The job with the model and data of `regime`: the probe's, or the user's."""
         if not is_probe(regime.name):
             return self
         return replace(self, model=PROBE_MODEL, data=PROBE_DATA)
-
-    def to_json(self) -> str:
-        """The configuration as JSON; it never holds a token."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> JobConfig:
-        """The inverse of `to_json`."""
-        raw = json.loads(text)
-        regimes = [
-            RegimeConfig(**{**regime, "max_grad_norms": tuple(regime["max_grad_norms"])})
-            for regime in raw.pop("regimes")
-        ]
-        variant = raw.pop("variant")
-        return cls(
-            variant=VariantConfig(**variant) if variant else None,
-            model=ModelConfig(**raw.pop("model")),
-            data=DataConfig(**raw.pop("data")),
-            performance=PerformanceConfig(**raw.pop("performance")),
-            regimes=tuple(regimes),
-            run_ids=tuple(raw.pop("run_ids")),
-            rank_run_ids=tuple(tuple(ids) for ids in raw.pop("rank_run_ids")),
-            **raw,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

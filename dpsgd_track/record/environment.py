@@ -7,27 +7,64 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpsgd_track import __version__
 
-PACKAGES = ("torch", "triton", "transformers", "opacus", "mlflow")
+NOT_INSTALLED = "not installed"
 
 
-def environment() -> dict[str, str]:
-    """Facts about this process's machine and software; reads metadata, imports no package."""
-    facts = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "dpsgd_track": __version__,
-    }
-    for package in PACKAGES:
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed"
-    return facts | git_facts(Path.cwd())
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Facts about a machine and its software."""
+
+    python: str
+    platform: str
+    cpu: str
+    """Model name of the processor."""
+    dpsgd_track: str
+    torch: str
+    triton: str
+    transformers: str
+    opacus: str
+    mlflow: str
+    """Versions; `not installed` for what is missing."""
+    git_revision: str = ""
+    """Commit of the working directory's repository; empty outside of one."""
+    git_dirty: bool = False
+    """True if that repository has uncommitted changes."""
+
+    def items(self) -> Iterator[tuple[str, str]]:
+        """(name, value) of each fact, as it is shown."""
+        for name, value in vars(self).items():
+            yield name, str(value).lower() if isinstance(value, bool) else value
+
+
+def environment() -> Environment:
+    """This process's environment; reads metadata, imports no package."""
+    revision, is_dirty = git_facts(Path.cwd())
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=_cpu_model(),
+        dpsgd_track=__version__,
+        torch=_version_of("torch"),
+        triton=_version_of("triton"),
+        transformers=_version_of("transformers"),
+        opacus=_version_of("opacus"),
+        mlflow=_version_of("mlflow"),
+        git_revision=revision,
+        git_dirty=is_dirty,
+    )
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return NOT_INSTALLED
 
 
 def imported_from(root: str) -> dict[str, str]:
@@ -36,16 +73,16 @@ def imported_from(root: str) -> dict[str, str]:
     Only what the folder itself holds counts: a virtual environment inside it does not.
     """
     root = os.path.realpath(root)
-    found = {}
+    versions: dict[str, str] = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         package = name.partition(".")[0]
-        if file is None or package in found:
+        if file is None or package in versions:
             continue
-        place = os.path.realpath(file)
-        if place == f"{root}/{package}.py" or place.startswith(f"{root}/{package}/"):
-            found[package] = str(getattr(sys.modules.get(package), "__version__", "unknown"))
-    return found
+        path = os.path.realpath(file)
+        if path == f"{root}/{package}.py" or path.startswith(f"{root}/{package}/"):
+            versions[package] = str(getattr(sys.modules.get(package), "__version__", "unknown"))
+    return versions
 
 
 def _cpu_model() -> str:
@@ -60,13 +97,12 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def git_facts(folder: Path) -> dict[str, str]:
-    """Revision of the repository that `folder` is in, and whether it has changes; else empty."""
+def git_facts(folder: Path) -> tuple[str, bool]:
+    """Commit of the repository that holds `folder`, and whether it has uncommitted changes."""
     revision = _git(folder, "rev-parse", "HEAD")
     if not revision:
-        return {}
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"git_revision": revision, "git_dirty": str(bool(changes)).lower()}
+        return "", False
+    return revision, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
 
 
 def _git(folder: Path, *arguments: str) -> str:

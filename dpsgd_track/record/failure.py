@@ -1,116 +1,148 @@
-"""Why a run failed, in a sentence, and what to try. One table: failure kind -> words."""
+"""Why a run failed: its kind, in words, and what to try. One table: failure kind -> words."""
 
 from __future__ import annotations
 
-import re
+import enum
 from dataclasses import dataclass
 
-OUT_OF_MEMORY = "out_of_memory"
-NOT_FINITE = "not_finite"
-CONFIG = "config"
-TRACKING = "tracking"
-DISK_FULL = "disk_full"
-ERROR = "error"
-KILLED = "killed"
-NO_TRAJECTORY = "no_trajectory"
-NOT_STARTED = "not_started"
-NO_CLIP_BOUNDS = "no_clip_bounds"
-NODE_LOST = "node_lost"
+from dpsgd_track.record.codec import Codec
 
-_TABLE: dict[str, tuple[str, str]] = {
-    OUT_OF_MEMORY: (
+
+class FailureKind(enum.StrEnum):
+    """What went wrong; decisions are made by it alone, never by the message."""
+
+    OUT_OF_MEMORY = "out_of_memory"
+    NOT_FINITE = "not_finite"
+    UNEQUAL_NOISE = "unequal_noise"
+    """Ranks that hold copies of the same parameter added different noise to it."""
+    SETTING = "setting"
+    """A setting does not fit the machine, the model or the mode."""
+    MODE = "mode"
+    """The mode's own code, or what it called, raised an exception."""
+    ERROR = "error"
+    """Our own code raised an exception, or nothing is known but the exit code."""
+    TRACKING = "tracking"
+    DISK_FULL = "disk_full"
+    KILLED = "killed"
+    INTERRUPTED = "interrupted"
+    MACHINE_LOST = "machine_lost"
+    PEER = "peer"
+    """A rank lost the others, which says nothing of why."""
+    LAUNCHER_DIED = "launcher_died"
+    NO_TRAJECTORY = "no_trajectory"
+    NOT_STARTED = "not_started"
+    NO_CLIP_BOUNDS = "no_clip_bounds"
+    UNUSED_VARIANT = "unused_variant"
+
+
+_WORDS: dict[FailureKind, tuple[str, str]] = {
+    FailureKind.OUT_OF_MEMORY: (
         "out of memory",
         "Try a smaller --batch-size, a shorter --seq-length, a smaller --model-name, "
         "or --param-dtype bfloat16.",
     ),
-    NOT_FINITE: (
-        "a value became NaN or infinite (not-finite)",
+    FailureKind.NOT_FINITE: (
+        "a value became NaN or infinite",
         "Try a smaller --learning-rate, a smaller --sigma, or --param-dtype float32; "
         "if other modes stay finite on the same data, the mode is at fault.",
     ),
-    CONFIG: (
-        "the configuration does not fit",
+    FailureKind.UNEQUAL_NOISE: (
+        "copies of the noise differ",
+        "Ranks that hold the same elements have to draw the same noise for them.",
+    ),
+    FailureKind.SETTING: (
+        "a setting does not fit",
         "Change the option named above; `launch.py modes` lists the modes.",
     ),
-    TRACKING: (
+    FailureKind.MODE: (
+        "the mode raised an exception",
+        "Read the log; `launch.py single --mode NAME` runs this mode alone.",
+    ),
+    FailureKind.ERROR: (
+        "the worker raised an exception",
+        "Read the log; `launch.py single --mode NAME` runs this mode alone.",
+    ),
+    FailureKind.TRACKING: (
         "records could not be kept on this machine",
         "Make room, or choose another --spool; then `launch.py resume GROUP` runs what is missing.",
     ),
-    DISK_FULL: (
+    FailureKind.DISK_FULL: (
         "the disk is full",
         "Make room where results_dir and the spool are; then `launch.py resume GROUP` runs what is "
         "missing.",
     ),
-    ERROR: (
-        "the worker raised an error",
-        "Read the log; `launch.py single --mode NAME` runs this mode alone.",
-    ),
-    KILLED: (
+    FailureKind.KILLED: (
         "the process group was killed",
         "Signal 9 is most often the kernel running out of memory: try a smaller --batch-size, "
         "a shorter --seq-length, or fewer ranks with --nproc-per-node.",
     ),
-    NODE_LOST: (
+    FailureKind.INTERRUPTED: (
+        "interrupted",
+        "`launch.py resume GROUP` runs what is missing.",
+    ),
+    FailureKind.MACHINE_LOST: (
         "a machine was lost",
         "See that every machine is up and reaches the others; then `launch.py resume GROUP` on all "
         "of them runs what is missing.",
     ),
-    NO_TRAJECTORY: (
+    FailureKind.PEER: (
+        "a rank lost its connection to the others",
+        "Read the logs of the other ranks: one of them ended first.",
+    ),
+    FailureKind.LAUNCHER_DIED: (
+        "its launcher died before it could say how the run ended",
+        "`launch.py resume GROUP` runs what is missing.",
+    ),
+    FailureKind.NO_TRAJECTORY: (
         "the worker ended without leaving a trajectory",
         "Read the log; a mode of your own must run every step it is asked to.",
     ),
-    NOT_STARTED: (
+    FailureKind.NOT_STARTED: (
         "not started",
         "See the run of that regime.",
     ),
-    NO_CLIP_BOUNDS: (
+    FailureKind.NO_CLIP_BOUNDS: (
         "not started: the clipping bounds are unknown",
         "The mode `reference` measures them and failed: see its run.",
     ),
+    FailureKind.UNUSED_VARIANT: (
+        "nothing was imported from the variant, so that what ran is the installed code",
+        "Check the path, or add a mode that uses what the variant brings.",
+    ),
 }
-
-
-_ECHO = re.compile(
-    r"connection (?:closed|reset|was reset) by|broken pipe|remote process exited|socket timeout"
-    r"|timed? ?out|heartbeat|DistNetworkError|DistStoreError|Gloo|NCCL",
-    re.IGNORECASE,
-)
-"""What the communication libraries say of a rank that ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """What went wrong, as far as it is known."""
 
-    kind: str
-    """A key of this module's table; an unknown one reads as `error`."""
+    kind: FailureKind
     message: str = ""
-    """The error's own words."""
+    """The error's own words, on one line."""
+    place: str = ""
+    """Innermost line of code outside of torch, and whose it is: `in fork.py:31 of mode x:Y`."""
     regime: int | None = None
     """Index of the regime it happened in."""
     step: int | None = None
     """Step it happened at."""
     rank: int | None = None
-    """Rank it was reported by."""
+    """Rank that reported it."""
 
     @property
     def reason(self) -> str:
         """What happened and where, in one line."""
-        places = [
+        at = [
             f"{name} {value}"
             for name, value in (("step", self.step), ("rank", self.rank))
             if value is not None
         ]
-        where = f" at {', '.join(places)}" if places else ""
-        summary = _TABLE.get(self.kind, _TABLE[ERROR])[0]
-        return f"{summary}{where}" + (f": {self.message}" if self.message else ".")
-
-    @property
-    def is_echo(self) -> bool:
-        """Whether it may say no more than that another rank is gone."""
-        return self.kind == ERROR and bool(_ECHO.search(self.message))
+        where = (f" at {', '.join(at)}" if at else "") + (f" {self.place}" if self.place else "")
+        return f"{_WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else ".")
 
     @property
     def advice(self) -> str:
         """What to try next."""
-        return _TABLE.get(self.kind, _TABLE[ERROR])[1]
+        return _WORDS[self.kind][1]
+
+
+FAILURE = Codec(Failure, "dpsgd-track/failure", 1)

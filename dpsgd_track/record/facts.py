@@ -1,0 +1,47 @@
+"""What is known of a run once it has run, beside what it observed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dpsgd_track.record.codec import Codec
+from dpsgd_track.record.environment import Environment
+
+FACTS_FILE = "facts.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """Facts that only a process using the device knows."""
+
+    torch_num_threads: int
+    allow_tf32: bool
+    """`torch.backends.cuda.matmul.allow_tf32`"""
+    cudnn_allow_tf32: bool
+    name: str = ""
+    """Of the GPU; empty on CPU."""
+    cuda: str = ""
+    """Version that torch was built with; empty on CPU."""
+    nccl: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """Facts about one mode in one regime, as rank 0 reports them."""
+
+    environment: Environment
+    device: DeviceFacts
+    is_replicated: bool = False
+    """True if every rank holds every parameter whole."""
+    left_out_steps: tuple[int, ...] = ()
+    """Steps with an empty batch, which the mode does not take."""
+    norm_plan: Mapping[str, str] = field(default_factory=dict)
+    """How the norm of each layer was found, by the layer's name."""
+    imported: Mapping[str, str] = field(default_factory=dict)
+    """Packages that came from the run's variant, and their versions."""
+    unreached_seams: tuple[str, ...] = ()
+    """Places at which a fault was planted and that no step came by."""
+
+
+FACTS = Codec(RunFacts, "dpsgd-track/facts", 1)

@@ -1,0 +1,108 @@
+"""The plan of a group: which modes, regimes and processes run, with which configuration.
+
+Made from the command line once and kept as an artifact of the group; what is not in it does not
+exist later. `resume`, other machines and the comparison read the plan, never a command line.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dpsgd_track.config import JobConfig, RegimeConfig, require
+from dpsgd_track.record.codec import Codec
+from dpsgd_track.record.environment import Environment
+
+PLAN_FILE = "plan.json"
+
+
+class Suite(enum.StrEnum):
+    """What a group was launched as."""
+
+    QUICK = "quick"
+    FULL = "full"
+    SINGLE = "single"
+    PROFILE = "profile"
+    FAULTS = "faults"
+
+    @property
+    def is_resumable(self) -> bool:
+        """False for a profile, whose times mean something only beside those of the same launch."""
+        return self is not Suite.PROFILE
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class RunKey:
+    """What tells a mode run from the others of its group."""
+
+    mode: str
+    regime: str
+    variant: str = ""
+    """Name of the code it runs; empty for the installed code."""
+    replay: str = ""
+    """One of config.REPLAYS; empty for a run that is judged."""
+    order: int = 0
+    """Place among the timed runs of a profile; 0 for others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """Everything that a group sets out to do."""
+
+    suite: Suite
+    jobs: tuple[JobConfig, ...]
+    """One process group each, run in this order: modes, then the modes of each variant; in a
+    profile, one for each timed run."""
+    num_ranks: int
+    """Processes of each job but those on one device."""
+    environment: Environment
+    """Of the machine that made the plan."""
+    num_nodes: int = 1
+    """Machines that the ranks are spread over."""
+    command: str = ""
+    """Command line it was made from, without credentials; shown, and never parsed."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.jobs), "jobs", self.jobs, "at least one job")
+        require(self.num_nodes >= 1, "nnodes", self.num_nodes, "an integer >= 1")
+
+    def runs(self) -> Iterator[tuple[RunKey, JobConfig, RegimeConfig]]:
+        """Every mode run, in the order in which it is started."""
+        for job in self.jobs:
+            for regime in job.regimes:
+                yield run_key(job, regime), job, regime
+
+
+def run_key(job: JobConfig, regime: RegimeConfig) -> RunKey:
+    """The key of `job`'s run in `regime`."""
+    return RunKey(
+        mode=job.mode,
+        regime=regime.name,
+        variant=job.variant.name if job.variant else "",
+        replay=regime.replay,
+        order=regime.order,
+    )
+
+
+PLAN = Codec(GroupPlan, "dpsgd-track/plan", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedJob:
+    """A job with the places that its workers write to."""
+
+    job: JobConfig
+    environment: Environment
+    """Of the launcher."""
+    work_dir: str
+    """Folder for trajectories, progress and failure reports."""
+    spool: str = ""
+    """Folder of the group's spool, which workers append records to; empty to keep none."""
+    mode_runs: tuple[str, ...] = ()
+    """Run of the mode in each regime, by its key in the spool."""
+    rank_runs: tuple[tuple[str, ...], ...] = ()
+    """For each regime, the run of each rank; empty for a rank that is not logged."""
+
+
+STARTED_JOB = Codec(StartedJob, "dpsgd-track/job", 1)

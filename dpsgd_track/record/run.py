@@ -1,0 +1,115 @@
+"""A group and its runs as the comparison reads them, whichever place they were kept in."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from dpsgd_track.config import JobConfig, RegimeConfig
+from dpsgd_track.record.facts import RunFacts
+from dpsgd_track.record.failure import Failure
+from dpsgd_track.record.plan import GroupPlan, RunKey
+from dpsgd_track.record.timings import Timings
+from dpsgd_track.record.trajectory import Trajectory
+
+
+class Status(enum.StrEnum):
+    """How a run ended, in MLflow's words where it has one."""
+
+    RUNNING = "RUNNING"
+    SCHEDULED = "SCHEDULED"
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+    MISSING = "MISSING"
+    """Planned, and never started."""
+    ELSEWHERE = "ELSEWHERE"
+    """In the spool: another machine ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeRun:
+    """One mode in one regime."""
+
+    mode: str
+    regime: str
+    variant: str = ""
+    """Name of the code it ran; empty for the installed code."""
+    replay: str = ""
+    """Which replay measures the floor (config.REPLAYS); empty for a run that is judged."""
+    order: int = 0
+    """Place among the timed runs of a profile; 0 for others."""
+    run_id: str = ""
+    """Empty when the run is missing."""
+    status: Status = Status.MISSING
+    job: JobConfig | None = None
+    """As planned, with the model and data of the regime; None for a run that no plan has."""
+    setup: RegimeConfig | None = None
+    """The regime as planned."""
+    failure: Failure | None = None
+    """Why the run did not finish, where that is known."""
+    facts: RunFacts | None = None
+    """None for a run that ended before it could tell."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Last value of each."""
+    trajectory: Trajectory | None = None
+    trajectory_missing: str = ""
+    """Why there is no trajectory, or only one rebuilt from metrics; empty when it is exact."""
+    timings: Timings | None = None
+    """Of a timed run of a profile."""
+    timings_missing: str = ""
+    """Why a timed run has none."""
+
+    @property
+    def key(self) -> RunKey:
+        """What tells it from the others of its group."""
+        return RunKey(
+            mode=self.mode,
+            regime=self.regime,
+            variant=self.variant,
+            replay=self.replay,
+            order=self.order,
+        )
+
+    @property
+    def label(self) -> str:
+        """Name in tables and charts: `mode` or `mode@variant`."""
+        return f"{self.mode}@{self.variant}" if self.variant else self.mode
+
+    @property
+    def title(self) -> str:
+        """`label`, told apart from its replay: `no_dp (permuted)`."""
+        return f"{self.label} ({self.replay})" if self.replay else self.label
+
+    @property
+    def reason(self) -> str:
+        """Why it did not finish, in a sentence without a full stop; empty where unknown."""
+        return self.failure.reason.rstrip(". ") if self.failure else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One launch: everything that is compared together."""
+
+    name: str
+    run_id: str
+    start_time_ms: int
+    """Unix time."""
+    plan: GroupPlan
+    runs: tuple[ModeRun, ...]
+    """Replays and missing ones included, in the plan's order; timed ones are not among them."""
+    timed_runs: tuple[ModeRun, ...] = ()
+    """Runs of a profile, missing ones included, in the order they were timed in."""
+    rank_statuses: Mapping[Status, int] = field(default_factory=dict)
+    """How many rank runs have each status."""
+    superseded: int = 0
+    """Earlier attempts of the same mode and regime, left out."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Of the group's run, as users may set them."""
+
+    @cached_property
+    def by_key(self) -> Mapping[RunKey, ModeRun]:
+        """Every run by its key."""
+        return {run.key: run for run in (*self.runs, *self.timed_runs)}
