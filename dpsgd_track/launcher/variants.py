@@ -36,7 +36,10 @@ def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
         require(bool(_NAME.fullmatch(name)), "variant", text, known)
         require(name not in variants, "variant", text, "a NAME not used before")
         root = _root_of(Path(path).expanduser(), text)
-        variants[name] = VariantConfig(name=name, path=path, root=str(root))
+        revision, is_dirty = git_facts(root)
+        variants[name] = VariantConfig(
+            name=name, path=path, root=str(root), git_revision=revision, git_dirty=is_dirty
+        )
     return tuple(variants.values())
 
 
@@ -70,11 +73,6 @@ def variant_jobs(
         for job in jobs
         if job.mode != REFERENCE
     )
-
-
-def facts(variant: VariantConfig) -> dict[str, str]:
-    """What is known of a variant before it runs: path as given, git revision, changes."""
-    return {"path": variant.path, **git_facts(Path(variant.root))}
 
 
 def imports_of(job: JobConfig) -> dict[str, str]:
