@@ -15,8 +15,8 @@ from dpsgd_track.config import Settings, redact_uri, require
 if TYPE_CHECKING:
     from dpsgd_track.comparison import GroupComparison, Verdict
     from dpsgd_track.comparison.waivers import Waiver
+    from dpsgd_track.record.run import Group
     from dpsgd_track.store.find_group import Found
-    from dpsgd_track.store.reader import Group
 
 PASSED, FAILED, USAGE, INCONCLUSIVE = 0, 1, 2, 3
 ARTIFACT_FOLDER = "comparison"
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         group, found = _read(settings, arguments.group)
-        if arguments.after is None and group.points and not group.runs:
+        if arguments.after is None and group.timed_runs and not group.runs:
             return _show_profile(settings, arguments, group, found)
         comparison = _compare(settings, arguments, waivers, group, found)
     except (GroupNotFound, _Refused) as error:
@@ -161,7 +161,7 @@ def _say_where(files: Sequence[Path], folder: Path) -> None:
 
 
 def _refuse_profile(group: Group) -> None:
-    if group.points and not group.runs:
+    if group.timed_runs and not group.runs:
         raise _Refused(
             f"group={group.name!r}: expected a group with runs to compare. It is a profile, whose "
             "times mean something beside each other alone: give one GROUP."

@@ -18,7 +18,6 @@ import gc
 import importlib
 import importlib.abc
 import importlib.machinery
-import json
 import multiprocessing
 import os
 import select
@@ -28,10 +27,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
 
+from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.names import VARIANT_VARIABLE
 
 _POLL_S = 0.05
@@ -76,16 +76,8 @@ class Request:
     meeting: Meeting | None = None
     """None where no other machine takes part."""
 
-    def to_line(self) -> bytes:
-        """As it is sent."""
-        return json.dumps(asdict(self)).encode() + b"\n"
 
-    @classmethod
-    def from_line(cls, line: bytes) -> Request:
-        """The inverse of `to_line`."""
-        values = json.loads(line)
-        meeting = values.pop("meeting")
-        return cls(**values, meeting=Meeting(**meeting) if meeting else None)
+REQUEST = Codec(Request, "dpsgd-track/request", 1)
 
 
 class _Host:
@@ -108,7 +100,7 @@ class _Host:
             line = requests.readline()
             if not line:
                 return
-            code = self._run(Request.from_line(line))
+            code = self._run(REQUEST.loads(line))
             if code is not None:
                 self._channel.sendall(f"{code}\n".encode())
 
