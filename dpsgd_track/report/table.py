@@ -12,7 +12,7 @@ from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import Verdict, number
 from dpsgd_track.config import ACCURACY, TRAIN
 from dpsgd_track.modes.table import BASELINE
-from dpsgd_track.record.run import ModeRun
+from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.record.trajectory import Floats
 
 DRIFT_COLUMNS = {
