@@ -38,7 +38,7 @@ class FailureKind(enum.StrEnum):
     """Of a group: some of its runs did not finish."""
 
 
-_WORDS: dict[FailureKind, tuple[str, str]] = {
+WORDS: dict[FailureKind, tuple[str, str]] = {
     FailureKind.OUT_OF_MEMORY: (
         "out of memory",
         "Try a smaller --batch-size, a shorter --seq-length, a smaller --model-name, "
@@ -159,12 +159,12 @@ class Failure:
             if value is not None
         ]
         where = (f" at {', '.join(at)}" if at else "") + (f" {self.place}" if self.place else "")
-        return f"{_WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else ".")
+        return f"{WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else ".")
 
     @property
     def advice(self) -> str:
         """What to try next."""
-        return _WORDS[self.kind][1]
+        return WORDS[self.kind][1]
 
 
 FAILURE = Codec(Failure, "dpsgd-track/failure", 1)

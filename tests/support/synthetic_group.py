@@ -29,7 +29,7 @@ from dpsgd_track.config import (
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import Environment
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
-from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, Suite
+from dpsgd_track.record.plan import PLAN, PLAN_FILE, STARTED_JOB, GroupPlan, StartedJob, Suite
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, Trajectory
 
@@ -170,6 +170,12 @@ def job(mode: str, *regimes: RegimeConfig, variant: str = "", **more: Any) -> Jo
         "variant": VariantConfig(name=variant, path=variant, root=variant) if variant else None,
     }
     return JobConfig(mode=mode, regimes=regimes, **{**settings, **more})
+
+
+def started(planned: JobConfig, **more: Any) -> str:
+    """A job as a worker is handed it."""
+    settings: dict[str, Any] = {"environment": ENVIRONMENT, "work_dir": ""}
+    return STARTED_JOB.dumps(StartedJob(job=planned, **{**settings, **more}))
 
 
 def failed(message: str, kind: FailureKind = FailureKind.ERROR) -> Failure:

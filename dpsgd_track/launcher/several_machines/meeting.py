@@ -512,6 +512,7 @@ def first_difference(ours: GroupPlan, theirs: GroupPlan) -> tuple[str, str, str]
 
 def _difference(here: Any, there: Any, name: str) -> tuple[str, str, str] | None:
     if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        # Which job it is does not matter: they are made from the same settings.
         pairs = [(name, *pair) for pair in zip(here, there, strict=True)]
     elif isinstance(here, dict) and isinstance(there, dict):
         pairs = [
