@@ -1,14 +1,19 @@
-"""Forks process groups that have their imports done: `python -m dpsgd_track.launcher.fork_server`.
+"""Fork server: forks process groups whose imports are done.
 
-Usage: `preloaded WORKER_MODULE`, with a socket as standard input. Imports the worker and torch's
-launcher once. Then each line read from the socket, a `Request`, is answered by the exit code of
-the process group it asks for. A group is an agent in a session of its own, which runs torch's
-launcher, and the ranks that one forks:
+Usage: `python -m dpsgd_track.launcher.fork_server WORKER_MODULE`, with a socket as standard input.
+Imports the worker and torch's launcher once. Then each line read from the socket, a `Request`, is
+answered by the exit code of the process group it asks for. A group is an agent in a session of its
+own, which runs torch's launcher, and the ranks that one forks:
 
-    launcher -> this process -> agent -> ranks
+    launcher -> fork server -> agent -> ranks
 
-No process outlives its parent: where the socket is closed, or at SIGTERM, this one ends its agent
-and itself; the kernel kills an agent without this process, and ranks without their agent.
+No process outlives its parent: where the socket is closed, or at SIGTERM, the server ends its agent
+and itself; the kernel kills an agent without its server, and ranks without their agent.
+
+multiprocessing has a fork server, which cannot take this one's place: an interpreter has a single
+one, with the environment and the import path that it was started in, while a variant's workers need
+another path and every number of ranks another OMP_NUM_THREADS; and what its children start outlives
+them.
 """
 
 from __future__ import annotations
