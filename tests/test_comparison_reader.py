@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ import pytest
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.config import Settings, Thresholds
 from dpsgd_track.record import names
+from dpsgd_track.record.run import Group
 from dpsgd_track.store import reader
 from dpsgd_track.store.history import metric_history
-from dpsgd_track.store.reader import Group, GroupNotFound, open_client, read_group
+from dpsgd_track.store.reader import GroupNotFound, open_client, read_group
 from tests.support.synthetic_group import (
     Store,
     compared,
+    failed,
     healthy_runs,
     mode_run,
     scaled,
@@ -123,7 +124,8 @@ def test_run_that_nobody_expected_is_read_too(store: Store) -> None:
 
 
 def test_newest_attempt_of_a_mode_counts(store: Store) -> None:
-    group_id = store.add_group([mode_run("flash_fsdp", "clip", status="FAILED", reason="oom")])
+    dead = mode_run("flash_fsdp", "clip", status="FAILED", failure=failed("oom"))
+    group_id = store.add_group([dead])
     store.add_run(RUN, "synthetic", group_id)
     group = read(store)
     assert [r.status for r in group.runs] == ["FINISHED"]
@@ -174,13 +176,21 @@ def test_run_that_died_before_upload_is_read_from_its_metrics(store: Store) -> N
     assert pair.drifts["grad_norm"].max == 0
 
 
-def test_unreadable_list_of_expected_runs_is_an_error_and_no_crash(store: Store) -> None:
-    group_id = store.add_group([RUN])
-    store.client.set_tag(group_id, names.EXPECTED_RUNS, "[1, 2]")
-    with pytest.raises(GroupNotFound, match=r"expected a JSON list"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "It has none: it was launched by 0.1"),
+        ("[1, 2]", "expected a document of schema dpsgd-track/plan"),
+        ('{"schema": "dpsgd-track/plan", "schema_version": 1}', "dpsgd-track/plan: suite="),
+        ('{"schema": "dpsgd-track/plan", "schema_version": 9}', "schema_version=9: expected 1"),
+    ],
+    ids=["0.1", "other", "torn", "newer"],
+)
+def test_a_group_without_a_readable_plan_is_refused(store: Store, text: str, said: str) -> None:
+    store.add_group([RUN], plan=text)
+    with pytest.raises(GroupNotFound, match="group='synthetic': expected a group with a plan") as e:
         read(store)
-    store.client.set_tag(group_id, names.EXPECTED_RUNS, json.dumps([["a", "clip", None, None]]))
-    assert read(store).runs[0].label == "a"
+    assert said in str(e.value)
 
 
 class Watched:

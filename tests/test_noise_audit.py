@@ -21,14 +21,17 @@ from dpsgd_track.comparison.groups import compare_groups
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import NOISE, PLAIN, SILENT, Thresholds
 from dpsgd_track.launcher.suites import NOISE_BOUNDS, NOISE_SIGMA
-from dpsgd_track.record.names import UNEQUAL_NOISE
+from dpsgd_track.record.failure import FailureKind
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Trajectory
-from dpsgd_track.store.reader import ModeRun
 from tests.support.synthetic_group import (
     compared,
+    failed,
     group_of,
     healthy_runs,
+    job,
     mode_run,
+    setup,
     trajectory,
     verdicts,
 )
@@ -73,8 +76,9 @@ def noisy(
 
 
 def run_of(record: Trajectory | None, regime: str = NOISE, **more: Any) -> ModeRun:
-    params = {"data.batch_size": "2"}
-    return mode_run("flash_fsdp", regime, record, **{"params": params, **more})
+    regime_of_two = setup(regime, replay=more.get("replay", ""))
+    settings = {"job": job("flash_fsdp", regime_of_two), **more}
+    return mode_run("flash_fsdp", regime, record, **settings)
 
 
 def audited(record: Trajectory) -> NoiseAudit:
@@ -389,7 +393,7 @@ def test_the_noise_regime_needs_no_baseline_and_its_twin_is_no_mode() -> None:
 
 
 def test_a_twin_that_did_not_finish_is_inconclusive() -> None:
-    twin = run_of(None, replay=SILENT, status="FAILED", reason="out of memory")
+    twin = run_of(None, replay=SILENT, status="FAILED", failure=failed("out of memory"))
     comparison = compared(_noisy_group(twin, run_of(noisy())))
     assert verdicts(comparison)["flash_fsdp (silent)"] == "INCONCLUSIVE"
 
@@ -414,9 +418,12 @@ def test_a_run_of_the_noise_regime_without_its_noise_is_inconclusive(has_norms: 
 
 
 def test_replicas_with_unequal_noise_are_a_bug() -> None:
-    reason = f"rank 1: {UNEQUAL_NOISE}: ranks 0 and 1 hold the same elements of a.weight"
-    failed = run_of(None, status="FAILED", reason=reason)
-    assert verdicts(compared(_noisy_group(failed)))["flash_fsdp"] == "BUG"
+    failure = failed("ranks 0 and 1 hold the same elements", FailureKind.UNEQUAL_NOISE)
+    unequal = run_of(None, status="FAILED", failure=failure)
+    assert verdicts(compared(_noisy_group(unequal)))["flash_fsdp"] == "BUG"
+    # The kind alone is read, and never the words.
+    worded = run_of(None, status="FAILED", failure=failed("copies of the noise differ"))
+    assert verdicts(compared(_noisy_group(worded)))["flash_fsdp"] == "INCONCLUSIVE"
 
 
 def test_the_accuracy_regime_is_audited_from_its_sketches() -> None:

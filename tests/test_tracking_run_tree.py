@@ -1,5 +1,4 @@
 import contextlib
-import json
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -8,24 +7,19 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from dpsgd_track.config import RegimeConfig, Settings
+from dpsgd_track.config import ModelConfig, Settings
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import environment
+from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
+from dpsgd_track.record.run import Status
 from dpsgd_track.store import opening as store
 from dpsgd_track.store.client import one_line, with_credentials
 from dpsgd_track.store.reader import read_group
-from dpsgd_track.store.run_tree import (
-    FAILED,
-    FINISHED,
-    KILLED,
-    MAX_PARAM_LENGTH,
-    MAX_TAG_LENGTH,
-    RunTree,
-    flatten,
-)
+from dpsgd_track.store.run_tree import MAX_PARAM_LENGTH, RunTree, flatten
 from dpsgd_track.store.shipper import Shipper, settle
 from dpsgd_track.store.spool import CONTROL, SpoolWriter
 from dpsgd_track.store.spooled import claim
+from tests.support.synthetic_group import job, mode_run, plan_of, setup
 from tests.support.tracking_servers import closed_port
 
 
@@ -56,6 +50,8 @@ def planted(settings: Settings, spool: Path, group: str) -> Iterator[RunTree]:
 
 
 IDS: dict[str, str] = {}
+LONG = ModelConfig(name="x" * 10_000)
+STOPPED = Failure(kind=FailureKind.INTERRUPTED)
 
 
 def _store(settings: Settings) -> tuple[MlflowClient, str, str]:
@@ -64,11 +60,12 @@ def _store(settings: Settings) -> tuple[MlflowClient, str, str]:
 
 
 def test_runs_nest_three_deep_and_carry_their_tags(settings, client, tmp_path, capfd):
-    regime = RegimeConfig(name="accuracy", num_iter=1, noise_matched=True, replay="permuted")
+    planned = job("no_dp", setup("accuracy", replay="permuted"), model=LONG)
     with planted(settings, tmp_path, "g1") as tree:
-        group = tree.start_group([("no_dp", "accuracy", "", "permuted")], {"suite": "quick"})
-        mode, ranks = tree.start_mode("no_dp", regime, 2, {"long": "x" * 10_000})
-        tree.finish_open(FINISHED, "")
+        tree.start_group(plan_of([mode_run("no_dp", replay="permuted", job=planned)]), tmp_path)
+        group = tree.group_run
+        mode, ranks = tree.start_mode(planned, planned.regimes[0], (0, 1))
+        tree.finish_open(Status.FINISHED, STOPPED)
     tags = client.get_run(IDS[ranks[1]]).data.tags
     assert tags[names.PARENT_RUN] == IDS[mode]
     assert tags[names.RANK] == "1"
@@ -89,9 +86,9 @@ def test_runs_nest_three_deep_and_carry_their_tags(settings, client, tmp_path, c
         }
         == run.data.tags
     )
-    assert len(run.data.params["long"]) == MAX_PARAM_LENGTH
-    expected = json.loads(client.get_run(IDS[group]).data.tags[names.EXPECTED_RUNS])
-    assert expected == [["no_dp", "accuracy", "", "permuted"]]
+    assert len(run.data.params["model.name"]) == MAX_PARAM_LENGTH
+    (planned_run,) = read_group(client, settings, "g1").plan.runs()
+    assert planned_run[0] == mode_run("no_dp", replay="permuted").key
     experiment_id = run.info.experiment_id
     assert store.has_group(client, experiment_id, "g1")
     assert not store.has_group(client, experiment_id, "g2")
@@ -101,16 +98,23 @@ def test_runs_nest_three_deep_and_carry_their_tags(settings, client, tmp_path, c
 
 
 def test_finish_sets_status_reason_and_note(settings, client, tmp_path):
+    planned = job("no_dp", setup("clip"))
+    failure = Failure(kind=FailureKind.OUT_OF_MEMORY, step=3, rank=1)
     with planted(settings, tmp_path, "g3") as tree:
-        group = tree.start_group([], {})
-        mode, ranks = tree.start_mode("no_dp", RegimeConfig(name="clip", num_iter=1), 1, {})
-        tree.finish(mode, FAILED, "out of memory.", "Try a smaller batch.")
-        tree.finish_open(KILLED, "interrupted.")
+        tree.start_group(plan_of([mode_run("no_dp", "clip")]), tmp_path)
+        mode, ranks = tree.start_mode(planned, planned.regimes[0], (0,))
+        assert ranks[1] == ""
+        tree.finish(mode, Status.FAILED, failure, "Log: x")
+        tree.finish_open(Status.KILLED, STOPPED)
     run = client.get_run(IDS[mode])
-    assert run.info.status == FAILED
-    assert run.data.tags[names.REASON] == "out of memory. Try a smaller batch."
-    assert "Try a smaller batch." in run.data.tags[names.NOTE]
-    assert {client.get_run(IDS[run]).info.status for run in (group, *ranks)} == {KILLED}
+    assert run.info.status == Status.FAILED
+    said = "out of memory at step 3, rank 1. Try a smaller --batch-size"
+    assert run.data.tags[names.REASON].startswith(said)
+    assert run.data.tags[names.REASON].endswith("Log: x")
+    assert "Try a smaller --batch-size" in run.data.tags[names.NOTE]
+    assert FAILURE.loads(run.data.tags[names.FAILURE]) == failure
+    others = {client.get_run(IDS[run]).info.status for run in (tree.group_run, ranks[0])}
+    assert others == {Status.KILLED}
 
 
 def refuse(**changes) -> str:
@@ -180,9 +184,9 @@ def test_flatten():
 
 
 def test_environment_names_versions_without_importing_them():
-    facts = environment()
+    facts = dict(environment().items())
     assert {"python", "platform", "cpu", "torch", "mlflow", "opacus"} <= facts.keys()
-    assert all(facts.values())
+    assert all(value for name, value in facts.items() if not name.startswith("git"))
 
 
 def test_a_redacted_uri_stands_for_the_one_in_the_environment(monkeypatch):
@@ -228,12 +232,10 @@ def test_what_went_wrong_is_said_without_everything_around_it(said, wanted):
     assert one_line(RuntimeError(said)) == wanted
 
 
-def test_what_a_group_sets_out_to_do_fits_into_tags_however_long(settings, client, tmp_path):
-    expected = [(f"mode-{i}", "accuracy", "variant", "again") for i in range(200)]
+def test_a_plan_is_read_back_whole_however_long(settings, client, tmp_path):
+    runs = [mode_run(f"mode-{i}", variant="variant", replay="again") for i in range(200)]
     with planted(settings, tmp_path, "long") as tree:
-        tree.start_group(expected, {})
-        tree.finish_open(FINISHED, "")
-    data = client.get_run(IDS[tree.group_run]).data
-    assert all(len(value) <= MAX_TAG_LENGTH for value in data.tags.values())
-    runs = read_group(client, settings, "long").runs
-    assert [(r.mode, r.regime, r.variant, r.replay) for r in runs] == expected
+        tree.start_group(plan_of(runs), tmp_path)
+        tree.finish_open(Status.FINISHED, STOPPED)
+    read = read_group(client, settings, "long").runs
+    assert [run.key for run in read] == [run.key for run in runs]

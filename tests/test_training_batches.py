@@ -22,6 +22,7 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.record.trajectory import UNUSED, Trajectory, sketch_distance
 from tests.support.forked_ranks import ForkedRanks
+from tests.support.synthetic_group import started
 
 STEPS = 12
 
@@ -32,7 +33,7 @@ def run_jobs(
     """Run `jobs` on `world_size` ranks; returns the folder of their records."""
     (folder / "out").mkdir(parents=True)
     for name, job in jobs.items():
-        (folder / f"{name}.json").write_text(job.to_json())
+        (folder / f"{name}.json").write_text(started(job))
     done = rank_host.run("tests.support.torchrun_regimes", str(folder), num_ranks=world_size)
     assert done.code == 0, done.log[-3000:]
     return folder / "out"

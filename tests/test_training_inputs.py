@@ -27,6 +27,7 @@ from dpsgd_track.config import (
     RegimeConfig,
 )
 from dpsgd_track.privacy.loss import IGNORED, LOSSES
+from dpsgd_track.record.plan import STARTED_JOB
 from dpsgd_track.training.data import (
     Dataset,
     Slicer,
@@ -41,6 +42,7 @@ from dpsgd_track.training.model_source import presets, resolve_model
 from dpsgd_track.training.observe import linear_layer_names, weights_digest
 from dpsgd_track.training.preflight import check_inputs
 from dpsgd_track.training.text_source import population_of, read_text
+from tests.support.synthetic_group import started
 
 CPU = torch.device("cpu")
 
@@ -507,10 +509,11 @@ def test_a_job_survives_its_file() -> None:
         data=DataConfig(padding="left", ragged=True, sampling="poisson", dataset_size=9),
         performance=PerformanceConfig(),
         regimes=(RegimeConfig(name="clip", num_iter=2, max_grad_norms=(0.1, 1 / 3)),),
-        run_ids=("a",),
-        rank_run_ids=(("b", "c"),),
     )
-    assert JobConfig.from_json(job.to_json()) == job
+    places = {"spool": "s", "mode_runs": ("a",), "rank_runs": (("b", "c"),)}
+    read = STARTED_JOB.loads(started(job, **places))
+    assert (read.job, read.spool) == (job, "s")
+    assert (read.mode_runs, read.rank_runs) == (("a",), (("b", "c"),))
 
 
 def test_the_tasks_are_those_that_have_a_loss() -> None:

@@ -22,8 +22,8 @@ from dpsgd_track.config import (
     Thresholds,
 )
 from dpsgd_track.launcher.suites import NOISE_BOUNDS, NOISE_MICRO_BATCHES, NOISE_SIGMA
+from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.store.reader import Group, ModeRun
 from dpsgd_track.training.noise_samples import (
     NUM_ELEMENTS,
     UnequalNoiseError,
@@ -57,9 +57,9 @@ def _sentences(path: Path) -> list[str]:
     run = ModeRun(
         mode=path.stem,
         regime=NOISE,
-        status="FINISHED",
+        status=Status.FINISHED,
         trajectory=Trajectory.load(path),
-        params={"data.batch_size": "2"},
+        job=_job("flash_fsdp", 2),
     )
     return [finding.sentence for finding in judge_noise(run, audit(run))]
 

@@ -32,7 +32,7 @@ from dpsgd_track.launcher.suites import CPU_RANKS, PROBE_MICRO_BATCHES, build_su
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import IGNORED, LOSSES
-from dpsgd_track.store.reader import ModeRun
+from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.model import build_model
 from dpsgd_track.training.probe import MAX_LENGTH, NUM_TOKENS, D, H, Probe
@@ -335,7 +335,7 @@ def _run(mode: str, regime_name: str, seed: int = SEED) -> RegimeRun:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_clipping_is_put_to_the_test_whatever_the_seed(seed: int) -> None:
     record = _run("reference", PROBE_CLIP, seed).records[0].trajectory()
-    run = ModeRun(mode="reference", regime=PROBE_CLIP, status="FINISHED", trajectory=record)
+    run = ModeRun(mode="reference", regime=PROBE_CLIP, status=Status.FINISHED, trajectory=record)
     assert list(judge_coverage(run)) == []
     half = record.num_steps // 2
     mixed, all_clipped = record.clip_fraction[:half], record.clip_fraction[half:]
@@ -401,5 +401,5 @@ def test_sound_modes_pass_on_the_probe_and_a_planted_fault_does_not(launched: Wo
 
 def test_runs_on_the_probe_say_which_model_and_data_they_had(launched: Workspace) -> None:
     for run in launched.group("g").runs:
-        assert run.params["model.name"] == PROBE_MODEL.name
-        assert run.params["data.batch_size"] == str(PROBE_DATA.batch_size)
+        assert run.job is not None
+        assert (run.job.model, run.job.data) == (PROBE_MODEL, PROBE_DATA)

@@ -32,7 +32,7 @@ from dpsgd_track.comparison.verdict import (
 from dpsgd_track.comparison.waivers import Waiver, waiver_notes
 from dpsgd_track.config import CLIP, NOISE, PLAIN, SILENT, Thresholds, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE
-from dpsgd_track.store.reader import FINISHED, Group, ModeRun
+from dpsgd_track.record.run import Group, ModeRun, Status
 
 
 def compare_group(
@@ -59,7 +59,7 @@ def compare_group(
         regime, baseline, reference = _compare_regime(name, runs, all_pairs=all_pairs)
         regimes.append(regime)
         for run in runs:
-            if run.replay == SILENT and run.status == FINISHED:
+            if run.replay == SILENT and run.status is Status.FINISHED:
                 continue
             result = _judge(run, regime, (baseline, reference), thresholds)
             result = waive(result, run.title, regime, thresholds, waivers, today)
@@ -155,7 +155,7 @@ def _floors(repeats: list[tuple[ModeRun, ModeRun]], replays: list[Pair]) -> dict
         if [*judge_run(run), *judge_likeness(base, run)]:
             continue
         sound.append(pair)
-        exact = base.params.get("performance.reference_dtype", "float64") == "float64"
+        exact = base.job is None or base.job.performance.reference_dtype == "float64"
         against_float64 |= run.replay == PLAIN and exact
     # All are held to the largest: each replay is one draw of what rounding can do.
     floor = floor_of(sound, against_float64=against_float64)

@@ -35,21 +35,11 @@ from dpsgd_track.comparison.verdict import (
 from dpsgd_track.comparison.waivers import Waiver, waiver_notes
 from dpsgd_track.config import CLIP, SILENT, Thresholds, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE
-from dpsgd_track.store.reader import FINISHED, MISSING, Group, ModeRun
+from dpsgd_track.record.run import Group, ModeRun, Status
 
-_ENVIRONMENT = ("environment.", "device.")
-_CODE = ("environment.git_revision", "environment.git_dirty", "environment.dpsgd_track")
-"""What two groups are compared for; where nothing else differs, a drift is theirs."""
-_SETTINGS = (
-    "model.task",
-    "model.dropout",
-    "performance.param_dtype",
-    "regime.optimizer",
-    "regime.learning_rate",
-    "seed",
-)
-"""What a run computes depends on these as well, and its record does not show them."""
-_ORACLE_SETTINGS = ("performance.reference_dtype",)
+_CODE = ("git_revision", "git_dirty", "dpsgd_track")
+"""Facts of the environment that two groups are compared for; where nothing else differs, a drift
+is theirs."""
 _KEYS_SHOWN = 6
 
 EnvironmentDifferences = tuple[tuple[str, str, str], ...]
@@ -111,7 +101,7 @@ def compare_groups(
         runs += sides.after
         earlier += sides.earlier
         for run in sides.after:
-            if run.replay == SILENT and run.status == FINISHED:
+            if run.replay == SILENT and run.status is Status.FINISHED:
                 continue
             result = _judge(run, sides, regime, thresholds, differences)
             result = waive(result, run.title, regime, thresholds, waivers, today)
@@ -122,7 +112,7 @@ def compare_groups(
     return GroupComparison(
         # The earlier runs are drawn beside the later ones.
         group=replace(
-            after, name=f"{after.name}-vs-{before.name}", runs=(*runs, *earlier), points=()
+            after, name=f"{after.name}-vs-{before.name}", runs=(*runs, *earlier), timed_runs=()
         ),
         thresholds=thresholds,
         regimes=tuple(regimes),
@@ -153,10 +143,10 @@ def _sides(regime: str, before: Group, after: Group) -> _Sides:
             mode=run.mode,
             regime=regime,
             variant=run.variant,
-            reason=f"group {before.name} has it and group {after.name} has not",
+            trajectory_missing=f"group {before.name} has it and group {after.name} has not",
         )
         for label, run in ours.items()
-        if label not in known and run.status != MISSING
+        if label not in known and run.status is not Status.MISSING
     )
     return _Sides(
         regime=regime,
@@ -254,12 +244,12 @@ def _at_fault(finding: Finding, sides: _Sides) -> Finding:
 
 
 def _unlike_settings(base: ModeRun, run: ModeRun, sides: _Sides) -> list[Finding]:
-    keys = _SETTINGS + _ORACLE_SETTINGS * (run.mode == REFERENCE)
+    ours, theirs = _settings(base), _settings(run)
     reasons = [
-        f"{key} {run.params[key]}, not {base.params[key]}"
-        for key in keys
+        f"{name} {theirs[name]}, not {ours[name]}"
         # One that is not recorded is not known to differ.
-        if key in run.params and key in base.params and run.params[key] != base.params[key]
+        for name in ours.keys() & theirs.keys()
+        if theirs[name] != ours[name]
     ]
     if not reasons:
         return []
@@ -275,6 +265,24 @@ def _unlike_settings(base: ModeRun, run: ModeRun, sides: _Sides) -> list[Finding
             against=sides.baseline,
         )
     ]
+
+
+def _settings(run: ModeRun) -> dict[str, object]:
+    """Settings that what a run computes depends on, and that its record does not show."""
+    job, setup = run.job, run.setup
+    if job is None or setup is None:
+        return {}
+    settings: dict[str, object] = {
+        "task": job.model.task,
+        "dropout": job.model.dropout,
+        "param_dtype": job.performance.param_dtype,
+        "optimizer": setup.optimizer,
+        "learning_rate": setup.learning_rate,
+        "seed": job.seed,
+    }
+    if run.mode == REFERENCE:
+        settings["reference_dtype"] = job.performance.reference_dtype
+    return settings
 
 
 def _attributed(finding: Finding, differences: EnvironmentDifferences) -> Finding:
@@ -303,10 +311,13 @@ def _environment_differences(before: Group, after: Group) -> EnvironmentDifferen
 
 def _environment(group: Group) -> defaultdict[str, set[str]]:
     facts: defaultdict[str, set[str]] = defaultdict(set)
-    for params in (group.params, *(run.params for run in group.runs)):
-        for key, value in params.items():
-            if key.startswith(_ENVIRONMENT):
-                facts[key].add(value)
+    environments = [run.facts.environment for run in group.runs if run.facts]
+    for environment in (group.plan.environment, *environments):
+        for name, value in environment.items():
+            facts[name].add(value)
+    for device in (run.facts.device for run in group.runs if run.facts):
+        for name, value in vars(device).items():
+            facts[f"device {name}"].add(str(value))
     return facts
 
 

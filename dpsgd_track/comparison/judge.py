@@ -32,8 +32,7 @@ from dpsgd_track.comparison.verdict import (
 )
 from dpsgd_track.comparison.waivers import Waiver, waiver_of
 from dpsgd_track.config import NOISE, Thresholds, kind_of
-from dpsgd_track.record.names import LEFT_OUT
-from dpsgd_track.store.reader import ModeRun
+from dpsgd_track.record.run import ModeRun
 
 
 def judge_alone(
@@ -74,12 +73,12 @@ def judge_against(
         broken=broken,
         own_errors=own_errors(aligned, pair, thresholds, floor),
     )
-    left_out = run.params.get(LEFT_OUT, "")
+    left_out = run.facts.left_out_steps if run.facts else ()
     found = [*judge_floor(pair, floor), *judge_pair(pair, thresholds, floor, rungs, left_out)]
     key = pair.regime, pair.baseline
     if unlike:
         return Judged(findings=tuple(f for f in found if not f.observable), ladders={key: rungs})
-    failure, guilty = first_failure(rungs), blame(rungs, aligned, run.params)
+    failure, guilty = first_failure(rungs), blame(rungs, aligned, run)
     return Judged(
         findings=tuple(found),
         failures={key: failure} if failure else {},
@@ -115,8 +114,9 @@ def passed(
         return role or f"oracle of {regime.name}"
     bases = " and ".join(base for _, base in ladders)
     agrees = f"{role + ', ' if role else ''}agrees with {bases} in {regime.name}"
-    if left_out := run.params.get(LEFT_OUT):
-        agrees += f" but for steps {left_out}, which have batches that are empty and it takes none"
+    if run.facts and (left_out := run.facts.left_out_steps):
+        steps = ", ".join(map(str, left_out))
+        agrees += f" but for steps {steps}, which have batches that are empty and it takes none"
     rungs = [rung for rungs in ladders.values() for rung in rungs if rung.value is not None]
     nearest = max(rungs, key=lambda rung: rung.times, default=None)
     if nearest is None or not nearest.value:

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dpsgd_track.modes.table import baseline_of
-from dpsgd_track.record import names
+from dpsgd_track.record.failure import FailureKind
+from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
-from dpsgd_track.store.reader import FINISHED, MISSING, Group, PointRun
 
 RESTLESS = 0.05
 """Relative change between the two baseline runs around a mode from which on it is pointed out."""
 
 
-class Status(enum.StrEnum):
+class CostStatus(enum.StrEnum):
     """What became of one run of a profile."""
 
     MEASURED = "measured"
@@ -67,12 +67,12 @@ class Cost:
     variant: str
     seq_length: int
     batch_size: int
-    status: Status
+    status: CostStatus
     is_baseline: bool = False
     reason: str = ""
     """Why it was not measured."""
-    params: Mapping[str, str] = field(default_factory=dict)
-    """Of its run."""
+    run: ModeRun
+    """One of its runs, of those that were measured if there are any."""
     num_ranks: int | None = None
     step_time_ms: Spread | None = None
     """Of the steps that were not tracked."""
@@ -108,9 +108,9 @@ class Cost:
     def notes(self) -> tuple[str, ...]:
         """What is to be known of the figures, or why there are none."""
         found = []
-        if self.status is Status.OUT_OF_MEMORY:
+        if self.status is CostStatus.OUT_OF_MEMORY:
             found.append("out of memory")
-        elif self.status is not Status.MEASURED:
+        elif self.status is not CostStatus.MEASURED:
             found.append(f"{self.status}: {self.reason}" if self.reason else str(self.status))
         elif not self.is_baseline and self.baseline is None:
             found.append("no baseline was measured beside it")
@@ -122,7 +122,7 @@ class Cost:
         if len(self.ratio_of_rounds) > 1:
             least, most = min(self.ratio_of_rounds), max(self.ratio_of_rounds)
             found.append(f"{len(self.ratio_of_rounds)} rounds, {least:.2f} to {most:.2f}")
-        if self.reason and self.status is Status.MEASURED:
+        if self.reason and self.status is CostStatus.MEASURED:
             found.append(self.reason)
         return tuple(found)
 
@@ -149,7 +149,7 @@ class Profile:
     @property
     def sentence(self) -> str:
         """What was measured, in a line."""
-        counts = dict.fromkeys(Status, 0)
+        counts = dict.fromkeys(CostStatus, 0)
         for cost in self.costs:
             counts[cost.status] += 1
         num_modes, num_shapes = len(self.labels), len(self.shapes)
@@ -163,10 +163,10 @@ class Profile:
 
 def profile_of(group: Group) -> Profile | None:
     """What the group's profile shows; None where it has none."""
-    if not group.points:
+    if not group.timed_runs:
         return None
     costs: list[Cost] = []
-    in_order = sorted(group.points, key=lambda run: run.point.order)
+    in_order = sorted(group.timed_runs, key=lambda run: run.order)
     for shape in dict.fromkeys(map(_shape, in_order)):
         runs = [run for run in in_order if _shape(run) == shape]
         for label in dict.fromkeys(run.label for run in runs):
@@ -175,21 +175,25 @@ def profile_of(group: Group) -> Profile | None:
                 costs.append(_baseline_cost(own))
             else:
                 costs.append(_cost(own, runs))
-    failed = (run for run in group.points if status_of(run) in (Status.FAILED, Status.MISSING))
+    failed = (
+        run for run in group.timed_runs if status_of(run) in (CostStatus.FAILED, CostStatus.MISSING)
+    )
     return Profile(costs=tuple(costs), incomplete=tuple(map(_failure, failed)))
 
 
-def _shape(run: PointRun) -> tuple[int, int]:
-    return run.point.seq_length, run.point.batch_size
+def _shape(run: ModeRun) -> tuple[int, int]:
+    assert run.job is not None, "a timed run is planned"
+    return run.job.data.seq_length, run.job.data.batch_size
 
 
-def status_of(run: PointRun) -> Status:
+def status_of(run: ModeRun) -> CostStatus:
     """What became of `run`."""
-    if run.is_out_of_memory:
-        return Status.OUT_OF_MEMORY
-    if run.status == MISSING:
-        return Status.MISSING
-    return Status.MEASURED if run.status == FINISHED and run.timings else Status.FAILED
+    if run.failure is not None and run.failure.kind is FailureKind.OUT_OF_MEMORY:
+        return CostStatus.OUT_OF_MEMORY
+    if run.status is Status.MISSING:
+        return CostStatus.MISSING
+    is_measured = run.status is Status.FINISHED and run.timings
+    return CostStatus.MEASURED if is_measured else CostStatus.FAILED
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -200,8 +204,8 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(median=median, p20=p20, p80=p80, num_steps=len(values))
 
 
-def _failure(run: PointRun) -> str:
-    shape = f"T={run.point.seq_length}, B={run.point.batch_size}"
+def _failure(run: ModeRun) -> str:
+    shape = "T={}, B={}".format(*_shape(run))
     reason = run.reason or run.timings_missing
     return f"{run.label} ({shape}) is {run.status}" + (f": {reason}" if reason else "")
 
@@ -216,47 +220,43 @@ def _speeds(timings: Timings) -> list[float]:
     return [tokens / time * 1e3 for tokens, time, is_tracked in every if time and not is_tracked]
 
 
-def _measured(runs: Iterable[PointRun]) -> list[Timings]:
-    return [r.timings for r in runs if r.timings and status_of(r) is Status.MEASURED]
+def _measured(runs: Iterable[ModeRun]) -> list[Timings]:
+    return [r.timings for r in runs if r.timings and status_of(r) is CostStatus.MEASURED]
 
 
-def _own(runs: Sequence[PointRun]) -> Cost:
+def _own(runs: Sequence[ModeRun]) -> Cost:
     """The runs of one mode at one shape, taken together and held against nothing."""
     timings = _measured(runs)
     # Of several runs, one that was measured stands for the others.
-    shown = next((run for run in runs if status_of(run) is Status.MEASURED), runs[0])
-    ranks = shown.params.get("num_ranks", "")
+    shown = next((run for run in runs if status_of(run) is CostStatus.MEASURED), runs[0])
+    seq_length, batch_size = _shape(shown)
     num_lost = len(runs) - len(timings)
     reason = f"{num_lost} of {len(runs)} runs not measured" if num_lost else ""
     return Cost(
         label=shown.label,
         mode=shown.mode,
         variant=shown.variant,
-        seq_length=shown.point.seq_length,
-        batch_size=shown.point.batch_size,
+        seq_length=seq_length,
+        batch_size=batch_size,
         status=status_of(shown),
         reason=reason if timings else shown.reason or shown.timings_missing,
-        params=shown.params,
-        num_ranks=int(ranks) if ranks.isdecimal() else None,
+        run=shown,
+        num_ranks=shown.job.num_ranks if shown.job else None,
         step_time_ms=spread([ms for t in timings for ms in _steps(t, tracked=False)]),
         tracked_time_ms=spread([ms for t in timings for ms in _steps(t, tracked=True)]),
         tokens_per_second=spread([speed for t in timings for speed in _speeds(t)]),
         peak_memory_gib=float(np.median([t.peak_memory_gib for t in timings])) if timings else None,
-        plan={
-            key.removeprefix(names.PLAN): how
-            for key, how in shown.params.items()
-            if key.startswith(names.PLAN)
-        },
+        plan=shown.facts.norm_plan if shown.facts else {},
     )
 
 
-def _baseline_cost(runs: Sequence[PointRun]) -> Cost:
+def _baseline_cost(runs: Sequence[ModeRun]) -> Cost:
     medians = [np.median(_steps(t, tracked=False)) for t in _measured(runs)]
     moved = float(max(medians) / min(medians) - 1) if len(medians) > 1 else None
     return replace(_own(runs), is_baseline=True, moved=moved)
 
 
-def _cost(own: Sequence[PointRun], runs: Sequence[PointRun]) -> Cost:
+def _cost(own: Sequence[ModeRun], runs: Sequence[ModeRun]) -> Cost:
     """What the runs `own` of a mode, one a round, say of it beside the baseline's among `runs`."""
     rounds = [
         (timings, around)
@@ -299,10 +299,10 @@ def _peak_gib(runs: Sequence[Timings]) -> float:
     return float(np.median([timings.peak_memory_gib for timings in runs]))
 
 
-def _around(run: PointRun, runs: Sequence[PointRun]) -> list[Timings]:
+def _around(run: ModeRun, runs: Sequence[ModeRun]) -> list[Timings]:
     """The baseline's last run before `run` and its first after it, of those at the same shape."""
     label = baseline_of(run.mode)
     theirs = [other for other in runs if other.label == label]
-    before = [other for other in theirs if other.point.order < run.point.order][-1:]
-    after = [other for other in theirs if other.point.order > run.point.order][:1]
+    before = [other for other in theirs if other.order < run.order][-1:]
+    after = [other for other in theirs if other.order > run.order][:1]
     return _measured([*before, *after])

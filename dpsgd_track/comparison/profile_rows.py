@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dpsgd_track.comparison.profile import Cost, Profile, Spread, Status
+from dpsgd_track.comparison.profile import Cost, CostStatus, Profile, Spread
+from dpsgd_track.record.run import ModeRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Measurement:
 
     mode: str
     variant: str
-    status: Status
+    status: CostStatus
     model: str
     task: str
     seq_length: int
@@ -73,7 +73,7 @@ def measurements(profile: Profile, date: str) -> tuple[Measurement, ...]:
                     baseline_median=base,
                     ratio=ratio,
                     date=date,
-                    **_circumstances(cost.params),
+                    **_circumstances(cost.run),
                 )
             )
     return tuple(found)
@@ -81,7 +81,7 @@ def measurements(profile: Profile, date: str) -> tuple[Measurement, ...]:
 
 def _figures(cost: Cost) -> list[_Figure]:
     time, memory = cost.step_time_ms, cost.peak_memory_gib
-    if cost.status is not Status.MEASURED or time is None or memory is None:
+    if cost.status is not CostStatus.MEASURED or time is None or memory is None:
         return [("step_time", "ms", None, None, None)]
     base, ratio = cost.baseline, cost.time_ratio
     num_steps = time.num_steps + (cost.tracked_time_ms.num_steps if cost.tracked_time_ms else 0)
@@ -110,30 +110,33 @@ def _figures(cost: Cost) -> list[_Figure]:
     return figures
 
 
-def _circumstances(params: Mapping[str, str]) -> dict[str, str]:
+def _circumstances(run: ModeRun) -> dict[str, str]:
     """What a run was made with and on."""
-
-    def of(*keys: str) -> str:
-        return next((params[key] for key in keys if params.get(key)), "")
-
-    return {
-        "model": of("model.name"),
-        "task": of("model.task"),
-        "micro_batches": of("regime.micro_batches"),
-        "device": of("device.name", "environment.cpu"),
-        "param_dtype": of("performance.param_dtype"),
-        "optimizer": of("regime.optimizer"),
-        "cuda": of("device.cuda"),
-        **{
-            name: of(f"environment.{name}")
-            for name in (
-                "torch",
-                "triton",
-                "transformers",
-                "opacus",
-                "dpsgd_track",
-                "git_revision",
-                "git_dirty",
-            )
-        },
+    job, setup, facts = run.job, run.setup, run.facts
+    planned = {
+        "model": job.model.name if job else "",
+        "task": job.model.task if job else "",
+        "micro_batches": str(setup.micro_batches) if setup else "",
+        "param_dtype": job.performance.param_dtype if job else "",
+        "optimizer": setup.optimizer if setup else "",
     }
+    if facts is None:
+        return planned | dict.fromkeys(("device", "cuda", *_VERSIONS), "")
+    environment = dict(facts.environment.items())
+    return {
+        **planned,
+        "device": facts.device.name or facts.environment.cpu,
+        "cuda": facts.device.cuda,
+        **{name: environment[name] for name in _VERSIONS},
+    }
+
+
+_VERSIONS = (
+    "torch",
+    "triton",
+    "transformers",
+    "opacus",
+    "dpsgd_track",
+    "git_revision",
+    "git_dirty",
+)

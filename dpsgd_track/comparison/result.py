@@ -12,8 +12,8 @@ from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import Thresholds
+from dpsgd_track.record.run import Group, ModeRun
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.store.reader import Group, ModeRun
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.waivers import Waiver
 from dpsgd_track.config import Thresholds
 from dpsgd_track.modes.table import spec_of
-from dpsgd_track.record import names
+from dpsgd_track.record.failure import FailureKind
+from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.store.reader import FAILED, FINISHED, ModeRun
 
 COVERAGE = (0.2, 0.8)
 """Fraction of samples that the mixed half of the clip regime must clip to show anything."""
@@ -35,9 +35,6 @@ COVERAGE = (0.2, 0.8)
 SURE = 10.0
 """Times its limit from which on the error of a stage that was given the right inputs is a bug,
 however small it is."""
-
-# As the launcher words it.
-_NOT_FINITE = "not-finite"
 
 
 class Verdict(enum.StrEnum):
@@ -93,16 +90,16 @@ def number(value: float | None) -> str:
 
 def judge_run(run: ModeRun) -> Iterator[Finding]:
     """What a run says of itself, before it is compared: how it ended, and NaN."""
-    reason = f": {run.reason.rstrip('. ')}" if run.reason else ""
-    if run.status != FINISHED:
+    reason = f": {run.reason}" if run.reason else ""
+    if run.status is not Status.FINISHED:
         # The worker stopped because of what it computed, which is a result.
-        broke = run.status == FAILED and _NOT_FINITE in run.reason.lower()
+        broke = run.failure is not None and run.failure.kind is FailureKind.NOT_FINITE
         yield Finding(
             verdict=Verdict.BUG if broke else Verdict.INCONCLUSIVE,
             regime=run.regime,
             sentence=f"its run in {run.regime} is {run.status}{reason}",
         )
-    if run.trajectory_missing and run.status == FINISHED:
+    if run.trajectory_missing and run.status is Status.FINISHED:
         yield Finding(
             verdict=Verdict.INCONCLUSIVE,
             regime=run.regime,
@@ -173,9 +170,9 @@ def judge_likeness(baseline: ModeRun, mode: ModeRun) -> Iterator[Finding]:
     if _differ(ours.noise_std, theirs.noise_std):
         reasons.append(f"noise of {number(theirs.noise_std)}, not {number(ours.noise_std)}")
     elif max(ours.noise_std, theirs.noise_std) > 0 and not all(
-        run.tags.get(names.NOISE_MATCHED) == "true" for run in (baseline, mode)
+        run.setup is not None and run.setup.noise_matched for run in (baseline, mode)
     ):
-        reasons.append(f"noise of its own ({names.NOISE_MATCHED} is not true)")
+        reasons.append("noise of its own")
     _, i, j = np.intersect1d(ours.step, theirs.step, return_indices=True)
     if any(map(_differ, ours.max_grad_norm[i].tolist(), theirs.max_grad_norm[j].tolist())):
         reasons.append("other clipping bounds")
@@ -199,7 +196,7 @@ def _differ(ours: float, theirs: float) -> bool:
     return known and not math.isclose(ours, theirs, rel_tol=1e-6)
 
 
-def judge_gaps(pair: Pair, left_out: str = "") -> list[Finding]:
+def judge_gaps(pair: Pair, left_out: Sequence[int] = ()) -> list[Finding]:
     """One finding for each kind of thing that only one side has.
 
     Args:
@@ -213,7 +210,7 @@ def judge_gaps(pair: Pair, left_out: str = "") -> list[Finding]:
             against=pair.baseline,
         )
         for gap in pair.gaps
-        if (gap.kind, gap.missing_from, ", ".join(gap.names)) != ("step", "mode", left_out)
+        if (gap.kind, gap.missing_from, gap.names) != ("step", "mode", tuple(map(str, left_out)))
     ]
 
 
@@ -221,7 +218,7 @@ def judge_consistency(run: ModeRun) -> tuple[list[Finding], tuple[Inconsistency,
     """Relations between the run's own numbers that do not hold, and a finding for each."""
     if run.trajectory is None:
         return [], ()
-    broken = inconsistencies(run.trajectory, run.params)
+    broken = inconsistencies(run.trajectory, run.setup)
     findings = [
         Finding(
             verdict=Verdict.BUG if each.value > SURE * TOLERANCE else Verdict.DRIFT,
@@ -262,7 +259,7 @@ def judge_pair(
     thresholds: Thresholds,
     floor: Floor | None,
     rungs: Sequence[Rung],
-    left_out: str = "",
+    left_out: Sequence[int] = (),
 ) -> list[Finding]:
     """Every gap and every drift that is over its limit.
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from dpsgd_track.launcher.fork_server import Request
+from dpsgd_track.launcher.fork_server import REQUEST, Request
 from dpsgd_track.launcher.processes import Session
 
 _PROGRAM = "dpsgd_track.launcher.fork_server"
@@ -53,7 +53,7 @@ class WorkerHost:
         self._code, self._grace_s = None, request.grace_s
         # Where the process is gone, `poll` says so.
         with contextlib.suppress(ConnectionError):
-            self._channel.sendall(request.to_line())
+            self._channel.sendall(f"{REQUEST.dumps(request)}\n".encode())
 
     def poll(self) -> int | None:
         """Exit code of the group, negative for a signal; None while it runs."""

@@ -1,14 +1,19 @@
-"""Forks process groups that have their imports done: `python -m dpsgd_track.launcher.fork_server`.
+"""Fork server: forks process groups whose imports are done.
 
-Usage: `preloaded WORKER_MODULE`, with a socket as standard input. Imports the worker and torch's
-launcher once. Then each line read from the socket, a `Request`, is answered by the exit code of
-the process group it asks for. A group is an agent in a session of its own, which runs torch's
-launcher, and the ranks that one forks:
+Usage: `python -m dpsgd_track.launcher.fork_server WORKER_MODULE`, with a socket as standard input.
+Imports the worker and torch's launcher once. Then each line read from the socket, a `Request`, is
+answered by the exit code of the process group it asks for. A group is an agent in a session of its
+own, which runs torch's launcher, and the ranks that one forks:
 
-    launcher -> this process -> agent -> ranks
+    launcher -> fork server -> agent -> ranks
 
-No process outlives its parent: where the socket is closed, or at SIGTERM, this one ends its agent
-and itself; the kernel kills an agent without this process, and ranks without their agent.
+No process outlives its parent: where the socket is closed, or at SIGTERM, the server ends its agent
+and itself; the kernel kills an agent without its server, and ranks without their agent.
+
+multiprocessing has a fork server, which cannot take this one's place: an interpreter has a single
+one, with the environment and the import path that it was started in, while a variant's workers need
+another path and every number of ranks another OMP_NUM_THREADS; and what its children start outlives
+them.
 """
 
 from __future__ import annotations
@@ -18,7 +23,6 @@ import gc
 import importlib
 import importlib.abc
 import importlib.machinery
-import json
 import multiprocessing
 import os
 import select
@@ -28,10 +32,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
 
+from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.names import VARIANT_VARIABLE
 
 _POLL_S = 0.05
@@ -76,16 +81,8 @@ class Request:
     meeting: Meeting | None = None
     """None where no other machine takes part."""
 
-    def to_line(self) -> bytes:
-        """As it is sent."""
-        return json.dumps(asdict(self)).encode() + b"\n"
 
-    @classmethod
-    def from_line(cls, line: bytes) -> Request:
-        """The inverse of `to_line`."""
-        values = json.loads(line)
-        meeting = values.pop("meeting")
-        return cls(**values, meeting=Meeting(**meeting) if meeting else None)
+REQUEST = Codec(Request, "dpsgd-track/request", 1)
 
 
 class _Host:
@@ -108,7 +105,7 @@ class _Host:
             line = requests.readline()
             if not line:
                 return
-            code = self._run(Request.from_line(line))
+            code = self._run(REQUEST.loads(line))
             if code is not None:
                 self._channel.sendall(f"{code}\n".encode())
 

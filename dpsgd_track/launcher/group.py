@@ -1,4 +1,4 @@
-"""Runs a suite as one group: its run tree, its modes one after the other, its exit code."""
+"""Runs the jobs of a plan as one group: its run tree, one job after the other, its exit code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dpsgd_track.config import (
     logged_ranks,
     require,
 )
-from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, variants
+from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED
 from dpsgd_track.launcher.fork_client import WorkerHost
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.output import write_output
@@ -27,20 +27,19 @@ from dpsgd_track.launcher.process_group import Launch, Outcome, run_mode
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.recording import Recording
 from dpsgd_track.launcher.several_machines.meeting import Leader
-from dpsgd_track.launcher.suites import Suite
 from dpsgd_track.modes.table import REFERENCE
-from dpsgd_track.record import failure as troubleshooting
-from dpsgd_track.record import names
 from dpsgd_track.record.environment import environment
-from dpsgd_track.record.failure import Failure
+from dpsgd_track.record.facts import FACTS, FACTS_FILE
+from dpsgd_track.record.failure import Failure, FailureKind
 from dpsgd_track.record.names import TRAJECTORY_FILE
+from dpsgd_track.record.plan import GroupPlan, StartedJob, Suite
+from dpsgd_track.record.run import Status
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store.opening import StoreError
-from dpsgd_track.store.run_tree import FAILED, FINISHED, KILLED, flatten
 
 CLIP_BOUNDS_FILE = "clip_bounds.json"
 OUT_OF_MEMORY = "OUT OF MEMORY"
-"""What is said of a run of a profile that had too little memory: a result, not a failure."""
+"""Shown of a timed run that had too little memory: a result, not a failure."""
 
 
 class GroupRun:
@@ -48,17 +47,22 @@ class GroupRun:
 
     def __init__(
         self,
-        suite: Suite,
+        plan: GroupPlan,
         recording: Recording,
         launch: Launch,
         display: Display,
         leader: Leader | None = None,
+        *,
+        output: Path | None = None,
     ) -> None:
         """
         Args:
+            plan: what is to be run: of a group that is resumed, what it lacks.
             leader: where other machines take part.
+            output: JSON file for the results of a single run.
         """
-        self._suite = suite
+        self._plan = plan
+        self._output = output
         self._leader = leader
         self._recording = recording
         self._tree = recording.tree
@@ -66,7 +70,7 @@ class GroupRun:
         self._launch = launch
         self._host = WorkerHost(launch.worker_module)
         self._display = display
-        self._environment = {f"environment.{k}": v for k, v in environment().items()}
+        self._environment = environment()
         self._clip_bounds: dict[str, tuple[float, ...]] = {}
         """C of each step as the reference measured it, by regime."""
         self._finished: dict[VariantConfig, list[tuple[str, bool]]] = defaultdict(list)
@@ -76,27 +80,26 @@ class GroupRun:
         """Take C of each step of clip regimes, by name, from an earlier run of the reference."""
         self._clip_bounds.update(bounds)
 
-    def run(self, command: str) -> int:
-        """Run every mode; one that fails does not stop the others.
+    def run(self) -> int:
+        """Run every job; one that fails does not stop the others.
 
-        Args:
-            command: the command line to record; a group that is resumed has its own.
         Returns:
             The exit code.
 
         Raises:
-            StoreError: the store takes nothing; no mode was started.
+            StoreError: the store takes nothing; no job was started.
         """
         with Interruption() as interruption, self._host:
             if not self._tree.group_run:
-                self._tree.start_group(self._suite.expected_runs, self._group_params(command))
+                self._tree.start_group(self._plan, self._folder)
             self._start_recording()
             code, said = EXIT_FAILED, "node 0's launcher failed"
             try:
-                code, said = self._run_modes(interruption)
+                code, said = self._run_jobs(interruption)
                 return code
             except Exception as error:
-                self._tree.finish_open(FAILED, f"the launcher failed: {error}")
+                failure = Failure(kind=FailureKind.ERROR, message=f"the launcher failed: {error}")
+                self._tree.finish_open(Status.FAILED, failure)
                 raise
             finally:
                 if self._leader:
@@ -113,35 +116,39 @@ class GroupRun:
         if self._leader:
             self._leader.welcome(self._recording.group)
 
-    def _run_modes(self, interruption: Interruption) -> tuple[int, str]:
+    def _run_jobs(self, interruption: Interruption) -> tuple[int, str]:
         """Run them; returns the exit code and a summary."""
         failed: list[str] = []
         num_out_of_memory = 0
-        total = len(self._suite.jobs)
-        for number, job in enumerate(self._suite.jobs, 1):
-            place = f"[{number}/{total}] " if self._suite.name == PROFILE else ""
-            status = KILLED if interruption.requested else self._run_mode(job, interruption, place)
-            if status == KILLED:
-                self._tree.finish_open(KILLED, interruption.reason)
+        jobs, is_profile = self._plan.jobs, self._plan.suite is Suite.PROFILE
+        for number, job in enumerate(jobs, 1):
+            place = f"[{number}/{len(jobs)}] " if is_profile else ""
+            if interruption.requested:
+                status: str = Status.KILLED
+            else:
+                status = self._run_job(job, interruption, place)
+            if status == Status.KILLED:
+                stopped = Failure(kind=FailureKind.INTERRUPTED, message=interruption.reason)
+                self._tree.finish_open(Status.KILLED, stopped)
                 self._display.say(f"group {self._folder.name}: {interruption.reason}")
                 return EXIT_INTERRUPTED, interruption.reason
-            if status == FAILED:
+            if status == Status.FAILED:
                 failed.append(job.title)
             if self._leader and self._leader.lost:
-                # The other modes need that machine, too.
-                failed += [job.title for job in self._suite.jobs[number:]]
+                # The other jobs need that machine, too.
+                failed += [job.title for job in jobs[number:]]
                 break
             num_out_of_memory += status == OUT_OF_MEMORY
         unused = self._fail_unused_variants()
-        what = "runs" if self._suite.name == PROFILE else "modes"
-        summary = f"{total - len(failed) - num_out_of_memory} of {total} {what} finished"
+        what = "runs" if is_profile else "modes"
+        summary = f"{len(jobs) - len(failed) - num_out_of_memory} of {len(jobs)} {what} finished"
         summary += f", {num_out_of_memory} out of memory" * bool(num_out_of_memory)
         if failed or unused:
             causes = [f"failed: {', '.join(failed)}"] * bool(failed) + unused
-            reason = "; ".join([summary, *causes])
-            self._tree.finish(self._tree.group_run, FAILED, reason)
+            failure = Failure(kind=FailureKind.RUNS_FAILED, message="; ".join([summary, *causes]))
+            self._tree.finish(self._tree.group_run, Status.FAILED, failure)
         else:
-            self._tree.finish(self._tree.group_run, FINISHED)
+            self._tree.finish(self._tree.group_run, Status.FINISHED)
         self._display.say(f"group {self._folder.name}: {summary}")
         return EXIT_FAILED if failed or unused else EXIT_FINISHED, summary
 
@@ -151,13 +158,15 @@ class GroupRun:
         for variant, runs in self._finished.items():
             if any(is_used for _, is_used in runs):
                 continue
-            reasons.append(variants.unused(variant))
+            message = f"--variant {variant.name}={variant.path}"
+            failure = Failure(kind=FailureKind.UNUSED_VARIANT, message=message)
             for run_id, _ in runs:
-                self._tree.finish(run_id, FAILED, reasons[-1])
+                self._tree.finish(run_id, Status.FAILED, failure)
+            reasons.append(f"variant {variant.name}: {failure.reason}. {failure.advice}")
             self._display.say(reasons[-1])
         return reasons
 
-    def _run_mode(self, job: JobConfig, interruption: Interruption, place: str) -> str:
+    def _run_job(self, job: JobConfig, interruption: Interruption, place: str) -> str:
         """Run one mode with its runs around it.
 
         Args:
@@ -167,34 +176,48 @@ class GroupRun:
         """
         ready, blocked = self._split_regimes(job)
         work_dir = self._work_dir(job)
-        runs = [self._start_runs(job, regime) for regime in (*ready, *blocked)]
+        logged = logged_ranks(job.log_ranks, job.num_ranks)
+        runs = [self._tree.start_mode(job, regime, logged) for regime in (*ready, *blocked)]
         self._display.start_mode(f"{place}{job.title}", ready)
         outcomes: tuple[Outcome, ...] = ()
         if ready:
-            job = replace(
-                job,
-                regimes=ready,
-                spool=str(self._recording.spool.absolute()),
-                run_ids=tuple(mode_run for mode_run, _ in runs[: len(ready)]),
-                rank_run_ids=tuple(ranks for _, ranks in runs[: len(ready)]),
+            started = StartedJob(
+                job=replace(job, regimes=ready),
+                environment=self._environment,
                 work_dir=str(work_dir.absolute()),
+                spool=str(self._recording.spool.absolute()),
+                mode_runs=tuple(mode_run for mode_run, _ in runs[: len(ready)]),
+                rank_runs=tuple(ranks for _, ranks in runs[: len(ready)]),
             )
             with self._recording.quiet() if job.is_timed else contextlib.nullcontext():
                 outcomes = run_mode(
-                    job, self._launch, self._host, interruption, self._display, self._leader
+                    started, self._launch, self._host, interruption, self._display, self._leader
                 )
-            outcomes = self._read_results(job, outcomes)
-        unknown = Failure(kind=troubleshooting.NO_CLIP_BOUNDS)
-        outcomes += tuple(Outcome(FAILED, unknown) for _ in blocked)
+            outcomes = self._read_results(started, outcomes)
+        unknown = Failure(kind=FailureKind.NO_CLIP_BOUNDS)
+        outcomes += tuple(Outcome(Status.FAILED, unknown) for _ in blocked)
         regimes = (*ready, *blocked)
-        for (mode_run, ranks), regime, outcome in zip(runs, regimes, outcomes, strict=True):
-            if _ran_out_of_memory(regime, outcome):
-                self._tree.mark(mode_run, names.OUT_OF_MEMORY)
+        for (mode_run, ranks), outcome in zip(runs, outcomes, strict=True):
             for run_id in filter(None, (*ranks, mode_run)):
-                self._finish(run_id, outcome, work_dir, interruption)
-            if job.variant and outcome.status == FINISHED:
-                self._finished[job.variant].append((mode_run, bool(variants.imports_of(job))))
+                log = f"Log: {work_dir / 'output.log'}"
+                self._tree.finish(run_id, outcome.status, outcome.failure, log)
+        self._note_imports(job, [mode_run for mode_run, _ in runs], outcomes, work_dir)
         return self._show(regimes, outcomes, work_dir)
+
+    def _note_imports(
+        self,
+        job: JobConfig,
+        mode_runs: Sequence[str],
+        outcomes: Sequence[Outcome],
+        work_dir: Path,
+    ) -> None:
+        """Remember which finished runs of a variant imported anything of it."""
+        if job.variant is None:
+            return
+        for index, (mode_run, outcome) in enumerate(zip(mode_runs, outcomes, strict=True)):
+            if outcome.status is Status.FINISHED:
+                facts = FACTS.loads((work_dir / str(index) / FACTS_FILE).read_bytes())
+                self._finished[job.variant].append((mode_run, bool(facts.imported)))
 
     def _split_regimes(
         self, job: JobConfig
@@ -212,28 +235,20 @@ class GroupRun:
                 blocked.append(regime)
         return tuple(ready), tuple(blocked)
 
-    def _start_runs(self, job: JobConfig, regime: RegimeConfig) -> tuple[str, tuple[str, ...]]:
-        config = asdict(job.run_in(regime))
-        for key in ("regimes", "run_ids", "rank_run_ids", "spool", "work_dir", "variant"):
-            del config[key]
-        variant = job.variant
-        if variant:
-            config["variant"] = {"name": variant.name, **variants.facts(variant)}
-        params = flatten({**config, "regime": asdict(regime)}) | self._environment
-        name = variant.name if variant else ""
-        logged = logged_ranks(job.log_ranks, job.num_ranks)
-        return self._tree.start_mode(job.mode, regime, job.num_ranks, params, name, logged)
-
-    def _read_results(self, job: JobConfig, outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
-        """Take what later steps need; a result that cannot be read is a failure."""
+    def _read_results(
+        self, started: StartedJob, outcomes: Sequence[Outcome]
+    ) -> tuple[Outcome, ...]:
+        """Take what later jobs need; a result that cannot be read is a failure."""
         checked = []
+        job = started.job
         for index, (regime, outcome) in enumerate(zip(job.regimes, outcomes, strict=True)):
-            folder = Path(job.work_dir) / str(index)
+            folder = Path(started.work_dir) / str(index)
             try:
-                if outcome.status == FINISHED:
+                if outcome.status is Status.FINISHED:
                     self._read_result(job, regime, folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                outcome = Outcome(FAILED, Failure(kind=troubleshooting.ERROR, message=str(error)))
+                failure = Failure(kind=FailureKind.ERROR, message=str(error))
+                outcome = Outcome(Status.FAILED, failure)
             checked.append(outcome)
         return tuple(checked)
 
@@ -246,30 +261,21 @@ class GroupRun:
             checked = replace(regime, max_grad_norms=bounds)
             self._clip_bounds[regime.name] = checked.max_grad_norms
         if job.variant is not None:
-            variants.imports_of(job)
-        elif self._suite.output is not None and regime.kind != PROFILE:
-            write_output(Trajectory.load(folder / TRAJECTORY_FILE), self._suite.output)
-
-    def _finish(
-        self, run_id: str, outcome: Outcome, work_dir: Path, interruption: Interruption
-    ) -> None:
-        failure = outcome.failure
-        if failure is not None:
-            advice = f"{failure.advice} Log: {work_dir / 'output.log'}"
-            self._tree.finish(run_id, outcome.status, failure.reason, advice)
-        else:
-            reason = interruption.reason if outcome.status == KILLED else ""
-            self._tree.finish(run_id, outcome.status, reason)
+            FACTS.loads((folder / FACTS_FILE).read_bytes())
+        elif self._output is not None and regime.kind != PROFILE:
+            write_output(Trajectory.load(folder / TRAJECTORY_FILE), self._output)
 
     def _show(
         self, regimes: Sequence[RegimeConfig], outcomes: Sequence[Outcome], work_dir: Path
     ) -> str:
         statuses = [outcome.status for outcome in outcomes]
-        status = next((s for s in (KILLED, FAILED) if s in statuses), FINISHED)
-        if status == FAILED and any(map(_ran_out_of_memory, regimes, outcomes)):
+        by_severity = (Status.KILLED, Status.FAILED)
+        status: str = next((s for s in by_severity if s in statuses), Status.FINISHED)
+        if status == Status.FAILED and any(map(_ran_out_of_memory, regimes, outcomes)):
             # Regimes after it could not start.
             status = OUT_OF_MEMORY
-        failures = [outcome.failure for outcome in outcomes if outcome.failure]
+        failed = [outcome for outcome in outcomes if outcome.status is Status.FAILED]
+        failures = [outcome.failure for outcome in failed if outcome.failure]
         reason = ""
         if failures:
             advice = "" if status == OUT_OF_MEMORY else f" {failures[0].advice}"
@@ -279,10 +285,11 @@ class GroupRun:
 
     def _work_dir(self, job: JobConfig) -> Path:
         # A dash is in no mode's name, so that two modes never share a folder.
-        points = [f"-{regime.point}" for regime in job.regimes if regime.point]
+        shape = f"-T{job.data.seq_length}-B{job.data.batch_size}"
+        timed = [f"{shape}-{regime.order}" for regime in job.regimes if regime.order]
         logs = self._folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        name = "".join([job.label.replace(":", "-"), *points])
+        name = "".join([job.label.replace(":", "-"), *timed])
         taken = {folder.name for folder in logs.iterdir()}
         # Attempts of a group that is resumed stay beside each other.
         attempts = chain((name,), (f"{name}-{number}" for number in count(2)))
@@ -290,26 +297,8 @@ class GroupRun:
         folder.mkdir()
         return folder
 
-    def _group_params(self, command: str) -> dict[str, str]:
-        suite = self._suite
-        shared = asdict(suite.jobs[0])
-        params = {
-            "command": command,
-            "suite": suite.name,
-            "modes": list(dict.fromkeys(job.label for job in suite.jobs)),
-            "variant": {v.name: variants.facts(v) for job in suite.jobs if (v := job.variant)},
-            "regimes": list(dict.fromkeys(run[1] for run in suite.expected_runs)),
-            "num_ranks": suite.num_ranks,
-            **{key: shared[key] for key in ("model", "data", "performance", "seed")},
-            **{key: shared[key] for key in ("layer_norms", "log_ranks")},
-        }
-        every = {key: [getattr(job.data, key) for job in suite.jobs] for key in shared["data"]}
-        # Lengths and batch sizes of a profile.
-        params["data"] = {key: list(dict.fromkeys(found)) for key, found in every.items()}
-        return flatten(params) | self._environment
-
 
 def _ran_out_of_memory(regime: RegimeConfig, outcome: Outcome) -> bool:
     failure = outcome.failure
     is_timed = regime.kind == PROFILE
-    return is_timed and failure is not None and failure.kind == troubleshooting.OUT_OF_MEMORY
+    return is_timed and failure is not None and failure.kind is FailureKind.OUT_OF_MEMORY

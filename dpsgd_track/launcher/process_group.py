@@ -5,8 +5,8 @@ What a worker leaves in its work folder:
 - `progress.jsonl`: one JSON object a line, by rank 0: regime, event (start, step, end), step,
   num_iter, loss, epsilon (in end, where noise was accounted for),
   step_time_ms and peak_memory_gib (in end, of a profile).
-- `failure-rank{r}.json`: kind, message, regime, step of the failure rank r met.
-- `imports.json`: what a variant's job imported from the variant, by package.
+- `failure-rank{r}.json`: the `Failure` that rank r met.
+- `{regime}/facts.json`: the `RunFacts` of a regime.
 - `{regime}/trajectory.npz`: what a finished regime observed; of a profile `timings.json`.
 - `{regime}/clip_bounds.json`: C of each step, measured by the reference in the clip regime.
 """
@@ -20,22 +20,22 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import dpsgd_track
-from dpsgd_track.config import PROFILE, JobConfig
+from dpsgd_track.config import PROFILE, VariantConfig
 from dpsgd_track.launcher.fork_client import WorkerHost
 from dpsgd_track.launcher.fork_server import Meeting, Request
 from dpsgd_track.launcher.hardware import num_cores
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.several_machines.meeting import LOST_AFTER_S, Leader, Report
-from dpsgd_track.record import failure as troubleshooting
-from dpsgd_track.record.failure import Failure
+from dpsgd_track.record.failure import FAILURE, Failure, FailureKind, names_lost_peer
 from dpsgd_track.record.names import TIMINGS_FILE, TRAJECTORY_FILE, VARIANT_VARIABLE
-from dpsgd_track.store.run_tree import FAILED, FINISHED, KILLED
+from dpsgd_track.record.plan import STARTED_JOB, StartedJob
+from dpsgd_track.record.run import Status
 
 WORKER = "dpsgd_track.training.worker"
 GRACE_S = 10.0
@@ -58,10 +58,10 @@ Event = Mapping[str, Any]
 class Outcome:
     """How one regime of a mode went."""
 
-    status: str
+    status: Status
     """FINISHED, FAILED or KILLED."""
     failure: Failure | None = None
-    """Why it failed."""
+    """Why it did not finish."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,34 +77,35 @@ class Launch:
 
 
 def run_mode(
-    job: JobConfig,
+    started: StartedJob,
     launch: Launch,
     host: WorkerHost,
     interruption: Interruption,
     display: Display,
     leader: Leader | None = None,
 ) -> tuple[Outcome, ...]:
-    """Run `job` to its end, or until an interruption; no process of it is left behind.
+    """Run a job to its end, or until an interruption; no process of it is left behind.
 
     Args:
         leader: where other machines take part.
     Returns:
         The outcome of each regime.
     """
-    progress = _Progress(Path(job.work_dir) / "progress.jsonl")
-    meeting = leader.start(job, Path(job.work_dir).name) if leader else None
+    work_dir, title = Path(started.work_dir), started.job.title
+    progress = _Progress(work_dir / "progress.jsonl")
+    meeting = leader.start(started, work_dir.name) if leader else None
     others = leader if meeting else None
     trouble = ""
     try:
-        start(job, launch, host, meeting)
+        start(started, launch, host, meeting)
         while (code := host.poll()) is None and not interruption.requested:
             if others and (trouble := others.trouble()):
-                display.say(f"{trouble} Ending {job.title}.")
+                display.say(f"{trouble} Ending {title}.")
                 break
             progress.forward(display.event)
             time.sleep(_POLL_S)
         if code is None and not trouble:
-            display.say(f"{interruption.reason} Ending {job.title}.")
+            display.say(f"{interruption.reason} Ending {title}.")
     finally:
         host.end()
     progress.forward(display.event)
@@ -115,17 +116,18 @@ def run_mode(
         reports = others.settle("" if code == 0 else trouble or own)
     # A scheduler's SIGTERM may reach the group before this process looks.
     if interruption.requested and code != 0:
-        return outcomes(job, None, progress.ended)
+        stopped = Failure(kind=FailureKind.INTERRUPTED, message=interruption.reason)
+        return outcomes(started, None, progress.ended, stopped)
     if code:
-        reports.append(report_of(Path(job.work_dir), code))
-    return outcomes(job, 1 if code is None else code, progress.ended, cause(reports))
+        reports.append(report_of(work_dir, code))
+    return outcomes(started, 1 if code is None else code, progress.ended, cause(reports))
 
 
-def start(job: JobConfig, launch: Launch, host: WorkerHost, meeting: Meeting | None) -> None:
-    """Start this machine's ranks of `job`."""
-    work_dir = Path(job.work_dir)
+def start(started: StartedJob, launch: Launch, host: WorkerHost, meeting: Meeting | None) -> None:
+    """Start this machine's ranks of a job."""
+    job, work_dir = started.job, Path(started.work_dir)
     job_file = work_dir / "job.json"
-    job_file.write_text(job.to_json(), encoding="utf-8")
+    job_file.write_text(STARTED_JOB.dumps(started, indent=1), encoding="utf-8")
     request = Request(
         job_file=str(job_file),
         log=str(work_dir / "output.log"),
@@ -133,7 +135,7 @@ def start(job: JobConfig, launch: Launch, host: WorkerHost, meeting: Meeting | N
         grace_s=launch.grace_s,
         meeting=meeting,
     )
-    host.start(request, _environment(job, request))
+    host.start(request, _environment(job.variant, request))
 
 
 def report_of(work_dir: Path, code: int) -> Report:
@@ -144,33 +146,38 @@ def report_of(work_dir: Path, code: int) -> Report:
 
 def cause(reports: Sequence[Report]) -> Failure | None:
     """Of what several machines report, what the others came from; None of nothing."""
-    found = [(each.failure.is_echo, each.time_s, each.failure) for each in reports if each.failure]
-    return min(found, key=lambda each: each[:2])[2] if found else None
+    failures = [(each.time_s, each.failure) for each in reports if each.failure]
+    if not failures:
+        return None
+    return min(failures, key=lambda each: (each[1].kind is FailureKind.PEER, each[0]))[1]
 
 
 def failure_of(work_dir: Path, code: int) -> Failure:
     """Why the group in `work_dir` exited with `code`: what was reported first, else the log."""
-    reports = sorted(work_dir.glob("failure-rank*.json"), key=lambda file: file.stat().st_mtime_ns)
-    if reports:
-        return _read_report(reports[0])
+    files = sorted(work_dir.glob("failure-rank*.json"), key=lambda file: file.stat().st_mtime_ns)
+    if files:
+        # Of several ranks the first to fail, unless it only saw that another was gone.
+        return min(map(_read_report, files), key=lambda each: each.kind is FailureKind.PEER)
     log = _tail(work_dir / "output.log")
     if shutil.disk_usage(work_dir).free < _LEAST_FREE_BYTES:
         # Neither the report nor the log may have found room.
-        return Failure(kind=troubleshooting.DISK_FULL, message=_last_words(log, None))
+        return Failure(kind=FailureKind.DISK_FULL, message=_last_words(log, None))
     # The launcher of the ranks ends the others with SIGTERM when one is gone.
     kills = [(number, name) for number, name in _KILLED.findall(log) if name != "SIGTERM"]
     if kills:
         number, name = kills[0]
-        return Failure(kind=troubleshooting.KILLED, message=f"signal {number} ({name}).")
+        return Failure(kind=FailureKind.KILLED, message=f"signal {number} ({name}).")
     if code < 0:
         name = signal.Signals(-code).name
-        return Failure(kind=troubleshooting.KILLED, message=f"signal {-code} ({name}).")
+        return Failure(kind=FailureKind.KILLED, message=f"signal {-code} ({name}).")
     rank = _ROOT_CAUSE.search(log)
     root = int(rank[1]) if rank else None
-    return Failure(kind=troubleshooting.ERROR, message=_last_words(log, root), rank=root)
+    message = _last_words(log, root)
+    kind = FailureKind.PEER if names_lost_peer(message) else FailureKind.ERROR
+    return Failure(kind=kind, message=message, rank=root)
 
 
-def _environment(job: JobConfig, request: Request) -> dict[str, str]:
+def _environment(variant: VariantConfig | None, request: Request) -> dict[str, str]:
     """The launcher's environment, with what the ranks need; HF_TOKEN passes through it."""
     package_root = str(Path(dpsgd_track.__file__).parent.parent)
     search_path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
@@ -187,12 +194,12 @@ def _environment(job: JobConfig, request: Request) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if job.variant:
+    if variant:
         # `python -m` would put the working directory first, and a checkout of its own with it.
-        ours = [job.variant.root, os.getcwd(), environment["PYTHONPATH"]]
+        ours = [variant.root, os.getcwd(), environment["PYTHONPATH"]]
         environment["PYTHONPATH"] = os.pathsep.join(ours)
         environment["PYTHONSAFEPATH"] = "1"
-        environment[VARIANT_VARIABLE] = job.variant.root
+        environment[VARIANT_VARIABLE] = variant.root
     return environment
 
 
@@ -234,58 +241,52 @@ class _Progress:
 
 
 def outcomes(
-    job: JobConfig, code: int | None, ended: set[int], failure: Failure | None = None
+    started: StartedJob, code: int | None, ended: set[int], failure: Failure | None = None
 ) -> tuple[Outcome, ...]:
     """How each regime went, judged by what it left.
 
     Args:
         code: exit code of the group; None where it was interrupted.
         ended: indices of the regimes whose end was reported.
-        failure: why it failed, where that is known from elsewhere than its folder.
+        failure: why it did not finish, where that is known from elsewhere than its folder.
     """
-    work_dir = Path(job.work_dir)
+    job, work_dir = started.job, Path(started.work_dir)
     indices = range(len(job.regimes))
     files = [TIMINGS_FILE if r.kind == PROFILE else TRAJECTORY_FILE for r in job.regimes]
     complete = [i in ended and (work_dir / str(i) / files[i]).is_file() for i in indices]
+    finished = Outcome(Status.FINISHED)
     if code is None:
-        return tuple(Outcome(FINISHED if done else KILLED) for done in complete)
+        return tuple(finished if done else Outcome(Status.KILLED, failure) for done in complete)
     if code == 0 and failure is None:
-        missing = Failure(kind=troubleshooting.NO_TRAJECTORY)
-        return tuple(Outcome(FINISHED) if done else Outcome(FAILED, missing) for done in complete)
+        missing = Outcome(Status.FAILED, Failure(kind=FailureKind.NO_TRAJECTORY))
+        return tuple(finished if done else missing for done in complete)
     failure = failure or failure_of(work_dir, code)
     # A failure after the last regime, such as an upload, is the last regime's.
     in_flight = next((i for i in indices if not complete[i]), len(complete) - 1)
     at = failure.regime if failure.regime in indices else in_flight
     assert at is not None
     later = Failure(
-        kind=troubleshooting.NOT_STARTED,
+        kind=FailureKind.NOT_STARTED,
         message=f"regime {job.regimes[at].name} failed first: {failure.reason}",
     )
     return tuple(
-        Outcome(FAILED, failure)
+        Outcome(Status.FAILED, failure)
         if i == at
-        else Outcome(FINISHED)
+        else finished
         if done
-        else Outcome(FAILED, later)
+        else Outcome(Status.FAILED, later)
         for i, done in enumerate(complete)
     )
 
 
 def _read_report(path: Path) -> Failure:
-    rank = int(path.stem.removeprefix("failure-rank"))
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        return Failure(
-            kind=str(report["kind"]),
-            message=_shorten(str(report.get("message", ""))),
-            regime=report.get("regime"),
-            step=report.get("step"),
-            rank=rank,
-        )
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        return Failure(
-            kind=troubleshooting.ERROR, message=f"{path.name} cannot be read: {error}", rank=rank
-        )
+        failure = FAILURE.loads(path.read_bytes())
+        return replace(failure, message=_shorten(failure.message))
+    except (ValueError, OSError) as error:
+        rank = int(path.stem.removeprefix("failure-rank"))
+        message = f"{path.name} cannot be read: {error}"
+        return Failure(kind=FailureKind.ERROR, message=message, rank=rank)
 
 
 def _tail(path: Path) -> str:

@@ -54,7 +54,7 @@ def _loss(event: Mapping[str, Any]) -> str:
 
 def _is_one_point(regimes: Sequence[RegimeConfig]) -> bool:
     """Whether all there is is one run of a profile, of which there are many: a line says it."""
-    return len(regimes) == 1 and bool(regimes[0].point)
+    return len(regimes) == 1 and bool(regimes[0].order)
 
 
 def _cost(event: Mapping[str, Any]) -> str:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from dpsgd_track.config import Settings, redact_uri, require
-from dpsgd_track.launcher.suites import Suite
+from dpsgd_track.launcher.placement import Placement
+from dpsgd_track.record.failure import Failure, FailureKind
+from dpsgd_track.record.plan import Suite
+from dpsgd_track.record.run import Status
 from dpsgd_track.store.client import TrackingError
 from dpsgd_track.store.opening import has_group, open_store, unusable
-from dpsgd_track.store.run_tree import KILLED, RunTree
+from dpsgd_track.store.run_tree import RunTree
 from dpsgd_track.store.shipper import NotThereYet, Shipper, settle
 from dpsgd_track.store.shipping import Shipping
 from dpsgd_track.store.spool import CONTROL, SpoolDamaged, SpoolWriter
@@ -161,7 +164,8 @@ class Recording:
 
     def _forget(self, reason: str) -> None:
         if not self._is_new:
-            self.tree.finish_open(KILLED, reason)
+            failure = Failure(kind=FailureKind.TRACKING, message=reason)
+            self.tree.finish_open(Status.KILLED, failure)
         self._writer.close()
         if self._is_new:
             self._spooled.remove()
@@ -175,18 +179,18 @@ class Recording:
             self._held.pop().close()
 
 
-def open_group(suite: Suite) -> Recording:
+def open_group(suite: Suite, place: Placement) -> Recording:
     """Open the store and claim a name for the group.
 
     Raises:
         ValueError: the store or a folder cannot be used, or the name is taken.
     """
-    settings = suite.settings
+    settings = place.settings
     results, spool = Path(settings.results_dir), Path(settings.spool_dir)
-    if suite.group is not None:
-        is_new = not (results / suite.group).exists() and not (spool / suite.group).exists()
-        _require_new(is_new, suite.group)
-    store = None if suite.is_offline else open_store(settings)
+    if place.group is not None:
+        is_new = not (results / place.group).exists() and not (spool / place.group).exists()
+        _require_new(is_new, place.group)
+    store = None if place.is_offline else open_store(settings)
 
     def claimed(name: str) -> SpooledGroup | None:
         if store is not None and has_group(*store, name):
@@ -200,10 +204,10 @@ def open_group(suite: Suite) -> Recording:
                 spooled.folder.rmdir()
         return spooled if is_claimed else None
 
-    name = base = suite.group or f"{suite.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = base = place.group or f"{suite}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     while (spooled := claimed(name)) is None:
-        _require_new(suite.group is None, name)
+        _require_new(place.group is None, name)
         number += 1
         name = f"{base}-{number}"
     return Recording(settings, name, spooled, store)

@@ -6,7 +6,6 @@ but where none did, everything that is said of the variant would be said of the 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from dpsgd_track.config import SILENT, JobConfig, VariantConfig, require
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.record.environment import git_facts
-from dpsgd_track.record.names import IMPORTS_FILE
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,60}")
 
@@ -72,27 +70,4 @@ def variant_jobs(
         for variant in variants
         for job in jobs
         if job.mode != REFERENCE
-    )
-
-
-def imports_of(job: JobConfig) -> dict[str, str]:
-    """Packages that a finished job imported from its variant; version by name.
-
-    Raises:
-        ValueError: the job left no list, or one that cannot be read.
-    """
-    path = Path(job.work_dir) / IMPORTS_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(package): str(version) for package, version in found.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path.name}: expected what was imported. {error}") from error
-
-
-def unused(variant: VariantConfig) -> str:
-    """Why a variant that nothing was imported from fails."""
-    return (
-        f"variant={variant.name}={variant.path}: expected a mode that imports something of it. "
-        "None did, so what ran is the installed code. "
-        "Check the path, or add a mode that uses what it brings."
     )

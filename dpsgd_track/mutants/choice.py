@@ -18,7 +18,7 @@ from dpsgd_track.modes.table import (
 )
 from dpsgd_track.mutants import FAULTS, KINDS, MUTES, Fault
 from dpsgd_track.mutants.fault import FSDP_MODES
-from dpsgd_track.store.reader import ModeRun
+from dpsgd_track.record.run import ModeRun
 
 _OURS = ("two_pass", "bookkeeping")
 

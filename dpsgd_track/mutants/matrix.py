@@ -13,8 +13,7 @@ from dpsgd_track.config import PROBE_NAIVE, PROBES, Thresholds
 from dpsgd_track.modes.table import BASELINE, REFERENCE, runs_on_one_device, spec_of, split_planted
 from dpsgd_track.mutants import FAULTS, MUTES, Fault
 from dpsgd_track.mutants.choice import is_ours, mutes_of
-from dpsgd_track.record.names import LEFT_OUT, REPLICATED, UNREACHED
-from dpsgd_track.store.reader import FINISHED, Group, ModeRun
+from dpsgd_track.record.run import Group, ModeRun, Status
 
 LATEST_STEP = 3
 """Step by which a fault has to be found."""
@@ -214,7 +213,7 @@ def _num_places(guilty: Guilty | None, runs: Iterable[ModeRun]) -> int:
 
 def _naive_saw(naive: GroupComparison, label: str) -> bool:
     for regime in naive.regimes:
-        if any(run.label == label and run.status != FINISHED for run in regime.runs):
+        if any(run.label == label and run.status is not Status.FINISHED for run in regime.runs):
             return True
         pair = regime.pair(label)
         drifts = pair.drifts.values() if pair else ()
@@ -226,13 +225,14 @@ def _naive_saw(naive: GroupComparison, label: str) -> bool:
 
 
 def _excuse(fault: Fault, mode: str, runs: Sequence[ModeRun]) -> str:
-    unreached = [set(filter(None, run.params.get(UNREACHED, "").split(", "))) for run in runs]
+    facts = [run.facts for run in runs if run.facts]
+    unreached = [set(each.unreached_seams) for each in facts]
     never = set.intersection(*unreached) if unreached else set()
     if never:
         return f"the mode never comes by {', '.join(sorted(never))}"
-    if "shards" in fault.needs and any(run.params.get(REPLICATED) == "true" for run in runs):
+    if "shards" in fault.needs and any(each.is_replicated for each in facts):
         return "the mode holds every parameter whole on every rank"
-    if "an empty step" in fault.needs and any(LEFT_OUT in run.params for run in runs):
+    if "an empty step" in fault.needs and any(each.left_out_steps for each in facts):
         return "the mode takes no empty batch"
     if fault.needs_ranks and runs_on_one_device(mode):
         return f"the mode runs on one device, and it needs {', '.join(fault.needs)}"
@@ -240,12 +240,14 @@ def _excuse(fault: Fault, mode: str, runs: Sequence[ModeRun]) -> str:
 
 
 def _known_reason(fault: Fault, runs: Iterable[ModeRun]) -> str:
-    is_low = any(run.params.get("performance.param_dtype") == "bfloat16" for run in runs)
+    is_low = any(run.job and run.job.performance.param_dtype == "bfloat16" for run in runs)
     return fault.in_bf16 if is_low else ""
 
 
 def _settings(runs: Iterable[ModeRun]) -> str:
-    params = next((run.params for run in runs if run.mode == BASELINE), {})
-    ranks, dtype = params.get("num_ranks", "?"), params.get("performance.param_dtype", "?")
-    device = params.get("device.name") or params.get("performance.device", "?")
-    return f"{ranks} ranks, {dtype}, {device}"
+    run = next(run for run in runs if run.mode == BASELINE)
+    assert run.job is not None, "the baseline is planned"
+    performance = run.job.performance
+    device = run.facts.device.name if run.facts else ""
+    ranks = run.job.num_ranks
+    return f"{ranks} ranks, {performance.param_dtype}, {device or performance.device}"

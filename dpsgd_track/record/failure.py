@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
 
 from dpsgd_track.record.codec import Codec
@@ -33,9 +34,11 @@ class FailureKind(enum.StrEnum):
     NOT_STARTED = "not_started"
     NO_CLIP_BOUNDS = "no_clip_bounds"
     UNUSED_VARIANT = "unused_variant"
+    RUNS_FAILED = "runs_failed"
+    """Of a group: some of its runs did not finish."""
 
 
-_WORDS: dict[FailureKind, tuple[str, str]] = {
+WORDS: dict[FailureKind, tuple[str, str]] = {
     FailureKind.OUT_OF_MEMORY: (
         "out of memory",
         "Try a smaller --batch-size, a shorter --seq-length, a smaller --model-name, "
@@ -105,11 +108,30 @@ _WORDS: dict[FailureKind, tuple[str, str]] = {
         "not started: the clipping bounds are unknown",
         "The mode `reference` measures them and failed: see its run.",
     ),
+    FailureKind.RUNS_FAILED: (
+        "not every run finished",
+        "See those runs; `launch.py resume GROUP` runs what is missing.",
+    ),
     FailureKind.UNUSED_VARIANT: (
         "nothing was imported from the variant, so that what ran is the installed code",
         "Check the path, or add a mode that uses what the variant brings.",
     ),
 }
+
+
+_LOST_PEER = re.compile(
+    r"connection (?:closed|reset|was reset) by|broken pipe|remote process exited|socket timeout"
+    r"|timed? ?out|heartbeat|DistNetworkError|DistStoreError|Gloo|NCCL",
+    re.IGNORECASE,
+)
+
+
+def names_lost_peer(text: str) -> bool:
+    """True if `text`, of a communication library, says that another rank is gone.
+
+    gloo raises plain RuntimeErrors, so that their words are all there is to tell the kind by.
+    """
+    return bool(_LOST_PEER.search(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +159,12 @@ class Failure:
             if value is not None
         ]
         where = (f" at {', '.join(at)}" if at else "") + (f" {self.place}" if self.place else "")
-        return f"{_WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else ".")
+        return f"{WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else ".")
 
     @property
     def advice(self) -> str:
         """What to try next."""
-        return _WORDS[self.kind][1]
+        return WORDS[self.kind][1]
 
 
 FAILURE = Codec(Failure, "dpsgd-track/failure", 1)

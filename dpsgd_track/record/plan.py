@@ -64,7 +64,6 @@ class GroupPlan:
     """Command line it was made from, without credentials; shown, and never parsed."""
 
     def __post_init__(self) -> None:
-        require(bool(self.jobs), "jobs", self.jobs, "at least one job")
         require(self.num_nodes >= 1, "nnodes", self.num_nodes, "an integer >= 1")
 
     def runs(self) -> Iterator[tuple[RunKey, JobConfig, RegimeConfig]]:

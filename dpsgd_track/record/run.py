@@ -86,7 +86,9 @@ class ModeRun:
     @property
     def reason(self) -> str:
         """Why it did not finish, in a sentence without a full stop; empty where unknown."""
-        return self.failure.reason.rstrip(". ") if self.failure else ""
+        if self.failure is not None:
+            return self.failure.reason.rstrip(". ")
+        return self.trajectory_missing if self.status is Status.MISSING else ""
 
 
 @dataclass(frozen=True, kw_only=True)

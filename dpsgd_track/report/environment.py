@@ -1,34 +1,56 @@
-"""What a group ran with and how it was launched, as the report shows it."""
+"""Settings and versions of a group, as the report shows them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
 from dpsgd_track.record import names
-from dpsgd_track.store.reader import Group
+from dpsgd_track.record.run import Group
 
 _OWN_TAGS = ("mlflow.", "dpsgd.")
-_COMMAND = ("command", "dpsgd.command")
 
 
 def command(group: Group) -> str:
-    """The command line that launched the group; empty when it was not recorded."""
-    recorded = {**group.params, **group.tags}
-    return next((recorded[key] for key in _COMMAND if recorded.get(key)), "")
+    """The command line that launched the group; empty where a program did."""
+    return group.plan.command
 
 
 def environment(group: Group) -> list[tuple[str, str]]:
-    """Settings and versions: the group's own, then what all of its mode runs agree on."""
-    params = [run.params for run in (*group.runs, *group.points) if run.params]
+    """(name, value) of what all of the group's jobs have in common, and of its environment."""
+    plan = group.plan
+    jobs = [dict(_lines(asdict(job))) for job in plan.jobs]
     shared = {
-        key: value
-        for key, value in (params[0] if params else {}).items()
-        if all(other.get(key) == value for other in params)
+        name: value
+        for name, value in jobs[0].items()
+        if not name.startswith("regimes") and all(job.get(name) == value for job in jobs)
     }
-    tags = {k: v for k, v in group.tags.items() if not k.startswith(_OWN_TAGS)}
-    known = {**shared, **group.params, **tags}
+    known = {
+        "suite": str(plan.suite),
+        **shared,
+        **{f"environment.{name}": value for name, value in plan.environment.items()},
+    }
+    device = next((run.facts.device for run in _runs(group) if run.facts), None)
+    if device is not None:
+        known |= {f"device.{name}": str(value) for name, value in vars(device).items() if value}
+    known |= {tag: value for tag, value in group.tags.items() if not tag.startswith(_OWN_TAGS)}
     ranks = ", ".join(f"{count} {status}" for status, count in group.rank_statuses.items())
     if ranks:
         known["rank runs"] = ranks
     if group.superseded:
         known["earlier attempts left out"] = str(group.superseded)
     known.pop(names.NOTE, None)
-    return [(key, value) for key, value in known.items() if key not in _COMMAND]
+    return list(known.items())
+
+
+def _runs(group: Group) -> Iterator[Any]:
+    yield from (*group.runs, *group.timed_runs)
+
+
+def _lines(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _lines(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)

@@ -15,6 +15,7 @@ from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.config import PROBE, is_probe
+from dpsgd_track.record.run import Group
 from dpsgd_track.report.charts import Chart, Style
 from dpsgd_track.report.charts.profile import SECTION as PROFILE_SECTION
 from dpsgd_track.report.environment import command, environment
@@ -30,7 +31,6 @@ from dpsgd_track.report.stages import (
     stage_tables,
 )
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
-from dpsgd_track.store.reader import Group
 
 SECTIONS = (
     ("trajectories", "Trajectories", "Trajectories", "No run recorded a step."),
@@ -118,7 +118,7 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
             costs=costs_of(profile, group) if (profile := profile_of(group)) else None,
             headings=HEADINGS,
             rows=rows(comparison),
-            mode_of={run.title: style.index(run.label) for run in (*group.runs, *group.points)},
+            mode_of={run.title: style.index(run.label) for run in (*group.runs, *group.timed_runs)},
             stages=ALL_STAGES,
             stage_tables=stage_tables(comparison),
             stage_symbols=SYMBOLS,
@@ -152,7 +152,7 @@ def profile_html(profile: Profile, group: Group, charts: Sequence[Chart]) -> str
             costs=costs_of(profile, group),
             charts=charts,
             style=style,
-            mode_of={run.label: style.index(run.label) for run in group.points},
+            mode_of={run.label: style.index(run.label) for run in group.timed_runs},
             started=f"{started:%Y-%m-%d %H:%M} UTC",
             environment=environment(group),
             command=command(group),

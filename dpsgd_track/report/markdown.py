@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
 from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import accepted, advice, stage_tables
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
-from dpsgd_track.store.reader import Group
 
 LIMIT = 65_536
 """Characters that a code host accepts in one comment."""

@@ -8,12 +8,13 @@ import io
 import json
 import re
 from datetime import UTC, datetime
+from typing import Any
 
 from dpsgd_track.comparison.profile import Cost, Profile, Spread
 from dpsgd_track.comparison.profile_rows import Measurement, measurements
+from dpsgd_track.record.run import Group
 from dpsgd_track.report.drift_json import strict
 from dpsgd_track.report.table import ABSENT
-from dpsgd_track.store.reader import Group
 
 HEADINGS = (
     "mode",
@@ -103,16 +104,15 @@ def best(profile: Profile) -> list[str]:
 
 def facts(profile: Profile, group: Group) -> list[str]:
     """What the figures were taken of and on, in a few words each."""
-    params = next((cost.params for cost in profile.costs if cost.params), {})
-    known = {**group.params, **params}
-    ranks = known.get("num_ranks", "")
+    job, ranks = group.plan.jobs[0], group.plan.num_ranks
+    devices = [run.facts.device.name for run in group.timed_runs if run.facts]
     found = [
-        known.get("model.name", ""),
-        known.get("performance.param_dtype", ""),
-        f"{ranks} rank{'s' * (ranks != '1')}" if ranks else "",
-        known.get("device.name", "") or known.get("environment.cpu", ""),
+        job.model.name,
+        job.performance.param_dtype,
+        f"{ranks} rank{'s' * (ranks != 1)}",
+        next(filter(None, devices), "") or group.plan.environment.cpu,
     ]
-    timings = [run.timings for run in group.points if run.timings]
+    timings = [run.timings for run in group.timed_runs if run.timings]
     if timings:
         steps = max(len(t.step_time_ms) for t in timings)
         found.append(f"{steps} recorded steps a run, every second one tracked")
@@ -204,21 +204,26 @@ def profile_json(profile: Profile, group: Group) -> str:
             {
                 "mode": run.mode,
                 "variant": run.variant,
-                "seq_length": run.point.seq_length,
-                "batch_size": run.point.batch_size,
-                "order": run.point.order,
+                "seq_length": run.job.data.seq_length if run.job else None,
+                "batch_size": run.job.data.batch_size if run.job else None,
+                "order": run.order,
                 "run_id": run.run_id,
                 "status": run.status,
                 "reason": run.reason or run.timings_missing,
                 "timings": run.timings and dataclasses.asdict(run.timings),
             }
-            for run in group.points
+            for run in group.timed_runs
         ],
     }
     return json.dumps(strict(document), indent=1, allow_nan=False) + "\n"
 
 
 def _cost(cost: Cost) -> dict[str, object]:
-    plain = dataclasses.asdict(dataclasses.replace(cost, params={}, plan=dict(cost.plan)))
-    del plain["params"]
+    plain = {field.name: _json(getattr(cost, field.name)) for field in dataclasses.fields(cost)}
+    del plain["run"]
     return {**plain, "tracking_overhead": cost.tracking_overhead, "notes": cost.notes}
+
+
+def _json(value: Any) -> Any:
+    is_value = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_value else value

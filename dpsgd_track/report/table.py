@@ -12,8 +12,8 @@ from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import Verdict, number
 from dpsgd_track.config import ACCURACY, TRAIN
 from dpsgd_track.modes.table import BASELINE
+from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.record.trajectory import Floats
-from dpsgd_track.store.reader import FINISHED, ModeRun
 
 DRIFT_COLUMNS = {
     "loss": "Δ loss",
@@ -106,13 +106,13 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
     run = next((r for r in preferred if r.trajectory and r.trajectory.num_steps), None)
     trajectory = run.trajectory if run else None
     drifts = {name: _largest(comparison, label, runs, name) for name in DRIFT_COLUMNS}
-    broken = [f"{r.regime} {r.status}" for r in runs if r.status != FINISHED]
+    broken = [f"{r.regime} {r.status}" for r in runs if r.status is not Status.FINISHED]
     time = _median(trajectory.step_time_ms) if trajectory else None
     base = _baseline_time(comparison, run.regime) if run else None
     return Row(
         label=label,
         verdict=verdict,
-        status=", ".join(broken) or FINISHED,
+        status=", ".join(broken) or Status.FINISHED,
         final_loss=float(trajectory.loss[-1]) if trajectory else None,
         mean_grad_norm=float(np.mean(trajectory.grad_norm)) if trajectory else None,
         drifts=drifts,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
+from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived
-from dpsgd_track.store.reader import Group
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
+from dpsgd_track.record.run import Group
 from dpsgd_track.report.annotations import workflow_commands
 from dpsgd_track.report.charts import Chart, Style, figures, profile_charts
 from dpsgd_track.report.drift_json import drift_json
@@ -18,7 +19,6 @@ from dpsgd_track.report.markdown import markdown, profile_markdown
 from dpsgd_track.report.png import PngSkipped, write_png
 from dpsgd_track.report.profile_table import profile_csv, profile_json
 from dpsgd_track.report.text import profile_summary, summary
-from dpsgd_track.store.reader import Group
 
 _LONGEST = 80
 

@@ -9,27 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from dpsgd_track.config import Point, Settings, redact_uri
+from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.record import names
-from dpsgd_track.record.timings import Timings
-from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.record.run import Group, Status
 from dpsgd_track.store.client import one_line
 from dpsgd_track.store.history import History
 from dpsgd_track.store.reader import (
-    Group,
     GroupNotFound,
-    ModeRun,
-    PointRun,
+    assembled,
     find_group,
     group_of,
-    in_order,
-    is_point,
     key_of,
     metrics_of_trajectory,
-    never_started,
     open_client,
-    point_never_timed,
-    rebuilt,
 )
 from dpsgd_track.store.spool import CONTROL, SpoolDamaged, SpoolWriter
 from dpsgd_track.store.spooled import SpooledGroup, SpooledRun, spooled_groups
@@ -120,15 +112,10 @@ def _spooled(settings: Settings, group: SpooledGroup, tell: Callable[[str], obje
 
 def _merged(stored: Group, spooled: Group) -> Group:
     """A group that was resumed: its runs in the store, but for those that are in the spool."""
-    newer = {run_key(run): run for run in spooled.runs if run.run_id}
-    runs = tuple(newer.pop(run_key(run), run) for run in stored.runs)
+    newer = {run.key: run for run in spooled.runs if run.run_id}
+    runs = tuple(newer.pop(run.key, run) for run in stored.runs)
     # Profiles are not resumed.
-    return replace(spooled, runs=(*runs, *newer.values()), points=stored.points)
-
-
-def run_key(run: ModeRun) -> tuple[str, str, str, str]:
-    """What tells a mode run from the others of its group; those of a profile apart."""
-    return run.mode, run.regime, run.variant, run.replay
+    return replace(spooled, runs=(*runs, *newer.values()), timed_runs=stored.timed_runs)
 
 
 def _newest_spooled(
@@ -176,86 +163,47 @@ def read_spooled(spooled: SpooledGroup) -> Group:
     newest = {key_of(run.tags): run for run in sorted(modes, key=lambda run: run.start_ms)}
     kept = {run.key for run in newest.values()}
     ranks = [run for run in runs.values() if run.kind == names.KIND_RANK and run.parent in kept]
-    keys = in_order(group.tags, newest)
-    return Group(
+    return assembled(
         name=spooled.name,
-        run_id=group.key,
-        tags=group.tags,
-        params=group.params,
+        kept=_InSpool(group),
         start_time_ms=group.start_ms,
-        runs=tuple(_mode_run(key, newest.get(key)) for key in keys if not is_point(key)),
-        points=tuple(_point_run(key, newest.get(key)) for key in keys if is_point(key)),
-        rank_statuses=dict(Counter(run.status for run in ranks)),
+        newest={key: _InSpool(run) for key, run in newest.items()},
+        rank_statuses=Counter(run.status for run in ranks),
         superseded=len(modes) - len(newest),
     )
 
 
-def _mode_run(key: tuple[str, ...], run: SpooledRun | None) -> ModeRun:
-    if run is None:
-        return never_started(key)
-    mode, regime, variant, replay, _ = key
-    trajectory, missing = _trajectory(run)
-    return ModeRun(
-        mode=mode,
-        regime=regime,
-        variant=variant,
-        replay=replay,
-        run_id=run.key,
-        status=run.status,
-        reason=run.tags.get(names.REASON, ""),
-        params=run.params,
-        tags=run.tags,
-        metrics=run.last_metrics(),
-        trajectory=trajectory,
-        trajectory_missing=missing,
-    )
+@dataclass(frozen=True)
+class _InSpool:
+    """A run in the spool, read like one in the store."""
 
+    run: SpooledRun
 
-def _point_run(key: tuple[str, ...], run: SpooledRun | None) -> PointRun:
-    if run is None:
-        return point_never_timed(key)
-    mode, regime, variant, _, point = key
-    timings, missing = None, ""
-    try:
-        timings = _load(run, names.TIMINGS_FILE, Timings.load)
-    except (ValueError, LookupError) as error:
-        missing = str(error)
-    return PointRun(
-        mode=mode,
-        regime=regime,
-        variant=variant,
-        point=Point.parse(point),
-        run_id=run.key,
-        status=run.status,
-        reason=run.tags.get(names.REASON, ""),
-        params=run.params,
-        tags=run.tags,
-        timings=timings,
-        timings_missing=missing,
-    )
+    @property
+    def run_id(self) -> str:
+        return self.run.key
 
+    @property
+    def status(self) -> Status:
+        return self.run.status
 
-def _load(run: SpooledRun, name: str, load: Callable[[Path], Result]) -> Result:
-    """What `load` makes of the run's file `name`.
+    @property
+    def tags(self) -> Mapping[str, str]:
+        return self.run.tags
 
-    Raises:
-        ValueError: it is something else.
-        LookupError: it is not there.
-    """
-    path = next((path for path, _ in reversed(run.files) if path.name == name), None)
-    if path is None or not path.is_file():
-        raise LookupError(f"{name} was not written")
-    return load(path)
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return self.run.last_metrics()
 
+    def read(self, name: str, load: Callable[[Path], Result]) -> Result:
+        path = next((path for path, _ in reversed(self.run.files) if path.name == name), None)
+        if path is None or not path.is_file():
+            raise LookupError(f"{name} was not written")
+        return load(path)
 
-def _trajectory(run: SpooledRun) -> tuple[Trajectory | None, str]:
-    try:
-        return _load(run, names.TRAJECTORY_FILE, Trajectory.load), ""
-    except (ValueError, LookupError) as error:
-        missing = str(error)
-    history: History = defaultdict(dict)
-    for row in run.rows:
-        for metric, value in zip(row.keys, row.values, strict=True):
-            history[metric][row.step] = value
-    wanted = metrics_of_trajectory(history)
-    return rebuilt({metric: history[metric] for metric in wanted}, missing)
+    def history(self) -> History:
+        history: History = defaultdict(dict)
+        for row in self.run.rows:
+            for metric, value in zip(row.keys, row.values, strict=True):
+                history[metric][row.step] = value
+        return {metric: history[metric] for metric in metrics_of_trajectory(history)}

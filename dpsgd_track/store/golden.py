@@ -8,7 +8,6 @@ user name and no absolute path.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import lzma
@@ -17,25 +16,59 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dpsgd_track.config import require
+from dpsgd_track.record.codec import Codec
+from dpsgd_track.record.facts import RunFacts
+from dpsgd_track.record.failure import Failure
+from dpsgd_track.record.plan import GroupPlan
+from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.store.reader import Group, GroupNotFound, ModeRun
+from dpsgd_track.store.reader import GroupNotFound
 
 SUFFIX = ".dpsgd"
 """By it a file is told from a group's name."""
-SCHEMA = "dpsgd-track/golden"
-SCHEMA_VERSION = 1
-
 _CONTENTS, _RUNS = "group.json", "runs.zip"
-# MLflow's own tags name the user, the machine's folders, and ids of another server.
-_NOT_KEPT = ("mlflow.",)
 _ABSOLUTE = re.compile(r"(?<![\w./])(?:~\w*/|/|[A-Za-z]:[\\/]|file:)[^\s'\",;)\]]*")
 _HIDDEN = "[path]"
 # The same bytes from the same group, whenever it is written.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenRun:
+    """A mode run without its trajectory and without ids of the server it came from."""
+
+    mode: str
+    regime: str
+    variant: str
+    replay: str
+    status: Status
+    failure: Failure | None
+    facts: RunFacts | None
+    metrics: Mapping[str, float]
+    trajectory_missing: str
+    has_trajectory: bool
+    """True if the columns of its trajectory are in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenGroup:
+    """A group's plan and its runs, in the order of their columns."""
+
+    name: str
+    start_time_ms: int
+    """Unix time."""
+    plan: GroupPlan
+    runs: tuple[GoldenRun, ...]
+    rank_statuses: Mapping[Status, int]
+    superseded: int
+
+
+GOLDEN = Codec(GoldenGroup, "dpsgd-track/golden", 2)
 
 
 def is_golden(wanted: str) -> bool:
@@ -63,22 +96,10 @@ def write_golden(group: Group, path: Path, *, force: bool = False) -> None:
         ValueError: the file is there already, or cannot be written.
     """
     check_target(path, force=force)
-    document = {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "group": _plain(group, leave_out=("runs", "points")),
-        "runs": [
-            {
-                **_plain(run, leave_out=("trajectory",)),
-                "has_trajectory": run.trajectory is not None,
-            }
-            for run in group.runs
-        ],
-    }
     partial = path.with_name(f"{path.name}.partial")
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as archive:
-            _add(archive, _CONTENTS, json.dumps(document, indent=1, allow_nan=False).encode())
+            _add(archive, _CONTENTS, _without_paths(GOLDEN.dumps(_golden(group), indent=1)))
             _add(archive, _RUNS, _packed([run.trajectory for run in group.runs]))
         partial.replace(path)
     except OSError as error:
@@ -94,36 +115,19 @@ def read_golden(path: Path) -> Group:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            document = json.loads(archive.read(_CONTENTS))
-            _check_schema(document)
+            golden = GOLDEN.loads(archive.read(_CONTENTS))
             with zipfile.ZipFile(io.BytesIO(archive.read(_RUNS))) as packed:
-                runs = [
-                    _run(values, _unpacked(packed, number) if has_trajectory else None)
-                    for number, values in enumerate(document["runs"])
-                    for has_trajectory in [values.pop("has_trajectory")]
-                ]
-            return _group(document["group"], tuple(runs))
+                return _group(golden, packed)
     except FileNotFoundError:
         reason = "There is no such file."
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         reason = f"It is torn or something else: {error}"
     # RuntimeError: encrypted, or nested without end.
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error)
     raise GroupNotFound(
         f"group={str(path)!r}: expected a file that compare.py --export wrote. {reason}"
     )
-
-
-def _check_schema(document: Any) -> None:
-    schema, version = document["schema"], document["schema_version"]
-    if schema != SCHEMA:
-        raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}")
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"its schema version is {version!r}, this program's is {SCHEMA_VERSION}. "
-            "Compare with the version of dpsgd-track that wrote it."
-        )
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
@@ -161,52 +165,66 @@ def _unpacked(packed: zipfile.ZipFile, number: int) -> Trajectory:
         return Trajectory.load(file)
 
 
-def _plain(value: Group | ModeRun, leave_out: Sequence[str]) -> dict[str, Any]:
-    """The fields of `value` as JSON holds them, without what is private to a machine."""
-    plain: dict[str, Any] = {}
-    for field in dataclasses.fields(value):
-        content = getattr(value, field.name)
-        if field.name in ("params", "tags"):
-            plain[field.name] = _kept(content)
-        elif field.name == "metrics":
-            # As text, which is exact for NaN, infinities and -0.0 too.
-            plain[field.name] = {key: repr(float(number)) for key, number in content.items()}
-        elif isinstance(content, Mapping):
-            plain[field.name] = dict(content)
-        elif isinstance(content, str) and field.name in ("reason", "trajectory_missing"):
-            plain[field.name] = _ABSOLUTE.sub(_HIDDEN, content)
-        elif field.name not in leave_out:
-            plain[field.name] = content
-    return plain
+def _golden(group: Group) -> GoldenGroup:
+    return GoldenGroup(
+        name=group.name,
+        start_time_ms=group.start_time_ms,
+        plan=group.plan,
+        runs=tuple(
+            GoldenRun(
+                **{name: getattr(run, name) for name in _SHARED},
+                has_trajectory=run.trajectory is not None,
+            )
+            for run in group.runs
+        ),
+        rank_statuses=group.rank_statuses,
+        superseded=group.superseded,
+    )
 
 
-def _kept(values: Mapping[str, str]) -> dict[str, str]:
-    return {
-        key: value
-        for key, value in values.items()
-        if not key.startswith(_NOT_KEPT) and not _ABSOLUTE.search(value)
-    }
+_SHARED = [field.name for field in fields(GoldenRun) if field.name != "has_trajectory"]
 
 
-def _run(values: dict[str, Any], trajectory: Trajectory | None) -> ModeRun:
-    _check_types(ModeRun, values)
-    metrics = {key: float(number) for key, number in values.pop("metrics").items()}
-    return ModeRun(**values, metrics=metrics, trajectory=trajectory)
+def _group(golden: GoldenGroup, packed: zipfile.ZipFile) -> Group:
+    planned = {key: (job, regime) for key, job, regime in golden.plan.runs()}
+    runs = []
+    for number, kept in enumerate(golden.runs):
+        run = ModeRun(
+            **{name: getattr(kept, name) for name in _SHARED},
+            trajectory=_unpacked(packed, number) if kept.has_trajectory else None,
+        )
+        job, setup = planned.get(run.key, (None, None))
+        runs.append(replace(run, job=job.run_in(setup) if job and setup else None, setup=setup))
+    return Group(
+        name=golden.name,
+        run_id="",
+        start_time_ms=golden.start_time_ms,
+        plan=golden.plan,
+        runs=tuple(runs),
+        rank_statuses=golden.rank_statuses,
+        superseded=golden.superseded,
+    )
 
 
-def _group(values: dict[str, Any], runs: tuple[ModeRun, ...]) -> Group:
-    _check_types(Group, values)
-    return Group(**values, runs=runs)
+_NAMES = ("mode", "regime", "variant", "replay")
+"""Fields that runs are told apart by, which are no paths whatever they look like."""
 
 
-def _check_types(cls: type[Group | ModeRun], values: Mapping[str, Any]) -> None:
-    """Raise where a value is not of its field's type: nobody would look again."""
-    inner = {"params": str, "tags": str, "metrics": str, "rank_statuses": int}
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key in inner:
-            is_right = all(isinstance(item, inner[key]) for item in value.values())
-        else:
-            is_right = type(value).__name__ == types[key]
-        if not is_right:
-            raise TypeError(f"its {key} is {str(value)[:80]!r}")
+def _without_paths(document: str) -> bytes:
+    """`document` without the absolute paths in its texts."""
+
+    def hidden(value: Any) -> Any:
+        match value:
+            case str():
+                return _ABSOLUTE.sub(_HIDDEN, value)
+            case list():
+                return [hidden(item) for item in value]
+            case dict():
+                return {
+                    key: item if key in _NAMES and isinstance(item, str) else hidden(item)
+                    for key, item in value.items()
+                }
+        return value
+
+    golden = json.loads(document)
+    return json.dumps({**hidden(golden), "name": golden["name"]}, indent=1).encode()

@@ -1,4 +1,4 @@
-"""Reads a run group back from the tracking server.
+"""Reads a run group back from the tracking server, or from wherever its runs are kept.
 
 The exact record is each mode run's `trajectory.npz`. A run that died before uploading it is
 read from its metric history: enough to see how far it got, never enough to pass.
@@ -6,24 +6,27 @@ read from its metric history: enough to see how far it got, never enough to pass
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
 
-from dpsgd_track.config import PROFILE, Point, Settings, redact_uri
+from dpsgd_track.config import PROFILE, JobConfig, RegimeConfig, Settings, redact_uri
 from dpsgd_track.record import names
+from dpsgd_track.record.facts import FACTS, FACTS_FILE, RunFacts
+from dpsgd_track.record.failure import FAILURE, Failure
+from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, RunKey
+from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.record.trajectory import Floats, Trajectory
-from dpsgd_track.store import exact
 from dpsgd_track.store.client import connect
 from dpsgd_track.store.history import History, metric_history, restored
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlite_path
@@ -34,9 +37,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-MISSING = "MISSING"
-"""Status of a run that the launcher set out to do and that is not on the server."""
-FINISHED, FAILED = "FINISHED", "FAILED"
+NEVER_STARTED = "the run was never started"
 
 # A run comes with all of its tags and params, and the newest group is most often the one meant.
 _PAGE = 100
@@ -47,75 +48,35 @@ class GroupNotFound(LookupError):
     """Nothing to compare; the message says what was looked for and what is there."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModeRun:
-    """One mode in one regime, as the server knows it."""
-
-    mode: str
-    regime: str
-    variant: str = ""
-    """Name of the code it ran; empty for the installed code."""
-    replay: str = ""
-    """Which replay measures the floor (config.REPLAYS); empty for a run that is judged."""
-    run_id: str = ""
-    """Empty when the run is missing."""
-    status: str = MISSING
-    """FINISHED, FAILED, KILLED, RUNNING, SCHEDULED or MISSING."""
-    reason: str = ""
-    """Why the run failed, as its worker reported it."""
-    params: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Last value of each."""
-    trajectory: Trajectory | None = None
-    trajectory_missing: str = ""
-    """Why there is no trajectory, or only one rebuilt from metrics; empty when it is exact."""
+class KeptRun(Protocol):
+    """A mode run in the place that keeps it."""
 
     @property
-    def label(self) -> str:
-        """Name in tables and charts: `mode` or `mode@variant`."""
-        return f"{self.mode}@{self.variant}" if self.variant else self.mode
+    def run_id(self) -> str:
+        """Its id in that place."""
 
     @property
-    def title(self) -> str:
-        """`label`, told apart from its replay: `no_dp (permuted)`."""
-        return f"{self.label} ({self.replay})" if self.replay else self.label
-
-
-@dataclass(frozen=True, kw_only=True)
-class PointRun(ModeRun):
-    """One run of a profile, as the server knows it. It has no trajectory."""
-
-    point: Point
-    timings: Timings | None = None
-    timings_missing: str = ""
-    """Why there are none."""
+    def status(self) -> Status:
+        """How it ended."""
 
     @property
-    def is_out_of_memory(self) -> bool:
-        """Whether it had too little memory, which is a result."""
-        return self.tags.get(names.OUT_OF_MEMORY) == "true"
+    def tags(self) -> Mapping[str, str]:
+        """As the launcher set them."""
 
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Last value of each."""
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """One launch: everything that is compared together."""
+    def read(self, name: str, load: Callable[[Path], Result]) -> Result:
+        """`load` applied to the run's file `name`.
 
-    name: str
-    run_id: str
-    tags: Mapping[str, str]
-    params: Mapping[str, str]
-    start_time_ms: int
-    """Unix time."""
-    runs: tuple[ModeRun, ...]
-    """Mode runs, replays and missing ones included, in the launcher's order; those of a profile
-    are not among them."""
-    points: tuple[PointRun, ...] = ()
-    """Runs of a profile, missing ones included, in the order they were timed in."""
-    rank_statuses: Mapping[str, int] = field(default_factory=dict)
-    """How many rank runs have each status."""
-    superseded: int = 0
-    """Earlier attempts of the same mode and regime, left out."""
+        Raises:
+            ValueError: the file is something else.
+            LookupError: there is no such file.
+        """
+
+    def history(self) -> History:
+        """Every value of the metrics that a trajectory holds."""
 
 
 def open_client(tracking_uri: str) -> MlflowClient:
@@ -211,204 +172,196 @@ def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:
 
 
 def group_of(client: MlflowClient, run: Run) -> Group:
-    """The group of a group run, with the trajectory of each mode run."""
-    name = run.data.tags[names.GROUP]
+    """The group of a group run, with the trajectory of each mode run.
+
+    Raises:
+        GroupNotFound: the group has no plan that this version reads.
+    """
     experiment_id = run.info.experiment_id
-    attempts = list(_search(client, experiment_id, names.KIND_MODE, run.info.run_id))
-    newest: dict[tuple[str, ...], Run] = {}
-    for child in attempts:  # newest first
-        newest.setdefault(_key(child), child)
+    attempts = [
+        _StoredRun(client, child)
+        for child in _search(client, experiment_id, names.KIND_MODE, run.info.run_id)
+    ]
+    newest = _newest(attempts)
     ranks = Counter(
-        rank.info.status
-        for child in newest.values()
-        for rank in _search(client, experiment_id, names.KIND_RANK, child.info.run_id)
+        Status(rank.info.status)
+        for attempt in newest.values()
+        for rank in _search(client, experiment_id, names.KIND_RANK, attempt.run_id)
     )
-    keys = in_order(run.data.tags, newest)
-    return Group(
-        name=name,
-        run_id=run.info.run_id,
-        tags=dict(run.data.tags),
-        params=dict(run.data.params),
+    return assembled(
+        name=run.data.tags[names.GROUP],
+        kept=_StoredRun(client, run),
         start_time_ms=run.info.start_time or 0,
-        runs=tuple(_mode_run(client, key, newest.get(key)) for key in keys if not is_point(key)),
-        points=tuple(_point_run(client, key, newest.get(key)) for key in keys if is_point(key)),
-        rank_statuses=dict(ranks),
+        newest=newest,
+        rank_statuses=ranks,
         superseded=len(attempts) - len(newest),
     )
 
 
-def in_order(tags: Mapping[str, str], found: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """What the launcher set out to do, by the group run's tags, and then what else was found."""
-    expected = dict.fromkeys(_expected(_joined(tags, names.EXPECTED_RUNS) or "[]"))
-    return [*expected, *sorted(set(found) - expected.keys())]
+def _newest(attempts: Iterable[_StoredRun]) -> dict[RunKey, _StoredRun]:
+    """The newest attempt of each run; attempts come newest first."""
+    newest: dict[RunKey, _StoredRun] = {}
+    for attempt in attempts:
+        newest.setdefault(key_of(attempt.tags), attempt)
+    return newest
 
 
-def _key(run: Run) -> tuple[str, ...]:
-    return key_of(run.data.tags)
+def assembled(
+    *,
+    name: str,
+    kept: KeptRun,
+    start_time_ms: int,
+    newest: Mapping[RunKey, KeptRun],
+    rank_statuses: Mapping[Status, int],
+    superseded: int,
+) -> Group:
+    """A group out of its plan and what is kept of its runs.
 
-
-def key_of(tags: Mapping[str, str]) -> tuple[str, ...]:
-    """(mode, regime, variant, replay, point) of a mode run."""
-    return tuple(
-        tags.get(tag, "")
-        for tag in (names.MODE, names.REGIME, names.VARIANT, names.REPLAY, names.POINT)
-    )
-
-
-def is_point(key: tuple[str, ...]) -> bool:
-    """Whether a run is one of a profile."""
-    return key[1] == PROFILE
-
-
-def _joined(tags: Mapping[str, str], tag: str) -> str:
-    """A long text that is spread over `tag`, `tag.2`, `tag.3` and so on."""
-    parts = [tags.get(tag, "")]
-    while part := tags.get(f"{tag}.{len(parts) + 1}"):
-        parts.append(part)
-    return "".join(parts)
-
-
-def _expected(text: str) -> list[tuple[str, ...]]:
-    try:
-        rows = [tuple(str(part or "") for part in row) for row in json.loads(text)]
-        keys = [(*row, "") if len(row) == 4 else row for row in rows]
-        if any(len(key) != 5 for key in keys):
-            raise ValueError("A row has another length.")
-        for key in filter(is_point, keys):
-            Point.parse(key[4])
-        return keys
-    except (ValueError, TypeError) as error:
-        raise GroupNotFound(
-            f"{names.EXPECTED_RUNS}={text[:80]!r}: expected a JSON list of "
-            "[mode, regime, variant, replay], and in a profile the point. Launch the group again."
-        ) from error
-
-
-def _mode_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> ModeRun:
-    if run is None:
-        return never_started(key)
-    mode, regime, variant, replay, _ = key
-    trajectory, missing = _read_trajectory(client, run)
-    logged = run.data.metrics
-    return ModeRun(
-        mode=mode,
-        regime=regime,
-        variant=variant,
-        replay=replay,
-        run_id=run.info.run_id,
-        status=run.info.status,
-        reason=run.data.tags.get(names.REASON, ""),
-        params=dict(run.data.params),
-        tags=dict(run.data.tags),
-        metrics=dict(zip(logged, restored(list(logged.values())).tolist(), strict=True)),
-        trajectory=trajectory,
-        trajectory_missing=missing,
-    )
-
-
-def never_started(key: tuple[str, ...]) -> ModeRun:
-    """A mode run that the launcher set out to do."""
-    mode, regime, variant, replay, _ = key
-    return ModeRun(
-        mode=mode,
-        regime=regime,
-        variant=variant,
-        replay=replay,
-        trajectory_missing="the run was never started",
-    )
-
-
-def point_never_timed(key: tuple[str, ...]) -> PointRun:
-    """A run of a profile that the launcher set out to do."""
-    mode, regime, variant, _, point = key
-    return PointRun(
-        mode=mode,
-        regime=regime,
-        variant=variant,
-        point=Point.parse(point),
-        timings_missing="the run was never started",
-    )
-
-
-def _point_run(client: MlflowClient, key: tuple[str, ...], run: Run | None) -> PointRun:
-    if run is None:
-        return point_never_timed(key)
-    mode, regime, variant, _, point = key
-    timings, missing = None, ""
-    try:
-        timings = _read_artifact(client, run, names.TIMINGS_FILE, Timings.load)
-    except (ValueError, LookupError) as error:
-        missing = str(error)
-    return PointRun(
-        mode=mode,
-        regime=regime,
-        variant=variant,
-        point=Point.parse(point),
-        run_id=run.info.run_id,
-        status=run.info.status,
-        reason=run.data.tags.get(names.REASON, ""),
-        params=dict(run.data.params),
-        tags=dict(run.data.tags),
-        timings=timings,
-        timings_missing=missing,
-    )
-
-
-def _read_artifact(
-    client: MlflowClient, run: Run, name: str, load: Callable[[Path], Result]
-) -> Result:
-    """What `load` makes of the run's file `name`.
+    Args:
+        kept: the group's own run.
+        newest: the newest attempt of each mode run.
 
     Raises:
-        ValueError: it is something else.
-        LookupError: it is not there.
+        GroupNotFound: the group has no plan that this version reads.
     """
-    from mlflow.exceptions import MlflowException
+    plan = _read_plan(name, kept)
+    planned = {key: (job, regime) for key, job, regime in plan.runs()}
+    keys = [*planned, *sorted(newest.keys() - planned.keys())]
+    runs = [_mode_run(key, newest.get(key), *planned.get(key, (None, None))) for key in keys]
+    return Group(
+        name=name,
+        run_id=kept.run_id,
+        start_time_ms=start_time_ms,
+        plan=plan,
+        runs=tuple(run for run in runs if run.regime != PROFILE),
+        timed_runs=tuple(run for run in runs if run.regime == PROFILE),
+        rank_statuses=dict(rank_statuses),
+        superseded=superseded,
+        tags=dict(kept.tags),
+    )
 
-    folder = _local_folder(run.info.artifact_uri)
+
+def _read_plan(group: str, kept: KeptRun) -> GroupPlan:
     try:
-        if folder is not None:
-            if not (folder / name).exists():
-                raise FileNotFoundError(folder / name)
-            return load(folder / name)
-        with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
-            return load(Path(client.download_artifacts(run.info.run_id, name, downloaded)))
-    except (MlflowException, OSError):
-        raise LookupError(f"{name} was not uploaded") from None
+        return kept.read(PLAN_FILE, lambda path: PLAN.loads(path.read_bytes()))
+    except LookupError:
+        reason = "It has none: it was launched by 0.1, or its launcher died. Launch it again."
+    except ValueError as error:
+        reason = str(error)
+    raise GroupNotFound(f"group={group!r}: expected a group with a plan. {reason}")
 
 
-def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None, str]:
+def key_of(tags: Mapping[str, str]) -> RunKey:
+    """The key of a mode run by its tags."""
+    return RunKey(
+        mode=tags.get(names.MODE, ""),
+        regime=tags.get(names.REGIME, ""),
+        variant=tags.get(names.VARIANT, ""),
+        replay=tags.get(names.REPLAY, ""),
+        order=int(tags.get(names.ORDER, 0)),
+    )
+
+
+def _mode_run(
+    key: RunKey, kept: KeptRun | None, job: JobConfig | None, setup: RegimeConfig | None
+) -> ModeRun:
+    trajectory, missing = (None, NEVER_STARTED) if kept is None else _read_record(key, kept)
+    timings = trajectory if isinstance(trajectory, Timings) else None
+    is_timed = key.regime == PROFILE
+    return ModeRun(
+        mode=key.mode,
+        regime=key.regime,
+        variant=key.variant,
+        replay=key.replay,
+        order=key.order,
+        run_id=kept.run_id if kept else "",
+        status=kept.status if kept else Status.MISSING,
+        job=job.run_in(setup) if job and setup else None,
+        setup=setup,
+        failure=_read_failure(kept.tags) if kept else None,
+        facts=_read_facts(kept) if kept else None,
+        metrics=kept.metrics if kept else {},
+        trajectory=trajectory if isinstance(trajectory, Trajectory) else None,
+        trajectory_missing="" if is_timed else missing,
+        timings=timings,
+        timings_missing=missing if is_timed else "",
+    )
+
+
+def _read_failure(tags: Mapping[str, str]) -> Failure | None:
+    text = tags.get(names.FAILURE, "")
+    return FAILURE.loads(text) if text else None
+
+
+def _read_facts(kept: KeptRun) -> RunFacts | None:
     try:
-        return _read_artifact(client, run, names.TRAJECTORY_FILE, Trajectory.load), ""
+        return kept.read(FACTS_FILE, lambda path: FACTS.loads(path.read_bytes()))
+    except LookupError:
+        return None
+
+
+def _read_record(key: RunKey, kept: KeptRun) -> tuple[Trajectory | Timings | None, str]:
+    """What a run observed, and why it is missing or incomplete."""
+    try:
+        if key.regime == PROFILE:
+            return kept.read(names.TIMINGS_FILE, Timings.load), ""
+        return kept.read(names.TRAJECTORY_FILE, Trajectory.load), ""
     except (ValueError, LookupError) as error:
         missing = str(error)
-    run_id = run.info.run_id
-    logged = metric_history(client, run_id, metrics_of_trajectory(run.data.metrics))
-    history: History = {
-        metric: dict(zip(points, restored(list(points.values())).tolist(), strict=True))
-        for metric, points in logged.items()
-    }
-    changed = int(run.data.tags.get(names.INEXACT_VALUES, 0))
-    for (metric, step), value in _exact_values(client, run_id).items() if changed else ():
-        if metric in history:
-            history[metric][step] = value
-    return rebuilt(history, missing)
-
-
-def _exact_values(client: MlflowClient, run_id: str) -> dict[tuple[str, int], float]:
-    """What the store could not hold as it was logged."""
-    with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
-        path = client.download_artifacts(run_id, exact.FILE, downloaded)
-        return exact.from_json(Path(path).read_text(encoding="utf-8"))
-
-
-def rebuilt(history: History, missing: str) -> tuple[Trajectory | None, str]:
-    """What metrics tell of a trajectory, and why there is no more."""
-    trajectory = _from_metrics(history)
+    if key.regime == PROFILE:
+        return None, missing
+    trajectory = _from_metrics(kept.history())
     if trajectory is None:
         return None, f"{missing}; no metrics were logged"
     steps = f"{trajectory.num_steps} step{'s' * (trajectory.num_steps != 1)}"
     return trajectory, f"{missing}; {steps} read from metric history"
+
+
+@dataclass(frozen=True)
+class _StoredRun:
+    """A run on the tracking server."""
+
+    client: MlflowClient
+    run: Run
+
+    @property
+    def run_id(self) -> str:
+        return str(self.run.info.run_id)
+
+    @property
+    def status(self) -> Status:
+        return Status(self.run.info.status)
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        return dict(self.run.data.tags)
+
+    @cached_property
+    def metrics(self) -> Mapping[str, float]:
+        logged = self.run.data.metrics
+        return dict(zip(logged, restored(list(logged.values())).tolist(), strict=True))
+
+    def read(self, name: str, load: Callable[[Path], Result]) -> Result:
+        from mlflow.exceptions import MlflowException
+
+        folder = _local_folder(self.run.info.artifact_uri)
+        try:
+            if folder is not None:
+                if not (folder / name).exists():
+                    raise FileNotFoundError(folder / name)
+                return load(folder / name)
+            with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
+                return load(Path(self.client.download_artifacts(self.run_id, name, downloaded)))
+        except (MlflowException, OSError):
+            raise LookupError(f"{name} was not uploaded") from None
+
+    def history(self) -> History:
+        wanted = metrics_of_trajectory(self.run.data.metrics)
+        logged = metric_history(self.client, self.run_id, wanted)
+        return {
+            metric: dict(zip(points, restored(list(points.values())).tolist(), strict=True))
+            for metric, points in logged.items()
+        }
 
 
 def _local_folder(artifact_uri: str) -> Path | None:

@@ -6,16 +6,18 @@ It is written to the group's spool, so that no store can hold up what the launch
 from __future__ import annotations
 
 import getpass
-import json
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from dpsgd_track.config import RegimeConfig
+from dpsgd_track.config import JobConfig, RegimeConfig
 from dpsgd_track.record import names
+from dpsgd_track.record.failure import FAILURE, Failure
+from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan
+from dpsgd_track.record.run import Status
 from dpsgd_track.store.spool import SpoolWriter
-
-FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000
@@ -50,102 +52,95 @@ class RunTree:
         self.group = group
         self.group_run = ""
 
-    def start_group(self, expected: Sequence[Sequence[str]], params: Mapping[str, str]) -> str:
-        """Create the group run.
+    def start_group(self, plan: GroupPlan, folder: Path) -> None:
+        """Create the group run, with the plan as its artifact.
 
         Args:
-            expected: (mode, regime, variant, replay) of every mode run set out to do; of one of a
-                profile, the point besides.
-        Returns:
-            Its key.
+            folder: the group's own, for the file of the plan.
         """
-        tags = {
-            names.GROUP: self.group,
-            names.KIND: names.KIND_GROUP,
-            **_in_parts(names.EXPECTED_RUNS, json.dumps(expected)),
-        }
-        self.group_run = self._create(self.group, tags, params)
-        return self.group_run
+        tags = {names.GROUP: self.group, names.KIND: names.KIND_GROUP}
+        self.group_run = self._create(self.group, tags, flatten(_summary(plan)))
+        self._keep_plan(plan, folder)
 
     def resume_group(
         self,
         run: str,
         start_ms: int,
         tags: Mapping[str, str],
-        params: Mapping[str, str],
+        plan: GroupPlan,
+        folder: Path,
         *,
         is_elsewhere: bool,
     ) -> None:
         """Take up a group run that ended.
 
         Args:
-            is_elsewhere: the rest of the group is in the store, and not in this spool.
+            folder: as in `start_group`.
+            is_elsewhere: True if the rest of the group is in the store, and not in this spool.
         """
-        self._add_run(run, self.group, tags, params, time_ms=start_ms, is_resumed=is_elsewhere)
+        self._add_run(run, self.group, tags, {}, time_ms=start_ms, is_resumed=is_elsewhere)
         self._writer.add("reopen", run)
         # Why it ended before is no longer so.
-        self._writer.set_tags(run, {names.REASON: "", names.NOTE: ""})
+        self._writer.set_tags(run, {names.REASON: "", names.FAILURE: "", names.NOTE: ""})
         self.group_run = run
+        self._keep_plan(plan, folder)
+
+    def _keep_plan(self, plan: GroupPlan, folder: Path) -> None:
+        path = folder / PLAN_FILE
+        path.write_text(PLAN.dumps(plan, indent=1), encoding="utf-8")
+        self._writer.upload(self.group_run, path)
 
     def start_mode(
-        self,
-        mode: str,
-        regime: RegimeConfig,
-        num_ranks: int,
-        params: Mapping[str, str],
-        variant: str = "",
-        logged: Collection[int] | None = None,
+        self, job: JobConfig, regime: RegimeConfig, logged: Collection[int]
     ) -> tuple[str, tuple[str, ...]]:
         """Create the runs of one mode in one regime.
 
         Args:
-            logged: ranks that have a run of their own; None for all.
+            logged: ranks that have a run of their own.
         Returns:
             The mode run's key, and the key of each rank's run; empty for one that has none.
         """
-        replay = regime.replay
         tags = {
             names.GROUP: self.group,
-            names.MODE: mode,
+            names.MODE: job.mode,
             names.REGIME: regime.name,
-            names.VARIANT: variant,
-            names.REPLAY: replay,
+            names.VARIANT: job.variant.name if job.variant else "",
+            names.REPLAY: regime.replay,
             names.NOISE_MATCHED: str(regime.noise_matched).lower(),
         }
-        if regime.point:
-            tags[names.POINT] = regime.point
-        label = f"{mode}@{variant}" if variant else mode
-        which = replay or regime.point
-        title = f"{label}/{regime.name}" + (f" ({which})" if which else "")
+        which = regime.replay
+        if regime.order:
+            tags[names.ORDER] = str(regime.order)
+            which = f"T{job.data.seq_length}-B{job.data.batch_size}-{regime.order}"
+        title = f"{job.label}/{regime.name}" + (f" ({which})" if which else "")
         parent = {names.PARENT_RUN: self.group_run, names.KIND: names.KIND_MODE}
-        mode_run = self._create(title, tags | parent, params)
+        mode_run = self._create(title, tags | parent, flatten(_settings(job, regime)))
         parent = {names.PARENT_RUN: mode_run, names.KIND: names.KIND_RANK}
         ranks = tuple(
             self._create(f"rank {rank}", tags | parent | {names.RANK: str(rank)}, {})
-            if logged is None or rank in logged
+            if rank in logged
             else ""
-            for rank in range(num_ranks)
+            for rank in range(job.num_ranks)
         )
         return mode_run, ranks
 
-    def mark(self, run: str, tag: str) -> None:
-        """Set a tag of a run to `true`."""
-        self._writer.set_tags(run, {tag: "true"})
+    def finish(
+        self, run: str, status: Status, failure: Failure | None = None, more: str = ""
+    ) -> None:
+        """End a run, with the reason where it did not finish.
 
-    def finish(self, run: str, status: str, reason: str = "", advice: str = "") -> None:
-        """End a run as FINISHED, FAILED or KILLED, with the reason where it did not finish."""
-        if reason:
-            tag = f"{reason} {advice}".strip()
-            note = f"**{status}**: {reason}" + (f"\n\n{advice}" if advice else "")
-            said = {names.REASON: tag[:MAX_TAG_LENGTH], names.NOTE: note[:MAX_TAG_LENGTH]}
-            self._writer.set_tags(run, said)
+        Args:
+            more: said after the advice, such as where the log is.
+        """
+        if failure is not None:
+            self._writer.set_tags(run, tags_of(status, failure, more))
         self._writer.add("end", run, status=status)
         self._open.pop(run, None)
 
-    def finish_open(self, status: str, reason: str) -> None:
+    def finish_open(self, status: Status, failure: Failure) -> None:
         """End every run of this tree that is still running, the group run last."""
         for run in reversed(list(self._open)):
-            self.finish(run, status, reason)
+            self.finish(run, status, failure)
 
     def _create(self, title: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
         run = uuid.uuid4().hex
@@ -172,11 +167,42 @@ class RunTree:
         self._open[run] = None
 
 
-def _in_parts(tag: str, text: str) -> dict[str, str]:
-    """`text` as tags that a database has room for: `tag`, `tag.2`, `tag.3` and so on."""
-    starts = range(0, len(text), MAX_TAG_LENGTH)
-    parts = [text[start : start + MAX_TAG_LENGTH] for start in starts]
-    return {f"{tag}.{number}" if number > 1 else tag: p for number, p in enumerate(parts, 1)}
+def tags_of(status: Status, failure: Failure, more: str = "") -> dict[str, str]:
+    """The tags that say why a run ended as it did: for people, and for programs."""
+    advice = f"{failure.advice} {more}".strip()
+    note = f"**{status}**: {failure.reason}\n\n{advice}"
+    return {
+        names.REASON: f"{failure.reason} {advice}"[:MAX_TAG_LENGTH],
+        names.NOTE: note[:MAX_TAG_LENGTH],
+        names.FAILURE: FAILURE.dumps(failure),
+    }
+
+
+def _settings(job: JobConfig, regime: RegimeConfig) -> dict[str, Any]:
+    """Everything that a run is configured by."""
+    settings = asdict(job.run_in(regime)) | {"regime": asdict(regime)}
+    del settings["regimes"]
+    if job.variant is None:
+        del settings["variant"]
+    return settings
+
+
+def _summary(plan: GroupPlan) -> dict[str, Any]:
+    """What people look for in the list of runs; the plan itself is the artifact."""
+    first = asdict(plan.jobs[0])
+    every = {name: [getattr(job.data, name) for job in plan.jobs] for name in first["data"]}
+    return {
+        "command": plan.command,
+        "suite": plan.suite,
+        "modes": list(dict.fromkeys(job.label for job in plan.jobs)),
+        "regimes": list(dict.fromkeys(key.regime for key, _, _ in plan.runs())),
+        "num_ranks": plan.num_ranks,
+        **{name: first[name] for name in ("model", "performance", "seed")},
+        **{name: first[name] for name in ("layer_norms", "log_ranks")},
+        # Lengths and batch sizes of a profile.
+        "data": {name: list(dict.fromkeys(values)) for name, values in every.items()},
+        "environment": dict(plan.environment.items()),
+    }
 
 
 def _user_name() -> str:

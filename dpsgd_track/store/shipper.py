@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpsgd_track.config import redact_uri
 from dpsgd_track.record import names
+from dpsgd_track.record.run import Status
 from dpsgd_track.store import exact
 from dpsgd_track.store.client import is_about_the_record, one_line
 from dpsgd_track.store.exact import Point
@@ -30,7 +31,7 @@ from dpsgd_track.store.spool import (
     SpoolReader,
     spool_files,
 )
-from dpsgd_track.store.spooled import ELSEWHERE, RUNNING, Busy, SpooledGroup, SpooledRun
+from dpsgd_track.store.spooled import Busy, SpooledGroup, SpooledRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -223,7 +224,7 @@ class Shipper:
             case "join":
                 self._find(event["run"])
             case "reopen":
-                self._client.update_run(self._id(event["run"]), RUNNING)
+                self._client.update_run(self._id(event["run"]), Status.RUNNING)
             case "params":
                 self._log_params(self._id(event["run"]), event["params"])
             case "tags":
@@ -277,7 +278,7 @@ class Shipper:
                 if not is_about_the_record(error):
                     raise
                 problem = error
-        if event["status"] != ELSEWHERE:
+        if event["status"] != Status.ELSEWHERE:
             self._client.set_terminated(run_id, event["status"], event["time_ms"])
         if problem is not None:
             raise problem
@@ -369,9 +370,9 @@ class Shipper:
                     yield f"{runs[run].title or run}: {metric}: {counts}"
 
     def _differences(self, run: SpooledRun, stored: Run) -> Iterator[str]:
-        if run.status == RUNNING:
+        if run.status is Status.RUNNING:
             yield "it did not end"
-        if run.status not in (stored.info.status, ELSEWHERE):
+        if run.status not in (stored.info.status, Status.ELSEWHERE):
             yield f"its status is {stored.info.status}, not {run.status}"
         run_id = self.run_ids[run.key]
         for what, kept, held in (

@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dpsgd_track.record import names
+from dpsgd_track.record.failure import Failure, FailureKind
+from dpsgd_track.record.run import Status
+from dpsgd_track.store.run_tree import tags_of
 from dpsgd_track.store.spool import (
     CONTROL,
     Event,
@@ -35,12 +38,6 @@ from dpsgd_track.store.spool import (
     is_being_written,
     spool_files,
 )
-
-RUNNING, KILLED = "RUNNING", "KILLED"
-ELSEWHERE = "ELSEWHERE"
-"""Status of a run that another machine ends."""
-DIED = "its launcher died before it could say how the run ended."
-"""Reason of runs that were left open."""
 
 # No group's name holds it.
 _PART = "+node"
@@ -63,7 +60,7 @@ class SpooledRun:
     start_ms: int = 0
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
-    status: str = RUNNING
+    status: Status = Status.RUNNING
     end_ms: int = 0
     files: list[tuple[Path, str]] = field(default_factory=list)
     """Files, and the artifact folder of each."""
@@ -95,7 +92,7 @@ class SpooledRun:
             case "join":
                 self.experiment, self.is_joined = event["experiment"], True
             case "reopen":
-                self.status, self.end_ms = RUNNING, 0
+                self.status, self.end_ms = Status.RUNNING, 0
             case "params":
                 self.params |= event["params"]
             case "tags":
@@ -103,7 +100,7 @@ class SpooledRun:
             case "file":
                 self.files.append((folder / event["path"], event["folder"]))
             case "end":
-                self.status, self.end_ms = event["status"], event["time_ms"]
+                self.status, self.end_ms = Status(event["status"]), event["time_ms"]
 
     def last_metrics(self) -> dict[str, float]:
         """The newest value of each metric."""
@@ -189,7 +186,7 @@ class SpooledGroup:
         Returns:
             How many there were.
         """
-        left = [run for run in self.runs(with_rows=False).values() if run.status == RUNNING]
+        left = [run for run in self.runs(with_rows=False).values() if run.status is Status.RUNNING]
         if not left:
             return 0
         writer = SpoolWriter(self.folder, f"closing{CONTROL}")
@@ -197,9 +194,9 @@ class SpooledGroup:
             if run.is_joined:
                 leave(writer, [run.key])
                 continue
-            note = {names.REASON: DIED, names.NOTE: f"**{KILLED}**: {DIED}"}
-            writer.set_tags(run.key, note)
-            writer.add("end", run.key, status=KILLED)
+            failure = Failure(kind=FailureKind.LAUNCHER_DIED)
+            writer.set_tags(run.key, tags_of(Status.KILLED, failure))
+            writer.add("end", run.key, status=Status.KILLED)
         writer.close()
         return len(left)
 
@@ -261,7 +258,7 @@ def join(writer: SpoolWriter, experiment: str, runs: Iterable[str]) -> None:
 def leave(writer: SpoolWriter, runs: Iterable[str]) -> None:
     """What this machine had to say of them was said."""
     for run in runs:
-        writer.add("end", run, status=ELSEWHERE)
+        writer.add("end", run, status=Status.ELSEWHERE)
 
 
 def spooled_groups(spool_dir: Path) -> list[SpooledGroup]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dpsgd_track.distributed.sharding import LocalPart
 from dpsgd_track.modes.protocol import Mode
-from dpsgd_track.record.names import UNEQUAL_NOISE
 
 Floats = NDArray[np.float64]
 
@@ -89,7 +88,7 @@ def check_copies(noise: Floats, starts: Floats, names: list[str]) -> None:
             unlike = np.flatnonzero(is_copy & ~equal.all(axis=1))
             if len(unlike):
                 raise UnequalNoiseError(
-                    f"{UNEQUAL_NOISE}: ranks {other} and {rank} hold the same elements of "
+                    f"ranks {other} and {rank} hold the same elements of "
                     f"{names[int(unlike[0])]} and have added different noise to them"
                 )
 

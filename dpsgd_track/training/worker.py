@@ -7,7 +7,6 @@ trajectories, progress and, when it fails, the reason in the job's working folde
 
 from __future__ import annotations
 
-import errno
 import gc
 import importlib
 import json
@@ -16,7 +15,7 @@ import signal
 import statistics
 import threading
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT, JobConfig
+from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT
 from dpsgd_track.modes.protocol import Mode
 from dpsgd_track.mutants import unreached_seams
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
+from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
+from dpsgd_track.record.failure import FAILURE
 from dpsgd_track.record.names import TIMINGS_FILE, TRAJECTORY_FILE
+from dpsgd_track.record.plan import STARTED_JOB, StartedJob
 from dpsgd_track.record.timings import Timings
-from dpsgd_track.store.client import TrackingError
+from dpsgd_track.store.run_tree import flatten
 from dpsgd_track.store.spool import RECORDS, SpoolWriter
-from dpsgd_track.training.loop import NotFiniteError, RegimeRun
+from dpsgd_track.training.diagnosis import diagnose
+from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.noise_samples import Floats
 from dpsgd_track.training.profile import ProfileRun
 from dpsgd_track.training.recorder import rank_metrics
@@ -46,16 +49,16 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 class Worker:
     """What a rank does, and what it leaves behind."""
 
-    def __init__(self, job: JobConfig, writer: SpoolWriter) -> None:
-        self.job, self.writer = job, writer
+    def __init__(self, started: StartedJob, writer: SpoolWriter) -> None:
+        self.started, self.job, self.writer = started, started.job, writer
         self.rank = int(os.environ["RANK"])
-        self.folder = Path(job.work_dir)
+        self.folder = Path(started.work_dir)
         self.clip_bounds: dict[str, tuple[float, ...]] = {}
         """C of each step as each of this job's clip regimes calibrated it; replays use the same."""
         self.silent: dict[int, Floats] = {}
         """What the twin without noise took of its updates; the noisy run subtracts it."""
-        self.at: dict[str, Any] = {"regime": 0, "step": None}
-        """Where the worker is, for the failure report."""
+        self.regime, self.step = 0, -1
+        """Index of the regime and the step that the worker is at; -1 before the first step."""
         self.is_leaving = threading.Event()
         """Set once a regime is over, for good or not, and its records are being put away."""
         self._progress_file: int | None = None
@@ -70,26 +73,16 @@ class Worker:
             if device.type == "cuda":
                 # A sharded model is full of cycles, and the next regime needs its memory.
                 gc.collect()
-        self._leave_imports()
         dist.barrier()
         dist.destroy_process_group()
 
-    def _leave_imports(self) -> None:
-        """Say what the variant really brought, in a file and on each run."""
-        if self.job.variant is None or self.rank != 0:
-            return
-        found = imported_from(self.job.variant.root)
-        (self.folder / names.IMPORTS_FILE).write_text(json.dumps(found), encoding="utf-8")
-        facts = {f"variant.{package}.version": version for package, version in found.items()}
-        for run_id in self.job.run_ids:
-            self.writer.log_params(run_id, {"variant.imported": ", ".join(sorted(found)), **facts})
-
     def report_failure(self, error: BaseException) -> None:
         """Leave the reason where the launcher looks for it."""
-        report = {"kind": _kind_of(error), "message": _message_of(error), **self.at}
+        step = self.step if self.step >= 0 else None
+        failure = diagnose(error, self.job, regime=self.regime, step=step, rank=self.rank)
         path = self.folder / f"failure-rank{self.rank}.json"
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(report), encoding="utf-8")
+        partial.write_text(FAILURE.dumps(failure), encoding="utf-8")
         partial.replace(path)
 
     def _join_group(self) -> torch.device:
@@ -104,7 +97,7 @@ class Worker:
 
     def _run_regime(self, number: int, device: torch.device) -> None:
         regime = self.job.regimes[number]
-        self.at = {"regime": number, "step": None}
+        self.regime, self.step = number, -1
         folder = self.folder / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         self._progress(number, "start", 0, None)
@@ -124,7 +117,7 @@ class Worker:
                 (folder / "clip_bounds.json").write_text(bounds, encoding="utf-8")
         try:
             for done, metrics in run.steps():
-                self.at["step"] = done.seen.step
+                self.step = done.seen.step
                 self._log(number, done.seen.step, metrics, is_global=True)
                 own = rank_metrics(done.local, done.local_time_ms, done.local_memory_gib)
                 self._log(number, done.seen.step, own, is_global=False)
@@ -132,7 +125,7 @@ class Worker:
         finally:
             self.is_leaving.set()
             self._leave_trajectories(number, folder, run)
-            self._log_facts(number, run.mode, run.left_out_steps())
+            self._leave_facts(number, folder, run.mode, run.left_out_steps())
             epsilon = self._log_epsilon(number, run)
         self.is_leaving.clear()
         self._progress(number, "end", regime.num_iter - 1, None, epsilon)
@@ -150,7 +143,7 @@ class Worker:
             timings.save(path)
             if (run_id := self._run_id(number, is_global=True)) is not None:
                 self.writer.upload(run_id, path)
-        self._log_facts(number, run.mode, [])
+        self._leave_facts(number, folder, run.mode, [])
         self._progress(number, "end", len(timings.step_time_ms) - 1, None, timings=timings)
 
     def _log_timings(self, number: int, timings: Timings, *, is_global: bool) -> None:
@@ -160,17 +153,28 @@ class Worker:
                 metrics["tokens_per_second"] = timings.num_tokens[step] / time_ms * 1e3
             self._log(number, step, metrics, is_global=is_global)
 
-    def _log_facts(self, number: int, mode: Mode, left_out: list[int]) -> None:
-        """What is known of the mode once it has run, and where a planted fault had no chance."""
-        facts = {
-            names.LEFT_OUT: ", ".join(map(str, left_out)),
-            names.REPLICATED: "true" if mode.replicated else "",
-            names.UNREACHED: ", ".join(unreached_seams()),
-            **{f"{names.PLAN}{layer}": how for layer, how in mode.plan().items()},
-        }
+    def _leave_facts(self, number: int, folder: Path, mode: Mode, left_out: list[int]) -> None:
+        """Keep what is known of the mode once it has run; rank 0 tells it for all."""
+        if self.rank != 0:
+            return
+        variant = self.job.variant
+        facts = RunFacts(
+            environment=self.started.environment,
+            device=_device_facts(self.job.performance.device),
+            is_replicated=mode.replicated,
+            left_out_steps=tuple(left_out),
+            norm_plan=mode.plan(),
+            imported=imported_from(variant.root) if variant else {},
+            unreached_seams=tuple(unreached_seams()),
+        )
+        path = folder / FACTS_FILE
+        path.write_text(FACTS.dumps(facts), encoding="utf-8")
         run_id = self._run_id(number, is_global=True)
-        if run_id is not None and any(facts.values()):
-            self.writer.log_params(run_id, {name: said for name, said in facts.items() if said})
+        if run_id is not None:
+            self.writer.upload(run_id, path)
+            shown = {name: value for name, value in asdict(facts).items() if value}
+            del shown["environment"]
+            self.writer.log_params(run_id, flatten(shown))
 
     def _log_epsilon(self, number: int, run: RegimeRun) -> float | None:
         """Log what each step has spent; returns the last epsilon. Rank 0 alone computes it.
@@ -209,11 +213,12 @@ class Worker:
 
         None where this rank has none: its own values are not logged, or nothing is.
         """
-        if not self.job.run_ids or (is_global and self.rank != 0):
+        started = self.started
+        if not started.mode_runs or (is_global and self.rank != 0):
             return None
         if is_global:
-            return self.job.run_ids[number]
-        return self.job.rank_run_ids[number][self.rank] or None
+            return started.mode_runs[number]
+        return started.rank_runs[number][self.rank] or None
 
     def _progress(
         self,
@@ -243,58 +248,16 @@ class Worker:
             self._progress_file = os.open(self.folder / "progress.jsonl", flags, 0o666)
         os.write(self._progress_file, json.dumps(line).encode() + b"\n")
 
-    def log_device_facts(self) -> None:
-        """What only a process that uses the device knows."""
-        if self.rank == 0 and self.job.run_ids:
-            for run_id in self.job.run_ids:
-                self.writer.log_params(run_id, _device_facts(self.job.performance.device))
 
-
-def _device_facts(device: str) -> dict[str, str]:
-    facts = {
-        "device.torch_num_threads": str(torch.get_num_threads()),
-        "device.allow_tf32": str(torch.backends.cuda.matmul.allow_tf32),
-        "device.cudnn_allow_tf32": str(torch.backends.cudnn.allow_tf32),
-    }
-    if device == "cuda":
-        nccl = torch.cuda.nccl.version()
-        facts |= {
-            "device.name": torch.cuda.get_device_name(),
-            "device.cuda": str(torch.version.cuda),
-            "device.nccl": ".".join(map(str, nccl)),
-        }
-    return facts
-
-
-_NO_MEMORY = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-"""What a lack of memory is called by CUDA and NCCL, by torch on CPUs, and by cuBLAS."""
-
-
-def _kind_of(error: BaseException) -> str:
-    if isinstance(error, TrackingError):
-        return "tracking"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "disk_full"
-    if isinstance(error, NotFiniteError):
-        return "not_finite"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "out_of_memory"
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
-        return "out_of_memory"
-    return "config" if isinstance(error, ValueError) else "error"
-
-
-def _message_of(error: BaseException) -> str:
-    text = str(error).strip()
-    return (
-        text
-        if isinstance(error, ValueError | NotFiniteError)
-        else f"{type(error).__name__}: {text}"
+def _device_facts(device: str) -> DeviceFacts:
+    is_cuda = device == "cuda"
+    return DeviceFacts(
+        torch_num_threads=torch.get_num_threads(),
+        allow_tf32=torch.backends.cuda.matmul.allow_tf32,
+        cudnn_allow_tf32=torch.backends.cudnn.allow_tf32,
+        name=torch.cuda.get_device_name() if is_cuda else "",
+        cuda=str(torch.version.cuda) if is_cuda else "",
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if is_cuda else "",
     )
 
 
@@ -345,13 +308,13 @@ def main(job_file: str) -> int:
     """Run the job; returns the process's exit code."""
     # Before any other thread starts: threads inherit what is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    job = JobConfig.from_json(Path(job_file).read_text(encoding="utf-8"))
+    started = STARTED_JOB.loads(Path(job_file).read_bytes())
     rank = int(os.environ["RANK"])
     # Rank 0 logs what is everybody's. A file that would stay empty is not even made.
-    is_logged = rank == 0 or any(ranks[rank] for ranks in job.rank_run_ids)
-    folder = Path(job.spool) if job.spool and is_logged else None
-    name = f"{Path(job.work_dir).name}-rank{rank}{RECORDS}"
-    worker = Worker(job, SpoolWriter(folder, name))
+    is_logged = rank == 0 or any(ranks[rank] for ranks in started.rank_runs)
+    folder = Path(started.spool) if started.spool and is_logged else None
+    name = f"{Path(started.work_dir).name}-rank{rank}{RECORDS}"
+    worker = Worker(started, SpoolWriter(folder, name))
     is_done = threading.Event()
     _flush_when_told_to_stop(worker, is_done)
     code = _run(worker)
@@ -361,7 +324,6 @@ def main(job_file: str) -> int:
 
 def _run(worker: Worker) -> int:
     try:
-        worker.log_device_facts()
         worker.run()
         worker.writer.close()
     except Exception as error:

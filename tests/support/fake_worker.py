@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from dpsgd_track.config import CLIP, JobConfig
+from dpsgd_track.config import CLIP
 from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.record.facts import FACTS, DeviceFacts, RunFacts
+from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
+from dpsgd_track.record.plan import STARTED_JOB, StartedJob
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store.spool import SpoolWriter
 
@@ -61,19 +64,19 @@ def trajectory(num_steps: int) -> Trajectory:
     )
 
 
-def misbehave(job: JobConfig, plan: dict, rank: int, regime: int, step: int) -> None:
-    work_dir = Path(job.work_dir)
+def misbehave(work_dir: Path, plan: dict, rank: int, regime: int, step: int) -> None:
     match plan["do"]:
         case "crash":
             raise RuntimeError("the fake worker crashed on purpose")
         case "out_of_memory":
-            report = {
-                "kind": "out_of_memory",
-                "message": "tried to allocate 1 PiB",
-                "regime": regime,
-                "step": step,
-            }
-            (work_dir / f"failure-rank{rank}.json").write_text(json.dumps(report))
+            failure = Failure(
+                kind=FailureKind.OUT_OF_MEMORY,
+                message="tried to allocate 1 PiB",
+                regime=regime,
+                step=step,
+                rank=rank,
+            )
+            (work_dir / f"failure-rank{rank}.json").write_text(FAILURE.dumps(failure))
             sys.exit(1)
         case "sigkill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -94,12 +97,12 @@ def wait_for_all_ranks(work_dir: Path, rank: int, regime: int) -> None:
         time.sleep(0.01)
 
 
-def log(job: JobConfig, writer: SpoolWriter, rank: int, regime: int, step: int) -> None:
-    if own := job.rank_run_ids[regime][rank]:
+def log(started: StartedJob, writer: SpoolWriter, rank: int, regime: int, step: int) -> None:
+    if own := started.rank_runs[regime][rank]:
         writer.log_metrics(own, step, {"loss": step + rank / 3})
     if rank == 0:
         values = {"loss": 1.0 / (1 + step), "grad_norm": 2.0, "grad_norm_noised": 3.0}
-        writer.log_metrics(job.run_ids[regime], step, values)
+        writer.log_metrics(started.mode_runs[regime], step, values)
 
 
 def preload() -> None:
@@ -108,15 +111,18 @@ def preload() -> None:
 
 
 def main(job_file: str) -> int:
-    job = JobConfig.from_json(Path(job_file).read_text())
+    started = STARTED_JOB.loads(Path(job_file).read_text())
+    job = started.job
     rank = int(os.environ["RANK"])
-    work_dir = Path(job.work_dir)
+    work_dir = Path(started.work_dir)
     modes_seen.append(job.mode)
     num_ranks = len(psutil.Process(os.getppid()).children())
     (work_dir / f"process-rank{rank}.json").write_text(
         json.dumps([os.getpid(), modes_seen, num_ranks])
     )
-    writer = SpoolWriter(Path(job.spool) if job.spool else None, f"{work_dir.name}-{rank}.records")
+    writer = SpoolWriter(
+        Path(started.spool) if started.spool else None, f"{work_dir.name}-{rank}.records"
+    )
     plan = json.loads(os.environ.get("FAKE_WORKER", "{}")).get(job.mode, {"do": ""})
     if plan["do"] == "environment":
         shown = {"argv": sys.argv, "has_token": bool(os.environ.get("HF_TOKEN"))}
@@ -141,14 +147,14 @@ def main(job_file: str) -> int:
             for step in range(regime.num_iter):
                 at = (plan.get("rank", 0), plan.get("regime", 0), plan.get("step", 1))
                 if at == (rank, index, step):
-                    misbehave(job, plan, rank, index, step)
-                log(job, writer, rank, index, step)
+                    misbehave(work_dir, plan, rank, index, step)
+                log(started, writer, rank, index, step)
                 if plan["do"] in ("slow", "wide"):
                     time.sleep(0.05)
-                if plan["do"] == "wide" and job.rank_run_ids[index][rank]:
+                if plan["do"] == "wide" and started.rank_runs[index][rank]:
                     # As much as real steps log.
                     norms = {f"sample_norm/{i:03d}": 1.0 for i in range(100)}
-                    writer.log_metrics(job.rank_run_ids[index][rank], step, norms)
+                    writer.log_metrics(started.rank_runs[index][rank], step, norms)
                 tell("step", step)
             wait_for_all_ranks(work_dir, rank, index)
             if rank == 0 and plan["do"] != "no_trajectory":
@@ -156,7 +162,11 @@ def main(job_file: str) -> int:
                     bounds = {"max_grad_norms": [2.0, 2.0, 0.5, 0.5]}
                     (folder / "clip_bounds.json").write_text(json.dumps(bounds))
                 trajectory(regime.num_iter).save(folder / "trajectory.npz")
-                writer.upload(job.run_ids[index], folder / "trajectory.npz")
+                writer.upload(started.mode_runs[index], folder / "trajectory.npz")
+                device = DeviceFacts(torch_num_threads=1, allow_tf32=False, cudnn_allow_tf32=False)
+                facts = RunFacts(environment=started.environment, device=device)
+                (folder / "facts.json").write_text(FACTS.dumps(facts))
+                writer.upload(started.mode_runs[index], folder / "facts.json")
             tell("end", regime.num_iter - 1)
     writer.close()
     return 0

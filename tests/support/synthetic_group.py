@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import shutil
 import tempfile
 import time
@@ -16,10 +15,35 @@ from typing import Any
 import numpy as np
 
 from dpsgd_track.comparison import GroupComparison, compare_group
-from dpsgd_track.config import CLIP, Thresholds, kind_of
+from dpsgd_track.config import (
+    CLIP,
+    DataConfig,
+    JobConfig,
+    ModelConfig,
+    PerformanceConfig,
+    RegimeConfig,
+    Thresholds,
+    VariantConfig,
+    kind_of,
+)
 from dpsgd_track.record import names
+from dpsgd_track.record.environment import Environment
+from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
+from dpsgd_track.record.plan import PLAN, PLAN_FILE, STARTED_JOB, GroupPlan, StartedJob, Suite
+from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, Trajectory
-from dpsgd_track.store.reader import Group, ModeRun
+
+ENVIRONMENT = Environment(
+    python="3.12.1",
+    platform="Linux",
+    cpu="a CPU",
+    dpsgd_track="0.2.0",
+    torch="2.13.0",
+    triton="not installed",
+    transformers="5.1",
+    opacus="1.6",
+    mlflow="3.5",
+)
 
 NOT_CLIPPING = ("sample_norm", "clip_factor", "sample_norm_by_parameter")
 
@@ -117,11 +141,62 @@ def mode_run(
     mode: str, regime: str = "accuracy", record: Trajectory | None = None, **more: Any
 ) -> ModeRun:
     """A finished run; by default with the record that its mode and regime call for."""
-    if record is None and more.get("status", "FINISHED") == "FINISHED":
+    status = Status(more.pop("status", Status.FINISHED))
+    if record is None and status is Status.FINISHED:
         record = trajectory(noise_std=0.0 if kind_of(regime) == CLIP else 100.0)
         record = without_norms(record) if mode == "no_dp" else record
-    settings = {"status": "FINISHED", "tags": {names.NOISE_MATCHED: "true"}, "run_id": "0" * 32}
-    return ModeRun(mode=mode, regime=regime, trajectory=record, **{**settings, **more})
+    settings = {
+        "setup": setup(regime, replay=more.get("replay", "")),
+        "run_id": "" if status is Status.MISSING else "0" * 32,
+    }
+    return ModeRun(
+        mode=mode, regime=regime, status=status, trajectory=record, **{**settings, **more}
+    )
+
+
+def setup(regime: str, **more: Any) -> RegimeConfig:
+    """A regime with noise common to all modes; its optimizer's steps follow no formula."""
+    settings = {"num_iter": 4, "noise_matched": True, "optimizer": "adamw"}
+    return RegimeConfig(name=regime, **{**settings, **more})
+
+
+def job(mode: str, *regimes: RegimeConfig, variant: str = "", **more: Any) -> JobConfig:
+    """A small job on two ranks."""
+    settings: dict[str, Any] = {
+        "model": ModelConfig(name="llama-tiny"),
+        "data": DataConfig(),
+        "performance": PerformanceConfig(),
+        "num_ranks": 2,
+        "variant": VariantConfig(name=variant, path=variant, root=variant) if variant else None,
+    }
+    return JobConfig(mode=mode, regimes=regimes, **{**settings, **more})
+
+
+def started(planned: JobConfig, **more: Any) -> str:
+    """A job as a worker is handed it."""
+    settings: dict[str, Any] = {"environment": ENVIRONMENT, "work_dir": ""}
+    return STARTED_JOB.dumps(StartedJob(job=planned, **{**settings, **more}))
+
+
+def failed(message: str, kind: FailureKind = FailureKind.ERROR) -> Failure:
+    """A failure that is said in `message`."""
+    return Failure(kind=kind, message=message)
+
+
+def plan_of(runs: Iterable[ModeRun], **more: Any) -> GroupPlan:
+    """A plan of `runs`, each as a job of its own."""
+    jobs = []
+    for run in runs:
+        regime = run.setup or setup(run.regime, replay=run.replay, order=run.order)
+        planned = run.job or job(run.mode, regime, variant=run.variant)
+        jobs.append(replace(planned, regimes=(regime,)))
+    settings: dict[str, Any] = {
+        "suite": Suite.FULL,
+        "jobs": tuple(jobs),
+        "num_ranks": 2,
+        "environment": ENVIRONMENT,
+    }
+    return GroupPlan(**{**settings, **more})
 
 
 def healthy_runs() -> list[ModeRun]:
@@ -149,7 +224,12 @@ def with_run(runs: Iterable[ModeRun], changed: ModeRun) -> list[ModeRun]:
 
 def group_of(runs: Sequence[ModeRun], name: str = "synthetic", **more: Any) -> Group:
     """A group in memory."""
-    settings = {"run_id": "f" * 32, "tags": {}, "params": {}, "start_time_ms": 1_700_000_000_000}
+    timed = more.get("timed_runs", ())
+    settings = {
+        "run_id": "f" * 32,
+        "start_time_ms": 1_700_000_000_000,
+        "plan": plan_of([*runs, *timed]),
+    }
     return Group(name=name, runs=tuple(runs), **{**settings, **more})
 
 
@@ -209,23 +289,21 @@ class Store:
         runs: Sequence[ModeRun],
         name: str = "synthetic",
         expected: Sequence[ModeRun] | None = None,
-        params: dict[str, str] | None = None,
+        plan: str | None = None,
+        **planned: Any,
     ) -> str:
-        """Write a whole group and return the id of its run."""
-        wanted = [
-            [run.mode, run.regime, run.variant, run.replay]
-            for run in (runs if expected is None else expected)
-        ]
-        group_id = self._run(
-            name,
-            **{
-                names.GROUP: name,
-                names.KIND: names.KIND_GROUP,
-                names.EXPECTED_RUNS: json.dumps(wanted),
-            },
-        )
-        for key, value in (params or {}).items():
-            self.client.log_param(group_id, key, value)
+        """Write a whole group and return the id of its run.
+
+        Args:
+            expected: runs that the plan has (default: `runs`).
+            plan: text of the plan's file, in place of a right one.
+            planned: fields of the plan.
+        """
+        group_id = self._run(name, **{names.GROUP: name, names.KIND: names.KIND_GROUP})
+        wanted = plan_of(runs if expected is None else expected, **planned)
+        text = PLAN.dumps(wanted) if plan is None else plan
+        if text:
+            self.client.log_text(group_id, text, PLAN_FILE)
         for run in runs:
             self.add_run(run, name, group_id)
         self.client.set_terminated(group_id)
@@ -240,14 +318,16 @@ class Store:
             names.VARIANT: run.variant,
             names.REPLAY: run.replay,
             names.REASON: run.reason,
-            **run.tags,
+            names.FAILURE: FAILURE.dumps(run.failure) if run.failure else "",
         }
+        if run.order:
+            tags[names.ORDER] = str(run.order)
         run_id = self._run(run.label, group_id, **{**tags, names.KIND: names.KIND_MODE})
         rank_id = self._run("rank 0", run_id, **{**tags, names.KIND: names.KIND_RANK})
         if run.trajectory:
             self.upload(run_id, run.trajectory)
         for each in (run_id, rank_id):
-            if run.status != "RUNNING":
+            if run.status is not Status.RUNNING:
                 self.client.set_terminated(each, run.status)
         return run_id
 

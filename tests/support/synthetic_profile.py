@@ -6,20 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpsgd_track.config import PROFILE, Point
+from dpsgd_track.config import PROFILE, DataConfig
 from dpsgd_track.modes.table import BASELINE
-from dpsgd_track.record import names
+from dpsgd_track.record.facts import DeviceFacts, RunFacts
+from dpsgd_track.record.failure import FailureKind
+from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
-from dpsgd_track.store.reader import MISSING, Group, PointRun
-from tests.support.synthetic_group import group_of
+from tests.support.synthetic_group import ENVIRONMENT, failed, group_of, job, setup
 
-PARAMS = {
-    "model.name": "llama-tiny",
-    "num_ranks": "2",
-    "performance.param_dtype": "float32",
-    "environment.torch": "2.13.0",
-    "environment.cpu": "a CPU",
-}
+FACTS = RunFacts(
+    environment=ENVIRONMENT,
+    device=DeviceFacts(torch_num_threads=1, allow_tf32=False, cudnn_allow_tf32=False),
+)
 
 
 def timings(
@@ -36,31 +34,43 @@ def timings(
     )
 
 
-def point(mode: str, order: int, record: Timings | None = None, **more: Any) -> PointRun:
+def timed_run(mode: str, order: int, record: Timings | None = None, **more: Any) -> ModeRun:
     """A finished run of a profile, at T=64 and B=2 unless said otherwise."""
     shape = more.pop("shape", (64, 2))
-    settings = {"status": "FINISHED", "params": PARAMS, "run_id": "0" * 32, **more}
-    place = Point(seq_length=shape[0], batch_size=shape[1], order=order)
-    return PointRun(mode=mode, regime=PROFILE, point=place, timings=record, **settings)
+    regime = setup(PROFILE, order=order, noise_matched=False, optimizer="sgd")
+    data = DataConfig(seq_length=shape[0], batch_size=shape[1])
+    settings = {
+        "status": Status.FINISHED,
+        "job": job(mode, regime, data=data, variant=more.get("variant", "")),
+        "setup": regime,
+        "facts": FACTS,
+        "run_id": "0" * 32,
+        **more,
+    }
+    return ModeRun(mode=mode, regime=PROFILE, order=order, timings=record, **settings)
 
 
-def out_of_memory(mode: str, order: int, **more: Any) -> PointRun:
+def out_of_memory(mode: str, order: int, **more: Any) -> ModeRun:
     """A run that had too little memory."""
-    tags = {names.OUT_OF_MEMORY: "true"}
-    reason = "out of memory at rank 1: OutOfMemoryError: tried to allocate 1 TiB"
-    return point(mode, order, status="FAILED", tags=tags, reason=reason, **more)
+    failure = failed("OutOfMemoryError: tried to allocate 1 TiB", FailureKind.OUT_OF_MEMORY)
+    return timed_run(mode, order, status=Status.FAILED, failure=failure, **more)
 
 
-def missing(run: PointRun) -> PointRun:
+def missing(run: ModeRun) -> ModeRun:
     """`run` as a group has it that never started it."""
     return replace(
-        run, status=MISSING, run_id="", params={}, timings=None, timings_missing="never started"
+        run,
+        status=Status.MISSING,
+        run_id="",
+        facts=None,
+        timings=None,
+        timings_missing="never started",
     )
 
 
-def profiled(runs: Sequence[PointRun], **more: Any) -> Group:
+def profiled(runs: Sequence[ModeRun], **more: Any) -> Group:
     """A group that holds nothing but a profile."""
-    return group_of([], points=tuple(runs), **more)
+    return group_of([], timed_runs=tuple(runs), **more)
 
 
 RATIOS = {
@@ -77,9 +87,9 @@ def large(
     shapes: Sequence[tuple[int, int]] = ((1024, 2), (4096, 2), (16384, 2)),
     ratios: Mapping[str, tuple[float, float]] = RATIOS,
     lost: Sequence[tuple[str, int]] = (("ghost_fsdp", 16384), ("flash_fsdp", 16384)),
-) -> list[PointRun]:
+) -> list[ModeRun]:
     """Runs as a machine of large GPUs might give them; `lost` ran out of memory."""
-    runs: list[PointRun] = []
+    runs: list[ModeRun] = []
 
     def add(mode: str, shape: tuple[int, int], time: float, memory: float) -> None:
         order = len(runs) + 1
@@ -90,13 +100,14 @@ def large(
         base_ms = (60 + 0.05 * shape[0] * shape[1] / 2) * time
         gib = (4 + 0.0035 * shape[0] * shape[1] / 2) * memory
         plan = {
-            f"{names.PLAN}model.layers.{i}.{name}": f"{how} (B={shape[1]}, T={shape[0]})"
+            f"model.layers.{i}.{name}": f"{how} (B={shape[1]}, T={shape[0]})"
             for i in range(3)
             for name, how in (("self_attn.q_proj", "gram"), ("mlp.down_proj", "gradient"))
             if mode != BASELINE
         }
         record = timings([base_ms * each for each in wobble], gib=gib)
-        runs.append(point(mode, order, record, shape=shape, params={**PARAMS, **plan}))
+        facts = replace(FACTS, norm_plan=plan)
+        runs.append(timed_run(mode, order, record, shape=shape, facts=facts))
 
     for shape in shapes:
         add(BASELINE, shape, 1.0, 1.0)

@@ -1,6 +1,6 @@
 """Run in every rank: every job of a folder, without launcher or tracking.
 
-FOLDER/NAME.json holds a JobConfig. The record of its n-th regime becomes NAME-n.npz, and each
+FOLDER/NAME.json holds a StartedJob. The record of its n-th regime becomes NAME-n.npz, and each
 rank's own NAME-n-rankR.npz; the ranks' metrics of each step become NAME-n-rankR.json.
 """
 
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dpsgd_track.config import SILENT, JobConfig
+from dpsgd_track.config import SILENT
+from dpsgd_track.record.plan import STARTED_JOB
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.recorder import rank_metrics
 
@@ -25,7 +26,7 @@ def main(folder_name: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for file in sorted(folder.glob("*.json")):
-        job = JobConfig.from_json(file.read_text())
+        job = STARTED_JOB.loads(file.read_text()).job
         silent = None
         for number, regime in enumerate(job.regimes):
             run = RegimeRun(job, regime, torch.device("cpu"), None if regime.replay else silent)

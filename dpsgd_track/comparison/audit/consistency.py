@@ -10,11 +10,11 @@ Legend: S steps, N samples, P parameters, K projections.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from dpsgd_track.config import RegimeConfig
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 TOLERANCE = 1e-4
@@ -42,11 +42,11 @@ class Inconsistency:
     where: str = ""
 
 
-def inconsistencies(t: Trajectory, params: Mapping[str, str]) -> tuple[Inconsistency, ...]:
+def inconsistencies(t: Trajectory, setup: RegimeConfig | None) -> tuple[Inconsistency, ...]:
     """The first place at which each relation is broken.
 
     Args:
-        params: of the mode's run, as the launcher logged them.
+        setup: the regime as it was planned; None where that is unknown.
     """
     found: dict[str, Inconsistency] = {}
     for start in range(0, t.num_steps, _BLOCK):
@@ -58,7 +58,7 @@ def inconsistencies(t: Trajectory, params: Mapping[str, str]) -> tuple[Inconsist
                 _total_norm(block),
                 _clip_factor(block),
                 _length_of_sum(block),
-                _sgd_step(block, params),
+                _sgd_step(block, setup),
             ):
                 if each is not None:
                     found.setdefault(each.observable, each)
@@ -115,12 +115,11 @@ def _length_of_sum(t: Trajectory) -> Inconsistency | None:
     )
 
 
-def _sgd_step(t: Trajectory, params: Mapping[str, str]) -> Inconsistency | None:
+def _sgd_step(t: Trajectory, setup: RegimeConfig | None) -> Inconsistency | None:
     """Whether each step after the first moved the weights by learning rate x gradient."""
-    rate = _number(params.get("regime.learning_rate"))
-    if params.get("regime.optimizer") != "sgd" or rate is None or not t.expected_batch_size:
+    if setup is None or setup.optimizer != "sgd" or not t.expected_batch_size:
         return None
-    wanted = -rate * t.noised_sketch[1:] / t.expected_batch_size
+    wanted = -setup.learning_rate * t.noised_sketch[1:] / t.expected_batch_size
     error = sketch_distance(np.diff(t.weight_sketch, axis=0), wanted)
     length = _l2(sketch_length(wanted))
     rounding = _l2(sketch_length(t.weight_sketch[1:])) * _ROUNDING
@@ -143,10 +142,3 @@ def _sgd_step(t: Trajectory, params: Mapping[str, str]) -> Inconsistency | None:
 def _l2(by_parameter: Floats) -> Floats:
     """[S, 1] of all parameters."""
     return np.sqrt(np.square(by_parameter).sum(axis=1, keepdims=True))
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None

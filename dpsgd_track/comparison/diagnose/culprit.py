@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from dpsgd_track.comparison.diagnose.fingerprint import (
 from dpsgd_track.comparison.diagnose.ladder import Rung, StageStatus
 from dpsgd_track.comparison.measure.alignment import Aligned
 from dpsgd_track.comparison.measure.observables import SMALL_SAMPLE, relative
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_distance, sketch_length
 
 _SHOWN = 3
@@ -51,12 +52,12 @@ class Blame:
     """All of it in one sentence, without a full stop."""
 
 
-def blame(rungs: Sequence[Rung], pair: Aligned, params: Mapping[str, str]) -> Blame | None:
+def blame(rungs: Sequence[Rung], pair: Aligned, run: ModeRun) -> Blame | None:
     """Who is to blame for what `rungs` show; None where no stage went wrong by itself.
 
     Args:
         pair: the two runs that were compared.
-        params: of the mode's run, as the launcher logged them.
+        run: the mode's.
     """
     order = {rung.stage: place for place, rung in enumerate(rungs)}
     guilty = [rung for rung in rungs if rung.status is StageStatus.INTRODUCED]
@@ -92,7 +93,7 @@ def blame(rungs: Sequence[Rung], pair: Aligned, params: Mapping[str, str]) -> Bl
         ranks=_ranks(samples, pair, row),
         fingerprint=fingerprint(
             _ratio(rung, pair, row, samples),
-            quantities(params, float(pair.baseline.max_grad_norm[row])),
+            quantities(run, float(pair.baseline.max_grad_norm[row])),
         ),
     )
     return _said(found, names)

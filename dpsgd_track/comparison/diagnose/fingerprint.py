@@ -8,11 +8,12 @@ named. Constants that differ from each other and from 1 make a test worth more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import Floats
 
 _CLOSE = 5e-3
@@ -70,22 +71,17 @@ def projected_ratio(baseline: Floats, other: Floats) -> Ratio | None:
     return ratio_of(length_sq, along)
 
 
-def quantities(params: Mapping[str, str], max_grad_norm: float) -> tuple[Quantity, ...]:
+def quantities(run: ModeRun, max_grad_norm: float) -> tuple[Quantity, ...]:
     """What the ratios of a run are held against.
 
     Args:
-        params: of the mode's run, as the launcher logged them.
+        run: the one that was compared; without its plan only C is known.
         max_grad_norm: C of the step.
     """
-
-    def number(key: str) -> float:
-        try:
-            return float(params.get(key, "nan"))
-        except ValueError:
-            return math.nan
-
-    W, K, b = number("num_ranks"), number("regime.micro_batches"), number("data.batch_size")
-    T = number("data.seq_length")
+    W = K = b = T = math.nan
+    if run.job and run.setup:
+        W, K = float(run.job.num_ranks), float(run.setup.micro_batches)
+        b, T = float(run.job.data.batch_size), float(run.job.data.seq_length)
     return (
         Quantity(symbol="2", value=2.0, meaning="counted twice"),
         Quantity(symbol="W", value=W, meaning="the number of ranks"),

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dpsgd_track.config import JobConfig
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_INTERRUPTED
 from dpsgd_track.launcher.fork_client import WorkerHost
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.process_group import Launch, report_of, start
 from dpsgd_track.launcher.recording import Recording
 from dpsgd_track.launcher.several_machines.meeting import Follower, NodeLost, Report, Share
-from dpsgd_track.record.failure import KILLED, Failure
+from dpsgd_track.record.failure import Failure, FailureKind
+from dpsgd_track.record.plan import StartedJob
 
 _POLL_S = 0.1
 
@@ -84,29 +84,30 @@ class _Part:
             NodeLost: node 0 is gone; so are this machine's ranks.
         """
         node_rank = self._follower.nodes.node_rank
-        meeting, job = share.meeting, self._placed(share.job, node_rank)
+        meeting, started = share.meeting, self._placed(share.job, node_rank)
+        job = started.job
         num_ranks = job.num_ranks // meeting.num_nodes
         first = node_rank * num_ranks
         runs = [
-            run for ranks in job.rank_run_ids for run in ranks[first : first + num_ranks] if run
+            run for ranks in started.rank_runs for run in ranks[first : first + num_ranks] if run
         ]
         self._recording.join(runs)
         self._tell(f"node {node_rank}: {job.title}: started {num_ranks} ranks")
         with self._recording.quiet() if job.is_timed else contextlib.nullcontext():
             try:
-                start(job, self._launch, self._host, meeting)
+                start(started, self._launch, self._host, meeting)
                 code, reason = self._wait()
             finally:
                 self._host.end()
                 self._recording.leave(runs)
-        report = self._report(job, code)
+        report = self._report(Path(started.work_dir), code)
         self._follower.done(report)
         said = f"ended: {reason}" if reason else "finished"
         if report.failure:
             said = f"failed: {report.failure.reason}"
         self._tell(f"node {node_rank}: {job.title}: {said}")
 
-    def _placed(self, job: JobConfig, node_rank: int) -> JobConfig:
+    def _placed(self, job: StartedJob, node_rank: int) -> StartedJob:
         """The job with this machine's folders."""
         # Where machines share a disk, each has its own all the same.
         name = f"{Path(job.work_dir).name}-node{node_rank}"
@@ -126,10 +127,10 @@ class _Part:
             time.sleep(_POLL_S)
         return code, ""
 
-    def _report(self, job: JobConfig, code: int | None) -> Report:
+    def _report(self, work_dir: Path, code: int | None) -> Report:
         if code:
-            return report_of(Path(job.work_dir), code)
+            return report_of(work_dir, code)
         failure = None
         if code is None and self._interruption.requested:
-            failure = Failure(kind=KILLED, message=self._interruption.reason)
+            failure = Failure(kind=FailureKind.INTERRUPTED, message=self._interruption.reason)
         return Report(failure=failure, time_s=time.time())

@@ -12,6 +12,14 @@ after the other. The others run their share of each and say how it went. Keys:
 
 Whoever can reach the endpoint can take part, as with every rendezvous of torch: it belongs on a
 network of one's own.
+
+torch's rendezvous cannot take its place. It holds for a single process group, while launchers have
+to agree on a group's name before the first one and on what comes after each. Its backend `c10d`
+orders machines by their names, whatever --node-rank says, and keeps itself alive by a thread that
+runs while the agent forks its ranks. `static` has the agent of node 0 serve the store from a thread,
+and fork its ranks while other machines talk to it: a lock held at that moment stays locked in the
+rank. Neither says that a machine is gone before a collective times out, after 10 minutes; the count
+that each launcher raises every second says so after 20 s.
 """
 
 from __future__ import annotations
@@ -21,19 +29,19 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from dpsgd_track.config import JobConfig, NodesConfig
+from dpsgd_track.config import NodesConfig
 from dpsgd_track.launcher.fork_server import Meeting
-from dpsgd_track.record import failure as troubleshooting
-from dpsgd_track.record.environment import environment
-from dpsgd_track.record.failure import Failure
-from dpsgd_track.store.run_tree import flatten
+from dpsgd_track.record.codec import Codec
+from dpsgd_track.record.environment import Environment, environment
+from dpsgd_track.record.failure import Failure, FailureKind
+from dpsgd_track.record.plan import PLAN, GroupPlan, StartedJob
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -45,16 +53,28 @@ _DONE_TIMEOUT_S, _BYE_TIMEOUT_S = 60.0, 5.0
 _ANY = "127.0.0.1"
 """A server listens on every address, whichever it is told; its own process takes this one."""
 _ALIKE = ("dpsgd_track", "torch", "opacus", "transformers")
-"""Versions that all machines must have in common."""
+"""Fields of `Environment` that all machines must have in common."""
 
 Tell = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """How a machine introduces itself to node 0."""
+
+    host: str
+    environment: Environment
+    plan: GroupPlan | None
+    """What it would run; None where it takes what node 0 says."""
+    problem: str = ""
+    """Why it cannot take part; empty where it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """One machine's part of a job."""
 
-    job: JobConfig
+    job: StartedJob
     """As node 0 has it."""
     meeting: Meeting
 
@@ -69,6 +89,11 @@ class Report:
     """Unix time of the failure, by that machine's clock."""
 
 
+HELLO = Codec(Hello, "dpsgd-track/hello", 1)
+SHARE = Codec(Share, "dpsgd-track/share", 1)
+REPORT = Codec(Report, "dpsgd-track/report", 1)
+
+
 class Refused(ValueError):
     """The group does not start; the message says why."""
 
@@ -77,18 +102,13 @@ class NodeLost(Exception):
     """A machine is not heard of any more; the message says which."""
 
 
-def hello_of(jobs: Sequence[JobConfig] | None) -> dict[str, Any]:
-    """What a machine says of itself.
+def hello_of(plan: GroupPlan | None) -> Hello:
+    """This machine's introduction.
 
     Args:
-        jobs: what it would run; None where it takes what node 0 says.
+        plan: what it would run; None where it takes what node 0 says.
     """
-    found = environment()
-    return {
-        "host": socket.gethostname(),
-        "versions": {name: found[name] for name in _ALIKE if name in found},
-        "jobs": None if jobs is None else [flatten(asdict(job)) for job in jobs],
-    }
+    return Hello(host=socket.gethostname(), environment=environment(), plan=plan)
 
 
 def interface_towards(host: str) -> str:
@@ -127,14 +147,14 @@ class Leader:
         self.lost = ""
         """Which machine is lost, in words; empty while all are there."""
 
-    def gather(self, jobs: Sequence[JobConfig] | None, timeout_s: float, tell: Tell) -> None:
+    def gather(self, plan: GroupPlan | None, timeout_s: float, tell: Tell) -> None:
         """Wait for the other machines, and see that they would run the same.
 
         Raises:
             Refused: they would not, or one did not come; those that came are told.
         """
         endpoint = self.nodes.endpoint
-        own = hello_of(jobs)
+        own = hello_of(plan)
         deadline = time.monotonic() + timeout_s
         waiting = set(self._others)
         tell(f"waiting at {endpoint} for {len(waiting)} other launchers")
@@ -148,28 +168,28 @@ class Leader:
                     )
                 for rank in sorted(waiting):
                     if (said := _read(self._store, f"hello/{rank}")) is not None:
-                        self._check(rank, own, said)
+                        self._check(rank, own, HELLO.loads(said))
                         waiting.discard(rank)
                 time.sleep(_POLL_S)
         except (Refused, KeyboardInterrupt) as error:
             self.refuse(str(error) or "node 0 was interrupted.")
             raise
 
-    def _check(self, rank: int, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-        self._hosts[rank] = theirs["host"]
+    def _check(self, rank: int, own: Hello, theirs: Hello) -> None:
+        self._hosts[rank] = theirs.host
         who = self._name(rank)
-        if theirs.get("problem"):
-            raise Refused(f"{who}: {theirs['problem']}")
-        for name, version in own["versions"].items():
-            found = theirs["versions"].get(name)
+        if theirs.problem:
+            raise Refused(f"{who}: {theirs.problem}")
+        for name in _ALIKE:
+            version, found = getattr(own.environment, name), getattr(theirs.environment, name)
             if found != version:
                 raise Refused(
                     f"{name}={found!r} on {who}: expected {version}, as on node 0. "
                     "Install the same on all machines."
                 )
-        if theirs["jobs"] is None or own["jobs"] is None:
+        if theirs.plan is None or own.plan is None:
             return
-        if different := _difference(own["jobs"], theirs["jobs"]):
+        if different := first_difference(own.plan, theirs.plan):
             name, ours, found = different
             raise Refused(
                 f"{name}={found!r} on {who}: expected {ours!r}, as on node 0. "
@@ -187,9 +207,9 @@ class Leader:
         self._beats = dict.fromkeys(self._others, (-1, now))
         _write(self._store, "welcome", {"group": group})
 
-    def start(self, job: JobConfig, run_id: str) -> Meeting | None:
+    def start(self, started: StartedJob, run_id: str) -> Meeting | None:
         """Hand out a job; None where this machine runs it alone."""
-        if job.num_ranks < self.nodes.num_nodes:
+        if started.job.num_ranks < self.nodes.num_nodes:
             return None
         self._number += 1
         # What one job leaves in a store would mislead the next.
@@ -202,8 +222,8 @@ class Leader:
             run_id=run_id,
             interface=interface_towards(self.nodes.host),
         )
-        said = {"job": job.to_json(), "meeting": asdict(meeting)}
-        _write(self._store, f"job/{self._number}", said)
+        share = Share(job=started, meeting=meeting)
+        _write(self._store, f"job/{self._number}", SHARE.dumps(share))
         return meeting
 
     def trouble(self) -> str:
@@ -236,7 +256,7 @@ class Leader:
             self.lost = f"{self._name(silent[0])} did not end its part."
         found = [report for report in reports.values() if report.failure]
         if self.lost:
-            failure = Failure(kind=troubleshooting.NODE_LOST, message=self.lost)
+            failure = Failure(kind=FailureKind.MACHINE_LOST, message=self.lost)
             found.append(Report(failure=failure, time_s=time.time()))
         return found
 
@@ -259,7 +279,7 @@ class Leader:
         found = {}
         for rank in self._others:
             if (said := _read(self._store, f"done/{self._number}/{rank}")) is not None:
-                found[rank] = _report(said, self._name(rank))
+                found[rank] = _named(REPORT.loads(said), self._name(rank))
         return found
 
     def _name(self, rank: int) -> str:
@@ -297,7 +317,7 @@ class Follower:
         if self._thread is not None:
             self._thread.join(_BYE_TIMEOUT_S)
 
-    def join(self, hello: Mapping[str, Any], timeout_s: float, tell: Tell) -> str:
+    def join(self, hello: Hello, timeout_s: float, tell: Tell) -> str:
         """Report to node 0; returns the group's name.
 
         Raises:
@@ -324,7 +344,7 @@ class Follower:
             raise Refused(
                 f"rdzv_endpoint={endpoint!r}: expected node 0's launcher there. {error}"
             ) from error
-        self._tell(f"hello/{nodes.node_rank}", hello)
+        self._tell(f"hello/{nodes.node_rank}", HELLO.dumps(hello))
         self._want("welcome", "refused")
         self._last_contact = time.monotonic()
         self._thread = threading.Thread(target=self._talk, args=(store,), name="node", daemon=True)
@@ -352,14 +372,14 @@ class Follower:
         if (said := self._said(f"job/{self._number + 1}")) is not None:
             self._number += 1
             self._want("over", f"job/{self._number + 1}", f"end/{self._number}")
-            meeting = Meeting(**said["meeting"])
+            share = SHARE.loads(said)
             meeting = replace(
-                meeting,
+                share.meeting,
                 node_rank=self.nodes.node_rank,
                 host=self.nodes.host,
                 interface=interface_towards(self.nodes.host),
             )
-            return Share(job=JobConfig.from_json(said["job"]), meeting=meeting)
+            return replace(share, meeting=meeting)
         if problem := self._lost():
             raise NodeLost(problem)
         return None
@@ -378,9 +398,7 @@ class Follower:
 
     def done(self, report: Report) -> None:
         """Say how this machine's part of the job went."""
-        failure = None if report.failure is None else asdict(report.failure)
-        said = {"failure": failure, "time_s": report.time_s}
-        self._tell(f"done/{self._number}/{self.nodes.node_rank}", said)
+        self._tell(f"done/{self._number}/{self.nodes.node_rank}", REPORT.dumps(report))
 
     def _lost(self) -> str:
         silent_s = time.monotonic() - self._last_contact
@@ -478,25 +496,37 @@ def _write(store: TCPStore, key: str, value: object) -> None:
     store.set(key, json.dumps(value))
 
 
-def _report(said: Mapping[str, Any], who: str) -> Report:
-    if said["failure"] is None:
-        return Report(failure=None, time_s=said["time_s"])
-    failure = Failure(**said["failure"])
-    return Report(
-        failure=replace(failure, message=f"{who}: {failure.message}".rstrip(": ")),
-        time_s=said["time_s"],
-    )
+def _named(report: Report, who: str) -> Report:
+    """`report` with the machine's name in front of what it says."""
+    if report.failure is None:
+        return report
+    message = f"{who}: {report.failure.message}".rstrip(": ")
+    return replace(report, failure=replace(report.failure, message=message))
 
 
-def _difference(
-    ours: Sequence[Mapping[str, str]], theirs: Sequence[Mapping[str, str]]
-) -> tuple[str, str, str] | None:
-    """(setting, here, there) of the first setting that is not the same; None where all are."""
-    modes = ", ".join(job["mode"] for job in ours), ", ".join(job["mode"] for job in theirs)
+def first_difference(ours: GroupPlan, theirs: GroupPlan) -> tuple[str, str, str] | None:
+    """(setting, here, there) of the first setting that is not the same; None where all are.
+
+    Where a plan was made, and by which command line, may differ.
+    """
+    modes = [", ".join(job.label for job in plan.jobs) for plan in (ours, theirs)]
     if modes[0] != modes[1]:
-        return "mode", *modes
-    for here, there in zip(ours, theirs, strict=True):
-        for name in {**here, **there}:
-            if here.get(name) != there.get(name):
-                return name, here.get(name, ""), there.get(name, "")
-    return None
+        return "mode", modes[0], modes[1]
+    here, there = (json.loads(PLAN.dumps(plan)) for plan in (ours, theirs))
+    for document in (here, there):
+        del document["environment"], document["command"]
+    return _difference(here, there, "")
+
+
+def _difference(here: Any, there: Any, name: str) -> tuple[str, str, str] | None:
+    if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        # Which job it is does not matter: they are made from the same settings.
+        pairs = [(name, *pair) for pair in zip(here, there, strict=True)]
+    elif isinstance(here, dict) and isinstance(there, dict):
+        pairs = [
+            (f"{name}.{key}".removeprefix("jobs.").lstrip("."), here.get(key), there.get(key))
+            for key in {**here, **there}
+        ]
+    else:
+        return None if here == there else (name, str(here), str(there))
+    return next(filter(None, (_difference(a, b, field) for field, a, b in pairs)), None)

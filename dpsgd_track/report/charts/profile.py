@@ -13,7 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dpsgd_track.comparison.profile import Cost, Profile, Spread, Status
+from dpsgd_track.comparison.profile import Cost, CostStatus, Profile, Spread
 from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
 from dpsgd_track.report.profile_table import three_digits, times
 
@@ -160,7 +160,7 @@ def _at_one_length(profile: Profile, quantity: _Quantity, style: Style) -> Chart
 
 
 def _crosses(profile: Profile) -> str:
-    lost = any(cost.status is Status.OUT_OF_MEMORY for cost in profile.costs)
+    lost = any(cost.status is CostStatus.OUT_OF_MEMORY for cost in profile.costs)
     return " ✕: out of memory." * lost
 
 
@@ -243,7 +243,7 @@ def _lost(
     above: dict[int, int] = {}
     heights = [top]
     for cost in costs:
-        if cost.status is not Status.OUT_OF_MEMORY:
+        if cost.status is not CostStatus.OUT_OF_MEMORY:
             continue
         # Several at one length stand above each other.
         place = above[cost.seq_length] = above.get(cost.seq_length, 0) + 1
@@ -316,7 +316,7 @@ def _ratios(profile: Profile, style: Style) -> list[Chart]:
 
 def _ratio_bars(figure: go.Figure, cost: Cost, style: Style, row: int) -> None:
     time, memory = cost.time_ratio, cost.memory_ratio
-    why = str(cost.status) if cost.status is not Status.MEASURED else "no baseline"
+    why = str(cost.status) if cost.status is not CostStatus.MEASURED else "no baseline"
     base = cost.baseline.label if cost.baseline else ""
     for col, ratio, said in (
         (1, time, f"step time {times(time)} × {base}" if time else why),

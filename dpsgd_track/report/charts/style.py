@@ -16,9 +16,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
+from dpsgd_track.record.run import Group
 from dpsgd_track.report.charts.curves import points_of_each
 from dpsgd_track.report.names import visible
-from dpsgd_track.store.reader import Group
 
 # Okabe and Ito (2008), without black and yellow, which vanish on dark and on light ground.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -138,7 +138,7 @@ class Style:
 
 
 def _labels(group: Group) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(run.label for run in (*group.runs, *group.points)))
+    return tuple(dict.fromkeys(run.label for run in (*group.runs, *group.timed_runs)))
 
 
 def _curves_of(regime: RegimeComparison) -> int:

@@ -13,11 +13,11 @@ from plotly.subplots import make_subplots
 from dpsgd_track.comparison.measure.observables import relative
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, step_axis, whole
 from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
 from dpsgd_track.report.thinning import kept
-from dpsgd_track.store.reader import ModeRun
 
 _BAND_POINTS = 200
 _BAND = "rgba(140, 140, 140, 0.28)"

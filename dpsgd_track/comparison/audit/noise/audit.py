@@ -31,8 +31,8 @@ from dpsgd_track.comparison.audit.noise.tails import TAILS, check_tails
 from dpsgd_track.comparison.verdict import Finding, Verdict
 from dpsgd_track.config import NOISE, PLAIN, kind_of
 from dpsgd_track.modes.table import REFERENCE
-from dpsgd_track.record.names import UNEQUAL_NOISE
-from dpsgd_track.store.reader import ModeRun
+from dpsgd_track.record.failure import FailureKind
+from dpsgd_track.record.run import ModeRun
 
 SAMPLES, SKETCHES = "samples", "sketches"
 _STEP = re.compile(r"\bstep (\d+)")
@@ -113,8 +113,8 @@ def passed_noise(audit: NoiseAudit) -> str:
 
 def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
     """What the audit of a run found, and that a run of the noise regime has none of its noise."""
-    if UNEQUAL_NOISE in run.reason:
-        yield _finding(run, run.reason.rstrip(". "))
+    if run.failure and run.failure.kind is FailureKind.UNEQUAL_NOISE:
+        yield _finding(run, run.reason)
     if kind_of(run.regime) == NOISE and not (audit and audit.source == SAMPLES):
         yield Finding(
             verdict=Verdict.INCONCLUSIVE,

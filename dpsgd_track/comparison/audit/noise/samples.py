@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Floats, Trajectory
-from dpsgd_track.store.reader import ModeRun
 
 FINE, COARSE = 2.0**-14, 2.0**-5
 """Distances, in sigma C, that rounding stays below in an update of float32, even where the sum is a
@@ -103,9 +103,9 @@ def _resolution(trajectory: Trajectory, held: NDArray[np.bool_]) -> float:
 
 def num_micro_batches(run: ModeRun, trajectory: Trajectory) -> Floats | None:
     """[S] micro-batches that each rank did; None where the run does not say how large they are."""
-    batch_size = run.params.get("data.batch_size", "")
-    if not batch_size.isdigit() or not trajectory.sample_index.shape[1]:
+    if run.job is None or not trajectory.sample_index.shape[1]:
         return None
+    batch_size = run.job.data.batch_size
     ranks = np.where(trajectory.sample_index == UNUSED, UNUSED, trajectory.sample_rank)
     most = [np.bincount(row[row >= 0], minlength=1).max() for row in ranks]
-    return np.array([max(1, math.ceil(count / int(batch_size))) for count in most], np.float64)
+    return np.array([max(1, math.ceil(count / batch_size)) for count in most], np.float64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from dpsgd_track.comparison.audit.noise.check import NoiseCheck
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Floats, Trajectory
-from dpsgd_track.store.reader import ModeRun
 
 SENSITIVITY = "sensitivity"
 TOLERANCE = 5e-4

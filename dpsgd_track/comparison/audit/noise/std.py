@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
 from dpsgd_track.comparison.audit.noise.gaussian import std_interval
 from dpsgd_track.comparison.audit.noise.samples import Samples, num_micro_batches
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import Floats, Trajectory
-from dpsgd_track.store.reader import ModeRun
 
 STD, EMPTY_STEP = "std", "std_of_empty_step"
 GROUPED = ("std_by_rank", "std_by_step", "std_by_parameter")

@@ -1,0 +1,118 @@
+"""What went wrong in a worker: the kind of an exception, and whose code raised it."""
+
+from __future__ import annotations
+
+import errno
+import sysconfig
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import dpsgd_track
+from dpsgd_track.config import JobConfig
+from dpsgd_track.modes.table import factory_of, spec_of
+from dpsgd_track.record.failure import Failure, FailureKind, names_lost_peer
+from dpsgd_track.store.client import TrackingError
+from dpsgd_track.training.loop import NotFiniteError
+from dpsgd_track.training.noise_samples import UnequalNoiseError
+
+OURS = "dpsgd_track"
+_ROOTS = {
+    OURS: Path(dpsgd_track.__file__).parent,
+    "torch": Path(torch.__file__).parent,
+}
+_STDLIB = Path(sysconfig.get_paths()["stdlib"])
+_INSTALLED = ("site-packages", "dist-packages")
+
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""A lack of memory as CUDA and NCCL, torch on CPUs, and cuBLAS word it in a plain RuntimeError."""
+
+
+def diagnose(
+    error: BaseException, job: JobConfig, *, regime: int, step: int | None, rank: int
+) -> Failure:
+    """The failure that an exception in a worker stands for."""
+    frame, owner = _innermost_frame(error, job)
+    kind = _kind_of(error, owner)
+    text = str(error).strip()
+    # These say what is wrong in a sentence; of others the type is half of what they say.
+    is_sentence = kind in (FailureKind.SETTING, FailureKind.NOT_FINITE, FailureKind.UNEQUAL_NOISE)
+    is_placed = kind in (FailureKind.MODE, FailureKind.ERROR) and frame is not None
+    return Failure(
+        kind=kind,
+        message=text if is_sentence else f"{type(error).__name__}: {text}",
+        place=f"in {Path(frame.filename).name}:{frame.lineno} of {owner}"
+        if is_placed and frame
+        else "",
+        regime=regime,
+        step=step,
+        rank=rank,
+    )
+
+
+def _kind_of(error: BaseException, owner: str) -> FailureKind:
+    text = str(error)
+    match error:
+        case TrackingError():
+            return FailureKind.TRACKING
+        case OSError() if error.errno == errno.ENOSPC:
+            return FailureKind.DISK_FULL
+        case NotFiniteError():
+            return FailureKind.NOT_FINITE
+        case UnequalNoiseError():
+            return FailureKind.UNEQUAL_NOISE
+        case torch.OutOfMemoryError() | MemoryError():
+            return FailureKind.OUT_OF_MEMORY
+        case RuntimeError() if any(words in text for words in _NO_MEMORY):
+            return FailureKind.OUT_OF_MEMORY
+        case dist.DistBackendError() | dist.DistNetworkError() | dist.DistStoreError():
+            return FailureKind.PEER
+        case RuntimeError() if _is_collective(error) and names_lost_peer(text):
+            return FailureKind.PEER
+        # The project's form of "this setting does not fit"; a mode's own ValueError is none.
+        case ValueError() if owner == OURS:
+            return FailureKind.SETTING
+    return FailureKind.ERROR if owner == OURS else FailureKind.MODE
+
+
+def _is_collective(error: BaseException) -> bool:
+    """True if the exception came out of torch.distributed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_ROOTS["torch"])
+
+
+def _innermost_frame(
+    error: BaseException, job: JobConfig
+) -> tuple[traceback.FrameSummary | None, str]:
+    """The innermost line outside of torch and the standard library, and whose it is."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_relative_to(_ROOTS["torch"]) or _is_of_python(path):
+            continue
+        return frame, _owner_of(path, job)
+    return None, OURS
+
+
+def _is_of_python(path: Path) -> bool:
+    is_installed = any(part in _INSTALLED for part in path.parts)
+    return str(path).startswith("<") or (path.is_relative_to(_STDLIB) and not is_installed)
+
+
+def _owner_of(path: Path, job: JobConfig) -> str:
+    if job.variant and path.is_relative_to(job.variant.root):
+        return f"variant {job.variant.name}"
+    if path.is_relative_to(_ROOTS[OURS]):
+        return OURS
+    for number, part in enumerate(path.parts):
+        if part in _INSTALLED:
+            return path.parts[number + 1].removesuffix(".py")
+    if spec_of(job.mode) is None:
+        return f"mode {factory_of(job.mode)}"
+    return path.parent.name
