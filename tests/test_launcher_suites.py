@@ -20,8 +20,8 @@ from dpsgd_track.config import (
     ULP,
     RegimeConfig,
 )
-from dpsgd_track.launcher import hardware as machine
 from dpsgd_track.launcher import choices
+from dpsgd_track.launcher import hardware as machine
 from dpsgd_track.modes import table
 from dpsgd_track.record.plan import PLAN
 from tests.support.fake_launch import run
@@ -289,7 +289,7 @@ def test_where_a_group_is_kept_is_no_part_of_its_plan(empty_folder):
     kept = place("quick", *there)
     assert (kept.settings.tracking_uri, kept.settings.spool_dir) == ("http://h", "s")
     assert (kept.group, kept.is_offline, kept.output) == ("g", True, None)
-    with pytest.raises(ValueError, match="tracking_uri=.*expected a server, as --nnodes is not 1"):
+    with pytest.raises(ValueError, match=r"tracking_uri=.*expected a server, as --nnodes is not 1"):
         place("quick", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "h:1")
     assert asked("single", "--mode", "no_dp").kept.output is None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dpsgd_track.config import require
+from dpsgd_track.config import nearest, require
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import split_planted
@@ -52,7 +52,7 @@ def find_fault(name: str) -> Fault:
     Raises:
         ValueError: there is none.
     """
-    advice = "`launch.py faults --list` lists them."
+    advice = f"{nearest(name, FAULTS)} `dpsgd-track faults --list` lists them.".strip()
     require(name in FAULTS, "fault", name, "a known fault", advice)
     return FAULTS[name]
 

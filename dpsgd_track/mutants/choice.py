@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from dpsgd_track.config import PROBE_CLIP, require
+from dpsgd_track.config import PROBE_CLIP, nearest, require
 from dpsgd_track.modes.table import (
     BASELINE,
     REFERENCE,
@@ -31,7 +31,8 @@ def chosen_faults(asked: Sequence[str]) -> tuple[Fault, ...]:
     """
     for name in asked:
         known = f"a fault, or one of the classes {', '.join(KINDS)}"
-        advice = "`launch.py faults --list` lists the faults."
+        near = nearest(name, (*KINDS, *FAULTS))
+        advice = f"{near} `dpsgd-track faults --list` lists the faults.".strip()
         require(name in KINDS or name in FAULTS, "fault", name, known, advice)
     ordered = sorted(FAULTS.values(), key=lambda fault: list(KINDS).index(fault.kind))
     return tuple(f for f in ordered if not asked or f.name in asked or f.kind in asked)
