@@ -12,36 +12,32 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from dpsgd_track.cli import compare as compare
-from dpsgd_track.cli.options import build_parser
-from dpsgd_track.config import ACCURACY, PLAIN, PROFILE, JobConfig, Point, RegimeConfig, Settings
-from dpsgd_track.launcher import group, suites
-from dpsgd_track.launcher import hardware as machine
+from dpsgd_track.config import ACCURACY, PLAIN, PROFILE, JobConfig, RegimeConfig, Settings
+from dpsgd_track.launcher import choices, group
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import Recording, open_group
-from dpsgd_track.launcher.suites import Suite, build_suite
 from dpsgd_track.modes import table
 from dpsgd_track.record import names
-from dpsgd_track.record.failure import ERROR, NOT_STARTED, OUT_OF_MEMORY, Failure
+from dpsgd_track.record.failure import Failure, FailureKind
+from dpsgd_track.record.plan import PLAN, GroupPlan
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.store.find_group import read_group_anywhere
 from dpsgd_track.store.spool import RECORDS, SpoolWriter
+from tests.support import planned
 from tests.support.fake_launch import run
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
-    monkeypatch.setattr(machine, "count_gpus", lambda: 0)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
     return tmp_path
 
 
-def suite(*argv: str) -> Suite:
-    args = build_parser().parse_args([PROFILE, *argv])
-    return build_suite(args, lambda model, data: None)
+def suite(*argv: str) -> GroupPlan:
+    return planned.plan(PROFILE, *argv)
 
 
 def order(*argv: str) -> list[str]:
@@ -93,22 +89,21 @@ def test_a_variant_stands_between_runs_of_the_installed_baseline(empty_folder):
 def test_every_length_is_run_with_every_batch_size_and_runs_are_numbered():
     jobs = suite("--mode", "flash_fsdp", "--seq-length", "8,16", *("--batch-size", "1"),
                  "--batch-size", "4").jobs  # fmt: skip
-    points = [Point.parse(job.regimes[0].point) for job in jobs]
-    assert [point.order for point in points] == list(range(1, 13))
-    shapes = [(point.seq_length, point.batch_size) for point in points]
+    assert [job.regimes[0].order for job in jobs] == list(range(1, 13))
+    shapes = [(job.data.seq_length, job.data.batch_size) for job in jobs]
     assert shapes == [shape for shape in ((8, 1), (8, 4), (16, 1), (16, 4)) for _ in range(3)]
-    assert [(job.data.seq_length, job.data.batch_size) for job in jobs] == shapes
-    assert len(set(suite("--mode", "flash_fsdp").expected_runs)) == 6
+    assert len({key for key, _, _ in suite("--mode", "flash_fsdp").runs()}) == 6
 
 
 def test_a_run_of_a_profile_is_the_profile_and_nothing_else():
-    job = suite("--mode", "flash_fsdp", *ONE, "--sigma", "0.3").jobs[1]
+    made = suite("--mode", "flash_fsdp", *ONE, "--sigma", "0.3")
+    job = made.jobs[1]
     (regime,) = job.regimes
     assert (regime.name, regime.num_iter, regime.warmup_iter) == (PROFILE, 10, 3)
     assert (regime.noise_multiplier, regime.noise_matched) == (0.3, False)
     assert not regime.replay
     assert regime.micro_batches == 1
-    assert JobConfig.from_json(job.to_json()) == job
+    assert PLAN.loads(PLAN.dumps(made)) == made
 
 
 def test_a_mode_on_one_device_takes_the_micro_batches_of_all_ranks():
@@ -163,16 +158,15 @@ def test_every_length_is_checked_against_the_model():
         if data.seq_length > 64:
             raise ValueError(f"seq_length={data.seq_length}")
 
-    args = build_parser().parse_args([PROFILE, "--seq-length", "64,128"])
     with pytest.raises(ValueError, match="seq_length=128"):
-        build_suite(args, refuse_long)
+        planned.plan(PROFILE, "--seq-length", "64,128", check_inputs=refuse_long)
 
 
-def test_a_point_belongs_to_a_profile():
-    with pytest.raises(ValueError, match="point='T1-B1-1': expected none but in regime profile"):
-        RegimeConfig(name=ACCURACY, num_iter=1, point="T1-B1-1")
-    with pytest.raises(ValueError, match="point='T1': expected a point such as T64-B2-1"):
-        RegimeConfig(name=PROFILE, num_iter=1, point="T1")
+def test_a_place_in_the_order_belongs_to_a_profile():
+    with pytest.raises(ValueError, match="order=1: expected 0"):
+        RegimeConfig(name=ACCURACY, num_iter=1, order=1)
+    with pytest.raises(ValueError, match="order=-1: expected 0"):
+        RegimeConfig(name=PROFILE, num_iter=1, order=-1)
 
 
 def _leave_timings(job: JobConfig) -> None:
