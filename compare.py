@@ -1,12 +1,10 @@
 #!/usr/bin/env python
-"""Compares the modes of a run group: `python compare.py GROUP`."""
+"""`dpsgd-track compare` for people who work in this checkout: `python compare.py GROUP`."""
 
-import gc
 import sys
 
-from dpsgd_track.cli.compare import main
+from dpsgd_track.cli.main import main
+from dpsgd_track.cli.program import CHECKOUT
 
 if __name__ == "__main__":
-    # Half of the time goes to importing MLflow, and a fifth of that to looking for garbage in it.
-    gc.disable()
-    sys.exit(main())
+    sys.exit(main(["compare", *sys.argv[1:]], program=CHECKOUT))

@@ -1,11 +1,10 @@
 #!/usr/bin/env python
-"""Run DP-SGD modes and track them in MLflow: `python launch.py --help`."""
+"""The command `dpsgd-track` for people who work in this checkout: `python launch.py --help`."""
 
 import sys
 
-from dpsgd_track.cli.faults import detect
-from dpsgd_track.cli.launch import main
-from dpsgd_track.cli.profile import summarise
+from dpsgd_track.cli.main import main
+from dpsgd_track.cli.program import CHECKOUT
 
 if __name__ == "__main__":
-    sys.exit(main(detect=detect, summarise=summarise))
+    sys.exit(main(program=CHECKOUT))

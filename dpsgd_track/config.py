@@ -8,9 +8,10 @@ change speed and memory and never the guarantee. Errors read
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -85,6 +86,19 @@ def require(condition: bool, setting: str, got: object, allowed: str, advice: st
         raise ValueError(f"{setting}={got!r}: expected {allowed}. {advice}".rstrip())
 
 
+def require_one_of(setting: str, got: str, known: Iterable[str], advice: str = "") -> None:
+    """Raise ValueError unless `got` is one of `known`; it names them, and the nearest."""
+    names = tuple(known)
+    advice = f"{nearest(got, names)} {advice}".strip()
+    require(got in names, setting, got, f"one of {', '.join(names)}", advice)
+
+
+def nearest(got: str, known: Iterable[str]) -> str:
+    """`Did you mean 'x'?`; empty where no known name is near."""
+    found = difflib.get_close_matches(got, tuple(known), n=1)
+    return f"Did you mean {found[0]!r}?" if found else ""
+
+
 def _is_number(got: float) -> bool:
     """Whether `got` is a finite number that a float can hold; True, False and text are none."""
     if not isinstance(got, Real) or isinstance(got, bool):
@@ -154,29 +168,22 @@ class PerformanceConfig:
     device: str = "cpu"
     """Where the model runs: cpu or cuda."""
     param_dtype: str = "float32"
-    """Type the forward and backward compute in; master weights and reductions are float32."""
+    """float32 or bfloat16. The type that forward and backward compute in; master weights and
+    reductions are float32."""
     reference_dtype: str = "float64"
-    """Type the `reference` mode computes in: float64 or float32."""
+    """Type that the reference computes in: float64 or float32."""
     num_replicas: int = 1
-    """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
+    """Groups of ranks that each hold the whole model. It is sharded within a group (HSDP)."""
     plan: str = AUTO
-    """How flash and fused modes find the norms of linear layers: auto chooses layer by layer."""
+    """How norms of linear layers are found: auto, gradients, gram or tiled. In flash and fused
+    modes, by per-sample gradients themselves (one backward only), the Gram form or the tiled form;
+    auto chooses layer by layer."""
 
     def __post_init__(self) -> None:
-        require(self.plan in PLANS, "plan", self.plan, f"one of {', '.join(PLANS)}")
-        require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        require(
-            self.param_dtype in PARAM_DTYPES,
-            "param_dtype",
-            self.param_dtype,
-            f"one of {', '.join(PARAM_DTYPES)}",
-        )
-        require(
-            self.reference_dtype in ("float64", "float32"),
-            "reference_dtype",
-            self.reference_dtype,
-            "one of float64, float32",
-        )
+        require_one_of("plan", self.plan, PLANS)
+        require_one_of("device", self.device, DEVICES)
+        require_one_of("param_dtype", self.param_dtype, PARAM_DTYPES)
+        require_one_of("reference_dtype", self.reference_dtype, ("float64", "float32"))
         require(self.num_replicas >= 1, "replicas", self.num_replicas, "an integer >= 1")
 
 
@@ -187,19 +194,19 @@ class ModelConfig:
     name: str
     """A preset (`llama-tiny`), a local folder, or a hub id (`org/model`)."""
     vocab_size: int | None = None
-    """Overrides a preset's vocabulary size; only where weights are random."""
+    """Tokens in a preset's vocabulary (default: the preset's own)."""
     num_labels: int = 2
     """Classes of the sequence classification head; not used by other tasks."""
     task: str = CLASSIFICATION
     """What is predicted: sequence-classification, causal-lm, masked-lm or regression."""
     dropout: bool = False
-    """Keep the model's own dropout rates, with masks that are the same in every mode."""
+    """Keep the model's dropout rates, with masks common to all modes."""
     gradient_checkpointing: bool = False
-    """Recompute each block's activations in the backward instead of keeping them."""
+    """Recompute each block's activations in the backward."""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "model_name", self.name, "a preset, a folder or a hub id")
-        require(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
+        require_one_of("task", self.task, TASKS)
         require(
             self.vocab_size is None or self.vocab_size >= 2,
             "vocab_size",
@@ -253,20 +260,20 @@ class DataConfig:
     seq_length: int = 64
     """Tokens in a sample, padding included."""
     batch_size: int = 2
-    """Samples in one micro-batch of one rank; with Poisson sampling, at most."""
+    """Samples in a micro-batch of a rank. With Poisson sampling, at most."""
     padding: str = "right"
-    """Side that a sample shorter than `seq_length` is padded on: right or left."""
+    """Side that short samples are padded on: right or left."""
     ragged: bool = False
-    """Synthetic samples have 1/4 to 4/4 of `seq_length` tokens, rather than all."""
+    """Synthetic samples of unequal lengths. They have 1/4 to 4/4 of `seq_length` tokens."""
     sampling: str = SEQUENTIAL
-    """sequential (each step the next samples), or poisson (each sample independently)."""
+    """sequential (the next samples) or poisson (each independently)."""
     dataset_size: int | None = None
-    """Synthetic samples that Poisson sampling draws from; text has its own number of rows."""
+    """Synthetic samples that Poisson sampling draws from. Text has its own number of rows."""
 
     def __post_init__(self) -> None:
         require(self.seq_length >= 1, "seq_length", self.seq_length, "an integer >= 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer >= 1")
-        require(self.padding in PADDINGS, "padding", self.padding, f"one of {', '.join(PADDINGS)}")
+        require_one_of("padding", self.padding, PADDINGS)
         is_synthetic = self.source == SYNTHETIC
         require(
             is_synthetic or not self.ragged,
@@ -275,8 +282,7 @@ class DataConfig:
             "no --ragged but with synthetic data",
             "Text has lengths of its own.",
         )
-        known = f"one of {', '.join(SAMPLINGS)}"
-        require(self.sampling in SAMPLINGS, "sampling", self.sampling, known)
+        require_one_of("sampling", self.sampling, SAMPLINGS)
         if is_synthetic and self.sampling == POISSON:
             size = self.dataset_size
             require(
@@ -335,8 +341,8 @@ class RegimeConfig:
         return kind_of(self.name)
 
     def __post_init__(self) -> None:
-        require(self.name in REGIMES, "regime", self.name, f"one of {', '.join(REGIMES)}")
-        require(self.replay in REPLAYS, "replay", self.replay, f"one of {', '.join(REPLAYS)}")
+        require_one_of("regime", self.name, REGIMES)
+        require_one_of("replay", self.replay, REPLAYS)
         is_timed = self.name == PROFILE
         require(self.order >= 0 and (is_timed or not self.order), "order", self.order, "0")
         require(self.num_iter >= 1, "num_iter", self.num_iter, "an integer >= 1")
@@ -352,12 +358,7 @@ class RegimeConfig:
             f"one value for each of the {self.num_iter} steps",
         )
         _require_finite("learning_rate", self.learning_rate, above=None, allowed="a number >= 0")
-        require(
-            self.optimizer in OPTIMIZERS,
-            "optimizer",
-            self.optimizer,
-            f"one of {', '.join(OPTIMIZERS)}",
-        )
+        require_one_of("optimizer", self.optimizer, OPTIMIZERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,7 +407,25 @@ class NodesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
+class DrawsConfig:
+    """What is drawn at random, and how much may be learnt of it."""
+
+    seed: int = 42
+    """Seed of data, weights and common noise. Each has a generator of its own."""
+    noise_from: str = "seed"
+    """Source of noise that is a mode's own, in noise, train and profile: seed, the same at every
+    run, or os, the operating system's entropy."""
+    delta: float = 1e-5
+    """Probability with which the recorded epsilon may fail to hold."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "random_seed", self.seed, "an integer from 0 to 2^63 - 1")
+        require_one_of("noise_from", self.noise_from, NOISE_FROM)
+        require(0 < self.delta < 1, "delta", self.delta, "a number between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig(DrawsConfig):
     """One process group: one mode, and its regimes in turn."""
 
     mode: str
@@ -417,25 +436,16 @@ class JobConfig:
     regimes: tuple[RegimeConfig, ...]
     num_ranks: int = 1
     """Processes of the group."""
-    seed: int = 42
-    """Seeds data, weights and common noise, each through its own generator."""
-    noise_from: str = "seed"
-    """Where noise that is not common to all modes comes from: seed, or os (the operating system's
-    entropy, another at every run)."""
     layer_norms: str = EVERY
     """Steps whose per-layer norms are recorded: all, ends (first and last), or an integer N (every
     Nth, the first and the last)."""
     log_ranks: str = EVERY
     """Ranks that have a run of their own: all, 0 (rank 0 alone), or how many."""
-    delta: float = 1e-5
-    """Probability with which the epsilon that is recorded may fail to hold."""
     variant: VariantConfig | None = None
     """Code that is run in place of what is installed."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "random_seed", self.seed, "an integer from 0 to 2^63 - 1")
-        require(self.noise_from in NOISE_FROM, "noise_from", self.noise_from, "seed or os")
-        require(0 < self.delta < 1, "delta", self.delta, "a number between 0 and 1")
+        super().__post_init__()
         require(bool(self.regimes), "regimes", self.regimes, "at least one regime")
         replicas = self.performance.num_replicas
         allowed = f"a divisor of the number of ranks, {self.num_ranks}"

@@ -1,68 +1,65 @@
-"""What `launch.py faults` does: plant, run, compare, and tell what was found.
+"""What `faults` does: plant, run, compare, and tell what was found.
 
-Faulty and healthy modes run as one group, like any other, and are compared as `compare.py` does.
+Faulty and healthy modes run as one group, like any other, and are compared as `compare` does.
 Exit codes: 0 every fault that can show was found, but for those known to be lost in bfloat16, and
 no healthy mode raised an alarm; 1 otherwise, 2 usage error, 130 interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.cli.launch import RunSuite, complain
-from dpsgd_track.cli.options import planted_suite
+from dpsgd_track.cli.context import Context, say_aside
+from dpsgd_track.cli.launch import run_asked
+from dpsgd_track.cli.options import FaultOptions
 from dpsgd_track.config import Settings, require
-from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
+from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
+from dpsgd_track.launcher.choices import ModeChoices
+from dpsgd_track.launcher.suites import Asked, split_names
+from dpsgd_track.record.plan import Suite
 
 if TYPE_CHECKING:
     from dpsgd_track.mutants import Fault
     from dpsgd_track.mutants.matrix import Matrix
-    from dpsgd_track.store.find_group import Found
 
 ARTIFACT_FOLDER = "faults"
 _LOG_WIDTH = 160
 
 
-def detect(args: argparse.Namespace, command: str, run: RunSuite) -> int:
-    """Run `launch.py faults`; returns the exit code.
+def detect(context: Context, options: FaultOptions) -> int:
+    """Plant the faults that were chosen; returns the exit code.
 
-    Args:
-        command: the command line, to be written beside what it found.
-        run: runs a suite as a group.
+    Raises:
+        ValueError: a choice does not fit; nothing was started.
     """
-    from dpsgd_track.launcher.suites import read_settings, split_names
-    from dpsgd_track.mutants import choice as plan
+    from dpsgd_track.mutants import choice
 
-    try:
-        settings = read_settings(args)
-        faults = plan.chosen_faults(split_names(args.fault))
-        modes = split_names(args.mode)
-        plan.check_modes(modes)
-        theirs = [mode for mode in modes if not plan.is_ours(mode)]
-        require(len(theirs) <= 1, "mode", ",".join(theirs), "one mode of yours at a time")
-        _check_output(args.output)
-    except ValueError as error:
-        return complain(error, EXIT_USAGE)
-    if args.list:
+    settings = options.kept.settings()
+    faults = choice.chosen_faults(split_names(options.what.fault))
+    modes = split_names(options.what.mode)
+    choice.check_modes(modes)
+    theirs = [mode for mode in modes if not choice.is_ours(mode)]
+    require(len(theirs) <= 1, "mode", ",".join(theirs), "one mode of yours at a time")
+    if options.what.list:
         return _list(faults)
-    code, mutes = _listen(args, settings, run, theirs[0]) if theirs else (EXIT_FINISHED, ())
-    if mutes is None:
-        return code
-    planned: list[str] = [] if modes else list(plan.planted_in_turn(faults))
+    mutes: tuple[str, ...] = ()
+    if theirs and not options.dry.dry_run:
+        # Faults planted in a mode that is wrong by itself would prove nothing.
+        code, found = _unreported(context, options, theirs[0])
+        if found is None:
+            return code
+        mutes = found
+    planted: list[str] = [] if modes else list(choice.planted_in_turn(faults))
     for mode in modes:
-        planned += plan.planted_in(mode, faults, mutes)
-    code, found = _run(args, settings, run, planned, args.group)
-    return code if found is None else _tell(args.output, settings, command, found)
-
-
-def _check_output(output: Path | None) -> None:
-    if output is not None:
-        is_writable = not output.is_dir() and output.absolute().parent.is_dir()
-        require(is_writable, "output", str(output), "a file in an existing folder")
+        planted += choice.planted_in(mode, faults, mutes)
+    code, group = _run(context, options, planted, options.kept.group)
+    if not _is_whole(code, group):
+        return code
+    return tell_matrix(settings, context.command, group, options.kept.output)
 
 
 def _list(faults: Sequence[Fault]) -> int:
@@ -79,50 +76,45 @@ def _list(faults: Sequence[Fault]) -> int:
 
 
 def _run(
-    args: argparse.Namespace,
-    settings: Settings,
-    run: RunSuite,
-    modes: Sequence[str],
-    name: str | None,
-) -> tuple[int, Found | None]:
-    """Run `modes` on the probe as one group.
-
-    Returns:
-        The exit code, and the group where it ran to its end.
-    """
-    suite = planted_suite(args, modes)
-    suite.group = name
-    code, group = run(suite)
-    # A mode that failed is part of what is compared.
-    if not group or code not in (EXIT_FINISHED, EXIT_FAILED):
-        return code, None
-    from dpsgd_track.store.find_group import read_group_anywhere
-
-    found = read_group_anywhere(settings, group, lambda line: print(line, file=sys.stderr))
-    return EXIT_FINISHED, found
+    context: Context, options: FaultOptions, modes: Sequence[str], group: str | None
+) -> tuple[int, str]:
+    """Run `modes` on the probe as one group; returns the exit code and the group's name."""
+    asked = Asked(
+        suite=Suite.FAULTS,
+        what=ModeChoices(mode=tuple(dict.fromkeys(modes))),
+        draws=options.draws,
+        machine=options.machine,
+        kept=replace(options.kept, group=group),
+    )
+    return run_asked(context, asked, is_dry=options.dry.dry_run)
 
 
-def _listen(
-    args: argparse.Namespace, settings: Settings, run: RunSuite, mode: str
+def _is_whole(code: int, group: str) -> bool:
+    """Whether a group ran to its end; a mode that failed is part of what is compared."""
+    return bool(group) and code in (EXIT_FINISHED, EXIT_FAILED)
+
+
+def _unreported(
+    context: Context, options: FaultOptions, mode: str
 ) -> tuple[int, tuple[str, ...] | None]:
-    """What someone else's mode does not tell.
-
-    Faults planted in a mode that is wrong by itself would prove nothing.
+    """The fields that the user's mode does not report, as a healthy run of it shows.
 
     Returns:
-        The exit code, and nothing where the mode is no place to plant a fault in.
+        The exit code, and None where the mode is no place to plant a fault in.
     """
     from dpsgd_track.comparison import compare_group
     from dpsgd_track.comparison.verdict import Verdict
     from dpsgd_track.modes.table import BASELINE
-    from dpsgd_track.mutants import choice as plan
+    from dpsgd_track.mutants import choice
+    from dpsgd_track.store.find_group import read_group_anywhere
 
-    name = f"{args.group}-healthy" if args.group else None
-    code, found = _run(args, settings, run, (BASELINE, mode), name)
-    if found is None:
+    settings, chosen = options.kept.settings(), options.kept.group
+    code, name = _run(context, options, (BASELINE, mode), f"{chosen}-healthy" if chosen else None)
+    if not _is_whole(code, name):
         return code, None
-    comparison = compare_group(found.group, settings.thresholds)
-    mutes = plan.mutes_of(mode, found.group.runs)
+    group = read_group_anywhere(settings, name, say_aside).group
+    comparison = compare_group(group, settings.thresholds)
+    mutes = choice.mutes_of(mode, group.runs)
     (verdict,) = (each for each in comparison.modes if each.label == mode)
     if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or mutes is None:
         print(f"{verdict.sentence} It needs to be sound before faults are planted in it.")
@@ -130,14 +122,24 @@ def _listen(
     return EXIT_FINISHED, mutes
 
 
-def _tell(output: Path | None, settings: Settings, command: str, found: Found) -> int:
-    """Print the matrix, write it, and put it on the group's run."""
+def tell_matrix(settings: Settings, command: str, group: str, output: Path | None) -> int:
+    """Print the matrix of `group`, write it, and put it on the group's run.
+
+    Args:
+        command: the command line that the group was launched by.
+        output: Markdown file to write it to as well.
+
+    Returns:
+        The exit code.
+    """
     from rich.console import Console
 
     from dpsgd_track.mutants import matrix_text as text
     from dpsgd_track.mutants.coverage import print_coverage
     from dpsgd_track.mutants.matrix import matrix_of
+    from dpsgd_track.store.find_group import read_group_anywhere
 
+    found = read_group_anywhere(settings, group, say_aside)
     matrix = matrix_of(found.group, settings.thresholds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     text.print_matrix(matrix, console)

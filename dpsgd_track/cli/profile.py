@@ -1,15 +1,14 @@
-"""What `launch.py profile` says once its runs are over: the table, and the file of figures."""
+"""What `profile` says once its runs are over: the table, and the file of figures."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from dpsgd_track.cli.context import Context, say
+from dpsgd_track.launcher import EXIT_USAGE
+from dpsgd_track.launcher.placement import Placement
 
-from dpsgd_track.config import Settings
 
-
-def summarise(settings: Settings, group: str, output: Path | None) -> None:
-    """Print the table of the profile `group`, and write its figures to `output` as CSV."""
+def summarise(context: Context, place: Placement, group: str) -> None:
+    """Print the table of the profile `group`, and write its figures as CSV where that is asked."""
     from mlflow.exceptions import MlflowException
     from rich.console import Console
     from sqlalchemy.exc import SQLAlchemyError
@@ -22,20 +21,21 @@ def summarise(settings: Settings, group: str, output: Path | None) -> None:
     from dpsgd_track.store.reader import GroupNotFound
 
     try:
-        found = read_group_anywhere(settings, group, print).group
+        found = read_group_anywhere(place.settings, group, say).group
     except (GroupNotFound, MlflowException, SQLAlchemyError) as error:
-        # The runs are over; compare.py can still read them when the store answers again.
-        said = one_line(error)
-        print(f"launch.py: group {group} could not be read back. {said}", file=sys.stderr)
+        # The runs are over; `compare` can still read them when the store answers again.
+        reason = one_line(error)
+        context.complain(f"group {group} could not be read back. {reason}", EXIT_USAGE)
         return
     profile = profile_of(found)
-    assert profile is not None, "a profile has points"
+    assert profile is not None, "a profile has timed runs"
     print_profile(profile, group, Console(highlight=False, width=console_width()))
-    if output is None:
+    if place.output is None:
         return
     try:
-        output.write_text(profile_csv(profile, found), encoding="utf-8")
+        place.output.write_text(profile_csv(profile, found), encoding="utf-8")
     except OSError as error:
-        print(f"launch.py: output={str(output)!r}: cannot be written. {error}", file=sys.stderr)
+        message = f"output={str(place.output)!r}: cannot be written. {error}"
+        context.complain(message, EXIT_USAGE)
     else:
-        print(f"figures: {output}")
+        say(f"figures: {place.output}")

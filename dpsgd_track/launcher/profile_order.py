@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dpsgd_track.config import PROFILE, JobConfig, Point
+from dpsgd_track.config import PROFILE, DataConfig, JobConfig
 from dpsgd_track.modes.table import BASELINE, SINGLE_BASELINE, baseline_of
 
 
@@ -35,29 +35,24 @@ def interleaved(jobs: Sequence[JobConfig], num_rounds: int = 1) -> list[JobConfi
 
 
 def profile_jobs(
-    jobs: Sequence[JobConfig],
-    seq_lengths: Sequence[int],
-    batch_sizes: Sequence[int],
-    num_rounds: int,
+    jobs: Sequence[JobConfig], shapes: Sequence[DataConfig], num_rounds: int
 ) -> tuple[JobConfig, ...]:
-    """A job for each run of a profile, in order.
+    """A job for each timed run of a profile, in order, numbered from 1.
 
     Args:
         jobs: one for each mode, the baselines first. Regimes besides the profile are run once, by
             the first job of each mode.
+        shapes: the data at each sequence length and batch size.
     """
-    points: list[JobConfig] = []
+    timed: list[JobConfig] = []
     seen: set[str] = set()
-    for seq_length in seq_lengths:
-        for batch_size in batch_sizes:
-            for job in interleaved([job for job in jobs if job.is_timed], num_rounds):
-                point = Point(seq_length=seq_length, batch_size=batch_size, order=len(points) + 1)
-                regimes = tuple(
-                    replace(regime, point=str(point)) if regime.name == PROFILE else regime
-                    for regime in job.regimes
-                    if regime.name == PROFILE or job.label not in seen
-                )
-                seen.add(job.label)
-                data = replace(job.data, seq_length=seq_length, batch_size=batch_size)
-                points.append(replace(job, data=data, regimes=regimes))
-    return (*(job for job in jobs if not job.is_timed), *points)
+    for data in shapes:
+        for job in interleaved([job for job in jobs if job.is_timed], num_rounds):
+            regimes = tuple(
+                replace(regime, order=len(timed) + 1) if regime.name == PROFILE else regime
+                for regime in job.regimes
+                if regime.name == PROFILE or job.label not in seen
+            )
+            seen.add(job.label)
+            timed.append(replace(job, data=data, regimes=regimes))
+    return (*(job for job in jobs if not job.is_timed), *timed)

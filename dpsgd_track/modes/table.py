@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from importlib import metadata
 
-from dpsgd_track.config import GRADIENTS, require
+from dpsgd_track.config import GRADIENTS, nearest, require
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ def check_mode(name: str) -> None:
         return
     module, _, factory = factory_of(name).partition(":")
     if not (module and factory.isidentifier()):
-        names = ", ".join([*MODES, *plugged_in_modes()])
-        known = f"one of {names}, opacus:GRAD_SAMPLE_MODE, or package.module:factory"
-        require(False, "mode", name, known)
+        names = [*MODES, *plugged_in_modes()]
+        known = f"one of {', '.join(names)}, opacus:GRAD_SAMPLE_MODE, or package.module:factory"
+        require(False, "mode", name, known, nearest(name, names))
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

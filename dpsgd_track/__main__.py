@@ -1,0 +1,9 @@
+"""`python -m dpsgd_track` is the installed command."""
+
+import sys
+
+from dpsgd_track.cli.main import main
+from dpsgd_track.cli.program import MODULE
+
+if __name__ == "__main__":
+    sys.exit(main(program=MODULE))

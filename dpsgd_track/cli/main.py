@@ -1,0 +1,102 @@
+"""The program: finds the verb, parses its options, runs it, and says what went wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cyclopts import CycloptsError
+
+from dpsgd_track import __version__
+from dpsgd_track.cli.context import Context, check_inputs
+from dpsgd_track.cli.help import HELP, HELP_ALL, overview, page
+from dpsgd_track.cli.options import parser_of
+from dpsgd_track.cli.program import INSTALLED, NAME, Program
+from dpsgd_track.cli.verbs import VERBS, Verb
+from dpsgd_track.config import nearest
+from dpsgd_track.launcher import EXIT_FINISHED, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE
+
+if TYPE_CHECKING:
+    from dpsgd_track.launcher.process_group import Launch
+    from dpsgd_track.launcher.suites import InputCheck
+
+_EXIT_PIPE_CLOSED = 141
+"""As a shell says of a program whose reader left."""
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    program: Program = INSTALLED,
+    check_inputs: InputCheck = check_inputs,
+    launch: Launch | None = None,
+) -> int:
+    """Run a verb.
+
+    Args:
+        argv: the verb and its options (default: the process's own).
+        program: how it was called.
+        check_inputs: says whether model and data fit.
+        launch: how workers are started.
+
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in HELP:
+        print(overview(program, tuple(VERBS.values())), file=sys.stdout if argv else sys.stderr)
+        return EXIT_FINISHED if argv else EXIT_USAGE
+    if argv[0] == "--version":
+        print(f"{NAME} {__version__}")
+        return EXIT_FINISHED
+    name, *arguments = argv
+    if name not in VERBS:
+        known = f"expected one of {', '.join(VERBS)}. {nearest(name, VERBS)}".rstrip()
+        print(f"{NAME}: verb={name!r}: {known}", file=sys.stderr)
+        return EXIT_USAGE
+    context = Context(
+        program=program,
+        verb=name,
+        arguments=arguments,
+        check_inputs=check_inputs,
+        chosen_launch=launch,
+    )
+    return _run(VERBS[name], context)
+
+
+def _run(verb: Verb, context: Context) -> int:
+    parser = parser_of(verb.run)
+    for flag in (*HELP, HELP_ALL):
+        if flag in context.arguments:
+            print(page(context.program, verb, parser, is_whole=flag == HELP_ALL))
+            return EXIT_FINISHED
+    try:
+        _, bound, _ = parser.parse_args(
+            context.arguments, exit_on_error=False, print_error=False, verbose=False
+        )
+        return verb.run(*bound.args, **bound.kwargs, called=context)
+    except (CycloptsError, ValueError) as error:
+        return context.complain(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_PIPE_CLOSED
+    except Exception as error:
+        return _keep_traceback(error, context)
+
+
+def _keep_traceback(error: Exception, context: Context) -> int:
+    """Say in one line that the program itself failed, and where the whole story is."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix=f"{NAME}-{context.verb}-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    said = f"{type(error).__name__}: {error}"
+    return context.complain(
+        f"an error of {NAME} itself, {said}. The traceback is in {file.name}", EXIT_INTERNAL
+    )

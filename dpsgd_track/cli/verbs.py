@@ -1,0 +1,190 @@
+"""The verbs: their options, and what each calls. Imports nothing heavy until one is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from dpsgd_track.cli.context import Context
+from dpsgd_track.cli.options import (
+    FLAT,
+    CompareOptions,
+    FaultOptions,
+    ProfileOptions,
+    ResumeOptions,
+    SuiteOptions,
+    SyncOptions,
+    UiOptions,
+)
+from dpsgd_track.record.plan import Suite
+
+Called = Annotated[Context, Parameter(parse=False)]
+
+
+def _suite(suite: Suite) -> Callable[..., int]:
+    def run(*, options: Annotated[SuiteOptions, FLAT] = SuiteOptions(), called: Called) -> int:
+        from dpsgd_track.cli.launch import launch
+
+        return launch(called, replace(options, suite=suite), is_dry=options.dry.dry_run)
+
+    return run
+
+
+def _profile(*, options: Annotated[ProfileOptions, FLAT] = ProfileOptions(), called: Called) -> int:
+    return _suite(Suite.PROFILE)(options=options, called=called)
+
+
+def _faults(*, options: Annotated[FaultOptions, FLAT] = FaultOptions(), called: Called) -> int:
+    from dpsgd_track.cli.faults import detect
+
+    return detect(called, options)
+
+
+def _modes(*, called: Called) -> int:
+    from dpsgd_track.cli.modes import list_modes
+
+    return list_modes()
+
+
+def _ui(*, options: Annotated[UiOptions, FLAT] = UiOptions(), called: Called) -> int:
+    from dpsgd_track.launcher.ui import open_ui
+
+    return open_ui(options.kept.settings(), options.port)
+
+
+def _sync(
+    group: Annotated[str | None, Parameter(help="group to ship (default: all of them)")] = None,
+    /,
+    *,
+    options: Annotated[SyncOptions, FLAT] = SyncOptions(),
+    called: Called,
+) -> int:
+    from dpsgd_track.launcher.sync import sync
+
+    return sync(options.kept.settings(), group)
+
+
+def _resume(
+    group: Annotated[str, Parameter(help="group of quick, full, single or faults")],
+    /,
+    *,
+    options: Annotated[ResumeOptions, FLAT] = ResumeOptions(),
+    called: Called,
+) -> int:
+    from dpsgd_track.cli.launch import resume
+
+    return resume(called, group, options)
+
+
+_GROUP = "a group's name, a run id, latest, or a golden file (.dpsgd), which needs no store"
+_GROUP_B = (
+    "hold each run of this group against the same run of the first (default: compare the modes of "
+    "the first with each other)"
+)
+
+
+def _compare(
+    group: Annotated[str, Parameter(help=_GROUP)],
+    group_b: Annotated[str | None, Parameter(help=_GROUP_B)] = None,
+    /,
+    *,
+    options: Annotated[CompareOptions, FLAT] = CompareOptions(),
+    called: Called,
+) -> int:
+    from dpsgd_track.cli.compare import compare
+
+    return compare(called, group, group_b, options.judged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A verb of the command line."""
+
+    name: str
+    summary: str
+    run: Callable[..., int]
+    """Takes `options` and `called`, and positional arguments."""
+    examples: tuple[str, ...] = ()
+    """What comes after the verb in each."""
+    notes: str = ""
+
+
+_LAUNCH_CODES = "exit codes: 0 finished, 1 a mode failed, 2 usage, 70 internal, 130 interrupted"
+
+VERBS: dict[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            name="quick",
+            summary="no_dp and the flash modes against the reference, in a few minutes",
+            run=_suite(Suite.QUICK),
+            examples=(
+                "--dry-run",
+                "--mode no_dp,my_module:MyMode",
+                "--data mine.csv --seq-length 128",
+            ),
+            notes=_LAUNCH_CODES,
+        ),
+        Verb(
+            name="full",
+            summary="the baseline, Opacus and the sharded flash modes against the reference",
+            run=_suite(Suite.FULL),
+            examples=(
+                "--variant branch=../opacus-branch",
+                "--model-name llama-3.2-1b --param-dtype bfloat16",
+                "--regime accuracy,clip,noise",
+            ),
+            notes=_LAUNCH_CODES,
+        ),
+        Verb(
+            name="single",
+            summary="one mode on its own",
+            run=_suite(Suite.SINGLE),
+            examples=("--mode flash_fsdp_bk --sigma 0.7 --max-grad-norm 1.0 --output out.json",),
+            notes=_LAUNCH_CODES,
+        ),
+        Verb(
+            name="profile",
+            summary="step time and peak memory of modes beside ordinary training",
+            run=_profile,
+            examples=("--mode flash_fsdp,ghost_fsdp --seq-length 64,256 --batch-size 2,4",),
+            notes=_LAUNCH_CODES,
+        ),
+        Verb(
+            name="faults",
+            summary="plant known faults in modes, and see which the comparison finds",
+            run=_faults,
+            examples=("--list", "--fault clipping,no_noise", "--mode my_module:MyMode"),
+            notes="exit codes: 0 every fault that can show was found and no healthy mode raised an "
+            "alarm, 1 otherwise, 2 usage, 70 internal, 130 interrupted",
+        ),
+        Verb(name="modes", summary="list the modes", run=_modes),
+        Verb(
+            name="ui", summary="open the MLflow UI on the store", run=_ui, examples=("--port 5001",)
+        ),
+        Verb(
+            name="sync",
+            summary="ship what is in the spool to the store, and check that it arrived",
+            run=_sync,
+            examples=("", "GROUP --tracking-uri http://host:5000"),
+        ),
+        Verb(
+            name="resume",
+            summary="run what is missing in a group: modes that failed or never started",
+            run=_resume,
+            examples=("GROUP --dry-run",),
+            notes=_LAUNCH_CODES,
+        ),
+        Verb(
+            name="compare",
+            summary="compare the modes of a group, or two groups, and write a report",
+            run=_compare,
+            examples=("latest", "june july", "june --export golden.dpsgd"),
+            notes="exit codes: 0 PASS, 1 DRIFT or BUG, 2 usage, or nothing found, 3 INCONCLUSIVE "
+            "(a missing, failed or unlike run never passes), 70 internal",
+        ),
+    )
+}

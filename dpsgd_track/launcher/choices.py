@@ -1,0 +1,298 @@
+"""What a launch can be asked for, group by group. The options of the command line are these fields.
+
+A field that a configuration has as well is inherited from it, with its name, default, type and
+docstring. What is not chosen is empty or None.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dpsgd_track.config import (
+    EVERY,
+    SYNTHETIC,
+    DataConfig,
+    ModelConfig,
+    NodesConfig,
+    PerformanceConfig,
+    Settings,
+    load_settings,
+    require,
+)
+from dpsgd_track.launcher.hardware import count_gpus
+from dpsgd_track.store.sqlite_file import sqlite_path
+
+DEFAULT_CONFIG = Path("mlflow.yaml")
+CPU_RANKS = 2
+MINILM, MINILM_DATA = "minilm", "public-domain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeChoices:
+    """What is run."""
+
+    mode: tuple[str, ...] = ()
+    """Mode to run, repeatable or comma separated (default: the suite's). It replaces the suite's
+    modes; single needs exactly one."""
+    regime: tuple[str, ...] = ()
+    """accuracy, clip, noise, or one of probe-accuracy, probe-clip and probe-noise, repeatable
+    (default: accuracy and clip; in quick all but noise). single has none."""
+    accuracy_test: bool = False
+    """Run the accuracy regime alone. The data and noise are the same in every mode; without it,
+    single trains."""
+    variant: tuple[str, ...] = ()
+    """NAME=PATH: modes once more, as mode@NAME, with the code of PATH. PATH is a checkout whose
+    packages stand in for the installed ones; repeatable; the reference is not run again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileChoices(ModeChoices):
+    """What is timed."""
+
+    mode: tuple[str, ...] = ()
+    """Mode to time beside no_dp, repeatable or comma separated (default: those of full)."""
+    accuracy_test: bool = False
+    """Also run the accuracy regime. Each mode runs it after its timed steps, at the first sequence
+    length and batch size alone."""
+    seq_length: tuple[str, ...] = ("64", "256")
+    """Tokens in a sample, repeatable or comma separated. Every length is run with every batch
+    size."""
+    batch_size: tuple[str, ...] = ("2",)
+    """Samples in a micro-batch of a rank, repeatable or comma separated."""
+    rounds: int = 1
+    """Times that every mode is timed at every shape. Each is in fresh processes: where a step is
+    short, times differ from process to process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultChoices:
+    """What is planted."""
+
+    fault: tuple[str, ...] = ()
+    """Fault to plant, or a class of faults, repeatable or comma separated (default: all)."""
+    mode: tuple[str, ...] = ()
+    """Mode to plant every fault in, repeatable (default: each fault in one of the sharded flash
+    modes, in turn)."""
+    list: bool = False
+    """List the faults, and run nothing."""
+
+
+def _as(cls: type, choices: object) -> dict[str, Any]:
+    """The fields that `choices` inherited from `cls`."""
+    return {each.name: getattr(choices, each.name) for each in fields(cls)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoices(ModelConfig):
+    """The model."""
+
+    name: str = ""
+    """Preset, local folder or hub id (default: minilm in quick, else llama-tiny)."""
+    token: str | None = None
+    """Hub access token, handed to workers as HF_TOKEN and written nowhere (default: HF_TOKEN).
+    Setting HF_TOKEN keeps it out of the process list as well."""
+
+    def __post_init__(self) -> None:
+        """Leave checks to the configuration, once the name is known."""
+
+    def config(self, default_name: str) -> ModelConfig:
+        """The model, `default_name` where none was chosen."""
+        if self.token is not None:
+            advice = "Leave it out to use HF_TOKEN."
+            require(bool(self.token.strip()), "token", "", "a token", advice)
+        return ModelConfig(**{**_as(ModelConfig, self), "name": self.name or default_name})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataChoices(DataConfig):
+    """The data."""
+
+    source: str = ""
+    """synthetic, public-domain, or a .jsonl or .csv file (default: public-domain for minilm, else
+    synthetic)."""
+
+    def __post_init__(self) -> None:
+        """Leave checks to the configuration, once the source is known."""
+
+    def config(self, model_name: str) -> DataConfig:
+        """The data, the model's own where none was chosen."""
+        default = MINILM_DATA if model_name == MINILM else SYNTHETIC
+        return DataConfig(**{**_as(DataConfig, self), "source": self.source or default})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingChoices:
+    """How it is trained."""
+
+    num_iter: int | None = None
+    """Recorded steps (default: 5 in quick, else 10). Those of the accuracy and train regimes; the
+    others have as many as they need."""
+    warmup_iter: int | None = None
+    """Steps before the recorded ones (default: 1 on cuda, else 0). They are thrown away."""
+    micro_batches: int | None = None
+    """Micro-batches of a step (default: 2 in clip, 3 in noise, 1 in train). A rank accumulates
+    so many in the clip, noise and train regimes."""
+    noise_multiplier: float = 0.01
+    """Noise multiplier: the noise's std in units of C."""
+    max_grad_norm: float = 10000.0
+    """C, the bound on the norm of a gradient. Of one sample's, the L2 norm."""
+    learning_rate: float = 1e-5
+    """Step size of the optimizer."""
+    optimizer: str = "sgd"
+    """Update rule: sgd or adamw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileTrainingChoices(TrainingChoices):
+    """How it is trained while it is timed."""
+
+    num_iter: int | None = None
+    """Recorded steps (default: 10). Loss and layer norms are observed in every second one."""
+    warmup_iter: int | None = None
+    """Steps taken before the recorded ones (default: 3)."""
+    micro_batches: int | None = None
+    """Micro-batches that a rank accumulates in a timed step (default: 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineChoices(PerformanceConfig):
+    """Where it runs."""
+
+    device: str = ""
+    """cpu or cuda (default: cuda if there is one)."""
+    nproc_per_node: int | None = None
+    """Ranks (default: one for each GPU, or 2 on cpu). One process each."""
+
+    def __post_init__(self) -> None:
+        """Leave checks to the configuration, once the device is known."""
+
+    def config(self) -> tuple[int, PerformanceConfig]:
+        """Ranks on this machine, and what they run on.
+
+        Raises:
+            ValueError: the machine has no such device, or fewer.
+        """
+        num_gpus = count_gpus() if self.device != "cpu" else 0
+        device = self.device or ("cuda" if num_gpus else "cpu")
+        performance = PerformanceConfig(**{**_as(PerformanceConfig, self), "device": device})
+        default = num_gpus if device == "cuda" else CPU_RANKS
+        num_ranks = default if self.nproc_per_node is None else self.nproc_per_node
+        if device == "cuda":
+            advice = "Use --device cpu."
+            require(num_gpus > 0, "device", device, "cpu, as no GPU is visible", advice)
+        require(num_ranks >= 1, "nproc_per_node", num_ranks, "an integer >= 1")
+        if device == "cuda":
+            allowed = f"at most {num_gpus}, the number of visible GPUs"
+            require(num_ranks <= num_gpus, "nproc_per_node", num_ranks, allowed)
+        return num_ranks, performance
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeChoices:
+    """On several machines: the same command on each, with another --node-rank."""
+
+    nnodes: int = 1
+    """Machines, one launcher each."""
+    node_rank: int | None = None
+    """This machine among them; 0 leads, and keeps the group's runs (default: none, as one machine
+    does without)."""
+    rdzv_endpoint: str | None = None
+    """HOST:PORT: a free port of node 0, as the others reach it (default: none)."""
+    rdzv_timeout: float = 600.0
+    """Seconds to wait for the other machines before anything starts."""
+
+    def config(self) -> NodesConfig:
+        """The machines.
+
+        Raises:
+            ValueError: what was chosen does not fit.
+        """
+        num_nodes, rank, endpoint = self.nnodes, self.node_rank, self.rdzv_endpoint
+        require(num_nodes >= 1, "nnodes", num_nodes, "an integer >= 1")
+        if num_nodes == 1:
+            advice = "Give --nnodes as well."
+            require(rank in (None, 0), "node_rank", rank, "0, where --nnodes is 1", advice)
+            require(
+                endpoint is None, "rdzv_endpoint", endpoint, "none, where --nnodes is 1", advice
+            )
+            return NodesConfig()
+        advice = f"--nnodes is {num_nodes}."
+        require(rank is not None, "node_rank", rank, f"0 to {num_nodes - 1}", advice)
+        match = re.fullmatch(r"(?:\[(.+)\]|([^:\s]+)):([0-9]{1,5})", endpoint or "")
+        is_endpoint = match is not None and 1 <= int(match[3]) <= 65535
+        require(is_endpoint, "rdzv_endpoint", endpoint, "HOST:PORT of node 0", advice)
+        assert match is not None
+        assert rank is not None
+        return NodesConfig(
+            num_nodes=num_nodes, node_rank=rank, host=match[1] or match[2], port=int(match[3])
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreChoices:
+    """Where runs are tracked."""
+
+    config: Path | None = None
+    """Configuration file (default: mlflow.yaml, if any)."""
+    tracking_uri: str | None = None
+    """MLflow store or server (default: of --config)."""
+
+    def settings(self) -> Settings:
+        """Settings of the configuration file, with what was chosen on top.
+
+        Raises:
+            ValueError: the file or a choice does not fit.
+        """
+        path = self.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+        settings = load_settings(path)
+        if self.tracking_uri is not None:
+            settings = replace(settings, tracking_uri=self.tracking_uri)
+        # Raises where it names no file.
+        sqlite_path(settings.tracking_uri)
+        return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpoolChoices(StoreChoices):
+    """Where records are."""
+
+    spool: Path | None = None
+    """Folder of records not shipped (default: spool_dir of --config). Records are kept in it until
+    the store has them."""
+
+    def settings(self) -> Settings:
+        """Settings of the configuration file, with what was chosen on top."""
+        settings = super().settings()
+        return settings if self.spool is None else replace(settings, spool_dir=str(self.spool))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordChoices(SpoolChoices):
+    """Where a group that was launched before is kept."""
+
+    offline: bool = False
+    """Look for no store. Everything stays in the spool; `sync` ships it later."""
+    output: Path | None = None
+    """File for results (default: none). JSON in single, CSV in profile, Markdown in faults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupChoices(RecordChoices):
+    """What is kept."""
+
+    group: str | None = None
+    """Name of the group (default: SUITE-DATE-TIME). Not used before."""
+    layer_norms: str = EVERY
+    """Steps whose per-layer norms are recorded: all, ends, or N. Ends are the first and the last;
+    N is an integer, for every Nth, the first and the last."""
+    log_ranks: str | None = None
+    """Ranks with a run of their own: all, 0, or how many (default: log_ranks of --config). 0 is
+    rank 0 alone; a number is so many, evenly spaced."""
+
+    def settings(self) -> Settings:
+        """Settings of the configuration file, with what was chosen on top."""
+        settings = super().settings()
+        return settings if self.log_ranks is None else replace(settings, log_ranks=self.log_ranks)

@@ -1,0 +1,168 @@
+"""The regimes that a suite runs, with their constants, and the replays that stand beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from dpsgd_track.config import (
+    ACCURACY,
+    AGAIN,
+    CLIP,
+    NOISE,
+    PERMUTED,
+    PLAIN,
+    PROBE_ACCURACY,
+    PROBE_CLIP,
+    PROBE_NAIVE,
+    PROBE_NOISE,
+    PROBES,
+    PROFILE,
+    SILENT,
+    TRAIN,
+    ULP,
+    RegimeConfig,
+    is_probe,
+    kind_of,
+)
+from dpsgd_track.launcher.choices import TrainingChoices
+from dpsgd_track.modes import table
+from dpsgd_track.record.plan import Suite
+
+NUM_ITER, QUICK_NUM_ITER = 10, 5
+"""Recorded steps of the other regimes, by default."""
+PROFILE_WARMUP_ITER = 3
+CLIP_NUM_ITER = 4
+"""Steps of the clip regime: the first half clips some samples, the second half all."""
+NOISE_SIGMA = 0.7
+NOISE_BOUNDS = (0.37, 0.83, 1.3, 0.47)
+"""C of each step of the noise regime: none is 1, and no two have a likely fault's ratio."""
+NOISE_MICRO_BATCHES = 3
+PROBE_MICRO_BATCHES = 3
+PROBE_SIGMA, PROBE_BOUND, PROBE_LEARNING_RATE = 0.0037, 83.0, 0.053
+"""In the probe's accuracy regime, where no sample reaches C and noise is about as long as what it
+is added to."""
+SUITE_REGIMES = {
+    Suite.QUICK: (ACCURACY, CLIP, *PROBES),
+    Suite.FULL: (ACCURACY, CLIP),
+    Suite.FAULTS: (*PROBES, PROBE_NAIVE),
+}
+"""Those that are run unless the user asks for others."""
+CHOOSABLE = (ACCURACY, CLIP, NOISE, *PROBES, PROBE_NAIVE)
+"""Those that a user can ask for, in the order in which they are run."""
+
+
+def is_run(mode: str, regime: str) -> bool:
+    """Whether `mode` has a run in `regime`: what neither clips nor adds noise has none in those."""
+    kind = kind_of(regime)
+    if mode == table.REFERENCE and (kind == NOISE or regime == PROBE_NAIVE):
+        return False
+    # Opacus refuses tied and reused weights, without which the probe would show little.
+    if is_probe(regime) and table.is_of_opacus(mode):
+        return False
+    return kind not in (CLIP, NOISE) or table.is_private(mode)
+
+
+def regimes_of(
+    mode: str, names: Sequence[str], suite: Suite, training: TrainingChoices, device: str
+) -> tuple[RegimeConfig, ...]:
+    """The regimes of `names` that `mode` has a run in, each with its replays."""
+    regimes = {regime.name: regime for regime in _all(suite, training, device)}
+    return tuple(
+        run
+        for name in names
+        if is_run(mode, name)
+        for run in _with_replays(mode, regimes[name], is_single=suite is Suite.SINGLE)
+    )
+
+
+def num_iter(suite: Suite, training: TrainingChoices) -> int:
+    """Recorded steps of the regimes whose number of steps is the user's."""
+    default = QUICK_NUM_ITER if suite is Suite.QUICK else NUM_ITER
+    return default if training.num_iter is None else training.num_iter
+
+
+def _all(suite: Suite, training: TrainingChoices, device: str) -> Iterator[RegimeConfig]:
+    """Every regime, on the user's model and then on the probe."""
+    by_device = int(device == "cuda")
+    chosen = training.warmup_iter
+    warmup = by_device if chosen is None else chosen
+    steps = num_iter(suite, training)
+    trained = RegimeConfig(
+        name=TRAIN,
+        num_iter=steps,
+        warmup_iter=warmup,
+        micro_batches=training.micro_batches or 1,
+        noise_multiplier=training.noise_multiplier,
+        max_grad_norms=(training.max_grad_norm,) * steps,
+        learning_rate=training.learning_rate,
+        optimizer=training.optimizer,
+    )
+    yield trained
+    timed = PROFILE_WARMUP_ITER if chosen is None else chosen
+    yield replace(trained, name=PROFILE, warmup_iter=timed)
+    # What --warmup-iter says of a profile is of its timed steps.
+    warmup = by_device if suite is Suite.PROFILE else warmup
+    trained = replace(trained, warmup_iter=warmup)
+    yield replace(trained, name=ACCURACY, micro_batches=1, noise_matched=True)
+    clipped = RegimeConfig(
+        name=CLIP,
+        num_iter=CLIP_NUM_ITER,
+        warmup_iter=warmup,
+        micro_batches=training.micro_batches or 2,
+        optimizer=training.optimizer,
+    )
+    yield clipped
+    noisy = replace(
+        clipped,
+        name=NOISE,
+        num_iter=len(NOISE_BOUNDS),
+        micro_batches=training.micro_batches or NOISE_MICRO_BATCHES,
+        max_grad_norms=NOISE_BOUNDS,
+        noise_multiplier=NOISE_SIGMA,
+    )
+    yield noisy
+    yield from _on_probe()
+
+
+def _on_probe() -> Iterator[RegimeConfig]:
+    """The same whatever the user chose, so that what they can show is known."""
+    # A warm-up would hide what goes wrong the first time only.
+    clipped = RegimeConfig(
+        name=PROBE_CLIP, num_iter=CLIP_NUM_ITER, micro_batches=PROBE_MICRO_BATCHES
+    )
+    yield clipped
+    accurate = replace(
+        clipped,
+        name=PROBE_ACCURACY,
+        noise_multiplier=PROBE_SIGMA,
+        max_grad_norms=(PROBE_BOUND,) * clipped.num_iter,
+        learning_rate=PROBE_LEARNING_RATE,
+        noise_matched=True,
+    )
+    yield accurate
+    yield replace(accurate, name=PROBE_NAIVE, noise_multiplier=1e-9, micro_batches=1)
+    yield replace(
+        clipped,
+        name=PROBE_NOISE,
+        num_iter=len(NOISE_BOUNDS),
+        max_grad_norms=NOISE_BOUNDS,
+        noise_multiplier=NOISE_SIGMA,
+    )
+
+
+def _with_replays(mode: str, regime: RegimeConfig, *, is_single: bool) -> tuple[RegimeConfig, ...]:
+    """`regime` with the runs beside it that a comparison needs."""
+    if regime.kind == NOISE:
+        # The twin without noise comes first: what it computed is taken off.
+        return replace(regime, noise_multiplier=0.0, replay=SILENT), regime
+    replays: tuple[str, ...] = ()
+    if regime.kind == PROFILE or is_single:
+        return (regime,)
+    if mode == table.BASELINE and regime.kind == ACCURACY:
+        # What rounding alone makes of a trajectory.
+        replays = (AGAIN, PERMUTED, ULP)
+    elif mode == table.REFERENCE:
+        # How far plain autograd in the modes' own type is from the reference.
+        replays = (PLAIN,)
+    return (regime, *(replace(regime, replay=kind) for kind in replays))
