@@ -85,7 +85,7 @@ class PrivateTraining:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        self._plain_zero_grad = optimizer.zero_grad
+        self._original_zero_grad = optimizer.zero_grad
         optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
         setattr(optimizer, _PRIVATE, self)
 
@@ -271,7 +271,7 @@ class PrivateTraining:
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the step's gradients and batches, the optimizer's own and the mode's."""
-        self._plain_zero_grad(set_to_none)
+        self._original_zero_grad(set_to_none)
         if self._is_clearing:
             return
         self._is_clearing = True

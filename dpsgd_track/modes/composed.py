@@ -35,7 +35,7 @@ class ComposedMode(Mode):
         self.clips = spec.is_private
         self.model = model
         capture, late = (
-            _capture(spec, model, context.plan) if spec.is_private else (None, frozenset())
+            _capture(spec, model, context.norm_plan) if spec.is_private else (None, frozenset())
         )
         sharder = self._shard(spec, late)
         self.optimizer = context.make_optimizer(model.parameters())
@@ -82,10 +82,10 @@ class ComposedMode(Mode):
         self.engine.sharder.sums.clear()
         super().zero_grad()
 
-    def plan(self) -> dict[str, str]:
+    def norm_plan(self) -> dict[str, str]:
         """How the norm of each linear layer's weight was found so far."""
         capture = self.engine.capture
-        return capture.planner.summary() if capture is not None else {}
+        return capture.norm_planner.summary() if capture is not None else {}
 
     def _shard(self, spec: ModeSpec, late: frozenset[str]) -> GradientSharder:
         context = self.context
@@ -100,10 +100,10 @@ class ComposedMode(Mode):
         return Fsdp2Sharder(self.model, late)
 
 
-def _capture(spec: ModeSpec, model: nn.Module, plan: str) -> tuple[Capture, frozenset[str]]:
+def _capture(spec: ModeSpec, model: nn.Module, norm_plan: str) -> tuple[Capture, frozenset[str]]:
     """The capture, and the parameters whose gradients arrive when a backward is over."""
     rule = NORM_RULES[spec.norm_rule]
-    capture = Capture(model, rule, keep=spec.strategy == "bookkeeping", plan=plan)
+    capture = Capture(model, rule, keep=spec.strategy == "bookkeeping", norm_plan=norm_plan)
     late: set[str] = set()
     for layer in capture.layers:
         way: type[CapturedLayer] = WatchedLayer

@@ -44,8 +44,8 @@ class ModeContext:
     """(logits, targets) -> loss of each sample. Anything but one number a sample raises."""
     num_replicas: int = 1
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
-    plan: str = AUTO
-    """How flash and fused modes find norms of linear layers; see `dpsgd_track.privacy.planner`."""
+    norm_plan: str = AUTO
+    """Way in which flash and fused modes take the norms of linear layers (see `NormPlanner`)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", one_loss_a_sample(self.loss))
@@ -147,7 +147,7 @@ class Mode(ABC):
         self._largest_bound = 0.0
         self.optimizer.zero_grad(set_to_none=True)
 
-    def plan(self) -> dict[str, str]:
+    def norm_plan(self) -> dict[str, str]:
         """How the mode goes about each layer, once it has taken a step; by the layer's name.
 
         It is recorded and shown, and nothing depends on it.

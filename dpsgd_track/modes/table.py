@@ -18,7 +18,7 @@ class ModeSpec:
     """none, ghost, flash, fused, materialised (explicit per-sample gradients of a whole batch), or
     autograd (explicit gradients of one sample)."""
     strategy: str
-    """plain, two_pass, bookkeeping, one_by_one, or opacus (the library's own step)."""
+    """unclipped, two_pass, bookkeeping, one_by_one, or opacus (the library's own step)."""
     sharding: str
     """fsdp2, opacus_fsdp2 (the library's own wrapper), replicated (every rank holds the whole
     model), or none (one device)."""
@@ -43,7 +43,7 @@ _FUSED_2 = "norms inside linear backward, two backwards"
 _GHOST_1 = "ghost norms in hooks, one backward"
 
 _TABLE = (
-    ModeSpec("no_dp", "none", "plain", "fsdp2", "ordinary training, the baseline"),
+    ModeSpec("no_dp", "none", "unclipped", "fsdp2", "ordinary training, the baseline"),
     ModeSpec(
         "ghost_fsdp",
         "ghost",
@@ -57,7 +57,7 @@ _TABLE = (
     ModeSpec("flash_fsdp_bk", "flash", "bookkeeping", "fsdp2", _HOOKS_1),
     ModeSpec("flash_fsdp_fuse", "fused", "two_pass", "fsdp2", _FUSED_2),
     ModeSpec("flash_fsdp_fuse_bk", "fused", "bookkeeping", "fsdp2", _FUSED_1),
-    ModeSpec("no_dp_single", "none", "plain", "none", "ordinary training on one device"),
+    ModeSpec("no_dp_single", "none", "unclipped", "none", "ordinary training on one device"),
     ModeSpec(
         "ghost",
         "ghost",
@@ -152,7 +152,7 @@ def is_of_opacus(name: str) -> bool:
     return spec is not None and spec.strategy == _OPACUS
 
 
-def takes_plan(name: str, plan: str) -> bool:
+def takes_norm_plan(name: str, plan: str) -> bool:
     """Whether mode `name` can find every norm as `plan` says.
 
     Only flash and fused norms leave a choice; with two backwards no gradients are kept.

@@ -41,6 +41,6 @@ class BackwardPerSample(CapturedLayer):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns."""
-        output = self.run_plain(args, kwargs)
+        output = self.run_on_leaves(args, kwargs)
         self.capture.open_call_by_sample(self.layer, self.leaves())
         return output

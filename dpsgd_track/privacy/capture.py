@@ -37,8 +37,8 @@ from torch.distributed.tensor import DTensor
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, require
 from dpsgd_track.kernels.flash_norm import gram_norm_sq, tiled_norm_sq
 from dpsgd_track.privacy.layers.inventory import Layer, find_layers
+from dpsgd_track.privacy.norm_planner import LinearShape, NormPlanner
 from dpsgd_track.privacy.norms import NormRule
-from dpsgd_track.privacy.planner import LinearShape, Planner
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.terms import (
     Dense,
@@ -65,7 +65,7 @@ class Capture:
     """Per-sample squared norms of one micro-batch, and its clipped sums."""
 
     def __init__(
-        self, model: nn.Module, norm_rule: NormRule, *, keep: bool, plan: str = AUTO
+        self, model: nn.Module, norm_rule: NormRule, *, keep: bool, norm_plan: str = AUTO
     ) -> None:
         """Find the rule of every layer with trainable parameters; capture nothing yet.
 
@@ -73,7 +73,7 @@ class Capture:
             model: sharded or not; only names, shapes and settings are looked at.
             norm_rule: how norms of linear layers are found.
             keep: keep what the clipped sums of one-pass strategies are formed from.
-            plan: how norms of linear layers are found, where the rule leaves that open.
+            norm_plan: how norms of linear layers are found, where the rule leaves that open.
         Raises:
             ValueError: naming everything whose per-sample gradients would not be exact, or a plan
                 that the rule or the strategy does not have.
@@ -82,8 +82,8 @@ class Capture:
         self.norm_rule = norm_rule
         self.keep = keep
         allowed = f"{AUTO}, as the {norm_rule.name} norm has one way only"
-        require(norm_rule.is_planned or plan == AUTO, "plan", plan, allowed)
-        self.planner = Planner(keeps=keep, forced=plan)
+        require(norm_rule.is_planned or norm_plan == AUTO, "plan", norm_plan, allowed)
+        self.norm_planner = NormPlanner(keeps=keep, forced=norm_plan)
         self.layers = find_layers(model)
         self.captured: dict[str, CapturedLayer] = {}
         """Each layer by its fully qualified name, in the way in which it is captured."""
@@ -101,7 +101,7 @@ class Capture:
         self.dtypes: set[torch.dtype] = set()
         """Types that gradients have come in."""
         self._num_batches = 0
-        self._plans: dict[tuple[str, torch.Size, torch.dtype], str] = {}
+        self._norm_plans: dict[tuple[str, torch.Size, torch.dtype], str] = {}
         self._has_foreign_leaves = False
         """Whether the graph had leaves that are no parameters when it was last inspected."""
         self._settle: _Settle | None = None
@@ -247,16 +247,18 @@ class Capture:
         sums = clipped_sums_of(joined, clip_factor_B)
         return {name: total.view(self.shapes[name]) for name, total in sums.items()}
 
-    def plan_of(self, name: str, x: Tensor, num_outputs: int) -> str:
+    def norm_plan_of(self, name: str, x: Tensor, num_outputs: int) -> str:
         """How the norm of weight `name` is found for inputs [B, ..., D]."""
         key = name, x.shape, x.dtype
-        known = self._plans.get(key)
+        known = self._norm_plans.get(key)
         if known is None:
             B, D = x.shape[0], x.shape[-1]
             T = x.numel() // max(B * D, 1)
             shape = LinearShape(B, T, D, num_outputs, x.dtype, x.device)
             is_shared = name in self.shared
-            known = self._plans[key] = self.planner.choose(name, shape, is_shared=is_shared)
+            known = self._norm_plans[key] = self.norm_planner.choose(
+                name, shape, is_shared=is_shared
+            )
         return known
 
     def open_call(self, layer: Layer, x: Tensor | None = None, sample_dim: int = 0) -> bool:
@@ -492,7 +494,7 @@ class Capture:
         only = terms[0]
         if len(terms) > 1 or not isinstance(only, Outer) or not self.norm_rule.is_planned:
             return terms
-        plan = self.plan_of(name, only.x_BTD, only.dy_BTP.shape[2])
+        plan = self.norm_plan_of(name, only.x_BTD, only.dy_BTP.shape[2])
         return (only.materialised(),) if plan == GRADIENTS else terms
 
     def _outer_norm_of(self, name: str) -> OuterNorm:
@@ -501,7 +503,7 @@ class Capture:
             return rule.outer_norm
 
         def planned(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
-            plan = self.plan_of(name, x_BTD, dy_BTP.shape[2])
+            plan = self.norm_plan_of(name, x_BTD, dy_BTP.shape[2])
             by_plan = {GRAM: gram_norm_sq, TILED: tiled_norm_sq}
             return by_plan.get(plan, rule.outer_norm)(x_BTD, dy_BTP)
 
@@ -543,7 +545,7 @@ class _NotedUnit(ReplacedForward):
                 if parameter is not None and not isinstance(parameter, DTensor):
                     self.capture.note_unsharded(name, parameter)
             self.is_noted = True
-        return self.plain(*args, **kwargs)
+        return self.original(*args, **kwargs)
 
 
 def _trained_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:

@@ -34,7 +34,7 @@ class CapturedLayer(ReplacedForward):
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Capture the call where gradients are asked for; else run the module as it is."""
         if not self.capture.is_capturing:
-            return self.plain(*args, **kwargs)
+            return self.original(*args, **kwargs)
         return self.run(args, kwargs)
 
     def attach(self) -> None:
@@ -70,13 +70,13 @@ class CapturedLayer(ReplacedForward):
             if place.parameter is not None
         }
 
-    def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_on_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own forward on leaves of the capture's in place of its parameters."""
         places = self.places
         for place in places:
             place.enter()
         try:
-            return self.plain(*args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
             for place in places:
                 place.leave()
@@ -122,7 +122,7 @@ class WatchedLayer(CapturedLayer):
             assert capture.num_samples is not None
             x = spread(x, capture.num_samples)
             args, kwargs = (x,), {}
-        y: Tensor = self.run_plain(args, kwargs)
+        y: Tensor = self.run_on_leaves(args, kwargs)
         held = capture.hold(x)
         if not capture.open_call(layer, x, dim):
             return y

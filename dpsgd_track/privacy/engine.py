@@ -100,7 +100,7 @@ class Engine:
         finally:
             self._weight_B = None
 
-    def plain_gradients(
+    def autograd_gradients(
         self, batch: Batch, weight_B: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The same by autograd, with nothing captured.

@@ -115,7 +115,7 @@ class ExpandedLayer(CapturedLayer):
             mapped, _ = self._map(copies, inputs, args, kwargs)
             if self._keeps_mapped_tensors():
                 return None
-            plain = pytree.tree_leaves(self.plain(*args, **kwargs))
+            plain = pytree.tree_leaves(self.original(*args, **kwargs))
         finally:
             for m, training in was_training.items():
                 m.training = training
@@ -147,7 +147,7 @@ class ExpandedLayer(CapturedLayer):
         return fitting[0]
 
     def _one(self, copy: _Copies, args: Any, kwargs: Any) -> Any:
-        self.shell.plain = self.plain
+        self.shell.original = self.original
         named = {f"inner.{name}": value for name, value in copy.items()}
         with _no_cached_parametrisations():
             return torch.func.functional_call(self.shell, named, args, kwargs)
@@ -230,14 +230,14 @@ def _joined(output: Tensor, dim: int | None) -> Tensor:
 class _Shell(nn.Module):
     """Holds the module, so that `functional_call` runs its plain forward without its hooks."""
 
-    plain: Forward
+    original: Forward
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.plain(*args, **kwargs)
+        return self.original(*args, **kwargs)
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:

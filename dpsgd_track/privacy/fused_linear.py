@@ -41,7 +41,7 @@ class FusedLayer(CapturedLayer):
         leaves = self.leaves()
         if self._has_gradients_formed(x):
             if self._rounds_twice(x):
-                self._watched.plain = self.plain
+                self._watched.original = self.original
                 return self._watched.run(args, kwargs)
             return run_linear(capture, layer, leaves, x)
         is_open = capture.open_call(layer, x)
@@ -76,7 +76,7 @@ class FusedLayer(CapturedLayer):
             return True
         weight: Any = self.layer.module.weight
         num_outputs = weight.numel() // x.shape[-1]
-        return self.capture.plan_of(self.layer.names["weight"], x, num_outputs) == GRADIENTS
+        return self.capture.norm_plan_of(self.layer.names["weight"], x, num_outputs) == GRADIENTS
 
 
 class _FusedLinear(torch.autograd.Function):

@@ -64,7 +64,7 @@ class RmsNormPerSample(CapturedLayer):
             self.capture.want(self.layer, "weight", view)
         parameters["weight"] = view  # type: ignore[assignment]
         try:
-            return self.plain(*args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
             parameters["weight"] = held
 

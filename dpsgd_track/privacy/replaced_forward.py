@@ -23,7 +23,7 @@ class ReplacedForward(ABC):
         self._own = vars(module)
         self._before: Forward | None = None
         self._first: Forward = module.forward
-        self.plain = self._first
+        self.original = self._first
         """The module's own forward."""
 
         @functools.wraps(self._first)
@@ -39,7 +39,7 @@ class ReplacedForward(ABC):
     def attach(self) -> None:
         """Replace the module's forward."""
         self._before = self._own.get("forward")
-        self.plain = self._before or self._first
+        self.original = self._before or self._first
         self._own["forward"] = self._forward
 
     def detach(self) -> None:

@@ -147,7 +147,7 @@ class _Observer(ReplacedForward):
         """What the module returns."""
         place = self._place(args, kwargs)
         self.places.append(place)
-        output = self.plain(*args, **kwargs)
+        output = self.original(*args, **kwargs)
         return self.of_shared(output) if place == SHARED else output
 
     def of_shared(self, output: Any) -> Any:
@@ -156,7 +156,7 @@ class _Observer(ReplacedForward):
 
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Where:
         captured = self.captured
-        captured.plain = self.plain
+        captured.original = self.original
         rule = captured.layer.rule
         given = [x for x in (*args, *kwargs.values()) if x is not None]
         if rule is not None and len(given) == 1 and isinstance(given[0], Tensor):
@@ -164,7 +164,7 @@ class _Observer(ReplacedForward):
         if not isinstance(captured, ExpandedLayer):
             # A layer with a rule that is called in another way than the rule knows.
             captured = ExpandedLayer(captured.capture, captured.layer)
-            captured.plain = self.plain
+            captured.original = self.original
         copies = {
             name: parameter.detach().expand(self.num_samples, *parameter.shape)
             for name, parameter in self.module.named_parameters()

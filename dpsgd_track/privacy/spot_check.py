@@ -257,7 +257,7 @@ class _Comparison:
 
     def compare_sums(self) -> None:
         """The engine's weighted sums against autograd's."""
-        wanted, problem, is_random = self._plain_projections()
+        wanted, problem, is_random = self._autograd_projections()
         self.is_random = self._is_any(is_random)
         self._raise_together(problem)
         norms = self.record.norm_by_parameter_B or {}
@@ -269,7 +269,7 @@ class _Comparison:
             self.projections,
             wanted,
             scale,
-            lambda: self._plain_projections()[0],
+            lambda: self._autograd_projections()[0],
         )
 
     def compare_samples(self, chosen: int) -> set[str]:
@@ -353,11 +353,11 @@ class _Comparison:
                     index %= size
             yield rank, index
 
-    def _plain_projections(self) -> tuple[Tensor, str, bool]:
+    def _autograd_projections(self) -> tuple[Tensor, str, bool]:
         """Autograd's sums, what is wrong with the losses, and whether the forward is random."""
         with kept_random_state(self.batch):
             before = _random_state(self.device)
-            logits, loss_B, gradients = self.engine.plain_gradients(self.batch, self.weight_B)
+            logits, loss_B, gradients = self.engine.autograd_gradients(self.batch, self.weight_B)
             is_random = not torch.equal(before, _random_state(self.device))
         problem = self._problem_of_losses(logits, loss_B) if len(self.batch) else ""
         return self._projected(gradients), problem, is_random
@@ -383,7 +383,7 @@ class _Comparison:
         if batch is None:
             batch = self.batch.sample(0) if len(self.batch) else self.batch
         with kept_random_state(batch):
-            _, _, gradients = self.engine.plain_gradients(batch, weight)
+            _, _, gradients = self.engine.autograd_gradients(batch, weight)
         squares = torch.stack([gradients[n].double().square().sum() for n in self.names])
         sum_over_ranks(squares)
         return self._with_total((squares / self.engine.sharder.num_copies).sqrt())

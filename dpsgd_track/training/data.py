@@ -219,8 +219,8 @@ def num_labels_of(model: ModelConfig, data: DataConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """What one rank computes in one step."""
+class RankBatch:
+    """One rank's samples of one step."""
 
     indices: tuple[int, ...]
     """Global index of each sample, in the order of the micro-batches."""
@@ -231,8 +231,8 @@ class Slice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slicer:
-    """Cuts a rank's share out of each step's global batch."""
+class RankSampler:
+    """Draws a rank's samples of each step's global batch."""
 
     dataset: Dataset
     batch_size: int
@@ -254,17 +254,17 @@ class Slicer:
         """Samples a step is expected to hold over all ranks and micro-batches (G)."""
         return self.world_size * self.micro_batches * self.batch_size
 
-    def slice(self, step: int) -> Slice:
-        """This rank's share of `step`."""
-        shares = np.array_split(self._global_batch(step), self.world_size)
-        num_batches = self._num_batches(len(shares[0]))
-        indices = shares[self.rank].tolist()
+    def rank_batch(self, step: int) -> RankBatch:
+        """This rank's samples of `step`, in micro-batches."""
+        slices = np.array_split(self._global_batch(step), self.world_size)
+        num_batches = self._num_batches(len(slices[0]))
+        indices = slices[self.rank].tolist()
         if self.is_permuted:
             indices.reverse()
         samples = [self.dataset.sample(index) for index in indices]
         starts = range(0, num_batches * self.batch_size, self.batch_size)
         chunks = [samples[start : start + self.batch_size] for start in starts]
-        return Slice(
+        return RankBatch(
             tuple(indices),
             tuple(sample.digest() for sample in samples),
             tuple(self._batch(chunk) for chunk in chunks),
@@ -272,13 +272,13 @@ class Slicer:
 
     def leaves_some_empty(self, step: int) -> bool:
         """Whether a micro-batch of `step` is empty on some rank."""
-        shares = np.array_split(self._global_batch(step), self.world_size)
-        return len(shares[-1]) <= (self._num_batches(len(shares[0])) - 1) * self.batch_size
+        slices = np.array_split(self._global_batch(step), self.world_size)
+        return len(slices[-1]) <= (self._num_batches(len(slices[0])) - 1) * self.batch_size
 
-    def _num_batches(self, largest_share: int) -> int:
+    def _num_batches(self, largest_slice: int) -> int:
         # Every rank takes part in every collective, so all do as many micro-batches as the first,
-        # whose share is the largest.
-        return max(1, math.ceil(largest_share / self.batch_size))
+        # whose slice is the largest.
+        return max(1, math.ceil(largest_slice / self.batch_size))
 
     def _global_batch(self, step: int) -> NDArray[np.int64]:
         size = self.expected_batch_size

@@ -22,12 +22,18 @@ from dpsgd_track.config import (
     RegimeConfig,
 )
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.modes.table import is_private, takes_plan
+from dpsgd_track.modes.table import is_private, takes_norm_plan
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.privacy.noise import fresh_key
-from dpsgd_track.training.data import Slice, Slicer, build_dataset, extra_inputs_of, num_labels_of
+from dpsgd_track.training.data import (
+    RankBatch,
+    RankSampler,
+    build_dataset,
+    extra_inputs_of,
+    num_labels_of,
+)
 from dpsgd_track.training.model import build_model, check_length, perturb_inputs
 from dpsgd_track.training.text_source import population_of
 
@@ -36,10 +42,10 @@ class PreparedRun:
     """A mode over fresh weights, with everything that its steps need."""
 
     mode: Mode
-    slicer: Slicer
+    sampler: RankSampler
 
     def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
-        """The subclass builds the model, the slicer and the mode, in this order."""
+        """The subclass builds the model, the sampler and the mode, in this order."""
         self.job, self.regime, self.device = job.run_in(regime), regime, device
 
     def _model(self) -> nn.Module:
@@ -52,9 +58,9 @@ class PreparedRun:
             perturb_inputs(model, job.seed)
         return model
 
-    def _accumulate(self, share: Slice, step: int) -> list[SampleRecord]:
-        records, indices = [], iter(share.indices)
-        for batch in share.batches:
+    def _accumulate(self, rank_batch: RankBatch, step: int) -> list[SampleRecord]:
+        records, indices = [], iter(rank_batch.indices)
+        for batch in rank_batch.batches:
             with self._dropout(step, list(islice(indices, len(batch)))):
                 records.append(self.mode.accumulate(batch))
         return records
@@ -64,10 +70,10 @@ class PreparedRun:
             return nullcontext()
         return KeyedDropout(seed=self.job.seed, step=step, samples=samples)
 
-    def _slicer(self, model: nn.Module) -> Slicer:
+    def _sampler(self, model: nn.Module) -> RankSampler:
         job, regime = self.job, self.regime
         sizes = _uneven_sizes(job, regime)
-        return Slicer(
+        return RankSampler(
             dataset=build_dataset(job.model, job.data, model, seed=job.seed),
             batch_size=job.data.batch_size,
             micro_batches=regime.micro_batches,
@@ -89,14 +95,16 @@ class PreparedRun:
                 noise_multiplier=regime.noise_multiplier if adds_noise else 0.0,
                 # Before calibration nothing is clipped.
                 max_grad_norm=(regime.max_grad_norms or (1e30,))[0],
-                expected_batch_size=self.slicer.expected_batch_size,
+                expected_batch_size=self.sampler.expected_batch_size,
             ),
             device=self.device,
             param_dtype=getattr(torch, performance.param_dtype),
             reference_dtype=getattr(torch, plain),
             make_optimizer=_optimizer_of(regime),
             num_replicas=performance.num_replicas,
-            plan=performance.plan if takes_plan(self.job.mode, performance.plan) else AUTO,
+            norm_plan=performance.plan
+            if takes_norm_plan(self.job.mode, performance.plan)
+            else AUTO,
             loss=LOSSES[self.job.model.task],
         )
 

@@ -166,7 +166,7 @@ class Worker:
             names.LEFT_OUT: ", ".join(map(str, left_out)),
             names.REPLICATED: "true" if mode.replicated else "",
             names.UNREACHED: ", ".join(unreached_seams()),
-            **{f"{names.PLAN}{layer}": how for layer, how in mode.plan().items()},
+            **{f"{names.PLAN}{layer}": how for layer, how in mode.norm_plan().items()},
         }
         run_id = self._run_id(number, is_global=True)
         if run_id is not None and any(facts.values()):

@@ -7,11 +7,11 @@ gradients flow unscaled.
 
 from dpsgd_track.privacy.engine import Strategy
 from dpsgd_track.privacy.strategies.bookkeeping import bookkeeping
-from dpsgd_track.privacy.strategies.plain import plain
 from dpsgd_track.privacy.strategies.two_pass import two_pass
+from dpsgd_track.privacy.strategies.unclipped import unclipped
 
 STRATEGIES: dict[str, Strategy] = {
-    "plain": plain,
+    "unclipped": unclipped,
     "two_pass": two_pass,
     "bookkeeping": bookkeeping,
 }

@@ -7,7 +7,7 @@ from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 
 
-def plain(engine: Engine, batch: Batch) -> SampleRecord:
+def unclipped(engine: Engine, batch: Batch) -> SampleRecord:
     """Add the sum of the samples' gradients to `.grad`, as autograd does."""
     loss_B = engine.losses(batch)
     # A made-up sample takes part in the backward's collectives and adds nothing.

@@ -75,7 +75,7 @@ class LinearShape:
         return _BALANCE_16_BIT if self.dtype.itemsize == 2 else _BALANCE_32_BIT
 
 
-class Planner:
+class NormPlanner:
     """Chooses once for each layer and shape."""
 
     def __init__(self, *, keeps: bool, forced: str = AUTO) -> None:
