@@ -113,7 +113,7 @@ def _capture(spec: ModeSpec, model: nn.Module, norm_plan: str) -> tuple[Capture,
             way = FusedLayer
         elif takes_weight_per_sample(layer):
             way = RmsNormPerSample
-        capture.take(way(capture, layer))
+        capture.register(way(capture, layer))
         if way in (ExpandedLayer, RmsNormPerSample):
             late.update(layer.names.values())
     return capture, frozenset(late)
