@@ -67,7 +67,7 @@ class Engine:
             self.sharder.discard()
             raise
         self.sharder.commit()
-        return record.of_nobody() if is_empty else record
+        return record.emptied() if is_empty else record
 
     def _run(self, batch: Batch) -> SampleRecord:
         """Run the strategy; on one GPU at first on the assumption that no sample is left out.

@@ -1,7 +1,6 @@
-"""What a private model must not change once it was made private, looked at in every batch.
+"""Refuses changes of a model after it was made private, checked in every batch.
 
-Everything here is a comparison of identities, flags and version counters: some microseconds a
-hundred modules.
+The checks compare identities, flags and version counters: microseconds per hundred modules.
 """
 
 from __future__ import annotations
@@ -13,24 +12,23 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
+from dpsgd_track.distributed.sharding import fsdp_units
 from dpsgd_track.privacy.layers.inventory import mixes_samples, refuse_unfit
 
 
 class ModelGuard:
-    """A model as it was when it was made private."""
+    """Compares a model with its state when it was made private."""
 
     def __init__(self, model: nn.Module) -> None:
         """
         Raises:
-            ValueError: naming what mixes samples or keeps data of them already.
+            ValueError: naming layers that mix samples or keep data of them.
         """
         refuse_unfit(model)
-        is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         named = list(model.named_modules())
-        # FSDP2 puts other tensors into the place of parameters as it goes.
-        self._look_at_own = _keys if is_sharded else _values
+        # FSDP2 replaces parameters by other tensors as it runs: there only names are compared.
+        self._entries_of = _keys if fsdp_units(model) else _values
         self._names = [fqn or "model" for fqn, _ in named]
         self._children = [module._modules for _, module in named]
         self._own = [module._parameters for _, module in named]
@@ -46,7 +44,7 @@ class ModelGuard:
         self._mixing = [(fqn, m) for fqn, m in named if mixes_samples(m, in_training=True)]
 
     def check(self) -> None:
-        """Compare the model with what it was.
+        """Refuse a model that has changed.
 
         Raises:
             ValueError: naming the module or parameter that has changed.
@@ -72,11 +70,10 @@ class ModelGuard:
 
     @contextmanager
     def watching_forward(self) -> Iterator[None]:
-        """Within it, a batch runs.
+        """Context in which a batch runs and must leave buffers and parameters alone.
 
         Raises:
-            ValueError: it has written into a buffer or a parameter of the model, past clipping and
-                noise.
+            ValueError: the batch wrote into one of them, which bypasses clipping and noise.
         """
         tensors, versions = self._versions()
         yield
@@ -99,8 +96,8 @@ class ModelGuard:
         )
 
     def _structure(self) -> list[object]:
-        """Every module, and every parameter or its name, in order."""
-        return [*_values(self._children), *self._look_at_own(self._own)]
+        """All modules, and all parameters or their names, in order."""
+        return [*_values(self._children), *self._entries_of(self._own)]
 
     def _refuse_structure(self) -> None:
         now, before = iter(self._structure()), iter(self._before)

@@ -1,4 +1,4 @@
-"""One file per pass strategy: how norms become a clipped sum.
+"""One file per pass strategy, each a way from norms to a clipped sum.
 
 A strategy is a function `(engine, batch) -> SampleRecord` that adds the micro-batch's clipped sum
 to the engine's. Every loss is summed over samples, never averaged, so that each sample's
