@@ -32,15 +32,7 @@ class Batch:
 
     def sample(self, index: int) -> Batch:
         """Sample `index` alone, as a batch of one."""
-        return self.part(index, index + 1)
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Samples [start, stop)."""
-        return self._mapped(lambda name, t: t[start:stop])
-
-    def copies(self, index: int, num_samples: int) -> Batch:
-        """Sample `index`, repeated `num_samples` times."""
-        return self._mapped(lambda name, t: t[index : index + 1].expand(num_samples, *t.shape[1:]))
+        return self._mapped(lambda name, t: t[index : index + 1])
 
     def resized(self, num_samples: int) -> Batch:
         """A batch of `num_samples`: the samples in order, repeated from the first as needed."""

@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from dpsgd_track.config import GRADIENTS
 from dpsgd_track.privacy.capture import Capture
-from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer
+from dpsgd_track.privacy.captured_layer import WatchedLayer
 from dpsgd_track.privacy.layers import linear, transposed_linear
 from dpsgd_track.privacy.layers.inventory import Layer
 from dpsgd_track.privacy.per_sample_weights import run_linear
@@ -26,12 +26,8 @@ def can_fuse(layer: Layer) -> bool:
     return layer.rule in (linear, transposed_linear)
 
 
-class FusedLayer(CapturedLayer):
+class FusedLayer(WatchedLayer):
     """Runs a linear layer as an autograd function whose backward reports to the capture."""
-
-    def __init__(self, capture: Capture, layer: Layer) -> None:
-        super().__init__(capture, layer)
-        self._watched = WatchedLayer(capture, layer)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[B, ..., d] -> [B, ..., p]."""
@@ -41,8 +37,7 @@ class FusedLayer(CapturedLayer):
         leaves = self.leaves()
         if self._has_gradients_formed(x):
             if self._rounds_twice(x):
-                self._watched.original = self.original
-                return self._watched.run(args, kwargs)
+                return super().run(args, kwargs)
             return run_linear(capture, layer, leaves, x)
         is_open = capture.open_call(layer, x)
         weight, bias = leaves.get("weight", module.weight), leaves.get("bias", module.bias)

@@ -1,4 +1,4 @@
-"""Refuses changes of a model after it was made private, checked in every batch.
+"""Refuses changes of a private model or its gradients by others, checked in every batch.
 
 The checks compare identities, flags and version counters: microseconds per hundred modules.
 """
@@ -11,9 +11,10 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dpsgd_track.distributed.sharding import fsdp_units
+from dpsgd_track.distributed.sharding import as_local, fsdp_units, trainable_parameters
 from dpsgd_track.privacy.layers.inventory import mixes_samples, refuse_unfit
 
 
@@ -116,6 +117,61 @@ class ModelGuard:
         tensors: list[Tensor] = [parameter for _, parameter in self._parameters]
         tensors += [own[name] for _, own, name in self._buffers]
         return tensors, [tensor._version for tensor in tensors]
+
+
+class GradientGuard:
+    """Detects changes of `.grad` by others while batches are being added."""
+
+    def __init__(self, model: nn.Module, *, keeps_sums_elsewhere: bool) -> None:
+        """
+        Args:
+            keeps_sums_elsewhere: the mode does not keep its sums in `.grad`. A gradient of zeros on
+                one parameter then stands for them.
+        """
+        parameters = list(trainable_parameters(model).values())
+        self._keeps_sums_elsewhere = keeps_sums_elsewhere
+        self._parameters = parameters
+        if keeps_sums_elsewhere:
+            self._parameters = sorted(parameters, key=Tensor.numel)[:1]
+        self._seen: list[tuple[Tensor | None, int]] = []
+
+    def note(self) -> None:
+        """Note the gradients after a batch was added."""
+        if self._keeps_sums_elsewhere and not self._seen:
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        self._seen = [(p.grad, _version(p.grad)) for p in self._parameters]
+
+    def check(self) -> None:
+        """Refuse gradients that have changed since they were noted.
+
+        Raises:
+            RuntimeError: other code has cleared a gradient, or added to it.
+        """
+        for parameter, (gradient, version) in zip(self._parameters, self._seen, strict=False):
+            if parameter.grad is gradient and _version(gradient) == version:
+                continue
+            was_cleared = parameter.grad is None or not bool(as_local(parameter.grad).any())
+            what = (
+                "one that was cleared, as model.zero_grad() does. Call optimizer.zero_grad(): it "
+                "forgets the batches too"
+                if was_cleared
+                else "another. A backward of another loss has added to it, and it is not clipped"
+            )
+            raise RuntimeError(f".grad: expected the gradient that backward() left, got {what}.")
+
+    def release(self) -> None:
+        """Remove the gradient that stands for sums that are kept elsewhere."""
+        if self._keeps_sums_elsewhere and self._seen:
+            for parameter, (gradient, _) in zip(self._parameters, self._seen, strict=True):
+                if parameter.grad is gradient:
+                    parameter.grad = None
+        self._seen = []
+
+
+def _version(gradient: Tensor | None) -> int:
+    return 0 if gradient is None else gradient._version
 
 
 def _values(tables: list[dict[str, Any]]) -> Iterable[object]:

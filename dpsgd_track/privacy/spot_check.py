@@ -83,7 +83,8 @@ class SpotCheck:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        assert engine.capture is not None
+        self.engine, self.capture = engine, engine.capture
         self.cost = SpotChecks()
         self._agreement = Agreement()
         self._num_batches = 0
@@ -92,11 +93,6 @@ class SpotCheck:
         self._modules = list(engine.model.modules())
         self._unproven = set(trainable_parameters(engine.model))
         """Parameters whose gradients were 0 in every check so far."""
-
-    @property
-    def _is_sharded(self) -> bool:
-        capture = self.engine.capture
-        return capture is not None and capture.is_sharded
 
     def before(self, batch: Batch) -> None:
         """Check a batch before it is added, if a check is due that other ranks need not agree on.
@@ -108,7 +104,7 @@ class SpotCheck:
         self._kind = self._kind_of(batch)
         # Equal on all ranks, also on one without samples so far.
         is_first = self.cost.num_checks == 0
-        self._is_checked = is_first or (not self._is_sharded and self._is_new(batch))
+        self._is_checked = is_first or (not self.capture.is_sharded and self._is_new(batch))
         if self._is_checked:
             self._check(batch)
 
@@ -146,9 +142,7 @@ class SpotCheck:
         return num_batches > 1 and is_power and (num_batches.bit_length() - 1) % REPEATED_EVERY == 0
 
     def _is_new_path(self) -> bool:
-        capture = self.engine.capture
-        assert capture is not None
-        is_new = capture.path not in self._paths and not self.engine.is_standing_in
+        is_new = self.capture.path not in self._paths and not self.engine.is_standing_in
         return is_new and len(self._paths) < MAX_PATHS
 
     def _has_new_gradients(self, record: SampleRecord) -> bool:
@@ -180,17 +174,17 @@ class SpotCheck:
     def _compare(self, batch: Batch, *, sums_alone: bool) -> bool:
         """Compare one batch of all ranks; False if no rank has a sample to compare."""
         comparison = _Comparison(self.engine, batch)
-        if comparison.has_left_out():
-            batch = batch.rows(comparison.finite_samples())
+        if comparison.num_left_out:
+            left_out_B = comparison.record.is_left_out_B
+            assert left_out_B is not None
+            batch = batch.rows((~left_out_B).nonzero().flatten())
             comparison = _Comparison(self.engine, batch)
         if not comparison.is_possible():
             return False
         comparison.compare_sums()
         if sums_alone:
             return True
-        capture = self.engine.capture
-        assert capture is not None
-        self._paths.add(capture.path)
+        self._paths.add(self.capture.path)
         seed = self.cost.num_checks
         if not comparison.is_random:
             self._unproven -= comparison.compare_samples(seed)
@@ -233,16 +227,6 @@ class _Comparison:
     def is_possible(self) -> bool:
         """True if a rank has samples, and all samples are finite."""
         return self.num_left_out == 0 and any(self.num_samples)
-
-    def has_left_out(self) -> bool:
-        """True if a sample of any rank is not finite."""
-        return self.num_left_out > 0
-
-    def finite_samples(self) -> Tensor:
-        """Indices of this rank's samples that are finite."""
-        left_out = self.record.is_left_out_B
-        assert left_out is not None
-        return (~left_out).nonzero().flatten()
 
     def _form_sums(self) -> None:
         with kept_random_state(self.batch):
@@ -308,9 +292,8 @@ class _Comparison:
         num_parts = largest if largest <= MAX_SINGLES else 2
         for first in range(num_parts):
             part = self.batch.rows(torch.arange(first, len(self.batch), num_parts))
-            runs = part if len(part) else self.batch.stand_in()
-            with torch.no_grad(), kept_random_state(runs), self.engine.in_rounded_dtype():
-                loss_B[first::num_parts] = self.engine.losses(runs)[: len(part)]
+            part_loss_B, _ = self._losses(part)
+            loss_B[first::num_parts] = part_loss_B[: len(part)]
         problem = ""
         if len(self.batch):
             problem = self._largest_difference(self.record.loss_B, loss_B, "in a part of it")
@@ -323,17 +306,21 @@ class _Comparison:
         """
         for rank, index in self._choose_samples(seed):
             is_mine = rank == self.rank
-            batch = self.batch.copies(index, len(self.batch)) if is_mine else self.batch
-            batch = batch if len(batch) else batch.stand_in()
-            with torch.no_grad(), kept_random_state(batch), self.engine.in_rounded_dtype():
-                before = _random_state(self.device)
-                loss_B = self.engine.losses(batch)
-                draws = not torch.equal(before, _random_state(self.device))
+            rows = torch.full((len(self.batch),), index) if is_mine else torch.arange(0)
+            loss_B, is_random = self._losses(self.batch.rows(rows))
             problem = ""
-            if is_mine and draws:
+            if is_mine and is_random:
                 losses = self.record.loss_B[index], loss_B[index]
                 problem = self._difference(index, *losses, "among copies of itself")
             self._raise_together(problem)
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, bool]:
+        """(losses of `batch`, or of a stand-in if it is empty; True if the forward is random)."""
+        batch = batch if len(batch) else batch.stand_in()
+        with torch.no_grad(), kept_random_state(batch), self.engine.in_rounded_dtype():
+            before = _random_state(self.device)
+            loss_B = self.engine.losses(batch)
+            return loss_B, not torch.equal(before, _random_state(self.device))
 
     def _choose_samples(self, seed: int) -> Iterator[tuple[int, int]]:
         """(rank, index) of one rank's sample with the largest norm, and of another at random."""
@@ -353,7 +340,7 @@ class _Comparison:
             yield rank, index
 
     def _autograd_projections(self) -> tuple[Tensor, str, bool]:
-        """(projections of autograd's sums, error of the losses or "", True if the model is random)."""
+        """Projections of autograd's sums, any error of the losses, and if a forward is random."""
         with kept_random_state(self.batch):
             before = _random_state(self.device)
             logits, loss_B, gradients = self.engine.autograd_gradients(self.batch, self.weight_B)

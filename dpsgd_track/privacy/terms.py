@@ -19,7 +19,7 @@ Shapes: B samples, T positions, D inputs, P outputs, V rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,25 +139,33 @@ def join(terms: Sequence[Term]) -> tuple[Term, ...]:
 def norms_sq_of(
     joined: Mapping[str, Sequence[Term]], outer_norm_of: Callable[[str], OuterNorm]
 ) -> dict[str, Tensor]:
-    """Squared norms [B] of the sums of terms that `join` returned, by parameter.
-
-    All materialised gradients are read in one kernel launch.
-    """
-    dense = _materialised(joined)
-    squares = {
-        name: _norm_sq(terms, outer_norm_of(name))
-        for name, terms in joined.items()
-        if name not in dense
-    }
-    if dense:
-        squares |= dict(zip(dense, norms_sq(list(dense.values())).unbind(), strict=True))
-    return {name: squares[name] for name in joined}
+    """Squared norms [B] of the sums of terms that `join` returned, by parameter."""
+    return _by_parameter(joined, lambda name: _norm_sq(joined[name], outer_norm_of(name)), norms_sq)
 
 
-def _materialised(joined: Mapping[str, Sequence[Term]]) -> dict[str, Tensor]:
-    """Gradients of the parameters whose only term is a `Dense`."""
+def clipped_sums_of(
+    joined: Mapping[str, Sequence[Term]], clip_factor_B: Tensor
+) -> dict[str, Tensor]:
+    """sum_i c_i g_i of the sums of terms that `join` returned, by parameter."""
+    return _by_parameter(
+        joined,
+        lambda name: _clipped_sum(joined[name], clip_factor_B),
+        lambda grads: weighted_sums(grads, clip_factor_B),
+    )
+
+
+def _by_parameter(
+    joined: Mapping[str, Sequence[Term]],
+    of_one: Callable[[str], Tensor],
+    of_gradients: Callable[[list[Tensor]], Iterable[Tensor]],
+) -> dict[str, Tensor]:
+    """A value for each parameter; all materialised gradients are read in one kernel launch."""
     # Of exactly this class: a subclass may define its own norms.
-    return {n: t[0].grad_B for n, t in joined.items() if len(t) == 1 and type(t[0]) is Dense}
+    dense = {n: t[0].grad_B for n, t in joined.items() if len(t) == 1 and type(t[0]) is Dense}
+    values = {name: of_one(name) for name in joined if name not in dense}
+    if dense:
+        values |= zip(dense, of_gradients(list(dense.values())), strict=True)
+    return {name: values[name] for name in joined}
 
 
 def _norm_sq(joined: Sequence[Term], outer_norm: OuterNorm) -> Tensor:
@@ -170,21 +178,6 @@ def _norm_sq(joined: Sequence[Term], outer_norm: OuterNorm) -> Tensor:
     cross_B = embedding_cross(lookups.tokens_BT, lookups.dy_BTD, head.x_BTD, head.dy_BTP)
     # Rounding of terms that cancel can give just below zero.
     return (total_B + 2 * cross_B).clamp_min_(0.0)
-
-
-def clipped_sums_of(
-    joined: Mapping[str, Sequence[Term]], clip_factor_B: Tensor
-) -> dict[str, Tensor]:
-    """sum_i c_i g_i of the sums of terms, by parameter."""
-    dense = _materialised(joined)
-    sums = {
-        name: _clipped_sum(terms, clip_factor_B)
-        for name, terms in joined.items()
-        if name not in dense
-    }
-    if dense:
-        sums |= dict(zip(dense, weighted_sums(list(dense.values()), clip_factor_B), strict=True))
-    return sums
 
 
 def _clipped_sum(joined: Sequence[Term], clip_factor_B: Tensor) -> Tensor:

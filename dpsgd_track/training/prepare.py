@@ -1,4 +1,4 @@
-"""What a regime's run starts from: model, data, context and noise, before its first step."""
+"""Prepares a regime's run before its first step: model, data, context and noise key."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from dpsgd_track.training.text_source import population_of
 
 
 class PreparedRun:
-    """A mode over fresh weights, with everything that its steps need."""
+    """A mode with fresh weights and the data of its steps."""
 
     mode: Mode
     sampler: RankSampler
@@ -49,7 +49,7 @@ class PreparedRun:
         self.job, self.regime, self.device = job.run_in(regime), regime, device
 
     def _model(self) -> nn.Module:
-        """The model, whole; its weights are a function of the seed."""
+        """The unsharded model; its weights are a function of the seed."""
         job = self.job
         labels = num_labels_of(job.model, job.data)
         model = build_model(job.model, num_labels=labels, seed=job.seed, device=self.device)
@@ -88,7 +88,8 @@ class PreparedRun:
 
     def _context(self) -> ModeContext:
         regime, performance = self.regime, self.job.performance
-        plain = performance.param_dtype if regime.replay == PLAIN else performance.reference_dtype
+        is_plain = regime.replay == PLAIN
+        dtype = performance.param_dtype if is_plain else performance.reference_dtype
         adds_noise = regime.noise_matched or is_private(self.job.mode)
         return ModeContext(
             privacy=PrivacyConfig(
@@ -99,7 +100,7 @@ class PreparedRun:
             ),
             device=self.device,
             param_dtype=getattr(torch, performance.param_dtype),
-            reference_dtype=getattr(torch, plain),
+            reference_dtype=getattr(torch, dtype),
             make_optimizer=_optimizer_of(regime),
             num_replicas=performance.num_replicas,
             norm_plan=performance.plan
@@ -109,7 +110,7 @@ class PreparedRun:
         )
 
     def _noise_key(self) -> str:
-        # Matched noise is common to all modes; a mode's own is its own.
+        # All modes share matched noise; otherwise each mode draws its own.
         if self.regime.noise_matched:
             return f"{self.job.seed}/common"
         if self.job.noise_from == "os":
@@ -118,11 +119,11 @@ class PreparedRun:
 
 
 def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
-    """Samples of each step where they are to differ, so that ranks and micro-batches do as well.
+    """Samples of each step in regimes with uneven batches, so that ranks and micro-batches differ.
 
-    In the noise regime all, one fewer, none, a single one. In the probe's clip regime one fewer
-    than all, a third of all (a full micro-batch of each of several ranks) and one sample more, all,
-    a single one. And again. A mode on one device, which has all ranks' micro-batches, gets as many.
+    With G samples in a full batch, the noise regime repeats G, G - 1, 0, 1. The probe's clip
+    regime repeats G - 1, G / 3 + 1 (a full micro-batch on each of several ranks and one sample
+    more), G, 1. A mode on one device, which runs the micro-batches of all ranks, has the same.
     """
     full = dist.get_world_size() * job.data.batch_size * regime.micro_batches
     if regime.kind == NOISE:

@@ -50,7 +50,7 @@ class ProfileRun(PreparedRun):
         # On the device before the first step.
         self._rank_batches = [self.sampler.rank_batch(step) for step in range(regime.num_iter)]
         expected = self.sampler.expected_batch_size
-        self._norms = LayerNorms(layers, list(parameters), expected, device, _add_up)
+        self._norms = LayerNorms(layers, list(parameters), expected, _add_up)
 
     def run(self, on_tracked: OnTracked) -> tuple[Timings, Timings]:
         """Take all steps; returns the times of the slowest rank, and this rank's own.
