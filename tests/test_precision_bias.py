@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, PrivacyConfig
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.modes.table import MODES, takes_plan
+from dpsgd_track.modes.table import MODES, takes_norm_plan
 from dpsgd_track.mutants.fault import Site
 from dpsgd_track.privacy import fused_linear
 from dpsgd_track.privacy.engine import Batch
@@ -58,7 +58,10 @@ OURS = [
     if spec.strategy in ("two_pass", "bookkeeping") and spec.runs_on_one_device
 ]
 PLANNED = [
-    f"{name}/{plan}" for name in OURS for plan in (GRADIENTS, GRAM, TILED) if takes_plan(name, plan)
+    f"{name}/{plan}"
+    for name in OURS
+    for plan in (GRADIENTS, GRAM, TILED)
+    if takes_norm_plan(name, plan)
 ]
 """Modes with a plan for all linear layers, `mode/plan`."""
 BRIEF = ["flash_bk", "flash_fuse"]
@@ -181,7 +184,7 @@ def mode_of(
         reference_dtype=reference_dtype,
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         loss=regression_loss,
-        plan=plan or AUTO,
+        norm_plan=plan or AUTO,
     )
     return build_mode(name, build(kind, device), context)
 

@@ -287,8 +287,10 @@ def _check_plan(plan: str, modes: Sequence[str]) -> None:
     if plan == AUTO:
         return
     known = "auto, where no mode can do otherwise"
-    require(any(table.takes_plan(mode, plan) for mode in modes), "plan", plan, known)
-    two_pass = [m for m in modes if table.takes_plan(m, AUTO) and not table.takes_plan(m, plan)]
+    require(any(table.takes_norm_plan(mode, plan) for mode in modes), "plan", plan, known)
+    two_pass = [
+        m for m in modes if table.takes_norm_plan(m, AUTO) and not table.takes_norm_plan(m, plan)
+    ]
     allowed = f"another plan for {', '.join(two_pass)}, which keep nothing between two backwards"
     require(not two_pass, "plan", plan, allowed, "Leave the modes out, or choose gram or tiled.")
 

@@ -1,4 +1,4 @@
-"""From a mode's name to the mode."""
+"""Builds a mode from its name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
     Args:
         name: a built-in mode, `opacus:GRAD_SAMPLE_MODE`, an entry point's name, or
             `package.module:factory`.
-        model: whole and unsharded, float32, on the context's device.
-        context: what the mode is built with.
+        model: unsharded, float32, on the context's device.
+        context: settings of the mode.
     Raises:
         ValueError: the name is unknown, or the mode cannot clip one of the parameters.
     """
@@ -31,7 +31,7 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
 
         return ReferenceMode(model, context)
     if spec.strategy == "opacus":
-        # Opacus takes seconds to import; the other modes do without.
+        # Opacus takes seconds to import, and other modes do not need it.
         from dpsgd_track.modes.opacus import OpacusMode
 
         return OpacusMode(spec.grad_sample_mode, model, context)
@@ -50,5 +50,5 @@ def _user_factory(name: str) -> ModeFactory:
         "package.module:factory",
         f"{module_name} has no callable {attribute!r}.",
     )
-    found: ModeFactory = factory  # type: ignore[assignment]
-    return found
+    checked: ModeFactory = factory  # type: ignore[assignment]
+    return checked

@@ -163,7 +163,7 @@ class Worker:
             device=_device_facts(self.job.performance.device),
             is_replicated=mode.replicated,
             left_out_steps=tuple(left_out),
-            norm_plan=mode.plan(),
+            norm_plan=mode.norm_plan(),
             imported=imported_from(variant.root) if variant else {},
             unreached_seams=tuple(unreached_seams()),
         )

@@ -19,7 +19,7 @@ from dpsgd_track.config import AUTO, GRADIENTS, PrivacyConfig
 from dpsgd_track.distributed.sharding import as_sharded
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.modes.table import takes_plan
+from dpsgd_track.modes.table import takes_norm_plan
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.noise import NoiseSource
@@ -89,8 +89,8 @@ def _context(spec: Spec, name: str, max_grad_norm: float, device: torch.device) 
 
 def _planned(context: ModeContext, mode: str, regime: str) -> ModeContext:
     """`context` with what a mode would keep of larger models, but where it clips some samples."""
-    keeps_gradients = regime != "mixed" and takes_plan(mode, GRADIENTS)
-    return replace(context, plan=GRADIENTS if keeps_gradients else AUTO)
+    keeps_gradients = regime != "mixed" and takes_norm_plan(mode, GRADIENTS)
+    return replace(context, norm_plan=GRADIENTS if keeps_gradients else AUTO)
 
 
 def _whole(mode: Mode, shards: dict[str, Tensor]) -> dict[str, Tensor]:
