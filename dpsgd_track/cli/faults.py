@@ -19,8 +19,9 @@ from dpsgd_track.config import Settings, require
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
 
 if TYPE_CHECKING:
-    from dpsgd_track.mutants import Fault
     from dpsgd_track.mutants.matrix import Matrix
+    from dpsgd_track.mutants.mutant import Mutant
+    from dpsgd_track.mutants.redaction import Redaction
     from dpsgd_track.store.find_group import Found
 
 ARTIFACT_FOLDER = "faults"
@@ -39,7 +40,7 @@ def detect(args: argparse.Namespace, command: str, run: RunSuite) -> int:
 
     try:
         settings = read_settings(args)
-        faults = plan.chosen_faults(split_names(args.fault))
+        mutants = plan.chosen_mutants(split_names(args.fault))
         modes = split_names(args.mode)
         plan.check_modes(modes)
         theirs = [mode for mode in modes if not plan.is_ours(mode)]
@@ -48,13 +49,13 @@ def detect(args: argparse.Namespace, command: str, run: RunSuite) -> int:
     except ValueError as error:
         return complain(error, EXIT_USAGE)
     if args.list:
-        return _list(faults)
-    code, mutes = _listen(args, settings, run, theirs[0]) if theirs else (EXIT_FINISHED, ())
-    if mutes is None:
+        return _list(mutants)
+    code, redactions = _listen(args, settings, run, theirs[0]) if theirs else (EXIT_FINISHED, ())
+    if redactions is None:
         return code
-    planned: list[str] = [] if modes else list(plan.planted_in_turn(faults))
+    planned: list[str] = [] if modes else list(plan.planted_in_turn(mutants))
     for mode in modes:
-        planned += plan.planted_in(mode, faults, mutes)
+        planned += plan.planted_in(mode, mutants, redactions)
     code, found = _run(args, settings, run, planned, args.group)
     return code if found is None else _tell(args.output, settings, command, found)
 
@@ -65,15 +66,15 @@ def _check_output(output: Path | None) -> None:
         require(is_writable, "output", str(output), "a file in an existing folder")
 
 
-def _list(faults: Sequence[Fault]) -> int:
+def _list(mutants: Sequence[Mutant]) -> int:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
     for heading in ("fault", "class", "what goes wrong", "source"):
         table.add_column(heading, overflow="fold")
-    for fault in faults:
-        table.add_row(fault.name, fault.kind, fault.title, fault.source)
+    for mutant in mutants:
+        table.add_row(mutant.name, mutant.kind, mutant.title, mutant.source)
     Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
     return EXIT_FINISHED
 
@@ -104,8 +105,8 @@ def _run(
 
 def _listen(
     args: argparse.Namespace, settings: Settings, run: RunSuite, mode: str
-) -> tuple[int, tuple[str, ...] | None]:
-    """What someone else's mode does not tell.
+) -> tuple[int, tuple[Redaction, ...] | None]:
+    """What a user's mode does not report.
 
     Faults planted in a mode that is wrong by itself would prove nothing.
 
@@ -122,12 +123,12 @@ def _listen(
     if found is None:
         return code, None
     comparison = compare_group(found.group, settings.thresholds)
-    mutes = plan.mutes_of(mode, found.group.runs)
+    redactions = plan.redactions_of(mode, found.group.runs)
     (verdict,) = (each for each in comparison.modes if each.label == mode)
-    if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or mutes is None:
+    if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or redactions is None:
         print(f"{verdict.sentence} It needs to be sound before faults are planted in it.")
         return EXIT_FAILED, None
-    return EXIT_FINISHED, mutes
+    return EXIT_FINISHED, redactions
 
 
 def _tell(output: Path | None, settings: Settings, command: str, found: Found) -> int:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dpsgd_track.launcher.several_machines.meeting import Leader
     from dpsgd_track.launcher.suites import Suite
 
+WORKER = "dpsgd_track.mutants.worker"
+
 RunSuite = Callable[[argparse.Namespace], tuple[int, str]]
 """Runs the suite of parsed arguments; returns the exit code and the group's name."""
 Detect = Callable[[argparse.Namespace, str, RunSuite], int]
@@ -73,6 +75,7 @@ def main(
                 return _sync(args)
 
         command = reproducing_command(argv)
+        launch = launch or _planting_workers()
 
         if args.command == "resume":
             return _resume(args, check_inputs, launch, detect)
@@ -92,7 +95,7 @@ def _run_suite(
     args: argparse.Namespace,
     command: str,
     check_inputs: Callable[[ModelConfig, DataConfig], object],
-    launch: Launch | None,
+    launch: Launch,
     summarise: Summarise | None,
 ) -> tuple[int, str]:
     """Run a suite as a group; returns the exit code, and the group's name where there is one."""
@@ -105,6 +108,7 @@ def _run_suite(
     leader = None
     try:
         suite = build_suite(args, check_inputs)
+        _check_planted(suite.jobs)
         if not suite.nodes.leads:
             return _follow(args, suite.settings, suite.nodes, suite.jobs, launch), ""
         leader = _lead(suite.nodes, suite.jobs, args, launch)
@@ -126,7 +130,7 @@ def _run_suite(
 def _resume(
     args: argparse.Namespace,
     check_inputs: Callable[[ModelConfig, DataConfig], object],
-    launch: Launch | None,
+    launch: Launch,
     detect: Detect | None,
 ) -> int:
     from dpsgd_track.launcher.resume import find_missing, reopen_group
@@ -139,6 +143,7 @@ def _resume(
             return _follow(args, read_settings(args), nodes, None, launch)
         leader = _lead(nodes, None, args, launch)
         missing = find_missing(args, nodes, check_inputs)
+        _check_planted(missing.suite.jobs)
         if not missing.suite.jobs:
             said = f"group {args.group}: nothing is missing"
             print(said)
@@ -165,11 +170,29 @@ def _resume(
     return detect(missing.args, missing.command, lambda _: (code, missing.group.name))
 
 
+def _planting_workers() -> Launch:
+    """Workers that understand `mode+fault`, as the command line does."""
+    from dpsgd_track.launcher.process_group import Launch
+
+    return Launch(worker_module=WORKER)
+
+
+def _check_planted(jobs: Sequence[JobConfig]) -> None:
+    """Raise ValueError where a job's mode names an unknown fault."""
+    planted = [job.mode for job in jobs if split_planted(job.mode)[1]]
+    if planted:
+        # Imports torch, which nothing else that is checked needs.
+        from dpsgd_track.mutants.planting import check_planted
+
+        for mode in planted:
+            check_planted(mode)
+
+
 def _lead(
     nodes: NodesConfig,
     jobs: Sequence[JobConfig] | None,
     args: argparse.Namespace,
-    launch: Launch | None,
+    launch: Launch,
 ) -> Leader | None:
     """Wait for the other machines' launchers; None where there are none.
 
@@ -178,10 +201,9 @@ def _lead(
     """
     if nodes.num_nodes == 1:
         return None
-    from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.several_machines.meeting import Leader
 
-    leader = Leader(nodes, lost_after_s=(launch or Launch()).lost_after_s)
+    leader = Leader(nodes, lost_after_s=launch.lost_after_s)
     leader.gather(jobs, args.rdzv_timeout, _say)
     return leader
 
@@ -191,14 +213,13 @@ def _follow(
     settings: Settings,
     nodes: NodesConfig,
     jobs: Sequence[JobConfig] | None,
-    launch: Launch | None,
+    launch: Launch,
 ) -> int:
     """Take part in the group that node 0 leads.
 
     Raises:
         ValueError: nothing starts.
     """
-    from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.recording import check_folders, open_part
     from dpsgd_track.launcher.several_machines.follow import follow
     from dpsgd_track.launcher.several_machines.meeting import Follower, hello_of
@@ -207,7 +228,7 @@ def _follow(
     from dpsgd_track.store.opening import open_store
 
     check_shared_store(settings, nodes, is_offline=args.offline)
-    launch, hello = launch or Launch(), hello_of(jobs)
+    hello = hello_of(jobs)
     try:
         check_folders(settings)
         if not args.offline:
@@ -235,20 +256,19 @@ def _run_group(
     suite: Suite,
     recording: Recording,
     command: str,
-    launch: Launch | None,
+    launch: Launch,
     clip_bounds: Mapping[str, tuple[float, ...]],
     summarise: Callable[[], object] = lambda: None,
     leader: Leader | None = None,
 ) -> int:
     from dpsgd_track.launcher.group import GroupRun
-    from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.progress import open_display
     from dpsgd_track.store.client import TrackingError
     from dpsgd_track.store.opening import StoreError
 
     display = open_display()
     try:
-        group_run = GroupRun(suite, recording, launch or Launch(), display, leader)
+        group_run = GroupRun(suite, recording, launch, display, leader)
         group_run.know_clip_bounds(clip_bounds)
         code = group_run.run(command)
     except StoreError as error:

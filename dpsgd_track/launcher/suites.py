@@ -304,7 +304,6 @@ def _modes_and_regimes(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple
     asked = split_names(args.mode)
     for mode in asked:
         table.check_mode(mode)
-        _check_planted(mode)
     if args.command == "single":
         require(len(asked) == 1, "mode", ",".join(asked), "exactly one mode", "Give one --mode.")
         advice = "Use --accuracy-test, or the quick and full suites."
@@ -343,14 +342,6 @@ def _timed_modes(
         return modes, (PROFILE,)
     judges = () if asked else (table.REFERENCE,)
     return (*judges, *modes), (PROFILE, ACCURACY)
-
-
-def _check_planted(mode: str) -> None:
-    if table.split_planted(mode)[1]:
-        # Imports torch, which nothing else that is checked needs.
-        from dpsgd_track.mutants import check_planted
-
-        check_planted(mode)
 
 
 def _takes_part(mode: str, regimes: Sequence[str]) -> bool:

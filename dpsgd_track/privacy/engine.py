@@ -39,8 +39,6 @@ class Engine:
     they are."""
     is_standing_in: bool = False
     """The batch at hand is made up: its losses and gradients count for nothing."""
-    packs: bool = True
-    """Whether sums of kept gradients may go to the other ranks without being whole tensors."""
     _weight_B: Tensor | None = field(default=None, init=False)
     """What gradients are weighted with in place of the clip factors."""
     _knows_sample_dims: bool = field(default=False, init=False)
@@ -156,7 +154,7 @@ class Engine:
         Where that is gradients, their sums are written where the other ranks expect them.
         """
         assert self.capture is not None
-        packs = self.packs and self.sharder.packs and not self.is_standing_in
+        packs = self.sharder.packs and not self.is_standing_in
         gradients = self.capture.kept_gradients(names) if packs else None
         if gradients is None:
             self.put(self.capture.kept_sums(names, clip_factor_B))

@@ -16,6 +16,7 @@ import signal
 import statistics
 import threading
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT, JobConfig
+from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.modes.protocol import Mode
-from dpsgd_track.mutants import unreached_seams
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
 from dpsgd_track.record.names import TIMINGS_FILE, TRAJECTORY_FILE
@@ -42,12 +43,27 @@ LEAVING_TIMEOUT_S = 5.0
 """How long a worker that is told to stop may take to put its trajectories away."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
+Facts = Callable[[], Mapping[str, str]]
+"""Params of the run that the mode built last has had, besides those that every mode has."""
+
 
 class Worker:
     """What a rank does, and what it leaves behind."""
 
-    def __init__(self, job: JobConfig, writer: SpoolWriter) -> None:
+    def __init__(
+        self,
+        job: JobConfig,
+        writer: SpoolWriter,
+        build: ModeBuilder = build_mode,
+        facts: Facts = dict,
+    ) -> None:
+        """
+        Args:
+            build: builds the job's mode, once for each regime.
+            facts: asked once each regime is over.
+        """
         self.job, self.writer = job, writer
+        self._build, self._facts = build, facts
         self.rank = int(os.environ["RANK"])
         self.folder = Path(job.work_dir)
         self.clip_bounds: dict[str, tuple[float, ...]] = {}
@@ -114,7 +130,8 @@ class Worker:
         if regime.kind == CLIP and regime.replay:
             regime = replace(regime, max_grad_norms=self.clip_bounds[regime.name])
         is_noisy = regime.kind == NOISE and not regime.replay
-        run = RegimeRun(self.job, regime, device, self.silent if is_noisy else None)
+        silent = self.silent if is_noisy else None
+        run = RegimeRun(self.job, regime, device, silent, self._build)
         if regime.replay == SILENT:
             self.silent = run.taken
         if regime.kind == CLIP and not regime.max_grad_norms:
@@ -139,7 +156,7 @@ class Worker:
 
     def _profile(self, number: int, folder: Path, device: torch.device) -> None:
         """Time the steps; what is known of them is put away once all are taken."""
-        run = ProfileRun(self.job, self.job.regimes[number], device)
+        run = ProfileRun(self.job, self.job.regimes[number], device, self._build)
         timings, own = run.run(
             lambda step, seen: self._log(number, step, seen.metrics(), is_global=True)
         )
@@ -161,12 +178,12 @@ class Worker:
             self._log(number, step, metrics, is_global=is_global)
 
     def _log_facts(self, number: int, mode: Mode, left_out: list[int]) -> None:
-        """What is known of the mode once it has run, and where a planted fault had no chance."""
+        """What is known of the mode once it has run."""
         facts = {
             names.LEFT_OUT: ", ".join(map(str, left_out)),
             names.REPLICATED: "true" if mode.replicated else "",
-            names.UNREACHED: ", ".join(unreached_seams()),
             **{f"{names.PLAN}{layer}": how for layer, how in mode.plan().items()},
+            **self._facts(),
         }
         run_id = self._run_id(number, is_global=True)
         if run_id is not None and any(facts.values()):
@@ -341,8 +358,13 @@ def preload() -> None:
             importlib.import_module(name)
 
 
-def main(job_file: str) -> int:
-    """Run the job; returns the process's exit code."""
+def main(job_file: str, build: ModeBuilder = build_mode, facts: Facts = dict) -> int:
+    """Run the job; returns the process's exit code.
+
+    Args:
+        build: builds the job's mode, once for each regime.
+        facts: asked once each regime is over.
+    """
     # Before any other thread starts: threads inherit what is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     job = JobConfig.from_json(Path(job_file).read_text(encoding="utf-8"))
@@ -351,7 +373,7 @@ def main(job_file: str) -> int:
     is_logged = rank == 0 or any(ranks[rank] for ranks in job.rank_run_ids)
     folder = Path(job.spool) if job.spool and is_logged else None
     name = f"{Path(job.work_dir).name}-rank{rank}{RECORDS}"
-    worker = Worker(job, SpoolWriter(folder, name))
+    worker = Worker(job, SpoolWriter(folder, name), build, facts)
     is_done = threading.Event()
     _flush_when_told_to_stop(worker, is_done)
     code = _run(worker)
