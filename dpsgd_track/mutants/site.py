@@ -110,12 +110,22 @@ class Site:
             # A GPU draws all parts' noise in one go.
             self._set(owner, "add_to", _add_part_by_part)
 
-    def before(self, seam: Seam, call: Callable[[], object]) -> None:
-        """Have `call` called first whenever a step comes by `seam`."""
+    def before(self, seam: Seam, look: Callable[..., object]) -> None:
+        """Have `look` called first whenever a step comes by `seam`, with the same arguments."""
 
-        def replacement(original: Original, *args: Any, **kwargs: Any) -> Any:
-            call()
-            return original(*args, **kwargs)
+        def replacement(original: Original, *args: Any) -> Any:
+            look(*args)
+            return original(*args)
+
+        self.wrap(seam, replacement)
+
+    def after(self, seam: Seam, look: Callable[[Any], object]) -> None:
+        """Have `look` called with what comes of `seam`, which it may change in place."""
+
+        def replacement(original: Original, *args: Any, **options: Any) -> Any:
+            result = original(*args, **options)
+            look(result)
+            return result
 
         self.wrap(seam, replacement)
 

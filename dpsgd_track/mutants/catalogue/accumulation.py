@@ -67,9 +67,7 @@ def sum_aliases_last(shares: list[Tensor]) -> Tensor:
 
 
 @_sum_of_shares(
-    "last micro-batch alone",
-    "the last micro-batch, in place of the sum of all",
-    Need.MICRO_BATCHES,
+    "last micro-batch alone", "the last micro-batch, in place of the sum of all", Need.MICRO_BATCHES
 )
 def last_micro_batch_alone(shares: list[Tensor]) -> Tensor:
     """Overwritten, not added."""
@@ -102,23 +100,18 @@ def micro_batches_averaged(shares: list[Tensor]) -> Tensor:
 def sums_not_cleared(site: Site) -> None:
     """`zero_grad` forgets them."""
     kept: dict[str, Tensor] = {}
-    is_new = [False]
 
-    def zero_grad(original: Original) -> None:
+    def keep() -> None:
         kept.update({name: total.clone() for name, total in site.sums().items()})
-        is_new[0] = True
-        original()
 
-    def accumulate(original: Original, batch: Any) -> Any:
-        record = original(batch)
-        if is_new[0]:
+    def add_kept(_: object) -> None:
+        if kept:
             for name, total in site.sums().items():
                 total += kept.get(name, 0.0)
-            is_new[0] = False
-        return record
+            kept.clear()
 
-    site.wrap(Seam.ZERO_GRAD, zero_grad)
-    site.wrap(Seam.ACCUMULATE, accumulate)
+    site.before(Seam.ZERO_GRAD, keep)
+    site.after(Seam.ACCUMULATE, add_kept)
 
 
 @_planted(
@@ -151,15 +144,11 @@ def divided_by_samples_present(site: Site) -> None:
     """A divisor that depends on the data is not private."""
     sizes: list[int] = []
 
-    def accumulate(original: Original, batch: Any) -> Any:
-        sizes.append(len(batch))
-        return original(batch)
-
     def ratio() -> float:
         present = site.over_ranks(sum(sizes))
         return float(site.mode.context.privacy.expected_batch_size / max(present, 1.0))
 
-    site.wrap(Seam.ACCUMULATE, accumulate)
+    site.before(Seam.ACCUMULATE, lambda batch: sizes.append(len(batch)))
     scale_updates(site, ratio)
     site.before(Seam.ZERO_GRAD, sizes.clear)
 

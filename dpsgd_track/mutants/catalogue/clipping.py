@@ -205,16 +205,11 @@ def factors_one_batch_late(site: Site) -> None:
     """A buffer that is read before it is written."""
     kept: list[Tensor] = []
 
-    def clip(original: Original, *args: Any) -> Any:
-        record = original(*args)
-        kept.append(record.clip_factor_B)
-        return record
-
     def late(name: str, factor_B: Tensor) -> Tensor:
         is_first = len(kept) < 2 or len(kept[-2]) != len(factor_B)
         return factor_B if is_first else kept[-2]
 
-    site.wrap(Seam.CLIP, clip)
+    site.after(Seam.CLIP, lambda record: kept.append(record.clip_factor_B))
     _sum_with(site, late)
     site.before(Seam.ZERO_GRAD, kept.clear)
 
@@ -299,12 +294,7 @@ def bound_late_on_last_rank(site: Site) -> None:
     """A setting that is not broadcast in time."""
     is_last = dist.get_rank() == dist.get_world_size() - 1
     bounds: list[float] = []
-
-    def set_max_grad_norm(original: Original, bound: float) -> None:
-        bounds.append(bound)
-        original(bound)
-
-    site.wrap(Seam.SET_MAX_GRAD_NORM, set_max_grad_norm)
+    site.before(Seam.SET_MAX_GRAD_NORM, bounds.append)
     _clip_at(site, lambda asked: bounds[-2] if is_last and len(bounds) > 1 else asked)
 
 

@@ -183,9 +183,8 @@ def weight_one_step_behind(site: Site) -> None:
         own().copy_(now)
         return record
 
-    def step(original: Original) -> None:
+    def keep() -> None:
         kept[:] = [own().clone()]
-        original()
 
     site.wrap(Seam.ACCUMULATE, accumulate)
-    site.wrap(Seam.STEP, step)
+    site.before(Seam.STEP, keep)

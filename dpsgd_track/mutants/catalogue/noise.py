@@ -20,6 +20,7 @@ from dpsgd_track.mutants.mutant import mutant, on_site
 from dpsgd_track.mutants.needs import Need
 from dpsgd_track.mutants.seams import Seam
 from dpsgd_track.mutants.site import Original, Site
+from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.record.stages import Stage
@@ -130,18 +131,14 @@ def noise_of_bound_before(site: Site) -> None:
 )
 def noise_every_micro_batch(site: Site) -> None:
     """Another draw each time."""
-    count = [0]
-
-    def accumulate(original: Original, batch: Any) -> Any:
-        count[0] += 1
-        return original(batch)
+    batches: list[Batch] = []
 
     def add_noise(original: Original, clipped: Any, parts: Any, sigma: float, source: Any) -> None:
-        for number in range(count[0]):
+        for number in range(len(batches)):
             original(clipped, parts, sigma, replace(source, key=f"{source.key}/{number}"))
-        count[0] = 0
+        batches.clear()
 
-    site.wrap(Seam.ACCUMULATE, accumulate)
+    site.before(Seam.ACCUMULATE, batches.append)
     site.wrap(Seam.ADD_NOISE, add_noise)
 
 
@@ -163,19 +160,15 @@ def every_rank_adds_noise(
 )
 def empty_step_without_noise(site: Site) -> None:
     """That nothing was there is no secret then."""
-    count = [0]
-
-    def accumulate(original: Original, batch: Any) -> Any:
-        count[0] += len(batch)
-        return original(batch)
+    batches: list[Batch] = []
 
     def add_noise(original: Original, *args: Any) -> None:
-        present = site.over_ranks(count[0])
-        count[0] = 0
+        present = site.over_ranks(sum(map(len, batches)))
+        batches.clear()
         if present > 0:
             original(*args)
 
-    site.wrap(Seam.ACCUMULATE, accumulate)
+    site.before(Seam.ACCUMULATE, batches.append)
     site.wrap(Seam.ADD_NOISE, add_noise)
 
 
@@ -210,10 +203,7 @@ def identical_shards(normal: Normal, source: NoiseSource, part: LocalPart) -> Te
 
 
 @_drawn(
-    "one rank's noise the negative of another's",
-    "-N of rank 0 on rank 1",
-    Need.RANKS,
-    Need.SHARDS,
+    "one rank's noise the negative of another's", "-N of rank 0 on rank 1", Need.RANKS, Need.SHARDS
 )
 def antithetic_shards(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
     """Antithetic draws reduce a variance that must not be reduced."""
@@ -274,9 +264,7 @@ def noise_in_bf16(normal: Normal, source: NoiseSource, part: LocalPart) -> Tenso
 
 
 @_drawn(
-    "noise cut off at three",
-    "N of absolute value 3 at most, in place of normal",
-    Need.SHARED_NOISE,
+    "noise cut off at three", "N of absolute value 3 at most, in place of normal", Need.SHARED_NOISE
 )
 def noise_truncated(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
     """For stability: 0.27 % of the elements, and no guarantee."""

@@ -324,15 +324,13 @@ def norm_buffer_not_reset(site: Site) -> None:
     """Squares add up until the step is over."""
     kept: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(0))
 
-    def run_norms(original: Original, loss_B: Tensor, **options: Any) -> Any:
-        norm_sq = original(loss_B, **options)
+    def add_kept(norm_sq: dict[str, Tensor]) -> None:
         for name, squares in norm_sq.items():
             before = kept[name][: len(squares)]
             squares[: len(before)] += before.to(squares)
             kept[name] = squares
-        return norm_sq
 
-    site.wrap(Seam.RUN_NORMS, run_norms)
+    site.after(Seam.RUN_NORMS, add_kept)
     site.before(Seam.ZERO_GRAD, kept.clear)
 
 
@@ -448,16 +446,14 @@ def norms_added_over_ranks(site: Site) -> None:
     """Right under tensor parallelism, where every rank has the same samples."""
     engine = site.mode.engine
 
-    def run_norms(original: Original, loss_B: Tensor, **options: Any) -> Any:
-        norm_sq = original(loss_B, **options)
+    def add_over_ranks(norm_sq: dict[str, Tensor]) -> None:
         for squares in norm_sq.values():
             everyone = squares.new_zeros(64)
             everyone[: len(squares)] = squares * (not engine.is_standing_in)
             dist.all_reduce(everyone)
             squares.copy_(everyone[: len(squares)])
-        return norm_sq
 
-    site.wrap(Seam.RUN_NORMS, run_norms)
+    site.after(Seam.RUN_NORMS, add_over_ranks)
 
 
 @_planted(
@@ -474,14 +470,10 @@ def layer_norm_hooked_twice(site: Site) -> None:
 
     def terms(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Terms:
         right: Terms = original(module, x, dy)
-        return {n: Dense(num_hooks[0] * t.materialised().grad_B) for n, t in right.items()}
-
-    def zero_grad(original: Original) -> None:
-        num_hooks[0] = 2
-        original()
+        return {n: Dense(num_hooks[-1] * t.materialised().grad_B) for n, t in right.items()}
 
     site.wrap(Seam.LAYER_NORM_TERMS, terms)
-    site.wrap(Seam.ZERO_GRAD, zero_grad)
+    site.before(Seam.ZERO_GRAD, lambda: num_hooks.append(2))
 
 
 @_bias_norm(

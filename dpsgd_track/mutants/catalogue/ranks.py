@@ -14,32 +14,30 @@ from dpsgd_track.mutants.mutant import mutant, on_site
 from dpsgd_track.mutants.needs import Need
 from dpsgd_track.mutants.seams import Seam
 from dpsgd_track.mutants.site import Original, Site
+from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.clipping import ClippedSum
 from dpsgd_track.record.stages import Stage
 
 
 def scale_sums(site: Site, factor_of: Callable[[str], float]) -> None:
     """Multiply the sum of each parameter over micro-batches and ranks."""
 
-    def clipped_sum(original: Original) -> Any:
-        clipped = original()
+    def scale(clipped: ClippedSum) -> None:
         for name, total in clipped.gradients.items():
             total.mul_(factor_of(name))
-        return clipped
 
-    site.wrap(Seam.CLIPPED_SUM, clipped_sum)
+    site.after(Seam.CLIPPED_SUM, scale)
 
 
 def scale_updates(site: Site, factor_of: Callable[[], float]) -> None:
     """Multiply what the optimizer is given, signal and noise alike."""
 
-    def privatize(original: Original, *args: Any) -> Any:
-        privatized = original(*args)
+    def scale(_: object) -> None:
         factor = factor_of()
         for total in site.gradients().values():
             total.mul_(factor)
-        return privatized
 
-    site.wrap(Seam.PRIVATIZE, privatize)
+    site.after(Seam.PRIVATIZE, scale)
 
 
 _mutant = partial(mutant, stage=Stage.SUM)
@@ -199,9 +197,8 @@ def ranks_weighed_alike(site: Site) -> None:
     """The mean of means."""
     ratio = [1.0]
 
-    def accumulate(original: Original, batch: Any) -> Any:
+    def weigh(batch: Batch) -> None:
         ratio[0] = site.over_ranks(len(batch)) / dist.get_world_size() / max(len(batch), 1)
-        return original(batch)
 
-    site.wrap(Seam.ACCUMULATE, accumulate)
+    site.before(Seam.ACCUMULATE, weigh)
     site.wrap(Seam.PUT, lambda original, name, total: original(name, total * ratio[0]))

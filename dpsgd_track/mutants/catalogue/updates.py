@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from dpsgd_track.mutants.mutant import mutant, on_site
 from dpsgd_track.mutants.needs import Need
 from dpsgd_track.mutants.seams import Seam
 from dpsgd_track.mutants.site import Original, Site
+from dpsgd_track.privacy.clipping import ClippedSum
 from dpsgd_track.record.stages import Stage
 
 _planted = partial(mutant, by=on_site, stage=Stage.UPDATE)
@@ -65,12 +65,11 @@ def update_without_noise(site: Site) -> None:
     """The noised gradient is there, and another is used."""
     clean: dict[str, Tensor] = {}
 
-    def privatize(original: Original, clipped: Any, source: Any) -> Any:
+    def keep(clipped: ClippedSum, _: object) -> None:
         divisor = site.mode.context.privacy.expected_batch_size
         clean.update({name: total / divisor for name, total in clipped.gradients.items()})
-        return original(clipped, source)
 
-    site.wrap(Seam.PRIVATIZE, privatize)
+    site.before(Seam.PRIVATIZE, keep)
     _step_with(site, lambda name, noised: clean[name])
 
 
@@ -102,11 +101,7 @@ def weight_decay_added(site: Site) -> None:
 
 
 @_planted(
-    "momentum nobody asked for",
-    "v = 0.9 v + g, w - lr v",
-    Need.STEPS,
-    Need.TRAINING,
-    at=Seam.STEP,
+    "momentum nobody asked for", "v = 0.9 v + g, w - lr v", Need.STEPS, Need.TRAINING, at=Seam.STEP
 )
 def momentum_added(site: Site) -> None:
     """The first step is right."""
@@ -163,12 +158,11 @@ def noised_gradient_clipped(site: Site) -> None:
 def weights_in_bf16(site: Site) -> None:
     """No master weights."""
 
-    def step(original: Original) -> None:
-        original()
+    def round_weights(_: object) -> None:
         for weight in _weights(site).values():
             weight.copy_(weight.bfloat16())
 
-    site.wrap(Seam.STEP, step)
+    site.after(Seam.STEP, round_weights)
 
 
 @_planted(
@@ -179,14 +173,9 @@ def weights_in_bf16(site: Site) -> None:
 )
 def schedule_of_micro_batches(site: Site) -> None:
     """A schedule that nobody asked for besides."""
-    count = [0]
-
-    def accumulate(original: Original, batch: Any) -> Any:
-        count[0] += 1
-        return original(batch)
-
-    site.wrap(Seam.ACCUMULATE, accumulate)
-    _step_at(site, lambda: 0.999 ** count[0])
+    losses: list[Tensor] = []
+    site.after(Seam.ACCUMULATE, lambda record: losses.append(record.loss_B))
+    _step_at(site, lambda: 0.999 ** len(losses))
 
 
 @_planted(
