@@ -31,13 +31,12 @@ ALLOWED: dict[str, set[str]] = {
         "distributed",
         "kernels",
         "modes",
-        "mutants",
         "privacy",
         "record",
         "store",
         "text_file",
     },
-    "launcher": {"cli", "config", "modes", "mutants", "record", "store", "training"},
+    "launcher": {"cli", "config", "modes", "record", "store", "training"},
     "comparison": {"config", "modes", "record", "store", "text_file"},
     "report": {"comparison", "config", "modes", "record", "store"},
     "mutants": {
@@ -50,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "record",
         "report",
         "store",
+        "training",
     },
     "cli": {
         "comparison",

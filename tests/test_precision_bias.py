@@ -34,7 +34,8 @@ from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, PrivacyConfig
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import MODES, takes_norm_plan
-from dpsgd_track.mutants.fault import Site
+from dpsgd_track.mutants.seams import Seam
+from dpsgd_track.mutants.site import Site
 from dpsgd_track.privacy import fused_linear
 from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.loss import regression_loss
@@ -321,7 +322,7 @@ def epsilon_of_bfloat16(site: Site) -> None:
         finally:
             module.eps = epsilon
 
-    site.wrap("rms_norm_terms", terms)
+    site.wrap(Seam.RMS_NORM_TERMS, terms)
 
 
 def test_an_epsilon_of_the_wrong_type_is_found(device: torch.device) -> None:
@@ -341,11 +342,13 @@ def test_an_epsilon_of_the_wrong_type_is_found(device: torch.device) -> None:
         ("unknown-bare", "layers.1.gain"),
     ],
 )
-@pytest.mark.parametrize(("seam", "what"), [("norm_sq_of", "norm"), ("sum_of", "clipped sum")])
+@pytest.mark.parametrize(
+    ("seam", "what"), [(Seam.NORM_SQ_OF, "norm"), (Seam.SUM_OF, "clipped sum")]
+)
 def test_three_in_a_thousand_in_one_layer_are_found(
-    kind: str, name: str, seam: str, what: str, device: torch.device
+    kind: str, name: str, seam: Seam, what: str, device: torch.device
 ) -> None:
-    factor = 1.003**2 if seam == "norm_sq_of" else 1.003
+    factor = 1.003**2 if seam is Seam.NORM_SQ_OF else 1.003
 
     def plant(site: Site) -> None:
         def larger(original: Any, parameter: str, *args: Any) -> Tensor:
@@ -370,7 +373,7 @@ def norm_added_in_bfloat16(site: Site) -> None:
             total += column
         return total.float()
 
-    site.wrap("norm_sq_of", norm_sq_of)
+    site.wrap(Seam.NORM_SQ_OF, norm_sq_of)
 
 
 def test_a_norm_added_up_in_bfloat16_is_found(device: torch.device) -> None:

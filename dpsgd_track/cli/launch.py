@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.cli.context import Context, say
+from dpsgd_track.cli.context import Context, check_planted, say
 from dpsgd_track.cli.dry_run import show_plan
 from dpsgd_track.cli.options import ResumeOptions
 from dpsgd_track.config import redact_uri, require
@@ -43,6 +43,7 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
         ValueError: it cannot be done; nothing was started.
     """
     plan = plan_of(asked, context.check_inputs, context.command)
+    check_planted(plan)
     place = placement_of(asked)
     if is_dry:
         show_plan(plan)
@@ -50,6 +51,8 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     from dpsgd_track.launcher.launch import run_plan
 
     launched = run_plan(plan, place, context.launch, say)
+    if launched.problem:
+        context.complain(launched.problem, launched.code)
     tell(context, plan.suite, launched, place, asked.kept, asked.nodes)
     return launched.code, launched.group
 
@@ -142,6 +145,8 @@ def resume(context: Context, group: str, options: ResumeOptions) -> int:
         # Another machine leads, and has the plan.
         return launched.code
     plan = plans[-1]
+    if launched.problem:
+        context.complain(launched.problem, launched.code)
     tell(context, plan.suite, launched, place, kept, nodes)
     if plan.suite is Suite.FAULTS and launched.code in (EXIT_FINISHED, EXIT_FAILED):
         from dpsgd_track.cli.faults import tell_matrix
@@ -159,6 +164,7 @@ def check_at_hand(plan: GroupPlan, context: Context) -> None:
         allowed = f"at most {num_gpus}, the number of visible GPUs"
         require(num_local_ranks <= num_gpus, "nproc_per_node", num_local_ranks, allowed)
     check_modes(tuple(dict.fromkeys(job.mode for job in plan.jobs)))
+    check_planted(plan)
     for variant in dict.fromkeys(job.variant for job in plan.jobs if job.variant):
         given = f"{variant.name}={variant.path}"
         allowed = f"the folder {variant.root} that it was launched with"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from torch import nn
 
 from dpsgd_track.config import require
 from dpsgd_track.modes.protocol import Mode, ModeContext, ModeFactory
-from dpsgd_track.modes.table import check_mode, factory_of, spec_of
+from dpsgd_track.modes.table import check_mode, factory_of, spec_of, split_planted
+
+ModeBuilder = Callable[[str, nn.Module, ModeContext], Mode]
+"""Takes a mode's name, the model and what the mode is built with."""
 
 
 def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
@@ -23,6 +27,8 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
         ValueError: the name is unknown, or the mode cannot clip one of the parameters.
     """
     check_mode(name)
+    # The table knows such a name, and what would be built is the healthy mode.
+    require(not split_planted(name)[1], "mode", name, "a mode with nothing planted in it")
     spec = spec_of(name)
     if spec is None:
         return _user_factory(factory_of(name))(model, context)

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import PROBE_NOISE, PROBES
-from dpsgd_track.mutants import KINDS
+from dpsgd_track.mutants.catalogue import KINDS
 from dpsgd_track.mutants.matrix import LATEST_STEP, Matrix, Row
+from dpsgd_track.mutants.mutant import PLAUSIBLE
 from dpsgd_track.report.markdown import prose
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA = 1
+SCHEMA = 2
 _YES, _NO = "✓", "✗"
 
 
@@ -125,7 +126,7 @@ def _table(rows: Iterable[Row]) -> str:
     ]
     for row in rows:
         name, mode, verdict, step, blamed, _, naive = _cells(row)
-        source = "" if row.fault.source == "plausible" else f" [{prose(row.fault.source)}]"
+        source = "" if row.fault.source == PLAUSIBLE else f" [{prose(row.fault.source)}]"
         what = f"**{prose(row.fault.title)}**{source}: {prose(row.fault.formula)}"
         needs = prose(", ".join(row.fault.needs)) or "nothing"
         told = (verdict, step, prose(blamed), naive)
@@ -164,7 +165,7 @@ def to_json(matrix: Matrix) -> str:
             "naive_saw": row.naive_saw,
             "found_in": list(row.found_in),
             "excuse": row.excuse,
-            "mutes": list(row.mutes),
+            "redactions": list(row.redactions),
             "sentence": row.sentence,
         }
         for row in matrix.rows

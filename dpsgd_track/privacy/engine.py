@@ -40,8 +40,6 @@ class Engine:
     they are."""
     is_standing_in: bool = False
     """True while a stand-in runs for an empty batch: its losses and gradients do not count."""
-    packs: bool = True
-    """Whether sums of kept gradients may go to the other ranks without being whole tensors."""
     _weight_B: Tensor | None = field(default=None, init=False)
     """Weights of the samples' gradients that replace the clip factors."""
     _knows_sample_dims: bool = field(default=False, init=False)
@@ -156,7 +154,7 @@ class Engine:
         Sums of kept gradients are written straight into the tensor that is sent to other ranks.
         """
         assert self.capture is not None
-        packs = self.packs and self.sharder.packs and not self.is_standing_in
+        packs = self.sharder.packs and not self.is_standing_in
         gradients = self.capture.kept_gradients(names) if packs else None
         if gradients is None:
             self.put(self.capture.kept_sums(names, clip_factor_B))

@@ -77,12 +77,9 @@ class NoiseSource:
         on_gpu = [t for t in totals if t[0].dtype == torch.float32 and t[0].is_cuda]
         self._add_on_gpu([t for t in on_gpu if t[0].is_contiguous()], std=std)
         done = {id(total) for total, _ in on_gpu if total.is_contiguous()}
-        self.add_one_by_one([t for t in totals if id(t[0]) not in done], std=std)
-
-    def add_one_by_one(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
-        """Add noise as `add_to` does, with one call of `standard_normal` per part."""
         for total, part in totals:
-            total.add_(self.standard_normal(part).to(total.dtype), alpha=std)
+            if id(total) not in done:
+                total.add_(self.standard_normal(part).to(total.dtype), alpha=std)
 
     def _add_on_gpu(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
         if not totals:

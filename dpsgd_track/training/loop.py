@@ -13,9 +13,9 @@ from torch import nn
 
 from dpsgd_track.config import CLIP, NOISE, JobConfig, RegimeConfig, is_probe, layer_norm_steps
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
+from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
-from dpsgd_track.mutants import build
 from dpsgd_track.privacy.accounting import (
     epsilon_prv,
     epsilon_rdp,
@@ -64,10 +64,12 @@ class RegimeRun(PreparedRun):
         regime: RegimeConfig,
         device: torch.device,
         silent: Mapping[int, noise_samples.Floats] | None = None,
+        build: ModeBuilder = build_mode,
     ) -> None:
         """
         Args:
             silent: in the noise regime, `taken` of the twin without noise.
+            build: builds the mode over the fresh weights.
         """
         super().__init__(job, regime, device)
         self.silent = silent
@@ -76,9 +78,9 @@ class RegimeRun(PreparedRun):
         Only in the noise regime."""
         model = self._model()
         self.sampler = self._sampler(model)
-        self._begin(model, self._context())
+        self._begin(model, self._context(), build)
 
-    def _begin(self, model: nn.Module, context: ModeContext) -> None:
+    def _begin(self, model: nn.Module, context: ModeContext, build: ModeBuilder) -> None:
         """Put the mode over `model`, and start its records."""
         job, regime = self.job, self.regime
         digest = weights_digest(model)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from dpsgd_track.config import JobConfig, RegimeConfig
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
-from dpsgd_track.mutants import build
+from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.record.timings import Timings
@@ -39,7 +39,17 @@ def is_tracked(step: int) -> bool:
 class ProfileRun(PreparedRun):
     """A mode over fresh weights, and the times of its steps."""
 
-    def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        job: JobConfig,
+        regime: RegimeConfig,
+        device: torch.device,
+        build: ModeBuilder = build_mode,
+    ) -> None:
+        """
+        Args:
+            build: builds the mode over the fresh weights.
+        """
         super().__init__(job, regime, device)
         model = self._model()
         self.sampler = self._sampler(model)
