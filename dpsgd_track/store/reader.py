@@ -23,7 +23,6 @@ from dpsgd_track.config import PROFILE, Point, Settings, redact_uri
 from dpsgd_track.record import names
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.record.trajectory import Floats, Trajectory
-from dpsgd_track.store import exact
 from dpsgd_track.store.client import connect
 from dpsgd_track.store.history import History, metric_history, restored
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlite_path
@@ -388,18 +387,7 @@ def _read_trajectory(client: MlflowClient, run: Run) -> tuple[Trajectory | None,
         metric: dict(zip(points, restored(list(points.values())).tolist(), strict=True))
         for metric, points in logged.items()
     }
-    changed = int(run.data.tags.get(names.INEXACT_VALUES, 0))
-    for (metric, step), value in _exact_values(client, run_id).items() if changed else ():
-        if metric in history:
-            history[metric][step] = value
     return rebuilt(history, missing)
-
-
-def _exact_values(client: MlflowClient, run_id: str) -> dict[tuple[str, int], float]:
-    """What the store could not hold as it was logged."""
-    with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
-        path = client.download_artifacts(run_id, exact.FILE, downloaded)
-        return exact.from_json(Path(path).read_text(encoding="utf-8"))
 
 
 def rebuilt(history: History, missing: str) -> tuple[Trajectory | None, str]:

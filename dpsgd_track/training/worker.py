@@ -348,10 +348,11 @@ def main(job_file: str) -> int:
     job = JobConfig.from_json(Path(job_file).read_text(encoding="utf-8"))
     rank = int(os.environ["RANK"])
     # Rank 0 logs what is everybody's. A file that would stay empty is not even made.
-    is_logged = rank == 0 or any(ranks[rank] for ranks in job.rank_run_ids)
-    folder = Path(job.spool) if job.spool and is_logged else None
+    own = [ranks[rank] for ranks in job.rank_run_ids if ranks[rank]]
+    runs = [*job.run_ids, *own] if rank == 0 else own
+    folder = Path(job.spool) if job.spool and runs else None
     name = f"{Path(job.work_dir).name}-rank{rank}{RECORDS}"
-    worker = Worker(job, SpoolWriter(folder, name))
+    worker = Worker(job, SpoolWriter(folder, name, runs=runs))
     is_done = threading.Event()
     _flush_when_told_to_stop(worker, is_done)
     code = _run(worker)

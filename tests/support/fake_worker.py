@@ -18,7 +18,7 @@ import psutil
 from dpsgd_track.config import CLIP, JobConfig
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.store.spool import SpoolWriter
+from dpsgd_track.store.spool import RECORDS, SpoolWriter
 
 SAMPLES, PROJECTIONS = 4, 3
 modes_seen: list[str] = []
@@ -116,7 +116,9 @@ def main(job_file: str) -> int:
     (work_dir / f"process-rank{rank}.json").write_text(
         json.dumps([os.getpid(), modes_seen, num_ranks])
     )
-    writer = SpoolWriter(Path(job.spool) if job.spool else None, f"{work_dir.name}-{rank}.records")
+    folder, name = Path(job.spool) if job.spool else None, f"{work_dir.name}-rank{rank}{RECORDS}"
+    own = [ranks[rank] for ranks in job.rank_run_ids if ranks[rank]]
+    writer = SpoolWriter(folder, name, runs=[*job.run_ids, *own] if rank == 0 else own)
     plan = json.loads(os.environ.get("FAKE_WORKER", "{}")).get(job.mode, {"do": ""})
     if plan["do"] == "environment":
         shown = {"argv": sys.argv, "has_token": bool(os.environ.get("HF_TOKEN"))}
