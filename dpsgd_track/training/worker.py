@@ -333,10 +333,11 @@ def main(job_file: str, build: ModeBuilder = build_mode, unreached: Unreached = 
     started = STARTED_JOB.loads(Path(job_file).read_bytes())
     rank = int(os.environ["RANK"])
     # Rank 0 logs what is everybody's. A file that would stay empty is not even made.
-    is_logged = rank == 0 or any(ranks[rank] for ranks in started.rank_runs)
-    folder = Path(started.spool) if started.spool and is_logged else None
+    own = [ranks[rank] for ranks in started.rank_runs if ranks[rank]]
+    runs = [*started.mode_runs, *own] if rank == 0 else own
+    folder = Path(started.spool) if started.spool and runs else None
     name = f"{Path(started.work_dir).name}-rank{rank}{RECORDS}"
-    worker = Worker(started, SpoolWriter(folder, name), build, unreached)
+    worker = Worker(started, SpoolWriter(folder, name, runs=runs), build, unreached)
     is_done = threading.Event()
     _flush_when_told_to_stop(worker, is_done)
     code = _run(worker)
