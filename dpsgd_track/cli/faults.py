@@ -137,6 +137,7 @@ def _tell(output: Path | None, settings: Settings, command: str, found: Found) -
     from dpsgd_track.mutants import matrix_text as text
     from dpsgd_track.mutants.coverage import print_coverage
     from dpsgd_track.mutants.matrix import matrix_of
+    from dpsgd_track.mutants.matrix_json import matrix_json
 
     matrix = matrix_of(found.group, settings.thresholds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
@@ -144,7 +145,7 @@ def _tell(output: Path | None, settings: Settings, command: str, found: Found) -
     print_coverage(matrix, console)
     folder = Path(settings.results_dir) / matrix.group
     page = text.markdown(matrix, command)
-    files = {"faults.md": page, "faults.json": text.to_json(matrix)}
+    files = {"faults.md": page, "faults.json": matrix_json(matrix)}
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
     found.attach([(folder / name, ARTIFACT_FOLDER) for name in files], {})

@@ -1,17 +1,15 @@
-"""A profile as a table, as CSV and as JSON, and what the modes said of their layers."""
+"""A profile as a table and as CSV, and what the modes said of their layers."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
-import json
 import re
 from datetime import UTC, datetime
 
 from dpsgd_track.comparison.profile import Cost, Profile, Spread
-from dpsgd_track.comparison.profile_rows import Measurement, measurements
-from dpsgd_track.report.drift_json import strict
+from dpsgd_track.comparison.profile_rows import ProfileRow, profile_rows
 from dpsgd_track.report.table import ABSENT
 from dpsgd_track.store.reader import Group
 
@@ -36,9 +34,6 @@ LEGEND = (
     "memory: CUDA allocations of the recorded steps, or the process's resident set on CPU; the "
     "largest rank's."
 )
-
-SCHEMA = "dpsgd-track/profile"
-SCHEMA_VERSION = 1
 
 
 def cells(cost: Cost) -> tuple[str, ...]:
@@ -168,57 +163,23 @@ def _shapes(shapes: list[tuple[int, int]]) -> str:
     return ", ".join(f"T={T} B={B}" for T, B in shapes)
 
 
-def _started(group: Group) -> str:
-    started = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
-    return f"{started:%Y-%m-%dT%H:%M:%SZ}"
+def started(group: Group) -> str:
+    """When the group was launched: UTC, ISO 8601."""
+    start = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
+    return f"{start:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def profile_csv(profile: Profile, group: Group) -> str:
     """One row for each figure, each of which stands alone."""
     text = io.StringIO()
-    names = [field.name for field in dataclasses.fields(Measurement)]
+    names = [field.name for field in dataclasses.fields(ProfileRow)]
     writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     writer.writeheader()
-    for measurement in measurements(profile, _started(group)):
-        values = dataclasses.asdict(measurement)
+    for row in profile_rows(profile, started(group)):
+        values = dataclasses.asdict(row)
         writer.writerow({name: _plain(value) for name, value in values.items()})
     return text.getvalue()
 
 
 def _plain(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def profile_json(profile: Profile, group: Group) -> str:
-    """The profile as strict JSON; its schema is `schema/profile.schema.json`."""
-    document = {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "group": group.name,
-        "group_run_id": group.run_id,
-        "started": _started(group),
-        "sentence": profile.sentence,
-        "incomplete": profile.incomplete,
-        "costs": [_cost(cost) for cost in profile.costs],
-        "runs": [
-            {
-                "mode": run.mode,
-                "variant": run.variant,
-                "seq_length": run.point.seq_length,
-                "batch_size": run.point.batch_size,
-                "order": run.point.order,
-                "run_id": run.run_id,
-                "status": run.status,
-                "reason": run.reason or run.timings_missing,
-                "timings": run.timings and dataclasses.asdict(run.timings),
-            }
-            for run in group.points
-        ],
-    }
-    return json.dumps(strict(document), indent=1, allow_nan=False) + "\n"
-
-
-def _cost(cost: Cost) -> dict[str, object]:
-    plain = dataclasses.asdict(dataclasses.replace(cost, params={}, plan=dict(cost.plan)))
-    del plain["params"]
-    return {**plain, "tracking_overhead": cost.tracking_overhead, "notes": cost.notes}
