@@ -15,12 +15,13 @@ from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, step_axis, whole
-from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
+from dpsgd_track.report.charts.marks import add_floor, floor_of
+from dpsgd_track.report.charts.style import Chart, Style, layout, plain
 from dpsgd_track.report.thinning import kept
 from dpsgd_track.store.reader import ModeRun
 
 _BAND_POINTS = 200
-_BAND = "rgba(140, 140, 140, 0.28)"
+_FLOOR = {"legendgroup": "floor", "col": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Styl
     held = {run.label: regime.base_of(run.label) for run, _ in runs}
     others = [(run, t, base) for run, t in runs if (base := held[run.label]) and base is not t]
     base = next((base for _, _, base in others), None)
-    measured = known.of(quantity.name) if (known := regime.floor()) else None
+    measured = floor_of(regime, quantity.name)
     figure = make_subplots(
         rows=2 if others else 1,
         cols=1,
@@ -219,22 +220,7 @@ def _band(
     x, centre = base.step[at], y[at]
     with np.errstate(over="ignore"):
         half = measured * _scale(y[known], quantity)[np.searchsorted(np.flatnonzero(known), at)]
-    areas = [(1, x, centre - half, centre + half)]
+    add_floor(figure, whole(x), centre - half, centre + half, measured, row=1, **_FLOOR)
     if both:
-        ends = np.array([x[0], x[-1]])
-        areas.append((2, ends, np.full(2, -measured), np.full(2, measured)))
-    for row, across, low, high in areas:
-        figure.add_scatter(
-            x=whole(np.concatenate([across, across[::-1]])),
-            y=drawn(np.concatenate([high, low[::-1]])),
-            mode="lines",
-            fill="toself",
-            fillcolor=_BAND,
-            line={"color": GREY, "width": 1},
-            name=f"floor ±{number(measured)}",
-            legendgroup="floor",
-            showlegend=row == 1,
-            hoverinfo="skip",
-            row=row,
-            col=1,
-        )
+        ends, high = whole(x[[0, -1]]), np.repeat(measured, 2)
+        add_floor(figure, ends, -high, high, measured, row=2, showlegend=False, **_FLOOR)
