@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 
 from dpsgd_track.comparison.profile import Profile, profile_of
-from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
+from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import accepted, advice, stage_tables
-from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
+from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed, rows
 from dpsgd_track.store.reader import Group
 
 LIMIT = 65_536
@@ -160,9 +160,8 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
         for f in mode.findings
     ]
     skipped = [
-        prose(f"{regime}: {pair.mode} vs {pair.baseline}: {name} {why}")
-        for regime, pair in iter_not_computed(comparison)
-        for name, why in pair.not_computed.items()
+        prose(f"{regime}: {pair}: {name} {why}")
+        for regime, pair, name, why in not_computed(comparison)
     ]
     limits = ("regime", "observable", "floor", "threshold", "largest of all pairs")
     spread = ("regime", "modes", "observable", "mean", "std", "max")

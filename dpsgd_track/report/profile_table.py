@@ -39,22 +39,17 @@ LEGEND = (
 def cells(cost: Cost) -> tuple[str, ...]:
     """One row, in the order of HEADINGS."""
     time, ratio, speed = cost.step_time_ms, cost.time_ratio, cost.tokens_per_second
-    overhead = cost.tracking_overhead
+    memory, overhead = cost.memory_ratio, cost.tracking_overhead
+    is_one = cost.is_baseline and time is not None
     return (
         cost.label,
         str(cost.seq_length),
         str(cost.batch_size),
-        ABSENT
-        if time is None
-        else f"{three_digits(time.median)} [{three_digits(time.p20)}–{three_digits(time.p80)}]",
-        "1" if cost.is_baseline and time else ABSENT if ratio is None else times(ratio),
+        ABSENT if time is None else _with_spread(time),
+        "1" if is_one else ABSENT if ratio is None else times(ratio),
         ABSENT if speed is None else f"{speed.median:,.0f}",
         ABSENT if cost.peak_memory_gib is None else three_digits(cost.peak_memory_gib),
-        "1"
-        if cost.is_baseline and time
-        else ABSENT
-        if cost.memory_ratio is None
-        else f"{cost.memory_ratio:.2f}",
+        "1" if is_one else ABSENT if memory is None else f"{memory:.2f}",
         ABSENT if overhead is None else f"{overhead:+.1%}",
         "; ".join(cost.notes),
     )
@@ -112,26 +107,6 @@ def facts(profile: Profile, group: Group) -> list[str]:
         steps = max(len(t.step_time_ms) for t in timings)
         found.append(f"{steps} recorded steps a run, every second one tracked")
     return [fact for fact in found if fact]
-
-
-def costs_of(profile: Profile, group: Group) -> dict[str, object]:
-    """What a page shows of a profile besides its charts."""
-    befores = [None, *(cost.shape for cost in profile.costs[:-1])]
-    return {
-        "sentence": profile.sentence,
-        "incomplete": profile.incomplete,
-        "facts": facts(profile, group),
-        "best": best(profile),
-        "headings": HEADINGS,
-        "numbers": NUMBERS,
-        "rows": rows(profile),
-        "legend": LEGEND,
-        "plans": plans(profile),
-        "plan_headings": PLAN_HEADINGS,
-        "is_first": [
-            cost.shape != before for cost, before in zip(profile.costs, befores, strict=True)
-        ],
-    }
 
 
 PLAN_HEADINGS = ("mode", "layers", "how", "at")

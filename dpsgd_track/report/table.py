@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dpsgd_track.comparison.measure.drift import OBSERVABLES
-from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
+from dpsgd_track.comparison.result import GroupComparison, RegimeComparison, iter_not_computed
 from dpsgd_track.comparison.verdict import Verdict, number
 from dpsgd_track.config import ACCURACY, TRAIN
 from dpsgd_track.modes.table import BASELINE
@@ -185,6 +185,15 @@ def consistency(comparison: GroupComparison) -> list[tuple[str, str, str, str, s
         for pair in regime.pairs
         for name in DRIFT_COLUMNS
         if (drift := pair.drifts.get(name))
+    ]
+
+
+def not_computed(comparison: GroupComparison) -> list[tuple[str, str, str, str]]:
+    """(regime, mode against baseline, observable, why) of what one side did not compute."""
+    return [
+        (regime, f"{pair.mode} vs {pair.baseline}", name, why)
+        for regime, pair in iter_not_computed(comparison)
+        for name, why in pair.not_computed.items()
     ]
 
 
