@@ -131,7 +131,9 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
 
 def profile_html(profile: Profile, group: Group, charts: Sequence[Chart]) -> str:
     """The whole report of a group that holds nothing but a profile."""
-    return _report("profile.html", group, Style.of_group(group), profile, charts=charts)
+    facts = profile_table.facts(profile, group)
+    style = Style.of_group(group)
+    return _report("profile.html", group, style, profile, facts=facts, charts=charts)
 
 
 def chart_html(chart: Chart, group: str) -> str:
