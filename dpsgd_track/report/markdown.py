@@ -101,9 +101,12 @@ def markdown(comparison: GroupComparison) -> str:
 
     A section that no longer fits is left out as a whole, and the last line says so.
     """
-    text = note(comparison)
+    return _with_sections(note(comparison), _sections(comparison))
+
+
+def _with_sections(text: str, sections: Iterable[tuple[str, str, bool]]) -> str:
     left_out: list[str] = []
-    for title, body, is_folded in _sections(comparison):
+    for title, body, is_folded in sections:
         section = f"\n{_folded(title, body) if is_folded else body}\n" if body else ""
         if len(text) + len(section) + _RESERVED > LIMIT:
             left_out.append(title)
@@ -125,18 +128,14 @@ def profile_note(profile: Profile, group: Group) -> str:
 
 
 def profile_markdown(profile: Profile, group: Group) -> str:
-    """The whole comment on a group that holds nothing but a profile."""
-    folded = [
+    """The whole comment on a group that holds nothing but a profile, as `markdown`."""
+    folded = (
         ("How each layer's norm was found", _plans(profile)),
         ("Reproduce", _code(command(group))),
         ("Environment", _table(("setting", "value"), environment(group))),
-    ]
-    parts = [profile_note(profile, group), *(_folded(t, body) + "\n" for t, body in folded if body)]
-    text = ""
-    for part in parts:
-        if len(text) + len(part) + _RESERVED <= LIMIT:
-            text += f"\n{part}" * bool(text) or part
-    return text
+    )
+    sections = ((title, body, True) for title, body in folded)
+    return _with_sections(profile_note(profile, group), sections)
 
 
 def _costs(profile: Profile) -> str:
