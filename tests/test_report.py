@@ -18,7 +18,8 @@ from dpsgd_track.comparison import GroupComparison, compare_group
 from dpsgd_track.config import PROBE_ACCURACY, PROBE_CLIP, Thresholds
 from dpsgd_track.report import png
 from dpsgd_track.report.charts import ZERO, figures
-from dpsgd_track.report.drift_json import SCHEMA_VERSION, drift_json
+from dpsgd_track.report.drift_document import DRIFT
+from dpsgd_track.report.drift_json import drift_json
 from dpsgd_track.report.html import html
 from dpsgd_track.report.markdown import LIMIT, markdown, note
 from dpsgd_track.report.table import main_regime, rows
@@ -208,7 +209,7 @@ def test_drift_json_is_strict_and_versioned() -> None:
     document = json.loads(drift_json(comparison), parse_constant=refuse)
     assert (document["schema"], document["schema_version"]) == (
         "dpsgd-track/drift",
-        SCHEMA_VERSION,
+        DRIFT.version,
     )
     pair = next(p for p in document["regimes"][1]["pairs"] if p["mode"] == "flash_fsdp")
     assert pair["drifts"]["loss"]["per_step"] == [0, None, 0, 0]

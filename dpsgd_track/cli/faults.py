@@ -138,6 +138,7 @@ def tell_matrix(settings: Settings, command: str, group: str, output: Path | Non
     from dpsgd_track.mutants import matrix_text as text
     from dpsgd_track.mutants.coverage import print_coverage
     from dpsgd_track.mutants.matrix import matrix_of
+    from dpsgd_track.mutants.matrix_json import matrix_json
     from dpsgd_track.store.find_group import read_group_anywhere
 
     found = read_group_anywhere(settings, group, say_aside)
@@ -147,7 +148,7 @@ def tell_matrix(settings: Settings, command: str, group: str, output: Path | Non
     print_coverage(matrix, console)
     folder = Path(settings.results_dir) / matrix.group
     page = text.markdown(matrix, command)
-    files = {"faults.md": page, "faults.json": text.to_json(matrix)}
+    files = {"faults.md": page, "faults.json": matrix_json(matrix)}
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
     found.attach([(folder / name, ARTIFACT_FOLDER) for name in files], {})
