@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import tracking_scale
 from mlflow import MlflowClient
-from tracking_scale import NODES, QUICK, circumstances, lost_and_doubled, measure
 
+from benchmarks import tracking_scale
+from benchmarks.tracking_scale import NODES, QUICK, circumstances, lost_and_doubled, measure
 from dpsgd_track.cli.options import build_parser
 from dpsgd_track.config import (
     CLIP,
@@ -436,7 +436,7 @@ def measured(tmp_path_factory) -> tuple[dict[str, Any], Path]:
     """A row of two hosts with every second rank logged, and the folder of its spools and store."""
     folder = tmp_path_factory.mktemp("measured")
     shape = replace(QUICK, layout=NODES, log_ranks="8", layer_norms="3")
-    tracking_scale._CONTEXT.set_forkserver_preload(["tracking_scale", "mlflow.tracking"])
+    tracking_scale.CONTEXT.set_forkserver_preload(["benchmarks.tracking_scale", "mlflow.tracking"])
     return measure(shape, folder), folder
 
 
