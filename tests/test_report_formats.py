@@ -37,8 +37,7 @@ from tests.support.synthetic_group import (
     trajectory,
     with_run,
 )
-from tests.support.synthetic_report import GUILTY, broken, healthy
-from tests.test_report import hostile
+from tests.support.synthetic_report import GUILTY, broken, healthy, hostile
 
 SCHEMA = json.loads(
     (resources.files("dpsgd_track.report") / "schema" / "drift.schema.json").read_text("utf-8")

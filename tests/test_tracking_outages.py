@@ -15,8 +15,8 @@ from dpsgd_track.store.shipper import Shipper, settle
 from dpsgd_track.store.shipping import Shipping
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter
 from dpsgd_track.store.spooled import claim, spooled_groups
+from tests.support.spooled_group import MODE, check_whole, logged
 from tests.support.tracking_servers import MlflowServer, Wire, postgres, shared_server
-from tests.test_tracking_shipping import MODE, check_whole, logged
 
 STEP_S = 0.02
 
