@@ -25,7 +25,8 @@ from dpsgd_track.mutants.coverage import coverage
 from dpsgd_track.mutants.matrix import Matrix, Row
 from dpsgd_track.mutants.matrix_text import markdown, summary
 from dpsgd_track.mutants.mutant import FSDP_MODES
-from tests.test_end_to_end import ROOT, Workspace
+from tests.support import ROOT
+from tests.support.workspace import Workspace
 
 # One launch of many modes, beside which another worker may start process groups of its own.
 pytestmark = pytest.mark.timeout(600)

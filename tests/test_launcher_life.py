@@ -21,10 +21,9 @@ from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.shipper import Shipper
 from dpsgd_track.store.spool import SpoolWriter
 from tests.support import fake_launch
+from tests.support.launches import kill_all, living, start
 from tests.support.synthetic_group import empty_tables
 from tests.support.tracking_servers import MlflowServer, Wire, shared_server
-from tests.test_launcher_kills import kill_all
-from tests.test_launcher_modes import living, start
 
 NO_DP = ("--mode", "no_dp", "--regime", "accuracy")
 SECRET = "a-secret-never-to-be-seen"

@@ -37,8 +37,7 @@ from tests.support.synthetic_group import (
     trajectory,
     with_run,
 )
-from tests.support.synthetic_report import GUILTY, broken, healthy
-from tests.test_report import hostile
+from tests.support.synthetic_report import GUILTY, broken, healthy, hostile
 
 SCHEMA = DRIFT.json_schema()
 WORKFLOW = Path(__file__).resolve().parent.parent / "examples" / "github-actions.yml"

@@ -36,7 +36,7 @@ from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.model import build_model
 from dpsgd_track.training.probe import MAX_LENGTH, NUM_TOKENS, D, H, Probe
-from tests.test_end_to_end import Workspace
+from tests.support.workspace import Workspace
 
 CPU = torch.device("cpu")
 SEED = 42

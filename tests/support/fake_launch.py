@@ -2,17 +2,17 @@
 
 import sys
 
-from dpsgd_track.cli.faults import detect
-from dpsgd_track.cli.launch import main
+from dpsgd_track.cli.main import main
+from dpsgd_track.cli.program import CHECKOUT
 from dpsgd_track.launcher.process_group import Launch
 
 
 def run(argv: list[str] | None = None) -> int:
     return main(
         argv,
+        program=CHECKOUT,
         check_inputs=lambda model, data: None,
         launch=Launch(worker_module="tests.support.fake_worker", grace_s=1.5, lost_after_s=3.0),
-        detect=detect,
     )
 
 

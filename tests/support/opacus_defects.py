@@ -46,7 +46,7 @@ from dpsgd_track.privacy.loss import PerSampleLoss, causal_lm_loss, classificati
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.training.data import RankBatch
 from dpsgd_track.training.loop import RegimeRun
-from tests.support.torchrun_modes import _error, _whole
+from tests.support.torchrun_modes import largest_error, whole
 
 CPU = torch.device("cpu")
 T, VOCAB = 16, 61
@@ -376,7 +376,7 @@ def _clipped_sum(mode: Mode, batch: Batch) -> dict[str, Tensor]:
     """Whole, on every rank. The oracle takes no empty batch."""
     if len(batch) or not mode.replicated:
         mode.accumulate(batch)
-    return _whole(mode, mode.clipped_sum().gradients)
+    return whole(mode, mode.clipped_sum().gradients)
 
 
 def empty_batch(modes: tuple[str, ...]) -> dict[str, Any]:
@@ -386,7 +386,10 @@ def empty_batch(modes: tuple[str, ...]) -> dict[str, Any]:
     if dist.get_rank() == dist.get_world_size() - 1:
         batch = Batch({name: t[:0] for name, t in batch.inputs.items()}, batch.targets[:0])
     wanted = _clipped_sum(_build("reference", condition), batch)
-    return {mode: _error(_clipped_sum(_build(mode, condition), batch), wanted)[0] for mode in modes}
+    return {
+        mode: largest_error(_clipped_sum(_build(mode, condition), batch), wanted)[0]
+        for mode in modes
+    }
 
 
 def _farthest(parts: list[LocalPart]) -> float:
