@@ -16,7 +16,7 @@ from dpsgd_track.store.shipper import Shipper, settle
 from dpsgd_track.store.shipping import Shipping
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter
 from dpsgd_track.store.spooled import claim, spooled_groups
-from tests.support.spooled_group import check_whole, logged, start
+from tests.support.spooled_group import check_whole, logged
 from tests.support.tracking_servers import MlflowServer, Wire, postgres, shared_server
 
 STEP_S = 0.02
@@ -40,7 +40,7 @@ def log_a_group(
     client, experiment_id = open_store(Settings(tracking_uri=uri))
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", name)
-    mode, ranks = start(tree, spool)
+    mode, ranks = start_runs(tree, spool)
     shipper = Shipper(group, client, uri, experiment_id)
     said: list[str] = []
     shipping = Shipping(shipper, uri, said.append, interval_s=0.05)

@@ -50,7 +50,7 @@ from dpsgd_track.store.shipper import Shipper
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter, spool_files
 from dpsgd_track.store.spooled import SpooledGroup, claim
 from tests.support.forked_ranks import ForkedRanks
-from tests.support.spooled_group import STOPPED, start
+from tests.support.spooled_group import STOPPED, start_runs
 from tests.support.synthetic_group import ENVIRONMENT, started
 
 MIB = 1 << 20
@@ -304,7 +304,7 @@ def backlog(
     assert spooled is not None
     control = SpoolWriter(spooled.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "g")
-    mode, _ = start(tree, folder, num_ranks=0)
+    mode, _ = start_runs(tree, folder, num_ranks=0)
     worker = SpoolWriter(spooled.folder, f"worker{RECORDS}")
     keys = [metric_name(i) for i in range(num_metrics)]
     times_ms = []

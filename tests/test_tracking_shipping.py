@@ -28,7 +28,7 @@ from dpsgd_track.store.shipper import Shipper, settle
 from dpsgd_track.store.shipping import Shipping
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter
 from dpsgd_track.store.spooled import Busy, SpooledGroup, claim, spooled_groups
-from tests.support.spooled_group import check_whole, spool_a_group, start
+from tests.support.spooled_group import check_whole, spool_a_group
 from tests.support.synthetic_group import mode_run, plan_of
 from tests.support.tracking_servers import postgres
 
@@ -179,7 +179,7 @@ def test_what_did_not_end_keeps_its_spool(tmp_path, settings):
     (group,) = spooled_groups(tmp_path)
     control = SpoolWriter(group.folder, f"more{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "endless")
-    start(tree, tmp_path, num_ranks=0)
+    start_runs(tree, tmp_path, num_ranks=0)
     control.close()
     assert "endless: it did not end" in settle(shipper_of(group, settings), count=True)
     assert group.folder.is_dir()
@@ -295,7 +295,7 @@ def test_a_worker_that_comes_and_goes_while_runs_are_created_keeps_its_values(tm
     assert group is not None
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "quick-worker")
-    mode, (rank,) = start(tree, tmp_path, num_ranks=1)
+    mode, (rank,) = start_runs(tree, tmp_path, num_ranks=1)
     client, _ = open_store(settings)
 
     class Slow:
@@ -436,7 +436,7 @@ def test_runs_of_a_dead_launcher_are_closed(tmp_path, settings):
     assert group is not None
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "dead")
-    mode, ranks = start(tree, tmp_path, num_ranks=1)
+    mode, ranks = start_runs(tree, tmp_path, num_ranks=1)
     tree.finish(ranks[0], Status.FINISHED)
     control.close()
     assert group.close_left_open() == 2

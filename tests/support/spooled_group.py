@@ -36,7 +36,7 @@ def planned(num_ranks: int = 2, regime: str = "clip") -> JobConfig:
     return job("no_dp", setup(regime), num_ranks=num_ranks)
 
 
-def start(
+def start_runs(
     tree: RunTree, folder: Path, num_ranks: int = 2, regime: str = "clip"
 ) -> tuple[str, tuple[str, ...]]:
     """Start the group and its one mode run; returns its key and those of its ranks' runs."""
