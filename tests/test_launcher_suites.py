@@ -1,6 +1,6 @@
 import pytest
 
-from dpsgd_track.cli.options import build_parser, reproducing_command
+from dpsgd_track.cli.program import without_secrets
 from dpsgd_track.config import (
     ACCURACY,
     AGAIN,
@@ -20,23 +20,21 @@ from dpsgd_track.config import (
     ULP,
     RegimeConfig,
 )
+from dpsgd_track.launcher import choices
 from dpsgd_track.launcher import hardware as machine
-from dpsgd_track.launcher import suites
-from dpsgd_track.launcher.suites import Suite, build_suite
 from dpsgd_track.modes import table
+from dpsgd_track.record.plan import PLAN
 from tests.support.fake_launch import run
+from tests.support.planned import asked, place
+from tests.support.planned import plan as suite
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
     monkeypatch.setenv("HF_TOKEN", "")
     return tmp_path
-
-
-def suite(*argv: str) -> Suite:
-    return build_suite(build_parser().parse_args(argv), lambda model, data: None)
 
 
 def modes(*argv: str) -> tuple[str, ...]:
@@ -157,7 +155,7 @@ def test_one_device_draws_no_more_samples_than_all_ranks():
 
 def test_ranks_follow_the_visible_gpus(monkeypatch):
     assert (suite("quick").num_ranks, suite("quick").jobs[0].performance.device) == (2, "cpu")
-    monkeypatch.setattr(suites, "count_gpus", lambda: 4)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 4)
     assert (suite("quick").num_ranks, suite("quick").jobs[0].performance.device) == (4, "cuda")
     assert suite("quick").jobs[0].regimes[0].warmup_iter == 1
     assert suite("quick", "--device", "cpu").num_ranks == 2
@@ -265,25 +263,35 @@ def test_model_and_data_that_do_not_fit_stop_the_launch(empty_folder):
         raise ValueError(f"model_name={model.name!r}: expected a preset.")
 
     with pytest.raises(ValueError, match="model_name='nope'"):
-        build_suite(build_parser().parse_args(["quick", "--model-name", "nope"]), refuse)
+        suite("quick", "--model-name", "nope", check_inputs=refuse)
 
 
 def test_the_recorded_command_holds_no_secret():
-    argv = ["quick", "--token", "hf_a", "--token=hf_b", "--mode", "no_dp"]
-    assert reproducing_command(argv) == "python launch.py quick --mode no_dp"
+    assert without_secrets(["--token", "hf_a", "--token=hf_b", "--mode", "no_dp"]) == [
+        "--mode",
+        "no_dp",
+    ]
     for uri in (["--tracking-uri", "http://u:pw@h"], ["--tracking-uri=http://u:pw@h"]):
-        command = reproducing_command(["quick", *uri])
+        command = " ".join(without_secrets(uri))
         assert "pw" not in command
         assert "h" in command
 
 
-def test_every_option_is_explained():
-    commands = build_parser()._subparsers._group_actions[0].choices
-    for parser in commands.values():
-        for action in parser._actions:
-            assert action.help, action.option_strings
-            if action.dest != "help" and action.option_strings:
-                assert "default:" in action.help or "needs exactly one" in action.help
+def test_a_plan_has_a_serialised_form_that_gives_the_plan_back():
+    for argv in (["quick"], ["profile", "--accuracy-test"], ["single", "--mode", "flash"]):
+        plan = suite(*argv)
+        assert PLAN.loads(PLAN.dumps(plan)) == plan
+
+
+def test_where_a_group_is_kept_is_no_part_of_its_plan(empty_folder):
+    there = ("--tracking-uri", "http://h", "--spool", "s", "--offline", "--group", "g")
+    assert suite("quick", *there).jobs == suite("quick").jobs
+    kept = place("quick", *there)
+    assert (kept.settings.tracking_uri, kept.settings.spool_dir) == ("http://h", "s")
+    assert (kept.group, kept.is_offline, kept.output) == ("g", True, None)
+    with pytest.raises(ValueError, match=r"tracking_uri=.*expected a server, as --nnodes is not 1"):
+        place("quick", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "h:1")
+    assert asked("single", "--mode", "no_dp").kept.output is None
 
 
 def test_modes_lists_the_table(capsys):
@@ -293,7 +301,7 @@ def test_modes_lists_the_table(capsys):
 
 
 def test_modes_lists_what_installed_packages_bring(monkeypatch, capsys):
-    monkeypatch.setattr("dpsgd_track.cli.launch.plugged_in_modes", lambda: {"mine": "pkg:make"})
+    monkeypatch.setattr("dpsgd_track.cli.modes.plugged_in_modes", lambda: {"mine": "pkg:make"})
     assert run(["modes"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["mine", "pkg:make"]
 

@@ -16,7 +16,7 @@ from dpsgd_track.store.shipper import Shipper, settle
 from dpsgd_track.store.shipping import Shipping
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter
 from dpsgd_track.store.spooled import claim, spooled_groups
-from tests.support.spooled_group import check_whole, logged
+from tests.support.spooled_group import check_whole, logged, start_runs
 from tests.support.tracking_servers import MlflowServer, Wire, postgres, shared_server
 
 STEP_S = 0.02

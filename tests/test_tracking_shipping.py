@@ -28,7 +28,7 @@ from dpsgd_track.store.shipper import Shipper, settle
 from dpsgd_track.store.shipping import Shipping
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter
 from dpsgd_track.store.spooled import Busy, SpooledGroup, claim, spooled_groups
-from tests.support.spooled_group import check_whole, spool_a_group
+from tests.support.spooled_group import check_whole, spool_a_group, start_runs
 from tests.support.synthetic_group import mode_run, plan_of
 from tests.support.tracking_servers import postgres
 

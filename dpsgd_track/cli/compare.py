@@ -1,16 +1,16 @@
-"""What `compare.py` does: read, compare, write, print, log, and tell the verdict by exit code."""
+"""What `compare` does: read, compare, write, print, log, and tell the verdict by exit code."""
 
 from __future__ import annotations
 
-import argparse
+import gc
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.cli.compare_options import parse, settings_of, waivers_path
-from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.cli.compare_options import CompareChoices
+from dpsgd_track.cli.context import Context, reading, say_aside
+from dpsgd_track.config import Settings, require
 
 if TYPE_CHECKING:
     from dpsgd_track.comparison import GroupComparison, Verdict
@@ -23,45 +23,32 @@ ARTIFACT_FOLDER = "comparison"
 _LONGEST_TAG = 5000  # what MLflow's stores accept at least
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `compare.py` and return its exit code."""
-    arguments = parse(argv)
-    try:
-        settings = settings_of(arguments)
-        waivers = _waivers(arguments)
-        _check_export(arguments)
-    except ValueError as error:
-        return _refuse(str(error))
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
+def compare(context: Context, wanted: str, after: str | None, choices: CompareChoices) -> int:
+    """Compare a group, or all runs of two; returns the exit code.
 
-    from dpsgd_track.store.client import one_line
-    from dpsgd_track.store.reader import GroupNotFound
-
+    Raises:
+        ValueError: something cannot be read, or what is asked for cannot be done.
+    """
+    # Half of the time goes to importing MLflow, and a fifth of that to looking for garbage in it.
+    gc.disable()
+    settings = choices.settings()
+    waivers = _waivers(choices)
+    _check_export(choices, after)
     try:
-        group, found = _read(settings, arguments.group)
-        if arguments.after is None and group.timed_runs and not group.runs:
-            return _show_profile(settings, arguments, group, found)
-        comparison = _compare(settings, arguments, waivers, group, found)
-    except (GroupNotFound, _Refused) as error:
-        return _refuse(str(error))
-    except (MlflowException, SQLAlchemyError, RequestException) as error:
-        where = redact_uri(settings.tracking_uri)
-        why = one_line(error)
-        return _refuse(f"tracking_uri={where!r}: expected a tracking server that answers. {why}")
+        with reading(settings):
+            group, found = _read(settings, wanted)
+            if after is None and _is_profile(group):
+                return _show_profile(settings, choices, group, found)
+            comparison = _compare(settings, choices, waivers, group, found, after)
     except OSError as error:
-        return _refuse(f"results_dir={settings.results_dir!r}: expected a writable folder. {error}")
-    code = exit_code(comparison.verdict, arguments.fail_on)
+        message = f"results_dir={settings.results_dir!r}: expected a writable folder. {error}"
+        return context.complain(message, USAGE)
+    code = exit_code(comparison.verdict, choices.fail_on)
     return _profile_code(comparison.group) if code == PASSED else code
 
 
-class _Refused(Exception):
-    """What was asked for cannot be done; the message says why."""
-
-
-def _waivers(arguments: argparse.Namespace) -> tuple[Waiver, ...]:
-    path = waivers_path(arguments)
+def _waivers(choices: CompareChoices) -> tuple[Waiver, ...]:
+    path = choices.waivers_path()
     if path is None:
         return ()
     from dpsgd_track.comparison.waivers import load_waivers
@@ -69,21 +56,16 @@ def _waivers(arguments: argparse.Namespace) -> tuple[Waiver, ...]:
     return load_waivers(path)
 
 
-def _check_export(arguments: argparse.Namespace) -> None:
-    export = arguments.export
-    require(export is not None or not arguments.force, "force", True, "it with --export")
+def _check_export(choices: CompareChoices, after: str | None) -> None:
+    export = choices.export
+    require(export is not None or not choices.force, "force", True, "it with --export")
     if export is None:
         return
     from dpsgd_track.store.golden import check_target
 
     advice = "Export one group at a time."
-    require(arguments.after is None, "export", str(export), "one GROUP", advice)
-    check_target(export, force=arguments.force)
-
-
-def _refuse(message: str) -> int:
-    print(f"compare.py: error: {' '.join(message.split())}", file=sys.stderr)
-    return USAGE
+    require(after is None, "export", str(export), "one GROUP", advice)
+    check_target(export, force=choices.force)
 
 
 def exit_code(verdict: Verdict, fail_on: str) -> int:
@@ -100,26 +82,17 @@ def _read(settings: Settings, wanted: str) -> tuple[Group, Found | None]:
 
     if is_golden(wanted):
         return read_golden(Path(wanted)), None
-    found = read_group_anywhere(settings, wanted, lambda line: print(line, file=sys.stderr))
+    found = read_group_anywhere(settings, wanted, say_aside)
     return found.group, found
-
-
-def _export(group: Group, arguments: argparse.Namespace) -> None:
-    from dpsgd_track.store.golden import write_golden
-
-    try:
-        write_golden(group, arguments.export, force=arguments.force)
-    except ValueError as error:
-        raise _Refused(str(error)) from error
-    print(f"Golden file: {arguments.export} ({arguments.export.stat().st_size / 1024:.0f} KiB)")
 
 
 def _compare(
     settings: Settings,
-    arguments: argparse.Namespace,
+    choices: CompareChoices,
     waivers: Sequence[Waiver],
     group: Group,
     found: Found | None,
+    after: str | None,
 ) -> GroupComparison:
     from rich.console import Console
 
@@ -128,16 +101,15 @@ def _compare(
     from dpsgd_track.report.text import console_width, print_profile, print_table
     from dpsgd_track.report.write import folder_name, write_report
 
-    if arguments.after is None:
+    if after is None:
         comparison = compare_group(group, settings.thresholds, waivers)
     else:
-        after, found = _read(settings, arguments.after)
-        for each in (group, after):
+        later, found = _read(settings, after)
+        for each in (group, later):
             _refuse_profile(each)
-        comparison = compare_groups(group, after, settings.thresholds, waivers)
+        comparison = compare_groups(group, later, settings.thresholds, waivers)
     folder = Path(settings.results_dir) / folder_name(comparison.group.name)
-    png, tell = not arguments.no_png, lambda line: print(line, file=sys.stderr)
-    files = write_report(comparison, folder, png, tell)
+    files = write_report(comparison, folder, not choices.no_png, say_aside)
     console = Console(highlight=False, width=console_width())
     print_table(comparison, console)
     if profile := profile_of(comparison.group):
@@ -145,10 +117,10 @@ def _compare(
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print((folder / "annotations.txt").read_text(encoding="utf-8"), end="")
     _say_where(files, folder)
-    if arguments.export is not None:
-        _export(group, arguments)
-    if not arguments.no_log and found is not None:
-        if arguments.after is None:
+    if choices.export is not None:
+        _export(group, choices.export, force=choices.force)
+    if not choices.no_log and found is not None:
+        if after is None:
             _log(found, comparison, files)
         else:
             target = f"{ARTIFACT_FOLDER}-{folder_name(group.name)}"
@@ -156,20 +128,30 @@ def _compare(
     return comparison
 
 
+def _export(group: Group, file: Path, *, force: bool) -> None:
+    from dpsgd_track.store.golden import write_golden
+
+    write_golden(group, file, force=force)
+    print(f"Golden file: {file} ({file.stat().st_size / 1024:.0f} KiB)")
+
+
 def _say_where(files: Sequence[Path], folder: Path) -> None:
     print(f"Report: {files[0]} (and {len(files) - 1} more files in {folder})")
 
 
+def _is_profile(group: Group) -> bool:
+    """Whether a group holds nothing but a profile."""
+    return bool(group.timed_runs) and not group.runs
+
+
 def _refuse_profile(group: Group) -> None:
-    if group.timed_runs and not group.runs:
-        raise _Refused(
-            f"group={group.name!r}: expected a group with runs to compare. It is a profile, whose "
-            "times mean something beside each other alone: give one GROUP."
-        )
+    allowed = "a group with runs to compare"
+    advice = "It is a profile, whose times mean something beside each other alone: give one GROUP."
+    require(not _is_profile(group), "group", group.name, allowed, advice)
 
 
 def _show_profile(
-    settings: Settings, arguments: argparse.Namespace, group: Group, found: Found | None
+    settings: Settings, choices: CompareChoices, group: Group, found: Found | None
 ) -> int:
     """Report a group that holds nothing but a profile; returns the exit code."""
     from rich.console import Console
@@ -180,16 +162,15 @@ def _show_profile(
     from dpsgd_track.report.text import console_width, print_profile
     from dpsgd_track.report.write import folder_name, write_profile
 
-    if arguments.export is not None:
+    if choices.export is not None:
         _refuse_profile(group)
     profile = profile_of(group)
     assert profile is not None
     folder = Path(settings.results_dir) / folder_name(group.name)
-    png, tell = not arguments.no_png, lambda line: print(line, file=sys.stderr)
-    files = write_profile(profile, group, folder, png, tell)
+    files = write_profile(profile, group, folder, not choices.no_png, say_aside)
     print_profile(profile, group.name, Console(highlight=False, width=console_width()))
     _say_where(files, folder)
-    if not arguments.no_log and found is not None:
+    if not choices.no_log and found is not None:
         said = {names.NOTE: profile_note(profile, group)[:_LONGEST_TAG]}
         found.attach([(file, ARTIFACT_FOLDER) for file in files], said)
     return _profile_code(group)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dpsgd_track.cli.program import NAME, Program, without_secrets
-from dpsgd_track.config import DataConfig, ModelConfig
+from dpsgd_track.config import DataConfig, ModelConfig, Settings, redact_uri
 from dpsgd_track.modes.table import split_planted
 from dpsgd_track.record.plan import GroupPlan
 
@@ -67,6 +68,28 @@ class Context:
         """Say in one line what is wrong; returns `code`, to exit with."""
         print(f"{NAME} {self.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return code
+
+
+@contextlib.contextmanager
+def reading(settings: Settings) -> Iterator[None]:
+    """Raise ValueError where a group cannot be read, or its store does not answer."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from dpsgd_track.store.client import one_line
+    from dpsgd_track.store.reader import GroupNotFound
+    from dpsgd_track.store.spool import SpoolDamaged
+
+    try:
+        yield
+    except (GroupNotFound, SpoolDamaged) as error:
+        raise ValueError(str(error)) from error
+    except (MlflowException, SQLAlchemyError, RequestException) as error:
+        where, reason = redact_uri(settings.tracking_uri), one_line(error)
+        raise ValueError(
+            f"tracking_uri={where!r}: expected a tracking server that answers. {reason}"
+        ) from error
 
 
 def say(line: str) -> None:

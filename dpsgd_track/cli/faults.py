@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.cli.context import Context, say_aside
+from dpsgd_track.cli.context import Context, reading, say_aside
 from dpsgd_track.cli.launch import run_asked
 from dpsgd_track.cli.options import FaultOptions
 from dpsgd_track.config import Settings, require
@@ -113,7 +113,8 @@ def _unreported(
     code, name = _run(context, options, (BASELINE, mode), f"{chosen}-healthy" if chosen else None)
     if not _is_whole(code, name):
         return code, None
-    group = read_group_anywhere(settings, name, say_aside).group
+    with reading(settings):
+        group = read_group_anywhere(settings, name, say_aside).group
     comparison = compare_group(group, settings.thresholds)
     redactions = choice.redactions_of(mode, group.runs)
     (verdict,) = (each for each in comparison.modes if each.label == mode)
@@ -141,7 +142,8 @@ def tell_matrix(settings: Settings, command: str, group: str, output: Path | Non
     from dpsgd_track.mutants.matrix_json import matrix_json
     from dpsgd_track.store.find_group import read_group_anywhere
 
-    found = read_group_anywhere(settings, group, say_aside)
+    with reading(settings):
+        found = read_group_anywhere(settings, group, say_aside)
     matrix = matrix_of(found.group, settings.thresholds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     text.print_matrix(matrix, console)

@@ -81,7 +81,8 @@ def page(program: Program, verb: Verb, parser: App, *, is_whole: bool) -> str:
 
 
 def _group_of(argument: Argument) -> tuple[Any, str]:
-    (group,) = argument.parameter.group or ()
+    groups: Any = argument.parameter.group
+    (group,) = groups
     return group.sort_key, group.name
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.cli.context import Context, check_planted, say
+from dpsgd_track.cli.context import Context, check_planted, reading, say, say_aside
 from dpsgd_track.cli.dry_run import show_plan
 from dpsgd_track.cli.options import ResumeOptions
-from dpsgd_track.config import redact_uri, require
-from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
+from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
 from dpsgd_track.launcher.choices import NodeChoices, RecordChoices
 from dpsgd_track.launcher.hardware import count_gpus
 from dpsgd_track.launcher.placement import Placement
-from dpsgd_track.launcher.suites import Asked, check_modes, placement_of, plan_of
+from dpsgd_track.launcher.suites import Asked, InputCheck, check_modes, placement_of, plan_of
 from dpsgd_track.record.plan import GroupPlan, Suite
 
 if TYPE_CHECKING:
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 
 def launch(context: Context, asked: Asked, *, is_dry: bool) -> int:
-    """Run quick, full, single or profile; returns the exit code."""
+    """Run quick, full, single or profile; returns the exit code.
+
+    Raises:
+        ValueError: it cannot be done; nothing was started.
+    """
     if asked.model.token:
         # Workers and the hub's client inherit it; it goes nowhere else.
         os.environ["HF_TOKEN"] = asked.model.token
-    try:
-        return run_asked(context, asked, is_dry=is_dry)[0]
-    except ValueError as error:
-        return context.complain(error, EXIT_USAGE)
+    return run_asked(context, asked, is_dry=is_dry)[0]
 
 
 def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[int, str]:
@@ -51,23 +52,25 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     from dpsgd_track.launcher.launch import run_plan
 
     launched = run_plan(plan, place, context.launch, say)
-    if launched.problem:
-        context.complain(launched.problem, launched.code)
     tell(context, plan.suite, launched, place, asked.kept, asked.nodes)
     return launched.code, launched.group
 
 
 def tell(
     context: Context,
-    suite: Suite,
+    suite: Suite | None,
     launched: Launched,
     place: Placement,
     kept: RecordChoices,
     nodes: NodeChoices,
 ) -> None:
-    """Say what came of a launch, and which commands go on from there."""
-    if not launched.group:
-        return
+    """Say what came of a launch, and which commands go on from there.
+
+    Args:
+        suite: None where another machine leads.
+    """
+    if launched.problem:
+        context.complain(launched.problem, launched.code)
     is_over = launched.code in (EXIT_FINISHED, EXIT_FAILED)
     if suite is Suite.PROFILE and is_over and place.nodes.leads:
         from dpsgd_track.cli.profile import summarise
@@ -78,7 +81,7 @@ def tell(
     if launched.left_behind:
         say(f"tracking: {launched.left_behind} It is in {launched.spool}, and safe.")
         say(f"ship:    {command('sync', [group, *places])}")
-    if not place.nodes.leads:
+    if suite is None or not group or not place.nodes.leads:
         return
     if launched.code != EXIT_FINISHED and suite.is_resumable:
         output = [] if kept.output is None else ["--output", str(kept.output)]
@@ -110,53 +113,66 @@ def _node_options(nodes: NodeChoices) -> Sequence[str]:
     return *ranks, "--rdzv-endpoint", str(nodes.rdzv_endpoint)
 
 
-class _DryRun(ValueError):
-    """A plan was shown; nothing is to be run."""
-
-
 def resume(context: Context, group: str, options: ResumeOptions) -> int:
-    """Run what is missing in `group`; returns the exit code."""
+    """Run what is missing in `group`; returns the exit code.
+
+    Raises:
+        ValueError: it cannot be resumed here; nothing was started.
+    """
     from dpsgd_track.launcher import launch as launcher
 
     kept, nodes = options.kept, options.nodes
+    place = Placement(
+        settings=kept.settings(),
+        output=kept.output,
+        is_offline=kept.offline,
+        nodes=nodes.config(),
+        rendezvous_timeout_s=nodes.rdzv_timeout,
+    )
+
     plans: list[GroupPlan] = []
 
     def check(plan: GroupPlan) -> None:
+        check_at_hand(plan, context.check_inputs)
         plans.append(plan)
-        check_at_hand(plan, context)
-        if options.dry.dry_run:
-            raise _DryRun("A dry run starts nothing.")
 
-    try:
-        place = Placement(
-            settings=kept.settings(),
-            output=kept.output,
-            is_offline=kept.offline,
-            nodes=nodes.config(),
-            rendezvous_timeout_s=nodes.rdzv_timeout,
-        )
+    if options.dry.dry_run:
+        return _show_missing(group, place, check)
+    with reading(place.settings):
         launched = launcher.resume(group, place, check, context.launch, say)
-    except _DryRun:
-        show_plan(plans[-1])
-        return EXIT_FINISHED
-    except ValueError as error:
-        return context.complain(error, EXIT_USAGE)
-    if not plans:
-        # Another machine leads, and has the plan.
+    if not place.nodes.leads or not launched.group:
+        tell(context, None, launched, place, kept, nodes)
         return launched.code
-    plan = plans[-1]
-    if launched.problem:
-        context.complain(launched.problem, launched.code)
+    # A group that lacks nothing has no plan of what is missing, and is compared all the same.
+    plan = plans[0] if plans else _plan_as_recorded(place.settings, launched.group)
     tell(context, plan.suite, launched, place, kept, nodes)
     if plan.suite is Suite.FAULTS and launched.code in (EXIT_FINISHED, EXIT_FAILED):
         from dpsgd_track.cli.faults import tell_matrix
 
-        # The group is whole, or as whole as it gets: it is compared like one that was just run.
         return tell_matrix(place.settings, plan.command, launched.group, kept.output)
     return launched.code
 
 
-def check_at_hand(plan: GroupPlan, context: Context) -> None:
+def _plan_as_recorded(settings: Settings, group: str) -> GroupPlan:
+    from dpsgd_track.store.find_group import read_group_anywhere
+
+    return read_group_anywhere(settings, group, say_aside).group.plan
+
+
+def _show_missing(group: str, place: Placement, check: Callable[[GroupPlan], object]) -> int:
+    from dpsgd_track.launcher.resume import find_missing
+
+    with reading(place.settings):
+        missing = find_missing(place.settings, group, place.nodes)
+    if missing.jobs:
+        check(missing.plan)
+        show_plan(missing.plan)
+    else:
+        say(f"group {missing.group.name}: nothing is missing")
+    return EXIT_FINISHED
+
+
+def check_at_hand(plan: GroupPlan, check_inputs: InputCheck) -> None:
     """Raise ValueError for a setting of `plan` that cannot be had on this machine."""
     if on_gpu := [job.num_ranks for job in plan.jobs if job.performance.device == "cuda"]:
         num_gpus, num_local_ranks = count_gpus(), max(1, max(on_gpu) // plan.num_nodes)
@@ -175,4 +191,4 @@ def check_at_hand(plan: GroupPlan, context: Context) -> None:
         if (run := job.run_in(regime)) is job
     }
     for model, data in of_user:
-        context.check_inputs(model, data)
+        check_inputs(model, data)

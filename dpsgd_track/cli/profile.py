@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from dpsgd_track.cli.context import Context, say
+from dpsgd_track.cli.context import Context, reading, say
 from dpsgd_track.launcher import EXIT_USAGE
 from dpsgd_track.launcher.placement import Placement
 
 
 def summarise(context: Context, place: Placement, group: str) -> None:
     """Print the table of the profile `group`, and write its figures as CSV where that is asked."""
-    from mlflow.exceptions import MlflowException
     from rich.console import Console
-    from sqlalchemy.exc import SQLAlchemyError
 
     from dpsgd_track.comparison.profile import profile_of
     from dpsgd_track.report.profile_table import profile_csv
     from dpsgd_track.report.text import console_width, print_profile
-    from dpsgd_track.store.client import one_line
     from dpsgd_track.store.find_group import read_group_anywhere
-    from dpsgd_track.store.reader import GroupNotFound
 
     try:
-        found = read_group_anywhere(place.settings, group, say).group
-    except (GroupNotFound, MlflowException, SQLAlchemyError) as error:
+        with reading(place.settings):
+            found = read_group_anywhere(place.settings, group, say).group
+    except ValueError as error:
         # The runs are over; `compare` can still read them when the store answers again.
-        reason = one_line(error)
-        context.complain(f"group {group} could not be read back. {reason}", EXIT_USAGE)
+        context.complain(f"group {group} could not be read back. {error}", EXIT_USAGE)
         return
     profile = profile_of(found)
     assert profile is not None, "a profile has timed runs"

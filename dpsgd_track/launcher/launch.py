@@ -31,7 +31,7 @@ class Launched:
     code: int
     """Exit code, one of EXIT_*."""
     group: str = ""
-    """Its name; empty where nothing was started, and on a machine that does not lead."""
+    """Its name; empty where nothing was started."""
     problem: str = ""
     """Why it ended early, in a sentence; empty where it did not."""
     left_behind: str = ""
@@ -174,6 +174,7 @@ def _follow(plan: GroupPlan | None, place: Placement, launch: Launch, say: Say) 
             code, problem = EXIT_FAILED, str(error)
     return Launched(
         code=code,
+        group=group,
         problem=problem,
         left_behind=recording.left_behind,
         spool=recording.spool,

@@ -54,7 +54,7 @@ def spool_a_group(
     assert group is not None
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", name)
-    mode, ranks = start(tree, spool)
+    mode, ranks = start_runs(tree, spool)
     trajectory = spool / "trajectory.npz"
     trajectory.write_bytes(name.encode())
     for rank, run in enumerate(ranks):
