@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_judge import FAILURES, Row, judge
-from coverage_page import counted, page
-from coverage_zoo import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.coverage_judge import FAILURES, Row, judge  # noqa: E402
+from benchmarks.coverage_page import counted, page  # noqa: E402
+from benchmarks.coverage_zoo import ARCHITECTURES  # noqa: E402
 
 
 def main() -> int:

@@ -17,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from coverage_zoo import Architecture, Samples
 from torch import Tensor, nn
 
 import dpsgd_track
+from benchmarks.coverage_zoo import Architecture, Samples
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT, REFUSED, SKIPPED, CRASH, WRONG = "exact", "refused", "skipped", "crash", "wrong"

@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from coverage_judge import APART, FAILURES, OUTCOMES, SAME, THEN, Row
+from benchmarks.coverage_judge import APART, FAILURES, OUTCOMES, SAME, THEN, Row
 
 HEADING = """# Which architectures are exact
 

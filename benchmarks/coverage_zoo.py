@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import coverage_models as own
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from coverage_models import (
+from torch import Tensor, nn
+
+from benchmarks import coverage_models as own
+from benchmarks.coverage_models import (
     NUM_CLASSES,
     NUM_HEADS,
     NUM_PATCHES,
@@ -25,8 +27,6 @@ from coverage_models import (
     VOCAB,
     WIDTH,
 )
-from torch import Tensor, nn
-
 from dpsgd_track.privacy.loss import IGNORED, LOSSES, PerSampleLoss
 
 hf.logging.set_verbosity_error()

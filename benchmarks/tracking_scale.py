@@ -66,7 +66,7 @@ NUM_SCALARS = 10
 """Of a mode run's metrics, those that are logged in every step; the others are layers' norms."""
 GROUP = "scale"
 _WINDOW_S = 2.0
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 
 Request = tuple[float, float, int]
 """Unix time at which it was answered, seconds it took, metrics in it."""
@@ -302,22 +302,22 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
         create_s = time.time() - begin
         empty_bytes = database_bytes(place.database)
 
-        go, done, told = _CONTEXT.Event(), _CONTEXT.Event(), _CONTEXT.Queue()
+        go, done, told = CONTEXT.Event(), CONTEXT.Event(), CONTEXT.Queue()
         processes = []
         for group in groups:
             # A host that logs nothing has nothing to ship.
             if any(shape.node_of(rank) == groups.index(group) for rank in (0, *shape.logged)):
                 host = (str(group.folder), place.uri, experiment_id, shape.limit_s)
-                processes.append(_CONTEXT.Process(target=launcher, args=(*host, go, done, told)))
+                processes.append(CONTEXT.Process(target=launcher, args=(*host, go, done, told)))
         num_shippers = len(processes)
         runs = {-1: mode, **dict(enumerate(of_ranks))}
         pipes, num_processes = [], max(1, min(shape.ranks // 8, 4))
         for number in range(num_processes):
-            near, far = _CONTEXT.Pipe()
+            near, far = CONTEXT.Pipe()
             pipes.append(near)
             share = range(number, shape.ranks, num_processes)
             of_worker = (shape, str(folder), share, runs, far)
-            processes.append(_CONTEXT.Process(target=work, args=of_worker))
+            processes.append(CONTEXT.Process(target=work, args=of_worker))
         begin = time.time()
         for process in processes:
             process.start()
@@ -567,7 +567,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table:
         print(table(args.out))
         return 0
-    _CONTEXT.set_forkserver_preload(["__main__", "mlflow.tracking", "mlflow.entities"])
+    CONTEXT.set_forkserver_preload(["__main__", "mlflow.tracking", "mlflow.entities"])
     is_whole = True
     for shape in shapes(args):
         with tempfile.TemporaryDirectory(prefix="dpsgd-track-scale-") as folder:

@@ -28,7 +28,7 @@ NOISE_FROM = ("seed", "os")
 
 AUTO, GRADIENTS, GRAM, TILED = "auto", "gradients", "gram", "tiled"
 PLANS = (AUTO, GRADIENTS, GRAM, TILED)
-"""How norms of linear layers are found; `dpsgd_track.privacy.planner` says what each means."""
+"""How norms of linear layers are found; `dpsgd_track.privacy.norm_planner` says what each means."""
 
 CLASSIFICATION = "sequence-classification"
 CAUSAL_LM = "causal-lm"

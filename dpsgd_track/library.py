@@ -1,9 +1,10 @@
-"""The modes as a library: any of them under a training loop of one's own."""
+"""The modes as a library: runs any of them under the user's own training loop."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 
 from dpsgd_track.config import PrivacyConfig, require
 from dpsgd_track.distributed.ranks import world_size
-from dpsgd_track.distributed.sharding import as_local, trainable_parameters
+from dpsgd_track.distributed.sharding import trainable_parameters
+from dpsgd_track.kernels.device import HostCopy
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -22,7 +24,7 @@ from dpsgd_track.modes.reference import ReferenceMode
 from dpsgd_track.modes.table import check_mode, is_private, spec_of
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
-from dpsgd_track.privacy.guards import ModelGuard
+from dpsgd_track.privacy.guards import GradientGuard, ModelGuard
 from dpsgd_track.privacy.ledger import PrivacyLedger
 from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
@@ -31,23 +33,50 @@ from dpsgd_track.privacy.spot_check import SpotCheck, SpotChecks
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 OWN_MODES = (ComposedMode, ReferenceMode)
-"""Modes whose sum is bounded sample by sample, and of finite samples alone."""
+"""Modes that bound every sample's contribution and leave out samples that are not finite."""
 
 _AUDITED_ELEMENTS = 4096
-"""Of each parameter, elements in which another library's noise is looked for."""
+"""Elements of each parameter in which another library's noise is verified."""
 _AUDIT_ROUNDING = 0.02
-"""Error of a mean square that low precision may cause."""
+"""Error of the mean square that low precision may cause."""
 _HISTORY = "_dpsgd_track_history"
-"""Attribute of a model with what was spent on it; a copy of the model has a copy."""
+"""Attribute of a model that holds its ledger's history; copies of the model copy it too."""
 _PRIVATE = "_dpsgd_track_private"
-"""Attribute of an optimizer with what made it private last."""
+"""Attribute of an optimizer that holds the `PrivateTraining` that uses it."""
 
 
 class PrivateTraining:
-    """A model and its optimizer, made private; see `make_private`.
+    """A model and its optimizer, made private by `make_private`.
 
-    `backward` takes the place of `loss.backward()`. The optimizer's `step` then adds the noise
-    before it updates the weights, and raises where there is nothing that was clipped.
+    `backward` replaces `loss.backward()`. The optimizer's `step` then adds the noise before it
+    updates the weights, and raises if no clipped gradient was added.
+
+    The contract: exact, or refused in a sentence. For every mode of this package:
+
+    1. One sample contributes min(1, C / norm) times its gradient to the clipped sum, which is no
+       longer than C, whatever layers the model has, however they share parameters
+       (`test_capture`), and whichever dimension holds the samples
+       (`test_samples_are_told_apart_wherever_they_are`). A model for which this would not hold is
+       refused by name before anything is updated
+       (`test_what_would_not_be_exact_is_refused_by_name`).
+    2. The loss is one number a sample; a mean, a sum or [B, T] is refused
+       (`test_a_loss_that_is_not_one_number_a_sample_is_refused`).
+    3. The engine is compared with plain autograd on the first batch, on each new kind of batch and
+       at growing intervals. A difference beyond rounding raises
+       (`test_the_spot_check_finds_each_kind`). `spot_check=False` removes this check.
+    4. A sample whose loss or gradient is not finite adds nothing and is counted
+       (`test_a_sample_that_is_not_finite_adds_nothing`).
+    5. A batch is added whole or not at all (`test_a_batch_that_failed_can_be_added_in_halves`), and
+       `optimizer.zero_grad()` drops it (`test_zero_grad_forgets_the_batch`).
+    6. Later changes, such as BatchNorm in training mode, a parameter frozen or unfrozen, a layer
+       replaced, a weight used without a call of its module, or a buffer that keeps data, raise in
+       the first batch that they affect (`test_what_changes_later_is_refused_at_once`).
+    7. No step is taken without its noise, whatever a mode overrides
+       (`test_a_mode_that_could_skip_the_noise_is_refused`).
+    8. `epsilon` accounts for every step taken on the model, at its own sigma and sample rate,
+       resumes and earlier calls included (`test_epsilon_tells_the_whole_life`).
+    9. A copy of the model is an ordinary module with weights of its own
+       (`test_a_copy_is_an_ordinary_module`).
     """
 
     def __init__(
@@ -63,8 +92,8 @@ class PrivateTraining:
         self.mode = mode
         self.model = mode.model
         self.last: SampleRecord | None = None
-        """Losses, norms and clip factors of the last batch's samples, and which were left out. Not
-        private: noise protects the weights, and nothing else."""
+        """Losses, norms and clip factors of the last batch's samples. Not private: noise protects
+        the weights alone."""
         self._optimizer = optimizer
         self._ledger = ledger
         self._privacy = mode.context.privacy
@@ -73,8 +102,10 @@ class PrivateTraining:
         self._num_batches = 0
         self._num_own_steps = 0
         self._spoiled: BaseException | None = None
-        self._gradients = _GradientWatch(mode)
-        self._left_out = _LeftOut()
+        self._gradients = GradientGuard(
+            mode.model, keeps_sums_elsewhere=isinstance(mode, ComposedMode) and mode.clips
+        )
+        self._left_out = _LeftOutCounter()
         self._is_clearing = False
         self._is_closed = False
         self._guard = ModelGuard(mode.model) if mode.clips else None
@@ -85,40 +116,40 @@ class PrivateTraining:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        self._plain_zero_grad = optimizer.zero_grad
+        self._original_zero_grad = optimizer.zero_grad
         optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
         setattr(optimizer, _PRIVATE, self)
 
     @property
     def num_steps(self) -> int:
-        """Noisy steps taken on the model so far, those before it was last made private included."""
+        """Noisy steps taken on the model so far, also before this call of `make_private`."""
         return self._ledger.num_steps
 
     @property
     def spot_checks(self) -> SpotChecks:
-        """How often the engine was held against plain autograd, and what that took."""
+        """Number and time of the comparisons with plain autograd so far."""
         return self._spot_check.cost if self._spot_check is not None else SpotChecks()
 
     @property
     def num_left_out(self) -> int:
-        """Samples so far that added nothing because their loss or gradient was not finite."""
+        """Samples that were left out so far as their loss or gradient was not finite."""
         return self._left_out.count()
 
     def backward(self, inputs: Inputs, targets: Tensor) -> Tensor:
         """Add the clipped gradients of a batch, or of one micro-batch of several.
 
-        Under several ranks each calls it equally often, with samples of its own; any of them may
-        have none, as happens under Poisson sampling.
+        Each rank calls it equally often, with its own samples. A batch may be empty, as happens
+        under Poisson sampling.
 
         Args:
-            inputs: what the model is called with: one tensor, several, or keyword arguments.
-                Dimension 0 of every tensor is the sample.
-            targets: what the loss compares with, likewise.
+            inputs: arguments of the model: one tensor, several, or keyword arguments. Dimension 0
+                of every tensor is the sample.
+            targets: second argument of the loss; dimension 0 is the sample.
         Returns:
-            Loss of each sample, [B], without a graph.
+            Loss of each sample, [B], detached.
         Raises:
             ValueError: the model or its loss has become one whose per-sample gradients are not
-                known exactly. Nothing is updated with the batch.
+                known exactly. The batch is not added.
         """
         self._refuse_unless_whole()
         self._gradients.check()
@@ -130,20 +161,20 @@ class PrivateTraining:
                     self._spot_check.before(batch)
                 self.last = self.mode.accumulate(batch)
                 is_added = True
-                self._refuse_what_is_not_finite(self.last)
+                self._refuse_non_finite(self.last)
                 if self._spot_check is not None:
                     self._spot_check.after(batch, self.last)
         except BaseException as error:
             if is_added or not self.mode.is_atomic:
                 self._spoiled = error
             raise
-        self._gradients.take()
+        self._gradients.note()
         self._left_out.add(self.last)
         self._num_batches += 1
         return self.last.loss_B
 
     def epsilon(self, delta: float, *, accountant: str = "rdp") -> float:
-        """What has been spent on the model so far, at `delta`, over its whole life.
+        """Epsilon of all steps taken on the model so far, at `delta`.
 
         Args:
             delta: probability at which the bound may fail, between 0 and 1.
@@ -161,15 +192,15 @@ class PrivateTraining:
         return self._ledger.epsilon(delta, accountant)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know, beside the model's and the optimizer's state."""
+        """The ledger's state, to be saved beside the model's and the optimizer's."""
         return self._ledger.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after a run whose state this was: what it spent counts; no noise is drawn twice.
+        """Continue after the run that saved `state`: its steps count, and no noise is drawn twice.
 
         Raises:
-            ValueError: it is not such a state, steps were taken already, or it knows less than
-                the model.
+            ValueError: it is not such a state, steps were taken already, or it has fewer steps than
+                the model has taken.
         """
         require(
             self._num_own_steps == 0,
@@ -189,7 +220,7 @@ class PrivateTraining:
         self._note_history()
 
     def close(self) -> None:
-        """Give the optimizer back as it was. Nothing can be added from then on."""
+        """Restore the optimizer. No batch can be added afterwards."""
         for handle in self._handles:
             handle.remove()
         vars(self._optimizer).pop("zero_grad", None)
@@ -226,8 +257,8 @@ class PrivateTraining:
                 "the sum in part. Call optimizer.zero_grad(), and add the step's batches again."
             ) from self._spoiled
 
-    def _refuse_what_is_not_finite(self, record: SampleRecord) -> None:
-        # Our own modes leave such a sample out; another's has it in its sum.
+    def _refuse_non_finite(self, record: SampleRecord) -> None:
+        # Our own modes leave such a sample out; another library's has added it.
         if type(self.mode) in OWN_MODES or not record.num_left_out:
             return
         raise ValueError(
@@ -253,15 +284,15 @@ class PrivateTraining:
         self._gradients.check()
         self._gradients.release()
         clipped = self.mode.clipped_sum()
-        audited = None
+        audit = None
         if type(self.mode) not in OWN_MODES:
             _check_sum(self.mode, clipped, self._privacy.max_grad_norm)
-            audited = _NoiseAudit(clipped, self._privacy)
-        # What is divided and has noise must not be taken for a sum again.
+            audit = _NoiseAudit(clipped, self._privacy)
+        # From here on the sum is divided and noisy, and must not be taken for a sum again.
         self._spoiled = RuntimeError("a step did not end")
         noised = self.mode.privatize(clipped, NoiseSource(self._noise_key, self.num_steps))
-        if audited is not None:
-            audited.check(noised)
+        if audit is not None:
+            audit.check(noised)
         self._ledger.record(self._privacy.noise_multiplier, self._sample_rate)
         self._num_own_steps += 1
         self._note_history()
@@ -270,8 +301,8 @@ class PrivateTraining:
         self._zero_grad()
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the step's gradients and batches, the optimizer's own and the mode's."""
-        self._plain_zero_grad(set_to_none)
+        """Drop the step's batches, and the gradients of the optimizer and the mode."""
+        self._original_zero_grad(set_to_none)
         if self._is_clearing:
             return
         self._is_clearing = True
@@ -288,99 +319,32 @@ class PrivateTraining:
         vars(self.model)[_HISTORY] = tuple(map(tuple, self._ledger.history))
 
 
-class _GradientWatch:
-    """Sees what others do to `.grad` while batches are being added.
-
-    Our own modes keep their sums elsewhere; a parameter's gradient of zeros then stands for them.
-    """
-
-    def __init__(self, mode: Mode) -> None:
-        parameters = list(trainable_parameters(mode.model).values())
-        self._keeps_sums_elsewhere = isinstance(mode, ComposedMode) and mode.clips
-        if self._keeps_sums_elsewhere:
-            parameters = sorted(parameters, key=Tensor.numel)[:1]
-        self._parameters = parameters
-        self._taken: list[tuple[Tensor | None, int]] = []
-
-    def take(self) -> None:
-        """Remember the gradients as they are after a batch was added."""
-        if self._keeps_sums_elsewhere and not self._taken:
-            for parameter in self._parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        self._taken = [(p.grad, _version(p.grad)) for p in self._parameters]
-
-    def check(self) -> None:
-        """
-        Raises:
-            RuntimeError: somebody has cleared a gradient, or added to it, since.
-        """
-        for parameter, (gradient, version) in zip(self._parameters, self._taken, strict=False):
-            if parameter.grad is gradient and _version(gradient) == version:
-                continue
-            was_cleared = parameter.grad is None or not bool(as_local(parameter.grad).any())
-            what = (
-                "one that was cleared, as model.zero_grad() does. Call optimizer.zero_grad(): it "
-                "forgets the batches too"
-                if was_cleared
-                else "another. A backward of another loss has added to it, and it is not clipped"
-            )
-            raise RuntimeError(f".grad: expected the gradient that backward() left, got {what}.")
-
-    def release(self) -> None:
-        """Take away what stands for sums that are kept elsewhere."""
-        if self._keeps_sums_elsewhere and self._taken:
-            for parameter, (gradient, _) in zip(self._parameters, self._taken, strict=True):
-                if parameter.grad is gradient:
-                    parameter.grad = None
-        self._taken = []
-
-
-def _version(gradient: Tensor | None) -> int:
-    return 0 if gradient is None else gradient._version
-
-
-class _LeftOut:
+class _LeftOutCounter:
     """Counts samples that added nothing because they were not finite; warns of the first.
 
-    A GPU is not waited for: its answer is read when it has come.
+    Does not wait for a GPU: a batch's count is read once it has reached the host.
     """
 
     def __init__(self) -> None:
-        self.total = 0
-        self._pending: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._total = 0
+        self._pending: deque[HostCopy] = deque()
         self._has_warned = False
 
     def add(self, record: SampleRecord) -> None:
         """Count the samples of one batch."""
-        if record.clip_factor_B is None or not len(record.clip_factor_B):
-            return
-        count = record.clip_factor_B.eq(0).sum()
-        if count.is_cuda:
-            on_host = torch.empty((), dtype=count.dtype, pin_memory=True)
-            on_host.copy_(count, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending.append((on_host, event))
-        else:
-            self._pending.append((count, None))
-        self._read(waits=False)
+        if record.clip_factor_B is not None and len(record.clip_factor_B):
+            self._pending.append(HostCopy(record.clip_factor_B.eq(0).sum()))
+            self._read(waits=False)
 
     def count(self) -> int:
         """Samples left out so far."""
         self._read(waits=True)
-        return self.total
+        return self._total
 
     def _read(self, *, waits: bool) -> None:
-        while self._pending:
-            count, event = self._pending[0]
-            if event is not None and waits:
-                event.synchronize()
-            elif event is not None and not event.query():
-                return
-            del self._pending[0]
-            self.total += int(count)
-        if self.total and not self._has_warned:
+        while self._pending and (waits or self._pending[0].has_arrived):
+            self._total += int(self._pending.popleft().wait())
+        if self._total and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 "The loss or the gradient of a sample is not finite: such samples add nothing. "
@@ -390,7 +354,7 @@ class _LeftOut:
 
 
 class _NoiseAudit:
-    """Whether a library's own step has added the noise that it was asked for."""
+    """Verifies that another library's step adds noise of the size that it was asked for."""
 
     def __init__(self, clipped: ClippedSum, privacy: PrivacyConfig) -> None:
         self.privacy = privacy
@@ -400,9 +364,10 @@ class _NoiseAudit:
         }
 
     def check(self, noised: Mapping[str, Tensor]) -> None:
-        """
+        """Compare the noise's standard deviation with sigma C.
+
         Raises:
-            RuntimeError: the noise is missing or of another size.
+            RuntimeError: the noise is missing, or has another standard deviation.
         """
         sigma = self.privacy.noise_multiplier
         if sigma == 0:
@@ -415,9 +380,9 @@ class _NoiseAudit:
             ]
         )
         z = noise / (sigma * self.privacy.max_grad_norm)
-        # Of n normal numbers, the mean square is within six standard errors of 1.
-        off = abs(float(z.square().mean()) - 1)
-        if off > 6 * math.sqrt(2 / max(len(z), 1)) + _AUDIT_ROUNDING:
+        # The mean square of n standard normal numbers is within six standard errors of 1.
+        error = abs(float(z.square().mean()) - 1)
+        if error > 6 * math.sqrt(2 / max(len(z), 1)) + _AUDIT_ROUNDING:
             raise RuntimeError(
                 f"noise: expected a standard deviation of {sigma * self.privacy.max_grad_norm:.4g} "
                 f"on the sum, got {float(noise.std()):.4g}. Nothing was updated."
@@ -441,57 +406,32 @@ def make_private(
 ) -> PrivateTraining:
     """Make a training loop private.
 
-    The contract, exact or refused in a sentence. For every mode of our own:
-
-    1. One sample's contribution to the clipped sum is no longer than C, and is min(1, C / norm)
-       times its gradient: whatever layers the model has, however they share parameters
-       (`test_capture`), and wherever they have the samples
-       (`test_samples_are_told_apart_wherever_they_are`). What would not be so is refused by name
-       before anything is updated (`test_what_would_not_be_exact_is_refused_by_name`).
-    2. The loss is one number a sample; a mean, a sum or [B, T] is refused
-       (`test_a_loss_that_is_not_one_number_a_sample_is_refused`).
-    3. The engine is held against plain autograd on the first batch, on each new kind of batch and
-       at growing intervals; where they disagree beyond rounding, it raises
-       (`test_the_spot_check_finds_each_kind`). `spot_check=False` takes this net away.
-    4. A sample whose loss or gradient is not finite adds nothing and is counted
-       (`test_a_sample_that_is_not_finite_adds_nothing`).
-    5. A batch is added whole or not at all (`test_a_batch_that_failed_can_be_added_in_halves`), and
-       `optimizer.zero_grad()` forgets it (`test_zero_grad_forgets_the_batch`).
-    6. What changes later, such as BatchNorm in training mode, a parameter frozen or unfrozen, a
-       layer replaced, a weight used behind its module's back, or a buffer that keeps data, raises
-       in the batch in which it begins (`test_what_changes_later_is_refused_at_once`).
-    7. No step is taken without its noise, whatever a mode overrides
-       (`test_a_mode_that_could_skip_the_noise_is_refused`).
-    8. `epsilon` tells of every step taken on the model, at its own sigma and sample rate, resumes
-       and earlier calls included (`test_epsilon_tells_the_whole_life`).
-    9. A copy of the model is an ordinary module with weights of its own
-       (`test_a_copy_is_an_ordinary_module`).
+    The contract is in the docstring of `PrivateTraining`.
 
     Args:
-        model: whole and unsharded, or sharded by `fully_shard` already for a mode under FSDP2. It
-            is changed in place, under FSDP2 alone.
-        optimizer: over the model's parameters, torch's own, and not used yet unless it was private
-            already. It stays the one to use; under FSDP2 it is handed the sharded parameters.
+        model: unsharded, or sharded by `fully_shard` already for a mode under FSDP2. Only a mode
+            under FSDP2 changes it, in place.
+        optimizer: a torch optimizer over the model's parameters that has not stepped, unless it was
+            private before. It stays in use; under FSDP2 it is given the sharded parameters.
         noise_multiplier: sigma, the standard deviation of the noise in units of `max_grad_norm`.
         max_grad_norm: C, the bound on the norm of one sample's gradient.
         expected_batch_size: samples that a step is expected to hold over all ranks and
-            micro-batches; the divisor of the noisy sum. Fixed, whatever a batch holds.
+            micro-batches; the divisor of the noisy sum, whatever a batch's own size.
         mode: any mode: `python launch.py modes` lists them.
         loss: a task's name (see `dpsgd_track.privacy.loss`), or a function
             (logits, targets) -> [B] in which no sample's loss depends on another.
-        sample_rate: probability with which a step takes each sample, for `epsilon`; 1.0 where
-            batches are not drawn by Poisson sampling.
-        seed: noise from a seed, the same at every run, for tests; None draws a key from the
-            operating system.
-        param_dtype: what the forward and backward compute in, with float32 weights.
+        sample_rate: probability with which a step takes each sample, for `epsilon`; 1.0 if batches
+            are not drawn by Poisson sampling.
+        seed: seed of the noise, which makes runs reproducible, for tests; None takes a secret key
+            from the operating system.
+        param_dtype: type of the forward and backward; weights stay float32.
         num_replicas: copies of the model among the ranks, under FSDP2.
-        spot_check: hold the engine against plain autograd now and then (see
-            `dpsgd_track.privacy.spot_check`). It runs the model's forward more often than there
-            are batches.
+        spot_check: compare the engine with plain autograd now and then (see
+            `dpsgd_track.privacy.spot_check`), which runs extra forwards of the model.
 
     Raises:
         ValueError: a setting is out of range, the mode cannot clip a parameter exactly, or it
-            could take a step whose noise nobody can vouch for.
+            overrides methods that add the noise.
     """
     check_mode(mode)
     needs_no_bound = is_private(mode) or noise_multiplier == 0
@@ -506,9 +446,9 @@ def make_private(
     if spec is not None and spec.runs_on_one_device:
         advice = "Choose a mode under FSDP2, such as flash_fsdp_bk."
         require(world_size() == 1, "mode", mode, "a mode for several ranks", advice)
-    _take_over(optimizer)
+    _close_earlier(optimizer)
     device = next(model.parameters()).device
-    repoint = _Repointed(model, optimizer)
+    rebind = _OptimizerRebinding(model, optimizer)
     context = ModeContext(
         privacy=PrivacyConfig(
             noise_multiplier=noise_multiplier,
@@ -517,7 +457,7 @@ def make_private(
         ),
         device=device,
         param_dtype=param_dtype,
-        make_optimizer=lambda parameters: repoint(),
+        make_optimizer=lambda parameters: rebind(),
         loss=loss,
         num_replicas=num_replicas,
     )
@@ -534,22 +474,22 @@ def make_private(
     )
 
 
-def _take_over(optimizer: Optimizer) -> None:
-    """Undo what made the optimizer private before; raise where its steps are unknown."""
+def _close_earlier(optimizer: Optimizer) -> None:
+    """Close the optimizer's earlier `PrivateTraining`; refuse unless its past steps are known."""
     name = type(optimizer).__name__
     is_own = isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks")
     advice = "Make it private before another library wraps it."
     require(is_own, "optimizer", name, "an optimizer of torch's own kind", advice)
-    before: PrivateTraining | None = getattr(optimizer, _PRIVATE, None)
-    if before is not None:
-        before.close()
+    earlier: PrivateTraining | None = getattr(optimizer, _PRIVATE, None)
+    if earlier is not None:
+        earlier.close()
         return
     has_stepped = any(int(state.get("step", 1)) != 0 for state in optimizer.state.values())
     require(not has_stepped, "optimizer", name, "one without a past step")
 
 
 def _ledger_of(model: nn.Module) -> PrivacyLedger:
-    """What was spent on the model before."""
+    """Ledger of the steps that were taken on the model before."""
     ledger = PrivacyLedger(vars(model).get(_HISTORY, ()))
     if ledger.num_steps:
         warnings.warn(
@@ -561,22 +501,21 @@ def _ledger_of(model: nn.Module) -> PrivacyLedger:
 
 
 def _refuse_own_updates(name: str, mode: Mode, optimizer: Optimizer) -> None:
-    """Raise where a step could be one that nobody here has added noise to."""
+    """Refuse a mode that could take a step without this package's noise."""
     for method in ("privatize", "step", "_write_gradients", "weight_parts"):
-        found = getattr(type(mode), method)
-        is_ours = found.__module__.split(".")[0] == __name__.split(".")[0]
-        is_replaced = method in vars(mode) or not is_ours
+        package = getattr(type(mode), method).__module__.split(".")[0]
+        is_replaced = method in vars(mode) or package != __name__.split(".")[0]
         advice = "The noise would be the mode's own matter, and epsilon() a guess."
         require(not is_replaced, "mode", name, f"a mode without a {method}() of its own", advice)
     updated = {id(parameter) for parameter in _parameters_of(optimizer)}
     trained = trainable_parameters(mode.model)
-    lost = [name for name, parameter in trained.items() if id(parameter) not in updated]
-    allowed = f"a mode that trains the optimizer's parameters; it lacks {', '.join(lost)}"
-    require(not lost, "mode", name, allowed)
+    missing = [name for name, parameter in trained.items() if id(parameter) not in updated]
+    allowed = f"a mode that trains the optimizer's parameters; it lacks {', '.join(missing)}"
+    require(not missing, "mode", name, allowed)
 
 
 def _check_sum(mode: Mode, clipped: ClippedSum, max_grad_norm: float) -> None:
-    """Raise unless a mode's own sum is finite, and bounded as noise was asked for."""
+    """Raise unless a mode's sum is finite, with a sensitivity of at least C."""
     name = type(mode).__name__
     advice = "Noise is calibrated to it."
     is_bounded = clipped.sensitivity >= max_grad_norm
@@ -592,8 +531,8 @@ def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-class _Repointed:
-    """Hands an optimizer the parameters that a mode has put in the place of its own."""
+class _OptimizerRebinding:
+    """Gives an optimizer the parameters by which a mode has replaced the model's."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
@@ -602,21 +541,18 @@ class _Repointed:
             [name_of.get(id(parameter), "") for parameter in group["params"]]
             for group in optimizer.param_groups
         ]
-        known = {name for names in self.names for name in names}
-        missing = {n for n, p in model.named_parameters() if p.requires_grad} - known
-        require("" not in known, "optimizer", type(optimizer).__name__, "the model's parameters")
-        advice = "Add them, or freeze them."
-        require(not missing, "optimizer", type(optimizer).__name__, _all_of(missing), advice)
+        updated = {name for names in self.names for name in names}
+        missing = trainable_parameters(model).keys() - updated
+        kind, advice = type(optimizer).__name__, "Add them, or freeze them."
+        require("" not in updated, "optimizer", kind, "the model's parameters")
+        allowed = f"all trainable parameters; it lacks {', '.join(sorted(missing))}"
+        require(not missing, "optimizer", kind, allowed, advice)
 
     def __call__(self) -> Optimizer:
         parameters = dict(self.model.named_parameters())
         for group, names in zip(self.optimizer.param_groups, self.names, strict=True):
             group["params"] = [parameters[name] for name in names]
         return self.optimizer
-
-
-def _all_of(missing: set[str]) -> str:
-    return f"all trainable parameters; it lacks {', '.join(sorted(missing))}"
 
 
 def _batch(inputs: Inputs, targets: Tensor) -> Batch:

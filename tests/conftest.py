@@ -9,7 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from dpsgd_track.launcher.hardware import count_gpus
-from tests.support.forked_ranks import ForkedRanks, forked_ranks
+
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.forked_ranks import ForkedRanks, forked_ranks  # noqa: E402
 
 
 def _compute_on_one_core() -> None:

@@ -1,4 +1,4 @@
-"""Imports point downward only, and the comparing half needs no torch."""
+"""Imports point downward only, the comparing half needs no torch, and tests stand alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.conftest import LONGEST
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dpsgd_track"
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # What each room may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
@@ -31,13 +32,12 @@ ALLOWED: dict[str, set[str]] = {
         "distributed",
         "kernels",
         "modes",
-        "mutants",
         "privacy",
         "record",
         "store",
         "text_file",
     },
-    "launcher": {"cli", "config", "modes", "mutants", "record", "store", "training"},
+    "launcher": {"cli", "config", "modes", "record", "store", "training"},
     "comparison": {"config", "modes", "record", "store", "text_file"},
     "report": {"comparison", "config", "modes", "record", "store"},
     "mutants": {
@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "record",
         "report",
         "store",
+        "training",
     },
     "cli": {
         "comparison",
@@ -117,3 +118,12 @@ def test_the_light_half_imports_no_torch() -> None:
 def test_test_files_that_start_first_are_there() -> None:
     names = {path.name for path in (ROOT / "tests").glob("test_*.py")}
     assert set(LONGEST) <= names
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_what_tests_share_is_in_support(path: Path) -> None:
+    """No test module imports another one, and none takes a private name of what is shared."""
+    for name in _imports(path):
+        assert not name.startswith("tests.test_"), f"{path.name} imports {name}"
+        is_shared = name.startswith(("tests.", "benchmarks."))
+        assert not (is_shared and "._" in name), f"{path.name} imports {name}"

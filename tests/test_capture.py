@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from dpsgd_track.config import AUTO, GRADIENTS, TILED, PrivacyConfig
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.modes.table import MODES, takes_plan
+from dpsgd_track.modes.table import MODES, takes_norm_plan
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.layers.inventory import find_layers
 
@@ -29,7 +29,7 @@ OURS = [
     for name, spec in MODES.items()
     if spec.strategy in ("two_pass", "bookkeeping") and spec.runs_on_one_device
     for plan in (AUTO, GRADIENTS, TILED)
-    if plan == AUTO or takes_plan(name, plan)
+    if plan == AUTO or takes_norm_plan(name, plan)
 ]
 """Modes by name, and with a plan that they would not choose for what is so small: `mode/plan`."""
 # float64 throughout.
@@ -53,7 +53,7 @@ def mode_of(name: str, model: nn.Module, max_grad_norm: float = 1.0) -> Mode:
         param_dtype=torch.float32,
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         loss=sum_loss,
-        plan=plan or AUTO,
+        norm_plan=plan or AUTO,
     )
     return build_mode(name, model, context)
 

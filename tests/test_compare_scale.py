@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare_scale import ROOT, SPIKED, Shape, mode_metrics, record, write_group
 
+from benchmarks.compare_scale import ROOT, SPIKED, Shape, mode_metrics, record, write_group
 from dpsgd_track.config import Settings
 from dpsgd_track.record import names
 from dpsgd_track.report.thinning import MOST

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from coverage_judge import (
+from torch import Tensor
+
+import dpsgd_track
+from benchmarks.coverage_judge import (
     CRASH,
     EXACT,
     FAILURES,
@@ -20,11 +23,8 @@ from coverage_judge import (
     is_refusal,
     judge,
 )
-from coverage_page import page
-from coverage_zoo import ARCHITECTURES, Architecture
-from torch import Tensor
-
-import dpsgd_track
+from benchmarks.coverage_page import page
+from benchmarks.coverage_zoo import ARCHITECTURES, Architecture
 from dpsgd_track.privacy import engine
 from dpsgd_track.privacy.spot_check import SpotCheck
 

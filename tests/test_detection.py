@@ -19,18 +19,19 @@ from dpsgd_track.cli.launch import main
 from dpsgd_track.comparison.result import Guilty
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.modes.table import MODES
-from dpsgd_track.mutants import FAULTS, KINDS
-from dpsgd_track.mutants.choice import chosen_faults, planted_in, planted_in_turn
+from dpsgd_track.mutants.catalogue import KINDS, MUTANTS
+from dpsgd_track.mutants.choice import chosen_mutants, planted_in, planted_in_turn
 from dpsgd_track.mutants.coverage import coverage
-from dpsgd_track.mutants.fault import FSDP_MODES
 from dpsgd_track.mutants.matrix import Matrix, Row
 from dpsgd_track.mutants.matrix_text import markdown, summary
-from tests.test_end_to_end import ROOT, Workspace
+from dpsgd_track.mutants.mutant import FSDP_MODES
+from tests.support import ROOT
+from tests.support.workspace import Workspace
 
 # One launch of many modes, beside which another worker may start process groups of its own.
 pytestmark = pytest.mark.timeout(600)
 
-THIRD = [name for number, name in enumerate(FAULTS) if number % 3 == 0]
+THIRD = [name for number, name in enumerate(MUTANTS) if number % 3 == 0]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,11 @@ def told(third: tuple[Workspace, str]) -> dict[str, Any]:
 
 
 def test_a_third_holds_faults_of_every_class() -> None:
-    assert {FAULTS[name].kind for name in THIRD} >= set(KINDS)
+    assert {MUTANTS[name].kind for name in THIRD} >= set(KINDS)
 
 
 def test_every_fault_is_found(told: Any) -> None:
-    assert [row["fault"] for row in told["rows"]] == [f.name for f in chosen_faults(THIRD)]
+    assert [row["fault"] for row in told["rows"]] == [f.name for f in chosen_mutants(THIRD)]
     assert [row["label"] for row in told["rows"] if not row["is_detected"]] == []
 
 
@@ -177,13 +178,13 @@ def test_the_list_runs_nothing(
     monkeypatch.chdir(tmp_path)
     assert main(["faults", "--list"], detect=detect) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in FAULTS)
+    assert all(name in listed for name in MUTANTS)
     assert not list(tmp_path.iterdir())
 
 
 def test_faults_are_planted_in_turn_and_each_once() -> None:
-    planned = planted_in_turn(chosen_faults([]))
-    assert len(set(planned)) == len(planned) == 1 + len(FSDP_MODES) + len(FAULTS)
+    planned = planted_in_turn(chosen_mutants([]))
+    assert len(set(planned)) == len(planned) == 1 + len(FSDP_MODES) + len(MUTANTS)
     hosts = Counter(name.partition("+")[0] for name in planned if "+" in name)
     assert set(hosts) == set(FSDP_MODES)
     assert max(hosts.values()) < 2 * min(hosts.values())
@@ -191,15 +192,15 @@ def test_faults_are_planted_in_turn_and_each_once() -> None:
 
 @pytest.mark.parametrize("mode", [m for m, s in MODES.items() if s.strategy == "bookkeeping"])
 def test_one_of_our_modes_takes_every_fault_that_fits_it(mode: str) -> None:
-    planned = planted_in(mode, chosen_faults([]))
+    planned = planted_in(mode, chosen_mutants([]))
     assert {name.partition("+")[0] for name in planned} == {mode, "no_dp"}
-    assert len(planned) - 2 == sum(fault.fits(mode) for fault in FAULTS.values())
+    assert len(planned) - 2 == sum(mutant.fits(mode) for mutant in MUTANTS.values())
 
 
 def _row(**changes: Any) -> Row:
     guilty = Guilty(stage="clipped sum", regime="probe-clip", step=0, layers=("gate.weight",))
     row = Row(
-        fault=FAULTS["sign_flipped"],
+        fault=MUTANTS["sign_flipped"],
         mode="flash_fsdp",
         label="flash_fsdp+sign_flipped",
         verdict=Verdict.BUG,
@@ -233,7 +234,7 @@ def test_a_row_is_right_only_in_stage_and_place_and_time() -> None:
 
 
 def test_of_a_fault_that_is_everywhere_no_few_layers_may_be_blamed() -> None:
-    fault = FAULTS["averaged_over_ranks"]
+    fault = MUTANTS["averaged_over_ranks"]
     guilty = Guilty(stage="clipped sum", regime="probe-clip", step=0)
     assert _row(fault=fault, guilty=guilty).has_right_place
     for number, is_right in ((1, False), (8, False), (9, True), (25, True)):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,41 +14,13 @@ from mlflow import MlflowClient
 
 from dpsgd_track.comparison import Verdict, compare_group
 from dpsgd_track.comparison.result import GroupComparison
-from dpsgd_track.config import Settings, Thresholds
+from dpsgd_track.config import Thresholds
 from dpsgd_track.modes.table import FULL, MODES
 from dpsgd_track.record import names
 from dpsgd_track.record.trajectory import Trajectory, sketch_distance
-from dpsgd_track.store.reader import Group, open_client, read_group
+from tests.support.workspace import Workspace
 
-ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = [mode for mode in FULL if MODES[mode].is_private]
-
-
-class Workspace:
-    """A folder that a user works in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
-        self.search_path: list[str] = []
-        """Folders with modes of the user's own."""
-
-    def run(
-        self, script: str, *arguments: str, timeout_s: float = 280
-    ) -> subprocess.CompletedProcess[str]:
-        search_path = os.pathsep.join([*self.search_path, str(ROOT)])
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": search_path, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-
-    def group(self, name: str) -> Group:
-        return read_group(open_client(self.uri), Settings(tracking_uri=self.uri), name)
 
 
 @pytest.fixture(scope="module")

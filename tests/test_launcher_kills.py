@@ -25,7 +25,7 @@ from dpsgd_track.record import names
 from dpsgd_track.store.history import all_points
 from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.spooled import SpooledGroup
-from tests.test_launcher_modes import living
+from tests.support.launches import kill_all, living
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = (
@@ -169,21 +169,6 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def kill_launcher(launcher: subprocess.Popen[str]) -> None:
     launcher.kill()
-    launcher.wait()
-
-
-def kill_all(launcher: subprocess.Popen[str]) -> None:
-    """As a machine that stops: nobody sees anybody else go."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(launcher.pid)
-        process.suspend()
-        everybody = [*process.children(recursive=True), process]
-        for each in everybody:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.suspend()
-        for each in {*everybody, *process.children(recursive=True)}:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
     launcher.wait()
 
 

@@ -21,10 +21,9 @@ from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.shipper import Shipper
 from dpsgd_track.store.spool import SpoolWriter
 from tests.support import fake_launch
+from tests.support.launches import kill_all, living, start
 from tests.support.synthetic_group import empty_tables
 from tests.support.tracking_servers import MlflowServer, Wire, shared_server
-from tests.test_launcher_kills import kill_all
-from tests.test_launcher_modes import living, start
 
 NO_DP = ("--mode", "no_dp", "--regime", "accuracy")
 SECRET = "a-secret-never-to-be-seen"
@@ -274,16 +273,16 @@ def test_a_spool_that_cannot_be_read_is_in_nobodys_way(folder, capsys):
     a_group_in_the_making("first").close()
     other = Path("spool/other")
     other.mkdir()
-    (other / "000001-launcher.control").write_bytes(b"dpsgd-track spool 2\n")
+    (other / "000001-launcher.control").write_bytes(b"dpsgd-track spool 1\n")
     assert read_group_anywhere(Settings(), "latest", print).group.name == "first"
-    assert "other/000001-launcher.control: expected a spool file of version 1" in (
+    assert "other/000001-launcher.control: expected a spool file of version 2" in (
         capsys.readouterr().out
     )
     a_group_in_the_making("second").close()
     assert "group other: spool/other/000001-launcher.control: " in capsys.readouterr().out
     assert compare.main(["other"]) == fake_launch.run(["sync", "other"]) == 2
     said = capsys.readouterr().err
-    assert said.count("expected a spool file of version 1. Ship it with") == 2
+    assert said.count("expected a spool file of version 2. Ship it with") == 2
     assert said.count("\n") == 2
     assert fake_launch.run(["sync"]) == 1
     assert "other: NOT shipped. " in capsys.readouterr().out
@@ -296,7 +295,7 @@ def test_one_workers_damaged_file_keeps_back_nothing_else(folder, capsys):
     recording.tree.finish_open("FINISHED", "")
     (recording.spool / "000002-no_dp-rank0.records").write_bytes(bytes(100))
     recording.close()
-    assert "expected a spool file of version 1" in recording.left_behind
+    assert "expected a spool file of version 2" in recording.left_behind
     assert fake_launch.run(["sync"]) == 1
     assert "NOT all of it is at" in capsys.readouterr().out
     assert statuses("g") == {"FINISHED": 4}

@@ -1,12 +1,9 @@
 """Modes as real process groups of a fake worker, over a real SQLite store."""
 
 import json
-import os
-import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,11 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dpsgd_track.launcher.processes import MARKER
 from dpsgd_track.record import names
-from tests.support.synthetic_group import empty_tables
+from tests.support.launches import living, start
 
-ROOT = Path(__file__).parent.parent
 TOKEN = "hf_a_secret_never_to_be_seen"
 
 
@@ -29,23 +24,6 @@ class Run:
     status: str
     tags: dict[str, str]
     params: dict[str, str]
-
-
-def start(
-    folder: Path, *argv: str, plan: dict | None = None, makes_store: bool = False
-) -> subprocess.Popen[str]:
-    if not makes_store:
-        shutil.copy(empty_tables(), folder / "mlflow.db")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_WORKER": json.dumps(plan or {})}
-    environment.pop("HF_TOKEN", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.fake_launch", *argv],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def runs(folder: Path) -> dict[str, Run]:
@@ -64,19 +42,6 @@ def runs(folder: Path) -> dict[str, Run]:
         return f"{path(parent)}/{name}" if parent else name
 
     return {path(i): Run(status, tags[i], params[i]) for i, status in found.items()}
-
-
-def living(folder: Path) -> list[psutil.Process]:
-    """Processes of a launch in `folder`."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            here = process.cwd() == str(folder) and MARKER in process.environ()
-            if here and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def wait_for(condition, timeout_s: float = 40.0) -> None:

@@ -44,8 +44,8 @@ from dpsgd_track.store.find_group import read_group_anywhere
 from dpsgd_track.store.opening import StoreError, open_store
 from dpsgd_track.store.spooled import ELSEWHERE, SpooledGroup, part_of, spooled_groups
 from tests.support import fake_launch
+from tests.support.launches import living, start
 from tests.support.tracking_servers import MlflowServer, closed_port, shared_server
-from tests.test_launcher_modes import living, start
 
 
 def job(mode: str = "no_dp", num_ranks: int = 2, seed: int = 42) -> JobConfig:

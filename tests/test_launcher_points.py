@@ -20,7 +20,7 @@ from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import Recording, open_group
 from dpsgd_track.modes import table
 from dpsgd_track.record import names
-from dpsgd_track.record.failure import Failure, FailureKind
+from dpsgd_track.record.failure import Failure
 from dpsgd_track.record.plan import PLAN, GroupPlan
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.store.find_group import read_group_anywhere

@@ -26,6 +26,7 @@ from dpsgd_track.store.history import metric_history
 from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.reader import _local_folder, open_client
 from tests.support import fake_launch
+from tests.support.store_launches import SECRET, launch, refuse, statuses
 from tests.support.synthetic_group import empty_tables
 from tests.support.tracking_servers import (
     MlflowServer,
@@ -34,8 +35,6 @@ from tests.support.tracking_servers import (
     gate,
     shared_server,
 )
-
-SECRET = "a-secret-never-to-be-seen"
 
 
 @pytest.fixture
@@ -53,26 +52,6 @@ def database(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
     open_store(Settings(tracking_uri=f"sqlite:///{path}"))
     return path
-
-
-def launch(uri: str, *options: str) -> int:
-    arguments = ("--mode", "no_dp", "--regime", "accuracy", "--tracking-uri", uri)
-    return fake_launch.run(["quick", *arguments, *options])
-
-
-def refuse(capsys: pytest.CaptureFixture[str], uri: str, *options: str) -> str:
-    """Launch on a store that cannot be used; what is said."""
-    start = time.monotonic()
-    assert launch(uri, *options) == 2
-    assert time.monotonic() - start < 15
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("launch.py: ")
-    assert said.err.count("\n") == 1
-    assert SECRET not in said.err
-    for place in ("spool", "results"):
-        assert not Path(place).exists() or not list(Path(place).iterdir())
-    return said.err
 
 
 @contextlib.contextmanager
@@ -196,13 +175,6 @@ def test_a_disk_that_fills_up_stops_no_step_and_what_was_written_is_readable(
 @pytest.fixture(scope="module")
 def server() -> MlflowServer:
     return shared_server()
-
-
-def statuses(uri: str, group: str) -> dict[str, int]:
-    client, experiment_id = open_store(Settings(tracking_uri=uri))
-    runs = client.search_runs([experiment_id], f"tags.`{names.GROUP}` = '{group}'")
-    found = [run.info.status for run in runs]
-    return {status: found.count(status) for status in found}
 
 
 BASIC = "Basic bWU6YS1zZWNyZXQtbmV2ZXItdG8tYmUtc2Vlbg=="

@@ -12,8 +12,8 @@ import pytest
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher.ui import open_ui
 from dpsgd_track.store.opening import open_store
+from tests.support.launches import living
 from tests.support.tracking_servers import closed_port
-from tests.test_launcher_modes import living
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,6 @@ from dpsgd_track.training.observe import linear_layer_names
 from dpsgd_track.training.probe import Probe
 
 WORLD_SIZE, BATCH = 3, 7
-CPU = torch.device("cpu")
 
 
 def part(name: str, whole: Tensor, rank: int, *, is_counted: bool = True) -> LocalPart:
@@ -29,7 +28,7 @@ class Ranks:
         self.layers, self.parameters = layers, parameters
         self.num_replicas = num_replicas
         self.observer = LayerNorms(
-            layers, parameters, BATCH, CPU, lambda packed: packed.copy_(self.total)
+            layers, parameters, BATCH, lambda packed: packed.copy_(self.total)
         )
 
     def observe(
@@ -51,7 +50,7 @@ class Ranks:
             # A replica takes samples of its own.
             own = SampleRecord(losses[rank] if replica == 0 else losses[rank][:0])
             seen.append((step, *parts, [own]))
-            LayerNorms(self.layers, self.parameters, BATCH, CPU, packed.append).observe(*seen[-1])
+            LayerNorms(self.layers, self.parameters, BATCH, packed.append).observe(*seen[-1])
         self.total = torch.stack(packed).sum(0)
         return self.observer.observe(*seen[0])
 

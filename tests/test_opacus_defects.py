@@ -22,7 +22,7 @@ from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store.reader import ModeRun
 from tests.support.forked_ranks import Ended, ForkedRanks
 from tests.support.synthetic_group import compared, mode_run
-from tests.test_end_to_end import Workspace
+from tests.support.workspace import Workspace
 
 OURS = ("flash_fsdp", "flash_fsdp_bk")
 # float32 rounding is 6e-8. Where clipped samples cancel in a sum, what is left holds the rounding

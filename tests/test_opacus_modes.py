@@ -56,23 +56,23 @@ def models() -> dict[str, Any]:
     """For each model: itself, its micro-batches and C by regime."""
     found = {}
     for name in SPEC.models:
-        model = torchrun_modes._build(SPEC, name, CPU)
-        batches = torchrun_modes._batches(SPEC, name, CPU)
+        model = torchrun_modes.model_of(SPEC, name, CPU)
+        batches = torchrun_modes.batches_of(SPEC, name, CPU)
         oracle = build_mode("reference", copy.deepcopy(model), _context(1e30))
-        found[name] = model, batches, torchrun_modes._bounds(oracle, batches)
+        found[name] = model, batches, torchrun_modes.bounds(oracle, batches)
     return found
 
 
 def _context(max_grad_norm: float) -> ModeContext:
     # Both models are classifiers.
-    return torchrun_modes._context(SPEC, "llama", max_grad_norm, CPU)
+    return torchrun_modes.context_of(SPEC, "llama", max_grad_norm, CPU)
 
 
 def _rows(mode: Mode, model: nn.Module, batches: list[Batch], bound: float) -> dict[str, Any]:
     oracle = build_mode("reference", copy.deepcopy(model), _context(bound))
-    wanted = torchrun_modes._run(oracle, batches)
-    found = torchrun_modes._run(mode, batches)
-    return torchrun_modes._row("", "", bound, "", found, wanted)
+    wanted = torchrun_modes.one_step(oracle, batches)
+    found = torchrun_modes.one_step(mode, batches)
+    return torchrun_modes.row_of("", "", bound, "", found, wanted)
 
 
 @pytest.mark.parametrize(("model", "mode"), CASES)
@@ -193,5 +193,5 @@ def test_opacus_draws_its_own_noise_again_after_a_step(models: Any) -> None:
     whole, batches, _ = models["roberta"]
     before = optimizer._generate_noise
     mode = build_mode("grad_materialize", copy.deepcopy(whole), _context(1.0))
-    torchrun_modes._run(mode, batches)
+    torchrun_modes.one_step(mode, batches)
     assert optimizer._generate_noise is before

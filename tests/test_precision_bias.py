@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, PrivacyConfig
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.modes.table import MODES, takes_plan
-from dpsgd_track.mutants.fault import Site
+from dpsgd_track.modes.table import MODES, takes_norm_plan
+from dpsgd_track.mutants.seams import Seam
+from dpsgd_track.mutants.site import Site
 from dpsgd_track.privacy import fused_linear
 from dpsgd_track.privacy.engine import Batch
 from dpsgd_track.privacy.loss import regression_loss
@@ -58,7 +59,10 @@ OURS = [
     if spec.strategy in ("two_pass", "bookkeeping") and spec.runs_on_one_device
 ]
 PLANNED = [
-    f"{name}/{plan}" for name in OURS for plan in (GRADIENTS, GRAM, TILED) if takes_plan(name, plan)
+    f"{name}/{plan}"
+    for name in OURS
+    for plan in (GRADIENTS, GRAM, TILED)
+    if takes_norm_plan(name, plan)
 ]
 """Modes with a plan for all linear layers, `mode/plan`."""
 BRIEF = ["flash_bk", "flash_fuse"]
@@ -181,7 +185,7 @@ def mode_of(
         reference_dtype=reference_dtype,
         make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         loss=regression_loss,
-        plan=plan or AUTO,
+        norm_plan=plan or AUTO,
     )
     return build_mode(name, build(kind, device), context)
 
@@ -318,7 +322,7 @@ def epsilon_of_bfloat16(site: Site) -> None:
         finally:
             module.eps = epsilon
 
-    site.wrap("rms_norm_terms", terms)
+    site.wrap(Seam.RMS_NORM_TERMS, terms)
 
 
 def test_an_epsilon_of_the_wrong_type_is_found(device: torch.device) -> None:
@@ -338,11 +342,13 @@ def test_an_epsilon_of_the_wrong_type_is_found(device: torch.device) -> None:
         ("unknown-bare", "layers.1.gain"),
     ],
 )
-@pytest.mark.parametrize(("seam", "what"), [("norm_sq_of", "norm"), ("sum_of", "clipped sum")])
+@pytest.mark.parametrize(
+    ("seam", "what"), [(Seam.NORM_SQ_OF, "norm"), (Seam.SUM_OF, "clipped sum")]
+)
 def test_three_in_a_thousand_in_one_layer_are_found(
-    kind: str, name: str, seam: str, what: str, device: torch.device
+    kind: str, name: str, seam: Seam, what: str, device: torch.device
 ) -> None:
-    factor = 1.003**2 if seam == "norm_sq_of" else 1.003
+    factor = 1.003**2 if seam is Seam.NORM_SQ_OF else 1.003
 
     def plant(site: Site) -> None:
         def larger(original: Any, parameter: str, *args: Any) -> Tensor:
@@ -367,7 +373,7 @@ def norm_added_in_bfloat16(site: Site) -> None:
             total += column
         return total.float()
 
-    site.wrap("norm_sq_of", norm_sq_of)
+    site.wrap(Seam.NORM_SQ_OF, norm_sq_of)
 
 
 def test_a_norm_added_up_in_bfloat16_is_found(device: torch.device) -> None:

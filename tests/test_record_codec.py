@@ -30,10 +30,17 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
-    """A made-up document."""
+class Named:
+    """Anything with a name."""
 
     name: str
+    """What it is called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole(Named):
+    """A made-up document."""
+
     parts: tuple[Part, ...] = ()
     colour: Colour | None = None
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -54,9 +61,13 @@ def test_what_was_written_is_read_back() -> None:
 def test_the_schema_holds_what_is_written_and_says_what_fields_mean() -> None:
     schema = CODEC.json_schema()
     jsonschema.validate(json.loads(CODEC.dumps(Whole(name="w", parts=(Part(size=1.0),)))), schema)
+    assert schema["properties"]["name"]["description"] == "What it is called."
     assert schema["$defs"]["Part"]["properties"]["size"]["description"] == "In metres."
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"schema": "dpsgd-track/whole", "schema_version": 3}, schema)
+    document = json.loads(CODEC.dumps(Whole(name="w")))
+    for key in document:
+        less = {name: value for name, value in document.items() if name != key}
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(less, schema)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,8 @@ from dpsgd_track.comparison import GroupComparison, compare_group
 from dpsgd_track.config import PROBE_ACCURACY, PROBE_CLIP, Thresholds
 from dpsgd_track.report import png
 from dpsgd_track.report.charts import ZERO, figures
-from dpsgd_track.report.drift_json import SCHEMA_VERSION, drift_json
+from dpsgd_track.report.drift_document import DRIFT
+from dpsgd_track.report.drift_json import drift_json
 from dpsgd_track.report.html import html
 from dpsgd_track.report.markdown import LIMIT, markdown, note
 from dpsgd_track.report.table import main_regime, rows
@@ -35,10 +35,8 @@ from tests.support.synthetic_group import (
     with_run,
     without_norms,
 )
+from tests.support.synthetic_report import hostile
 
-HOSTILE = (
-    "</script><script>alert(1)</script><img src=x onerror=alert(2)>|`**[x](http://e.vil)@you%{x}"
-)
 FILES = {
     "report.html",
     "report.md",
@@ -51,24 +49,6 @@ FILES = {
     "final_loss_comparison.html",
 }
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def hostile() -> GroupComparison:
-    """A group in which every name that a run can bring is an attack."""
-    record = trajectory(noise_std=0.0)
-    names: dict[str, Any] = {
-        key: np.array([HOSTILE + name for name in getattr(record, key)])
-        for key in ("layer_names", "parameter_names")
-    }
-    record = replace(record, **names)
-    wrong = scaled(record, "layer_grad_norm", 1.1, (2, 1))
-    runs = [
-        mode_run("reference", "clip", record),
-        mode_run(f"m:{HOSTILE}", "clip", wrong),
-        mode_run("flash_fsdp", "clip", status="FAILED", reason=HOSTILE),
-    ]
-    params = {"model_name": HOSTILE, "command": f"launch.py\n```\n{HOSTILE}"}
-    return compare_group(group_of(runs, name=HOSTILE, params=params), Thresholds())
 
 
 def with_probe(*, factor: float = 1.0) -> GroupComparison:
@@ -208,7 +188,7 @@ def test_drift_json_is_strict_and_versioned() -> None:
     document = json.loads(drift_json(comparison), parse_constant=refuse)
     assert (document["schema"], document["schema_version"]) == (
         "dpsgd-track/drift",
-        SCHEMA_VERSION,
+        DRIFT.version,
     )
     pair = next(p for p in document["regimes"][1]["pairs"] if p["mode"] == "flash_fsdp")
     assert pair["drifts"]["loss"]["per_step"] == [0, None, 0, 0]

@@ -14,8 +14,16 @@ from dpsgd_track.report.charts import figures
 from dpsgd_track.report.html import html
 from dpsgd_track.report.write import write_report
 from tests.support.synthetic_group import compared, healthy_runs, mode_run
-from tests.support.synthetic_report import COMMAND, GUILTY, QUICK, broken, healthy, large
-from tests.test_report import HOSTILE, hostile
+from tests.support.synthetic_report import (
+    COMMAND,
+    GUILTY,
+    HOSTILE,
+    QUICK,
+    broken,
+    healthy,
+    hostile,
+    large,
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -22,7 +21,8 @@ from dpsgd_track.comparison.diagnose.ladder import StageStatus
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.report.annotations import MOST, workflow_commands
 from dpsgd_track.report.charts import figures
-from dpsgd_track.report.drift_json import SCHEMA_VERSION, drift_json
+from dpsgd_track.report.drift_document import DRIFT
+from dpsgd_track.report.drift_json import drift_document, drift_json
 from dpsgd_track.report.html import html
 from dpsgd_track.report.junit import junit
 from dpsgd_track.report.markdown import markdown, note
@@ -37,12 +37,9 @@ from tests.support.synthetic_group import (
     trajectory,
     with_run,
 )
-from tests.support.synthetic_report import GUILTY, broken, healthy
-from tests.test_report import hostile
+from tests.support.synthetic_report import GUILTY, broken, healthy, hostile
 
-SCHEMA = json.loads(
-    (resources.files("dpsgd_track.report") / "schema" / "drift.schema.json").read_text("utf-8")
-)
+SCHEMA = DRIFT.json_schema()
 WORKFLOW = Path(__file__).resolve().parent.parent / "examples" / "github-actions.yml"
 
 
@@ -64,6 +61,23 @@ def not_finite() -> GroupComparison:
 
 def nothing() -> GroupComparison:
     return compared([])
+
+
+def nothing_tested() -> GroupComparison:
+    """An audit without a number, of noise that overflowed."""
+    made = healthy()
+    regimes = []
+    for regime in made.regimes:
+        audits = {
+            label: replace(
+                audit,
+                checks=tuple(replace(check, value=np.nan, low=-np.inf) for check in audit.checks),
+                by_parameter=(("head.weight", np.inf, np.nan, np.nan),),
+            )
+            for label, audit in regime.audits.items()
+        }
+        regimes.append(replace(regime, audits=audits))
+    return replace(made, regimes=tuple(regimes))
 
 
 EVERY = [healthy, broken, inconclusive, not_finite, nothing, hostile]
@@ -155,14 +169,26 @@ def test_a_healthy_group_has_no_annotations() -> None:
 
 
 @pytest.mark.parametrize("made", EVERY, ids=lambda made: made.__name__)
-def test_drift_json_meets_its_published_schema(made: Any) -> None:
-    validator = jsonschema.Draft202012Validator(SCHEMA)
-    validator.validate(json.loads(drift_json(made())))
+def test_drift_json_meets_its_schema_and_is_read_back(made: Any) -> None:
+    text = drift_json(made())
+    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(text))
+    assert DRIFT.loads(text) == drift_document(made())
 
 
-def test_schema_is_valid_and_of_the_version_that_is_written() -> None:
+@pytest.mark.parametrize("made", [*EVERY, nothing_tested], ids=lambda made: made.__name__)
+def test_drift_json_has_no_number_that_json_lacks(made: Any) -> None:
+    def refuse(literal: str) -> None:
+        raise AssertionError(literal)
+
+    json.loads(drift_json(made()), parse_constant=refuse)
+
+
+def test_schema_is_valid_and_says_what_fields_mean() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    assert SCHEMA["properties"]["schema_version"] == {"const": SCHEMA_VERSION}
+    for entry in ("DriftEntry", "LargestEntry"):
+        largest = SCHEMA["$defs"][entry]["properties"]["max"]
+        assert largest["description"].startswith("Largest difference")
+        assert {"type": "null"} in largest["anyOf"]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +198,9 @@ def test_schema_is_valid_and_of_the_version_that_is_written() -> None:
         (("schema_version",), 1),
         (("surprise",), 1),
         (("modes", 0, "ladders", 0, "stages", 0, "status"), "fine"),
+        (("modes", 0, "findings"), None),
+        (("table", 0, "final_loss"), "NaN"),
+        (("regimes", 0, "noise_audits", 0, "source"), "guesses"),
         (("regimes", 0, "noise_audits", 0, "checks", 0, "is_ok"), "yes"),
     ],
 )

@@ -112,7 +112,7 @@ def _spread_unseen(private: PrivateTraining) -> None:
     _samples_in_dimension_0(private)
     capture = private.mode.engine.capture  # type: ignore[attr-defined]
     layer = capture.captured["positions"].layer
-    capture.take(WatchedLayer(capture, layer, is_spread=True))
+    capture.register(WatchedLayer(capture, layer, is_spread=True))
 
 
 def _double_factors(private: PrivateTraining) -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from dpsgd_track.config import Settings
+from dpsgd_track.record.run import Status
 from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.run_tree import RunTree
 from dpsgd_track.store.shipper import Shipper, settle
 from dpsgd_track.store.shipping import Shipping
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter
 from dpsgd_track.store.spooled import claim, spooled_groups
+from tests.support.spooled_group import check_whole, logged, start_runs
 from tests.support.tracking_servers import MlflowServer, Wire, postgres, shared_server
-from tests.test_tracking_shipping import MODE, check_whole, logged
 
 STEP_S = 0.02
 
@@ -39,8 +40,7 @@ def log_a_group(
     client, experiment_id = open_store(Settings(tracking_uri=uri))
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", name)
-    tree.start_group([("no_dp", "clip", "", "")], {"suite": "quick"})
-    mode, ranks = tree.start_mode("no_dp", MODE, 2, {"seed": "42"})
+    mode, ranks = start_runs(tree, spool)
     shipper = Shipper(group, client, uri, experiment_id)
     said: list[str] = []
     shipping = Shipping(shipper, uri, said.append, interval_s=0.05)
@@ -62,7 +62,7 @@ def log_a_group(
         worker.log_params(ranks[rank], {"device.name": "cpu"})
         worker.close()
     for run in (*ranks, mode, tree.group_run):
-        tree.finish(run, "FINISHED")
+        tree.finish(run, Status.FINISHED)
     control.close()
     left = shipping.close(timeout_s=60, away_timeout_s=1)
     if not left:

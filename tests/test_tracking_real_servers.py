@@ -20,9 +20,9 @@ from dpsgd_track.record import names
 from dpsgd_track.store.reader import open_client, read_group
 from dpsgd_track.store.spooled import spooled_groups
 from tests.support import fake_launch
+from tests.support.spooled_group import spool_a_group
+from tests.support.store_launches import SECRET, launch, refuse, statuses
 from tests.support.tracking_servers import Certificate, MlflowServer, certificate, gate, postgres
-from tests.test_launcher_stores import SECRET, launch, refuse, statuses
-from tests.test_tracking_shipping import spool_a_group
 
 WRITER, READER, STRANGER = "writer", "reader", "stranger"
 NUM_RUNS = 13

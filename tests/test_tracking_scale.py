@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import tracking_scale
 from mlflow import MlflowClient
-from tracking_scale import NODES, QUICK, circumstances, lost_and_doubled, measure
 
+from benchmarks import tracking_scale
+from benchmarks.tracking_scale import NODES, QUICK, circumstances, lost_and_doubled, measure
 from dpsgd_track.cli.options import build_parser
 from dpsgd_track.config import (
-    CLIP,
     TRAIN,
     DataConfig,
     JobConfig,
@@ -39,16 +38,20 @@ from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import open_group
 from dpsgd_track.launcher.suites import build_suite
 from dpsgd_track.record import names
+from dpsgd_track.record.plan import GroupPlan, StartedJob, Suite
+from dpsgd_track.record.run import Status
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store import inventory, shipper, spool
 from dpsgd_track.store.client import TrackingError
 from dpsgd_track.store.find_group import read_spooled
 from dpsgd_track.store.inventory import Inventory
-from dpsgd_track.store.run_tree import FINISHED, RunTree
+from dpsgd_track.store.run_tree import RunTree
 from dpsgd_track.store.shipper import Shipper
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter, spool_files
 from dpsgd_track.store.spooled import SpooledGroup, claim
 from tests.support.forked_ranks import ForkedRanks
+from tests.support.spooled_group import STOPPED, start_runs
+from tests.support.synthetic_group import ENVIRONMENT, started
 
 MIB = 1 << 20
 
@@ -110,11 +113,11 @@ def test_ranks_that_cannot_be_are_refused(written, tmp_path):
 def test_a_rank_that_is_not_logged_has_no_run(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suites, "count_gpus", lambda: 0)
-    jobs: list[JobConfig] = []
+    jobs: list[StartedJob] = []
 
-    def run_mode(job, *_):
-        jobs.append(job)
-        return tuple(Outcome(FINISHED) for _ in job.regimes)
+    def run_mode(started, *_):
+        jobs.append(started)
+        return tuple(Outcome(Status.FINISHED) for _ in started.job.regimes)
 
     monkeypatch.setattr(group, "run_mode", run_mode)
     argv = ["quick", "--mode", "no_dp", "--regime", "accuracy", "--group", "g", "--offline"]
@@ -124,11 +127,11 @@ def test_a_rank_that_is_not_logged_has_no_run(asked, tmp_path, monkeypatch):
     launched = GroupRun(suite, recording, Launch(), PlainDisplay(io.StringIO()))
     assert launched.run("launch.py") == 0
     logged = logged_ranks(asked, 6)
-    for ranks in jobs[0].rank_run_ids:
+    for ranks in jobs[0].rank_runs:
         assert len(ranks) == 6
         assert [rank for rank, run in enumerate(ranks) if run] == list(logged)
     runs = SpooledGroup(Path("spool/g")).runs().values()
-    assert {run.status for run in runs} == {FINISHED}
+    assert {run.status for run in runs} == {Status.FINISHED}
     num_modes = len(suite.expected_runs)
     of_ranks = [run.tags[names.RANK] for run in runs if run.kind == names.KIND_RANK]
     assert sorted(of_ranks) == sorted(map(str, logged * num_modes))
@@ -137,7 +140,7 @@ def test_a_rank_that_is_not_logged_has_no_run(asked, tmp_path, monkeypatch):
         if run.kind != names.KIND_RANK:
             assert run.params["log_ranks"] == asked
     found = read_spooled(SpooledGroup(Path("spool/g")))
-    assert found.rank_statuses == {FINISHED: num_modes * len(logged)}
+    assert found.rank_statuses == {Status.FINISHED: num_modes * len(logged)}
 
 
 # Real workers, four of them, of which ranks 0 and 2 are logged.
@@ -153,9 +156,7 @@ def worked(tmp_path_factory, rank_host: ForkedRanks) -> tuple[SpooledGroup, Path
     assert spooled is not None
     control = SpoolWriter(spooled.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "g")
-    tree.start_group([("no_dp", TRAIN, "", "")], {})
     regime = RegimeConfig(name=TRAIN, num_iter=STEPS, max_grad_norms=(1.0,) * STEPS)
-    mode, ranks = tree.start_mode("no_dp", regime, 4, {}, "", logged_ranks("2", 4))
     work_dir = folder / "work"
     work_dir.mkdir()
     job = JobConfig(
@@ -167,16 +168,17 @@ def worked(tmp_path_factory, rank_host: ForkedRanks) -> tuple[SpooledGroup, Path
         num_ranks=4,
         layer_norms="3",
         log_ranks="2",
-        spool=str(spooled.folder),
-        run_ids=(mode,),
-        rank_run_ids=(ranks,),
-        work_dir=str(work_dir),
     )
-    (folder / "job.json").write_text(job.to_json())
+    plan = GroupPlan(suite=Suite.SINGLE, jobs=(job,), num_ranks=4, environment=ENVIRONMENT)
+    tree.start_group(plan, folder)
+    mode, ranks = tree.start_mode(job, regime, logged_ranks("2", 4))
+    places = {"spool": str(spooled.folder), "work_dir": str(work_dir)}
+    text = started(job, mode_runs=(mode,), rank_runs=(ranks,), **places)
+    (folder / "job.json").write_text(text)
     done = rank_host.run("dpsgd_track.training.worker", str(folder / "job.json"), num_ranks=4)
     assert done.code == 0, done.log
     assert not list(work_dir.glob("failure*")), done.log
-    tree.finish_open(FINISHED, "")
+    tree.finish_open(Status.FINISHED, STOPPED)
     control.close()
     return spooled, work_dir
 
@@ -258,10 +260,16 @@ class FakeStore:
     def set_terminated(self, *_: object) -> None:
         """Nothing is kept."""
 
+    def log_artifact(self, _: str, path: str, *__: object) -> None:
+        self.artifact = SimpleNamespace(path=Path(path).name, file_size=Path(path).stat().st_size)
+
+    def list_artifacts(self, *_: object) -> list[Any]:
+        return [self.artifact]
+
     def get_run(self, run_id: str) -> Any:
         metrics = {metric_name(i): 0.0 for i in range(self.num_metrics)}
         data = SimpleNamespace(params={}, metrics=metrics, tags=self.tags[run_id])
-        return SimpleNamespace(info=SimpleNamespace(status=FINISHED), data=data)
+        return SimpleNamespace(info=SimpleNamespace(status=Status.FINISHED), data=data)
 
     def get_metric_history(self, _: str, metric: str) -> list[Any]:
         number = int(metric.removeprefix("layer/"))
@@ -296,8 +304,7 @@ def backlog(
     assert spooled is not None
     control = SpoolWriter(spooled.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "g")
-    tree.start_group([], {})
-    mode, _ = tree.start_mode("no_dp", RegimeConfig(name=CLIP, num_iter=1), 0, {})
+    mode, _ = start_runs(tree, folder, num_ranks=0)
     worker = SpoolWriter(spooled.folder, f"worker{RECORDS}")
     keys = [metric_name(i) for i in range(num_metrics)]
     times_ms = []
@@ -308,7 +315,7 @@ def backlog(
             values = {key: value_of(step, number) for number, key in enumerate(keys)}
             worker.log_metrics(mode, step, values)
         worker.close()
-        tree.finish_open(FINISHED, "")
+        tree.finish_open(Status.FINISHED, STOPPED)
     control.close()
     client: Any = FakeStore(num_metrics, times_ms)
     return spooled, client, Shipper(spooled, client, client.tracking_uri, "0")
@@ -436,7 +443,7 @@ def measured(tmp_path_factory) -> tuple[dict[str, Any], Path]:
     """A row of two hosts with every second rank logged, and the folder of its spools and store."""
     folder = tmp_path_factory.mktemp("measured")
     shape = replace(QUICK, layout=NODES, log_ranks="8", layer_norms="3")
-    tracking_scale._CONTEXT.set_forkserver_preload(["tracking_scale", "mlflow.tracking"])
+    tracking_scale.CONTEXT.set_forkserver_preload(["benchmarks.tracking_scale", "mlflow.tracking"])
     return measure(shape, folder), folder
 
 

@@ -1,5 +1,7 @@
-"""Records on disk: what is appended is read back bit for bit, up to what was cut off."""
+"""Records on disk: what is appended is read back bit for bit, but for what was damaged or cut."""
 
+import base64
+import json
 import math
 import os
 import random
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from dpsgd_track.store import exact, spool
+from dpsgd_track.store import spool
 from dpsgd_track.store.client import TrackingError
+from dpsgd_track.store.history import as_stored, restored
 from dpsgd_track.store.spool import (
     CONTROL,
     RECORDS,
@@ -80,12 +83,84 @@ def test_what_a_crash_of_the_machine_leaves_at_the_end_is_no_record(tmp_path, ta
     assert len(read(path)) == 4
 
 
-def test_a_record_with_one_bit_turned_is_not_believed(tmp_path):
-    path = write(tmp_path, 1)
+def test_a_record_with_one_bit_turned_is_not_believed_and_those_after_it_are(tmp_path):
+    path = write(tmp_path, 3)
     whole = path.read_bytes()
-    for place in range(len(spool.MAGIC), len(whole)):
-        path.write_bytes(whole[:place] + bytes((whole[place] ^ 4,)) + whole[place + 1 :])
-        assert read(path) == []
+    lines = whole.splitlines(keepends=True)
+    rows = read(path)
+    num_names = len(b"".join(lines[:3]))
+    for place in range(len(whole)):
+        number = whole[:place].count(b"\n") + 1
+        for bit in (1, 4, 128):
+            path.write_bytes(whole[:place] + bytes((whole[place] ^ bit,)) + whole[place + 1 :])
+            reader = SpoolReader(path)
+            found = [record for _, record in reader.records()]
+            assert all(row in rows for row in found)
+            if place == len(whole) - 1:
+                # As if its writer had been killed at it.
+                assert (found, reader.damage(), reader.is_closed) == (rows, [], False)
+                continue
+            assert str(path) in reader.damage()[0]
+            assert f"line {number} " in reader.damage()[0]
+            if place >= num_names:
+                # A line break that is turned takes the next line with it.
+                lost = {number - 4, number - 3} if whole[place] == 10 else {number - 4}
+                assert found == [row for row in rows if row.step not in lost]
+    path.write_bytes(whole)
+    assert (read(path), SpoolReader(path).damage()) == (rows, [])
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_line_that_is_missing_is_noticed_by_the_count_at_the_end(tmp_path, number):
+    path = write(tmp_path, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 7
+    del lines[number]
+    path.write_bytes(b"".join(lines))
+    reader = SpoolReader(path)
+    list(reader.records())
+    if number == 6:
+        assert not reader.is_closed
+    else:
+        assert reader.is_closed
+        assert reader.damage()
+
+
+@pytest.mark.parametrize("tail", [b"x", b"x\n", bytes(10)])
+def test_what_follows_the_end_of_a_closed_file_is_damage(tmp_path, tail):
+    path = write(tmp_path, 3)
+    path.write_bytes(path.read_bytes() + tail)
+    reader = SpoolReader(path)
+    assert len(list(reader.records())) == 3
+    assert reader.damage()[-1] == f"{path}: something follows the line that closed it."
+
+
+def test_values_whose_names_were_damaged_are_counted(tmp_path):
+    path = write(tmp_path, 3)
+    path.write_bytes(path.read_bytes().replace(b'"m1"', b'"m9"'))
+    reader = SpoolReader(path)
+    assert list(reader.records()) == []
+    assert reader.damage() == [
+        f"{path}: line 3 does not fit its checksum.",
+        f"{path}: 3 lines hold values whose names are in a damaged line.",
+    ]
+
+
+def test_a_file_is_readable_with_other_tools(tmp_path):
+    """Every line but the first is a checksum, a space, and JSON."""
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}", runs=["run", "other"])
+    writer.log_metrics("run", 7, {"loss": 1.5, "norm": -0.0})
+    writer.set_tags("run", {"a": "b"})
+    writer.close()
+    first, *lines = spool_files(tmp_path)[0].read_text().splitlines()
+    assert json.loads(first) == {"dpsgd-track spool": 2}
+    opened, names, row, event, closed = (json.loads(line[9:]) for line in lines)
+    assert opened == {"do": "open", "runs": ["run", "other"]}
+    assert names == {"do": "names", "number": 0, "run": "run", "keys": ["loss", "norm"]}
+    assert row[:2] == [0, 7]
+    assert struct.unpack("<2d", base64.b64decode(row[3])) == (1.5, -0.0)
+    assert (event["do"], event["tags"]) == ("tags", {"a": "b"})
+    assert closed == {"do": "close", "records": 4}
 
 
 def test_a_growing_file_is_read_on_from_where_it_was(tmp_path):
@@ -101,9 +176,15 @@ def test_a_growing_file_is_read_on_from_where_it_was(tmp_path):
 
 def test_another_version_is_refused(tmp_path):
     path = tmp_path / f"000001-a{CONTROL}"
-    path.write_bytes(b"dpsgd-track spool 2\nwhatever")
-    with pytest.raises(SpoolDamaged, match="version 1"):
-        read(path)
+    whole = write(tmp_path, 3).read_bytes()
+    later = whole.replace(b'spool":2', b'spool":3')
+    for content in (b"dpsgd-track spool 1\nwhatever", b"\n", later[: len(spool.MAGIC)]):
+        path.write_bytes(content)
+        with pytest.raises(SpoolDamaged, match="version 2"):
+            read(path)
+    # What fits the checksums of this version is of this version.
+    path.write_bytes(later)
+    assert len(read(path)) == 3
 
 
 def test_it_is_known_whether_the_writer_lives(tmp_path):
@@ -242,7 +323,7 @@ def test_nothing_is_kept_without_a_folder(tmp_path):
     writer.close()
 
 
-def test_logging_two_hundred_values_takes_a_fifth_of_a_millisecond(tmp_path):
+def test_logging_two_hundred_values_takes_a_fifth_of_a_millisecond_and_seldom_more(tmp_path):
     writer = SpoolWriter(tmp_path, f"a{RECORDS}")
     values = {f"layer_grad_norm/{i}": math.pi / (i + 1) for i in range(200)}
     took_s = []
@@ -253,24 +334,27 @@ def test_logging_two_hundred_values_takes_a_fifth_of_a_millisecond(tmp_path):
     writer.close()
     # CPU time, as the machine may be busy with something else.
     assert statistics.median(took_s) < 0.2e-3
+    assert sorted(took_s)[-4] < 1e-3
 
 
-def test_what_a_store_cannot_hold_is_known_beforehand():
-    keys = tuple(f"m{i}" for i in range(len(ODD) + 1))
-    row = MetricRow("run", keys, 3, 99, (*ODD, NEGATIVE_NAN))
-    changed = exact.inexact(row)
-    named = [point[0] for point, _ in changed]
-    assert named == ["m0", "m1", "m2", "m6", "m8"]
-    restored = exact.from_json(exact.to_json(changed))
-    assert bits(restored.values()) == bits([value for _, value in changed])
-    assert set(restored) == {(name, 3) for name in named}
-    assert list(map(exact.as_stored, ODD)) == [
-        *(exact.LARGEST, -exact.LARGEST, 0.0, 0.0, None, 5e-324, exact.LARGEST, 1 / 3)
-    ]
+def test_every_record_is_one_write(tmp_path, monkeypatch):
+    written: list[bytes] = []
+    real_write = os.write
+    monkeypatch.setattr(spool.os, "write", lambda *a: written.append(a[1]) or real_write(*a))
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}", runs=["run"])
+    for step in range(3):
+        writer.log_metrics("run", step, {"loss": 1.0})
+    writer.close()
+    # Its beginning, names, three steps, and its end.
+    assert len(written) == 6
+    assert all(each.endswith(b"\n") for each in written)
 
 
-def test_an_exact_file_of_another_version_is_refused():
-    with pytest.raises(ValueError, match="version 1"):
-        exact.from_json('{"schema_version": 2, "values": []}')
-    with pytest.raises(ValueError, match="expected what the launcher wrote"):
-        exact.from_json("[]")
+def test_infinities_come_back_from_what_a_store_makes_of_them():
+    stored = list(map(as_stored, ODD))
+    largest = sys.float_info.max
+    assert stored == [largest, -largest, 0.0, 0.0, None, 5e-324, largest, 1 / 3]
+    back = restored(stored).tolist()
+    assert back[:2] == [math.inf, -math.inf]
+    assert math.isnan(back[4])
+    assert back[5:] == [5e-324, math.inf, 1 / 3]

@@ -22,21 +22,9 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.record.trajectory import UNUSED, Trajectory, sketch_distance
 from tests.support.forked_ranks import ForkedRanks
-from tests.support.synthetic_group import started
+from tests.support.torchrun_regimes import run_jobs
 
 STEPS = 12
-
-
-def run_jobs(
-    rank_host: ForkedRanks, folder: Path, world_size: int, jobs: dict[str, JobConfig]
-) -> Path:
-    """Run `jobs` on `world_size` ranks; returns the folder of their records."""
-    (folder / "out").mkdir(parents=True)
-    for name, job in jobs.items():
-        (folder / f"{name}.json").write_text(started(job))
-    done = rank_host.run("tests.support.torchrun_regimes", str(folder), num_ranks=world_size)
-    assert done.code == 0, done.log[-3000:]
-    return folder / "out"
 
 
 def _poisson_job(world_size: int, batch_size: int, micro_batches: int) -> JobConfig:

@@ -30,7 +30,7 @@ from dpsgd_track.privacy.loss import IGNORED, LOSSES
 from dpsgd_track.record.plan import STARTED_JOB
 from dpsgd_track.training.data import (
     Dataset,
-    Slicer,
+    RankSampler,
     SyntheticText,
     TokenizedText,
     build_dataset,
@@ -60,8 +60,8 @@ def _dataset(*, task: str = CLASSIFICATION, padding: str = "right", **text: Any)
     )
 
 
-def _slicer(world_size: int, rank: int, micro_batches: int, batch_size: int) -> Slicer:
-    return Slicer(
+def _sampler(world_size: int, rank: int, micro_batches: int, batch_size: int) -> RankSampler:
+    return RankSampler(
         dataset=_dataset(),
         batch_size=batch_size,
         micro_batches=micro_batches,
@@ -74,7 +74,7 @@ def _slicer(world_size: int, rank: int, micro_batches: int, batch_size: int) -> 
 
 def _global_batch(world_size: int, micro_batches: int, batch_size: int, step: int) -> torch.Tensor:
     slices = [
-        _slicer(world_size, rank, micro_batches, batch_size).slice(step)
+        _sampler(world_size, rank, micro_batches, batch_size).rank_batch(step)
         for rank in range(world_size)
     ]
     assert [i for s in slices for i in s.indices] == list(range(step * 12, step * 12 + 12))
@@ -98,9 +98,9 @@ def test_samples_differ_and_nothing_drawn_elsewhere_shifts_them() -> None:
 
 
 def test_a_permuted_replay_holds_the_same_samples_in_another_order() -> None:
-    plain = _slicer(2, 1, 2, 3)
+    plain = _sampler(2, 1, 2, 3)
     permuted = replace(plain, is_permuted=True)
-    a, b = plain.slice(0), permuted.slice(0)
+    a, b = plain.rank_batch(0), permuted.rank_batch(0)
     assert a.indices == tuple(reversed(b.indices))
     assert a.digests == tuple(reversed(b.digests))
 
@@ -117,16 +117,16 @@ def test_each_row_of_a_text_comes_once_an_epoch() -> None:
     assert text.label_names == ("law", "verse")
 
 
-def _poisson(world_size: int, rank: int, batch_size: int, population: int) -> Slicer:
-    slicer = _slicer(world_size, rank, 1, batch_size)
-    return replace(slicer, population=population)
+def _poisson(world_size: int, rank: int, batch_size: int, population: int) -> RankSampler:
+    sampler = _sampler(world_size, rank, 1, batch_size)
+    return replace(sampler, population=population)
 
 
 def test_poisson_sampling_takes_each_sample_at_the_expected_rate_and_on_its_own() -> None:
     steps, population = 2000, 10
     taken = np.zeros((steps, population))
     for step in range(steps):
-        taken[step, list(_poisson(1, 0, 3, population).slice(step).indices)] = 1
+        taken[step, list(_poisson(1, 0, 3, population).rank_batch(step).indices)] = 1
     # Of 2000 draws at 0.3: a standard deviation of 0.010, and of 0.022 for a correlation.
     assert np.abs(taken.mean(axis=0) - 0.3).max() < 0.05
     assert np.abs(np.corrcoef(taken.T) - np.eye(population)).max() < 0.1
@@ -136,8 +136,8 @@ def test_poisson_sampling_takes_each_sample_at_the_expected_rate_and_on_its_own(
 def test_every_rank_cuts_as_many_micro_batches_with_the_same_inputs_and_types() -> None:
     seen = set()
     for step in range(60):
-        slices = [_poisson(3, rank, 2, 12).slice(step) for rank in range(3)]
-        whole = _poisson(1, 0, 6, 12).slice(step)
+        slices = [_poisson(3, rank, 2, 12).rank_batch(step) for rank in range(3)]
+        whole = _poisson(1, 0, 6, 12).rank_batch(step)
         assert tuple(i for s in slices for i in s.indices) == whole.indices
         assert len({len(s.batches) for s in slices}) == 1
         for batch in (b for s in slices for b in s.batches):
@@ -146,7 +146,7 @@ def test_every_rank_cuts_as_many_micro_batches_with_the_same_inputs_and_types() 
             seen.add(str((layout, batch.targets.dtype, batch.targets.shape[1:])))
             assert {len(t) for t in batch.inputs.values()} == {len(batch)}
     assert len(seen) == 1
-    assert {len(_poisson(3, 2, 2, 12).slice(step).batches) for step in range(60)} == {1, 2}
+    assert {len(_poisson(3, 2, 2, 12).rank_batch(step).batches) for step in range(60)} == {1, 2}
 
 
 def test_poisson_sampling_draws_from_all_rows_of_a_text() -> None:
@@ -165,8 +165,8 @@ def test_ragged_samples_have_every_length_from_a_quarter_to_the_whole() -> None:
 def test_padding_is_on_its_side_and_positions_begin_at_the_first_token(padding: str) -> None:
     plain = _dataset(seq_length=16, is_ragged=True)
     padded = _dataset(seq_length=16, is_ragged=True, padding=padding)
-    slicer = replace(_slicer(1, 0, 1, 8), dataset=padded)
-    (batch,) = slicer.slice(0).batches
+    sampler = replace(_sampler(1, 0, 1, 8), dataset=padded)
+    (batch,) = sampler.rank_batch(0).batches
     for index in range(8):
         tokens, _ = plain.texts.text(index)
         where = slice(16 - len(tokens), 16) if padding == "left" else slice(0, len(tokens))
@@ -183,8 +183,8 @@ def test_a_sample_is_worth_the_same_on_either_side_of_its_padding(name: str) -> 
     losses = []
     for padding in ("right", "left"):
         data = _dataset(seq_length=16, num_labels=2, is_ragged=True, padding=padding)
-        slicer = replace(_slicer(1, 0, 1, 8), dataset=data, extra_inputs=extra_inputs_of(model))
-        (batch,) = slicer.slice(0).batches
+        sampler = replace(_sampler(1, 0, 1, 8), dataset=data, extra_inputs=extra_inputs_of(model))
+        (batch,) = sampler.rank_batch(0).batches
         losses.append(LOSSES[CLASSIFICATION](model(**batch.inputs).logits, batch.targets))
     torch.testing.assert_close(losses[0], losses[1])
 
@@ -266,8 +266,8 @@ def test_text_is_made_fit_for_each_task(task: str) -> None:
     data = DataConfig(source="public-domain", seq_length=24)
     model = build_model(config, num_labels=num_labels_of(config, data), seed=0, device=CPU)
     dataset = build_dataset(config, data, model, seed=3)
-    slicer = replace(_slicer(1, 0, 1, 4), dataset=dataset, extra_inputs=extra_inputs_of(model))
-    (batch,) = slicer.slice(0).batches
+    sampler = replace(_sampler(1, 0, 1, 4), dataset=dataset, extra_inputs=extra_inputs_of(model))
+    (batch,) = sampler.rank_batch(0).batches
     loss_B = LOSSES[task](model(**batch.inputs).logits, batch.targets)
     assert loss_B.shape == (4,)
     assert bool(loss_B.isfinite().all())

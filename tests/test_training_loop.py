@@ -74,7 +74,7 @@ def test_poisson_sampling_amplifies() -> None:
 def test_each_recorded_step_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     run = _run(delta=1e-6)
     # Of 7 samples, the fourth batch of 2 takes one again, maybe one that it has already.
-    monkeypatch.setattr(type(run.slicer.dataset.texts), "num_samples", 7)
+    monkeypatch.setattr(type(run.sampler.dataset.texts), "num_samples", 7)
     steps = list(run.steps())
     accounted = dict(run.accounting())
     assert list(accounted) == list(range(len(steps)))

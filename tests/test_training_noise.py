@@ -31,8 +31,8 @@ from dpsgd_track.training.noise_samples import (
     positions,
 )
 from tests.support.forked_ranks import ForkedRanks
-from tests.test_end_to_end import Workspace
-from tests.test_training_batches import run_jobs
+from tests.support.torchrun_regimes import run_jobs
+from tests.support.workspace import Workspace
 
 
 def _job(mode: str, num_ranks: int) -> JobConfig:

@@ -36,7 +36,7 @@ from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.model import build_model
 from dpsgd_track.training.probe import MAX_LENGTH, NUM_TOKENS, D, H, Probe
-from tests.test_end_to_end import Workspace
+from tests.support.workspace import Workspace
 
 CPU = torch.device("cpu")
 SEED = 42
@@ -79,14 +79,14 @@ def _shares(
     regime = next(r for r in job.regimes if r.name == regime_name)
     run = RegimeRun.__new__(RegimeRun)
     run.job, run.regime, run.device = job.run_in(regime), regime, CPU
-    slicers = []
+    samplers = []
     for rank in range(job.num_ranks):
         with monkeypatch.context() as patch:
             patch.setattr(dist, "get_rank", lambda rank=rank: rank)
             patch.setattr(dist, "get_world_size", lambda: job.num_ranks)
-            slicers.append(run._slicer(_probe(job.seed)))
+            samplers.append(run._sampler(_probe(job.seed)))
     steps = range(regime.num_iter)
-    return [[slicer.slice(step).batches for slicer in slicers] for step in steps]
+    return [[sampler.rank_batch(step).batches for sampler in samplers] for step in steps]
 
 
 @pytest.fixture

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING
 
 from dpsgd_track.cli.program import NAME, Program, without_secrets
 from dpsgd_track.config import DataConfig, ModelConfig, Settings, redact_uri
+from dpsgd_track.modes.table import split_planted
+from dpsgd_track.record.plan import GroupPlan
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.suites import InputCheck
+
+
+_WORKER = "dpsgd_track.mutants.worker"
+"""Workers that understand `mode+fault`, as the command line does."""
 
 
 def check_inputs(model: ModelConfig, data: DataConfig) -> None:
@@ -21,6 +27,17 @@ def check_inputs(model: ModelConfig, data: DataConfig) -> None:
     from dpsgd_track.training import preflight
 
     preflight.check_inputs(model, data)
+
+
+def check_planted(plan: GroupPlan) -> None:
+    """Raise ValueError where a mode of `plan` names an unknown fault."""
+    planted = [job.mode for job in plan.jobs if split_planted(job.mode)[1]]
+    if planted:
+        # Imports torch, which nothing else that is checked needs.
+        from dpsgd_track.mutants import planting
+
+        for mode in planted:
+            planting.check_planted(mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +62,7 @@ class Context:
         """How workers are started."""
         from dpsgd_track.launcher.process_group import Launch
 
-        return self.chosen_launch or Launch()
+        return self.chosen_launch or Launch(worker_module=_WORKER)
 
     def complain(self, error: object, code: int) -> int:
         """Say in one line what is wrong; returns `code`, to exit with."""

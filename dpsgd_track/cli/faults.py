@@ -23,8 +23,9 @@ from dpsgd_track.launcher.suites import Asked, split_names
 from dpsgd_track.record.plan import Suite
 
 if TYPE_CHECKING:
-    from dpsgd_track.mutants import Fault
     from dpsgd_track.mutants.matrix import Matrix
+    from dpsgd_track.mutants.mutant import Mutant
+    from dpsgd_track.mutants.redaction import Redaction
 
 ARTIFACT_FOLDER = "faults"
 _LOG_WIDTH = 160
@@ -39,38 +40,38 @@ def detect(context: Context, options: FaultOptions) -> int:
     from dpsgd_track.mutants import choice
 
     settings = options.kept.settings()
-    faults = choice.chosen_faults(split_names(options.what.fault))
+    mutants = choice.chosen_mutants(split_names(options.what.fault))
     modes = split_names(options.what.mode)
     choice.check_modes(modes)
     theirs = [mode for mode in modes if not choice.is_ours(mode)]
     require(len(theirs) <= 1, "mode", ",".join(theirs), "one mode of yours at a time")
     if options.what.list:
-        return _list(faults)
-    mutes: tuple[str, ...] = ()
+        return _list(mutants)
+    redactions: tuple[Redaction, ...] = ()
     if theirs and not options.dry.dry_run:
         # Faults planted in a mode that is wrong by itself would prove nothing.
         code, found = _unreported(context, options, theirs[0])
         if found is None:
             return code
-        mutes = found
-    planted: list[str] = [] if modes else list(choice.planted_in_turn(faults))
+        redactions = found
+    planted: list[str] = [] if modes else list(choice.planted_in_turn(mutants))
     for mode in modes:
-        planted += choice.planted_in(mode, faults, mutes)
+        planted += choice.planted_in(mode, mutants, redactions)
     code, group = _run(context, options, planted, options.kept.group)
     if not _is_whole(code, group):
         return code
     return tell_matrix(settings, context.command, group, options.kept.output)
 
 
-def _list(faults: Sequence[Fault]) -> int:
+def _list(mutants: Sequence[Mutant]) -> int:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
     for heading in ("fault", "class", "what goes wrong", "source"):
         table.add_column(heading, overflow="fold")
-    for fault in faults:
-        table.add_row(fault.name, fault.kind, fault.title, fault.source)
+    for mutant in mutants:
+        table.add_row(mutant.name, mutant.kind, mutant.title, mutant.source)
     Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
     return EXIT_FINISHED
 
@@ -96,7 +97,7 @@ def _is_whole(code: int, group: str) -> bool:
 
 def _unreported(
     context: Context, options: FaultOptions, mode: str
-) -> tuple[int, tuple[str, ...] | None]:
+) -> tuple[int, tuple[Redaction, ...] | None]:
     """The fields that the user's mode does not report, as a healthy run of it shows.
 
     Returns:
@@ -115,12 +116,12 @@ def _unreported(
     with reading(settings):
         group = read_group_anywhere(settings, name, say_aside).group
     comparison = compare_group(group, settings.thresholds)
-    mutes = choice.mutes_of(mode, group.runs)
+    redactions = choice.redactions_of(mode, group.runs)
     (verdict,) = (each for each in comparison.modes if each.label == mode)
-    if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or mutes is None:
+    if verdict.verdict in (Verdict.BUG, Verdict.DRIFT) or redactions is None:
         print(f"{verdict.sentence} It needs to be sound before faults are planted in it.")
         return EXIT_FAILED, None
-    return EXIT_FINISHED, mutes
+    return EXIT_FINISHED, redactions
 
 
 def tell_matrix(settings: Settings, command: str, group: str, output: Path | None) -> int:
@@ -138,6 +139,7 @@ def tell_matrix(settings: Settings, command: str, group: str, output: Path | Non
     from dpsgd_track.mutants import matrix_text as text
     from dpsgd_track.mutants.coverage import print_coverage
     from dpsgd_track.mutants.matrix import matrix_of
+    from dpsgd_track.mutants.matrix_json import matrix_json
     from dpsgd_track.store.find_group import read_group_anywhere
 
     with reading(settings):
@@ -148,7 +150,7 @@ def tell_matrix(settings: Settings, command: str, group: str, output: Path | Non
     print_coverage(matrix, console)
     folder = Path(settings.results_dir) / matrix.group
     page = text.markdown(matrix, command)
-    files = {"faults.md": page, "faults.json": text.to_json(matrix)}
+    files = {"faults.md": page, "faults.json": matrix_json(matrix)}
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
     found.attach([(folder / name, ARTIFACT_FOLDER) for name in files], {})

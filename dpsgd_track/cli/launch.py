@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.cli.context import Context, reading, say, say_aside
+from dpsgd_track.cli.context import Context, check_planted, reading, say, say_aside
 from dpsgd_track.cli.dry_run import show_plan
 from dpsgd_track.cli.options import ResumeOptions
 from dpsgd_track.config import Settings, redact_uri, require
@@ -44,6 +44,7 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
         ValueError: it cannot be done; nothing was started.
     """
     plan = plan_of(asked, context.check_inputs, context.command)
+    check_planted(plan)
     place = placement_of(asked)
     if is_dry:
         show_plan(plan)
@@ -179,6 +180,7 @@ def check_at_hand(plan: GroupPlan, check_inputs: InputCheck) -> None:
         allowed = f"at most {num_gpus}, the number of visible GPUs"
         require(num_local_ranks <= num_gpus, "nproc_per_node", num_local_ranks, allowed)
     check_modes(tuple(dict.fromkeys(job.mode for job in plan.jobs)))
+    check_planted(plan)
     for variant in dict.fromkeys(job.variant for job in plan.jobs if job.variant):
         given = f"{variant.name}={variant.path}"
         allowed = f"the folder {variant.root} that it was launched with"

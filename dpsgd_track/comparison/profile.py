@@ -59,27 +59,30 @@ class Baseline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """One mode at one shape, its rounds taken together, and all runs of a baseline."""
+class Figures:
+    """What was measured of one mode at one shape, its rounds taken together."""
 
     label: str
+    """`mode` or `mode@variant`."""
     mode: str
     variant: str
     seq_length: int
+    """Tokens of a sequence."""
     batch_size: int
+    """Sequences of a step on each rank."""
     status: CostStatus
     is_baseline: bool = False
     reason: str = ""
     """Why it was not measured."""
-    run: ModeRun
-    """One of its runs, of those that were measured if there are any."""
     num_ranks: int | None = None
     step_time_ms: Spread | None = None
     """Of the steps that were not tracked."""
     tracked_time_ms: Spread | None = None
+    """Of the steps that were also observed."""
     tokens_per_second: Spread | None = None
     """Of the steps that were not tracked."""
     peak_memory_gib: float | None = None
+    """Median of its runs, of the largest rank's."""
     baseline: Baseline | None = None
     """None of a baseline, and where none was measured."""
     time_ratio: Spread | None = None
@@ -87,10 +90,19 @@ class Cost:
     ratio_of_rounds: tuple[float, ...] = ()
     """Median of each round's, in order."""
     memory_ratio: float | None = None
+    """Peak memory over that of the baseline in the same round, median of the rounds."""
     moved: float | None = None
     """Of a baseline: the largest over the smallest median of its runs at the shape, minus 1."""
     plan: Mapping[str, str] = field(default_factory=dict)
     """How the mode went about each layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(Figures):
+    """One mode at one shape, and all runs of a baseline."""
+
+    run: ModeRun
+    """One of its runs, of those that were measured if there are any."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from dpsgd_track.record.run import ModeRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class ProfileRow:
     """One figure, with everything that it needs to be understood alone."""
 
     mode: str
@@ -50,13 +50,13 @@ _Figure = tuple[str, str, Spread | None, float | None, float | None]
 """Quantity, unit, value, the baseline's, and the ratio."""
 
 
-def measurements(profile: Profile, date: str) -> tuple[Measurement, ...]:
+def profile_rows(profile: Profile, date: str) -> tuple[ProfileRow, ...]:
     """Every figure; of a run that was not measured one without a value, which says why."""
     found = []
     for cost in profile.costs:
         for quantity, unit, value, base, ratio in _figures(cost):
             found.append(
-                Measurement(
+                ProfileRow(
                     mode=cost.mode,
                     variant=cost.variant,
                     status=cost.status,

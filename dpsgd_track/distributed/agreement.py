@@ -1,4 +1,4 @@
-"""A yes or no of all ranks, without a wait for their devices."""
+"""Agree on a yes or no over ranks, without waiting for their devices."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import torch.distributed as dist
 
 
 class Agreement:
-    """Ranks that have to take the same turn, whichever of them asks for it."""
+    """Lets all ranks take a branch if any of them asks for it."""
 
     def __init__(self) -> None:
-        """All ranks make it together: over NCCL it takes a group of its own, through the hosts."""
+        """Collective: all ranks call it. Beside NCCL it makes a gloo group, through the hosts."""
         self._is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         self._group = None
         if not self._is_alone and "gloo" not in dist.get_backend():
             self._group = dist.new_group(backend="gloo")
 
-    def any(self, is_so: bool) -> bool:
-        """Whether it is so on any rank; all ranks call it."""
+    def any(self, is_true: bool) -> bool:
+        """True if `is_true` is on any rank. Collective: all ranks call it."""
         if self._is_alone:
-            return is_so
-        answer = torch.tensor([int(is_so)])
+            return is_true
+        answer = torch.tensor([int(is_true)])
         dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._group)
         return bool(answer)

@@ -1,7 +1,8 @@
-"""Ranks where there may be none: a process by itself is a group of one."""
+"""Collectives that also work without a process group, as in a world of one rank."""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,6 +13,13 @@ def world_size() -> int:
 
 
 def sum_over_ranks(tensor: Tensor) -> None:
-    """Add up `tensor` over all ranks, in place."""
+    """All-reduce `tensor` to its sum over ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
+
+
+def stack_over_ranks(tensor: Tensor) -> Tensor:
+    """All-gather `tensor`, [...], as [W, ...] in the order of ranks, on its device."""
+    pieces = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, tensor)
+    return torch.stack(pieces)

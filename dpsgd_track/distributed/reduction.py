@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dpsgd_track.distributed.sharding import as_local, trainable_parameters, transformer_blocks
+from dpsgd_track.distributed.sharding import (
+    as_local,
+    fsdp_units,
+    trainable_parameters,
+    transformer_blocks,
+)
 
 MAX_IN_FLIGHT = 2
 
@@ -21,67 +26,39 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 Fill = Callable[[Sequence[Tensor]], None]
-"""Writes this rank's whole gradients of a group, each as [W, elements of one rank's shard]. What is
-beyond a gradient's end is left as it is."""
+"""Writes this rank's unsharded gradients of a group, each as [W, elements of one rank's shard].
+Elements past a gradient's end are left as they are."""
 
 
-class GradientSharder(Protocol):
-    """Adds up whole local gradients, and keeps what this rank holds of their sum."""
+class GradientSharder(ABC):
+    """Adds up unsharded local gradients over ranks, and keeps this rank's shard of each sum."""
 
-    sums: dict[str, Tensor]
-    """This rank's part of each sum so far, by parameter name, float32 or float64."""
     groups: list[list[str]]
-    """Parameters that go together, in the order in which they are best put."""
-    packs: bool
-    """Whether `pack` takes whole groups."""
-    repeats_batches: bool
-    """Whether one rank may run a batch again without the others."""
-    num_copies: int
+    """Parameters that are reduced together, in the order in which they are best put."""
+    packs = False
+    """True if `pack` takes a whole group."""
+    repeats_batches = False
+    """True if one rank may run a batch again without the others."""
+    num_copies = 1
     """Ranks that hold the same shard, one in each replica of the model."""
-
-    def put(self, gradients: dict[str, Tensor]) -> None:
-        """Add this rank's gradients, in full shapes; each at most once per batch."""
-        ...
-
-    def pack(self, names: list[str], fill: Fill) -> None:
-        """Add a whole group, which is next in turn, from where `fill` writes it."""
-        ...
-
-    def finish(self) -> None:
-        """End of a micro-batch; all ranks call it. What was not put counts as zeros."""
-        ...
-
-    def commit(self) -> None:
-        """Add the finished micro-batch to the sums."""
-        ...
-
-    def discard(self) -> None:
-        """Forget everything of a micro-batch that failed."""
-        ...
-
-    def aside(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """Within it, sums start from nothing and go into what is returned."""
-        ...
-
-    def gradients_of(self, total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-        """This rank's part of the gradients of all ranks' `total`, by autograd."""
-        ...
-
-    def reshard(self) -> None:
-        """After a forward without a backward, leave parameters as they were before it."""
-        ...
-
-    def keeping_root_gathered(self) -> AbstractContextManager[None]:
-        """Within it, a backward leaves the root's parameters gathered for the next one."""
-        ...
-
-
-class _Sums:
-    """The sums so far, and those of a micro-batch that may still fail."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        """This rank's shard of each sum so far, by parameter name, float32 or float64."""
         self._batch: dict[str, Tensor] = {}
+        """The sums of a micro-batch that may still fail."""
+
+    @abstractmethod
+    def put(self, gradients: dict[str, Tensor]) -> None:
+        """Add this rank's gradients, in their unsharded shapes; each at most once per batch."""
+
+    def pack(self, names: list[str], fill: Fill) -> None:
+        """Add the group `names`, which is the next in order, as `fill` writes it."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def finish(self) -> None:
+        """End a micro-batch; all ranks call it. A gradient that was not put counts as zeros."""
 
     def commit(self) -> None:
         """Add the finished micro-batch to the sums."""
@@ -89,40 +66,46 @@ class _Sums:
         _add_to(self.sums, batch)
 
     def discard(self) -> None:
-        """Forget everything of a micro-batch that failed."""
+        """Drop everything of a micro-batch that failed."""
         self._batch = {}
 
     @contextmanager
     def aside(self) -> Iterator[dict[str, Tensor]]:
-        """Within it, sums start from nothing and go into what is returned."""
+        """Collect sums in the dict that is yielded, and leave those so far as they are."""
         sums, self.sums = self.sums, {}
         try:
             yield self.sums
         finally:
             self.sums = sums
 
+    @abstractmethod
+    def gradients_of(self, total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        """This rank's shards of the gradients of `total`, summed over ranks, by autograd."""
 
-class LocalSharder(_Sums):
-    """One device holds everything."""
+    @abstractmethod
+    def reshard(self) -> None:
+        """After a forward without a backward, reshard the parameters that it gathered."""
 
-    packs = False
+    @abstractmethod
+    def keeping_root_gathered(self) -> AbstractContextManager[None]:
+        """Context in which a backward leaves the root's parameters gathered for the next one."""
+
+
+class LocalSharder(GradientSharder):
+    """One device that holds every parameter unsharded."""
+
     repeats_batches = True
-    num_copies = 1
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.groups = list(_names_by_unit(model, transformer_blocks(model)).values())
 
     def put(self, gradients: dict[str, Tensor]) -> None:
-        """Add to the micro-batch's sums."""
+        """Add gradients to the micro-batch's sums."""
         _add_to(self._batch, gradients)
 
-    def pack(self, names: list[str], fill: Fill) -> None:
-        """Nothing is packed."""
-        raise NotImplementedError
-
     def finish(self) -> None:
-        """Nothing is on its way."""
+        """Do nothing: nothing is in flight."""
 
     def gradients_of(self, total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
         """The gradients of `total`."""
@@ -131,43 +114,42 @@ class LocalSharder(_Sums):
         return list(torch.autograd.grad(total, parameters, allow_unused=True))
 
     def reshard(self) -> None:
-        """Nothing is gathered."""
+        """Do nothing: nothing is gathered."""
 
     def keeping_root_gathered(self) -> AbstractContextManager[None]:
-        """Nothing is gathered."""
+        """Change nothing: nothing is gathered."""
         return nullcontext()
 
 
 def _add_to(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    again = [name for name in more if name in sums]
-    if again:
-        torch._foreach_add_([sums[n] for n in again], [more[n] for n in again])
+    repeated = [name for name in more if name in sums]
+    if repeated:
+        torch._foreach_add_([sums[n] for n in repeated], [more[n] for n in repeated])
     sums |= {name: total for name, total in more.items() if name not in sums}
 
 
-class Fsdp2Sharder(_Sums):
-    """Reduces gradients group by group, one group for each FSDP2 unit.
+class Fsdp2Sharder(GradientSharder):
+    """Reduce-scatters gradients group by group, one group for each FSDP2 unit.
 
-    All ranks reduce the groups in the same order, the last of the model first, whatever order the
-    gradients come in; each group is on its way while the next is filled.
+    All ranks reduce the groups in the same order, the model's last group first, whatever order the
+    gradients come in; each group is in flight while the next is filled.
     """
 
     packs = True
-    repeats_batches = False
 
     def __init__(self, model: nn.Module, late: Container[str] = ()) -> None:
         """
         Args:
             model: sharded already.
-            late: parameters whose gradients come at the end of a backward. They go with the root's.
+            late: parameters whose gradients arrive at the end of a backward. They are reduced
+                with the root's.
         """
         super().__init__()
         self.model = model
         self.parameters = {n: _dtensor(n, p) for n, p in trainable_parameters(model).items()}
         mesh = next(iter(self.parameters.values())).device_mesh
         self.num_copies = mesh.shape[0] if mesh.ndim == 2 else 1
-        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        names_of = _names_by_unit(model, units[1:])
+        names_of = _names_by_unit(model, fsdp_units(model)[1:])
         *inner, root = names_of.values()
         root += [name for names in inner for name in names if name in late]
         inner = [[name for name in names if name not in late] for names in inner]
@@ -175,24 +157,24 @@ class Fsdp2Sharder(_Sums):
         self._start_batch()
 
     def put(self, gradients: dict[str, Tensor]) -> None:
-        """Take gradients; start reducing every group that is complete and next in turn."""
+        """Take gradients; start to reduce every group that is complete and next in order."""
         self._waiting |= gradients
-        while self._to_do and all(name in self._waiting for name in self._to_do[0]):
-            self._reduce(self._to_do.pop(0))
+        while self._pending and all(name in self._waiting for name in self._pending[0]):
+            self._reduce(self._pending.pop(0))
 
     def finish(self) -> None:
-        """Reduce the groups that are left, and wait for all."""
-        for names in self._to_do:
+        """Reduce the remaining groups, and wait for all of them."""
+        for names in self._pending:
             self._reduce(names)
         for reduction in self._in_flight:
             _add_to(self._batch, reduction.finish())
         self._start_batch()
 
     def discard(self) -> None:
-        """Forget everything of a micro-batch that failed, and have FSDP2 end its backward.
+        """Drop everything of a micro-batch that failed, and have FSDP2 end its backward.
 
-        A backward that raises leaves parameters gathered, and what FSDP2 does at its end undone for
-        all that follow.
+        A backward that raises leaves parameters gathered, and skips what FSDP2 does at its end,
+        which every later backward would skip too.
         """
         super().discard()
         self._start_batch()
@@ -200,12 +182,11 @@ class Fsdp2Sharder(_Sums):
         state = self.model._get_fsdp_state()
         if state._state_ctx.post_backward_final_callback_queued:
             state._root_post_backward_final_callback()
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for unit in fsdp_units(self.model):
+            unit.reshard()
 
     def gradients_of(self, total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-        """This rank's part of the gradients of all ranks' `total`, as FSDP2 reduces them."""
+        """This rank's shards of the gradients of `total`, as FSDP2 sums them over ranks."""
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -217,13 +198,13 @@ class Fsdp2Sharder(_Sums):
                 parameter.grad = gradient
 
     def reshard(self) -> None:
-        """The root, which FSDP2 leaves gathered for a backward."""
+        """Reshard the root, which FSDP2 leaves gathered for a backward."""
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()
 
     @contextmanager
     def keeping_root_gathered(self) -> Iterator[None]:
-        """Within it, a backward leaves the root's parameters gathered for the next one."""
+        """Have a backward leave the root's parameters gathered for the next one."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_reshard_after_backward(False, recurse=False)
         try:
@@ -234,17 +215,17 @@ class Fsdp2Sharder(_Sums):
     def _start_batch(self) -> None:
         self._waiting: dict[str, Tensor] = {}
         self._in_flight: list[_Packed] = []
-        self._to_do = list(self.groups)
+        self._pending = list(self.groups)
 
     def pack(self, names: list[str], fill: Fill) -> None:
-        """Reduce a whole group, which is next in turn, from where `fill` writes it."""
-        assert self._to_do[0] == names
-        self._to_do.pop(0)
+        """Reduce the group `names`, which is the next in order, as `fill` writes it."""
+        assert self._pending[0] == names
+        self._pending.pop(0)
         self._start(_Packed({name: self.parameters[name] for name in names}, fill))
 
     def _reduce(self, names: list[str]) -> None:
         parameters = {name: self.parameters[name] for name in names}
-        whole = {
+        unsharded = {
             name: self._waiting.pop(name)
             if name in self._waiting
             else torch.zeros(parameter.shape, device=parameter.device)
@@ -253,7 +234,7 @@ class Fsdp2Sharder(_Sums):
         world_size = dist.get_world_size(_shard_group(parameters))
 
         def fill(columns: Sequence[Tensor]) -> None:
-            for column, gradient in zip(columns, whole.values(), strict=True):
+            for column, gradient in zip(columns, unsharded.values(), strict=True):
                 column.copy_(_padded_rows(gradient, world_size))
 
         self._start(_Packed(parameters, fill))
@@ -265,17 +246,17 @@ class Fsdp2Sharder(_Sums):
 
 
 def _shard_group(parameters: dict[str, DTensor]) -> dist.ProcessGroup:
-    """Ranks that share one copy of the parameters."""
+    """Ranks that one copy of the parameters is sharded over."""
     mesh = next(iter(parameters.values())).device_mesh
     return mesh.get_group(mesh.ndim - 1)
 
 
 class _Packed:
-    """One reduce-scatter of several whole gradients, written into one tensor.
+    """One reduce-scatter of several unsharded gradients, packed into one tensor [W, columns].
 
-    That is laid out as [W, columns]: row r holds, for each parameter in turn, the rows of rank r's
-    shard, padded to the largest shard. Ranks may write it in different ways, as a rank without
-    samples does; what they send is laid out alike.
+    Row r holds, for each parameter in turn, the rows of rank r's shard, padded to the largest
+    shard. Ranks may fill it in different ways, as a rank without samples does; the layout is the
+    same on all.
     """
 
     def __init__(self, parameters: dict[str, DTensor], fill: Fill) -> None:
@@ -299,7 +280,7 @@ class _Packed:
         self.packed: Tensor | None = packed
 
     def finish(self) -> dict[str, Tensor]:
-        """Wait; this rank's shards of the sums."""
+        """Wait for the collective; returns this rank's shards of the sums."""
         assert self.work is not None
         self.work.wait()
         self.packed = None
@@ -321,7 +302,7 @@ def _padded_rows(gradient: Tensor, world_size: int) -> Tensor:
 
 
 def _local_rows(parameter: DTensor, shard: Tensor) -> Tensor:
-    """The rows that this rank holds, of a shard that may be padded."""
+    """This rank's rows, without the padding of its shard."""
     shape = as_local(parameter).shape
     return shard[: shape.numel()].view(shape)
 
@@ -335,9 +316,9 @@ def _dtensor(name: str, tensor: Tensor) -> DTensor:
     return tensor
 
 
-def _names_by_unit(model: nn.Module, units: Sequence[nn.Module]) -> dict[str, list[str]]:
-    """Trainable parameters of each unit, the last unit first, and at the end what is in none."""
-    fqn_of = {module: fqn for fqn, module in model.named_modules()}
+def _names_by_unit(model: nn.Module, units: Sequence[object]) -> dict[str, list[str]]:
+    """Trainable parameters of each unit, the last unit first, and at the end those of no unit."""
+    fqn_of: dict[object, str] = {module: fqn for fqn, module in model.named_modules()}
     fqns = [fqn_of[unit] for unit in units]
     names_of: dict[str, list[str]] = {fqn: [] for fqn in [*reversed(fqns), ""]}
     innermost_first = sorted(fqns, key=len, reverse=True)

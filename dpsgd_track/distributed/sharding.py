@@ -1,4 +1,4 @@
-"""FSDP2 sharding by transformer block, and who holds what of it.
+"""FSDP2 sharding by transformer block, and which rank holds which elements.
 
 FSDP2 shards every parameter along dimension 0 in chunks of ceil(rows / W); the last ranks may
 hold fewer rows, or none. With replicas (HSDP), W is the number of ranks that share one copy of
@@ -24,13 +24,13 @@ REPLICATE, SHARD = "replicate", "shard"
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of `model`: members of its outermost lists of like modules."""
+    """The repeated blocks of `model`: members of its outermost `ModuleList`s of one type."""
     blocks: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(child, ParametrizationList):
-                continue  # no blocks, but what computes one parameter from others
+                continue  # not blocks: its modules compute one parameter from others
             members = list(child.children()) if isinstance(child, nn.ModuleList) else []
             if len({type(m) for m in members}) == 1 and any(True for _ in child.parameters()):
                 blocks.extend(members)
@@ -47,10 +47,10 @@ def mixed_precision(param_dtype: torch.dtype) -> MixedPrecisionPolicy:
 
 
 def build_mesh(device: torch.device, num_replicas: int = 1) -> DeviceMesh:
-    """All ranks: one row, or `num_replicas` rows that each hold the model.
+    """Mesh of all ranks: one row, or `num_replicas` rows that each hold the model.
 
     Raises:
-        ValueError: the ranks cannot be shared out.
+        ValueError: the number of ranks is not a multiple of `num_replicas`.
     """
     world_size = dist.get_world_size()
     require(
@@ -76,16 +76,20 @@ def shard_fsdp2(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype) ->
 
 def sum_gradients(model: nn.Module) -> None:
     """Make the units of a sharded model add gradients over ranks, rather than average them."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # A clipped sum is a sum: FSDP2's default divides by the number of ranks.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for unit in fsdp_units(model):
+        # A clipped sum is a sum: FSDP2's default divides by the number of ranks.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def fsdp_units(model: nn.Module) -> list[FSDPModule]:
+    """Modules that `fully_shard` was applied to, the root first; none of an unsharded model."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @dataclass(frozen=True)
 class LocalPart:
-    """What this rank holds of one parameter-shaped tensor."""
+    """This rank's elements of one parameter-shaped tensor."""
 
     name: str
     local: Tensor
@@ -111,7 +115,7 @@ def row_range(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where in a whole parameter the part lies that this rank holds."""
+    """Position of this rank's elements in one parameter."""
 
     name: str
     start: int
@@ -121,17 +125,17 @@ class Layout:
     is_counted: bool
 
     def part(self, tensor: Tensor) -> LocalPart:
-        """This rank's part of a tensor that is laid out as the parameter is."""
+        """This rank's part of a tensor that is sharded as the parameter is."""
         return LocalPart(
             self.name, as_local(tensor), self.start, self.num_elements, self.is_counted
         )
 
 
 def layout_of(name: str, parameter: Tensor) -> Layout:
-    """How `parameter` is laid out.
+    """Layout of `parameter` on this rank.
 
     Raises:
-        ValueError: the parameter is a DTensor that FSDP2's default placement did not make.
+        ValueError: the parameter is a DTensor with another placement than FSDP2's default.
     """
     if not isinstance(parameter, DTensor):
         return Layout(name, 0, parameter.numel(), is_counted=True)
@@ -149,10 +153,10 @@ def layout_of(name: str, parameter: Tensor) -> Layout:
 
 
 def local_part(name: str, parameter: Tensor, tensor: Tensor) -> LocalPart:
-    """This rank's part of `tensor`, which is laid out as `parameter` is.
+    """This rank's part of `tensor`, which is sharded as `parameter` is.
 
     Raises:
-        ValueError: the parameter is a DTensor that FSDP2's default placement did not make.
+        ValueError: the parameter is a DTensor with another placement than FSDP2's default.
     """
     return layout_of(name, parameter).part(tensor)
 
@@ -163,17 +167,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def as_local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharded or not; no gradient flows through it."""
+    """This rank's elements of a tensor, sharded or not, detached from the graph."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     with torch.no_grad():
-        # The held tensor itself: to detach the whole first would take longer.
+        # Faster than to detach the DTensor first.
         return tensor.to_local()
 
 
 def as_sharded(local: Tensor, like: Tensor) -> Tensor:
-    """`local` rows laid out as `like`: a DTensor where that is one."""
+    """`local` as a DTensor sharded like `like`; `local` itself if `like` is unsharded."""
     if not isinstance(like, DTensor):
         return local
-    # As FSDP2 makes its own gradients: from_local would check and infer what is known.
+    # As FSDP2 makes its own gradients: from_local would check and infer a spec that is known.
     return DTensor(local, like._spec, requires_grad=False)

@@ -1,1 +1,1 @@
-"""One folder per kernel: the formula in its `__init__`, a readable reference beside it."""
+"""One package per kernel: the formula in its `__init__`, a readable reference beside it."""

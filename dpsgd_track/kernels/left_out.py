@@ -1,7 +1,7 @@
 """Samples that are left out of a clipped sum: those whose factor is 0.
 
-0 times NaN is NaN. Of a sample that must not contribute, nothing may therefore be multiplied, not
-even by 0: its inputs and its gradients may be anything.
+0 times NaN is NaN. The inputs and gradients of such a sample may be anything, so they are dropped
+or replaced by zeros, never multiplied by the factor 0.
 
 Shapes: B samples.
 """
@@ -9,7 +9,7 @@ Shapes: B samples.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 
 def kept_samples(factor_B: Tensor) -> Tensor | None:
-    """Which samples have a factor other than 0, [B] bool; None where all have one.
+    """Mask of samples whose factor is not 0, [B] bool; None if none is left out.
 
-    A CPU looks. Elsewhere a look would wait for the device: all may be assumed to have one.
+    On a CPU the factors are inspected. On a GPU that would wait for the device: there the result
+    is the mask, or None within `assuming_all_kept`.
     """
     if factor_B.is_cpu:
         return None if _are_all_kept(factor_B) else factor_B != 0
@@ -30,11 +31,11 @@ def kept_samples(factor_B: Tensor) -> Tensor | None:
 
 
 class Assumption:
-    """That no sample is left out; see `assuming_all_kept`."""
+    """The assumption that no sample is left out; see `assuming_all_kept`."""
 
     def __init__(self) -> None:
         self.was_made = False
-        """Whether a sum depends on it."""
+        """True if a sum relied on it."""
 
 
 _assumption: Assumption | None = None
@@ -42,9 +43,9 @@ _assumption: Assumption | None = None
 
 @contextmanager
 def assuming_all_kept() -> Iterator[Assumption]:
-    """Within it, sums on a device take no sample to be left out, which saves a pass over its data.
+    """Have sums on a GPU assume that no sample is left out, which saves a pass over their data.
 
-    Who is inside finds out afterwards whether that was so, and forms the sums again if not.
+    The caller checks afterwards whether that was so, and forms the sums again if not.
     """
     global _assumption
     _assumption = made = Assumption()
@@ -55,7 +56,7 @@ def assuming_all_kept() -> Iterator[Assumption]:
 
 
 _last: tuple[weakref.ref[Tensor], int, bool] | None = None
-"""Factors that were looked at last, their version and the answer: a batch has one for all sums."""
+"""Factors inspected last, their version, and the result: all sums of a batch share them."""
 
 
 def _are_all_kept(factor_B: Tensor) -> bool:
@@ -66,24 +67,10 @@ def _are_all_kept(factor_B: Tensor) -> bool:
     return _last[2]
 
 
-def answer_later(is_so: Tensor) -> Callable[[], bool]:
-    """A yes or no of a GPU on its way to the host; the call waits for this answer alone."""
-    on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
-    on_host.copy_(is_so, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-
-    def answer() -> bool:
-        event.synchronize()
-        return bool(on_host)
-
-    return answer
-
-
 def only_kept(tensor: Tensor, is_kept_B: Tensor | None) -> Tensor:
     """`tensor`, [B, ...], without the samples that are left out.
 
-    On CPU they are gone; elsewhere, where their number is not known, they are zeros.
+    On a CPU their rows are removed. On a GPU, where their number is not known, they are zeroed.
     """
     if is_kept_B is None:
         return tensor

@@ -2,41 +2,73 @@
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dpsgd_track.record.trajectory import Trajectory
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerNorms:
+    """Norms of all linear layers at one step."""
+
+    iter: int
+    norms: Mapping[str, float]
+    """By `<layer>_weight_norm` and `<layer>_grad_norm`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """One run; its fields are the keys of the file."""
+
+    loss_values: tuple[float, ...]
+    """Of each step."""
+    final_loss: float
+    grad_norms: tuple[float, ...]
+    """Of each step, before noise."""
+    avg_grad_norm: float
+    layer_norms_history: tuple[LayerNorms, ...]
+    """One entry for each step whose layer norms were recorded."""
+    avg_time_ms: float
+    """Of a step."""
+    peak_memory_mb: float
+    """In MiB."""
+    peak_memory_gb: float
+    """In GiB."""
+
+
 def write_output(trajectory: Trajectory, path: Path) -> None:
-    """Write `results` of the trajectory to `path` as strict JSON, whole or not at all."""
-    text = json.dumps(_strict(results(trajectory)), indent=2, allow_nan=False)
+    """Write `results` of the trajectory to `path`, whole or not at all.
+
+    The file is strict JSON: null stands for NaN and infinities.
+    """
+    from pydantic_core import to_json
+
+    text = to_json(results(trajectory), indent=2, inf_nan_mode="null")
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_bytes(text + b"\n")
     partial.replace(path)
 
 
-def results(trajectory: Trajectory) -> dict[str, Any]:
-    """Losses, norms, time (ms) and peak memory (MiB and GiB) of one run."""
+def results(trajectory: Trajectory) -> Results:
+    """Losses, norms, time and peak memory of one run."""
     peak_gib = float(trajectory.peak_memory_gib.max())
-    return {
-        "loss_values": trajectory.loss.tolist(),
-        "final_loss": float(trajectory.loss[-1]),
-        "grad_norms": trajectory.grad_norm.tolist(),
-        "avg_grad_norm": float(trajectory.grad_norm.mean()),
-        "layer_norms_history": _layer_norms_history(trajectory),
-        "avg_time_ms": float(trajectory.step_time_ms.mean()),
-        "peak_memory_mb": peak_gib * 1024,
-        "peak_memory_gb": peak_gib,
-    }
+    return Results(
+        loss_values=tuple(trajectory.loss.tolist()),
+        final_loss=float(trajectory.loss[-1]),
+        grad_norms=tuple(trajectory.grad_norm.tolist()),
+        avg_grad_norm=float(trajectory.grad_norm.mean()),
+        layer_norms_history=tuple(_layer_norms_history(trajectory)),
+        avg_time_ms=float(trajectory.step_time_ms.mean()),
+        peak_memory_mb=peak_gib * 1024,
+        peak_memory_gb=peak_gib,
+    )
 
 
-def _layer_norms_history(trajectory: Trajectory) -> list[dict[str, Any]]:
-    """One entry for each step whose layer norms were recorded."""
+def _layer_norms_history(trajectory: Trajectory) -> list[LayerNorms]:
     recorded = ~np.isnan(trajectory.layer_weight_norm).all(axis=1)
     history = []
     for i in np.flatnonzero(recorded):
@@ -44,17 +76,5 @@ def _layer_norms_history(trajectory: Trajectory) -> list[dict[str, Any]]:
         for j, name in enumerate(trajectory.layer_names):
             norms[f"{name}_weight_norm"] = float(trajectory.layer_weight_norm[i, j])
             norms[f"{name}_grad_norm"] = float(trajectory.layer_grad_norm[i, j])
-        history.append({"iter": int(trajectory.step[i]), "norms": norms})
+        history.append(LayerNorms(iter=int(trajectory.step[i]), norms=norms))
     return history
-
-
-def _strict(value: Any) -> Any:
-    """`value` with null for what JSON has no number for."""
-    match value:
-        case dict():
-            return {key: _strict(inner) for key, inner in value.items()}
-        case list():
-            return [_strict(inner) for inner in value]
-        case float() if not math.isfinite(value):
-            return None
-    return value

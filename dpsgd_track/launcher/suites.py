@@ -256,14 +256,9 @@ def _timed_modes(
 
 
 def check_modes(modes: Sequence[str]) -> None:
-    """Raise ValueError where a mode, or a fault that is planted in it, is not known."""
+    """Raise ValueError where a mode is not known."""
     for mode in modes:
         table.check_mode(mode)
-        if table.split_planted(mode)[1]:
-            # Imports torch, which nothing else that is checked needs.
-            from dpsgd_track.mutants import check_planted
-
-            check_planted(mode)
 
 
 def _takes_part(mode: str, regimes: Sequence[str]) -> bool:
@@ -287,8 +282,10 @@ def _check_plan(plan: str, modes: Sequence[str]) -> None:
     if plan == AUTO:
         return
     known = "auto, where no mode can do otherwise"
-    require(any(table.takes_plan(mode, plan) for mode in modes), "plan", plan, known)
-    two_pass = [m for m in modes if table.takes_plan(m, AUTO) and not table.takes_plan(m, plan)]
+    require(any(table.takes_norm_plan(mode, plan) for mode in modes), "plan", plan, known)
+    two_pass = [
+        m for m in modes if table.takes_norm_plan(m, AUTO) and not table.takes_norm_plan(m, plan)
+    ]
     allowed = f"another plan for {', '.join(two_pass)}, which keep nothing between two backwards"
     require(not two_pass, "plan", plan, allowed, "Leave the modes out, or choose gram or tiled.")
 

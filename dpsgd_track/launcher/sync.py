@@ -66,7 +66,10 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         experiment = group.experiment()
         if not experiment:
             print(f"{group.label}: its launcher died before the first record was whole")
-            if any(each.rows or each.files for each in group.runs().values()):
+            damage = Inventory(group).damage()
+            for line in damage:
+                print(f"{group.label}: {line}")
+            if damage or any(each.rows or each.files for each in group.runs().values()):
                 print(f"{group.label}: what is in {group.folder} belongs to no run that is known")
                 return EXIT_FAILED
             group.remove()

@@ -1,1 +1,1 @@
-"""The ways to compute one DP-SGD step: their table, the protocol they meet, and adapters."""
+"""Modes, which compute one DP-SGD step each: their table, their protocol, and adapters."""

@@ -1,14 +1,18 @@
-"""From a mode's name to the mode."""
+"""Builds a mode from its name."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from torch import nn
 
 from dpsgd_track.config import require
 from dpsgd_track.modes.protocol import Mode, ModeContext, ModeFactory
-from dpsgd_track.modes.table import check_mode, factory_of, spec_of
+from dpsgd_track.modes.table import check_mode, factory_of, spec_of, split_planted
+
+ModeBuilder = Callable[[str, nn.Module, ModeContext], Mode]
+"""Takes a mode's name, the model and what the mode is built with."""
 
 
 def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
@@ -17,12 +21,14 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
     Args:
         name: a built-in mode, `opacus:GRAD_SAMPLE_MODE`, an entry point's name, or
             `package.module:factory`.
-        model: whole and unsharded, float32, on the context's device.
-        context: what the mode is built with.
+        model: unsharded, float32, on the context's device.
+        context: settings of the mode.
     Raises:
         ValueError: the name is unknown, or the mode cannot clip one of the parameters.
     """
     check_mode(name)
+    # The table knows such a name, and what would be built is the healthy mode.
+    require(not split_planted(name)[1], "mode", name, "a mode with nothing planted in it")
     spec = spec_of(name)
     if spec is None:
         return _user_factory(factory_of(name))(model, context)
@@ -31,7 +37,7 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
 
         return ReferenceMode(model, context)
     if spec.strategy == "opacus":
-        # Opacus takes seconds to import; the other modes do without.
+        # Opacus takes seconds to import, and other modes do not need it.
         from dpsgd_track.modes.opacus import OpacusMode
 
         return OpacusMode(spec.grad_sample_mode, model, context)
@@ -50,5 +56,5 @@ def _user_factory(name: str) -> ModeFactory:
         "package.module:factory",
         f"{module_name} has no callable {attribute!r}.",
     )
-    found: ModeFactory = factory  # type: ignore[assignment]
-    return found
+    checked: ModeFactory = factory  # type: ignore[assignment]
+    return checked

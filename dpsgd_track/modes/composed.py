@@ -1,4 +1,4 @@
-"""Our own modes: a norm rule, a pass strategy and a sharding, put together from the table."""
+"""This package's modes: compositions of a norm rule, a pass strategy and a sharding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dpsgd_track.privacy.strategies import STRATEGIES
 
 
 class ComposedMode(Mode):
-    """A mode as its line in the table says."""
+    """A mode composed as its line in the table says."""
 
     is_atomic = True
 
@@ -35,7 +35,7 @@ class ComposedMode(Mode):
         self.clips = spec.is_private
         self.model = model
         capture, late = (
-            _capture(spec, model, context.plan) if spec.is_private else (None, frozenset())
+            _capture(spec, model, context.norm_plan) if spec.is_private else (None, frozenset())
         )
         sharder = self._shard(spec, late)
         self.optimizer = context.make_optimizer(model.parameters())
@@ -46,7 +46,7 @@ class ComposedMode(Mode):
             self.engine.rounded_dtype = context.param_dtype
             if capture is not None:
                 capture.has_copies = True
-        # As long as nothing is gathered.
+        # Computed now, while no parameter is gathered.
         assert self._layouts is not None
 
     def accumulate(self, batch: Batch) -> SampleRecord:
@@ -61,10 +61,10 @@ class ComposedMode(Mode):
         self.engine.max_grad_norm = max_grad_norm
 
     def clipped_sum(self) -> ClippedSum:
-        """The clipped sum; unbounded for the baseline, unless its test lends it C for the noise.
+        """The clipped sum. The baseline's sensitivity is infinite, or C if a test adds noise to it.
 
         Raises:
-            RuntimeError: a backward that was none of the mode's has left gradients of its own.
+            RuntimeError: `.grad` has a gradient from a backward outside of the mode.
         """
         if not self.clips:
             clipped = super().clipped_sum()
@@ -78,21 +78,21 @@ class ComposedMode(Mode):
         return ClippedSum(dict(sums), self.sensitivity)
 
     def zero_grad(self) -> None:
-        """Forget the step's gradients."""
+        """Drop the step's gradients."""
         self.engine.sharder.sums.clear()
         super().zero_grad()
 
-    def plan(self) -> dict[str, str]:
-        """How the norm of each linear layer's weight was found so far."""
+    def norm_plan(self) -> dict[str, str]:
+        """Plan for the norm of each linear layer's weight so far."""
         capture = self.engine.capture
-        return capture.planner.summary() if capture is not None else {}
+        return capture.norm_planner.summary() if capture is not None else {}
 
     def _shard(self, spec: ModeSpec, late: frozenset[str]) -> GradientSharder:
         context = self.context
         if spec.sharding == "none":
             return LocalSharder(self.model)
         if isinstance(self.model, FSDPModule):
-            # Sharded already, in units of its owner's choosing.
+            # Sharded already, in units of the user's choice.
             sum_gradients(self.model)
         else:
             mesh = build_mesh(context.device, context.num_replicas)
@@ -100,21 +100,21 @@ class ComposedMode(Mode):
         return Fsdp2Sharder(self.model, late)
 
 
-def _capture(spec: ModeSpec, model: nn.Module, plan: str) -> tuple[Capture, frozenset[str]]:
-    """The capture, and the parameters whose gradients arrive when a backward is over."""
+def _capture(spec: ModeSpec, model: nn.Module, norm_plan: str) -> tuple[Capture, frozenset[str]]:
+    """The capture, and the parameters whose gradients arrive at the end of a backward."""
     rule = NORM_RULES[spec.norm_rule]
-    capture = Capture(model, rule, keep=spec.strategy == "bookkeeping", plan=plan)
+    capture = Capture(model, rule, keep=spec.strategy == "bookkeeping", norm_plan=norm_plan)
     late: set[str] = set()
     for layer in capture.layers:
-        way: type[CapturedLayer] = WatchedLayer
+        kind: type[CapturedLayer] = WatchedLayer
         if layer.rule is None:
-            way = ExpandedLayer
+            kind = ExpandedLayer
         elif rule.is_fused and can_fuse(layer):
-            way = FusedLayer
+            kind = FusedLayer
         elif takes_weight_per_sample(layer):
-            way = RmsNormPerSample
-        capture.take(way(capture, layer))
-        if way in (ExpandedLayer, RmsNormPerSample):
+            kind = RmsNormPerSample
+        capture.register(kind(capture, layer))
+        if kind in (ExpandedLayer, RmsNormPerSample):
             late.update(layer.names.values())
     return capture, frozenset(late)
 

@@ -1,4 +1,4 @@
-"""Opacus's own modes, through its PrivacyEngine, as its users run it.
+"""Opacus's own modes, through its `PrivacyEngine`, as Opacus's users run them.
 
 Clipping, accumulation, noise calibration and scaling are Opacus's; only the noise's random
 numbers are replaced by the common ones, so that they cancel in a comparison.
@@ -41,15 +41,16 @@ class OpacusMode(Mode):
     """
 
     dp_optimizer: Any
-    """`optimizer`, as Opacus's own class."""
+    """`optimizer`, typed as Opacus's own class."""
     takes_empty_batches = False
-    """Its hooks reduce over the samples of a batch, and raise where there are none."""
+    """Opacus's hooks reduce over the samples of a batch, and raise if there are none."""
 
     def __init__(self, grad_sample_mode: str, model: nn.Module, context: ModeContext) -> None:
         """Wrap `model` as `PrivacyEngine.make_private` does.
 
         Raises:
-            ValueError: Opacus has no such mode, does not run it here, or refuses the model.
+            ValueError: Opacus has no such mode, cannot run it with these settings, or refuses the
+                model.
         """
         super().__init__(context)
         self.world_size = world_size()
@@ -66,20 +67,20 @@ class OpacusMode(Mode):
         setattr(optimizer, name, self.collect)
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """`model` sharded by Opacus's own wrapper."""
+        """`model`, sharded by Opacus's `FSDP2Wrapper`."""
         policy = mixed_precision(self.context.param_dtype)
         sharded: nn.Module = FSDP2Wrapper(model, mp_policy=policy)
         return sharded
 
     def set_max_grad_norm(self, max_grad_norm: float) -> None:
-        """Clip at another C, in the module where it clips, and in the optimizer."""
+        """Clip at another C, in the wrapped module if that clips, and in the optimizer."""
         super().set_max_grad_norm(max_grad_norm)
         self.dp_optimizer.max_grad_norm = max_grad_norm
         if self.criterion is not None:
             self.wrapped.max_grad_norm = max_grad_norm
 
     def accumulate(self, batch: Batch) -> SampleRecord:
-        """One forward, and the backward or the two that Opacus makes of it.
+        """One forward, and the one or two backwards of Opacus.
 
         Opacus keeps the earlier micro-batches of a step only if each is followed by a skipped
         step, as its own BatchMemoryManager does.
@@ -94,13 +95,13 @@ class OpacusMode(Mode):
         if self.criterion is not None:
             factor_B = self.wrapped.get_clipping_coef()
             return SampleRecord(loss_B, self.wrapped.per_sample_gradient_norms, factor_B, norms)
-        # The optimizer clips without leaving a trace; these are by its formula.
+        # The optimizer does not record its clip factors; these are by its formula.
         norm_B = torch.stack(list(norms.values()), dim=1).norm(2, dim=1)
         factor_B = (self.max_grad_norm / (norm_B + 1e-6)).clamp(max=1.0)
         return SampleRecord(loss_B, norm_B, factor_B, norms)
 
     def backward(self, batch: Batch) -> Tensor:
-        """Losses of the samples, [B], after their backward."""
+        """Run the backward; returns the losses of the samples, [B]."""
         logits = self.logits(batch)
         if self.criterion is None:
             loss_B = self.context.loss(logits, batch.targets)
@@ -119,7 +120,7 @@ class OpacusMode(Mode):
         return logits_of(self.wrapped(*batch.args, *first, **inputs))
 
     def clipped_sum(self) -> ClippedSum:
-        """What Opacus has summed; over several ranks, times the number that it divided by."""
+        """Opacus's clipped sum, times the number of ranks, by which its reduction divides."""
         self.collect()
         summed = {}
         parameters: dict[str, Any] = {**trainable_parameters(self.model)}
@@ -133,24 +134,24 @@ class OpacusMode(Mode):
         return ClippedSum(summed, self.max_grad_norm)
 
     def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
-        """Opacus's own noise and scaling, drawing the given random numbers."""
+        """Add noise and scale as Opacus does, with random numbers from `source`."""
         with _NoiseFrom(source, self.dp_optimizer, trainable_parameters(self.model)):
             self.dp_optimizer.pre_step()
         return {part.name: part.local for part in self.gradient_parts()}
 
     def step(self) -> None:
-        """The rest of Opacus's step: the wrapped optimizer's."""
+        """Finish Opacus's step: that of the wrapped optimizer."""
         self.dp_optimizer.original_optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget the step's gradients, the earlier micro-batches' too."""
+        """Drop the step's gradients, of earlier micro-batches too."""
         self.collect.is_due = False
         self.dp_optimizer._is_last_step_skipped = False
         self.dp_optimizer.zero_grad()
 
     def _make_private(self, grad_sample_mode: str) -> Any:
         privacy = self.context.privacy
-        # Opacus reads the expected batch size off a data loader: one batch of that many rows.
+        # Opacus derives the expected batch size from a data loader: one batch of that many rows.
         rows = TensorDataset(torch.zeros(privacy.expected_batch_size, 1))
         try:
             return opacus.PrivacyEngine().make_private(
@@ -188,7 +189,7 @@ class OpacusMode(Mode):
 
 
 class _SharedLoss(nn.Module):
-    """The loss every mode shares, in the form Opacus asks of a criterion."""
+    """The loss that all modes share, as the criterion that Opacus expects."""
 
     def __init__(self, loss: PerSampleLoss) -> None:
         super().__init__()
@@ -201,9 +202,9 @@ class _SharedLoss(nn.Module):
 
 
 class _OncePerBatch:
-    """Opacus's way of adding up a batch, once for each backward.
+    """Has Opacus accumulate a batch only once, as its own step would do so again.
 
-    `clipped_sum` looks at the sum before Opacus's own step would form it.
+    `clipped_sum` needs the sum before that step.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
@@ -217,13 +218,13 @@ class _OncePerBatch:
 
 
 class _NoiseFrom:
-    """Within it, Opacus's `optimizer` draws its noise from `source`."""
+    """Context in which Opacus's `optimizer` draws its noise from `source`."""
 
     def __init__(
         self, source: NoiseSource, optimizer: Any, parameters: dict[str, nn.Parameter]
     ) -> None:
         self.source = source
-        # Each of Opacus's optimizers calls the function by its own module's name for it.
+        # Each of Opacus's optimizers looks the function up in its own module.
         self.module: Any = sys.modules[type(optimizer).add_noise.__module__]
         self.remaining = iter(parameters.items())
 
@@ -239,16 +240,16 @@ class _NoiseFrom:
         name, parameter = next(self.remaining)
         if parameter.shape != reference.shape:
             raise RuntimeError(f"{name}: Opacus asked for noise in an unexpected order")
-        # Whole, even where the parameter is sharded: what becomes of it there is Opacus's matter.
+        # Unsharded, even for a sharded parameter: how it is distributed is up to Opacus.
         whole = torch.empty(reference.shape, device=reference.device)
         part = LocalPart(name, whole, 0, whole.numel())
         return self.source.standard_normal(part).to(reference.dtype).mul_(std)
 
 
 def grad_sample_modes() -> list[str]:
-    """Every `grad_sample_mode` that the installed Opacus takes.
+    """All `grad_sample_mode`s of the installed Opacus.
 
-    Opacus keeps no list of them: its `get_gsm_class` compares a name with constants.
+    Opacus has no list of them: its `get_gsm_class` compares a name with constants.
     """
     constants: list[Any] = list(get_gsm_class.__code__.co_consts)
     for constant in [c for c in constants if isinstance(c, tuple | frozenset)]:
@@ -299,7 +300,7 @@ def _check(grad_sample_mode: str, is_sharded: bool, context: ModeContext) -> Non
 
 
 def _reasons(error: Exception) -> str:
-    """Opacus raises one error that holds a list of them."""
+    """The messages of an error of Opacus, which may hold a list of errors."""
     listed = error.args[0] if error.args and isinstance(error.args[0], list) else [error]
     return " ".join(str(reason).strip() for reason in listed)
 

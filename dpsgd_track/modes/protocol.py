@@ -1,7 +1,7 @@
-"""The protocol every mode meets: Opacus's, a user's own and ours alike.
+"""The protocol of all modes: Opacus's, users' and this package's own.
 
 One step is: `accumulate` each micro-batch, `clipped_sum` once, `privatize` once, `step` once.
-The worker looks at what each call returns; nothing it does between the calls changes the step.
+The worker records what each call returns, and changes nothing of the step in between.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dpsgd_track.privacy.noise import NoiseSource, add_noise
 
 @dataclass(frozen=True, kw_only=True)
 class ModeContext:
-    """What a mode is built with, beside the model."""
+    """Settings with which a mode is built over a model."""
 
     privacy: PrivacyConfig
     device: torch.device
@@ -44,36 +44,36 @@ class ModeContext:
     """(logits, targets) -> loss of each sample. Anything but one number a sample raises."""
     num_replicas: int = 1
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
-    plan: str = AUTO
-    """How flash and fused modes find norms of linear layers; see `dpsgd_track.privacy.planner`."""
+    norm_plan: str = AUTO
+    """Way in which flash and fused modes take the norms of linear layers (see `NormPlanner`)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", one_loss_a_sample(self.loss))
 
 
 ModeFactory = Callable[[nn.Module, ModeContext], "Mode"]
-"""Takes the whole, unsharded float32 model; the process group is initialised."""
+"""Takes the unsharded float32 model; the process group is initialised."""
 
 
 class Mode(ABC):
     """One way to compute a DP-SGD step.
 
-    A subclass sets `model` and `optimizer`, and implements `accumulate` so that after it each
-    trainable parameter's `.grad` has grown by this micro-batch's share of the clipped sum over
-    all ranks (a sum over samples, never a mean). The rest works from there.
+    A subclass sets `model` and `optimizer`, and implements `accumulate` such that it adds the
+    micro-batch's clipped sum over all ranks (a sum over samples, never a mean) to each trainable
+    parameter's `.grad`. The defaults of the other methods build on that.
     """
 
     model: nn.Module
-    """The model as the mode runs it; its parameters are this rank's shards."""
+    """The model as the mode runs it, with this rank's shards as parameters."""
     optimizer: torch.optim.Optimizer
     replicated = False
-    """Every rank holds every parameter whole, rather than a shard."""
+    """True if every rank holds all parameters unsharded."""
     clips = True
-    """Whether gradients are clipped at all."""
+    """True if gradients are clipped."""
     takes_empty_batches = True
-    """Whether `accumulate` takes a batch of no samples, as Poisson sampling may give it."""
+    """True if `accumulate` takes a batch without samples, as Poisson sampling may give."""
     is_atomic = False
-    """Whether a batch that fails in `accumulate` leaves nothing of itself in the sum."""
+    """True if a batch that fails in `accumulate` adds nothing to the sum."""
 
     def __init__(self, context: ModeContext) -> None:
         self.context = context
@@ -84,8 +84,8 @@ class Mode(ABC):
     def accumulate(self, batch: Batch) -> SampleRecord:
         """Add one micro-batch's clipped gradients; every rank calls it equally often.
 
-        The batch may be empty. A mode that runs a part of it says which sample with
-        `dpsgd_track.privacy.dropout.only`, so that dropout finds the sample's own masks.
+        The batch may be empty. A mode that runs a single sample of it does so within
+        `dpsgd_track.privacy.dropout.only`, so that dropout uses that sample's masks.
         """
 
     def set_max_grad_norm(self, max_grad_norm: float) -> None:
@@ -94,11 +94,11 @@ class Mode(ABC):
 
     @property
     def sensitivity(self) -> float:
-        """The largest C that a micro-batch of this step was clipped at; C where there is none."""
+        """The largest C that a micro-batch of this step was clipped at; before the first, C."""
         return self._largest_bound or self.max_grad_norm
 
     def note_bound(self) -> None:
-        """A micro-batch that was clipped at the C in force is in the sum now."""
+        """Note that a micro-batch clipped at the current C was added to the sum."""
         self._largest_bound = max(self._largest_bound, self.max_grad_norm)
 
     def clipped_sum(self) -> ClippedSum:
@@ -110,8 +110,8 @@ class Mode(ABC):
     def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
         """Turn the clipped sum into the update direction, and write it into every `.grad`.
 
-        Whatever a mode's `clipped_sum` returns, copies or its own tensors, is what the weights
-        are updated with, noise included.
+        The weights are updated with the tensors that `clipped_sum` returned, noise included, even
+        if those are copies.
 
         Returns:
             This rank's shards of (clipped sum + noise) / expected batch size, by name.
@@ -143,19 +143,19 @@ class Mode(ABC):
         self.optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget the step's gradients."""
+        """Drop the step's gradients."""
         self._largest_bound = 0.0
         self.optimizer.zero_grad(set_to_none=True)
 
-    def plan(self) -> dict[str, str]:
-        """How the mode goes about each layer, once it has taken a step; by the layer's name.
+    def norm_plan(self) -> dict[str, str]:
+        """How the mode computes the norms of each layer, by the layer's name, after a step.
 
-        It is recorded and shown, and nothing depends on it.
+        Recorded and shown only: nothing depends on it.
         """
         return {}
 
     def gradient_parts(self) -> list[LocalPart]:
-        """This rank's part of every trainable parameter's gradient; absent ones become zeros."""
+        """This rank's part of each trainable parameter's gradient; missing ones become zeros."""
         parts = []
         for layout, parameter in self._layouts:
             if parameter.grad is None:
@@ -169,6 +169,6 @@ class Mode(ABC):
 
     @cached_property
     def _layouts(self) -> list[tuple[Layout, nn.Parameter]]:
-        # Walking through the modules takes milliseconds; which parameters there are stays the same.
+        # Cached, as walking through the modules takes milliseconds.
         trainable = trainable_parameters(self.model)
         return [(layout_of(name, parameter), parameter) for name, parameter in trainable.items()]

@@ -1,12 +1,12 @@
 """The oracle: one sample at a time through plain autograd.
 
-It shares no code with any other mode beyond the loss, the data and dropout's masks: no hooks, no
-norm rules, no sharding, no reduction of theirs. Every rank holds the whole model, in float64 unless
-asked otherwise, takes its own samples, and the sums are added over ranks. In a low precision it
-keeps float32 weights and computes on rounded copies, as mixed precision does.
+It shares no code with other modes beyond the loss, the data and dropout masks: no hooks, norm
+rules, sharding or reduction. Every rank holds the whole model, in float64 by default, and runs its
+own samples; the sums are added over ranks. In a low precision it keeps float32 weights and computes
+on rounded copies, as mixed precision does.
 
-A sample whose loss, gradient or norm is not finite is left out: its factor is 0, and nothing of it
-is added. A micro-batch is added as a whole, once all of its gradients are there.
+A sample whose loss, gradient or norm is not finite is left out: its factor is 0, and it adds
+nothing. A micro-batch is added as a whole, once all of its gradients are computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dpsgd_track.privacy.dropout import only
 
 
 class ReferenceMode(Mode):
-    """DP-SGD as its definition reads."""
+    """DP-SGD by its definition."""
 
     replicated = True
     is_atomic = True
@@ -39,7 +39,7 @@ class ReferenceMode(Mode):
         self.optimizer = context.make_optimizer(self.parameters)
 
     def accumulate(self, batch: Batch) -> SampleRecord:
-        """Clip each sample's gradient by itself, add up, and add the sum to `.grad`."""
+        """Clip the gradient of each sample alone, and add the sum to `.grad`."""
         losses, norms, factors = [], [], []
         by_parameter: dict[str, list[Tensor]] = {name: [] for name in self.names}
         sums = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -49,11 +49,11 @@ class ReferenceMode(Mode):
             squares = [gradient.square().sum() for gradient in gradients]
             norm = torch.stack(squares).sum().sqrt()
             factor = torch.clamp(self.max_grad_norm / norm, max=1.0)
-            # The norm is finite only where all of the gradient is.
+            # The norm is finite only if the whole gradient is.
             counts = loss.isfinite() & norm.isfinite() & (factor > 0)
             factor = torch.where(counts, factor, 0.0)
             for total, gradient in zip(sums, gradients, strict=True):
-                # Zeros in its place, as 0 times NaN is NaN.
+                # Zeros instead, as 0 times NaN is NaN.
                 total.addcmul_(factor, torch.where(counts, gradient, 0.0))
             losses.append(loss)
             norms.append(norm)
@@ -73,14 +73,12 @@ class ReferenceMode(Mode):
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of one sample."""
         loss = self.context.loss(self._logits(sample), sample.targets)[0]
-        found: tuple[Tensor | None, ...] = (None,) * len(self.parameters)
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        gradients = [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(self.parameters, found, strict=True)
-        ]
-        return loss.detach(), gradients
+        if not loss.requires_grad:
+            return loss, [torch.zeros_like(parameter) for parameter in self.parameters]
+        gradients = torch.autograd.grad(
+            loss, self.parameters, allow_unused=True, materialize_grads=True
+        )
+        return loss.detach(), list(gradients)
 
     def _logits(self, sample: Batch) -> Tensor:
         if not self.is_low_precision:
@@ -98,7 +96,7 @@ class ReferenceMode(Mode):
         return super().clipped_sum()
 
     def _column(self, values: list[Tensor]) -> Tensor:
-        """One value for each sample, [B], of a micro-batch that may be empty."""
+        """Stack one value for each sample, [B], of a micro-batch that may be empty."""
         if not values:
             return torch.zeros(0, device=self.context.device)
         return torch.stack(values)

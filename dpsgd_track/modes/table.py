@@ -18,22 +18,22 @@ class ModeSpec:
     """none, ghost, flash, fused, materialised (explicit per-sample gradients of a whole batch), or
     autograd (explicit gradients of one sample)."""
     strategy: str
-    """plain, two_pass, bookkeeping, one_by_one, or opacus (the library's own step)."""
+    """unclipped, two_pass, bookkeeping, one_by_one, or opacus (the library's own step)."""
     sharding: str
     """fsdp2, opacus_fsdp2 (the library's own wrapper), replicated (every rank holds the whole
     model), or none (one device)."""
     summary: str
     grad_sample_mode: str = ""
-    """What Opacus calls a mode that it runs; empty for others."""
+    """Opacus's name of the mode; empty for other modes."""
 
     @property
     def is_private(self) -> bool:
-        """Whether the mode clips."""
+        """True if the mode clips."""
         return self.norm_rule != "none"
 
     @property
     def runs_on_one_device(self) -> bool:
-        """Whether the mode is one rank's work."""
+        """True if the mode runs on a single rank."""
         return self.sharding == "none"
 
 
@@ -43,7 +43,7 @@ _FUSED_2 = "norms inside linear backward, two backwards"
 _GHOST_1 = "ghost norms in hooks, one backward"
 
 _TABLE = (
-    ModeSpec("no_dp", "none", "plain", "fsdp2", "ordinary training, the baseline"),
+    ModeSpec("no_dp", "none", "unclipped", "fsdp2", "ordinary training, the baseline"),
     ModeSpec(
         "ghost_fsdp",
         "ghost",
@@ -57,7 +57,7 @@ _TABLE = (
     ModeSpec("flash_fsdp_bk", "flash", "bookkeeping", "fsdp2", _HOOKS_1),
     ModeSpec("flash_fsdp_fuse", "fused", "two_pass", "fsdp2", _FUSED_2),
     ModeSpec("flash_fsdp_fuse_bk", "fused", "bookkeeping", "fsdp2", _FUSED_1),
-    ModeSpec("no_dp_single", "none", "plain", "none", "ordinary training on one device"),
+    ModeSpec("no_dp_single", "none", "unclipped", "none", "ordinary training on one device"),
     ModeSpec(
         "ghost",
         "ghost",
@@ -89,7 +89,7 @@ MODES: dict[str, ModeSpec] = {spec.name: spec for spec in _TABLE}
 
 BASELINE = "no_dp"
 SINGLE_BASELINE = "no_dp_single"
-"""What modes on one device are timed against."""
+"""Baseline that modes on one device are timed against."""
 REFERENCE = "reference"
 QUICK = ("no_dp", "flash_fsdp", "flash_fsdp_fuse")
 FULL = (
@@ -121,7 +121,7 @@ def with_planted(mode: str, *faults: str) -> str:
 def spec_of(name: str) -> ModeSpec | None:
     """The parts of a built-in mode or of `opacus:GRAD_SAMPLE_MODE`; None for a user's own mode.
 
-    A fault that is planted in the mode changes none of them.
+    Planted faults do not change them.
     """
     name, _ = split_planted(name)
     if name in MODES:
@@ -141,21 +141,21 @@ def spec_of(name: str) -> ModeSpec | None:
 
 
 def is_private(name: str) -> bool:
-    """Whether mode `name` clips; a user's own mode is taken to."""
+    """True if mode `name` clips; assumed of users' modes."""
     spec = spec_of(name)
     return spec is None or spec.is_private
 
 
 def is_of_opacus(name: str) -> bool:
-    """Whether mode `name` is one of the library's own, as installed or as a variant."""
+    """True if mode `name` is one of Opacus's, as installed or as a variant."""
     spec = spec_of(name)
     return spec is not None and spec.strategy == _OPACUS
 
 
-def takes_plan(name: str, plan: str) -> bool:
-    """Whether mode `name` can find every norm as `plan` says.
+def takes_norm_plan(name: str, plan: str) -> bool:
+    """True if mode `name` can compute all norms by `plan`.
 
-    Only flash and fused norms leave a choice; with two backwards no gradients are kept.
+    Only flash and fused norms have a choice; modes with two backwards keep no gradients.
     """
     spec = spec_of(name)
     if spec is None or spec.norm_rule not in ("flash", "fused"):
@@ -164,7 +164,7 @@ def takes_plan(name: str, plan: str) -> bool:
 
 
 def runs_on_one_device(name: str) -> bool:
-    """Whether mode `name` is one rank's work; a user's own mode runs on all ranks."""
+    """True if mode `name` runs on a single rank; users' modes run on all ranks."""
     spec = spec_of(name)
     return spec is not None and spec.runs_on_one_device
 
@@ -175,20 +175,20 @@ def baseline_of(name: str) -> str:
 
 
 def plugged_in_modes() -> dict[str, str]:
-    """Modes that installed packages bring as entry points: name -> `package.module:factory`.
+    """Modes that installed packages provide as entry points: name -> `package.module:factory`.
 
     Raises:
-        ValueError: a name is no identifier, is a built-in mode's, or is offered twice.
+        ValueError: a name is no identifier, is that of a built-in mode, or is provided twice.
     """
-    found: dict[str, str] = {}
+    factories: dict[str, str] = {}
     for entry in metadata.entry_points(group=_ENTRY_POINTS):
         where = f"entry point {entry.name} = {entry.value}"
         advice = f"Rename it in the package that brings it ({where})."
         require(entry.name.isidentifier(), "mode", entry.name, "an identifier", advice)
-        is_new = entry.name not in MODES and found.get(entry.name, entry.value) == entry.value
+        is_new = entry.name not in MODES and factories.get(entry.name, entry.value) == entry.value
         require(is_new, "mode", entry.name, "a name that no other mode has", advice)
-        found[entry.name] = entry.value
-    return found
+        factories[entry.name] = entry.value
+    return factories
 
 
 def factory_of(name: str) -> str:
@@ -200,7 +200,7 @@ def factory_of(name: str) -> str:
 def check_mode(name: str) -> None:
     """Raise unless `name` is a known mode or an importable `package.module:factory`.
 
-    Which grad_sample_mode the installed Opacus takes is known once it is imported, and no sooner.
+    The `grad_sample_mode`s of Opacus are checked when Opacus is imported, not here.
 
     Raises:
         ValueError: naming the known modes.
@@ -214,7 +214,13 @@ def check_mode(name: str) -> None:
         known = f"one of {', '.join(names)}, opacus:GRAD_SAMPLE_MODE, or package.module:factory"
         require(False, "mode", name, known, nearest(name, names))
     try:
-        found = importlib.util.find_spec(module) is not None
+        is_importable = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
-        found = False
-    require(found, "mode", name, "a module that is there", f"No module {module!r} can be imported.")
+        is_importable = False
+    require(
+        is_importable,
+        "mode",
+        name,
+        "a module that is there",
+        f"No module {module!r} can be imported.",
+    )

@@ -1,4 +1,4 @@
-"""Which faults are planted in which modes."""
+"""Which mutants are planted in which modes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from dpsgd_track.modes.table import (
     split_planted,
     with_planted,
 )
-from dpsgd_track.mutants import FAULTS, KINDS, MUTES, Fault
-from dpsgd_track.mutants.fault import FSDP_MODES
+from dpsgd_track.mutants.catalogue import KINDS, MUTANTS
+from dpsgd_track.mutants.mutant import FSDP_MODES, Mutant
+from dpsgd_track.mutants.redaction import Redaction
 from dpsgd_track.record.run import ModeRun
 
 _OURS = ("two_pass", "bookkeeping")
 
 
-def chosen_faults(asked: Sequence[str]) -> tuple[Fault, ...]:
-    """Faults by their names and classes, in the catalogue's order; all where none is asked for.
+def chosen_mutants(asked: Sequence[str]) -> tuple[Mutant, ...]:
+    """Mutants by their names and classes, in the catalogue's order; all where none is asked for.
 
     Raises:
         ValueError: one is neither.
     """
     for name in asked:
-        known = f"a fault, or one of the classes {', '.join(KINDS)}"
-        near = nearest(name, (*KINDS, *FAULTS))
+        allowed = f"a fault, or one of the classes {', '.join(KINDS)}"
+        near = nearest(name, (*KINDS, *MUTANTS))
         advice = f"{near} `dpsgd-track faults --list` lists the faults.".strip()
-        require(name in KINDS or name in FAULTS, "fault", name, known, advice)
-    ordered = sorted(FAULTS.values(), key=lambda fault: list(KINDS).index(fault.kind))
-    return tuple(f for f in ordered if not asked or f.name in asked or f.kind in asked)
+        require(name in KINDS or name in MUTANTS, "fault", name, allowed, advice)
+    ordered = sorted(MUTANTS.values(), key=lambda mutant: list(KINDS).index(mutant.kind))
+    return tuple(m for m in ordered if not asked or m.name in asked or m.kind in asked)
 
 
 def is_ours(mode: str) -> bool:
@@ -45,7 +46,7 @@ def is_ours(mode: str) -> bool:
 
 
 def check_modes(modes: Sequence[str]) -> None:
-    """Raise ValueError for a mode that no fault can be planted in."""
+    """Raise ValueError for a mode that nothing can be planted in."""
     for mode in modes:
         check_mode(mode)
         require(not split_planted(mode)[1], "mode", mode, "a mode without faults", "Use --fault.")
@@ -56,54 +57,59 @@ def check_modes(modes: Sequence[str]) -> None:
         require(is_fit, "mode", mode, "one of our private modes, or one of yours", advice)
 
 
-def planted_in_turn(faults: Sequence[Fault]) -> tuple[str, ...]:
-    """The healthy sharded flash modes, and each fault in one of them."""
-    places = {name: number for number, name in enumerate(FAULTS)}
+def planted_in_turn(mutants: Sequence[Mutant]) -> tuple[str, ...]:
+    """The healthy sharded flash modes, and each mutant in one of them."""
+    places = {name: number for number, name in enumerate(MUTANTS)}
     planted = [
-        with_planted(fault.modes[places[fault.name] % len(fault.modes)], fault.name)
-        for fault in faults
+        with_planted(mutant.modes[places[mutant.name] % len(mutant.modes)], mutant.name)
+        for mutant in mutants
     ]
     return (BASELINE, *FSDP_MODES, *planted)
 
 
-def planted_in(mode: str, faults: Sequence[Fault], mutes: Sequence[str] = ()) -> tuple[str, ...]:
-    """A healthy mode, and every fault that can be planted in it.
+def planted_in(
+    mode: str, mutants: Sequence[Mutant], redactions: Sequence[Redaction] = ()
+) -> tuple[str, ...]:
+    """A healthy mode, and every mutant that can be planted in it.
 
-    Faults whose seams someone else's mode does not have are planted in one of ours that tells as
+    Mutants whose seams a user's mode does not have are planted in one of ours that reports as
     little.
 
     Args:
-        mutes: what the mode does not tell.
+        redactions: of what the mode does not report.
     """
-    return BASELINE, mode, *_planted(mode, faults, mutes)
+    return BASELINE, mode, *_planted(mode, mutants, redactions)
 
 
-def _planted(mode: str, faults: Sequence[Fault], mutes: Sequence[str]) -> Iterator[str]:
-    for fault in faults:
+def _planted(
+    mode: str, mutants: Sequence[Mutant], redactions: Sequence[Redaction]
+) -> Iterator[str]:
+    for mutant in mutants:
         if is_ours(mode):
-            if fault.fits(mode):
-                yield with_planted(mode, fault.name)
-        elif fault.fits_any_mode:
-            yield with_planted(mode, fault.name)
+            if mutant.fits(mode):
+                yield with_planted(mode, mutant.name)
+        elif mutant.fits_any_mode:
+            yield with_planted(mode, mutant.name)
         else:
-            yield with_planted(fault.modes[0], *mutes, fault.name)
+            yield with_planted(mutant.modes[0], *redactions, mutant.name)
 
 
-def mutes_of(mode: str, runs: Iterable[ModeRun]) -> tuple[str, ...] | None:
-    """What `mode` does not tell, as its record of the probe's clip regime shows; None for none.
+def redactions_of(mode: str, runs: Iterable[ModeRun]) -> tuple[Redaction, ...] | None:
+    """What `mode` does not report, as its record of the probe's clip regime shows.
 
     Args:
         runs: of a group with the healthy mode and the reference.
+    Returns:
+        None where one of the two has no record.
     """
     recorded = {r.label: r.trajectory for r in runs if r.regime == PROBE_CLIP and not r.replay}
-    told, reference = recorded.get(mode), recorded.get(REFERENCE)
-    if told is None or reference is None:
+    own, reference = recorded.get(mode), recorded.get(REFERENCE)
+    if own is None or reference is None:
         return None
     is_silent = {
-        "without_norms": np.isnan(told.sample_norm).all(),
-        "without_norms_by_parameter": np.isnan(told.sample_norm_by_parameter).all(),
-        "without_clip_factors": np.isnan(told.clip_factor).all(),
-        "without_empty_batches": told.num_steps < reference.num_steps,
+        Redaction.NORMS: np.isnan(own.sample_norm).all(),
+        Redaction.NORMS_BY_PARAMETER: np.isnan(own.sample_norm_by_parameter).all(),
+        Redaction.CLIP_FACTORS: np.isnan(own.clip_factor).all(),
+        Redaction.EMPTY_BATCHES: own.num_steps < reference.num_steps,
     }
-    assert set(is_silent) == set(MUTES)
-    return tuple(mute for mute in is_silent if is_silent[mute])
+    return tuple(redaction for redaction in Redaction if is_silent[redaction])

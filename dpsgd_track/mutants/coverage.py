@@ -1,21 +1,20 @@
-"""Which classes of faults the comparison could not have seen in someone else's mode, and why."""
+"""Which classes of mutants the comparison could not have seen in a user's mode, and why."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dpsgd_track.mutants import KINDS
+from dpsgd_track.mutants.catalogue import KINDS
 from dpsgd_track.mutants.choice import is_ours
 from dpsgd_track.mutants.matrix import Matrix, Row
-from dpsgd_track.mutants.redaction import title
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def coverage(matrix: Matrix) -> list[str]:
-    """One line for each class of faults; none where no mode but ours was put to the test."""
-    is_foreign = any(not is_ours(row.mode) or row.mutes for row in matrix.rows)
+    """One line for each class of mutants; none where no mode but ours was put to the test."""
+    is_foreign = any(not is_ours(row.mode) or row.redactions for row in matrix.rows)
     if not is_foreign:
         return []
     return [line for kind in KINDS if (line := _line(matrix, kind))]
@@ -37,8 +36,8 @@ def _line(matrix: Matrix, kind: str) -> str:
 def _why(row: Row) -> str:
     if row.excuse:
         return row.excuse
-    if row.mutes:
-        *most, last = (title(name) for name in row.mutes)
+    if row.redactions:
+        *most, last = (redaction.in_words for redaction in row.redactions)
         return f"the mode tells {', '.join(most)}{' and ' * bool(most)}{last}"
     return f"the comparison said {row.verdict}"
 

@@ -11,8 +11,11 @@ from dpsgd_track.comparison.result import GroupComparison, Guilty, ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import PROBE_NAIVE, PROBES, Thresholds
 from dpsgd_track.modes.table import BASELINE, REFERENCE, runs_on_one_device, spec_of, split_planted
-from dpsgd_track.mutants import FAULTS, MUTES, Fault
-from dpsgd_track.mutants.choice import is_ours, mutes_of
+from dpsgd_track.mutants.catalogue import MUTANTS
+from dpsgd_track.mutants.choice import is_ours, redactions_of
+from dpsgd_track.mutants.mutant import Mutant
+from dpsgd_track.mutants.needs import Need
+from dpsgd_track.mutants.redaction import Redaction
 from dpsgd_track.record.run import Group, ModeRun, Status
 
 LATEST_STEP = 3
@@ -28,7 +31,7 @@ _NAIVE = ("loss", "grad_norm")
 class Row:
     """One fault in one mode."""
 
-    fault: Fault
+    fault: Mutant
     mode: str
     """What it was planted in."""
     label: str
@@ -47,8 +50,8 @@ class Row:
     """Why it could not show in this mode; empty where it could."""
     known_reason: str = ""
     """Why it is known not to be found in the type that modes compute in."""
-    mutes: tuple[str, ...] = ()
-    """What the mode does not tell, or was kept from telling."""
+    redactions: tuple[Redaction, ...] = ()
+    """What the mode does not report, or was kept from reporting."""
 
     @property
     def is_detected(self) -> bool:
@@ -111,7 +114,7 @@ class Matrix:
     @property
     def unexplained(self) -> tuple[Row, ...]:
         """Missed faults of which it was not known that they would be."""
-        return tuple(row for row in self.missed if not (row.mutes or row.known_reason))
+        return tuple(row for row in self.missed if not (row.redactions or row.known_reason))
 
     @property
     def false_alarms(self) -> tuple[ModeVerdict, ...]:
@@ -167,7 +170,7 @@ class _Reader:
             # The title of a replay is no label.
             if mode.label not in labels or name == REFERENCE:
                 continue
-            faults = [FAULTS[each] for each in planted if each in FAULTS]
+            faults = [MUTANTS[each] for each in planted if each in MUTANTS]
             if faults:
                 rows.append(self._row(mode, faults[0]))
             elif not planted:
@@ -180,11 +183,11 @@ class _Reader:
             settings=_settings(runs),
         )
 
-    def _row(self, verdict: ModeVerdict, fault: Fault) -> Row:
+    def _row(self, verdict: ModeVerdict, fault: Mutant) -> Row:
         every = self.probed.group.runs
         runs = [run for run in every if run.label == verdict.label]
         mode, planted = split_planted(verdict.label)
-        muted = tuple(name for name in planted if name in MUTES)
+        redacted = tuple(each for each in Redaction if each in planted)
         return Row(
             fault=fault,
             mode=mode,
@@ -197,8 +200,8 @@ class _Reader:
             found_in=tuple(r for r, labels in self.found_by.items() if verdict.label in labels),
             excuse=_excuse(fault, mode, runs),
             known_reason=_known_reason(fault, runs),
-            # Ours tell everything, unless they are muted.
-            mutes=muted or (() if is_ours(mode) else mutes_of(mode, every) or ()),
+            # Ours report everything, unless they are redacted.
+            redactions=redacted or (() if is_ours(mode) else redactions_of(mode, every) or ()),
         )
 
 
@@ -224,22 +227,22 @@ def _naive_saw(naive: GroupComparison, label: str) -> bool:
     return False
 
 
-def _excuse(fault: Fault, mode: str, runs: Sequence[ModeRun]) -> str:
+def _excuse(fault: Mutant, mode: str, runs: Sequence[ModeRun]) -> str:
     facts = [run.facts for run in runs if run.facts]
-    unreached = [set(each.unreached_seams) for each in facts]
+    unreached = [set(each.unreached) for each in facts]
     never = set.intersection(*unreached) if unreached else set()
     if never:
         return f"the mode never comes by {', '.join(sorted(never))}"
-    if "shards" in fault.needs and any(each.is_replicated for each in facts):
+    if Need.SHARDS in fault.needs and any(each.is_replicated for each in facts):
         return "the mode holds every parameter whole on every rank"
-    if "an empty step" in fault.needs and any(each.left_out_steps for each in facts):
+    if Need.EMPTY_STEP in fault.needs and any(each.left_out_steps for each in facts):
         return "the mode takes no empty batch"
     if fault.needs_ranks and runs_on_one_device(mode):
         return f"the mode runs on one device, and it needs {', '.join(fault.needs)}"
     return ""
 
 
-def _known_reason(fault: Fault, runs: Iterable[ModeRun]) -> str:
+def _known_reason(fault: Mutant, runs: Iterable[ModeRun]) -> str:
     is_low = any(run.job and run.job.performance.param_dtype == "bfloat16" for run in runs)
     return fault.in_bf16 if is_low else ""
 

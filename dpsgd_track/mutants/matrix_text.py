@@ -1,20 +1,19 @@
-"""The matrix as a table for the terminal, as Markdown and as JSON."""
+"""The matrix as a table for the terminal and as Markdown."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dpsgd_track.config import PROBE_NOISE, PROBES
-from dpsgd_track.mutants import KINDS
+from dpsgd_track.mutants.catalogue import KINDS
 from dpsgd_track.mutants.matrix import LATEST_STEP, Matrix, Row
+from dpsgd_track.mutants.mutant import PLAUSIBLE
 from dpsgd_track.report.markdown import prose
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA = 1
 _YES, _NO = "✓", "✗"
 
 
@@ -125,7 +124,7 @@ def _table(rows: Iterable[Row]) -> str:
     ]
     for row in rows:
         name, mode, verdict, step, blamed, _, naive = _cells(row)
-        source = "" if row.fault.source == "plausible" else f" [{prose(row.fault.source)}]"
+        source = "" if row.fault.source == PLAUSIBLE else f" [{prose(row.fault.source)}]"
         what = f"**{prose(row.fault.title)}**{source}: {prose(row.fault.formula)}"
         needs = prose(", ".join(row.fault.needs)) or "nothing"
         told = (verdict, step, prose(blamed), naive)
@@ -140,38 +139,3 @@ def _listed(rows: list[Row], none: str) -> str:
 
 def _with_reason(row: Row) -> str:
     return f"{row.known_reason}. {row.sentence}" if row.known_reason else row.sentence
-
-
-def to_json(matrix: Matrix) -> str:
-    """Everything, for programs."""
-    rows = [
-        {
-            "fault": row.fault.name,
-            "kind": row.fault.kind,
-            "mode": row.mode,
-            "label": row.label,
-            "verdict": row.verdict.value,
-            "is_detected": row.is_detected,
-            "stage": row.guilty.stage if row.guilty else None,
-            "regime": row.guilty.regime if row.guilty else None,
-            "step": row.guilty.step if row.guilty else None,
-            "layers": list(row.guilty.layers) if row.guilty else [],
-            "observable": row.guilty.observable if row.guilty else None,
-            "expected_stage": row.fault.stage,
-            "expected_layers": list(row.fault.where),
-            "has_right_stage": row.has_right_stage,
-            "has_right_place": row.has_right_place,
-            "naive_saw": row.naive_saw,
-            "found_in": list(row.found_in),
-            "excuse": row.excuse,
-            "mutes": list(row.mutes),
-            "sentence": row.sentence,
-        }
-        for row in matrix.rows
-    ]
-    healthy = [
-        {"mode": mode.label, "verdict": mode.verdict.value, "sentence": mode.sentence}
-        for mode in matrix.healthy
-    ]
-    found = {"schema": SCHEMA, "group": matrix.group, "settings": matrix.settings}
-    return json.dumps({**found, "rows": rows, "healthy": healthy}, indent=2) + "\n"

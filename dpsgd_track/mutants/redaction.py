@@ -1,55 +1,48 @@
-"""What takes from our modes' records what some other mode does not tell either.
+"""What takes from our modes' records the fields that some other mode does not report.
 
-A mode that reports less shows less. Faults planted in one of ours that is muted in the same way
-tell which of them nobody would see in that other mode.
+A mode that reports less shows less. Mutants planted in one of ours whose records are redacted in
+the same way tell which of them nobody would see in that other mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import enum
 from dataclasses import replace
-from typing import Any
 
-from dpsgd_track.mutants.fault import Site
-
-
-def _record(site: Site, **silenced: None) -> None:
-    site.wrap("accumulate", lambda original, batch: replace(original(batch), **silenced))
+from dpsgd_track.mutants.seams import Seam
+from dpsgd_track.mutants.site import Site
 
 
-def without_norms(site: Site) -> None:
-    """No norm of any sample."""
-    _record(site, norm_B=None)
+class Redaction(enum.StrEnum):
+    """Planted as mutants are: `flash_fsdp+without_norms+stand_in_counted`."""
+
+    NORMS = "without_norms"
+    NORMS_BY_PARAMETER = "without_norms_by_parameter"
+    CLIP_FACTORS = "without_clip_factors"
+    EMPTY_BATCHES = "without_empty_batches"
+
+    @property
+    def in_words(self) -> str:
+        """What a mode with it does not report."""
+        return _TITLES[self]
+
+    def plant(self, site: Site) -> None:
+        """Have the mode at `site` report that much less."""
+        if self is Redaction.EMPTY_BATCHES:
+            site.mode.takes_empty_batches = False
+            return
+        silenced = {_FIELDS[self]: None}
+        site.wrap(Seam.ACCUMULATE, lambda original, batch: replace(original(batch), **silenced))
 
 
-def without_norms_by_parameter(site: Site) -> None:
-    """No norm of a sample's gradient of one parameter."""
-    _record(site, norm_by_parameter_B=None)
-
-
-def without_clip_factors(site: Site) -> None:
-    """No clip factor of any sample."""
-    _record(site, clip_factor_B=None)
-
-
-def without_empty_batches(site: Site) -> None:
-    """Nothing of steps in which a rank has no samples."""
-    site.mode.takes_empty_batches = False
-
-
-MUTES: dict[str, Callable[[Site], None]] = {
-    mute.__name__: mute
-    for mute in (
-        without_norms,
-        without_norms_by_parameter,
-        without_clip_factors,
-        without_empty_batches,
-    )
+_FIELDS = {
+    Redaction.NORMS: "norm_B",
+    Redaction.NORMS_BY_PARAMETER: "norm_by_parameter_B",
+    Redaction.CLIP_FACTORS: "clip_factor_B",
 }
-"""By name; planted as faults are."""
-
-
-def title(name: str) -> str:
-    """What a mode that is muted so does not tell."""
-    told: Any = MUTES[name].__doc__
-    return str(told).rstrip(".").lower()
+_TITLES = {
+    Redaction.NORMS: "no norm of any sample",
+    Redaction.NORMS_BY_PARAMETER: "no norm of a sample's gradient of one parameter",
+    Redaction.CLIP_FACTORS: "no clip factor of any sample",
+    Redaction.EMPTY_BATCHES: "nothing of steps in which a rank has no samples",
+}

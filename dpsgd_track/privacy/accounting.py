@@ -1,17 +1,17 @@
-"""What noise promises: epsilon at a delta, by the accountants of Opacus and dp-accounting.
+"""Epsilon of a history of noisy steps, by the accountants of Opacus and dp-accounting.
 
-A step is the Gaussian mechanism with noise multiplier sigma on a sum whose sensitivity is C, the
-most that one sample can add to it. Two data sets are neighbours
+A step is the Gaussian mechanism with noise multiplier sigma on a sum of sensitivity C. Two data
+sets are neighbours
 
-- with Poisson sampling, where one has a sample that the other lacks. Each step takes each sample
-  with probability q, and hides whether it did: sampling amplifies the guarantee.
-- with batches in a fixed order, where the gradients of one sample are zero in one of them. The
-  order is no secret, so nothing is amplified (q = 1); but a sample takes part in few steps.
+- with Poisson sampling, if one has a sample that the other lacks. Each step takes each sample with
+  probability q in secret: sampling amplifies the guarantee.
+- with batches in a fixed order, if the gradients of one sample are zero in one of them. The order
+  is no secret, so nothing is amplified (q = 1); but a sample takes part in few steps.
 
-Replacing a sample changes the sum by up to 2 C and has no such guarantee at the same epsilon.
+Replacing a sample changes the sum by up to 2 C: the same epsilon does not cover it.
 
-The epsilon is that of the weights, to someone who cannot know the noise. It does not cover what
-a run records besides, such as losses and norms before noise.
+Epsilon is that of the weights, for an observer who does not know the noise. It does not cover other
+records of a run, such as losses and norms before noise.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ History = tuple[tuple[float, float, int], ...]
 """(sigma, sampling rate q, number of steps) of consecutive steps."""
 
 MAX_PRV_EPSILON = 100.0
-"""RDP's epsilon above which PRV is not asked. Opacus 1.6.0 computes e^epsilon in float64: from 709
-on it answered too small a number, then failed, and at sigma = 0.01 took 9 minutes to say infinity.
-Nothing is promised there anyway."""
+"""RDP's epsilon above which PRV is not computed. Opacus 1.6.0 computes e^epsilon in float64: from
+709 on its result was too small, then it failed, and at sigma = 0.01 it took 9 minutes to return
+infinity. Such an epsilon promises nothing anyway."""
 MAX_PRV_WORK = 2000.0
-"""The same for RDP's epsilon times the square root of the number of steps. PRV takes 0.5 to 2.5 ms
-for each unit on one core, so 5 s at this bound."""
+"""Product of RDP's epsilon and the square root of the number of steps above which PRV is not
+computed. PRV takes 0.5 to 2.5 ms per unit on one core, so 5 s at this bound."""
 MAX_SETTINGS = 20
-"""Different pairs of sigma and q from which on PRV and PLD are not asked: they take time for each,
-PRV up to 0.4 s and PLD up to 2 s, or 10 s where sigma is as low as 0.3."""
+"""Number of different pairs of sigma and q above which PRV and PLD are not computed. Each takes PRV
+up to 0.4 s and PLD up to 2 s, or 10 s at a sigma as low as 0.3."""
 MIN_PRV_DELTA_PER_STEP = 100 * float(np.finfo(np.float64).eps)
-"""Delta per step below which PRV is not asked. Opacus raises a Fourier transform in float64 to the
-number of steps, and takes what is rounded there for probability. At a hundredth of this bound its
-epsilon was 0.06 below PLD's; from the bound on, it kept the error of 0.01 that it promises."""
+"""Delta per step below which PRV is not computed. Opacus raises a Fourier transform in float64 to
+the number of steps, and counts the rounding errors as probability. At a hundredth of this bound its
+epsilon was 0.06 below PLD's; above the bound it kept the error of 0.01 that it promises."""
 MAX_PLD_EPSILON = 100.0
-"""RDP's epsilon above which PLD is not asked: its grid has 10,000 points for each unit."""
+"""RDP's epsilon above which PLD is not computed: its grid has 10,000 points per unit."""
 FRACTIONAL_MOMENTS = (1e-7, 1e6)
-"""Range of log A in which Opacus is asked for its fractional orders. It adds numbers near 1 with an
-error of about 1e-15, which shows in smaller results, and has failed there."""
+"""Range of log A in which Opacus computes fractional orders. It adds numbers near 1 with an error
+of about 1e-15, which is visible in smaller results, where it has also failed."""
 MAX_FRACTIONAL_SIGMA = 100.0
-"""The same for sigma, with which the terms that Opacus adds grow in number."""
+"""Sigma above which Opacus does not compute them: the number of its terms grows with sigma."""
 
 
 def poisson_history(
     noise_multiplier: float, num_steps: int, batch_size: int, num_samples: int
 ) -> History:
-    """What is composed where each step takes each sample with probability batch size / samples.
+    """History of steps that take each sample with probability batch size / samples.
 
     Args:
         noise_multiplier: sigma.
-        num_steps: steps done.
+        num_steps: steps taken.
         batch_size: samples that a step is expected to hold over all ranks.
-        num_samples: samples to draw from.
+        num_samples: samples that batches are drawn from.
     """
     return ((noise_multiplier, batch_size / num_samples, num_steps),)
 
@@ -67,17 +67,17 @@ def poisson_history(
 def sequential_history(
     noise_multiplier: float, num_steps: int, batch_size: int, num_samples: int | None
 ) -> History:
-    """What is composed where steps take samples in turn, each once an epoch.
+    """History of steps that take the samples in order, each once an epoch.
 
-    A sample is used once in each of k epochs that have begun. Where a batch does not divide the
-    data, one step can hold it m times, from the end of one epoch and the start of the next, and
-    hides m C as poorly as m^2 steps hide C. The k uses are then at most k m steps.
+    A sample is used once in each of the k epochs that have begun. If the batch size does not divide
+    the number of samples, one step can use it m times, at the end of one epoch and the start of the
+    next. Such a step hides m C as poorly as m^2 steps hide C, so the k uses count as k m steps.
 
     Args:
         noise_multiplier: sigma.
-        num_steps: steps done.
+        num_steps: steps taken.
         batch_size: samples of a step over all ranks.
-        num_samples: samples of an epoch; None where none ever comes again.
+        num_samples: samples of an epoch; None if no sample is ever repeated.
     """
     if num_samples is None:
         return ((noise_multiplier, 1.0, 1),)
@@ -100,10 +100,10 @@ def epsilon_rdp(history: History, delta: float) -> float:
 
     spent = sum(_rdp_of_step(sigma, q) * steps for sigma, q, steps in _merged(history))
     with warnings.catch_warnings():
-        # Where the best order is the first or the last, epsilon is an upper bound all the same.
+        # If the best order is the first or the last, epsilon is still an upper bound.
         warnings.filterwarnings("ignore", message="Optimal order is")
         epsilon, _ = rdp.get_privacy_spent(orders=list(_orders()), rdp=spent, delta=delta)
-    # Near delta = 1 the formula gives numbers below 0.
+    # Near delta = 1 the formula gives negative numbers.
     return max(0.0, float(epsilon))
 
 
@@ -115,7 +115,7 @@ def epsilon_prv(history: History, delta: float) -> float | None:
         history: sigma > 0.
         delta: between 0 and 1.
     Returns:
-        Epsilon; None where it would take too long or be wrong (the bounds above).
+        Epsilon; None if it would take too long or be wrong (the bounds above).
     """
     history = _merged(history)
     if delta < MIN_PRV_DELTA_PER_STEP * _num_steps(history) or len(history) > MAX_SETTINGS:
@@ -128,15 +128,15 @@ def epsilon_prv(history: History, delta: float) -> float | None:
 
     accountant = PRVAccountant()
     accountant.history = list(history)
-    # At q = 1 it takes the logarithm of 1 - q, rightly minus infinity.
+    # At q = 1 it takes the logarithm of 0, correctly minus infinity.
     with np.errstate(divide="ignore"), warnings.catch_warnings():
-        # It takes the width of its grid from RDP.
+        # Opacus takes the width of its grid from RDP.
         warnings.filterwarnings("ignore", message="Optimal order is")
         try:
-            # Near delta = 1 its formula gives numbers below 0.
+            # Near delta = 1 the formula gives negative numbers.
             return max(0.0, float(accountant.get_epsilon(delta)))
         except (RuntimeError, ValueError):
-            # Its own checks of its precision.
+            # Opacus's own checks of its precision have failed.
             return None
 
 
@@ -144,16 +144,16 @@ def epsilon_prv(history: History, delta: float) -> float | None:
 def epsilon_pld(history: History, delta: float) -> float | None:
     """Epsilon by dp-accounting's privacy loss distributions, rounded up: never too small.
 
-    Neighbours are data sets of which one has a sample that the other lacks. Its grid has steps of
-    1e-4, which makes epsilon too large where a single step spends less than that: up to 4 times at
+    Neighbours are data sets of which one has a sample that the other lacks. The grid has steps of
+    1e-4, which overestimates epsilon if a single step spends less than that: up to 4 times at
     q = 1e-4.
 
     Args:
         history: sigma > 0.
         delta: between 0 and 1.
     Returns:
-        Epsilon; None where it would take too long or more memory than there is (the bounds above),
-        or where delta is too small for it.
+        Epsilon; None if it would take too long or too much memory (the bounds above), or if delta
+        is too small for the grid.
     Raises:
         ImportError: dp-accounting is not installed.
     """
@@ -176,10 +176,10 @@ def _num_steps(history: History) -> int:
 
 
 def _merged(history: History) -> History:
-    """The same steps with one entry for each pair of sigma and q: no epsilon depends on the order.
+    """`history` with one entry for each pair of sigma and q: epsilon does not depend on the order.
 
-    Steps that are not sampled become one, with as much noise as all of them: exact, and far
-    cheaper for accountants that compose numerically.
+    Steps that are not sampled become one equivalent step: exact, and far cheaper for accountants
+    that compose numerically.
     """
     num_steps: dict[tuple[float, float], int] = {}
     unsampled = 0.0
@@ -203,16 +203,16 @@ def _rdp_of_step(sigma: float, q: float) -> Any:
 
 
 def _log_moments(sigma: float, q: float) -> Any:
-    """[last order + 1] log A(n) at whole n (Mironov et al., 2019, section 3.3).
+    """[last order + 1] log A(n) at integer n (Mironov et al., 2019, section 3.3).
 
     A(n) is the sum over i of b_i e^((i^2 - i) / (2 sigma^2)), where the binomial weights b_i add
-    up to 1. Only what exceeds 1 is added here, and log1p taken of it, so that nothing is lost
-    where it is tiny.
+    up to 1. Only the excess over 1 is summed here, and log1p taken of it, so that a tiny excess
+    keeps its precision.
     """
     last = math.ceil(_orders()[-1])
     n, i = np.arange(last + 1.0)[:, None], np.arange(last + 1.0)[None, :]
     is_term = (i >= 2) & (i <= n)
-    # What is no term is computed too, from numbers out of range.
+    # Entries outside of the sum are computed too, from arguments out of range.
     with np.errstate(invalid="ignore"):
         log_weight = gammaln(n + 1) - gammaln(i + 1) - gammaln(n - i + 1)
         log_weight += i * math.log(q) + (n - i) * math.log1p(-q)
@@ -223,28 +223,28 @@ def _log_moments(sigma: float, q: float) -> Any:
 
 
 def _at_orders(moments: Any, sigma: float, q: float) -> Any:
-    """[orders] log A, given it at whole orders.
+    """[orders] log A, from its values at integer orders.
 
-    It is convex in the order (van Erven and Harremoes, 2014, corollary 2), so that a chord is
-    nowhere below it. Chords stand in for fractional orders at which Opacus is not precise.
+    log A is convex in the order (van Erven and Harremoes, 2014, corollary 2), so that its chords
+    are upper bounds. They replace fractional orders at which Opacus is not precise.
     """
     from opacus.accountants.analysis import rdp
 
     orders = np.array(_orders())
     below = orders.astype(int)
     fraction = orders - below
-    is_whole = fraction == 0
-    above = np.where(is_whole, below, below + 1)
+    is_integer = fraction == 0
+    above = np.where(is_integer, below, below + 1)
     with np.errstate(invalid="ignore"):
-        # Where log A is infinite; a whole order is taken as it is.
+        # NaN if log A is infinite; integer orders do not use the chord.
         chord = (1 - fraction) * moments[below] + fraction * moments[above]
-    log_a = np.where(is_whole, moments[below], chord)
+    log_a = np.where(is_integer, moments[below], chord)
     least, most = FRACTIONAL_MOMENTS
-    is_asked = ~is_whole & (least <= log_a) & (log_a <= most) & (sigma <= MAX_FRACTIONAL_SIGMA)
-    asked = orders[is_asked]
-    if len(asked):
-        divergence = rdp.compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=list(asked))
-        log_a[is_asked] = divergence * (asked - 1)
+    is_precise = ~is_integer & (least <= log_a) & (log_a <= most) & (sigma <= MAX_FRACTIONAL_SIGMA)
+    precise = orders[is_precise]
+    if len(precise):
+        divergence = rdp.compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=list(precise))
+        log_a[is_precise] = divergence * (precise - 1)
     return log_a
 
 

@@ -1,8 +1,8 @@
-"""Layers whose samples cannot be told apart by a dimension: one backward for each sample.
+"""Layers in whose inputs no dimension separates the samples: one backward per sample.
 
-Such a layer reads what all samples share (a table of relative positions, embeddings of labels), or
-rows in an order of its own. Its parameters' gradients are those of one sample's loss after
-the other, which is the definition. The price is B backwards instead of one.
+Such a layer's input is shared by all samples (a table of relative positions, embeddings of labels),
+or has rows in an order of its own. Its per-sample gradients are computed by their definition, from
+one sample's loss after the other, at the cost of B backwards instead of one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _logger = logging.getLogger(__name__)
 
 
 class BackwardPerSample(CapturedLayer):
-    """Runs the layer as it is, and has its gradients found one sample at a time."""
+    """Runs the layer as it is, and has its gradients computed one sample at a time."""
 
     def __init__(self, capture: Capture, layer: Layer) -> None:
         """
         Raises:
-            ValueError: the model is sharded, and a backward of one sample would be all ranks'.
+            ValueError: the model is sharded: all ranks would have to take part in each backward.
         """
         super().__init__(capture, layer)
         what = (
@@ -40,7 +40,7 @@ class BackwardPerSample(CapturedLayer):
         )
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module returns."""
-        output = self.run_plain(args, kwargs)
+        """The module's output, with its leaves noted for one backward per sample."""
+        output = self.run_on_leaves(args, kwargs)
         self.capture.open_call_by_sample(self.layer, self.leaves())
         return output

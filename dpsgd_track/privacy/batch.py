@@ -19,39 +19,31 @@ class Batch:
     inputs: dict[str, Tensor]
     """The model's keyword arguments; dimension 0 of every tensor is the sample."""
     targets: Tensor
-    """What the loss compares with; dimension 0 is the sample. See `dpsgd_track.privacy.loss`."""
+    """Second argument of the loss (see `dpsgd_track.privacy.loss`); dimension 0 is the sample."""
     args: tuple[Tensor, ...] = field(default=(), kw_only=True)
-    """The model's positional arguments, likewise."""
+    """The model's positional arguments; dimension 0 is the sample."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor, the targets last."""
+        """All tensors, the targets last."""
         yield from (*self.args, *self.inputs.values(), self.targets)
 
     def sample(self, index: int) -> Batch:
         """Sample `index` alone, as a batch of one."""
-        return self.part(index, index + 1)
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Samples from `start` up to `stop`."""
-        return self._mapped(lambda name, t: t[start:stop])
-
-    def copies(self, index: int, num_samples: int) -> Batch:
-        """Sample `index` as often as that."""
-        return self._mapped(lambda name, t: t[index : index + 1].expand(num_samples, *t.shape[1:]))
+        return self._mapped(lambda name, t: t[index : index + 1])
 
     def resized(self, num_samples: int) -> Batch:
-        """As many samples: the batch's, from the first one on and over again."""
+        """A batch of `num_samples`: the samples in order, repeated from the first as needed."""
         return self.rows(torch.arange(num_samples) % len(self))
 
     def rows(self, indices: Tensor) -> Batch:
-        """The samples of these indices."""
+        """The samples with these indices."""
         return self._mapped(lambda name, t: t[indices.to(t.device)])
 
     def stand_in(self) -> Batch:
-        """One made-up sample of the same shapes: zeros, and masks that hide nothing."""
+        """One sample of zeros in the same shapes, with masks of ones."""
 
         def blank(name: str, t: Tensor) -> Tensor:
             shape = (1, *t.shape[1:])

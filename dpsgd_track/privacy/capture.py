@@ -1,23 +1,26 @@
-"""Captures what per-sample gradients are made of, and turns it into norms and clipped sums.
+"""Captures the factors of per-sample gradients, and forms norms and clipped sums from them.
 
-While a batch is captured, every module that owns trainable parameters runs on leaves of the
-capture's own, which share the parameters' memory (`privacy.captured_layer`). The forward pass
-counts the uses of each parameter; a backward pass brings one term of its per-sample gradients for
-each use (see `privacy.terms`). When the last has come, the parameter is *settled*: in a backward
-run for norms its squared norms are taken, in one run for sums its clipped sum is formed and handed
-on. Tied weights and modules that are called several times are exact for that reason.
+While a batch is captured, every module that owns trainable parameters runs on leaf tensors of the
+capture, which share the parameters' memory (`privacy.captured_layer`). The forward pass counts the
+uses of each parameter; a backward pass delivers one term of its per-sample gradients for each use
+(see `privacy.terms`). With the last term the parameter is *settled*: a backward for norms takes its
+squared norms, a backward for sums forms its clipped sum and hands it on. This is why tied weights
+and modules that are called several times are exact.
 
-Layers are captured in five ways: from what they read and the gradient of what they return
-(`WatchedLayer`), in the backward of a fused linear layer (`privacy.fused_linear`), by a view
-of a parameter for each sample whose gradients autograd itself forms (`privacy.per_sample_weights`),
-the same of a module that no rule knows (`privacy.expanded`), and by one backward a sample where
-the samples cannot be told apart otherwise (`privacy.backward_per_sample`). Which of them fits a
-layer is found before the first batch (`privacy.sample_dim`).
+A layer is captured in one of five ways, chosen before the first batch (`privacy.sample_dim`):
 
-Autograd never forms a weight's own gradient in these backwards: it is asked for those of the
-outermost activations and of per-sample views only. It is also asked for the parameters themselves,
-to which no path leads as long as every use of a parameter is a call of the module that owns it: a
-gradient that arrives there would be missing from the norms, and the batch is refused.
+- from its input and the gradient of its output (`WatchedLayer`)
+- in the backward of a fused linear layer (`privacy.fused_linear`)
+- on a view of its parameter for each sample, whose gradient autograd forms
+  (`privacy.per_sample_weights`)
+- the same for a module without a rule (`privacy.expanded`)
+- by one backward per sample, where no dimension separates the samples
+  (`privacy.backward_per_sample`)
+
+Autograd never forms a weight's own gradient in these backwards: it is asked for the gradients of
+the outermost activations and of per-sample views only. It is also asked for those of the parameters
+themselves, to which no path leads as long as every use of a parameter is a call of the module that
+owns it. A gradient that arrives there would be missing from the norms, so the batch is refused.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ from torch.distributed.tensor import DTensor
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, require
 from dpsgd_track.kernels.flash_norm import gram_norm_sq, tiled_norm_sq
 from dpsgd_track.privacy.layers.inventory import Layer, find_layers
+from dpsgd_track.privacy.norm_planner import LinearShape, NormPlanner
 from dpsgd_track.privacy.norms import NormRule
-from dpsgd_track.privacy.planner import LinearShape, Planner
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.terms import (
     Dense,
@@ -57,116 +60,115 @@ Put = Callable[[dict[str, Tensor]], None]
 """Takes this rank's clipped sums by parameter."""
 
 _Settle = Callable[[str, tuple[Term, ...]], None]
-_Close = Callable[[Tensor], None]
-"""Takes a gradient that has arrived."""
+_Receive = Callable[[Tensor], None]
+"""Takes a gradient that a backward has delivered."""
+_Target = tuple[GradientEdge | Tensor, _Receive | None]
+"""A tensor or edge that a backward has to reach, and what takes its gradient."""
 
 
 class Capture:
-    """Per-sample squared norms of one micro-batch, and its clipped sums."""
+    """Captures one micro-batch at a time; forms its per-sample squared norms and clipped sums."""
 
     def __init__(
-        self, model: nn.Module, norm_rule: NormRule, *, keep: bool, plan: str = AUTO
+        self, model: nn.Module, norm_rule: NormRule, *, keep: bool, norm_plan: str = AUTO
     ) -> None:
-        """Find the rule of every layer with trainable parameters; capture nothing yet.
+        """Find the rule of each layer with trainable parameters; nothing is captured yet.
 
         Args:
-            model: sharded or not; only names, shapes and settings are looked at.
-            norm_rule: how norms of linear layers are found.
-            keep: keep what the clipped sums of one-pass strategies are formed from.
-            plan: how norms of linear layers are found, where the rule leaves that open.
+            model: sharded or not; only names, shapes and settings are read.
+            norm_rule: takes the norms of linear layers.
+            keep: keep the terms that the clipped sums of one-pass strategies are formed from.
+            norm_plan: plan for the norms of linear layers, where the rule leaves a choice.
         Raises:
-            ValueError: naming everything whose per-sample gradients would not be exact, or a plan
+            ValueError: naming every layer whose per-sample gradients would not be exact, or a plan
                 that the rule or the strategy does not have.
         """
         self.model = model
         self.norm_rule = norm_rule
         self.keep = keep
         allowed = f"{AUTO}, as the {norm_rule.name} norm has one way only"
-        require(norm_rule.is_planned or plan == AUTO, "plan", plan, allowed)
-        self.planner = Planner(keeps=keep, forced=plan)
+        require(norm_rule.is_planned or norm_plan == AUTO, "plan", norm_plan, allowed)
+        self.norm_planner = NormPlanner(keeps=keep, forced=norm_plan)
         self.layers = find_layers(model)
         self.captured: dict[str, CapturedLayer] = {}
-        """Each layer by its fully qualified name, in the way in which it is captured."""
+        """How each layer is captured, by the layer's fully qualified name."""
         owners = Counter(name for layer in self.layers for name in layer.names.values())
         self.shared = frozenset(name for name, count in owners.items() if count > 1)
-        """Parameters that several modules have."""
+        """Parameters that several modules share."""
         self.shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-        """Whole shape of each trainable parameter."""
+        """Unsharded shape of each trainable parameter."""
         self.num_samples: int | None = None
-        """Samples of the micro-batch at hand; None outside of one."""
+        """Samples of the current micro-batch; None outside of one."""
         self.path = 0
-        """Digest of which layers the last micro-batch's forward called, in order."""
+        """Hash of the sequence of layers that the last micro-batch's forward called."""
         self.has_copies = False
-        """Whether parameters are copies that are made for each batch."""
+        """True if the model runs on copies of its parameters that are made for each batch."""
         self.dtypes: set[torch.dtype] = set()
-        """Types that gradients have come in."""
+        """Types of the gradients so far."""
         self._num_batches = 0
-        self._plans: dict[tuple[str, torch.Size, torch.dtype], str] = {}
+        self._norm_plans: dict[tuple[str, torch.Size, torch.dtype], str] = {}
         self._has_foreign_leaves = False
-        """Whether the graph had leaves that are no parameters when it was last inspected."""
+        """True if the graph had leaves that are no parameters when it was last inspected."""
         self._settle: _Settle | None = None
         self._is_last = False
-        """Whether no other backward of the batch follows."""
+        """True in the last backward of a batch."""
         self._terms: dict[str, list[Term]] = {}
         self._num_pending: Counter[str] = Counter()
-        self._owners = [
-            (module._parameters, local, name) for module, local, name in _trained_places(model)
-        ]
-        """Where each trainable parameter is looked up, and its fully qualified name."""
-        self._found_by_sample: list[tuple[str, Tensor]] = []
-        """[B, *parameter] of leaves that are one for all samples, once they were found."""
+        self._slots = _trainable_slots(model)
+        self._gradients_by_leaf: list[tuple[str, Tensor]] = []
+        """[B, *parameter] of leaves that all samples share, once they were computed."""
         self._unsharded: dict[str, Tensor] = {}
-        """Under FSDP2 the whole parameters that a forward runs on, by name."""
-        self._forget()
+        """Under FSDP2, the unsharded parameters that a forward runs on, by name."""
+        self._clear()
 
     @property
     def is_capturing(self) -> bool:
-        """Whether calls of layers are to be reported."""
+        """True within a micro-batch while gradients are enabled: layers report their calls."""
         return self.num_samples is not None and torch.is_grad_enabled()
 
     @cached_property
-    def _units(self) -> list[_NotedUnit]:
-        # The model is sharded after the capture was made, and before its first batch.
+    def _units(self) -> list[_ObservedUnit]:
+        # Lazily, as the model is sharded between the capture's construction and its first batch.
         return [
-            _NotedUnit(self, module, f"{fqn}." if fqn else "")
+            _ObservedUnit(self, module, f"{fqn}." if fqn else "")
             for fqn, module in self.model.named_modules()
             if issubclass(type(module), FSDPModule) and fqn not in self.captured
         ]
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the model is under FSDP2, once it has been sharded."""
+        """True once the model has been sharded by FSDP2."""
         return issubclass(type(self.model), FSDPModule)
 
-    def take(self, captured: CapturedLayer) -> None:
-        """Capture a layer in this way from the next batch on."""
+    def register(self, captured: CapturedLayer) -> None:
+        """Capture a layer this way from the next batch on."""
         self.captured[captured.layer.fqn] = captured
 
     @contextmanager
     def sample_batch(self, num_samples: int) -> Iterator[None]:
-        """Captures the forward and the backwards inside, of `num_samples` samples."""
-        self._forget()
+        """Capture the forward and the backwards inside, of `num_samples` samples."""
+        self._clear()
         self.num_samples = num_samples
         self._num_batches += 1
         captured = self.captured.values()
-        places = [place for layer in captured for place in layer.places]
+        slots = [slot for layer in captured for slot in layer.slots]
         if not self.is_sharded:
-            for place in places:
-                place.refresh()
+            for slot in slots:
+                slot.refresh()
         try:
             with self.attached(captured):
                 yield
         finally:
             if self.has_copies:
-                for place in places:
-                    place.release()
+                for slot in slots:
+                    slot.release()
             self.path = hash(tuple(self._calls))
             self.num_samples = None
-            self._forget()
+            self._clear()
 
     @contextmanager
     def attached(self, modules: Iterable[ReplacedForward]) -> Iterator[None]:
-        """Within it the forwards of some modules are replaced."""
+        """Replace the forwards of `modules`, and under FSDP2 observe its units."""
         attached: list[ReplacedForward] = []
         try:
             for module in [*self._units, *modules]:
@@ -178,37 +180,37 @@ class Capture:
                 module.detach()
 
     def run_norms(self, loss_B: Tensor, *, retain_graph: bool) -> dict[str, Tensor]:
-        """The backward for norms.
+        """Run the backward for norms.
 
         Returns:
-            Squared norm [B] of each sample's gradient, for each parameter a gradient reached.
+            Squared norm [B] of each sample's gradient, for each parameter that a gradient reached.
         Raises:
-            ValueError: a parameter is used in another way than by calling its module, so that
-                a part of its gradient would be missing.
+            ValueError: a parameter is used otherwise than by calling its module, so that part of
+                its gradient would be missing.
         """
         squares: dict[str, Tensor] = {}
-        there: dict[str, tuple[Term, ...]] = {}
+        deferred: dict[str, tuple[Term, ...]] = {}
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
             if self.keep:
-                there[name] = self._kept[name] = self._kept_form(name, terms)
+                deferred[name] = self._kept[name] = self._kept_form(name, terms)
             elif all(isinstance(term, Dense) for term in terms):
-                there[name] = terms
+                deferred[name] = terms
             else:
-                # Now, so that the factors need not be kept.
+                # At once, so that the factors can be freed.
                 squares.update(self.norms_of({name: terms}))
 
         self._find_foreign_leaves(loss_B)
         parameters = self._current_parameters()
-        found = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
+        gradients = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
         _refuse_unseen_uses(
-            [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]
+            [n for n, g in zip(parameters, gradients, strict=True) if g is not None]
         )
         self._refuse_unreached(loss_B)
-        return squares | self.norms_of(there)
+        return squares | self.norms_of(deferred)
 
     def run_sums(self, loss_B: Tensor, clip_factor_B: Tensor, put: Put) -> None:
-        """A second backward over the same graph; clipped sums are put as they are formed."""
+        """Run a second backward over the same graph; each clipped sum goes to `put` at once."""
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
             put(self.sums_of({name: terms}, clip_factor_B))
@@ -216,9 +218,9 @@ class Capture:
         self._run(loss_B, settle, (), retain_graph=False)
 
     def kept_sums(self, names: Iterable[str], clip_factor_B: Tensor) -> dict[str, Tensor]:
-        """Clipped sums of some parameters, from what the backward for norms kept of them.
+        """Clipped sums of the parameters `names`, from the terms that the backward for norms kept.
 
-        A parameter that no gradient reached has zeros.
+        The sum of a parameter that no gradient reached is zero.
         """
         kept = {name: self._kept.pop(name) for name in names if name in self._kept}
         sums = self.sums_of(kept, clip_factor_B)
@@ -228,7 +230,7 @@ class Capture:
         return sums
 
     def kept_gradients(self, names: Iterable[str]) -> list[Tensor] | None:
-        """Per-sample gradients [B, *parameter] of all of some parameters, if those were kept."""
+        """Per-sample gradients [B, *parameter] of `names`; None unless all were kept as such."""
         terms = [self._kept.get(name, ()) for name in names]
         if not all(len(t) == 1 and type(t[0]) is Dense for t in terms):
             return None
@@ -243,31 +245,31 @@ class Capture:
     def sums_of(
         self, joined: Mapping[str, tuple[Term, ...]], clip_factor_B: Tensor
     ) -> dict[str, Tensor]:
-        """Clipped sums of parameters' gradients over this rank's samples, in their whole shapes."""
+        """Clipped sums over this rank's samples, in the parameters' unsharded shapes."""
         sums = clipped_sums_of(joined, clip_factor_B)
         return {name: total.view(self.shapes[name]) for name, total in sums.items()}
 
-    def plan_of(self, name: str, x: Tensor, num_outputs: int) -> str:
-        """How the norm of weight `name` is found for inputs [B, ..., D]."""
+    def norm_plan_of(self, name: str, x: Tensor, num_outputs: int) -> str:
+        """Plan for the norm of weight `name` and inputs [B, ..., D]."""
         key = name, x.shape, x.dtype
-        known = self._plans.get(key)
-        if known is None:
+        if key not in self._norm_plans:
             B, D = x.shape[0], x.shape[-1]
             T = x.numel() // max(B * D, 1)
             shape = LinearShape(B, T, D, num_outputs, x.dtype, x.device)
             is_shared = name in self.shared
-            known = self._plans[key] = self.planner.choose(name, shape, is_shared=is_shared)
-        return known
+            self._norm_plans[key] = self.norm_planner.choose(name, shape, is_shared=is_shared)
+        return self._norm_plans[key]
 
     def open_call(self, layer: Layer, x: Tensor | None = None, sample_dim: int = 0) -> bool:
-        """A call of `layer` begins, a use of each of its parameters; False where a checkpoint
-        only repeats one.
+        """Begin a call of `layer`, which counts as one use of each of its parameters.
 
         Args:
-            x: its input, where the samples must be seen in one dimension.
+            x: the call's input, if its samples must be in one dimension.
             sample_dim: that dimension.
+        Returns:
+            False if a checkpoint only recomputes an earlier call.
         Raises:
-            ValueError: they are not.
+            ValueError: dimension `sample_dim` of `x` has another size than the number of samples.
         """
         if _is_in_backward():
             return False
@@ -283,34 +285,33 @@ class Capture:
         return True
 
     def open_call_by_sample(self, layer: Layer, leaves: Mapping[str, Tensor]) -> None:
-        """A call of `layer` begins that runs on `leaves`, by local name, for all samples.
+        """Begin a call of `layer` on `leaves`, by local name, which all samples share.
 
-        Their per-sample gradients are found by one backward for each sample, over all calls.
+        Their per-sample gradients take one backward per sample, over all calls together.
         """
         if _is_in_backward():
             return
         self._calls.append(layer.fqn)
         for local_name, leaf in leaves.items():
-            if not any(leaf is known for _, known in self._by_sample):
-                self._by_sample.append((layer.names[local_name], leaf))
+            if not any(leaf is earlier for _, earlier in self._shared_leaves):
+                self._shared_leaves.append((layer.names[local_name], leaf))
                 self._num_uses[layer.names[local_name]] += 1
-                # So that a backward comes by the layers after this one.
-                self._roots.append(leaf)
-                self._closings.append(None)
+                # So that a backward passes the layers after this one.
+                self._targets.append((leaf, None))
 
     def close_call(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
-        """The output gradients of a call have arrived."""
-        if self.is_telling_samples_apart:
+        """End a call of `layer`, given its input and the gradient of its output."""
+        if self.is_one_sample_backward:
             return
-        assert self._settle is not None, "a backward that was not run by the capture"
+        assert self._settle is not None, "a backward that the capture did not run"
         assert layer.rule is not None
         self.dtypes.add(dy.dtype)
         for name, term in layer.rule.terms(layer.module, x.detach(), dy.detach()).items():
             self.add_term(layer.names[name], term)
 
     def add_term(self, name: str, term: Term) -> None:
-        """One use's share of a parameter's per-sample gradients."""
-        assert self._settle is not None, "a backward that was not run by the capture"
+        """Add the term of one use to a parameter's per-sample gradients."""
+        assert self._settle is not None, "a backward that the capture did not run"
         self._terms.setdefault(name, []).append(term)
         self._num_pending[name] -= 1
         if self._num_pending[name] == 0:
@@ -324,43 +325,41 @@ class Capture:
         self,
         layer: Layer,
         edge: GradientEdge,
-        root: GradientEdge | None,
-        close: _Close | None = None,
+        target: GradientEdge | None,
+        receive: _Receive | None = None,
     ) -> None:
-        """What a call that was opened has returned.
+        """Note the output of a call that was opened.
 
         Args:
-            edge: the output's place in the graph, before anything is done to it.
-            root: what a backward has to reach for so that the call's gradient arrives; None
-                where gradients flow on from it to an earlier call.
-            close: takes the gradient of `root`.
+            edge: the output's edge in the graph, before any further operation.
+            target: edge that a backward has to reach for the call's gradient to arrive; None if
+                the gradient flows on to an earlier call anyway.
+            receive: takes the gradient of `target`.
         """
-        if root is not None:
-            self._roots.append(root)
-            self._closings.append(close)
+        if target is not None:
+            self._targets.append((target, receive))
         self._outputs.append((tuple(layer.names.values()), edge.node))
 
-    def want(self, layer: Layer, local_name: str, view: Tensor) -> None:
-        """In a call that was opened, the module runs on `view`: its parameter for each sample.
+    def note_view(self, layer: Layer, local_name: str, view: Tensor) -> None:
+        """Note that an opened call runs on `view`, its parameter expanded to [B, ...].
 
-        Autograd forms the per-sample gradient, as the gradient of the view.
+        The gradient that autograd forms of the view is the per-sample gradient.
         """
         assert view.grad_fn is not None
         name = layer.names[local_name]
-        self._roots.append(view)
-        self._closings.append(lambda grad_B: self._add_gradients(name, grad_B))
+        self._targets.append((view, lambda grad_B: self._add_gradients(name, grad_B)))
         self._outputs.append(((name,), view.grad_fn))
 
     def note_unsharded(self, name: str, parameter: Tensor) -> None:
-        """Under FSDP2 the forward is about to run on this parameter."""
+        """Note that under FSDP2 the forward is about to run on this unsharded parameter."""
         self._unsharded[name] = parameter
 
     def hold(self, x: Tensor) -> Callable[[], Tensor]:
-        """Keeps `x` until the last backward has asked for it.
+        """Keep `x` until the last backward has asked for it; returns the function that it calls.
 
-        A change in place that would falsify it is an error, as autograd makes it.
+        As for autograd's own saved tensors, a change of `x` in place is an error.
         """
-        if is_saved_by_others():
+        if has_saved_tensor_hooks():
             return _saved(x)
         version = x._version
         held: list[Tensor] = [x]
@@ -387,44 +386,44 @@ class Capture:
         *,
         retain_graph: bool,
     ) -> list[Tensor | None]:
-        """A backward; returns the gradients of `parameters`, where there are any."""
+        """Run a backward; returns the gradient of each of `parameters`, None if not reached."""
         self._terms, self._num_pending = {}, Counter(self._num_uses)
         self._settle, self._is_last = settle, not retain_graph
         if not loss_B.requires_grad:
-            # No trained parameter has a part in it.
+            # The loss depends on no trainable parameter.
             return [None for _ in parameters]
         try:
             for name, gradient_B in self._gradients_by_sample(loss_B):
                 self.add_term(name, Dense(gradient_B))
-            roots: Any = [*self._roots, *parameters]
+            inputs: Any = [*(target for target, _ in self._targets), *parameters]
             gradients: list[Tensor | None] = []
-            if roots:
+            if inputs:
                 gradients += torch.autograd.grad(
-                    loss_B.sum(), roots, retain_graph=retain_graph, allow_unused=True
+                    loss_B.sum(), inputs, retain_graph=retain_graph, allow_unused=True
                 )
-                for number, close in enumerate(self._closings):
-                    # Let go of each as soon as it was taken.
+                for number, (_, receive) in enumerate(self._targets):
+                    # Each is freed as soon as it was taken.
                     gradient, gradients[number] = gradients[number], None
-                    if close is not None and gradient is not None:
-                        close(gradient)
-            # A use that no gradient reached has left its parameter waiting.
+                    if receive is not None and gradient is not None:
+                        receive(gradient)
+            # Parameters with a use that no gradient reached.
             for name in list(self._terms):
                 settle(name, join(self._terms.pop(name)))
-            return gradients[len(self._roots) :]
+            return gradients[len(self._targets) :]
         finally:
             self._settle = None
 
     def _gradients_by_sample(self, loss_B: Tensor) -> list[tuple[str, Tensor]]:
-        """[B, *parameter] of each leaf that is one for all samples, by a backward for each."""
-        if self._by_sample and not self._found_by_sample:
+        """[B, *parameter] of each leaf that all samples share, by one backward per sample."""
+        if self._shared_leaves and not self._gradients_by_leaf:
             if not bool(loss_B.isfinite().all()):
-                shared = ", ".join(sorted({name for name, _ in self._by_sample}))
+                shared = ", ".join(sorted({name for name, _ in self._shared_leaves}))
                 raise ValueError(
                     f"loss: expected finite losses where samples share {shared}, got one that is "
                     "not. It would be in every sample's gradient. Leave the sample out."
                 )
-            leaves = [leaf for _, leaf in self._by_sample]
-            self.is_telling_samples_apart = True
+            names, leaves = zip(*self._shared_leaves, strict=True)
+            self.is_one_sample_backward = True
             try:
                 rows = [
                     torch.autograd.grad(
@@ -433,47 +432,46 @@ class Capture:
                     for one_hot in torch.eye(len(loss_B), dtype=loss_B.dtype, device=loss_B.device)
                 ]
             finally:
-                self.is_telling_samples_apart = False
-            names = [name for name, _ in self._by_sample]
+                self.is_one_sample_backward = False
             stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
-            self._found_by_sample = list(zip(names, stacked, strict=True))
-        return self._found_by_sample
+            self._gradients_by_leaf = list(zip(names, stacked, strict=True))
+        return self._gradients_by_leaf
 
     def _current_parameters(self) -> dict[str, Tensor]:
-        """The tensors that a use of a parameter outside of its module would be a use of."""
+        """The tensors that a use of a parameter outside of its module's calls would reach."""
         if self.is_sharded:
-            # Layers that are units of their own have met theirs.
-            of_layers = [
-                captured.seen_parameters()
+            # Layers that are units themselves have noted their own.
+            of_layers = {
+                name: parameter
                 for captured in self.captured.values()
                 if issubclass(type(captured.module), FSDPModule)
-            ]
-            return {n: p for found in of_layers for n, p in found.items()} | self._unsharded
-        current = ((name, own.get(local)) for own, local, name in self._owners)
-        return {name: parameter for name, parameter in current if parameter is not None}
+                for name, parameter in captured.seen_parameters().items()
+            }
+            return of_layers | self._unsharded
+        current = {name: own.get(local) for own, local, name in self._slots}
+        return {name: parameter for name, parameter in current.items() if parameter is not None}
 
     def _find_foreign_leaves(self, loss_B: Tensor) -> None:
-        """Look through the graph of the 1st, 2nd, 4th, ... batch for leaves that are no parameters.
+        """Search the graph of the 1st, 2nd, 4th, ... batch for leaves that are no parameters.
 
-        What is made from one, such as an input that asks for gradients, looks as if a captured
-        layer came before it.
+        The output of such a leaf, as of an input that requires gradients, looks like the output of
+        an earlier captured layer.
         """
         if self._num_batches.bit_count() > 1 and not self._has_foreign_leaves:
             return
-        ours = {id(p) for p in self._current_parameters().values()}
+        own = {id(p) for p in self._current_parameters().values()}
         leaves = [
             node.variable
             for node in _nodes_below(loss_B.grad_fn)
             if hasattr(node, "variable") and not isinstance(node.variable, nn.Parameter)
         ]
-        ours |= {id(leaf) for captured in self.captured.values() for leaf in captured.own_leaves()}
-        foreign = [leaf for leaf in leaves if id(leaf) not in ours and leaf.numel() > 0]
+        own |= {id(leaf) for captured in self.captured.values() for leaf in captured.own_leaves()}
+        foreign = [leaf for leaf in leaves if id(leaf) not in own and leaf.numel() > 0]
         self._has_foreign_leaves = bool(foreign)
-        self._roots += [get_gradient_edge(leaf) for leaf in foreign]
-        self._closings += [None] * len(foreign)
+        self._targets += [(get_gradient_edge(leaf), None) for leaf in foreign]
 
     def _refuse_unreached(self, loss_B: Tensor) -> None:
-        """Raise where a call that the loss depends on was not reached by the backward."""
+        """Raise if the loss depends on a call that the backward did not reach."""
         waiting = {name for name, pending in self._num_pending.items() if pending > 0}
         if not waiting:
             return
@@ -489,75 +487,74 @@ class Capture:
                 )
 
     def _kept_form(self, name: str, terms: tuple[Term, ...]) -> tuple[Term, ...]:
-        only = terms[0]
-        if len(terms) > 1 or not isinstance(only, Outer) or not self.norm_rule.is_planned:
+        """`terms`, or the gradients that they are the factors of, as planned."""
+        term = terms[0]
+        if len(terms) > 1 or not isinstance(term, Outer) or not self.norm_rule.is_planned:
             return terms
-        plan = self.plan_of(name, only.x_BTD, only.dy_BTP.shape[2])
-        return (only.materialised(),) if plan == GRADIENTS else terms
+        norm_plan = self.norm_plan_of(name, term.x_BTD, term.dy_BTP.shape[2])
+        return (term.materialised(),) if norm_plan == GRADIENTS else terms
 
     def _outer_norm_of(self, name: str) -> OuterNorm:
         rule = self.norm_rule
         if not rule.is_planned:
             return rule.outer_norm
 
-        def planned(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
-            plan = self.plan_of(name, x_BTD, dy_BTP.shape[2])
+        def planned_norm(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
+            norm_plan = self.norm_plan_of(name, x_BTD, dy_BTP.shape[2])
             by_plan = {GRAM: gram_norm_sq, TILED: tiled_norm_sq}
-            return by_plan.get(plan, rule.outer_norm)(x_BTD, dy_BTP)
+            return by_plan.get(norm_plan, rule.outer_norm)(x_BTD, dy_BTP)
 
-        return planned
+        return planned_norm
 
-    def _forget(self) -> None:
-        self._roots: list[GradientEdge | Tensor] = []
-        """What a backward has to reach."""
-        self._closings: list[_Close | None] = []
-        """What takes the gradient of each."""
+    def _clear(self) -> None:
+        self._targets: list[_Target] = []
         self._outputs: list[tuple[tuple[str, ...], Node]] = []
         self._num_uses: Counter[str] = Counter()
         self._kept: dict[str, tuple[Term, ...]] = {}
-        self._by_sample: list[tuple[str, Tensor]] = []
-        """Leaves whose gradients take one backward for each sample, by the parameter's name."""
-        self._found_by_sample = []
-        self.is_telling_samples_apart = False
-        """Whether a backward of one sample's loss is under way, which ends no call."""
+        self._shared_leaves: list[tuple[str, Tensor]] = []
+        """Leaves whose gradients take one backward per sample, with their parameters' names."""
+        self._gradients_by_leaf = []
+        self.is_one_sample_backward = False
+        """True in a backward of one sample's loss, which ends no call."""
         self._calls: list[str] = []
 
 
-class _NotedUnit(ReplacedForward):
-    """A module that FSDP2 shards: tells the capture its whole parameters as it runs."""
+class _ObservedUnit(ReplacedForward):
+    """A module that FSDP2 shards: reports its unsharded parameters to the capture as it runs."""
 
     def __init__(self, capture: Capture, module: nn.Module, prefix: str) -> None:
         super().__init__(module)
         self.capture = capture
-        self.places = [
-            (m._parameters, local, prefix + name) for m, local, name in _trained_places(module)
-        ]
-        self.is_noted = False
+        self._slots = [(own, local, prefix + name) for own, local, name in _trainable_slots(module)]
+        self._has_reported = False
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note the parameters at the first call, as FSDP2 keeps the same tensors for ever."""
-        if not self.is_noted:
-            for own, local, name in self.places:
+        """Report the parameters at the first call; FSDP2 keeps the same tensors from then on."""
+        if not self._has_reported:
+            for own, local, name in self._slots:
                 parameter = own[local]
-                # Those of inner units are still sharded.
+                # Parameters of inner units are still sharded here.
                 if parameter is not None and not isinstance(parameter, DTensor):
                     self.capture.note_unsharded(name, parameter)
-            self.is_noted = True
-        return self.plain(*args, **kwargs)
+            self._has_reported = True
+        return self.original(*args, **kwargs)
 
 
-def _trained_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(module, name in it, fully qualified name) of each trainable parameter, once each."""
-    first: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
-    for fqn, module in model.named_modules():
-        for local, parameter in module._parameters.items():
-            name = f"{fqn}.{local}" if fqn else local
-            if parameter is not None and parameter.requires_grad and first[id(parameter)] == name:
-                yield module, local, name
+def _trainable_slots(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+    """(dict that holds it, key, fully qualified name) of each trainable parameter, once each."""
+    first_name = {id(p): name for name, p in model.named_parameters()}
+    return [
+        (module._parameters, local, name)
+        for fqn, module in model.named_modules()
+        for local, parameter in module._parameters.items()
+        if parameter is not None
+        and parameter.requires_grad
+        and first_name[id(parameter)] == (name := f"{fqn}.{local}" if fqn else local)
+    ]
 
 
 def _refuse_unseen_uses(names: Iterable[str]) -> None:
-    """Raise where the loss depends on parameters otherwise than through calls of their modules."""
+    """Raise if the loss depends on parameters `names` without a call of their modules."""
     problems = sorted(names)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -570,12 +567,12 @@ def _refuse_unseen_uses(names: Iterable[str]) -> None:
 
 
 def _is_in_backward() -> bool:
-    """Whether a forward is repeated by a checkpoint, from inside a backward."""
+    """True while a checkpoint recomputes a forward inside a backward."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _nodes_below(node: Node | None) -> Iterator[Node]:
-    """Every node of the graph that `node` leads to, once."""
+    """`node` and every node of the graph that it depends on, once each."""
     seen: set[Node] = set()
     waiting = [node]
     while waiting:
@@ -586,13 +583,13 @@ def _nodes_below(node: Node | None) -> Iterator[Node]:
             waiting += [function for function, _ in node.next_functions]
 
 
-def is_saved_by_others() -> bool:
-    """Whether what autograd saves now is left to somebody else, such as a checkpoint."""
+def has_saved_tensor_hooks() -> bool:
+    """True if hooks, such as a checkpoint's, decide what becomes of tensors that autograd saves."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class _Held(torch.autograd.Function):
-    """Saves a tensor as autograd saves those of its own, and computes nothing."""
+    """Saves a tensor for the backward as any function does, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
@@ -601,15 +598,15 @@ class _Held(torch.autograd.Function):
 
 
 def _saved(x: Tensor) -> Callable[[], Tensor]:
-    """Keeps `x` for the backward the way the layer itself does.
+    """Keep `x` for the backward the way the layer itself does.
 
-    Under a checkpoint that is not at all, until it is asked for and computed again.
+    Under a checkpoint it is not kept, but recomputed when the backward asks for it.
     """
     anchor = torch.empty(0, requires_grad=True)
     token: Any = _Held.apply(anchor, x)
 
     def held() -> Tensor:
-        # The token, rather than its node: without it torch 2.11 lets go of what is saved.
+        # The token rather than its node: without it torch 2.11 frees what is saved.
         (saved,) = token.grad_fn.saved_tensors
         return saved
 

@@ -1,7 +1,8 @@
-"""How the calls of a layer are captured: the layer runs on leaves of the capture's own.
+"""Base class of the ways to capture a layer, and the way for layers with a rule.
 
-A leaf shares its parameter's memory and stands where the module looks the parameter up, within the
-module's own calls alone. So whatever reaches a parameter itself is a use that no call accounts for.
+A captured layer runs on leaf tensors that share its parameters' memory. They are in the modules'
+slots during the layer's own calls only, so that a gradient that reaches a parameter itself comes
+from a use that no call accounts for.
 """
 
 from __future__ import annotations
@@ -13,35 +14,35 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dpsgd_track.privacy.capture import Capture, is_saved_by_others
+from dpsgd_track.privacy.capture import Capture, has_saved_tensor_hooks
 from dpsgd_track.privacy.layers.inventory import Layer
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
 
 class CapturedLayer(ReplacedForward):
-    """One way to capture the calls of one layer; its module's forward while a batch is captured."""
+    """Captures the calls of one layer: replaces its module's forward while a batch is captured."""
 
     def __init__(self, capture: Capture, layer: Layer) -> None:
         super().__init__(layer.module)
         self.capture, self.layer = capture, layer
-        self.places = _places_of(layer)
-        """Where the module looks its trainable parameters up."""
+        self.slots = _slots_of(layer)
+        """Slots of the module's trainable parameters."""
 
     @abstractmethod
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module on a call's arguments, and capture the call."""
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Capture the call where gradients are asked for; else run the module as it is."""
+        """Capture the call while gradients are enabled; otherwise run the module as it is."""
         if not self.capture.is_capturing:
-            return self.plain(*args, **kwargs)
+            return self.original(*args, **kwargs)
         return self.run(args, kwargs)
 
     def attach(self) -> None:
         """Replace the module's forward.
 
         Raises:
-            ValueError: somebody else has replaced the forward of a layer that a rule was found for.
+            ValueError: other code has replaced the forward of a layer that has a rule.
         """
         if "forward" in self._own and self.layer.rule is not None:
             raise ValueError(
@@ -50,42 +51,37 @@ class CapturedLayer(ReplacedForward):
             )
         super().attach()
 
-    def leaf(self, local_name: str) -> Tensor:
-        """What stands for a trainable parameter inside a call."""
-        return self.leaves()[local_name]
-
     def leaves(self) -> dict[str, Tensor]:
-        """What stands for each trainable parameter inside a call, by its name in the module."""
-        return {place.name: place.leaf() for place in self.places}
+        """Leaf of each trainable parameter, by the parameter's name in the module."""
+        return {slot.name: slot.leaf() for slot in self.slots}
 
     def own_leaves(self) -> Iterator[Tensor]:
-        """Every leaf that was made so far."""
-        return (place.made for place in self.places if place.made is not None)
+        """All leaves that exist so far."""
+        return (slot.current_leaf for slot in self.slots if slot.current_leaf is not None)
 
     def seen_parameters(self) -> dict[str, Tensor]:
-        """Trainable parameters that calls so far have found, by fully qualified name."""
+        """Trainable parameters that calls so far have run on, by fully qualified name."""
         return {
-            self.layer.names[place.name]: place.parameter
-            for place in self.places
-            if place.parameter is not None
+            self.layer.names[slot.name]: slot.parameter
+            for slot in self.slots
+            if slot.parameter is not None
         }
 
-    def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's own forward on leaves of the capture's in place of its parameters."""
-        places = self.places
-        for place in places:
-            place.enter()
+    def run_on_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own forward on leaves in place of its parameters."""
+        for slot in self.slots:
+            slot.enter()
         try:
-            return self.plain(*args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
-            for place in places:
-                place.leave()
+            for slot in self.slots:
+                slot.leave()
 
     def only_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The one tensor that a layer with a rule is called with.
 
         Raises:
-            ValueError: it is called with more.
+            ValueError: the call has other arguments.
         """
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             return args[0]
@@ -100,7 +96,7 @@ class CapturedLayer(ReplacedForward):
 
 
 class WatchedLayer(CapturedLayer):
-    """A layer with a rule: captured from what it reads and the gradient of what it returns."""
+    """Captures a layer with a rule from its inputs and the gradients of its outputs."""
 
     def __init__(
         self, capture: Capture, layer: Layer, *, sample_dim: int = 0, is_spread: bool = False
@@ -108,8 +104,8 @@ class WatchedLayer(CapturedLayer):
         """
         Args:
             sample_dim: the samples' dimension in inputs and outputs.
-            is_spread: the inputs are the same for all samples; each is given a copy of its own,
-                so that the gradients that return are apart.
+            is_spread: all samples share the inputs. Each sample gets a copy of its own, so that
+                their gradients arrive separately.
         """
         super().__init__(capture, layer)
         self.sample_dim, self.is_spread = sample_dim, is_spread
@@ -122,15 +118,15 @@ class WatchedLayer(CapturedLayer):
             assert capture.num_samples is not None
             x = spread(x, capture.num_samples)
             args, kwargs = (x,), {}
-        y: Tensor = self.run_plain(args, kwargs)
+        y: Tensor = self.run_on_leaves(args, kwargs)
         held = capture.hold(x)
         if not capture.open_call(layer, x, dim):
             return y
-        seen = _of_no_view(y)
-        edge, shape = get_gradient_edge(seen), None if seen is y else y.shape
+        base = _without_view(y)
+        edge, shape = get_gradient_edge(base), None if base is y else y.shape
 
         def close(dy: Tensor) -> None:
-            if capture.is_telling_samples_apart:
+            if capture.is_one_sample_backward:
                 return
             x = held()
             if shape is not None:
@@ -142,19 +138,19 @@ class WatchedLayer(CapturedLayer):
         if x.requires_grad:
             capture.note_output(layer, edge, None)
             _before_node(edge, close)
-        elif is_saved_by_others():
+        elif has_saved_tensor_hooks():
             capture.note_output(layer, edge, edge)
-            seen.register_hook(close)
+            base.register_hook(close)
         else:
             capture.note_output(layer, edge, edge, close)
         return y
 
 
-def _of_no_view(y: Tensor) -> Tensor:
-    """`y`, or what it is a view of: the same elements in the same order.
+def _without_view(y: Tensor) -> Tensor:
+    """`y`, or the tensor that it is a view of, with the same elements in the same order.
 
-    A change in place takes the node of a view out of the graph, but not that of its base: a linear
-    layer's product, of which it returns the positions apart.
+    A linear layer returns a view of its product. A change in place replaces the node of the view
+    in the graph, and leaves that of the base.
     """
     base = y._base if y._is_view() else None
     if base is None:
@@ -166,80 +162,80 @@ def _of_no_view(y: Tensor) -> Tensor:
 
 
 def spread(x: Tensor, num_samples: int) -> Tensor:
-    """[1, ...] or [...] that all samples share as [B, ...], a view."""
+    """A tensor [1, ...] or [...] that all samples share, expanded to [B, ...]."""
     shared = x[0] if x.shape[:1] == (1,) else x
     return shared.expand(num_samples, *shared.shape)
 
 
-class ParameterPlace:
-    """Where a module looks a trainable parameter up, and the leaf that is put there."""
+class ParameterSlot:
+    """Dict entry where a module looks up a trainable parameter, and the leaf to put there."""
 
     def __init__(self, name: str, own: dict[str, Any], key: str) -> None:
         self.name, self.own, self.key = name, own, key
-        self.others: list[tuple[dict[str, Any], str]] = []
-        """The module's other names for the same parameter."""
+        self.aliases: list[tuple[dict[str, Any], str]] = []
+        """Other entries of the module that hold the same parameter."""
         self.parameter: Tensor | None = None
-        self.made: Tensor | None = None
+        self.current_leaf: Tensor | None = None
         self.address = 0
 
     def leaf(self) -> Tensor:
-        """The leaf of the parameter that is there now."""
+        """Leaf of the parameter that is in the slot now."""
         parameter: Tensor = self.own[self.key]
-        if parameter is self.made:
+        if parameter is self.current_leaf:
             return parameter
         if parameter is not self.parameter:
             # It shares the parameter's memory.
-            self.parameter, self.made = parameter, parameter.detach().requires_grad_()
+            self.parameter, self.current_leaf = parameter, parameter.detach().requires_grad_()
             self.address = parameter.data_ptr()
-        assert self.made is not None
-        return self.made
+        assert self.current_leaf is not None
+        return self.current_leaf
 
     def refresh(self) -> None:
-        """Forget the leaf if the parameter's memory is another."""
+        """Drop the leaf if the parameter's memory has moved."""
         if self.parameter is not None and self.parameter.data_ptr() != self.address:
-            self.parameter = self.made = None
+            self.parameter = self.current_leaf = None
 
     def release(self) -> None:
-        """Let go of what is no parameter of the model itself."""
+        """Drop a leaf of a tensor that is no parameter of the model, as of a rounded copy."""
         if self.parameter is not None and not isinstance(self.parameter, nn.Parameter):
-            self.parameter = self.made = None
+            self.parameter = self.current_leaf = None
 
     def enter(self) -> None:
-        """Put the leaf where the module looks the parameter up."""
+        """Put the leaf into the slot."""
         own, key = self.own, self.key
-        own[key] = self.made if own[key] is self.parameter else self.leaf()
-        for own, key in self.others:
-            own[key] = self.made
+        own[key] = self.current_leaf if own[key] is self.parameter else self.leaf()
+        for own, key in self.aliases:
+            own[key] = self.current_leaf
 
     def leave(self) -> None:
-        """Put the parameter back."""
+        """Put the parameter back into the slot."""
         self.own[self.key] = self.parameter
-        for own, key in self.others:
+        for own, key in self.aliases:
             own[key] = self.parameter
 
 
-def _places_of(layer: Layer) -> list[ParameterPlace]:
-    places: dict[int, ParameterPlace] = {}
+def _slots_of(layer: Layer) -> list[ParameterSlot]:
+    slots: dict[int, ParameterSlot] = {}
     trained = {id(p): n for n, p in layer.module.named_parameters() if n in layer.names}
     for module in layer.module.modules():
         for key, parameter in module._parameters.items():
             name = trained.get(id(parameter))
             if name is None:
                 continue
-            if id(parameter) in places:
-                places[id(parameter)].others.append((module._parameters, key))
+            if id(parameter) in slots:
+                slots[id(parameter)].aliases.append((module._parameters, key))
             else:
-                places[id(parameter)] = ParameterPlace(name, module._parameters, key)
-    return list(places.values())
+                slots[id(parameter)] = ParameterSlot(name, module._parameters, key)
+    return list(slots.values())
 
 
 def _before_node(edge: GradientEdge, call: Callable[[Tensor], None]) -> None:
-    """Call with the gradient of an output when it has arrived, right before its node runs.
+    """Call `call` with the gradient of an output right before the output's node runs.
 
-    By then every hook on the output itself has run, FSDP2's too, which gathers the parameters of
-    a unit whose output it is. A checkpoint may need them.
+    By then all hooks on the output itself have run, FSDP2's too, which gathers the parameters of
+    the unit that returned it. A checkpoint may need them.
     """
-    # The hook must not hold the node that holds it: nothing would ever free the two.
+    # The hook must not refer to the node that holds it: nothing would ever free the two.
     output_nr = edge.output_nr
 
     def before_node(gradients: tuple[Tensor | None, ...]) -> None:

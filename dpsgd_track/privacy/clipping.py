@@ -1,4 +1,4 @@
-"""Clip factors, and the clipped sum that knows its own sensitivity."""
+"""Clip factors, and the clipped sum together with its sensitivity."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def clip_factors(norm_B: Tensor, max_grad_norm: float) -> Tensor:
     """c_i = min(1, C / ||g_i||), [B], in the norms' type. Never NaN, nor beyond 0 to 1.
 
-    Factor 0 means that the sample is left out: clipped sums take nothing of it, not even 0 times
-    its gradient. Waits for no device.
+    Factor 0 means that the sample is left out: clipped sums do not read its gradient, not even to
+    multiply it by 0. Waits for no device.
 
     | norm | factor |
     |---|---|
@@ -26,15 +26,15 @@ def clip_factors(norm_B: Tensor, max_grad_norm: float) -> Tensor:
     | NaN | 0 |
     | none, of an empty batch | none |
 
-    Within `config.MAX_GRAD_NORMS` no norm of `total_norm` is in the fifth or the sixth row: one
-    whose square is finite is too small for the former, and C for the latter.
+    With C within `config.MAX_GRAD_NORMS`, norms from `total_norm` never meet the fifth or the sixth
+    row: a norm whose square is finite is too small for the former, and C for the latter.
 
     Args:
         norm_B: ||g_i|| >= 0, float32 or float64.
         max_grad_norm: C, a number > 0 in the norms' type.
     Source: Abadi et al., 2016, "Deep Learning with Differential Privacy", algorithm 1.
     """
-    # As a tensor, or torch would multiply by 1 / norm, which is rounded once more, or infinite.
+    # A tensor: a float would be multiplied by 1 / norm, which rounds once more, or is infinite.
     bound = torch.tensor(max_grad_norm, dtype=norm_B.dtype, device="cpu")
     factor_B = (bound / norm_B).clamp(max=1.0)
     # A comparison with NaN is false.
@@ -43,21 +43,21 @@ def clip_factors(norm_B: Tensor, max_grad_norm: float) -> Tensor:
 
 @dataclass(frozen=True)
 class ClippedSum:
-    """The sum of clipped gradients over all ranks and micro-batches, as this rank's shards.
+    """This rank's shards of the sum of clipped gradients over all ranks and micro-batches.
 
     Guarantee: adding or removing one sample changes the whole sum by at most `sensitivity` in
-    L2 norm. Noise is calibrated to that number and to nothing else.
+    L2 norm. Noise is calibrated to that number alone.
     """
 
     gradients: dict[str, Tensor]
     """This rank's shard of each trainable parameter's gradient, by name, float32 or float64."""
     sensitivity: float
-    """C; infinite where nothing was clipped."""
+    """C; infinite if gradients were not clipped."""
 
 
 @dataclass
 class SampleRecord:
-    """What a mode knows of each sample of one micro-batch. None means not computed."""
+    """Loss, norms and clip factor of each sample of one micro-batch; None if not computed."""
 
     loss_B: Tensor
     """Loss of each sample, float32 or float64, detached."""
@@ -70,28 +70,28 @@ class SampleRecord:
 
     @property
     def is_left_out_B(self) -> Tensor | None:
-        """Samples that add nothing because their loss or norm is not finite, bool [B]."""
+        """True for samples that add nothing as their loss or norm is not finite, bool [B]."""
         if self.norm_B is None:
             return None
         return ~(self.loss_B.isfinite() & self.norm_B.isfinite())
 
     @property
     def num_left_out(self) -> int:
-        """Number of those samples; on a GPU this waits for the device."""
+        """Number of samples left out; on a GPU this waits for the device."""
         left_out = self.is_left_out_B
         return 0 if left_out is None else int(left_out.sum())
 
-    def of_nobody(self) -> SampleRecord:
-        """The same fields for no samples, where a batch was empty and a made-up sample ran."""
+    def emptied(self) -> SampleRecord:
+        """Copy of the record without samples, for an empty batch whose stand-in ran."""
 
-        def nothing(values: Tensor | None) -> Tensor | None:
+        def emptied(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[:0]
 
         by_parameter = self.norm_by_parameter_B
         return SampleRecord(
             self.loss_B[:0],
-            nothing(self.norm_B),
-            nothing(self.clip_factor_B),
+            emptied(self.norm_B),
+            emptied(self.clip_factor_B),
             by_parameter and {name: values[:0] for name, values in by_parameter.items()},
         )
 
@@ -99,8 +99,8 @@ class SampleRecord:
 def total_norm(norm_sq_by_parameter: dict[str, Tensor]) -> Tensor:
     """Norm over all parameters from squared norms by parameter, [B].
 
-    NaN or infinite where a square is, and infinite where their sum overflows: in float32, for norms
-    from 1.8e19. A square that underflows counts as 0: of N gradient elements sqrt(N) 1.1e-19 may
-    go unseen, which `config.MAX_GRAD_NORMS` keeps far below C.
+    NaN or infinite if a square is, and infinite if their sum overflows, in float32 for norms from
+    1.8e19. A square that underflows counts as 0: N gradient elements may hide a norm of
+    sqrt(N) 1.1e-19, which `config.MAX_GRAD_NORMS` keeps far below C.
     """
     return torch.stack(list(norm_sq_by_parameter.values())).sum(dim=0).sqrt()

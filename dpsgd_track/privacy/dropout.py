@@ -1,14 +1,14 @@
 """Dropout whose masks are a function of (seed, step, call, sample), so that modes share them.
 
 Within `KeyedDropout`, `torch.nn.functional.dropout` and the dropout inside
-`scaled_dot_product_attention` draw the mask of each sample from a generator of its own, keyed by
-the sample's global index and by which call of the forward pass it is. A mask is therefore the same
-however samples are cut into batches and shared out to ranks, in whatever type a mode computes.
+`scaled_dot_product_attention` draw the mask of each sample from its own generator, keyed by the
+sample's global index and the number of the call in the forward pass. A mask is therefore the same
+however samples are batched and distributed over ranks, and whatever type a mode computes in.
 
 The key of a call is one draw of the default CPU generator, which is seeded alike before each
-forward. What `torch.utils.checkpoint` recomputes in the backward gets its masks back, as it
-restores that generator. The functions are replaced in their module rather than intercepted by a
-`TorchFunctionMode`, which is not in force inside a backward.
+forward. A forward that `torch.utils.checkpoint` recomputes in the backward gets the same masks, as
+the checkpoint restores that generator. The functions are replaced in their module rather than
+intercepted by a `TorchFunctionMode`, which is not active inside a backward.
 
 Shapes: B samples, H heads, T queries, S keys.
 """
@@ -39,13 +39,13 @@ _active: list[KeyedDropout] = []
 
 
 class KeyedDropout:
-    """Within it, forwards of one micro-batch drop what their samples' keys say."""
+    """Context in which dropout masks are functions of a sample's key, for one micro-batch."""
 
     def __init__(self, *, seed: int, step: int, samples: Sequence[int]) -> None:
         """
         Args:
-            samples: global index of each sample of the micro-batch. Where there are none, a mode
-                may run any stand-in.
+            samples: global index of each sample of the micro-batch. If it is empty, a mode may run
+                any stand-in.
         """
         self.samples = tuple(samples)
         self._start = _digest(seed, step)
@@ -70,7 +70,7 @@ class KeyedDropout:
         torch.set_rng_state(self._random_state)
 
     def restart(self) -> None:
-        """The next call of dropout is the first of a forward."""
+        """Start a forward: the next call of dropout is its first."""
         torch.default_generator.manual_seed(self._start)
 
     def _dropout(
@@ -133,9 +133,9 @@ class KeyedDropout:
 
 @contextmanager
 def only(index: int) -> Iterator[None]:
-    """Within it, forwards run sample `index` of the micro-batch alone; nothing without dropout.
+    """Context in which forwards run sample `index` of the micro-batch alone.
 
-    A backward that recomputes activations belongs inside too.
+    Does nothing without `KeyedDropout`. A backward that recomputes activations belongs inside too.
     """
     if not _active:
         yield
@@ -152,7 +152,7 @@ def only(index: int) -> Iterator[None]:
 
 @contextmanager
 def of_any_samples() -> Iterator[None]:
-    """Within it, forwards may run any number of samples, whose masks do not matter."""
+    """Context in which forwards may run any number of samples, with arbitrary masks."""
     if not _active:
         yield
         return
@@ -171,8 +171,8 @@ def _attention_weights(
 ) -> Tensor:
     """Softmax over the keys, [B, H, T, S], in the query's type.
 
-    A query that may look at no key looks at all alike, where torch's own gives zeros: neither
-    reaches a loss.
+    A query that is masked from all keys attends to all of them equally, where torch's own function
+    gives zeros: neither reaches a loss.
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -189,7 +189,7 @@ def _attention_weights(
 
 
 def _uniform(like: Tensor, seed: int) -> Tensor:
-    """Numbers in [0, 1) in the shape of `like`, float32 whatever its type."""
+    """Uniform random numbers in [0, 1), float32, in the shape of `like`."""
     generator = torch.Generator(device=like.device).manual_seed(seed)
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float32)
 

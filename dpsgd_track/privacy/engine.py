@@ -1,4 +1,4 @@
-"""What a pass strategy works with: a model, its capture, and where clipped sums go."""
+"""The engine that pass strategies work with: a model, its capture, and a gradient sharder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dpsgd_track.distributed.reduction import GradientSharder
 from dpsgd_track.distributed.sharding import as_local, trainable_parameters
-from dpsgd_track.kernels.left_out import answer_later, assuming_all_kept
+from dpsgd_track.kernels.device import HostCopy
+from dpsgd_track.kernels.left_out import assuming_all_kept
 from dpsgd_track.kernels.weighted_sum import weighted_sums_into
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.capture import Capture
@@ -21,12 +22,12 @@ from dpsgd_track.privacy.precision import rounded_parameters
 from dpsgd_track.privacy.sample_dim import find_sample_dims
 
 Strategy = Callable[["Engine", Batch], SampleRecord]
-"""Puts the clipped sum of a micro-batch; see `privacy.strategies`."""
+"""Puts a micro-batch's clipped sum into the engine; see `privacy.strategies`."""
 
 
 @dataclass
 class Engine:
-    """A model made ready for one mode."""
+    """Adds clipped sums of a model's gradients, micro-batch by micro-batch, for one mode."""
 
     model: nn.Module
     sharder: GradientSharder
@@ -38,14 +39,12 @@ class Engine:
     """Type that parameters and floating inputs are rounded to on one device; None leaves them as
     they are."""
     is_standing_in: bool = False
-    """The batch at hand is made up: its losses and gradients count for nothing."""
-    packs: bool = True
-    """Whether sums of kept gradients may go to the other ranks without being whole tensors."""
+    """True while a stand-in runs for an empty batch: its losses and gradients do not count."""
     _weight_B: Tensor | None = field(default=None, init=False)
-    """What gradients are weighted with in place of the clip factors."""
+    """Weights of the samples' gradients that replace the clip factors."""
     _knows_sample_dims: bool = field(default=False, init=False)
-    _leaves_out: Callable[[], bool] | None = field(default=None, init=False)
-    """On a GPU, whether a sample of the batch at hand is left out: waits until that is known."""
+    _leaves_out: HostCopy | None = field(default=None, init=False)
+    """On a GPU, whether a sample of the current batch is left out."""
 
     def __post_init__(self) -> None:
         self._device_type = next(self.model.parameters()).device.type
@@ -66,12 +65,12 @@ class Engine:
             self.sharder.discard()
             raise
         self.sharder.commit()
-        return record.of_nobody() if is_empty else record
+        return record.emptied() if is_empty else record
 
     def _run(self, batch: Batch) -> SampleRecord:
-        """The strategy, on one GPU at first as if no sample were left out.
+        """Run the strategy; on one GPU at first on the assumption that no sample is left out.
 
-        Whether one is, is known long before its sums are formed there.
+        If one is, which the host knows long before the sums are formed, run it again.
         """
         is_clipped_on_one_gpu = self.capture is not None and self.sharder.repeats_batches
         if self._device_type == "cpu" or not is_clipped_on_one_gpu:
@@ -79,7 +78,7 @@ class Engine:
         with assuming_all_kept() as assumption:
             record = self.strategy(self, batch)
         assert self._leaves_out is not None
-        if assumption.was_made and self._leaves_out():
+        if assumption.was_made and bool(self._leaves_out.wait()):
             self.sharder.discard()
             record = self.strategy(self, batch)
         return record
@@ -87,10 +86,10 @@ class Engine:
     def weighted_sum(
         self, batch: Batch, weight_B: Tensor
     ) -> tuple[SampleRecord, dict[str, Tensor]]:
-        """sum_i w_i g_i over all ranks as the engine forms it, in place of a clipped sum.
+        """sum_i w_i g_i over all ranks, formed the way a clipped sum is. Adds nothing.
 
         Returns:
-            The record as `add` would return it, and this rank's part of each sum. Nothing is added.
+            The record that `add` would return, and this rank's shard of each sum.
         """
         self._weight_B = weight_B if len(batch) else weight_B.new_zeros(1)
         try:
@@ -100,14 +99,13 @@ class Engine:
         finally:
             self._weight_B = None
 
-    def plain_gradients(
+    def autograd_gradients(
         self, batch: Batch, weight_B: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The same by autograd, with nothing captured.
+        """The gradient of sum_i w_i loss_i over all ranks by plain autograd, with no capture.
 
         Returns:
-            Logits and losses of the samples, and this rank's part of the gradient of
-            sum_i w_i loss_i over all ranks, by parameter.
+            Logits and losses of the samples, and this rank's shards of the gradient, by parameter.
         """
         if len(batch) == 0:
             batch, weight_B = batch.stand_in(), weight_B.new_zeros(1)
@@ -116,10 +114,10 @@ class Engine:
             logits = self._logits(batch)
             loss_B = self.loss(logits, batch.targets)
             total = (loss_B * weight_B).sum()
-            found = self.sharder.gradients_of(total, list(parameters.values()))
+            shards = self.sharder.gradients_of(total, list(parameters.values()))
         gradients = {
             name: torch.zeros_like(as_local(parameter)) if gradient is None else gradient
-            for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+            for (name, parameter), gradient in zip(parameters.items(), shards, strict=True)
         }
         return logits.detach(), loss_B.detach(), gradients
 
@@ -130,7 +128,7 @@ class Engine:
     def clip(self, loss_B: Tensor, norm_sq: dict[str, Tensor]) -> SampleRecord:
         """Norms and clip factors from squared norms by parameter.
 
-        A sample whose loss or norm is not finite has factor 0: it is left out of the sum.
+        A sample whose loss or norm is not finite gets factor 0, which leaves it out of the sum.
         """
         norm_B = total_norm(norm_sq) if norm_sq else torch.zeros_like(loss_B)
         roots = torch.stack(list(norm_sq.values())).sqrt().unbind() if norm_sq else ()
@@ -139,24 +137,24 @@ class Engine:
         factor_B = clip_factors(norm_B, self.max_grad_norm)
         factor_B = torch.where(loss_B.isfinite(), factor_B, 0.0)
         if factor_B.is_cuda:
-            self._leaves_out = answer_later(factor_B.eq(0).any())
+            self._leaves_out = HostCopy(factor_B.eq(0).any())
         return SampleRecord(loss_B, norm_B, factor_B, by_parameter)
 
     def weights_of(self, record: SampleRecord) -> Tensor:
-        """What each sample's gradient is multiplied by in the sum, [B]: its clip factor."""
+        """Weight of each sample's gradient in the sum, [B]: its clip factor, or a given weight."""
         assert record.clip_factor_B is not None
         if self._weight_B is None:
             return record.clip_factor_B
-        # What would be left out of a clipped sum is left out here too.
+        # A sample that a clipped sum leaves out is left out here too.
         return self._weight_B.to(record.clip_factor_B.dtype) * record.clip_factor_B.ne(0)
 
     def put_kept(self, names: list[str], clip_factor_B: Tensor) -> None:
-        """Add this rank's clipped sums of a group, from what the backward for norms kept of it.
+        """Add this rank's clipped sums of the group `names`, from the terms that were kept.
 
-        Where that is gradients, their sums are written where the other ranks expect them.
+        Sums of kept gradients are written straight into the tensor that is sent to other ranks.
         """
         assert self.capture is not None
-        packs = self.packs and self.sharder.packs and not self.is_standing_in
+        packs = self.sharder.packs and not self.is_standing_in
         gradients = self.capture.kept_gradients(names) if packs else None
         if gradients is None:
             self.put(self.capture.kept_sums(names, clip_factor_B))
@@ -174,13 +172,13 @@ class Engine:
         return batch.run(self.model, self.rounded_dtype)
 
     def without_autocast(self) -> AbstractContextManager[object]:
-        """Within it, which is after a forward, norms and sums are not cast as a forward is."""
+        """Compute norms and sums, after an autocast forward, without autocast."""
         if not torch.is_autocast_enabled(self._device_type):
             return nullcontext()
         return torch.autocast(self._device_type, enabled=False)
 
     def in_rounded_dtype(self) -> AbstractContextManager[None]:
-        """Within it the model runs on parameters of the type that the mode computes in."""
+        """Run the model on parameters in `rounded_dtype`, if there is one."""
         if self.rounded_dtype is None:
             return nullcontext()
         return rounded_parameters(self.model, self.rounded_dtype)

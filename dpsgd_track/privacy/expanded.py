@@ -1,14 +1,14 @@
-"""Modules that no rule knows: run on one copy of their parameters for each sample.
+"""Modules without a rule: run on one copy of their parameters for each sample.
 
-While a batch is captured the module's forward is mapped over the samples, each seen as a batch
-of one, with parameters expanded to [B, *parameter]. Autograd then delivers the gradient of each
-copy, which is the per-sample gradient, whatever the module computes: nothing is recomputed, and
-dropout inside is drawn once. The mapping is `torch.func.vmap`; a module that cannot be
-vectorised is run sample by sample, which is the same definition.
+While a batch is captured, the module's forward is mapped over the samples, each as a batch of one,
+with parameters expanded to [B, *parameter]. The gradient that autograd forms of each copy is the
+per-sample gradient, whatever the module computes. Nothing is recomputed, and dropout inside is
+drawn once. The mapping is `torch.func.vmap`; a module that cannot be vectorised runs sample by
+sample, which computes the same.
 
-Which dimension of each argument and output holds the samples is learned from a call in which
-their number is equal to no other size (`privacy.sample_dim`), and kept: it is no matter of sizes
-that happen to be equal later.
+The samples' dimension in each argument and output is learned from a call in which the number of
+samples equals no other size (`privacy.sample_dim`), and kept, so that sizes that are equal by
+chance later do not matter.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ _Copies = dict[str, Tensor]
 
 
 SPREAD = -1
-"""In place of a dimension."""
+"""In place of a dimension: all samples share the tensor, and each is given a copy of it."""
 
 
 @dataclass(frozen=True)
 class SampleDims:
-    """Dimensions of the samples in the tensors of a call; None for what is no tensor."""
+    """Dimension of the samples in each tensor of a call; None for other arguments."""
 
     inputs: tuple[int | None, ...]
-    """None also where all samples share a tensor."""
+    """None also for a tensor that all samples share."""
     outputs: tuple[int | None, ...]
-    """SPREAD where all samples share a tensor: each is given a copy, see `captured_layer.spread`"""
+    """SPREAD for a tensor that all samples share (see `captured_layer.spread`)."""
 
     @property
     def is_shared(self) -> bool:
-        """Whether nothing that the call returned belongs to one sample."""
+        """True if all samples share every tensor that the call returned."""
         return all(dim is None or dim == SPREAD for dim in self.outputs)
 
 
 class MixedSamplesError(ValueError):
-    """A module treats a batch in another way than its samples one at a time."""
+    """A module computes something else for a batch than for its samples one at a time."""
 
 
 class ExpandedLayer(CapturedLayer):
@@ -67,10 +67,10 @@ class ExpandedLayer(CapturedLayer):
         self.shell = _Shell(layer.module)
         self.is_vectorised = True
         self.dims: dict[tuple[int | None, ...], SampleDims] = {}
-        """By the number of dimensions of each argument; None for what is no tensor."""
+        """By the number of dimensions of each tensor argument; None for other arguments."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module returns, each sample's part from the sample's copy."""
+        """The module's output, with each sample's part computed from the sample's copy."""
         capture = self.capture
         assert capture.num_samples is not None
         copies = {
@@ -79,48 +79,48 @@ class ExpandedLayer(CapturedLayer):
         }
         if capture.open_call(self.layer):
             for name, copy in copies.items():
-                capture.want(self.layer, name, copy)
+                capture.note_view(self.layer, name, copy)
         if capture.num_samples == 1:
             return self._one({name: copy[0] for name, copy in copies.items()}, args, kwargs)
         dims = self.dims.get(_kind(args, kwargs)) or self.learn(copies, args, kwargs)
         assert dims is not None
-        found, structure = self._map(copies, dims.inputs, args, kwargs)
+        outputs, structure = self._map(copies, dims.inputs, args, kwargs)
         joined = [
             _joined(x, dim) if isinstance(x, Tensor) else x
-            for x, dim in zip(found, dims.outputs, strict=True)
+            for x, dim in zip(outputs, dims.outputs, strict=True)
         ]
         return pytree.tree_unflatten(joined, structure)
 
     @torch.no_grad()
     def learn(self, copies: _Copies, args: Any, kwargs: Any) -> SampleDims | None:
-        """Find the samples' dimensions, and hold the mapped forward against the module's own.
+        """Learn the samples' dimensions, and check the mapped forward against the module's own.
 
         Args:
-            copies: of as many samples as the call has.
+            copies: parameters expanded to the call's number of samples.
         Returns:
-            The dimensions; None where a call of the same kind had the samples elsewhere, or where
-            the module keeps tensors for later, which belong to one sample's run.
+            The dimensions; None if a call of the same kind had its samples in others, or if the
+            module keeps tensors of a forward, which would belong to one sample's run.
         Raises:
             MixedSamplesError: a sample's output depends on the other samples.
         """
         num_samples = len(next(iter(copies.values())))
         leaves = pytree.tree_leaves((args, kwargs))
         inputs = tuple(_dim_of_size(leaf, num_samples) for leaf in leaves)
-        known = self.dims.get(_kind(args, kwargs))
-        if known is not None:
-            return known if known.inputs == inputs else None
+        learned = self.dims.get(_kind(args, kwargs))
+        if learned is not None:
+            return learned if learned.inputs == inputs else None
         was_training = {m: m.training for m in self.module.modules()}
         self.module.eval()
         try:
             mapped, _ = self._map(copies, inputs, args, kwargs)
             if self._keeps_mapped_tensors():
                 return None
-            plain = pytree.tree_leaves(self.plain(*args, **kwargs))
+            expected = pytree.tree_leaves(self.original(*args, **kwargs))
         finally:
             for m, training in was_training.items():
                 m.training = training
         outputs = tuple(
-            self._dim_of_output(found, wanted) for found, wanted in zip(mapped, plain, strict=True)
+            self._dim_of_output(got, wanted) for got, wanted in zip(mapped, expected, strict=True)
         )
         dims = self.dims[_kind(args, kwargs)] = SampleDims(inputs, outputs)
         return dims
@@ -132,12 +132,12 @@ class ExpandedLayer(CapturedLayer):
             for value in vars(module).values()
         )
 
-    def _dim_of_output(self, found: Any, wanted: Any) -> int | None:
-        if not isinstance(found, Tensor):
+    def _dim_of_output(self, mapped: Any, expected: Any) -> int | None:
+        if not isinstance(mapped, Tensor):
             return None
-        if found.shape[1:] == wanted.shape and _is_close(found, wanted.expand_as(found)):
+        if mapped.shape[1:] == expected.shape and _is_close(mapped, expected.expand_as(mapped)):
             return SPREAD
-        fitting = [d for d in range(found.dim() - 1) if _is_close(_joined(found, d), wanted)]
+        fitting = [d for d in range(mapped.dim() - 1) if _is_close(_joined(mapped, d), expected)]
         if not fitting:
             raise MixedSamplesError(
                 f"{self.layer.fqn}: expected a module that treats each sample by itself, got "
@@ -147,7 +147,7 @@ class ExpandedLayer(CapturedLayer):
         return fitting[0]
 
     def _one(self, copy: _Copies, args: Any, kwargs: Any) -> Any:
-        self.shell.plain = self.plain
+        self.shell.original = self.original
         named = {f"inner.{name}": value for name, value in copy.items()}
         with _no_cached_parametrisations():
             return torch.func.functional_call(self.shell, named, args, kwargs)
@@ -165,11 +165,11 @@ class ExpandedLayer(CapturedLayer):
                 leaf if dim is None else leaf.unsqueeze(dim)
                 for leaf, dim in zip(leaves, dims, strict=True)
             ]
-            found, out = pytree.tree_flatten(
+            outputs, out = pytree.tree_flatten(
                 self._one(copy, *pytree.tree_unflatten(alone, structure))
             )
             out_structure.append(out)
-            return found
+            return outputs
 
         if self.is_vectorised:
             try:
@@ -199,7 +199,7 @@ class ExpandedLayer(CapturedLayer):
 
 @contextmanager
 def _no_cached_parametrisations() -> Iterator[None]:
-    """Within it every use of a parametrised tensor computes it, as each sample has its own."""
+    """Have each use of a parametrised tensor compute it anew, as each sample has its own."""
     enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
         yield
@@ -213,14 +213,14 @@ def _kind(args: Any, kwargs: Any) -> tuple[int | None, ...]:
 
 
 def _dim_of_size(leaf: object, size: int) -> int | None:
-    """The first dimension of that size."""
+    """The first dimension of `leaf` that has size `size`; None if there is none."""
     if not isinstance(leaf, Tensor) or size not in leaf.shape:
         return None
     return leaf.shape.index(size)
 
 
 def _joined(output: Tensor, dim: int | None) -> Tensor:
-    """Samples [B, ...], each with a dimension `dim` of 1, as one batch along that dimension."""
+    """Join outputs of batches of one, stacked as [B, ...], to one batch along `dim`."""
     if dim == SPREAD:
         return output[:, 0] if output.shape[1:2] == (1,) else output
     assert dim is not None
@@ -228,16 +228,16 @@ def _joined(output: Tensor, dim: int | None) -> Tensor:
 
 
 class _Shell(nn.Module):
-    """Holds the module, so that `functional_call` runs its plain forward without its hooks."""
+    """Holds the module, so that `functional_call` runs its own forward without its hooks."""
 
-    plain: Forward
+    original: Forward
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.plain(*args, **kwargs)
+        return self.original(*args, **kwargs)
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
@@ -245,8 +245,8 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    # A sample that is not finite is no reason to doubt the others.
+    # A sample that is not finite says nothing of the others.
     a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
-    # Rounding is far below the square root of the unit, a mistake far above.
+    # Rounding errors are far below the square root of the unit roundoff, mistakes far above.
     tolerance = torch.finfo(a.dtype).eps ** 0.5
     return bool((a - b).float().norm() <= tolerance * b.float().norm())

@@ -1,7 +1,7 @@
-"""Linear layers whose backward itself reports the per-sample gradients, and forms no other.
+"""Linear layers whose own backward reports the factors of per-sample gradients to the capture.
 
-Covers `torch.nn.Linear` and transformers' Conv1D. Where the plan is to keep the gradients, autograd
-forms them; else the backward is a function of our own.
+Covers `torch.nn.Linear` and transformers' Conv1D. Where the plan is to keep gradients, autograd
+forms them of an expanded weight instead (`privacy.per_sample_weights`).
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ from torch.autograd.graph import get_gradient_edge
 
 from dpsgd_track.config import GRADIENTS
 from dpsgd_track.privacy.capture import Capture
-from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer
+from dpsgd_track.privacy.captured_layer import WatchedLayer
 from dpsgd_track.privacy.layers import linear, transposed_linear
 from dpsgd_track.privacy.layers.inventory import Layer
 from dpsgd_track.privacy.per_sample_weights import run_linear
 
 
 def can_fuse(layer: Layer) -> bool:
-    """Whether `FusedLayer` knows the layer."""
+    """True if `FusedLayer` supports the layer."""
     return layer.rule in (linear, transposed_linear)
 
 
-class FusedLayer(CapturedLayer):
-    """Reports to the capture from the backward of its own linear function."""
-
-    def __init__(self, capture: Capture, layer: Layer) -> None:
-        super().__init__(capture, layer)
-        self._watched = WatchedLayer(capture, layer)
+class FusedLayer(WatchedLayer):
+    """Runs a linear layer as an autograd function whose backward reports to the capture."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[B, ..., d] -> [B, ..., p]."""
@@ -41,25 +37,24 @@ class FusedLayer(CapturedLayer):
         leaves = self.leaves()
         if self._has_gradients_formed(x):
             if self._rounds_twice(x):
-                self._watched.plain = self.plain
-                return self._watched.run(args, kwargs)
+                return super().run(args, kwargs)
             return run_linear(capture, layer, leaves, x)
         is_open = capture.open_call(layer, x)
         weight, bias = leaves.get("weight", module.weight), leaves.get("bias", module.bias)
         weight_PD = weight if layer.rule is linear else weight.T
-        # A backward runs through a function only towards an input that it has to reach.
+        # Autograd runs a function's backward only if it leads to a requested input.
         anchor = None if x.requires_grad else torch.empty(0, requires_grad=True)
         output = _FusedLinear.apply(x, weight_PD, bias, anchor, capture, layer)
         if is_open:
-            root = None if anchor is None else get_gradient_edge(anchor)
-            capture.note_output(layer, get_gradient_edge(output), root)
+            target = None if anchor is None else get_gradient_edge(anchor)
+            capture.note_output(layer, get_gradient_edge(output), target)
         return output
 
     def _rounds_twice(self, x: Tensor) -> bool:
-        """Whether a batched product would be rounded before its bias is added.
+        """True if a batched product would be rounded before the bias is added, and once more after.
 
-        On a GPU `torch.baddbmm` does so in 16 bits: what it adds is the bias rounded to the
-        product's last bit, in all samples alike. The layer's own forward rounds once.
+        On a GPU `torch.baddbmm` does so in 16 bits, which biases all samples alike. The layer's own
+        forward rounds once.
         """
         weight: Any = self.layer.module.weight
         device = x.device.type
@@ -69,18 +64,18 @@ class FusedLayer(CapturedLayer):
         return dtype.itemsize == 2 and self.layer.module.bias is not None
 
     def _has_gradients_formed(self, x: Tensor) -> bool:
-        """Whether the per-sample gradients are kept, so that autograd may form them."""
+        """True if per-sample gradients are kept, so that autograd may form them."""
         if not self.capture.keep:
             return False
         if "weight" not in self.layer.names:
             return True
         weight: Any = self.layer.module.weight
         num_outputs = weight.numel() // x.shape[-1]
-        return self.capture.plan_of(self.layer.names["weight"], x, num_outputs) == GRADIENTS
+        return self.capture.norm_plan_of(self.layer.names["weight"], x, num_outputs) == GRADIENTS
 
 
 class _FusedLinear(torch.autograd.Function):
-    """y = x W^T + b; the backward reports to the capture and returns dx alone."""
+    """y = x W^T + b, with a backward that reports to the capture and returns dx alone."""
 
     @staticmethod
     def forward(
@@ -107,6 +102,6 @@ class _FusedLinear(torch.autograd.Function):
 def linear_forward(x: Tensor, weight_PD: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b as the layer itself computes it, [B, ..., P]."""
     y = F.linear(x, weight_PD, bias)
-    # Not a view, which what follows might want to change in place.
-    whole: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-    return whole
+    # Not a view, so that later operations may change it in place.
+    output: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return output

@@ -1,7 +1,6 @@
-"""What a private model must not change once it was made private, looked at in every batch.
+"""Refuses changes of a private model or its gradients by others, checked in every batch.
 
-Everything here is a comparison of identities, flags and version counters: some microseconds a
-hundred modules.
+The checks compare identities, flags and version counters: microseconds per hundred modules.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
+from dpsgd_track.distributed.sharding import as_local, fsdp_units, trainable_parameters
 from dpsgd_track.privacy.layers.inventory import mixes_samples, refuse_unfit
 
 
 class ModelGuard:
-    """A model as it was when it was made private."""
+    """Compares a model with its state when it was made private."""
 
     def __init__(self, model: nn.Module) -> None:
         """
         Raises:
-            ValueError: naming what mixes samples or keeps data of them already.
+            ValueError: naming layers that mix samples or keep data of them.
         """
         refuse_unfit(model)
-        is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         named = list(model.named_modules())
-        # FSDP2 puts other tensors into the place of parameters as it goes.
-        self._look_at_own = _keys if is_sharded else _values
+        # FSDP2 replaces parameters by other tensors as it runs: there only names are compared.
+        self._entries_of = _keys if fsdp_units(model) else _values
         self._names = [fqn or "model" for fqn, _ in named]
         self._children = [module._modules for _, module in named]
         self._own = [module._parameters for _, module in named]
@@ -46,7 +45,7 @@ class ModelGuard:
         self._mixing = [(fqn, m) for fqn, m in named if mixes_samples(m, in_training=True)]
 
     def check(self) -> None:
-        """Compare the model with what it was.
+        """Refuse a model that has changed.
 
         Raises:
             ValueError: naming the module or parameter that has changed.
@@ -72,11 +71,10 @@ class ModelGuard:
 
     @contextmanager
     def watching_forward(self) -> Iterator[None]:
-        """Within it, a batch runs.
+        """Context in which a batch runs and must leave buffers and parameters alone.
 
         Raises:
-            ValueError: it has written into a buffer or a parameter of the model, past clipping and
-                noise.
+            ValueError: the batch wrote into one of them, which bypasses clipping and noise.
         """
         tensors, versions = self._versions()
         yield
@@ -99,8 +97,8 @@ class ModelGuard:
         )
 
     def _structure(self) -> list[object]:
-        """Every module, and every parameter or its name, in order."""
-        return [*_values(self._children), *self._look_at_own(self._own)]
+        """All modules, and all parameters or their names, in order."""
+        return [*_values(self._children), *self._entries_of(self._own)]
 
     def _refuse_structure(self) -> None:
         now, before = iter(self._structure()), iter(self._before)
@@ -119,6 +117,61 @@ class ModelGuard:
         tensors: list[Tensor] = [parameter for _, parameter in self._parameters]
         tensors += [own[name] for _, own, name in self._buffers]
         return tensors, [tensor._version for tensor in tensors]
+
+
+class GradientGuard:
+    """Detects changes of `.grad` by others while batches are being added."""
+
+    def __init__(self, model: nn.Module, *, keeps_sums_elsewhere: bool) -> None:
+        """
+        Args:
+            keeps_sums_elsewhere: the mode does not keep its sums in `.grad`. A gradient of zeros on
+                one parameter then stands for them.
+        """
+        parameters = list(trainable_parameters(model).values())
+        self._keeps_sums_elsewhere = keeps_sums_elsewhere
+        self._parameters = parameters
+        if keeps_sums_elsewhere:
+            self._parameters = sorted(parameters, key=Tensor.numel)[:1]
+        self._seen: list[tuple[Tensor | None, int]] = []
+
+    def note(self) -> None:
+        """Note the gradients after a batch was added."""
+        if self._keeps_sums_elsewhere and not self._seen:
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        self._seen = [(p.grad, _version(p.grad)) for p in self._parameters]
+
+    def check(self) -> None:
+        """Refuse gradients that have changed since they were noted.
+
+        Raises:
+            RuntimeError: other code has cleared a gradient, or added to it.
+        """
+        for parameter, (gradient, version) in zip(self._parameters, self._seen, strict=False):
+            if parameter.grad is gradient and _version(gradient) == version:
+                continue
+            was_cleared = parameter.grad is None or not bool(as_local(parameter.grad).any())
+            what = (
+                "one that was cleared, as model.zero_grad() does. Call optimizer.zero_grad(): it "
+                "forgets the batches too"
+                if was_cleared
+                else "another. A backward of another loss has added to it, and it is not clipped"
+            )
+            raise RuntimeError(f".grad: expected the gradient that backward() left, got {what}.")
+
+    def release(self) -> None:
+        """Remove the gradient that stands for sums that are kept elsewhere."""
+        if self._keeps_sums_elsewhere and self._seen:
+            for parameter, (gradient, _) in zip(self._parameters, self._seen, strict=True):
+                if parameter.grad is gradient:
+                    parameter.grad = None
+        self._seen = []
+
+
+def _version(gradient: Tensor | None) -> int:
+    return 0 if gradient is None else gradient._version
 
 
 def _values(tables: list[dict[str, Any]]) -> Iterable[object]:

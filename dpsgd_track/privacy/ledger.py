@@ -1,4 +1,4 @@
-"""What a training has spent over its whole life, over resumes and changes of its settings."""
+"""Privacy ledger of a training over its whole life, resumes and changes of settings included."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dpsgd_track.config import require
 from dpsgd_track.privacy.accounting import History, epsilon_pld, epsilon_prv, epsilon_rdp
 
 KIND = "dpsgd_track.privacy_ledger"
-"""What the dict of `PrivacyLedger.state_dict` says that it is."""
+"""Value of `kind` in the dict that `PrivacyLedger.state_dict` returns."""
 VERSION = 1
 ACCOUNTANTS = ("rdp", "prv", "pld")
 MAX_NUM_STEPS = 2**53
-"""Up to here float64 counts without gaps, and so do the accountants."""
+"""Largest count that float64 represents without gaps, and so do the accountants."""
 
 
 class Stage(NamedTuple):
@@ -24,16 +24,16 @@ class Stage(NamedTuple):
     noise_multiplier: float
     """sigma >= 0"""
     sample_rate: float | None
-    """q, above 0 and at most 1; None where it is not known"""
+    """q, above 0 and at most 1; None if it is not known"""
     num_steps: int
     """at least 1"""
 
 
 class PrivacyLedger:
-    """Every noisy step of a training: with which noise and at which sample rate it was taken.
+    """Records the noise multiplier and the sample rate of each noisy step of a training.
 
-    Epsilon is that of all of them together. A training that is resumed goes on in the ledger of
-    the run before, whatever its own settings are:
+    Epsilon is that of all steps together. A resumed training continues the ledger of the run
+    before, whatever its own settings are:
 
         ledger = PrivacyLedger()
         ledger.load_state_dict(checkpoint["ledger"])
@@ -70,22 +70,22 @@ class PrivacyLedger:
         """Add one step.
 
         Args:
-            noise_multiplier: sigma of the noise that was added; 0 where none was.
-            sample_rate: probability with which the step took each sample; 1.0 where batches are
-                not drawn by Poisson sampling; None where it is not known.
+            noise_multiplier: sigma of the noise that was added; 0 if none was.
+            sample_rate: probability with which the step took each sample; 1.0 if batches are not
+                drawn by Poisson sampling; None if it is not known.
         Raises:
             ValueError: one of them is out of range. Nothing is recorded then.
         """
         self._add(_checked((noise_multiplier, sample_rate, 1)))
 
     def extend(self, other: PrivacyLedger) -> None:
-        """Add the steps of `other`, taken after those that are here."""
+        """Append the steps of `other`."""
         require(isinstance(other, PrivacyLedger), "other", other, "a PrivacyLedger")
         for stage in other.history:
             self._add(stage)
 
     def epsilon(self, delta: float, accountant: str = "rdp") -> float:
-        """What all steps have spent together, at `delta`.
+        """Epsilon of all steps together, at `delta`.
 
         Args:
             delta: probability at which the bound may fail, between 0 and 1.
@@ -102,7 +102,7 @@ class PrivacyLedger:
         require(accountant in ACCOUNTANTS, "accountant", accountant, "rdp, prv or pld")
         if not self._stages:
             return 0.0
-        history, delta = self._priced(), float(delta)
+        history, delta = self._accountable_history(), float(delta)
         if accountant == "rdp":
             return epsilon_rdp(history, delta)
         compute = epsilon_prv if accountant == "prv" else epsilon_pld
@@ -121,7 +121,7 @@ class PrivacyLedger:
         return epsilon
 
     def state_dict(self) -> dict[str, Any]:
-        """All steps, as what JSON and `torch.load(..., weights_only=True)` can hold."""
+        """All steps, in types that JSON and `torch.load(..., weights_only=True)` support."""
         return {
             "kind": KIND,
             "version": VERSION,
@@ -130,11 +130,11 @@ class PrivacyLedger:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the steps of the ledger whose state this is, into one without any steps.
+        """Load the steps of a saved ledger into this one, which must be empty.
 
         Raises:
-            ValueError: `state` is not that of a ledger, or is damaged, or this ledger holds steps
-                already, which would be lost or counted twice. Nothing is loaded then.
+            ValueError: `state` is not that of a ledger, or is damaged, or this ledger has steps,
+                which would be lost or counted twice. Nothing is loaded then.
         """
         require(
             not self._stages,
@@ -163,15 +163,19 @@ class PrivacyLedger:
             stage = stage._replace(num_steps=num_before + stage.num_steps)
         self._stages.append(stage)
 
-    def _priced(self) -> History:
-        """The history, all of which has an epsilon."""
-        silent = [stage for stage in self._stages if stage.noise_multiplier == 0]
+    def _accountable_history(self) -> History:
+        """The history, if all its stages have an epsilon.
+
+        Raises:
+            ValueError: some have no noise, or no known sample rate.
+        """
+        noiseless = [stage for stage in self._stages if stage.noise_multiplier == 0]
         require(
-            not silent,
+            not noiseless,
             "noise_multiplier",
             0.0,
             "a number > 0",
-            f"Without noise epsilon is infinite, and {self._share(silent)} had none.",
+            f"Without noise epsilon is infinite, and {self._fraction(noiseless)} had none.",
         )
         unknown = [stage for stage in self._stages if stage.sample_rate is None]
         require(
@@ -179,12 +183,12 @@ class PrivacyLedger:
             "sample_rate",
             None,
             "a number above 0 and at most 1",
-            f"It is not known for {self._share(unknown)}. Give it to make_private, or 1.0 for "
+            f"It is not known for {self._fraction(unknown)}. Give it to make_private, or 1.0 for "
             "batches that are not sampled.",
         )
         return tuple((sigma, q, steps) for sigma, q, steps in self._stages if q is not None)
 
-    def _share(self, stages: list[Stage]) -> str:
+    def _fraction(self, stages: list[Stage]) -> str:
         num_steps = sum(stage.num_steps for stage in stages)
         return f"{num_steps} of {self.num_steps} steps"
 
@@ -194,10 +198,10 @@ class PrivacyLedger:
         return self._stages == other._stages
 
     def __copy__(self) -> PrivacyLedger:
-        # Nor do shallow copies share the steps that are recorded later.
+        # A shallow copy would share steps that are recorded later.
         return PrivacyLedger(self._stages)
 
-    # Ledgers change.
+    # Ledgers are mutable.
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
@@ -208,7 +212,7 @@ class PrivacyLedger:
 
 
 def _checked(stage: tuple[float, float | None, int], where: str = "") -> Stage:
-    """`stage` with floats of Python's own; `where` begins what its numbers are called."""
+    """`stage` with Python floats; `where` is a prefix for names in errors."""
     noise_multiplier, sample_rate, num_steps = stage
     sigma = _as_float(noise_multiplier)
     allowed = "a finite number >= 0"
@@ -222,7 +226,7 @@ def _checked(stage: tuple[float, float | None, int], where: str = "") -> Stage:
 
 
 def _as_float(number: object) -> float:
-    """NaN for what is no number, or none that a float can hold."""
+    """`number` as a float; NaN if it is no number, or overflows."""
     if not isinstance(number, Real) or isinstance(number, bool):
         return math.nan
     try:
@@ -232,7 +236,7 @@ def _as_float(number: object) -> float:
 
 
 def _stages_of(state: Mapping[str, Any]) -> list[Stage]:
-    """The stages that `state` holds, once it is known to be a ledger's."""
+    """The stages of a ledger's state, once checked."""
     require(isinstance(state, Mapping), "state", state, "what PrivacyLedger.state_dict() returned")
     if set(state) == {"num_steps"}:
         _refuse_version_0_1(state["num_steps"])
@@ -264,7 +268,7 @@ def _stages_of(state: Mapping[str, Any]) -> list[Stage]:
 
 
 def _refuse_version_0_1(num_steps: object) -> None:
-    """Such a state is refused rather than priced: it does not say what its steps were."""
+    """Refuse a state that does not tell the noise and sample rate of its steps."""
     if num_steps == 0:
         advice = "It holds no steps, so go on without loading it."
     else:

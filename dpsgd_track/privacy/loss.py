@@ -1,4 +1,4 @@
-"""The losses every mode shares: one number for each sample, in float32 or better.
+"""The losses that all modes share: one number for each sample, in float32 or better.
 
 A loss is a function (logits, targets) -> [B]. Dimension 0 of both is the sample. The loss of a
 sample is the mean over its own targets alone, so that no sample's loss depends on another.
@@ -19,7 +19,7 @@ from torch import Tensor
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 IGNORED = -100
-"""Target of a position that is not predicted."""
+"""Target at positions that are not predicted."""
 
 
 def classification_loss(logits_BC: Tensor, target_B: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def masked_lm_loss(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 
 
 def causal_lm_loss(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """The same where position t predicts the target of position t + 1, [B]."""
+    """`masked_lm_loss` in which position t predicts the target of position t + 1, [B]."""
     return masked_lm_loss(logits_BTV[:, :-1], target_BT[:, 1:])
 
 
@@ -48,7 +48,7 @@ def regression_loss(logits_BC: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over each sample's own outputs, [B].
 
     Args:
-        target: as many numbers a sample as outputs; [B] where the output is one.
+        target: as many numbers a sample as outputs; may be [B] for one output.
     """
     logits_BC = _exact(logits_BC).flatten(1)
     return (logits_BC - target.view_as(logits_BC).to(logits_BC)).square().mean(dim=1)
@@ -64,10 +64,10 @@ LOSSES: dict[str, PerSampleLoss] = {
 
 
 def one_loss_a_sample(loss: PerSampleLoss) -> PerSampleLoss:
-    """`loss`, which raises ValueError wherever it does not return one number a sample, [B].
+    """`loss`, with a ValueError if it does not return one number a sample, [B].
 
-    A mean or a sum over the batch has gradients of another size than the samples' own: nothing
-    would be clipped at C.
+    The gradients of a mean or a sum over the batch are not those of the samples: clipping them at C
+    would bound nothing.
     """
 
     @functools.wraps(loss)

@@ -1,17 +1,17 @@
 """Gaussian noise for a clipped sum, a function of (key, step, parameter, element).
 
-A rank draws noise for the elements it holds and for no others, so that the noise of an element
-does not depend on how many ranks there are, shards never repeat each other's noise, and nothing
-else that is random can shift it. A digest of what the noise is for makes what one key draws for
-different steps and parameters independent, on any rank.
+A rank draws noise for its own elements only. So the noise of an element does not depend on the
+number of ranks, shards never repeat each other's noise, and no other random draw can shift it.
+Generators are seeded by a digest of key, step and parameter, which makes the noise of different
+steps and parameters independent.
 
-On a GPU the generator counts elements (`kernels.gaussian_noise`): a step has a key, a parameter a
-nonce beside the count. On a CPU, where that would be slow, noise is drawn in blocks of consecutive
-elements of the whole parameter, each from a generator of its own. The bits are equal on devices of
-one kind.
+On a GPU the generator is counter-based (`kernels.gaussian_noise`): a step has a key, a parameter a
+nonce, and the counter is the element. On a CPU, where that would be slow, noise is drawn in blocks
+of consecutive elements of the whole parameter, each from its own generator. The bits are equal on
+devices of one kind.
 
-With `fresh_key` nobody can know the key. But no generator here is cryptographically secure: who
-sees much of the raw noise of one block may in principle predict the rest of that block.
+A `fresh_key` is secret. But no generator here is cryptographically secure: an observer of much of
+one block's raw noise may in principle predict the rest of the block.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _KEY_BYTES = 32
 def fresh_key(group: dist.ProcessGroup | None, device: torch.device) -> str:
     """256 bits of the operating system's entropy, as hexadecimal digits, equal on every rank.
 
-    Ranks that share a key agree on the noise of an element that several of them hold, and draw
+    Ranks with the same key draw the same noise for an element that several of them hold, and
     different noise for different elements.
 
     Args:
-        group: ranks that are to share the key; None: all, or this process if it is alone.
-        device: where the group's backend communicates.
+        group: ranks that share the key; None for all, or for a process without a group.
+        device: device that the group's backend communicates from.
     """
     key = torch.tensor(list(secrets.token_bytes(_KEY_BYTES)), dtype=torch.uint8, device=device)
     if dist.is_initialized():
@@ -56,11 +56,11 @@ class NoiseSource:
     """Standard normal noise for any part of any parameter at one step."""
 
     key: str
-    """What the noise belongs to, such as a seed, or a `fresh_key`; equal keys draw equal noise."""
+    """A `fresh_key`, or any text such as a seed; equal keys draw equal noise."""
     step: int
 
     def standard_normal(self, part: LocalPart) -> Tensor:
-        """Noise of std 1 for the elements that `part` holds, float32, in its local shape."""
+        """Noise of std 1 for the elements of `part`, float32, in its local shape."""
         noise = torch.zeros(part.local.shape, dtype=torch.float32, device=part.local.device)
         if noise.is_cuda:
             self._add_on_gpu([(noise, part)], std=1.0)
@@ -73,16 +73,13 @@ class NoiseSource:
         return noise
 
     def add_to(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
-        """Add noise to tensors that are laid out as parts are, in place."""
+        """Add noise of std `std` to tensors in place, each sharded as the part beside it."""
         on_gpu = [t for t in totals if t[0].dtype == torch.float32 and t[0].is_cuda]
         self._add_on_gpu([t for t in on_gpu if t[0].is_contiguous()], std=std)
         done = {id(total) for total, _ in on_gpu if total.is_contiguous()}
-        self.add_one_by_one([t for t in totals if id(t[0]) not in done], std=std)
-
-    def add_one_by_one(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
-        """What `add_to` does, by `standard_normal` of each part."""
         for total, part in totals:
-            total.add_(self.standard_normal(part).to(total.dtype), alpha=std)
+            if id(total) not in done:
+                total.add_(self.standard_normal(part).to(total.dtype), alpha=std)
 
     def _add_on_gpu(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
         if not totals:
@@ -94,11 +91,11 @@ class NoiseSource:
         add_gaussian([t for t, _ in totals], [part.start for _, part in totals], keys, std=std)
 
     def _block(self, part: LocalPart, block: int) -> Tensor:
-        # The whole block is drawn even where less is needed: how a generator fills a tensor
-        # depends on the tensor's length, which must not depend on the shard.
+        # The whole block is drawn even if less is needed: the numbers that a generator gives depend
+        # on how many are drawn, which must not depend on the shard.
         size = min(BLOCK_ELEMENTS, part.num_elements - block * BLOCK_ELEMENTS)
-        # torch's own generator heeds 32 bits of a seed: among 100,000 blocks two would be alike,
-        # and a seed could be found by trying all.
+        # torch's own generator uses 32 bits of a seed: among 100,000 blocks two would coincide, and
+        # trying all seeds would find the key.
         name = f"{self.key}/{self.step}/{part.name}/{block}".encode()
         digest = hashlib.blake2b(name, digest_size=_KEY_BYTES).digest()
         bits = np.random.SFC64(int.from_bytes(digest, "little"))
@@ -106,14 +103,14 @@ class NoiseSource:
 
 
 @lru_cache(maxsize=1 << 16)
-def _words(what: str) -> tuple[int, int]:
-    """Two words of 32 bits that belong to `what`."""
-    digest = hashlib.blake2b(what.encode(), digest_size=8).digest()
+def _words(name: str) -> tuple[int, int]:
+    """Digest of `name` as two 32-bit words."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def _overlaps(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(block, first, last) for each block that [start, stop) meets; positions in the block."""
+    """(block, first, last) of each block that [start, stop) overlaps, positions in the block."""
     for block in range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS)):
         offset = block * BLOCK_ELEMENTS
         yield block, max(start - offset, 0), min(stop - offset, BLOCK_ELEMENTS)
@@ -125,12 +122,12 @@ def add_noise(
     """Add normal(0, (sigma C)^2) to this rank's shards of the clipped sum, in place.
 
     Args:
-        clipped: what the noise is calibrated to.
-        parts: where in the whole each of its shards lies.
+        clipped: the sum, whose sensitivity the noise is calibrated to.
+        parts: name and position of each shard in its whole parameter.
         noise_multiplier: sigma.
-        source: the noise.
+        source: draws the noise.
     Raises:
-        ValueError: noise was asked for, but nothing bounds the sum's sensitivity.
+        ValueError: sigma is above 0, but the sum's sensitivity is not finite.
     """
     if noise_multiplier == 0:
         return

@@ -1,9 +1,9 @@
-"""Layers that run on one view of their parameters for each sample.
+"""Layers that run on their parameters expanded to [B, *parameter].
 
-The views share the parameter's memory; a batched product reads one weight for all samples. What
-autograd forms as the gradient of the view is the per-sample gradients, [B, *parameter], at the
-price of the gradient itself: nothing is hooked, and no line of Python runs in the backward, unless
-a linear layer adds a bias in 16 bits.
+The expanded view shares the parameter's memory; a batched product reads one weight for all samples.
+The gradient that autograd forms of the view is the per-sample gradients, [B, *parameter], at the
+cost of the ordinary gradient: there are no hooks, and no Python runs in the backward, unless a
+linear layer adds a bias in 16 bits.
 
 Shapes: B samples, T positions, D inputs, P outputs.
 """
@@ -23,18 +23,18 @@ from dpsgd_track.privacy.layers.inventory import Layer
 
 
 def run_linear(capture: Capture, layer: Layer, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """A linear layer (or transformers' Conv1D) on its weight for each sample.
+    """Run a linear layer (or transformers' Conv1D) on its weight expanded over samples.
 
-    The call is opened here.
+    Opens the call.
 
     Args:
-        leaves: what stands for its trainable parameters.
+        leaves: leaves of its trainable parameters, by name.
     """
     module: Any = layer.module
     num_samples = x.shape[0]
     weight, bias = leaves.get("weight", module.weight), leaves.get("bias", module.bias)
     if torch.is_autocast_enabled(x.device.type):
-        # Once, rather than for each sample.
+        # Cast once, rather than for each sample.
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     weight = weight.expand(num_samples, *weight.shape)
@@ -42,9 +42,9 @@ def run_linear(capture: Capture, layer: Layer, leaves: Mapping[str, Tensor], x: 
         bias = bias.expand(num_samples, 1, *bias.shape)
     is_open = capture.open_call(layer, x)
     if is_open and "weight" in layer.names:
-        capture.want(layer, "weight", weight)
+        capture.note_view(layer, "weight", weight)
     if is_open and "bias" in layer.names:
-        capture.want(layer, "bias", bias)
+        capture.note_view(layer, "bias", bias)
     x_BTD = x.reshape(num_samples, -1, x.shape[-1]) if x.dim() != 3 else x
     weight_BDP = weight.mT if layer.rule is linear else weight
     y = torch.bmm(x_BTD, weight_BDP) if bias is None else torch.baddbmm(bias, x_BTD, weight_BDP)
@@ -52,23 +52,23 @@ def run_linear(capture: Capture, layer: Layer, leaves: Mapping[str, Tensor], x: 
 
 
 class RmsNormPerSample(CapturedLayer):
-    """An RMSNorm that runs on its weight for each sample."""
+    """Runs an RMSNorm on its weight expanded over samples."""
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[B, ..., D] -> [B, ..., D]."""
         x = self.only_input(args, kwargs)
         parameters = self.module._parameters
-        held, weight = parameters["weight"], self.leaf("weight")
+        original, weight = parameters["weight"], self.leaves()["weight"]
         view = weight.expand(x.shape[0], *[1] * (x.dim() - 2), *weight.shape)
         if self.capture.open_call(self.layer, x):
-            self.capture.want(self.layer, "weight", view)
+            self.capture.note_view(self.layer, "weight", view)
         parameters["weight"] = view  # type: ignore[assignment]
         try:
-            return self.plain(*args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
-            parameters["weight"] = held
+            parameters["weight"] = original
 
 
 def takes_weight_per_sample(layer: Layer) -> bool:
-    """Whether `RmsNormPerSample` is exact for the layer."""
+    """True if `RmsNormPerSample` is exact for the layer."""
     return layer.rule is rms_norm and rms_norm.takes_weight_per_sample(layer.module)

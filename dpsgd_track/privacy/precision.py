@@ -1,4 +1,4 @@
-"""Computing in a low precision with float32 weights, on one device."""
+"""Mixed precision on one device: computes in a low precision, with float32 weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def rounded_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within it the model computes on copies of its parameters in `dtype`, as under FSDP2.
+    """Run the model on copies of its parameters in `dtype`, as under FSDP2.
 
-    Gradients flow through the copies to the float32 parameters. Both the forward and the backward
-    belong inside, since a checkpoint computes again in the backward.
+    Gradients flow through the copies to the float32 parameters. The backward belongs inside too, as
+    a checkpoint recomputes the forward there.
     """
     copies: dict[nn.Parameter, Tensor] = {}
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []

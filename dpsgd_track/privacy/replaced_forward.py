@@ -1,4 +1,4 @@
-"""Modules whose forward is another for a while."""
+"""Temporary replacement of a module's forward."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Forward = Callable[..., Any]
 
 
 class ReplacedForward(ABC):
-    """A module whose forward is another between `attach` and `detach`.
+    """Replaces a module's forward between `attach` and `detach`.
 
-    Outside of that the module is as its owner made it: a copy of it is an ordinary module.
+    Outside of that the module is unchanged, and a copy of it is an ordinary module.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -23,7 +23,7 @@ class ReplacedForward(ABC):
         self._own = vars(module)
         self._before: Forward | None = None
         self._first: Forward = module.forward
-        self.plain = self._first
+        self.original = self._first
         """The module's own forward."""
 
         @functools.wraps(self._first)
@@ -34,12 +34,12 @@ class ReplacedForward(ABC):
 
     @abstractmethod
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What is called in place of the module's own forward."""
+        """Run in place of the module's own forward."""
 
     def attach(self) -> None:
         """Replace the module's forward."""
         self._before = self._own.get("forward")
-        self.plain = self._before or self._first
+        self.original = self._before or self._first
         self._own["forward"] = self._forward
 
     def detach(self) -> None:

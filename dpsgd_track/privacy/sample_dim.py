@@ -1,15 +1,15 @@
-"""Which dimension of a layer's inputs holds the samples: found out, not read off a size.
+"""Finds the dimension of each layer's inputs that holds the samples, by a trial run.
 
-That a tensor has as many rows as the batch has samples proves nothing: positions [T] have when B
-equals T, labels [C] when B equals C. So the model runs once, without gradients, on a batch of
-another number of samples, which is equal to no other size there is: the dimension of that size
-holds the samples, and a tensor without one is shared by all of them.
+A tensor with as many rows as the batch has samples need not hold one row per sample: positions [T]
+have as many if B equals T, labels [C] if B equals C. So the model runs once, without gradients, on
+a batch whose number of samples equals no other size. The dimension of that size holds the samples;
+a tensor without one is shared by all of them.
 
-A shared input, such as position indices [1, T] that are looked up once and broadcast later, has
-outputs whose gradient is the samples' sum. They come apart again where each sample is given a copy
-of its own (`captured_layer.spread`), if the model treats the copies as it treats the one: that is
-tried, with copies that differ. Where it does not (it takes the first, or adds them up), the layer's
-gradients take one backward for each sample.
+The output of a layer with a shared input, such as position indices [1, T] that are looked up once
+and broadcast later, receives the sum of the samples' gradients. Giving each sample a copy of the
+output (`captured_layer.spread`) separates them, if the model treats the copies as it treats the
+shared tensor. That is tested with copies that differ. If it does not (it takes the first copy, or
+adds them up), the layer's gradients take one backward per sample.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ Run = Callable[[Batch], Tensor]
 """The model's outputs of a batch, [B, ...], without gradients."""
 
 _POSITION_WISE = (embedding, layer_norm, linear, rms_norm, transposed_linear)
-"""Rules of layers that treat every dimension but the last ones alike."""
+"""Rules of layers that treat all dimensions but the last ones as positions."""
 
 SHARED, UNKNOWN = "shared", "unknown"
-_Where = int | str
-"""The samples' dimension in what a layer read; or that all samples share it; or neither."""
+_SampleDim = int | str
+"""The samples' dimension in a layer's input; SHARED if all samples share it; or UNKNOWN."""
 
 
 def find_sample_dims(capture: Capture, run: Run, batch: Batch) -> None:
-    """Settle how each layer of a capture is captured; the default is samples in dimension 0.
+    """Choose how each layer is captured; the default is for samples in dimension 0.
 
-    A model that cannot be run on another number of samples is left as it is: then a layer is
-    refused in a batch where its input has another size.
+    If the model cannot run on another number of samples, the default stays, and a layer is refused
+    in a batch in which dimension 0 of its input has another size.
 
     Args:
-        capture: whose layers are to be captured.
+        capture: the capture of the model.
         run: runs the model.
-        batch: a batch as it comes, of one sample at least.
+        batch: an ordinary batch, of at least one sample.
     Raises:
-        ValueError: the samples of a layer cannot be told apart.
+        ValueError: the samples of a layer cannot be separated.
     """
     num_samples = _unlike_any_size(capture.model, batch)
     other = batch.resized(num_samples)
     try:
-        places, _ = _observe(capture, run, other, _Observer)
+        dims, _ = _observe(capture, run, other, _Observer)
     except MixedSamplesError:
         raise
     except Exception as error:
@@ -75,49 +75,49 @@ def find_sample_dims(capture: Capture, run: Run, batch: Batch) -> None:
             reason,
         )
         return
-    if any(SHARED in found for found in places.values()):
-        places = _spread_where_faithful(capture, run, other, places)
-    for fqn, found in places.items():
-        _settle(capture, capture.captured[fqn], set(found))
+    if any(SHARED in dims_of_layer for dims_of_layer in dims.values()):
+        dims = _spread_where_faithful(capture, run, other, dims)
+    for fqn, dims_of_layer in dims.items():
+        _register(capture, capture.captured[fqn], set(dims_of_layer))
 
 
-def _settle(capture: Capture, captured: CapturedLayer, places: set[_Where]) -> None:
+def _register(capture: Capture, captured: CapturedLayer, dims: set[_SampleDim]) -> None:
     layer = captured.layer
-    if places == {0} or (isinstance(captured, ExpandedLayer) and UNKNOWN not in places):
+    if dims == {0} or (isinstance(captured, ExpandedLayer) and UNKNOWN not in dims):
         return
-    only = next(iter(places)) if len(places) == 1 else UNKNOWN
-    if isinstance(only, int):
-        capture.take(WatchedLayer(capture, layer, sample_dim=only))
-    elif only == SHARED:
-        capture.take(WatchedLayer(capture, layer, is_spread=True))
+    dim = dims.pop() if len(dims) == 1 else UNKNOWN
+    if isinstance(dim, int):
+        capture.register(WatchedLayer(capture, layer, sample_dim=dim))
+    elif dim == SHARED:
+        capture.register(WatchedLayer(capture, layer, is_spread=True))
     else:
-        capture.take(BackwardPerSample(capture, layer))
+        capture.register(BackwardPerSample(capture, layer))
 
 
 def _spread_where_faithful(
-    capture: Capture, run: Run, batch: Batch, places: dict[str, list[_Where]]
-) -> dict[str, list[_Where]]:
-    """Places of the samples where shared inputs are spread, if outputs stay as they are.
+    capture: Capture, run: Run, batch: Batch, dims: dict[str, list[_SampleDim]]
+) -> dict[str, list[_SampleDim]]:
+    """Dimensions of the samples with shared outputs spread, if that changes no model output.
 
-    Copies are moved apart at random. The first and the last sample are held against a run in
-    which what all share is moved as theirs.
+    Each sample's copy is moved at random. The outputs of the first and the last sample are compared
+    with a run in which the shared tensor itself is moved as that sample's copy.
     """
     try:
-        # Without dropout, whose masks would depend on the shape of what all share.
+        # Without dropout, whose masks would depend on the shared tensor's shape.
         with in_eval_mode(capture.model):
-            spread_places, together = _observe(capture, run, batch, _Spreading)
+            spread_dims, together = _observe(capture, run, batch, _Spreading)
             is_faithful = len(together) == len(batch)
             for sample in (0, len(batch) - 1):
                 _, alone = _observe(capture, run, batch, partial(_Moving, sample=sample))
                 is_faithful &= _is_same(together[sample], alone[sample])
     except Exception as error:
-        _logger.debug("copies for each sample do not fit the model: %s", error)
+        _logger.debug("The model does not run on a copy for each sample: %s", error)
         is_faithful = False
     if is_faithful:
-        return spread_places
+        return spread_dims
     return {
-        fqn: [UNKNOWN if place == SHARED else place for place in found]
-        for fqn, found in places.items()
+        fqn: [UNKNOWN if dim == SHARED else dim for dim in dims_of_layer]
+        for fqn, dims_of_layer in dims.items()
     }
 
 
@@ -127,44 +127,44 @@ def _observe(
     run: Run,
     batch: Batch,
     observer: Callable[[CapturedLayer, int], _Observer],
-) -> tuple[dict[str, list[_Where]], Tensor]:
-    """Where each layer's calls had the samples, and the model's outputs."""
+) -> tuple[dict[str, list[_SampleDim]], Tensor]:
+    """The samples' dimension in each call of each layer, and the model's outputs."""
     observers = [observer(captured, len(batch)) for captured in capture.captured.values()]
     with kept_random_state(batch), of_any_samples(), capture.attached(observers):
         outputs = run(batch)
-    return {o.captured.layer.fqn: o.places for o in observers if o.places}, outputs
+    return {o.captured.layer.fqn: o.dims for o in observers if o.dims}, outputs
 
 
 class _Observer(ReplacedForward):
-    """A layer that runs as it is, and notes where its inputs have the samples."""
+    """Runs a layer as it is, and notes the samples' dimension in its inputs."""
 
     def __init__(self, captured: CapturedLayer, num_samples: int) -> None:
         super().__init__(captured.module)
         self.captured, self.num_samples = captured, num_samples
-        self.places: list[_Where] = []
+        self.dims: list[_SampleDim] = []
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module returns."""
-        place = self._place(args, kwargs)
-        self.places.append(place)
-        output = self.plain(*args, **kwargs)
-        return self.of_shared(output) if place == SHARED else output
+        """The module's output."""
+        dim = self._sample_dim(args, kwargs)
+        self.dims.append(dim)
+        output = self.original(*args, **kwargs)
+        return self.replace_shared(output) if dim == SHARED else output
 
-    def of_shared(self, output: Any) -> Any:
-        """What is made of an output that all samples share."""
+    def replace_shared(self, output: Any) -> Any:
+        """Replacement of an output that all samples share; here the output itself."""
         return output
 
-    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Where:
+    def _sample_dim(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _SampleDim:
         captured = self.captured
-        captured.plain = self.plain
+        captured.original = self.original
         rule = captured.layer.rule
         given = [x for x in (*args, *kwargs.values()) if x is not None]
         if rule is not None and len(given) == 1 and isinstance(given[0], Tensor):
-            return _place_in(given[0], captured, self.num_samples)
+            return _sample_dim_of(given[0], captured, self.num_samples)
         if not isinstance(captured, ExpandedLayer):
-            # A layer with a rule that is called in another way than the rule knows.
+            # A layer whose rule does not cover such a call.
             captured = ExpandedLayer(captured.capture, captured.layer)
-            captured.plain = self.plain
+            captured.original = self.original
         copies = {
             name: parameter.detach().expand(self.num_samples, *parameter.shape)
             for name, parameter in self.module.named_parameters()
@@ -180,54 +180,50 @@ class _Observer(ReplacedForward):
         if dims is None:
             return UNKNOWN
         if captured is not self.captured:
-            captured.capture.take(captured)
+            captured.capture.register(captured)
             self.captured = captured
         return SHARED if dims.is_shared else 0
 
 
 class _Spreading(_Observer):
-    """Gives each sample a copy of its own of what all share, moved at random."""
+    """Gives each sample its own copy of an output that all share, moved at random."""
 
-    def of_shared(self, output: Any) -> Any:
+    def replace_shared(self, output: Any) -> Any:
         """[1, ...] or [...] as [B, ...]."""
 
-        def spread_out(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
+        def moved_copies(x: Tensor) -> Tensor:
             copies = spread(x, self.num_samples)
-            return copies + _moves(copies, len(self.places))
+            return copies + _moves(copies, len(self.dims))
 
-        return pytree.tree_map(spread_out, output)
+        return pytree.tree_map_only(Tensor, moved_copies, output)
 
 
 class _Moving(_Observer):
-    """Moves what all samples share as `_Spreading` moves the copy of one sample."""
+    """Moves an output that all samples share as `_Spreading` moves one sample's copy."""
 
     def __init__(self, captured: CapturedLayer, num_samples: int, sample: int) -> None:
         super().__init__(captured, num_samples)
         self.sample = sample
 
-    def of_shared(self, output: Any) -> Any:
-        """In its own shape."""
+    def replace_shared(self, output: Any) -> Any:
+        """The output in its own shape."""
 
-        def move(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            moves = _moves(spread(x, self.num_samples), len(self.places))
+        def moved(x: Tensor) -> Tensor:
+            moves = _moves(spread(x, self.num_samples), len(self.dims))
             return x + moves[self.sample].view(x.shape)
 
-        return pytree.tree_map(move, output)
+        return pytree.tree_map_only(Tensor, moved, output)
 
 
 def _moves(copies: Tensor, call: int) -> Tensor:
-    """As large as what is moved, the same at every run."""
+    """Random numbers on the scale of `copies`, the same at every run."""
     generator = torch.Generator().manual_seed(call)
     scale = copies.float().square().mean().sqrt().clamp(min=0.1)
     moves = torch.randn(copies.shape, generator=generator).to(copies.device) * scale
     return moves.to(copies.dtype)
 
 
-def _place_in(x: Tensor, captured: CapturedLayer, num_samples: int) -> _Where:
+def _sample_dim_of(x: Tensor, captured: CapturedLayer, num_samples: int) -> _SampleDim:
     if num_samples not in x.shape:
         return SHARED
     dim = x.shape.index(num_samples)
@@ -240,7 +236,7 @@ def _place_in(x: Tensor, captured: CapturedLayer, num_samples: int) -> _Where:
 
 
 def _unlike_any_size(model: nn.Module, batch: Batch) -> int:
-    """A number of samples, a little above the batch's, that no tensor has as a size."""
+    """The next number of samples above the batch's that is no tensor's size."""
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     sizes |= {size for tensor in batch.tensors() for size in tensor.shape}
     num_samples = max(len(batch), 2) + 1
@@ -250,8 +246,8 @@ def _unlike_any_size(model: nn.Module, batch: Batch) -> int:
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two runs of the same arithmetic gave the same."""
-    # Far above rounding, and far below what the moves change.
+    """True if two runs of the same arithmetic agree up to rounding."""
+    # Far above rounding errors, and far below the effect of the moves.
     tolerance = 0.3 * torch.finfo(a.dtype).eps ** 0.5 if a.is_floating_point() else 0.0
     scale = max(float(b.float().abs().max()), 1e-30) if b.numel() else 1.0
     return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * scale, equal_nan=True)
@@ -259,7 +255,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it no module of the model is in training mode."""
+    """Put all modules of the model into eval mode."""
     was_training = [module for module in model.modules() if module.training]
     for module in was_training:
         module.training = False
@@ -272,7 +268,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_random_state(batch: Batch) -> Iterator[None]:
-    """Within it random numbers are those that would come next, and afterwards they still are."""
+    """Draw the random numbers that come next, and restore the generators afterwards."""
     devices = sorted({t.device.index or 0 for t in batch.tensors() if t.is_cuda})
     with torch.random.fork_rng(devices=devices):
         yield

@@ -1,22 +1,21 @@
-"""The engine held against plain autograd while it trains: the net under every other guard.
+"""Compares the engine with plain autograd during training, as the last line of defence.
 
 Two things are compared on a batch, in the model's own mode and precision:
 
-- the sum of r_i g_i that the engine forms, with random r_i, against the gradient of
-  sum_i r_i loss_i. Gradients that belong to other samples than the engine says, that lack a use of
-  a parameter or that depend on several samples' losses come out differently, whatever sizes are
-  equal by chance;
-- the norms and the clip factor of two samples of the batch, of the largest norm and at random,
-  against the gradient of each run alone. A model in which one sample's values reach another's
-  gradient, or that depends on the size of the batch, does not pass.
+- the engine's sum of r_i g_i, with random r_i, and the gradient of sum_i r_i loss_i. They differ if
+  the engine assigns gradients to the wrong samples, misses a use of a parameter, or uses a loss
+  that depends on several samples, whatever sizes are equal by chance.
+- the norms and clip factors of two samples of the batch, the one with the largest norm and a random
+  one, and those of the gradient of each sample run alone. They differ if one sample's values reach
+  another's gradient, or if the model depends on the size of the batch.
 
 Sums are compared by a random projection of each parameter, so that nothing of the model's size is
-kept. A difference counts if it is beyond what rounding explains: a generous tolerance first; where
-that is passed, the spread of plain autograd's own result as the weights move by a unit of rounding.
+kept. A difference counts if rounding does not explain it: if it exceeds a generous tolerance, and
+then the spread of plain autograd's own results as the weights move by the unit roundoff.
 
-Random numbers of a forward, such as dropout's, are drawn again alike for each comparison in the
-mode at hand. A sample alone would draw others, so a model that draws any runs alone in its eval
-mode, and its training mode is tried on a batch of copies of the sample.
+Random numbers of a forward, such as dropout's, are the same in both computations of a batch. A
+sample alone would draw others, so a model that draws any runs single samples in its eval mode, and
+its training mode is checked on a batch of copies of the sample.
 
 All ranks check together, on a sample of one rank at a time.
 """
@@ -28,6 +27,7 @@ import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -44,20 +44,20 @@ from dpsgd_track.privacy.sample_dim import in_eval_mode, kept_random_state
 _logger = logging.getLogger(__name__)
 
 REPEATED_EVERY = 5
-"""Batches 1, 2^5, 2^10, 2^15, ... are checked, whatever else is."""
+"""Batches 1, 2^5, 2^10, 2^15, ... are always checked."""
 SUMS_CHECKED = (2,)
-"""Batches whose sums are checked: what reorders samples by their values may not have done so in the
-first."""
+"""Batches whose sums are always checked: a model that reorders samples by their values may have
+left those of the first batch in order."""
 MAX_PATHS = 16
-"""Sequences of layer calls that are checked; a model may have a new one in every batch."""
+"""Sequences of layer calls that are checked; some models have a new one in every batch."""
 
 MAX_SINGLES = 8
-"""Samples of a batch up to which each one's loss is computed alone."""
+"""Largest batch of which each sample's loss is recomputed alone, rather than in two halves."""
 MAX_LOSSES_ALONE = 16
-"""Samples whose losses are computed again, each from its own logits."""
+"""Samples whose losses are recomputed, each from its own logits."""
 
 _FLOOR = 0.01
-"""Share of the whole below which a parameter's difference is no matter."""
+"""Fraction of the total norm below which a parameter's difference does not matter."""
 _NUM_SPREADS, _SPREADS_ALLOWED = 3, 8.0
 
 
@@ -67,7 +67,7 @@ class SpotCheckError(ValueError):
 
 @dataclass
 class SpotChecks:
-    """What checks have cost so far."""
+    """Number and cost of the spot checks so far."""
 
     num_checks: int = 0
     seconds: float = 0.0
@@ -77,13 +77,14 @@ class SpotChecks:
 class SpotCheck:
     """Checks the first batch, each new kind of batch, and others at growing intervals.
 
-    Batches are of one kind where their tensors have the same types and, but for the number of
-    samples, sizes in the same powers of two, the same sizes equal to that number, and the model is
-    in the same mode and calls the same layers in the same order.
+    Two batches are of one kind if their tensors have the same types, sizes with the same powers of
+    two above them, and the same sizes equal to the number of samples, and if the model is in the
+    same mode and calls the same layers in the same order.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        assert engine.capture is not None
+        self.engine, self.capture = engine, engine.capture
         self.cost = SpotChecks()
         self._agreement = Agreement()
         self._num_batches = 0
@@ -93,27 +94,22 @@ class SpotCheck:
         self._unproven = set(trainable_parameters(engine.model))
         """Parameters whose gradients were 0 in every check so far."""
 
-    @property
-    def _is_sharded(self) -> bool:
-        capture = self.engine.capture
-        return capture is not None and capture.is_sharded
-
     def before(self, batch: Batch) -> None:
-        """Check a batch before it is added, if it is due and nobody else needs to be asked.
+        """Check a batch before it is added, if a check is due that other ranks need not agree on.
 
         Raises:
             SpotCheckError: naming the parameters whose gradients are not their samples' own.
         """
         self._num_batches += 1
         self._kind = self._kind_of(batch)
-        # The same on all ranks, also on one that has had no sample yet.
+        # Equal on all ranks, also on one without samples so far.
         is_first = self.cost.num_checks == 0
-        self._is_checked = is_first or (not self._is_sharded and self._is_new(batch))
+        self._is_checked = is_first or (not self.capture.is_sharded and self._is_new(batch))
         if self._is_checked:
             self._check(batch)
 
     def after(self, batch: Batch, record: SampleRecord) -> None:
-        """Check a batch that was added, if it is due on any rank; all ranks call it."""
+        """Check a batch that was added, if a check is due on any rank. All ranks call it."""
         is_due = self._is_new(batch) or self._is_repeated() or self._is_new_path()
         is_due_anywhere = self._agreement.any(is_due or self._has_new_gradients(record))
         is_early = self._num_batches in SUMS_CHECKED and not self._is_checked
@@ -121,7 +117,7 @@ class SpotCheck:
             try:
                 self._check(batch, sums_alone=not is_due_anywhere)
             except torch.OutOfMemoryError:
-                # The batch itself was added; another of its kind will be checked.
+                # The batch itself was added, and the next of its kind will be checked.
                 _logger.warning("There was no memory left for a spot check.")
 
     def _kind_of(self, batch: Batch) -> object:
@@ -146,19 +142,17 @@ class SpotCheck:
         return num_batches > 1 and is_power and (num_batches.bit_length() - 1) % REPEATED_EVERY == 0
 
     def _is_new_path(self) -> bool:
-        capture = self.engine.capture
-        assert capture is not None
-        is_new = capture.path not in self._paths and not self.engine.is_standing_in
+        is_new = self.capture.path not in self._paths and not self.engine.is_standing_in
         return is_new and len(self._paths) < MAX_PATHS
 
     def _has_new_gradients(self, record: SampleRecord) -> bool:
-        # Weights that start at 0 keep the gradients of others at 0 until they move. To look takes a
-        # wait for the device.
+        # Weights that start at 0 keep other gradients at 0 until they move. Reading the norms waits
+        # for the device, hence not in every batch.
         if not self._unproven or self._num_batches.bit_count() > 1 or not len(record.loss_B):
             return False
         norms = record.norm_by_parameter_B or {}
-        mine = [norms[name] for name in self._unproven if name in norms]
-        return bool(mine) and bool(torch.stack(mine).any())
+        unproven = [norms[name] for name in self._unproven if name in norms]
+        return bool(unproven) and bool(torch.stack(unproven).any())
 
     def _check(self, batch: Batch, *, sums_alone: bool = False) -> None:
         started = time.perf_counter()
@@ -178,25 +172,25 @@ class SpotCheck:
                 self._kinds.add(self._kind)
 
     def _compare(self, batch: Batch, *, sums_alone: bool) -> bool:
-        """Compare a batch of all ranks; False where that has to wait for another."""
+        """Compare one batch of all ranks; False if no rank has a sample to compare."""
         comparison = _Comparison(self.engine, batch)
-        if comparison.has_left_out():
-            batch = batch.rows(comparison.finite_samples())
+        if comparison.num_left_out:
+            left_out_B = comparison.record.is_left_out_B
+            assert left_out_B is not None
+            batch = batch.rows((~left_out_B).nonzero().flatten())
             comparison = _Comparison(self.engine, batch)
         if not comparison.is_possible():
             return False
         comparison.compare_sums()
         if sums_alone:
             return True
-        capture = self.engine.capture
-        assert capture is not None
-        self._paths.add(capture.path)
-        chosen = self.cost.num_checks
+        self._paths.add(self.capture.path)
+        seed = self.cost.num_checks
         if not comparison.is_random:
-            self._unproven -= comparison.compare_samples(chosen)
+            self._unproven -= comparison.compare_samples(seed)
             comparison.compare_parts()
             return True
-        comparison.compare_copies(chosen)
+        comparison.compare_copies(seed)
         with in_eval_mode(self.engine.model), torch.backends.cudnn.flags(enabled=False):
             alone = _Comparison(self.engine, batch)
             if not alone.is_possible():
@@ -208,13 +202,13 @@ class SpotCheck:
                     "alone and held against the batch."
                 )
                 return True
-            self._unproven -= alone.compare_samples(chosen)
+            self._unproven -= alone.compare_samples(seed)
             alone.compare_parts()
         return True
 
 
 class _Comparison:
-    """One batch of each rank, by the engine and by plain autograd."""
+    """Compares the engine's results for one batch of each rank with plain autograd's."""
 
     def __init__(self, engine: Engine, batch: Batch) -> None:
         self.engine, self.batch = engine, batch
@@ -227,22 +221,12 @@ class _Comparison:
         sign = torch.randint(0, 2, size.shape, generator=generator) * 2 - 1
         self.weight_B = (size * sign).to(self.device)
         self.is_random = False
-        """Whether a forward draws random numbers; known once sums were compared."""
+        """True if a forward draws random numbers; set by `compare_sums`."""
         self._form_sums()
 
     def is_possible(self) -> bool:
-        """False where no rank has a sample, or one is not finite."""
+        """True if a rank has samples, and all samples are finite."""
         return self.num_left_out == 0 and any(self.num_samples)
-
-    def has_left_out(self) -> bool:
-        """Whether a sample of any rank is not finite."""
-        return self.num_left_out > 0
-
-    def finite_samples(self) -> Tensor:
-        """Indices of this rank's samples that are finite."""
-        left_out = self.record.is_left_out_B
-        assert left_out is not None
-        return (~left_out).nonzero().flatten()
 
     def _form_sums(self) -> None:
         with kept_random_state(self.batch):
@@ -256,119 +240,121 @@ class _Comparison:
         *self.num_samples, self.num_left_out = map(int, counts.tolist())
 
     def compare_sums(self) -> None:
-        """The engine's weighted sums against autograd's."""
-        wanted, problem, is_random = self._plain_projections()
+        """Compare the engine's weighted sums with autograd's."""
+        expected, problem, is_random = self._autograd_projections()
         self.is_random = self._is_any(is_random)
         self._raise_together(problem)
         norms = self.record.norm_by_parameter_B or {}
         weight_B = self.weight_B[: len(self.batch)].abs()
         scale = self._column(lambda name: (norms[name].float() * weight_B).sum(), norms)
         sum_over_ranks(scale)
-        self._hold(
+        self._refuse_difference(
             "sum over the samples, weighted at random",
             self.projections,
-            wanted,
+            expected,
             scale,
-            lambda: self._plain_projections()[0],
+            lambda: self._autograd_projections()[0],
         )
 
-    def compare_samples(self, chosen: int) -> set[str]:
-        """Norms and factors of two samples against each run alone.
+    def compare_samples(self, seed: int) -> set[str]:
+        """Compare norms and clip factors of two samples with those of each sample run alone.
 
         Args:
-            chosen: which samples, in the order of checks.
+            seed: determines the samples; another for each check.
         Returns:
-            Parameters whose gradient was not 0.
+            Parameters whose gradients were not 0.
         """
         proven: set[str] = set()
-        for rank, index in self._choose(chosen):
-            mine = self.batch.sample(index) if rank == self.rank else None
-
-            def norms_alone(mine: Batch | None = mine) -> Tensor:
-                return self._norms_alone(mine)
-
+        for rank, index in self._choose_samples(seed):
+            norms_alone = partial(
+                self._norms_alone, self.batch.sample(index) if rank == self.rank else None
+            )
             try:
-                wanted = norms_alone()
+                expected = norms_alone()
             except (ValueError, RuntimeError, IndexError) as error:
                 if world_size() > 1 or isinstance(error, torch.OutOfMemoryError):
                     raise
-                # Some layers take no batch of one, such as GroupNorm of a single value.
+                # Some layers refuse a batch of one, such as GroupNorm of a single value.
                 _logger.warning("The model does not run on a sample alone: %s", error)
                 return proven
-            got = self._norms_told(index if rank == self.rank else None)
-            proven |= {n for n, norm in zip(self.names, wanted.tolist(), strict=False) if norm}
+            recorded = self._recorded_norms(index if rank == self.rank else None)
+            proven |= {n for n, norm in zip(self.names, expected.tolist(), strict=False) if norm}
             which = f"sample {index}" + (f" of rank {rank}" if world_size() > 1 else "")
-            self._hold(f"gradient norm of {which}", got, wanted, wanted, norms_alone)
+            what = f"gradient norm of {which}"
+            self._refuse_difference(what, recorded, expected, expected, norms_alone)
         return proven
 
     def compare_parts(self) -> None:
-        """Losses of all samples against those in smaller batches: of every other sample, or of one
-        where there are few."""
+        """Compare all losses with those in smaller batches: two halves, or single samples if the
+        batch is small."""
         loss_B = torch.zeros_like(self.record.loss_B)
-        most = max(self.num_samples)
-        num_parts = most if most <= MAX_SINGLES else 2
+        largest = max(self.num_samples)
+        num_parts = largest if largest <= MAX_SINGLES else 2
         for first in range(num_parts):
             part = self.batch.rows(torch.arange(first, len(self.batch), num_parts))
-            runs = part if len(part) else self.batch.stand_in()
-            with torch.no_grad(), kept_random_state(runs), self.engine.in_rounded_dtype():
-                loss_B[first::num_parts] = self.engine.losses(runs)[: len(part)]
+            part_loss_B, _ = self._losses(part)
+            loss_B[first::num_parts] = part_loss_B[: len(part)]
         problem = ""
         if len(self.batch):
-            problem = self._unlike_losses(self.record.loss_B, loss_B, "in a part of it")
+            problem = self._largest_difference(self.record.loss_B, loss_B, "in a part of it")
         self._raise_together(problem)
 
-    def compare_copies(self, chosen: int) -> None:
-        """Losses of two samples against those in batches of copies of each.
+    def compare_copies(self, seed: int) -> None:
+        """Compare the losses of two samples with those in batches of copies of each.
 
-        Random numbers are the same for a sample in its place.
+        At its own index, a sample is given the same random numbers as in its batch.
         """
-        for rank, index in self._choose(chosen):
+        for rank, index in self._choose_samples(seed):
             is_mine = rank == self.rank
-            batch = self.batch.copies(index, len(self.batch)) if is_mine else self.batch
-            batch = batch if len(batch) else batch.stand_in()
-            with torch.no_grad(), kept_random_state(batch), self.engine.in_rounded_dtype():
-                before = _random_state(self.device)
-                loss_B = self.engine.losses(batch)
-                draws = not torch.equal(before, _random_state(self.device))
+            rows = torch.full((len(self.batch),), index) if is_mine else torch.arange(0)
+            loss_B, is_random = self._losses(self.batch.rows(rows))
             problem = ""
-            if is_mine and draws:
-                got, wanted = self.record.loss_B[index], loss_B[index]
-                problem = self._unlike(index, got, wanted, "among copies of itself")
+            if is_mine and is_random:
+                losses = self.record.loss_B[index], loss_B[index]
+                problem = self._difference(index, *losses, "among copies of itself")
             self._raise_together(problem)
 
-    def _choose(self, chosen: int) -> Iterator[tuple[int, int]]:
-        """(rank, index) of the sample with the largest norm of one rank, and of one at random."""
+    def _losses(self, batch: Batch) -> tuple[Tensor, bool]:
+        """(losses of `batch`, or of a stand-in if it is empty; True if the forward is random)."""
+        batch = batch if len(batch) else batch.stand_in()
+        with torch.no_grad(), kept_random_state(batch), self.engine.in_rounded_dtype():
+            before = _random_state(self.device)
+            loss_B = self.engine.losses(batch)
+            return loss_B, not torch.equal(before, _random_state(self.device))
+
+    def _choose_samples(self, seed: int) -> Iterator[tuple[int, int]]:
+        """(rank, index) of one rank's sample with the largest norm, and of another at random."""
         ranks = [rank for rank, count in enumerate(self.num_samples) if count]
         for turn in range(2):
-            rank = ranks[(chosen + turn) % len(ranks)]
+            rank = ranks[(seed + turn) % len(ranks)]
             index = 0
             if rank == self.rank:
                 assert self.record.norm_B is not None
                 index = int(self.record.norm_B.argmax())
                 if turn == 1:
-                    # Another one, where there is one.
-                    generator = torch.Generator().manual_seed(chosen)
+                    # Another sample, if there is one.
+                    generator = torch.Generator().manual_seed(seed)
                     size = self.num_samples[rank]
                     index += int(torch.randint(max(size - 1, 1), (), generator=generator)) + 1
                     index %= size
             yield rank, index
 
-    def _plain_projections(self) -> tuple[Tensor, str, bool]:
-        """Autograd's sums, what is wrong with the losses, and whether the forward is random."""
+    def _autograd_projections(self) -> tuple[Tensor, str, bool]:
+        """Projections of autograd's sums, any error of the losses, and if a forward is random."""
         with kept_random_state(self.batch):
             before = _random_state(self.device)
-            logits, loss_B, gradients = self.engine.plain_gradients(self.batch, self.weight_B)
+            logits, loss_B, gradients = self.engine.autograd_gradients(self.batch, self.weight_B)
             is_random = not torch.equal(before, _random_state(self.device))
-        problem = self._problem_of_losses(logits, loss_B) if len(self.batch) else ""
+        problem = self._error_of_losses(logits, loss_B) if len(self.batch) else ""
         return self._projected(gradients), problem, is_random
 
     def _projected(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Product of each parameter's gradient with a random one, over all ranks."""
+        """Product of each parameter's gradient with a random tensor, over all ranks."""
         generator = torch.Generator(self.device).manual_seed(self.rank)
 
         def product(name: str) -> Tensor:
             parameter = self.parameters[name]
-            # A parameter that the engine does not know of has no sum.
+            # The engine has no sum of a parameter that it missed.
             gradient = gradients.get(name, torch.zeros_like(as_local(parameter))).flatten()
             other = torch.randn(len(gradient), generator=generator, device=self.device)
             return torch.dot(gradient.double(), other.double())
@@ -378,103 +364,109 @@ class _Comparison:
         return products / self.engine.sharder.num_copies
 
     def _norms_alone(self, batch: Batch | None) -> Tensor:
-        """Norm of each parameter's gradient, of all, and the clip factor, of one rank's sample."""
+        """Norms by parameter, total norm and clip factor of one rank's sample, run alone."""
         weight = torch.ones(1, device=self.device) * (batch is not None)
         if batch is None:
             batch = self.batch.sample(0) if len(self.batch) else self.batch
         with kept_random_state(batch):
-            _, _, gradients = self.engine.plain_gradients(batch, weight)
+            _, _, gradients = self.engine.autograd_gradients(batch, weight)
         squares = torch.stack([gradients[n].double().square().sum() for n in self.names])
         sum_over_ranks(squares)
-        return self._with_total((squares / self.engine.sharder.num_copies).sqrt())
+        norms = (squares / self.engine.sharder.num_copies).sqrt()
+        total = norms.square().sum().sqrt()
+        factor = clip_factors(total, self.engine.max_grad_norm)
+        return torch.cat([norms, total[None], factor[None]])
 
-    def _norms_told(self, index: int | None) -> Tensor:
-        """The same as the engine has recorded them."""
-        told = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=self.device)
+    def _recorded_norms(self, index: int | None) -> Tensor:
+        """Norms and clip factor of one rank's sample as the engine has recorded them."""
+        recorded = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=self.device)
         if index is not None:
             record = self.record
             assert record.norm_B is not None
             assert record.clip_factor_B is not None
             norms = record.norm_by_parameter_B or {}
-            told[:-2] = self._column(lambda name: norms[name][index], norms)
-            told[-2], told[-1] = record.norm_B[index], record.clip_factor_B[index]
-        sum_over_ranks(told)
-        return told
+            recorded[:-2] = self._column(lambda name: norms[name][index], norms)
+            recorded[-2], recorded[-1] = record.norm_B[index], record.clip_factor_B[index]
+        sum_over_ranks(recorded)
+        return recorded
 
-    def _with_total(self, norms: Tensor) -> Tensor:
-        total = norms.square().sum().sqrt()
-        factor = clip_factors(total, self.engine.max_grad_norm)
-        return torch.cat([norms, total[None], factor[None]])
-
-    def _column(self, value: Callable[[str], Tensor], there: Container[str]) -> Tensor:
+    def _column(self, value: Callable[[str], Tensor], present: Container[str]) -> Tensor:
+        """Values by parameter, float64; 0 for those that are not `present`."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack([value(n).double() if n in there else zero for n in self.names])
+        return torch.stack([value(n).double() if n in present else zero for n in self.names])
 
-    def _hold(
-        self, what: str, got: Tensor, wanted: Tensor, scale: Tensor, again: Callable[[], Tensor]
+    def _refuse_difference(
+        self,
+        what: str,
+        got: Tensor,
+        expected: Tensor,
+        scale: Tensor,
+        recompute: Callable[[], Tensor],
     ) -> None:
-        """Raise where `got` is not `wanted`, up to rounding at that scale."""
+        """Raise if `got` differs from `expected` by more than rounding at that scale.
+
+        Args:
+            recompute: computes `expected` again, to measure its spread.
+        """
         num = len(self.names)
-        whole = scale[:num].square().sum().sqrt()
-        allowed = self._tolerance * (scale + _FLOOR * whole) + _FLOOR * self._unit
+        total = scale[:num].square().sum().sqrt()
+        allowed = self._tolerance * (scale + _FLOOR * total) + _FLOOR * self._unit
         allowed[num + 1 :] = self._tolerance * scale[num + 1 :]
-        is_near = (got - wanted).abs() <= allowed
-        if bool(is_near.all()):
+        difference = (got - expected).abs()
+        if bool((difference <= allowed).all()):
             return
         for seed in range(_NUM_SPREADS):
             with self._moved_weights(seed):
-                spread = (again() - wanted).abs()
+                spread = (recompute() - expected).abs()
             allowed = torch.maximum(allowed, _SPREADS_ALLOWED * spread)
-        off = (got - wanted).abs() / allowed.clamp(min=1e-300)
-        is_near = (got - wanted).abs() <= allowed
-        if bool(is_near.all()):
+        excess = difference / allowed.clamp(min=1e-300)
+        # A comparison with NaN is false: NaN counts as different.
+        is_far = ~(difference <= allowed)
+        if not bool(is_far.any()):
             return
         labels = [*self.names, "all parameters", "clip factor"]
-        worst = sorted(
-            (i for i, near in enumerate(is_near.tolist()) if not near), key=lambda i: -off[i]
-        )
+        worst = sorted(is_far.nonzero().flatten().tolist(), key=lambda i: -excess[i])
         named = "; ".join(
-            f"{labels[i]} {float(got[i]):.6g} by the engine, {float(wanted[i]):.6g} by autograd"
+            f"{labels[i]} {float(got[i]):.6g} by the engine, {float(expected[i]):.6g} by autograd"
             for i in worst[:5]
         )
         more = f" (and {len(worst) - 5} more)" if len(worst) > 5 else ""
         self._raise(f"{what}: {named}{more}")
 
-    def _problem_of_losses(self, logits: Tensor, loss_B: Tensor) -> str:
-        """What is wrong where losses are not the model's, or depend on other samples' logits."""
-        told_B = self.record.loss_B
-        problem = self._unlike_losses(told_B, loss_B, "without the engine")
-        if problem:
+    def _error_of_losses(self, logits: Tensor, loss_B: Tensor) -> str:
+        """Error if losses are not the model's, or depend on other samples' logits; else ""."""
+        problem = self._largest_difference(self.record.loss_B, loss_B, "without the engine")
+        if problem or len(logits) != len(self.batch):
             return problem
-        if len(logits) != len(self.batch):
-            return ""
         step = -(-len(self.batch) // MAX_LOSSES_ALONE)
         for index in range(0, len(self.batch), step):
             sample = self.batch.sample(index)
             with torch.no_grad():
                 (alone,) = self.engine.loss(logits[index : index + 1], sample.targets)
-            problem = self._unlike(index, loss_B[index], alone, "by its own logits alone")
+            problem = self._difference(index, loss_B[index], alone, "by its own logits alone")
             if problem:
                 return problem
         return ""
 
-    def _unlike_losses(self, got_B: Tensor, wanted_B: Tensor, where: str) -> str:
-        worst = int((got_B - wanted_B).abs().argmax())
-        return self._unlike(worst, got_B[worst], wanted_B[worst], where)
+    def _largest_difference(self, got_B: Tensor, expected_B: Tensor, where: str) -> str:
+        worst = int((got_B - expected_B).abs().argmax())
+        return self._difference(worst, got_B[worst], expected_B[worst], where)
 
-    def _unlike(self, index: int, got: Tensor, wanted: Tensor, where: str) -> str:
-        if abs(float(got) - float(wanted)) <= self._tolerance * (abs(float(wanted)) + 1):
+    def _difference(self, index: int, got: Tensor, expected: Tensor, where: str) -> str:
+        """Error if two losses of a sample differ beyond rounding; else ""."""
+        loss, loss_alone = float(got), float(expected)
+        if abs(loss - loss_alone) <= self._tolerance * (abs(loss_alone) + 1):
             return ""
-        return f"loss of sample {index}: {float(got):.6g} in its batch, {float(wanted):.6g} {where}"
+        return f"loss of sample {index}: {loss:.6g} in its batch, {loss_alone:.6g} {where}"
 
-    def _is_any(self, is_so: bool) -> bool:
-        """Whether it is so on any rank."""
-        total = torch.tensor(float(is_so), device=self.device)
+    def _is_any(self, is_true: bool) -> bool:
+        """True if `is_true` is on any rank."""
+        total = torch.tensor(float(is_true), device=self.device)
         sum_over_ranks(total)
         return bool(total)
 
     def _raise_together(self, problem: str) -> None:
-        """Raise on all ranks where one has found a problem."""
+        """Raise on all ranks if one has a problem."""
         if self._is_any(bool(problem)):
             self._raise(problem or "Another rank's losses are not its samples' own")
 
@@ -492,7 +484,7 @@ class _Comparison:
 
     @property
     def _unit(self) -> float:
-        """Unit of rounding of the coarsest type that the model computes in."""
+        """Unit roundoff of the coarsest type that the model computes in."""
         capture = self.engine.capture
         assert capture is not None
         types = {p.dtype for p in self.parameters.values()} | capture.dtypes
@@ -500,25 +492,25 @@ class _Comparison:
 
     @contextmanager
     def _moved_weights(self, seed: int) -> Iterator[None]:
-        """Within it every weight is off by up to a unit of rounding."""
+        """Context in which each weight is moved at random by up to the unit roundoff."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        held = {name: as_local(p).clone() for name, p in self.parameters.items()}
+        original = {name: as_local(p).clone() for name, p in self.parameters.items()}
         try:
             for name, parameter in self.parameters.items():
                 local = as_local(parameter)
                 move = torch.rand(local.shape, generator=generator, device=self.device) * 2 - 1
-                local.copy_((held[name] * (1 + self._unit * move)).to(local.dtype))
+                local.copy_((original[name] * (1 + self._unit * move)).to(local.dtype))
             yield
         finally:
             for name, parameter in self.parameters.items():
-                as_local(parameter).copy_(held[name])
+                as_local(parameter).copy_(original[name])
 
 
 def _unit_of(dtype: torch.dtype, device: torch.device) -> float:
-    # Models in float64 compute parts in float32: norms, rotary angles, attention's scores.
+    # Models in float64 compute parts in float32: norms, rotary angles, attention scores.
     unit = max(float(torch.finfo(dtype).eps), float(torch.finfo(torch.float32).eps))
     if device.type == "cuda" and dtype == torch.float32:
-        # Convolutions round to TensorFloat-32 unless told otherwise, products if told to.
+        # Convolutions round to TensorFloat-32 by default, matrix products if allowed to.
         takes_tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
         return 2.0**-10 if takes_tf32 else unit
     return unit

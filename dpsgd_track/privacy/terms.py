@@ -1,11 +1,11 @@
-"""Per-sample gradients of one parameter, in the form in which a layer's backward offers them.
+"""Per-sample gradients of one parameter, in the form in which a layer's backward delivers them.
 
 Each use of a parameter in a forward pass gives one term; the per-sample gradient is the sum of
-its terms. A parameter that is used several times, in one module or in several, is exact because
-its terms are joined before a norm is taken: norms do not add up, gradients do.
+its terms. A parameter that is used several times, in one module or in several, is exact because its
+terms are joined before a norm is taken: gradients add up, norms do not.
 
-A sample whose clip factor is 0 is left out of every clipped sum: it adds nothing, even where what
-its gradient is made of is NaN or infinite.
+A sample whose clip factor is 0 is left out of every clipped sum: it adds nothing, even if its term
+is NaN or infinite.
 
 - `Outer`: sum_t dy_t x_t^T, of a linear layer. Only the factors are held.
 - `Rows`: rows of a table, of an embedding. Only the rows that were looked up are held.
@@ -19,7 +19,7 @@ Shapes: B samples, T positions, D inputs, P outputs, V rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from dpsgd_track.kernels.flash_norm.reference import accumulation
 from dpsgd_track.kernels.weighted_sum import norms_sq, weighted_sums
 
 OuterNorm = Callable[[Tensor, Tensor], Tensor]
-"""(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T. What norm rules differ in."""
+"""(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T, as a norm rule computes it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Rows:
 
     tokens_BT: Tensor
     dy_BTD: Tensor
-    """Zero where nothing is to be added, as at a padding index."""
+    """Zero at positions that add nothing, such as a padding index."""
     num_rows: int
 
     def norm_sq(self, outer_norm: OuterNorm) -> Tensor:
@@ -71,14 +71,14 @@ class Rows:
     def clipped_sum(self, clip_factor_B: Tensor) -> Tensor:
         """sum_i c_i g_i, [V, D]."""
         rows = accumulation(self.dy_BTD) * clip_factor_B.view(-1, 1, 1)
-        # What is left out may be NaN times 0: it goes to one more row, which nobody reads.
+        # A sample that is left out may give NaN: its rows go to an extra row that is dropped.
         index_BT = torch.where(clip_factor_B.view(-1, 1) != 0, self.tokens_BT, self.num_rows)
         table = rows.new_zeros(self.num_rows + 1, rows.shape[-1])
         table.index_add_(0, index_BT.flatten(), rows.flatten(0, 1))
         return table[: self.num_rows]
 
     def materialised(self) -> Dense:
-        """The per-sample gradients, [B, V, D]: for tables too small to matter."""
+        """The per-sample gradients, [B, V, D]. Large unless the table is small."""
         return Dense(per_sample_table(self.tokens_BT, self.dy_BTD, self.num_rows))
 
 
@@ -87,7 +87,7 @@ class Dense:
     """Per-sample gradients."""
 
     grad_B: Tensor
-    """[B, *parameter], or its elements in that order"""
+    """[B, *parameter], or the same elements in that order"""
 
     def norm_sq(self, outer_norm: OuterNorm) -> Tensor:
         """Squared norm of the gradients as they are stored, [B]."""
@@ -106,9 +106,9 @@ Term = Outer | Rows | Dense
 
 
 def join(terms: Sequence[Term]) -> tuple[Term, ...]:
-    """The same sum in at most one `Outer` and one `Rows`, or in one `Dense`.
+    """The sum of `terms` as at most one `Outer` and one `Rows`, or as one `Dense`.
 
-    Linear uses become positions of one longer sequence, and so do lookups.
+    Uses in linear layers become positions of one longer sequence, and so do lookups.
     """
     if len(terms) == 1:
         return tuple(terms)
@@ -139,25 +139,33 @@ def join(terms: Sequence[Term]) -> tuple[Term, ...]:
 def norms_sq_of(
     joined: Mapping[str, Sequence[Term]], outer_norm_of: Callable[[str], OuterNorm]
 ) -> dict[str, Tensor]:
-    """Squared norms [B] of the sums of terms that `join` returned, by parameter.
+    """Squared norms [B] of the sums of terms that `join` returned, by parameter."""
+    return _by_parameter(joined, lambda name: _norm_sq(joined[name], outer_norm_of(name)), norms_sq)
 
-    All gradients that are there as such are read in one go.
-    """
-    dense = _dense_ones(joined)
-    found = {
-        name: _norm_sq(terms, outer_norm_of(name))
-        for name, terms in joined.items()
-        if name not in dense
-    }
+
+def clipped_sums_of(
+    joined: Mapping[str, Sequence[Term]], clip_factor_B: Tensor
+) -> dict[str, Tensor]:
+    """sum_i c_i g_i of the sums of terms that `join` returned, by parameter."""
+    return _by_parameter(
+        joined,
+        lambda name: _clipped_sum(joined[name], clip_factor_B),
+        lambda grads: weighted_sums(grads, clip_factor_B),
+    )
+
+
+def _by_parameter(
+    joined: Mapping[str, Sequence[Term]],
+    of_one: Callable[[str], Tensor],
+    of_gradients: Callable[[list[Tensor]], Iterable[Tensor]],
+) -> dict[str, Tensor]:
+    """A value for each parameter; all materialised gradients are read in one kernel launch."""
+    # Of exactly this class: a subclass may define its own norms.
+    dense = {n: t[0].grad_B for n, t in joined.items() if len(t) == 1 and type(t[0]) is Dense}
+    values = {name: of_one(name) for name in joined if name not in dense}
     if dense:
-        found |= dict(zip(dense, norms_sq(list(dense.values())).unbind(), strict=True))
-    return {name: found[name] for name in joined}
-
-
-def _dense_ones(joined: Mapping[str, Sequence[Term]]) -> dict[str, Tensor]:
-    """Gradients of the parameters that have one `Dense` and nothing else."""
-    # Of exactly this class: another may bring norms of its own.
-    return {n: t[0].grad_B for n, t in joined.items() if len(t) == 1 and type(t[0]) is Dense}
+        values |= zip(dense, of_gradients(list(dense.values())), strict=True)
+    return {name: values[name] for name in joined}
 
 
 def _norm_sq(joined: Sequence[Term], outer_norm: OuterNorm) -> Tensor:
@@ -168,24 +176,8 @@ def _norm_sq(joined: Sequence[Term], outer_norm: OuterNorm) -> Tensor:
     assert isinstance(lookups, Rows)
     total_B = head.norm_sq(outer_norm) + lookups.norm_sq(outer_norm)
     cross_B = embedding_cross(lookups.tokens_BT, lookups.dy_BTD, head.x_BTD, head.dy_BTP)
-    # Terms that cancel can round to just below zero.
+    # Rounding of terms that cancel can give just below zero.
     return (total_B + 2 * cross_B).clamp_min_(0.0)
-
-
-def clipped_sums_of(
-    joined: Mapping[str, Sequence[Term]], clip_factor_B: Tensor
-) -> dict[str, Tensor]:
-    """sum_i c_i g_i of the sums of terms, by parameter."""
-    dense = _dense_ones(joined)
-    found = {
-        name: _clipped_sum(terms, clip_factor_B)
-        for name, terms in joined.items()
-        if name not in dense
-    }
-    if dense:
-        sums = weighted_sums(list(dense.values()), clip_factor_B)
-        found |= dict(zip(dense, sums, strict=True))
-    return found
 
 
 def _clipped_sum(joined: Sequence[Term], clip_factor_B: Tensor) -> Tensor:

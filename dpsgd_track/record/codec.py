@@ -25,6 +25,8 @@ _CONFIG = {
     # JSON has no number for NaN and infinities: `NaN`, as Python's own codec writes it.
     "ser_json_inf_nan": "constants",
     "use_attribute_docstrings": True,
+    # Everything is written, defaults too.
+    "json_schema_serialization_defaults_required": True,
 }
 
 
@@ -84,6 +86,7 @@ class Codec(Generic[Value]):
     def json_schema(self) -> dict[str, Any]:
         """JSON schema (2020-12) of the document."""
         schema = self._adapter.json_schema(mode="serialization")
+        _describe_inherited(self._cls, schema)
         schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
         schema["properties"] = {
             "schema": {"const": self.schema},
@@ -98,11 +101,26 @@ def _dataclasses_in(annotation: Any) -> Iterator[type]:
     """Every dataclass that a value of the type `annotation` may hold, itself included."""
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         yield annotation
+        yield from filter(dataclasses.is_dataclass, annotation.__mro__[1:])
         hints = typing.get_type_hints(annotation)
         for field in dataclasses.fields(annotation):
             yield from _dataclasses_in(hints[field.name])
     for argument in typing.get_args(annotation):
         yield from _dataclasses_in(argument)
+
+
+def _describe_inherited(cls: type, schema: dict[str, Any]) -> None:
+    """Add to `schema` what base classes say of their fields; pydantic reads each class alone."""
+    from pydantic import TypeAdapter
+
+    schemas = {cls.__name__: schema, **schema.get("$defs", {})}
+    for each in filter(lambda known: known.__name__ in schemas, _dataclasses_in(cls)):
+        for base in filter(dataclasses.is_dataclass, each.__mro__[1:]):
+            for name, field in TypeAdapter(base).json_schema()["properties"].items():
+                if description := field.get("description"):
+                    schemas[each.__name__]["properties"][name].setdefault(
+                        "description", description
+                    )
 
 
 def _first_of(error: Any) -> str:

@@ -40,8 +40,8 @@ class RunFacts:
     """How the norm of each layer was found, by the layer's name."""
     imported: Mapping[str, str] = field(default_factory=dict)
     """Packages that came from the run's variant, and their versions."""
-    unreached_seams: tuple[str, ...] = ()
-    """Places at which a fault was planted and that no step came by."""
+    unreached: tuple[str, ...] = ()
+    """Places of a step at which the mode's builder has put something and that none came by."""
 
 
 FACTS = Codec(RunFacts, "dpsgd-track/facts", 1)

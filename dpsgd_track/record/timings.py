@@ -3,14 +3,11 @@ compares."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-SCHEMA = "dpsgd-track/timings"
-SCHEMA_VERSION = 1
+from dpsgd_track.record.codec import Codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +34,8 @@ class Timings:
 
     def save(self, path: Path) -> None:
         """Write to `path`, whole or not at all."""
-        document = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+        partial.write_text(_CODEC.dumps(self), encoding="utf-8")
         partial.replace(path)
 
     @classmethod
@@ -50,14 +46,9 @@ class Timings:
             ValueError: the file is something else, is torn, or has another schema version.
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            found = document.pop("schema"), document.pop("schema_version")
-            if found != (SCHEMA, SCHEMA_VERSION):
-                raise ValueError(f"It has schema {found[0]} {found[1]}.")
-            memory = float(document.pop("peak_memory_gib"))
-            columns = {key: tuple(values) for key, values in document.items()}
-            return cls(peak_memory_gib=memory, **columns)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path.name}: expected {SCHEMA} {SCHEMA_VERSION}. {type(error).__name__}: {error}"
-            ) from error
+            return _CODEC.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+
+
+_CODEC = Codec(Timings, "dpsgd-track/timings", 1)

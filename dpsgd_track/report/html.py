@@ -12,16 +12,16 @@ import jinja2
 from markupsafe import Markup
 
 from dpsgd_track.comparison.profile import Profile, profile_of
-from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
+from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.config import PROBE, is_probe
 from dpsgd_track.record.run import Group
+from dpsgd_track.report import profile_table
 from dpsgd_track.report.charts import Chart, Style
 from dpsgd_track.report.charts.profile import SECTION as PROFILE_SECTION
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
-from dpsgd_track.report.profile_table import costs_of
 from dpsgd_track.report.stages import (
     ALL_STAGES,
     SYMBOLS,
@@ -30,7 +30,7 @@ from dpsgd_track.report.stages import (
     advice,
     stage_tables,
 )
-from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
+from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed, rows
 
 SECTIONS = (
     ("trajectories", "Trajectories", "Trajectories", "No run recorded a step."),
@@ -102,63 +102,66 @@ def _data(chart: Chart) -> Markup:
 def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
     """The whole report, with `charts` in their order."""
     group = comparison.group
-    started = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
-    style = Style.of(comparison)
-    return (
-        _templates()
-        .get_template("report.html")
-        .render(
-            comparison=comparison,
-            group=group,
-            started=f"{started:%Y-%m-%d %H:%M} UTC",
-            advice=advice(comparison),
-            facts=_facts(comparison),
-            symbols=VERDICT_SYMBOLS,
-            style=style,
-            costs=costs_of(profile, group) if (profile := profile_of(group)) else None,
-            headings=HEADINGS,
-            rows=rows(comparison),
-            mode_of={run.title: style.index(run.label) for run in (*group.runs, *group.timed_runs)},
-            stages=ALL_STAGES,
-            stage_tables=stage_tables(comparison),
-            stage_symbols=SYMBOLS,
-            sections=SECTIONS,
-            charts_of={
-                section: [chart for chart in charts if chart.section == section]
-                for section in (*(section for section, *_ in SECTIONS), PROFILE_SECTION)
-            },
-            audits=[audit for regime in comparison.regimes for audit in regime.audits.values()],
-            number=number,
-            waived=accepted(comparison),
-            not_computed=_not_computed(comparison),
-            floors=floors(comparison),
-            consistency=consistency(comparison),
-            guarantees=guarantees(group),
-            environment=environment(group),
-            command=command(group),
-            **_page(group.name),
-        )
+    sections = (*(section for section, *_ in SECTIONS), PROFILE_SECTION)
+    return _report(
+        "report.html",
+        group,
+        Style.of(comparison),
+        profile_of(group),
+        comparison=comparison,
+        advice=advice(comparison),
+        facts=_facts(comparison),
+        symbols=VERDICT_SYMBOLS,
+        headings=HEADINGS,
+        rows=rows(comparison),
+        stages=ALL_STAGES,
+        stage_tables=stage_tables(comparison),
+        stage_symbols=SYMBOLS,
+        sections=SECTIONS,
+        charts_of={name: [c for c in charts if c.section == name] for name in sections},
+        audits=[audit for regime in comparison.regimes for audit in regime.audits.values()],
+        number=number,
+        waived=accepted(comparison),
+        not_computed=not_computed(comparison),
+        floors=floors(comparison),
+        consistency=consistency(comparison),
+        guarantees=guarantees(group),
     )
 
 
 def profile_html(profile: Profile, group: Group, charts: Sequence[Chart]) -> str:
     """The whole report of a group that holds nothing but a profile."""
-    started = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
+    facts = profile_table.facts(profile, group)
     style = Style.of_group(group)
-    return (
-        _templates()
-        .get_template("profile.html")
-        .render(
-            costs=costs_of(profile, group),
-            charts=charts,
-            style=style,
-            mode_of={run.label: style.index(run.label) for run in group.timed_runs},
-            started=f"{started:%Y-%m-%d %H:%M} UTC",
-            environment=environment(group),
-            command=command(group),
-            **_page(group.name),
-        )
+    return _report("profile.html", group, style, profile, facts=facts, charts=charts)
+
+
+def chart_html(chart: Chart, group: str) -> str:
+    """One chart as a page of its own."""
+    return _page("chart.html", group, chart=chart)
+
+
+def _report(
+    template: str, group: Group, style: Style, profile: Profile | None, **more: object
+) -> str:
+    return _page(
+        template,
+        group.name,
+        group=group,
+        started=f"{datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC):%Y-%m-%d %H:%M} UTC",
+        style=style,
+        mode_of={run.title: style.index(run.label) for run in (*group.runs, *group.timed_runs)},
+        profile=profile,
+        profile_table=profile_table,
+        environment=environment(group),
+        command=command(group),
+        **more,
     )
+
+
+def _page(template: str, group_name: str, **more: object) -> str:
+    page = _templates().get_template(template)
+    return page.render(plotly=_plotly(), data=_data, group_name=group_name, **more)
 
 
 def _facts(comparison: GroupComparison) -> list[str]:
@@ -178,20 +181,3 @@ def _facts(comparison: GroupComparison) -> list[str]:
     floor = f"rounding measured by {replays} replay{'s' * (replays != 1)}"
     facts.append(floor if replays else "rounding was not measured")
     return facts
-
-
-def _not_computed(comparison: GroupComparison) -> list[tuple[str, str, str, str]]:
-    return [
-        (regime, f"{pair.mode} vs {pair.baseline}", name, why)
-        for regime, pair in iter_not_computed(comparison)
-        for name, why in pair.not_computed.items()
-    ]
-
-
-def chart_html(chart: Chart, group: str) -> str:
-    """One chart as a page of its own."""
-    return _templates().get_template("chart.html").render(chart=chart, **_page(group))
-
-
-def _page(group: str) -> dict[str, Any]:
-    return {"plotly": _plotly(), "data": _data, "group_name": group}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from dpsgd_track.comparison.profile import Profile, profile_of
-from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
+from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
@@ -14,7 +14,7 @@ from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import accepted, advice, stage_tables
-from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
+from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed, rows
 
 LIMIT = 65_536
 """Characters that a code host accepts in one comment."""
@@ -101,9 +101,12 @@ def markdown(comparison: GroupComparison) -> str:
 
     A section that no longer fits is left out as a whole, and the last line says so.
     """
-    text = note(comparison)
+    return _with_sections(note(comparison), _sections(comparison))
+
+
+def _with_sections(text: str, sections: Iterable[tuple[str, str, bool]]) -> str:
     left_out: list[str] = []
-    for title, body, is_folded in _sections(comparison):
+    for title, body, is_folded in sections:
         section = f"\n{_folded(title, body) if is_folded else body}\n" if body else ""
         if len(text) + len(section) + _RESERVED > LIMIT:
             left_out.append(title)
@@ -125,18 +128,14 @@ def profile_note(profile: Profile, group: Group) -> str:
 
 
 def profile_markdown(profile: Profile, group: Group) -> str:
-    """The whole comment on a group that holds nothing but a profile."""
-    folded = [
+    """The whole comment on a group that holds nothing but a profile, as `markdown`."""
+    folded = (
         ("How each layer's norm was found", _plans(profile)),
         ("Reproduce", _code(command(group))),
         ("Environment", _table(("setting", "value"), environment(group))),
-    ]
-    parts = [profile_note(profile, group), *(_folded(t, body) + "\n" for t, body in folded if body)]
-    text = ""
-    for part in parts:
-        if len(text) + len(part) + _RESERVED <= LIMIT:
-            text += f"\n{part}" * bool(text) or part
-    return text
+    )
+    sections = ((title, body, True) for title, body in folded)
+    return _with_sections(profile_note(profile, group), sections)
 
 
 def _costs(profile: Profile) -> str:
@@ -160,9 +159,8 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
         for f in mode.findings
     ]
     skipped = [
-        prose(f"{regime}: {pair.mode} vs {pair.baseline}: {name} {why}")
-        for regime, pair in iter_not_computed(comparison)
-        for name, why in pair.not_computed.items()
+        prose(f"{regime}: {pair}: {name} {why}")
+        for regime, pair, name, why in not_computed(comparison)
     ]
     limits = ("regime", "observable", "floor", "threshold", "largest of all pairs")
     spread = ("regime", "modes", "observable", "mean", "std", "max")

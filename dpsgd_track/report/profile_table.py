@@ -1,19 +1,16 @@
-"""A profile as a table, as CSV and as JSON, and what the modes said of their layers."""
+"""A profile as a table and as CSV, and what the modes said of their layers."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
-import json
 import re
 from datetime import UTC, datetime
-from typing import Any
 
 from dpsgd_track.comparison.profile import Cost, Profile, Spread
-from dpsgd_track.comparison.profile_rows import Measurement, measurements
+from dpsgd_track.comparison.profile_rows import ProfileRow, profile_rows
 from dpsgd_track.record.run import Group
-from dpsgd_track.report.drift_json import strict
 from dpsgd_track.report.table import ABSENT
 
 HEADINGS = (
@@ -38,29 +35,21 @@ LEGEND = (
     "largest rank's."
 )
 
-SCHEMA = "dpsgd-track/profile"
-SCHEMA_VERSION = 1
-
 
 def cells(cost: Cost) -> tuple[str, ...]:
     """One row, in the order of HEADINGS."""
     time, ratio, speed = cost.step_time_ms, cost.time_ratio, cost.tokens_per_second
-    overhead = cost.tracking_overhead
+    memory, overhead = cost.memory_ratio, cost.tracking_overhead
+    is_one = cost.is_baseline and time is not None
     return (
         cost.label,
         str(cost.seq_length),
         str(cost.batch_size),
-        ABSENT
-        if time is None
-        else f"{three_digits(time.median)} [{three_digits(time.p20)}–{three_digits(time.p80)}]",
-        "1" if cost.is_baseline and time else ABSENT if ratio is None else times(ratio),
+        ABSENT if time is None else _with_spread(time),
+        "1" if is_one else ABSENT if ratio is None else times(ratio),
         ABSENT if speed is None else f"{speed.median:,.0f}",
         ABSENT if cost.peak_memory_gib is None else three_digits(cost.peak_memory_gib),
-        "1"
-        if cost.is_baseline and time
-        else ABSENT
-        if cost.memory_ratio is None
-        else f"{cost.memory_ratio:.2f}",
+        "1" if is_one else ABSENT if memory is None else f"{memory:.2f}",
         ABSENT if overhead is None else f"{overhead:+.1%}",
         "; ".join(cost.notes),
     )
@@ -119,26 +108,6 @@ def facts(profile: Profile, group: Group) -> list[str]:
     return [fact for fact in found if fact]
 
 
-def costs_of(profile: Profile, group: Group) -> dict[str, object]:
-    """What a page shows of a profile besides its charts."""
-    befores = [None, *(cost.shape for cost in profile.costs[:-1])]
-    return {
-        "sentence": profile.sentence,
-        "incomplete": profile.incomplete,
-        "facts": facts(profile, group),
-        "best": best(profile),
-        "headings": HEADINGS,
-        "numbers": NUMBERS,
-        "rows": rows(profile),
-        "legend": LEGEND,
-        "plans": plans(profile),
-        "plan_headings": PLAN_HEADINGS,
-        "is_first": [
-            cost.shape != before for cost, before in zip(profile.costs, befores, strict=True)
-        ],
-    }
-
-
 PLAN_HEADINGS = ("mode", "layers", "how", "at")
 
 
@@ -168,62 +137,23 @@ def _shapes(shapes: list[tuple[int, int]]) -> str:
     return ", ".join(f"T={T} B={B}" for T, B in shapes)
 
 
-def _started(group: Group) -> str:
-    started = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
-    return f"{started:%Y-%m-%dT%H:%M:%SZ}"
+def started(group: Group) -> str:
+    """When the group was launched: UTC, ISO 8601."""
+    start = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
+    return f"{start:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def profile_csv(profile: Profile, group: Group) -> str:
     """One row for each figure, each of which stands alone."""
     text = io.StringIO()
-    names = [field.name for field in dataclasses.fields(Measurement)]
+    names = [field.name for field in dataclasses.fields(ProfileRow)]
     writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     writer.writeheader()
-    for measurement in measurements(profile, _started(group)):
-        values = dataclasses.asdict(measurement)
+    for row in profile_rows(profile, started(group)):
+        values = dataclasses.asdict(row)
         writer.writerow({name: _plain(value) for name, value in values.items()})
     return text.getvalue()
 
 
 def _plain(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def profile_json(profile: Profile, group: Group) -> str:
-    """The profile as strict JSON; its schema is `schema/profile.schema.json`."""
-    document = {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "group": group.name,
-        "group_run_id": group.run_id,
-        "started": _started(group),
-        "sentence": profile.sentence,
-        "incomplete": profile.incomplete,
-        "costs": [_cost(cost) for cost in profile.costs],
-        "runs": [
-            {
-                "mode": run.mode,
-                "variant": run.variant,
-                "seq_length": run.job.data.seq_length if run.job else None,
-                "batch_size": run.job.data.batch_size if run.job else None,
-                "order": run.order,
-                "run_id": run.run_id,
-                "status": run.status,
-                "reason": run.reason or run.timings_missing,
-                "timings": run.timings and dataclasses.asdict(run.timings),
-            }
-            for run in group.timed_runs
-        ],
-    }
-    return json.dumps(strict(document), indent=1, allow_nan=False) + "\n"
-
-
-def _cost(cost: Cost) -> dict[str, object]:
-    plain = {field.name: _json(getattr(cost, field.name)) for field in dataclasses.fields(cost)}
-    del plain["run"]
-    return {**plain, "tracking_overhead": cost.tracking_overhead, "notes": cost.notes}
-
-
-def _json(value: Any) -> Any:
-    is_value = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    return dataclasses.asdict(value) if is_value else value

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dpsgd_track.comparison.measure.drift import OBSERVABLES
-from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
+from dpsgd_track.comparison.result import GroupComparison, RegimeComparison, iter_not_computed
 from dpsgd_track.comparison.verdict import Verdict, number
 from dpsgd_track.config import ACCURACY, TRAIN
 from dpsgd_track.modes.table import BASELINE
@@ -105,9 +105,8 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
     preferred = sorted(runs, key=lambda run: main is None or run.regime != main.name)
     run = next((r for r in preferred if r.trajectory and r.trajectory.num_steps), None)
     trajectory = run.trajectory if run else None
-    drifts = {name: _largest(comparison, label, runs, name) for name in DRIFT_COLUMNS}
     broken = [f"{r.regime} {r.status}" for r in runs if r.status is not Status.FINISHED]
-    time = _median(trajectory.step_time_ms) if trajectory else None
+    time = _known(np.median, trajectory.step_time_ms) if trajectory else None
     base = _baseline_time(comparison, run.regime) if run else None
     return Row(
         label=label,
@@ -115,47 +114,39 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
         status=", ".join(broken) or Status.FINISHED,
         final_loss=float(trajectory.loss[-1]) if trajectory else None,
         mean_grad_norm=float(np.mean(trajectory.grad_norm)) if trajectory else None,
-        drifts=drifts,
+        drifts={name: _largest(comparison, label, runs, name) for name in DRIFT_COLUMNS},
         step_time_ms=time,
         overhead=time / base if time and base else None,
-        peak_memory_gib=_peak(trajectory.peak_memory_gib) if trajectory else None,
+        peak_memory_gib=_known(np.max, trajectory.peak_memory_gib) if trajectory else None,
     )
 
 
 def _largest(
     comparison: GroupComparison, label: str, runs: list[ModeRun], observable: str
 ) -> float | None:
-    values: list[float] = []
-    for regime in comparison.regimes:
-        values += [
-            pair.drifts[observable].max
-            for pair in regime.pairs
-            if pair.mode == label and observable in pair.drifts
-        ]
-        titles = {run.title for run in runs if run.replay}
-        values += [
-            pair.drifts[observable].max
-            for pair in regime.replays.values()
-            if pair.mode in titles and observable in pair.drifts
-        ]
-    return max(values, default=None)
+    titles = {run.title for run in runs if run.replay}
+    pairs = [
+        pair
+        for regime in comparison.regimes
+        for pair in (
+            *(pair for pair in regime.pairs if pair.mode == label),
+            *(pair for pair in regime.replays.values() if pair.mode in titles),
+        )
+    ]
+    return max((p.drifts[observable].max for p in pairs if observable in p.drifts), default=None)
 
 
 def _baseline_time(comparison: GroupComparison, regime: str) -> float | None:
     for run in comparison.group.runs:
         if run.label == BASELINE and run.regime == regime and not run.replay and run.trajectory:
-            return _median(run.trajectory.step_time_ms)
+            return _known(np.median, run.trajectory.step_time_ms)
     return None
 
 
-def _median(values: Floats) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if known.size else None
-
-
-def _peak(values: Floats) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.max()) if known.size else None
+def _known(summary: Callable[[Floats], float], values: Floats) -> float | None:
+    """`summary` of the finite ones of `values`; None where there are none."""
+    finite = values[np.isfinite(values)]
+    return float(summary(finite)) if finite.size else None
 
 
 def waived(comparison: GroupComparison) -> list[str]:
@@ -185,6 +176,15 @@ def consistency(comparison: GroupComparison) -> list[tuple[str, str, str, str, s
         for pair in regime.pairs
         for name in DRIFT_COLUMNS
         if (drift := pair.drifts.get(name))
+    ]
+
+
+def not_computed(comparison: GroupComparison) -> list[tuple[str, str, str, str]]:
+    """(regime, mode against baseline, observable, why) of what one side did not compute."""
+    return [
+        (regime, f"{pair.mode} vs {pair.baseline}", name, why)
+        for regime, pair in iter_not_computed(comparison)
+        for name, why in pair.not_computed.items()
     ]
 
 

@@ -12,6 +12,7 @@ from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.guarantee import guarantees
+from dpsgd_track.report.names import visible
 from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived
 
 if TYPE_CHECKING:
@@ -50,14 +51,14 @@ def summary(comparison: GroupComparison) -> str:
         *(_costs(profile) if (profile := profile_of(comparison.group)) else []),
         comparison.sentence,
     ]
-    return "\n\n".join(_printable(part) for part in parts) + "\n"
+    return "\n\n".join(visible(part) for part in parts) + "\n"
 
 
 def profile_summary(profile: Profile, group: Group) -> str:
     """The table of a group that holds nothing but a profile."""
     facts = ", ".join(profile_table.facts(profile, group))
     parts = [f"Group {group.name}", facts, *_costs(profile), profile.sentence]
-    return "\n\n".join(_printable(part) for part in parts if part) + "\n"
+    return "\n\n".join(visible(part) for part in parts if part) + "\n"
 
 
 def _costs(profile: Profile) -> list[str]:
@@ -76,11 +77,6 @@ def _differing(comparison: GroupComparison) -> list[str]:
     return [_columns(("environment", "before", "after"), lines)] if lines else []
 
 
-def _printable(text: str) -> str:
-    # Control characters in a name could rewrite what the terminal shows.
-    return "".join(c if c == "\n" or c.isprintable() else "�" for c in text)
-
-
 def _columns(heading: Sequence[str], table: Sequence[Sequence[str]]) -> str:
     lines = [tuple(heading), *(tuple(line) for line in table)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
@@ -94,9 +90,9 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(_printable(comparison.group.name)))
+    table = Table(title=Text(visible(comparison.group.name)))
     modes = rows(comparison)
-    shown = [[_printable(cell) for cell in row.cells] for row in modes]
+    shown = [[visible(cell) for cell in row.cells] for row in modes]
     widths = _fitting(shown, console.width)
     for i, width in widths.items():
         justify: Any = "left" if i < 2 else "right"
@@ -110,11 +106,11 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     soft = not console.is_terminal
     for judged in comparison.modes:
         line = Text(f"{judged.verdict:<12}  ", style=_COLOURS[judged.verdict])
-        line.append(_printable(judged.sentence), style="default")
+        line.append(visible(judged.sentence), style="default")
         console.print(line, soft_wrap=soft)
     for sentence in [*guarantees(comparison.group), *comparison.waiver_notes]:
-        console.print(Text(_printable(sentence)), soft_wrap=soft)
-    verdict = Text(_printable(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
+        console.print(Text(visible(sentence)), soft_wrap=soft)
+    verdict = Text(visible(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
     console.print(verdict, soft_wrap=soft)
 
 
@@ -123,7 +119,7 @@ def print_profile(profile: Profile, name: str, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(_printable(name)))
+    table = Table(title=Text(visible(name)))
     lines = profile_table.rows(profile)
     is_noted = any(line[-1] for line in lines)
     headings = profile_table.HEADINGS[: None if is_noted else -1]
@@ -135,10 +131,10 @@ def print_profile(profile: Profile, name: str, console: Console) -> None:
         if shape not in (None, cost.shape):
             table.add_section()
         shape = cost.shape
-        table.add_row(*(Text(_printable(cell)) for cell in line[: len(headings)]))
+        table.add_row(*(Text(visible(cell)) for cell in line[: len(headings)]))
     console.print(table)
     for sentence in (*profile.incomplete, profile.sentence):
-        console.print(Text(_printable(sentence)), soft_wrap=not console.is_terminal)
+        console.print(Text(visible(sentence)), soft_wrap=not console.is_terminal)
 
 
 def console_width() -> int | None:

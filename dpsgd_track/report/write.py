@@ -17,7 +17,8 @@ from dpsgd_track.report.html import chart_html, html, profile_html
 from dpsgd_track.report.junit import junit
 from dpsgd_track.report.markdown import markdown, profile_markdown
 from dpsgd_track.report.png import PngSkipped, write_png
-from dpsgd_track.report.profile_table import profile_csv, profile_json
+from dpsgd_track.report.profile_json import profile_json
+from dpsgd_track.report.profile_table import profile_csv
 from dpsgd_track.report.text import profile_summary, summary
 
 _LONGEST = 80

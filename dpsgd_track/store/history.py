@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,24 +18,28 @@ if TYPE_CHECKING:
 History = dict[str, dict[int, float | None]]
 """By metric, then by step; None for NaN; of several values of one step the newest."""
 
+Point = tuple[int, int, float | None]
+"""Step, Unix time in ms, value."""
+
 _DATABASE = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?:")
 # SQL stores hold an infinity as the largest float64.
+_LARGEST = sys.float_info.max
 _STORED_INFINITY = 1.7e308
 
-# MLflow's own table; the order is that of its index and decides which of several values is last.
+# MLflow's own table.
 _QUERY = """
-SELECT step, CASE WHEN is_nan THEN NULL ELSE value END
-FROM metrics WHERE run_uuid = :run_id AND key = :metric ORDER BY step, timestamp, value
-"""
-
-_ALL_QUERY = """
 SELECT step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END
 FROM metrics WHERE run_uuid = :run_id AND key = :metric
 """
 
 
+def as_stored(value: float) -> float | None:
+    """What an SQL store makes of a value; None for NaN."""
+    return None if math.isnan(value) else max(-_LARGEST, min(_LARGEST, value))
+
+
 def restored(values: Sequence[float | None]) -> Floats:
-    """Values as they were logged: a store keeps an infinity as the largest float64."""
+    """Values from a store with infinities in place of the largest float64, and NaN of None."""
     known = np.array(values, dtype=np.float64)
     known[known >= _STORED_INFINITY] = np.inf
     known[known <= -_STORED_INFINITY] = -np.inf
@@ -41,34 +47,29 @@ def restored(values: Sequence[float | None]) -> Floats:
 
 
 def metric_history(client: MlflowClient, run_id: str, metrics: Iterable[str]) -> History:
-    """Everything a run logged of `metrics`.
+    """The newest value that a run logged of each of `metrics` in each step.
 
-    MLflow's client makes an object of each point, which takes ten times as long as the query.
+    Of values with the same time the largest counts, as in MLflow itself.
     """
-    if _DATABASE.match(client.tracking_uri):
-        found = _of_each(client.tracking_uri, _QUERY, run_id, metrics)
-        return {metric: dict(map(tuple, rows)) for metric, rows in found}
     return {
         metric: {
-            point.step: point.value
-            for point in sorted(
-                client.get_metric_history(run_id, metric), key=lambda p: (p.timestamp, p.value)
-            )
+            step: value
+            for step, _, value in sorted(points, key=lambda p: (p[0], p[1], p[2] or 0.0))
         }
-        for metric in metrics
+        for metric, points in all_points(client, run_id, metrics)
     }
 
 
 def all_points(
     client: MlflowClient, run_id: str, metrics: Iterable[str]
-) -> Iterator[tuple[str, list[tuple[int, int, float | None]]]]:
+) -> Iterator[tuple[str, list[Point]]]:
     """(step, Unix time in ms, value) of everything a run logged, of one metric after the other.
 
-    The value is None for NaN.
+    The value is None for NaN. A database is asked by SQL: MLflow's client makes an object of each
+    point, which takes ten times as long as the query.
     """
     if _DATABASE.match(client.tracking_uri):
-        for metric, rows in _of_each(client.tracking_uri, _ALL_QUERY, run_id, metrics):
-            yield metric, [tuple(row) for row in rows]
+        yield from _queried(client.tracking_uri, run_id, metrics)
         return
     for metric in metrics:
         points = client.get_metric_history(run_id, metric)
@@ -78,9 +79,7 @@ def all_points(
         )
 
 
-def _of_each(
-    uri: str, query: str, run_id: str, metrics: Iterable[str]
-) -> Iterator[tuple[str, Sequence[Any]]]:
+def _queried(uri: str, run_id: str, metrics: Iterable[str]) -> Iterator[tuple[str, list[Point]]]:
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(uri)
@@ -88,6 +87,7 @@ def _of_each(
         with engine.connect() as connection:
             for metric in metrics:
                 named = {"run_id": run_id, "metric": metric}
-                yield metric, connection.execute(sqlalchemy.text(query), named).all()
+                rows = connection.execute(sqlalchemy.text(_QUERY), named)
+                yield metric, [tuple(row) for row in rows]
     finally:
         engine.dispose()

@@ -1,17 +1,18 @@
-"""What a spooled group holds, without holding it: counted once, and handed out a part at a time.
+"""Count of what a spooled group holds, its values a part at a time, and what of it is damaged.
 
-The values of a long run are far larger than what is said of them. They are read again from the
-files for every part, which costs much less than asking a store for them.
+The values of a long run take far more memory than their counts. They are read again from the files
+for every part, which costs much less than asking a store for them.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
-from dpsgd_track.store import exact
-from dpsgd_track.store.spool import MetricRow, SpoolReader, spool_files
+from dpsgd_track.record import names
+from dpsgd_track.store.history import Point, as_stored
+from dpsgd_track.store.spool import CONTROL, MetricRow, SpoolReader, spool_files
 from dpsgd_track.store.spooled import SpooledGroup, SpooledRun, records_of
 
 MAX_POINTS = 100_000
@@ -20,8 +21,8 @@ some 350 bytes."""
 
 Name = tuple[str, str]
 """Key of a run, and metric."""
-Points = set[tuple[int, int, float | None]]
-"""(step, Unix time in ms, value as a store keeps it) of each."""
+Points = set[Point]
+"""Values as a store keeps them."""
 
 
 class Inventory:
@@ -34,12 +35,13 @@ class Inventory:
         """By run."""
         self._sizes: Counter[Name] = Counter()
         self._files: dict[str, dict[Path, None]] = defaultdict(dict)
-        for file in spool_files(group.folder):
-            self._count(file, group.folder)
+        self._readers = [SpoolReader(file) for file in spool_files(group.folder)]
+        for reader in self._readers:
+            self._count(reader, group.folder)
 
-    def _count(self, file: Path, folder: Path) -> None:
+    def _count(self, reader: SpoolReader, folder: Path) -> None:
         num_rows: Counter[tuple[str, tuple[str, ...]]] = Counter()
-        for record in records_of(file):
+        for record in records_of(reader):
             if isinstance(record, MetricRow):
                 num_rows[record.run, record.keys] += 1
             else:
@@ -48,7 +50,7 @@ class Inventory:
         for (key, metrics), count in num_rows.items():
             self.runs.setdefault(key, SpooledRun(key))
             self.metrics[key].update(metrics)
-            self._files[key][file] = None
+            self._files[key][reader.path] = None
             for metric in metrics:
                 self._sizes[key, metric] += count
 
@@ -57,24 +59,50 @@ class Inventory:
         values = self._sizes.total()
         return f"{len(self.runs)} runs, {values:,} values of metrics and {files} files"
 
+    def damage(self, finished: Set[str] = frozenset()) -> list[str]:
+        """What the files lost, by file and line. Nobody writes to them any more.
+
+        A worker whose mode finished has closed its file; one that was killed has not. Whether the
+        launcher was killed is not known, so its files may end anywhere.
+
+        Args:
+            finished: keys of the runs of modes and ranks that finished, here or on node 0.
+        """
+        found = [problem for reader in self._readers for problem in reader.damage()]
+        workers = [reader for reader in self._readers if reader.path.suffix != CONTROL]
+        unnamed = set(finished).difference(*(reader.runs for reader in workers))
+        for reader in workers:
+            # A file that was cut before its second line names no run.
+            its_runs = reader.runs or {run for run in unnamed if self._may_be_of(run, reader.path)}
+            if its_runs and its_runs <= finished and not reader.is_closed:
+                end = f"it ends after line {reader.num_lines} without having been closed"
+                found.append(f"{reader.path}: {end}, though its mode finished.")
+        return found
+
+    def _may_be_of(self, run: str, file: Path) -> bool:
+        """Whether a worker's file may be about a run that none names: ranks of other machines have
+        theirs there."""
+        rank = self.runs[run].tags.get(names.RANK, "")
+        return not rank or file.stem.endswith(f"rank{rank}")
+
     def parts(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[Name, Points]]:
         """The values of all runs that are wanted by their keys, at most MAX_POINTS at a time."""
-        names: list[Name] = []
+        part: list[Name] = []
         size = 0
         for name, count in self._sizes.items():
             if not is_wanted(name[0]):
                 continue
-            if names and size + count > MAX_POINTS:
-                yield self._points(names)
-                names, size = [], 0
-            names.append(name)
+            if part and size + count > MAX_POINTS:
+                yield self._points(part)
+                part, size = [], 0
+            part.append(name)
             size += count
-        if names:
-            yield self._points(names)
+        if part:
+            yield self._points(part)
 
-    def _points(self, names: list[Name]) -> dict[Name, Points]:
-        points: dict[Name, Points] = {name: set() for name in names}
-        files = dict.fromkeys(file for run, _ in names for file in self._files[run])
+    def _points(self, part: list[Name]) -> dict[Name, Points]:
+        points: dict[Name, Points] = {name: set() for name in part}
+        files = dict.fromkeys(file for run, _ in part for file in self._files[run])
         columns: dict[tuple[str, tuple[str, ...]], list[tuple[int, Points]]] = {}
         for file in files:
             for _, row in SpoolReader(file).records():
@@ -87,5 +115,5 @@ class Inventory:
                         if (row.run, metric) in points
                     ]
                 for column, held in columns[row.run, row.keys]:
-                    held.add((row.step, row.time_ms, exact.as_stored(row.values[column])))
+                    held.add((row.step, row.time_ms, as_stored(row.values[column])))
         return points

@@ -1,4 +1,4 @@
-"""Ships a spooled group to a tracking store, as often as it takes, and counts what arrived.
+"""Ships a spooled group to a tracking store, as often as it takes, and checks what arrived.
 
 Sending anything twice changes nothing: a store keeps one of several equal (metric, step, time,
 value), params and tags may be set again, a file replaces itself, and a run is found by the key it
@@ -12,14 +12,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpsgd_track.config import redact_uri
 from dpsgd_track.record import names
 from dpsgd_track.record.run import Status
-from dpsgd_track.store import exact
 from dpsgd_track.store.client import is_about_the_record, one_line
-from dpsgd_track.store.exact import Point
 from dpsgd_track.store.history import all_points
 from dpsgd_track.store.inventory import Inventory, Name, Points
 from dpsgd_track.store.run_tree import MAX_PARAM_LENGTH
@@ -36,6 +34,8 @@ from dpsgd_track.store.spooled import Busy, SpooledGroup, SpooledRun
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
+
+Entity = TypeVar("Entity")
 
 MAX_METRICS_PER_BATCH = 1000
 MAX_PARAMS_PER_BATCH = 100
@@ -72,7 +72,6 @@ class Shipper:
         if state.get("experiment_id") == experiment_id:
             self.run_ids, self._acknowledged = state["run_ids"], state["acknowledged"]
         self._readers: dict[str, SpoolReader] = {}
-        self._inexact: dict[str, list[tuple[Point, float]]] = defaultdict(list)
         self.refused: dict[str, str] = {}
         """Why records of a spool file can't be shipped, by its name."""
         self._is_sure_of_runs = False
@@ -94,8 +93,6 @@ class Shipper:
             if should_stop():
                 return True
             if offset <= self._acknowledged.get(file.name, 0):
-                for row in rows:
-                    self._inexact[row.run] += exact.inexact(row)
                 continue
             self._attempt(file, partial(self._ship_rows, rows))
             # What ends a run is kept back until everything written before it is there.
@@ -153,7 +150,6 @@ class Shipper:
             if not is_about_the_record(error):
                 # What was read and not sent has to be read again.
                 self._readers.clear()
-                self._inexact.clear()
                 raise
             self.refused.setdefault(file.name, one_line(error))
 
@@ -251,6 +247,13 @@ class Shipper:
         return str(found[0].info.run_id) if found else ""
 
     def _id(self, key: str) -> str:
+        """Id in the store of a run.
+
+        Raises:
+            LookupError: the launcher's record of it is missing or damaged.
+        """
+        if key not in self.run_ids:
+            raise LookupError(f"Records belong to run {key}, which the launcher's file lacks.")
         return self.run_ids[key]
 
     def _create(self, event: Event) -> None:
@@ -268,51 +271,42 @@ class Shipper:
         self._log_params(self.run_ids[key], event["params"])
 
     def _end(self, event: Event) -> None:
-        run_id = self._id(event["run"])
-        problem: Exception | None = None
-        if points := self._inexact.get(event["run"]):
-            try:
-                self._client.log_text(run_id, exact.to_json(points), exact.FILE)
-                self._set_tags(run_id, {names.INEXACT_VALUES: str(len(points))})
-            except Exception as error:
-                if not is_about_the_record(error):
-                    raise
-                problem = error
         if event["status"] != Status.ELSEWHERE:
+            run_id = self._id(event["run"])
             self._client.set_terminated(run_id, event["status"], event["time_ms"])
-        if problem is not None:
-            raise problem
 
     def _log_params(self, run_id: str, params: dict[str, str]) -> None:
         from mlflow.entities import Param
 
         entities = [Param(key, storable(value)) for key, value in params.items()]
-        for start in range(0, len(entities), MAX_PARAMS_PER_BATCH):
-            batch = entities[start : start + MAX_PARAMS_PER_BATCH]
+        for batch in _batches(entities, MAX_PARAMS_PER_BATCH):
             self._client.log_batch(run_id, params=batch)
 
     def _set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         from mlflow.entities import RunTag
 
         entities = [RunTag(key, storable(value)) for key, value in tags.items()]
-        for start in range(0, len(entities), MAX_TAGS_PER_BATCH):
-            self._client.log_batch(run_id, tags=entities[start : start + MAX_TAGS_PER_BATCH])
+        for batch in _batches(entities, MAX_TAGS_PER_BATCH):
+            self._client.log_batch(run_id, tags=batch)
 
     def _ship_rows(self, rows: Sequence[MetricRow]) -> None:
         from mlflow.entities import Metric
 
         metrics: dict[str, list[Metric]] = defaultdict(list)
         for row in rows:
-            self._inexact[row.run] += exact.inexact(row)
             metrics[row.run] += [
                 Metric(key, value, row.time_ms, row.step)
                 for key, value in zip(row.keys, row.values, strict=True)
             ]
         problem: Exception | None = None
         for run, entities in metrics.items():
-            for start in range(0, len(entities), MAX_METRICS_PER_BATCH):
-                batch = entities[start : start + MAX_METRICS_PER_BATCH]
-                problem = self._log_metrics(self._id(run), batch) or problem
+            try:
+                run_id = self._id(run)
+            except LookupError as error:
+                problem = error
+                continue
+            for batch in _batches(entities, MAX_METRICS_PER_BATCH):
+                problem = self._log_metrics(run_id, batch) or problem
         if problem is not None:
             raise problem
 
@@ -331,7 +325,9 @@ class Shipper:
         return None
 
     def differences(self, *, count: bool = True) -> list[str]:
-        """What the store does not hold as the spool does; empty where all is there.
+        """What the store does not hold as it was logged; empty where all is there.
+
+        What is damaged in the spool comes first.
 
         Args:
             count: compare every value of every metric; else only that each metric, param, status
@@ -340,11 +336,14 @@ class Shipper:
         found: list[str] = []
         inventory = Inventory(self.group)
         whole: set[str] = set()
+        finished: set[str] = set()
         for run in inventory.runs.values():
             if run.key not in self.run_ids:
                 found.append(f"{run.title or run.key}: the run is not there")
                 continue
             stored = self._client.get_run(self.run_ids[run.key])
+            if run.kind != names.KIND_GROUP and _status(run, stored) == Status.FINISHED:
+                finished.add(run.key)
             problems = list(self._differences(run, stored))
             metrics = inventory.metrics[run.key]
             if missing := metrics - stored.data.metrics.keys():
@@ -354,7 +353,7 @@ class Shipper:
             found += [f"{run.title or run.key}: {line}" for line in problems]
         for points in inventory.parts(whole.__contains__) if count else ():
             found += self._other_values(inventory.runs, points)
-        return found
+        return inventory.damage(finished) + found
 
     def _other_values(
         self, runs: Mapping[str, SpooledRun], points: Mapping[Name, Points]
@@ -372,7 +371,7 @@ class Shipper:
     def _differences(self, run: SpooledRun, stored: Run) -> Iterator[str]:
         if run.status is Status.RUNNING:
             yield "it did not end"
-        if run.status not in (stored.info.status, Status.ELSEWHERE):
+        if _status(run, stored) != stored.info.status:
             yield f"its status is {stored.info.status}, not {run.status}"
         run_id = self.run_ids[run.key]
         for what, kept, held in (
@@ -445,6 +444,16 @@ def storable(text: str) -> str:
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
+def _status(run: SpooledRun, stored: Run) -> str:
+    """How a run ended: one that node 0 keeps, as node 0 told the store."""
+    return str(stored.info.status) if run.status is Status.ELSEWHERE else run.status
+
+
+def _batches(entities: Sequence[Entity], size: int) -> Iterator[Sequence[Entity]]:
+    for start in range(0, len(entities), size):
+        yield entities[start : start + size]
+
+
 def _is_about_a_value(error: Exception) -> bool:
     return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
@@ -464,5 +473,6 @@ def _chunks(reader: SpoolReader) -> Iterator[tuple[int, list[MetricRow], Event |
         else:
             yield offset, rows, record
         rows, num_values = [], 0
-    if rows:
-        yield offset, rows, None
+    # Past lines that are no records: a damaged one, and the one that closes the file.
+    if rows or reader.offset > offset:
+        yield reader.offset, rows, None

@@ -1,20 +1,26 @@
-"""One process's records as a file that is appended to, and that a killed process leaves readable.
+"""One process's records as lines of JSON that are appended to a file, readable after a SIGKILL.
 
-A file is a line `dpsgd-track spool 1` and then frames: length (u32), checksum (u32), kind (u8),
-content. The checksum (CRC-32) covers kind and content. A frame that is cut short or does not fit
-its checksum ends what can be read. Kinds:
+A file begins with the line `{"dpsgd-track spool":2}`. Each further line is a record: its checksum
+(CRC-32, 8 hexadecimal digits), a space, and JSON on the same line. The JSON is one of
 
-- `J`: an event, a JSON object. `do` says what: run, params, tags, file, end. `time_ms` says when.
-- `K`: a run, and names of metrics, under a number (u32), as JSON; the numbers are the file's own.
-- `M`: values of those metrics in one step: number (u32), step (i64), Unix time in ms (i64), and the
-  values (float64).
+- `{"do":"open","runs":[...]}`: keys of the runs that the file is about.
+- `{"do":"names","number":0,"run":...,"keys":[...]}`: a run and names of metrics, under a number of
+  the file's own.
+- `[number,step,time_ms,"..."]`: values of those metrics in one step, as base64 of little-endian
+  float64. Decimals would cost nine times as much to write, and NaN its payload.
+- `{"do":...,"run":...,"time_ms":...}`: an event: run, params, tags, file, end and others.
+- `{"do":"close","records":n}`: the end of a file that was closed, and how many records precede it.
 
 Every record is handed to the operating system in one write, so that it outlives the process. It
 is not forced to the disk: a machine that loses power may lose the last half minute.
+
+A last line without its line break is not yet a record: its writer is at it, or was killed at it.
+Any other line that does not fit its checksum is damage, which a reader notes and reads past.
 """
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import errno
 import fcntl
@@ -27,23 +33,22 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dpsgd_track.store.client import TrackingError
 
-SCHEMA_VERSION = 1
-MAGIC = f"dpsgd-track spool {SCHEMA_VERSION}\n".encode()
+SCHEMA_VERSION = 2
+MAGIC = b'{"dpsgd-track spool":%d}\n' % SCHEMA_VERSION
+# No line of another version fits.
+_SEED = zlib.crc32(MAGIC)
 CONTROL, RECORDS = ".control", ".records"
 """Suffixes: what creates and ends runs, and what workers observe. Control files are read first."""
 FILES = "files"
 """Folder beside the spool files that holds files to be uploaded."""
 
-_FRAME = struct.Struct("<IIB")
-_METRICS = struct.Struct("<Iqq")
-_EVENT, _KEYS, _VALUES = ord("J"), ord("K"), ord("M")
 _MAX_HELD_BYTES = 64 << 20
 
 Event = Mapping[str, Any]
@@ -66,7 +71,7 @@ class MetricRow:
 
 
 class SpoolDamaged(Exception):
-    """A spool file does not begin as this version begins one; the message names it."""
+    """A file is no spool file of this version; the message names it."""
 
 
 class SpoolWriter:
@@ -81,12 +86,15 @@ class SpoolWriter:
         folder: Path | None,
         name: str,
         *,
+        runs: Iterable[str] = (),
         tell: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
         """
         Args:
             folder: the group's; None keeps nothing.
             name: of the process, with one of the suffixes CONTROL and RECORDS.
+            runs: keys of the runs that the file is about. Where all of them finish and the file was
+                never closed, a part of it is missing.
             tell: is told, once, that the disk is full.
         """
         self._folder = folder
@@ -97,12 +105,13 @@ class SpoolWriter:
         self._held_bytes = 0
         self._trouble = ""
         self._end = 0
+        self._num_records = 1
         self._descriptor = -1
         self.path = Path(os.devnull)
         """The file; nowhere without a folder."""
         if folder is not None:
             self.path, self._descriptor = _create(folder, name)
-            self._append(MAGIC)
+            self._put(MAGIC + _line(_json({"do": "open", "runs": list(runs)})))
 
     def log_metrics(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
         """Keep one step's values, stamped with the time of this call."""
@@ -110,9 +119,10 @@ class SpoolWriter:
             return
         keys = tuple(metrics)
         with self._lock:
-            number, values = self._tables.get((run, keys)) or self._define(run, keys)
-            content = _METRICS.pack(number, step, now_ms()) + values.pack(*metrics.values())
-            self._append(_framed(_VALUES, content))
+            number, layout = self._tables.get((run, keys)) or self._define(run, keys)
+            packed = binascii.b2a_base64(layout.pack(*metrics.values()), newline=False)
+            # `json.dumps` takes several times as long where the caches are cold.
+            self._append(b'[%d,%d,%d,"%b"]' % (number, step, now_ms(), packed))
 
     def log_params(self, run: str, params: Mapping[str, str]) -> None:
         """Keep params."""
@@ -133,7 +143,7 @@ class SpoolWriter:
             return
         event = {"do": what, "run": run, "time_ms": now_ms(), **values}
         with self._lock:
-            self._append(_framed(_EVENT, json.dumps(event).encode()))
+            self._append(_json(event))
 
     def close(self) -> None:
         """Write what is held. Closing twice does nothing.
@@ -144,7 +154,9 @@ class SpoolWriter:
         with self._lock:
             if self._descriptor < 0:
                 return
-            if self._held:
+            self._flush()
+            if not self._held:
+                self._hold(_line(_json({"do": "close", "records": self._num_records})))
                 self._flush()
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
@@ -153,25 +165,27 @@ class SpoolWriter:
 
     def _define(self, run: str, keys: tuple[str, ...]) -> tuple[int, struct.Struct]:
         table = (len(self._tables), struct.Struct(f"<{len(keys)}d"))
-        content = json.dumps({"number": table[0], "run": run, "keys": keys}).encode()
-        self._append(_framed(_KEYS, content))
+        self._append(_json({"do": "names", "number": table[0], "run": run, "keys": keys}))
         # Not before it is kept: nobody could read the values that follow it.
         self._tables[run, keys] = table
         return table
 
-    def _append(self, frame: bytes) -> None:
+    def _append(self, content: bytes) -> None:
         assert self._descriptor >= 0, "the spool is closed"
+        self._put(_line(content))
+        self._num_records += 1
+
+    def _put(self, line: bytes) -> None:
+        # In order: there may be room by now.
+        self._flush()
         if self._held:
-            # In order: there may be room by now.
-            self._flush()
-        if self._held:
-            self._hold(frame)
+            self._hold(line)
             return
         try:
-            self._write(frame)
+            self._write(line)
         except OSError as error:
-            self._trouble = os.strerror(error.errno or errno.EIO)
-            self._hold(frame)
+            self._note(error)
+            self._hold(line)
             self._tell(f"{self._complaint()} They are held in memory; training goes on.")
 
     def _flush(self) -> None:
@@ -180,20 +194,23 @@ class SpoolWriter:
                 self._write(self._held[0])
                 self._held_bytes -= len(self._held.pop(0))
         except OSError as error:
-            self._trouble = os.strerror(error.errno or errno.EIO)
+            self._note(error)
 
-    def _hold(self, frame: bytes) -> None:
-        if self._held_bytes + len(frame) > _MAX_HELD_BYTES:
+    def _note(self, error: OSError) -> None:
+        self._trouble = os.strerror(error.errno or errno.EIO)
+
+    def _hold(self, line: bytes) -> None:
+        if self._held_bytes + len(line) > _MAX_HELD_BYTES:
             raise TrackingError(self._complaint())
-        self._held.append(frame)
-        self._held_bytes += len(frame)
+        self._held.append(line)
+        self._held_bytes += len(line)
 
-    def _write(self, frame: bytes) -> None:
-        """Append `frame` whole, or not at all."""
-        written = os.write(self._descriptor, frame)
+    def _write(self, line: bytes) -> None:
+        """Append `line` whole, or not at all."""
+        written = os.write(self._descriptor, line)
         try:
-            while written < len(frame):
-                written += os.write(self._descriptor, frame[written:])
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
         except OSError:
             os.ftruncate(self._descriptor, self._end)
             raise
@@ -239,9 +256,18 @@ def _create(folder: Path, name: str) -> tuple[Path, int]:
     return path, descriptor
 
 
-def _framed(kind: int, content: bytes) -> bytes:
-    checksum = zlib.crc32(content, zlib.crc32(bytes((kind,))))
-    return _FRAME.pack(len(content), checksum, kind) + content
+def _json(value: Event) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _line(content: bytes) -> bytes:
+    return b"%08x %b\n" % (zlib.crc32(content, _SEED), content)
+
+
+def _content(line: bytes) -> bytes | None:
+    """The JSON of a line; None where it does not fit its checksum."""
+    content = line[9:-1]
+    return content if line == _line(content) else None
 
 
 def spool_files(folder: Path) -> list[Path]:
@@ -265,17 +291,24 @@ def is_being_written(file: Path) -> bool:
 
 
 class SpoolReader:
-    """Reads a spool file from front to back, as far as it is whole; it may grow meanwhile."""
+    """Reads a spool file from front to back, past damaged lines; it may grow meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
-        """Byte up to which records were read."""
+        """Byte up to which the file was read."""
+        self.runs: set[str] = set()
+        """Keys of the runs that it is about."""
+        self.num_lines = 0
+        """Lines that were read."""
+        self._closed_at = self._num_nameless = 0
+        self._damage: list[str] = []
         self._tables: dict[int, tuple[str, tuple[str, ...], struct.Struct]] = {}
 
-    def size(self) -> int:
-        """Bytes of the file, torn ones included."""
-        return self.path.stat().st_size
+    @property
+    def is_closed(self) -> bool:
+        """Whether the record was read by which its writer closed it."""
+        return self._closed_at > 0
 
     def records(self) -> Iterator[tuple[int, MetricRow | Event]]:
         """What was not read yet, each with the byte after it; `offset` goes on as it is taken.
@@ -284,37 +317,71 @@ class SpoolReader:
             SpoolDamaged: the file is of another version.
         """
         with self.path.open("rb") as file:
-            if self.offset == 0:
-                magic = file.read(len(MAGIC))
-                if not magic.endswith(b"\n") and MAGIC.startswith(magic):
-                    return
-                if magic != MAGIC:
-                    raise SpoolDamaged(
-                        f"{self.path}: expected a spool file of version {SCHEMA_VERSION}. "
-                        "Ship it with the dpsgd-track that wrote it, or move its folder away."
-                    )
-                self.offset = len(MAGIC)
+            if self.offset == 0 and not self._begin(file):
+                return
             file.seek(self.offset)
-            while True:
-                header = file.read(_FRAME.size)
-                if len(header) < _FRAME.size:
-                    return
-                length, checksum, kind = _FRAME.unpack(header)
-                content = file.read(length)
-                if len(content) < length:
-                    return
-                if zlib.crc32(content, zlib.crc32(header[-1:])) != checksum:
-                    return
-                self.offset += _FRAME.size + length
-                if kind == _KEYS:
-                    table = json.loads(content)
-                    keys = tuple(table["keys"])
-                    layout = struct.Struct(f"<{len(keys)}d")
-                    self._tables[table["number"]] = (table["run"], keys, layout)
-                elif kind == _VALUES:
-                    number, step, time_ms = _METRICS.unpack_from(content)
-                    run, keys, layout = self._tables[number]
-                    values = layout.unpack_from(content, _METRICS.size)
-                    yield self.offset, MetricRow(run, keys, step, time_ms, values)
-                elif kind == _EVENT:
-                    yield self.offset, json.loads(content)
+            while (line := file.readline()).endswith(b"\n"):
+                self.offset += len(line)
+                self.num_lines += 1
+                content = _content(line)
+                if content is None:
+                    self._note(f"line {self.num_lines} does not fit its checksum")
+                elif (record := self._record(json.loads(content))) is not None:
+                    yield self.offset, record
+
+    def damage(self) -> list[str]:
+        """What was found damaged so far, each with the file and the line."""
+        found = list(self._damage)
+        if self._num_nameless:
+            where = f"{self.path}: {self._num_nameless} lines hold values"
+            found.append(f"{where} whose names are in a damaged line.")
+        if self.is_closed and self.path.stat().st_size > self._closed_at:
+            found.append(f"{self.path}: something follows the line that closed it.")
+        return found
+
+    def _begin(self, file: IO[bytes]) -> bool:
+        """Read the first line; False while it is not whole."""
+        first = file.readline()
+        if not first.endswith(b"\n") and MAGIC.startswith(first):
+            return False
+        if first != MAGIC:
+            if _content(file.readline()) is None:
+                raise SpoolDamaged(
+                    f"{self.path}: expected a spool file of version {SCHEMA_VERSION}. "
+                    "Ship it with the dpsgd-track that wrote it, or move its folder away."
+                )
+            self._note("line 1 is damaged")
+        self.offset, self.num_lines = len(first), 1
+        return True
+
+    def _record(self, record: Any) -> MetricRow | Event | None:
+        """A line's record; None for one that is only about the file."""
+        if isinstance(record, list):
+            number, step, time_ms, packed = record
+            if number not in self._tables:
+                self._num_nameless += 1
+                return None
+            run, keys, layout = self._tables[number]
+            return MetricRow(run, keys, step, time_ms, layout.unpack(binascii.a2b_base64(packed)))
+        event: Event = record
+        match event["do"]:
+            case "open":
+                self.runs.update(event["runs"])
+            case "names":
+                keys = tuple(event["keys"])
+                layout = struct.Struct(f"<{len(keys)}d")
+                self._tables[event["number"]] = (event["run"], keys, layout)
+                self.runs.add(event["run"])
+            case "close":
+                self._closed_at = self.offset
+                # The first line and this one are no records.
+                num_records, num_written = self.num_lines - 2, event["records"]
+                if num_records != num_written and not self._damage:
+                    self._note(f"{num_records} of {num_written} records are there")
+            case _:
+                self.runs.add(event["run"])
+                return event
+        return None
+
+    def _note(self, problem: str) -> None:
+        self._damage.append(f"{self.path}: {problem}.")

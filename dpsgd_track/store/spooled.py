@@ -167,7 +167,7 @@ class SpooledGroup:
         for file in spool_files(self.folder):
             if file.suffix != CONTROL and not with_rows:
                 continue
-            for record in records_of(file):
+            for record in records_of(SpoolReader(file)):
                 if isinstance(record, MetricRow):
                     runs.setdefault(record.run, SpooledRun(record.run)).rows.append(record)
                 else:
@@ -230,17 +230,17 @@ class SpooledGroup:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def records_of(file: Path) -> Iterator[MetricRow | Event]:
-    """What a file holds: nothing where it is a worker's and cannot be read.
+def records_of(reader: SpoolReader) -> Iterator[MetricRow | Event]:
+    """Records of a file; none of a worker's file of another version.
 
     Raises:
-        SpoolDamaged: it is a launcher's and cannot be read.
+        SpoolDamaged: a launcher's file is of another version.
     """
     try:
-        for _, record in SpoolReader(file).records():
+        for _, record in reader.records():
             yield record
     except SpoolDamaged:
-        if file.suffix == CONTROL:
+        if reader.path.suffix == CONTROL:
             raise
 
 

@@ -1,4 +1,4 @@
-"""Time and memory of the sections of a step that belong to the mode, not to its measurement."""
+"""Time and peak memory of the sections of a step that are the mode's own work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GIB = 2**30
 
 
 class StepClock:
-    """Adds up section times, and keeps the largest peak of memory."""
+    """Sums the time of sections, and keeps their largest memory peak."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -23,7 +23,7 @@ class StepClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Times what is inside, until the device has finished it."""
+        """Time a section, until the device has finished it."""
         is_cuda = self.device.type == "cuda"
         if is_cuda:
             torch.cuda.synchronize(self.device)

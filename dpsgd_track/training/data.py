@@ -1,10 +1,10 @@
-"""Samples as a function of (seed, global index) alone, and a rank's slice of them.
+"""Samples as a function of (seed, global index) alone, and each rank's slice of a batch.
 
-A step's global batch is either G = W K b consecutive indices, or, with Poisson sampling, each of N
-indices with probability G / N, as a function of (seed, step), or as many of the next indices as
-the step's given size. Rank r takes the r-th of W slices,
-as equal as they can be, and cuts it into micro-batches of b samples. The global batch is therefore
-the same however it is shared out, and nothing else that draws random numbers can change it.
+A step's global batch is either G = W K b consecutive indices; or, with Poisson sampling, each of N
+indices with probability G / N, as a function of (seed, step); or a given number of consecutive
+indices. Rank r takes the r-th of W slices, as equal as possible, and cuts it into micro-batches of
+b samples. So the global batch does not depend on how it is distributed, and no other random draw
+can change it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from dpsgd_track.privacy.loss import IGNORED
 from dpsgd_track.training.model_source import resolve_model
 from dpsgd_track.training.text_source import read_text
 
-# Streams of one seed that must not meet.
+# Independent random streams of one seed.
 _TOKENS, _ORDER, _LENGTH, _MASKED, _SAMPLING = range(5)
 
-MASKED_SHARE = 0.15
-"""Of a sample's tokens, those a masked language model has to predict."""
+MASKED_FRACTION = 0.15
+"""Fraction of a sample's tokens that a masked language model has to predict."""
 
 Tokens = NDArray[np.int64]
 
@@ -54,10 +54,10 @@ class Sample:
     attention_mask: Tokens
     """[T] 1 at tokens, 0 at padding."""
     target: NDArray[Any]
-    """[] int64 class, [] float32 number, or [T] int64 tokens, IGNORED where none is predicted."""
+    """[] int64 class, [] float32 number, or [T] int64 tokens, IGNORED if not predicted."""
 
     def digest(self) -> int:
-        """64-bit digest of everything the sample holds."""
+        """64-bit digest of the sample's arrays."""
         content = hashlib.blake2b(digest_size=8)
         for array in (self.input_ids, self.attention_mask, self.target):
             content.update(array.tobytes())
@@ -65,15 +65,15 @@ class Sample:
 
 
 class Texts(Protocol):
-    """Endless texts by global index."""
+    """An endless sequence of texts, by global index."""
 
     @property
     def num_samples(self) -> int | None:
-        """Texts of an epoch; None where none ever comes again."""
+        """Texts of an epoch; None if no text is ever repeated."""
         ...
 
     def text(self, index: int) -> tuple[Tokens, float]:
-        """Tokens, one at least, and label: a class, or a number for a regression."""
+        """At least one token, and the label: a class, or a number for a regression."""
         ...
 
 
@@ -86,7 +86,7 @@ class SyntheticText:
     seq_length: int
     num_labels: int
     is_ragged: bool = False
-    """Lengths from a quarter of the sequence length to all of it, and 2 at least."""
+    """Draw lengths from a quarter of the sequence length, but at least 2, to all of it."""
     num_samples = None
 
     def text(self, index: int) -> tuple[Tokens, float]:
@@ -108,16 +108,16 @@ class TokenizedText:
     def __init__(
         self, tokens: list[list[int]], labels: Sequence[float], *, seed: int, fewest: int = 1
     ) -> None:
-        for row, found in enumerate(tokens, start=1):
+        for row, text in enumerate(tokens, start=1):
             allowed = f"{fewest} tokens or more in every text"
-            require(len(found) >= fewest, "data", f"row {row}", allowed)
-        self.tokens = [np.array(found, dtype=np.int64) for found in tokens]
+            require(len(text) >= fewest, "data", f"row {row}", allowed)
+        self.tokens = [np.array(text, dtype=np.int64) for text in tokens]
         self.labels = labels
         self.num_samples = len(labels)
         self.seed = seed
 
     def text(self, index: int) -> tuple[Tokens, float]:
-        """Every row once an epoch."""
+        """Text at a position of the endless sequence, in which each epoch has every row once."""
         epoch, position = divmod(index, len(self.tokens))
         order = _generator(self.seed, _ORDER, epoch).permutation(len(self.tokens))
         row = int(order[position])
@@ -126,7 +126,7 @@ class TokenizedText:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Endless samples by global index: texts, padded, with what their task asks for."""
+    """An endless sequence of samples: padded texts with the targets of a task."""
 
     texts: Texts
     task: str
@@ -136,7 +136,7 @@ class Dataset:
     pad_token: int
     seed: int
     mask_token: int | None = None
-    """What takes the place of a token that a masked language model has to predict."""
+    """Token that replaces those that a masked language model has to predict."""
 
     def sample(self, index: int) -> Sample:
         """The sample with that global index."""
@@ -153,7 +153,7 @@ class Dataset:
             return tokens, tokens
         if self.task == MASKED_LM:
             assert self.mask_token is not None
-            num_masked = max(1, round(MASKED_SHARE * len(tokens)))
+            num_masked = max(1, round(MASKED_FRACTION * len(tokens)))
             random = _generator(self.seed, _MASKED, index)
             chosen = np.isin(np.arange(len(tokens)), random.permutation(len(tokens))[:num_masked])
             return np.where(chosen, self.mask_token, tokens), np.where(chosen, tokens, IGNORED)
@@ -166,7 +166,7 @@ class Dataset:
 
 
 def build_dataset(model: ModelConfig, data: DataConfig, built: Any, *, seed: int) -> Dataset:
-    """The data that `data` names for the task of `model`.
+    """Dataset from the source `data` for the task of `model`.
 
     Args:
         built: the model, whose vocabulary and padding token are used.
@@ -219,20 +219,20 @@ def num_labels_of(model: ModelConfig, data: DataConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """What one rank computes in one step."""
+class RankBatch:
+    """One rank's samples of one step, in micro-batches."""
 
     indices: tuple[int, ...]
     """Global index of each sample, in the order of the micro-batches."""
     digests: tuple[int, ...]
     """Digest of each sample."""
     batches: tuple[Batch, ...]
-    """Micro-batches, as many on every rank; the last may hold fewer samples, or none."""
+    """Micro-batches, as many as on any rank; the last may have fewer samples, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slicer:
-    """Cuts a rank's share out of each step's global batch."""
+class RankSampler:
+    """Draws a rank's samples of each step's global batch."""
 
     dataset: Dataset
     batch_size: int
@@ -243,7 +243,7 @@ class Slicer:
     extra_inputs: frozenset[str]
     """Which of position_ids and token_type_ids the model takes."""
     is_permuted: bool = False
-    """Reverse the rank's order: the same sum in another order of additions."""
+    """Reverse the order of the rank's samples: the same sum in another order of additions."""
     population: int | None = None
     """Samples that Poisson sampling draws from (N); None for consecutive samples."""
     sizes: tuple[int, ...] = ()
@@ -254,31 +254,31 @@ class Slicer:
         """Samples a step is expected to hold over all ranks and micro-batches (G)."""
         return self.world_size * self.micro_batches * self.batch_size
 
-    def slice(self, step: int) -> Slice:
-        """This rank's share of `step`."""
-        shares = np.array_split(self._global_batch(step), self.world_size)
-        num_batches = self._num_batches(len(shares[0]))
-        indices = shares[self.rank].tolist()
+    def rank_batch(self, step: int) -> RankBatch:
+        """This rank's samples of `step`, in micro-batches."""
+        slices = np.array_split(self._global_batch(step), self.world_size)
+        num_batches = self._num_batches(len(slices[0]))
+        indices = slices[self.rank].tolist()
         if self.is_permuted:
             indices.reverse()
         samples = [self.dataset.sample(index) for index in indices]
         starts = range(0, num_batches * self.batch_size, self.batch_size)
         chunks = [samples[start : start + self.batch_size] for start in starts]
-        return Slice(
+        return RankBatch(
             tuple(indices),
             tuple(sample.digest() for sample in samples),
             tuple(self._batch(chunk) for chunk in chunks),
         )
 
     def leaves_some_empty(self, step: int) -> bool:
-        """Whether a micro-batch of `step` is empty on some rank."""
-        shares = np.array_split(self._global_batch(step), self.world_size)
-        return len(shares[-1]) <= (self._num_batches(len(shares[0])) - 1) * self.batch_size
+        """True if a micro-batch of `step` is empty on some rank."""
+        slices = np.array_split(self._global_batch(step), self.world_size)
+        return len(slices[-1]) <= (self._num_batches(len(slices[0])) - 1) * self.batch_size
 
-    def _num_batches(self, largest_share: int) -> int:
-        # Every rank takes part in every collective, so all do as many micro-batches as the first,
-        # whose share is the largest.
-        return max(1, math.ceil(largest_share / self.batch_size))
+    def _num_batches(self, largest_slice: int) -> int:
+        # Every rank takes part in every collective, so all run as many micro-batches as the first,
+        # whose slice is the largest.
+        return max(1, math.ceil(largest_slice / self.batch_size))
 
     def _global_batch(self, step: int) -> NDArray[np.int64]:
         size = self.expected_batch_size
@@ -296,10 +296,10 @@ class Slicer:
         input_ids = torch.from_numpy(np.stack([s.input_ids for s in samples]))
         attention_mask = torch.from_numpy(np.stack([s.attention_mask for s in samples]))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        # Left to itself, a model makes one row of these for all samples, and Opacus then sees
-        # the sum of the samples' gradients where it should see each.
+        # By default a model makes one row of these that all samples share, of which Opacus sees the
+        # sum of the samples' gradients.
         if "position_ids" in self.extra_inputs:
-            # A sample's first token is at position 0, also behind padding.
+            # A sample's first token is at position 0, also after padding on the left.
             inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if "token_type_ids" in self.extra_inputs:
             inputs["token_type_ids"] = torch.zeros_like(input_ids)
@@ -311,9 +311,9 @@ class Slicer:
 
 
 def extra_inputs_of(model: nn.Module) -> frozenset[str]:
-    """Which optional index inputs are given to the model: those its forward takes.
+    """Optional index inputs that the model's forward takes, of position_ids and token_type_ids.
 
-    RoBERTa and its kin number positions by the tokens themselves; theirs are left to them.
+    RoBERTa and its relatives derive positions from the tokens, and are not given any.
     """
     wanted = {"position_ids", "token_type_ids"}
     if any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):
@@ -322,7 +322,7 @@ def extra_inputs_of(model: nn.Module) -> frozenset[str]:
 
 
 def _generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    """Its own counter-based stream for each (seed, stream, index)."""
+    """A counter-based generator of its own for each (seed, stream, index)."""
     key = np.array([seed, stream], dtype=np.uint64)
     counter = np.array([0, 0, 0, index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -1,8 +1,7 @@
-"""Loss and norms of a step, as a training loop logs them: cheaply, and without waiting.
+"""Loss and norms of a step for logging in a training loop, cheaply and without waiting.
 
-Norms are taken of this rank's shards in float32, and travel with the loss in one all-reduce. The
-result is copied to pinned memory and read when the next step is observed, when it has long
-arrived.
+Norms of this rank's shards are taken in float32 and reduced with the loss in one all-reduce. The
+result is copied to the host and read when the next step is observed, by when it has arrived.
 
 Legend: P trainable parameters, L linear layers.
 """
@@ -17,24 +16,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpsgd_track.distributed.sharding import LocalPart
+from dpsgd_track.kernels.device import HostCopy
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.record.names import LAYER_GRAD_NORM, LAYER_WEIGHT_NORM
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepNorms:
-    """What is logged of one step, over all ranks."""
+    """Loss and norms of one step, over all ranks."""
 
     loss: float
-    """Mean over the samples; 0 where there are none."""
+    """Mean over the samples; 0 if there are none."""
     grad_norm: float
     """L2 norm of clipped sum / expected batch size."""
     layer_weight_norm: dict[str, float]
     layer_grad_norm: dict[str, float]
-    """By linear layer; of the weight's clipped sum / expected batch size."""
+    """Norm of the weight's clipped sum / expected batch size, by linear layer."""
 
     def metrics(self) -> dict[str, float]:
-        """By the names they are logged under."""
+        """The values by the names under which they are logged."""
         metrics = {"loss": self.loss, "grad_norm": self.grad_norm}
         for prefix, norms in (
             (LAYER_WEIGHT_NORM, self.layer_weight_norm),
@@ -45,14 +45,13 @@ class StepNorms:
 
 
 class LayerNorms:
-    """Observes steps; what it saw of one is handed out when the next is observed."""
+    """Measures steps; the norms of one are returned when the next is observed."""
 
     def __init__(
         self,
         layer_names: Sequence[str],
         parameter_names: Sequence[str],
         expected_batch_size: int,
-        device: torch.device,
         add_up: Callable[[Tensor], object] = dist.all_reduce,
     ) -> None:
         """
@@ -60,15 +59,11 @@ class LayerNorms:
             layer_names: linear layers, each with a weight of its own.
             parameter_names: all trainable parameters.
             expected_batch_size: divisor of the clipped sum.
-            add_up: adds a tensor up over all ranks, in place.
+            add_up: sums a tensor over all ranks, in place.
         """
         self._layers, self._parameters = tuple(layer_names), tuple(parameter_names)
         self._divisor, self._add_up = expected_batch_size, add_up
-        size = len(self._parameters) + len(self._layers) + 2
-        is_cuda = device.type == "cuda"
-        self._landed = torch.empty(size, dtype=torch.float32, pin_memory=is_cuda)
-        self._arrival = torch.cuda.Event() if is_cuda else None
-        self._step: int | None = None
+        self._pending: tuple[int, HostCopy] | None = None
 
     def observe(
         self,
@@ -77,7 +72,7 @@ class LayerNorms:
         weights: Sequence[LocalPart],
         records: Sequence[SampleRecord],
     ) -> tuple[int, StepNorms] | None:
-        """Take the norms of a step, to be read later; returns those of the step observed before.
+        """Start to take the norms of a step; returns those of the step observed before.
 
         Args:
             gradients: this rank's shards of the clipped sum, of all trainable parameters.
@@ -87,20 +82,15 @@ class LayerNorms:
         packed = self._packed(gradients, weights, records)
         self._add_up(packed)
         before = self.read()
-        self._landed.copy_(packed, non_blocking=True)
-        if self._arrival is not None:
-            self._arrival.record()
-        self._step = step
+        self._pending = step, HostCopy(packed)
         return before
 
     def read(self) -> tuple[int, StepNorms] | None:
-        """The step that was observed last, and what was seen; None once it has been handed out."""
-        if self._step is None:
+        """The last step observed and its norms; None if they were returned already."""
+        if self._pending is None:
             return None
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        step, self._step = self._step, None
-        return step, self._unpacked(self._landed.tolist())
+        (step, packed), self._pending = self._pending, None
+        return step, self._unpacked(packed.wait().tolist())
 
     def _packed(
         self,
@@ -108,7 +98,7 @@ class LayerNorms:
         weights: Sequence[LocalPart],
         records: Sequence[SampleRecord],
     ) -> Tensor:
-        """[P + L + 2] squared norms of this rank's shards, its sum of losses, its samples."""
+        """[P + L + 2] squared norms of this rank's shards, sum of its losses, number of samples."""
         weight_of = {part.name: part for part in weights}
         gradient_of = {part.name: part for part in gradients}
         parts = [gradient_of[name] for name in self._parameters]
@@ -134,7 +124,7 @@ class LayerNorms:
 
 
 def _counted(part: LocalPart) -> Tensor:
-    # A replica's copy counts for nothing, nor do the rows of a rank that holds none.
+    # Copies in other replicas and empty shards contribute 0.
     if part.is_counted and part.local.numel():
         return part.local
     return part.local.new_zeros(1)
@@ -147,7 +137,7 @@ def reference(
     weights: dict[str, Tensor],
     losses: Tensor,
 ) -> StepNorms:
-    """The same from whole tensors, in float64 and one at a time."""
+    """The same norms from unsharded tensors, in float64 and one at a time."""
 
     def norm(tensor: Tensor) -> float:
         return float(tensor.double().square().sum().sqrt())

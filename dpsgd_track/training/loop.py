@@ -13,9 +13,9 @@ from torch import nn
 
 from dpsgd_track.config import CLIP, NOISE, JobConfig, RegimeConfig, is_probe, layer_norm_steps
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
+from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.modes.table import is_private
-from dpsgd_track.mutants import build
 from dpsgd_track.privacy.accounting import (
     epsilon_prv,
     epsilon_rdp,
@@ -64,10 +64,12 @@ class RegimeRun(PreparedRun):
         regime: RegimeConfig,
         device: torch.device,
         silent: Mapping[int, noise_samples.Floats] | None = None,
+        build: ModeBuilder = build_mode,
     ) -> None:
         """
         Args:
             silent: in the noise regime, `taken` of the twin without noise.
+            build: builds the mode over the fresh weights.
         """
         super().__init__(job, regime, device)
         self.silent = silent
@@ -75,10 +77,10 @@ class RegimeRun(PreparedRun):
         """[P, M] of each step: some elements of this rank's update, times the expected batch size.
         Only in the noise regime."""
         model = self._model()
-        self.slicer = self._slicer(model)
-        self._begin(model, self._context())
+        self.sampler = self._sampler(model)
+        self._begin(model, self._context(), build)
 
-    def _begin(self, model: nn.Module, context: ModeContext) -> None:
+    def _begin(self, model: nn.Module, context: ModeContext, build: ModeBuilder) -> None:
         """Put the mode over `model`, and start its records."""
         job, regime = self.job, self.regime
         digest = weights_digest(model)
@@ -93,7 +95,7 @@ class RegimeRun(PreparedRun):
             Recorder(
                 layer_names,
                 sizes,
-                self.slicer.expected_batch_size,
+                self.sampler.expected_batch_size,
                 digest,
                 self.mode.context.privacy.noise_multiplier * self.max_grad_norms[0],
                 layer_norm_steps(job.layer_norms, regime.num_iter),
@@ -108,7 +110,7 @@ class RegimeRun(PreparedRun):
             NotFiniteError: after the step that became NaN or infinite was yielded.
         """
         for _ in range(self.regime.warmup_iter):
-            self._accumulate(self.slicer.slice(0), 0)
+            self._accumulate(self.sampler.rank_batch(0), 0)
             self.mode.clipped_sum()
             self.mode.zero_grad()
         left_out = self.left_out_steps()
@@ -133,14 +135,14 @@ class RegimeRun(PreparedRun):
         is_told_nothing = self.regime.kind == NOISE or is_probe(self.regime.name)
         if sigma == 0 or not is_private(job.mode) or is_told_nothing:
             return
-        slicer = self.slicer
+        sampler = self.sampler
         done = [row["step"] + 1 for row in self.records[0].rows]
         for num_steps in done:
-            step_is = sigma, num_steps, slicer.expected_batch_size
-            if slicer.population is None:
-                history = sequential_history(*step_is, slicer.dataset.texts.num_samples)
+            step_is = sigma, num_steps, sampler.expected_batch_size
+            if sampler.population is None:
+                history = sequential_history(*step_is, sampler.dataset.texts.num_samples)
             else:
-                history = poisson_history(*step_is, slicer.population)
+                history = poisson_history(*step_is, sampler.population)
             ((_, sampling_rate, steps),) = history
             metrics = {
                 names.EPSILON_RDP: epsilon_rdp(history, job.delta),
@@ -155,18 +157,18 @@ class RegimeRun(PreparedRun):
 
     def left_out_steps(self) -> list[int]:
         """Steps of uneven batches that are not given to a mode which takes no empty one."""
-        if not self.slicer.sizes or self.mode.takes_empty_batches:
+        if not self.sampler.sizes or self.mode.takes_empty_batches:
             return []
         steps = range(self.regime.num_iter)
-        return [step for step in steps if self.slicer.leaves_some_empty(step)]
+        return [step for step in steps if self.sampler.leaves_some_empty(step)]
 
     def _step(self, step: int) -> Step:
         mode, clock = self.mode, StepClock(self.device)
-        share = self.slicer.slice(step)
+        rank_batch = self.sampler.rank_batch(step)
         source = NoiseSource(self.noise_key, step)
         mode.set_max_grad_norm(self.max_grad_norms[step])
         with clock.running():
-            records = self._accumulate(share, step)
+            records = self._accumulate(rank_batch, step)
             clipped = mode.clipped_sum()
         parts = [replace(p, local=clipped.gradients[p.name]) for p in mode.weight_parts()]
         gradient = measure(mode, parts)
@@ -179,7 +181,7 @@ class RegimeRun(PreparedRun):
         with clock.running():
             mode.step()
         mode.zero_grad()
-        local = local_samples(records, share.indices, share.digests, self.parameter_names)
+        local = local_samples(records, rank_batch.indices, rank_batch.digests, self.parameter_names)
         weights_before, self.weights = self.weights, measure(mode, mode.weight_parts())
         time_ms, memory_gib = largest_of_ranks(
             [clock.elapsed_ms, clock.peak_memory_gib], self.device
@@ -204,7 +206,7 @@ class RegimeRun(PreparedRun):
     def _noise(self, step: int, parts: list[LocalPart]) -> NDArray[np.float32]:
         """[W, P, M] some elements of the noise on each rank's shards; empty where none is kept."""
         if self.regime.kind == NOISE:
-            self.taken[step] = noise_samples.take(parts, self.slicer.expected_batch_size)
+            self.taken[step] = noise_samples.take(parts, self.sampler.expected_batch_size)
             if self.silent is not None:
                 noise = self.taken[step] - self.silent[step]
                 return noise_samples.gather(self.mode, parts, noise, self.device)
@@ -225,7 +227,7 @@ class RegimeRun(PreparedRun):
         mixed_norms = np.concatenate(norms[:num_mixed])
         if not len(mixed_norms):
             raise ValueError(
-                f"batch_size={self.slicer.batch_size}: expected samples in the first half of "
+                f"batch_size={self.sampler.batch_size}: expected samples in the first half of "
                 f"regime {CLIP}. Poisson sampling chose none: raise --batch-size."
             )
         mixed = float(np.median(mixed_norms))
@@ -235,10 +237,10 @@ class RegimeRun(PreparedRun):
         return (mixed,) * num_mixed + (below_all,) * (len(norms) - num_mixed)
 
     def _norms(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        share = self.slicer.slice(step)
-        records = self._accumulate(share, step)
+        rank_batch = self.sampler.rank_batch(step)
+        records = self._accumulate(rank_batch, step)
         self.mode.zero_grad()
-        local = local_samples(records, share.indices, share.digests, self.parameter_names)
+        local = local_samples(records, rank_batch.indices, rank_batch.digests, self.parameter_names)
         return gather_samples(local, self.device).norm
 
 

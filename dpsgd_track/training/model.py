@@ -1,4 +1,4 @@
-"""Builds the model: transformers' own code, weights a function of the seed or loaded."""
+"""Builds a model from transformers' classes, with weights from the seed or loaded."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ _HEADS: dict[str, Any] = {
 def build_model(
     config: ModelConfig, *, num_labels: int, seed: int, device: torch.device
 ) -> nn.Module:
-    """A float32 model with the task's head in training mode, whole, on `device`.
+    """An unsharded float32 model with the task's head, in training mode, on `device`.
 
     Random weights (all of a preset's, the new head of a pretrained model) depend on `seed` and
-    the kind of device alone. Dropout is switched off unless asked for.
+    the kind of device alone. Dropout is off unless the configuration enables it.
 
     Args:
         num_labels: outputs of a classifier or regression.
 
     Raises:
-        ValueError: the configuration or the weights can't be loaded, or the model can't do what
-            is asked.
+        ValueError: the configuration or the weights cannot be loaded, or the model does not support
+            the task or gradient checkpointing.
     """
     if config == PROBE_MODEL:
         return build_probe(seed=seed, device=device)
-    # Reports of a newly initialised head say what num_labels already says.
+    # Silences reports of a newly initialised head, which num_labels implies.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     source = resolve_model(config)
@@ -64,10 +64,10 @@ def build_model(
     if not config.dropout:
         _switch_off_dropout(hf_config)
     if config.task == CAUSAL_LM and hasattr(hf_config, "is_decoder"):
-        # An encoder would otherwise see the token that it predicts.
+        # Otherwise an encoder would see the token that it has to predict.
         hf_config.is_decoder = True
     hf_config.use_cache = False
-    # Some configurations have none, or -1, which no embedding can look up.
+    # Some configurations have none, or -1, which is no row of an embedding.
     hf_config.pad_token_id = max(getattr(hf_config, "pad_token_id", None) or 0, 0)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -108,7 +108,7 @@ def _checkpoint_gradients(model: Any, config: ModelConfig) -> None:
         f"a model that can recompute its blocks, which {config.name} can't",
         "Leave out --gradient-checkpointing.",
     )
-    # transformers has renamed it, and warns of the old name where it knows the new one.
+    # transformers has renamed the method, and newer versions warn of the old name.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
 
@@ -129,7 +129,7 @@ def load_config(source: ModelSource) -> Any:
 
 
 def check_length(model: nn.Module, seq_length: int) -> None:
-    """Raise if `seq_length` is over the built model's limit."""
+    """Raise ValueError if `seq_length` exceeds the model's limit."""
     config: Any = model.config
     limit = getattr(config, "max_position_embeddings", None)
     require(
@@ -142,10 +142,10 @@ def check_length(model: nn.Module, seq_length: int) -> None:
 
 
 def perturb_inputs(model: Any, seed: int) -> None:
-    """Move every number that the embedding hands to the model to one of its two neighbours.
+    """Move each output of the input embedding by one unit in the last place, up or down at random.
 
-    Which of the two is random, the same at every call. What comes of it is what any error of one
-    unit in the last place does to a step.
+    The directions are the same at every call. The effect on a step is that of any error of one unit
+    in the last place.
     """
 
     def move(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:

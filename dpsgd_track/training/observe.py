@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dpsgd_track.distributed.ranks import stack_over_ranks
 from dpsgd_track.distributed.sharding import LocalPart, row_range
 from dpsgd_track.kernels.sketch import norm_and_sketch
 from dpsgd_track.modes.protocol import Mode
@@ -27,7 +28,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measured:
-    """Squared norms and sketches of parameter-shaped tensors, over all ranks."""
+    """Squared norms and sketches of unsharded parameter-shaped tensors."""
 
     norm_sq: dict[str, float]
     """Squared L2 norm by parameter."""
@@ -40,10 +41,10 @@ class Measured:
 
 
 def measure(mode: Mode, parts: list[LocalPart]) -> Measured:
-    """Norm and sketch of each part's whole tensor."""
+    """Norm and sketch of each part's unsharded tensor."""
     if mode.replicated:
-        # Every rank holds everything: each measures its share.
-        parts = [_share(part, dist.get_rank(), dist.get_world_size()) for part in parts]
+        # Every rank holds the whole tensors: each measures a slice.
+        parts = [_slice_of(part, dist.get_rank(), dist.get_world_size()) for part in parts]
     packed = torch.stack([_norm_and_sketch(part) for part in parts])
     dist.all_reduce(packed)
     table = packed.cpu().numpy()
@@ -56,7 +57,7 @@ def _norm_and_sketch(part: LocalPart) -> Tensor:
     return norm_and_sketch(part.name, local, part.start, part.num_elements)
 
 
-def _share(part: LocalPart, rank: int, world_size: int) -> LocalPart:
+def _slice_of(part: LocalPart, rank: int, world_size: int) -> LocalPart:
     """The `rank`-th of equal slices of a whole tensor."""
     start, stop = row_range(part.num_elements, rank, world_size)
     return LocalPart(part.name, part.local.reshape(-1)[start:stop], start, part.num_elements)
@@ -64,11 +65,11 @@ def _share(part: LocalPart, rank: int, world_size: int) -> LocalPart:
 
 @dataclass(frozen=True)
 class GatheredSamples:
-    """What is known of each sample, in order of the global index. NaN: not computed."""
+    """Record of each sample, in order of the global index. NaN: not computed."""
 
     index: NDArray[np.int64]
     rank: NDArray[np.int64]
-    """That computed it."""
+    """Rank that computed the sample."""
     loss: Floats
     norm: Floats
     clip_factor: Floats
@@ -77,7 +78,7 @@ class GatheredSamples:
     digests: NDArray[np.int64]
 
     def mean_loss(self) -> float:
-        """Mean over the samples; 0 where there are none, as for the gradient."""
+        """Mean over the samples; 0 if there are none, as the gradient is."""
         return float(self.loss.mean()) if len(self.loss) else 0.0
 
     def data_hash(self) -> str:
@@ -106,7 +107,7 @@ def local_samples(
 def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamples:
     """All ranks' samples, on every rank; a rank may hold none."""
     floats = np.column_stack([local.loss, local.norm, local.clip_factor, local.norm_by_parameter])
-    # Their bits travel as integers, beside the integers.
+    # Floats are sent as their bits, in one table with the integers.
     whole = np.column_stack([local.index, local.rank, local.digests, floats.view(np.int64)])
     whole = _gather_rows(torch.from_numpy(whole), device)
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
@@ -117,20 +118,12 @@ def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamp
 
 
 def _gather_rows(local: Tensor, device: torch.device) -> NDArray[Any]:
-    """The rows of all ranks, of which each may hold another number."""
-    counts = [int(count) for count in _all_gather(torch.tensor([len(local)]), device)]
+    """The rows of all ranks, in any number on each."""
+    counts = stack_over_ranks(torch.tensor([len(local)], device=device)).flatten().tolist()
     padded = local.new_zeros(max(*counts, 1), local.shape[1])
     padded[: len(local)] = local
-    pieces = _all_gather(padded, device)
-    rows = [piece[:count] for piece, count in zip(pieces, counts, strict=True)]
-    return torch.cat(rows).cpu().numpy()
-
-
-def _all_gather(local: Tensor, device: torch.device) -> list[Tensor]:
-    local = local.to(device)
-    pieces = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(pieces, local)
-    return pieces
+    pieces = stack_over_ranks(padded.to(device)).cpu().numpy()
+    return np.concatenate([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
 
 
 def _column(values: Tensor | None, length: int) -> Floats:
@@ -143,17 +136,16 @@ def _by_parameter(record: SampleRecord, names: list[str]) -> Floats:
     length = len(record.loss_B)
     if record.norm_by_parameter_B is None:
         return np.full((length, len(names)), np.nan)
-    known = record.norm_by_parameter_B
-    zeros = torch.zeros(length)
-    return np.column_stack([_column(known.get(name, zeros), length) for name in names])
+    norms, zeros = record.norm_by_parameter_B, torch.zeros(length)
+    return np.column_stack([_column(norms.get(name, zeros), length) for name in names])
 
 
 def largest_of_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise maximum over ranks."""
     packed = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    found: list[float] = packed.tolist()
-    return found
+    largest: list[float] = packed.tolist()
+    return largest
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -165,13 +157,13 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _bits_digest(tensor: Tensor) -> int:
-    """Every word times an odd number of its position, added, chunk after chunk, modulo 2^64.
+    """Sum over chunks of every word times an odd function of its position, modulo 2^64.
 
-    Computed where the tensor is: billions of weights need not leave the device.
+    Computed on the tensor's device: billions of weights need not leave it.
     """
     words = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(words, (0, -len(words) % 4)).view(torch.int32)
-    # On a CPU, small enough to stay in its cache; on a GPU, few launches.
+    # On a CPU a chunk fits into the cache; on a GPU large chunks save launches.
     size = 1 << (24 if words.is_cuda else 16)
     # The constant is 2^64 / golden ratio, made odd. Products wrap around, as intended.
     factors = (2 * torch.arange(size, device=words.device) + 1) * -7046029254386353131
@@ -185,7 +177,7 @@ def _bits_digest(tensor: Tensor) -> int:
 def linear_layer_names(model: nn.Module) -> list[str]:
     """Fully qualified names of linear layers, in the model's order.
 
-    A layer whose weight is another's (a tied head) is left out.
+    A layer that shares an earlier layer's weight (a tied head) is left out.
     """
     own = {name for name, _ in model.named_parameters()}
     return [

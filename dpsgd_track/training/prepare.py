@@ -1,4 +1,4 @@
-"""What a regime's run starts from: model, data, context and noise, before its first step."""
+"""Prepares a regime's run before its first step: model, data, context and noise key."""
 
 from __future__ import annotations
 
@@ -22,28 +22,34 @@ from dpsgd_track.config import (
     RegimeConfig,
 )
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.modes.table import is_private, takes_plan
+from dpsgd_track.modes.table import is_private, takes_norm_plan
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.privacy.noise import fresh_key
-from dpsgd_track.training.data import Slice, Slicer, build_dataset, extra_inputs_of, num_labels_of
+from dpsgd_track.training.data import (
+    RankBatch,
+    RankSampler,
+    build_dataset,
+    extra_inputs_of,
+    num_labels_of,
+)
 from dpsgd_track.training.model import build_model, check_length, perturb_inputs
 from dpsgd_track.training.text_source import population_of
 
 
 class PreparedRun:
-    """A mode over fresh weights, with everything that its steps need."""
+    """A mode with fresh weights and the data of its steps."""
 
     mode: Mode
-    slicer: Slicer
+    sampler: RankSampler
 
     def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
-        """The subclass builds the model, the slicer and the mode, in this order."""
+        """The subclass builds the model, the sampler and the mode, in this order."""
         self.job, self.regime, self.device = job.run_in(regime), regime, device
 
     def _model(self) -> nn.Module:
-        """The model, whole; its weights are a function of the seed."""
+        """The unsharded model; its weights are a function of the seed."""
         job = self.job
         labels = num_labels_of(job.model, job.data)
         model = build_model(job.model, num_labels=labels, seed=job.seed, device=self.device)
@@ -52,9 +58,9 @@ class PreparedRun:
             perturb_inputs(model, job.seed)
         return model
 
-    def _accumulate(self, share: Slice, step: int) -> list[SampleRecord]:
-        records, indices = [], iter(share.indices)
-        for batch in share.batches:
+    def _accumulate(self, rank_batch: RankBatch, step: int) -> list[SampleRecord]:
+        records, indices = [], iter(rank_batch.indices)
+        for batch in rank_batch.batches:
             with self._dropout(step, list(islice(indices, len(batch)))):
                 records.append(self.mode.accumulate(batch))
         return records
@@ -64,10 +70,10 @@ class PreparedRun:
             return nullcontext()
         return KeyedDropout(seed=self.job.seed, step=step, samples=samples)
 
-    def _slicer(self, model: nn.Module) -> Slicer:
+    def _sampler(self, model: nn.Module) -> RankSampler:
         job, regime = self.job, self.regime
         sizes = _uneven_sizes(job, regime)
-        return Slicer(
+        return RankSampler(
             dataset=build_dataset(job.model, job.data, model, seed=job.seed),
             batch_size=job.data.batch_size,
             micro_batches=regime.micro_batches,
@@ -82,26 +88,29 @@ class PreparedRun:
 
     def _context(self) -> ModeContext:
         regime, performance = self.regime, self.job.performance
-        plain = performance.param_dtype if regime.replay == PLAIN else performance.reference_dtype
+        is_plain = regime.replay == PLAIN
+        dtype = performance.param_dtype if is_plain else performance.reference_dtype
         adds_noise = regime.noise_matched or is_private(self.job.mode)
         return ModeContext(
             privacy=PrivacyConfig(
                 noise_multiplier=regime.noise_multiplier if adds_noise else 0.0,
                 # Before calibration nothing is clipped.
                 max_grad_norm=(regime.max_grad_norms or (1e30,))[0],
-                expected_batch_size=self.slicer.expected_batch_size,
+                expected_batch_size=self.sampler.expected_batch_size,
             ),
             device=self.device,
             param_dtype=getattr(torch, performance.param_dtype),
-            reference_dtype=getattr(torch, plain),
+            reference_dtype=getattr(torch, dtype),
             make_optimizer=_optimizer_of(regime),
             num_replicas=performance.num_replicas,
-            plan=performance.plan if takes_plan(self.job.mode, performance.plan) else AUTO,
+            norm_plan=performance.plan
+            if takes_norm_plan(self.job.mode, performance.plan)
+            else AUTO,
             loss=LOSSES[self.job.model.task],
         )
 
     def _noise_key(self) -> str:
-        # Matched noise is common to all modes; a mode's own is its own.
+        # All modes share matched noise; otherwise each mode draws its own.
         if self.regime.noise_matched:
             return f"{self.job.seed}/common"
         if self.job.noise_from == "os":
@@ -110,11 +119,11 @@ class PreparedRun:
 
 
 def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
-    """Samples of each step where they are to differ, so that ranks and micro-batches do as well.
+    """Samples of each step in regimes with uneven batches, so that ranks and micro-batches differ.
 
-    In the noise regime all, one fewer, none, a single one. In the probe's clip regime one fewer
-    than all, a third of all (a full micro-batch of each of several ranks) and one sample more, all,
-    a single one. And again. A mode on one device, which has all ranks' micro-batches, gets as many.
+    With G samples in a full batch, the noise regime repeats G, G - 1, 0, 1. The probe's clip
+    regime repeats G - 1, G / 3 + 1 (a full micro-batch on each of several ranks and one sample
+    more), G, 1. A mode on one device, which runs the micro-batches of all ranks, has the same.
     """
     full = dist.get_world_size() * job.data.batch_size * regime.micro_batches
     if regime.kind == NOISE:

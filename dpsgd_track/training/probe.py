@@ -1,11 +1,10 @@
-"""The probe: a small model that holds everything that known faults need to show.
+"""The probe: a small model with every feature that a known fault needs to show.
 
-Whatever model the user chose may hide a fault that another would show. The probe has a biased
-linear layer that sees several positions, tokens that repeat, a padding index, targets that are
-ignored, LayerNorm and RMSNorm, a head tied to the embedding, a module that is used twice, two
-linear layers whose outputs are added, a parameter that is never used, and one with fewer rows than
-there are ranks. No two sizes are equal, few are divisible by anything, and most lie one past a
-power of two.
+The user's model may hide a fault that another model would show. The probe has a biased linear layer
+over several positions, repeated tokens, a padding index, ignored targets, LayerNorm and RMSNorm, a
+head tied to the embedding, a module that is used twice, two linear layers whose outputs are added,
+an unused parameter, and one with fewer rows than ranks. No two sizes are equal, few have small
+divisors, and most are one past a power of two.
 
 Shapes: B samples, T positions, D values of a position, H values inside a block, V tokens.
 """
@@ -21,9 +20,9 @@ NUM_TOKENS, MAX_LENGTH = 31, 23
 D, H = 33, 65
 _UNUSED = 7
 _SPREAD = 0.1
-"""Std of what is added to every parameter: zero biases and unit norms would hide errors."""
+"""Std of the noise on every initial parameter: zero biases and unit weights would hide errors."""
 _OF_EMBEDDING = 0.3
-"""What the embedding's weights, standard normal otherwise, are multiplied by."""
+"""Scale of the embedding's weights, which are standard normal by default."""
 
 
 class _Block(nn.Module):
@@ -39,7 +38,7 @@ class _Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         h = self.norm(x_BTD)
-        # Padding takes part, so that the gradients of its row are only zero if they are made so.
+        # Padding takes part, so that its row's gradient is zero only if it is masked.
         around = h.mean(dim=1, keepdim=True) + h.roll(1, dims=1)
         h = torch.tanh(self.left(h) + self.right(around))
         h = torch.tanh(self.reused(torch.tanh(self.reused(h))))
@@ -65,7 +64,7 @@ class Probe(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T]; the mask is there because every model takes one."""
+        """Logits [B, T, V] of tokens [B, T]; the mask is unused, as the interface asks for one."""
         h = self.embedding(input_ids) + self.position(position_ids)
         for block in self.blocks:
             h = block(h)
@@ -73,7 +72,7 @@ class Probe(nn.Module):
         return logits
 
     def get_input_embeddings(self) -> nn.Module:
-        """As transformers' models have it."""
+        """The token embedding, as transformers' models return it."""
         return self.embedding
 
 
@@ -85,6 +84,6 @@ def build_probe(*, seed: int, device: torch.device) -> nn.Module:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(_SPREAD * torch.randn_like(parameter))
-            # As the head's weight, it would make loud guesses.
+            # As the tied head's weight, it would make overconfident predictions.
             model.embedding.weight.mul_(_OF_EMBEDDING)
     return model.to(device).train()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from dpsgd_track.config import JobConfig, RegimeConfig
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
-from dpsgd_track.mutants import build
+from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.record.timings import Timings
@@ -39,18 +39,28 @@ def is_tracked(step: int) -> bool:
 class ProfileRun(PreparedRun):
     """A mode over fresh weights, and the times of its steps."""
 
-    def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        job: JobConfig,
+        regime: RegimeConfig,
+        device: torch.device,
+        build: ModeBuilder = build_mode,
+    ) -> None:
+        """
+        Args:
+            build: builds the mode over the fresh weights.
+        """
         super().__init__(job, regime, device)
         model = self._model()
-        self.slicer = self._slicer(model)
+        self.sampler = self._sampler(model)
         parameters = trainable_parameters(model)
         layers = [name for name in linear_layer_names(model) if f"{name}.weight" in parameters]
         self.mode = build(job.mode, model, self._context())
         self._source_key = self._noise_key()
         # On the device before the first step.
-        self._slices = [self.slicer.slice(step) for step in range(regime.num_iter)]
-        expected = self.slicer.expected_batch_size
-        self._norms = LayerNorms(layers, list(parameters), expected, device, _add_up)
+        self._rank_batches = [self.sampler.rank_batch(step) for step in range(regime.num_iter)]
+        expected = self.sampler.expected_batch_size
+        self._norms = LayerNorms(layers, list(parameters), expected, _add_up)
 
     def run(self, on_tracked: OnTracked) -> tuple[Timings, Timings]:
         """Take all steps; returns the times of the slowest rank, and this rank's own.
@@ -84,7 +94,7 @@ class ProfileRun(PreparedRun):
 
     def _step(self, step: int, on_tracked: OnTracked) -> None:
         mode = self.mode
-        records = self._accumulate(self._slices[step % len(self._slices)], step)
+        records = self._accumulate(self._rank_batches[step % len(self._rank_batches)], step)
         clipped = mode.clipped_sum()
         if is_tracked(step):
             self._track(step, clipped, records, on_tracked)
@@ -110,7 +120,9 @@ class ProfileRun(PreparedRun):
         return weights
 
     def _num_tokens(self) -> tuple[int, ...]:
-        own = [len(share.indices) * self.job.data.seq_length for share in self._slices]
+        own = [
+            len(rank_batch.indices) * self.job.data.seq_length for rank_batch in self._rank_batches
+        ]
         total = torch.tensor(own, device=self.device)
         dist.all_reduce(total)
         return tuple(total.tolist())

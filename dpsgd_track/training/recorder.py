@@ -1,4 +1,4 @@
-"""Turns the steps of one regime into trajectories: the global one and this rank's own."""
+"""Collects the steps of one regime into its trajectory and into a rank's metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dpsgd_track.training.observe import GatheredSamples, Measured
 
 @dataclass(frozen=True, kw_only=True)
 class StepObservation:
-    """Everything observed of one step."""
+    """Measurements of one step."""
 
     step: int
     samples: GatheredSamples
@@ -32,7 +32,7 @@ class StepObservation:
     weights_before: Measured
     weights_after: Measured
     noise: NDArray[np.float32]
-    """[W, P, M] some elements of the noise on each rank's shard of each parameter."""
+    """[W, P, M] sampled elements of the noise on each rank's shard of each parameter."""
     max_grad_norm: float
     step_time_ms: float
     peak_memory_gib: float
@@ -41,7 +41,7 @@ class StepObservation:
 
 @dataclass
 class Recorder:
-    """Collects one regime's steps."""
+    """Collects the steps of one regime."""
 
     layer_names: list[str]
     parameter_sizes: dict[str, int]
@@ -54,7 +54,7 @@ class Recorder:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, seen: StepObservation) -> dict[str, float]:
-        """Record a step; returns it as metrics."""
+        """Record a step; returns its metrics."""
         divisor = self.expected_batch_size
         factors = seen.samples.clip_factor
         is_clipping = len(factors) > 0 and not np.isnan(factors).any()
@@ -86,7 +86,7 @@ class Recorder:
         return self._metrics(row)
 
     def trajectory(self) -> Trajectory:
-        """All steps so far."""
+        """The trajectory of all steps so far."""
         num_samples = max(len(row["sample_index"]) for row in self.rows)
         rows = [_widened(row, num_samples) for row in self.rows]
         columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
@@ -121,7 +121,7 @@ class Recorder:
 
 
 def _widened(row: dict[str, Any], num_samples: int) -> dict[str, Any]:
-    """`row` with its samples' columns as long as those of the step that has most of them."""
+    """`row` with its samples' columns padded to `num_samples`."""
     missing = num_samples - len(row["sample_index"])
     widened = dict(row)
     for name in SAMPLE_COLUMNS:
@@ -139,7 +139,7 @@ def rank_metrics(
     metrics = {"step_time_ms": step_time_ms, "peak_memory_gib": memory_gib}
     if len(local.index):
         metrics["loss"] = local.mean_loss()
-    # In order of the global index, so that positions mean the same in a permuted replay.
+    # In order of the global index, so that a permuted replay has the same positions.
     for prefix, column in ((SAMPLE_NORM, local.norm), (CLIP_FACTOR, local.clip_factor)):
         for position, row in enumerate(np.argsort(local.index)):
             if not np.isnan(column[row]):

@@ -22,7 +22,7 @@ CORPORA = ("public-domain",)
 """Bundled corpora by name."""
 
 Rows = Iterable[tuple[int, Mapping[str, Any]]]
-"""Line that a row begins in, and its columns by name."""
+"""(line in which the row begins, its columns by name)"""
 
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 _TRUTH, _NUMBER, _TEXT = "true or false", "a number", "a text"
@@ -36,18 +36,18 @@ class LabelledText:
     labels: tuple[int, ...]
     """Class index of each text."""
     label_names: tuple[str, ...]
-    """What the file calls each class, sorted."""
+    """Names of the classes in the file, sorted."""
     lines: tuple[int, ...] = field(compare=False, repr=False)
-    """Line of the file that each text begins in."""
+    """Line of the file in which each text begins."""
     source: str = field(compare=False)
     """Name of a bundled corpus, or path of the file."""
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """Each text's label as a number, or its class index where none of them is one.
+        """Each text's label as a number, or its class index if no label is a number.
 
         Raises:
-            ValueError: only some are, or float32 does not hold one of them.
+            ValueError: only some labels are numbers, or one overflows float32.
         """
         named = [_as_number(name) for name in self.label_names]
         if all(number is None for number in named):
@@ -63,7 +63,7 @@ class LabelledText:
 
 
 def population_of(data: DataConfig) -> int | None:
-    """Samples that Poisson sampling draws from; None where nothing is drawn."""
+    """Number of samples that Poisson sampling draws from; None without Poisson sampling."""
     if data.sampling != POISSON:
         return None
     return data.dataset_size or len(read_text(data.source).texts)
@@ -94,7 +94,7 @@ def _json_rows(lines: Iterable[str], source: str) -> Rows:
             continue
         try:
             row = json.loads(line)
-        # Python also refuses an integer of too many digits, and what is nested too deeply.
+        # Python also refuses integers of too many digits, and deep nesting.
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"data={source!r}: expected one JSON object a line. Line {number}: {error}"
@@ -108,8 +108,8 @@ _LIMIT_OF_FIELDS = threading.Lock()
 
 @contextlib.contextmanager
 def _fields_of_any_length() -> Iterator[None]:
-    """Have `csv` read long texts. The limit is the process's: it is put back at the end."""
-    # Of two threads, the first to end would take the other's limit back.
+    """Lift the process-wide limit on the length of a CSV field, and restore it at the end."""
+    # Without the lock, one thread would restore the limit while another reads.
     with _LIMIT_OF_FIELDS:
         before = csv.field_size_limit(sys.maxsize)
         try:
@@ -131,8 +131,8 @@ def _csv_rows(file: TextIO, source: str) -> Rows:
     line = 1
     try:
         for cells in reader:
-            # Only within quotes does a row ask for a line after the last. It would hold all rows
-            # from there on as one text.
+            # The reader only asks for a line past the last within quotes. The row would swallow all
+            # lines from there on as one text.
             advice = f"The row of line {line} opens a quote that is never closed."
             require(not is_at_end, "data", source, "CSV whose quotes are closed", advice)
             if header and cells:
@@ -175,7 +175,7 @@ def _labelled(rows: Rows, source: str) -> LabelledText:
 
 
 def _check_label(source: str, line: int, label: Any, kind: str, first: int) -> None:
-    """Raise unless `label` is one, and of the `kind` that the label of line `first` is."""
+    """Raise unless `label` is valid, and of the same `kind` as the label of line `first`."""
     number = _as_number(label)
     is_finite = number is None or math.isfinite(number)
     is_empty = isinstance(label, str) and not label.strip()
@@ -187,7 +187,7 @@ def _check_label(source: str, line: int, label: Any, kind: str, first: int) -> N
 
 
 def _refused_label(source: str, line: int, label: Any, allowed: str) -> ValueError:
-    # Anything may stand there, and be long.
+    # It may be anything, of any length.
     got = reprlib.repr(label)
     return ValueError(
         f"data={source!r}, line {line}, label={got}: expected {allowed}. "
@@ -196,7 +196,7 @@ def _refused_label(source: str, line: int, label: Any, allowed: str) -> ValueErr
 
 
 def _kind(label: Any) -> str:
-    """What a label is; empty where it cannot be one."""
+    """Kind of a label; empty if it cannot be a label."""
     if isinstance(label, bool):
         return _TRUTH
     if isinstance(label, int | float):
@@ -205,7 +205,7 @@ def _kind(label: Any) -> str:
 
 
 def _as_number(label: Any) -> float | None:
-    """The number that a label is or spells; None where it is none."""
+    """The number that a label is or spells; None if there is none."""
     if isinstance(label, bool) or not isinstance(label, int | float | str):
         return None
     try:
@@ -217,13 +217,13 @@ def _as_number(label: Any) -> float | None:
 
 
 def _name(label: Any) -> str:
-    """What the class is called: 1 and 1.0 are one number, and one class."""
+    """Name of a label's class: 1 and 1.0 are the same number, and the same class."""
     is_whole = isinstance(label, float) and label.is_integer()
     return str(int(label) if is_whole else label)
 
 
 def _is_unicode(text: str) -> bool:
-    r"""Whether it holds no half of a pair, as JSON's "\ud83d" alone: no tokenizer takes it."""
+    r"""True without lone surrogates, such as JSON's "\ud83d", which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -15,6 +15,7 @@ import signal
 import statistics
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT
+from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.modes.protocol import Mode
-from dpsgd_track.mutants import unreached_seams
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
@@ -45,12 +46,27 @@ LEAVING_TIMEOUT_S = 5.0
 """How long a worker that is told to stop may take to put its trajectories away."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
+Unreached = Callable[[], tuple[str, ...]]
+"""Tells where the builder of the last mode has placed something that no step came by."""
+
 
 class Worker:
     """What a rank does, and what it leaves behind."""
 
-    def __init__(self, started: StartedJob, writer: SpoolWriter) -> None:
+    def __init__(
+        self,
+        started: StartedJob,
+        writer: SpoolWriter,
+        build: ModeBuilder = build_mode,
+        unreached: Unreached = tuple,
+    ) -> None:
+        """
+        Args:
+            build: builds the job's mode, once for each regime.
+            unreached: asked once each regime is over.
+        """
         self.started, self.job, self.writer = started, started.job, writer
+        self._build, self._unreached = build, unreached
         self.rank = int(os.environ["RANK"])
         self.folder = Path(started.work_dir)
         self.clip_bounds: dict[str, tuple[float, ...]] = {}
@@ -107,7 +123,8 @@ class Worker:
         if regime.kind == CLIP and regime.replay:
             regime = replace(regime, max_grad_norms=self.clip_bounds[regime.name])
         is_noisy = regime.kind == NOISE and not regime.replay
-        run = RegimeRun(self.job, regime, device, self.silent if is_noisy else None)
+        silent = self.silent if is_noisy else None
+        run = RegimeRun(self.job, regime, device, silent, self._build)
         if regime.replay == SILENT:
             self.silent = run.taken
         if regime.kind == CLIP and not regime.max_grad_norms:
@@ -132,7 +149,7 @@ class Worker:
 
     def _profile(self, number: int, folder: Path, device: torch.device) -> None:
         """Time the steps; what is known of them is put away once all are taken."""
-        run = ProfileRun(self.job, self.job.regimes[number], device)
+        run = ProfileRun(self.job, self.job.regimes[number], device, self._build)
         timings, own = run.run(
             lambda step, seen: self._log(number, step, seen.metrics(), is_global=True)
         )
@@ -163,9 +180,9 @@ class Worker:
             device=_device_facts(self.job.performance.device),
             is_replicated=mode.replicated,
             left_out_steps=tuple(left_out),
-            norm_plan=mode.plan(),
+            norm_plan=mode.norm_plan(),
             imported=imported_from(variant.root) if variant else {},
-            unreached_seams=tuple(unreached_seams()),
+            unreached=self._unreached(),
         )
         path = folder / FACTS_FILE
         path.write_text(FACTS.dumps(facts), encoding="utf-8")
@@ -304,17 +321,23 @@ def preload() -> None:
             importlib.import_module(name)
 
 
-def main(job_file: str) -> int:
-    """Run the job; returns the process's exit code."""
+def main(job_file: str, build: ModeBuilder = build_mode, unreached: Unreached = tuple) -> int:
+    """Run the job; returns the process's exit code.
+
+    Args:
+        build: builds the job's mode, once for each regime.
+        unreached: asked once each regime is over.
+    """
     # Before any other thread starts: threads inherit what is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     started = STARTED_JOB.loads(Path(job_file).read_bytes())
     rank = int(os.environ["RANK"])
     # Rank 0 logs what is everybody's. A file that would stay empty is not even made.
-    is_logged = rank == 0 or any(ranks[rank] for ranks in started.rank_runs)
-    folder = Path(started.spool) if started.spool and is_logged else None
+    own = [ranks[rank] for ranks in started.rank_runs if ranks[rank]]
+    runs = [*started.mode_runs, *own] if rank == 0 else own
+    folder = Path(started.spool) if started.spool and runs else None
     name = f"{Path(started.work_dir).name}-rank{rank}{RECORDS}"
-    worker = Worker(started, SpoolWriter(folder, name))
+    worker = Worker(started, SpoolWriter(folder, name, runs=runs), build, unreached)
     is_done = threading.Event()
     _flush_when_told_to_stop(worker, is_done)
     code = _run(worker)

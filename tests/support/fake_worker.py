@@ -21,7 +21,7 @@ from dpsgd_track.record.facts import FACTS, DeviceFacts, RunFacts
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.plan import STARTED_JOB, StartedJob
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.store.spool import SpoolWriter
+from dpsgd_track.store.spool import RECORDS, SpoolWriter
 
 SAMPLES, PROJECTIONS = 4, 3
 modes_seen: list[str] = []
@@ -120,9 +120,10 @@ def main(job_file: str) -> int:
     (work_dir / f"process-rank{rank}.json").write_text(
         json.dumps([os.getpid(), modes_seen, num_ranks])
     )
-    writer = SpoolWriter(
-        Path(started.spool) if started.spool else None, f"{work_dir.name}-{rank}.records"
-    )
+    folder = Path(started.spool) if started.spool else None
+    own = [ranks[rank] for ranks in started.rank_runs if ranks[rank]]
+    runs = [*started.mode_runs, *own] if rank == 0 else own
+    writer = SpoolWriter(folder, f"{work_dir.name}-rank{rank}{RECORDS}", runs=runs)
     plan = json.loads(os.environ.get("FAKE_WORKER", "{}")).get(job.mode, {"do": ""})
     if plan["do"] == "environment":
         shown = {"argv": sys.argv, "has_token": bool(os.environ.get("HF_TOKEN"))}

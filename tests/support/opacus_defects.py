@@ -44,9 +44,9 @@ from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.loss import PerSampleLoss, causal_lm_loss, classification_loss
 from dpsgd_track.privacy.noise import NoiseSource
-from dpsgd_track.training.data import Slice
+from dpsgd_track.training.data import RankBatch
 from dpsgd_track.training.loop import RegimeRun
-from tests.support.torchrun_modes import _error, _whole
+from tests.support.torchrun_modes import largest_error, whole
 
 CPU = torch.device("cpu")
 T, VOCAB = 16, 61
@@ -274,7 +274,7 @@ CONDITIONS = {
 
 
 @dataclass(frozen=True)
-class _Slicer:
+class _Sampler:
     """Cuts steps as the tool's own does, out of a condition's samples."""
 
     condition: Condition
@@ -285,7 +285,7 @@ class _Slicer:
     def expected_batch_size(self) -> int:
         return self.condition.batch_size * self.condition.micro_batches * dist.get_world_size()
 
-    def slice(self, step: int) -> Slice:
+    def rank_batch(self, step: int) -> RankBatch:
         condition = self.condition
         share = condition.batch_size * condition.micro_batches
         first = step * self.expected_batch_size + dist.get_rank() * share
@@ -294,7 +294,7 @@ class _Slicer:
             condition.batch(indices[at : at + condition.batch_size], step)
             for at in range(0, share, condition.batch_size)
         ]
-        return Slice(tuple(indices), tuple(indices), tuple(batches))
+        return RankBatch(tuple(indices), tuple(indices), tuple(batches))
 
 
 class _Run(RegimeRun):
@@ -320,7 +320,7 @@ class _Run(RegimeRun):
             regimes=(regime,),
         )
         self.regime, self.device = regime, CPU
-        self.slicer: Any = _Slicer(condition)
+        self.sampler: Any = _Sampler(condition)
         torch.manual_seed(0)
         model = condition.model().train()
         self._begin(model, replace(self._context(), loss=condition.loss))
@@ -376,7 +376,7 @@ def _clipped_sum(mode: Mode, batch: Batch) -> dict[str, Tensor]:
     """Whole, on every rank. The oracle takes no empty batch."""
     if len(batch) or not mode.replicated:
         mode.accumulate(batch)
-    return _whole(mode, mode.clipped_sum().gradients)
+    return whole(mode, mode.clipped_sum().gradients)
 
 
 def empty_batch(modes: tuple[str, ...]) -> dict[str, Any]:
@@ -386,7 +386,10 @@ def empty_batch(modes: tuple[str, ...]) -> dict[str, Any]:
     if dist.get_rank() == dist.get_world_size() - 1:
         batch = Batch({name: t[:0] for name, t in batch.inputs.items()}, batch.targets[:0])
     wanted = _clipped_sum(_build("reference", condition), batch)
-    return {mode: _error(_clipped_sum(_build(mode, condition), batch), wanted)[0] for mode in modes}
+    return {
+        mode: largest_error(_clipped_sum(_build(mode, condition), batch), wanted)[0]
+        for mode in modes
+    }
 
 
 def _farthest(parts: list[LocalPart]) -> float:

@@ -30,6 +30,7 @@ from tests.support.synthetic_group import (
     mode_run,
     permuted,
     put,
+    scaled,
     trajectory,
     without_norms,
 )
@@ -272,3 +273,26 @@ def _finding(made: GroupComparison) -> Any:
 def large(steps: int = 10_000, layers: int = 30) -> GroupComparison:
     """A full group: seven modes of many steps."""
     return comparison(runs(FULL, steps=steps, samples=8, layers=layers, guilty=GUILTY), "full")
+
+
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)>|`**[x](http://e.vil)@you%{x}"
+)
+
+
+def hostile() -> GroupComparison:
+    """A group in which every name that a run can bring is an attack."""
+    record = trajectory(noise_std=0.0)
+    names: dict[str, Any] = {
+        key: np.array([HOSTILE + name for name in getattr(record, key)])
+        for key in ("layer_names", "parameter_names")
+    }
+    record = replace(record, **names)
+    wrong = scaled(record, "layer_grad_norm", 1.1, (2, 1))
+    runs = [
+        mode_run("reference", "clip", record),
+        mode_run(f"m:{HOSTILE}", "clip", wrong),
+        mode_run("flash_fsdp", "clip", status="FAILED", reason=HOSTILE),
+    ]
+    params = {"model_name": HOSTILE, "command": f"launch.py\n```\n{HOSTILE}"}
+    return compare_group(group_of(runs, name=HOSTILE, params=params), Thresholds())

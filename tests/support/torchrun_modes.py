@@ -19,7 +19,7 @@ from dpsgd_track.config import AUTO, GRADIENTS, PrivacyConfig
 from dpsgd_track.distributed.sharding import as_sharded
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
-from dpsgd_track.modes.table import takes_plan
+from dpsgd_track.modes.table import takes_norm_plan
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.noise import NoiseSource
@@ -43,14 +43,14 @@ class Spec:
     is_checkpointing: bool = False
 
 
-def _build(spec: Spec, name: str, device: torch.device) -> nn.Module:
+def model_of(spec: Spec, name: str, device: torch.device) -> nn.Module:
     model: Any = build(name).to(device)
     if spec.is_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def _batches(spec: Spec, name: str, device: torch.device) -> list[Batch]:
+def batches_of(spec: Spec, name: str, device: torch.device) -> list[Batch]:
     """This rank's micro-batches out of the common samples."""
     sizes = [size for cells in spec.cut for size in cells]
     ends = torch.tensor(sizes).cumsum(0).tolist()
@@ -72,7 +72,7 @@ def _batches(spec: Spec, name: str, device: torch.device) -> list[Batch]:
     ]
 
 
-def _context(spec: Spec, name: str, max_grad_norm: float, device: torch.device) -> ModeContext:
+def context_of(spec: Spec, name: str, max_grad_norm: float, device: torch.device) -> ModeContext:
     return ModeContext(
         privacy=PrivacyConfig(
             noise_multiplier=SIGMA,
@@ -89,11 +89,11 @@ def _context(spec: Spec, name: str, max_grad_norm: float, device: torch.device) 
 
 def _planned(context: ModeContext, mode: str, regime: str) -> ModeContext:
     """`context` with what a mode would keep of larger models, but where it clips some samples."""
-    keeps_gradients = regime != "mixed" and takes_plan(mode, GRADIENTS)
-    return replace(context, plan=GRADIENTS if keeps_gradients else AUTO)
+    keeps_gradients = regime != "mixed" and takes_norm_plan(mode, GRADIENTS)
+    return replace(context, norm_plan=GRADIENTS if keeps_gradients else AUTO)
 
 
-def _whole(mode: Mode, shards: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole(mode: Mode, shards: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, parameter in mode.model.named_parameters():
         local = shards[name].detach().double().clone()
@@ -116,18 +116,18 @@ def _terms(records: list[SampleRecord]) -> dict[str, Tensor]:
     return terms
 
 
-def _run(mode: Mode, batches: list[Batch]) -> dict[str, Any]:
+def one_step(mode: Mode, batches: list[Batch]) -> dict[str, Any]:
     # A discarded first step, as warm-up does: nothing of it may remain.
     mode.accumulate(batches[0])
     mode.clipped_sum()
     mode.zero_grad()
     records = [mode.accumulate(batch) for batch in batches]
     clipped = mode.clipped_sum()
-    summed = _whole(mode, clipped.gradients)
-    noised = _whole(mode, mode.privatize(clipped, NoiseSource("1/common", 0)))
+    summed = whole(mode, clipped.gradients)
+    noised = whole(mode, mode.privatize(clipped, NoiseSource("1/common", 0)))
     mode.step()
     mode.zero_grad()
-    weights = _whole(mode, {p.name: p.local for p in mode.weight_parts()})
+    weights = whole(mode, {p.name: p.local for p in mode.weight_parts()})
     return {
         "loss": torch.cat([r.loss_B.double() for r in records]),
         "norm": None
@@ -141,7 +141,7 @@ def _run(mode: Mode, batches: list[Batch]) -> dict[str, Any]:
     }
 
 
-def _error(
+def largest_error(
     found: dict[str, Tensor], wanted: dict[str, Tensor], terms: dict[str, Tensor] | None = None
 ) -> tuple[float, str]:
     """Largest relative error over parameters, and where.
@@ -173,7 +173,7 @@ def _device() -> torch.device:
     return device
 
 
-def _bounds(oracle: Mode, batches: list[Batch]) -> dict[str, float]:
+def bounds(oracle: Mode, batches: list[Batch]) -> dict[str, float]:
     """C that clips none, some and all samples."""
     norms = torch.cat([oracle.accumulate(b).norm_B for b in batches])
     oracle.zero_grad()
@@ -194,30 +194,30 @@ def main(output: str, spec_json: str) -> None:
     device = _device()
     rows = []
     for name in spec.models:
-        model = _build(spec, name, device)
-        batches = _batches(spec, name, device)
-        oracle = build_mode("reference", copy.deepcopy(model), _context(spec, name, 1e30, device))
-        for regime, bound in _bounds(oracle, batches).items():
+        model = model_of(spec, name, device)
+        batches = batches_of(spec, name, device)
+        oracle = build_mode("reference", copy.deepcopy(model), context_of(spec, name, 1e30, device))
+        for regime, bound in bounds(oracle, batches).items():
             if regime not in spec.regimes:
                 continue
-            context = _context(spec, name, bound, device)
-            wanted = _run(build_mode("reference", copy.deepcopy(model), context), batches)
+            context = context_of(spec, name, bound, device)
+            wanted = one_step(build_mode("reference", copy.deepcopy(model), context), batches)
             for mode in spec.modes:
                 try:
                     planned = _planned(context, mode, regime)
-                    found = _run(build_mode(mode, copy.deepcopy(model), planned), batches)
+                    found = one_step(build_mode(mode, copy.deepcopy(model), planned), batches)
                 except Exception as error:  # one of all ranks, or the group hangs
                     refused = {"model": name, "regime": regime, "mode": mode, "error": str(error)}
                     rows.append(refused)
                 else:
-                    rows.append(_row(name, regime, bound, mode, found, wanted))
+                    rows.append(row_of(name, regime, bound, mode, found, wanted))
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _row(
+def row_of(
     model: str,
     regime: str,
     bound: float,
@@ -232,7 +232,7 @@ def _row(
     # A gradient of zero cannot be clipped, and is not counted.
     counts = torch.stack([(want["norm"] > bound).sum(), (want["norm"] > 0).sum()])
     dist.all_reduce(counts)
-    sum_error, sum_where = _error(found["sum"], want["sum"], want["terms"])
+    sum_error, sum_where = largest_error(found["sum"], want["sum"], want["terms"])
     return {
         "model": model,
         "regime": regime,
@@ -243,8 +243,8 @@ def _row(
         "norm_dtype": found["norm_dtype"],
         "sum_error": sum_error,
         "sum_where": sum_where,
-        "noised_error": _error(found["noised"], want["noised"])[0],
-        "weights_error": _error(found["weights"], want["weights"])[0],
+        "noised_error": largest_error(found["noised"], want["noised"])[0],
+        "weights_error": largest_error(found["weights"], want["weights"])[0],
     }
 
 

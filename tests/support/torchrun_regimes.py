@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dpsgd_track.config import SILENT
+from dpsgd_track.config import SILENT, JobConfig
 from dpsgd_track.record.plan import STARTED_JOB
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.recorder import rank_metrics
+from tests.support.forked_ranks import ForkedRanks
+from tests.support.synthetic_group import started
 
 
 def main(folder_name: str) -> None:
@@ -41,3 +43,15 @@ def main(folder_name: str) -> None:
                 run.records[0].trajectory().save(out / f"{stem}.npz")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_jobs(
+    rank_host: ForkedRanks, folder: Path, world_size: int, jobs: dict[str, JobConfig]
+) -> Path:
+    """Run `jobs` on `world_size` ranks; returns the folder of their records."""
+    (folder / "out").mkdir(parents=True)
+    for name, job in jobs.items():
+        (folder / f"{name}.json").write_text(started(job))
+    done = rank_host.run("tests.support.torchrun_regimes", str(folder), num_ranks=world_size)
+    assert done.code == 0, done.log[-3000:]
+    return folder / "out"

@@ -8,7 +8,7 @@ from dpsgd_track.kernels.left_out import kept_samples, only_kept
 
 
 def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
-    """As the package's: one product, of factors of which the smaller was scaled."""
+    """One matrix product; the clip factors scale the smaller of its two operands."""
     is_kept_B = kept_samples(factor_B)
     factor_B = only_kept(factor_B, is_kept_B)
     x_BTD = only_kept(x_BTD, is_kept_B).to(factor_B.dtype)

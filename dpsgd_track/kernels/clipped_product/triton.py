@@ -1,8 +1,8 @@
 """The clipped sum of outer products on a GPU: one launch, float32 sums on tensor cores.
 
-A tile holds one running sum. Before sample i is added, it is multiplied by c_{i-1} / c_i, and by
-the last factor at the end, so that what each product was multiplied by is its own factor. Of a
-sample that is left out nothing is read, and the running sum stays as it is.
+A tile holds one running sum. It is multiplied by c_{i-1} / c_i before sample i is added, and by
+the last factor at the end, so that each product is scaled by its own factor. A sample that is left
+out is not read, and leaves the running sum as it is.
 
 Shapes: B samples, T positions, D inputs, P outputs.
 """
@@ -22,7 +22,7 @@ from dpsgd_track.kernels.flash_norm.triton import (
     with_unit_stride,
 )
 
-# Smallest factor that has all its bits: float32's normal range begins here.
+# Smallest factor with full precision: the start of float32's normal range.
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -47,11 +47,11 @@ def _clipped_product_kernel(
     ratio = 1.0
     before = tl.where(is_kept, coming, 1.0)
     for sample in range(B):
-        # Read long before it is needed, as the next sample's loads wait for it.
+        # Loaded early, as the next sample's loads depend on it.
         coming = tl.load(factor_ptr + sample + 1, mask=sample + 1 < B, other=0.0)
         total *= ratio
         num_positions = tl.where(is_kept, T, 0)
-        # Where all is loaded without a mask, the loop ends before it begins.
+        # Unmasked loads cannot skip a sample, so its loop has no iterations instead.
         stop = num_positions if IS_EVEN else T
         dy_tile = dy_ptr
         x_tile = x_ptr
@@ -78,7 +78,7 @@ def _clipped_product_kernel(
 
 
 def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
-    """As the package's; [P, D] float32."""
+    """[P, D] float32; see `kernels.clipped_product`."""
     x_BTD, dy_BTP = with_unit_stride(x_BTD), with_unit_stride(dy_BTP)
     (B, T, D), P = x_BTD.shape, dy_BTP.shape[2]
     block_p, block_d, num_stages = outer_tiles(x_BTD, 1, P, D)

@@ -17,7 +17,7 @@ TILE_T = 256
 def per_sample_inner_product(
     tokens_BT: Tensor, dy_BTD: Tensor, x_BSD: Tensor, dy_BSV: Tensor
 ) -> Tensor:
-    """The definition: both gradients whole, [B, V, D] each. [B]."""
+    """The definition, from both dense gradients, [B, V, D] each. Returns [B]."""
     table = per_sample_table(tokens_BT, dy_BTD, dy_BSV.shape[-1])
     head = torch.einsum("bsv,bsd->bvd", accumulation(dy_BSV), accumulation(x_BSD))
     return (table * head).sum(dim=(1, 2))

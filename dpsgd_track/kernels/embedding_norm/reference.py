@@ -12,19 +12,19 @@ from dpsgd_track.kernels.flash_norm.reference import accumulation
 
 
 def per_sample_table(tokens_BT: Tensor, dy_BTD: Tensor, num_rows: int) -> Tensor:
-    """Every sample's whole gradient of the table, [B, V, D], in its accumulation type."""
+    """Each sample's dense gradient of the table, [B, V, D], in its accumulation type."""
     rows_BTD = accumulation(dy_BTD)
     table = rows_BTD.new_zeros(len(tokens_BT), num_rows, rows_BTD.shape[-1])
     return table.scatter_add_(1, tokens_BT.unsqueeze(-1).expand_as(rows_BTD), rows_BTD)
 
 
 def per_sample_norm_sq(tokens_BT: Tensor, dy_BTD: Tensor, num_rows: int) -> Tensor:
-    """The definition: every sample's whole gradient table. [B], O(B V D) memory."""
+    """The definition, from each sample's dense gradient. [B], O(B V D) memory."""
     return per_sample_table(tokens_BT, dy_BTD, num_rows).square().sum(dim=(1, 2))
 
 
 def embedding_norm_sq(tokens_BT: Tensor, dy_BTD: Tensor) -> Tensor:
-    """As the package's: equal tokens are brought together, and their rows added."""
+    """Sort the tokens, add the rows of equal ones, and square."""
     sorted_BT, order_BT = tokens_BT.sort(dim=1, stable=True)
     # Equal tokens are neighbours now; number the runs 0, 1, ... within each sample.
     starts = torch.zeros_like(sorted_BT)

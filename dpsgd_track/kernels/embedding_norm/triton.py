@@ -1,4 +1,4 @@
-"""The embedding norm on a GPU: every run of equal tokens is added up by one program.
+"""The embedding norm on a GPU: one program adds the rows of one run of equal tokens.
 
 Shapes: B samples, T positions, D values a row.
 """
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values of a row that a program holds, and rows that it adds at a time: runs may be long, such as
-# those of padding.
+# Values of a row that a program holds, and rows that it adds at a time. Runs may be long, as those
+# of padding are.
 MAX_BLOCK_D, BLOCK_T = 512, 16
 
 
@@ -21,7 +21,7 @@ def _runs_kernel(
     T, D, dy_stride_b, dy_stride_t,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Squared norm of the sum of a token's rows, by the program of the first place of its run."""
+    """Squared norm of the sum of a run's rows; programs that do not start a run store 0."""
     sample = tl.program_id(2).to(tl.int64)
     first = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -50,7 +50,7 @@ def _runs_kernel(
 
 
 def embedding_norm_sq(tokens_BT: Tensor, dy_BTD: Tensor) -> Tensor:
-    """As the reference's, of gradients of at most 32 bits. Tokens are not negative."""
+    """[B] float32, of gradients of at most 32 bits. Tokens must not be negative."""
     (B, T), D = tokens_BT.shape, dy_BTD.shape[2]
     assert dy_BTD.stride(2) == 1
     sorted_BT, order_BT = tokens_BT.sort(dim=1, stable=True)

@@ -6,7 +6,7 @@ gradient is the sum of outer products G_i = sum_t g_t x_t^T, and its squared Fro
     ||G_i||^2 = sum_{s,t} (x_s . x_t)(g_s . g_t)        (Gram form, T^2 (d + p) / 2 products)
               = sum_{a,b} (sum_t g_ta x_tb)^2           (outer form, T d p products)
 
-Both are computed tile by tile, so that neither a T x T nor a d x p matrix is ever whole.
+Both are computed tile by tile, so that neither a T x T nor a d x p matrix is materialised.
 The Gram form is ghost clipping's (Li et al., 2022, "Large Language Models Can Be Strong
 Differentially Private Learners", section 4); the cheaper form is chosen from the shapes.
 
@@ -46,12 +46,12 @@ def flash_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
 
 
 def gram_is_cheaper(T: int, D: int, P: int) -> bool:
-    """Whether the symmetric Gram form has fewer products than the outer form."""
+    """True if the symmetric Gram form needs fewer products than the outer form."""
     return T * (D + P) <= 2 * D * P
 
 
 def gram_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
-    """The norm by its Gram form."""
+    """Squared norms [B] in the Gram form."""
     if uses_tensor_cores(x_BTD):
         from dpsgd_track.kernels.flash_norm import triton
 
@@ -60,7 +60,7 @@ def gram_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
 
 
 def tiled_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
-    """The norm by its outer form."""
+    """Squared norms [B] in the outer form, tile by tile."""
     if uses_tensor_cores(x_BTD):
         from dpsgd_track.kernels.flash_norm import triton
 
@@ -69,7 +69,7 @@ def tiled_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
 
 
 def gradients_and_norms_sq(x_BTD: Tensor, dy_BTP: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-sample gradients [B, P, D] in the factors' type, and the squared norms [B] of those."""
+    """Per-sample gradients [B, P, D] in the factors' type, and their squared norms [B]."""
     if uses_tensor_cores(x_BTD):
         from dpsgd_track.kernels.flash_norm import triton
 

@@ -1,4 +1,4 @@
-"""The flash norm on a GPU: 16-bit factors on tensor cores, float32 sums, one number a tile stored.
+"""The flash norm on a GPU: 16-bit factors on tensor cores, float32 sums, one result per tile.
 
 Shapes: B samples, T positions, D inputs, P outputs. Every kernel writes one partial sum for each
 tile, and the partial sums are added in a fixed order: results do not change from run to run.
@@ -18,7 +18,7 @@ from torch import Tensor
 BLOCK_T = 64
 # Tiles of a Gram matrix, [BLOCK_S, BLOCK_S], a step of BLOCK_K features at a time.
 BLOCK_S, BLOCK_K = 128, 64
-# Rows of tiles that are computed together, so that their factors stay in the L2 cache.
+# Rows of tiles that are computed together, so that their operands stay in the L2 cache.
 GROUP = 8
 
 
@@ -119,7 +119,7 @@ def _gram_kernel(
     x_tile, dy_tile = x_ptr + sample * x_stride_b, dy_ptr + sample * dy_stride_b
     gram_x = _gram_tile(x_tile, x_stride_t, row, column, T, D, IS_EVEN, BLOCK_S, BLOCK_K)
     gram_dy = _gram_tile(dy_tile, dy_stride_t, row, column, T, P, IS_EVEN, BLOCK_S, BLOCK_K)
-    # The Gram matrices are symmetric: a tile off the diagonal stands for two.
+    # The Gram matrices are symmetric: a tile off the diagonal counts twice.
     weight = tl.where(row == column, 1.0, 2.0)
     tl.store(partial_ptr + sample * num_tiles + tile, weight * tl.sum(gram_x * gram_dy))
 
@@ -128,14 +128,14 @@ def outer_tiles(x: Tensor, num_samples: int, P: int, D: int) -> tuple[int, int, 
     """(BLOCK_P, BLOCK_D, pipeline stages) for gradients [P, D] on the device of `x`."""
     if not _has_large_shared_memory(x.device):
         return 128, 128, 2
-    # Large tiles read less; small ones are enough for every multiprocessor.
+    # Large tiles read less; with small tiles there are enough for every multiprocessor.
     num_large = num_samples * triton.cdiv(P, 128) * triton.cdiv(D, 256)
     return 128, 256 if num_large >= _num_multiprocessors(x.device) * 3 // 4 else 128, 4
 
 
 @cache
 def _has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may use 200 KB of it, as on Hopper and later."""
+    """True if a program may use 200 KB of shared memory, as on Hopper and later."""
     if device.type != "cuda":
         return False
     properties: Any = torch.cuda.get_device_properties(device)
@@ -148,12 +148,12 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 def outer_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
-    """Squared norms [B], float32; no gradient is ever whole."""
+    """Squared norms [B], float32, without materialising any gradient."""
     return _outer(x_BTD, dy_BTP, None)
 
 
 def gradients_and_norms(x_BTD: Tensor, dy_BTP: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-sample gradients [B, P, D] in the factors' type, and the squared norms [B] of those."""
+    """Per-sample gradients [B, P, D] in the factors' type, and their squared norms [B]."""
     grad_BPD = dy_BTP.new_empty(len(x_BTD), dy_BTP.shape[2], x_BTD.shape[2])
     return grad_BPD, _outer(x_BTD, dy_BTP, grad_BPD)
 
@@ -177,7 +177,7 @@ def _outer(x_BTD: Tensor, dy_BTP: Tensor, grad_BPD: Tensor | None) -> Tensor:
 
 
 def gram_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
-    """Squared norms [B], float32; neither Gram matrix is ever whole."""
+    """Squared norms [B], float32, without materialising either Gram matrix."""
     x_BTD, dy_BTP = with_unit_stride(x_BTD), with_unit_stride(dy_BTP)
     (B, T, D), P = x_BTD.shape, dy_BTP.shape[2]
     rows = triton.cdiv(T, BLOCK_S)
@@ -196,5 +196,5 @@ def gram_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
 
 
 def with_unit_stride(tensor: Tensor) -> Tensor:
-    """Features next to each other."""
+    """`tensor` with contiguous features; a copy if need be."""
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()

@@ -16,17 +16,17 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 Words = tuple[NDArray[np.uint64], ...]
 Key = tuple[int, int, int, int]
-"""4 words of 32 bits: two of Philox's key, and two that stand in the upper half of its counter."""
+"""4 words of 32 bits: Philox's key, and the nonce in the upper half of its counter."""
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:
     """Philox 4x32-10.
 
     Args:
-        counter: 4 arrays of words of 32 bits, each in a uint64.
+        counter: 4 arrays of 32-bit words, each in a uint64.
         key: 2 words.
     Returns:
-        4 arrays of words, likewise.
+        4 arrays of 32-bit words, each in a uint64.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -43,7 +43,7 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def standard_normal(start: int, num_elements: int, key: Key) -> NDArray[np.float64]:
-    """Noise of std 1 of the elements from `start` on."""
+    """Noise of std 1 for `num_elements` elements from index `start` on."""
     element = np.arange(start, start + num_elements, dtype=np.uint64)
     group = element >> np.uint64(2)
     nonce = [np.full_like(group, word) for word in key[2:]]
@@ -64,9 +64,9 @@ def add_gaussian(
     """Add noise of standard deviation `std`, in place.
 
     Args:
-        locals_: of each parameter, elements that follow each other, float32.
-        starts: place of the first of them in the whole parameter.
-        keys: of each parameter; equal keys draw equal noise.
+        locals_: consecutive elements of each parameter, float32.
+        starts: index of their first element in the whole parameter.
+        keys: key of each parameter; equal keys draw equal noise.
     """
     for local, start, key in zip(locals_, starts, keys, strict=True):
         noise = torch.from_numpy(standard_normal(start, local.numel(), key)).to(local.device)

@@ -1,4 +1,4 @@
-"""The noise on a GPU: drawn, scaled and added in one pass over every shard, in one launch."""
+"""The noise on a GPU: drawn, scaled and added in one launch, in one pass over all shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK_GROUPS = 256
 @triton.jit
 def _normal_pair(u, v):
     """Two normals from two words of 32 bits."""
-    # The smallest u, 1 / 2^32, sets the largest normal: 6.66. Rounding reaches 1, and not beyond.
+    # The smallest u, 1 / 2^32, bounds the normals at 6.66. Rounding may reach 1, not exceed it.
     uniform = (u.to(tl.uint32, bitcast=True).to(tl.float32) + 1.0) * 2.3283064365386963e-10
     radius = tl.sqrt(-2.0 * tl.log(tl.minimum(uniform, 1.0)))
     angle = v.to(tl.uint32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
@@ -65,7 +65,7 @@ def _noise_kernel(
 def add_gaussian(
     locals_: Sequence[Tensor], starts: Sequence[int], keys: Sequence[Key], *, std: float
 ) -> None:
-    """As the reference's, of contiguous float32 tensors."""
+    """Add noise to contiguous float32 tensors, as `reference.add_gaussian` does."""
     held = [part for part in zip(locals_, starts, keys, strict=True) if part[0].numel()]
     if not held:
         return
@@ -88,6 +88,6 @@ def add_gaussian(
 
 
 def _signed(words: Sequence[int]) -> int:
-    """Two words of 32 bits, the low one first, as the int64 of the same bits."""
+    """Two 32-bit words, low word first, as the int64 with the same bits."""
     whole = words[0] | words[1] << 32
     return whole - (1 << 64) if whole >> 63 else whole

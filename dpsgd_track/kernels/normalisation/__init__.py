@@ -7,8 +7,7 @@ With xhat the normalised input and g the gradient of the output, a sample's grad
     RMSNorm:    xhat = x / sqrt(mean(x^2) + eps)
     LayerNorm:  xhat = (x - mean(x)) / sqrt(var(x) + eps)
 
-They are vectors, whose norms cost nothing once they are there. In one pass over x and g; xhat is
-never stored.
+They are vectors, whose norms cost next to nothing. One pass reads x and g; xhat is never stored.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def weight_and_bias_gradients(
     Args:
         x_BTD: the layer's inputs.
         dy_BTD: gradients of its outputs.
-        is_centred: a LayerNorm, not an RMSNorm.
+        is_centred: True for a LayerNorm, False for an RMSNorm.
     Returns:
         [B, D] each, float32 (float64 for float64 inputs).
     """

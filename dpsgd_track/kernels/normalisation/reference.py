@@ -22,7 +22,7 @@ def normalised(x: Tensor, eps: float, *, is_centred: bool) -> Tensor:
 def weight_and_bias_gradients(
     x_BTD: Tensor, dy_BTD: Tensor, eps: float, *, is_centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """As the package's."""
+    """[B, D] each; see `kernels.normalisation`."""
     dy_BTD = accumulation(dy_BTD)
     xhat_BTD = normalised(x_BTD, eps, is_centred=is_centred)
     return (dy_BTD * xhat_BTD).sum(dim=1), dy_BTD.sum(dim=1)

@@ -11,20 +11,20 @@ from torch import Tensor
 
 NUM_PROJECTIONS = 16
 BLOCK_ELEMENTS = 4096
-# Small enough that a chunk in float64 stays in a core's cache; on a GPU launches cost more.
+# A chunk in float64 fits into a core's cache; on a GPU larger chunks save launches.
 CHUNK_BLOCKS = {"cpu": 64, "cuda": 1024}
 
 
 def norm_and_sketch(name: str, local: Tensor, start: int, num_elements: int) -> Tensor:
-    """This rank's share of a parameter-shaped tensor's squared norm and projections.
+    """This rank's terms of a parameter-shaped tensor's squared norm and projections.
 
     Args:
-        name: the parameter; it decides the signs.
-        local: the elements held, any shape and floating type.
+        name: the parameter, which determines the signs.
+        local: this rank's elements, any shape and floating type.
         start: flat index of the first of them in the whole tensor.
         num_elements: elements of the whole tensor.
     Returns:
-        [1 + NUM_PROJECTIONS] float64; the shares of all ranks add up to the whole's.
+        [1 + NUM_PROJECTIONS] float64; the sum over ranks is the whole tensor's.
     """
     if local.numel() == 0:
         return torch.zeros(1 + NUM_PROJECTIONS, dtype=torch.float64, device=local.device)
@@ -37,7 +37,7 @@ def norm_and_sketch(name: str, local: Tensor, start: int, num_elements: int) -> 
     total = torch.zeros(1 + NUM_PROJECTIONS, dtype=torch.float64, device=local.device)
     size = CHUNK_BLOCKS[local.device.type]
     for chunk, chunk_outer in zip(blocks.split(size), outer.split(size), strict=True):
-        # In float64: two float32 tensors that differ in the last bit must differ here as little.
+        # In float64, so that tensors that differ in float32's last bit have sketches as close.
         exact = chunk.double()
         flat = exact.view(-1)
         total[0] += torch.dot(flat, flat)
@@ -53,7 +53,7 @@ def _signs(key: str, *shape: int) -> Tensor:
 
 @cache
 def _position_signs(device: torch.device) -> Tensor:
-    """R transposed, [NUM_PROJECTIONS, BLOCK_ELEMENTS]."""
+    """Transpose of R, [NUM_PROJECTIONS, BLOCK_ELEMENTS]."""
     return _signs("positions", NUM_PROJECTIONS, BLOCK_ELEMENTS).to(device, torch.float64)
 
 

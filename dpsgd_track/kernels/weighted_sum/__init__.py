@@ -1,8 +1,8 @@
-"""Kept per-sample gradients g_i of several parameters: their norms, and their clipped sums.
+"""Norms and clipped sums of materialised per-sample gradients g_i, of many parameters at once.
 
     ||g_i||^2 = sum_n g_in^2,    S_n = sum_i c_i g_in
 
-Both read the gradients once, in the type they are kept in, and add in float32; neither makes a
+Both read the gradients once, in the type they are stored in, and accumulate in float32 without a
 copy in another type.
 
 A sample whose factor is 0 is left out of a sum: it adds nothing, even where its gradient is NaN or
@@ -51,11 +51,11 @@ def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
 
 
 def weighted_sums_into(outs: Sequence[Tensor], grads: Sequence[Tensor], factor_B: Tensor) -> None:
-    """The same, written in rows.
+    """The same sums, written into the rows of `outs`.
 
     Args:
-        outs: of each parameter [W, width], float32: its elements in order, width of them a row.
-            What follows the last element stays as it is.
+        outs: [W, width] float32 for each parameter, its elements in order, `width` a row. What
+            follows the last element is left as it is.
         grads: [B, *parameter] each.
         factor_B: c, float32 or float64.
     """

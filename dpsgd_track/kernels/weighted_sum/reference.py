@@ -1,4 +1,4 @@
-"""Norms and clipped sums of kept gradients, in plain torch."""
+"""Norms and clipped sums of materialised gradients, in plain torch."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from dpsgd_track.kernels.left_out import kept_samples, only_kept
 
 
 def norms_sq(grads: Sequence[Tensor]) -> Tensor:
-    """As the package's."""
+    """[parameters, B]; see `kernels.weighted_sum`."""
     return torch.stack([_norm_sq(grad) for grad in grads])
 
 
 def _norm_sq(grad: Tensor) -> Tensor:
     dtype = torch.promote_types(grad.dtype, torch.float32)
     grad = grad.unsqueeze(-1) if grad.dim() == 1 else grad
-    # Without a copy in another type, and whatever the order in memory.
+    # Needs no copy in another type, and takes any order in memory.
     return torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.dim())), dtype=dtype).square()
 
 
 def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
-    """As the package's."""
+    """sum_i c_i g_i of each parameter; see `kernels.weighted_sum`."""
     is_kept_B = kept_samples(factor_B)
     factor_B = only_kept(factor_B, is_kept_B)
     return [_weighted_sum(grad, factor_B, is_kept_B) for grad in grads]
 
 
 def _weighted_sum(grad: Tensor, factor_B: Tensor, is_kept_B: Tensor | None) -> Tensor:
-    # Of what lies transposed, the sum is formed so, too, and turned at the end.
+    # A transposed gradient is summed as it lies in memory, and the sum transposed at the end.
     is_transposed = grad.dim() == 3 and grad.mT.is_contiguous() and not grad.is_contiguous()
     rows = only_kept(grad.mT if is_transposed else grad, is_kept_B)
-    # Of no sample at all, -1 would stand for any size.
+    # Not -1, which is ambiguous for zero samples.
     flat = rows.reshape(len(rows), rows.shape[1:].numel()).to(factor_B.dtype)
     total = (factor_B @ flat).view(rows.shape[1:])
     return (total.mT if is_transposed else total).contiguous()
 
 
 def weighted_sums_into(outs: Sequence[Tensor], grads: Sequence[Tensor], factor_B: Tensor) -> None:
-    """As the package's."""
+    """The same sums, written into the rows of `outs`."""
     for out, total in zip(outs, weighted_sums(grads, factor_B), strict=True):
         elements = total.view(-1)
         for row, part in zip(out, elements.split(out.shape[1]), strict=False):

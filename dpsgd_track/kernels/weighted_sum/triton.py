@@ -1,6 +1,6 @@
-"""Norms and clipped sums of kept gradients on a GPU, at the speed of memory.
+"""Norms and clipped sums of materialised gradients on a GPU, at memory bandwidth.
 
-One launch for all parameters, whose addresses stand in a table. A gradient may lie transposed in
+One launch for all parameters, whose addresses are in a table. A gradient may be transposed in
 memory, [B, D, P] for a weight [P, D], as a batched product's backward leaves it.
 
 Shapes: B samples, N elements of a parameter, P and D its rows and columns.
@@ -18,30 +18,30 @@ from torch import Tensor
 
 from dpsgd_track.kernels.tensor_table import KINDS, address_table, programs_of
 
-# Elements that a program holds at a time, and how many times it does so.
+# Elements that a program holds at a time, and how often it loads as many.
 BLOCK, REPEATS = 4096, 8
-# Side of the tiles in which a transposed gradient is turned.
+# Side of the tiles in which a gradient is transposed.
 TILE = 64
 
 
 @triton.jit
 def _load(address, kind, offset, mask):
-    """Values at an address that 16 divides, as float32."""
+    """Values at an address that is a multiple of 16, as float32."""
     if kind == 0:
         float32 = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
-        found = tl.load(float32 + offset, mask=mask, other=0.0)
+        values = tl.load(float32 + offset, mask=mask, other=0.0)
     elif kind == 1:
         bfloat16 = tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16)
-        found = tl.load(bfloat16 + offset, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(bfloat16 + offset, mask=mask, other=0.0).to(tl.float32)
     else:
         float16 = tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16)
-        found = tl.load(float16 + offset, mask=mask, other=0.0).to(tl.float32)
-    return found
+        values = tl.load(float16 + offset, mask=mask, other=0.0).to(tl.float32)
+    return values
 
 
 @triton.jit
 def _size(table_ptr, IS_EVEN: tl.constexpr):
-    """A size from the table, known to the compiler as a multiple of 16 where it is one."""
+    """A size from the table, declared to the compiler as a multiple of 16 if IS_EVEN."""
     size = tl.load(table_ptr)
     if IS_EVEN:
         size = tl.multiple_of(size, 16)
@@ -71,15 +71,15 @@ def _norms_kernel(
 
 @triton.jit
 def _places(sum_ptr, width, stride, element):
-    """Where elements of a whole parameter go that is laid out in rows, one for each rank."""
+    """Addresses of a parameter's elements in an output of one row for each rank."""
     row = element // width
     return sum_ptr + row * stride + (element - row * width)
 
 
 @triton.jit
 def _weighed(factor, grad):
-    """c_i g_i, and 0 where the factor is 0, whatever the gradient is."""
-    # Chosen once both are there: a load that waited for the factor would come later.
+    """c_i g_i, and 0 if the factor is 0, whatever the gradient is."""
+    # Selected after both loads, so that the gradient's does not wait for the factor.
     return factor * tl.where(factor != 0.0, grad, 0.0)
 
 
@@ -108,7 +108,7 @@ def _sums_kernel(
 
 
 @triton.jit
-def _turned_sums_kernel(
+def _transposed_sums_kernel(
     table_ptr, owner_ptr, first_ptr, factor_ptr, B,
     IS_EVEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -141,9 +141,9 @@ def _turned_sums_kernel(
 
 
 def norms_sq(grads: Sequence[Tensor]) -> Tensor:
-    """As the package's; [parameters, B] float32."""
+    """[parameters, B] float32; see `kernels.weighted_sum`."""
     # The order of the elements does not matter.
-    grads = [_aligned(grad if _is_turned(grad) else grad.contiguous()) for grad in grads]
+    grads = [_aligned(grad if _is_transposed(grad) else grad.contiguous()) for grad in grads]
     B, device = len(grads[0]), grads[0].device
     sizes = [grad.numel() // max(B, 1) for grad in grads]
     num_chunks = tuple(triton.cdiv(size, BLOCK * REPEATS) for size in sizes)
@@ -160,9 +160,9 @@ def norms_sq(grads: Sequence[Tensor]) -> Tensor:
 
 
 def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
-    """As the package's; float32."""
+    """sum_i c_i g_i of each parameter, float32; see `kernels.weighted_sum`."""
     shapes = [grad.shape[1:] for grad in grads]
-    # In one piece of memory, each at an address that 16 divides.
+    # One allocation, with each sum at a multiple of 16 bytes.
     sizes = [shape.numel() + -shape.numel() % 4 for shape in shapes]
     pieces = factor_B.new_empty(sum(sizes)).split(sizes)
     sums = [piece[: shape.numel()] for piece, shape in zip(pieces, shapes, strict=True)]
@@ -171,16 +171,18 @@ def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
 
 
 def weighted_sums_into(outs: Sequence[Tensor], grads: Sequence[Tensor], factor_B: Tensor) -> None:
-    """As the package's."""
-    turned, flat = [], []
+    """The same sums, written into the rows of `outs`."""
+    transposed, flat = [], []
     for out, grad in zip(outs, grads, strict=True):
-        if _is_turned(grad):
-            turned.append((out, _aligned(grad)))
+        if _is_transposed(grad):
+            transposed.append((out, _aligned(grad)))
         else:
             flat.append((out, _aligned(grad.contiguous())))
-    if turned:
-        tiles = [triton.cdiv(g.shape[1], TILE) * triton.cdiv(g.shape[2], TILE) for _, g in turned]
-        _launch(_turned_sums_kernel, turned, factor_B, tiles, TILE=TILE, num_warps=4)
+    if transposed:
+        tiles = [
+            triton.cdiv(g.shape[1], TILE) * triton.cdiv(g.shape[2], TILE) for _, g in transposed
+        ]
+        _launch(_transposed_sums_kernel, transposed, factor_B, tiles, TILE=TILE, num_warps=4)
     if flat:
         chunks = [triton.cdiv(_num_elements(g), BLOCK) for _, g in flat]
         _launch(_sums_kernel, flat, factor_B, chunks, BLOCK=BLOCK, num_warps=8)
@@ -195,7 +197,7 @@ def _launch(
 ) -> None:
     rows = []
     for out, grad in pairs:
-        sizes = grad.shape[1:] if _is_turned(grad) else (_num_elements(grad), 0)
+        sizes = grad.shape[1:] if _is_transposed(grad) else (_num_elements(grad), 0)
         places = out.data_ptr(), out.shape[1], out.stride(0)
         rows.append((grad.data_ptr(), KINDS[grad.dtype], *places, *sizes))
     device = factor_B.device
@@ -207,12 +209,12 @@ def _launch(
 
 
 def _num_elements(grad: Tensor) -> int:
-    """Of one sample's gradient."""
+    """Elements of one sample's gradient."""
     return grad.shape[1:].numel()
 
 
 def _aligned(grad: Tensor) -> Tensor:
-    """Where 16 divides the address; of a copy if need be, as of a part of something larger."""
+    """`grad` at a multiple of 16 bytes; a copy if need be, as for a slice of a larger tensor."""
     return grad if grad.data_ptr() % 16 == 0 else grad.clone()
 
 
@@ -220,5 +222,5 @@ def _are_even(sizes: Sequence[int]) -> bool:
     return all(size % 16 == 0 for size in sizes)
 
 
-def _is_turned(grad: Tensor) -> bool:
+def _is_transposed(grad: Tensor) -> bool:
     return grad.dim() == 3 and not grad.is_contiguous() and grad.mT.is_contiguous()

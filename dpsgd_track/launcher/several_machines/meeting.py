@@ -16,10 +16,10 @@ network of one's own.
 torch's rendezvous cannot take its place. It holds for a single process group, while launchers have
 to agree on a group's name before the first one and on what comes after each. Its backend `c10d`
 orders machines by their names, whatever --node-rank says, and keeps itself alive by a thread that
-runs while the agent forks its ranks. `static` has the agent of node 0 serve the store from a thread,
-and fork its ranks while other machines talk to it: a lock held at that moment stays locked in the
-rank. Neither says that a machine is gone before a collective times out, after 10 minutes; the count
-that each launcher raises every second says so after 20 s.
+runs while the agent forks its ranks. `static` has the agent of node 0 serve the store from a
+thread, and fork its ranks while other machines talk to it: a lock held at that moment stays locked
+in the rank. Neither says that a machine is gone before a collective times out, after 10 minutes;
+the count that each launcher raises every second says so after 20 s.
 """
 
 from __future__ import annotations

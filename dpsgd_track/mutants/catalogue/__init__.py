@@ -1,1 +1,24 @@
-"""The catalogue of known defects, a module a class."""
+"""The known defects, one module for each class."""
+
+from __future__ import annotations
+
+from dpsgd_track.mutants.catalogue import (
+    accumulation,
+    clipping,
+    losses,
+    noise,
+    norms,
+    precision,
+    ranks,
+    sums,
+    updates,
+)
+from dpsgd_track.mutants.mutant import MUTANTS
+
+KINDS = {
+    module.__name__.rpartition(".")[2]: (module.__doc__ or "").partition("\n")[0]
+    for module in (losses, norms, clipping, sums, accumulation, ranks, noise, updates, precision)
+}
+"""Classes of mutants, in the order of a step, and what each is about."""
+
+__all__ = ["KINDS", "MUTANTS"]

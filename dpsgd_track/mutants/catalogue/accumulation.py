@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpsgd_track.mutants.catalogue.ranks import scaled_update
-from dpsgd_track.mutants.fault import NOISE, SUM, Site, fault
+from dpsgd_track.mutants.catalogue.ranks import scale_updates
+from dpsgd_track.mutants.mutant import mutant, on_site
+from dpsgd_track.mutants.needs import Need
+from dpsgd_track.mutants.seams import Seam
+from dpsgd_track.mutants.site import Original, Site
+from dpsgd_track.record.stages import Stage
 
-SEVERAL = "several micro-batches"
+_OF_SHARES = Seam.ACCUMULATE, Seam.ZERO_GRAD, Seam.CLIPPED_SUM
 
 
 class _Shares:
@@ -20,165 +26,145 @@ class _Shares:
     def __init__(self, site: Site) -> None:
         self.of: list[dict[str, Tensor]] = []
         self._site = site
-        site.wrap("accumulate", self._accumulate)
-        site.before("zero_grad", self.of.clear)
+        site.wrap(Seam.ACCUMULATE, self._accumulate)
+        site.before(Seam.ZERO_GRAD, self.of.clear)
 
-    def _accumulate(self, original: Any, batch: Any) -> Any:
+    def _accumulate(self, original: Original, batch: Any) -> Any:
         before = {name: total.clone() for name, total in self._site.sums().items()}
         record = original(batch)
         self.of.append({n: t - before.get(n, 0.0) for n, t in self._site.sums().items()})
         return record
 
 
-def _summed(site: Site, choose: Any) -> None:
+def _choose_sums(site: Site, choose: Callable[[list[Tensor]], Tensor]) -> None:
     """Have `choose` make the sum of a parameter from its shares of all micro-batches."""
     shares = _Shares(site)
 
-    def clipped_sum(original: Any) -> Any:
+    def clipped_sum(original: Original) -> Any:
         for name, total in site.sums().items():
-            found = [share[name] for share in shares.of if name in share]
-            if found:
-                total.copy_(choose(found))
+            of_parameter = [share[name] for share in shares.of if name in share]
+            if of_parameter:
+                total.copy_(choose(of_parameter))
         return original()
 
-    site.wrap("clipped_sum", clipped_sum)
+    site.wrap(Seam.CLIPPED_SUM, clipped_sum)
 
 
-@fault(
+_mutant = partial(mutant, stage=Stage.SUM)
+_planted = partial(_mutant, by=on_site)
+_sum_of_shares = partial(_mutant, at=_OF_SHARES, by=_choose_sums)
+
+
+@_sum_of_shares(
     "accumulated sum is an alias of `.grad`",
+    "2 x the last micro-batch, in place of the sum of all",
+    Need.MICRO_BATCHES,
     source="Opacus #707",
-    formula="2 x the last micro-batch, in place of the sum of all",
-    at="accumulate, zero_grad, clipped_sum",
-    needs=SEVERAL,
-    stage=SUM,
 )
-def sum_aliases_last(site: Site) -> None:
+def sum_aliases_last(shares: list[Tensor]) -> Tensor:
     """What is added to itself."""
-    _summed(site, lambda shares: shares[-1] * min(len(shares), 2))
+    return shares[-1] * min(len(shares), 2)
 
 
-@fault(
-    "last micro-batch alone",
-    formula="the last micro-batch, in place of the sum of all",
-    at="accumulate, zero_grad, clipped_sum",
-    needs=SEVERAL,
-    stage=SUM,
+@_sum_of_shares(
+    "last micro-batch alone", "the last micro-batch, in place of the sum of all", Need.MICRO_BATCHES
 )
-def last_micro_batch_alone(site: Site) -> None:
+def last_micro_batch_alone(shares: list[Tensor]) -> Tensor:
     """Overwritten, not added."""
-    _summed(site, lambda shares: shares[-1])
+    return shares[-1]
 
 
-@fault(
+@_sum_of_shares(
     "first micro-batch dropped",
+    "the sum of all but the first",
+    Need.MICRO_BATCHES,
     source="Opacus, two backwards before a step",
-    formula="the sum of all but the first",
-    at="accumulate, zero_grad, clipped_sum",
-    needs=SEVERAL,
-    stage=SUM,
 )
-def first_micro_batch_dropped(site: Site) -> None:
+def first_micro_batch_dropped(shares: list[Tensor]) -> Tensor:
     """Cleared by the second."""
-    _summed(site, lambda shares: sum(shares[1:], start=shares[0] * (len(shares) == 1)))
+    return sum(shares[1:], start=shares[0] * (len(shares) == 1))
 
 
-@fault(
-    "micro-batches averaged",
-    formula="sum / K",
-    at="accumulate, zero_grad, clipped_sum",
-    needs=SEVERAL,
-    stage=SUM,
-)
-def micro_batches_averaged(site: Site) -> None:
+@_sum_of_shares("micro-batches averaged", "sum / K", Need.MICRO_BATCHES)
+def micro_batches_averaged(shares: list[Tensor]) -> Tensor:
     """As one scales a loss for accumulation."""
-    _summed(site, lambda shares: sum(shares) / len(shares))
+    return sum(shares[1:], start=shares[0]) / len(shares)
 
 
-@fault(
+@_planted(
     "sums not cleared after the step",
-    formula="S_t + S_{t-1}",
-    at="zero_grad, accumulate",
-    needs="several steps",
-    stage=SUM,
+    "S_t + S_{t-1}",
+    Need.STEPS,
+    at=(Seam.ZERO_GRAD, Seam.ACCUMULATE),
 )
 def sums_not_cleared(site: Site) -> None:
     """`zero_grad` forgets them."""
     kept: dict[str, Tensor] = {}
-    is_new = [False]
 
-    def zero_grad(original: Any) -> None:
+    def keep() -> None:
         kept.update({name: total.clone() for name, total in site.sums().items()})
-        is_new[0] = True
-        original()
 
-    def accumulate(original: Any, batch: Any) -> Any:
-        record = original(batch)
-        if is_new[0]:
+    def add_kept(_: object) -> None:
+        if kept:
             for name, total in site.sums().items():
                 total += kept.get(name, 0.0)
-            is_new[0] = False
-        return record
+            kept.clear()
 
-    site.wrap("zero_grad", zero_grad)
-    site.wrap("accumulate", accumulate)
+    site.before(Seam.ZERO_GRAD, keep)
+    site.after(Seam.ACCUMULATE, add_kept)
 
 
-@fault(
+@_planted(
     "the made-up sample of an empty batch counted",
-    formula="S + c g of a sample that nobody has",
-    at="put",
-    needs="a rank without samples",
-    stage=SUM,
+    "S + c g of a sample that nobody has",
+    Need.IDLE_RANK,
+    at=Seam.PUT,
 )
 def stand_in_counted(site: Site) -> None:
     """A rank without samples runs one for the collectives' sake."""
     engine = site.mode.engine
 
-    def put(original: Any, name: str, total: Tensor) -> None:
+    def put(original: Original, name: str, total: Tensor) -> None:
         engine.is_standing_in, kept = False, engine.is_standing_in
         original(name, total)
         engine.is_standing_in = kept
 
-    site.wrap("put", put)
+    site.wrap(Seam.PUT, put)
 
 
-@fault(
+@mutant(
     "divided by the samples that are there",
-    formula="(S + N) / |batch|, in place of the expected batch size",
-    at="accumulate, privatize, zero_grad",
-    needs="batches of unequal size",
-    stage=NOISE,
+    "(S + N) / |batch|, in place of the expected batch size",
+    Need.UNEQUAL_BATCHES,
+    at=(Seam.ACCUMULATE, Seam.PRIVATIZE, Seam.ZERO_GRAD),
+    by=on_site,
+    stage=Stage.NOISE,
 )
 def divided_by_samples_present(site: Site) -> None:
     """A divisor that depends on the data is not private."""
     sizes: list[int] = []
 
-    def accumulate(original: Any, batch: Any) -> Any:
-        sizes.append(len(batch))
-        return original(batch)
-
     def ratio() -> float:
         present = site.over_ranks(sum(sizes))
         return float(site.mode.context.privacy.expected_batch_size / max(present, 1.0))
 
-    site.wrap("accumulate", accumulate)
-    scaled_update(site, ratio)
-    site.before("zero_grad", sizes.clear)
+    site.before(Seam.ACCUMULATE, lambda batch: sizes.append(len(batch)))
+    scale_updates(site, ratio)
+    site.before(Seam.ZERO_GRAD, sizes.clear)
 
 
-@fault(
+@_planted(
     "short micro-batches filled up with their last sample",
+    "S + c g of the last sample, once for each that is missing",
+    Need.SHORT_MICRO_BATCH,
+    at=Seam.ACCUMULATE,
     source="a loader that makes batches even",
-    formula="S + c g of the last sample, once for each that is missing",
-    at="accumulate",
-    needs="a micro-batch that is not full",
-    stage=SUM,
 )
 def last_sample_repeated(site: Site) -> None:
     """Copies are left out of the records, not of the sum."""
     full_size = [0]
 
-    def accumulate(original: Any, batch: Any) -> Any:
+    def accumulate(original: Original, batch: Any) -> Any:
         size = len(batch)
         full_size[0] = max(full_size[0], size)
         missing = full_size[0] - size
@@ -196,26 +182,25 @@ def last_sample_repeated(site: Site) -> None:
             norm_by_parameter_B={name: n[:size] for name, n in by_parameter.items()},
         )
 
-    site.wrap("accumulate", accumulate)
+    site.wrap(Seam.ACCUMULATE, accumulate)
 
 
-@fault(
+@_planted(
     "last micro-batch added a step late",
+    "S without its last micro-batch, and with that of the step before",
+    at=_OF_SHARES,
     source="a reduction that nobody waits for",
-    formula="S without its last micro-batch, and with that of the step before",
-    at="accumulate, zero_grad, clipped_sum",
-    stage=SUM,
 )
 def last_micro_batch_late(site: Site) -> None:
     """It is still on its way when the noise is added."""
     shares = _Shares(site)
     late: dict[str, Tensor] = {}
 
-    def clipped_sum(original: Any) -> Any:
+    def clipped_sum(original: Original) -> Any:
         for name, total in site.sums().items():
             arrived = late.get(name, torch.zeros_like(total))
             late[name] = shares.of[-1].get(name, torch.zeros_like(total))
             total.add_(arrived - late[name])
         return original()
 
-    site.wrap("clipped_sum", clipped_sum)
+    site.wrap(Seam.CLIPPED_SUM, clipped_sum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpsgd_track.mutants.catalogue.norms import per_sample
-from dpsgd_track.mutants.fault import FACTORS, SUM, Site, fault
+from dpsgd_track.mutants.mutant import mutant, on_site
+from dpsgd_track.mutants.needs import Need
+from dpsgd_track.mutants.seams import Seam
+from dpsgd_track.mutants.site import Original, Site
 from dpsgd_track.privacy.terms import Term
+from dpsgd_track.record.stages import Stage
 
-MIXED = "samples that C clips beside samples that it spares"
 
-
-def _bounded(
+def _clip_at(
     site: Site,
     bound_of: Callable[[float], float],
     look: Callable[[Any, float], None] = lambda record, bound: None,
@@ -30,7 +33,7 @@ def _bounded(
     """
     engine = site.mode.engine
 
-    def clip(original: Any, *args: Any) -> Any:
+    def clip(original: Original, *args: Any) -> Any:
         asked = engine.max_grad_norm
         engine.max_grad_norm = bound = bound_of(asked)
         try:
@@ -40,130 +43,116 @@ def _bounded(
         look(record, bound)
         return record
 
-    site.wrap("clip", clip)
+    site.wrap(Seam.CLIP, clip)
 
 
-@fault(
+def _sum_with(site: Site, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Form the sum of each parameter with other factors than are reported."""
+
+    def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
+        return original(name, terms, change(name, factor_B))
+
+    site.wrap(Seam.SUM_OF, sum_of)
+
+
+_clip_factors = partial(mutant, at=Seam.CLIP_FACTORS, stage=Stage.FACTORS)
+_planted_bound = partial(mutant, by=on_site, stage=Stage.FACTORS)
+_planted = partial(mutant, by=on_site, stage=Stage.SUM)
+_factors_of_sum = partial(mutant, at=Seam.SUM_OF, by=_sum_with, stage=Stage.SUM)
+
+
+@_planted_bound(
     "C of the first step for ever",
-    formula="min(1, C_0 / n_i), in place of C of the step",
-    at="clip",
-    needs="a C that changes",
-    stage=FACTORS,
+    "min(1, C_0 / n_i), in place of C of the step",
+    Need.CHANGING_BOUND,
+    at=Seam.CLIP,
 )
 def bound_of_first_step(site: Site) -> None:
     """The noise follows C, clipping does not."""
     first = site.mode.engine.max_grad_norm
-    _bounded(site, lambda asked: first)
+    _clip_at(site, lambda asked: first)
 
 
-@fault(
+@_clip_factors(
     "C ignored in clipping",
+    "min(1, 1 / n_i), in place of min(1, C / n_i)",
+    Need.BOUND_NOT_1,
     source="Opacus #664",
-    formula="min(1, 1 / n_i), in place of min(1, C / n_i)",
-    at="clip_factors",
-    needs="C other than 1",
-    stage=FACTORS,
 )
-def bound_ignored(site: Site) -> None:
+def bound_ignored(original: Original, norm_B: Tensor, bound: float) -> Any:
     """C is used for the noise alone."""
-    site.wrap("clip_factors", lambda original, norm_B, bound: original(norm_B, 1.0))
+    return original(norm_B, 1.0)
 
 
-@fault(
-    "C shared out over ranks",
-    formula="min(1, C / (W n_i))",
-    at="clip_factors",
-    needs="several ranks",
-    stage=FACTORS,
-)
-def bound_over_ranks(site: Site) -> None:
+@_clip_factors("C shared out over ranks", "min(1, C / (W n_i))", Need.RANKS)
+def bound_over_ranks(original: Original, norm_B: Tensor, bound: float) -> Any:
     """As one divides a batch."""
-    site.wrap(
-        "clip_factors",
-        lambda original, norm_B, bound: original(norm_B, bound / dist.get_world_size()),
-    )
+    return original(norm_B, bound / dist.get_world_size())
 
 
-@fault(
+@_clip_factors(
     "no clamp: small gradients scaled up",
-    formula="C / n_i, in place of min(1, C / n_i)",
-    at="clip_factors",
-    needs="a sample that C spares",
-    stage=FACTORS,
+    "C / n_i, in place of min(1, C / n_i)",
+    Need.SPARED_SAMPLE,
 )
-def clamp_missing(site: Site) -> None:
+def clamp_missing(original: Original, norm_B: Tensor, bound: float) -> Tensor:
     """Normalised, rather than clipped."""
-    site.wrap("clip_factors", lambda original, norm_B, bound: bound / norm_B)
+    return bound / norm_B
 
 
-@fault(
+@_clip_factors(
     "automatic clipping in place of clipping",
+    "C / (n_i + 0.01)",
+    Need.SPARED_SAMPLE,
     source="Bu et al., 2023, automatic clipping",
-    formula="C / (n_i + 0.01)",
-    at="clip_factors",
-    needs="a sample that C spares",
-    stage=FACTORS,
 )
-def automatic_clipping(site: Site) -> None:
+def automatic_clipping(original: Original, norm_B: Tensor, bound: float) -> Tensor:
     """Another algorithm under the same name."""
-    site.wrap("clip_factors", lambda original, norm_B, bound: bound / (norm_B + 0.01))
+    return bound / (norm_B + 0.01)
 
 
-@fault(
-    "clip factor from the squared norm",
-    formula="min(1, C / n_i^2)",
-    at="clip_factors",
-    needs="clipping",
-    stage=FACTORS,
-)
-def factor_of_squared_norm(site: Site) -> None:
+@_clip_factors("clip factor from the squared norm", "min(1, C / n_i^2)", Need.CLIPPING)
+def factor_of_squared_norm(original: Original, norm_B: Tensor, bound: float) -> Any:
     """Squared norms handed to a formula for norms."""
-    site.wrap("clip_factors", lambda original, norm_B, bound: original(norm_B.square(), bound))
+    return original(norm_B.square(), bound)
 
 
-@fault(
-    "a large constant under the quotient's bar",
-    formula="min(1, C / (n_i + 0.001))",
-    at="clip_factors",
-    needs="clipping",
-    stage=FACTORS,
+@_clip_factors(
+    "a large constant under the quotient's bar", "min(1, C / (n_i + 0.001))", Need.CLIPPING
 )
-def large_epsilon(site: Site) -> None:
+def large_epsilon(original: Original, norm_B: Tensor, bound: float) -> Any:
     """A thousand times what keeps a division by zero away."""
-    site.wrap("clip_factors", lambda original, norm_B, bound: original(norm_B + 1e-3, bound))
+    return original(norm_B + 1e-3, bound)
 
 
-@fault(
+@_planted(
     "each parameter clipped by itself",
-    formula="min(1, C / (sqrt(P) n_ip)) g_ip, in place of c_i g_ip",
-    at="sum_of",
-    needs="clipping",
-    stage=SUM,
+    "min(1, C / (sqrt(P) n_ip)) g_ip, in place of c_i g_ip",
+    Need.CLIPPING,
+    at=Seam.SUM_OF,
 )
 def clipped_by_parameter(site: Site) -> None:
     """Bounded alike, and another sum."""
     engine = site.mode.engine
 
-    def sum_of(original: Any, name: str, terms: Sequence[Term], factors: Tensor) -> Tensor:
+    def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
         bound = engine.max_grad_norm / len(engine.capture.shapes) ** 0.5
         norm_B = per_sample(terms).float().norm(dim=1)
-        found: Tensor = original(name, terms, (bound / norm_B).clamp(max=1.0).to(factors))
-        return found
+        return original(name, terms, (bound / norm_B).clamp(max=1.0).to(factor_B))
 
-    site.wrap("sum_of", sum_of)
+    site.wrap(Seam.SUM_OF, sum_of)
 
 
-@fault(
+@_planted(
     "the batch's gradient clipped, not each sample's",
-    formula="min(1, C / |sum_i g_i|) sum_i g_i, in place of sum_i c_i g_i",
-    at="accumulate",
-    needs="clipping",
-    stage=SUM,
+    "min(1, C / |sum_i g_i|) sum_i g_i, in place of sum_i c_i g_i",
+    Need.CLIPPING,
+    at=Seam.ACCUMULATE,
 )
 def clipped_after_aggregation(site: Site) -> None:
     """What `clip_grad_norm_` does."""
 
-    def accumulate(original: Any, batch: Any) -> Any:
+    def accumulate(original: Original, batch: Any) -> Any:
         mode, bound = site.mode, site.mode.max_grad_norm
         before = {name: total.clone() for name, total in site.sums().items()}
         mode.set_max_grad_norm(1e30)
@@ -179,157 +168,105 @@ def clipped_after_aggregation(site: Site) -> None:
             return record
         return replace(record, clip_factor_B=(bound / record.norm_B).clamp(max=1.0))
 
-    site.wrap("accumulate", accumulate)
+    site.wrap(Seam.ACCUMULATE, accumulate)
 
 
-def _factors(site: Site, change: Any) -> None:
-    """Form sums with other factors than are reported."""
-
-    def sum_of(original: Any, name: str, terms: Sequence[Term], factors: Tensor) -> Tensor:
-        found: Tensor = original(name, terms, change(name, factors))
-        return found
-
-    site.wrap("sum_of", sum_of)
-
-
-@fault(
+@_factors_of_sum(
     "mean clip factor for all",
+    "mean(c) sum_i g_i, in place of sum_i c_i g_i",
+    Need.MIXED,
     source="a research fork",
-    formula="mean(c) sum_i g_i, in place of sum_i c_i g_i",
-    at="sum_of",
-    needs=MIXED,
-    stage=SUM,
 )
-def mean_clip_factor(site: Site) -> None:
+def mean_clip_factor(name: str, factor_B: Tensor) -> Tensor:
     """Right for equal factors."""
-    _factors(site, lambda name, factors: factors.mean().expand_as(factors))
+    return factor_B.mean().expand_as(factor_B)
 
 
-@fault(
-    "each sample gets its neighbour's factor",
-    formula="sum_i c_{i+1} g_i",
-    at="sum_of",
-    needs=MIXED,
-    stage=SUM,
-)
-def factors_of_neighbour(site: Site) -> None:
+@_factors_of_sum("each sample gets its neighbour's factor", "sum_i c_{i+1} g_i", Need.MIXED)
+def factors_of_neighbour(name: str, factor_B: Tensor) -> Tensor:
     """An order that was lost on the way."""
-    _factors(site, lambda name, factors: factors.roll(1))
+    return factor_B.roll(1)
 
 
-@fault(
-    "clip factors applied twice",
-    formula="sum_i c_i^2 g_i",
-    at="sum_of",
-    needs="clipping",
-    stage=SUM,
-)
-def factors_applied_twice(site: Site) -> None:
+@_factors_of_sum("clip factors applied twice", "sum_i c_i^2 g_i", Need.CLIPPING)
+def factors_applied_twice(name: str, factor_B: Tensor) -> Tensor:
     """To the loss and to the gradient."""
-    _factors(site, lambda name, factors: factors.square())
+    return factor_B.square()
 
 
-@fault(
+@_planted(
     "factors of the micro-batch before",
-    formula="c of the samples at the same places before",
-    at="clip, sum_of, zero_grad",
-    needs="several micro-batches, clipping",
-    stage=SUM,
+    "c of the samples at the same places before",
+    Need.MICRO_BATCHES,
+    Need.CLIPPING,
+    at=(Seam.CLIP, Seam.SUM_OF, Seam.ZERO_GRAD),
 )
 def factors_one_batch_late(site: Site) -> None:
     """A buffer that is read before it is written."""
     kept: list[Tensor] = []
 
-    def clip(original: Any, *args: Any) -> Any:
-        record = original(*args)
-        kept.append(record.clip_factor_B)
-        return record
+    def late(name: str, factor_B: Tensor) -> Tensor:
+        is_first = len(kept) < 2 or len(kept[-2]) != len(factor_B)
+        return factor_B if is_first else kept[-2]
 
-    def late(name: str, factors: Tensor) -> Tensor:
-        is_first = len(kept) < 2 or len(kept[-2]) != len(factors)
-        return factors if is_first else kept[-2]
-
-    site.wrap("clip", clip)
-    _factors(site, late)
-    site.before("zero_grad", kept.clear)
+    site.after(Seam.CLIP, lambda record: kept.append(record.clip_factor_B))
+    _sum_with(site, late)
+    site.before(Seam.ZERO_GRAD, kept.clear)
 
 
-@fault(
+@_factors_of_sum(
     "embedding not clipped",
-    formula="sum_i g_i of the embedding, in place of sum_i c_i g_i",
-    at="sum_of",
-    needs="clipping",
-    stage=SUM,
-    where="embedding.weight",
+    "sum_i g_i of the embedding, in place of sum_i c_i g_i",
+    Need.CLIPPING,
+    where=("embedding.weight",),
 )
-def embedding_not_clipped(site: Site) -> None:
+def embedding_not_clipped(name: str, factor_B: Tensor) -> Tensor:
     """Its gradient comes from autograd."""
-    _factors(site, lambda name, c: torch.ones_like(c) if name == "embedding.weight" else c)
+    return torch.ones_like(factor_B) if name == "embedding.weight" else factor_B
 
 
-@fault(
+@_factors_of_sum(
     "biases not clipped",
-    formula="sum_i g_i of every bias, in place of sum_i c_i g_i",
-    at="sum_of",
-    needs="clipping",
-    stage=SUM,
-    where="*.bias",
+    "sum_i g_i of every bias, in place of sum_i c_i g_i",
+    Need.CLIPPING,
+    where=("*.bias",),
 )
-def biases_not_clipped(site: Site) -> None:
+def biases_not_clipped(name: str, factor_B: Tensor) -> Tensor:
     """Their gradients come from autograd."""
-    _factors(site, lambda name, c: torch.ones_like(c) if name.endswith("bias") else c)
+    return torch.ones_like(factor_B) if name.endswith("bias") else factor_B
 
 
-@fault(
-    "raw gradient added to the clipped one",
-    source="a user's report",
-    formula="sum_i (1 + c_i) g_i",
-    at="sum_of",
-    stage=SUM,
+@_factors_of_sum(
+    "raw gradient added to the clipped one", "sum_i (1 + c_i) g_i", source="a user's report"
 )
-def raw_gradient_added(site: Site) -> None:
+def raw_gradient_added(name: str, factor_B: Tensor) -> Tensor:
     """It was left in `.grad`."""
-    _factors(site, lambda name, factors: 1 + factors)
+    return 1 + factor_B
 
 
-@fault(
-    "last sample of each micro-batch lost",
-    formula="sum over the first b - 1 samples",
-    at="sum_of",
-    stage=SUM,
-)
-def last_sample_lost(site: Site) -> None:
+@_factors_of_sum("last sample of each micro-batch lost", "sum over the first b - 1 samples")
+def last_sample_lost(name: str, factor_B: Tensor) -> Tensor:
     """A loop that ends too soon."""
-
-    def without_last(name: str, factors: Tensor) -> Tensor:
-        there = torch.ones_like(factors)
-        there[-1:] = 0
-        return factors * there
-
-    _factors(site, without_last)
+    is_there = torch.ones_like(factor_B)
+    is_there[-1:] = 0
+    return factor_B * is_there
 
 
-@fault(
-    "soft clipping",
-    formula="(1 + (n_i / C)^8)^(-1/8), in place of min(1, C / n_i)",
-    at="clip_factors",
-    needs="clipping",
-    stage=FACTORS,
+@_clip_factors(
+    "soft clipping", "(1 + (n_i / C)^8)^(-1/8), in place of min(1, C / n_i)", Need.CLIPPING
 )
-def soft_clipping(site: Site) -> None:
+def soft_clipping(original: Original, norm_B: Tensor, bound: float) -> Tensor:
     """Smooth and bounded alike, and off by 8 % at most, where n_i = C."""
-    site.wrap(
-        "clip_factors", lambda original, norm_B, bound: (1 + (norm_B / bound) ** 8) ** (-1 / 8)
-    )
+    return (1 + (norm_B / bound) ** 8) ** (-1 / 8)
 
 
-@fault(
+@_planted_bound(
     "C adapts to each rank's own samples",
+    "C exp(-0.2 (share of samples below C - 1/2)) after each step, in place of C",
+    Need.CLIPPING,
+    Need.STEPS,
+    at=(Seam.CLIP, Seam.ZERO_GRAD),
     source="Andrew et al., 2021, adaptive clipping",
-    formula="C exp(-0.2 (share of samples below C - 1/2)) after each step, in place of C",
-    at="clip, zero_grad",
-    needs="clipping, several steps",
-    stage=FACTORS,
 )
 def bound_adapts(site: Site) -> None:
     """Ranks drift apart, and the noise stays at the C that was asked for."""
@@ -342,41 +279,30 @@ def bound_adapts(site: Site) -> None:
         ratio[0] *= math.exp(-0.2 * (sum(below) / max(len(below), 1) - 0.5))
         below.clear()
 
-    _bounded(site, lambda asked: asked * ratio[0], count)
-    site.before("zero_grad", adapt)
+    _clip_at(site, lambda asked: asked * ratio[0], count)
+    site.before(Seam.ZERO_GRAD, adapt)
 
 
-@fault(
+@_planted_bound(
     "last rank learns of a new C a step late",
-    formula="min(1, C_{t-1} / n_i) on the last rank",
-    at="clip, set_max_grad_norm",
-    needs="several ranks, a C that changes",
-    stage=FACTORS,
+    "min(1, C_{t-1} / n_i) on the last rank",
+    Need.RANKS,
+    Need.CHANGING_BOUND,
+    at=(Seam.CLIP, Seam.SET_MAX_GRAD_NORM),
 )
 def bound_late_on_last_rank(site: Site) -> None:
     """A setting that is not broadcast in time."""
     is_last = dist.get_rank() == dist.get_world_size() - 1
     bounds: list[float] = []
-
-    def set_max_grad_norm(original: Any, bound: float) -> None:
-        bounds.append(bound)
-        original(bound)
-
-    site.wrap("set_max_grad_norm", set_max_grad_norm)
-    _bounded(site, lambda asked: bounds[-2] if is_last and len(bounds) > 1 else asked)
+    site.before(Seam.SET_MAX_GRAD_NORM, bounds.append)
+    _clip_at(site, lambda asked: bounds[-2] if is_last and len(bounds) > 1 else asked)
 
 
-@fault(
+@_factors_of_sum(
     "the only clipped sample of a micro-batch spared",
-    formula="g_i, in place of c_i g_i, where no other sample's c is below 1",
-    at="sum_of",
-    needs=MIXED,
-    stage=SUM,
+    "g_i, in place of c_i g_i, where no other sample's c is below 1",
+    Need.MIXED,
 )
-def lone_clipped_sample_spared(site: Site) -> None:
+def lone_clipped_sample_spared(name: str, factor_B: Tensor) -> Tensor:
     """`nonzero().squeeze()` of one index is no list of indices."""
-
-    def spared(name: str, factors: Tensor) -> Tensor:
-        return torch.ones_like(factors) if factors.lt(1).sum() == 1 else factors
-
-    _factors(site, spared)
+    return torch.ones_like(factor_B) if factor_B.lt(1).sum() == 1 else factor_B

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpsgd_track.distributed.sharding import row_range
-from dpsgd_track.mutants.fault import FSDP_MODES, FUSED_BK, NORMS, Site, fault
+from dpsgd_track.mutants.mutant import FSDP_MODES, FUSED_BK, mutant, on_site
+from dpsgd_track.mutants.needs import Need
+from dpsgd_track.mutants.seams import Seam
+from dpsgd_track.mutants.site import Original, Site
 from dpsgd_track.privacy.layers.positions import flatten_positions, summed_positions
-from dpsgd_track.privacy.terms import Dense, Outer, OuterNorm, Term
+from dpsgd_track.privacy.terms import Dense, Outer, OuterNorm, Rows, Term
+from dpsgd_track.record.stages import Stage
+
+Terms = dict[str, Term]
 
 WITH_OUTER = tuple(mode for mode in FSDP_MODES if mode != FUSED_BK)
 """Modes that hold the factors of a linear layer's gradient when its norm is taken."""
@@ -38,15 +45,40 @@ def per_sample(terms: Sequence[Term]) -> Tensor:
 def of_changed_outers(site: Site, change: Callable[[Outer], Outer]) -> None:
     """Take norms of linear layers' gradients from other factors than sums are formed of."""
 
-    def norm_sq_of(original: Any, name: str, terms: Sequence[Term]) -> Tensor:
-        changed = tuple(change(t) if isinstance(t, Outer) else t for t in terms)
-        found: Tensor = original(name, changed)
-        return found
+    def norm_sq_of(original: Original, name: str, terms: Sequence[Term]) -> Any:
+        return original(name, tuple(change(t) if isinstance(t, Outer) else t for t in terms))
 
-    site.wrap("norm_sq_of", norm_sq_of)
+    site.wrap(Seam.NORM_SQ_OF, norm_sq_of)
 
 
-def _apart(norm_sq_of: Any, name: str, terms: Sequence[Term]) -> Tensor:
+def _with_bias_norm(site: Site, norm_sq: Callable[[Tensor], Tensor]) -> None:
+    """Take squared norms of biases from the gradients [B, T, P] of a linear layer's outputs."""
+
+    def terms(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Terms:
+        right: Terms = original(module, x, dy)
+        if "bias" in right:
+            grad_B = right["bias"].materialised().grad_B
+            right["bias"] = _WithNorm(grad_B, norm_sq(flatten_positions(dy).float()))
+        return right
+
+    site.wrap(Seam.LINEAR_TERMS, terms)
+
+
+def _with_attribute(site: Site, seam: Seam, name: str, value: object) -> None:
+    """Form a layer's terms as if one of its attributes had another value."""
+
+    def terms(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Any:
+        right = getattr(module, name)
+        setattr(module, name, value)
+        try:
+            return original(module, x, dy)
+        finally:
+            setattr(module, name, right)
+
+    site.wrap(seam, terms)
+
+
+def _apart(norm_sq_of: Original, name: str, terms: Sequence[Term]) -> Tensor:
     """Squared norms of `terms`, added without what they have in common."""
     return torch.stack([norm_sq_of(name, (term,)) for term in terms]).sum(dim=0)
 
@@ -55,560 +87,424 @@ def _square(values: Tensor) -> Tensor:
     return values.flatten(1).square().sum(dim=1)
 
 
-def _bias(site: Site, norm_sq: Any) -> None:
-    def terms(original: Any, module: Any, x: Tensor, dy: Tensor) -> dict[str, Term]:
-        found: dict[str, Term] = original(module, x, dy)
-        if "bias" in found:
-            right = found["bias"].materialised()
-            found["bias"] = _WithNorm(right.grad_B, norm_sq(flatten_positions(dy).float()))
-        return found
-
-    site.wrap("linear_terms", terms)
+_mutant = partial(mutant, stage=Stage.NORMS)
+_planted = partial(_mutant, by=on_site)
+_norm_sq_of = partial(_mutant, at=Seam.NORM_SQ_OF)
+_changed_outer = partial(_norm_sq_of, by=of_changed_outers, modes=WITH_OUTER)
+_bias_norm = partial(_mutant, at=Seam.LINEAR_TERMS, by=_with_bias_norm)
+_layer_norm = partial(_mutant, at=Seam.LAYER_NORM_TERMS)
 
 
-@fault(
+@_bias_norm(
     "bias norm from the wrong Gram matrix",
+    "n^2 = |G G^T|_F over positions, in place of |sum_t g_t|^2",
+    Need.BIASED_LINEAR,
+    Need.POSITIONS,
     source="Opacus #751",
-    formula="n^2 = |G G^T|_F over positions, in place of |sum_t g_t|^2",
-    at="linear_terms",
-    needs="a biased linear layer, several positions",
-    stage=NORMS,
-    where="*.bias",
+    where=("*.bias",),
 )
-def bias_norm_by_gram(site: Site) -> None:
+def bias_norm_by_gram(g_BTP: Tensor) -> Tensor:
     """The gradient of a bias is a sum over positions, which a Gram matrix of them is not."""
-    _bias(site, lambda g_BTP: (g_BTP @ g_BTP.mT).flatten(1).norm(dim=1))
+    return (g_BTP @ g_BTP.mT).flatten(1).norm(dim=1)
 
 
-@fault(
+@_bias_norm(
     "bias norm without the cross terms of positions",
-    formula="n^2 = sum_t |g_t|^2, in place of |sum_t g_t|^2",
-    at="linear_terms",
-    needs="a biased linear layer, several positions",
-    stage=NORMS,
-    where="*.bias",
+    "n^2 = sum_t |g_t|^2, in place of |sum_t g_t|^2",
+    Need.BIASED_LINEAR,
+    Need.POSITIONS,
+    where=("*.bias",),
 )
-def bias_positions_apart(site: Site) -> None:
+def bias_positions_apart(g_BTP: Tensor) -> Tensor:
     """Squares before the sum over positions."""
-    _bias(site, _square)
+    return _square(g_BTP)
 
 
-@fault(
+@_changed_outer(
     "norm of a linear layer from summed positions",
-    formula="n = |sum_t dy_t| |sum_t x_t|, in place of |sum_t dy_t x_t^T|",
-    at="norm_sq_of",
-    needs="several positions",
-    stage=NORMS,
-    where="*.weight",
-    modes=WITH_OUTER,
+    "n = |sum_t dy_t| |sum_t x_t|, in place of |sum_t dy_t x_t^T|",
+    Need.POSITIONS,
+    where=("*.weight",),
 )
-def positions_summed_first(site: Site) -> None:
+def positions_summed_first(outer: Outer) -> Outer:
     """Right for one position: the rule of a two-dimensional input used on a three-dimensional."""
-
-    of_changed_outers(
-        site, lambda t: Outer(t.x_BTD.sum(1, keepdim=True), t.dy_BTP.sum(1, keepdim=True))
-    )
+    return Outer(outer.x_BTD.sum(1, keepdim=True), outer.dy_BTP.sum(1, keepdim=True))
 
 
-@fault(
+@_norm_sq_of(
     "tied weight: norms of both uses added",
+    "n^2 = |g_1|^2 + |g_2|^2, in place of |g_1 + g_2|^2",
+    Need.TIED_HEAD,
     source="tensorflow/privacy 44dfac3",
-    formula="n^2 = |g_1|^2 + |g_2|^2, in place of |g_1 + g_2|^2",
-    at="norm_sq_of",
-    needs="a tied head",
-    stage=NORMS,
-    where="embedding.weight",
+    where=("embedding.weight",),
 )
-def tied_norms_added(site: Site) -> None:
+def tied_norms_added(original: Original, name: str, terms: Sequence[Term]) -> Tensor:
     """The cross term of embedding and head is left out."""
-
-    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
-        return _apart(original, name, terms)
-
-    site.wrap("norm_sq_of", norm_sq_of)
+    return _apart(original, name, terms)
 
 
-@fault(
+@_norm_sq_of(
     "reused layer: norms of its uses added",
+    "n^2 = |g_1|^2 + |g_2|^2, in place of |g_1 + g_2|^2",
+    Need.REUSED_MODULE,
     source="tensorflow/privacy 44dfac3",
-    formula="n^2 = |g_1|^2 + |g_2|^2, in place of |g_1 + g_2|^2",
-    at="norm_sq_of",
-    needs="a module used twice",
     in_bf16="it moves a norm by 2 %, which is less than five times the error of plain autograd",
-    stage=NORMS,
-    where="*.reused.weight",
+    where=("*.reused.weight",),
     modes=WITH_OUTER,
 )
-def reused_norms_added(site: Site) -> None:
+def reused_norms_added(original: Original, name: str, terms: Sequence[Term]) -> Any:
     """The uses stand one behind the other along the positions."""
-
-    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
-        if not name.endswith("reused.weight") or not isinstance(terms[0], Outer):
-            found: Tensor = original(name, terms)
-            return found
-        halves = zip(terms[0].x_BTD.chunk(2, 1), terms[0].dy_BTP.chunk(2, 1), strict=True)
-        return _apart(original, name, [Outer(x, dy) for x, dy in halves])
-
-    site.wrap("norm_sq_of", norm_sq_of)
+    if not name.endswith("reused.weight") or not isinstance(terms[0], Outer):
+        return original(name, terms)
+    halves = zip(terms[0].x_BTD.chunk(2, 1), terms[0].dy_BTP.chunk(2, 1), strict=True)
+    return _apart(original, name, [Outer(x, dy) for x, dy in halves])
 
 
-@fault(
+@_mutant(
     "reused layer: one use overwrites the other",
+    "g = g_1, in place of g_1 + g_2",
+    Need.REUSED_MODULE,
+    at=Seam.JOIN,
     source="fastDP",
-    formula="g = g_1, in place of g_1 + g_2",
-    at="join",
-    needs="a module used twice",
-    stage=NORMS,
-    where="*.reused.*",
+    where=("*.reused.*",),
 )
-def reused_use_lost(site: Site) -> None:
+def reused_use_lost(original: Original, terms: Sequence[Term]) -> Any:
     """Activations of the first call are gone when the backward asks for them."""
-
-    def join(original: Any, terms: Sequence[Term]) -> tuple[Term, ...]:
-        is_reused = len({type(term) for term in terms}) == 1
-        found: tuple[Term, ...] = original(terms[:1] if is_reused else terms)
-        return found
-
-    site.wrap("join", join)
+    is_reused = len({type(term) for term in terms}) == 1
+    return original(terms[:1] if is_reused else terms)
 
 
-@fault(
+@_mutant(
     "embedding norm without adding equal tokens",
-    formula="n^2 = sum_t |dy_t|^2, in place of sum_v |sum_{t: v_t = v} dy_t|^2",
-    at="rows_norm_sq",
-    needs="tokens that repeat",
-    stage=NORMS,
+    "n^2 = sum_t |dy_t|^2, in place of sum_v |sum_{t: v_t = v} dy_t|^2",
+    Need.REPEATED_TOKENS,
+    at=Seam.ROWS_NORM_SQ,
     # The positions of padding are all the same.
-    where="embedding.weight, position.weight",
+    where=("embedding.weight", "position.weight"),
 )
-def repeated_tokens_apart(site: Site) -> None:
+def repeated_tokens_apart(original: Original, rows: Rows, outer_norm: OuterNorm) -> Tensor:
     """Squares before equal rows are added."""
-    site.wrap("rows_norm_sq", lambda original, rows, outer_norm: _square(rows.dy_BTD.float()))
+    return _square(rows.dy_BTD.float())
 
 
-@fault(
+@_planted(
     "padding row of the embedding counted",
-    formula="g_v of the padding index v kept, in place of 0",
-    at="embedding_terms",
-    needs="a padding index",
-    stage=NORMS,
-    where="embedding.weight",
+    "g_v of the padding index v kept, in place of 0",
+    Need.PADDING_INDEX,
+    at=Seam.EMBEDDING_TERMS,
+    where=("embedding.weight",),
 )
 def padding_row_counted(site: Site) -> None:
     """torch gives the row of padding_idx no gradient."""
-
-    def terms(original: Any, module: Any, x: Tensor, dy: Tensor) -> dict[str, Term]:
-        index, module.padding_idx = module.padding_idx, None
-        try:
-            found: dict[str, Term] = original(module, x, dy)
-            return found
-        finally:
-            module.padding_idx = index
-
-    site.wrap("embedding_terms", terms)
+    _with_attribute(site, Seam.EMBEDDING_TERMS, "padding_idx", None)
 
 
-@fault(
+@_layer_norm(
     "LayerNorm's weight gradient from the raw input",
-    formula="sum_t dy_t x_t, in place of sum_t dy_t xhat_t",
-    at="layer_norm_terms",
-    needs="LayerNorm",
-    stage=NORMS,
-    where="blocks.*.norm.weight",
+    "sum_t dy_t x_t, in place of sum_t dy_t xhat_t",
+    Need.LAYER_NORM,
+    where=("blocks.*.norm.weight",),
 )
-def layer_norm_input_not_normalised(site: Site) -> None:
+def layer_norm_input_not_normalised(
+    original: Original, module: nn.Module, x: Tensor, dy: Tensor
+) -> Terms:
     """The hook saw the input of the module, not what it multiplies the weight by."""
-
-    def terms(original: Any, module: Any, x: Tensor, dy: Tensor) -> dict[str, Term]:
-        found: dict[str, Term] = original(module, x, dy)
-        return {**found, "weight": summed_positions(dy.float() * x.float())}
-
-    site.wrap("layer_norm_terms", terms)
+    return {**original(module, x, dy), "weight": summed_positions(dy.float() * x.float())}
 
 
-@fault(
+@_layer_norm(
     "LayerNorm's bias forgotten",
-    formula="0, in place of sum_t dy_t",
-    at="layer_norm_terms",
-    needs="LayerNorm",
-    stage=NORMS,
-    where="blocks.*.norm.bias",
+    "0, in place of sum_t dy_t",
+    Need.LAYER_NORM,
+    where=("blocks.*.norm.bias",),
 )
-def layer_norm_bias_forgotten(site: Site) -> None:
+def layer_norm_bias_forgotten(
+    original: Original, module: nn.Module, x: Tensor, dy: Tensor
+) -> Terms:
     """Neither its norm nor its gradient is there."""
-
-    def terms(original: Any, module: Any, x: Tensor, dy: Tensor) -> dict[str, Term]:
-        found: dict[str, Term] = original(module, x, dy)
-        return {**found, "bias": Dense(torch.zeros_like(found["bias"].materialised().grad_B))}
-
-    site.wrap("layer_norm_terms", terms)
+    right: Terms = original(module, x, dy)
+    return {**right, "bias": Dense(torch.zeros_like(right["bias"].materialised().grad_B))}
 
 
-@fault(
+@_mutant(
     "RMSNorm's norm without the cross terms of positions",
-    formula="n^2 = sum_t |dy_t xhat_t|^2, in place of |sum_t dy_t xhat_t|^2",
-    at="rms_norm_terms",
-    needs="RMSNorm, several positions",
-    stage=NORMS,
-    where="norm.weight",
+    "n^2 = sum_t |dy_t xhat_t|^2, in place of |sum_t dy_t xhat_t|^2",
+    Need.RMS_NORM,
+    Need.POSITIONS,
+    at=Seam.RMS_NORM_TERMS,
+    where=("norm.weight",),
 )
-def rms_norm_positions_apart(site: Site) -> None:
+def rms_norm_positions_apart(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Terms:
     """Squares before the sum over positions."""
-
-    def terms(original: Any, module: Any, x: Tensor, dy: Tensor) -> dict[str, Term]:
-        x_BTD, dy_BTD = flatten_positions(x.float()), flatten_positions(dy.float())
-        xhat = x_BTD * torch.rsqrt(x_BTD.square().mean(dim=-1, keepdim=True))
-        right = original(module, x, dy)["weight"].materialised()
-        return {"weight": _WithNorm(right.grad_B, _square(dy_BTD * xhat))}
-
-    site.wrap("rms_norm_terms", terms)
+    x_BTD, dy_BTD = flatten_positions(x.float()), flatten_positions(dy.float())
+    xhat = x_BTD * torch.rsqrt(x_BTD.square().mean(dim=-1, keepdim=True))
+    right = original(module, x, dy)["weight"].materialised()
+    return {"weight": _WithNorm(right.grad_B, _square(dy_BTD * xhat))}
 
 
-@fault(
+@_mutant(
     "embedding left out of the norm",
-    formula="n^2 = sum over all other parameters",
-    at="clip",
-    needs="an embedding that is trained",
-    stage=NORMS,
-    where="embedding.weight",
+    "n^2 = sum over all other parameters",
+    Need.TRAINED_EMBEDDING,
+    at=Seam.CLIP,
+    where=("embedding.weight",),
 )
-def embedding_left_out_of_norm(site: Site) -> None:
+def embedding_left_out_of_norm(
+    original: Original, loss_B: Tensor, norm_sq: dict[str, Tensor]
+) -> Any:
     """Its gradient is added all the same."""
-
-    def clip(original: Any, loss_B: Tensor, norm_sq: dict[str, Tensor]) -> Any:
-        return original(loss_B, {n: s for n, s in norm_sq.items() if n != "embedding.weight"})
-
-    site.wrap("clip", clip)
+    return original(loss_B, {n: s for n, s in norm_sq.items() if n != "embedding.weight"})
 
 
-@fault(
+@_mutant(
     "norms of parameters added, not their squares",
-    formula="n = sum_p n_p, in place of sqrt(sum_p n_p^2)",
-    at="total_norm",
-    needs="several parameters",
-    stage=NORMS,
+    "n = sum_p n_p, in place of sqrt(sum_p n_p^2)",
+    Need.PARAMETERS,
+    at=Seam.TOTAL_NORM,
 )
-def norms_added(site: Site) -> None:
+def norms_added(original: Original, norm_sq: dict[str, Tensor]) -> Tensor:
     """The L1 norm of the norms."""
-
-    def total_norm(original: Any, norm_sq: dict[str, Tensor]) -> Tensor:
-        return torch.stack([squares.sqrt() for squares in norm_sq.values()]).sum(dim=0)
-
-    site.wrap("total_norm", total_norm)
+    return torch.stack([squares.sqrt() for squares in norm_sq.values()]).sum(dim=0)
 
 
-@fault(
-    "square root forgotten",
-    formula="n = sum_p n_p^2, in place of its root",
-    at="total_norm",
-    stage=NORMS,
-)
-def norm_not_rooted(site: Site) -> None:
+@_mutant("square root forgotten", "n = sum_p n_p^2, in place of its root", at=Seam.TOTAL_NORM)
+def norm_not_rooted(original: Original, norm_sq: dict[str, Tensor]) -> Any:
     """Squared norms are handed on as norms."""
-    site.wrap("total_norm", lambda original, norm_sq: original(norm_sq).square())
+    return original(norm_sq).square()
 
 
-@fault(
-    "norms of the mean loss",
-    formula="n_i / b, in place of n_i",
-    at="run_norms",
-    needs="several samples",
-    stage=NORMS,
-)
-def norms_of_mean_loss(site: Site) -> None:
+@_mutant("norms of the mean loss", "n_i / b, in place of n_i", Need.SAMPLES, at=Seam.RUN_NORMS)
+def norms_of_mean_loss(original: Original, loss_B: Tensor, **options: Any) -> dict[str, Tensor]:
     """The backward that finds norms runs on the batch's mean loss."""
-
-    def run_norms(original: Any, loss_B: Tensor, **options: Any) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = original(loss_B, **options)
-        return {name: squares / len(loss_B) ** 2 for name, squares in found.items()}
-
-    site.wrap("run_norms", run_norms)
+    norm_sq = original(loss_B, **options)
+    return {name: squares / len(loss_B) ** 2 for name, squares in norm_sq.items()}
 
 
-@fault(
+@_mutant(
     "a second backward adds to the reported norms",
+    "sqrt(2) n_i is reported, n_i was used",
+    Need.NORMS_AFTER_STEP,
+    at=Seam.ACCUMULATE,
     source="a research fork",
-    formula="sqrt(2) n_i is reported, n_i was used",
-    at="accumulate",
-    needs="norms that are read after the step",
-    stage=NORMS,
 )
-def norms_reported_twice(site: Site) -> None:
+def norms_reported_twice(original: Original, batch: Any) -> Any:
     """The update is right."""
-
-    def accumulate(original: Any, batch: Any) -> Any:
-        record = original(batch)
-        if record.norm_B is None:
-            return record
-        scaled = {n: v * 2**0.5 for n, v in (record.norm_by_parameter_B or {}).items()}
-        return replace(record, norm_B=record.norm_B * 2**0.5, norm_by_parameter_B=scaled or None)
-
-    site.wrap("accumulate", accumulate)
+    record = original(batch)
+    if record.norm_B is None:
+        return record
+    scaled = {n: v * 2**0.5 for n, v in (record.norm_by_parameter_B or {}).items()}
+    return replace(record, norm_B=record.norm_B * 2**0.5, norm_by_parameter_B=scaled or None)
 
 
-@fault(
+@_planted(
     "norms from this rank's shard alone",
-    formula="n^2 over the rows that the rank holds, in place of all rows",
-    at="norm_sq_of",
-    needs="several ranks",
-    stage=NORMS,
+    "n^2 over the rows that the rank holds, in place of all rows",
+    Need.RANKS,
+    at=Seam.NORM_SQ_OF,
 )
 def norms_of_local_shard(site: Site) -> None:
     """Each rank sees a part of every gradient."""
     shapes = site.mode.engine.capture.shapes
 
-    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
+    def norm_sq_of(original: Original, name: str, terms: Sequence[Term]) -> Tensor:
         rows = per_sample(terms).unflatten(1, (shapes[name][0], -1))
         first, last = row_range(shapes[name][0], dist.get_rank(), dist.get_world_size())
         return _square(rows[:, first:last].float())
 
-    site.wrap("norm_sq_of", norm_sq_of)
+    site.wrap(Seam.NORM_SQ_OF, norm_sq_of)
 
 
-@fault(
+@_planted(
     "norm buffer not reset between micro-batches",
-    formula="n_i^2 + n_j^2 of the sample at the same place before",
-    at="run_norms, zero_grad",
-    needs="several micro-batches",
-    stage=NORMS,
+    "n_i^2 + n_j^2 of the sample at the same place before",
+    Need.MICRO_BATCHES,
+    at=(Seam.RUN_NORMS, Seam.ZERO_GRAD),
 )
 def norm_buffer_not_reset(site: Site) -> None:
     """Squares add up until the step is over."""
     kept: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(0))
 
-    def run_norms(original: Any, loss_B: Tensor, **options: Any) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = original(loss_B, **options)
-        for name, squares in found.items():
+    def add_kept(norm_sq: dict[str, Tensor]) -> None:
+        for name, squares in norm_sq.items():
             before = kept[name][: len(squares)]
             squares[: len(before)] += before.to(squares)
             kept[name] = squares
-        return found
 
-    site.wrap("run_norms", run_norms)
-    site.before("zero_grad", kept.clear)
-
-
-def _gram(x_BTD: Tensor, dy_BTP: Tensor, weight: Tensor) -> Tensor:
-    grams = (x_BTD @ x_BTD.mT) * (dy_BTP @ dy_BTP.mT)
-    return (grams.float() * weight).sum(dim=(1, 2)).clamp_min(0.0)
+    site.after(Seam.RUN_NORMS, add_kept)
+    site.before(Seam.ZERO_GRAD, kept.clear)
 
 
-@fault(
+@_norm_sq_of(
     "tiles off the diagonal of the Gram matrix counted once",
-    formula="sum over s-tile <= t-tile, in place of twice those off the diagonal",
-    at="norm_sq_of",
-    needs="more positions than a tile has",
-    stage=NORMS,
-    where="*.weight",
+    "sum over s-tile <= t-tile, in place of twice those off the diagonal",
+    Need.POSITIONS_PAST_TILE,
+    where=("*.weight",),
     modes=WITH_OUTER,
 )
-def tile_pairs_counted_once(site: Site) -> None:
+def tile_pairs_counted_once(original: Original, name: str, terms: Sequence[Term]) -> Any:
     """A kernel with tiles of 16 that uses the symmetry and forgets the factor of two."""
-
-    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
-        if not isinstance(terms[0], Outer) or len(terms) > 1:
-            found: Tensor = original(name, terms)
-            return found
-        x, dy = terms[0].x_BTD, terms[0].dy_BTP
-        tile = torch.arange(x.shape[1], device=x.device) // 16
-        return _gram(x, dy, (tile[:, None] <= tile[None, :]).float())
-
-    site.wrap("norm_sq_of", norm_sq_of)
+    if not isinstance(terms[0], Outer) or len(terms) > 1:
+        return original(name, terms)
+    x, dy = terms[0].x_BTD, terms[0].dy_BTP
+    tile = torch.arange(x.shape[1], device=x.device) // 16
+    is_counted = (tile[:, None] <= tile[None, :]).float()
+    grams = (x @ x.mT) * (dy @ dy.mT)
+    return (grams.float() * is_counted).sum(dim=(1, 2)).clamp_min(0.0)
 
 
-@fault(
+@_changed_outer(
     "what is left over behind the last whole tile dropped",
-    formula="sum over the first 64 outputs, in place of 65",
-    at="norm_sq_of",
-    needs="sizes one past a tile",
-    stage=NORMS,
-    where="blocks.*",
-    modes=WITH_OUTER,
+    "sum over the first 64 outputs, in place of 65",
+    Need.SIZES_PAST_TILE,
+    where=("blocks.*",),
 )
-def last_tile_dropped(site: Site) -> None:
+def last_tile_dropped(outer: Outer) -> Outer:
     """A kernel that rounds the number of its tiles down."""
+    return Outer(outer.x_BTD, outer.dy_BTP[..., :64])
 
-    of_changed_outers(site, lambda t: Outer(t.x_BTD, t.dy_BTP[..., :64]))
 
-
-@fault(
+@_planted(
     "LayerNorm's input normalised with another epsilon",
-    formula="xhat with epsilon 1e-2, in place of 1e-5",
-    at="layer_norm_terms",
-    needs="LayerNorm",
+    "xhat with epsilon 1e-2, in place of 1e-5",
+    Need.LAYER_NORM,
+    at=Seam.LAYER_NORM_TERMS,
     in_bf16="it moves a norm by less than 1 %, as rounding does",
-    stage=NORMS,
-    where="blocks.*.norm.weight",
+    where=("blocks.*.norm.weight",),
 )
 def layer_norm_epsilon(site: Site) -> None:
     """Normalised once more for the gradient, with a constant of the author's choosing."""
-
-    def terms(original: Any, module: Any, x: Tensor, dy: Tensor) -> dict[str, Term]:
-        epsilon, module.eps = module.eps, 1e-2
-        try:
-            found: dict[str, Term] = original(module, x, dy)
-            return found
-        finally:
-            module.eps = epsilon
-
-    site.wrap("layer_norm_terms", terms)
+    _with_attribute(site, Seam.LAYER_NORM_TERMS, "eps", 1e-2)
 
 
-@fault(
+@_norm_sq_of(
     "tied weight: cross term counted once",
-    formula="n^2 = |g_1|^2 + |g_2|^2 + <g_1, g_2>, in place of twice the last",
-    at="norm_sq_of",
-    needs="a tied head",
-    stage=NORMS,
-    where="embedding.weight",
+    "n^2 = |g_1|^2 + |g_2|^2 + <g_1, g_2>, in place of twice the last",
+    Need.TIED_HEAD,
+    where=("embedding.weight",),
 )
-def tied_cross_term_once(site: Site) -> None:
+def tied_cross_term_once(original: Original, name: str, terms: Sequence[Term]) -> Any:
     """The factor of two in the square of a sum."""
-
-    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
-        whole: Tensor = original(name, terms)
-        if len(terms) == 1:
-            return whole
-        return (whole + _apart(original, name, terms)) / 2
-
-    site.wrap("norm_sq_of", norm_sq_of)
+    whole = original(name, terms)
+    return whole if len(terms) == 1 else (whole + _apart(original, name, terms)) / 2
 
 
-@fault(
+def _overread(values: Tensor) -> Tensor:
+    """[B, T, D] up to the next multiple of 16 positions, as they lie in memory."""
+    missing = -values.shape[1] % 16
+    following = torch.cat([values[1:], torch.zeros_like(values[:1])])
+    return torch.cat([values, following[:, :missing]], dim=1)
+
+
+@_norm_sq_of(
     "last tile reads the next sample",
+    "n^2 over positions up to the next multiple of 16, which are the next sample's",
+    Need.SAMPLES,
+    Need.POSITIONS_UNDIVIDED,
     source="a kernel whose loads have no mask",
-    formula="n^2 over positions up to the next multiple of 16, which are the next sample's",
-    at="norm_sq_of",
-    needs="several samples, positions that a tile does not divide",
-    stage=NORMS,
-    where="blocks.*.weight, gate.weight",
+    where=("blocks.*.weight", "gate.weight"),
     modes=WITH_OUTER,
 )
-def tile_reads_next_sample(site: Site) -> None:
+def tile_reads_next_sample(original: Original, name: str, terms: Sequence[Term]) -> Any:
     """What lies behind a sample's last position in memory is the next one's first."""
-
-    def overread(values: Tensor) -> Tensor:
-        missing = -values.shape[1] % 16
-        following = torch.cat([values[1:], torch.zeros_like(values[:1])])
-        return torch.cat([values, following[:, :missing]], dim=1)
-
-    def norm_sq_of(original: Any, name: str, terms: tuple[Term, ...]) -> Tensor:
-        only = terms[0]
-        if len(terms) == 1 and isinstance(only, Outer):
-            terms = (Outer(overread(only.x_BTD), overread(only.dy_BTP)),)
-        found: Tensor = original(name, terms)
-        return found
-
-    site.wrap("norm_sq_of", norm_sq_of)
+    only = terms[0]
+    if len(terms) == 1 and isinstance(only, Outer):
+        terms = (Outer(_overread(only.x_BTD), _overread(only.dy_BTP)),)
+    return original(name, terms)
 
 
-@fault(
+@_mutant(
     "runs of equal tokens cut where a tile ends",
+    "|a|^2 + |b|^2 in place of |a + b|^2 of rows on both sides of a tile's end",
+    Need.REPEATED_TOKENS,
+    Need.POSITIONS_PAST_TILE,
+    at=Seam.ROWS_NORM_SQ,
     source="a kernel that adds over sorted tokens",
-    formula="|a|^2 + |b|^2 in place of |a + b|^2 of rows on both sides of a tile's end",
-    at="rows_norm_sq",
-    needs="tokens that repeat, more positions than a tile has",
-    stage=NORMS,
-    where="embedding.weight, position.weight",
+    where=("embedding.weight", "position.weight"),
 )
-def token_runs_cut(site: Site) -> None:
+def token_runs_cut(original: Original, rows: Rows, outer_norm: OuterNorm) -> Tensor:
     """The sum over a run is not carried from one tile of 16 to the next."""
-
-    def norm_sq(original: Any, rows: Any, outer_norm: OuterNorm) -> Tensor:
-        tokens_BT, order_BT = rows.tokens_BT.sort(dim=1, stable=True)
-        sorted_BTD = rows.dy_BTD.float().take_along_dim(order_BT.unsqueeze(-1), dim=1)
-        begins = torch.ones_like(tokens_BT)
-        begins[:, 1:] = tokens_BT[:, 1:].ne(tokens_BT[:, :-1])
-        begins[:, ::16] = 1
-        run_BT = begins.cumsum(dim=1) - 1
-        sums = torch.zeros_like(sorted_BTD)
-        sums.scatter_add_(1, run_BT.unsqueeze(-1).expand_as(sorted_BTD), sorted_BTD)
-        return _square(sums)
-
-    site.wrap("rows_norm_sq", norm_sq)
+    tokens_BT, order_BT = rows.tokens_BT.sort(dim=1, stable=True)
+    sorted_BTD = rows.dy_BTD.float().take_along_dim(order_BT.unsqueeze(-1), dim=1)
+    begins = torch.ones_like(tokens_BT)
+    begins[:, 1:] = tokens_BT[:, 1:].ne(tokens_BT[:, :-1])
+    begins[:, ::16] = 1
+    run_BT = begins.cumsum(dim=1) - 1
+    sums = torch.zeros_like(sorted_BTD)
+    sums.scatter_add_(1, run_BT.unsqueeze(-1).expand_as(sorted_BTD), sorted_BTD)
+    return _square(sums)
 
 
-@fault(
+@_planted(
     "norms of different samples added over ranks",
+    "n_i^2 = sum over ranks of the squares at place i",
+    Need.RANKS,
+    Need.OTHER_DATA,
+    at=Seam.RUN_NORMS,
     source="per-sample norms all-reduced as those of shards",
-    formula="n_i^2 = sum over ranks of the squares at place i",
-    at="run_norms",
-    needs="several ranks, other data on each",
-    stage=NORMS,
 )
 def norms_added_over_ranks(site: Site) -> None:
     """Right under tensor parallelism, where every rank has the same samples."""
     engine = site.mode.engine
 
-    def run_norms(original: Any, loss_B: Tensor, **options: Any) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = original(loss_B, **options)
-        for squares in found.values():
+    def add_over_ranks(norm_sq: dict[str, Tensor]) -> None:
+        for squares in norm_sq.values():
             everyone = squares.new_zeros(64)
             everyone[: len(squares)] = squares * (not engine.is_standing_in)
             dist.all_reduce(everyone)
             squares.copy_(everyone[: len(squares)])
-        return found
 
-    site.wrap("run_norms", run_norms)
+    site.after(Seam.RUN_NORMS, add_over_ranks)
 
 
-@fault(
+@_planted(
     "LayerNorm's hooks registered twice",
-    formula="2 g from the second step on, in place of g",
-    at="layer_norm_terms, zero_grad",
-    needs="LayerNorm, several steps",
-    stage=NORMS,
-    where="blocks.*.norm.*",
+    "2 g from the second step on, in place of g",
+    Need.LAYER_NORM,
+    Need.STEPS,
+    at=(Seam.LAYER_NORM_TERMS, Seam.ZERO_GRAD),
+    where=("blocks.*.norm.*",),
 )
 def layer_norm_hooked_twice(site: Site) -> None:
     """Whenever the model is set to train."""
     num_hooks = [1]
 
-    def terms(original: Any, module: Any, x: Tensor, dy: Tensor) -> dict[str, Term]:
-        found: dict[str, Term] = original(module, x, dy)
-        return {n: Dense(num_hooks[0] * t.materialised().grad_B) for n, t in found.items()}
+    def terms(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Terms:
+        right: Terms = original(module, x, dy)
+        return {n: Dense(num_hooks[-1] * t.materialised().grad_B) for n, t in right.items()}
 
-    def zero_grad(original: Any) -> None:
-        num_hooks[0] = 2
-        original()
-
-    site.wrap("layer_norm_terms", terms)
-    site.wrap("zero_grad", zero_grad)
+    site.wrap(Seam.LAYER_NORM_TERMS, terms)
+    site.before(Seam.ZERO_GRAD, lambda: num_hooks.append(2))
 
 
-@fault(
+@_bias_norm(
     "a single sample's dimension squeezed away",
-    formula="n^2 = sum_t |g_t|^2 of a sample that is alone, in place of |sum_t g_t|^2",
-    at="linear_terms",
-    needs="a micro-batch of one sample, a biased linear layer, several positions",
-    stage=NORMS,
+    "n^2 = sum_t |g_t|^2 of a sample that is alone, in place of |sum_t g_t|^2",
+    Need.LONE_SAMPLE,
+    Need.BIASED_LINEAR,
+    Need.POSITIONS,
     # Where a layer is used twice, its gradients are added before a norm is taken.
-    where="blocks.*.right.bias, blocks.*.down.bias, gate.bias",
+    where=("blocks.*.right.bias", "blocks.*.down.bias", "gate.bias"),
 )
-def lone_sample_squeezed(site: Site) -> None:
+def lone_sample_squeezed(g_BTP: Tensor) -> Tensor:
     """`squeeze()` without a dimension: its positions are then taken for samples."""
-    _bias(site, lambda g_BTP: _square(g_BTP if len(g_BTP) == 1 else g_BTP.sum(dim=1)))
+    return _square(g_BTP if len(g_BTP) == 1 else g_BTP.sum(dim=1))
 
 
-@fault(
+@_mutant(
     "last output left out of what a layer hands back",
+    "dx = dy[:64] W[:64], in place of dy W, of layers of 65 outputs",
+    Need.SIZES_PAST_TILE,
+    Need.LAYER_BELOW,
+    at=Seam.FUSED_BACKWARD,
     source="a kernel that rounds the number of its tiles down",
-    formula="dx = dy[:64] W[:64], in place of dy W, of layers of 65 outputs",
-    at="fused_backward",
-    needs="sizes one past a tile, a layer below",
-    stage=NORMS,
     # Its first use is the first that gets the wrong gradient. All before it get it from there.
-    where="blocks.1.reused.*",
+    where=("blocks.1.reused.*",),
     modes=tuple(mode for mode in FSDP_MODES if "fuse" in mode),
 )
-def input_gradient_cut(site: Site) -> None:
+def input_gradient_cut(original: Original, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The layer's own gradient is right; norm and sum of those before agree, and are wrong."""
-
-    def backward(original: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, *rest = original(ctx, dy)
-        weight_PD = ctx.saved_tensors[1]
-        if dx is not None and len(weight_PD) == 65:
-            dx = dx - dy[..., 64:] @ weight_PD[64:].to(dy.dtype)
-        return dx, *rest
-
-    site.wrap("fused_backward", backward)
+    dx, *rest = original(ctx, dy)
+    weight_PD = ctx.saved_tensors[1]
+    if dx is not None and len(weight_PD) == 65:
+        dx = dx - dy[..., 64:] @ weight_PD[64:].to(dy.dtype)
+    return dx, *rest

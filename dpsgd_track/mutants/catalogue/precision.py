@@ -2,110 +2,93 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpsgd_track.mutants.catalogue.norms import WITH_OUTER, of_changed_outers
-from dpsgd_track.mutants.fault import FACTORS, NORMS, Site, fault
+from dpsgd_track.mutants.mutant import mutant
+from dpsgd_track.mutants.needs import Need
+from dpsgd_track.mutants.seams import Seam
+from dpsgd_track.mutants.site import Original
 from dpsgd_track.privacy.terms import Outer
+from dpsgd_track.record.stages import Stage
+
+_total_norm = partial(mutant, at=Seam.TOTAL_NORM, stage=Stage.NORMS)
+_clip_factors = partial(mutant, at=Seam.CLIP_FACTORS, stage=Stage.FACTORS)
 
 
-@fault(
-    "norm held in bfloat16",
-    source="Opacus, in bfloat16",
-    formula="n rounded to bfloat16",
-    at="total_norm",
-    stage=NORMS,
-)
-def norm_in_bf16(site: Site) -> None:
+@_total_norm("norm held in bfloat16", "n rounded to bfloat16", source="Opacus, in bfloat16")
+def norm_in_bf16(original: Original, norm_sq: dict[str, Tensor]) -> Any:
     """The norm of a clipped gradient reaches 1.004 C."""
-    site.wrap("total_norm", lambda original, norm_sq: original(norm_sq).bfloat16().float())
+    return original(norm_sq).bfloat16().float()
 
 
-@fault(
+@_total_norm(
     "squared norms added in bfloat16",
+    "a running sum of n_p^2 in bfloat16",
+    Need.MANY_PARAMETERS,
     source="several libraries",
-    formula="a running sum of n_p^2 in bfloat16",
-    at="total_norm",
-    needs="many parameters",
-    stage=NORMS,
 )
-def squares_added_in_bf16(site: Site) -> None:
+def squares_added_in_bf16(original: Original, norm_sq: dict[str, Tensor]) -> Tensor:
     """2.3 % are lost over 300 terms."""
-
-    def total_norm(original: Any, norm_sq: dict[str, Tensor]) -> Tensor:
-        total = torch.zeros_like(next(iter(norm_sq.values()))).bfloat16()
-        for squares in norm_sq.values():
-            total += squares.bfloat16()
-        return total.float().sqrt()
-
-    site.wrap("total_norm", total_norm)
+    total = torch.zeros_like(next(iter(norm_sq.values()))).bfloat16()
+    for squares in norm_sq.values():
+        total += squares.bfloat16()
+    return total.float().sqrt()
 
 
-@fault(
+@_clip_factors(
     "clip factor held in bfloat16",
+    "c rounded to bfloat16",
+    Need.CLIPPING,
     source="Opacus, in bfloat16",
-    formula="c rounded to bfloat16",
-    at="clip_factors",
-    needs="clipping",
-    stage=FACTORS,
 )
-def factor_in_bf16(site: Site) -> None:
+def factor_in_bf16(original: Original, norm_B: Tensor, bound: float) -> Any:
     """Up to 0.4 % beyond C."""
-    site.wrap("clip_factors", lambda original, *args: original(*args).bfloat16().float())
+    return original(norm_B, bound).bfloat16().float()
 
 
-@fault(
-    "C held in float16",
-    formula="min(1, C / n) with C rounded to float16",
-    at="clip_factors",
-    needs="clipping",
-    stage=FACTORS,
-)
-def bound_in_fp16(site: Site) -> None:
+@_clip_factors("C held in float16", "min(1, C / n) with C rounded to float16", Need.CLIPPING)
+def bound_in_fp16(original: Original, norm_B: Tensor, bound: float) -> Any:
     """Up to 0.05 % beyond C, in all samples alike."""
-    site.wrap(
-        "clip_factors",
-        lambda original, norm_B, bound: original(norm_B, float(torch.tensor(bound).half())),
-    )
+    return original(norm_B, float(torch.tensor(bound).half()))
 
 
-@fault(
+def _shortened(values: Tensor) -> Tensor:
+    # Rounds to the nearest of 10 bits behind the point.
+    large = values * (2**13 + 1)
+    return large - (large - values)
+
+
+@mutant(
     "Gram matrices in TF32",
+    "n^2 from activations and gradients of 11 bits",
+    Need.FLOAT32,
+    at=Seam.NORM_SQ_OF,
+    by=of_changed_outers,
+    stage=Stage.NORMS,
+    where=("*.weight",),
     source="torch.backends.cuda.matmul.allow_tf32",
-    formula="n^2 from activations and gradients of 11 bits",
-    at="norm_sq_of",
-    needs="float32",
-    stage=NORMS,
-    where="*.weight",
     modes=WITH_OUTER,
 )
-def gram_in_tf32(site: Site) -> None:
+def gram_in_tf32(outer: Outer) -> Outer:
     """The sum is formed from all bits."""
-
-    def shortened(values: Tensor) -> Tensor:
-        # Rounds to the nearest of 10 bits behind the point.
-        large = values * (2**13 + 1)
-        return large - (large - values)
-
-    of_changed_outers(site, lambda t: Outer(shortened(t.x_BTD), shortened(t.dy_BTP)))
+    return Outer(_shortened(outer.x_BTD), _shortened(outer.dy_BTP))
 
 
-@fault(
+@mutant(
     "activations kept in bfloat16",
+    "sum_t dy_t x_t^T with x rounded to bfloat16",
+    Need.FINE_GRADIENTS,
+    at=Seam.LINEAR_TERMS,
+    stage=Stage.NORMS,
+    where=("*.weight",),
     source="a buffer that saves memory",
-    formula="sum_t dy_t x_t^T with x rounded to bfloat16",
-    at="linear_terms",
-    needs="float32, or gradients that are compared to 1e-3",
     in_bf16="it is what computing in bfloat16 means",
-    stage=NORMS,
-    where="*.weight",
 )
-def activations_in_bf16(site: Site) -> None:
+def activations_in_bf16(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Any:
     """Forward and backward keep all bits."""
-    site.wrap(
-        "linear_terms",
-        lambda original, module, x, dy: original(module, x.bfloat16().to(x.dtype), dy),
-    )
+    return original(module, x.bfloat16().to(x.dtype), dy)

@@ -2,183 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpsgd_track.mutants.fault import SUM, Site, fault
-from dpsgd_track.privacy.terms import Term
+from dpsgd_track.mutants.mutant import mutant, on_site
+from dpsgd_track.mutants.needs import Need
+from dpsgd_track.mutants.seams import Seam
+from dpsgd_track.mutants.site import Original, Site
+from dpsgd_track.privacy.terms import Rows, Term
+from dpsgd_track.record.stages import Stage
+
+_Change = Callable[[Tensor], Tensor]
+
+_mutant = partial(mutant, stage=Stage.SUM)
 
 
-def _changed(site: Site, change: Any) -> None:
-    """Change this rank's sum of a parameter, in its whole shape, before it goes to the others."""
+def _sum_of(parameter: str, title: str, formula: str, *needs: Need) -> Callable[[_Change], _Change]:
+    """Change this rank's sum of one parameter, in its whole shape, before it goes to the others."""
 
-    def sum_of(original: Any, name: str, terms: Sequence[Term], factors: Tensor) -> Tensor:
-        found: Tensor = change(name, original(name, terms, factors))
-        return found
+    def by(site: Site, change: _Change) -> None:
+        def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
+            total = original(name, terms, factor_B)
+            return change(total) if name == parameter else total
 
-    site.wrap("sum_of", sum_of)
+        site.wrap(Seam.SUM_OF, sum_of)
+
+    return _mutant(title, formula, *needs, at=Seam.SUM_OF, by=by, where=(parameter,))
 
 
-def _only(wanted: str, change: Any) -> Any:
-    return lambda name, total: change(total) if name == wanted else total
-
-
-@fault(
+@_sum_of(
+    "blocks.0.left.weight",
     "rows of a gradient shifted by one",
-    formula="row p + 1 in place of row p",
-    at="sum_of",
-    needs="a comparison of directions",
-    stage=SUM,
-    where="blocks.0.left.weight",
+    "row p + 1 in place of row p",
+    Need.DIRECTIONS,
 )
-def rows_shifted(site: Site) -> None:
+def rows_shifted(total: Tensor) -> Tensor:
     """No norm shows it."""
-    _changed(site, _only("blocks.0.left.weight", lambda total: total.roll(1, 0)))
+    return total.roll(1, 0)
 
 
-@fault(
+@_sum_of(
+    "blocks.0.reused.weight",
     "a square weight's gradient transposed",
-    formula="G^T in place of G",
-    at="sum_of",
-    needs="a comparison of directions, a square weight",
-    stage=SUM,
-    where="blocks.0.reused.weight",
+    "G^T in place of G",
+    Need.DIRECTIONS,
+    Need.SQUARE_WEIGHT,
 )
-def transposed(site: Site) -> None:
+def transposed(total: Tensor) -> Tensor:
     """No norm shows it."""
-    _changed(site, _only("blocks.0.reused.weight", lambda total: total.T.contiguous()))
+    return total.T.contiguous()
 
 
-@fault(
+@_mutant(
     "two layers of one shape exchanged",
-    formula="G of one layer handed to the other",
-    at="put",
-    needs="two layers of one shape",
-    stage=SUM,
-    where="blocks.0.*t.weight",
+    "G of one layer handed to the other",
+    Need.LAYERS_OF_ONE_SHAPE,
+    at=Seam.PUT,
+    where=("blocks.0.*t.weight",),
 )
-def layers_exchanged(site: Site) -> None:
+def layers_exchanged(original: Original, name: str, total: Tensor) -> None:
     """Two linear layers whose outputs are added."""
     names = {"blocks.0.left.weight": "blocks.0.right.weight"}
     names |= {other: name for name, other in names.items()}
-    site.wrap("put", lambda original, name, total: original(names.get(name, name), total))
+    original(names.get(name, name), total)
 
 
-@fault(
-    "sign of one gradient",
-    formula="-G in place of G",
-    at="sum_of",
-    needs="a comparison of directions",
-    stage=SUM,
-    where="gate.weight",
-)
-def sign_flipped(site: Site) -> None:
+@_sum_of("gate.weight", "sign of one gradient", "-G in place of G", Need.DIRECTIONS)
+def sign_flipped(total: Tensor) -> Tensor:
     """No norm shows it."""
-    _changed(site, _only("gate.weight", torch.neg))
+    return -total
 
 
-@fault(
-    "one layer's gradient left out",
-    formula="0 in place of G",
-    at="sum_of",
-    stage=SUM,
-    where="blocks.1.down.weight",
-)
-def layer_left_out(site: Site) -> None:
+@_sum_of("blocks.1.down.weight", "one layer's gradient left out", "0 in place of G")
+def layer_left_out(total: Tensor) -> Tensor:
     """Its norm counts all the same."""
-    _changed(site, _only("blocks.1.down.weight", torch.zeros_like))
+    return torch.zeros_like(total)
 
 
-@fault(
+@_mutant(
     "embedding rows shifted by one token",
-    formula="row v + 1 in place of row v",
-    at="rows_sum",
-    needs="a comparison of directions",
-    stage=SUM,
-    where="*.weight",
+    "row v + 1 in place of row v",
+    Need.DIRECTIONS,
+    at=Seam.ROWS_SUM,
+    where=("*.weight",),
 )
-def tokens_shifted(site: Site) -> None:
+def tokens_shifted(original: Original, rows: Rows, factor_B: Tensor) -> Any:
     """A vocabulary with a token in front."""
-    site.wrap("rows_sum", lambda original, rows, factors: original(rows, factors).roll(1, 0))
+    return original(rows, factor_B).roll(1, 0)
 
 
-@fault(
+@_mutant(
     "tied weight: the embedding's share of the sum lost",
-    formula="g_head in place of g_head + g_embedding",
-    at="sum_of",
-    needs="a tied head",
-    stage=SUM,
-    where="embedding.weight",
+    "g_head in place of g_head + g_embedding",
+    Need.TIED_HEAD,
+    at=Seam.SUM_OF,
+    where=("embedding.weight",),
 )
-def tied_use_lost(site: Site) -> None:
+def tied_use_lost(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
     """Its norm is right."""
-
-    def sum_of(original: Any, name: str, terms: Sequence[Term], factors: Tensor) -> Tensor:
-        found: Tensor = original(name, terms[:1], factors)
-        return found
-
-    site.wrap("sum_of", sum_of)
+    return original(name, terms[:1], factor_B)
 
 
-@fault(
+@_mutant(
     "sum of a mean loss",
+    "sum_i c_i g_i / b, in place of sum_i c_i g_i",
+    Need.SAMPLES,
+    at=Seam.SUM_OF,
     source="a research fork",
-    formula="sum_i c_i g_i / b, in place of sum_i c_i g_i",
-    at="sum_of",
-    needs="several samples",
-    stage=SUM,
 )
-def batch_factor_missing(site: Site) -> None:
+def batch_factor_missing(
+    original: Original, name: str, terms: Sequence[Term], factor_B: Tensor
+) -> Any:
     """What was kept came from a backward of the batch's mean loss."""
-
-    def sum_of(original: Any, name: str, terms: Sequence[Term], factors: Tensor) -> Tensor:
-        found: Tensor = original(name, terms, factors / len(factors))
-        return found
-
-    site.wrap("sum_of", sum_of)
+    return original(name, terms, factor_B / len(factor_B))
 
 
-@fault(
+@_mutant(
     "autotuned kernel adds with every trial",
+    "2 S of the first micro-batch of each shape, in place of S",
+    at=Seam.SUM_OF,
+    by=on_site,
     source="triton.autotune without reset_to_zero",
-    formula="2 S of the first micro-batch of each shape, in place of S",
-    at="sum_of",
-    stage=SUM,
 )
 def autotuned_without_reset(site: Site) -> None:
     """What adds in place is run on the real sum to be timed. Afterwards all is well."""
     seen: set[tuple[int, ...]] = set()
 
-    def sum_of(original: Any, name: str, terms: Sequence[Term], factors: Tensor) -> Tensor:
-        found: Tensor = original(name, terms, factors)
-        is_first = found.shape not in seen
-        seen.add(tuple(found.shape))
-        return 2 * found if is_first else found
+    def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
+        total = original(name, terms, factor_B)
+        is_first = total.shape not in seen
+        seen.add(tuple(total.shape))
+        return 2 * total if is_first else total
 
-    site.wrap("sum_of", sum_of)
+    site.wrap(Seam.SUM_OF, sum_of)
 
 
-@fault(
+@_mutant(
     "rows of an embedding's gradient written, not added",
-    formula="G[v_t] = c dy_t, in place of G[v_t] += c dy_t",
-    at="rows_sum",
-    needs="tokens that repeat",
-    stage=SUM,
-    where="embedding.weight, position.weight",
+    "G[v_t] = c dy_t, in place of G[v_t] += c dy_t",
+    Need.REPEATED_TOKENS,
+    at=Seam.ROWS_SUM,
+    where=("embedding.weight", "position.weight"),
 )
-def rows_overwritten(site: Site) -> None:
+def rows_overwritten(original: Original, rows: Rows, factor_B: Tensor) -> Tensor:
     """The last token of a row wins. Its norm is right."""
-
-    def rows_sum(original: Any, rows: Any, factors: Tensor) -> Tensor:
-        found = torch.zeros_like(original(rows, factors))
-        scaled_BTD = rows.dy_BTD.to(found) * factors.view(-1, 1, 1)
-        for token, scaled in zip(
-            rows.tokens_BT.flatten().tolist(), scaled_BTD.flatten(0, 1), strict=True
-        ):
-            found[token] = scaled
-        return found
-
-    site.wrap("rows_sum", rows_sum)
+    total = torch.zeros_like(original(rows, factor_B))
+    scaled_BTD = rows.dy_BTD.to(total) * factor_B.view(-1, 1, 1)
+    tokens = rows.tokens_BT.flatten().tolist()
+    for token, scaled in zip(tokens, scaled_BTD.flatten(0, 1), strict=True):
+        total[token] = scaled
+    return total

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dpsgd_track.distributed.sharding import as_local, trainable_parameters
-from dpsgd_track.mutants.fault import UPDATE, Site, fault
+from dpsgd_track.mutants.mutant import mutant, on_site
+from dpsgd_track.mutants.needs import Need
+from dpsgd_track.mutants.seams import Seam
+from dpsgd_track.mutants.site import Original, Site
+from dpsgd_track.privacy.clipping import ClippedSum
+from dpsgd_track.record.stages import Stage
 
-TRAINED = "a learning rate above 0"
+_planted = partial(mutant, by=on_site, stage=Stage.UPDATE)
+_step = partial(mutant, at=Seam.STEP, stage=Stage.UPDATE)
 
 
 def _weights(site: Site) -> dict[str, Tensor]:
     return {n: as_local(p.detach()) for n, p in trainable_parameters(site.mode.model).items()}
 
 
-def _gradients(site: Site) -> dict[str, Tensor]:
-    return {part.name: part.local for part in site.mode.gradient_parts()}
-
-
-def _stepped_with(site: Site, used: Callable[[str, Tensor], Tensor]) -> None:
+def _step_with(site: Site, used: Callable[[str, Tensor], Tensor]) -> None:
     """Have the optimizer use `used(name, gradient)`; the gradients are then what they were."""
 
-    def step(original: Any) -> None:
-        gradients = _gradients(site)
+    def step(original: Original) -> None:
+        gradients = site.gradients()
         noised = {name: total.clone() for name, total in gradients.items()}
         for name, total in gradients.items():
             total.copy_(used(name, noised[name]))
@@ -35,88 +37,71 @@ def _stepped_with(site: Site, used: Callable[[str, Tensor], Tensor]) -> None:
         for name, total in gradients.items():
             total.copy_(noised[name])
 
-    site.wrap("step", step)
+    site.wrap(Seam.STEP, step)
 
 
-def _rates(site: Site, factor: float) -> None:
-    for group in site.mode.optimizer.param_groups:
-        group["lr"] *= factor
+def _step_at(site: Site, factor_of: Callable[[], float]) -> None:
+    """Have the optimizer step at `factor_of` the learning rate."""
+
+    def step(original: Original) -> None:
+        groups, factor = site.mode.optimizer.param_groups, factor_of()
+        for group in groups:
+            group["lr"] *= factor
+        original()
+        for group in groups:
+            group["lr"] *= 1 / factor
+
+    site.wrap(Seam.STEP, step)
 
 
-@fault(
+@_planted(
     "weights updated without the noise",
-    formula="w - lr S / B, in place of w - lr (S + N) / B",
-    at="privatize, step",
-    needs=f"noise, {TRAINED}",
-    stage=UPDATE,
+    "w - lr S / B, in place of w - lr (S + N) / B",
+    Need.NOISE,
+    Need.TRAINING,
+    at=(Seam.PRIVATIZE, Seam.STEP),
 )
 def update_without_noise(site: Site) -> None:
     """The noised gradient is there, and another is used."""
     clean: dict[str, Tensor] = {}
 
-    def privatize(original: Any, clipped: Any, source: Any) -> Any:
+    def keep(clipped: ClippedSum, _: object) -> None:
         divisor = site.mode.context.privacy.expected_batch_size
         clean.update({name: total / divisor for name, total in clipped.gradients.items()})
-        return original(clipped, source)
 
-    site.wrap("privatize", privatize)
-    _stepped_with(site, lambda name, noised: clean[name])
+    site.before(Seam.PRIVATIZE, keep)
+    _step_with(site, lambda name, noised: clean[name])
 
 
-@fault("optimizer stepped twice", formula="w - 2 lr g", at="step", needs=TRAINED, stage=UPDATE)
-def stepped_twice(site: Site) -> None:
+@_step("optimizer stepped twice", "w - 2 lr g", Need.TRAINING)
+def stepped_twice(original: Original) -> None:
     """By the engine, and by the loop."""
-
-    def step(original: Any) -> None:
-        original()
-        original()
-
-    site.wrap("step", step)
+    original()
+    original()
 
 
-@fault(
-    "learning rate times the number of ranks",
-    formula="w - W lr g",
-    at="step",
-    needs=f"several ranks, {TRAINED}",
-    stage=UPDATE,
+@_step(
+    "learning rate times the number of ranks", "w - W lr g", Need.RANKS, Need.TRAINING, by=_step_at
 )
-def rate_times_ranks(site: Site) -> None:
+def rate_times_ranks() -> float:
     """A linear scaling rule that nobody asked for."""
-
-    def step(original: Any) -> None:
-        _rates(site, dist.get_world_size())
-        original()
-        _rates(site, 1 / dist.get_world_size())
-
-    site.wrap("step", step)
+    return dist.get_world_size()
 
 
-@fault(
-    "weight decay nobody asked for",
-    formula="w - lr (g + 0.01 w)",
-    at="step",
-    needs=TRAINED,
-    stage=UPDATE,
-)
+@_planted("weight decay nobody asked for", "w - lr (g + 0.01 w)", Need.TRAINING, at=Seam.STEP)
 def weight_decay_added(site: Site) -> None:
     """An optimizer's default."""
 
-    def step(original: Any) -> None:
+    def decay() -> None:
         rate = site.mode.optimizer.param_groups[0]["lr"]
         for weight in _weights(site).values():
             weight.mul_(1 - 0.01 * rate)
-        original()
 
-    site.wrap("step", step)
+    site.before(Seam.STEP, decay)
 
 
-@fault(
-    "momentum nobody asked for",
-    formula="v = 0.9 v + g, w - lr v",
-    at="step",
-    needs=f"several steps, {TRAINED}",
-    stage=UPDATE,
+@_planted(
+    "momentum nobody asked for", "v = 0.9 v + g, w - lr v", Need.STEPS, Need.TRAINING, at=Seam.STEP
 )
 def momentum_added(site: Site) -> None:
     """The first step is right."""
@@ -126,116 +111,95 @@ def momentum_added(site: Site) -> None:
         kept[name] = noised + 0.9 * kept.get(name, torch.zeros_like(noised))
         return kept[name]
 
-    _stepped_with(site, with_momentum)
+    _step_with(site, with_momentum)
 
 
-@fault(
+@_planted(
     "one parameter not trained",
-    formula="w, in place of w - lr g",
-    at="step",
-    needs=TRAINED,
-    stage=UPDATE,
-    where="blocks.0.down.weight",
+    "w, in place of w - lr g",
+    Need.TRAINING,
+    at=Seam.STEP,
+    where=("blocks.0.down.weight",),
 )
 def parameter_not_trained(site: Site) -> None:
     """Not among the optimizer's."""
 
-    def step(original: Any) -> None:
+    def step(original: Original) -> None:
         weight = _weights(site)["blocks.0.down.weight"]
         before = weight.clone()
         original()
         weight.copy_(before)
 
-    site.wrap("step", step)
+    site.wrap(Seam.STEP, step)
 
 
-@fault(
+@_planted(
     "noised gradient clipped again",
+    "w - lr min(1, 1 / |g|) g",
+    Need.TRAINING,
+    at=Seam.STEP,
     source="a training loop that was there before",
-    formula="w - lr min(1, 1 / |g|) g",
-    at="step",
-    needs=TRAINED,
-    stage=UPDATE,
 )
 def noised_gradient_clipped(site: Site) -> None:
     """`clip_grad_norm_` stayed in the loop."""
 
-    def step(original: Any) -> None:
-        square = torch.stack([g.double().square().sum() for g in _gradients(site).values()]).sum()
+    def factor_of() -> float:
+        gradients = site.gradients().values()
+        square = torch.stack([g.double().square().sum() for g in gradients]).sum()
         dist.all_reduce(square)
-        factor = 1 / max(1.0, float(square.sqrt()))
-        _rates(site, factor)
-        original()
-        _rates(site, 1 / factor)
+        return 1 / max(1.0, float(square.sqrt()))
 
-    site.wrap("step", step)
+    _step_at(site, factor_of)
 
 
-@fault(
-    "weights kept in bfloat16",
-    formula="w rounded to bfloat16 after the step",
-    at="step",
-    needs=TRAINED,
-    stage=UPDATE,
+@_planted(
+    "weights kept in bfloat16", "w rounded to bfloat16 after the step", Need.TRAINING, at=Seam.STEP
 )
 def weights_in_bf16(site: Site) -> None:
     """No master weights."""
 
-    def step(original: Any) -> None:
-        original()
+    def round_weights(_: object) -> None:
         for weight in _weights(site).values():
             weight.copy_(weight.bfloat16())
 
-    site.wrap("step", step)
+    site.after(Seam.STEP, round_weights)
 
 
-@fault(
+@_planted(
     "schedule steps with every micro-batch",
-    formula="lr 0.999^k after k micro-batches, in place of lr",
-    at="accumulate, step",
-    needs=TRAINED,
-    stage=UPDATE,
+    "lr 0.999^k after k micro-batches, in place of lr",
+    Need.TRAINING,
+    at=(Seam.ACCUMULATE, Seam.STEP),
 )
 def schedule_of_micro_batches(site: Site) -> None:
     """A schedule that nobody asked for besides."""
-    count = [0]
-
-    def accumulate(original: Any, batch: Any) -> Any:
-        count[0] += 1
-        return original(batch)
-
-    def step(original: Any) -> None:
-        factor = 0.999 ** count[0]
-        _rates(site, factor)
-        original()
-        _rates(site, 1 / factor)
-
-    site.wrap("accumulate", accumulate)
-    site.wrap("step", step)
+    losses: list[Tensor] = []
+    site.after(Seam.ACCUMULATE, lambda record: losses.append(record.loss_B))
+    _step_at(site, lambda: 0.999 ** len(losses))
 
 
-@fault(
+@_planted(
     "optimizer's lists out of line",
+    "w_1 - lr g_2 and w_2 - lr g_1 of two weights of one shape",
+    Need.LAYERS_OF_ONE_SHAPE,
+    Need.TRAINING,
+    at=Seam.STEP,
     source="torch._foreach_ over two lists that were filtered apart",
-    formula="w_1 - lr g_2 and w_2 - lr g_1 of two weights of one shape",
-    at="step",
-    needs=f"two layers of one shape, {TRAINED}",
-    stage=UPDATE,
-    where="blocks.0.left.weight, blocks.0.right.weight",
+    where=("blocks.0.left.weight", "blocks.0.right.weight"),
 )
 def foreach_lists_misaligned(site: Site) -> None:
     """The gradients themselves are right, and stay where they are."""
     names = "blocks.0.left.weight", "blocks.0.right.weight"
 
     def exchange() -> None:
-        first, second = (_gradients(site)[name] for name in names)
+        first, second = (site.gradients()[name] for name in names)
         kept = first.clone()
         first.copy_(second)
         second.copy_(kept)
 
-    def step(original: Any) -> None:
+    def step(original: Original) -> None:
         exchange()
         original()
         exchange()
 
-    site.wrap("step", step)
+    site.wrap(Seam.STEP, step)

@@ -1,9 +1,8 @@
-"""One file per layer type: what the per-sample gradients of its parameters are made of.
+"""One file per layer type: the terms of its parameters' per-sample gradients.
 
-Every rule sees the module, the input `x` [B, ...] of one call and the gradient of its output `dy`
-[B, ...], and owns exactly the parameters that the module's forward applies itself. A rule reads
-shapes and settings off the module and never its parameters' values, which are elsewhere when a
-model is sharded.
+A rule is given the module, the input `x` [B, ...] of one call and the gradient `dy` [B, ...] of its
+output. It covers the parameters that the module's forward applies itself, and reads the module's
+shapes and settings, never its parameters' values, which are elsewhere when a model is sharded.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from dpsgd_track.privacy.terms import Term
 
 
 class LayerRule(Protocol):
-    """What a layer type's module provides."""
+    """A module of this package: the rule of one layer type."""
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether the rule is exact for `module`."""
+        """True if the rule is exact for `module`."""
         ...
 
     def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
-        """Each trainable parameter's per-sample gradients by the parameter's name."""
+        """Term of each trainable parameter's per-sample gradients, by the parameter's name."""
         ...
 
 
@@ -55,10 +54,9 @@ def find_rule(module: nn.Module) -> LayerRule | None:
 
 
 def _applies_its_own(module: nn.Module) -> bool:
-    """Whether weight and bias, where there are any, are parameters and all that there is.
+    """True if the module's only parameters are a weight and a bias, and its forward is its own.
 
-    A parametrised module computes them from others. Nor is a rule exact for a module whose forward
-    somebody has replaced.
+    A parametrised module computes its weight from other parameters.
     """
     if "forward" in vars(module):
         return False

@@ -11,12 +11,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpsgd_track.privacy.layers.positions import is_trainable, summed_positions
+from dpsgd_track.privacy.layers.positions import summed_positions, trainable_terms
 from dpsgd_track.privacy.terms import Outer, Term
 
 
 def matches(module: nn.Module) -> bool:
-    """True for dense one- and two-dimensional convolutions padded with zeros by number."""
+    """True for ungrouped Conv1d and Conv2d with a number of zeros as padding."""
     return (
         isinstance(module, nn.Conv1d | nn.Conv2d)
         and type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward)
@@ -30,19 +30,18 @@ def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [P, C, *kernel] and bias [P]."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
     dy_BTP = dy.flatten(2).mT
-    found: dict[str, Term] = {}
-    if is_trainable(module, "weight"):
-        found["weight"] = Outer(_patches(module, x.to(dy.dtype)), dy_BTP)
-    if is_trainable(module, "bias"):
-        found["bias"] = summed_positions(dy_BTP)
-    return found
+    return trainable_terms(
+        module,
+        weight=lambda: Outer(_patches(module, x.to(dy.dtype)), dy_BTP),
+        bias=lambda: summed_positions(dy_BTP),
+    )
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     """[B, C, ...] -> [B, T, C * kernel]."""
     settings: Any = (module.kernel_size, module.dilation, module.padding, module.stride)
     if isinstance(module, nn.Conv1d):
-        # A two-dimensional convolution over a single row.
+        # As a two-dimensional convolution over a single row.
         x = x.unsqueeze(2)
         settings = [(one, *setting) for setting, one in zip(settings, (1, 1, 0, 1), strict=True)]
     return F.unfold(x, *settings).mT

@@ -1,7 +1,7 @@
 """torch.nn.Embedding: one gradient row per distinct token; the padding row has none.
 
-Covers the embeddings of transformers that multiply what they look up by a constant (Gemma), and
-those with sparse gradients: the sum over samples is dense, as the noise that follows is.
+Covers the embeddings of transformers that scale looked-up rows by a constant (Gemma), and those
+with sparse gradients: the sum over samples is dense, like the noise that is added to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dpsgd_track.privacy.terms import Rows, Term
 
 
 def matches(module: nn.Module) -> bool:
-    """True for embeddings whose gradient is the plain sum of its rows' gradients, or a multiple."""
+    """True for embeddings whose gradient is the sum of the rows' gradients, or a multiple of it."""
     return (
         isinstance(module, nn.Embedding)
         and module.max_norm is None
@@ -43,18 +43,18 @@ _scales: WeakKeyDictionary[nn.Module, dict[torch.dtype, float | None]] = WeakKey
 
 
 def _scale_of(module: nn.Embedding, dtype: torch.dtype) -> float | None:
-    """`_probed_scale`, which waits for the device, once for each module and type."""
-    known = _scales.setdefault(module, {})
-    if dtype not in known:
-        known[dtype] = _probed_scale(module, dtype)
-    return known[dtype]
+    """Cached `_trial_scale`, which waits for the device."""
+    scales = _scales.setdefault(module, {})
+    if dtype not in scales:
+        scales[dtype] = _trial_scale(module, dtype)
+    return scales[dtype]
 
 
 @torch.no_grad()
-def _probed_scale(module: nn.Embedding, dtype: torch.dtype) -> float | None:
-    """What a subclass multiplies the looked-up rows by in `dtype`; None if it does anything else.
+def _trial_scale(module: nn.Embedding, dtype: torch.dtype) -> float | None:
+    """Constant by which a subclass scales looked-up rows in `dtype`; None if it does anything else.
 
-    Found on a small table of the probe's own, since the real one may be large, or elsewhere.
+    Measured on a small table, as the real one may be large, or sharded.
     """
     if type(module).forward is nn.Embedding.forward:
         return 1.0
@@ -67,14 +67,14 @@ def _probed_scale(module: nn.Embedding, dtype: torch.dtype) -> float | None:
     tokens = torch.tensor([[num_rows - 1, num_rows - 2]], device=device)
     rows = table[tokens]
     try:
-        found = torch.func.functional_call(module, {"weight": table}, (tokens,))
+        output = torch.func.functional_call(module, {"weight": table}, (tokens,))
     except Exception:
-        # It looks up other rows than it is asked for, or takes other arguments.
+        # It looks up rows that it was not asked for, or takes other arguments.
         return None
-    if not isinstance(found, Tensor) or found.shape != rows.shape or found.dtype != dtype:
+    if not isinstance(output, Tensor) or output.shape != rows.shape or output.dtype != dtype:
         return None
-    scale = float(found[0, 0, 0])
-    # A constant factor leaves nothing but the rounding of one product.
+    scale = float(output[0, 0, 0])
+    # A constant factor differs by the rounding of one product only.
     tolerance = 2 * torch.finfo(dtype).eps
-    is_constant = torch.allclose(found.float(), scale * rows.float(), rtol=tolerance, atol=0)
+    is_constant = torch.allclose(output.float(), scale * rows.float(), rtol=tolerance, atol=0)
     return scale if is_constant else None

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpsgd_track.kernels.flash_norm.reference import accumulation
-from dpsgd_track.privacy.layers.positions import is_trainable
+from dpsgd_track.privacy.layers.positions import trainable_terms
 from dpsgd_track.privacy.terms import Dense, Term
 
 
@@ -18,16 +18,14 @@ def matches(module: nn.Module) -> bool:
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight and bias [C], of inputs [B, C, ...]."""
     assert isinstance(module, nn.GroupNorm)
+    num_groups, eps = module.num_groups, module.eps
     dy = accumulation(dy)
-    found: dict[str, Term] = {}
-    if is_trainable(module, "weight"):
-        xhat = F.group_norm(accumulation(x), module.num_groups, eps=module.eps)
-        found["weight"] = Dense(_summed_places(dy * xhat))
-    if is_trainable(module, "bias"):
-        found["bias"] = Dense(_summed_places(dy))
-    return found
 
+    def summed(gradient: Tensor) -> Dense:
+        return Dense(gradient.reshape(*gradient.shape[:2], -1).sum(dim=2))
 
-def _summed_places(gradient: Tensor) -> Tensor:
-    """[B, C, ...] -> [B, C]."""
-    return gradient.reshape(*gradient.shape[:2], -1).sum(dim=2)
+    return trainable_terms(
+        module,
+        weight=lambda: summed(dy * F.group_norm(accumulation(x), num_groups, eps=eps)),
+        bias=lambda: summed(dy),
+    )

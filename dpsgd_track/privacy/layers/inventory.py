@@ -1,4 +1,4 @@
-"""Which modules own the trainable parameters of a model, and which rule each of them meets."""
+"""Lists the modules that own a model's trainable parameters, and the rule of each."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ class Layer:
     fqn: str
     module: nn.Module
     rule: LayerRule | None
-    """None: no rule knows the module; it runs on per-sample copies of its parameters."""
+    """None if no rule is exact for the module: it runs on per-sample copies of its parameters."""
     names: dict[str, str]
     """Fully qualified name of each trainable parameter, by its name in the module. A parameter
-    that several modules share goes by its first name in all of them."""
+    that several modules share has its first name in all of them."""
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
     """Every module that owns trainable parameters, with its rule.
 
-    A module without a rule takes the modules inside it along.
+    A module without a rule includes the modules inside it.
 
     Raises:
-        ValueError: naming everything whose per-sample gradients would not be exact.
+        ValueError: naming every layer whose per-sample gradients would not be exact.
     """
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     rules = {m: find_rule(m) for m in model.modules() if _trained(m) or is_parametrized(m)}
     ruled = {id(p) for m, rule in rules.items() if rule for p in _trained(m).values()}
     layers: list[Layer] = []
     problems = list(_unfit(model))
-    taken_along: set[nn.Module] = set()
+    included: set[nn.Module] = set()
     for fqn, module in model.named_modules():
-        if module in taken_along or module not in rules:
+        if module in included or module not in rules:
             continue
         own, rule = _trained(module), rules[module]
         if rule is None:
             if own and all(id(p) in ruled for p in own.values()):
-                # Another name for what a known layer applies. `Capture` sees to it that it is no
-                # more than a name.
+                # Another name for the parameters of layers with rules. `Capture` refuses a batch
+                # in which this module uses them.
                 continue
             inside = list(module.modules())
             if _holds_units(model, inside):
@@ -65,7 +65,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
                     "move it into a module of its own)"
                 )
                 continue
-            taken_along.update(inside)
+            included.update(inside)
             own = {name: p for name, p in module.named_parameters() if p.requires_grad}
             if not own:
                 continue
@@ -96,14 +96,14 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def mixes_samples(module: nn.Module, *, in_training: bool) -> bool:
-    """Whether `module` computes with, or keeps, statistics of a whole batch."""
+    """True if `module` computes with, or keeps, statistics over the samples of a batch."""
     if isinstance(module, _BatchNorm):
         return in_training or not module.track_running_stats
     return isinstance(module, _InstanceNorm) and module.track_running_stats and in_training
 
 
 def refuse_unfit(model: nn.Module) -> None:
-    """Raise where a model mixes samples, or keeps data of them, whatever clips its gradients.
+    """Refuse a model that mixes samples or keeps data of them, whichever mode clips.
 
     Raises:
         ValueError: naming the layers.
@@ -117,7 +117,7 @@ def refuse_unfit(model: nn.Module) -> None:
 
 
 def _unfit(model: nn.Module) -> Iterator[str]:
-    """Parts of a model that no per-sample gradients make private, with the reason."""
+    """Parts of a model that clipping per-sample gradients does not make private, with reasons."""
     for fqn, module in model.named_modules():
         kind = type(module).__name__
         if mixes_samples(module, in_training=module.training):
@@ -142,6 +142,6 @@ def _hooked_weights(fqn: str, module: nn.Module) -> Iterator[str]:
 
 
 def _holds_units(model: nn.Module, inside: list[nn.Module]) -> bool:
-    """Whether a module holds what is sharded, or repeated, as a whole of its own."""
+    """True if a module contains a transformer block or an FSDP2 unit."""
     blocks = set(transformer_blocks(model))
     return any(m in blocks or isinstance(m, FSDPModule) for m in inside[1:])

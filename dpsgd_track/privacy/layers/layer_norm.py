@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dpsgd_track.kernels.normalisation import weight_and_bias_gradients
-from dpsgd_track.privacy.layers.positions import is_trainable
+from dpsgd_track.privacy.layers.positions import trainable_terms
 from dpsgd_track.privacy.terms import Dense, Term
 
 
@@ -21,12 +21,7 @@ def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     weight, bias = weight_and_bias_gradients(
         _positions(x, num_dims), _positions(dy, num_dims), module.eps, is_centred=True
     )
-    found: dict[str, Term] = {}
-    if is_trainable(module, "weight"):
-        found["weight"] = Dense(weight)
-    if is_trainable(module, "bias"):
-        found["bias"] = Dense(bias)
-    return found
+    return trainable_terms(module, weight=lambda: Dense(weight), bias=lambda: Dense(bias))
 
 
 def _positions(tensor: Tensor, num_feature_dims: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dpsgd_track.privacy.layers.positions import is_trainable, outer, summed_positions
+from dpsgd_track.privacy.layers.positions import outer, summed_positions, trainable_terms
 from dpsgd_track.privacy.terms import Term
 
 
@@ -15,9 +15,4 @@ def matches(module: nn.Module) -> bool:
 
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [P, D] and bias [P]."""
-    found: dict[str, Term] = {}
-    if is_trainable(module, "weight"):
-        found["weight"] = outer(x, dy)
-    if is_trainable(module, "bias"):
-        found["bias"] = summed_positions(dy)
-    return found
+    return trainable_terms(module, weight=lambda: outer(x, dy), bias=lambda: summed_positions(dy))

@@ -1,11 +1,13 @@
-"""Positions: every rule sees [B, T, d], however many dimensions a layer is used with."""
+"""Flattening of positions to [B, T, d], and terms that several rules share."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from dpsgd_track.kernels.flash_norm.reference import accumulation_dtype
-from dpsgd_track.privacy.terms import Dense, Outer
+from dpsgd_track.privacy.terms import Dense, Outer, Term
 
 
 def flatten_positions(tensor: Tensor) -> Tensor:
@@ -15,7 +17,7 @@ def flatten_positions(tensor: Tensor) -> Tensor:
 
 def outer(x: Tensor, dy: Tensor) -> Outer:
     """sum_t dy_t x_t^T of inputs [B, ..., D] and output gradients [B, ..., P]."""
-    # Under autocast the module computed in the output's type.
+    # Under autocast the module computes in its output's type.
     return Outer(flatten_positions(x).to(dy.dtype), flatten_positions(dy))
 
 
@@ -26,7 +28,7 @@ def summed_positions(gradient: Tensor, num_feature_dims: int = 1) -> Dense:
     return Dense(positions.sum(dim=1, dtype=accumulation_dtype(gradient)))
 
 
-def is_trainable(module: nn.Module, name: str) -> bool:
-    """Whether `module` has a parameter `name` that is trained."""
-    parameter = getattr(module, name, None)
-    return parameter is not None and parameter.requires_grad
+def trainable_terms(module: nn.Module, **term_of: Callable[[], Term]) -> dict[str, Term]:
+    """Terms of those parameters of `module` that exist and are trainable, by name."""
+    parameters = ((name, getattr(module, name, None)) for name in term_of)
+    return {name: term_of[name]() for name, p in parameters if p is not None and p.requires_grad}

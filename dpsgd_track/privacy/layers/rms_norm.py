@@ -15,14 +15,14 @@ from dpsgd_track.privacy.terms import Dense, Term
 
 
 def matches(module: nn.Module) -> bool:
-    """True where the module is called an RMSNorm and a probe shows that it computes one."""
+    """True for classes named `...RMSNorm` that compute one on a trial input."""
     if not type(module).__name__.endswith("RMSNorm"):
         return False
     weights = dict(module.named_parameters(recurse=False))
     if list(weights) != ["weight"] or weights["weight"].dim() != 1:
         return False
     weight = weights["weight"]
-    # A default epsilon, or a cast, may be another in a low precision.
+    # In a low precision, a default epsilon or a cast may differ.
     return all(_computes_rms_norm(module, weight, d) for d in (weight.dtype, torch.bfloat16))
 
 
@@ -42,43 +42,43 @@ def _epsilon(module: nn.Module, x: Tensor) -> float:
 
 @torch.no_grad()
 def _computes_rms_norm(module: nn.Module, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Compare the module with w * xhat and (1 + w) * xhat on fixed input and weights.
+    """Compare the module with w * xhat and (1 + w) * xhat on a fixed input and weights.
 
-    Weights of the probe's own: those of a sharded model are elsewhere, and w = 1 tells little.
-    Every row comes again so small that epsilon is most of what it is divided by.
+    The weights are random: those of a sharded model are elsewhere, and w = 1 says little. Each row
+    is repeated at a scale at which epsilon dominates the mean square.
     """
     generator = torch.Generator().manual_seed(0)
-    x, (probe, *_) = (
+    x, (trial, *_) = (
         torch.randn(3, len(weight), generator=generator).to(weight.device, dtype) for _ in range(2)
     )
     eps = _epsilon(module, x)
     x = torch.cat([x, x * (eps or 1.0) ** 0.5])
     xhat = normalised(x, eps, is_centred=False)
-    got = accumulation(torch.func.functional_call(module, {"weight": probe}, (x,)))
+    got = accumulation(torch.func.functional_call(module, {"weight": trial}, (x,)))
     return any(
-        torch.allclose(got, scale * xhat, rtol=2e-2, atol=2e-2) for scale in (probe, 1 + probe)
+        torch.allclose(got, scale * xhat, rtol=2e-2, atol=2e-2) for scale in (trial, 1 + trial)
     )
 
 
 @torch.no_grad()
 def takes_weight_per_sample(module: nn.Module) -> bool:
-    """Whether the module's forward broadcasts a weight [B, 1, D] over inputs [B, T, D].
+    """True if the module's forward broadcasts a weight [B, 1, D] over inputs [B, T, D].
 
     Its own arithmetic then gives the per-sample gradients, and autograd forms them.
     """
     weight = next(module.parameters(recurse=False))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, len(weight), generator=generator).to(weight.device, weight.dtype)
-    each = torch.randn(2, len(weight), generator=generator).to(weight.device, weight.dtype)
+    weights = torch.randn(2, len(weight), generator=generator).to(weight.device, weight.dtype)
 
     def run(weight: Tensor, x: Tensor) -> Tensor:
-        found: Tensor = torch.func.functional_call(module, {"weight": weight}, (x,))
-        return found
+        output: Tensor = torch.func.functional_call(module, {"weight": weight}, (x,))
+        return output
 
     try:
-        together = run(each.unsqueeze(1), x)
+        together = run(weights.unsqueeze(1), x)
     except RuntimeError:
         return False
-    apart = torch.cat([run(w, x[i : i + 1]) for i, w in enumerate(each)])
-    # A mean may be added up in another order for more rows.
+    apart = torch.cat([run(w, x[i : i + 1]) for i, w in enumerate(weights)])
+    # For more rows a mean may be summed in another order.
     return together.shape == apart.shape and torch.allclose(together, apart, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dpsgd_track.privacy.layers.positions import is_trainable, outer, summed_positions
+from dpsgd_track.privacy.layers.positions import outer, summed_positions, trainable_terms
 from dpsgd_track.privacy.terms import Term
 
 
@@ -16,9 +16,6 @@ def matches(module: nn.Module) -> bool:
 
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [D, P] and bias [P]."""
-    found: dict[str, Term] = {}
-    if is_trainable(module, "weight"):
-        found["weight"] = outer(dy, x.to(dy.dtype))
-    if is_trainable(module, "bias"):
-        found["bias"] = summed_positions(dy)
-    return found
+    return trainable_terms(
+        module, weight=lambda: outer(dy, x.to(dy.dtype)), bias=lambda: summed_positions(dy)
+    )

@@ -1,4 +1,4 @@
-"""One file per norm rule: how the norm of a linear layer's per-sample gradient is found."""
+"""One file per norm rule, each a way to the norms of a linear layer's per-sample gradients."""
 
 from dpsgd_track.privacy.norms.flash import FLASH
 from dpsgd_track.privacy.norms.fused import FUSED

@@ -1,6 +1,6 @@
-"""The flash norm in hooks: tiled, with neither a T x T nor a d x p matrix ever whole.
+"""The flash norm in hooks: tiled, without materialising a T x T or a d x p matrix.
 
-A mode with one backward may keep the gradients instead, layer by layer, as the planner says: a
+In a mode with one backward the planner may choose, layer by layer, to keep the gradients instead: a
 second product for their clipped sum would cost a third of the step.
 """
 

@@ -1,4 +1,4 @@
-"""The norm inside the graph: from the backward of replaced layers."""
+"""The flash norm in the backward of replaced linear layers."""
 
 from dpsgd_track.kernels.flash_norm import flash_norm_sq
 from dpsgd_track.privacy.norms.rule import NormRule

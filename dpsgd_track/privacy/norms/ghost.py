@@ -1,4 +1,4 @@
-"""The ghost norm: two whole T x T matrices of products.
+"""The ghost norm, from two materialised T x T Gram matrices.
 
 Source: Li et al., 2022, "Large Language Models Can Be Strong Differentially Private Learners",
 section 4.

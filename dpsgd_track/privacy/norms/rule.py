@@ -1,4 +1,4 @@
-"""What norm rules differ in.
+"""The interface of norm rules.
 
 Shapes: B samples, T positions, D inputs, P outputs of a linear layer.
 """
@@ -12,13 +12,13 @@ from dpsgd_track.privacy.terms import OuterNorm
 
 @dataclass(frozen=True, kw_only=True)
 class NormRule:
-    """How the norm of a linear layer's per-sample gradient is found."""
+    """A way to compute the norms of a linear layer's per-sample gradients."""
 
     name: str
     outer_norm: OuterNorm
     """(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T."""
     is_fused: bool = False
-    """Linear layers report from inside the graph; else from hooks."""
+    """True if linear layers report from their own backward; otherwise they do from hooks."""
     is_planned: bool = False
-    """The planner chooses layer by layer; else norms are all found in the rule's one way, and a
-    one-pass strategy keeps x and dy."""
+    """True if the planner chooses layer by layer. Otherwise all norms are computed by `outer_norm`,
+    and a one-pass strategy keeps x and dy."""

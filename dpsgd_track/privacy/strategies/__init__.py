@@ -1,4 +1,4 @@
-"""One file per pass strategy: how norms become a clipped sum.
+"""One file per pass strategy, each a way from norms to a clipped sum.
 
 A strategy is a function `(engine, batch) -> SampleRecord` that adds the micro-batch's clipped sum
 to the engine's. Every loss is summed over samples, never averaged, so that each sample's
@@ -7,11 +7,11 @@ gradients flow unscaled.
 
 from dpsgd_track.privacy.engine import Strategy
 from dpsgd_track.privacy.strategies.bookkeeping import bookkeeping
-from dpsgd_track.privacy.strategies.plain import plain
 from dpsgd_track.privacy.strategies.two_pass import two_pass
+from dpsgd_track.privacy.strategies.unclipped import unclipped
 
 STRATEGIES: dict[str, Strategy] = {
-    "plain": plain,
+    "unclipped": unclipped,
     "two_pass": two_pass,
     "bookkeeping": bookkeeping,
 }

@@ -1,8 +1,7 @@
-"""One backward: norms as it goes, the clipped sum from what it kept.
+"""One backward: takes norms as it runs; clipped sums are formed from the terms it kept.
 
 Source: Bu et al., 2023, "Differentially Private Optimization on Large Model at Small Cost".
-The clipped sums are formed after the backward, and each is on its way to the other ranks while
-the next is formed.
+Each clipped sum is in flight to the other ranks while the next is formed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dpsgd_track.privacy.engine import Engine
 
 
 def bookkeeping(engine: Engine, batch: Batch) -> SampleRecord:
-    """Put sum_i c_i g_i, formed from what the backward for norms kept."""
+    """Put sum_i c_i g_i, formed from the terms that the backward for norms kept."""
     capture = engine.capture
     assert capture is not None
     with capture.sample_batch(len(batch)):

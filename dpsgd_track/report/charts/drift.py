@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from dpsgd_track.comparison.measure.drift import OBSERVABLES, Drift, Pair
 from dpsgd_track.comparison.measure.floor import limits_of
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
-from dpsgd_track.record.trajectory import Integers
 from dpsgd_track.report.charts.curves import ZERO, above_zero, drawn, log_axis, step_axis, whole
-from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, name_axis, plain, wrapped
+from dpsgd_track.report.charts.marks import add_limit, floor_of, threshold_of
+from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain, wrapped
 from dpsgd_track.report.thinning import kept
 
 _ALWAYS = ("loss", "grad_norm", "sample_norm", "gradient")
+_LAYERS = "layer_grad_norm"
 _IF_ANY = ("clip_factor", "noise", "update")
 """Drawn only where some mode is off: where all are equal, the ladder says all there is to say."""
 
@@ -52,8 +54,7 @@ def _drift_chart(
     comparison: GroupComparison, regime: RegimeComparison, name: str, style: Style
 ) -> Chart:
     observable = OBSERVABLES[name]
-    threshold = float(getattr(comparison.thresholds, observable.threshold))
-    floor = known.of(name) if (known := regime.floor()) else None
+    threshold, floor = threshold_of(comparison, name), floor_of(regime, name)
     figure = go.Figure()
     heights = [threshold, *([max(floor, ZERO)] if floor is not None else [])]
     pairs = [pair for pair in against_baseline(regime) if name in pair.drifts]
@@ -61,9 +62,11 @@ def _drift_chart(
         heights += _curve(figure, pair, pair.drifts[name], (threshold, floor), style)
     every = np.concatenate([pair.drifts[name].steps for pair in pairs])
     ends = np.array([every.min(), every.max()])
-    _limit(figure, ends, threshold, f"threshold {number(threshold)}", "dash")
-    if floor is not None:
-        _limit(figure, ends, max(floor, ZERO), f"floor {number(floor)}", "dot")
+    for limit, kind, dash in ((threshold, "threshold", "dash"), (floor, "floor", "dot")):
+        if limit is not None:
+            # In the legend its label covers no curve.
+            y = np.repeat(max(limit, ZERO), 2)
+            add_limit(figure, ends, y, f"{kind} {number(limit)}", dash=dash, width=2.5)
     heights += _limit_of_rounding(figure, pairs[0].drifts[name], regime, style)
     layout(figure, 400, showlegend=True)
     kind = "relative" if observable.is_relative else "absolute"
@@ -99,7 +102,7 @@ def _curve(
         customdata=places,
         **style.line(pair.mode, len(at), hover="drift", threshold=threshold, floor=floor, **more),
     )
-    return [float(value) for value in y[np.isfinite(y)]]
+    return y[np.isfinite(y)].tolist()
 
 
 def _wheres(names: list[str]) -> tuple[NDArray[Any] | None, dict[str, Any]]:
@@ -118,18 +121,6 @@ def _wheres(names: list[str]) -> tuple[NDArray[Any] | None, dict[str, Any]]:
     return whole(places), {"names": [plain(name) for name in known]}
 
 
-def _limit(figure: go.Figure, ends: Integers, y: float, text: str, dash: str) -> None:
-    # In the legend its label covers no curve.
-    figure.add_scatter(
-        x=whole(ends),
-        y=[y, y],
-        mode="lines",
-        line={"dash": dash, "color": GREY, "width": 2.5},
-        name=text,
-        hovertemplate="%{fullData.name}<extra></extra>",
-    )
-
-
 def _limit_of_rounding(
     figure: go.Figure, drift: Drift, regime: RegimeComparison, style: Style
 ) -> list[float]:
@@ -140,20 +131,20 @@ def _limit_of_rounding(
     y = limits.max(axis=1)
     y[~np.isfinite(y)] = np.nan  # where rounding explains anything
     at = kept(y, style.most_points)
-    figure.add_scatter(
-        x=whole(drift.steps[at]),
-        y=drawn(y[at]),
-        mode="lines",
-        line={"dash": "longdash", "color": GREY, "width": 1.5},
-        name="limit of rounding",
+    add_limit(
+        figure,
+        drift.steps[at],
+        drawn(y[at]),
+        "limit of rounding",
+        dash="longdash",
+        width=1.5,
         hovertemplate="limit of rounding %{y:.2~g}<extra></extra>",
     )
-    return [float(value) for value in y[np.isfinite(y)]]
+    return y[np.isfinite(y)].tolist()
 
 
-def _layers(pair: Pair) -> dict[str, float]:
-    drift = pair.drifts.get("layer_grad_norm")
-    return dict(drift.by_item) if drift else {}
+def _layers(pair: Pair) -> Mapping[str, float]:
+    return pair.drifts[_LAYERS].by_item if _LAYERS in pair.drifts else {}
 
 
 def _layer_heatmap(comparison: GroupComparison, regime: RegimeComparison, style: Style) -> Chart:
@@ -177,7 +168,7 @@ def _layer_heatmap(comparison: GroupComparison, regime: RegimeComparison, style:
             ygap=1,
             **style.of_mode(pair.mode),
         )
-    threshold = float(getattr(comparison.thresholds, OBSERVABLES["layer_grad_norm"].threshold))
+    threshold = threshold_of(comparison, _LAYERS)
     # The page colours it as the heatmap of parameters, by the threshold.
     layout(figure, max(250, 110 + 22 * len(layers)), showlegend=False)
     more_lines = max(wrapped(pair.mode).count("<br>") for pair in pairs)

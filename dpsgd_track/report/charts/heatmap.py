@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from dpsgd_track.comparison.measure.drift import OBSERVABLES
 from dpsgd_track.comparison.measure.norm_heatmap import Heat, heat
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.record.trajectory import Floats
+from dpsgd_track.report.charts.marks import floor_of, threshold_of
 from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain
 
 _MOST_CELLS = 400_000
 """Of all cubes of a report together: half a megabyte."""
 _MOST_BINS = 60
-_OBSERVABLE = OBSERVABLES["sample_norm_by_parameter"]
+_NAME = "sample_norm_by_parameter"
 
 LOWEST, PER_DECADE, NOTHING = -17, 14, 255
 """The byte b stands for 10^(LOWEST + b / PER_DECADE), and NOTHING for no value."""
@@ -41,7 +41,7 @@ def heatmap_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
 
 def _compared(regime: RegimeComparison) -> tuple[str, list[str]]:
     """The baseline that has per-sample norms by parameter, and the modes held against it."""
-    pairs = [pair for pair in regime.pairs if _OBSERVABLE.name in pair.drifts]
+    pairs = [pair for pair in regime.pairs if _NAME in pair.drifts]
     base = pairs[0].baseline if pairs else ""
     return base, [pair.mode for pair in pairs if pair.baseline == base]
 
@@ -100,7 +100,7 @@ def _cube(
 def _chart(
     comparison: GroupComparison, regime: RegimeComparison, heats: list[Heat], style: Style
 ) -> Chart:
-    threshold = float(getattr(comparison.thresholds, _OBSERVABLE.threshold))
+    threshold = threshold_of(comparison, _NAME)
     names = list(dict.fromkeys(name for each in heats for name in each.parameters))
     row_height = max(8, min(22, 1400 // len(names)))
     figure = go.Figure(go.Heatmap(z=[], coloraxis="coloraxis", xgap=1, ygap=1))
@@ -109,7 +109,7 @@ def _chart(
     figure.update_yaxes(**name_axis(names, row_height))
     figure.update_xaxes(showgrid=False, zeroline=False)
     base = heats[0].baseline
-    floor = known.of(_OBSERVABLE.name) if (known := regime.floor(base)) else None
+    floor = floor_of(regime, _NAME, base)
     widest = max(len(each.ranks) * len(each.first_steps) for each in heats)
     return Chart(
         name=f"heatmap_{regime.name}",

@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 from dpsgd_track.comparison.audit.noise import NoiseAudit
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.report.charts.curves import drawn
-from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, name_axis, plain
+from dpsgd_track.report.charts.marks import GREY, error_bars
+from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain
 
 _MOST_PARAMETERS = 40
 
@@ -46,14 +47,7 @@ def _chart(regime: RegimeComparison, audits: list[NoiseAudit], style: Style) -> 
         figure.add_scatter(
             x=drawn(ratio),
             y=drawn(np.array([names.index(entry[0]) for entry in known]) + shift),
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": drawn(high - ratio),
-                "arrayminus": drawn(ratio - low),
-                "thickness": 1.5,
-                "width": 3,
-            },
+            error_x=error_bars(ratio, low, high, thickness=1.5),
             mode="markers",
             marker={
                 "symbol": style.symbol(audit.mode),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dpsgd_track.comparison.profile import Cost, CostStatus, Profile, Spread
-from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
+from dpsgd_track.report.charts.marks import GREY, error_bars
+from dpsgd_track.report.charts.style import Chart, Style, layout, plain
 from dpsgd_track.report.profile_table import three_digits, times
 
 SECTION = "profile"
+_chart = partial(Chart, section=SECTION, alone=True)
+_wide_chart = partial(_chart, is_wide=True)
 _SEVERAL_TIMES = 4
 _PLACES = (
     "middle left",
@@ -71,97 +75,120 @@ _QUANTITIES = (
 
 def profile_charts(profile: Profile, style: Style) -> list[Chart]:
     """Every chart of a profile."""
-    has_lengths = len({T for T, _ in profile.shapes}) > 1
-    draw = _against_length if has_lengths else _at_one_length
-    charts = [draw(profile, quantity, style) for quantity in _QUANTITIES]
-    charts += _ratios(profile, style)
-    charts += _memory_against_time(profile, style)
-    return charts
+    draw = _against_length if len(_lengths(profile.costs)) > 1 else _at_one_length
+    return [
+        *(draw(profile, quantity, style) for quantity in _QUANTITIES),
+        *_ratios(profile, style),
+        *_memory_against_time(profile, style),
+    ]
+
+
+def _lengths(costs: Sequence[Cost]) -> list[int]:
+    return sorted({cost.seq_length for cost in costs})
+
+
+def _batch_sizes(profile: Profile) -> list[int]:
+    return list(dict.fromkeys(B for _, B in profile.shapes))
 
 
 def _point_name(cost: Cost, profile: Profile) -> str:
     """The shape, as far as it tells points apart; the mode where all have one shape."""
-    if len(profile.shapes) == 1:
-        return plain(cost.label)
-    parts = []
-    if len({T for T, _ in profile.shapes}) > 1:
-        parts.append(f"T={cost.seq_length}")
-    if len({B for _, B in profile.shapes}) > 1:
-        parts.append(f"B={cost.batch_size}")
-    return ", ".join(parts)
+    length = f"T={cost.seq_length}" if len(_lengths(profile.costs)) > 1 else ""
+    size = f"B={cost.batch_size}" if len(_batch_sizes(profile)) > 1 else ""
+    return ", ".join(filter(None, (length, size))) or plain(cost.label)
+
+
+def _told(cost: Cost, said: str) -> str:
+    lines = [plain(cost.label), f"T={cost.seq_length}, B={cost.batch_size}", said]
+    return "<br>".join([*lines, *map(plain, cost.notes)])
 
 
 def _against_length(profile: Profile, quantity: _Quantity, style: Style) -> Chart:
-    batch_sizes = list(dict.fromkeys(B for _, B in profile.shapes))
+    sizes = _batch_sizes(profile)
+    is_stacked = len(sizes) > 1
+    titles = [f"B = {B} samples a micro-batch and rank" for B in sizes]
     figure = make_subplots(
-        rows=len(batch_sizes),
-        cols=1,
-        subplot_titles=[f"B = {B} samples a micro-batch and rank" for B in batch_sizes]
-        if len(batch_sizes) > 1
-        else None,
-        vertical_spacing=0.26 / len(batch_sizes),
+        rows=len(sizes),
+        subplot_titles=titles if is_stacked else None,
+        vertical_spacing=0.26 / len(sizes),
     )
     named: set[str] = set()
-    for row, batch_size in enumerate(batch_sizes, 1):
+    for row, batch_size in enumerate(sizes, 1):
         costs = [cost for cost in profile.costs if cost.batch_size == batch_size]
         _curves(figure, costs, quantity, style, row, named)
-    layout(figure, 110 + 290 * len(batch_sizes), showlegend=True)
-    if len(batch_sizes) > 1:
-        figure.update_layout(margin={"t": 36})
-    return Chart(
+    layout(figure, 110 + 290 * len(sizes), showlegend=True)
+    figure.update_layout(margin={"t": 36} if is_stacked else {})
+    lost = any(cost.status is CostStatus.OUT_OF_MEMORY for cost in profile.costs)
+    return _chart(
         name=quantity.name,
         title=f"{quantity.title} against sequence length",
-        caption=quantity.caption + _crosses(profile),
+        caption=quantity.caption + " ✕: out of memory." * lost,
         figure=figure,
-        section=SECTION,
-        alone=True,
     )
 
 
 def _at_one_length(profile: Profile, quantity: _Quantity, style: Style) -> Chart:
     """Bars, where there is no length to draw against."""
     figure = go.Figure()
-    has_sizes = len({B for _, B in profile.shapes}) > 1
+    has_sizes = len(_batch_sizes(profile)) > 1
     largest = 0.0
     for cost in profile.costs:
         value = quantity.value(cost)
         largest = max(largest, value.p80 if value else 0.0)
+        said = quantity.said(value) if value else ""
         name = f"{cost.label}, B={cost.batch_size}" if has_sizes else cost.label
-        figure.add_bar(
-            y=[plain(name)],
-            x=[value.median if value else 0],
-            orientation="h",
-            error_x=_whisker(value),
-            marker_color=style.colour(cost.label),
-            customdata=[_told(cost, quantity.said(value) if value else "")],
-            hovertemplate="%{customdata}<extra></extra>",
-            **style.of_mode(cost.label),
-        )
-        figure.add_scatter(
-            y=[plain(name)],
-            x=[value.p80 if value else 0],
-            mode="text",
-            text=[f"  {quantity.said(value) if value else cost.status}"],
-            textposition="middle right",
-            hoverinfo="skip",
-            **style.of_mode(cost.label),
-        )
+        _bar(figure, cost, style, value, (said, said or cost.status), name=name)
     layout(figure, 110 + 34 * len(profile.costs), showlegend=False, barmode="overlay")
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     figure.update_xaxes(title_text=quantity.axis, range=[0, 1.35 * largest or 1])
-    return Chart(
+    return _chart(
         name=quantity.name,
         title=f"{quantity.title} at T={profile.shapes[0][0]}",
         caption=quantity.caption,
         figure=figure,
-        section=SECTION,
-        alone=True,
     )
 
 
-def _crosses(profile: Profile) -> str:
-    lost = any(cost.status is CostStatus.OUT_OF_MEMORY for cost in profile.costs)
-    return " ✕: out of memory." * lost
+def _bar(
+    figure: go.Figure,
+    cost: Cost,
+    style: Style,
+    value: Spread | None,
+    said: tuple[str, str],
+    *,
+    name: str = "",
+    beyond: float = 0.0,
+    **cell: int,
+) -> None:
+    """Adds a bar with its spread.
+
+    Args:
+        said: what is shown on hover, and what stands beside the bar, its spread and `beyond`.
+    """
+    look = {"y": [plain(name or cost.label)], **style.of_mode(cost.label), **cell}
+    has_spread = value is not None and value.p80 > value.p20
+    figure.add_bar(
+        x=[value.median if value else 0],
+        orientation="h",
+        error_x=_whiskers([value], color=GREY) if value and has_spread else None,
+        marker_color=style.colour(cost.label),
+        customdata=[_told(cost, said[0])],
+        hovertemplate="%{customdata}<extra></extra>",
+        **look,
+    )
+    figure.add_scatter(
+        x=[max(value.p80, beyond) if value else beyond],
+        mode="text",
+        text=[f"  {said[1]}"],
+        textposition="middle right",
+        hoverinfo="skip",
+        **look,
+    )
+
+
+def _whiskers(values: Sequence[Spread], **more: Any) -> dict[str, Any]:
+    median, p20, p80 = np.array([(v.median, v.p20, v.p80) for v in values]).T
+    return error_bars(median, p20, p80, thickness=1.2, **more)
 
 
 def _curves(
@@ -176,14 +203,12 @@ def _curves(
     largest = max((value.p80 for _, value in known), default=1.0)
     smallest = min((value.p20 for _, value in known), default=1.0)
     is_log = quantity.may_be_logarithmic and largest > _MANY_TIMES * smallest > 0
-    for label in dict.fromkeys(cost.label for cost in costs):
+    for label in dict.fromkeys(cost.label for cost, _ in known):
         own = [(cost, value) for cost, value in known if cost.label == label]
-        if not own:
-            continue
         figure.add_scatter(
             x=[cost.seq_length for cost, _ in own],
             y=[value.median for _, value in own],
-            error_y=_error(value for _, value in own),
+            error_y=_whiskers([value for _, value in own]),
             text=[_told(cost, quantity.said(value)) for cost, value in own],
             hovertemplate="%{text}<extra></extra>",
             showlegend=label not in named,
@@ -193,41 +218,18 @@ def _curves(
         )
         named.add(label)
     top = _lost(figure, costs, style, (largest, is_log), row, named)
-    lengths = sorted({cost.seq_length for cost in costs})
+    lengths = _lengths(costs)
+    several = {"type": "log"}
+    alone = {"type": "linear", "range": [lengths[0] - 1, lengths[0] + 1]}
     figure.update_xaxes(
         title_text="sequence length (tokens)",
-        type="log" if len(lengths) > 1 else "linear",
         tickvals=lengths,
         ticktext=[f"{length:,}" for length in lengths],
-        **({"range": [lengths[0] - 1, lengths[0] + 1]} if len(lengths) == 1 else {}),
+        **(several if len(lengths) > 1 else alone),
         row=row,
-        col=1,
     )
     scale = {"type": "log"} if is_log else {"range": [0, 1.06 * top or 1]}
-    figure.update_yaxes(title_text=quantity.axis, **scale, row=row, col=1)
-
-
-def _error(values: Any) -> dict[str, Any]:
-    found: list[Spread] = list(values)
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [value.p80 - value.median for value in found],
-        "arrayminus": [value.median - value.p20 for value in found],
-        "thickness": 1.2,
-        "width": 3,
-    }
-
-
-def _whisker(value: Spread | None) -> dict[str, Any] | None:
-    """The spread on a bar; None where there is none to see."""
-    has_spread = value is not None and value.p80 > value.p20
-    return {**_error([value]), "color": GREY} if has_spread else None
-
-
-def _told(cost: Cost, said: str) -> str:
-    lines = [plain(cost.label), f"T={cost.seq_length}, B={cost.batch_size}", said]
-    return "<br>".join([*lines, *map(plain, cost.notes)])
+    figure.update_yaxes(title_text=quantity.axis, **scale, row=row)
 
 
 def _lost(
@@ -283,9 +285,8 @@ def _ratios(profile: Profile, style: Style) -> list[Chart]:
             f"{what}, T={T}, B={B}" for T, B in shapes for what in ("step time", "peak memory")
         ],
     )
-    for row, shape in enumerate(shapes, 1):
-        for cost in (cost for cost in held if cost.shape == shape):
-            _ratio_bars(figure, cost, style, row)
+    for cost in held:
+        _ratio_bars(figure, cost, style, shapes.index(cost.shape) + 1)
     largest = (
         max((cost.time_ratio.p80 for cost in held if cost.time_ratio), default=1.0),
         max((cost.memory_ratio for cost in held if cost.memory_ratio), default=1.0),
@@ -299,19 +300,15 @@ def _ratios(profile: Profile, style: Style) -> list[Chart]:
     layout(figure, total + 36 + 60, showlegend=False, barmode="overlay")
     figure.update_layout(margin={"t": 36, "b": 60})
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
-    return [
-        Chart(
-            name="profile_overhead",
-            title="Overhead over ordinary training",
-            caption="Over the baseline's runs right before and right after; thin bars: p20 to p80 "
-            "of the mode's steps. Dashed: as much as the baseline.",
-            figure=figure,
-            section=SECTION,
-            is_wide=True,
-            min_width=620,
-            alone=True,
-        )
-    ]
+    chart = _wide_chart(
+        name="profile_overhead",
+        title="Overhead over ordinary training",
+        caption="Over the baseline's runs right before and right after; thin bars: p20 to p80 "
+        "of the mode's steps. Dashed: as much as the baseline.",
+        figure=figure,
+        min_width=620,
+    )
+    return [chart]
 
 
 def _ratio_bars(figure: go.Figure, cost: Cost, style: Style, row: int) -> None:
@@ -322,30 +319,9 @@ def _ratio_bars(figure: go.Figure, cost: Cost, style: Style, row: int) -> None:
         (1, time, f"step time {times(time)} × {base}" if time else why),
         (2, _alone(memory), f"peak memory {memory:.3f} × {base}" if memory else why),
     ):
-        figure.add_bar(
-            y=[plain(cost.label)],
-            x=[ratio.median if ratio else 0],
-            orientation="h",
-            error_x=_whisker(ratio),
-            marker_color=style.colour(cost.label),
-            customdata=[_told(cost, said)],
-            hovertemplate="%{customdata}<extra></extra>",
-            row=row,
-            col=col,
-            **style.of_mode(cost.label),
-        )
-        # Beside the spread and the baseline's line, which would strike through it.
-        figure.add_scatter(
-            y=[plain(cost.label)],
-            x=[max(ratio.p80, 1.0) if ratio else 1.0],
-            mode="text",
-            text=[f"  {ratio.median:.2f}×" if ratio else f"  {why}"],
-            textposition="middle right",
-            hoverinfo="skip",
-            row=row,
-            col=col,
-            **style.of_mode(cost.label),
-        )
+        beside = f"{ratio.median:.2f}×" if ratio else why
+        # Not on the baseline's line, which would strike through it.
+        _bar(figure, cost, style, ratio, (said, beside), beyond=1.0, row=row, col=col)
 
 
 def _alone(value: float | None) -> Spread | None:
@@ -362,42 +338,36 @@ def _scale(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _memory_against_time(profile: Profile, style: Style) -> list[Chart]:
-    known = [cost for cost in profile.costs if cost.step_time_ms and cost.peak_memory_gib]
+    known = [
+        (cost, cost.step_time_ms.median, cost.peak_memory_gib)
+        for cost in profile.costs
+        if cost.step_time_ms and cost.peak_memory_gib
+    ]
     if not known:
         return []
     figure = go.Figure()
-    spans = [cost.step_time_ms.median for cost in known if cost.step_time_ms]
-    for label in dict.fromkeys(cost.label for cost in known):
-        own = [cost for cost in known if cost.label == label]
-        found = [(c, c.step_time_ms.median, c.peak_memory_gib) for c in own if c.step_time_ms]
+    for label in dict.fromkeys(cost.label for cost, _, _ in known):
+        own = [entry for entry in known if entry[0].label == label]
         look = style.line(label, len(own))
-        look["mode"] = "markers+text+lines"
-        look["line"] = {**look["line"], "width": 1}
-        place = _PLACES[style.index(label) % len(_PLACES)]
         figure.add_scatter(
-            x=[time for _, time, _ in found],
-            y=[memory for _, _, memory in found],
-            text=[_point_name(cost, profile) for cost, _, _ in found],
-            textposition=place,
+            x=[ms for _, ms, _ in own],
+            y=[gib for _, _, gib in own],
+            text=[_point_name(cost, profile) for cost, _, _ in own],
+            textposition=_PLACES[style.index(label) % len(_PLACES)],
             textfont={"size": 10, "color": style.colour(label)},
-            customdata=[_told(c, f"{time:.4g} ms, {gib:.3g} GiB") for c, time, gib in found],
+            customdata=[_told(cost, f"{ms:.4g} ms, {gib:.3g} GiB") for cost, ms, gib in own],
             hovertemplate="%{customdata}<extra></extra>",
-            **look,
+            **{**look, "mode": "markers+text+lines", "line": {**look["line"], "width": 1}},
         )
     layout(figure, 480, showlegend=True)
-    sizes = [cost.peak_memory_gib for cost in known if cost.peak_memory_gib]
-    figure.update_xaxes(title_text="ms a step", **_scale(spans))
-    figure.update_yaxes(title_text="GiB", **_scale(sizes))
-    return [
-        Chart(
-            name="profile_memory_against_time",
-            title="Peak memory against step time",
-            caption="A point for each mode and shape; lines join the shapes of a mode. Down and "
-            "to the left is better.",
-            figure=figure,
-            section=SECTION,
-            is_wide=True,
-            min_width=560,
-            alone=True,
-        )
-    ]
+    figure.update_xaxes(title_text="ms a step", **_scale([ms for _, ms, _ in known]))
+    figure.update_yaxes(title_text="GiB", **_scale([gib for _, _, gib in known]))
+    chart = _wide_chart(
+        name="profile_memory_against_time",
+        title="Peak memory against step time",
+        caption="A point for each mode and shape; lines join the shapes of a mode. Down and "
+        "to the left is better.",
+        figure=figure,
+        min_width=560,
+    )
+    return [chart]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import plotly.graph_objects as go
 
 from dpsgd_track.comparison.measure.alignment import align
-from dpsgd_track.comparison.measure.drift import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, whole
-from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
+from dpsgd_track.report.charts.marks import add_floor, floor_of, threshold_of
+from dpsgd_track.report.charts.style import Chart, Style, layout, plain
 
 _MOST_SAMPLES = 500
 """Of one mode."""
@@ -46,9 +44,10 @@ def _chart(comparison: GroupComparison, regime: RegimeComparison, style: Style) 
         _points(figure, mode, norms[chosen], ratios[chosen], told[chosen], style)
     if not total:
         return None
-    threshold = float(getattr(comparison.thresholds, OBSERVABLES[_NAME].threshold))
-    floor = known.of(_NAME) if (known := regime.floor(base)) else None
-    _band(figure, np.array(reach), floor)
+    threshold, floor = threshold_of(comparison, _NAME), floor_of(regime, _NAME, base)
+    if floor is not None:
+        high = np.repeat(floor, 2)
+        add_floor(figure, drawn(np.array(reach)), -high, high, floor)
     layout(figure, 460, showlegend=True)
     figure.update_xaxes(title_text=f"gradient norm in {plain(base)}")
     figure.update_yaxes(title_text="ratio - 1", exponentformat="e")
@@ -105,39 +104,19 @@ def _points(
     figure: go.Figure, mode: str, norms: Floats, ratios: Floats, told: Integers, style: Style
 ) -> None:
     is_clipped = told[:, 3] == 1
-    first = True
-    for which, suffix in ((~is_clipped, "-open"), (is_clipped, "")):
-        if not which.any():
-            continue
-        look: dict[str, Any] = style.of_mode(mode, hover="sample", clipped=not suffix)
+    kinds = [(which, c) for which, c in ((~is_clipped, False), (is_clipped, True)) if which.any()]
+    for which, clipped in kinds:
         figure.add_scatter(
             x=drawn(norms[which]),
             y=drawn(ratios[which]),
             customdata=whole(told[which, :3]),
             mode="markers",
             marker={
-                "symbol": style.symbol(mode) + suffix,
+                "symbol": style.symbol(mode) + "-open" * (not clipped),
                 "color": style.colour(mode),
                 "size": 7,
                 "line": {"width": 1.2, "color": style.colour(mode)},
             },
-            showlegend=first,
-            **look,
+            showlegend=clipped is kinds[0][1],
+            **style.of_mode(mode, hover="sample", clipped=clipped),
         )
-        first = False
-
-
-def _band(figure: go.Figure, reach: Floats, floor: float | None) -> None:
-    if floor is None:
-        return
-    low, high = reach
-    figure.add_scatter(
-        x=drawn(np.array([low, high, high, low])),
-        y=drawn(np.array([floor, floor, -floor, -floor])),
-        mode="lines",
-        fill="toself",
-        fillcolor="rgba(140, 140, 140, 0.28)",
-        line={"color": GREY, "width": 1},
-        name=f"floor ±{number(floor)}",
-        hoverinfo="skip",
-    )

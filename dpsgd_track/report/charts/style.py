@@ -35,9 +35,6 @@ _MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "pentagon
 _DENSE = 200  # points from which on thick lines merge
 _MOST_MARKERS = 40  # more would merge into a band
 
-GREY = "#8C8C8C"
-"""Of what belongs to no mode: floors and thresholds."""
-
 _LONGEST_TICK, _COLUMN, _MOST_LINES = 44, 18, 4
 
 _RULE = "#d5dae0"

@@ -16,11 +16,12 @@ from dpsgd_track.comparison.verdict import number
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, step_axis, whole
-from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
+from dpsgd_track.report.charts.marks import add_floor, floor_of
+from dpsgd_track.report.charts.style import Chart, Style, layout, plain
 from dpsgd_track.report.thinning import kept
 
 _BAND_POINTS = 200
-_BAND = "rgba(140, 140, 140, 0.28)"
+_FLOOR = {"legendgroup": "floor", "col": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,23 +102,35 @@ def _curve(
     )
 
 
+def _values(
+    figure: go.Figure,
+    label: str,
+    trajectory: Trajectory,
+    quantity: _Quantity,
+    style: Style,
+    *,
+    row: int = 1,
+    is_named: bool = True,
+) -> None:
+    points = trajectory.step, quantity.values(trajectory)
+    meta = {"hover": "value", "quantity": quantity.axis}
+    _curve(figure, label, points, style, row=row, is_named=is_named, **meta)
+
+
 def _stacked(regimes: list[RegimeComparison], quantity: _Quantity, style: Style) -> Chart:
     figure = make_subplots(
         rows=len(regimes),
-        cols=1,
         subplot_titles=[f"regime {plain(regime.name)}" for regime in regimes],
         vertical_spacing=0.26 / len(regimes),
     )
     shown: set[str] = set()
     for row, regime in enumerate(regimes, 1):
         for run, trajectory in recorded(regime):
-            points = trajectory.step, quantity.values(trajectory)
-            is_new = run.label not in shown
-            meta = {"hover": "value", "quantity": quantity.axis}
-            _curve(figure, run.label, points, style, row=row, is_named=is_new, **meta)
+            is_named = run.label not in shown
+            _values(figure, run.label, trajectory, quantity, style, row=row, is_named=is_named)
             shown.add(run.label)
-        figure.update_yaxes(title_text=quantity.axis, row=row, col=1)
-        figure.update_xaxes(**_axis([t for _, t in recorded(regime)]), row=row, col=1)
+        figure.update_yaxes(title_text=quantity.axis, row=row)
+        figure.update_xaxes(**_axis(recorded(regime)), row=row)
     layout(figure, 110 + 320 * len(regimes))
     figure.update_layout(margin={"t": 36})
     return Chart(
@@ -131,33 +144,30 @@ def _stacked(regimes: list[RegimeComparison], quantity: _Quantity, style: Style)
 
 def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Style) -> Chart:
     runs = recorded(regime)
-    held = {run.label: regime.base_of(run.label) for run, _ in runs}
-    others = [(run, t, base) for run, t in runs if (base := held[run.label]) and base is not t]
-    base = next((base for _, _, base in others), None)
-    measured = known.of(quantity.name) if (known := regime.floor()) else None
+    others = [
+        (run.label, t, base)
+        for run, t in runs
+        if (base := regime.base_of(run.label)) and base is not t
+    ]
+    measured = floor_of(regime, quantity.name)
     figure = make_subplots(
         rows=2 if others else 1,
-        cols=1,
         shared_xaxes=True,
         row_heights=[0.58, 0.42] if others else [1],
         vertical_spacing=0.07,
     )
-    if base and measured is not None:
-        _band(figure, base, quantity, measured, both=bool(others))
+    if others and measured is not None:
+        _bands(figure, others[0][2], quantity, measured)
     for run, trajectory in runs:
-        points = trajectory.step, quantity.values(trajectory)
-        meta = {"hover": "value", "quantity": quantity.axis}
-        _curve(figure, run.label, points, style, row=1, is_named=True, **meta)
-    figure.update_yaxes(title_text=quantity.axis, row=1, col=1)
-    for run, trajectory, own_base in others:
-        points = _difference(own_base, trajectory, quantity)
-        differs: dict[str, Any] = {"hover": "difference", "floor": measured}
-        differs["base"] = plain(regime.baseline)
-        _curve(figure, run.label, points, style, row=2, is_named=False, **differs)
+        _values(figure, run.label, trajectory, quantity, style)
+    figure.update_yaxes(title_text=quantity.axis, row=1)
+    meta = {"hover": "difference", "floor": measured, "base": plain(regime.baseline)}
+    for label, trajectory, base in others:
+        points = _difference(base, trajectory, quantity)
+        _curve(figure, label, points, style, row=2, is_named=False, **meta)
     if others:
-        figure.update_yaxes(title_text="difference", exponentformat="e", row=2, col=1)
-    axis = _axis([t for _, t in runs])
-    figure.update_xaxes(**axis, row=2 if others else 1, col=1)
+        figure.update_yaxes(title_text="difference", exponentformat="e", row=2)
+    figure.update_xaxes(**_axis(runs), row=2 if others else 1)
     layout(figure, 500 if others else 340)
     return Chart(
         name=f"trajectory_{regime.name}_{quantity.name}",
@@ -169,8 +179,8 @@ def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Styl
     )
 
 
-def _axis(trajectories: list[Trajectory]) -> dict[str, Any]:
-    return step_axis(min(t.step[0] for t in trajectories), max(t.step[-1] for t in trajectories))
+def _axis(runs: list[tuple[ModeRun, Trajectory]]) -> dict[str, Any]:
+    return step_axis(min(t.step[0] for _, t in runs), max(t.step[-1] for _, t in runs))
 
 
 def _below(
@@ -187,14 +197,6 @@ def _below(
     return f" Below: {kind}difference from {regime.baseline} ({band})."
 
 
-def _scale(base: Floats, quantity: _Quantity) -> Floats:
-    """What a relative difference of 1 is; as `drift.relative` takes it."""
-    if not quantity.is_relative:
-        return np.ones_like(base)
-    largest = float(np.nanmax(np.abs(base), initial=0.0))
-    return np.maximum(np.abs(base), 1e-3 * largest)
-
-
 def _difference(
     base: Trajectory, other: Trajectory, quantity: _Quantity
 ) -> tuple[Integers, Floats]:
@@ -208,33 +210,17 @@ def _difference(
     return common, np.where(np.isfinite(difference), difference, np.nan)
 
 
-def _band(
-    figure: go.Figure, base: Trajectory, quantity: _Quantity, measured: float, *, both: bool
-) -> None:
+def _bands(figure: go.Figure, base: Trajectory, quantity: _Quantity, measured: float) -> None:
     y = quantity.values(base)
-    known = np.isfinite(y)
-    at = np.flatnonzero(known)[kept(y[known], _BAND_POINTS)]
+    known = np.flatnonzero(np.isfinite(y))
+    at = known[kept(y[known], _BAND_POINTS)]
     if not at.size:
         return
     x, centre = base.step[at], y[at]
-    with np.errstate(over="ignore"):
-        half = measured * _scale(y[known], quantity)[np.searchsorted(np.flatnonzero(known), at)]
-    areas = [(1, x, centre - half, centre + half)]
-    if both:
-        ends = np.array([x[0], x[-1]])
-        areas.append((2, ends, np.full(2, -measured), np.full(2, measured)))
-    for row, across, low, high in areas:
-        figure.add_scatter(
-            x=whole(np.concatenate([across, across[::-1]])),
-            y=drawn(np.concatenate([high, low[::-1]])),
-            mode="lines",
-            fill="toself",
-            fillcolor=_BAND,
-            line={"color": GREY, "width": 1},
-            name=f"floor ±{number(measured)}",
-            legendgroup="floor",
-            showlegend=row == 1,
-            hoverinfo="skip",
-            row=row,
-            col=1,
-        )
+    half = np.full(len(at), measured)
+    if quantity.is_relative:
+        with np.errstate(divide="ignore", over="ignore"):
+            half /= relative(centre, np.ones(len(at)), np.abs(y[known]).max())
+    add_floor(figure, whole(x), centre - half, centre + half, measured, row=1, **_FLOOR)
+    ends, high = whole(x[[0, -1]]), np.repeat(measured, 2)
+    add_floor(figure, ends, -high, high, measured, row=2, showlegend=False, **_FLOOR)

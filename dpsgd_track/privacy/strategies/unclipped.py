@@ -1,4 +1,4 @@
-"""One backward, nothing clipped: ordinary training, the baseline."""
+"""One backward without clipping: ordinary training, the baseline."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 
 
-def plain(engine: Engine, batch: Batch) -> SampleRecord:
+def unclipped(engine: Engine, batch: Batch) -> SampleRecord:
     """Add the sum of the samples' gradients to `.grad`, as autograd does."""
     loss_B = engine.losses(batch)
-    # A made-up sample takes part in the backward's collectives and adds nothing.
+    # A stand-in takes part in the backward's collectives and adds nothing.
     (loss_B * 0 if engine.is_standing_in else loss_B).sum().backward()
     return SampleRecord(loss_B=loss_B.detach())

@@ -1,4 +1,4 @@
-"""Which way the norm of each linear layer is found, and what is kept for its clipped sum.
+"""Plans how the norm of each linear layer is computed, and what is kept for its clipped sum.
 
 For a layer of D inputs and P outputs, with B samples of T positions, in multiply-adds doubled and
 in elements, each for all samples:
@@ -10,8 +10,8 @@ in elements, each for all samples:
 | `tiled`     | 2 T D P           | T (D + P) | 2 T D P               |
 
 With `gradients` the norm is a by-product of the gradients themselves. Two-pass modes keep nothing
-and choose between the other two. The cheapest by arithmetic and by bytes that are moved wins, if
-what it keeps fits into the memory that is left.
+and choose between the other two. The plan that is cheapest by arithmetic and bytes moved is chosen,
+if what it keeps fits into the remaining memory.
 
 Shapes: B samples, T positions, D inputs, P outputs.
 """
@@ -26,16 +26,16 @@ import torch
 
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, require
 
-# Operations in the time that it takes to move one byte: of matrix units, of the others, of CPUs.
+# Operations per byte moved: of tensor cores, of other GPU units, of CPUs.
 _BALANCE_16_BIT, _BALANCE_32_BIT, _BALANCE_CPU = 180.0, 14.0, 10.0
 SHARE_OF_MEMORY = 0.5
-"""Of the memory that is free before a first batch, what may be kept. The rest is for what the
-forward saves."""
+"""Fraction of the memory that is free before the first batch that may be kept. The rest is for
+activations."""
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A call of a linear layer."""
+    """Shapes, dtype and device of a linear layer's call."""
 
     B: int
     T: int
@@ -46,20 +46,20 @@ class LinearShape:
 
     @property
     def gradients_bytes(self) -> int:
-        """Of all samples' gradients."""
+        """Bytes of all samples' gradients."""
         return self.B * self.D * self.P * self.dtype.itemsize
 
     @property
     def factors_bytes(self) -> int:
-        """Of the layer's inputs and of the gradients of its outputs."""
+        """Bytes of the layer's inputs and of the gradients of its outputs."""
         return self.B * self.T * (self.D + self.P) * self.dtype.itemsize
 
     def kept_bytes(self, plan: str) -> int:
-        """What a one-pass mode keeps."""
+        """Bytes that a one-pass mode keeps."""
         return self.gradients_bytes if plan == GRADIENTS else self.factors_bytes
 
     def cost(self, plan: str) -> float:
-        """Time of norm and clipped sum, in bytes that could be moved in it."""
+        """Time of norm and clipped sum, as the number of bytes that could be moved in it."""
         product = 2.0 * self.B * self.T * self.D * self.P
         if plan == GRADIENTS:
             # Written, read for the norm, read for the sum.
@@ -75,16 +75,16 @@ class LinearShape:
         return _BALANCE_16_BIT if self.dtype.itemsize == 2 else _BALANCE_32_BIT
 
 
-class Planner:
-    """Chooses once for each layer and shape."""
+class NormPlanner:
+    """Chooses a plan for each layer and shape, once."""
 
     def __init__(self, *, keeps: bool, forced: str = AUTO) -> None:
         """
         Args:
-            keeps: for one-pass modes.
+            keeps: True for one-pass modes.
             forced: a plan for every layer, or auto.
         Raises:
-            ValueError: the plan keeps what a two-pass mode does not.
+            ValueError: the plan keeps gradients, which a two-pass mode does not.
         """
         allowed = (AUTO, GRADIENTS, GRAM, TILED) if keeps else (AUTO, GRAM, TILED)
         advice = "A mode with two backwards keeps nothing between them."
@@ -98,20 +98,19 @@ class Planner:
         """The plan for a call of layer `fqn`.
 
         Args:
-            is_shared: other layers have the same weight, whose gradients are then best joined as
+            is_shared: other layers have the same weight, whose gradients are cheaper to join as
                 factors.
         """
-        known = self.chosen.get((fqn, shape))
-        if known is None:
-            known = self.chosen[fqn, shape] = self._choose(shape, is_shared)
-        return known
+        if (fqn, shape) not in self.chosen:
+            self.chosen[fqn, shape] = self._choose(shape, is_shared)
+        return self.chosen[fqn, shape]
 
     def summary(self) -> dict[str, str]:
-        """Plan and shapes of every layer, for the record."""
-        found: dict[str, list[str]] = {}
+        """Plans and shapes of every layer, for the record."""
+        plans_of: dict[str, list[str]] = {}
         for (fqn, shape), plan in self.chosen.items():
-            found.setdefault(fqn, []).append(f"{plan} (B={shape.B}, T={shape.T})")
-        return {fqn: ", ".join(plans) for fqn, plans in found.items()}
+            plans_of.setdefault(fqn, []).append(f"{plan} (B={shape.B}, T={shape.T})")
+        return {fqn: ", ".join(plans) for fqn, plans in plans_of.items()}
 
     def _choose(self, shape: LinearShape, is_shared: bool) -> str:
         if self.forced != AUTO and not (self.forced == GRADIENTS and is_shared):
@@ -130,7 +129,7 @@ class Planner:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
-        # Ranks of one machine share it.
+        # The ranks of one machine share its memory.
         num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return int(psutil.virtual_memory().available // num_ranks)
     free, _ = torch.cuda.mem_get_info(device)

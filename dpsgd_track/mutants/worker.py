@@ -1,0 +1,16 @@
+"""Training's worker for modes that something may be planted in."""
+
+from __future__ import annotations
+
+from dpsgd_track.mutants.planting import Planter
+from dpsgd_track.training import worker
+from dpsgd_track.training.worker import preload
+
+
+def main(job_file: str) -> int:
+    """Run the job; returns the process's exit code."""
+    planter = Planter()
+    return worker.main(job_file, planter.build, planter.unreached)
+
+
+__all__ = ["main", "preload"]

@@ -1,0 +1,72 @@
+"""What charts draw of no mode: thresholds, floors, and the spread of a value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from dpsgd_track.comparison.measure.drift import OBSERVABLES
+from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
+from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.trajectory import Floats, Integers
+from dpsgd_track.report.charts.curves import drawn, whole
+
+GREY = "#8C8C8C"
+"""Of what belongs to no mode: floors and thresholds."""
+
+
+def threshold_of(comparison: GroupComparison, observable: str) -> float:
+    """Largest acceptable drift of `observable`."""
+    return float(getattr(comparison.thresholds, OBSERVABLES[observable].threshold))
+
+
+def floor_of(regime: RegimeComparison, observable: str, baseline: str = "") -> float | None:
+    """What rounding alone makes of `observable`; None where it was not measured."""
+    floor = regime.floor(baseline)
+    return floor.of(observable) if floor else None
+
+
+def add_floor(
+    figure: go.Figure, x: NDArray[Any], low: Floats, high: Floats, floor: float, **more: Any
+) -> None:
+    """A grey area over `x`, labelled with the floor."""
+    figure.add_scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=drawn(np.concatenate([high, low[::-1]])),
+        mode="lines",
+        fill="toself",
+        fillcolor="rgba(140, 140, 140, 0.28)",
+        line={"color": GREY, "width": 1},
+        name=f"floor ±{number(floor)}",
+        hoverinfo="skip",
+        **more,
+    )
+
+
+def add_limit(
+    figure: go.Figure, steps: Integers, y: Any, name: str, *, dash: str, width: float, **more: Any
+) -> None:
+    """A grey line of what modes are held to, told by its `name`."""
+    figure.add_scatter(
+        x=whole(steps),
+        y=y,
+        mode="lines",
+        line={"dash": dash, "color": GREY, "width": width},
+        name=name,
+        **{"hovertemplate": "%{fullData.name}<extra></extra>", **more},
+    )
+
+
+def error_bars(value: Floats, low: Floats, high: Floats, **more: Any) -> dict[str, Any]:
+    """Bars from `low` to `high` around `value`."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": drawn(high - value),
+        "arrayminus": drawn(value - low),
+        "width": 3,
+        **more,
+    }
