@@ -506,7 +506,7 @@ class Settings:
     artifact_location: str | None = "mlartifacts"
     """Folder or URI for artifacts of a new experiment; null lets the server decide."""
     results_dir: str = "results"
-    """Folder compare.py writes <group>/ into."""
+    """Folder that `compare` writes <group>/ into."""
     spool_dir: str = "spool"
     """Folder that records are kept in until the store has them."""
     log_ranks: str = EVERY

@@ -417,7 +417,7 @@ def make_private(
         max_grad_norm: C, the bound on the norm of one sample's gradient.
         expected_batch_size: samples that a step is expected to hold over all ranks and
             micro-batches; the divisor of the noisy sum, whatever a batch's own size.
-        mode: any mode: `python launch.py modes` lists them.
+        mode: any mode: `dpsgd-track modes` lists them.
         loss: a task's name (see `dpsgd_track.privacy.loss`), or a function
             (logits, targets) -> [B] in which no sample's loss depends on another.
         sample_rate: probability with which a step takes each sample, for `epsilon`; 1.0 if batches

@@ -33,5 +33,5 @@ class Placement:
             "tracking_uri",
             self.settings.tracking_uri,
             "a server, as --nnodes is not 1",
-            "Give --tracking-uri http://..., or --offline and ship with `launch.py sync` later.",
+            "Give --tracking-uri http://..., or --offline and ship with `dpsgd-track sync` later.",
         )

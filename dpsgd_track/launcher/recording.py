@@ -131,7 +131,7 @@ class Recording:
         """What is not in the store after all; the spool is removed where it has everything."""
         assert self._shipper is not None
         assert self._shipping is not None
-        # Over HTTP each metric's values are a request, which `launch.py sync` takes the time for.
+        # Over HTTP each metric's values are a request, which `dpsgd-track sync` takes the time for.
         is_database = not self._settings.tracking_uri.startswith("http")
         should_stop = self._shipping.should_stop
         return settle(self._shipper, count=is_database, should_stop=should_stop)

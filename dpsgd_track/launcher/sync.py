@@ -1,4 +1,4 @@
-"""`launch.py sync`: ship what is in the spool, and check that all of it arrived."""
+"""`dpsgd-track sync`: ship what is in the spool, and check that all of it arrived."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         try:
             problems = settle(Shipper(group, client, uri, experiment_id), count=True)
         except NotThereYet as error:
-            problems = [f"{error} Run `launch.py sync {group.name}` on node 0 first."]
+            problems = [f"{error} Run `dpsgd-track sync {group.name}` on node 0 first."]
         except Exception as error:
             raise unusable(settings, error) from error
     for line in problems[:_SHOWN]:

@@ -1,4 +1,4 @@
-"""`launch.py ui`: the MLflow UI on the configured store."""
+"""`dpsgd-track ui`: the MLflow UI on the configured store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_ui(settings: Settings, port: int) -> int:
         print(f"MLflow UI: {redact_uri(uri)}")
         return 0
     path = sqlite_path(uri)
-    advice = "Run `python launch.py quick` first, or check --tracking-uri."
+    advice = "Run `dpsgd-track quick` first, or check --tracking-uri."
     found = path is None or path.is_file()
     require(found, "tracking_uri", redact_uri(settings.tracking_uri), "an existing file", advice)
     _require_free(port)
@@ -51,7 +51,9 @@ def _serve(session: Session, port: int, log: Path, interruption: Interruption) -
         code = session.poll()
         if code is not None:
             print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
-            print(f"launch.py: the MLflow server ended with exit code {code}.", file=sys.stderr)
+            print(
+                f"dpsgd-track ui: the MLflow server ended with exit code {code}.", file=sys.stderr
+            )
             return 1
         if not announced and _answers(port):
             announced = True

@@ -135,7 +135,7 @@ class Matrix:
 
 
 def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
-    """Compare a group as `compare.py` does, and read off what it says of each fault.
+    """Compare a group as `compare` does, and read off what it says of each fault.
 
     The naive test's runs are compared by themselves: they are no part of what finds a fault.
     """

@@ -55,24 +55,25 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.SETTING: (
         "a setting does not fit",
-        "Change the option named above; `launch.py modes` lists the modes.",
+        "Change the option named above; `dpsgd-track modes` lists the modes.",
     ),
     FailureKind.MODE: (
         "the mode raised an exception",
-        "Read the log; `launch.py single --mode NAME` runs this mode alone.",
+        "Read the log; `dpsgd-track single --mode NAME` runs this mode alone.",
     ),
     FailureKind.ERROR: (
         "the worker raised an exception",
-        "Read the log; `launch.py single --mode NAME` runs this mode alone.",
+        "Read the log; `dpsgd-track single --mode NAME` runs this mode alone.",
     ),
     FailureKind.TRACKING: (
         "records could not be kept on this machine",
-        "Make room, or choose another --spool; then `launch.py resume GROUP` runs what is missing.",
+        "Make room, or choose another --spool; then `dpsgd-track resume GROUP` runs what is "
+        "missing.",
     ),
     FailureKind.DISK_FULL: (
         "the disk is full",
-        "Make room where results_dir and the spool are; then `launch.py resume GROUP` runs what is "
-        "missing.",
+        "Make room where results_dir and the spool are; then `dpsgd-track resume GROUP` runs what "
+        "is missing.",
     ),
     FailureKind.KILLED: (
         "the process group was killed",
@@ -81,12 +82,12 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.INTERRUPTED: (
         "interrupted",
-        "`launch.py resume GROUP` runs what is missing.",
+        "`dpsgd-track resume GROUP` runs what is missing.",
     ),
     FailureKind.MACHINE_LOST: (
         "a machine was lost",
-        "See that every machine is up and reaches the others; then `launch.py resume GROUP` on all "
-        "of them runs what is missing.",
+        "See that every machine is up and reaches the others; then `dpsgd-track resume GROUP` on "
+        "all of them runs what is missing.",
     ),
     FailureKind.PEER: (
         "a rank lost its connection to the others",
@@ -94,7 +95,7 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.LAUNCHER_DIED: (
         "its launcher died before it could say how the run ended",
-        "`launch.py resume GROUP` runs what is missing.",
+        "`dpsgd-track resume GROUP` runs what is missing.",
     ),
     FailureKind.NO_TRAJECTORY: (
         "the worker ended without leaving a trajectory",
@@ -110,7 +111,7 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.RUNS_FAILED: (
         "not every run finished",
-        "See those runs; `launch.py resume GROUP` runs what is missing.",
+        "See those runs; `dpsgd-track resume GROUP` runs what is missing.",
     ),
     FailureKind.UNUSED_VARIANT: (
         "nothing was imported from the variant, so that what ran is the installed code",

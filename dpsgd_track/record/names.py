@@ -30,7 +30,7 @@ FAILURE = "dpsgd.failure"
 NOISE_MATCHED = "noise_matched"
 """`true` where all modes of the group added the same noise."""
 VERDICT = "dpsgd.verdict"
-"""PASS, DRIFT, BUG or INCONCLUSIVE; on the group run, set by compare.py."""
+"""PASS, DRIFT, BUG or INCONCLUSIVE; on the group run, set by `compare`."""
 
 KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
 

@@ -126,7 +126,7 @@ def read_golden(path: Path) -> Group:
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error)
     raise GroupNotFound(
-        f"group={str(path)!r}: expected a file that compare.py --export wrote. {reason}"
+        f"group={str(path)!r}: expected a file that dpsgd-track compare --export wrote. {reason}"
     )
 
 

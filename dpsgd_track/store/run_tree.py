@@ -48,7 +48,7 @@ class RunTree:
         self._writer = writer
         self._experiment = experiment
         self._open: dict[str, None] = {}
-        self._user = {"mlflow.user": _user_name(), "mlflow.source.name": "launch.py"}
+        self._user = {"mlflow.user": _user_name(), "mlflow.source.name": "dpsgd-track"}
         self.group = group
         self.group_run = ""
 

@@ -152,7 +152,7 @@ class Shipping:
     def _ship_left(self) -> None:
         while self._left and not self._closing.is_set():
             shipper = self._left.pop()
-            # `launch.py sync` says what is wrong with it; this launch is about another group.
+            # `dpsgd-track sync` says what is wrong with it; this launch is about another group.
             with contextlib.suppress(Exception):
                 if not settle(shipper, count=False, should_stop=self._closing.is_set):
                     self._tell(f"tracking: the store has all of {shipper.group.name} now.")

@@ -27,7 +27,7 @@ def refuse(capsys: pytest.CaptureFixture[str], uri: str, *options: str) -> str:
     assert time.monotonic() - start < 15
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("launch.py: ")
+    assert said.err.startswith("dpsgd-track quick: ")
     assert said.err.count("\n") == 1
     assert SECRET not in said.err
     for place in ("spool", "results"):
