@@ -96,7 +96,7 @@ def test_a_fault_is_documented(name: str) -> None:
     assert fault.formula
     assert fault.source
     assert fault.plant.__doc__
-    assert fault.stage in dict(STAGES)
+    assert fault.stage in STAGES
     assert set(fault.seams) <= MODE_SEAMS.keys() | PROTOCOL_SEAMS.keys() | ENGINE_SEAMS.keys()
     assert set(fault.modes) <= set(MODES)
     names = {n for n, _ in _probe().named_parameters()}

@@ -22,6 +22,7 @@ from torch import Tensor
 from dpsgd_track.config import require
 from dpsgd_track.modes.protocol import Mode
 from dpsgd_track.modes.table import spec_of
+from dpsgd_track.record.stages import Stage
 
 Wrapper = Callable[..., Any]
 """Takes what it replaces, and then that one's own arguments."""
@@ -101,13 +102,8 @@ _ONE_BY_ONE = {"norm_sq_of": _norms_one_by_one, "sum_of": _sums_one_by_one, "put
 _OF_WHOLE_SUMS = ("sum_of", "put", "padded_rows")
 """Seams that whole sums come by, which the engine may do without."""
 
-NORMS = "per-sample norms"
-FACTORS = "clip factors"
-SUM = "clipped sum"
-NOISE = "noise"
-UPDATE = "updated weights"
-LOSS = "loss"
-"""Stages of a step, as the comparison names them."""
+LOSS, NORMS, FACTORS = Stage.LOSS, Stage.NORMS, Stage.FACTORS
+SUM, NOISE, UPDATE = Stage.SUM, Stage.NOISE, Stage.UPDATE
 
 FUSED_BK = "flash_fsdp_fuse_bk"
 FSDP_MODES = ("flash_fsdp", "flash_fsdp_bk", "flash_fsdp_fuse", FUSED_BK)
@@ -210,7 +206,7 @@ class Fault:
     """What is computed, and in place of what."""
     needs: tuple[str, ...]
     """What a test has to have for the fault to show."""
-    stage: str
+    stage: Stage
     """Stage of a step that is to be blamed."""
     where: tuple[str, ...]
     """Patterns of the parameters that are to be blamed; empty where the fault has no place."""
@@ -248,7 +244,7 @@ def fault(
     *,
     at: str,
     formula: str,
-    stage: str,
+    stage: Stage,
     source: str = "plausible",
     needs: str = "",
     where: str = "",

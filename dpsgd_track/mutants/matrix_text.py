@@ -69,26 +69,26 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    guilty = row.guilty
+    culprit = row.culprit
     if row.excuse:
         return row.fault.name, row.mode, "could not show", "", row.excuse, "", ""
     return (
         row.fault.name,
         row.mode,
         str(row.verdict),
-        "" if guilty is None or guilty.step is None else str(guilty.step),
+        "" if culprit is None or culprit.step is None else str(culprit.step),
         f"{_blamed(row)} {_YES if row.has_right_place else _NO}",
-        guilty.observable if guilty else "",
+        (culprit.observable or "") if culprit else "",
         "sees it" if row.naive_saw else "misses it",
     )
 
 
 def _blamed(row: Row) -> str:
-    if row.guilty is None:
+    if row.culprit is None:
         return "nothing"
-    shown = row.guilty.layers[:2]
-    more = f" and {len(row.guilty.layers) - 2} more" * (len(row.guilty.layers) > 2)
-    return ", ".join([row.guilty.stage, *shown]) + more
+    places = row.culprit.places
+    more = f" and {len(places) - 2} more" * (len(places) > 2)
+    return ", ".join([row.culprit.stage, *places[:2]]) + more
 
 
 def _exceptions(matrix: Matrix) -> list[str]:
@@ -152,11 +152,11 @@ def to_json(matrix: Matrix) -> str:
             "label": row.label,
             "verdict": row.verdict.value,
             "is_detected": row.is_detected,
-            "stage": row.guilty.stage if row.guilty else None,
-            "regime": row.guilty.regime if row.guilty else None,
-            "step": row.guilty.step if row.guilty else None,
-            "layers": list(row.guilty.layers) if row.guilty else [],
-            "observable": row.guilty.observable if row.guilty else None,
+            "stage": row.culprit.stage if row.culprit else None,
+            "regime": row.culprit.regime if row.culprit else None,
+            "step": row.culprit.step if row.culprit else None,
+            "layers": list(row.culprit.places) if row.culprit else [],
+            "observable": row.culprit.observable if row.culprit else None,
             "expected_stage": row.fault.stage,
             "expected_layers": list(row.fault.where),
             "has_right_stage": row.has_right_stage,

@@ -92,10 +92,6 @@ def _mode(mode: ModeVerdict) -> dict[str, Any]:
         "verdict": mode.verdict,
         "sentence": mode.sentence,
         "findings": [_finding(finding) for finding in mode.findings],
-        "first_failures": [
-            {"regime": regime, "against": against, **dataclasses.asdict(failure)}
-            for (regime, against), failure in mode.failures.items()
-        ],
         "ladders": [
             {
                 "regime": regime,
@@ -104,11 +100,8 @@ def _mode(mode: ModeVerdict) -> dict[str, Any]:
             }
             for (regime, against), rungs in mode.ladders.items()
         ],
-        "blames": [
-            {"regime": regime, "against": against, **dataclasses.asdict(blame)}
-            for (regime, against), blame in mode.blames.items()
-        ],
-        "guilty": mode.guilty and dataclasses.asdict(mode.guilty),
+        "culprits": [dataclasses.asdict(culprit) for culprit in mode.culprits.values()],
+        "culprit": mode.culprit and dataclasses.asdict(mode.culprit),
     }
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison, iter_not_computed
-from dpsgd_track.comparison.verdict import number
 from dpsgd_track.config import PROBE, is_probe
+from dpsgd_track.record.stages import Stage
 from dpsgd_track.report.charts import Chart, Style
 from dpsgd_track.report.charts.profile import SECTION as PROFILE_SECTION
 from dpsgd_track.report.environment import command, environment
@@ -22,11 +23,11 @@ from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
 from dpsgd_track.report.profile_table import costs_of
 from dpsgd_track.report.stages import (
-    ALL_STAGES,
     SYMBOLS,
     VERDICT_SYMBOLS,
     accepted,
     advice,
+    more,
     stage_tables,
 )
 from dpsgd_track.report.table import HEADINGS, consistency, floors, rows
@@ -112,6 +113,7 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
             group=group,
             started=f"{started:%Y-%m-%d %H:%M} UTC",
             advice=advice(comparison),
+            more=more,
             facts=_facts(comparison),
             symbols=VERDICT_SYMBOLS,
             style=style,
@@ -119,7 +121,7 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
             headings=HEADINGS,
             rows=rows(comparison),
             mode_of={run.title: style.index(run.label) for run in (*group.runs, *group.points)},
-            stages=ALL_STAGES,
+            stages=tuple(Stage),
             stage_tables=stage_tables(comparison),
             stage_symbols=SYMBOLS,
             sections=SECTIONS,

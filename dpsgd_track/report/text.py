@@ -11,6 +11,7 @@ from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.guarantee import guarantees
+from dpsgd_track.report.stages import told
 from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived
 from dpsgd_track.store.reader import Group
 
@@ -45,7 +46,7 @@ def summary(comparison: GroupComparison) -> str:
         *_differing(comparison),
         *guarantees(comparison.group),
         f"Verdict: {comparison.verdict}",
-        "\n".join(f"{mode.verdict:<12}  {mode.sentence}" for mode in comparison.modes),
+        "\n".join(f"{mode.verdict:<12}  {told(comparison, mode)}" for mode in comparison.modes),
         *(["Waivers\n" + "\n".join(waived(comparison))] if waived(comparison) else []),
         *(_costs(profile) if (profile := profile_of(comparison.group)) else []),
         comparison.sentence,
@@ -110,7 +111,7 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     soft = not console.is_terminal
     for judged in comparison.modes:
         line = Text(f"{judged.verdict:<12}  ", style=_COLOURS[judged.verdict])
-        line.append(_printable(judged.sentence), style="default")
+        line.append(_printable(told(comparison, judged)), style="default")
         console.print(line, soft_wrap=soft)
     for sentence in [*guarantees(comparison.group), *comparison.waiver_notes]:
         console.print(Text(_printable(sentence)), soft_wrap=soft)

@@ -9,10 +9,11 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.drift import OBSERVABLES, Drift, Pair
 from dpsgd_track.comparison.measure.floor import limits_of
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
-from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Integers
 from dpsgd_track.report.charts.curves import ZERO, above_zero, drawn, log_axis, step_axis, whole
 from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, name_axis, plain, wrapped
@@ -44,12 +45,12 @@ def drift_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
     return charts
 
 
-def _differs(pairs: list[Pair], name: str) -> bool:
+def _differs(pairs: list[Pair], name: ObservableName) -> bool:
     return any(pair.drifts[name].max > 0 for pair in pairs if name in pair.drifts)
 
 
 def _drift_chart(
-    comparison: GroupComparison, regime: RegimeComparison, name: str, style: Style
+    comparison: GroupComparison, regime: RegimeComparison, name: ObservableName, style: Style
 ) -> Chart:
     observable = OBSERVABLES[name]
     threshold = float(getattr(comparison.thresholds, observable.threshold))
@@ -152,7 +153,7 @@ def _limit_of_rounding(
 
 
 def _layers(pair: Pair) -> dict[str, float]:
-    drift = pair.drifts.get("layer_grad_norm")
+    drift = pair.drifts.get(ObservableName.LAYER_GRAD_NORM)
     return dict(drift.by_item) if drift else {}
 
 
@@ -177,7 +178,9 @@ def _layer_heatmap(comparison: GroupComparison, regime: RegimeComparison, style:
             ygap=1,
             **style.of_mode(pair.mode),
         )
-    threshold = float(getattr(comparison.thresholds, OBSERVABLES["layer_grad_norm"].threshold))
+    threshold = float(
+        getattr(comparison.thresholds, OBSERVABLES[ObservableName.LAYER_GRAD_NORM].threshold)
+    )
     # The page colours it as the heatmap of parameters, by the threshold.
     layout(figure, max(250, 110 + 22 * len(layers)), showlegend=False)
     more_lines = max(wrapped(pair.mode).count("<br>") for pair in pairs)

@@ -10,9 +10,10 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.observables import relative
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
-from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, step_axis, whole
 from dpsgd_track.report.charts.style import GREY, Chart, Style, layout, plain
@@ -25,7 +26,7 @@ _BAND = "rgba(140, 140, 140, 0.28)"
 
 @dataclass(frozen=True, kw_only=True)
 class _Quantity:
-    name: str
+    name: ObservableName
     """Of the observable whose floor is drawn."""
     alone: str
     """Stem of the file with all regimes."""
@@ -38,7 +39,7 @@ class _Quantity:
 
 _QUANTITIES = (
     _Quantity(
-        name="loss",
+        name=ObservableName.LOSS,
         alone="loss_trajectory",
         title="Loss",
         axis="loss",
@@ -47,7 +48,7 @@ _QUANTITIES = (
         is_relative=False,
     ),
     _Quantity(
-        name="grad_norm",
+        name=ObservableName.GRAD_NORM,
         alone="gradient_norm_comparison",
         title="Gradient norm",
         axis="gradient norm",

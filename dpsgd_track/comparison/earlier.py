@@ -1,0 +1,232 @@
+"""Two groups: each run of the later one is held against the same run of the earlier one.
+
+Modes of one group are not held against each other here: `baselines` does that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from dpsgd_track.comparison.audit.noise import audits_of
+from dpsgd_track.comparison.measure.drift import Labelled, compare_pairs
+from dpsgd_track.comparison.measure.floor import floor_of
+from dpsgd_track.comparison.pairing import Held, Matched, is_sound, labelled, run_of
+from dpsgd_track.comparison.result import (
+    EnvironmentDifferences,
+    RegimeComparison,
+    earlier_label,
+    largest_of,
+)
+from dpsgd_track.comparison.verdict import Finding, Verdict, judge_likeness, judge_run
+from dpsgd_track.config import CLIP, kind_of
+from dpsgd_track.modes.table import BASELINE, REFERENCE
+from dpsgd_track.store.reader import MISSING, Group, ModeRun
+
+_ENVIRONMENT = ("environment.", "device.")
+_CODE = ("environment.git_revision", "environment.git_dirty", "environment.dpsgd_track")
+"""What two groups are compared for; where nothing else differs, a drift is theirs."""
+_SETTINGS = (
+    "model.task",
+    "model.dropout",
+    "performance.param_dtype",
+    "regime.optimizer",
+    "regime.learning_rate",
+    "seed",
+)
+"""What a run computes depends on these as well, and its record does not show them."""
+_ORACLE_SETTINGS = ("performance.reference_dtype",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """Pairs each run of `after` with the run of `before` of the same mode and variant."""
+
+    before: Group
+    after: Group
+
+    @property
+    def regimes(self) -> Sequence[str]:
+        """Those of the later group first."""
+        return list(dict.fromkeys(run.regime for run in (*self.after.runs, *self.before.runs)))
+
+    @cached_property
+    def differences(self) -> EnvironmentDifferences:
+        """Sorted by the fact's name."""
+        ours, theirs = _environment(self.before), _environment(self.after)
+        return tuple(
+            (key, _shown(ours[key]), _shown(theirs[key]))
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours[key] != theirs[key]
+        )
+
+    def shown(self, matched: Sequence[Matched]) -> Group:
+        """Both groups: the earlier runs are drawn beside the later ones."""
+        later = (run for each in matched for run in each.runs)
+        earlier = (run for regime in self.regimes for run in self._renamed(regime))
+        name = f"{self.after.name}-vs-{self.before.name}"
+        return replace(self.after, name=name, runs=(*later, *earlier), points=())
+
+    def unmatched(self, matched: Sequence[Matched]) -> str:
+        """That not one run has its like."""
+        if any(each.comparison.pairs for each in matched):
+            return ""
+        return f"no run has its like in group {self.before.name}"
+
+    def match(self, regime: str) -> _Matched:
+        """Measure each later run against its earlier one, and the replays of both groups."""
+        baseline = f"group {self.before.name}"
+        repeated = [run for run in self.before.runs if run.regime == regime]
+        before = {run.label: run for run in repeated if not run.replay}
+        later = [run for run in self.after.runs if run.regime == regime]
+        runs = (*later, *self._missing(before, later))
+        judged = [
+            (labelled(base, baseline), labelled(run))
+            for run in runs
+            if not run.replay
+            and (base := before.get(run.label))
+            and base.trajectory
+            and run.trajectory
+        ]
+        ours, theirs = _replays(regime, repeated), _replays(regime, runs)
+        pairs = compare_pairs(regime, [*judged, *ours, *theirs])
+        replays = pairs[len(judged) :]
+        floor = floor_of(replays)
+        reference = run_of(runs, REFERENCE)
+        return _Matched(
+            before=before,
+            runs=runs,
+            reference=reference,
+            other_environment=[key for key, _, _ in self.differences if key not in _CODE],
+            comparison=RegimeComparison(
+                name=regime,
+                runs=(*(run for run in runs if not run.replay), *self._renamed(regime)),
+                baseline=baseline,
+                pairs=tuple(pairs[: len(judged)]),
+                replays={pair.mode: pair for pair in replays[len(ours) :]},
+                floors={baseline: floor} if floor else {},
+                largest=largest_of(pairs[: len(judged)]),
+                audits=audits_of(runs, reference),
+            ),
+        )
+
+    def _renamed(self, regime: str) -> list[ModeRun]:
+        """The earlier group's runs under names of their own."""
+        baseline = f"group {self.before.name}"
+        return [
+            replace(run, mode=earlier_label(run.label, baseline), variant="")
+            for run in self.before.runs
+            if run.regime == regime and not run.replay
+        ]
+
+    def _missing(self, before: Mapping[str, ModeRun], later: Sequence[ModeRun]) -> list[ModeRun]:
+        """A missing run for each that only the earlier group has."""
+        known = {run.label for run in later if not run.replay}
+        return [
+            ModeRun(
+                mode=run.mode,
+                regime=run.regime,
+                variant=run.variant,
+                reason=f"group {self.before.name} has it and group {self.after.name} has not",
+            )
+            for label, run in before.items()
+            if label not in known and run.status != MISSING
+        ]
+
+
+def _replays(regime: str, runs: Sequence[ModeRun]) -> list[tuple[Labelled, Labelled]]:
+    """Sound replays of a group's own baseline, each with what it repeats."""
+    base = run_of(runs, REFERENCE if kind_of(regime) == CLIP else BASELINE)
+    if base is None or base.trajectory is None:
+        return []
+    return [
+        (labelled(base), labelled(run, run.title))
+        for run in runs
+        if run.replay and run.label == base.label and run.trajectory and is_sound(base, run)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Matched:
+    before: Mapping[str, ModeRun]
+    """The earlier group's runs by label, without replays."""
+    runs: Sequence[ModeRun]
+    reference: ModeRun | None
+    other_environment: Sequence[str]
+    comparison: RegimeComparison
+
+    def held(self, run: ModeRun) -> list[Held]:
+        base = self.before.get(run.label)
+        if run.replay or base is None:
+            return []
+        regime = self.comparison
+        named = replace(base, mode=regime.baseline, variant="")
+        unlike = [*judge_likeness(named, run), *self._unlike_settings(base, run)]
+        return [
+            Held(
+                pair=regime.pair(run.label),
+                # The oracle's replay computes in another type, so that it excuses the modes only.
+                floor=None if run.label == REFERENCE else regime.floor(),
+                findings=[*(self._at_fault(finding) for finding in judge_run(base)), *unlike],
+                unlike=bool(unlike),
+                other_environment=self.other_environment,
+            )
+        ]
+
+    def missing(self, run: ModeRun) -> list[Finding]:
+        return []
+
+    def new(self, run: ModeRun) -> str:
+        if run.replay or run.label in self.before:
+            return ""
+        return f"new in {self.comparison.name}: {self.comparison.baseline} has no such run"
+
+    def _at_fault(self, finding: Finding) -> Finding:
+        baseline = self.comparison.baseline
+        return replace(
+            finding,
+            verdict=Verdict.INCONCLUSIVE,
+            sentence=f"cannot be held against {baseline}: there, {finding.sentence}",
+            against=baseline,
+            observable=None,
+            value=None,
+        )
+
+    def _unlike_settings(self, base: ModeRun, run: ModeRun) -> list[Finding]:
+        keys = _SETTINGS + _ORACLE_SETTINGS * (run.mode == REFERENCE)
+        reasons = [
+            f"{key} {run.params[key]}, not {base.params[key]}"
+            for key in keys
+            # One that is not recorded is not known to differ.
+            if key in run.params and key in base.params and run.params[key] != base.params[key]
+        ]
+        if not reasons:
+            return []
+        regime = self.comparison
+        sentence = (
+            f"cannot be compared with {regime.baseline} in {regime.name}: "
+            f"it ran with {' and '.join(reasons)}"
+        )
+        return [
+            Finding(
+                verdict=Verdict.INCONCLUSIVE,
+                regime=regime.name,
+                sentence=sentence,
+                against=regime.baseline,
+            )
+        ]
+
+
+def _environment(group: Group) -> defaultdict[str, set[str]]:
+    facts: defaultdict[str, set[str]] = defaultdict(set)
+    for params in (group.params, *(run.params for run in group.runs)):
+        for key, value in params.items():
+            if key.startswith(_ENVIRONMENT):
+                facts[key].add(value)
+    return facts
+
+
+def _shown(values: set[str]) -> str:
+    return ", ".join(sorted(values)) or "not recorded"
