@@ -12,6 +12,7 @@ from dpsgd_track.comparison.audit import consistency
 from dpsgd_track.comparison.diagnose.culprit import (
     Culprit,
     _are_right_in_sum,
+    _right_before,
     describe,
     first_of,
     where_it_arose,
@@ -25,6 +26,7 @@ from dpsgd_track.comparison.diagnose.fingerprint import (
 )
 from dpsgd_track.comparison.diagnose.ladder import Rung, StageStatus
 from dpsgd_track.comparison.measure.alignment import Aligned
+from dpsgd_track.comparison.measure.amount import share
 from dpsgd_track.comparison.result import Judged, ModeVerdict, mode_verdict
 from dpsgd_track.comparison.verdict import Finding, Verdict
 from dpsgd_track.record.stages import ObservableName, Stage
@@ -116,6 +118,57 @@ def test_wrong_sum_of_right_factors_is_introduced_by_the_sum() -> None:
     assert found.culprits[CLIP_KEY].places == ("model.layers.2.weight",)
     assert "2 (counted twice)" in found.culprits[CLIP_KEY].cause
     assert statuses(found)["clipped sum"] == "introduced"
+
+
+def test_sentence_says_what_is_wrong_where_first_and_by_how_much() -> None:
+    wrong = scaled(clip_record(), "gradient_sketch", 1.19)
+    assert judged(wrong).sentence == (
+        f"{MODE} computes a wrong clipped sum: first at step 0 of clip, in all 4 parameters, while "
+        "norms and clip factors are right. Off by up to 19 % from reference "
+        "(rounding explains 3.8e-06); 1.19 times the baseline's throughout."
+    )
+
+
+def test_only_stages_that_were_compared_and_agree_are_called_right() -> None:
+    wrong = scaled(trajectory(), "gradient_sketch", 1.5)
+    runs = with_run(healthy_runs(), mode_run(MODE, record=wrong, params=PARAMS))
+    (found,) = [m for m in compared(runs).modes if m.label == MODE]
+    said = {base: culprit.sentence for (_, base), culprit in found.culprits.items()}
+    assert "while the loss is right" in said["no_dp"]
+    assert "while norms and clip factors are right" in said["reference"]
+    later = scaled(wrong, "clip_factor", 0.5, (3, 1))
+    runs = with_run(healthy_runs(), mode_run(MODE, record=later, params=PARAMS))
+    (found,) = [m for m in compared(runs).modes if m.label == MODE]
+    assert "while the loss and norms are right" in found.culprits["accuracy", "reference"].sentence
+
+
+def test_stage_that_was_held_against_nothing_is_not_called_right() -> None:
+    rung = Rung(stage=Stage.NORMS, status=StageStatus.OK, value=0.0, limit=1.0)
+    at_fault = Rung(stage=Stage.SUM, status=StageStatus.INTRODUCED)
+    assert _right_before([rung, at_fault], at_fault) == [Stage.NORMS]
+    for unknown in (
+        replace(rung, limit=np.inf),
+        replace(rung, status=StageStatus.NOT_COMPARED, value=None, limit=None),
+        replace(rung, status=StageStatus.INHERITED),
+        replace(rung, stage=Stage.NOISE),
+        Rung(stage=Stage.DATA, status=StageStatus.OK),
+    ):
+        assert _right_before([unknown, at_fault], at_fault) == []
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"),
+    [(0.19, "19 %"), (1.5, "150 %"), (1e-3, "0.1 %"), (4e-6, "4e-06"), (43.2, "43 times")],
+)
+def test_fraction_stands_as_a_colleague_says_it(fraction: float, said: str) -> None:
+    assert share(fraction) == said
+
+
+def test_error_where_the_baseline_is_zero_has_no_bound() -> None:
+    base = put(clip_record(), "grad_norm", 0.0)
+    wrong = put(base, "grad_norm", 1e-3)
+    found = judged(wrong, base)
+    assert "Gradient norm off without bound from reference" in found.culprits[CLIP_KEY].sentence
 
 
 def test_sum_that_is_off_by_more_than_its_factors_is_at_fault_too() -> None:

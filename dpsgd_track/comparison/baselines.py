@@ -9,7 +9,7 @@ from itertools import combinations
 from dpsgd_track.comparison.audit.noise import audits_of
 from dpsgd_track.comparison.measure.drift import Labelled, Pair, compare_pairs
 from dpsgd_track.comparison.measure.floor import Floor, floor_of
-from dpsgd_track.comparison.pairing import Held, Matched, is_sound, labelled, run_of
+from dpsgd_track.comparison.pairing import Candidate, Held, Matched, is_sound, labelled, run_of
 from dpsgd_track.comparison.result import (
     EnvironmentDifferences,
     LargestDrift,
@@ -45,7 +45,7 @@ class Baselines:
         """Empty: each run says by itself what it lacks."""
         return ""
 
-    def match(self, regime: str) -> _Matched:
+    def match(self, regime: str) -> Matched:
         """Measure each pair of one regime, each record being read once."""
         runs = tuple(run for run in self.group.runs if run.regime == regime)
         baseline, reference = _bases(regime, runs)
@@ -77,68 +77,59 @@ class Baselines:
         pairs = compare_pairs(regime, [*judged, *replayed, *rest], num_detailed)
         shown, replays = tuple(pairs[: len(judged)]), pairs[len(judged) : num_detailed]
         every = [*shown, *pairs[num_detailed:]]
-        return _Matched(
-            runs=runs,
-            baseline=baseline,
-            reference=reference,
-            comparison=RegimeComparison(
-                name=regime,
-                runs=tuple(r for r in runs if not r.replay),
-                baseline=baseline.label if baseline else "",
-                pairs=shown,
-                replays={pair.mode: pair for pair in replays},
-                floors=_floors(repeats, replays),
-                largest=_largest(recorded, every) if self.all_pairs else {},
-                audits=audits_of(runs, reference),
-            ),
+        comparison = RegimeComparison(
+            name=regime,
+            runs=tuple(r for r in runs if not r.replay),
+            baseline=baseline.label if baseline else "",
+            pairs=shown,
+            replays={pair.mode: pair for pair in replays},
+            floors=_floors(repeats, replays),
+            largest=_largest(recorded, every) if self.all_pairs else {},
+            audits=audits_of(runs, reference),
         )
+        candidates = [
+            Candidate(
+                run=run,
+                held=[
+                    _held(run, base, comparison)
+                    for base in bases
+                    if base is not run and run is not reference
+                ],
+                findings=_lacking(run, baseline, comparison),
+            )
+            for run in runs
+        ]
+        return Matched(comparison=comparison, candidates=candidates, reference=reference)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Matched:
-    runs: tuple[ModeRun, ...]
-    baseline: ModeRun | None
-    reference: ModeRun | None
-    comparison: RegimeComparison
+def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison) -> Held:
+    unlike = list(judge_likeness(base, run))
+    found = list(unlike)
+    replay = regime.replays.get(run.title)
+    if replay and replay.baseline == base.label:
+        found += judge_gaps(replay)
+    pair = None if run.replay else regime.pair(run.label, base.label)
+    if pair and any(f.verdict is Verdict.BUG for f in judge_run(base)):
+        found.append(_unknown(regime, f"{base.label} is itself at fault", base.label))
+    floor = regime.floor(base.label)
+    return Held(pair=pair, floor=floor, findings=found, unlike=bool(unlike))
 
-    def held(self, run: ModeRun) -> list[Held]:
-        if run is self.reference:
-            return []
-        bases = {id(b): b for b in (self.baseline, self.reference) if b and b is not run}
-        return [self._held(run, base) for base in bases.values()]
 
-    def _held(self, run: ModeRun, base: ModeRun) -> Held:
-        regime = self.comparison
-        unlike = list(judge_likeness(base, run))
-        found = list(unlike)
-        replay = regime.replays.get(run.title)
-        if replay and replay.baseline == base.label:
-            found += judge_gaps(replay)
-        pair = None if run.replay else regime.pair(run.label, base.label)
-        if pair and any(f.verdict is Verdict.BUG for f in judge_run(base)):
-            at_fault = f"{base.label} is itself at fault in {regime.name}"
-            found.append(self._lacking(at_fault, base.label))
-        floor = regime.floor(base.label)
-        return Held(pair=pair, floor=floor, findings=found, unlike=bool(unlike))
+def _lacking(run: ModeRun, baseline: ModeRun | None, regime: RegimeComparison) -> list[Finding]:
+    if baseline is None and kind_of(regime.name) != NOISE:
+        return [_unknown(regime, "there is no baseline to compare with")]
+    if baseline and run is baseline and not regime.pairs:
+        return [_unknown(regime, "there is nothing to compare with")]
+    return []
 
-    def missing(self, run: ModeRun) -> list[Finding]:
-        regime = self.comparison
-        if self.baseline is None and kind_of(regime.name) != NOISE:
-            return [self._lacking(f"there is no baseline to compare with in {regime.name}")]
-        if self.baseline and run is self.baseline and not regime.pairs:
-            return [self._lacking(f"there is nothing to compare with in {regime.name}")]
-        return []
 
-    def new(self, run: ModeRun) -> str:
-        return ""
-
-    def _lacking(self, sentence: str, against: str = "") -> Finding:
-        return Finding(
-            verdict=Verdict.INCONCLUSIVE,
-            regime=self.comparison.name,
-            sentence=sentence,
-            against=against,
-        )
+def _unknown(regime: RegimeComparison, why: str, against: str = "") -> Finding:
+    return Finding(
+        verdict=Verdict.INCONCLUSIVE,
+        regime=regime.name,
+        sentence=f"{why} in {regime.name}",
+        against=against,
+    )
 
 
 def _bases(regime: str, runs: Sequence[ModeRun]) -> tuple[ModeRun | None, ModeRun | None]:

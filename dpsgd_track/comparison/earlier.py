@@ -13,7 +13,7 @@ from functools import cached_property
 from dpsgd_track.comparison.audit.noise import audits_of
 from dpsgd_track.comparison.measure.drift import Labelled, compare_pairs
 from dpsgd_track.comparison.measure.floor import floor_of
-from dpsgd_track.comparison.pairing import Held, Matched, is_sound, labelled, run_of
+from dpsgd_track.comparison.pairing import Candidate, Held, Matched, is_sound, labelled, run_of
 from dpsgd_track.comparison.result import (
     EnvironmentDifferences,
     RegimeComparison,
@@ -64,7 +64,7 @@ class Earlier:
 
     def shown(self, matched: Sequence[Matched]) -> Group:
         """Both groups: the earlier runs are drawn beside the later ones."""
-        later = (run for each in matched for run in each.runs)
+        later = (candidate.run for each in matched for candidate in each.candidates)
         earlier = (run for regime in self.regimes for run in self._renamed(regime))
         name = f"{self.after.name}-vs-{self.before.name}"
         return replace(self.after, name=name, runs=(*later, *earlier), points=())
@@ -75,7 +75,7 @@ class Earlier:
             return ""
         return f"no run has its like in group {self.before.name}"
 
-    def match(self, regime: str) -> _Matched:
+    def match(self, regime: str) -> Matched:
         """Measure each later run against its earlier one, and the replays of both groups."""
         baseline = f"group {self.before.name}"
         repeated = [run for run in self.before.runs if run.regime == regime]
@@ -92,25 +92,42 @@ class Earlier:
         ]
         ours, theirs = _replays(regime, repeated), _replays(regime, runs)
         pairs = compare_pairs(regime, [*judged, *ours, *theirs])
-        replays = pairs[len(judged) :]
-        floor = floor_of(replays)
+        floor = floor_of(pairs[len(judged) :])
         reference = run_of(runs, REFERENCE)
-        return _Matched(
-            before=before,
-            runs=runs,
-            reference=reference,
-            other_environment=[key for key, _, _ in self.differences if key not in _CODE],
-            comparison=RegimeComparison(
-                name=regime,
-                runs=(*(run for run in runs if not run.replay), *self._renamed(regime)),
-                baseline=baseline,
-                pairs=tuple(pairs[: len(judged)]),
-                replays={pair.mode: pair for pair in replays[len(ours) :]},
-                floors={baseline: floor} if floor else {},
-                largest=largest_of(pairs[: len(judged)]),
-                audits=audits_of(runs, reference),
-            ),
+        comparison = RegimeComparison(
+            name=regime,
+            runs=(*(run for run in runs if not run.replay), *self._renamed(regime)),
+            baseline=baseline,
+            pairs=tuple(pairs[: len(judged)]),
+            replays={pair.mode: pair for pair in pairs[len(judged) + len(ours) :]},
+            floors={baseline: floor} if floor else {},
+            largest=largest_of(pairs[: len(judged)]),
+            audits=audits_of(runs, reference),
         )
+        return Matched(
+            comparison=comparison,
+            candidates=[self._candidate(run, before.get(run.label), comparison) for run in runs],
+            reference=reference,
+        )
+
+    def _candidate(self, run: ModeRun, base: ModeRun | None, regime: RegimeComparison) -> Candidate:
+        if run.replay:
+            return Candidate(run=run)
+        if base is None:
+            return Candidate(
+                run=run, new=f"new in {regime.name}: {regime.baseline} has no such run"
+            )
+        named = replace(base, mode=regime.baseline, variant="")
+        unlike = [*judge_likeness(named, run), *_unlike_settings(base, run, regime)]
+        held = Held(
+            pair=regime.pair(run.label),
+            # The oracle's replay computes in another type, so that it excuses the modes only.
+            floor=None if run.label == REFERENCE else regime.floor(),
+            findings=[*(_at_fault(f, regime.baseline) for f in judge_run(base)), *unlike],
+            unlike=bool(unlike),
+            other_environment=[key for key, _, _ in self.differences if key not in _CODE],
+        )
+        return Candidate(run=run, held=[held])
 
     def _renamed(self, regime: str) -> list[ModeRun]:
         """The earlier group's runs under names of their own."""
@@ -148,75 +165,36 @@ def _replays(regime: str, runs: Sequence[ModeRun]) -> list[tuple[Labelled, Label
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Matched:
-    before: Mapping[str, ModeRun]
-    """The earlier group's runs by label, without replays."""
-    runs: Sequence[ModeRun]
-    reference: ModeRun | None
-    other_environment: Sequence[str]
-    comparison: RegimeComparison
+def _at_fault(finding: Finding, baseline: str) -> Finding:
+    return replace(
+        finding,
+        verdict=Verdict.INCONCLUSIVE,
+        sentence=f"cannot be held against {baseline}: there, {finding.sentence}",
+        against=baseline,
+        observable=None,
+        value=None,
+    )
 
-    def held(self, run: ModeRun) -> list[Held]:
-        base = self.before.get(run.label)
-        if run.replay or base is None:
-            return []
-        regime = self.comparison
-        named = replace(base, mode=regime.baseline, variant="")
-        unlike = [*judge_likeness(named, run), *self._unlike_settings(base, run)]
-        return [
-            Held(
-                pair=regime.pair(run.label),
-                # The oracle's replay computes in another type, so that it excuses the modes only.
-                floor=None if run.label == REFERENCE else regime.floor(),
-                findings=[*(self._at_fault(finding) for finding in judge_run(base)), *unlike],
-                unlike=bool(unlike),
-                other_environment=self.other_environment,
-            )
-        ]
 
-    def missing(self, run: ModeRun) -> list[Finding]:
+def _unlike_settings(base: ModeRun, run: ModeRun, regime: RegimeComparison) -> list[Finding]:
+    keys = _SETTINGS + _ORACLE_SETTINGS * (run.mode == REFERENCE)
+    reasons = [
+        f"{key} {run.params[key]}, not {base.params[key]}"
+        for key in keys
+        # One that is not recorded is not known to differ.
+        if key in run.params and key in base.params and run.params[key] != base.params[key]
+    ]
+    if not reasons:
         return []
-
-    def new(self, run: ModeRun) -> str:
-        if run.replay or run.label in self.before:
-            return ""
-        return f"new in {self.comparison.name}: {self.comparison.baseline} has no such run"
-
-    def _at_fault(self, finding: Finding) -> Finding:
-        baseline = self.comparison.baseline
-        return replace(
-            finding,
+    return [
+        Finding(
             verdict=Verdict.INCONCLUSIVE,
-            sentence=f"cannot be held against {baseline}: there, {finding.sentence}",
-            against=baseline,
-            observable=None,
-            value=None,
+            regime=regime.name,
+            sentence=f"cannot be compared with {regime.baseline} in {regime.name}: "
+            f"it ran with {' and '.join(reasons)}",
+            against=regime.baseline,
         )
-
-    def _unlike_settings(self, base: ModeRun, run: ModeRun) -> list[Finding]:
-        keys = _SETTINGS + _ORACLE_SETTINGS * (run.mode == REFERENCE)
-        reasons = [
-            f"{key} {run.params[key]}, not {base.params[key]}"
-            for key in keys
-            # One that is not recorded is not known to differ.
-            if key in run.params and key in base.params and run.params[key] != base.params[key]
-        ]
-        if not reasons:
-            return []
-        regime = self.comparison
-        sentence = (
-            f"cannot be compared with {regime.baseline} in {regime.name}: "
-            f"it ran with {' and '.join(reasons)}"
-        )
-        return [
-            Finding(
-                verdict=Verdict.INCONCLUSIVE,
-                regime=regime.name,
-                sentence=sentence,
-                against=regime.baseline,
-            )
-        ]
+    ]
 
 
 def _environment(group: Group) -> defaultdict[str, set[str]]:

@@ -68,15 +68,17 @@ def _compare(pairing: Pairing, measure: Measure) -> GroupComparison:
     for name in pairing.regimes:
         matched = pairing.match(name)
         every.append(matched)
-        for run in matched.runs:
+        for candidate in matched.candidates:
+            run = candidate.run
             if run.replay != SILENT or run.status != FINISHED:
-                judged.setdefault(run.title, []).append(judge(run, matched, measure))
+                judged.setdefault(run.title, []).append(judge(candidate, matched, measure))
     modes = tuple(mode_verdict(label, results) for label, results in judged.items())
     regimes = tuple(matched.comparison for matched in every)
-    verdict = worst(mode.verdict for mode in modes) if modes else Verdict.INCONCLUSIVE
-    sentence = group_sentence(verdict, modes, regimes)
-    if (lacking := pairing.unmatched(every)) and verdict in (Verdict.PASS, Verdict.INCONCLUSIVE):
-        verdict, sentence = Verdict.INCONCLUSIVE, f"{Verdict.INCONCLUSIVE}: {lacking}."
+    verdict = worst(mode.verdict for mode in modes)
+    lacking = pairing.unmatched(every) if verdict is Verdict.PASS else ""
+    if lacking or not modes:
+        verdict = Verdict.INCONCLUSIVE
+    sentence = f"{verdict}: {lacking}." if lacking else group_sentence(verdict, modes, regimes)
     used = {f.waiver for mode in modes for f in mode.findings if f.waiver}
     return GroupComparison(
         group=pairing.shown(every),

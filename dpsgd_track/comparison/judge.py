@@ -13,7 +13,7 @@ from dpsgd_track.comparison.diagnose.ladder import STAGES, Rung, ladder
 from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.excess import Evidence, evidence_of
 from dpsgd_track.comparison.measure.observables import OBSERVABLES
-from dpsgd_track.comparison.pairing import Held, Matched
+from dpsgd_track.comparison.pairing import Candidate, Held, Matched
 from dpsgd_track.comparison.result import Judged, Key, RegimeComparison
 from dpsgd_track.comparison.verdict import (
     Finding,
@@ -39,18 +39,18 @@ class Measure:
     today: datetime.date
 
 
-def judge(run: ModeRun, matched: Matched, measure: Measure) -> Judged:
-    """Everything that is found of `run` in one regime, by itself and in each comparison."""
-    regime = matched.comparison
+def judge(candidate: Candidate, matched: Matched, measure: Measure) -> Judged:
+    """Everything that is found of a run in one regime, by itself and in each comparison."""
+    run, regime = candidate.run, matched.comparison
     found, broken = judge_consistency(run)
     found = [*judge_run(run), *found]
     if not run.replay:
         found += judge_noise(run, regime.audits.get(run.label))
     if kind_of(regime.name) == CLIP and matched.reference:
         found += judge_coverage(matched.reference)
-    found += matched.missing(run)
+    found += candidate.findings
     results = []
-    for held in matched.held(run):
+    for held in candidate.held:
         found += held.findings
         if held.pair:
             results.append(_judge_against(held, run, measure, broken))
@@ -59,7 +59,7 @@ def judge(run: ModeRun, matched: Matched, measure: Measure) -> Judged:
         findings=(*found, *(f for result in results for f in result.findings)),
         ladders=ladders,
         culprits={key: c for result in results for key, c in result.culprits.items()},
-        passed=matched.new(run) or _passed(run, regime, measure.thresholds, ladders),
+        passed=candidate.new or _passed(run, regime, measure.thresholds, ladders),
     )
 
 

@@ -44,29 +44,27 @@ class Held:
         )
 
 
-class Matched(Protocol):
-    """One regime, in which each run knows what it is held against."""
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A run that is judged, and all that it is held against."""
 
-    @property
-    def comparison(self) -> RegimeComparison:
-        """What was measured."""
+    run: ModeRun
+    held: Sequence[Held] = ()
+    findings: Sequence[Finding] = ()
+    """That there is nothing to hold it against, where there ought to be."""
+    new: str = ""
+    """That it has no like to be held against, where it need not have one."""
 
-    @property
-    def runs(self) -> Sequence[ModeRun]:
-        """The runs that are judged, replays included."""
 
-    @property
-    def reference(self) -> ModeRun | None:
-        """The oracle, which shows whether clipping was put to the test."""
+@dataclass(frozen=True, kw_only=True)
+class Matched:
+    """One regime, measured, in which each run knows what it is held against."""
 
-    def held(self, run: ModeRun) -> Sequence[Held]:
-        """Each run that `run` is held against."""
-
-    def missing(self, run: ModeRun) -> Sequence[Finding]:
-        """That there is nothing to hold `run` against, where there ought to be."""
-
-    def new(self, run: ModeRun) -> str:
-        """That `run` has no like to be held against, where it need not have one."""
+    comparison: RegimeComparison
+    candidates: Sequence[Candidate]
+    """Replays included."""
+    reference: ModeRun | None
+    """The oracle, which shows whether clipping was put to the test."""
 
 
 class Pairing(Protocol):
@@ -78,7 +76,7 @@ class Pairing(Protocol):
 
     @property
     def differences(self) -> EnvironmentDifferences:
-        """(key, before, after) of each fact of software and machine that is not the same."""
+        """What differs between two groups."""
 
     def match(self, regime: str) -> Matched:
         """Measure all pairs of one regime."""
