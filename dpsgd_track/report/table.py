@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.drift import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison, iter_not_computed
-from dpsgd_track.comparison.verdict import Verdict, number
+from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import ACCURACY, TRAIN
 from dpsgd_track.modes.table import BASELINE
 from dpsgd_track.record.run import ModeRun, Status
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats
 
 DRIFT_COLUMNS = {
-    "loss": "Δ loss",
-    "grad_norm": "Δ grad norm",
-    "sample_norm": "Δ sample norm",
-    "gradient": "Δ clipped sum",
+    ObservableName.LOSS: "Δ loss",
+    ObservableName.GRAD_NORM: "Δ grad norm",
+    ObservableName.SAMPLE_NORM: "Δ sample norm",
+    ObservableName.GRADIENT: "Δ clipped sum",
 }
 """Observables with a column of their own, and its heading."""
 
@@ -47,7 +49,7 @@ class Row:
     """FINISHED, or what became of its runs that did not finish."""
     final_loss: float | None
     mean_grad_norm: float | None
-    drifts: Mapping[str, float | None]
+    drifts: Mapping[ObservableName, float | None]
     """Largest over the regimes, against the baseline and the reference."""
     step_time_ms: float | None
     """Median, of the regime that the losses are from."""
@@ -122,7 +124,7 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
 
 
 def _largest(
-    comparison: GroupComparison, label: str, runs: list[ModeRun], observable: str
+    comparison: GroupComparison, label: str, runs: list[ModeRun], observable: ObservableName
 ) -> float | None:
     titles = {run.title for run in runs if run.replay}
     pairs = [

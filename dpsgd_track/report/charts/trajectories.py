@@ -10,10 +10,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.observables import relative
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
-from dpsgd_track.comparison.verdict import number
 from dpsgd_track.record.run import ModeRun
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, step_axis, whole
 from dpsgd_track.report.charts.marks import add_floor, floor_of
@@ -26,7 +27,7 @@ _FLOOR = {"legendgroup": "floor", "col": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class _Quantity:
-    name: str
+    name: ObservableName
     """Of the observable whose floor is drawn."""
     alone: str
     """Stem of the file with all regimes."""
@@ -39,7 +40,7 @@ class _Quantity:
 
 _QUANTITIES = (
     _Quantity(
-        name="loss",
+        name=ObservableName.LOSS,
         alone="loss_trajectory",
         title="Loss",
         axis="loss",
@@ -48,7 +49,7 @@ _QUANTITIES = (
         is_relative=False,
     ),
     _Quantity(
-        name="grad_norm",
+        name=ObservableName.GRAD_NORM,
         alone="gradient_norm_comparison",
         title="Gradient norm",
         axis="gradient norm",
