@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpsgd_track.comparison.audit import consistency
+from dpsgd_track.comparison.diagnose import ladder
 from dpsgd_track.comparison.diagnose.culprit import (
     Culprit,
     _are_right_in_sum,
@@ -180,6 +181,17 @@ def test_sum_that_is_off_by_more_than_its_factors_is_at_fault_too() -> None:
     assert statuses(judged(wrong))["clipped sum"] == "introduced"
     inherited = scaled(slightly, "gradient_sketch", 1 + 1e-4)
     assert statuses(judged(inherited))["clipped sum"] == "inherited"
+
+
+def test_sum_of_a_later_block_is_at_fault_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "_BLOCK", 2)
+    base = clip_record()
+    slightly = with_norms(base, base.sample_norm_by_parameter * (1 + 1e-4))
+    wrong = judged(scaled(slightly, "gradient_sketch", 1.2, 3))
+    rung = next(r for r in wrong.ladders[CLIP_KEY] if r.stage is Stage.SUM)
+    assert (rung.status, rung.step) == (StageStatus.INTRODUCED, 3)
+    inherited = judged(scaled(slightly, "gradient_sketch", 1 + 1e-4, 3))
+    assert statuses(inherited)["clipped sum"] == "inherited"
 
 
 def test_samples_of_one_rank_alone_name_the_rank() -> None:

@@ -62,7 +62,7 @@ class Row:
     @property
     def has_right_stage(self) -> bool:
         """Whether the stage is blamed in which the fault is."""
-        return self.culprit is not None and self.culprit.stage is self.fault.stage
+        return self.culprit is not None and self.culprit.stage == self.fault.stage
 
     @property
     def has_right_place(self) -> bool:
