@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpsgd_track.comparison.audit.noise import NoiseAudit
 from dpsgd_track.comparison.measure.drift import Drift, Pair
@@ -39,7 +39,10 @@ from dpsgd_track.report.drift_document import (
 from dpsgd_track.report.table import rows
 from dpsgd_track.report.thinning import kept
 
-Entry = TypeVar("Entry")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def drift_json(comparison: GroupComparison) -> str:
@@ -68,7 +71,7 @@ def drift_document(comparison: GroupComparison) -> DriftDocument:
 
 def _copied(entry: type[Entry], source: object, **fields: Any) -> Entry:
     """An `entry` of `fields`, and for the rest of what `source` has under the same names."""
-    names = [field.name for field in dataclasses.fields(entry)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(entry)]
     copied = {name: _strict(getattr(source, name)) for name in names if name not in fields}
     return entry(**fields, **copied)
 

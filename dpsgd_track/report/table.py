@@ -108,7 +108,7 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
     run = next((r for r in preferred if r.trajectory and r.trajectory.num_steps), None)
     trajectory = run.trajectory if run else None
     broken = [f"{r.regime} {r.status}" for r in runs if r.status is not Status.FINISHED]
-    time = _known(np.median, trajectory.step_time_ms) if trajectory else None
+    time = _of_finite(np.median, trajectory.step_time_ms) if trajectory else None
     base = _baseline_time(comparison, run.regime) if run else None
     return Row(
         label=label,
@@ -119,7 +119,7 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
         drifts={name: _largest(comparison, label, runs, name) for name in DRIFT_COLUMNS},
         step_time_ms=time,
         overhead=time / base if time and base else None,
-        peak_memory_gib=_known(np.max, trajectory.peak_memory_gib) if trajectory else None,
+        peak_memory_gib=_of_finite(np.max, trajectory.peak_memory_gib) if trajectory else None,
     )
 
 
@@ -141,11 +141,11 @@ def _largest(
 def _baseline_time(comparison: GroupComparison, regime: str) -> float | None:
     for run in comparison.group.runs:
         if run.label == BASELINE and run.regime == regime and not run.replay and run.trajectory:
-            return _known(np.median, run.trajectory.step_time_ms)
+            return _of_finite(np.median, run.trajectory.step_time_ms)
     return None
 
 
-def _known(summary: Callable[[Floats], float], values: Floats) -> float | None:
+def _of_finite(summary: Callable[[Floats], float], values: Floats) -> float | None:
     """`summary` of the finite ones of `values`; None where there are none."""
     finite = values[np.isfinite(values)]
     return float(summary(finite)) if finite.size else None

@@ -116,10 +116,8 @@ def _wheres(names: list[str]) -> tuple[NDArray[Any] | None, dict[str, Any]]:
     if len(prefixes) == 1 and all(numbered):
         numbers = np.array([int(match.group(2)) for match in numbered if match])
         return whole(numbers), {"prefix": plain(prefixes.pop())}
-    known = list(dict.fromkeys(names))
-    place_of = {name: i for i, name in enumerate(known)}
-    places = np.array([place_of[name] for name in names])
-    return whole(places), {"names": [plain(name) for name in known]}
+    known, places = np.unique(names, return_inverse=True)
+    return whole(places), {"names": list(map(plain, known.tolist()))}
 
 
 def _limit_of_rounding(

@@ -105,8 +105,9 @@ def _points(
     figure: go.Figure, mode: str, norms: Floats, ratios: Floats, told: Integers, style: Style
 ) -> None:
     is_clipped = told[:, 3] == 1
-    kinds = [(which, c) for which, c in ((~is_clipped, False), (is_clipped, True)) if which.any()]
-    for which, clipped in kinds:
+    for which, clipped in ((~is_clipped, False), (is_clipped, True)):
+        if not which.any():
+            continue
         figure.add_scatter(
             x=drawn(norms[which]),
             y=drawn(ratios[which]),
@@ -118,6 +119,5 @@ def _points(
                 "size": 7,
                 "line": {"width": 1.2, "color": style.colour(mode)},
             },
-            showlegend=clipped is kinds[0][1],
             **style.of_mode(mode, hover="sample", clipped=clipped),
         )
