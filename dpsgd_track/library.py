@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,6 @@ from torch.optim import Optimizer
 from dpsgd_track.config import PrivacyConfig, require
 from dpsgd_track.distributed.ranks import world_size
 from dpsgd_track.distributed.sharding import trainable_parameters
-from dpsgd_track.kernels.device import HostCopy
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -26,6 +24,7 @@ from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.guards import GradientGuard, ModelGuard
 from dpsgd_track.privacy.ledger import PrivacyLedger
+from dpsgd_track.privacy.left_out_counter import LeftOutCounter
 from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.privacy.spot_check import SpotCheck, SpotChecks
@@ -105,7 +104,7 @@ class PrivateTraining:
         self._gradients = GradientGuard(
             mode.model, keeps_sums_elsewhere=isinstance(mode, ComposedMode) and mode.clips
         )
-        self._left_out = _LeftOutCounter()
+        self._left_out = LeftOutCounter()
         self._is_clearing = False
         self._is_closed = False
         self._guard = ModelGuard(mode.model) if mode.clips else None
@@ -319,40 +318,6 @@ class PrivateTraining:
         vars(self.model)[_HISTORY] = tuple(map(tuple, self._ledger.history))
 
 
-class _LeftOutCounter:
-    """Counts samples that added nothing because they were not finite; warns of the first.
-
-    Does not wait for a GPU: a batch's count is read once it has reached the host.
-    """
-
-    def __init__(self) -> None:
-        self._total = 0
-        self._pending: deque[HostCopy] = deque()
-        self._has_warned = False
-
-    def add(self, record: SampleRecord) -> None:
-        """Count the samples of one batch."""
-        if record.clip_factor_B is not None and len(record.clip_factor_B):
-            self._pending.append(HostCopy(record.clip_factor_B.eq(0).sum()))
-            self._read(waits=False)
-
-    def count(self) -> int:
-        """Samples left out so far."""
-        self._read(waits=True)
-        return self._total
-
-    def _read(self, *, waits: bool) -> None:
-        while self._pending and (waits or self._pending[0].has_arrived):
-            self._total += int(self._pending.popleft().wait())
-        if self._total and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                "The loss or the gradient of a sample is not finite: such samples add nothing. "
-                "PrivateTraining.num_left_out counts them.",
-                stacklevel=4,
-            )
-
-
 class _NoiseAudit:
     """Verifies that another library's step adds noise of the size that it was asked for."""
 
@@ -447,8 +412,8 @@ def make_private(
         advice = "Choose a mode under FSDP2, such as flash_fsdp_bk."
         require(world_size() == 1, "mode", mode, "a mode for several ranks", advice)
     _close_earlier(optimizer)
-    device = next(model.parameters()).device
     rebind = _OptimizerRebinding(model, optimizer)
+    device = next(model.parameters()).device
     context = ModeContext(
         privacy=PrivacyConfig(
             noise_multiplier=noise_multiplier,

@@ -183,16 +183,16 @@ def test_each_stage_counts(history: History) -> None:
 def test_the_values_of_dp_accounting_tell_planted_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
     history = (FIRST, SECOND)
     assert _holds(history)
-    priced = PrivacyLedger._priced
+    accountable = PrivacyLedger._accountable_history
 
     def forgets(private: PrivacyLedger) -> History:
-        return priced(private)[-1:]
+        return accountable(private)[-1:]
 
     def prices_all_at_the_last(private: PrivacyLedger) -> History:
-        return ((*priced(private)[-1][:2], private.num_steps),)
+        return ((*accountable(private)[-1][:2], private.num_steps),)
 
     for bug in (forgets, prices_all_at_the_last):
-        monkeypatch.setattr(PrivacyLedger, "_priced", bug)
+        monkeypatch.setattr(PrivacyLedger, "_accountable_history", bug)
         assert not _holds(history)
 
 

@@ -36,12 +36,7 @@ class ModelGuard:
         self._before = self._structure()
         self._parameters = list(model.named_parameters())
         self._requires_grad = [p.requires_grad for _, p in self._parameters]
-        self._buffers = [
-            (f"{fqn}.{name}" if fqn else name, module._buffers, name)
-            for fqn, module in named
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self._buffers = [(fqn, module._buffers) for fqn, module in named]
         self._mixing = [(fqn, m) for fqn, m in named if mixes_samples(m, in_training=True)]
 
     def check(self) -> None:
@@ -76,19 +71,16 @@ class ModelGuard:
         Raises:
             ValueError: the batch wrote into one of them, which bypasses clipping and noise.
         """
-        tensors, versions = self._versions()
+        before = self._versions()
         yield
-        tensors_now, versions_now = self._versions()
-        if versions == versions_now and all(map(is_, tensors, tensors_now)):
+        now = self._versions()
+        written = sorted(
+            ".".join(filter(None, key))
+            for key in before.keys() | now.keys()
+            if key not in before or key not in now or _differ(before[key], now[key])
+        )
+        if not written:
             return
-        names = [name for name, _ in self._parameters] + [name for name, _, _ in self._buffers]
-        written = [
-            name
-            for name, *before, tensor, version in zip(
-                names, tensors, versions, tensors_now, versions_now, strict=True
-            )
-            if before[0] is not tensor or before[1] != version
-        ]
         raise ValueError(
             f"{', '.join(written)}: expected a forward that leaves the model as it is, got one "
             "that writes into it. What it keeps of the samples is neither clipped nor covered by "
@@ -113,10 +105,13 @@ class ModelGuard:
             if parameter.requires_grad != before:
                 _refuse(name, f"requires_grad={before}", str(not before))
 
-    def _versions(self) -> tuple[list[Tensor], list[int]]:
-        tensors: list[Tensor] = [parameter for _, parameter in self._parameters]
-        tensors += [own[name] for _, own, name in self._buffers]
-        return tensors, [tensor._version for tensor in tensors]
+    def _versions(self) -> dict[tuple[str, str], tuple[Tensor | None, int]]:
+        """Each parameter and buffer with its version; a forward may register new buffers."""
+        tensors: dict[tuple[str, str], Tensor | None] = {("", n): p for n, p in self._parameters}
+        for fqn, buffers in self._buffers:
+            for name, buffer in buffers.items():
+                tensors[fqn, name] = buffer
+        return {key: (tensor, _version(tensor)) for key, tensor in tensors.items()}
 
 
 class GradientGuard:
@@ -170,8 +165,12 @@ class GradientGuard:
         self._seen = []
 
 
-def _version(gradient: Tensor | None) -> int:
-    return 0 if gradient is None else gradient._version
+def _differ(before: tuple[Tensor | None, int], now: tuple[Tensor | None, int]) -> bool:
+    return before[0] is not now[0] or before[1] != now[1]
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor._version
 
 
 def _values(tables: list[dict[str, Any]]) -> Iterable[object]:
