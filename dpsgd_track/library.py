@@ -521,7 +521,17 @@ class _OptimizerRebinding:
 
 
 def _batch(inputs: Inputs, targets: Tensor) -> Batch:
+    args: tuple[Tensor, ...] = ()
+    named: dict[str, Tensor] = {}
     if isinstance(inputs, Mapping):
-        return Batch(dict(inputs), targets)
-    args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    return Batch({}, targets, args=args)
+        named = dict(inputs)
+    else:
+        args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    require(isinstance(targets, Tensor), "targets", type(targets).__name__, "a tensor")
+    advice = "Give the model other arguments in a wrapper module of its own."
+    for key, value in (*enumerate(args), *named.items()):
+        is_batched = isinstance(value, Tensor) and value.shape[:1] == targets.shape[:1]
+        got = tuple(value.shape) if isinstance(value, Tensor) else value
+        allowed = f"a tensor with the {len(targets)} samples of the targets in dimension 0"
+        require(is_batched, f"inputs[{key!r}]", got, allowed, advice)
+    return Batch(named, targets, args=args)

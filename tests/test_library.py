@@ -535,6 +535,24 @@ def test_a_buffer_taken_away_between_batches_is_no_error(model: nn.Module) -> No
     optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input": torch.zeros(B, D), "flag": False}, r"inputs\['flag'\]=False: expected a tensor"),
+        ((torch.zeros(B, D), torch.zeros(1, D)), rf"inputs\[1\]=\(1, {D}\): expected a tensor"),
+        (torch.zeros(B - 1, D), rf"inputs\[0\]=.*the {B} samples of the targets"),
+    ],
+)
+def test_an_input_that_is_not_one_row_a_sample_is_refused_by_name(
+    model: nn.Module, inputs: Any, message: str
+) -> None:
+    private, optimizer = _made(model, "flash_bk")
+    with pytest.raises(ValueError, match=message):
+        private.backward(inputs, torch.zeros(B, dtype=torch.long))
+    private.backward(*_data())
+    optimizer.step()
+
+
 def test_a_model_without_parameters_is_refused_by_name(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="expected the model's parameters"):
         dpsgd_track.make_private(
