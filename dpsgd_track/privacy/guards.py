@@ -34,8 +34,7 @@ class ModelGuard:
         self._children = [module._modules for _, module in named]
         self._own = [module._parameters for _, module in named]
         self._before = self._structure()
-        self._parameters = list(model.named_parameters())
-        self._requires_grad = [p.requires_grad for _, p in self._parameters]
+        self._parameters = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
         self._buffers = [(fqn, module._buffers) for fqn, module in named]
         self._mixing = [(fqn, m) for fqn, m in named if mixes_samples(m, in_training=True)]
 
@@ -48,9 +47,9 @@ class ModelGuard:
         now = self._structure()
         if len(now) != len(self._before) or not all(map(is_, now, self._before)):
             self._refuse_structure()
-        if [p.requires_grad for _, p in self._parameters] != self._requires_grad:
-            self._refuse_requires_grad()
-        for name, parameter in self._parameters:
+        for name, parameter, before in self._parameters:
+            if parameter.requires_grad != before:
+                _refuse(name, f"requires_grad={before}", str(not before))
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError(
                     f"{name}: expected no hook on the gradient of a parameter, got one. It would "
@@ -100,18 +99,14 @@ class ModelGuard:
                 _refuse(where, "modules and parameters as they were", "others")
         _refuse("model", "modules and parameters as they were", "fewer")
 
-    def _refuse_requires_grad(self) -> None:
-        for (name, parameter), before in zip(self._parameters, self._requires_grad, strict=True):
-            if parameter.requires_grad != before:
-                _refuse(name, f"requires_grad={before}", str(not before))
-
     def _versions(self) -> dict[tuple[str, str], tuple[Tensor | None, int]]:
         """Each parameter and buffer with its version; a forward may register new buffers."""
-        tensors: dict[tuple[str, str], Tensor | None] = {("", n): p for n, p in self._parameters}
-        for fqn, buffers in self._buffers:
-            for name, buffer in buffers.items():
-                tensors[fqn, name] = buffer
-        return {key: (tensor, _version(tensor)) for key, tensor in tensors.items()}
+        parameters = (("", name, parameter) for name, parameter, _ in self._parameters)
+        buffers = ((fqn, name, own[name]) for fqn, own in self._buffers for name in own)
+        return {
+            (fqn, name): (tensor, _version(tensor))
+            for fqn, name, tensor in chain(parameters, buffers)
+        }
 
 
 class GradientGuard:
