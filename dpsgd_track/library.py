@@ -19,7 +19,7 @@ from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.reference import ReferenceMode
-from dpsgd_track.modes.table import check_mode, is_private, spec_of
+from dpsgd_track.modes.table import check_mode, is_private, runs_on_one_device
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.guards import GradientGuard, ModelGuard
@@ -398,19 +398,10 @@ def make_private(
         ValueError: a setting is out of range, the mode cannot clip a parameter exactly, or it
             overrides methods that add the noise.
     """
-    check_mode(mode)
-    needs_no_bound = is_private(mode) or noise_multiplier == 0
-    allowed = f"0 for {mode}, which does not clip"
-    require(needs_no_bound, "noise_multiplier", noise_multiplier, allowed)
+    _check_settings(mode, noise_multiplier, sample_rate)
     if isinstance(loss, str):
         require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
         loss = LOSSES[loss]
-    rate_is_known = sample_rate is None or 0 < sample_rate <= 1
-    require(rate_is_known, "sample_rate", sample_rate, "a number from 0 to 1, or None")
-    spec = spec_of(mode)
-    if spec is not None and spec.runs_on_one_device:
-        advice = "Choose a mode under FSDP2, such as flash_fsdp_bk."
-        require(world_size() == 1, "mode", mode, "a mode for several ranks", advice)
     _close_earlier(optimizer)
     rebind = _OptimizerRebinding(model, optimizer)
     device = next(model.parameters()).device
@@ -437,6 +428,18 @@ def make_private(
         sample_rate=sample_rate,
         spot_check=spot_check,
     )
+
+
+def _check_settings(mode: str, noise_multiplier: float, sample_rate: float | None) -> None:
+    check_mode(mode)
+    needs_no_bound = is_private(mode) or noise_multiplier == 0
+    allowed = f"0 for {mode}, which does not clip"
+    require(needs_no_bound, "noise_multiplier", noise_multiplier, allowed)
+    is_probability = sample_rate is None or 0 < sample_rate <= 1
+    require(is_probability, "sample_rate", sample_rate, "a number from 0 to 1, or None")
+    fits_ranks = world_size() == 1 or not runs_on_one_device(mode)
+    advice = "Choose a mode under FSDP2, such as flash_fsdp_bk."
+    require(fits_ranks, "mode", mode, "a mode for several ranks", advice)
 
 
 def _close_earlier(optimizer: Optimizer) -> None:
