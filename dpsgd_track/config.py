@@ -268,7 +268,8 @@ class DataConfig:
     sampling: str = SEQUENTIAL
     """sequential (the next samples) or poisson (each independently)."""
     dataset_size: int | None = None
-    """Synthetic samples that Poisson sampling draws from. Text has its own number of rows."""
+    """Synthetic samples that Poisson sampling draws from (default: none). Text has its own number
+    of rows."""
 
     def __post_init__(self) -> None:
         require(self.seq_length >= 1, "seq_length", self.seq_length, "an integer >= 1")
@@ -517,6 +518,9 @@ class Settings:
         for name in ("tracking_uri", "experiment", "results_dir", "spool_dir"):
             value = getattr(self, name)
             require(isinstance(value, str) and bool(value), name, value, "a non-empty string")
+        place = self.artifact_location
+        is_place = place is None or (isinstance(place, str) and bool(place))
+        require(is_place, "artifact_location", place, "a non-empty string, or null")
         schemes = ("sqlite:", "postgresql", "mysql", "http://", "https://")
         require(
             self.tracking_uri.startswith(schemes),

@@ -12,36 +12,34 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from dpsgd_track.cli import compare as compare
-from dpsgd_track.cli.options import build_parser
-from dpsgd_track.config import ACCURACY, PLAIN, PROFILE, JobConfig, Point, RegimeConfig, Settings
-from dpsgd_track.launcher import group, suites
-from dpsgd_track.launcher import hardware as machine
+from dpsgd_track.config import ACCURACY, PLAIN, PROFILE, RegimeConfig, Settings
+from dpsgd_track.launcher import choices, group
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import Recording, open_group
-from dpsgd_track.launcher.suites import Suite, build_suite
 from dpsgd_track.modes import table
 from dpsgd_track.record import names
-from dpsgd_track.record.failure import ERROR, NOT_STARTED, OUT_OF_MEMORY, Failure
+from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
+from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
+from dpsgd_track.record.plan import PLAN, GroupPlan, StartedJob
+from dpsgd_track.record.run import Status
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.store.find_group import read_group_anywhere
 from dpsgd_track.store.spool import RECORDS, SpoolWriter
+from tests.support import planned
 from tests.support.fake_launch import run
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
-    monkeypatch.setattr(machine, "count_gpus", lambda: 0)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
     return tmp_path
 
 
-def suite(*argv: str) -> Suite:
-    args = build_parser().parse_args([PROFILE, *argv])
-    return build_suite(args, lambda model, data: None)
+def suite(*argv: str) -> GroupPlan:
+    return planned.plan(PROFILE, *argv)
 
 
 def order(*argv: str) -> list[str]:
@@ -93,22 +91,21 @@ def test_a_variant_stands_between_runs_of_the_installed_baseline(empty_folder):
 def test_every_length_is_run_with_every_batch_size_and_runs_are_numbered():
     jobs = suite("--mode", "flash_fsdp", "--seq-length", "8,16", *("--batch-size", "1"),
                  "--batch-size", "4").jobs  # fmt: skip
-    points = [Point.parse(job.regimes[0].point) for job in jobs]
-    assert [point.order for point in points] == list(range(1, 13))
-    shapes = [(point.seq_length, point.batch_size) for point in points]
+    assert [job.regimes[0].order for job in jobs] == list(range(1, 13))
+    shapes = [(job.data.seq_length, job.data.batch_size) for job in jobs]
     assert shapes == [shape for shape in ((8, 1), (8, 4), (16, 1), (16, 4)) for _ in range(3)]
-    assert [(job.data.seq_length, job.data.batch_size) for job in jobs] == shapes
-    assert len(set(suite("--mode", "flash_fsdp").expected_runs)) == 6
+    assert len({key for key, _, _ in suite("--mode", "flash_fsdp").runs()}) == 6
 
 
 def test_a_run_of_a_profile_is_the_profile_and_nothing_else():
-    job = suite("--mode", "flash_fsdp", *ONE, "--sigma", "0.3").jobs[1]
+    made = suite("--mode", "flash_fsdp", *ONE, "--sigma", "0.3")
+    job = made.jobs[1]
     (regime,) = job.regimes
     assert (regime.name, regime.num_iter, regime.warmup_iter) == (PROFILE, 10, 3)
     assert (regime.noise_multiplier, regime.noise_matched) == (0.3, False)
     assert not regime.replay
     assert regime.micro_batches == 1
-    assert JobConfig.from_json(job.to_json()) == job
+    assert PLAN.loads(PLAN.dumps(made)) == made
 
 
 def test_a_mode_on_one_device_takes_the_micro_batches_of_all_ranks():
@@ -163,82 +160,94 @@ def test_every_length_is_checked_against_the_model():
         if data.seq_length > 64:
             raise ValueError(f"seq_length={data.seq_length}")
 
-    args = build_parser().parse_args([PROFILE, "--seq-length", "64,128"])
     with pytest.raises(ValueError, match="seq_length=128"):
-        build_suite(args, refuse_long)
+        planned.plan(PROFILE, "--seq-length", "64,128", check_inputs=refuse_long)
 
 
-def test_a_point_belongs_to_a_profile():
-    with pytest.raises(ValueError, match="point='T1-B1-1': expected none but in regime profile"):
-        RegimeConfig(name=ACCURACY, num_iter=1, point="T1-B1-1")
-    with pytest.raises(ValueError, match="point='T1': expected a point such as T64-B2-1"):
-        RegimeConfig(name=PROFILE, num_iter=1, point="T1")
+def test_a_place_in_the_order_belongs_to_a_profile():
+    with pytest.raises(ValueError, match="order=1: expected 0"):
+        RegimeConfig(name=ACCURACY, num_iter=1, order=1)
+    with pytest.raises(ValueError, match="order=-1: expected 0"):
+        RegimeConfig(name=PROFILE, num_iter=1, order=-1)
 
 
-def _leave_timings(job: JobConfig) -> None:
-    writer = SpoolWriter(Path(job.spool), f"{Path(job.work_dir).name}-rank0{RECORDS}")
+def _leave_timings(started: StartedJob) -> None:
+    folder = Path(started.work_dir)
+    writer = SpoolWriter(Path(started.spool), f"{folder.name}-rank0{RECORDS}")
     timings = Timings(
         step_time_ms=(2.0, 2.5), is_tracked=(False, True), num_tokens=(128,) * 2, peak_memory_gib=1
     )
-    timings.save(Path(job.work_dir) / names.TIMINGS_FILE)
-    writer.upload(job.run_ids[0], Path(job.work_dir) / names.TIMINGS_FILE)
-    writer.log_params(job.run_ids[0], {f"{names.PLAN}head": "in one piece"})
+    device = DeviceFacts(torch_num_threads=1, allow_tf32=False, cudnn_allow_tf32=False)
+    facts = RunFacts(
+        environment=started.environment, device=device, norm_plan={"head": "in one piece"}
+    )
+    timings.save(folder / names.TIMINGS_FILE)
+    (folder / FACTS_FILE).write_text(FACTS.dumps(facts))
+    for name in (names.TIMINGS_FILE, FACTS_FILE):
+        writer.upload(started.mode_runs[0], folder / name)
     writer.close()
 
 
-def _run(monkeypatch, name: str, failures: dict[str, str], *argv: str) -> tuple[int, str]:
+def _run(monkeypatch, name: str, failures: dict[str, FailureKind], *argv: str) -> tuple[int, str]:
     """Exit code and output of a suite in which modes fail as told."""
 
-    def run_mode(job, *_):
-        kind = failures.get(job.mode)
-        _leave_timings(job)
+    def run_mode(started, *_):
+        kind = failures.get(started.job.mode)
+        _leave_timings(started)
         if kind is None:
-            return tuple(Outcome("FINISHED") for _ in job.regimes)
-        first = Outcome("FAILED", Failure(kind=kind, rank=1, regime=0))
-        later = Outcome("FAILED", Failure(kind=NOT_STARTED, message="regime profile failed first"))
-        return (first, *(later for _ in job.regimes[1:]))
+            return tuple(Outcome(Status.FINISHED) for _ in started.job.regimes)
+        first = Outcome(Status.FAILED, Failure(kind=kind, rank=1, regime=0))
+        message = "regime profile failed first"
+        later = Outcome(Status.FAILED, Failure(kind=FailureKind.NOT_STARTED, message=message))
+        return (first, *(later for _ in started.job.regimes[1:]))
 
     monkeypatch.setattr(group, "run_mode", run_mode)
-    made = suite("--group", name, "--mode", "flash_fsdp,ghost_fsdp", *ONE, *argv)
-    recording = open_group(made)
+    options = (PROFILE, "--group", name, "--mode", "flash_fsdp,ghost_fsdp", *ONE, *argv)
+    made = planned.plan(*options)
+    recording = open_group(made.suite, planned.place(*options))
     stream = io.StringIO()
-    code = GroupRun(made, recording, Launch(), PlainDisplay(stream)).run("python launch.py profile")
+    code = GroupRun(made, recording, Launch(), PlainDisplay(stream)).run()
     return code, stream.getvalue()
 
 
-def _runs(name: str) -> dict[str, tuple[str, str]]:
+def _runs(name: str) -> dict[str, tuple[str, FailureKind | None]]:
     client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     experiment = client.get_experiment_by_name("dpsgd-track").experiment_id
     query = f"tags.`{names.GROUP}` = '{name}' AND tags.`{names.KIND}` != 'rank'"
+
+    def kind(tags: dict[str, str]) -> FailureKind | None:
+        return FAILURE.loads(tags[names.FAILURE]).kind if names.FAILURE in tags else None
+
     return {
-        found.info.run_name: (found.info.status, found.data.tags.get(names.OUT_OF_MEMORY, ""))
+        found.info.run_name: (found.info.status, kind(found.data.tags))
         for found in client.search_runs([experiment], query)
     }
 
 
+LOST = {"ghost_fsdp": FailureKind.OUT_OF_MEMORY}
+
+
 def test_out_of_memory_ends_with_0_and_any_other_failure_with_1(monkeypatch):
-    lost = {"ghost_fsdp": OUT_OF_MEMORY}
     for name, argv in (("lost", ()), ("tested", ("--accuracy-test",))):
-        code, said = _run(monkeypatch, name, lost, *argv)
+        code, said = _run(monkeypatch, name, LOST, *argv)
         assert code == 0
         assert "ghost_fsdp (T=64, B=2): OUT OF MEMORY after" in said
         assert f"group {name}: 4 of 5 runs finished, 1 out of memory" in said
         found = _runs(name)
-        assert found["ghost_fsdp/profile (T64-B2-4)"] == ("FAILED", "true")
-        assert found["flash_fsdp/profile (T64-B2-2)"] == ("FINISHED", "")
+        assert found["ghost_fsdp/profile (T64-B2-4)"] == ("FAILED", FailureKind.OUT_OF_MEMORY)
+        assert found["flash_fsdp/profile (T64-B2-2)"] == ("FINISHED", None)
         assert found[name][0] == "FINISHED"
-    code, said = _run(monkeypatch, "broken", {"ghost_fsdp": ERROR})
+    code, said = _run(monkeypatch, "broken", {"ghost_fsdp": FailureKind.ERROR})
     assert code == 1
     assert "4 of 5 runs finished\n" in said
     found = _runs("broken")
-    assert found["ghost_fsdp/profile (T64-B2-4)"] == ("FAILED", "")
+    assert found["ghost_fsdp/profile (T64-B2-4)"] == ("FAILED", FailureKind.ERROR)
     assert found["broken"][0] == "FAILED"
 
 
 def test_a_profile_without_a_store_is_read_in_the_spool_and_shipped_later(monkeypatch, capsys):
-    lost = {"ghost_fsdp": OUT_OF_MEMORY}
-    assert _run(monkeypatch, "g", lost, "--offline")[0] == 0
-    assert compare.main(["g", "--no-png"]) == 0
+    assert _run(monkeypatch, "g", LOST, "--offline")[0] == 0
+    assert run(["compare", "g", "--no-png"]) == 0
     said = capsys.readouterr()
     assert "2 measured, 1 out of memory" in said.out
     assert "the store does not have all of g yet" in said.err
@@ -252,21 +261,23 @@ def test_a_profile_without_a_store_is_read_in_the_spool_and_shipped_later(monkey
     assert stored.spooled is None
     assert "2 measured" in stored.group.tags[names.NOTE]
     assert not stored.group.runs
-    assert [str(point.point) for point in stored.group.points] == [
-        f"T64-B2-{order}" for order in range(1, 6)
-    ]
-    for before, after in zip(spooled.group.points, stored.group.points, strict=True):
-        assert (before.title, before.status) == (after.title, after.status)
-        assert before.params == after.params
-        assert before.params[f"{names.PLAN}head"] == "in one piece"
-        assert before.is_out_of_memory == after.is_out_of_memory == (after.mode == "ghost_fsdp")
+    assert [run.order for run in stored.group.timed_runs] == list(range(1, 6))
+    for before, after in zip(spooled.group.timed_runs, stored.group.timed_runs, strict=True):
+        assert (before.key, before.status) == (after.key, after.status)
+        assert before.facts == after.facts
+        assert before.facts is not None
+        assert before.facts.norm_plan == {"head": "in one piece"}
+        lost = before.failure is not None and before.failure.kind is FailureKind.OUT_OF_MEMORY
+        assert lost == (after.mode == "ghost_fsdp")
+        assert before.failure == after.failure
         assert before.timings == after.timings
         assert after.timings is not None
         assert before.timings_missing == after.timings_missing == ""
 
 
 def test_a_profile_is_not_resumed_as_its_times_would_be_of_another_day(monkeypatch, capsys):
-    assert _run(monkeypatch, "g", {"ghost_fsdp": ERROR}, "--offline")[0] == 1
+    failed = {"ghost_fsdp": FailureKind.ERROR}
+    assert _run(monkeypatch, "g", failed, "--offline")[0] == 1
     assert run(["resume", "g", "--offline"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "group='g': expected a group of quick, full, single, faults. Times of a profile" in said
@@ -293,8 +304,7 @@ def test_nothing_is_shipped_beside_timed_steps(monkeypatch):
 def test_one_line_says_all_of_one_run():
     stream = io.StringIO()
     display = PlainDisplay(stream)
-    display.start_mode("[2/3] no_dp (T=8, B=1)", [RegimeConfig(name=PROFILE, num_iter=4,
-                       point="T8-B1-2")])  # fmt: skip
+    display.start_mode("[2/3] no_dp (T=8, B=1)", [RegimeConfig(name=PROFILE, num_iter=4, order=2)])
     event = {"regime": 0, "num_iter": 4, "step": 0, "loss": None}
     display.event({**event, "event": "start"})
     display.event({**event, "event": "end", "step_time_ms": 12.345, "peak_memory_gib": 0.5})
@@ -304,8 +314,7 @@ def test_one_line_says_all_of_one_run():
     assert line.endswith(" s, 12.35 ms a step, 0.5 GiB")
 
 
-def test_no_two_runs_share_a_folder():
-    jobs = suite("--mode", "flash_fsdp").jobs
-    places = [(job.label, job.regimes[0].point) for job in jobs]
-    assert len(set(places)) == len(places)
+def test_no_two_runs_share_a_place():
+    keys = [key for key, _, _ in suite("--mode", "flash_fsdp").runs()]
+    assert len(set(keys)) == len(keys)
     assert all(a != b for a, b in pairwise(order("--mode", "flash_fsdp", *ONE)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -12,20 +11,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
-from dpsgd_track.cli.options import build_parser
-from dpsgd_track.config import JobConfig, Settings
-from dpsgd_track.launcher import group, suites
+from dpsgd_track.config import Settings
+from dpsgd_track.launcher import choices, group
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import open_group
-from dpsgd_track.launcher.suites import Suite, build_suite
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
-from dpsgd_track.store.reader import ModeRun, open_client, read_group
+from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
+from dpsgd_track.record.plan import PLAN, StartedJob
+from dpsgd_track.record.run import ModeRun, Status
+from dpsgd_track.store.reader import open_client, read_group
 from tests.support import fake_worker
+from tests.support.planned import place
+from tests.support.planned import plan as suite
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
     checkout(tmp_path / "fork", "library")
     return tmp_path
 
@@ -42,10 +43,6 @@ def checkout(folder: Path, package: str) -> Path:
     (folder / package).mkdir(parents=True)
     (folder / package / "__init__.py").write_text("__version__ = '9.8'\n")
     return folder
-
-
-def suite(*argv: str) -> Suite:
-    return build_suite(build_parser().parse_args(argv), lambda model, data: None)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +85,11 @@ def test_every_mode_but_the_reference_runs_once_more_without_replays():
         "no_dp@a", "flash_fsdp@a", "flash_fsdp_fuse@a",
         "no_dp@b", "flash_fsdp@b", "flash_fsdp_fuse@b",
     ]  # fmt: skip
-    again = [row for row in made.expected_runs if row[2] == "a"]
+    again = [
+        (key.mode, key.regime, key.variant, key.replay)
+        for key, _, _ in made.runs()
+        if key.variant == "a"
+    ]
     of_private = [
         ("accuracy", ""), ("clip", ""), ("probe-accuracy", ""), ("probe-clip", ""),
         # Not a replay: without its twin, the noise of a run is not known.
@@ -100,7 +101,7 @@ def test_every_mode_but_the_reference_runs_once_more_without_replays():
         *(("flash_fsdp", name, "a", replay) for name, replay in of_private),
         *(("flash_fsdp_fuse", name, "a", replay) for name, replay in of_private),
     ]
-    assert JobConfig.from_json(made.jobs[-1].to_json()) == made.jobs[-1]
+    assert PLAN.loads(PLAN.dumps(made)) == made
 
 
 def test_packages_below_src_are_found(workspace):
@@ -132,23 +133,30 @@ def runs_of(name: str, workspace: Path) -> dict[str, ModeRun]:
 def run_faked(monkeypatch, imported: dict[str, dict[str, str]], *argv: str) -> tuple[int, str]:
     """Exit code and what was said; each mode's workers leave `imported` of it."""
 
-    def run_mode(job: JobConfig, *_: object) -> tuple[Outcome, ...]:
-        if job.variant:
-            found = imported[job.label]
-            (Path(job.work_dir) / names.IMPORTS_FILE).write_text(json.dumps(found))
+    def run_mode(started: StartedJob, *_: object) -> tuple[Outcome, ...]:
+        job = started.job
+        device = DeviceFacts(torch_num_threads=1, allow_tf32=False, cudnn_allow_tf32=False)
+        facts = RunFacts(
+            environment=started.environment,
+            device=device,
+            imported=imported[job.label] if job.variant else {},
+        )
         for number in range(len(job.regimes)):
-            folder = Path(job.work_dir) / str(number)
+            folder = Path(started.work_dir) / str(number)
             folder.mkdir()
             record = fake_worker.trajectory(2)
             record.save(folder / names.TRAJECTORY_FILE)
+            (folder / FACTS_FILE).write_text(FACTS.dumps(facts))
             (folder / "clip_bounds.json").write_text('{"max_grad_norms": [2, 2, 1, 1]}')
-        return (Outcome("FINISHED"),) * len(job.regimes)
+        return (Outcome(Status.FINISHED),) * len(job.regimes)
 
     monkeypatch.setattr(group, "run_mode", run_mode)
     said = io.StringIO()
-    made = suite(*argv, "--group", "g")
-    recording = open_group(made)
-    return GroupRun(made, recording, Launch(), PlainDisplay(said)).run("x"), said.getvalue()
+    options = (*argv, "--group", "g")
+    made = suite(*options)
+    recording = open_group(made.suite, place(*options))
+    made_of = GroupRun(made, recording, Launch(), PlainDisplay(said), output=place(*options).output)
+    return made_of.run(), said.getvalue()
 
 
 MODES = ("quick", "--regime", "accuracy", "--mode", "no_dp,flash_fsdp", "--variant", "a=fork")
@@ -157,7 +165,8 @@ MODES = ("quick", "--regime", "accuracy", "--mode", "no_dp,flash_fsdp", "--varia
 def test_a_variant_that_nothing_was_imported_from_fails(workspace, monkeypatch):
     code, said = run_faked(monkeypatch, {"no_dp@a": {}, "flash_fsdp@a": {}}, *MODES)
     assert code == 1
-    assert "variant=a=fork: expected a mode that imports something of it." in said
+    assert "variant a: nothing was imported from the variant" in said
+    assert "Check the path, or add a mode that uses what the variant brings." in said
     runs = runs_of("g", workspace)
     assert {runs[label].status for label in ("no_dp@a", "flash_fsdp@a")} == {"FAILED"}
     assert "what ran is the installed code" in runs["no_dp@a"].reason
@@ -252,17 +261,16 @@ def test_a_checkout_that_clips_wrongly_is_told_from_the_installed_library(forked
 def test_what_a_variant_brought_is_recorded(forked):
     folder, done = forked
     assert done.returncode == 0, done.stdout + done.stderr
-    params = runs_of("g", folder)["ghost_fsdp@fork"].params
-    assert params["variant.name"] == "fork"
-    assert params["variant.path"] == "../checkout"
-    assert params["variant.imported"] == "opacus"
-    assert params["variant.opacus.version"]
-    assert len(params["variant.git_revision"]) == 40
-    assert params["variant.git_dirty"] == "false"
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    parent = read_group_params(client)
-    assert parent["variant.fork.path"] == "../checkout"
-    assert parent["modes"] == "reference, ghost_fsdp, ghost_fsdp@fork"
+    run = runs_of("g", folder)["ghost_fsdp@fork"]
+    assert run.job is not None
+    variant = run.job.variant
+    assert variant is not None
+    assert (variant.name, variant.path) == ("fork", "../checkout")
+    assert len(variant.git_revision) == 40
+    assert not variant.git_dirty
+    assert run.facts is not None
+    assert set(run.facts.imported) == {"opacus"}
+    assert run.facts.imported["opacus"]
 
 
 def test_a_checkout_of_this_package_runs_in_its_own_workers(workspace):
@@ -285,14 +293,8 @@ def test_a_checkout_of_this_package_runs_in_its_own_workers(workspace):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = runs_of("g", workspace / "work")
-    assert runs["no_dp@a"].params["variant.dpsgd_track.version"] == "9.9"
-    assert "variant.dpsgd_track.version" not in runs["no_dp"].params
-
-
-def read_group_params(client: MlflowClient) -> dict[str, str]:
-    experiment = client.get_experiment_by_name("dpsgd-track")
-    runs = client.search_runs([experiment.experiment_id], "attributes.run_name = 'g'")
-    return dict(runs[0].data.params)
+    assert runs["no_dp@a"].facts.imported["dpsgd_track"] == "9.9"
+    assert not runs["no_dp"].facts.imported
 
 
 def test_a_mode_alone_is_held_against_itself_as_installed():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +30,11 @@ def compare(context: Context, wanted: str, after: str | None, choices: CompareCh
     Raises:
         ValueError: something cannot be read, or what is asked for cannot be done.
     """
-    # Half of the time goes to importing MLflow, and a fifth of that to looking for garbage in it.
-    gc.disable()
     settings = choices.settings()
     waivers = _waivers(choices)
     _check_export(choices, after)
     try:
-        with reading(settings):
+        with _no_garbage_collection(), reading(settings):
             group, found = _read(settings, wanted)
             if after is None and _is_profile(group):
                 return _show_profile(settings, choices, group, found)
@@ -45,6 +44,18 @@ def compare(context: Context, wanted: str, after: str | None, choices: CompareCh
         return context.complain(message, USAGE)
     code = exit_code(comparison.verdict, choices.fail_on)
     return _profile_code(comparison.group) if code == PASSED else code
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Half of the time goes to importing MLflow, and a fifth of that to looking for garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _waivers(choices: CompareChoices) -> tuple[Waiver, ...]:

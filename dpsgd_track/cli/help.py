@@ -100,7 +100,9 @@ def _lines_of(
         if each.name in left_out:
             continue
         named = f"  {_operand(each) if each.is_positional_only() else _option(each)}"
-        lines = textwrap.wrap(_meaning(each, is_whole=is_whole), _width() - _COLUMN)
+        lines = textwrap.wrap(
+            _meaning(each, is_whole=is_whole), _width() - _COLUMN, break_on_hyphens=False
+        )
         if len(named) >= _COLUMN - 1:
             yield named
             named = ""

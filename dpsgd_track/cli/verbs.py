@@ -143,14 +143,14 @@ VERBS: dict[str, Verb] = {
             name="single",
             summary="one mode on its own",
             run=_suite(Suite.SINGLE),
-            examples=("--mode flash_fsdp_bk --sigma 0.7 --max-grad-norm 1.0 --output out.json",),
+            examples=("--mode flash_fsdp_bk --sigma 0.7 --output out.json",),
             notes=_LAUNCH_CODES,
         ),
         Verb(
             name="profile",
             summary="step time and peak memory of modes beside ordinary training",
             run=_profile,
-            examples=("--mode flash_fsdp,ghost_fsdp --seq-length 64,256 --batch-size 2,4",),
+            examples=("--mode flash_fsdp --seq-length 64,256",),
             notes=_LAUNCH_CODES,
         ),
         Verb(

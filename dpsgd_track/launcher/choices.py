@@ -44,8 +44,9 @@ class ModeChoices:
     """Run the accuracy regime alone. The data and noise are the same in every mode; without it,
     single trains."""
     variant: tuple[str, ...] = ()
-    """NAME=PATH: modes once more, as mode@NAME, with the code of PATH. PATH is a checkout whose
-    packages stand in for the installed ones; repeatable; the reference is not run again."""
+    """NAME=PATH: modes once more, as mode@NAME, with the code of PATH (default: none). PATH is a
+    checkout whose packages stand in for the installed ones; repeatable; the reference is not run
+    again."""
 
 
 @dataclass(frozen=True, kw_only=True)

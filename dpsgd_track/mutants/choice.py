@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from dpsgd_track.config import PROBE_CLIP, require
+from dpsgd_track.config import PROBE_CLIP, nearest, require
 from dpsgd_track.modes.table import (
     BASELINE,
     REFERENCE,
@@ -32,7 +32,8 @@ def chosen_mutants(asked: Sequence[str]) -> tuple[Mutant, ...]:
     """
     for name in asked:
         allowed = f"a fault, or one of the classes {', '.join(KINDS)}"
-        advice = "`launch.py faults --list` lists the faults."
+        near = nearest(name, (*KINDS, *MUTANTS))
+        advice = f"{near} `dpsgd-track faults --list` lists the faults.".strip()
         require(name in KINDS or name in MUTANTS, "fault", name, allowed, advice)
     ordered = sorted(MUTANTS.values(), key=lambda mutant: list(KINDS).index(mutant.kind))
     return tuple(m for m in ordered if not asked or m.name in asked or m.kind in asked)

