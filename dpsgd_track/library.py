@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,16 +15,16 @@ from torch.optim import Optimizer
 from dpsgd_track.config import PrivacyConfig, require
 from dpsgd_track.distributed.ranks import world_size
 from dpsgd_track.distributed.sharding import trainable_parameters
-from dpsgd_track.kernels.device import HostCopy
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.reference import ReferenceMode
-from dpsgd_track.modes.table import check_mode, is_private, spec_of
+from dpsgd_track.modes.table import check_mode, is_private, runs_on_one_device
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.guards import GradientGuard, ModelGuard
 from dpsgd_track.privacy.ledger import PrivacyLedger
+from dpsgd_track.privacy.left_out_counter import LeftOutCounter
 from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.privacy.spot_check import SpotCheck, SpotChecks
@@ -105,7 +104,7 @@ class PrivateTraining:
         self._gradients = GradientGuard(
             mode.model, keeps_sums_elsewhere=isinstance(mode, ComposedMode) and mode.clips
         )
-        self._left_out = _LeftOutCounter()
+        self._left_out = LeftOutCounter()
         self._is_clearing = False
         self._is_closed = False
         self._guard = ModelGuard(mode.model) if mode.clips else None
@@ -319,40 +318,6 @@ class PrivateTraining:
         vars(self.model)[_HISTORY] = tuple(map(tuple, self._ledger.history))
 
 
-class _LeftOutCounter:
-    """Counts samples that added nothing because they were not finite; warns of the first.
-
-    Does not wait for a GPU: a batch's count is read once it has reached the host.
-    """
-
-    def __init__(self) -> None:
-        self._total = 0
-        self._pending: deque[HostCopy] = deque()
-        self._has_warned = False
-
-    def add(self, record: SampleRecord) -> None:
-        """Count the samples of one batch."""
-        if record.clip_factor_B is not None and len(record.clip_factor_B):
-            self._pending.append(HostCopy(record.clip_factor_B.eq(0).sum()))
-            self._read(waits=False)
-
-    def count(self) -> int:
-        """Samples left out so far."""
-        self._read(waits=True)
-        return self._total
-
-    def _read(self, *, waits: bool) -> None:
-        while self._pending and (waits or self._pending[0].has_arrived):
-            self._total += int(self._pending.popleft().wait())
-        if self._total and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                "The loss or the gradient of a sample is not finite: such samples add nothing. "
-                "PrivateTraining.num_left_out counts them.",
-                stacklevel=4,
-            )
-
-
 class _NoiseAudit:
     """Verifies that another library's step adds noise of the size that it was asked for."""
 
@@ -433,22 +398,13 @@ def make_private(
         ValueError: a setting is out of range, the mode cannot clip a parameter exactly, or it
             overrides methods that add the noise.
     """
-    check_mode(mode)
-    needs_no_bound = is_private(mode) or noise_multiplier == 0
-    allowed = f"0 for {mode}, which does not clip"
-    require(needs_no_bound, "noise_multiplier", noise_multiplier, allowed)
+    _check_settings(mode, noise_multiplier, sample_rate)
     if isinstance(loss, str):
         require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
         loss = LOSSES[loss]
-    rate_is_known = sample_rate is None or 0 < sample_rate <= 1
-    require(rate_is_known, "sample_rate", sample_rate, "a number from 0 to 1, or None")
-    spec = spec_of(mode)
-    if spec is not None and spec.runs_on_one_device:
-        advice = "Choose a mode under FSDP2, such as flash_fsdp_bk."
-        require(world_size() == 1, "mode", mode, "a mode for several ranks", advice)
     _close_earlier(optimizer)
-    device = next(model.parameters()).device
     rebind = _OptimizerRebinding(model, optimizer)
+    device = next(model.parameters()).device
     context = ModeContext(
         privacy=PrivacyConfig(
             noise_multiplier=noise_multiplier,
@@ -472,6 +428,18 @@ def make_private(
         sample_rate=sample_rate,
         spot_check=spot_check,
     )
+
+
+def _check_settings(mode: str, noise_multiplier: float, sample_rate: float | None) -> None:
+    check_mode(mode)
+    needs_no_bound = is_private(mode) or noise_multiplier == 0
+    allowed = f"0 for {mode}, which does not clip"
+    require(needs_no_bound, "noise_multiplier", noise_multiplier, allowed)
+    is_probability = sample_rate is None or 0 < sample_rate <= 1
+    require(is_probability, "sample_rate", sample_rate, "a number from 0 to 1, or None")
+    fits_ranks = world_size() == 1 or not runs_on_one_device(mode)
+    advice = "Choose a mode under FSDP2, such as flash_fsdp_bk."
+    require(fits_ranks, "mode", mode, "a mode for several ranks", advice)
 
 
 def _close_earlier(optimizer: Optimizer) -> None:
@@ -556,7 +524,17 @@ class _OptimizerRebinding:
 
 
 def _batch(inputs: Inputs, targets: Tensor) -> Batch:
+    args: tuple[Tensor, ...] = ()
+    named: dict[str, Tensor] = {}
     if isinstance(inputs, Mapping):
-        return Batch(dict(inputs), targets)
-    args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    return Batch({}, targets, args=args)
+        named = dict(inputs)
+    else:
+        args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    require(isinstance(targets, Tensor), "targets", type(targets).__name__, "a tensor")
+    advice = "Give the model other arguments in a wrapper module of its own."
+    for key, value in (*enumerate(args), *named.items()):
+        is_batched = isinstance(value, Tensor) and value.shape[:1] == targets.shape[:1]
+        got = tuple(value.shape) if isinstance(value, Tensor) else value
+        allowed = f"a tensor with the {len(targets)} samples of the targets in dimension 0"
+        require(is_batched, f"inputs[{key!r}]", got, allowed, advice)
+    return Batch(named, targets, args=args)

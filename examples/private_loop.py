@@ -1,4 +1,4 @@
-"""A training loop made private: what changes is marked.
+"""A training loop made private; comments mark the lines that change.
 
 Run it: python examples/private_loop.py
 """
@@ -27,7 +27,7 @@ private = dpsgd_track.make_private(  # new
 )
 
 for step in range(NUM_STEPS):
-    # Poisson sampling: each sample is taken or not by itself, so batches differ in size.
+    # Poisson sampling: each sample is drawn independently, so batches differ in size.
     taken = torch.rand(NUM_SAMPLES) < BATCH_SIZE / NUM_SAMPLES
     loss = private.backward(x[taken], y[taken])  # in place of loss.backward()
     optimizer.step()  # as before; the noise is added here

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "store",
         "text_file",
     },
-    "launcher": {"cli", "config", "modes", "record", "store", "training"},
+    "launcher": {"config", "modes", "record", "store", "training"},
     "comparison": {"config", "modes", "record", "store", "text_file"},
     "report": {"comparison", "config", "modes", "record", "store"},
     "mutants": {
@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
         "store",
         "training",
     },
+    "__main__": {"cli"},
     "cli": {
         "comparison",
         "config",

@@ -786,7 +786,7 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "sample-by-sample": (_SampleBySample, TOKENS),
     "initial-state": (_InitialState, ROWS[:, :B]),
 }
-"""What is shared by samples, or has them elsewhere than in dimension 0."""
+"""Layers whose inputs all samples share, or have the samples in another dimension than 0."""
 
 
 @pytest.mark.parametrize("mode", ["flash", "flash_bk/gradients", "flash_fuse/tiled", "ghost_bk"])

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from dpsgd_track.comparison.audit import consistency
+from dpsgd_track.comparison.diagnose import ladder
 from dpsgd_track.comparison.diagnose.culprit import (
-    Blame,
+    Culprit,
     _are_right_in_sum,
+    _right_before,
     describe,
+    first_of,
     where_it_arose,
 )
 from dpsgd_track.comparison.diagnose.fingerprint import (
@@ -24,8 +27,10 @@ from dpsgd_track.comparison.diagnose.fingerprint import (
 )
 from dpsgd_track.comparison.diagnose.ladder import Rung, StageStatus
 from dpsgd_track.comparison.measure.alignment import Aligned
-from dpsgd_track.comparison.result import Guilty, Judged, ModeVerdict, _first_blamed, mode_verdict
+from dpsgd_track.comparison.measure.amount import share
+from dpsgd_track.comparison.result import Judged, ModeVerdict, mode_verdict
 from dpsgd_track.comparison.verdict import Finding, Verdict
+from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Trajectory
 from tests.support.synthetic_group import (
     compared,
@@ -70,10 +75,10 @@ def judged(
     return next(mode for mode in compared(runs).modes if mode.label == MODE)
 
 
-def blamed(wrong: Trajectory, base: Trajectory | None = None) -> Blame:
+def blamed(wrong: Trajectory, base: Trajectory | None = None) -> Culprit:
     found = judged(wrong, base)
     assert found.verdict == "BUG"
-    return found.blames[CLIP_KEY]
+    return found.culprits[CLIP_KEY]
 
 
 def statuses(found: ModeVerdict) -> dict[str, str]:
@@ -90,7 +95,7 @@ def with_norms(t: Trajectory, by_parameter: np.ndarray) -> Trajectory:
 def test_healthy_run_has_a_ladder_without_blame() -> None:
     found = judged(clip_record())
     assert set(statuses(found).values()) == {"ok"}
-    assert found.blames == {}
+    assert found.culprits == {}
 
 
 def test_wrong_norm_of_one_parameter_is_named_and_the_clip_factors_inherit() -> None:
@@ -98,8 +103,11 @@ def test_wrong_norm_of_one_parameter_is_named_and_the_clip_factors_inherit() -> 
     by_parameter = base.sample_norm_by_parameter.copy()
     by_parameter[2:, :, 1] *= 1.5
     found = judged(with_norms(base, by_parameter))
-    assert found.blames[CLIP_KEY].layers == ("model.layers.1.weight",)
-    assert (found.blames[CLIP_KEY].stage, found.blames[CLIP_KEY].step) == ("per-sample norms", 2)
+    assert found.culprits[CLIP_KEY].places == ("model.layers.1.weight",)
+    assert (found.culprits[CLIP_KEY].stage, found.culprits[CLIP_KEY].step) == (
+        "per-sample norms",
+        2,
+    )
     assert "1.5 times the baseline's throughout" in found.sentence
     known = statuses(found)
     assert (known["loss"], known["per-sample norms"]) == ("ok", "introduced")
@@ -108,9 +116,60 @@ def test_wrong_norm_of_one_parameter_is_named_and_the_clip_factors_inherit() -> 
 
 def test_wrong_sum_of_right_factors_is_introduced_by_the_sum() -> None:
     found = judged(scaled(clip_record(), "gradient_sketch", 2.0, (slice(None), 2)))
-    assert found.blames[CLIP_KEY].layers == ("model.layers.2.weight",)
-    assert "2 (counted twice)" in found.blames[CLIP_KEY].fingerprint
+    assert found.culprits[CLIP_KEY].places == ("model.layers.2.weight",)
+    assert "2 (counted twice)" in found.culprits[CLIP_KEY].cause
     assert statuses(found)["clipped sum"] == "introduced"
+
+
+def test_sentence_says_what_is_wrong_where_first_and_by_how_much() -> None:
+    wrong = scaled(clip_record(), "gradient_sketch", 1.19)
+    assert judged(wrong).sentence == (
+        f"{MODE} computes a wrong clipped sum: first at step 0 of clip, in all 4 parameters, while "
+        "norms and clip factors are right. Off by up to 19 % from reference "
+        "(rounding explains 3.8e-06); 1.19 times the baseline's throughout."
+    )
+
+
+def test_only_stages_that_were_compared_and_agree_are_called_right() -> None:
+    wrong = scaled(trajectory(), "gradient_sketch", 1.5)
+    runs = with_run(healthy_runs(), mode_run(MODE, record=wrong, params=PARAMS))
+    (found,) = [m for m in compared(runs).modes if m.label == MODE]
+    said = {base: culprit.sentence for (_, base), culprit in found.culprits.items()}
+    assert "while the loss is right" in said["no_dp"]
+    assert "while norms and clip factors are right" in said["reference"]
+    later = scaled(wrong, "clip_factor", 0.5, (3, 1))
+    runs = with_run(healthy_runs(), mode_run(MODE, record=later, params=PARAMS))
+    (found,) = [m for m in compared(runs).modes if m.label == MODE]
+    assert "while the loss and norms are right" in found.culprits["accuracy", "reference"].sentence
+
+
+def test_stage_that_was_held_against_nothing_is_not_called_right() -> None:
+    rung = Rung(stage=Stage.NORMS, status=StageStatus.OK, value=0.0, limit=1.0)
+    at_fault = Rung(stage=Stage.SUM, status=StageStatus.INTRODUCED)
+    assert _right_before([rung, at_fault], at_fault) == [Stage.NORMS]
+    for unknown in (
+        replace(rung, limit=np.inf),
+        replace(rung, status=StageStatus.NOT_COMPARED, value=None, limit=None),
+        replace(rung, status=StageStatus.INHERITED),
+        replace(rung, stage=Stage.NOISE),
+        Rung(stage=Stage.DATA, status=StageStatus.OK),
+    ):
+        assert _right_before([unknown, at_fault], at_fault) == []
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"),
+    [(0.19, "19 %"), (1.5, "150 %"), (1e-3, "0.1 %"), (4e-6, "4e-06"), (43.2, "43 times")],
+)
+def test_fraction_stands_as_a_colleague_says_it(fraction: float, said: str) -> None:
+    assert share(fraction) == said
+
+
+def test_error_where_the_baseline_is_zero_has_no_bound() -> None:
+    base = put(clip_record(), "grad_norm", 0.0)
+    wrong = put(base, "grad_norm", 1e-3)
+    found = judged(wrong, base)
+    assert "Gradient norm off without bound from reference" in found.culprits[CLIP_KEY].sentence
 
 
 def test_sum_that_is_off_by_more_than_its_factors_is_at_fault_too() -> None:
@@ -122,6 +181,17 @@ def test_sum_that_is_off_by_more_than_its_factors_is_at_fault_too() -> None:
     assert statuses(judged(wrong))["clipped sum"] == "introduced"
     inherited = scaled(slightly, "gradient_sketch", 1 + 1e-4)
     assert statuses(judged(inherited))["clipped sum"] == "inherited"
+
+
+def test_sum_of_a_later_block_is_at_fault_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "_BLOCK", 2)
+    base = clip_record()
+    slightly = with_norms(base, base.sample_norm_by_parameter * (1 + 1e-4))
+    wrong = judged(scaled(slightly, "gradient_sketch", 1.2, 3))
+    rung = next(r for r in wrong.ladders[CLIP_KEY] if r.stage is Stage.SUM)
+    assert (rung.status, rung.step) == (StageStatus.INTRODUCED, 3)
+    inherited = judged(scaled(slightly, "gradient_sketch", 1 + 1e-4, 3))
+    assert statuses(inherited)["clipped sum"] == "inherited"
 
 
 def test_samples_of_one_rank_alone_name_the_rank() -> None:
@@ -158,7 +228,8 @@ def test_error_of_ten_times_the_floor_with_right_inputs_is_a_bug_below_every_thr
     assert found.verdict == "DRIFT"
     worse = judged(with_norms(base, base.sample_norm_by_parameter * (1 + 4e-4)), base, plain)
     assert worse.verdict == "BUG"
-    assert "times what rounding explains" in worse.sentence
+    assert "Off by up to 0.0004 from reference (rounding explains 0.0001)" in worse.sentence
+    assert all("times what rounding explains" in f.sentence for f in worse.findings)
 
 
 def test_mode_as_right_as_plain_autograd_passes_above_every_threshold() -> None:
@@ -329,7 +400,7 @@ def test_stage_that_fails_only_after_another_step_failed_has_inherited_where_wei
 
 
 def test_rung_tells_how_many_times_its_limit_a_value_is() -> None:
-    rung = Rung(stage="loss", status=StageStatus.OK, value=3.0, limit=2.0)
+    rung = Rung(stage=Stage.LOSS, status=StageStatus.OK, value=3.0, limit=2.0)
     assert rung.times == 1.5
     assert np.isnan(replace(rung, limit=None).times)
 
@@ -351,58 +422,63 @@ def test_floor_that_explodes_leaves_the_rest_inconclusive() -> None:
     assert found.verdict == "BUG"
 
 
-def test_the_earliest_stage_that_any_comparison_shows_is_guilty_and_leads_the_sentence() -> None:
-    def finding(against: str, observable: str, stage: str = "") -> Finding:
-        said = f"{observable} differs from {against}"
-        return Finding(
-            verdict=Verdict.BUG,
-            regime="accuracy",
-            sentence=said,
-            against=against,
-            observable=observable,
-            stage=stage,
-        )
-
-    late, early = ("accuracy", "no_dp"), ("accuracy", "reference")
-    result = Judged(
-        findings=(finding("no_dp", "gradient"), finding("reference", "sample_norm")),
-        blames={
-            late: Blame(stage="clipped sum", step=0, layers=("a", "b")),
-            early: Blame(stage="per-sample norms", step=0, layers=("a",), sentence="norms of a"),
-        },
-    )
-    found = mode_verdict(MODE, [result])
-    assert found.guilty == Guilty(
-        stage="per-sample norms",
+def finding(against: str, observable: ObservableName, **more: Any) -> Finding:
+    return Finding(
+        verdict=Verdict.BUG,
         regime="accuracy",
-        step=0,
-        layers=("a",),
-        observable="sample_norm",
+        sentence=f"{observable} differs from {against}",
+        against=against,
+        observable=observable,
+        **more,
     )
-    assert found.sentence.startswith(f"{MODE}: sample_norm differs from reference")
-    assert "To blame: norms of a" in found.sentence
-    alone = replace(finding("", "noise", "noise"), step=2, layers=("b",))
-    guilty = mode_verdict(MODE, [Judged(findings=(alone,))]).guilty
-    assert guilty == Guilty(
-        stage="noise", regime="accuracy", step=2, layers=("b",), observable="noise"
-    )
-    assert mode_verdict(MODE, [Judged()]).guilty is None
 
 
-def test_of_equal_stages_the_one_that_says_where_is_guilty() -> None:
-    blames = {
-        ("accuracy", "no_dp"): Blame(stage="clip factors", step=1),
-        ("accuracy", "reference"): Blame(stage="clip factors", step=1, samples=(3,)),
-        ("clip", "reference"): Blame(stage="clip factors", step=0),
+def culprit(stage: Stage, step: int, **more: Any) -> Culprit:
+    return Culprit(regime="accuracy", stage=stage, step=step, **more)
+
+
+def test_the_earliest_stage_that_any_comparison_shows_is_the_culprit_and_the_sentence() -> None:
+    late, early = ("accuracy", "no_dp"), ("accuracy", "reference")
+    norm = ObservableName.SAMPLE_NORM
+    shown = {
+        late: culprit(Stage.SUM, 0, places=("a", "b"), against="no_dp"),
+        early: culprit(
+            Stage.NORMS, 0, against="reference", observable=norm, sentence="has wrong norms of a"
+        ),
     }
-    assert _first_blamed(blames) == ("clip", "reference")
-    del blames["clip", "reference"]
-    assert _first_blamed(blames) == ("accuracy", "reference")
+    told, other = finding("reference", norm), finding("no_dp", ObservableName.GRADIENT)
+    found = mode_verdict(MODE, [Judged(findings=(other, told), culprits=shown)])
+    assert found.culprit is shown[early]
+    assert found.sentence == f"{MODE} has wrong norms of a."
+    assert found.others == (other,)
+
+
+def test_what_one_run_shows_by_itself_is_the_culprit_where_no_comparison_shows_one() -> None:
+    noisy = culprit(Stage.NOISE, 2, places=("b",), sentence="adds wrong noise")
+    alone = finding("", ObservableName.NOISE, culprit=noisy)
+    found = mode_verdict(MODE, [Judged(findings=(alone,))])
+    assert (found.culprit, found.sentence, found.others) == (noisy, f"{MODE} adds wrong noise.", ())
+    compared_too = {("accuracy", "no_dp"): culprit(Stage.UPDATE, 0, against="no_dp")}
+    both = mode_verdict(MODE, [Judged(findings=(alone,), culprits=compared_too)])
+    assert both.culprit == compared_too["accuracy", "no_dp"]
+    assert mode_verdict(MODE, [Judged()]).culprit is None
+
+
+def test_of_equal_stages_the_one_that_says_where_is_the_culprit() -> None:
+    culprits = {
+        ("accuracy", "no_dp"): culprit(Stage.FACTORS, 1),
+        ("accuracy", "reference"): culprit(Stage.FACTORS, 1, samples=(3,)),
+        ("clip", "reference"): culprit(Stage.FACTORS, 0),
+    }
+    assert first_of(culprits) == ("clip", "reference")
+    del culprits["clip", "reference"]
+    assert first_of(culprits) == ("accuracy", "reference")
+    assert first_of({}) is None
 
 
 def test_an_error_is_handed_on_only_where_sums_that_are_not_clipped_are_wrong_too() -> None:
     base = replace(clip_record(), clip_factor=np.ones_like(clip_record().clip_factor))
-    rung = Rung(stage="per-sample norms", status=StageStatus.INTRODUCED, limit=1e-4)
+    rung = Rung(stage=Stage.NORMS, status=StageStatus.INTRODUCED, limit=1e-4)
     names = tuple(base.parameter_names.tolist())
     wrong = scaled(base, "gradient_sketch", 1.5)
 
@@ -425,8 +501,8 @@ def test_a_stage_that_only_contradicts_itself_is_blamed_on_the_step_where_it_doe
     wrong = replace(run, trajectory=replace(run.trajectory, sample_norm=norms))
     runs = [r for r in healthy_runs() if r.regime == "accuracy"]
     (found,) = (m for m in compared(with_run(runs, wrong)).modes if m.label == MODE)
-    assert found.blames["accuracy", "no_dp"].stage == "per-sample norms"
-    assert found.blames["accuracy", "no_dp"].step == 2
+    assert found.culprits["accuracy", "no_dp"].stage == "per-sample norms"
+    assert found.culprits["accuracy", "no_dp"].step == 2
 
 
 def test_one_wrong_parameter_before_another_is_not_said_to_have_inherited_it() -> None:

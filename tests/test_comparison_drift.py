@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpsgd_track.comparison import compare_group, compare_groups
+from dpsgd_track.comparison.measure import alignment, excess
 from dpsgd_track.comparison.measure import drift as drift_module
 from dpsgd_track.comparison.measure.drift import Pair, compare_pair, compare_pairs
 from dpsgd_track.comparison.measure.observables import OBSERVABLES, SMALL, SMALL_SAMPLE
+from dpsgd_track.comparison.waivers import Waiver
+from dpsgd_track.config import Thresholds
 from dpsgd_track.record.trajectory import LARGE, SAMPLE_COLUMNS, Trajectory
-from tests.support.synthetic_group import permuted, put, scaled, trajectory, without_norms
+from tests.support.synthetic_group import (
+    group_of,
+    healthy_runs,
+    mode_run,
+    permuted,
+    put,
+    scaled,
+    trajectory,
+    with_run,
+    without_norms,
+)
 
 STEPS = 40
 LABELS = {"layer": "layer {}", "parameter": "parameter {}", "sample": "sample {}"}
@@ -290,3 +305,42 @@ def test_update_sees_a_jump_at_the_first_step_of_a_block(monkeypatch: pytest.Mon
     drift = compare_pair("accuracy", ("base", BASE), ("moved", moved)).drifts["update"]
     assert drift.per_step[15] == 0
     assert drift.step == 16
+
+
+class Calls:
+    """How often a function was called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+        self.count = 0
+        original = getattr(module, name)
+
+        def counted(*args: Any, **more: Any) -> Any:
+            self.count += 1
+            return original(*args, **more)
+
+        monkeypatch.setattr(module, name, counted)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_each_pair_is_aligned_and_held_against_its_limits_once(
+    monkeypatch: pytest.MonkeyPatch, num_groups: int
+) -> None:
+    # What only these two call, so that whoever calls them is counted.
+    aligned = Calls(monkeypatch, alignment, "_sample_places")
+    weighed = Calls(monkeypatch, excess, "limits_of")
+    wrong = scaled(trajectory(noise_std=0.0), "gradient_sketch", 1.5)
+    changed = with_run(healthy_runs(), mode_run("flash_fsdp", "clip", wrong))
+    after, before = group_of(changed), group_of(healthy_runs(), "before")
+    until = datetime.date.max
+    waiver = Waiver(mode="flash_fsdp", observable="gradient", reason="known", expires=until)
+    if num_groups == 1:
+        comparison = compare_group(after, Thresholds(), [waiver])
+        replays = 1
+    else:
+        comparison = compare_groups(before, after, Thresholds(), [waiver])
+        replays = 2
+    assert any(f.waiver for mode in comparison.modes for f in mode.findings)
+    judged = [pair for regime in comparison.regimes for pair in regime.pairs]
+    # Within a group, two pairs are measured for the largest drift alone.
+    assert aligned.count == len(judged) + replays + 2 * (num_groups == 1)
+    assert weighed.count == sum(len(pair.drifts) for pair in judged)

@@ -128,6 +128,22 @@ def test_a_second_drift_behind_a_waived_one_still_fails() -> None:
     assert "1 finding waived" in mode.sentence
 
 
+def test_a_stage_that_is_waived_is_neither_the_culprit_nor_called_right() -> None:
+    record = mode_run("flash_fsdp", "clip").trajectory
+    both = scaled(scaled(record, "sample_loss", 1.5, 1), "gradient_sketch", 1.5, 2)
+    runs = with_run(healthy_runs(), mode_run("flash_fsdp", "clip", both))
+    (alone,) = (m for m in judged(runs).modes if m.label == "flash_fsdp")
+    assert alone.culprit is not None
+    assert (alone.culprit.stage, alone.culprit.step) == ("loss", 1)
+    given = waiver(observable="sample_loss")
+    (mode,) = (m for m in judged(runs, given).modes if m.label == "flash_fsdp")
+    assert mode.culprit is not None
+    assert (mode.culprit.stage, mode.culprit.step) == ("clipped sum", 2)
+    assert "the loss" not in mode.sentence
+    (mode,) = (m for m in judged(runs, waiver(observable="*")).modes if m.label == "flash_fsdp")
+    assert (mode.verdict, mode.culprit) == (Verdict.PASS, None)
+
+
 def test_waived_findings_come_last_however_bad() -> None:
     record = mode_run("flash_fsdp", "clip").trajectory
     both = scaled(scaled(record, "grad_norm", 1.5, 1), "layer_grad_norm", 1.004, (1, 0))

@@ -16,7 +16,7 @@ import pytest
 
 from dpsgd_track.cli.faults import detect
 from dpsgd_track.cli.launch import main
-from dpsgd_track.comparison.result import Guilty
+from dpsgd_track.comparison.diagnose.culprit import Culprit
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.modes.table import MODES
 from dpsgd_track.mutants.catalogue import KINDS, MUTANTS
@@ -25,6 +25,7 @@ from dpsgd_track.mutants.coverage import coverage
 from dpsgd_track.mutants.matrix import Matrix, Row
 from dpsgd_track.mutants.matrix_text import markdown, summary
 from dpsgd_track.mutants.mutant import FSDP_MODES
+from dpsgd_track.record.stages import Stage
 from tests.support import ROOT
 from tests.support.workspace import Workspace
 
@@ -198,14 +199,14 @@ def test_one_of_our_modes_takes_every_fault_that_fits_it(mode: str) -> None:
 
 
 def _row(**changes: Any) -> Row:
-    guilty = Guilty(stage="clipped sum", regime="probe-clip", step=0, layers=("gate.weight",))
+    culprit = Culprit(stage=Stage.SUM, regime="probe-clip", step=0, places=("gate.weight",))
     row = Row(
         fault=MUTANTS["sign_flipped"],
         mode="flash_fsdp",
         label="flash_fsdp+sign_flipped",
         verdict=Verdict.BUG,
         sentence="it differs",
-        guilty=guilty,
+        culprit=culprit,
         num_places=25,
         naive_saw=False,
         found_in=("probe-clip",),
@@ -221,29 +222,31 @@ def test_a_row_is_right_only_in_stage_and_place_and_time() -> None:
     right = _row()
     assert right.has_right_place
     assert right.is_in_time
-    assert right.guilty is not None
-    elsewhere = _row(guilty=replace(right.guilty, layers=("gate.weight", "gate.bias")))
+    assert right.culprit is not None
+    elsewhere = _row(culprit=replace(right.culprit, places=("gate.weight", "gate.bias")))
     assert elsewhere.has_right_stage
     assert not elsewhere.has_right_place
-    assert not _row(guilty=replace(right.guilty, layers=())).has_right_place
-    assert not _row(guilty=replace(right.guilty, stage="noise")).has_right_place
-    assert _row(guilty=replace(right.guilty, layers=("gate",))).has_right_place
-    assert not _row(guilty=replace(right.guilty, step=4)).is_in_time
-    assert not _row(guilty=None).has_right_place
+    assert not _row(culprit=replace(right.culprit, places=())).has_right_place
+    assert not _row(culprit=replace(right.culprit, stage=Stage.NOISE)).has_right_place
+    assert _row(culprit=replace(right.culprit, places=("gate",))).has_right_place
+    assert not _row(culprit=replace(right.culprit, step=4)).is_in_time
+    assert not _row(culprit=None).has_right_place
     assert not _row(verdict=Verdict.INCONCLUSIVE).is_detected
 
 
 def test_of_a_fault_that_is_everywhere_no_few_layers_may_be_blamed() -> None:
     fault = MUTANTS["averaged_over_ranks"]
-    guilty = Guilty(stage="clipped sum", regime="probe-clip", step=0)
-    assert _row(fault=fault, guilty=guilty).has_right_place
+    culprit = Culprit(stage=Stage.SUM, regime="probe-clip", step=0)
+    assert _row(fault=fault, culprit=culprit).has_right_place
     for number, is_right in ((1, False), (8, False), (9, True), (25, True)):
-        layers = tuple(f"layer{i}" for i in range(number))
-        assert _row(fault=fault, guilty=replace(guilty, layers=layers)).has_right_place is is_right
+        places = tuple(f"layer{i}" for i in range(number))
+        assert (
+            _row(fault=fault, culprit=replace(culprit, places=places)).has_right_place is is_right
+        )
 
 
 def test_what_could_not_show_is_not_counted_and_is_said() -> None:
-    matrix = _judged(_row(), _row(verdict=Verdict.PASS, guilty=None, excuse="it cannot"))
+    matrix = _judged(_row(), _row(verdict=Verdict.PASS, culprit=None, excuse="it cannot"))
     assert matrix.missed == ()
     assert len(matrix.counted) == 1
     assert summary(matrix)[0] == "1 of 1 (100%) faults found"
@@ -257,22 +260,22 @@ def test_what_each_regime_finds_by_itself_is_counted() -> None:
 
 
 def test_a_miss_is_on_the_page_with_its_sentence() -> None:
-    matrix = _judged(_row(verdict=Verdict.PASS, guilty=None, sentence="agrees with <no_dp>"))
+    matrix = _judged(_row(verdict=Verdict.PASS, culprit=None, sentence="agrees with <no_dp>"))
     page = markdown(matrix, "python launch.py faults")
     found = page.split("## Not found")[1]
     assert "`flash_fsdp+sign_flipped`: agrees with &lt;no" in found
 
 
 def test_a_miss_that_is_known_is_no_failure_and_says_why() -> None:
-    lost = _row(verdict=Verdict.PASS, guilty=None, known_reason="the type itself rounds so")
+    lost = _row(verdict=Verdict.PASS, culprit=None, known_reason="the type itself rounds so")
     matrix = _judged(lost)
     assert matrix.missed == (lost,)
     assert matrix.unexplained == ()
     assert "the type itself rounds so. it differs" in markdown(matrix, "python launch.py faults")
-    assert _judged(_row(verdict=Verdict.PASS, guilty=None)).unexplained
+    assert _judged(_row(verdict=Verdict.PASS, culprit=None)).unexplained
 
 
 def test_coverage_is_said_of_other_peoples_modes_alone() -> None:
     assert coverage(_judged(_row())) == []
-    lines = coverage(_judged(_row(mode="my.mode:Mine", verdict=Verdict.PASS, guilty=None)))
+    lines = coverage(_judged(_row(mode="my.mode:Mine", verdict=Verdict.PASS, culprit=None)))
     assert lines == ["sums: 0 of 1 would be found; not sign_flipped: the comparison said PASS"]

@@ -142,7 +142,7 @@ def _operands(name: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
 
 @pytest.fixture(params=["cpu", "elsewhere"])
 def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the factors may be looked at, as on CPU; elsewhere that would wait for the device."""
+    """True if the factors may be inspected, as on a CPU; a GPU would make that wait."""
     if request.param == "elsewhere":
         monkeypatch.setattr(Tensor, "is_cpu", False)
     return bool(request.param == "cpu")

@@ -38,7 +38,7 @@ class Ranks:
         weights: dict[str, Tensor],
         losses: list[Tensor],
     ) -> tuple[int, StepNorms] | None:
-        """What rank 0 hands out when all observe `step`."""
+        """Result of rank 0 when all ranks observe `step`."""
         packed: list[Tensor] = []
         seen = []
         for number in range(WORLD_SIZE * self.num_replicas):

@@ -45,7 +45,7 @@ each_history = pytest.mark.parametrize("history", HISTORIES, ids=_name)
 
 
 def _resumed(private: PrivacyLedger) -> PrivacyLedger:
-    """What a later process reads from the file that this one wrote."""
+    """State that a later process reads from the file that this one wrote."""
     file = io.BytesIO()
     torch.save(private.state_dict(), file)
     file.seek(0)
@@ -149,7 +149,7 @@ def test_epsilon_does_not_depend_on_the_order_of_stages(compute: Any) -> None:
 
 
 def _holds(history: History) -> bool:
-    """Whether the accountants agree about the whole history with what dp-accounting says."""
+    """True if the accountants agree with dp-accounting on the whole history."""
     private = PrivacyLedger(history)
     row = VALUES[history]
     for delta, rdp, pld in zip(DELTAS, row["rdp"], row["pld"], strict=True):
@@ -183,16 +183,16 @@ def test_each_stage_counts(history: History) -> None:
 def test_the_values_of_dp_accounting_tell_planted_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
     history = (FIRST, SECOND)
     assert _holds(history)
-    priced = PrivacyLedger._priced
+    accountable = PrivacyLedger._accountable_history
 
     def forgets(private: PrivacyLedger) -> History:
-        return priced(private)[-1:]
+        return accountable(private)[-1:]
 
     def prices_all_at_the_last(private: PrivacyLedger) -> History:
-        return ((*priced(private)[-1][:2], private.num_steps),)
+        return ((*accountable(private)[-1][:2], private.num_steps),)
 
     for bug in (forgets, prices_all_at_the_last):
-        monkeypatch.setattr(PrivacyLedger, "_priced", bug)
+        monkeypatch.setattr(PrivacyLedger, "_accountable_history", bug)
         assert not _holds(history)
 
 

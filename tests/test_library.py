@@ -444,6 +444,14 @@ def _begin_to_write(model: nn.Module) -> None:
     model[3].is_writing = True
 
 
+def _begin_to_fill(model: nn.Module) -> None:
+    model[3].fills = "late"
+
+
+def _begin_to_register(model: nn.Module) -> None:
+    model[3].fills = "new"
+
+
 def _begin_to_use(model: nn.Module) -> None:
     model[3].used = [model[0]]
 
@@ -462,12 +470,16 @@ class _Changeable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("average", torch.zeros(6))
+        self.register_buffer("late", None)
         self.is_writing = False
+        self.fills = ""
         self.used: list[Any] = []
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_writing:
             self.average.mul_(0.9).add_(x.detach().mean(dim=0), alpha=0.1)
+        if self.fills:
+            self.register_buffer(self.fills, x.detach().mean(dim=0))
         for layer in self.used:
             x = x + x @ layer.weight[:, :6]
         return x
@@ -481,6 +493,11 @@ LATER = {
     "parameter": (_exchange_parameter, r"0: expected modules and parameters as they were"),
     "gradient-hook": (_hook_gradient, r"0\.weight: expected no hook"),
     "buffer": (_begin_to_write, r"3\.average: expected a forward that leaves the model as it is"),
+    "empty-buffer": (_begin_to_fill, r"3\.late: expected a forward that leaves the model as it is"),
+    "new-buffer": (
+        _begin_to_register,
+        r"3\.new: expected a forward that leaves the model as it is",
+    ),
     "functional": (_begin_to_use, r"Used in other ways too: 0\.weight"),
     "forward": (_replace_forward, r"0: expected the forward of Linear"),
     "parametrised": (_weight_norm, r"0: expected modules and parameters as they were"),
@@ -508,6 +525,43 @@ def test_what_changes_later_is_refused_at_once(change: str, num_batches: int) ->
     with pytest.raises(RuntimeError):
         optimizer.step()
     assert torch.equal(_weights(model), before)
+
+
+def test_a_buffer_taken_away_between_batches_is_no_error(model: nn.Module) -> None:
+    model.register_buffer("unused", torch.zeros(1))
+    private, optimizer = _made(model, "flash_bk")
+    del model.unused
+    private.backward(*_data())
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input": torch.zeros(B, D), "flag": False}, r"inputs\['flag'\]=False: expected a tensor"),
+        ((torch.zeros(B, D), torch.zeros(1, D)), rf"inputs\[1\]=\(1, {D}\): expected a tensor"),
+        (torch.zeros(B - 1, D), rf"inputs\[0\]=.*the {B} samples of the targets"),
+    ],
+)
+def test_an_input_that_is_not_one_row_a_sample_is_refused_by_name(
+    model: nn.Module, inputs: Any, message: str
+) -> None:
+    private, optimizer = _made(model, "flash_bk")
+    with pytest.raises(ValueError, match=message):
+        private.backward(inputs, torch.zeros(B, dtype=torch.long))
+    private.backward(*_data())
+    optimizer.step()
+
+
+def test_a_model_without_parameters_is_refused_by_name(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="expected the model's parameters"):
+        dpsgd_track.make_private(
+            nn.Identity(),
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            noise_multiplier=SIGMA,
+            max_grad_norm=C,
+            expected_batch_size=B,
+        )
 
 
 def test_parameters_added_to_the_optimizer_are_refused(model: nn.Module) -> None:
@@ -563,7 +617,7 @@ class _OtherModel(ReferenceMode):
 
 def test_a_mode_that_copies_its_gradients_trains_with_noise(model: nn.Module) -> None:
     before = _weights(model)
-    private, optimizer = _made(model, "test_library:_Copying")
+    private, optimizer = _made(model, f"{__name__}:_Copying")
     private.backward(*_data(0))
     optimizer.step()
     noise = (before - _weights(model)) / 0.5 * B
@@ -582,11 +636,11 @@ def test_a_mode_that_could_skip_the_noise_is_refused(
     model: nn.Module, name: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        _made(model, f"test_library:{name}")
+        _made(model, f"{__name__}:{name}")
 
 
 def test_a_sum_that_claims_less_than_c_is_refused(model: nn.Module) -> None:
-    private, optimizer = _made(model, "test_library:_LessSensitive")
+    private, optimizer = _made(model, f"{__name__}:_LessSensitive")
     private.backward(*_data())
     with pytest.raises(ValueError, match=r"sensitivity=0\.0: expected 0\.37"):
         optimizer.step()

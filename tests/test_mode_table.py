@@ -1,4 +1,4 @@
-"""What a mode's name stands for, before anything heavy is imported."""
+"""Modes are resolved by name without importing torch or Opacus."""
 
 import subprocess
 import sys

@@ -72,7 +72,7 @@ def _z_of_correlation(a: torch.Tensor, b: torch.Tensor, std: float) -> float:
 
 
 def _shards(key: str, name: str, shape: tuple[int, ...], world_size: int) -> list[torch.Tensor]:
-    """What each rank that holds anything draws: [elements, STEPS]."""
+    """Noise that each rank with elements draws: [elements, STEPS]."""
     parts = [part for part in _parts(shape, world_size, name) if part.local.numel()]
     sources = [NoiseSource(key, step) for step in range(STEPS)]
     return [

@@ -15,11 +15,10 @@ from dpsgd_track.comparison.audit.noise.gaussian import (
     std_interval,
 )
 from dpsgd_track.comparison.audit.noise.sketches import independent_squares
-from dpsgd_track.comparison.group import compare_group
-from dpsgd_track.comparison.groups import compare_groups
+from dpsgd_track.comparison.group import compare_group, compare_groups
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import NOISE, PLAIN, SILENT, Thresholds
-from dpsgd_track.launcher.suites import NOISE_SIGMA
+from dpsgd_track.launcher.regimes import NOISE_SIGMA
 from dpsgd_track.record.failure import FailureKind
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Trajectory
@@ -358,7 +357,7 @@ def test_wrong_noise_is_a_bug_of_its_mode_alone() -> None:
     assert verdicts(comparison)["flash_fsdp"] == "BUG"
     assert verdicts(comparison)["flash_fsdp_fuse"] == "PASS"
     guilty = next(mode for mode in comparison.modes if mode.label == "flash_fsdp")
-    assert "noise (regime noise): the std of its noise" in guilty.sentence
+    assert "adds wrong noise (regime noise): the std of its noise" in guilty.sentence
 
 
 @pytest.mark.parametrize("has_norms", [True, False])

@@ -22,7 +22,7 @@ from dpsgd_track.comparison.audit.noise.equality import (
 from dpsgd_track.comparison.audit.noise.gaussian import beyond, share_interval
 from dpsgd_track.comparison.audit.noise.samples import COARSE, FINE, Samples, samples_of
 from dpsgd_track.comparison.audit.noise.tails import TAILS, check_tails
-from dpsgd_track.launcher.suites import NOISE_SIGMA
+from dpsgd_track.launcher.regimes import NOISE_SIGMA
 from tests.support.noisy_records import C, Fault, Floats, audited, noisy, sentences
 
 SMALL = (600, 300, 64, 3, 1)

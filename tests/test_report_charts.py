@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dpsgd_track.report.charts import figures
+from dpsgd_track.comparison.profile import profile_of
+from dpsgd_track.report.charts import Style, figures, profile_charts
 from dpsgd_track.report.charts.curves import points_of_each, whole
 from dpsgd_track.report.charts.heatmap import LOWEST, NOTHING, PER_DECADE, as_bytes
 from dpsgd_track.report.charts.style import Chart, name_axis, wrapped
@@ -22,6 +23,7 @@ from tests.support.synthetic_group import (
     trajectory,
     with_run,
 )
+from tests.support.synthetic_profile import large, profiled
 from tests.support.synthetic_report import GUILTY, GUILTY_LAYER, audit, broken, healthy
 
 
@@ -112,6 +114,29 @@ def test_noise_chart_shows_the_parameters_that_are_farthest_off() -> None:
     at = list(curve.x).index(2.0)
     assert shown.figure.layout.yaxis.ticktext[round(float(curve.y[at]))] == "layer77"
     assert "40 farthest from 1 of 100" in shown.caption
+
+
+def test_a_mode_stands_once_in_the_legend_of_each_chart() -> None:
+    group = profiled(large())
+    profile = profile_of(group)
+    assert profile is not None
+    drawn = (*figures(broken()), *profile_charts(profile, Style.of_group(group)))
+    shown = [each for each in drawn if each.figure.layout.showlegend is not False]
+    assert len({each.section for each in shown}) > 4
+    for each in shown:
+        names = [t.name for t in each.figure.data if t.legendgroup and t.showlegend is not False]
+        assert sorted(names) == sorted({t.name for t in each.figure.data if t.legendgroup})
+
+
+def test_a_place_of_a_drift_is_found_by_its_number() -> None:
+    data = chart(figures(broken()), "drift_clip_gradient").figure.data
+    wrong = next(trace for trace in data if trace.name == GUILTY)
+    pair = next(
+        p for r in broken().regimes if r.name == "clip" for p in r.pairs if p.mode == GUILTY
+    )
+    places = [wrong.meta["names"][i] for i in wrong.customdata]
+    assert places == list(pair.drifts["gradient"].where_per_step)
+    assert len(set(places)) > 1
 
 
 def test_long_names_keep_their_end_on_an_axis() -> None:

@@ -27,7 +27,7 @@ from dpsgd_track.report.html import html
 from dpsgd_track.report.junit import junit
 from dpsgd_track.report.markdown import markdown, note
 from dpsgd_track.report.stages import advice, multiple, stage_tables
-from dpsgd_track.report.text import print_table
+from dpsgd_track.report.text import print_table, summary
 from tests.support.synthetic_group import (
     compared,
     healthy_runs,
@@ -57,6 +57,10 @@ def not_finite() -> GroupComparison:
     record = put(trajectory(noise_std=0.0), "loss", np.nan, 1)
     record = put(record, "grad_norm", np.inf, 1)
     return compared(with_run(healthy_runs(), mode_run("flash_fsdp", "clip", record)))
+
+
+def annotated(comparison: GroupComparison) -> str:
+    return workflow_commands(comparison).replace("%25", "%")
 
 
 def nothing() -> GroupComparison:
@@ -214,12 +218,16 @@ def test_schema_refuses_what_is_not_meant(where: tuple[Any, ...], value: Any) ->
         jsonschema.Draft202012Validator(SCHEMA).validate(document)
 
 
-def test_drift_json_has_ladders_blames_audits_waivers_and_differences() -> None:
+def test_drift_json_has_ladders_culprits_audits_waivers_and_differences() -> None:
     document = json.loads(drift_json(broken()))
     guilty = next(mode for mode in document["modes"] if mode["label"] == GUILTY)
     ladder = next(each for each in guilty["ladders"] if each["regime"] == "clip")
     assert [stage["status"] for stage in ladder["stages"]][2:5] == ["ok", "introduced", "inherited"]
-    assert guilty["blames"][0]["ranks"] == [1]
+    assert guilty["culprits"] == [guilty["culprit"]]
+    assert (guilty["culprit"]["ranks"], guilty["culprit"]["places"]) == (
+        [1],
+        ["model.layers.2.weight"],
+    )
     assert document["regimes"][0]["noise_audits"][0]["checks"][0]["is_ok"] is True
     waivers = [f["waiver"] for mode in document["modes"] for f in mode["findings"] if f["waiver"]]
     assert [waiver["expires"] for waiver in waivers] == ["2026-12-31"]
@@ -256,21 +264,26 @@ def test_stages_that_went_wrong_come_first() -> None:
     assert statuses["per-sample norms"] is StageStatus.INTRODUCED
 
 
-def test_advice_names_where_to_start() -> None:
+def test_the_sentence_names_where_to_start_and_the_advice_what_to_do() -> None:
     assert advice(healthy()).startswith("Safe to merge")
-    start = "Start at the per-sample norms of model.layers.2.weight at step 3 in flash_fsdp_fuse."
-    assert start in advice(broken())
-    failing = many_wrong(1)
-    assert "Start at the clipped sum at step 0 in mode0." in advice(failing)
+    start = "computes wrong per-sample norms: first at step 3 of clip, in model.layers.2.weight"
+    assert f"BUG: {GUILTY} {start}" in broken().sentence
+    assert advice(broken()).startswith("Do not merge")
+    assert "first at step 0 of clip" in many_wrong(1).sentence
     assert advice(inconclusive()).startswith("Do not merge on this evidence")
 
 
-def test_every_form_shows_the_stage_that_went_wrong() -> None:
-    blame = "went wrong by themselves first in model.layers.2.weight"
+@pytest.mark.parametrize("told", [markdown, lambda c: html(c, figures(c)), summary, annotated])
+def test_every_form_says_once_what_went_wrong_and_counts_the_rest(told: Any) -> None:
+    text = told(broken())
+    assert text.count("first at step 3 of clip, in model.layers.2.weight") == 1
+    assert text.count("Off by up to 8 % from reference") == 1
+    assert ("5 more findings" in text) is (told is not annotated)
+
+
+def test_the_stage_that_went_wrong_stands_above_what_is_folded() -> None:
     text = markdown(broken())
-    assert blame in text
     assert text.index("✗ introduced") < text.index("<details>")
-    assert blame in html(broken(), figures(broken()))
     assert "✗ introduced" not in markdown(healthy())
 
 

@@ -255,7 +255,10 @@ def test_a_golden_file_stands_wherever_a_group_may(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["absent.dpsgd"], "group='absent.dpsgd': expected a file that dpsgd-track compare --export wrote."),
+        (
+            ["absent.dpsgd"],
+            "group='absent.dpsgd': expected a file that dpsgd-track compare --export wrote.",
+        ),
         (["torn.dpsgd"], "It is torn or something else"),
         (["synthetic", "absent.dpsgd"], "There is no such file."),
         (["synthetic", "--export", "torn.dpsgd"], "Add --force to replace it."),

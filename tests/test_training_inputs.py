@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertPreTrainedModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertPreTrainedModel,
+    PreTrainedModel,
+)
 
 from dpsgd_track.config import (
     CAUSAL_LM,
@@ -37,7 +42,7 @@ from dpsgd_track.training.data import (
     extra_inputs_of,
     num_labels_of,
 )
-from dpsgd_track.training.model import build_model
+from dpsgd_track.training.model import build_model, check_length
 from dpsgd_track.training.model_source import presets, resolve_model
 from dpsgd_track.training.observe import linear_layer_names, weights_digest
 from dpsgd_track.training.preflight import check_inputs
@@ -302,6 +307,24 @@ def test_every_preset_resolves(name: str) -> None:
     limit = source.max_seq_length()
     assert limit is not None
     assert limit >= 512
+
+
+def test_positions_that_roberta_reserves_for_padding_are_not_counted() -> None:
+    config = AutoConfig.for_model(
+        "roberta",
+        vocab_size=9,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=4,
+        max_position_embeddings=20,
+        pad_token_id=1,
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    check_length(model, 18)
+    assert model(torch.full((1, 18), 5)).logits.shape == (1, 2)
+    with pytest.raises(ValueError, match="seq_length=19: expected at most 18"):
+        check_length(model, 19)
 
 
 def _config(**change: object) -> tuple[ModelConfig, DataConfig]:

@@ -21,7 +21,7 @@ from dpsgd_track.config import (
     RegimeConfig,
     Thresholds,
 )
-from dpsgd_track.launcher.suites import NOISE_BOUNDS, NOISE_MICRO_BATCHES, NOISE_SIGMA
+from dpsgd_track.launcher.regimes import NOISE_BOUNDS, NOISE_MICRO_BATCHES, NOISE_SIGMA
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.training.noise_samples import (

@@ -314,6 +314,6 @@ def test_weighed_sums_leave_out_samples_of_factor_0(samples: tuple[int, ...]) ->
             # The test has power: such a sample times 0 is NaN.
             assert not torch.tensordot(factor, grad.float(), dims=1).isfinite().any()
     if kept:
-        others = [g.mT[kept].mT if weighted_sum._is_turned(g) else g[kept] for g in whole]
+        others = [g.mT[kept].mT if weighted_sum._is_transposed(g) else g[kept] for g in whole]
         alone = weighted_sum.weighted_sums(others, factor[kept])
         assert all(map(torch.equal, zeroed, alone))

@@ -3,102 +3,118 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from dpsgd_track.comparison.audit.consistency import Inconsistency
 from dpsgd_track.comparison.audit.noise import judge_noise, passed_noise
-from dpsgd_track.comparison.diagnose.culprit import blame
-from dpsgd_track.comparison.diagnose.ladder import (
-    Rung,
-    excess_of,
-    first_failure,
-    ladder,
-    own_errors,
-    unlike_inputs,
-)
-from dpsgd_track.comparison.measure.alignment import align
-from dpsgd_track.comparison.measure.drift import Pair
-from dpsgd_track.comparison.measure.floor import Floor
+from dpsgd_track.comparison.diagnose.culprit import Culprit, culprit_of
+from dpsgd_track.comparison.diagnose.ladder import STAGES, Rung, ladder
+from dpsgd_track.comparison.measure.amount import number
+from dpsgd_track.comparison.measure.excess import Evidence, evidence_of
 from dpsgd_track.comparison.measure.observables import OBSERVABLES
+from dpsgd_track.comparison.pairing import Candidate, Held, Matched
 from dpsgd_track.comparison.result import Judged, Key, RegimeComparison
 from dpsgd_track.comparison.verdict import (
     Finding,
     judge_consistency,
+    judge_coverage,
     judge_floor,
     judge_pair,
     judge_run,
-    number,
 )
 from dpsgd_track.comparison.waivers import Waiver, waiver_of
-from dpsgd_track.config import NOISE, Thresholds, kind_of
+from dpsgd_track.config import CLIP, NOISE, Thresholds, kind_of
 from dpsgd_track.record.run import ModeRun
 
 
-def judge_alone(
-    run: ModeRun, regime: RegimeComparison
-) -> tuple[list[Finding], tuple[Inconsistency, ...]]:
-    """What is wrong with `run` whatever it is held against, and the relations that it breaks."""
-    findings, broken = judge_consistency(run)
-    findings = [*judge_run(run), *findings]
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What every run is measured by."""
+
+    thresholds: Thresholds
+    waivers: Sequence[Waiver] = ()
+    """Drifts that are accepted until they expire."""
+    today: datetime.date
+
+
+def judge(candidate: Candidate, matched: Matched, measure: Measure) -> Judged:
+    """Everything that is found of a run in one regime, by itself and in each comparison."""
+    run, regime = candidate.run, matched.comparison
+    found, broken = judge_consistency(run)
+    found = [*judge_run(run), *found]
     if not run.replay:
-        findings += judge_noise(run, regime.audits.get(run.label))
-    return findings, broken
+        found += judge_noise(run, regime.audits.get(run.label))
+    if kind_of(regime.name) == CLIP and matched.reference:
+        found += judge_coverage(matched.reference)
+    found += candidate.findings
+    results = []
+    for held in candidate.held:
+        found += held.findings
+        if held.pair:
+            results.append(_judge_against(held, run, measure, broken))
+    ladders = {key: rungs for result in results for key, rungs in result.ladders.items()}
+    return Judged(
+        findings=(*found, *(f for result in results for f in result.findings)),
+        ladders=ladders,
+        culprits={key: c for result in results for key, c in result.culprits.items()},
+        passed=candidate.new or _passed(run, regime, measure.thresholds, ladders),
+    )
 
 
-def judge_against(
-    base: ModeRun,
-    run: ModeRun,
-    pair: Pair,
-    thresholds: Thresholds,
-    floor: Floor | None,
-    *,
-    unlike: Sequence[Finding],
-    broken: Sequence[Inconsistency],
+def _judge_against(
+    held: Held, run: ModeRun, measure: Measure, broken: Sequence[Inconsistency]
 ) -> Judged:
-    """What `pair`, of two recorded runs, shows.
+    """What the pair of two recorded runs shows.
 
     Args:
-        unlike: why the two cannot be compared; their drifts then say nothing about the mode.
         broken: relations between its own numbers that `run` breaks.
     """
-    assert base.trajectory is not None
-    assert run.trajectory is not None
-    aligned = align(base.trajectory, run.trajectory)
-    rungs = ladder(
-        pair,
-        thresholds,
-        floor,
-        inputs=unlike_inputs(base.trajectory, run.trajectory),
-        broken=broken,
-        own_errors=own_errors(aligned, pair, thresholds, floor),
-    )
+    assert held.pair is not None
+    evidence = evidence_of(held.pair, measure.thresholds, held.floor)
+    rungs = ladder(evidence, broken)
+    key = held.pair.regime, held.pair.baseline
     left_out = run.facts.left_out_steps if run.facts else ()
-    found = [*judge_floor(pair, floor), *judge_pair(pair, thresholds, floor, rungs, left_out)]
-    key = pair.regime, pair.baseline
-    if unlike:
-        return Judged(findings=tuple(f for f in found if not f.observable), ladders={key: rungs})
-    failure, guilty = first_failure(rungs), blame(rungs, aligned, run)
+    found = [*judge_floor(evidence), *judge_pair(evidence, rungs, left_out)]
+    if held.unlike:
+        # Drifts of what cannot be compared say nothing about the mode.
+        return Judged(
+            findings=tuple(f for f in found if f.observable is None), ladders={key: rungs}
+        )
+    found = [_waived(held.attributed(f), run.label, evidence, measure) for f in found]
+    culprit = _culprit(evidence, rungs, found, run, broken)
     return Judged(
-        findings=tuple(found),
-        failures={key: failure} if failure else {},
-        ladders={key: rungs},
-        blames={key: guilty} if guilty else {},
+        findings=tuple(found), ladders={key: rungs}, culprits={key: culprit} if culprit else {}
     )
 
 
-def joined(results: Sequence[Judged], findings: Iterable[Finding], passed: str) -> Judged:
-    """`findings` and all of `results` as one."""
-    return Judged(
-        findings=(*findings, *(f for result in results for f in result.findings)),
-        failures={key: f for result in results for key, f in result.failures.items()},
-        ladders={key: r for result in results for key, r in result.ladders.items()},
-        blames={key: b for result in results for key, b in result.blames.items()},
-        passed=passed,
-    )
+def _waived(finding: Finding, label: str, evidence: Evidence, measure: Measure) -> Finding:
+    """`finding`, with the waiver that accepts it."""
+    if finding.observable is None:
+        return finding
+    excess = evidence.excesses[finding.observable]
+    accepted = waiver_of(finding, label, excess, measure.waivers, measure.today)
+    return replace(finding, waiver=accepted)
 
 
-def passed(
+def _culprit(
+    evidence: Evidence,
+    rungs: Sequence[Rung],
+    found: Sequence[Finding],
+    run: ModeRun,
+    broken: Sequence[Inconsistency],
+) -> Culprit | None:
+    """The first stage that went wrong, of those whose drifts are not all accepted."""
+
+    def is_accepted(rung: Rung) -> bool:
+        shown = [f for f in found if f.observable in STAGES.get(rung.stage, ())]
+        return bool(shown) and not any(f.fails for f in shown)
+
+    counted = [rung for rung in rungs if not is_accepted(rung)]
+    return culprit_of(evidence.pair, counted, run, broken)
+
+
+def _passed(
     run: ModeRun,
     regime: RegimeComparison,
     thresholds: Thresholds,
@@ -121,6 +137,7 @@ def passed(
     nearest = max(rungs, key=lambda rung: rung.times, default=None)
     if nearest is None or not nearest.value:
         return f"{agrees} to the last bit"
+    assert nearest.observable is not None
     observable = OBSERVABLES[nearest.observable]
     threshold = float(getattr(thresholds, observable.threshold))
     limit = "what rounding explains" if nearest.floor is not None else "its threshold"
@@ -129,24 +146,3 @@ def passed(
         f"{number(nearest.times)} times {limit} (threshold {number(threshold)}, "
         f"floor {number(nearest.floor)})"
     )
-
-
-def waive(
-    judged: Judged,
-    label: str,
-    regime: RegimeComparison,
-    thresholds: Thresholds,
-    waivers: Sequence[Waiver],
-    today: datetime.date,
-) -> Judged:
-    """`judged`, in which each finding that a waiver accepts carries it."""
-
-    def waived(finding: Finding) -> Finding:
-        pair = regime.pair(label, finding.against) if finding.against else None
-        drift = pair.drifts.get(finding.observable) if pair else None
-        if drift is None or finding.threshold is None:
-            return finding
-        excess = excess_of(drift, thresholds, regime.floor(finding.against))
-        return replace(finding, waiver=waiver_of(finding, label, excess, waivers, today))
-
-    return replace(judged, findings=tuple(map(waived, judged.findings)))

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dpsgd_track.comparison.audit.noise import NoiseAudit
-from dpsgd_track.comparison.diagnose.culprit import Blame
-from dpsgd_track.comparison.diagnose.ladder import STAGES, FirstFailure, Rung
+from dpsgd_track.comparison.diagnose.culprit import Culprit, first_of
+from dpsgd_track.comparison.diagnose.ladder import Rung
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import Thresholds
 from dpsgd_track.record.run import Group, ModeRun
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Trajectory
 
 
@@ -25,9 +26,9 @@ class LargestDrift:
     drift: Drift
 
 
-def largest_of(pairs: Iterable[Pair]) -> dict[str, LargestDrift]:
+def largest_of(pairs: Iterable[Pair]) -> dict[ObservableName, LargestDrift]:
     """The largest drift of each observable over `pairs`."""
-    largest: dict[str, LargestDrift] = {}
+    largest: dict[ObservableName, LargestDrift] = {}
     for pair in pairs:
         for name, drift in pair.drifts.items():
             if name not in largest or drift.max > largest[name].drift.max:
@@ -50,7 +51,7 @@ class RegimeComparison:
     """Replays against the run they repeat, by the replay's title."""
     floors: Mapping[str, Floor]
     """What the sound replays of a run show together, by that run's label."""
-    largest: Mapping[str, LargestDrift]
+    largest: Mapping[ObservableName, LargestDrift]
     """By observable, over all pairs of modes."""
     audits: Mapping[str, NoiseAudit] = field(default_factory=dict)
     """By label, of the modes that add noise."""
@@ -79,6 +80,13 @@ def earlier_label(label: str, baseline: str) -> str:
     return f"{label} [{baseline}]"
 
 
+Key = tuple[str, str]
+"""(regime, label of the run held against)."""
+
+EnvironmentDifferences = tuple[tuple[str, str, str], ...]
+"""(key, before, after) of each fact of software and machine that differs between two groups."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModeVerdict:
     """One mode over all its regimes."""
@@ -87,29 +95,45 @@ class ModeVerdict:
     verdict: Verdict
     findings: tuple[Finding, ...]
     """Worst first, waived ones last; a PASS has none but waived ones."""
-    failures: Mapping[tuple[str, str], FirstFailure]
-    """First failing stage by (regime, baseline)."""
     sentence: str
-    ladders: Mapping[tuple[str, str], tuple[Rung, ...]] = field(default_factory=dict)
-    """Every stage, in the order of a step, by (regime, baseline)."""
-    blames: Mapping[tuple[str, str], Blame] = field(default_factory=dict)
-    """By (regime, baseline); only where something is to blame."""
-    guilty: Guilty | None = None
+    """What is wrong, where first, and how much; or what it agrees with."""
+    ladders: Mapping[Key, tuple[Rung, ...]] = field(default_factory=dict)
+    """Every stage, in the order of a step."""
+    culprits: Mapping[Key, Culprit] = field(default_factory=dict)
+    """What each comparison shows; only where a stage went wrong and is not accepted."""
+    culprit: Culprit | None = None
     """What all of it comes down to; None where no stage is known to have gone wrong."""
 
+    @property
+    def others(self) -> tuple[Finding, ...]:
+        """The findings that the sentence does not tell, and all that a waiver accepts."""
+        told = _told([f for f in self.findings if not f.waiver], self.culprit)
+        return tuple(f for f in self.findings if f is not told)
 
-@dataclass(frozen=True, kw_only=True)
-class Guilty:
-    """The one place that a mode's sentence names."""
+    def counted(self, regime: str) -> list[Finding]:
+        """Findings in `regime` that no waiver accepts."""
+        return [f for f in self.findings if f.regime == regime and not f.waiver]
 
-    stage: str
-    regime: str
-    step: int | None = None
-    """None before the first step, or where it is not known."""
-    layers: tuple[str, ...] = ()
-    """Layers or parameters concerned, worst first; empty where the stage has none."""
-    observable: str = ""
-    """What showed it."""
+    def reason(self, regime: str) -> str:
+        """Why the mode does not pass in `regime`, as a sentence without its name or a full stop."""
+        own = {key: culprit for key, culprit in self.culprits.items() if key[0] == regime}
+        found = self.counted(regime)
+        if (first := first_of(own)) is not None:
+            return own[first].sentence
+        return next((f.culprit for f in found if f.culprit), found[0]).sentence
+
+
+def _told(findings: Sequence[Finding], culprit: Culprit | None) -> Finding | None:
+    """The finding that the mode's sentence tells."""
+    if culprit is None:
+        return next(iter(findings), None)
+    shown = culprit.regime, culprit.against, culprit.observable
+    return next(
+        (f for f in findings if f.culprit == culprit)
+        if not culprit.against
+        else (f for f in findings if (f.regime, f.against, f.observable) == shown),
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +149,15 @@ class GroupComparison:
     sentence: str
     waiver_notes: tuple[str, ...] = ()
     """Waivers that have expired, or that nothing needed."""
-    environment_differences: tuple[tuple[str, str, str], ...] = ()
-    """Of two groups: (key, before, after) of each fact of software and machine that differs."""
+    environment_differences: EnvironmentDifferences = ()
+    """Of two groups."""
 
-
-Key = tuple[str, str]
-"""(regime, label of the run held against)."""
+    @property
+    def leading(self) -> ModeVerdict | None:
+        """The mode that the sentence tells of; None where all pass."""
+        if self.verdict is Verdict.PASS:
+            return None
+        return next((mode for mode in self.modes if mode.verdict is self.verdict), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,81 +165,38 @@ class Judged:
     """What was found of one run in one regime."""
 
     findings: tuple[Finding, ...] = ()
-    failures: Mapping[Key, FirstFailure] = field(default_factory=dict)
     ladders: Mapping[Key, tuple[Rung, ...]] = field(default_factory=dict)
-    blames: Mapping[Key, Blame] = field(default_factory=dict)
+    culprits: Mapping[Key, Culprit] = field(default_factory=dict)
     passed: str = ""
     """What is said of the run in its regime if nothing was found."""
 
 
 def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
     """What `results`, one a regime, add up to."""
-    blames = {key: b for result in results for key, b in result.blames.items()}
-    first = _first_blamed(blames)
+    culprits = {key: c for result in results for key, c in result.culprits.items()}
+    first = first_of(culprits)
     every = sorted(
         (f for result in results for f in result.findings),
         key=lambda f: (f.waiver is not None, -f.verdict.severity, (f.regime, f.against) != first),
     )
     findings = [f for f in every if not f.waiver]
+    shown_alone = next((f.culprit for f in findings if f.culprit), None)
+    culprit = shown_alone if first is None else culprits[first]
     if not findings:
-        sentence = "; ".join(filter(None, map(_passed_or_waived, results)))
+        said = f": {'; '.join(filter(None, map(_passed_or_waived, results)))}"
+    elif culprit:
+        said = f" {culprit.sentence}{_waived(every, '; ')}"
     else:
-        sentence = findings[0].sentence
-        guilty = blames.get((findings[0].regime, findings[0].against))
-        if guilty and findings[0].observable:
-            sentence += f". To blame: {guilty.sentence}"
-        if len(findings) > 1:
-            sentence += f" (and {len(findings) - 1} more)"
-        sentence += _waived(every, "; ")
+        said = f": {findings[0].sentence}{_waived(every, '; ')}"
     return ModeVerdict(
         label=label,
         verdict=worst(f.verdict for f in findings),
         findings=tuple(every),
-        failures={key: f for result in results for key, f in result.failures.items()},
-        sentence=f"{label}: {sentence}.",
+        sentence=f"{label}{said}.",
         ladders={key: r for result in results for key, r in result.ladders.items()},
-        blames=blames,
-        guilty=_guilty(findings, blames, first),
+        culprits=culprits,
+        culprit=culprit,
     )
-
-
-def _guilty(
-    findings: Sequence[Finding], blames: Mapping[Key, Blame], first: Key | None
-) -> Guilty | None:
-    alone = next((f for f in findings if f.stage), None)
-    if first is not None:
-        blamed = blames[first]
-        shown = (f.observable for f in findings if (f.regime, f.against) == first)
-        return Guilty(
-            stage=blamed.stage,
-            regime=first[0],
-            step=blamed.step,
-            layers=blamed.layers,
-            observable=next(shown, alone.observable if alone else ""),
-        )
-    if alone is None:
-        return None
-    return Guilty(
-        stage=alone.stage,
-        regime=alone.regime,
-        step=alone.step,
-        layers=alone.layers,
-        observable=alone.observable,
-    )
-
-
-def _first_blamed(blames: Mapping[Key, Blame]) -> Key | None:
-    """Where the earliest stage of a step is blamed: what is held against no_dp alone shows no
-    norms, and where nothing is clipped a wrong clip factor does not show."""
-    order = [stage for stage, _ in STAGES]
-
-    def place(key: Key) -> tuple[int, int, bool]:
-        blamed = blames[key]
-        stage = order.index(blamed.stage) if blamed.stage in order else -1
-        says_where = bool(blamed.layers or blamed.samples)
-        return stage, -1 if blamed.step is None else blamed.step, not says_where
-
-    return min(blames, key=place, default=None)
 
 
 def _passed_or_waived(result: Judged) -> str:

@@ -10,23 +10,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpsgd_track.comparison.audit.consistency import TOLERANCE, Inconsistency, inconsistencies
+from dpsgd_track.comparison.diagnose.culprit import Culprit, contradiction
 from dpsgd_track.comparison.diagnose.ladder import (
     STAGES,
-    Excess,
     Rung,
     StageStatus,
-    excess_of,
-    first_failure,
+    first_introduced,
+    rung_at,
     unlike_inputs,
 )
-from dpsgd_track.comparison.measure.drift import LOSS, Drift, Pair
+from dpsgd_track.comparison.measure.amount import number
+from dpsgd_track.comparison.measure.drift import LOSS, Pair
+from dpsgd_track.comparison.measure.excess import Evidence, Excess
 from dpsgd_track.comparison.measure.finite import not_finite
-from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.waivers import Waiver
-from dpsgd_track.config import Thresholds
 from dpsgd_track.modes.table import spec_of
 from dpsgd_track.record.failure import FailureKind
 from dpsgd_track.record.run import ModeRun, Status
+from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Trajectory
 
 COVERAGE = (0.2, 0.8)
@@ -51,6 +52,10 @@ class Verdict(enum.StrEnum):
         return list(Verdict).index(self)
 
 
+FAILURES = (Verdict.BUG, Verdict.DRIFT)
+"""Verdicts on something that was compared and is wrong."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One reason for a verdict other than PASS."""
@@ -60,32 +65,26 @@ class Finding:
     sentence: str
     against: str = ""
     """Label of the baseline; empty where none is involved."""
-    observable: str = ""
+    observable: ObservableName | None = None
     value: float | None = None
     threshold: float | None = None
     floor: float | None = None
     step: int | None = None
     where: str = ""
-    stage: str = ""
-    """Of a finding that no baseline is needed for, the stage that it is about."""
-    layers: tuple[str, ...] = ()
-    """And the parameters that it names."""
+    culprit: Culprit | None = None
+    """Of a finding that no baseline is needed for, what it shows to have gone wrong."""
     waiver: Waiver | None = None
     """Why it fails nothing, where it is accepted for now."""
+
+    @property
+    def fails(self) -> bool:
+        """Whether it makes a comparison fail."""
+        return self.verdict in FAILURES and self.waiver is None
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """The most severe of `verdicts`; PASS for none."""
     return max(verdicts, key=lambda v: v.severity, default=Verdict.PASS)
-
-
-def number(value: float | None) -> str:
-    """`value` to two or three significant digits: `3.1e-08`, `0.0123`, `not measured`."""
-    if value is None or math.isnan(value):
-        return "not measured" if value is None else "NaN"
-    if value == 0 or 1e-2 <= abs(value) < 1e4:
-        return f"{value:.3g}"
-    return f"{value:.1e}"
 
 
 def judge_run(run: ModeRun) -> Iterator[Finding]:
@@ -113,7 +112,7 @@ def judge_run(run: ModeRun) -> Iterator[Finding]:
             regime=run.regime,
             sentence=f"{bad.title} is {bad.value} in {run.regime} at step {bad.step}"
             + (f", {bad.where}" if bad.where else ""),
-            observable=bad.field,
+            observable=bad.observable,
             value=bad.value,
             step=bad.step,
             where=bad.where,
@@ -132,7 +131,7 @@ def _unobserved(run: ModeRun, trajectory: Trajectory) -> Iterator[Finding]:
             verdict=Verdict.INCONCLUSIVE,
             regime=run.regime,
             sentence=f"it recorded no per-sample gradient norms in {run.regime}",
-            observable="sample_norm",
+            observable=ObservableName.SAMPLE_NORM,
         )
 
 
@@ -153,7 +152,7 @@ def judge_coverage(run: ModeRun) -> Iterator[Finding]:
             regime=run.regime,
             sentence=f"the reference clipped {share:.0%} of the samples in {run.regime} where "
             f"{low:.0%} to {high:.0%} were meant, so clipping was not put to the test",
-            observable="clip_fraction",
+            observable=ObservableName.CLIP_FACTOR,
             value=share,
         )
 
@@ -166,7 +165,8 @@ def judge_likeness(baseline: ModeRun, mode: ModeRun) -> Iterator[Finding]:
     reasons = []
     unlike = unlike_inputs(ours, theirs)
     if unlike:
-        reasons.append(f"other {unlike.sentence}")
+        when = "" if unlike.step is None else f" at step {unlike.step}"
+        reasons.append(f"other {unlike.stage}{when}")
     if _differ(ours.noise_std, theirs.noise_std):
         reasons.append(f"noise of {number(theirs.noise_std)}, not {number(ours.noise_std)}")
     elif max(ours.noise_std, theirs.noise_std) > 0 and not all(
@@ -231,18 +231,19 @@ def judge_consistency(run: ModeRun) -> tuple[list[Finding], tuple[Inconsistency,
             threshold=TOLERANCE,
             step=each.step,
             where=each.where,
-            stage=each.stage,
+            culprit=contradiction(run.regime, each),
         )
         for each in broken
     ]
     return findings, broken
 
 
-def judge_floor(pair: Pair, floor: Floor | None) -> Iterator[Finding]:
+def judge_floor(evidence: Evidence) -> Iterator[Finding]:
     """Whether rounding leaves anything to be compared, in every step."""
+    pair, floor = evidence.pair, evidence.floor
     if floor is None or floor.chaos is None:
         return
-    measured = floor.of("gradient")
+    measured = floor.of(ObservableName.GRADIENT)
     yield Finding(
         verdict=Verdict.INCONCLUSIVE,
         regime=pair.regime,
@@ -255,11 +256,7 @@ def judge_floor(pair: Pair, floor: Floor | None) -> Iterator[Finding]:
 
 
 def judge_pair(
-    pair: Pair,
-    thresholds: Thresholds,
-    floor: Floor | None,
-    rungs: Sequence[Rung],
-    left_out: Sequence[int] = (),
+    evidence: Evidence, rungs: Sequence[Rung], left_out: Sequence[int] = ()
 ) -> list[Finding]:
     """Every gap and every drift that is over its limit.
 
@@ -267,6 +264,7 @@ def judge_pair(
         rungs: the pair's ladder.
         left_out: as in `judge_gaps`.
     """
+    pair = evidence.pair
     found = judge_gaps(pair, left_out)
     if not pair.drifts:
         found.append(
@@ -278,27 +276,27 @@ def judge_pair(
             )
         )
     guilty = {rung.stage for rung in rungs if rung.status is StageStatus.INTRODUCED}
-    at_fault = {name for stage, names in STAGES if stage in guilty for name in names}
     drifts = [
         finding
-        for name, drift in pair.drifts.items()
-        if name != "final_loss"  # a loss like any other, and judged as such
-        and (finding := _judge_drift(pair, drift, thresholds, floor, name in at_fault))
+        for stage, observables in STAGES.items()
+        for name in observables
+        if name in evidence.excesses
+        and (finding := _judge_drift(evidence, evidence.excesses[name], stage, stage in guilty))
     ]
-    failure = first_failure(rungs)
-    first = failure.observable if failure else ""
+    failure = first_introduced(rungs)
+    first = failure.observable if failure else None
     # The worst drift leads, and of equals the one that the stage at fault shows.
-    drifts.sort(key=lambda f: (-f.verdict.severity, f.observable != first))
+    drifts.sort(key=lambda f: (-f.verdict.severity, f.observable is not first))
     return found + drifts
 
 
 def _judge_drift(
-    pair: Pair, drift: Drift, thresholds: Thresholds, floor: Floor | None, is_at_fault: bool
+    evidence: Evidence, excess: Excess, stage: Stage, is_at_fault: bool
 ) -> Finding | None:
+    thresholds, floor, drift = evidence.thresholds, evidence.floor, excess.drift
     observable = drift.observable
     threshold = float(getattr(thresholds, observable.threshold))
-    excess = excess_of(drift, thresholds, floor)
-    measured = floor.of(observable.name) if floor else None
+    measured = evidence.measured(observable.name)
     times = float(np.nanmax(excess.times))
     if times <= 1:
         # Within what rounding explains, or within the threshold where no floor is known.
@@ -308,22 +306,22 @@ def _judge_drift(
         row = int(np.nanargmax(drift.per_step))
     else:
         row = int(np.nanargmax(excess.times))
-    shown = excess.rung("", StageStatus.OK, row, floor)
-    assert shown.value is not None
-    assert shown.step is not None
-    as_fraction = _as_fraction(drift, excess)
+    shown = rung_at(evidence, excess, row, stage, StageStatus.OK)
+    as_fraction = _as_fraction(excess)
     verdict = Verdict.DRIFT
     if times <= 1:
         verdict = Verdict.INCONCLUSIVE
     elif as_fraction > thresholds.bug or (is_at_fault and measured is not None and times > SURE):
         verdict = Verdict.BUG
     held_to = thresholds.bug if as_fraction > thresholds.bug and times > 1 else threshold
+    terms = _terms(excess, measured, times, held_to, is_bug=held_to == thresholds.bug)
+    pair = evidence.pair
     return Finding(
         verdict=verdict,
         regime=pair.regime,
         sentence=f"{observable.title} differs from {pair.baseline} in {pair.regime} by "
-        f"{number(shown.value)} ({_terms(drift, thresholds, measured, times, held_to)}) "
-        f"at step {shown.step}" + (f", {shown.where}" if shown.where else ""),
+        f"{number(shown.value)} ({terms}) at step {shown.step}"
+        + (f", {shown.where}" if shown.where else ""),
         against=pair.baseline,
         observable=observable.name,
         value=shown.value,
@@ -334,25 +332,27 @@ def _judge_drift(
     )
 
 
-def _as_fraction(drift: Drift, excess: Excess) -> float:
+def _as_fraction(excess: Excess) -> float:
     """The largest difference that is over its limit, as a fraction of what it was to be."""
     over = excess.by_item[excess.by_item > excess.limits]
     if not over.size:
         return 0.0
+    drift = excess.drift
     unit = drift.relative_max / drift.max if drift.observable.threshold == LOSS else 1.0
     return float(over.max()) * unit
 
 
 def _terms(
-    drift: Drift, thresholds: Thresholds, floor: float | None, times: float, held_to: float
+    excess: Excess, floor: float | None, times: float, held_to: float, *, is_bug: bool
 ) -> str:
     """What stands in brackets behind a drift."""
-    terms = ["relative" if drift.observable.is_relative else "absolute"]
-    if drift.observable.is_estimate:
+    observable = excess.drift.observable
+    terms = ["relative" if observable.is_relative else "absolute"]
+    if observable.is_estimate:
         terms[0] += ", estimated from projections"
-    if drift.observable.threshold == LOSS:
-        terms[0] += f", {number(drift.relative_max)} of the loss"
-    terms.append(f"{'bug ' * (held_to == thresholds.bug)}threshold {number(held_to)}")
+    if observable.threshold == LOSS:
+        terms[0] += f", {number(excess.drift.relative_max)} of the loss"
+    terms.append(f"{'bug ' * is_bug}threshold {number(held_to)}")
     if floor is None:
         terms.append("floor not measured")
     elif times <= 1:

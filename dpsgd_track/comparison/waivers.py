@@ -19,7 +19,7 @@ from dpsgd_track.modes.table import MODES, plugged_in_modes
 from dpsgd_track.text_file import open_text
 
 if TYPE_CHECKING:
-    from dpsgd_track.comparison.diagnose.ladder import Excess
+    from dpsgd_track.comparison.measure.excess import Excess
     from dpsgd_track.comparison.verdict import Finding
 
 ANY = "*"
@@ -176,7 +176,7 @@ def waiver_of(
         if (
             today <= waiver.expires
             and matches(waiver.mode, label)
-            and matches(waiver.observable, finding.observable)
+            and matches(waiver.observable, excess.drift.observable.name)
             and matches(waiver.regime, finding.regime)
             and (waiver.up_to is None or largest <= waiver.up_to)
             and _is_all_there(excess, waiver.where)

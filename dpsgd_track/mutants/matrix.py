@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from dpsgd_track.comparison import compare_group
-from dpsgd_track.comparison.result import GroupComparison, Guilty, ModeVerdict
-from dpsgd_track.comparison.verdict import Verdict
+from dpsgd_track.comparison.diagnose.culprit import Culprit
+from dpsgd_track.comparison.result import GroupComparison, ModeVerdict
+from dpsgd_track.comparison.verdict import FAILURES, Verdict
 from dpsgd_track.config import PROBE_NAIVE, PROBES, Thresholds
 from dpsgd_track.modes.table import BASELINE, REFERENCE, runs_on_one_device, spec_of, split_planted
 from dpsgd_track.mutants.catalogue import MUTANTS
@@ -17,13 +18,13 @@ from dpsgd_track.mutants.mutant import Mutant
 from dpsgd_track.mutants.needs import Need
 from dpsgd_track.mutants.redaction import Redaction
 from dpsgd_track.record.run import Group, ModeRun, Status
+from dpsgd_track.record.stages import ObservableName
 
 LATEST_STEP = 3
 """Step by which a fault has to be found."""
-_FOUND = (Verdict.BUG, Verdict.DRIFT)
 _EVERYWHERE = 1 / 3
 """Share of the parameters from which on they are no few."""
-_NAIVE = ("loss", "grad_norm")
+_NAIVE = (ObservableName.LOSS, ObservableName.GRAD_NORM)
 """All that a naive test looks at."""
 
 
@@ -38,8 +39,8 @@ class Row:
     """`mode+fault`, as the group has it."""
     verdict: Verdict
     sentence: str
-    guilty: Guilty | None
-    """The stage, step and layers that the comparison blamed."""
+    culprit: Culprit | None
+    """What the comparison found to have gone wrong first."""
     num_places: int
     """Parameters of the model; its layers where layers are blamed."""
     naive_saw: bool
@@ -56,12 +57,12 @@ class Row:
     @property
     def is_detected(self) -> bool:
         """Whether the verdict is one that fails a review."""
-        return self.verdict in _FOUND
+        return self.verdict in FAILURES
 
     @property
     def has_right_stage(self) -> bool:
         """Whether the stage is blamed in which the fault is."""
-        return self.guilty is not None and self.guilty.stage == self.fault.stage
+        return self.culprit is not None and self.culprit.stage == self.fault.stage
 
     @property
     def has_right_place(self) -> bool:
@@ -69,12 +70,12 @@ class Row:
 
         Of a fault that is everywhere, no few layers may be blamed.
         """
-        if not self.has_right_stage or self.guilty is None:
+        if not self.has_right_stage or self.culprit is None:
             return False
-        layers = self.guilty.layers
+        places = self.culprit.places
         if not self.fault.where:
-            return not layers or len(layers) >= _EVERYWHERE * self.num_places
-        return bool(layers) and all(map(self._holds, layers))
+            return not places or len(places) >= _EVERYWHERE * self.num_places
+        return bool(places) and all(map(self._holds, places))
 
     def _holds(self, layer: str) -> bool:
         """Whether the fault is in a parameter, or in the weight of a layer, of that name."""
@@ -84,7 +85,7 @@ class Row:
     @property
     def is_in_time(self) -> bool:
         """Whether the blame falls on a step early enough."""
-        step = self.guilty.step if self.guilty else None
+        step = self.culprit.step if self.culprit else None
         return step is not None and step <= LATEST_STEP
 
 
@@ -125,7 +126,7 @@ class Matrix:
         return tuple(
             mode
             for mode in self.healthy
-            if mode.verdict in _FOUND
+            if mode.verdict in FAILURES
             or (mode.verdict is not Verdict.PASS and spec_of(mode.label) is not None)
         )
 
@@ -148,7 +149,7 @@ def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
 
     return _Reader(
         probed=compared(run for run in group.runs if run.regime != PROBE_NAIVE),
-        found_by={r: {m.label for m in alone(r).modes if m.verdict in _FOUND} for r in PROBES},
+        found_by={r: {m.label for m in alone(r).modes if m.verdict in FAILURES} for r in PROBES},
         naive=alone(PROBE_NAIVE),
     ).matrix()
 
@@ -193,9 +194,9 @@ class _Reader:
             mode=mode,
             label=verdict.label,
             verdict=verdict.verdict,
-            sentence=verdict.sentence.removeprefix(f"{verdict.label}: "),
-            guilty=verdict.guilty,
-            num_places=_num_places(verdict.guilty, runs),
+            sentence=verdict.sentence.removeprefix(verdict.label).lstrip(": "),
+            culprit=verdict.culprit,
+            num_places=_num_places(verdict.culprit, runs),
             naive_saw=_naive_saw(self.naive, verdict.label),
             found_in=tuple(r for r, labels in self.found_by.items() if verdict.label in labels),
             excuse=_excuse(fault, mode, runs),
@@ -205,11 +206,11 @@ class _Reader:
         )
 
 
-def _num_places(guilty: Guilty | None, runs: Iterable[ModeRun]) -> int:
+def _num_places(culprit: Culprit | None, runs: Iterable[ModeRun]) -> int:
     for run in runs:
-        if run.trajectory and guilty and guilty.layers:
+        if run.trajectory and culprit and culprit.places:
             layers = run.trajectory.layer_names.tolist()
-            is_layer = guilty.layers[0] in layers
+            is_layer = culprit.places[0] in layers
             return len(layers) if is_layer else len(run.trajectory.parameter_names)
     return 0
 

@@ -89,7 +89,7 @@ def matrix_json(matrix: Matrix) -> str:
 
 
 def _row(row: Row) -> FaultEntry:
-    guilty = row.guilty
+    culprit = row.culprit
     return FaultEntry(
         fault=row.fault.name,
         kind=row.fault.kind,
@@ -97,11 +97,11 @@ def _row(row: Row) -> FaultEntry:
         label=row.label,
         verdict=row.verdict,
         is_detected=row.is_detected,
-        stage=guilty.stage if guilty else None,
-        regime=guilty.regime if guilty else None,
-        step=guilty.step if guilty else None,
-        layers=guilty.layers if guilty else (),
-        observable=guilty.observable if guilty else None,
+        stage=culprit.stage if culprit else None,
+        regime=culprit.regime if culprit else None,
+        step=culprit.step if culprit else None,
+        layers=culprit.places if culprit else (),
+        observable=culprit.observable if culprit else None,
         expected_stage=row.fault.stage,
         expected_layers=row.fault.where,
         has_right_stage=row.has_right_stage,

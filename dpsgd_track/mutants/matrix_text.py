@@ -68,26 +68,26 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    guilty = row.guilty
+    culprit = row.culprit
     if row.excuse:
         return row.fault.name, row.mode, "could not show", "", row.excuse, "", ""
     return (
         row.fault.name,
         row.mode,
         str(row.verdict),
-        "" if guilty is None or guilty.step is None else str(guilty.step),
+        "" if culprit is None or culprit.step is None else str(culprit.step),
         f"{_blamed(row)} {_YES if row.has_right_place else _NO}",
-        guilty.observable if guilty else "",
+        (culprit.observable or "") if culprit else "",
         "sees it" if row.naive_saw else "misses it",
     )
 
 
 def _blamed(row: Row) -> str:
-    if row.guilty is None:
+    if row.culprit is None:
         return "nothing"
-    shown = row.guilty.layers[:2]
-    more = f" and {len(row.guilty.layers) - 2} more" * (len(row.guilty.layers) > 2)
-    return ", ".join([row.guilty.stage, *shown]) + more
+    places = row.culprit.places
+    more = f" and {len(places) - 2} more" * (len(places) > 2)
+    return ", ".join([row.culprit.stage, *places[:2]]) + more
 
 
 def _exceptions(matrix: Matrix) -> list[str]:

@@ -34,10 +34,6 @@ class Batch:
         """Sample `index` alone, as a batch of one."""
         return self._mapped(lambda name, t: t[index : index + 1])
 
-    def resized(self, num_samples: int) -> Batch:
-        """A batch of `num_samples`: the samples in order, repeated from the first as needed."""
-        return self.rows(torch.arange(num_samples) % len(self))
-
     def rows(self, indices: Tensor) -> Batch:
         """The samples with these indices."""
         return self._mapped(lambda name, t: t[indices.to(t.device)])

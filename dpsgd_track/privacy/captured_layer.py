@@ -168,23 +168,23 @@ def spread(x: Tensor, num_samples: int) -> Tensor:
 
 
 class ParameterSlot:
-    """Dict entry where a module looks up a trainable parameter, and the leaf to put there."""
+    """Where a module looks up a trainable parameter, and the leaf to put there."""
 
-    def __init__(self, name: str, own: dict[str, Any], key: str) -> None:
-        self.name, self.own, self.key = name, own, key
-        self.aliases: list[tuple[dict[str, Any], str]] = []
-        """Other entries of the module that hold the same parameter."""
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.entries: list[tuple[dict[str, Any], str]] = []
+        """Dict and key of each name that the module has for the parameter."""
         self.parameter: Tensor | None = None
         self.current_leaf: Tensor | None = None
         self.address = 0
 
     def leaf(self) -> Tensor:
-        """Leaf of the parameter that is in the slot now."""
-        parameter: Tensor = self.own[self.key]
+        """Leaf of the parameter that is in the slot now; it shares the parameter's memory."""
+        own, key = self.entries[0]
+        parameter: Tensor = own[key]
         if parameter is self.current_leaf:
             return parameter
         if parameter is not self.parameter:
-            # It shares the parameter's memory.
             self.parameter, self.current_leaf = parameter, parameter.detach().requires_grad_()
             self.address = parameter.data_ptr()
         assert self.current_leaf is not None
@@ -202,30 +202,27 @@ class ParameterSlot:
 
     def enter(self) -> None:
         """Put the leaf into the slot."""
-        own, key = self.own, self.key
-        own[key] = self.current_leaf if own[key] is self.parameter else self.leaf()
-        for own, key in self.aliases:
-            own[key] = self.current_leaf
+        self._fill(self.leaf())
 
     def leave(self) -> None:
         """Put the parameter back into the slot."""
-        self.own[self.key] = self.parameter
-        for own, key in self.aliases:
-            own[key] = self.parameter
+        self._fill(self.parameter)
+
+    def _fill(self, tensor: Tensor | None) -> None:
+        for own, key in self.entries:
+            own[key] = tensor
 
 
 def _slots_of(layer: Layer) -> list[ParameterSlot]:
-    slots: dict[int, ParameterSlot] = {}
-    trained = {id(p): n for n, p in layer.module.named_parameters() if n in layer.names}
+    slots = {
+        id(parameter): ParameterSlot(name)
+        for name, parameter in layer.module.named_parameters()
+        if name in layer.names
+    }
     for module in layer.module.modules():
         for key, parameter in module._parameters.items():
-            name = trained.get(id(parameter))
-            if name is None:
-                continue
             if id(parameter) in slots:
-                slots[id(parameter)].aliases.append((module._parameters, key))
-            else:
-                slots[id(parameter)] = ParameterSlot(name, module._parameters, key)
+                slots[id(parameter)].entries.append((module._parameters, key))
     return list(slots.values())
 
 

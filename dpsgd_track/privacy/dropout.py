@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -131,33 +131,26 @@ class KeyedDropout:
         return self._originals[name](input, p, training, inplace)
 
 
-@contextmanager
-def only(index: int) -> Iterator[None]:
+def only(index: int) -> AbstractContextManager[None]:
     """Context in which forwards run sample `index` of the micro-batch alone.
 
     Does nothing without `KeyedDropout`. A backward that recomputes activations belongs inside too.
     """
-    if not _active:
-        yield
-        return
-    dropout = _active[-1]
-    samples = dropout.samples
-    dropout.samples = samples[index : index + 1]
-    dropout.restart()
-    try:
-        yield
-    finally:
-        dropout.samples = samples
+    return _of_samples(slice(index, index + 1))
+
+
+def of_any_samples() -> AbstractContextManager[None]:
+    """Context in which forwards may run any number of samples, with arbitrary masks."""
+    return _of_samples(slice(0))
 
 
 @contextmanager
-def of_any_samples() -> Iterator[None]:
-    """Context in which forwards may run any number of samples, with arbitrary masks."""
+def _of_samples(chosen: slice) -> Iterator[None]:
     if not _active:
         yield
         return
     dropout = _active[-1]
-    samples, dropout.samples = dropout.samples, ()
+    samples, dropout.samples = dropout.samples, dropout.samples[chosen]
     dropout.restart()
     try:
         yield

@@ -44,7 +44,7 @@ class Engine:
     """Weights of the samples' gradients that replace the clip factors."""
     _knows_sample_dims: bool = field(default=False, init=False)
     _leaves_out: HostCopy | None = field(default=None, init=False)
-    """On a GPU, whether a sample of the current batch is left out."""
+    """On a GPU, true if a sample of the current batch is left out."""
 
     def __post_init__(self) -> None:
         self._device_type = next(self.model.parameters()).device.type

@@ -34,14 +34,8 @@ class ModelGuard:
         self._children = [module._modules for _, module in named]
         self._own = [module._parameters for _, module in named]
         self._before = self._structure()
-        self._parameters = list(model.named_parameters())
-        self._requires_grad = [p.requires_grad for _, p in self._parameters]
-        self._buffers = [
-            (f"{fqn}.{name}" if fqn else name, module._buffers, name)
-            for fqn, module in named
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self._parameters = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
+        self._buffers = [(fqn, module._buffers) for fqn, module in named]
         self._mixing = [(fqn, m) for fqn, m in named if mixes_samples(m, in_training=True)]
 
     def check(self) -> None:
@@ -53,9 +47,9 @@ class ModelGuard:
         now = self._structure()
         if len(now) != len(self._before) or not all(map(is_, now, self._before)):
             self._refuse_structure()
-        if [p.requires_grad for _, p in self._parameters] != self._requires_grad:
-            self._refuse_requires_grad()
-        for name, parameter in self._parameters:
+        for name, parameter, before in self._parameters:
+            if parameter.requires_grad != before:
+                _refuse(name, f"requires_grad={before}", str(not before))
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError(
                     f"{name}: expected no hook on the gradient of a parameter, got one. It would "
@@ -76,19 +70,16 @@ class ModelGuard:
         Raises:
             ValueError: the batch wrote into one of them, which bypasses clipping and noise.
         """
-        tensors, versions = self._versions()
+        before = self._versions()
         yield
-        tensors_now, versions_now = self._versions()
-        if versions == versions_now and all(map(is_, tensors, tensors_now)):
+        now = self._versions()
+        written = sorted(
+            ".".join(filter(None, key))
+            for key in before.keys() | now.keys()
+            if key not in before or key not in now or _differ(before[key], now[key])
+        )
+        if not written:
             return
-        names = [name for name, _ in self._parameters] + [name for name, _, _ in self._buffers]
-        written = [
-            name
-            for name, *before, tensor, version in zip(
-                names, tensors, versions, tensors_now, versions_now, strict=True
-            )
-            if before[0] is not tensor or before[1] != version
-        ]
         raise ValueError(
             f"{', '.join(written)}: expected a forward that leaves the model as it is, got one "
             "that writes into it. What it keeps of the samples is neither clipped nor covered by "
@@ -108,15 +99,14 @@ class ModelGuard:
                 _refuse(where, "modules and parameters as they were", "others")
         _refuse("model", "modules and parameters as they were", "fewer")
 
-    def _refuse_requires_grad(self) -> None:
-        for (name, parameter), before in zip(self._parameters, self._requires_grad, strict=True):
-            if parameter.requires_grad != before:
-                _refuse(name, f"requires_grad={before}", str(not before))
-
-    def _versions(self) -> tuple[list[Tensor], list[int]]:
-        tensors: list[Tensor] = [parameter for _, parameter in self._parameters]
-        tensors += [own[name] for _, own, name in self._buffers]
-        return tensors, [tensor._version for tensor in tensors]
+    def _versions(self) -> dict[tuple[str, str], tuple[Tensor | None, int]]:
+        """Each parameter and buffer with its version; a forward may register new buffers."""
+        parameters = (("", name, parameter) for name, parameter, _ in self._parameters)
+        buffers = ((fqn, name, own[name]) for fqn, own in self._buffers for name in own)
+        return {
+            (fqn, name): (tensor, _version(tensor))
+            for fqn, name, tensor in chain(parameters, buffers)
+        }
 
 
 class GradientGuard:
@@ -170,8 +160,12 @@ class GradientGuard:
         self._seen = []
 
 
-def _version(gradient: Tensor | None) -> int:
-    return 0 if gradient is None else gradient._version
+def _differ(before: tuple[Tensor | None, int], now: tuple[Tensor | None, int]) -> bool:
+    return before[0] is not now[0] or before[1] != now[1]
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor._version
 
 
 def _values(tables: list[dict[str, Any]]) -> Iterable[object]:

@@ -60,7 +60,7 @@ def find_sample_dims(capture: Capture, run: Run, batch: Batch) -> None:
         ValueError: the samples of a layer cannot be separated.
     """
     num_samples = _unlike_any_size(capture.model, batch)
-    other = batch.resized(num_samples)
+    other = batch.rows(torch.arange(num_samples) % len(batch))
     try:
         dims, _ = _observe(capture, run, other, _Observer)
     except MixedSamplesError:
@@ -105,7 +105,7 @@ def _spread_where_faithful(
     try:
         # Without dropout, whose masks would depend on the shared tensor's shape.
         with in_eval_mode(capture.model):
-            spread_dims, together = _observe(capture, run, batch, _Spreading)
+            spread_dims, together = _observe(capture, run, batch, _Moving)
             is_faithful = len(together) == len(batch)
             for sample in (0, len(batch) - 1):
                 _, alone = _observe(capture, run, batch, partial(_Moving, sample=sample))
@@ -185,32 +185,25 @@ class _Observer(ReplacedForward):
         return SHARED if dims.is_shared else 0
 
 
-class _Spreading(_Observer):
-    """Gives each sample its own copy of an output that all share, moved at random."""
-
-    def replace_shared(self, output: Any) -> Any:
-        """[1, ...] or [...] as [B, ...]."""
-
-        def moved_copies(x: Tensor) -> Tensor:
-            copies = spread(x, self.num_samples)
-            return copies + _moves(copies, len(self.dims))
-
-        return pytree.tree_map_only(Tensor, moved_copies, output)
-
-
 class _Moving(_Observer):
-    """Moves an output that all samples share as `_Spreading` moves one sample's copy."""
+    """Moves outputs that all samples share at random, after giving each sample a copy of its own.
 
-    def __init__(self, captured: CapturedLayer, num_samples: int, sample: int) -> None:
+    With `sample`, the shared tensor itself is moved, as that sample's copy would be.
+    """
+
+    def __init__(
+        self, captured: CapturedLayer, num_samples: int, sample: int | None = None
+    ) -> None:
         super().__init__(captured, num_samples)
         self.sample = sample
 
     def replace_shared(self, output: Any) -> Any:
-        """The output in its own shape."""
+        """[1, ...] or [...] as [B, ...], or in its own shape for one sample."""
 
         def moved(x: Tensor) -> Tensor:
-            moves = _moves(spread(x, self.num_samples), len(self.dims))
-            return x + moves[self.sample].view(x.shape)
+            copies = spread(x, self.num_samples)
+            moves = _moves(copies, len(self.dims))
+            return copies + moves if self.sample is None else x + moves[self.sample].view(x.shape)
 
         return pytree.tree_map_only(Tensor, moved, output)
 

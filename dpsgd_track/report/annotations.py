@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import Verdict, worst
-from dpsgd_track.report.junit import counted
 from dpsgd_track.report.names import visible
 
 MOST = 10
@@ -18,13 +17,11 @@ def workflow_commands(comparison: GroupComparison) -> str:
     found: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
     for mode in comparison.modes:
         for regime in dict.fromkeys(finding.regime for finding in mode.findings):
-            if not (findings := counted(mode, regime)):
+            if not (findings := mode.counted(regime)):
                 continue
             verdict = worst(finding.verdict for finding in findings)
-            blames = [b.sentence for (name, _), b in mode.blames.items() if name == regime]
-            said = next(f.sentence for f in findings if f.verdict is verdict)
             title = f"{verdict}: {mode.label} in {regime}"
-            found[_LEVELS[verdict]].append((title, ". ".join([*blames[:1], said])))
+            found[_LEVELS[verdict]].append((title, mode.reason(regime)))
     if not comparison.modes:
         found["warning"].append(("INCONCLUSIVE", comparison.sentence))
     lines = [

@@ -12,6 +12,7 @@ from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.comparison.waivers import Waiver
 from dpsgd_track.config import Thresholds
 from dpsgd_track.record.codec import Codec
+from dpsgd_track.record.stages import ObservableName, Stage
 
 Number = float | Literal["Infinity", "-Infinity"] | None
 """A number in strict JSON, which has no literal for some: an infinity is a string, and NaN is null,
@@ -53,6 +54,38 @@ class TableRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CulpritEntry:
+    """Where a run first went wrong: in one comparison, in its own numbers, or in all together."""
+
+    regime: str
+    against: str
+    """Label of what the run was compared with; empty where its own numbers show it."""
+    stage: Stage
+    step: int | None
+    """null before the first step, or where it is not known."""
+    places: tuple[str, ...]
+    """Layers or parameters in which the error arose, worst first."""
+    inherited: tuple[str, ...]
+    """Layers or parameters that only passed it on."""
+    samples: tuple[int, ...]
+    """Global indices; empty for all, or where the stage is not per sample."""
+    ranks: tuple[int, ...]
+    """Empty for all."""
+    observable: ObservableName | None
+    """What showed it."""
+    value: Number | None
+    """Largest error of that step."""
+    limit: Number | None
+    """What the value was held against."""
+    floor: Number | None
+    """What rounding makes of the observable; null where it was not measured."""
+    cause: str
+    """A known ratio between mode and baseline, and what it suggests."""
+    sentence: str
+    """All of it, as it follows the mode's name, without the last full stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FindingEntry:
     """One reason for a verdict other than PASS."""
 
@@ -61,7 +94,7 @@ class FindingEntry:
     sentence: str
     against: str
     """Label of the baseline; empty where none is involved."""
-    observable: str
+    observable: ObservableName | None
     value: Number
     """What was measured, in the unit of the observable."""
     threshold: Number
@@ -71,26 +104,10 @@ class FindingEntry:
     step: int | None
     where: str
     """Layer, parameter or sample; empty for a scalar."""
-    stage: str
-    """Of a finding that needs no baseline, the stage that it is about; else empty."""
-    layers: tuple[str, ...]
-    """And the parameters that it names."""
+    culprit: CulpritEntry | None
+    """Of a finding that no baseline is needed for, what it shows to have gone wrong."""
     waiver: Waiver | None
     """Why it fails nothing, where it is accepted for now."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstFailureEntry:
-    """The stage of one comparison that first went wrong."""
-
-    regime: str
-    against: str
-    stage: str
-    step: int
-    """-1 before the first step."""
-    where: str
-    observable: str
-    value: Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,41 +137,6 @@ class LadderEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlameEntry:
-    """The first stage of one comparison that went wrong by itself."""
-
-    regime: str
-    against: str
-    stage: str
-    step: int | None
-    """null before the first step."""
-    layers: tuple[str, ...]
-    """Layers or parameters in which the error arose, worst first."""
-    inherited: tuple[str, ...]
-    """Layers or parameters that only passed it on."""
-    samples: tuple[int, ...]
-    """Global indices; empty for all, or where the stage is not per sample."""
-    ranks: tuple[int, ...]
-    """Empty for all."""
-    fingerprint: str
-    """A known ratio between mode and baseline, and what it suggests."""
-    sentence: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuiltyEntry:
-    """The one place that all findings of a mode come down to."""
-
-    stage: str
-    regime: str
-    step: int | None
-    layers: tuple[str, ...]
-    """Layers or parameters concerned, worst first; empty where the stage has none."""
-    observable: str
-    """What showed it."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModeEntry:
     """One mode over all its regimes."""
 
@@ -163,12 +145,11 @@ class ModeEntry:
     sentence: str
     findings: tuple[FindingEntry, ...]
     """Worst first; a PASS has none but waived ones."""
-    first_failures: tuple[FirstFailureEntry, ...]
     ladders: tuple[LadderEntry, ...]
-    blames: tuple[BlameEntry, ...]
-    """Only where something is to blame."""
-    guilty: GuiltyEntry | None
-    """null where no stage is known to have gone wrong."""
+    culprits: tuple[CulpritEntry, ...]
+    """What each comparison shows; only where a stage went wrong and is not accepted."""
+    culprit: CulpritEntry | None
+    """What all of it comes down to; null where no stage is known to have gone wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,5 +332,5 @@ class DriftDocument:
     """Missing ones included."""
 
 
-DRIFT = Codec(DriftDocument, "dpsgd-track/drift", 2)
+DRIFT = Codec(DriftDocument, "dpsgd-track/drift", 3)
 """Writes and reads `drift.json`; `DRIFT.json_schema()` is its JSON schema."""

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpsgd_track.comparison.audit.noise import NoiseAudit
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.result import GroupComparison, ModeVerdict, RegimeComparison
+from dpsgd_track.comparison.verdict import Finding
 from dpsgd_track.report.drift_document import (
     DRIFT,
-    BlameEntry,
+    CulpritEntry,
     DriftDocument,
     DriftEntry,
     DriftSummary,
     EnvironmentDifference,
     FindingEntry,
-    FirstFailureEntry,
     FloorEntry,
-    GuiltyEntry,
     LadderEntry,
     LargestEntry,
     ModeEntry,
@@ -40,7 +39,10 @@ from dpsgd_track.report.drift_document import (
 from dpsgd_track.report.table import rows
 from dpsgd_track.report.thinning import kept
 
-Entry = TypeVar("Entry")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def drift_json(comparison: GroupComparison) -> str:
@@ -69,7 +71,7 @@ def drift_document(comparison: GroupComparison) -> DriftDocument:
 
 def _copied(entry: type[Entry], source: object, **fields: Any) -> Entry:
     """An `entry` of `fields`, and for the rest of what `source` has under the same names."""
-    names = [field.name for field in dataclasses.fields(entry)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(entry)]
     copied = {name: _strict(getattr(source, name)) for name in names if name not in fields}
     return entry(**fields, **copied)
 
@@ -84,7 +86,7 @@ def _mode(mode: ModeVerdict) -> ModeEntry:
     return _copied(
         ModeEntry,
         mode,
-        findings=tuple(_copied(FindingEntry, finding) for finding in mode.findings),
+        findings=tuple(map(_finding, mode.findings)),
         ladders=tuple(
             LadderEntry(
                 regime=regime,
@@ -93,24 +95,14 @@ def _mode(mode: ModeVerdict) -> ModeEntry:
             )
             for (regime, against), rungs in mode.ladders.items()
         ),
-        **_culprits(mode),
+        culprits=tuple(_copied(CulpritEntry, culprit) for culprit in mode.culprits.values()),
+        culprit=mode.culprit and _copied(CulpritEntry, mode.culprit),
     )
 
 
-def _culprits(mode: ModeVerdict) -> dict[str, Any]:
-    """What went wrong first in each comparison of `mode`, and what all of it comes down to."""
-
-    def by_pair(entry: type[Entry], of: Mapping[tuple[str, str], object]) -> tuple[Entry, ...]:
-        return tuple(
-            _copied(entry, each, regime=regime, against=against)
-            for (regime, against), each in of.items()
-        )
-
-    return {
-        "first_failures": by_pair(FirstFailureEntry, mode.failures),
-        "blames": by_pair(BlameEntry, mode.blames),
-        "guilty": mode.guilty and _copied(GuiltyEntry, mode.guilty),
-    }
+def _finding(finding: Finding) -> FindingEntry:
+    culprit = finding.culprit
+    return _copied(FindingEntry, finding, culprit=culprit and _copied(CulpritEntry, culprit))
 
 
 def _regime(regime: RegimeComparison) -> RegimeEntry:

@@ -11,11 +11,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
-from dpsgd_track.comparison.verdict import number
 from dpsgd_track.config import PROBE, is_probe
 from dpsgd_track.record.run import Group
+from dpsgd_track.record.stages import Stage
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.charts import Chart, Style
 from dpsgd_track.report.charts.profile import SECTION as PROFILE_SECTION
@@ -23,11 +24,11 @@ from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import (
-    ALL_STAGES,
     SYMBOLS,
     VERDICT_SYMBOLS,
     accepted,
     advice,
+    more,
     stage_tables,
 )
 from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed, rows
@@ -114,7 +115,8 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
         symbols=VERDICT_SYMBOLS,
         headings=HEADINGS,
         rows=rows(comparison),
-        stages=ALL_STAGES,
+        more=more,
+        stages=tuple(Stage),
         stage_tables=stage_tables(comparison),
         stage_symbols=SYMBOLS,
         sections=SECTIONS,

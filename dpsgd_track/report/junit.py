@@ -12,12 +12,12 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
+from dpsgd_track.comparison.diagnose.culprit import Culprit
 from dpsgd_track.comparison.diagnose.ladder import StageStatus
 from dpsgd_track.comparison.result import GroupComparison, ModeVerdict
-from dpsgd_track.comparison.verdict import Finding, Verdict, worst
-from dpsgd_track.report.stages import Cell, Line, stage_tables
+from dpsgd_track.comparison.verdict import FAILURES, worst
+from dpsgd_track.report.stages import Cell, stage_tables
 
-_FAILURES = (Verdict.BUG, Verdict.DRIFT)
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -60,19 +60,15 @@ def _count(suite: ET.Element) -> None:
     suite.set("tests", str(len(suite)))
 
 
-def counted(mode: ModeVerdict, regime: str) -> list[Finding]:
-    """Findings of `mode` in `regime` that are not accepted by a waiver."""
-    return [f for f in mode.findings if f.regime == regime and not f.waiver]
-
-
 def _verdict_case(suite: ET.Element, mode: ModeVerdict, regime: str) -> None:
     case = _case(suite, mode.label, "verdict")
-    found = counted(mode, regime)
+    found = mode.counted(regime)
     if not found:
         return
-    kind = "failure" if worst(f.verdict for f in found) in _FAILURES else "error"
+    verdict = worst(f.verdict for f in found)
     said = [f"{f.verdict}: {f.sentence}" for f in found]
-    _outcome(case, kind, said[0], said)
+    kind = "failure" if verdict in FAILURES else "error"
+    _outcome(case, kind, f"{verdict}: {mode.reason(regime)}", said)
 
 
 def _stage_cases(
@@ -83,14 +79,15 @@ def _stage_cases(
         if table.regime != regime:
             continue
         for line in table.lines:
-            found = counted(by_label[line.label], regime)
-            fails = any(f.verdict in _FAILURES and f.against == table.against for f in found)
+            mode = by_label[line.label]
+            fails = any(f.fails and f.against == table.against for f in mode.counted(regime))
+            culprit = mode.culprits.get((regime, table.against))
             for cell in line.cells:
                 case = _case(suite, line.label, f"{cell.stage}, against {table.against}")
-                _tell(case, cell, line, fails)
+                _tell(case, cell, culprit, fails)
 
 
-def _tell(case: ET.Element, cell: Cell, line: Line, fails: bool) -> None:
+def _tell(case: ET.Element, cell: Cell, culprit: Culprit | None, fails: bool) -> None:
     details = [", ".join(part for part in (cell.value, cell.multiple, cell.about) if part)]
     match cell.status:
         case StageStatus.NOT_COMPARED:
@@ -98,7 +95,8 @@ def _tell(case: ET.Element, cell: Cell, line: Line, fails: bool) -> None:
         case StageStatus.INHERITED:
             _outcome(case, "skipped", "inherits the error of an earlier stage", details)
         case StageStatus.INTRODUCED if fails:
-            sentence = line.blame.sentence if line.blame else f"{cell.stage} went wrong"
+            is_first = culprit is not None and culprit.stage is cell.stage
+            sentence = culprit.sentence if culprit and is_first else f"{cell.stage} went wrong"
             _outcome(case, "failure", sentence, details)
         case StageStatus.INTRODUCED:
             _outcome(case, "skipped", "over its limit, but accepted", details)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
-from dpsgd_track.comparison.verdict import number
 from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
-from dpsgd_track.report.stages import accepted, advice, stage_tables
+from dpsgd_track.report.stages import accepted, advice, stage_tables, told
 from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed, rows
 
 LIMIT = 65_536
@@ -81,7 +81,7 @@ def _ladders(comparison: GroupComparison) -> list[str]:
     """A table of stages for each mode in which one went wrong."""
     return [
         f"**{prose(line.label)}** in {prose(table.regime)}, against {prose(table.against)}"
-        + (f": {prose(line.blame.sentence)}." if line.blame else "")
+        + (f": it {prose(line.culprit.sentence)}." if line.culprit else "")
         + "\n\n"
         + _table(
             ("stage", "status", "value", "of its limit", "where"),
@@ -152,11 +152,11 @@ def _plans(profile: Profile) -> str:
 def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
     """(title, body, whether it is folded), the most important first."""
     ladders = [("Stages", body, False) for body in _ladders(comparison)]
-    why = [f"**{mode.verdict}** {prose(mode.sentence)}" for mode in comparison.modes]
+    why = [f"**{mode.verdict}** {prose(told(comparison, mode))}" for mode in comparison.modes]
     found = [
         f"**{f.verdict}**{' (waived)' * bool(f.waiver)} {prose(f'{mode.label}: {f.sentence}')}"
         for mode in comparison.modes
-        for f in mode.findings
+        for f in mode.others
     ]
     skipped = [
         prose(f"{regime}: {pair}: {name} {why}")
@@ -168,7 +168,7 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
     folded = [
         ("Why, mode by mode", _list(why)),
         ("Reproduce", _code(command(comparison.group))),
-        ("All findings", _list(found)),
+        (f"{len(found)} more finding{'s' * (len(found) != 1)}", _list(found)),
         ("Waivers", _waivers(comparison)),
         ("Noise audit", _audits(comparison)),
         ("What differs between the two groups", differing),
@@ -187,7 +187,7 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
 
 def _waivers(comparison: GroupComparison) -> str:
     lines = [
-        (m.label, f.observable, number(f.value), f.waiver.reason, str(f.waiver.expires))
+        (m.label, str(f.observable), number(f.value), f.waiver.reason, str(f.waiver.expires))
         for m, f in accepted(comparison)
         if f.waiver
     ]

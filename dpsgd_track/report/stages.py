@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dpsgd_track.comparison.diagnose.culprit import Blame
-from dpsgd_track.comparison.diagnose.ladder import DATA, INITIAL_WEIGHTS, STAGES, Rung, StageStatus
+from dpsgd_track.comparison.diagnose.culprit import Culprit
+from dpsgd_track.comparison.diagnose.ladder import Rung, StageStatus
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.drift import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison, ModeVerdict
-from dpsgd_track.comparison.verdict import Finding, Verdict, number
-
-ALL_STAGES = (DATA, INITIAL_WEIGHTS, *(stage for stage, _ in STAGES))
+from dpsgd_track.comparison.verdict import Finding, Verdict
+from dpsgd_track.record.stages import Stage
 
 SYMBOLS = {
     StageStatus.OK: "✓",
@@ -33,7 +33,7 @@ VERDICT_SYMBOLS = {
 class Cell:
     """One rung, in words."""
 
-    stage: str
+    stage: Stage
     status: StageStatus
     symbol: str
     value: str = ""
@@ -50,8 +50,9 @@ class Line:
 
     label: str
     cells: tuple[Cell, ...]
-    """One for each of ALL_STAGES."""
-    blame: Blame | None
+    """One for each stage."""
+    culprit: Culprit | None
+    """What this comparison shows, where the mode's own sentence does not tell it already."""
     is_wrong: bool
     """Whether a stage of it went wrong."""
 
@@ -103,19 +104,18 @@ def _lines(comparison: GroupComparison, key: tuple[str, str]) -> tuple[Line, ...
 def _line(mode: ModeVerdict, key: tuple[str, str]) -> Line:
     rungs = {rung.stage: rung for rung in mode.ladders[key]}
     absent = StageStatus.NOT_COMPARED
-    cells = tuple(_cell(rungs.get(stage, Rung(stage=stage, status=absent))) for stage in ALL_STAGES)
+    cells = tuple(_cell(rungs.get(stage, Rung(stage=stage, status=absent))) for stage in Stage)
     wrong = (StageStatus.INTRODUCED, StageStatus.INHERITED)
     return Line(
         label=mode.label,
         cells=cells,
-        blame=mode.blames.get(key),
+        culprit=None if (c := mode.culprits.get(key)) is mode.culprit else c,
         is_wrong=any(cell.status in wrong for cell in cells),
     )
 
 
 def _cell(rung: Rung) -> Cell:
-    known = OBSERVABLES.get(rung.observable)
-    title = known.title if known else rung.observable
+    title = OBSERVABLES[rung.observable].title if rung.observable else ""
     step = f"step {rung.step}" if rung.step is not None and rung.step >= 0 else ""
     floor = f"floor {number(rung.floor)}" if rung.floor is not None else ""
     return Cell(
@@ -143,37 +143,35 @@ def accepted(comparison: GroupComparison) -> list[tuple[ModeVerdict, Finding]]:
     return [(m, finding) for m in comparison.modes for finding in m.findings if finding.waiver]
 
 
+def more(mode: ModeVerdict) -> str:
+    """How many findings the sentence of `mode` leaves out: `3 more findings`; empty for none."""
+    count = len(mode.others)
+    return f"{count} more finding{'s' * (count > 1)}" if count else ""
+
+
+def told(comparison: GroupComparison, mode: ModeVerdict) -> str:
+    """What is said of `mode` beside the verdict, which tells of the leading one already."""
+    left_out = more(mode)
+    if mode is comparison.leading:
+        return f"{mode.label}: see the verdict{', and ' * bool(left_out)}{left_out}."
+    return f"{mode.sentence} ({left_out})" if left_out else mode.sentence
+
+
 def advice(comparison: GroupComparison) -> str:
     """What whoever reviews the change should do, in one or two sentences."""
-    place = _first_place(comparison)
-    start = f" Start at the {place}." if place else ""
     match comparison.verdict:
         case Verdict.PASS:
             waived = len(accepted(comparison))
             but = f" {waived} accepted drifts are listed under Waivers." if waived else ""
             return f"Safe to merge as far as these runs show.{but}"
         case Verdict.BUG:
-            return f"Do not merge.{start} The difference is too large for rounding."
+            return "Do not merge. The difference is too large for rounding."
         case Verdict.DRIFT:
             return (
-                f"Look before you merge.{start} If the change is meant to alter results, say so "
-                "in the review; if not, treat it as a bug."
+                "Look before you merge. If the change is meant to alter results, say so in the "
+                "review; if not, treat it as a bug."
             )
     return (
         "Do not merge on this evidence: nothing was shown either way. Remove the cause that the "
         "sentence names, run the group again and compare again."
     )
-
-
-def _first_place(comparison: GroupComparison) -> str:
-    """Where the first mode with the group's verdict went wrong; empty where it is not known."""
-    for mode in comparison.modes:
-        if mode.verdict is not comparison.verdict:
-            continue
-        for blame in mode.blames.values():
-            layer = f" of {blame.layers[0]}" if blame.layers else ""
-            step = f" at step {blame.step}" if blame.step is not None else ""
-            return f"{blame.stage}{layer}{step} in {mode.label}"
-        for failure in mode.failures.values():
-            return f"{failure.sentence}, in {mode.label}"
-    return ""

@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.drift import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison, iter_not_computed
-from dpsgd_track.comparison.verdict import Verdict, number
+from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import ACCURACY, TRAIN
 from dpsgd_track.modes.table import BASELINE
 from dpsgd_track.record.run import ModeRun, Status
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats
 
 DRIFT_COLUMNS = {
-    "loss": "Δ loss",
-    "grad_norm": "Δ grad norm",
-    "sample_norm": "Δ sample norm",
-    "gradient": "Δ clipped sum",
+    ObservableName.LOSS: "Δ loss",
+    ObservableName.GRAD_NORM: "Δ grad norm",
+    ObservableName.SAMPLE_NORM: "Δ sample norm",
+    ObservableName.GRADIENT: "Δ clipped sum",
 }
 """Observables with a column of their own, and its heading."""
 
@@ -47,7 +49,7 @@ class Row:
     """FINISHED, or what became of its runs that did not finish."""
     final_loss: float | None
     mean_grad_norm: float | None
-    drifts: Mapping[str, float | None]
+    drifts: Mapping[ObservableName, float | None]
     """Largest over the regimes, against the baseline and the reference."""
     step_time_ms: float | None
     """Median, of the regime that the losses are from."""
@@ -106,7 +108,7 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
     run = next((r for r in preferred if r.trajectory and r.trajectory.num_steps), None)
     trajectory = run.trajectory if run else None
     broken = [f"{r.regime} {r.status}" for r in runs if r.status is not Status.FINISHED]
-    time = _known(np.median, trajectory.step_time_ms) if trajectory else None
+    time = _of_finite(np.median, trajectory.step_time_ms) if trajectory else None
     base = _baseline_time(comparison, run.regime) if run else None
     return Row(
         label=label,
@@ -117,12 +119,12 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
         drifts={name: _largest(comparison, label, runs, name) for name in DRIFT_COLUMNS},
         step_time_ms=time,
         overhead=time / base if time and base else None,
-        peak_memory_gib=_known(np.max, trajectory.peak_memory_gib) if trajectory else None,
+        peak_memory_gib=_of_finite(np.max, trajectory.peak_memory_gib) if trajectory else None,
     )
 
 
 def _largest(
-    comparison: GroupComparison, label: str, runs: list[ModeRun], observable: str
+    comparison: GroupComparison, label: str, runs: list[ModeRun], observable: ObservableName
 ) -> float | None:
     titles = {run.title for run in runs if run.replay}
     pairs = [
@@ -139,11 +141,11 @@ def _largest(
 def _baseline_time(comparison: GroupComparison, regime: str) -> float | None:
     for run in comparison.group.runs:
         if run.label == BASELINE and run.regime == regime and not run.replay and run.trajectory:
-            return _known(np.median, run.trajectory.step_time_ms)
+            return _of_finite(np.median, run.trajectory.step_time_ms)
     return None
 
 
-def _known(summary: Callable[[Floats], float], values: Floats) -> float | None:
+def _of_finite(summary: Callable[[Floats], float], values: Floats) -> float | None:
     """`summary` of the finite ones of `values`; None where there are none."""
     finite = values[np.isfinite(values)]
     return float(summary(finite)) if finite.size else None

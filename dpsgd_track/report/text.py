@@ -13,6 +13,7 @@ from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
+from dpsgd_track.report.stages import told
 from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def summary(comparison: GroupComparison) -> str:
         *_differing(comparison),
         *guarantees(comparison.group),
         f"Verdict: {comparison.verdict}",
-        "\n".join(f"{mode.verdict:<12}  {mode.sentence}" for mode in comparison.modes),
+        "\n".join(f"{mode.verdict:<12}  {told(comparison, mode)}" for mode in comparison.modes),
         *(["Waivers\n" + "\n".join(waived(comparison))] if waived(comparison) else []),
         *(_costs(profile) if (profile := profile_of(comparison.group)) else []),
         comparison.sentence,
@@ -106,7 +107,7 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     soft = not console.is_terminal
     for judged in comparison.modes:
         line = Text(f"{judged.verdict:<12}  ", style=_COLOURS[judged.verdict])
-        line.append(visible(judged.sentence), style="default")
+        line.append(visible(told(comparison, judged)), style="default")
         console.print(line, soft_wrap=soft)
     for sentence in [*guarantees(comparison.group), *comparison.waiver_notes]:
         console.print(Text(visible(sentence)), soft_wrap=soft)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 from dpsgd_track.record import names
+from dpsgd_track.record.run import Status
 from dpsgd_track.store.history import Point, as_stored
 from dpsgd_track.store.spool import CONTROL, MetricRow, SpoolReader, spool_files
 from dpsgd_track.store.spooled import SpooledGroup, SpooledRun, records_of
@@ -59,31 +60,41 @@ class Inventory:
         values = self._sizes.total()
         return f"{len(self.runs)} runs, {values:,} values of metrics and {files} files"
 
-    def damage(self, finished: Set[str] = frozenset()) -> list[str]:
+    def damage(self) -> list[str]:
         """What the files lost, by file and line. Nobody writes to them any more.
 
         A worker whose mode finished has closed its file; one that was killed has not. Whether the
         launcher was killed is not known, so its files may end anywhere.
-
-        Args:
-            finished: keys of the runs of modes and ranks that finished, here or on node 0.
         """
         found = [problem for reader in self._readers for problem in reader.damage()]
         workers = [reader for reader in self._readers if reader.path.suffix != CONTROL]
-        unnamed = set(finished).difference(*(reader.runs for reader in workers))
+        unnamed = self._unnamed(set().union(*(reader.runs for reader in workers)))
         for reader in workers:
+            named = {self.runs[run].status for run in reader.runs if run in self.runs}
             # A file that was cut before its second line names no run.
-            its_runs = reader.runs or {run for run in unnamed if self._may_be_of(run, reader.path)}
-            if its_runs and its_runs <= finished and not reader.is_closed:
+            _, _, rank = reader.path.stem.rpartition("-rank")
+            possible = [named] if reader.runs else unnamed[rank]
+            if {Status.FINISHED} in possible and not reader.is_closed:
                 end = f"it ends after line {reader.num_lines} without having been closed"
                 found.append(f"{reader.path}: {end}, though its mode finished.")
         return found
 
-    def _may_be_of(self, run: str, file: Path) -> bool:
-        """Whether a worker's file may be about a run that none names: ranks of other machines have
-        theirs there."""
-        rank = self.runs[run].tags.get(names.RANK, "")
-        return not rank or file.stem.endswith(f"rank{rank}")
+    def _unnamed(self, named: Set[str]) -> dict[str, list[set[str]]]:
+        """Statuses of each mode's runs that no worker's file names, by rank.
+
+        On node 0 those are runs of ranks on other machines, too.
+        """
+        statuses: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for key, run in self.runs.items():
+            if run.kind != names.KIND_GROUP and key not in named:
+                # Rank 0 logs what is everybody's.
+                rank = run.tags.get(names.RANK, "0")
+                mode = (run.tags.get(names.MODE, ""), run.tags.get(names.VARIANT, ""))
+                statuses[rank, *mode].add(run.status)
+        by_rank: dict[str, list[set[str]]] = defaultdict(list)
+        for (rank, *_), of_mode in statuses.items():
+            by_rank[rank].append(of_mode)
+        return by_rank
 
     def parts(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[Name, Points]]:
         """The values of all runs that are wanted by their keys, at most MAX_POINTS at a time."""

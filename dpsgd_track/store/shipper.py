@@ -336,15 +336,15 @@ class Shipper:
         found: list[str] = []
         inventory = Inventory(self.group)
         whole: set[str] = set()
-        finished: set[str] = set()
         for run in inventory.runs.values():
             if run.key not in self.run_ids:
                 found.append(f"{run.title or run.key}: the run is not there")
                 continue
             stored = self._client.get_run(self.run_ids[run.key])
-            if run.kind != names.KIND_GROUP and _status(run, stored) == Status.FINISHED:
-                finished.add(run.key)
             problems = list(self._differences(run, stored))
+            if run.status is Status.ELSEWHERE:
+                # As node 0 told the store.
+                run.status, run.tags = Status(stored.info.status), dict(stored.data.tags)
             metrics = inventory.metrics[run.key]
             if missing := metrics - stored.data.metrics.keys():
                 problems.append(f"{len(missing)} of {len(metrics)} metrics are missing")
@@ -353,7 +353,7 @@ class Shipper:
             found += [f"{run.title or run.key}: {line}" for line in problems]
         for points in inventory.parts(whole.__contains__) if count else ():
             found += self._other_values(inventory.runs, points)
-        return inventory.damage(finished) + found
+        return inventory.damage() + found
 
     def _other_values(
         self, runs: Mapping[str, SpooledRun], points: Mapping[Name, Points]
@@ -371,7 +371,7 @@ class Shipper:
     def _differences(self, run: SpooledRun, stored: Run) -> Iterator[str]:
         if run.status is Status.RUNNING:
             yield "it did not end"
-        if _status(run, stored) != stored.info.status:
+        if run.status not in (stored.info.status, Status.ELSEWHERE):
             yield f"its status is {stored.info.status}, not {run.status}"
         run_id = self.run_ids[run.key]
         for what, kept, held in (
@@ -442,11 +442,6 @@ def _sizes_at_rest(group: SpooledGroup) -> dict[str, int]:
 def storable(text: str) -> str:
     """`text` without what no database keeps: the character NUL, and halves of characters."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
-
-
-def _status(run: SpooledRun, stored: Run) -> str:
-    """How a run ended: one that node 0 keeps, as node 0 told the store."""
-    return str(stored.info.status) if run.status is Status.ELSEWHERE else run.status
 
 
 def _batches(entities: Sequence[Entity], size: int) -> Iterator[Sequence[Entity]]:

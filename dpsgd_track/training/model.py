@@ -132,6 +132,11 @@ def check_length(model: nn.Module, seq_length: int) -> None:
     """Raise ValueError if `seq_length` exceeds the model's limit."""
     config: Any = model.config
     limit = getattr(config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding_index = getattr(module, "padding_idx", None)
+        if limit is not None and name.endswith("position_embeddings") and padding_index is not None:
+            # RoBERTa and its relatives count positions from the padding index on.
+            limit -= padding_index + 1
     require(
         limit is None or seq_length <= limit,
         "seq_length",

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpsgd_track.comparison.audit.noise import NoiseAudit, audit, judge_noise
 from dpsgd_track.config import NOISE
-from dpsgd_track.launcher.suites import NOISE_BOUNDS, NOISE_SIGMA
+from dpsgd_track.launcher.regimes import NOISE_BOUNDS, NOISE_SIGMA
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Trajectory
 from tests.support.synthetic_group import job, mode_run, setup, trajectory

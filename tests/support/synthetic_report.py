@@ -1,7 +1,6 @@
 """Whole comparisons to draw: healthy, faulty and large, with every section filled.
 
-Ladders, blames and audits are made up from the drifts, so that a report can be looked at whatever
-the judging half says of synthetic numbers.
+Audits are made up, so that a report can be looked at whatever the audit says of synthetic noise.
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ import numpy as np
 
 from dpsgd_track.comparison import GroupComparison, compare_group
 from dpsgd_track.comparison.audit.noise import NoiseAudit, NoiseCheck
-from dpsgd_track.comparison.diagnose.culprit import Blame
-from dpsgd_track.comparison.diagnose.ladder import DATA, INITIAL_WEIGHTS, STAGES, Rung, StageStatus
-from dpsgd_track.comparison.measure.drift import Pair
-from dpsgd_track.comparison.result import ModeVerdict, RegimeComparison
+from dpsgd_track.comparison.result import RegimeComparison
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.comparison.waivers import Waiver
 from dpsgd_track.config import Thresholds
@@ -116,7 +112,7 @@ def runs(
 
 
 def comparison(modes: Sequence[ModeRun], name: str = "quick-20261122-112953") -> GroupComparison:
-    """`modes` compared, with ladders, blames and audits made up from their drifts."""
+    """`modes` compared, with audits made up."""
     params = {
         "command": COMMAND,
         "model_name": "llama-tiny",
@@ -128,64 +124,7 @@ def comparison(modes: Sequence[ModeRun], name: str = "quick-20261122-112953") ->
     compared = compare_group(group_of(modes, name=name, params=params), Thresholds())
     return replace(
         compared,
-        modes=tuple(_climbed(mode, compared) for mode in compared.modes),
         regimes=tuple(_audited(regime) for regime in compared.regimes),
-    )
-
-
-def _climbed(mode: ModeVerdict, compared: GroupComparison) -> ModeVerdict:
-    ladders: dict[tuple[str, str], tuple[Rung, ...]] = {}
-    blames: dict[tuple[str, str], Blame] = {}
-    for regime in compared.regimes:
-        for pair in regime.pairs:
-            if pair.mode != mode.label:
-                continue
-            key = (regime.name, pair.baseline)
-            ladders[key] = ladder_of(pair, compared.thresholds)
-            wrong = next((r for r in ladders[key] if r.status is StageStatus.INTRODUCED), None)
-            if wrong:
-                blames[key] = _blame_of(wrong)
-    return replace(mode, ladders=ladders, blames=blames)
-
-
-def ladder_of(pair: Pair, thresholds: Thresholds) -> tuple[Rung, ...]:
-    """Each stage by its worst observable; the first that is off introduced the error."""
-    rungs = [Rung(stage=stage, status=StageStatus.OK) for stage in (DATA, INITIAL_WEIGHTS)]
-    failed = False
-    for stage, observables in STAGES:
-        known = [pair.drifts[name] for name in observables if name in pair.drifts]
-        if not known:
-            rungs.append(Rung(stage=stage, status=StageStatus.NOT_COMPARED))
-            continue
-        limits = {d.observable.name: getattr(thresholds, d.observable.threshold) for d in known}
-        worst = max(known, key=lambda d: d.max / limits[d.observable.name])
-        is_off = worst.max > limits[worst.observable.name]
-        status = (StageStatus.INHERITED if failed else StageStatus.INTRODUCED) * is_off
-        failed |= is_off
-        rungs.append(
-            Rung(
-                stage=stage,
-                status=StageStatus(status or StageStatus.OK),
-                observable=worst.observable.name,
-                value=worst.max,
-                limit=limits[worst.observable.name],
-                floor=4e-7,
-                step=worst.step,
-                where=worst.where,
-            )
-        )
-    return tuple(rungs)
-
-
-def _blame_of(rung: Rung) -> Blame:
-    return Blame(
-        stage=rung.stage,
-        step=rung.step,
-        layers=(GUILTY_LAYER,),
-        ranks=(1,),
-        fingerprint="The ratio is 1.08 throughout, as of a constant factor",
-        sentence=f"the {rung.stage} went wrong by themselves first in {GUILTY_LAYER} at step 3, "
-        "on rank 1 alone; what follows inherits it",
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpsgd_track.config import RegimeConfig
+from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 TOLERANCE = 1e-4
@@ -32,14 +33,24 @@ _TIMES_LONGER = 1.05
 class Inconsistency:
     """A relation between a run's own numbers that does not hold."""
 
-    stage: str
-    observable: str
+    stage: Stage
+    observable: ObservableName
     title: str
     """What was expected of what, as it stands in a sentence."""
     value: float
     """Relative error."""
     step: int
-    where: str = ""
+    sample: int | None = None
+    """Global index of the sample it shows in; None where it is not per sample."""
+    parameter: str = ""
+    """The parameter it shows in; empty where it is of all."""
+
+    @property
+    def where(self) -> str:
+        """`sample 3` or `parameter head.weight`; empty where it is of the whole step."""
+        if self.sample is not None:
+            return f"sample {self.sample}"
+        return f"parameter {self.parameter}" if self.parameter else ""
 
 
 def inconsistencies(t: Trajectory, setup: RegimeConfig | None) -> tuple[Inconsistency, ...]:
@@ -48,7 +59,7 @@ def inconsistencies(t: Trajectory, setup: RegimeConfig | None) -> tuple[Inconsis
     Args:
         setup: the regime as it was planned; None where that is unknown.
     """
-    found: dict[str, Inconsistency] = {}
+    found: dict[ObservableName, Inconsistency] = {}
     for start in range(0, t.num_steps, _BLOCK):
         # A step of the optimizer is looked at together with the one before it.
         block = t.rows(max(0, start - 1), start + _BLOCK)
@@ -69,18 +80,18 @@ def _total_norm(t: Trajectory) -> Inconsistency | None:
     total = np.sqrt(np.square(t.sample_norm_by_parameter).sum(axis=2))
     error = np.abs(t.sample_norm - total) / total
     title = "a sample's norm differs from that of its parameters' norms"
-    return _of_samples(t, "per-sample norms", "sample_norm", title, error)
+    return _of_samples(t, Stage.NORMS, ObservableName.SAMPLE_NORM, title, error)
 
 
 def _clip_factor(t: Trajectory) -> Inconsistency | None:
     wanted = np.minimum(1.0, t.max_grad_norm[:, None] / t.sample_norm)
     error = np.abs(t.clip_factor - wanted) / wanted
     title = "a clip factor differs from min(1, C / norm) of the norm that the mode itself reports"
-    return _of_samples(t, "clip factors", "clip_factor", title, error)
+    return _of_samples(t, Stage.FACTORS, ObservableName.CLIP_FACTOR, title, error)
 
 
 def _of_samples(
-    t: Trajectory, stage: str, observable: str, title: str, error: Floats
+    t: Trajectory, stage: Stage, observable: ObservableName, title: str, error: Floats
 ) -> Inconsistency | None:
     over = np.argwhere(error > TOLERANCE)
     if not len(over):
@@ -93,7 +104,7 @@ def _of_samples(
         title=title,
         value=float(error[row, column]),
         step=int(t.step[row]),
-        where=f"sample {t.sample_index[row, column]}",
+        sample=int(t.sample_index[row, column]),
     )
 
 
@@ -107,8 +118,8 @@ def _length_of_sum(t: Trajectory) -> Inconsistency | None:
         return None
     row = int(over[0])
     return Inconsistency(
-        stage="clipped sum",
-        observable="grad_norm",
+        stage=Stage.SUM,
+        observable=ObservableName.GRAD_NORM,
         title="the clipped sum is longer than the sum of the lengths of what it is made of",
         value=float(length[row] / bound[row] - 1) if bound[row] else math.inf,
         step=int(t.step[row]),
@@ -130,12 +141,12 @@ def _sgd_step(t: Trajectory, setup: RegimeConfig | None) -> Inconsistency | None
     row = int(over[0, 0])
     column = int(np.nanargmax(error[row]))
     return Inconsistency(
-        stage="updated weights",
-        observable="update",
+        stage=Stage.UPDATE,
+        observable=ObservableName.UPDATE,
         title="the weights did not move by the learning rate times the gradient",
         value=float(error[row, column] / length[row, 0]) if length[row, 0] else math.inf,
         step=int(t.step[row + 1]),
-        where=f"parameter {t.parameter_names[column]}",
+        parameter=str(t.parameter_names[column]),
     )
 
 

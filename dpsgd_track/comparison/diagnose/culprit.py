@@ -1,15 +1,17 @@
-"""Names what went wrong: the stage, its layer, step, ranks and samples, and a likely cause."""
+"""Names the culprit: the stage that went wrong first, where, by how much, and a likely cause."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsgd_track.comparison.audit.consistency import TOLERANCE, Inconsistency
 from dpsgd_track.comparison.diagnose.fingerprint import (
     Ratio,
     fingerprint,
@@ -17,10 +19,18 @@ from dpsgd_track.comparison.diagnose.fingerprint import (
     quantities,
     ratio_of,
 )
-from dpsgd_track.comparison.diagnose.ladder import Rung, StageStatus
+from dpsgd_track.comparison.diagnose.ladder import STAGES, Rung, StageStatus, first_introduced
 from dpsgd_track.comparison.measure.alignment import Aligned
-from dpsgd_track.comparison.measure.observables import SMALL_SAMPLE, relative
+from dpsgd_track.comparison.measure.amount import number, share
+from dpsgd_track.comparison.measure.drift import Pair
+from dpsgd_track.comparison.measure.observables import (
+    OBSERVABLES,
+    SMALL_SAMPLE,
+    Observable,
+    relative,
+)
 from dpsgd_track.record.run import ModeRun
+from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_distance, sketch_length
 
 _SHOWN = 3
@@ -30,73 +40,154 @@ _FROM_HERE_ON = 0.9
 _FEWEST_BEFORE = 3
 """Fewer parameters before it may be wrong by themselves."""
 
+_WRONG = {
+    Stage.DATA: "was given other data",
+    Stage.INITIAL_WEIGHTS: "starts from other weights",
+    Stage.LOSS: "computes a wrong loss",
+    Stage.NORMS: "computes wrong per-sample norms",
+    Stage.FACTORS: "computes wrong clip factors",
+    Stage.SUM: "computes a wrong clipped sum",
+    Stage.NOISE: "adds wrong noise",
+    Stage.UPDATE: "updates the weights wrongly",
+}
+"""What is said of a mode in which a stage went wrong."""
+
+_RIGHT = {
+    Stage.LOSS: "the loss",
+    Stage.NORMS: "norms",
+    Stage.FACTORS: "clip factors",
+    Stage.SUM: "the clipped sum",
+    Stage.NOISE: "the noise",
+}
+"""What is said to be right where a later stage went wrong; inputs are not computed."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Blame:
-    """The first stage that went wrong by itself."""
+class Culprit:
+    """Where a run first went wrong: in one comparison, in its own numbers, or in all together."""
 
-    stage: str
-    step: int | None
-    """None before the first step."""
-    layers: tuple[str, ...] = ()
-    """Layers or parameters in which the error arose, worst first."""
+    regime: str
+    stage: Stage
+    step: int | None = None
+    """None before the first step, or where it is not known."""
+    places: tuple[str, ...] = ()
+    """Layers or parameters in which the error arose, worst first; empty for none in particular."""
     inherited: tuple[str, ...] = ()
     """Layers or parameters that only passed it on."""
     samples: tuple[int, ...] = ()
     """Global indices of the samples concerned; empty for all or where it is not per sample."""
     ranks: tuple[int, ...] = ()
     """Ranks concerned; empty for all."""
-    fingerprint: str = ""
+    observable: ObservableName | None = None
+    """What showed it."""
+    value: float | None = None
+    """Largest error of that step."""
+    limit: float | None = None
+    """What the value was held against."""
+    floor: float | None = None
+    """What rounding makes of the observable; None where it was not measured."""
+    against: str = ""
+    """Label of what the run was compared with; empty where its own numbers show it."""
+    cause: str = ""
     """A known ratio between mode and baseline, and what it suggests."""
     sentence: str = ""
-    """All of it in one sentence, without a full stop."""
+    """All of it, as it follows the mode's name, without the last full stop."""
 
 
-def blame(rungs: Sequence[Rung], pair: Aligned, run: ModeRun) -> Blame | None:
-    """Who is to blame for what `rungs` show; None where no stage went wrong by itself.
+def culprit_of(
+    pair: Pair, rungs: Sequence[Rung], run: ModeRun, broken: Sequence[Inconsistency]
+) -> Culprit | None:
+    """What `rungs` of `pair` come down to; None where no stage went wrong by itself.
 
     Args:
-        pair: the two runs that were compared.
         run: the mode's.
+        broken: relations that the mode's own numbers break.
     """
-    order = {rung.stage: place for place, rung in enumerate(rungs)}
-    guilty = [rung for rung in rungs if rung.status is StageStatus.INTRODUCED]
-    if not guilty:
+    rung = first_introduced(rungs)
+    if rung is None:
         return None
-    rung = min(guilty, key=lambda r: (-1 if r.step is None else r.step, order[r.stage]))
-    rows = np.flatnonzero(pair.baseline.step == rung.step)
-    if not rung.observable or not len(rows):
-        step = None if rung.step is None or rung.step < 0 else rung.step
-        return _said(Blame(stage=rung.stage, step=step), ())
+    if rung.observable is None:
+        of_stage = (b for b in broken if (b.stage, b.step) == (rung.stage, rung.step))
+        found = next(of_stage, None)
+        return contradiction(pair.regime, found) if found else None
     # Large fields of long records are read for this step and the one before it alone.
-    first = max(0, int(rows[0]) - 1)
-    row = int(rows[0]) - first
-    pair = Aligned(
-        baseline=pair.baseline.rows(first, first + row + 1),
-        other=pair.other.rows(first, first + row + 1),
+    at = int(np.flatnonzero(pair.aligned.baseline.step == rung.step)[0])
+    first = max(0, at - 1)
+    row = at - first
+    aligned = Aligned(
+        baseline=pair.aligned.baseline.rows(first, at + 1),
+        other=pair.aligned.other.rows(first, at + 1),
         gaps=(),
     )
-    names = tuple(pair.baseline.parameter_names.tolist())
+    names = tuple(aligned.baseline.parameter_names.tolist())
     arose: tuple[str, ...] = rung.items
     inherited: tuple[str, ...] = ()
-    if rung.stage == "per-sample norms":
+    if rung.stage is Stage.NORMS:
         arose, inherited = where_it_arose(rung.items, names)
-        if _are_right_in_sum(inherited, rung, pair, row):
+        if _are_right_in_sum(inherited, rung, aligned, row):
             arose, inherited = rung.items, ()
-    samples = _samples(rung, pair, row)
-    found = Blame(
+    samples = _samples(rung, aligned, row)
+    culprit = Culprit(
+        regime=pair.regime,
         stage=rung.stage,
         step=rung.step,
-        layers=arose,
+        places=arose,
         inherited=inherited,
-        samples=tuple(pair.baseline.sample_index[row, samples].tolist()),
-        ranks=_ranks(samples, pair, row),
-        fingerprint=fingerprint(
-            _ratio(rung, pair, row, samples),
-            quantities(run, float(pair.baseline.max_grad_norm[row])),
+        samples=tuple(aligned.baseline.sample_index[row, samples].tolist()),
+        ranks=_ranks(samples, aligned, row),
+        observable=rung.observable,
+        value=rung.value,
+        limit=rung.limit,
+        floor=rung.floor,
+        against=pair.baseline,
+        cause=fingerprint(
+            _ratio(rung, aligned, row, samples),
+            quantities(run, float(aligned.baseline.max_grad_norm[row])),
         ),
     )
-    return _said(found, names)
+    if OBSERVABLES[rung.observable].items == "layer":
+        names = tuple(aligned.baseline.layer_names.tolist())
+    return replace(culprit, sentence=_said(culprit, names, _right_before(rungs, rung)))
+
+
+def contradiction(regime: str, broken: Inconsistency) -> Culprit:
+    """The culprit that a run's own numbers show by contradicting each other."""
+    culprit = Culprit(
+        regime=regime,
+        stage=broken.stage,
+        step=broken.step,
+        places=(broken.parameter,) if broken.parameter else (),
+        samples=() if broken.sample is None else (broken.sample,),
+        observable=broken.observable,
+        value=broken.value,
+        limit=TOLERANCE,
+    )
+    title = broken.title[0].upper() + broken.title[1:]
+    evidence = f"{title}, {_amount(broken.value, 'by ')} (limit {share(TOLERANCE)})"
+    return replace(culprit, sentence=f"{_told_where(culprit, culprit.places)}. {evidence}")
+
+
+def alone(culprit: Culprit, evidence: str) -> Culprit:
+    """`culprit`, with a sentence that says what showed it where nothing was compared."""
+    said = f"{_WRONG[culprit.stage]} (regime {culprit.regime}): {evidence}"
+    return replace(culprit, sentence=said)
+
+
+def first_of(culprits: Mapping[tuple[str, str], Culprit]) -> tuple[str, str] | None:
+    """Which of several comparisons shows the earliest stage of a step; None for none.
+
+    What is held against no_dp alone shows no norms, and where nothing is clipped a wrong clip
+    factor does not show.
+    """
+    order = list(Stage)
+
+    def place(key: tuple[str, str]) -> tuple[int, int, bool]:
+        culprit = culprits[key]
+        says_where = bool(culprit.places or culprit.samples)
+        step = -1 if culprit.step is None else culprit.step
+        return order.index(culprit.stage), step, not says_where
+
+    return min(culprits, key=place, default=None)
 
 
 def where_it_arose(
@@ -147,21 +238,22 @@ def _are_right_in_sum(parameters: Sequence[str], rung: Rung, pair: Aligned, row:
     return bool(np.nanmedian(errors) <= limit)
 
 
-def describe(wrong: Sequence[str], names: Sequence[str]) -> str:
+def describe(wrong: Sequence[str], names: Sequence[str], kind: str = "parameters") -> str:
     """`wrong` parameters in few words: their names, or what they have in common.
 
     Args:
         names: all parameters of the model.
+        kind: what they are called.
     """
-    if names and len(wrong) == len(names):
-        return f"all {len(names)} parameters"
+    if names and len(wrong) == len(names) > 1:
+        return f"all {len(names)} {kind}"
     if len(wrong) <= _SHOWN:
         return ", ".join(wrong)
-    for kind in (lambda name: name.rpartition(".")[2], _pattern):
+    for of in (lambda name: name.rpartition(".")[2], _pattern):
         groups: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            groups[kind(name)].append(name)
-        alike = {kind(name) for name in wrong}
+            groups[of(name)].append(name)
+        alike = {of(name) for name in wrong}
         whole = sum(len(groups[each]) for each in alike) == len(wrong)
         if whole and len(alike) <= _SHOWN:
             what = ", ".join(f"*.{each}" if "." not in each else each for each in sorted(alike))
@@ -180,13 +272,15 @@ def _samples(rung: Rung, pair: Aligned, row: int) -> NDArray[np.int64]:
     ours, theirs = pair.baseline, pair.other
     with np.errstate(invalid="ignore", over="ignore"):
         match rung.observable:
-            case "loss" | "sample_loss":
+            case ObservableName.LOSS | ObservableName.SAMPLE_LOSS:
                 error = np.abs(theirs.sample_loss[row] - ours.sample_loss[row])
-            case "sample_norm" | "clip_factor":
-                a, b = (getattr(t, rung.observable)[row] for t in (ours, theirs))
-                scale = np.nanmax(a) if rung.observable == "sample_norm" else 1.0
-                error = relative(a, np.abs(b - a), scale, SMALL_SAMPLE)
-            case "sample_norm_by_parameter" if rung.items:
+            case ObservableName.SAMPLE_NORM:
+                a, b = (t.sample_norm[row] for t in (ours, theirs))
+                error = relative(a, np.abs(b - a), np.nanmax(a), SMALL_SAMPLE)
+            case ObservableName.CLIP_FACTOR:
+                a, b = (t.clip_factor[row] for t in (ours, theirs))
+                error = relative(a, np.abs(b - a), 1.0, SMALL_SAMPLE)
+            case ObservableName.SAMPLE_NORM_BY_PARAMETER if rung.items:
                 column = ours.parameter_names.tolist().index(rung.items[0])
                 a, b = (t.sample_norm_by_parameter[row, :, column] for t in (ours, theirs))
                 error = relative(a, np.abs(b - a), ours.sample_norm[row])
@@ -209,57 +303,109 @@ def _ratio(rung: Rung, pair: Aligned, row: int, samples: NDArray[np.int64]) -> R
     ours, theirs = pair.baseline, pair.other
     chosen: NDArray[np.int64] | slice = samples if len(samples) else slice(None)
     columns = [i for i, name in enumerate(ours.parameter_names.tolist()) if name in rung.items]
-
-    def ratio(field: str) -> Ratio | None:
-        a, b = (getattr(side, field)[row] for side in (ours, theirs))
-        if field in ("sample_loss", "sample_norm", "clip_factor"):
-            a, b = a[chosen], b[chosen]
-        return ratio_of(np.atleast_1d(a), np.atleast_1d(b))
-
     match rung.observable:
-        case "sample_norm_by_parameter":
+        case ObservableName.LOSS | ObservableName.GRAD_NORM | ObservableName.GRAD_NORM_NOISED:
+            a, b = (getattr(t, rung.observable)[row] for t in (ours, theirs))
+            return ratio_of(np.atleast_1d(a), np.atleast_1d(b))
+        case ObservableName.SAMPLE_LOSS | ObservableName.SAMPLE_NORM | ObservableName.CLIP_FACTOR:
+            a, b = (getattr(t, rung.observable)[row][chosen] for t in (ours, theirs))
+            return ratio_of(a, b)
+        case ObservableName.SAMPLE_NORM_BY_PARAMETER:
             a, b = (t.sample_norm_by_parameter[row][chosen][:, columns] for t in (ours, theirs))
             return ratio_of(a, b)
-        case "gradient" | "noised_gradient":
-            field = "gradient_sketch" if rung.observable == "gradient" else "noised_sketch"
-            a, b = (getattr(t, field)[row, columns] for t in (ours, theirs))
-            return projected_ratio(a, b)
-        case "noise":
+        case ObservableName.GRADIENT:
+            return projected_ratio(*(t.gradient_sketch[row, columns] for t in (ours, theirs)))
+        case ObservableName.NOISED_GRADIENT:
+            return projected_ratio(*(t.noised_sketch[row, columns] for t in (ours, theirs)))
+        case ObservableName.NOISE:
             a, b = (
                 _noise(t.noised_sketch, t.gradient_sketch, row, columns) for t in (ours, theirs)
             )
             return projected_ratio(a, b)
-        case "update" if row > 0:
+        case ObservableName.UPDATE if row > 0:
             a, b = (t.weight_sketch[row] - t.weight_sketch[row - 1] for t in (ours, theirs))
             return projected_ratio(a[columns], b[columns])
-        case "layer_grad_norm" | "layer_weight_norm":
+        case ObservableName.LAYER_GRAD_NORM | ObservableName.LAYER_WEIGHT_NORM:
             places = [i for i, n in enumerate(ours.layer_names.tolist()) if n in rung.items]
             a, b = (getattr(t, rung.observable)[row, places] for t in (ours, theirs))
             return ratio_of(a, b)
-        case "weights" | "update":
-            return None
-    return ratio(rung.observable)
+    return None
 
 
 def _noise(noised: Floats, clipped: Floats, row: int, columns: list[int]) -> Floats:
     return np.asarray(noised[row, columns] - clipped[row, columns])
 
 
-def _said(found: Blame, names: Sequence[str]) -> Blame:
-    parts = [found.stage]
-    if found.step is not None:
-        parts[0] += f" at step {found.step}"
-    if found.layers:
-        parts.append(f"in {describe(found.layers, names)}")
-    if found.inherited:
-        parts.append(f"handed on to {len(found.inherited)} parameters before it")
-    if found.samples:
-        shown = ", ".join(map(str, found.samples[:_SHOWN]))
-        more = f" and {len(found.samples) - _SHOWN} more" * (len(found.samples) > _SHOWN)
-        parts.append(f"of sample{'s' * (len(found.samples) > 1)} {shown}{more}")
-    if found.ranks:
-        which = ", ".join(map(str, found.ranks))
-        parts.append(f"of rank{'s' * (len(found.ranks) > 1)} {which} alone")
-    if found.fingerprint:
-        parts.append(found.fingerprint)
-    return replace(found, sentence=", ".join(parts))
+def _right_before(rungs: Sequence[Rung], at_fault: Rung) -> list[Stage]:
+    """Of the stages that were compared before the one at fault, the last two, if they are right."""
+    order = list(Stage)
+    right = [
+        rung.stage
+        for rung in rungs
+        if rung.stage in _RIGHT
+        and order.index(rung.stage) < order.index(at_fault.stage)
+        and rung.status is StageStatus.OK
+        # Where rounding explains anything, nothing is known.
+        and rung.limit is not None
+        and math.isfinite(rung.limit)
+    ]
+    return right[-2:]
+
+
+def _said(culprit: Culprit, names: Sequence[str], right: Sequence[Stage]) -> str:
+    """The sentence of what a comparison shows.
+
+    Args:
+        names: all parameters of the model, or all layers where the culprit's places are layers.
+        right: earlier stages that were compared and are right.
+    """
+    assert culprit.observable is not None
+    assert culprit.value is not None
+    assert culprit.limit is not None
+    observable = OBSERVABLES[culprit.observable]
+    said = _told_where(culprit, names, "layers" if observable.items == "layer" else "parameters")
+    if right:
+        is_one = len(right) == 1 and right[0] not in (Stage.NORMS, Stage.FACTORS)
+        said += (
+            f", while {' and '.join(_RIGHT[s] for s in right)} {'is' if is_one else 'are'} right"
+        )
+    is_per_sample = observable.items in ("sample", "sample_parameter")
+    is_one = len(culprit.places) <= 1 and (not is_per_sample or len(culprit.samples) == 1)
+    shown = share if observable.is_relative else number
+    amount = _amount(culprit.value, "by " if is_one else "by up to ", shown)
+    explained = (
+        f"the threshold is {shown(culprit.limit)}, rounding was not measured"
+        if culprit.floor is None
+        else f"rounding explains {shown(culprit.limit)}"
+    )
+    said += f". {_subject(culprit.stage, observable)} {amount} from {culprit.against} ({explained})"
+    return said + f"; {culprit.cause}" * bool(culprit.cause)
+
+
+def _subject(stage: Stage, observable: Observable) -> str:
+    """`Off`, after what is off where that is not the stage's result itself."""
+    if observable.name in (STAGES[stage][0], ObservableName.SAMPLE_NORM_BY_PARAMETER):
+        return "Off"
+    title = observable.title.removesuffix(" (distance)")
+    return f"{title[0].upper()}{title[1:]} off"
+
+
+def _amount(value: float, by: str, shown: Callable[[float], str] = share) -> str:
+    return "without bound" if math.isinf(value) else f"{by}{shown(value)}"
+
+
+def _told_where(culprit: Culprit, names: Sequence[str], kind: str = "parameters") -> str:
+    when = "" if culprit.step is None else f"at step {culprit.step} of "
+    parts = [f"{_WRONG[culprit.stage]}: first {when or 'in '}{culprit.regime}"]
+    if culprit.places:
+        parts.append(f"in {describe(culprit.places, names, kind)}")
+    if culprit.inherited:
+        parts.append(f"handed on to {len(culprit.inherited)} parameters before it")
+    if culprit.samples:
+        shown = ", ".join(map(str, culprit.samples[:_SHOWN]))
+        more = f" and {len(culprit.samples) - _SHOWN} more" * (len(culprit.samples) > _SHOWN)
+        parts.append(f"of sample{'s' * (len(culprit.samples) > 1)} {shown}{more}")
+    if culprit.ranks:
+        which = ", ".join(map(str, culprit.ranks))
+        parts.append(f"of rank{'s' * (len(culprit.ranks) > 1)} {which} alone")
+    return ", ".join(parts)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dpsgd_track.comparison.measure.alignment import Aligned, Gap, align
 from dpsgd_track.comparison.measure.observables import LOSS, OBSERVABLES, Observable, relative
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import LARGE, Floats, Integers, Trajectory
 
 Labelled = tuple[str, Trajectory]
@@ -117,11 +118,17 @@ class Pair:
     regime: str
     baseline: str
     mode: str
-    drifts: Mapping[str, Drift]
+    aligned: Aligned
+    """The two records over what they have in common."""
+    drifts: Mapping[ObservableName, Drift]
     """By observable."""
-    not_computed: Mapping[str, str]
+    not_computed: Mapping[ObservableName, str]
     """Observables left out, and which side does not compute them."""
-    gaps: tuple[Gap, ...]
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        """What one of the two has and the other lacks."""
+        return self.aligned.gaps
 
 
 def compare_pair(regime: str, baseline: Labelled, mode: Labelled) -> Pair:
@@ -178,7 +185,7 @@ class _Walk:
         self.sides = pair.baseline, pair.other
         self.num_steps = pair.baseline.num_steps
         self.keep_items = keep_items
-        self.seen: dict[str, _Seen] = {}
+        self.seen: dict[ObservableName, _Seen] = {}
         """By observable."""
 
     def take_small(self) -> None:
@@ -237,8 +244,8 @@ class _Seen:
 
 
 def _summed_up(regime: str, baseline: str, mode: str, walk: _Walk) -> Pair:
-    drifts: dict[str, Drift] = {}
-    absent: dict[str, str] = {}
+    drifts: dict[ObservableName, Drift] = {}
+    absent: dict[ObservableName, str] = {}
     for name, observable in OBSERVABLES.items():
         seen = walk.seen.get(name)
         if seen is None or np.isnan(seen.per_step).all():
@@ -249,9 +256,9 @@ def _summed_up(regime: str, baseline: str, mode: str, walk: _Walk) -> Pair:
         regime=regime,
         baseline=baseline,
         mode=mode,
+        aligned=walk.pair,
         drifts=drifts,
         not_computed=absent,
-        gaps=walk.pair.gaps,
     )
 
 

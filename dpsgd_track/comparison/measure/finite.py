@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import LARGE, SAMPLE_COLUMNS, UNUSED, Trajectory
 
 ALWAYS_FINITE = {
@@ -33,6 +34,12 @@ SOMETIMES_ABSENT = {
     "layer_weight_norm": "weight norm of one layer",
     "layer_grad_norm": "gradient norm of one layer",
 }
+_COMPARED_AS = {
+    "gradient_sketch": ObservableName.GRADIENT,
+    "noised_sketch": ObservableName.NOISED_GRADIENT,
+    "weight_sketch": ObservableName.WEIGHTS,
+}
+"""Fields that are compared under another name than their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,11 @@ class NotFinite:
     value: float
     step: int
     where: str
+
+    @property
+    def observable(self) -> ObservableName:
+        """What is compared of the field."""
+        return _COMPARED_AS.get(self.field) or ObservableName(self.field)
 
 
 _known: WeakKeyDictionary[Trajectory, tuple[NotFinite, ...]] = WeakKeyDictionary()

@@ -18,6 +18,7 @@ import numpy as np
 
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.observables import LOSS
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers
 
 # Twice the error of plain autograd, as in FlashAttention's tests, where the floor is the largest
@@ -33,9 +34,9 @@ _ONE_DRAW = ("", "layer", "sample", "sample_parameter")
 # largest. So a limit of one parameter is never below the largest floor of any.
 _LEAST_SHARE = {"layer": 0.5, "parameter": 0.5, "sample_parameter": 0.5}
 _RELATED = {
-    "loss": "sample_loss",
-    "final_loss": "sample_loss",
-    "grad_norm": "layer_grad_norm",
+    ObservableName.LOSS: ObservableName.SAMPLE_LOSS,
+    ObservableName.FINAL_LOSS: ObservableName.SAMPLE_LOSS,
+    ObservableName.GRAD_NORM: ObservableName.LAYER_GRAD_NORM,
 }
 """Whose floor also says something of another's: a mean is about as far off as what it is made of,
 and has fewer draws to show it."""
@@ -47,7 +48,7 @@ the parameters' type."""
 # Where the terms of a Gram matrix cancel, as for the key bias of an attention layer, the square
 # root of what remains is off by sqrt(2^-23), 3e-4, of the terms: up to 1.6e-6 of the whole sample's
 # norm, or 3.1e-5 here, in a small BERT with 64 tokens. The norm that is clipped does not show it.
-_RESOLUTION_OF = {"sample_norm_by_parameter": 1e-4}
+_RESOLUTION_OF = {ObservableName.SAMPLE_NORM_BY_PARAMETER: 1e-4}
 
 CHAOS = 0.5
 """Limit of the clipped sum's distance from which on nothing is compared: rounding alone has moved
@@ -82,9 +83,9 @@ class Floor:
 
     measured_on: tuple[str, ...]
     """The replays."""
-    values: Mapping[str, float]
+    values: Mapping[ObservableName, float]
     """Largest drift of a replay, by observable; one that none computes is left out."""
-    series: Mapping[str, _Series]
+    series: Mapping[ObservableName, _Series]
     """The same step by step, largest so far."""
     against_float64: bool = False
     """Whether plain autograd was compared with the float64 reference, rather than a mode with
@@ -92,7 +93,7 @@ class Floor:
     chaos: int | None = None
     """First step from which on rounding alone explains any gradient: nothing is compared there."""
 
-    def of(self, observable: str) -> float | None:
+    def of(self, observable: ObservableName) -> float | None:
         """None where nothing was measured."""
         return self.values.get(observable)
 
@@ -104,7 +105,7 @@ def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor
     """
     if not replays:
         return None
-    drifts: dict[str, list[Drift]] = {}
+    drifts: dict[ObservableName, list[Drift]] = {}
     for replay in replays:
         for name, drift in replay.drifts.items():
             drifts.setdefault(name, []).append(drift)
@@ -114,11 +115,13 @@ def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor
         values={name: max(drift.max for drift in found) for name, found in drifts.items()},
         series=series,
         against_float64=against_float64,
-        chaos=_chaos(series["gradient"]) if "gradient" in series else None,
+        chaos=_chaos(series.get(ObservableName.GRADIENT)),
     )
 
 
-def _chaos(gradient: _Series) -> int | None:
+def _chaos(gradient: _Series | None) -> int | None:
+    if gradient is None:
+        return None
     lost = np.flatnonzero(MARGIN * gradient.largest[gradient.at(gradient.steps)] > CHAOS)
     return int(gradient.steps[lost[0]]) if len(lost) else None
 
@@ -151,7 +154,7 @@ def limits_of(drift: Drift, floor: Floor | None) -> Floats | None:
         return None
     rows = series.at(drift.steps)
     measured = series.largest[rows][:, None]
-    if (related := floor.series.get(_RELATED.get(name, ""))) is not None:
+    if name in _RELATED and (related := floor.series.get(_RELATED[name])) is not None:
         theirs = related.largest[related.at(drift.steps)][:, None]
         measured = np.maximum(measured, 0.5 * theirs)
     if drift.items and drift.items == series.items:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 LOSS, GRAD_NORM = "loss", "grad_norm"
@@ -161,7 +162,7 @@ def _final_loss(baseline: Trajectory, other: Trajectory) -> Floats:
 class Observable:
     """One thing that is compared."""
 
-    name: str
+    name: ObservableName
     title: str
     """As it stands in a sentence."""
     measure: Callable[[Trajectory, Trajectory], Floats]
@@ -179,11 +180,11 @@ class Observable:
     """Known from K projections: relative standard deviation about sqrt(1 / (2 K))."""
 
 
-OBSERVABLES: dict[str, Observable] = {
+OBSERVABLES: dict[ObservableName, Observable] = {
     o.name: o
     for o in (
         Observable(
-            name="loss",
+            name=ObservableName.LOSS,
             title="loss",
             measure=_absolute("loss"),
             field="loss",
@@ -191,7 +192,7 @@ OBSERVABLES: dict[str, Observable] = {
             is_relative=False,
         ),
         Observable(
-            name="final_loss",
+            name=ObservableName.FINAL_LOSS,
             title="final loss",
             measure=_final_loss,
             field="loss",
@@ -199,7 +200,7 @@ OBSERVABLES: dict[str, Observable] = {
             is_relative=False,
         ),
         Observable(
-            name="sample_loss",
+            name=ObservableName.SAMPLE_LOSS,
             title="loss of one sample",
             measure=_absolute("sample_loss"),
             field="sample_loss",
@@ -208,14 +209,14 @@ OBSERVABLES: dict[str, Observable] = {
             is_relative=False,
         ),
         Observable(
-            name="sample_norm",
+            name=ObservableName.SAMPLE_NORM,
             title="per-sample gradient norm",
             measure=_relative("sample_norm", lambda t: _largest(t.sample_norm, 1), SMALL_SAMPLE),
             field="sample_norm",
             items="sample",
         ),
         Observable(
-            name="sample_norm_by_parameter",
+            name=ObservableName.SAMPLE_NORM_BY_PARAMETER,
             title="per-sample gradient norm of one parameter",
             measure=_relative(
                 "sample_norm_by_parameter", lambda t: _l2(t.sample_norm_by_parameter, 2)
@@ -224,7 +225,7 @@ OBSERVABLES: dict[str, Observable] = {
             items="sample_parameter",
         ),
         Observable(
-            name="clip_factor",
+            name=ObservableName.CLIP_FACTOR,
             title="clip factor",
             measure=_absolute("clip_factor"),
             field="clip_factor",
@@ -232,7 +233,7 @@ OBSERVABLES: dict[str, Observable] = {
             is_relative=False,
         ),
         Observable(
-            name="gradient",
+            name=ObservableName.GRADIENT,
             title="clipped sum (distance)",
             measure=_direction("gradient_sketch"),
             field="gradient_sketch",
@@ -240,13 +241,13 @@ OBSERVABLES: dict[str, Observable] = {
             is_estimate=True,
         ),
         Observable(
-            name="grad_norm",
+            name=ObservableName.GRAD_NORM,
             title="gradient norm",
             measure=_relative("grad_norm", lambda t: _largest(t.grad_norm, None), SMALL_SAMPLE),
             field="grad_norm",
         ),
         Observable(
-            name="layer_grad_norm",
+            name=ObservableName.LAYER_GRAD_NORM,
             title="gradient norm of one layer",
             measure=_relative("layer_grad_norm", lambda t: t.grad_norm[:, None]),
             field="layer_grad_norm",
@@ -255,7 +256,7 @@ OBSERVABLES: dict[str, Observable] = {
         # The noise can be a thousand times longer than the clipped sum and would hide an error
         # in it, so the sum above and the noise alone are both compared, besides their total.
         Observable(
-            name="noise",
+            name=ObservableName.NOISE,
             title="noise (distance)",
             measure=_noise,
             field="noised_sketch",
@@ -263,7 +264,7 @@ OBSERVABLES: dict[str, Observable] = {
             is_estimate=True,
         ),
         Observable(
-            name="noised_gradient",
+            name=ObservableName.NOISED_GRADIENT,
             title="noised gradient (distance)",
             measure=_direction("noised_sketch"),
             field="noised_sketch",
@@ -271,7 +272,7 @@ OBSERVABLES: dict[str, Observable] = {
             is_estimate=True,
         ),
         Observable(
-            name="grad_norm_noised",
+            name=ObservableName.GRAD_NORM_NOISED,
             title="noised gradient norm",
             measure=_relative(
                 "grad_norm_noised", lambda t: _largest(t.grad_norm_noised, None), SMALL_SAMPLE
@@ -279,7 +280,7 @@ OBSERVABLES: dict[str, Observable] = {
             field="grad_norm_noised",
         ),
         Observable(
-            name="update",
+            name=ObservableName.UPDATE,
             title="weight update (distance)",
             measure=_update,
             field="weight_sketch",
@@ -287,7 +288,7 @@ OBSERVABLES: dict[str, Observable] = {
             is_estimate=True,
         ),
         Observable(
-            name="weights",
+            name=ObservableName.WEIGHTS,
             title="weights after the step (distance)",
             measure=_direction("weight_sketch"),
             field="weight_sketch",
@@ -295,7 +296,7 @@ OBSERVABLES: dict[str, Observable] = {
             is_estimate=True,
         ),
         Observable(
-            name="layer_weight_norm",
+            name=ObservableName.LAYER_WEIGHT_NORM,
             title="weight norm of one layer",
             measure=_relative("layer_weight_norm", lambda t: _l2(t.layer_weight_norm, 1)),
             field="layer_weight_norm",

@@ -10,17 +10,18 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.drift import OBSERVABLES, Drift, Pair
 from dpsgd_track.comparison.measure.floor import limits_of
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
-from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.report.charts.curves import ZERO, above_zero, drawn, log_axis, step_axis, whole
 from dpsgd_track.report.charts.marks import add_limit, floor_of, threshold_of
 from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain, wrapped
 from dpsgd_track.report.thinning import kept
 
 _ALWAYS = ("loss", "grad_norm", "sample_norm", "gradient")
-_LAYERS = "layer_grad_norm"
+_LAYERS = ObservableName.LAYER_GRAD_NORM
 _IF_ANY = ("clip_factor", "noise", "update")
 """Drawn only where some mode is off: where all are equal, the ladder says all there is to say."""
 
@@ -46,12 +47,12 @@ def drift_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
     return charts
 
 
-def _differs(pairs: list[Pair], name: str) -> bool:
+def _differs(pairs: list[Pair], name: ObservableName) -> bool:
     return any(pair.drifts[name].max > 0 for pair in pairs if name in pair.drifts)
 
 
 def _drift_chart(
-    comparison: GroupComparison, regime: RegimeComparison, name: str, style: Style
+    comparison: GroupComparison, regime: RegimeComparison, name: ObservableName, style: Style
 ) -> Chart:
     observable = OBSERVABLES[name]
     threshold, floor = threshold_of(comparison, name), floor_of(regime, name)
@@ -115,10 +116,8 @@ def _wheres(names: list[str]) -> tuple[NDArray[Any] | None, dict[str, Any]]:
     if len(prefixes) == 1 and all(numbered):
         numbers = np.array([int(match.group(2)) for match in numbered if match])
         return whole(numbers), {"prefix": plain(prefixes.pop())}
-    known = list(dict.fromkeys(names))
-    place_of = {name: i for i, name in enumerate(known)}
-    places = np.array([place_of[name] for name in names])
-    return whole(places), {"names": [plain(name) for name in known]}
+    known, places = np.unique(names, return_inverse=True)
+    return whole(places), {"names": list(map(plain, known.tolist()))}
 
 
 def _limit_of_rounding(

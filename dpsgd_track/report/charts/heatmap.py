@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.norm_heatmap import Heat, heat
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
-from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats
 from dpsgd_track.report.charts.marks import floor_of, threshold_of
 from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain
@@ -22,7 +23,7 @@ from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, pla
 _MOST_CELLS = 400_000
 """Of all cubes of a report together: half a megabyte."""
 _MOST_BINS = 60
-_NAME = "sample_norm_by_parameter"
+_NAME = ObservableName.SAMPLE_NORM_BY_PARAMETER
 
 LOWEST, PER_DECADE, NOTHING = -17, 14, 255
 """The byte b stands for 10^(LOWEST + b / PER_DECADE), and NOTHING for no value."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dpsgd_track.comparison.measure.drift import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers
 from dpsgd_track.report.charts.curves import drawn, whole
 
@@ -18,12 +19,14 @@ GREY = "#8C8C8C"
 """Of what belongs to no mode: floors and thresholds."""
 
 
-def threshold_of(comparison: GroupComparison, observable: str) -> float:
+def threshold_of(comparison: GroupComparison, observable: ObservableName) -> float:
     """Largest acceptable drift of `observable`."""
     return float(getattr(comparison.thresholds, OBSERVABLES[observable].threshold))
 
 
-def floor_of(regime: RegimeComparison, observable: str, baseline: str = "") -> float | None:
+def floor_of(
+    regime: RegimeComparison, observable: ObservableName, baseline: str = ""
+) -> float | None:
     """What rounding alone makes of `observable`; None where it was not measured."""
     floor = regime.floor(baseline)
     return floor.of(observable) if floor else None

@@ -112,10 +112,9 @@ def _against_length(profile: Profile, quantity: _Quantity, style: Style) -> Char
         subplot_titles=titles if is_stacked else None,
         vertical_spacing=0.26 / len(sizes),
     )
-    named: set[str] = set()
     for row, batch_size in enumerate(sizes, 1):
         costs = [cost for cost in profile.costs if cost.batch_size == batch_size]
-        _curves(figure, costs, quantity, style, row, named)
+        _curves(figure, costs, quantity, style, row)
     layout(figure, 110 + 290 * len(sizes), showlegend=True)
     figure.update_layout(margin={"t": 36} if is_stacked else {})
     lost = any(cost.status is CostStatus.OUT_OF_MEMORY for cost in profile.costs)
@@ -197,7 +196,6 @@ def _curves(
     quantity: _Quantity,
     style: Style,
     row: int,
-    named: set[str],
 ) -> None:
     known = [(cost, value) for cost in costs if (value := quantity.value(cost))]
     largest = max((value.p80 for _, value in known), default=1.0)
@@ -211,13 +209,11 @@ def _curves(
             error_y=_whiskers([value for _, value in own]),
             text=[_told(cost, quantity.said(value)) for cost, value in own],
             hovertemplate="%{text}<extra></extra>",
-            showlegend=label not in named,
             row=row,
             col=1,
             **style.line(label, len(own)),
         )
-        named.add(label)
-    top = _lost(figure, costs, style, (largest, is_log), row, named)
+    top = _lost(figure, costs, style, (largest, is_log), row)
     lengths = _lengths(costs)
     several = {"type": "log"}
     alone = {"type": "linear", "range": [lengths[0] - 1, lengths[0] + 1]}
@@ -238,7 +234,6 @@ def _lost(
     style: Style,
     scale: tuple[float, bool],
     row: int,
-    named: set[str],
 ) -> float:
     """Adds a cross for each point that ran out of memory; returns the height of the highest."""
     top, is_log = scale
@@ -257,12 +252,10 @@ def _lost(
             marker={"symbol": "x", "size": 11, "color": style.colour(cost.label)},
             text=[_told(cost, "")],
             hovertemplate="%{text}<extra></extra>",
-            showlegend=cost.label not in named,
             row=row,
             col=1,
             **style.of_mode(cost.label),
         )
-        named.add(cost.label)
     return max(heights)
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dpsgd_track.comparison.measure.alignment import align
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
-from dpsgd_track.comparison.verdict import number
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, whole
 from dpsgd_track.report.charts.marks import add_floor, floor_of, threshold_of
@@ -15,7 +16,7 @@ from dpsgd_track.report.charts.style import Chart, Style, layout, plain
 
 _MOST_SAMPLES = 500
 """Of one mode."""
-_NAME = "sample_norm"
+_NAME = ObservableName.SAMPLE_NORM
 
 
 def sample_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
@@ -104,8 +105,9 @@ def _points(
     figure: go.Figure, mode: str, norms: Floats, ratios: Floats, told: Integers, style: Style
 ) -> None:
     is_clipped = told[:, 3] == 1
-    kinds = [(which, c) for which, c in ((~is_clipped, False), (is_clipped, True)) if which.any()]
-    for which, clipped in kinds:
+    for which, clipped in ((~is_clipped, False), (is_clipped, True)):
+        if not which.any():
+            continue
         figure.add_scatter(
             x=drawn(norms[which]),
             y=drawn(ratios[which]),
@@ -117,6 +119,5 @@ def _points(
                 "size": 7,
                 "line": {"width": 1.2, "color": style.colour(mode)},
             },
-            showlegend=clipped is kinds[0][1],
             **style.of_mode(mode, hover="sample", clipped=clipped),
         )

@@ -176,7 +176,13 @@ def name_axis(names: Sequence[str], row_height: float) -> dict[str, Any]:
 
 
 def layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
-    """`figure` in the house's style, `height` pixels high."""
+    """`figure` in the house's style, `height` pixels high; each mode stands once in its legend."""
+    named: set[str] = set()
+    for trace in figure.data:
+        if trace.legendgroup in named:
+            trace.showlegend = False
+        elif trace.legendgroup:
+            named.add(trace.legendgroup)
     # A template of Plotly's would add thousands of characters to every chart of the page.
     figure.update_layout(
         height=height,

@@ -10,10 +10,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.observables import relative
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
-from dpsgd_track.comparison.verdict import number
 from dpsgd_track.record.run import ModeRun
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, step_axis, whole
 from dpsgd_track.report.charts.marks import add_floor, floor_of
@@ -26,7 +27,7 @@ _FLOOR = {"legendgroup": "floor", "col": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class _Quantity:
-    name: str
+    name: ObservableName
     """Of the observable whose floor is drawn."""
     alone: str
     """Stem of the file with all regimes."""
@@ -39,7 +40,7 @@ class _Quantity:
 
 _QUANTITIES = (
     _Quantity(
-        name="loss",
+        name=ObservableName.LOSS,
         alone="loss_trajectory",
         title="Loss",
         axis="loss",
@@ -48,7 +49,7 @@ _QUANTITIES = (
         is_relative=False,
     ),
     _Quantity(
-        name="grad_norm",
+        name=ObservableName.GRAD_NORM,
         alone="gradient_norm_comparison",
         title="Gradient norm",
         axis="gradient norm",
@@ -87,7 +88,6 @@ def _curve(
     style: Style,
     *,
     row: int,
-    is_named: bool,
     **meta: Any,
 ) -> None:
     step, y = points
@@ -95,7 +95,6 @@ def _curve(
     figure.add_scatter(
         x=whole(step[at]),
         y=drawn(y[at]),
-        showlegend=is_named,
         row=row,
         col=1,
         **style.line(label, len(at), **meta),
@@ -108,13 +107,11 @@ def _values(
     trajectory: Trajectory,
     quantity: _Quantity,
     style: Style,
-    *,
     row: int = 1,
-    is_named: bool = True,
 ) -> None:
     points = trajectory.step, quantity.values(trajectory)
     meta = {"hover": "value", "quantity": quantity.axis}
-    _curve(figure, label, points, style, row=row, is_named=is_named, **meta)
+    _curve(figure, label, points, style, row=row, **meta)
 
 
 def _stacked(regimes: list[RegimeComparison], quantity: _Quantity, style: Style) -> Chart:
@@ -123,12 +120,9 @@ def _stacked(regimes: list[RegimeComparison], quantity: _Quantity, style: Style)
         subplot_titles=[f"regime {plain(regime.name)}" for regime in regimes],
         vertical_spacing=0.26 / len(regimes),
     )
-    shown: set[str] = set()
     for row, regime in enumerate(regimes, 1):
         for run, trajectory in recorded(regime):
-            is_named = run.label not in shown
-            _values(figure, run.label, trajectory, quantity, style, row=row, is_named=is_named)
-            shown.add(run.label)
+            _values(figure, run.label, trajectory, quantity, style, row)
         figure.update_yaxes(title_text=quantity.axis, row=row)
         figure.update_xaxes(**_axis(recorded(regime)), row=row)
     layout(figure, 110 + 320 * len(regimes))
@@ -164,7 +158,7 @@ def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Styl
     meta = {"hover": "difference", "floor": measured, "base": plain(regime.baseline)}
     for label, trajectory, base in others:
         points = _difference(base, trajectory, quantity)
-        _curve(figure, label, points, style, row=2, is_named=False, **meta)
+        _curve(figure, label, points, style, row=2, **meta)
     if others:
         figure.update_yaxes(title_text="difference", exponentformat="e", row=2)
     figure.update_xaxes(**_axis(runs), row=2 if others else 1)
@@ -223,4 +217,4 @@ def _bands(figure: go.Figure, base: Trajectory, quantity: _Quantity, measured: f
             half /= relative(centre, np.ones(len(at)), np.abs(y[known]).max())
     add_floor(figure, whole(x), centre - half, centre + half, measured, row=1, **_FLOOR)
     ends, high = whole(x[[0, -1]]), np.repeat(measured, 2)
-    add_floor(figure, ends, -high, high, measured, row=2, showlegend=False, **_FLOOR)
+    add_floor(figure, ends, -high, high, measured, row=2, **_FLOOR)

@@ -28,11 +28,13 @@ from dpsgd_track.comparison.audit.noise.std import (
     check_std,
 )
 from dpsgd_track.comparison.audit.noise.tails import TAILS, check_tails
+from dpsgd_track.comparison.diagnose.culprit import Culprit, alone
 from dpsgd_track.comparison.verdict import Finding, Verdict
 from dpsgd_track.config import NOISE, PLAIN, kind_of
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.record.failure import FailureKind
 from dpsgd_track.record.run import ModeRun
+from dpsgd_track.record.stages import ObservableName, Stage
 
 SAMPLES, SKETCHES = "samples", "sketches"
 _STEP = re.compile(r"\bstep (\d+)")
@@ -121,27 +123,34 @@ def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
             regime=run.regime,
             sentence=f"it left no elements of its noise in {run.regime}, so that it cannot be "
             "audited",
-            observable="noise",
+            observable=ObservableName.NOISE,
         )
     for check in _telling(audit.failed) if audit else ():
         yield _finding(run, check.sentence, check)
 
 
 def _finding(run: ModeRun, sentence: str, check: NoiseCheck | None = None) -> Finding:
-    stage = "clipped sum" if check and check.name == SENSITIVITY else "noise"
+    stage = Stage.SUM if check and check.name == SENSITIVITY else Stage.NOISE
     where = check.where if check else ""
     step = _STEP.search(where)
     known = run.trajectory.parameter_names.tolist() if run.trajectory else []
+    culprit = Culprit(
+        regime=run.regime,
+        stage=stage,
+        step=int(step[1]) if step else None,
+        places=tuple(name for name in known if name in where.split()),
+        observable=ObservableName.NOISE,
+        value=check.value if check else None,
+    )
     return Finding(
         verdict=Verdict.BUG,
         regime=run.regime,
         sentence=f"{stage} (regime {run.regime}): {sentence}",
-        observable="noise",
-        value=check.value if check else None,
-        step=int(step[1]) if step else None,
+        observable=ObservableName.NOISE,
+        value=culprit.value,
+        step=culprit.step,
         where=where,
-        stage=stage,
-        layers=tuple(name for name in known if name in where.split()),
+        culprit=alone(culprit, sentence),
     )
 
 

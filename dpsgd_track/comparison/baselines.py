@@ -1,0 +1,168 @@
+"""One group: each mode is held against the baseline of each regime, and against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from dpsgd_track.comparison.audit.noise import audits_of
+from dpsgd_track.comparison.measure.drift import Labelled, Pair, compare_pairs
+from dpsgd_track.comparison.measure.floor import Floor, floor_of
+from dpsgd_track.comparison.pairing import Candidate, Held, Matched, is_sound, labelled, run_of
+from dpsgd_track.comparison.result import (
+    EnvironmentDifferences,
+    LargestDrift,
+    RegimeComparison,
+    largest_of,
+)
+from dpsgd_track.comparison.verdict import Finding, Verdict, judge_gaps, judge_likeness, judge_run
+from dpsgd_track.config import CLIP, NOISE, PLAIN, kind_of
+from dpsgd_track.modes.table import BASELINE, REFERENCE
+from dpsgd_track.record.run import Group, ModeRun
+from dpsgd_track.record.stages import ObservableName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    """Pairs each run of `group` with the baseline and the oracle of its regime."""
+
+    group: Group
+    all_pairs: bool
+    """Compare every two modes, also those of which neither is a baseline."""
+    differences: EnvironmentDifferences = ()
+
+    @property
+    def regimes(self) -> Sequence[str]:
+        """As the launcher ran them."""
+        return list(dict.fromkeys(run.regime for run in self.group.runs))
+
+    def shown(self, matched: Sequence[Matched]) -> Group:
+        """The group itself."""
+        return self.group
+
+    def unmatched(self, matched: Sequence[Matched]) -> str:
+        """Empty: each run says by itself what it lacks."""
+        return ""
+
+    def match(self, regime: str) -> Matched:
+        """Measure each pair of one regime, each record being read once."""
+        runs = tuple(run for run in self.group.runs if run.regime == regime)
+        baseline, reference = _bases(regime, runs)
+        bases = list({run.label: run for run in (baseline, reference) if run}.values())
+        # Runs of the noise regime differ by design, each having noise of its own.
+        recorded = [labelled(r) for r in runs if r.trajectory and not r.replay]
+        recorded = [] if kind_of(regime) == NOISE else recorded
+        # The oracle is held against nobody: where it and no_dp differ, no_dp is at fault.
+        judged = [
+            (held, other)
+            for held in map(labelled, bases)
+            for other in recorded
+            if other[0] not in (held[0], REFERENCE)
+        ]
+        repeats = [
+            (base, run)
+            for base in bases
+            for run in runs
+            if run.replay and run.label == base.label and run.trajectory
+        ]
+        replayed = [(labelled(base), labelled(run, run.title)) for base, run in repeats]
+        known = {frozenset((held[0], other[0])) for held, other in judged}
+        rest = [
+            pair
+            for pair in combinations(recorded, 2)
+            if self.all_pairs and frozenset((pair[0][0], pair[1][0])) not in known
+        ]
+        num_detailed = len(judged) + len(replayed)
+        pairs = compare_pairs(regime, [*judged, *replayed, *rest], num_detailed)
+        shown, replays = tuple(pairs[: len(judged)]), pairs[len(judged) : num_detailed]
+        every = [*shown, *pairs[num_detailed:]]
+        comparison = RegimeComparison(
+            name=regime,
+            runs=tuple(r for r in runs if not r.replay),
+            baseline=baseline.label if baseline else "",
+            pairs=shown,
+            replays={pair.mode: pair for pair in replays},
+            floors=_floors(repeats, replays),
+            largest=_largest(recorded, every) if self.all_pairs else {},
+            audits=audits_of(runs, reference),
+        )
+        candidates = [
+            Candidate(
+                run=run,
+                held=[
+                    _held(run, base, comparison)
+                    for base in bases
+                    if base is not run and run is not reference
+                ],
+                findings=_lacking(run, baseline, comparison),
+            )
+            for run in runs
+        ]
+        return Matched(comparison=comparison, candidates=candidates, reference=reference)
+
+
+def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison) -> Held:
+    unlike = list(judge_likeness(base, run))
+    found = list(unlike)
+    replay = regime.replays.get(run.title)
+    if replay and replay.baseline == base.label:
+        found += judge_gaps(replay)
+    pair = None if run.replay else regime.pair(run.label, base.label)
+    if pair and any(f.verdict is Verdict.BUG for f in judge_run(base)):
+        found.append(_unknown(regime, f"{base.label} is itself at fault", base.label))
+    floor = regime.floor(base.label)
+    return Held(pair=pair, floor=floor, findings=found, unlike=bool(unlike))
+
+
+def _lacking(run: ModeRun, baseline: ModeRun | None, regime: RegimeComparison) -> list[Finding]:
+    if baseline is None and kind_of(regime.name) != NOISE:
+        return [_unknown(regime, "there is no baseline to compare with")]
+    if baseline and run is baseline and not regime.pairs:
+        return [_unknown(regime, "there is nothing to compare with")]
+    return []
+
+
+def _unknown(regime: RegimeComparison, why: str, against: str = "") -> Finding:
+    return Finding(
+        verdict=Verdict.INCONCLUSIVE,
+        regime=regime.name,
+        sentence=f"{why} in {regime.name}",
+        against=against,
+    )
+
+
+def _bases(regime: str, runs: Sequence[ModeRun]) -> tuple[ModeRun | None, ModeRun | None]:
+    """The baseline and the oracle of a regime, if they were recorded."""
+    if kind_of(regime) == NOISE:
+        return None, None
+    recorded = [run for run in runs if run.trajectory]
+    # no_dp clips nothing, so in the clip regime only the oracle can be the baseline.
+    reference = run_of(recorded, REFERENCE)
+    plain = None if kind_of(regime) == CLIP else run_of(recorded, BASELINE)
+    # A mode on its own can still be the baseline of its variants.
+    installed = (run_of(recorded, run.mode) for run in runs if run.variant)
+    return plain or reference or next(filter(None, installed), None), reference
+
+
+def _floors(repeats: Sequence[tuple[ModeRun, ModeRun]], replays: list[Pair]) -> dict[str, Floor]:
+    """The floor that the sound replays show together, by the label of each base."""
+    sound: list[Pair] = []
+    against_float64 = False
+    for (base, run), pair in zip(repeats, replays, strict=True):
+        if not is_sound(base, run):
+            continue
+        sound.append(pair)
+        exact = base.job is None or base.job.performance.reference_dtype == "float64"
+        against_float64 |= run.replay == PLAIN and exact
+    # All are held to the largest: each replay is one draw of what rounding can do.
+    floor = floor_of(sound, against_float64=against_float64)
+    return dict.fromkeys((base.label for base, _ in repeats), floor) if floor else {}
+
+
+def _largest(
+    recorded: Sequence[Labelled], pairs: Sequence[Pair]
+) -> dict[ObservableName, LargestDrift]:
+    by_labels = {frozenset((pair.baseline, pair.mode)): pair for pair in pairs}
+    # Of equal ones the first counts, in the launcher's order.
+    return largest_of(by_labels[frozenset((a, b))] for (a, _), (b, _) in combinations(recorded, 2))

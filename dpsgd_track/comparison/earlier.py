@@ -1,0 +1,222 @@
+"""Two groups: each run of the later one is held against the same run of the earlier one.
+
+Modes of one group are not held against each other here: `baselines` does that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from dpsgd_track.comparison.audit.noise import audits_of
+from dpsgd_track.comparison.measure.drift import Labelled, compare_pairs
+from dpsgd_track.comparison.measure.floor import floor_of
+from dpsgd_track.comparison.pairing import Candidate, Held, Matched, is_sound, labelled, run_of
+from dpsgd_track.comparison.result import (
+    EnvironmentDifferences,
+    RegimeComparison,
+    earlier_label,
+    largest_of,
+)
+from dpsgd_track.comparison.verdict import Finding, Verdict, judge_likeness, judge_run
+from dpsgd_track.config import CLIP, kind_of
+from dpsgd_track.modes.table import BASELINE, REFERENCE
+from dpsgd_track.record.run import Group, ModeRun, Status
+
+_CODE = ("git_revision", "git_dirty", "dpsgd_track")
+"""Facts of the environment that two groups are compared for; where nothing else differs, a drift
+is theirs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """Pairs each run of `after` with the run of `before` of the same mode and variant."""
+
+    before: Group
+    after: Group
+
+    @property
+    def regimes(self) -> Sequence[str]:
+        """Those of the later group first."""
+        return list(dict.fromkeys(run.regime for run in (*self.after.runs, *self.before.runs)))
+
+    @cached_property
+    def differences(self) -> EnvironmentDifferences:
+        """Sorted by the fact's name."""
+        ours, theirs = _environment(self.before), _environment(self.after)
+        return tuple(
+            (key, _shown(ours[key]), _shown(theirs[key]))
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours[key] != theirs[key]
+        )
+
+    def shown(self, matched: Sequence[Matched]) -> Group:
+        """Both groups: the earlier runs are drawn beside the later ones."""
+        later = (candidate.run for each in matched for candidate in each.candidates)
+        earlier = (run for regime in self.regimes for run in self._renamed(regime))
+        name = f"{self.after.name}-vs-{self.before.name}"
+        return replace(self.after, name=name, runs=(*later, *earlier), timed_runs=())
+
+    def unmatched(self, matched: Sequence[Matched]) -> str:
+        """That not one run has its like."""
+        if any(each.comparison.pairs for each in matched):
+            return ""
+        return f"no run has its like in group {self.before.name}"
+
+    def match(self, regime: str) -> Matched:
+        """Measure each later run against its earlier one, and the replays of both groups."""
+        baseline = f"group {self.before.name}"
+        repeated = [run for run in self.before.runs if run.regime == regime]
+        before = {run.label: run for run in repeated if not run.replay}
+        later = [run for run in self.after.runs if run.regime == regime]
+        runs = (*later, *self._missing(before, later))
+        judged = [
+            (labelled(base, baseline), labelled(run))
+            for run in runs
+            if not run.replay
+            and (base := before.get(run.label))
+            and base.trajectory
+            and run.trajectory
+        ]
+        ours, theirs = _replays(regime, repeated), _replays(regime, runs)
+        pairs = compare_pairs(regime, [*judged, *ours, *theirs])
+        floor = floor_of(pairs[len(judged) :])
+        reference = run_of(runs, REFERENCE)
+        comparison = RegimeComparison(
+            name=regime,
+            runs=(*(run for run in runs if not run.replay), *self._renamed(regime)),
+            baseline=baseline,
+            pairs=tuple(pairs[: len(judged)]),
+            replays={pair.mode: pair for pair in pairs[len(judged) + len(ours) :]},
+            floors={baseline: floor} if floor else {},
+            largest=largest_of(pairs[: len(judged)]),
+            audits=audits_of(runs, reference),
+        )
+        return Matched(
+            comparison=comparison,
+            candidates=[self._candidate(run, before.get(run.label), comparison) for run in runs],
+            reference=reference,
+        )
+
+    def _candidate(self, run: ModeRun, base: ModeRun | None, regime: RegimeComparison) -> Candidate:
+        if run.replay:
+            return Candidate(run=run)
+        if base is None:
+            return Candidate(
+                run=run, new=f"new in {regime.name}: {regime.baseline} has no such run"
+            )
+        named = replace(base, mode=regime.baseline, variant="")
+        unlike = [*judge_likeness(named, run), *_unlike_settings(base, run, regime)]
+        held = Held(
+            pair=regime.pair(run.label),
+            # The oracle's replay computes in another type, so that it excuses the modes only.
+            floor=None if run.label == REFERENCE else regime.floor(),
+            findings=[*(_at_fault(f, regime.baseline) for f in judge_run(base)), *unlike],
+            unlike=bool(unlike),
+            other_environment=[key for key, _, _ in self.differences if key not in _CODE],
+        )
+        return Candidate(run=run, held=[held])
+
+    def _renamed(self, regime: str) -> list[ModeRun]:
+        """The earlier group's runs under names of their own."""
+        baseline = f"group {self.before.name}"
+        return [
+            replace(run, mode=earlier_label(run.label, baseline), variant="")
+            for run in self.before.runs
+            if run.regime == regime and not run.replay
+        ]
+
+    def _missing(self, before: Mapping[str, ModeRun], later: Sequence[ModeRun]) -> list[ModeRun]:
+        """A missing run for each that only the earlier group has."""
+        known = {run.label for run in later if not run.replay}
+        return [
+            ModeRun(
+                mode=run.mode,
+                regime=run.regime,
+                variant=run.variant,
+                trajectory_missing=f"group {self.before.name} has it and "
+                f"group {self.after.name} has not",
+            )
+            for label, run in before.items()
+            if label not in known and run.status is not Status.MISSING
+        ]
+
+
+def _replays(regime: str, runs: Sequence[ModeRun]) -> list[tuple[Labelled, Labelled]]:
+    """Sound replays of a group's own baseline, each with what it repeats."""
+    base = run_of(runs, REFERENCE if kind_of(regime) == CLIP else BASELINE)
+    if base is None or base.trajectory is None:
+        return []
+    return [
+        (labelled(base), labelled(run, run.title))
+        for run in runs
+        if run.replay and run.label == base.label and run.trajectory and is_sound(base, run)
+    ]
+
+
+def _at_fault(finding: Finding, baseline: str) -> Finding:
+    return replace(
+        finding,
+        verdict=Verdict.INCONCLUSIVE,
+        sentence=f"cannot be held against {baseline}: there, {finding.sentence}",
+        against=baseline,
+        observable=None,
+        value=None,
+    )
+
+
+def _unlike_settings(base: ModeRun, run: ModeRun, regime: RegimeComparison) -> list[Finding]:
+    ours, theirs = _settings(base), _settings(run)
+    reasons = [
+        f"{name} {theirs[name]}, not {value}"
+        for name, value in ours.items()
+        # One that is not recorded is not known to differ.
+        if theirs.get(name, value) != value
+    ]
+    if not reasons:
+        return []
+    return [
+        Finding(
+            verdict=Verdict.INCONCLUSIVE,
+            regime=regime.name,
+            sentence=f"cannot be compared with {regime.baseline} in {regime.name}: "
+            f"it ran with {' and '.join(reasons)}",
+            against=regime.baseline,
+        )
+    ]
+
+
+def _settings(run: ModeRun) -> dict[str, object]:
+    """Settings that what a run computes depends on, and that its record does not show."""
+    job, setup = run.job, run.setup
+    if job is None or setup is None:
+        return {}
+    settings: dict[str, object] = {
+        "task": job.model.task,
+        "dropout": job.model.dropout,
+        "param_dtype": job.performance.param_dtype,
+        "optimizer": setup.optimizer,
+        "learning_rate": setup.learning_rate,
+        "seed": job.seed,
+    }
+    if run.mode == REFERENCE:
+        settings["reference_dtype"] = job.performance.reference_dtype
+    return settings
+
+
+def _environment(group: Group) -> defaultdict[str, set[str]]:
+    facts: defaultdict[str, set[str]] = defaultdict(set)
+    environments = [run.facts.environment for run in group.runs if run.facts]
+    for environment in (group.plan.environment, *environments):
+        for name, value in environment.items():
+            facts[name].add(value)
+    for device in (run.facts.device for run in group.runs if run.facts):
+        for name, value in vars(device).items():
+            facts[f"device {name}"].add(str(value))
+    return facts
+
+
+def _shown(values: set[str]) -> str:
+    return ", ".join(sorted(values)) or "not recorded"

@@ -1,0 +1,74 @@
+"""How far each drift of a pair is over what rounding explains, or else over its threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsgd_track.comparison.measure.drift import Drift, Pair
+from dpsgd_track.comparison.measure.floor import Floor, limits_of
+from dpsgd_track.config import Thresholds
+from dpsgd_track.record.stages import ObservableName
+from dpsgd_track.record.trajectory import Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excess:
+    """A drift in units of its limits: of what rounding explains, or else of its threshold."""
+
+    drift: Drift
+    times: Floats
+    """[S] largest over the items; NaN where not computed."""
+    limits: Floats
+    """[S, items], or [S, 1] where there are none."""
+    by_item: Floats
+    """[S, items] differences, in the shape of the limits."""
+
+    @property
+    def failing(self) -> NDArray[np.bool_]:
+        """[S] steps over the limit."""
+        return np.asarray(self.times > 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A pair and what its drifts are held against: all that a diagnosis and a verdict need.
+
+    It holds arrays of all steps and items, so it lives while its pair is judged, and no longer.
+    """
+
+    pair: Pair
+    thresholds: Thresholds
+    floor: Floor | None
+    """What rounding makes of the baseline; None where it was not measured."""
+    excesses: Mapping[ObservableName, Excess]
+    """Of every drift of the pair."""
+
+    def measured(self, observable: ObservableName) -> float | None:
+        """The floor of an observable; None where it was not measured."""
+        return self.floor.of(observable) if self.floor else None
+
+
+def evidence_of(pair: Pair, thresholds: Thresholds, floor: Floor | None) -> Evidence:
+    """`pair` with each of its drifts in units of its limits."""
+    return Evidence(
+        pair=pair,
+        thresholds=thresholds,
+        floor=floor,
+        excesses={name: excess_of(d, thresholds, floor) for name, d in pair.drifts.items()},
+    )
+
+
+def excess_of(drift: Drift, thresholds: Thresholds, floor: Floor | None) -> Excess:
+    """`drift` in units of its limits."""
+    limits = limits_of(drift, floor)
+    if limits is None:
+        threshold = float(getattr(thresholds, drift.observable.threshold))
+        limits = np.full((len(drift.steps), 1), threshold)
+    by_item = drift.matrix
+    limits = np.broadcast_to(limits, by_item.shape)
+    times = np.fmax.reduce(by_item / limits, axis=1)
+    return Excess(drift=drift, times=times, limits=limits, by_item=by_item)
