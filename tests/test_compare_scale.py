@@ -22,8 +22,8 @@ SHAPE = Shape(name="small", modes=("no_dp", SPIKED, "flash_fsdp_bk"), num_ranks=
 
 COMPARE = """
 import sys
-from dpsgd_track.cli.compare import main
-code = main(sys.argv[1:])
+from dpsgd_track.cli.main import main
+code = main(["compare", *sys.argv[1:]])
 assert "torch" not in sys.modules, "comparing needs no torch"
 sys.exit(code)
 """

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from dpsgd_track.cli.faults import detect
-from dpsgd_track.cli.launch import main
+from dpsgd_track.cli.main import main
 from dpsgd_track.comparison.diagnose.culprit import Culprit
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.modes.table import MODES
@@ -168,7 +167,7 @@ def test_bad_input_is_refused_before_anything_starts(
     complaint: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["faults", *arguments], detect=detect) == 2
+    assert main(["faults", *arguments]) == 2
     assert complaint in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -177,7 +176,7 @@ def test_the_list_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["faults", "--list"], detect=detect) == 0
+    assert main(["faults", "--list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in MUTANTS)
     assert not list(tmp_path.iterdir())

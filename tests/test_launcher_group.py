@@ -1,20 +1,22 @@
 """A group's run tree when things go wrong around its modes; no process is started."""
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from dpsgd_track.cli.options import build_parser
-from dpsgd_track.launcher import group, recording, suites
+from dpsgd_track.launcher import choices, group, recording
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import open_group
-from dpsgd_track.launcher.suites import build_suite
 from dpsgd_track.record import names
-from dpsgd_track.record.failure import OUT_OF_MEMORY, Failure
+from dpsgd_track.record.failure import Failure, FailureKind
+from dpsgd_track.record.plan import Suite
+from dpsgd_track.record.run import Status
+from tests.support.planned import place, plan
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +27,14 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def cpu_only(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
 
 
 def run(name: str, *argv: str) -> int:
-    args = build_parser().parse_args(["quick", "--group", name, *argv])
-    suite = build_suite(args, lambda model, data: None)
-    recording = open_group(suite)
-    return GroupRun(suite, recording, Launch(), PlainDisplay(io.StringIO())).run("launch.py")
+    options = ("quick", "--group", name, *argv)
+    made = plan(*options)
+    recording = open_group(made.suite, place(*options))
+    return GroupRun(made, recording, Launch(), PlainDisplay(io.StringIO())).run()
 
 
 def statuses(name: str) -> dict[str, tuple[str, str]]:
@@ -50,8 +52,9 @@ def test_a_mode_with_nothing_to_run_is_failed_and_not_started(monkeypatch):
     started = []
 
     def run_mode(job, *_):
-        started.append(job.mode)
-        return (Outcome("FAILED", Failure(kind=OUT_OF_MEMORY, regime=0)),) * len(job.regimes)
+        started.append(job.job.mode)
+        failure = Failure(kind=FailureKind.OUT_OF_MEMORY, regime=0)
+        return (Outcome(Status.FAILED, failure),) * len(job.job.regimes)
 
     monkeypatch.setattr(group, "run_mode", run_mode)
     assert run("blocked", "--mode", "flash_fsdp", "--regime", "clip") == 1
@@ -69,7 +72,7 @@ def test_bounds_that_cannot_be_used_fail_the_reference(left, monkeypatch):
         if left is not None:
             (Path(job.work_dir) / "0").mkdir()
             (Path(job.work_dir) / "0" / "clip_bounds.json").write_text(left)
-        return tuple(map(_finished, job.regimes))
+        return tuple(map(_finished, job.job.regimes))
 
     monkeypatch.setattr(group, "run_mode", run_mode)
     name = f"bounds-{abs(hash(left))}"
@@ -94,22 +97,19 @@ def test_a_fault_of_the_launcher_leaves_nothing_running(monkeypatch):
 
 
 def test_a_group_is_never_written_twice(monkeypatch):
-    monkeypatch.setattr(group, "run_mode", lambda job, *_: tuple(map(_finished, job.regimes)))
+    monkeypatch.setattr(group, "run_mode", lambda job, *_: tuple(map(_finished, job.job.regimes)))
     assert run("twice", "--mode", "no_dp", "--regime", "accuracy") == 0
     with pytest.raises(ValueError, match="group='twice': expected a name not used before"):
         run("twice", "--mode", "no_dp", "--regime", "accuracy")
     # Its folder may be gone; the store still knows it.
-    Path("results/twice/logs/no_dp").rmdir()
-    Path("results/twice/logs").rmdir()
-    Path("results/twice").rmdir()
+    shutil.rmtree("results/twice")
     with pytest.raises(ValueError, match="group='twice': expected a name not used before"):
         run("twice", "--mode", "no_dp", "--regime", "accuracy")
 
 
 def test_two_groups_of_one_second_get_two_names(monkeypatch):
     monkeypatch.setattr(recording.time, "strftime", lambda _: "20260101-000000")
-    suite = build_suite(build_parser().parse_args(["quick"]), lambda model, data: None)
-    recordings = [open_group(suite) for _ in range(3)]
+    recordings = [open_group(Suite.QUICK, place("quick")) for _ in range(3)]
     for each in recordings:
         each.close()
     assert [each.group for each in recordings] == [
@@ -120,4 +120,4 @@ def test_two_groups_of_one_second_get_two_names(monkeypatch):
 
 
 def _finished(_regime) -> Outcome:
-    return Outcome("FINISHED")
+    return Outcome(Status.FINISHED)

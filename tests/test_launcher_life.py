@@ -10,17 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from dpsgd_track.cli import compare as compare
-from dpsgd_track.cli.options import build_parser
-from dpsgd_track.config import RegimeConfig, Settings
-from dpsgd_track.launcher import suites
+from dpsgd_track.config import Settings
+from dpsgd_track.launcher import choices
 from dpsgd_track.launcher.recording import Recording, open_group
 from dpsgd_track.record import names
 from dpsgd_track.store.find_group import read_group_anywhere
 from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.shipper import Shipper
 from dpsgd_track.store.spool import SpoolWriter
-from tests.support import fake_launch
+from tests.support import fake_launch, planned
 from tests.support.launches import kill_all, living, start
 from tests.support.synthetic_group import empty_tables
 from tests.support.tracking_servers import MlflowServer, Wire, shared_server
@@ -35,7 +33,7 @@ NUM_RUNS = 13
 def folder(tmp_path, monkeypatch) -> Path:
     shutil.copy(empty_tables(), tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
     return tmp_path
 
 
@@ -87,7 +85,7 @@ def test_a_launcher_killed_without_warning_leaves_nothing_running(folder, capsys
     assert run.status == "RUNNING"
     assert run.trajectory is not None
     assert run.trajectory.num_steps >= told - 1
-    assert compare.main(["first", "--no-png"]) == 3
+    assert fake_launch.run(["compare", "first", "--no-png"]) == 3
 
     assert fake_launch.run(["sync"]) == 0
     said = capsys.readouterr().out
@@ -123,7 +121,7 @@ def test_when_everything_dies_at_once_the_rest_is_run_and_the_group_is_whole(
     cut = found["flash_fsdp"]
     assert cut.trajectory is not None
     assert cut.trajectory.num_steps in (steps, steps + 1)
-    assert compare.main(["g", "--no-png"]) != 0
+    assert fake_launch.run(["compare", "g", "--no-png"]) != 0
     capsys.readouterr()
     assert fake_launch.run(["resume", "g"]) == 0
     said = capsys.readouterr().out
@@ -140,14 +138,12 @@ def test_when_everything_dies_at_once_the_rest_is_run_and_the_group_is_whole(
 
 def a_group_in_the_making(group: str, *more: str) -> Recording:
     """What a launcher has open in the middle of a group."""
-    options = (*NO_DP, "--group", group, *more)
-    args = build_parser().parse_args(["quick", *options])
-    recording = open_group(suites.build_suite(args, lambda *_: None))
-    recording.tree.start_group(
-        [], {"command": shlex.join(["python", "launch.py", "quick", *options])}
-    )
+    options = ("quick", *NO_DP, "--group", group, *more)
+    made = planned.plan(*options)
+    recording = open_group(made.suite, planned.place(*options))
+    recording.tree.start_group(made, recording.folder)
     recording.start(print)
-    recording.tree.start_mode("no_dp", RegimeConfig(name="accuracy", num_iter=1), 2, {})
+    recording.tree.start_mode(made.jobs[0], made.jobs[0].regimes[0], (0, 1))
     return recording
 
 
@@ -280,7 +276,7 @@ def test_a_spool_that_cannot_be_read_is_in_nobodys_way(folder, capsys):
     )
     a_group_in_the_making("second").close()
     assert "group other: spool/other/000001-launcher.control: " in capsys.readouterr().out
-    assert compare.main(["other"]) == fake_launch.run(["sync", "other"]) == 2
+    assert fake_launch.run(["compare", "other"]) == fake_launch.run(["sync", "other"]) == 2
     said = capsys.readouterr().err
     assert said.count("expected a spool file of version 2. Ship it with") == 2
     assert said.count("\n") == 2

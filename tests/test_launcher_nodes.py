@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpsgd_track.cli.options import build_parser
 from dpsgd_track.config import (
     DataConfig,
     JobConfig,
@@ -45,6 +44,7 @@ from dpsgd_track.store.opening import StoreError, open_store
 from dpsgd_track.store.spooled import ELSEWHERE, SpooledGroup, part_of, spooled_groups
 from tests.support import fake_launch
 from tests.support.launches import living, start
+from tests.support.planned import asked
 from tests.support.tracking_servers import MlflowServer, closed_port, shared_server
 
 
@@ -637,9 +637,7 @@ def test_the_slurm_script_starts_the_same_on_every_machine_and_compares(tmp_path
     assert done.returncode == 1
     *launches, comparison = (tmp_path / "calls").read_text().splitlines()
     assert comparison == "compare.py slurm-123456 --tracking-uri http://tracking:5000"
-    found = [build_parser().parse_args(call.split()[1:]) for call in launches]
-    assert [args.node_rank for args in found] == [0, 1]
-    for args in found:
-        args.node_rank = None
-        assert (args.nnodes, args.rdzv_endpoint) == (2, "first:23456")
-    assert found[0] == found[1]
+    first, second = (asked(*call.split()[1:]) for call in launches)
+    assert (first.nodes.node_rank, second.nodes.node_rank) == (0, 1)
+    assert (first.nodes.nnodes, first.nodes.rdzv_endpoint) == (2, "first:23456")
+    assert replace(second, nodes=replace(second.nodes, node_rank=0)) == first

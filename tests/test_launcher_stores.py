@@ -19,7 +19,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from dpsgd_track.cli import compare as compare
 from dpsgd_track.config import Settings
-from dpsgd_track.launcher import suites
+from dpsgd_track.launcher import choices
 from dpsgd_track.record import names
 from dpsgd_track.store.find_group import read_group_anywhere
 from dpsgd_track.store.history import metric_history
@@ -40,7 +40,7 @@ from tests.support.tracking_servers import (
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
     for name in ("USERNAME", "PASSWORD", "TOKEN"):
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
     return tmp_path

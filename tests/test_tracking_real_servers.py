@@ -15,7 +15,7 @@ from sqlalchemy import Connection, create_engine, text
 
 from dpsgd_track.cli import compare as compare
 from dpsgd_track.config import Settings
-from dpsgd_track.launcher import suites
+from dpsgd_track.launcher import choices
 from dpsgd_track.record import names
 from dpsgd_track.store.reader import open_client, read_group
 from dpsgd_track.store.spooled import spooled_groups
@@ -120,7 +120,7 @@ def know(patch: pytest.MonkeyPatch, shown: Certificate) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
     for name in ("USERNAME", "PASSWORD", "TOKEN"):
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
     for name in CERTIFICATE_VARIABLES:

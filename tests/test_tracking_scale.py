@@ -19,7 +19,6 @@ from mlflow import MlflowClient
 
 from benchmarks import tracking_scale
 from benchmarks.tracking_scale import NODES, QUICK, circumstances, lost_and_doubled, measure
-from dpsgd_track.cli.options import build_parser
 from dpsgd_track.config import (
     TRAIN,
     DataConfig,
@@ -31,12 +30,11 @@ from dpsgd_track.config import (
     load_settings,
     logged_ranks,
 )
-from dpsgd_track.launcher import group, suites
+from dpsgd_track.launcher import choices, group
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import open_group
-from dpsgd_track.launcher.suites import build_suite
 from dpsgd_track.record import names
 from dpsgd_track.record.plan import GroupPlan, StartedJob, Suite
 from dpsgd_track.record.run import Status
@@ -50,6 +48,7 @@ from dpsgd_track.store.shipper import Shipper
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter, spool_files
 from dpsgd_track.store.spooled import SpooledGroup, claim
 from tests.support.forked_ranks import ForkedRanks
+from tests.support.planned import place, plan
 from tests.support.spooled_group import STOPPED, start_runs
 from tests.support.synthetic_group import ENVIRONMENT, started
 
@@ -112,7 +111,7 @@ def test_ranks_that_cannot_be_are_refused(written, tmp_path):
 @pytest.mark.parametrize("asked", ["0", "3", "all"])
 def test_a_rank_that_is_not_logged_has_no_run(asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suites, "count_gpus", lambda: 0)
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
     jobs: list[StartedJob] = []
 
     def run_mode(started, *_):
@@ -122,17 +121,17 @@ def test_a_rank_that_is_not_logged_has_no_run(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(group, "run_mode", run_mode)
     argv = ["quick", "--mode", "no_dp", "--regime", "accuracy", "--group", "g", "--offline"]
     argv += ["--nproc-per-node", "6", "--log-ranks", asked]
-    suite = build_suite(build_parser().parse_args(argv), lambda model, data: None)
-    recording = open_group(suite)
-    launched = GroupRun(suite, recording, Launch(), PlainDisplay(io.StringIO()))
-    assert launched.run("launch.py") == 0
+    made = plan(*argv)
+    recording = open_group(made.suite, place(*argv))
+    launched = GroupRun(made, recording, Launch(), PlainDisplay(io.StringIO()))
+    assert launched.run() == 0
     logged = logged_ranks(asked, 6)
     for ranks in jobs[0].rank_runs:
         assert len(ranks) == 6
         assert [rank for rank, run in enumerate(ranks) if run] == list(logged)
     runs = SpooledGroup(Path("spool/g")).runs().values()
     assert {run.status for run in runs} == {Status.FINISHED}
-    num_modes = len(suite.expected_runs)
+    num_modes = len(list(made.runs()))
     of_ranks = [run.tags[names.RANK] for run in runs if run.kind == names.KIND_RANK]
     assert sorted(of_ranks) == sorted(map(str, logged * num_modes))
     assert len(runs) == 1 + num_modes + num_modes * len(logged)

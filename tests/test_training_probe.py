@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dpsgd_track.cli.options import build_parser
 from dpsgd_track.comparison import Verdict, compare_group
 from dpsgd_track.comparison.verdict import judge_coverage
 from dpsgd_track.config import (
@@ -28,7 +27,8 @@ from dpsgd_track.config import (
     JobConfig,
     Thresholds,
 )
-from dpsgd_track.launcher.suites import CPU_RANKS, PROBE_MICRO_BATCHES, build_suite
+from dpsgd_track.launcher.choices import CPU_RANKS
+from dpsgd_track.launcher.regimes import PROBE_MICRO_BATCHES
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import IGNORED, LOSSES
@@ -36,6 +36,7 @@ from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.model import build_model
 from dpsgd_track.training.probe import MAX_LENGTH, NUM_TOKENS, D, H, Probe
+from tests.support.planned import plan
 from tests.support.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -68,8 +69,7 @@ def _jobs(num_ranks: int, seed: int = SEED) -> dict[str, JobConfig]:
     """Jobs of the quick suite by mode, `flash` among them, which runs on one device."""
     argv = ["quick", "--device", "cpu", "--nproc-per-node", str(num_ranks)]
     argv += ["--random-seed", str(seed), "--mode", "no_dp,flash_fsdp,flash"]
-    suite = build_suite(build_parser().parse_args(argv), lambda model, data: None)
-    return {job.mode: job for job in suite.jobs}
+    return {job.mode: job for job in plan(*argv).jobs}
 
 
 def _shares(
