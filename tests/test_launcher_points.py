@@ -175,7 +175,7 @@ def test_a_point_belongs_to_a_profile():
         RegimeConfig(name=PROFILE, num_iter=1, point="T1")
 
 
-def _leave_timings(job: JobConfig) -> None:
+def leave_timings(job: JobConfig) -> None:
     writer = SpoolWriter(Path(job.spool), f"{Path(job.work_dir).name}-rank0{RECORDS}")
     timings = Timings(
         step_time_ms=(2.0, 2.5), is_tracked=(False, True), num_tokens=(128,) * 2, peak_memory_gib=1
@@ -191,7 +191,7 @@ def _run(monkeypatch, name: str, failures: dict[str, str], *argv: str) -> tuple[
 
     def run_mode(job, *_):
         kind = failures.get(job.mode)
-        _leave_timings(job)
+        leave_timings(job)
         if kind is None:
             return tuple(Outcome("FINISHED") for _ in job.regimes)
         first = Outcome("FAILED", Failure(kind=kind, rank=1, regime=0))
@@ -284,7 +284,7 @@ def test_nothing_is_shipped_beside_timed_steps(monkeypatch):
 
     monkeypatch.setattr(Recording, "quiet", quiet)
     monkeypatch.setattr(
-        sys.modules[__name__], "_leave_timings", lambda _: seen.append(any(entered))
+        sys.modules[__name__], "leave_timings", lambda _: seen.append(any(entered))
     )
     _run(monkeypatch, "g", {}, "--offline")
     assert seen == [True] * 5

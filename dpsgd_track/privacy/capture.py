@@ -201,7 +201,7 @@ class Capture:
         self._find_foreign_leaves(loss_B)
         parameters = self._current_parameters()
         found = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
-        _refuse_unseen_uses(
+        refuse_unseen_uses(
             [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]
         )
         self._refuse_unreached(loss_B)
@@ -556,7 +556,7 @@ def _trained_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
                 yield module, local, name
 
 
-def _refuse_unseen_uses(names: Iterable[str]) -> None:
+def refuse_unseen_uses(names: Iterable[str]) -> None:
     """Raise where the loss depends on parameters otherwise than through calls of their modules."""
     problems = sorted(names)
     if problems:

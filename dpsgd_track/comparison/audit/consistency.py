@@ -42,16 +42,18 @@ class Inconsistency:
     where: str = ""
 
 
-def inconsistencies(t: Trajectory, params: Mapping[str, str]) -> tuple[Inconsistency, ...]:
+def inconsistencies(
+    t: Trajectory, params: Mapping[str, str], *, steps_at_once: int = _BLOCK
+) -> tuple[Inconsistency, ...]:
     """The first place at which each relation is broken.
 
     Args:
         params: of the mode's run, as the launcher logged them.
     """
     found: dict[str, Inconsistency] = {}
-    for start in range(0, t.num_steps, _BLOCK):
+    for start in range(0, t.num_steps, steps_at_once):
         # A step of the optimizer is looked at together with the one before it.
-        block = t.rows(max(0, start - 1), start + _BLOCK)
+        block = t.rows(max(0, start - 1), start + steps_at_once)
         # NaN and infinity are findings of their own (finite.py).
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for each in (
