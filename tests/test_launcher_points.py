@@ -283,9 +283,7 @@ def test_nothing_is_shipped_beside_timed_steps(monkeypatch):
         entered.pop()
 
     monkeypatch.setattr(Recording, "quiet", quiet)
-    monkeypatch.setattr(
-        sys.modules[__name__], "leave_timings", lambda _: seen.append(any(entered))
-    )
+    monkeypatch.setattr(sys.modules[__name__], "leave_timings", lambda _: seen.append(any(entered)))
     _run(monkeypatch, "g", {}, "--offline")
     assert seen == [True] * 5
 
