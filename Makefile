@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 ARGS ?=
+# pip compiles on one core, compileall on all of them. What no Python can compile is left alone.
+INSTALL := $(BIN)/python -m pip install --no-compile -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
 .PHONY: setup dev quick full faults test lint ui clean
 
@@ -16,11 +19,13 @@ dev: $(DEV_INSTALLED)
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@test -e $@ || rm -rf $(VENV)  # what a failed attempt left
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[quick,png,test]'
+	$(INSTALL) -e '.[quick,png,test]'
+	$(COMPILE)
 	@touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
+	$(COMPILE)
 	@touch $@
 
 # A mode that fails (exit code 1) is part of the comparison; anything worse ends here.

@@ -376,13 +376,12 @@ def test_noise_that_is_wrong_beside_a_wrong_sum_is_wrong_by_itself() -> None:
     assert statuses == ["inherited", "introduced"]
 
 
-def test_sgd_step_between_two_blocks_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(consistency, "_BLOCK", 2)
+def test_sgd_step_between_two_blocks_is_looked_at() -> None:
     base = trajectory(steps=4)
     params = {**PARAMS, "regime.learning_rate": "6e-4"}
-    assert consistency.inconsistencies(base, params) == ()
+    assert consistency.inconsistencies(base, params, steps_at_once=2) == ()
     jumped = put(base, "weight_sketch", 1e4, slice(2, None))
-    (found,) = consistency.inconsistencies(jumped, params)
+    (found,) = consistency.inconsistencies(jumped, params, steps_at_once=2)
     assert (found.stage, found.step) == ("updated weights", 2)
 
 

@@ -261,30 +261,30 @@ OTHERS = {
 }
 
 
-@pytest.fixture(params=["one-block", "many-blocks"])
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "many-blocks":  # of the least length, 16 steps
-        monkeypatch.setattr(drift_module, "_BLOCK_SIZE", 1)
+# Blocks of a size of 1 have the least length, 16 steps.
+in_blocks = pytest.mark.parametrize(
+    "blocks", [{}, {"block_size": 1}], ids=["one-block", "many-blocks"]
+)
 
 
-@pytest.mark.usefixtures("blocks")
+@in_blocks
 @pytest.mark.parametrize("name", OTHERS)
-def test_fast_form_measures_what_the_readable_one_does(name: str) -> None:
+def test_fast_form_measures_what_the_readable_one_does(name: str, blocks: dict[str, int]) -> None:
     other = OTHERS[name]
-    check(compare_pair("accuracy", ("base", BASE), ("other", other)), BASE, other)
-    check(compare_pair("accuracy", ("other", other), ("base", BASE)), other, BASE)
+    check(compare_pair("accuracy", ("base", BASE), ("other", other), **blocks), BASE, other)
+    check(compare_pair("accuracy", ("other", other), ("base", BASE), **blocks), other, BASE)
 
 
-@pytest.mark.usefixtures("blocks")
+@in_blocks
 def test_pairs_compared_together_are_what_they_are_alone_and_read_from_files(
-    tmp_path: Path,
+    tmp_path: Path, blocks: dict[str, int]
 ) -> None:
     stored: dict[str, Trajectory] = {}
     for name, record in OTHERS.items():
         record.save(tmp_path / "one.npz")
         stored[name] = Trajectory.load(tmp_path / "one.npz")
     base = ("equal", stored["equal"])
-    together = compare_pairs("accuracy", [(base, other) for other in stored.items()])
+    together = compare_pairs("accuracy", [(base, other) for other in stored.items()], **blocks)
     for pair in together:
         check(pair, BASE, OTHERS[pair.mode])
     read = {n: [f for f in LARGE if f in t.__dict__] for n, t in stored.items()}
@@ -299,10 +299,10 @@ def test_pair_that_is_not_detailed_keeps_no_items() -> None:
     assert second.drifts["gradient"].by_item
 
 
-def test_update_sees_a_jump_at_the_first_step_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift_module, "_BLOCK_SIZE", 1)
+def test_update_sees_a_jump_at_the_first_step_of_a_block() -> None:
     moved = scaled(BASE, "weight_sketch", 1.01, np.s_[16:])
-    drift = compare_pair("accuracy", ("base", BASE), ("moved", moved)).drifts["update"]
+    pair = compare_pair("accuracy", ("base", BASE), ("moved", moved), block_size=1)
+    drift = pair.drifts["update"]
     assert drift.per_step[15] == 0
     assert drift.step == 16
 

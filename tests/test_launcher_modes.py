@@ -242,11 +242,11 @@ def test_nothing_outlives_a_killed_launcher(stubborn):
 
 
 def test_a_launcher_killed_while_workers_are_imported_leaves_nothing(tmp_path):
-    process = start(tmp_path, "single", "--mode", "no_dp")
+    process = start(tmp_path, "single", "--mode", "no_dp", is_fresh=True)
     wait_for(lambda: living(tmp_path))
     process.kill()
     process.communicate()
-    wait_for(lambda: not living(tmp_path), timeout_s=5.0)
+    wait_for(lambda: not living(tmp_path), timeout_s=20.0)
 
 
 def test_ranks_that_lose_their_host_are_killed_and_the_next_mode_runs(tmp_path):
@@ -268,7 +268,7 @@ def test_a_worker_that_cannot_be_imported_is_a_failure_that_says_so(tmp_path):
 
 def test_the_token_is_seen_by_workers_alone(tmp_path):
     argv = ("single", "--mode", "no_dp", "--token", TOKEN, "--output", "results.json")
-    process = start(tmp_path, *argv, plan={"no_dp": {"do": "environment"}})
+    process = start(tmp_path, *argv, plan={"no_dp": {"do": "environment"}}, is_fresh=True)
     commands: set[str] = set()
     own = psutil.Process(process.pid).cmdline()
 

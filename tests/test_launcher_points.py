@@ -171,7 +171,7 @@ def test_a_place_in_the_order_belongs_to_a_profile():
         RegimeConfig(name=PROFILE, num_iter=1, order=-1)
 
 
-def _leave_timings(started: StartedJob) -> None:
+def leave_timings(started: StartedJob) -> None:
     folder = Path(started.work_dir)
     writer = SpoolWriter(Path(started.spool), f"{folder.name}-rank0{RECORDS}")
     timings = Timings(
@@ -193,7 +193,7 @@ def _run(monkeypatch, name: str, failures: dict[str, FailureKind], *argv: str) -
 
     def run_mode(started, *_):
         kind = failures.get(started.job.mode)
-        _leave_timings(started)
+        leave_timings(started)
         if kind is None:
             return tuple(Outcome(Status.FINISHED) for _ in started.job.regimes)
         first = Outcome(Status.FAILED, Failure(kind=kind, rank=1, regime=0))
@@ -294,9 +294,7 @@ def test_nothing_is_shipped_beside_timed_steps(monkeypatch):
         entered.pop()
 
     monkeypatch.setattr(Recording, "quiet", quiet)
-    monkeypatch.setattr(
-        sys.modules[__name__], "_leave_timings", lambda _: seen.append(any(entered))
-    )
+    monkeypatch.setattr(sys.modules[__name__], "leave_timings", lambda _: seen.append(any(entered)))
     _run(monkeypatch, "g", {}, "--offline")
     assert seen == [True] * 5
 

@@ -183,7 +183,7 @@ def test_each_stage_counts(history: History) -> None:
 def test_the_values_of_dp_accounting_tell_planted_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
     history = (FIRST, SECOND)
     assert _holds(history)
-    accountable = PrivacyLedger._accountable_history
+    accountable = PrivacyLedger.accountable_history
 
     def forgets(private: PrivacyLedger) -> History:
         return accountable(private)[-1:]
@@ -192,7 +192,7 @@ def test_the_values_of_dp_accounting_tell_planted_bugs(monkeypatch: pytest.Monke
         return ((*accountable(private)[-1][:2], private.num_steps),)
 
     for bug in (forgets, prices_all_at_the_last):
-        monkeypatch.setattr(PrivacyLedger, "_accountable_history", bug)
+        monkeypatch.setattr(PrivacyLedger, "accountable_history", bug)
         assert not _holds(history)
 
 

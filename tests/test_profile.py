@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +33,7 @@ from dpsgd_track.store.history import metric_history
 from dpsgd_track.store.reader import Group, open_client, read_group
 from dpsgd_track.training import profile, worker
 from dpsgd_track.training.profile import ProfileRun
+from tests.support import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LENGTH, NUM_ITER, WARMUP_ITER = 8, 4, 3
@@ -180,16 +180,9 @@ class Launched:
         )
 
     def run(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        path = str(ROOT)
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
+        settings = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+        environment = {**os.environ, **settings}
+        return warm.run(str(ROOT / script), *arguments, cwd=self.folder, environment=environment)
 
     @property
     def client(self) -> MlflowClient:

@@ -208,10 +208,10 @@ def test_it_is_the_spot_check_that_finds_them(mode: str) -> None:
 def test_it_finds_what_guards_would_have_refused(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capture_module, "_refuse_unseen_uses", lambda names: None)
+    monkeypatch.setattr(capture_module, "refuse_unseen_uses", lambda names: None)
     with pytest.raises(SpotCheckError, match=r"mix\.weight"):
         _private(_Used(), mode=mode).backward(*_data())
-    monkeypatch.setattr(inventory, "_unfit", lambda model: ())
+    monkeypatch.setattr(inventory, "unfit_parts", lambda model: ())
     normed = _private(_Normed(), mode=mode)
     normed._guard = None
     with pytest.raises(SpotCheckError):

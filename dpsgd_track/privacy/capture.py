@@ -203,9 +203,7 @@ class Capture:
         self._find_foreign_leaves(loss_B)
         parameters = self._current_parameters()
         gradients = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
-        _refuse_unseen_uses(
-            [n for n, g in zip(parameters, gradients, strict=True) if g is not None]
-        )
+        refuse_unseen_uses([n for n, g in zip(parameters, gradients, strict=True) if g is not None])
         self._refuse_unreached(loss_B)
         return squares | self.norms_of(deferred)
 
@@ -553,7 +551,7 @@ def _trainable_slots(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
     ]
 
 
-def _refuse_unseen_uses(names: Iterable[str]) -> None:
+def refuse_unseen_uses(names: Iterable[str]) -> None:
     """Raise if the loss depends on parameters `names` without a call of their modules."""
     problems = sorted(names)
     if problems:

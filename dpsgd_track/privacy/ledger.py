@@ -102,7 +102,7 @@ class PrivacyLedger:
         require(accountant in ACCOUNTANTS, "accountant", accountant, "rdp, prv or pld")
         if not self._stages:
             return 0.0
-        history, delta = self._accountable_history(), float(delta)
+        history, delta = self.accountable_history(), float(delta)
         if accountant == "rdp":
             return epsilon_rdp(history, delta)
         compute = epsilon_prv if accountant == "prv" else epsilon_pld
@@ -163,7 +163,7 @@ class PrivacyLedger:
             stage = stage._replace(num_steps=num_before + stage.num_steps)
         self._stages.append(stage)
 
-    def _accountable_history(self) -> History:
+    def accountable_history(self) -> History:
         """The history, if all its stages have an epsilon.
 
         Raises:

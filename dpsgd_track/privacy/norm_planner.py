@@ -19,6 +19,7 @@ Shapes: B samples, T positions, D inputs, P outputs.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -75,21 +76,39 @@ class LinearShape:
         return _BALANCE_16_BIT if self.dtype.itemsize == 2 else _BALANCE_32_BIT
 
 
+def free_bytes(device: torch.device) -> int:
+    """The memory that is free on a device; on CPU, this rank's share of it."""
+    if device.type != "cuda":
+        # Ranks of one machine share it.
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return int(psutil.virtual_memory().available // num_ranks)
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + unused)
+
+
 class NormPlanner:
     """Chooses a plan for each layer and shape, once."""
 
-    def __init__(self, *, keeps: bool, forced: str = AUTO) -> None:
+    def __init__(
+        self,
+        *,
+        keeps: bool,
+        forced: str = AUTO,
+        free_bytes: Callable[[torch.device], int] = free_bytes,
+    ) -> None:
         """
         Args:
             keeps: True for one-pass modes.
             forced: a plan for every layer, or auto.
+            free_bytes: the memory that is free on a device.
         Raises:
             ValueError: the plan keeps gradients, which a two-pass mode does not.
         """
         allowed = (AUTO, GRADIENTS, GRAM, TILED) if keeps else (AUTO, GRAM, TILED)
         advice = "A mode with two backwards keeps nothing between them."
         require(forced in allowed, "plan", forced, f"one of {', '.join(allowed)}", advice)
-        self.keeps, self.forced = keeps, forced
+        self.keeps, self.forced, self._free_bytes = keeps, forced, free_bytes
         self.chosen: dict[tuple[str, LinearShape], str] = {}
         """Plan of each layer and shape so far."""
         self._left_bytes: float | None = None
@@ -120,18 +139,8 @@ class NormPlanner:
         if not self.keeps:
             return by_cost[0]
         if self._left_bytes is None:
-            self._left_bytes = SHARE_OF_MEMORY * _free_bytes(shape.device)
+            self._left_bytes = SHARE_OF_MEMORY * self._free_bytes(shape.device)
         fitting = [plan for plan in by_cost if shape.kept_bytes(plan) <= self._left_bytes]
         plan = fitting[0] if fitting else min(by_cost, key=shape.kept_bytes)
         self._left_bytes -= shape.kept_bytes(plan)
         return plan
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        # The ranks of one machine share its memory.
-        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return int(psutil.virtual_memory().available // num_ranks)
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + unused)

@@ -5,9 +5,16 @@ import sys
 from dpsgd_track.cli.main import main
 from dpsgd_track.cli.program import CHECKOUT
 from dpsgd_track.launcher.process_group import Launch
+from tests.support import warm
 
 
-def run(argv: list[str] | None = None) -> int:
+def run(argv: list[str]) -> int:
+    """Launch from this process, with the fork server's imports done."""
+    with warm.imports_done():
+        return _launch(argv)
+
+
+def _launch(argv: list[str] | None = None) -> int:
     return main(
         argv,
         program=CHECKOUT,
@@ -17,4 +24,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(_launch())

@@ -8,6 +8,7 @@ A program is a module whose `main` takes strings; it runs in every rank, under t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from dpsgd_track.launcher.fork_client import WorkerHost
 from dpsgd_track.launcher.fork_server import Request
+from tests.support import warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE_S = 5.0
@@ -75,7 +77,8 @@ class ForkedRanks:
         job, log = folder / "job.json", folder / "output.log"
         job.write_text(json.dumps([program, *arguments]))
         request = Request(job_file=str(job), log=str(log), num_ranks=num_ranks, grace_s=GRACE_S)
-        self._host.start(request, _environment(on_gpus=on_gpus))
+        with contextlib.nullcontext() if on_gpus else warm.imports_done():
+            self._host.start(request, _environment(on_gpus=on_gpus))
         deadline = time.monotonic() + timeout_s
         try:
             while (code := self._host.poll()) is None:

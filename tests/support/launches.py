@@ -13,19 +13,27 @@ from pathlib import Path
 import psutil
 
 from dpsgd_track.launcher.processes import MARKER
-from tests.support import ROOT
+from tests.support import ROOT, warm
 from tests.support.synthetic_group import empty_tables
 
 
 def start(
-    folder: Path, *argv: str, plan: dict | None = None, makes_store: bool = False
+    folder: Path,
+    *argv: str,
+    plan: dict | None = None,
+    makes_store: bool = False,
+    is_fresh: bool = False,
 ) -> subprocess.Popen[str]:
+    """A launch of fake workers in `folder`; `is_fresh` has it and its fork server import."""
     if not makes_store:
         shutil.copy(empty_tables(), folder / "mlflow.db")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_WORKER": json.dumps(plan or {})}
     environment.pop("HF_TOKEN", None)
+    command = ("-m", "tests.support.fake_launch", *argv)
+    if not is_fresh:
+        return warm.start(*command, cwd=folder, environment=environment)
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.fake_launch", *argv],
+        [sys.executable, *command],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,

@@ -1,15 +1,14 @@
-"""A folder that a user works in: commands of the checkout, run there."""
+"""A folder that a user works in: commands of the checkout, run there with their imports done."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from dpsgd_track.config import Settings
 from dpsgd_track.store.reader import Group, open_client, read_group
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 
 class Workspace:
@@ -25,14 +24,12 @@ class Workspace:
         self, script: str, *arguments: str, timeout_s: float = 280
     ) -> subprocess.CompletedProcess[str]:
         search_path = os.pathsep.join([*self.search_path, str(ROOT)])
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
+        return warm.run(
+            str(ROOT / script),
+            *arguments,
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": search_path, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
+            environment={**os.environ, "PYTHONPATH": search_path, "CUDA_VISIBLE_DEVICES": ""},
+            timeout_s=timeout_s,
         )
 
     def group(self, name: str) -> Group:

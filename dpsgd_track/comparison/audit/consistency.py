@@ -53,16 +53,18 @@ class Inconsistency:
         return f"parameter {self.parameter}" if self.parameter else ""
 
 
-def inconsistencies(t: Trajectory, setup: RegimeConfig | None) -> tuple[Inconsistency, ...]:
+def inconsistencies(
+    t: Trajectory, setup: RegimeConfig | None, *, steps_at_once: int = _BLOCK
+) -> tuple[Inconsistency, ...]:
     """The first place at which each relation is broken.
 
     Args:
         setup: the regime as it was planned; None where that is unknown.
     """
     found: dict[ObservableName, Inconsistency] = {}
-    for start in range(0, t.num_steps, _BLOCK):
+    for start in range(0, t.num_steps, steps_at_once):
         # A step of the optimizer is looked at together with the one before it.
-        block = t.rows(max(0, start - 1), start + _BLOCK)
+        block = t.rows(max(0, start - 1), start + steps_at_once)
         # NaN and infinity are findings of their own (finite.py).
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for each in (

@@ -131,18 +131,25 @@ class Pair:
         return self.aligned.gaps
 
 
-def compare_pair(regime: str, baseline: Labelled, mode: Labelled) -> Pair:
+def compare_pair(
+    regime: str, baseline: Labelled, mode: Labelled, *, block_size: int = _BLOCK_SIZE
+) -> Pair:
     """Every observable of a labelled `mode` against a labelled `baseline`."""
-    return compare_pairs(regime, [(baseline, mode)])[0]
+    return compare_pairs(regime, [(baseline, mode)], block_size=block_size)[0]
 
 
 def compare_pairs(
-    regime: str, pairs: Sequence[tuple[Labelled, Labelled]], num_detailed: int | None = None
+    regime: str,
+    pairs: Sequence[tuple[Labelled, Labelled]],
+    num_detailed: int | None = None,
+    *,
+    block_size: int = _BLOCK_SIZE,
 ) -> list[Pair]:
     """Every observable of many (baseline, mode), each record read once.
 
     Args:
         num_detailed: the first so many pairs keep `Drift.per_step_by_item`; by default all.
+        block_size: numbers of a record that are read at once.
     """
     detailed = len(pairs) if num_detailed is None else num_detailed
     walks = [
@@ -151,7 +158,7 @@ def compare_pairs(
     ]
     for walk in walks:
         walk.take_small()
-    for start, stop in _blocks([side for walk in walks for side in walk.sides]):
+    for start, stop in _blocks([side for walk in walks for side in walk.sides], block_size):
         # An update is the path from the step before, so a block begins one step early.
         first = max(0, start - 1)
         running = [walk for walk in walks if start < walk.num_steps]
@@ -166,10 +173,10 @@ def compare_pairs(
     ]
 
 
-def _blocks(sides: Sequence[Trajectory]) -> Iterator[tuple[int, int]]:
+def _blocks(sides: Sequence[Trajectory], block_size: int) -> Iterator[tuple[int, int]]:
     num_steps = max((side.num_steps for side in sides), default=0)
     width = max((prod(side.shape_of(name)[1:]) for side in sides for name in _COMPARED), default=1)
-    rows = max(16, _BLOCK_SIZE // max(1, width))
+    rows = max(16, block_size // max(1, width))
     for start in range(0, num_steps, rows):
         yield start, min(start + rows, num_steps)
 

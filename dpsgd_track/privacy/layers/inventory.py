@@ -46,7 +46,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     rules = {m: find_rule(m) for m in model.modules() if _trained(m) or is_parametrized(m)}
     ruled = {id(p) for m, rule in rules.items() if rule for p in _trained(m).values()}
     layers: list[Layer] = []
-    problems = list(_unfit(model))
+    problems = list(unfit_parts(model))
     included: set[nn.Module] = set()
     for fqn, module in model.named_modules():
         if module in included or module not in rules:
@@ -108,7 +108,7 @@ def refuse_unfit(model: nn.Module) -> None:
     Raises:
         ValueError: naming the layers.
     """
-    problems = list(_unfit(model))
+    problems = list(unfit_parts(model))
     if problems:
         raise ValueError(
             f"model={type(model).__name__!r}: expected one that treats each sample by itself. "
@@ -116,7 +116,7 @@ def refuse_unfit(model: nn.Module) -> None:
         )
 
 
-def _unfit(model: nn.Module) -> Iterator[str]:
+def unfit_parts(model: nn.Module) -> Iterator[str]:
     """Parts of a model that clipping per-sample gradients does not make private, with reasons."""
     for fqn, module in model.named_modules():
         kind = type(module).__name__
