@@ -30,27 +30,27 @@ from dpsgd_track.comparison.measure.alignment import Aligned
 from dpsgd_track.comparison.measure.amount import share
 from dpsgd_track.comparison.result import Judged, ModeVerdict, mode_verdict
 from dpsgd_track.comparison.verdict import Finding, Verdict
+from dpsgd_track.config import DataConfig
 from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Trajectory
 from tests.support.synthetic_group import (
     compared,
     healthy_runs,
+    job,
     mode_run,
     put,
     scaled,
+    setup,
     trajectory,
     with_run,
 )
 
 MODE = "flash_fsdp"
 CLIP_KEY = ("clip", "reference")
-PARAMS = {
-    "num_ranks": "3",
-    "regime.micro_batches": "7",
-    "data.batch_size": "5",
-    "data.seq_length": "121",
-    "regime.learning_rate": "6e-4",
-    "regime.optimizer": "sgd",
+SGD = setup("accuracy", optimizer="sgd", learning_rate=6e-4, micro_batches=7)
+PLANNED: dict[str, Any] = {
+    "job": job(MODE, SGD, data=DataConfig(batch_size=5, seq_length=121), num_ranks=3),
+    "setup": SGD,
 }
 NAMES = tuple(
     f"model.layers.{i}.{part}"
@@ -69,7 +69,7 @@ def judged(
     """The verdict of `wrong` in the clip regime, where the reference's replay is `plain`."""
     base = base or clip_record()
     runs = with_run(healthy_runs(), mode_run("reference", "clip", base))
-    runs = with_run(runs, mode_run(MODE, "clip", wrong, params=PARAMS))
+    runs = with_run(runs, mode_run(MODE, "clip", wrong, **PLANNED))
     runs = with_run(runs, mode_run("flash_fsdp_fuse", "clip", base))
     runs.append(mode_run("reference", "clip", plain or base, replay="plain"))
     return next(mode for mode in compared(runs).modes if mode.label == MODE)
@@ -132,13 +132,13 @@ def test_sentence_says_what_is_wrong_where_first_and_by_how_much() -> None:
 
 def test_only_stages_that_were_compared_and_agree_are_called_right() -> None:
     wrong = scaled(trajectory(), "gradient_sketch", 1.5)
-    runs = with_run(healthy_runs(), mode_run(MODE, record=wrong, params=PARAMS))
+    runs = with_run(healthy_runs(), mode_run(MODE, record=wrong, **PLANNED))
     (found,) = [m for m in compared(runs).modes if m.label == MODE]
     said = {base: culprit.sentence for (_, base), culprit in found.culprits.items()}
     assert "while the loss is right" in said["no_dp"]
     assert "while norms and clip factors are right" in said["reference"]
     later = scaled(wrong, "clip_factor", 0.5, (3, 1))
-    runs = with_run(healthy_runs(), mode_run(MODE, record=later, params=PARAMS))
+    runs = with_run(healthy_runs(), mode_run(MODE, record=later, **PLANNED))
     (found,) = [m for m in compared(runs).modes if m.label == MODE]
     assert "while the loss and norms are right" in found.culprits["accuracy", "reference"].sentence
 
@@ -270,7 +270,8 @@ def test_what_parameters_have_in_common_is_said(wrong: tuple[str, ...], said: st
     assert describe(wrong, NAMES) == said
 
 
-KNOWN = quantities(PARAMS, 0.37)
+RUN = mode_run(MODE, **PLANNED)
+KNOWN = quantities(RUN, 0.37)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,9 @@ def test_known_ratio_is_called_by_name(ratio: float, symbol: str) -> None:
 
 
 def test_quantities_that_coincide_are_all_named() -> None:
-    said = fingerprint(Ratio(value=2.0, spread=0.0), quantities({**PARAMS, "num_ranks": "2"}, 0.37))
+    assert RUN.job is not None
+    two = replace(RUN, job=replace(RUN.job, num_ranks=2))
+    said = fingerprint(Ratio(value=2.0, spread=0.0), quantities(two, 0.37))
     assert "2 (counted twice) or W (the number of ranks)" in said
 
 
@@ -338,7 +341,7 @@ def test_ratio_ignores_what_is_undefined() -> None:
     ],
 )
 def test_run_that_contradicts_itself_is_a_bug_without_any_baseline(change: Any, stage: str) -> None:
-    wrong = mode_run(MODE, "clip", change(clip_record()), params=PARAMS)
+    wrong = mode_run(MODE, "clip", change(clip_record()), **PLANNED)
     (found,) = [m for m in compared([wrong]).modes if m.label == MODE]
     assert found.verdict == "BUG"
     assert {
@@ -355,8 +358,8 @@ def test_sgd_step_follows_from_the_gradient(rate: float, verdict: str) -> None:
     base = trajectory()
     path = -1e-4 * rate * np.cumsum(base.noised_sketch, axis=0) / base.expected_batch_size
     moved = replace(base, weight_sketch=base.weight_sketch[:1] * 0 + 30.0 + path)
-    params = {**PARAMS, "regime.learning_rate": "1e-4"}
-    runs = [mode_run("no_dp", record=moved), mode_run(MODE, record=moved, params=params)]
+    slow = replace(SGD, learning_rate=1e-4)
+    runs = [mode_run("no_dp", record=moved), mode_run(MODE, record=moved, setup=slow)]
     (found,) = [m for m in compared(runs).modes if m.label == MODE]
     assert found.verdict == verdict
 
@@ -378,10 +381,9 @@ def test_noise_that_is_wrong_beside_a_wrong_sum_is_wrong_by_itself() -> None:
 
 def test_sgd_step_between_two_blocks_is_looked_at() -> None:
     base = trajectory(steps=4)
-    params = {**PARAMS, "regime.learning_rate": "6e-4"}
-    assert consistency.inconsistencies(base, params, steps_at_once=2) == ()
+    assert consistency.inconsistencies(base, SGD, steps_at_once=2) == ()
     jumped = put(base, "weight_sketch", 1e4, slice(2, None))
-    (found,) = consistency.inconsistencies(jumped, params, steps_at_once=2)
+    (found,) = consistency.inconsistencies(jumped, SGD, steps_at_once=2)
     assert (found.stage, found.step) == ("updated weights", 2)
 
 
@@ -390,7 +392,7 @@ def test_stage_that_fails_only_after_another_step_failed_has_inherited_where_wei
     wrong = scaled(wrong, "loss", 1.01, slice(2, None))
     noise = trajectory().noised_sketch - trajectory().gradient_sketch
     wrong = replace(wrong, noised_sketch=wrong.gradient_sketch + noise)
-    runs = with_run(healthy_runs(), mode_run(MODE, record=wrong, params=PARAMS))
+    runs = with_run(healthy_runs(), mode_run(MODE, record=wrong, **PLANNED))
     (found,) = [m for m in compared(runs).modes if m.label == MODE]
     rungs = {rung.stage: rung for rung in found.ladders["accuracy", "no_dp"]}
     assert rungs["loss"].status is StageStatus.INHERITED

@@ -12,30 +12,36 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpsgd_track.cli import compare as command
+from dpsgd_track.cli.main import main
 from dpsgd_track.comparison import GroupComparison, Verdict, compare_groups
 from dpsgd_track.comparison.waivers import Waiver
-from dpsgd_track.config import Thresholds
+from dpsgd_track.config import PerformanceConfig, Thresholds
+from dpsgd_track.record.environment import Environment
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.report.drift_json import drift_json
 from dpsgd_track.report.markdown import markdown
 from dpsgd_track.report.table import rows
 from dpsgd_track.report.text import summary
 from dpsgd_track.report.write import write_report
-from dpsgd_track.store.reader import ModeRun
 from tests.support.synthetic_group import (
+    ENVIRONMENT,
     Store,
+    failed,
     group_of,
     healthy_runs,
+    job,
     mode_run,
+    plan_of,
     put,
     scaled,
+    setup,
     verdicts,
     with_run,
 )
+from tests.support.synthetic_profile import FACTS
 
 HOSTILE = "<img src=x onerror=alert(1)>|`**[x](http://e.vil)@you;'\""
-ENVIRONMENT = {"environment.torch": "2.11", "environment.git_revision": "a" * 40}
-NEW_TORCH = {**ENVIRONMENT, "environment.torch": "2.12"}
+NEW_TORCH = replace(ENVIRONMENT, torch="2.99")
 
 
 CLIPPED = mode_run("reference", "clip").trajectory
@@ -45,10 +51,10 @@ def held(
     before: Sequence[ModeRun],
     after: Sequence[ModeRun],
     *waivers: Waiver,
-    environment: dict[str, str] = ENVIRONMENT,
+    environment: Environment = ENVIRONMENT,
 ) -> GroupComparison:
-    first = group_of(before, "golden", params=ENVIRONMENT)
-    second = group_of(after, "today", params=environment)
+    first = group_of(before, "golden", plan=plan_of(before))
+    second = group_of(after, "today", plan=plan_of(after, environment=environment))
     return compare_groups(first, second, Thresholds(), waivers, datetime.date(2026, 6, 15))
 
 
@@ -152,27 +158,35 @@ def test_unlike_runs_are_inconclusive_and_not_a_bug(change: dict[str, Any], said
 
 
 @pytest.mark.parametrize(
-    ("key", "values"),
-    [("regime.learning_rate", ("1e-05", "0.1")), ("performance.param_dtype", ("float32", "x"))],
+    ("name", "values"),
+    [("learning_rate", (1e-05, 0.1)), ("param_dtype", ("float32", "bfloat16"))],
 )
 def test_other_settings_are_inconclusive_where_they_are_recorded(
-    key: str, values: tuple[str, str]
+    name: str, values: tuple[Any, Any]
 ) -> None:
-    def runs(value: str | None, factor: float) -> list[ModeRun]:
+    def runs(value: Any, factor: float) -> list[ModeRun]:
         record = scaled(mode_run("flash_fsdp").trajectory, "loss", factor)
-        params = {} if value is None else {key: value}
-        return with_run(healthy_runs(), mode_run("flash_fsdp", record=record, params=params))
+        if value is None:
+            planned: dict[str, Any] = {}
+        elif name == "param_dtype":
+            regime = setup("accuracy")
+            made = job("flash_fsdp", regime, performance=PerformanceConfig(param_dtype=value))
+            planned = {"setup": regime, "job": made}
+        else:
+            regime = setup("accuracy", learning_rate=value)
+            planned = {"setup": regime, "job": job("flash_fsdp", regime)}
+        return with_run(healthy_runs(), mode_run("flash_fsdp", record=record, **planned))
 
     comparison = held(runs(values[0], 1.0), runs(values[1], 1.5))
     assert verdicts(comparison)["flash_fsdp"] == "INCONCLUSIVE"
-    assert f"{key} {values[1]}, not {values[0]}" in sentence_of(comparison, "flash_fsdp")
+    assert f"{name} {values[1]}, not {values[0]}" in sentence_of(comparison, "flash_fsdp")
     assert verdicts(held(runs(None, 1.0), runs(values[1], 1.5)))["flash_fsdp"] == "BUG"
 
 
 @pytest.mark.parametrize(
     ("run", "said"),
     [
-        (mode_run("flash_fsdp", "clip", status="FAILED", reason="oom"), "is FAILED: oom"),
+        (mode_run("flash_fsdp", "clip", status="FAILED", failure=failed("oom")), "is FAILED: the worker raised an exception: oom"),
         (
             mode_run("flash_fsdp", "clip", put(CLIPPED, "loss", np.nan, 1)),
             "loss is nan",
@@ -191,24 +205,25 @@ def test_a_drift_under_another_environment_cannot_be_attributed() -> None:
     assert held(healthy_runs(), off_by(1.004)).verdict is Verdict.DRIFT
     comparison = held(healthy_runs(), off_by(1.004), environment=NEW_TORCH)
     assert verdicts(comparison)["flash_fsdp"] == "INCONCLUSIVE"
-    said = "it cannot be attributed, since the groups also differ in environment.torch"
+    said = "it cannot be attributed, since the groups also differ in torch"
     assert said in sentence_of(comparison, "flash_fsdp")
-    assert comparison.environment_differences == (("environment.torch", "2.11", "2.12"),)
+    assert comparison.environment_differences == (("torch", "2.13.0", "2.99"),)
     assert held(healthy_runs(), off_by(1.1), environment=NEW_TORCH).verdict is Verdict.BUG
     assert held(healthy_runs(), healthy_runs(), environment=NEW_TORCH).verdict is Verdict.PASS
 
 
 def test_a_drift_is_attributed_to_code_where_only_code_differs() -> None:
-    newer = {**ENVIRONMENT, "environment.git_revision": "b" * 40}
+    newer = replace(ENVIRONMENT, git_revision="b" * 40)
     comparison = held(healthy_runs(), off_by(1.004), environment=newer)
     assert comparison.verdict is Verdict.DRIFT
-    assert [key for key, *_ in comparison.environment_differences] == ["environment.git_revision"]
+    assert [key for key, *_ in comparison.environment_differences] == ["git_revision"]
 
 
 def test_devices_are_read_from_the_runs() -> None:
-    ours = [replace(run, params={"device.name": "H100"}) for run in healthy_runs()]
+    facts = replace(FACTS, device=replace(FACTS.device, name="H100"))
+    ours = [replace(run, facts=facts) for run in healthy_runs()]
     comparison = held(ours, healthy_runs())
-    assert ("device.name", "H100", "not recorded") in comparison.environment_differences
+    assert ("device name", "H100", "not recorded") in comparison.environment_differences
 
 
 def test_the_floor_is_the_larger_of_both_groups() -> None:
@@ -246,16 +261,17 @@ def test_a_waiver_accepts_a_drift_between_groups() -> None:
 
 
 def test_the_report_of_two_groups_is_whole_and_inert(tmp_path: Path) -> None:
-    first = group_of(off_by(1.004), HOSTILE, params=ENVIRONMENT)
-    second = group_of(healthy_runs(), "today", params={"environment.torch": HOSTILE})
+    hostile = plan_of(healthy_runs(), environment=replace(ENVIRONMENT, torch=HOSTILE))
+    first = group_of(off_by(1.004), HOSTILE)
+    second = group_of(healthy_runs(), "today", plan=hostile)
     comparison = compare_groups(first, second, Thresholds())
     files = {file.name: file.read_text() for file in write_report(comparison, tmp_path, png=False)}
     assert "<img src=x" not in files["report.html"] + files["report.md"]
     assert "@you" not in files["report.md"]
     assert "What differs between the two groups" in files["report.md"]
-    assert "environment.torch" in files["summary.txt"]
+    assert "differ in torch" in files["summary.txt"]
     found = json.loads(files["drift.json"])["environment_differences"]
-    assert {"setting": "environment.torch", "before": "2.11", "after": HOSTILE} in found
+    assert {"setting": "torch", "before": "2.13.0", "after": HOSTILE} in found
     assert [row.label for row in rows(comparison)] == [mode.label for mode in comparison.modes]
 
 
@@ -283,12 +299,12 @@ def test_two_groups_on_the_command_line(store: Store, capsys: pytest.CaptureFixt
     store.add_group(healthy_runs(), "june")
     run_id = store.add_group(off_by(1.1), "july")
     options = ["--tracking-uri", store.uri, "--no-png"]
-    assert command.main(["june", "latest", *options]) == 1
+    assert main(["compare", "june", "latest", *options]) == 1
     assert "Gradient norm off by 10 % from group june" in capsys.readouterr().out
     assert Path("results/july-vs-june/report.html").is_file()
     logged = {entry.path for entry in store.client.list_artifacts(run_id)}
     assert "comparison-june" in logged
     # The verdict of the group on its own is not this one.
     assert "dpsgd.verdict" not in store.client.get_run(run_id).data.tags
-    assert command.main(["june", "june", *options, "--no-log"]) == 0
-    assert command.main(["june", "absent", *options]) == 2
+    assert main(["compare", "june", "june", *options, "--no-log"]) == 0
+    assert main(["compare", "june", "absent", *options]) == 2

@@ -12,9 +12,11 @@ from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import judge_coverage
 from dpsgd_track.config import Thresholds, layer_norm_steps
+from dpsgd_track.record.failure import FailureKind
 from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
 from tests.support.synthetic_group import (
     compared,
+    failed,
     first_steps,
     group_of,
     healthy_runs,
@@ -205,28 +207,29 @@ def test_missing_name_never_passes(field: str) -> None:
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED", "RUNNING", "SCHEDULED", "MISSING"])
 def test_run_that_did_not_finish_never_passes(status: str) -> None:
-    whole = with_record("clip", record("clip"), status=status, reason="out of memory")
+    whole = with_record("clip", record("clip"), status=status, failure=failed("out of memory"))
     assert verdicts(whole)[MODE] == "INCONCLUSIVE"
     assert whole.verdict == "INCONCLUSIVE"
-    assert f"{status}: out of memory" in sentence(whole)
+    assert f"{status}: the worker raised an exception: out of memory" in sentence(whole)
     gone = mode_run(MODE, "clip", status=status, trajectory_missing="gone")
     assert verdicts(compared(with_run(healthy_runs(), gone)))[MODE] == "INCONCLUSIVE"
 
 
 def test_run_that_failed_because_of_what_it_computed_is_a_bug() -> None:
-    dead = mode_run(MODE, "clip", status="FAILED", reason="not-finite: loss is nan at step 3")
+    nan = failed("loss is nan at step 3", FailureKind.NOT_FINITE)
+    dead = mode_run(MODE, "clip", status="FAILED", failure=nan)
     assert verdicts(compared(with_run(healthy_runs(), dead)))[MODE] == "BUG"
 
 
 def test_failed_replay_never_passes() -> None:
-    dead = mode_run("no_dp", replay="permuted", status="FAILED", reason="killed")
+    dead = mode_run("no_dp", replay="permuted", status="FAILED", failure=failed("killed"))
     comparison = compared(with_run(healthy_runs(), dead))
     assert comparison.verdict == "INCONCLUSIVE"
     assert comparison.regimes[0].floor() is None
 
 
 @pytest.mark.parametrize(
-    "change", [{"status": "KILLED"}, {"tags": {}}], ids=["killed", "noise of its own"]
+    "change", [{"status": "KILLED"}, {"setup": None}], ids=["killed", "noise of its own"]
 )
 def test_unsound_replay_measures_no_floor(change: dict[str, Any]) -> None:
     far = scaled(without_norms(record("accuracy")), "grad_norm", 1.5)
@@ -289,7 +292,7 @@ def test_unlike_runs_are_inconclusive_even_if_their_numbers_differ(
 
 
 def test_runs_with_noise_of_their_own_are_inconclusive() -> None:
-    comparison = with_record("accuracy", scaled(record("accuracy"), "loss", 2.0), tags={})
+    comparison = with_record("accuracy", scaled(record("accuracy"), "loss", 2.0), setup=None)
     assert verdicts(comparison)[MODE] == "INCONCLUSIVE"
 
 
@@ -467,7 +470,7 @@ def test_group_has_its_worst_verdict(worse: list[tuple[str, float | None]], verd
         run = (
             mode_run(mode, "clip", scaled(record("clip"), "grad_norm", factor))
             if factor
-            else mode_run(mode, "clip", status="FAILED", reason="x")
+            else mode_run(mode, "clip", status="FAILED", failure=failed("x"))
         )
         runs = with_run(runs, run)
     assert compared(runs).verdict == verdict

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dpsgd_track.cli import compare as command
+from dpsgd_track.cli.main import main
 from dpsgd_track.comparison import GroupComparison, Verdict, compare_group
 from dpsgd_track.comparison.waivers import Waiver, load_waivers, matches
 from dpsgd_track.config import Thresholds
@@ -23,6 +23,7 @@ from dpsgd_track.report.markdown import markdown
 from dpsgd_track.report.text import print_table, summary
 from tests.support.synthetic_group import (
     Store,
+    failed,
     group_of,
     healthy_runs,
     mode_run,
@@ -180,7 +181,7 @@ RECORD = mode_run("flash_fsdp", "clip").trajectory
 @pytest.mark.parametrize(
     "run",
     [
-        mode_run("flash_fsdp", "clip", status="FAILED", reason="oom"),
+        mode_run("flash_fsdp", "clip", status="FAILED", failure=failed("oom")),
         mode_run("flash_fsdp", "clip", status="MISSING"),
         mode_run("flash_fsdp", "clip", put(RECORD, "loss", np.nan, 1)),
         mode_run("flash_fsdp", "clip", put(RECORD, "grad_norm", np.inf, 1)),
@@ -337,8 +338,8 @@ ENTRY = "- {mode: flash_fsdp, observable: grad_norm, reason: x, expires: 9999-12
 
 
 def compare(store: Store, *options: str) -> int:
-    return command.main(
-        ["synthetic", "--tracking-uri", store.uri, "--no-png", "--no-log", *options]
+    return main(
+        ["compare", "synthetic", "--tracking-uri", store.uri, "--no-png", "--no-log", *options]
     )
 
 

@@ -26,11 +26,15 @@ from dpsgd_track.report.text import print_table, summary
 from dpsgd_track.report.write import folder_name, write_report
 from tests.support.synthetic_group import (
     compared,
+    failed,
     group_of,
     healthy_runs,
+    job,
     mode_run,
+    plan_of,
     put,
     scaled,
+    setup,
     trajectory,
     with_run,
     without_norms,
@@ -160,8 +164,8 @@ def test_every_form_of_the_report_says_what_the_noise_promises(
     regime: str, epsilon: float, noise_from: str, said: str
 ) -> None:
     metrics = {"epsilon_rdp": 2 * epsilon, "epsilon_prv": epsilon}
-    params = {"delta": "1e-05", "noise_from": noise_from}
-    runs = [mode_run("no_dp", regime), mode_run("flash", regime, metrics=metrics, params=params)]
+    planned = job("flash", setup(regime), noise_from=noise_from)
+    runs = [mode_run("no_dp", regime), mode_run("flash", regime, metrics=metrics, job=planned)]
     comparison = compared(runs)
     console = Console(width=200, file=io.StringIO())
     print_table(comparison, console)
@@ -247,8 +251,8 @@ def long_group(num_modes: int) -> GroupComparison:
     wrong = scaled(trajectory(noise_std=0.0), "grad_norm", 1.1)
     runs = [mode_run("reference", "clip")]
     runs += [mode_run(f"mode{i}:{'<|x' * 300}", "clip", wrong) for i in range(num_modes)]
-    params = {f"setting{i}": "[x](y)" * 100 for i in range(300)}
-    return compare_group(group_of(runs, params=params), Thresholds())
+    plan = plan_of(runs, command="[x](y)" * 1_000)
+    return compare_group(group_of(runs, plan=plan), Thresholds())
 
 
 @pytest.mark.parametrize("num_modes", [2, 20, 70])
@@ -301,7 +305,10 @@ def test_modes_differ_in_colour_dash_marker_and_size() -> None:
 
 
 def test_group_without_any_record_still_has_a_report(tmp_path: Path) -> None:
-    dead = [mode_run("no_dp", status="FAILED", reason="no GPU"), mode_run("x", status="MISSING")]
+    dead = [
+        mode_run("no_dp", status="FAILED", failure=failed("no GPU")),
+        mode_run("x", status="MISSING"),
+    ]
     files = write_report(compared(dead), tmp_path, png=True)
     assert {path.name for path in files} == {name for name in FILES if "_" not in name}
     assert "no GPU" in (tmp_path / "report.html").read_text(encoding="utf-8")

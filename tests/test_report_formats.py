@@ -30,6 +30,7 @@ from dpsgd_track.report.stages import advice, multiple, stage_tables
 from dpsgd_track.report.text import print_table, summary
 from tests.support.synthetic_group import (
     compared,
+    failed,
     healthy_runs,
     mode_run,
     put,
@@ -122,7 +123,9 @@ def test_junit_fails_at_the_stage_that_introduced_the_error_and_skips_the_heirs(
 
 
 def test_junit_survives_characters_that_xml_lacks() -> None:
-    run = mode_run("m:\x00\x1b]]>\ud800\ufffe<&\"'", "clip", status="FAILED", reason="a\x0bb")
+    run = mode_run(
+        "m:\x00\x1b]]>\ud800\ufffe<&\"'", "clip", status="FAILED", failure=failed("a\x0bb")
+    )
     root = ET.fromstring(junit(compared([*healthy_runs(), run])))
     names = {case.get("classname") for case in root.iter("testcase")}
     assert "m:\ufffd\ufffd]]>\ufffd\ufffd<&\"'" in names
@@ -150,7 +153,9 @@ def test_annotations_are_one_line_each_and_escaped() -> None:
     comparison = compared(
         [
             *healthy_runs(),
-            mode_run("m:a,b%\n::error::x", "clip", status="FAILED", reason="50% gone\r\n::stop"),
+            mode_run(
+                "m:a,b%\n::error::x", "clip", status="FAILED", failure=failed("50% gone\r\n::stop")
+            ),
         ]
     )
     (line,) = workflow_commands(comparison).splitlines()

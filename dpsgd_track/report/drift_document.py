@@ -114,9 +114,9 @@ class FindingEntry:
 class StageEntry:
     """One stage of one comparison: where it first failed, or where it came nearest to failing."""
 
-    stage: str
+    stage: Stage
     status: StageStatus
-    observable: str
+    observable: ObservableName | None
     value: Number
     limit: Number
     """What the value was held against."""

@@ -19,12 +19,15 @@ from dpsgd_track.comparison.result import RegimeComparison
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.comparison.waivers import Waiver
 from dpsgd_track.config import Thresholds
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.store.reader import ModeRun
 from tests.support.synthetic_group import (
+    ENVIRONMENT,
+    failed,
     group_of,
     mode_run,
     permuted,
+    plan_of,
     put,
     scaled,
     trajectory,
@@ -113,15 +116,9 @@ def runs(
 
 def comparison(modes: Sequence[ModeRun], name: str = "quick-20261122-112953") -> GroupComparison:
     """`modes` compared, with audits made up."""
-    params = {
-        "command": COMMAND,
-        "model_name": "llama-tiny",
-        "torch": "2.13.0",
-        "num_ranks": "2",
-        "git_revision": "0123abc",
-        "noise_multiplier": "0.01",
-    }
-    compared = compare_group(group_of(modes, name=name, params=params), Thresholds())
+    environment = replace(ENVIRONMENT, git_revision="0123abc")
+    plan = plan_of(modes, command=COMMAND, environment=environment)
+    compared = compare_group(group_of(modes, name=name, plan=plan), Thresholds())
     return replace(
         compared,
         regimes=tuple(_audited(regime) for regime in compared.regimes),
@@ -231,7 +228,11 @@ def hostile() -> GroupComparison:
     runs = [
         mode_run("reference", "clip", record),
         mode_run(f"m:{HOSTILE}", "clip", wrong),
-        mode_run("flash_fsdp", "clip", status="FAILED", reason=HOSTILE),
+        mode_run("flash_fsdp", "clip", status="FAILED", failure=failed(HOSTILE)),
     ]
-    params = {"model_name": HOSTILE, "command": f"launch.py\n```\n{HOSTILE}"}
-    return compare_group(group_of(runs, name=HOSTILE, params=params), Thresholds())
+    plan = plan_of(
+        runs,
+        command=f"launch.py\n```\n{HOSTILE}",
+        environment=replace(ENVIRONMENT, platform=HOSTILE),
+    )
+    return compare_group(group_of(runs, name=HOSTILE, plan=plan), Thresholds())
