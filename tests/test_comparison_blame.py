@@ -467,8 +467,8 @@ def test_what_one_run_shows_by_itself_is_the_culprit_where_no_comparison_shows_o
 
 def test_of_equal_stages_the_one_that_says_where_is_the_culprit() -> None:
     culprits = {
-        ("accuracy", "no_dp"): culprit(Stage.FACTORS, 1),
-        ("accuracy", "reference"): culprit(Stage.FACTORS, 1, samples=(3,)),
+        ("accuracy", "no_dp"): culprit(Stage.FACTORS, 1, samples=(4,)),
+        ("accuracy", "reference"): culprit(Stage.FACTORS, 1, samples=(3,), against="reference"),
         ("clip", "reference"): culprit(Stage.FACTORS, 0),
     }
     assert first_of(culprits) == ("clip", "reference")

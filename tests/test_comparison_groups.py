@@ -98,6 +98,24 @@ def test_all_modes_may_be_wrong_together_and_are_still_seen() -> None:
     assert {v for label, v in verdicts(comparison).items() if "(" not in label} == {"BUG"}
 
 
+def test_a_waiver_of_one_layer_of_the_oracle_does_not_hide_another_that_its_replay_moves() -> None:
+    moved = scaled(CLIPPED, "layer_grad_norm", 2.0, (1, 1))
+    replay = mode_run("reference", "clip", record=moved, replay="plain")
+    wrong = scaled(scaled(CLIPPED, "layer_grad_norm", 1.9, (1, 1)), "layer_grad_norm", 2.5, (1, 0))
+    before = [*healthy_runs(), replay]
+    after = [*with_run(healthy_runs(), mode_run("reference", "clip", wrong))]
+    layer = Waiver(
+        mode="reference",
+        observable="layer_grad_norm",
+        where="layer model.layers.0.*",
+        reason="known",
+        expires=datetime.date(2026, 12, 31),
+    )
+    assert verdicts(held(before, after, layer))["reference"] == "BUG"
+    both = replace(layer, where="layer model.layers.*")
+    assert verdicts(held(before, after, both))["reference"] == "PASS"
+
+
 def test_a_variant_is_held_against_the_variant_of_its_name() -> None:
     record = scaled(mode_run("flash_fsdp").trajectory, "grad_norm", 1.1, 1)
     variant = mode_run("flash_fsdp", record=record, variant="fork")

@@ -108,7 +108,8 @@ def _culprit(
 
     def is_accepted(rung: Rung) -> bool:
         shown = [f for f in found if f.observable in STAGES.get(rung.stage, ())]
-        return bool(shown) and not any(f.fails for f in shown)
+        contradicts_itself = any(each.stage is rung.stage for each in broken)
+        return bool(shown) and not contradicts_itself and not any(f.fails for f in shown)
 
     counted = [rung for rung in rungs if not is_accepted(rung)]
     return culprit_of(evidence.pair, counted, run, broken)

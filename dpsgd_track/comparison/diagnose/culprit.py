@@ -183,7 +183,8 @@ def first_of(culprits: Mapping[tuple[str, str], Culprit]) -> tuple[str, str] | N
 
     def place(key: tuple[str, str]) -> tuple[int, int, bool]:
         culprit = culprits[key]
-        says_where = bool(culprit.places or culprit.samples)
+        # A comparison looks at every layer, a contradiction at one number.
+        says_where = bool(culprit.against and (culprit.places or culprit.samples))
         step = -1 if culprit.step is None else culprit.step
         return order.index(culprit.stage), step, not says_where
 
