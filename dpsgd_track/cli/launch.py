@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from dpsgd_track.launcher.several_machines.meeting import Leader
     from dpsgd_track.launcher.suites import Suite
 
-WORKER = "dpsgd_track.mutants.worker"
-
 RunSuite = Callable[[argparse.Namespace], tuple[int, str]]
 """Runs the suite of parsed arguments; returns the exit code and the group's name."""
 Detect = Callable[[argparse.Namespace, str, RunSuite], int]
@@ -174,7 +172,7 @@ def _planting_workers() -> Launch:
     """Workers that understand `mode+fault`, as the command line does."""
     from dpsgd_track.launcher.process_group import Launch
 
-    return Launch(worker_module=WORKER)
+    return Launch(worker_module="dpsgd_track.mutants.worker")
 
 
 def _check_planted(jobs: Sequence[JobConfig]) -> None:
