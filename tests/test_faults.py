@@ -8,6 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib import import_module
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dpsgd_track.cli.launch import main
 from dpsgd_track.config import GRADIENTS, PROBE_MODEL, PrivacyConfig
 from dpsgd_track.distributed.sharding import as_local
 from dpsgd_track.modes.build import ModeBuilder, build_mode
@@ -262,3 +264,13 @@ def test_an_unknown_fault_is_refused() -> None:
     check_planted("flash+without_norms+clamp_missing")
     with pytest.raises(ValueError, match=r"fault='nonsense': expected a known fault"):
         check_planted("flash+clamp_missing+nonsense")
+
+
+def test_the_command_line_refuses_an_unknown_fault_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["quick", "--device", "cpu", "--mode", "no_dp,flash_fsdp+nonsense"]
+    assert main(argv, check_inputs=lambda model, data: None) == 2
+    assert "fault='nonsense': expected a known fault" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
