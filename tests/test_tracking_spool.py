@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,9 @@ def test_another_version_is_refused(tmp_path):
     path = tmp_path / f"000001-a{CONTROL}"
     whole = write(tmp_path, 3).read_bytes()
     later = whole.replace(b'spool":2', b'spool":3')
-    for content in (b"dpsgd-track spool 1\nwhatever", b"\n", later[: len(spool.MAGIC)]):
+    line = b'{"do":"open","runs":[]}'
+    alike = later[: len(spool.MAGIC)] + b"%08x %b\n" % (zlib.crc32(line), line)
+    for content in (b"dpsgd-track spool 1\nwhatever", b"\n", later[: len(spool.MAGIC)], alike):
         path.write_bytes(content)
         with pytest.raises(SpoolDamaged, match="version 2"):
             read(path)
