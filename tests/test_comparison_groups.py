@@ -204,7 +204,7 @@ def test_other_settings_are_inconclusive_where_they_are_recorded(
 @pytest.mark.parametrize(
     ("run", "said"),
     [
-        (mode_run("flash_fsdp", "clip", status="FAILED", failure=failed("oom")), "raised an exception: oom"),
+        (mode_run("flash_fsdp", "clip", status="FAILED", failure=failed("oom")), "exception: oom"),
         (
             mode_run("flash_fsdp", "clip", put(CLIPPED, "loss", np.nan, 1)),
             "loss is nan",
