@@ -25,7 +25,7 @@ from dpsgd_track.launcher.suites import Suite, build_suite
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
 from dpsgd_track.store.reader import ModeRun, open_client, read_group
-from tests.support import fake_worker
+from tests.support import fake_worker, warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -274,14 +274,10 @@ def test_a_checkout_of_this_package_runs_in_its_own_workers(workspace):
     with (workspace / "next" / "dpsgd_track" / "__init__.py").open("a") as file:
         file.write("\n__version__ = '9.9'\n")
     argv = ["single", "--mode", "no_dp", "--num-iter", "1", "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *argv, "--variant", "a=../next", "--group", "g"],
+    done = warm.run(
+        *(str(ROOT / "launch.py"), *argv, "--variant", "a=../next", "--group", "g"),
         cwd=workspace / "work",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        environment={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = runs_of("g", workspace / "work")
