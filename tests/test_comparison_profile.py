@@ -11,33 +11,41 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from dpsgd_track.cli import compare as command
+from dpsgd_track.cli.main import main
 from dpsgd_track.comparison import compare_group
-from dpsgd_track.comparison.profile import Cost, Status, profile_of
+from dpsgd_track.comparison.profile import Cost, CostStatus, profile_of
 from dpsgd_track.config import Settings, Thresholds
 from dpsgd_track.record import names
+from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.report.profile_json import PROFILE, profile_document, profile_json
 from dpsgd_track.report.profile_table import plans, profile_csv
 from dpsgd_track.report.write import write_profile, write_report
 from dpsgd_track.store.golden import read_golden, write_golden
-from dpsgd_track.store.reader import PointRun, read_group
-from tests.support.synthetic_group import Store, compared, group_of, healthy_runs, verdicts
-from tests.support.synthetic_profile import large, missing, out_of_memory, point, profiled, timings
+from dpsgd_track.store.reader import read_group
+from tests.support.synthetic_group import Store, compared, failed, group_of, healthy_runs, verdicts
+from tests.support.synthetic_profile import (
+    large,
+    missing,
+    out_of_memory,
+    profiled,
+    timed_run,
+    timings,
+)
 
 SCHEMA = PROFILE.json_schema()
 
 BETWEEN = [
-    point("no_dp", 1, timings([10, 10, 10, 10], gib=2.0)),
-    point("flash_fsdp", 2, timings([10, 20, 30, 40, 50, 60], [33] * 6, gib=3.0)),
-    point("no_dp", 3, timings([20, 20, 20, 20], gib=4.0)),
-    point("flash_fsdp_bk", 4, timings([45, 45], gib=2.0)),
-    point("no_dp", 5, timings([1000, 1000], gib=90.0)),
+    timed_run("no_dp", 1, timings([10, 10, 10, 10], gib=2.0)),
+    timed_run("flash_fsdp", 2, timings([10, 20, 30, 40, 50, 60], [33] * 6, gib=3.0)),
+    timed_run("no_dp", 3, timings([20, 20, 20, 20], gib=4.0)),
+    timed_run("flash_fsdp_bk", 4, timings([45, 45], gib=2.0)),
+    timed_run("no_dp", 5, timings([1000, 1000], gib=90.0)),
 ]
 """Times that no two of the five have in common."""
 
 
-def costs(runs: list[PointRun]) -> dict[str, Cost]:
+def costs(runs: list[ModeRun]) -> dict[str, Cost]:
     found = profile_of(profiled(runs))
     assert found is not None
     return {cost.label: cost for cost in found.costs}
@@ -94,9 +102,15 @@ def test_a_baseline_is_one_row_of_all_its_runs_and_says_how_far_they_moved() -> 
 def test_each_round_is_held_against_the_baseline_beside_it() -> None:
     """Processes that are twice as slow in the second round cancel."""
     rounds = [
-        *(point("no_dp", 1, timings([10] * 4)), point("flash_fsdp", 2, timings([12] * 4, gib=3.0))),
-        *(point("no_dp", 3, timings([10] * 4)), point("flash_fsdp", 4, timings([22] * 4, gib=3.0))),
-        point("no_dp", 5, timings([30] * 4)),
+        *(
+            timed_run("no_dp", 1, timings([10] * 4)),
+            timed_run("flash_fsdp", 2, timings([12] * 4, gib=3.0)),
+        ),
+        *(
+            timed_run("no_dp", 3, timings([10] * 4)),
+            timed_run("flash_fsdp", 4, timings([22] * 4, gib=3.0)),
+        ),
+        timed_run("no_dp", 5, timings([30] * 4)),
     ]
     flash = costs(rounds)["flash_fsdp"]
     assert flash.time_ratio is not None
@@ -114,9 +128,9 @@ def test_each_round_is_held_against_the_baseline_beside_it() -> None:
 
 def test_modes_on_one_device_are_held_against_their_own_baseline() -> None:
     alone = [
-        point("no_dp_single", 6, timings([100])),
-        point("flash_bk", 7, timings([150])),
-        point("no_dp_single", 8, timings([100])),
+        timed_run("no_dp_single", 6, timings([100])),
+        timed_run("flash_bk", 7, timings([150])),
+        timed_run("no_dp_single", 8, timings([100])),
     ]
     found = costs([*BETWEEN, *alone])
     assert found["no_dp_single"].is_baseline
@@ -127,7 +141,7 @@ def test_modes_on_one_device_are_held_against_their_own_baseline() -> None:
 
 
 def test_a_variant_is_held_against_the_installed_baseline() -> None:
-    runs = [*BETWEEN[:3], point("no_dp", 4, timings([30]), variant="b"), replace(BETWEEN[4])]
+    runs = [*BETWEEN[:3], timed_run("no_dp", 4, timings([30]), variant="b"), replace(BETWEEN[4])]
     found = costs(runs)["no_dp@b"]
     assert found.baseline is not None
     assert (found.baseline.label, found.baseline.num_runs) == ("no_dp", 2)
@@ -149,14 +163,16 @@ def test_out_of_memory_is_a_result_and_a_failure_is_none() -> None:
     assert found is not None
     assert found.incomplete == ()
     cost = next(cost for cost in found.costs if cost.label == "flash_fsdp")
-    assert (cost.status, cost.notes) == (Status.OUT_OF_MEMORY, ("out of memory",))
+    assert (cost.status, cost.notes) == (CostStatus.OUT_OF_MEMORY, ("out of memory",))
     assert cost.step_time_ms is cost.time_ratio is cost.memory_ratio is None
     assert found.sentence == "3 modes at 1 shape, 2 measured, 1 out of memory."
 
-    failed = point("flash_fsdp", 2, status="FAILED", reason="the worker raised an error")
-    found = profile_of(profiled([BETWEEN[0], failed, *BETWEEN[2:]]))
+    broken = timed_run("flash_fsdp", 2, status=Status.FAILED, failure=failed("no"))
+    found = profile_of(profiled([BETWEEN[0], broken, *BETWEEN[2:]]))
     assert found is not None
-    assert found.incomplete == ("flash_fsdp (T=64, B=2) is FAILED: the worker raised an error",)
+    assert found.incomplete == (
+        "flash_fsdp (T=64, B=2) is FAILED: the worker raised an exception: no",
+    )
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -182,7 +198,7 @@ def test_a_mode_without_a_baseline_has_times_and_no_ratio() -> None:
 
 
 def test_what_is_compared_takes_no_notice_of_a_profile() -> None:
-    with_profile = compare_group(group_of(healthy_runs(), points=tuple(large())), Thresholds())
+    with_profile = compare_group(group_of(healthy_runs(), timed_runs=tuple(large())), Thresholds())
     assert verdicts(with_profile) == verdicts(compared(healthy_runs()))
     assert "profile" not in {regime.name for regime in with_profile.regimes}
 
@@ -213,7 +229,7 @@ def test_every_row_of_the_csv_stands_alone() -> None:
 
 
 def test_json_is_as_its_schema_says_and_is_read_back() -> None:
-    runs = [*large(), missing(point("flash_fsdp", 99, shape=(8, 1)))]
+    runs = [*large(), missing(timed_run("flash_fsdp", 99, shape=(8, 1)))]
     group = profiled(runs)
     found = profile_of(group)
     assert found is not None
@@ -258,7 +274,7 @@ def test_a_report_shows_the_profile_alone_or_beside_the_verdict(tmp_path: Path) 
         text = (tmp_path / "alone" / name).read_text(encoding="utf-8")
         assert "out of memory" in text
         assert "INCONCLUSIVE" not in text.partition("<body>")[2]
-    both = compare_group(group_of(healthy_runs(), points=tuple(large())), Thresholds())
+    both = compare_group(group_of(healthy_runs(), timed_runs=tuple(large())), Thresholds())
     files = {path.name for path in write_report(both, tmp_path / "both", png=False)}
     assert files >= {*alone, "drift.json", "junit.xml"}
     for name in texts:
@@ -274,13 +290,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return Store(tmp_path)
 
 
-def _add(store: Store, runs: list[PointRun], expected: list[PointRun]) -> None:
-    group_id = store.add_group([], "profile")
-    rows = [[r.mode, r.regime, r.variant, "", str(r.point)] for r in expected]
-    store.client.set_tag(group_id, names.EXPECTED_RUNS, json.dumps(rows))
+def _add(store: Store, runs: list[ModeRun], expected: list[ModeRun]) -> None:
+    group_id = store.add_group([], "profile", expected=expected)
     for run in runs:
-        tagged = replace(run, tags={**run.tags, names.POINT: str(run.point)}, timings=None)
-        run_id = store.add_run(tagged, "profile", group_id)
+        run_id = store.add_run(replace(run, timings=None), "profile", group_id)
         if run.timings:
             path = store.folder / names.TIMINGS_FILE
             run.timings.save(path)
@@ -292,23 +305,23 @@ def _add(store: Store, runs: list[PointRun], expected: list[PointRun]) -> None:
     [
         pytest.param(BETWEEN[1], 0, id="measured"),
         pytest.param(out_of_memory("flash_fsdp", 2), 0, id="out of memory"),
-        pytest.param(point("flash_fsdp", 2, status="FAILED"), 3, id="failed"),
-        pytest.param(point("flash_fsdp", 2), 3, id="no timings"),
+        pytest.param(timed_run("flash_fsdp", 2, status=Status.FAILED), 3, id="failed"),
+        pytest.param(timed_run("flash_fsdp", 2), 3, id="no timings"),
         pytest.param(None, 3, id="missing"),
     ],
 )
 def test_compare_ends_with_0_when_every_run_gave_a_result(
-    store: Store, second: PointRun | None, code: int
+    store: Store, second: ModeRun | None, code: int
 ) -> None:
     runs = [BETWEEN[0], *([second] if second else []), BETWEEN[2]]
     _add(store, runs, BETWEEN[:3])
     options = ["profile", "--tracking-uri", store.uri, "--no-png"]
-    assert command.main([*options, *(["--no-log"] if code else [])]) == code
+    assert main(["compare", *options, *(["--no-log"] if code else [])]) == code
     settings = Settings(tracking_uri=store.uri)
     group = read_group(store.client, settings, "profile")
     assert group.runs == ()
-    assert [str(run.point) for run in group.points] == ["T64-B2-1", "T64-B2-2", "T64-B2-3"]
-    assert group.points[0].timings == BETWEEN[0].timings
+    assert [run.order for run in group.timed_runs] == [1, 2, 3]
+    assert group.timed_runs[0].timings == BETWEEN[0].timings
 
 
 def test_a_profile_is_compared_with_no_other_group_and_kept_in_no_golden_file(
@@ -316,13 +329,13 @@ def test_a_profile_is_compared_with_no_other_group_and_kept_in_no_golden_file(
 ) -> None:
     _add(store, BETWEEN[:3], BETWEEN[:3])
     options = ["--tracking-uri", store.uri, "--no-png", "--no-log"]
-    assert command.main(["profile", "profile", *options]) == 2
+    assert main(["compare", "profile", "profile", *options]) == 2
     assert "whose times mean something beside each other alone" in capsys.readouterr().err
-    assert command.main(["profile", "--export", "x.dpsgd", *options]) == 2
-    mixed = group_of(healthy_runs(), points=tuple(BETWEEN))
+    assert main(["compare", "profile", "--export", "x.dpsgd", *options]) == 2
+    mixed = group_of(healthy_runs(), timed_runs=tuple(BETWEEN))
     write_golden(mixed, Path("y.dpsgd"))
     kept = read_golden(Path("y.dpsgd"))
-    assert (len(kept.runs), kept.points) == (len(mixed.runs), ())
+    assert (len(kept.runs), kept.timed_runs) == (len(mixed.runs), ())
 
 
 def test_a_torn_record_is_told_from_a_whole_one(tmp_path: Path) -> None:

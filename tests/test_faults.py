@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dpsgd_track.cli.launch import main
+from dpsgd_track.cli.main import main
 from dpsgd_track.config import GRADIENTS, PROBE_MODEL, PrivacyConfig
 from dpsgd_track.distributed.sharding import as_local
 from dpsgd_track.modes.build import ModeBuilder, build_mode
@@ -33,10 +33,9 @@ from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.loss import causal_lm_loss
 from dpsgd_track.privacy.noise import NoiseSource
-from dpsgd_track.record.names import UNREACHED
 from dpsgd_track.training import worker as training_worker
 from dpsgd_track.training.model import build_model
-from dpsgd_track.training.worker import Facts
+from dpsgd_track.training.worker import Unreached
 
 CPU = torch.device("cpu")
 
@@ -164,18 +163,18 @@ def test_an_engine_whose_fault_is_taken_out_computes_what_it_did(planter: Plante
 
 def test_a_seam_that_a_step_comes_by_is_not_unreached(planter: Planter) -> None:
     mode = planter.build("flash_bk+noise_every_micro_batch", _probe(), _context())
-    assert planter.facts() == {UNREACHED: "accumulate, add_noise"}
+    assert planter.unreached() == ("accumulate", "add_noise")
     mode.accumulate(_batch())
-    assert planter.facts() == {UNREACHED: "add_noise"}
+    assert planter.unreached() == ("add_noise",)
     mode.privatize(mode.clipped_sum(), NoiseSource("1/common", 0))
-    assert planter.facts() == {UNREACHED: ""}
+    assert planter.unreached() == ()
 
 
 @pytest.mark.parametrize("seam", [Seam.SUM_OF, Seam.PUT, Seam.PADDED_ROWS])
 @pytest.mark.parametrize("mode_name", ["flash_fsdp_bk", "flash_fsdp_fuse_bk"])
 def test_a_step_goes_no_faster_way_round_a_seam(mode_name: str, seam: Seam) -> None:
     # Gradients of samples that are kept would be summed straight into what other ranks are sent.
-    context = replace(_context(), plan=GRADIENTS)
+    context = replace(_context(), norm_plan=GRADIENTS)
     healthy = _step(build_mode(mode_name, _probe(), context))
     mode = build_mode(mode_name, _probe(), context)
     calls: list[Any] = []
@@ -194,18 +193,18 @@ def test_noise_is_drawn_part_by_part_where_its_drawing_is_replaced(
     def on_gpu(*args: object, **options: object) -> None:
         pytest.fail("what a GPU adds in one go comes by no seam")
 
-    monkeypatch.setattr(NoiseSource, "_add_on_gpu", on_gpu)
+    monkeypatch.setattr(NoiseSource, "add_on_gpu", on_gpu)
     _step(planter.build("flash_bk+noise_truncated", _probe(), _context()))
-    assert planter.facts() == {UNREACHED: ""}
+    assert planter.unreached() == ()
 
 
 def test_what_a_worker_builds_is_planted_and_told(
     planter: Planter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(job_file: str, build: ModeBuilder, facts: Facts) -> int:
+    def run(job_file: str, build: ModeBuilder, unreached: Unreached) -> int:
         monkeypatch.setattr(planter, "close", cast(Any, build).__self__.close)
         build("flash_bk+no_noise", _probe(), _context())
-        assert facts() == {UNREACHED: "add_noise"}
+        assert unreached() == ("add_noise",)
         return 3
 
     monkeypatch.setattr(training_worker, "main", run)

@@ -147,12 +147,14 @@ def a_group_in_the_making(group: str, *more: str) -> Recording:
     return recording
 
 
-def test_the_next_launch_closes_what_a_dead_launcher_left(folder, capsys):
+def test_the_next_launch_closes_what_a_dead_launcher_left(folder, monkeypatch, capsys):
+    # What is left is shipped while the launch runs, and no longer.
+    plan(monkeypatch, no_dp={"do": "slow"})
     Path("other.yaml").write_text("experiment: other")
     a_group_in_the_making("first", "--config", "other.yaml").close()
     assert spooled() == ["first"]
     assert statuses("first", experiment="other") == {"RUNNING": 4}
-    assert fake_launch.run(["quick", *NO_DP, "--group", "second"]) == 0
+    assert fake_launch.run(["quick", *NO_DP, "--group", "second", "--num-iter", "10"]) == 0
     assert "group first: closed 4 runs" in capsys.readouterr().out
     # It stayed in its own experiment.
     assert statuses("first", experiment="other") == {"KILLED": 4}

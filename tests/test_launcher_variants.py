@@ -24,7 +24,7 @@ from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
 from dpsgd_track.record.plan import PLAN, StartedJob
 from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.store.reader import open_client, read_group
-from tests.support import fake_worker
+from tests.support import fake_worker, warm
 from tests.support.planned import place
 from tests.support.planned import plan as suite
 
@@ -282,14 +282,10 @@ def test_a_checkout_of_this_package_runs_in_its_own_workers(workspace):
     with (workspace / "next" / "dpsgd_track" / "__init__.py").open("a") as file:
         file.write("\n__version__ = '9.9'\n")
     argv = ["single", "--mode", "no_dp", "--num-iter", "1", "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *argv, "--variant", "a=../next", "--group", "g"],
+    done = warm.run(
+        *(str(ROOT / "launch.py"), *argv, "--variant", "a=../next", "--group", "g"),
         cwd=workspace / "work",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        environment={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = runs_of("g", workspace / "work")

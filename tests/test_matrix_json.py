@@ -7,33 +7,33 @@ from dataclasses import replace
 
 import jsonschema
 
-from dpsgd_track.comparison.result import Guilty, ModeVerdict
+from dpsgd_track.comparison.diagnose.culprit import Culprit
+from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
-from dpsgd_track.mutants import FAULTS
+from dpsgd_track.mutants.catalogue import MUTANTS
 from dpsgd_track.mutants.matrix import Matrix, Row
 from dpsgd_track.mutants.matrix_json import MATRIX, matrix_json
+from dpsgd_track.record.stages import ObservableName, Stage
 
 FOUND = Row(
-    fault=FAULTS["sign_flipped"],
+    fault=MUTANTS["sign_flipped"],
     mode="flash_fsdp",
     label="flash_fsdp+sign_flipped",
     verdict=Verdict.BUG,
     sentence="it differs",
-    guilty=Guilty(
-        stage="clipped sum",
+    culprit=Culprit(
+        stage=Stage.SUM,
         regime="probe-clip",
         step=0,
-        layers=("gate.weight",),
-        observable="gradient",
+        places=("gate.weight",),
+        observable=ObservableName.GRADIENT,
     ),
     num_places=25,
     naive_saw=False,
     found_in=("probe-clip",),
 )
-MISSED = replace(FOUND, verdict=Verdict.PASS, guilty=None, found_in=(), mutes=("norms",))
-HEALTHY = ModeVerdict(
-    label="flash_fsdp", verdict=Verdict.PASS, findings=(), failures={}, sentence="all agree"
-)
+MISSED = replace(FOUND, verdict=Verdict.PASS, culprit=None, found_in=(), redactions=("norms",))
+HEALTHY = ModeVerdict(label="flash_fsdp", verdict=Verdict.PASS, findings=(), sentence="all agree")
 TEXT = matrix_json(
     Matrix(
         group="g",
@@ -67,12 +67,12 @@ def test_faults_json_says_of_each_fault_what_was_blamed_and_what_should_be() -> 
         "naive_saw": False,
         "found_in": ["probe-clip"],
         "excuse": "",
-        "mutes": [],
+        "redactions": [],
         "sentence": "it differs",
     }
     blamed = [missed[key] for key in ("stage", "regime", "step", "layers", "observable")]
     assert blamed == [None, None, None, [], None]
-    assert (missed["is_detected"], missed["mutes"]) == (False, ["norms"])
+    assert (missed["is_detected"], missed["redactions"]) == (False, ["norms"])
     assert document["healthy"] == [
         {"mode": "flash_fsdp", "verdict": "PASS", "sentence": "all agree"}
     ]

@@ -8,6 +8,7 @@ from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.mutants.matrix import Matrix, Row
 from dpsgd_track.record.codec import Codec
+from dpsgd_track.record.stages import ObservableName, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +25,16 @@ class FaultEntry:
     verdict: Verdict
     is_detected: bool
     """Whether the verdict is one that fails a review."""
-    stage: str | None
+    stage: Stage | None
     """The stage that is blamed; null, like all that is said of it, where none is."""
     regime: str | None
     step: int | None
     """null before the first step, too."""
     layers: tuple[str, ...]
     """Layers or parameters that are blamed, worst first."""
-    observable: str | None
+    observable: ObservableName | None
     """What showed it."""
-    expected_stage: str
+    expected_stage: Stage
     """The stage that the fault is in."""
     expected_layers: tuple[str, ...]
     """Patterns of the parameters that it is in; empty where it is everywhere."""

@@ -63,7 +63,7 @@ class NoiseSource:
         """Noise of std 1 for the elements of `part`, float32, in its local shape."""
         noise = torch.zeros(part.local.shape, dtype=torch.float32, device=part.local.device)
         if noise.is_cuda:
-            self._add_on_gpu([(noise, part)], std=1.0)
+            self.add_on_gpu([(noise, part)], std=1.0)
         elif noise.numel():
             pieces = [
                 self._block(part, block)[first:last]
@@ -75,13 +75,13 @@ class NoiseSource:
     def add_to(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
         """Add noise of std `std` to tensors in place, each sharded as the part beside it."""
         on_gpu = [t for t in totals if t[0].dtype == torch.float32 and t[0].is_cuda]
-        self._add_on_gpu([t for t in on_gpu if t[0].is_contiguous()], std=std)
+        self.add_on_gpu([t for t in on_gpu if t[0].is_contiguous()], std=std)
         done = {id(total) for total, _ in on_gpu if total.is_contiguous()}
         for total, part in totals:
             if id(total) not in done:
                 total.add_(self.standard_normal(part).to(total.dtype), alpha=std)
 
-    def _add_on_gpu(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
+    def add_on_gpu(self, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float) -> None:
         if not totals:
             return
         from dpsgd_track.kernels.gaussian_noise.triton import add_gaussian

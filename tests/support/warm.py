@@ -47,7 +47,9 @@ _PRELOADED = (
     "dpsgd_track.cli.compare",
     "dpsgd_track.cli.faults",
     "dpsgd_track.cli.profile",
+    "dpsgd_track.cli.main",
     "dpsgd_track.launcher.fork_server",
+    "dpsgd_track.mutants",
     "dpsgd_track.report.write",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.tracking",
@@ -81,7 +83,9 @@ class Process(subprocess.Popen[str]):
         self._channel, theirs = socket.socketpair()
         with theirs:
             _send(_template(), request, [*_standard(pipes), theirs.fileno()])
-        self.pid = int(self._channel.recv(64))
+        pid = self._channel.recv(64)
+        assert pid, "the template of commands has ended: its own output says why"
+        self.pid = int(pid)
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
