@@ -42,7 +42,9 @@ sys.path.insert(0, str(ROOT))
 from dpsgd_track.config import ACCURACY  # noqa: E402
 from dpsgd_track.modes.table import FULL, REFERENCE  # noqa: E402
 from dpsgd_track.record import names  # noqa: E402
+from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, Suite  # noqa: E402
 from dpsgd_track.record.trajectory import Trajectory  # noqa: E402
+from tests.support.synthetic_group import ENVIRONMENT, job, setup  # noqa: E402
 
 EXPERIMENT = "dpsgd-track"
 SPIKED = "flash_fsdp"
@@ -177,16 +179,21 @@ def write_group(folder: Path, shape: Shape, *, proxied: bool = False) -> str:
     experiment_id = (
         experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, location)
     )
-    expected = [[mode, ACCURACY, "", ""] for mode in shape.modes]
     group = client.create_run(
         experiment_id,
         run_name=shape.name,
         tags={
             names.GROUP: shape.name,
             names.KIND: names.KIND_GROUP,
-            names.EXPECTED_RUNS: json.dumps(expected),
         },
     )
+    jobs = (job(mode, setup(ACCURACY), num_ranks=shape.num_ranks) for mode in shape.modes)
+    plan = GroupPlan(
+        suite=Suite.FULL, jobs=tuple(jobs), num_ranks=shape.num_ranks, environment=ENVIRONMENT
+    )
+    path = _artifacts(folder, group.info) / PLAN_FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(PLAN.dumps(plan), encoding="utf-8")
     shared = record(shape)
     with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as tables:
         tables.execute("PRAGMA synchronous = OFF")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 import time
@@ -26,6 +25,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from dpsgd_track.config import JobConfig, RegimeConfig  # noqa: E402
+from dpsgd_track.record.plan import STARTED_JOB  # noqa: E402
 from dpsgd_track.record.trajectory import Trajectory  # noqa: E402
 
 
@@ -64,26 +65,26 @@ def _revision() -> str:
 
 
 def _rows(job_file: Path, commit: str) -> list[dict[str, Any]]:
-    job = json.loads(job_file.read_text(encoding="utf-8"))
+    started = STARTED_JOB.loads(job_file.read_text(encoding="utf-8"))
     rows = []
-    for number, regime in enumerate(job["regimes"]):
+    for number, regime in enumerate(started.job.regimes):
         path = job_file.parent / str(number) / "trajectory.npz"
         trajectory = Trajectory.load(path) if path.exists() else None
-        rows.append(_shape(job, regime) | _figures(trajectory) | _machine(commit))
+        rows.append(_shape(started.job, regime) | _figures(trajectory) | _machine(commit))
     return rows
 
 
-def _shape(job: dict[str, Any], regime: dict[str, Any]) -> dict[str, Any]:
+def _shape(job: JobConfig, regime: RegimeConfig) -> dict[str, Any]:
     return {
-        "mode": job["mode"],
-        "regime": "-".join(filter(None, (regime["name"], regime["replay"]))),
-        "model": job["model"]["name"],
-        "param_dtype": job["performance"]["param_dtype"],
-        "num_ranks": len(job["rank_run_ids"][0]),
-        "seq_length": job["data"]["seq_length"],
-        "batch_size": job["data"]["batch_size"],
-        "micro_batches": regime["micro_batches"],
-        "num_iter": regime["num_iter"],
+        "mode": job.mode,
+        "regime": "-".join(filter(None, (regime.name, regime.replay))),
+        "model": job.model.name,
+        "param_dtype": job.performance.param_dtype,
+        "num_ranks": job.num_ranks,
+        "seq_length": job.data.seq_length,
+        "batch_size": job.data.batch_size,
+        "micro_batches": regime.micro_batches,
+        "num_iter": regime.num_iter,
     }
 
 

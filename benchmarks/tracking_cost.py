@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,9 +32,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dpsgd_track.cli.options import build_parser  # noqa: E402
-from dpsgd_track.config import JobConfig, RegimeConfig, Settings  # noqa: E402
-from dpsgd_track.launcher.suites import build_suite  # noqa: E402
+from dpsgd_track.config import Settings  # noqa: E402
+from dpsgd_track.record.plan import STARTED_JOB, GroupPlan, StartedJob, Suite  # noqa: E402
 from dpsgd_track.store.opening import open_store  # noqa: E402
 from dpsgd_track.store.run_tree import RunTree  # noqa: E402
 from dpsgd_track.store.shipper import Shipper  # noqa: E402
@@ -43,6 +41,7 @@ from dpsgd_track.store.shipping import Shipping  # noqa: E402
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
 from dpsgd_track.store.spooled import SpooledGroup  # noqa: E402
 from dpsgd_track.training.worker import Worker  # noqa: E402
+from tests.support.synthetic_group import ENVIRONMENT, job, setup  # noqa: E402
 from tests.support.tracking_servers import MlflowServer  # noqa: E402
 
 NUM_METRICS = 200
@@ -56,13 +55,13 @@ STORES = ("offline", "sqlite", "http", "dead")
 def train(folder: str, job_text: str, rank: int, compute_s: float) -> Times:
     """Log every step of a job; wall and CPU time of each step's logging, in ms."""
     os.environ["RANK"] = str(rank)
-    job = JobConfig.from_json(job_text)
+    started = STARTED_JOB.loads(job_text)
     writer = SpoolWriter(Path(folder), f"rank{rank}{RECORDS}")
-    worker = Worker(job, writer)
+    worker = Worker(started, writer)
     rng = np.random.default_rng(rank)
     weights = rng.normal(size=_WORKING_SET_BYTES // 8)
     took_ms = []
-    for step in range(job.regimes[0].num_iter):
+    for step in range(started.job.regimes[0].num_iter):
         until = time.perf_counter() + compute_s
         while time.perf_counter() < until:
             weights *= 0.999
@@ -79,15 +78,15 @@ def train(folder: str, job_text: str, rank: int, compute_s: float) -> Times:
     return took_ms
 
 
-def a_job(folder: Path, tree: RunTree, ranks: int, num_steps: int) -> JobConfig:
+def a_job(folder: Path, tree: RunTree, ranks: int, num_steps: int) -> StartedJob:
     """One regime of one mode, with its runs."""
-    regime = RegimeConfig(name="train", num_iter=num_steps)
-    args = build_parser().parse_args(["single", "--mode", "no_dp", "--device", "cpu"])
-    run, own = tree.start_mode("no_dp", regime, ranks, {})
-    return replace(
-        build_suite(args, lambda *_: None).jobs[0],
-        regimes=(regime,),
-        num_ranks=ranks,
+    planned = job("no_dp", setup("train", num_iter=num_steps), num_ranks=ranks)
+    plan = GroupPlan(suite=Suite.SINGLE, jobs=(planned,), num_ranks=ranks, environment=ENVIRONMENT)
+    tree.start_group(plan, folder)
+    run, own = tree.start_mode(planned, planned.regimes[0], range(ranks))
+    return StartedJob(
+        job=planned,
+        environment=ENVIRONMENT,
         run_ids=(run,),
         rank_run_ids=(own,),
         work_dir=str(folder),
@@ -101,8 +100,7 @@ def measure(store: str, folder: Path, ranks: int, num_steps: int, compute_s: flo
     group.folder.mkdir(parents=True)
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "g")
-    tree.start_group([], {})
-    job = a_job(folder, tree, ranks, num_steps).to_json()
+    handed = STARTED_JOB.dumps(a_job(folder, tree, ranks, num_steps))
     server = MlflowServer(folder) if store in ("http", "dead") else None
     shipping = None
     if store != "offline":
@@ -113,7 +111,7 @@ def measure(store: str, folder: Path, ranks: int, num_steps: int, compute_s: flo
     if server and store == "dead":
         threading.Timer(num_steps * compute_s / 3, server.kill).start()
     with multiprocessing.get_context("spawn").Pool(ranks) as pool:
-        jobs = [(str(group.folder), job, rank, compute_s) for rank in range(ranks)]
+        jobs = [(str(group.folder), handed, rank, compute_s) for rank in range(ranks)]
         times = pool.starmap(train, jobs, chunksize=1)
     control.close()
     if shipping:

@@ -44,16 +44,19 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dpsgd_track.config import RegimeConfig, Settings, layer_norm_steps, logged_ranks  # noqa: E402
+from dpsgd_track.config import Settings, layer_norm_steps, logged_ranks  # noqa: E402
+from dpsgd_track.record.plan import GroupPlan, Suite  # noqa: E402
+from dpsgd_track.record.run import Status  # noqa: E402
 from dpsgd_track.store.client import connect  # noqa: E402
 from dpsgd_track.store.history import all_points  # noqa: E402
 from dpsgd_track.store.inventory import Inventory  # noqa: E402
 from dpsgd_track.store.opening import open_store  # noqa: E402
-from dpsgd_track.store.run_tree import FINISHED, RunTree  # noqa: E402
+from dpsgd_track.store.run_tree import RunTree  # noqa: E402
 from dpsgd_track.store.shipper import Shipper  # noqa: E402
 from dpsgd_track.store.shipping import Shipping  # noqa: E402
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter  # noqa: E402
 from dpsgd_track.store.spooled import SpooledGroup, join, leave, part_of  # noqa: E402
+from tests.support.synthetic_group import ENVIRONMENT, job, setup  # noqa: E402
 from tests.support.tracking_servers import MlflowServer, postgres  # noqa: E402
 
 if TYPE_CHECKING:
@@ -292,9 +295,12 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
             group.folder.mkdir(parents=True)
         control = SpoolWriter(groups[0].folder, f"launcher{CONTROL}")
         tree = RunTree(control, settings.experiment, GROUP)
-        tree.start_group([], {})
-        regime = RegimeConfig(name="train", num_iter=shape.steps)
-        mode, of_ranks = tree.start_mode("no_dp", regime, shape.ranks, {}, "", shape.logged)
+        planned = job("no_dp", setup("train", num_iter=shape.steps), num_ranks=shape.ranks)
+        plan = GroupPlan(
+            suite=Suite.SINGLE, jobs=(planned,), num_ranks=shape.ranks, environment=ENVIRONMENT
+        )
+        tree.start_group(plan, folder)
+        mode, of_ranks = tree.start_mode(planned, planned.regimes[0], shape.logged)
         parts = _joined(shape, groups, of_ranks)
         begin = time.time()
         creator = Shipper(groups[0], client, place.uri, experiment_id)
@@ -335,7 +341,7 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
             assert process.exitcode == 0, "a fake worker failed"
         last_logged = time.time()
         for run in (*filter(None, of_ranks), mode, tree.group_run):
-            tree.finish(run, FINISHED)
+            tree.finish(run, Status.FINISHED)
         control.close()
         for part, of_part in parts:
             leave(part, of_part)

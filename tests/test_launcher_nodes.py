@@ -29,6 +29,7 @@ from dpsgd_track.launcher.recording import open_part
 from dpsgd_track.launcher.several_machines import meeting as nodes_module
 from dpsgd_track.launcher.several_machines.meeting import (
     Follower,
+    Hello,
     Leader,
     NodeLost,
     Refused,
@@ -38,13 +39,16 @@ from dpsgd_track.launcher.several_machines.meeting import (
     interface_towards,
 )
 from dpsgd_track.record import names
-from dpsgd_track.record.failure import ERROR, KILLED, NODE_LOST, NOT_FINITE, Failure
+from dpsgd_track.record.failure import Failure, FailureKind
+from dpsgd_track.record.plan import GroupPlan, StartedJob, Suite
+from dpsgd_track.record.run import Status
 from dpsgd_track.store.find_group import read_group_anywhere
 from dpsgd_track.store.opening import StoreError, open_store
-from dpsgd_track.store.spooled import ELSEWHERE, SpooledGroup, part_of, spooled_groups
+from dpsgd_track.store.spooled import SpooledGroup, part_of, spooled_groups
 from tests.support import fake_launch
 from tests.support.launches import living, start
 from tests.support.planned import asked
+from tests.support.synthetic_group import ENVIRONMENT
 from tests.support.tracking_servers import MlflowServer, closed_port, shared_server
 
 
@@ -58,6 +62,14 @@ def job(mode: str = "no_dp", num_ranks: int = 2, seed: int = 42) -> JobConfig:
         num_ranks=num_ranks,
         seed=seed,
     )
+
+
+def handed(*args, **more) -> StartedJob:
+    return StartedJob(job=job(*args, **more), environment=ENVIRONMENT, work_dir="")
+
+
+def plan_of(*jobs: JobConfig) -> GroupPlan:
+    return GroupPlan(suite=Suite.FULL, jobs=jobs, num_ranks=2, environment=ENVIRONMENT)
 
 
 @pytest.fixture(autouse=True)
@@ -82,17 +94,17 @@ def machines(num_nodes: int = 2) -> list[NodesConfig]:
     return [NodesConfig(node_rank=rank, **place) for rank in range(num_nodes)]
 
 
-def met(leader: Leader, *followers: Follower, jobs: list[JobConfig] | None = None) -> None:
+def met(leader: Leader, *followers: Follower, plan: GroupPlan | None = None) -> None:
     """Have them find each other."""
     joined: list[str] = []
 
     def join(follower: Follower) -> None:
-        joined.append(follower.join(hello_of(jobs), 20, lambda line: None))
+        joined.append(follower.join(hello_of(plan), 20, lambda line: None))
 
     threads = [threading.Thread(target=join, args=(each,)) for each in followers]
     for thread in threads:
         thread.start()
-    leader.gather(jobs, 20, lambda line: None)
+    leader.gather(plan, 20, lambda line: None)
     leader.welcome("g")
     for thread in threads:
         thread.join()
@@ -107,7 +119,7 @@ def two() -> tuple[Leader, Follower]:
     return leader, follower
 
 
-def refused(follower: Follower, hello: dict) -> None:
+def refused(follower: Follower, hello: Hello) -> None:
     with pytest.raises(Refused):
         follower.join(hello, 20, lambda line: None)
 
@@ -124,13 +136,16 @@ def test_jobs_are_handed_out_in_turn_and_reports_come_back():
     places = machines(3)
     leader, *followers = Leader(places[0]), Follower(places[1]), Follower(places[2])
     met(leader, *followers)
-    fine, bad = Report(failure=None, time_s=0.0), Failure(kind=NOT_FINITE, message="NaN", rank=1)
+    fine, bad = (
+        Report(failure=None, time_s=0.0),
+        Failure(kind=FailureKind.NOT_FINITE, message="NaN", rank=1),
+    )
     ports = set()
     for number in range(2):
-        own = leader.start(job(num_ranks=6, seed=number), f"run-{number}")
+        own = leader.start(handed(num_ranks=6, seed=number), f"run-{number}")
         shares = [next_share(follower) for follower in followers]
         assert own is not None
-        assert [share.job.seed for share in shares] == [number] * 2
+        assert [share.job.job.seed for share in shares] == [number] * 2
         assert [share.meeting.node_rank for share in shares] == [1, 2]
         assert {own.port, *(share.meeting.port for share in shares)} == {own.port}
         assert {own.run_id, *(share.meeting.run_id for share in shares)} == {f"run-{number}"}
@@ -138,7 +153,9 @@ def test_jobs_are_handed_out_in_turn_and_reports_come_back():
         followers[0].done(fine)
         followers[1].done(Report(failure=bad, time_s=5.0) if number else fine)
         reports = leader.settle("")
-        assert [each.failure and each.failure.kind for each in reports] == [NOT_FINITE] * number
+        assert [each.failure and each.failure.kind for each in reports] == [
+            FailureKind.NOT_FINITE
+        ] * number
     # A store that an earlier job has written to would mislead the next.
     assert len(ports) == 2
     (report,) = reports
@@ -153,14 +170,14 @@ def test_jobs_are_handed_out_in_turn_and_reports_come_back():
 
 def test_a_job_on_one_device_is_node_0s_alone():
     leader, follower = two()
-    assert leader.start(job("flash", num_ranks=1), "alone") is None
+    assert leader.start(handed("flash", num_ranks=1), "alone") is None
     assert follower.next_share() is None
     leader.close(0, "")
 
 
 def test_a_job_that_is_cut_short_is_ended_everywhere():
     leader, follower = two()
-    leader.start(job(), "run")
+    leader.start(handed(), "run")
     next_share(follower)
     assert leader.trouble() == ""
     assert follower.is_to_end() == ""
@@ -179,9 +196,9 @@ def test_a_job_that_is_cut_short_is_ended_everywhere():
 
 def test_a_failure_elsewhere_is_trouble_here():
     leader, follower = two()
-    leader.start(job(), "run")
+    leader.start(handed(), "run")
     next_share(follower)
-    follower.done(Report(failure=Failure(kind=KILLED, message="signal 9"), time_s=0.0))
+    follower.done(Report(failure=Failure(kind=FailureKind.KILLED, message="signal 9"), time_s=0.0))
     deadline = time.monotonic() + 5
     while not leader.trouble():
         assert time.monotonic() < deadline
@@ -196,7 +213,7 @@ def test_a_silent_machine_is_lost_and_a_slow_one_is_not(monkeypatch):
     leader = Leader(places[0], lost_after_s=1.0)
     followers = [Follower(place, lost_after_s=1.0) for place in places[1:]]
     met(leader, *followers)
-    leader.start(job(num_ranks=3), "run")
+    leader.start(handed(num_ranks=3), "run")
     until = time.monotonic() + 2
     while time.monotonic() < until:
         assert leader.trouble() == ""
@@ -204,7 +221,7 @@ def test_a_silent_machine_is_lost_and_a_slow_one_is_not(monkeypatch):
     followers[1]._is_over.set()  # its thread ends, as its process would
     (report,) = leader.settle("node 0 failed.")
     assert report.failure is not None
-    assert report.failure.kind == NODE_LOST
+    assert report.failure.kind is FailureKind.MACHINE_LOST
     assert leader.lost == f"node 2 ({socket.gethostname()}) was not heard of for 1 s."
     leader.close(1, "")
 
@@ -221,8 +238,8 @@ def test_a_leader_that_goes_is_noticed():
 @pytest.mark.parametrize(
     ("theirs", "said"),
     [
-        ([job(seed=7)], r"seed='7' on node 1 \(.*\): expected '42', as on node 0"),
-        ([job(num_ranks=4)], r"num_ranks='4' on node 1 \(.*\): expected '2'"),
+        ([job(seed=7)], r"seed=7 on node 1 \(.*\): expected 42, as on node 0"),
+        ([job(num_ranks=4)], r"num_ranks=4 on node 1 \(.*\): expected 2"),
         ([job(), job("flash_fsdp")], r"mode='no_dp, flash_fsdp' on node 1 .*: expected 'no_dp'"),
         (None, ""),
     ],
@@ -231,24 +248,25 @@ def test_a_leader_that_goes_is_noticed():
 def test_machines_that_would_run_something_else_are_refused(theirs, said):
     places = machines()
     leader, follower = Leader(places[0]), Follower(places[1])
+    hello = hello_of(theirs and plan_of(*theirs))
     answers: list[str] = []
 
     def join() -> None:
         try:
-            answers.append(follower.join(hello_of(theirs), 20, lambda line: None))
+            answers.append(follower.join(hello, 20, lambda line: None))
         except Refused as error:
             answers.append(str(error))
 
     joining = threading.Thread(target=join)
     joining.start()
     if not said:
-        leader.gather([job()], 20, lambda line: None)
+        leader.gather(plan_of(job()), 20, lambda line: None)
         leader.welcome("g")
         joining.join()
         assert answers == ["g"]
         return
     with pytest.raises(Refused, match=said) as caught:
-        leader.gather([job()], 20, lambda line: None)
+        leader.gather(plan_of(job()), 20, lambda line: None)
     joining.join()
     # Both sides say the same.
     assert answers == [str(caught.value)]
@@ -257,11 +275,11 @@ def test_machines_that_would_run_something_else_are_refused(theirs, said):
 def test_other_versions_are_refused():
     places = machines()
     leader, follower = Leader(places[0]), Follower(places[1])
-    hello = hello_of([job()])
-    hello["versions"] = {**hello["versions"], "torch": "1.0"}
+    hello = hello_of(plan_of(job()))
+    hello = replace(hello, environment=replace(hello.environment, torch="1.0"))
     threading.Thread(target=refused, args=(follower, hello)).start()
     with pytest.raises(Refused, match=r"torch='1.0' on node 1 .*: expected"):
-        leader.gather([job()], 20, lambda line: None)
+        leader.gather(plan_of(job()), 20, lambda line: None)
 
 
 def test_one_that_does_not_come_is_named():
@@ -295,18 +313,20 @@ def test_a_node_rank_is_taken_once():
     leader.refuse("enough")
 
 
-ECHO = Failure(kind=ERROR, message="RuntimeError: Connection closed by peer [10.0.0.2]:1234")
+ECHO = Failure(
+    kind=FailureKind.ERROR, message="RuntimeError: Connection closed by peer [10.0.0.2]:1234"
+)
 
 
 @pytest.mark.parametrize(
     ("first", "second", "wanted"),
     [
-        (ECHO, Failure(kind=KILLED, message="signal 9"), "signal 9"),
-        (Failure(kind=KILLED, message="signal 9"), ECHO, "signal 9"),
-        (ECHO, Failure(kind=NODE_LOST, message="node 1"), "node 1"),
+        (ECHO, Failure(kind=FailureKind.KILLED, message="signal 9"), "signal 9"),
+        (Failure(kind=FailureKind.KILLED, message="signal 9"), ECHO, "signal 9"),
+        (ECHO, Failure(kind=FailureKind.MACHINE_LOST, message="node 1"), "node 1"),
         (
-            Failure(kind=NOT_FINITE, message="NaN"),
-            Failure(kind=ERROR, message="KeyError: 'x'"),
+            Failure(kind=FailureKind.NOT_FINITE, message="NaN"),
+            Failure(kind=FailureKind.ERROR, message="KeyError: 'x'"),
             "NaN",
         ),
         (ECHO, replace(ECHO, message="Socket Timeout"), ECHO.message),
@@ -390,7 +410,9 @@ def test_two_machines_make_one_group(folders, server):
     (code, said), (other_code, other_said) = ended(launched(folders, *argv, plans=plans))
     host = socket.gethostname()
     assert (code, other_code) == (1, 1), said + other_said
-    crash = f"the worker raised an error at rank 3: node 1 ({host}): RuntimeError: the fake worker"
+    crash = (
+        f"the worker raised an exception at rank 3: node 1 ({host}): RuntimeError: the fake worker"
+    )
     assert crash in said
     assert f"node 1 ({host}) failed. Ending flash_fsdp" in said
     assert "group two: 1 of 2 modes finished" in said
@@ -446,9 +468,9 @@ def test_what_a_machine_left_in_a_group_is_closed_when_it_takes_part_again(tmp_p
     with pytest.raises(ValueError, match="nobody at work on"):
         open_part(Settings(), "g", 1, is_offline=True)
     first.close()
-    assert SpooledGroup(first.spool).runs()["run"].status == "RUNNING"
+    assert SpooledGroup(first.spool).runs()["run"].status is Status.RUNNING
     open_part(Settings(), "g", 1, is_offline=True).close()
-    assert SpooledGroup(first.spool).runs()["run"].status == ELSEWHERE
+    assert SpooledGroup(first.spool).runs()["run"].status is Status.ELSEWHERE
 
 
 def test_a_machine_without_room_is_named_on_all_of_them(folders):
@@ -480,15 +502,14 @@ def test_others_are_welcome_once_the_store_took_the_group(tmp_path, monkeypatch,
             raise error
 
     recording.start = start
-    suite = SimpleNamespace(jobs=(), name="quick")
     display = SimpleNamespace(say=lambda line: None)
-    run = GroupRun(suite, recording, Launch(), display, leader)
+    run = GroupRun(plan_of(), recording, Launch(), display, leader)
     if error:
         with pytest.raises(StoreError):
-            run.run("")
+            run.run()
         assert leader.said == [("refuse", "it is full")]
     else:
-        assert run.run("") == 0
+        assert run.run() == 0
         assert leader.said == [("welcome", "g"), ("close", 0, "0 of 0 modes finished")]
 
 
@@ -518,7 +539,7 @@ def test_what_the_second_machine_cannot_do_starts_nothing_on_the_first(folders):
     done = ended(launched(folders, *argv, second=("--random-seed", "7")))
     assert [code for code, _ in done] == [2, 2]
     for _, said in done:
-        assert "seed='7' on node 1" in said
+        assert "seed=7 on node 1" in said
     assert not (folders[0] / "results").exists()
     assert not (folders[0] / "spool").exists()
 
@@ -557,7 +578,7 @@ def test_a_machine_that_dies_takes_the_mode_with_it(folders, who):
         assert group.close_left_open() == 0
     # Of node 0's runs, another machine says no more than that it has nothing to add.
     closed = {run.status for run in group.runs(with_rows=False).values()}
-    assert closed == {"KILLED" if who == 0 else ELSEWHERE}
+    assert closed == {Status.KILLED if who == 0 else Status.ELSEWHERE}
 
 
 def test_ctrl_c_on_one_machine_ends_the_group_on_all_that_share_a_disk(tmp_path):

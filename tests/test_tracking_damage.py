@@ -10,21 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from dpsgd_track.config import RegimeConfig, Settings
+from dpsgd_track.config import Settings
 from dpsgd_track.launcher.sync import sync
 from dpsgd_track.record import names
+from dpsgd_track.record.plan import GroupPlan, Suite
+from dpsgd_track.record.run import Status
 from dpsgd_track.store.history import all_points
 from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.run_tree import RunTree
 from dpsgd_track.store.shipper import Shipper, settle
 from dpsgd_track.store.spool import CONTROL, MAGIC, RECORDS, SpoolWriter, spool_files
 from dpsgd_track.store.spooled import SpooledGroup, claim, join, leave, part_of, spooled_groups
+from tests.support.spooled_group import STOPPED
+from tests.support.synthetic_group import ENVIRONMENT, job, setup
 
 STEPS, RANKS = 6, 2
 REGIMES = ("accuracy", "clip")
 NO_DP = "no_dp-rank1"
 FLASH = "flash-rank1"
-FINISHED, FAILED = "FINISHED", "FAILED"
 CUTS = ["nothing but its end", "in a line", "in its second line", "in its first line", "empty"]
 """How much of a file is missing."""
 
@@ -112,19 +115,24 @@ def a_group(settings: Settings, name: str) -> Spooled:
     assert group is not None
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", name)
-    tree.start_group([], {})
+    jobs = [job(mode, *map(setup, REGIMES), num_ranks=RANKS) for mode in ("no_dp", "flash")]
+    plan = GroupPlan(suite=Suite.FULL, jobs=tuple(jobs), num_ranks=RANKS, environment=ENVIRONMENT)
+    tree.start_group(plan, Path(settings.spool_dir))
     keys: dict[tuple[str, str, int], str] = {}
-    for mode, last in (("no_dp", FINISHED), ("flash", FAILED)):
-        for regime in REGIMES:
-            own, of_ranks = tree.start_mode(mode, RegimeConfig(name=regime, num_iter=1), RANKS, {})
-            keys |= {(mode, regime, rank): run for rank, run in enumerate((own, *of_ranks), -1)}
+    for each, last in zip(jobs, (Status.FINISHED, Status.FAILED), strict=True):
+        mode = each.mode
+        for regime in each.regimes:
+            own, of_ranks = tree.start_mode(each, regime, range(RANKS))
+            keys |= {
+                (mode, regime.name, rank): run for rank, run in enumerate((own, *of_ranks), -1)
+            }
         for rank in range(RANKS):
             about = (-1, 0) if rank == 0 else (rank,)
             log(group, f"{mode}-rank{rank}", [keys[mode, r, w] for r in REGIMES for w in about])
-        for regime, status in zip(REGIMES, (FINISHED, last), strict=True):
+        for regime, status in zip(REGIMES, (Status.FINISHED, last), strict=True):
             for rank in range(-1, RANKS):
                 tree.finish(keys[mode, regime, rank], status)
-    tree.finish(tree.group_run, FAILED, "flash failed")
+    tree.finish(tree.group_run, Status.FAILED, STOPPED)
     control.close()
     return Spooled(group, settings, keys)
 
@@ -264,7 +272,7 @@ def test_a_second_machine_alarms_nobody_while_node_0_has_not_said_how_it_ended(s
         assert part.settle() == []
     finally:
         for run_id in run_ids:
-            client.set_terminated(run_id, FINISHED)
+            client.set_terminated(run_id, Status.FINISHED)
 
 
 def test_a_launchers_damaged_line_keeps_back_only_what_needs_it(settings):

@@ -58,7 +58,8 @@ def spool_a_group(
     trajectory = spool / "trajectory.npz"
     trajectory.write_bytes(name.encode())
     for rank, run in enumerate(ranks):
-        worker = SpoolWriter(group.folder, f"no_dp-rank{rank}{RECORDS}")
+        own = [mode, run] if rank == 0 else [run]
+        worker = SpoolWriter(group.folder, f"no_dp-rank{rank}{RECORDS}", runs=own)
         for step in range(steps):
             if rank == 0:
                 worker.log_metrics(mode, step, logged(step, 9))
