@@ -150,12 +150,12 @@ class _Foreign(Mode):
 
 def test_a_mode_without_the_seam_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="expected a mode with the seam clip_factors"):
-        build("test_faults:_Foreign+clamp_missing", _probe(), _context())
+        build("tests.test_faults:_Foreign+clamp_missing", _probe(), _context())
 
 
 @pytest.mark.parametrize("name", [n for n, f in FAULTS.items() if f.fits_any_mode])
 def test_a_fault_that_fits_any_mode_needs_nothing_of_ours(name: str) -> None:
-    build(f"test_faults:_Foreign+{name}", _probe(), _context())
+    build(f"tests.test_faults:_Foreign+{name}", _probe(), _context())
 
 
 @pytest.mark.parametrize("mute", MUTES)
