@@ -107,6 +107,8 @@ class Capture:
         self._settle: _Settle | None = None
         self._is_last = False
         """Whether no other backward of the batch follows."""
+        self._backward = -1
+        """Autograd's number of the backward under way; -1 outside of one."""
         self._terms: dict[str, list[Term]] = {}
         self._num_pending: Counter[str] = Counter()
         self._owners = [
@@ -205,6 +207,7 @@ class Capture:
             [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]
         )
         self._refuse_unreached(loss_B)
+        self._refuse_backwards_of_layers()
         return squares | self.norms_of(there)
 
     def run_sums(self, loss_B: Tensor, clip_factor_B: Tensor, put: Put) -> None:
@@ -298,9 +301,30 @@ class Capture:
                 self._roots.append(leaf)
                 self._closings.append(None)
 
+    def ends_calls(self) -> bool:
+        """Whether the backward under way is that of the batch's losses, which ends calls; not one
+        of single samples, nor one that the model runs for itself.
+
+        Raises:
+            ValueError: the model differentiates what a backward of its own has formed.
+        """
+        if self.is_telling_samples_apart:
+            return False
+        # Some gradients are taken when the backward is over.
+        if torch._C._current_graph_task_id() in (self._backward, -1):
+            return True
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "model: expected a forward whose gradients are formed once, got a backward inside "
+                "of it that is differentiated again (create_graph=True), as for a gradient "
+                "penalty. The weights' part in it is not captured. Detach it, freeze the layers, "
+                "or use mode='reference'."
+            )
+        return False
+
     def close_call(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
         """The output gradients of a call have arrived."""
-        if self.is_telling_samples_apart:
+        if not self.ends_calls():
             return
         assert self._settle is not None, "a backward that was not run by the capture"
         assert layer.rule is not None
@@ -393,6 +417,8 @@ class Capture:
         if not loss_B.requires_grad:
             # No trained parameter has a part in it.
             return [None for _ in parameters]
+        total = loss_B.sum()
+        total.register_hook(self._note_backward)
         try:
             for name, gradient_B in self._gradients_by_sample(loss_B):
                 self.add_term(name, Dense(gradient_B))
@@ -400,7 +426,7 @@ class Capture:
             gradients: list[Tensor | None] = []
             if roots:
                 gradients += torch.autograd.grad(
-                    loss_B.sum(), roots, retain_graph=retain_graph, allow_unused=True
+                    total, roots, retain_graph=retain_graph, allow_unused=True
                 )
                 for number, close in enumerate(self._closings):
                     # Let go of each as soon as it was taken.
@@ -412,7 +438,10 @@ class Capture:
                 settle(name, join(self._terms.pop(name)))
             return gradients[len(self._roots) :]
         finally:
-            self._settle = None
+            self._settle, self._backward = None, -1
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._backward = torch._C._current_graph_task_id()
 
     def _gradients_by_sample(self, loss_B: Tensor) -> list[tuple[str, Tensor]]:
         """[B, *parameter] of each leaf that is one for all samples, by a backward for each."""
@@ -487,6 +516,18 @@ class Capture:
                     f"{name}: the loss depends on a use of this parameter whose gradient could "
                     "not be captured. Detach inputs that require gradients before the model."
                 )
+
+    def _refuse_backwards_of_layers(self) -> None:
+        """Raise where a layer's own backward has run another, which has left gradients behind."""
+        for fqn, captured in self.captured.items():
+            for leaf in captured.own_leaves():
+                if leaf.grad is not None:
+                    leaf.grad = None
+                    raise ValueError(
+                        f"{fqn}: expected gradients that autograd forms, got some that a backward "
+                        "inside of the backward has added, as in reversible layers. They are not "
+                        "captured. Use layers that keep their activations, or freeze this one."
+                    )
 
     def _kept_form(self, name: str, terms: tuple[Term, ...]) -> tuple[Term, ...]:
         only = terms[0]

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer
+from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.layers.inventory import Layer
 from dpsgd_track.privacy.replaced_forward import Forward
 
@@ -109,16 +110,11 @@ class ExpandedLayer(CapturedLayer):
         known = self.dims.get(_kind(args, kwargs))
         if known is not None:
             return known if known.inputs == inputs else None
-        was_training = {m: m.training for m in self.module.modules()}
-        self.module.eval()
-        try:
+        with in_eval_mode(self.module):
             mapped, _ = self._map(copies, inputs, args, kwargs)
             if self._keeps_mapped_tensors():
                 return None
             plain = pytree.tree_leaves(self.plain(*args, **kwargs))
-        finally:
-            for m, training in was_training.items():
-                m.training = training
         outputs = tuple(
             self._dim_of_output(found, wanted) for found, wanted in zip(mapped, plain, strict=True)
         )
