@@ -3,6 +3,7 @@ healthy model raises an alarm."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -251,6 +252,38 @@ def test_what_begins_later_is_found_on_the_first_batch_of_its_kind() -> None:
         private.backward(*_data(size))
     with pytest.raises(SpotCheckError):
         private.backward(*_data(B))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_samples_that_are_not_finite_hide_no_mixing(is_alone: bool, rate: float) -> None:
+    """What is left of such a batch is held against the batch, and does not stand for others."""
+
+    class Spoiled(_Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = self.mix(self.tokens(tokens))
+            nan = tokens[:, 0].eq(0)[:, None, None]
+            if len(h) > 1 and bool(nan.any()) == is_alone:
+                h = h + h.detach().nan_to_num().mean(dim=0)
+            h = F.dropout(h.masked_fill(nan, torch.nan), rate, self.training)
+            y: Tensor = self.head(torch.tanh(h).mean(dim=1))
+            return y
+
+    private = _private(Spoiled())
+    tokens, y = _data()
+    tokens = tokens.clamp(min=1)
+    spoiled = tokens.clone()
+    spoiled[:-1, 0] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        if is_alone:
+            with pytest.raises(SpotCheckError, match="without those left out"):
+                private.backward(spoiled, y)
+        else:
+            for _ in range(3):
+                private.backward(spoiled, y)
+            with pytest.raises(SpotCheckError):
+                private.backward(tokens, y)
 
 
 def test_another_path_through_the_layers_is_checked() -> None:

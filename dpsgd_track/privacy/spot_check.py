@@ -39,7 +39,8 @@ from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord, clip_factors
 from dpsgd_track.privacy.engine import Engine
-from dpsgd_track.privacy.sample_dim import in_eval_mode, kept_random_state
+from dpsgd_track.privacy.eval_mode import in_eval_mode
+from dpsgd_track.privacy.sample_dim import kept_random_state
 
 _logger = logging.getLogger(__name__)
 
@@ -179,9 +180,13 @@ class SpotCheck:
 
     def _compare(self, batch: Batch, *, sums_alone: bool) -> bool:
         """Compare a batch of all ranks; False where that has to wait for another."""
+        whole, kept = batch, None
         comparison = _Comparison(self.engine, batch)
         if comparison.has_left_out():
-            batch = batch.rows(comparison.finite_samples())
+            losses_B, kept = comparison.record.loss_B, comparison.finite_samples()
+            batch = batch.rows(kept)
+            # One sample that is left of several shows nothing of how they are treated together.
+            self._kind = self._kind_of(batch) if len(batch) else None
             comparison = _Comparison(self.engine, batch)
         if not comparison.is_possible():
             return False
@@ -195,6 +200,8 @@ class SpotCheck:
         if not comparison.is_random:
             self._unproven -= comparison.compare_samples(chosen)
             comparison.compare_parts()
+            if kept is not None:
+                comparison.compare_whole(losses_B[kept])
             return True
         comparison.compare_copies(chosen)
         with in_eval_mode(self.engine.model), torch.backends.cudnn.flags(enabled=False):
@@ -210,6 +217,8 @@ class SpotCheck:
                 return True
             self._unproven -= alone.compare_samples(chosen)
             alone.compare_parts()
+            if kept is not None:
+                alone.compare_whole(_Comparison(self.engine, whole).record.loss_B[kept])
         return True
 
 
@@ -315,6 +324,13 @@ class _Comparison:
         problem = ""
         if len(self.batch):
             problem = self._unlike_losses(self.record.loss_B, loss_B, "in a part of it")
+        self._raise_together(problem)
+
+    def compare_whole(self, loss_B: Tensor) -> None:
+        """Losses of all samples against theirs in a batch with others, which are left out."""
+        problem = ""
+        if len(self.batch):
+            problem = self._unlike_losses(loss_B, self.record.loss_B, "without those left out")
         self._raise_together(problem)
 
     def compare_copies(self, chosen: int) -> None:
