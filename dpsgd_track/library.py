@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ _AUDITED_ELEMENTS = 4096
 """Of each parameter, elements in which another library's noise is looked for."""
 _AUDIT_ROUNDING = 0.02
 """Error of a mean square that low precision may cause."""
+_History = list[tuple[float, float | None, int]]
 _HISTORY = "_dpsgd_track_history"
-"""Attribute of a model with what was spent on it; a copy of the model has a copy."""
+"""Attribute of a model with what was spent on it, one list that its parts share: it goes with each
+of them into other models, and a copy of the model has a copy."""
 _PRIVATE = "_dpsgd_track_private"
 """Attribute of an optimizer with what made it private last."""
 
@@ -54,7 +57,7 @@ class PrivateTraining:
         self,
         mode: Mode,
         optimizer: Optimizer,
-        ledger: PrivacyLedger,
+        history: _History,
         *,
         noise_key: str,
         sample_rate: float | None,
@@ -66,7 +69,7 @@ class PrivateTraining:
         """Losses, norms and clip factors of the last batch's samples, and which were left out. Not
         private: noise protects the weights, and nothing else."""
         self._optimizer = optimizer
-        self._ledger = ledger
+        self._history = history
         self._privacy = mode.context.privacy
         self._noise_key = noise_key
         self._sample_rate = sample_rate
@@ -95,6 +98,10 @@ class PrivateTraining:
         return self._ledger.num_steps
 
     @property
+    def _ledger(self) -> PrivacyLedger:
+        return PrivacyLedger(self._history)
+
+    @property
     def spot_checks(self) -> SpotChecks:
         """How often the engine was held against plain autograd, and what that took."""
         return self._spot_check.cost if self._spot_check is not None else SpotChecks()
@@ -118,9 +125,15 @@ class PrivateTraining:
             Loss of each sample, [B], without a graph.
         Raises:
             ValueError: the model or its loss has become one whose per-sample gradients are not
-                known exactly. Nothing is updated with the batch.
+                known exactly, or an input is none. Nothing is updated with the batch.
+            RuntimeError: gradients are switched off, or the step cannot go on.
         """
         self._refuse_unless_whole()
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward() under torch.no_grad() or inference_mode(): expected gradients to be "
+                "enabled. Without them a step would be noise alone. Call it outside."
+            )
         self._gradients.check()
         batch = _batch(inputs, targets)
         is_added = False
@@ -177,16 +190,16 @@ class PrivateTraining:
             f"after {self._num_own_steps} steps",
             "one that is loaded before the first step",
         )
+        self._refuse_unless_whole()
         loaded = PrivacyLedger()
         loaded.load_state_dict(state)
         require(
-            loaded.num_steps >= self._ledger.num_steps,
+            loaded.num_steps >= self.num_steps,
             "state",
             f"{loaded.num_steps} steps",
-            f"the {self._ledger.num_steps} that were taken on this model, or more",
+            f"the {self.num_steps} that were taken on this model, or more",
         )
-        self._ledger = loaded
-        self._note_history()
+        self._note(loaded)
 
     def close(self) -> None:
         """Give the optimizer back as it was. Nothing can be added from then on."""
@@ -220,6 +233,11 @@ class PrivateTraining:
     def _refuse_unless_whole(self) -> None:
         if self._is_closed:
             raise RuntimeError("The optimizer was made private again: use what that returned.")
+        if vars(self.model).get(_HISTORY) is not self._history:
+            raise RuntimeError(
+                "The model was made private again as a part of another: use what that returned, "
+                "which knows what both have spent."
+            )
         if self._spoiled is not None:
             raise RuntimeError(
                 f"A batch of this step has failed ({type(self._spoiled).__name__}) and may be in "
@@ -262,9 +280,10 @@ class PrivateTraining:
         noised = self.mode.privatize(clipped, NoiseSource(self._noise_key, self.num_steps))
         if audited is not None:
             audited.check(noised)
-        self._ledger.record(self._privacy.noise_multiplier, self._sample_rate)
+        ledger = self._ledger
+        ledger.record(self._privacy.noise_multiplier, self._sample_rate)
         self._num_own_steps += 1
-        self._note_history()
+        self._note(ledger)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._zero_grad()
@@ -283,9 +302,9 @@ class PrivateTraining:
         self._num_batches = 0
         self._spoiled = None
 
-    def _note_history(self) -> None:
+    def _note(self, ledger: PrivacyLedger) -> None:
         # Plain tuples, so that a saved model needs nothing of ours.
-        vars(self.model)[_HISTORY] = tuple(map(tuple, self._ledger.history))
+        self._history[:] = [(*stage,) for stage in ledger.history]
 
 
 class _GradientWatch:
@@ -462,8 +481,9 @@ def make_private(
        in the batch in which it begins (`test_what_changes_later_is_refused_at_once`).
     7. No step is taken without its noise, whatever a mode overrides
        (`test_a_mode_that_could_skip_the_noise_is_refused`).
-    8. `epsilon` tells of every step taken on the model, at its own sigma and sample rate, resumes
-       and earlier calls included (`test_epsilon_tells_the_whole_life`).
+    8. `epsilon` tells of every step taken on the model or a part of it, at its own sigma and sample
+       rate, resumes and other calls included (`test_epsilon_tells_the_whole_life`,
+       `test_epsilon_tells_the_life_of_every_part`).
     9. A copy of the model is an ordinary module with weights of its own
        (`test_a_copy_is_an_ordinary_module`).
 
@@ -527,7 +547,7 @@ def make_private(
     return PrivateTraining(
         built,
         optimizer,
-        _ledger_of(model),
+        _history_of(built.model),
         noise_key=key,
         sample_rate=sample_rate,
         spot_check=spot_check,
@@ -548,16 +568,30 @@ def _take_over(optimizer: Optimizer) -> None:
     require(not has_stepped, "optimizer", name, "one without a past step")
 
 
-def _ledger_of(model: nn.Module) -> PrivacyLedger:
-    """What was spent on the model before."""
-    ledger = PrivacyLedger(vars(model).get(_HISTORY, ()))
-    if ledger.num_steps:
+def _history_of(model: nn.Module) -> _History:
+    """What was spent on the model and its parts before, in the list that all of them share.
+
+    Parts that were trained apart have lists of their own, whose steps add up.
+    """
+    modules = list(model.modules())
+    lists: dict[int, _History] = {
+        id(vars(module)[_HISTORY]): vars(module)[_HISTORY]
+        for module in modules
+        if _HISTORY in vars(module)
+    }
+    (history,) = lists.values() if len(lists) == 1 else ([*chain(*lists.values())],)
+    vars(model)[_HISTORY] = history
+    for module in modules:
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            vars(module)[_HISTORY] = history
+    if history:
         warnings.warn(
-            f"{type(model).__name__}: {ledger.num_steps} private steps were taken on this model, "
-            "or on what it was copied from. epsilon() goes on from what they spent.",
+            f"{type(model).__name__}: {PrivacyLedger(history).num_steps} private steps were taken "
+            "on this model, or on what it was copied from or made of. epsilon() goes on from what "
+            "they spent.",
             stacklevel=3,
         )
-    return ledger
+    return history
 
 
 def _refuse_own_updates(name: str, mode: Mode, optimizer: Optimizer) -> None:
@@ -621,6 +655,19 @@ def _all_of(missing: set[str]) -> str:
 
 def _batch(inputs: Inputs, targets: Tensor) -> Batch:
     if isinstance(inputs, Mapping):
-        return Batch(dict(inputs), targets)
-    args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    return Batch({}, targets, args=args)
+        batch = Batch(dict(inputs), targets)
+    else:
+        batch = Batch({}, targets, args=(inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+    named = [(f"inputs[{k!r}]", x) for k, x in (*enumerate(batch.args), *batch.inputs.items())]
+    for name, tensor in [("targets", targets), *named]:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name}: expected a tensor, got {type(tensor).__name__}. Set it in a module that "
+                "calls the model, or leave it out."
+            )
+        if tensor.dim() == 0 or len(tensor) != len(targets):
+            raise ValueError(
+                f"{name}: expected a tensor of the {len(targets)} samples that the targets have, "
+                f"got one of shape {tuple(tensor.shape)}. Give each sample a row of its own."
+            )
+    return batch

@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -563,7 +565,7 @@ class _OtherModel(ReferenceMode):
 
 def test_a_mode_that_copies_its_gradients_trains_with_noise(model: nn.Module) -> None:
     before = _weights(model)
-    private, optimizer = _made(model, "test_library:_Copying")
+    private, optimizer = _made(model, "tests.test_library:_Copying")
     private.backward(*_data(0))
     optimizer.step()
     noise = (before - _weights(model)) / 0.5 * B
@@ -582,11 +584,11 @@ def test_a_mode_that_could_skip_the_noise_is_refused(
     model: nn.Module, name: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        _made(model, f"test_library:{name}")
+        _made(model, f"tests.test_library:{name}")
 
 
 def test_a_sum_that_claims_less_than_c_is_refused(model: nn.Module) -> None:
-    private, optimizer = _made(model, "test_library:_LessSensitive")
+    private, optimizer = _made(model, "tests.test_library:_LessSensitive")
     private.backward(*_data())
     with pytest.raises(ValueError, match=r"sensitivity=0\.0: expected 0\.37"):
         optimizer.step()
@@ -626,6 +628,86 @@ def test_epsilon_tells_the_whole_life(model: nn.Module) -> None:
         resumed.load_state_dict(first.state_dict())
 
 
+def test_epsilon_tells_the_life_of_every_part(model: nn.Module) -> None:
+    settings: dict[str, Any] = {"noise_multiplier": 1.0, "sample_rate": 0.1}
+
+    def train(private: Any, optimizer: torch.optim.Optimizer) -> int:
+        private.backward(*_data())
+        optimizer.step()
+        steps: int = private.num_steps
+        return steps
+
+    def made(trained: nn.Module) -> tuple[Any, torch.optim.Optimizer]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return _made(trained, "flash", **settings)
+
+    first, second = made(model), made(model)
+    assert [train(*first), train(*second), train(*first)] == [1, 2, 3]
+    assert second[0].epsilon(1e-5) == epsilon_rdp(((1.0, 0.1, 3),), 1e-5)
+    assert train(*made(nn.Sequential(model))) == 4
+    # Another head, or the trained one, on what was trained before.
+    assert train(*made(nn.Sequential(*model[:3], nn.Linear(6, 3)))) == 5
+    assert train(*first) == 6
+    copied = copy.deepcopy(model)
+    assert train(*made(nn.Sequential(copied[0], copied[1], nn.Linear(6, 3)))) == 7
+    # Parts that were trained apart; what trains one of them alone knows too little then.
+    other = made(nn.Linear(D, 3))
+    assert train(*other) == 1
+    both = nn.Sequential(nn.ModuleList([other[0].model, model]), nn.Linear(D, 3))
+    both.forward = lambda x: both[0][0](x) + both[0][1](x)  # type: ignore[method-assign]
+    whole = made(both)
+    assert train(*whole) == 8
+    for part in (other, first):
+        with pytest.raises(RuntimeError, match="made private again as a part of another"):
+            train(*part)
+    # A backbone that stays as it is has been told nothing.
+    frozen = nn.Linear(D, D).requires_grad_(False)
+    assert train(*made(nn.Sequential(frozen, nn.Linear(D, 3)))) == 1
+    assert train(*made(nn.Sequential(frozen, nn.Linear(D, 3)))) == 1
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", PRIVATE)
+def test_a_backward_without_gradients_is_refused(
+    model: nn.Module, mode: str, switch: Callable[[], Any]
+) -> None:
+    private, optimizer = _made(model, mode)
+    with switch(), pytest.raises(RuntimeError, match="a step would be noise alone"):
+        private.backward(*_data())
+    with pytest.raises(RuntimeError, match="without a clipped gradient"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["flash_bk", "reference"])
+def test_what_is_no_sample_of_the_batch_is_named(mode: str) -> None:
+    class Taking(nn.Linear):
+        def forward(self, x: Tensor, scale: Any = 1) -> Tensor:
+            return super().forward(x)
+
+    private, _ = _made(Taking(D, 3), mode)
+    x, y = _data()
+    for scale, message in (
+        (2, "expected a tensor, got int"),
+        (None, "expected a tensor, got NoneType"),
+        (torch.ones(()), r"samples that the targets have, got one of shape \(\)"),
+        (torch.ones(1, D), r"of the 5 samples .* shape \(1, 7\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"inputs\['scale'\]: .*{message}"):
+            private.backward({"x": x, "scale": scale}, y)
+    with pytest.raises(ValueError, match="targets: expected a tensor, got list"):
+        private.backward(x, y.tolist())
+    private.backward({"x": x, "scale": torch.ones(B, 1)}, y)
+
+
+def test_sparse_gradients_are_checked_too() -> None:
+    model = nn.Sequential(nn.Embedding(D, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    private, optimizer = _made(model, "flash_bk")
+    private.backward(torch.randint(0, D, (B, 2)), _data()[1])
+    assert private.spot_checks.num_checks == 1
+    optimizer.step()
+
+
 def test_a_second_call_takes_the_optimizer_over(model: nn.Module) -> None:
     optimizer = torch.optim.Adam(model.parameters())
     settings = {"noise_multiplier": SIGMA, "max_grad_norm": C, "expected_batch_size": B}
@@ -648,6 +730,8 @@ def test_many_calls_on_one_model_leave_nothing_on_it(model: nn.Module) -> None:
         private, _ = _made(model, "flash_fuse_bk")
         private.backward(*_data())
     after = {name: dict(vars(module)) for name, module in model.named_modules()}
+    # Steps on the model would be told here: there were none.
+    assert all(not found.pop("_dpsgd_track_history", []) for found in after.values())
     assert before == after
 
 
