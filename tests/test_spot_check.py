@@ -254,6 +254,15 @@ def test_what_begins_later_is_found_on_the_first_batch_of_its_kind() -> None:
         private.backward(*_data(B))
 
 
+def test_what_more_samples_bring_is_found() -> None:
+    model = _Model(lambda h: h - h.mean(dim=0) if len(h) > 8 else torch.tanh(h))
+    private = _private(model)
+    for size in (4, 6, 8, 7, 3):
+        private.backward(*_data(size))
+    with pytest.raises(SpotCheckError):
+        private.backward(*_data(9))
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 @pytest.mark.parametrize("is_alone", [False, True])
 def test_samples_that_are_not_finite_hide_no_mixing(is_alone: bool, rate: float) -> None:

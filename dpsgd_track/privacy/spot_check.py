@@ -78,9 +78,11 @@ class SpotChecks:
 class SpotCheck:
     """Checks the first batch, each new kind of batch, and others at growing intervals.
 
-    Batches are of one kind where their tensors have the same types and, but for the number of
-    samples, sizes in the same powers of two, the same sizes equal to that number, and the model is
-    in the same mode and calls the same layers in the same order.
+    A batch is new, too, where it has more samples than any that was checked, in powers of two: what
+    overflows, such as the capacity of an expert, does so there. Batches are of one kind where their
+    tensors have the same types and, but for the number of samples, sizes in the same powers of two,
+    the same sizes equal to that number, and the model is in the same mode and calls the same layers
+    in the same order.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -89,6 +91,8 @@ class SpotCheck:
         self._agreement = Agreement()
         self._num_batches = 0
         self._kinds: set[object] = set()
+        self._most_samples = 0
+        """Of a batch that was checked, as an exponent of two."""
         self._paths: set[int] = set()
         self._modules = list(engine.model.modules())
         self._unproven = set(trainable_parameters(engine.model))
@@ -128,7 +132,7 @@ class SpotCheck:
     def _kind_of(self, batch: Batch) -> object:
         num_samples = len(batch)
         sizes = [
-            (t.dtype, *(((size - 1).bit_length(), size == num_samples) for size in t.shape[1:]))
+            (t.dtype, *((_exponent(size), size == num_samples) for size in t.shape[1:]))
             for t in batch.tensors()
         ]
         autocast = [
@@ -139,7 +143,8 @@ class SpotCheck:
         return num_samples == 1, tuple(sizes), tuple(autocast), training
 
     def _is_new(self, batch: Batch) -> bool:
-        return len(batch) > 0 and self._kind not in self._kinds
+        is_larger = _exponent(len(batch)) > self._most_samples
+        return len(batch) > 0 and (is_larger or self._kind not in self._kinds)
 
     def _is_repeated(self) -> bool:
         num_batches = self._num_batches
@@ -196,6 +201,7 @@ class SpotCheck:
         capture = self.engine.capture
         assert capture is not None
         self._paths.add(capture.path)
+        self._most_samples = max(self._most_samples, _exponent(len(batch)))
         chosen = self.cost.num_checks
         if not comparison.is_random:
             self._unproven -= comparison.compare_samples(chosen)
@@ -528,6 +534,11 @@ class _Comparison:
         finally:
             for name, parameter in self.parameters.items():
                 as_local(parameter).copy_(held[name])
+
+
+def _exponent(size: int) -> int:
+    """That of the least power of two which is not below `size`."""
+    return max(size - 1, 0).bit_length()
 
 
 def _unit_of(dtype: torch.dtype, device: torch.device) -> float:
