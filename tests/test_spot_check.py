@@ -295,6 +295,20 @@ def test_samples_that_are_not_finite_hide_no_mixing(is_alone: bool, rate: float)
                 private.backward(tokens, y)
 
 
+def test_a_sample_that_is_not_finite_spoils_no_other_unseen() -> None:
+    class Spreading(_Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = self.mix(self.tokens(tokens)).masked_fill(tokens.eq(0)[..., None], torch.nan)
+            y: Tensor = self.head(torch.tanh(h + 0 * h.detach().mean(dim=0)).mean(dim=1))
+            return y
+
+    tokens, y = _data()
+    tokens = tokens.clamp(min=1)
+    tokens[0] = 0
+    with pytest.raises(SpotCheckError, match="sample 4: not finite in its batch, finite alone"):
+        _private(Spreading()).backward(tokens, y)
+
+
 def test_another_path_through_the_layers_is_checked() -> None:
     class Branching(_Model):
         is_deep = False

@@ -188,6 +188,7 @@ class SpotCheck:
         whole, kept = batch, None
         comparison = _Comparison(self.engine, batch)
         if comparison.has_left_out():
+            comparison.compare_left_out()
             losses_B, kept = comparison.record.loss_B, comparison.finite_samples()
             batch = batch.rows(kept)
             # One sample that is left of several shows nothing of how they are treated together.
@@ -330,6 +331,18 @@ class _Comparison:
         problem = ""
         if len(self.batch):
             problem = self._unlike_losses(self.record.loss_B, loss_B, "in a part of it")
+        self._raise_together(problem)
+
+    def compare_left_out(self) -> None:
+        """The first and the last sample of each rank that is left out: so is each when alone."""
+        left_out_B = self.record.is_left_out_B
+        assert left_out_B is not None
+        indices = left_out_B.nonzero().flatten() if len(self.batch) else torch.arange(0)
+        problem = ""
+        for index in (indices[:1], indices[-1:]):
+            alone = _Comparison(self.engine, self.batch.rows(index))
+            if len(index) and not alone.record.num_left_out:
+                problem = f"sample {int(index)}: not finite in its batch, finite alone"
         self._raise_together(problem)
 
     def compare_whole(self, loss_B: Tensor) -> None:
