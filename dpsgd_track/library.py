@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,8 +39,10 @@ _AUDITED_ELEMENTS = 4096
 """Elements of each parameter in which another library's noise is verified."""
 _AUDIT_ROUNDING = 0.02
 """Error of the mean square that low precision may cause."""
+_History = list[tuple[float, float | None, int]]
 _HISTORY = "_dpsgd_track_history"
-"""Attribute of a model that holds its ledger's history; copies of the model copy it too."""
+"""Attribute of a model and of its trained parts that holds the history of their ledger: one list
+that all of them share, so that a part takes it into other models. Copies of the model copy it."""
 _PRIVATE = "_dpsgd_track_private"
 """Attribute of an optimizer that holds the `PrivateTraining` that uses it."""
 
@@ -72,8 +75,9 @@ class PrivateTraining:
        the first batch that they affect (`test_what_changes_later_is_refused_at_once`).
     7. No step is taken without its noise, whatever a mode overrides
        (`test_a_mode_that_could_skip_the_noise_is_refused`).
-    8. `epsilon` accounts for every step taken on the model, at its own sigma and sample rate,
-       resumes and earlier calls included (`test_epsilon_tells_the_whole_life`).
+    8. `epsilon` accounts for every step taken on the model or a part of it, at its own sigma and
+       sample rate, resumes and other calls included (`test_epsilon_tells_the_whole_life`,
+       `test_epsilon_tells_the_life_of_every_part`).
     9. A copy of the model is an ordinary module with weights of its own
        (`test_a_copy_is_an_ordinary_module`).
     """
@@ -82,7 +86,7 @@ class PrivateTraining:
         self,
         mode: Mode,
         optimizer: Optimizer,
-        ledger: PrivacyLedger,
+        history: _History,
         *,
         noise_key: str,
         sample_rate: float | None,
@@ -94,7 +98,7 @@ class PrivateTraining:
         """Losses, norms and clip factors of the last batch's samples. Not private: noise protects
         the weights alone."""
         self._optimizer = optimizer
-        self._ledger = ledger
+        self._history = history
         self._privacy = mode.context.privacy
         self._noise_key = noise_key
         self._sample_rate = sample_rate
@@ -125,6 +129,10 @@ class PrivateTraining:
         return self._ledger.num_steps
 
     @property
+    def _ledger(self) -> PrivacyLedger:
+        return PrivacyLedger(self._history)
+
+    @property
     def spot_checks(self) -> SpotChecks:
         """Number and time of the comparisons with plain autograd so far."""
         return self._spot_check.cost if self._spot_check is not None else SpotChecks()
@@ -148,9 +156,16 @@ class PrivateTraining:
             Loss of each sample, [B], detached.
         Raises:
             ValueError: the model or its loss has become one whose per-sample gradients are not
-                known exactly. The batch is not added.
+                known exactly, or an input is not a tensor with a row for each sample. The batch is
+                not added.
+            RuntimeError: gradients are disabled, or an earlier failure leaves the step unusable.
         """
         self._refuse_unless_whole()
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward() under torch.no_grad() or inference_mode(): expected gradients to be "
+                "enabled. Without them a step would be noise alone. Call it outside."
+            )
         self._gradients.check()
         batch = _batch(inputs, targets)
         is_added = False
@@ -207,16 +222,16 @@ class PrivateTraining:
             f"after {self._num_own_steps} steps",
             "one that is loaded before the first step",
         )
+        self._refuse_unless_whole()
         loaded = PrivacyLedger()
         loaded.load_state_dict(state)
         require(
-            loaded.num_steps >= self._ledger.num_steps,
+            loaded.num_steps >= self.num_steps,
             "state",
             f"{loaded.num_steps} steps",
-            f"the {self._ledger.num_steps} that were taken on this model, or more",
+            f"the {self.num_steps} that were taken on this model, or more",
         )
-        self._ledger = loaded
-        self._note_history()
+        self._note(loaded)
 
     def close(self) -> None:
         """Restore the optimizer. No batch can be added afterwards."""
@@ -250,6 +265,11 @@ class PrivateTraining:
     def _refuse_unless_whole(self) -> None:
         if self._is_closed:
             raise RuntimeError("The optimizer was made private again: use what that returned.")
+        if vars(self.model).get(_HISTORY) is not self._history:
+            raise RuntimeError(
+                "The model was made private again as a part of another: use what that returned, "
+                "which accounts for the steps of both."
+            )
         if self._spoiled is not None:
             raise RuntimeError(
                 f"A batch of this step has failed ({type(self._spoiled).__name__}) and may be in "
@@ -292,9 +312,10 @@ class PrivateTraining:
         noised = self.mode.privatize(clipped, NoiseSource(self._noise_key, self.num_steps))
         if audit is not None:
             audit.check(noised)
-        self._ledger.record(self._privacy.noise_multiplier, self._sample_rate)
+        ledger = self._ledger
+        ledger.record(self._privacy.noise_multiplier, self._sample_rate)
         self._num_own_steps += 1
-        self._note_history()
+        self._note(ledger)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._zero_grad()
@@ -313,9 +334,9 @@ class PrivateTraining:
         self._num_batches = 0
         self._spoiled = None
 
-    def _note_history(self) -> None:
+    def _note(self, ledger: PrivacyLedger) -> None:
         # Plain tuples, so that a saved model needs nothing of ours.
-        vars(self.model)[_HISTORY] = tuple(map(tuple, self._ledger.history))
+        self._history[:] = [(*stage,) for stage in ledger.history]
 
 
 class _NoiseAudit:
@@ -423,7 +444,7 @@ def make_private(
     return PrivateTraining(
         built,
         optimizer,
-        _ledger_of(model),
+        _history_of(built.model),
         noise_key=key,
         sample_rate=sample_rate,
         spot_check=spot_check,
@@ -456,16 +477,30 @@ def _close_earlier(optimizer: Optimizer) -> None:
     require(not has_stepped, "optimizer", name, "one without a past step")
 
 
-def _ledger_of(model: nn.Module) -> PrivacyLedger:
-    """Ledger of the steps that were taken on the model before."""
-    ledger = PrivacyLedger(vars(model).get(_HISTORY, ()))
-    if ledger.num_steps:
+def _history_of(model: nn.Module) -> _History:
+    """History of the steps taken on the model and its parts, in a list that all of them share.
+
+    Parts that were trained separately have lists of their own, which are joined.
+    """
+    modules = list(model.modules())
+    lists: dict[int, _History] = {
+        id(vars(module)[_HISTORY]): vars(module)[_HISTORY]
+        for module in modules
+        if _HISTORY in vars(module)
+    }
+    (history,) = lists.values() if len(lists) == 1 else ([*chain(*lists.values())],)
+    vars(model)[_HISTORY] = history
+    for module in modules:
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            vars(module)[_HISTORY] = history
+    if history:
         warnings.warn(
-            f"{type(model).__name__}: {ledger.num_steps} private steps were taken on this model, "
-            "or on what it was copied from. epsilon() goes on from what they spent.",
+            f"{type(model).__name__}: {PrivacyLedger(history).num_steps} private steps were taken "
+            "on this model, its parts, or what they were copied from. epsilon() continues from "
+            "there.",
             stacklevel=3,
         )
-    return ledger
+    return history
 
 
 def _refuse_own_updates(name: str, mode: Mode, optimizer: Optimizer) -> None:
@@ -531,6 +566,8 @@ def _batch(inputs: Inputs, targets: Tensor) -> Batch:
     else:
         args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     require(isinstance(targets, Tensor), "targets", type(targets).__name__, "a tensor")
+    allowed = "a tensor with the samples in dimension 0"
+    require(targets.dim() > 0, "targets", tuple(targets.shape), allowed)
     advice = "Give the model other arguments in a wrapper module of its own."
     for key, value in (*enumerate(args), *named.items()):
         is_batched = isinstance(value, Tensor) and value.shape[:1] == targets.shape[:1]

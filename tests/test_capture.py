@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -796,6 +797,135 @@ def test_samples_are_told_apart_wherever_they_are(model: str, mode: str) -> None
     check(mode, make(), inputs)
 
 
+class _MergingAdapter(nn.Linear):
+    """As in loralib: `eval()` adds the adapter to the weight, and the forward leaves it out."""
+
+    def __init__(self) -> None:
+        super().__init__(D, D)
+        self.weight.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, D)), nn.Parameter(torch.randn(D, 2))
+        self.is_merged = False
+
+    def train(self, mode: bool = True) -> _MergingAdapter:
+        super().train(mode)
+        if self.is_merged == mode:
+            self.weight.data += (self.up @ self.down).detach() * (-1 if mode else 1)
+            self.is_merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.is_merged else y + x @ self.down.T @ self.up.T
+
+
+class _OwnBackward(nn.Module):
+    """Moves its input along a gradient that its forward computes, optionally differentiable."""
+
+    def __init__(self, *, create_graph: bool = False) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+        self.create_graph = create_graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.inner(x).square().sum()
+            (direction,) = torch.autograd.grad(energy, x, create_graph=self.create_graph)
+        y: Tensor = self.inner(x + 0.1 * direction)
+        return y
+
+
+class _FixedPoint(nn.Module):
+    """z = f(z); a hook solves for its gradient with further backwards (deep equilibrium models)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def once(z: Tensor) -> Tensor:
+            y: Tensor = 0.3 * torch.tanh(self.mix(z) + x)
+            return y
+
+        z = torch.zeros_like(x)
+        with torch.no_grad():
+            for _ in range(20):
+                z = once(z)
+        z = once(z)
+        if torch.is_grad_enabled():
+            start = z.detach().requires_grad_()
+            again = once(start)
+
+            def solve(gradient: Tensor) -> Tensor:
+                solution = gradient
+                for _ in range(20):
+                    (step,) = torch.autograd.grad(again, start, solution, retain_graph=True)
+                    solution = step + gradient
+                return solution
+
+            z.register_hook(solve)
+        return z
+
+
+BEYOND_OUTPUTS: dict[str, Callable[[], nn.Module]] = {
+    "merging-adapter": _MergingAdapter,
+    "own-backward": _OwnBackward,
+    "fixed-point": _FixedPoint,
+}
+"""Modules whose forward or `eval()` does more than compute an output."""
+
+
+@pytest.mark.parametrize("mode", ["flash", "flash_bk/gradients", "flash_fuse/tiled", "ghost_bk"])
+@pytest.mark.parametrize("name", BEYOND_OUTPUTS)
+def test_a_module_that_does_more_than_compute_an_output_is_exact(name: str, mode: str) -> None:
+    check(mode, _then_head(nn.Linear(D, D), nn.Tanh(), BEYOND_OUTPUTS[name](), nn.Tanh()), ROWS)
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_a_gradient_that_is_differentiated_again_is_exact_or_refused(mode: str) -> None:
+    model = _then_head(nn.Linear(D, D), _OwnBackward(create_graph=True))
+    if mode == "flash_fuse_bk/gradients":
+        # Autograd itself forms the gradients of the weights' per-sample views.
+        check(mode, model, ROWS)
+        return
+    with pytest.raises(ValueError, match="a backward inside of it that is differentiated again"):
+        check(mode, model, ROWS)
+
+
+class _Reversible(nn.Module):
+    """Recomputes its activations in its backward, which runs another backward."""
+
+    class Run(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, inner: nn.Module) -> Tensor:
+            ctx.save_for_backward(x)
+            ctx.inner = inner
+            y: Tensor = inner(x)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+            with torch.enable_grad():
+                x = ctx.saved_tensors[0].detach().requires_grad_()
+                torch.autograd.backward(ctx.inner(x), dy)
+            return x.grad, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.Run.apply(x, self.inner)
+        return y
+
+
+def _compiled_by_jit(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled: nn.Module = torch.jit.trace(model, ROWS)
+    return compiled
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "functional-use": (_Functional, TOKENS, r"Used in other ways too: tokens\.weight"),
     "mixed-samples": (lambda: _then_head(_Centred()), ROWS, r"0: .* treats each sample by itself"),
@@ -803,6 +933,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
         lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)),
         PICTURE,
         r"1 \(BatchNorm2d mixes the samples",
+    ),
+    "reversible": (
+        lambda: _then_head(nn.Linear(D, D), _Reversible()),
+        ROWS,
+        r"1\.inner: .* a backward inside of the backward",
+    ),
+    "compiled-by-jit": (
+        lambda: _compiled_by_jit(_then_head(nn.Tanh())),
+        ROWS,
+        r"1 \(compiled by torch\.jit",
     ),
     "bare-parameter-among-blocks": (_Blocks, ROWS, r"cls \(of _Blocks, which also holds"),
 }

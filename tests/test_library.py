@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -539,14 +541,17 @@ def test_a_buffer_taken_away_between_batches_is_no_error(model: nn.Module) -> No
     ("inputs", "message"),
     [
         ({"input": torch.zeros(B, D), "flag": False}, r"inputs\['flag'\]=False: expected a tensor"),
+        ({"input": torch.zeros(B, D), "mask": None}, r"inputs\['mask'\]=None: expected a tensor"),
+        ((torch.zeros(B, D), torch.zeros(())), r"inputs\[1\]=\(\): expected a tensor"),
         ((torch.zeros(B, D), torch.zeros(1, D)), rf"inputs\[1\]=\(1, {D}\): expected a tensor"),
         (torch.zeros(B - 1, D), rf"inputs\[0\]=.*the {B} samples of the targets"),
     ],
 )
+@pytest.mark.parametrize("mode", ["flash_bk", "reference"])
 def test_an_input_that_is_not_one_row_a_sample_is_refused_by_name(
-    model: nn.Module, inputs: Any, message: str
+    model: nn.Module, mode: str, inputs: Any, message: str
 ) -> None:
-    private, optimizer = _made(model, "flash_bk")
+    private, optimizer = _made(model, mode)
     with pytest.raises(ValueError, match=message):
         private.backward(inputs, torch.zeros(B, dtype=torch.long))
     private.backward(*_data())
@@ -680,6 +685,76 @@ def test_epsilon_tells_the_whole_life(model: nn.Module) -> None:
         resumed.load_state_dict(first.state_dict())
 
 
+def test_epsilon_tells_the_life_of_every_part(model: nn.Module) -> None:
+    settings: dict[str, Any] = {"noise_multiplier": 1.0, "sample_rate": 0.1}
+
+    def train(private: Any, optimizer: torch.optim.Optimizer) -> int:
+        private.backward(*_data())
+        optimizer.step()
+        steps: int = private.num_steps
+        return steps
+
+    def made(trained: nn.Module) -> tuple[Any, torch.optim.Optimizer]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return _made(trained, "flash", **settings)
+
+    first, second = made(model), made(model)
+    assert [train(*first), train(*second), train(*first)] == [1, 2, 3]
+    assert second[0].epsilon(1e-5) == epsilon_rdp(((1.0, 0.1, 3),), 1e-5)
+    assert train(*made(nn.Sequential(model))) == 4
+    # Parts that were trained before, with a new head.
+    assert train(*made(nn.Sequential(*model[:3], nn.Linear(6, 3)))) == 5
+    assert train(*first) == 6
+    copied = copy.deepcopy(model)
+    assert train(*made(nn.Sequential(copied[0], copied[1], nn.Linear(6, 3)))) == 7
+    # Parts that were trained separately; what trains one of them alone is refused afterwards.
+    other = made(nn.Linear(D, 3))
+    assert train(*other) == 1
+    both = nn.Sequential(nn.ModuleList([other[0].model, model]), nn.Linear(D, 3))
+    both.forward = lambda x: both[0][0](x) + both[0][1](x)  # type: ignore[method-assign]
+    whole = made(both)
+    assert train(*whole) == 8
+    for part in (other, first):
+        with pytest.raises(RuntimeError, match="made private again as a part of another"):
+            train(*part)
+    # A frozen backbone carries no history into another model.
+    frozen = nn.Linear(D, D).requires_grad_(False)
+    assert train(*made(nn.Sequential(frozen, nn.Linear(D, 3)))) == 1
+    assert train(*made(nn.Sequential(frozen, nn.Linear(D, 3)))) == 1
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", PRIVATE)
+def test_a_backward_without_gradients_is_refused(
+    model: nn.Module, mode: str, switch: Callable[[], Any]
+) -> None:
+    private, optimizer = _made(model, mode)
+    with switch(), pytest.raises(RuntimeError, match="a step would be noise alone"):
+        private.backward(*_data())
+    with pytest.raises(RuntimeError, match="without a clipped gradient"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["flash_bk", "reference"])
+def test_targets_that_are_not_one_row_a_sample_are_refused(model: nn.Module, mode: str) -> None:
+    private, _ = _made(model, mode)
+    x, y = _data()
+    with pytest.raises(ValueError, match=r"targets='list': expected a tensor"):
+        private.backward(x, y.tolist())
+    with pytest.raises(ValueError, match=r"targets=\(\): expected a tensor with the samples"):
+        private.backward(x, y[0])
+    private.backward({"input": x}, y)
+
+
+def test_sparse_gradients_are_checked_too() -> None:
+    model = nn.Sequential(nn.Embedding(D, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    private, optimizer = _made(model, "flash_bk")
+    private.backward(torch.randint(0, D, (B, 2)), _data()[1])
+    assert private.spot_checks.num_checks == 1
+    optimizer.step()
+
+
 def test_a_second_call_takes_the_optimizer_over(model: nn.Module) -> None:
     optimizer = torch.optim.Adam(model.parameters())
     settings = {"noise_multiplier": SIGMA, "max_grad_norm": C, "expected_batch_size": B}
@@ -702,6 +777,8 @@ def test_many_calls_on_one_model_leave_nothing_on_it(model: nn.Module) -> None:
         private, _ = _made(model, "flash_fuse_bk")
         private.backward(*_data())
     after = {name: dict(vars(module)) for name, module in model.named_modules()}
+    # The history of steps on the model stays, and is empty: there were none.
+    assert all(not own.pop("_dpsgd_track_history", []) for own in after.values())
     assert before == after
 
 

@@ -3,6 +3,7 @@ healthy model raises an alarm."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -251,6 +252,63 @@ def test_what_begins_later_is_found_on_the_first_batch_of_its_kind() -> None:
         private.backward(*_data(size))
     with pytest.raises(SpotCheckError):
         private.backward(*_data(B))
+
+
+def test_what_more_samples_bring_is_found() -> None:
+    model = _Model(lambda h: h - h.mean(dim=0) if len(h) > 8 else torch.tanh(h))
+    private = _private(model)
+    for size in (4, 6, 8, 7, 3):
+        private.backward(*_data(size))
+    with pytest.raises(SpotCheckError):
+        private.backward(*_data(9))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_samples_that_are_not_finite_hide_no_mixing(is_alone: bool, rate: float) -> None:
+    """The finite rest is compared with the whole batch, and does not count as a check of others."""
+
+    class Spoiled(_Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = self.mix(self.tokens(tokens))
+            nan = tokens[:, 0].eq(0)[:, None, None]
+            if len(h) > 1 and h.shape[1] == B and bool(nan.any()) == is_alone:
+                h = h + h.detach().nan_to_num().mean(dim=0)
+            h = F.dropout(h.masked_fill(nan, torch.nan), rate, self.training)
+            y: Tensor = self.head(torch.tanh(h).mean(dim=1))
+            return y
+
+    private = _private(Spoiled())
+    tokens, y = _data()
+    tokens = tokens.clamp(min=1)
+    spoiled = tokens.clone()
+    spoiled[:-1, 0] = 0
+    # As many samples, of another kind: from here on the number of samples calls for no check.
+    private.backward(tokens.repeat(1, 2), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        if is_alone:
+            with pytest.raises(SpotCheckError, match="without those left out"):
+                private.backward(spoiled, y)
+        else:
+            for _ in range(3):
+                private.backward(spoiled, y)
+            with pytest.raises(SpotCheckError):
+                private.backward(tokens, y)
+
+
+def test_a_sample_that_is_not_finite_spoils_no_other_unseen() -> None:
+    class Spreading(_Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = self.mix(self.tokens(tokens)).masked_fill(tokens.eq(0)[..., None], torch.nan)
+            y: Tensor = self.head(torch.tanh(h + 0 * h.detach().mean(dim=0)).mean(dim=1))
+            return y
+
+    tokens, y = _data()
+    tokens = tokens.clamp(min=1)
+    tokens[0] = 0
+    with pytest.raises(SpotCheckError, match="sample 4: not finite in its batch, finite alone"):
+        _private(Spreading()).backward(tokens, y)
 
 
 def test_another_path_through_the_layers_is_checked() -> None:

@@ -112,6 +112,8 @@ class Capture:
         self._settle: _Settle | None = None
         self._is_last = False
         """True in the last backward of a batch."""
+        self._backward_id = -1
+        """Autograd's number of the current backward; -1 outside of one."""
         self._terms: dict[str, list[Term]] = {}
         self._num_pending: Counter[str] = Counter()
         self._slots = _trainable_slots(model)
@@ -205,6 +207,7 @@ class Capture:
         gradients = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
         refuse_unseen_uses([n for n, g in zip(parameters, gradients, strict=True) if g is not None])
         self._refuse_unreached(loss_B)
+        self._refuse_backwards_of_layers()
         return squares | self.norms_of(deferred)
 
     def run_sums(self, loss_B: Tensor, clip_factor_B: Tensor, put: Put) -> None:
@@ -297,9 +300,31 @@ class Capture:
                 # So that a backward passes the layers after this one.
                 self._targets.append((leaf, None))
 
+    def ends_calls(self) -> bool:
+        """True if the current backward is that of the batch's losses, which ends calls.
+
+        False in a backward of one sample's loss, and in one that the model itself runs.
+
+        Raises:
+            ValueError: the model differentiates the gradients of its own backward.
+        """
+        if self.is_one_sample_backward:
+            return False
+        # Some gradients are received after the backward.
+        if torch._C._current_graph_task_id() in (self._backward_id, -1):
+            return True
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "model: expected a forward whose gradients are formed once, got a backward inside "
+                "of it that is differentiated again (create_graph=True), as for a gradient "
+                "penalty. The part that the weights have in it is not captured. Detach it, freeze "
+                "the layers, or use mode='reference'."
+            )
+        return False
+
     def close_call(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
         """End a call of `layer`, given its input and the gradient of its output."""
-        if self.is_one_sample_backward:
+        if not self.ends_calls():
             return
         assert self._settle is not None, "a backward that the capture did not run"
         assert layer.rule is not None
@@ -390,6 +415,8 @@ class Capture:
         if not loss_B.requires_grad:
             # The loss depends on no trainable parameter.
             return [None for _ in parameters]
+        total = loss_B.sum()
+        total.register_hook(self._note_backward)
         try:
             for name, gradient_B in self._gradients_by_sample(loss_B):
                 self.add_term(name, Dense(gradient_B))
@@ -397,7 +424,7 @@ class Capture:
             gradients: list[Tensor | None] = []
             if inputs:
                 gradients += torch.autograd.grad(
-                    loss_B.sum(), inputs, retain_graph=retain_graph, allow_unused=True
+                    total, inputs, retain_graph=retain_graph, allow_unused=True
                 )
                 for number, (_, receive) in enumerate(self._targets):
                     # Each is freed as soon as it was taken.
@@ -409,7 +436,10 @@ class Capture:
                 settle(name, join(self._terms.pop(name)))
             return gradients[len(self._targets) :]
         finally:
-            self._settle = None
+            self._settle, self._backward_id = None, -1
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._backward_id = torch._C._current_graph_task_id()
 
     def _gradients_by_sample(self, loss_B: Tensor) -> list[tuple[str, Tensor]]:
         """[B, *parameter] of each leaf that all samples share, by one backward per sample."""
@@ -483,6 +513,18 @@ class Capture:
                     f"{name}: the loss depends on a use of this parameter whose gradient could "
                     "not be captured. Detach inputs that require gradients before the model."
                 )
+
+    def _refuse_backwards_of_layers(self) -> None:
+        """Raise if a layer's own backward has run another, which left gradients on its leaves."""
+        for fqn, captured in self.captured.items():
+            for leaf in captured.own_leaves():
+                if leaf.grad is not None:
+                    leaf.grad = None
+                    raise ValueError(
+                        f"{fqn}: expected gradients that autograd forms, got some that a backward "
+                        "inside of the backward has added, as in reversible layers. They are not "
+                        "captured. Use layers that keep their activations, or freeze this one."
+                    )
 
     def _kept_form(self, name: str, terms: tuple[Term, ...]) -> tuple[Term, ...]:
         """`terms`, or the gradients that they are the factors of, as planned."""

@@ -126,7 +126,7 @@ class WatchedLayer(CapturedLayer):
         edge, shape = get_gradient_edge(base), None if base is y else y.shape
 
         def close(dy: Tensor) -> None:
-            if capture.is_one_sample_backward:
+            if not capture.ends_calls():
                 return
             x = held()
             if shape is not None:

@@ -116,7 +116,7 @@ class Engine:
             total = (loss_B * weight_B).sum()
             shards = self.sharder.gradients_of(total, list(parameters.values()))
         gradients = {
-            name: torch.zeros_like(as_local(parameter)) if gradient is None else gradient
+            name: torch.zeros_like(as_local(parameter)) if gradient is None else gradient.to_dense()
             for (name, parameter), gradient in zip(parameters.items(), shards, strict=True)
         }
         return logits.detach(), loss_B.detach(), gradients

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer
+from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.layers.inventory import Layer
 from dpsgd_track.privacy.replaced_forward import Forward
 
@@ -109,16 +110,11 @@ class ExpandedLayer(CapturedLayer):
         learned = self.dims.get(_kind(args, kwargs))
         if learned is not None:
             return learned if learned.inputs == inputs else None
-        was_training = {m: m.training for m in self.module.modules()}
-        self.module.eval()
-        try:
+        with in_eval_mode(self.module):
             mapped, _ = self._map(copies, inputs, args, kwargs)
             if self._keeps_mapped_tensors():
                 return None
             expected = pytree.tree_leaves(self.original(*args, **kwargs))
-        finally:
-            for m, training in was_training.items():
-                m.training = training
         outputs = tuple(
             self._dim_of_output(got, wanted) for got, wanted in zip(mapped, expected, strict=True)
         )

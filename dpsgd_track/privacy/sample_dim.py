@@ -29,6 +29,7 @@ from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer, spread
 from dpsgd_track.privacy.dropout import of_any_samples
+from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.expanded import ExpandedLayer, MixedSamplesError
 from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, transposed_linear
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
@@ -244,19 +245,6 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     tolerance = 0.3 * torch.finfo(a.dtype).eps ** 0.5 if a.is_floating_point() else 0.0
     scale = max(float(b.float().abs().max()), 1e-30) if b.numel() else 1.0
     return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * scale, equal_nan=True)
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put all modules of the model into eval mode."""
-    was_training = [module for module in model.modules() if module.training]
-    for module in was_training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
 
 
 @contextmanager

@@ -39,7 +39,8 @@ from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import SampleRecord, clip_factors
 from dpsgd_track.privacy.engine import Engine
-from dpsgd_track.privacy.sample_dim import in_eval_mode, kept_random_state
+from dpsgd_track.privacy.eval_mode import in_eval_mode
+from dpsgd_track.privacy.sample_dim import kept_random_state
 
 _logger = logging.getLogger(__name__)
 
@@ -79,7 +80,9 @@ class SpotCheck:
 
     Two batches are of one kind if their tensors have the same types, sizes with the same powers of
     two above them, and the same sizes equal to the number of samples, and if the model is in the
-    same mode and calls the same layers in the same order.
+    same mode and calls the same layers in the same order. A batch is also new if it has more
+    samples, in powers of two, than any that was checked: there a limit, such as the capacity of an
+    expert, may be exceeded for the first time.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -89,6 +92,8 @@ class SpotCheck:
         self._agreement = Agreement()
         self._num_batches = 0
         self._kinds: set[object] = set()
+        self._most_samples = 0
+        """Size of the largest batch that was checked, as an exponent of two."""
         self._paths: set[int] = set()
         self._modules = list(engine.model.modules())
         self._unproven = set(trainable_parameters(engine.model))
@@ -123,7 +128,7 @@ class SpotCheck:
     def _kind_of(self, batch: Batch) -> object:
         num_samples = len(batch)
         sizes = [
-            (t.dtype, *(((size - 1).bit_length(), size == num_samples) for size in t.shape[1:]))
+            (t.dtype, *((_exponent(size), size == num_samples) for size in t.shape[1:]))
             for t in batch.tensors()
         ]
         autocast = [
@@ -134,7 +139,8 @@ class SpotCheck:
         return num_samples == 1, tuple(sizes), tuple(autocast), training
 
     def _is_new(self, batch: Batch) -> bool:
-        return len(batch) > 0 and self._kind not in self._kinds
+        is_larger = _exponent(len(batch)) > self._most_samples
+        return len(batch) > 0 and (is_larger or self._kind not in self._kinds)
 
     def _is_repeated(self) -> bool:
         num_batches = self._num_batches
@@ -173,11 +179,14 @@ class SpotCheck:
 
     def _compare(self, batch: Batch, *, sums_alone: bool) -> bool:
         """Compare one batch of all ranks; False if no rank has a sample to compare."""
+        whole, kept = batch, None
         comparison = _Comparison(self.engine, batch)
         if comparison.num_left_out:
-            left_out_B = comparison.record.is_left_out_B
-            assert left_out_B is not None
-            batch = batch.rows((~left_out_B).nonzero().flatten())
+            comparison.compare_left_out()
+            losses_B, kept = comparison.record.loss_B, comparison.finite_samples()
+            batch = batch.rows(kept)
+            # A single sample that is left of several does not show how they are treated together.
+            self._kind = self._kind_of(batch) if len(batch) else None
             comparison = _Comparison(self.engine, batch)
         if not comparison.is_possible():
             return False
@@ -185,10 +194,13 @@ class SpotCheck:
         if sums_alone:
             return True
         self._paths.add(self.capture.path)
+        self._most_samples = max(self._most_samples, _exponent(len(batch)))
         seed = self.cost.num_checks
         if not comparison.is_random:
             self._unproven -= comparison.compare_samples(seed)
             comparison.compare_parts()
+            if kept is not None:
+                comparison.compare_whole(losses_B[kept])
             return True
         comparison.compare_copies(seed)
         with in_eval_mode(self.engine.model), torch.backends.cudnn.flags(enabled=False):
@@ -204,6 +216,8 @@ class SpotCheck:
                 return True
             self._unproven -= alone.compare_samples(seed)
             alone.compare_parts()
+            if kept is not None:
+                alone.compare_whole(_Comparison(self.engine, whole).record.loss_B[kept])
         return True
 
 
@@ -227,6 +241,12 @@ class _Comparison:
     def is_possible(self) -> bool:
         """True if a rank has samples, and all samples are finite."""
         return self.num_left_out == 0 and any(self.num_samples)
+
+    def finite_samples(self) -> Tensor:
+        """Indices of this rank's samples that are finite."""
+        left_out_B = self.record.is_left_out_B
+        assert left_out_B is not None
+        return (~left_out_B).nonzero().flatten()
 
     def _form_sums(self) -> None:
         with kept_random_state(self.batch):
@@ -297,6 +317,27 @@ class _Comparison:
         problem = ""
         if len(self.batch):
             problem = self._largest_difference(self.record.loss_B, loss_B, "in a part of it")
+        self._raise_together(problem)
+
+    def compare_left_out(self) -> None:
+        """Run each rank's first and last sample that is left out alone: it must be left out too."""
+        left_out_B = self.record.is_left_out_B
+        assert left_out_B is not None
+        indices = left_out_B.nonzero().flatten()
+        problem = ""
+        for index in (indices[:1], indices[-1:]):
+            # Ranks without such a sample take part with an empty batch.
+            alone = _Comparison(self.engine, self.batch.rows(index))
+            if len(index) and not alone.record.num_left_out:
+                problem = f"sample {int(index)}: not finite in its batch, finite alone"
+        self._raise_together(problem)
+
+    def compare_whole(self, loss_B: Tensor) -> None:
+        """Compare all losses with `loss_B`, theirs in the whole batch before some were left out."""
+        problem = ""
+        if len(self.batch):
+            where = "without those left out"
+            problem = self._largest_difference(loss_B, self.record.loss_B, where)
         self._raise_together(problem)
 
     def compare_copies(self, seed: int) -> None:
@@ -504,6 +545,11 @@ class _Comparison:
         finally:
             for name, parameter in self.parameters.items():
                 as_local(parameter).copy_(original[name])
+
+
+def _exponent(size: int) -> int:
+    """Exponent of the smallest power of two that is at least `size`."""
+    return max(size - 1, 0).bit_length()
 
 
 def _unit_of(dtype: torch.dtype, device: torch.device) -> float:

@@ -6,7 +6,7 @@ believed: a batch's losses and their gradients must be those of its samples alon
 be written into the model. As a script, it runs many cases and prints what came of them by
 ingredient, with the smallest case of every kind of failure:
 
-    PYTHONPATH=. python tests/support/engine_fuzz.py --cases 2000 --seed 0
+    PYTHONPATH=. python -m tests.support.engine_fuzz --cases 2000 --seed 0
 """
 
 from __future__ import annotations
@@ -977,7 +977,7 @@ def _simpler(case: Case) -> Iterator[Case]:
 
 def reproduction(case: Case) -> str:
     """A command line that runs the case alone."""
-    return f"PYTHONPATH=.:tests python -c 'from engine_fuzz import *; print(run({case}))'"
+    return f"PYTHONPATH=. python -c 'from tests.support.engine_fuzz import *; print(run({case}))'"
 
 
 def kinds(found: Iterable[tuple[Case, Outcome]], most: int) -> str:

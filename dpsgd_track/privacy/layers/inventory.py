@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -71,6 +72,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
                 continue
         names = {name: name_of[id(p)] for name, p in own.items()}
         problems += _hooked_weights(fqn, module)
+        if isinstance(module, torch.jit.ScriptModule):
+            problems.append(f"{fqn} (compiled by torch.jit; use the module it was made of)")
         layers.append(Layer(fqn, module, rule, names))
     if problems:
         raise ValueError(
