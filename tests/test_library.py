@@ -915,6 +915,15 @@ def test_a_batch_that_failed_can_be_added_in_halves_under_fsdp2(sharded: dict[st
         assert distance < 1e-6, what
 
 
+def test_uneven_batches_with_samples_that_are_not_finite_are_checked_under_fsdp2(
+    sharded: dict[str, Any],
+) -> None:
+    assert [left_out for _, left_out in sharded["uneven"]] == [3, 4, 4]
+    checks = [num_checks for num_checks, _ in sharded["uneven"]]
+    assert checks[0] > 0
+    assert checks == sorted(set(checks)), "each batch is larger than those before"
+
+
 def test_step_after_a_plain_backward_raises_under_fsdp2(sharded: dict[str, Any]) -> None:
     assert "without a clipped gradient" in sharded["unprepared"]
     assert "it is not clipped" in sharded["mixed"]

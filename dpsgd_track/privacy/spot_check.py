@@ -311,7 +311,7 @@ class _Comparison:
         largest = max(self.num_samples)
         num_parts = largest if largest <= MAX_SINGLES else 2
         for first in range(num_parts):
-            part = self.batch.rows(torch.arange(first, len(self.batch), num_parts))
+            part = self.batch.rows(torch.arange(len(self.batch))[first::num_parts])
             part_loss_B, _ = self._losses(part)
             loss_B[first::num_parts] = part_loss_B[: len(part)]
         problem = ""

@@ -142,6 +142,26 @@ def _failed(mode: str, failing_at: int) -> Tensor:
     return _whole(model)
 
 
+def _uneven() -> list[list[int]]:
+    """[checks, samples left out] so far on rank 0, after each of its batches.
+
+    Rank 0 has samples that are not finite; rank 1 has more samples, fewer, or none.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = SETTINGS | {"loss": "sequence-classification"}
+    private = make_private(model, optimizer, mode="flash_fsdp", **settings)
+    counts = []
+    for size, other_size, num_nan in ((4, 7, 3), (9, 2, 1), (17, 0, 0)):
+        x = torch.randn(size if dist.get_rank() == 0 else other_size, 6)
+        if dist.get_rank() == 0:
+            x[:num_nan] = torch.nan
+        private.backward(x, torch.zeros(len(x), dtype=torch.long))
+        counts.append([private.spot_checks.num_checks, private.num_left_out])
+    return counts
+
+
 def main(output: str) -> None:
     """Leave what was found as JSON."""
     warnings.simplefilter("ignore")
@@ -162,6 +182,7 @@ def main(output: str) -> None:
         "failed": failed,
         "unprepared": _unprepared(is_mixed=False),
         "mixed": _unprepared(is_mixed=True),
+        "uneven": _uneven(),
     }
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))
