@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpsgd_track.cli import compare as command
+from dpsgd_track.cli.main import main
 from dpsgd_track.config import DataConfig, ModelConfig
 from dpsgd_track.record.facts import DeviceFacts, RunFacts
 from dpsgd_track.record.run import Group, ModeRun, Status
@@ -234,19 +234,19 @@ def test_a_golden_file_stands_wherever_a_group_may(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--tracking-uri", store.uri, "--no-png"]
-    assert command.main(["synthetic", *options, "--export", "golden.dpsgd"]) == 0
+    assert main(["compare", "synthetic", *options, "--export", "golden.dpsgd"]) == 0
     assert "Golden file: golden.dpsgd (" in capsys.readouterr().out
     before = store.client.search_runs([store.experiment_id])
     wrong = scaled(mode_run("flash_fsdp", "clip").trajectory, "grad_norm", 1.1, 1)
     store.add_group(with_run(healthy_runs(), mode_run("flash_fsdp", "clip", wrong)), "later")
-    assert command.main(["golden.dpsgd", "latest", *options]) == 1
-    assert command.main(["golden.dpsgd", "synthetic", *options]) == 0
+    assert main(["compare", "golden.dpsgd", "latest", *options]) == 1
+    assert main(["compare", "golden.dpsgd", "synthetic", *options]) == 0
     # Without any server, and nothing is written to one.
     nowhere = ["--tracking-uri", "http://127.0.0.1:9", "--no-png", "--results-dir", "alone"]
-    assert command.main(["golden.dpsgd", *nowhere]) == 0
+    assert main(["compare", "golden.dpsgd", *nowhere]) == 0
     assert Path("alone/synthetic/report.html").is_file()
-    assert command.main(["golden.dpsgd", "golden.dpsgd", *nowhere]) == 0
-    assert command.main(["latest", "golden.dpsgd", *options]) == 1
+    assert main(["compare", "golden.dpsgd", "golden.dpsgd", *nowhere]) == 0
+    assert main(["compare", "latest", "golden.dpsgd", *options]) == 1
     after = {run.info.run_id: dict(run.data.tags) for run in before}
     for run_id, tags in after.items():
         assert dict(store.client.get_run(run_id).data.tags) == tags
@@ -273,7 +273,7 @@ def test_a_file_that_cannot_be_used_is_one_line_and_exit_code_2(
     store: Store, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     Path("torn.dpsgd").write_text("no zip")
-    assert command.main([*arguments, "--tracking-uri", store.uri, "--no-png"]) == 2
+    assert main(["compare", *arguments, "--tracking-uri", store.uri, "--no-png"]) == 2
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
