@@ -82,7 +82,7 @@ def a_job(folder: Path, tree: RunTree, ranks: int, num_steps: int) -> StartedJob
     """One regime of one mode, with its runs."""
     planned = job("no_dp", setup("train", num_iter=num_steps), num_ranks=ranks)
     plan = GroupPlan(suite=Suite.SINGLE, jobs=(planned,), num_ranks=ranks, environment=ENVIRONMENT)
-    tree.start_group(plan, folder)
+    tree.start_group(plan)
     run, own = tree.start_mode(planned, planned.regimes[0], range(ranks))
     return StartedJob(
         job=planned,

@@ -299,7 +299,7 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
         plan = GroupPlan(
             suite=Suite.SINGLE, jobs=(planned,), num_ranks=shape.ranks, environment=ENVIRONMENT
         )
-        tree.start_group(plan, folder)
+        tree.start_group(plan)
         mode, of_ranks = tree.start_mode(planned, planned.regimes[0], shape.logged)
         parts = _joined(shape, groups, of_ranks)
         begin = time.time()

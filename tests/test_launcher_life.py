@@ -14,12 +14,14 @@ from dpsgd_track.config import Settings
 from dpsgd_track.launcher import choices
 from dpsgd_track.launcher.recording import Recording, open_group
 from dpsgd_track.record import names
+from dpsgd_track.record.run import Status
 from dpsgd_track.store.find_group import read_group_anywhere
 from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.shipper import Shipper
 from dpsgd_track.store.spool import SpoolWriter
 from tests.support import fake_launch, planned
 from tests.support.launches import kill_all, living, start
+from tests.support.spooled_group import STOPPED
 from tests.support.synthetic_group import empty_tables
 from tests.support.tracking_servers import MlflowServer, Wire, shared_server
 
@@ -141,7 +143,7 @@ def a_group_in_the_making(group: str, *more: str) -> Recording:
     options = ("quick", *NO_DP, "--group", group, *more)
     made = planned.plan(*options)
     recording = open_group(made.suite, planned.place(*options))
-    recording.tree.start_group(made, recording.folder)
+    recording.tree.start_group(made)
     recording.start(print)
     recording.tree.start_mode(made.jobs[0], made.jobs[0].regimes[0], (0, 1))
     return recording
@@ -166,7 +168,7 @@ def test_the_next_launch_closes_what_a_dead_launcher_left(folder, monkeypatch, c
 def test_two_groups_at_once_do_not_disturb_each_other(folder):
     recordings = [a_group_in_the_making(group) for group in ("a", "b")]
     for each in recordings:
-        each.tree.finish_open("FINISHED", "")
+        each.tree.finish_open(Status.FINISHED, STOPPED)
         each.close()
         assert each.left_behind == ""
         assert statuses(each.group) == {"FINISHED": 4}
@@ -215,7 +217,8 @@ def test_a_group_is_run_only_where_it_lacks_something(folder, monkeypatch, capsy
     assert client.get_run(group.run_id).info.status == "FINISHED"
     # Its bounds are those that the reference measured the first time.
     flash = next(run for run in group.runs if (run.mode, run.regime) == ("flash_fsdp", "clip"))
-    assert flash.params["regime.max_grad_norms"] == "1.0, 1.0, 1.0, 1.0"
+    params = client.get_run(flash.run_id).data.params
+    assert params["regime.max_grad_norms"] == "1.0, 1.0, 1.0, 1.0"
     assert fake_launch.run(["resume", "g"]) == 0
     assert "nothing is missing" in capsys.readouterr().out
 
@@ -230,7 +233,7 @@ def test_a_matrix_that_was_cut_short_is_finished_and_told(folder, monkeypatch, c
     assert "resume:  python launch.py resume g" in capsys.readouterr().out
     Path("matrix.md").unlink()
     plan(monkeypatch)
-    assert fake_launch.run(["resume", "g"]) == 1
+    assert fake_launch.run(["resume", "g", "--output", "matrix.md"]) == 1
     said = capsys.readouterr().out
     assert f"{planted}: started" in said
     assert said.count(": started") == 1
@@ -262,7 +265,7 @@ def test_a_group_is_left_alone_while_its_launcher_lives(folder, capsys):
     assert "is at work" in capsys.readouterr().out
     assert fake_launch.run(["resume", "g"]) == 2
     assert "nobody works on" in capsys.readouterr().err
-    recording.tree.finish_open("FINISHED", "")
+    recording.tree.finish_open(Status.FINISHED, STOPPED)
     recording.close()
     assert spooled() == []
 
@@ -290,7 +293,7 @@ def test_a_spool_that_cannot_be_read_is_in_nobodys_way(folder, capsys):
 
 def test_one_workers_damaged_file_keeps_back_nothing_else(folder, capsys):
     recording = a_group_in_the_making("g")
-    recording.tree.finish_open("FINISHED", "")
+    recording.tree.finish_open(Status.FINISHED, STOPPED)
     (recording.spool / "000002-no_dp-rank0.records").write_bytes(bytes(100))
     recording.close()
     assert "expected a spool file of version 2" in recording.left_behind
@@ -327,7 +330,7 @@ def test_a_group_that_cannot_be_shipped_does_not_keep_the_others(folder, capsys)
 
 def test_a_group_is_as_it_was_where_it_could_not_be_resumed(folder, monkeypatch, capsys):
     recording = a_group_in_the_making("g")
-    recording.tree.finish_open("KILLED", "interrupted.")
+    recording.tree.finish_open(Status.KILLED, STOPPED)
     monkeypatch.setattr(Shipper, "differences", lambda *_, **__: ["something is missing"])
     recording.close()
 

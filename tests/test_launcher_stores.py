@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from dpsgd_track.cli import compare as compare
+from dpsgd_track.cli.main import main
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import choices
 from dpsgd_track.record import names
@@ -310,7 +310,7 @@ def test_every_command_finds_the_store_in_a_folder_with_an_odd_name(folder, monk
     # Of the synthetic records no verdict is asked, but that all of them are read, from anywhere.
     monkeypatch.chdir(other)
     uri = f"sqlite:///{here}/mlflow.db"
-    compare.main(["g", "--no-png", "--tracking-uri", uri, "--results-dir", str(here / "out")])
+    main(["compare", "g", "--no-png", "--tracking-uri", uri, "--results-dir", str(here / "out")])
     found = read_group_anywhere(Settings(tracking_uri=uri), "g", print)
     assert {run.status for run in found.group.runs} == {"FINISHED"}
     assert all(run.trajectory and not run.trajectory_missing for run in found.group.runs)
@@ -330,7 +330,7 @@ def test_every_command_finds_the_store_in_a_folder_with_an_odd_name(folder, monk
 def test_a_store_that_mlflow_would_open_elsewhere(folder, capsys, uri, message):
     assert message in refuse(capsys, uri)
     assert message in refuse(capsys, uri, "--offline")
-    assert compare.main(["g", "--tracking-uri", uri]) == 2
+    assert main(["compare", "g", "--tracking-uri", uri]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

@@ -18,8 +18,8 @@ from dpsgd_track.comparison.measure.drift import compare_pair
 from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import CLIP, PLAIN
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.store.reader import ModeRun
 from tests.support.forked_ranks import Ended, ForkedRanks
 from tests.support.synthetic_group import compared, mode_run
 from tests.support.workspace import Workspace

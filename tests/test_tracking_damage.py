@@ -26,6 +26,12 @@ from tests.support.synthetic_group import ENVIRONMENT, job, setup
 
 STEPS, RANKS = 6, 2
 REGIMES = ("accuracy", "clip")
+PLANNED = GroupPlan(
+    suite=Suite.FULL,
+    jobs=tuple(job(mode, *map(setup, REGIMES), num_ranks=RANKS) for mode in ("no_dp", "flash")),
+    num_ranks=RANKS,
+    environment=ENVIRONMENT,
+)
 NO_DP = "no_dp-rank1"
 FLASH = "flash-rank1"
 CUTS = ["nothing but its end", "in a line", "in its second line", "in its first line", "empty"]
@@ -115,11 +121,9 @@ def a_group(settings: Settings, name: str) -> Spooled:
     assert group is not None
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", name)
-    jobs = [job(mode, *map(setup, REGIMES), num_ranks=RANKS) for mode in ("no_dp", "flash")]
-    plan = GroupPlan(suite=Suite.FULL, jobs=tuple(jobs), num_ranks=RANKS, environment=ENVIRONMENT)
-    tree.start_group(plan, Path(settings.spool_dir))
+    tree.start_group(PLANNED)
     keys: dict[tuple[str, str, int], str] = {}
-    for each, last in zip(jobs, (Status.FINISHED, Status.FAILED), strict=True):
+    for each, last in zip(PLANNED.jobs, (Status.FINISHED, Status.FAILED), strict=True):
         mode = each.mode
         for regime in each.regimes:
             own, of_ranks = tree.start_mode(each, regime, range(RANKS))
@@ -307,7 +311,7 @@ def test_sync_keeps_a_spool_of_which_only_damaged_lines_are_left(settings, capsy
     assert group is not None
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     if name == "launcher":
-        RunTree(control, "dpsgd-track", "g").start_group([], {})
+        RunTree(control, "dpsgd-track", "g").start_group(PLANNED)
     control.close()
     worker = SpoolWriter(group.folder, f"worker{RECORDS}", runs=["run"])
     if name == "worker":

@@ -40,7 +40,7 @@ def log_a_group(
     client, experiment_id = open_store(Settings(tracking_uri=uri))
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", name)
-    mode, ranks = start_runs(tree, spool)
+    mode, ranks = start_runs(tree)
     shipper = Shipper(group, client, uri, experiment_id)
     said: list[str] = []
     shipping = Shipping(shipper, uri, said.append, interval_s=0.05)

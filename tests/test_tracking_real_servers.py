@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from sqlalchemy import Connection, create_engine, text
 
-from dpsgd_track.cli import compare as compare
+from dpsgd_track.cli.main import main
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import choices
 from dpsgd_track.record import names
@@ -137,7 +137,7 @@ def test_a_user_and_a_password_take_a_group_from_launch_to_report(
     assert launch(uri, "--group", "whole") == 0
     assert "takes nothing" not in capsys.readouterr().out
     # What the fake worker makes up is found to be wrong in itself.
-    assert compare.main(["whole", "--no-png", "--tracking-uri", uri]) == 1
+    assert main(["compare", "whole", "--no-png", "--tracking-uri", uri]) == 1
     assert statuses(uri, "whole") == {"FINISHED": NUM_RUNS}
     assert not list(Path("spool").iterdir())
     client = open_client(uri)

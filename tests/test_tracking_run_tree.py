@@ -62,7 +62,7 @@ def _store(settings: Settings) -> tuple[MlflowClient, str, str]:
 def test_runs_nest_three_deep_and_carry_their_tags(settings, client, tmp_path, capfd):
     planned = job("no_dp", setup("accuracy", replay="permuted"), model=LONG)
     with planted(settings, tmp_path, "g1") as tree:
-        tree.start_group(plan_of([mode_run("no_dp", replay="permuted", job=planned)]), tmp_path)
+        tree.start_group(plan_of([mode_run("no_dp", replay="permuted", job=planned)]))
         group = tree.group_run
         mode, ranks = tree.start_mode(planned, planned.regimes[0], (0, 1))
         tree.finish_open(Status.FINISHED, STOPPED)
@@ -101,7 +101,7 @@ def test_finish_sets_status_reason_and_note(settings, client, tmp_path):
     planned = job("no_dp", setup("clip"))
     failure = Failure(kind=FailureKind.OUT_OF_MEMORY, step=3, rank=1)
     with planted(settings, tmp_path, "g3") as tree:
-        tree.start_group(plan_of([mode_run("no_dp", "clip")]), tmp_path)
+        tree.start_group(plan_of([mode_run("no_dp", "clip")]))
         mode, ranks = tree.start_mode(planned, planned.regimes[0], (0,))
         assert ranks[1] == ""
         tree.finish(mode, Status.FAILED, failure, "Log: x")
@@ -235,7 +235,7 @@ def test_what_went_wrong_is_said_without_everything_around_it(said, wanted):
 def test_a_plan_is_read_back_whole_however_long(settings, client, tmp_path):
     runs = [mode_run(f"mode-{i}", variant="variant", replay="again") for i in range(200)]
     with planted(settings, tmp_path, "long") as tree:
-        tree.start_group(plan_of(runs), tmp_path)
+        tree.start_group(plan_of(runs))
         tree.finish_open(Status.FINISHED, STOPPED)
     read = read_group(client, settings, "long").runs
     assert [run.key for run in read] == [run.key for run in runs]

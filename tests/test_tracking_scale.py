@@ -169,7 +169,7 @@ def worked(tmp_path_factory, rank_host: ForkedRanks) -> tuple[SpooledGroup, Path
         log_ranks="2",
     )
     plan = GroupPlan(suite=Suite.SINGLE, jobs=(job,), num_ranks=4, environment=ENVIRONMENT)
-    tree.start_group(plan, folder)
+    tree.start_group(plan)
     mode, ranks = tree.start_mode(job, regime, logged_ranks("2", 4))
     places = {"spool": str(spooled.folder), "work_dir": str(work_dir)}
     text = started(job, mode_runs=(mode,), rank_runs=(ranks,), **places)
@@ -303,7 +303,7 @@ def backlog(
     assert spooled is not None
     control = SpoolWriter(spooled.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "g")
-    mode, _ = start_runs(tree, folder, num_ranks=0)
+    mode, _ = start_runs(tree, num_ranks=0)
     worker = SpoolWriter(spooled.folder, f"worker{RECORDS}")
     keys = [metric_name(i) for i in range(num_metrics)]
     times_ms = []

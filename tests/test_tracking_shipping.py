@@ -179,7 +179,7 @@ def test_what_did_not_end_keeps_its_spool(tmp_path, settings):
     (group,) = spooled_groups(tmp_path)
     control = SpoolWriter(group.folder, f"more{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "endless")
-    start_runs(tree, tmp_path, num_ranks=0)
+    start_runs(tree, num_ranks=0)
     control.close()
     assert "endless: it did not end" in settle(shipper_of(group, settings), count=True)
     assert group.folder.is_dir()
@@ -296,7 +296,7 @@ def test_a_worker_that_comes_and_goes_while_runs_are_created_keeps_its_values(tm
     assert group is not None
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "quick-worker")
-    mode, (rank,) = start_runs(tree, tmp_path, num_ranks=1)
+    mode, (rank,) = start_runs(tree, num_ranks=1)
     client, _ = open_store(settings)
 
     class Slow:
@@ -349,7 +349,7 @@ def test_a_group_that_is_taken_up_again_is_shown_as_running(tmp_path, settings):
     resumed = RunTree(control, "dpsgd-track", "again")
     tags = {names.GROUP: "again", names.KIND: names.KIND_GROUP}
     plan = plan_of([mode_run("no_dp", "clip")])
-    resumed.resume_group(tree.group_run, 1, tags, plan, tmp_path, is_elsewhere=False)
+    resumed.resume_group(tree.group_run, 1, tags, plan, is_elsewhere=False)
     shipper = shipper_of(group, settings)
     shipper.ship()
     client, _ = open_store(settings)
@@ -437,7 +437,7 @@ def test_runs_of_a_dead_launcher_are_closed(tmp_path, settings):
     assert group is not None
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", "dead")
-    mode, ranks = start_runs(tree, tmp_path, num_ranks=1)
+    mode, ranks = start_runs(tree, num_ranks=1)
     tree.finish(ranks[0], Status.FINISHED)
     control.close()
     assert group.close_left_open() == 2
@@ -578,7 +578,7 @@ def test_postgresql_holds_the_same(tmp_path):
         assert group is not None
         control = SpoolWriter(group.folder, f"launcher{CONTROL}")
         tree = RunTree(control, "dpsgd-track", "long")
-        tree.start_group(plan_of(expected), tmp_path)
+        tree.start_group(plan_of(expected))
         tree.finish(tree.group_run, Status.FINISHED)
         control.close()
         assert settle(shipper_of(group, settings), count=True) == []

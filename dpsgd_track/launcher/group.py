@@ -91,7 +91,7 @@ class GroupRun:
         """
         with Interruption() as interruption, self._host:
             if not self._tree.group_run:
-                self._tree.start_group(self._plan, self._folder)
+                self._tree.start_group(self._plan)
             self._start_recording()
             code, said = EXIT_FAILED, "node 0's launcher failed"
             try:
@@ -128,7 +128,7 @@ class GroupRun:
             else:
                 status = self._run_job(job, interruption, place)
             if status == Status.KILLED:
-                stopped = Failure(kind=FailureKind.INTERRUPTED, message=interruption.reason)
+                stopped = Failure(kind=FailureKind.INTERRUPTED, message=interruption.name)
                 self._tree.finish_open(Status.KILLED, stopped)
                 self._display.say(f"group {self._folder.name}: {interruption.reason}")
                 return EXIT_INTERRUPTED, interruption.reason
@@ -162,7 +162,7 @@ class GroupRun:
             failure = Failure(kind=FailureKind.UNUSED_VARIANT, message=message)
             for run_id, _ in runs:
                 self._tree.finish(run_id, Status.FAILED, failure)
-            reasons.append(f"variant {variant.name}: {failure.reason}. {failure.advice}")
+            reasons.append(f"variant {variant.name}: {failure.reason} {failure.advice}")
             self._display.say(reasons[-1])
         return reasons
 

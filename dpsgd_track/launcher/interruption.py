@@ -20,10 +20,14 @@ class Interruption:
         return self.signal is not None
 
     @property
+    def name(self) -> str:
+        """The signal's name."""
+        return signal.Signals(self.signal or signal.SIGINT).name
+
+    @property
     def reason(self) -> str:
         """What asked, in words."""
-        name = signal.Signals(self.signal or signal.SIGINT).name
-        return f"interrupted by {name}."
+        return f"interrupted by {self.name}."
 
     def __enter__(self) -> Interruption:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

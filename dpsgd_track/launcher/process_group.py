@@ -116,7 +116,7 @@ def run_mode(
         reports = others.settle("" if code == 0 else trouble or own)
     # A scheduler's SIGTERM may reach the group before this process looks.
     if interruption.requested and code != 0:
-        stopped = Failure(kind=FailureKind.INTERRUPTED, message=interruption.reason)
+        stopped = Failure(kind=FailureKind.INTERRUPTED, message=interruption.name)
         return outcomes(started, None, progress.ended, stopped)
     if code:
         reports.append(report_of(work_dir, code))

@@ -115,7 +115,5 @@ def reopen_group(missing: Missing, settings: Settings, *, is_offline: bool) -> R
     key = group.tags.get(names.KEY, group.run_id)
     outdated = (names.VERDICT, names.NOTE)
     tags = {name: value for name, value in group.tags.items() if name not in outdated}
-    recording.tree.resume_group(
-        key, group.start_time_ms, tags, group.plan, recording.folder, is_elsewhere=is_new
-    )
+    recording.tree.resume_group(key, group.start_time_ms, tags, group.plan, is_elsewhere=is_new)
     return recording

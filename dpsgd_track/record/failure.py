@@ -153,14 +153,15 @@ class Failure:
 
     @property
     def reason(self) -> str:
-        """What happened and where, in one line."""
+        """What happened and where: one line, with a full stop."""
         at = [
             f"{name} {value}"
             for name, value in (("step", self.step), ("rank", self.rank))
             if value is not None
         ]
         where = (f" at {', '.join(at)}" if at else "") + (f" {self.place}" if self.place else "")
-        return f"{WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else ".")
+        said = f"{WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else "")
+        return f"{said.rstrip('. ')}."
 
     @property
     def advice(self) -> str:

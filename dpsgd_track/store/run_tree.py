@@ -6,6 +6,7 @@ It is written to the group's spool, so that no store can hold up what the launch
 from __future__ import annotations
 
 import getpass
+import tempfile
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
@@ -52,15 +53,11 @@ class RunTree:
         self.group = group
         self.group_run = ""
 
-    def start_group(self, plan: GroupPlan, folder: Path) -> None:
-        """Create the group run, with the plan as its artifact.
-
-        Args:
-            folder: the group's own, for the file of the plan.
-        """
+    def start_group(self, plan: GroupPlan) -> None:
+        """Create the group run, with the plan as its artifact."""
         tags = {names.GROUP: self.group, names.KIND: names.KIND_GROUP}
         self.group_run = self._create(self.group, tags, flatten(_summary(plan)))
-        self._keep_plan(plan, folder)
+        self._keep_plan(plan)
 
     def resume_group(
         self,
@@ -68,14 +65,12 @@ class RunTree:
         start_ms: int,
         tags: Mapping[str, str],
         plan: GroupPlan,
-        folder: Path,
         *,
         is_elsewhere: bool,
     ) -> None:
         """Take up a group run that ended.
 
         Args:
-            folder: as in `start_group`.
             is_elsewhere: True if the rest of the group is in the store, and not in this spool.
         """
         self._add_run(run, self.group, tags, {}, time_ms=start_ms, is_resumed=is_elsewhere)
@@ -83,12 +78,13 @@ class RunTree:
         # Why it ended before is no longer so.
         self._writer.set_tags(run, {names.REASON: "", names.FAILURE: "", names.NOTE: ""})
         self.group_run = run
-        self._keep_plan(plan, folder)
+        self._keep_plan(plan)
 
-    def _keep_plan(self, plan: GroupPlan, folder: Path) -> None:
-        path = folder / PLAN_FILE
-        path.write_text(PLAN.dumps(plan, indent=1), encoding="utf-8")
-        self._writer.upload(self.group_run, path)
+    def _keep_plan(self, plan: GroupPlan) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, PLAN_FILE)
+            path.write_text(PLAN.dumps(plan, indent=1), encoding="utf-8")
+            self._writer.upload(self.group_run, path)
 
     def start_mode(
         self, job: JobConfig, regime: RegimeConfig, logged: Collection[int]

@@ -190,7 +190,6 @@ class Worker:
         if run_id is not None:
             self.writer.upload(run_id, path)
             shown = {name: value for name, value in asdict(facts).items() if value}
-            del shown["environment"]
             self.writer.log_params(run_id, flatten(shown))
 
     def _log_epsilon(self, number: int, run: RegimeRun) -> float | None:

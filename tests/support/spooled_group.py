@@ -37,12 +37,12 @@ def planned(num_ranks: int = 2, regime: str = "clip") -> JobConfig:
 
 
 def start_runs(
-    tree: RunTree, folder: Path, num_ranks: int = 2, regime: str = "clip"
+    tree: RunTree, num_ranks: int = 2, regime: str = "clip"
 ) -> tuple[str, tuple[str, ...]]:
     """Start the group and its one mode run; returns its key and those of its ranks' runs."""
     only = planned(num_ranks, regime)
     plan = GroupPlan(suite=Suite.QUICK, jobs=(only,), num_ranks=num_ranks, environment=ENVIRONMENT)
-    tree.start_group(plan, folder)
+    tree.start_group(plan)
     return tree.start_mode(only, only.regimes[0], range(num_ranks))
 
 
@@ -54,7 +54,7 @@ def spool_a_group(
     assert group is not None
     control = SpoolWriter(group.folder, f"launcher{CONTROL}")
     tree = RunTree(control, "dpsgd-track", name)
-    mode, ranks = start_runs(tree, spool)
+    mode, ranks = start_runs(tree)
     trajectory = spool / "trajectory.npz"
     trajectory.write_bytes(name.encode())
     for rank, run in enumerate(ranks):

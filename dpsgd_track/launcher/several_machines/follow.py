@@ -132,5 +132,5 @@ class _Part:
             return report_of(work_dir, code)
         failure = None
         if code is None and self._interruption.requested:
-            failure = Failure(kind=FailureKind.INTERRUPTED, message=self._interruption.reason)
+            failure = Failure(kind=FailureKind.INTERRUPTED, message=self._interruption.name)
         return Report(failure=failure, time_s=time.time())
