@@ -238,8 +238,8 @@ def test_a_leader_that_goes_is_noticed():
 @pytest.mark.parametrize(
     ("theirs", "said"),
     [
-        ([job(seed=7)], r"seed=7 on node 1 \(.*\): expected 42, as on node 0"),
-        ([job(num_ranks=4)], r"num_ranks=4 on node 1 \(.*\): expected 2"),
+        ([job(seed=7)], r"seed='7' on node 1 \(.*\): expected '42', as on node 0"),
+        ([job(num_ranks=4)], r"num_ranks='4' on node 1 \(.*\): expected '2'"),
         ([job(), job("flash_fsdp")], r"mode='no_dp, flash_fsdp' on node 1 .*: expected 'no_dp'"),
         (None, ""),
     ],
@@ -314,7 +314,7 @@ def test_a_node_rank_is_taken_once():
 
 
 ECHO = Failure(
-    kind=FailureKind.ERROR, message="RuntimeError: Connection closed by peer [10.0.0.2]:1234"
+    kind=FailureKind.PEER, message="RuntimeError: Connection closed by peer [10.0.0.2]:1234"
 )
 
 
@@ -539,7 +539,7 @@ def test_what_the_second_machine_cannot_do_starts_nothing_on_the_first(folders):
     done = ended(launched(folders, *argv, second=("--random-seed", "7")))
     assert [code for code, _ in done] == [2, 2]
     for _, said in done:
-        assert "seed=7 on node 1" in said
+        assert "seed='7' on node 1" in said
     assert not (folders[0] / "results").exists()
     assert not (folders[0] / "spool").exists()
 

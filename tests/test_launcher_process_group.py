@@ -4,34 +4,31 @@ import signal
 
 import pytest
 
-from dpsgd_track.config import DataConfig, JobConfig, ModelConfig, PerformanceConfig, RegimeConfig
+from dpsgd_track.config import RegimeConfig
 from dpsgd_track.launcher import fork_client as worker_host
 from dpsgd_track.launcher import process_group
 from dpsgd_track.launcher.fork_client import WorkerHost
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.process_group import Launch, failure_of, outcomes
 from dpsgd_track.launcher.progress import PlainDisplay
+from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
+from dpsgd_track.record.plan import StartedJob
+from dpsgd_track.record.run import Status
 from tests.support.fake_worker import trajectory
+from tests.support.synthetic_group import ENVIRONMENT, job
 
 REGIMES = (RegimeConfig(name="accuracy", num_iter=2), RegimeConfig(name="clip", num_iter=3))
 
 
-def a_job(work_dir) -> JobConfig:
-    return JobConfig(
-        mode="no_dp",
-        model=ModelConfig(name="llama-tiny"),
-        data=DataConfig(),
-        performance=PerformanceConfig(),
-        regimes=REGIMES,
-        work_dir=str(work_dir),
-    )
+def handed(work_dir) -> StartedJob:
+    return StartedJob(job=job("no_dp", *REGIMES), environment=ENVIRONMENT, work_dir=str(work_dir))
 
 
 def test_success_without_a_trajectory_is_a_failure(tmp_path):
     (tmp_path / "0").mkdir()
     trajectory(2).save(tmp_path / "0" / "trajectory.npz")
-    finished, failed = outcomes(a_job(tmp_path), 0, {0, 1})
-    assert finished.status == "FINISHED"
+    finished, failed = outcomes(handed(tmp_path), 0, {0, 1})
+    assert finished.status is Status.FINISHED
     assert failed.failure is not None
     assert "without leaving a trajectory" in failed.failure.reason
 
@@ -59,7 +56,7 @@ def test_workers_know_of_no_store(tmp_path, monkeypatch):
     monkeypatch.setattr(worker_host, "Session", Ended)
     display = PlainDisplay(io.StringIO())
     with WorkerHost("a.module") as host:
-        process_group.run_mode(a_job(tmp_path), Launch(), host, Interruption(), display)
+        process_group.run_mode(handed(tmp_path), Launch(), host, Interruption(), display)
     # They append to files: what could leak is not there.
     assert "MLFLOW_TRACKING_URI" not in seen
     assert "tracking" not in (tmp_path / "job.json").read_text() + " ".join(seen["command"])
@@ -93,20 +90,21 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
         assert not interruption.requested
 
 
-def report(folder, rank: int, text: str) -> None:
-    (folder / f"failure-rank{rank}.json").write_text(text)
+def report(folder, rank: int, failure: Failure) -> None:
+    (folder / f"failure-rank{rank}.json").write_text(FAILURE.dumps(failure))
 
 
 def test_the_first_report_counts(tmp_path):
-    report(tmp_path, 1, '{"kind": "not_finite", "message": "loss", "regime": 0, "step": 3}')
-    report(tmp_path, 0, '{"kind": "error", "message": "Connection closed by peer"}')
+    nan = FailureKind.NOT_FINITE
+    report(tmp_path, 1, Failure(kind=nan, message="loss is nan", regime=0, step=3, rank=1))
+    report(tmp_path, 0, Failure(kind=FailureKind.PEER, message="Connection closed by peer"))
     failure = failure_of(tmp_path, 1)
-    assert failure.reason == "a value became NaN or infinite (not-finite) at step 3, rank 1: loss"
+    assert failure.reason == "a value became NaN or infinite at step 3, rank 1: loss is nan."
     assert "--learning-rate" in failure.advice
 
 
 def test_a_torn_report_is_still_a_failure(tmp_path):
-    report(tmp_path, 0, '{"kind": "out_of_')
+    (tmp_path / "failure-rank0.json").write_text('{"kind": "out_of_')
     assert "failure-rank0.json cannot be read" in failure_of(tmp_path, 1).reason
 
 

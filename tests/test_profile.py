@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mlflow import MlflowClient
 
 from dpsgd_track.comparison import Verdict, compare_group
-from dpsgd_track.comparison.profile import Profile, Status, profile_of
+from dpsgd_track.comparison.profile import CostStatus, Profile, profile_of
 from dpsgd_track.config import (
     ACCURACY,
     PROFILE,
@@ -29,11 +29,15 @@ from dpsgd_track.config import (
     Thresholds,
 )
 from dpsgd_track.record import names
+from dpsgd_track.record.failure import FailureKind
+from dpsgd_track.record.run import Group
 from dpsgd_track.store.history import metric_history
-from dpsgd_track.store.reader import Group, open_client, read_group
-from dpsgd_track.training import profile, worker
+from dpsgd_track.store.reader import open_client, read_group
+from dpsgd_track.training import profile
+from dpsgd_track.training.diagnosis import diagnose
 from dpsgd_track.training.profile import ProfileRun
 from tests.support import warm
+from tests.support.synthetic_group import job, setup
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LENGTH, NUM_ITER, WARMUP_ITER = 8, 4, 3
@@ -56,7 +60,7 @@ def _run(mode: str) -> ProfileRun:
         noise_multiplier=0.5,
         max_grad_norms=(1.0,) * NUM_ITER,
         learning_rate=0.1,
-        point=f"T{SEQ_LENGTH}-B2-1",
+        order=1,
     )
     job = JobConfig(
         mode=mode,
@@ -66,6 +70,10 @@ def _run(mode: str) -> ProfileRun:
         regimes=(regime,),
     )
     return ProfileRun(job, regime, torch.device("cpu"))
+
+
+def _diagnosed(error: Exception) -> FailureKind:
+    return diagnose(error, job("flash", setup(PROFILE)), regime=0, step=None, rank=0).kind
 
 
 STEP = ("accumulate", "accumulate", "clipped_sum", "privatize", "step", "zero_grad")
@@ -144,25 +152,25 @@ def test_a_private_mode_adds_its_own_noise_and_the_baseline_none(alone: None) ->
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"),
+    ("error", "is_lack"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory."), "out_of_memory"),
-        (MemoryError(), "out_of_memory"),
-        (RuntimeError("CUDA error: out of memory"), "out_of_memory"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."), "out_of_memory"),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), "error"),
-        (ValueError("out of memory"), "config"),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, kind: str) -> None:
-    assert worker._kind_of(error) == kind
+def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, is_lack: bool) -> None:
+    assert (_diagnosed(error) is FailureKind.OUT_OF_MEMORY) == is_lack
 
 
 def test_a_lack_of_memory_on_a_cpu_is_known_by_what_torch_says_of_it() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
-    assert worker._kind_of(raised.value) == "out_of_memory"
+    assert _diagnosed(raised.value) is FailureKind.OUT_OF_MEMORY
 
 
 class Launched:
@@ -213,16 +221,17 @@ def test_a_mode_out_of_memory_is_a_result_and_the_others_go_on(
     assert launched.done.returncode == 0, said + launched.done.stderr
     assert "group g: 4 of 5 runs finished, 1 out of memory" in said
     assert "2 measured, 1 out of memory." in said
-    assert [run.mode for run in group.points] == ["no_dp", "flash_fsdp", "no_dp", LOST, "no_dp"]
+    assert [run.mode for run in group.timed_runs] == ["no_dp", "flash_fsdp", "no_dp", LOST, "no_dp"]
     assert found.incomplete == ()
     status = {cost.label: cost.status for cost in found.costs}
     assert status == {
-        "no_dp": Status.MEASURED,
-        "flash_fsdp": Status.MEASURED,
-        LOST: Status.OUT_OF_MEMORY,
+        "no_dp": CostStatus.MEASURED,
+        "flash_fsdp": CostStatus.MEASURED,
+        LOST: CostStatus.OUT_OF_MEMORY,
     }
-    lost = next(run for run in group.points if run.mode == LOST)
-    assert (lost.status, lost.tags[names.OUT_OF_MEMORY]) == ("FAILED", "true")
+    lost = next(run for run in group.timed_runs if run.mode == LOST)
+    assert lost.failure is not None
+    assert lost.failure.kind is FailureKind.OUT_OF_MEMORY
     assert "tried to allocate 1 TiB" in lost.reason
 
 
@@ -241,7 +250,7 @@ def test_times_memory_and_ratios_are_those_of_the_steps(found: Profile) -> None:
 
 
 def test_a_step_takes_as_long_as_on_the_slowest_rank(launched: Launched, group: Group) -> None:
-    run = next(run for run in group.points if run.mode == "flash_fsdp")
+    run = next(run for run in group.timed_runs if run.mode == "flash_fsdp")
     client = launched.client
     experiment = client.get_experiment_by_name("dpsgd-track").experiment_id
     query = f"tags.`{names.PARENT_RUN}` = '{run.run_id}'"
@@ -268,7 +277,7 @@ def test_tracked_steps_are_logged_with_the_norms_that_an_accuracy_run_has(
     for mode in ("no_dp", "flash_fsdp"):
         exact = next(r.trajectory for r in group.runs if r.mode == mode and not r.replay)
         assert exact is not None
-        run = next(run for run in group.points if run.mode == mode)
+        run = next(run for run in group.timed_runs if run.mode == mode)
         layers = exact.layer_names.tolist()
         prefixes = (names.LAYER_GRAD_NORM, names.LAYER_WEIGHT_NORM)
         wanted = ["loss", "grad_norm", *(f"{p}{layer}" for p in prefixes for layer in layers)]

@@ -195,7 +195,7 @@ def test_a_foreign_or_newer_file_is_an_error(
     damaged(path)
     read_golden(path)
     damaged(path, **changes)
-    with pytest.raises(GroupNotFound, match="expected a file that compare") as e:
+    with pytest.raises(GroupNotFound, match="expected a file that dpsgd-track compare") as e:
         read_golden(path)
     assert said in str(e.value)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import sqlite3
 import tracemalloc
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Param, RunTag
 
 from benchmarks import tracking_scale
 from benchmarks.tracking_scale import NODES, QUICK, circumstances, lost_and_doubled, measure
@@ -231,7 +233,7 @@ def test_layer_norms_are_logged_in_the_steps_that_were_asked_for(worked):
 
 
 class FakeStore:
-    """Answers as a server would that holds what `backlog` wrote, and keeps nothing."""
+    """Answers as a server would that holds what `backlog` wrote, and keeps no metrics."""
 
     tracking_uri = "http://nowhere"
 
@@ -239,6 +241,7 @@ class FakeStore:
         self.num_metrics, self.times_ms = num_metrics, times_ms
         self.num_shipped = self.num_runs = 0
         self.tags: dict[str, dict[str, str]] = {}
+        self.params: dict[str, dict[str, str]] = defaultdict(dict)
         self.lost: tuple[str, int] | None = None
         """Metric and step of a value that it does not hold."""
 
@@ -253,8 +256,16 @@ class FakeStore:
         self.tags[f"run{self.num_runs}"] = tags
         return SimpleNamespace(info=SimpleNamespace(run_id=f"run{self.num_runs}"))
 
-    def log_batch(self, _: str, metrics: Sequence[Any] = (), **__: object) -> None:
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Sequence[Any] = (),
+        params: Sequence[Param] = (),
+        tags: Sequence[RunTag] = (),
+    ) -> None:
         self.num_shipped += len(metrics)
+        self.params[run_id] |= {param.key: param.value for param in params}
+        self.tags[run_id] |= {tag.key: tag.value for tag in tags}
 
     def set_terminated(self, *_: object) -> None:
         """Nothing is kept."""
@@ -267,7 +278,7 @@ class FakeStore:
 
     def get_run(self, run_id: str) -> Any:
         metrics = {metric_name(i): 0.0 for i in range(self.num_metrics)}
-        data = SimpleNamespace(params={}, metrics=metrics, tags=self.tags[run_id])
+        data = SimpleNamespace(params=self.params[run_id], metrics=metrics, tags=self.tags[run_id])
         return SimpleNamespace(info=SimpleNamespace(status=Status.FINISHED), data=data)
 
     def get_metric_history(self, _: str, metric: str) -> list[Any]:

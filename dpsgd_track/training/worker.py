@@ -117,6 +117,7 @@ class Worker:
         folder = self.folder / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         self._progress(number, "start", 0, None)
+        self._leave_facts(number, folder, self._first_facts())
         if regime.kind == PROFILE:
             self._profile(number, folder, device)
             return
@@ -142,7 +143,7 @@ class Worker:
         finally:
             self.is_leaving.set()
             self._leave_trajectories(number, folder, run)
-            self._leave_facts(number, folder, run.mode, run.left_out_steps())
+            self._leave_facts(number, folder, self._last_facts(run.mode, run.left_out_steps()))
             epsilon = self._log_epsilon(number, run)
         self.is_leaving.clear()
         self._progress(number, "end", regime.num_iter - 1, None, epsilon)
@@ -160,7 +161,7 @@ class Worker:
             timings.save(path)
             if (run_id := self._run_id(number, is_global=True)) is not None:
                 self.writer.upload(run_id, path)
-        self._leave_facts(number, folder, run.mode, [])
+        self._leave_facts(number, folder, self._last_facts(run.mode, []))
         self._progress(number, "end", len(timings.step_time_ms) - 1, None, timings=timings)
 
     def _log_timings(self, number: int, timings: Timings, *, is_global: bool) -> None:
@@ -170,20 +171,10 @@ class Worker:
                 metrics["tokens_per_second"] = timings.num_tokens[step] / time_ms * 1e3
             self._log(number, step, metrics, is_global=is_global)
 
-    def _leave_facts(self, number: int, folder: Path, mode: Mode, left_out: list[int]) -> None:
-        """Keep what is known of the mode once it has run; rank 0 tells it for all."""
+    def _leave_facts(self, number: int, folder: Path, facts: RunFacts) -> None:
+        """Keep what is known of a run so far, in place of what was; rank 0 tells it for all."""
         if self.rank != 0:
             return
-        variant = self.job.variant
-        facts = RunFacts(
-            environment=self.started.environment,
-            device=_device_facts(self.job.performance.device),
-            is_replicated=mode.replicated,
-            left_out_steps=tuple(left_out),
-            norm_plan=mode.norm_plan(),
-            imported=imported_from(variant.root) if variant else {},
-            unreached=self._unreached(),
-        )
         path = folder / FACTS_FILE
         path.write_text(FACTS.dumps(facts), encoding="utf-8")
         run_id = self._run_id(number, is_global=True)
@@ -191,6 +182,23 @@ class Worker:
             self.writer.upload(run_id, path)
             shown = {name: value for name, value in asdict(facts).items() if value}
             self.writer.log_params(run_id, flatten(shown))
+
+    def _first_facts(self) -> RunFacts:
+        """What is known before the mode is built."""
+        device = _device_facts(self.job.performance.device)
+        return RunFacts(environment=self.started.environment, device=device)
+
+    def _last_facts(self, mode: Mode, left_out: list[int]) -> RunFacts:
+        """What is known once the mode has run."""
+        variant = self.job.variant
+        return replace(
+            self._first_facts(),
+            is_replicated=mode.replicated,
+            left_out_steps=tuple(left_out),
+            norm_plan=mode.norm_plan(),
+            imported=imported_from(variant.root) if variant else {},
+            unreached=self._unreached(),
+        )
 
     def _log_epsilon(self, number: int, run: RegimeRun) -> float | None:
         """Log what each step has spent; returns the last epsilon. Rank 0 alone computes it.
