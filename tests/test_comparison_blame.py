@@ -184,7 +184,7 @@ def test_sum_that_is_off_by_more_than_its_factors_is_at_fault_too() -> None:
 
 
 def test_sum_of_a_later_block_is_at_fault_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder, "_BLOCK", 2)
+    monkeypatch.setattr(ladder, "STEPS_AT_ONCE", 2)
     base = clip_record()
     slightly = with_norms(base, base.sample_norm_by_parameter * (1 + 1e-4))
     wrong = judged(scaled(slightly, "gradient_sketch", 1.2, 3))

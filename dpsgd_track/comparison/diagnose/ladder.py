@@ -44,7 +44,7 @@ STAGES: Mapping[Stage, tuple[ObservableName, ...]] = {
 
 _OWN_EVIDENCE = (ObservableName.NOISE,)
 """Observables that show their stage alone, whatever it was given."""
-_BLOCK = 512
+STEPS_AT_ONCE = 512
 """Steps that are looked at together: records of long runs are larger than memory."""
 
 
@@ -166,9 +166,9 @@ def _sum_is_unexplained(evidence: Evidence) -> NDArray[np.bool_] | bool:
 def _length_and_distance(ours: Trajectory, theirs: Trajectory) -> tuple[Floats, Floats]:
     """[S] length of the baseline's clipped sum, and [S] how far the mode's is from it."""
     length, distance = np.empty(ours.num_steps), np.empty(ours.num_steps)
-    for start in range(0, ours.num_steps, _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        a, b = (side.read("gradient_sketch", start, start + _BLOCK) for side in (ours, theirs))
+    for start in range(0, ours.num_steps, STEPS_AT_ONCE):
+        rows = slice(start, start + STEPS_AT_ONCE)
+        a, b = (side.read("gradient_sketch", start, start + STEPS_AT_ONCE) for side in (ours, theirs))
         length[rows] = np.sqrt(np.square(sketch_length(a)).sum(axis=1))
         distance[rows] = np.sqrt(np.square(sketch_distance(a, b)).sum(axis=1))
     return length, distance
