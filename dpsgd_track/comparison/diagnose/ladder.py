@@ -168,7 +168,9 @@ def _length_and_distance(ours: Trajectory, theirs: Trajectory) -> tuple[Floats, 
     length, distance = np.empty(ours.num_steps), np.empty(ours.num_steps)
     for start in range(0, ours.num_steps, STEPS_AT_ONCE):
         rows = slice(start, start + STEPS_AT_ONCE)
-        a, b = (side.read("gradient_sketch", start, start + STEPS_AT_ONCE) for side in (ours, theirs))
+        a, b = (
+            side.read("gradient_sketch", start, start + STEPS_AT_ONCE) for side in (ours, theirs)
+        )
         length[rows] = np.sqrt(np.square(sketch_length(a)).sum(axis=1))
         distance[rows] = np.sqrt(np.square(sketch_distance(a, b)).sum(axis=1))
     return length, distance
