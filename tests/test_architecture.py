@@ -156,3 +156,118 @@ def _patched(path: Path) -> Iterator[str]:
 def test_what_a_test_changes_is_a_parameter_or_has_a_public_name() -> None:
     found = {(path.name, name) for path in TESTS for name in _patched(path)}
     assert found == STILL_PATCHED
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+JUDGING = [path for room in ("comparison", "report", "mutants") for path in _files(room)]
+"""Of rooms that decide by what a run left."""
+WORDS = {"reason", "message", "sentence", "advice", "title", "note"}
+"""Names of what is said to people."""
+LONGEST_FUNCTION = 60
+
+
+def _name_of(node: ast.AST) -> str:
+    """The last name of `a.b.c`, of `a.b.c()` and of `str(a.b.c)`."""
+    if isinstance(node, ast.Call):
+        is_text = isinstance(node.func, ast.Name) and node.func.id == "str" and node.args
+        return _name_of(node.args[0] if is_text else node.func)
+    if isinstance(node, ast.Attribute):
+        # What a method makes of words is still words.
+        of = _name_of(node.value)
+        return of if of in WORDS else node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _decided_by_words(tree: ast.AST) -> Iterator[int]:
+    """Lines in which words are looked for in what is said to people."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            looks = (
+                (left, right)
+                for left, op, right in zip(
+                    [node.left, *node.comparators], node.ops, node.comparators, strict=False
+                )
+                if isinstance(op, ast.In | ast.NotIn)
+            )
+            if any(
+                isinstance(left, ast.Constant | ast.Name | ast.Attribute)
+                and _name_of(right) in WORDS
+                for left, right in looks
+            ):
+                yield node.lineno
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            looked_in = [_name_of(each) for each in node.args]
+            if node.func.attr in ("startswith", "endswith", "find", "index"):
+                looked_in = [_name_of(node.func.value)]
+            elif node.func.attr not in ("search", "match", "fullmatch", "findall"):
+                continue
+            if WORDS & set(looked_in):
+                yield node.lineno
+
+
+def _dotted_keys(tree: ast.AST) -> Iterator[int]:
+    """Lines in which a setting is looked up as `"a.b"` in a flat table."""
+    for node in ast.walk(tree):
+        key = None
+        if isinstance(node, ast.Subscript):
+            key = node.slice
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".get", ".pop")):
+            key = next(iter(node.args), None)
+        text = key.value if isinstance(key, ast.Constant) else None
+        if isinstance(text, str) and "." in text and all(map(str.isidentifier, text.split("."))):
+            yield node.lineno
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'found = "oom" in run.reason',
+        "found = WORD not in str(failure.message)",
+        "found = re.search(PATTERN, finding.sentence)",
+        'found = run.reason.lower().startswith("oom")',
+    ],
+)
+def test_a_decision_by_words_is_seen(text: str) -> None:
+    assert list(_decided_by_words(ast.parse(text))) == [1]
+
+
+@pytest.mark.parametrize("text", ['params.get("regime.seed")', 'params["data.batch_size"]'])
+def test_a_dotted_key_is_seen(text: str) -> None:
+    assert list(_dotted_keys(ast.parse(text))) == [1]
+
+
+def test_nothing_is_decided_by_what_is_said_to_people() -> None:
+    found = {
+        f"{path.relative_to(PACKAGE)}:{line}"
+        for path in JUDGING
+        for line in _decided_by_words(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert not found
+
+
+def test_settings_are_read_as_fields() -> None:
+    found = {
+        f"{path.relative_to(PACKAGE)}:{line}"
+        for path in SOURCES
+        for line in _dotted_keys(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert not found
+
+
+def test_parsed_arguments_have_a_type_of_their_own() -> None:
+    for path in SOURCES:
+        assert "argparse" not in set(_imports(path)), path
+
+
+def test_functions_fit_a_screen() -> None:
+    """Their docstrings apart."""
+    long = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[0]
+                lines = node.end_lineno - node.lineno + 1
+                if ast.get_docstring(node) is not None:
+                    lines -= first.end_lineno - first.lineno + 1
+                long[f"{path.relative_to(PACKAGE)}:{node.name}"] = lines
+    assert {name: lines for name, lines in long.items() if lines > LONGEST_FUNCTION} == {}
