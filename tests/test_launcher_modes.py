@@ -139,8 +139,11 @@ def test_every_rank_is_a_fresh_process(mixed):
 
 
 def test_no_rank_starts_before_all_are_forked(mixed):
-    left = (mixed.folder / "results/mixed/logs").glob("*/process-rank*.json")
-    assert {json.loads(file.read_text())[2] for file in left} == {2}
+    left = [*(mixed.folder / "results/mixed/logs").glob("*/process-rank*.json")]
+    # A rank that kills itself may be gone before the other one counts.
+    counted = [file for file in left if file.parent.name != "flash_fsdp"]
+    assert len(counted) >= 4
+    assert {json.loads(file.read_text())[2] for file in counted} == {2}
 
 
 def test_plain_lines_when_stdout_is_no_terminal(mixed):

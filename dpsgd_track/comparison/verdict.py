@@ -152,7 +152,6 @@ def judge_coverage(run: ModeRun) -> Iterator[Finding]:
             regime=run.regime,
             sentence=f"the reference clipped {share:.0%} of the samples in {run.regime} where "
             f"{low:.0%} to {high:.0%} were meant, so clipping was not put to the test",
-            observable=ObservableName.CLIP_FACTOR,
             value=share,
         )
 
