@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import re
 import signal
 import subprocess
@@ -21,6 +20,9 @@ from torch import Tensor, nn
 
 import dpsgd_track
 from benchmarks.coverage_zoo import Architecture, Samples
+from dpsgd_track.modes.composed import ComposedMode
+from dpsgd_track.privacy.backward_per_sample import BackwardPerSample
+from dpsgd_track.privacy.expanded import ExpandedLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT, REFUSED, SKIPPED, CRASH, WRONG = "exact", "refused", "skipped", "crash", "wrong"
@@ -194,21 +196,24 @@ def judge_mode(row: Row, trial: Trial | None, architecture: Architecture) -> Non
     row.dtype = str(dtype).removeprefix("torch.")
     model = architecture.make().to(dtype)
     names = {*dict(model.named_modules()), *dict(model.named_parameters())}
-    with _heard(row):
-        try:
-            if trial is None:
-                run = PrivateRun(model, row.mode, architecture, max_grad_norm=1.0)
-                run.step(architecture.make_samples(FEW, torch.Generator().manual_seed(0)))
-                row.fail(WRONG, "a model that cannot run one sample alone was taken")
-                return
-            run = PrivateRun(model, row.mode, architecture, trial.max_grad_norm)
-            (judge_dropped if architecture.drops else judge_exact)(row, run, trial)
-            row.slowdown = _slowdown(run, trial.batches[0][0], architecture, dtype)
-        except ValueError as error:
-            if is_refusal(str(error), names):
-                row.fail(REFUSED, str(error))
-            else:
-                row.fail(CRASH, f"ValueError without a way out: {error}")
+    run = None
+    try:
+        if trial is None:
+            run = PrivateRun(model, row.mode, architecture, max_grad_norm=1.0)
+            run.step(architecture.make_samples(FEW, torch.Generator().manual_seed(0)))
+            row.fail(WRONG, "a model that cannot run one sample alone was taken")
+            return
+        run = PrivateRun(model, row.mode, architecture, trial.max_grad_norm)
+        (judge_dropped if architecture.drops else judge_exact)(row, run, trial)
+        row.slowdown = _slowdown(run, trial.batches[0][0], architecture, dtype)
+    except ValueError as error:
+        if is_refusal(str(error), names):
+            row.fail(REFUSED, str(error))
+        else:
+            row.fail(CRASH, f"ValueError without a way out: {error}")
+    finally:
+        if run is not None:
+            row.num_on_copies, row.num_by_sample = run.slow_layers()
 
 
 class PrivateRun:
@@ -228,6 +233,17 @@ class PrivateRun:
             mode=mode,
             loss=architecture.loss,
         )
+
+    def slow_layers(self) -> tuple[int, int]:
+        """Layers that run on one copy of their parameters for each sample, and of these and others
+        those whose gradients are formed sample by sample."""
+        mode = self.private.mode
+        if not isinstance(mode, ComposedMode) or mode.engine.capture is None:
+            return 0, 0
+        layers = mode.engine.capture.captured.values()
+        on_copies = [layer for layer in layers if isinstance(layer, ExpandedLayer)]
+        by_sample = sum(isinstance(layer, BackwardPerSample) for layer in layers)
+        return len(on_copies), by_sample + sum(not layer.is_vectorised for layer in on_copies)
 
     def step(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Norms [B] and the clipped sum [N], read off what a step does to the weights."""
@@ -342,24 +358,6 @@ def is_refusal(message: str, names: Iterable[str]) -> bool:
         named and re.search(rf"(?<![\w.])(?:{named})(?!\w)", message)
     )
     return bool(names_something and WAYS_OUT.search(message))
-
-
-@contextmanager
-def _heard(row: Row) -> Iterator[None]:
-    """Counts the layers that the package's log says go a slower way."""
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            row.num_by_sample += "sample by sample" in message
-            row.num_on_copies += "for each sample" in message
-
-    ear, logger = Ear(), logging.getLogger("dpsgd_track")
-    logger.addHandler(ear)
-    try:
-        yield
-    finally:
-        logger.removeHandler(ear)
 
 
 @contextmanager
