@@ -198,17 +198,17 @@ def test_noise_is_drawn_part_by_part_where_its_drawing_is_replaced(
     assert planter.unreached() == ()
 
 
-def test_what_a_worker_builds_is_planted_and_told(
-    planter: Planter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_worker_builds_is_planted_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(job_file: str, build: ModeBuilder, unreached: Unreached) -> int:
-        monkeypatch.setattr(planter, "close", cast(Any, build).__self__.close)
-        build("flash_bk+no_noise", _probe(), _context())
-        assert unreached() == ("add_noise",)
+        with closing(cast(Any, build).__self__):
+            build("flash_bk+no_noise", _probe(), _context())
+            assert unreached() == ("add_noise",)
         return 3
 
+    before = _places()
     monkeypatch.setattr(training_worker, "main", run)
     assert worker.main("job.json") == 3
+    assert _places() == before
 
 
 def test_training_builds_no_planted_mode_as_a_healthy_one() -> None:
