@@ -155,6 +155,68 @@ def test_what_follows_from_a_fault_is_not_told_beside_it() -> None:
     assert set(FAULTS) - set(alone) <= {"uniform", "Laplace", "a tenth zero", "first block"}
 
 
+NAMES = ("step 7", "and", "rank", "my head", "head", "my", "step", "0", "1", "on", "at step 3")
+"""Parameters that are called what stands in the text of a place."""
+
+
+def _again_on(rank: int) -> Fault:
+    def fault(z: Floats, rng: np.random.Generator) -> Floats:
+        z[2, rank, 1] = z[1, 0, 1]
+        return z
+
+    return fault
+
+
+def _lagged_in_one(z: Floats, rng: np.random.Generator) -> Floats:
+    z[:, :, 1] = _lagged(z[:, :, 1], rng)
+    return z
+
+
+def _shifted_at(*at: Any) -> Fault:
+    def fault(z: Floats, rng: np.random.Generator) -> Floats:
+        z[at] += 0.2
+        return z
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "step", "places"),
+    [
+        (_only(1.3, every, every, 0), "step 7", None, ("step 7",)),
+        (_only(1.3, every, every, 3), "my head", None, ("my head",)),
+        (_only(1.2, every, 1), "rank 1", None, ()),
+        (_only(1.2, 1), "step 1", 1, ()),
+        (_only(0, EMPTY), "the empty step 2", 2, ()),
+        (_only(0, 1, 1, 0), "step 7 on rank 1 at step 1", 1, ("step 7",)),
+        (FAULTS["shards"][0], "rank 0 and rank 1", None, ()),
+        (FAULTS["steps"][0], "step 0 and step 1", 0, ()),
+        (_same_for_one_shape, "and and rank", None, ("and", "rank")),
+        (
+            _shifted_reuse,
+            "my on rank 1 at step 0 and rank on rank 0 at step 1",
+            0,
+            ("my", "rank"),
+        ),
+        (_again_on(0), "step 1 and step 2 in and", 1, ("and",)),
+        (_again_on(1), "and on rank 0 at step 1 and and on rank 1 at step 2", 1, ("and",)),
+        (_lagged, "elements 7 apart", None, ()),
+        (_lagged_in_one, "elements 7 apart in and", None, ("and",)),
+        (lambda z, rng: z + 0.1, "", None, ()),
+        (_shifted_at(every, every, 0), "in step 7", None, ("step 7",)),
+        (_shifted_at(3), "at step 3", 3, ()),
+    ],
+)
+def test_a_place_is_read_from_no_words(
+    fault: Fault, where: str, step: int | None, places: tuple[str, ...]
+) -> None:
+    run = run_of(replace(noisy(fault), parameter_names=np.array(NAMES)))
+    (found,) = judge_noise(run, audit(run))
+    assert found.culprit is not None
+    assert (found.where, found.step) == (where, step)
+    assert (found.culprit.step, found.culprit.places) == (step, places)
+
+
 @pytest.mark.parametrize("factor", [2 / 3, 3 / 2])
 def test_one_shard_of_256_elements_shows_two_thirds_and_three_halves(factor: float) -> None:
     # Their std is known to 3 and 7 percent, so that a few in a hundred may escape.
@@ -280,10 +342,13 @@ def test_a_contribution_above_c_is_named() -> None:
     assert check is not None
     assert not check.is_ok
     assert check.value == pytest.approx(1.002)
-    assert check.where == f"sample {record.sample_index[1, 4]} at step 1"
+    assert check.place.text == f"sample {record.sample_index[1, 4]} at step 1"
     assert "own norms" in check.sentence
-    (found,) = sentences(clipped)
-    assert found.startswith("clipped sum (regime noise): the largest contribution")
+    run = run_of(replace(clipped, parameter_names=np.array(NAMES)))
+    (found,) = judge_noise(run, audit(run))
+    assert found.sentence.startswith("clipped sum (regime noise): the largest contribution")
+    assert found.culprit is not None
+    assert (found.culprit.step, found.culprit.places) == (1, ())
 
 
 def test_the_reference_sees_norms_that_are_too_small() -> None:

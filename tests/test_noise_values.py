@@ -213,7 +213,7 @@ def test_copies_are_named_by_place_and_value() -> None:
     found = check_equal_values(samples(fault, sizes=LARGE))
     assert "model.layers.2.weight on rank 0 at step 1" in found.sentence
     assert "model.layers.4.weight on rank 1 at step 1" in found.sentence
-    assert found.where.endswith("at step 1")
+    assert found.place.text.endswith("at step 1")
     assert found.explains_others
 
 

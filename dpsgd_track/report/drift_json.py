@@ -123,7 +123,9 @@ def _audit(audit: NoiseAudit) -> NoiseAuditEntry:
     return _copied(
         NoiseAuditEntry,
         audit,
-        checks=tuple(_copied(NoiseCheckEntry, check) for check in audit.checks),
+        checks=tuple(
+            _copied(NoiseCheckEntry, check, where=check.place.text) for check in audit.checks
+        ),
         by_parameter=tuple(
             ParameterNoise(parameter=name, ratio=number(ratio), low=number(low), high=number(high))
             for name, ratio, low, high in audit.by_parameter

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dpsgd_track.comparison import GroupComparison, compare_group
-from dpsgd_track.comparison.audit.noise import NoiseAudit, NoiseCheck
+from dpsgd_track.comparison.audit.noise import NoiseAudit, NoiseCheck, Place
 from dpsgd_track.comparison.result import RegimeComparison
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.comparison.waivers import Waiver
@@ -152,7 +152,7 @@ def audit(mode: str, regime: str, parameters: Sequence[str], scale: float = 1.0)
                 high=0.014,
                 expected=0.0,
                 is_ok=True,
-                where="rank 0 and rank 1",
+                place=Place(text="rank 0 and rank 1"),
                 sentence="no two ranks draw the same noise",
             ),
         ),

@@ -10,12 +10,13 @@
 """
 
 from dpsgd_track.comparison.audit.noise.audit import audit, audits_of, judge_noise, passed_noise
-from dpsgd_track.comparison.audit.noise.check import NoiseAudit, NoiseCheck
+from dpsgd_track.comparison.audit.noise.check import NoiseAudit, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.sensitivity import sensitivity
 
 __all__ = [
     "NoiseAudit",
     "NoiseCheck",
+    "Place",
     "audit",
     "audits_of",
     "judge_noise",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from dpsgd_track.comparison.audit.noise.check import NoiseAudit, NoiseCheck
+from dpsgd_track.comparison.audit.noise.check import NoiseAudit, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.correlation import CORRELATION, REUSE, check_correlations
 from dpsgd_track.comparison.audit.noise.equality import (
     EQUAL_VALUES,
@@ -37,8 +36,6 @@ from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
 
 SAMPLES, SKETCHES = "samples", "sketches"
-_STEP = re.compile(r"\bstep (\d+)")
-"""As the checks name the step of a cell."""
 
 
 def audit(
@@ -97,7 +94,7 @@ def _rows(cells: Cells | None) -> tuple[tuple[str, float, float, float], ...]:
     if cells is None:
         return ()
     columns = cells.value.tolist(), cells.low.tolist(), cells.high.tolist()
-    return tuple(zip(cells.labels, *columns, strict=True))
+    return tuple(zip((place.text for place in cells.places), *columns, strict=True))
 
 
 def passed_noise(audit: NoiseAudit) -> str:
@@ -131,14 +128,12 @@ def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
 
 def _finding(run: ModeRun, sentence: str, check: NoiseCheck | None = None) -> Finding:
     stage = Stage.SUM if check and check.name == SENSITIVITY else Stage.NOISE
-    where = check.where if check else ""
-    step = _STEP.search(where)
-    known = run.trajectory.parameter_names.tolist() if run.trajectory else []
+    place = check.place if check else Place()
     culprit = Culprit(
         regime=run.regime,
         stage=stage,
-        step=int(step[1]) if step else None,
-        places=tuple(name for name in known if name in where.split()),
+        step=place.step,
+        places=place.parameters,
         observable=ObservableName.NOISE,
         value=check.value if check else None,
     )
@@ -149,7 +144,7 @@ def _finding(run: ModeRun, sentence: str, check: NoiseCheck | None = None) -> Fi
         observable=ObservableName.NOISE,
         value=culprit.value,
         step=culprit.step,
-        where=where,
+        where=place.text,
         culprit=alone(culprit, sentence),
     )
 

@@ -14,6 +14,42 @@ ALPHA = FALSE_ALARM / _NUM_CHECKS
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Part of the noise: in words, and as values for what reads it."""
+
+    text: str = ""
+    """As it stands in a sentence; empty for all of the noise."""
+    step: int | None = None
+    """The earliest; None for all."""
+    parameters: tuple[str, ...] = ()
+    """Empty for all."""
+
+    @classmethod
+    def of_step(cls, step: int, before: str = "") -> Place:
+        """`step 2`, after the words `before`."""
+        return cls(text=f"{before}step {step}", step=step)
+
+    @classmethod
+    def of_parameter(cls, name: str, before: str = "") -> Place:
+        """`head.weight`, after the words `before`."""
+        return cls(text=f"{before}{name}", parameters=(name,))
+
+    @classmethod
+    def of_pair(cls, earlier: Place, later: Place) -> Place:
+        """`step 0 and step 1`."""
+        return cls(
+            text=f"{earlier.text} and {later.text}",
+            step=earlier.step,
+            parameters=tuple(dict.fromkeys(earlier.parameters + later.parameters)),
+        )
+
+    @property
+    def suffix(self) -> str:
+        """The text with a blank before it, if there is any."""
+        return f" {self.text}" if self.text else ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoiseCheck:
     """One property of a mode's noise, with the interval that its estimate leaves open."""
 
@@ -28,8 +64,8 @@ class NoiseCheck:
     high: float
     expected: float
     is_ok: bool
-    where: str = ""
-    """Parameter, rank or step of the worst; empty for all together."""
+    place: Place = Place()
+    """Parameter, rank or step of the worst."""
     sentence: str = ""
     """What was found, with numbers."""
     num_cells: int = 1

@@ -6,13 +6,14 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.gaussian import correlation_bound
 from dpsgd_track.comparison.audit.noise.samples import Samples
 from dpsgd_track.record.trajectory import Floats
@@ -35,8 +36,8 @@ Bools = NDArray[np.bool_]
 
 def check_correlations(samples: Samples) -> Iterator[NoiseCheck]:
     """All checks of this module."""
-    ranks = [f"rank {w}" for w in range(samples.num.shape[1])]
-    steps = [f"step {step}" for step in samples.steps]
+    ranks = [Place(text=f"rank {rank}") for rank in range(samples.num.shape[1])]
+    steps = list(map(Place.of_step, samples.steps))
     held = np.broadcast_to(samples.held, samples.even.shape)
     if len(ranks) > 1:
         yield _check_pairs("ranks", ranks, samples, held, axis=1)
@@ -46,8 +47,8 @@ def check_correlations(samples: Samples) -> Iterator[NoiseCheck]:
         rows = np.moveaxis(samples.even, 2, 0).reshape(len(samples.parameters), -1)
         kept = np.moveaxis(held, 2, 0).reshape(len(samples.parameters), -1)
         value, num = correlations(rows, kept)
-        labels = _pair_labels(samples.parameters)
-        yield correlation_check("parameters", labels, value, num)
+        places = pairs_of(map(Place.of_parameter, samples.parameters))
+        yield correlation_check("parameters", places, value, num)
     if samples.even.shape[-1] > 1:
         yield _check_neighbours(samples)
     yield _check_reuse(samples)
@@ -71,7 +72,7 @@ def correlations(rows: Floats, held: Bools) -> tuple[Floats, NDArray[np.int64]]:
 
 
 def correlation_check(
-    kind: str, labels: Sequence[str], value: Floats, num: NDArray[np.int64]
+    kind: str, places: Sequence[Place], value: Floats, num: NDArray[np.int64]
 ) -> NoiseCheck:
     """The pair whose correlation chance explains least."""
     bound = correlation_bound(num, ALPHA / len(value))
@@ -81,7 +82,7 @@ def correlation_check(
         f"{CORRELATION}{kind}",
         f"correlation of {kind}",
         (float(value[worst]), float(bound[worst])),
-        labels[worst],
+        places[worst],
         len(value),
         int((~(excess <= 1)).sum()),
     )
@@ -91,12 +92,12 @@ def _check(
     name: str,
     title: str,
     found: tuple[float, float],
-    where: str,
+    place: Place,
     num_cells: int,
     num_failed: int,
 ) -> NoiseCheck:
     value, reach = found
-    sentence = f"the correlation of its noise between {where} is {value:.3f} where chance "
+    sentence = f"the correlation of its noise between {place.text} is {value:.3f} where chance "
     sentence += f"explains {reach:.3f}"
     if num_failed and value > 0.99:
         sentence += ": they are the same"
@@ -110,7 +111,7 @@ def _check(
         high=min(value + reach, 1.0),
         expected=0.0,
         is_ok=num_failed == 0,
-        where=where,
+        place=place,
         sentence=sentence,
         num_cells=num_cells,
         num_failed=num_failed,
@@ -118,23 +119,25 @@ def _check(
 
 
 def _check_pairs(
-    kind: str, names: Sequence[str], samples: Samples, held: Bools, *, axis: int
+    kind: str, parts: Sequence[Place], samples: Samples, held: Bools, *, axis: int
 ) -> NoiseCheck:
-    """Between all `names` along `axis`, over everything and of each parameter by itself."""
+    """Between all `parts` along `axis`, over everything and of each parameter by itself."""
     every = np.moveaxis(samples.even, axis, 0)
     kept = np.moveaxis(held, axis, 0)
-    found = [correlations(every.reshape(len(names), -1), kept.reshape(len(names), -1))]
-    labels = _pair_labels(names)
-    for p, parameter in enumerate(samples.parameters):
-        shape = (len(names), -1)
+    shape = (len(parts), -1)
+    found = [correlations(every.reshape(shape), kept.reshape(shape))]
+    pairs = pairs_of(parts)
+    places = [*pairs]
+    for p, name in enumerate(samples.parameters):
         found.append(correlations(every[:, :, p].reshape(shape), kept[:, :, p].reshape(shape)))
-        labels += [f"{label} in {parameter}" for label in _pair_labels(names)]
-    value, num = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return correlation_check(kind, labels, value, num)
+        places += [replace(q, text=f"{q.text} in {name}", parameters=(name,)) for q in pairs]
+    value, num = map(np.concatenate, zip(*found, strict=True))
+    return correlation_check(kind, places, value, num)
 
 
-def _pair_labels(names: Sequence[str]) -> list[str]:
-    return [f"{a} and {b}" for a, b in combinations(names, 2)]
+def pairs_of(parts: Iterable[Place]) -> list[Place]:
+    """In the order of `correlations`."""
+    return [Place.of_pair(first, second) for first, second in combinations(parts, 2)]
 
 
 def _check_neighbours(samples: Samples) -> NoiseCheck:
@@ -160,10 +163,13 @@ def _check_neighbours(samples: Samples) -> NoiseCheck:
         scale = np.sqrt(sums[1] * sums[2])
         value[row] = np.divide(sums[0], scale, out=np.zeros(P + 1), where=scale > 0)
         num[row] = sums[3]
-    places = [*(f" in {name}" for name in samples.parameters), ""]
-    labels = [f"elements {lag} apart{place}" for lag in lags for place in places]
+    places = []
+    for lag in lags:
+        apart = f"elements {lag} apart"
+        places += [Place.of_parameter(name, f"{apart} in ") for name in samples.parameters]
+        places.append(Place(text=apart))
     value[num < _FEWEST_PRODUCTS] = 0
-    return correlation_check("neighbours", labels, value.ravel(), num.ravel())
+    return correlation_check("neighbours", places, value.ravel(), num.ravel())
 
 
 def _check_reuse(samples: Samples) -> NoiseCheck:
@@ -186,10 +192,10 @@ def _check_reuse(samples: Samples) -> NoiseCheck:
         i, j = np.unravel_index(_first_largest(excess), excess.shape)
         if excess[i, j] > worst[0]:
             worst = (excess[i, j], start + int(i), int(j), value[i, j], reach[i, j])
-    names = [samples.place(row // (W * P), row // P % W, row % P) for row in worst[1:3]]
+    place = Place.of_pair(*map(samples.place, worst[1:3]))
     found = (float(worst[3]), float(worst[4]))
     title = "correlation of any two shards"
-    return _check(REUSE, title, found, " and ".join(names), num_pairs, num_failed)
+    return _check(REUSE, title, found, place, num_pairs, num_failed)
 
 
 def _first_largest(excess: Floats) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.gaussian import share_interval
 from dpsgd_track.comparison.audit.noise.samples import COARSE, Samples
 from dpsgd_track.record.trajectory import Floats
@@ -47,9 +47,9 @@ def check_zeros(samples: Samples) -> NoiseCheck:
         return _untested_zeros()
     held = samples.held & samples.noise.any(axis=-1, keepdims=True)
     is_zero = held & (samples.noise == 0)
-    labels, counts, nums = [], [], []
-    for names, axes in samples.parts():
-        labels += names
+    places, counts, nums = [], [], []
+    for some, axes in samples.parts():
+        places += some
         counts.append(np.ravel(is_zero.sum(axis=(*axes, 3))))
         nums.append(np.ravel(held.sum(axis=(*axes, 3))))
     count, num = np.concatenate(counts), np.concatenate(nums)
@@ -65,10 +65,10 @@ def check_zeros(samples: Samples) -> NoiseCheck:
         high=1.0,
         expected=expected,
         is_ok=bool((low <= expected).all()),
-        where=labels[worst].strip(),
-        sentence=f"{most} of its {n} elements{labels[worst]} are exactly 0 where rounding "
+        place=places[worst],
+        sentence=f"{most} of its {n} elements{places[worst].suffix} are exactly 0 where rounding "
         f"explains {n * expected:.2g}",
-        num_cells=len(labels),
+        num_cells=len(places),
         num_failed=int((low > expected).sum()),
     )
 
@@ -156,7 +156,7 @@ def check_equal_values(samples: Samples) -> NoiseCheck:
         high=min(share + reach, 1.0),
         expected=0.5,
         is_ok=num_failed == 0,
-        where=_place(samples, first) if num_failed else "",
+        place=samples.place(first // samples.noise.shape[-1]) if num_failed else Place(),
         sentence=_sentence(samples, worst, first, second),
         num_cells=num_cells,
         num_failed=num_failed,
@@ -262,17 +262,11 @@ def _example(values: Floats, cell: _Cell) -> tuple[int, int]:
     return int(usual[0]), int(usual[-1])
 
 
-def _place(samples: Samples, element: int) -> str:
-    _, W, P, M = samples.noise.shape
-    shard = element // M
-    return samples.place(int(shard // (W * P)), int(shard // P % W), int(shard % P))
-
-
 def _sentence(samples: Samples, cell: _Cell, first: int, second: int) -> str:
     value, other = (float(samples.noise.ravel()[i]) for i in (first, second))
     equal, opposite = (round((cell.num_pairs + sign * cell.surplus) / 2) for sign in (1, -1))
-    places = [_place(samples, element) for element in (first, second)]
     M = samples.noise.shape[-1]
+    places = [samples.place(element // M).text for element in (first, second)]
     where = (
         f"elements {first % M} and {second % M} kept of {places[0]}"
         if places[0] == places[1]

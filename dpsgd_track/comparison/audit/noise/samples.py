@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsgd_track.comparison.audit.noise.check import Place
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Floats, Trajectory
 
@@ -54,17 +55,20 @@ class Samples:
         scale = np.divide(1.0, rms, out=np.zeros_like(rms), where=rms > 0)
         return self.noise * scale[:, None, None, None]
 
-    def parts(self) -> Iterator[tuple[list[str], tuple[int, ...]]]:
-        """Parts of which each has many shards: as they stand in a sentence, and the axes of
-        [S, W, P] that are summed over for them."""
-        yield [""], (0, 1, 2)
-        yield [f" in {name}" for name in self.parameters], (0, 1)
-        yield [f" on rank {rank}" for rank in range(self.held.shape[0])], (0, 2)
-        yield [f" at step {step}" for step in self.steps], (1, 2)
+    def parts(self) -> Iterator[tuple[list[Place], tuple[int, ...]]]:
+        """Parts of which each has many shards, and the axes of [S, W, P] that are summed over for
+        them."""
+        yield [Place()], (0, 1, 2)
+        yield [Place.of_parameter(name, "in ") for name in self.parameters], (0, 1)
+        yield [Place(text=f"on rank {rank}") for rank in range(self.held.shape[0])], (0, 2)
+        yield [Place.of_step(step, "at ") for step in self.steps], (1, 2)
 
-    def place(self, step: int, rank: int, parameter: int) -> str:
-        """`model.norm.weight on rank 1 at step 2`."""
-        return f"{self.parameters[parameter]} on rank {rank} at step {self.steps[step]}"
+    def place(self, shard: int) -> Place:
+        """`model.norm.weight on rank 1 at step 2`, of a flat index into [S, W, P]."""
+        s, rank, p = np.unravel_index(shard, self.noise.shape[:3])
+        name, step = self.parameters[p], self.steps[s]
+        text = f"{name} on rank {rank} at step {step}"
+        return Place(text=text, step=step, parameters=(name,))
 
 
 def noise_std(trajectory: Trajectory) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpsgd_track.comparison.audit.noise.check import NoiseCheck
+from dpsgd_track.comparison.audit.noise.check import NoiseCheck, Place
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Floats, Trajectory
 
@@ -41,11 +41,12 @@ def sensitivity(
     real = trajectory.sample_index != UNUSED
     if not np.isfinite(ratio[real]).any():
         return None
-    step, place = np.unravel_index(
+    row, column = np.unravel_index(
         int(np.where(real, np.nan_to_num(ratio, nan=-1.0), -1.0).argmax()), ratio.shape
     )
-    largest = float(ratio[step, place])
-    where = f"sample {trajectory.sample_index[step, place]} at step {trajectory.step[step]}"
+    largest = float(ratio[row, column])
+    sample, step = trajectory.sample_index[row, column], int(trajectory.step[row])
+    place = Place.of_step(step, f"sample {sample} at ")
     by = "by the reference's norms" if is_known else "by its own norms, as there are no others"
     return NoiseCheck(
         name=SENSITIVITY,
@@ -55,9 +56,9 @@ def sensitivity(
         high=largest + tolerance,
         expected=1.0,
         is_ok=largest <= 1 + tolerance,
-        where=where,
-        sentence=f"the largest contribution of a sample is {largest:.6f} C ({where}; {by}) where "
-        f"{1 + tolerance:.6f} C is allowed",
+        place=place,
+        sentence=f"the largest contribution of a sample is {largest:.6f} C ({place.text}; {by}) "
+        f"where {1 + tolerance:.6f} C is allowed",
         num_cells=int(real.sum()),
         num_failed=int((ratio[real] > 1 + tolerance).sum()),
     )

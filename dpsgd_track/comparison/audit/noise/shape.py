@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.gaussian import (
     correlation_bound,
     kolmogorov_bound,
@@ -49,9 +49,9 @@ def check_shape(samples: Samples) -> Iterator[NoiseCheck]:
 
 def _check_mean(samples: Samples) -> NoiseCheck:
     total, num = samples.noise.sum(axis=-1), samples.num
-    labels, sums, squares, nums = [], [], [], []
-    for names, axes in samples.parts():
-        labels += names
+    places, sums, squares, nums = [], [], [], []
+    for some, axes in samples.parts():
+        places += some
         sums.append(np.ravel(total.sum(axis=axes)))
         squares.append(np.ravel(samples.sum_sq.sum(axis=axes)))
         nums.append(np.ravel(num.sum(axis=axes)))
@@ -72,8 +72,8 @@ def _check_mean(samples: Samples) -> NoiseCheck:
         high=value + reach,
         expected=0.0,
         is_ok=bool((excess <= 1).all()),
-        where=labels[worst].strip(),
-        sentence=f"the mean of its noise{labels[worst]} is {value:.4f} sigma C where chance "
+        place=places[worst],
+        sentence=f"the mean of its noise{places[worst].suffix} is {value:.4f} sigma C where chance "
         f"explains {reach:.4f}",
         num_cells=len(n),
         num_failed=int((~(excess <= 1)).sum()),
@@ -97,11 +97,11 @@ def _check_distribution(flat: Floats) -> NoiseCheck:
 
 
 def _check_kurtosis(samples: Samples, flat: Floats, has_noise: Bools) -> NoiseCheck:
-    labels, found = [""], [flat]
+    places, found = [Place()], [flat]
     for p, name in enumerate(samples.parameters):
         held = samples.held[:, p] & has_noise[:, :, 0]
         if held.sum() >= _FEWEST_FOR_KURTOSIS:
-            labels.append(f" in {name}")
+            places.append(Place.of_parameter(name, "in "))
             found.append(samples.even[:, :, p][held])
     bounds = [kurtosis_bounds(len(v), _KURTOSIS_ALPHA / len(found)) for v in found]
     value = np.array([_kurtosis(v) for v in found])
@@ -120,9 +120,9 @@ def _check_kurtosis(samples: Samples, flat: Floats, has_noise: Bools) -> NoiseCh
         high=kurtosis + (3 - low),
         expected=3.0,
         is_ok=bool((excess <= 1).all()),
-        where=labels[worst].strip(),
-        sentence=f"the kurtosis of its noise{labels[worst]} is {kurtosis:.3f} where normal noise "
-        f"has 3 and chance explains {low:.3f} to {high:.3f}",
+        place=places[worst],
+        sentence=f"the kurtosis of its noise{places[worst].suffix} is {kurtosis:.3f} where normal "
+        f"noise has 3 and chance explains {low:.3f} to {high:.3f}",
         num_cells=len(found),
         num_failed=int((~(excess <= 1)).sum()),
     )
@@ -137,8 +137,8 @@ def _kurtosis(values: Floats) -> float:
 
 def _check_repetition(samples: Samples) -> NoiseCheck:
     S, W, P, _ = samples.noise.shape
-    worst, where, count, num, value, num_failed = 0.0, "", 0, 0, 0.0, 0
-    for s, w, p in np.ndindex(S, W, P):
+    worst, place, count, num, value, num_failed = 0.0, Place(), 0, 0, 0.0, 0
+    for shard, (s, w, p) in enumerate(np.ndindex(S, W, P)):
         values = samples.noise[s, w, p, samples.held[w, p]]
         if not values.any():
             continue  # a shard that holds nothing, or has no noise, which its std says
@@ -147,7 +147,7 @@ def _check_repetition(samples: Samples) -> NoiseCheck:
         excess = most / max(_REPEATED, _REPEATED_SHARE * len(values))
         num_failed += excess > 1
         if excess > worst:
-            worst, where, count, num = excess, samples.place(s, w, p), most, len(values)
+            worst, place, count, num = excess, samples.place(shard), most, len(values)
             value = float(unique[counts.argmax()])
     limit = max(_REPEATED, _REPEATED_SHARE * num)
     return NoiseCheck(
@@ -158,9 +158,9 @@ def _check_repetition(samples: Samples) -> NoiseCheck:
         high=min(count + limit, num) / num,
         expected=0.0,
         is_ok=worst <= 1,
-        where=where,
+        place=place,
         sentence=f"the value {value:.3g} stands {count} times among {num} elements of its noise "
-        f"in {where}",
+        f"in {place.text}",
         num_cells=S * W * P,
         num_failed=num_failed,
     )

@@ -12,13 +12,12 @@ Legend: S steps, P parameters, K projections, n elements of a parameter.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.comparison.audit.noise.check import NoiseCheck
-from dpsgd_track.comparison.audit.noise.correlation import correlation_check, correlations
+from dpsgd_track.comparison.audit.noise.check import NoiseCheck, Place
+from dpsgd_track.comparison.audit.noise.correlation import correlation_check, correlations, pairs_of
 from dpsgd_track.comparison.audit.noise.samples import noise_std
 from dpsgd_track.comparison.audit.noise.std import STD, Cells, cells_of, std_check, telling
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_length
@@ -52,7 +51,8 @@ def check_sketches(trajectory: Trajectory) -> tuple[list[NoiseCheck], Cells] | N
     is_counted = sizes >= _MANY * K
     if not is_counted.any():
         is_counted[:] = True
-    by_parameter = _cells(list(trajectory.parameter_names), sum_sq, K, dof, 0)
+    parameters = list(map(Place.of_parameter, trajectory.parameter_names.tolist()))
+    by_parameter = _cells(parameters, sum_sq, K, dof, 0)
     counted = sum_sq[:, is_counted], dof[is_counted]
     checks = [*_check_std(trajectory, *counted, K, by_parameter)]
     if S > 1:
@@ -78,22 +78,22 @@ def independent_squares(sizes: Floats, num_projections: int) -> Floats:
 
 
 def _cells(
-    labels: list[str], sum_sq: Floats, K: int, dof: Floats, axis: int | tuple[int, ...]
+    places: list[Place], sum_sq: Floats, K: int, dof: Floats, axis: int | tuple[int, ...]
 ) -> Cells:
     """Estimates from sums of K squares, [S, P], over `axis`."""
     num = np.broadcast_to(dof, sum_sq.shape).sum(axis=axis)
     # The mean square is what is known; it is worth `num` squares.
     count = np.full(sum_sq.shape, float(K)).sum(axis=axis)
-    return cells_of(labels, sum_sq.sum(axis=axis) / count * num, num)
+    return cells_of(places, sum_sq.sum(axis=axis) / count * num, num)
 
 
 def _check_std(
     trajectory: Trajectory, sum_sq: Floats, dof: Floats, K: int, by_parameter: Cells
 ) -> Iterator[NoiseCheck]:
-    steps = [f"step {step}" for step in trajectory.step.tolist()]
+    steps = list(map(Place.of_step, trajectory.step.tolist()))
     # In a total, all parameters are taken to be as bad as the worst of them.
     least = np.full_like(dof, dof.min())
-    total = _cells([""], sum_sq, K, least, (0, 1))
+    total = _cells([Place()], sum_sq, K, least, (0, 1))
     by_step = _cells(steps, sum_sq, K, least, 1)
     found = {STD: total, "std_by_step": by_step, "std_by_parameter": by_parameter}
     grouped = {name: cells for name, cells in found.items() if name != STD}
@@ -111,7 +111,6 @@ def _check_steps(trajectory: Trajectory, is_counted: NDArray[np.bool_], dof: flo
     found = [_standardised(trajectory, row, row + 1) for row in chosen.tolist()]
     rows = np.stack([y[0, is_counted].ravel() for y in found if y is not None])
     value, num = correlations(rows, np.ones(rows.shape, dtype=bool))
-    steps = [f"step {step}" for step in trajectory.step[chosen].tolist()]
-    labels = [f"{a} and {b}" for a, b in combinations(steps, 2)]
+    pairs = pairs_of(map(Place.of_step, trajectory.step[chosen].tolist()))
     worth = int(dof * is_counted.sum())
-    return correlation_check("steps", labels, value, np.full_like(num, worth))
+    return correlation_check("steps", pairs, value, np.full_like(num, worth))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.gaussian import std_interval
 from dpsgd_track.comparison.audit.noise.samples import Samples, num_micro_batches
 from dpsgd_track.record.run import ModeRun
@@ -23,7 +23,7 @@ BY_SHARD = "std_by_shard"
 class Cells:
     """Estimates of the std, one for each of several parts of the noise."""
 
-    labels: Sequence[str]
+    places: Sequence[Place]
     value: Floats
     low: Floats
     high: Floats
@@ -40,12 +40,12 @@ class Cells:
         return np.asarray((self.low <= std) & (std <= self.high))
 
 
-def cells_of(labels: Sequence[str], sum_sq: Floats, dof: Floats | NDArray[np.int64]) -> Cells:
+def cells_of(places: Sequence[Place], sum_sq: Floats, dof: Floats | NDArray[np.int64]) -> Cells:
     """Cells with something in them, at a level that is theirs together."""
     squares, num = np.ravel(sum_sq), np.ravel(dof)
     filled = np.flatnonzero(num > 0)
     value, low, high = std_interval(squares[filled], num[filled], ALPHA / max(len(filled), 1))
-    return Cells(labels=[labels[int(i)] for i in filled], value=value, low=low, high=high)
+    return Cells(places=[places[int(i)] for i in filled], value=value, low=low, high=high)
 
 
 def std_check(
@@ -55,9 +55,10 @@ def std_check(
     excess = cells.excess
     worst = int(excess.argmax())
     num_failed = int((excess > 1).sum())
-    where = cells.labels[worst]
+    place = cells.places[worst]
     value, low, high = (float(v[worst]) for v in (cells.value, cells.low, cells.high))
-    sentence = f"the std of its noise{f' of {where}' if where else ''} is {value:.3f} sigma C "
+    of = f" of {place.text}" if place.text else ""
+    sentence = f"the std of its noise{of} is {value:.3f} sigma C "
     sentence += f"(interval {low:.3f} to {high:.3f}) where 1 is meant"
     if len(excess) > 1 and num_failed:
         sentence += f", and {num_failed} of {len(excess)} are out of bounds"
@@ -71,7 +72,7 @@ def std_check(
         high=high,
         expected=1.0,
         is_ok=num_failed == 0,
-        where=where,
+        place=place,
         sentence=sentence,
         num_cells=len(excess),
         num_failed=num_failed,
@@ -102,19 +103,19 @@ def check_std(
 ) -> tuple[list[NoiseCheck], Cells]:
     """All checks of the std, and the estimate of each parameter."""
     sum_sq, num = samples.sum_sq, samples.num
-    S, W, P = sum_sq.shape
 
-    def grouped(labels: Sequence[str], *axes: int) -> Cells:
-        return cells_of(labels, sum_sq.sum(axis=axes), num.sum(axis=axes))
+    def grouped(places: Sequence[Place], *axes: int) -> Cells:
+        return cells_of(places, sum_sq.sum(axis=axes), num.sum(axis=axes))
 
     axes = dict(zip(GROUPED, ((0, 2), (1, 2), (0, 1)), strict=True))
-    names = [f"rank {w}" for w in range(W)], [f"step {s}" for s in samples.steps]
-    cells = {
-        name: grouped(labels, *axes[name])
-        for name, labels in zip(GROUPED, (*names, samples.parameters), strict=True)
-    }
-    places = [samples.place(s, w, p) for s in range(S) for w in range(W) for p in range(P)]
-    by_shard, total = grouped(places), grouped([""], 0, 1, 2)
+    places = (
+        [Place(text=f"rank {rank}") for rank in range(sum_sq.shape[1])],
+        list(map(Place.of_step, samples.steps)),
+        list(map(Place.of_parameter, samples.parameters)),
+    )
+    cells = {name: grouped(each, *axes[name]) for name, each in zip(GROUPED, places, strict=True)}
+    by_shard = grouped(list(map(samples.place, range(sum_sq.size))))
+    total = grouped([Place()], 0, 1, 2)
     explained = [name for name in GROUPED if _fits(by_shard, sum_sq, num, axes[name])]
     best = telling(total, cells, explained)
     cause = _likely_cause(run, trajectory, cells["std_by_step"])
@@ -153,9 +154,9 @@ def _check_empty_step(trajectory: Trajectory, samples: Samples) -> NoiseCheck:
             is_ok=True,
             sentence="no step was empty, so that noise on an empty batch was not put to the test",
         )
-    labels = [f"the empty step {samples.steps[i]}" for i in empty]
+    places = [Place.of_step(samples.steps[i], "the empty ") for i in empty]
     cells = cells_of(
-        labels, samples.sum_sq[empty].sum(axis=(1, 2)), samples.num[empty].sum(axis=(1, 2))
+        places, samples.sum_sq[empty].sum(axis=(1, 2)), samples.num[empty].sum(axis=(1, 2))
     )
     return std_check(EMPTY_STEP, title, cells)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.gaussian import beyond, share_interval
 from dpsgd_track.comparison.audit.noise.samples import Samples
 from dpsgd_track.record.trajectory import Floats
@@ -30,9 +30,9 @@ def check_tails(samples: Samples) -> NoiseCheck:
     held = samples.held & samples.noise.any(axis=(1, 2, 3), keepdims=True)
     counts = np.stack([held.sum(axis=-1), *_beyond_levels(np.where(held, size, 0.0))])
     largest = np.where(held, size, 0.0).max(axis=-1)
-    labels, cells = [], []
-    for names, axes in samples.parts():
-        labels += names * (len(_LEVELS) + 1)
+    places, cells = [], []
+    for some, axes in samples.parts():
+        places += some * (len(_LEVELS) + 1)
         num, *beyond_levels = counts.sum(axis=tuple(axis + 1 for axis in axes)).reshape(
             len(counts), -1
         )
@@ -41,7 +41,7 @@ def check_tails(samples: Samples) -> NoiseCheck:
             cells.append(np.stack([num, np.full(num.shape, level), few, many]))
         most = np.ravel(largest.max(axis=axes))
         cells.append(np.stack([num, most, np.ones(num.shape), np.zeros(num.shape)]))
-    return _judged(labels, np.concatenate(cells, axis=1))
+    return _judged(places, np.concatenate(cells, axis=1))
 
 
 def _beyond_levels(size: Floats) -> list[Floats]:
@@ -53,14 +53,14 @@ def _beyond_levels(size: Floats) -> list[Floats]:
     ]
 
 
-def _judged(labels: list[str], cells: Floats) -> NoiseCheck:
+def _judged(places: list[Place], cells: Floats) -> NoiseCheck:
     """The cell that is farthest out of its bounds.
 
     Args:
-        cells: [4, len(labels)] elements, level, those surely beyond it, those that may be.
+        cells: [4, len(places)] elements, level, those surely beyond it, those that may be.
     """
     num, level, few, many = cells
-    low, high = share_interval(few, many, num, ALPHA / len(labels))
+    low, high = share_interval(few, many, num, ALPHA / len(places))
     # Of the largest element, rounding is in the level and not in the counts.
     is_largest = few > many
     low_level = np.where(is_largest, level * (1 - _ROUNDING), level)
@@ -83,9 +83,9 @@ def _judged(labels: list[str], cells: Floats) -> NoiseCheck:
         high=max(float(high[worst]), share) if excess[worst] <= 1 else float(high[worst]),
         expected=share,
         is_ok=bool((excess <= 1).all()),
-        where=labels[worst].strip(),
-        sentence=f"{count or 'none'} of its {n} elements{labels[worst]} "
+        place=places[worst],
+        sentence=f"{count or 'none'} of its {n} elements{places[worst].suffix} "
         f"{'is' if count <= 1 else 'are'} beyond {at:.3g} sigma C where {expected} are expected",
-        num_cells=len(labels),
+        num_cells=len(places),
         num_failed=int((~(excess <= 1)).sum()),
     )
