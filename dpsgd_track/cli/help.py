@@ -76,7 +76,7 @@ def page(program: Program, verb: Verb, parser: App, *, is_whole: bool) -> str:
         sections.append([f"  {HELP_ALL:{_COLUMN - 2}}All options, explained in full"])
     if verb.notes:
         sections[-1] += textwrap.wrap(verb.notes, _width(), subsequent_indent="  ")
-    between = "\n\n" if is_whole else "\n"
+    between = "\n" if is_long and not is_whole else "\n\n"
     return between.join("\n".join(lines) for lines in sections)
 
 
