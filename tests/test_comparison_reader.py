@@ -104,7 +104,7 @@ def test_reading_creates_no_store(
 
 
 def test_more_runs_than_a_page_are_all_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_PAGE", 2)
+    monkeypatch.setattr(reader, "PAGE_SIZE", 2)
     store.add_group(healthy_runs(), "paged")
     for i in range(3):
         store.add_group([], f"later-{i}")

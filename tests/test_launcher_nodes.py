@@ -81,7 +81,7 @@ def short_byes(monkeypatch) -> Iterator[None]:
         make(self, *args, **options)
         made.append(self)
 
-    monkeypatch.setattr(nodes_module, "_BYE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(nodes_module, "BYE_TIMEOUT_S", 1.0)
     monkeypatch.setattr(Follower, "__init__", remember)
     yield
     for follower in made:
@@ -208,7 +208,7 @@ def test_a_failure_elsewhere_is_trouble_here():
 
 
 def test_a_silent_machine_is_lost_and_a_slow_one_is_not(monkeypatch):
-    monkeypatch.setattr(nodes_module, "_BEAT_S", 0.2)
+    monkeypatch.setattr(nodes_module, "BEAT_S", 0.2)
     places = machines(3)
     leader = Leader(places[0], lost_after_s=1.0)
     followers = [Follower(place, lost_after_s=1.0) for place in places[1:]]

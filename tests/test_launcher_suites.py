@@ -167,8 +167,8 @@ def test_ranks_follow_the_visible_gpus(monkeypatch):
     ("visible", "count"), [(None, 2), ("", 0), ("1", 1), ("0,1,2", 2), ("-1", 0), ("GPU-ab", 1)]
 )
 def test_cuda_visible_devices_is_honoured(visible, count, monkeypatch):
-    monkeypatch.setattr(machine, "_present_gpus", lambda: 2)
-    monkeypatch.setattr(machine, "_torch_is_cpu_only", lambda: False)
+    monkeypatch.setattr(machine, "present_gpus", lambda: 2)
+    monkeypatch.setattr(machine, "torch_is_cpu_only", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

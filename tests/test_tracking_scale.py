@@ -363,8 +363,8 @@ def test_a_backlog_is_shipped_in_memory_that_does_not_grow_with_it(steps, metric
 @pytest.mark.usefixtures("light_metrics")
 def test_a_shipper_that_reads_all_at_once_is_seen(tmp_path, monkeypatch):
     _, _, shipping = backlog(tmp_path, 500, 200)
-    monkeypatch.setattr(shipper, "_ROWS_AT_ONCE", 10**9)
-    monkeypatch.setattr(shipper, "_VALUES_AT_ONCE", 10**9)
+    monkeypatch.setattr(shipper, "ROWS_AT_ONCE", 10**9)
+    monkeypatch.setattr(shipper, "VALUES_AT_ONCE", 10**9)
     peak, _ = peak_bytes(shipping.ship)
     assert peak > 6 * MIB
 
@@ -411,8 +411,8 @@ def test_a_group_is_handed_out_in_parts_that_hold_each_value_once(tmp_path, monk
 
 def test_a_writer_never_holds_more_than_its_share_of_memory(tmp_path, monkeypatch):
     """However long it is told to go on, and what it was told first is what it keeps."""
-    assert spool._MAX_HELD_BYTES == 64 * MIB
-    monkeypatch.setattr(spool, "_MAX_HELD_BYTES", MIB)
+    assert spool.MAX_HELD_BYTES == 64 * MIB
+    monkeypatch.setattr(spool, "MAX_HELD_BYTES", MIB)
     writer = SpoolWriter(tmp_path, f"a{RECORDS}", tell=lambda line: None)
     real_write = spool.os.write
 

@@ -295,7 +295,7 @@ def test_a_disk_that_stays_full_is_said_at_the_end(tmp_path, monkeypatch):
 
 
 def test_a_writer_that_can_never_write_does_not_take_all_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(spool, "_MAX_HELD_BYTES", 10_000)
+    monkeypatch.setattr(spool, "MAX_HELD_BYTES", 10_000)
     writer = SpoolWriter(tmp_path, f"a{RECORDS}", tell=lambda line: None)
     FullDisk(monkeypatch, 0)
     values = {f"m{i}": 1.0 for i in range(1000)}

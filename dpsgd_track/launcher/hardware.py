@@ -11,9 +11,9 @@ from pathlib import Path
 
 def count_gpus() -> int:
     """GPUs that ranks would see."""
-    if _torch_is_cpu_only():
+    if torch_is_cpu_only():
         return 0
-    present = _present_gpus()
+    present = present_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
@@ -31,14 +31,16 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _torch_is_cpu_only() -> bool:
+def torch_is_cpu_only() -> bool:
+    """True if the installed torch is built without CUDA, as its version tells."""
     try:
         return importlib.metadata.version("torch").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:
         return False
 
 
-def _present_gpus() -> int:
+def present_gpus() -> int:
+    """GPUs of this machine or container, visible to ranks or not."""
     # In a container nvidia-smi sees the container's GPUs, /proc may list the host's.
     if shutil.which("nvidia-smi"):
         try:

@@ -39,8 +39,9 @@ Result = TypeVar("Result")
 
 NEVER_STARTED = "the run was never started"
 
-# A run comes with all of its tags and params, and the newest group is most often the one meant.
-_PAGE = 100
+PAGE_SIZE = 100
+"""Runs that are asked for at once: each comes with all of its tags and params, and the newest group
+is most often the one meant."""
 _NEWEST_SHOWN = 5
 
 
@@ -152,7 +153,7 @@ def _search(client: MlflowClient, experiment_id: str, kind: str, parent: str = "
         page = client.search_runs(
             [experiment_id],
             filter_string=f"tags.`{names.KIND}` = '{kind}'{child}",
-            max_results=_PAGE,
+            max_results=PAGE_SIZE,
             order_by=["attributes.start_time DESC"],
             page_token=token,
         )

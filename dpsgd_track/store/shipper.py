@@ -40,7 +40,7 @@ Entity = TypeVar("Entity")
 MAX_METRICS_PER_BATCH = 1000
 MAX_PARAMS_PER_BATCH = 100
 MAX_TAGS_PER_BATCH = 100
-_ROWS_AT_ONCE, _VALUES_AT_ONCE = 200, 20_000
+ROWS_AT_ONCE, VALUES_AT_ONCE = 200, 20_000
 """What is held in memory of a backlog, however long it is: so many steps, unless one of them has
 more values than that."""
 _REPORT_TIMEOUT_S = 10.0
@@ -462,7 +462,7 @@ def _chunks(reader: SpoolReader) -> Iterator[tuple[int, list[MetricRow], Event |
         if isinstance(record, MetricRow):
             rows.append(record)
             num_values += len(record.values)
-            if len(rows) < _ROWS_AT_ONCE and num_values < _VALUES_AT_ONCE:
+            if len(rows) < ROWS_AT_ONCE and num_values < VALUES_AT_ONCE:
                 continue
             yield offset, rows, None
         else:

@@ -49,7 +49,8 @@ CONTROL, RECORDS = ".control", ".records"
 FILES = "files"
 """Folder beside the spool files that holds files to be uploaded."""
 
-_MAX_HELD_BYTES = 64 << 20
+MAX_HELD_BYTES = 64 << 20
+"""What is held in memory while the disk takes nothing."""
 
 Event = Mapping[str, Any]
 
@@ -200,7 +201,7 @@ class SpoolWriter:
         self._trouble = os.strerror(error.errno or errno.EIO)
 
     def _hold(self, line: bytes) -> None:
-        if self._held_bytes + len(line) > _MAX_HELD_BYTES:
+        if self._held_bytes + len(line) > MAX_HELD_BYTES:
             raise TrackingError(self._complaint())
         self._held.append(line)
         self._held_bytes += len(line)

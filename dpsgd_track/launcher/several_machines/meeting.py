@@ -48,8 +48,11 @@ if TYPE_CHECKING:
 
 LOST_AFTER_S = 20.0
 """How long a machine may be silent before it counts as lost."""
-_BEAT_S, _POLL_S = 1.0, 0.1
-_DONE_TIMEOUT_S, _BYE_TIMEOUT_S = 60.0, 5.0
+BEAT_S = 1.0
+"""How often a machine says that it is there."""
+BYE_TIMEOUT_S = 5.0
+"""How long each side waits at the end for the other to have heard."""
+_POLL_S, _DONE_TIMEOUT_S = 0.1, 60.0
 _ANY = "127.0.0.1"
 """A server listens on every address, whichever it is told; its own process takes this one."""
 _ALIKE = ("dpsgd_track", "torch", "opacus", "transformers")
@@ -287,7 +290,7 @@ class Leader:
 
     def _wait_for_byes(self) -> None:
         """Serve those that came until they have read the end."""
-        deadline = time.monotonic() + _BYE_TIMEOUT_S
+        deadline = time.monotonic() + BYE_TIMEOUT_S
         here = [rank for rank in self._others if _read(self._store, f"hello/{rank}") is not None]
         while not self.lost and time.monotonic() < deadline:
             if all(_read(self._store, f"bye/{rank}") is not None for rank in here):
@@ -315,7 +318,7 @@ class Follower:
         """Talk no more. A thread that came back while the interpreter ends would abort it."""
         self._is_over.set()
         if self._thread is not None:
-            self._thread.join(_BYE_TIMEOUT_S)
+            self._thread.join(BYE_TIMEOUT_S)
 
     def join(self, hello: Hello, timeout_s: float, tell: Tell) -> str:
         """Report to node 0; returns the group's name.
@@ -423,7 +426,7 @@ class Follower:
     def _leave(self) -> None:
         """Have node 0 know that its last word was heard, if it still listens."""
         self._tell(f"bye/{self.nodes.node_rank}", True)
-        self._is_over.wait(_BYE_TIMEOUT_S)
+        self._is_over.wait(BYE_TIMEOUT_S)
 
     def _talk(self, store: TCPStore) -> None:
         count, next_beat = 0, 0.0
@@ -431,7 +434,7 @@ class Follower:
             while not self._is_over.is_set():
                 now = time.monotonic()
                 if now >= next_beat:
-                    count, next_beat = count + 1, now + _BEAT_S
+                    count, next_beat = count + 1, now + BEAT_S
                     _write(store, f"beat/{self.nodes.node_rank}", count)
                 with self._lock:
                     to_tell, self._to_tell = self._to_tell, []
