@@ -43,7 +43,7 @@ from dpsgd_track.config import ACCURACY  # noqa: E402
 from dpsgd_track.modes.table import FULL, REFERENCE  # noqa: E402
 from dpsgd_track.record import names  # noqa: E402
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, Suite  # noqa: E402
-from dpsgd_track.record.trajectory import Trajectory  # noqa: E402
+from dpsgd_track.record.trajectory import SCALAR_METRICS, Trajectory  # noqa: E402
 from tests.support.synthetic_group import ENVIRONMENT, job, setup  # noqa: E402
 
 EXPERIMENT = "dpsgd-track"
@@ -256,7 +256,7 @@ def _artifacts(folder: Path, run: Any) -> Path:
 
 def mode_metrics(t: Trajectory) -> dict[str, Any]:
     """[S] values of each of the 50 metrics of a mode run."""
-    metrics = {name: getattr(t, name) for name in names.SCALAR_METRICS}
+    metrics = {name: getattr(t, name) for name in SCALAR_METRICS}
     for prefix, values in (
         (names.LAYER_WEIGHT_NORM, t.layer_weight_norm),
         (names.LAYER_GRAD_NORM, t.layer_grad_norm),

@@ -14,9 +14,10 @@ from dpsgd_track.comparison import compare_group, compare_groups
 from dpsgd_track.comparison.measure import alignment, excess
 from dpsgd_track.comparison.measure import drift as drift_module
 from dpsgd_track.comparison.measure.drift import Pair, compare_pair, compare_pairs
-from dpsgd_track.comparison.measure.observables import OBSERVABLES, SMALL, SMALL_SAMPLE
+from dpsgd_track.comparison.measure.observables import OBSERVABLES, SMALL, SMALL_SAMPLE, STAGES
 from dpsgd_track.comparison.waivers import Waiver
 from dpsgd_track.config import Thresholds
+from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import LARGE, SAMPLE_COLUMNS, Trajectory
 from tests.support.synthetic_group import (
     group_of,
@@ -344,3 +345,9 @@ def test_each_pair_is_aligned_and_held_against_its_limits_once(
     # Within a group, two pairs are measured for the largest drift alone.
     assert aligned.count == len(judged) + replays + 2 * (num_groups == 1)
     assert weighed.count == sum(len(pair.drifts) for pair in judged)
+
+
+def test_every_name_of_an_observable_is_compared() -> None:
+    assert list(OBSERVABLES) == list(ObservableName)
+    computed = [stage for stage in Stage if stage not in (Stage.DATA, Stage.INITIAL_WEIGHTS)]
+    assert list(STAGES) == computed

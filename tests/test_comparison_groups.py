@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from dpsgd_track.cli.main import main
 from dpsgd_track.comparison import GroupComparison, Verdict, compare_groups
 from dpsgd_track.comparison.waivers import Waiver
-from dpsgd_track.config import PerformanceConfig, Thresholds
+from dpsgd_track.config import ModelConfig, PerformanceConfig, Thresholds
 from dpsgd_track.record.environment import Environment
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.report.drift_json import drift_json
@@ -199,6 +199,24 @@ def test_other_settings_are_inconclusive_where_they_are_recorded(
     assert verdicts(comparison)["flash_fsdp"] == "INCONCLUSIVE"
     assert f"{name} {values[1]}, not {values[0]}" in sentence_of(comparison, "flash_fsdp")
     assert verdicts(held(runs(None, 1.0), runs(values[1], 1.5)))["flash_fsdp"] == "BUG"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelWithANewOption(ModelConfig):
+    logit_scale: float = 1.0
+
+
+def test_a_new_option_of_the_model_has_to_be_equal() -> None:
+    def runs(scale: float) -> list[ModeRun]:
+        regime = setup("accuracy")
+        model = ModelWithANewOption(name="llama-tiny", logit_scale=scale)
+        record = scaled(mode_run("flash_fsdp").trajectory, "loss", scale)
+        planned: dict[str, Any] = {"setup": regime, "job": job("flash_fsdp", regime, model=model)}
+        return with_run(healthy_runs(), mode_run("flash_fsdp", record=record, **planned))
+
+    comparison = held(runs(1.0), runs(1.5))
+    assert verdicts(comparison)["flash_fsdp"] == "INCONCLUSIVE"
+    assert "logit_scale 1.5, not 1.0" in sentence_of(comparison, "flash_fsdp")
 
 
 @pytest.mark.parametrize(

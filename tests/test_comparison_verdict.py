@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpsgd_track.comparison import compare_group
+from dpsgd_track.comparison.measure.observables import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import judge_coverage
 from dpsgd_track.config import Thresholds, layer_norm_steps
@@ -106,6 +107,10 @@ ALWAYS_A_BUG = {
     "sample_norm_by_parameter",
     "clip_factor",
 }
+
+
+def test_every_compared_field_is_made_to_drift_below() -> None:
+    assert {field for field, _ in DRIFTING} == {each.field for each in OBSERVABLES.values()}
 
 
 @pytest.mark.parametrize(("field", "at"), DRIFTING)

@@ -117,3 +117,12 @@ def test_shapes_are_checked_before_a_large_field_is_read(path: Path) -> None:
 def test_unknown_attribute_is_an_error(path: Path) -> None:
     with pytest.raises(AttributeError, match="no attribute 'gradient'"):
         Trajectory.load(path).gradient  # type: ignore[attr-defined] # noqa: B018
+
+
+def test_some_steps_are_those_steps_of_every_field_of_a_step() -> None:
+    whole = trajectory(steps=4)
+    of_the_run = {"layer_names", "parameter_names", "parameter_sizes"}
+    for each in fields(Trajectory):
+        values = getattr(whole, each.name)
+        if isinstance(values, np.ndarray) and each.name not in of_the_run:
+            assert np.array_equal(getattr(whole.rows(1, 3), each.name), values[1:3]), each.name

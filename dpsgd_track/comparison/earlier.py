@@ -188,14 +188,18 @@ def _unlike_settings(base: ModeRun, run: ModeRun, regime: RegimeComparison) -> l
     ]
 
 
+_SHOWN_OR_EQUAL = ("name", "vocab_size", "num_labels", "gradient_checkpointing")
+"""Fields of the model that the record shows by the hash of its weights, or that change no number.
+Every other field, a new one too, has to be equal."""
+
+
 def _settings(run: ModeRun) -> dict[str, object]:
     """Settings that what a run computes depends on, and that its record does not show."""
     job, setup = run.job, run.setup
     if job is None or setup is None:
         return {}
     settings: dict[str, object] = {
-        "task": job.model.task,
-        "dropout": job.model.dropout,
+        **{name: value for name, value in vars(job.model).items() if name not in _SHOWN_OR_EQUAL},
         "param_dtype": job.performance.param_dtype,
         "optimizer": setup.optimizer,
         "learning_rate": setup.learning_rate,

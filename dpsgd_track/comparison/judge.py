@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from dpsgd_track.comparison.audit.consistency import Inconsistency
 from dpsgd_track.comparison.audit.noise import judge_noise, passed_noise
 from dpsgd_track.comparison.diagnose.culprit import Culprit, culprit_of
-from dpsgd_track.comparison.diagnose.ladder import STAGES, Rung, ladder
+from dpsgd_track.comparison.diagnose.ladder import Rung, ladder
 from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.excess import Evidence, evidence_of
-from dpsgd_track.comparison.measure.observables import OBSERVABLES
+from dpsgd_track.comparison.measure.observables import OBSERVABLES, STAGES
 from dpsgd_track.comparison.pairing import Candidate, Held, Matched
 from dpsgd_track.comparison.result import Judged, Key, RegimeComparison
 from dpsgd_track.comparison.verdict import (

@@ -12,7 +12,6 @@ import numpy as np
 from dpsgd_track.comparison.audit.consistency import TOLERANCE, Inconsistency, inconsistencies
 from dpsgd_track.comparison.diagnose.culprit import Culprit, contradiction
 from dpsgd_track.comparison.diagnose.ladder import (
-    STAGES,
     Rung,
     StageStatus,
     first_introduced,
@@ -23,6 +22,7 @@ from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.drift import LOSS, Pair
 from dpsgd_track.comparison.measure.excess import Evidence, Excess
 from dpsgd_track.comparison.measure.finite import not_finite
+from dpsgd_track.comparison.measure.observables import STAGES
 from dpsgd_track.comparison.waivers import Waiver
 from dpsgd_track.modes.table import spec_of
 from dpsgd_track.record.failure import FailureKind

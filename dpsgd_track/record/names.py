@@ -39,17 +39,6 @@ TIMINGS_FILE = "timings.json"
 VARIANT_VARIABLE = "DPSGD_TRACK_VARIANT"
 """Environment variable of a variant's workers: the folder whose packages come first."""
 
-SCALAR_METRICS = (
-    "loss",
-    "grad_norm",
-    "grad_norm_noised",
-    "clip_fraction",
-    "step_time_ms",
-    "peak_memory_gib",
-    "tokens_per_second",
-)
-"""One value a step; each is a field of `Trajectory` under the same name."""
-
 EPSILON_RDP, EPSILON_PRV = "epsilon_rdp", "epsilon_prv"
 """Metrics of a private mode's run with noise: epsilon after each step, by two accountants."""
 ACCOUNTED_SIGMA = "accounting/sigma"

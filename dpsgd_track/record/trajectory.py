@@ -27,6 +27,17 @@ SCHEMA_VERSION = 2
 UNUSED = -1
 """Sample index of a place that a step has no sample for."""
 
+SCALAR_METRICS = (
+    "loss",
+    "grad_norm",
+    "grad_norm_noised",
+    "clip_fraction",
+    "step_time_ms",
+    "peak_memory_gib",
+    "tokens_per_second",
+)
+"""Fields with one value a step; each is a metric under the same name."""
+
 SAMPLE_COLUMNS = (
     "sample_index",
     "sample_rank",
@@ -277,18 +288,7 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
             raise ValueError(f"trajectory.{name}: expected shape {shape}, got {got}.")
 
 
-_PER_STEP = (
-    "step",
-    "loss",
-    "grad_norm",
-    "grad_norm_noised",
-    "clip_fraction",
-    "max_grad_norm",
-    "step_time_ms",
-    "peak_memory_gib",
-    "tokens_per_second",
-    "data_hash",
-)
+_PER_STEP = ("step", *SCALAR_METRICS, "max_grad_norm", "data_hash")
 _BY_STEP = (*_PER_STEP, "layer_weight_norm", "layer_grad_norm", *SAMPLE_COLUMNS, *LARGE)
 
 

@@ -26,7 +26,7 @@ from dpsgd_track.record.failure import FAILURE, Failure
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, RunKey
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
-from dpsgd_track.record.trajectory import Floats, Trajectory
+from dpsgd_track.record.trajectory import SCALAR_METRICS, Floats, Trajectory
 from dpsgd_track.store.client import connect
 from dpsgd_track.store.history import History, metric_history, restored
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlite_path
@@ -381,7 +381,7 @@ _LAYER_PREFIXES = (names.LAYER_WEIGHT_NORM, names.LAYER_GRAD_NORM)
 
 def metrics_of_trajectory(logged: Iterable[str]) -> list[str]:
     """Those of the metrics that a trajectory holds."""
-    return [m for m in logged if m in names.SCALAR_METRICS or m.startswith(_LAYER_PREFIXES)]
+    return [m for m in logged if m in SCALAR_METRICS or m.startswith(_LAYER_PREFIXES)]
 
 
 def _from_metrics(history: History) -> Trajectory | None:
@@ -401,7 +401,7 @@ def _from_metrics(history: History) -> Trajectory | None:
         return np.array([column(prefix + layer) for layer in layers]).reshape(-1, len(steps)).T
 
     S = len(steps)
-    scalars: dict[str, Any] = {metric: column(metric) for metric in names.SCALAR_METRICS}
+    scalars: dict[str, Any] = {metric: column(metric) for metric in SCALAR_METRICS}
     if "grad_norm_noised" not in history:
         scalars["grad_norm_noised"] = scalars["grad_norm"]
     return Trajectory(

@@ -13,9 +13,8 @@ from dpsgd_track.record.names import (
     LAYER_GRAD_NORM,
     LAYER_WEIGHT_NORM,
     SAMPLE_NORM,
-    SCALAR_METRICS,
 )
-from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
+from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, SCALAR_METRICS, UNUSED, Trajectory
 from dpsgd_track.training.observe import GatheredSamples, Measured
 
 

@@ -31,7 +31,7 @@ from dpsgd_track.record.environment import Environment
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, STARTED_JOB, GroupPlan, StartedJob, Suite
 from dpsgd_track.record.run import Group, ModeRun, Status
-from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, Trajectory
+from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, SCALAR_METRICS, Trajectory
 
 ENVIRONMENT = Environment(
     python="3.12.1",
@@ -341,7 +341,7 @@ class Store:
     def log_metrics(self, run_id: str, record: Trajectory) -> None:
         """Log the scalars and layer norms of `record` as metric history."""
         for row, step in enumerate(record.step.tolist()):
-            for metric in names.SCALAR_METRICS:
+            for metric in SCALAR_METRICS:
                 self.client.log_metric(run_id, metric, getattr(record, metric)[row], step=step)
             for column, layer in enumerate(record.layer_names.tolist()):
                 value = record.layer_grad_norm[row, column]

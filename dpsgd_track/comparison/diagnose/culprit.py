@@ -19,13 +19,14 @@ from dpsgd_track.comparison.diagnose.fingerprint import (
     quantities,
     ratio_of,
 )
-from dpsgd_track.comparison.diagnose.ladder import STAGES, Rung, StageStatus, first_introduced
+from dpsgd_track.comparison.diagnose.ladder import Rung, StageStatus, first_introduced
 from dpsgd_track.comparison.measure.alignment import Aligned
 from dpsgd_track.comparison.measure.amount import number, share
 from dpsgd_track.comparison.measure.drift import Pair
 from dpsgd_track.comparison.measure.observables import (
     OBSERVABLES,
     SMALL_SAMPLE,
+    STAGES,
     Observable,
     relative,
 )
@@ -304,13 +305,21 @@ def _ratio(rung: Rung, pair: Aligned, row: int, samples: NDArray[np.int64]) -> R
     ours, theirs = pair.baseline, pair.other
     chosen: NDArray[np.int64] | slice = samples if len(samples) else slice(None)
     columns = [i for i, name in enumerate(ours.parameter_names.tolist()) if name in rung.items]
-    match rung.observable:
-        case ObservableName.LOSS | ObservableName.GRAD_NORM | ObservableName.GRAD_NORM_NOISED:
-            a, b = (getattr(t, rung.observable)[row] for t in (ours, theirs))
+    if rung.observable is None:
+        return None
+    observable = OBSERVABLES[rung.observable]
+    match observable.items:
+        case "":
+            a, b = (getattr(t, observable.field)[row] for t in (ours, theirs))
             return ratio_of(np.atleast_1d(a), np.atleast_1d(b))
-        case ObservableName.SAMPLE_LOSS | ObservableName.SAMPLE_NORM | ObservableName.CLIP_FACTOR:
-            a, b = (getattr(t, rung.observable)[row][chosen] for t in (ours, theirs))
+        case "sample":
+            a, b = (getattr(t, observable.field)[row][chosen] for t in (ours, theirs))
             return ratio_of(a, b)
+        case "layer":
+            places = [i for i, n in enumerate(ours.layer_names.tolist()) if n in rung.items]
+            a, b = (getattr(t, observable.field)[row, places] for t in (ours, theirs))
+            return ratio_of(a, b)
+    match rung.observable:
         case ObservableName.SAMPLE_NORM_BY_PARAMETER:
             a, b = (t.sample_norm_by_parameter[row][chosen][:, columns] for t in (ours, theirs))
             return ratio_of(a, b)
@@ -326,10 +335,6 @@ def _ratio(rung: Rung, pair: Aligned, row: int, samples: NDArray[np.int64]) -> R
         case ObservableName.UPDATE if row > 0:
             a, b = (t.weight_sketch[row] - t.weight_sketch[row - 1] for t in (ours, theirs))
             return projected_ratio(a[columns], b[columns])
-        case ObservableName.LAYER_GRAD_NORM | ObservableName.LAYER_WEIGHT_NORM:
-            places = [i for i, n in enumerate(ours.layer_names.tolist()) if n in rung.items]
-            a, b = (getattr(t, rung.observable)[row, places] for t in (ours, theirs))
-            return ratio_of(a, b)
     return None
 
 

@@ -8,7 +8,7 @@ own inputs and outputs (`consistency.py`). The other stages that fail have inher
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,31 +16,10 @@ from numpy.typing import NDArray
 
 from dpsgd_track.comparison.audit.consistency import Inconsistency
 from dpsgd_track.comparison.measure.excess import Evidence, Excess
+from dpsgd_track.comparison.measure.observables import STAGES
 from dpsgd_track.config import CLIP, kind_of
 from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
-
-STAGES: Mapping[Stage, tuple[ObservableName, ...]] = {
-    Stage.LOSS: (ObservableName.LOSS, ObservableName.SAMPLE_LOSS),
-    Stage.NORMS: (ObservableName.SAMPLE_NORM, ObservableName.SAMPLE_NORM_BY_PARAMETER),
-    Stage.FACTORS: (ObservableName.CLIP_FACTOR,),
-    Stage.SUM: (
-        ObservableName.GRADIENT,
-        ObservableName.GRAD_NORM,
-        ObservableName.LAYER_GRAD_NORM,
-    ),
-    Stage.NOISE: (
-        ObservableName.NOISE,
-        ObservableName.NOISED_GRADIENT,
-        ObservableName.GRAD_NORM_NOISED,
-    ),
-    Stage.UPDATE: (
-        ObservableName.UPDATE,
-        ObservableName.WEIGHTS,
-        ObservableName.LAYER_WEIGHT_NORM,
-    ),
-}
-"""Stages that compute something, with their observables, in the order of a step."""
 
 _OWN_EVIDENCE = (ObservableName.NOISE,)
 """Observables that show their stage alone, whatever it was given."""

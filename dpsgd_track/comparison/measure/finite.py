@@ -15,31 +15,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsgd_track.comparison.measure.observables import OBSERVABLES
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import LARGE, SAMPLE_COLUMNS, UNUSED, Trajectory
 
-ALWAYS_FINITE = {
-    "loss": "loss",
-    "grad_norm": "gradient norm",
-    "grad_norm_noised": "noised gradient norm",
-    "sample_loss": "loss of one sample",
-    "gradient_sketch": "clipped sum",
-    "noised_sketch": "noised gradient",
-    "weight_sketch": "weights after the step",
-}
-SOMETIMES_ABSENT = {
-    "sample_norm": "per-sample gradient norm",
-    "sample_norm_by_parameter": "per-sample gradient norm of one parameter",
-    "clip_factor": "clip factor",
-    "layer_weight_norm": "weight norm of one layer",
-    "layer_grad_norm": "gradient norm of one layer",
-}
-_COMPARED_AS = {
-    "gradient_sketch": ObservableName.GRADIENT,
-    "noised_sketch": ObservableName.NOISED_GRADIENT,
-    "weight_sketch": ObservableName.WEIGHTS,
-}
-"""Fields that are compared under another name than their own."""
+# Of several observables that are made of one field, the one that compares the field as it is.
+_MADE_OF_OTHERS = (ObservableName.FINAL_LOSS, ObservableName.NOISE, ObservableName.UPDATE)
+_CHECKED = {o.field: o for o in OBSERVABLES.values() if o.name not in _MADE_OF_OTHERS}
+ALWAYS_FINITE = tuple(field for field, o in _CHECKED.items() if not o.may_be_absent)
+SOMETIMES_ABSENT = tuple(field for field, o in _CHECKED.items() if o.may_be_absent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +39,7 @@ class NotFinite:
     @property
     def observable(self) -> ObservableName:
         """What is compared of the field."""
-        return _COMPARED_AS.get(self.field) or ObservableName(self.field)
+        return _CHECKED[self.field].name
 
 
 _known: WeakKeyDictionary[Trajectory, tuple[NotFinite, ...]] = WeakKeyDictionary()
@@ -69,13 +53,12 @@ def not_finite(trajectory: Trajectory) -> tuple[NotFinite, ...]:
     Looked for once: a baseline is asked about for every run that is held against it.
     """
     if trajectory not in _known:
-        fields = ALWAYS_FINITE | SOMETIMES_ABSENT
-        found = (_first(trajectory, field, title) for field, title in fields.items())
+        found = (_first(trajectory, field) for field in (*ALWAYS_FINITE, *SOMETIMES_ABSENT))
         _known[trajectory] = tuple(bad for bad in found if bad)
     return _known[trajectory]
 
 
-def _first(t: Trajectory, field: str, title: str) -> NotFinite | None:
+def _first(t: Trajectory, field: str) -> NotFinite | None:
     absent: NDArray[np.bool_] | None = None
     for start, stop in _blocks(t, field):
         values = t.read(field, start, stop)
@@ -89,7 +72,7 @@ def _first(t: Trajectory, field: str, title: str) -> NotFinite | None:
             row, *item = (int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
             return NotFinite(
                 field=field,
-                title=title,
+                title=_CHECKED[field].title.removesuffix(" (distance)"),
                 value=float(values[(row, *item)]),
                 step=int(t.step[start + row]),
                 where=_where(t, field, (start + row, *item)),

@@ -6,13 +6,14 @@ M items an observable is made of (layers, samples, parameters, or one for a scal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import enum
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dpsgd_track.record.stages import ObservableName
+from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 LOSS, GRAD_NORM = "loss", "grad_norm"
@@ -158,11 +159,23 @@ def _final_loss(baseline: Trajectory, other: Trajectory) -> Floats:
     return drift
 
 
+class Charted(enum.Enum):
+    """Whether the drift of an observable has a chart."""
+
+    ALWAYS = enum.auto()
+    IF_DIFFERENT = enum.auto()
+    """Where some mode is off: where all are equal, the ladder says all there is to say."""
+    NEVER = enum.auto()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Observable:
     """One thing that is compared."""
 
     name: ObservableName
+    stage: Stage | None
+    """Stage that it is evidence of; None where another observable is that of the same value."""
+    charted: Charted
     title: str
     """As it stands in a sentence."""
     measure: Callable[[Trajectory, Trajectory], Floats]
@@ -176,6 +189,8 @@ class Observable:
     threshold: str = GRAD_NORM
     """Which threshold it is held against."""
     is_relative: bool = True
+    may_be_absent: bool = False
+    """NaN means "not computed" where the whole of it is NaN; elsewhere it is a defect."""
     is_estimate: bool = False
     """Known from K projections: relative standard deviation about sqrt(1 / (2 K))."""
 
@@ -185,6 +200,8 @@ OBSERVABLES: dict[ObservableName, Observable] = {
     for o in (
         Observable(
             name=ObservableName.LOSS,
+            stage=Stage.LOSS,
+            charted=Charted.ALWAYS,
             title="loss",
             measure=_absolute("loss"),
             field="loss",
@@ -193,6 +210,8 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.FINAL_LOSS,
+            stage=None,
+            charted=Charted.NEVER,
             title="final loss",
             measure=_final_loss,
             field="loss",
@@ -201,6 +220,8 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.SAMPLE_LOSS,
+            stage=Stage.LOSS,
+            charted=Charted.NEVER,
             title="loss of one sample",
             measure=_absolute("sample_loss"),
             field="sample_loss",
@@ -210,6 +231,9 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.SAMPLE_NORM,
+            stage=Stage.NORMS,
+            charted=Charted.ALWAYS,
+            may_be_absent=True,
             title="per-sample gradient norm",
             measure=_relative("sample_norm", lambda t: _largest(t.sample_norm, 1), SMALL_SAMPLE),
             field="sample_norm",
@@ -217,6 +241,9 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.SAMPLE_NORM_BY_PARAMETER,
+            stage=Stage.NORMS,
+            charted=Charted.NEVER,
+            may_be_absent=True,
             title="per-sample gradient norm of one parameter",
             measure=_relative(
                 "sample_norm_by_parameter", lambda t: _l2(t.sample_norm_by_parameter, 2)
@@ -226,6 +253,9 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.CLIP_FACTOR,
+            stage=Stage.FACTORS,
+            charted=Charted.IF_DIFFERENT,
+            may_be_absent=True,
             title="clip factor",
             measure=_absolute("clip_factor"),
             field="clip_factor",
@@ -234,6 +264,8 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.GRADIENT,
+            stage=Stage.SUM,
+            charted=Charted.ALWAYS,
             title="clipped sum (distance)",
             measure=_direction("gradient_sketch"),
             field="gradient_sketch",
@@ -242,12 +274,17 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.GRAD_NORM,
+            stage=Stage.SUM,
+            charted=Charted.ALWAYS,
             title="gradient norm",
             measure=_relative("grad_norm", lambda t: _largest(t.grad_norm, None), SMALL_SAMPLE),
             field="grad_norm",
         ),
         Observable(
             name=ObservableName.LAYER_GRAD_NORM,
+            stage=Stage.SUM,
+            charted=Charted.NEVER,
+            may_be_absent=True,
             title="gradient norm of one layer",
             measure=_relative("layer_grad_norm", lambda t: t.grad_norm[:, None]),
             field="layer_grad_norm",
@@ -257,6 +294,8 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         # in it, so the sum above and the noise alone are both compared, besides their total.
         Observable(
             name=ObservableName.NOISE,
+            stage=Stage.NOISE,
+            charted=Charted.IF_DIFFERENT,
             title="noise (distance)",
             measure=_noise,
             field="noised_sketch",
@@ -265,6 +304,8 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.NOISED_GRADIENT,
+            stage=Stage.NOISE,
+            charted=Charted.NEVER,
             title="noised gradient (distance)",
             measure=_direction("noised_sketch"),
             field="noised_sketch",
@@ -273,6 +314,8 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.GRAD_NORM_NOISED,
+            stage=Stage.NOISE,
+            charted=Charted.NEVER,
             title="noised gradient norm",
             measure=_relative(
                 "grad_norm_noised", lambda t: _largest(t.grad_norm_noised, None), SMALL_SAMPLE
@@ -281,6 +324,8 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.UPDATE,
+            stage=Stage.UPDATE,
+            charted=Charted.IF_DIFFERENT,
             title="weight update (distance)",
             measure=_update,
             field="weight_sketch",
@@ -289,6 +334,8 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.WEIGHTS,
+            stage=Stage.UPDATE,
+            charted=Charted.NEVER,
             title="weights after the step (distance)",
             measure=_direction("weight_sketch"),
             field="weight_sketch",
@@ -297,6 +344,9 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
         Observable(
             name=ObservableName.LAYER_WEIGHT_NORM,
+            stage=Stage.UPDATE,
+            charted=Charted.NEVER,
+            may_be_absent=True,
             title="weight norm of one layer",
             measure=_relative("layer_weight_norm", lambda t: _l2(t.layer_weight_norm, 1)),
             field="layer_weight_norm",
@@ -305,3 +355,11 @@ OBSERVABLES: dict[ObservableName, Observable] = {
     )
 }
 """Everything that is compared, in the order in which a step computes it."""
+
+STAGES: Mapping[Stage, tuple[ObservableName, ...]] = {
+    stage: names
+    for stage in Stage
+    if (names := tuple(o.name for o in OBSERVABLES.values() if o.stage is stage))
+}
+"""Stages that compute something, with their observables, in the order of a step. The first of a
+stage is its result, and the others are made of it."""

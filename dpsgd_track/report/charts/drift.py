@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.drift import OBSERVABLES, Drift, Pair
 from dpsgd_track.comparison.measure.floor import limits_of
+from dpsgd_track.comparison.measure.observables import Charted
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.report.charts.curves import ZERO, above_zero, drawn, log_axis, step_axis, whole
@@ -20,10 +21,7 @@ from dpsgd_track.report.charts.marks import add_limit, floor_of, threshold_of
 from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain, wrapped
 from dpsgd_track.report.thinning import kept
 
-_ALWAYS = ("loss", "grad_norm", "sample_norm", "gradient")
 _LAYERS = ObservableName.LAYER_GRAD_NORM
-_IF_ANY = ("clip_factor", "noise", "update")
-"""Drawn only where some mode is off: where all are equal, the ladder says all there is to say."""
 
 
 def against_baseline(regime: RegimeComparison) -> list[Pair]:
@@ -39,16 +37,18 @@ def drift_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
         charts += [
             _drift_chart(comparison, regime, name, style)
             for name in OBSERVABLES
-            if any(name in pair.drifts for pair in pairs)
-            and (name in _ALWAYS or (name in _IF_ANY and _differs(pairs, name)))
+            if any(name in pair.drifts for pair in pairs) and _is_drawn(pairs, name)
         ]
         if any(_layers(pair) for pair in pairs):
             charts.append(_layer_heatmap(comparison, regime, style))
     return charts
 
 
-def _differs(pairs: list[Pair], name: ObservableName) -> bool:
-    return any(pair.drifts[name].max > 0 for pair in pairs if name in pair.drifts)
+def _is_drawn(pairs: list[Pair], name: ObservableName) -> bool:
+    charted = OBSERVABLES[name].charted
+    if charted is Charted.IF_DIFFERENT:
+        return any(pair.drifts[name].max > 0 for pair in pairs if name in pair.drifts)
+    return charted is Charted.ALWAYS
 
 
 def _drift_chart(
