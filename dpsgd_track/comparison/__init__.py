@@ -1,20 +1,21 @@
-"""Says whether the modes of a group computed the same thing. Pure NumPy, no torch.
+"""Decides whether the modes of a group computed the same thing. Pure NumPy, no torch.
 
-A pairing says what is held against what: `baselines` within one group, `earlier` between two. What
-`group` does with the pairs is the same for both, regime by regime:
+A pairing chooses the pairs to compare: `baselines` within one group, `earlier` between two.
+`group` treats the pairs of both alike, regime by regime:
 
-1. `alignment` puts two trajectories side by side by step, sample index and name;
-2. `drift` measures how far apart they are in everything that `observables` lists;
-3. `floor` takes the same measure of a baseline and its replay: rounding alone;
-4. `excess` tells how far each drift is over what rounding explains;
-5. `finite` looks for NaN and infinity in each run by itself;
+1. `alignment` matches two trajectories by step, sample index and name;
+2. `drift` measures their distance in every quantity that `observables` lists;
+3. `floor` measures a baseline and its replay in the same way: rounding alone;
+4. `excess` relates each drift to the limit that rounding explains;
+5. `finite` looks for NaN and infinity in each run on its own;
 6. `ladder` finds the first step and stage that is out of bounds;
-7. `noise` audits the noise of each run by itself, and what each sample contributes;
-8. `consistency` holds each run against itself, and `culprit` names what went wrong first;
-9. `verdict` turns all of it into PASS, DRIFT, BUG or INCONCLUSIVE, with a sentence;
-10. `judge` runs the above for one run, and `result` is what they add up to.
+7. `noise` audits each run's noise, and the contribution of each sample;
+8. `consistency` checks each run's numbers against each other, and `culprit` names the stage that
+   went wrong first;
+9. `verdict` turns the findings into PASS, DRIFT, BUG or INCONCLUSIVE, with a sentence;
+10. `judge` runs the steps above for one run, and `result` combines them.
 
-`waivers` says which drifts are accepted for now.
+`waivers` lists the drifts that are accepted for now.
 """
 
 from dpsgd_track.comparison.group import compare_group, compare_groups

@@ -1,4 +1,4 @@
-"""One group: each mode is held against the baseline of each regime, and against the oracle."""
+"""One group: each mode is compared with the baseline of each regime, and with the oracle."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Baselines:
 
     group: Group
     all_pairs: bool
-    """Compare every two modes, also those of which neither is a baseline."""
+    """Compare every two modes, including pairs without a baseline."""
     differences: EnvironmentDifferences = ()
 
     @property
     def regimes(self) -> Sequence[str]:
-        """As the launcher ran them."""
+        """Names of the regimes, in the order in which the launcher ran them."""
         return list(dict.fromkeys(run.regime for run in self.group.runs))
 
     def shown(self, matched: Sequence[Matched]) -> Group:
@@ -42,18 +42,18 @@ class Baselines:
         return self.group
 
     def unmatched(self, matched: Sequence[Matched]) -> str:
-        """Empty: each run says by itself what it lacks."""
+        """Always empty: each run reports its own lack of a baseline."""
         return ""
 
     def match(self, regime: str) -> Matched:
-        """Measure each pair of one regime, each record being read once."""
+        """Measure each pair of one regime, reading each record once."""
         runs = tuple(run for run in self.group.runs if run.regime == regime)
         baseline, reference = _bases(regime, runs)
         bases = list({run.label: run for run in (baseline, reference) if run}.values())
-        # Runs of the noise regime differ by design, each having noise of its own.
+        # Runs of the noise regime differ by design, since each has its own noise.
         recorded = [labelled(r) for r in runs if r.trajectory and not r.replay]
         recorded = [] if kind_of(regime) == NOISE else recorded
-        # The oracle is held against nobody: where it and no_dp differ, no_dp is at fault.
+        # The oracle is never judged: if it and no_dp differ, no_dp is at fault.
         judged = [
             (held, other)
             for held in map(labelled, bases)
@@ -133,20 +133,20 @@ def _unknown(regime: RegimeComparison, why: str, against: str = "") -> Finding:
 
 
 def _bases(regime: str, runs: Sequence[ModeRun]) -> tuple[ModeRun | None, ModeRun | None]:
-    """The baseline and the oracle of a regime, if they were recorded."""
+    """The baseline and the oracle of a regime, each None if it was not recorded."""
     if kind_of(regime) == NOISE:
         return None, None
     recorded = [run for run in runs if run.trajectory]
     # no_dp clips nothing, so in the clip regime only the oracle can be the baseline.
     reference = run_of(recorded, REFERENCE)
     plain = None if kind_of(regime) == CLIP else run_of(recorded, BASELINE)
-    # A mode on its own can still be the baseline of its variants.
+    # A single mode can still be the baseline of its variants.
     installed = (run_of(recorded, run.mode) for run in runs if run.variant)
     return plain or reference or next(filter(None, installed), None), reference
 
 
 def _floors(repeats: Sequence[tuple[ModeRun, ModeRun]], replays: list[Pair]) -> dict[str, Floor]:
-    """The floor that the sound replays show together, by the label of each base."""
+    """The joint floor of all sound replays, by the label of each base."""
     sound: list[Pair] = []
     against_float64 = False
     for (base, run), pair in zip(repeats, replays, strict=True):
@@ -155,7 +155,7 @@ def _floors(repeats: Sequence[tuple[ModeRun, ModeRun]], replays: list[Pair]) -> 
         sound.append(pair)
         exact = base.job is None or base.job.performance.reference_dtype == "float64"
         against_float64 |= run.replay == PLAIN and exact
-    # All are held to the largest: each replay is one draw of what rounding can do.
+    # The largest counts for all, since each replay is one draw of the rounding error.
     floor = floor_of(sound, against_float64=against_float64)
     return dict.fromkeys((base.label for base, _ in repeats), floor) if floor else {}
 
@@ -164,5 +164,5 @@ def _largest(
     recorded: Sequence[Labelled], pairs: Sequence[Pair]
 ) -> dict[ObservableName, LargestDrift]:
     by_labels = {frozenset((pair.baseline, pair.mode)): pair for pair in pairs}
-    # Of equal ones the first counts, in the launcher's order.
+    # Of equal drifts the first counts, in the launcher's order.
     return largest_of(by_labels[frozenset((a, b))] for (a, _), (b, _) in combinations(recorded, 2))

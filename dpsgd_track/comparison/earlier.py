@@ -1,6 +1,6 @@
-"""Two groups: each run of the later one is held against the same run of the earlier one.
+"""Two groups: each run of the later one is compared with the same run of the earlier one.
 
-Modes of one group are not held against each other here: `baselines` does that.
+Modes of the same group are not compared with each other here; `baselines` does that.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dpsgd_track.modes.table import BASELINE, REFERENCE
 from dpsgd_track.record.run import Group, ModeRun, Status
 
 _CODE = ("git_revision", "git_dirty", "dpsgd_track")
-"""Facts of the environment that two groups are compared for; where nothing else differs, a drift
-is theirs."""
+"""Facts of the environment that describe the code, whose effect a comparison of two groups is to
+show. If no other fact differs, the code causes the drift."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,12 @@ class Earlier:
 
     @property
     def regimes(self) -> Sequence[str]:
-        """Those of the later group first."""
+        """Regimes of the later group, then those that only the earlier one has."""
         return list(dict.fromkeys(run.regime for run in (*self.after.runs, *self.before.runs)))
 
     @cached_property
     def differences(self) -> EnvironmentDifferences:
-        """Sorted by the fact's name."""
+        """Facts of the environment that differ, sorted by name."""
         ours, theirs = _environment(self.before), _environment(self.after)
         return tuple(
             (key, _shown(ours[key]), _shown(theirs[key]))
@@ -53,20 +53,20 @@ class Earlier:
         )
 
     def shown(self, matched: Sequence[Matched]) -> Group:
-        """Both groups: the earlier runs are drawn beside the later ones."""
+        """Both groups: the earlier runs are plotted next to the later ones."""
         later = (candidate.run for each in matched for candidate in each.candidates)
         earlier = (run for regime in self.regimes for run in self._renamed(regime))
         name = f"{self.after.name}-vs-{self.before.name}"
         return replace(self.after, name=name, runs=(*later, *earlier), timed_runs=())
 
     def unmatched(self, matched: Sequence[Matched]) -> str:
-        """That not one run has its like."""
+        """A sentence if no run has a counterpart in the earlier group; otherwise empty."""
         if any(each.comparison.pairs for each in matched):
             return ""
         return f"no run has its like in group {self.before.name}"
 
     def match(self, regime: str) -> Matched:
-        """Measure each later run against its earlier one, and the replays of both groups."""
+        """Measure each later run against its counterpart, and the replays of both groups."""
         baseline = f"group {self.before.name}"
         repeated = [run for run in self.before.runs if run.regime == regime]
         before = {run.label: run for run in repeated if not run.replay}
@@ -111,7 +111,7 @@ class Earlier:
         unlike = [*judge_likeness(named, run), *_unlike_settings(base, run, regime)]
         held = Held(
             pair=regime.pair(run.label),
-            # The oracle's replay computes in another type, so that it excuses the modes only.
+            # The oracle's replay computes in another type, so its floor applies to modes only.
             floor=None if run.label == REFERENCE else regime.floor(),
             findings=[*(_at_fault(f, regime.baseline) for f in judge_run(base)), *unlike],
             unlike=bool(unlike),
@@ -120,7 +120,7 @@ class Earlier:
         return Candidate(run=run, held=[held])
 
     def _renamed(self, regime: str) -> list[ModeRun]:
-        """The earlier group's runs under names of their own."""
+        """The earlier group's runs under labels of their own."""
         baseline = f"group {self.before.name}"
         return [
             replace(run, mode=earlier_label(run.label, baseline), variant="")
@@ -129,7 +129,7 @@ class Earlier:
         ]
 
     def _missing(self, before: Mapping[str, ModeRun], later: Sequence[ModeRun]) -> list[ModeRun]:
-        """A missing run for each that only the earlier group has."""
+        """Placeholders for the runs that only the earlier group has."""
         known = {run.label for run in later if not run.replay}
         return [
             ModeRun(
@@ -145,7 +145,7 @@ class Earlier:
 
 
 def _replays(regime: str, runs: Sequence[ModeRun]) -> list[tuple[Labelled, Labelled]]:
-    """Sound replays of a group's own baseline, each with what it repeats."""
+    """Sound replays of a group's own baseline, each paired with the run it repeats."""
     base = run_of(runs, REFERENCE if kind_of(regime) == CLIP else BASELINE)
     if base is None or base.trajectory is None:
         return []
@@ -172,7 +172,7 @@ def _unlike_settings(base: ModeRun, run: ModeRun, regime: RegimeComparison) -> l
     reasons = [
         f"{name} {theirs[name]}, not {value}"
         for name, value in ours.items()
-        # One that is not recorded is not known to differ.
+        # A setting that was not recorded is not known to differ.
         if theirs.get(name, value) != value
     ]
     if not reasons:
@@ -194,7 +194,7 @@ Every other field, a new one too, has to be equal."""
 
 
 def _settings(run: ModeRun) -> dict[str, object]:
-    """Settings that what a run computes depends on, and that its record does not show."""
+    """Settings that affect the result of a run and that its record does not show."""
     job, setup = run.job, run.setup
     if job is None or setup is None:
         return {}

@@ -1,6 +1,6 @@
-"""Compares all runs of a group, or of two: regime by regime, with one algorithm for both.
+"""Compares all runs of one or two groups, regime by regime, with one algorithm for both.
 
-What is held against what is the pairing's: `baselines` within a group, `earlier` between two.
+The pairing chooses the pairs: `baselines` within a group, `earlier` between two.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def compare_group(
 
     Args:
         waivers: drifts that are accepted until they expire.
-        today: the day that they are asked on (default: this one).
-        all_pairs: compare every two modes, also those of which neither is a baseline. No verdict
-            depends on it.
+        today: date at which waivers are evaluated (default: the current one).
+        all_pairs: compare every two modes, including pairs without a baseline. No verdict depends
+            on it.
     """
     today = today or datetime.date.today()
     measure = Measure(thresholds=thresholds, waivers=waivers, today=today)
@@ -47,15 +47,15 @@ def compare_groups(
     waivers: Sequence[Waiver] = (),
     today: datetime.date | None = None,
 ) -> GroupComparison:
-    """Hold each run of `after` against the run of `before` of the same mode, regime and variant.
+    """Compare each run of `after` with the run of `before` of the same mode, regime and variant.
 
-    A run that is missing from `after` never passes; one that is new in it has nothing to be held
-    against, and says so. A drift below the bug threshold is INCONCLUSIVE where the two were not
-    made in the same environment.
+    A run that is missing from `after` never passes; one that is new in it has no counterpart, and
+    its sentence says so. A drift below the bug threshold is INCONCLUSIVE if the two runs'
+    environments differ.
 
     Args:
         waivers: drifts that are accepted until they expire.
-        today: the day that they are asked on (default: this one).
+        today: date at which waivers are evaluated (default: the current one).
     """
     today = today or datetime.date.today()
     measure = Measure(thresholds=thresholds, waivers=waivers, today=today)

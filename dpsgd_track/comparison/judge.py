@@ -1,4 +1,4 @@
-"""Judges one run of one regime: by itself, and against each run that it is held against."""
+"""Judges one run of one regime: on its own, and against each run that it is compared with."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dpsgd_track.record.run import ModeRun
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What every run is measured by."""
+    """Thresholds, waivers and date that apply to every run."""
 
     thresholds: Thresholds
     waivers: Sequence[Waiver] = ()
@@ -39,7 +39,7 @@ class Measure:
 
 
 def judge(candidate: Candidate, matched: Matched, measure: Measure) -> Judged:
-    """Everything that is found of a run in one regime, by itself and in each comparison."""
+    """All findings on a run in one regime, on its own and in each comparison."""
     run, regime = candidate.run, matched.comparison
     found, broken = judge_consistency(run)
     found = [*judge_run(run), *found]
@@ -65,10 +65,10 @@ def judge(candidate: Candidate, matched: Matched, measure: Measure) -> Judged:
 def _judge_against(
     held: Held, run: ModeRun, measure: Measure, broken: Sequence[Inconsistency]
 ) -> Judged:
-    """What the pair of two recorded runs shows.
+    """Judge a pair of two recorded runs.
 
     Args:
-        broken: relations between its own numbers that `run` breaks.
+        broken: relations between its own numbers that `run` violates.
     """
     assert held.pair is not None
     evidence = evidence_of(held.pair, measure.thresholds, held.floor)
@@ -77,7 +77,7 @@ def _judge_against(
     left_out = run.facts.left_out_steps if run.facts else ()
     found = [*judge_floor(evidence), *judge_pair(evidence, rungs, left_out)]
     if held.unlike:
-        # Drifts of what cannot be compared say nothing about the mode.
+        # Drifts between incomparable runs say nothing about the mode.
         return Judged(
             findings=tuple(f for f in found if f.observable is None), ladders={key: rungs}
         )
@@ -104,7 +104,7 @@ def _culprit(
     run: ModeRun,
     broken: Sequence[Inconsistency],
 ) -> Culprit | None:
-    """The first stage that went wrong, of those whose drifts are not all accepted."""
+    """The first stage that went wrong, skipping stages whose drifts are all accepted."""
 
     def is_accepted(rung: Rung) -> bool:
         shown = [f for f in found if f.observable in STAGES.get(rung.stage, ())]
@@ -121,7 +121,7 @@ def _passed(
     thresholds: Thresholds,
     ladders: Mapping[Key, tuple[Rung, ...]],
 ) -> str:
-    """What is said of a run that nothing was found of."""
+    """Description of a run without findings."""
     if kind_of(regime.name) == NOISE and run.label in regime.audits:
         return passed_noise(regime.audits[run.label])
     if run.replay:

@@ -1,4 +1,4 @@
-"""What is held against what: all that tells one group's comparison from that of two."""
+"""The pairs of runs to compare: the only difference between comparing one group and two."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _KEYS_SHOWN = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """A run against another one."""
+    """A run compared with another one."""
 
     pair: Pair | None
-    """None where one of the two is not compared."""
+    """None if no drift was measured between the two."""
     floor: Floor | None = None
-    """What rounding explains of the pair."""
+    """Rounding error to expect of the pair; None if it is unknown."""
     findings: Sequence[Finding] = ()
-    """What is to be said of the two whatever their numbers are."""
+    """Findings that do not depend on the numbers of the two runs."""
     unlike: bool = False
-    """Whether the two cannot be compared; their drifts then say nothing about the mode."""
+    """True if the two cannot be compared; their drifts then say nothing about the mode."""
     other_environment: Sequence[str] = ()
     """Settings of software and machine in which the two differ."""
 
     def attributed(self, finding: Finding) -> Finding:
-        """`finding`, or INCONCLUSIVE where another environment may be the cause of a drift."""
+        """`finding`; a DRIFT becomes INCONCLUSIVE if another environment may be its cause."""
         keys = self.other_environment
         if finding.verdict is not Verdict.DRIFT or not keys:
             return finding
@@ -46,29 +46,29 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A run that is judged, and all that it is held against."""
+    """A run to judge, with all runs that it is compared with."""
 
     run: ModeRun
     held: Sequence[Held] = ()
     findings: Sequence[Finding] = ()
-    """That there is nothing to hold it against, where there ought to be."""
+    """Findings that report a required baseline as missing."""
     new: str = ""
-    """That it has no like to be held against, where it need not have one."""
+    """Sentence about a run that has no counterpart and needs none; otherwise empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matched:
-    """One regime, measured, in which each run knows what it is held against."""
+    """The measured pairs of one regime."""
 
     comparison: RegimeComparison
     candidates: Sequence[Candidate]
-    """Replays included."""
+    """Runs to judge, replays included."""
     reference: ModeRun | None
-    """The oracle, which shows whether clipping was put to the test."""
+    """The oracle, which shows whether the regime exercised clipping."""
 
 
 class Pairing(Protocol):
-    """A way to pair the runs of one group or of two."""
+    """A way to pair the runs of one group, or of two."""
 
     @property
     def regimes(self) -> Sequence[str]:
@@ -76,29 +76,29 @@ class Pairing(Protocol):
 
     @property
     def differences(self) -> EnvironmentDifferences:
-        """What differs between two groups."""
+        """Facts of the environment that differ between two groups."""
 
     def match(self, regime: str) -> Matched:
         """Measure all pairs of one regime."""
 
     def shown(self, matched: Sequence[Matched]) -> Group:
-        """The group that a report is about."""
+        """The group that a report describes."""
 
     def unmatched(self, matched: Sequence[Matched]) -> str:
-        """Why a comparison in which nothing is wrong shows nothing either; empty if it does."""
+        """Reason why a comparison without findings shows nothing; empty if it shows something."""
 
 
 def labelled(run: ModeRun, label: str = "") -> Labelled:
-    """A recorded run as it is held against others, by default under its own label."""
+    """A recorded run with its label, by default the run's own."""
     assert run.trajectory is not None, "only a recorded run is held against others"
     return label or run.label, run.trajectory
 
 
 def run_of(runs: Iterable[ModeRun], label: str) -> ModeRun | None:
-    """The run of `label` that is no replay."""
+    """The run of `label` that is not a replay."""
     return next((run for run in runs if run.label == label and not run.replay), None)
 
 
 def is_sound(base: ModeRun, replay: ModeRun) -> bool:
-    """Whether `replay` did what `base` did: an unsound one would excuse what rounding does not."""
+    """True if `replay` did the same as `base`; otherwise it would excuse more than rounding."""
     return not [*judge_run(replay), *judge_likeness(base, replay)]

@@ -1,8 +1,7 @@
-"""What each mode costs beside ordinary training: medians, spreads and ratios. No verdict.
+"""Cost of each mode relative to ordinary training: medians, spreads and ratios. No verdict.
 
-A run of a mode is held against the two runs of its baseline that it stands between, so that what
-the machine did meanwhile cancels; the rounds of a profile are taken together after that. Ratios are
-of steps that were not tracked.
+A mode's run is compared with the baseline runs right before and after it, which cancels drift of
+the machine; the rounds of a profile are pooled afterwards. Ratios are of untracked steps.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
 
 RESTLESS = 0.05
-"""Relative change between the two baseline runs around a mode from which on it is pointed out."""
+"""Least relative change between the two baseline runs around a mode that is reported."""
 
 
 class CostStatus(enum.StrEnum):
-    """What became of one run of a profile."""
+    """Outcome of one run of a profile."""
 
     MEASURED = "measured"
     OUT_OF_MEMORY = "out of memory"
@@ -33,7 +32,7 @@ class CostStatus(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Steps of one kind."""
+    """Distribution over steps of one kind."""
 
     median: float
     p20: float
@@ -44,65 +43,65 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """What a mode is held against: its baseline's runs before and after it, in every round."""
+    """The baseline's runs before and after a mode, in every round."""
 
     label: str
     step_time_ms: float
-    """Median over the steps of all of them."""
+    """Median over the steps of all these runs."""
     peak_memory_gib: float
-    """Median of all of them."""
+    """Median over all these runs."""
     num_runs: int
-    """2 for each round, less those that were not measured."""
+    """2 per round, less the runs without a measurement."""
     moved: float | None
     """Median step time of the run after over that of the run before, minus 1, in the round where
-    it is farthest from 0; None where no round has both."""
+    it is farthest from 0; None if no round has both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured of one mode at one shape, its rounds taken together."""
+    """Measurements of one mode at one shape, pooled over rounds."""
 
     label: str
     """`mode` or `mode@variant`."""
     mode: str
     variant: str
     seq_length: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     batch_size: int
-    """Sequences of a step on each rank."""
+    """Sequences per step on each rank."""
     status: CostStatus
     is_baseline: bool = False
     reason: str = ""
-    """Why it was not measured."""
+    """Reason for a missing measurement; otherwise empty."""
     num_ranks: int | None = None
     step_time_ms: Spread | None = None
-    """Of the steps that were not tracked."""
+    """Untracked steps."""
     tracked_time_ms: Spread | None = None
-    """Of the steps that were also observed."""
+    """Tracked steps."""
     tokens_per_second: Spread | None = None
-    """Of the steps that were not tracked."""
+    """Untracked steps."""
     peak_memory_gib: float | None = None
-    """Median of its runs, of the largest rank's."""
+    """Median over its runs of the largest rank's peak."""
     baseline: Baseline | None = None
-    """None of a baseline, and where none was measured."""
+    """None for a baseline itself, and if no baseline was measured."""
     time_ratio: Spread | None = None
-    """Step time over the median of the baseline in the same round."""
+    """Step time over the baseline's median in the same round."""
     ratio_of_rounds: tuple[float, ...] = ()
-    """Median of each round's, in order."""
+    """Median of each round's ratios, in order."""
     memory_ratio: float | None = None
-    """Peak memory over that of the baseline in the same round, median of the rounds."""
+    """Peak memory over the baseline's in the same round, median over rounds."""
     moved: float | None = None
-    """Of a baseline: the largest over the smallest median of its runs at the shape, minus 1."""
+    """For a baseline: largest over smallest median of its runs at the shape, minus 1."""
     plan: Mapping[str, str] = field(default_factory=dict)
-    """How the mode went about each layer."""
+    """Method that the mode chose for each layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(Figures):
-    """One mode at one shape, and all runs of a baseline."""
+    """One mode at one shape, or all runs of a baseline."""
 
     run: ModeRun
-    """One of its runs, of those that were measured if there are any."""
+    """One of its runs, a measured one if there is any."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,14 +110,14 @@ class Cost(Figures):
 
     @property
     def tracking_overhead(self) -> float | None:
-        """Median time of tracked steps over that of the others, minus 1."""
+        """Median time of tracked steps over that of untracked ones, minus 1."""
         if self.tracked_time_ms is None or self.step_time_ms is None:
             return None
         return self.tracked_time_ms.median / self.step_time_ms.median - 1
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be known of the figures, or why there are none."""
+        """Remarks on the figures, or the reason why there are none."""
         found = []
         if self.status is CostStatus.OUT_OF_MEMORY:
             found.append("out of memory")
@@ -141,16 +140,16 @@ class Cost(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What all modes of a group cost."""
+    """Cost of all modes of a group."""
 
     costs: tuple[Cost, ...]
-    """One for each mode and shape, shape after shape, in the order they were timed in."""
+    """One for each mode and shape, shape after shape, in the order of measurement."""
     incomplete: tuple[str, ...]
-    """A sentence for each run that failed or is missing; out of memory is a result."""
+    """A sentence for each run that failed or is missing; running out of memory is a result."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Modes, in order."""
+        """Labels of the modes, in order."""
         return tuple(dict.fromkeys(cost.label for cost in self.costs))
 
     @property
@@ -160,7 +159,7 @@ class Profile:
 
     @property
     def sentence(self) -> str:
-        """What was measured, in a line."""
+        """Summary of the measurements in a line."""
         counts = dict.fromkeys(CostStatus, 0)
         for cost in self.costs:
             counts[cost.status] += 1
@@ -174,7 +173,7 @@ class Profile:
 
 
 def profile_of(group: Group) -> Profile | None:
-    """What the group's profile shows; None where it has none."""
+    """Profile of the group; None if it has none."""
     if not group.timed_runs:
         return None
     costs: list[Cost] = []
@@ -199,7 +198,7 @@ def _shape(run: ModeRun) -> tuple[int, int]:
 
 
 def status_of(run: ModeRun) -> CostStatus:
-    """What became of `run`."""
+    """Outcome of `run`."""
     if run.failure is not None and run.failure.kind is FailureKind.OUT_OF_MEMORY:
         return CostStatus.OUT_OF_MEMORY
     if run.status is Status.MISSING:
@@ -209,7 +208,7 @@ def status_of(run: ModeRun) -> CostStatus:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Median, 20th and 80th percentile; None of nothing."""
+    """Median, 20th and 80th percentile; None if `values` is empty."""
     if not values:
         return None
     p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
@@ -237,9 +236,9 @@ def _measured(runs: Iterable[ModeRun]) -> list[Timings]:
 
 
 def _own(runs: Sequence[ModeRun]) -> Cost:
-    """The runs of one mode at one shape, taken together and held against nothing."""
+    """Pooled runs of one mode at one shape, without a baseline."""
     timings = _measured(runs)
-    # Of several runs, one that was measured stands for the others.
+    # A measured run represents the others.
     shown = next((run for run in runs if status_of(run) is CostStatus.MEASURED), runs[0])
     seq_length, batch_size = _shape(shown)
     num_lost = len(runs) - len(timings)
@@ -269,7 +268,7 @@ def _baseline_cost(runs: Sequence[ModeRun]) -> Cost:
 
 
 def _cost(own: Sequence[ModeRun], runs: Sequence[ModeRun]) -> Cost:
-    """What the runs `own` of a mode, one a round, say of it beside the baseline's among `runs`."""
+    """Cost of the runs `own` of a mode, one per round, relative to the baseline's among `runs`."""
     rounds = [
         (timings, around)
         for run in own
@@ -303,7 +302,7 @@ def _cost(own: Sequence[ModeRun], runs: Sequence[ModeRun]) -> Cost:
 
 
 def _median(runs: Sequence[Timings]) -> float:
-    """Step time over all steps of `runs` (ms)."""
+    """Median step time over all untracked steps of `runs` (ms)."""
     return float(np.median([ms for timings in runs for ms in _steps(timings, tracked=False)]))
 
 
@@ -312,7 +311,7 @@ def _peak_gib(runs: Sequence[Timings]) -> float:
 
 
 def _around(run: ModeRun, runs: Sequence[ModeRun]) -> list[Timings]:
-    """The baseline's last run before `run` and its first after it, of those at the same shape."""
+    """The baseline's last run before `run` and its first after it, at the same shape."""
     label = baseline_of(run.mode)
     theirs = [other for other in runs if other.label == label]
     before = [other for other in theirs if other.order < run.order][-1:]

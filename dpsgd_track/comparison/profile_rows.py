@@ -1,4 +1,4 @@
-"""The figures of a profile as rows that stand alone: what was measured, of what, on what."""
+"""The figures of a profile as self-contained rows: measurement, subject and circumstances."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpsgd_track.record.run import ModeRun
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRow:
-    """One figure, with everything that it needs to be understood alone."""
+    """One figure, with everything needed to interpret it."""
 
     mode: str
     variant: str
@@ -28,7 +28,7 @@ class ProfileRow:
     p80: float | None
     num_steps: int | None
     baseline: str
-    """Label of what the ratio is to; empty of a baseline."""
+    """Label of the ratio's denominator; empty for a baseline itself."""
     baseline_median: float | None
     ratio: float | None
     device: str
@@ -43,15 +43,15 @@ class ProfileRow:
     git_revision: str
     git_dirty: str
     date: str
-    """UTC, of the group's start."""
+    """Start of the group, UTC."""
 
 
 _Figure = tuple[str, str, Spread | None, float | None, float | None]
-"""Quantity, unit, value, the baseline's, and the ratio."""
+"""Quantity, unit, value, baseline's value, and ratio."""
 
 
 def profile_rows(profile: Profile, date: str) -> tuple[ProfileRow, ...]:
-    """Every figure; of a run that was not measured one without a value, which says why."""
+    """A row per figure; a run that was not measured gets one row, with its status and no value."""
     found = []
     for cost in profile.costs:
         for quantity, unit, value, base, ratio in _figures(cost):
@@ -111,7 +111,7 @@ def _figures(cost: Cost) -> list[_Figure]:
 
 
 def _circumstances(run: ModeRun) -> dict[str, str]:
-    """What a run was made with and on."""
+    """Settings, software and hardware of a run."""
     job, setup, facts = run.job, run.setup, run.facts
     planned = {
         "model": job.model.name if job else "",

@@ -1,4 +1,4 @@
-"""The result of a comparison: what every report is made from, and how verdicts add up to it."""
+"""The result of a comparison, from which every report is made, and how verdicts combine."""
 
 from __future__ import annotations
 
@@ -42,46 +42,46 @@ class RegimeComparison:
 
     name: str
     runs: tuple[ModeRun, ...]
-    """Without replays."""
+    """All runs except replays."""
     baseline: str
-    """Label of the run that all others are held against; empty when there is none."""
+    """Label of the run that all others are compared with; empty if there is none."""
     pairs: tuple[Pair, ...]
-    """Each mode against the baseline, and against the reference where that is another run."""
+    """Each mode with the baseline, and with the reference if that is a different run."""
     replays: Mapping[str, Pair]
-    """Replays against the run they repeat, by the replay's title."""
+    """Each replay with the run it repeats, by the replay's title."""
     floors: Mapping[str, Floor]
-    """What the sound replays of a run show together, by that run's label."""
+    """Joint floor of a run's sound replays, by that run's label."""
     largest: Mapping[ObservableName, LargestDrift]
     """By observable, over all pairs of modes."""
     audits: Mapping[str, NoiseAudit] = field(default_factory=dict)
-    """By label, of the modes that add noise."""
+    """Audits of the modes that add noise, by label."""
 
     def floor(self, baseline: str = "") -> Floor | None:
         """The floor of drifts from `baseline`, by default the regime's."""
         return self.floors.get(baseline or self.baseline)
 
     def base_of(self, mode: str, baseline: str = "") -> Trajectory | None:
-        """The record that `mode` is held against, by default as the regime's baseline.
+        """The record that `mode` is compared with, by default the regime's baseline.
 
-        Of two groups, each mode is held against its own earlier run.
+        In a comparison of two groups, this is the mode's own earlier run.
         """
         held = baseline or self.baseline
         recorded = {run.label: run.trajectory for run in self.runs if run.trajectory}
         return recorded.get(held) or recorded.get(earlier_label(mode, held))
 
     def pair(self, mode: str, baseline: str = "") -> Pair | None:
-        """`mode` against `baseline`, by default the regime's."""
+        """The pair of `mode` and `baseline`, by default the regime's."""
         wanted = (mode, baseline or self.baseline)
         return next((p for p in self.pairs if (p.mode, p.baseline) == wanted), None)
 
 
 def earlier_label(label: str, baseline: str) -> str:
-    """What the earlier run of `label` is called where `baseline` is the name of a whole group."""
+    """Label of the earlier run of `label`, where `baseline` names a whole group."""
     return f"{label} [{baseline}]"
 
 
 Key = tuple[str, str]
-"""(regime, label of the run held against)."""
+"""(regime, label of the baseline of the comparison)."""
 
 EnvironmentDifferences = tuple[tuple[str, str, str], ...]
 """(key, before, after) of each fact of software and machine that differs between two groups."""
@@ -89,24 +89,24 @@ EnvironmentDifferences = tuple[tuple[str, str, str], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ModeVerdict:
-    """One mode over all its regimes."""
+    """Verdict on one mode over all its regimes."""
 
     label: str
     verdict: Verdict
     findings: tuple[Finding, ...]
-    """Worst first, waived ones last; a PASS has none but waived ones."""
+    """Worst first, waived ones last; a PASS has waived findings at most."""
     sentence: str
-    """What is wrong, where first, and how much; or what it agrees with."""
+    """The defect, where it first shows, and its size; or the runs that the mode agrees with."""
     ladders: Mapping[Key, tuple[Rung, ...]] = field(default_factory=dict)
     """Every stage, in the order of a step."""
     culprits: Mapping[Key, Culprit] = field(default_factory=dict)
-    """What each comparison shows; only where a stage went wrong and is not accepted."""
+    """Culprit of each comparison in which a stage went wrong and is not accepted."""
     culprit: Culprit | None = None
-    """What all of it comes down to; None where no stage is known to have gone wrong."""
+    """Culprit over all comparisons; None if no stage is known to have gone wrong."""
 
     @property
     def others(self) -> tuple[Finding, ...]:
-        """The findings that the sentence does not tell, and all that a waiver accepts."""
+        """Findings that the sentence does not mention, and all waived ones."""
         told = _told([f for f in self.findings if not f.waiver], self.culprit)
         return tuple(f for f in self.findings if f is not told)
 
@@ -115,7 +115,7 @@ class ModeVerdict:
         return [f for f in self.findings if f.regime == regime and not f.waiver]
 
     def reason(self, regime: str) -> str:
-        """Why the mode does not pass in `regime`, as a sentence without its name or a full stop."""
+        """Reason for the verdict in `regime`: a sentence without the mode's name and full stop."""
         own = {key: culprit for key, culprit in self.culprits.items() if key[0] == regime}
         found = self.counted(regime)
         if (first := first_of(own)) is not None:
@@ -124,7 +124,7 @@ class ModeVerdict:
 
 
 def _told(findings: Sequence[Finding], culprit: Culprit | None) -> Finding | None:
-    """The finding that the mode's sentence tells."""
+    """The finding that the mode's sentence reports."""
     if culprit is None:
         return next(iter(findings), None)
     shown = culprit.regime, culprit.against, culprit.observable
@@ -138,7 +138,7 @@ def _told(findings: Sequence[Finding], culprit: Culprit | None) -> Finding | Non
 
 @dataclass(frozen=True, kw_only=True)
 class GroupComparison:
-    """The whole result: what every report is made from."""
+    """The whole result, from which every report is made."""
 
     group: Group
     thresholds: Thresholds
@@ -148,13 +148,13 @@ class GroupComparison:
     verdict: Verdict
     sentence: str
     waiver_notes: tuple[str, ...] = ()
-    """Waivers that have expired, or that nothing needed."""
+    """A sentence for each waiver that has expired or was not needed."""
     environment_differences: EnvironmentDifferences = ()
-    """Of two groups."""
+    """Differences between two groups; empty for one."""
 
     @property
     def leading(self) -> ModeVerdict | None:
-        """The mode that the sentence tells of; None where all pass."""
+        """The mode that the sentence is about; None if all pass."""
         if self.verdict is Verdict.PASS:
             return None
         return next((mode for mode in self.modes if mode.verdict is self.verdict), None)
@@ -162,17 +162,17 @@ class GroupComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What was found of one run in one regime."""
+    """Findings on one run in one regime."""
 
     findings: tuple[Finding, ...] = ()
     ladders: Mapping[Key, tuple[Rung, ...]] = field(default_factory=dict)
     culprits: Mapping[Key, Culprit] = field(default_factory=dict)
     passed: str = ""
-    """What is said of the run in its regime if nothing was found."""
+    """Description of the run in its regime, in case there are no findings."""
 
 
 def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
-    """What `results`, one a regime, add up to."""
+    """Combine `results`, one per regime."""
     culprits = {key: c for result in results for key, c in result.culprits.items()}
     first = first_of(culprits)
     every = sorted(
@@ -200,7 +200,7 @@ def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
 
 
 def _passed_or_waived(result: Judged) -> str:
-    # A run whose drift is waived does not agree.
+    # A run with a waived drift does not agree.
     if not result.findings:
         return result.passed
     more = f" (and {len(result.findings) - 1} more)" * (len(result.findings) > 1)
@@ -208,7 +208,7 @@ def _passed_or_waived(result: Judged) -> str:
 
 
 def _waived(findings: Sequence[Finding], before: str) -> str:
-    """`before`, how many findings are waived, and until when the first of them; or nothing."""
+    """`before`, the number of waived findings and the earliest expiry; empty if none is waived."""
     ends = [f.waiver.expires for f in findings if f.waiver]
     if not ends:
         return ""
@@ -233,6 +233,6 @@ def group_sentence(
 
 
 def iter_not_computed(comparison: GroupComparison) -> Iterator[tuple[str, Pair]]:
-    """Each pair, with its regime's name, that left observables out."""
+    """Each pair that left observables out, with the name of its regime."""
     for regime in comparison.regimes:
         yield from ((regime.name, pair) for pair in regime.pairs if pair.not_computed)

@@ -1,4 +1,4 @@
-"""What the numbers mean: PASS, DRIFT, BUG or INCONCLUSIVE, each with a sentence saying why."""
+"""Verdicts: PASS, DRIFT, BUG or INCONCLUSIVE, each with a sentence that gives the reason."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Trajectory
 
 COVERAGE = (0.2, 0.8)
-"""Fraction of samples that the mixed half of the clip regime must clip to show anything."""
+"""Fraction of samples in the mixed half of the clip regime that must be clipped for the regime to
+be conclusive."""
 
 SURE = 10.0
-"""Times its limit from which on the error of a stage that was given the right inputs is a bug,
-however small it is."""
+"""Multiple of its limit from which on an error is a bug, however small, if the stage's inputs were
+right."""
 
 
 class Verdict(enum.StrEnum):
@@ -64,7 +65,7 @@ class Finding:
     regime: str
     sentence: str
     against: str = ""
-    """Label of the baseline; empty where none is involved."""
+    """Label of the baseline; empty if none is involved."""
     observable: ObservableName | None = None
     value: float | None = None
     threshold: float | None = None
@@ -72,26 +73,26 @@ class Finding:
     step: int | None = None
     where: str = ""
     culprit: Culprit | None = None
-    """Of a finding that no baseline is needed for, what it shows to have gone wrong."""
+    """Culprit of a finding that needs no baseline."""
     waiver: Waiver | None = None
-    """Why it fails nothing, where it is accepted for now."""
+    """The waiver that accepts the finding for now, if any."""
 
     @property
     def fails(self) -> bool:
-        """Whether it makes a comparison fail."""
+        """True if the finding makes a comparison fail."""
         return self.verdict in FAILURES and self.waiver is None
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The most severe of `verdicts`; PASS for none."""
+    """The most severe of `verdicts`; PASS if there are none."""
     return max(verdicts, key=lambda v: v.severity, default=Verdict.PASS)
 
 
 def judge_run(run: ModeRun) -> Iterator[Finding]:
-    """What a run says of itself, before it is compared: how it ended, and NaN."""
+    """Findings that need no comparison: how the run ended, NaN, and missing norms."""
     reason = f": {run.reason}" if run.reason else ""
     if run.status is not Status.FINISHED:
-        # The worker stopped because of what it computed, which is a result.
+        # The worker stopped because of a computed value, which is a result.
         broke = run.failure is not None and run.failure.kind is FailureKind.NOT_FINITE
         yield Finding(
             verdict=Verdict.BUG if broke else Verdict.INCONCLUSIVE,
@@ -122,7 +123,7 @@ def judge_run(run: ModeRun) -> Iterator[Finding]:
 
 def _unobserved(run: ModeRun, trajectory: Trajectory) -> Iterator[Finding]:
     # A built-in mode that clips has per-sample norms; without them its clipping was not checked.
-    # Someone's own mode may have no way to tell them.
+    # A user's own mode may be unable to report them.
     norms = trajectory.sample_norm
     spec = spec_of(run.mode)
     clips = spec is not None and spec.is_private
@@ -136,12 +137,12 @@ def _unobserved(run: ModeRun, trajectory: Trajectory) -> Iterator[Finding]:
 
 
 def judge_coverage(run: ModeRun) -> Iterator[Finding]:
-    """Whether the reference clipped some samples and spared some in the clip regime."""
+    """INCONCLUSIVE unless the reference clipped some samples, but not all, in the clip regime."""
     trajectory = run.trajectory
     if trajectory is None:
         return
     is_mixed = trajectory.clip_fraction < 1
-    # A record read from metrics doesn't know how many samples a step had.
+    # A record read from metrics lacks the number of samples per step.
     weights = np.maximum(trajectory.num_samples, 1)[is_mixed]
     mixed = trajectory.clip_fraction[is_mixed]
     share = float(np.average(mixed, weights=weights / weights.sum())) if mixed.size else 1.0
@@ -157,7 +158,7 @@ def judge_coverage(run: ModeRun) -> Iterator[Finding]:
 
 
 def judge_likeness(baseline: ModeRun, mode: ModeRun) -> Iterator[Finding]:
-    """Whether two runs did the same thing, so that a difference between them means something."""
+    """INCONCLUSIVE if the runs' inputs or settings differ, so that drifts would mean nothing."""
     ours, theirs = baseline.trajectory, mode.trajectory
     if ours is None or theirs is None:
         return
@@ -196,10 +197,10 @@ def _differ(ours: float, theirs: float) -> bool:
 
 
 def judge_gaps(pair: Pair, left_out: Sequence[int] = ()) -> list[Finding]:
-    """One finding for each kind of thing that only one side has.
+    """One finding for each kind of item that only one side has.
 
     Args:
-        left_out: steps that the mode's run says it did not take.
+        left_out: steps that the mode's run reports as not taken.
     """
     return [
         Finding(
@@ -214,7 +215,7 @@ def judge_gaps(pair: Pair, left_out: Sequence[int] = ()) -> list[Finding]:
 
 
 def judge_consistency(run: ModeRun) -> tuple[list[Finding], tuple[Inconsistency, ...]]:
-    """Relations between the run's own numbers that do not hold, and a finding for each."""
+    """Violated relations between the run's own numbers, with a finding for each."""
     if run.trajectory is None:
         return [], ()
     broken = inconsistencies(run.trajectory, run.setup)
@@ -238,7 +239,7 @@ def judge_consistency(run: ModeRun) -> tuple[list[Finding], tuple[Inconsistency,
 
 
 def judge_floor(evidence: Evidence) -> Iterator[Finding]:
-    """Whether rounding leaves anything to be compared, in every step."""
+    """INCONCLUSIVE if, from some step on, rounding alone explains any gradient."""
     pair, floor = evidence.pair, evidence.floor
     if floor is None or floor.chaos is None:
         return
@@ -257,7 +258,7 @@ def judge_floor(evidence: Evidence) -> Iterator[Finding]:
 def judge_pair(
     evidence: Evidence, rungs: Sequence[Rung], left_out: Sequence[int] = ()
 ) -> list[Finding]:
-    """Every gap and every drift that is over its limit.
+    """Every gap, and every drift over its limit.
 
     Args:
         rungs: the pair's ladder.
@@ -284,7 +285,7 @@ def judge_pair(
     ]
     failure = first_introduced(rungs)
     first = failure.observable if failure else None
-    # The worst drift leads, and of equals the one that the stage at fault shows.
+    # The worst drift leads; among equals, the one that shows the stage at fault.
     drifts.sort(key=lambda f: (-f.verdict.severity, f.observable is not first))
     return found + drifts
 
@@ -298,7 +299,7 @@ def _judge_drift(
     measured = evidence.measured(observable.name)
     times = float(np.nanmax(excess.times))
     if times <= 1:
-        # Within what rounding explains, or within the threshold where no floor is known.
+        # Within the floor, or within the threshold if no floor is known.
         is_as_right_as_plain = floor is not None and floor.against_float64
         if drift.max <= threshold or is_as_right_as_plain:
             return None
@@ -332,7 +333,7 @@ def _judge_drift(
 
 
 def _as_fraction(excess: Excess) -> float:
-    """The largest difference that is over its limit, as a fraction of what it was to be."""
+    """The largest difference over its limit, as a fraction of the baseline's value."""
     over = excess.by_item[excess.by_item > excess.limits]
     if not over.size:
         return 0.0
@@ -344,7 +345,7 @@ def _as_fraction(excess: Excess) -> float:
 def _terms(
     excess: Excess, floor: float | None, times: float, held_to: float, *, is_bug: bool
 ) -> str:
-    """What stands in brackets behind a drift."""
+    """The terms in brackets after a drift."""
     observable = excess.drift.observable
     terms = ["relative" if observable.is_relative else "absolute"]
     if observable.is_estimate:

@@ -1,4 +1,4 @@
-"""Drifts that are known and accepted for a while: they stay visible and fail nothing."""
+"""Drifts that are known and accepted for a while: they stay visible, but fail nothing."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from dpsgd_track.comparison.verdict import Finding
 
 ANY = "*"
-"""Stands for any text, also within a pattern."""
+"""Matches any text, also within a pattern."""
 
 _REQUIRED = ("mode", "observable", "reason", "expires")
 _ITEMS = ("layer", "parameter")
-"""What `where` can name: of these a drift knows every single one, of others only the largest."""
+"""Items that `where` can name: a drift records all of them, but only the largest of other items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +40,26 @@ class Waiver:
     """Name of the observable; `*` for any."""
     reason: str
     expires: datetime.date
-    """Last day on which it holds."""
+    """Last day of validity."""
     regime: str = ANY
     where: str = ANY
-    """Layer or parameter, as a finding names it; `*` for any."""
+    """Layer or parameter, as named in a finding; `*` for any."""
     up_to: float | None = None
     """Largest drift that is accepted; None for any."""
 
     @property
     def title(self) -> str:
-        """What it is about: `gradient of ghost_fsdp in clip`."""
+        """The subject of the waiver: `gradient of ghost_fsdp in clip`."""
         regime = "" if self.regime == ANY else f" in {self.regime}"
         where = "" if self.where == ANY else f" at {self.where}"
         return f"{self.observable} of {self.mode}{regime}{where}"
 
 
 def load_waivers(path: Path) -> tuple[Waiver, ...]:
-    """The waivers that the YAML file `path` lists.
+    """Load the waivers from the YAML file `path`.
 
     Raises:
-        ValueError: the file is missing or no YAML in UTF-8, or a waiver in it is incomplete, has
+        ValueError: the file is missing or not YAML in UTF-8, or a waiver in it is incomplete, has
             an unknown key, or can never apply.
     """
     name = str(path)
@@ -100,7 +100,7 @@ def _waiver(entry: Any, place: str) -> Waiver:
 
 
 def _date(value: Any, place: str) -> datetime.date:
-    # YAML makes a date of 2026-12-31 by itself, unless it is quoted.
+    # YAML parses 2026-12-31 as a date, unless it is quoted.
     if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value):
         with contextlib.suppress(ValueError):
             value = datetime.date.fromisoformat(value)
@@ -112,7 +112,7 @@ def _up_to(entry: Mapping[str, Any], place: str) -> float | None:
     value = entry.get("up_to")
     if value is None:
         return None
-    try:  # YAML 1.1 reads 1e-3 as a text
+    try:  # YAML 1.1 reads 1e-3 as a string
         bound = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         bound = float("nan")
@@ -122,7 +122,7 @@ def _up_to(entry: Mapping[str, Any], place: str) -> float | None:
 
 
 def _check_reach(waiver: Waiver, place: str) -> None:
-    """Raise where nothing that is compared could match, or everything would."""
+    """Raise ValueError if the waiver could match nothing that is compared, or everything."""
     is_named = bool(f"{waiver.mode}{waiver.observable}".strip(ANY))
     require(is_named, f"{place}.mode", waiver.mode, "a name, where the observable is any")
     mode = waiver.mode.partition("@")[0]
@@ -149,7 +149,7 @@ def _check_known(pattern: str, known: Collection[str], setting: str) -> None:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether `text` is `pattern`, in which each `*` stands for any text."""
+    """True if `text` matches `pattern`, in which each `*` stands for any text."""
     return bool(re.fullmatch(".*".join(map(re.escape, pattern.split(ANY))), text, re.DOTALL))
 
 
@@ -160,9 +160,9 @@ def waiver_of(
     waivers: Iterable[Waiver],
     today: datetime.date,
 ) -> Waiver | None:
-    """The first of `waivers` that accepts `finding` of the mode `label`; None where none does.
+    """The first of `waivers` that accepts `finding` of the mode `label`; None if none does.
 
-    Only a drift can be accepted: how a run ended, NaN, and what was not compared never.
+    Only drifts can be accepted; failed runs, NaN and missing comparisons cannot.
 
     Args:
         excess: the drift that the finding was made from.
@@ -186,9 +186,9 @@ def waiver_of(
 
 
 def _is_all_there(excess: Excess, where: str) -> bool:
-    """Whether every layer or parameter that is over its limit is one that `where` names.
+    """True if `where` names every layer or parameter that is over its limit.
 
-    A finding names the largest only, and behind a drift that is known there may be a new one.
+    A finding names the largest only, and a known drift may hide a new one.
     """
     if where == ANY:
         return True
@@ -202,7 +202,7 @@ def _is_all_there(excess: Excess, where: str) -> bool:
 def waiver_notes(
     waivers: Iterable[Waiver], used: Collection[Waiver], today: datetime.date
 ) -> tuple[str, ...]:
-    """A sentence for each waiver that has expired, or that nothing needed."""
+    """A sentence for each waiver that has expired or was not needed."""
     notes = []
     for waiver in waivers:
         if waiver.expires < today:

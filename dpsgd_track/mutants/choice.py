@@ -1,4 +1,4 @@
-"""Which mutants are planted in which modes."""
+"""Choice of the mutants that are planted in each mode."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _OURS = ("two_pass", "bookkeeping")
 
 
 def chosen_mutants(asked: Sequence[str]) -> tuple[Mutant, ...]:
-    """Mutants by their names and classes, in the catalogue's order; all where none is asked for.
+    """Mutants by their names and classes, in the catalogue's order; all if `asked` is empty.
 
     Raises:
-        ValueError: one is neither.
+        ValueError: a name is neither a mutant nor a class.
     """
     for name in asked:
         allowed = f"a fault, or one of the classes {', '.join(KINDS)}"
@@ -40,7 +40,7 @@ def chosen_mutants(asked: Sequence[str]) -> tuple[Mutant, ...]:
 
 
 def is_ours(mode: str) -> bool:
-    """Whether `mode` is a composition of ours, which has every seam."""
+    """True if `mode` is a composition of this package, which has every seam."""
     spec = spec_of(mode)
     return spec is not None and spec.strategy in _OURS
 
@@ -58,7 +58,7 @@ def check_modes(modes: Sequence[str]) -> None:
 
 
 def planted_in_turn(mutants: Sequence[Mutant]) -> tuple[str, ...]:
-    """The healthy sharded flash modes, and each mutant in one of them."""
+    """The healthy sharded flash modes, and each mutant planted in one of them."""
     places = {name: number for number, name in enumerate(MUTANTS)}
     planted = [
         with_planted(mutant.modes[places[mutant.name] % len(mutant.modes)], mutant.name)
@@ -70,13 +70,13 @@ def planted_in_turn(mutants: Sequence[Mutant]) -> tuple[str, ...]:
 def planted_in(
     mode: str, mutants: Sequence[Mutant], redactions: Sequence[Redaction] = ()
 ) -> tuple[str, ...]:
-    """A healthy mode, and every mutant that can be planted in it.
+    """The healthy mode, and every mutant that can be planted in it.
 
-    Mutants whose seams a user's mode does not have are planted in one of ours that reports as
-    little.
+    Mutants at seams that a user's mode lacks are planted in a built-in mode that reports as
+    little as the user's does.
 
     Args:
-        redactions: of what the mode does not report.
+        redactions: of the fields that the mode does not report.
     """
     return BASELINE, mode, *_planted(mode, mutants, redactions)
 
@@ -95,12 +95,12 @@ def _planted(
 
 
 def redactions_of(mode: str, runs: Iterable[ModeRun]) -> tuple[Redaction, ...] | None:
-    """What `mode` does not report, as its record of the probe's clip regime shows.
+    """Fields that `mode` does not report, according to its record of the probe's clip regime.
 
     Args:
         runs: of a group with the healthy mode and the reference.
     Returns:
-        None where one of the two has no record.
+        None if one of the two has no record.
     """
     recorded = {r.label: r.trajectory for r in runs if r.regime == PROBE_CLIP and not r.replay}
     own, reference = recorded.get(mode), recorded.get(REFERENCE)

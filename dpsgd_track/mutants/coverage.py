@@ -1,4 +1,4 @@
-"""Which classes of mutants the comparison could not have seen in a user's mode, and why."""
+"""Coverage of a user's mode: the mutants of each class that a comparison of it could detect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def coverage(matrix: Matrix) -> list[str]:
-    """One line for each class of mutants; none where no mode but ours was put to the test."""
+    """One line per class of mutants; none if only built-in modes were tested."""
     is_foreign = any(not is_ours(row.mode) or row.redactions for row in matrix.rows)
     if not is_foreign:
         return []
@@ -43,7 +43,7 @@ def _why(row: Row) -> str:
 
 
 def print_coverage(matrix: Matrix, console: Console) -> None:
-    """The lines, under a heading."""
+    """Print the lines under a heading."""
     from rich.text import Text
 
     lines = coverage(matrix)

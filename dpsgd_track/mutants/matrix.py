@@ -1,4 +1,4 @@
-"""What the comparison of a group said of each fault that was planted in it."""
+"""Detection matrix: the comparison's verdict on each fault planted in a group."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.stages import ObservableName
 
 LATEST_STEP = 3
-"""Step by which a fault has to be found."""
+"""Last step at which the detection of a fault is in time."""
 _EVERYWHERE = 1 / 3
-"""Share of the parameters from which on they are no few."""
+"""Least share of the parameters that counts as blaming all of them."""
 _NAIVE = (ObservableName.LOSS, ObservableName.GRAD_NORM)
-"""All that a naive test looks at."""
+"""The only observables that a naive test checks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,41 +34,41 @@ class Row:
 
     fault: Mutant
     mode: str
-    """What it was planted in."""
+    """The mode that the fault was planted in."""
     label: str
-    """`mode+fault`, as the group has it."""
+    """`mode+fault`, as in the group."""
     verdict: Verdict
     sentence: str
     culprit: Culprit | None
-    """What the comparison found to have gone wrong first."""
+    """The first thing that went wrong, according to the comparison."""
     num_places: int
-    """Parameters of the model; its layers where layers are blamed."""
+    """Number of the model's parameters; of its layers if layers are blamed."""
     naive_saw: bool
-    """Whether loss or total gradient norm passed its fixed threshold where nothing is clipped."""
+    """True if, without clipping, loss or total gradient norm exceeded its fixed threshold."""
     found_in: tuple[str, ...]
-    """Regimes that would have found it without the others."""
+    """Regimes that detect the fault on their own."""
     excuse: str = ""
-    """Why it could not show in this mode; empty where it could."""
+    """Reason why the fault cannot show in this mode; empty if it can."""
     known_reason: str = ""
-    """Why it is known not to be found in the type that modes compute in."""
+    """Known reason why it is not detected in the modes' compute type."""
     redactions: tuple[Redaction, ...] = ()
-    """What the mode does not report, or was kept from reporting."""
+    """Fields that the mode does not report, or was kept from reporting."""
 
     @property
     def is_detected(self) -> bool:
-        """Whether the verdict is one that fails a review."""
+        """True if the verdict fails a review."""
         return self.verdict in FAILURES
 
     @property
     def has_right_stage(self) -> bool:
-        """Whether the stage is blamed in which the fault is."""
+        """True if the stage of the fault is blamed."""
         return self.culprit is not None and self.culprit.stage == self.fault.stage
 
     @property
     def has_right_place(self) -> bool:
-        """Right stage, and no layer blamed that the fault is not in.
+        """True if the right stage is blamed, and no layer without the fault.
 
-        Of a fault that is everywhere, no few layers may be blamed.
+        A fault in all parameters must not be blamed on a few of them.
         """
         if not self.has_right_stage or self.culprit is None:
             return False
@@ -78,50 +78,50 @@ class Row:
         return bool(places) and all(map(self._holds, places))
 
     def _holds(self, layer: str) -> bool:
-        """Whether the fault is in a parameter, or in the weight of a layer, of that name."""
+        """True if the fault is in the parameter `layer`, or in the weight of the layer `layer`."""
         names = layer, f"{layer}.weight"
         return any(fnmatchcase(n, pattern) for n in names for pattern in self.fault.where)
 
     @property
     def is_in_time(self) -> bool:
-        """Whether the blame falls on a step early enough."""
+        """True if the blamed step is no later than LATEST_STEP."""
         step = self.culprit.step if self.culprit else None
         return step is not None and step <= LATEST_STEP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """Every fault that was planted, and the healthy twins."""
+    """Every planted fault, and the healthy modes of the same group."""
 
     group: str
     rows: tuple[Row, ...]
     healthy: tuple[ModeVerdict, ...]
-    """Modes without faults, replays and the reference apart."""
+    """Modes without faults, except replays and the reference."""
     naive_alarms: tuple[str, ...]
-    """Healthy modes that the naive test would have raised an alarm on."""
+    """Healthy modes that the naive test would flag."""
     settings: str
     """Ranks, type and device in a few words."""
 
     @property
     def counted(self) -> tuple[Row, ...]:
-        """Faults that could show."""
+        """Faults that can show."""
         return tuple(row for row in self.rows if not row.excuse)
 
     @property
     def missed(self) -> tuple[Row, ...]:
-        """Faults that could show and were not found."""
+        """Faults that can show and were not detected."""
         return tuple(row for row in self.counted if not row.is_detected)
 
     @property
     def unexplained(self) -> tuple[Row, ...]:
-        """Missed faults of which it was not known that they would be."""
+        """Missed faults without a known reason."""
         return tuple(row for row in self.missed if not (row.redactions or row.known_reason))
 
     @property
     def false_alarms(self) -> tuple[ModeVerdict, ...]:
         """Healthy modes that did not pass.
 
-        Someone else's mode may leave things out that are then INCONCLUSIVE; that is no alarm.
+        A user's mode that is INCONCLUSIVE, since it leaves fields out, is no false alarm.
         """
         return tuple(
             mode
@@ -131,14 +131,14 @@ class Matrix:
         )
 
     def count(self, what: str) -> int:
-        """How many of the counted rows have the property `what`."""
+        """Number of counted rows that have the property `what`."""
         return sum(bool(getattr(row, what)) for row in self.counted)
 
 
 def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
-    """Compare a group as `compare` does, and read off what it says of each fault.
+    """Compare a group as `compare` does, and collect the outcome of each fault.
 
-    The naive test's runs are compared by themselves: they are no part of what finds a fault.
+    The runs of the naive test are compared separately and do not contribute to detection.
     """
 
     def compared(runs: Iterable[ModeRun]) -> GroupComparison:
@@ -157,9 +157,9 @@ def matrix_of(group: Group, thresholds: Thresholds) -> Matrix:
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
     probed: GroupComparison
-    """All regimes that a fault may be found in."""
+    """Comparison of all regimes that may detect a fault."""
     found_by: Mapping[str, Set[str]]
-    """Labels of the modes that each of them finds fault with by itself."""
+    """Labels of the modes that each regime finds at fault on its own."""
     naive: GroupComparison
 
     def matrix(self) -> Matrix:
@@ -201,7 +201,7 @@ class _Reader:
             found_in=tuple(r for r, labels in self.found_by.items() if verdict.label in labels),
             excuse=_excuse(fault, mode, runs),
             known_reason=_known_reason(fault, runs),
-            # Ours report everything, unless they are redacted.
+            # Built-in modes report everything, unless they are redacted.
             redactions=redacted or (() if is_ours(mode) else redactions_of(mode, every) or ()),
         )
 

@@ -1,4 +1,4 @@
-"""`faults.json`: the detection matrix for programs, in one typed document."""
+"""`faults.json`: the detection matrix as a typed document for programs."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ class FaultEntry:
     """Name in the catalogue."""
     kind: str
     mode: str
-    """What it was planted in."""
+    """The mode that the fault was planted in."""
     label: str
-    """`mode+fault`, as the group has it."""
+    """`mode+fault`, as in the group."""
     verdict: Verdict
     is_detected: bool
-    """Whether the verdict is one that fails a review."""
+    """True if the verdict fails a review."""
     stage: Stage | None
-    """The stage that is blamed; null, like all that is said of it, where none is."""
+    """The stage that is blamed; null, like the other fields of the blame, if none is."""
     regime: str | None
     step: int | None
-    """null before the first step, too."""
+    """The step that is blamed; null before the first step as well."""
     layers: tuple[str, ...]
     """Layers or parameters that are blamed, worst first."""
     observable: ObservableName | None
-    """What showed it."""
+    """The observable that showed it."""
     expected_stage: Stage
-    """The stage that the fault is in."""
+    """The stage of the fault."""
     expected_layers: tuple[str, ...]
-    """Patterns of the parameters that it is in; empty where it is everywhere."""
+    """Patterns of the parameters at fault; empty if all are."""
     has_right_stage: bool
     has_right_place: bool
-    """Right stage, and no layer blamed that the fault is not in."""
+    """True if the right stage is blamed, and no layer without the fault."""
     naive_saw: bool
-    """Whether loss or gradient norm passed its fixed threshold where nothing is clipped."""
+    """True if, without clipping, loss or gradient norm exceeded its fixed threshold."""
     found_in: tuple[str, ...]
-    """Regimes that would have found it without the others."""
+    """Regimes that detect the fault on their own."""
     excuse: str
-    """Why it could not show in this mode; empty where it could."""
+    """Reason why the fault cannot show in this mode; empty if it can."""
     redactions: tuple[str, ...]
-    """What the mode does not report, or was kept from reporting."""
+    """Fields that the mode does not report, or was kept from reporting."""
     sentence: str
 
 
@@ -64,7 +64,7 @@ class HealthyEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixDocument:
-    """What the comparison of a group said of each fault that was planted in it."""
+    """The comparison's verdict on each fault planted in a group."""
 
     group: str
     """Name of the run group."""

@@ -18,7 +18,7 @@ _YES, _NO = "✓", "✗"
 
 
 def summary(matrix: Matrix) -> list[str]:
-    """The figures that the matrix comes down to, one sentence each, without a full stop."""
+    """Key figures of the matrix, one sentence each, without a full stop."""
     rows = matrix.counted
     lines = [
         f"{_share(matrix.count('is_detected'), rows)} faults found",
@@ -51,7 +51,7 @@ def _share(number: int, rows: tuple[Row, ...]) -> str:
 
 
 def print_matrix(matrix: Matrix, console: Console) -> None:
-    """The table, what was missed, and the figures."""
+    """Print the table, the missed faults and the key figures."""
     from rich.table import Table
     from rich.text import Text
 
@@ -91,14 +91,14 @@ def _blamed(row: Row) -> str:
 
 
 def _exceptions(matrix: Matrix) -> list[str]:
-    """What is not as it should be, a line each."""
+    """False alarms and missed faults, a line each."""
     lines = [f"FALSE ALARM {mode.sentence}" for mode in matrix.false_alarms]
     lines += [f"MISSED {row.label}: {row.verdict}, {_with_reason(row)}" for row in matrix.missed]
     return lines
 
 
 def markdown(matrix: Matrix, command: str) -> str:
-    """The page that the documentation holds."""
+    """The page of the documentation."""
     parts = [
         "# Which faults are found",
         f"Made by `{command}` ({matrix.settings}). Each fault was planted in a correct mode, "

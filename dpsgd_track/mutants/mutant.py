@@ -1,4 +1,4 @@
-"""What a mutant is: a few lines that replace what happens at one or two seams of a correct mode."""
+"""A mutant: a few lines that replace the code at one or two seams of a correct mode."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dpsgd_track.mutants.site import Site
 from dpsgd_track.record.stages import Stage
 
 PLAUSIBLE = "plausible"
-"""Source of what nobody reported, and is easily written."""
+"""Source of a mutant that nobody has reported, but that is easily written."""
 
 FUSED_BK = "flash_fsdp_fuse_bk"
 FSDP_MODES = ("flash_fsdp", "flash_fsdp_bk", "flash_fsdp_fuse", FUSED_BK)
-"""Modes that a mutant is planted in by default: each in one of them, in turn."""
+"""Default modes of a mutant: it is planted in one of them, in turn."""
 _OF_FUSED_BK = "fused", "bookkeeping"
 
 
@@ -27,43 +27,43 @@ class Mutant:
 
     name: str
     kind: str
-    """Class of mutants: the module that it stands in."""
+    """Class of the mutant: the name of its module."""
     title: str
-    """What goes wrong, in a few words."""
+    """The defect, in a few words."""
     about: str
-    """What comes of it, or how one gets there."""
+    """Its consequence, or its usual origin."""
     source: str
-    """Where it was found, or `PLAUSIBLE`."""
+    """Report of the defect, or `PLAUSIBLE`."""
     formula: str
-    """What is computed, and in place of what."""
+    """The formula that is computed, and the one that it replaces."""
     needs: tuple[Need, ...]
-    """What a test has to have for it to show."""
+    """Conditions that a test must meet for the mutant to show."""
     stage: Stage
-    """Stage of a step that is to be blamed."""
+    """Stage of a step to blame."""
     where: tuple[str, ...]
-    """Patterns of the parameters that are to be blamed; empty where it has no place."""
+    """Patterns of the parameters to blame; empty if no particular ones are at fault."""
     in_bf16: str
-    """Why it is not found where modes compute in bfloat16; empty where it is."""
+    """Reason why it is not detected if modes compute in bfloat16; empty if it is."""
     seams: tuple[Seam, ...]
-    """Where it is planted."""
+    """Seams that it is planted at."""
     modes: tuple[str, ...]
-    """Of the sharded flash modes, those that it can be planted in."""
+    """The sharded flash modes that it can be planted in."""
     plant: Callable[[Site], None]
 
     @property
     def fits_any_mode(self) -> bool:
-        """Whether every mode has its seams."""
+        """True if every mode has its seams."""
         return all(seam.is_of_every_mode for seam in self.seams)
 
     def fits(self, mode: str) -> bool:
-        """Whether it can be planted in one of our own modes, sharded or not."""
+        """True if it can be planted in the built-in mode `mode`, sharded or not."""
         spec = spec_of(mode)
         keeps_gradients = spec is not None and (spec.norm_rule, spec.strategy) == _OF_FUSED_BK
         return FUSED_BK in self.modes or not keeps_gradients
 
     @property
     def needs_ranks(self) -> bool:
-        """Whether it shows on several ranks alone."""
+        """True if it shows only with several ranks."""
         return not OF_RANKS.isdisjoint(self.needs)
 
 
@@ -76,7 +76,7 @@ By = Callable[[Site, Callable[..., Any]], object]
 
 
 def on_site(site: Site, function: Callable[[Site], object]) -> None:
-    """Have the function plant what it likes."""
+    """Let the function plant whatever it needs."""
     function(site)
 
 
@@ -92,11 +92,11 @@ def mutant(
     in_bf16: str = "",
     modes: tuple[str, ...] = FSDP_MODES,
 ) -> Callable[[_Function], _Function]:
-    """Register the function below as a mutant of the same name.
+    """Register the decorated function as a mutant of the same name.
 
     Args:
         at: seams.
-        by: how the function is planted; None: it is what replaces the one seam.
+        by: how the function is planted; None if it replaces the one seam.
     """
     seams = at if isinstance(at, tuple) else (at,)
 

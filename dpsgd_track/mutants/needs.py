@@ -1,4 +1,4 @@
-"""What a test has to have for a mutant to show."""
+"""Conditions that a test must meet for a mutant to show."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Need(enum.StrEnum):
-    """A condition, in the words that are shown."""
+    """A condition, in the words that are displayed."""
 
     RANKS = "several ranks"
     UNEQUAL_RANKS = "several ranks that hold unequal numbers of samples"
@@ -70,4 +70,4 @@ class Need(enum.StrEnum):
 
 
 OF_RANKS = frozenset({Need.RANKS, Need.UNEQUAL_RANKS, Need.MORE_RANKS_THAN_ROWS})
-"""Met on several ranks alone."""
+"""Conditions that only a run with several ranks meets."""

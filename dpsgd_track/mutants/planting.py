@@ -1,4 +1,4 @@
-"""From a mode's name to the mode, with what the name asks for planted in it."""
+"""Builds a mode from a name such as `mode+fault`, with the named faults planted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpsgd_track.mutants.site import Site
 
 
 def find_planted(name: str) -> Mutant | Redaction:
-    """The mutant, or the redaction, of that name.
+    """The mutant or redaction of that name.
 
     Raises:
         ValueError: there is none.
@@ -28,21 +28,21 @@ def find_planted(name: str) -> Mutant | Redaction:
 
 
 def check_planted(mode: str) -> None:
-    """Raise ValueError unless everything that the name asks to be planted is known."""
+    """Raise ValueError unless all mutants and redactions in the name are known."""
     for name in split_planted(mode)[1]:
         find_planted(name)
 
 
 class Planter:
-    """Builds modes, one at a time: some of what is planted lies in code that modes share."""
+    """Builds one mode at a time, since some mutants patch code that modes share."""
 
     def __init__(self) -> None:
         self._site: Site | None = None
 
     def build(self, name: str, model: nn.Module, context: ModeContext) -> Mode:
-        """`build_mode`, and what the name asks for planted in what it built.
+        """Build a mode and plant the mutants and redactions of its name.
 
-        What was planted before is taken out.
+        Those planted before are removed.
         """
         self.close()
         mode_name, planted = split_planted(name)
@@ -54,11 +54,11 @@ class Planter:
         return mode
 
     def unreached(self) -> tuple[str, ...]:
-        """The seams at which something is planted and that no step has come by."""
+        """Seams with something planted that no step has reached."""
         return tuple(sorted(map(str, self._site.unreached))) if self._site else ()
 
     def close(self) -> None:
-        """Take out what is planted."""
+        """Remove what is planted."""
         if self._site is not None:
             self._site.close()
             self._site = None

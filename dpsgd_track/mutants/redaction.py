@@ -1,7 +1,7 @@
-"""What takes from our modes' records the fields that some other mode does not report.
+"""Redactions: fields removed from built-in modes' records because a user's mode lacks them.
 
-A mode that reports less shows less. Mutants planted in one of ours whose records are redacted in
-the same way tell which of them nobody would see in that other mode.
+A mode that reports fewer fields shows fewer faults. Mutants planted in a built-in mode with the
+same redactions tell which of them would go undetected in the user's mode.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dpsgd_track.mutants.site import Site
 
 
 class Redaction(enum.StrEnum):
-    """Planted as mutants are: `flash_fsdp+without_norms+stand_in_counted`."""
+    """Planted like a mutant: `flash_fsdp+without_norms+stand_in_counted`."""
 
     NORMS = "without_norms"
     NORMS_BY_PARAMETER = "without_norms_by_parameter"
@@ -23,11 +23,11 @@ class Redaction(enum.StrEnum):
 
     @property
     def in_words(self) -> str:
-        """What a mode with it does not report."""
+        """Fields that a mode with this redaction does not report."""
         return _TITLES[self]
 
     def plant(self, site: Site) -> None:
-        """Have the mode at `site` report that much less."""
+        """Remove the fields from the records of the mode at `site`."""
         if self is Redaction.EMPTY_BATCHES:
             site.mode.takes_empty_batches = False
             return

@@ -1,4 +1,4 @@
-"""Seams: the named places of a step at which a mutant is planted."""
+"""Seams: the named places of a step where mutants are planted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _REDUCTION = "dpsgd_track.distributed.reduction"
 
 
 class Seam(enum.Enum):
-    """Where something lies that can be replaced: in the mode, in its engine, or in a module."""
+    """A replaceable attribute of the mode, of its engine, or of a module."""
 
-    # Every mode has these: methods of the protocol, and what `Mode.privatize` draws noise with.
+    # Every mode has these: methods of the protocol, and the noise source of `Mode.privatize`.
     ACCUMULATE = MODE, "accumulate"
     SET_MAX_GRAD_NORM = MODE, "set_max_grad_norm"
     CLIPPED_SUM = MODE, "clipped_sum"
@@ -26,7 +26,7 @@ class Seam(enum.Enum):
     ADD_NOISE = _PROTOCOL, "add_noise"
     STANDARD_NORMAL = _NOISE, "NoiseSource.standard_normal"
 
-    # The modes that run on our own engine have these besides.
+    # Modes that run on the package's own engine also have these.
     LOSS = ENGINE, "loss"
     RUN_NORMS = ENGINE, "capture.run_norms"
     NORM_SQ_OF = ENGINE, "capture.norms_of"
@@ -48,7 +48,7 @@ class Seam(enum.Enum):
 
     def __init__(self, root: str, path: str) -> None:
         self.root = root
-        """What `path` starts from: MODE, ENGINE or a module."""
+        """Root of `path`: MODE, ENGINE or a module."""
         self.path = path
 
     def __str__(self) -> str:
@@ -56,5 +56,5 @@ class Seam(enum.Enum):
 
     @property
     def is_of_every_mode(self) -> bool:
-        """Whether modes that do not run on our own engine have it, too."""
+        """True if modes that do not run on the package's own engine have it, too."""
         return self.root in (MODE, _PROTOCOL, _NOISE)

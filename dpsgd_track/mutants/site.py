@@ -1,6 +1,6 @@
-"""A mode with its seams open.
+"""A mode whose seams can be wrapped.
 
-Nothing of a mode's code is touched, and everything is as it was once the site is closed.
+The mode's source is not changed, and closing the site restores everything.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dpsgd_track.mutants.seams import Seam
 from dpsgd_track.privacy.noise import NoiseSource
 
 Original = Callable[..., Any]
-"""What lies at a seam."""
+"""The callable at a seam."""
 Replacement = Callable[..., Any]
-"""Takes the original, and then that one's own arguments."""
+"""Called with the original, and then with the original's arguments."""
 
 
 def _norms_one_by_one(replacement: Replacement) -> Replacement:
@@ -64,31 +64,32 @@ _ONE_BY_ONE = {
     Seam.SUM_OF: _sums_one_by_one,
     Seam.PUT: _put_one_by_one,
 }
-"""Seams where the engine takes many parameters at once, and a replacement each by itself."""
+"""Adapters for seams where the engine passes many parameters at once: a replacement gets them
+one by one."""
 
 _OF_WHOLE_SUMS = (Seam.SUM_OF, Seam.PUT, Seam.PADDED_ROWS)
-"""Seams that whole sums come by, which a sharder that packs may do without."""
+"""Seams that whole sums pass through, which a sharder that packs may bypass."""
 
 
 def _add_part_by_part(
     source: NoiseSource, totals: Sequence[tuple[Tensor, LocalPart]], *, std: float
 ) -> None:
-    """`NoiseSource.add_to`, by `standard_normal` of each part."""
+    """`NoiseSource.add_to`, with a call of `standard_normal` for each part."""
     for total, part in totals:
         total.add_(source.standard_normal(part).to(total.dtype), alpha=std)
 
 
 class Site:
-    """A mode with its seams open."""
+    """A mode whose seams can be wrapped."""
 
     def __init__(self, mode: Mode) -> None:
         self.mode: Any = mode
         self.unreached: set[Seam] = set()
-        """Seams at which something was planted and that no step has come by so far."""
+        """Seams with something planted that no step has reached yet."""
         self._undo = ExitStack()
 
     def wrap(self, seam: Seam, replacement: Replacement) -> None:
-        """Have `replacement` called in place of what lies at `seam`.
+        """Call `replacement` in place of the callable at `seam`.
 
         Raises:
             ValueError: the mode has no such seam.
@@ -107,11 +108,11 @@ class Site:
         if seam in _OF_WHOLE_SUMS:
             self._set(self.mode.engine.sharder, "packs", False)
         if seam is Seam.STANDARD_NORMAL:
-            # A GPU draws all parts' noise in one go.
+            # A GPU draws the noise of all parts in one go.
             self._set(owner, "add_to", _add_part_by_part)
 
     def before(self, seam: Seam, look: Callable[..., object]) -> None:
-        """Have `look` called first whenever a step comes by `seam`, with the same arguments."""
+        """Call `look` before each call at `seam`, with the same arguments."""
 
         def replacement(original: Original, *args: Any) -> Any:
             look(*args)
@@ -120,7 +121,7 @@ class Site:
         self.wrap(seam, replacement)
 
     def after(self, seam: Seam, look: Callable[[Any], object]) -> None:
-        """Have `look` called with what comes of `seam`, which it may change in place."""
+        """Call `look` with each result of `seam`, which it may change in place."""
 
         def replacement(original: Original, *args: Any, **options: Any) -> Any:
             result = original(*args, **options)
@@ -130,7 +131,7 @@ class Site:
         self.wrap(seam, replacement)
 
     def over_ranks(self, number: float) -> float:
-        """The sum of a number of each rank."""
+        """Sum of `number` over ranks."""
         total = torch.tensor(float(number), device=self.mode.context.device)
         dist.all_reduce(total)
         return float(total)
@@ -144,11 +145,11 @@ class Site:
         return self.gradients()
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's shards of what the optimizer is given, which may be changed in place."""
+        """This rank's shards of the optimizer's input, which may be changed in place."""
         return {part.name: part.local for part in self.mode.gradient_parts()}
 
     def close(self) -> None:
-        """Take out everything that was planted."""
+        """Remove everything that was planted."""
         self._undo.close()
 
     def _find(self, seam: Seam) -> tuple[Any, str]:

@@ -1,4 +1,4 @@
-"""Training's worker for modes that something may be planted in."""
+"""Training worker for modes with something planted in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dpsgd_track.training.worker import preload
 
 
 def main(job_file: str) -> int:
-    """Run the job; returns the process's exit code."""
+    """Run the job and return the exit code of the process."""
     planter = Planter()
     return worker.main(job_file, planter.build, planter.unreached)
 

@@ -1,1 +1,1 @@
-"""Checks of one run by itself: its noise, and relations between its own numbers."""
+"""Checks of one run on its own: its noise, and relations between its numbers."""

@@ -1,8 +1,8 @@
-"""What one run's stages make of their own inputs, without any baseline.
+"""Relations between the inputs and outputs of one run's stages, checked without a baseline.
 
-A clip factor follows from the norm it was computed from, a clipped sum is no longer than its
-parts, and an SGD step is the learning rate times the gradient. Where such a relation is broken,
-the stage itself went wrong, whatever it was given.
+A clip factor follows from the norm it was computed from, a clipped sum is no longer than the sum of
+its terms' lengths, and an SGD step is the learning rate times the gradient. If such a relation is
+violated, the stage itself went wrong, whatever its inputs.
 
 Legend: S steps, N samples, P parameters, K projections.
 """
@@ -19,13 +19,13 @@ from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 TOLERANCE = 1e-4
-"""Largest relative error of a relation between float32 numbers; the addition of many terms and a
-small constant under a quotient's bar stay well below."""
-# The step is compared by two sketches' difference, where the weights' own rounding remains.
+"""Largest relative error of a relation between float32 numbers; sums of many terms and a small
+constant in a denominator stay well below."""
+# The step is compared as a difference of two sketches, which the weights' rounding affects.
 _ROUNDING = 2.0**-23
 _BLOCK = 512
-"""Steps that are looked at together: records of long runs are larger than memory."""
-# The triangle inequality holds exactly; this is room for rounding in bfloat16.
+"""Steps per block: records of long runs are larger than memory."""
+# The triangle inequality is exact; this leaves room for rounding in bfloat16.
 _TIMES_LONGER = 1.05
 
 
@@ -36,18 +36,18 @@ class Inconsistency:
     stage: Stage
     observable: ObservableName
     title: str
-    """What was expected of what, as it stands in a sentence."""
+    """The violated relation, as a clause of a sentence."""
     value: float
     """Relative error."""
     step: int
     sample: int | None = None
-    """Global index of the sample it shows in; None where it is not per sample."""
+    """Global index of the affected sample; None if the relation is not per sample."""
     parameter: str = ""
-    """The parameter it shows in; empty where it is of all."""
+    """The affected parameter; empty if the relation is not per parameter."""
 
     @property
     def where(self) -> str:
-        """`sample 3` or `parameter head.weight`; empty where it is of the whole step."""
+        """`sample 3` or `parameter head.weight`; empty if the whole step is affected."""
         if self.sample is not None:
             return f"sample {self.sample}"
         return f"parameter {self.parameter}" if self.parameter else ""
@@ -56,14 +56,14 @@ class Inconsistency:
 def inconsistencies(
     t: Trajectory, setup: RegimeConfig | None, *, steps_at_once: int = _BLOCK
 ) -> tuple[Inconsistency, ...]:
-    """The first place at which each relation is broken.
+    """The first violation of each relation.
 
     Args:
-        setup: the regime as it was planned; None where that is unknown.
+        setup: the regime as planned; None if unknown.
     """
     found: dict[ObservableName, Inconsistency] = {}
     for start in range(0, t.num_steps, steps_at_once):
-        # A step of the optimizer is looked at together with the one before it.
+        # An optimizer step needs the weights of the step before.
         block = t.rows(max(0, start - 1), start + steps_at_once)
         # NaN and infinity are findings of their own (finite.py).
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -129,14 +129,14 @@ def _length_of_sum(t: Trajectory) -> Inconsistency | None:
 
 
 def _sgd_step(t: Trajectory, setup: RegimeConfig | None) -> Inconsistency | None:
-    """Whether each step after the first moved the weights by learning rate x gradient."""
+    """Check that each step after the first moved the weights by learning rate x gradient."""
     if setup is None or setup.optimizer != "sgd" or not t.expected_batch_size:
         return None
     wanted = -setup.learning_rate * t.noised_sketch[1:] / t.expected_batch_size
     error = sketch_distance(np.diff(t.weight_sketch, axis=0), wanted)
     length = _l2(sketch_length(wanted))
     rounding = _l2(sketch_length(t.weight_sketch[1:])) * _ROUNDING
-    # Half a unit in the last place of each weight, which a step much smaller disappears in.
+    # Half a unit in the last place of each weight, in which much smaller steps disappear.
     over = np.argwhere(error > 0.01 * length + 4 * rounding)
     if not len(over):
         return None
@@ -153,5 +153,5 @@ def _sgd_step(t: Trajectory, setup: RegimeConfig | None) -> Inconsistency | None
 
 
 def _l2(by_parameter: Floats) -> Floats:
-    """[S, 1] of all parameters."""
+    """[S, 1] L2 norm over all parameters."""
     return np.sqrt(np.square(by_parameter).sum(axis=1, keepdims=True))

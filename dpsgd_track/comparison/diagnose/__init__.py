@@ -1,1 +1,1 @@
-"""Which stage went wrong first, where, and a likely cause."""
+"""Diagnosis: the stage that went wrong first, where it did, and a likely cause."""

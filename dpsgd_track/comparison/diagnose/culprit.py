@@ -1,4 +1,4 @@
-"""Names the culprit: the stage that went wrong first, where, by how much, and a likely cause."""
+"""Names the culprit: the stage that went wrong first, the place, the error, and a likely cause."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_distance, sketc
 
 _SHOWN = 3
 _FROM_HERE_ON = 0.9
-"""Share of the layers before a wrong one that are wrong too where it has passed its error on."""
+"""Share of wrong parameters before a wrong one from which on they count as inheriting its error."""
 
 _FEWEST_BEFORE = 3
-"""Fewer parameters before it may be wrong by themselves."""
+"""Least number of parameters before it that can show this; fewer may be wrong independently."""
 
 _WRONG = {
     Stage.DATA: "was given other data",
@@ -51,7 +51,7 @@ _WRONG = {
     Stage.NOISE: "adds wrong noise",
     Stage.UPDATE: "updates the weights wrongly",
 }
-"""What is said of a mode in which a stage went wrong."""
+"""Predicate of the sentence about a mode, by the stage at fault."""
 
 _RIGHT = {
     Stage.LOSS: "the loss",
@@ -60,49 +60,49 @@ _RIGHT = {
     Stage.SUM: "the clipped sum",
     Stage.NOISE: "the noise",
 }
-"""What is said to be right where a later stage went wrong; inputs are not computed."""
+"""Names of stages that are reported as right before the one at fault; inputs are not computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Culprit:
-    """Where a run first went wrong: in one comparison, in its own numbers, or in all together."""
+    """The first fault of a run: in one comparison, in its own numbers, or over all comparisons."""
 
     regime: str
     stage: Stage
     step: int | None = None
-    """None before the first step, or where it is not known."""
+    """None before the first step, or if it is not known."""
     places: tuple[str, ...] = ()
     """Layers or parameters in which the error arose, worst first; empty for none in particular."""
     inherited: tuple[str, ...] = ()
-    """Layers or parameters that only passed it on."""
+    """Layers or parameters that inherited it."""
     samples: tuple[int, ...] = ()
-    """Global indices of the samples concerned; empty for all or where it is not per sample."""
+    """Global indices of the affected samples; empty for all, or if it is not per sample."""
     ranks: tuple[int, ...] = ()
-    """Ranks concerned; empty for all."""
+    """Affected ranks; empty for all."""
     observable: ObservableName | None = None
-    """What showed it."""
+    """Observable that shows the error."""
     value: float | None = None
     """Largest error of that step."""
     limit: float | None = None
-    """What the value was held against."""
+    """Limit of `value`."""
     floor: float | None = None
-    """What rounding makes of the observable; None where it was not measured."""
+    """Floor of the observable; None if it was not measured."""
     against: str = ""
-    """Label of what the run was compared with; empty where its own numbers show it."""
+    """Label of the baseline; empty if the run's own numbers show the error."""
     cause: str = ""
-    """A known ratio between mode and baseline, and what it suggests."""
+    """A known ratio between mode and baseline, and its likely cause."""
     sentence: str = ""
-    """All of it, as it follows the mode's name, without the last full stop."""
+    """All of it, to follow the mode's name, without the last full stop."""
 
 
 def culprit_of(
     pair: Pair, rungs: Sequence[Rung], run: ModeRun, broken: Sequence[Inconsistency]
 ) -> Culprit | None:
-    """What `rungs` of `pair` come down to; None where no stage went wrong by itself.
+    """Diagnose a pair by its ladder; None if no stage introduced an error.
 
     Args:
         run: the mode's.
-        broken: relations that the mode's own numbers break.
+        broken: relations that the mode's own numbers violate.
     """
     rung = first_introduced(rungs)
     if rung is None:
@@ -111,7 +111,7 @@ def culprit_of(
         of_stage = (b for b in broken if (b.stage, b.step) == (rung.stage, rung.step))
         found = next(of_stage, None)
         return contradiction(pair.regime, found) if found else None
-    # Large fields of long records are read for this step and the one before it alone.
+    # Large fields of long records are read for this step and the one before it only.
     at = int(np.flatnonzero(pair.aligned.baseline.step == rung.step)[0])
     first = max(0, at - 1)
     row = at - first
@@ -152,7 +152,7 @@ def culprit_of(
 
 
 def contradiction(regime: str, broken: Inconsistency) -> Culprit:
-    """The culprit that a run's own numbers show by contradicting each other."""
+    """The culprit that is shown by a contradiction between a run's own numbers."""
     culprit = Culprit(
         regime=regime,
         stage=broken.stage,
@@ -169,22 +169,22 @@ def contradiction(regime: str, broken: Inconsistency) -> Culprit:
 
 
 def alone(culprit: Culprit, evidence: str) -> Culprit:
-    """`culprit`, with a sentence that says what showed it where nothing was compared."""
+    """`culprit`, with a sentence that gives the evidence where nothing was compared."""
     said = f"{_WRONG[culprit.stage]} (regime {culprit.regime}): {evidence}"
     return replace(culprit, sentence=said)
 
 
 def first_of(culprits: Mapping[tuple[str, str], Culprit]) -> tuple[str, str] | None:
-    """Which of several comparisons shows the earliest stage of a step; None for none.
+    """Key of the comparison that shows the earliest stage of a step; None if there are none.
 
-    What is held against no_dp alone shows no norms, and where nothing is clipped a wrong clip
-    factor does not show.
+    Comparisons with no_dp show no norms, and a wrong clip factor shows only where samples are
+    clipped.
     """
     order = list(Stage)
 
     def place(key: tuple[str, str]) -> tuple[int, int, bool]:
         culprit = culprits[key]
-        # A comparison looks at every layer, a contradiction at one number.
+        # A comparison covers every layer, a contradiction is about one number.
         says_where = bool(culprit.against and (culprit.places or culprit.samples))
         step = -1 if culprit.step is None else culprit.step
         return order.index(culprit.stage), step, not says_where
@@ -195,11 +195,11 @@ def first_of(culprits: Mapping[tuple[str, str], Culprit]) -> tuple[str, str] | N
 def where_it_arose(
     wrong: Sequence[str], names: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the `wrong` parameters, those in which the error arose, and those that inherited it.
+    """Split the `wrong` parameters into those where the error arose and those that inherited it.
 
-    A backward goes from the last layer to the first. If the gradient that a layer hands on is
-    wrong, so is all that comes after it in the backward, which are the layers before it. Wrong
-    parameters with right ones among the layers before them are wrong by themselves.
+    A backward goes from the last layer to the first. If a layer passes on a wrong gradient, all
+    layers before it are wrong as well. So a wrong parameter with right ones in the layers before it
+    is wrong by itself.
 
     Args:
         wrong: worst first.
@@ -222,10 +222,10 @@ def where_it_arose(
 
 
 def _are_right_in_sum(parameters: Sequence[str], rung: Rung, pair: Aligned, row: int) -> bool:
-    """Whether gradients of which wrong norms are told add up to what they should.
+    """True if the sums of gradients are right for `parameters`, whose norms are wrong.
 
-    A wrong gradient that a layer has handed on would be wrong in the sum as well. Where samples
-    were clipped, wrong norms make the sum wrong themselves, and nothing is known.
+    A wrong gradient inherited from a later layer would make the sum wrong as well. If samples were
+    clipped, wrong norms alone make the sum wrong, and the answer is False.
     """
     ours, theirs = pair.baseline, pair.other
     with np.errstate(invalid="ignore"):
@@ -245,7 +245,7 @@ def describe(wrong: Sequence[str], names: Sequence[str], kind: str = "parameters
 
     Args:
         names: all parameters of the model.
-        kind: what they are called.
+        kind: noun for the parameters.
     """
     if names and len(wrong) == len(names) > 1:
         return f"all {len(names)} {kind}"
@@ -268,7 +268,7 @@ def _pattern(name: str) -> str:
 
 
 def _samples(rung: Rung, pair: Aligned, row: int) -> NDArray[np.int64]:
-    """Places of the samples that are wrong; none where the stage has no samples."""
+    """Places of the samples that are wrong; none if the stage has no samples."""
     none = np.array([], dtype=np.int64)
     limit = rung.limit or 0.0
     ours, theirs = pair.baseline, pair.other
@@ -294,7 +294,7 @@ def _samples(rung: Rung, pair: Aligned, row: int) -> NDArray[np.int64]:
 
 
 def _ranks(samples: NDArray[np.int64], pair: Aligned, row: int) -> tuple[int, ...]:
-    """Ranks that hold the wrong samples, if others hold none of them."""
+    """Ranks that hold the wrong samples; none if all ranks do."""
     ranks = pair.other.sample_rank[row]
     wrong = set(ranks[samples].tolist()) - {UNUSED}
     everybody = set(ranks.tolist()) - {UNUSED}
@@ -343,7 +343,7 @@ def _noise(noised: Floats, clipped: Floats, row: int, columns: list[int]) -> Flo
 
 
 def _right_before(rungs: Sequence[Rung], at_fault: Rung) -> list[Stage]:
-    """Of the stages that were compared before the one at fault, the last two, if they are right."""
+    """The last two of the stages before the one at fault that were compared and are right."""
     order = list(Stage)
     right = [
         rung.stage
@@ -351,7 +351,7 @@ def _right_before(rungs: Sequence[Rung], at_fault: Rung) -> list[Stage]:
         if rung.stage in _RIGHT
         and order.index(rung.stage) < order.index(at_fault.stage)
         and rung.status is StageStatus.OK
-        # Where rounding explains anything, nothing is known.
+        # Nothing is known where rounding explains anything.
         and rung.limit is not None
         and math.isfinite(rung.limit)
     ]
@@ -359,10 +359,10 @@ def _right_before(rungs: Sequence[Rung], at_fault: Rung) -> list[Stage]:
 
 
 def _said(culprit: Culprit, names: Sequence[str], right: Sequence[Stage]) -> str:
-    """The sentence of what a comparison shows.
+    """The sentence about the culprit of a comparison.
 
     Args:
-        names: all parameters of the model, or all layers where the culprit's places are layers.
+        names: all parameters of the model, or all layers if the culprit's places are layers.
         right: earlier stages that were compared and are right.
     """
     assert culprit.observable is not None
@@ -389,7 +389,7 @@ def _said(culprit: Culprit, names: Sequence[str], right: Sequence[Stage]) -> str
 
 
 def _subject(stage: Stage, observable: Observable) -> str:
-    """`Off`, after what is off where that is not the stage's result itself."""
+    """`Off`, preceded by the observable's name if it is not the stage's result itself."""
     if observable.name in (STAGES[stage][0], ObservableName.SAMPLE_NORM_BY_PARAMETER):
         return "Off"
     title = observable.title.removesuffix(" (distance)")

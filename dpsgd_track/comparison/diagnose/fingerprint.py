@@ -1,8 +1,8 @@
-"""Ratios that give a cause away: a quantity that is W, sqrt(W), B, 1/B, K, C, sqrt(T) or 2 times
-what it should be.
+"""Ratios that reveal a cause: a quantity that is W, sqrt(W), B, 1/B, K, C, sqrt(T) or 2 times
+the right one.
 
-Two quantities of a run that happen to be equal, such as W = K = 2, can't be told apart: all are
-named. Constants that differ from each other and from 1 make a test worth more.
+Quantities of a run that happen to be equal, such as W = K = 2, can't be told apart: all are named.
+A test tells more if its constants differ from each other and from 1.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import Floats
 
 _CLOSE = 5e-3
-"""Relative distance from a quantity at which a ratio is taken to be it."""
+"""Relative distance from a quantity below which a ratio is taken to be equal to it."""
 _NEAR_ONE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times the baseline's value the mode's is."""
+    """The mode's value over the baseline's."""
 
     value: float
-    """Median over what was compared."""
+    """Median over the compared elements."""
     spread: float
-    """Largest relative distance of the middle four fifths from it."""
+    """Largest relative distance from the median among the middle four fifths."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """Something of the run that a ratio may be equal to."""
+    """A quantity of the run that a ratio may be equal to."""
 
     symbol: str
     value: float
@@ -41,7 +41,7 @@ class Quantity:
 
 
 def ratio_of(baseline: Floats, other: Floats) -> Ratio | None:
-    """The ratio of two arrays' elements; None where it is undefined or means nothing."""
+    """The ratio of two arrays' elements; None if it is undefined or meaningless."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratios = (other / baseline).ravel()
     ratios = ratios[np.isfinite(ratios)]
@@ -55,16 +55,16 @@ def ratio_of(baseline: Floats, other: Floats) -> Ratio | None:
 
 
 def projected_ratio(baseline: Floats, other: Floats) -> Ratio | None:
-    """The ratio of two vectors known by their sketches, where one is a multiple of the other.
+    """The ratio of two sketched vectors, one of which is a multiple of the other.
 
     Args:
-        baseline, other: [P, K] projections of the parameters concerned.
+        baseline, other: [P, K] projections of the affected parameters.
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         along = np.sum(baseline * other, axis=1)
         length_sq, other_sq = np.sum(baseline**2, axis=1), np.sum(other**2, axis=1)
         cosine = along / np.sqrt(length_sq * other_sq)
-    # A vector that is no multiple at all has no ratio.
+    # A vector that is not a multiple has no ratio.
     if not np.all(np.abs(cosine) > 0.99):
         is_gone = bool(length_sq.any()) and not other_sq.any()
         return Ratio(value=0.0, spread=0.0) if is_gone else None
@@ -72,10 +72,10 @@ def projected_ratio(baseline: Floats, other: Floats) -> Ratio | None:
 
 
 def quantities(run: ModeRun, max_grad_norm: float) -> tuple[Quantity, ...]:
-    """What the ratios of a run are held against.
+    """Known quantities of a run, which ratios are compared with.
 
     Args:
-        run: the one that was compared; without its plan only C is known.
+        run: the run that was compared; without its plan only C is known.
         max_grad_norm: C of the step.
     """
     W = K = b = T = math.nan
@@ -99,7 +99,7 @@ def quantities(run: ModeRun, max_grad_norm: float) -> tuple[Quantity, ...]:
 
 
 def fingerprint(ratio: Ratio | None, known: tuple[Quantity, ...]) -> str:
-    """What `ratio` suggests, as the end of a sentence; empty where it suggests nothing."""
+    """The cause that `ratio` suggests, as the end of a sentence; empty if it suggests none."""
     if ratio is None:
         return ""
     if ratio.value == 0 and ratio.spread == 0:

@@ -1,8 +1,8 @@
-"""Which stage of a step went wrong first, and which only passed it on.
+"""The ladder of stages: which stage of a step introduced an error, and which inherited it.
 
-An error travels down a step and, where weights are trained, into the next one. So a stage is at
-fault if it fails in a step in which no earlier stage does, or if it breaks a relation between its
-own inputs and outputs (`consistency.py`). The other stages that fail have inherited it.
+An error propagates down a step and, if weights are trained, into the next one. So a stage is at
+fault if it fails in a step in which no earlier stage does, or if it violates a relation between
+its own inputs and outputs (`consistency.py`). Other failing stages have inherited the error.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 _OWN_EVIDENCE = (ObservableName.NOISE,)
-"""Observables that show their stage alone, whatever it was given."""
+"""Observables that depend on their own stage only, whatever its inputs."""
 STEPS_AT_ONCE = 512
-"""Steps that are looked at together: records of long runs are larger than memory."""
+"""Steps per block: records of long runs are larger than memory."""
 
 
 class StageStatus(enum.StrEnum):
-    """What became of a stage."""
+    """Outcome of a stage."""
 
     OK = "ok"
     INTRODUCED = "introduced"
     """The stage itself went wrong."""
     INHERITED = "inherited"
-    """What it was given was wrong already, and explains what it shows."""
+    """The stage's inputs were wrong already, which explains its error."""
     NOT_COMPARED = "not compared"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One stage of one comparison: where it first failed, or where it came nearest to failing."""
+    """One stage of one comparison, at its first failure or else where it was closest to failing."""
 
     stage: Stage
     status: StageStatus
     observable: ObservableName | None = None
     value: float | None = None
     limit: float | None = None
-    """What the value was held against."""
+    """Limit of `value`."""
     floor: float | None = None
     step: int | None = None
-    """None before the first step, or where nothing was compared."""
+    """None before the first step, or if nothing was compared."""
     where: str = ""
     """Layer, parameter or sample of the value."""
     items: tuple[str, ...] = ()
-    """All layers or parameters that were over the limit in that step, worst first."""
+    """All layers or parameters over the limit in that step, worst first."""
 
     @property
     def times(self) -> float:
@@ -65,9 +65,9 @@ class Rung:
 
 
 def unlike_inputs(baseline: Trajectory, mode: Trajectory) -> Rung | None:
-    """The first input, data or initial weights, that the two runs did not share.
+    """The first input, data or initial weights, that differs between the two runs.
 
-    An empty hash, as in a record read from metrics, is unknown and no mismatch.
+    An empty hash, as in a record read from metrics, means unknown and is no mismatch.
     """
     theirs = dict(zip(mode.step.tolist(), mode.data_hash.tolist(), strict=True))
     for step, ours in zip(baseline.step.tolist(), baseline.data_hash.tolist(), strict=True):
@@ -86,14 +86,14 @@ class _Stage:
     failing: NDArray[np.bool_]
     """[S]"""
     is_broken: NDArray[np.bool_]
-    """[S] fails by itself, whatever it was given."""
+    """[S] fails by itself, whatever its inputs."""
 
 
 def ladder(evidence: Evidence, broken: Sequence[Inconsistency] = ()) -> tuple[Rung, ...]:
     """Every stage of a pair, in the order of a step.
 
     Args:
-        broken: relations that the mode's own numbers break.
+        broken: relations that the mode's own numbers violate.
     """
     aligned = evidence.pair.aligned
     inputs = unlike_inputs(aligned.baseline, aligned.other)
@@ -110,7 +110,7 @@ def ladder(evidence: Evidence, broken: Sequence[Inconsistency] = ()) -> tuple[Ru
                 stage.is_broken[steps.index(each.step)] = True
         if stage.name is Stage.SUM:
             stage.is_broken[:] |= stage.failing & _sum_is_unexplained(evidence)
-    # Trained weights carry an error into every later step; with a learning rate of 0 each step
+    # Trained weights propagate an error to every later step; with a learning rate of 0 each step
     # starts afresh.
     if kind_of(evidence.pair.regime) != CLIP:
         failing = np.any([stage.failing for stage in stages], axis=0)
@@ -122,10 +122,10 @@ def ladder(evidence: Evidence, broken: Sequence[Inconsistency] = ()) -> tuple[Ru
 
 
 def _sum_is_unexplained(evidence: Evidence) -> NDArray[np.bool_] | bool:
-    """[S] whether the clipped sum is off by more than its factors and norms explain.
+    """[S] True if the clipped sum is off by more than its factors and norms explain.
 
-    A sum of clipped gradients is off by at most what its clip factors and the norms they belong
-    to are off by: sum over samples of |c' - c| n + c' |n' - n|.
+    The error of a sum of clipped gradients is bounded by the errors of its clip factors and norms:
+    sum over samples of |c' - c| n + c' |n' - n|.
     """
     excess = evidence.excesses.get(ObservableName.GRADIENT)
     ours, theirs = evidence.pair.aligned.baseline, evidence.pair.aligned.other
@@ -143,7 +143,7 @@ def _sum_is_unexplained(evidence: Evidence) -> NDArray[np.bool_] | bool:
 
 
 def _length_and_distance(ours: Trajectory, theirs: Trajectory) -> tuple[Floats, Floats]:
-    """[S] length of the baseline's clipped sum, and [S] how far the mode's is from it."""
+    """[S] length of the baseline's clipped sum, and [S] distance of the mode's from it."""
     length, distance = np.empty(ours.num_steps), np.empty(ours.num_steps)
     for start in range(0, ours.num_steps, STEPS_AT_ONCE):
         rows = slice(start, start + STEPS_AT_ONCE)
@@ -183,7 +183,7 @@ def _rung(
         status = StageStatus.OK
         row = int(np.nanargmax(np.fmax.reduce([e.times for e in stage.excesses], axis=0)))
     times = [float(np.nan_to_num(excess.times[row], nan=-1.0)) for excess in stage.excesses]
-    # Of those that fail, one that names a layer says more than a total.
+    # Of the failing observables, one that names a layer says more than a total.
     tells = [(t > 1 and bool(e.drift.items), t) for e, t in zip(stage.excesses, times, strict=True)]
     shown = stage.excesses[tells.index(max(tells))]
     return rung_at(evidence, shown, row, stage.name, status)
@@ -192,7 +192,7 @@ def _rung(
 def rung_at(
     evidence: Evidence, excess: Excess, row: int, stage: Stage, status: StageStatus
 ) -> Rung:
-    """`stage` as one observable shows it in step `row`."""
+    """`stage` as shown by one observable in step `row`."""
     drift = excess.drift
     times = np.nan_to_num(excess.by_item[row] / excess.limits[row], posinf=np.inf)
     worst_first = np.argsort(-times, kind="stable")
@@ -217,7 +217,7 @@ def rung_at(
 
 
 def first_introduced(rungs: Sequence[Rung]) -> Rung | None:
-    """The stage at fault: of the earliest step, and in it the earliest that introduced an error."""
+    """The stage at fault: the first that introduced an error, in the earliest step with one."""
     order = list(Stage)
     return min(
         (rung for rung in rungs if rung.status is StageStatus.INTRODUCED),

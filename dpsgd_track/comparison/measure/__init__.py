@@ -1,1 +1,1 @@
-"""How far two runs are apart, and what rounding explains of it."""
+"""Distance between two runs, and the part of it that rounding explains."""

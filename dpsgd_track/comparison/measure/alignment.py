@@ -1,7 +1,7 @@
-"""Puts two trajectories side by side: by step, by sample index, by layer and parameter name.
+"""Aligns two trajectories by step, sample index, and layer and parameter name.
 
-Order never matters, so a permuted replay lines up with its baseline. What only one side has is
-left out of the pair and reported as a gap, and a pair with a gap never passes.
+Order never matters, so a permuted replay lines up with its baseline. Items that only one side has
+are left out of the pair and reported as gaps, and a pair with a gap never passes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SKETCHES = ("gradient_sketch", "noised_sketch", "weight_sketch")
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """Something one side has and the other lacks."""
+    """Items that one side has and the other lacks."""
 
     kind: str
     """step, sample, layer, parameter or projection."""
@@ -53,19 +53,19 @@ class Gap:
 
 @dataclass(frozen=True, kw_only=True)
 class Aligned:
-    """Two trajectories over what they have in common, in the baseline's order."""
+    """The common part of two trajectories, in the baseline's order."""
 
     baseline: Trajectory
     other: Trajectory
-    """A sample that it lacks has NaN, and a gap says so."""
+    """A sample that it lacks is NaN, and a gap reports it."""
     gaps: tuple[Gap, ...]
 
 
 def align(baseline: Trajectory, other: Trajectory) -> Aligned:
     """`baseline` and `other` with equal steps, samples, layers and parameters.
 
-    A side that has nothing to leave out and nothing to reorder is handed on as it is. Of another
-    one the large fields are put in order when they are read.
+    A side that needs no selection and no reordering is passed on unchanged. The large fields of any
+    other are reordered when they are read.
     """
     gaps: list[Gap] = []
 
@@ -106,7 +106,7 @@ def _gaps(kind: str, here: Mapping[str, int], there: Mapping[str, int]) -> list[
 
 
 _Places = Integers | None
-"""Where each thing that is wanted stands; None for all of them in their own order."""
+"""Indices of the selected items; None for all of them in their own order."""
 
 
 def _places(at: Mapping[str, int], wanted: Sequence[str]) -> _Places:
@@ -116,23 +116,23 @@ def _places(at: Mapping[str, int], wanted: Sequence[str]) -> _Places:
 
 @dataclass(frozen=True, kw_only=True)
 class _Order:
-    """What is picked of a trajectory, and in which order."""
+    """Selection and order of a trajectory's items."""
 
     steps: _Places = None
     layers: _Places = None
     parameters: _Places = None
     samples: _Places = None
-    """[S, N] place of each sample in its step; -1 for one that is not there."""
+    """[S, N] place of each sample in its step; -1 for a missing one."""
     blank: tuple[int, ...] | None = None
-    """Shape of the NaN that stand for sketches that cannot be compared."""
+    """Shape of the NaN that replace sketches that cannot be compared."""
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether everything is picked as it stands."""
+        """True if everything is selected in its own order."""
         return all(getattr(self, item.name) is None for item in fields(self))
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a large field once it is in order."""
+        """Shape of a large field after reordering."""
         if self.blank is not None and name in _SKETCHES:
             return self.blank
         axis = _parameter_axis(name)
@@ -148,7 +148,7 @@ class _Order:
         return tuple(ordered)
 
     def read(self, of: Trajectory, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop`, as they stand in order, of a field with one row a step."""
+        """Rows `start` to `stop` in the new order, of a field with one row per step."""
         if self.blank is not None and name in _SKETCHES:
             return np.full((stop - start, *self.blank[1:]), np.nan)
         if self.steps is None:
@@ -172,7 +172,7 @@ def _parameter_axis(name: str) -> int:
 
 @dataclass(frozen=True)
 class _Ordered:
-    """A large field of a trajectory, put in order when it is read."""
+    """A large field of a trajectory, reordered when it is read."""
 
     of: Trajectory
     name: str
@@ -189,7 +189,7 @@ class _Ordered:
 def _in_order(
     trajectory: Trajectory, order: _Order, instead: Mapping[str, Any] | None = None
 ) -> Trajectory:
-    """`trajectory` in `order`, with the fields of `instead` in place of its own."""
+    """`trajectory` in `order`, with the fields of `instead` replacing its own."""
     if order.is_unchanged:
         return trajectory
     S = trajectory.num_steps if order.steps is None else len(order.steps)
@@ -213,7 +213,7 @@ def _in_order(
 
 
 def _sample_places(baseline: Trajectory, other: Trajectory, gaps: list[Gap]) -> _Places:
-    """[S, N] where `other` has each sample of `baseline`; None where it has them as they stand."""
+    """[S, N] place in `other` of each sample of `baseline`; None if both have the same order."""
     if np.array_equal(baseline.sample_index, other.sample_index):
         return None
     permuted = _permutation(baseline.sample_index, other.sample_index)
@@ -238,7 +238,7 @@ def _sample_places(baseline: Trajectory, other: Trajectory, gaps: list[Gap]) -> 
 
 
 def _permutation(ours: Integers, theirs: Integers) -> _Places:
-    """[S, N] places, where every step has the same samples in another order; None elsewhere."""
+    """[S, N] places if every step has the same samples in another order; otherwise None."""
     if ours.shape != theirs.shape:
         return None
     here, there = np.argsort(ours, axis=1), np.argsort(theirs, axis=1)
@@ -251,7 +251,7 @@ def _permutation(ours: Integers, theirs: Integers) -> _Places:
 
 
 def _gather(values: NDArray[Any], places: Integers) -> NDArray[Any]:
-    # What place -1 picks is replaced by NaN, or by a rank that nobody has.
+    # The values picked by place -1 are replaced by NaN, or by a rank that does not exist.
     rows = np.arange(len(values))[:, None]
     if values.shape[1] == 0:
         shape = (*places.shape, *values.shape[2:])

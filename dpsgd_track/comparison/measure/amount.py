@@ -1,4 +1,4 @@
-"""How numbers stand in sentences and tables."""
+"""Format of numbers in sentences and tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def number(value: float | None) -> str:
 
 
 def share(value: float) -> str:
-    """A fraction as it is said: `19 %`, `4e-06`, `25 times`."""
+    """A fraction in words: `19 %`, `4e-06`, `25 times`."""
     if 1e-3 <= value < 10:
         return f"{100 * value:.{2 if value < 1 else 3}g} %"
     return f"{value:.2g} times" if value >= 10 else f"{value:.2g}"

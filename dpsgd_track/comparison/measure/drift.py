@@ -1,11 +1,10 @@
-"""How far two aligned trajectories are apart, one number per observable, step and item.
+"""Drift of two aligned trajectories: one distance per observable, step and item.
 
-Records of long runs with many parameters are far larger than what is said of them, so they are
-walked through in blocks of steps, all pairs at a time: each block is read once, and let go of
-before the next.
+Records of long runs with many parameters are far larger than the result, so they are processed in
+blocks of steps, all pairs at a time: each block is read once and released before the next.
 
 Legend: S steps, N samples of one step, L linear layers, P trainable parameters, K projections,
-M items an observable is made of (layers, samples, parameters, or one for a scalar).
+M items of an observable (layers, samples, parameters, or one for a scalar).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from dpsgd_track.record.trajectory import LARGE, Floats, Integers, Trajectory
 Labelled = tuple[str, Trajectory]
 """A run's label and its record."""
 
-# Numbers of one field and run in a block: 2 MB, so that what a block is made into stays in cache.
+# Numbers of one field and run in a block: 2 MB, so that intermediate results stay in cache.
 _BLOCK_SIZE = 1 << 18
 
 
@@ -37,7 +36,7 @@ class Places(Sequence[str]):
     record: Trajectory
     """The baseline, aligned."""
     items: str
-    """What the observable is made of."""
+    """Kind of the observable's items."""
     columns: Integers
     """[S] index of the item."""
 
@@ -70,41 +69,41 @@ class Places(Sequence[str]):
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """One observable of one pair."""
+    """Drift of one observable of one pair."""
 
     observable: Observable
     steps: Integers
-    """[S] the steps both sides have."""
+    """[S] the steps that both sides have."""
     per_step: Floats
-    """[S] largest difference of each step; NaN where not computed."""
+    """[S] largest difference of each step; NaN if not computed."""
     where_per_step: Sequence[str]
-    """[S] the layer, parameter or sample it is found at; empty for a scalar."""
+    """[S] its layer, parameter or sample; empty for a scalar."""
     max: float
     mean: float
-    """Over `per_step`."""
+    """Mean of `per_step`."""
     std: float
-    """Over `per_step`."""
+    """Standard deviation of `per_step`."""
     step: int
-    """Step of the largest."""
+    """Step of the largest difference."""
     where: str
-    """Layer, parameter or sample of the largest."""
+    """Layer, parameter or sample of the largest difference."""
     baseline_value: float
-    """What the baseline has there; NaN for a distance."""
+    """The baseline's value there; NaN for a distance."""
     other_value: float
     relative_max: float
-    """The largest as a fraction of the baseline's value."""
+    """The largest difference as a fraction of the baseline's value."""
     by_item: Mapping[str, float]
-    """Largest over the steps, of each layer or parameter; empty for other items."""
+    """Largest difference over the steps, of each layer or parameter; empty for other items."""
     items: tuple[str, ...] = ()
     """[M] layers or parameters of `per_step_by_item`; empty for other items."""
     per_step_by_item: NDArray[np.float32] | None = None
-    """[S, M] largest difference of each layer or parameter (over the samples, where each has its
-    own) at each step; NaN where not computed. None where there are no such items, and in a pair
-    that is only looked at for the largest drift of all."""
+    """[S, M] largest difference of each layer or parameter at each step (over the samples, if
+    each has its own); NaN if not computed. None if there are no such items, and in a pair that only
+    contributes to the largest drift of all."""
 
     @property
     def matrix(self) -> Floats:
-        """[S, M] `per_step_by_item`, or [S, 1] `per_step` where there are no such items."""
+        """[S, M] `per_step_by_item`, or [S, 1] `per_step` if there are no such items."""
         if not self.items:
             return self.per_step[:, None]
         assert self.per_step_by_item is not None, "a pair that is judged keeps its items"
@@ -113,28 +112,28 @@ class Drift:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One mode against one baseline, in one regime."""
+    """One mode and one baseline, in one regime."""
 
     regime: str
     baseline: str
     mode: str
     aligned: Aligned
-    """The two records over what they have in common."""
+    """The common part of the two records."""
     drifts: Mapping[ObservableName, Drift]
     """By observable."""
     not_computed: Mapping[ObservableName, str]
-    """Observables left out, and which side does not compute them."""
+    """Observables left out, and the side that does not compute them."""
 
     @property
     def gaps(self) -> tuple[Gap, ...]:
-        """What one of the two has and the other lacks."""
+        """Items that one of the two has and the other lacks."""
         return self.aligned.gaps
 
 
 def compare_pair(
     regime: str, baseline: Labelled, mode: Labelled, *, block_size: int = _BLOCK_SIZE
 ) -> Pair:
-    """Every observable of a labelled `mode` against a labelled `baseline`."""
+    """Compare every observable of a labelled `mode` with a labelled `baseline`."""
     return compare_pairs(regime, [(baseline, mode)], block_size=block_size)[0]
 
 
@@ -145,10 +144,10 @@ def compare_pairs(
     *,
     block_size: int = _BLOCK_SIZE,
 ) -> list[Pair]:
-    """Every observable of many (baseline, mode), each record read once.
+    """Compare every observable of many pairs (baseline, mode), reading each record once.
 
     Args:
-        num_detailed: the first so many pairs keep `Drift.per_step_by_item`; by default all.
+        num_detailed: number of leading pairs that keep `Drift.per_step_by_item`; by default all.
         block_size: numbers of a record that are read at once.
     """
     detailed = len(pairs) if num_detailed is None else num_detailed
@@ -159,7 +158,7 @@ def compare_pairs(
     for walk in walks:
         walk.take_small()
     for start, stop in _blocks([side for walk in walks for side in walk.sides], block_size):
-        # An update is the path from the step before, so a block begins one step early.
+        # An update starts from the weights of the step before, so a block begins one step early.
         first = max(0, start - 1)
         running = [walk for walk in walks if start < walk.num_steps]
         sides = {id(side): side for walk in running for side in walk.sides}
@@ -185,7 +184,7 @@ _COMPARED = [name for name in LARGE if name in {o.field for o in OBSERVABLES.val
 
 
 class _Walk:
-    """One pair on its way through the steps, with the largest differences so far."""
+    """Progress of one pair through the steps, with the largest differences so far."""
 
     def __init__(self, pair: Aligned, *, keep_items: bool) -> None:
         self.pair = pair
@@ -196,7 +195,7 @@ class _Walk:
         """By observable."""
 
     def take_small(self) -> None:
-        """Measure what is small enough to be looked at as a whole."""
+        """Measure the observables that are small enough to be processed in one piece."""
         for observable in OBSERVABLES.values():
             if observable.field not in LARGE and self.num_steps:
                 found = observable.measure(*self.sides)
@@ -216,7 +215,7 @@ class _Walk:
 
 
 class _Seen:
-    """The differences of one observable, folded into the largest of each step and item."""
+    """Differences of one observable, reduced to the largest of each step and item."""
 
     def __init__(self, walk: _Walk, observable: Observable, found: Floats) -> None:
         S, record = walk.num_steps, walk.pair.baseline
@@ -237,7 +236,7 @@ class _Seen:
         """Fold in `found` ([rows] or [rows, ...]), whose first row is step row `start`."""
         rows = slice(start, start + len(found))
         flat = found.reshape(len(found), -1)
-        # argmax would take NaN for the largest.
+        # argmax would pick NaN as the largest.
         columns = np.where(np.isnan(flat), -1.0, flat).argmax(axis=1)
         self.columns[rows] = columns
         self.per_step[rows] = flat[np.arange(len(flat)), columns]
@@ -296,7 +295,7 @@ def _drift(pair: Aligned, observable: Observable, seen: _Seen) -> Drift:
     with np.errstate(invalid="ignore"):  # the standard deviation of an infinity is NaN
         mean, std = float(np.nanmean(per_step)), float(np.nanstd(per_step))
     places = Places(pair.baseline, observable.items, seen.columns)
-    # A sample's parameters are many, and no table of them is shown.
+    # `sample_parameter` has too many items for a table.
     by_item = zip(seen.items, seen.by_item.tolist(), strict=True)
     return Drift(
         observable=observable,

@@ -1,4 +1,4 @@
-"""How far each drift of a pair is over what rounding explains, or else over its threshold."""
+"""Ratio of each drift of a pair to the limit that rounding explains, or else to its threshold."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dpsgd_track.record.trajectory import Floats
 
 @dataclass(frozen=True, kw_only=True)
 class Excess:
-    """A drift in units of its limits: of what rounding explains, or else of its threshold."""
+    """A drift in units of its limits: those that rounding explains, or else its threshold."""
 
     drift: Drift
     times: Floats
-    """[S] largest over the items; NaN where not computed."""
+    """[S] largest over the items; NaN if not computed."""
     limits: Floats
-    """[S, items], or [S, 1] where there are none."""
+    """[S, items], or [S, 1] if there are none."""
     by_item: Floats
     """[S, items] differences, in the shape of the limits."""
 
@@ -35,20 +35,20 @@ class Excess:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """A pair and what its drifts are held against: all that a diagnosis and a verdict need.
+    """A pair with the limits of its drifts: all that a diagnosis and a verdict need.
 
-    It holds arrays of all steps and items, so it lives while its pair is judged, and no longer.
+    It holds arrays over all steps and items, so it is released as soon as its pair is judged.
     """
 
     pair: Pair
     thresholds: Thresholds
     floor: Floor | None
-    """What rounding makes of the baseline; None where it was not measured."""
+    """Floor of the baseline; None if it was not measured."""
     excesses: Mapping[ObservableName, Excess]
-    """Of every drift of the pair."""
+    """Excess of every drift of the pair."""
 
     def measured(self, observable: ObservableName) -> float | None:
-        """The floor of an observable; None where it was not measured."""
+        """The floor of an observable; None if it was not measured."""
         return self.floor.of(observable) if self.floor else None
 
 

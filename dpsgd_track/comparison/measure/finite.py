@@ -1,8 +1,7 @@
 """NaN and infinity, where a run must not have them.
 
-NaN in a per-sample field or in a layer norm may mean "not computed", but only for the whole of
-what is not computed: one NaN among numbers is a defect. A place that a step has no sample for is
-none.
+NaN in a per-sample field or in a layer norm may mean "not computed", but only if the whole item is
+NaN: one NaN among numbers is a defect. Padding beyond a step's samples does not count.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SOMETIMES_ABSENT = tuple(field for field, o in _CHECKED.items() if o.may_be_abse
 
 @dataclass(frozen=True, kw_only=True)
 class NotFinite:
-    """The first value of one field that is not a number a run may have."""
+    """The first value of one field that is NaN or infinite and must not be."""
 
     field: str
     title: str
@@ -38,19 +37,19 @@ class NotFinite:
 
     @property
     def observable(self) -> ObservableName:
-        """What is compared of the field."""
+        """The observable that is made from the field."""
         return _CHECKED[self.field].name
 
 
 _known: WeakKeyDictionary[Trajectory, tuple[NotFinite, ...]] = WeakKeyDictionary()
 _ROWS = 256
-"""Steps of a large field that are looked at together."""
+"""Steps per block of a large field."""
 
 
 def not_finite(trajectory: Trajectory) -> tuple[NotFinite, ...]:
     """One entry for each field with a NaN or an infinity that it must not have.
 
-    Looked for once: a baseline is asked about for every run that is held against it.
+    The result is cached, since a baseline is checked for every run that is compared with it.
     """
     if trajectory not in _known:
         found = (_first(trajectory, field) for field in (*ALWAYS_FINITE, *SOMETIMES_ABSENT))
@@ -81,13 +80,13 @@ def _first(t: Trajectory, field: str) -> NotFinite | None:
 
 
 def _blocks(t: Trajectory, field: str) -> Iterator[tuple[int, int]]:
-    # A small field is one block, and so is its answer to what is not computed.
+    # A small field is one block, and so is its mask of values that are not computed.
     rows = _ROWS if field in LARGE else max(1, t.num_steps)
     return ((start, start + rows) for start in range(0, t.num_steps, rows))
 
 
 def _absent(t: Trajectory, field: str) -> NDArray[np.bool_]:
-    """What is NaN since it is not computed, in a shape that the field's blocks broadcast with."""
+    """Mask of the NaN that mean "not computed"; broadcasts with the shape of a block."""
     nan = (np.isnan(t.read(field, start, stop)) for start, stop in _blocks(t, field))
     if field == "sample_norm_by_parameter":
         columns = (block.all(axis=(0, 1), keepdims=True) for block in nan)

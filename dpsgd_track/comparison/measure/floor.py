@@ -1,11 +1,11 @@
-"""The numerical floor: what rounding alone makes of a run, measured by replaying the baselines.
+"""The numerical floor: the effect of rounding alone, measured by replaying the baselines.
 
-The replays of `no_dp` are the same run again, its samples in another order, and its embedded
-inputs moved by one unit in the last place. The replay of `reference` computes in the type the
-modes do, so that it shows the error of plain autograd in that type against float64.
+The replays of `no_dp` repeat the run with its samples permuted, and its embedded inputs moved by
+one unit in the last place. The replay of `reference` computes in the modes' type, so that it shows
+the error of plain autograd in that type against float64.
 
-A drift within its limit cannot be told from rounding, whatever the thresholds say; one above it
-is none, however small.
+A drift within its limit cannot be told from rounding, whatever the thresholds are; one above it is
+not rounding, however small.
 """
 
 from __future__ import annotations
@@ -25,38 +25,39 @@ from dpsgd_track.record.trajectory import Floats, Integers
 # of many draws, such as the projections of a parameter.
 MARGIN = 2.0
 # A loss, or the norm of a layer, is one draw of a random difference in each step, and the ratio of
-# two such draws exceeds 2 every third time. So is a sample's: there are many, but in bfloat16 the
-# one whose gradient cancels most has the largest error of all in every run. In runs of correct
-# modes it came to 2.6 times that of plain autograd.
+# two such draws exceeds 2 every third time. The same holds for a sample: there are many, but in
+# bfloat16 the one whose gradient cancels most has the largest error of all in every run. In runs of
+# correct modes it reached 2.6 times that of plain autograd.
 MARGIN_OF_ONE_DRAW = 5.0
 _ONE_DRAW = ("", "layer", "sample", "sample_parameter")
-# Few steps leave some layer's floor small by luck: none is taken to be less than this share of the
-# largest. So a limit of one parameter is never below the largest floor of any.
+# With few steps, some layer's floor is small by luck: none is taken to be less than this share of
+# the largest. So the limit of one parameter is never below the largest floor of any.
 _LEAST_SHARE = {"layer": 0.5, "parameter": 0.5, "sample_parameter": 0.5}
 _RELATED = {
     ObservableName.LOSS: ObservableName.SAMPLE_LOSS,
     ObservableName.FINAL_LOSS: ObservableName.SAMPLE_LOSS,
     ObservableName.GRAD_NORM: ObservableName.LAYER_GRAD_NORM,
 }
-"""Whose floor also says something of another's: a mean is about as far off as what it is made of,
+"""By observable, a related one whose floor also counts: a mean is about as inaccurate as its terms,
 and has fewer draws to show it."""
 
 RESOLUTION = 32 * 2.0**-23
-"""Relative difference that is never called one: float32, with the rounding of a few operations
-that a correct implementation may order differently. Norms, factors and sums are float32 whatever
-the parameters' type."""
-# Where the terms of a Gram matrix cancel, as for the key bias of an attention layer, the square
-# root of what remains is off by sqrt(2^-23), 3e-4, of the terms: up to 1.6e-6 of the whole sample's
-# norm, or 3.1e-5 here, in a small BERT with 64 tokens. The norm that is clipped does not show it.
+"""Relative difference that never counts: float32, with the rounding of a few operations that a
+correct implementation may order differently. Norms, factors and sums are float32 whatever the
+parameters' type."""
+# If the terms of a Gram matrix cancel, as for the key bias of an attention layer, the square
+# root of the remainder is off by sqrt(2^-23), 3e-4, of the terms: up to 1.6e-6 of the whole
+# sample's norm, or 3.1e-5 here, in a small BERT with 64 tokens. The norm that is clipped does not
+# show it.
 _RESOLUTION_OF = {ObservableName.SAMPLE_NORM_BY_PARAMETER: 1e-4}
 
 CHAOS = 0.5
 """Limit of the clipped sum's distance from which on nothing is compared: rounding alone has moved
-the weights so far apart that a step's gradient is another."""
+the weights so far apart that the gradients of a step are unrelated."""
 
 _AHEAD, _AHEAD_SHARE = 4, 1.25
-"""A floor that grows from step to step does so a little sooner in one run than in another: what is
-measured up to step 1.25 s + 4 counts for step s."""
+"""A growing floor may grow a little sooner in one run than in another: values up to step
+1.25 s + 4 count for step s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class _Series:
     steps: Integers
     """[S]"""
     largest: Floats
-    """[S] over all items."""
+    """[S] largest over all items."""
     items: tuple[str, ...]
     by_item: Floats
     """[S, items]"""
@@ -79,29 +80,29 @@ class _Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """Measured in one regime."""
+    """Floor of one regime."""
 
     measured_on: tuple[str, ...]
-    """The replays."""
+    """Titles of the replays."""
     values: Mapping[ObservableName, float]
-    """Largest drift of a replay, by observable; one that none computes is left out."""
+    """Largest drift of a replay, by observable; one that no replay computes is left out."""
     series: Mapping[ObservableName, _Series]
-    """The same step by step, largest so far."""
+    """The same step by step, as a running maximum."""
     against_float64: bool = False
-    """Whether plain autograd was compared with the float64 reference, rather than a mode with
-    itself alone: what is within such a floor is as right as plain autograd."""
+    """True if plain autograd was compared with the float64 reference, rather than a mode with
+    itself only: values within such a floor are as accurate as plain autograd."""
     chaos: int | None = None
-    """First step from which on rounding alone explains any gradient: nothing is compared there."""
+    """First step from which on rounding alone explains any gradient; nothing is compared there."""
 
     def of(self, observable: ObservableName) -> float | None:
-        """None where nothing was measured."""
+        """The floor of `observable`; None if it was not measured."""
         return self.values.get(observable)
 
 
 def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor | None:
-    """The floor that replays show together; None when there are none.
+    """The joint floor of all replays; None if there are none.
 
-    The largest counts: each is one draw of what rounding can do.
+    The largest counts, since each is one draw of the rounding error.
     """
     if not replays:
         return None
@@ -144,9 +145,9 @@ def _series(drifts: Sequence[Drift]) -> _Series:
 
 
 def limits_of(drift: Drift, floor: Floor | None) -> Floats | None:
-    """[S, items] what rounding explains of each layer or parameter of `drift`, or [S, 1] of all.
+    """[S, items] limit of each layer or parameter of `drift`, or [S, 1] of all, due to rounding.
 
-    Infinite where rounding explains anything; None where no floor was measured.
+    Infinite where rounding explains anything; None if no floor was measured.
     """
     name, kind = drift.observable.name, drift.observable.items
     series = floor.series.get(name) if floor else None
@@ -168,7 +169,7 @@ def limits_of(drift: Drift, floor: Floor | None) -> Floats | None:
 
 
 def _unit(drift: Drift) -> float:
-    # A loss is compared absolutely, and a number of that size is what gets rounded.
+    # A loss is compared absolutely, and rounding is relative to its value.
     value = abs(drift.baseline_value)
     is_loss = drift.observable.threshold == LOSS
     return max(1.0, value) if is_loss and math.isfinite(value) else 1.0

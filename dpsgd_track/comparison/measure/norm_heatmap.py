@@ -1,4 +1,4 @@
-"""Where in the model, when and on which rank per-sample gradient norms part from a baseline's.
+"""Differences of per-sample gradient norms from a baseline's, by parameter, step and rank.
 
 Legend: S steps, N samples of one step, B bins of steps, R ranks, P trainable parameters.
 """
@@ -27,11 +27,11 @@ class Heat:
     last_steps: Integers
     """[B] last step of each bin."""
     ranks: Integers
-    """[R] in the mode's run, ascending."""
+    """[R] ranks of the mode's run, ascending."""
     parameters: tuple[str, ...]
     """P names."""
     values: Floats
-    """[B, R, P] largest relative difference of a sample's norm; NaN where there is none."""
+    """[B, R, P] largest relative difference of a sample's norm; NaN if there is none."""
 
 
 def heat(
@@ -40,15 +40,15 @@ def heat(
     mode: tuple[str, Trajectory],
     num_bins: int,
 ) -> Heat | None:
-    """Per-sample norms by parameter of a labelled `mode` against a labelled `baseline`.
+    """Compare per-sample norms by parameter of a labelled `mode` with a labelled `baseline`.
 
-    Differences are relative in the sense of `drift.relative`, so that they can be held against
-    the same threshold and floor as the observable `sample_norm_by_parameter`.
+    Differences are relative in the sense of `observables.relative`, so that they can be compared
+    with the threshold and floor of the observable `sample_norm_by_parameter`.
 
     Args:
-        num_bins: most bins that the steps are put into, each with equally many.
+        num_bins: largest number of bins, each of equally many steps.
     Returns:
-        None where nothing of it was computed by both.
+        None if the two have no such norms in common.
     """
     pair = align(baseline[1], mode[1])
     S = pair.baseline.num_steps
@@ -74,7 +74,7 @@ def heat(
 
 
 def _by_rank(pair: Aligned, ranks: Integers, start: int, stop: int) -> Floats:
-    """[R, P] largest of the steps from row `start` to before row `stop`."""
+    """[R, P] largest difference in the steps from row `start` to before row `stop`."""
     ours, theirs = (
         side.read("sample_norm_by_parameter", start, stop) for side in (pair.baseline, pair.other)
     )

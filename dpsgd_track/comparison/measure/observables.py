@@ -1,7 +1,7 @@
-"""What is compared: a table of observables, each with its measure of difference.
+"""The observables: a table of all compared quantities, each with its measure of difference.
 
 Legend: S steps, N samples of one step, L linear layers, P trainable parameters, K projections,
-M items an observable is made of (layers, samples, parameters, or one for a scalar).
+M items of an observable (layers, samples, parameters, or one for a scalar).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 LOSS, GRAD_NORM = "loss", "grad_norm"
-"""Thresholds an observable may be held against: fields of `config.Thresholds`."""
+"""Thresholds of observables: fields of `config.Thresholds`."""
 
 # A relative difference is taken of max(|baseline|, SMALL x total), the total being that of all
 # layers or parameters of the step. Some gradients are zero by mathematics (the key bias of an
@@ -26,7 +26,7 @@ LOSS, GRAD_NORM = "loss", "grad_norm"
 # matrix, whose terms cancel. An item that is entirely wrong shows as 2 % at a thousandth of the
 # total, and above float32's rounding down to a millionth of it.
 SMALL = 0.05
-# Samples are computed each by itself, so the rounding of one is not measured by the others.
+# Samples are computed independently, so the rounding of one says nothing about the others.
 SMALL_SAMPLE = 1e-3
 
 OfOne = Callable[[Trajectory], Floats]
@@ -36,7 +36,7 @@ OfTwo = Callable[[Trajectory, Trajectory], Floats]
 def relative(
     baseline: Floats, difference: Floats, total: Floats | float, small: float = SMALL
 ) -> Floats:
-    """`difference` in units of the baseline; 0/0 is 0, and anything else over 0 is infinite."""
+    """`difference` in units of the baseline; 0/0 is 0, and any other number over 0 is infinite."""
     return _in_units(difference, _unit(baseline, total, small))
 
 
@@ -52,9 +52,9 @@ def _in_units(difference: Floats, unit: Floats) -> Floats:
 
 
 def _once(compute: OfOne) -> OfOne:
-    """`compute`, remembered for each record as long as the record lives.
+    """`compute`, cached for each record as long as the record lives.
 
-    A run is held against every other one, and what is its own is the same each time.
+    A run is compared with every other one, and its own quantities are the same each time.
     """
     known: WeakKeyDictionary[Trajectory, Floats] = WeakKeyDictionary()
 
@@ -141,14 +141,14 @@ def _path(t: Trajectory) -> Floats:
 
 @_once
 def _path_unit(t: Trajectory) -> Floats:
-    # The path's own rounding is that of the weights.
+    # The rounding of the path is that of the weights.
     length, weight = _length(_path(t)), _length(t.weight_sketch[1:])
     return _unit(length, np.maximum(_l2(length, axis=1), weight))
 
 
 def _update(baseline: Trajectory, other: Trajectory) -> Floats:
-    # A learning rate that is wrong moves weights by far less than they are long, so the path of
-    # one step is compared as well.
+    # A wrong learning rate moves weights by far less than their length, so the path of one step is
+    # compared as well.
     path = _in_units(_distance(_path(baseline), _path(other)), _path_unit(baseline))
     return np.concatenate([np.full((1, path.shape[1]), np.nan), path])
 
@@ -160,7 +160,7 @@ def _final_loss(baseline: Trajectory, other: Trajectory) -> Floats:
 
 
 class Charted(enum.Enum):
-    """Whether the drift of an observable has a chart."""
+    """Condition under which the drift of an observable has a chart."""
 
     ALWAYS = enum.auto()
     IF_DIFFERENT = enum.auto()
@@ -170,29 +170,28 @@ class Charted(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Observable:
-    """One thing that is compared."""
+    """One compared quantity."""
 
     name: ObservableName
     stage: Stage | None
     """Stage that it is evidence of; None where another observable is that of the same value."""
     charted: Charted
     title: str
-    """As it stands in a sentence."""
+    """Name in a sentence."""
     measure: Callable[[Trajectory, Trajectory], Floats]
-    """[S] or [S, items] differences of two aligned records; NaN where not computed. That of a
-    step needs no other step than the one before, unless the observable is made of one number a
-    step."""
+    """[S] or [S, items] differences of two aligned records; NaN if not computed. Those of a step
+    need only this step and the one before, unless the observable has one number per step."""
     field: str
     """Trajectory field it is made from."""
     items: str = ""
     """layer, parameter, sample, sample_parameter; empty for a scalar."""
     threshold: str = GRAD_NORM
-    """Which threshold it is held against."""
+    """Name of its threshold."""
     is_relative: bool = True
     may_be_absent: bool = False
     """NaN means "not computed" where the whole of it is NaN; elsewhere it is a defect."""
     is_estimate: bool = False
-    """Known from K projections: relative standard deviation about sqrt(1 / (2 K))."""
+    """Estimated from K projections: relative standard deviation about sqrt(1 / (2 K))."""
 
 
 OBSERVABLES: dict[ObservableName, Observable] = {
@@ -354,7 +353,7 @@ OBSERVABLES: dict[ObservableName, Observable] = {
         ),
     )
 }
-"""Everything that is compared, in the order in which a step computes it."""
+"""Every observable, in the order in which a step computes it."""
 
 STAGES: Mapping[Stage, tuple[ObservableName, ...]] = {
     stage: names

@@ -1,4 +1,4 @@
-"""The known defects, one module for each class."""
+"""The known defects, one module per class."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ KINDS = {
     module.__name__.rpartition(".")[2]: (module.__doc__ or "").partition("\n")[0]
     for module in (losses, norms, clipping, sums, accumulation, ranks, noise, updates, precision)
 }
-"""Classes of mutants, in the order of a step, and what each is about."""
+"""Classes of mutants, in the order of a step, each with the subject of its module."""
 
 __all__ = ["KINDS", "MUTANTS"]

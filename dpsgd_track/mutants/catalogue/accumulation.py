@@ -21,7 +21,7 @@ _OF_SHARES = Seam.ACCUMULATE, Seam.ZERO_GRAD, Seam.CLIPPED_SUM
 
 
 class _Shares:
-    """What each micro-batch of a step added to this rank's sums."""
+    """Contribution of each micro-batch of a step to this rank's sums."""
 
     def __init__(self, site: Site) -> None:
         self.of: list[dict[str, Tensor]] = []
@@ -37,7 +37,7 @@ class _Shares:
 
 
 def _choose_sums(site: Site, choose: Callable[[list[Tensor]], Tensor]) -> None:
-    """Have `choose` make the sum of a parameter from its shares of all micro-batches."""
+    """Replace the sum of a parameter by what `choose` makes of its micro-batches' shares."""
     shares = _Shares(site)
 
     def clipped_sum(original: Original) -> Any:
@@ -62,7 +62,7 @@ _sum_of_shares = partial(_mutant, at=_OF_SHARES, by=_choose_sums)
     source="Opacus #707",
 )
 def sum_aliases_last(shares: list[Tensor]) -> Tensor:
-    """What is added to itself."""
+    """The last micro-batch is added to itself."""
     return shares[-1] * min(len(shares), 2)
 
 
@@ -70,7 +70,7 @@ def sum_aliases_last(shares: list[Tensor]) -> Tensor:
     "last micro-batch alone", "the last micro-batch, in place of the sum of all", Need.MICRO_BATCHES
 )
 def last_micro_batch_alone(shares: list[Tensor]) -> Tensor:
-    """Overwritten, not added."""
+    """Each micro-batch overwrites the sum instead of adding to it."""
     return shares[-1]
 
 
@@ -81,13 +81,13 @@ def last_micro_batch_alone(shares: list[Tensor]) -> Tensor:
     source="Opacus, two backwards before a step",
 )
 def first_micro_batch_dropped(shares: list[Tensor]) -> Tensor:
-    """Cleared by the second."""
+    """The second micro-batch clears the sum."""
     return sum(shares[1:], start=shares[0] * (len(shares) == 1))
 
 
 @_sum_of_shares("micro-batches averaged", "sum / K", Need.MICRO_BATCHES)
 def micro_batches_averaged(shares: list[Tensor]) -> Tensor:
-    """As one scales a loss for accumulation."""
+    """A loss is scaled this way for gradient accumulation."""
     return sum(shares[1:], start=shares[0]) / len(shares)
 
 
@@ -98,7 +98,7 @@ def micro_batches_averaged(shares: list[Tensor]) -> Tensor:
     at=(Seam.ZERO_GRAD, Seam.ACCUMULATE),
 )
 def sums_not_cleared(site: Site) -> None:
-    """`zero_grad` forgets them."""
+    """`zero_grad` does not reach the sums."""
     kept: dict[str, Tensor] = {}
 
     def keep() -> None:
@@ -121,7 +121,7 @@ def sums_not_cleared(site: Site) -> None:
     at=Seam.PUT,
 )
 def stand_in_counted(site: Site) -> None:
-    """A rank without samples runs one for the collectives' sake."""
+    """A rank without samples runs a made-up one to take part in the collectives."""
     engine = site.mode.engine
 
     def put(original: Original, name: str, total: Tensor) -> None:
@@ -161,7 +161,7 @@ def divided_by_samples_present(site: Site) -> None:
     source="a loader that makes batches even",
 )
 def last_sample_repeated(site: Site) -> None:
-    """Copies are left out of the records, not of the sum."""
+    """The copies are left out of the record, but not of the sum."""
     full_size = [0]
 
     def accumulate(original: Original, batch: Any) -> Any:
@@ -192,7 +192,7 @@ def last_sample_repeated(site: Site) -> None:
     source="a reduction that nobody waits for",
 )
 def last_micro_batch_late(site: Site) -> None:
-    """It is still on its way when the noise is added."""
+    """The micro-batch is still in flight when the noise is added."""
     shares = _Shares(site)
     late: dict[str, Tensor] = {}
 

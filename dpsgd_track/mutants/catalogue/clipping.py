@@ -26,10 +26,10 @@ def _clip_at(
     bound_of: Callable[[float], float],
     look: Callable[[Any, float], None] = lambda record, bound: None,
 ) -> None:
-    """Clip at `bound_of` the C that was asked for; the noise knows nothing of it.
+    """Clip at `bound_of(C)`; the noise is still calibrated to C.
 
     Args:
-        look: is shown each micro-batch's record, and what it was clipped at.
+        look: called with the record of each micro-batch and the bound it was clipped at.
     """
     engine = site.mode.engine
 
@@ -47,7 +47,7 @@ def _clip_at(
 
 
 def _sum_with(site: Site, change: Callable[[str, Tensor], Tensor]) -> None:
-    """Form the sum of each parameter with other factors than are reported."""
+    """Form each parameter's sum with factors other than the reported ones."""
 
     def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
         return original(name, terms, change(name, factor_B))
@@ -68,7 +68,7 @@ _factors_of_sum = partial(mutant, at=Seam.SUM_OF, by=_sum_with, stage=Stage.SUM)
     at=Seam.CLIP,
 )
 def bound_of_first_step(site: Site) -> None:
-    """The noise follows C, clipping does not."""
+    """The noise follows a schedule of C that clipping ignores."""
     first = site.mode.engine.max_grad_norm
     _clip_at(site, lambda asked: first)
 
@@ -86,7 +86,7 @@ def bound_ignored(original: Original, norm_B: Tensor, bound: float) -> Any:
 
 @_clip_factors("C shared out over ranks", "min(1, C / (W n_i))", Need.RANKS)
 def bound_over_ranks(original: Original, norm_B: Tensor, bound: float) -> Any:
-    """As one divides a batch."""
+    """C is divided by the number of ranks, as a batch is."""
     return original(norm_B, bound / dist.get_world_size())
 
 
@@ -96,7 +96,7 @@ def bound_over_ranks(original: Original, norm_B: Tensor, bound: float) -> Any:
     Need.SPARED_SAMPLE,
 )
 def clamp_missing(original: Original, norm_B: Tensor, bound: float) -> Tensor:
-    """Normalised, rather than clipped."""
+    """Gradients are normalised rather than clipped."""
     return bound / norm_B
 
 
@@ -107,13 +107,13 @@ def clamp_missing(original: Original, norm_B: Tensor, bound: float) -> Tensor:
     source="Bu et al., 2023, automatic clipping",
 )
 def automatic_clipping(original: Original, norm_B: Tensor, bound: float) -> Tensor:
-    """Another algorithm under the same name."""
+    """A different algorithm under the same name."""
     return bound / (norm_B + 0.01)
 
 
 @_clip_factors("clip factor from the squared norm", "min(1, C / n_i^2)", Need.CLIPPING)
 def factor_of_squared_norm(original: Original, norm_B: Tensor, bound: float) -> Any:
-    """Squared norms handed to a formula for norms."""
+    """Squared norms are passed to a formula for norms."""
     return original(norm_B.square(), bound)
 
 
@@ -121,7 +121,7 @@ def factor_of_squared_norm(original: Original, norm_B: Tensor, bound: float) -> 
     "a large constant under the quotient's bar", "min(1, C / (n_i + 0.001))", Need.CLIPPING
 )
 def large_epsilon(original: Original, norm_B: Tensor, bound: float) -> Any:
-    """A thousand times what keeps a division by zero away."""
+    """The constant is a thousand times what avoids a division by zero."""
     return original(norm_B + 1e-3, bound)
 
 
@@ -132,7 +132,7 @@ def large_epsilon(original: Original, norm_B: Tensor, bound: float) -> Any:
     at=Seam.SUM_OF,
 )
 def clipped_by_parameter(site: Site) -> None:
-    """Bounded alike, and another sum."""
+    """The bound is the same, the sum is not."""
     engine = site.mode.engine
 
     def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
@@ -150,7 +150,7 @@ def clipped_by_parameter(site: Site) -> None:
     at=Seam.ACCUMULATE,
 )
 def clipped_after_aggregation(site: Site) -> None:
-    """What `clip_grad_norm_` does."""
+    """`clip_grad_norm_` clips the gradient of the whole batch."""
 
     def accumulate(original: Original, batch: Any) -> Any:
         mode, bound = site.mode, site.mode.max_grad_norm
@@ -178,19 +178,19 @@ def clipped_after_aggregation(site: Site) -> None:
     source="a research fork",
 )
 def mean_clip_factor(name: str, factor_B: Tensor) -> Tensor:
-    """Right for equal factors."""
+    """The sum is right if all factors are equal."""
     return factor_B.mean().expand_as(factor_B)
 
 
 @_factors_of_sum("each sample gets its neighbour's factor", "sum_i c_{i+1} g_i", Need.MIXED)
 def factors_of_neighbour(name: str, factor_B: Tensor) -> Tensor:
-    """An order that was lost on the way."""
+    """The order of the samples is lost on the way."""
     return factor_B.roll(1)
 
 
 @_factors_of_sum("clip factors applied twice", "sum_i c_i^2 g_i", Need.CLIPPING)
 def factors_applied_twice(name: str, factor_B: Tensor) -> Tensor:
-    """To the loss and to the gradient."""
+    """The factors are applied to the loss, and to the gradient again."""
     return factor_B.square()
 
 
@@ -202,7 +202,7 @@ def factors_applied_twice(name: str, factor_B: Tensor) -> Tensor:
     at=(Seam.CLIP, Seam.SUM_OF, Seam.ZERO_GRAD),
 )
 def factors_one_batch_late(site: Site) -> None:
-    """A buffer that is read before it is written."""
+    """A buffer is read before it is written."""
     kept: list[Tensor] = []
 
     def late(name: str, factor_B: Tensor) -> Tensor:
@@ -240,13 +240,13 @@ def biases_not_clipped(name: str, factor_B: Tensor) -> Tensor:
     "raw gradient added to the clipped one", "sum_i (1 + c_i) g_i", source="a user's report"
 )
 def raw_gradient_added(name: str, factor_B: Tensor) -> Tensor:
-    """It was left in `.grad`."""
+    """The raw gradient was left in `.grad`."""
     return 1 + factor_B
 
 
 @_factors_of_sum("last sample of each micro-batch lost", "sum over the first b - 1 samples")
 def last_sample_lost(name: str, factor_B: Tensor) -> Tensor:
-    """A loop that ends too soon."""
+    """A loop ends one sample too soon."""
     is_there = torch.ones_like(factor_B)
     is_there[-1:] = 0
     return factor_B * is_there
@@ -256,7 +256,7 @@ def last_sample_lost(name: str, factor_B: Tensor) -> Tensor:
     "soft clipping", "(1 + (n_i / C)^8)^(-1/8), in place of min(1, C / n_i)", Need.CLIPPING
 )
 def soft_clipping(original: Original, norm_B: Tensor, bound: float) -> Tensor:
-    """Smooth and bounded alike, and off by 8 % at most, where n_i = C."""
+    """Smooth, with the same bound, and off by 8 % at most, where n_i = C."""
     return (1 + (norm_B / bound) ** 8) ** (-1 / 8)
 
 
@@ -269,7 +269,7 @@ def soft_clipping(original: Original, norm_B: Tensor, bound: float) -> Tensor:
     source="Andrew et al., 2021, adaptive clipping",
 )
 def bound_adapts(site: Site) -> None:
-    """Ranks drift apart, and the noise stays at the C that was asked for."""
+    """Ranks drift apart, and the noise stays calibrated to the configured C."""
     ratio, below = [1.0], []
 
     def count(record: Any, bound: float) -> None:
@@ -291,7 +291,7 @@ def bound_adapts(site: Site) -> None:
     at=(Seam.CLIP, Seam.SET_MAX_GRAD_NORM),
 )
 def bound_late_on_last_rank(site: Site) -> None:
-    """A setting that is not broadcast in time."""
+    """The new setting is not broadcast in time."""
     is_last = dist.get_rank() == dist.get_world_size() - 1
     bounds: list[float] = []
     site.before(Seam.SET_MAX_GRAD_NORM, bounds.append)
@@ -304,5 +304,5 @@ def bound_late_on_last_rank(site: Site) -> None:
     Need.MIXED,
 )
 def lone_clipped_sample_spared(name: str, factor_B: Tensor) -> Tensor:
-    """`nonzero().squeeze()` of one index is no list of indices."""
+    """`nonzero().squeeze()` of a single index is not a list of indices."""
     return torch.ones_like(factor_B) if factor_B.lt(1).sum() == 1 else factor_B

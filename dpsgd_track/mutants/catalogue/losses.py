@@ -21,7 +21,7 @@ from dpsgd_track.record.stages import Stage
 
 
 def _with_positions(site: Site, change: Callable[[Tensor], Tensor]) -> None:
-    """Have the model take other positions than it is given."""
+    """Have the model use changed positions."""
 
     def accumulate(original: Original, batch: Any) -> Any:
         inputs = dict(batch.inputs)
@@ -49,7 +49,7 @@ def _num_targets(targets: Tensor) -> Tensor:
     source="Opacus #792",
 )
 def ignored_targets_counted(original: Original, logits: Tensor, targets: Tensor) -> Any:
-    """Short samples weigh less."""
+    """Short samples get too little weight."""
     return original(logits, targets) * _num_targets(targets) / (targets.shape[1] - 1)
 
 
@@ -59,14 +59,14 @@ def ignored_targets_counted(original: Original, logits: Tensor, targets: Tensor)
     Need.UNEQUAL_TARGETS,
 )
 def mean_over_batch(original: Original, logits: Tensor, targets: Tensor) -> Any:
-    """What a loss with reduction mean does: a sample's gradient depends on the others."""
+    """A loss with reduction "mean" makes a sample's gradient depend on the other samples."""
     num_targets = _num_targets(targets)
     return original(logits, targets) * num_targets / num_targets.float().mean()
 
 
 @_loss("targets not shifted", "position t predicts token t, in place of t + 1")
 def targets_not_shifted(original: Original, logits: Tensor, targets: Tensor) -> Tensor:
-    """An easy task."""
+    """The model only has to copy its input."""
     return masked_lm_loss(logits, targets)
 
 
@@ -90,7 +90,7 @@ def logits_in_bf16(original: Original, logits: Tensor, targets: Tensor) -> Any:
     at=Seam.ACCUMULATE,
 )
 def loss_of_rank_0(original: Original, batch: Any) -> Any:
-    """The update is right."""
+    """The update is right; only the reported losses are wrong."""
     record = original(batch)
     loss_B = torch.zeros(64, dtype=torch.float64, device=record.loss_B.device)
     loss_B[: len(record.loss_B)] = record.loss_B
@@ -106,7 +106,7 @@ def loss_of_rank_0(original: Original, batch: Any) -> Any:
     at=Seam.ACCUMULATE,
 )
 def same_samples_on_every_rank(original: Original, batch: Any) -> Any:
-    """A sampler that was not told the rank."""
+    """The sampler was not given the rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (batch.inputs, batch.targets))
     inputs, targets = everyone[0]
@@ -120,7 +120,7 @@ def same_samples_on_every_rank(original: Original, batch: Any) -> Any:
 
 @_positions("positions lost", "position 0 everywhere", Need.POSITION_INPUT)
 def positions_lost(positions_BT: Tensor) -> Tensor:
-    """An input that a wrapper does not hand on."""
+    """A wrapper does not pass this input on."""
     return torch.zeros_like(positions_BT)
 
 
@@ -131,7 +131,7 @@ def positions_lost(positions_BT: Tensor) -> Tensor:
     in_bf16="it moves a loss by 1e-3, and rounding moves one by 5e-3",
 )
 def logits_regularised(original: Original, logits: Tensor, targets: Tensor) -> Any:
-    """A term for stability that the baseline does not have."""
+    """A regulariser for stability that the baseline does not have."""
     log_z_BT = logits.float().logsumexp(dim=-1)
     return original(logits, targets) + 1e-4 * log_z_BT.square().mean(dim=1)
 
@@ -143,7 +143,7 @@ def logits_regularised(original: Original, logits: Tensor, targets: Tensor) -> A
     Need.PADDING_TAKES_PART,
 )
 def padding_positions_counted(positions_BT: Tensor) -> Tensor:
-    """Positions by `arange`, as a model makes them when it is given none."""
+    """Positions by `arange`, the model's default if it is given none."""
     return torch.arange(positions_BT.shape[1]).to(positions_BT).expand_as(positions_BT)
 
 
@@ -153,7 +153,7 @@ def padding_positions_counted(positions_BT: Tensor) -> Tensor:
     Need.FULL_SAMPLE,
 )
 def last_target_cut(original: Original, logits: Tensor, targets: Tensor) -> Any:
-    """Labels are cut to length before they are shifted."""
+    """Labels are truncated before they are shifted."""
     targets = targets.clone()
     targets[:, -1] = IGNORED
     return original(logits, targets)
@@ -168,7 +168,7 @@ def last_target_cut(original: Original, logits: Tensor, targets: Tensor) -> Any:
     source="a prefetched all-gather",
 )
 def weight_one_step_behind(site: Site) -> None:
-    """Gathered before the optimizer had stepped. What is updated is the right weight."""
+    """The weight was gathered before the optimizer's step; the update goes to the right weight."""
     name = "blocks.1.down.weight"
     kept: list[Tensor] = []
 

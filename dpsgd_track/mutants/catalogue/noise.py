@@ -1,6 +1,6 @@
 """Faults of the noise: its size, its distribution, and what it repeats.
 
-Where a mode is at fault here, the clipped sum is right.
+The clipped sum of such a mode is right.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.record.stages import Stage
 
 Normal = Callable[[NoiseSource, LocalPart], Tensor]
-"""Draws standard normal noise for a part."""
+"""Draw of standard normal noise for a part."""
 
 
 def _scale_std(site: Site, factor_of: Callable[[ClippedSum, float], float]) -> None:
-    """Multiply the std of the noise."""
+    """Multiply the std of the noise by `factor_of(clipped, sigma)`."""
 
     def add_noise(
         original: Original, clipped: ClippedSum, parts: Any, sigma: float, source: Any
@@ -49,7 +49,7 @@ _drawn = partial(_mutant, at=Seam.STANDARD_NORMAL)
 
 @_factor_of_std("no noise at all", "S, in place of S + N", Need.NOISE, source="Opacus #313")
 def no_noise(clipped: ClippedSum, sigma: float) -> float:
-    """Silently not private."""
+    """Not private, and nothing says so."""
     return 0.0
 
 
@@ -61,7 +61,7 @@ def noise_ignores_bound(clipped: ClippedSum, sigma: float) -> float:
 
 @_factor_of_std("noise of std 1", "std 1, in place of sigma C", Need.STD_NOT_1)
 def noise_of_std_1(clipped: ClippedSum, sigma: float) -> float:
-    """Drawn, and not scaled."""
+    """Standard normal noise is drawn and never scaled."""
     return 1 / (sigma * clipped.sensitivity) if sigma else 0.0
 
 
@@ -78,7 +78,7 @@ def noise_scaled_twice(clipped: ClippedSum, sigma: float) -> float:
     at=Seam.ADD_NOISE,
 )
 def noise_of_sum_on_mean(site: Site) -> None:
-    """The division comes first."""
+    """The sum is divided by B before the noise is added."""
     _scale_std(site, lambda clipped, sigma: site.mode.context.privacy.expected_batch_size)
 
 
@@ -89,19 +89,19 @@ def noise_of_sum_on_mean(site: Site) -> None:
     source="loss reduction sum under FSDP",
 )
 def noise_times_ranks(clipped: ClippedSum, sigma: float) -> float:
-    """The signal is averaged, and scaled back together with the noise."""
+    """The signal is averaged over ranks, then scaled back together with the noise."""
     return dist.get_world_size()
 
 
 @_factor_of_std("two thirds of the noise", "std 2/3 sigma C", Need.OWN_NOISE)
 def two_thirds_of_noise(clipped: ClippedSum, sigma: float) -> float:
-    """How small an error of the std must be found."""
+    """The smallest deficit of the std that must be found."""
     return 2 / 3
 
 
 @_factor_of_std("half as much noise again", "std 3/2 sigma C", Need.OWN_NOISE)
 def noise_and_a_half(clipped: ClippedSum, sigma: float) -> float:
-    """The same, the other way."""
+    """The smallest surplus of the std that must be found."""
     return 3 / 2
 
 
@@ -112,7 +112,7 @@ def noise_and_a_half(clipped: ClippedSum, sigma: float) -> float:
     at=Seam.ADD_NOISE,
 )
 def noise_of_bound_before(site: Site) -> None:
-    """A constant that went stale: the sum's own sensitivity is not asked."""
+    """A stale constant is used instead of the sum's own sensitivity."""
     kept: list[float] = []
 
     def stale(clipped: ClippedSum, sigma: float) -> float:
@@ -130,7 +130,7 @@ def noise_of_bound_before(site: Site) -> None:
     at=(Seam.ADD_NOISE, Seam.ACCUMULATE),
 )
 def noise_every_micro_batch(site: Site) -> None:
-    """Another draw each time."""
+    """Noise is drawn again for each micro-batch."""
     batches: list[Batch] = []
 
     def add_noise(original: Original, clipped: Any, parts: Any, sigma: float, source: Any) -> None:
@@ -146,7 +146,7 @@ def noise_every_micro_batch(site: Site) -> None:
 def every_rank_adds_noise(
     original: Original, clipped: Any, parts: Any, sigma: float, source: Any
 ) -> None:
-    """Before the ranks' sums are added."""
+    """Noise is added before the ranks' sums are reduced."""
     for rank in range(dist.get_world_size()):
         original(clipped, parts, sigma, replace(source, key=f"{source.key}/{rank}"))
 
@@ -159,7 +159,7 @@ def every_rank_adds_noise(
     source="Opacus #161",
 )
 def empty_step_without_noise(site: Site) -> None:
-    """That nothing was there is no secret then."""
+    """The output then reveals that the batch was empty."""
     batches: list[Batch] = []
 
     def add_noise(original: Original, *args: Any) -> None:
@@ -181,12 +181,12 @@ def empty_step_without_noise(site: Site) -> None:
 def embedding_without_noise(
     original: Original, clipped: Any, parts: list[LocalPart], sigma: float, source: Any
 ) -> None:
-    """A list of parameters that is too short."""
+    """The list of parameters is too short."""
     original(clipped, [p for p in parts if p.name != "embedding.weight"], sigma, source)
 
 
 def _alone(part: LocalPart) -> LocalPart:
-    """The shard, taken for a whole parameter."""
+    """The shard, disguised as a whole parameter."""
     return replace(part, start=0, num_elements=part.local.numel())
 
 
@@ -198,7 +198,7 @@ def _alone(part: LocalPart) -> LocalPart:
     source="torch.randn_like of a local shard",
 )
 def identical_shards(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """The noise of one rank tells the others'."""
+    """The noise of one rank reveals that of all others."""
     return normal(source, _alone(part))
 
 
@@ -212,7 +212,7 @@ def antithetic_shards(normal: Normal, source: NoiseSource, part: LocalPart) -> T
 
 @_drawn("the same noise at every step", "N_0 in place of N_t", Need.STEPS)
 def same_noise_every_step(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """A difference of two steps has none left."""
+    """The noise cancels in the difference of two steps."""
     return normal(replace(source, step=0), part)
 
 
@@ -222,13 +222,13 @@ def same_noise_every_step(normal: Normal, source: NoiseSource, part: LocalPart) 
     Need.PARAMETERS_OF_ONE_SHAPE,
 )
 def same_noise_for_one_shape(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """A difference of two gradients has none left."""
+    """The noise cancels in the difference of two gradients."""
     return normal(source, replace(part, name=str((tuple(part.local.shape), part.start))))
 
 
 @_drawn("uniform noise", "uniform of std sigma C, in place of normal", Need.OWN_NOISE)
 def uniform_noise(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """The right std, and no guarantee."""
+    """The std is right, but there is no privacy guarantee."""
     return torch.erf(normal(source, part) / math.sqrt(2)) * math.sqrt(3)
 
 
@@ -239,7 +239,7 @@ def uniform_noise(normal: Normal, source: NoiseSource, part: LocalPart) -> Tenso
     where=("*.weight",),
 )
 def noise_in_first_block(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """A kernel's grid that is too small."""
+    """The grid of a kernel is too small."""
     noise = normal(source, part)
     noise.reshape(-1)[192:] = 0
     return noise
@@ -252,14 +252,14 @@ def noise_in_first_block(normal: Normal, source: NoiseSource, part: LocalPart) -
     where=("*.weight",),
 )
 def noise_of_one_row(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """Broadcast over the others."""
+    """One row is broadcast over all of them."""
     noise = normal(source, part)
     return noise[:1].expand_as(noise) if noise.ndim > 1 else noise
 
 
 @_drawn("noise drawn in bfloat16", "N rounded to bfloat16", Need.SHARED_NOISE)
 def noise_in_bf16(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """A grid that is 8 bits fine."""
+    """Noise with 8 significant bits."""
     return normal(source, part).bfloat16().float()
 
 
@@ -267,7 +267,7 @@ def noise_in_bf16(normal: Normal, source: NoiseSource, part: LocalPart) -> Tenso
     "noise cut off at three", "N of absolute value 3 at most, in place of normal", Need.SHARED_NOISE
 )
 def noise_truncated(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """For stability: 0.27 % of the elements, and no guarantee."""
+    """Truncation for stability changes 0.27 % of the elements and voids the guarantee."""
     return normal(source, part).clamp(-3, 3)
 
 
@@ -277,7 +277,7 @@ def noise_truncated(normal: Normal, source: NoiseSource, part: LocalPart) -> Ten
     Need.OWN_NOISE,
 )
 def heavy_tailed_noise(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """The right std."""
+    """The std is right."""
     squares = [normal(replace(source, key=f"{source.key}/{n}"), part) ** 2 for n in range(5)]
     return normal(source, part) * (3 / torch.stack(squares).sum(dim=0)).sqrt()
 
@@ -295,7 +295,7 @@ def noise_rounded_down(normal: Normal, source: NoiseSource, part: LocalPart) -> 
 
 @_drawn("noise on rank 0 alone", "0 in place of N on the other ranks", Need.RANKS)
 def noise_on_rank_0(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """Right where gradients are replicated, and then broadcast."""
+    """Right if gradients are replicated and broadcast afterwards."""
     return normal(source, part) * (dist.get_rank() == 0)
 
 
@@ -305,7 +305,7 @@ def noise_on_rank_0(normal: Normal, source: NoiseSource, part: LocalPart) -> Ten
     Need.PARAMETERS,
 )
 def one_noise_buffer(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """Drawn once a step, in the largest size, and cut to each parameter's."""
+    """The buffer is drawn once a step, at the largest size, and cut to each parameter's size."""
     return normal(source, replace(part, name="buffer", num_elements=1 << 40))
 
 
@@ -322,7 +322,7 @@ def seed_of_step_plus_rank(normal: Normal, source: NoiseSource, part: LocalPart)
 
 @_drawn("noise repeats in every block of a kernel", "N of element e mod 128", Need.LONG_SHARDS)
 def noise_repeats_in_blocks(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
-    """Offsets of random numbers without the program's number."""
+    """The offsets into the random stream lack the program's id."""
     noise = normal(source, part)
     place = torch.arange(noise.numel(), device=noise.device) % 128
     return noise.flatten()[place].view(noise.shape)
@@ -338,6 +338,6 @@ def noise_repeats_in_blocks(normal: Normal, source: NoiseSource, part: LocalPart
 def unused_without_noise(
     original: Original, clipped: Any, parts: list[LocalPart], sigma: float, source: Any
 ) -> None:
-    """Whether a parameter was used is no secret then."""
+    """The output then reveals which parameters were used."""
     used = [part for part in parts if not part.name.startswith("unused.")]
     original(clipped, used, sigma, source)

@@ -24,12 +24,12 @@ from dpsgd_track.record.stages import Stage
 Terms = dict[str, Term]
 
 WITH_OUTER = tuple(mode for mode in FSDP_MODES if mode != FUSED_BK)
-"""Modes that hold the factors of a linear layer's gradient when its norm is taken."""
+"""Modes that hold both factors of a linear layer's gradient when its norm is taken."""
 
 
 @dataclass(frozen=True)
 class _WithNorm(Dense):
-    """Right gradients with a norm of another's."""
+    """Right gradients with another tensor's norm."""
 
     wrong_B: Tensor
 
@@ -38,12 +38,12 @@ class _WithNorm(Dense):
 
 
 def per_sample(terms: Sequence[Term]) -> Tensor:
-    """[B, elements] the gradients that `terms` add up to."""
+    """Per-sample gradients [B, elements], the sum of `terms`."""
     return torch.stack([term.materialised().grad_B.flatten(1) for term in terms]).sum(dim=0)
 
 
 def of_changed_outers(site: Site, change: Callable[[Outer], Outer]) -> None:
-    """Take norms of linear layers' gradients from other factors than sums are formed of."""
+    """Compute norms of linear layers from changed factors; sums are formed from the real ones."""
 
     def norm_sq_of(original: Original, name: str, terms: Sequence[Term]) -> Any:
         return original(name, tuple(change(t) if isinstance(t, Outer) else t for t in terms))
@@ -52,7 +52,7 @@ def of_changed_outers(site: Site, change: Callable[[Outer], Outer]) -> None:
 
 
 def _with_bias_norm(site: Site, norm_sq: Callable[[Tensor], Tensor]) -> None:
-    """Take squared norms of biases from the gradients [B, T, P] of a linear layer's outputs."""
+    """Compute squared bias norms by `norm_sq` from a linear layer's output gradients [B, T, P]."""
 
     def terms(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Terms:
         right: Terms = original(module, x, dy)
@@ -65,7 +65,7 @@ def _with_bias_norm(site: Site, norm_sq: Callable[[Tensor], Tensor]) -> None:
 
 
 def _with_attribute(site: Site, seam: Seam, name: str, value: object) -> None:
-    """Form a layer's terms as if one of its attributes had another value."""
+    """Form a layer's terms as if its attribute `name` had the value `value`."""
 
     def terms(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Any:
         right = getattr(module, name)
@@ -79,7 +79,7 @@ def _with_attribute(site: Site, seam: Seam, name: str, value: object) -> None:
 
 
 def _apart(norm_sq_of: Original, name: str, terms: Sequence[Term]) -> Tensor:
-    """Squared norms of `terms`, added without what they have in common."""
+    """Sum of the squared norms of each of `terms`, without their cross terms."""
     return torch.stack([norm_sq_of(name, (term,)) for term in terms]).sum(dim=0)
 
 
@@ -104,7 +104,7 @@ _layer_norm = partial(_mutant, at=Seam.LAYER_NORM_TERMS)
     where=("*.bias",),
 )
 def bias_norm_by_gram(g_BTP: Tensor) -> Tensor:
-    """The gradient of a bias is a sum over positions, which a Gram matrix of them is not."""
+    """A bias gradient is a sum over positions, whose norm is not that of their Gram matrix."""
     return (g_BTP @ g_BTP.mT).flatten(1).norm(dim=1)
 
 
@@ -116,7 +116,7 @@ def bias_norm_by_gram(g_BTP: Tensor) -> Tensor:
     where=("*.bias",),
 )
 def bias_positions_apart(g_BTP: Tensor) -> Tensor:
-    """Squares before the sum over positions."""
+    """Squares are taken before the sum over positions."""
     return _square(g_BTP)
 
 
@@ -127,7 +127,7 @@ def bias_positions_apart(g_BTP: Tensor) -> Tensor:
     where=("*.weight",),
 )
 def positions_summed_first(outer: Outer) -> Outer:
-    """Right for one position: the rule of a two-dimensional input used on a three-dimensional."""
+    """Right for one position: the rule for two-dimensional inputs, applied to three dimensions."""
     return Outer(outer.x_BTD.sum(1, keepdim=True), outer.dy_BTP.sum(1, keepdim=True))
 
 
@@ -139,7 +139,7 @@ def positions_summed_first(outer: Outer) -> Outer:
     where=("embedding.weight",),
 )
 def tied_norms_added(original: Original, name: str, terms: Sequence[Term]) -> Tensor:
-    """The cross term of embedding and head is left out."""
+    """The cross term of embedding and head is missing."""
     return _apart(original, name, terms)
 
 
@@ -153,7 +153,7 @@ def tied_norms_added(original: Original, name: str, terms: Sequence[Term]) -> Te
     modes=WITH_OUTER,
 )
 def reused_norms_added(original: Original, name: str, terms: Sequence[Term]) -> Any:
-    """The uses stand one behind the other along the positions."""
+    """The uses are concatenated along the positions."""
     if not name.endswith("reused.weight") or not isinstance(terms[0], Outer):
         return original(name, terms)
     halves = zip(terms[0].x_BTD.chunk(2, 1), terms[0].dy_BTP.chunk(2, 1), strict=True)
@@ -169,7 +169,7 @@ def reused_norms_added(original: Original, name: str, terms: Sequence[Term]) -> 
     where=("*.reused.*",),
 )
 def reused_use_lost(original: Original, terms: Sequence[Term]) -> Any:
-    """Activations of the first call are gone when the backward asks for them."""
+    """Activations of the first call are gone when the backward needs them."""
     is_reused = len({type(term) for term in terms}) == 1
     return original(terms[:1] if is_reused else terms)
 
@@ -179,11 +179,11 @@ def reused_use_lost(original: Original, terms: Sequence[Term]) -> Any:
     "n^2 = sum_t |dy_t|^2, in place of sum_v |sum_{t: v_t = v} dy_t|^2",
     Need.REPEATED_TOKENS,
     at=Seam.ROWS_NORM_SQ,
-    # The positions of padding are all the same.
+    # All positions of padding are equal.
     where=("embedding.weight", "position.weight"),
 )
 def repeated_tokens_apart(original: Original, rows: Rows, outer_norm: OuterNorm) -> Tensor:
-    """Squares before equal rows are added."""
+    """Squares are taken before equal rows are added."""
     return _square(rows.dy_BTD.float())
 
 
@@ -208,7 +208,7 @@ def padding_row_counted(site: Site) -> None:
 def layer_norm_input_not_normalised(
     original: Original, module: nn.Module, x: Tensor, dy: Tensor
 ) -> Terms:
-    """The hook saw the input of the module, not what it multiplies the weight by."""
+    """The hook sees the module's input, not the normalised input that multiplies the weight."""
     return {**original(module, x, dy), "weight": summed_positions(dy.float() * x.float())}
 
 
@@ -221,7 +221,7 @@ def layer_norm_input_not_normalised(
 def layer_norm_bias_forgotten(
     original: Original, module: nn.Module, x: Tensor, dy: Tensor
 ) -> Terms:
-    """Neither its norm nor its gradient is there."""
+    """The bias has neither a norm nor a gradient."""
     right: Terms = original(module, x, dy)
     return {**right, "bias": Dense(torch.zeros_like(right["bias"].materialised().grad_B))}
 
@@ -235,7 +235,7 @@ def layer_norm_bias_forgotten(
     where=("norm.weight",),
 )
 def rms_norm_positions_apart(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Terms:
-    """Squares before the sum over positions."""
+    """Squares are taken before the sum over positions."""
     x_BTD, dy_BTD = flatten_positions(x.float()), flatten_positions(dy.float())
     xhat = x_BTD * torch.rsqrt(x_BTD.square().mean(dim=-1, keepdim=True))
     right = original(module, x, dy)["weight"].materialised()
@@ -252,7 +252,7 @@ def rms_norm_positions_apart(original: Original, module: nn.Module, x: Tensor, d
 def embedding_left_out_of_norm(
     original: Original, loss_B: Tensor, norm_sq: dict[str, Tensor]
 ) -> Any:
-    """Its gradient is added all the same."""
+    """The embedding's gradient is added all the same."""
     return original(loss_B, {n: s for n, s in norm_sq.items() if n != "embedding.weight"})
 
 
@@ -269,13 +269,13 @@ def norms_added(original: Original, norm_sq: dict[str, Tensor]) -> Tensor:
 
 @_mutant("square root forgotten", "n = sum_p n_p^2, in place of its root", at=Seam.TOTAL_NORM)
 def norm_not_rooted(original: Original, norm_sq: dict[str, Tensor]) -> Any:
-    """Squared norms are handed on as norms."""
+    """Squared norms are passed on as norms."""
     return original(norm_sq).square()
 
 
 @_mutant("norms of the mean loss", "n_i / b, in place of n_i", Need.SAMPLES, at=Seam.RUN_NORMS)
 def norms_of_mean_loss(original: Original, loss_B: Tensor, **options: Any) -> dict[str, Tensor]:
-    """The backward that finds norms runs on the batch's mean loss."""
+    """The backward that computes norms runs on the mean loss of the batch."""
     norm_sq = original(loss_B, **options)
     return {name: squares / len(loss_B) ** 2 for name, squares in norm_sq.items()}
 
@@ -288,7 +288,7 @@ def norms_of_mean_loss(original: Original, loss_B: Tensor, **options: Any) -> di
     source="a research fork",
 )
 def norms_reported_twice(original: Original, batch: Any) -> Any:
-    """The update is right."""
+    """The update is right; only the reported norms are wrong."""
     record = original(batch)
     if record.norm_B is None:
         return record
@@ -303,7 +303,7 @@ def norms_reported_twice(original: Original, batch: Any) -> Any:
     at=Seam.NORM_SQ_OF,
 )
 def norms_of_local_shard(site: Site) -> None:
-    """Each rank sees a part of every gradient."""
+    """Each rank sees only its rows of every gradient."""
     shapes = site.mode.engine.capture.shapes
 
     def norm_sq_of(original: Original, name: str, terms: Sequence[Term]) -> Tensor:
@@ -321,7 +321,7 @@ def norms_of_local_shard(site: Site) -> None:
     at=(Seam.RUN_NORMS, Seam.ZERO_GRAD),
 )
 def norm_buffer_not_reset(site: Site) -> None:
-    """Squares add up until the step is over."""
+    """Squares accumulate until the end of the step."""
     kept: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(0))
 
     def add_kept(norm_sq: dict[str, Tensor]) -> None:
@@ -342,7 +342,7 @@ def norm_buffer_not_reset(site: Site) -> None:
     modes=WITH_OUTER,
 )
 def tile_pairs_counted_once(original: Original, name: str, terms: Sequence[Term]) -> Any:
-    """A kernel with tiles of 16 that uses the symmetry and forgets the factor of two."""
+    """A kernel with tiles of 16 uses the symmetry and forgets the factor of two."""
     if not isinstance(terms[0], Outer) or len(terms) > 1:
         return original(name, terms)
     x, dy = terms[0].x_BTD, terms[0].dy_BTP
@@ -359,7 +359,7 @@ def tile_pairs_counted_once(original: Original, name: str, terms: Sequence[Term]
     where=("blocks.*",),
 )
 def last_tile_dropped(outer: Outer) -> Outer:
-    """A kernel that rounds the number of its tiles down."""
+    """A kernel rounds its number of tiles down."""
     return Outer(outer.x_BTD, outer.dy_BTP[..., :64])
 
 
@@ -372,7 +372,7 @@ def last_tile_dropped(outer: Outer) -> Outer:
     where=("blocks.*.norm.weight",),
 )
 def layer_norm_epsilon(site: Site) -> None:
-    """Normalised once more for the gradient, with a constant of the author's choosing."""
+    """The input is normalised again for the gradient, with a hard-coded epsilon."""
     _with_attribute(site, Seam.LAYER_NORM_TERMS, "eps", 1e-2)
 
 
@@ -383,13 +383,13 @@ def layer_norm_epsilon(site: Site) -> None:
     where=("embedding.weight",),
 )
 def tied_cross_term_once(original: Original, name: str, terms: Sequence[Term]) -> Any:
-    """The factor of two in the square of a sum."""
+    """The factor of two in the square of a sum is missing."""
     whole = original(name, terms)
     return whole if len(terms) == 1 else (whole + _apart(original, name, terms)) / 2
 
 
 def _overread(values: Tensor) -> Tensor:
-    """[B, T, D] up to the next multiple of 16 positions, as they lie in memory."""
+    """`values`, padded to a multiple of 16 positions with what follows in memory: [B, T, D]."""
     missing = -values.shape[1] % 16
     following = torch.cat([values[1:], torch.zeros_like(values[:1])])
     return torch.cat([values, following[:, :missing]], dim=1)
@@ -405,7 +405,7 @@ def _overread(values: Tensor) -> Tensor:
     modes=WITH_OUTER,
 )
 def tile_reads_next_sample(original: Original, name: str, terms: Sequence[Term]) -> Any:
-    """What lies behind a sample's last position in memory is the next one's first."""
+    """The memory behind a sample's last position holds the next sample's first."""
     only = terms[0]
     if len(terms) == 1 and isinstance(only, Outer):
         terms = (Outer(_overread(only.x_BTD), _overread(only.dy_BTP)),)
@@ -443,7 +443,7 @@ def token_runs_cut(original: Original, rows: Rows, outer_norm: OuterNorm) -> Ten
     source="per-sample norms all-reduced as those of shards",
 )
 def norms_added_over_ranks(site: Site) -> None:
-    """Right under tensor parallelism, where every rank has the same samples."""
+    """Right under tensor parallelism, where all ranks have the same samples."""
     engine = site.mode.engine
 
     def add_over_ranks(norm_sq: dict[str, Tensor]) -> None:
@@ -465,7 +465,7 @@ def norms_added_over_ranks(site: Site) -> None:
     where=("blocks.*.norm.*",),
 )
 def layer_norm_hooked_twice(site: Site) -> None:
-    """Whenever the model is set to train."""
+    """Hooks are registered again whenever the model is set to train."""
     num_hooks = [1]
 
     def terms(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Terms:
@@ -482,11 +482,11 @@ def layer_norm_hooked_twice(site: Site) -> None:
     Need.LONE_SAMPLE,
     Need.BIASED_LINEAR,
     Need.POSITIONS,
-    # Where a layer is used twice, its gradients are added before a norm is taken.
+    # If a layer is used twice, its gradients are added before a norm is taken.
     where=("blocks.*.right.bias", "blocks.*.down.bias", "gate.bias"),
 )
 def lone_sample_squeezed(g_BTP: Tensor) -> Tensor:
-    """`squeeze()` without a dimension: its positions are then taken for samples."""
+    """`squeeze()` without a dimension makes a lone sample's positions look like samples."""
     return _square(g_BTP if len(g_BTP) == 1 else g_BTP.sum(dim=1))
 
 
@@ -497,12 +497,12 @@ def lone_sample_squeezed(g_BTP: Tensor) -> Tensor:
     Need.LAYER_BELOW,
     at=Seam.FUSED_BACKWARD,
     source="a kernel that rounds the number of its tiles down",
-    # Its first use is the first that gets the wrong gradient. All before it get it from there.
+    # Its first use is the first to get the wrong gradient, which all layers before it inherit.
     where=("blocks.1.reused.*",),
     modes=tuple(mode for mode in FSDP_MODES if "fuse" in mode),
 )
 def input_gradient_cut(original: Original, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The layer's own gradient is right; norm and sum of those before agree, and are wrong."""
+    """The layer's own gradient is right; earlier layers' norms and sums are wrong, but agree."""
     dx, *rest = original(ctx, dy)
     weight_PD = ctx.saved_tensors[1]
     if dx is not None and len(weight_PD) == 65:

@@ -47,18 +47,18 @@ def squares_added_in_bf16(original: Original, norm_sq: dict[str, Tensor]) -> Ten
     source="Opacus, in bfloat16",
 )
 def factor_in_bf16(original: Original, norm_B: Tensor, bound: float) -> Any:
-    """Up to 0.4 % beyond C."""
+    """Clipped gradients exceed C by up to 0.4 %."""
     return original(norm_B, bound).bfloat16().float()
 
 
 @_clip_factors("C held in float16", "min(1, C / n) with C rounded to float16", Need.CLIPPING)
 def bound_in_fp16(original: Original, norm_B: Tensor, bound: float) -> Any:
-    """Up to 0.05 % beyond C, in all samples alike."""
+    """Clipped gradients exceed C by up to 0.05 %, all samples alike."""
     return original(norm_B, float(torch.tensor(bound).half()))
 
 
 def _shortened(values: Tensor) -> Tensor:
-    # Rounds to the nearest of 10 bits behind the point.
+    # Rounds to the nearest number with 10 bits after the point.
     large = values * (2**13 + 1)
     return large - (large - values)
 
@@ -75,7 +75,7 @@ def _shortened(values: Tensor) -> Tensor:
     modes=WITH_OUTER,
 )
 def gram_in_tf32(outer: Outer) -> Outer:
-    """The sum is formed from all bits."""
+    """The sum is formed at full precision."""
     return Outer(_shortened(outer.x_BTD), _shortened(outer.dy_BTP))
 
 
@@ -90,5 +90,5 @@ def gram_in_tf32(outer: Outer) -> Outer:
     in_bf16="it is what computing in bfloat16 means",
 )
 def activations_in_bf16(original: Original, module: nn.Module, x: Tensor, dy: Tensor) -> Any:
-    """Forward and backward keep all bits."""
+    """Forward and backward run at full precision."""
     return original(module, x.bfloat16().to(x.dtype), dy)

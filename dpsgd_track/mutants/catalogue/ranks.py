@@ -20,7 +20,7 @@ from dpsgd_track.record.stages import Stage
 
 
 def scale_sums(site: Site, factor_of: Callable[[str], float]) -> None:
-    """Multiply the sum of each parameter over micro-batches and ranks."""
+    """Multiply each parameter's sum over micro-batches and ranks by `factor_of(name)`."""
 
     def scale(clipped: ClippedSum) -> None:
         for name, total in clipped.gradients.items():
@@ -30,7 +30,7 @@ def scale_sums(site: Site, factor_of: Callable[[str], float]) -> None:
 
 
 def scale_updates(site: Site, factor_of: Callable[[], float]) -> None:
-    """Multiply what the optimizer is given, signal and noise alike."""
+    """Multiply the optimizer's input, signal and noise alike."""
 
     def scale(_: object) -> None:
         factor = factor_of()
@@ -48,13 +48,13 @@ _factor_of_update = partial(mutant, at=Seam.PRIVATIZE, by=scale_updates, stage=S
 
 @_factor_of_sum("averaged over ranks, not added", "S / W", Need.RANKS, source="FSDP2's default")
 def averaged_over_ranks(name: str) -> float:
-    """The noise is not: noise over signal is W times too large."""
+    """The noise is not averaged, so that noise over signal is W times too large."""
     return 1 / dist.get_world_size()
 
 
 class _Done:
     def wait(self) -> None:
-        """Nothing is on its way."""
+        """Do nothing: no transfer is pending."""
 
 
 @_mutant(
@@ -65,7 +65,7 @@ class _Done:
     at=Seam.REDUCE_SCATTER,
 )
 def ranks_not_added(original: Original, shard: Tensor, packed: Tensor, **options: Any) -> _Done:
-    """Each keeps its rows of its own sum."""
+    """Each rank keeps its rows of its own sum."""
     shard.copy_(packed.view(-1, shard.numel())[dist.get_rank()])
     return _Done()
 
@@ -91,7 +91,7 @@ def shards_rotated(original: Original, shard: Tensor, packed: Tensor, **options:
     at=Seam.PADDED_ROWS,
 )
 def uneven_rows_padded_in_front(original: Original, gradient: Tensor, world_size: int) -> Any:
-    """Zeros come first."""
+    """The zeros come first."""
     missing = -len(gradient) % world_size
     empty = gradient.new_zeros(missing, *gradient.shape[1:])
     return original(torch.cat([empty, gradient]), world_size)
@@ -105,7 +105,7 @@ def uneven_rows_padded_in_front(original: Original, gradient: Tensor, world_size
     where=("gate.*",),
 )
 def few_rows_lost(site: Site) -> None:
-    """A rank without a shard skips the collective for all."""
+    """A rank without a shard skips the collective for all parameters."""
     rows = {name: p.shape[0] for name, p in site.mode.model.named_parameters()}
     scale_sums(site, lambda name: float(rows[name] >= dist.get_world_size()))
 
@@ -118,7 +118,7 @@ def few_rows_lost(site: Site) -> None:
     where=("*",),
 )
 def small_parameters_counted_by_all(site: Site) -> None:
-    """Taken for replicated, and added over ranks once more."""
+    """They are taken for replicated, and reduced once more."""
     dims = {name: p.dim() for name, p in site.mode.model.named_parameters()}
     scale_sums(site, lambda name: dist.get_world_size() if dims[name] == 1 else 1)
 
@@ -131,7 +131,7 @@ def small_parameters_counted_by_all(site: Site) -> None:
     in_bf16="what is added is rounded so already",
 )
 def sums_in_bf16(original: Original, name: str, total: Tensor) -> None:
-    """A reduction in the parameters' type."""
+    """The reduction runs in the type of the parameters."""
     original(name, total.bfloat16().float())
 
 
@@ -142,13 +142,13 @@ def sums_in_bf16(original: Original, name: str, total: Tensor) -> None:
     source="Opacus 95fdb35a",
 )
 def divided_by_ranks_again() -> float:
-    """A global batch size taken for a local one."""
+    """A global batch size is taken for a local one."""
     return 1 / dist.get_world_size()
 
 
 @_factor_of_update("divided by the rank's batch", "(S + N) W / B", Need.RANKS)
 def divided_by_own_batch() -> float:
-    """A local batch size taken for a global one."""
+    """A local batch size is taken for a global one."""
     return dist.get_world_size()
 
 
@@ -160,7 +160,7 @@ def divided_by_own_batch() -> float:
     where=("embedding.weight", "position.weight", "gate.*", "norm.weight"),
 )
 def root_averaged(name: str) -> float:
-    """What is set on a unit does not hold for the one above it."""
+    """A setting of one FSDP unit does not apply to its parent."""
     return 1 if name.startswith("blocks.") else 1 / dist.get_world_size()
 
 
@@ -171,7 +171,7 @@ def root_averaged(name: str) -> float:
     at=Seam.PUT,
 )
 def idle_rank_sends_again(site: Site) -> None:
-    """A bucket that is filled in place, and not cleared."""
+    """A bucket is filled in place and never cleared."""
     engine = site.mode.engine
     sent: dict[str, Tensor] = {}
 
@@ -194,7 +194,7 @@ def idle_rank_sends_again(site: Site) -> None:
     at=(Seam.ACCUMULATE, Seam.PUT),
 )
 def ranks_weighed_alike(site: Site) -> None:
-    """The mean of means."""
+    """The mean of the ranks' means."""
     ratio = [1.0]
 
     def weigh(batch: Batch) -> None:

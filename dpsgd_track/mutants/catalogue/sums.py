@@ -22,7 +22,7 @@ _mutant = partial(mutant, stage=Stage.SUM)
 
 
 def _sum_of(parameter: str, title: str, formula: str, *needs: Need) -> Callable[[_Change], _Change]:
-    """Change this rank's sum of one parameter, in its whole shape, before it goes to the others."""
+    """Change this rank's sum of one parameter, in its full shape, before the reduction."""
 
     def by(site: Site, change: _Change) -> None:
         def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
@@ -65,7 +65,7 @@ def transposed(total: Tensor) -> Tensor:
     where=("blocks.0.*t.weight",),
 )
 def layers_exchanged(original: Original, name: str, total: Tensor) -> None:
-    """Two linear layers whose outputs are added."""
+    """The two are linear layers whose outputs are added."""
     names = {"blocks.0.left.weight": "blocks.0.right.weight"}
     names |= {other: name for name, other in names.items()}
     original(names.get(name, name), total)
@@ -91,7 +91,7 @@ def layer_left_out(total: Tensor) -> Tensor:
     where=("*.weight",),
 )
 def tokens_shifted(original: Original, rows: Rows, factor_B: Tensor) -> Any:
-    """A vocabulary with a token in front."""
+    """The vocabulary has an extra token in front."""
     return original(rows, factor_B).roll(1, 0)
 
 
@@ -103,7 +103,7 @@ def tokens_shifted(original: Original, rows: Rows, factor_B: Tensor) -> Any:
     where=("embedding.weight",),
 )
 def tied_use_lost(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
-    """Its norm is right."""
+    """The norm is right."""
     return original(name, terms[:1], factor_B)
 
 
@@ -117,7 +117,7 @@ def tied_use_lost(original: Original, name: str, terms: Sequence[Term], factor_B
 def batch_factor_missing(
     original: Original, name: str, terms: Sequence[Term], factor_B: Tensor
 ) -> Any:
-    """What was kept came from a backward of the batch's mean loss."""
+    """The stored factors come from a backward of the mean loss of the batch."""
     return original(name, terms, factor_B / len(factor_B))
 
 
@@ -129,7 +129,7 @@ def batch_factor_missing(
     source="triton.autotune without reset_to_zero",
 )
 def autotuned_without_reset(site: Site) -> None:
-    """What adds in place is run on the real sum to be timed. Afterwards all is well."""
+    """A kernel that adds in place is timed on the real sum. Later calls are right."""
     seen: set[tuple[int, ...]] = set()
 
     def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
@@ -149,7 +149,7 @@ def autotuned_without_reset(site: Site) -> None:
     where=("embedding.weight", "position.weight"),
 )
 def rows_overwritten(original: Original, rows: Rows, factor_B: Tensor) -> Tensor:
-    """The last token of a row wins. Its norm is right."""
+    """The last token of a row wins. The norm is right."""
     total = torch.zeros_like(original(rows, factor_B))
     scaled_BTD = rows.dy_BTD.to(total) * factor_B.view(-1, 1, 1)
     tokens = rows.tokens_BT.flatten().tolist()

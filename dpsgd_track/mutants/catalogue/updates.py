@@ -26,7 +26,7 @@ def _weights(site: Site) -> dict[str, Tensor]:
 
 
 def _step_with(site: Site, used: Callable[[str, Tensor], Tensor]) -> None:
-    """Have the optimizer use `used(name, gradient)`; the gradients are then what they were."""
+    """Have the optimizer use `used(name, gradient)`, and restore the gradients after the step."""
 
     def step(original: Original) -> None:
         gradients = site.gradients()
@@ -41,7 +41,7 @@ def _step_with(site: Site, used: Callable[[str, Tensor], Tensor]) -> None:
 
 
 def _step_at(site: Site, factor_of: Callable[[], float]) -> None:
-    """Have the optimizer step at `factor_of` the learning rate."""
+    """Scale the learning rate of each step by `factor_of()`."""
 
     def step(original: Original) -> None:
         groups, factor = site.mode.optimizer.param_groups, factor_of()
@@ -62,7 +62,7 @@ def _step_at(site: Site, factor_of: Callable[[], float]) -> None:
     at=(Seam.PRIVATIZE, Seam.STEP),
 )
 def update_without_noise(site: Site) -> None:
-    """The noised gradient is there, and another is used."""
+    """A noised gradient is computed, and another one is used."""
     clean: dict[str, Tensor] = {}
 
     def keep(clipped: ClippedSum, _: object) -> None:
@@ -75,7 +75,7 @@ def update_without_noise(site: Site) -> None:
 
 @_step("optimizer stepped twice", "w - 2 lr g", Need.TRAINING)
 def stepped_twice(original: Original) -> None:
-    """By the engine, and by the loop."""
+    """Once by the engine, and once by the training loop."""
     original()
     original()
 
@@ -84,13 +84,13 @@ def stepped_twice(original: Original) -> None:
     "learning rate times the number of ranks", "w - W lr g", Need.RANKS, Need.TRAINING, by=_step_at
 )
 def rate_times_ranks() -> float:
-    """A linear scaling rule that nobody asked for."""
+    """A linear scaling rule that was not asked for."""
     return dist.get_world_size()
 
 
 @_planted("weight decay nobody asked for", "w - lr (g + 0.01 w)", Need.TRAINING, at=Seam.STEP)
 def weight_decay_added(site: Site) -> None:
-    """An optimizer's default."""
+    """The optimizer's default."""
 
     def decay() -> None:
         rate = site.mode.optimizer.param_groups[0]["lr"]
@@ -122,7 +122,7 @@ def momentum_added(site: Site) -> None:
     where=("blocks.0.down.weight",),
 )
 def parameter_not_trained(site: Site) -> None:
-    """Not among the optimizer's."""
+    """The parameter is missing from the optimizer."""
 
     def step(original: Original) -> None:
         weight = _weights(site)["blocks.0.down.weight"]
@@ -141,7 +141,7 @@ def parameter_not_trained(site: Site) -> None:
     source="a training loop that was there before",
 )
 def noised_gradient_clipped(site: Site) -> None:
-    """`clip_grad_norm_` stayed in the loop."""
+    """`clip_grad_norm_` was left in the training loop."""
 
     def factor_of() -> float:
         gradients = site.gradients().values()
@@ -156,7 +156,7 @@ def noised_gradient_clipped(site: Site) -> None:
     "weights kept in bfloat16", "w rounded to bfloat16 after the step", Need.TRAINING, at=Seam.STEP
 )
 def weights_in_bf16(site: Site) -> None:
-    """No master weights."""
+    """There are no master weights."""
 
     def round_weights(_: object) -> None:
         for weight in _weights(site).values():
@@ -172,7 +172,7 @@ def weights_in_bf16(site: Site) -> None:
     at=(Seam.ACCUMULATE, Seam.STEP),
 )
 def schedule_of_micro_batches(site: Site) -> None:
-    """A schedule that nobody asked for besides."""
+    """A schedule that was not asked for, stepped too often."""
     losses: list[Tensor] = []
     site.after(Seam.ACCUMULATE, lambda record: losses.append(record.loss_B))
     _step_at(site, lambda: 0.999 ** len(losses))
@@ -188,7 +188,7 @@ def schedule_of_micro_batches(site: Site) -> None:
     where=("blocks.0.left.weight", "blocks.0.right.weight"),
 )
 def foreach_lists_misaligned(site: Site) -> None:
-    """The gradients themselves are right, and stay where they are."""
+    """The gradients are right and stay in place."""
     names = "blocks.0.left.weight", "blocks.0.right.weight"
 
     def exchange() -> None:

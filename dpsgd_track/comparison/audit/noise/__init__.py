@@ -1,12 +1,12 @@
-"""Audits the noise that a mode adds: its size, its distribution, and that it repeats nowhere.
+"""Audits a mode's noise: its size, its distribution, and that it never repeats.
 
-1. `check` says what a check is, and how often all of an audit together may raise a false alarm;
-2. `gaussian` knows how far estimates from normal numbers lie from what they estimate;
+1. `check` defines a check, and the false alarm rate of an audit as a whole;
+2. `gaussian` gives confidence bounds for estimates from normal numbers;
 3. `samples` are elements of the noise; `std`, `shape`, `tails`, `equality` and `correlation` check
    them;
-4. `sketches` checks what can be known from projections alone;
-5. `sensitivity` checks that no sample contributes more than C, which the noise is calibrated to;
-6. `audit` runs all that a run has records for, and turns failed checks into findings.
+4. `sketches` makes the checks that need projections only;
+5. `sensitivity` checks that no sample contributes more than C, to which the noise is calibrated;
+6. `audit` runs all checks that a run has records for, and turns failed ones into findings.
 """
 
 from dpsgd_track.comparison.audit.noise.audit import audit, audits_of, judge_noise, passed_noise

@@ -1,4 +1,4 @@
-"""All checks that a run has records for, and what failed ones mean."""
+"""All checks that a run has records for, and the findings from failed ones."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ SAMPLES, SKETCHES = "samples", "sketches"
 def audit(
     run: ModeRun, reference: ModeRun | None = None, plain: ModeRun | None = None
 ) -> NoiseAudit | None:
-    """Everything that can be said of the noise of `run` by itself.
+    """All checks of the noise of `run` on its own, and of its sensitivity.
 
     Args:
-        reference: the regime's run of the reference, whose norms count for the sensitivity.
-        plain: that of the reference in the type that modes compute in.
+        reference: the regime's run of the reference, whose norms determine the sensitivity.
+        plain: replay of the reference in the type that modes compute in.
     Returns:
         None for a run that neither adds noise nor clips, or left no record of it.
     """
@@ -79,7 +79,7 @@ def audit(
 
 
 def audits_of(runs: Iterable[ModeRun], reference: ModeRun | None) -> dict[str, NoiseAudit]:
-    """What can be said of the noise of each of a regime's `runs`, by label.
+    """Audit of each of a regime's `runs`, by label.
 
     Args:
         reference: as in `audit`.
@@ -98,7 +98,7 @@ def _rows(cells: Cells | None) -> tuple[tuple[str, float, float, float], ...]:
 
 
 def passed_noise(audit: NoiseAudit) -> str:
-    """What is said of a mode of which no check failed: `its noise has std 1.001 sigma C (...)`."""
+    """Description of noise that passed all checks: `its noise has std 1.001 sigma C (...)`."""
     std = next((check for check in audit.checks if check.name == STD), None)
     if std is None:
         return ""
@@ -111,7 +111,7 @@ def passed_noise(audit: NoiseAudit) -> str:
 
 
 def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
-    """What the audit of a run found, and that a run of the noise regime has none of its noise."""
+    """Findings from a run's audit, or from its absence in the noise regime."""
     if run.failure and run.failure.kind is FailureKind.UNEQUAL_NOISE:
         yield _finding(run, run.reason)
     if kind_of(run.regime) == NOISE and not (audit and audit.source == SAMPLES):
@@ -150,7 +150,7 @@ def _finding(run: ModeRun, sentence: str, check: NoiseCheck | None = None) -> Fi
 
 
 def _telling(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
-    """`failed` without those that only say again what another says better, the best first."""
+    """`failed` without checks whose message another one covers better, the best first."""
     named = {check.name: check for check in failed}
     related = [check for check in failed if check.name.startswith(CORRELATION)]
     is_related = bool(related) or REUSE in named
@@ -158,7 +158,7 @@ def _telling(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
     if std := _telling_std(named):
         kept.append(std)
     if not kept and not related:
-        # Noise of several stds, with holes, or that repeats is not normal either.
+        # Noise of several stds, with holes, or with repetitions is not normal either.
         shape = [named[MEAN]] if MEAN in named else [c for c in failed if c.name in SHAPE]
         kept += shape or _telling_signs(named, is_related=is_related)
     # Elements that repeat make every other correlation spread more than chance does.
@@ -169,10 +169,10 @@ def _telling(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
 
 
 def _telling_values(failed: dict[str, NoiseCheck], *, is_related: bool) -> list[NoiseCheck]:
-    """That values repeat, or are zero: the check that says it best.
+    """The check that best reports repeated or zero values.
 
     Args:
-        is_related: a correlation says better what repeats what.
+        is_related: a correlation reports more precisely which part repeats which.
     """
     if REPETITION in failed:
         return [failed[REPETITION]]
@@ -183,13 +183,13 @@ def _telling_values(failed: dict[str, NoiseCheck], *, is_related: bool) -> list[
 
 
 def _telling_signs(failed: dict[str, NoiseCheck], *, is_related: bool) -> list[NoiseCheck]:
-    """What is left of noise that looks normal: too few far out, or too many equal by a little."""
+    """Faults of noise that looks normal: too few far out, or a slight excess of equal values."""
     names = (TAILS,) if is_related else (TAILS, EQUAL_VALUES)
     return [failed[name] for name in names if name in failed][:1]
 
 
 def _telling_std(failed: dict[str, NoiseCheck]) -> NoiseCheck | None:
-    """The std that explains the others; else that of the smallest parts."""
+    """The std check that explains the others, or else the one of the smallest parts."""
     by_step = failed.get("std_by_step")
     if EMPTY_STEP in failed and by_step and by_step.num_failed == failed[EMPTY_STEP].num_failed:
         return failed[EMPTY_STEP]

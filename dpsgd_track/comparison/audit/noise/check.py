@@ -1,4 +1,4 @@
-"""One check of a mode's noise, and all of them together."""
+"""One check of a mode's noise, and all checks together."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import math
 from dataclasses import dataclass
 
 FALSE_ALARM = 1e-6
-"""Probability that any check of an audit fails for a mode whose noise is as it should be."""
+"""Probability that any check of an audit fails for a mode with correct noise."""
 _NUM_CHECKS = 20
-"""At least as many as an audit makes: each has an equal share of FALSE_ALARM."""
+"""Upper bound of the checks per audit, each of which gets an equal share of FALSE_ALARM."""
 ALPHA = FALSE_ALARM / _NUM_CHECKS
 """Probability that one check fails by chance, over all its cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Part of the noise: in words, and as values for what reads it."""
+    """Part of the noise, in words and in values for programs."""
 
     text: str = ""
-    """As it stands in a sentence; empty for all of the noise."""
+    """Name in a sentence; empty for all of the noise."""
     step: int | None = None
-    """The earliest; None for all."""
+    """The earliest step; None for all."""
     parameters: tuple[str, ...] = ()
     """Empty for all."""
 
@@ -45,39 +45,39 @@ class Place:
 
     @property
     def suffix(self) -> str:
-        """The text with a blank before it, if there is any."""
+        """The text with a leading blank, if there is any."""
         return f" {self.text}" if self.text else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseCheck:
-    """One property of a mode's noise, with the interval that its estimate leaves open."""
+    """One property of a mode's noise, with the confidence interval of its estimate."""
 
     name: str
     """Identifier, such as `std` or `correlation_of_ranks`."""
     title: str
-    """As it stands in a sentence and as a heading."""
+    """Name in a sentence, and as a heading."""
     value: float
-    """The estimate; of several cells, the one farthest out. NaN where nothing was tested."""
+    """The estimate; of several cells, the one farthest out. NaN if nothing was tested."""
     low: float
-    """Confidence interval of the estimate."""
+    """Lower end of the estimate's confidence interval."""
     high: float
     expected: float
     is_ok: bool
     place: Place = Place()
-    """Parameter, rank or step of the worst."""
+    """Parameter, rank or step of the worst cell."""
     sentence: str = ""
-    """What was found, with numbers."""
+    """The result, with numbers."""
     num_cells: int = 1
-    """Parameters, ranks, steps or pairs that were looked at one by one."""
+    """Parameters, ranks, steps or pairs that were tested individually."""
     num_failed: int = 0
-    """How many of them were out of bounds."""
+    """Number of cells out of bounds."""
     explains_others: bool = False
-    """Of checks that look at the same in larger or smaller parts, the one that says it best."""
+    """True for the most telling of several checks of one property in larger or smaller parts."""
 
     @property
     def was_tested(self) -> bool:
-        """False where the run had nothing to test this with; the sentence says so."""
+        """False if the run had nothing to test this with; the sentence says so."""
         return not (self.is_ok and math.isnan(self.value))
 
 
@@ -96,5 +96,5 @@ class NoiseAudit:
 
     @property
     def failed(self) -> tuple[NoiseCheck, ...]:
-        """Checks that were not passed."""
+        """Checks that failed."""
         return tuple(check for check in self.checks if not check.is_ok)

@@ -1,6 +1,6 @@
-"""Is the noise independent between ranks, steps, parameters and places?
+"""Checks that the noise is independent between ranks, steps, parameters and elements.
 
-Legend: S steps, W ranks, P parameters, M elements of a shard, R rows that are held against each
+Legend: S steps, W ranks, P parameters, M elements of a shard, R rows that are compared with each
 other.
 """
 
@@ -19,16 +19,16 @@ from dpsgd_track.comparison.audit.noise.samples import Samples
 from dpsgd_track.record.trajectory import Floats
 
 CORRELATION = "correlation_of_"
-"""Begins the name of the checks of one kind of pairs."""
+"""Prefix of the names of checks, one for each kind of pairs."""
 REUSE = "reuse"
 _CONSECUTIVE = 128
-"""The first kept elements of a shard are its first, so that they lie at equal places of shards of
-any size."""
+"""This many kept elements are the leading ones of a shard, at equal positions in shards of any
+size."""
 _LAGS = 64
 _FEWEST = 16
-"""Elements by which two shards are compared; below it even equal ones are no proof."""
+"""Least number of elements for comparing two shards; fewer prove nothing, even if equal."""
 _FEWEST_PRODUCTS = 256
-"""From so many on, the correlation of neighbours is distributed as that of two vectors."""
+"""Least number for which the correlation of neighbours is distributed as that of two vectors."""
 _ROWS_AT_ONCE = 512
 
 Bools = NDArray[np.bool_]
@@ -55,7 +55,7 @@ def check_correlations(samples: Samples) -> Iterator[NoiseCheck]:
 
 
 def correlations(rows: Floats, held: Bools) -> tuple[Floats, NDArray[np.int64]]:
-    """Of each pair of R rows, the correlation over what both hold, and how many that is.
+    """Correlation of each pair of R rows over the elements that both hold, and their number.
 
     Args:
         rows: [R, N], 0 where not held; their means are known to be zero.
@@ -74,7 +74,7 @@ def correlations(rows: Floats, held: Bools) -> tuple[Floats, NDArray[np.int64]]:
 def correlation_check(
     kind: str, places: Sequence[Place], value: Floats, num: NDArray[np.int64]
 ) -> NoiseCheck:
-    """The pair whose correlation chance explains least."""
+    """Check of the pair whose correlation is least likely by chance."""
     bound = correlation_bound(num, ALPHA / len(value))
     excess = np.where(num < _FEWEST, 0.0, np.abs(value) / bound)
     worst = _first_largest(excess)
@@ -121,7 +121,7 @@ def _check(
 def _check_pairs(
     kind: str, parts: Sequence[Place], samples: Samples, held: Bools, *, axis: int
 ) -> NoiseCheck:
-    """Between all `parts` along `axis`, over everything and of each parameter by itself."""
+    """Correlate all `parts` along `axis`, over everything and for each parameter separately."""
     every = np.moveaxis(samples.even, axis, 0)
     kept = np.moveaxis(held, axis, 0)
     shape = (len(parts), -1)
@@ -136,12 +136,12 @@ def _check_pairs(
 
 
 def pairs_of(parts: Iterable[Place]) -> list[Place]:
-    """In the order of `correlations`."""
+    """Pairs of `parts`, in the order of `correlations`."""
     return [Place.of_pair(first, second) for first, second in combinations(parts, 2)]
 
 
 def _check_neighbours(samples: Samples) -> NoiseCheck:
-    """Between elements of a shard that are 1 to _LAGS apart, over everything and by parameter."""
+    """Correlate elements of a shard that are 1 to _LAGS apart, over everything and by parameter."""
     P = len(samples.parameters)
     first = np.moveaxis(samples.even[..., :_CONSECUTIVE], 2, 0)
     held = np.moveaxis(np.broadcast_to(samples.held, samples.even.shape)[..., :_CONSECUTIVE], 2, 0)
@@ -173,7 +173,7 @@ def _check_neighbours(samples: Samples) -> NoiseCheck:
 
 
 def _check_reuse(samples: Samples) -> NoiseCheck:
-    """Between the first elements of any two shards of any parameter, rank and step."""
+    """Correlate the leading elements of any two shards of any parameter, rank and step."""
     S, W, P, _ = samples.even.shape
     rows = samples.even[..., :_CONSECUTIVE].reshape(S * W * P, -1)
     held = np.broadcast_to(samples.held, samples.even.shape)[..., :_CONSECUTIVE]
@@ -199,5 +199,5 @@ def _check_reuse(samples: Samples) -> NoiseCheck:
 
 
 def _first_largest(excess: Floats) -> int:
-    """Flat index of the first of the largest, which machines may round differently."""
+    """Flat index of the first of the largest values, robust to rounding that varies by machine."""
     return int(excess.round(9).argmax())

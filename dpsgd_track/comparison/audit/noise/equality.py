@@ -1,10 +1,10 @@
-"""Is no element of the noise zero, and does none have the value of another?
+"""Checks that no element of the noise is zero or equal to another.
 
-Whether two elements are equal by chance depends on how finely they are rounded, which nobody knows:
-an element is what a sum had beyond another, and has the grid of both. But sound noise is as likely
-to be positive as negative. So among the pairs of elements of one size, as many are equal as are
-opposite, and given the sizes the signs are all that is random: the check is exact on any grid that
-treats both signs alike. A copy turns up among the equal pairs alone.
+The probability that two elements are equal by chance depends on how finely they are rounded, which
+is unknown: an element is the difference of two sums and has the grid of both. But correct noise is
+positive as often as negative. So among the pairs of elements of one size, as many are equal as are
+opposite, and given the sizes only the signs are random: the check is exact on any grid that treats
+both signs alike. A copy shows among the equal pairs only.
 
 Legend: S steps, W ranks, P parameters, M elements of a shard, T values of the bound's parameter.
 """
@@ -28,20 +28,20 @@ from dpsgd_track.record.trajectory import Floats
 ZEROS, EQUAL_VALUES = "zeros", "equal_values"
 _DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)
 _FINE_WIDTHS = (2.0**-22, 2.0**-18, 2.0**-14)
-"""Elements of one size differ by less, in sigma C. What is copied differs by what rounding did to
-the sums that it was added to."""
+"""Bin widths in units of sigma C: elements of one size differ by less. Copies differ by the
+rounding of the sums that they were added to."""
 _LARGEST_BIN = 256
-"""Where more are of one size, little is to be seen."""
+"""Larger bins are skipped, since equality tells little in them."""
 _PARAMETERS = np.geomspace(1e-5, 8, 56)
-"""[T] of the bound's; any is valid, and one near the best is best."""
+"""[T] parameters of the bound; it holds for any, and is tightest near the optimum."""
 
 Integers = NDArray[np.int64]
 
 
 def check_zeros(samples: Samples) -> NoiseCheck:
-    """Elements that are exactly zero, over everything and by part.
+    """Check for elements that are exactly zero, over everything and by part.
 
-    A shard without any noise is left out: its std says what is wrong with it.
+    A shard without any noise is left out: its std reports that.
     """
     if samples.resolution >= COARSE:
         return _untested_zeros()
@@ -90,29 +90,29 @@ def _untested_zeros() -> NoiseCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """One way to choose the groups within which elements are compared."""
+    """One way to group the elements that are compared with each other."""
 
     name: str
-    """As it stands in a sentence."""
+    """Name in a sentence."""
     group: Integers
-    """Of each element."""
+    """Group of each element."""
     num_groups: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Bins:
-    """Elements of one group and one size, where they are 2 to _LARGEST_BIN."""
+    """Bins of elements of one group and one size, with 2 to _LARGEST_BIN elements each."""
 
     group: Integers
     size: Integers
     num: Integers
     surplus: Floats
-    """Equal pairs less opposite ones."""
+    """Number of equal pairs minus opposite ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Cell:
-    """A group, or all of a kind together."""
+    """A group, or all groups of a kind together."""
 
     kind: _Kind
     width: float
@@ -125,12 +125,12 @@ class _Cell:
 
     @property
     def excess(self) -> float:
-        """More than 1 is out of bounds."""
+        """Surplus relative to its limit; more than 1 is out of bounds."""
         return abs(self.surplus) / self.reach
 
 
 def check_equal_values(samples: Samples) -> NoiseCheck:
-    """Equal against opposite pairs: of each shard and so on up to all of the run."""
+    """Compare the numbers of equal and opposite pairs, from single shards up to the whole run."""
     present = np.flatnonzero(samples.held & (samples.noise != 0))
     values = samples.noise.ravel()[present]
     values = values / math.sqrt(float(np.square(values).mean()))
@@ -222,9 +222,9 @@ def _cells(values: Floats, width: float, kind: _Kind, alpha: float) -> Iterator[
 
 @lru_cache(maxsize=1)
 def log_moments() -> Floats:
-    """[2, T, _LARGEST_BIN + 1] log E exp(t x) of the surplus x, and of -x, of so many elements.
+    """[2, T, _LARGEST_BIN + 1] log E exp(t x) of the surplus x, and of -x, by number of elements m.
 
-    Their signs are independent and even. If k are positive, (2 k - m)^2 / 2 - m / 2 is the surplus.
+    The signs are independent and even. If k are positive, (2 k - m)^2 / 2 - m / 2 is the surplus.
     Chernoff: the surplus of all bins is larger than (sum of these + log(1 / alpha)) / t with a
     probability of alpha at most, for any t > 0.
     """
@@ -245,7 +245,7 @@ def log_moments() -> Floats:
 
 
 def _example(values: Floats, cell: _Cell) -> tuple[int, int]:
-    """Two elements that are equal, or opposite if that is what there are too many of."""
+    """Two elements that are equal, or opposite if there are too many opposite pairs."""
     bins = _bins(values, cell.width, cell.kind.group)
     if not len(bins.num):
         return 0, 0

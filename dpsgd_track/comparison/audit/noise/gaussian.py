@@ -1,7 +1,7 @@
-"""Tests of what independent normal numbers of mean zero look like, exact where a formula is known.
+"""Bounds on statistics of independent normal numbers of mean zero, exact where a formula is known.
 
-Each returns how far an estimate may lie from its expected value; `alpha` is the probability at
-which it lies farther all the same. All take arrays, one test an element.
+Each function returns how far an estimate may lie from its expected value; with probability `alpha`
+it lies farther. All take arrays, one test per element.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def kolmogorov_distance(values: Floats) -> float:
 
 
 def kolmogorov_bound(num: int, alpha: float) -> float:
-    """Largest such distance; never too small, as the distribution at any `num` lies below that
-    of the limit."""
+    """Largest such distance; conservative, since the distribution for any `num` lies below the
+    limiting one.
+    """
     return float(special.kolmogi(alpha) / np.sqrt(num))
 
 
@@ -79,11 +80,11 @@ def beyond(distance: ArrayLike) -> Floats:
 def share_interval(
     few: ArrayLike, many: ArrayLike, num: ArrayLike, alpha: float
 ) -> tuple[Floats, Floats]:
-    """Ends of the interval of shares of which `num` draws may have had the counts seen; exact.
+    """Exact confidence interval of a probability, given the counts in `num` draws.
 
     Args:
-        few: the least that may have been counted, which the lower end follows from.
-        many: the most.
+        few: the least possible count, which determines the lower end.
+        many: the largest possible count, which determines the upper end.
     Source:
         Clopper and Pearson, 1934, "The use of confidence or fiducial limits".
     """

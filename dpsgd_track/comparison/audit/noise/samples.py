@@ -1,4 +1,4 @@
-"""Elements of the noise in units of sigma C, where they are from, and what the run was asked for.
+"""Elements of the noise in units of sigma C, with their origin and resolution.
 
 Legend: S steps, W ranks, P parameters, M elements of a shard.
 """
@@ -18,11 +18,11 @@ from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Floats, Trajectory
 
 FINE, COARSE = 2.0**-14, 2.0**-5
-"""Distances, in sigma C, that rounding stays below in an update of float32, even where the sum is a
-hundred times the noise; and of bfloat16, where it is not larger than the noise."""
+"""Bounds on the rounding error, in units of sigma C, of an update in float32, even if the sum is a
+hundred times the noise; and in bfloat16, if it is no larger than the noise."""
 _COARSE_BITS, _COARSE_SHARE = 13, 0.05
-"""The difference of two bfloat16 numbers of similar size has no more bits; of float32 numbers one
-in 500 happens to end so early, or 3 % where the sum is a hundred times the noise."""
+"""The difference of two bfloat16 numbers of similar size has no more bits; one in 500 float32
+numbers happens to have so few, or 3 % if the sum is a hundred times the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,35 +36,34 @@ class Samples:
     steps: tuple[int, ...]
     parameters: tuple[str, ...]
     resolution: float = FINE
-    """Elements that are so far apart are not rounded to the same value: FINE or COARSE."""
+    """Elements that are this far apart are not rounded to the same value: FINE or COARSE."""
 
     @cached_property
     def sum_sq(self) -> Floats:
-        """[S, W, P]"""
+        """[S, W, P] sum of squares."""
         return np.asarray(np.square(self.noise).sum(axis=-1))
 
     @cached_property
     def num(self) -> NDArray[np.int64]:
-        """[S, W, P] elements behind each."""
+        """[S, W, P] number of elements."""
         return np.broadcast_to(self.held.sum(axis=-1), self.sum_sq.shape)
 
     @cached_property
     def even(self) -> Floats:
-        """`noise` with the std of every step made 1, so that a wrong std shows as nothing else."""
+        """`noise`, rescaled to std 1 in every step, so that a wrong std shows in no other check."""
         rms = np.sqrt(self.sum_sq.sum(axis=(1, 2)) / np.maximum(self.num.sum(axis=(1, 2)), 1))
         scale = np.divide(1.0, rms, out=np.zeros_like(rms), where=rms > 0)
         return self.noise * scale[:, None, None, None]
 
     def parts(self) -> Iterator[tuple[list[Place], tuple[int, ...]]]:
-        """Parts of which each has many shards, and the axes of [S, W, P] that are summed over for
-        them."""
+        """Parts of many shards each, and the axes of [S, W, P] that are summed over for them."""
         yield [Place()], (0, 1, 2)
         yield [Place.of_parameter(name, "in ") for name in self.parameters], (0, 1)
         yield [Place(text=f"on rank {rank}") for rank in range(self.held.shape[0])], (0, 2)
         yield [Place.of_step(step, "at ") for step in self.steps], (1, 2)
 
     def place(self, shard: int) -> Place:
-        """`model.norm.weight on rank 1 at step 2`, of a flat index into [S, W, P]."""
+        """`model.norm.weight on rank 1 at step 2`, for a flat index into [S, W, P]."""
         s, rank, p = np.unravel_index(shard, self.noise.shape[:3])
         name, step = self.parameters[p], self.steps[s]
         text = f"{name} on rank {rank} at step {step}"
@@ -78,7 +77,7 @@ def noise_std(trajectory: Trajectory) -> Floats:
 
 
 def samples_of(trajectory: Trajectory) -> Samples | None:
-    """None for a run that kept no elements of its noise, or was to add none."""
+    """Elements of a run's noise; None if it kept none, or was not to add any."""
     raw = trajectory.noise_samples
     if not raw.size or not trajectory.noise_std > 0:
         return None
@@ -94,7 +93,7 @@ def samples_of(trajectory: Trajectory) -> Samples | None:
 
 
 def _resolution(trajectory: Trajectory, held: NDArray[np.bool_]) -> float:
-    """COARSE where too many elements end as early as differences of short numbers do.
+    """COARSE if too many elements have as few bits as a difference of bfloat16 numbers.
 
     An element is the difference of two updates times the batch size, rounded to float32.
     """
@@ -106,7 +105,7 @@ def _resolution(trajectory: Trajectory, held: NDArray[np.bool_]) -> float:
 
 
 def num_micro_batches(run: ModeRun, trajectory: Trajectory) -> Floats | None:
-    """[S] micro-batches that each rank did; None where the run does not say how large they are."""
+    """[S] micro-batches of each rank; None if the run does not record their size."""
     if run.job is None or not trajectory.sample_index.shape[1]:
         return None
     batch_size = run.job.data.batch_size

@@ -1,4 +1,4 @@
-"""Does any sample contribute more than C, the number that the noise is calibrated to?"""
+"""Checks that no sample contributes more than C, to which the noise is calibrated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpsgd_track.record.trajectory import UNUSED, Floats, Trajectory
 
 SENSITIVITY = "sensitivity"
 TOLERANCE = 5e-4
-"""What float32 and a formula such as C / (norm + 1e-6) explain."""
+"""Excess due to float32 and to a formula such as C / (norm + 1e-6)."""
 
 
 def sensitivity(
@@ -19,9 +19,9 @@ def sensitivity(
     """The largest clip factor x norm / C of a run, over all its steps and samples.
 
     Args:
-        reference: whose norms count, where it has computed the same samples.
-        plain: the reference in the type that modes compute in. Norms that it gets wrong by so
-            much, the mode may get wrong as well, and by twice as much.
+        reference: run whose norms are used if it has computed the same samples.
+        plain: the reference in the type that modes compute in. The mode may have twice the error of
+            these norms.
     Returns:
         None for a run that has no clip factors.
     """
@@ -65,7 +65,7 @@ def sensitivity(
 
 
 def _norms_of(run: ModeRun | None, trajectory: Trajectory) -> Floats | None:
-    """[S, N] norms as `run` has them of the samples of `trajectory`; None where one is missing."""
+    """[S, N] norms that `run` has of the samples of `trajectory`; None if one is missing."""
     theirs = run.trajectory if run else None
     if theirs is None:
         return None

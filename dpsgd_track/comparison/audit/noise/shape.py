@@ -1,4 +1,4 @@
-"""Is the noise normal with mean zero, and does no value stand in it again and again?"""
+"""Checks that the noise is normal with mean zero, and that no value occurs again and again."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ REPETITION = "repetition"
 MEAN = "mean"
 SHAPE = (MEAN, "distribution", "kurtosis")
 _FEWEST_FOR_KURTOSIS = 1000
-# The formula for its bounds lets five times as many samples of 2,000 below them as it should at a
-# probability of 1e-4.
+# At a probability of 1e-4, five times as many samples of 2,000 as expected lie below the bounds
+# by the formula.
 _KURTOSIS_ALPHA = ALPHA / 100
 _REPEATED, _REPEATED_SHARE = 8, 0.05
-"""So many equal values in a shard are too many. In float32 two may be equal by chance; in bfloat16
-nine of 256."""
+"""Largest number and share of a shard's elements that may be equal. By chance, two may be in
+float32, and nine of 256 in bfloat16."""
 
 
 Bools = NDArray[np.bool_]
@@ -35,7 +35,7 @@ Bools = NDArray[np.bool_]
 def check_shape(samples: Samples) -> Iterator[NoiseCheck]:
     """All checks of this module; of noise that is zero everywhere only the first.
 
-    A step without any noise is left out: its std says what is wrong with it.
+    A step without any noise is left out: its std reports that.
     """
     yield _check_mean(samples)
     if samples.noise.any():
@@ -131,7 +131,7 @@ def _check_kurtosis(samples: Samples, flat: Floats, has_noise: Bools) -> NoiseCh
 def _kurtosis(values: Floats) -> float:
     squares = np.square(values)
     mean = squares.mean()
-    # Of a parameter without noise nothing can be said here; its std says it.
+    # Nothing can be said of a parameter without noise here; its std reports that.
     return float(np.square(squares).mean() / mean**2) if mean > 0 else 3.0
 
 
@@ -141,7 +141,7 @@ def _check_repetition(samples: Samples) -> NoiseCheck:
     for shard, (s, w, p) in enumerate(np.ndindex(S, W, P)):
         values = samples.noise[s, w, p, samples.held[w, p]]
         if not values.any():
-            continue  # a shard that holds nothing, or has no noise, which its std says
+            continue  # an empty shard, or one without noise, which its std reports
         unique, counts = np.unique(values, return_counts=True)
         most = int(counts.max())
         excess = most / max(_REPEATED, _REPEATED_SHARE * len(values))

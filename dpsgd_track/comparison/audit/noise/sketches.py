@@ -1,4 +1,4 @@
-"""What projections tell of the noise of a run that kept no elements of it.
+"""Checks of the noise of a run that kept projections but no elements of it.
 
 A projection of n independent normal elements with random signs is normal with n times their
 variance. The K projections of one parameter are independent only as far as their signs are
@@ -23,19 +23,19 @@ from dpsgd_track.comparison.audit.noise.std import STD, Cells, cells_of, std_che
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_length
 
 _SMALLEST = 1e-3
-"""Noise that is smaller beside the gradient drowns in the rounding of their sum in float32."""
+"""Noise that is smaller relative to the gradient is lost in the rounding of their float32 sum."""
 _MANY = 16
-"""A parameter with so many elements for each projection counts in totals: small ones would make
-the interval of all as wide as their own."""
+"""Least number of elements per projection of a parameter that counts in totals: small parameters
+would make the interval of all as wide as their own."""
 
 _BLOCK = 256
-"""Steps that are looked at together: the sketches of a long run are larger than memory."""
+"""Steps per block: the sketches of a long run are larger than memory."""
 _MOST_STEPS = 64
-"""Steps of which every two are compared."""
+"""Largest number of steps that are compared pairwise."""
 
 
 def check_sketches(trajectory: Trajectory) -> tuple[list[NoiseCheck], Cells] | None:
-    """Checks, and the std of each parameter; None where nothing can be said."""
+    """Checks, and the std of each parameter; None if nothing can be said."""
     sizes = trajectory.parameter_sizes
     if not (trajectory.noise_std > 0 and len(sizes) and (sizes > 0).all()):
         return None
@@ -61,7 +61,7 @@ def check_sketches(trajectory: Trajectory) -> tuple[list[NoiseCheck], Cells] | N
 
 
 def _standardised(trajectory: Trajectory, start: int, stop: int) -> Floats | None:
-    """[rows, P, K] noise of std 1 at steps from row `start` on; None where it can't be told."""
+    """[rows, P, K] noise of std 1 at steps from row `start` on; None if it is unknown."""
     gradient, noised = (
         trajectory.read(name, start, stop) for name in ("gradient_sketch", "noised_sketch")
     )
@@ -72,7 +72,7 @@ def _standardised(trajectory: Trajectory, start: int, stop: int) -> Floats | Non
 
 
 def independent_squares(sizes: Floats, num_projections: int) -> Floats:
-    """[P] how many independent squares the K of a parameter are worth at least."""
+    """[P] least number of independent squares that a parameter's K squares are worth."""
     K = num_projections
     return np.maximum(K / np.square(1 + np.sqrt(K / sizes)), 1.0)
 
@@ -82,7 +82,7 @@ def _cells(
 ) -> Cells:
     """Estimates from sums of K squares, [S, P], over `axis`."""
     num = np.broadcast_to(dof, sum_sq.shape).sum(axis=axis)
-    # The mean square is what is known; it is worth `num` squares.
+    # The mean square is known; it is worth `num` squares.
     count = np.full(sum_sq.shape, float(K)).sum(axis=axis)
     return cells_of(places, sum_sq.sum(axis=axis) / count * num, num)
 

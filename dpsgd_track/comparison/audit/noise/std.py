@@ -1,4 +1,4 @@
-"""Is the std of the noise sigma C: of all of it, and of each parameter, rank and step?"""
+"""Checks that the std of the noise is sigma C: overall, and by parameter, rank and step."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Cells:
 
     @property
     def excess(self) -> Floats:
-        """By what factor 1 lies outside each interval; more than 1 is out of bounds."""
+        """Factor by which 1 lies outside each interval; more than 1 is out of bounds."""
         with np.errstate(divide="ignore"):
             excess = np.maximum(self.low, 1 / self.high)
         return np.where(np.isnan(excess), np.inf, excess)
 
     def may_be(self, std: Floats | float) -> NDArray[np.bool_]:
-        """Whether `std` lies in each interval."""
+        """True where `std` lies in the interval."""
         return np.asarray((self.low <= std) & (std <= self.high))
 
 
 def cells_of(places: Sequence[Place], sum_sq: Floats, dof: Floats | NDArray[np.int64]) -> Cells:
-    """Cells with something in them, at a level that is theirs together."""
+    """Cells that have elements, at a joint confidence level."""
     squares, num = np.ravel(sum_sq), np.ravel(dof)
     filled = np.flatnonzero(num > 0)
     value, low, high = std_interval(squares[filled], num[filled], ALPHA / max(len(filled), 1))
@@ -51,7 +51,7 @@ def cells_of(places: Sequence[Place], sum_sq: Floats, dof: Floats | NDArray[np.i
 def std_check(
     name: str, title: str, cells: Cells, *, likely_cause: str = "", explains_others: bool = False
 ) -> NoiseCheck:
-    """The cell that is farthest out, against 1."""
+    """Check of the cell that is farthest out, against 1."""
     excess = cells.excess
     worst = int(excess.argmax())
     num_failed = int((excess > 1).sum())
@@ -81,7 +81,7 @@ def std_check(
 
 
 def telling(total: Cells, grouped: Mapping[str, Cells], explained: Collection[str]) -> str:
-    """Which check says best what is wrong; empty where only the smallest parts can.
+    """Name of the check that explains a failure best; empty if only the smallest parts can.
 
     Args:
         grouped: by rank, step or parameter.
@@ -133,7 +133,7 @@ def check_std(
 
 
 def _fits(by_shard: Cells, sum_sq: Floats, num: NDArray[np.int64], axes: tuple[int, ...]) -> bool:
-    """Whether every shard may have the std of all that are summed over `axes` with it."""
+    """True if the std of each group, summed over `axes`, fits each of its shards."""
     squares, nums = sum_sq.sum(axis=axes, keepdims=True), num.sum(axis=axes, keepdims=True)
     std = np.broadcast_to(np.sqrt(squares / np.maximum(nums, 1)), num.shape)
     return bool(by_shard.may_be(std[num > 0]).all())
@@ -162,7 +162,7 @@ def _check_empty_step(trajectory: Trajectory, samples: Samples) -> NoiseCheck:
 
 
 def _likely_cause(run: ModeRun, trajectory: Trajectory, by_step: Cells) -> str:
-    """What well-known fault makes the std of every step what it is; empty for none or several."""
+    """Well-known fault that explains the std of every step; empty for none or more than two."""
     if not len(by_step.value) or len(by_step.value) != trajectory.num_steps:
         return ""
     if (by_step.value < 1e-3).all():
@@ -176,7 +176,7 @@ def _likely_cause(run: ModeRun, trajectory: Trajectory, by_step: Cells) -> str:
 
 
 def _faults(run: ModeRun, trajectory: Trajectory) -> Iterator[tuple[Floats, str]]:
-    """(what it multiplies the std of each step by, [S], in words) of known faults."""
+    """(factor [S] on the std of each step, description) of known faults."""
     bounds = trajectory.max_grad_norm
     sigma = trajectory.noise_std / bounds[0]
     W = float(trajectory.noise_samples.shape[1])

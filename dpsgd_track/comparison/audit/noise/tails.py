@@ -1,7 +1,6 @@
-"""Are as many elements large as of normal noise?
+"""Checks that as many elements are large as in normal noise.
 
-The distance of Kolmogorov and Smirnov sees nothing of one element in a hundred, and those far out
-are what epsilon is made of.
+The Kolmogorov-Smirnov distance misses one element in a hundred, but epsilon depends on the tails.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from dpsgd_track.record.trajectory import Floats
 
 TAILS = "tails"
 _LEVELS = (2.5, 3.0, 3.5)
-"""In sigma C; and the largest element of each part is a level too."""
+"""In units of sigma C; the largest element of each part is a level too."""
 _ROUNDING = 2.0**-8
-"""By so much an element may have been rounded over a level, relatively: that of bfloat16."""
+"""Relative rounding error that may have moved an element over a level: that of bfloat16."""
 
 
 def check_tails(samples: Samples) -> NoiseCheck:
-    """Elements beyond each level, and the largest, of everything and by part.
+    """Check the counts beyond each level, and the largest element, over everything and by part.
 
-    That the largest of n is m is that none of n is beyond m, and that one is at m or beyond. Both
-    are as rare as they would be for a level that was chosen before.
+    If the largest of n is m, none of n is beyond m, and one is at m or beyond. Both are as rare as
+    they would be for a level chosen in advance.
     """
     size = np.abs(samples.even)
     held = samples.held & samples.noise.any(axis=(1, 2, 3), keepdims=True)
@@ -45,7 +44,7 @@ def check_tails(samples: Samples) -> NoiseCheck:
 
 
 def _beyond_levels(size: Floats) -> list[Floats]:
-    """[S, W, P] for each level: what is surely beyond it, and what may be."""
+    """[S, W, P] per level: number of elements surely beyond it, and number possibly beyond it."""
     return [
         np.asarray((size > level * factor).sum(axis=-1))
         for level in _LEVELS
@@ -54,14 +53,14 @@ def _beyond_levels(size: Floats) -> list[Floats]:
 
 
 def _judged(places: list[Place], cells: Floats) -> NoiseCheck:
-    """The cell that is farthest out of its bounds.
+    """Check of the cell that is farthest out of its bounds.
 
     Args:
         cells: [4, len(places)] elements, level, those surely beyond it, those that may be.
     """
     num, level, few, many = cells
     low, high = share_interval(few, many, num, ALPHA / len(places))
-    # Of the largest element, rounding is in the level and not in the counts.
+    # For the largest element, rounding is in the level and not in the counts.
     is_largest = few > many
     low_level = np.where(is_largest, level * (1 - _ROUNDING), level)
     high_level = np.where(is_largest, level * (1 + _ROUNDING), level)
