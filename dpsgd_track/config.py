@@ -175,9 +175,9 @@ class PerformanceConfig:
     num_replicas: int = 1
     """Groups of ranks that each hold the whole model. It is sharded within a group (HSDP)."""
     plan: str = AUTO
-    """Norms of linear layers: auto, gradients, gram or tiled. In flash and fused modes, from the
-    per-sample gradients (one backward only), by the Gram form or by the tiled form; auto chooses
-    layer by layer."""
+    """Norm computation of linear layers: auto, gradients, gram or tiled. In flash and fused modes,
+    from the per-sample gradients (one backward only), by the Gram form or by the tiled form; auto
+    chooses layer by layer."""
 
     def __post_init__(self) -> None:
         require_one_of("plan", self.plan, PLANS)
