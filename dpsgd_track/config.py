@@ -1,7 +1,7 @@
-"""Everything a run is configured by, as frozen dataclasses that check themselves.
+"""The configuration of a run, as frozen dataclasses that validate themselves.
 
-`PrivacyConfig` holds what changes the privacy guarantee; `PerformanceConfig` holds what may
-change speed and memory and never the guarantee. Errors read
+`PrivacyConfig` holds the settings of the privacy guarantee; `PerformanceConfig` holds those that
+may change speed and memory but never the guarantee. Errors read
 ``{setting}={got!r}: expected {allowed}. {what to do}``.
 """
 
@@ -28,14 +28,14 @@ NOISE_FROM = ("seed", "os")
 
 AUTO, GRADIENTS, GRAM, TILED = "auto", "gradients", "gram", "tiled"
 PLANS = (AUTO, GRADIENTS, GRAM, TILED)
-"""How norms of linear layers are found; `dpsgd_track.privacy.norm_planner` says what each means."""
+"""Methods to compute norms of linear layers; `dpsgd_track.privacy.norm_planner` explains each."""
 
 CLASSIFICATION = "sequence-classification"
 CAUSAL_LM = "causal-lm"
 MASKED_LM = "masked-lm"
 REGRESSION = "regression"
 TASKS = (CLASSIFICATION, CAUSAL_LM, MASKED_LM, REGRESSION)
-"""What is predicted; `dpsgd_track.privacy.loss` holds the loss of each."""
+"""Prediction tasks; `dpsgd_track.privacy.loss` holds the loss of each."""
 
 PADDINGS = ("right", "left")
 SEQUENTIAL = "sequential"
@@ -47,41 +47,41 @@ CLIP = "clip"
 NOISE = "noise"
 TRAIN = "train"
 PROFILE = "profile"
-"""Steps that are timed, and compared with nothing but each other's times."""
+"""Regime of timed steps, whose times alone are compared."""
 PROBE = "probe-"
-"""Begins the name of a regime that is run on the probe, whatever model the user chose."""
+"""Prefix of regimes that run on the probe, whatever model the user chose."""
 PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE = (f"{PROBE}{kind}" for kind in (ACCURACY, CLIP, NOISE))
 PROBES = (PROBE_ACCURACY, PROBE_CLIP, PROBE_NOISE)
 PROBE_NAIVE = f"{PROBE}naive"
-"""What a test would run that knows of no fault: nothing is clipped, next to no noise is added."""
+"""Regime of a test unaware of the faults: nothing is clipped, next to no noise is added."""
 REGIMES = (ACCURACY, CLIP, NOISE, TRAIN, PROFILE, *PROBES, PROBE_NAIVE)
 
 
 def kind_of(regime: str) -> str:
-    """accuracy, clip, noise, train or profile: what a regime does, on whichever model."""
+    """Kind of a regime on any model: accuracy, clip, noise, train or profile."""
     return regime.removeprefix(PROBE)
 
 
 def is_probe(regime: str) -> bool:
-    """Whether a regime is run on the probe."""
+    """True if a regime runs on the probe."""
     return regime.startswith(PROBE)
 
 
 AGAIN = "again"
-"""Replay of the baseline with nothing changed."""
+"""Replay of the baseline, unchanged."""
 PERMUTED = "permuted"
 """Replay of the baseline with the samples of each rank's batch in reverse order."""
 ULP = "ulp"
 """Replay of the baseline with every embedded input moved to a neighbouring number."""
 PLAIN = "plain"
-"""Replay of the reference in the type the modes compute in."""
+"""Replay of the reference in the modes' compute type."""
 SILENT = "silent"
-"""Twin of a run of the noise regime, at sigma 0: what its noise is added to."""
+"""Twin of a run of the noise regime at sigma 0, whose update the noise is measured against."""
 REPLAYS = ("", AGAIN, PERMUTED, ULP, PLAIN, SILENT)
 
 
 def require(condition: bool, setting: str, got: object, allowed: str, advice: str = "") -> None:
-    """Raise the project's one form of ValueError unless `condition` holds."""
+    """Raise a ValueError in the project's form unless `condition` holds."""
     if not condition:
         raise ValueError(f"{setting}={got!r}: expected {allowed}. {advice}".rstrip())
 
@@ -100,7 +100,7 @@ def nearest(got: str, known: Iterable[str]) -> str:
 
 
 def _is_number(got: float) -> bool:
-    """Whether `got` is a finite number that a float can hold; True, False and text are none."""
+    """True if `got` is a finite number within a float's range; bools and text are not."""
     if not isinstance(got, Real) or isinstance(got, bool):
         return False
     try:
@@ -115,19 +115,19 @@ def _require_finite(setting: str, got: float, *, above: float | None, allowed: s
 
 
 MAX_GRAD_NORMS = (1e-6, 1e30)
-"""Smallest and largest C: the range in which float32 keeps what C promises.
+"""Smallest and largest C: the range in which float32 arithmetic keeps the bound.
 
 A gradient element below 2^-63 has a square below 2^-126, which float32 holds with few bits or, on a
-device that flushes denormals, as 0. Of N elements a norm of sqrt(N) 2^-63 may thus go unseen: 1e-13
+device that flushes denormals, as 0. Of N elements a norm of sqrt(N) 2^-63 may thus be lost: 1e-13
 of 10^12 elements. In the Gram form the squares are those of a layer's output gradients (or inputs),
-and what goes unseen is sqrt(T P) 2^-63 times the norm of its inputs: 3e-10 where T P is 10^9 and
-that norm 10^5, and 3e-9 for 100 such layers. With u unseen, the squared norm is at most u^2 larger
-than it seems, and a contribution at most C sqrt(1 + (u/C)^2). From C = 1e-6 on that is C but for
-1e-5 of it, in the worst case; at 1e-9 it could be 3 C. Clip factors have all their bits: a norm
-whose square float32 holds is below 1.9e19, and C divided by it is a normal number.
+and the lost norm is sqrt(T P) 2^-63 times the norm of its inputs: 3e-10 where T P is 10^9 and that
+norm 10^5, and 3e-9 for 100 such layers. With a lost norm u, the true squared norm exceeds the
+computed one by at most u^2, and a contribution is at most C sqrt(1 + (u/C)^2). From C = 1e-6 on
+that is within 1e-5 of C, in the worst case; at 1e-9 it could be 3 C. Clip factors keep full
+precision: a norm whose square fits float32 is below 1.9e19, and C over it is a normal number.
 
-A norm from 1.9e19 counts as infinite, and its sample is left out: from there on no C clips
-anything. Up to 1e30 it may stand for "do not clip" while sigma C is a float32 still.
+A norm of 1.9e19 or more counts as infinite, and its sample is dropped: no larger C clips anything.
+Values of C up to 1e30 may stand for "do not clip" while sigma C still fits float32.
 """
 
 
@@ -144,14 +144,14 @@ def _require_max_grad_norm(got: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """What the guarantee depends on."""
+    """Settings of the privacy guarantee."""
 
     noise_multiplier: float
     """sigma: standard deviation of the noise on the clipped sum, in units of C."""
     max_grad_norm: float
     """C: bound on the L2 norm of one sample's contribution, within `MAX_GRAD_NORMS`."""
     expected_batch_size: int
-    """Samples a step is expected to hold over all ranks and micro-batches; the divisor."""
+    """Expected samples of a step over all ranks and micro-batches; the divisor."""
 
     def __post_init__(self) -> None:
         _require_finite("sigma", self.noise_multiplier, above=None, allowed="a number >= 0")
@@ -163,21 +163,21 @@ class PrivacyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PerformanceConfig:
-    """What may change speed and memory, never the guarantee."""
+    """Settings that may change speed and memory, never the guarantee."""
 
     device: str = "cpu"
     """Where the model runs: cpu or cuda."""
     param_dtype: str = "float32"
-    """float32 or bfloat16. The type that forward and backward compute in; master weights and
-    reductions are float32."""
+    """float32 or bfloat16. The compute type of forward and backward; master weights and reductions
+    are float32."""
     reference_dtype: str = "float64"
-    """Type that the reference computes in: float64 or float32."""
+    """Compute type of the reference: float64 or float32."""
     num_replicas: int = 1
     """Groups of ranks that each hold the whole model. It is sharded within a group (HSDP)."""
     plan: str = AUTO
-    """How norms of linear layers are found: auto, gradients, gram or tiled. In flash and fused
-    modes, by per-sample gradients themselves (one backward only), the Gram form or the tiled form;
-    auto chooses layer by layer."""
+    """Norm computation of linear layers: auto, gradients, gram or tiled. In flash and fused modes,
+    from the per-sample gradients (one backward only), by the Gram form or by the tiled form; auto
+    chooses layer by layer."""
 
     def __post_init__(self) -> None:
         require_one_of("plan", self.plan, PLANS)
@@ -189,7 +189,7 @@ class PerformanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model, and where its weights come from."""
+    """The model and the source of its weights."""
 
     name: str
     """A preset (`llama-tiny`), a local folder, or a hub id (`org/model`)."""
@@ -198,9 +198,9 @@ class ModelConfig:
     num_labels: int = 2
     """Classes of the sequence classification head; not used by other tasks."""
     task: str = CLASSIFICATION
-    """What is predicted: sequence-classification, causal-lm, masked-lm or regression."""
+    """Prediction task: sequence-classification, causal-lm, masked-lm or regression."""
     dropout: bool = False
-    """Keep the model's dropout rates, with masks common to all modes."""
+    """Keep the model's dropout rates, with the same masks in all modes."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward."""
 
@@ -217,11 +217,11 @@ class ModelConfig:
 
 
 EVERY, ENDS = "all", "ends"
-"""Of steps or ranks, in place of a number."""
+"""Choices of steps or ranks in place of a number."""
 
 
 def layer_norm_steps(layer_norms: str, num_iter: int) -> frozenset[int]:
-    """Steps of `num_iter` whose layer norms are recorded: those asked for, the first and the last.
+    """Steps of `num_iter` whose layer norms are recorded, the first and the last among them.
 
     Raises:
         ValueError: `layer_norms` is none of all, ends, and an integer >= 1.
@@ -236,7 +236,7 @@ def layer_norm_steps(layer_norms: str, num_iter: int) -> frozenset[int]:
 
 
 def logged_ranks(log_ranks: str, num_ranks: int) -> tuple[int, ...]:
-    """Ranks of a group that have a run of their own: so many, evenly spaced, rank 0 among them.
+    """Ranks of a group that have a run of their own: evenly spaced, rank 0 among them.
 
     Raises:
         ValueError: `log_ranks` is neither all nor an integer >= 0.
@@ -253,14 +253,14 @@ SYNTHETIC = "synthetic"
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which samples, and how many a rank takes."""
+    """The samples of a run: source, shape and sampling."""
 
     source: str = SYNTHETIC
     """`synthetic`, a bundled corpus's name, or a path to a .jsonl or .csv file."""
     seq_length: int = 64
     """Tokens in a sample, padding included."""
     batch_size: int = 2
-    """Samples in a micro-batch of a rank. With Poisson sampling, at most."""
+    """Samples in a micro-batch of a rank. With Poisson sampling, an upper bound."""
     padding: str = "right"
     """Side that short samples are padded on: right or left."""
     ragged: bool = False
@@ -305,25 +305,25 @@ class DataConfig:
 
 PROBE_MODEL = ModelConfig(name="dpsgd-track/probe", task=CAUSAL_LM)
 PROBE_DATA = DataConfig(seq_length=17, batch_size=5, ragged=True)
-"""Sizes that are equal to no other, and to nothing that a likely fault multiplies or divides by."""
+"""Sizes that differ from all others, and from any factor that a likely fault introduces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegimeConfig:
-    """One pass over fresh weights: how many steps, of what shape, under which privacy."""
+    """One pass over fresh weights: its steps, their shape and their privacy settings."""
 
     name: str
     """One of REGIMES."""
     num_iter: int
     """Recorded steps."""
     warmup_iter: int = 0
-    """Steps computed before the recorded ones, on the same weights, and thrown away."""
+    """Steps computed before the recorded ones, on the same weights, and discarded."""
     micro_batches: int = 1
-    """Micro-batches a rank accumulates per step (K)."""
+    """Micro-batches accumulated by a rank per step (K)."""
     noise_multiplier: float = 0.0
     """sigma of this regime."""
     max_grad_norms: tuple[float, ...] = ()
-    """C of each recorded step. Empty in the clip regime of the mode that calibrates it."""
+    """C of each recorded step; empty in the clip regime of the mode that calibrates it."""
     learning_rate: float = 0.0
     """Step size of the optimizer."""
     optimizer: str = "sgd"
@@ -331,10 +331,10 @@ class RegimeConfig:
     noise_matched: bool = False
     """All modes add the common noise, a function of (seed, step, parameter, element)."""
     replay: str = ""
-    """again, permuted, ulp or plain where the run only measures the numerical floor; silent for
+    """again, permuted, ulp or plain for a run that only measures the numerical floor; silent for
     the twin of a noisy run; else empty."""
     order: int = 0
-    """Place among the timed runs of a profile, 1 for the first; 0 elsewhere."""
+    """Position among the timed runs of a profile, 1 for the first; 0 elsewhere."""
 
     @property
     def kind(self) -> str:
@@ -364,16 +364,16 @@ class RegimeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VariantConfig:
-    """A source checkout whose packages a job imports instead of the installed ones."""
+    """A source checkout from which a job imports its packages instead of the installed ones."""
 
     name: str
-    """Told apart by it: `mode@name`."""
+    """Name of the variant, as in `mode@name`."""
     path: str
-    """The checkout, as it was given."""
+    """The checkout, as the user gave it."""
     root: str
-    """Absolute folder in it that holds its packages; first on the import path of the workers."""
+    """Absolute path of its packages; first on the import path of the workers."""
     git_revision: str = ""
-    """Commit of the checkout; empty where it is no repository."""
+    """Commit of the checkout; empty if it is not a repository."""
     git_dirty: bool = False
     """True if the checkout has uncommitted changes."""
 
@@ -385,11 +385,11 @@ class NodesConfig:
     num_nodes: int = 1
     """Machines."""
     node_rank: int = 0
-    """This one among them."""
+    """Index of this machine."""
     host: str = ""
     """Name or address of node 0, as the others reach it; empty for a single machine."""
     port: int = 0
-    """Where node 0 can be talked to."""
+    """Port of node 0's store."""
 
     def __post_init__(self) -> None:
         require(self.num_nodes >= 1, "nnodes", self.num_nodes, "an integer >= 1")
@@ -403,21 +403,21 @@ class NodesConfig:
 
     @property
     def leads(self) -> bool:
-        """Whether this machine's launcher keeps the group's runs."""
+        """True if this machine's launcher keeps the group's runs."""
         return self.node_rank == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawsConfig:
-    """What is drawn at random, and how much may be learnt of it."""
+    """Sources of randomness, and the delta of the guarantee."""
 
     seed: int = 42
-    """Seed of data, weights and common noise. Each has a generator of its own."""
+    """Seed of data, weights and common noise. Each has its own generator."""
     noise_from: str = "seed"
-    """Source of noise that is a mode's own, in noise, train and profile: seed, the same at every
-    run, or os, the operating system's entropy."""
+    """Source of the modes' own noise in noise, train and profile: seed, the same in every run, or
+    os, the operating system's entropy."""
     delta: float = 1e-5
-    """Probability with which the recorded epsilon may fail to hold."""
+    """Probability with which the recorded epsilon may fail."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "random_seed", self.seed, "an integer from 0 to 2^63 - 1")
@@ -436,14 +436,14 @@ class JobConfig(DrawsConfig):
     performance: PerformanceConfig
     regimes: tuple[RegimeConfig, ...]
     num_ranks: int = 1
-    """Processes of the group."""
+    """Processes of the process group."""
     layer_norms: str = EVERY
     """Steps whose per-layer norms are recorded: all, ends (first and last), or an integer N (every
     Nth, the first and the last)."""
     log_ranks: str = EVERY
     """Ranks that have a run of their own: all, 0 (rank 0 alone), or how many."""
     variant: VariantConfig | None = None
-    """Code that is run in place of what is installed."""
+    """Code that runs instead of the installed packages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -456,17 +456,17 @@ class JobConfig(DrawsConfig):
 
     @property
     def label(self) -> str:
-        """What the job is called: `mode` or `mode@variant`."""
+        """Name of the job: `mode` or `mode@variant`."""
         return f"{self.mode}@{self.variant.name}" if self.variant else self.mode
 
     @property
     def is_timed(self) -> bool:
-        """Whether it has a regime whose times are what counts."""
+        """True if the job has a timed regime."""
         return any(regime.kind == PROFILE for regime in self.regimes)
 
     @property
     def title(self) -> str:
-        """`label`, with the shape where it is timed: `no_dp (T=64, B=2)`."""
+        """`label`, with the shape of a timed job: `no_dp (T=64, B=2)`."""
         shape = f" (T={self.data.seq_length}, B={self.data.batch_size})"
         return self.label + (shape if self.is_timed else "")
 
@@ -479,7 +479,7 @@ class JobConfig(DrawsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """Where drift stops being acceptable."""
+    """Thresholds above which drift is not acceptable."""
 
     loss: float = 1e-4
     """Largest acceptable absolute difference of a loss."""
@@ -497,12 +497,12 @@ class Thresholds:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `mlflow.yaml` holds. Relative paths are relative to the working directory."""
+    """Settings of `mlflow.yaml`. Relative paths are relative to the working directory."""
 
     tracking_uri: str = "sqlite:///mlflow.db"
-    """Where runs are tracked: a SQLAlchemy URI or http(s)://host:port."""
+    """Tracking store: a SQLAlchemy URI or http(s)://host:port."""
     experiment: str = "dpsgd-track"
-    """MLflow experiment all groups belong to."""
+    """MLflow experiment of all groups."""
     artifact_location: str | None = "mlartifacts"
     """Folder or URI for artifacts of a new experiment; null lets the server decide."""
     results_dir: str = "results"
@@ -533,7 +533,7 @@ class Settings:
 
 
 def redact_uri(uri: str) -> str:
-    """`uri` without the user name and password it may carry, fit to be shown or logged."""
+    """`uri` without user name and password, safe to be shown or logged."""
     scheme, separator, rest = uri.partition("://")
     authority, slash, path = rest.partition("/")
     if "@" not in authority:
@@ -562,7 +562,7 @@ def load_settings(path: Path | None) -> Settings:
     require(isinstance(raw, Mapping), "config", str(path), "a mapping of settings at the top")
     values = _known_keys(Settings, raw, where=str(path))
     if "log_ranks" in values:
-        # YAML reads a number of ranks as one; anything else is refused as it is written.
+        # YAML parses a number of ranks as an integer; anything else is refused as written.
         values["log_ranks"] = str(values["log_ranks"])
     if "thresholds" in values:
         section = values["thresholds"]

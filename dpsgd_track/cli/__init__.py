@@ -1,1 +1,1 @@
-"""The command line: every use of arguments, verb by verb."""
+"""The command line, verb by verb."""

@@ -1,4 +1,4 @@
-"""What `compare` does: read, compare, write, print, log, and tell the verdict by exit code."""
+"""`compare`: reads, compares, writes, prints, logs, and returns the verdict as the exit code."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 PASSED, FAILED, USAGE, INCONCLUSIVE = 0, 1, 2, 3
 ARTIFACT_FOLDER = "comparison"
-_LONGEST_TAG = 5000  # what MLflow's stores accept at least
+_LONGEST_TAG = 5000  # accepted by all of MLflow's stores
 
 
 def compare(context: Context, wanted: str, after: str | None, choices: CompareChoices) -> int:
     """Compare a group, or all runs of two; returns the exit code.
 
     Raises:
-        ValueError: something cannot be read, or what is asked for cannot be done.
+        ValueError: something cannot be read, or the request cannot be met.
     """
     settings = choices.settings()
     waivers = _waivers(choices)
@@ -48,7 +48,7 @@ def compare(context: Context, wanted: str, after: str | None, choices: CompareCh
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Half of the time goes to importing MLflow, and a fifth of that to looking for garbage."""
+    """Suspend garbage collection: a fifth of MLflow's import time, which is half of the total."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -87,7 +87,7 @@ def exit_code(verdict: Verdict, fail_on: str) -> int:
 
 
 def _read(settings: Settings, wanted: str) -> tuple[Group, Found | None]:
-    """The group, and where it was read; None for a golden file."""
+    """The group, and its location; None for a golden file."""
     from dpsgd_track.store.find_group import read_group_anywhere
     from dpsgd_track.store.golden import is_golden, read_golden
 
@@ -151,7 +151,7 @@ def _say_where(files: Sequence[Path], folder: Path) -> None:
 
 
 def _is_profile(group: Group) -> bool:
-    """Whether a group holds nothing but a profile."""
+    """True if a group holds only a profile."""
     return bool(group.timed_runs) and not group.runs
 
 
@@ -164,7 +164,7 @@ def _refuse_profile(group: Group) -> None:
 def _show_profile(
     settings: Settings, choices: CompareChoices, group: Group, found: Found | None
 ) -> int:
-    """Report a group that holds nothing but a profile; returns the exit code."""
+    """Report a group that holds only a profile; returns the exit code."""
     from rich.console import Console
 
     from dpsgd_track.comparison.profile import profile_of
@@ -196,7 +196,7 @@ def _profile_code(group: Group) -> int:
 
 
 def _log(found: Found, comparison: GroupComparison, files: Sequence[Path]) -> None:
-    """The report of a group on its own, with its verdict; of two it is uploaded alone."""
+    """Attach the report and the verdict to the group's run."""
     from dpsgd_track.record import names
     from dpsgd_track.report.markdown import note
 

@@ -9,15 +9,15 @@ from dpsgd_track.config import Settings, require_one_of
 from dpsgd_track.launcher.choices import DEFAULT_CONFIG, SpoolChoices
 
 WAIVERS = "waivers.yaml"
-"""Read where it is beside the settings file."""
+"""Waivers file, read if it is beside the settings file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareChoices(SpoolChoices):
-    """What is held against what, and what is written."""
+    """Thresholds of a comparison, and the files that it writes."""
 
     fail_on: str = "drift"
-    """The least verdict that fails: drift, or bug, which lets DRIFT pass."""
+    """Least severe verdict that fails: drift, or bug, which lets DRIFT pass."""
     loss_threshold: float | None = None
     """Largest acceptable absolute difference of a loss (default: of the configuration)."""
     grad_norm_threshold: float | None = None
@@ -25,12 +25,12 @@ class CompareChoices(SpoolChoices):
     bug_threshold: float | None = None
     """Relative difference above which drift is called a bug (default: likewise)."""
     waivers: Path | None = None
-    """YAML list of drifts that are accepted until a day (default: waivers.yaml beside the
-    configuration file, if it exists)."""
+    """YAML list of drifts accepted until a date (default: waivers.yaml beside the configuration
+    file, if it exists)."""
     export: Path | None = None
     """Also write the group to FILE, a golden file that ends in .dpsgd (default: none)."""
     force: bool = False
-    """Let --export replace a file that is there."""
+    """Let --export replace an existing file."""
     results_dir: str | None = None
     """Folder to write GROUP/ into (default: results_dir of the configuration)."""
     no_png: bool = False
@@ -39,10 +39,10 @@ class CompareChoices(SpoolChoices):
     """Leave the tracking server as it is."""
 
     def settings(self) -> Settings:
-        """Settings of the configuration file, with what was chosen on top.
+        """Settings of the configuration file, overridden by the options given.
 
         Raises:
-            ValueError: a setting is not acceptable.
+            ValueError: a setting is invalid.
         """
         require_one_of("fail_on", self.fail_on, ("drift", "bug"))
         settings = super().settings()

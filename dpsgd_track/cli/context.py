@@ -1,4 +1,4 @@
-"""What a verb is run with besides its options, and how it says what is wrong."""
+"""Context of a verb besides its options, and its error messages."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 
 _WORKER = "dpsgd_track.mutants.worker"
-"""Workers that understand `mode+fault`, as the command line does."""
+"""Module of workers that accept `mode+fault`, as the command line does."""
 
 
 def check_inputs(model: ModelConfig, data: DataConfig) -> None:
-    """Raise ValueError where model and data cannot be built; imports the training half."""
+    """Raise ValueError if model and data cannot be built; imports the training code."""
     from dpsgd_track.training import preflight
 
     preflight.check_inputs(model, data)
 
 
 def check_planted(plan: GroupPlan) -> None:
-    """Raise ValueError where a mode of `plan` names an unknown fault."""
+    """Raise ValueError if a mode of `plan` names an unknown fault."""
     planted = [job.mode for job in plan.jobs if split_planted(job.mode)[1]]
     if planted:
-        # Imports torch, which nothing else that is checked needs.
+        # Imports torch, which no other check needs.
         from dpsgd_track.mutants import planting
 
         for mode in planted:
@@ -47,10 +47,10 @@ class Context:
     program: Program
     verb: str
     arguments: Sequence[str] = ()
-    """What came after the verb."""
+    """Arguments after the verb."""
     check_inputs: InputCheck = check_inputs
     chosen_launch: Launch | None = field(default=None)
-    """How workers are started; None as users do."""
+    """Launch settings of workers; None for the default."""
 
     @property
     def command(self) -> str:
@@ -59,20 +59,20 @@ class Context:
 
     @property
     def launch(self) -> Launch:
-        """How workers are started."""
+        """Launch settings of workers."""
         from dpsgd_track.launcher.process_group import Launch
 
         return self.chosen_launch or Launch(worker_module=_WORKER)
 
     def complain(self, error: object, code: int) -> int:
-        """Say in one line what is wrong; returns `code`, to exit with."""
+        """Print the error on one line; returns `code`, the exit code."""
         print(f"{NAME} {self.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return code
 
 
 @contextlib.contextmanager
 def reading(settings: Settings) -> Iterator[None]:
-    """Raise ValueError where a group cannot be read, or its store does not answer."""
+    """Turn errors of reading a group, or of a store that does not answer, into ValueError."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
@@ -98,5 +98,5 @@ def say(line: str) -> None:
 
 
 def say_aside(line: str) -> None:
-    """Print `line` beside the results."""
+    """Print `line` to standard error, apart from the results."""
     print(line, file=sys.stderr)

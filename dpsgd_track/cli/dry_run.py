@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the plan, and about how long it takes."""
+"""`--dry-run`: prints the plan and an estimate of its duration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from `quick` on two CPU cores."""
 
 
 def show_plan(plan: GroupPlan) -> None:
-    """Print modes, processes and regimes of `plan`, and an estimate."""
+    """Print modes, processes and regimes of `plan`, and an estimate of its duration."""
     rows = [("mode", "processes", "regimes")]
     for job in plan.jobs:
         runs = [f"{r.name} ({r.replay})" if r.replay else r.name for r in job.regimes]
@@ -28,7 +28,7 @@ def show_plan(plan: GroupPlan) -> None:
 
 
 def estimate(plan: GroupPlan) -> str:
-    """About how long `plan` takes, and what that is based on."""
+    """Estimated duration of `plan`, and its basis."""
     steps = {True: 0, False: 0}
     for _, _, regime in plan.runs():
         steps[is_probe(regime.name)] += regime.num_iter + regime.warmup_iter

@@ -1,7 +1,7 @@
-"""What `faults` does: plant, run, compare, and tell what was found.
+"""`faults`: plants faults, runs, compares, and reports the faults that were detected.
 
 Faulty and healthy modes run as one group, like any other, and are compared as `compare` does.
-Exit codes: 0 every fault that can show was found, but for those known to be lost in bfloat16, and
+Exit codes: 0 every detectable fault was detected, except those known to be lost in bfloat16, and
 no healthy mode raised an alarm; 1 otherwise, 2 usage error, 130 interrupted.
 """
 
@@ -49,7 +49,7 @@ def detect(context: Context, options: FaultOptions) -> int:
         return _list(mutants)
     redactions: tuple[Redaction, ...] = ()
     if theirs and not options.dry.dry_run:
-        # Faults planted in a mode that is wrong by itself would prove nothing.
+        # Faults planted in a mode that is itself wrong would prove nothing.
         code, found = _unreported(context, options, theirs[0])
         if found is None:
             return code
@@ -91,7 +91,7 @@ def _run(
 
 
 def _is_whole(code: int, group: str) -> bool:
-    """Whether a group ran to its end; a mode that failed is part of what is compared."""
+    """True if a group ran to its end; modes that failed are compared as well."""
     return bool(group) and code in (EXIT_FINISHED, EXIT_FAILED)
 
 
@@ -101,7 +101,7 @@ def _unreported(
     """The fields that the user's mode does not report, as a healthy run of it shows.
 
     Returns:
-        The exit code, and None where the mode is no place to plant a fault in.
+        The exit code, and None if the mode is unfit to plant faults in.
     """
     from dpsgd_track.comparison import compare_group
     from dpsgd_track.comparison.verdict import Verdict
@@ -125,10 +125,10 @@ def _unreported(
 
 
 def tell_matrix(settings: Settings, command: str, group: str, output: Path | None) -> int:
-    """Print the matrix of `group`, write it, and put it on the group's run.
+    """Print the matrix of `group`, write it, and attach it to the group's run.
 
     Args:
-        command: the command line that the group was launched by.
+        command: the command line that launched the group.
         output: Markdown file to write it to as well.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Pages of help, of a verb and of the program, drawn from the parser of `cli.options`.
+"""Help pages of the program and its verbs, generated from the parser of `cli.options`.
 
 The page of `--help` fits a screen: each common option with the first sentence of its docstring, the
-others by name. `--help-all` has every option with the whole of its docstring.
+others by name. `--help-all` has every option with its whole docstring.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _SELDOM = frozenset(
         *("node-rank", "rdzv-endpoint", "rdzv-timeout", "rounds", "config", "spool", "warmup-iter"),
     )
 )
-"""Options that `--help` gives by name alone, in verbs that have many."""
+"""Options that `--help` lists by name alone, for verbs with many options."""
 _MANY = 30
 _COLUMN, _WIDEST = 26, 100
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}
 _OWN_METAVAR = re.compile(r"([A-Z]+[=:][A-Z]+): ")
-"""Of a docstring that begins with what its value looks like."""
+"""Start of a docstring that begins with the form of the value."""
 
 
 def overview(program: Program, verbs: Sequence[Verb]) -> str:
-    """The page of the program: every verb in a line."""
+    """The page of the program: one line per verb."""
     lines = ["usage: " + program.command("VERB") + " [OPTIONS]", ""]
     lines += ["Run DP-SGD implementations side by side, and say whether they compute the same.", ""]
     lines += [
@@ -93,7 +93,7 @@ def _width() -> int:
 def _lines_of(
     arguments: Sequence[Argument], *, is_whole: bool = False, is_long: bool = False
 ) -> Iterator[str]:
-    """A line or more for each argument; the names of those that are left out in the last."""
+    """One or more lines for each argument; the last lists the names of omitted ones."""
     is_short = is_long and not is_whole
     left_out = [each.name for each in arguments if is_short and each.name in _SELDOM]
     for each in arguments:
@@ -134,7 +134,7 @@ def _option(argument: Argument) -> str:
 
 
 def _meaning(argument: Argument, *, is_whole: bool) -> str:
-    """What an argument means, with its default."""
+    """Description of an argument, with its default."""
     first, *more = _sentences(argument)
     default = "" if argument.required else _default(argument.field_info.default)
     if default and "default:" not in first:
@@ -155,7 +155,7 @@ def _sentences(argument: Argument) -> list[str]:
 
 
 def _default(value: object) -> str:
-    """`value` as it would be typed; empty where nothing has to be said."""
+    """`value` as it would be typed; empty if there is no default to show."""
     if isinstance(value, bool) or value in (None, "", ()):
         return ""
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""What the verbs that launch do: plan, run, and say what can be done next."""
+"""The verbs that launch: plan, run, and suggest the next commands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def launch(context: Context, asked: Asked, *, is_dry: bool) -> int:
 
 
 def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[int, str]:
-    """Plan and run what was asked for.
+    """Plan and run the launch that was asked for.
 
     Returns:
         The exit code, and the group's name; empty where nothing was started.
@@ -64,7 +64,7 @@ def tell(
     kept: RecordChoices,
     nodes: NodeChoices,
 ) -> None:
-    """Say what came of a launch, and which commands go on from there.
+    """Report the outcome of a launch, and the commands that may follow.
 
     Args:
         suite: None where another machine leads.
@@ -91,7 +91,7 @@ def tell(
 
 
 def _store_options(kept: RecordChoices) -> list[str]:
-    """The options by which another command finds the same store."""
+    """The options that point another command to the same store."""
     options = []
     if kept.config is not None:
         options += ["--config", str(kept.config)]
@@ -101,12 +101,12 @@ def _store_options(kept: RecordChoices) -> list[str]:
 
 
 def _place_options(kept: RecordChoices) -> list[str]:
-    """The options by which another command finds the same store and spool."""
+    """The options that point another command to the same store and spool."""
     return _store_options(kept) + ([] if kept.spool is None else ["--spool", str(kept.spool)])
 
 
 def _node_options(nodes: NodeChoices) -> Sequence[str]:
-    """The options by which machines meet again; each has a --node-rank of its own."""
+    """The options for a rendezvous of the same machines, with this machine's --node-rank."""
     if nodes.nnodes == 1:
         return ()
     ranks = ("--nnodes", str(nodes.nnodes), "--node-rank", str(nodes.node_rank))
@@ -114,7 +114,7 @@ def _node_options(nodes: NodeChoices) -> Sequence[str]:
 
 
 def resume(context: Context, group: str, options: ResumeOptions) -> int:
-    """Run what is missing in `group`; returns the exit code.
+    """Run the missing runs of `group`; returns the exit code.
 
     Raises:
         ValueError: it cannot be resumed here; nothing was started.
@@ -143,7 +143,7 @@ def resume(context: Context, group: str, options: ResumeOptions) -> int:
     if not place.nodes.leads or not launched.group:
         tell(context, None, launched, place, kept, nodes)
         return launched.code
-    # A group that lacks nothing has no plan of what is missing, and is compared all the same.
+    # A complete group has no plan of missing runs, and is compared all the same.
     plan = plans[0] if plans else _plan_as_recorded(place.settings, launched.group)
     tell(context, plan.suite, launched, place, kept, nodes)
     if plan.suite is Suite.FAULTS and launched.code in (EXIT_FINISHED, EXIT_FAILED):
@@ -173,7 +173,7 @@ def _show_missing(group: str, place: Placement, check: Callable[[GroupPlan], obj
 
 
 def check_at_hand(plan: GroupPlan, check_inputs: InputCheck) -> None:
-    """Raise ValueError for a setting of `plan` that cannot be had on this machine."""
+    """Raise ValueError for a setting of `plan` that this machine does not support."""
     if on_gpu := [job.num_ranks for job in plan.jobs if job.performance.device == "cuda"]:
         num_gpus, num_local_ranks = count_gpus(), max(1, max(on_gpu) // plan.num_nodes)
         require(num_gpus > 0, "device", "cuda", "a visible GPU, as the group was launched with one")

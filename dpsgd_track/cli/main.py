@@ -1,4 +1,4 @@
-"""The program: finds the verb, parses its options, runs it, and says what went wrong."""
+"""The program: finds the verb, parses its options, runs it, and reports errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dpsgd_track.launcher.suites import InputCheck
 
 _EXIT_PIPE_CLOSED = 141
-"""As a shell says of a program whose reader left."""
+"""A shell's exit code for a program killed by SIGPIPE."""
 
 
 def main(

@@ -1,4 +1,4 @@
-"""What `modes` does: list the modes there are."""
+"""`modes`: lists the available modes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dpsgd_track.modes.table import MODES, plugged_in_modes
 
 
 def list_modes() -> int:
-    """Print the table of modes, and those that installed packages bring.
+    """Print the table of modes, including those of installed packages.
 
     Raises:
         ValueError: one of the latter cannot be used.

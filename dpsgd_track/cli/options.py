@@ -1,14 +1,14 @@
-"""The groups of options, made from dataclasses by cyclopts.
+"""Options of the command line, generated from dataclasses by cyclopts.
 
 An option is a field of a dataclass: its name, type, default and docstring. A new field of a
-configuration is an option of every verb that has the group.
+configuration becomes an option of every verb that has the group.
 
-cyclopts rather than tyro, typer or jsonargparse: it says in one line what is wrong with an option,
+cyclopts rather than tyro, typer or jsonargparse: it reports an invalid option in one line,
 with the nearest name, as an exception that the caller prints; it reads docstrings of inherited
 fields; it flattens dataclasses, renames fields by one function, and imports neither rich nor numpy
-until it draws a page. tyro draws boxes over its errors, and five lines for one wrong value; typer
-takes no dataclass; jsonargparse takes twice as long to import (0.16 s; the others 0.08 s). Pages of
-help are drawn in `cli.help`, as cyclopts' own have more lines than a screen.
+until it renders a page. tyro draws boxes around its errors, five lines for one wrong value; typer
+takes no dataclasses; jsonargparse takes twice as long to import (0.16 s; the others 0.08 s). Help
+pages are rendered in `cli.help`, as cyclopts' own have more lines than a screen.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _RENAMED = {
     "noise_multiplier": "sigma",
     "num_replicas": "replicas",
 }
-"""Options that are not called like their field."""
+"""Options whose names differ from their fields."""
 
 
 FLAT = Parameter(name="*")
-"""Of a dataclass whose fields are options."""
+"""Marks a dataclass whose fields are options."""
 
 
 def parser_of(verb: Callable[..., int]) -> App:
@@ -69,7 +69,7 @@ def _option_name(field_name: str) -> str:
 
 
 def _value(hint: Any, tokens: Sequence[Token]) -> Any:
-    """What was typed, as a value; cyclopts alone would round 1.5 to an integer."""
+    """Value of the text typed; cyclopts alone would round 1.5 to an integer."""
     is_integer = hint is int or int in get_args(hint)
     return int(tokens[0].value) if is_integer else convert(hint, tokens)
 
@@ -79,7 +79,7 @@ def _group(title: str) -> Parameter:
 
 
 def _without(group: Parameter, *hidden: str) -> Parameter:
-    """`group` of a dataclass with fields that are no options."""
+    """`group` of a dataclass, without the fields `hidden`."""
     pattern = re.compile(rf"^(?!({'|'.join(hidden)})$)")
     return Parameter(name="*", group=group.group, parse=pattern)
 
@@ -92,7 +92,7 @@ _KEPT = _group("what is kept, and where")
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """Whether anything is run."""
+    """The option --dry-run."""
 
     dry_run: bool = False
     """Print the plan and about how long it takes, and end."""

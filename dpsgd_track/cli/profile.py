@@ -1,4 +1,4 @@
-"""What `profile` says once its runs are over: the table, and the file of figures."""
+"""`profile`, after its runs: prints the table and writes the figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dpsgd_track.launcher.placement import Placement
 
 
 def summarise(context: Context, place: Placement, group: str) -> None:
-    """Print the table of the profile `group`, and write its figures as CSV where that is asked."""
+    """Print the table of the profile `group`, and write its figures as CSV if asked to."""
     from rich.console import Console
 
     from dpsgd_track.comparison.profile import profile_of
@@ -20,7 +20,7 @@ def summarise(context: Context, place: Placement, group: str) -> None:
         with reading(place.settings):
             found = read_group_anywhere(place.settings, group, say).group
     except ValueError as error:
-        # The runs are over; `compare` can still read them when the store answers again.
+        # The runs are over; `compare` can read them once the store answers again.
         context.complain(f"group {group} could not be read back. {error}", EXIT_USAGE)
         return
     profile = profile_of(found)

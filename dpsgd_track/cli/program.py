@@ -1,4 +1,4 @@
-"""How the program was called, for hints that can be copied, and what it was called with."""
+"""The program's own command line, for hints that can be copied."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SECRET = "--token"
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """The words that come before a verb."""
+    """The words of a command line before the verb."""
 
     words: tuple[str, ...]
-    """Of every verb but compare."""
+    """Words before every verb except compare."""
     compare: tuple[str, ...]
-    """Of compare, itself included."""
+    """Words of compare, the verb included."""
 
     def command(self, verb: str, arguments: Sequence[str] = ()) -> str:
         """The command line of `verb`, as the user would type it."""

@@ -1,4 +1,4 @@
-"""The verbs: their options, and what each calls. Imports nothing heavy until one is run."""
+"""The verbs: their options and the functions they call. Heavy imports wait until one is run."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ class Verb:
     name: str
     summary: str
     run: Callable[..., int]
-    """Takes `options` and `called`, and positional arguments."""
+    """Function of `options`, `called` and positional arguments."""
     examples: tuple[str, ...] = ()
-    """What comes after the verb in each."""
+    """Example arguments, without the verb."""
     notes: str = ""
 
 

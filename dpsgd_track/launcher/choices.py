@@ -1,7 +1,7 @@
-"""What a launch can be asked for, group by group. The options of the command line are these fields.
+"""The choices of a launch, by group. The options of the command line are these fields.
 
-A field that a configuration has as well is inherited from it, with its name, default, type and
-docstring. What is not chosen is empty or None.
+A field of a configuration is inherited from it, with its name, default, type and docstring. A
+field that was not chosen is empty or None.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MINILM, MINILM_DATA = "minilm", "public-domain"
 
 @dataclass(frozen=True, kw_only=True)
 class ModeChoices:
-    """What is run."""
+    """Modes and regimes to run."""
 
     mode: tuple[str, ...] = ()
     """Mode to run, repeatable or comma separated (default: the suite's). It replaces the suite's
@@ -45,16 +45,16 @@ class ModeChoices:
     single trains."""
     variant: tuple[str, ...] = ()
     """NAME=PATH: modes once more, as mode@NAME, with the code of PATH (default: none). PATH is a
-    checkout whose packages stand in for the installed ones; repeatable; the reference is not run
+    checkout whose packages replace the installed ones; repeatable; the reference is not run
     again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileChoices(ModeChoices):
-    """What is timed."""
+    """Modes and shapes to time."""
 
     mode: tuple[str, ...] = ()
-    """Mode to time beside no_dp, repeatable or comma separated (default: those of full)."""
+    """Mode to time against no_dp, repeatable or comma separated (default: those of full)."""
     accuracy_test: bool = False
     """Also run the accuracy regime. Each mode runs it after its timed steps, at the first sequence
     length and batch size alone."""
@@ -64,13 +64,13 @@ class ProfileChoices(ModeChoices):
     batch_size: tuple[str, ...] = ("2",)
     """Samples in a micro-batch of a rank, repeatable or comma separated."""
     rounds: int = 1
-    """Times that every mode is timed at every shape. Each is in fresh processes: where a step is
-    short, times differ from process to process."""
+    """Times that every mode is timed at every shape. Each is in fresh processes: times of short
+    steps differ from process to process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultChoices:
-    """What is planted."""
+    """Faults to plant."""
 
     fault: tuple[str, ...] = ()
     """Fault to plant, or a class of faults, repeatable or comma separated (default: all)."""
@@ -88,7 +88,7 @@ def _as(cls: type, choices: object) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoices(ModelConfig):
-    """The model."""
+    """Choice of the model."""
 
     name: str = ""
     """Preset, local folder or hub id (default: minilm in quick, else llama-tiny)."""
@@ -97,10 +97,10 @@ class ModelChoices(ModelConfig):
     Setting HF_TOKEN keeps it out of the process list as well."""
 
     def __post_init__(self) -> None:
-        """Leave checks to the configuration, once the name is known."""
+        """Defer checks to the configuration, once the name is known."""
 
     def config(self, default_name: str) -> ModelConfig:
-        """The model, `default_name` where none was chosen."""
+        """The configuration of the model, `default_name` unless one was chosen."""
         if self.token is not None:
             advice = "Leave it out to use HF_TOKEN."
             require(bool(self.token.strip()), "token", "", "a token", advice)
@@ -109,37 +109,37 @@ class ModelChoices(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DataChoices(DataConfig):
-    """The data."""
+    """Choice of the data."""
 
     source: str = ""
     """synthetic, public-domain, or a .jsonl or .csv file (default: public-domain for minilm, else
     synthetic)."""
 
     def __post_init__(self) -> None:
-        """Leave checks to the configuration, once the source is known."""
+        """Defer checks to the configuration, once the source is known."""
 
     def config(self, model_name: str) -> DataConfig:
-        """The data, the model's own where none was chosen."""
+        """The configuration of the data, by default those that suit the model."""
         default = MINILM_DATA if model_name == MINILM else SYNTHETIC
         return DataConfig(**{**_as(DataConfig, self), "source": self.source or default})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingChoices:
-    """How it is trained."""
+    """Training settings."""
 
     num_iter: int | None = None
     """Recorded steps (default: 5 in quick, else 10). Those of the accuracy and train regimes; the
-    others have as many as they need."""
+    others have fixed numbers."""
     warmup_iter: int | None = None
-    """Steps before the recorded ones (default: 1 on cuda, else 0). They are thrown away."""
+    """Steps before the recorded ones (default: 1 on cuda, else 0). They are discarded."""
     micro_batches: int | None = None
-    """Micro-batches of a step (default: 2 in clip, 3 in noise, 1 in train). A rank accumulates
-    so many in the clip, noise and train regimes."""
+    """Micro-batches of a step (default: 2 in clip, 3 in noise, 1 in train). A rank
+    accumulates them in the clip, noise and train regimes."""
     noise_multiplier: float = 0.01
     """Noise multiplier: the noise's std in units of C."""
     max_grad_norm: float = 10000.0
-    """C, the bound on the norm of a gradient. Of one sample's, the L2 norm."""
+    """C, the bound on the norm of a gradient. It bounds the L2 norm of each sample's gradient."""
     learning_rate: float = 1e-5
     """Step size of the optimizer."""
     optimizer: str = "sgd"
@@ -148,7 +148,7 @@ class TrainingChoices:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileTrainingChoices(TrainingChoices):
-    """How it is trained while it is timed."""
+    """Training settings of timed runs."""
 
     num_iter: int | None = None
     """Recorded steps (default: 10). Loss and layer norms are observed in every second one."""
@@ -160,21 +160,21 @@ class ProfileTrainingChoices(TrainingChoices):
 
 @dataclass(frozen=True, kw_only=True)
 class MachineChoices(PerformanceConfig):
-    """Where it runs."""
+    """Device and ranks."""
 
     device: str = ""
     """cpu or cuda (default: cuda if there is one)."""
     nproc_per_node: int | None = None
-    """Ranks (default: one for each GPU, or 2 on cpu). One process each."""
+    """Ranks (default: one for each GPU, or 2 on cpu). Each is one process."""
 
     def __post_init__(self) -> None:
-        """Leave checks to the configuration, once the device is known."""
+        """Defer checks to the configuration, once the device is known."""
 
     def config(self) -> tuple[int, PerformanceConfig]:
-        """Ranks on this machine, and what they run on.
+        """Ranks on this machine, and their performance settings.
 
         Raises:
-            ValueError: the machine has no such device, or fewer.
+            ValueError: the machine has no such device, or too few.
         """
         num_gpus = count_gpus() if self.device != "cpu" else 0
         device = self.device or ("cuda" if num_gpus else "cpu")
@@ -193,23 +193,23 @@ class MachineChoices(PerformanceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeChoices:
-    """On several machines: the same command on each, with another --node-rank."""
+    """Rendezvous of several machines: the same command on each, with another --node-rank."""
 
     nnodes: int = 1
     """Machines, one launcher each."""
     node_rank: int | None = None
-    """This machine among them; 0 leads, and keeps the group's runs (default: none, as one machine
-    does without)."""
+    """Index of this machine; 0 leads, and keeps the group's runs (default: none, as one machine
+    needs none)."""
     rdzv_endpoint: str | None = None
     """HOST:PORT: a free port of node 0, as the others reach it (default: none)."""
     rdzv_timeout: float = 600.0
     """Seconds to wait for the other machines before anything starts."""
 
     def config(self) -> NodesConfig:
-        """The machines.
+        """Configuration of the machines.
 
         Raises:
-            ValueError: what was chosen does not fit.
+            ValueError: the choices do not fit each other.
         """
         num_nodes, rank, endpoint = self.nnodes, self.node_rank, self.rdzv_endpoint
         require(num_nodes >= 1, "nnodes", num_nodes, "an integer >= 1")
@@ -234,7 +234,7 @@ class NodeChoices:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreChoices:
-    """Where runs are tracked."""
+    """Choice of the tracking store."""
 
     config: Path | None = None
     """Configuration file (default: mlflow.yaml, if any)."""
@@ -251,18 +251,18 @@ class StoreChoices:
         settings = load_settings(path)
         if self.tracking_uri is not None:
             settings = replace(settings, tracking_uri=self.tracking_uri)
-        # Raises where it names no file.
+        # Raises if it names no file.
         sqlite_path(settings.tracking_uri)
         return settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpoolChoices(StoreChoices):
-    """Where records are."""
+    """Choice of the store and the spool."""
 
     spool: Path | None = None
-    """Folder of records not shipped (default: spool_dir of --config). Records are kept in it until
-    the store has them."""
+    """Folder of records not shipped (default: spool_dir of --config). They stay there until the
+    store has them."""
 
     def settings(self) -> Settings:
         """Settings of the configuration file, with what was chosen on top."""
@@ -272,26 +272,26 @@ class SpoolChoices(StoreChoices):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordChoices(SpoolChoices):
-    """Where a group that was launched before is kept."""
+    """Location of the records of an existing group."""
 
     offline: bool = False
-    """Look for no store. Everything stays in the spool; `sync` ships it later."""
+    """Use no store. Everything stays in the spool; `sync` ships it later."""
     output: Path | None = None
     """File for results (default: none). JSON in single, CSV in profile, Markdown in faults."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupChoices(RecordChoices):
-    """What is kept."""
+    """Name and records of a new group."""
 
     group: str | None = None
-    """Name of the group (default: SUITE-DATE-TIME). Not used before."""
+    """Name of the group (default: SUITE-DATE-TIME). It must be new."""
     layer_norms: str = EVERY
     """Steps whose per-layer norms are recorded: all, ends, or N. Ends are the first and the last;
-    N is an integer, for every Nth, the first and the last."""
+    an integer N is every Nth, the first and the last."""
     log_ranks: str | None = None
     """Ranks with a run of their own: all, 0, or how many (default: log_ranks of --config). 0 is
-    rank 0 alone; a number is so many, evenly spaced."""
+    rank 0 alone; a number N is N ranks, evenly spaced."""
 
     def settings(self) -> Settings:
         """Settings of the configuration file, with what was chosen on top."""

@@ -1,4 +1,4 @@
-"""The launcher's side of the preloaded process that forks its process groups."""
+"""The launcher's side of the fork server."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PROGRAM = "dpsgd_track.launcher.fork_server"
 
 
 class WorkerHost:
-    """Runs one process group at a time, forked from a process that did the imports.
+    """Runs one process group at a time, forked from a process with its imports done.
 
-    That process starts with the first group, and anew where it is gone or another environment is
-    asked for. Where it dies, so does its group, whose exit code is then that process's own. What
-    it says goes to the log of the group it was started for.
+    That process starts with the first group, and anew if it is gone or the environment changes. If
+    it dies, so does its group, whose exit code is then that process's own. Its output goes to the
+    log of the group it was started for.
     """
 
     def __init__(self, worker_module: str) -> None:
@@ -43,7 +43,7 @@ class WorkerHost:
         self._close(0.0)
 
     def start(self, request: Request, environment: Mapping[str, str]) -> None:
-        """Start a process group; the one before has ended."""
+        """Start a process group; the previous one has ended."""
         log = Path(request.log)
         log.touch()
         is_gone = self._session is None or self._session.poll() is not None
@@ -51,7 +51,7 @@ class WorkerHost:
             self._open(dict(environment), log)
         assert self._channel is not None
         self._code, self._grace_s = None, request.grace_s
-        # Where the process is gone, `poll` says so.
+        # If the process is gone, `poll` says so.
         with contextlib.suppress(ConnectionError):
             self._channel.sendall(f"{REQUEST.dumps(request)}\n".encode())
 
@@ -69,14 +69,14 @@ class WorkerHost:
         if answer:
             self._code = int(answer)
         else:
-            # It lets go of the socket before it has ended; its own exit code is what counts.
+            # It closes the socket before it exits; its own exit code counts.
             code = self._session.wait(self._grace_s)
             self._close(0.0)
             self._code = code or 1
         return self._code
 
     def end(self) -> None:
-        """End the group, within its time of grace; no process of it is left."""
+        """End the group, within its grace period; no process of it is left."""
         if self._session is None:
             return
         if self.poll() is None:

@@ -1,19 +1,18 @@
-"""Fork server: forks process groups whose imports are done.
+"""Fork server: forks process groups from a process with its imports done.
 
 Usage: `python -m dpsgd_track.launcher.fork_server WORKER_MODULE`, with a socket as standard input.
 Imports the worker and torch's launcher once. Then each line read from the socket, a `Request`, is
 answered by the exit code of the process group it asks for. A group is an agent in a session of its
-own, which runs torch's launcher, and the ranks that one forks:
+own, which runs torch's launcher, and the ranks that the launcher forks:
 
     launcher -> fork server -> agent -> ranks
 
-No process outlives its parent: where the socket is closed, or at SIGTERM, the server ends its agent
+No process outlives its parent: when the socket closes, or on SIGTERM, the server ends its agent
 and itself; the kernel kills an agent without its server, and ranks without their agent.
 
-multiprocessing has a fork server, which cannot take this one's place: an interpreter has a single
-one, with the environment and the import path that it was started in, while a variant's workers need
-another path and every number of ranks another OMP_NUM_THREADS; and what its children start outlives
-them.
+multiprocessing's fork server cannot replace this one: an interpreter has a single one, with the
+environment and import path of its start, while a variant's workers need another path and every
+number of ranks another OMP_NUM_THREADS; and descendants of its children outlive them.
 """
 
 from __future__ import annotations
@@ -50,20 +49,20 @@ WorkerMain = Callable[[str], int]
 
 @dataclass(frozen=True, kw_only=True)
 class Meeting:
-    """Where the ranks of a job meet that runs on several machines."""
+    """Rendezvous of the ranks of a job on several machines."""
 
     num_nodes: int
     """Machines."""
     node_rank: int
-    """This one among them."""
+    """Index of this machine."""
     host: str
-    """Where node 0's launcher serves a store for this job alone, as this machine reaches it."""
+    """Address, from this machine, of the store that node 0's launcher serves for this job alone."""
     port: int
-    """Of that store."""
+    """Port of that store."""
     run_id: str
-    """The same on every machine."""
+    """Id of the rendezvous, the same on every machine."""
     interface: str
-    """Network interface that ranks talk to those of other machines by; empty to leave it open."""
+    """Network interface towards the ranks of other machines; empty to leave the choice open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +70,15 @@ class Request:
     """One process group, or this machine's part of one."""
 
     job_file: str
-    """Path handed to the worker's `main`."""
+    """Path passed to the worker's `main`."""
     log: str
-    """File that the group's output is appended to."""
+    """File to which the group's output is appended."""
     num_ranks: int
     """Processes on this machine."""
     grace_s: float
-    """Time the group gets to end by itself."""
+    """Time in seconds for the group to end by itself."""
     meeting: Meeting | None = None
-    """None where no other machine takes part."""
+    """None if no other machine takes part."""
 
 
 REQUEST = Codec(Request, "dpsgd-track/request", 1)
@@ -92,12 +91,12 @@ class _Host:
         self._channel, self._main = channel, main
         self._told_to_end = False
         signal.signal(signal.SIGTERM, self._note)
-        # Who presses Ctrl-C or closes the terminal asks the launcher, which then asks here.
+        # Ctrl-C and a closed terminal are for the launcher, which then tells this process.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def serve(self) -> None:
-        """Until the launcher is gone, or asks to end."""
+        """Serve requests until the launcher is gone, or asks to end."""
         requests = self._channel.makefile("rb")
         while not self._told_to_end:
             if not self._is_readable():
@@ -110,17 +109,17 @@ class _Host:
                 self._channel.sendall(f"{code}\n".encode())
 
     def _run(self, request: Request) -> int | None:
-        """The group's exit code; None where it was ended."""
+        """The group's exit code; None if it was ended."""
         host = os.getpid()
         agent = os.fork()
         if agent == 0:
-            # The launcher tells by the socket that this process is gone: no other may hold it.
+            # The closed socket tells the launcher that this process is gone: no other may hold it.
             os.close(self._channel.detach())
             _lead(request, self._main, host)
         while not self._told_to_end:
             if (code := _exit_code(agent)) is not None:
                 return code
-            # Nothing is asked for while a group runs: this is the launcher's end of the socket
+            # No request comes while a group runs: this is the launcher's end of the socket
             # being closed.
             if self._is_readable():
                 self._told_to_end = True
@@ -144,7 +143,7 @@ def _exit_code(child: int) -> int | None:
 
 
 def _lead(request: Request, main: WorkerMain, host: int) -> None:
-    """The agent's life, in its fork."""
+    """Run the agent, in its fork."""
     code = 1
     try:
         os.setsid()
@@ -163,17 +162,17 @@ def _lead(request: Request, main: WorkerMain, host: int) -> None:
 
 
 def _launch(request: Request, main: WorkerMain) -> None:
-    """Run the ranks by torch's launcher.
+    """Run the ranks with torch's launcher.
 
     Raises:
-        ChildFailedError: one failed; its text says which and how.
+        ChildFailedError: a rank failed; the text says which and how.
     """
     from torch.distributed import TCPStore
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The static rendezvous, unlike c10d, starts no thread that could hold a lock at the fork.
     if (meeting := request.meeting) is None:
-        # It finds this server by its port: choosing a free one in advance would be a race.
+        # Ranks find this server by its port: choosing a free one in advance would be a race.
         server = TCPStore(_ADDRESS, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
         run_id = Path(request.job_file).parent.name
         meeting = Meeting(
@@ -201,7 +200,7 @@ def _launch(request: Request, main: WorkerMain) -> None:
     )
     agent = os.getpid()
     # The server's thread lives in this process. While it serves one rank, the fork of another
-    # could inherit a lock that it holds, and hang: nobody talks to it until all are forked.
+    # could inherit a lock that it holds, and hang: no rank talks to it until all are forked.
     all_forked = multiprocessing.get_context("fork").Barrier(request.num_ranks)
 
     def run_rank(job_file: str) -> None:
@@ -213,10 +212,10 @@ def _launch(request: Request, main: WorkerMain) -> None:
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         except BaseException:
-            # torch's hook puts the rank in front of each line.
+            # torch's hook prefixes each line with the rank.
             sys.excepthook(*sys.exc_info())
             code = 1
-        # torch's launcher waits for a rank that succeeds to return.
+        # torch's launcher waits for a successful rank to return.
         if code != 0:
             _leave(code)
 
@@ -224,9 +223,9 @@ def _launch(request: Request, main: WorkerMain) -> None:
 
 
 def _serve_elsewhere() -> str:
-    """The name of a static rendezvous whose store is served by node 0's launcher.
+    """Register a static rendezvous whose store node 0's launcher serves; returns its name.
 
-    torch's own has the agent of node 0 serve it, which then forks its ranks while other machines
+    In torch's own, the agent of node 0 serves the store, and forks its ranks while other machines
     talk to it.
     """
     from torch.distributed import TCPStore
@@ -284,9 +283,9 @@ def _leave(code: int) -> None:
 
 
 class _First(importlib.abc.MetaPathFinder):
-    """Finds the packages of one folder before anything else is asked.
+    """Finds the packages of one folder before any other finder.
 
-    An editable install may answer for a package before the import path is looked at.
+    The finder of an editable install may come before the import path.
     """
 
     def __init__(self, root: str) -> None:
@@ -298,13 +297,13 @@ class _First(importlib.abc.MetaPathFinder):
         if path is not None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, [self._root], target)
-        # A folder without __init__.py, such as docs, is no package to put before a real one.
+        # A folder without __init__.py, such as docs, must not shadow a real package.
         return spec if spec and spec.loader else None
 
 
 def main() -> None:
     """Import, then serve."""
-    # While it imports, this process looks at nothing else.
+    # During its imports, this process does not watch the socket.
     _die_with(os.getppid(), signal.SIGTERM)
     if root := os.environ.get(VARIANT_VARIABLE):
         sys.meta_path.insert(0, _First(root))
@@ -315,9 +314,9 @@ def main() -> None:
     import torch
     import torch.distributed.launcher.api
 
-    # A fork cannot use a device that was touched before.
+    # A fork cannot use a device that was initialised before.
     assert not torch.cuda.is_initialized(), "preloading touched CUDA"
-    # What is never collected is never written to, and stays shared with the forks.
+    # Frozen objects are never collected, so their pages stay shared with the forks.
     gc.collect()
     gc.freeze()
     _Host(channel, worker.main).serve()

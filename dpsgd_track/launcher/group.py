@@ -39,11 +39,11 @@ from dpsgd_track.store.opening import StoreError
 
 CLIP_BOUNDS_FILE = "clip_bounds.json"
 OUT_OF_MEMORY = "OUT OF MEMORY"
-"""Shown of a timed run that had too little memory: a result, not a failure."""
+"""Status shown for a timed run out of memory: a result, not a failure."""
 
 
 class GroupRun:
-    """One group in the making."""
+    """The execution of one group."""
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class GroupRun:
     ) -> None:
         """
         Args:
-            plan: what is to be run: of a group that is resumed, what it lacks.
-            leader: where other machines take part.
+            plan: the jobs to run: for a resumed group, the missing ones.
+            leader: given if other machines take part.
             output: JSON file for the results of a single run.
         """
         self._plan = plan
@@ -74,10 +74,10 @@ class GroupRun:
         self._clip_bounds: dict[str, tuple[float, ...]] = {}
         """C of each step as the reference measured it, by regime."""
         self._finished: dict[VariantConfig, list[tuple[str, bool]]] = defaultdict(list)
-        """Mode runs of each variant that finished, and whether they imported anything of it."""
+        """Finished mode runs of each variant, and True for those that imported anything from it."""
 
     def know_clip_bounds(self, bounds: Mapping[str, tuple[float, ...]]) -> None:
-        """Take C of each step of clip regimes, by name, from an earlier run of the reference."""
+        """Set C of each step of clip regimes, by name, from an earlier run of the reference."""
         self._clip_bounds.update(bounds)
 
     def run(self) -> int:
@@ -87,7 +87,7 @@ class GroupRun:
             The exit code.
 
         Raises:
-            StoreError: the store takes nothing; no job was started.
+            StoreError: the store accepts nothing; no job was started.
         """
         with Interruption() as interruption, self._host:
             if not self._tree.group_run:
@@ -153,7 +153,7 @@ class GroupRun:
         return EXIT_FAILED if failed or unused else EXIT_FINISHED, summary
 
     def _fail_unused_variants(self) -> list[str]:
-        """Fail the runs of each variant that no mode imported anything of; why, for each."""
+        """Fail the runs of variants from which no mode imported anything; returns the reasons."""
         reasons = []
         for variant, runs in self._finished.items():
             if any(is_used for _, is_used in runs):
@@ -167,10 +167,10 @@ class GroupRun:
         return reasons
 
     def _run_job(self, job: JobConfig, interruption: Interruption, place: str) -> str:
-        """Run one mode with its runs around it.
+        """Run one mode and record its runs.
 
         Args:
-            place: which of many it is, as it is shown.
+            place: its position among the jobs, for display.
         Returns:
             FINISHED, FAILED where a regime failed, OUT_OF_MEMORY where that is all, or KILLED.
         """
@@ -211,7 +211,7 @@ class GroupRun:
         outcomes: Sequence[Outcome],
         work_dir: Path,
     ) -> None:
-        """Remember which finished runs of a variant imported anything of it."""
+        """Record which finished runs of a variant imported anything from it."""
         if job.variant is None:
             return
         for index, (mode_run, outcome) in enumerate(zip(mode_runs, outcomes, strict=True)):
@@ -222,7 +222,7 @@ class GroupRun:
     def _split_regimes(
         self, job: JobConfig
     ) -> tuple[tuple[RegimeConfig, ...], tuple[RegimeConfig, ...]]:
-        """Regimes with C as the reference measured it, and those that need it in vain."""
+        """Regimes with C as measured by the reference, and those whose C is missing."""
         if job.mode == REFERENCE:
             return job.regimes, ()
         ready, blocked = [], []
@@ -238,7 +238,7 @@ class GroupRun:
     def _read_results(
         self, started: StartedJob, outcomes: Sequence[Outcome]
     ) -> tuple[Outcome, ...]:
-        """Take what later jobs need; a result that cannot be read is a failure."""
+        """Read the results that later jobs need; an unreadable one is a failure."""
         checked = []
         job = started.job
         for index, (regime, outcome) in enumerate(zip(job.regimes, outcomes, strict=True)):
@@ -284,14 +284,14 @@ class GroupRun:
         return status
 
     def _work_dir(self, job: JobConfig) -> Path:
-        # A dash is in no mode's name, so that two modes never share a folder.
+        # No mode's name has a dash, so that two modes never share a folder.
         shape = f"-T{job.data.seq_length}-B{job.data.batch_size}"
         timed = [f"{shape}-{regime.order}" for regime in job.regimes if regime.order]
         logs = self._folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         name = "".join([job.label.replace(":", "-"), *timed])
         taken = {folder.name for folder in logs.iterdir()}
-        # Attempts of a group that is resumed stay beside each other.
+        # Attempts of a resumed group keep separate folders.
         attempts = chain((name,), (f"{name}-{number}" for number in count(2)))
         folder = logs / next(attempt for attempt in attempts if attempt not in taken)
         folder.mkdir()

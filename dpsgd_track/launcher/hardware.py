@@ -1,4 +1,4 @@
-"""What this machine offers: GPUs and cores, found without importing torch."""
+"""GPUs and cores of this machine, counted without importing torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 def count_gpus() -> int:
-    """GPUs that ranks would see."""
+    """Number of GPUs visible to ranks."""
     if torch_is_cpu_only():
         return 0
     present = present_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
-    # As CUDA reads it: devices after the first invalid index do not exist.
+    # As in CUDA, devices after the first invalid index do not exist.
     count = 0
     for device in (part.strip() for part in visible.split(",")):
         if not device or device.startswith("-") or (device.isdigit() and int(device) >= present):
@@ -27,12 +27,12 @@ def count_gpus() -> int:
 
 
 def num_cores() -> int:
-    """Cores this process may use."""
+    """Number of cores available to this process."""
     return len(os.sched_getaffinity(0))
 
 
 def torch_is_cpu_only() -> bool:
-    """True if the installed torch is built without CUDA, as its version tells."""
+    """True if the installed torch is built without CUDA, according to its version."""
     try:
         return importlib.metadata.version("torch").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def torch_is_cpu_only() -> bool:
 
 
 def present_gpus() -> int:
-    """GPUs of this machine or container, visible to ranks or not."""
+    """Number of GPUs of this machine or container, visible to ranks or not."""
     # In a container nvidia-smi sees the container's GPUs, /proc may list the host's.
     if shutil.which("nvidia-smi"):
         try:

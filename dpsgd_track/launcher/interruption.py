@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that is looked at between steps, never in the middle of one."""
+"""Ctrl-C and SIGTERM as a request that is polled between steps, never handled within one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, SIGINT, SIGTERM and SIGHUP set `requested`; more of them change nothing."""
+    """While entered, SIGINT, SIGTERM and SIGHUP set `requested`; repeated ones have no effect."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -16,7 +16,7 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether the user, or the system, asked to end."""
+        """True once the user or the system has asked to end."""
         return self.signal is not None
 
     @property
@@ -26,12 +26,12 @@ class Interruption:
 
     @property
     def reason(self) -> str:
-        """What asked, in words."""
+        """Source of the request, in words."""
         return f"interrupted by {self.name}."
 
     def __enter__(self) -> Interruption:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # nohup ignores SIGHUP on purpose.
+            # A SIGHUP that nohup ignores stays ignored.
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._before[number] = signal.signal(number, self._note)

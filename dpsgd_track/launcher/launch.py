@@ -1,4 +1,4 @@
-"""Launch a plan, or what a group lacks of its own, on one machine or several."""
+"""Launch a plan, or the missing runs of a group, on one machine or several."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """What became of a launch."""
+    """Outcome of a launch."""
 
     code: int
     """Exit code, one of EXIT_*."""
     group: str = ""
-    """Its name; empty where nothing was started."""
+    """Name of the group; empty if nothing was started."""
     problem: str = ""
-    """Why it ended early, in a sentence; empty where it did not."""
+    """Why it ended early, in a sentence; empty if it did not."""
     left_behind: str = ""
-    """Why something is on this machine alone; empty where the store has all of it."""
+    """Why some records are on this machine alone; empty if the store has all."""
     spool: Path | None = None
-    """Folder that holds what was left behind."""
+    """Folder of the records left behind."""
 
 
 def run_plan(
@@ -65,10 +65,10 @@ def resume(
     launch: Launch | None = None,
     say: Say = print,
 ) -> Launched:
-    """Run what `group` lacks.
+    """Run the missing runs of `group`.
 
     Args:
-        check: raises ValueError where this machine cannot run a plan.
+        check: raises ValueError if this machine cannot run a plan.
 
     Raises:
         ValueError: there is no such group, or it cannot be resumed here; nothing was started.
@@ -97,7 +97,7 @@ def resume(
 
 @contextlib.contextmanager
 def _refusing(leader: Leader | None) -> Iterator[None]:
-    """Tell the other machines of a ValueError that keeps everything from starting."""
+    """Tell the other machines of a ValueError that prevents the start."""
     try:
         yield
     except ValueError as error:
@@ -139,7 +139,7 @@ def _run(
 
 
 def _lead(plan: GroupPlan | None, place: Placement, launch: Launch, say: Say) -> Leader | None:
-    """Wait for the other machines' launchers; None where there are none.
+    """Wait for the other machines' launchers; None if there are none.
 
     Raises:
         ValueError: one does not come, or would run something else.

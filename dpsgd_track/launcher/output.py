@@ -1,4 +1,4 @@
-"""The results of a single run as one JSON file, under the keys that scripts rely on."""
+"""The results of a single run as a JSON file, under keys that scripts rely on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LayerNorms:
 
     iter: int
     norms: Mapping[str, float]
-    """By `<layer>_weight_norm` and `<layer>_grad_norm`."""
+    """Norms by `<layer>_weight_norm` and `<layer>_grad_norm`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +25,19 @@ class Results:
     """One run; its fields are the keys of the file."""
 
     loss_values: tuple[float, ...]
-    """Of each step."""
+    """Loss of each step."""
     final_loss: float
     grad_norms: tuple[float, ...]
-    """Of each step, before noise."""
+    """Gradient norm of each step, before noise."""
     avg_grad_norm: float
     layer_norms_history: tuple[LayerNorms, ...]
     """One entry for each step whose layer norms were recorded."""
     avg_time_ms: float
-    """Of a step."""
+    """Mean time of a step."""
     peak_memory_mb: float
-    """In MiB."""
+    """Peak memory in MiB."""
     peak_memory_gb: float
-    """In GiB."""
+    """Peak memory in GiB."""
 
 
 def write_output(trajectory: Trajectory, path: Path) -> None:

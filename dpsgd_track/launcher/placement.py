@@ -1,4 +1,4 @@
-"""Where a group runs and is kept, which is no part of what it computes."""
+"""Where a group runs and is stored, independent of its results."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Placement:
 
     settings: Settings
     group: str | None = None
-    """Name that the user chose; None for SUITE-DATE-TIME."""
+    """Name chosen by the user; None for SUITE-DATE-TIME."""
     output: Path | None = None
     """JSON file for the results of `single`, CSV file for the figures of a profile."""
     is_offline: bool = False
-    """True to keep records in the spool and look for no store."""
+    """True to keep records in the spool and use no store."""
     nodes: NodesConfig = field(default_factory=NodesConfig)
     """Machines that the group runs on, this one among them."""
     rendezvous_timeout_s: float = 600.0
-    """How long the machines wait for each other before anything starts."""
+    """Longest wait of the machines for each other before anything starts."""
 
     def __post_init__(self) -> None:
         timeout_s = self.rendezvous_timeout_s

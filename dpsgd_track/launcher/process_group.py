@@ -1,13 +1,13 @@
-"""One mode as one process group: start it, follow it, end it, and say how each regime went.
+"""One mode as one process group: starts, follows and ends it, and reports each regime's outcome.
 
-What a worker leaves in its work folder:
+Files of a worker in its work folder:
 
 - `progress.jsonl`: one JSON object a line, by rank 0: regime, event (start, step, end), step,
   num_iter, loss, epsilon (in end, where noise was accounted for),
   step_time_ms and peak_memory_gib (in end, of a profile).
-- `failure-rank{r}.json`: the `Failure` that rank r met.
+- `failure-rank{r}.json`: the `Failure` of rank r.
 - `{regime}/facts.json`: the `RunFacts` of a regime.
-- `{regime}/trajectory.npz`: what a finished regime observed; of a profile `timings.json`.
+- `{regime}/trajectory.npz`: the record of a finished regime; of a profile `timings.json`.
 - `{regime}/clip_bounds.json`: C of each step, measured by the reference in the clip regime.
 """
 
@@ -47,7 +47,7 @@ _EXCEPTION = re.compile(
     re.MULTILINE,
 )
 _OF_LAUNCHER = re.compile(r"\b(?:ChildFailedError|ProcessExitedException)\b")
-"""How torch's launcher says that a rank failed."""
+"""Messages of torch's launcher on a failed rank."""
 _ROOT_CAUSE = re.compile(r"^Root Cause .*?^\s*rank\s*: (\d+)", re.MULTILINE | re.DOTALL)
 _KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID")
 
@@ -56,7 +56,7 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one regime of a mode went."""
+    """Outcome of one regime of a mode."""
 
     status: Status
     """FINISHED, FAILED or KILLED."""
@@ -66,14 +66,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How workers are started; tests start others."""
+    """Launch settings of workers; tests use other workers."""
 
     worker_module: str = WORKER
     """Module whose `main` runs in every rank, with the path of job.json; see WorkerHost."""
     grace_s: float = GRACE_S
-    """Time the group gets to end by itself."""
+    """Time in seconds for the group to end by itself."""
     lost_after_s: float = LOST_AFTER_S
-    """How long another machine may be silent before it counts as lost."""
+    """Longest silence of another machine, in seconds, before it counts as lost."""
 
 
 def run_mode(
@@ -87,7 +87,7 @@ def run_mode(
     """Run a job to its end, or until an interruption; no process of it is left behind.
 
     Args:
-        leader: where other machines take part.
+        leader: given if other machines take part.
     Returns:
         The outcome of each regime.
     """
@@ -111,7 +111,7 @@ def run_mode(
     progress.forward(display.event)
     reports: list[Report] = []
     if others:
-        # Where this machine's part was cut short, so are the others'.
+        # If this machine's part was cut short, so are the others'.
         own = interruption.reason if interruption.requested else "node 0 failed."
         reports = others.settle("" if code == 0 else trouble or own)
     # A scheduler's SIGTERM may reach the group before this process looks.
@@ -145,7 +145,7 @@ def report_of(work_dir: Path, code: int) -> Report:
 
 
 def cause(reports: Sequence[Report]) -> Failure | None:
-    """Of what several machines report, what the others came from; None of nothing."""
+    """Root failure among the reports of several machines; None if there are no failures."""
     failures = [(each.time_s, each.failure) for each in reports if each.failure]
     if not failures:
         return None
@@ -153,14 +153,14 @@ def cause(reports: Sequence[Report]) -> Failure | None:
 
 
 def failure_of(work_dir: Path, code: int) -> Failure:
-    """Why the group in `work_dir` exited with `code`: what was reported first, else the log."""
+    """Failure of a group that exited with `code`: the first reported, else taken from the log."""
     files = sorted(work_dir.glob("failure-rank*.json"), key=lambda file: file.stat().st_mtime_ns)
     if files:
-        # Of several ranks the first to fail, unless it only saw that another was gone.
+        # The first rank to fail, unless it only noticed the loss of another.
         return min(map(_read_report, files), key=lambda each: each.kind is FailureKind.PEER)
     log = _tail(work_dir / "output.log")
     if shutil.disk_usage(work_dir).free < _LEAST_FREE_BYTES:
-        # Neither the report nor the log may have found room.
+        # The disk may have been too full for the report and the log.
         return Failure(kind=FailureKind.DISK_FULL, message=_last_words(log, None))
     # The launcher of the ranks ends the others with SIGTERM when one is gone.
     kills = [(number, name) for number, name in _KILLED.findall(log) if name != "SIGTERM"]
@@ -178,7 +178,7 @@ def failure_of(work_dir: Path, code: int) -> Failure:
 
 
 def _environment(variant: VariantConfig | None, request: Request) -> dict[str, str]:
-    """The launcher's environment, with what the ranks need; HF_TOKEN passes through it."""
+    """The launcher's environment, HF_TOKEN included, with the variables that ranks need."""
     package_root = str(Path(dpsgd_track.__file__).parent.parent)
     search_path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     environment = {
@@ -189,13 +189,13 @@ def _environment(variant: VariantConfig | None, request: Request) -> dict[str, s
         **_interface(request.meeting),
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*search_path, package_root]),
-        # Counting GPUs through CUDA would spoil it for the processes forked afterwards.
+        # Counting GPUs through CUDA would make it unusable in processes forked afterwards.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if variant:
-        # `python -m` would put the working directory first, and a checkout of its own with it.
+        # `python -m` would put the working directory first, and with it a checkout there.
         ours = [variant.root, os.getcwd(), environment["PYTHONPATH"]]
         environment["PYTHONPATH"] = os.pathsep.join(ours)
         environment["PYTHONSAFEPATH"] = "1"
@@ -204,10 +204,10 @@ def _environment(variant: VariantConfig | None, request: Request) -> dict[str, s
 
 
 def _interface(meeting: Meeting | None) -> dict[str, str]:
-    """Which network ranks on several machines talk over: the one that node 0 is reached by."""
+    """Network interface for ranks on several machines: the one by which node 0 is reached."""
     if meeting is None or not meeting.interface:
         return {}
-    # NCCL takes a name with = in front of it whole.
+    # NCCL matches a name exactly if = precedes it.
     return {
         "GLOO_SOCKET_IFNAME": meeting.interface,
         "NCCL_SOCKET_IFNAME": f"={meeting.interface}",
@@ -215,7 +215,7 @@ def _interface(meeting: Meeting | None) -> dict[str, str]:
 
 
 class _Progress:
-    """Reads what rank 0 appends, whole lines only."""
+    """Reads the progress file of rank 0, whole lines only."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -224,7 +224,7 @@ class _Progress:
         """Indices of regimes that ended."""
 
     def forward(self, on_event: Callable[[Event], object]) -> None:
-        """Hand every new event to `on_event`."""
+        """Pass every new event to `on_event`."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -243,12 +243,12 @@ class _Progress:
 def outcomes(
     started: StartedJob, code: int | None, ended: set[int], failure: Failure | None = None
 ) -> tuple[Outcome, ...]:
-    """How each regime went, judged by what it left.
+    """Outcome of each regime, judged by its files.
 
     Args:
         code: exit code of the group; None where it was interrupted.
         ended: indices of the regimes whose end was reported.
-        failure: why it did not finish, where that is known from elsewhere than its folder.
+        failure: why it did not finish, if known from outside its folder.
     """
     job, work_dir = started.job, Path(started.work_dir)
     indices = range(len(job.regimes))
@@ -296,9 +296,9 @@ def _tail(path: Path) -> str:
 
 
 def _last_words(log: str, rank: int | None) -> str:
-    """The last exception in the log, of `rank` where ranks are told apart; else its last lines."""
+    """The last exception in the log, of `rank` if lines carry ranks; else its last lines."""
     found = [raised for raised in _EXCEPTION.findall(log) if not _OF_LAUNCHER.search(raised[1])]
-    # Other ranks only complain that this one is gone.
+    # Other ranks only report the loss of this one.
     raised = [text for of, text in found if of == str(rank)] or [text for _, text in found]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return _shorten(raised[-1] if raised else " | ".join(lines[-5:]))

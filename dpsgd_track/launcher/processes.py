@@ -1,4 +1,4 @@
-"""A command in a session of its own, ended together with everything it started."""
+"""A command in a session of its own, ended together with all its descendants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 MARKER = "DPSGD_TRACK_SESSION"
-"""Environment variable by which descendants are found after their parent is gone."""
+"""Environment variable that identifies descendants after their parent is gone."""
 
 _ROUNDS = 20
 
@@ -31,7 +31,7 @@ class Session:
         *,
         stdin: int = subprocess.DEVNULL,
     ) -> None:
-        """Start `command`, its output in `log`."""
+        """Start `command`, with its output in `log`."""
         self._mark = uuid.uuid4().hex
         with log.open("ab") as output:
             self._leader = subprocess.Popen(
@@ -53,14 +53,14 @@ class Session:
         return self._leader.poll()
 
     def wait(self, timeout_s: float) -> int | None:
-        """Exit code of the command once it ends by itself; None where it takes longer."""
+        """Exit code of the command once it ends by itself; None after `timeout_s`."""
         try:
             return self._leader.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
 
     def end(self, grace_s: float) -> None:
-        """End everything: ask the command to, wait `grace_s`, then kill whatever is left."""
+        """End everything: ask the command to end, wait `grace_s`, then kill all that are left."""
         known = self._descendants()
         if self._leader.poll() is None:
             self._leader.terminate()
@@ -72,8 +72,8 @@ class Session:
         self.kill_others(known)
 
     def kill_others(self, known: Collection[psutil.Process] = ()) -> None:
-        """Kill whatever the command started, but not the command; and what is `known`."""
-        # A process may start another while it is being killed: look again until none is left.
+        """Kill the descendants of the command, but not the command itself; and those in `known`."""
+        # A process may start another while it is being killed: repeat until none is left.
         for _ in range(_ROUNDS):
             left = {*filter(_is_alive, known), *self._marked()}
             if not left:

@@ -1,8 +1,8 @@
 """The runs of a profile, in the order in which they are timed.
 
-At each shape every mode stands between two runs of its baseline, so that a machine that grows
-slower or faster does so for both: no_dp, mode 1, no_dp, mode 2, no_dp. Modes on one device stand
-between runs of no_dp_single in the same way.
+At each shape every mode runs between two runs of its baseline, so that a drift of the machine's
+speed affects both: no_dp, mode 1, no_dp, mode 2, no_dp. Modes on one device run between runs of
+no_dp_single in the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dpsgd_track.modes.table import BASELINE, SINGLE_BASELINE, baseline_of
 
 
 def with_baselines(modes: Sequence[str]) -> tuple[str, ...]:
-    """`modes` with the baselines that they are held against in front."""
+    """`modes`, preceded by their baselines."""
     needed = {BASELINE, *map(baseline_of, modes)}
     return tuple(dict.fromkeys([b for b in (BASELINE, SINGLE_BASELINE) if b in needed] + [*modes]))
 
@@ -23,7 +23,7 @@ def with_baselines(modes: Sequence[str]) -> tuple[str, ...]:
 def interleaved(jobs: Sequence[JobConfig], num_rounds: int = 1) -> list[JobConfig]:
     """`jobs`, one for each mode, with the baseline's run before, between and after the others.
 
-    In a second round, the baseline's last run of the first is the one before its first mode.
+    The last baseline run of a round is also the first of the next.
     """
     order: list[JobConfig] = []
     for base in (job for job in jobs if job.label == baseline_of(job.mode)):

@@ -1,4 +1,4 @@
-"""What the user sees while modes run: a live table on a terminal, plain lines elsewhere."""
+"""Display of running modes: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_display(stream: TextIO | None = None) -> Display:
 
 
 def describe(regime: RegimeConfig) -> str:
-    """A regime's name as it is shown."""
+    """A regime's name for display."""
     return f"{regime.name} ({regime.replay})" if regime.replay else regime.name
 
 
@@ -53,7 +53,7 @@ def _loss(event: Mapping[str, Any]) -> str:
 
 
 def _is_one_point(regimes: Sequence[RegimeConfig]) -> bool:
-    """Whether all there is is one run of a profile, of which there are many: a line says it."""
+    """True for a single timed run of a profile, which is shown on one line."""
     return len(regimes) == 1 and bool(regimes[0].order)
 
 

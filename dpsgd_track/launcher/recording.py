@@ -1,4 +1,4 @@
-"""Where a group is recorded: its name, its folder, its spool, and the store it is shipped to."""
+"""The records of a group: its name, its folder, its spool, and the store they are shipped to."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Recording:
-    """A group's records from its first run to what is left on this machine at the end."""
+    """Records of a group, from its first run to the end of shipping."""
 
     def __init__(
         self,
@@ -51,16 +51,16 @@ class Recording:
         Args:
             spooled: the group's folder in the spool.
             store: client and id of the experiment; None to ship nothing.
-            is_new: the folder was made for this, and goes with what could not be started.
+            is_new: the folder was created for this launch, and is removed if it cannot start.
 
         Raises:
-            Busy: somebody is at work on the group.
+            Busy: another process is at work on the group.
         """
         self._is_new = is_new
         self._settings = settings
         self.group = group
         self.folder = Path(settings.results_dir) / group
-        """The group's own, for what is no record."""
+        """The group's results folder, for files other than records."""
         self.spool = spooled.folder
         self._spooled = spooled
         self._store = store
@@ -70,13 +70,13 @@ class Recording:
         self._shipper: Shipper | None = None
         self._shipping: Shipping | None = None
         self.left_behind = ""
-        """Once closed: why something is on this machine alone; empty where the store has it."""
+        """Once closed: why some records are on this machine alone; empty if the store has all."""
 
     def start(self, tell: Callable[[str], object]) -> None:
-        """Ship what is there, and go on shipping in the background.
+        """Ship the existing records, and go on shipping in the background.
 
         Raises:
-            StoreError: the store takes nothing; nothing is left of the group.
+            StoreError: the store accepts nothing; nothing is left of the group.
         """
         left = self._left_by_the_dead(tell)
         if self._store is None:
@@ -84,7 +84,7 @@ class Recording:
         uri = absolute_uri(self._settings.tracking_uri)
         self._shipper = self._shipper_of(self._spooled, self._store[1])
         try:
-            # The group's own run is what shows whether the store can be written to.
+            # The group's own run shows whether the store can be written to.
             with contextlib.suppress(NotThereYet):
                 self._shipper.ship()
             if self.tree.group_run and self.tree.group_run not in self._shipper.run_ids:
@@ -101,18 +101,18 @@ class Recording:
         join(self._writer, self._settings.experiment, runs)
 
     def leave(self, runs: Iterable[str]) -> None:
-        """What this machine had to say of them was said."""
+        """End this machine's part in those runs."""
         leave(self._writer, runs)
 
     def quiet(self) -> contextlib.AbstractContextManager[None]:
-        """Ship nothing while entered, so that nothing runs beside what is timed."""
+        """Ship nothing while entered, so that nothing disturbs timed runs."""
         return self._shipping.quiet() if self._shipping else contextlib.nullcontext()
 
     def close(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
         """Ship the rest, for a limited time, and check that it arrived.
 
         Args:
-            is_hurried: whether somebody waits for the end.
+            is_hurried: True once the user is waiting for the end.
         """
         try:
             self._writer.close()
@@ -128,16 +128,16 @@ class Recording:
             self.left_behind = reason and f"the store does not have all of {self.group}. {reason}"
 
     def _check(self) -> list[str]:
-        """What is not in the store after all; the spool is removed where it has everything."""
+        """Records missing from the store; the spool is removed if there are none."""
         assert self._shipper is not None
         assert self._shipping is not None
-        # Over HTTP each metric's values are a request, which `dpsgd-track sync` takes the time for.
+        # Over HTTP each metric's values cost a request; only `dpsgd-track sync` compares them.
         is_database = not self._settings.tracking_uri.startswith("http")
         should_stop = self._shipping.should_stop
         return settle(self._shipper, count=is_database, should_stop=should_stop)
 
     def _left_by_the_dead(self, tell: Callable[[str], object]) -> list[Shipper]:
-        """Close the runs of launchers that died; those that were shipped here are to be again."""
+        """Close the runs of launchers that died; returns shippers for those of this store."""
         left = []
         target = redact_uri(absolute_uri(self._settings.tracking_uri))
         for group in spooled_groups(self._spooled.folder.parent):
@@ -169,7 +169,7 @@ class Recording:
         self._writer.close()
         if self._is_new:
             self._spooled.remove()
-            # It is not empty where the group is resumed.
+            # It is not empty if the group is resumed.
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
         self._release()
@@ -214,7 +214,7 @@ def open_group(suite: Suite, place: Placement) -> Recording:
 
 
 def check_folders(settings: Settings) -> None:
-    """Raise ValueError where nothing can be written to the folders that a group needs."""
+    """Raise ValueError if the folders that a group needs are not writable."""
     for name in ("results_dir", "spool_dir"):
         folder = Path(getattr(settings, name))
         try:
@@ -228,7 +228,7 @@ def check_folders(settings: Settings) -> None:
 
 
 def open_part(settings: Settings, group: str, node_rank: int, *, is_offline: bool) -> Recording:
-    """Open the store for what this machine adds to a group of node 0.
+    """Open the store for the records that this machine adds to a group of node 0.
 
     Raises:
         ValueError: the store or a folder cannot be used, or somebody is at work there.
@@ -241,11 +241,11 @@ def open_part(settings: Settings, group: str, node_rank: int, *, is_offline: boo
 def take_up(
     settings: Settings, group: str, place: str, allowed: str, *, is_offline: bool
 ) -> tuple[Recording, bool]:
-    """Open the store, and go on in a folder of the spool, made anew where it is not there.
+    """Open the store, and continue in a folder of the spool, created if missing.
 
     Args:
         place: the folder's name.
-        allowed: what is expected of the group, in words.
+        allowed: the group expected, for the error message.
     Returns:
         The recording, and whether the folder is new.
 
@@ -258,7 +258,7 @@ def take_up(
     is_new = spooled is not None
     try:
         if spooled is None:
-            # What an earlier launch left there goes with the rest.
+            # Records that an earlier launch left there are shipped with the rest.
             spooled = SpooledGroup(spool / place)
             with spooled.hold():
                 spooled.close_left_open()

@@ -1,4 +1,4 @@
-"""The regimes that a suite runs, with their constants, and the replays that stand beside them."""
+"""The regimes of each suite, with their constants and replays."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ CLIP_NUM_ITER = 4
 """Steps of the clip regime: the first half clips some samples, the second half all."""
 NOISE_SIGMA = 0.7
 NOISE_BOUNDS = (0.37, 0.83, 1.3, 0.47)
-"""C of each step of the noise regime: none is 1, and no two have a likely fault's ratio."""
+"""C of each step of the noise regime: none is 1, and no two differ by a likely fault's factor."""
 NOISE_MICRO_BATCHES = 3
 PROBE_MICRO_BATCHES = 3
 PROBE_SIGMA, PROBE_BOUND, PROBE_LEARNING_RATE = 0.0037, 83.0, 0.053
-"""In the probe's accuracy regime, where no sample reaches C and noise is about as long as what it
-is added to."""
+"""Settings of the probe's accuracy regime, where no sample reaches C and the norm of the noise is
+about that of the clipped sum."""
 SUITE_REGIMES = {
     Suite.QUICK: (ACCURACY, CLIP, *PROBES),
     Suite.FULL: (ACCURACY, CLIP),
     Suite.FAULTS: (*PROBES, PROBE_NAIVE),
 }
-"""Those that are run unless the user asks for others."""
+"""Regimes that run unless the user asks for others."""
 CHOOSABLE = (ACCURACY, CLIP, NOISE, *PROBES, PROBE_NAIVE)
-"""Those that a user can ask for, in the order in which they are run."""
+"""Regimes that a user can ask for, in the order of execution."""
 
 
 def is_run(mode: str, regime: str) -> bool:
-    """Whether `mode` has a run in `regime`: what neither clips nor adds noise has none in those."""
+    """True if `mode` has a run in `regime`: only private modes have clip and noise regimes."""
     kind = kind_of(regime)
     if mode == table.REFERENCE and (kind == NOISE or regime == PROBE_NAIVE):
         return False
-    # Opacus refuses tied and reused weights, without which the probe would show little.
+    # Opacus rejects tied and reused weights, without which the probe would show little.
     if is_probe(regime) and table.is_of_opacus(mode):
         return False
     return kind not in (CLIP, NOISE) or table.is_private(mode)
@@ -77,7 +77,7 @@ def regimes_of(
 
 
 def num_iter(suite: Suite, training: TrainingChoices) -> int:
-    """Recorded steps of the regimes whose number of steps is the user's."""
+    """Recorded steps of the regimes whose number of steps the user chooses."""
     default = QUICK_NUM_ITER if suite is Suite.QUICK else NUM_ITER
     return default if training.num_iter is None else training.num_iter
 
@@ -101,7 +101,7 @@ def _all(suite: Suite, training: TrainingChoices, device: str) -> Iterator[Regim
     yield trained
     timed = PROFILE_WARMUP_ITER if chosen is None else chosen
     yield replace(trained, name=PROFILE, warmup_iter=timed)
-    # What --warmup-iter says of a profile is of its timed steps.
+    # In a profile, --warmup-iter applies to the timed steps.
     warmup = by_device if suite is Suite.PROFILE else warmup
     trained = replace(trained, warmup_iter=warmup)
     yield replace(trained, name=ACCURACY, micro_batches=1, noise_matched=True)
@@ -126,8 +126,8 @@ def _all(suite: Suite, training: TrainingChoices, device: str) -> Iterator[Regim
 
 
 def _on_probe() -> Iterator[RegimeConfig]:
-    """The same whatever the user chose, so that what they can show is known."""
-    # A warm-up would hide what goes wrong the first time only.
+    """Regimes on the probe, the same for all choices, so that their sensitivity is known."""
+    # A warm-up would hide faults of the first step.
     clipped = RegimeConfig(
         name=PROBE_CLIP, num_iter=CLIP_NUM_ITER, micro_batches=PROBE_MICRO_BATCHES
     )
@@ -152,17 +152,17 @@ def _on_probe() -> Iterator[RegimeConfig]:
 
 
 def _with_replays(mode: str, regime: RegimeConfig, *, is_single: bool) -> tuple[RegimeConfig, ...]:
-    """`regime` with the runs beside it that a comparison needs."""
+    """`regime` with the replays and twin that a comparison needs."""
     if regime.kind == NOISE:
-        # The twin without noise comes first: what it computed is taken off.
+        # The twin without noise comes first: its update is subtracted.
         return replace(regime, noise_multiplier=0.0, replay=SILENT), regime
     replays: tuple[str, ...] = ()
     if regime.kind == PROFILE or is_single:
         return (regime,)
     if mode == table.BASELINE and regime.kind == ACCURACY:
-        # What rounding alone makes of a trajectory.
+        # The error of a trajectory due to rounding alone.
         replays = (AGAIN, PERMUTED, ULP)
     elif mode == table.REFERENCE:
-        # How far plain autograd in the modes' own type is from the reference.
+        # The error of plain autograd in the modes' compute type.
         replays = (PLAIN,)
     return (regime, *(replace(regime, replay=kind) for kind in replays))

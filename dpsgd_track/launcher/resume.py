@@ -1,4 +1,4 @@
-"""What a group lacks: its plan less its record."""
+"""Missing runs of a group: its plan minus its record."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Missing:
     """Runs of a group that did not finish."""
 
     group: Group
-    """As far as it got."""
+    """The group, with the runs it has."""
     jobs: tuple[JobConfig, ...]
-    """Jobs of its plan with the regimes that are missing; none where it lacks nothing."""
+    """Jobs of its plan with the missing regimes; none if the group is complete."""
     clip_bounds: Mapping[str, tuple[float, ...]]
-    """C of each step of the clip regimes that the reference finished."""
+    """C of each step, for clip regimes that the reference finished."""
 
     @property
     def plan(self) -> GroupPlan:
@@ -34,7 +34,7 @@ class Missing:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """Facts of the environment that are not as they were when the group was launched."""
+        """Facts of the environment that have changed since the group was launched."""
         before = dict(self.group.plan.environment.items())
         return tuple(
             f"{name} is {value}, was {before[name]}"
@@ -44,11 +44,11 @@ class Missing:
 
 
 def find_missing(settings: Settings, wanted: str, nodes: NodesConfig) -> Missing:
-    """Hold the plan of a group against its record.
+    """Compare the plan of a group with its record.
 
     Args:
         wanted: a group's name, a run id, or `latest`.
-        nodes: machines that it is to be run on, as many as before.
+        nodes: machines to run it on, as many as before.
 
     Raises:
         ValueError: there is no such group, or it cannot be resumed.
@@ -65,7 +65,7 @@ def find_missing(settings: Settings, wanted: str, nodes: NodesConfig) -> Missing
     advice += "--rdzv-endpoint on each."
     allowed = f"{plan.num_nodes}, as before"
     require(nodes.num_nodes == plan.num_nodes, "nnodes", nodes.num_nodes, allowed, advice)
-    # A run that ended without its record tells too little to be compared.
+    # A run that ended without its record cannot be compared.
     done = {
         run.key
         for run in group.runs
@@ -80,13 +80,13 @@ def find_missing(settings: Settings, wanted: str, nodes: NodesConfig) -> Missing
 
 
 def _with_regimes(job: JobConfig, regimes: tuple[RegimeConfig, ...]) -> JobConfig | None:
-    """`job` with `regimes` alone; None without any."""
+    """`job` with `regimes` alone; None if there are none."""
     return replace(job, regimes=regimes) if regimes else None
 
 
 def _missing(job: JobConfig, done: set[RunKey]) -> tuple[RegimeConfig, ...]:
     missing = [regime for regime in job.regimes if run_key(job, regime) not in done]
-    # A replay of clip takes its bounds from the run beside it, noise what its silent twin left.
+    # A replay of clip needs the bounds of the original run, noise the update of its silent twin.
     together = {regime.name for regime in missing if regime.kind in (CLIP, NOISE)}
     return tuple(r for r in job.regimes if r in missing or r.name in together)
 
@@ -101,10 +101,10 @@ def _clip_bounds(group: Group) -> dict[str, tuple[float, ...]]:
 
 
 def reopen_group(missing: Missing, settings: Settings, *, is_offline: bool) -> Recording:
-    """Take up the group where it was left.
+    """Resume recording of the group.
 
     Args:
-        is_offline: records stay in the spool; no store is looked for.
+        is_offline: records stay in the spool; no store is used.
 
     Raises:
         ValueError: it is still being run, or the store cannot be used.

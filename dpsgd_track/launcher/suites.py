@@ -1,4 +1,4 @@
-"""A launch as it was asked for, checked before anything starts and made into a plan."""
+"""The request for a launch, checked before anything starts and turned into a plan."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ _WITH_OUTPUT = (Suite.SINGLE, Suite.PROFILE, Suite.FAULTS)
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 InputCheck = Callable[[ModelConfig, DataConfig], object]
-"""Raises ValueError where model and data do not fit each other."""
+"""Raises ValueError if model and data do not fit each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A launch as it was asked for."""
+    """The request for a launch."""
 
     suite: Suite
     what: ModeChoices = field(default_factory=ModeChoices)
@@ -72,10 +72,10 @@ class Asked:
 
 
 def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupPlan:
-    """The plan of what was asked for.
+    """The plan of the launch that was asked for.
 
     Args:
-        command: the command line it was asked by, without credentials.
+        command: the command line of the request, without credentials.
 
     Raises:
         ValueError: something asked for cannot be done. Nothing has been started or written.
@@ -112,7 +112,7 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
 
 
 def placement_of(asked: Asked) -> Placement:
-    """Where what was asked for runs and is kept.
+    """The placement of the launch that was asked for.
 
     Raises:
         ValueError: a name, a file or a machine does not fit.
@@ -175,7 +175,7 @@ def _as_one_rank(job: JobConfig) -> JobConfig:
 
 
 def _shapes(what: ModeChoices, data: DataConfig) -> list[DataConfig]:
-    """`data` in each shape that is timed; otherwise as it is."""
+    """`data` in each timed shape; unchanged if nothing is timed."""
     if not isinstance(what, ProfileChoices):
         return [data]
     lengths = _integers("seq_length", what.seq_length)
@@ -221,7 +221,7 @@ def _modes_and_regimes(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
         advice = f"It has no run in {' and '.join(regimes)}."
         require(False, "mode", ",".join(modes), f"a private mode{but}", advice)
     if CLIP in map(kind_of, regimes) or not modes:
-        # The reference comes first: the other modes' clipping bounds are measured by it.
+        # The reference comes first: it measures the other modes' clipping bounds.
         takes_part = (table.REFERENCE, *takes_part)
     return tuple(dict.fromkeys(takes_part)), regimes
 
@@ -247,7 +247,7 @@ def _chosen_regimes(suite: Suite, what: ModeChoices) -> tuple[str, ...]:
 def _timed_modes(
     modes: tuple[str, ...], *, is_tested: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Modes and regimes of a profile; the suite's own accuracy test has the reference besides."""
+    """Modes and regimes of a profile; its accuracy test adds the reference."""
     timed = with_baselines(modes or _SUITE_MODES[Suite.PROFILE])
     if not is_tested:
         return timed, (PROFILE,)
@@ -256,7 +256,7 @@ def _timed_modes(
 
 
 def check_modes(modes: Sequence[str]) -> None:
-    """Raise ValueError where a mode is not known."""
+    """Raise ValueError for an unknown mode."""
     for mode in modes:
         table.check_mode(mode)
 
@@ -266,7 +266,7 @@ def _takes_part(mode: str, regimes: Sequence[str]) -> bool:
 
 
 def split_names(values: Sequence[str]) -> tuple[str, ...]:
-    """Each of `a,b` and `c` once, in order."""
+    """The names in `values`, such as `a,b` and `c`, each once and in order."""
     return tuple(dict.fromkeys(part.strip() for value in values for part in value.split(",")))
 
 
@@ -291,7 +291,7 @@ def _check_plan(plan: str, modes: Sequence[str]) -> None:
 
 
 def _check_numbers(asked: Asked) -> None:
-    """Numbers a suite may not use in every regime are checked all the same."""
+    """Check numbers, even those that no regime of the suite may use."""
     chosen = asked.training
     PrivacyConfig(
         noise_multiplier=chosen.noise_multiplier,
@@ -309,7 +309,7 @@ def _check_numbers(asked: Asked) -> None:
 
 
 def _check_sampling(data: DataConfig, jobs: Sequence[JobConfig]) -> None:
-    """A sample can't be drawn with a probability above 1; the noise regime draws none."""
+    """Check that no sampling probability exceeds 1; the noise regime does not sample."""
     population = population_of(data)
     expected = data.batch_size * max(
         (

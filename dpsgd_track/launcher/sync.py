@@ -1,4 +1,4 @@
-"""`dpsgd-track sync`: ship what is in the spool, and check that all of it arrived."""
+"""`dpsgd-track sync`: ship the spool, and check that all of it arrived."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = 10
 
 
 def sync(settings: Settings, group: str | None) -> int:
-    """Ship `group`, or all; returns the exit code: 0 where all of it is in the store.
+    """Ship `group`, or all; returns the exit code: 0 if all of it is in the store.
 
     Raises:
         ValueError: there is no such group in the spool, or the store cannot be used.
@@ -35,7 +35,7 @@ def sync(settings: Settings, group: str | None) -> int:
     if not found:
         print(f"{spool}: nothing to ship")
         return EXIT_FINISHED
-    # One after the other even if one fails: each is whole in itself.
+    # One after the other even if one fails: each is independent.
     codes = []
     for each in found:
         try:

@@ -19,13 +19,13 @@ _POLL_S = 0.2
 
 
 def open_ui(settings: Settings, port: int) -> int:
-    """Serve the UI until interrupted; for a tracking server, say where it is.
+    """Serve the UI until interrupted; for a tracking server, print its address.
 
     Returns:
         The exit code.
 
     Raises:
-        ValueError: the store does not exist yet, or the port cannot be had.
+        ValueError: the store does not exist yet, or the port is not available.
     """
     uri = absolute_uri(settings.tracking_uri)
     if uri.startswith("http"):
@@ -73,7 +73,7 @@ def _environment(uri: str) -> dict[str, str]:
     return {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         **os.environ,
-        # By the environment, not the command line: the URI may carry a password.
+        # Through the environment, not the command line: the URI may carry a password.
         "MLFLOW_BACKEND_STORE_URI": sqlalchemy_uri(uri),
         # Job execution starts helper processes that take 2 GB and serve nothing here.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

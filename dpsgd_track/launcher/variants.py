@@ -1,7 +1,7 @@
-"""`--variant NAME=PATH`: a source checkout that the modes run once more, beside what is installed.
+"""`--variant NAME=PATH`: modes run once more with a source checkout, beside the installed code.
 
-Its packages come first on the workers' import path. A mode need not use what the variant brings,
-but where none did, everything that is said of the variant would be said of the installed code.
+Its packages come first on the workers' import path. A mode need not use them, but if none
+did, every result of the variant would be one of the installed code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
 
 
 def _root_of(folder: Path, given: str) -> Path:
-    """The folder that goes on the import path: `src` where the packages are there."""
+    """The folder for the import path: `src` if it holds the packages."""
     require(folder.is_dir(), "variant", given, "an existing folder")
     known = f"a folder without {os.pathsep!r} in its path, as it goes on the import path"
     require(os.pathsep not in str(folder.resolve()), "variant", given, known)
@@ -59,7 +59,7 @@ def variant_jobs(
 ) -> tuple[JobConfig, ...]:
     """Each job but the reference's once more for each variant, without replays.
 
-    The twin without noise is run again: a noisy run's noise is what it has over its twin.
+    The twin without noise is run again: a run's noise is its difference from its twin.
     """
     return tuple(
         replace(

@@ -1,1 +1,1 @@
-"""The record of a run: what the half that trains writes and the half that compares reads."""
+"""The record of a run: written by training, read by the comparison."""

@@ -1,4 +1,4 @@
-"""The one serialised form of a value, generated from its type.
+"""Serialisation of dataclasses, generated from their types.
 
 A document is a JSON object: `schema` and `schema_version`, then the fields of a dataclass. pydantic
 derives the encoder, the decoder and the JSON schema from the annotations, so that renaming a field
@@ -22,10 +22,10 @@ Value = TypeVar("Value")
 _CONFIG = {
     "extra": "forbid",
     "strict": True,
-    # JSON has no number for NaN and infinities: `NaN`, as Python's own codec writes it.
+    # JSON has no literals for NaN and infinities: `NaN`, as Python's own codec writes it.
     "ser_json_inf_nan": "constants",
     "use_attribute_docstrings": True,
-    # Everything is written, defaults too.
+    # Every field is written, defaults included.
     "json_schema_serialization_defaults_required": True,
 }
 
@@ -58,10 +58,10 @@ class Codec(Generic[Value]):
         return json.dumps(document, indent=indent)
 
     def loads(self, text: str | bytes) -> Value:
-        """The value that `dumps` wrote.
+        """The value that `dumps` encoded.
 
         Raises:
-            ValueError: the text is something else, or of another version; said in one sentence.
+            ValueError: the text is something else, or of another version; a one-sentence message.
         """
         try:
             document = json.loads(text)
@@ -110,7 +110,7 @@ def _dataclasses_in(annotation: Any) -> Iterator[type]:
 
 
 def _describe_inherited(cls: type, schema: dict[str, Any]) -> None:
-    """Add to `schema` what base classes say of their fields; pydantic reads each class alone."""
+    """Add to `schema` the field docstrings of base classes; pydantic reads each class alone."""
     from pydantic import TypeAdapter
 
     schemas = {cls.__name__: schema, **schema.get("$defs", {})}
@@ -124,7 +124,7 @@ def _describe_inherited(cls: type, schema: dict[str, Any]) -> None:
 
 
 def _first_of(error: Any) -> str:
-    """The first problem: which field, and what was expected of it."""
+    """The first problem: the field, and its expected value."""
     first, *more = error.errors(include_url=False)
     place = ".".join(map(str, first["loc"])) or "document"
     said = f"{place}={str(first.get('input'))[:80]!r}: {first['msg']}"

@@ -1,4 +1,4 @@
-"""Reads an npz archive with its large arrays left in the file, to be read by rows later."""
+"""Opens npz archives with large arrays left in the file, to be read by rows on demand."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
 class TornFile(Exception):
-    """The archive is not one, or is not whole; the message says what is wrong."""
+    """The file is not an archive, or is incomplete; the message says what is wrong."""
 
 
 class _OpenFile:
-    """A file that stays readable when its name is gone."""
+    """A file that stays readable after it is unlinked."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -48,11 +48,11 @@ class _OpenFile:
 
 @dataclass(frozen=True)
 class FileColumn:
-    """An array in a file, row after row."""
+    """An array in a file, in C order."""
 
     file: _OpenFile
     offset: int
-    """Byte of the file at which the first row begins."""
+    """Offset of the first row in the file, in bytes."""
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
@@ -68,13 +68,13 @@ class FileColumn:
 def open_archive(
     path: Path, apart: Collection[str]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, FileColumn]]:
-    """The arrays of an npz file, those named in `apart` left in the file.
+    """The arrays of an npz file; those named in `apart` are left in the file.
 
-    Every byte is read once and held against its checksum. An array that is compressed or not in
+    Every byte is read once and checked against its checksum. An array that is compressed or not in
     C order cannot be read by rows and is returned with the others.
 
     Raises:
-        TornFile: it is not an npz file, or not whole.
+        TornFile: it is not an npz file, or is incomplete.
     """
     values: dict[str, NDArray[Any]] = {}
     columns: dict[str, FileColumn] = {}
@@ -114,7 +114,7 @@ def _column(
         if (is_fortran and len(shape) > 1) or dtype.hasobject:
             return None
         header_bytes = content.tell()
-        # Reading to the end is what checks the sum.
+        # Reading to the end verifies the checksum.
         num_bytes = 0
         while chunk := content.read(_CHUNK):
             num_bytes += len(chunk)

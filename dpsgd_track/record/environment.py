@@ -1,4 +1,4 @@
-"""What a run was made with: interpreter, platform, versions, git revision, imported code."""
+"""The environment of a run: interpreter, platform, versions, git revision, imported code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_INSTALLED = "not installed"
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Facts about a machine and its software."""
+    """A machine and its software."""
 
     python: str
     platform: str
@@ -30,20 +30,20 @@ class Environment:
     transformers: str
     opacus: str
     mlflow: str
-    """Versions; `not installed` for what is missing."""
+    """Versions; `not installed` for a missing package."""
     git_revision: str = ""
     """Commit of the working directory's repository; empty outside of one."""
     git_dirty: bool = False
     """True if that repository has uncommitted changes."""
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """(name, value) of each fact, as it is shown."""
+        """(name, value) of each fact, for display."""
         for name, value in vars(self).items():
             yield name, str(value).lower() if isinstance(value, bool) else value
 
 
 def environment() -> Environment:
-    """This process's environment; reads metadata, imports no package."""
+    """The environment of this process; reads package metadata, imports no package."""
     revision, is_dirty = git_facts(Path.cwd())
     return Environment(
         python=platform.python_version(),
@@ -70,7 +70,7 @@ def _version_of(package: str) -> str:
 def imported_from(root: str) -> dict[str, str]:
     """Packages that this process imported from directly below `root`, and their versions.
 
-    Only what the folder itself holds counts: a virtual environment inside it does not.
+    Only packages of the folder itself count, not those of a virtual environment inside it.
     """
     root = os.path.realpath(root)
     versions: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What is known of a run once it has run, beside what it observed."""
+"""Facts that a run reports beside its observations."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ FACTS_FILE = "facts.json"
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
-    """Facts that only a process using the device knows."""
+    """Facts that only a process on the device can find out."""
 
     torch_num_threads: int
     allow_tf32: bool
     """`torch.backends.cuda.matmul.allow_tf32`"""
     cudnn_allow_tf32: bool
     name: str = ""
-    """Of the GPU; empty on CPU."""
+    """Name of the GPU; empty on CPU."""
     cuda: str = ""
-    """Version that torch was built with; empty on CPU."""
+    """CUDA version that torch was built with; empty on CPU."""
     nccl: str = ""
 
 
@@ -35,13 +35,13 @@ class RunFacts:
     is_replicated: bool = False
     """True if every rank holds every parameter whole."""
     left_out_steps: tuple[int, ...] = ()
-    """Steps with an empty batch, which the mode does not take."""
+    """Steps left out for an empty batch, which the mode does not support."""
     norm_plan: Mapping[str, str] = field(default_factory=dict)
-    """How the norm of each layer was found, by the layer's name."""
+    """Method by which the norm of each layer was computed, by the layer's name."""
     imported: Mapping[str, str] = field(default_factory=dict)
-    """Packages that came from the run's variant, and their versions."""
+    """Packages imported from the run's variant, and their versions."""
     unreached: tuple[str, ...] = ()
-    """Places of a step at which the mode's builder has put something and that none came by."""
+    """Points of a step at which the mode's builder planted code that was never executed."""
 
 
 FACTS = Codec(RunFacts, "dpsgd-track/facts", 1)

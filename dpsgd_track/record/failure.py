@@ -1,4 +1,4 @@
-"""Why a run failed: its kind, in words, and what to try. One table: failure kind -> words."""
+"""Failures of runs: their kinds, and one table with the description and advice for each kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpsgd_track.record.codec import Codec
 
 
 class FailureKind(enum.StrEnum):
-    """What went wrong; decisions are made by it alone, never by the message."""
+    """Kind of a failure; decisions are made by it alone, never by the message."""
 
     OUT_OF_MEMORY = "out_of_memory"
     NOT_FINITE = "not_finite"
@@ -21,21 +21,21 @@ class FailureKind(enum.StrEnum):
     MODE = "mode"
     """The mode's own code, or what it called, raised an exception."""
     ERROR = "error"
-    """Our own code raised an exception, or nothing is known but the exit code."""
+    """The project's own code raised an exception, or only the exit code is known."""
     TRACKING = "tracking"
     DISK_FULL = "disk_full"
     KILLED = "killed"
     INTERRUPTED = "interrupted"
     MACHINE_LOST = "machine_lost"
     PEER = "peer"
-    """A rank lost the others, which says nothing of why."""
+    """A rank lost the others, for an unknown reason."""
     LAUNCHER_DIED = "launcher_died"
     NO_TRAJECTORY = "no_trajectory"
     NOT_STARTED = "not_started"
     NO_CLIP_BOUNDS = "no_clip_bounds"
     UNUSED_VARIANT = "unused_variant"
     RUNS_FAILED = "runs_failed"
-    """Of a group: some of its runs did not finish."""
+    """For a group: some of its runs did not finish."""
 
 
 WORDS: dict[FailureKind, tuple[str, str]] = {
@@ -128,32 +128,32 @@ _LOST_PEER = re.compile(
 
 
 def names_lost_peer(text: str) -> bool:
-    """True if `text`, of a communication library, says that another rank is gone.
+    """True if `text`, from a communication library, reports the loss of another rank.
 
-    gloo raises plain RuntimeErrors, so that their words are all there is to tell the kind by.
+    gloo raises plain RuntimeErrors, so that only their words tell the kind.
     """
     return bool(_LOST_PEER.search(text))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What went wrong, as far as it is known."""
+    """A failure, as far as it is known."""
 
     kind: FailureKind
     message: str = ""
-    """The error's own words, on one line."""
+    """The error's own message, on one line."""
     place: str = ""
-    """Innermost line of code outside of torch, and whose it is: `in fork.py:31 of mode x:Y`."""
+    """Innermost line of code outside of torch, and its owner: `in fork.py:31 of mode x:Y`."""
     regime: int | None = None
-    """Index of the regime it happened in."""
+    """Index of the regime in which it happened."""
     step: int | None = None
-    """Step it happened at."""
+    """Step at which it happened."""
     rank: int | None = None
-    """Rank that reported it."""
+    """Rank that reported the failure."""
 
     @property
     def reason(self) -> str:
-        """What happened and where: one line, with a full stop."""
+        """Description and location of the failure: one line, with a full stop."""
         at = [
             f"{name} {value}"
             for name, value in (("step", self.step), ("rank", self.rank))
@@ -165,7 +165,7 @@ class Failure:
 
     @property
     def advice(self) -> str:
-        """What to try next."""
+        """Advice on the next thing to try."""
         return WORDS[self.kind][1]
 
 

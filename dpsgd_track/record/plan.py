@@ -1,7 +1,7 @@
-"""The plan of a group: which modes, regimes and processes run, with which configuration.
+"""The plan of a group: its modes, regimes and processes, and their configuration.
 
-Made from the command line once and kept as an artifact of the group; what is not in it does not
-exist later. `resume`, other machines and the comparison read the plan, never a command line.
+Made once from the command line and kept as an artifact of the group. It is complete: `resume`,
+other machines and the comparison read the plan, never a command line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLAN_FILE = "plan.json"
 
 
 class Suite(enum.StrEnum):
-    """What a group was launched as."""
+    """Suite that a group was launched with."""
 
     QUICK = "quick"
     FULL = "full"
@@ -28,13 +28,13 @@ class Suite(enum.StrEnum):
 
     @property
     def is_resumable(self) -> bool:
-        """False for a profile, whose times mean something only beside those of the same launch."""
+        """False for a profile, whose times are comparable only within one launch."""
         return self is not Suite.PROFILE
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class RunKey:
-    """What tells a mode run from the others of its group."""
+    """Identity of a mode run within its group."""
 
     mode: str
     regime: str
@@ -43,31 +43,31 @@ class RunKey:
     replay: str = ""
     """One of config.REPLAYS; empty for a run that is judged."""
     order: int = 0
-    """Place among the timed runs of a profile; 0 for others."""
+    """Position among the timed runs of a profile; 0 for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPlan:
-    """Everything that a group sets out to do."""
+    """All jobs of a group and their common settings."""
 
     suite: Suite
     jobs: tuple[JobConfig, ...]
     """One process group each, run in this order: modes, then the modes of each variant; in a
     profile, one for each timed run."""
     num_ranks: int
-    """Processes of each job but those on one device."""
+    """Processes of each job, except for single-device modes."""
     environment: Environment
-    """Of the machine that made the plan."""
+    """Environment of the machine that made the plan."""
     num_nodes: int = 1
     """Machines that the ranks are spread over."""
     command: str = ""
-    """Command line it was made from, without credentials; shown, and never parsed."""
+    """Command line it was made from, without credentials; for display, never parsed."""
 
     def __post_init__(self) -> None:
         require(self.num_nodes >= 1, "nnodes", self.num_nodes, "an integer >= 1")
 
     def runs(self) -> Iterator[tuple[RunKey, JobConfig, RegimeConfig]]:
-        """Every mode run, in the order in which it is started."""
+        """Every mode run, in the order of execution."""
         for job in self.jobs:
             for regime in job.regimes:
                 yield run_key(job, regime), job, regime
@@ -89,19 +89,19 @@ PLAN = Codec(GroupPlan, "dpsgd-track/plan", 1)
 
 @dataclass(frozen=True, kw_only=True)
 class StartedJob:
-    """A job with the places that its workers write to."""
+    """A job with the locations that its workers write to."""
 
     job: JobConfig
     environment: Environment
-    """Of the launcher."""
+    """Environment of the launcher."""
     work_dir: str
     """Folder for trajectories, progress and failure reports."""
     spool: str = ""
     """Folder of the group's spool, which workers append records to; empty to keep none."""
     mode_runs: tuple[str, ...] = ()
-    """Run of the mode in each regime, by its key in the spool."""
+    """Mode run of each regime, by its key in the spool."""
     rank_runs: tuple[tuple[str, ...], ...] = ()
-    """For each regime, the run of each rank; empty for a rank that is not logged."""
+    """For each regime, the key of each rank's run; empty for a rank that is not logged."""
 
 
 STARTED_JOB = Codec(StartedJob, "dpsgd-track/job", 1)

@@ -1,4 +1,4 @@
-"""A group and its runs as the comparison reads them, whichever place they were kept in."""
+"""A group and its runs as the comparison reads them, wherever they are stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpsgd_track.record.trajectory import Trajectory
 
 
 class Status(enum.StrEnum):
-    """How a run ended, in MLflow's words where it has one."""
+    """Status of a run, in MLflow's words where it has one."""
 
     RUNNING = "RUNNING"
     SCHEDULED = "SCHEDULED"
@@ -24,9 +24,9 @@ class Status(enum.StrEnum):
     FAILED = "FAILED"
     KILLED = "KILLED"
     MISSING = "MISSING"
-    """Planned, and never started."""
+    """Planned, but never started."""
     ELSEWHERE = "ELSEWHERE"
-    """In the spool: another machine ends the run."""
+    """In the spool: another machine sets the final status."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,33 +38,33 @@ class ModeRun:
     variant: str = ""
     """Name of the code it ran; empty for the installed code."""
     replay: str = ""
-    """Which replay measures the floor (config.REPLAYS); empty for a run that is judged."""
+    """Kind of replay that measures the floor (config.REPLAYS); empty for a run that is judged."""
     order: int = 0
-    """Place among the timed runs of a profile; 0 for others."""
+    """Position among the timed runs of a profile; 0 for others."""
     run_id: str = ""
     """Empty when the run is missing."""
     status: Status = Status.MISSING
     job: JobConfig | None = None
-    """As planned, with the model and data of the regime; None for a run that no plan has."""
+    """Job as planned, with the model and data of the regime; None for a run outside the plan."""
     setup: RegimeConfig | None = None
     """The regime as planned."""
     failure: Failure | None = None
-    """Why the run did not finish, where that is known."""
+    """Why the run did not finish, if known."""
     facts: RunFacts | None = None
-    """None for a run that ended before it could tell."""
+    """None for a run that ended before it reported any."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Last value of each."""
+    """Last value of each metric."""
     trajectory: Trajectory | None = None
     trajectory_missing: str = ""
     """Why there is no trajectory, or only one rebuilt from metrics; empty when it is exact."""
     timings: Timings | None = None
-    """Of a timed run of a profile."""
+    """Step times of a timed run of a profile."""
     timings_missing: str = ""
-    """Why a timed run has none."""
+    """Why a timed run has no timings."""
 
     @property
     def key(self) -> RunKey:
-        """What tells it from the others of its group."""
+        """Identity of the run within its group."""
         return RunKey(
             mode=self.mode,
             regime=self.regime,
@@ -80,12 +80,12 @@ class ModeRun:
 
     @property
     def title(self) -> str:
-        """`label`, told apart from its replay: `no_dp (permuted)`."""
+        """`label`, with the kind of a replay: `no_dp (permuted)`."""
         return f"{self.label} ({self.replay})" if self.replay else self.label
 
     @property
     def reason(self) -> str:
-        """Why it did not finish, in a sentence without a full stop; empty where unknown."""
+        """Why it did not finish, in a sentence without a full stop; empty if unknown."""
         if self.failure is not None:
             return self.failure.reason.rstrip(". ")
         return self.trajectory_missing if self.status is Status.MISSING else ""
@@ -93,7 +93,7 @@ class ModeRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """One launch: everything that is compared together."""
+    """All runs of one launch, which are compared together."""
 
     name: str
     run_id: str
@@ -101,15 +101,15 @@ class Group:
     """Unix time."""
     plan: GroupPlan
     runs: tuple[ModeRun, ...]
-    """Replays and missing ones included, in the plan's order; timed ones are not among them."""
+    """Runs in the plan's order, with replays and missing ones, without timed ones."""
     timed_runs: tuple[ModeRun, ...] = ()
-    """Runs of a profile, missing ones included, in the order they were timed in."""
+    """Runs of a profile, missing ones included, in the order of timing."""
     rank_statuses: Mapping[Status, int] = field(default_factory=dict)
-    """How many rank runs have each status."""
+    """Number of rank runs with each status."""
     superseded: int = 0
     """Earlier attempts of the same mode and regime, left out."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Of the group's run, as users may set them."""
+    """Tags of the group's run, which users may set."""
 
     @cached_property
     def by_key(self) -> Mapping[RunKey, ModeRun]:

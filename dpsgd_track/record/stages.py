@@ -1,4 +1,4 @@
-"""Stages of a step and what is observed of each: the names that every room uses."""
+"""Names of the stages of a step and of the observables of each, for the whole package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Stage(enum.StrEnum):
-    """What a step computes, in order; the values are shown to users."""
+    """Stages of a step, in order; the values are shown to users."""
 
     DATA = "data"
     INITIAL_WEIGHTS = "initial weights"
@@ -19,7 +19,7 @@ class Stage(enum.StrEnum):
 
 
 class ObservableName(enum.StrEnum):
-    """What is compared of two runs, in the order in which a step computes it."""
+    """Observables compared between two runs, in the order in which a step computes them."""
 
     LOSS = "loss"
     FINAL_LOSS = "final_loss"

@@ -1,5 +1,4 @@
-"""The record of one run of a profile: the contract between the half that times and the half that
-compares."""
+"""The record of one run of a profile: the contract between measurement and comparison."""
 
 from __future__ import annotations
 
@@ -12,12 +11,12 @@ from dpsgd_track.record.codec import Codec
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """What the recorded steps of one run took; warm-up is not among them."""
+    """Times of the recorded steps of one run, without warm-up."""
 
     step_time_ms: tuple[float, ...]
-    """Of each step, forward to forgotten gradients; the slowest rank's."""
+    """Time of each step on the slowest rank, from forward to the release of the gradients."""
     is_tracked: tuple[bool, ...]
-    """Whether a step was also observed: its loss, and norms of each linear layer."""
+    """True if a step was also observed: its loss, and norms of each linear layer."""
     num_tokens: tuple[int, ...]
     """Tokens of each step over all ranks, padding included."""
     peak_memory_gib: float
@@ -40,7 +39,7 @@ class Timings:
 
     @classmethod
     def load(cls, path: Path) -> Timings:
-        """What `save` wrote.
+        """The timings that `save` wrote.
 
         Raises:
             ValueError: the file is something else, is torn, or has another schema version.

@@ -1,12 +1,12 @@
-"""The trajectory record: the contract between the half that trains and the half that compares.
+"""The trajectory record: the contract between training and comparison.
 
 A trajectory is columnar, float64 and exact. The mode run holds the global one (all samples of
 all ranks, in order of their global index); each rank run holds its rank's own. NaN means "this
 mode does not compute it" in `sample_norm`, `clip_factor` and the arrays derived from them; in
-every other field NaN is what the run computed. A step with fewer samples than another leaves
-places unused: index -1 and NaN.
+every other field the run itself computed the NaN. Steps with fewer samples than the largest are
+padded: index -1 and NaN.
 
-Legend: S steps, N samples of the step that has most, L linear layers, P trainable parameters,
+Legend: S steps, N samples of the largest step, L linear layers, P trainable parameters,
 K projections, W ranks, M elements of a shard.
 """
 
@@ -25,7 +25,7 @@ from dpsgd_track.record.columns import TornFile, open_archive
 SCHEMA_VERSION = 2
 
 UNUSED = -1
-"""Sample index of a place that a step has no sample for."""
+"""Sample index of padding, where a step has fewer samples than N."""
 
 SCALAR_METRICS = (
     "loss",
@@ -46,7 +46,7 @@ SAMPLE_COLUMNS = (
     "clip_factor",
     "sample_norm_by_parameter",
 )
-"""Fields with one place for each sample of a step."""
+"""Fields with one entry for each sample of a step."""
 
 LARGE = (
     "sample_norm_by_parameter",
@@ -55,7 +55,7 @@ LARGE = (
     "weight_sketch",
     "noise_samples",
 )
-"""Fields that a trajectory read from a file leaves there until they are asked for."""
+"""Fields that a trajectory read from a file loads only on first access."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -63,23 +63,23 @@ Strings = NDArray[np.str_]
 
 
 class Column(Protocol):
-    """A field that is somewhere else than in memory."""
+    """A field that is not in memory."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[S, ...]."""
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop`, anew at each call."""
+        """Read rows `start` to `stop`, anew at each call."""
 
 
-# Compared and hashed by identity: arrays cannot be, and what was derived once can be looked up.
+# Compared and hashed by identity: arrays cannot be hashed, and derived values are cached by it.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trajectory:
-    """Everything one run observed, step by step.
+    """All observations of one run, step by step.
 
-    The fields of LARGE may be columns that are read when they are first asked for; `rows` and
-    `read` look at some steps of them without keeping the rest, and `release` lets them go.
+    The fields of LARGE may be columns that are read on first access; `rows` and `read` give some
+    steps of them without loading the rest, and `release` frees them.
     """
 
     step: Integers
@@ -89,9 +89,9 @@ class Trajectory:
     grad_norm: Floats
     """[S] L2 norm of clipped sum / expected batch size, before noise."""
     grad_norm_noised: Floats
-    """[S] the same after noise."""
+    """[S] L2 norm of (clipped sum + noise) / expected batch size."""
     clip_fraction: Floats
-    """[S] fraction of samples with clip factor < 1; NaN where nothing is clipped by design, and of
+    """[S] fraction of samples with clip factor < 1; NaN where nothing is clipped by design, and for
     an empty step."""
     max_grad_norm: Floats
     """[S] C in force."""
@@ -108,30 +108,30 @@ class Trajectory:
     layer_grad_norm: Floats
     """[S, L] L2 norm of the weight's clipped sum / expected batch size; NaN where not recorded."""
     sample_index: Integers
-    """[S, N] global index of each sample, -1 at an unused place; never repeats within a step."""
+    """[S, N] global index of each sample, -1 for padding; unique within a step."""
     sample_rank: Integers
-    """[S, N] rank that computed each sample; -1 at an unused place."""
+    """[S, N] rank that computed each sample, -1 for padding."""
     sample_loss: Floats
     """[S, N] loss of each sample."""
     sample_norm: Floats
     """[S, N] L2 norm of each sample's gradient over all trainable parameters."""
     clip_factor: Floats
-    """[S, N] factor each sample's gradient was multiplied by."""
+    """[S, N] factor by which each sample's gradient was multiplied."""
     parameter_names: Strings
     """[P] fully qualified names of trainable parameters."""
     parameter_sizes: Integers
-    """[P] elements of each, over all ranks; 0 where unknown."""
+    """[P] elements of each parameter, over all ranks; 0 if unknown."""
     sample_norm_by_parameter: Floats
-    """[S, N, P] L2 norm of each sample's gradient of each parameter."""
+    """[S, N, P] L2 norm of each sample's gradient with respect to each parameter."""
     gradient_sketch: Floats
     """[S, P, K] +-1 projections of the clipped sum; E[mean over K of square] = squared norm."""
     noised_sketch: Floats
-    """[S, P, K] the same projections of clipped sum + noise."""
+    """[S, P, K] the same projections of the clipped sum + noise."""
     weight_sketch: Floats
     """[S, P, K] the same projections of the weights after the step."""
     noise_samples: NDArray[np.float32]
-    """[S, W, P, M] some elements of the noise on each rank's shard of each parameter, at the same
-    positions in every step; NaN past the end of a shard. M is 0 but in the noise regime."""
+    """[S, W, P, M] sampled elements of the noise on each rank's shard of each parameter, at the
+    same positions in every step; NaN past the end of a shard. M is 0 outside the noise regime."""
     data_hash: Strings
     """[S] digest of the step's samples in order of their global index."""
     initial_weights_hash: str
@@ -155,10 +155,10 @@ class Trajectory:
 
     @classmethod
     def deferred(cls, values: Mapping[str, Any], columns: Mapping[str, Column]) -> Trajectory:
-        """A trajectory with `values` in memory and the fields of `columns` where they are.
+        """A trajectory with `values` in memory and the fields of `columns` read on demand.
 
         Raises:
-            ValueError: the shapes do not belong together.
+            ValueError: the shapes do not match.
         """
         _check_shapes(lambda name: (columns[name] if name in columns else values[name]).shape)
         made = object.__new__(cls)
@@ -176,13 +176,13 @@ class Trajectory:
         return np.asarray((self.sample_index != UNUSED).sum(axis=1))
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Shape of a field, which is not read for that."""
+        """Shape of a field, without reading it."""
         held = self.__dict__.get(name)
         column: Column = self.__dict__["_columns"][name] if held is None else held
         return column.shape
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """[stop - start, ...] some rows of a field with one row a step, without keeping them."""
+        """[stop - start, ...] rows of a field with one row per step; they are not cached."""
         start, stop, _ = slice(start, stop).indices(self.num_steps)
         held: NDArray[Any] | None = self.__dict__.get(name)
         if held is not None:
@@ -191,7 +191,7 @@ class Trajectory:
         return column.read(start, stop)
 
     def rows(self, start: int, stop: int) -> Trajectory:
-        """The steps from row `start` to `stop`; large fields are read when they are asked for."""
+        """The steps from row `start` to `stop`; large fields are read on first access."""
         start, stop, _ = slice(start, stop).indices(self.num_steps)
         values = dict(self.__dict__)
         columns: dict[str, Column] = values.pop("_columns", {})
@@ -202,15 +202,15 @@ class Trajectory:
         return Trajectory.deferred(values, apart)
 
     def release(self) -> None:
-        """Let go of large fields that can be read again."""
+        """Free large fields that can be read again."""
         for name in self.__dict__.get("_columns", ()):
             self.__dict__.pop(name, None)
 
     def save(self, path: Path) -> None:
         """Write to `path` as an npz, whole or not at all.
 
-        Uncompressed: what a training computes hardly compresses, and rows of an uncompressed
-        field can be read without the rest.
+        Uncompressed: training data hardly compresses, and rows of an uncompressed field can be
+        read without the rest.
         """
         partial = path.with_suffix(".partial.npz")
         columns: dict[str, Any] = {
@@ -221,7 +221,7 @@ class Trajectory:
 
     @classmethod
     def load(cls, path: Path) -> Trajectory:
-        """Open what `save` wrote. The file may be removed afterwards.
+        """Open a trajectory that `save` wrote. The file may be removed afterwards.
 
         Raises:
             ValueError: the file is not a trajectory, is torn, or has another schema version.
@@ -301,7 +301,7 @@ def sketch_length(sketch: Floats) -> Floats:
         [...] sqrt(mean over K of sketch^2), whose square is an unbiased estimate
         (Achlioptas, 2003, "Database-friendly random projections").
     """
-    # Without a temporary of the squares, and without a call for each row of K.
+    # Without a temporary for the squares, and without a call for each row of K.
     sum_of_squares = np.einsum("...k,...k->...", sketch, sketch)
     return cast(Floats, np.sqrt(sum_of_squares / sketch.shape[-1]))
 

@@ -1,1 +1,1 @@
-"""Charts and texts made from a `GroupComparison`: HTML, Markdown, PNG, JSON, terminal."""
+"""Reports of a `GroupComparison`: HTML, Markdown, PNG, JSON and the terminal."""

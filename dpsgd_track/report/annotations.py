@@ -1,4 +1,4 @@
-"""`annotations.txt`: what went wrong as GitHub's workflow commands, one a line."""
+"""`annotations.txt`: failures as GitHub's workflow commands, one per line."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dpsgd_track.comparison.verdict import Verdict, worst
 from dpsgd_track.report.names import visible
 
 MOST = 10
-"""Of each level: GitHub shows no more of one step."""
+"""Most annotations of each level: GitHub shows no more for one step."""
 
 _LEVELS = {Verdict.BUG: "error", Verdict.DRIFT: "error", Verdict.INCONCLUSIVE: "warning"}
 
 
 def workflow_commands(comparison: GroupComparison) -> str:
-    """One line for each mode and regime that does not pass; the last says how many are left out."""
+    """One line for each mode and regime that does not pass; the last counts those left out."""
     found: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
     for mode in comparison.modes:
         for regime in dict.fromkeys(finding.regime for finding in mode.findings):
@@ -40,7 +40,7 @@ def _shortened(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _command(level: str, title: str, message: str) -> str:
-    # In a property a colon or a comma would end it; a line feed would begin another command.
+    # A colon or a comma would end a property; a line feed would begin another command.
     name = _escaped(title).replace(":", "%3A").replace(",", "%2C")
     return f"::{level} title={name}::{_escaped(message)}"
 

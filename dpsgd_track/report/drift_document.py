@@ -1,4 +1,4 @@
-"""What `drift.json` holds, field by field; codec and JSON schema are generated from here."""
+"""The types of `drift.json`; codec and JSON schema are generated from them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.stages import ObservableName, Stage
 
 Number = float | Literal["Infinity", "-Infinity"] | None
-"""A number in strict JSON, which has no literal for some: an infinity is a string, and NaN is null,
-as is what was not measured."""
+"""A number in strict JSON, which has no literals for infinities and NaN: an infinity is a string;
+null stands for NaN or a value that was not measured."""
 
 
 def number(value: float | None) -> Number:
-    """`value` as strict JSON has it."""
+    """`value` in strict JSON."""
     if value is None or math.isnan(value):
         return None
     if math.isinf(value):
@@ -30,25 +30,25 @@ def number(value: float | None) -> Number:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One mode, as in the table that every form of the report shows."""
+    """One row of the table of modes."""
 
     label: str
     """`mode` or `mode@variant`, with its replay in brackets."""
     verdict: Verdict
     status: str
-    """FINISHED, or what became of its runs that did not finish."""
+    """FINISHED, or the statuses of its unfinished runs."""
     final_loss: Number
-    """At the last step of the regime in which weights move."""
+    """Loss at the last step of the regime in which weights move."""
     mean_grad_norm: Number
-    """Over the steps of that regime."""
+    """Mean gradient norm over the steps of that regime."""
     drifts: Mapping[str, Number]
     """Largest drift over all regimes, by observable; relative, or of losses absolute."""
     step_time_ms: Number
-    """Median, in milliseconds."""
+    """Median step time, in milliseconds."""
     overhead: Number
-    """Step time over that of no_dp."""
+    """Step time divided by that of no_dp."""
     peak_memory_gib: Number
-    """The largest rank's, in GiB."""
+    """Peak memory of the largest rank, in GiB."""
     num_waived: int
     """Findings that a waiver accepts."""
 
@@ -59,30 +59,30 @@ class CulpritEntry:
 
     regime: str
     against: str
-    """Label of what the run was compared with; empty where its own numbers show it."""
+    """Label of the run it was compared with; empty where its own numbers show the error."""
     stage: Stage
     step: int | None
-    """null before the first step, or where it is not known."""
+    """null before the first step, or if unknown."""
     places: tuple[str, ...]
     """Layers or parameters in which the error arose, worst first."""
     inherited: tuple[str, ...]
-    """Layers or parameters that only passed it on."""
+    """Layers or parameters that only propagated it."""
     samples: tuple[int, ...]
-    """Global indices; empty for all, or where the stage is not per sample."""
+    """Global sample indices; empty for all, or if the stage is not per sample."""
     ranks: tuple[int, ...]
-    """Empty for all."""
+    """Ranks affected; empty for all."""
     observable: ObservableName | None
-    """What showed it."""
+    """Observable that showed the error."""
     value: Number | None
     """Largest error of that step."""
     limit: Number | None
-    """What the value was held against."""
+    """Limit for the value."""
     floor: Number | None
-    """What rounding makes of the observable; null where it was not measured."""
+    """Error of the observable due to rounding alone; null if not measured."""
     cause: str
     """A known ratio between mode and baseline, and what it suggests."""
     sentence: str
-    """All of it, as it follows the mode's name, without the last full stop."""
+    """The whole culprit as a predicate of the mode's name, without a full stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,35 +96,35 @@ class FindingEntry:
     """Label of the baseline; empty where none is involved."""
     observable: ObservableName | None
     value: Number
-    """What was measured, in the unit of the observable."""
+    """Measured value, in the unit of the observable."""
     threshold: Number
-    """What it was held against."""
+    """Threshold that the value was compared with."""
     floor: Number
-    """What rounding alone makes of it."""
+    """Value due to rounding alone."""
     step: int | None
     where: str
     """Layer, parameter or sample; empty for a scalar."""
     culprit: CulpritEntry | None
-    """Of a finding that no baseline is needed for, what it shows to have gone wrong."""
+    """Culprit that the finding shows by itself, if it needs no baseline."""
     waiver: Waiver | None
-    """Why it fails nothing, where it is accepted for now."""
+    """The waiver that accepts the finding for now, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageEntry:
-    """One stage of one comparison: where it first failed, or where it came nearest to failing."""
+    """One stage of one comparison: its first failure, or its nearest approach to one."""
 
     stage: Stage
     status: StageStatus
     observable: ObservableName | None
     value: Number
     limit: Number
-    """What the value was held against."""
+    """Limit that the value was compared with."""
     floor: Number
     step: int | None
     where: str
     items: tuple[str, ...]
-    """All layers or parameters that were over the limit in that step, worst first."""
+    """All layers or parameters over the limit in that step, worst first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,22 +144,22 @@ class ModeEntry:
     verdict: Verdict
     sentence: str
     findings: tuple[FindingEntry, ...]
-    """Worst first; a PASS has none but waived ones."""
+    """Worst first; those of a PASS are all waived."""
     ladders: tuple[LadderEntry, ...]
     culprits: tuple[CulpritEntry, ...]
-    """What each comparison shows; only where a stage went wrong and is not accepted."""
+    """Culprit of each comparison in which a stage went wrong and is not accepted."""
     culprit: CulpritEntry | None
-    """What all of it comes down to; null where no stage is known to have gone wrong."""
+    """Culprit over all comparisons; null if no stage is known to have gone wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FloorEntry:
-    """What rounding alone makes of one run."""
+    """Numerical floor of one run: its error due to rounding alone."""
 
     measured_on: tuple[str, ...]
-    """Replays that it is taken from."""
+    """Replays that the floor was measured on."""
     values: Mapping[str, Number]
-    """By observable, in its unit."""
+    """Floor by observable, in its unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,21 +169,21 @@ class DriftSummary:
     max: Number
     """Largest difference: relative where `is_relative`, else in the unit of the observable."""
     mean: Number
-    """Of each step's largest difference."""
+    """Mean of each step's largest difference."""
     std: Number
-    """Of each step's largest difference."""
+    """Standard deviation of each step's largest difference."""
     step: int
-    """Step of the largest."""
+    """Step of the largest difference."""
     where: str
-    """Layer, parameter or sample of the largest."""
+    """Layer, parameter or sample of the largest difference."""
     baseline_value: Number
-    """What the baseline has there; null for a distance."""
+    """Value of the baseline there; null for a distance."""
     mode_value: Number
     relative: Number
-    """The largest as a fraction of the baseline's value."""
+    """Largest difference as a fraction of the baseline's value."""
     is_relative: bool
     is_estimate: bool
-    """Whether it is estimated from sketches."""
+    """True if it is estimated from sketches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +191,11 @@ class DriftEntry(DriftSummary):
     """One observable of one pair of runs, step by step."""
 
     steps: tuple[int, ...]
-    """Of a long series only some, its extremes among them."""
+    """Steps listed: all, or some of a long series, its extremes among them."""
     per_step: tuple[Number, ...]
     """Largest difference of each of `steps`."""
     by_item: Mapping[str, Number]
-    """Largest over all steps, by layer or parameter."""
+    """Largest difference over all steps, by layer or parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +216,7 @@ class PairEntry:
     not_computed: Mapping[str, str]
     """Observables left out, and why."""
     gaps: tuple[str, ...]
-    """What one side lacks, a sentence each."""
+    """Data that one side lacks, a sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,20 +226,20 @@ class NoiseCheckEntry:
     name: str
     title: str
     value: Number
-    """Of several cells, the one farthest out; null where nothing was tested."""
+    """Value of the cell farthest out; null if nothing was tested."""
     low: Number
     high: Number
     expected: Number
     is_ok: bool
     where: str
-    """Parameter, rank or step of the worst; empty for all together."""
+    """Parameter, rank or step of the worst cell; empty for all together."""
     sentence: str
     num_cells: int
-    """Parameters, ranks, steps or pairs that were looked at one by one."""
+    """Cells tested: parameters, ranks, steps or pairs."""
     num_failed: int
-    """How many of them were out of bounds."""
+    """Cells out of bounds."""
     explains_others: bool
-    """Whether it says best what several checks see."""
+    """True if it is the best explanation of several failed checks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,18 +260,18 @@ class NoiseAuditEntry:
     checks: tuple[NoiseCheckEntry, ...]
     by_parameter: tuple[ParameterNoise, ...]
     source: Literal["samples", "sketches", ""]
-    """What the noise is known from: samples of its elements, sketches, or nothing."""
+    """Data behind the checks: samples of the noise's elements, sketches, or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegimeEntry:
-    """Everything that was measured in one regime."""
+    """All measurements of one regime."""
 
     name: str
     baseline: str
-    """Empty when there is none."""
+    """Label of the baseline; empty if there is none."""
     floors: Mapping[str, FloorEntry]
-    """By the run that others are held against."""
+    """Numerical floors, by the run that others are compared with."""
     pairs: tuple[PairEntry, ...]
     noise_audits: tuple[NoiseAuditEntry, ...]
     largest_of_all_pairs: Mapping[str, LargestEntry]
@@ -280,7 +280,7 @@ class RegimeEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentDifference:
-    """A setting in which two groups that are compared differ."""
+    """A setting in which the two groups compared differ."""
 
     setting: str
     before: str
@@ -289,15 +289,15 @@ class EnvironmentDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEntry:
-    """One run that was compared."""
+    """One run of the comparison."""
 
     mode: str
     regime: str
     variant: str
     replay: str
-    """What it repeats of another run; empty for a run of its own."""
+    """Kind of replay; empty for a run of its own."""
     run_id: str
-    """On the tracking server; empty when the run is missing."""
+    """Id on the tracking server; empty when the run is missing."""
     status: str
     reason: str
     """Why it failed."""
@@ -315,7 +315,7 @@ class DriftDocument:
     group: str
     """Name of the run group."""
     group_run_id: str
-    """Its run on the tracking server."""
+    """Id of the group's run on the tracking server."""
     verdict: Verdict
     sentence: str
     """The verdict in one sentence."""
@@ -323,13 +323,13 @@ class DriftDocument:
     table: tuple[TableRow, ...]
     """One row for each mode."""
     modes: tuple[ModeEntry, ...]
-    """What is said of each mode over all its regimes."""
+    """Verdict and findings of each mode over all its regimes."""
     regimes: tuple[RegimeEntry, ...]
     waiver_notes: tuple[str, ...]
-    """Waivers that have expired, or that nothing needed."""
+    """Notes on waivers that have expired or were not needed."""
     environment_differences: tuple[EnvironmentDifference, ...]
     runs: tuple[RunEntry, ...]
-    """Missing ones included."""
+    """All runs, missing ones included."""
 
 
 DRIFT = Codec(DriftDocument, "dpsgd-track/drift", 3)

@@ -1,7 +1,6 @@
 """`drift.json`: every number of the comparison, as `drift_document.py` types it.
 
-Of a long series only some steps are listed (thinning.py), its extremes among them; every other
-number is that of all steps.
+A long series is thinned (thinning.py), its extremes kept; every other number covers all steps.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def drift_json(comparison: GroupComparison) -> str:
 
 
 def drift_document(comparison: GroupComparison) -> DriftDocument:
-    """The comparison as `drift.json` holds it."""
+    """The contents of `drift.json`."""
     group = comparison.group
     return _copied(
         DriftDocument,
@@ -70,7 +69,7 @@ def drift_document(comparison: GroupComparison) -> DriftDocument:
 
 
 def _copied(entry: type[Entry], source: object, **fields: Any) -> Entry:
-    """An `entry` of `fields`, and for the rest of what `source` has under the same names."""
+    """An `entry` made of `fields` and of the attributes of `source` named like the other fields."""
     names = [field.name for field in dataclasses.fields(entry)]
     copied = {name: _strict(getattr(source, name)) for name in names if name not in fields}
     return entry(**fields, **copied)

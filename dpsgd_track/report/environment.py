@@ -1,4 +1,4 @@
-"""Settings and versions of a group, as the report shows them."""
+"""Settings and versions of a group for the report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _OWN_TAGS = ("mlflow.", "dpsgd.")
 
 
 def command(group: Group) -> str:
-    """The command line that launched the group; empty where a program did."""
+    """The command line that launched the group; empty if a program launched it."""
     return group.plan.command
 
 
 def environment(group: Group) -> list[tuple[str, str]]:
-    """(name, value) of what all of the group's jobs have in common, and of its environment."""
+    """(name, value) of the settings common to all jobs of the group, and of its environment."""
     plan = group.plan
     jobs = [dict(_lines(asdict(job))) for job in plan.jobs]
     shared = {

@@ -1,4 +1,4 @@
-"""What the noise of a group's runs promises, in plain words."""
+"""The privacy guarantee of a group's runs, in plain words."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dpsgd_track.record.names import EPSILON_PRV, EPSILON_RDP
 from dpsgd_track.record.run import Group, ModeRun
 
 NO_PRIVACY = 20.0
-"""Epsilon from which on nothing is promised: one sample can make an outcome e^20, half a billion
-times as likely."""
+"""Epsilon from which on there is no meaningful guarantee: one sample can make an outcome e^20, half
+a billion times, as likely."""
 
 
 def guarantees(group: Group) -> list[str]:
-    """One sentence for each regime whose noise was accounted for."""
+    """One sentence for each regime with privacy accounting."""
     first: dict[str, ModeRun] = {}
     for run in group.runs:
         if EPSILON_RDP in run.metrics:

@@ -46,7 +46,7 @@ SECTIONS = (
     ("noise", "Noise audit", "Noise audit", "Left out: no mode's own noise was audited."),
     ("cost", "Time and memory", "Time and memory", "Left out: no run recorded a time."),
 )
-"""(identifier, heading, the same in one word or two, what is said where there is no chart)."""
+"""(identifier, heading, short heading, text shown when there is no chart)."""
 
 
 @cache
@@ -68,7 +68,7 @@ def _plotly() -> Markup:
 
 
 def chart_data(chart: Chart) -> str:
-    """What the page draws `chart` from, as JSON in which equal arrays stand only once.
+    """Data of `chart` for the page, as JSON in which equal arrays are stored once.
 
     An array is kept under `arrays`, and `{"$": i}` stands in its place.
     """
@@ -132,7 +132,7 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
 
 
 def profile_html(profile: Profile, group: Group, charts: Sequence[Chart]) -> str:
-    """The whole report of a group that holds nothing but a profile."""
+    """The whole report of a group that holds only a profile."""
     facts = profile_table.facts(profile, group)
     style = Style.of_group(group)
     return _report("profile.html", group, style, profile, facts=facts, charts=charts)
@@ -167,7 +167,7 @@ def _page(template: str, group_name: str, **more: object) -> str:
 
 
 def _facts(comparison: GroupComparison) -> list[str]:
-    """What the verdict rests on, in a few words each."""
+    """The evidence behind the verdict, in a few words each."""
     group = comparison.group
     judged = len({run.label for run in group.runs})
     replays = len({run.title for run in group.runs if run.replay})

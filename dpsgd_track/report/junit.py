@@ -1,9 +1,9 @@
-"""`junit.xml`: a test case for each mode, regime and stage, for any CI that reads JUnit's format.
+"""`junit.xml`: a test case for each mode, regime and stage, for CI that reads the JUnit format.
 
 A suite is one regime. Each mode has a case `verdict`, which fails for BUG and DRIFT and is an
 error for INCONCLUSIVE, and a case for each stage: the stage that introduced an error fails, one
-that inherits it or was not compared is skipped. A suite with a failure or an error is one whose
-group does not pass, and the other way round.
+that inherits it or was not compared is skipped. Some suite has a failure or an
+error if and only if the group does not pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`report.md`: the comment for a pull request, verdict first and details folded."""
+"""`report.md`: the pull request comment, verdict first and details folded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed
 LIMIT = 65_536
 """Characters that a code host accepts in one comment."""
 _RESERVED = 1000
-"""For the line that names what was left out."""
+"""Characters reserved for the line that names the omitted sections."""
 
 _ICONS = {"PASS": "✅", "DRIFT": "🟠", "BUG": "❌", "INCONCLUSIVE": "❔"}
 _LONGEST_SENTENCE, _LONGEST_CELL = 600, 120
@@ -27,13 +27,13 @@ _MOST_ROWS, _MOST_LADDERS = 60, 6
 
 
 def prose(text: str, longest: int = _LONGEST_SENTENCE) -> str:
-    """`text` on one line, in which nothing acts: no markup, no mention, no link."""
-    # Names stay readable in the source as well: only what could act is escaped.
+    """`text` on one line, with markup, mentions and links made inert."""
+    # Names stay readable in the source as well: only active characters are escaped.
     line = visible(" ".join(text.split()))
     line = line if len(line) <= longest else f"{line[: longest - 1]}…"
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", line)
-    # A zero-width space keeps a mention and a bare link from being made out of a name.
+    # A zero-width space keeps a name from becoming a mention or a bare link.
     return re.sub(r"(@|:(?=//)|www(?=\.))", "\\1\u200b", line, flags=re.IGNORECASE)
 
 
@@ -60,7 +60,7 @@ def _folded(title: str, body: str) -> str:
 
 
 def note(comparison: GroupComparison) -> str:
-    """The verdict and the table of modes: what the group run's note shows."""
+    """The verdict and the table of modes, for the note of the group run."""
     worst_first = sorted(rows(comparison), key=lambda row: -row.verdict.severity)
     table = _table(
         HEADINGS,
@@ -78,7 +78,7 @@ def note(comparison: GroupComparison) -> str:
 
 
 def _ladders(comparison: GroupComparison) -> list[str]:
-    """A table of stages for each mode in which one went wrong."""
+    """A table of stages for each mode with a failed stage."""
     return [
         f"**{prose(line.label)}** in {prose(table.regime)}, against {prose(table.against)}"
         + (f": it {prose(line.culprit.sentence)}." if line.culprit else "")
@@ -99,7 +99,7 @@ def _ladders(comparison: GroupComparison) -> list[str]:
 def markdown(comparison: GroupComparison) -> str:
     """The whole comment, shorter than LIMIT characters.
 
-    A section that no longer fits is left out as a whole, and the last line says so.
+    A section that no longer fits is omitted as a whole, and the last line says so.
     """
     return _with_sections(note(comparison), _sections(comparison))
 
@@ -119,7 +119,7 @@ def _with_sections(text: str, sections: Iterable[tuple[str, str, bool]]) -> str:
 
 
 def profile_note(profile: Profile, group: Group) -> str:
-    """The table of a profile: what the note of a group shows that holds nothing else."""
+    """The table of a profile, for the note of a group that holds nothing else."""
     state = "Profile, incomplete" if profile.incomplete else "Profile"
     facts = prose(", ".join(profile_table.facts(profile, group)))
     name = f"Group **{prose(group.name)}**" + f": {facts}" * bool(facts)
@@ -128,7 +128,7 @@ def profile_note(profile: Profile, group: Group) -> str:
 
 
 def profile_markdown(profile: Profile, group: Group) -> str:
-    """The whole comment on a group that holds nothing but a profile, as `markdown`."""
+    """The whole comment on a group that holds only a profile, as `markdown`."""
     folded = (
         ("How each layer's norm was found", _plans(profile)),
         ("Reproduce", _code(command(group))),
@@ -150,7 +150,7 @@ def _plans(profile: Profile) -> str:
 
 
 def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
-    """(title, body, whether it is folded), the most important first."""
+    """(title, body, True if folded), the most important first."""
     ladders = [("Stages", body, False) for body in _ladders(comparison)]
     why = [f"**{mode.verdict}** {prose(told(comparison, mode))}" for mode in comparison.modes]
     found = [

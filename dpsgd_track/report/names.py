@@ -1,12 +1,12 @@
-"""Names that come from runs, made fit to be shown."""
+"""Makes names that come from runs safe to display."""
 
 from __future__ import annotations
 
 
 def visible(text: str) -> str:
-    """`text` with a mark for every character that would act unseen.
+    """`text` with every invisible control character replaced by a visible mark.
 
-    Control characters rewrite what a terminal shows, and the marks for writing direction what
-    every reader sees. Lines and tabs stay.
+    Control characters rewrite the output of a terminal, and writing-direction marks reorder text
+    everywhere. Line breaks and tabs stay.
     """
     return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)

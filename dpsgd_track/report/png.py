@@ -1,4 +1,4 @@
-"""Charts as PNG, where a browser can draw them."""
+"""Charts as PNG, if a browser is available to draw them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_png(charts: Sequence[Chart], folder: Path) -> list[Path]:
             height=[_TITLE + chart.figure.layout.height for chart in charts],
             scale=1.5,
         )
-    except Exception as error:  # whatever a browser does, the report stands without pictures
+    except Exception as error:  # whatever a browser does, the report is complete without pictures
         for file in files:
             file.unlink(missing_ok=True)
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -57,7 +57,7 @@ def write_png(charts: Sequence[Chart], folder: Path) -> list[Path]:
 
 
 def _titled(chart: Chart) -> Any:
-    # On a page the heading stands above the figure; a picture goes without its page.
+    # On a page the heading stands above the figure; a picture has no page around it.
     figure = copy.deepcopy(chart.figure)
     title = {"text": chart.title, "x": 0.02, "y": 1, "yanchor": "top", "pad": {"t": 14}}
     return figure.update_layout(title=title, margin={"t": 36 + _TITLE})

@@ -1,4 +1,4 @@
-"""`profile.json`: every step of a profile and what it comes to, in one typed document."""
+"""`profile.json`: step times of a profile and the costs computed from them, as one document."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dpsgd_track.report.profile_table import started
 
 @dataclass(frozen=True, kw_only=True)
 class CostEntry(Figures):
-    """What one mode costs at one shape beside ordinary training."""
+    """Cost of one mode at one shape, relative to ordinary training."""
 
     tracking_overhead: float | None
     """Median time of tracked steps over that of the others, minus 1."""
     notes: tuple[str, ...]
-    """What is to be known of the figures, or why there are none."""
+    """Remarks on the figures, or the reason why there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,13 @@ class TimedRunEntry:
     mode: str
     variant: str
     seq_length: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     batch_size: int
-    """Sequences of a step on each rank."""
+    """Sequences per step on each rank."""
     order: int
-    """Place among the runs of the group, from 1."""
+    """Position among the runs of the group, from 1."""
     run_id: str
-    """On the tracking server; empty when the run is missing."""
+    """Id on the tracking server; empty when the run is missing."""
     status: Status
     reason: str
     """Why it failed, or why there are no timings."""
@@ -44,14 +44,14 @@ class TimedRunEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileDocument:
-    """What each mode of a group costs beside ordinary training; every number is finite."""
+    """Cost of each mode of a group relative to ordinary training; every number is finite."""
 
     group: str
     """Name of the run group."""
     group_run_id: str
-    """Its run on the tracking server."""
+    """Id of the group's run on the tracking server."""
     started: str
-    """UTC, ISO 8601."""
+    """Start of the launch, UTC, ISO 8601."""
     sentence: str
     incomplete: tuple[str, ...]
     """One sentence for each run that failed or is missing."""
@@ -69,7 +69,7 @@ def profile_json(profile: Profile, group: Group) -> str:
 
 
 def profile_document(profile: Profile, group: Group) -> ProfileDocument:
-    """The profile as `profile.json` holds it."""
+    """The contents of `profile.json`."""
     return ProfileDocument(
         group=group.name,
         group_run_id=group.run_id,

@@ -1,4 +1,4 @@
-"""A profile as a table and as CSV, and what the modes said of their layers."""
+"""A profile as a table and as CSV, and the norm plans of its modes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADINGS = (
     "notes",
 )
 NUMBERS = tuple(range(1, len(HEADINGS) - 1))
-"""Columns of numbers."""
+"""Numeric columns."""
 LEGEND = (
     "Step time: median of the steps that were not tracked, of the slowest rank, with the 20th and "
     "80th percentile. × time, × memory: over ordinary training on as many devices, run right "
@@ -65,7 +65,7 @@ def _with_spread(value: Spread) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three digits at least."""
+    """`value` with at least three digits."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
@@ -75,7 +75,7 @@ def rows(profile: Profile) -> list[tuple[str, ...]]:
 
 
 def best(profile: Profile) -> list[str]:
-    """At each shape, which mode costs least beside its baseline."""
+    """The mode that costs least relative to its baseline, at each shape."""
     found = []
     for shape in profile.shapes:
         costs = [cost for cost in profile.costs if cost.shape == shape]
@@ -92,7 +92,7 @@ def best(profile: Profile) -> list[str]:
 
 
 def facts(profile: Profile, group: Group) -> list[str]:
-    """What the figures were taken of and on, in a few words each."""
+    """Model, type, ranks and device of the figures, in a few words each."""
     job, ranks = group.plan.jobs[0], group.plan.num_ranks
     devices = [run.facts.device.name for run in group.timed_runs if run.facts]
     found = [
@@ -112,7 +112,7 @@ PLAN_HEADINGS = ("mode", "layers", "how", "at")
 
 
 def plans(profile: Profile) -> list[tuple[str, str, str, str]]:
-    """What modes said of their layers, in the order of PLAN_HEADINGS; like layers are one row."""
+    """Norm plans of the modes, in the order of PLAN_HEADINGS; like layers share a row."""
     shapes: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
     told: dict[str, list[tuple[int, int]]] = {}
     for cost in profile.costs:
@@ -138,13 +138,13 @@ def _shapes(shapes: list[tuple[int, int]]) -> str:
 
 
 def started(group: Group) -> str:
-    """When the group was launched: UTC, ISO 8601."""
+    """Start of the group's launch: UTC, ISO 8601."""
     start = datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC)
     return f"{start:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def profile_csv(profile: Profile, group: Group) -> str:
-    """One row for each figure, each of which stands alone."""
+    """A CSV of one row for each figure, each complete in itself."""
     text = io.StringIO()
     names = [field.name for field in dataclasses.fields(ProfileRow)]
     writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")

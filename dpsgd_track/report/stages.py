@@ -19,7 +19,7 @@ SYMBOLS = {
     StageStatus.INHERITED: "↳",
     StageStatus.NOT_COMPARED: "–",
 }
-"""Says the status without its colour."""
+"""Symbol of each status, which tells it apart without colour."""
 
 VERDICT_SYMBOLS = {
     Verdict.PASS: "✓",
@@ -39,9 +39,9 @@ class Cell:
     value: str = ""
     """`3.1e-08`; empty where there is none."""
     multiple: str = ""
-    """`0.03 × limit`; empty where it was held against nothing."""
+    """`0.03 × limit`; empty where there is no limit."""
     about: str = ""
-    """Observable, step and place of the value."""
+    """Observable, step and location of the value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class Line:
     cells: tuple[Cell, ...]
     """One for each stage."""
     culprit: Culprit | None
-    """What this comparison shows, where the mode's own sentence does not tell it already."""
+    """Culprit that this comparison shows, unless the mode's own sentence names it already."""
     is_wrong: bool
-    """Whether a stage of it went wrong."""
+    """True if a stage of the mode went wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageTable:
-    """All modes held against one baseline in one regime, those that went wrong first."""
+    """All modes compared with one baseline in one regime, those that went wrong first."""
 
     regime: str
     against: str
@@ -67,7 +67,7 @@ class StageTable:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether a stage of any mode went wrong."""
+        """True if a stage of any mode went wrong."""
         return any(line.is_wrong for line in self.lines)
 
     @property
@@ -139,18 +139,18 @@ def multiple(value: float | None, limit: float | None) -> str:
 
 
 def accepted(comparison: GroupComparison) -> list[tuple[ModeVerdict, Finding]]:
-    """Findings that a waiver covers, with the mode that each is about."""
+    """Findings covered by a waiver, each with its mode."""
     return [(m, finding) for m in comparison.modes for finding in m.findings if finding.waiver]
 
 
 def more(mode: ModeVerdict) -> str:
-    """How many findings the sentence of `mode` leaves out: `3 more findings`; empty for none."""
+    """Number of findings that the sentence of `mode` omits: `3 more findings`; empty for none."""
     count = len(mode.others)
     return f"{count} more finding{'s' * (count > 1)}" if count else ""
 
 
 def told(comparison: GroupComparison, mode: ModeVerdict) -> str:
-    """What is said of `mode` beside the verdict, which tells of the leading one already."""
+    """The line on `mode` below the verdict, which already describes the leading mode."""
     left_out = more(mode)
     if mode is comparison.leading:
         return f"{mode.label}: see the verdict{', and ' * bool(left_out)}{left_out}."
@@ -158,7 +158,7 @@ def told(comparison: GroupComparison, mode: ModeVerdict) -> str:
 
 
 def advice(comparison: GroupComparison) -> str:
-    """What whoever reviews the change should do, in one or two sentences."""
+    """Advice to the reviewer of the change, in one or two sentences."""
     match comparison.verdict:
         case Verdict.PASS:
             waived = len(accepted(comparison))

@@ -1,4 +1,4 @@
-"""The table of modes that every form of the report shows."""
+"""The table of modes that all report formats share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DRIFT_COLUMNS = {
     ObservableName.SAMPLE_NORM: "Δ sample norm",
     ObservableName.GRADIENT: "Δ clipped sum",
 }
-"""Observables with a column of their own, and its heading."""
+"""Observables with a column of their own, each with its heading."""
 
 HEADINGS = (
     "mode",
@@ -41,27 +41,27 @@ ABSENT = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One mode; None where it has no such number."""
+    """One mode; None for a number that it lacks."""
 
     label: str
     verdict: Verdict
     status: str
-    """FINISHED, or what became of its runs that did not finish."""
+    """FINISHED, or the statuses of its unfinished runs."""
     final_loss: float | None
     mean_grad_norm: float | None
     drifts: Mapping[ObservableName, float | None]
     """Largest over the regimes, against the baseline and the reference."""
     step_time_ms: float | None
-    """Median, of the regime that the losses are from."""
+    """Median, from the same regime as the losses."""
     overhead: float | None
-    """Step time over that of no_dp."""
+    """Step time divided by that of no_dp."""
     peak_memory_gib: float | None
     num_waived: int = 0
     """Findings that a waiver accepts."""
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """As text, in the order of HEADINGS."""
+        """Cells as text, in the order of HEADINGS."""
         return (
             self.label,
             f"{self.verdict}{f' ({self.num_waived} waived)' * bool(self.num_waived)}",
@@ -90,7 +90,7 @@ def rows(comparison: GroupComparison) -> tuple[Row, ...]:
 
 
 def main_regime(comparison: GroupComparison) -> RegimeComparison | None:
-    """The regime that losses and times are quoted from: the one in which weights move."""
+    """The regime that losses and times are taken from: the one in which weights move."""
     order = (ACCURACY, TRAIN)
     ranked = sorted(
         comparison.regimes, key=lambda r: order.index(r.name) if r.name in order else len(order)
@@ -146,13 +146,13 @@ def _baseline_time(comparison: GroupComparison, regime: str) -> float | None:
 
 
 def _of_finite(summary: Callable[[Floats], float], values: Floats) -> float | None:
-    """`summary` of the finite ones of `values`; None where there are none."""
+    """`summary` of the finite values; None if there are none."""
     finite = values[np.isfinite(values)]
     return float(summary(finite)) if finite.size else None
 
 
 def waived(comparison: GroupComparison) -> list[str]:
-    """A sentence for each finding that is waived, then what is to be said of other waivers."""
+    """A sentence for each waived finding, then notes on expired and unused waivers."""
     accepted = [
         f"{mode.label}: {finding.verdict}, waived until {finding.waiver.expires} "
         f"({finding.waiver.reason}): {finding.sentence}."
@@ -182,7 +182,7 @@ def consistency(comparison: GroupComparison) -> list[tuple[str, str, str, str, s
 
 
 def not_computed(comparison: GroupComparison) -> list[tuple[str, str, str, str]]:
-    """(regime, mode against baseline, observable, why) of what one side did not compute."""
+    """(regime, mode against baseline, observable, reason) of observables that one side lacks."""
     return [
         (regime, f"{pair.mode} vs {pair.baseline}", name, why)
         for regime, pair in iter_not_computed(comparison)
@@ -191,7 +191,7 @@ def not_computed(comparison: GroupComparison) -> list[tuple[str, str, str, str]]
 
 
 def floors(comparison: GroupComparison) -> list[tuple[str, str, str, str, str]]:
-    """(regime, observable, floor, threshold, largest drift over all pairs and whose)."""
+    """(regime, observable, floor, threshold, largest drift over all pairs and its pair)."""
     return [
         (
             regime.name,

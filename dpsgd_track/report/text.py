@@ -35,7 +35,7 @@ _FIRST_TO_GO = (
 
 
 def summary(comparison: GroupComparison) -> str:
-    """The known table, the consistency analysis, and the verdict in sentences."""
+    """The table of modes, the consistency analysis, and the verdict in sentences."""
     table = [(row.label, row.cells[2], row.cells[3], row.status) for row in rows(comparison)]
     parts = [
         f"Group {comparison.group.name}",
@@ -56,7 +56,7 @@ def summary(comparison: GroupComparison) -> str:
 
 
 def profile_summary(profile: Profile, group: Group) -> str:
-    """The table of a group that holds nothing but a profile."""
+    """The table of a group that holds only a profile."""
     facts = ", ".join(profile_table.facts(profile, group))
     parts = [f"Group {group.name}", facts, *_costs(profile), profile.sentence]
     return "\n\n".join(visible(part) for part in parts if part) + "\n"
@@ -103,7 +103,7 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
         cells[1].stylize(_COLOURS[mode.verdict])
         table.add_row(*cells)
     console.print(table)
-    # A log is wrapped by whoever shows it.
+    # The viewer of a log wraps its lines.
     soft = not console.is_terminal
     for judged in comparison.modes:
         line = Text(f"{judged.verdict:<12}  ", style=_COLOURS[judged.verdict])
@@ -116,7 +116,7 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
 
 
 def print_profile(profile: Profile, name: str, console: Console) -> None:
-    """Print the table of a profile, then what is missing of it; names are shown literally."""
+    """Print the table of a profile, then its missing runs; names are shown literally."""
     from rich.table import Table
     from rich.text import Text
 
@@ -139,14 +139,14 @@ def print_profile(profile: Profile, name: str, console: Console) -> None:
 
 
 def console_width() -> int | None:
-    """A log file has no width of its own, and is no reason to leave columns out."""
+    """Width of the terminal; None for a log file, in which no column has to be left out."""
     return None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH
 
 
 def _fitting(shown: list[list[str]], width: int) -> dict[int, int]:
-    """Columns that say something and fit `width`, each with its own width.
+    """Non-empty columns that fit `width`, each with its own width.
 
-    Headings are broken before a column is left out; what has no room stands in the report.
+    Headings are broken before a column is left out; the report has every column.
     """
 
     def longest(i: int, heading: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Fewer points of a long series, such that none of its extremes is lost."""
+"""Thins long series without losing their extremes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import numpy as np
 from dpsgd_track.record.trajectory import Floats, Integers
 
 MOST = 800
-"""Points that a series keeps at most: about as many as a chart has pixels."""
+"""Most points kept of a series: about as many as a chart has pixels."""
 
 
 def kept(values: Floats, most: int = MOST) -> Integers:
-    """Which points of `values` to show: all of a short series, else at most `most` of them.
+    """Indices of the points of `values` to show: all of a short series, else at most `most`.
 
-    The first and the last, and of as many equal bins as fit the smallest and the largest of each:
-    a curve through them covers the same pixels. Infinities count as extremes; NaN is kept only
-    where a bin has nothing else, so that a gap stays a gap.
+    The first and the last point, and the smallest and the largest of each of as many equal bins as
+    fit: a curve through them covers the same pixels. Infinities count as extremes; NaN is kept
+    only where a bin has nothing else, so that a gap stays a gap.
 
     Args:
         values: [S].
@@ -31,7 +31,7 @@ def kept(values: Floats, most: int = MOST) -> Integers:
     starts = np.searchsorted(bins, np.arange(num_bins))
     chosen = [np.array([0, count - 1])]
     for sign in (1.0, -1.0):
-        # Sorted within each bin, NaN first, the last is the extreme; of equal ones the earliest.
+        # Sorted within each bin, NaN first: the last is the extreme, the earliest of equal ones.
         rank = np.where(np.isnan(values), -np.inf, sign * values)
         order = np.lexsort((-np.arange(count), ~np.isnan(values), rank, bins))
         chosen.append(order[np.append(starts[1:], count) - 1])

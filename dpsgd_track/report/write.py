@@ -25,9 +25,9 @@ _LONGEST = 80
 
 
 def folder_name(group: str) -> str:
-    """`group` as the name of one folder: no separators, no dots in front, not too long.
+    """`group` as a valid folder name: no separators, no leading dots, not too long.
 
-    A name that had to change carries a digest of the original, so that two never share a folder.
+    A changed name carries a digest of the original, so that two groups never share a folder.
     """
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", group).lstrip(".-")[:_LONGEST]
     if safe == group:
@@ -41,10 +41,10 @@ def write_report(
     png: bool = True,
     tell: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Write the report into `folder`, which is made, and return the files.
+    """Write the report into `folder`, which is created, and return the files.
 
-    A PNG of an earlier report does not stay beside a newer HTML: it is removed.
-    `tell` is given one line if pictures were asked for and could not be drawn.
+    PNGs of an earlier report are removed.
+    `tell` is called with one line if pictures were asked for and could not be drawn.
     """
     drawn = figures(comparison)
     texts = {
@@ -67,7 +67,7 @@ def write_profile(
     png: bool = True,
     tell: Callable[[str], None] = print,
 ) -> list[Path]:
-    """As `write_report`, of a group that holds nothing but a profile."""
+    """As `write_report`, for a group that holds only a profile."""
     drawn = profile_charts(profile, Style.of_group(group))
     texts = {
         "report.html": profile_html(profile, group, drawn),

@@ -1,4 +1,4 @@
-"""A launcher that takes part in a group of another machine's: it runs its ranks of each job."""
+"""A launcher that takes part in another machine's group: it runs its ranks of each job."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _POLL_S = 0.1
 def follow(
     follower: Follower, recording: Recording, launch: Launch, tell: Callable[[str], object]
 ) -> int:
-    """Run what node 0 hands out until it is over; returns the exit code, node 0's if it is known.
+    """Run the jobs that node 0 hands out to the end; returns the exit code, node 0's if known.
 
     Args:
-        recording: of what this machine adds to the group.
-        tell: is told what happens, line by line.
+        recording: for the records that this machine adds to the group.
+        tell: called with progress, line by line.
 
     Raises:
-        StoreError: the store takes nothing.
+        StoreError: the store accepts nothing.
     """
     node = f"node {follower.nodes.node_rank}"
     host = WorkerHost(launch.worker_module)
@@ -78,7 +78,7 @@ class _Part:
         self._tell = tell
 
     def run(self, share: Share) -> None:
-        """Run one to its end, and report how that was.
+        """Run one job to its end, and report its outcome.
 
         Raises:
             NodeLost: node 0 is gone; so are this machine's ranks.
@@ -109,7 +109,7 @@ class _Part:
 
     def _placed(self, job: StartedJob, node_rank: int) -> StartedJob:
         """The job with this machine's folders."""
-        # Where machines share a disk, each has its own all the same.
+        # Machines that share a disk have separate folders all the same.
         name = f"{Path(job.work_dir).name}-node{node_rank}"
         folder = self._recording.folder / "logs" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ class _Part:
         )
 
     def _wait(self) -> tuple[int | None, str]:
-        """Exit code of the ranks, None where they are to be ended, and why."""
+        """Exit code of the ranks, None if they are to be ended, and the reason."""
         while (code := self._host.poll()) is None:
             if self._interruption.requested:
                 return None, self._interruption.reason

@@ -1,25 +1,25 @@
-"""What the launchers of one group's machines tell each other, over a store of torch's rendezvous.
+"""Messages between the launchers of one group's machines, over a store of torch's rendezvous.
 
 Node 0 serves the store at the endpoint and leads: it alone keeps the runs, and hands out one job
-after the other. The others run their share of each and say how it went. Keys:
+after the other. The others run their share of each and report its outcome. Keys:
 
-- `joined/R`, `hello/R`: node R is there; what it would run, and on what.
+- `joined/R`, `hello/R`: node R is there; its own plan and its environment.
 - `welcome` or `refused`: the group's name, or why nothing starts.
-- `job/N`: the N-th job, and where its ranks meet. `end/N`: end it, for the reason given.
-- `done/N/R`: how it went on node R.
-- `beat/R`: a count that grows while node R lives.
+- `job/N`: the N-th job, and the rendezvous of its ranks. `end/N`: end it, with the reason.
+- `done/N/R`: its outcome on node R.
+- `beat/R`: a heartbeat, a count that grows while node R lives.
 - `over`: the group's exit code and summary. `bye/R`: node R has read it.
 
-Whoever can reach the endpoint can take part, as with every rendezvous of torch: it belongs on a
-network of one's own.
+Anyone who can reach the endpoint can take part, as with every rendezvous of torch: it belongs on
+a private network.
 
-torch's rendezvous cannot take its place. It holds for a single process group, while launchers have
-to agree on a group's name before the first one and on what comes after each. Its backend `c10d`
+torch's rendezvous cannot replace it. It serves a single process group, while launchers have to
+agree on a group's name before the first one and on the next job after each. Its backend `c10d`
 orders machines by their names, whatever --node-rank says, and keeps itself alive by a thread that
 runs while the agent forks its ranks. `static` has the agent of node 0 serve the store from a
 thread, and fork its ranks while other machines talk to it: a lock held at that moment stays locked
-in the rank. Neither says that a machine is gone before a collective times out, after 10 minutes;
-the count that each launcher raises every second says so after 20 s.
+in the rank. Neither notices a lost machine before a collective times out, after 10 minutes;
+the heartbeat of each launcher, once a second, shows it after 20 s.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 LOST_AFTER_S = 20.0
-"""How long a machine may be silent before it counts as lost."""
+"""Longest silence of a machine, in seconds, before it counts as lost."""
 BEAT_S = 1.0
-"""How often a machine says that it is there."""
+"""Seconds between two heartbeats of a machine."""
 BYE_TIMEOUT_S = 5.0
-"""How long each side waits at the end for the other to have heard."""
+"""Seconds that each side waits at the end for the other's acknowledgement."""
 _POLL_S, _DONE_TIMEOUT_S = 0.1, 60.0
 _ANY = "127.0.0.1"
-"""A server listens on every address, whichever it is told; its own process takes this one."""
+"""Address by which the server's own process connects; the server listens on every address."""
 _ALIKE = ("dpsgd_track", "torch", "opacus", "transformers")
 """Fields of `Environment` that all machines must have in common."""
 
@@ -63,14 +63,14 @@ Tell = Callable[[str], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """How a machine introduces itself to node 0."""
+    """A machine's introduction to node 0."""
 
     host: str
     environment: Environment
     plan: GroupPlan | None
-    """What it would run; None where it takes what node 0 says."""
+    """Its own plan; None if it adopts that of node 0."""
     problem: str = ""
-    """Why it cannot take part; empty where it can."""
+    """Why it cannot take part; empty if it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +78,16 @@ class Share:
     """One machine's part of a job."""
 
     job: StartedJob
-    """As node 0 has it."""
+    """The job with node 0's paths."""
     meeting: Meeting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """How a machine's part of a job ended."""
+    """Outcome of a machine's part of a job."""
 
     failure: Failure | None
-    """None where it did what it was asked to."""
+    """None if it succeeded."""
     time_s: float
     """Unix time of the failure, by that machine's clock."""
 
@@ -102,20 +102,20 @@ class Refused(ValueError):
 
 
 class NodeLost(Exception):
-    """A machine is not heard of any more; the message says which."""
+    """A machine has gone silent; the message says which."""
 
 
 def hello_of(plan: GroupPlan | None) -> Hello:
     """This machine's introduction.
 
     Args:
-        plan: what it would run; None where it takes what node 0 says.
+        plan: its own plan; None if it adopts that of node 0.
     """
     return Hello(host=socket.gethostname(), environment=environment(), plan=plan)
 
 
 def interface_towards(host: str) -> str:
-    """The network interface by which `host` is reached; empty where that is not known."""
+    """The network interface by which `host` is reached; empty if unknown."""
     try:
         family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -148,13 +148,13 @@ class Leader:
         self._job_store: TCPStore | None = None
         self._number = -1
         self.lost = ""
-        """Which machine is lost, in words; empty while all are there."""
+        """The lost machine, in words; empty while all are there."""
 
     def gather(self, plan: GroupPlan | None, timeout_s: float, tell: Tell) -> None:
-        """Wait for the other machines, and see that they would run the same.
+        """Wait for the other machines, and check that their plans agree.
 
         Raises:
-            Refused: they would not, or one did not come; those that came are told.
+            Refused: their plans differ, or one did not come; those that came are told.
         """
         endpoint = self.nodes.endpoint
         own = hello_of(plan)
@@ -211,11 +211,11 @@ class Leader:
         _write(self._store, "welcome", {"group": group})
 
     def start(self, started: StartedJob, run_id: str) -> Meeting | None:
-        """Hand out a job; None where this machine runs it alone."""
+        """Hand out a job; None if this machine runs it alone."""
         if started.job.num_ranks < self.nodes.num_nodes:
             return None
         self._number += 1
-        # What one job leaves in a store would mislead the next.
+        # Keys that one job leaves in a store would mislead the next.
         self._job_store = _serve(0, self.nodes)
         meeting = Meeting(
             num_nodes=self.nodes.num_nodes,
@@ -238,12 +238,12 @@ class Leader:
         return f"{self._name(failed[0])} failed." if failed else ""
 
     def settle(self, reason: str) -> list[Report]:
-        """End the job everywhere, and learn how it went.
+        """End the job everywhere, and collect the outcomes.
 
         Args:
-            reason: why it is cut short; empty where this machine's part finished.
+            reason: why it is cut short; empty if this machine's part finished.
         Returns:
-            What went wrong elsewhere.
+            The reports of the other machines that failed.
         """
         if reason:
             _write(self._store, f"end/{self._number}", {"reason": reason})
@@ -289,7 +289,7 @@ class Leader:
         return f"node {rank} ({self._hosts[rank]})"
 
     def _wait_for_byes(self) -> None:
-        """Serve those that came until they have read the end."""
+        """Keep serving the store until the other machines have read the end."""
         deadline = time.monotonic() + BYE_TIMEOUT_S
         here = [rank for rank in self._others if _read(self._store, f"hello/{rank}") is not None]
         while not self.lost and time.monotonic() < deadline:
@@ -299,7 +299,7 @@ class Leader:
 
 
 class Follower:
-    """Another node's side. A thread talks to node 0, so that a cut line holds nobody up."""
+    """Another node's side. A thread talks to node 0, so that a lost connection blocks nothing."""
 
     def __init__(self, nodes: NodesConfig, *, lost_after_s: float = LOST_AFTER_S) -> None:
         self.nodes = nodes
@@ -315,7 +315,7 @@ class Follower:
         self._number = -1
 
     def close(self) -> None:
-        """Talk no more. A thread that came back while the interpreter ends would abort it."""
+        """Stop talking. A thread that returned during the interpreter's exit would abort it."""
         self._is_over.set()
         if self._thread is not None:
             self._thread.join(BYE_TIMEOUT_S)

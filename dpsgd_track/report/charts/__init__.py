@@ -1,4 +1,4 @@
-"""Plotly figures of a comparison, one subject a file."""
+"""Plotly figures of a comparison, one subject per file."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def figures(comparison: GroupComparison) -> tuple[Chart, ...]:
     )
     charts = [chart for make in made for chart in make(comparison, style)]
     profile = profile_of(comparison.group)
-    # The times of steps that are measured all over say less than those of a profile.
+    # Times of fully instrumented steps say less than those of a profile.
     costs = profile_charts(profile, style) if profile else cost_charts(comparison, style)
     return (*charts, *costs)

@@ -1,4 +1,4 @@
-"""What each mode costs, and where its loss ended."""
+"""Cost and final loss of each mode."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def cost_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
 
 
 def final_loss(comparison: GroupComparison, style: Style) -> list[Chart]:
-    """The loss at the last step of the main regime, which is only written alone."""
+    """The loss at the last step of the main regime, only written as a file of its own."""
     if (main := main_regime(comparison)) is None:
         return []
     losses = {run.label: float(t.loss[-1]) for run, t in recorded(main)}
@@ -68,11 +68,11 @@ def final_loss(comparison: GroupComparison, style: Style) -> list[Chart]:
 def _bars(
     style: Style, bars: Mapping[str, tuple[float, str]], axis: str, **about: Any
 ) -> list[Chart]:
-    """A chart with a bar for each mode, of a length and with a text on it; none without bars."""
+    """A chart with a bar and a label for each mode; no chart without bars."""
     if not bars:
         return []
     figure = go.Figure()
-    # A trace a mode, so that the filter takes out its bar.
+    # One trace per mode, so that the filter can hide its bar.
     for label, (value, shown) in bars.items():
         figure.add_bar(
             y=[plain(label)],

@@ -1,4 +1,4 @@
-"""The points of a curve: as few as show it, and as precise as a page can draw."""
+"""Reduces the points and the precision of curves to what a page can show."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 from dpsgd_track.record.trajectory import Floats
 
 _MOST_POINTS, _LEAST_POINTS = 1000, 200
-"""Of one curve; more would merge on any screen, and fewer would hide what happened."""
+"""Bounds on the points of a curve: more would merge on any screen, fewer would hide events."""
 
 _POINTS_OF_A_PAGE = 115_000
 """At eight bytes each, this keeps the page below 6 MB beside Plotly's own code."""
 
 ZERO = 1e-17
-"""Where an exact zero is drawn on a logarithmic axis."""
+"""Position of an exact zero on a logarithmic axis."""
 
-_LARGEST = 1e38  # what float32 holds
+_LARGEST = 1e38  # within float32's range
 
 
 def points_of_each(num_curves: int) -> int:
-    """Most points of a curve on a page that has `num_curves`."""
+    """Most points of each curve on a page with `num_curves`."""
     return max(_LEAST_POINTS, min(_MOST_POINTS, _POINTS_OF_A_PAGE // max(1, num_curves)))
 
 
@@ -32,19 +32,19 @@ def drawn(values: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def whole(values: NDArray[Any]) -> NDArray[Any]:
-    """Whole numbers, such as steps, in the smallest type that holds them."""
+    """Integers, such as steps, in the smallest type that holds them."""
     largest = int(np.abs(values).max(initial=0))
     fitting = next((t for t in (np.int8, np.int16) if largest <= np.iinfo(t).max), np.int32)
     return values.astype(fitting)
 
 
 def above_zero(values: Floats) -> Floats:
-    """`values` for a logarithmic axis: what is not finite is not drawn, and 0 is ZERO."""
+    """`values` for a logarithmic axis: non-finite ones are not drawn, and 0 becomes ZERO."""
     return np.where(np.isfinite(values), np.maximum(values, ZERO), np.nan)
 
 
 def step_axis(first: int, last: int) -> dict[str, Any]:
-    """An axis of steps, none of which is half a step."""
+    """An axis of steps, with ticks at whole steps alone."""
     few = {"dtick": 1} if last - first < 12 else {}
     return {"title_text": "step", **few}
 

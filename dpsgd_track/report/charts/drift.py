@@ -1,4 +1,4 @@
-"""How far each mode is from the baseline at each step, with the threshold and the floor."""
+"""Drift of each mode from the baseline at each step, with threshold and floor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LAYERS = ObservableName.LAYER_GRAD_NORM
 
 
 def against_baseline(regime: RegimeComparison) -> list[Pair]:
-    """The pairs that charts show."""
+    """The pairs shown in charts."""
     return [pair for pair in regime.pairs if pair.baseline == regime.baseline]
 
 
@@ -65,7 +65,7 @@ def _drift_chart(
     ends = np.array([every.min(), every.max()])
     for limit, kind, dash in ((threshold, "threshold", "dash"), (floor, "floor", "dot")):
         if limit is not None:
-            # In the legend its label covers no curve.
+            # In the legend, its label covers no curve.
             y = np.repeat(max(limit, ZERO), 2)
             add_limit(figure, ends, y, f"{kind} {number(limit)}", dash=dash, width=2.5)
     heights += _limit_of_rounding(figure, pairs[0].drifts[name], regime, style)
@@ -107,10 +107,10 @@ def _curve(
 
 
 def _wheres(names: list[str]) -> tuple[NDArray[Any] | None, dict[str, Any]]:
-    """A number for each name, and what the page makes the name of it again."""
+    """A number for each name, and the data by which the page restores the names."""
     if not any(names):
         return None, {}
-    # Samples are many, and differ in their number alone.
+    # Samples are many, and their names differ only by a number.
     numbered = [re.fullmatch(r"(\D*)(\d{1,9})", name, re.ASCII) for name in names]
     prefixes = {match.group(1) for match in numbered if match}
     if len(prefixes) == 1 and all(numbered):
@@ -123,7 +123,7 @@ def _wheres(names: list[str]) -> tuple[NDArray[Any] | None, dict[str, Any]]:
 def _limit_of_rounding(
     figure: go.Figure, drift: Drift, regime: RegimeComparison, style: Style
 ) -> list[float]:
-    """Adds what the verdict holds the drift to, the largest of all layers; returns its heights."""
+    """Adds the verdict's limit for the drift, the largest of all layers; returns its heights."""
     limits = limits_of(drift, regime.floor())
     if limits is None:
         return []
@@ -150,7 +150,7 @@ def _layer_heatmap(comparison: GroupComparison, regime: RegimeComparison, style:
     pairs = [pair for pair in against_baseline(regime) if _layers(pair)]
     layers = list(dict.fromkeys(layer for pair in pairs for layer in _layers(pair)))
     figure = go.Figure()
-    # A trace a mode, so that the filter takes out its column.
+    # One trace per mode, so that the filter can hide its column.
     for column, pair in enumerate(pairs):
         values = [_layers(pair).get(layer, np.nan) for layer in layers]
         figure.add_heatmap(

@@ -1,7 +1,7 @@
 """Per-sample norms by parameter: parameters down, steps across, the ranks side by side.
 
-Three dimensions and a mode do not fit one picture, so the page holds a cube for each mode and
-draws a part of it. Values are kept as one byte each, the logarithm in steps of 1/14 decade.
+Three dimensions and the mode do not fit one picture, so the page holds a cube for each mode and
+draws one slice of it. Values are kept as one byte each, the logarithm in steps of 1/14 decade.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpsgd_track.report.charts.marks import floor_of, threshold_of
 from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain
 
 _MOST_CELLS = 400_000
-"""Of all cubes of a report together: half a megabyte."""
+"""Limit for all cubes of a report together: half a megabyte."""
 _MOST_BINS = 60
 _NAME = ObservableName.SAMPLE_NORM_BY_PARAMETER
 
@@ -41,7 +41,7 @@ def heatmap_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
 
 
 def _compared(regime: RegimeComparison) -> tuple[str, list[str]]:
-    """The baseline that has per-sample norms by parameter, and the modes held against it."""
+    """The baseline that has per-sample norms by parameter, and the modes compared with it."""
     pairs = [pair for pair in regime.pairs if _NAME in pair.drifts]
     base = pairs[0].baseline if pairs else ""
     return base, [pair.mode for pair in pairs if pair.baseline == base]

@@ -1,4 +1,4 @@
-"""What charts draw of no mode: thresholds, floors, and the spread of a value."""
+"""Marks that belong to no mode: thresholds, floors, and error bars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpsgd_track.record.trajectory import Floats, Integers
 from dpsgd_track.report.charts.curves import drawn, whole
 
 GREY = "#8C8C8C"
-"""Of what belongs to no mode: floors and thresholds."""
+"""Colour of floors and thresholds, which belong to no mode."""
 
 
 def threshold_of(comparison: GroupComparison, observable: ObservableName) -> float:
@@ -27,7 +27,7 @@ def threshold_of(comparison: GroupComparison, observable: ObservableName) -> flo
 def floor_of(
     regime: RegimeComparison, observable: ObservableName, baseline: str = ""
 ) -> float | None:
-    """What rounding alone makes of `observable`; None where it was not measured."""
+    """Error of `observable` due to rounding alone; None if not measured."""
     floor = regime.floor(baseline)
     return floor.of(observable) if floor else None
 
@@ -35,7 +35,7 @@ def floor_of(
 def add_floor(
     figure: go.Figure, x: NDArray[Any], low: Floats, high: Floats, floor: float, **more: Any
 ) -> None:
-    """A grey area over `x`, labelled with the floor."""
+    """Adds a grey area over `x`, labelled with the floor."""
     figure.add_scatter(
         x=np.concatenate([x, x[::-1]]),
         y=drawn(np.concatenate([high, low[::-1]])),
@@ -52,7 +52,7 @@ def add_floor(
 def add_limit(
     figure: go.Figure, steps: Integers, y: Any, name: str, *, dash: str, width: float, **more: Any
 ) -> None:
-    """A grey line of what modes are held to, told by its `name`."""
+    """Adds a grey line of the limit for all modes, labelled `name`."""
     figure.add_scatter(
         x=whole(steps),
         y=y,

@@ -1,4 +1,4 @@
-"""The size of the noise of each parameter, as a multiple of what it should be."""
+"""Noise scale of each parameter, as a multiple of its expected value."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def noise_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
 
 
 def _shown(audits: list[NoiseAudit]) -> tuple[list[str], int]:
-    """The parameters that are drawn, in the model's order, and how many there are."""
+    """The parameters that are drawn, in the model's order, and their total number."""
     farthest: dict[str, float] = {}
     for audit in audits:
         for name, estimate, low, high in audit.by_parameter:
-            # Farther from 1 in units of its own interval is more surprising.
+            # Ranked by the distance from 1 in units of each parameter's own interval.
             off = abs(estimate - 1) / max(high - low, 1e-12)
             off = off if np.isfinite(off) else np.inf
             farthest[name] = max(farthest.get(name, 0.0), off)
@@ -42,7 +42,7 @@ def _chart(regime: RegimeComparison, audits: list[NoiseAudit], style: Style) -> 
     for place, audit in enumerate(audits):
         known = [entry for entry in audit.by_parameter if entry[0] in names]
         ratio, low, high = (np.array([entry[i] for entry in known]) for i in (1, 2, 3))
-        # Modes of one parameter stand beside each other.
+        # Modes are placed side by side for each parameter.
         shift = (place - (len(audits) - 1) / 2) * 0.7 / len(audits)
         figure.add_scatter(
             x=drawn(ratio),

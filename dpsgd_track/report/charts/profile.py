@@ -1,4 +1,4 @@
-"""What each mode costs: memory and time against sequence length, ratios, and one against the other.
+"""Cost of each mode: memory and time versus sequence length, ratios, and memory versus time.
 
 A point that ran out of memory is a cross above all that was measured.
 """
@@ -32,9 +32,9 @@ _PLACES = (
     "bottom center",
     "top right",
 )
-"""Of a point's label, mode by mode, so that few lie on each other."""
+"""Positions of point labels, mode by mode, so that few overlap."""
 _MANY_TIMES = 20
-"""Largest over smallest time from which on an axis is logarithmic."""
+"""Ratio of largest to smallest time from which on an axis is logarithmic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class _Quantity:
     may_be_logarithmic: bool = False
 
     def said(self, found: Spread) -> str:
-        """A value as it is shown."""
+        """A value as text."""
         return f"{three_digits(found.median)} {self.unit}"
 
 
@@ -92,7 +92,7 @@ def _batch_sizes(profile: Profile) -> list[int]:
 
 
 def _point_name(cost: Cost, profile: Profile) -> str:
-    """The shape, as far as it tells points apart; the mode where all have one shape."""
+    """The dimensions in which shapes differ; the mode if all have one shape."""
     length = f"T={cost.seq_length}" if len(_lengths(profile.costs)) > 1 else ""
     size = f"B={cost.batch_size}" if len(_batch_sizes(profile)) > 1 else ""
     return ", ".join(filter(None, (length, size))) or plain(cost.label)
@@ -127,7 +127,7 @@ def _against_length(profile: Profile, quantity: _Quantity, style: Style) -> Char
 
 
 def _at_one_length(profile: Profile, quantity: _Quantity, style: Style) -> Chart:
-    """Bars, where there is no length to draw against."""
+    """Bars, for profiles of a single sequence length."""
     figure = go.Figure()
     has_sizes = len(_batch_sizes(profile)) > 1
     largest = 0.0
@@ -162,7 +162,7 @@ def _bar(
     """Adds a bar with its spread.
 
     Args:
-        said: what is shown on hover, and what stands beside the bar, its spread and `beyond`.
+        said: hover text, and the text beside the bar, its spread and `beyond`.
     """
     look = {"y": [plain(name or cost.label)], **style.of_mode(cost.label), **cell}
     has_spread = value is not None and value.p80 > value.p20
@@ -242,7 +242,7 @@ def _lost(
     for cost in costs:
         if cost.status is not CostStatus.OUT_OF_MEMORY:
             continue
-        # Several at one length stand above each other.
+        # Several at one length are stacked.
         place = above[cost.seq_length] = above.get(cost.seq_length, 0) + 1
         heights.append(top * (1.25**place if is_log else 1 + 0.08 * place))
         figure.add_scatter(
@@ -265,7 +265,7 @@ def _ratios(profile: Profile, style: Style) -> list[Chart]:
         return []
     shapes = list(dict.fromkeys(cost.shape for cost in held))
     count = max(sum(cost.shape == shape for cost in held) for shape in shapes)
-    # In pixels: bars, and between two rows of them the ticks of one and the title of the other.
+    # In pixels: bars, and between two rows the ticks of one and the title of the next.
     bars, between = 30 * count + 10, 70
     total = len(shapes) * bars + (len(shapes) - 1) * between
     figure = make_subplots(
@@ -286,7 +286,7 @@ def _ratios(profile: Profile, style: Style) -> list[Chart]:
     )
     is_all_there = all(cost.time_ratio for cost in held)
     for col, most in enumerate(largest, 1):
-        # Room for the figure beside the longest bar, and for words beside the baseline's line.
+        # Room for the figure beside the longest bar, and for text beside the baseline's line.
         figure.update_xaxes(range=[0, max(1.18 * most, 1.18 if is_all_there else 1.5)], col=col)
         figure.update_xaxes(title_text="× baseline", row=len(shapes), col=col)
     figure.add_vline(x=1, line={"color": GREY, "width": 2, "dash": "dash"})
@@ -313,7 +313,7 @@ def _ratio_bars(figure: go.Figure, cost: Cost, style: Style, row: int) -> None:
         (2, _alone(memory), f"peak memory {memory:.3f} × {base}" if memory else why),
     ):
         beside = f"{ratio.median:.2f}×" if ratio else why
-        # Not on the baseline's line, which would strike through it.
+        # Not on the baseline's line, which would cross it out.
         _bar(figure, cost, style, ratio, (said, beside), beyond=1.0, row=row, col=col)
 
 
@@ -322,7 +322,7 @@ def _alone(value: float | None) -> Spread | None:
 
 
 def _scale(values: Sequence[float]) -> dict[str, Any]:
-    """An axis on which points of several lengths do not crowd in a corner."""
+    """An axis on which points of several lengths do not crowd into a corner."""
     if max(values) < _SEVERAL_TIMES * min(values):
         return {"rangemode": "tozero"}
     low, high = np.floor(np.log10(min(values))), np.ceil(np.log10(max(values)))

@@ -1,4 +1,4 @@
-"""Each sample's gradient norm against the baseline's."""
+"""Each sample's gradient norm versus the baseline's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpsgd_track.report.charts.marks import add_floor, floor_of, threshold_of
 from dpsgd_track.report.charts.style import Chart, Style, layout, plain
 
 _MOST_SAMPLES = 500
-"""Of one mode."""
+"""Most samples drawn of one mode."""
 _NAME = ObservableName.SAMPLE_NORM
 
 
@@ -92,7 +92,7 @@ def _samples(base: Trajectory, mode: Trajectory) -> tuple[Floats, Floats, Intege
 
 
 def _chosen(ratios: Floats) -> Integers:
-    """Half of the places by how far off they are, the others evenly over the run."""
+    """Indices to draw: half with the largest deviations, half spread evenly over the run."""
     if len(ratios) <= _MOST_SAMPLES:
         return np.arange(len(ratios))
     half = _MOST_SAMPLES // 2

@@ -1,4 +1,4 @@
-"""How every chart looks, and how a mode is told from another in all of them.
+"""Common style of all charts, and the colour, dash and marker of each mode.
 
 Curves of modes that agree coincide exactly, so every mode has its own colour, dash and marker,
 and markers shrink from mode to mode: the ones below stay visible around the ones above.
@@ -20,7 +20,7 @@ from dpsgd_track.record.run import Group
 from dpsgd_track.report.charts.curves import points_of_each
 from dpsgd_track.report.names import visible
 
-# Okabe and Ito (2008), without black and yellow, which vanish on dark and on light ground.
+# Okabe and Ito (2008), without black and yellow, which vanish on dark and light backgrounds.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _SVG_DASHES = {
@@ -32,7 +32,7 @@ _SVG_DASHES = {
     "longdashdot": "11 3 2 3",
 }
 _MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "pentagon", "cross")
-_DENSE = 200  # points from which on thick lines merge
+_DENSE = 200  # points above which thick lines merge
 _MOST_MARKERS = 40  # more would merge into a band
 
 _LONGEST_TICK, _COLUMN, _MOST_LINES = 44, 18, 4
@@ -42,39 +42,39 @@ _RULE = "#d5dae0"
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A figure with what is said about it."""
+    """A figure with its heading and caption."""
 
     name: str
-    """Identifier, and the file's stem where it is written alone."""
+    """Identifier, and stem of its own file if it has one."""
     title: str
     caption: str
     figure: go.Figure
     section: str = ""
-    """Section of the report it stands in; empty where it is only written alone."""
+    """Section of the report; empty if it is only written as a file of its own."""
     regime: str = ""
-    """Empty for one of all regimes."""
+    """Its regime; empty for a chart of all regimes."""
     min_width: int = 0
     """Pixels below which it scrolls sideways instead of shrinking."""
     is_wide: bool = False
-    """Whether it takes the whole width where two charts fit side by side."""
+    """True to take the whole width where two charts would fit side by side."""
     alone: bool = False
-    """Whether it is also written as files of its own."""
+    """True to write it as files of its own as well."""
     cube: Mapping[str, Any] = field(default_factory=dict)
-    """Numbers of which the page draws a part at a time; see `heatmap`."""
+    """Numbers that the page draws one slice at a time; see `heatmap`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How each mode is drawn, the same in all charts."""
+    """Style of each mode, the same in all charts."""
 
     order: tuple[str, ...]
     """Labels, in the launcher's order."""
     most_points: int
-    """Of one curve."""
+    """Most points of one curve."""
 
     @classmethod
     def of(cls, comparison: GroupComparison) -> Style:
-        """For all charts of `comparison`."""
+        """The style for all charts of `comparison`."""
         return cls(
             order=_labels(comparison.group),
             most_points=points_of_each(sum(map(_curves_of, comparison.regimes))),
@@ -82,11 +82,11 @@ class Style:
 
     @classmethod
     def of_group(cls, group: Group) -> Style:
-        """For the charts of a group that holds nothing but a profile."""
+        """The style for the charts of a group that holds only a profile."""
         return cls(order=_labels(group), most_points=points_of_each(1))
 
     def index(self, label: str) -> int:
-        """Place of the mode, by which the page's filter knows it."""
+        """Index of the mode, by which the page's filter identifies it."""
         return self.order.index(label)
 
     def colour(self, label: str) -> str:
@@ -94,19 +94,19 @@ class Style:
         return _COLOURS[self.index(label) % len(_COLOURS)]
 
     def dash(self, label: str) -> str:
-        """Plotly's name of the pattern."""
+        """Plotly's name for the dash pattern."""
         return _DASHES[self.index(label) % len(_DASHES)]
 
     def svg_dash(self, label: str) -> str:
-        """The pattern as SVG has it; empty for a solid line."""
+        """The dash pattern in SVG; empty for a solid line."""
         return _SVG_DASHES[self.dash(label)]
 
     def symbol(self, label: str) -> str:
-        """Plotly's name of the filled marker."""
+        """Plotly's name for the filled marker."""
         return _MARKERS[self.index(label) % len(_MARKERS)]
 
     def of_mode(self, label: str, **meta: Any) -> dict[str, Any]:
-        """What the trace of a mode carries, so that the page can filter it."""
+        """Keyword arguments for a mode's trace by which the page can filter it."""
         return {
             "name": plain(label),
             "legendgroup": str(self.index(label)),
@@ -139,22 +139,22 @@ def _labels(group: Group) -> tuple[str, ...]:
 
 
 def _curves_of(regime: RegimeComparison) -> int:
-    """About as many as there will be: two trajectories with differences, six drifts."""
+    """Approximate number of curves: two trajectories with differences, six drifts."""
     return 4 * len(regime.runs) + 6 * len(regime.pairs)
 
 
 def plain(text: str) -> str:
-    """`text` such that Plotly shows it letter by letter."""
+    """`text` escaped so that Plotly shows it literally."""
     return html.escape(visible(text), quote=False)
 
 
 def short(name: str) -> str:
-    """`name` for an axis: its end, which tells parameters apart, where it is long."""
+    """`name` for an axis: only the end of a long name, which tells parameters apart."""
     return plain(name if len(name) <= _LONGEST_TICK else f"…{name[1 - _LONGEST_TICK :]}")
 
 
 def wrapped(name: str) -> str:
-    """`name` in lines that stand above a column, broken after a separator where there is one."""
+    """`name` in lines above a column, broken after a separator where there is one."""
     lines = re.findall(
         rf".{{1,{_COLUMN}}}(?:(?<=[_:.\-])|$)|.{{1,{_COLUMN}}}", visible(name), re.DOTALL
     )
@@ -162,7 +162,7 @@ def wrapped(name: str) -> str:
 
 
 def name_axis(names: Sequence[str], row_height: float) -> dict[str, Any]:
-    """An axis with the names of rows, the first on top; as many as fit are written."""
+    """An axis with the names of rows, the first on top; as many as fit are shown."""
     every = max(1, round(13 / row_height + 0.49))
     places = list(range(0, len(names), every))
     return {
@@ -176,14 +176,14 @@ def name_axis(names: Sequence[str], row_height: float) -> dict[str, Any]:
 
 
 def layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
-    """`figure` in the house's style, `height` pixels high; each mode stands once in its legend."""
+    """`figure` in the common style, `height` pixels high; its legend lists each mode once."""
     named: set[str] = set()
     for trace in figure.data:
         if trace.legendgroup in named:
             trace.showlegend = False
         elif trace.legendgroup:
             named.add(trace.legendgroup)
-    # A template of Plotly's would add thousands of characters to every chart of the page.
+    # A Plotly template would add thousands of characters to every chart of the page.
     figure.update_layout(
         height=height,
         template=go.layout.Template(),

@@ -1,4 +1,4 @@
-"""Loss and gradient norm of each step, and how far each mode is from the baseline."""
+"""Loss and gradient norm of each step, and their differences from the baseline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FLOOR = {"legendgroup": "floor", "col": 1}
 @dataclass(frozen=True, kw_only=True)
 class _Quantity:
     name: ObservableName
-    """Of the observable whose floor is drawn."""
+    """Observable whose floor is drawn."""
     alone: str
     """Stem of the file with all regimes."""
     title: str
@@ -61,7 +61,7 @@ _QUANTITIES = (
 
 
 def recorded(regime: RegimeComparison) -> list[tuple[ModeRun, Trajectory]]:
-    """The runs of `regime` that recorded a step."""
+    """The runs of `regime` that recorded at least one step."""
     return [(r, r.trajectory) for r in regime.runs if r.trajectory and r.trajectory.num_steps]
 
 
@@ -76,7 +76,7 @@ def trajectory_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
 
 
 def all_regimes(comparison: GroupComparison, style: Style) -> list[Chart]:
-    """One picture of each quantity, with the regimes below each other."""
+    """One picture of each quantity, with the regimes stacked vertically."""
     regimes = [regime for regime in comparison.regimes if recorded(regime)]
     return [_stacked(regimes, quantity, style) for quantity in _QUANTITIES] if regimes else []
 
@@ -194,7 +194,7 @@ def _below(
 def _difference(
     base: Trajectory, other: Trajectory, quantity: _Quantity
 ) -> tuple[Integers, Floats]:
-    """Signed, at the steps that both have."""
+    """Signed difference at the steps that both have."""
     common, i, j = np.intersect1d(base.step, other.step, return_indices=True)
     ours, theirs = quantity.values(base)[i], quantity.values(other)[j]
     with np.errstate(invalid="ignore", over="ignore"):
