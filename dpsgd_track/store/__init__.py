@@ -1,1 +1,1 @@
-"""The run tree in MLflow: written by workers, read by the comparison. Imports no torch."""
+"""The run tree: spooled, shipped to MLflow, and read by the comparison. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The way to MLflow that launcher and reader share: a quiet client that fails soon and clearly."""
+"""MLflow client of launcher and reader: quiet, with short timeouts and clear errors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # Of libpq, whose own default is to wait for ever.
+    # Timeout of libpq, which by default waits for ever.
     "PGCONNECT_TIMEOUT": "10",
 }
-# What is to be tried again is tried again here, where it delays nobody.
+# Retries happen in this package, where they delay nobody.
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-# The only way to a store's default.
+# The only way to set a store's default.
 _ARTIFACT_ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"
 _INSECURE = "MLFLOW_TRACKING_INSECURE_TLS"
 _ABOUT_THE_RECORD = (
@@ -42,11 +42,11 @@ _ABOUT_THE_RECORD = (
     "RESOURCE_DOES_NOT_EXIST",
 )
 
-# Statuses by which what stands between, or a store of files, refuses one file.
+# Statuses by which a proxy or an artifact store refuses one file.
 _ABOUT_THE_FILE = (400, 404, 405, 409, 411, 413, 414, 415, 422)
 
 _CREDENTIALS = re.compile(r"(\w://)[^/\s]*@")
-# What went wrong, in the middle of urllib3's and SQLAlchemy's account of everything around it.
+# The actual error, within the long messages of urllib3 and SQLAlchemy.
 _CAUSES = (
     re.compile(r"Caused by \w+\([\"'].*?\): (.*?)\.?[\"']\)"),
     re.compile(r"Caused by \w+\('Connection aborted\.', \w+\((?:\d+, )?'(.*?)'\)"),
@@ -56,7 +56,7 @@ _CAUSES = (
 
 
 class TrackingError(RuntimeError):
-    """Records could not be kept."""
+    """Records could not be stored."""
 
 
 def connect(tracking_uri: str) -> MlflowClient:
@@ -82,9 +82,9 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 @contextlib.contextmanager
 def _default_artifact_root() -> Iterator[None]:
-    """Give MLflow its own default, the folder `mlruns`, as a URI.
+    """Set MLflow's default artifact root, the folder `mlruns`, as a URI.
 
-    As a path, MLflow would decode %XX in it, and paste it into SQL with its quotes.
+    Given a path, MLflow would decode %XX in it, and insert it into SQL with its quotes.
     """
     if _ARTIFACT_ROOT in os.environ:
         yield
@@ -93,21 +93,21 @@ def _default_artifact_root() -> Iterator[None]:
     try:
         yield
     finally:
-        # Where it stays, MLflow takes this process for a server.
+        # If it stayed set, MLflow would take this process for a server.
         os.environ.pop(_ARTIFACT_ROOT, None)
 
 
 def with_credentials(tracking_uri: str) -> str:
-    """The URI in the environment where `tracking_uri` is that one redacted.
+    """The URI from the environment if `tracking_uri` is its redacted form.
 
-    So a password reaches workers without being written to a file.
+    This passes a password to workers without writing it to a file.
     """
     secret = os.environ.get(TRACKING_URI_VARIABLE, "")
     return secret if secret and redact_uri(secret) == tracking_uri else tracking_uri
 
 
 def is_about_the_record(error: Exception) -> bool:
-    """Whether a store refused what it was sent; anything else may be better another time."""
+    """True if a store rejected the record itself; any other error may be temporary."""
     from mlflow.exceptions import MlflowException
     from requests import HTTPError
 
@@ -119,7 +119,7 @@ def is_about_the_record(error: Exception) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """First line of an error's text, without the credentials that addresses in it carry."""
+    """First line of an error's text, without the credentials of its addresses."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     found = (cause.search(str(error)) for cause in _CAUSES)
     if caused := next(filter(None, found), None):

@@ -1,4 +1,4 @@
-"""Where a group is read: in the store, or in the spool while the store does not have all of it."""
+"""Finds a group in the store, or in the spool while the store does not have all of it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Found:
-    """A group, and where it was read."""
+    """A group, and the place it was read from."""
 
     group: Group
     settings: Settings
     spooled: SpooledGroup | None = None
-    """Its folder in the spool; None where it was read in the store."""
+    """Its folder in the spool; None if it was read from the store."""
 
     def attach(self, files: Sequence[tuple[Path, str]], tags: Mapping[str, str]) -> None:
-        """Put files, each into an artifact folder, and tags on the group's run where it was read.
+        """Add files, each in an artifact folder, and tags to the group's run where it was read.
 
-        What is put into the spool is shipped with the rest of it.
+        Additions to the spool are shipped with the rest of it.
         """
         if self.spooled is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -51,7 +51,7 @@ class Found:
         client = open_client(self.settings.tracking_uri)
         run_id = self.group.run_id
         if self.spooled is not None:
-            # The store has all of it by now, and another name for the run.
+            # The store has all of it by now, with another id for the run.
             run_id = find_group(client, self.settings, self.group.name).info.run_id
         for path, folder in files:
             client.log_artifact(run_id, str(path), folder)
@@ -61,13 +61,13 @@ class Found:
     def _spool(
         self, spool: Path, files: Sequence[tuple[Path, str]], tags: Mapping[str, str]
     ) -> None:
-        """Put it into the spool; raises FileNotFoundError where that was removed meanwhile."""
+        """Add them to the spool; raises FileNotFoundError if that was removed meanwhile."""
         writer = SpoolWriter(spool, f"attached{CONTROL}")
         for path, folder in files:
             writer.upload(self.group.run_id, path, folder)
         writer.set_tags(self.group.run_id, tags)
         writer.close()
-        # A folder that was renamed to be removed takes what is written to it along.
+        # Writes to a folder renamed for removal are lost with it.
         writer.path.stat()
 
 
@@ -76,11 +76,11 @@ def read_group_anywhere(settings: Settings, wanted: str, tell: Callable[[str], o
 
     Args:
         wanted: a group's name, a run id, or `latest`: the newest of both places.
-        tell: is told where it was read, if that is the spool.
+        tell: called with a line if it was read from the spool.
 
     Raises:
         GroupNotFound: nothing matches.
-        Exception: the store does not answer, and the spool does not hold what is wanted.
+        Exception: the store does not answer, and the spool does not have the group.
     """
     local = _newest_spooled(settings, wanted, tell)
     if local is not None and wanted != "latest":
@@ -111,7 +111,7 @@ def _spooled(settings: Settings, group: SpooledGroup, tell: Callable[[str], obje
 
 
 def _merged(stored: Group, spooled: Group) -> Group:
-    """A group that was resumed: its runs in the store, but for those that are in the spool."""
+    """A resumed group: runs from the spool, and the others from the store."""
     newer = {run.key: run for run in spooled.runs if run.run_id}
     runs = tuple(newer.pop(run.key, run) for run in stored.runs)
     # Profiles are not resumed.
@@ -121,7 +121,7 @@ def _merged(stored: Group, spooled: Group) -> Group:
 def _newest_spooled(
     settings: Settings, wanted: str, tell: Callable[[str], object]
 ) -> tuple[SpooledGroup, SpooledRun] | None:
-    """The newest group in the spool that is meant, with its run, if the store lacks any of it."""
+    """The newest matching group of the spool, with its run, if the store lacks any of it."""
     target = redact_uri(absolute_uri(settings.tracking_uri))
     found = []
     for group in spooled_groups(Path(settings.spool_dir)):
@@ -133,7 +133,7 @@ def _newest_spooled(
             if is_meant or wanted in group.state().get(target, {}).get("run_ids", {}).values():
                 found.append((group, run))
         except FileNotFoundError:
-            # What is gone meanwhile is in the store.
+            # A group that is gone meanwhile is in the store.
             continue
         except SpoolDamaged as error:
             if wanted == group.name:
@@ -148,10 +148,10 @@ def _is_shipped(group: SpooledGroup, target: str) -> bool:
 
 
 def read_spooled(spooled: SpooledGroup) -> Group:
-    """The group that a folder of the spool holds, as far as it goes.
+    """The group in a folder of the spool, as far as it is recorded.
 
     Raises:
-        GroupNotFound: its launcher died before its first record was whole.
+        GroupNotFound: its launcher died before completing the first record.
     """
     runs = spooled.runs()
     group = next((run for run in runs.values() if run.kind == names.KIND_GROUP), None)
@@ -175,7 +175,7 @@ def read_spooled(spooled: SpooledGroup) -> Group:
 
 @dataclass(frozen=True)
 class _InSpool:
-    """A run in the spool, read like one in the store."""
+    """A run in the spool, read as one in the store."""
 
     run: SpooledRun
 

@@ -1,9 +1,9 @@
-"""A group as one small file, to be kept in a repository and compared with later groups.
+"""Golden files: a group as one small file, kept in a repository to compare later groups with.
 
-The file is a zip: `group.json` with everything about the group and its runs but their
-trajectories, and `runs.zip` with the columns of those, as `N/COLUMN.npy`. That one is not
-compressed by itself: what runs have in common, replays above all, is then stored once. It holds no
-user name and no absolute path.
+The file is a zip: `group.json` with all data of the group and its runs but their trajectories, and
+`runs.zip` with the columns of those, as `N/COLUMN.npy`. The inner zip is not compressed, so that
+the outer one stores data common to several runs, replays above all, once. A golden file has no user
+name and no absolute path.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store.reader import GroupNotFound
 
 SUFFIX = ".dpsgd"
-"""By it a file is told from a group's name."""
+"""Suffix that tells a golden file from a group's name."""
 _CONTENTS, _RUNS = "group.json", "runs.zip"
 _ABSOLUTE = re.compile(r"(?<![\w./])(?:~\w*/|/|[A-Za-z]:[\\/]|file:)[^\s'\",;)\]]*")
 _HIDDEN = "[path]"
-# The same bytes from the same group, whenever it is written.
+# The same group gives the same bytes, whenever it is written.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenRun:
-    """A mode run without its trajectory and without ids of the server it came from."""
+    """A mode run without its trajectory and without server ids."""
 
     mode: str
     regime: str
@@ -72,7 +72,7 @@ GOLDEN = Codec(GoldenGroup, "dpsgd-track/golden", 2)
 
 
 def is_golden(wanted: str) -> bool:
-    """Whether `wanted` names a golden file, and not a group on a server."""
+    """True if `wanted` names a golden file, rather than a group on a server."""
     return wanted.endswith(SUFFIX)
 
 
@@ -80,7 +80,7 @@ def check_target(path: Path, *, force: bool) -> None:
     """Raise unless a golden file can be written to `path`.
 
     Raises:
-        ValueError: another suffix, no such folder, or a file that is there already.
+        ValueError: another suffix, no such folder, or a file that exists.
     """
     require(path.suffix == SUFFIX, "export", str(path), f"a file that ends in {SUFFIX}")
     require(path.absolute().parent.is_dir(), "export", str(path), "a file in an existing folder")
@@ -90,10 +90,10 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def write_golden(group: Group, path: Path, *, force: bool = False) -> None:
-    """Write `group` to `path`, whole or not at all; a profile of it is left out.
+    """Write `group` to `path`, whole or not at all, without its profile.
 
     Raises:
-        ValueError: the file is there already, or cannot be written.
+        ValueError: the file exists, or cannot be written.
     """
     check_target(path, force=force)
     partial = path.with_name(f"{path.name}.partial")
@@ -153,7 +153,7 @@ def _unpacked(packed: zipfile.ZipFile, number: int) -> Trajectory:
     """The trajectory of one run.
 
     Raises:
-        ValueError: it is none, or of another version.
+        ValueError: it is not a trajectory, or of another version.
     """
     place = f"{number}/"
     with tempfile.TemporaryDirectory() as folder:
@@ -207,11 +207,11 @@ def _group(golden: GoldenGroup, packed: zipfile.ZipFile) -> Group:
 
 
 _NAMES = ("mode", "regime", "variant", "replay")
-"""Fields that runs are told apart by, which are no paths whatever they look like."""
+"""Fields that identify runs, and are not paths even if they look like one."""
 
 
 def _without_paths(document: str) -> bytes:
-    """`document` without the absolute paths in its texts."""
+    """`document` without absolute paths in its strings."""
 
     def hidden(value: Any) -> Any:
         match value:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 History = dict[str, dict[int, float | None]]
-"""By metric, then by step; None for NaN; of several values of one step the newest."""
+"""Values by metric and step; None for NaN; the newest of several values of one step."""
 
 Point = tuple[int, int, float | None]
 """Step, Unix time in ms, value."""
@@ -34,12 +34,12 @@ FROM metrics WHERE run_uuid = :run_id AND key = :metric
 
 
 def as_stored(value: float) -> float | None:
-    """What an SQL store makes of a value; None for NaN."""
+    """`value` as an SQL store keeps it; None for NaN."""
     return None if math.isnan(value) else max(-_LARGEST, min(_LARGEST, value))
 
 
 def restored(values: Sequence[float | None]) -> Floats:
-    """Values from a store with infinities in place of the largest float64, and NaN of None."""
+    """Values from a store, with the largest float64 turned into infinity, and None into NaN."""
     known = np.array(values, dtype=np.float64)
     known[known >= _STORED_INFINITY] = np.inf
     known[known <= -_STORED_INFINITY] = -np.inf
@@ -47,9 +47,9 @@ def restored(values: Sequence[float | None]) -> Floats:
 
 
 def metric_history(client: MlflowClient, run_id: str, metrics: Iterable[str]) -> History:
-    """The newest value that a run logged of each of `metrics` in each step.
+    """The newest value of each of `metrics` in each step of a run.
 
-    Of values with the same time the largest counts, as in MLflow itself.
+    Of values with equal times the largest counts, as in MLflow itself.
     """
     return {
         metric: {
@@ -63,10 +63,10 @@ def metric_history(client: MlflowClient, run_id: str, metrics: Iterable[str]) ->
 def all_points(
     client: MlflowClient, run_id: str, metrics: Iterable[str]
 ) -> Iterator[tuple[str, list[Point]]]:
-    """(step, Unix time in ms, value) of everything a run logged, of one metric after the other.
+    """(step, Unix time in ms, value) of all points that a run logged, metric by metric.
 
-    The value is None for NaN. A database is asked by SQL: MLflow's client makes an object of each
-    point, which takes ten times as long as the query.
+    The value is None for NaN. A database is queried in SQL: MLflow's client creates an object for
+    each point, which takes ten times as long as the query.
     """
     if _DATABASE.match(client.tracking_uri):
         yield from _queried(client.tracking_uri, run_id, metrics)

@@ -1,7 +1,7 @@
-"""Count of what a spooled group holds, its values a part at a time, and what of it is damaged.
+"""Inventory of a spooled group: counts, values in parts, and damage.
 
 The values of a long run take far more memory than their counts. They are read again from the files
-for every part, which costs much less than asking a store for them.
+for every part, which costs much less than querying a store for them.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from dpsgd_track.store.spool import CONTROL, MetricRow, SpoolReader, spool_files
 from dpsgd_track.store.spooled import SpooledGroup, SpooledRun, records_of
 
 MAX_POINTS = 100_000
-"""Values in a part, unless a single metric has more. With the store's answer beside it, one takes
-some 350 bytes."""
+"""Values in a part, unless a single metric has more. With the store's answer, a value takes about
+350 bytes."""
 
 Name = tuple[str, str]
 """Key of a run, and metric."""
 Points = set[Point]
-"""Values as a store keeps them."""
+"""Points as a store keeps them."""
 
 
 class Inventory:
-    """The runs of a group, and how many values of which metric each of them logged."""
+    """The runs of a group, and the number of values of each metric that each run logged."""
 
     def __init__(self, group: SpooledGroup) -> None:
         self.runs: dict[str, SpooledRun] = {}
-        """By key, in order of creation; without their rows."""
+        """Runs by key, in order of creation; without their rows."""
         self.metrics: dict[str, set[str]] = defaultdict(set)
-        """By run."""
+        """Names of metrics by run."""
         self._sizes: Counter[Name] = Counter()
         self._files: dict[str, dict[Path, None]] = defaultdict(dict)
         self._readers = [SpoolReader(file) for file in spool_files(group.folder)]
@@ -61,17 +61,17 @@ class Inventory:
         return f"{len(self.runs)} runs, {values:,} values of metrics and {files} files"
 
     def damage(self) -> list[str]:
-        """What the files lost, by file and line. Nobody writes to them any more.
+        """Losses of the files, by file and line. No process may still write to them.
 
-        A worker whose mode finished has closed its file; one that was killed has not. Whether the
-        launcher was killed is not known, so its files may end anywhere.
+        A worker whose mode finished has closed its file; one that was killed has not. The launcher
+        may have been killed or not, so its files may end anywhere.
         """
         found = [problem for reader in self._readers for problem in reader.damage()]
         workers = [reader for reader in self._readers if reader.path.suffix != CONTROL]
         unnamed = self._unnamed(set().union(*(reader.runs for reader in workers)))
         for reader in workers:
             named = {self.runs[run].status for run in reader.runs if run in self.runs}
-            # A file that was cut before its second line names no run.
+            # A file truncated before its second line names no run.
             _, _, rank = reader.path.stem.rpartition("-rank")
             possible = [named] if reader.runs else unnamed[rank]
             if {Status.FINISHED} in possible and not reader.is_closed:
@@ -80,14 +80,14 @@ class Inventory:
         return found
 
     def _unnamed(self, named: Set[str]) -> dict[str, list[set[str]]]:
-        """Statuses of each mode's runs that no worker's file names, by rank.
+        """Statuses, by rank, of each mode's runs that no worker's file names.
 
-        On node 0 those are runs of ranks on other machines, too.
+        On node 0 they include runs of ranks on other machines.
         """
         statuses: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for key, run in self.runs.items():
             if run.kind != names.KIND_GROUP and key not in named:
-                # Rank 0 logs what is everybody's.
+                # Rank 0 logs the global values.
                 rank = run.tags.get(names.RANK, "0")
                 mode = (run.tags.get(names.MODE, ""), run.tags.get(names.VARIANT, ""))
                 statuses[rank, *mode].add(run.status)
@@ -97,7 +97,7 @@ class Inventory:
         return by_rank
 
     def parts(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[Name, Points]]:
-        """The values of all runs that are wanted by their keys, at most MAX_POINTS at a time."""
+        """The values of all runs whose keys are wanted, at most MAX_POINTS at a time."""
         part: list[Name] = []
         size = 0
         for name, count in self._sizes.items():

@@ -1,4 +1,4 @@
-"""Is the tracking store usable? Asked once, before any process starts, and answered in a line."""
+"""Opens the tracking store, before any process starts, and reports problems in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOCK_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 10
 _URI = re.compile(r"[A-Za-z][\w+.-]*:/")
 
-# What a store's error says -> what to do about it.
+# Pattern in a store's error -> advice.
 _ADVICE = {
     "error code 401": "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
     "MLFLOW_TRACKING_TOKEN.",
@@ -41,11 +41,11 @@ _ADVICE = {
 
 
 def open_store(settings: Settings) -> tuple[MlflowClient, str]:
-    """A client of the store, created where it is missing, and the id of its experiment.
+    """A client of the store, created if missing, and the id of its experiment.
 
     Raises:
         ValueError: a URI or path in the settings cannot be used.
-        StoreError: the store cannot be used; said in one line, within 15 seconds.
+        StoreError: the store cannot be used; a one-line message, within 15 seconds.
     """
     uri = absolute_uri(settings.tracking_uri)
     path = sqlite_path(uri)
@@ -66,7 +66,7 @@ def open_store(settings: Settings) -> tuple[MlflowClient, str]:
 
 
 def unusable(settings: Settings, error: Exception) -> StoreError:
-    """What `error` says about the store, in a line, with what to do about it."""
+    """The problem of the store that `error` reports, in one line with advice."""
     reason = one_line(error)
     advice = next((words for sign, words in _ADVICE.items() if sign in reason), "")
     if not advice and settings.tracking_uri.startswith("http"):
@@ -82,15 +82,15 @@ def _unusable(settings: Settings, reason: str) -> StoreError:
 
 
 class StoreError(ValueError):
-    """The tracking store cannot be used; the message says why, and what to do."""
+    """The tracking store cannot be used; the message has the reason and advice."""
 
 
 class _StoreProblem(Exception):
-    """A sentence that says what is wrong with the store."""
+    """A problem of the store, in one sentence."""
 
 
 def _check_sqlite(path: Path) -> None:
-    # MLflow retries a file that cannot be opened for a minute and creates missing folders.
+    # MLflow retries an unreadable file for a minute and creates missing folders.
     if not path.parent.is_dir():
         raise _StoreProblem(f"The folder {path.parent} does not exist.")
     if path.is_dir():
@@ -120,7 +120,7 @@ def _check_database(uri: str) -> None:
 
 @contextlib.contextmanager
 def _creation_lock(path: Path | None) -> Iterator[None]:
-    """Two launchers that create one SQLite store at the same time would both fail."""
+    """Lock out other launchers: two that create one SQLite store at the same time both fail."""
     if path is None:
         yield
         return
@@ -133,7 +133,7 @@ def _creation_lock(path: Path | None) -> Iterator[None]:
 
 
 def has_group(client: MlflowClient, experiment_id: str, group: str) -> bool:
-    """Whether the experiment holds a group of this name."""
+    """True if the experiment has a group of this name."""
     query = f"tags.`{names.GROUP}` = '{group}'"
     return bool(client.search_runs([experiment_id], query, max_results=1))
 
@@ -144,7 +144,7 @@ def _experiment_id(client: MlflowClient, settings: Settings, location: str | Non
         try:
             return str(client.create_experiment(settings.experiment, artifact_location=location))
         except Exception:
-            # Another launcher may have been first.
+            # Another launcher may have created it first.
             found = client.get_experiment_by_name(settings.experiment)
             if found is None:
                 raise
@@ -158,13 +158,13 @@ def _experiment_id(client: MlflowClient, settings: Settings, location: str | Non
 
 
 def artifact_location(settings: Settings) -> str | None:
-    """Where a new experiment keeps artifacts; None leaves it to the server.
+    """Artifact location of a new experiment; None lets the server decide.
 
-    A relative folder is this machine's own, so behind an HTTP server it would be out of reach
-    for everybody else: the server decides then.
+    A relative folder is local to this machine, so with an HTTP server other machines could not
+    reach it: the server decides then.
 
     Raises:
-        ValueError: MLflow cannot keep the name of the folder.
+        ValueError: MLflow cannot store the name of the folder.
     """
     location = settings.artifact_location
     if not location or _URI.match(location):

@@ -1,7 +1,7 @@
-"""Reads a run group back from the tracking server, or from wherever its runs are kept.
+"""Reads a run group from the tracking server, or from wherever its runs are stored.
 
 The exact record is each mode run's `trajectory.npz`. A run that died before uploading it is
-read from its metric history: enough to see how far it got, never enough to pass.
+read from its metric history: enough to see its progress, never enough to pass.
 """
 
 from __future__ import annotations
@@ -40,51 +40,51 @@ Result = TypeVar("Result")
 NEVER_STARTED = "the run was never started"
 
 PAGE_SIZE = 100
-"""Runs that are asked for at once: each comes with all of its tags and params, and the newest group
-is most often the one meant."""
+"""Runs per request: each comes with all of its tags and params, and the newest group is most often
+the one wanted."""
 _NEWEST_SHOWN = 5
 
 
 class GroupNotFound(LookupError):
-    """Nothing to compare; the message says what was looked for and what is there."""
+    """Nothing to compare; the message names the group wanted and the available ones."""
 
 
 class KeptRun(Protocol):
-    """A mode run in the place that keeps it."""
+    """A mode run where it is stored."""
 
     @property
     def run_id(self) -> str:
-        """Its id in that place."""
+        """Id of the run in that place."""
 
     @property
     def status(self) -> Status:
-        """How it ended."""
+        """Status of the run."""
 
     @property
     def tags(self) -> Mapping[str, str]:
-        """As the launcher set them."""
+        """Tags as the launcher set them."""
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Last value of each."""
+        """Last value of each metric."""
 
     def read(self, name: str, load: Callable[[Path], Result]) -> Result:
         """`load` applied to the run's file `name`.
 
         Raises:
-            ValueError: the file is something else.
+            ValueError: the file is not what `load` reads.
             LookupError: there is no such file.
         """
 
     def history(self) -> History:
-        """Every value of the metrics that a trajectory holds."""
+        """All values of the metrics that a trajectory holds."""
 
 
 def open_client(tracking_uri: str) -> MlflowClient:
     """A client of the store at `tracking_uri`, which must exist: reading creates nothing.
 
     Raises:
-        GroupNotFound: an SQLite file that is not there.
+        GroupNotFound: the SQLite file does not exist.
         ValueError: an SQLite URI without a file.
     """
     path = sqlite_path(tracking_uri)
@@ -93,15 +93,15 @@ def open_client(tracking_uri: str) -> MlflowClient:
             f"tracking_uri={redact_uri(tracking_uri)!r}: expected an existing SQLite file. "
             "Launch a group first, or check --tracking-uri."
         )
-    # MLflow keeps what it opened by its name, which may mean another file by now.
+    # MLflow caches stores by name, which may mean another file by now.
     return connect(absolute_uri(tracking_uri))
 
 
 def find_group(client: MlflowClient, settings: Settings, wanted: str) -> Run:
     """The group run that `wanted` names: a group's name, a run id, or `latest`.
 
-    Of several groups with one name the newest is meant. The id of a mode or rank run stands
-    for its group.
+    The newest of several groups with one name is taken. The id of a mode or rank run stands for its
+    group.
 
     Raises:
         GroupNotFound: the experiment or the group does not exist.
@@ -144,9 +144,8 @@ def _is_named(run: Run, name: str) -> bool:
 
 
 def _search(client: MlflowClient, experiment_id: str, kind: str, parent: str = "") -> Iterator[Run]:
-    """Runs of one kind, newest first; of the run `parent` where it is given."""
-    # Names are matched in Python: a quote in a name would break out of a filter string. A run id
-    # has none.
+    """Runs of one kind, newest first; children of the run `parent` if given."""
+    # Names are matched in Python: a quote in a name would end a filter string. A run id has none.
     child = f" AND tags.`{names.PARENT_RUN}` = '{parent}'" if parent else ""
     token = None
     while True:
@@ -216,7 +215,7 @@ def assembled(
     rank_statuses: Mapping[Status, int],
     superseded: int,
 ) -> Group:
-    """A group out of its plan and what is kept of its runs.
+    """A group assembled from its plan and its stored runs.
 
     Args:
         kept: the group's own run.
@@ -302,7 +301,7 @@ def _read_facts(kept: KeptRun) -> RunFacts | None:
 
 
 def _read_record(key: RunKey, kept: KeptRun) -> tuple[Trajectory | Timings | None, str]:
-    """What a run observed, and why it is missing or incomplete."""
+    """The record of a run, and why it is missing or incomplete."""
     try:
         if key.regime == PROFILE:
             return kept.read(names.TIMINGS_FILE, Timings.load), ""
@@ -366,8 +365,8 @@ class _StoredRun:
 
 
 def _local_folder(artifact_uri: str) -> Path | None:
-    """Where artifacts are on this machine, so that they need no copy; None for another store."""
-    # As MLflow reads it: in a path, `?` and `#` are characters.
+    """Local folder of artifacts, which need no copy then; None for other stores."""
+    # As in MLflow, `?` and `#` are characters of a path.
     if artifact_uri.startswith("/"):
         return Path(url2pathname(artifact_uri))
     parts = urlparse(artifact_uri)
@@ -380,12 +379,12 @@ _LAYER_PREFIXES = (names.LAYER_WEIGHT_NORM, names.LAYER_GRAD_NORM)
 
 
 def metrics_of_trajectory(logged: Iterable[str]) -> list[str]:
-    """Those of the metrics that a trajectory holds."""
+    """Those of `logged` that a trajectory holds."""
     return [m for m in logged if m in SCALAR_METRICS or m.startswith(_LAYER_PREFIXES)]
 
 
 def _from_metrics(history: History) -> Trajectory | None:
-    # A step that was cut off while it was logged is a missing step, not a NaN.
+    # A step interrupted while it was logged is missing, not NaN.
     whole = [history.get(metric, {}).keys() for metric in ("loss", "grad_norm")]
     steps = sorted(set(whole[0]) & set(whole[1]))
     if not steps:

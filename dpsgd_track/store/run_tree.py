@@ -1,6 +1,6 @@
-"""The run tree of one group, as the launcher builds it; the launcher alone sets run statuses.
+"""The run tree of one group, built by the launcher, which alone sets run statuses.
 
-It is written to the group's spool, so that no store can hold up what the launcher does.
+It is written to the group's spool, so that no store can block the launcher.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpsgd_track.store.spool import SpoolWriter
 
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000
-"""What MLflow's stores accept at least."""
+"""Length accepted by all of MLflow's stores."""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -38,12 +38,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class RunTree:
-    """Group, mode and rank runs of one group. A run is known by its key in the spool."""
+    """Group, mode and rank runs of one group. A run is identified by its key in the spool."""
 
     def __init__(self, writer: SpoolWriter, experiment: str, group: str) -> None:
         """
         Args:
-            writer: of the group's control file.
+            writer: writes the group's control file.
             experiment: name of the experiment that the runs belong to.
         """
         self._writer = writer
@@ -68,14 +68,14 @@ class RunTree:
         *,
         is_elsewhere: bool,
     ) -> None:
-        """Take up a group run that ended.
+        """Resume a group run that ended.
 
         Args:
-            is_elsewhere: True if the rest of the group is in the store, and not in this spool.
+            is_elsewhere: True if the rest of the group is in the store and not in this spool.
         """
         self._add_run(run, self.group, tags, {}, time_ms=start_ms, is_resumed=is_elsewhere)
         self._writer.add("reopen", run)
-        # Why it ended before is no longer so.
+        # The reason of the earlier end no longer applies.
         self._writer.set_tags(run, {names.REASON: "", names.FAILURE: "", names.NOTE: ""})
         self.group_run = run
         self._keep_plan(plan)
@@ -123,10 +123,10 @@ class RunTree:
     def finish(
         self, run: str, status: Status, failure: Failure | None = None, more: str = ""
     ) -> None:
-        """End a run, with the reason where it did not finish.
+        """End a run, with the reason if it did not finish.
 
         Args:
-            more: said after the advice, such as where the log is.
+            more: text after the advice, such as the path of the log.
         """
         if failure is not None:
             self._writer.set_tags(run, tags_of(status, failure, more))
@@ -134,7 +134,7 @@ class RunTree:
         self._open.pop(run, None)
 
     def finish_open(self, status: Status, failure: Failure) -> None:
-        """End every run of this tree that is still running, the group run last."""
+        """End all runs of this tree that are still running, the group run last."""
         for run in reversed(list(self._open)):
             self.finish(run, status, failure)
 
@@ -164,7 +164,7 @@ class RunTree:
 
 
 def tags_of(status: Status, failure: Failure, more: str = "") -> dict[str, str]:
-    """The tags that say why a run ended as it did: for people, and for programs."""
+    """Tags with the reason of a run's end: for people, and for programs."""
     advice = f"{failure.advice} {more}".strip()
     note = f"**{status}**: {failure.reason}\n\n{advice}"
     return {
@@ -175,7 +175,7 @@ def tags_of(status: Status, failure: Failure, more: str = "") -> dict[str, str]:
 
 
 def _settings(job: JobConfig, regime: RegimeConfig) -> dict[str, Any]:
-    """Everything that a run is configured by."""
+    """All settings of a run."""
     settings = asdict(job.run_in(regime)) | {"regime": asdict(regime)}
     del settings["regimes"]
     if job.variant is None:
@@ -184,7 +184,7 @@ def _settings(job: JobConfig, regime: RegimeConfig) -> dict[str, Any]:
 
 
 def _summary(plan: GroupPlan) -> dict[str, Any]:
-    """What people look for in the list of runs; the plan itself is the artifact."""
+    """Parameters for the list of runs; the plan itself is an artifact."""
     first = asdict(plan.jobs[0])
     every = {name: [getattr(job.data, name) for job in plan.jobs] for name in first["data"]}
     return {
@@ -195,7 +195,7 @@ def _summary(plan: GroupPlan) -> dict[str, Any]:
         "num_ranks": plan.num_ranks,
         **{name: first[name] for name in ("model", "performance", "seed")},
         **{name: first[name] for name in ("layer_norms", "log_ranks")},
-        # Lengths and batch sizes of a profile.
+        # Sequence lengths and batch sizes of a profile.
         "data": {name: list(dict.fromkeys(values)) for name, values in every.items()},
         "environment": dict(plan.environment.items()),
     }

@@ -1,8 +1,8 @@
-"""Ships a spooled group to a tracking store, as often as it takes, and checks what arrived.
+"""Ships a spooled group to a tracking store, with retries, and checks that it arrived.
 
-Sending anything twice changes nothing: a store keeps one of several equal (metric, step, time,
-value), params and tags may be set again, a file replaces itself, and a run is found by the key it
-carries. So whatever was not acknowledged is simply sent again.
+Sending is idempotent: a store keeps one of several equal (metric, step, time, value), params and
+tags may be set again, a file replaces itself, and a run is found by the key it carries. So records
+that were not acknowledged are simply sent again.
 """
 
 from __future__ import annotations
@@ -41,25 +41,24 @@ MAX_METRICS_PER_BATCH = 1000
 MAX_PARAMS_PER_BATCH = 100
 MAX_TAGS_PER_BATCH = 100
 ROWS_AT_ONCE, VALUES_AT_ONCE = 200, 20_000
-"""What is held in memory of a backlog, however long it is: so many steps, unless one of them has
-more values than that."""
+"""Most steps and values of a backlog held in memory at once; a single step may have more values."""
 _REPORT_TIMEOUT_S = 10.0
 
 
 class NotThereYet(Exception):
-    """Runs that another machine keeps are not in the store yet; call again later."""
+    """Runs kept by another machine are not in the store yet; call again later."""
 
 
 class Shipper:
-    """Takes one group to one store. The group is held by the caller."""
+    """Ships one group to one store. The caller holds the group."""
 
     def __init__(
         self, group: SpooledGroup, client: MlflowClient, tracking_uri: str, experiment_id: str
     ) -> None:
         """
         Args:
-            client: of the store at `tracking_uri`.
-            experiment_id: where runs are created.
+            client: client of the store at `tracking_uri`.
+            experiment_id: experiment in which runs are created.
         """
         self.group = group
         self._client = client
@@ -73,17 +72,17 @@ class Shipper:
             self.run_ids, self._acknowledged = state["run_ids"], state["acknowledged"]
         self._readers: dict[str, SpoolReader] = {}
         self.refused: dict[str, str] = {}
-        """Why records of a spool file can't be shipped, by its name."""
+        """Why records of a spool file can't be shipped, by the name of the file."""
         self._is_sure_of_runs = False
 
     def ship(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Ship what is there and not acknowledged yet.
+        """Ship the records that are not acknowledged yet.
 
         Returns:
-            Whether there was anything.
+            True if there were any.
 
         Raises:
-            Exception: the store is away, or refuses everything; call again later.
+            Exception: the store is unreachable, or refuses everything; call again later.
         """
         self._make_sure_of_runs()
         before = dict(self._acknowledged)
@@ -95,12 +94,12 @@ class Shipper:
             if offset <= self._acknowledged.get(file.name, 0):
                 continue
             self._attempt(file, partial(self._ship_rows, rows))
-            # What ends a run is kept back until everything written before it is there.
+            # The end of a run is held back until all earlier records are in the store.
             if event is not None and event["do"] == "end":
                 ends.append((file.name, offset, event))
             elif event is not None:
                 if event["do"] == "reopen":
-                    # It ended before it was shipped, and goes on.
+                    # It had ended before it was shipped, and was resumed.
                     ends = [end for end in ends if end[2]["run"] != event["run"]]
                 self._attempt(file, partial(self._ship_event, event))
             read[file.name] = offset
@@ -116,10 +115,10 @@ class Shipper:
         return bool(read)
 
     def _unread(self) -> Iterator[tuple[Path, int, list[MetricRow], Event | None]]:
-        """What is there and was not read yet, control files first, each with its file.
+        """Unread records, control files first, each with its file.
 
-        What workers left is listed only when control files were read to their end: a worker may
-        have come and gone meanwhile, and what it observed goes before the end of its run.
+        Files of workers are listed only after control files were read to their end: a worker may
+        have come and gone meanwhile, and its observations go before the end of its run.
         """
         for is_control in (True, False):
             for file in spool_files(self.group.folder):
@@ -132,10 +131,10 @@ class Shipper:
                     self.refused.setdefault(file.name, str(error))
 
     def is_there(self) -> None:
-        """Raise if the store does not answer; costs little."""
+        """Raise if the store does not answer; a cheap check."""
         self._client.get_experiment(self._experiment_id)
 
-    # A failed attempt leaves its file where it was, so that the next process begins there.
+    # A failed attempt leaves its file at the old offset, so that the next process begins there.
     def _acknowledge(self, name: str, offset: int) -> None:
         if name not in self.refused:
             self._acknowledged[name] = offset
@@ -148,7 +147,7 @@ class Shipper:
             call()
         except Exception as error:
             if not is_about_the_record(error):
-                # What was read and not sent has to be read again.
+                # Records that were read but not sent have to be read again.
                 self._readers.clear()
                 raise
             self.refused.setdefault(file.name, one_line(error))
@@ -163,15 +162,15 @@ class Shipper:
         try:
             self.group.save_state(state)
         except OSError:
-            # The next process sends more than it needs to.
+            # The next process only sends more than it needs to.
             return
 
     def _make_sure_of_runs(self) -> None:
-        """Know which runs are in the store: a call that was cut off may have created one."""
+        """Look up the runs in the store: an interrupted call may have created one."""
         if self._is_sure_of_runs:
             return
         if self.group.is_part:
-            # All runs of a large group, asked for by every machine, would stop a server.
+            # Requests by every machine for all runs of a large group would overload a server.
             known = {key: run_id for key in self.run_ids if (run_id := self._look_up(key))}
         else:
             known = {
@@ -179,7 +178,7 @@ class Shipper:
                 for key, ids in self._found().items()
             }
         if not self.run_ids.items() <= known.items():
-            # It is another database than it was.
+            # The database is no longer the same.
             self._acknowledged.clear()
         self.run_ids = known
         self._is_sure_of_runs = True
@@ -193,7 +192,7 @@ class Shipper:
         return found
 
     def remove_doubles(self) -> None:
-        """Delete runs that the store created after nobody waited for them any more."""
+        """Delete duplicate runs, which the store created after the request had timed out."""
         for key, ids in self._found().items():
             for run_id in set(ids) - {self.run_ids.get(key, ids[0])}:
                 self._client.delete_run(run_id)
@@ -238,7 +237,7 @@ class Shipper:
         self.run_ids[key] = run_id
 
     def _look_up(self, key: str) -> str:
-        """Id in the store of a run; empty where it is not there."""
+        """Id of a run in the store; empty if it is not there."""
         query = f"tags.`{names.KEY}` = '{key}'"
         order = ["attributes.start_time ASC"]
         found = self._client.search_runs(
@@ -247,7 +246,7 @@ class Shipper:
         return str(found[0].info.run_id) if found else ""
 
     def _id(self, key: str) -> str:
-        """Id in the store of a run.
+        """Id of a run in the store.
 
         Raises:
             LookupError: the launcher's record of it is missing or damaged.
@@ -311,7 +310,7 @@ class Shipper:
             raise problem
 
     def _log_metrics(self, run_id: str, batch: Sequence[Metric]) -> Exception | None:
-        """Log them all; one that the store refuses does not take the others with it."""
+        """Log all of `batch`; one that the store refuses does not affect the others."""
         try:
             self._client.log_batch(run_id, metrics=batch)
         except Exception as error:
@@ -325,9 +324,9 @@ class Shipper:
         return None
 
     def differences(self, *, count: bool = True) -> list[str]:
-        """What the store does not hold as it was logged; empty where all is there.
+        """Records that the store lacks or holds differently; empty if all are there.
 
-        What is damaged in the spool comes first.
+        Damage in the spool comes first.
 
         Args:
             count: compare every value of every metric; else only that each metric, param, status
@@ -343,7 +342,7 @@ class Shipper:
             stored = self._client.get_run(self.run_ids[run.key])
             problems = list(self._differences(run, stored))
             if run.status is Status.ELSEWHERE:
-                # As node 0 told the store.
+                # As node 0 recorded it in the store.
                 run.status, run.tags = Status(stored.info.status), dict(stored.data.tags)
             metrics = inventory.metrics[run.key]
             if missing := metrics - stored.data.metrics.keys():
@@ -384,7 +383,7 @@ class Shipper:
             ours = storable(param)[:MAX_PARAM_LENGTH]
             if (theirs := stored.data.params.get(key, ours)) != ours:
                 yield f"its param {key} is {theirs[:80]!r}, not {ours[:80]!r}"
-        # Of several files of one name the last one stays.
+        # The last of several files of one name stays.
         files = {(where, path.name): path for path, where in run.files}
         for folder in {where for where, _ in files}:
             artifacts = self._client.list_artifacts(run_id, folder or None)
@@ -402,16 +401,16 @@ class Shipper:
 def settle(
     shipper: Shipper, *, count: bool, should_stop: Callable[[], bool] = lambda: False
 ) -> list[str]:
-    """Ship a group that nobody writes to, and remove its spool once all of it is seen to be there.
+    """Ship a group that nobody writes to, and remove its spool once the store is seen to have all.
 
     Args:
         count: compare every value of every metric.
     Returns:
-        What is not in the store as it is in the spool; empty where the spool was removed.
+        Records that the store lacks or holds differently; empty if the spool was removed.
 
     Raises:
-        Busy: somebody writes to it.
-        Exception: the store is away.
+        Busy: another process writes to it.
+        Exception: the store is unreachable.
     """
     sizes: dict[str, int] = {}
     # A comparison may have added its report meanwhile.
@@ -440,7 +439,7 @@ def _sizes_at_rest(group: SpooledGroup) -> dict[str, int]:
 
 
 def storable(text: str) -> str:
-    """`text` without what no database keeps: the character NUL, and halves of characters."""
+    """`text` without characters that no database accepts: NUL and lone surrogates."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
@@ -454,7 +453,7 @@ def _is_about_a_value(error: Exception) -> bool:
 
 
 def _chunks(reader: SpoolReader) -> Iterator[tuple[int, list[MetricRow], Event | None]]:
-    """Records of a file in order: rows, then the event after them, and the byte after all."""
+    """Records of a file in order: rows, the event after them, and the offset of their end."""
     rows: list[MetricRow] = []
     num_values = 0
     offset = reader.offset
@@ -468,6 +467,6 @@ def _chunks(reader: SpoolReader) -> Iterator[tuple[int, list[MetricRow], Event |
         else:
             yield offset, rows, record
         rows, num_values = [], 0
-    # Past lines that are no records: a damaged one, and the one that closes the file.
+    # Past lines that are not records: damaged ones, and the one that closes the file.
     if rows or reader.offset > offset:
         yield reader.offset, rows, None

@@ -1,4 +1,4 @@
-"""A launcher's thread that ships what is spooled, and never makes anybody wait for it."""
+"""A launcher's background thread that ships the spool without blocking anything."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dpsgd_track.store.client import one_line
 from dpsgd_track.store.shipper import NotThereYet, Shipper, settle
 
 INTERVAL_S = 1.0
-"""How long records are gathered before they are shipped."""
+"""Seconds between shipments."""
 CLOSE_TIMEOUT_S, AWAY_TIMEOUT_S = 60.0, 5.0
-"""How long the end waits for a store that takes records, and for one that is away."""
+"""Longest wait at the end, in seconds, for a store that accepts records and an unreachable one."""
 _LONGEST_PAUSE_S = 5.0
 _LONGEST_PASS_S = 15.0
 _SILENT_S = 3.0
@@ -23,7 +23,7 @@ Tell = Callable[[str], object]
 
 
 class Shipping:
-    """Ships a group while it grows, and then what dead launchers left."""
+    """Ships a group while it grows, then the records that dead launchers left."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class Shipping:
     ) -> None:
         """
         Args:
-            tell: is told, once each time, that the store is away, and that it is back.
-            left: groups of launchers that died.
-            check: called once all is shipped; says what is not in the store after all. It is given
-                no more time than shipping is.
+            tell: called once each time the store becomes unreachable, and once it is back.
+            left: shippers of the groups of launchers that died.
+            check: called once all is shipped; returns the records missing from the store. It shares
+                the time limit of shipping.
         """
         self._shipper = shipper
         self._uri = tracking_uri
@@ -57,12 +57,12 @@ class Shipping:
         self._thread = threading.Thread(target=self._run, name="shipping", daemon=True)
 
     def start(self) -> None:
-        """Begin to ship, in the background."""
+        """Start shipping, in the background."""
         self._thread.start()
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Ship nothing while entered; what is being shipped is waited for, for a limited time."""
+        """Ship nothing while entered; waits a limited time for the shipment under way."""
         is_quiet = self._passing.acquire(timeout=_LONGEST_PASS_S)
         try:
             yield
@@ -76,13 +76,13 @@ class Shipping:
         away_timeout_s: float = AWAY_TIMEOUT_S,
         is_hurried: Callable[[], bool] = lambda: False,
     ) -> str:
-        """Ship the rest, for a limited time; nothing is written to the group any more.
+        """Ship the rest, for a limited time; no more records may be written to the group.
 
         Args:
-            timeout_s: for a store that takes records.
-            away_timeout_s: for one that is away, and where `is_hurried`.
+            timeout_s: for a store that accepts records.
+            away_timeout_s: for an unreachable one, and if `is_hurried`.
         Returns:
-            Why something is still on this machine alone; empty where all of it arrived.
+            Why some records are on this machine alone; empty if all arrived.
         """
         self._closing.set()
         start = time.monotonic()
@@ -103,13 +103,13 @@ class Shipping:
         return self._trouble or next(iter(found), f"It took longer than {timeout_s:g} s.")
 
     def should_stop(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """True once nobody waits for shipping any more."""
         return self._stop.is_set()
 
     def _run(self) -> None:
         pause_s = self._interval_s
         while not self._stop.is_set():
-            # What is written before the end is asked for is shipped by the pass after it.
+            # Records written before the request to end are shipped by the pass after it.
             is_closing = self._closing.wait(pause_s)
             try:
                 with self._passing:
@@ -124,7 +124,7 @@ class Shipping:
                 self._note(error)
                 pause_s = min(2 * max(pause_s, 0.25), _LONGEST_PAUSE_S)
                 if is_closing:
-                    # The event is set: it would not wait.
+                    # The event is set: waiting on it would return at once.
                     self._stop.wait(min(pause_s, 0.5))
                 continue
             if self._trouble:
@@ -140,7 +140,7 @@ class Shipping:
 
     def _note(self, error: Exception) -> None:
         self._trouble = one_line(error)
-        # Where it is, but what another machine ships is not, that one may only be slower.
+        # If only another machine's records are missing, that machine may just be slower.
         self._is_away = not isinstance(error, NotThereYet)
         if self._is_away and not self._is_told and not self._stop.is_set():
             self._is_told = True
@@ -152,7 +152,7 @@ class Shipping:
     def _ship_left(self) -> None:
         while self._left and not self._closing.is_set():
             shipper = self._left.pop()
-            # `dpsgd-track sync` says what is wrong with it; this launch is about another group.
+            # `dpsgd-track sync` reports its problem; this launch is about another group.
             with contextlib.suppress(Exception):
                 if not settle(shipper, count=False, should_stop=self._closing.is_set):
                     self._tell(f"tracking: the store has all of {shipper.group.name} now.")

@@ -1,21 +1,21 @@
-"""One process's records as lines of JSON that are appended to a file, readable after a SIGKILL.
+"""Append-only file of one process's records as lines of JSON, readable after a SIGKILL.
 
 A file begins with the line `{"dpsgd-track spool":2}`. Each further line is a record: its checksum
 (CRC-32, 8 hexadecimal digits), a space, and JSON on the same line. The JSON is one of
 
-- `{"do":"open","runs":[...]}`: keys of the runs that the file is about.
-- `{"do":"names","number":0,"run":...,"keys":[...]}`: a run and names of metrics, under a number of
-  the file's own.
+- `{"do":"open","runs":[...]}`: keys of the runs that the file covers.
+- `{"do":"names","number":0,"run":...,"keys":[...]}`: a run and names of metrics, under a number
+  within the file.
 - `[number,step,time_ms,"..."]`: values of those metrics in one step, as base64 of little-endian
-  float64. Decimals would cost nine times as much to write, and NaN its payload.
+  float64. Decimals would take nine times as long to write, and lose the payload of NaN.
 - `{"do":...,"run":...,"time_ms":...}`: an event: run, params, tags, file, end and others.
-- `{"do":"close","records":n}`: the end of a file that was closed, and how many records precede it.
+- `{"do":"close","records":n}`: the end of a closed file, and the number of records before it.
 
-Every record is handed to the operating system in one write, so that it outlives the process. It
-is not forced to the disk: a machine that loses power may lose the last half minute.
+Every record is passed to the operating system in one write, so that it outlives the process. It is
+not flushed to disk: a machine that loses power may lose the last half minute.
 
-A last line without its line break is not yet a record: its writer is at it, or was killed at it.
-Any other line that does not fit its checksum is damage, which a reader notes and reads past.
+A last line without a line break is not yet a record: its writer is still writing it, or was killed.
+Any other line with a wrong checksum is damage, which a reader reports and skips.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from dpsgd_track.store.client import TrackingError
 
 SCHEMA_VERSION = 2
 MAGIC = b'{"dpsgd-track spool":%d}\n' % SCHEMA_VERSION
-# No line of another version fits.
+# Lines of other versions do not match.
 _SEED = zlib.crc32(MAGIC)
 CONTROL, RECORDS = ".control", ".records"
-"""Suffixes: what creates and ends runs, and what workers observe. Control files are read first."""
+"""Suffixes: creation and end of runs, and observations of workers. Control files are read first."""
 FILES = "files"
 """Folder beside the spool files that holds files to be uploaded."""
 
 MAX_HELD_BYTES = 64 << 20
-"""What is held in memory while the disk takes nothing."""
+"""Most bytes held in memory while the disk is full."""
 
 Event = Mapping[str, Any]
 
@@ -62,7 +62,7 @@ def now_ms() -> int:
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """Values of one step of one run."""
+    """Metric values of one step of one run."""
 
     run: str
     keys: tuple[str, ...]
@@ -72,14 +72,14 @@ class MetricRow:
 
 
 class SpoolDamaged(Exception):
-    """A file is no spool file of this version; the message names it."""
+    """A file is not a spool file of this version; the message names it."""
 
 
 class SpoolWriter:
     """Appends one process's records to a file of its own. Calls may come from any thread.
 
-    Where the disk is full, records are held in memory and written as soon as there is room; what
-    could not be written by `close` makes it raise. Without a folder, nothing is kept.
+    While the disk is full, records are held in memory and written as soon as there is room; `close`
+    raises if some remain. Without a folder, nothing is recorded.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class SpoolWriter:
     ) -> None:
         """
         Args:
-            folder: the group's; None keeps nothing.
-            name: of the process, with one of the suffixes CONTROL and RECORDS.
-            runs: keys of the runs that the file is about. Where all of them finish and the file was
+            folder: the group's; None to record nothing.
+            name: name of the process, with one of the suffixes CONTROL and RECORDS.
+            runs: keys of the runs that the file covers. If all of them finish and the file was
                 never closed, a part of it is missing.
-            tell: is told, once, that the disk is full.
+            tell: called once when the disk is full.
         """
         self._folder = folder
         self._tell = tell
@@ -109,13 +109,13 @@ class SpoolWriter:
         self._num_records = 1
         self._descriptor = -1
         self.path = Path(os.devnull)
-        """The file; nowhere without a folder."""
+        """Path of the file; the null device without a folder."""
         if folder is not None:
             self.path, self._descriptor = _create(folder, name)
             self._put(MAGIC + _line(_json({"do": "open", "runs": list(runs)})))
 
     def log_metrics(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep one step's values, stamped with the time of this call."""
+        """Record one step's values, stamped with the time of this call."""
         if self._folder is None:
             return
         keys = tuple(metrics)
@@ -126,20 +126,20 @@ class SpoolWriter:
             self._append(b'[%d,%d,%d,"%b"]' % (number, step, now_ms(), packed))
 
     def log_params(self, run: str, params: Mapping[str, str]) -> None:
-        """Keep params."""
+        """Record params."""
         self.add("params", run, params=dict(params))
 
     def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
-        """Keep tags; a later value of a tag replaces an earlier one."""
+        """Record tags; a later value of a tag replaces an earlier one."""
         self.add("tags", run, tags=dict(tags))
 
     def upload(self, run: str, path: Path, folder: str = "") -> None:
-        """Keep a file, to become an artifact of the run in `folder`."""
+        """Record a file, to become an artifact of the run in `folder`."""
         if self._folder is not None:
             self.add("file", run, path=self._kept(path), folder=folder)
 
     def add(self, what: str, run: str, **values: object) -> None:
-        """Keep an event."""
+        """Record an event."""
         if self._folder is None:
             return
         event = {"do": what, "run": run, "time_ms": now_ms(), **values}
@@ -147,10 +147,10 @@ class SpoolWriter:
             self._append(_json(event))
 
     def close(self) -> None:
-        """Write what is held. Closing twice does nothing.
+        """Write the records held in memory. A second call does nothing.
 
         Raises:
-            TrackingError: something could not be written.
+            TrackingError: some records could not be written.
         """
         with self._lock:
             if self._descriptor < 0:
@@ -167,7 +167,7 @@ class SpoolWriter:
     def _define(self, run: str, keys: tuple[str, ...]) -> tuple[int, struct.Struct]:
         table = (len(self._tables), struct.Struct(f"<{len(keys)}d"))
         self._append(_json({"do": "names", "number": table[0], "run": run, "keys": keys}))
-        # Not before it is kept: nobody could read the values that follow it.
+        # Only once the names are recorded: the values that follow need them.
         self._tables[run, keys] = table
         return table
 
@@ -177,7 +177,7 @@ class SpoolWriter:
         self._num_records += 1
 
     def _put(self, line: bytes) -> None:
-        # In order: there may be room by now.
+        # Earlier records first: there may be room by now.
         self._flush()
         if self._held:
             self._hold(line)
@@ -224,12 +224,12 @@ class SpoolWriter:
         )
 
     def _kept(self, path: Path) -> str:
-        """Where the file stays as it is now: a hard link, else a copy, else the file itself."""
+        """Path of a frozen version of the file: a hard link, else a copy, else the file itself."""
         assert self._folder is not None
         place = Path(FILES) / uuid.uuid4().hex[:12]
         target = self._folder / place / path.name
         try:
-            # The group's own folder is not made anew where it was removed.
+            # The group's own folder is not recreated after its removal.
             (self._folder / FILES).mkdir(exist_ok=True)
             target.parent.mkdir()
             try:
@@ -243,7 +243,7 @@ class SpoolWriter:
 
 
 def _create(folder: Path, name: str) -> tuple[Path, int]:
-    """A new file, numbered so that names are in order of creation, locked while it is written."""
+    """A new file, numbered so that names sort by creation, locked while it is written."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
     while True:
         taken = [int(file.name[:6]) for file in spool_files(folder)]
@@ -252,7 +252,7 @@ def _create(folder: Path, name: str) -> tuple[Path, int]:
         with contextlib.suppress(FileExistsError):
             descriptor = os.open(path, flags, 0o666)
             break
-    # Who asks whether it is being written holds the lock for a moment.
+    # `is_being_written` holds the lock for a moment.
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return path, descriptor
 
@@ -266,7 +266,7 @@ def _line(content: bytes) -> bytes:
 
 
 def _content(line: bytes) -> bytes | None:
-    """The JSON of a line; None where it does not fit its checksum."""
+    """The JSON of a line; None if its checksum is wrong."""
     content = line[9:-1]
     return content if line == _line(content) else None
 
@@ -282,7 +282,7 @@ def spool_files(folder: Path) -> list[Path]:
 
 
 def is_being_written(file: Path) -> bool:
-    """Whether the process that writes a spool file is alive."""
+    """True if the process that writes a spool file is alive."""
     with file.open("rb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -292,27 +292,27 @@ def is_being_written(file: Path) -> bool:
 
 
 class SpoolReader:
-    """Reads a spool file from front to back, past damaged lines; it may grow meanwhile."""
+    """Reads a spool file in order, skipping damaged lines; it may grow meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
-        """Byte up to which the file was read."""
+        """Offset up to which the file was read, in bytes."""
         self.runs: set[str] = set()
-        """Keys of the runs that it is about."""
+        """Keys of the runs that the file covers."""
         self.num_lines = 0
-        """Lines that were read."""
+        """Number of lines read."""
         self._closed_at = self._num_nameless = 0
         self._damage: list[str] = []
         self._tables: dict[int, tuple[str, tuple[str, ...], struct.Struct]] = {}
 
     @property
     def is_closed(self) -> bool:
-        """Whether the record was read by which its writer closed it."""
+        """True once the closing record of the file was read."""
         return self._closed_at > 0
 
     def records(self) -> Iterator[tuple[int, MetricRow | Event]]:
-        """What was not read yet, each with the byte after it; `offset` goes on as it is taken.
+        """Unread records, each with the offset of its end; `offset` advances as they are consumed.
 
         Raises:
             SpoolDamaged: the file is of another version.
@@ -331,7 +331,7 @@ class SpoolReader:
                     yield self.offset, record
 
     def damage(self) -> list[str]:
-        """What was found damaged so far, each with the file and the line."""
+        """Damage found so far, each with file and line."""
         found = list(self._damage)
         if self._num_nameless:
             where = f"{self.path}: {self._num_nameless} lines hold values"
@@ -341,7 +341,7 @@ class SpoolReader:
         return found
 
     def _begin(self, file: IO[bytes]) -> bool:
-        """Read the first line; False while it is not whole."""
+        """Read the first line; False while it is incomplete."""
         first = file.readline()
         if not first.endswith(b"\n") and MAGIC.startswith(first):
             return False
@@ -356,7 +356,7 @@ class SpoolReader:
         return True
 
     def _record(self, record: Any) -> MetricRow | Event | None:
-        """A line's record; None for one that is only about the file."""
+        """A line's record; None for one about the file itself."""
         if isinstance(record, list):
             number, step, time_ms, packed = record
             if number not in self._tables:
@@ -375,7 +375,7 @@ class SpoolReader:
                 self.runs.add(event["run"])
             case "close":
                 self._closed_at = self.offset
-                # The first line and this one are no records.
+                # The first line and this one are not records.
                 num_records, num_written = self.num_lines - 2, event["records"]
                 if num_records != num_written and not self._damage:
                     self._note(f"{num_records} of {num_written} records are there")

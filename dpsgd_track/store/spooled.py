@@ -1,13 +1,13 @@
-"""A group's folder in the spool directory: who writes it, what it holds, how far it was shipped.
+"""A group's folder in the spool directory: its lock, its contents, its shipping state.
 
-SPOOL_DIR/GROUP/lock              held by the launcher, or by what ships the group
+SPOOL_DIR/GROUP/lock              held by the launcher, or by the process that ships the group
 SPOOL_DIR/GROUP/000001-*.control  events of the launcher: runs, their params, tags and ends
-SPOOL_DIR/GROUP/000002-*.records  what a worker observed
+SPOOL_DIR/GROUP/000002-*.records  observations of a worker
 SPOOL_DIR/GROUP/files/            files to be uploaded
 SPOOL_DIR/GROUP/state.json        for each store: ids of the runs there, bytes acknowledged
 
-On a machine that only takes part in a group, SPOOL_DIR/GROUP+nodeR holds the like: what it adds to
-runs that node 0 keeps.
+On a machine that only takes part in a group, SPOOL_DIR/GROUP+nodeR holds the same for the records
+that it adds to node 0's runs.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from dpsgd_track.store.spool import (
     spool_files,
 )
 
-# No group's name holds it.
+# No group's name contains it.
 _PART = "+node"
 _LOCK, _STATE = "lock", "state.json"
 _GONE = ".gone-"
 
 
 class Busy(Exception):
-    """Another process writes or ships the group; the message says which group."""
+    """Another process writes or ships the group; the message names the group."""
 
 
 @dataclass
 class SpooledRun:
-    """A run as far as it is known on this machine."""
+    """A run, as far as this machine knows it."""
 
     key: str
-    """Its name in the spool; a store gives it an id of its own."""
+    """Key of the run in the spool; its id in a store differs."""
     experiment: str = ""
     title: str = ""
     start_ms: int = 0
@@ -63,12 +63,12 @@ class SpooledRun:
     status: Status = Status.RUNNING
     end_ms: int = 0
     files: list[tuple[Path, str]] = field(default_factory=list)
-    """Files, and the artifact folder of each."""
+    """Files, each with its artifact folder."""
     rows: list[MetricRow] = field(default_factory=list)
     is_joined: bool = False
-    """Another machine keeps it."""
+    """True if another machine keeps the run."""
     is_resumed: bool = False
-    """Of a group run: what else belongs to the group may be in the store alone."""
+    """For a group run: True if the rest of the group may be in the store alone."""
 
     @property
     def kind(self) -> str:
@@ -77,11 +77,11 @@ class SpooledRun:
 
     @property
     def parent(self) -> str:
-        """Key of the run above; empty for a group run."""
+        """Key of the parent run; empty for a group run."""
         return self.tags.get(names.PARENT_RUN, "")
 
     def apply(self, event: dict[str, Any], folder: Path) -> None:
-        """Take in an event of this run."""
+        """Apply an event of this run."""
         match event["do"]:
             case "run":
                 self.experiment, self.title = event["experiment"], event["title"]
@@ -125,24 +125,24 @@ class SpooledGroup:
 
     @property
     def is_part(self) -> bool:
-        """Whether another machine keeps the group's runs."""
+        """True if another machine keeps the group's runs."""
         return _PART in self.folder.name
 
     @property
     def label(self) -> str:
-        """The group's name, and on another machine than node 0 which one it is."""
+        """The group's name, with the node's rank on machines other than node 0."""
         return self.folder.name
 
     def experiment(self) -> str:
-        """The experiment that it belongs to; empty where not even that was written whole."""
+        """The experiment that it belongs to; empty if even that record is incomplete."""
         found = (run.experiment for run in self.runs(with_rows=False).values() if run.experiment)
         return next(found, "")
 
     def hold(self) -> IO[bytes]:
-        """Keep others from writing and shipping, until what is returned is closed.
+        """Keep others from writing and shipping, until the returned lock file is closed.
 
         Raises:
-            Busy: somebody does, or its workers are not gone yet.
+            Busy: another process does, or workers are still alive.
         """
         held = (self.folder / _LOCK).open("ab")
         try:
@@ -158,10 +158,10 @@ class SpooledGroup:
     def runs(self, *, with_rows: bool = True) -> dict[str, SpooledRun]:
         """Every run by its key, in order of creation.
 
-        What a worker left in a file that cannot be read is missing; `Shipper.refused` says so.
+        Records in an unreadable file of a worker are missing; `Shipper.refused` reports them.
 
         Raises:
-            SpoolDamaged: what the launcher left cannot be read.
+            SpoolDamaged: a file of the launcher cannot be read.
         """
         runs: dict[str, SpooledRun] = {}
         for file in spool_files(self.folder):
@@ -176,15 +176,15 @@ class SpooledGroup:
         return runs
 
     def group_run(self) -> SpooledRun | None:
-        """The group's own run; None where not even that was written whole."""
+        """The group's own run; None if even that record is incomplete."""
         found = (run for run in self.runs(with_rows=False).values() if run.kind == names.KIND_GROUP)
         return next(found, None)
 
     def close_left_open(self) -> int:
-        """End runs that nobody will end, as KILLED. The group is held by the caller.
+        """End abandoned runs, as KILLED. The caller holds the group.
 
         Returns:
-            How many there were.
+            The number of such runs.
         """
         left = [run for run in self.runs(with_rows=False).values() if run.status is Status.RUNNING]
         if not left:
@@ -205,33 +205,33 @@ class SpooledGroup:
         return {file.name: file.stat().st_size for file in spool_files(self.folder)}
 
     def is_being_written(self) -> bool:
-        """Whether some process has one of its files open, to write to it."""
+        """True if some process has one of its files open for writing."""
         return any(map(is_being_written, spool_files(self.folder)))
 
     def state(self) -> dict[str, Any]:
-        """What each store has acknowledged, by its URI without credentials."""
+        """Records acknowledged by each store, by its URI without credentials."""
         try:
             state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            # It can be found out again: runs carry their keys, and sending twice changes nothing.
+            # It can be rebuilt: runs carry their keys, and sending twice changes nothing.
             return {}
         return state if isinstance(state, dict) else {}
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Keep it, whole or not at all."""
+        """Write the state, whole or not at all."""
         partial = self.folder / f"{_STATE}.partial"
         partial.write_text(json.dumps(state), encoding="utf-8")
         partial.replace(self.folder / _STATE)
 
     def remove(self) -> None:
-        """Remove all of it. Whoever looks meanwhile sees all or nothing."""
+        """Remove the folder: other processes see all of it or nothing."""
         gone = self.folder.with_name(f"{_GONE}{uuid.uuid4().hex}")
         self.folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
 def records_of(reader: SpoolReader) -> Iterator[MetricRow | Event]:
-    """Records of a file; none of a worker's file of another version.
+    """Records of a file; none if it is a worker's file of another version.
 
     Raises:
         SpoolDamaged: a launcher's file is of another version.
@@ -245,7 +245,7 @@ def records_of(reader: SpoolReader) -> Iterator[MetricRow | Event]:
 
 
 def part_of(group: str, node_rank: int) -> str:
-    """The folder of what a machine adds to a group that node 0 keeps."""
+    """Folder name for the records that a machine adds to a group of node 0."""
     return f"{group}{_PART}{node_rank}"
 
 
@@ -256,7 +256,7 @@ def join(writer: SpoolWriter, experiment: str, runs: Iterable[str]) -> None:
 
 
 def leave(writer: SpoolWriter, runs: Iterable[str]) -> None:
-    """What this machine had to say of them was said."""
+    """End this machine's part in those runs."""
     for run in runs:
         writer.add("end", run, status=Status.ELSEWHERE)
 
@@ -268,10 +268,10 @@ def spooled_groups(spool_dir: Path) -> list[SpooledGroup]:
     found = []
     for folder in sorted(spool_dir.iterdir()):
         if folder.name.startswith(_GONE):
-            # Its process was killed while it removed it.
+            # The process that removed it was killed meanwhile.
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        # It may be removed at this moment, or be somebody else's.
+        # It may just be being removed, or belong to another user.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             if spool_files(folder):
                 found.append(SpooledGroup(folder))
@@ -279,10 +279,10 @@ def spooled_groups(spool_dir: Path) -> list[SpooledGroup]:
 
 
 def claim(spool_dir: Path, group: str) -> SpooledGroup | None:
-    """A new folder for a group; None where one of that name is there.
+    """A new folder for a group; None if one of that name exists.
 
     Raises:
-        ValueError: nothing can be written there.
+        ValueError: the folder is not writable.
     """
     folder = spool_dir / group
     try:
@@ -301,9 +301,9 @@ def claim(spool_dir: Path, group: str) -> SpooledGroup | None:
 
 
 def check_room(folder: Path) -> None:
-    """Raise OSError where `folder` takes no file with something in it."""
+    """Raise OSError if no non-empty file can be written to `folder`."""
     with tempfile.TemporaryFile(dir=folder) as probe:
-        # More than a file system grants where it is full.
+        # More than fits on a full file system.
         probe.write(os.urandom(65536))
 
 

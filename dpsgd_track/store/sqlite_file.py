@@ -1,8 +1,8 @@
-"""Which file an SQLite URI names, and how SQLAlchemy is made to open that one.
+"""The file that an SQLite URI names, and the URI by which SQLAlchemy opens it.
 
-`sqlite:///FILE` names FILE as it is written: `%20`, `?` and `#` are characters of the name, as they
-are for a shell. Every message, the spool and the working directory mean it so. Only
-`sqlalchemy_uri` writes it as SQLAlchemy reads it, for whoever opens the file.
+`sqlite:///FILE` names FILE literally: `%20`, `?` and `#` are characters of the name, as in a shell.
+This holds for every message, the spool and the working directory. Only `sqlalchemy_uri` translates
+it for SQLAlchemy, to open the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def sqlite_path(tracking_uri: str) -> Path | None:
     """The file behind an SQLite URI; None for other stores.
 
     Raises:
-        ValueError: the URI names no file, or one that MLflow cannot open.
+        ValueError: the URI names no file, or a file that MLflow cannot open.
     """
     if not tracking_uri.startswith("sqlite:"):
         return None
@@ -37,7 +37,7 @@ def sqlite_path(tracking_uri: str) -> Path | None:
         )
     path = Path(name).absolute()
     if ".." in path.parts:
-        # SQLAlchemy cuts `..` out of the text, which leads elsewhere behind a symbolic link.
+        # SQLAlchemy removes `..` textually, which is wrong behind a symbolic link.
         path = Path(os.path.realpath(path.parent), path.name)
     if _OPTIONS.search(path.name):
         raise ValueError(
@@ -49,7 +49,7 @@ def sqlite_path(tracking_uri: str) -> Path | None:
 
 
 def require_utf8(setting: str, path: Path) -> None:
-    """Raise unless MLflow can keep `path` in its tables."""
+    """Raise unless MLflow can store `path` in its tables."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -59,13 +59,13 @@ def require_utf8(setting: str, path: Path) -> None:
 
 
 def sqlalchemy_uri(tracking_uri: str) -> str:
-    """`tracking_uri` as SQLAlchemy reads it: it decodes %XX, and takes `?` for the path's end."""
+    """`tracking_uri` for SQLAlchemy, which decodes %XX and ends the path at `?`."""
     path = sqlite_path(tracking_uri)
     if path is None:
         return tracking_uri
     quoted = str(path).replace("%", "%25").replace("?", "%3F")
     if quoted == str(path):
         return f"{SQLITE_PREFIX}{path}"
-    # MLflow makes the folder of what follows sqlite:///, and does not decode it. It leaves a URI
-    # that names the driver alone.
+    # MLflow creates the folder in the text after sqlite:///, without decoding it. It leaves alone
+    # a URI that names the driver.
     return f"sqlite+pysqlite:///{quoted}"

@@ -1,1 +1,1 @@
-"""The worker under torchrun: model and data building, the step loop, measurement."""
+"""The training worker: model and data building, the step loop, measurement."""

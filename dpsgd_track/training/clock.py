@@ -1,4 +1,4 @@
-"""Time and peak memory of the sections of a step that are the mode's own work."""
+"""Time and peak memory of those sections of a step that are the mode's own work."""
 
 from __future__ import annotations
 

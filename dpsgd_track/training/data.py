@@ -3,8 +3,8 @@
 A step's global batch is either G = W K b consecutive indices; or, with Poisson sampling, each of N
 indices with probability G / N, as a function of (seed, step); or a given number of consecutive
 indices. Rank r takes the r-th of W slices, as equal as possible, and cuts it into micro-batches of
-b samples. So the global batch does not depend on how it is distributed, and no other random draw
-can change it.
+b samples. So the global batch depends neither on its distribution over ranks nor on other
+random draws.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Dataset:
     pad_token: int
     seed: int
     mask_token: int | None = None
-    """Token that replaces those that a masked language model has to predict."""
+    """Token that replaces the ones that a masked language model has to predict."""
 
     def sample(self, index: int) -> Sample:
         """The sample with that global index."""
@@ -210,7 +210,7 @@ def build_dataset(model: ModelConfig, data: DataConfig, built: Any, *, seed: int
 
 
 def num_labels_of(model: ModelConfig, data: DataConfig) -> int:
-    """Outputs of a classifier (the text's classes, or as many as asked for) or regression."""
+    """Outputs of a classifier (the text's classes, or the configured number) or regression."""
     if model.task == REGRESSION:
         return 1
     if data.source == SYNTHETIC:
@@ -227,7 +227,7 @@ class RankBatch:
     digests: tuple[int, ...]
     """Digest of each sample."""
     batches: tuple[Batch, ...]
-    """Micro-batches, as many as on any rank; the last may have fewer samples, or none."""
+    """Micro-batches, the same number on every rank; the last may have fewer samples, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,9 +241,9 @@ class RankSampler:
     world_size: int
     device: torch.device
     extra_inputs: frozenset[str]
-    """Which of position_ids and token_type_ids the model takes."""
+    """Those of position_ids and token_type_ids that the model takes."""
     is_permuted: bool = False
-    """Reverse the order of the rank's samples: the same sum in another order of additions."""
+    """True to reverse the order of the rank's samples: the same sum in another order."""
     population: int | None = None
     """Samples that Poisson sampling draws from (N); None for consecutive samples."""
     sizes: tuple[int, ...] = ()
@@ -296,8 +296,8 @@ class RankSampler:
         input_ids = torch.from_numpy(np.stack([s.input_ids for s in samples]))
         attention_mask = torch.from_numpy(np.stack([s.attention_mask for s in samples]))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        # By default a model makes one row of these that all samples share, of which Opacus sees the
-        # sum of the samples' gradients.
+        # By default a model makes one row of these for all samples, for which Opacus would see
+        # the sum of the samples' gradients.
         if "position_ids" in self.extra_inputs:
             # A sample's first token is at position 0, also after padding on the left.
             inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -313,7 +313,7 @@ class RankSampler:
 def extra_inputs_of(model: nn.Module) -> frozenset[str]:
     """Optional index inputs that the model's forward takes, of position_ids and token_type_ids.
 
-    RoBERTa and its relatives derive positions from the tokens, and are not given any.
+    RoBERTa and its relatives derive positions from the tokens, and get none.
     """
     wanted = {"position_ids", "token_type_ids"}
     if any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):

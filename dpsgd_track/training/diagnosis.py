@@ -1,4 +1,4 @@
-"""What went wrong in a worker: the kind of an exception, and whose code raised it."""
+"""Diagnosis of a worker's failure: the kind of an exception, and the owner of the code at fault."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _NO_MEMORY = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-"""A lack of memory as CUDA and NCCL, torch on CPUs, and cuBLAS word it in a plain RuntimeError."""
+"""Out-of-memory messages of CUDA and NCCL, torch on CPUs, and cuBLAS in plain RuntimeErrors."""
 
 
 def diagnose(
     error: BaseException, job: JobConfig, *, regime: int, step: int | None, rank: int
 ) -> Failure:
-    """The failure that an exception in a worker stands for."""
+    """The failure for an exception in a worker."""
     frame, owner = _innermost_frame(error, job)
     kind = _kind_of(error, owner)
     text = str(error).strip()
-    # These say what is wrong in a sentence; of others the type is half of what they say.
+    # These messages are complete sentences; those of others need the type.
     is_sentence = kind in (FailureKind.SETTING, FailureKind.NOT_FINITE, FailureKind.UNEQUAL_NOISE)
     is_placed = kind in (FailureKind.MODE, FailureKind.ERROR) and frame is not None
     return Failure(
@@ -76,14 +76,14 @@ def _kind_of(error: BaseException, owner: str) -> FailureKind:
             return FailureKind.PEER
         case RuntimeError() if _is_collective(error) and names_lost_peer(text):
             return FailureKind.PEER
-        # The project's form of "this setting does not fit"; a mode's own ValueError is none.
+        # The project's form of "this setting does not fit"; a mode's own ValueError is not one.
         case ValueError() if owner == OURS:
             return FailureKind.SETTING
     return FailureKind.ERROR if owner == OURS else FailureKind.MODE
 
 
 def _is_collective(error: BaseException) -> bool:
-    """True if the exception came out of torch.distributed."""
+    """True if the exception was raised in torch.distributed."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(_ROOTS["torch"])
 
@@ -91,7 +91,7 @@ def _is_collective(error: BaseException) -> bool:
 def _innermost_frame(
     error: BaseException, job: JobConfig
 ) -> tuple[traceback.FrameSummary | None, str]:
-    """The innermost line outside of torch and the standard library, and whose it is."""
+    """The innermost line outside of torch and the standard library, and its owner."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_relative_to(_ROOTS["torch"]) or _is_of_python(path):

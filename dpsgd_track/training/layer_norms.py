@@ -1,7 +1,7 @@
 """Loss and norms of a step for logging in a training loop, cheaply and without waiting.
 
 Norms of this rank's shards are taken in float32 and reduced with the loss in one all-reduce. The
-result is copied to the host and read when the next step is observed, by when it has arrived.
+result is copied to the host and read when the next step is observed; it has arrived by then.
 
 Legend: P trainable parameters, L linear layers.
 """
@@ -34,7 +34,7 @@ class StepNorms:
     """Norm of the weight's clipped sum / expected batch size, by linear layer."""
 
     def metrics(self) -> dict[str, float]:
-        """The values by the names under which they are logged."""
+        """The values by metric name."""
         metrics = {"loss": self.loss, "grad_norm": self.grad_norm}
         for prefix, norms in (
             (LAYER_WEIGHT_NORM, self.layer_weight_norm),
@@ -45,7 +45,7 @@ class StepNorms:
 
 
 class LayerNorms:
-    """Measures steps; the norms of one are returned when the next is observed."""
+    """Measures steps; the norms of a step are returned when the next is observed."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class LayerNorms:
         weights: Sequence[LocalPart],
         records: Sequence[SampleRecord],
     ) -> tuple[int, StepNorms] | None:
-        """Start to take the norms of a step; returns those of the step observed before.
+        """Start measuring a step; returns the norms of the step observed before.
 
         Args:
             gradients: this rank's shards of the clipped sum, of all trainable parameters.

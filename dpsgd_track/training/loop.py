@@ -48,7 +48,7 @@ class Step:
     """One observed step, ready to be logged."""
 
     seen: StepObservation
-    """Of all ranks."""
+    """Observations over all ranks."""
     local: GatheredSamples
     """This rank's samples."""
     local_time_ms: float
@@ -74,14 +74,14 @@ class RegimeRun(PreparedRun):
         super().__init__(job, regime, device)
         self.silent = silent
         self.taken: dict[int, noise_samples.Floats] = {}
-        """[P, M] of each step: some elements of this rank's update, times the expected batch size.
-        Only in the noise regime."""
+        """[P, M] for each step: sampled elements of this rank's update, times the expected batch
+        size. Only in the noise regime."""
         model = self._model()
         self.sampler = self._sampler(model)
         self._begin(model, self._context(), build)
 
     def _begin(self, model: nn.Module, context: ModeContext, build: ModeBuilder) -> None:
-        """Put the mode over `model`, and start its records."""
+        """Build the mode over `model`, and start its records."""
         job, regime = self.job, self.regime
         digest = weights_digest(model)
         layer_names = linear_layer_names(model)
@@ -125,10 +125,10 @@ class RegimeRun(PreparedRun):
             _require_finite(step, metrics)
 
     def accounting(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """Each recorded step with the epsilon spent after it; none where no noise protects.
+        """Each recorded step with the epsilon spent after it; none without protecting noise.
 
         Nor are there any in the noise regime, whose weights never move, or on the probe.
-        RDP's epsilon is there at every step. PRV's is there after 1, 2, 4, 8, ... steps and the
+        RDP's epsilon is given at every step. PRV's is given after 1, 2, 4, 8, ... steps and the
         last, unless it would take too long.
         """
         sigma, job = self.mode.context.privacy.noise_multiplier, self.job
@@ -156,7 +156,7 @@ class RegimeRun(PreparedRun):
             yield num_steps - 1, metrics
 
     def left_out_steps(self) -> list[int]:
-        """Steps of uneven batches that are not given to a mode which takes no empty one."""
+        """Steps with an empty micro-batch on some rank, left out for a mode that takes none."""
         if not self.sampler.sizes or self.mode.takes_empty_batches:
             return []
         steps = range(self.regime.num_iter)
@@ -174,7 +174,7 @@ class RegimeRun(PreparedRun):
         gradient = measure(mode, parts)
         with clock.running():
             mode.privatize(clipped, source)
-        # Before the step: noise that a mode adds there would be nobody's under another loop.
+        # Before `mode.step`: noise added in there would be missing in another training loop.
         noised_parts = mode.gradient_parts()
         noised = measure(mode, noised_parts)
         noise = self._noise(step, noised_parts)
@@ -204,7 +204,7 @@ class RegimeRun(PreparedRun):
         return Step(seen, local, clock.elapsed_ms, clock.peak_memory_gib)
 
     def _noise(self, step: int, parts: list[LocalPart]) -> NDArray[np.float32]:
-        """[W, P, M] some elements of the noise on each rank's shards; empty where none is kept."""
+        """[W, P, M] sampled elements of the noise on each rank's shards; empty if not recorded."""
         if self.regime.kind == NOISE:
             self.taken[step] = noise_samples.take(parts, self.sampler.expected_batch_size)
             if self.silent is not None:

@@ -31,10 +31,10 @@ _HEADS: dict[str, Any] = {
     CLASSIFICATION: AutoModelForSequenceClassification,
     CAUSAL_LM: AutoModelForCausalLM,
     MASKED_LM: AutoModelForMaskedLM,
-    # A classifier with one output; the loss makes it a regression.
+    # A classifier with one output, trained with a regression loss.
     REGRESSION: AutoModelForSequenceClassification,
 }
-"""transformers' class of models for each task."""
+"""transformers' model class for each task."""
 
 
 def build_model(
@@ -64,7 +64,7 @@ def build_model(
     if not config.dropout:
         _switch_off_dropout(hf_config)
     if config.task == CAUSAL_LM and hasattr(hf_config, "is_decoder"):
-        # Otherwise an encoder would see the token that it has to predict.
+        # Otherwise a bidirectional encoder would see the token that it has to predict.
         hf_config.is_decoder = True
     hf_config.use_cache = False
     # Some configurations have none, or -1, which is no row of an embedding.

@@ -47,7 +47,7 @@ class ModelSource:
 
 
 def _read_config(file: Path) -> Any:
-    # As transformers reads it, without byte order mark.
+    # As in transformers, without byte order mark.
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         reason = "It holds something else."

@@ -1,4 +1,4 @@
-"""Samples elements of a mode's noise: the difference of its update direction and its twin's.
+"""Samples elements of a mode's noise: the difference between its update direction and its twin's.
 
 The twin has the same data and weights and sigma 0, so that the difference is the noise, wherever in
 its step a mode adds it.
@@ -20,7 +20,7 @@ from dpsgd_track.modes.protocol import Mode
 Floats = NDArray[np.float64]
 
 NUM_ELEMENTS = 256
-"""M. Of a larger shard half of them are its first elements; the others are spread over it."""
+"""M. In a larger shard half of them are its first elements; the others are spread over it."""
 
 
 class UnequalNoiseError(RuntimeError):

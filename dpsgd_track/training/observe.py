@@ -65,7 +65,7 @@ def _slice_of(part: LocalPart, rank: int, world_size: int) -> LocalPart:
 
 @dataclass(frozen=True)
 class GatheredSamples:
-    """Record of each sample, in order of the global index. NaN: not computed."""
+    """Records of all samples, in order of the global index. NaN: not computed."""
 
     index: NDArray[np.int64]
     rank: NDArray[np.int64]
@@ -78,7 +78,7 @@ class GatheredSamples:
     digests: NDArray[np.int64]
 
     def mean_loss(self) -> float:
-        """Mean over the samples; 0 if there are none, as the gradient is."""
+        """Mean over the samples; 0 if there are none, like the gradient."""
         return float(self.loss.mean()) if len(self.loss) else 0.0
 
     def data_hash(self) -> str:
@@ -105,7 +105,7 @@ def local_samples(
 
 
 def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamples:
-    """All ranks' samples, on every rank; a rank may hold none."""
+    """Samples of all ranks, on every rank; a rank may hold none."""
     floats = np.column_stack([local.loss, local.norm, local.clip_factor, local.norm_by_parameter])
     # Floats are sent as their bits, in one table with the integers.
     whole = np.column_stack([local.index, local.rank, local.digests, floats.view(np.int64)])
@@ -118,7 +118,7 @@ def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamp
 
 
 def _gather_rows(local: Tensor, device: torch.device) -> NDArray[Any]:
-    """The rows of all ranks, in any number on each."""
+    """The rows of all ranks, which may differ in number."""
     counts = stack_over_ranks(torch.tensor([len(local)], device=device)).flatten().tolist()
     padded = local.new_zeros(max(*counts, 1), local.shape[1])
     padded[: len(local)] = local

@@ -21,7 +21,7 @@ def check_inputs(model: ModelConfig, data: DataConfig) -> None:
     """Raise unless the model and the data exist and fit each other.
 
     Raises:
-        ValueError: saying what does not.
+        ValueError: they do not; the message says why.
     """
     source = resolve_model(model)
     limit = source.max_seq_length()
@@ -59,7 +59,7 @@ def _check_task(model: ModelConfig, source: ModelSource) -> None:
     is_at_hand = source.preset is not None or Path(source.path or "").is_dir()
     if model.task == CLASSIFICATION or not is_at_hand:
         return
-    # What heads a model has is transformers' knowledge, which takes seconds to import.
+    # Only transformers knows the heads of a model, and it takes seconds to import.
     from dpsgd_track.training.model import check_task, load_config
 
     check_task(model, load_config(source))

@@ -122,8 +122,8 @@ def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
     """Samples of each step in regimes with uneven batches, so that ranks and micro-batches differ.
 
     With G samples in a full batch, the noise regime repeats G, G - 1, 0, 1. The probe's clip
-    regime repeats G - 1, G / 3 + 1 (a full micro-batch on each of several ranks and one sample
-    more), G, 1. A mode on one device, which runs the micro-batches of all ranks, has the same.
+    regime repeats G - 1, G / 3 + 1 (a full micro-batch on each of several ranks and one more
+    sample), G, 1. A mode on one device, which runs the micro-batches of all ranks, has the same.
     """
     full = dist.get_world_size() * job.data.batch_size * regime.micro_batches
     if regime.kind == NOISE:

@@ -2,9 +2,9 @@
 
 The user's model may hide a fault that another model would show. The probe has a biased linear layer
 over several positions, repeated tokens, a padding index, ignored targets, LayerNorm and RMSNorm, a
-head tied to the embedding, a module that is used twice, two linear layers whose outputs are added,
+head tied to the embedding, a module used twice, two linear layers whose outputs are added,
 an unused parameter, and one with fewer rows than ranks. No two sizes are equal, few have small
-divisors, and most are one past a power of two.
+divisors, and most are one above a power of two.
 
 Shapes: B samples, T positions, D values of a position, H values inside a block, V tokens.
 """
@@ -38,7 +38,7 @@ class _Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         h = self.norm(x_BTD)
-        # Padding takes part, so that its row's gradient is zero only if it is masked.
+        # Padding takes part, so that the gradient of its row is zero only if it is masked.
         around = h.mean(dim=1, keepdim=True) + h.roll(1, dims=1)
         h = torch.tanh(self.left(h) + self.right(around))
         h = torch.tanh(self.reused(torch.tanh(self.reused(h))))

@@ -1,7 +1,7 @@
-"""The profile regime: steps as a training loop takes them, timed and nothing else.
+"""The profile regime: steps of a plain training loop, timed.
 
 Every second recorded step is *tracked*: its loss and the norms of every linear layer are observed,
-as training that logs each step would. The others are not, so that the cost of tracking shows.
+as in training that logs each step. The others are not, which shows the cost of tracking.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dpsgd_track.training.observe import largest_of_ranks, linear_layer_names
 from dpsgd_track.training.prepare import PreparedRun
 
 OnTracked = Callable[[int, StepNorms], object]
-"""Takes the number of a recorded step, and what was observed of it."""
+"""Called with the number of a recorded step, and its loss and norms."""
 
 
 def is_tracked(step: int) -> bool:
-    """Whether a step is observed: every second one, warm-up (steps below 0) included."""
+    """True for observed steps: every second one, warm-up (steps below 0) included."""
     return step % 2 == 1
 
 
@@ -66,13 +66,13 @@ class ProfileRun(PreparedRun):
         """Take all steps; returns the times of the slowest rank, and this rank's own.
 
         Args:
-            on_tracked: is given what was observed, from within the steps: it must not wait.
+            on_tracked: called with the observations, within the steps: it must not wait.
         """
         clock = _Clock(self.device)
         self.mode.set_max_grad_norm(self.regime.max_grad_norms[0])
         for step in range(-self.regime.warmup_iter, 0):
             self._step(step, on_tracked)
-        # What a collector would walk through from time to time was there before the steps.
+        # Objects from before the steps are frozen, so that garbage collection need not walk them.
         gc.collect()
         gc.freeze()
         dist.barrier()
@@ -113,7 +113,7 @@ class ProfileRun(PreparedRun):
 
     @cached_property
     def _weights(self) -> list[LocalPart]:
-        # An optimizer changes weights in place: where they are stays the same.
+        # An optimizer updates weights in place: their addresses stay the same.
         weights = self.mode.weight_parts()
         if self.mode.replicated and dist.get_rank() > 0:
             weights = [replace(part, is_counted=False) for part in weights]
@@ -149,14 +149,14 @@ class _Clock:
         self._events: list[torch.cuda.Event] = []
 
     def start(self) -> None:
-        """The first step begins; memory that was in use before it does not count."""
+        """Start the first step; earlier memory peaks do not count."""
         if self._is_cuda:
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
         self.tick()
 
     def tick(self) -> None:
-        """A step has ended, and the next begins."""
+        """End a step and begin the next."""
         if self._is_cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()

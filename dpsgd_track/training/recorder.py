@@ -138,7 +138,7 @@ def rank_metrics(
     metrics = {"step_time_ms": step_time_ms, "peak_memory_gib": memory_gib}
     if len(local.index):
         metrics["loss"] = local.mean_loss()
-    # In order of the global index, so that a permuted replay has the same positions.
+    # Ordered by the global index, so that a permuted replay has the same positions.
     for prefix, column in ((SAMPLE_NORM, local.norm), (CLIP_FACTOR, local.clip_factor)):
         for position, row in enumerate(np.argsort(local.index)):
             if not np.isnan(column[row]):

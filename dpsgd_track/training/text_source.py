@@ -205,7 +205,7 @@ def _kind(label: Any) -> str:
 
 
 def _as_number(label: Any) -> float | None:
-    """The number that a label is or spells; None if there is none."""
+    """The number that a label is or spells; None for other labels."""
     if isinstance(label, bool) or not isinstance(label, int | float | str):
         return None
     try:

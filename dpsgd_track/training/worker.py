@@ -1,8 +1,8 @@
 """One rank of one mode's process group.
 
 `main` runs in every rank, forked by torch's launcher after `preload`: the mode's regimes one after
-the other, each from fresh weights. It appends what it observes to the group's spool, and leaves
-trajectories, progress and, when it fails, the reason in the job's working folder.
+the other, each from fresh weights. It appends its observations to the group's spool, and writes
+trajectories, progress and the reason of a failure to the job's working folder.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from dpsgd_track.training.profile import ProfileRun
 from dpsgd_track.training.recorder import rank_metrics
 
 LEAVING_TIMEOUT_S = 5.0
-"""How long a worker that is told to stop may take to put its trajectories away."""
+"""Seconds that a worker told to stop may take to save its trajectories."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 Unreached = Callable[[], tuple[str, ...]]
-"""Tells where the builder of the last mode has placed something that no step came by."""
+"""Returns the points at which the last mode's builder planted code that no step executed."""
 
 
 class Worker:
-    """What a rank does, and what it leaves behind."""
+    """The work of one rank: its regimes and their records."""
 
     def __init__(
         self,
@@ -70,30 +70,30 @@ class Worker:
         self.rank = int(os.environ["RANK"])
         self.folder = Path(started.work_dir)
         self.clip_bounds: dict[str, tuple[float, ...]] = {}
-        """C of each step as each of this job's clip regimes calibrated it; replays use the same."""
+        """C of each step, calibrated by each clip regime of this job; replays use the same."""
         self.silent: dict[int, Floats] = {}
-        """What the twin without noise took of its updates; the noisy run subtracts it."""
+        """Samples of the updates of the twin without noise, which the noisy run subtracts."""
         self.regime, self.step = 0, -1
-        """Index of the regime and the step that the worker is at; -1 before the first step."""
+        """Index of the current regime, and the current step; -1 before the first step."""
         self.is_leaving = threading.Event()
-        """Set once a regime is over, for good or not, and its records are being put away."""
+        """Set while the records of a regime that ended, successfully or not, are being saved."""
         self._progress_file: int | None = None
         self.is_told_to_stop = threading.Event()
-        """Set when another rank failed, or the user has had enough."""
+        """Set when another rank failed, or the user interrupted the run."""
 
     def run(self) -> None:
-        """All regimes of the job."""
+        """Run all regimes of the job."""
         device = self._join_group()
         for number in range(len(self.job.regimes)):
             self._run_regime(number, device)
             if device.type == "cuda":
-                # A sharded model is full of cycles, and the next regime needs its memory.
+                # A sharded model is full of reference cycles, and the next regime needs its memory.
                 gc.collect()
         dist.barrier()
         dist.destroy_process_group()
 
     def report_failure(self, error: BaseException) -> None:
-        """Leave the reason where the launcher looks for it."""
+        """Write the failure where the launcher looks for it."""
         step = self.step if self.step >= 0 else None
         failure = diagnose(error, self.job, regime=self.regime, step=step, rank=self.rank)
         path = self.folder / f"failure-rank{self.rank}.json"
@@ -149,7 +149,7 @@ class Worker:
         self._progress(number, "end", regime.num_iter - 1, None, epsilon)
 
     def _profile(self, number: int, folder: Path, device: torch.device) -> None:
-        """Time the steps; what is known of them is put away once all are taken."""
+        """Time the steps; their records are saved once all are taken."""
         run = ProfileRun(self.job, self.job.regimes[number], device, self._build)
         timings, own = run.run(
             lambda step, seen: self._log(number, step, seen.metrics(), is_global=True)
@@ -172,7 +172,7 @@ class Worker:
             self._log(number, step, metrics, is_global=is_global)
 
     def _leave_facts(self, number: int, folder: Path, facts: RunFacts) -> None:
-        """Keep what is known of a run so far, in place of what was; rank 0 tells it for all."""
+        """Write the facts of a run so far over the earlier ones; rank 0 does so for all."""
         if self.rank != 0:
             return
         path = folder / FACTS_FILE
@@ -184,12 +184,12 @@ class Worker:
             self.writer.log_params(run_id, flatten(shown))
 
     def _first_facts(self) -> RunFacts:
-        """What is known before the mode is built."""
+        """Facts known before the mode is built."""
         device = _device_facts(self.job.performance.device)
         return RunFacts(environment=self.started.environment, device=device)
 
     def _last_facts(self, mode: Mode, left_out: list[int]) -> RunFacts:
-        """What is known once the mode has run."""
+        """Facts known once the mode has run."""
         variant = self.job.variant
         return replace(
             self._first_facts(),
@@ -201,9 +201,9 @@ class Worker:
         )
 
     def _log_epsilon(self, number: int, run: RegimeRun) -> float | None:
-        """Log what each step has spent; returns the last epsilon. Rank 0 alone computes it.
+        """Log the epsilon spent after each step; returns the last one. Rank 0 alone computes it.
 
-        Done once the steps are over, since the other ranks' clocks would see rank 0 compute.
+        Done once the steps are over, so that the computation does not affect the ranks' step times.
         """
         epsilon = None
         for step, metrics in run.accounting() if self.rank == 0 else ():
@@ -217,7 +217,7 @@ class Worker:
             self.writer.log_metrics(run_id, step, metrics)
 
     def _leave_trajectories(self, number: int, folder: Path, run: RegimeRun) -> None:
-        """What was observed so far, also of a regime that failed."""
+        """Write the observations so far, also of a regime that failed."""
         own_folder = folder / f"rank{self.rank}"
         own_folder.mkdir(exist_ok=True)
         wanted = [(False, own_folder, run.records[1])]
@@ -233,9 +233,9 @@ class Worker:
                 self.writer.upload(run_id, path)
 
     def _run_id(self, number: int, *, is_global: bool) -> str | None:
-        """The MLflow run to write to; global values are rank 0's to write.
+        """Key of the run to write to; rank 0 writes global values.
 
-        None where this rank has none: its own values are not logged, or nothing is.
+        None if this rank has none: its own values are not logged, or nothing is.
         """
         started = self.started
         if not started.mode_runs or (is_global and self.rank != 0):
@@ -267,7 +267,7 @@ class Worker:
             line["step_time_ms"] = statistics.median(timings.step_time_ms)
             line["peak_memory_gib"] = timings.peak_memory_gib
         if self._progress_file is None:
-            # Opening it costs more than all that a step logs.
+            # Opening it costs more than logging a step.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             self._progress_file = os.open(self.folder / "progress.jsonl", flags, 0o666)
         os.write(self._progress_file, json.dumps(line).encode() + b"\n")
@@ -292,8 +292,8 @@ def _flush_when_told_to_stop(worker: Worker, is_done: threading.Event) -> None:
     """Leave on SIGTERM, even from inside a collective that hangs.
 
     A Python signal handler would wait for the main thread to return from it. The signals are
-    blocked in every thread, so that they are left to this one. When one rank fails, torch's
-    launcher stops the others at once: one that is putting its records away is let finish.
+    blocked in every thread, so that this one can wait for them. When one rank fails, torch's
+    launcher stops the others at once: one that is saving its records may finish.
     """
 
     def wait() -> None:
@@ -316,14 +316,14 @@ PRELOADED = (
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
 )
-"""What most jobs import later."""
+"""Modules that most jobs import later."""
 
 
 def preload() -> None:
-    """Import what a rank would, in the process that ranks are forked from."""
+    """Import the modules of a rank, in the process that ranks are forked from."""
     root = os.environ.get(names.VARIANT_VARIABLE)
     for name in PRELOADED:
-        # What a variant brings is left to the modes, so that it shows whether one uses it.
+        # A variant's packages are left to the modes to import, which shows if one uses them.
         if root is None or not Path(root, name.partition(".")[0]).exists():
             importlib.import_module(name)
 
@@ -335,11 +335,11 @@ def main(job_file: str, build: ModeBuilder = build_mode, unreached: Unreached = 
         build: builds the job's mode, once for each regime.
         unreached: asked once each regime is over.
     """
-    # Before any other thread starts: threads inherit what is blocked.
+    # Before any other thread starts: threads inherit the signal mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     started = STARTED_JOB.loads(Path(job_file).read_bytes())
     rank = int(os.environ["RANK"])
-    # Rank 0 logs what is everybody's. A file that would stay empty is not even made.
+    # Rank 0 logs global values. A file that would stay empty is not created.
     own = [ranks[rank] for ranks in started.rank_runs if ranks[rank]]
     runs = [*started.mode_runs, *own] if rank == 0 else own
     folder = Path(started.spool) if started.spool and runs else None
@@ -358,10 +358,10 @@ def _run(worker: Worker) -> int:
         worker.writer.close()
     except Exception as error:
         traceback.print_exc()
-        # What fails on the way out, such as logging to a writer that was closed, is no reason.
+        # Errors during shutdown, such as logging to a closed writer, are not the reason.
         if not worker.is_told_to_stop.is_set():
             worker.report_failure(error)
-        # The reason comes first; what can still be shipped follows.
+        # The reason comes first; the remaining records follow.
         try:
             worker.writer.close()
         except Exception:
