@@ -148,7 +148,7 @@ class Mode(ABC):
         self.optimizer.zero_grad(set_to_none=True)
 
     def norm_plan(self) -> dict[str, str]:
-        """How the mode computes the norms of each layer, by the layer's name, after a step.
+        """Computation of each layer's norms, by the layer's name, after a step.
 
         Recorded and shown only: nothing depends on it.
         """

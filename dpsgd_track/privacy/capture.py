@@ -91,7 +91,7 @@ class Capture:
         self.norm_planner = NormPlanner(keeps=keep, forced=norm_plan)
         self.layers = find_layers(model)
         self.captured: dict[str, CapturedLayer] = {}
-        """How each layer is captured, by the layer's fully qualified name."""
+        """The way in which each layer is captured, by the layer's fully qualified name."""
         owners = Counter(name for layer in self.layers for name in layer.names.values())
         self.shared = frozenset(name for name, count in owners.items() if count > 1)
         """Parameters that several modules share."""
