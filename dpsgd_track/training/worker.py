@@ -356,7 +356,8 @@ def _run(worker: Worker) -> int:
     try:
         worker.run()
         worker.writer.close()
-    except Exception as error:
+    # A mode may call sys.exit, even with 0, and would then seem to have ended well.
+    except BaseException as error:
         traceback.print_exc()
         # What fails on the way out, such as logging to a writer that was closed, is no reason.
         if not worker.is_told_to_stop.is_set():
