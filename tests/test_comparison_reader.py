@@ -12,6 +12,7 @@ import pytest
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.config import Settings, Thresholds
 from dpsgd_track.record import names
+from dpsgd_track.record.facts import FACTS_FILE
 from dpsgd_track.record.run import Group
 from dpsgd_track.store import reader
 from dpsgd_track.store.history import metric_history
@@ -153,6 +154,16 @@ def test_file_of_another_schema_is_a_reason_and_no_crash(store: Store) -> None:
     assert "schema 2, got 99" in read(store).runs[0].trajectory_missing
 
 
+def test_facts_that_cannot_be_read_leave_the_record_incomplete(store: Store) -> None:
+    run_id = store.add_run(RUN, "synthetic", store.add_group([]))
+    path = store.folder / FACTS_FILE
+    path.write_text("[1]")
+    store.client.log_artifact(run_id, str(path))
+    run = read(store).runs[0]
+    assert run.trajectory is not None
+    assert run.trajectory_missing.startswith("facts.json: expected a document of schema")
+
+
 def test_run_that_died_before_upload_is_read_from_its_metrics(store: Store) -> None:
     killed = mode_run("flash_fsdp", "clip", status="KILLED")
     runs = [r for r in healthy_runs() if (r.mode, r.regime) != ("flash_fsdp", "clip")]
@@ -180,7 +191,7 @@ def test_run_that_died_before_upload_is_read_from_its_metrics(store: Store) -> N
     ("text", "said"),
     [
         ("", "It has none: it was launched by 0.1"),
-        ("[1, 2]", "expected a document of schema dpsgd-track/plan"),
+        ("[1, 2]", "Its plan.json cannot be read: expected a document of schema dpsgd-track/plan"),
         ('{"schema": "dpsgd-track/plan", "schema_version": 1}', "dpsgd-track/plan: suite="),
         ('{"schema": "dpsgd-track/plan", "schema_version": 9}', "schema_version=9: expected 1"),
     ],

@@ -17,6 +17,7 @@ from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.config import Thresholds
 from dpsgd_track.modes.table import FULL, MODES
 from dpsgd_track.record import names
+from dpsgd_track.record.failure import FailureKind
 from dpsgd_track.record.trajectory import Trajectory, sketch_distance
 from tests.support.workspace import Workspace
 
@@ -189,10 +190,18 @@ DEFECTS = {
 }
 
 
+UNLIKE_THE_PROTOCOL = {
+    "Leaves": (FailureKind.MODE, "SystemExit: 0"),
+    "Recordless": (FailureKind.PROTOCOL, "expected a SampleRecord, got NoneType"),
+    "MeanLoss": (FailureKind.PROTOCOL, "a SampleRecord of 2 samples, got losses of shape []"),
+}
+"""Modes that fail, each with the kind and the words of its failure."""
+
+
 @pytest.fixture(scope="module")
 def defective(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Any]:
     workspace = Workspace(tmp_path_factory.mktemp("defective"))
-    planted = ["Healthy", *DEFECTS, "GoesNan", "OutOfMemory"]
+    planted = ["Healthy", *DEFECTS, "GoesNan", "OutOfMemory", *UNLIKE_THE_PROTOCOL]
     modes = ",".join(["no_dp", *(f"tests.support.defective_modes:{name}" for name in planted)])
     arguments = ("full", "--mode", modes, "--num-iter", "2", "--group", "g")
     return workspace, workspace.run("launch.py", *arguments)
@@ -222,6 +231,18 @@ def test_a_planted_defect_turns_pass_into_bug(defective: tuple[Workspace, Any], 
     assert regime in guilty.sentence
 
 
+@pytest.mark.parametrize("name", UNLIKE_THE_PROTOCOL)
+def test_a_mode_that_leaves_the_protocol_is_told_what_it_did(
+    defective: tuple[Workspace, Any], name: str
+) -> None:
+    runs = {(run.mode, run.regime): run for run in defective[0].group("g").runs}
+    failure = runs[f"tests.support.defective_modes:{name}", "accuracy"].failure
+    assert failure is not None
+    kind, said = UNLIKE_THE_PROTOCOL[name]
+    assert failure.kind is kind
+    assert said in failure.reason
+
+
 def test_compare_exits_with_1_on_a_bug(defective: tuple[Workspace, Any]) -> None:
     done = defective[0].run("compare.py", "g", "--no-png")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -230,7 +251,7 @@ def test_compare_exits_with_1_on_a_bug(defective: tuple[Workspace, Any]) -> None
 def test_failed_modes_say_why_and_the_others_go_on(defective: tuple[Workspace, Any]) -> None:
     workspace, done = defective
     assert done.returncode == 1
-    assert "6 of 8 modes finished" in done.stdout
+    assert "6 of 11 modes finished" in done.stdout
     runs = {(run.mode, run.regime): run for run in workspace.group("g").runs}
     nan = runs["tests.support.defective_modes:GoesNan", "accuracy"]
     assert nan.status == "FAILED"

@@ -8,12 +8,19 @@ import pytest
 
 from dpsgd_track.modes import table
 from dpsgd_track.modes.build import build_mode
+from dpsgd_track.modes.protocol import Mode, ProtocolError
 
 PLACES = {"fsdp2", "opacus_fsdp2", "replicated", "none"}
 
 
-def make(model, context):
-    return model, context
+class Made(Mode):
+    """Keeps what it was made with."""
+
+    def __init__(self, model, context):
+        self.model, self.context = model, context
+
+    def accumulate(self, batch):
+        raise NotImplementedError
 
 
 @pytest.fixture
@@ -69,8 +76,16 @@ def test_an_installed_package_brings_a_mode(plug_in):
 
 
 def test_an_entry_points_factory_makes_the_mode(plug_in):
-    plug_in(mine="tests.test_mode_table:make")
-    assert build_mode("mine", "model", "context") == ("model", "context")
+    plug_in(mine="tests.test_mode_table:Made")
+    mode = build_mode("mine", "model", "context")
+    assert isinstance(mode, Made)
+    assert (mode.model, mode.context) == ("model", "context")
+
+
+def test_a_factory_that_makes_no_mode_is_refused(plug_in):
+    plug_in(mine="builtins:slice")
+    with pytest.raises(ProtocolError, match=r"^mine: expected a Mode, .* returned slice\.$"):
+        build_mode("mine", "model", "context")
 
 
 def test_an_unknown_name_is_answered_by_all_known_ones(plug_in):

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dpsgd_track.config import VariantConfig, require
+from dpsgd_track.modes.protocol import ProtocolError
 from dpsgd_track.record.failure import Failure, FailureKind
 from dpsgd_track.store.client import TrackingError
 from dpsgd_track.training.diagnosis import diagnose
@@ -81,6 +82,18 @@ def test_an_error_of_a_users_mode_is_the_modes_and_names_its_line(
     )
 
 
+def test_a_file_that_is_no_python_is_the_modes(tmp_path: Path) -> None:
+    path = tmp_path / "my_mode.py"
+    path.write_text("x = 1\ndef (\n")
+    spec = importlib.util.spec_from_file_location("my_mode", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loader, module = spec.loader, importlib.util.module_from_spec(spec)
+    found = failure_of(lambda: loader.exec_module(module), "my_mode:MyMode")
+    assert found.kind is FailureKind.MODE
+    assert found.place == "in my_mode.py:2 of mode my_mode:MyMode"
+
+
 def test_an_error_of_a_variant_names_the_variant(code: Any, tmp_path: Path) -> None:
     fork = VariantConfig(name="fork", path="../fork", root=str(tmp_path))
     found = failure_of(code.value_error, "ghost", variant=fork)
@@ -111,6 +124,8 @@ def test_a_setting_that_our_code_refuses_is_a_setting(code: Any) -> None:
         (OSError(errno.ENOSPC, "full"), FailureKind.DISK_FULL),
         (NotFiniteError("loss became nan at step 3"), FailureKind.NOT_FINITE),
         (UnequalNoiseError("ranks 0 and 1 differ"), FailureKind.UNEQUAL_NOISE),
+        (ProtocolError("accumulate() of X: expected a SampleRecord"), FailureKind.PROTOCOL),
+        (SystemExit(3), FailureKind.MODE),
         (MemoryError(), FailureKind.OUT_OF_MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), FailureKind.OUT_OF_MEMORY),
         (
@@ -124,7 +139,7 @@ def test_a_setting_that_our_code_refuses_is_a_setting(code: Any) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
-def test_each_error_has_its_kind(error: Exception, kind: FailureKind) -> None:
+def test_each_error_has_its_kind(error: BaseException, kind: FailureKind) -> None:
     def call() -> None:
         raise error
 

@@ -143,7 +143,7 @@ VERBS: dict[str, Verb] = {
             name="single",
             summary="one mode on its own",
             run=_suite(Suite.SINGLE),
-            examples=("--mode flash_fsdp_bk --sigma 0.7 --output out.json",),
+            examples=("--mode flash_fsdp_bk --sigma 0.7 --output a.json",),
             notes=_LAUNCH_CODES,
         ),
         Verb(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from dpsgd_track.config import require
-from dpsgd_track.modes.protocol import Mode, ModeContext, ModeFactory
+from dpsgd_track.modes.protocol import Mode, ModeContext, ModeFactory, ProtocolError
 from dpsgd_track.modes.table import check_mode, factory_of, spec_of, split_planted
 
 ModeBuilder = Callable[[str, nn.Module, ModeContext], Mode]
@@ -25,13 +25,18 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
         context: settings of the mode.
     Raises:
         ValueError: the name is unknown, or the mode cannot clip one of the parameters.
+        ProtocolError: a user's factory returned something else than a mode.
     """
     check_mode(name)
     # The table knows such a name, and what would be built is the healthy mode.
     require(not split_planted(name)[1], "mode", name, "a mode with nothing planted in it")
     spec = spec_of(name)
     if spec is None:
-        return _user_factory(factory_of(name))(model, context)
+        mode = _user_factory(factory_of(name))(model, context)
+        if not isinstance(mode, Mode):
+            found = type(mode).__name__
+            raise ProtocolError(f"{name}: expected a Mode, and its factory returned {found}.")
+        return mode
     if spec.strategy == "one_by_one":
         from dpsgd_track.modes.reference import ReferenceMode
 

@@ -28,6 +28,10 @@ from dpsgd_track.privacy.loss import PerSampleLoss, classification_loss, one_los
 from dpsgd_track.privacy.noise import NoiseSource, add_noise
 
 
+class ProtocolError(RuntimeError):
+    """A mode returned something else than the protocol says; the message names the method."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModeContext:
     """Settings with which a mode is built over a model."""
@@ -116,7 +120,7 @@ class Mode(ABC):
         Returns:
             This rank's shards of (clipped sum + noise) / expected batch size, by name.
         Raises:
-            RuntimeError: the clipped sum lacks a trainable parameter, or has others.
+            ProtocolError: the clipped sum lacks a trainable parameter, or has others.
         """
         privacy = self.context.privacy
         add_noise(clipped, self.weight_parts(), privacy.noise_multiplier, source)
@@ -130,7 +134,7 @@ class Mode(ABC):
     def _write_gradients(self, gradients: dict[str, Tensor]) -> None:
         unlike = gradients.keys() ^ {layout.name for layout, _ in self._layouts}
         if unlike:
-            raise RuntimeError(
+            raise ProtocolError(
                 f"clipped_sum() of {type(self).__name__}: expected a sum for each trainable "
                 f"parameter and nothing else; what differs: {', '.join(sorted(unlike))}."
             )

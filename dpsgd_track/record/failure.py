@@ -20,6 +20,8 @@ class FailureKind(enum.StrEnum):
     """A setting does not fit the machine, the model or the mode."""
     MODE = "mode"
     """The mode's own code, or what it called, raised an exception."""
+    PROTOCOL = "protocol"
+    """The mode returned something that the protocol of modes does not allow."""
     ERROR = "error"
     """The project's own code raised an exception, or only the exit code is known."""
     TRACKING = "tracking"
@@ -60,6 +62,10 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     FailureKind.MODE: (
         "the mode raised an exception",
         "Read the log; `dpsgd-track single --mode NAME` runs this mode alone.",
+    ),
+    FailureKind.PROTOCOL: (
+        "the mode does not keep to the protocol",
+        "Correct the mode; dpsgd_track/modes/protocol.py says what each method returns.",
     ),
     FailureKind.ERROR: (
         "the worker raised an exception",

@@ -247,7 +247,7 @@ def _read_plan(group: str, kept: KeptRun) -> GroupPlan:
     except LookupError:
         reason = "It has none: it was launched by 0.1, or its launcher died. Launch it again."
     except ValueError as error:
-        reason = str(error)
+        reason = f"Its {PLAN_FILE} cannot be read: {error}"
     raise GroupNotFound(f"group={group!r}: expected a group with a plan. {reason}")
 
 
@@ -266,6 +266,8 @@ def _mode_run(
     key: RunKey, kept: KeptRun | None, job: JobConfig | None, setup: RegimeConfig | None
 ) -> ModeRun:
     trajectory, missing = (None, NEVER_STARTED) if kept is None else _read_record(key, kept)
+    facts, damage = _read_facts(kept) if kept else (None, "")
+    missing = missing or damage
     timings = trajectory if isinstance(trajectory, Timings) else None
     is_timed = key.regime == PROFILE
     return ModeRun(
@@ -279,7 +281,7 @@ def _mode_run(
         job=job.run_in(setup) if job and setup else None,
         setup=setup,
         failure=_read_failure(kept.tags) if kept else None,
-        facts=_read_facts(kept) if kept else None,
+        facts=facts,
         metrics=kept.metrics if kept else {},
         trajectory=trajectory if isinstance(trajectory, Trajectory) else None,
         trajectory_missing="" if is_timed else missing,
@@ -293,11 +295,14 @@ def _read_failure(tags: Mapping[str, str]) -> Failure | None:
     return FAILURE.loads(text) if text else None
 
 
-def _read_facts(kept: KeptRun) -> RunFacts | None:
+def _read_facts(kept: KeptRun) -> tuple[RunFacts | None, str]:
+    """The facts of a run, and the reason why they cannot be read."""
     try:
-        return kept.read(FACTS_FILE, lambda path: FACTS.loads(path.read_bytes()))
+        return kept.read(FACTS_FILE, lambda path: FACTS.loads(path.read_bytes())), ""
     except LookupError:
-        return None
+        return None, ""
+    except ValueError as error:
+        return None, f"{FACTS_FILE}: {error}".rstrip(".")
 
 
 def _read_record(key: RunKey, kept: KeptRun) -> tuple[Trajectory | Timings | None, str]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import dpsgd_track
 from dpsgd_track.config import JobConfig
+from dpsgd_track.modes.protocol import ProtocolError
 from dpsgd_track.modes.table import factory_of, spec_of
 from dpsgd_track.record.failure import Failure, FailureKind, names_lost_peer
 from dpsgd_track.store.client import TrackingError
@@ -26,6 +27,13 @@ _ROOTS = {
 _STDLIB = Path(sysconfig.get_paths()["stdlib"])
 _INSTALLED = ("site-packages", "dist-packages")
 
+_SENTENCES = (
+    FailureKind.SETTING,
+    FailureKind.NOT_FINITE,
+    FailureKind.UNEQUAL_NOISE,
+    FailureKind.PROTOCOL,
+)
+"""These say what is wrong in a sentence; of others the exception's type is half of it."""
 _NO_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -42,8 +50,7 @@ def diagnose(
     frame, owner = _innermost_frame(error, job)
     kind = _kind_of(error, owner)
     text = str(error).strip()
-    # These messages are complete sentences; those of others need the type.
-    is_sentence = kind in (FailureKind.SETTING, FailureKind.NOT_FINITE, FailureKind.UNEQUAL_NOISE)
+    is_sentence = kind in _SENTENCES
     is_placed = kind in (FailureKind.MODE, FailureKind.ERROR) and frame is not None
     return Failure(
         kind=kind,
@@ -68,6 +75,8 @@ def _kind_of(error: BaseException, owner: str) -> FailureKind:
             return FailureKind.NOT_FINITE
         case UnequalNoiseError():
             return FailureKind.UNEQUAL_NOISE
+        case ProtocolError():
+            return FailureKind.PROTOCOL
         case torch.OutOfMemoryError() | MemoryError():
             return FailureKind.OUT_OF_MEMORY
         case RuntimeError() if any(words in text for words in _NO_MEMORY):
@@ -92,7 +101,11 @@ def _innermost_frame(
     error: BaseException, job: JobConfig
 ) -> tuple[traceback.FrameSummary | None, str]:
     """The innermost line outside of torch and the standard library, and its owner."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) and error.filename:
+        # Raised by whoever imports the file.
+        frames.append(traceback.FrameSummary(error.filename, error.lineno, "<module>"))
+    for frame in reversed(frames):
         path = Path(frame.filename)
         if path.is_relative_to(_ROOTS["torch"]) or _is_of_python(path):
             continue

@@ -21,7 +21,7 @@ from dpsgd_track.config import (
     PrivacyConfig,
     RegimeConfig,
 )
-from dpsgd_track.modes.protocol import Mode, ModeContext
+from dpsgd_track.modes.protocol import Mode, ModeContext, ProtocolError
 from dpsgd_track.modes.table import is_private, takes_norm_plan
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.dropout import KeyedDropout
@@ -62,7 +62,9 @@ class PreparedRun:
         records, indices = [], iter(rank_batch.indices)
         for batch in rank_batch.batches:
             with self._dropout(step, list(islice(indices, len(batch)))):
-                records.append(self.mode.accumulate(batch))
+                record = self.mode.accumulate(batch)
+            _require_record(self.mode, record, len(batch))
+            records.append(record)
         return records
 
     def _dropout(self, step: int, samples: list[int]) -> AbstractContextManager[None]:
@@ -116,6 +118,20 @@ class PreparedRun:
         if self.job.noise_from == "os":
             return fresh_key(None, self.device)
         return f"{self.job.seed}/{self.job.mode}"
+
+
+def _require_record(mode: Mode, record: object, num_samples: int) -> None:
+    """Refuse what is no record of `num_samples` samples.
+
+    Raises:
+        ProtocolError: `accumulate` returned something else.
+    """
+    expected = f"accumulate() of {type(mode).__name__}: expected a SampleRecord"
+    if not isinstance(record, SampleRecord):
+        raise ProtocolError(f"{expected}, got {type(record).__name__}.")
+    if record.loss_B.shape != (num_samples,):
+        shape = list(record.loss_B.shape)
+        raise ProtocolError(f"{expected} of {num_samples} samples, got losses of shape {shape}.")
 
 
 def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:

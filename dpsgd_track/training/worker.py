@@ -356,7 +356,8 @@ def _run(worker: Worker) -> int:
     try:
         worker.run()
         worker.writer.close()
-    except Exception as error:
+    # A mode may call sys.exit, even with 0, and would then seem to have ended well.
+    except BaseException as error:
         traceback.print_exc()
         # Errors during shutdown, such as logging to a closed writer, are not the reason.
         if not worker.is_told_to_stop.is_set():

@@ -82,3 +82,26 @@ class OutOfMemory(Healthy):
         if dist.get_rank() == dist.get_world_size() - 1:
             raise torch.OutOfMemoryError("tried to allocate 1 TiB")
         return super().accumulate(batch)
+
+
+class Leaves(Healthy):
+    """Ends its process as if all were well."""
+
+    def accumulate(self, batch: Batch) -> SampleRecord:
+        raise SystemExit(0)
+
+
+class Recordless(Healthy):
+    """Clips, and tells nothing of it."""
+
+    def accumulate(self, batch: Batch) -> SampleRecord:
+        super().accumulate(batch)
+        return None  # type: ignore[return-value]
+
+
+class MeanLoss(Healthy):
+    """Reports one loss for all samples of a micro-batch."""
+
+    def accumulate(self, batch: Batch) -> SampleRecord:
+        record = super().accumulate(batch)
+        return replace(record, loss_B=record.loss_B.mean())
