@@ -236,9 +236,7 @@ def test_json_is_as_its_schema_says_and_is_read_back() -> None:
     text = profile_json(found, group)
     assert PROFILE.loads(text) == profile_document(found, group)
     cost = SCHEMA["$defs"]["CostEntry"]
-    assert (
-        cost["properties"]["step_time_ms"]["description"] == "Of the steps that were not tracked."
-    )
+    assert cost["properties"]["step_time_ms"]["description"] == "Untracked steps."
     assert set(cost["required"]) == set(cost["properties"])
     document = json.loads(text)
     assert (document["schema"], document["schema_version"]) == ("dpsgd-track/profile", 1)

@@ -164,6 +164,17 @@ def test_facts_that_cannot_be_read_leave_the_record_incomplete(store: Store) -> 
     assert run.trajectory_missing.startswith("facts.json: expected a document of schema")
 
 
+def test_a_failure_that_cannot_be_read_is_one_of_its_run_alone(store: Store) -> None:
+    failed = mode_run("flash_fsdp_bk", "clip", status="FAILED")
+    group_id = store.add_group([RUN], expected=[RUN, failed])
+    run_id = store.add_run(failed, "synthetic", group_id)
+    store.client.set_tag(run_id, names.FAILURE, "[1]")
+    sound, broken = read(store).runs
+    assert sound.trajectory is not None
+    assert broken.failure is not None
+    assert "dpsgd.failure: expected a document of schema" in broken.reason
+
+
 def test_run_that_died_before_upload_is_read_from_its_metrics(store: Store) -> None:
     killed = mode_run("flash_fsdp", "clip", status="KILLED")
     runs = [r for r in healthy_runs() if (r.mode, r.regime) != ("flash_fsdp", "clip")]

@@ -22,7 +22,7 @@ import numpy as np
 from dpsgd_track.config import PROFILE, JobConfig, RegimeConfig, Settings, redact_uri
 from dpsgd_track.record import names
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, RunFacts
-from dpsgd_track.record.failure import FAILURE, Failure
+from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, RunKey
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
@@ -292,7 +292,11 @@ def _mode_run(
 
 def _read_failure(tags: Mapping[str, str]) -> Failure | None:
     text = tags.get(names.FAILURE, "")
-    return FAILURE.loads(text) if text else None
+    try:
+        return FAILURE.loads(text) if text else None
+    except ValueError as error:
+        # Somebody has edited the tag; the run's status tells that it failed.
+        return Failure(kind=FailureKind.ERROR, message=f"{names.FAILURE}: {error}")
 
 
 def _read_facts(kept: KeptRun) -> tuple[RunFacts | None, str]:
