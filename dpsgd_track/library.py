@@ -53,33 +53,7 @@ class PrivateTraining:
     `backward` replaces `loss.backward()`. The optimizer's `step` then adds the noise before it
     updates the weights, and raises if no clipped gradient was added.
 
-    The contract: exact, or refused in a sentence. For every mode of this package:
-
-    1. One sample contributes min(1, C / norm) times its gradient to the clipped sum, which is no
-       longer than C, whatever layers the model has, however they share parameters
-       (`test_capture`), and whichever dimension holds the samples
-       (`test_samples_are_told_apart_wherever_they_are`). A model for which this would not hold is
-       refused by name before anything is updated
-       (`test_what_would_not_be_exact_is_refused_by_name`).
-    2. The loss is one number a sample; a mean, a sum or [B, T] is refused
-       (`test_a_loss_that_is_not_one_number_a_sample_is_refused`).
-    3. The engine is compared with plain autograd on the first batch, on each new kind of batch and
-       at growing intervals. A difference beyond rounding raises
-       (`test_the_spot_check_finds_each_kind`). `spot_check=False` removes this check.
-    4. A sample whose loss or gradient is not finite adds nothing and is counted
-       (`test_a_sample_that_is_not_finite_adds_nothing`).
-    5. A batch is added whole or not at all (`test_a_batch_that_failed_can_be_added_in_halves`), and
-       `optimizer.zero_grad()` drops it (`test_zero_grad_forgets_the_batch`).
-    6. Later changes, such as BatchNorm in training mode, a parameter frozen or unfrozen, a layer
-       replaced, a weight used without a call of its module, or a buffer that keeps data, raise in
-       the first batch that they affect (`test_what_changes_later_is_refused_at_once`).
-    7. No step is taken without its noise, whatever a mode overrides
-       (`test_a_mode_that_could_skip_the_noise_is_refused`).
-    8. `epsilon` accounts for every step taken on the model or a part of it, at its own sigma and
-       sample rate, resumes and other calls included (`test_epsilon_tells_the_whole_life`,
-       `test_epsilon_tells_the_life_of_every_part`).
-    9. A copy of the model is an ordinary module with weights of its own
-       (`test_a_copy_is_an_ordinary_module`).
+    The contract is in the docstring of `make_private`.
     """
 
     def __init__(
@@ -392,7 +366,33 @@ def make_private(
 ) -> PrivateTraining:
     """Make a training loop private.
 
-    The contract is in the docstring of `PrivateTraining`.
+    The contract: exact, or refused in a sentence. For every mode of this package:
+
+    1. One sample contributes min(1, C / norm) times its gradient to the clipped sum, which is no
+       longer than C, whatever layers the model has, however they share parameters
+       (`test_capture`), and whichever dimension holds the samples
+       (`test_samples_are_told_apart_wherever_they_are`). A model for which this would not hold is
+       refused by name before anything is updated
+       (`test_what_would_not_be_exact_is_refused_by_name`).
+    2. The loss is one number a sample; a mean, a sum or [B, T] is refused
+       (`test_a_loss_that_is_not_one_number_a_sample_is_refused`).
+    3. The engine is compared with plain autograd on the first batch, on each new kind of batch and
+       at growing intervals. A difference beyond rounding raises
+       (`test_the_spot_check_finds_each_kind`). `spot_check=False` removes this check.
+    4. A sample whose loss or gradient is not finite adds nothing and is counted
+       (`test_a_sample_that_is_not_finite_adds_nothing`).
+    5. A batch is added whole or not at all (`test_a_batch_that_failed_can_be_added_in_halves`), and
+       `optimizer.zero_grad()` drops it (`test_zero_grad_forgets_the_batch`).
+    6. Later changes, such as BatchNorm in training mode, a parameter frozen or unfrozen, a layer
+       replaced, a weight used without a call of its module, or a buffer that keeps data, raise in
+       the first batch that they affect (`test_what_changes_later_is_refused_at_once`).
+    7. No step is taken without its noise, whatever a mode overrides
+       (`test_a_mode_that_could_skip_the_noise_is_refused`).
+    8. `epsilon` accounts for every step taken on the model or a part of it, at its own sigma and
+       sample rate, resumes and other calls included (`test_epsilon_tells_the_whole_life`,
+       `test_epsilon_tells_the_life_of_every_part`).
+    9. A copy of the model is an ordinary module with weights of its own
+       (`test_a_copy_is_an_ordinary_module`).
 
     Args:
         model: unsharded, or sharded by `fully_shard` already for a mode under FSDP2. Only a mode
