@@ -97,9 +97,7 @@ class Worker:
         step = self.step if self.step >= 0 else None
         failure = diagnose(error, self.job, regime=self.regime, step=step, rank=self.rank)
         path = self.folder / f"failure-rank{self.rank}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(FAILURE.dumps(failure), encoding="utf-8")
-        partial.replace(path)
+        _replace(path, FAILURE.dumps(failure))
 
     def _join_group(self) -> torch.device:
         if self.job.performance.device == "cuda":
@@ -176,7 +174,7 @@ class Worker:
         if self.rank != 0:
             return
         path = folder / FACTS_FILE
-        path.write_text(FACTS.dumps(facts), encoding="utf-8")
+        _replace(path, FACTS.dumps(facts))
         run_id = self._run_id(number, is_global=True)
         if run_id is not None:
             self.writer.upload(run_id, path)
@@ -283,6 +281,13 @@ def _device_facts(device: str) -> DeviceFacts:
         cuda=str(torch.version.cuda) if is_cuda else "",
         nccl=".".join(map(str, torch.cuda.nccl.version())) if is_cuda else "",
     )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file anew: readers see all of it or nothing, and links to an earlier one stay."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
