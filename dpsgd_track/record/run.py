@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from dpsgd_track.config import JobConfig, RegimeConfig
 from dpsgd_track.record.facts import RunFacts
@@ -110,8 +109,3 @@ class Group:
     """Earlier attempts of the same mode and regime, left out."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Tags of the group's run, which users may set."""
-
-    @cached_property
-    def by_key(self) -> Mapping[RunKey, ModeRun]:
-        """Every run by its key."""
-        return {run.key: run for run in (*self.runs, *self.timed_runs)}
