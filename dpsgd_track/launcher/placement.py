@@ -1,4 +1,4 @@
-"""Where a group runs and is stored, independent of its results."""
+"""Machines, store and folders of a group: settings that do not change its results."""
 
 from __future__ import annotations
 

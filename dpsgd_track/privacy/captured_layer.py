@@ -168,7 +168,7 @@ def spread(x: Tensor, num_samples: int) -> Tensor:
 
 
 class ParameterSlot:
-    """Where a module looks up a trainable parameter, and the leaf to put there."""
+    """A slot of a module that holds a trainable parameter, and the leaf to put into it."""
 
     def __init__(self, name: str) -> None:
         self.name = name

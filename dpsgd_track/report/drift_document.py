@@ -55,7 +55,7 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True)
 class CulpritEntry:
-    """Where a run first went wrong: in one comparison, in its own numbers, or in all together."""
+    """The first error of a run, found by one comparison or in the run's own numbers."""
 
     regime: str
     against: str

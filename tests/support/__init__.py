@@ -1,6 +1,6 @@
-"""What tests share: made-up groups, programs that run in ranks, servers, and defective modes."""
+"""Support for the tests: made-up groups, programs that run in ranks, servers, defective modes."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""Of the checkout."""
+"""Root of the checkout."""

@@ -1,4 +1,4 @@
-"""What a command line is parsed into, and the plan and the placement made of it."""
+"""Parses command lines as the program does, and makes their plans and placements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parsed(verb: str, *argv: str) -> dict[str, Any]:
 
 
 def asked(verb: str, *argv: str) -> Asked:
-    """What a command line of quick, full, single or profile asks for."""
+    """The parsed options of a command line of quick, full, single or profile."""
     return replace(parsed(verb, *argv)["options"], suite=Suite(verb))
 
 

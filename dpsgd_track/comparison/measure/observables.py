@@ -164,7 +164,7 @@ class Charted(enum.Enum):
 
     ALWAYS = enum.auto()
     IF_DIFFERENT = enum.auto()
-    """Where some mode is off: where all are equal, the ladder says all there is to say."""
+    """Only if some mode deviates; if all are equal, the table of stages suffices."""
     NEVER = enum.auto()
 
 
