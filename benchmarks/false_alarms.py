@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Launch and compare groups of correct modes, and count the alarms, which are all false.
 
-    python benchmarks/false_alarms.py OUT.csv --folder /tmp/false-alarms
+    python benchmarks/false_alarms.py OUT.csv --folder /tmp/false-alarms --jobs 2
 
 Ten configurations, each with five seeds of data, weights and noise. One CSV row for each mode that
 was judged, with how near it came to a limit. Exits with 1 where any verdict is DRIFT or BUG. Groups
@@ -17,7 +17,9 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ def main() -> int:
     parser.add_argument("csv", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="where stores are kept")
     parser.add_argument("--seeds", type=int, default=5, help="replays of each configuration")
+    parser.add_argument("--jobs", type=int, default=1, help="launches at a time")
     parser.add_argument("--only", action="append", choices=CONFIGURATIONS, help="configurations")
     parser.add_argument("--commit", default=_revision(), help="what the rows name as the commit")
     args, options = parser.parse_known_args()
@@ -73,9 +76,11 @@ def main() -> int:
     with args.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for name in args.only or CONFIGURATIONS:
-            for seed in range(args.seeds):
-                for row in _judged(name, seed, args.folder, options):
+        groups = list(product(args.only or CONFIGURATIONS, range(args.seeds)))
+        with ThreadPoolExecutor(args.jobs) as pool:
+            every = pool.map(partial(_judged, folder=args.folder, options=options), groups)
+            for (name, seed), rows in zip(groups, every, strict=True):
+                for row in rows:
                     writer.writerow(row | {"commit": args.commit, "torch": version("torch")})
                     counts[row["verdict"]] += 1
                     if row["verdict"] != "PASS":
@@ -85,38 +90,49 @@ def main() -> int:
     return int(any(counts[verdict] for verdict in FAIL))
 
 
-def _judged(name: str, seed: int, folder: Path, options: list[str]) -> Iterator[dict[str, Any]]:
-    """One row for each mode of one group."""
+def _judged(which: tuple[str, int], folder: Path, options: list[str]) -> list[dict[str, Any]]:
+    """Launch and compare the group of a configuration and a seed; one row for each mode."""
+    name, seed = which
     group = f"{name}-{seed}"
+    place = folder / group
+    place.mkdir(exist_ok=True)
     launch = ["quick", *CONFIGURATIONS[name].split(), "--random-seed", str(1000 + seed), *options]
     for command in (["launch.py", *launch, "--group", group], ["compare.py", group, "--no-png"]):
-        if command[0] == "launch.py" and (folder / "results" / group).exists():
+        if command[0] == "launch.py" and (place / "results" / group).exists():
             continue
         done = subprocess.run(
             [sys.executable, str(ROOT / command[0]), *command[1:]],
-            cwd=folder,
+            cwd=place,
             capture_output=True,
             text=True,
             check=False,
         )
         if command[0] == "launch.py" and done.returncode:
             raise RuntimeError(f"{name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    document = json.loads((folder / "results" / group / "drift.json").read_text(encoding="utf-8"))
-    for mode in document["modes"]:
-        rungs = [rung for ladder in mode["ladders"] for rung in ladder["stages"]]
-        if rungs:
-            nearest = max(rungs, key=lambda rung: (rung["value"] or 0.0) / (rung["limit"] or 1.0))
-            yield {
-                "configuration": name,
-                "seed": seed,
-                "mode": mode["label"],
-                "verdict": mode["verdict"],
-                "nearest": nearest["observable"],
-                "value": f"{nearest['value']:.3g}",
-                "times_limit": f"{(nearest['value'] or 0) / (nearest['limit'] or 1):.3g}",
-                "device": _device(options),
-                "sentence": mode["sentence"] if mode["verdict"] != "PASS" else "",
-            }
+    document = json.loads((place / "results" / group / "drift.json").read_text(encoding="utf-8"))
+    return [_row(name, seed, mode, _device(options)) for mode in document["modes"] if _counts(mode)]
+
+
+def _counts(mode: dict[str, Any]) -> bool:
+    # The reference and silent replays are compared with nothing.
+    return bool(mode["ladders"]) or mode["verdict"] != "PASS"
+
+
+def _row(name: str, seed: int, mode: dict[str, Any], device: str) -> dict[str, Any]:
+    rungs = [rung for ladder in mode["ladders"] for rung in ladder["stages"]]
+    times = [(rung["value"] or 0.0) / (rung["limit"] or 1.0) for rung in rungs]
+    at = times.index(max(times)) if times else None
+    return {
+        "configuration": name,
+        "seed": seed,
+        "mode": mode["label"],
+        "verdict": mode["verdict"],
+        "nearest": rungs[at]["observable"] if at is not None else "",
+        "value": f"{rungs[at]['value'] or 0.0:.3g}" if at is not None else "",
+        "times_limit": f"{times[at]:.3g}" if at is not None else "",
+        "device": device,
+        "sentence": mode["sentence"] if mode["verdict"] != "PASS" else "",
+    }
 
 
 def _device(options: list[str]) -> str:
