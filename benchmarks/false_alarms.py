@@ -19,8 +19,8 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
