@@ -41,7 +41,14 @@ from dpsgd_track.launcher.choices import (
 )
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.profile_order import profile_jobs, with_baselines
-from dpsgd_track.launcher.regimes import CHOOSABLE, SUITE_REGIMES, is_run, num_iter, regimes_of
+from dpsgd_track.launcher.regimes import (
+    CHOOSABLE,
+    ORDERED,
+    SUITE_REGIMES,
+    is_run,
+    num_iter,
+    regimes_of,
+)
 from dpsgd_track.launcher.variants import read_variants, variant_jobs
 from dpsgd_track.modes import table
 from dpsgd_track.record.environment import environment
@@ -228,8 +235,6 @@ def _modes_and_regimes(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _regime_of_single(modes: Sequence[str], what: ModeChoices) -> str:
     require(len(modes) == 1, "mode", ",".join(modes), "exactly one mode", "Give one --mode.")
-    advice = "Use --accuracy-test, or the quick and full suites."
-    require(not what.regime, "regime", ",".join(what.regime), "no --regime in single", advice)
     return ACCURACY if what.accuracy_test else TRAIN
 
 
@@ -241,7 +246,7 @@ def _chosen_regimes(suite: Suite, what: ModeChoices) -> tuple[str, ...]:
         advice = "Leave out --accuracy-test or --regime."
         require(regimes in ((), (ACCURACY,)), "regime", ",".join(regimes), ACCURACY, advice)
         return (ACCURACY,)
-    return tuple(name for name in CHOOSABLE if name in (regimes or SUITE_REGIMES[suite]))
+    return tuple(name for name in ORDERED if name in (regimes or SUITE_REGIMES[suite]))
 
 
 def _timed_modes(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
+from dpsgd_track.program import command
 from dpsgd_track.store.client import TrackingError
 from dpsgd_track.store.inventory import Inventory
 from dpsgd_track.store.opening import StoreError, open_store, unusable
@@ -83,7 +84,7 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         try:
             problems = settle(Shipper(group, client, uri, experiment_id), count=True)
         except NotThereYet as error:
-            problems = [f"{error} Run `dpsgd-track sync {group.name}` on node 0 first."]
+            problems = [f"{error} Run `{command('sync', [group.name])}` on node 0 first."]
         except Exception as error:
             raise unusable(settings, error) from error
     for line in problems[:_SHOWN]:

@@ -195,7 +195,7 @@ class SpooledGroup:
                 leave(writer, [run.key])
                 continue
             failure = Failure(kind=FailureKind.LAUNCHER_DIED)
-            writer.set_tags(run.key, tags_of(Status.KILLED, failure))
+            writer.set_tags(run.key, tags_of(Status.KILLED, failure, failure.advice(self.name)))
             writer.add("end", run.key, status=Status.KILLED)
         writer.close()
         return len(left)
