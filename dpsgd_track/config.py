@@ -95,8 +95,8 @@ def require_one_of(setting: str, got: str, known: Iterable[str], advice: str = "
 
 def nearest(got: str, known: Iterable[str]) -> str:
     """`Did you mean 'x'?`; empty where no known name is near."""
-    found = difflib.get_close_matches(got, tuple(known), n=1)
-    return f"Did you mean {found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(got, tuple(known), n=1)
+    return f"Did you mean {matches[0]!r}?" if matches else ""
 
 
 def _is_number(got: float) -> bool:
@@ -582,7 +582,7 @@ def load_settings(path: Path | None) -> Settings:
 
 
 def _known_keys(cls: type, raw: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
-    known = [f.name for f in dataclasses.fields(cls)]
+    names = [f.name for f in dataclasses.fields(cls)]
     for key in raw:
-        require(key in known, "key", key, f"one of {', '.join(known)}", f"It stands in {where}.")
+        require(key in names, "key", key, f"one of {', '.join(names)}", f"It stands in {where}.")
     return dict(raw)

@@ -67,9 +67,9 @@ def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) 
         return EXIT_FINISHED
     name, *arguments = argv
     if name not in VERBS:
-        known = f"expected one of {', '.join(VERBS)}. {nearest(name, VERBS)}".rstrip()
+        expected = f"expected one of {', '.join(VERBS)}. {nearest(name, VERBS)}".rstrip()
         advice = f"`{command('VERB', ['--help'])}` explains each."
-        print(f"{NAME}: verb={name!r}: {known} {advice}", file=sys.stderr)
+        print(f"{NAME}: verb={name!r}: {expected} {advice}", file=sys.stderr)
         return EXIT_USAGE
     context = Context(
         verb=name, arguments=arguments, check_inputs=check_inputs, chosen_launch=launch
@@ -105,7 +105,7 @@ def _keep_traceback(error: Exception, context: Context) -> int:
         "w", prefix=f"{NAME}-{context.verb}-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
         traceback.print_exception(error, file=file)
-    said = f"{type(error).__name__}: {error}"
+    summary = f"{type(error).__name__}: {error}"
     return context.complain(
-        f"an error of {NAME} itself, {said}. The traceback is in {file.name}", EXIT_INTERNAL
+        f"an error of {NAME} itself, {summary}. The traceback is in {file.name}", EXIT_INTERNAL
     )

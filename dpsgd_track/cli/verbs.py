@@ -86,8 +86,8 @@ def _resume(
 
 _GROUP = "A group's name, a run id, latest, or a golden file (.dpsgd), which needs no store"
 _GROUP_B = (
-    "Second group, whose runs are compared with the same runs of GROUP (default: none; the modes of "
-    "GROUP are compared with each other)"
+    "Second group, whose runs are compared with the same runs of GROUP (default: none; the modes "
+    "of GROUP are compared with each other)"
 )
 
 

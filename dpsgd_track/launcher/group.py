@@ -282,10 +282,10 @@ class GroupRun:
         failures = [outcome.failure for outcome in failed if outcome.failure]
         reason = ""
         if failures:
-            said = [failures[0].reason]
+            sentences = [failures[0].reason]
             if status != OUT_OF_MEMORY:
-                said.append(failures[0].advice(self._folder.name, job))
-            reason = f"{' '.join(said)} Log: {work_dir / 'output.log'}"
+                sentences.append(failures[0].advice(self._folder.name, job))
+            reason = f"{' '.join(sentences)} Log: {work_dir / 'output.log'}"
         self._display.end_mode(status, reason)
         return status
 

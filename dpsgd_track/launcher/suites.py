@@ -101,7 +101,7 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
         for mode in modes
         if _takes_part(mode, regimes)
     )
-    jobs = (*jobs, *_again(jobs, variants))
+    jobs = (*jobs, *_jobs_of_variants(jobs, variants))
     if isinstance(asked.what, ProfileChoices):
         jobs = profile_jobs(jobs, shapes, asked.what.rounds)
     for each in dict.fromkeys(job.data for job in jobs):
@@ -204,14 +204,14 @@ def _model_and_data(asked: Asked) -> tuple[ModelConfig, DataConfig]:
     return model, asked.data.config(model.name)
 
 
-def _again(
+def _jobs_of_variants(
     jobs: tuple[JobConfig, ...], variants: tuple[VariantConfig, ...]
 ) -> tuple[JobConfig, ...]:
-    again = variant_jobs(jobs, variants)
+    added = variant_jobs(jobs, variants)
     if variants:
         allowed = "a mode besides reference to run a variant in"
-        require(bool(again), "mode", ",".join(job.mode for job in jobs), allowed)
-    return again
+        require(bool(added), "mode", ",".join(job.mode for job in jobs), allowed)
+    return added
 
 
 def _modes_and_regimes(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:

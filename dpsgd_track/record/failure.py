@@ -167,8 +167,8 @@ class Failure:
             if value is not None
         ]
         where = (f" at {', '.join(at)}" if at else "") + (f" {self.place}" if self.place else "")
-        said = f"{WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else "")
-        return f"{said.rstrip('. ')}."
+        sentence = f"{WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else "")
+        return f"{sentence.rstrip('. ')}."
 
     def advice(self, group: str = "GROUP", job: JobConfig | None = None) -> str:
         """The next thing to try, with commands as the user would type them.

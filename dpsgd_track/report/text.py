@@ -175,10 +175,10 @@ def _fitting(
         # Each column has a space on both sides and one border; the table has one more.
         return 1 + sum(3 + each for each in widths.values()) <= width
 
-    told = [i for i in range(len(headings)) if i < 2 or any(row[i] != ABSENT for row in shown)]
-    widths = {i: longest(i, [headings[i]]) for i in told}
+    columns = [i for i in range(len(headings)) if i < 2 or any(row[i] != ABSENT for row in shown)]
+    widths = {i: longest(i, [headings[i]]) for i in columns}
     if not fits(widths):
-        widths = {i: longest(i, headings[i].split()) for i in told}
+        widths = {i: longest(i, headings[i].split()) for i in columns}
     for name in first_to_go:
         if fits(widths):
             break
