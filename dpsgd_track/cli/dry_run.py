@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 
 from dpsgd_track.config import PROBE_MODEL
 from dpsgd_track.launcher.choices import MINILM
 from dpsgd_track.record.plan import GroupPlan
+from dpsgd_track.report.columns import in_columns
 
 START_S = 5.0
 """Seconds that a process group takes to start, on two CPU cores."""
@@ -19,11 +20,14 @@ def show_plan(plan: GroupPlan) -> None:
     """Print modes, processes and regimes of `plan`, and an estimate of its duration."""
     rows = [("mode", "processes", "regimes")]
     for job in plan.jobs:
-        runs = [f"{r.name} ({r.replay})" if r.replay else r.name for r in job.regimes]
-        rows.append((job.title, f"{job.num_ranks} on {job.performance.device}", ", ".join(runs)))
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for mode, processes, regimes in rows:
-        print(f"{mode:{widths[0]}}  {processes:{widths[1]}}  {regimes}")
+        replays: defaultdict[str, list[str]] = defaultdict(list)
+        for regime in job.regimes:
+            replays[regime.name] += filter(None, [regime.replay])
+        regimes = [
+            f"{name} (+ {', '.join(kinds)})" if kinds else name for name, kinds in replays.items()
+        ]
+        rows.append((job.title, f"{job.num_ranks} on {job.performance.device}", ", ".join(regimes)))
+    print("\n".join(in_columns(rows)))
     num_runs = sum(1 for _ in plan.runs())
     machines = f" on {plan.num_nodes} machines" if plan.num_nodes > 1 else ""
     groups = _count(len(plan.jobs), "process group")

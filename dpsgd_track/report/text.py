@@ -11,6 +11,7 @@ from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
+from dpsgd_track.report.columns import in_columns
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import told
@@ -80,11 +81,8 @@ def _differing(comparison: GroupComparison) -> list[str]:
 
 
 def _columns(heading: Sequence[str], table: Sequence[Sequence[str]]) -> str:
-    lines = [tuple(heading), *(tuple(line) for line in table)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
-    text = ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in text)
+    widths = [max(map(len, column)) for column in zip(heading, *table, strict=True)]
+    return "\n".join(in_columns([heading, ["-" * width for width in widths], *table]))
 
 
 def print_table(comparison: GroupComparison, console: Console) -> None:

@@ -61,7 +61,6 @@ class SpooledRun:
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     status: Status = Status.RUNNING
-    end_ms: int = 0
     files: list[tuple[Path, str]] = field(default_factory=list)
     """Files, each with its artifact folder."""
     rows: list[MetricRow] = field(default_factory=list)
@@ -92,7 +91,7 @@ class SpooledRun:
             case "join":
                 self.experiment, self.is_joined = event["experiment"], True
             case "reopen":
-                self.status, self.end_ms = Status.RUNNING, 0
+                self.status = Status.RUNNING
             case "params":
                 self.params |= event["params"]
             case "tags":
@@ -100,7 +99,7 @@ class SpooledRun:
             case "file":
                 self.files.append((folder / event["path"], event["folder"]))
             case "end":
-                self.status, self.end_ms = Status(event["status"]), event["time_ms"]
+                self.status = Status(event["status"])
 
     def last_metrics(self) -> dict[str, float]:
         """The newest value of each metric."""
