@@ -4,7 +4,7 @@
 import sys
 
 from dpsgd_track.cli.main import main
-from dpsgd_track.cli.program import CHECKOUT
+from dpsgd_track.program import CHECKOUT
 
 if __name__ == "__main__":
     sys.exit(main(program=CHECKOUT))

@@ -42,9 +42,11 @@ sys.path.insert(0, str(ROOT))
 from dpsgd_track.config import ACCURACY  # noqa: E402
 from dpsgd_track.modes.table import FULL, REFERENCE  # noqa: E402
 from dpsgd_track.record import names  # noqa: E402
+from dpsgd_track.record.facts import FACTS as FACTS_CODEC  # noqa: E402
+from dpsgd_track.record.facts import FACTS_FILE  # noqa: E402
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, Suite  # noqa: E402
 from dpsgd_track.record.trajectory import SCALAR_METRICS, Trajectory  # noqa: E402
-from tests.support.synthetic_group import ENVIRONMENT, job, setup  # noqa: E402
+from tests.support.synthetic_group import ENVIRONMENT, FACTS, job, setup  # noqa: E402
 
 EXPERIMENT = "dpsgd-track"
 SPIKED = "flash_fsdp"
@@ -234,6 +236,7 @@ def _write_mode(
     if not shape.died:
         path.parent.mkdir(parents=True)
         trajectory.save(path)
+        path.with_name(FACTS_FILE).write_text(FACTS_CODEC.dumps(FACTS), encoding="utf-8")
     for rank in range(shape.num_ranks):
         kind = {names.KIND: names.KIND_RANK, names.RANK: str(rank)}
         own = start(f"rank {rank}", run.run_id, **kind)

@@ -401,18 +401,6 @@ MOE: dict[str, Any] = {
 }
 
 
-class Reads(nn.Module):
-    """A model whose logits have another name."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        super().__init__()
-        self.model, self.name = model, name
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """What the output calls `name`."""
-        return getattr(self.model(**inputs), self.name)
-
-
 class Pairs(nn.Module):
     """How well each image fits its own text, by a CLIP model."""
 

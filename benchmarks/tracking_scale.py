@@ -48,8 +48,8 @@ from dpsgd_track.config import Settings, layer_norm_steps, logged_ranks  # noqa:
 from dpsgd_track.record.plan import GroupPlan, Suite  # noqa: E402
 from dpsgd_track.record.run import Status  # noqa: E402
 from dpsgd_track.store.client import connect  # noqa: E402
+from dpsgd_track.store.contents import Contents  # noqa: E402
 from dpsgd_track.store.history import all_points  # noqa: E402
-from dpsgd_track.store.inventory import Inventory  # noqa: E402
 from dpsgd_track.store.opening import open_store  # noqa: E402
 from dpsgd_track.store.run_tree import RunTree  # noqa: E402
 from dpsgd_track.store.shipper import Shipper  # noqa: E402
@@ -274,7 +274,7 @@ def lost_and_doubled(
     client = connect(database)
     lost = doubled = 0
     for group in groups:
-        for part in Inventory(group).parts(lambda run: True):
+        for part in Contents(group).parts(lambda run: True):
             for run in dict.fromkeys(run for run, _ in part):
                 metrics = [metric for of, metric in part if of == run]
                 for metric, held in all_points(client, run_ids[run], metrics):

@@ -3,7 +3,7 @@
 import sys
 
 from dpsgd_track.cli.main import main
-from dpsgd_track.cli.program import MODULE
+from dpsgd_track.program import MODULE
 
 if __name__ == "__main__":
     sys.exit(main(program=MODULE))

@@ -95,8 +95,8 @@ def require_one_of(setting: str, got: str, known: Iterable[str], advice: str = "
 
 def nearest(got: str, known: Iterable[str]) -> str:
     """`Did you mean 'x'?`; empty where no known name is near."""
-    found = difflib.get_close_matches(got, tuple(known), n=1)
-    return f"Did you mean {found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(got, tuple(known), n=1)
+    return f"Did you mean {matches[0]!r}?" if matches else ""
 
 
 def _is_number(got: float) -> bool:
@@ -264,12 +264,12 @@ class DataConfig:
     padding: str = "right"
     """Side that short samples are padded on: right or left."""
     ragged: bool = False
-    """Synthetic samples of unequal lengths. They have 1/4 to 4/4 of `seq_length` tokens."""
+    """Give synthetic samples unequal lengths. They are a quarter of `--seq-length` and more."""
     sampling: str = SEQUENTIAL
-    """sequential (the next samples) or poisson (each independently)."""
+    """How samples are drawn: sequential (the next ones) or poisson (each independently)."""
     dataset_size: int | None = None
-    """Synthetic samples that Poisson sampling draws from (default: none). Text has its own number
-    of rows."""
+    """Number of synthetic samples that Poisson sampling draws from (default: none). Text has its
+    own number of rows."""
 
     def __post_init__(self) -> None:
         require(self.seq_length >= 1, "seq_length", self.seq_length, "an integer >= 1")
@@ -414,10 +414,10 @@ class DrawsConfig:
     seed: int = 42
     """Seed of data, weights and common noise. Each has its own generator."""
     noise_from: str = "seed"
-    """Source of the modes' own noise in noise, train and profile: seed, the same in every run, or
-    os, the operating system's entropy."""
+    """Source of the modes' own noise in the noise and train regimes and in a profile: seed (the
+    same in every run) or os (the operating system's entropy)."""
     delta: float = 1e-5
-    """Probability with which the recorded epsilon may fail."""
+    """Delta of the (epsilon, delta) guarantee that is recorded."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "random_seed", self.seed, "an integer from 0 to 2^63 - 1")
@@ -582,7 +582,7 @@ def load_settings(path: Path | None) -> Settings:
 
 
 def _known_keys(cls: type, raw: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
-    known = [f.name for f in dataclasses.fields(cls)]
+    names = [f.name for f in dataclasses.fields(cls)]
     for key in raw:
-        require(key in known, "key", key, f"one of {', '.join(known)}", f"It stands in {where}.")
+        require(key in names, "key", key, f"one of {', '.join(names)}", f"It stands in {where}.")
     return dict(raw)

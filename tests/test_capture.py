@@ -23,6 +23,7 @@ from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import MODES, takes_norm_plan
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.layers.inventory import find_layers
+from tests.support.wrapped_layers import FirstOutput, SelfAttention
 
 B, T, D, V = 3, 5, 7, 9
 OURS = [
@@ -228,10 +229,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "adapters": (_Adapted, TOKENS),
     "adapters-after-leaf": (_AdaptedAfterLeaf, TOKENS),
     "recurrent": (
-        lambda: nn.Sequential(nn.Linear(D, D), _First(nn.GRU(D, 4, batch_first=True))),
+        lambda: nn.Sequential(nn.Linear(D, D), FirstOutput(nn.GRU(D, 4, batch_first=True))),
         ROWS,
     ),
-    "attention": (lambda: _then_head(_SelfAttention()), ROWS),
+    "attention": (lambda: _then_head(SelfAttention(D, num_heads=1)), ROWS),
     "pictures": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3),
@@ -256,26 +257,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "named-twice": (lambda: _then_head(_NamedTwice()), ROWS),
     "biases-alone": (lambda: _only_biases(_then_head(nn.Linear(D, D), nn.Tanh())), ROWS),
 }
-
-
-class _First(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x)[0]
-        return y
-
-
-class _SelfAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(D, 1, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return y
 
 
 class _NamedTwice(nn.Module):

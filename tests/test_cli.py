@@ -18,9 +18,9 @@ from dpsgd_track import __version__
 from dpsgd_track.cli import dry_run, launch
 from dpsgd_track.cli.main import main
 from dpsgd_track.cli.options import parser_of
-from dpsgd_track.cli.program import CHECKOUT, INSTALLED, MODULE, Program
 from dpsgd_track.cli.verbs import VERBS
 from dpsgd_track.launcher import EXIT_INTERNAL, choices
+from dpsgd_track.program import CHECKOUT, INSTALLED, MODULE, Program
 from dpsgd_track.record.plan import GroupPlan
 from tests.support.planned import parsed, plan
 
@@ -63,7 +63,7 @@ _SUITE = {
 PUBLIC = {
     "quick": _SUITE,
     "full": _SUITE,
-    "single": _SUITE,
+    "single": {name: default for name, default in _SUITE.items() if name != "regime"},
     "profile": {
         **{**_WHAT, "seq-length": ("64", "256"), "batch-size": ("2",), "rounds": 1},
         **{**_MODEL, **_TRAINING, **_MACHINE, **_NODES, **_KEPT},
@@ -85,6 +85,7 @@ PUBLIC = {
 """Every option that users have had since the first release, with its default."""
 ADDED = {verb: {"dry-run": False} for verb in ("quick", "full", "single", "profile", "faults")}
 ADDED["resume"] = {"dry-run": False, "output": None}
+ADDED["ui"] = {"spool": None}
 
 
 def options(verb: str) -> dict[str, object]:
@@ -196,22 +197,45 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["qick"], "dpsgd-track: verb='qick': expected one of quick, full, "),
         (["qick"], "Did you mean 'quick'?"),
-        (["quick", "--seq-lenth", "8"], "--seq-lenth. Did you mean --seq-length?"),
-        (["compare", "g", "--no-pgn"], "--no-pgn. Did you mean --no-png?"),
+        (["quick", "--seq-lenth", "8"], "Did you mean '--seq-length'? See `dpsgd-track quick --"),
+        (
+            ["compare", "g", "--no-pgn"],
+            "--no-pgn: compare has no such option. Did you mean '--no-p",
+        ),
         (["quick", "--mode", "flsh_fsdp"], "Did you mean 'flash_fsdp'?"),
         (["quick", "--regime", "acuracy"], "Did you mean 'accuracy'?"),
         (["quick", "--param-dtype", "bfloat61"], "Did you mean 'bfloat16'?"),
         (["faults", "--fault", "no_nois"], "Did you mean 'no_noise'?"),
         (["quick", "--mode", "flash_fsdp+no_nois"], "Did you mean 'no_noise'?"),
         (["compare", "g", "--fail-on", "bugs"], "fail_on='bugs': expected one of drift, bug."),
-        (["quick", "--num-iter", "1.5"], "Invalid value for --num-iter"),
-        (["quick", "--num-iter"], "--num-iter requires an argument"),
-        (["quick", "stray"], "Unused Tokens: ['stray']"),
-        (["quick", "--num-labels", "3"], "Unknown option: --num-labels"),
-        (["profile", "--regime", "clip"], "Unknown option: --regime"),
-        (["faults", "--delta", "1e-6"], "Unknown option: --delta"),
-        (["quick", "--no-ragged"], "Unknown option: --no-ragged"),
-        (["resume"], "GROUP requires an argument"),
+        (["quick", "--num-iter", "1.5"], "--num-iter='1.5': expected an integer."),
+        (["quick", "--num-iter", "1_0"], "--num-iter='1_0': expected an integer."),
+        (["quick", "--num-iter="], "--num-iter='': expected an integer."),
+        (["quick", "--sigma", "much"], "--sigma='much': expected a number."),
+        (["quick", "--ragged=maybe"], "--ragged: expected no value, as giving it turns it on."),
+        (["quick", "--num-iter"], "--num-iter: expected an integer after it."),
+        (["quick", "--spool"], "--spool: expected a path after it."),
+        (["quick", "--mode", "--sigma", "1"], "--mode: expected a value after it."),
+        (
+            ["quick", "stray"],
+            "'stray': expected an option, which begins with --. quick takes nothi",
+        ),
+        (["compare", "a", "b", "c"], "'c': expected nothing after GROUP [GROUP_B] but options"),
+        (["quick", "--", "--dry-run"], "--dry-run: expected before `--`, after which there are no"),
+        (["quick", "--num-labels", "3"], "--num-labels: quick has no such option."),
+        (["profile", "--regime", "clip"], "--regime: an option of quick and full, not of profile."),
+        (["single", "--regime", "clip"], "--regime: an option of quick and full, not of single."),
+        (["quick", "--rounds", "2"], "--rounds: an option of profile, not of quick. See `dpsgd-"),
+        (["quick", "--regime", "probe"], "clip, noise, probe-accuracy, probe-clip, probe-noise. "),
+        (["faults", "--delta", "1e-6"], "--delta: an option of quick and full and single and prof"),
+        (
+            ["quick", "--no-ragged"],
+            "--no-ragged: quick has no such option. Did you mean '--ragged'",
+        ),
+        (
+            ["resume"],
+            "expected GROUP: Group of quick, full, single or faults. See `dpsgd-track res",
+        ),
         (["compare", "g", "--config", "."], "expected a file that can be read"),
         (["compare", "g", "--config", "types.yaml"], "artifact_location=5: expected"),
         (["sync", "absent"], "group='absent': expected a group in the spool"),
@@ -293,7 +317,9 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     assert list(workspace.iterdir()) == []
     lines = out.splitlines()
     assert lines[0].split() == ["mode", "processes", "regimes"]
-    assert re.search(r"^expected: about \d+ min, at 5 s to start each process group", out, re.M)
+    assert re.search(
+        r"^expected: about \d+ min on 2 CPU cores, at 5 s to start each process group", out, re.M
+    )
     if argv[0] == "faults":
         assert any(line.startswith("flash_fsdp_fuse+no_noise") or "+no_noise" in line
                    for line in lines)  # fmt: skip
@@ -305,16 +331,27 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     for job, line in zip(made.jobs, lines[1:], strict=False):
         assert f"{job.num_ranks} on cpu" in line
         assert all(regime.name in line for regime in job.regimes)
-    assert f"{len(made.jobs)} process groups, {sum(1 for _ in made.runs())} mode runs" in out
+    num_runs = sum(1 for _ in made.runs())
+    groups = f"{len(made.jobs)} process group{'s' * (len(made.jobs) > 1)}"
+    assert f"{groups}, {num_runs} mode run{'s' * (num_runs > 1)}\n" in out
 
 
 def test_an_estimate_counts_groups_and_steps() -> None:
-    made = plan("single", "--mode", "no_dp", "--num-iter", "100", "--warmup-iter", "15")
+    minilm = ("--model-name", "minilm")
+    made = plan("single", "--mode", "no_dp", "--num-iter", "100", "--warmup-iter", "15", *minilm)
     assert dry_run.estimate(made).startswith("expected: about 2 min")
-    assert "each of 115 steps" in dry_run.estimate(made)
+    assert dry_run.estimate(made).endswith("process group, 1 s for each of 115 steps of minilm")
     both = plan("quick", "--mode", "no_dp", "--regime", "probe-accuracy,accuracy")
-    assert "each of 20 steps" in dry_run.estimate(both)
-    assert "each of 16 on the probe" in dry_run.estimate(both)
+    assert "each of 20 steps of minilm, " in dry_run.estimate(both)
+    assert dry_run.estimate(both).endswith("each of 16 steps of the probe")
+
+
+def test_an_estimate_has_the_speed_of_the_models_own_steps() -> None:
+    assert dry_run.estimate(plan("full")).endswith(", 0.3 s for each of 138 steps of llama-tiny")
+    unknown = dry_run.estimate(plan("single", "--mode", "no_dp", "--model-name", "mine"))
+    assert unknown.endswith(
+        "1 s for each of 10 steps of mine; the speed of mine is not known, and minilm's is assumed"
+    )
 
 
 GONE = {

@@ -25,6 +25,7 @@ from dpsgd_track.report.text import summary
 from dpsgd_track.report.write import write_report
 from tests.support.synthetic_group import (
     ENVIRONMENT,
+    FACTS,
     Store,
     failed,
     group_of,
@@ -38,7 +39,6 @@ from tests.support.synthetic_group import (
     verdicts,
     with_run,
 )
-from tests.support.synthetic_profile import FACTS
 
 HOSTILE = "<img src=x onerror=alert(1)>|`**[x](http://e.vil)@you;'\""
 NEW_TORCH = replace(ENVIRONMENT, torch="2.99")

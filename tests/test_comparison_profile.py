@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from rich.console import Console
 
 from dpsgd_track.cli.main import main
 from dpsgd_track.comparison import compare_group
@@ -19,7 +20,8 @@ from dpsgd_track.record import names
 from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.report.profile_json import PROFILE, profile_document, profile_json
-from dpsgd_track.report.profile_table import plans, profile_csv
+from dpsgd_track.report.profile_table import plans, profile_csv, times
+from dpsgd_track.report.text import print_profile
 from dpsgd_track.report.write import write_profile, write_report
 from dpsgd_track.store.golden import read_golden, write_golden
 from dpsgd_track.store.reader import read_group
@@ -255,6 +257,25 @@ def test_like_layers_and_shapes_are_one_row_of_the_plan() -> None:
         ("flash_fsdp_bk", "model.layers.*.self_attn.q_proj (3)", "gram", "every shape"),
         ("flash_fsdp_bk", "model.layers.*.mlp.down_proj (3)", "gradient", "every shape"),
     ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_the_terminal_table_keeps_names_and_numbers_whole(width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    found = profile_of(profiled(large()))
+    assert found is not None
+    print_profile(found, "profile", console)
+    table, _, notes = console.export_text().partition("└")
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= width
+    for cost in found.costs:
+        assert f" {cost.label} " in table
+        if cost.time_ratio is not None:
+            assert f" {times(cost.time_ratio)} " in table
+    # Memory is half of what a profile is for.
+    assert ("memory" in table) == (width >= 80)
+    assert ("tokens/s" in table) == (width >= 120)
+    assert "ghost_fsdp, T=16384, B=2: out of memory." in notes
 
 
 def test_a_report_shows_the_profile_alone_or_beside_the_verdict(tmp_path: Path) -> None:

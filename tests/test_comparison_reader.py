@@ -164,6 +164,20 @@ def test_facts_that_cannot_be_read_leave_the_record_incomplete(store: Store) -> 
     assert run.trajectory_missing.startswith("facts.json: expected a document of schema")
 
 
+def test_a_finished_run_without_facts_never_passes(store: Store) -> None:
+    group_id = store.add_group([RUN, mode_run("flash_fsdp_bk")])
+    for run in (store.folder / "artifacts").glob(f"*/artifacts/{FACTS_FILE}"):
+        run.unlink()
+    group = read(store)
+    assert [run.trajectory_missing for run in group.runs] == [
+        "facts.json was not uploaded, or has been removed"
+    ] * 2
+    assert compare_group(group, Thresholds()).verdict == "INCONCLUSIVE"
+    lost = mode_run("ghost_fsdp", status="FAILED")
+    store.add_run(lost, "synthetic", group_id)
+    assert "facts" not in read(store).runs[-1].trajectory_missing
+
+
 def test_a_failure_that_cannot_be_read_is_one_of_its_run_alone(store: Store) -> None:
     failed = mode_run("flash_fsdp_bk", "clip", status="FAILED")
     group_id = store.add_group([RUN], expected=[RUN, failed])

@@ -113,7 +113,6 @@ def test_a_fault_is_documented(name: str) -> None:
     assert mutant.title
     assert mutant.formula
     assert mutant.source
-    assert mutant.about
     assert set(mutant.modes) <= set(MODES)
     names = {n for n, _ in _probe().named_parameters()}
     for pattern in mutant.where:

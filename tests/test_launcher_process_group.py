@@ -100,7 +100,7 @@ def test_the_first_report_counts(tmp_path):
     report(tmp_path, 0, Failure(kind=FailureKind.PEER, message="Connection closed by peer"))
     failure = failure_of(tmp_path, 1)
     assert failure.reason == "a value became NaN or infinite at step 3, rank 1: loss is nan."
-    assert "--learning-rate" in failure.advice
+    assert "--learning-rate" in failure.advice()
 
 
 def test_a_torn_report_is_still_a_failure(tmp_path):

@@ -1,6 +1,5 @@
 import pytest
 
-from dpsgd_track.cli.program import without_secrets
 from dpsgd_track.config import (
     ACCURACY,
     AGAIN,
@@ -23,6 +22,7 @@ from dpsgd_track.config import (
 from dpsgd_track.launcher import choices
 from dpsgd_track.launcher import hardware as machine
 from dpsgd_track.modes import table
+from dpsgd_track.program import without_secrets
 from dpsgd_track.record.plan import PLAN
 from tests.support.fake_launch import run
 from tests.support.planned import asked, place

@@ -12,6 +12,8 @@ import pytest
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher.ui import open_ui
 from dpsgd_track.store.opening import open_store
+from dpsgd_track.store.spool import CONTROL, SpoolWriter
+from dpsgd_track.store.spooled import claim
 from tests.support.launches import living
 from tests.support.tracking_servers import closed_port
 
@@ -58,6 +60,18 @@ def test_a_taken_port_is_said(tmp_path):
         port = server.getsockname()[1]
         with pytest.raises(ValueError, match=f"port={port}: expected a free port"):
             open_ui(Settings(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"), port)
+
+
+def test_groups_that_are_in_the_spool_alone_are_named_with_the_command_that_ships_them(tmp_path):
+    uri, spool = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "spool"
+    settings = Settings(tracking_uri=uri, spool_dir=str(spool))
+    with pytest.raises(ValueError, match="Run `dpsgd-track quick` first"):
+        open_ui(settings, 5000)
+    spooled = claim(spool, "offline-1")
+    assert spooled is not None
+    SpoolWriter(spooled.folder, f"launcher{CONTROL}").close()
+    with pytest.raises(ValueError, match="Run `dpsgd-track sync` first, which ships offline-1"):
+        open_ui(settings, 5000)
 
 
 def test_a_tracking_server_has_its_own_ui(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from dpsgd_track.config import SILENT, VariantConfig
 from dpsgd_track.launcher.several_machines.meeting import first_difference
+from dpsgd_track.program import CHECKOUT, called_as
 from dpsgd_track.record.failure import FAILURE, WORDS, Failure, FailureKind
 from dpsgd_track.record.plan import PLAN, GroupPlan, RunKey, Suite
 from tests.support.synthetic_group import job, mode_run, plan_of, setup
@@ -92,4 +94,17 @@ def test_every_kind_of_failure_has_words_and_survives_its_file(kind: FailureKind
     failure = Failure(kind=kind, message="m", place="in x.py:3 of mode m", regime=1, step=2, rank=3)
     assert FAILURE.loads(FAILURE.dumps(failure)) == failure
     assert "at step 2, rank 3 in x.py:3 of mode m: m" in failure.reason
-    assert failure.advice.endswith(".")
+    assert failure.advice().endswith(".")
+    assert not re.search(r"[{}]", failure.advice())
+    assert not re.search(r"GROUP|MODE", failure.advice("g", job("no_dp", setup("clip"))))
+
+
+def test_advice_names_the_mode_that_failed_and_the_program_that_was_called() -> None:
+    made = replace(job("my:Mode", setup("clip")), variant=FORK)
+    failure = Failure(kind=FailureKind.MODE)
+    assert "`dpsgd-track single --mode my:Mode --variant fork=../fork`" in failure.advice("g", made)
+    with called_as(CHECKOUT):
+        assert "`python launch.py single --mode MODE` runs" in failure.advice()
+        interrupted = Failure(kind=FailureKind.INTERRUPTED)
+        assert interrupted.advice("g") == "`python launch.py resume g` runs what is missing."
+    assert "`dpsgd-track resume GROUP`" in interrupted.advice()

@@ -25,7 +25,7 @@ LAUNCH = f"""
 import sys
 from dpsgd_track.launcher.process_group import Launch
 from dpsgd_track.cli.main import main
-from dpsgd_track.cli.program import CHECKOUT
+from dpsgd_track.program import CHECKOUT
 launch = Launch(grace_s=2, lost_after_s={LOST_AFTER_S})
 sys.exit(main(sys.argv[1:], program=CHECKOUT, launch=launch))
 """

@@ -41,10 +41,10 @@ from dpsgd_track.record import names
 from dpsgd_track.record.plan import GroupPlan, StartedJob, Suite
 from dpsgd_track.record.run import Status
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.store import inventory, shipper, spool
+from dpsgd_track.store import contents, shipper, spool
 from dpsgd_track.store.client import TrackingError
+from dpsgd_track.store.contents import Contents
 from dpsgd_track.store.find_group import read_spooled
-from dpsgd_track.store.inventory import Inventory
 from dpsgd_track.store.run_tree import RunTree
 from dpsgd_track.store.shipper import Shipper
 from dpsgd_track.store.spool import CONTROL, RECORDS, SpoolWriter, spool_files
@@ -370,7 +370,7 @@ def test_a_shipper_that_reads_all_at_once_is_seen(tmp_path, monkeypatch):
 
 
 def test_a_long_run_is_checked_in_memory_that_does_not_grow_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(inventory, "MAX_POINTS", 5_000)
+    monkeypatch.setattr(contents, "MAX_POINTS", 5_000)
     _, client, shipping = backlog(tmp_path, 500, 60)
     shipping.ship()
     peak, problems = peak_bytes(shipping.differences)
@@ -380,7 +380,7 @@ def test_a_long_run_is_checked_in_memory_that_does_not_grow_with_it(tmp_path, mo
     client.lost = (metric_name(59), 499)
     assert shipping.differences() == ["no_dp/clip: layer/59: 499 values instead of 500"]
     client.lost = None
-    monkeypatch.setattr(inventory, "MAX_POINTS", 10**9)
+    monkeypatch.setattr(contents, "MAX_POINTS", 10**9)
     peak, _ = peak_bytes(shipping.differences)
     assert peak > 4 * MIB
 
@@ -392,8 +392,8 @@ def test_a_group_is_handed_out_in_parts_that_hold_each_value_once(tmp_path, monk
     worker.log_metrics(mode, 30, {metric_name(3): 1.0, "other": float("nan")})
     worker.log_metrics("unheard of", 0, {"loss": -0.0})
     worker.close()
-    monkeypatch.setattr(inventory, "MAX_POINTS", 70)
-    counted = Inventory(spooled)
+    monkeypatch.setattr(contents, "MAX_POINTS", 70)
+    counted = Contents(spooled)
     assert counted.metrics[mode] == {*(metric_name(i) for i in range(10)), "other"}
     parts = list(counted.parts(lambda run: True))
     assert max(sum(map(len, part.values())) for part in parts) <= 70

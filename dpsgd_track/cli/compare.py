@@ -93,8 +93,8 @@ def _read(settings: Settings, wanted: str) -> tuple[Group, Found | None]:
 
     if is_golden(wanted):
         return read_golden(Path(wanted)), None
-    found = read_group_anywhere(settings, wanted, say_aside)
-    return found.group, found
+    located = read_group_anywhere(settings, wanted, say_aside)
+    return located.group, located
 
 
 def _compare(
@@ -182,8 +182,8 @@ def _show_profile(
     print_profile(profile, group.name, Console(highlight=False, width=console_width()))
     _say_where(files, folder)
     if not choices.no_log and found is not None:
-        said = {names.NOTE: profile_note(profile, group)[:_LONGEST_TAG]}
-        found.attach([(file, ARTIFACT_FOLDER) for file in files], said)
+        tags = {names.NOTE: profile_note(profile, group)[:_LONGEST_TAG]}
+        found.attach([(file, ARTIFACT_FOLDER) for file in files], tags)
     return _profile_code(group)
 
 

@@ -17,26 +17,27 @@ class CompareChoices(SpoolChoices):
     """Thresholds of a comparison, and the files that it writes."""
 
     fail_on: str = "drift"
-    """Least severe verdict that fails: drift, or bug, which lets DRIFT pass."""
+    """VERDICT: least severe verdict with exit code 1: drift or bug."""
     loss_threshold: float | None = None
-    """Largest acceptable absolute difference of a loss (default: of the configuration)."""
+    """Largest acceptable absolute difference of a loss (default: that of --config)."""
     grad_norm_threshold: float | None = None
-    """Largest acceptable relative difference of a gradient norm (default: likewise)."""
+    """Largest acceptable relative difference of a gradient norm (default: that of
+    --config)."""
     bug_threshold: float | None = None
-    """Relative difference above which drift is called a bug (default: likewise)."""
+    """Relative difference above which drift is called a bug (default: that of --config)."""
     waivers: Path | None = None
-    """YAML list of drifts accepted until a date (default: waivers.yaml beside the configuration
-    file, if it exists)."""
+    """YAML list of drifts that are accepted until a date (default: waivers.yaml beside the
+    configuration file, if it exists)."""
     export: Path | None = None
-    """Also write the group to FILE, a golden file that ends in .dpsgd (default: none)."""
+    """Also write the group to this golden file, which must end in .dpsgd (default: none)."""
     force: bool = False
     """Let --export replace an existing file."""
     results_dir: str | None = None
-    """Folder to write GROUP/ into (default: results_dir of the configuration)."""
+    """FOLDER: where GROUP/, with the report, is written (default: results_dir of --config)."""
     no_png: bool = False
     """Leave out the PNG charts."""
     no_log: bool = False
-    """Leave the tracking server as it is."""
+    """Do not attach the report and the verdict to the group in the tracking store."""
 
     def settings(self) -> Settings:
         """Settings of the configuration file, overridden by the options given.

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dpsgd_track.cli.program import NAME, Program, without_secrets
 from dpsgd_track.config import DataConfig, ModelConfig, Settings, redact_uri
 from dpsgd_track.modes.table import split_planted
+from dpsgd_track.program import NAME, command, without_secrets
 from dpsgd_track.record.plan import GroupPlan
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ def check_planted(plan: GroupPlan) -> None:
 class Context:
     """One call of the program."""
 
-    program: Program
     verb: str
     arguments: Sequence[str] = ()
     """Arguments after the verb."""
@@ -55,7 +54,7 @@ class Context:
     @property
     def command(self) -> str:
         """The command line, without credentials."""
-        return self.program.command(self.verb, without_secrets(self.arguments))
+        return command(self.verb, without_secrets(self.arguments))
 
     @property
     def launch(self) -> Launch:

@@ -143,8 +143,8 @@ def tell_matrix(settings: Settings, command: str, group: str, output: Path | Non
     from dpsgd_track.store.find_group import read_group_anywhere
 
     with reading(settings):
-        found = read_group_anywhere(settings, group, say_aside)
-    matrix = matrix_of(found.group, settings.thresholds)
+        located = read_group_anywhere(settings, group, say_aside)
+    matrix = matrix_of(located.group, settings.thresholds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     text.print_matrix(matrix, console)
     print_coverage(matrix, console)
@@ -153,7 +153,7 @@ def tell_matrix(settings: Settings, command: str, group: str, output: Path | Non
     files = {"faults.md": page, "faults.json": matrix_json(matrix)}
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
-    found.attach([(folder / name, ARTIFACT_FOLDER) for name in files], {})
+    located.attach([(folder / name, ARTIFACT_FOLDER) for name in files], {})
     if output is not None:
         output.write_text(page, encoding="utf-8")
     print(f"Matrix: {folder / 'faults.md'}")

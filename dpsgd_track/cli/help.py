@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpsgd_track.cli.program import Program
+from dpsgd_track.program import command
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -36,33 +36,31 @@ _SELDOM = frozenset(
 _MANY = 30
 _COLUMN, _WIDEST = 26, 100
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE"}
-_OWN_METAVAR = re.compile(r"([A-Z]+[=:][A-Z]+): ")
+_OWN_METAVAR = re.compile(r"([A-Z]+(?:[=:,][A-Z.]+)?): ")
 """Start of a docstring that begins with the form of the value."""
 
 
-def overview(program: Program, verbs: Sequence[Verb]) -> str:
+def overview(verbs: Sequence[Verb]) -> str:
     """The page of the program: one line per verb."""
-    lines = ["usage: " + program.command("VERB") + " [OPTIONS]", ""]
+    lines = [f"usage: {command('VERB')} [OPTIONS]", ""]
     lines += ["Run DP-SGD implementations side by side, and say whether they compute the same.", ""]
     lines += [
-        f"  {program.command(verb, arguments)}"
+        f"  {command(verb, arguments)}"
         for verb, arguments in (("quick", ("--dry-run",)), ("compare", ("latest",)))
     ]
     lines += ["", *(f"  {verb.name:9} {verb.summary}" for verb in verbs), ""]
-    lines += ["  --help    after a verb: its options; --version: the version"]
+    lines += ["  VERB --help lists the options of a verb; --version prints the version"]
     return "\n".join(lines)
 
 
-def page(program: Program, verb: Verb, parser: App, *, is_whole: bool) -> str:
+def page(verb: Verb, parser: App, *, is_whole: bool) -> str:
     """The page of a verb."""
-    arguments = [
-        each for each in parser.assemble_argument_collection(parse_docstring=True) if each.show
-    ]
+    arguments = arguments_of(parser)
     operands = [each for each in arguments if each.is_positional_only()]
-    named = " ".join(_operand(each) for each in operands)
-    usage = f"usage: {program.command(verb.name)} {named}".rstrip()
+    named = " ".join(operand(each) for each in operands)
+    usage = f"usage: {command(verb.name)} {named}".rstrip()
     sections = [[f"{usage} [OPTIONS]", f"{verb.summary}"]]
-    examples = [f"  {program.command(verb.name)} {example}".rstrip() for example in verb.examples]
+    examples = [f"  {command(verb.name)} {example}".rstrip() for example in verb.examples]
     sections[0] += examples
     if operands:
         sections[0] += _lines_of(operands)
@@ -78,6 +76,11 @@ def page(program: Program, verb: Verb, parser: App, *, is_whole: bool) -> str:
         sections[-1] += textwrap.wrap(verb.notes, _width(), subsequent_indent="  ")
     between = "\n" if is_long and not is_whole else "\n\n"
     return between.join("\n".join(lines) for lines in sections)
+
+
+def arguments_of(parser: App) -> list[Argument]:
+    """The options and positional arguments of a parser."""
+    return [each for each in parser.assemble_argument_collection(parse_docstring=True) if each.show]
 
 
 def _group_of(argument: Argument) -> tuple[Any, str]:
@@ -99,7 +102,7 @@ def _lines_of(
     for each in arguments:
         if each.name in left_out:
             continue
-        named = f"  {_operand(each) if each.is_positional_only() else _option(each)}"
+        named = f"  {operand(each) if each.is_positional_only() else _option(each)}"
         lines = textwrap.wrap(
             _meaning(each, is_whole=is_whole), _width() - _COLUMN, break_on_hyphens=False
         )
@@ -120,7 +123,8 @@ def _lines_of(
         )
 
 
-def _operand(argument: Argument) -> str:
+def operand(argument: Argument) -> str:
+    """A positional argument as in the usage line: `GROUP`, or `[GROUP]` if it may be left out."""
     name = argument.name.strip("-").upper().replace("-", "_")
     return name if argument.required else f"[{name}]"
 

@@ -16,6 +16,7 @@ from dpsgd_track.launcher.choices import NodeChoices, RecordChoices
 from dpsgd_track.launcher.hardware import count_gpus
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.suites import Asked, InputCheck, check_modes, placement_of, plan_of
+from dpsgd_track.program import command
 from dpsgd_track.record.plan import GroupPlan, Suite
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ def tell(
 
         summarise(context, place, launched.group)
     group, places = launched.group, _place_options(kept)
-    command = context.program.command
     if launched.left_behind:
         say(f"tracking: {launched.left_behind} It is in {launched.spool}, and safe.")
         say(f"ship:    {command('sync', [group, *places])}")
@@ -87,7 +87,8 @@ def tell(
         output = [] if kept.output is None else ["--output", str(kept.output)]
         say(f"resume:  {command('resume', [group, *_node_options(nodes), *places, *output])}")
     say(f"compare: {command('compare', [group, *places])}")
-    say(f"browse:  {command('ui', _store_options(kept))}")
+    later = "   # once it is shipped" if place.is_offline else ""
+    say(f"browse:  {command('ui', _store_options(kept))}{later}")
 
 
 def _store_options(kept: RecordChoices) -> list[str]:

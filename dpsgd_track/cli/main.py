@@ -15,10 +15,11 @@ from dpsgd_track import __version__
 from dpsgd_track.cli.context import Context, check_inputs
 from dpsgd_track.cli.help import HELP, HELP_ALL, overview, page
 from dpsgd_track.cli.options import parser_of
-from dpsgd_track.cli.program import INSTALLED, NAME, Program
+from dpsgd_track.cli.parse_errors import sentence
 from dpsgd_track.cli.verbs import VERBS, Verb
 from dpsgd_track.config import nearest
 from dpsgd_track.launcher import EXIT_FINISHED, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE
+from dpsgd_track.program import INSTALLED, NAME, Program, called_as, command
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
@@ -47,23 +48,31 @@ def main(
         The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    with called_as(program):
+        try:
+            return _main(argv, check_inputs, launch)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _EXIT_PIPE_CLOSED
+
+
+def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) -> int:
     if not argv or argv[0] in HELP:
-        print(overview(program, tuple(VERBS.values())), file=sys.stdout if argv else sys.stderr)
+        print(overview(tuple(VERBS.values())), file=sys.stdout if argv else sys.stderr)
         return EXIT_FINISHED if argv else EXIT_USAGE
     if argv[0] == "--version":
         print(f"{NAME} {__version__}")
         return EXIT_FINISHED
     name, *arguments = argv
     if name not in VERBS:
-        known = f"expected one of {', '.join(VERBS)}. {nearest(name, VERBS)}".rstrip()
-        print(f"{NAME}: verb={name!r}: {known}", file=sys.stderr)
+        expected = f"expected one of {', '.join(VERBS)}. {nearest(name, VERBS)}".rstrip()
+        advice = f"`{command('VERB', ['--help'])}` explains each."
+        print(f"{NAME}: verb={name!r}: {expected} {advice}", file=sys.stderr)
         return EXIT_USAGE
     context = Context(
-        program=program,
-        verb=name,
-        arguments=arguments,
-        check_inputs=check_inputs,
-        chosen_launch=launch,
+        verb=name, arguments=arguments, check_inputs=check_inputs, chosen_launch=launch
     )
     return _run(VERBS[name], context)
 
@@ -72,20 +81,20 @@ def _run(verb: Verb, context: Context) -> int:
     parser = parser_of(verb.run)
     for flag in (*HELP, HELP_ALL):
         if flag in context.arguments:
-            print(page(context.program, verb, parser, is_whole=flag == HELP_ALL))
+            print(page(verb, parser, is_whole=flag == HELP_ALL))
             return EXIT_FINISHED
     try:
         _, bound, _ = parser.parse_args(
             context.arguments, exit_on_error=False, print_error=False, verbose=False
         )
         return verb.run(*bound.args, **bound.kwargs, called=context)
-    except (CycloptsError, ValueError) as error:
+    except CycloptsError as error:
+        parsers = {each.name: parser_of(each.run) for each in VERBS.values()}
+        return context.complain(sentence(error, verb.name, parsers), EXIT_USAGE)
+    except ValueError as error:
         return context.complain(error, EXIT_USAGE)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _EXIT_PIPE_CLOSED
+        raise
     except Exception as error:
         return _keep_traceback(error, context)
 
@@ -96,7 +105,7 @@ def _keep_traceback(error: Exception, context: Context) -> int:
         "w", prefix=f"{NAME}-{context.verb}-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
         traceback.print_exception(error, file=file)
-    said = f"{type(error).__name__}: {error}"
+    summary = f"{type(error).__name__}: {error}"
     return context.complain(
-        f"an error of {NAME} itself, {said}. The traceback is in {file.name}", EXIT_INTERNAL
+        f"an error of {NAME} itself, {summary}. The traceback is in {file.name}", EXIT_INTERNAL
     )

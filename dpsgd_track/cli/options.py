@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
 
-from cyclopts import App, Group, Parameter, Token, convert
+from cyclopts import App, CoercionError, Group, Parameter, Token, convert
 
 from dpsgd_track.cli.compare_options import CompareChoices
 from dpsgd_track.config import DrawsConfig
@@ -33,8 +33,8 @@ from dpsgd_track.launcher.choices import (
     ProfileChoices,
     ProfileTrainingChoices,
     RecordChoices,
+    SingleChoices,
     SpoolChoices,
-    StoreChoices,
     TrainingChoices,
 )
 from dpsgd_track.launcher.suites import Asked
@@ -49,6 +49,8 @@ _RENAMED = {
 }
 """Options whose names differ from their fields."""
 
+
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}", re.ASCII)
 
 FLAT = Parameter(name="*")
 """Marks a dataclass whose fields are options."""
@@ -69,9 +71,12 @@ def _option_name(field_name: str) -> str:
 
 
 def _value(hint: Any, tokens: Sequence[Token]) -> Any:
-    """Value of the text typed; cyclopts alone would round 1.5 to an integer."""
-    is_integer = hint is int or int in get_args(hint)
-    return int(tokens[0].value) if is_integer else convert(hint, tokens)
+    """Value of the text typed; cyclopts alone would round 1.5, and Python alone take 1_0 for 10."""
+    if hint is not int and int not in get_args(hint):
+        return convert(hint, tokens)
+    if not _INTEGER.fullmatch(tokens[0].value):
+        raise CoercionError(token=tokens[0], target_type=int)
+    return int(tokens[0].value)
 
 
 def _group(title: str) -> Parameter:
@@ -84,10 +89,10 @@ def _without(group: Parameter, *hidden: str) -> Parameter:
     return Parameter(name="*", group=group.group, parse=pattern)
 
 
-_WHAT, _DATA, _TRAINED = map(_group, ("what is run", "model and data", "how it is trained"))
-_MACHINE = _group("where it runs")
-_NODES = _group("on several machines: the same command on each, with another --node-rank")
-_KEPT = _group("what is kept, and where")
+_WHAT, _DATA, _TRAINED = map(_group, ("Modes", "Model and data", "Training"))
+_MACHINE = _group("Device and ranks")
+_NODES = _group("Several machines (run the same command on each, with its own --node-rank)")
+_KEPT = _group("Results and tracking")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +100,12 @@ class DryRun:
     """The option --dry-run."""
 
     dry_run: bool = False
-    """Print the plan and about how long it takes, and end."""
+    """Print the plan and its duration; run nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteOptions(Asked):
-    """Options of quick, full and single."""
+    """Options of quick and full."""
 
     suite: Annotated[Suite, Parameter(parse=False)] = Suite.QUICK
     what: Annotated[ModeChoices, _WHAT] = field(default_factory=ModeChoices)
@@ -114,6 +119,13 @@ class SuiteOptions(Asked):
     machine: Annotated[MachineChoices, _MACHINE] = field(default_factory=MachineChoices)
     nodes: Annotated[NodeChoices, _NODES] = field(default_factory=NodeChoices)
     kept: Annotated[GroupChoices, _KEPT] = field(default_factory=GroupChoices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleOptions(SuiteOptions):
+    """Options of single."""
+
+    what: Annotated[SingleChoices, _without(_WHAT, "regime")] = field(default_factory=SingleChoices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +160,7 @@ class FaultOptions:
 class ResumeOptions:
     """Options of resume."""
 
-    dry: Annotated[DryRun, _WHAT] = field(default_factory=DryRun)
+    dry: Annotated[DryRun, _group("Plan")] = field(default_factory=DryRun)
     nodes: Annotated[NodeChoices, _NODES] = field(default_factory=NodeChoices)
     kept: Annotated[RecordChoices, _KEPT] = field(default_factory=RecordChoices)
 
@@ -166,13 +178,13 @@ class UiOptions:
 
     port: Annotated[int, Parameter(group=_KEPT.group)] = 5000
     """Port on 127.0.0.1."""
-    kept: Annotated[StoreChoices, _KEPT] = field(default_factory=StoreChoices)
+    kept: Annotated[SpoolChoices, _KEPT] = field(default_factory=SpoolChoices)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
     """Options of compare."""
 
-    judged: Annotated[CompareChoices, _group("what is said, and where")] = field(
+    judged: Annotated[CompareChoices, _group("Verdict and report")] = field(
         default_factory=CompareChoices
     )

@@ -18,18 +18,18 @@ def summarise(context: Context, place: Placement, group: str) -> None:
 
     try:
         with reading(place.settings):
-            found = read_group_anywhere(place.settings, group, say).group
+            recorded = read_group_anywhere(place.settings, group, say).group
     except ValueError as error:
         # The runs are over; `compare` can read them once the store answers again.
         context.complain(f"group {group} could not be read back. {error}", EXIT_USAGE)
         return
-    profile = profile_of(found)
+    profile = profile_of(recorded)
     assert profile is not None, "a profile has timed runs"
     print_profile(profile, group, Console(highlight=False, width=console_width()))
     if place.output is None:
         return
     try:
-        place.output.write_text(profile_csv(profile, found), encoding="utf-8")
+        place.output.write_text(profile_csv(profile, recorded), encoding="utf-8")
     except OSError as error:
         message = f"output={str(place.output)!r}: cannot be written. {error}"
         context.complain(message, EXIT_USAGE)

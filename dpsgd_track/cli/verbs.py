@@ -15,6 +15,7 @@ from dpsgd_track.cli.options import (
     FaultOptions,
     ProfileOptions,
     ResumeOptions,
+    SingleOptions,
     SuiteOptions,
     SyncOptions,
     UiOptions,
@@ -31,6 +32,10 @@ def _suite(suite: Suite) -> Callable[..., int]:
         return launch(called, replace(options, suite=suite), is_dry=options.dry.dry_run)
 
     return run
+
+
+def _single(*, options: Annotated[SingleOptions, FLAT] = SingleOptions(), called: Called) -> int:
+    return _suite(Suite.SINGLE)(options=options, called=called)
 
 
 def _profile(*, options: Annotated[ProfileOptions, FLAT] = ProfileOptions(), called: Called) -> int:
@@ -56,7 +61,7 @@ def _ui(*, options: Annotated[UiOptions, FLAT] = UiOptions(), called: Called) ->
 
 
 def _sync(
-    group: Annotated[str | None, Parameter(help="group to ship (default: all of them)")] = None,
+    group: Annotated[str | None, Parameter(help="Group to ship (default: all of them)")] = None,
     /,
     *,
     options: Annotated[SyncOptions, FLAT] = SyncOptions(),
@@ -68,7 +73,7 @@ def _sync(
 
 
 def _resume(
-    group: Annotated[str, Parameter(help="group of quick, full, single or faults")],
+    group: Annotated[str, Parameter(help="Group of quick, full, single or faults")],
     /,
     *,
     options: Annotated[ResumeOptions, FLAT] = ResumeOptions(),
@@ -79,10 +84,10 @@ def _resume(
     return resume(called, group, options)
 
 
-_GROUP = "a group's name, a run id, latest, or a golden file (.dpsgd), which needs no store"
+_GROUP = "A group's name, a run id, latest, or a golden file (.dpsgd), which needs no store"
 _GROUP_B = (
-    "hold each run of this group against the same run of the first (default: compare the modes of "
-    "the first with each other)"
+    "Second group, whose runs are compared with the same runs of GROUP (default: none; the modes "
+    "of GROUP are compared with each other)"
 )
 
 
@@ -142,7 +147,7 @@ VERBS: dict[str, Verb] = {
         Verb(
             name="single",
             summary="one mode on its own",
-            run=_suite(Suite.SINGLE),
+            run=_single,
             examples=("--mode flash_fsdp_bk --sigma 0.7 --output a.json",),
             notes=_LAUNCH_CODES,
         ),

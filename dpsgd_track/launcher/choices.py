@@ -35,18 +35,28 @@ class ModeChoices:
     """Modes and regimes to run."""
 
     mode: tuple[str, ...] = ()
-    """Mode to run, repeatable or comma separated (default: the suite's). It replaces the suite's
-    modes; single needs exactly one."""
+    """Mode to run, repeatable (default: the suite's). Several may be comma separated; they replace
+    the suite's modes."""
     regime: tuple[str, ...] = ()
-    """accuracy, clip, noise, or one of probe-accuracy, probe-clip and probe-noise, repeatable
-    (default: accuracy and clip; in quick all but noise). single has none."""
+    """Regime to run: accuracy, clip, noise, probe-accuracy, probe-clip or probe-noise, repeatable
+    or comma separated (default: accuracy and clip; in quick all but noise)."""
     accuracy_test: bool = False
-    """Run the accuracy regime alone. The data and noise are the same in every mode; without it,
-    single trains."""
+    """Run the accuracy regime alone. Data and noise are the same in every mode."""
     variant: tuple[str, ...] = ()
-    """NAME=PATH: modes once more, as mode@NAME, with the code of PATH (default: none). PATH is a
-    checkout whose packages replace the installed ones; repeatable; the reference is not run
+    """NAME=PATH: run the modes once more, as mode@NAME, with the code of PATH (default: none). PATH
+    is a checkout whose packages replace the installed ones. Repeatable; the reference is not run
     again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleChoices(ModeChoices):
+    """The one mode to run."""
+
+    mode: tuple[str, ...] = ()
+    """Mode to run (default: none; single needs exactly one)."""
+    accuracy_test: bool = False
+    """Run the accuracy regime instead of plain training. Its data and noise are those of every
+    other mode's accuracy test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +69,13 @@ class ProfileChoices(ModeChoices):
     """Also run the accuracy regime. Each mode runs it after its timed steps, at the first sequence
     length and batch size alone."""
     seq_length: tuple[str, ...] = ("64", "256")
-    """Tokens in a sample, repeatable or comma separated. Every length is run with every batch
-    size."""
+    """N,...: tokens in a sample, repeatable or comma separated. Every length is run with every
+    batch size."""
     batch_size: tuple[str, ...] = ("2",)
-    """Samples in a micro-batch of a rank, repeatable or comma separated."""
+    """N,...: samples in a micro-batch of a rank, repeatable or comma separated."""
     rounds: int = 1
-    """Times that every mode is timed at every shape. Each is in fresh processes: times of short
-    steps differ from process to process."""
+    """Number of times that every mode is timed at every shape. Each is in fresh processes, as the
+    times of short steps differ from process to process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +85,8 @@ class FaultChoices:
     fault: tuple[str, ...] = ()
     """Fault to plant, or a class of faults, repeatable or comma separated (default: all)."""
     mode: tuple[str, ...] = ()
-    """Mode to plant every fault in, repeatable (default: each fault in one of the sharded flash
-    modes, in turn)."""
+    """Mode to plant every fault in, repeatable or comma separated (default: each fault in one of
+    the sharded flash modes, in turn)."""
     list: bool = False
     """List the faults, and run nothing."""
 
@@ -93,8 +103,8 @@ class ModelChoices(ModelConfig):
     name: str = ""
     """Preset, local folder or hub id (default: minilm in quick, else llama-tiny)."""
     token: str | None = None
-    """Hub access token, handed to workers as HF_TOKEN and written nowhere (default: HF_TOKEN).
-    Setting HF_TOKEN keeps it out of the process list as well."""
+    """TOKEN: access token of the hub, handed to workers as HF_TOKEN and written nowhere (default:
+    HF_TOKEN). Setting HF_TOKEN keeps it out of the process list as well."""
 
     def __post_init__(self) -> None:
         """Defer checks to the configuration, once the name is known."""
@@ -130,16 +140,16 @@ class TrainingChoices:
 
     num_iter: int | None = None
     """Recorded steps (default: 5 in quick, else 10). Those of the accuracy and train regimes; the
-    others have fixed numbers."""
+    others have fixed numbers of steps."""
     warmup_iter: int | None = None
-    """Steps before the recorded ones (default: 1 on cuda, else 0). They are discarded."""
+    """Discarded steps before the recorded ones (default: 1 on cuda, else 0)."""
     micro_batches: int | None = None
-    """Micro-batches of a step (default: 2 in clip, 3 in noise, 1 in train). A rank
-    accumulates them in the clip, noise and train regimes."""
+    """Micro-batches that a rank accumulates in a step (default: 2 in clip, 3 in noise, 1 in
+    train)."""
     noise_multiplier: float = 0.01
-    """Noise multiplier: the noise's std in units of C."""
+    """Noise multiplier: standard deviation of the noise, in units of C."""
     max_grad_norm: float = 10000.0
-    """C, the bound on the norm of a gradient. It bounds the L2 norm of each sample's gradient."""
+    """C, the bound on the L2 norm of each sample's gradient."""
     learning_rate: float = 1e-5
     """Step size of the optimizer."""
     optimizer: str = "sgd"
@@ -153,7 +163,7 @@ class ProfileTrainingChoices(TrainingChoices):
     num_iter: int | None = None
     """Recorded steps (default: 10). Loss and layer norms are observed in every second one."""
     warmup_iter: int | None = None
-    """Steps taken before the recorded ones (default: 3)."""
+    """Discarded steps before the recorded ones (default: 3)."""
     micro_batches: int | None = None
     """Micro-batches that a rank accumulates in a timed step (default: 1)."""
 
@@ -165,7 +175,7 @@ class MachineChoices(PerformanceConfig):
     device: str = ""
     """cpu or cuda (default: cuda if there is one)."""
     nproc_per_node: int | None = None
-    """Ranks (default: one for each GPU, or 2 on cpu). Each is one process."""
+    """Ranks on each machine (default: one per GPU, or 2 on cpu). Each is one process."""
 
     def __post_init__(self) -> None:
         """Defer checks to the configuration, once the device is known."""
@@ -196,12 +206,12 @@ class NodeChoices:
     """Rendezvous of several machines: the same command on each, with another --node-rank."""
 
     nnodes: int = 1
-    """Machines, one launcher each."""
+    """Number of machines, each with its own launcher."""
     node_rank: int | None = None
-    """Index of this machine; 0 leads, and keeps the group's runs (default: none, as one machine
-    needs none)."""
+    """Index of this machine, from 0 (default: none; needed with --nnodes). Node 0 leads, and keeps
+    the group's runs."""
     rdzv_endpoint: str | None = None
-    """HOST:PORT: a free port of node 0, as the others reach it (default: none)."""
+    """HOST:PORT: address of node 0 and a free port there (default: none; needed with --nnodes)."""
     rdzv_timeout: float = 600.0
     """Seconds to wait for the other machines before anything starts."""
 
@@ -239,7 +249,7 @@ class StoreChoices:
     config: Path | None = None
     """Configuration file (default: mlflow.yaml, if any)."""
     tracking_uri: str | None = None
-    """MLflow store or server (default: of --config)."""
+    """URI: MLflow store or server (default: that of --config)."""
 
     def settings(self) -> Settings:
         """Settings of the configuration file, with what was chosen on top.
@@ -261,8 +271,7 @@ class SpoolChoices(StoreChoices):
     """Choice of the store and the spool."""
 
     spool: Path | None = None
-    """Folder of records not shipped (default: spool_dir of --config). They stay there until the
-    store has them."""
+    """FOLDER: records that the store does not have yet (default: spool_dir of --config)."""
 
     def settings(self) -> Settings:
         """Settings of the configuration file, with what was chosen on top."""
@@ -275,9 +284,9 @@ class RecordChoices(SpoolChoices):
     """Location of the records of an existing group."""
 
     offline: bool = False
-    """Use no store. Everything stays in the spool; `sync` ships it later."""
+    """Use no store: `sync` ships the records later."""
     output: Path | None = None
-    """File for results (default: none). JSON in single, CSV in profile, Markdown in faults."""
+    """File for the results of single (JSON), profile (CSV) or faults (Markdown) (default: none)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,13 +294,13 @@ class GroupChoices(RecordChoices):
     """Name and records of a new group."""
 
     group: str | None = None
-    """Name of the group (default: SUITE-DATE-TIME). It must be new."""
+    """Name of the new group (default: SUITE-DATE-TIME)."""
     layer_norms: str = EVERY
-    """Steps whose per-layer norms are recorded: all, ends, or N. Ends are the first and the last;
-    an integer N is every Nth, the first and the last."""
+    """STEPS: steps whose per-layer norms are recorded: all, ends, or N for every Nth. Ends are the
+    first and the last, which are recorded in any case."""
     log_ranks: str | None = None
-    """Ranks with a run of their own: all, 0, or how many (default: log_ranks of --config). 0 is
-    rank 0 alone; a number N is N ranks, evenly spaced."""
+    """RANKS: ranks with a run of their own: all, or how many (default: log_ranks of --config). They
+    are evenly spaced; 0 is rank 0 alone."""
 
     def settings(self) -> Settings:
         """Settings of the configuration file, with what was chosen on top."""

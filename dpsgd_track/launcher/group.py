@@ -162,7 +162,7 @@ class GroupRun:
             failure = Failure(kind=FailureKind.UNUSED_VARIANT, message=message)
             for run_id, _ in runs:
                 self._tree.finish(run_id, Status.FAILED, failure)
-            reasons.append(f"variant {variant.name}: {failure.reason} {failure.advice}")
+            reasons.append(f"variant {variant.name}: {failure.reason} {failure.advice()}")
             self._display.say(reasons[-1])
         return reasons
 
@@ -202,7 +202,7 @@ class GroupRun:
                 log = f"Log: {work_dir / 'output.log'}"
                 self._tree.finish(run_id, outcome.status, outcome.failure, log)
         self._note_imports(job, [mode_run for mode_run, _ in runs], outcomes, work_dir)
-        return self._show(regimes, outcomes, work_dir)
+        return self._show(job, regimes, outcomes, work_dir)
 
     def _note_imports(
         self,
@@ -266,7 +266,11 @@ class GroupRun:
             write_output(Trajectory.load(folder / TRAJECTORY_FILE), self._output)
 
     def _show(
-        self, regimes: Sequence[RegimeConfig], outcomes: Sequence[Outcome], work_dir: Path
+        self,
+        job: JobConfig,
+        regimes: Sequence[RegimeConfig],
+        outcomes: Sequence[Outcome],
+        work_dir: Path,
     ) -> str:
         statuses = [outcome.status for outcome in outcomes]
         by_severity = (Status.KILLED, Status.FAILED)
@@ -278,8 +282,10 @@ class GroupRun:
         failures = [outcome.failure for outcome in failed if outcome.failure]
         reason = ""
         if failures:
-            advice = "" if status == OUT_OF_MEMORY else f" {failures[0].advice}"
-            reason = f"{failures[0].reason}{advice} Log: {work_dir / 'output.log'}"
+            sentences = [failures[0].reason]
+            if status != OUT_OF_MEMORY:
+                sentences.append(failures[0].advice(self._folder.name, job))
+            reason = f"{' '.join(sentences)} Log: {work_dir / 'output.log'}"
         self._display.end_mode(status, reason)
         return status
 

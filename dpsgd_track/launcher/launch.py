@@ -84,11 +84,11 @@ def resume(
             recording = reopen_group(missing, place.settings, is_offline=place.is_offline)
     name = missing.group.name
     if not missing.jobs:
-        said = f"group {name}: nothing is missing"
-        say(said)
+        sentence = f"group {name}: nothing is missing"
+        say(sentence)
         if leader is not None:
             leader.welcome(name)
-            leader.close(EXIT_FINISHED, said)
+            leader.close(EXIT_FINISHED, sentence)
         return Launched(code=EXIT_FINISHED, group=name)
     for line in missing.changes:
         say(f"not as it was: {line}")

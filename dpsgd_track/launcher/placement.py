@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpsgd_track.config import NodesConfig, Settings, require
+from dpsgd_track.program import command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,5 +34,6 @@ class Placement:
             "tracking_uri",
             self.settings.tracking_uri,
             "a server, as --nnodes is not 1",
-            "Give --tracking-uri http://..., or --offline and ship with `dpsgd-track sync` later.",
+            "Give --tracking-uri http://..., or --offline and ship with "
+            f"`{command('sync')}` later.",
         )

@@ -139,17 +139,19 @@ def start(started: StartedJob, launch: Launch, host: WorkerHost, meeting: Meetin
 
 
 def report_of(work_dir: Path, code: int) -> Report:
-    """Why and when the group in `work_dir` exited with `code`."""
-    times = [file.stat().st_mtime for file in work_dir.glob("failure-rank*.json")]
-    return Report(failure=failure_of(work_dir, code), time_s=min(times, default=time.time()))
+    """Why the group in `work_dir` exited with `code`, and how long ago it failed."""
+    now_s = time.time()
+    times_s = [file.stat().st_mtime for file in work_dir.glob("failure-rank*.json")]
+    age_s = max(0.0, now_s - min(times_s, default=now_s))
+    return Report(failure=failure_of(work_dir, code), age_s=age_s)
 
 
 def cause(reports: Sequence[Report]) -> Failure | None:
     """Root failure among the reports of several machines; None if there are no failures."""
-    failures = [(each.time_s, each.failure) for each in reports if each.failure]
+    failures = [(each.age_s, each.failure) for each in reports if each.failure]
     if not failures:
         return None
-    return min(failures, key=lambda each: (each[1].kind is FailureKind.PEER, each[0]))[1]
+    return min(failures, key=lambda each: (each[1].kind is FailureKind.PEER, -each[0]))[1]
 
 
 def failure_of(work_dir: Path, code: int) -> Failure:
@@ -297,9 +299,13 @@ def _tail(path: Path) -> str:
 
 def _last_words(log: str, rank: int | None) -> str:
     """The last exception in the log, of `rank` if lines carry ranks; else its last lines."""
-    found = [raised for raised in _EXCEPTION.findall(log) if not _OF_LAUNCHER.search(raised[1])]
+    exceptions = [
+        raised for raised in _EXCEPTION.findall(log) if not _OF_LAUNCHER.search(raised[1])
+    ]
     # Other ranks only report the loss of this one.
-    raised = [text for of, text in found if of == str(rank)] or [text for _, text in found]
+    raised = [text for of, text in exceptions if of == str(rank)] or [
+        text for _, text in exceptions
+    ]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return _shorten(raised[-1] if raised else " | ".join(lines[-5:]))
 

@@ -61,7 +61,7 @@ class Session:
 
     def end(self, grace_s: float) -> None:
         """End everything: ask the command to end, wait `grace_s`, then kill all that are left."""
-        known = self._descendants()
+        descendants = self._descendants()
         if self._leader.poll() is None:
             self._leader.terminate()
             try:
@@ -69,7 +69,7 @@ class Session:
             except subprocess.TimeoutExpired:
                 self._leader.kill()
                 self._leader.wait()
-        self.kill_others(known)
+        self.kill_others(descendants)
 
     def kill_others(self, known: Collection[psutil.Process] = ()) -> None:
         """Kill the descendants of the command, but not the command itself; and those in `known`."""

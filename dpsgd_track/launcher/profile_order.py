@@ -27,9 +27,9 @@ def interleaved(jobs: Sequence[JobConfig], num_rounds: int = 1) -> list[JobConfi
     """
     order: list[JobConfig] = []
     for base in (job for job in jobs if job.label == baseline_of(job.mode)):
-        held = [job for job in jobs if job is not base and baseline_of(job.mode) == base.mode]
+        compared = [job for job in jobs if job is not base and baseline_of(job.mode) == base.mode]
         order.append(base)
-        for job in held * num_rounds:
+        for job in compared * num_rounds:
             order += [job, base]
     return order
 

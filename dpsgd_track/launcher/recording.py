@@ -142,14 +142,14 @@ class Recording:
         target = redact_uri(absolute_uri(self._settings.tracking_uri))
         for group in spooled_groups(self._spooled.folder.parent):
             try:
-                held = group.hold()
-                self._held.append(held)
+                lock = group.hold()
+                self._held.append(lock)
                 if closed := group.close_left_open():
                     tell(f"group {group.label}: closed {closed} runs, as its launcher died.")
-                known = group.state().get(target)
-                if self._store is not None and known:
+                shipped = group.state().get(target)
+                if self._store is not None and shipped:
                     # It stays in its own experiment.
-                    left.append(self._shipper_of(group, known["experiment_id"]))
+                    left.append(self._shipper_of(group, shipped["experiment_id"]))
             except (Busy, OSError):
                 continue
             except (SpoolDamaged, TrackingError) as error:

@@ -48,8 +48,10 @@ SUITE_REGIMES = {
     Suite.FAULTS: (*PROBES, PROBE_NAIVE),
 }
 """Regimes that run unless the user asks for others."""
-CHOOSABLE = (ACCURACY, CLIP, NOISE, *PROBES, PROBE_NAIVE)
-"""Regimes that a user can ask for, in the order of execution."""
+CHOOSABLE = (ACCURACY, CLIP, NOISE, *PROBES)
+"""Regimes that a user can ask for."""
+ORDERED = (*CHOOSABLE, PROBE_NAIVE)
+"""Regimes of all suites but single and profile, in the order of execution."""
 
 
 def is_run(mode: str, regime: str) -> bool:

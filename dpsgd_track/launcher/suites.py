@@ -41,7 +41,14 @@ from dpsgd_track.launcher.choices import (
 )
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.profile_order import profile_jobs, with_baselines
-from dpsgd_track.launcher.regimes import CHOOSABLE, SUITE_REGIMES, is_run, num_iter, regimes_of
+from dpsgd_track.launcher.regimes import (
+    CHOOSABLE,
+    ORDERED,
+    SUITE_REGIMES,
+    is_run,
+    num_iter,
+    regimes_of,
+)
 from dpsgd_track.launcher.variants import read_variants, variant_jobs
 from dpsgd_track.modes import table
 from dpsgd_track.record.environment import environment
@@ -94,7 +101,7 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
         for mode in modes
         if _takes_part(mode, regimes)
     )
-    jobs = (*jobs, *_again(jobs, variants))
+    jobs = (*jobs, *_jobs_of_variants(jobs, variants))
     if isinstance(asked.what, ProfileChoices):
         jobs = profile_jobs(jobs, shapes, asked.what.rounds)
     for each in dict.fromkeys(job.data for job in jobs):
@@ -197,14 +204,14 @@ def _model_and_data(asked: Asked) -> tuple[ModelConfig, DataConfig]:
     return model, asked.data.config(model.name)
 
 
-def _again(
+def _jobs_of_variants(
     jobs: tuple[JobConfig, ...], variants: tuple[VariantConfig, ...]
 ) -> tuple[JobConfig, ...]:
-    again = variant_jobs(jobs, variants)
+    added = variant_jobs(jobs, variants)
     if variants:
         allowed = "a mode besides reference to run a variant in"
-        require(bool(again), "mode", ",".join(job.mode for job in jobs), allowed)
-    return again
+        require(bool(added), "mode", ",".join(job.mode for job in jobs), allowed)
+    return added
 
 
 def _modes_and_regimes(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -228,8 +235,6 @@ def _modes_and_regimes(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _regime_of_single(modes: Sequence[str], what: ModeChoices) -> str:
     require(len(modes) == 1, "mode", ",".join(modes), "exactly one mode", "Give one --mode.")
-    advice = "Use --accuracy-test, or the quick and full suites."
-    require(not what.regime, "regime", ",".join(what.regime), "no --regime in single", advice)
     return ACCURACY if what.accuracy_test else TRAIN
 
 
@@ -241,7 +246,7 @@ def _chosen_regimes(suite: Suite, what: ModeChoices) -> tuple[str, ...]:
         advice = "Leave out --accuracy-test or --regime."
         require(regimes in ((), (ACCURACY,)), "regime", ",".join(regimes), ACCURACY, advice)
         return (ACCURACY,)
-    return tuple(name for name in CHOOSABLE if name in (regimes or SUITE_REGIMES[suite]))
+    return tuple(name for name in ORDERED if name in (regimes or SUITE_REGIMES[suite]))
 
 
 def _timed_modes(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from dpsgd_track.config import Settings, redact_uri
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
+from dpsgd_track.program import command
 from dpsgd_track.store.client import TrackingError
-from dpsgd_track.store.inventory import Inventory
+from dpsgd_track.store.contents import Contents
 from dpsgd_track.store.opening import StoreError, open_store, unusable
 from dpsgd_track.store.shipper import NotThereYet, Shipper, settle
 from dpsgd_track.store.spool import SpoolDamaged
@@ -25,19 +26,19 @@ def sync(settings: Settings, group: str | None) -> int:
         ValueError: there is no such group in the spool, or the store cannot be used.
     """
     spool = Path(settings.spool_dir)
-    found = [each for each in spooled_groups(spool) if group in (None, each.name)]
-    if not found and group is not None:
-        known = ", ".join(each.name for each in spooled_groups(spool)) or "nothing"
+    groups = [each for each in spooled_groups(spool) if group in (None, each.name)]
+    if not groups and group is not None:
+        in_spool = ", ".join(each.name for each in spooled_groups(spool)) or "nothing"
         raise ValueError(
-            f"group={group!r}: expected a group in the spool {str(spool)!r}, which holds {known}. "
-            "What was shipped and checked is no longer there."
+            f"group={group!r}: expected a group in the spool {str(spool)!r}, which holds "
+            f"{in_spool}. What was shipped and checked is no longer there."
         )
-    if not found:
+    if not groups:
         print(f"{spool}: nothing to ship")
         return EXIT_FINISHED
     # One after the other even if one fails: each is independent.
     codes = []
-    for each in found:
+    for each in groups:
         try:
             codes.append(_sync_one(settings, each))
         except FileNotFoundError:
@@ -45,7 +46,7 @@ def sync(settings: Settings, group: str | None) -> int:
                 raise
             print(f"{each.label}: its launcher shipped it meanwhile")
         except (StoreError, SpoolDamaged, TrackingError, OSError) as error:
-            if len(found) == 1:
+            if len(groups) == 1:
                 raise ValueError(str(error)) from error
             print(f"{each.label}: NOT shipped. {error}")
             codes.append(EXIT_FAILED)
@@ -56,17 +57,17 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
     size = sum(group.sizes().values()) / 1024
     print(f"{group.label}: {size:,.1f} KiB of records in {group.folder}")
     try:
-        held = group.hold()
+        lock = group.hold()
     except Busy:
         print(f"{group.label}: its launcher, or another sync, is at work. Wait for it to end.")
         return EXIT_FAILED
-    with held:
+    with lock:
         if closed := group.close_left_open():
             print(f"{group.label}: closed {closed} runs, as its launcher died")
         experiment = group.experiment()
         if not experiment:
             print(f"{group.label}: its launcher died before the first record was whole")
-            damage = Inventory(group).damage()
+            damage = Contents(group).damage()
             for line in damage:
                 print(f"{group.label}: {line}")
             if damage or any(each.rows or each.files for each in group.runs().values()):
@@ -78,12 +79,12 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         settings = replace(settings, experiment=experiment)
         client, experiment_id = open_store(settings)
         uri = absolute_uri(settings.tracking_uri)
-        counted = Inventory(group)
+        counted = Contents(group)
         print(f"{group.label}: shipping {counted}, then reading them back", flush=True)
         try:
             problems = settle(Shipper(group, client, uri, experiment_id), count=True)
         except NotThereYet as error:
-            problems = [f"{error} Run `dpsgd-track sync {group.name}` on node 0 first."]
+            problems = [f"{error} Run `{command('sync', [group.name])}` on node 0 first."]
         except Exception as error:
             raise unusable(settings, error) from error
     for line in problems[:_SHOWN]:

@@ -7,11 +7,14 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpsgd_track.config import Settings, redact_uri, require
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.processes import Session
+from dpsgd_track.program import NAME, command
+from dpsgd_track.store.spooled import spooled_groups
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlalchemy_uri, sqlite_path
 
 HOST = "127.0.0.1"
@@ -32,10 +35,12 @@ def open_ui(settings: Settings, port: int) -> int:
         print(f"MLflow UI: {redact_uri(uri)}")
         return 0
     path = sqlite_path(uri)
-    advice = "Run `dpsgd-track quick` first, or check --tracking-uri."
-    found = path is None or path.is_file()
-    require(found, "tracking_uri", redact_uri(settings.tracking_uri), "an existing file", advice)
+    unshipped = [group.label for group in spooled_groups(Path(settings.spool_dir))]
+    _require_store(settings, path is None or path.is_file(), unshipped)
     _require_free(port)
+    if unshipped:
+        count = f"{len(unshipped)} group{'s' * (len(unshipped) > 1)}"
+        print(f"not in the store yet: {count}, which `{command('sync')}` ships")
     with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
         log = Path(folder) / "server.log"
         session = Session(_command(port), _environment(uri), log)
@@ -45,15 +50,21 @@ def open_ui(settings: Settings, port: int) -> int:
             session.end(grace_s=5.0)
 
 
+def _require_store(settings: Settings, exists: bool, unshipped: Sequence[str]) -> None:
+    advice = f"Run `{command('quick')}` first, or check --tracking-uri."
+    if unshipped:
+        advice = f"Run `{command('sync')}` first, which ships {', '.join(unshipped)} to it."
+    where = redact_uri(settings.tracking_uri)
+    require(exists, "tracking_uri", where, "an existing file", advice)
+
+
 def _serve(session: Session, port: int, log: Path, interruption: Interruption) -> int:
     announced = False
     while not interruption.requested:
         code = session.poll()
         if code is not None:
             print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
-            print(
-                f"dpsgd-track ui: the MLflow server ended with exit code {code}.", file=sys.stderr
-            )
+            print(f"{NAME} ui: the MLflow server ended with exit code {code}.", file=sys.stderr)
             return 1
         if not announced and _answers(port):
             announced = True

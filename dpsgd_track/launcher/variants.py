@@ -30,8 +30,8 @@ def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
         name, equals, path = text.partition("=")
         advice = "For example --variant fork=../opacus."
         require(bool(equals and path), "variant", text, "NAME=PATH", advice)
-        known = "a NAME of up to 60 letters, digits, '.', '_' and '-'"
-        require(bool(_NAME.fullmatch(name)), "variant", text, known)
+        allowed = "a NAME of up to 60 letters, digits, '.', '_' and '-'"
+        require(bool(_NAME.fullmatch(name)), "variant", text, allowed)
         require(name not in variants, "variant", text, "a NAME not used before")
         root = _root_of(Path(path).expanduser(), text)
         revision, is_dirty = git_facts(root)
@@ -44,8 +44,8 @@ def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
 def _root_of(folder: Path, given: str) -> Path:
     """The folder for the import path: `src` if it holds the packages."""
     require(folder.is_dir(), "variant", given, "an existing folder")
-    known = f"a folder without {os.pathsep!r} in its path, as it goes on the import path"
-    require(os.pathsep not in str(folder.resolve()), "variant", given, known)
+    allowed = f"a folder without {os.pathsep!r} in its path, as it goes on the import path"
+    require(os.pathsep not in str(folder.resolve()), "variant", given, allowed)
     for root in (folder / "src", folder):
         if any(root.glob("*/__init__.py")):
             return root.resolve()

@@ -34,8 +34,8 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
     if spec is None:
         mode = _user_factory(factory_of(name))(model, context)
         if not isinstance(mode, Mode):
-            found = type(mode).__name__
-            raise ProtocolError(f"{name}: expected a Mode, and its factory returned {found}.")
+            returned = type(mode).__name__
+            raise ProtocolError(f"{name}: expected a Mode, and its factory returned {returned}.")
         return mode
     if spec.strategy == "one_by_one":
         from dpsgd_track.modes.reference import ReferenceMode

@@ -266,12 +266,12 @@ def _is_known(grad_sample_mode: str) -> bool:
 
 
 def _check(grad_sample_mode: str, is_sharded: bool, context: ModeContext) -> None:
-    known = grad_sample_modes()
+    available = grad_sample_modes()
     require(
         _is_known(grad_sample_mode),
         "grad_sample_mode",
         grad_sample_mode,
-        f"one of {', '.join(known)}",
+        f"one of {', '.join(available)}",
         f"Those are the modes of Opacus {opacus.__version__}.",
     )
     if is_sharded:

@@ -211,8 +211,8 @@ def check_mode(name: str) -> None:
     module, _, factory = factory_of(name).partition(":")
     if not (module and factory.isidentifier()):
         names = [*MODES, *plugged_in_modes()]
-        known = f"one of {', '.join(names)}, opacus:GRAD_SAMPLE_MODE, or package.module:factory"
-        require(False, "mode", name, known, nearest(name, names))
+        allowed = f"one of {', '.join(names)}, opacus:GRAD_SAMPLE_MODE, or package.module:factory"
+        require(False, "mode", name, allowed, nearest(name, names))
     try:
         is_importable = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

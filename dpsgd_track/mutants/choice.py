@@ -19,6 +19,7 @@ from dpsgd_track.modes.table import (
 from dpsgd_track.mutants.catalogue import KINDS, MUTANTS
 from dpsgd_track.mutants.mutant import FSDP_MODES, Mutant
 from dpsgd_track.mutants.redaction import Redaction
+from dpsgd_track.program import command
 from dpsgd_track.record.run import ModeRun
 
 _OURS = ("two_pass", "bookkeeping")
@@ -33,7 +34,7 @@ def chosen_mutants(asked: Sequence[str]) -> tuple[Mutant, ...]:
     for name in asked:
         allowed = f"a fault, or one of the classes {', '.join(KINDS)}"
         near = nearest(name, (*KINDS, *MUTANTS))
-        advice = f"{near} `dpsgd-track faults --list` lists the faults.".strip()
+        advice = f"{near} `{command('faults', ['--list'])}` lists the faults.".strip()
         require(name in KINDS or name in MUTANTS, "fault", name, allowed, advice)
     ordered = sorted(MUTANTS.values(), key=lambda mutant: list(KINDS).index(mutant.kind))
     return tuple(m for m in ordered if not asked or m.name in asked or m.kind in asked)

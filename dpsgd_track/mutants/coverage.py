@@ -29,8 +29,8 @@ def _line(matrix: Matrix, kind: str) -> str:
     reasons: dict[str, list[str]] = {}
     for row in unseen:
         reasons.setdefault(_why(row), []).append(row.fault.name)
-    said = [f"not {', '.join(names)}: {why}" for why, names in reasons.items()]
-    return "; ".join([line, *said])
+    lines = [f"not {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return "; ".join([line, *lines])
 
 
 def _why(row: Row) -> str:

@@ -21,12 +21,13 @@ def summary(matrix: Matrix) -> list[str]:
     """Key figures of the matrix, one sentence each, without a full stop."""
     rows = matrix.counted
     lines = [
-        f"{_share(matrix.count('is_detected'), rows)} faults found",
-        f"{_share(matrix.count('has_right_stage'), rows)} with the right stage blamed, "
-        f"{_share(matrix.count('has_right_place'), rows)} with the right stage and layer",
-        f"{_share(matrix.count('is_in_time'), rows)} blamed on a step no later than {LATEST_STEP}",
+        f"{_fraction(matrix.count('is_detected'), rows)} faults found",
+        f"{_fraction(matrix.count('has_right_stage'), rows)} with the right stage blamed, "
+        f"{_fraction(matrix.count('has_right_place'), rows)} with the right stage and layer",
+        f"{_fraction(matrix.count('is_in_time'), rows)} blamed on a step no later than "
+        f"{LATEST_STEP}",
         f"{len(matrix.false_alarms)} false alarms on {len(matrix.healthy)} healthy modes",
-        f"{_share(matrix.count('naive_saw'), rows)} seen by a test of loss and gradient norm "
+        f"{_fraction(matrix.count('naive_saw'), rows)} seen by a test of loss and gradient norm "
         f"without clipping, which raises {len(matrix.naive_alarms)} false alarms",
     ]
     alone = [f"{sum(r in row.found_in for row in rows)} by {r}" for r in PROBES]
@@ -45,7 +46,7 @@ def summary(matrix: Matrix) -> list[str]:
     ]
 
 
-def _share(number: int, rows: tuple[Row, ...]) -> str:
+def _fraction(number: int, rows: tuple[Row, ...]) -> str:
     percent = f" ({number / len(rows):.0%})" if rows else ""
     return f"{number} of {len(rows)}{percent}"
 

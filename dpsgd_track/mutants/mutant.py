@@ -30,8 +30,6 @@ class Mutant:
     """Class of the mutant: the name of its module."""
     title: str
     """The defect, in a few words."""
-    about: str
-    """Its consequence, or its usual origin."""
     source: str
     """Report of the defect, or `PLAUSIBLE`."""
     formula: str
@@ -114,7 +112,6 @@ def mutant(
             name=name,
             kind=function.__module__.rpartition(".")[2],
             title=title,
-            about=function.__doc__ or "",
             source=source,
             formula=formula,
             needs=needs,

@@ -12,6 +12,7 @@ from dpsgd_track.mutants.catalogue import MUTANTS
 from dpsgd_track.mutants.mutant import Mutant
 from dpsgd_track.mutants.redaction import Redaction
 from dpsgd_track.mutants.site import Site
+from dpsgd_track.program import command
 
 
 def find_planted(name: str) -> Mutant | Redaction:
@@ -22,7 +23,7 @@ def find_planted(name: str) -> Mutant | Redaction:
     """
     if name in list(Redaction):
         return Redaction(name)
-    advice = f"{nearest(name, MUTANTS)} `dpsgd-track faults --list` lists them.".strip()
+    advice = f"{nearest(name, MUTANTS)} `{command('faults', ['--list'])}` lists them.".strip()
     require(name in MUTANTS, "fault", name, "a known fault", advice)
     return MUTANTS[name]
 

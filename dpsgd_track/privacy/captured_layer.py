@@ -119,7 +119,7 @@ class WatchedLayer(CapturedLayer):
             x = spread(x, capture.num_samples)
             args, kwargs = (x,), {}
         y: Tensor = self.run_on_leaves(args, kwargs)
-        held = capture.hold(x)
+        handle = capture.hold(x)
         if not capture.open_call(layer, x, dim):
             return y
         base = _without_view(y)
@@ -128,7 +128,7 @@ class WatchedLayer(CapturedLayer):
         def close(dy: Tensor) -> None:
             if not capture.ends_calls():
                 return
-            x = held()
+            x = handle()
             if shape is not None:
                 dy = dy.view(shape)
             if dim:

@@ -69,11 +69,11 @@ class Codec(Generic[Value]):
             raise ValueError(f"expected {self.schema} as JSON. {error}") from None
         if not isinstance(document, dict) or document.get("schema") != self.schema:
             raise ValueError(f"expected a document of schema {self.schema}.")
-        found = document.pop("schema_version", None)
+        version = document.pop("schema_version", None)
         del document["schema"]
-        if found != self.version:
+        if version != self.version:
             raise ValueError(
-                f"schema_version={found!r}: expected {self.version} of {self.schema}. Use the "
+                f"schema_version={version!r}: expected {self.version} of {self.schema}. Use the "
                 "version of dpsgd-track that wrote it."
             )
         from pydantic import ValidationError
@@ -127,5 +127,5 @@ def _first_of(error: Any) -> str:
     """The first problem: the field, and its expected value."""
     first, *more = error.errors(include_url=False)
     place = ".".join(map(str, first["loc"])) or "document"
-    said = f"{place}={str(first.get('input'))[:80]!r}: {first['msg']}"
-    return said + (f" (and {len(more)} more)" if more else "") + "."
+    problem = f"{place}={str(first.get('input'))[:80]!r}: {first['msg']}"
+    return problem + (f" (and {len(more)} more)" if more else "") + "."

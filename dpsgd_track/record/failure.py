@@ -6,6 +6,8 @@ import enum
 import re
 from dataclasses import dataclass
 
+from dpsgd_track.config import JobConfig
+from dpsgd_track.program import command
 from dpsgd_track.record.codec import Codec
 
 
@@ -40,6 +42,7 @@ class FailureKind(enum.StrEnum):
     """For a group: some of its runs did not finish."""
 
 
+# In the advice, {modes}, {single} and {resume} stand for command lines.
 WORDS: dict[FailureKind, tuple[str, str]] = {
     FailureKind.OUT_OF_MEMORY: (
         "out of memory",
@@ -57,11 +60,11 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.SETTING: (
         "a setting does not fit",
-        "Change the option named above; `dpsgd-track modes` lists the modes.",
+        "Change the option named above; `{modes}` lists the modes.",
     ),
     FailureKind.MODE: (
         "the mode raised an exception",
-        "Read the log; `dpsgd-track single --mode NAME` runs this mode alone.",
+        "Read the log; `{single}` runs this mode alone.",
     ),
     FailureKind.PROTOCOL: (
         "the mode does not keep to the protocol",
@@ -69,17 +72,15 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.ERROR: (
         "the worker raised an exception",
-        "Read the log; `dpsgd-track single --mode NAME` runs this mode alone.",
+        "Read the log; `{single}` runs this mode alone.",
     ),
     FailureKind.TRACKING: (
         "records could not be kept on this machine",
-        "Make room, or choose another --spool; then `dpsgd-track resume GROUP` runs what is "
-        "missing.",
+        "Make room, or choose another --spool; then `{resume}` runs what is missing.",
     ),
     FailureKind.DISK_FULL: (
         "the disk is full",
-        "Make room where results_dir and the spool are; then `dpsgd-track resume GROUP` runs what "
-        "is missing.",
+        "Make room where results_dir and the spool are; then `{resume}` runs what is missing.",
     ),
     FailureKind.KILLED: (
         "the process group was killed",
@@ -88,11 +89,11 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.INTERRUPTED: (
         "interrupted",
-        "`dpsgd-track resume GROUP` runs what is missing.",
+        "`{resume}` runs what is missing.",
     ),
     FailureKind.MACHINE_LOST: (
         "a machine was lost",
-        "See that every machine is up and reaches the others; then `dpsgd-track resume GROUP` on "
+        "See that every machine is up and reaches the others; then `{resume}` on "
         "all of them runs what is missing.",
     ),
     FailureKind.PEER: (
@@ -101,7 +102,7 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.LAUNCHER_DIED: (
         "its launcher died before it could say how the run ended",
-        "`dpsgd-track resume GROUP` runs what is missing.",
+        "`{resume}` runs what is missing.",
     ),
     FailureKind.NO_TRAJECTORY: (
         "the worker ended without leaving a trajectory",
@@ -117,7 +118,7 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.RUNS_FAILED: (
         "not every run finished",
-        "See those runs; `dpsgd-track resume GROUP` runs what is missing.",
+        "See those runs; `{resume}` runs what is missing.",
     ),
     FailureKind.UNUSED_VARIANT: (
         "nothing was imported from the variant, so that what ran is the installed code",
@@ -166,13 +167,24 @@ class Failure:
             if value is not None
         ]
         where = (f" at {', '.join(at)}" if at else "") + (f" {self.place}" if self.place else "")
-        said = f"{WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else "")
-        return f"{said.rstrip('. ')}."
+        sentence = f"{WORDS[self.kind][0]}{where}" + (f": {self.message}" if self.message else "")
+        return f"{sentence.rstrip('. ')}."
 
-    @property
-    def advice(self) -> str:
-        """Advice on the next thing to try."""
-        return WORDS[self.kind][1]
+    def advice(self, group: str = "GROUP", job: JobConfig | None = None) -> str:
+        """The next thing to try, with commands as the user would type them.
+
+        Args:
+            group: name of the group that the failed run belongs to.
+            job: job of the failed run, if it is a mode's.
+        """
+        mode = [] if job is None else ["--mode", job.mode]
+        if job is not None and job.variant is not None:
+            mode += ["--variant", f"{job.variant.name}={job.variant.path}"]
+        return WORDS[self.kind][1].format(
+            modes=command("modes"),
+            single=command("single", mode or ["--mode", "MODE"]),
+            resume=command("resume", [group]),
+        )
 
 
 FAILURE = Codec(Failure, "dpsgd-track/failure", 1)

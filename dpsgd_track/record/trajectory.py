@@ -177,16 +177,16 @@ class Trajectory:
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape of a field, without reading it."""
-        held = self.__dict__.get(name)
-        column: Column = self.__dict__["_columns"][name] if held is None else held
+        values = self.__dict__.get(name)
+        column: Column = self.__dict__["_columns"][name] if values is None else values
         return column.shape
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """[stop - start, ...] rows of a field with one row per step; they are not cached."""
         start, stop, _ = slice(start, stop).indices(self.num_steps)
-        held: NDArray[Any] | None = self.__dict__.get(name)
-        if held is not None:
-            return held[start:stop]
+        values: NDArray[Any] | None = self.__dict__.get(name)
+        if values is not None:
+            return values[start:stop]
         column: Column = self.__dict__["_columns"][name]
         return column.read(start, stop)
 

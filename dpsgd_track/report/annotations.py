@@ -14,19 +14,19 @@ _LEVELS = {Verdict.BUG: "error", Verdict.DRIFT: "error", Verdict.INCONCLUSIVE: "
 
 def workflow_commands(comparison: GroupComparison) -> str:
     """One line for each mode and regime that does not pass; the last counts those left out."""
-    found: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
+    messages: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
     for mode in comparison.modes:
         for regime in dict.fromkeys(finding.regime for finding in mode.findings):
             if not (findings := mode.counted(regime)):
                 continue
             verdict = worst(finding.verdict for finding in findings)
             title = f"{verdict}: {mode.label} in {regime}"
-            found[_LEVELS[verdict]].append((title, mode.reason(regime)))
+            messages[_LEVELS[verdict]].append((title, mode.reason(regime)))
     if not comparison.modes:
-        found["warning"].append(("INCONCLUSIVE", comparison.sentence))
+        messages["warning"].append(("INCONCLUSIVE", comparison.sentence))
     lines = [
         _command(level, title, message)
-        for level, entries in found.items()
+        for level, entries in messages.items()
         for title, message in _shortened(entries)
     ]
     return "".join(f"{line}\n" for line in lines)

@@ -26,22 +26,22 @@ def environment(group: Group) -> list[tuple[str, str]]:
         for name, value in jobs[0].items()
         if not name.startswith("regimes") and all(job.get(name) == value for job in jobs)
     }
-    known = {
+    settings = {
         "suite": str(plan.suite),
         **shared,
         **{f"environment.{name}": value for name, value in plan.environment.items()},
     }
     device = next((run.facts.device for run in _runs(group) if run.facts), None)
     if device is not None:
-        known |= {f"device.{name}": str(value) for name, value in vars(device).items() if value}
-    known |= {tag: value for tag, value in group.tags.items() if not tag.startswith(_OWN_TAGS)}
+        settings |= {f"device.{name}": str(value) for name, value in vars(device).items() if value}
+    settings |= {tag: value for tag, value in group.tags.items() if not tag.startswith(_OWN_TAGS)}
     ranks = ", ".join(f"{count} {status}" for status, count in group.rank_statuses.items())
     if ranks:
-        known["rank runs"] = ranks
+        settings["rank runs"] = ranks
     if group.superseded:
-        known["earlier attempts left out"] = str(group.superseded)
-    known.pop(names.NOTE, None)
-    return list(known.items())
+        settings["earlier attempts left out"] = str(group.superseded)
+    settings.pop(names.NOTE, None)
+    return list(settings.items())
 
 
 def _runs(group: Group) -> Iterator[Any]:

@@ -62,13 +62,13 @@ def _count(suite: ET.Element) -> None:
 
 def _verdict_case(suite: ET.Element, mode: ModeVerdict, regime: str) -> None:
     case = _case(suite, mode.label, "verdict")
-    found = mode.counted(regime)
-    if not found:
+    findings = mode.counted(regime)
+    if not findings:
         return
-    verdict = worst(f.verdict for f in found)
-    said = [f"{f.verdict}: {f.sentence}" for f in found]
+    verdict = worst(f.verdict for f in findings)
+    sentences = [f"{f.verdict}: {f.sentence}" for f in findings]
     kind = "failure" if verdict in FAILURES else "error"
-    _outcome(case, kind, f"{verdict}: {mode.reason(regime)}", said)
+    _outcome(case, kind, f"{verdict}: {mode.reason(regime)}", sentences)
 
 
 def _stage_cases(

@@ -38,12 +38,12 @@ def prose(text: str, longest: int = _LONGEST_SENTENCE) -> str:
 
 
 def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    found = list(lines)
-    if not found:
+    rows = list(lines)
+    if not rows:
         return ""
     table = [heading, ["---"] * len(heading)]
-    table += [[prose(cell, _LONGEST_CELL) for cell in line] for line in found[:_MOST_ROWS]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table) + _more(len(found))
+    table += [[prose(cell, _LONGEST_CELL) for cell in line] for line in rows[:_MOST_ROWS]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table) + _more(len(rows))
 
 
 def _list(items: Sequence[str]) -> str:
@@ -139,10 +139,10 @@ def profile_markdown(profile: Profile, group: Group) -> str:
 
 
 def _costs(profile: Profile) -> str:
-    said = _list([prose(sentence) for sentence in profile.incomplete])
+    incomplete = _list([prose(sentence) for sentence in profile.incomplete])
     best = _list([prose(sentence) for sentence in profile_table.best(profile)])
     table = _table(profile_table.HEADINGS, profile_table.rows(profile))
-    return "\n\n".join(part for part in (said, best, table, profile_table.LEGEND) if part)
+    return "\n\n".join(part for part in (incomplete, best, table, profile_table.LEGEND) if part)
 
 
 def _plans(profile: Profile) -> str:
@@ -153,7 +153,7 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
     """(title, body, True if folded), the most important first."""
     ladders = [("Stages", body, False) for body in _ladders(comparison)]
     why = [f"**{mode.verdict}** {prose(told(comparison, mode))}" for mode in comparison.modes]
-    found = [
+    findings = [
         f"**{f.verdict}**{' (waived)' * bool(f.waiver)} {prose(f'{mode.label}: {f.sentence}')}"
         for mode in comparison.modes
         for f in mode.others
@@ -168,7 +168,7 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
     folded = [
         ("Why, mode by mode", _list(why)),
         ("Reproduce", _code(command(comparison.group))),
-        (f"{len(found)} more finding{'s' * (len(found) != 1)}", _list(found)),
+        (f"{len(findings)} more finding{'s' * (len(findings) != 1)}", _list(findings)),
         ("Waivers", _waivers(comparison)),
         ("Noise audit", _audits(comparison)),
         ("What differs between the two groups", differing),

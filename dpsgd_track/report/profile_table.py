@@ -76,26 +76,28 @@ def rows(profile: Profile) -> list[tuple[str, ...]]:
 
 def best(profile: Profile) -> list[str]:
     """The mode that costs least relative to its baseline, at each shape."""
-    found = []
+    sentences = []
     for shape in profile.shapes:
         costs = [cost for cost in profile.costs if cost.shape == shape]
         for label in dict.fromkeys(cost.baseline.label for cost in costs if cost.baseline):
-            held = [c for c in costs if c.time_ratio and c.baseline and c.baseline.label == label]
-            cheapest = min(held, key=lambda c: c.time_ratio.median if c.time_ratio else 0.0)
+            candidates = [
+                c for c in costs if c.time_ratio and c.baseline and c.baseline.label == label
+            ]
+            cheapest = min(candidates, key=lambda c: c.time_ratio.median if c.time_ratio else 0.0)
             assert cheapest.time_ratio is not None
-            found.append(
+            sentences.append(
                 f"T={shape[0]}, B={shape[1]}: {cheapest.label} adds least, with "
                 f"{times(cheapest.time_ratio)} × the step time and {cheapest.memory_ratio:.2f} × "
                 f"the memory of {label}."
             )
-    return found
+    return sentences
 
 
 def facts(profile: Profile, group: Group) -> list[str]:
     """Model, type, ranks and device of the figures, in a few words each."""
     job, ranks = group.plan.jobs[0], group.plan.num_ranks
     devices = [run.facts.device.name for run in group.timed_runs if run.facts]
-    found = [
+    words = [
         job.model.name,
         job.performance.param_dtype,
         f"{ranks} rank{'s' * (ranks != 1)}",
@@ -104,8 +106,8 @@ def facts(profile: Profile, group: Group) -> list[str]:
     timings = [run.timings for run in group.timed_runs if run.timings]
     if timings:
         steps = max(len(t.step_time_ms) for t in timings)
-        found.append(f"{steps} recorded steps a run, every second one tracked")
-    return [fact for fact in found if fact]
+        words.append(f"{steps} recorded steps a run, every second one tracked")
+    return [fact for fact in words if fact]
 
 
 PLAN_HEADINGS = ("mode", "layers", "how", "at")
@@ -114,7 +116,7 @@ PLAN_HEADINGS = ("mode", "layers", "how", "at")
 def plans(profile: Profile) -> list[tuple[str, str, str, str]]:
     """Norm plans of the modes, in the order of PLAN_HEADINGS; like layers share a row."""
     shapes: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
-    told: dict[str, list[tuple[int, int]]] = {}
+    shapes_of_mode: dict[str, list[tuple[int, int]]] = {}
     for cost in profile.costs:
         counts: dict[tuple[str, str], int] = {}
         for layer, how in cost.plan.items():
@@ -126,9 +128,9 @@ def plans(profile: Profile) -> list[tuple[str, str, str, str]]:
             name = f"{layers} ({count})" if count > 1 else layers
             shapes.setdefault((cost.label, name, how), []).append(cost.shape)
         if counts:
-            told.setdefault(cost.label, []).append(cost.shape)
+            shapes_of_mode.setdefault(cost.label, []).append(cost.shape)
     return [
-        (label, layers, how, "every shape" if at == told[label] else _shapes(at))
+        (label, layers, how, "every shape" if at == shapes_of_mode[label] else _shapes(at))
         for (label, layers, how), at in shapes.items()
     ]
 

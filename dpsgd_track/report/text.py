@@ -11,6 +11,7 @@ from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
+from dpsgd_track.report.columns import in_columns
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import told
@@ -32,6 +33,7 @@ _FIRST_TO_GO = (
     "final loss",
     "Δ loss",
 )
+_FIRST_OF_PROFILE_TO_GO = ("tokens/s", "tracking", "peak GiB", "× memory", "B", "T")
 
 
 def summary(comparison: GroupComparison) -> str:
@@ -79,11 +81,8 @@ def _differing(comparison: GroupComparison) -> list[str]:
 
 
 def _columns(heading: Sequence[str], table: Sequence[Sequence[str]]) -> str:
-    lines = [tuple(heading), *(tuple(line) for line in table)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
-    text = ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in text)
+    widths = [max(map(len, column)) for column in zip(heading, *table, strict=True)]
+    return "\n".join(in_columns([heading, ["-" * width for width in widths], *table]))
 
 
 def print_table(comparison: GroupComparison, console: Console) -> None:
@@ -94,7 +93,7 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     table = Table(title=Text(visible(comparison.group.name)))
     modes = rows(comparison)
     shown = [[visible(cell) for cell in row.cells] for row in modes]
-    widths = _fitting(shown, console.width)
+    widths = _fitting(HEADINGS, shown, console.width, _FIRST_TO_GO)
     for i, width in widths.items():
         justify: Any = "left" if i < 2 else "right"
         table.add_column(HEADINGS[i], justify=justify, width=width)
@@ -120,21 +119,37 @@ def print_profile(profile: Profile, name: str, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(visible(name)))
-    lines = profile_table.rows(profile)
-    is_noted = any(line[-1] for line in lines)
-    headings = profile_table.HEADINGS[: None if is_noted else -1]
-    for i, heading in enumerate(headings):
+    shared = {
+        heading: values.pop()
+        for heading, values in (
+            ("T", {cost.seq_length for cost in profile.costs}),
+            ("B", {cost.batch_size for cost in profile.costs}),
+        )
+        if len(values) == 1
+    }
+    title = ", ".join([visible(name), *(f"{name}={value}" for name, value in shared.items())])
+    table = Table(title=Text(title))
+    # Notes are sentences, which follow the table.
+    headings = profile_table.HEADINGS[:-1]
+    lines = [[visible(cell) for cell in row[:-1]] for row in profile_table.rows(profile)]
+    first_to_go = (*shared, *_FIRST_OF_PROFILE_TO_GO)
+    widths = _fitting(headings, lines, console.width, first_to_go)
+    for i, width in widths.items():
         justify: Any = "right" if i in profile_table.NUMBERS else "left"
-        table.add_column(heading, justify=justify)
+        table.add_column(headings[i], justify=justify, width=width)
     shape = None
     for cost, line in zip(profile.costs, lines, strict=True):
         if shape not in (None, cost.shape):
             table.add_section()
         shape = cost.shape
-        table.add_row(*(Text(visible(cell)) for cell in line[: len(headings)]))
+        table.add_row(*(Text(line[i]) for i in widths))
     console.print(table)
-    for sentence in (*profile.incomplete, profile.sentence):
+    noted = [
+        f"{cost.label}, T={cost.seq_length}, B={cost.batch_size}: {'; '.join(cost.notes)}."
+        for cost in profile.costs
+        if cost.notes
+    ]
+    for sentence in (*noted, *profile.incomplete, profile.sentence):
         console.print(Text(visible(sentence)), soft_wrap=not console.is_terminal)
 
 
@@ -143,7 +158,9 @@ def console_width() -> int | None:
     return None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH
 
 
-def _fitting(shown: list[list[str]], width: int) -> dict[int, int]:
+def _fitting(
+    headings: Sequence[str], shown: list[list[str]], width: int, first_to_go: Sequence[str]
+) -> dict[int, int]:
     """Non-empty columns that fit `width`, each with its own width.
 
     Headings are broken before a column is left out; the report has every column.
@@ -156,12 +173,12 @@ def _fitting(shown: list[list[str]], width: int) -> dict[int, int]:
         # Each column has a space on both sides and one border; the table has one more.
         return 1 + sum(3 + each for each in widths.values()) <= width
 
-    told = [i for i in range(len(HEADINGS)) if i < 2 or any(row[i] != ABSENT for row in shown)]
-    widths = {i: longest(i, [HEADINGS[i]]) for i in told}
+    columns = [i for i in range(len(headings)) if i < 2 or any(row[i] != ABSENT for row in shown)]
+    widths = {i: longest(i, [headings[i]]) for i in columns}
     if not fits(widths):
-        widths = {i: longest(i, HEADINGS[i].split()) for i in told}
-    for name in _FIRST_TO_GO:
+        widths = {i: longest(i, headings[i].split()) for i in columns}
+    for name in first_to_go:
         if fits(widths):
             break
-        widths.pop(HEADINGS.index(name), None)
+        widths.pop(headings.index(name), None)
     return widths

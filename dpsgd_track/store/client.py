@@ -121,7 +121,7 @@ def is_about_the_record(error: Exception) -> bool:
 def one_line(error: BaseException) -> str:
     """First line of an error's text, without the credentials of its addresses."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    found = (cause.search(str(error)) for cause in _CAUSES)
-    if caused := next(filter(None, found), None):
+    matches = (cause.search(str(error)) for cause in _CAUSES)
+    if caused := next(filter(None, matches), None):
         text = f"{caused[1].strip()}."
     return _CREDENTIALS.sub(r"\1***@", text)[:500] or type(error).__name__

@@ -102,12 +102,12 @@ def read_group_anywhere(settings: Settings, wanted: str, tell: Callable[[str], o
 
 def _spooled(settings: Settings, group: SpooledGroup, tell: Callable[[str], object]) -> Found:
     tell(f"Read in {group.folder}, as the store does not have all of {group.name} yet.")
-    found = read_spooled(group)
+    recorded = read_spooled(group)
     run = group.group_run()
     if run is not None and run.is_resumed:
         client = open_client(settings.tracking_uri)
-        found = _merged(group_of(client, find_group(client, settings, group.name)), found)
-    return Found(found, settings, group)
+        recorded = _merged(group_of(client, find_group(client, settings, group.name)), recorded)
+    return Found(recorded, settings, group)
 
 
 def _merged(stored: Group, spooled: Group) -> Group:
@@ -123,7 +123,7 @@ def _newest_spooled(
 ) -> tuple[SpooledGroup, SpooledRun] | None:
     """The newest matching group of the spool, with its run, if the store lacks any of it."""
     target = redact_uri(absolute_uri(settings.tracking_uri))
-    found = []
+    candidates = []
     for group in spooled_groups(Path(settings.spool_dir)):
         try:
             run = group.group_run()
@@ -131,7 +131,7 @@ def _newest_spooled(
                 continue
             is_meant = wanted in ("latest", group.name) or wanted in group.runs(with_rows=False)
             if is_meant or wanted in group.state().get(target, {}).get("run_ids", {}).values():
-                found.append((group, run))
+                candidates.append((group, run))
         except FileNotFoundError:
             # A group that is gone meanwhile is in the store.
             continue
@@ -139,7 +139,7 @@ def _newest_spooled(
             if wanted == group.name:
                 raise GroupNotFound(str(error)) from error
             tell(str(error))
-    return max(found, key=lambda pair: pair[1].start_ms, default=None)
+    return max(candidates, key=lambda pair: pair[1].start_ms, default=None)
 
 
 def _is_shipped(group: SpooledGroup, target: str) -> bool:

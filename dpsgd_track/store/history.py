@@ -40,10 +40,10 @@ def as_stored(value: float) -> float | None:
 
 def restored(values: Sequence[float | None]) -> Floats:
     """Values from a store, with the largest float64 turned into infinity, and None into NaN."""
-    known = np.array(values, dtype=np.float64)
-    known[known >= _STORED_INFINITY] = np.inf
-    known[known <= -_STORED_INFINITY] = -np.inf
-    return known
+    floats = np.array(values, dtype=np.float64)
+    floats[floats >= _STORED_INFINITY] = np.inf
+    floats[floats <= -_STORED_INFINITY] = -np.inf
+    return floats
 
 
 def metric_history(client: MlflowClient, run_id: str, metrics: Iterable[str]) -> History:

@@ -139,22 +139,22 @@ def has_group(client: MlflowClient, experiment_id: str, group: str) -> bool:
 
 
 def _experiment_id(client: MlflowClient, settings: Settings, location: str | None) -> str:
-    found = client.get_experiment_by_name(settings.experiment)
-    if found is None:
+    experiment = client.get_experiment_by_name(settings.experiment)
+    if experiment is None:
         try:
             return str(client.create_experiment(settings.experiment, artifact_location=location))
         except Exception:
             # Another launcher may have created it first.
-            found = client.get_experiment_by_name(settings.experiment)
-            if found is None:
+            experiment = client.get_experiment_by_name(settings.experiment)
+            if experiment is None:
                 raise
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise _StoreProblem(
             f"The experiment {settings.experiment!r} is deleted. Restore it with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}`, "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, "
             "or set another `experiment` in mlflow.yaml."
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def artifact_location(settings: Settings) -> str | None:

@@ -300,11 +300,12 @@ def _read_failure(tags: Mapping[str, str]) -> Failure | None:
 
 
 def _read_facts(kept: KeptRun) -> tuple[RunFacts | None, str]:
-    """The facts of a run, and the reason why they cannot be read."""
+    """The facts of a run, and why they are missing, which is not reported of an unfinished run."""
     try:
         return kept.read(FACTS_FILE, lambda path: FACTS.loads(path.read_bytes())), ""
     except LookupError:
-        return None, ""
+        is_lost = kept.status is Status.FINISHED
+        return None, f"{FACTS_FILE} was not uploaded, or has been removed" * is_lost
     except ValueError as error:
         return None, f"{FACTS_FILE}: {error}".rstrip(".")
 

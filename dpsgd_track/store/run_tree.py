@@ -49,6 +49,7 @@ class RunTree:
         self._writer = writer
         self._experiment = experiment
         self._open: dict[str, None] = {}
+        self._jobs: dict[str, JobConfig] = {}
         self._user = {"mlflow.user": _user_name(), "mlflow.source.name": "dpsgd-track"}
         self.group = group
         self.group_run = ""
@@ -118,6 +119,7 @@ class RunTree:
             else ""
             for rank in range(job.num_ranks)
         )
+        self._jobs |= dict.fromkeys((mode_run, *ranks), job)
         return mode_run, ranks
 
     def finish(
@@ -129,7 +131,8 @@ class RunTree:
             more: text after the advice, such as the path of the log.
         """
         if failure is not None:
-            self._writer.set_tags(run, tags_of(status, failure, more))
+            advice = failure.advice(self.group, self._jobs.get(run))
+            self._writer.set_tags(run, tags_of(status, failure, f"{advice} {more}".strip()))
         self._writer.add("end", run, status=status)
         self._open.pop(run, None)
 
@@ -163,9 +166,8 @@ class RunTree:
         self._open[run] = None
 
 
-def tags_of(status: Status, failure: Failure, more: str = "") -> dict[str, str]:
+def tags_of(status: Status, failure: Failure, advice: str) -> dict[str, str]:
     """Tags with the reason of a run's end: for people, and for programs."""
-    advice = f"{failure.advice} {more}".strip()
     note = f"**{status}**: {failure.reason}\n\n{advice}"
     return {
         names.REASON: f"{failure.reason} {advice}"[:MAX_TAG_LENGTH],

@@ -18,8 +18,8 @@ from dpsgd_track.config import redact_uri
 from dpsgd_track.record import names
 from dpsgd_track.record.run import Status
 from dpsgd_track.store.client import is_about_the_record, one_line
+from dpsgd_track.store.contents import Contents, Name, Points
 from dpsgd_track.store.history import all_points
-from dpsgd_track.store.inventory import Inventory, Name, Points
 from dpsgd_track.store.run_tree import MAX_PARAM_LENGTH
 from dpsgd_track.store.spool import (
     CONTROL,
@@ -171,25 +171,25 @@ class Shipper:
             return
         if self.group.is_part:
             # Requests by every machine for all runs of a large group would overload a server.
-            known = {key: run_id for key in self.run_ids if (run_id := self._look_up(key))}
+            run_ids = {key: run_id for key in self.run_ids if (run_id := self._look_up(key))}
         else:
-            known = {
+            run_ids = {
                 key: before if (before := self.run_ids.get(key, "")) in ids else ids[0]
                 for key, ids in self._found().items()
             }
-        if not self.run_ids.items() <= known.items():
+        if not self.run_ids.items() <= run_ids.items():
             # The database is no longer the same.
             self._acknowledged.clear()
-        self.run_ids = known
+        self.run_ids = run_ids
         self._is_sure_of_runs = True
 
     def _found(self) -> dict[str, list[str]]:
         """Ids of the group's runs in the store, by their keys."""
-        found: dict[str, list[str]] = defaultdict(list)
+        ids: dict[str, list[str]] = defaultdict(list)
         for run in self._search():
             if key := run.data.tags.get(names.KEY):
-                found[key].append(str(run.info.run_id))
-        return found
+                ids[key].append(str(run.info.run_id))
+        return ids
 
     def remove_doubles(self) -> None:
         """Delete duplicate runs, which the store created after the request had timed out."""
@@ -240,10 +240,8 @@ class Shipper:
         """Id of a run in the store; empty if it is not there."""
         query = f"tags.`{names.KEY}` = '{key}'"
         order = ["attributes.start_time ASC"]
-        found = self._client.search_runs(
-            [self._experiment_id], query, max_results=1, order_by=order
-        )
-        return str(found[0].info.run_id) if found else ""
+        runs = self._client.search_runs([self._experiment_id], query, max_results=1, order_by=order)
+        return str(runs[0].info.run_id) if runs else ""
 
     def _id(self, key: str) -> str:
         """Id of a run in the store.
@@ -333,9 +331,9 @@ class Shipper:
                 and file is there.
         """
         found: list[str] = []
-        inventory = Inventory(self.group)
+        contents = Contents(self.group)
         whole: set[str] = set()
-        for run in inventory.runs.values():
+        for run in contents.runs.values():
             if run.key not in self.run_ids:
                 found.append(f"{run.title or run.key}: the run is not there")
                 continue
@@ -344,15 +342,15 @@ class Shipper:
             if run.status is Status.ELSEWHERE:
                 # As node 0 recorded it in the store.
                 run.status, run.tags = Status(stored.info.status), dict(stored.data.tags)
-            metrics = inventory.metrics[run.key]
+            metrics = contents.metrics[run.key]
             if missing := metrics - stored.data.metrics.keys():
                 problems.append(f"{len(missing)} of {len(metrics)} metrics are missing")
             else:
                 whole.add(run.key)
             found += [f"{run.title or run.key}: {line}" for line in problems]
-        for points in inventory.parts(whole.__contains__) if count else ():
-            found += self._other_values(inventory.runs, points)
-        return inventory.damage() + found
+        for points in contents.parts(whole.__contains__) if count else ():
+            found += self._other_values(contents.runs, points)
+        return contents.damage() + found
 
     def _other_values(
         self, runs: Mapping[str, SpooledRun], points: Mapping[Name, Points]

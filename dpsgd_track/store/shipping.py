@@ -99,8 +99,8 @@ class Shipping:
         self._stop.set()
         if self._is_complete:
             return ""
-        found = [*self._shipper.refused.values(), *self._problems]
-        return self._trouble or next(iter(found), f"It took longer than {timeout_s:g} s.")
+        problems = [*self._shipper.refused.values(), *self._problems]
+        return self._trouble or next(iter(problems), f"It took longer than {timeout_s:g} s.")
 
     def should_stop(self) -> bool:
         """True once nobody waits for shipping any more."""

@@ -273,12 +273,12 @@ def _content(line: bytes) -> bytes | None:
 
 def spool_files(folder: Path) -> list[Path]:
     """The spool files of a group, in order of creation, control files first."""
-    found = [
+    files = [
         file
         for file in folder.iterdir()
         if file.suffix in (CONTROL, RECORDS) and file.name[:6].isdigit()
     ]
-    return sorted(found, key=lambda file: (file.suffix != CONTROL, file.name))
+    return sorted(files, key=lambda file: (file.suffix != CONTROL, file.name))
 
 
 def is_being_written(file: Path) -> bool:
@@ -332,13 +332,13 @@ class SpoolReader:
 
     def damage(self) -> list[str]:
         """Damage found so far, each with file and line."""
-        found = list(self._damage)
+        damage = list(self._damage)
         if self._num_nameless:
             where = f"{self.path}: {self._num_nameless} lines hold values"
-            found.append(f"{where} whose names are in a damaged line.")
+            damage.append(f"{where} whose names are in a damaged line.")
         if self.is_closed and self.path.stat().st_size > self._closed_at:
-            found.append(f"{self.path}: something follows the line that closed it.")
-        return found
+            damage.append(f"{self.path}: something follows the line that closed it.")
+        return damage
 
     def _begin(self, file: IO[bytes]) -> bool:
         """Read the first line; False while it is incomplete."""

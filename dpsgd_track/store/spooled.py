@@ -61,7 +61,6 @@ class SpooledRun:
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     status: Status = Status.RUNNING
-    end_ms: int = 0
     files: list[tuple[Path, str]] = field(default_factory=list)
     """Files, each with its artifact folder."""
     rows: list[MetricRow] = field(default_factory=list)
@@ -92,7 +91,7 @@ class SpooledRun:
             case "join":
                 self.experiment, self.is_joined = event["experiment"], True
             case "reopen":
-                self.status, self.end_ms = Status.RUNNING, 0
+                self.status = Status.RUNNING
             case "params":
                 self.params |= event["params"]
             case "tags":
@@ -100,7 +99,7 @@ class SpooledRun:
             case "file":
                 self.files.append((folder / event["path"], event["folder"]))
             case "end":
-                self.status, self.end_ms = Status(event["status"]), event["time_ms"]
+                self.status = Status(event["status"])
 
     def last_metrics(self) -> dict[str, float]:
         """The newest value of each metric."""
@@ -135,8 +134,10 @@ class SpooledGroup:
 
     def experiment(self) -> str:
         """The experiment that it belongs to; empty if even that record is incomplete."""
-        found = (run.experiment for run in self.runs(with_rows=False).values() if run.experiment)
-        return next(found, "")
+        experiments = (
+            run.experiment for run in self.runs(with_rows=False).values() if run.experiment
+        )
+        return next(experiments, "")
 
     def hold(self) -> IO[bytes]:
         """Keep others from writing and shipping, until the returned lock file is closed.
@@ -144,16 +145,16 @@ class SpooledGroup:
         Raises:
             Busy: another process does, or workers are still alive.
         """
-        held = (self.folder / _LOCK).open("ab")
+        lock = (self.folder / _LOCK).open("ab")
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             busy = self.is_being_written()
         except BlockingIOError:
             busy = True
         if busy:
-            held.close()
+            lock.close()
             raise Busy(self.name)
-        return held
+        return lock
 
     def runs(self, *, with_rows: bool = True) -> dict[str, SpooledRun]:
         """Every run by its key, in order of creation.
@@ -177,8 +178,10 @@ class SpooledGroup:
 
     def group_run(self) -> SpooledRun | None:
         """The group's own run; None if even that record is incomplete."""
-        found = (run for run in self.runs(with_rows=False).values() if run.kind == names.KIND_GROUP)
-        return next(found, None)
+        group_runs = (
+            run for run in self.runs(with_rows=False).values() if run.kind == names.KIND_GROUP
+        )
+        return next(group_runs, None)
 
     def close_left_open(self) -> int:
         """End abandoned runs, as KILLED. The caller holds the group.
@@ -195,7 +198,7 @@ class SpooledGroup:
                 leave(writer, [run.key])
                 continue
             failure = Failure(kind=FailureKind.LAUNCHER_DIED)
-            writer.set_tags(run.key, tags_of(Status.KILLED, failure))
+            writer.set_tags(run.key, tags_of(Status.KILLED, failure, failure.advice(self.name)))
             writer.add("end", run.key, status=Status.KILLED)
         writer.close()
         return len(left)
@@ -265,7 +268,7 @@ def spooled_groups(spool_dir: Path) -> list[SpooledGroup]:
     """Groups in the spool directory, by name."""
     if not spool_dir.is_dir():
         return []
-    found = []
+    groups = []
     for folder in sorted(spool_dir.iterdir()):
         if folder.name.startswith(_GONE):
             # The process that removed it was killed meanwhile.
@@ -274,8 +277,8 @@ def spooled_groups(spool_dir: Path) -> list[SpooledGroup]:
         # It may just be being removed, or belong to another user.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             if spool_files(folder):
-                found.append(SpooledGroup(folder))
-    return found
+                groups.append(SpooledGroup(folder))
+    return groups
 
 
 def claim(spool_dir: Path, group: str) -> SpooledGroup | None:

@@ -23,6 +23,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from dpsgd_track.privacy.engine import Batch
+from tests.support.wrapped_layers import FirstOutput, SelfAttention
 
 # Positions, features, outputs, tokens, channels, side of a picture. Of few elements the norm
 # would scatter more.
@@ -97,26 +98,6 @@ class _Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.inner(x)) * self.scale
-
-
-class _First(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x)[0]
-        return y
-
-
-class _Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(D, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return y
 
 
 class _Autocast(nn.Module):
@@ -259,9 +240,11 @@ KINDS: dict[str, Kind] = {
     "unknown-linear": Kind(lambda: _Then(nn.Linear(D, D), _Scaled())),
     "unknown-rms-norm": Kind(_norm(lambda: T5LayerNorm(D, eps=1e-5)), _small_rows),
     "unknown-recurrent": Kind(
-        lambda: _Then(_Call(lambda x: x[:, :3]), _First(nn.GRU(D, C, batch_first=True)), width=C)
+        lambda: _Then(
+            _Call(lambda x: x[:, :3]), FirstOutput(nn.GRU(D, C, batch_first=True)), width=C
+        )
     ),
-    "unknown-attention": Kind(lambda: _Then(nn.Linear(D, D), _Attention())),
+    "unknown-attention": Kind(lambda: _Then(nn.Linear(D, D), SelfAttention(D, num_heads=2))),
     "unknown-convolution": Kind(
         lambda: _of_pictures(
             nn.Conv2d(3, C, 3, bias=False), nn.Tanh(), nn.Conv2d(C, C, 3, groups=4), width=C

@@ -3,8 +3,8 @@
 import sys
 
 from dpsgd_track.cli.main import main
-from dpsgd_track.cli.program import CHECKOUT
 from dpsgd_track.launcher.process_group import Launch
+from dpsgd_track.program import CHECKOUT
 from tests.support import warm
 
 

@@ -28,6 +28,8 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import Environment
+from dpsgd_track.record.facts import FACTS as FACTS_CODEC
+from dpsgd_track.record.facts import FACTS_FILE, DeviceFacts, RunFacts
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, STARTED_JOB, GroupPlan, StartedJob, Suite
 from dpsgd_track.record.run import Group, ModeRun, Status
@@ -43,6 +45,10 @@ ENVIRONMENT = Environment(
     transformers="5.1",
     opacus="1.6",
     mlflow="3.5",
+)
+FACTS = RunFacts(
+    environment=ENVIRONMENT,
+    device=DeviceFacts(torch_num_threads=1, allow_tf32=False, cudnn_allow_tf32=False),
 )
 
 NOT_CLIPPING = ("sample_norm", "clip_factor", "sample_norm_by_parameter")
@@ -326,6 +332,8 @@ class Store:
         rank_id = self._run("rank 0", run_id, **{**tags, names.KIND: names.KIND_RANK})
         if run.trajectory:
             self.upload(run_id, run.trajectory)
+        if run.status is Status.FINISHED:
+            self.client.log_text(run_id, FACTS_CODEC.dumps(run.facts or FACTS), FACTS_FILE)
         for each in (run_id, rank_id):
             if run.status is not Status.RUNNING:
                 self.client.set_terminated(each, run.status)

@@ -8,16 +8,10 @@ from typing import Any
 
 from dpsgd_track.config import PROFILE, DataConfig
 from dpsgd_track.modes.table import BASELINE
-from dpsgd_track.record.facts import DeviceFacts, RunFacts
 from dpsgd_track.record.failure import FailureKind
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
-from tests.support.synthetic_group import ENVIRONMENT, failed, group_of, job, setup
-
-FACTS = RunFacts(
-    environment=ENVIRONMENT,
-    device=DeviceFacts(torch_num_threads=1, allow_tf32=False, cudnn_allow_tf32=False),
-)
+from tests.support.synthetic_group import FACTS, failed, group_of, job, setup
 
 
 def timings(

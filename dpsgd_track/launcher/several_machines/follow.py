@@ -13,7 +13,7 @@ from dpsgd_track.launcher.fork_client import WorkerHost
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.process_group import Launch, report_of, start
 from dpsgd_track.launcher.recording import Recording
-from dpsgd_track.launcher.several_machines.meeting import Follower, NodeLost, Report, Share
+from dpsgd_track.launcher.several_machines.meeting import Follower, NodeJob, NodeLost, Report
 from dpsgd_track.record.failure import Failure, FailureKind
 from dpsgd_track.record.plan import StartedJob
 
@@ -40,11 +40,11 @@ def follow(
         recording.start(tell)
         try:
             while not interruption.requested:
-                found = follower.next_share()
-                if isinstance(found, Share):
-                    part.run(found)
-                elif found is not None:
-                    code, summary = found
+                received = follower.next_job()
+                if isinstance(received, NodeJob):
+                    part.run(received)
+                elif received is not None:
+                    code, summary = received
                     tell(f"{node}: group {recording.group}: {summary}")
                     return code
                 else:
@@ -77,14 +77,14 @@ class _Part:
         self._interruption = interruption
         self._tell = tell
 
-    def run(self, share: Share) -> None:
+    def run(self, node_job: NodeJob) -> None:
         """Run one job to its end, and report its outcome.
 
         Raises:
             NodeLost: node 0 is gone; so are this machine's ranks.
         """
         node_rank = self._follower.nodes.node_rank
-        meeting, started = share.meeting, self._placed(share.job, node_rank)
+        meeting, started = node_job.meeting, self._placed(node_job.job, node_rank)
         job = started.job
         num_ranks = job.num_ranks // meeting.num_nodes
         first = node_rank * num_ranks
@@ -102,10 +102,10 @@ class _Part:
                 self._recording.leave(runs)
         report = self._report(Path(started.work_dir), code)
         self._follower.done(report)
-        said = f"ended: {reason}" if reason else "finished"
+        outcome = f"ended: {reason}" if reason else "finished"
         if report.failure:
-            said = f"failed: {report.failure.reason}"
-        self._tell(f"node {node_rank}: {job.title}: {said}")
+            outcome = f"failed: {report.failure.reason}"
+        self._tell(f"node {node_rank}: {job.title}: {outcome}")
 
     def _placed(self, job: StartedJob, node_rank: int) -> StartedJob:
         """The job with this machine's folders."""
@@ -133,4 +133,4 @@ class _Part:
         failure = None
         if code is None and self._interruption.requested:
             failure = Failure(kind=FailureKind.INTERRUPTED, message=self._interruption.name)
-        return Report(failure=failure, time_s=time.time())
+        return Report(failure=failure)

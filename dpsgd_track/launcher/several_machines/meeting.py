@@ -74,8 +74,8 @@ class Hello:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """One machine's part of a job."""
+class NodeJob:
+    """A job as handed to one machine."""
 
     job: StartedJob
     """The job with node 0's paths."""
@@ -88,13 +88,13 @@ class Report:
 
     failure: Failure | None
     """None if it succeeded."""
-    time_s: float
-    """Unix time of the failure, by that machine's clock."""
+    age_s: float = 0.0
+    """Seconds since the failure. It is no time, as the machines' clocks may differ."""
 
 
 HELLO = Codec(Hello, "dpsgd-track/hello", 1)
-SHARE = Codec(Share, "dpsgd-track/share", 1)
-REPORT = Codec(Report, "dpsgd-track/report", 1)
+NODE_JOB = Codec(NodeJob, "dpsgd-track/node-job", 1)
+REPORT = Codec(Report, "dpsgd-track/report", 2)
 
 
 class Refused(ValueError):
@@ -147,6 +147,8 @@ class Leader:
         self._beats: dict[int, tuple[int, float]] = {}
         self._job_store: TCPStore | None = None
         self._number = -1
+        self._arrived: dict[int, tuple[float, Report]] = {}
+        """Reports on the job by node, with their times of arrival by this machine's clock."""
         self.lost = ""
         """The lost machine, in words; empty while all are there."""
 
@@ -215,6 +217,7 @@ class Leader:
         if started.job.num_ranks < self.nodes.num_nodes:
             return None
         self._number += 1
+        self._arrived = {}
         # Keys that one job leaves in a store would mislead the next.
         self._job_store = _serve(0, self.nodes)
         meeting = Meeting(
@@ -225,8 +228,8 @@ class Leader:
             run_id=run_id,
             interface=interface_towards(self.nodes.host),
         )
-        share = Share(job=started, meeting=meeting)
-        _write(self._store, f"job/{self._number}", SHARE.dumps(share))
+        node_job = NodeJob(job=started, meeting=meeting)
+        _write(self._store, f"job/{self._number}", NODE_JOB.dumps(node_job))
         return meeting
 
     def trouble(self) -> str:
@@ -257,11 +260,11 @@ class Leader:
         silent = [rank for rank in self._others if rank not in reports]
         if silent and not self.lost:
             self.lost = f"{self._name(silent[0])} did not end its part."
-        found = [report for report in reports.values() if report.failure]
+        failures = [report for report in reports.values() if report.failure]
         if self.lost:
             failure = Failure(kind=FailureKind.MACHINE_LOST, message=self.lost)
-            found.append(Report(failure=failure, time_s=time.time()))
-        return found
+            failures.append(Report(failure=failure))
+        return failures
 
     def close(self, code: int, summary: str) -> None:
         """Tell the others that the group is over."""
@@ -279,11 +282,15 @@ class Leader:
                 self.lost = f"{self._name(rank)} was not heard of for {self._lost_after_s:g} s."
 
     def _reports(self) -> dict[int, Report]:
-        found = {}
-        for rank in self._others:
-            if (said := _read(self._store, f"done/{self._number}/{rank}")) is not None:
-                found[rank] = _named(REPORT.loads(said), self._name(rank))
-        return found
+        """The reports that have arrived on the job, with ages as of now."""
+        now = time.monotonic()
+        for rank in set(self._others) - self._arrived.keys():
+            if (text := _read(self._store, f"done/{self._number}/{rank}")) is not None:
+                self._arrived[rank] = now, _named(REPORT.loads(text), self._name(rank))
+        return {
+            rank: replace(report, age_s=report.age_s + now - arrived_s)
+            for rank, (arrived_s, report) in sorted(self._arrived.items())
+        }
 
     def _name(self, rank: int) -> str:
         return f"node {rank} ({self._hosts[rank]})"
@@ -363,7 +370,7 @@ class Follower:
                 raise Refused(problem)
             time.sleep(_POLL_S)
 
-    def next_share(self) -> Share | tuple[int, str] | None:
+    def next_job(self) -> NodeJob | tuple[int, str] | None:
         """The next job, or the group's exit code and summary; None while there is neither.
 
         Raises:
@@ -375,14 +382,14 @@ class Follower:
         if (said := self._said(f"job/{self._number + 1}")) is not None:
             self._number += 1
             self._want("over", f"job/{self._number + 1}", f"end/{self._number}")
-            share = SHARE.loads(said)
+            node_job = NODE_JOB.loads(said)
             meeting = replace(
-                share.meeting,
+                node_job.meeting,
                 node_rank=self.nodes.node_rank,
                 host=self.nodes.host,
                 interface=interface_towards(self.nodes.host),
             )
-            return replace(share, meeting=meeting)
+            return replace(node_job, meeting=meeting)
         if problem := self._lost():
             raise NodeLost(problem)
         return None

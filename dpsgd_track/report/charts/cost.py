@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dpsgd_track.comparison.result import GroupComparison
-from dpsgd_track.report.charts.style import Chart, Style, layout, plain
+from dpsgd_track.report.charts.style import Chart, Style, escaped, layout
 from dpsgd_track.report.charts.trajectories import recorded
 from dpsgd_track.report.table import main_regime, rows
 
@@ -75,7 +75,7 @@ def _bars(
     # One trace per mode, so that the filter can hide its bar.
     for label, (value, shown) in bars.items():
         figure.add_bar(
-            y=[plain(label)],
+            y=[escaped(label)],
             x=[value],
             orientation="h",
             text=[shown],

@@ -18,7 +18,7 @@ from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.report.charts.curves import ZERO, above_zero, drawn, log_axis, step_axis, whole
 from dpsgd_track.report.charts.marks import add_limit, floor_of, threshold_of
-from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain, wrapped
+from dpsgd_track.report.charts.style import Chart, Style, escaped, layout, name_axis, wrapped
 from dpsgd_track.report.thinning import kept
 
 _LAYERS = ObservableName.LAYER_GRAD_NORM
@@ -115,9 +115,9 @@ def _wheres(names: list[str]) -> tuple[NDArray[Any] | None, dict[str, Any]]:
     prefixes = {match.group(1) for match in numbered if match}
     if len(prefixes) == 1 and all(numbered):
         numbers = np.array([int(match.group(2)) for match in numbered if match])
-        return whole(numbers), {"prefix": plain(prefixes.pop())}
+        return whole(numbers), {"prefix": escaped(prefixes.pop())}
     known, places = np.unique(names, return_inverse=True)
-    return whole(places), {"names": list(map(plain, known.tolist()))}
+    return whole(places), {"names": list(map(escaped, known.tolist()))}
 
 
 def _limit_of_rounding(
@@ -160,7 +160,7 @@ def _layer_heatmap(comparison: GroupComparison, regime: RegimeComparison, style:
             text=[["" if np.isnan(value) else number(value)] for value in values],
             texttemplate="%{text}",
             textfont={"size": 11},
-            customdata=[[plain(layer)] for layer in layers],
+            customdata=[[escaped(layer)] for layer in layers],
             hovertemplate="%{fullData.name}<br>%{customdata}<br>%{text}<extra></extra>",
             coloraxis="coloraxis",
             xgap=1,

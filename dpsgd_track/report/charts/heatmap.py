@@ -18,7 +18,7 @@ from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats
 from dpsgd_track.report.charts.marks import floor_of, threshold_of
-from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain
+from dpsgd_track.report.charts.style import Chart, Style, escaped, layout, name_axis
 
 _MOST_CELLS = 400_000
 """Limit for all cubes of a report together: half a megabyte."""
@@ -56,12 +56,12 @@ def _cells_of_a_bin(regime: RegimeComparison) -> int:
 def _heats(regime: RegimeComparison, num_bins: int) -> list[Heat]:
     base, modes = _compared(regime)
     recorded = {run.label: run.trajectory for run in regime.runs if run.trajectory}
-    found = (
+    heats = (
         heat(regime.name, (base, held), (mode, recorded[mode]), num_bins)
         for mode in modes
         if (held := regime.base_of(mode, base))
     )
-    return [each for each in found if each]
+    return [each for each in heats if each]
 
 
 def as_bytes(values: Floats) -> str:
@@ -93,7 +93,7 @@ def _cube(
         "per_decade": PER_DECADE,
         "nothing": NOTHING,
         "threshold": threshold,
-        "parameters": [plain(name) for name in parameters],
+        "parameters": [escaped(name) for name in parameters],
         "modes": modes,
     }
 

@@ -9,7 +9,7 @@ from dpsgd_track.comparison.audit.noise import NoiseAudit
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.report.charts.curves import drawn
 from dpsgd_track.report.charts.marks import GREY, error_bars
-from dpsgd_track.report.charts.style import Chart, Style, layout, name_axis, plain
+from dpsgd_track.report.charts.style import Chart, Style, escaped, layout, name_axis
 
 _MOST_PARAMETERS = 40
 
@@ -40,13 +40,13 @@ def _chart(regime: RegimeComparison, audits: list[NoiseAudit], style: Style) -> 
     names, total = _shown(audits)
     figure = go.Figure()
     for place, audit in enumerate(audits):
-        known = [entry for entry in audit.by_parameter if entry[0] in names]
-        ratio, low, high = (np.array([entry[i] for entry in known]) for i in (1, 2, 3))
+        entries = [entry for entry in audit.by_parameter if entry[0] in names]
+        ratio, low, high = (np.array([entry[i] for entry in entries]) for i in (1, 2, 3))
         # Modes are placed side by side for each parameter.
         shift = (place - (len(audits) - 1) / 2) * 0.7 / len(audits)
         figure.add_scatter(
             x=drawn(ratio),
-            y=drawn(np.array([names.index(entry[0]) for entry in known]) + shift),
+            y=drawn(np.array([names.index(entry[0]) for entry in entries]) + shift),
             error_x=error_bars(ratio, low, high, thickness=1.5),
             mode="markers",
             marker={
@@ -54,7 +54,9 @@ def _chart(regime: RegimeComparison, audits: list[NoiseAudit], style: Style) -> 
                 "color": style.colour(audit.mode),
                 "size": 8,
             },
-            **style.of_mode(audit.mode, hover="noise", names=[plain(entry[0]) for entry in known]),
+            **style.of_mode(
+                audit.mode, hover="noise", names=[escaped(entry[0]) for entry in entries]
+            ),
         )
     figure.add_scatter(
         x=[1, 1],

@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from dpsgd_track.comparison.profile import Cost, CostStatus, Profile, Spread
 from dpsgd_track.report.charts.marks import GREY, error_bars
-from dpsgd_track.report.charts.style import Chart, Style, layout, plain
+from dpsgd_track.report.charts.style import Chart, Style, escaped, layout
 from dpsgd_track.report.profile_table import three_digits, times
 
 SECTION = "profile"
@@ -95,12 +95,12 @@ def _point_name(cost: Cost, profile: Profile) -> str:
     """The dimensions in which shapes differ; the mode if all have one shape."""
     length = f"T={cost.seq_length}" if len(_lengths(profile.costs)) > 1 else ""
     size = f"B={cost.batch_size}" if len(_batch_sizes(profile)) > 1 else ""
-    return ", ".join(filter(None, (length, size))) or plain(cost.label)
+    return ", ".join(filter(None, (length, size))) or escaped(cost.label)
 
 
 def _told(cost: Cost, said: str) -> str:
-    lines = [plain(cost.label), f"T={cost.seq_length}, B={cost.batch_size}", said]
-    return "<br>".join([*lines, *map(plain, cost.notes)])
+    lines = [escaped(cost.label), f"T={cost.seq_length}, B={cost.batch_size}", said]
+    return "<br>".join([*lines, *map(escaped, cost.notes)])
 
 
 def _against_length(profile: Profile, quantity: _Quantity, style: Style) -> Chart:
@@ -134,9 +134,9 @@ def _at_one_length(profile: Profile, quantity: _Quantity, style: Style) -> Chart
     for cost in profile.costs:
         value = quantity.value(cost)
         largest = max(largest, value.p80 if value else 0.0)
-        said = quantity.said(value) if value else ""
+        text = quantity.said(value) if value else ""
         name = f"{cost.label}, B={cost.batch_size}" if has_sizes else cost.label
-        _bar(figure, cost, style, value, (said, said or cost.status), name=name)
+        _bar(figure, cost, style, value, (text, text or cost.status), name=name)
     layout(figure, 110 + 34 * len(profile.costs), showlegend=False, barmode="overlay")
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     figure.update_xaxes(title_text=quantity.axis, range=[0, 1.35 * largest or 1])
@@ -164,7 +164,7 @@ def _bar(
     Args:
         said: hover text, and the text beside the bar, its spread and `beyond`.
     """
-    look = {"y": [plain(name or cost.label)], **style.of_mode(cost.label), **cell}
+    look = {"y": [escaped(name or cost.label)], **style.of_mode(cost.label), **cell}
     has_spread = value is not None and value.p80 > value.p20
     figure.add_bar(
         x=[value.median if value else 0],
@@ -197,12 +197,12 @@ def _curves(
     style: Style,
     row: int,
 ) -> None:
-    known = [(cost, value) for cost in costs if (value := quantity.value(cost))]
-    largest = max((value.p80 for _, value in known), default=1.0)
-    smallest = min((value.p20 for _, value in known), default=1.0)
+    measured = [(cost, value) for cost in costs if (value := quantity.value(cost))]
+    largest = max((value.p80 for _, value in measured), default=1.0)
+    smallest = min((value.p20 for _, value in measured), default=1.0)
     is_log = quantity.may_be_logarithmic and largest > _MANY_TIMES * smallest > 0
-    for label in dict.fromkeys(cost.label for cost, _ in known):
-        own = [(cost, value) for cost, value in known if cost.label == label]
+    for label in dict.fromkeys(cost.label for cost, _ in measured):
+        own = [(cost, value) for cost, value in measured if cost.label == label]
         figure.add_scatter(
             x=[cost.seq_length for cost, _ in own],
             y=[value.median for _, value in own],
@@ -260,11 +260,11 @@ def _lost(
 
 
 def _ratios(profile: Profile, style: Style) -> list[Chart]:
-    held = [cost for cost in profile.costs if not cost.is_baseline]
-    if not held:
+    private = [cost for cost in profile.costs if not cost.is_baseline]
+    if not private:
         return []
-    shapes = list(dict.fromkeys(cost.shape for cost in held))
-    count = max(sum(cost.shape == shape for cost in held) for shape in shapes)
+    shapes = list(dict.fromkeys(cost.shape for cost in private))
+    count = max(sum(cost.shape == shape for cost in private) for shape in shapes)
     # In pixels: bars, and between two rows the ticks of one and the title of the next.
     bars, between = 30 * count + 10, 70
     total = len(shapes) * bars + (len(shapes) - 1) * between
@@ -278,13 +278,13 @@ def _ratios(profile: Profile, style: Style) -> list[Chart]:
             f"{what}, T={T}, B={B}" for T, B in shapes for what in ("step time", "peak memory")
         ],
     )
-    for cost in held:
+    for cost in private:
         _ratio_bars(figure, cost, style, shapes.index(cost.shape) + 1)
     largest = (
-        max((cost.time_ratio.p80 for cost in held if cost.time_ratio), default=1.0),
-        max((cost.memory_ratio for cost in held if cost.memory_ratio), default=1.0),
+        max((cost.time_ratio.p80 for cost in private if cost.time_ratio), default=1.0),
+        max((cost.memory_ratio for cost in private if cost.memory_ratio), default=1.0),
     )
-    is_all_there = all(cost.time_ratio for cost in held)
+    is_all_there = all(cost.time_ratio for cost in private)
     for col, most in enumerate(largest, 1):
         # Room for the figure beside the longest bar, and for text beside the baseline's line.
         figure.update_xaxes(range=[0, max(1.18 * most, 1.18 if is_all_there else 1.5)], col=col)
@@ -331,16 +331,16 @@ def _scale(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _memory_against_time(profile: Profile, style: Style) -> list[Chart]:
-    known = [
+    measured = [
         (cost, cost.step_time_ms.median, cost.peak_memory_gib)
         for cost in profile.costs
         if cost.step_time_ms and cost.peak_memory_gib
     ]
-    if not known:
+    if not measured:
         return []
     figure = go.Figure()
-    for label in dict.fromkeys(cost.label for cost, _, _ in known):
-        own = [entry for entry in known if entry[0].label == label]
+    for label in dict.fromkeys(cost.label for cost, _, _ in measured):
+        own = [entry for entry in measured if entry[0].label == label]
         look = style.line(label, len(own))
         figure.add_scatter(
             x=[ms for _, ms, _ in own],
@@ -353,8 +353,8 @@ def _memory_against_time(profile: Profile, style: Style) -> list[Chart]:
             **{**look, "mode": "markers+text+lines", "line": {**look["line"], "width": 1}},
         )
     layout(figure, 480, showlegend=True)
-    figure.update_xaxes(title_text="ms a step", **_scale([ms for _, ms, _ in known]))
-    figure.update_yaxes(title_text="GiB", **_scale([gib for _, _, gib in known]))
+    figure.update_xaxes(title_text="ms a step", **_scale([ms for _, ms, _ in measured]))
+    figure.update_yaxes(title_text="GiB", **_scale([gib for _, _, gib in measured]))
     chart = _wide_chart(
         name="profile_memory_against_time",
         title="Peak memory against step time",

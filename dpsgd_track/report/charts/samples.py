@@ -12,7 +12,7 @@ from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, whole
 from dpsgd_track.report.charts.marks import add_floor, floor_of, threshold_of
-from dpsgd_track.report.charts.style import Chart, Style, layout, plain
+from dpsgd_track.report.charts.style import Chart, Style, escaped, layout
 
 _MOST_SAMPLES = 500
 """Most samples drawn of one mode."""
@@ -33,10 +33,10 @@ def _chart(comparison: GroupComparison, regime: RegimeComparison, style: Style) 
     figure = go.Figure()
     total, most, reach = 0, 0, [np.inf, 0.0]
     for mode in (pair.mode for pair in pairs if pair.baseline == base):
-        held = regime.base_of(mode, base)
-        if held is None:
+        base_run = regime.base_of(mode, base)
+        if base_run is None:
             continue
-        norms, ratios, told = _samples(held, recorded[mode])
+        norms, ratios, told = _samples(base_run, recorded[mode])
         if not norms.size:
             continue
         chosen = _chosen(ratios)
@@ -50,7 +50,7 @@ def _chart(comparison: GroupComparison, regime: RegimeComparison, style: Style) 
         high = np.repeat(floor, 2)
         add_floor(figure, drawn(np.array(reach)), -high, high, floor)
     layout(figure, 460, showlegend=True)
-    figure.update_xaxes(title_text=f"gradient norm in {plain(base)}")
+    figure.update_xaxes(title_text=f"gradient norm in {escaped(base)}")
     figure.update_yaxes(title_text="ratio - 1", exponentformat="e")
     thinned = (
         f" Drawn: {_MOST_SAMPLES:,} of {most:,} samples a mode, the farthest off among them."
@@ -79,7 +79,7 @@ def _samples(base: Trajectory, mode: Trajectory) -> tuple[Floats, Floats, Intege
         ratios = theirs / ours - 1
         clipped = pair.other.clip_factor < 1
     rows, columns = np.nonzero(np.isfinite(ratios))
-    told = np.stack(
+    labels = np.stack(
         [
             pair.baseline.step[rows],
             pair.baseline.sample_index[rows, columns],
@@ -88,7 +88,7 @@ def _samples(base: Trajectory, mode: Trajectory) -> tuple[Floats, Floats, Intege
         ],
         axis=1,
     )
-    return ours[rows, columns], ratios[rows, columns], told
+    return ours[rows, columns], ratios[rows, columns], labels
 
 
 def _chosen(ratios: Floats) -> Integers:

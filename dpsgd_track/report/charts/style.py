@@ -108,7 +108,7 @@ class Style:
     def of_mode(self, label: str, **meta: Any) -> dict[str, Any]:
         """Keyword arguments for a mode's trace by which the page can filter it."""
         return {
-            "name": plain(label),
+            "name": escaped(label),
             "legendgroup": str(self.index(label)),
             "meta": {"mode": self.index(label), **meta},
         }
@@ -143,14 +143,14 @@ def _curves_of(regime: RegimeComparison) -> int:
     return 4 * len(regime.runs) + 6 * len(regime.pairs)
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """`text` escaped so that Plotly shows it literally."""
     return html.escape(visible(text), quote=False)
 
 
 def short(name: str) -> str:
     """`name` for an axis: only the end of a long name, which tells parameters apart."""
-    return plain(name if len(name) <= _LONGEST_TICK else f"…{name[1 - _LONGEST_TICK :]}")
+    return escaped(name if len(name) <= _LONGEST_TICK else f"…{name[1 - _LONGEST_TICK :]}")
 
 
 def wrapped(name: str) -> str:

@@ -18,7 +18,7 @@ from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, step_axis, whole
 from dpsgd_track.report.charts.marks import add_floor, floor_of
-from dpsgd_track.report.charts.style import Chart, Style, layout, plain
+from dpsgd_track.report.charts.style import Chart, Style, escaped, layout
 from dpsgd_track.report.thinning import kept
 
 _BAND_POINTS = 200
@@ -117,7 +117,7 @@ def _values(
 def _stacked(regimes: list[RegimeComparison], quantity: _Quantity, style: Style) -> Chart:
     figure = make_subplots(
         rows=len(regimes),
-        subplot_titles=[f"regime {plain(regime.name)}" for regime in regimes],
+        subplot_titles=[f"regime {escaped(regime.name)}" for regime in regimes],
         vertical_spacing=0.26 / len(regimes),
     )
     for row, regime in enumerate(regimes, 1):
@@ -155,7 +155,7 @@ def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Styl
     for run, trajectory in runs:
         _values(figure, run.label, trajectory, quantity, style)
     figure.update_yaxes(title_text=quantity.axis, row=1)
-    meta = {"hover": "difference", "floor": measured, "base": plain(regime.baseline)}
+    meta = {"hover": "difference", "floor": measured, "base": escaped(regime.baseline)}
     for label, trajectory, base in others:
         points = _difference(base, trajectory, quantity)
         _curve(figure, label, points, style, row=2, **meta)
@@ -206,15 +206,15 @@ def _difference(
 
 def _bands(figure: go.Figure, base: Trajectory, quantity: _Quantity, measured: float) -> None:
     y = quantity.values(base)
-    known = np.flatnonzero(np.isfinite(y))
-    at = known[kept(y[known], _BAND_POINTS)]
+    finite = np.flatnonzero(np.isfinite(y))
+    at = finite[kept(y[finite], _BAND_POINTS)]
     if not at.size:
         return
     x, centre = base.step[at], y[at]
     half = np.full(len(at), measured)
     if quantity.is_relative:
         with np.errstate(divide="ignore", over="ignore"):
-            half /= relative(centre, np.ones(len(at)), np.abs(y[known]).max())
+            half /= relative(centre, np.ones(len(at)), np.abs(y[finite]).max())
     add_floor(figure, whole(x), centre - half, centre + half, measured, row=1, **_FLOOR)
     ends, high = whole(x[[0, -1]]), np.repeat(measured, 2)
     add_floor(figure, ends, -high, high, measured, row=2, **_FLOOR)

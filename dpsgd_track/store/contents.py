@@ -1,4 +1,4 @@
-"""Inventory of a spooled group: counts, values in parts, and damage.
+"""Contents of a spooled group: counts, values in parts, and damage.
 
 The values of a long run take far more memory than their counts. They are read again from the files
 for every part, which costs much less than querying a store for them.
@@ -26,7 +26,7 @@ Points = set[Point]
 """Points as a store keeps them."""
 
 
-class Inventory:
+class Contents:
     """The runs of a group, and the number of values of each metric that each run logged."""
 
     def __init__(self, group: SpooledGroup) -> None:
@@ -66,7 +66,7 @@ class Inventory:
         A worker whose mode finished has closed its file; one that was killed has not. The launcher
         may have been killed or not, so its files may end anywhere.
         """
-        found = [problem for reader in self._readers for problem in reader.damage()]
+        problems = [problem for reader in self._readers for problem in reader.damage()]
         workers = [reader for reader in self._readers if reader.path.suffix != CONTROL]
         unnamed = self._unnamed(set().union(*(reader.runs for reader in workers)))
         for reader in workers:
@@ -76,8 +76,8 @@ class Inventory:
             possible = [named] if reader.runs else unnamed[rank]
             if {Status.FINISHED} in possible and not reader.is_closed:
                 end = f"it ends after line {reader.num_lines} without having been closed"
-                found.append(f"{reader.path}: {end}, though its mode finished.")
-        return found
+                problems.append(f"{reader.path}: {end}, though its mode finished.")
+        return problems
 
     def _unnamed(self, named: Set[str]) -> dict[str, list[set[str]]]:
         """Statuses, by rank, of each mode's runs that no worker's file names.

@@ -1,9 +1,10 @@
-"""The program's own command line, for hints that can be copied."""
+"""How the program was called, for hints that can be copied."""
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dpsgd_track.config import redact_uri
@@ -33,6 +34,24 @@ MODULE = Program(
     words=("python", "-m", "dpsgd_track"), compare=("python", "-m", "dpsgd_track", COMPARE)
 )
 CHECKOUT = Program(words=("python", "launch.py"), compare=("python", "compare.py"))
+
+_called = INSTALLED
+
+
+@contextlib.contextmanager
+def called_as(program: Program) -> Iterator[None]:
+    """Give all hints of this process the form that the user called."""
+    global _called  # Like sys.argv, a property of the process.
+    before, _called = _called, program
+    try:
+        yield
+    finally:
+        _called = before
+
+
+def command(verb: str, arguments: Sequence[str] = ()) -> str:
+    """The command line of `verb`, in the form that the user called."""
+    return _called.command(verb, arguments)
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
