@@ -138,7 +138,7 @@ def _distinct(*runs: ModeRun | None) -> list[ModeRun]:
 
 
 def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison, extent: Extent) -> Held:
-    unlike = list(judge_likeness(base, run, may_differ_in_noise=extent.own_noise is not None))
+    unlike = list(judge_likeness(base, run, is_noise_settled=extent.own_noise is not None))
     found = list(unlike)
     if extent.clipped and not is_private(base.mode):
         found.append(_clips_unlike(regime, base, extent))

@@ -29,7 +29,13 @@ from dpsgd_track.comparison.result import (
     earlier_label,
     largest_of,
 )
-from dpsgd_track.comparison.verdict import Finding, Verdict, judge_likeness, judge_run
+from dpsgd_track.comparison.verdict import (
+    Finding,
+    Verdict,
+    judge_likeness,
+    judge_run,
+    noise_is_matched,
+)
 from dpsgd_track.config import CLIP, NOISE, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE
 from dpsgd_track.record.run import Group, ModeRun, Status
@@ -144,10 +150,10 @@ class Earlier:
             )
         is_noise = kind_of(regime.name) == NOISE
         extent = audits_alone(regime.baseline) if is_noise else extents.get(run.label, WHOLE)
-        may_differ = is_noise or extent.own_noise is not None
+        is_settled = is_noise or extent.own_noise is not None or noise_is_matched(base, run)
         named = replace(base, mode=regime.baseline, variant="")
         unlike = [
-            *judge_likeness(named, run, may_differ_in_noise=may_differ),
+            *judge_likeness(named, run, is_noise_settled=is_settled),
             *_unlike_settings(base, run, regime),
         ]
         at_fault = [*judge_run(base), *judge_noise(base, audited.get(base.label))]
@@ -206,6 +212,7 @@ def _at_fault(finding: Finding, baseline: str) -> Finding:
         against=baseline,
         observable=None,
         value=None,
+        culprit=None,
     )
 
 

@@ -52,7 +52,7 @@ class Clipped:
     @property
     def told(self) -> str:
         """`C = 1 clips samples from step 0 on`."""
-        return f"C = {number(self.bound)} clips samples from step {self.step} on"
+        return f"C = {self.bound:g} clips samples from step {self.step} on"
 
 
 @dataclass(frozen=True, kw_only=True)

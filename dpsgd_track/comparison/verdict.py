@@ -158,12 +158,13 @@ def judge_coverage(run: ModeRun) -> Iterator[Finding]:
 
 
 def judge_likeness(
-    baseline: ModeRun, mode: ModeRun, *, may_differ_in_noise: bool = False
+    baseline: ModeRun, mode: ModeRun, *, is_noise_settled: bool = False
 ) -> Iterator[Finding]:
     """INCONCLUSIVE if the runs' inputs or settings differ, so that drifts would mean nothing.
 
     Args:
-        may_differ_in_noise: nothing is compared that depends on which noise is drawn.
+        is_noise_settled: their noise is known to be the same, or nothing that depends on it is
+            compared.
     """
     ours, theirs = baseline.trajectory, mode.trajectory
     if ours is None or theirs is None:
@@ -175,7 +176,7 @@ def judge_likeness(
         reasons.append(f"other {unlike.stage}{when}")
     if _differ(ours.noise_std, theirs.noise_std):
         reasons.append(f"noise of {number(theirs.noise_std)}, not {number(ours.noise_std)}")
-    elif max(ours.noise_std, theirs.noise_std) > 0 and not may_differ_in_noise:
+    elif max(ours.noise_std, theirs.noise_std) > 0 and not is_noise_settled:
         reasons += [] if noise_is_matched(baseline, mode) else ["noise of its own"]
     _, i, j = np.intersect1d(ours.step, theirs.step, return_indices=True)
     if any(map(_differ, ours.max_grad_norm[i].tolist(), theirs.max_grad_norm[j].tolist())):

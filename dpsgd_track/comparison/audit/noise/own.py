@@ -1,8 +1,8 @@
 """Tells a mode's own noise from the noise that its baseline adds, by their projections.
 
 In a regime where all modes add the common noise, a user's mode may still draw its own. Noise of its
-own has the right std and is not correlated with the baseline's. Common noise that is scaled, missing
-or mixed with other noise is not: it has another std, or is correlated.
+own has the right std and is not correlated with the baseline's. Common noise that is scaled, left
+out or mixed with other noise is no such noise: it has another std, or is correlated.
 
 Legend: S steps, P parameters, K projections, n elements of a parameter.
 """
