@@ -69,12 +69,12 @@ def main(
 
 
 def _run(verb: Verb, context: Context) -> int:
-    parser = parser_of(verb.run)
-    for flag in (*HELP, HELP_ALL):
-        if flag in context.arguments:
-            print(page(context.program, verb, parser, is_whole=flag == HELP_ALL))
-            return EXIT_FINISHED
     try:
+        parser = parser_of(verb.run)
+        for flag in (*HELP, HELP_ALL):
+            if flag in context.arguments:
+                print(page(context.program, verb, parser, is_whole=flag == HELP_ALL))
+                return EXIT_FINISHED
         _, bound, _ = parser.parse_args(
             context.arguments, exit_on_error=False, print_error=False, verbose=False
         )
@@ -86,17 +86,20 @@ def _run(verb: Verb, context: Context) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_PIPE_CLOSED
-    except Exception as error:
+    # No verb exits by itself: what a library or a user's module exits with is no verdict.
+    except (Exception, SystemExit) as error:
         return _keep_traceback(error, context)
 
 
-def _keep_traceback(error: Exception, context: Context) -> int:
+def _keep_traceback(error: BaseException, context: Context) -> int:
     """Say in one line that the program itself failed, and where the whole story is."""
-    with tempfile.NamedTemporaryFile(
-        "w", prefix=f"{NAME}-{context.verb}-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        traceback.print_exception(error, file=file)
-    said = f"{type(error).__name__}: {error}"
-    return context.complain(
-        f"an error of {NAME} itself, {said}. The traceback is in {file.name}", EXIT_INTERNAL
-    )
+    said = f"an error of {NAME} itself, {type(error).__name__}: {error}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix=f"{NAME}-{context.verb}-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            traceback.print_exception(error, file=file)
+    except OSError as full:
+        traceback.print_exception(error)
+        return context.complain(f"{said}. The traceback is above, as {full}", EXIT_INTERNAL)
+    return context.complain(f"{said}. The traceback is in {file.name}", EXIT_INTERNAL)
