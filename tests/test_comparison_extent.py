@@ -232,6 +232,12 @@ def test_a_bound_that_clips_makes_the_reference_the_baseline_and_nobody_a_bug(st
     assert verdicts(beside(ordinary(step), modes[0], wrong))[SHIPPED] == "BUG"
 
 
+def test_noise_lost_beside_a_gradient_that_is_not_clipped_raises_no_alarm() -> None:
+    rounded = replace(ordinary(0), noised_sketch=ordinary(0).noised_sketch * (1 + 1e-6))
+    comparison = beside(rounded, mode_run("reference", record=clipping(0)))
+    assert verdicts(comparison)["no_dp"] == "PASS"
+
+
 def test_no_dp_is_judged_up_to_the_first_step_that_clips() -> None:
     reference = mode_run("reference", record=clipping(2))
     before = scaled(ordinary(2), "grad_norm", 1.05, 1)

@@ -21,8 +21,9 @@ from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Trajectory
 
-_AFTER_NOISE = frozenset(
+_FROM_NOISE_ON = frozenset(
     (
+        ObservableName.NOISE,
         ObservableName.NOISED_GRADIENT,
         ObservableName.GRAD_NORM_NOISED,
         ObservableName.UPDATE,
@@ -30,14 +31,13 @@ _AFTER_NOISE = frozenset(
         ObservableName.LAYER_WEIGHT_NORM,
     )
 )
-_FROM_NOISE_ON = _AFTER_NOISE | {ObservableName.NOISE}
-_FROM_CLIPPING_ON = _AFTER_NOISE | {
+# The noise as well: beside a gradient that is not clipped it may be lost in rounding.
+_FROM_CLIPPING_ON = _FROM_NOISE_ON | {
     ObservableName.CLIP_FACTOR,
     ObservableName.GRADIENT,
     ObservableName.GRAD_NORM,
     ObservableName.LAYER_GRAD_NORM,
 }
-"""All but the noise, which ordinary training is given too."""
 _UNAUDITED = "run the noise regime as well, so that it is audited"
 
 
@@ -189,7 +189,7 @@ def _unlike_clipping(
     is_at_once = clipped.step <= first
     return Extent(
         reason=f"{clipped.told} and {plain.label} clips none",
-        what="the loss and the noise" if is_at_once else "all",
+        what="the loss" if is_at_once else "all",
         last_step=first if is_at_once else clipped.step - 1,
         left_out=_FROM_CLIPPING_ON if is_at_once else frozenset(),
         clipped=clipped,
