@@ -244,13 +244,7 @@ class Trajectory:
                 f"{path.name}: expected the fields of schema {SCHEMA_VERSION}; "
                 f"differing: {', '.join(sorted(differing))}."
             )
-        for each in fields(cls):
-            written = columns.get(each.name, values.get(each.name))
-            if not _is_of(written, str(each.type)):
-                raise ValueError(
-                    f"{path.name}: {each.name}: expected {_WORDS[_KINDS[str(each.type)]]}, got "
-                    f"{written.dtype} of shape {written.shape}."
-                )
+        _check_types({**values, **columns}, path.name)
         scalars: dict[str, Any] = {
             "initial_weights_hash": str(values["initial_weights_hash"]),
             "noise_std": float(values["noise_std"]),
@@ -291,6 +285,17 @@ def _is_of(written: Any, kind: str) -> bool:
     """True if an array in a file has elements of the type `kind`, and is a scalar if that is."""
     is_scalar = kind in ("float", "int", "str")
     return written.dtype.kind == _KINDS[kind] and (not is_scalar or written.shape == ())
+
+
+def _check_types(written: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError unless each field in a file is of its type."""
+    for each in fields(Trajectory):
+        found, kind = written[each.name], str(each.type)
+        if not _is_of(found, kind):
+            raise ValueError(
+                f"{name}: {each.name}: expected {_WORDS[_KINDS[kind]]}, got {found.dtype} of shape "
+                f"{found.shape}."
+            )
 
 
 def _check_values(t: Trajectory, name: str) -> None:
