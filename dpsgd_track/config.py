@@ -556,7 +556,8 @@ def load_settings(path: Path | None) -> Settings:
         raise ValueError(
             f"config={str(path)!r}: expected an existing file. Check --config."
         ) from None
-    except yaml.YAMLError as error:
+    # PyYAML lets the ValueError of an impossible date, and endless nesting, through.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"config={str(path)!r}: expected valid YAML. {error}") from None
     raw = {} if raw is None else raw
     require(isinstance(raw, Mapping), "config", str(path), "a mapping of settings at the top")

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -255,23 +256,39 @@ def test_an_error_is_one_line_with_the_nearest_name(
     assert wanted in output.err
 
 
-@pytest.mark.parametrize("verb", ["compare", "quick"])
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("error", [KeyError("weights"), SystemExit(1)], ids=["error", "exit"])
 def test_an_error_of_the_program_is_never_a_verdict(
-    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    verb: str,
+    error: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def broken(*_: object, **__: object) -> int:
-        raise KeyError("weights")
+        raise error
 
     monkeypatch.setitem(VERBS, verb, replace(VERBS[verb], run=_with_signature(verb, broken)))
-    assert main([verb, *(["g"] if verb == "compare" else [])]) == EXIT_INTERNAL == 70
+    assert main([verb, *(["g"] if verb in ("compare", "resume") else [])]) == EXIT_INTERNAL == 70
     err = capsys.readouterr().err
     assert err.startswith(
-        f"dpsgd-track {verb}: an error of dpsgd-track itself, KeyError: 'weights'"
+        f"dpsgd-track {verb}: an error of dpsgd-track itself, {type(error).__name__}: {error}"
     )
     assert err.count("\n") == 1
     kept = Path(err.split()[-1])
     assert "in broken" in kept.read_text()
     kept.unlink()
+
+
+def test_an_error_of_parsing_or_of_a_full_disk_is_no_verdict_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("dpsgd_track.cli.main.parser_of", full)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    assert main(["modes"]) == EXIT_INTERNAL
+    assert "The traceback is above, as No space left on device" in capsys.readouterr().err
 
 
 def _with_signature(verb: str, broken: object) -> object:

@@ -68,11 +68,22 @@ USERS = ("--regime", "accuracy,clip")
         (["full", "--mode", "flash_fsdp", "--regime", "accuracy"], ("flash_fsdp",)),
         (["full", "--mode", "flash_fsdp", "--accuracy-test"], ("flash_fsdp",)),
         (["single", "--mode", "no_dp"], ("no_dp",)),
+        # Where C clips, the reference takes no_dp's place as the baseline.
+        (
+            ["full", "--mode", "no_dp", "--accuracy-test", "--max-grad-norm", "1"],
+            ("reference", "no_dp"),
+        ),
     ],
     ids=lambda value: " ".join(value),
 )
 def test_modes_of_a_suite(argv, wanted):
     assert modes(*argv) == wanted
+
+
+def test_a_profile_whose_bound_clips_is_judged_by_the_reference():
+    timed = ["profile", "--mode", "flash_fsdp", "--accuracy-test"]
+    assert "reference" not in modes(*timed)
+    assert modes(*timed, "--max-grad-norm", "1")[0] == "reference"
 
 
 def test_the_baseline_is_replayed_in_three_ways_and_never_clipped():

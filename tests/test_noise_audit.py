@@ -367,6 +367,24 @@ def test_the_reference_sees_norms_that_are_too_small() -> None:
     assert "reference's norms" in check.sentence
 
 
+def test_the_norms_of_a_reference_with_other_weights_say_nothing() -> None:
+    record = noisy()
+    larger = replace(
+        record,
+        sample_norm=record.sample_norm * 1.1,
+        weight_sketch=record.weight_sketch * 1.01,
+    )
+    # Both start from the same weights, and have others from the second step on.
+    larger.sample_norm[0] = record.sample_norm[0]
+    check = sensitivity(run_of(record), mode_run("reference", "accuracy", larger))
+    assert check is not None
+    assert check.is_ok
+    same = replace(larger, weight_sketch=record.weight_sketch)
+    check = sensitivity(run_of(record), mode_run("reference", "accuracy", same))
+    assert check is not None
+    assert check.value == pytest.approx(1.1)
+
+
 def test_rounding_that_the_plain_reference_shows_is_allowed_for() -> None:
     record = noisy()
     reference = mode_run("reference", "clip", record)

@@ -78,12 +78,12 @@ def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) 
 
 
 def _run(verb: Verb, context: Context) -> int:
-    parser = parser_of(verb.run)
-    for flag in (*HELP, HELP_ALL):
-        if flag in context.arguments:
-            print(page(verb, parser, is_whole=flag == HELP_ALL))
-            return EXIT_FINISHED
     try:
+        parser = parser_of(verb.run)
+        for flag in (*HELP, HELP_ALL):
+            if flag in context.arguments:
+                print(page(verb, parser, is_whole=flag == HELP_ALL))
+                return EXIT_FINISHED
         _, bound, _ = parser.parse_args(
             context.arguments, exit_on_error=False, print_error=False, verbose=False
         )
@@ -95,17 +95,20 @@ def _run(verb: Verb, context: Context) -> int:
         return context.complain(error, EXIT_USAGE)
     except BrokenPipeError:
         raise
-    except Exception as error:
+    # No verb exits by itself: what a library or a user's module exits with is no verdict.
+    except (Exception, SystemExit) as error:
         return _keep_traceback(error, context)
 
 
-def _keep_traceback(error: Exception, context: Context) -> int:
+def _keep_traceback(error: BaseException, context: Context) -> int:
     """Say in one line that the program itself failed, and where the whole story is."""
-    with tempfile.NamedTemporaryFile(
-        "w", prefix=f"{NAME}-{context.verb}-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        traceback.print_exception(error, file=file)
-    summary = f"{type(error).__name__}: {error}"
-    return context.complain(
-        f"an error of {NAME} itself, {summary}. The traceback is in {file.name}", EXIT_INTERNAL
-    )
+    summary = f"an error of {NAME} itself, {type(error).__name__}: {error}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix=f"{NAME}-{context.verb}-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            traceback.print_exception(error, file=file)
+    except OSError as full:
+        traceback.print_exception(error)
+        return context.complain(f"{summary}. The traceback is above, as {full}", EXIT_INTERNAL)
+    return context.complain(f"{summary}. The traceback is in {file.name}", EXIT_INTERNAL)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from dpsgd_track.comparison.audit.noise import audits_of
-from dpsgd_track.comparison.measure.drift import Labelled, Pair, compare_pairs
+from dpsgd_track.comparison.extent import WHOLE, Extent, extent_of, first_clipped
+from dpsgd_track.comparison.measure.drift import Pair, compare_pairs
 from dpsgd_track.comparison.measure.floor import Floor, floor_of
-from dpsgd_track.comparison.pairing import Candidate, Held, Matched, is_sound, labelled, run_of
+from dpsgd_track.comparison.pairing import (
+    Candidate,
+    Held,
+    Matched,
+    has_noise_regime,
+    is_sound,
+    labelled,
+    run_of,
+)
 from dpsgd_track.comparison.result import (
     EnvironmentDifferences,
     LargestDrift,
@@ -18,7 +27,7 @@ from dpsgd_track.comparison.result import (
 )
 from dpsgd_track.comparison.verdict import Finding, Verdict, judge_gaps, judge_likeness, judge_run
 from dpsgd_track.config import CLIP, NOISE, PLAIN, kind_of
-from dpsgd_track.modes.table import BASELINE, REFERENCE
+from dpsgd_track.modes.table import BASELINE, REFERENCE, is_private
 from dpsgd_track.record.run import Group, ModeRun
 from dpsgd_track.record.stages import ObservableName
 
@@ -48,35 +57,30 @@ class Baselines:
     def match(self, regime: str) -> Matched:
         """Measure each pair of one regime, reading each record once."""
         runs = tuple(run for run in self.group.runs if run.regime == regime)
-        baseline, reference = _bases(regime, runs)
-        bases = list({run.label: run for run in (baseline, reference) if run}.values())
+        plain, reference = _bases(regime, runs)
+        clipped = first_clipped(runs)
+        # Where samples are clipped, ordinary training is no measure of modes that clip.
+        baseline = reference or plain if clipped else plain
+        bases = _distinct(baseline, reference)
         # Runs of the noise regime differ by design, since each has its own noise.
-        recorded = [labelled(r) for r in runs if r.trajectory and not r.replay]
+        recorded = [r for r in runs if r.trajectory and not r.replay]
         recorded = [] if kind_of(regime) == NOISE else recorded
         # The oracle is never judged: if it and no_dp differ, no_dp is at fault.
-        judged = [
-            (held, other)
-            for held in map(labelled, bases)
-            for other in recorded
-            if other[0] not in (held[0], REFERENCE)
-        ]
+        extents = {
+            (base.label, run.label): extent_of(
+                base, run, clipped, is_audited=has_noise_regime(self.group, run)
+            )
+            for base in bases
+            for run in recorded
+            if run.label not in (base.label, REFERENCE)
+        }
         repeats = [
             (base, run)
-            for base in bases
+            for base in _distinct(plain, reference)
             for run in runs
             if run.replay and run.label == base.label and run.trajectory
         ]
-        replayed = [(labelled(base), labelled(run, run.title)) for base, run in repeats]
-        known = {frozenset((held[0], other[0])) for held, other in judged}
-        rest = [
-            pair
-            for pair in combinations(recorded, 2)
-            if self.all_pairs and frozenset((pair[0][0], pair[1][0])) not in known
-        ]
-        num_detailed = len(judged) + len(replayed)
-        pairs = compare_pairs(regime, [*judged, *replayed, *rest], num_detailed)
-        shown, replays = tuple(pairs[: len(judged)]), pairs[len(judged) : num_detailed]
-        every = [*shown, *pairs[num_detailed:]]
+        shown, replays, rest = self._measured(regime, recorded, extents, repeats)
         comparison = RegimeComparison(
             name=regime,
             runs=tuple(r for r in runs if not r.replay),
@@ -84,15 +88,15 @@ class Baselines:
             pairs=shown,
             replays={pair.mode: pair for pair in replays},
             floors=_floors(repeats, replays),
-            largest=_largest(recorded, every) if self.all_pairs else {},
+            largest=_largest(recorded, (*shown, *rest)) if self.all_pairs else {},
             audits=audits_of(runs, reference),
         )
         candidates = [
             Candidate(
                 run=run,
                 held=[
-                    _held(run, base, comparison)
-                    for base in bases
+                    _held(run, base, comparison, extents.get((base.label, run.label), WHOLE))
+                    for base in (_distinct(plain, reference) if run.replay else bases)
                     if base is not run and run is not reference
                 ],
                 findings=_lacking(run, baseline, comparison),
@@ -101,10 +105,43 @@ class Baselines:
         ]
         return Matched(comparison=comparison, candidates=candidates, reference=reference)
 
+    def _measured(
+        self,
+        regime: str,
+        recorded: Sequence[ModeRun],
+        extents: Mapping[tuple[str, str], Extent],
+        repeats: Sequence[tuple[ModeRun, ModeRun]],
+    ) -> tuple[tuple[Pair, ...], list[Pair], list[Pair]]:
+        """The pairs of `extents`, those of replays, and all others; each record is read once."""
+        by_label = {run.label: run for run in recorded}
+        judged = [
+            (labelled(by_label[base], extent=extent), labelled(by_label[mode], extent=extent))
+            for (base, mode), extent in extents.items()
+        ]
+        replayed = [(labelled(base), labelled(run, run.title)) for base, run in repeats]
+        known = set(map(frozenset, extents))
+        rest = [
+            (labelled(first), labelled(second))
+            for first, second in combinations(recorded, 2)
+            if self.all_pairs and frozenset((first.label, second.label)) not in known
+        ]
+        num_detailed = len(judged) + len(replayed)
+        pairs = compare_pairs(regime, [*judged, *replayed, *rest], num_detailed)
+        shown = [
+            extent.applied(pair) for extent, pair in zip(extents.values(), pairs, strict=False)
+        ]
+        return tuple(shown), pairs[len(judged) : num_detailed], pairs[num_detailed:]
 
-def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison) -> Held:
-    unlike = list(judge_likeness(base, run))
+
+def _distinct(*runs: ModeRun | None) -> list[ModeRun]:
+    return list({run.label: run for run in runs if run}.values())
+
+
+def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison, extent: Extent) -> Held:
+    unlike = list(judge_likeness(base, run, is_noise_settled=extent.own_noise is not None))
     found = list(unlike)
+    if extent.clipped and not is_private(base.mode):
+        found.append(_clips_unlike(regime, base, extent))
     replay = regime.replays.get(run.title)
     if replay and replay.baseline == base.label:
         found += judge_gaps(replay)
@@ -112,7 +149,17 @@ def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison) -> Held:
     if pair and any(f.verdict is Verdict.BUG for f in judge_run(base)):
         found.append(_unknown(regime, f"{base.label} is itself at fault", base.label))
     floor = regime.floor(base.label)
-    return Held(pair=pair, floor=floor, findings=found, unlike=bool(unlike))
+    return Held(pair=pair, floor=floor, findings=found, unlike=bool(unlike), extent=extent)
+
+
+def _clips_unlike(regime: RegimeComparison, base: ModeRun, extent: Extent) -> Finding:
+    why = (
+        f"cannot be compared with {base.label} in {regime.name}: {extent.reason}. Run "
+        f"{REFERENCE} beside it, which clips, or raise --max-grad-norm"
+    )
+    return Finding(
+        verdict=Verdict.INCONCLUSIVE, regime=regime.name, sentence=why, against=base.label
+    )
 
 
 def _lacking(run: ModeRun, baseline: ModeRun | None, regime: RegimeComparison) -> list[Finding]:
@@ -161,8 +208,9 @@ def _floors(repeats: Sequence[tuple[ModeRun, ModeRun]], replays: list[Pair]) -> 
 
 
 def _largest(
-    recorded: Sequence[Labelled], pairs: Sequence[Pair]
+    recorded: Sequence[ModeRun], pairs: Sequence[Pair]
 ) -> dict[ObservableName, LargestDrift]:
     by_labels = {frozenset((pair.baseline, pair.mode)): pair for pair in pairs}
+    labels = [run.label for run in recorded]
     # Of equal drifts the first counts, in the launcher's order.
-    return largest_of(by_labels[frozenset((a, b))] for (a, _), (b, _) in combinations(recorded, 2))
+    return largest_of(by_labels[frozenset(both)] for both in combinations(labels, 2))

@@ -10,18 +10,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from dpsgd_track.comparison.audit.noise import audits_of
+from dpsgd_track.comparison.audit.noise import NoiseAudit, audits_of, judge_noise
+from dpsgd_track.comparison.extent import WHOLE, Extent, audits_alone, extent_of
 from dpsgd_track.comparison.measure.drift import Labelled, compare_pairs
 from dpsgd_track.comparison.measure.floor import floor_of
-from dpsgd_track.comparison.pairing import Candidate, Held, Matched, is_sound, labelled, run_of
+from dpsgd_track.comparison.pairing import (
+    Candidate,
+    Held,
+    Matched,
+    has_noise_regime,
+    is_sound,
+    labelled,
+    run_of,
+)
 from dpsgd_track.comparison.result import (
     EnvironmentDifferences,
     RegimeComparison,
     earlier_label,
     largest_of,
 )
-from dpsgd_track.comparison.verdict import Finding, Verdict, judge_likeness, judge_run
-from dpsgd_track.config import CLIP, kind_of
+from dpsgd_track.comparison.verdict import (
+    Finding,
+    Verdict,
+    judge_likeness,
+    judge_run,
+    noise_is_matched,
+)
+from dpsgd_track.config import CLIP, NOISE, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE
 from dpsgd_track.record.run import Group, ModeRun, Status
 
@@ -61,69 +76,102 @@ class Earlier:
 
     def unmatched(self, matched: Sequence[Matched]) -> str:
         """A sentence if no run has a counterpart in the earlier group; otherwise empty."""
-        if any(each.comparison.pairs for each in matched):
+        if any(candidate.held for each in matched for candidate in each.candidates):
             return ""
         return f"no run has its like in group {self.before.name}"
 
     def match(self, regime: str) -> Matched:
         """Measure each later run against its counterpart, and the replays of both groups."""
-        baseline = f"group {self.before.name}"
+        baseline = self._baseline
         repeated = [run for run in self.before.runs if run.regime == regime]
         before = {run.label: run for run in repeated if not run.replay}
         later = [run for run in self.after.runs if run.regime == regime]
         runs = (*later, *self._missing(before, later))
-        judged = [
-            (labelled(base, baseline), labelled(run))
+        extents = {
+            run.label: extent_of(base, run, is_audited=has_noise_regime(self.after, run))
             for run in runs
-            if not run.replay
+            if kind_of(regime) != NOISE
+            and not run.replay
             and (base := before.get(run.label))
             and base.trajectory
             and run.trajectory
+        }
+        judged = [
+            (labelled(before[run.label], baseline, extent), labelled(run, extent=extent))
+            for run in runs
+            if not run.replay and (extent := extents.get(run.label))
         ]
         ours, theirs = _replays(regime, repeated), _replays(regime, runs)
         pairs = compare_pairs(regime, [*judged, *ours, *theirs])
         floor = floor_of(pairs[len(judged) :])
         reference = run_of(runs, REFERENCE)
+        shown = [
+            extent.applied(pair) for extent, pair in zip(extents.values(), pairs, strict=False)
+        ]
         comparison = RegimeComparison(
             name=regime,
             runs=(*(run for run in runs if not run.replay), *self._renamed(regime)),
             baseline=baseline,
-            pairs=tuple(pairs[: len(judged)]),
+            pairs=tuple(shown),
             replays={pair.mode: pair for pair in pairs[len(judged) + len(ours) :]},
             floors={baseline: floor} if floor else {},
-            largest=largest_of(pairs[: len(judged)]),
+            largest=largest_of(shown),
             audits=audits_of(runs, reference),
         )
-        return Matched(
-            comparison=comparison,
-            candidates=[self._candidate(run, before.get(run.label), comparison) for run in runs],
-            reference=reference,
-        )
+        audited = audits_of(repeated, run_of(repeated, REFERENCE))
+        candidates = [
+            self._candidate(run, before.get(run.label), comparison, extents, audited)
+            for run in runs
+        ]
+        return Matched(comparison=comparison, candidates=candidates, reference=reference)
 
-    def _candidate(self, run: ModeRun, base: ModeRun | None, regime: RegimeComparison) -> Candidate:
+    @property
+    def _baseline(self) -> str:
+        return f"group {self.before.name}"
+
+    def _candidate(
+        self,
+        run: ModeRun,
+        base: ModeRun | None,
+        regime: RegimeComparison,
+        extents: Mapping[str, Extent],
+        audited: Mapping[str, NoiseAudit],
+    ) -> Candidate:
+        """A run, held against its counterpart.
+
+        Args:
+            audited: audits of the earlier runs, by label.
+        """
         if run.replay:
             return Candidate(run=run)
         if base is None:
             return Candidate(
                 run=run, new=f"new in {regime.name}: {regime.baseline} has no such run"
             )
+        is_noise = kind_of(regime.name) == NOISE
+        extent = audits_alone(regime.baseline) if is_noise else extents.get(run.label, WHOLE)
+        is_settled = is_noise or extent.own_noise is not None or noise_is_matched(base, run)
         named = replace(base, mode=regime.baseline, variant="")
-        unlike = [*judge_likeness(named, run), *_unlike_settings(base, run, regime)]
+        unlike = [
+            *judge_likeness(named, run, is_noise_settled=is_settled),
+            *_unlike_settings(base, run, regime),
+        ]
+        at_fault = [*judge_run(base), *judge_noise(base, audited.get(base.label))]
         held = Held(
             pair=regime.pair(run.label),
             # The oracle's replay computes in another type, so its floor applies to modes only.
             floor=None if run.label == REFERENCE else regime.floor(),
-            findings=[*(_at_fault(f, regime.baseline) for f in judge_run(base)), *unlike],
+            findings=[*(_at_fault(f, regime.baseline) for f in at_fault), *unlike],
             unlike=bool(unlike),
+            extent=extent,
             other_environment=[key for key, _, _ in self.differences if key not in _CODE],
         )
         return Candidate(run=run, held=[held])
 
     def _renamed(self, regime: str) -> list[ModeRun]:
         """The earlier group's runs under labels of their own."""
-        baseline = f"group {self.before.name}"
         return [
-            replace(run, mode=earlier_label(run.label, baseline), variant="")
+            replace(run, mode=earlier_label(run.label, self._baseline), variant="")
             for run in self.before.runs
             if run.regime == regime and not run.replay
         ]
@@ -164,6 +212,7 @@ def _at_fault(finding: Finding, baseline: str) -> Finding:
         against=baseline,
         observable=None,
         value=None,
+        culprit=None,
     )
 
 

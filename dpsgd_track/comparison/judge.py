@@ -58,7 +58,7 @@ def judge(candidate: Candidate, matched: Matched, measure: Measure) -> Judged:
         findings=(*found, *(f for result in results for f in result.findings)),
         ladders=ladders,
         culprits={key: c for result in results for key, c in result.culprits.items()},
-        passed=candidate.new or _passed(run, regime, measure.thresholds, ladders),
+        passed=candidate.new or _passed(candidate, regime, measure.thresholds, ladders),
     )
 
 
@@ -116,21 +116,23 @@ def _culprit(
 
 
 def _passed(
-    run: ModeRun,
+    candidate: Candidate,
     regime: RegimeComparison,
     thresholds: Thresholds,
     ladders: Mapping[Key, tuple[Rung, ...]],
 ) -> str:
     """Description of a run without findings."""
+    run = candidate.run
+    in_part = _in_part(candidate.held)
     if kind_of(regime.name) == NOISE and run.label in regime.audits:
-        return passed_noise(regime.audits[run.label])
+        return f"{passed_noise(regime.audits[run.label])}{in_part}"
     if run.replay:
         return f"replay that measures the floor of {regime.name}"
     role = f"baseline of {regime.name}" if run.label == regime.baseline else ""
     if not ladders:
         return role or f"oracle of {regime.name}"
     bases = " and ".join(base for _, base in ladders)
-    agrees = f"{role + ', ' if role else ''}agrees with {bases} in {regime.name}"
+    agrees = f"{role + ', ' if role else ''}agrees with {bases} in {regime.name}{in_part}"
     if run.facts and (left_out := run.facts.left_out_steps):
         steps = ", ".join(map(str, left_out))
         agrees += f" but for steps {steps}, which have batches that are empty and it takes none"
@@ -147,3 +149,9 @@ def _passed(
         f"{number(nearest.times)} times {limit} (threshold {number(threshold)}, "
         f"floor {number(nearest.floor)})"
     )
+
+
+def _in_part(held: Sequence[Held]) -> str:
+    """What of a run was not compared, and why; empty if all was."""
+    said = dict.fromkeys(each.extent.told for each in held if each.extent.told)
+    return "".join(f" ({each})" for each in said)

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from dpsgd_track.comparison.extent import WHOLE, Extent
 from dpsgd_track.comparison.measure.drift import Labelled, Pair
 from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.result import EnvironmentDifferences, RegimeComparison
 from dpsgd_track.comparison.verdict import Finding, Verdict, judge_likeness, judge_run
+from dpsgd_track.config import NOISE, kind_of
 from dpsgd_track.record.run import Group, ModeRun
 
 _KEYS_SHOWN = 6
@@ -27,6 +29,8 @@ class Held:
     """Findings that do not depend on the numbers of the two runs."""
     unlike: bool = False
     """True if the two cannot be compared; their drifts then say nothing about the mode."""
+    extent: Extent = WHOLE
+    """The part of the two runs that is compared."""
     other_environment: Sequence[str] = ()
     """Settings of software and machine in which the two differ."""
 
@@ -88,10 +92,10 @@ class Pairing(Protocol):
         """Reason why a comparison without findings shows nothing; empty if it shows something."""
 
 
-def labelled(run: ModeRun, label: str = "") -> Labelled:
-    """A recorded run with its label, by default the run's own."""
+def labelled(run: ModeRun, label: str = "", extent: Extent = WHOLE) -> Labelled:
+    """The steps of a recorded run that are compared, with its label, by default the run's own."""
     assert run.trajectory is not None, "only a recorded run is held against others"
-    return label or run.label, run.trajectory
+    return label or run.label, extent.of(run.trajectory)
 
 
 def run_of(runs: Iterable[ModeRun], label: str) -> ModeRun | None:
@@ -102,3 +106,9 @@ def run_of(runs: Iterable[ModeRun], label: str) -> ModeRun | None:
 def is_sound(base: ModeRun, replay: ModeRun) -> bool:
     """True if `replay` did the same as `base`; otherwise it would excuse more than rounding."""
     return not [*judge_run(replay), *judge_likeness(base, replay)]
+
+
+def has_noise_regime(group: Group, run: ModeRun) -> bool:
+    """True if `group` has a recorded run of the same mode in a regime that audits its noise."""
+    audited = (each for each in group.runs if kind_of(each.regime) == NOISE)
+    return any(each.label == run.label and each.trajectory and not each.replay for each in audited)

@@ -157,8 +157,15 @@ def judge_coverage(run: ModeRun) -> Iterator[Finding]:
         )
 
 
-def judge_likeness(baseline: ModeRun, mode: ModeRun) -> Iterator[Finding]:
-    """INCONCLUSIVE if the runs' inputs or settings differ, so that drifts would mean nothing."""
+def judge_likeness(
+    baseline: ModeRun, mode: ModeRun, *, is_noise_settled: bool = False
+) -> Iterator[Finding]:
+    """INCONCLUSIVE if the runs' inputs or settings differ, so that drifts would mean nothing.
+
+    Args:
+        is_noise_settled: their noise is known to be the same, or nothing that depends on it is
+            compared.
+    """
     ours, theirs = baseline.trajectory, mode.trajectory
     if ours is None or theirs is None:
         return
@@ -169,10 +176,8 @@ def judge_likeness(baseline: ModeRun, mode: ModeRun) -> Iterator[Finding]:
         reasons.append(f"other {unlike.stage}{when}")
     if _differ(ours.noise_std, theirs.noise_std):
         reasons.append(f"noise of {number(theirs.noise_std)}, not {number(ours.noise_std)}")
-    elif max(ours.noise_std, theirs.noise_std) > 0 and not all(
-        run.setup is not None and run.setup.noise_matched for run in (baseline, mode)
-    ):
-        reasons.append("noise of its own")
+    elif max(ours.noise_std, theirs.noise_std) > 0 and not is_noise_settled:
+        reasons += [] if noise_is_matched(baseline, mode) else ["noise of its own"]
     _, i, j = np.intersect1d(ours.step, theirs.step, return_indices=True)
     if any(map(_differ, ours.max_grad_norm[i].tolist(), theirs.max_grad_norm[j].tolist())):
         reasons.append("other clipping bounds")
@@ -188,6 +193,22 @@ def judge_likeness(baseline: ModeRun, mode: ModeRun) -> Iterator[Finding]:
             against=baseline.label,
             step=unlike.step if unlike else None,
         )
+
+
+def noise_is_matched(baseline: ModeRun, run: ModeRun) -> bool:
+    """True if the plan gives both runs the same source of noise."""
+    keys = [_noise_key(each) for each in (baseline, run)]
+    return "" not in keys and keys[0] == keys[1]
+
+
+def _noise_key(run: ModeRun) -> str:
+    """Name of the source; empty for one that no other run can have, or that is not known."""
+    if run.setup is None:
+        return ""
+    if run.setup.noise_matched:
+        return "common"
+    is_seeded = run.job is not None and run.job.noise_from == "seed"
+    return f"seed of {run.mode}" if is_seeded else ""
 
 
 def _differ(ours: float, theirs: float) -> bool:

@@ -72,8 +72,8 @@ def load_waivers(path: Path) -> tuple[Waiver, ...]:
         ) from None
     try:
         raw = yaml.safe_load(text)
-    # PyYAML lets the ValueError of an impossible date through.
-    except (yaml.YAMLError, ValueError) as error:
+    # PyYAML lets the ValueError of an impossible date, and endless nesting, through.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"waivers={name!r}: expected valid YAML. {error}") from None
     raw = [] if raw is None else raw
     require(isinstance(raw, list), "waivers", name, "a list of waivers at the top")

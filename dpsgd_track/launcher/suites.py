@@ -219,16 +219,18 @@ def _modes_and_regimes(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
     check_modes(modes)
     if asked.suite is Suite.SINGLE:
         return modes, (_regime_of_single(modes, asked.what),)
+    may_clip = asked.training.max_grad_norm < TrainingChoices().max_grad_norm
     if asked.suite is Suite.PROFILE:
-        return _timed_modes(modes, is_tested=asked.what.accuracy_test)
+        return _timed_modes(modes, is_tested=asked.what.accuracy_test, may_clip=may_clip)
     regimes = _chosen_regimes(asked.suite, asked.what)
     takes_part = modes or _SUITE_MODES[asked.suite]
     if not any(_takes_part(mode, regimes) for mode in takes_part):
         but = ", the reference apart" if NOISE in map(kind_of, regimes) else ""
         advice = f"It has no run in {' and '.join(regimes)}."
         require(False, "mode", ",".join(modes), f"a private mode{but}", advice)
-    if CLIP in map(kind_of, regimes) or not modes:
-        # The reference comes first: it measures the other modes' clipping bounds.
+    if CLIP in map(kind_of, regimes) or not modes or (may_clip and ACCURACY in regimes):
+        # The reference comes first: it measures the other modes' clipping bounds. Where the user's
+        # own bound clips, it takes no_dp's place as the baseline.
         takes_part = (table.REFERENCE, *takes_part)
     return tuple(dict.fromkeys(takes_part)), regimes
 
@@ -250,14 +252,14 @@ def _chosen_regimes(suite: Suite, what: ModeChoices) -> tuple[str, ...]:
 
 
 def _timed_modes(
-    modes: tuple[str, ...], *, is_tested: bool
+    modes: tuple[str, ...], *, is_tested: bool, may_clip: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Modes and regimes of a profile; its accuracy test adds the reference."""
     timed = with_baselines(modes or _SUITE_MODES[Suite.PROFILE])
     if not is_tested:
         return timed, (PROFILE,)
-    judges = () if modes else (table.REFERENCE,)
-    return (*judges, *timed), (PROFILE, ACCURACY)
+    judges = () if modes and not may_clip else (table.REFERENCE,)
+    return tuple(dict.fromkeys((*judges, *timed))), (PROFILE, ACCURACY)
 
 
 def check_modes(modes: Sequence[str]) -> None:

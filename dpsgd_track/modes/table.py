@@ -213,14 +213,12 @@ def check_mode(name: str) -> None:
         names = [*MODES, *plugged_in_modes()]
         allowed = f"one of {', '.join(names)}, opacus:GRAD_SAMPLE_MODE, or package.module:factory"
         require(False, "mode", name, allowed, nearest(name, names))
+    why = f"No module {module!r} can be imported."
     try:
         is_importable = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         is_importable = False
-    require(
-        is_importable,
-        "mode",
-        name,
-        "a module that is there",
-        f"No module {module!r} can be imported.",
-    )
+    # The package around a user's module is imported, and may do anything.
+    except (Exception, SystemExit) as error:
+        is_importable, why = False, f"Its package raises {type(error).__name__}: {error}"
+    require(is_importable, "mode", name, "a module that is there", why)

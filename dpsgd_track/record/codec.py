@@ -65,7 +65,8 @@ class Codec(Generic[Value]):
         """
         try:
             document = json.loads(text)
-        except ValueError as error:
+        # RecursionError: nested without end.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"expected {self.schema} as JSON. {error}") from None
         if not isinstance(document, dict) or document.get("schema") != self.schema:
             raise ValueError(f"expected a document of schema {self.schema}.")

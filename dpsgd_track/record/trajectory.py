@@ -230,7 +230,8 @@ class Trajectory:
             values, columns = open_archive(path, apart=LARGE)
         except TornFile as error:
             raise ValueError(f"{path.name}: expected a trajectory file. {error}") from error
-        version = int(values.pop("schema", np.int64(-1)))
+        written = values.pop("schema", np.int64(-1))
+        version = int(written) if _is_of(written, "int") else written.tolist()
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"{path.name}: expected trajectory schema {SCHEMA_VERSION}, got {version}. "
@@ -243,12 +244,15 @@ class Trajectory:
                 f"{path.name}: expected the fields of schema {SCHEMA_VERSION}; "
                 f"differing: {', '.join(sorted(differing))}."
             )
+        _check_types({**values, **columns}, path.name)
         scalars: dict[str, Any] = {
             "initial_weights_hash": str(values["initial_weights_hash"]),
             "noise_std": float(values["noise_std"]),
             "expected_batch_size": int(values["expected_batch_size"]),
         }
-        return cls.deferred({**values, **scalars}, columns)
+        made = cls.deferred({**values, **scalars}, columns)
+        _check_values(made, path.name)
+        return made
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,76 @@ class _Rows:
         return self.of.read(self.name, self.first + start, self.first + stop)
 
 
+_KINDS = {
+    **dict.fromkeys(("Floats", "NDArray[np.float32]", "float"), "f"),
+    **dict.fromkeys(("Integers", "int"), "i"),
+    **dict.fromkeys(("Strings", "str"), "U"),
+}
+"""numpy's kind of a field's elements, by its type."""
+_WORDS = {"f": "floating-point numbers", "i": "integers", "U": "text"}
+
+
+def _is_of(written: Any, kind: str) -> bool:
+    """True if an array in a file has elements of the type `kind`, and is a scalar if that is."""
+    is_scalar = kind in ("float", "int", "str")
+    return written.dtype.kind == _KINDS[kind] and (not is_scalar or written.shape == ())
+
+
+def _check_types(written: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError unless each field in a file is of its type."""
+    for each in fields(Trajectory):
+        found, kind = written[each.name], str(each.type)
+        if not _is_of(found, kind):
+            raise ValueError(
+                f"{name}: {each.name}: expected {_WORDS[_KINDS[kind]]}, got {found.dtype} of shape "
+                f"{found.shape}."
+            )
+
+
+def _check_values(t: Trajectory, name: str) -> None:
+    """Check what no step of a run can make wrong, and what items are found by.
+
+    Raises:
+        ValueError: a field holds what no run records.
+    """
+    bounds, index = t.max_grad_norm, np.sort(t.sample_index, axis=1)
+    is_repeated = (np.diff(index, axis=1) == 0) & (index[:, 1:] != UNUSED)
+    wanted = (
+        ("step", "ascending numbers >= 0", (t.step >= 0).all() and (np.diff(t.step) > 0).all()),
+        ("max_grad_norm", "finite numbers > 0", (np.isfinite(bounds) & (bounds > 0)).all()),
+        ("noise_std", "a finite number >= 0", 0 <= t.noise_std < np.inf),
+        ("expected_batch_size", "an integer >= 0", t.expected_batch_size >= 0),
+        ("parameter_sizes", "integers >= 0", (t.parameter_sizes >= 0).all()),
+        ("sample_rank", "integers >= -1", (t.sample_rank >= UNUSED).all()),
+        (
+            "sample_index",
+            "integers >= -1 that differ",
+            (index >= UNUSED).all() and not is_repeated.any(),
+        ),
+        ("layer_names", "distinct names", len(set(t.layer_names.tolist())) == len(t.layer_names)),
+        (
+            "parameter_names",
+            "distinct names",
+            len(set(t.parameter_names.tolist())) == len(t.parameter_names),
+        ),
+    )
+    for field, allowed, holds in wanted:
+        if not holds:
+            raise ValueError(f"{name}: {field}: expected {allowed}, which this is not.")
+
+
 def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
+    for name, axes in {
+        "sample_index": 2,
+        "layer_names": 1,
+        "parameter_names": 1,
+        "gradient_sketch": 3,
+        "noise_samples": 4,
+    }.items():
+        if len(shape_of(name)) != axes:
+            raise ValueError(
+                f"trajectory.{name}: expected {axes} dimensions, got shape {shape_of(name)}."
+            )
     S, N = shape_of("sample_index")
     (L,), (P,) = shape_of("layer_names"), shape_of("parameter_names")
     K = shape_of("gradient_sketch")[-1]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd_track.comparison.audit.consistency import TOLERANCE, Inconsistency
+from dpsgd_track.comparison.diagnose.clipping_rules import clipping_rule
 from dpsgd_track.comparison.diagnose.fingerprint import (
     Ratio,
     fingerprint,
@@ -141,7 +142,8 @@ def culprit_of(
         limit=rung.limit,
         floor=rung.floor,
         against=pair.baseline,
-        cause=fingerprint(
+        cause=(clipping_rule(pair.aligned) if rung.stage in (Stage.FACTORS, Stage.SUM) else "")
+        or fingerprint(
             _ratio(rung, aligned, row, samples),
             quantities(run, float(aligned.baseline.max_grad_norm[row])),
         ),
