@@ -21,8 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd_track.record.columns import TornFile, open_archive
+from dpsgd_track.record.noise_draws import NoiseDraws
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_WITHOUT_DRAWS = 2
+"""Schema version of records that have all fields but `noise_draws`, and are still read."""
+_DRAWS = "noise_draws"
 
 UNUSED = -1
 """Sample index of padding, where a step has fewer samples than N."""
@@ -140,6 +144,9 @@ class Trajectory:
     """sigma * C at the first step: std of each element of the noise on the clipped sum."""
     expected_batch_size: int
     """Divisor of the clipped sum."""
+    noise_draws: NoiseDraws | None = None
+    """Sums over the noise of noise-only steps, which are no steps of the record; None outside the
+    noise regime."""
 
     def __post_init__(self) -> None:
         _check_shapes(lambda name: getattr(self, name).shape)
@@ -214,8 +221,12 @@ class Trajectory:
         """
         partial = path.with_suffix(".partial.npz")
         columns: dict[str, Any] = {
-            f.name: np.asarray(getattr(self, f.name), order="C") for f in fields(self)
+            f.name: np.asarray(getattr(self, f.name), order="C")
+            for f in fields(self)
+            if f.name != _DRAWS
         }
+        draws = self.noise_draws.columns() if self.noise_draws else {}
+        columns.update({f"{_DRAWS}.{name}": column for name, column in draws.items()})
         np.savez(partial, schema=np.int64(SCHEMA_VERSION), **columns)
         partial.replace(path)
 
@@ -231,22 +242,28 @@ class Trajectory:
         except TornFile as error:
             raise ValueError(f"{path.name}: expected a trajectory file. {error}") from error
         version = int(values.pop("schema", np.int64(-1)))
-        if version != SCHEMA_VERSION:
+        if version not in (_WITHOUT_DRAWS, SCHEMA_VERSION):
             raise ValueError(
                 f"{path.name}: expected trajectory schema {SCHEMA_VERSION}, got {version}. "
                 "Compare with the version of dpsgd-track that wrote it."
             )
-        names = {f.name for f in fields(cls)}
+        draws = {
+            name.removeprefix(f"{_DRAWS}."): values.pop(name)
+            for name in [*values]
+            if name.startswith(f"{_DRAWS}.")
+        }
+        names = {f.name for f in fields(cls)} - {_DRAWS}
         if values.keys() | columns.keys() != names:
             differing = (values.keys() | columns.keys()) ^ names
             raise ValueError(
-                f"{path.name}: expected the fields of schema {SCHEMA_VERSION}; "
+                f"{path.name}: expected the fields of schema {version}; "
                 f"differing: {', '.join(sorted(differing))}."
             )
         scalars: dict[str, Any] = {
             "initial_weights_hash": str(values["initial_weights_hash"]),
             "noise_std": float(values["noise_std"]),
             "expected_batch_size": int(values["expected_batch_size"]),
+            _DRAWS: NoiseDraws.of_columns(draws) if draws else None,
         }
         return cls.deferred({**values, **scalars}, columns)
 

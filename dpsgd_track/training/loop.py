@@ -22,9 +22,9 @@ from dpsgd_track.privacy.accounting import (
     poisson_history,
     sequential_history,
 )
-from dpsgd_track.privacy.noise import NoiseSource
+from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.record import names
-from dpsgd_track.training import noise_samples
+from dpsgd_track.training import noise_draws, noise_samples
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.observe import (
     GatheredSamples,
@@ -37,6 +37,10 @@ from dpsgd_track.training.observe import (
 )
 from dpsgd_track.training.prepare import PreparedRun
 from dpsgd_track.training.recorder import Recorder, StepObservation
+
+
+DRAWS = -1
+"""Step number of the noise-only steps of the noise regime, which have one batch and one C."""
 
 
 class NotFiniteError(RuntimeError):
@@ -75,7 +79,7 @@ class RegimeRun(PreparedRun):
         self.silent = silent
         self.taken: dict[int, noise_samples.Floats] = {}
         """[P, M] for each step: sampled elements of this rank's update, times the expected batch
-        size. Only in the noise regime."""
+        size. Only in the noise regime, where DRAWS is the noise-only step."""
         model = self._model()
         self.sampler = self._sampler(model)
         self._begin(model, self._context(), build)
@@ -123,6 +127,8 @@ class RegimeRun(PreparedRun):
             self.records[1].add(replace(own, peak_memory_gib=done.local_memory_gib))
             yield done, metrics
             _require_finite(step, metrics)
+        if self.regime.kind == NOISE:
+            self._draw_noise()
 
     def accounting(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Each recorded step with the epsilon spent after it; none without protecting noise.
@@ -211,6 +217,43 @@ class RegimeRun(PreparedRun):
                 noise = self.taken[step] - self.silent[step]
                 return noise_samples.gather(self.mode, parts, noise, self.device)
         return np.empty((0, len(parts), 0), dtype=np.float32)
+
+    def _draw_noise(self) -> None:
+        """Run the noise-only steps and record their sums; the twin without noise runs one."""
+        mode, divisor, bound = self.mode, self.sampler.expected_batch_size, self.max_grad_norms[0]
+        most = noise_draws.num_elements(mode.weight_parts(), self.device)
+        is_bare = mode.takes_empty_batches
+        # After the batches of the recorded steps come an empty one, and one of a sample a rank.
+        rank_batch = self.sampler.rank_batch(self.regime.num_iter + (0 if is_bare else 1))
+        key = fresh_key(None, self.device)
+
+        def take(step: int) -> tuple[list[LocalPart], noise_samples.Floats]:
+            mode.set_max_grad_norm(bound)
+            self._accumulate(rank_batch, DRAWS)
+            mode.privatize(mode.clipped_sum(), NoiseSource(key, step))
+            parts = mode.gradient_parts()
+            taken = noise_samples.take(parts, divisor, most)
+            mode.step()
+            mode.zero_grad()
+            return parts, taken
+
+        def draw(step: int) -> tuple[NDArray[np.float32], int]:
+            assert self.silent is not None
+            parts, taken = take(step)
+            noise = noise_samples.gather(mode, parts, taken - self.silent[DRAWS], self.device)
+            return noise, noise_draws.significant_bits(parts)
+
+        if self.silent is None:
+            self.taken[DRAWS] = take(0)[1]
+        else:
+            self.records[0].noise_draws = noise_draws.draw_noise(
+                draw,
+                key,
+                noise_multiplier=mode.context.privacy.noise_multiplier,
+                max_grad_norm=bound,
+                expected_batch_size=divisor,
+                is_bare=is_bare,
+            )
 
     def _calibrate(self) -> tuple[float, ...]:
         """C of each step from this mode's own norms: half the steps mixed, half all clipped.

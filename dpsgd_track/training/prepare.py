@@ -137,7 +137,8 @@ def _require_record(mode: Mode, record: object, num_samples: int) -> None:
 def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
     """Samples of each step in regimes with uneven batches, so that ranks and micro-batches differ.
 
-    With G samples in a full batch, the noise regime repeats G, G - 1, 0, 1. The probe's clip
+    With G samples in a full batch, the noise regime repeats G, G - 1, 0, 1; batches of no sample
+    and of one a rank follow, for noise-only steps. The probe's clip
     regime repeats G - 1, G / 3 + 1 (a full micro-batch on each of several ranks and one more
     sample), G, 1. A mode on one device, which runs the micro-batches of all ranks, has the same.
     """
@@ -148,7 +149,8 @@ def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
         sizes = (max(full - 1, 1), min(full // 3 + 1, full), full, 1)
     else:
         return ()
-    return tuple(sizes[step % len(sizes)] for step in range(regime.num_iter))
+    steps = tuple(sizes[step % len(sizes)] for step in range(regime.num_iter))
+    return (*steps, 0, dist.get_world_size()) if regime.kind == NOISE else steps
 
 
 def _optimizer_of(
