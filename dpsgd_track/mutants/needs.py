@@ -57,6 +57,7 @@ class Need(enum.StrEnum):
     BOUND_NOT_1 = "C other than 1"
     NOISE = "noise"
     OWN_NOISE = "noise of the mode's own"
+    MILLION_DRAWS = "a million elements of noise"
     SHARED_NOISE = "noise that other modes share"
     STD_NOT_1 = "sigma C other than 1"
     TRAINING = "a learning rate above 0"

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 LEVELS = (2.5, 3.0, 3.5, 4.0, 4.5)
 """Sizes of an element, in units of sigma C, beyond which elements are counted."""
+MARGIN = 2.0**-18
+"""Relative distance by which a counted element is beyond a level: float32 moves what was cut at the
+level by less."""
 NUM_LAGS = 256
 """L. Elements of a rank's shards, one after the other, are compared with those 1 to L later."""
 FORMATS = {"bfloat16": 8, "float16": 11}
@@ -73,7 +76,8 @@ class NoiseDraws:
         """The sums of one step.
 
         Args:
-            z: [W, P, M] elements; NaN past the end of a shard.
+            z: [W, P, M] elements; NaN past the end of a shard, and infinite where the noise is not
+                finite.
             before: those of the step before, if there was any.
             units: factors that may have been applied to the elements since they were rounded;
                 empty if their bits are not to be looked at.
@@ -86,24 +90,27 @@ class NoiseDraws:
         values = z[held]
         by_rank = np.split(values, np.cumsum(num.sum(axis=1))[:-1])
         size = np.abs(values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            moments = [_by_shard(values**power, num) for power in range(5)]
+            ranks = _products(filled.reshape(W, -1), held.reshape(W, -1))
+            rows, places = (np.moveaxis(a, 1, 0).reshape(P, -1) for a in (filled, held))
+            parameters = _products(rows, places)
+            neighbours = np.sum([_lagged(row) for row in by_rank], axis=0)
+            after = 0.0 if before is None else values @ before[held]
         return cls(
             key=key,
             num_steps=1,
             significant_bits=significant_bits,
             is_bare=is_bare,
-            moments=np.stack([_by_shard(values**power, num) for power in range(5)], axis=-1),
+            moments=np.stack(moments, axis=-1),
             beyond=np.stack(
-                [_by_shard((size > level).astype(np.int64), num) for level in LEVELS], axis=-1
+                [_by_shard((size > level * (1 + MARGIN)).astype(np.int64), num) for level in LEVELS], axis=-1
             ),
-            ranks=_products(filled.reshape(W, -1), held.reshape(W, -1)),
-            parameters=_products(
-                np.moveaxis(filled, 1, 0).reshape(P, -1), np.moveaxis(held, 1, 0).reshape(P, -1)
-            ),
-            neighbours=np.sum([_lagged(row) for row in by_rank], axis=0),
-            steps=np.zeros(2)
-            if before is None
-            else np.array([values @ before[held], float(len(values))]),
-            short=_short(values, units),
+            ranks=ranks,
+            parameters=parameters,
+            neighbours=neighbours,
+            steps=np.array([after, 0.0 if before is None else len(values)]),
+            short=_short(values[np.isfinite(values)], units),
             num_looked_at=len(values) if units else 0,
         )
 

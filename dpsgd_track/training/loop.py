@@ -240,7 +240,10 @@ class RegimeRun(PreparedRun):
         def draw(step: int) -> tuple[NDArray[np.float32], int]:
             assert self.silent is not None
             parts, taken = take(step)
-            noise = noise_samples.gather(mode, parts, taken - self.silent[DRAWS], self.device)
+            # NaN is past the end of a shard.
+            is_lost = np.isnan(taken) & ~np.isnan(self.silent[DRAWS])
+            drawn = np.where(is_lost, np.inf, taken - self.silent[DRAWS])
+            noise = noise_samples.gather(mode, parts, drawn, self.device)
             return noise, noise_draws.significant_bits(parts)
 
         if self.silent is None:

@@ -65,7 +65,7 @@ def draw_noise(
     before, num_drawn, step, num_steps = None, 0, 0, FEWEST_STEPS
     while step < num_steps:
         noise, bits = draw(step)
-        num_drawn += int(np.isfinite(noise).sum())
+        num_drawn += int((~np.isnan(noise)).sum())
         if dist.get_rank() == 0:
             z = noise.astype(np.float64) / std
             drawn = NoiseDraws.of_step(
