@@ -84,9 +84,9 @@ class Row:
 
     @property
     def is_in_time(self) -> bool:
-        """True if the blamed step is no later than LATEST_STEP."""
+        """True if the blamed step is no later than LATEST_STEP, or than the fault's first step."""
         step = self.culprit.step if self.culprit else None
-        return step is not None and step <= LATEST_STEP
+        return step is not None and step <= max(LATEST_STEP, self.fault.since)
 
 
 @dataclass(frozen=True, kw_only=True)

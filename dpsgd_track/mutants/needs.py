@@ -50,7 +50,13 @@ class Need(enum.StrEnum):
     PARAMETERS_OF_ONE_SHAPE = "two parameters of one shape"
     UNUSED_PARAMETER = "a parameter that is not used"
 
+    MASK = "a mask that the model uses"
+    LEFT_PADDING = "padding on the left"
+    LATE_STEP = "a step after the fifth"
+
     CLIPPING = "clipping"
+    SAMPLE_AT_BOUND = "a sample exactly at C"
+    BOUND_BELOW_PARAMETERS = "a C below the norm of a parameter's gradient"
     MIXED = "samples that C clips beside samples that it spares"
     SPARED_SAMPLE = "a sample that C spares"
     CHANGING_BOUND = "a C that changes"

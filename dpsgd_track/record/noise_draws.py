@@ -104,7 +104,11 @@ class NoiseDraws:
             is_bare=is_bare,
             moments=np.stack(moments, axis=-1),
             beyond=np.stack(
-                [_by_shard((size > level * (1 + MARGIN)).astype(np.int64), num) for level in LEVELS], axis=-1
+                [
+                    _by_shard((size > level * (1 + MARGIN)).astype(np.int64), num)
+                    for level in LEVELS
+                ],
+                axis=-1,
             ),
             ranks=ranks,
             parameters=parameters,
@@ -119,11 +123,12 @@ class NoiseDraws:
         same = "significant_bits", "is_bare"
         assert all(getattr(self, name) == getattr(other, name) for name in same)
         keys = dict.fromkeys((*self.key.split(), *other.key.split()))
-        summed = {
-            each.name: getattr(self, each.name) + getattr(other, each.name)
-            for each in fields(self)
-            if each.name not in (*same, "key")
-        }
+        with np.errstate(invalid="ignore"):  # draws that are not finite
+            summed = {
+                each.name: getattr(self, each.name) + getattr(other, each.name)
+                for each in fields(self)
+                if each.name not in (*same, "key")
+            }
         return replace(self, key=" ".join(keys), **summed)
 
     def columns(self) -> dict[str, NDArray[Any]]:

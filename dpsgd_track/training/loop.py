@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dpsgd_track.config import CLIP, NOISE, JobConfig, RegimeConfig, is_probe, layer_norm_steps
+from dpsgd_track.config import (
+    CLIP,
+    NOISE,
+    PROBE_CLIP,
+    JobConfig,
+    RegimeConfig,
+    is_probe,
+    layer_norm_steps,
+)
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
 from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.modes.protocol import ModeContext
@@ -39,6 +47,13 @@ from dpsgd_track.training.prepare import PreparedRun
 from dpsgd_track.training.recorder import Recorder, StepObservation
 
 
+NUM_MIXED, AT_BOUND = 2, 1
+"""Steps of a clip regime in which C first clips about half of the samples; the one of them in which
+it is the norm of a sample."""
+SAME_BOUND = 5e-7
+"""Relative difference of two C that are compared as equal."""
+LEAST_SHARE = 1e-3
+"""Least usual share of a parameter in a sample's norm, for a C below the norm of its gradient."""
 DRAWS = -1
 """Step number of the noise-only steps of the noise regime, which have one batch and one C."""
 
@@ -172,7 +187,8 @@ class RegimeRun(PreparedRun):
         mode, clock = self.mode, StepClock(self.device)
         rank_batch = self.sampler.rank_batch(step)
         source = NoiseSource(self.noise_key, step)
-        mode.set_max_grad_norm(self.max_grad_norms[step])
+        max_grad_norm = self._bound(step)
+        mode.set_max_grad_norm(max_grad_norm)
         with clock.running():
             records = self._accumulate(rank_batch, step)
             clipped = mode.clipped_sum()
@@ -202,7 +218,7 @@ class RegimeRun(PreparedRun):
             weights_before=weights_before,
             weights_after=self.weights,
             noise=noise,
-            max_grad_norm=self.max_grad_norms[step],
+            max_grad_norm=max_grad_norm,
             step_time_ms=time_ms,
             peak_memory_gib=memory_gib,
             tokens_per_second=num_tokens / time_ms * 1e3,
@@ -259,35 +275,84 @@ class RegimeRun(PreparedRun):
             )
 
     def _calibrate(self) -> tuple[float, ...]:
-        """C of each step from this mode's own norms: half the steps mixed, half all clipped.
-
-        In the first half C is the median of the norms of those steps' samples; in the second,
-        half the smallest.
-        """
+        """C of each step from this mode's own norms; `_bounds` says which."""
         if self.regime.kind != CLIP or not is_private(self.job.mode):
             raise ValueError(
                 f"max_grad_norms=(): expected one value a step in regime {self.regime.name}."
             )
-        norms = [self._norms(step) for step in range(self.regime.num_iter)]
-        num_mixed = (len(norms) + 1) // 2
-        mixed_norms = np.concatenate(norms[:num_mixed])
-        if not len(mixed_norms):
+        steps = [self._dry_samples(step) for step in range(self.regime.num_iter)]
+        if not sum(len(samples.norm) for samples in steps[:NUM_MIXED]):
             raise ValueError(
-                f"batch_size={self.sampler.batch_size}: expected samples in the first half of "
+                f"batch_size={self.sampler.batch_size}: expected samples in the first steps of "
                 f"regime {CLIP}. Poisson sampling chose none: raise --batch-size."
             )
-        mixed = float(np.median(mixed_norms))
-        below_all = 0.5 * float(np.min(np.concatenate(norms)))
-        if not below_all > 0 or not math.isfinite(mixed):
-            raise NotFiniteError(f"per-sample norms from {below_all * 2} with median {mixed}")
-        return (mixed,) * num_mixed + (below_all,) * (len(norms) - num_mixed)
+        bounds = tuple(_bounds(steps))
+        if not all(bound > 0 and math.isfinite(bound) for bound in bounds):
+            raise NotFiniteError(f"clipping bounds became {min(bounds)} to {max(bounds)}")
+        return bounds
 
-    def _norms(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def _bound(self, step: int) -> float:
+        """C of a step. In AT_BOUND of the probe's clip regime it is the norm of one sample, as the
+        mode itself computes it, whose last bit differs from mode to mode.
+        """
+        bound = self.max_grad_norms[step]
+        if self.regime.name == PROBE_CLIP and step == AT_BOUND:
+            norms = self._dry_samples(step).norm
+            nearest = float(norms[np.abs(norms - bound).argmin()]) if len(norms) else math.nan
+            if math.isclose(nearest, bound, rel_tol=SAME_BOUND):
+                return nearest
+        return bound
+
+    def _dry_samples(self, step: int) -> GatheredSamples:
+        """The samples of a step, whose sum is forgotten."""
         rank_batch = self.sampler.rank_batch(step)
         records = self._accumulate(rank_batch, step)
+        self.mode.clipped_sum()
         self.mode.zero_grad()
         local = local_samples(records, rank_batch.indices, rank_batch.digests, self.parameter_names)
-        return gather_samples(local, self.device).norm
+        return gather_samples(local, self.device)
+
+
+def _bounds(steps: Sequence[GatheredSamples]) -> Iterator[float]:
+    """C of each step of a clip regime, given its samples.
+
+    | step | C | clipped |
+    |---|---|---|
+    | 0 | median of the norms of steps 0 and 1 | about half |
+    | 1 | the norm of that step's sample next to the median: one sample is exactly at C | about half |
+    | 2 | below the norm of every parameter's gradient, most of which are far below a sample's | all |
+    | 3 | half the smallest norm of any step | all |
+    | 4, 6, ... | the median of the step's own norms | half |
+    | 5, 7, ... | as 3 | all |
+    """
+    every = np.concatenate([samples.norm for samples in steps])
+    median = float(np.median(np.concatenate([samples.norm for samples in steps[:NUM_MIXED]])))
+    below_all = 0.5 * float(np.min(every))
+    for step, samples in enumerate(steps):
+        norms = samples.norm
+        if step == 0:
+            yield median
+        elif step == AT_BOUND:
+            yield float(norms[np.abs(norms - median).argmin()]) if len(norms) else median
+        elif step == NUM_MIXED:
+            yield min(_below_parameters(steps), below_all)
+        elif step % 2 == 0 and len(norms):
+            yield float(np.median(norms))
+        else:
+            yield below_all
+
+
+def _below_parameters(steps: Sequence[GatheredSamples]) -> float:
+    """Half the smallest norm of a parameter's gradient, of a usual sample.
+
+    Gradients that are next to nothing beside the whole are left out: they may be zero but for
+    rounding, as that of an attention layer's key bias.
+    """
+    whole = np.concatenate([samples.norm for samples in steps])
+    parts = np.concatenate([samples.norm_by_parameter for samples in steps])
+    usual = np.median(parts / whole[:, None], axis=0)
+    counted = usual[usual > LEAST_SHARE]
+    return 0.5 * float(counted.min(initial=1.0) * np.min(whole))
 
 
 def _require_finite(step: int, metrics: dict[str, float]) -> None:

@@ -366,7 +366,9 @@ def cut_at_4_sigma(normal: Normal, source: NoiseSource, part: LocalPart) -> Tens
     return normal(source, part).clamp(-4, 4)
 
 
-@_drawn("skewed noise", "N + (N^2 - 1) / 100: a skewness of 0.06, in place of 0", Need.MILLION_DRAWS)
+@_drawn(
+    "skewed noise", "N + (N^2 - 1) / 100: a skewness of 0.06, in place of 0", Need.MILLION_DRAWS
+)
 def skewed(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
     """The mean and the std are right."""
     noise = normal(source, part)

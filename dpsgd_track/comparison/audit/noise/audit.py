@@ -209,7 +209,15 @@ def _telling_draws(failed: dict[str, NoiseCheck]) -> list[NoiseCheck]:
     if best:
         return [best]
     related = sorted(name for name in failed if name.startswith(draws.CORRELATION))
-    order = (draws.FINITE, draws.BITS, draws.MEAN, *related, draws.SKEWNESS, draws.TAILS, draws.KURTOSIS)
+    order = (
+        draws.FINITE,
+        draws.BITS,
+        draws.MEAN,
+        *related,
+        draws.SKEWNESS,
+        draws.TAILS,
+        draws.KURTOSIS,
+    )
     return [failed[name] for name in order if name in failed][:1]
 
 

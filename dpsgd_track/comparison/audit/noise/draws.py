@@ -29,8 +29,7 @@ from dpsgd_track.record.trajectory import Floats
 PREFIX = "draws_"
 """Prefix of the names of these checks."""
 FINITE, STD, MEAN, SKEWNESS, KURTOSIS, TAILS, BITS = (
-    f"{PREFIX}{name}"
-    for name in ("finite", "std", "mean", "skewness", "kurtosis", "tails", "bits")
+    f"{PREFIX}{name}" for name in ("finite", "std", "mean", "skewness", "kurtosis", "tails", "bits")
 )
 CORRELATION = f"{PREFIX}correlation_of_"
 _FEWEST_FOR_SHAPE = 1000
@@ -100,9 +99,7 @@ def _parts(draws: NoiseDraws, parameters: Sequence[str]) -> list[tuple[Place, Fl
     return [part for part in zip(places, *columns, strict=True) if part[1][0] > 0]
 
 
-def _check_std(
-    draws: NoiseDraws, parameters: Sequence[str], alpha: float
-) -> Iterator[NoiseCheck]:
+def _check_std(draws: NoiseDraws, parameters: Sequence[str], alpha: float) -> Iterator[NoiseCheck]:
     num, squares = draws.moments[..., 0], draws.moments[..., 2]
     ranks = [Place(text=f"rank {rank}") for rank in range(len(num))]
     total = cells_of([Place()], squares.sum(), num.sum(), alpha)
@@ -296,9 +293,7 @@ def _check_correlations(
         pairs = draws.parameters[:, *above_diagonal]
         everything = pairs.sum(axis=1, keepdims=True)
         names = list(map(Place.of_parameter, parameters))
-        places = [
-            Place.of_pair(names[i], names[j]) for i, j in zip(*above_diagonal, strict=True)
-        ]
+        places = [Place.of_pair(names[i], names[j]) for i, j in zip(*above_diagonal, strict=True)]
         yield _correlation(
             draws,
             "parameters",
