@@ -404,7 +404,7 @@ def test_what_the_user_chose_changes_nothing_on_the_probe(argv):
 def test_the_probes_regimes_are_accuracy_clip_and_noise_with_constants_of_their_own():
     accuracy, clip, twin, noisy = on_probe("quick")["flash_fsdp"]
     assert [r.kind for r in (accuracy, clip, twin, noisy)] == [ACCURACY, CLIP, NOISE, NOISE]
-    assert (accuracy.noise_matched, accuracy.optimizer, accuracy.num_iter) == (True, "sgd", 4)
+    assert (accuracy.noise_matched, accuracy.optimizer, accuracy.num_iter) == (True, "sgd", 8)
     assert accuracy.noise_multiplier > 0
     assert accuracy.learning_rate > 0
     # The reference measures the bounds, the weights stay, and nothing is added.

@@ -324,4 +324,4 @@ def test_infinite_draws_are_wrong() -> None:
 
 
 def test_formats_have_the_bits_they_are_said_to_have() -> None:
-    assert FORMATS == {"bfloat16": 8, "float16": np.finfo(np.float16).nmant + 1}
+    assert {"bfloat16": 8, "float16": np.finfo(np.float16).nmant + 1} == FORMATS

@@ -33,8 +33,10 @@ from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import IGNORED, LOSSES
 from dpsgd_track.record.run import ModeRun, Status
+from dpsgd_track.training.clip_bounds import AT_BOUND, bounds_of
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.model import build_model
+from dpsgd_track.training.observe import GatheredSamples
 from dpsgd_track.training.probe import MAX_LENGTH, NUM_TOKENS, D, H, Probe
 from tests.support.planned import plan
 from tests.support.workspace import Workspace
@@ -321,10 +323,13 @@ def test_one_device_has_the_samples_of_all_ranks(
     assert samples("flash") == samples("flash_fsdp")
 
 
-def _run(mode: str, regime_name: str, seed: int = SEED) -> RegimeRun:
+def _run(
+    mode: str, regime_name: str, seed: int = SEED, bounds: tuple[float, ...] = ()
+) -> RegimeRun:
     """A regime of a mode, done by one rank with the samples of all of them."""
     job = replace(_jobs(CPU_RANKS, seed)["flash"], mode=mode)
     regime = next(r for r in job.regimes if r.name == regime_name and not r.replay)
+    regime = replace(regime, max_grad_norms=bounds or regime.max_grad_norms)
     run = RegimeRun(job, regime, CPU)
     for _ in run.steps():
         pass
@@ -337,13 +342,13 @@ def test_clipping_is_put_to_the_test_whatever_the_seed(seed: int) -> None:
     record = _run("reference", PROBE_CLIP, seed).records[0].trajectory()
     run = ModeRun(mode="reference", regime=PROBE_CLIP, status=Status.FINISHED, trajectory=record)
     assert list(judge_coverage(run)) == []
-    half = record.num_steps // 2
-    mixed, all_clipped = record.clip_fraction[:half], record.clip_fraction[half:]
-    assert 0.2 <= np.average(mixed, weights=record.num_samples[:half]) <= 0.8
+    is_mixed = np.isin(record.step, (0, 1, 4, 6))
+    mixed, all_clipped = record.clip_fraction[is_mixed], record.clip_fraction[~is_mixed]
+    assert 0.2 <= np.average(mixed, weights=record.num_samples[is_mixed]) <= 0.8
     # Each of these steps alone has some that are clipped and some that are not.
     assert (mixed > 0).all()
     assert (mixed < 1).all()
-    assert all_clipped.tolist() == [1.0] * half
+    assert all_clipped.tolist() == [1.0] * 4
     # Where all norms were about the same, no wrong norm would change what is clipped.
     norms = record.sample_norm[np.isfinite(record.sample_norm)]
     assert norms.max() > 1.2 * norms.min()
@@ -403,3 +408,57 @@ def test_runs_on_the_probe_say_which_model_and_data_they_had(launched: Workspace
     for run in launched.group("g").runs:
         assert run.job is not None
         assert (run.job.model, run.job.data) == (PROBE_MODEL, PROBE_DATA)
+
+
+# What its clip regime puts to the test.
+
+
+def _samples(norm: list[float], parts: list[list[float]]) -> GatheredSamples:
+    count = len(norm)
+    index, floats = np.arange(count), np.array(norm)
+    return GatheredSamples(
+        index, np.zeros(count, np.int64), floats, floats, floats, np.array(parts), index
+    )
+
+
+def test_bounds_clip_half_all_below_every_parameter_and_half_again() -> None:
+    parts = [[4.0, 0.3, 1e-9], [3.0, 0.2, 1e-9], [5.0, 0.1, 1e-9]]
+    samples = [_samples([norm, norm + 1.1, norm + 2], parts) for norm in (4.0, 4.5, 5, 6, 7, 8)]
+    bounds = bounds_of(samples)
+    assert bounds[0] == pytest.approx(5.35)
+    assert bounds[AT_BOUND] in samples[AT_BOUND].norm
+    # Half the usual share of the second parameter, of the smallest norm; the third is rounding.
+    assert 0.01 * 4 < bounds[2] < 0.5 * 0.2
+    assert bounds[3] == bounds[5] == 2.0
+    assert bounds[4] == pytest.approx(8.1)
+
+
+def test_a_mode_that_tells_no_norms_of_parameters_is_clipped_below_its_samples() -> None:
+    samples = [_samples([2.0, 4.0], [[np.nan], [np.nan]])] * 4
+    assert bounds_of(samples)[2:] == (1.0, 1.0)
+
+
+def test_one_sample_is_exactly_at_the_bound_and_all_parameters_above_another(
+    alone: None,
+) -> None:
+    reference = _run("reference", PROBE_CLIP)
+    calibrated = reference.max_grad_norms
+    record = _run("flash", PROBE_CLIP, bounds=calibrated).records[0].trajectory()
+    norms, bound = record.sample_norm[AT_BOUND], record.max_grad_norm[AT_BOUND]
+    at_bound = np.flatnonzero(norms == bound)
+    assert len(at_bound) == 1
+    assert record.clip_factor[AT_BOUND, at_bound] == 1
+    assert bound == pytest.approx(calibrated[AT_BOUND], rel=1e-6)
+    usual = np.nanmedian(record.sample_norm_by_parameter[2], axis=0)
+    assert (usual[usual > 0] > record.max_grad_norm[2]).all()
+
+
+def test_the_mask_and_the_side_of_the_padding_matter(full_batches: list[Batch]) -> None:
+    model = _probe()
+    batch = next(b for b in full_batches if (b.inputs["attention_mask"] == 0).any())
+    assert (batch.inputs["attention_mask"][:, -1] == 1).all(), "padded on the left"
+    whole = {**batch.inputs, "attention_mask": torch.ones_like(batch.inputs["attention_mask"])}
+    is_padded = (batch.inputs["attention_mask"] == 0).any(dim=1)
+    moved = (model(**batch.inputs) - model(**whole)).abs().amax(dim=(1, 2))
+    assert (moved[is_padded] > 1e-3).all()
+    assert (moved[~is_padded] < 1e-5).all()

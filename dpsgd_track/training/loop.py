@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +33,7 @@ from dpsgd_track.privacy.accounting import (
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.record import names
 from dpsgd_track.training import noise_draws, noise_samples
+from dpsgd_track.training.clip_bounds import AT_BOUND, NUM_MIXED, SAME_BOUND, bounds_of
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.observe import (
     GatheredSamples,
@@ -46,14 +47,6 @@ from dpsgd_track.training.observe import (
 from dpsgd_track.training.prepare import PreparedRun
 from dpsgd_track.training.recorder import Recorder, StepObservation
 
-
-NUM_MIXED, AT_BOUND = 2, 1
-"""Steps of a clip regime in which C first clips about half of the samples; the one of them in which
-it is the norm of a sample."""
-SAME_BOUND = 5e-7
-"""Relative difference of two C that are compared as equal."""
-LEAST_SHARE = 1e-3
-"""Least usual share of a parameter in a sample's norm, for a C below the norm of its gradient."""
 DRAWS = -1
 """Step number of the noise-only steps of the noise regime, which have one batch and one C."""
 
@@ -275,7 +268,7 @@ class RegimeRun(PreparedRun):
             )
 
     def _calibrate(self) -> tuple[float, ...]:
-        """C of each step from this mode's own norms; `_bounds` says which."""
+        """C of each step from this mode's own norms; `bounds_of` says which."""
         if self.regime.kind != CLIP or not is_private(self.job.mode):
             raise ValueError(
                 f"max_grad_norms=(): expected one value a step in regime {self.regime.name}."
@@ -286,7 +279,7 @@ class RegimeRun(PreparedRun):
                 f"batch_size={self.sampler.batch_size}: expected samples in the first steps of "
                 f"regime {CLIP}. Poisson sampling chose none: raise --batch-size."
             )
-        bounds = tuple(_bounds(steps))
+        bounds = bounds_of(steps)
         if not all(bound > 0 and math.isfinite(bound) for bound in bounds):
             raise NotFiniteError(f"clipping bounds became {min(bounds)} to {max(bounds)}")
         return bounds
@@ -311,48 +304,6 @@ class RegimeRun(PreparedRun):
         self.mode.zero_grad()
         local = local_samples(records, rank_batch.indices, rank_batch.digests, self.parameter_names)
         return gather_samples(local, self.device)
-
-
-def _bounds(steps: Sequence[GatheredSamples]) -> Iterator[float]:
-    """C of each step of a clip regime, given its samples.
-
-    | step | C | clipped |
-    |---|---|---|
-    | 0 | median of the norms of steps 0 and 1 | about half |
-    | 1 | the norm of that step's sample next to the median: one sample is exactly at C | about half |
-    | 2 | below the norm of every parameter's gradient, most of which are far below a sample's | all |
-    | 3 | half the smallest norm of any step | all |
-    | 4, 6, ... | the median of the step's own norms | half |
-    | 5, 7, ... | as 3 | all |
-    """
-    every = np.concatenate([samples.norm for samples in steps])
-    median = float(np.median(np.concatenate([samples.norm for samples in steps[:NUM_MIXED]])))
-    below_all = 0.5 * float(np.min(every))
-    for step, samples in enumerate(steps):
-        norms = samples.norm
-        if step == 0:
-            yield median
-        elif step == AT_BOUND:
-            yield float(norms[np.abs(norms - median).argmin()]) if len(norms) else median
-        elif step == NUM_MIXED:
-            yield min(_below_parameters(steps), below_all)
-        elif step % 2 == 0 and len(norms):
-            yield float(np.median(norms))
-        else:
-            yield below_all
-
-
-def _below_parameters(steps: Sequence[GatheredSamples]) -> float:
-    """Half the smallest norm of a parameter's gradient, of a usual sample.
-
-    Gradients that are next to nothing beside the whole are left out: they may be zero but for
-    rounding, as that of an attention layer's key bias.
-    """
-    whole = np.concatenate([samples.norm for samples in steps])
-    parts = np.concatenate([samples.norm_by_parameter for samples in steps])
-    usual = np.median(parts / whole[:, None], axis=0)
-    counted = usual[usual > LEAST_SHARE]
-    return 0.5 * float(counted.min(initial=1.0) * np.min(whole))
 
 
 def _require_finite(step: int, metrics: dict[str, float]) -> None:

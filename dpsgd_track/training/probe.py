@@ -1,10 +1,10 @@
 """The probe: a small model with every feature that a known fault needs to show.
 
 The user's model may hide a fault that another model would show. The probe has a biased linear layer
-over several positions, repeated tokens, a mask that it uses, a padding index, ignored targets, LayerNorm and RMSNorm, a
-head tied to the embedding, a module used twice, two linear layers whose outputs are added,
-an unused parameter, and one with fewer rows than ranks. No two sizes are equal, few have small
-divisors, and most are one above a power of two.
+over several positions, repeated tokens, a padding index, a mask that it uses, ignored targets,
+LayerNorm and RMSNorm, a head tied to the embedding, a module used twice, two linear layers whose
+outputs are added, an unused parameter, and one with fewer rows than ranks. No two sizes are equal,
+few have small divisors, and most are one above a power of two.
 
 Shapes: B samples, T positions, D values of a position, H values inside a block, V tokens.
 """

@@ -83,7 +83,7 @@ def draws_of(
     sizes: Sequence[int] = DRAWN_SIZES,
     significant_bits: int = 24,
 ) -> NoiseDraws:
-    """Sums over noise-only steps; `fault` changes the noise of each, in units of sigma C, [W, P, M]."""
+    """Sums over noise-only steps; `fault` changes the noise of each in units of sigma C."""
     rng = np.random.default_rng(seed)
     total, before = None, None
     for _ in range(num_steps):

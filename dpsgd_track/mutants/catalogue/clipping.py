@@ -330,7 +330,7 @@ def samples_at_bound_lost(original: Original, norm_B: Tensor, bound: float) -> T
     where=("blocks.1.down.bias",),
 )
 def bias_clipped_alone(site: Site) -> None:
-    """A clamp on one parameter's gradient, which is far below C where samples are clipped at all."""
+    """A clamp on one parameter's gradient, which is usually far below C."""
 
     def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
         if name == "blocks.1.down.bias":
