@@ -153,9 +153,9 @@ def test_a_gradient_reaches_the_embedding_at_padding(full_batches: list[Batch]) 
         is_padding = batch.inputs["input_ids"] == model.embedding.padding_idx
         assert (batch.inputs["attention_mask"] == 0).equal(is_padding)
         assert is_padding.any()
-        lengths = _gradient(seen["embedding"].pop()).norm(dim=2)[is_padding]
-        # Not by rounding alone: as long as those of tokens, give or take.
-        assert lengths.min() > 1e-4
+        lengths = _gradient(seen["embedding"].pop()).norm(dim=2) * is_padding
+        # Not by rounding alone: next to a token, as long as those of tokens, give or take.
+        assert lengths.amax(dim=1)[is_padding.any(dim=1)].min() > 1e-4
 
 
 def test_a_biased_linear_layer_sees_several_positions(full_batches: list[Batch]) -> None:
@@ -287,11 +287,14 @@ def test_a_rank_of_the_clip_regime_has_an_empty_micro_batch_beside_full_ones(
     b, K = PROBE_DATA.batch_size, PROBE_MICRO_BATCHES
     # One sample fewer than all; one more than a full micro-batch of each rank; all; one.
     others = num_ranks - 1
+    late = num_ranks * K * b // 10
+    few = [[size] for size in [2] * (late - num_ranks) + [1] * (2 * num_ranks - late)]
     assert sizes == [
         [[b] * K] * others + [[b] * (K - 1) + [b - 1]],
         [[b, 1], *[[b, 0]] * others],
         [[b] * K] * num_ranks,
         [[1], *[[0]] * others],
+        *[few] * 4,
     ]
 
 
@@ -358,14 +361,15 @@ def test_clipping_is_put_to_the_test_whatever_the_seed(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_sample_of_the_accuracy_regime_is_clipped_and_noise_does_not_drown_it(seed: int) -> None:
     record = _run("reference", PROBE_ACCURACY, seed).records[0].trajectory()
-    assert record.num_samples.tolist() == [CPU_RANKS * 3 * PROBE_DATA.batch_size] * 4
+    full = CPU_RANKS * 3 * PROBE_DATA.batch_size
+    assert record.num_samples.tolist() == [full] * 4 + [full // 10] * 4
     assert (record.clip_fraction == 0).all()
     assert np.nanmax(record.sample_norm) < 0.8 * record.max_grad_norm[0]
     num_elements = sum(p.numel() for p in _probe().parameters())
     noise_norm = record.noise_std * np.sqrt(num_elements) / record.expected_batch_size
     # From 0.9 to 3 times as long with these seeds: neither hides what is wrong with the other.
-    assert (noise_norm < 5 * record.grad_norm).all()
-    assert (noise_norm > record.grad_norm / 5).all()
+    assert (noise_norm < 5 * record.grad_norm[:4]).all()
+    assert (noise_norm > record.grad_norm[:4] / 5).all()
 
 
 @pytest.mark.usefixtures("alone")
@@ -407,7 +411,9 @@ def test_sound_modes_pass_on_the_probe_and_a_planted_fault_does_not(launched: Wo
 def test_runs_on_the_probe_say_which_model_and_data_they_had(launched: Workspace) -> None:
     for run in launched.group("g").runs:
         assert run.job is not None
-        assert (run.job.model, run.job.data) == (PROBE_MODEL, PROBE_DATA)
+        padding = "left" if run.regime == PROBE_CLIP else "right"
+        data = replace(PROBE_DATA, padding=padding)
+        assert (run.job.model, run.job.data) == (PROBE_MODEL, data)
 
 
 # What its clip regime puts to the test.

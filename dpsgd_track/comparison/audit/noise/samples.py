@@ -111,24 +111,29 @@ def _resolution(trajectory: Trajectory, held: NDArray[np.bool_]) -> float:
     if not len(updates):
         return FINE
     is_short, lowest = _short(updates)
-    if is_short.mean() <= _COARSE_SHARE:
-        size, count = np.unique(np.abs(updates), return_counts=True)
-        if count.max() <= _COMMON_SHARE * len(updates):
-            return FINE
+    size, count = np.unique(np.abs(updates), return_counts=True)
+    if count.max() > _COMMON_SHARE * len(updates):
         unit = size[count.argmax()]
-        tried = [_short(updates / unit * multiple) for multiple in (1, 3, 5, 7)]
-        is_short, lowest = max(tried, key=lambda each: float(each[0].mean()))
-        if is_short.mean() < 1 - _COARSE_SHARE:
-            return FINE
+        # Numerator and unit are rounded to float32, each.
+        tried = [_short(updates / unit * multiple, slack=2.0**-21) for multiple in (1, 3, 5, 7)]
+        best = max(tried, key=lambda each: float(each[0].mean()))
+        if best[0].mean() >= 1 - _COARSE_SHARE:
+            is_short, lowest = best
+    if is_short.mean() <= _COARSE_SHARE:
+        return FINE
     # Half of all numbers on a grid are odd multiples of its spacing.
     return max(COARSE, float(np.median((np.abs(z) * lowest)[is_short])))
 
 
-def _short(updates: Floats) -> tuple[NDArray[np.bool_], Floats]:
-    """Elements of few bits, and the lowest bit of each as a share of the element."""
+def _short(updates: Floats, slack: float = 2.0**-23) -> tuple[NDArray[np.bool_], Floats]:
+    """Elements of few bits, and the lowest bit of each as a share of the element.
+
+    Args:
+        slack: relative error of an element.
+    """
     mantissas = np.abs(np.frexp(updates)[0]) * 2.0**_COARSE_BITS
     whole = np.rint(mantissas).astype(np.int64)
-    is_short = np.abs(mantissas - whole) <= 2.0 ** (_COARSE_BITS - 23)
+    is_short = np.abs(mantissas - whole) <= slack * 2.0**_COARSE_BITS
     return is_short, (whole & -whole) / whole
 
 
