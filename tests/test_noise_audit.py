@@ -511,6 +511,17 @@ def test_no_noise_is_not_mistaken_for_noise_that_is_rounded_away() -> None:
     assert any("is 0.5" in said for said in sentences(noisy(_scaled(0.5))))
 
 
+@pytest.mark.parametrize("spacing", [1.0, 0.25, 2.0])
+def test_noise_that_is_itself_of_few_values_is_a_bug(spacing: float) -> None:
+    faults: tuple[Fault, ...] = (
+        lambda z, rng: np.sign(z) * spacing,
+        lambda z, rng: np.rint(z / spacing) * spacing,
+    )
+    for fault in faults:
+        run = run_of(noisy(fault))
+        assert {f.verdict for f in judge_noise(run, audit(run))} == {Verdict.BUG}
+
+
 def test_a_shard_of_one_element_may_be_rounded_to_zero() -> None:
     record = noisy(_only(0, 1, 0, 9))
     assert SIZES[9] == 1

@@ -28,6 +28,8 @@ _COARSE_BITS, _COARSE_SHARE = 13, 0.05
 numbers happens to have so few, or 3 % if the sum is a hundred times the noise."""
 _COMMON_SHARE = 0.005
 """Share of the most common value of updates that are multiples of a few spacings."""
+_FINER_SHARE = 0.02
+"""Share of elements that are smaller than the usual spacing, if spacings vary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +123,12 @@ def _resolution(trajectory: Trajectory, held: NDArray[np.bool_]) -> float:
             is_short, lowest = best
     if is_short.mean() <= _COARSE_SHARE:
         return FINE
-    # Half of all numbers on a grid are odd multiples of its spacing.
-    return max(COARSE, float(np.median((np.abs(z) * lowest)[is_short])))
+    size = np.abs(z[is_short])
+    # About half of all numbers on a grid are odd multiples of its spacing.
+    spacing = float(np.quantile(size * lowest[is_short], 0.4))
+    # That of weights and sums varies with their size. If it is one, the noise itself was rounded.
+    varies = (size < 0.75 * spacing).mean() > _FINER_SHARE
+    return max(COARSE, spacing) if varies else COARSE
 
 
 def _short(updates: Floats, slack: float = 2.0**-23) -> tuple[NDArray[np.bool_], Floats]:
