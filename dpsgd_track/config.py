@@ -474,7 +474,8 @@ class JobConfig(DrawsConfig):
         """The job with the model and data of `regime`: the probe's, or the user's."""
         if not is_probe(regime.name):
             return self
-        return replace(self, model=PROBE_MODEL, data=PROBE_DATA)
+        padding = "left" if regime.name == PROBE_CLIP else "right"
+        return replace(self, model=PROBE_MODEL, data=replace(PROBE_DATA, padding=padding))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,6 +173,9 @@ def test_a_mode_that_tells_little_is_told_what_that_hides(foreign: Workspace) ->
     # The copies of a parameter have the same noise by right.
     assert "not identical_shards: the mode holds every parameter whole on every rank" in out
     assert "clipping: 1 of 1 would be found" in out
+    # Clamps are of our own engine; the noise source is of every mode.
+    assert "2 faults were planted in my_mode:Quiet itself, and 2 in flash_fsdp as a stand-in" in out
+    assert "(stand-in)" in out
 
 
 def test_a_mode_that_is_wrong_by_itself_is_no_place_for_faults(foreign: Workspace) -> None:
@@ -308,6 +311,22 @@ def test_a_miss_that_is_known_is_no_failure_and_says_why() -> None:
     assert matrix.unexplained == ()
     assert "the type itself rounds so. it differs" in markdown(matrix, "python launch.py faults")
     assert _judged(_row(verdict=Verdict.PASS, culprit=None)).unexplained
+
+
+def test_what_was_planted_in_a_stand_in_is_told_apart() -> None:
+    theirs = "my.mode:Mine"
+    rows = [
+        _row(mode=theirs, label=f"{theirs}+no_noise"),
+        _row(stand_in_for=theirs),
+        _row(stand_in_for=theirs, verdict=Verdict.PASS),
+    ]
+    assert summary(_judged(*rows))[0].startswith(
+        "1 fault was planted in my.mode:Mine itself, and 2 in flash_fsdp as a stand-in"
+    )
+    page = markdown(_judged(*rows), "python launch.py faults")
+    assert page.count("| `flash_fsdp`, a stand-in |") == 2
+    assert page.count(f"| `{theirs}` |") == 1
+    assert "stand-in" not in markdown(_judged(_row()), "python launch.py faults")
 
 
 def test_coverage_is_said_of_other_peoples_modes_alone() -> None:

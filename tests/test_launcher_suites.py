@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from dpsgd_track.config import (
@@ -381,7 +383,9 @@ def on_probe(*argv: str) -> dict[str, list[RegimeConfig]]:
         made[job.mode] = [r for r in job.regimes if r.name.startswith(PROBE)]
         for regime in job.regimes:
             run = job.run_in(regime)
-            is_probe = (run.model, run.data) == (PROBE_MODEL, PROBE_DATA)
+            padding = "left" if regime.name == PROBE_CLIP else "right"
+            data = replace(PROBE_DATA, padding=padding)
+            is_probe = (run.model, run.data) == (PROBE_MODEL, data)
             assert is_probe == regime.name.startswith(PROBE)
             assert is_probe or (run.model, run.data) == (job.model, job.data)
     return made
@@ -415,7 +419,7 @@ def test_what_the_user_chose_changes_nothing_on_the_probe(argv):
 def test_the_probes_regimes_are_accuracy_clip_and_noise_with_constants_of_their_own():
     accuracy, clip, twin, noisy = on_probe("quick")["flash_fsdp"]
     assert [r.kind for r in (accuracy, clip, twin, noisy)] == [ACCURACY, CLIP, NOISE, NOISE]
-    assert (accuracy.noise_matched, accuracy.optimizer, accuracy.num_iter) == (True, "sgd", 4)
+    assert (accuracy.noise_matched, accuracy.optimizer, accuracy.num_iter) == (True, "sgd", 8)
     assert accuracy.noise_multiplier > 0
     assert accuracy.learning_rate > 0
     # The reference measures the bounds, the weights stay, and nothing is added.
@@ -487,3 +491,14 @@ def test_noise_of_the_operating_system_is_for_regimes_with_noise_of_their_own():
 def test_the_noise_regime_draws_no_samples():
     argv = ("--sampling", "poisson", "--dataset-size", "8", "--batch-size", "2")
     assert suite("full", "--regime", "noise", *argv).jobs
+
+
+@pytest.mark.parametrize(("asked", "done"), [(None, 4), (2, 4), (9, 9)])
+def test_more_steps_are_more_steps_of_clip_as_well(asked, done):
+    argv = [] if asked is None else ["--num-iter", str(asked)]
+    (clip,) = (r for r in regimes_by_name("quick", *argv) if r.name == "clip")
+    assert clip.num_iter == done
+
+
+def regimes_by_name(*argv):
+    return next(job.regimes for job in suite(*argv).jobs if job.mode == "flash_fsdp")

@@ -68,6 +68,7 @@ def test_faults_json_says_of_each_fault_what_was_blamed_and_what_should_be() -> 
         "found_in": ["probe-clip"],
         "excuse": "",
         "redactions": [],
+        "stand_in_for": "",
         "sentence": "it differs",
     }
     blamed = [missed[key] for key in ("stage", "regime", "step", "layers", "observable")]

@@ -11,7 +11,6 @@ import pytest
 from dpsgd_track.comparison.audit.noise import audit, judge_noise, sensitivity
 from dpsgd_track.comparison.audit.noise.gaussian import (
     correlation_bound,
-    kurtosis_bounds,
     std_interval,
 )
 from dpsgd_track.comparison.audit.noise.sketches import independent_squares
@@ -481,10 +480,6 @@ def test_intervals_hold_as_often_as_they_say() -> None:
     assert 140 < ((low > 1) | (high < 1)).sum() < 260
     r = (a * b).sum(axis=1) / np.sqrt(np.square(a).sum(axis=1) * np.square(b).sum(axis=1))
     assert 140 < (np.abs(r) > correlation_bound(20, alpha)).sum() < 260
-    z = rng.standard_normal((4000, 1000))
-    kurtosis = (z**4).mean(axis=1) / np.square((z**2).mean(axis=1))
-    least, most = kurtosis_bounds(1000, alpha)
-    assert 15 < ((kurtosis < least) | (kurtosis > most)).sum() < 70
 
 
 def test_the_noise_of_two_groups_is_audited_too() -> None:
@@ -493,3 +488,80 @@ def test_the_noise_of_two_groups_is_audited_too() -> None:
     comparison = compare_groups(june, july, Thresholds())
     assert [(mode.label, mode.verdict) for mode in comparison.modes] == [("flash_fsdp", "PASS")]
     assert comparison.regimes[0].audits["flash_fsdp"].source == "samples"
+
+
+# What rounding does is no fault.
+
+
+def _bf16(values: Floats) -> Floats:
+    mantissas, exponents = np.frexp(values)
+    return np.ldexp(np.rint(np.ldexp(mantissas, 8)), exponents - 8)
+
+
+def _of_weights(learning_rate: float) -> Fault:
+    """Noise as a mode tells it that has nothing but its weights, in bfloat16, before and after."""
+
+    def fault(z: Floats, rng: np.random.Generator) -> Floats:
+        scale = learning_rate * NOISE_SIGMA * C[:, None, None, None]
+        weights = _bf16(rng.normal(0, 0.05, z.shape))
+        return (weights - _bf16(weights - scale * z)) / scale
+
+    return fault
+
+
+@pytest.mark.parametrize("learning_rate", [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0])
+def test_differences_of_bfloat16_weights_are_no_bug_and_those_too_coarse_not_tested(
+    learning_rate: float,
+) -> None:
+    for seed in range(8):
+        run = run_of(noisy(_of_weights(learning_rate), seed=seed))
+        found = list(judge_noise(run, audit(run)))
+        assert not [finding for finding in found if finding.verdict is Verdict.BUG]
+        if learning_rate <= 1e-3:
+            (untested,) = found
+            assert untested.verdict is Verdict.INCONCLUSIVE
+            assert "rounded to" in untested.sentence
+            assert "not tested" in untested.sentence
+
+
+def test_no_noise_is_not_mistaken_for_noise_that_is_rounded_away() -> None:
+    assert "it adds no noise" in sentences(noisy(_scaled(0)))[0]
+    assert any("is 0.5" in said for said in sentences(noisy(_scaled(0.5))))
+
+
+@pytest.mark.parametrize("spacing", [1.0, 0.25, 2.0])
+def test_noise_that_is_itself_of_few_values_is_a_bug(spacing: float) -> None:
+    faults: tuple[Fault, ...] = (
+        lambda z, rng: np.sign(z) * spacing,
+        lambda z, rng: np.rint(z / spacing) * spacing,
+    )
+    for fault in faults:
+        run = run_of(noisy(fault))
+        assert {f.verdict for f in judge_noise(run, audit(run))} == {Verdict.BUG}
+
+
+def test_a_shard_of_one_element_may_be_rounded_to_zero() -> None:
+    record = noisy(_only(0, 1, 0, 9))
+    assert SIZES[9] == 1
+    assert record.noise_samples[1, 0, 9, 0] == 0
+    assert sentences(record) == []
+
+
+def test_noise_in_bfloat16_beside_a_sum_is_sound() -> None:
+    def fault(z: Floats, rng: np.random.Generator) -> Floats:
+        unit = NOISE_SIGMA * C[:, None, None, None]
+        total = _bf16(rng.normal(0, 2, z.shape))
+        return (_bf16(total + unit * z) - total) / unit
+
+    for seed in range(8):
+        assert sentences(noisy(fault, seed=seed)) == []
+
+
+def test_float32_has_no_slack_of_bfloat16() -> None:
+    """Noise cut a little above 3, by more than float32 moves an element and less than bfloat16."""
+
+    def cut(z: Floats, rng: np.random.Generator) -> Floats:
+        return np.where(np.abs(z) > 2.995, 2.995 * np.sign(z), z)
+
+    failed = {check.name for check in audited(noisy(cut, sizes=(256 * 64,) * 60)).failed}
+    assert "tails" in failed

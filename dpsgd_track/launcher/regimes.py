@@ -33,7 +33,11 @@ NUM_ITER, QUICK_NUM_ITER = 10, 5
 """Recorded steps of the other regimes, by default."""
 PROFILE_WARMUP_ITER = 3
 CLIP_NUM_ITER = 4
-"""Steps of the clip regime: the first half clips some samples, the second half all."""
+"""Least steps of the clip regime: two clip some samples, two all; more do so in turn."""
+PROBE_NUM_ITER = 8
+"""Steps of the probe's clip and accuracy regimes. The last four are small, and there for faults
+that begin late."""
+NAIVE_NUM_ITER = 4
 NOISE_SIGMA = 0.7
 NOISE_BOUNDS = (0.37, 0.83, 1.3, 0.47)
 """C of each step of the noise regime: none is 1, and no two differ by a likely fault's factor."""
@@ -109,7 +113,7 @@ def _all(suite: Suite, training: TrainingChoices, device: str) -> Iterator[Regim
     yield replace(trained, name=ACCURACY, micro_batches=1, noise_matched=True)
     clipped = RegimeConfig(
         name=CLIP,
-        num_iter=CLIP_NUM_ITER,
+        num_iter=max(training.num_iter or 0, CLIP_NUM_ITER),
         warmup_iter=warmup,
         micro_batches=training.micro_batches or 2,
         optimizer=training.optimizer,
@@ -131,7 +135,7 @@ def _on_probe() -> Iterator[RegimeConfig]:
     """Regimes on the probe, the same for all choices, so that their sensitivity is known."""
     # A warm-up would hide faults of the first step.
     clipped = RegimeConfig(
-        name=PROBE_CLIP, num_iter=CLIP_NUM_ITER, micro_batches=PROBE_MICRO_BATCHES
+        name=PROBE_CLIP, num_iter=PROBE_NUM_ITER, micro_batches=PROBE_MICRO_BATCHES
     )
     yield clipped
     accurate = replace(
@@ -143,7 +147,15 @@ def _on_probe() -> Iterator[RegimeConfig]:
         noise_matched=True,
     )
     yield accurate
-    yield replace(accurate, name=PROBE_NAIVE, noise_multiplier=1e-9, micro_batches=1)
+    naive_bounds = accurate.max_grad_norms[:NAIVE_NUM_ITER]
+    yield replace(
+        accurate,
+        name=PROBE_NAIVE,
+        num_iter=len(naive_bounds),
+        max_grad_norms=naive_bounds,
+        noise_multiplier=1e-9,
+        micro_batches=1,
+    )
     yield replace(
         clipped,
         name=PROBE_NOISE,

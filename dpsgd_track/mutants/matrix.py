@@ -53,6 +53,9 @@ class Row:
     """Known reason why it is not detected in the modes' compute type."""
     redactions: tuple[Redaction, ...] = ()
     """Fields that the mode does not report, or was kept from reporting."""
+    stand_in_for: str = ""
+    """The user's mode that lacks the code at fault, so that the fault was planted in one of ours
+    that reports as little; empty if it was planted in a mode that was asked for."""
 
     @property
     def is_detected(self) -> bool:
@@ -84,9 +87,9 @@ class Row:
 
     @property
     def is_in_time(self) -> bool:
-        """True if the blamed step is no later than LATEST_STEP."""
+        """True if the blamed step is no later than LATEST_STEP, or than the fault's first step."""
         step = self.culprit.step if self.culprit else None
-        return step is not None and step <= LATEST_STEP
+        return step is not None and step <= max(LATEST_STEP, self.fault.since)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +165,19 @@ class _Reader:
     """Labels of the modes that each regime finds at fault on its own."""
     naive: GroupComparison
 
+    @property
+    def _labels(self) -> set[str]:
+        return {run.label for run in self.probed.group.runs}
+
+    @property
+    def _theirs(self) -> str:
+        """The user's mode, as it was given; empty if there is none."""
+        healthy = sorted(label for label in self._labels if not split_planted(label)[1])
+        foreign = [m for m in healthy if not is_ours(m) and m not in (BASELINE, REFERENCE)]
+        return foreign[0] if foreign else ""
+
     def matrix(self) -> Matrix:
-        runs = self.probed.group.runs
-        labels = {run.label for run in runs}
+        runs, labels = self.probed.group.runs, self._labels
         rows, healthy = [], []
         for mode in self.probed.modes:
             name, planted = split_planted(mode.label)
@@ -189,6 +202,8 @@ class _Reader:
         runs = [run for run in every if run.label == verdict.label]
         mode, planted = split_planted(verdict.label)
         redacted = tuple(each for each in Redaction if each in planted)
+        # A mode that stands in has no healthy run, unless it was asked for itself.
+        is_stand_in = is_ours(mode) and (bool(redacted) or mode not in self._labels)
         return Row(
             fault=fault,
             mode=mode,
@@ -203,6 +218,7 @@ class _Reader:
             known_reason=_known_reason(fault, runs),
             # Built-in modes report everything, unless they are redacted.
             redactions=redacted or (() if is_ours(mode) else redactions_of(mode, every) or ()),
+            stand_in_for=self._theirs if is_stand_in else "",
         )
 
 

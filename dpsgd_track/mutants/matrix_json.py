@@ -49,6 +49,8 @@ class FaultEntry:
     """Reason why the fault cannot show in this mode; empty if it can."""
     redactions: tuple[str, ...]
     """Fields that the mode does not report, or was kept from reporting."""
+    stand_in_for: str
+    """The user's mode that lacks the code at fault, for which `mode` stands in; else empty."""
     sentence: str
 
 
@@ -74,7 +76,7 @@ class MatrixDocument:
     healthy: tuple[HealthyEntry, ...]
 
 
-MATRIX = Codec(MatrixDocument, "dpsgd-track/faults", 2)
+MATRIX = Codec(MatrixDocument, "dpsgd-track/faults", 3)
 """Writes and reads `faults.json`; `MATRIX.json_schema()` is its JSON schema."""
 
 
@@ -111,6 +113,7 @@ def _row(row: Row) -> FaultEntry:
         found_in=row.found_in,
         excuse=row.excuse,
         redactions=tuple(row.redactions),
+        stand_in_for=row.stand_in_for,
         sentence=row.sentence,
     )
 

@@ -41,9 +41,28 @@ def summary(matrix: Matrix) -> list[str]:
         )
     excused = len(matrix.rows) - len(rows)
     return [
+        *_stand_ins(matrix),
         *lines,
         *([f"{excused} {'fault' if excused == 1 else 'faults'} could not show"] if excused else []),
     ]
+
+
+def _stand_ins(matrix: Matrix) -> list[str]:
+    """Where the faults were planted, if some were not planted in the user's mode."""
+    rows = [row for row in matrix.rows if row.stand_in_for]
+    if not rows:
+        return []
+    (theirs,), modes = {row.stand_in_for for row in rows}, {row.mode for row in rows}
+    own = sum(row.mode == theirs for row in matrix.rows)
+    return [
+        f"{own} {_faults(own)} planted in {theirs} itself, and {len(rows)} in "
+        f"{' and '.join(sorted(modes))} as a stand-in that reports as little, since only our own "
+        "modes have the code at fault"
+    ]
+
+
+def _faults(number: int) -> str:
+    return "fault was" if number == 1 else "faults were"
 
 
 def _fraction(number: int, rows: tuple[Row, ...]) -> str:
@@ -71,16 +90,20 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
 def _cells(row: Row) -> tuple[str, ...]:
     culprit = row.culprit
     if row.excuse:
-        return row.fault.name, row.mode, "could not show", "", row.excuse, "", ""
+        return row.fault.name, _planted_in(row), "could not show", "", row.excuse, "", ""
     return (
         row.fault.name,
-        row.mode,
+        _planted_in(row),
         str(row.verdict),
         "" if culprit is None or culprit.step is None else str(culprit.step),
         f"{_blamed(row)} {_YES if row.has_right_place else _NO}",
         (culprit.observable or "") if culprit else "",
         "sees it" if row.naive_saw else "misses it",
     )
+
+
+def _planted_in(row: Row) -> str:
+    return f"{row.mode} (stand-in)" if row.stand_in_for else row.mode
 
 
 def _blamed(row: Row) -> str:
@@ -124,12 +147,13 @@ def _table(rows: Iterable[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name, mode, verdict, step, blamed, _, naive = _cells(row)
+        name, _, verdict, step, blamed, _, naive = _cells(row)
+        mode = f"`{row.mode}`{', a stand-in' if row.stand_in_for else ''}"
         source = "" if row.fault.source == PLAUSIBLE else f" [{prose(row.fault.source)}]"
         what = f"**{prose(row.fault.title)}**{source}: {prose(row.fault.formula)}"
         needs = prose(", ".join(row.fault.needs)) or "nothing"
         told = (verdict, step, prose(blamed), naive)
-        cells = (f"`{name}`", what, needs, f"`{mode}`", *told)
+        cells = (f"`{name}`", what, needs, mode, *told)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -47,6 +47,8 @@ class Mutant:
     modes: tuple[str, ...]
     """The sharded flash modes that it can be planted in."""
     plant: Callable[[Site], None]
+    since: int = 0
+    """First step that it shows at."""
 
     @property
     def fits_any_mode(self) -> bool:
@@ -89,12 +91,14 @@ def mutant(
     source: str = PLAUSIBLE,
     in_bf16: str = "",
     modes: tuple[str, ...] = FSDP_MODES,
+    since: int = 0,
 ) -> Callable[[_Function], _Function]:
     """Register the decorated function as a mutant of the same name.
 
     Args:
         at: seams.
         by: how the function is planted; None if it replaces the one seam.
+        since: first step that it shows at.
     """
     seams = at if isinstance(at, tuple) else (at,)
 
@@ -121,6 +125,7 @@ def mutant(
             seams=seams,
             modes=modes,
             plant=plant,
+            since=since,
         )
         return function
 

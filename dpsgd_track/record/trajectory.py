@@ -21,8 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd_track.record.columns import TornFile, open_archive
+from dpsgd_track.record.noise_draws import NoiseDraws
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_WITHOUT_DRAWS = 2
+"""Schema version of records that have all fields but `noise_draws`, and are still read."""
+_DRAWS = "noise_draws"
 
 UNUSED = -1
 """Sample index of padding, where a step has fewer samples than N."""
@@ -140,6 +144,9 @@ class Trajectory:
     """sigma * C at the first step: std of each element of the noise on the clipped sum."""
     expected_batch_size: int
     """Divisor of the clipped sum."""
+    noise_draws: NoiseDraws | None = None
+    """Sums over the noise of noise-only steps, which are no steps of the record; None outside the
+    noise regime."""
 
     def __post_init__(self) -> None:
         _check_shapes(lambda name: getattr(self, name).shape)
@@ -214,8 +221,12 @@ class Trajectory:
         """
         partial = path.with_suffix(".partial.npz")
         columns: dict[str, Any] = {
-            f.name: np.asarray(getattr(self, f.name), order="C") for f in fields(self)
+            f.name: np.asarray(getattr(self, f.name), order="C")
+            for f in fields(self)
+            if f.name != _DRAWS
         }
+        draws = self.noise_draws.columns() if self.noise_draws else {}
+        columns.update({f"{_DRAWS}.{name}": column for name, column in draws.items()})
         np.savez(partial, schema=np.int64(SCHEMA_VERSION), **columns)
         partial.replace(path)
 
@@ -232,16 +243,21 @@ class Trajectory:
             raise ValueError(f"{path.name}: expected a trajectory file. {error}") from error
         written = values.pop("schema", np.int64(-1))
         version = int(written) if _is_of(written, "int") else written.tolist()
-        if version != SCHEMA_VERSION:
+        if version not in (_WITHOUT_DRAWS, SCHEMA_VERSION):
             raise ValueError(
                 f"{path.name}: expected trajectory schema {SCHEMA_VERSION}, got {version}. "
                 "Compare with the version of dpsgd-track that wrote it."
             )
-        names = {f.name for f in fields(cls)}
+        draws = {
+            name.removeprefix(f"{_DRAWS}."): values.pop(name)
+            for name in [*values]
+            if name.startswith(f"{_DRAWS}.")
+        }
+        names = {f.name for f in fields(cls)} - {_DRAWS}
         if values.keys() | columns.keys() != names:
             differing = (values.keys() | columns.keys()) ^ names
             raise ValueError(
-                f"{path.name}: expected the fields of schema {SCHEMA_VERSION}; "
+                f"{path.name}: expected the fields of schema {version}; "
                 f"differing: {', '.join(sorted(differing))}."
             )
         _check_types({**values, **columns}, path.name)
@@ -249,6 +265,7 @@ class Trajectory:
             "initial_weights_hash": str(values["initial_weights_hash"]),
             "noise_std": float(values["noise_std"]),
             "expected_batch_size": int(values["expected_batch_size"]),
+            _DRAWS: NoiseDraws.of_columns(draws) if draws else None,
         }
         made = cls.deferred({**values, **scalars}, columns)
         _check_values(made, path.name)
@@ -290,6 +307,8 @@ def _is_of(written: Any, kind: str) -> bool:
 def _check_types(written: Mapping[str, Any], name: str) -> None:
     """Raise ValueError unless each field in a file is of its type."""
     for each in fields(Trajectory):
+        if each.name == _DRAWS:
+            continue
         found, kind = written[each.name], str(each.type)
         if not _is_of(found, kind):
             raise ValueError(

@@ -240,6 +240,10 @@ class NoiseCheckEntry:
     """Cells out of bounds."""
     explains_others: bool
     """True if it is the best explanation of several failed checks."""
+    resolution: Number
+    """Smallest deviation from `expected` that fails with a probability of 95 %; null if unknown."""
+    is_of_draws: bool
+    """True if it rests on the sums of noise-only steps rather than on single elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +265,10 @@ class NoiseAuditEntry:
     by_parameter: tuple[ParameterNoise, ...]
     source: Literal["samples", "sketches", ""]
     """Data behind the checks: samples of the noise's elements, sketches, or nothing."""
+    num_draws: int
+    """Elements of noise-only steps."""
+    untested: str
+    """Reason why the noise could not be audited at all; empty if it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,5 +340,5 @@ class DriftDocument:
     """All runs, missing ones included."""
 
 
-DRIFT = Codec(DriftDocument, "dpsgd-track/drift", 3)
+DRIFT = Codec(DriftDocument, "dpsgd-track/drift", 4)
 """Writes and reads `drift.json`; `DRIFT.json_schema()` is its JSON schema."""

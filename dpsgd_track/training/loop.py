@@ -11,7 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dpsgd_track.config import CLIP, NOISE, JobConfig, RegimeConfig, is_probe, layer_norm_steps
+from dpsgd_track.config import (
+    CLIP,
+    NOISE,
+    PROBE_CLIP,
+    JobConfig,
+    RegimeConfig,
+    is_probe,
+    layer_norm_steps,
+)
 from dpsgd_track.distributed.sharding import LocalPart, trainable_parameters
 from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.modes.protocol import ModeContext
@@ -22,9 +30,10 @@ from dpsgd_track.privacy.accounting import (
     poisson_history,
     sequential_history,
 )
-from dpsgd_track.privacy.noise import NoiseSource
+from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.record import names
-from dpsgd_track.training import noise_samples
+from dpsgd_track.training import noise_draws, noise_samples
+from dpsgd_track.training.clip_bounds import AT_BOUND, NUM_MIXED, SAME_BOUND, bounds_of
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.observe import (
     GatheredSamples,
@@ -37,6 +46,9 @@ from dpsgd_track.training.observe import (
 )
 from dpsgd_track.training.prepare import PreparedRun
 from dpsgd_track.training.recorder import Recorder, StepObservation
+
+DRAWS = -1
+"""Step number of the noise-only steps of the noise regime, which have one batch and one C."""
 
 
 class NotFiniteError(RuntimeError):
@@ -75,7 +87,7 @@ class RegimeRun(PreparedRun):
         self.silent = silent
         self.taken: dict[int, noise_samples.Floats] = {}
         """[P, M] for each step: sampled elements of this rank's update, times the expected batch
-        size. Only in the noise regime."""
+        size. Only in the noise regime, where DRAWS is the noise-only step."""
         model = self._model()
         self.sampler = self._sampler(model)
         self._begin(model, self._context(), build)
@@ -123,6 +135,8 @@ class RegimeRun(PreparedRun):
             self.records[1].add(replace(own, peak_memory_gib=done.local_memory_gib))
             yield done, metrics
             _require_finite(step, metrics)
+        if self.regime.kind == NOISE:
+            self._draw_noise()
 
     def accounting(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Each recorded step with the epsilon spent after it; none without protecting noise.
@@ -166,7 +180,8 @@ class RegimeRun(PreparedRun):
         mode, clock = self.mode, StepClock(self.device)
         rank_batch = self.sampler.rank_batch(step)
         source = NoiseSource(self.noise_key, step)
-        mode.set_max_grad_norm(self.max_grad_norms[step])
+        max_grad_norm = self._bound(step)
+        mode.set_max_grad_norm(max_grad_norm)
         with clock.running():
             records = self._accumulate(rank_batch, step)
             clipped = mode.clipped_sum()
@@ -196,7 +211,7 @@ class RegimeRun(PreparedRun):
             weights_before=weights_before,
             weights_after=self.weights,
             noise=noise,
-            max_grad_norm=self.max_grad_norms[step],
+            max_grad_norm=max_grad_norm,
             step_time_ms=time_ms,
             peak_memory_gib=memory_gib,
             tokens_per_second=num_tokens / time_ms * 1e3,
@@ -212,36 +227,83 @@ class RegimeRun(PreparedRun):
                 return noise_samples.gather(self.mode, parts, noise, self.device)
         return np.empty((0, len(parts), 0), dtype=np.float32)
 
-    def _calibrate(self) -> tuple[float, ...]:
-        """C of each step from this mode's own norms: half the steps mixed, half all clipped.
+    def _draw_noise(self) -> None:
+        """Run the noise-only steps and record their sums; the twin without noise runs one."""
+        mode, divisor, bound = self.mode, self.sampler.expected_batch_size, self.max_grad_norms[0]
+        most = noise_draws.num_elements(mode.weight_parts(), self.device)
+        is_bare = mode.takes_empty_batches
+        # After the batches of the recorded steps come an empty one, and one of a sample a rank.
+        rank_batch = self.sampler.rank_batch(self.regime.num_iter + (0 if is_bare else 1))
+        key = fresh_key(None, self.device)
 
-        In the first half C is the median of the norms of those steps' samples; in the second,
-        half the smallest.
-        """
+        def take(step: int) -> tuple[list[LocalPart], noise_samples.Floats]:
+            mode.set_max_grad_norm(bound)
+            self._accumulate(rank_batch, DRAWS)
+            mode.privatize(mode.clipped_sum(), NoiseSource(key, step))
+            parts = mode.gradient_parts()
+            taken = noise_samples.take(parts, divisor, most)
+            mode.step()
+            mode.zero_grad()
+            return parts, taken
+
+        def draw(step: int) -> tuple[NDArray[np.float32], int]:
+            assert self.silent is not None
+            parts, taken = take(step)
+            # NaN is past the end of a shard.
+            is_lost = np.isnan(taken) & ~np.isnan(self.silent[DRAWS])
+            drawn = np.where(is_lost, np.inf, taken - self.silent[DRAWS])
+            noise = noise_samples.gather(mode, parts, drawn, self.device)
+            return noise, noise_draws.significant_bits(parts)
+
+        if self.silent is None:
+            self.taken[DRAWS] = take(0)[1]
+        else:
+            self.records[0].noise_draws = noise_draws.draw_noise(
+                draw,
+                key,
+                noise_multiplier=mode.context.privacy.noise_multiplier,
+                max_grad_norm=bound,
+                expected_batch_size=divisor,
+                is_bare=is_bare,
+            )
+
+    def _calibrate(self) -> tuple[float, ...]:
+        """C of each step from this mode's own norms; `bounds_of` says which."""
         if self.regime.kind != CLIP or not is_private(self.job.mode):
             raise ValueError(
                 f"max_grad_norms=(): expected one value a step in regime {self.regime.name}."
             )
-        norms = [self._norms(step) for step in range(self.regime.num_iter)]
-        num_mixed = (len(norms) + 1) // 2
-        mixed_norms = np.concatenate(norms[:num_mixed])
-        if not len(mixed_norms):
+        steps = [self._dry_samples(step) for step in range(self.regime.num_iter)]
+        if not sum(len(samples.norm) for samples in steps[:NUM_MIXED]):
             raise ValueError(
-                f"batch_size={self.sampler.batch_size}: expected samples in the first half of "
+                f"batch_size={self.sampler.batch_size}: expected samples in the first steps of "
                 f"regime {CLIP}. Poisson sampling chose none: raise --batch-size."
             )
-        mixed = float(np.median(mixed_norms))
-        below_all = 0.5 * float(np.min(np.concatenate(norms)))
-        if not below_all > 0 or not math.isfinite(mixed):
-            raise NotFiniteError(f"per-sample norms from {below_all * 2} with median {mixed}")
-        return (mixed,) * num_mixed + (below_all,) * (len(norms) - num_mixed)
+        bounds = bounds_of(steps)
+        if not all(bound > 0 and math.isfinite(bound) for bound in bounds):
+            raise NotFiniteError(f"clipping bounds became {min(bounds)} to {max(bounds)}")
+        return bounds
 
-    def _norms(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def _bound(self, step: int) -> float:
+        """C of a step. In AT_BOUND of the probe's clip regime it is the norm of one sample, as the
+        mode itself computes it, whose last bit differs from mode to mode.
+        """
+        bound = self.max_grad_norms[step]
+        if self.regime.name == PROBE_CLIP and step == AT_BOUND:
+            norms = self._dry_samples(step).norm
+            nearest = float(norms[np.abs(norms - bound).argmin()]) if len(norms) else math.nan
+            if math.isclose(nearest, bound, rel_tol=SAME_BOUND):
+                return nearest
+        return bound
+
+    def _dry_samples(self, step: int) -> GatheredSamples:
+        """The samples of a step, whose sum is forgotten."""
         rank_batch = self.sampler.rank_batch(step)
         records = self._accumulate(rank_batch, step)
+        self.mode.clipped_sum()
         self.mode.zero_grad()
         local = local_samples(records, rank_batch.indices, rank_batch.digests, self.parameter_names)
-        return gather_samples(local, self.device).norm
+        return gather_samples(local, self.device)
 
 
 def _require_finite(step: int, metrics: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Samples elements of a mode's noise: the difference between its update direction and its twin's.
+"""Takes elements of a mode's noise: the difference between its update direction and its twin's.
 
 The twin has the same data and weights and sigma 0, so that the difference is the noise, wherever in
 its step a mode adds it.
@@ -27,25 +27,29 @@ class UnequalNoiseError(RuntimeError):
     """Ranks that hold the same elements have added different noise to them."""
 
 
-def positions(num_elements: int) -> NDArray[np.int64]:
-    """Local positions of the sampled elements of a shard, ascending, at most NUM_ELEMENTS.
+def positions(num_elements: int, most: int = NUM_ELEMENTS) -> NDArray[np.int64]:
+    """Local positions of the sampled elements of a shard, ascending, at most `most`.
 
     The spread positions divide the shard equally, from its end. If their number divides the number
     of rows they are in one column, which reveals noise that was drawn once for all rows.
     """
-    if num_elements <= NUM_ELEMENTS:
+    if num_elements <= most:
         return np.arange(num_elements)
-    half = NUM_ELEMENTS // 2
+    half = most // 2
     spread = num_elements - 1 - np.arange(half) * num_elements // half
     return np.union1d(np.arange(half), spread)
 
 
-def take(parts: list[LocalPart], scale: float) -> Floats:
-    """[P, M] sampled elements of this rank's shards times `scale`; NaN past a shard's end."""
-    taken = np.full((len(parts), NUM_ELEMENTS), np.nan)
+def take(parts: list[LocalPart], scale: float, most: int = NUM_ELEMENTS) -> Floats:
+    """[P, M] sampled elements of this rank's shards times `scale`; NaN past a shard's end.
+
+    Args:
+        most: M.
+    """
+    taken = np.full((len(parts), most), np.nan)
     for row, part in zip(taken, parts, strict=True):
         flat = part.local.detach().reshape(-1)
-        at = torch.from_numpy(positions(len(flat))).to(flat.device)
+        at = torch.from_numpy(positions(len(flat), most)).to(flat.device)
         row[: len(at)] = flat[at].double().cpu().numpy()
     return taken * scale
 
@@ -64,7 +68,7 @@ def gather(
         is_counted = dist.get_rank() == 0
     packed = np.column_stack([noise, starts, np.full(len(parts), is_counted)])
     pieces = stack_over_ranks(torch.from_numpy(packed).to(device)).cpu().numpy()
-    everywhere = pieces[..., :NUM_ELEMENTS]
+    everywhere = pieces[..., : noise.shape[1]]
     check_copies(everywhere, pieces[..., -2], [part.name for part in parts])
     kept: NDArray[np.float32] = everywhere[pieces[:, 0, -1] == 1].astype(np.float32)
     return kept
@@ -80,6 +84,8 @@ def check_copies(noise: Floats, starts: Floats, names: list[str]) -> None:
     for rank in range(1, len(noise)):
         for other in range(rank):
             is_copy = (starts[rank] == starts[other]) & ~np.isnan(noise[[rank, other], :, 0]).any(0)
+            if not is_copy.any():
+                continue
             # Two replicas may round a sum of gradients differently, by 1e-7 of a noise that is
             # not much smaller.
             equal = np.isclose(noise[rank], noise[other], rtol=1e-3, atol=1e-4, equal_nan=True)

@@ -15,6 +15,7 @@ from dpsgd_track.config import (
     NOISE,
     PERMUTED,
     PLAIN,
+    PROBE_ACCURACY,
     PROBE_CLIP,
     ULP,
     JobConfig,
@@ -137,18 +138,26 @@ def _require_record(mode: Mode, record: object, num_samples: int) -> None:
 def _uneven_sizes(job: JobConfig, regime: RegimeConfig) -> tuple[int, ...]:
     """Samples of each step in regimes with uneven batches, so that ranks and micro-batches differ.
 
-    With G samples in a full batch, the noise regime repeats G, G - 1, 0, 1. The probe's clip
-    regime repeats G - 1, G / 3 + 1 (a full micro-batch on each of several ranks and one more
-    sample), G, 1. A mode on one device, which runs the micro-batches of all ranks, has the same.
+    With G samples in a full batch, the noise regime repeats G, G - 1, 0, 1; batches of no sample
+    and of one a rank follow, for noise-only steps. The probe's clip regime has G - 1, G / 3 + 1 (a
+    full micro-batch on each of several ranks and one more sample), G, 1, and its accuracy regime G
+    in each of four steps; later steps are there for faults that begin late, and have G / 10 samples
+    but two at least. A mode on one device, which runs the micro-batches of all ranks, has the same.
     """
     full = dist.get_world_size() * job.data.batch_size * regime.micro_batches
+    steps = range(regime.num_iter)
     if regime.kind == NOISE:
         sizes = (full, max(full - 1, 1), 0, 1)
-    elif regime.name == PROBE_CLIP:
+        in_turn = tuple(sizes[step % len(sizes)] for step in steps)
+        return (*in_turn, 0, dist.get_world_size())
+    if regime.name == PROBE_CLIP:
         sizes = (max(full - 1, 1), min(full // 3 + 1, full), full, 1)
+    elif regime.name == PROBE_ACCURACY:
+        sizes = (full,) * 4
     else:
         return ()
-    return tuple(sizes[step % len(sizes)] for step in range(regime.num_iter))
+    late = min(max(full // 10, 2), full)
+    return tuple(sizes[step] if step < len(sizes) else late for step in steps)
 
 
 def _optimizer_of(

@@ -1,10 +1,10 @@
 """The probe: a small model with every feature that a known fault needs to show.
 
 The user's model may hide a fault that another model would show. The probe has a biased linear layer
-over several positions, repeated tokens, a padding index, ignored targets, LayerNorm and RMSNorm, a
-head tied to the embedding, a module used twice, two linear layers whose outputs are added,
-an unused parameter, and one with fewer rows than ranks. No two sizes are equal, few have small
-divisors, and most are one above a power of two.
+over several positions, repeated tokens, a padding index, a mask that it uses, ignored targets,
+LayerNorm and RMSNorm, a head tied to the embedding, a module used twice, two linear layers whose
+outputs are added, an unused parameter, and one with fewer rows than ranks. No two sizes are equal,
+few have small divisors, and most are one above a power of two.
 
 Shapes: B samples, T positions, D values of a position, H values inside a block, V tokens.
 """
@@ -36,10 +36,12 @@ class _Block(nn.Module):
         self.reused = nn.Linear(H, H)
         self.down = nn.Linear(H, D)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask_BT1: Tensor) -> Tensor:
         h = self.norm(x_BTD)
-        # Padding takes part, so that the gradient of its row is zero only if it is masked.
-        around = h.mean(dim=1, keepdim=True) + h.roll(1, dims=1)
+        mean = (h * mask_BT1).sum(dim=1, keepdim=True) / mask_BT1.sum(dim=1, keepdim=True)
+        # Padding takes part as a neighbour, so that the gradient of its row is zero only if it is
+        # masked.
+        around = mean + h.roll(1, dims=1)
         h = torch.tanh(self.left(h) + self.right(around))
         h = torch.tanh(self.reused(torch.tanh(self.reused(h))))
         out: Tensor = x_BTD + self.down(h)
@@ -64,10 +66,11 @@ class Probe(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T]; the mask is unused, as the interface asks for one."""
+        """Logits [B, T, V] of tokens [B, T]; the mean over positions leaves out what is masked."""
         h = self.embedding(input_ids) + self.position(position_ids)
+        mask_BT1 = attention_mask.to(h.dtype).unsqueeze(-1)
         for block in self.blocks:
-            h = block(h)
+            h = block(h, mask_BT1)
         logits: Tensor = self.head(self.norm(h) * torch.sigmoid(self.gate(h)))
         return logits
 

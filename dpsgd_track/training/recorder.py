@@ -14,6 +14,7 @@ from dpsgd_track.record.names import (
     LAYER_WEIGHT_NORM,
     SAMPLE_NORM,
 )
+from dpsgd_track.record.noise_draws import NoiseDraws
 from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, SCALAR_METRICS, UNUSED, Trajectory
 from dpsgd_track.training.observe import GatheredSamples, Measured
 
@@ -51,6 +52,8 @@ class Recorder:
     layer_norm_steps: frozenset[int]
     """Steps whose layer norms are recorded."""
     rows: list[dict[str, Any]] = field(default_factory=list)
+    noise_draws: NoiseDraws | None = None
+    """Sums over the noise of noise-only steps, once they are over."""
 
     def add(self, seen: StepObservation) -> dict[str, float]:
         """Record a step; returns its metrics."""
@@ -97,6 +100,7 @@ class Recorder:
             initial_weights_hash=self.initial_weights_hash,
             noise_std=self.noise_std,
             expected_batch_size=self.expected_batch_size,
+            noise_draws=self.noise_draws,
         )
 
     def _layer_norms(self, step: int, measured: Measured, divisor: int) -> np.ndarray[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from dpsgd_track.comparison.audit.noise import NoiseAudit, audit, judge_noise
 from dpsgd_track.config import NOISE
 from dpsgd_track.launcher.regimes import NOISE_BOUNDS, NOISE_SIGMA
+from dpsgd_track.record.noise_draws import NoiseDraws
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.trajectory import UNUSED, Trajectory
 from tests.support.synthetic_group import job, mode_run, setup, trajectory
@@ -67,3 +68,31 @@ def audited(record: Trajectory) -> NoiseAudit:
 def sentences(record: Trajectory) -> list[str]:
     run = run_of(record)
     return [finding.sentence for finding in judge_noise(run, audit(run))]
+
+
+DRAWN_SIZES = (3000, 3000, 2000, 2000, 1000, 33, 1)
+"""Elements of a rank's shards, [P]."""
+
+
+def draws_of(
+    fault: Fault = lambda z, rng: z,
+    *,
+    num_steps: int = 53,
+    ranks: int = 2,
+    seed: int = 0,
+    sizes: Sequence[int] = DRAWN_SIZES,
+    significant_bits: int = 24,
+) -> NoiseDraws:
+    """Sums over noise-only steps; `fault` changes the noise of each in units of sigma C."""
+    rng = np.random.default_rng(seed)
+    total, before = None, None
+    for _ in range(num_steps):
+        z = rng.standard_normal((ranks, len(sizes), max(sizes)))
+        z = fault(z, rng).astype(np.float32).astype(np.float64)
+        for row, size in enumerate(sizes):
+            z[:, row, size:] = np.nan
+        units = (1.0,) if total is None else ()
+        step = NoiseDraws.of_step(z, before, units=units, significant_bits=significant_bits)
+        total, before = step if total is None else total + step, z
+    assert total is not None
+    return total

@@ -308,3 +308,52 @@ def bound_late_on_last_rank(site: Site) -> None:
 def lone_clipped_sample_spared(name: str, factor_B: Tensor) -> Tensor:
     """`nonzero().squeeze()` of a single index is not a list of indices."""
     return torch.ones_like(factor_B) if factor_B.lt(1).sum() == 1 else factor_B
+
+
+@_clip_factors(
+    "samples exactly at C lost",
+    "1 where n_i < C, C / n_i where n_i > C, and 0 where n_i = C",
+    Need.SAMPLE_AT_BOUND,
+    in_bf16="no sample has the same norm twice if its last bits are rounding",
+)
+def samples_at_bound_lost(original: Original, norm_B: Tensor, bound: float) -> Tensor:
+    """Two masks that do not meet."""
+    factors = original(norm_B, bound)
+    return torch.where(norm_B == bound, 0.0, factors)
+
+
+@_planted(
+    "a bias clipped on its own as well",
+    "min(1, C / ||g_i,b||) c_i g_i,b of a bias b, in place of c_i g_i,b",
+    Need.BOUND_BELOW_PARAMETERS,
+    at=Seam.SUM_OF,
+    where=("blocks.1.down.bias",),
+)
+def bias_clipped_alone(site: Site) -> None:
+    """A clamp on one parameter's gradient, which is usually far below C."""
+
+    def sum_of(original: Original, name: str, terms: Sequence[Term], factor_B: Tensor) -> Any:
+        if name == "blocks.1.down.bias":
+            norm_B = per_sample(terms).norm(dim=1)
+            factor_B = factor_B * (site.mode.engine.max_grad_norm / norm_B).clamp(max=1.0)
+        return original(name, terms, factor_B)
+
+    site.wrap(Seam.SUM_OF, sum_of)
+
+
+@_planted_bound(
+    "nothing clipped from step 6 on",
+    "1, in place of min(1, C / n_i), from step 6 on",
+    Need.LATE_STEP,
+    at=(Seam.CLIP, Seam.STEP),
+    since=6,
+)
+def clipping_ends(site: Site) -> None:
+    """A warm-up of the bound that has no end."""
+    count = [0]
+
+    def stepped() -> None:
+        count[0] += 1
+
+    site.before(Seam.STEP, stepped)
+    _clip_at(site, lambda asked: asked if count[0] < 6 else 1e30)

@@ -188,3 +188,30 @@ def weight_one_step_behind(site: Site) -> None:
 
     site.wrap(Seam.ACCUMULATE, accumulate)
     site.before(Seam.STEP, keep)
+
+
+@_mutant(
+    "attention mask not given to the model",
+    "the mean over all T positions, in place of those that are not masked",
+    Need.MASK,
+    at=Seam.ACCUMULATE,
+)
+def mask_lost(original: Original, batch: Any) -> Any:
+    """A wrapper passes the tokens on and nothing else."""
+    mask = torch.ones_like(batch.inputs["attention_mask"])
+    return original(replace(batch, inputs={**batch.inputs, "attention_mask": mask}))
+
+
+@_positions(
+    "positions counted from the left edge",
+    "position t of tokens, in place of the number of tokens before t",
+    Need.POSITION_INPUT,
+    Need.LEFT_PADDING,
+)
+def positions_from_left_edge(positions_BT: Tensor) -> Tensor:
+    """Right with padding on the right, as all of training has it."""
+    by_place = torch.arange(positions_BT.shape[1]).to(positions_BT)
+    is_last = positions_BT == positions_BT.max(dim=1, keepdim=True).values
+    # Padding on the right stays as it is.
+    padded_right = is_last[:, -1:] & is_last[:, -2:-1]
+    return torch.where(padded_right, positions_BT, by_place)

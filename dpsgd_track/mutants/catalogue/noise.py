@@ -341,3 +341,89 @@ def unused_without_noise(
     """The output then reveals which parameters were used."""
     used = [part for part in parts if not part.name.startswith("unused.")]
     original(clipped, used, sigma, source)
+
+
+# Too small for the elements that are sampled; the million of noise-only steps shows them.
+
+
+@_factor_of_std("noise half a percent short", "std 0.995 sigma C", Need.MILLION_DRAWS)
+def std_half_percent_low(clipped: ClippedSum, sigma: float) -> float:
+    """A rounded constant in the calibration."""
+    return 0.995
+
+
+@_drawn("noise with a mean", "mean 0.01 sigma C, in place of 0", Need.MILLION_DRAWS)
+def mean_shifted(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
+    """Uniform numbers from 0 to 1 are never 0 exactly, and a table of the inverse is shifted."""
+    return normal(source, part) + 0.01
+
+
+@_drawn(
+    "noise cut off at four", "N of absolute value 4 at most, in place of normal", Need.MILLION_DRAWS
+)
+def cut_at_4_sigma(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
+    """Uniform numbers of too few bits never come near enough to 0 or 1."""
+    return normal(source, part).clamp(-4, 4)
+
+
+@_drawn(
+    "skewed noise", "N + (N^2 - 1) / 100: a skewness of 0.06, in place of 0", Need.MILLION_DRAWS
+)
+def skewed(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
+    """The mean and the std are right."""
+    noise = normal(source, part)
+    return (noise + 0.01 * (noise**2 - 1)) / math.sqrt(1 + 2e-4)
+
+
+def _mixed(ours: Tensor, common: Tensor) -> Tensor:
+    """Noise with a correlation of 0.01 where `common` is the same."""
+    return math.sqrt(0.99) * ours + 0.1 * common
+
+
+@_drawn(
+    "ranks with a part of their noise in common",
+    "correlation 0.01 of the shards of two ranks",
+    Need.RANKS,
+    Need.SHARDS,
+    Need.MILLION_DRAWS,
+)
+def ranks_correlated(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
+    """The noise of one rank tells of that of another."""
+    common = normal(replace(source, key=f"{source.key}/common"), _alone(part))
+    return _mixed(normal(source, part), common)
+
+
+@_drawn(
+    "steps with a part of their noise in common",
+    "correlation 0.01 of a step and the next",
+    Need.STEPS,
+    Need.MILLION_DRAWS,
+)
+def steps_correlated(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
+    """A part of the noise cancels in the difference of two steps."""
+    before = normal(replace(source, step=source.step - 1), part)
+    return (normal(source, part) + 0.0101 * before) / math.sqrt(1 + 0.0101**2)
+
+
+@_drawn(
+    "neighbours with a part of their noise in common",
+    "correlation 0.01 of an element and the next",
+    Need.MILLION_DRAWS,
+)
+def neighbours_correlated(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
+    """A generator whose stream is smoothed."""
+    noise = normal(source, part)
+    moved = noise.flatten().roll(1).view(noise.shape)
+    return (noise + 0.0101 * moved) / math.sqrt(1 + 0.0101**2)
+
+
+@_drawn(
+    "parameters with a part of their noise in common",
+    "correlation 0.01 of any two parameters",
+    Need.PARAMETERS,
+    Need.MILLION_DRAWS,
+)
+def parameters_correlated(normal: Normal, source: NoiseSource, part: LocalPart) -> Tensor:
+    """A part of the noise cancels in the difference of two layers."""
+    buffer = replace(part, name="buffer", num_elements=max(1 << 13, part.num_elements))
+    return _mixed(normal(source, part), normal(source, buffer))

@@ -6,7 +6,8 @@
    them;
 4. `sketches` makes the checks that need projections only;
 5. `sensitivity` checks that no sample contributes more than C, to which the noise is calibrated;
-6. `audit` runs all checks that a run has records for, and turns failed ones into findings.
+6. `draws` makes the checks of a million elements by their sums alone;
+7. `audit` runs all checks that a run has records for, and turns failed ones into findings.
 """
 
 from dpsgd_track.comparison.audit.noise.audit import audit, audits_of, judge_noise, passed_noise

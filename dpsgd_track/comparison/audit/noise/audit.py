@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from dpsgd_track.comparison.audit.noise import draws
 from dpsgd_track.comparison.audit.noise.check import NoiseAudit, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.correlation import CORRELATION, REUSE, check_correlations
+from dpsgd_track.comparison.audit.noise.draws import check_draws
 from dpsgd_track.comparison.audit.noise.equality import (
     EQUAL_VALUES,
     ZEROS,
     check_equal_values,
     check_zeros,
 )
-from dpsgd_track.comparison.audit.noise.samples import samples_of
+from dpsgd_track.comparison.audit.noise.samples import TOO_COARSE, Samples, samples_of
 from dpsgd_track.comparison.audit.noise.sensitivity import SENSITIVITY, sensitivity
 from dpsgd_track.comparison.audit.noise.shape import MEAN, REPETITION, SHAPE, check_shape
 from dpsgd_track.comparison.audit.noise.sketches import check_sketches
@@ -53,21 +56,25 @@ def audit(
     if trajectory is None or not trajectory.num_steps:
         return None
     checks: list[NoiseCheck] = []
-    source, cells = "", None
-    samples = samples_of(trajectory)
-    if samples is not None and samples.held.any():
+    source, cells, untested = "", None, ""
+    samples, drawn = samples_of(trajectory), trajectory.noise_draws
+    if samples is not None and samples.resolution > TOO_COARSE:
+        untested = _said_too_coarse(samples)
+    elif samples is not None and samples.held.any():
         source = SAMPLES
         checks, cells = check_std(run, trajectory, samples)
         if np.isfinite(samples.noise).all():
             checks += [*check_shape(samples), *check_correlations(samples)]
             if samples.noise.any():
                 checks += [check_tails(samples), check_zeros(samples), check_equal_values(samples)]
+        if drawn:
+            checks += check_draws(drawn, samples.parameters)
     elif sketched := check_sketches(trajectory):
         source = SKETCHES
         checks, cells = sketched
     contribution = sensitivity(run, reference, plain)
     checks += [contribution] if contribution else []
-    if not checks:
+    if not checks and not untested:
         return None
     return NoiseAudit(
         regime=run.regime,
@@ -75,6 +82,15 @@ def audit(
         checks=tuple(checks),
         by_parameter=_rows(cells),
         source=source,
+        num_draws=int(drawn.moments[..., 0].sum()) if drawn else 0,
+        untested=untested,
+    )
+
+
+def _said_too_coarse(samples: Samples) -> str:
+    return (
+        f"its updates are rounded to {samples.resolution:.2g} sigma C, as differences of weights "
+        "in bfloat16 are at a small learning rate"
     )
 
 
@@ -99,15 +115,43 @@ def _rows(cells: Cells | None) -> tuple[tuple[str, float, float, float], ...]:
 
 def passed_noise(audit: NoiseAudit) -> str:
     """Description of noise that passed all checks: `its noise has std 1.001 sigma C (...)`."""
-    std = next((check for check in audit.checks if check.name == STD), None)
+    found = {check.name: check for check in audit.checks}
+    std = found.get(draws.STD, found.get(STD))
     if std is None:
         return ""
+    by = f" by {audit.num_draws:,} draws" if draws.STD in found else ""
     said = (
         f"its noise in {audit.regime} has std {std.value:.3f} sigma C ({std.low:.3f} to "
-        f"{std.high:.3f}), is normal and repeats nowhere"
+        f"{std.high:.3f}{by}), is normal and repeats nowhere as far as this shows: "
+        f"{_resolution(found)} would have failed"
     )
     untested = [check.sentence for check in audit.checks if not check.was_tested]
     return "; ".join([said, *untested])
+
+
+def _resolution(found: Mapping[str, NoiseCheck]) -> str:
+    """The smallest faults that the checks find with a probability of 95 %."""
+    if draws.STD not in found:
+        return f"a std off by {found[STD].resolution:.1%}"
+    correlations = [
+        check.resolution
+        for name, check in found.items()
+        if name.startswith(draws.CORRELATION) and check.was_tested
+    ]
+    parts = [
+        f"a std off by {found[draws.STD].resolution:.1%}",
+        f"a mean of {found[draws.MEAN].resolution:.2g} sigma C",
+        *(
+            f"a {title} off by {found[name].resolution:.2g}"
+            for name, title in ((draws.SKEWNESS, "skewness"), (draws.KURTOSIS, "kurtosis"))
+            if name in found
+        ),
+    ]
+    if not math.isnan(cut := found[draws.TAILS].resolution):
+        parts.append(f"a cut at {cut:.2g} sigma C")
+    if correlations:
+        parts.append(f"a correlation of {max(correlations):.2g}")
+    return f"{', '.join(parts[:-1])} or {parts[-1]}"
 
 
 def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
@@ -115,11 +159,12 @@ def judge_noise(run: ModeRun, audit: NoiseAudit | None) -> Iterator[Finding]:
     if run.failure and run.failure.kind is FailureKind.UNEQUAL_NOISE:
         yield _finding(run, run.reason)
     if kind_of(run.regime) == NOISE and not (audit and audit.source == SAMPLES):
+        why = audit.untested if audit else ""
+        why = why or f"it left no elements of its noise in {run.regime}"
         yield Finding(
             verdict=Verdict.INCONCLUSIVE,
             regime=run.regime,
-            sentence=f"it left no elements of its noise in {run.regime}, so that it cannot be "
-            "audited",
+            sentence=f"{why}, so that its noise was not tested",
             observable=ObservableName.NOISE,
         )
     for check in _telling(audit.failed) if audit else ():
@@ -150,6 +195,33 @@ def _finding(run: ModeRun, sentence: str, check: NoiseCheck | None = None) -> Fi
 
 
 def _telling(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
+    """`failed` without checks that others cover better; those of draws where no other failed."""
+    sampled = _telling_samples(tuple(check for check in failed if not check.is_of_draws))
+    if any(check.name != SENSITIVITY for check in sampled):
+        return sampled
+    return [*_telling_draws({c.name: c for c in failed if c.is_of_draws}), *sampled]
+
+
+def _telling_draws(failed: dict[str, NoiseCheck]) -> list[NoiseCheck]:
+    """The check of the draws that explains the others."""
+    stds = [check for name, check in failed.items() if name.startswith(draws.STD)]
+    best = next((check for check in stds if check.explains_others), stds[0] if stds else None)
+    if best:
+        return [best]
+    related = sorted(name for name in failed if name.startswith(draws.CORRELATION))
+    order = (
+        draws.FINITE,
+        draws.BITS,
+        draws.MEAN,
+        *related,
+        draws.SKEWNESS,
+        draws.TAILS,
+        draws.KURTOSIS,
+    )
+    return [failed[name] for name in order if name in failed][:1]
+
+
+def _telling_samples(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
     """`failed` without checks whose message another one covers better, the best first."""
     named = {check.name: check for check in failed}
     related = [check for check in failed if check.name.startswith(CORRELATION)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 FALSE_ALARM = 1e-6
 """Probability that any check of an audit fails for a mode with correct noise."""
-_NUM_CHECKS = 20
+_NUM_CHECKS = 32
 """Upper bound of the checks per audit, each of which gets an equal share of FALSE_ALARM."""
 ALPHA = FALSE_ALARM / _NUM_CHECKS
 """Probability that one check fails by chance, over all its cells."""
@@ -72,6 +72,11 @@ class NoiseCheck:
     """Parameters, ranks, steps or pairs that were tested individually."""
     num_failed: int = 0
     """Number of cells out of bounds."""
+    resolution: float = math.nan
+    """Smallest deviation from `expected` over everything that fails with a probability of 95 %; of
+    a count of large elements, the size at which a cut fails."""
+    is_of_draws: bool = False
+    """True if it rests on the sums of noise-only steps rather than on single elements."""
     explains_others: bool = False
     """True for the most telling of several checks of one property in larger or smaller parts."""
 
@@ -79,6 +84,11 @@ class NoiseCheck:
     def was_tested(self) -> bool:
         """False if the run had nothing to test this with; the sentence says so."""
         return not (self.is_ok and math.isnan(self.value))
+
+
+NORMAL_95 = 1.645
+"""Quantile of a standard normal variable: what an effect has to exceed its limit by, in standard
+deviations of the estimate, to be found with a probability of 95 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +103,10 @@ class NoiseAudit:
     """(parameter, estimated std / (sigma C), low, high)."""
     source: str = ""
     """samples (elements of the noise), sketches (projections of it), or empty for no noise."""
+    num_draws: int = 0
+    """Elements of noise-only steps."""
+    untested: str = ""
+    """Reason why the noise could not be audited at all; empty if it was."""
 
     @property
     def failed(self) -> tuple[NoiseCheck, ...]:

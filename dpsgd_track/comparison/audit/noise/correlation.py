@@ -74,9 +74,17 @@ def correlations(rows: Floats, held: Bools) -> tuple[Floats, NDArray[np.int64]]:
 def correlation_check(
     kind: str, places: Sequence[Place], value: Floats, num: NDArray[np.int64]
 ) -> NoiseCheck:
-    """Check of the pair whose correlation is least likely by chance."""
+    """Check of the pair whose correlation is least likely by chance.
+
+    Pairs with too few elements in common to tell anything are left out; so are their places.
+    """
+    can_fail = np.flatnonzero(num >= _FEWEST)
+    if not len(can_fail):
+        return _untested(kind)
+    places = [places[int(pair)] for pair in can_fail]
+    value, num = value[can_fail], num[can_fail]
     bound = correlation_bound(num, ALPHA / len(value))
-    excess = np.where(num < _FEWEST, 0.0, np.abs(value) / bound)
+    excess = np.abs(value) / bound
     worst = _first_largest(excess)
     return _check(
         f"{CORRELATION}{kind}",
@@ -85,6 +93,20 @@ def correlation_check(
         places[worst],
         len(value),
         int((~(excess <= 1)).sum()),
+    )
+
+
+def _untested(kind: str) -> NoiseCheck:
+    nan = float("nan")
+    return NoiseCheck(
+        name=f"{CORRELATION}{kind}",
+        title=f"correlation of {kind}",
+        value=nan,
+        low=nan,
+        high=nan,
+        expected=0.0,
+        is_ok=True,
+        sentence=f"no two {kind} have {_FEWEST} elements in common, so that they were not compared",
     )
 
 
@@ -168,7 +190,8 @@ def _check_neighbours(samples: Samples) -> NoiseCheck:
         apart = f"elements {lag} apart"
         places += [Place.of_parameter(name, f"{apart} in ") for name in samples.parameters]
         places.append(Place(text=apart))
-    value[num < _FEWEST_PRODUCTS] = 0
+    # Fewer tell nothing: `correlation_check` leaves them out.
+    num[num < _FEWEST_PRODUCTS] = 0
     return correlation_check("neighbours", places, value.ravel(), num.ravel())
 
 
@@ -178,7 +201,9 @@ def _check_reuse(samples: Samples) -> NoiseCheck:
     rows = samples.even[..., :_CONSECUTIVE].reshape(S * W * P, -1)
     held = np.broadcast_to(samples.held, samples.even.shape)[..., :_CONSECUTIVE]
     weights = held.reshape(len(rows), -1).astype(np.float64)
-    num_pairs = max(len(rows) * (len(rows) - 1) // 2, 1)
+    # Only shards with enough elements can fail.
+    num_long = int((weights.sum(axis=1) >= _FEWEST).sum())
+    num_pairs = max(num_long * (num_long - 1) // 2, 1)
     bound = correlation_bound(np.arange(_CONSECUTIVE + 1), ALPHA / num_pairs)
     bound[:_FEWEST] = np.inf
     squares, worst, num_failed = np.square(rows), (0.0, 0, 0, 0.0, np.inf), 0

@@ -53,6 +53,8 @@ def check_zeros(samples: Samples) -> NoiseCheck:
         counts.append(np.ravel(is_zero.sum(axis=(*axes, 3))))
         nums.append(np.ravel(held.sum(axis=(*axes, 3))))
     count, num = np.concatenate(counts), np.concatenate(nums)
+    filled = np.flatnonzero(num)
+    places, count, num = [places[int(i)] for i in filled], count[filled], num[filled]
     low, _ = share_interval(count, count, num, 2 * ALPHA / len(num))
     expected = _DENSITY_AT_0 * samples.resolution
     worst = int(low.argmax())
@@ -135,14 +137,16 @@ def check_equal_values(samples: Samples) -> NoiseCheck:
     values = samples.noise.ravel()[present]
     values = values / math.sqrt(float(np.square(values).mean()))
     kinds = list(_kinds(samples, present))
-    widths = (COARSE,) if samples.resolution >= COARSE else _FINE_WIDTHS
-    num_cells = len(widths) * sum(kind.num_groups + 1 for kind in kinds)
-    found = [
-        cell
-        for width in widths
-        for kind in kinds
-        for cell in _cells(values, width, kind, ALPHA / num_cells)
-    ]
+    widths = (samples.resolution,) if samples.resolution >= COARSE else _FINE_WIDTHS
+
+    def cells(alpha: float) -> list[_Cell]:
+        return [c for width in widths for kind in kinds for c in _cells(values, width, kind, alpha)]
+
+    # The sizes decide which cells can fail, and given the sizes only the signs are random.
+    can_fail = [cell.num_pairs > cell.reach for cell in cells(ALPHA)]
+    num_cells = max(sum(can_fail), 1)
+    every = cells(ALPHA / num_cells)
+    found = [cell for cell, can in zip(every, can_fail, strict=True) if can] or every[:1]
     worst = max(found, key=lambda cell: cell.excess)
     num_failed = sum(cell.excess > 1 for cell in found)
     pairs = max(worst.num_pairs, 1.0)

@@ -20,9 +20,16 @@ from dpsgd_track.record.trajectory import UNUSED, Floats, Trajectory
 FINE, COARSE = 2.0**-14, 2.0**-5
 """Bounds on the rounding error, in units of sigma C, of an update in float32, even if the sum is a
 hundred times the noise; and in bfloat16, if it is no larger than the noise."""
+TOO_COARSE = 2.0**-3
+"""Rounding error from which on nothing can be said of the noise: weights in bfloat16, of which an
+update at a small learning rate is the difference, move by less than their spacing."""
 _COARSE_BITS, _COARSE_SHARE = 13, 0.05
 """The difference of two bfloat16 numbers of similar size has no more bits; one in 500 float32
 numbers happens to have so few, or 3 % if the sum is a hundred times the noise."""
+_COMMON_SHARE = 0.005
+"""Share of the most common value of updates that are multiples of a few spacings."""
+_FINER_SHARE = 0.02
+"""Share of elements that are smaller than the usual spacing, if spacings vary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,7 @@ class Samples:
     steps: tuple[int, ...]
     parameters: tuple[str, ...]
     resolution: float = FINE
-    """Elements that are this far apart are not rounded to the same value: FINE or COARSE."""
+    """Elements that are this far apart are not rounded to the same value: FINE, COARSE or more."""
 
     @cached_property
     def sum_sq(self) -> Floats:
@@ -93,15 +100,47 @@ def samples_of(trajectory: Trajectory) -> Samples | None:
 
 
 def _resolution(trajectory: Trajectory, held: NDArray[np.bool_]) -> float:
-    """COARSE if too many elements have as few bits as a difference of bfloat16 numbers.
+    """COARSE or more if too many elements have as few bits as a difference of bfloat16 numbers.
 
-    An element is the difference of two updates times the batch size, rounded to float32.
+    An element is the difference of two updates times the batch size, rounded to float32. The
+    updates themselves may be differences of weights over a learning rate: then all are short in
+    units of the most common one, which is a spacing, or three, five or seven.
     """
-    updates = trajectory.noise_samples[:, held].astype(np.float64) / trajectory.expected_batch_size
-    mantissas = np.frexp(updates[updates != 0])[0] * 2.0**_COARSE_BITS
-    off = np.abs(mantissas - np.round(mantissas))
-    is_short = off <= 2.0 ** (_COARSE_BITS - 23)
-    return COARSE if len(off) and is_short.mean() > _COARSE_SHARE else FINE
+    raw = trajectory.noise_samples[:, held].astype(np.float64)
+    z = raw / noise_std(trajectory)[:, None]
+    present = np.isfinite(raw) & (raw != 0)
+    updates, z = raw[present] / trajectory.expected_batch_size, z[present]
+    if not len(updates):
+        return FINE
+    is_short, lowest = _short(updates)
+    size, count = np.unique(np.abs(updates), return_counts=True)
+    if count.max() > _COMMON_SHARE * len(updates):
+        unit = size[count.argmax()]
+        # Numerator and unit are rounded to float32, each.
+        tried = [_short(updates / unit * multiple, slack=2.0**-21) for multiple in (1, 3, 5, 7)]
+        best = max(tried, key=lambda each: float(each[0].mean()))
+        if best[0].mean() >= 1 - _COARSE_SHARE:
+            is_short, lowest = best
+    if is_short.mean() <= _COARSE_SHARE:
+        return FINE
+    size = np.abs(z[is_short])
+    # About half of all numbers on a grid are odd multiples of its spacing.
+    spacing = float(np.quantile(size * lowest[is_short], 0.4))
+    # That of weights and sums varies with their size. If it is one, the noise itself was rounded.
+    varies = (size < 0.75 * spacing).mean() > _FINER_SHARE
+    return max(COARSE, spacing) if varies else COARSE
+
+
+def _short(updates: Floats, slack: float = 2.0**-23) -> tuple[NDArray[np.bool_], Floats]:
+    """Elements of few bits, and the lowest bit of each as a share of the element.
+
+    Args:
+        slack: relative error of an element.
+    """
+    mantissas = np.abs(np.frexp(updates)[0]) * 2.0**_COARSE_BITS
+    whole = np.rint(mantissas).astype(np.int64)
+    is_short = np.abs(mantissas - whole) <= slack * 2.0**_COARSE_BITS
+    return is_short, (whole & -whole) / whole
 
 
 def num_micro_batches(run: ModeRun, trajectory: Trajectory) -> Floats | None:

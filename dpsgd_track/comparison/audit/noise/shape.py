@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.gaussian import (
     correlation_bound,
+    hermite_bound,
     kolmogorov_bound,
     kolmogorov_distance,
-    kurtosis_bounds,
 )
 from dpsgd_track.comparison.audit.noise.samples import Samples
 from dpsgd_track.record.trajectory import Floats
@@ -21,13 +24,11 @@ REPETITION = "repetition"
 MEAN = "mean"
 SHAPE = (MEAN, "distribution", "kurtosis")
 _FEWEST_FOR_KURTOSIS = 1000
-# At a probability of 1e-4, five times as many samples of 2,000 as expected lie below the bounds
-# by the formula.
-_KURTOSIS_ALPHA = ALPHA / 100
+"""Of fewer, the largest alone says as much."""
 _REPEATED, _REPEATED_SHARE = 8, 0.05
-"""Largest number and share of a shard's elements that may be equal. By chance, two may be in
-float32, and nine of 256 in bfloat16."""
-
+"""Largest number and share of a shard's elements that may be equal, unless rounding makes more
+equal. By chance, two may be in float32, and nine of 256 in bfloat16."""
+_DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)
 
 Bools = NDArray[np.bool_]
 
@@ -40,10 +41,10 @@ def check_shape(samples: Samples) -> Iterator[NoiseCheck]:
     yield _check_mean(samples)
     if samples.noise.any():
         has_noise = np.asarray(samples.noise.any(axis=(1, 2, 3), keepdims=True))
-        flat = samples.even[samples.held & has_noise]
-        yield _check_distribution(flat)
-        if len(flat) >= _FEWEST_FOR_KURTOSIS:
-            yield _check_kurtosis(samples, flat, has_noise)
+        present = samples.held & has_noise
+        yield _check_distribution(samples.even[present])
+        if present.sum() >= _FEWEST_FOR_KURTOSIS:
+            yield _check_kurtosis(samples, samples.noise[present], has_noise)
         yield _check_repetition(samples)
 
 
@@ -56,11 +57,11 @@ def _check_mean(samples: Samples) -> NoiseCheck:
         squares.append(np.ravel(samples.sum_sq.sum(axis=axes)))
         nums.append(np.ravel(num.sum(axis=axes)))
     n = np.concatenate(nums)
-    mean = np.concatenate(sums) / np.maximum(n, 1)
+    filled = np.flatnonzero(n)
+    n, places = n[filled], [places[int(i)] for i in filled]
+    mean = np.concatenate(sums)[filled] / n
     # The mean over the root mean square is the correlation with a vector of ones.
-    bound = correlation_bound(n, ALPHA / len(n)) * np.sqrt(
-        np.concatenate(squares) / np.maximum(n, 1)
-    )
+    bound = correlation_bound(n, ALPHA / len(n)) * np.sqrt(np.concatenate(squares)[filled] / n)
     excess = np.divide(np.abs(mean), bound, out=np.zeros_like(mean), where=bound > 0)
     worst = int(excess.argmax())
     value, reach = float(mean[worst]), float(bound[worst])
@@ -102,54 +103,46 @@ def _check_kurtosis(samples: Samples, flat: Floats, has_noise: Bools) -> NoiseCh
         held = samples.held[:, p] & has_noise[:, :, 0]
         if held.sum() >= _FEWEST_FOR_KURTOSIS:
             places.append(Place.of_parameter(name, "in "))
-            found.append(samples.even[:, :, p][held])
-    bounds = [kurtosis_bounds(len(v), _KURTOSIS_ALPHA / len(found)) for v in found]
-    value = np.array([_kurtosis(v) for v in found])
-    away = [v - 3 for v in value.tolist()]
+            found.append(samples.noise[:, :, p][held])
+    bounds = [hermite_bound(4, len(v), ALPHA / len(found)) for v in found]
+    away = [float((v**4 - 6 * v**2).mean() + 3) for v in found]
     excess = np.array(
-        [d / (high - 3 if d > 0 else low - 3) for d, (low, high) in zip(away, bounds, strict=True)]
+        [d / (high if d > 0 else low) for d, (low, high) in zip(away, bounds, strict=True)]
     )
     worst = int(excess.argmax())
-    low, high = bounds[worst]
-    kurtosis = float(value[worst])
+    (low, high), kurtosis = bounds[worst], 3 + away[worst]
     return NoiseCheck(
         name="kurtosis",
         title="kurtosis of the noise",
         value=kurtosis,
-        low=kurtosis - (high - 3),
-        high=kurtosis + (3 - low),
+        low=kurtosis - high,
+        high=kurtosis - low,
         expected=3.0,
         is_ok=bool((excess <= 1).all()),
         place=places[worst],
         sentence=f"the kurtosis of its noise{places[worst].suffix} is {kurtosis:.3f} where normal "
-        f"noise has 3 and chance explains {low:.3f} to {high:.3f}",
+        f"noise has 3 and chance explains {3 + low:.3f} to {3 + high:.3f}",
         num_cells=len(found),
         num_failed=int((~(excess <= 1)).sum()),
     )
 
 
-def _kurtosis(values: Floats) -> float:
-    squares = np.square(values)
-    mean = squares.mean()
-    # Nothing can be said of a parameter without noise here; its std reports that.
-    return float(np.square(squares).mean() / mean**2) if mean > 0 else 3.0
-
-
 def _check_repetition(samples: Samples) -> NoiseCheck:
     S, W, P, _ = samples.noise.shape
     worst, place, count, num, value, num_failed = 0.0, Place(), 0, 0, 0.0, 0
+    share, alpha = samples.resolution * _DENSITY_AT_0, ALPHA / (S * W * P)
     for shard, (s, w, p) in enumerate(np.ndindex(S, W, P)):
         values = samples.noise[s, w, p, samples.held[w, p]]
         if not values.any():
             continue  # an empty shard, or one without noise, which its std reports
         unique, counts = np.unique(values, return_counts=True)
         most = int(counts.max())
-        excess = most / max(_REPEATED, _REPEATED_SHARE * len(values))
+        excess = most / _most_equal(len(values), share, alpha)
         num_failed += excess > 1
         if excess > worst:
             worst, place, count, num = excess, samples.place(shard), most, len(values)
             value = float(unique[counts.argmax()])
-    limit = max(_REPEATED, _REPEATED_SHARE * num)
+    limit = _most_equal(num, share, alpha)
     return NoiseCheck(
         name=REPETITION,
         title="share of one value in a shard",
@@ -164,3 +157,17 @@ def _check_repetition(samples: Samples) -> NoiseCheck:
         num_cells=S * W * P,
         num_failed=num_failed,
     )
+
+
+@lru_cache(maxsize=1024)
+def _most_equal(num: int, share: float, alpha: float) -> float:
+    """Largest number of equal elements; chance makes more with a probability of alpha at most.
+
+    Args:
+        share: probability of the most likely value.
+    """
+    counts = np.arange(1, num)
+    # That of `count` or more, all over the few likeliest values.
+    chance = special.betainc(counts, num - counts + 1, min(share, 1.0)) / share
+    can_be = counts[chance > alpha]
+    return max(_REPEATED, _REPEATED_SHARE * num, float(can_be.max(initial=0)))

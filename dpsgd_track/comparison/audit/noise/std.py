@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NORMAL_95, NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.gaussian import std_interval
 from dpsgd_track.comparison.audit.noise.samples import Samples, num_micro_batches
 from dpsgd_track.record.run import ModeRun
@@ -17,6 +18,8 @@ from dpsgd_track.record.trajectory import Floats, Trajectory
 STD, EMPTY_STEP = "std", "std_of_empty_step"
 GROUPED = ("std_by_rank", "std_by_step", "std_by_parameter")
 BY_SHARD = "std_by_shard"
+_NARROW = 0.02
+"""Width of an interval that is shown with another digit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class Cells:
     value: Floats
     low: Floats
     high: Floats
+    resolution: float = math.nan
+    """As in `NoiseCheck`, of the largest cell."""
 
     @property
     def excess(self) -> Floats:
@@ -40,12 +45,46 @@ class Cells:
         return np.asarray((self.low <= std) & (std <= self.high))
 
 
-def cells_of(places: Sequence[Place], sum_sq: Floats, dof: Floats | NDArray[np.int64]) -> Cells:
-    """Cells that have elements, at a joint confidence level."""
+def cells_of(
+    places: Sequence[Place],
+    sum_sq: Floats,
+    dof: Floats | NDArray[np.int64],
+    alpha: float = ALPHA,
+    *,
+    rounding: float = 0.0,
+) -> Cells:
+    """Cells that have elements, at a joint confidence level.
+
+    Args:
+        alpha: probability that any of their intervals is wrong.
+        rounding: largest error of an element, by which the std may be larger or smaller.
+    """
     squares, num = np.ravel(sum_sq), np.ravel(dof)
     filled = np.flatnonzero(num > 0)
-    value, low, high = std_interval(squares[filled], num[filled], ALPHA / max(len(filled), 1))
-    return Cells(places=[places[int(i)] for i in filled], value=value, low=low, high=high)
+    squares, num = squares[filled], num[filled]
+    alpha /= max(len(filled), 1)
+    value, low, high = std_interval(squares, num, alpha)
+    if rounding:
+        length, error = np.sqrt(squares), rounding * np.sqrt(num)
+        _, low, _ = std_interval(np.square(np.maximum(length - error, 0)), num, alpha)
+        _, _, high = std_interval(np.square(length + error), num, alpha)
+    resolution = _resolution(num, alpha)
+    return Cells(
+        places=[places[int(i)] for i in filled],
+        value=value,
+        low=low,
+        high=high,
+        resolution=resolution,
+    )
+
+
+def _resolution(dof: Floats, alpha: float) -> float:
+    """Smallest relative error that is found with a probability of 95 % if it is everywhere."""
+    if not len(dof):
+        return math.nan
+    most = float(dof.max())
+    _, _, high = std_interval(np.array([most]), np.array([most]), alpha)
+    return float(high[0] - 1) + NORMAL_95 / math.sqrt(2 * most)
 
 
 def std_check(
@@ -58,8 +97,9 @@ def std_check(
     place = cells.places[worst]
     value, low, high = (float(v[worst]) for v in (cells.value, cells.low, cells.high))
     of = f" of {place.text}" if place.text else ""
-    sentence = f"the std of its noise{of} is {value:.3f} sigma C "
-    sentence += f"(interval {low:.3f} to {high:.3f}) where 1 is meant"
+    digits = 3 if high - low > _NARROW else 4
+    sentence = f"the std of its noise{of} is {value:.{digits}f} sigma C "
+    sentence += f"(interval {low:.{digits}f} to {high:.{digits}f}) where 1 is meant"
     if len(excess) > 1 and num_failed:
         sentence += f", and {num_failed} of {len(excess)} are out of bounds"
     if num_failed and likely_cause:
@@ -77,6 +117,7 @@ def std_check(
         num_cells=len(excess),
         num_failed=num_failed,
         explains_others=explains_others,
+        resolution=cells.resolution,
     )
 
 
@@ -107,6 +148,11 @@ def check_std(
     def grouped(places: Sequence[Place], *axes: int) -> Cells:
         return cells_of(places, sum_sq.sum(axis=axes), num.sum(axis=axes))
 
+    # Rounding is independent of the noise in large parts; one element it may move to 0.
+    by_shard = cells_of(
+        list(map(samples.place, range(sum_sq.size))), sum_sq, num, rounding=samples.resolution / 2
+    )
+
     axes = dict(zip(GROUPED, ((0, 2), (1, 2), (0, 1)), strict=True))
     places = (
         [Place(text=f"rank {rank}") for rank in range(sum_sq.shape[1])],
@@ -114,7 +160,6 @@ def check_std(
         list(map(Place.of_parameter, samples.parameters)),
     )
     cells = {name: grouped(each, *axes[name]) for name, each in zip(GROUPED, places, strict=True)}
-    by_shard = grouped(list(map(samples.place, range(sum_sq.size))))
     total = grouped([Place()], 0, 1, 2)
     explained = [name for name in GROUPED if _fits(by_shard, sum_sq, num, axes[name])]
     best = telling(total, cells, explained)

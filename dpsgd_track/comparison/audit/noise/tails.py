@@ -8,15 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
-from dpsgd_track.comparison.audit.noise.gaussian import beyond, share_interval
+from dpsgd_track.comparison.audit.noise.gaussian import beyond, log_beyond, share_interval
 from dpsgd_track.comparison.audit.noise.samples import Samples
 from dpsgd_track.record.trajectory import Floats
 
 TAILS = "tails"
 _LEVELS = (2.5, 3.0, 3.5)
 """In units of sigma C; the largest element of each part is a level too."""
-_ROUNDING = 2.0**-8
-"""Relative rounding error that may have moved an element over a level: that of bfloat16."""
 
 
 def check_tails(samples: Samples) -> NoiseCheck:
@@ -25,9 +23,9 @@ def check_tails(samples: Samples) -> NoiseCheck:
     If the largest of n is m, none of n is beyond m, and one is at m or beyond. Both are as rare as
     they would be for a level chosen in advance.
     """
-    size = np.abs(samples.even)
+    size, rounding = np.abs(samples.even), samples.resolution / 2
     held = samples.held & samples.noise.any(axis=(1, 2, 3), keepdims=True)
-    counts = np.stack([held.sum(axis=-1), *_beyond_levels(np.where(held, size, 0.0))])
+    counts = np.stack([held.sum(axis=-1), *_beyond_levels(np.where(held, size, 0.0), rounding)])
     largest = np.where(held, size, 0.0).max(axis=-1)
     places, cells = [], []
     for some, axes in samples.parts():
@@ -40,37 +38,40 @@ def check_tails(samples: Samples) -> NoiseCheck:
             cells.append(np.stack([num, np.full(num.shape, level), few, many]))
         most = np.ravel(largest.max(axis=axes))
         cells.append(np.stack([num, most, np.ones(num.shape), np.zeros(num.shape)]))
-    return _judged(places, np.concatenate(cells, axis=1))
+    cells = np.concatenate(cells, axis=1)
+    filled = np.flatnonzero(cells[0] > 0)
+    return _judged([places[int(i)] for i in filled], cells[:, filled], rounding)
 
 
-def _beyond_levels(size: Floats) -> list[Floats]:
+def _beyond_levels(size: Floats, rounding: float) -> list[Floats]:
     """[S, W, P] per level: number of elements surely beyond it, and number possibly beyond it."""
     return [
-        np.asarray((size > level * factor).sum(axis=-1))
+        np.asarray((size > level + side * rounding).sum(axis=-1))
         for level in _LEVELS
-        for factor in (1 + _ROUNDING, 1 - _ROUNDING)
+        for side in (1, -1)
     ]
 
 
-def _judged(places: list[Place], cells: Floats) -> NoiseCheck:
+def _judged(places: list[Place], cells: Floats, rounding: float) -> NoiseCheck:
     """Check of the cell that is farthest out of its bounds.
 
     Args:
         cells: [4, len(places)] elements, level, those surely beyond it, those that may be.
+        rounding: largest error of an element.
     """
     num, level, few, many = cells
     low, high = share_interval(few, many, num, ALPHA / len(places))
     # For the largest element, rounding is in the level and not in the counts.
     is_largest = few > many
-    low_level = np.where(is_largest, level * (1 - _ROUNDING), level)
-    high_level = np.where(is_largest, level * (1 + _ROUNDING), level)
-    most, least = beyond(low_level), beyond(high_level)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        excess = np.maximum(low / most, least / high)
-    excess[num == 0] = 0
+    low_level = np.where(is_largest, level - rounding, level)
+    high_level = np.where(is_largest, level + rounding, level)
+    # Of logarithms: the share beyond a large element is 0 in float64.
+    with np.errstate(divide="ignore"):
+        too_many = np.log(low) - log_beyond(low_level)
+        too_few = log_beyond(high_level) - np.log(high)
+    excess = np.maximum(too_many, too_few)
     worst = int(excess.argmax())
-    n, at = int(num[worst]), float(level[worst])
-    is_few = float(least[worst]) / float(high[worst]) > float(low[worst]) / float(most[worst])
+    n, at, is_few = int(num[worst]), float(level[worst]), too_few[worst] > too_many[worst]
     count = int(many[worst] if is_few else few[worst])
     share = float(beyond(at))
     expected = f"{n * share:.0f}" if n * share >= 10 else f"{n * share:.2g}"
@@ -78,13 +79,13 @@ def _judged(places: list[Place], cells: Floats) -> NoiseCheck:
         name=TAILS,
         title="share of large elements",
         value=count / n,
-        low=min(float(low[worst]), share) if excess[worst] <= 1 else float(low[worst]),
-        high=max(float(high[worst]), share) if excess[worst] <= 1 else float(high[worst]),
+        low=min(float(low[worst]), share) if excess[worst] <= 0 else float(low[worst]),
+        high=max(float(high[worst]), share) if excess[worst] <= 0 else float(high[worst]),
         expected=share,
-        is_ok=bool((excess <= 1).all()),
+        is_ok=bool((excess <= 0).all()),
         place=places[worst],
         sentence=f"{count or 'none'} of its {n} elements{places[worst].suffix} "
         f"{'is' if count <= 1 else 'are'} beyond {at:.3g} sigma C where {expected} are expected",
         num_cells=len(places),
-        num_failed=int((~(excess <= 1)).sum()),
+        num_failed=int((~(excess <= 0)).sum()),
     )
