@@ -24,8 +24,8 @@ def summary(matrix: Matrix) -> list[str]:
         f"{_fraction(matrix.count('is_detected'), rows)} faults found",
         f"{_fraction(matrix.count('has_right_stage'), rows)} with the right stage blamed, "
         f"{_fraction(matrix.count('has_right_place'), rows)} with the right stage and layer",
-        f"{_fraction(matrix.count('is_in_time'), rows)} blamed on a step no later than "
-        f"{LATEST_STEP}",
+        f"{_fraction(matrix.count('is_in_time'), rows)} blamed on step {LATEST_STEP} at the "
+        "latest, or on the first that the fault shows at",
         f"{len(matrix.false_alarms)} false alarms on {len(matrix.healthy)} healthy modes",
         f"{_fraction(matrix.count('naive_saw'), rows)} seen by a test of loss and gradient norm "
         f"without clipping, which raises {len(matrix.naive_alarms)} false alarms",

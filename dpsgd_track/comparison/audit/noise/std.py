@@ -59,7 +59,7 @@ def cells_of(
         alpha: probability that any of their intervals is wrong.
         rounding: largest error of an element, by which the std may be larger or smaller.
     """
-    squares, num = np.ravel(sum_sq), np.ravel(dof)
+    squares, num = np.ravel(sum_sq), np.ravel(dof).astype(np.float64)
     filled = np.flatnonzero(num > 0)
     squares, num = squares[filled], num[filled]
     alpha /= max(len(filled), 1)

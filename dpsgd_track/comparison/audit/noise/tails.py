@@ -38,9 +38,9 @@ def check_tails(samples: Samples) -> NoiseCheck:
             cells.append(np.stack([num, np.full(num.shape, level), few, many]))
         most = np.ravel(largest.max(axis=axes))
         cells.append(np.stack([num, most, np.ones(num.shape), np.zeros(num.shape)]))
-    cells = np.concatenate(cells, axis=1)
-    filled = np.flatnonzero(cells[0] > 0)
-    return _judged([places[int(i)] for i in filled], cells[:, filled], rounding)
+    every = np.concatenate(cells, axis=1)
+    filled = np.flatnonzero(every[0] > 0)
+    return _judged([places[int(i)] for i in filled], every[:, filled], rounding)
 
 
 def _beyond_levels(size: Floats, rounding: float) -> list[Floats]:
