@@ -205,6 +205,8 @@ def without_columns(t: Trajectory, layer: int, parameter: int) -> Trajectory:
         ("parameter_names", 0),
         ("parameter_sizes", 0),
         ("sample_norm_by_parameter", 2),
+        ("sample_sketch", 2),
+        ("moved_sketch", 2),
         ("gradient_sketch", 1),
         ("noised_sketch", 1),
         ("weight_sketch", 1),

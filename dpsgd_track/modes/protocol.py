@@ -50,6 +50,8 @@ class ModeContext:
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
     norm_plan: str = AUTO
     """Way in which flash and fused modes take the norms of linear layers (see `NormPlanner`)."""
+    sketches_samples: bool = False
+    """True to have `reference` record projections of each sample's gradient."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", one_loss_a_sample(self.loss))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd_track.distributed.ranks import sum_over_ranks
+from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
@@ -43,6 +44,7 @@ class ReferenceMode(Mode):
         losses, norms, factors = [], [], []
         by_parameter: dict[str, list[Tensor]] = {name: [] for name in self.names}
         sums = [torch.zeros_like(parameter) for parameter in self.parameters]
+        sketches: list[Tensor] = []
         for index in range(len(batch)):
             with only(index):
                 loss, gradients = self.gradient(batch.sample(index))
@@ -55,6 +57,8 @@ class ReferenceMode(Mode):
             for total, gradient in zip(sums, gradients, strict=True):
                 # Zeros instead, as 0 times NaN is NaN.
                 total.addcmul_(factor, torch.where(counts, gradient, 0.0))
+            if self.context.sketches_samples:
+                sketches.append(self._sketch(gradients))
             losses.append(loss)
             norms.append(norm)
             factors.append(factor)
@@ -68,7 +72,18 @@ class ReferenceMode(Mode):
             self._column(norms),
             self._column(factors),
             {name: self._column(values) for name, values in by_parameter.items()},
+            self._stacked(sketches) if self.context.sketches_samples else None,
         )
+
+    def _stacked(self, sketches: list[Tensor]) -> Tensor:
+        """[B, P, K] the sketches of a micro-batch, which may be empty."""
+        empty = torch.zeros(0, len(self.names), NUM_PROJECTIONS, device=self.context.device)
+        return torch.stack(sketches) if sketches else empty
+
+    def _sketch(self, gradients: list[Tensor]) -> Tensor:
+        """[P, K] projections of one sample's gradient."""
+        named = zip(self.names, gradients, strict=True)
+        return torch.stack([norm_and_sketch(n, g, 0, g.numel())[1:] for n, g in named])
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of one sample."""

@@ -67,6 +67,8 @@ class SampleRecord:
     """Factor each sample's gradient was multiplied by; 0 where the sample was left out."""
     norm_by_parameter_B: dict[str, Tensor] | None = None
     """L2 norm of each sample's gradient of each parameter; a missing name means 0."""
+    sketch_BPK: Tensor | None = None
+    """[B, P, K] projections of each sample's gradient of each trainable parameter."""
 
     @property
     def is_left_out_B(self) -> Tensor | None:

@@ -7,7 +7,7 @@ every other field the run itself computed the NaN. Steps with fewer samples than
 padded: index -1 and NaN.
 
 Legend: S steps, N samples of the largest step, L linear layers, P trainable parameters,
-K projections, W ranks, M elements of a shard.
+K projections, W ranks, M elements of a shard, V arrangements of `Move`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd_track.record.columns import TornFile, open_archive
+from dpsgd_track.record.moves import Move
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 UNUSED = -1
 """Sample index of padding, where a step has fewer samples than N."""
@@ -41,15 +42,19 @@ SCALAR_METRICS = (
 SAMPLE_COLUMNS = (
     "sample_index",
     "sample_rank",
+    "sample_micro_batch",
     "sample_loss",
     "sample_norm",
     "clip_factor",
     "sample_norm_by_parameter",
+    "sample_sketch",
 )
 """Fields with one entry for each sample of a step."""
 
 LARGE = (
     "sample_norm_by_parameter",
+    "sample_sketch",
+    "moved_sketch",
     "gradient_sketch",
     "noised_sketch",
     "weight_sketch",
@@ -111,6 +116,8 @@ class Trajectory:
     """[S, N] global index of each sample, -1 for padding; unique within a step."""
     sample_rank: Integers
     """[S, N] rank that computed each sample, -1 for padding."""
+    sample_micro_batch: Integers
+    """[S, N] which of its rank's micro-batches held each sample, from 0; -1 for padding."""
     sample_loss: Floats
     """[S, N] loss of each sample."""
     sample_norm: Floats
@@ -123,6 +130,12 @@ class Trajectory:
     """[P] elements of each parameter, over all ranks; 0 if unknown."""
     sample_norm_by_parameter: Floats
     """[S, N, P] L2 norm of each sample's gradient with respect to each parameter."""
+    sample_sketch: Floats
+    """[S, N, P, K] the projections of each sample's gradient before clipping, so that sums with
+    other factors can be predicted. K is 0 but in the reference's clip regime."""
+    moved_sketch: Floats
+    """[S, V, P, K] the projections of the clipped sum with its elements moved as each `Move` says.
+    K is 0 but in the reference's clip regime."""
     gradient_sketch: Floats
     """[S, P, K] +-1 projections of the clipped sum; E[mean over K of square] = squared norm."""
     noised_sketch: Floats
@@ -231,6 +244,9 @@ class Trajectory:
         except TornFile as error:
             raise ValueError(f"{path.name}: expected a trajectory file. {error}") from error
         version = int(values.pop("schema", np.int64(-1)))
+        if version == 2:
+            values.update(_absent_in_2(values))
+            version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"{path.name}: expected trajectory schema {SCHEMA_VERSION}, got {version}. "
@@ -268,6 +284,17 @@ class _Rows:
         return self.of.read(self.name, self.first + start, self.first + stop)
 
 
+def _absent_in_2(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The fields that schema 3 added, as a run that does not record them has them."""
+    S, N = values["sample_index"].shape
+    P = len(values["parameter_names"])
+    return {
+        "sample_micro_batch": np.full((S, N), UNUSED, dtype=np.int64),
+        "sample_sketch": np.empty((S, N, P, 0), dtype=np.float32),
+        "moved_sketch": np.empty((S, len(Move), P, 0), dtype=np.float32),
+    }
+
+
 def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
     S, N = shape_of("sample_index")
     (L,), (P,) = shape_of("layer_names"), shape_of("parameter_names")
@@ -277,8 +304,10 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         **dict.fromkeys(_PER_STEP, (S,)),
         "parameter_sizes": (P,),
         **dict.fromkeys(("layer_weight_norm", "layer_grad_norm"), (S, L)),
-        **dict.fromkeys(("sample_rank", "sample_loss", "sample_norm", "clip_factor"), (S, N)),
+        **dict.fromkeys(_BY_SAMPLE_ALONE, (S, N)),
         "sample_norm_by_parameter": (S, N, P),
+        "sample_sketch": (S, N, P, shape_of("sample_sketch")[-1]),
+        "moved_sketch": (S, len(Move), P, shape_of("moved_sketch")[-1]),
         **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),
         "noise_samples": (S, noise[1], P, noise[-1]),
     }
@@ -288,8 +317,17 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
             raise ValueError(f"trajectory.{name}: expected shape {shape}, got {got}.")
 
 
+_BY_SAMPLE_ALONE = (
+    "sample_rank",
+    "sample_micro_batch",
+    "sample_loss",
+    "sample_norm",
+    "clip_factor",
+)
 _PER_STEP = ("step", *SCALAR_METRICS, "max_grad_norm", "data_hash")
-_BY_STEP = (*_PER_STEP, "layer_weight_norm", "layer_grad_norm", *SAMPLE_COLUMNS, *LARGE)
+_BY_STEP = tuple(
+    dict.fromkeys((*_PER_STEP, "layer_weight_norm", "layer_grad_norm", *SAMPLE_COLUMNS, *LARGE))
+)
 
 
 def sketch_length(sketch: Floats) -> Floats:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
@@ -24,8 +25,10 @@ from dpsgd_track.privacy.accounting import (
 )
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.record import names
+from dpsgd_track.record.moves import Move
 from dpsgd_track.training import noise_samples
 from dpsgd_track.training.clock import StepClock
+from dpsgd_track.training.moved_gradient import moved
 from dpsgd_track.training.observe import (
     GatheredSamples,
     gather_samples,
@@ -172,6 +175,7 @@ class RegimeRun(PreparedRun):
             clipped = mode.clipped_sum()
         parts = [replace(p, local=clipped.gradients[p.name]) for p in mode.weight_parts()]
         gradient = measure(mode, parts)
+        moved_sketch = self._moved_sketch(parts)
         with clock.running():
             mode.privatize(clipped, source)
         # Before `mode.step`: noise added in there would be missing in another training loop.
@@ -192,6 +196,7 @@ class RegimeRun(PreparedRun):
             step=step,
             samples=samples,
             gradient=gradient,
+            moved_sketch=moved_sketch,
             noised=noised,
             weights_before=weights_before,
             weights_after=self.weights,
@@ -202,6 +207,20 @@ class RegimeRun(PreparedRun):
             tokens_per_second=num_tokens / time_ms * 1e3,
         )
         return Step(seen, local, clock.elapsed_ms, clock.peak_memory_gib)
+
+    def _moved_sketch(self, parts: list[LocalPart]) -> NDArray[np.float64]:
+        """[V, P, K] sketch of the clipped sum in each arrangement of `Move`; K may be 0."""
+        if not self.mode.context.sketches_samples or not self.mode.replicated:
+            return np.empty((len(Move), len(parts), 0))
+        ranks = dist.get_world_size()
+        return np.stack(
+            [
+                measure(
+                    self.mode, [replace(p, local=moved(p.local, move, ranks)) for p in parts]
+                ).sketch
+                for move in Move
+            ]
+        )
 
     def _noise(self, step: int, parts: list[LocalPart]) -> NDArray[np.float32]:
         """[W, P, M] sampled elements of the noise on each rank's shards; empty if not recorded."""

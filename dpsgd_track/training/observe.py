@@ -75,6 +75,10 @@ class GatheredSamples:
     clip_factor: Floats
     norm_by_parameter: Floats
     """[N, P]"""
+    micro_batch: NDArray[np.int64]
+    """Micro-batch of its rank that held the sample."""
+    sketch: Floats
+    """[N, P, K] projections of the samples' gradients; K is 0 where they are not recorded."""
     digests: NDArray[np.int64]
 
     def mean_loss(self) -> float:
@@ -100,20 +104,36 @@ def local_samples(
         np.concatenate([_column(r.norm_B, len(r.loss_B)) for r in records]),
         np.concatenate([_column(r.clip_factor_B, len(r.loss_B)) for r in records]),
         np.concatenate([_by_parameter(r, parameter_names) for r in records]),
+        np.repeat(np.arange(len(records)), [len(r.loss_B) for r in records]),
+        _sketches(records, len(parameter_names)),
         np.array(digests, dtype=np.int64),
     )
 
 
 def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamples:
     """Samples of all ranks, on every rank; a rank may hold none."""
-    floats = np.column_stack([local.loss, local.norm, local.clip_factor, local.norm_by_parameter])
+    N, P, K = local.sketch.shape
+    sketch = local.sketch.reshape(N, P * K)
+    floats = np.column_stack(
+        [local.loss, local.norm, local.clip_factor, local.norm_by_parameter, sketch]
+    )
     # Floats are sent as their bits, in one table with the integers.
-    whole = np.column_stack([local.index, local.rank, local.digests, floats.view(np.int64)])
+    integers = [local.index, local.rank, local.micro_batch, local.digests]
+    whole = np.column_stack([*integers, floats.view(np.int64)])
     whole = _gather_rows(torch.from_numpy(whole), device)
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
-    table = whole[:, 3:].copy().view(np.float64)
+    index, rank, micro_batch, digests = whole[:, : len(integers)].T
+    table = whole[:, len(integers) :].copy().view(np.float64)
     return GatheredSamples(
-        whole[:, 0], whole[:, 1], table[:, 0], table[:, 1], table[:, 2], table[:, 3:], whole[:, 2]
+        index=index,
+        rank=rank,
+        loss=table[:, 0],
+        norm=table[:, 1],
+        clip_factor=table[:, 2],
+        norm_by_parameter=table[:, 3 : 3 + P],
+        micro_batch=micro_batch,
+        sketch=table[:, 3 + P :].reshape(-1, P, K),
+        digests=digests,
     )
 
 
@@ -138,6 +158,14 @@ def _by_parameter(record: SampleRecord, names: list[str]) -> Floats:
         return np.full((length, len(names)), np.nan)
     norms, zeros = record.norm_by_parameter_B, torch.zeros(length)
     return np.column_stack([_column(norms.get(name, zeros), length) for name in names])
+
+
+def _sketches(records: list[SampleRecord], num_parameters: int) -> Floats:
+    """[N, P, K] projections of this rank's samples; K is 0 if they are not recorded."""
+    kept = [r.sketch_BPK for r in records if r.sketch_BPK is not None]
+    if kept:
+        return torch.cat(kept).double().cpu().numpy()
+    return np.empty((sum(len(r.loss_B) for r in records), num_parameters, 0))
 
 
 def largest_of_ranks(values: list[float], device: torch.device) -> list[float]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from dpsgd_track.config import (
     AUTO,
+    CLIP,
     NOISE,
     PERMUTED,
     PLAIN,
@@ -109,6 +110,7 @@ class PreparedRun:
             if takes_norm_plan(self.job.mode, performance.plan)
             else AUTO,
             loss=LOSSES[self.job.model.task],
+            sketches_samples=regime.kind == CLIP and not regime.replay,
         )
 
     def _noise_key(self) -> str:
