@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 from dpsgd_track.config import ACCURACY  # noqa: E402
 from dpsgd_track.modes.table import FULL, REFERENCE  # noqa: E402
 from dpsgd_track.record import names  # noqa: E402
-from dpsgd_track.record.moves import Move  # noqa: E402
+from dpsgd_track.record.alternatives import Move  # noqa: E402
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, Suite  # noqa: E402
 from dpsgd_track.record.trajectory import SCALAR_METRICS, Trajectory  # noqa: E402
 from tests.support.synthetic_group import ENVIRONMENT, job, setup  # noqa: E402
@@ -113,6 +113,7 @@ def record(shape: Shape) -> Trajectory:
         sample_rank=np.tile(np.arange(N), (S, 1)),
         sample_micro_batch=np.zeros((S, N), dtype=np.int64),
         sample_sketch=np.empty((S, N, P, 0), dtype=np.float32),
+        sample_other_norm=np.empty((S, N, P, 0), dtype=np.float32),
         moved_sketch=np.empty((S, len(Move), P, 0), dtype=np.float32),
         sample_loss=loss,
         sample_norm=np.sqrt(np.square(by_parameter).sum(axis=2)),

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from dpsgd_track.distributed.ranks import sum_over_ranks
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
+from dpsgd_track.modes.norm_formulas import LayerCalls, formulas
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.dropout import only
+from dpsgd_track.record.alternatives import NormFormula
 
 
 class ReferenceMode(Mode):
@@ -38,6 +40,9 @@ class ReferenceMode(Mode):
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = context.make_optimizer(self.parameters)
+        self.calls = LayerCalls(self.model) if context.sketches_samples else None
+        self._other_norms = torch.empty(0)
+        """[P, V] of the last sample."""
 
     def accumulate(self, batch: Batch) -> SampleRecord:
         """Clip the gradient of each sample alone, and add the sum to `.grad`."""
@@ -45,6 +50,7 @@ class ReferenceMode(Mode):
         by_parameter: dict[str, list[Tensor]] = {name: [] for name in self.names}
         sums = [torch.zeros_like(parameter) for parameter in self.parameters]
         sketches: list[Tensor] = []
+        other_norms: list[Tensor] = []
         for index in range(len(batch)):
             with only(index):
                 loss, gradients = self.gradient(batch.sample(index))
@@ -59,6 +65,7 @@ class ReferenceMode(Mode):
                 total.addcmul_(factor, torch.where(counts, gradient, 0.0))
             if self.context.sketches_samples:
                 sketches.append(self._sketch(gradients))
+                other_norms.append(self._other_norms)
             losses.append(loss)
             norms.append(norm)
             factors.append(factor)
@@ -72,13 +79,14 @@ class ReferenceMode(Mode):
             self._column(norms),
             self._column(factors),
             {name: self._column(values) for name, values in by_parameter.items()},
-            self._stacked(sketches) if self.context.sketches_samples else None,
+            self._stacked(sketches, NUM_PROJECTIONS) if self.context.sketches_samples else None,
+            self._stacked(other_norms, len(NormFormula)) if self.context.sketches_samples else None,
         )
 
-    def _stacked(self, sketches: list[Tensor]) -> Tensor:
-        """[B, P, K] the sketches of a micro-batch, which may be empty."""
-        empty = torch.zeros(0, len(self.names), NUM_PROJECTIONS, device=self.context.device)
-        return torch.stack(sketches) if sketches else empty
+    def _stacked(self, values: list[Tensor], width: int) -> Tensor:
+        """[B, P, width] values of each sample of a micro-batch, which may be empty."""
+        empty = torch.zeros(0, len(self.names), width, device=self.context.device)
+        return torch.stack(values) if values else empty
 
     def _sketch(self, gradients: list[Tensor]) -> Tensor:
         """[P, K] projections of one sample's gradient."""
@@ -87,13 +95,22 @@ class ReferenceMode(Mode):
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of one sample."""
+        if self.calls:
+            self.calls.clear()
         loss = self.context.loss(self._logits(sample), sample.targets)[0]
         if not loss.requires_grad:
+            self._other_norms = torch.zeros(len(self.names), len(NormFormula)).to(loss)
             return loss, [torch.zeros_like(parameter) for parameter in self.parameters]
-        gradients = torch.autograd.grad(
-            loss, self.parameters, allow_unused=True, materialize_grads=True
+        outputs = self.calls.outputs if self.calls else []
+        both = torch.autograd.grad(
+            loss, [*self.parameters, *outputs], allow_unused=True, materialize_grads=True
         )
-        return loss.detach(), list(gradients)
+        gradients = list(both[: len(self.parameters)])
+        if self.calls:
+            shares = self.calls.shares(both[len(self.parameters) :])
+            named = zip(self.names, gradients, strict=True)
+            self._other_norms = torch.stack([formulas(g, shares.get(n, ())) for n, g in named])
+        return loss.detach(), gradients
 
     def _logits(self, sample: Batch) -> Tensor:
         if not self.is_low_precision:

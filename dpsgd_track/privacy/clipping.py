@@ -69,6 +69,8 @@ class SampleRecord:
     """L2 norm of each sample's gradient of each parameter; a missing name means 0."""
     sketch_BPK: Tensor | None = None
     """[B, P, K] projections of each sample's gradient of each trainable parameter."""
+    other_norm_BPV: Tensor | None = None
+    """[B, P, V] value of each `NormFormula` for each sample and trainable parameter."""
 
     @property
     def is_left_out_B(self) -> Tensor | None:

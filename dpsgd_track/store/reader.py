@@ -21,9 +21,9 @@ import numpy as np
 
 from dpsgd_track.config import PROFILE, JobConfig, RegimeConfig, Settings, redact_uri
 from dpsgd_track.record import names
+from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, RunFacts
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
-from dpsgd_track.record.moves import Move
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, RunKey
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
@@ -430,6 +430,7 @@ def _from_metrics(history: History) -> Trajectory | None:
         parameter_sizes=np.array([], dtype=np.int64),
         sample_norm_by_parameter=np.empty((S, 0, 0)),
         sample_sketch=np.empty((S, 0, 0, 0)),
+        sample_other_norm=np.empty((S, 0, 0, 0)),
         moved_sketch=np.empty((S, len(Move), 0, 0)),
         gradient_sketch=np.empty((S, 0, 1)),
         noised_sketch=np.empty((S, 0, 1)),

@@ -25,7 +25,7 @@ from dpsgd_track.privacy.accounting import (
 )
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.record import names
-from dpsgd_track.record.moves import Move
+from dpsgd_track.record.alternatives import Move
 from dpsgd_track.training import noise_samples
 from dpsgd_track.training.clock import StepClock
 from dpsgd_track.training.moved_gradient import moved

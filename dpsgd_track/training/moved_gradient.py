@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpsgd_track.record.moves import Move
+from dpsgd_track.record.alternatives import Move
 
 
 def moved(gradient: Tensor, move: Move, world_size: int) -> Tensor:

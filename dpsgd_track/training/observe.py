@@ -79,6 +79,8 @@ class GatheredSamples:
     """Micro-batch of its rank that held the sample."""
     sketch: Floats
     """[N, P, K] projections of the samples' gradients; K is 0 where they are not recorded."""
+    other_norm: Floats
+    """[N, P, V] value of each `NormFormula`; V is 0 where they are not recorded."""
     digests: NDArray[np.int64]
 
     def mean_loss(self) -> float:
@@ -97,6 +99,7 @@ def local_samples(
     parameter_names: list[str],
 ) -> GatheredSamples:
     """This rank's samples of all micro-batches of a step."""
+    num_samples = sum(len(r.loss_B) for r in records)
     return GatheredSamples(
         np.array(indices, dtype=np.int64),
         np.full(len(indices), dist.get_rank(), dtype=np.int64),
@@ -105,7 +108,8 @@ def local_samples(
         np.concatenate([_column(r.clip_factor_B, len(r.loss_B)) for r in records]),
         np.concatenate([_by_parameter(r, parameter_names) for r in records]),
         np.repeat(np.arange(len(records)), [len(r.loss_B) for r in records]),
-        _sketches(records, len(parameter_names)),
+        _by_sample([r.sketch_BPK for r in records], num_samples, len(parameter_names)),
+        _by_sample([r.other_norm_BPV for r in records], num_samples, len(parameter_names)),
         np.array(digests, dtype=np.int64),
     )
 
@@ -113,9 +117,10 @@ def local_samples(
 def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamples:
     """Samples of all ranks, on every rank; a rank may hold none."""
     N, P, K = local.sketch.shape
-    sketch = local.sketch.reshape(N, P * K)
+    V = local.other_norm.shape[2]
+    wide = np.concatenate([local.sketch, local.other_norm], axis=2).reshape(N, P * (K + V))
     floats = np.column_stack(
-        [local.loss, local.norm, local.clip_factor, local.norm_by_parameter, sketch]
+        [local.loss, local.norm, local.clip_factor, local.norm_by_parameter, wide]
     )
     # Floats are sent as their bits, in one table with the integers.
     integers = [local.index, local.rank, local.micro_batch, local.digests]
@@ -124,6 +129,7 @@ def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamp
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
     index, rank, micro_batch, digests = whole[:, : len(integers)].T
     table = whole[:, len(integers) :].copy().view(np.float64)
+    wide = table[:, 3 + P :].reshape(len(table), P, K + V)
     return GatheredSamples(
         index=index,
         rank=rank,
@@ -132,7 +138,8 @@ def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamp
         clip_factor=table[:, 2],
         norm_by_parameter=table[:, 3 : 3 + P],
         micro_batch=micro_batch,
-        sketch=table[:, 3 + P :].reshape(-1, P, K),
+        sketch=wide[..., :K],
+        other_norm=wide[..., K:],
         digests=digests,
     )
 
@@ -160,12 +167,12 @@ def _by_parameter(record: SampleRecord, names: list[str]) -> Floats:
     return np.column_stack([_column(norms.get(name, zeros), length) for name in names])
 
 
-def _sketches(records: list[SampleRecord], num_parameters: int) -> Floats:
-    """[N, P, K] projections of this rank's samples; K is 0 if they are not recorded."""
-    kept = [r.sketch_BPK for r in records if r.sketch_BPK is not None]
+def _by_sample(values: list[Tensor | None], num_samples: int, num_parameters: int) -> Floats:
+    """[N, P, ...] one value for each of this rank's samples; of width 0 if not recorded."""
+    kept = [each for each in values if each is not None]
     if kept:
         return torch.cat(kept).double().cpu().numpy()
-    return np.empty((sum(len(r.loss_B) for r in records), num_parameters, 0))
+    return np.empty((num_samples, num_parameters, 0))
 
 
 def largest_of_ranks(values: list[float], device: torch.device) -> list[float]:

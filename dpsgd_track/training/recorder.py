@@ -79,6 +79,7 @@ class Recorder:
             "clip_factor": factors,
             "sample_norm_by_parameter": seen.samples.norm_by_parameter,
             "sample_sketch": seen.samples.sketch.astype(np.float32),
+            "sample_other_norm": seen.samples.other_norm.astype(np.float32),
             "moved_sketch": seen.moved_sketch.astype(np.float32),
             "gradient_sketch": seen.gradient.sketch,
             "noised_sketch": seen.noised.sketch * divisor,

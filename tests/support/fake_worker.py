@@ -17,9 +17,9 @@ import psutil
 
 from dpsgd_track.config import CLIP
 from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.facts import FACTS, DeviceFacts, RunFacts
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
-from dpsgd_track.record.moves import Move
 from dpsgd_track.record.plan import STARTED_JOB, StartedJob
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store.spool import RECORDS, SpoolWriter
@@ -50,6 +50,7 @@ def trajectory(num_steps: int) -> Trajectory:
         sample_rank=np.zeros((num_steps, SAMPLES), dtype=np.int64),
         sample_micro_batch=np.zeros((num_steps, SAMPLES), dtype=np.int64),
         sample_sketch=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
+        sample_other_norm=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
         moved_sketch=np.empty((num_steps, len(Move), 1, 0), dtype=np.float32),
         sample_loss=by_sample,
         sample_norm=by_sample,

@@ -27,9 +27,9 @@ from dpsgd_track.config import (
     kind_of,
 )
 from dpsgd_track.record import names
+from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.environment import Environment
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
-from dpsgd_track.record.moves import Move
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, STARTED_JOB, GroupPlan, StartedJob, Suite
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, SCALAR_METRICS, Trajectory
@@ -92,6 +92,7 @@ def trajectory(
         parameter_sizes=np.zeros(P, dtype=np.int64),
         sample_norm_by_parameter=by_parameter,
         sample_sketch=sketch if not accurate else sketch[..., :0],
+        sample_other_norm=np.empty((S, N, P, 0)),
         moved_sketch=np.empty((S, len(Move), P, 0)),
         gradient_sketch=gradient,
         noised_sketch=noised,
