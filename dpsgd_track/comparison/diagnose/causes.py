@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from os.path import commonprefix
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 
@@ -36,22 +36,30 @@ class Cause:
 
     explanations: tuple[Explanation, ...] = ()
     """All that agree equally well; empty if none is known."""
+    audited: str = ""
+    """What an audit of the mode's own noise found; empty for nothing."""
     is_division: bool = False
     """True if the noise is right, and what follows it is not."""
 
     @property
     def sentence(self) -> str:
         """The explanations as alternatives in one clause; empty if there are none."""
-        return either([each.sentence for each in self.explanations])
+        known = either([each.sentence for each in self.explanations])
+        return "; ".join(filter(None, [self.audited, known]))
+
+    def confirmed_by(self, audited: str) -> Cause:
+        """The same with what an audit of the mode's own noise found."""
+        return replace(self, audited=audited)
 
 
 def either(sentences: Sequence[str]) -> str:
     """`it is the right one multiplied by 2 or W`: alternatives, without repeating what is equal."""
     if len(sentences) < 2:
         return "".join(sentences)
-    common = commonprefix(list(sentences)).rpartition(" ")[0]
-    first, *rest = sentences
-    return " or ".join([first, *(each[len(common) :].strip() for each in rest)])
+    words = [each.split() for each in sentences]
+    num_common = len(list(takewhile(lambda at: len(set(at)) == 1, zip(*words, strict=False))))
+    first, *rest = (" ".join(each[num_common * (n > 0) :]) for n, each in enumerate(words))
+    return " or ".join([first, *rest])
 
 
 def agreed(causes: Iterable[Cause]) -> Cause:
