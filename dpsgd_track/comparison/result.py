@@ -210,7 +210,8 @@ def _leading(culprits: Mapping[Key, Culprit], findings: Sequence[Finding]) -> Cu
         return next((c for c in alone if not c.breaks_bound), next(iter(alone), None))
     culprit = culprits[first]
     alike = [c for c in culprits.values() if c.stage is culprit.stage and c is not culprit]
-    culprit = replace(culprit, cause=agreed(c.cause for c in (culprit, *alike)))
+    cause = agreed(c.cause for c in (culprit, *alike))
+    culprit = culprit if cause == culprit.cause else replace(culprit, cause=cause)
     audited = next((c for c in alone if c.stage is Stage.NOISE and not c.against), None)
     if culprit.stage is Stage.NOISE and audited and not culprit.cause.is_division:
         return replace(culprit, cause=culprit.cause.confirmed_by(audited.where))

@@ -26,7 +26,7 @@ from dpsgd_track.comparison.measure.observables import (
 )
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
-from dpsgd_track.record.trajectory import UNUSED, sketch_distance, sketch_length
+from dpsgd_track.record.trajectory import UNUSED, Trajectory, sketch_distance, sketch_length
 
 _SHOWN = 3
 _FROM_HERE_ON = 0.9
@@ -38,7 +38,7 @@ _FEWEST_BEFORE = 3
 _WRONG = {
     Stage.DATA: "was given other data",
     Stage.INITIAL_WEIGHTS: "starts from other weights",
-    Stage.LOSS: "computes a wrong loss",
+    Stage.LOSS: "computes wrong losses",
     Stage.NORMS: "computes wrong per-sample norms",
     Stage.FACTORS: "computes wrong clip factors",
     Stage.SUM: "computes a wrong clipped sum",
@@ -129,9 +129,25 @@ def culprit_of(
         return None
     others = (each for each in rungs if each.is_by_itself and each.stage is not rung.stage)
     later = (_culprit_at(each, pair, rungs, run, broken) for each in others)
-    # The evidence of a second error is in its place of the report.
-    also = [replace(c, evidence="").sentence for c in later if c is not None]
-    return replace(first, also=" and ".join(also))
+    also = next((c for c in later if c is not None and _is_independent(c, first)), None)
+    # Its size is in the report's table of stages.
+    return first if also is None else replace(first, also=replace(also, evidence="").sentence)
+
+
+def _is_independent(second: Culprit, first: Culprit) -> bool:
+    """True if `first` does not explain `second`, which is of a later stage.
+
+    Wrong norms and a wrong sum of the same parameters come from one wrong gradient, unless the sum
+    is explained by another mistake.
+    """
+    if second.stage is not Stage.SUM or first.stage is not Stage.NORMS:
+        return True
+    if set(second.places) - {*first.places, *first.inherited}:
+        return True
+    names = {each.subject_free for each in first.cause.explanations}
+    return any(
+        each.is_named and each.subject_free not in names for each in second.cause.explanations
+    )
 
 
 def _culprit_at(
@@ -183,7 +199,8 @@ def _culprit_at(
     )
     if OBSERVABLES[rung.observable].items == "layer":
         names = tuple(aligned.baseline.layer_names.tolist())
-    return _in_words(culprit, names, _right_before(rungs, rung))
+    direction = _direction(rung, aligned, row)
+    return _in_words(culprit, names, _right_before(rungs, rung), direction)
 
 
 def _claim(stage: Stage, noise_std: float, run: ModeRun) -> str:
@@ -386,12 +403,38 @@ def _right_before(rungs: Sequence[Rung], at_fault: Rung) -> list[Stage]:
     return right[-2:]
 
 
-def _in_words(culprit: Culprit, names: Sequence[str], right: Sequence[Stage]) -> Culprit:
+def _direction(rung: Rung, pair: Aligned, row: int) -> str:
+    """`too large` or `too small` where all wrong numbers are; otherwise empty."""
+    assert rung.observable is not None
+    observable = OBSERVABLES[rung.observable]
+    if observable.items not in ("", "sample", "sample_parameter"):
+        return ""
+    ours, theirs = (side.read(observable.field, row, row + 1)[0] for side in _sides(pair))
+    names = pair.baseline.parameter_names.tolist()
+    if observable.items == "sample_parameter":
+        columns = [names.index(item) for item in rung.items if item in names]
+        ours, theirs = ours[:, columns], theirs[:, columns]
+    with np.errstate(invalid="ignore"):
+        difference = np.atleast_1d(theirs - ours)
+        wrong = difference[np.abs(difference) > 1e-2 * np.nanmax(np.abs(difference))]
+    if (wrong > 0).all():
+        return "too large"
+    return "too small" if (wrong < 0).all() else ""
+
+
+def _sides(pair: Aligned) -> tuple[Trajectory, Trajectory]:
+    return pair.baseline, pair.other
+
+
+def _in_words(
+    culprit: Culprit, names: Sequence[str], right: Sequence[Stage], direction: str = ""
+) -> Culprit:
     """`culprit` of a comparison, with its place and size in words.
 
     Args:
         names: all parameters of the model, or all layers if the culprit's places are layers.
         right: earlier stages that were compared and are right.
+        direction: `too large`, `too small`, or empty.
     """
     assert culprit.observable is not None
     assert culprit.value is not None
@@ -412,9 +455,11 @@ def _in_words(culprit: Culprit, names: Sequence[str], right: Sequence[Stage]) ->
         if culprit.floor is None
         else f"rounding explains {shown(culprit.limit)}"
     )
-    evidence = (
-        f"{_subject(culprit.stage, observable)} {amount} from {culprit.against} ({explained})"
-    )
+    off = _subject(culprit.stage, observable)
+    off = off.removesuffix("off").removesuffix("Off") + direction if direction else off
+    off = f"{off[:1].upper()}{off[1:]}"
+    preposition = "against" if direction else "from"
+    evidence = f"{off} {amount} {preposition} {culprit.against} ({explained})"
     return replace(culprit, where=where, evidence=evidence)
 
 

@@ -47,18 +47,18 @@ def _at_bound(sentence: str, bound_of: Callable[[Facts], Floats | float]) -> Hyp
 
 def _named_bounds() -> Sequence[Hypothesis]:
     known = (
-        ("W", "W being the number of ranks"),
-        ("K", "K being the number of micro-batches"),
-        ("b", "b being the samples of a micro-batch"),
-        ("B", "B being the expected batch size"),
-        ("P", "P being the number of parameters"),
-        ("sqrt(P)", "P being the number of parameters"),
-        ("sqrt(W)", "W being the number of ranks"),
+        ("W", "the number of ranks"),
+        ("K", "the number of micro-batches"),
+        ("b", "the samples of a micro-batch"),
+        ("B", "the expected batch size"),
+        ("P", "the number of parameters"),
+        ("sqrt(P)", "P the number of parameters"),
+        ("sqrt(W)", "W the number of ranks"),
         ("2", ""),
     )
     return [
         _at_bound(
-            f"{shown} rather than C" + f", {meaning}" * bool(meaning),
+            f"{shown}" + f" ({meaning})" * bool(meaning) + " rather than C",
             lambda facts, s=symbol, p=power: facts.bound * _constant(facts, s) ** p,
         )
         for symbol, meaning in known

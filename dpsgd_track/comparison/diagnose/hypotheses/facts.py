@@ -41,8 +41,8 @@ class Quantity:
 
     @property
     def text(self) -> str:
-        """`W, the number of ranks`."""
-        return f"{self.symbol}, {self.meaning}" if self.meaning else self.symbol
+        """`W (the number of ranks)`."""
+        return f"{self.symbol} ({self.meaning})" if self.meaning else self.symbol
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,27 +158,27 @@ class Facts:
         known = (
             ("2", 2.0, ""),
             ("W", W, "the number of ranks"),
-            ("sqrt(W)", math.sqrt(W), "W being the number of ranks"),
-            ("W^2", W * W, "W being the number of ranks"),
+            ("sqrt(W)", math.sqrt(W), "W ranks"),
+            ("W^2", W * W, "W ranks"),
             ("K", K, "the number of micro-batches"),
-            ("sqrt(K)", math.sqrt(K), "K being the number of micro-batches"),
+            ("sqrt(K)", math.sqrt(K), "K micro-batches"),
             ("K_t", self._most_micro_batches(), "the number of micro-batches of the step"),
             ("b", b, "the samples of a micro-batch"),
             ("B", W * K * b, "the expected batch size"),
-            ("sqrt(B)", math.sqrt(W * K * b), "B being the expected batch size"),
+            ("sqrt(B)", math.sqrt(W * K * b), "B the expected batch size"),
             ("W b", W * b, "the samples of a micro-batch on all ranks"),
             ("K b", K * b, "the samples of a rank"),
             ("W K", W * K, "ranks times micro-batches"),
             ("|batch|", self.counts.astype(np.float64), "the samples that the step really has"),
             ("|batch|/B", self.counts / self.divisor, "the samples that are there over B"),
             ("C", C, "the clipping bound"),
-            ("C^2", C**2, "C being the clipping bound"),
+            ("C^2", C**2, "C the clipping bound"),
             ("sigma", sigma, "the noise multiplier"),
             ("sigma C", sigma * C, "the std of the noise"),
             ("sqrt(2)", math.sqrt(2), ""),
-            ("sqrt(T)", math.sqrt(T), "T being the sequence length"),
+            ("sqrt(T)", math.sqrt(T), "T the sequence length"),
             ("T", T, "the sequence length"),
-            ("T-1", T - 1, "T being the sequence length"),
+            ("T-1", T - 1, "T the sequence length"),
             ("P", P, "the number of parameters"),
         )
         return tuple(Quantity(symbol=s, value=v, meaning=m) for s, v, m in known if _tells(v))

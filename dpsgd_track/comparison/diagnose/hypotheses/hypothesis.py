@@ -53,6 +53,16 @@ class Explanation:
     name: str = ""
     """Sentence without numbers: equal for the same mistake in two comparisons."""
 
+    @property
+    def is_named(self) -> bool:
+        """False of a constant that was fitted and has no other meaning."""
+        return "{}" not in self.name
+
+    @property
+    def subject_free(self) -> str:
+        """Name without what it is said of: `multiplied by 2`, `zero, left out altogether`."""
+        return self.name.removeprefix("they are ").removeprefix("it is ").replace("ones", "one")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:

@@ -60,6 +60,18 @@ def _over_batch_targets(facts: Facts) -> Prediction:
     return facts.theirs.sample_loss if facts.micro_batches else None
 
 
+def _of_other_weights(facts: Facts) -> Prediction:
+    """What is recorded, if everything was right before the weights moved for the first time."""
+    first = int(facts.rows[0])
+    if facts.theirs.step[0] != 0 or first == 0 or not facts.rate > 0:
+        return None
+    before = slice(0, first)
+    is_right = np.allclose(
+        facts.theirs.sample_loss[before], facts.ours.sample_loss[before], 1e-4, 0.0, equal_nan=True
+    )
+    return facts.theirs.sample_loss if is_right else None
+
+
 LOSS = Subject(
     observed=lambda facts: facts.theirs.sample_loss,
     right=lambda facts: facts.ours.sample_loss,
@@ -82,6 +94,13 @@ LOSS = Subject(
         (
             *mixed_up(lambda facts: facts.ours.sample_loss, lambda facts: facts.theirs.sample_loss),
             *rounded(lambda facts: facts.theirs.sample_loss),
+        ),
+        (
+            Hypothesis(
+                sentence="they are right until weights move, and then those of other weights than "
+                "the optimizer has left: stale, or not the same on all ranks",
+                predict=_of_other_weights,
+            ),
         ),
     ),
 )

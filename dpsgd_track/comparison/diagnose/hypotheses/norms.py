@@ -22,6 +22,8 @@ _SMALL = 1e-3
 """Least unit of an error, as a share of the largest norm."""
 _FITS = 1e-4
 """Relative error up to which a norm equals a formula's value."""
+_LEAST_TOLD = 0.75
+"""Least share of the wrong parameters that has to follow a formula."""
 _MOST_FORMULAS = 2
 """Formulas that the wrong parameters may follow, one for each kind of layer."""
 
@@ -130,19 +132,24 @@ def _formulas(facts: Facts) -> Prediction:
     errors = np.nan_to_num(np.where(is_wrong[..., None], errors, 0.0), nan=np.inf)
     agrees = errors[facts.rows].max(axis=(0, 1), initial=0.0) <= _FITS
     used = _fewest(agrees)
-    if not used:
+    is_told = agrees[:, used].any(axis=1)
+    if not used or is_told.mean() < _LEAST_TOLD:
         return None
     predicted = right.copy()
     for column in range(predicted.shape[2]):
-        formula = next(f for f in used if agrees[column, f])
+        # The few parameters that no formula fits have other layers' gradients in them.
+        formula = next((f for f in used if agrees[column, f]), None)
+        of_column = observed[..., column] if formula is None else values[..., column, formula]
         wrong = is_wrong[..., column]
-        predicted[..., column][wrong] = values[..., column, formula][wrong]
+        predicted[..., column][wrong] = of_column[wrong]
     formulas = list(NormFormula)
-    return Fitted(predicted, ", others ".join(formulas[f].value for f in used))
+    shown = ", others ".join(formulas[f].value for f in used)
+    of_some = f" (in {is_told.sum()} of {len(is_told)} parameters)" * (not is_told.all())
+    return Fitted(predicted, f"{shown}{of_some}")
 
 
 def _fewest(agrees: np.ndarray) -> list[int]:
-    """Formulas of which each column agrees with one; none if it takes too many.
+    """The few formulas that most columns agree with.
 
     Args:
         agrees: [Q, V]
@@ -150,9 +157,10 @@ def _fewest(agrees: np.ndarray) -> list[int]:
     used: list[int] = []
     for _ in range(_MOST_FORMULAS):
         left = ~agrees[:, used].any(axis=1)
-        if left.any():
-            used.append(int(agrees[left].sum(axis=0).argmax()))
-    return used if agrees[:, used].any(axis=1).all() else []
+        if not agrees[left].any():
+            break
+        used.append(int(agrees[left].sum(axis=0).argmax()))
+    return used
 
 
 BY_PARAMETER = Subject(
