@@ -113,6 +113,7 @@ def record(shape: Shape) -> Trajectory:
         sample_rank=np.tile(np.arange(N), (S, 1)),
         sample_micro_batch=np.zeros((S, N), dtype=np.int64),
         sample_sketch=np.empty((S, N, P, 0), dtype=np.float32),
+        sample_shard_sketch=np.empty((S, N, P, 0), dtype=np.float32),
         sample_other_norm=np.empty((S, N, P, 0), dtype=np.float32),
         moved_sketch=np.empty((S, len(Move), P, 0), dtype=np.float32),
         sample_loss=loss,

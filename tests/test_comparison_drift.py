@@ -206,6 +206,7 @@ def without_columns(t: Trajectory, layer: int, parameter: int) -> Trajectory:
         ("parameter_sizes", 0),
         ("sample_norm_by_parameter", 2),
         ("sample_sketch", 2),
+        ("sample_shard_sketch", 2),
         ("sample_other_norm", 2),
         ("moved_sketch", 2),
         ("gradient_sketch", 1),

@@ -12,7 +12,7 @@ from dpsgd_track.comparison.diagnose.ladder import Rung
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
-from dpsgd_track.config import Thresholds
+from dpsgd_track.config import CLIP, NOISE, Thresholds, kind_of
 from dpsgd_track.record.run import Group, ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Trajectory
@@ -209,10 +209,13 @@ def _leading(culprits: Mapping[Key, Culprit], findings: Sequence[Finding]) -> Cu
     if first is None:
         return next((c for c in alone if not c.breaks_bound), next(iter(alone), None))
     culprit = culprits[first]
-    alike = [c for c in culprits.values() if c.stage is culprit.stage and c is not culprit]
-    cause = agreed(c.cause for c in (culprit, *alike))
+    alike = [c for c in culprits.values() if c.stage is culprit.stage]
+    # Where samples are clipped, fewer mistakes look alike.
+    alike.sort(key=lambda c: (kind_of(c.regime) != CLIP, c is not culprit))
+    cause = agreed(c.cause for c in alike)
     culprit = culprit if cause == culprit.cause else replace(culprit, cause=cause)
-    audited = next((c for c in alone if c.stage is Stage.NOISE and not c.against), None)
+    noise = [c for c in alone if c.stage is Stage.NOISE]
+    audited = min(noise, key=lambda c: kind_of(c.regime) != NOISE, default=None)
     if culprit.stage is Stage.NOISE and audited and not culprit.cause.is_division:
         return replace(culprit, cause=culprit.cause.confirmed_by(audited.where))
     return culprit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -179,11 +179,24 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
     if all(share.raw_TP is not None for share in shares):
         raw = [share.total(share.raw_TP) for share in shares if share.raw_TP is not None]
         values[NormFormula.RAW_INPUT] = torch.stack(raw).sum(dim=0).norm()
-    padding = [s.total(s.padding_TP) for s in shares if s.padding_TP is not None]
-    if padding:
-        added = torch.stack([each.square().sum() for each in padding]).sum()
-        values[NormFormula.PADDING_COUNTED] = (norm.square() + added).sqrt()
+    if any(share.row_T is not None for share in shares):
+        values |= _of_rows(norm, shares)
     return values
+
+
+def _of_rows(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tensor]:
+    """Formulas for an embedding, whose weight other layers may use as well."""
+    rows = [share for share in shares if share.row_T is not None]
+    others = [share for share in shares if share.row_T is None]
+    with_padding = [
+        replace(s, left_TP=s.left_TP + s.padding_TP) for s in rows if s.padding_TP is not None
+    ]
+    squares = torch.stack([share.position_squares().sum() for share in rows]).sum()
+    added = torch.stack([share.gradient().square().sum() for share in rows]).sum()
+    return {
+        NormFormula.TOKENS_APART: (norm.square() - added + squares).clamp_min(0).sqrt(),
+        NormFormula.PADDING_COUNTED: _joined([*with_padding, *others], Share.gradient),
+    }
 
 
 def _are_alike(shares: Sequence[Share]) -> bool:

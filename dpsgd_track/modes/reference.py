@@ -14,9 +14,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpsgd_track.distributed.ranks import sum_over_ranks
+from dpsgd_track.distributed.sharding import row_range
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
 from dpsgd_track.modes.norm_formulas import LayerCalls, formulas
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -79,7 +81,7 @@ class ReferenceMode(Mode):
             self._column(norms),
             self._column(factors),
             {name: self._column(values) for name, values in by_parameter.items()},
-            self._stacked(sketches, NUM_PROJECTIONS) if self.context.sketches_samples else None,
+            self._stacked(sketches, 2 * NUM_PROJECTIONS) if self.context.sketches_samples else None,
             self._stacked(other_norms, len(NormFormula)) if self.context.sketches_samples else None,
         )
 
@@ -89,9 +91,16 @@ class ReferenceMode(Mode):
         return torch.stack(values) if values else empty
 
     def _sketch(self, gradients: list[Tensor]) -> Tensor:
-        """[P, K] projections of one sample's gradient."""
-        named = zip(self.names, gradients, strict=True)
-        return torch.stack([norm_and_sketch(n, g, 0, g.numel())[1:] for n, g in named])
+        """[P, 2 K] projections of one sample's gradient: of the whole, and of this rank's rows."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        sketches = []
+        for name, gradient in zip(self.names, gradients, strict=True):
+            first, last = row_range(len(gradient), rank, ranks)
+            start = first * gradient[0].numel()
+            whole = norm_and_sketch(name, gradient, 0, gradient.numel())
+            own = norm_and_sketch(name, gradient[first:last], start, gradient.numel())
+            sketches.append(torch.cat([whole[1:], own[1:]]))
+        return torch.stack(sketches)
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of one sample."""

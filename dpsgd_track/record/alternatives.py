@@ -51,6 +51,10 @@ class NormFormula(enum.StrEnum):
         "sqrt(|G G^T|_F) of the positions' gradients G, the Gram matrix, in place of |sum_t g_t|"
     )
     RAW_INPUT = "computed from the layer's raw input rather than its normalised input"
+    TOKENS_APART = (
+        "sqrt(sum_t |dy_t|^2) of an embedding's rows: squares are taken before the gradients of "
+        "equal tokens are added"
+    )
     PADDING_COUNTED = "with the row of the padding index counted"
     OWN_ROWS = "of the rank's own shard (its rows) alone, not added up over ranks"
     LAST_ROW_LOST = "without the last row of the gradient"

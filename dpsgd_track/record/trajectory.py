@@ -48,6 +48,7 @@ SAMPLE_COLUMNS = (
     "clip_factor",
     "sample_norm_by_parameter",
     "sample_sketch",
+    "sample_shard_sketch",
     "sample_other_norm",
 )
 """Fields with one entry for each sample of a step."""
@@ -55,6 +56,7 @@ SAMPLE_COLUMNS = (
 LARGE = (
     "sample_norm_by_parameter",
     "sample_sketch",
+    "sample_shard_sketch",
     "sample_other_norm",
     "moved_sketch",
     "gradient_sketch",
@@ -135,6 +137,9 @@ class Trajectory:
     sample_sketch: Floats
     """[S, N, P, K] the projections of each sample's gradient before clipping, so that sums with
     other factors can be predicted. K is 0 but in the reference's clip regime."""
+    sample_shard_sketch: Floats
+    """[S, N, P, K] the same of those rows alone that the sample's own rank would hold if it were
+    sharded: what is left of a sum that is not reduced over ranks."""
     sample_other_norm: Floats
     """[S, N, P, F] value of each `NormFormula`, wrong formulas for the norm by parameter; NaN where
     one does not apply. F is 0 but in the reference's clip regime."""
@@ -296,6 +301,7 @@ def _absent_in_2(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {
         "sample_micro_batch": np.full((S, N), UNUSED, dtype=np.int64),
         "sample_sketch": np.empty((S, N, P, 0), dtype=np.float32),
+        "sample_shard_sketch": np.empty((S, N, P, 0), dtype=np.float32),
         "sample_other_norm": np.empty((S, N, P, 0), dtype=np.float32),
         "moved_sketch": np.empty((S, len(Move), P, 0), dtype=np.float32),
     }
@@ -313,6 +319,7 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         **dict.fromkeys(_BY_SAMPLE_ALONE, (S, N)),
         "sample_norm_by_parameter": (S, N, P),
         "sample_sketch": (S, N, P, shape_of("sample_sketch")[-1]),
+        "sample_shard_sketch": (S, N, P, shape_of("sample_shard_sketch")[-1]),
         "sample_other_norm": (S, N, P, shape_of("sample_other_norm")[-1]),
         "moved_sketch": (S, len(Move), P, shape_of("moved_sketch")[-1]),
         **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),

@@ -430,6 +430,7 @@ def _from_metrics(history: History) -> Trajectory | None:
         parameter_sizes=np.array([], dtype=np.int64),
         sample_norm_by_parameter=np.empty((S, 0, 0)),
         sample_sketch=np.empty((S, 0, 0, 0)),
+        sample_shard_sketch=np.empty((S, 0, 0, 0)),
         sample_other_norm=np.empty((S, 0, 0, 0)),
         moved_sketch=np.empty((S, len(Move), 0, 0)),
         gradient_sketch=np.empty((S, 0, 1)),

@@ -78,7 +78,8 @@ class GatheredSamples:
     micro_batch: NDArray[np.int64]
     """Micro-batch of its rank that held the sample."""
     sketch: Floats
-    """[N, P, K] projections of the samples' gradients; K is 0 where they are not recorded."""
+    """[N, P, 2 K] projections of the samples' gradients, and of their ranks' rows; K is 0 where not
+    recorded."""
     other_norm: Floats
     """[N, P, V] value of each `NormFormula`; V is 0 where they are not recorded."""
     digests: NDArray[np.int64]

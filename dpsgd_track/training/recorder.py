@@ -59,6 +59,8 @@ class Recorder:
         divisor = self.expected_batch_size
         factors = seen.samples.clip_factor
         is_clipping = len(factors) > 0 and not np.isnan(factors).any()
+        sketches = seen.samples.sketch.astype(np.float32)
+        sketch, shard_sketch = np.split(sketches, 2, axis=2)
         row: dict[str, Any] = {
             "step": seen.step,
             "loss": seen.samples.mean_loss(),
@@ -78,7 +80,8 @@ class Recorder:
             "sample_norm": seen.samples.norm,
             "clip_factor": factors,
             "sample_norm_by_parameter": seen.samples.norm_by_parameter,
-            "sample_sketch": seen.samples.sketch.astype(np.float32),
+            "sample_sketch": sketch,
+            "sample_shard_sketch": shard_sketch,
             "sample_other_norm": seen.samples.other_norm.astype(np.float32),
             "moved_sketch": seen.moved_sketch.astype(np.float32),
             "gradient_sketch": seen.gradient.sketch,

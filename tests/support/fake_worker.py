@@ -50,6 +50,7 @@ def trajectory(num_steps: int) -> Trajectory:
         sample_rank=np.zeros((num_steps, SAMPLES), dtype=np.int64),
         sample_micro_batch=np.zeros((num_steps, SAMPLES), dtype=np.int64),
         sample_sketch=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
+        sample_shard_sketch=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
         sample_other_norm=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
         moved_sketch=np.empty((num_steps, len(Move), 1, 0), dtype=np.float32),
         sample_loss=by_sample,

@@ -92,6 +92,7 @@ def trajectory(
         parameter_sizes=np.zeros(P, dtype=np.int64),
         sample_norm_by_parameter=by_parameter,
         sample_sketch=sketch if not accurate else sketch[..., :0],
+        sample_shard_sketch=np.empty((S, N, P, 0)),
         sample_other_norm=np.empty((S, N, P, 0)),
         moved_sketch=np.empty((S, len(Move), P, 0)),
         gradient_sketch=gradient,

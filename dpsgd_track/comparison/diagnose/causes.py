@@ -19,13 +19,15 @@ from dpsgd_track.comparison.diagnose.hypotheses.losses import LOSS
 from dpsgd_track.comparison.diagnose.hypotheses.noise import DIVISION, NOISE
 from dpsgd_track.comparison.diagnose.hypotheses.norms import BY_PARAMETER, TOTAL
 from dpsgd_track.comparison.diagnose.hypotheses.sums import SUM
-from dpsgd_track.comparison.diagnose.hypotheses.updates import UPDATE
+from dpsgd_track.comparison.diagnose.hypotheses.updates import UPDATE, rounding_of
 from dpsgd_track.comparison.diagnose.ladder import Rung
 from dpsgd_track.comparison.measure.drift import Pair
 from dpsgd_track.config import CLIP, kind_of
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
 
+_MOST_ALONE = 4
+"""Parameters that are tried by themselves."""
 _MOST_STEPS = 16
 """Steps that a hypothesis is tried on: records of long runs are larger than memory."""
 
@@ -45,7 +47,7 @@ class Cause:
     def sentence(self) -> str:
         """The explanations as alternatives in one clause; empty if there are none."""
         known = either([each.sentence for each in self.explanations])
-        return "; ".join(filter(None, [self.audited, known]))
+        return "; ".join(filter(None, [known, self.audited]))
 
     def confirmed_by(self, audited: str) -> Cause:
         """The same with what an audit of the mode's own noise found."""
@@ -82,8 +84,22 @@ def cause_of(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
     if facts is None or rung.limit is None or not np.isfinite(rung.limit):
         return Cause()
     for subject in _subjects(rung, facts):
-        if found := explanations(facts, subject, rung.limit):
+        limit = max(rung.limit, rounding_of(facts)) if subject is UPDATE else rung.limit
+        if found := explanations(facts, subject, limit):
             return Cause(explanations=found, is_division=subject is DIVISION)
+    if len(rung.items) > 1 and rung.stage in (Stage.NORMS, Stage.SUM):
+        return _of_one(pair, rung, run)
+    return Cause()
+
+
+def _of_one(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
+    """The cause in one of the worst parameters, where none explains all of them."""
+    for item in rung.items[:_MOST_ALONE]:
+        cause = cause_of(pair, replace(rung, items=(item,)), run)
+        told = [e for e in cause.explanations if e.is_named]
+        if told:
+            said = tuple(replace(e, sentence=f"in {item}, {e.sentence}") for e in told)
+            return replace(cause, explanations=said)
     return Cause()
 
 

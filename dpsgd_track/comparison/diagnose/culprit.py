@@ -337,6 +337,7 @@ def describe(wrong: Sequence[str], names: Sequence[str], kind: str = "parameters
         return f"all {len(names)} {kind}"
     if len(wrong) <= _SHOWN:
         return ", ".join(wrong)
+    most = f"{len(wrong)} of {len(names)} {kind} ({wrong[0]} most)"
     for of in (lambda name: name.rpartition(".")[2], _pattern):
         groups: dict[str, list[str]] = defaultdict(list)
         for name in names:
@@ -346,6 +347,8 @@ def describe(wrong: Sequence[str], names: Sequence[str], kind: str = "parameters
         if whole and len(alike) <= _SHOWN:
             what = ", ".join(f"*.{each}" if "." not in each else each for each in sorted(alike))
             return f"every {what} ({len(wrong)})"
+    if len(wrong) > 0.5 * len(names):
+        return most
     return f"{', '.join(wrong[:_SHOWN])} and {len(wrong) - _SHOWN} more"
 
 

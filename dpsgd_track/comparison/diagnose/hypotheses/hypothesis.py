@@ -23,6 +23,10 @@ _SMALL, _SMALL_SAMPLE = 0.05, 1e-3
 number, as a share of the largest."""
 
 
+_LARGE_SHARE, _ENOUGH_PARAMETERS = 0.02, 4
+"""Parameters whose rounding errors are compared: their least share of the length, and number."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """A prediction with a constant that was chosen to agree best."""
@@ -43,6 +47,8 @@ class Hypothesis:
     sentence: str
     """What is computed, as a clause about the stage's result; `{}` is the fitted constant."""
     predict: Callable[[Facts], Prediction]
+    is_hint: bool = False
+    """True if it agrees in size only, so that it predicts no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +58,12 @@ class Explanation:
     sentence: str
     name: str = ""
     """Sentence without numbers: equal for the same mistake in two comparisons."""
+    is_hint: bool = False
 
     @property
     def is_named(self) -> bool:
-        """False of a constant that was fitted and has no other meaning."""
-        return "{}" not in self.name
+        """False of a constant that was fitted and has no other meaning, and of a mere size."""
+        return "{}" not in self.name and not self.is_hint
 
     @property
     def subject_free(self) -> str:
@@ -76,8 +83,28 @@ class Subject:
     """Simplest first."""
     is_sketch: bool = False
     """True if the last axis holds projections, so that a distance is taken over it."""
-    is_them: bool = True
-    """True if the result is spoken of as `they`."""
+    be: str = "they are"
+    """Beginning of a clause about the result."""
+    zero: str = ""
+    """Clause on a result of zero, if it is more than that."""
+
+
+def off_as_rounded(observed: Floats, right: Floats, size: Floats) -> bool:
+    """True if tensors are off by as much as rounding their elements to bfloat16 makes them.
+
+    Args:
+        observed, right: [S, Q, K] projections.
+        size: [S, Q] lengths of what is rounded.
+    """
+    total = np.sqrt(np.square(size).sum(axis=1, keepdims=True))
+    is_large = size > _LARGE_SHARE * total
+    with np.errstate(all="ignore"):
+        off = (sketch_distance(observed, right) / size)[is_large]
+    off = off[np.isfinite(off)]
+    if off.size < _ENOUGH_PARAMETERS or not off.all():
+        return False
+    is_alike = float(np.quantile(off, 0.9)) < 4 * float(np.quantile(off, 0.1))
+    return is_alike and 2.0**-12 < float(np.median(off)) < 2.0**-8
 
 
 def explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explanation, ...]:
@@ -150,18 +177,20 @@ class _Trial:
                 continue
             shown = predicted.shown if isinstance(predicted, Fitted) else ""
             sentence = hypothesis.sentence.replace("{}", shown)
-            yield Explanation(sentence=sentence, name=hypothesis.sentence)
+            yield Explanation(
+                sentence=sentence, name=hypothesis.sentence, is_hint=hypothesis.is_hint
+            )
 
 
 def _be(subject: Subject) -> tuple[str, str]:
-    return ("they are", "right ones") if subject.is_them else ("it is", "right one")
+    return subject.be, "right ones" if subject.be.endswith("are") else "right one"
 
 
 def _zero(subject: Subject) -> Sequence[Hypothesis]:
     be, right = _be(subject)
     return (
         Hypothesis(
-            sentence=f"{be} zero, left out altogether",
+            sentence=subject.zero or f"{be} zero, left out altogether",
             predict=lambda facts: np.zeros_like(subject.right(facts)),
         ),
         Hypothesis(

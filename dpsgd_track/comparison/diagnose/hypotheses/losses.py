@@ -12,7 +12,11 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
 )
-from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up, rounded
+from dpsgd_track.comparison.diagnose.hypotheses.samples import (
+    mixed_up,
+    off_as_rounding,
+    rounded,
+)
 from dpsgd_track.record.trajectory import Floats
 
 _WHOLE = 2e-3
@@ -100,6 +104,20 @@ LOSS = Subject(
                 sentence="they are right until weights move, and then those of other weights than "
                 "the optimizer has left: stale, or not the same on all ranks",
                 predict=_of_other_weights,
+            ),
+        ),
+        (
+            Hypothesis(
+                sentence="they are off by as much as computing them in bfloat16 (from logits that "
+                "are rounded) makes them",
+                predict=lambda facts: (
+                    facts.theirs.sample_loss
+                    if off_as_rounding(
+                        facts.theirs.sample_loss[facts.rows], facts.ours.sample_loss[facts.rows]
+                    )
+                    else None
+                ),
+                is_hint=True,
             ),
         ),
     ),

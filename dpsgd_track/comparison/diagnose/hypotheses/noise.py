@@ -12,8 +12,9 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Hypothesis,
     Prediction,
     Subject,
+    off_as_rounded,
 )
-from dpsgd_track.record.trajectory import Floats
+from dpsgd_track.record.trajectory import Floats, sketch_length
 
 
 def _own_noise(facts: Facts) -> Floats:
@@ -29,7 +30,7 @@ NOISE = Subject(
     observed=_own_noise,
     right=lambda facts: facts.noise,
     is_sketch=True,
-    is_them=False,
+    be="it is",
     levels=(
         (
             Hypothesis(
@@ -43,6 +44,17 @@ NOISE = Subject(
             Hypothesis(
                 sentence="it is the noise of the next step",
                 predict=_of_other_step(lambda noise: np.concatenate([noise[1:], noise[-1:]])),
+            ),
+        ),
+        (
+            Hypothesis(
+                sentence="it is off by as much as rounding to bfloat16 makes it",
+                predict=lambda facts: (
+                    _own_noise(facts)
+                    if off_as_rounded(_own_noise(facts), facts.noise, sketch_length(facts.noise))
+                    else None
+                ),
+                is_hint=True,
             ),
         ),
     ),
@@ -70,7 +82,7 @@ DIVISION = Subject(
     observed=lambda facts: np.asarray(facts.theirs.noised_sketch[:, facts.columns]),
     right=_before_division,
     is_sketch=True,
-    is_them=False,
+    be="it is",
     levels=(
         (),
         (

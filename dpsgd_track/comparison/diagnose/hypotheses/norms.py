@@ -14,7 +14,13 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
 )
-from dpsgd_track.comparison.diagnose.hypotheses.samples import added_up, mixed_up, rounded
+from dpsgd_track.comparison.diagnose.hypotheses.samples import (
+    added_up,
+    mixed_up,
+    off_as_rounding,
+    rounded,
+    to_bfloat16,
+)
 from dpsgd_track.record.alternatives import NormFormula
 from dpsgd_track.record.trajectory import Floats
 
@@ -39,6 +45,14 @@ def _right_total(facts: Facts) -> Floats:
 def _total(sentence: str, predict: Callable[[Floats], Floats]) -> Hypothesis:
     """A hypothesis on the total as a function of the norms by parameter, [S, N, P]."""
     return Hypothesis(sentence=sentence, predict=lambda facts: predict(facts.by_parameter))
+
+
+def _added_in_bfloat16(norms: Floats) -> Floats:
+    """Total of norms [S, N, P] by a running sum of squares that is rounded at each step."""
+    total = np.zeros(norms.shape[:2])
+    for column in range(norms.shape[2]):
+        total = to_bfloat16(total + to_bfloat16(np.square(norms[..., column])))
+    return np.sqrt(total)
 
 
 def _changed_by(sign: float) -> Callable[[Facts], Prediction]:
@@ -98,6 +112,7 @@ TOTAL = Subject(
                 "squares are averaged over parameters rather than added up",
                 lambda n: np.sqrt(np.square(n).mean(axis=2)),
             ),
+            _total("squares are added up in bfloat16", _added_in_bfloat16),
             Hypothesis(sentence="they leave out {}", predict=_changed_by(-1.0)),
             Hypothesis(sentence="they count {} twice", predict=_changed_by(1.0)),
         ),
@@ -180,6 +195,17 @@ BY_PARAMETER = Subject(
             *mixed_up(_chosen, _reported),
             *added_up(_chosen),
             *rounded(_reported),
+        ),
+        (
+            Hypothesis(
+                sentence="they are off by as much as computing in bfloat16 makes them",
+                predict=lambda facts: (
+                    _reported(facts)
+                    if off_as_rounding(_reported(facts)[facts.rows], _chosen(facts)[facts.rows])
+                    else None
+                ),
+                is_hint=True,
+            ),
         ),
     ),
 )

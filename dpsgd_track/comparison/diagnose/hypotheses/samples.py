@@ -89,6 +89,11 @@ class _Places:
         return changed
 
 
+_ENOUGH_SAMPLES = 8
+_LOW, _HIGH = 2.0**-13, 2.0**-7
+"""Errors of a computation in bfloat16, whose numbers are rounded by up to 2^-9."""
+
+
 def mixed_up(of: Of, theirs: Of) -> Sequence[Hypothesis]:
     """The right numbers at the wrong samples.
 
@@ -230,26 +235,53 @@ def rounded(of_theirs: Of) -> Sequence[Hypothesis]:
     return (
         Hypothesis(
             sentence="they are rounded to bfloat16",
-            predict=lambda facts: _if_rounded(of_theirs(facts), _to_bfloat16),
+            predict=lambda facts: _if_rounded(of_theirs(facts), to_bfloat16),
         ),
         Hypothesis(
             sentence="they are rounded to float16",
-            predict=lambda facts: _if_rounded(
-                of_theirs(facts), lambda values: values.astype(np.float16).astype(np.float64)
-            ),
+            predict=lambda facts: _if_rounded(of_theirs(facts), _to_float16, unless=to_bfloat16),
         ),
     )
 
 
-def _if_rounded(values: Floats, rounding: Callable[[Floats], Floats]) -> Prediction:
-    """`values` if they are such as `rounding` leaves, which float32 numbers are not by chance."""
+def off_as_rounding(observed: Floats, right: Floats) -> bool:
+    """True if numbers of samples are off by as much as a computation in bfloat16 makes them.
+
+    Such errors have both signs, and those of most samples are alike in size.
+    """
+    with np.errstate(all="ignore"):
+        off = (observed / right - 1).ravel()
+    off = off[np.isfinite(off)]
+    if off.size < _ENOUGH_SAMPLES:
+        return False
+    size = float(np.sqrt(np.mean(np.square(off))))
+    below = float(np.mean(off < 0))
+    return _LOW < size < _HIGH and 0.2 < below < 0.8
+
+
+def _if_rounded(
+    values: Floats,
+    rounding: Callable[[Floats], Floats],
+    unless: Callable[[Floats], Floats] | None = None,
+) -> Prediction:
+    """`values` if they are such as `rounding` leaves, which float32 numbers are not by chance.
+
+    Args:
+        unless: a coarser rounding, which they are not to have been through.
+    """
+    if unless is not None and _if_rounded(values, unless) is not None:
+        return None
     is_there = np.isfinite(values) & (values != 0) & (values != 1)
     if not is_there.any() or np.any(rounding(values)[is_there] != values[is_there]):
         return None
     return values
 
 
-def _to_bfloat16(values: Floats) -> Floats:
+def _to_float16(values: Floats) -> Floats:
+    return values.astype(np.float16).astype(np.float64)
+
+
+def to_bfloat16(values: Floats) -> Floats:
     """`values` rounded to 8 significant bits, to nearest even."""
     bits = values.astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)

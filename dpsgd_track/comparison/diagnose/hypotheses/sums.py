@@ -19,12 +19,16 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Hypothesis,
     Prediction,
     Subject,
+    off_as_rounded,
 )
 from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
 from dpsgd_track.record.alternatives import Move
-from dpsgd_track.record.trajectory import UNUSED, Floats
+from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_length
 
 _ALIKE = 1e-3
+"""Relative spread up to which fitted weights are one."""
+_FEW = 3
+"""Samples that are named one by one."""
 _ENOUGH = 1.25
 """Least number of projections a sample, for weights that are fitted."""
 
@@ -54,6 +58,18 @@ def _of_batches(sentence: str, change: Callable[[Facts, MicroBatch], float]) -> 
         for batch in facts.micro_batches:
             found[batch.row, batch.places] *= change(facts, batch)
         return found
+
+    return _weighted(sentence, weights)
+
+
+def _of_places(sentence: str, place: int, factor: float) -> Hypothesis:
+    """Weights that are the factors, times `factor` for one place of each micro-batch."""
+
+    def weights(facts: Facts) -> Floats | None:
+        found = facts.factor.copy()
+        for batch in facts.micro_batches:
+            found[batch.row, batch.places[place]] *= factor
+        return found if facts.micro_batches else None
 
     return _weighted(sentence, weights)
 
@@ -181,9 +197,19 @@ def _one_factor_each(facts: Facts, *, of_step: bool) -> Prediction:
             return None
         table = np.stack([gradients[row, own].sum(axis=0).ravel() for own in places])
         wanted = facts.theirs.gradient_sketch[row, facts.columns].ravel()
+        if not np.isfinite(table).all() or not np.isfinite(wanted).all():
+            return None
         weights = np.linalg.lstsq(table.T, wanted, rcond=None)[0]
         predicted[row] = (weights @ table).reshape(predicted[row].shape)
     return predicted
+
+
+def _not_reduced(facts: Facts) -> Prediction:
+    """Rows of each rank from its own samples alone."""
+    if not facts.ours.shape_of("sample_shard_sketch")[-1]:
+        return None
+    gradients = facts.ours.sample_shard_sketch[:, :, facts.columns].astype(np.float64)
+    return np.asarray(np.nansum(gradients * facts.factor[..., None, None], axis=1))
 
 
 def _added_late(facts: Facts) -> Prediction:
@@ -208,6 +234,60 @@ def _not_cleared(facts: Facts) -> Prediction:
 def _not_cleared_once(facts: Facts) -> Prediction:
     """The right sum of the step before, added."""
     return np.concatenate([facts.right_sum[:1], facts.right_sum[1:] + facts.right_sum[:-1]])
+
+
+def _not_cleared_divided(facts: Facts) -> Prediction:
+    """What the optimizer was given in the step before, added."""
+    before = facts.theirs.noised_sketch[:-1, facts.columns] / facts.divisor
+    return np.concatenate([facts.right_sum[:1], facts.right_sum[1:] + before])
+
+
+def _idle_sends_again(facts: Facts) -> Prediction:
+    """What a rank sent last, added for each micro-batch of which it has no samples."""
+    if not facts.has_sketches or not facts.micro_batches:
+        return None
+    batches = {(b.row, b.number, b.rank): b for b in facts.micro_batches}
+    gradients = facts.ours.sample_sketch[:, :, facts.columns].astype(np.float64)
+    predicted, sent = facts.right_sum.copy(), {}
+    for row in range(len(predicted)):
+        last = max((number for r, number, _ in batches if r == row), default=0)
+        for number in range(last + 1):
+            for rank in range(_num_ranks(facts)):
+                batch = batches.get((row, number, rank))
+                if batch is None:
+                    predicted[row] += sent.get(rank, 0.0)
+                    continue
+                weights = facts.factor[row, batch.places]
+                sent[rank] = np.einsum("n,nqk->qk", weights, gradients[row, batch.places])
+    return predicted
+
+
+def _exchanged(facts: Facts) -> Prediction:
+    """What is recorded, if each wrong layer's gradient is as long as another one's."""
+    ours, theirs = facts.ours.layer_grad_norm, facts.theirs.layer_grad_norm
+    layers = facts.ours.layer_names.tolist()
+    names = [str(facts.ours.parameter_names[c]) for c in facts.columns.tolist()]
+    wrong = [layers.index(n.removesuffix(".weight")) for n in names if n[:-7] in layers]
+    if len(wrong) != len(names) or not 2 <= len(wrong) <= _FEW:
+        return None
+    rows, pairs = facts.rows, []
+    for layer in wrong:
+        near = [
+            other
+            for other in wrong
+            if other != layer and np.allclose(theirs[rows, layer], ours[rows, other], 1e-4, 0.0)
+        ]
+        if len(near) != 1:
+            return None
+        pairs.append(f"{layers[layer]} has that of {layers[near[0]]}")
+    return Fitted(facts.theirs.gradient_sketch[:, facts.columns], " and ".join(pairs))
+
+
+def _rounded(facts: Facts) -> Prediction:
+    """What is recorded, if it is off by as much as rounding to bfloat16 makes it."""
+    theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
+    length = sketch_length(facts.right_sum)
+    return theirs if off_as_rounded(theirs, facts.right_sum, length) else None
 
 
 def _of_step_before(facts: Facts) -> Prediction:
@@ -237,6 +317,8 @@ def _any_weights(facts: Facts) -> Prediction:
         if table.shape[1] < _ENOUGH * len(places):
             return None
         wanted = facts.theirs.gradient_sketch[row, facts.columns].ravel()
+        if not np.isfinite(table).all() or not np.isfinite(wanted).all():
+            return None
         weights[row, places] = np.linalg.lstsq(table.T, wanted, rcond=None)[0]
     return Fitted(facts.weighted(weights), _weights_in_words(facts, weights))
 
@@ -250,11 +332,20 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
         is_there = np.isfinite(share)
         if not is_there.any() or np.allclose(share[is_there], 1.0, atol=_ALIKE):
             continue
-        for kind, keys in (
+        spared = is_there & (np.abs(share - 1) > _ALIKE) & (np.abs(weights[row] - 1) < _ALIKE)
+        is_off = is_there & (np.abs(share - 1) > _ALIKE)
+        if 0 < spared.sum() <= _FEW and spared.sum() == is_off.sum():
+            shown = ", ".join(map(str, t.sample_index[row][spared].tolist()))
+            which = f"sample {shown} is" if spared.sum() == 1 else f"samples {shown} are"
+            return f"{which} not clipped (counting with factor 1) at step {t.step[row]}"
+        kinds = (
+            ("sample", t.sample_index[row]),
             ("rank", t.sample_rank[row]),
             ("micro-batch", t.sample_micro_batch[row]),
-            ("sample", t.sample_index[row]),
-        ):
+        )
+        if is_off.sum() > _FEW:
+            kinds = (*kinds[1:], kinds[0])
+        for kind, keys in kinds:
             said = _groups_in_words(kind, keys[is_there], share[is_there])
             if said:
                 return f"{said} at step {t.step[row]}"
@@ -269,7 +360,7 @@ def _groups_in_words(kind: str, keys: np.ndarray, share: Floats) -> str:
     if any(np.ptp(v) > _ALIKE * max(1.0, float(np.abs(v).max())) for v in values.values()):
         return ""
     wrong = {key: float(v.mean()) for key, v in values.items() if abs(v.mean() - 1) > _ALIKE}
-    if not wrong or (len(wrong) > 3 and kind == "sample"):
+    if not wrong or (len(wrong) > _FEW and kind == "sample"):
         return ""
     amounts = {f"{v:.3g}" for v in wrong.values()}
     shown = ", ".join(map(str, wrong))
@@ -289,7 +380,7 @@ SUM = Subject(
     observed=lambda facts: np.asarray(facts.theirs.gradient_sketch[:, facts.columns]),
     right=lambda facts: facts.right_sum,
     is_sketch=True,
-    is_them=False,
+    be="it is",
     levels=(
         (
             _of_factors("its samples are not clipped: they count with factor 1", np.ones_like),
@@ -327,6 +418,11 @@ SUM = Subject(
             _of_batches(
                 "the first micro-batch is lost",
                 lambda f, b: float(b.number > 0 or _last(f, b) == 0),
+            ),
+            *(
+                _of_places(f"the {which} sample of each micro-batch {what}", place, factor)
+                for which, place in (("first", 0), ("last", -1))
+                for what, factor in (("is lost", 0.0), ("counts twice", 2.0))
             ),
             _of_batches(
                 "the last micro-batch is lost",
@@ -373,7 +469,21 @@ SUM = Subject(
                 sentence="the sum of the step before is still in it: it is not cleared",
                 predict=_not_cleared_once,
             ),
+            Hypothesis(
+                sentence="the gradient of the step before is still in it: it is not cleared",
+                predict=_not_cleared_divided,
+            ),
             Hypothesis(sentence="it is the sum of the step before", predict=_of_step_before),
+            Hypothesis(
+                sentence="a rank without samples adds again what it sent before",
+                predict=_idle_sends_again,
+            ),
+            Hypothesis(
+                sentence="each rank's rows are of its own samples alone: the sum is not reduced "
+                "over ranks",
+                predict=_not_reduced,
+            ),
+            Hypothesis(sentence="layers have each other's gradients: {}", predict=_exchanged),
             Hypothesis(sentence="the last micro-batch is added a step late", predict=_added_late),
             *(
                 Hypothesis(
@@ -395,6 +505,14 @@ SUM = Subject(
             ),
         ),
         (Hypothesis(sentence="{}", predict=_any_weights),),
+        (
+            Hypothesis(
+                sentence="it is off by as much as rounding to bfloat16 makes it, in all parameters "
+                "alike",
+                predict=_rounded,
+                is_hint=True,
+            ),
+        ),
     ),
 )
 """Clipped sum of the wrong parameters, [S, Q, K]."""

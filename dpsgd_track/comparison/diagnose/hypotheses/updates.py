@@ -15,9 +15,12 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Hypothesis,
     Prediction,
     Subject,
+    off_as_rounded,
 )
 from dpsgd_track.record.trajectory import Floats, sketch_length
 
+_ROUNDING, _SMALL = 2.0**-22, 0.05
+"""Rounding error of a difference of weights, and the least unit of an error, as a share."""
 _ALIKE = 2e-3
 """Relative spread up to which fitted constants are one; rounding of weights moves them."""
 
@@ -123,6 +126,35 @@ def _of_gradient_before(facts: Facts) -> Prediction:
     return np.concatenate([right[:1], right[:-1]])
 
 
+def _rounded(facts: Facts) -> Prediction:
+    rows, path, right = facts.rows, _path(facts), _right(facts)
+    size = sketch_length(facts.theirs.weight_sketch[:, facts.columns])
+    return path if off_as_rounded(path[rows], right[rows], size[rows]) else None
+
+
+def _along_others(facts: Facts) -> Prediction:
+    """What is recorded, if steps are about as long as right ones and not along them."""
+    path, right = _path(facts)[facts.rows], _right(facts)[facts.rows]
+    with np.errstate(all="ignore"):
+        ratio = sketch_length(path) / sketch_length(right)
+        cosine = (path * right).sum(axis=2) / np.sqrt(
+            np.square(path).sum(axis=2) * np.square(right).sum(axis=2)
+        )
+    is_as_long = bool(np.all((ratio > 0.3) & (ratio < 3)))
+    is_elsewhere = bool(np.all(np.isfinite(cosine)) and abs(float(np.mean(cosine))) < 0.5)
+    return _path(facts) if is_as_long and is_elsewhere and len(facts.columns) > 1 else None
+
+
+def rounding_of(facts: Facts) -> float:
+    """Error of a step that the rounding of float32 weights explains, in units of the step."""
+    length = sketch_length(_right(facts))[facts.rows]
+    total = np.sqrt(np.square(length).sum(axis=1, keepdims=True))
+    weights = sketch_length(facts.theirs.weight_sketch[:, facts.columns])[facts.rows]
+    with np.errstate(all="ignore"):
+        share = _ROUNDING * weights / np.maximum(length, _SMALL * total)
+    return float(np.nanmax(share, initial=0.0))
+
+
 def _sizes(facts: Facts) -> Floats:
     return facts.ours.parameter_sizes[facts.columns].astype(np.float64)
 
@@ -153,7 +185,8 @@ UPDATE = Subject(
     observed=_path,
     right=_right,
     is_sketch=True,
-    is_them=False,
+    be="the step is",
+    zero="the weights do not move, although their gradient is not zero: the optimizer lacks them",
     levels=(
         (
             Hypothesis(
@@ -186,6 +219,23 @@ UPDATE = Subject(
             Hypothesis(
                 sentence="the learning rate is {} times the right one, step by step",
                 predict=_other_rates,
+            ),
+            Hypothesis(
+                sentence="the weights are off by as much as keeping them in bfloat16 makes them",
+                predict=_rounded,
+                is_hint=True,
+            ),
+            Hypothesis(
+                sentence="weights move along other gradients than their own, as if those were "
+                "exchanged",
+                predict=_along_others,
+                is_hint=True,
+            ),
+            Hypothesis(
+                sentence="every weight moves by about the learning rate, as Adam or a sign makes "
+                "it",
+                predict=lambda facts: _path(facts) if is_like_signs(facts) else None,
+                is_hint=True,
             ),
         ),
     ),
