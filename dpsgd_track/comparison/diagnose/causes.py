@@ -26,6 +26,8 @@ from dpsgd_track.config import CLIP, kind_of
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
 
+_COMMON = 3
+"""Words at the beginning of alternatives from which on they are said once."""
 _MOST_ALONE = 4
 """Parameters that are tried by themselves."""
 _MOST_STEPS = 16
@@ -60,6 +62,7 @@ def either(sentences: Sequence[str]) -> str:
         return "".join(sentences)
     words = [each.split() for each in sentences]
     num_common = len(list(takewhile(lambda at: len(set(at)) == 1, zip(*words, strict=False))))
+    num_common *= num_common >= _COMMON
     first, *rest = (" ".join(each[num_common * (n > 0) :]) for n, each in enumerate(words))
     return " or ".join([first, *rest])
 

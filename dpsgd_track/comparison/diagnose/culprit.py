@@ -410,7 +410,7 @@ def _direction(rung: Rung, pair: Aligned, row: int) -> str:
     """`too large` or `too small` where all wrong numbers are; otherwise empty."""
     assert rung.observable is not None
     observable = OBSERVABLES[rung.observable]
-    if observable.items not in ("", "sample", "sample_parameter"):
+    if observable.items not in ("sample", "sample_parameter"):
         return ""
     ours, theirs = (side.read(observable.field, row, row + 1)[0] for side in _sides(pair))
     names = pair.baseline.parameter_names.tolist()
@@ -418,7 +418,7 @@ def _direction(rung: Rung, pair: Aligned, row: int) -> str:
         columns = [names.index(item) for item in rung.items if item in names]
         ours, theirs = ours[:, columns], theirs[:, columns]
     with np.errstate(invalid="ignore"):
-        difference = np.atleast_1d(theirs - ours)
+        difference = theirs - ours
         wrong = difference[np.abs(difference) > 1e-2 * np.nanmax(np.abs(difference))]
     if (wrong > 0).all():
         return "too large"

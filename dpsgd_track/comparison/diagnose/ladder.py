@@ -94,11 +94,16 @@ class _Stage:
     """[S] fails by itself, whatever its inputs."""
 
 
-def ladder(evidence: Evidence, broken: Sequence[Inconsistency] = ()) -> tuple[Rung, ...]:
+def ladder(
+    evidence: Evidence,
+    broken: Sequence[Inconsistency] = (),
+    not_finite_in_mode: Sequence[NotFinite] = (),
+) -> tuple[Rung, ...]:
     """Every stage of a pair, in the order of a step.
 
     Args:
         broken: relations that the mode's own numbers violate.
+        not_finite_in_mode: the first NaN or infinity of each of the mode's fields.
     """
     aligned = evidence.pair.aligned
     inputs = unlike_inputs(aligned.baseline, aligned.other)
@@ -121,17 +126,18 @@ def ladder(evidence: Evidence, broken: Sequence[Inconsistency] = ()) -> tuple[Ru
     if kind_of(evidence.pair.regime) != CLIP:
         failing = np.any([stage.failing for stage in stages], axis=0)
         earlier = np.concatenate([[False], np.logical_or.accumulate(failing)[:-1]])[: len(steps)]
-    nan = _first_not_finite(aligned.baseline, aligned.other)
+    nan = _first_not_finite(aligned.baseline, not_finite_in_mode)
     for stage in stages:
         rungs.append(nan.get(stage.name) or _rung(stage, earlier, evidence, steps))
         earlier = earlier | stage.failing
     return tuple(rungs)
 
 
-def _first_not_finite(baseline: Trajectory, mode: Trajectory) -> dict[Stage, Rung]:
+def _first_not_finite(baseline: Trajectory, found: Sequence[NotFinite]) -> dict[Stage, Rung]:
     """The stages with a NaN or an infinity that the baseline lacks; the first introduced it."""
     there = {bad.field for bad in not_finite(baseline)}
-    found = [bad for bad in not_finite(mode) if bad.field not in there]
+    steps = set(baseline.step.tolist())
+    found = [bad for bad in found if bad.field not in there and bad.step in steps]
     order = list(Stage)
     stages: dict[Stage, NotFinite] = {}
     for bad in sorted(found, key=lambda bad: bad.step):

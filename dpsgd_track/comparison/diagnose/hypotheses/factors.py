@@ -42,7 +42,7 @@ def _at_bound(sentence: str, bound_of: Callable[[Facts], Floats | float]) -> Hyp
     def predict(facts: Facts) -> Prediction:
         return clip_factors(np.asarray(bound_of(facts)), facts.norm)
 
-    return Hypothesis(sentence=f"samples are clipped at {sentence}", predict=predict)
+    return Hypothesis(sentence=f"samples are clipped not at C but at {sentence}", predict=predict)
 
 
 def _named_bounds() -> Sequence[Hypothesis]:
@@ -58,7 +58,7 @@ def _named_bounds() -> Sequence[Hypothesis]:
     )
     return [
         _at_bound(
-            f"{shown}" + f" ({meaning})" * bool(meaning) + " rather than C",
+            f"{shown}" + f" ({meaning})" * bool(meaning),
             lambda facts, s=symbol, p=power: facts.bound * _constant(facts, s) ** p,
         )
         for symbol, meaning in known
@@ -173,18 +173,18 @@ FACTORS = Subject(
     levels=(
         (_formula("they are all 1: no sample is clipped", lambda C, n: np.ones_like(n)),),
         (
-            _at_bound("1 rather than C: C is ignored", lambda facts: 1.0),
+            _at_bound("1: C is ignored", lambda facts: 1.0),
             _at_bound(
-                "C of the first step rather than that of the step",
+                "that of the first step",
                 lambda facts: _earlier_bound(facts, back=None),
             ),
             _at_bound(
-                "C of the step before rather than that of the step",
+                "that of the step before",
                 lambda facts: _earlier_bound(facts, back=1),
             ),
             *_named_bounds(),
-            _at_bound("C^2 rather than C", lambda facts: facts.bound**2),
-            _at_bound("sqrt(C) rather than C", lambda facts: np.sqrt(facts.bound)),
+            _at_bound("C^2", lambda facts: facts.bound**2),
+            _at_bound("sqrt(C)", lambda facts: np.sqrt(facts.bound)),
             _formula(
                 "they are C / n rather than min(1, C / n): without the clamp at 1, small gradients "
                 "are scaled up",
@@ -231,7 +231,7 @@ FACTORS = Subject(
             *mixed_up(_right, lambda facts: facts.theirs.clip_factor),
             *rounded(lambda facts: facts.theirs.clip_factor),
         ),
-        (Hypothesis(sentence="samples are clipped at {} rather than C", predict=_by_rank),),
+        (Hypothesis(sentence="samples are clipped not at C but at {}", predict=_by_rank),),
     ),
 )
 """Clip factors, [S, N], as they follow from the mode's own norms."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,8 @@ class Subject:
     """What it would be without a mistake."""
     levels: Sequence[Sequence[Hypothesis]]
     """Simplest first."""
+    late: Sequence[Sequence[Hypothesis]] = ()
+    """Those that say less than that the result is a multiple of the right one."""
     is_sketch: bool = False
     """True if the last axis holds projections, so that a distance is taken over it."""
     be: str = "they are"
@@ -115,11 +118,18 @@ def explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explanat
     Args:
         limit: relative error that rounding explains.
     """
+    with warnings.catch_warnings():
+        # A step without samples, or a field that is not computed, has no mean and no largest.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return _explanations(facts, subject, limit)
+
+
+def _explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explanation, ...]:
     trial = _Trial(facts, subject, limit)
     if not trial.is_wrong.any():
         return ()
     levels = [_zero(subject), _multiples(subject, facts), *subject.levels]
-    levels.append(_constant(subject, trial))
+    levels += [_constant(subject, trial), *subject.late]
     for cells in (np.ones_like(trial.is_wrong), trial.is_wrong):
         for level in levels:
             found = {each.name: each for each in trial.agreeing(level, cells)}
@@ -238,6 +248,8 @@ def _constant(subject: Subject, trial: _Trial) -> Sequence[Hypothesis]:
         if not square:
             return None
         factor = float((a * b)[used].sum()) / square
-        return Fitted(factor * trial.right, f"{factor:.4g}")
+        return Fitted(
+            factor * trial.right, f"{factor:.6g}" if abs(factor - 1) < 0.01 else f"{factor:.4g}"
+        )
 
     return [Hypothesis(sentence=f"{be} {{}} times the {right}{throughout}", predict=predict)]

@@ -99,6 +99,8 @@ LOSS = Subject(
             *mixed_up(lambda facts: facts.ours.sample_loss, lambda facts: facts.theirs.sample_loss),
             *rounded(lambda facts: facts.theirs.sample_loss),
         ),
+    ),
+    late=(
         (
             Hypothesis(
                 sentence="they are right until weights move, and then those of other weights than "

@@ -46,6 +46,8 @@ NOISE = Subject(
                 predict=_of_other_step(lambda noise: np.concatenate([noise[1:], noise[-1:]])),
             ),
         ),
+    ),
+    late=(
         (
             Hypothesis(
                 sentence="it is off by as much as rounding to bfloat16 makes it",
@@ -83,7 +85,8 @@ DIVISION = Subject(
     right=_before_division,
     is_sketch=True,
     be="it is",
-    levels=(
+    levels=(),
+    late=(
         (),
         (
             Hypothesis(

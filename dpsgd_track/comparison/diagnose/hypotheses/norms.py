@@ -196,6 +196,8 @@ BY_PARAMETER = Subject(
             *added_up(_chosen),
             *rounded(_reported),
         ),
+    ),
+    late=(
         (
             Hypothesis(
                 sentence="they are off by as much as computing in bfloat16 makes them",

@@ -504,6 +504,8 @@ SUM = Subject(
                 predict=lambda facts: _one_factor_each(facts, of_step=False),
             ),
         ),
+    ),
+    late=(
         (Hypothesis(sentence="{}", predict=_any_weights),),
         (
             Hypothesis(

@@ -215,6 +215,8 @@ UPDATE = Subject(
                 predict=_scheduled,
             ),
         ),
+    ),
+    late=(
         (
             Hypothesis(
                 sentence="the learning rate is {} times the right one, step by step",
