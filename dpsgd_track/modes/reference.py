@@ -14,18 +14,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpsgd_track.distributed.ranks import sum_over_ranks
-from dpsgd_track.distributed.sharding import row_range
-from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
-from dpsgd_track.modes.norm_formulas import LayerCalls, formulas
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.dropout import only
-from dpsgd_track.record.alternatives import NormFormula
 
 
 class ReferenceMode(Mode):
@@ -42,17 +37,14 @@ class ReferenceMode(Mode):
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = context.make_optimizer(self.parameters)
-        self.calls = LayerCalls(self.model) if context.sketches_samples else None
-        self._other_norms = torch.empty(0)
-        """[P, V] of the last sample."""
+        if context.observer:
+            context.observer.watch(self.model)
 
     def accumulate(self, batch: Batch) -> SampleRecord:
         """Clip the gradient of each sample alone, and add the sum to `.grad`."""
         losses, norms, factors = [], [], []
         by_parameter: dict[str, list[Tensor]] = {name: [] for name in self.names}
         sums = [torch.zeros_like(parameter) for parameter in self.parameters]
-        sketches: list[Tensor] = []
-        other_norms: list[Tensor] = []
         for index in range(len(batch)):
             with only(index):
                 loss, gradients = self.gradient(batch.sample(index))
@@ -65,9 +57,6 @@ class ReferenceMode(Mode):
             for total, gradient in zip(sums, gradients, strict=True):
                 # Zeros instead, as 0 times NaN is NaN.
                 total.addcmul_(factor, torch.where(counts, gradient, 0.0))
-            if self.context.sketches_samples:
-                sketches.append(self._sketch(gradients))
-                other_norms.append(self._other_norms)
             losses.append(loss)
             norms.append(norm)
             factors.append(factor)
@@ -81,44 +70,27 @@ class ReferenceMode(Mode):
             self._column(norms),
             self._column(factors),
             {name: self._column(values) for name, values in by_parameter.items()},
-            self._stacked(sketches, 2 * NUM_PROJECTIONS) if self.context.sketches_samples else None,
-            self._stacked(other_norms, len(NormFormula)) if self.context.sketches_samples else None,
         )
-
-    def _stacked(self, values: list[Tensor], width: int) -> Tensor:
-        """[B, P, width] values of each sample of a micro-batch, which may be empty."""
-        empty = torch.zeros(0, len(self.names), width, device=self.context.device)
-        return torch.stack(values) if values else empty
-
-    def _sketch(self, gradients: list[Tensor]) -> Tensor:
-        """[P, 2 K] projections of one sample's gradient: of the whole, and of this rank's rows."""
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        sketches = []
-        for name, gradient in zip(self.names, gradients, strict=True):
-            first, last = row_range(len(gradient), rank, ranks)
-            start = first * gradient[0].numel()
-            whole = norm_and_sketch(name, gradient, 0, gradient.numel())
-            own = norm_and_sketch(name, gradient[first:last], start, gradient.numel())
-            sketches.append(torch.cat([whole[1:], own[1:]]))
-        return torch.stack(sketches)
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of one sample."""
-        if self.calls:
-            self.calls.clear()
         loss = self.context.loss(self._logits(sample), sample.targets)[0]
         if not loss.requires_grad:
-            self._other_norms = torch.zeros(len(self.names), len(NormFormula)).to(loss)
-            return loss, [torch.zeros_like(parameter) for parameter in self.parameters]
-        outputs = self.calls.outputs if self.calls else []
-        both = torch.autograd.grad(
+            zeros = [torch.zeros_like(parameter) for parameter in self.parameters]
+            if observer := self.context.observer:
+                outputs = [torch.zeros_like(output) for output in observer.outputs()]
+                observer.see(dict(zip(self.names, zeros, strict=True)), outputs)
+            return loss, zeros
+        observer = self.context.observer
+        outputs = observer.outputs() if observer else []
+        found = torch.autograd.grad(
             loss, [*self.parameters, *outputs], allow_unused=True, materialize_grads=True
         )
-        gradients = list(both[: len(self.parameters)])
-        if self.calls:
-            shares = self.calls.shares(both[len(self.parameters) :])
-            named = zip(self.names, gradients, strict=True)
-            self._other_norms = torch.stack([formulas(g, shares.get(n, ())) for n, g in named])
+        gradients = list(found[: len(self.parameters)])
+        if observer:
+            observer.see(
+                dict(zip(self.names, gradients, strict=True)), found[len(self.parameters) :]
+            )
         return loss.detach(), gradients
 
     def _logits(self, sample: Batch) -> Tensor:

@@ -67,11 +67,6 @@ class SampleRecord:
     """Factor each sample's gradient was multiplied by; 0 where the sample was left out."""
     norm_by_parameter_B: dict[str, Tensor] | None = None
     """L2 norm of each sample's gradient of each parameter; a missing name means 0."""
-    sketch_BPK: Tensor | None = None
-    """[B, P, 2 K] projections of each sample's gradient of each trainable parameter: of the whole,
-    and of the rows that this rank would hold if it were sharded."""
-    other_norm_BPV: Tensor | None = None
-    """[B, P, V] value of each `NormFormula` for each sample and trainable parameter."""
 
     @property
     def is_left_out_B(self) -> Tensor | None:

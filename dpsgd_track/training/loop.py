@@ -40,6 +40,7 @@ from dpsgd_track.training.observe import (
 )
 from dpsgd_track.training.prepare import PreparedRun
 from dpsgd_track.training.recorder import Recorder, StepObservation
+from dpsgd_track.training.sample_observer import SampleObserver
 
 
 class NotFiniteError(RuntimeError):
@@ -170,6 +171,9 @@ class RegimeRun(PreparedRun):
         rank_batch = self.sampler.rank_batch(step)
         source = NoiseSource(self.noise_key, step)
         mode.set_max_grad_norm(self.max_grad_norms[step])
+        if self._observer:
+            # A warm-up's samples, and those of a calibration, are none of the step's.
+            self._observer.take()
         with clock.running():
             records = self._accumulate(rank_batch, step)
             clipped = mode.clipped_sum()
@@ -185,7 +189,10 @@ class RegimeRun(PreparedRun):
         with clock.running():
             mode.step()
         mode.zero_grad()
-        local = local_samples(records, rank_batch.indices, rank_batch.digests, self.parameter_names)
+        observed = self._observer.take() if self._observer else None
+        local = local_samples(
+            records, rank_batch.indices, rank_batch.digests, self.parameter_names, observed
+        )
         weights_before, self.weights = self.weights, measure(mode, mode.weight_parts())
         time_ms, memory_gib = largest_of_ranks(
             [clock.elapsed_ms, clock.peak_memory_gib], self.device
@@ -208,9 +215,14 @@ class RegimeRun(PreparedRun):
         )
         return Step(seen, local, clock.elapsed_ms, clock.peak_memory_gib)
 
+    @property
+    def _observer(self) -> SampleObserver | None:
+        observer = self.mode.context.observer
+        return observer if isinstance(observer, SampleObserver) else None
+
     def _moved_sketch(self, parts: list[LocalPart]) -> NDArray[np.float64]:
         """[V, P, K] sketch of the clipped sum in each arrangement of `Move`; K may be 0."""
-        if not self.mode.context.sketches_samples or not self.mode.replicated:
+        if self._observer is None:
             return np.empty((len(Move), len(parts), 0))
         ranks = dist.get_world_size()
         return np.stack(

@@ -98,9 +98,15 @@ def local_samples(
     indices: tuple[int, ...],
     digests: tuple[int, ...],
     parameter_names: list[str],
+    observed: tuple[Floats, Floats] | None = None,
 ) -> GatheredSamples:
-    """This rank's samples of all micro-batches of a step."""
-    num_samples = sum(len(r.loss_B) for r in records)
+    """This rank's samples of all micro-batches of a step.
+
+    Args:
+        observed: what `SampleObserver.take` gave; None without an observer.
+    """
+    nothing = np.empty((len(indices), len(parameter_names), 0))
+    sketch, other_norm = observed or (nothing, nothing)
     return GatheredSamples(
         np.array(indices, dtype=np.int64),
         np.full(len(indices), dist.get_rank(), dtype=np.int64),
@@ -109,8 +115,8 @@ def local_samples(
         np.concatenate([_column(r.clip_factor_B, len(r.loss_B)) for r in records]),
         np.concatenate([_by_parameter(r, parameter_names) for r in records]),
         np.repeat(np.arange(len(records)), [len(r.loss_B) for r in records]),
-        _by_sample([r.sketch_BPK for r in records], num_samples, len(parameter_names)),
-        _by_sample([r.other_norm_BPV for r in records], num_samples, len(parameter_names)),
+        sketch,
+        other_norm,
         np.array(digests, dtype=np.int64),
     )
 
@@ -130,7 +136,7 @@ def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamp
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
     index, rank, micro_batch, digests = whole[:, : len(integers)].T
     table = whole[:, len(integers) :].copy().view(np.float64)
-    wide = table[:, 3 + P :].reshape(len(table), P, K + V)
+    by_parameter = table[:, 3 + P :].reshape(len(table), P, K + V)
     return GatheredSamples(
         index=index,
         rank=rank,
@@ -139,8 +145,8 @@ def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamp
         clip_factor=table[:, 2],
         norm_by_parameter=table[:, 3 : 3 + P],
         micro_batch=micro_batch,
-        sketch=wide[..., :K],
-        other_norm=wide[..., K:],
+        sketch=by_parameter[..., :K],
+        other_norm=by_parameter[..., K:],
         digests=digests,
     )
 
@@ -166,14 +172,6 @@ def _by_parameter(record: SampleRecord, names: list[str]) -> Floats:
         return np.full((length, len(names)), np.nan)
     norms, zeros = record.norm_by_parameter_B, torch.zeros(length)
     return np.column_stack([_column(norms.get(name, zeros), length) for name in names])
-
-
-def _by_sample(values: list[Tensor | None], num_samples: int, num_parameters: int) -> Floats:
-    """[N, P, ...] one value for each of this rank's samples; of width 0 if not recorded."""
-    kept = [each for each in values if each is not None]
-    if kept:
-        return torch.cat(kept).double().cpu().numpy()
-    return np.empty((num_samples, num_parameters, 0))
 
 
 def largest_of_ranks(values: list[float], device: torch.device) -> list[float]:

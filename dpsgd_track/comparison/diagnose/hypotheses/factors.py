@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -45,6 +46,11 @@ def _at_bound(sentence: str, bound_of: Callable[[Facts], Floats | float]) -> Hyp
     return Hypothesis(sentence=f"samples are clipped not at C but at {sentence}", predict=predict)
 
 
+def _bound_times(facts: Facts, symbol: str, power: int) -> Floats:
+    """[S, 1] C times a power of a quantity of the run."""
+    return facts.bound * _constant(facts, symbol) ** power
+
+
 def _named_bounds() -> Sequence[Hypothesis]:
     known = (
         ("W", "the number of ranks"),
@@ -59,7 +65,7 @@ def _named_bounds() -> Sequence[Hypothesis]:
     return [
         _at_bound(
             f"{shown}" + f" ({meaning})" * bool(meaning),
-            lambda facts, s=symbol, p=power: facts.bound * _constant(facts, s) ** p,
+            partial(_bound_times, symbol=symbol, power=power),
         )
         for symbol, meaning in known
         for power, shown in ((-1, f"C / {symbol}"), (1, f"{symbol} C"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -123,14 +124,14 @@ def mixed_up(of: Of, theirs: Of) -> Sequence[Hypothesis]:
         *(
             Hypothesis(
                 sentence=batch_before,
-                predict=lambda f, e=only_equal: stale(f, is_reset=True, only_equal=e),
+                predict=partial(stale, is_reset=True, only_equal=only_equal),
             )
             for only_equal in (True, False)
         ),
         *(
             Hypothesis(
                 sentence=f"{batch_before}, even of the step before",
-                predict=lambda f, e=only_equal: stale(f, is_reset=False, only_equal=e),
+                predict=partial(stale, is_reset=False, only_equal=only_equal),
             )
             for only_equal in (True, False)
         ),
@@ -147,6 +148,13 @@ def mixed_up(of: Of, theirs: Of) -> Sequence[Hypothesis]:
             "other's",
             predict=lambda facts: _in_order_of(of(facts), theirs(facts)),
         ),
+        *_alike(of),
+    )
+
+
+def _alike(of: Of) -> Sequence[Hypothesis]:
+    """One number for several samples, and numbers that depend on how many there are."""
+    return (
         Hypothesis(
             sentence="all samples of a micro-batch have their mean",
             predict=lambda facts: facts.by_batch(

@@ -9,6 +9,7 @@ Legend: S steps, N samples, P parameters, Q wrong parameters, K projections.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -153,7 +154,7 @@ def _parameter_clipping() -> Iterator[Hypothesis]:
             breach = "" if shares else ", so that a sample can add more than C"
             yield _weighted(
                 f"each {what} is clipped by itself, at {bound}{breach}",
-                lambda facts, g=group_of, s=shares: _clipped_by(facts, g, shares=s),
+                partial(_clipped_by, group_of=group_of, shares=shares),
             )
 
 
@@ -166,11 +167,13 @@ def _mixed_up_factors() -> Iterator[Hypothesis]:
     for hypothesis in mixed_up(right, right):
         yield _weighted(
             f"samples are not weighed by their own clip factors: {hypothesis.sentence}",
-            lambda facts, h=hypothesis: _plain(h.predict(facts)),
+            partial(_plain, hypothesis=hypothesis),
         )
 
 
-def _plain(predicted: Prediction) -> Floats | None:
+def _plain(facts: Facts, hypothesis: Hypothesis) -> Floats | None:
+    """The values that a hypothesis predicts."""
+    predicted = hypothesis.predict(facts)
     return predicted.values if isinstance(predicted, Fitted) else predicted
 
 
@@ -248,7 +251,8 @@ def _idle_sends_again(facts: Facts) -> Prediction:
         return None
     batches = {(b.row, b.number, b.rank): b for b in facts.micro_batches}
     gradients = facts.ours.sample_sketch[:, :, facts.columns].astype(np.float64)
-    predicted, sent = facts.right_sum.copy(), {}
+    predicted = facts.right_sum.copy()
+    sent: dict[int, Floats] = {}
     for row in range(len(predicted)):
         last = max((number for r, number, _ in batches if r == row), default=0)
         for number in range(last + 1):
