@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 from dpsgd_track.config import ACCURACY  # noqa: E402
 from dpsgd_track.modes.table import FULL, REFERENCE  # noqa: E402
 from dpsgd_track.record import names  # noqa: E402
+from dpsgd_track.record.alternatives import Move  # noqa: E402
 from dpsgd_track.record.facts import FACTS as FACTS_CODEC  # noqa: E402
 from dpsgd_track.record.facts import FACTS_FILE  # noqa: E402
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, Suite  # noqa: E402
@@ -112,6 +113,11 @@ def record(shape: Shape) -> Trajectory:
         layer_grad_norm=rng.uniform(0.1, 0.5, (S, L)),
         sample_index=np.arange(S * N).reshape(S, N),
         sample_rank=np.tile(np.arange(N), (S, 1)),
+        sample_micro_batch=np.zeros((S, N), dtype=np.int64),
+        sample_sketch=np.empty((S, N, P, 0), dtype=np.float32),
+        sample_shard_sketch=np.empty((S, N, P, 0), dtype=np.float32),
+        sample_other_norm=np.empty((S, N, P, 0), dtype=np.float32),
+        moved_sketch=np.empty((S, len(Move), P, 0), dtype=np.float32),
         sample_loss=loss,
         sample_norm=np.sqrt(np.square(by_parameter).sum(axis=2)),
         clip_factor=np.ones((S, N)),

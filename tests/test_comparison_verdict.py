@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from dpsgd_track.comparison import compare_group
+from dpsgd_track.comparison.diagnose.ladder import StageStatus
 from dpsgd_track.comparison.measure.observables import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import judge_coverage
 from dpsgd_track.config import Thresholds, layer_norm_steps
 from dpsgd_track.record.failure import FailureKind
+from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
 from tests.support.synthetic_group import (
     compared,
@@ -143,7 +145,10 @@ def test_noise_of_another_size_is_a_bug_and_named_noise() -> None:
     noisy = replace(noisy, noised_sketch=noisy.gradient_sketch + 1.5 * noise)
     comparison = with_record("accuracy", noisy)
     assert verdicts(comparison)[MODE] == "BUG"
-    assert f"{MODE} adds wrong noise: first at step 0 of accuracy" in sentence(comparison)
+    said = (
+        "adds wrong noise: it is 1.5 times the right one in every step. First at step 0 of accuracy"
+    )
+    assert f"{MODE} {said}" in sentence(comparison)
 
 
 def test_wrong_sum_with_the_right_noise_is_not_blamed_on_the_noise() -> None:
@@ -156,7 +161,8 @@ def test_wrong_sum_with_the_right_noise_is_not_blamed_on_the_noise() -> None:
     pair = comparison.regimes[0].pair(MODE)
     assert pair is not None
     assert pair.drifts["noise"].max < 1e-12
-    assert f"{MODE} computes a wrong clipped sum: first at step 1 of" in sentence(comparison)
+    said = "computes a wrong clipped sum: it is 1.05 times the right one. First at step 1 of"
+    assert f"{MODE} {said}" in sentence(comparison)
 
 
 def test_rounding_noise_in_a_gradient_that_is_zero_by_mathematics_passes() -> None:
@@ -551,7 +557,11 @@ def test_nan_at_a_sample_of_an_uneven_step_is_a_bug(field: str) -> None:
     wrong = put(uneven(record("clip")), field, np.nan, (1, 3))
     comparison = with_uneven(wrong)
     assert verdicts(comparison)[MODE] == "BUG"
-    assert "at step 1, sample 9" in sentence(comparison)
+    assert "(NaN): first at step 1 of clip, sample 9" in sentence(comparison)
+    ladder = next(m for m in comparison.modes if m.label == MODE).ladders["clip", "reference"]
+    introduced = [rung for rung in ladder if rung.status is StageStatus.INTRODUCED]
+    assert [(rung.step, rung.where) for rung in introduced] == [(1, "sample 9")]
+    assert introduced[0].stage is OBSERVABLES[ObservableName(field)].stage
 
 
 def test_a_drift_in_an_uneven_step_is_judged() -> None:
@@ -562,9 +572,8 @@ def test_a_drift_in_an_uneven_step_is_judged() -> None:
 def test_a_sample_that_only_one_side_of_an_uneven_step_has_never_passes() -> None:
     missing = uneven(record("clip"))
     for name in SAMPLE_COLUMNS:
-        missing = put(
-            missing, name, UNUSED if name in ("sample_index", "sample_rank") else np.nan, (1, 3)
-        )
+        is_integer = getattr(missing, name).dtype == np.int64
+        missing = put(missing, name, UNUSED if is_integer else np.nan, (1, 3))
     comparison = with_uneven(missing)
     assert verdicts(comparison)[MODE] == "INCONCLUSIVE"
     assert "1 sample missing from the mode: 9 (step 1)" in sentence(comparison)

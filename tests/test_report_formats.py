@@ -271,19 +271,21 @@ def test_stages_that_went_wrong_come_first() -> None:
 
 def test_the_sentence_names_where_to_start_and_the_advice_what_to_do() -> None:
     assert advice(healthy()).startswith("Safe to merge")
-    start = "computes wrong per-sample norms: first at step 3 of clip, in model.layers.2.weight"
-    assert f"BUG: {GUILTY} {start}" in broken().sentence
+    what = "computes wrong per-sample norms: they are 1.08 times the right ones"
+    where = "First at step 3 of clip, in model.layers.2.weight"
+    assert f"BUG: {GUILTY} {what}" in broken().sentence
+    assert f". {where}" in broken().sentence
     assert advice(broken()).startswith("Do not merge")
-    assert "first at step 0 of clip" in many_wrong(1).sentence
+    assert "irst at step 0 of clip" in many_wrong(1).sentence
     assert advice(inconclusive()).startswith("Do not merge on this evidence")
 
 
 @pytest.mark.parametrize("told", [markdown, lambda c: html(c, figures(c)), summary, annotated])
 def test_every_form_says_once_what_went_wrong_and_counts_the_rest(told: Any) -> None:
     text = told(broken())
-    assert text.count("first at step 3 of clip, in model.layers.2.weight") == 1
-    assert text.count("Off by up to 8 % from reference") == 1
-    assert ("5 more findings" in text) is (told is not annotated)
+    assert text.count("First at step 3 of clip, in model.layers.2.weight") == 1
+    assert text.count("too large by up to 8 % against reference") == 1
+    assert ("more findings" in text) is (told is not annotated)
 
 
 def test_the_stage_that_went_wrong_stands_above_what_is_folded() -> None:

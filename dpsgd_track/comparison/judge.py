@@ -12,6 +12,7 @@ from dpsgd_track.comparison.diagnose.culprit import Culprit, culprit_of
 from dpsgd_track.comparison.diagnose.ladder import Rung, ladder
 from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.excess import Evidence, evidence_of
+from dpsgd_track.comparison.measure.finite import not_finite
 from dpsgd_track.comparison.measure.observables import OBSERVABLES, STAGES
 from dpsgd_track.comparison.pairing import Candidate, Held, Matched
 from dpsgd_track.comparison.result import Judged, Key, RegimeComparison
@@ -72,7 +73,7 @@ def _judge_against(
     """
     assert held.pair is not None
     evidence = evidence_of(held.pair, measure.thresholds, held.floor)
-    rungs = ladder(evidence, broken)
+    rungs = ladder(evidence, broken, not_finite(run.trajectory) if run.trajectory else ())
     key = held.pair.regime, held.pair.baseline
     left_out = run.facts.left_out_steps if run.facts else ()
     found = [*judge_floor(evidence), *judge_pair(evidence, rungs, left_out)]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dpsgd_track.comparison.audit.noise import NoiseAudit
+from dpsgd_track.comparison.diagnose.causes import agreed
 from dpsgd_track.comparison.diagnose.culprit import Culprit, first_of
 from dpsgd_track.comparison.diagnose.ladder import Rung
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
-from dpsgd_track.config import Thresholds
+from dpsgd_track.config import CLIP, NOISE, Thresholds, kind_of
 from dpsgd_track.record.run import Group, ModeRun
-from dpsgd_track.record.stages import ObservableName
+from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Trajectory
 
 
@@ -118,9 +119,8 @@ class ModeVerdict:
         """Reason for the verdict in `regime`: a sentence without the mode's name and full stop."""
         own = {key: culprit for key, culprit in self.culprits.items() if key[0] == regime}
         found = self.counted(regime)
-        if (first := first_of(own)) is not None:
-            return own[first].sentence
-        return next((f.culprit for f in found if f.culprit), found[0]).sentence
+        culprit = _leading(own, found)
+        return culprit.sentence if culprit else found[0].sentence
 
 
 def _told(findings: Sequence[Finding], culprit: Culprit | None) -> Finding | None:
@@ -180,12 +180,11 @@ def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
         key=lambda f: (f.waiver is not None, -f.verdict.severity, (f.regime, f.against) != first),
     )
     findings = [f for f in every if not f.waiver]
-    shown_alone = next((f.culprit for f in findings if f.culprit), None)
-    culprit = shown_alone if first is None else culprits[first]
+    culprit = _leading(culprits, findings)
     if not findings:
         said = f": {'; '.join(filter(None, map(_passed_or_waived, results)))}"
     elif culprit:
-        said = f" {culprit.sentence}{_waived(every, '; ')}"
+        said = f" {_breach(findings)}{culprit.sentence}{_waived(every, '; ')}"
     else:
         said = f": {findings[0].sentence}{_waived(every, '; ')}"
     return ModeVerdict(
@@ -197,6 +196,38 @@ def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
         culprits=culprits,
         culprit=culprit,
     )
+
+
+def _leading(culprits: Mapping[Key, Culprit], findings: Sequence[Finding]) -> Culprit | None:
+    """The culprit over all comparisons and of what the run shows alone; None if there is none.
+
+    Its cause is one that agrees in every comparison, and what an audit found in the noise is told
+    where the noise is at fault.
+    """
+    alone = [f.culprit for f in findings if f.culprit]
+    first = first_of(culprits)
+    if first is None:
+        return next((c for c in alone if not c.breaks_bound), next(iter(alone), None))
+    culprit = culprits[first]
+    alike = [c for c in culprits.values() if c.stage is culprit.stage]
+    # Where samples are clipped, fewer mistakes look alike.
+    alike.sort(key=lambda c: (kind_of(c.regime) != CLIP, c is not culprit))
+    cause = agreed(c.cause for c in alike)
+    culprit = culprit if cause == culprit.cause else replace(culprit, cause=cause)
+    noise = [c for c in alone if c.stage is Stage.NOISE]
+    audited = min(noise, key=lambda c: kind_of(c.regime) != NOISE, default=None)
+    if culprit.stage is Stage.NOISE and audited and not culprit.cause.is_division:
+        return replace(culprit, cause=culprit.cause.confirmed_by(audited.where))
+    return culprit
+
+
+def _breach(findings: Sequence[Finding]) -> str:
+    """What a sum that is longer than privacy allows is told with, before anything else."""
+    breach = next((f.culprit for f in findings if f.culprit and f.culprit.breaks_bound), None)
+    if breach is None:
+        return ""
+    size = breach.evidence[:1].lower() + breach.evidence[1:]
+    return f"breaks the privacy bound ({size}, at step {breach.step} of {breach.regime}). It "
 
 
 def _passed_or_waived(result: Judged) -> str:

@@ -239,13 +239,16 @@ def judge_consistency(run: ModeRun) -> tuple[list[Finding], tuple[Inconsistency,
     """Violated relations between the run's own numbers, with a finding for each."""
     if run.trajectory is None:
         return [], ()
-    broken = inconsistencies(run.trajectory, run.setup)
+    spec = spec_of(run.mode)
+    clips = spec is None or spec.is_private
+    broken = inconsistencies(run.trajectory, run.setup, clips=clips)
     findings = [
         Finding(
             verdict=Verdict.BUG if each.value > SURE * TOLERANCE else Verdict.DRIFT,
             regime=run.regime,
-            sentence=f"{each.title} in {run.regime} by {number(each.value)} (relative; "
-            f"limit {number(TOLERANCE)}) at step {each.step}"
+            sentence=f"{each.title}"
+            + f", by {number(each.value)} (relative; limit {number(TOLERANCE)})" * each.has_amount
+            + f" in {run.regime} at step {each.step}"
             + (f", {each.where}" if each.where else ""),
             observable=each.observable,
             value=each.value,

@@ -7,9 +7,10 @@ The worker records what each call returns, and changes nothing of the step in be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,19 @@ class ProtocolError(RuntimeError):
     """A mode returned something else than the protocol says; the message names the method."""
 
 
+class GradientObserver(Protocol):
+    """Sees the gradient of every sample that `reference` computes."""
+
+    def watch(self, model: nn.Module) -> None:
+        """Called once, before the first sample."""
+
+    def outputs(self) -> list[Tensor]:
+        """Outputs of layers in the sample's forward whose gradients are wanted as well."""
+
+    def see(self, gradients: Mapping[str, Tensor], output_gradients: Sequence[Tensor]) -> None:
+        """Called with the sample's gradient by parameter, and those of `outputs`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModeContext:
     """Settings with which a mode is built over a model."""
@@ -50,6 +64,8 @@ class ModeContext:
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
     norm_plan: str = AUTO
     """Way in which flash and fused modes take the norms of linear layers (see `NormPlanner`)."""
+    observer: GradientObserver | None = None
+    """Sees every sample's gradient in `reference`; other modes have none to show."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", one_loss_a_sample(self.loss))

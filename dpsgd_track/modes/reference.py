@@ -37,6 +37,8 @@ class ReferenceMode(Mode):
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = context.make_optimizer(self.parameters)
+        if context.observer:
+            context.observer.watch(self.model)
 
     def accumulate(self, batch: Batch) -> SampleRecord:
         """Clip the gradient of each sample alone, and add the sum to `.grad`."""
@@ -74,11 +76,22 @@ class ReferenceMode(Mode):
         """Loss and gradient of one sample."""
         loss = self.context.loss(self._logits(sample), sample.targets)[0]
         if not loss.requires_grad:
-            return loss, [torch.zeros_like(parameter) for parameter in self.parameters]
-        gradients = torch.autograd.grad(
-            loss, self.parameters, allow_unused=True, materialize_grads=True
+            zeros = [torch.zeros_like(parameter) for parameter in self.parameters]
+            if observer := self.context.observer:
+                outputs = [torch.zeros_like(output) for output in observer.outputs()]
+                observer.see(dict(zip(self.names, zeros, strict=True)), outputs)
+            return loss, zeros
+        observer = self.context.observer
+        outputs = observer.outputs() if observer else []
+        found = torch.autograd.grad(
+            loss, [*self.parameters, *outputs], allow_unused=True, materialize_grads=True
         )
-        return loss.detach(), list(gradients)
+        gradients = list(found[: len(self.parameters)])
+        if observer:
+            observer.see(
+                dict(zip(self.names, gradients, strict=True)), found[len(self.parameters) :]
+            )
+        return loss.detach(), gradients
 
     def _logits(self, sample: Batch) -> Tensor:
         if not self.is_low_precision:

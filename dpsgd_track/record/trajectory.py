@@ -7,7 +7,7 @@ every other field the run itself computed the NaN. Steps with fewer samples than
 padded: index -1 and NaN.
 
 Legend: S steps, N samples of the largest step, L linear layers, P trainable parameters,
-K projections, W ranks, M elements of a shard.
+K projections, W ranks, M elements of a shard, V arrangements of `Move`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.columns import TornFile, open_archive
 from dpsgd_track.record.noise_draws import NoiseDraws
 
 SCHEMA_VERSION = 3
-_WITHOUT_DRAWS = 2
-"""Schema version of records that have all fields but `noise_draws`, and are still read."""
+_BEFORE = 2
+"""Schema version of records without the fields of `_absent_before`; they are still read."""
 _DRAWS = "noise_draws"
 
 UNUSED = -1
@@ -45,15 +46,23 @@ SCALAR_METRICS = (
 SAMPLE_COLUMNS = (
     "sample_index",
     "sample_rank",
+    "sample_micro_batch",
     "sample_loss",
     "sample_norm",
     "clip_factor",
     "sample_norm_by_parameter",
+    "sample_sketch",
+    "sample_shard_sketch",
+    "sample_other_norm",
 )
 """Fields with one entry for each sample of a step."""
 
 LARGE = (
     "sample_norm_by_parameter",
+    "sample_sketch",
+    "sample_shard_sketch",
+    "sample_other_norm",
+    "moved_sketch",
     "gradient_sketch",
     "noised_sketch",
     "weight_sketch",
@@ -115,6 +124,8 @@ class Trajectory:
     """[S, N] global index of each sample, -1 for padding; unique within a step."""
     sample_rank: Integers
     """[S, N] rank that computed each sample, -1 for padding."""
+    sample_micro_batch: Integers
+    """[S, N] which of its rank's micro-batches held each sample, from 0; -1 for padding."""
     sample_loss: Floats
     """[S, N] loss of each sample."""
     sample_norm: Floats
@@ -127,6 +138,18 @@ class Trajectory:
     """[P] elements of each parameter, over all ranks; 0 if unknown."""
     sample_norm_by_parameter: Floats
     """[S, N, P] L2 norm of each sample's gradient with respect to each parameter."""
+    sample_sketch: Floats
+    """[S, N, P, K] the projections of each sample's gradient before clipping, so that sums with
+    other factors can be predicted. K is 0 but in the reference's clip regime."""
+    sample_shard_sketch: Floats
+    """[S, N, P, K] the same of those rows alone that the sample's own rank would hold if it were
+    sharded: what is left of a sum that is not reduced over ranks."""
+    sample_other_norm: Floats
+    """[S, N, P, F] value of each `NormFormula`, wrong formulas for the norm by parameter; NaN where
+    one does not apply. F is 0 but in the reference's clip regime."""
+    moved_sketch: Floats
+    """[S, V, P, K] the projections of the clipped sum with its elements moved as each `Move` says.
+    K is 0 but in the reference's clip regime."""
     gradient_sketch: Floats
     """[S, P, K] +-1 projections of the clipped sum; E[mean over K of square] = squared norm."""
     noised_sketch: Floats
@@ -243,7 +266,9 @@ class Trajectory:
             raise ValueError(f"{path.name}: expected a trajectory file. {error}") from error
         written = values.pop("schema", np.int64(-1))
         version = int(written) if _is_of(written, "int") else written.tolist()
-        if version not in (_WITHOUT_DRAWS, SCHEMA_VERSION):
+        if version == _BEFORE:
+            values.update(_absent_before(values))
+        if version not in (_BEFORE, SCHEMA_VERSION):
             raise ValueError(
                 f"{path.name}: expected trajectory schema {SCHEMA_VERSION}, got {version}. "
                 "Compare with the version of dpsgd-track that wrote it."
@@ -349,6 +374,19 @@ def _check_values(t: Trajectory, name: str) -> None:
             raise ValueError(f"{name}: {field}: expected {allowed}, which this is not.")
 
 
+def _absent_before(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The fields that schema 3 added, as a run that does not record them has them."""
+    S, N = (*values.get("sample_index", np.empty((0, 0))).shape, 0, 0)[:2]
+    P = values.get("parameter_names", np.empty(0)).size
+    return {
+        "sample_micro_batch": np.full((S, N), UNUSED, dtype=np.int64),
+        "sample_sketch": np.empty((S, N, P, 0), dtype=np.float32),
+        "sample_shard_sketch": np.empty((S, N, P, 0), dtype=np.float32),
+        "sample_other_norm": np.empty((S, N, P, 0), dtype=np.float32),
+        "moved_sketch": np.empty((S, len(Move), P, 0), dtype=np.float32),
+    }
+
+
 def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
     for name, axes in {
         "sample_index": 2,
@@ -369,8 +407,12 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         **dict.fromkeys(_PER_STEP, (S,)),
         "parameter_sizes": (P,),
         **dict.fromkeys(("layer_weight_norm", "layer_grad_norm"), (S, L)),
-        **dict.fromkeys(("sample_rank", "sample_loss", "sample_norm", "clip_factor"), (S, N)),
+        **dict.fromkeys(_BY_SAMPLE_ALONE, (S, N)),
         "sample_norm_by_parameter": (S, N, P),
+        "sample_sketch": (S, N, P, shape_of("sample_sketch")[-1]),
+        "sample_shard_sketch": (S, N, P, shape_of("sample_shard_sketch")[-1]),
+        "sample_other_norm": (S, N, P, shape_of("sample_other_norm")[-1]),
+        "moved_sketch": (S, len(Move), P, shape_of("moved_sketch")[-1]),
         **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),
         "noise_samples": (S, noise[1], P, noise[-1]),
     }
@@ -380,8 +422,17 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
             raise ValueError(f"trajectory.{name}: expected shape {shape}, got {got}.")
 
 
+_BY_SAMPLE_ALONE = (
+    "sample_rank",
+    "sample_micro_batch",
+    "sample_loss",
+    "sample_norm",
+    "clip_factor",
+)
 _PER_STEP = ("step", *SCALAR_METRICS, "max_grad_norm", "data_hash")
-_BY_STEP = (*_PER_STEP, "layer_weight_norm", "layer_grad_norm", *SAMPLE_COLUMNS, *LARGE)
+_BY_STEP = tuple(
+    dict.fromkeys((*_PER_STEP, "layer_weight_norm", "layer_grad_norm", *SAMPLE_COLUMNS, *LARGE))
+)
 
 
 def sketch_length(sketch: Floats) -> Floats:

@@ -80,7 +80,7 @@ class CulpritEntry:
     floor: Number | None
     """Error of the observable due to rounding alone; null if not measured."""
     cause: str
-    """A known ratio between mode and baseline, and what it suggests."""
+    """The mistake that explains the error, as a clause; empty if none is known."""
     sentence: str
     """The whole culprit as a predicate of the mode's name, without a full stop."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpsgd_track.comparison.audit.noise import NoiseAudit
+from dpsgd_track.comparison.diagnose.culprit import Culprit
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.result import GroupComparison, ModeVerdict, RegimeComparison
 from dpsgd_track.comparison.verdict import Finding
@@ -94,14 +95,18 @@ def _mode(mode: ModeVerdict) -> ModeEntry:
             )
             for (regime, against), rungs in mode.ladders.items()
         ),
-        culprits=tuple(_copied(CulpritEntry, culprit) for culprit in mode.culprits.values()),
-        culprit=mode.culprit and _copied(CulpritEntry, mode.culprit),
+        culprits=tuple(map(_culprit, mode.culprits.values())),
+        culprit=mode.culprit and _culprit(mode.culprit),
     )
+
+
+def _culprit(culprit: Culprit) -> CulpritEntry:
+    return _copied(CulpritEntry, culprit, cause=culprit.cause.sentence)
 
 
 def _finding(finding: Finding) -> FindingEntry:
     culprit = finding.culprit
-    return _copied(FindingEntry, finding, culprit=culprit and _copied(CulpritEntry, culprit))
+    return _copied(FindingEntry, finding, culprit=culprit and _culprit(culprit))
 
 
 def _regime(regime: RegimeComparison) -> RegimeEntry:

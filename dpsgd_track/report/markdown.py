@@ -152,7 +152,7 @@ def _plans(profile: Profile) -> str:
 def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
     """(title, body, True if folded), the most important first."""
     ladders = [("Stages", body, False) for body in _ladders(comparison)]
-    why = [f"**{mode.verdict}** {prose(told(comparison, mode))}" for mode in comparison.modes]
+    why = [f"**{verdict}** {prose(line)}" for verdict, line in told(comparison)]
     findings = [
         f"**{f.verdict}**{' (waived)' * bool(f.waiver)} {prose(f'{mode.label}: {f.sentence}')}"
         for mode in comparison.modes

@@ -109,9 +109,14 @@ def _line(mode: ModeVerdict, key: tuple[str, str]) -> Line:
     return Line(
         label=mode.label,
         cells=cells,
-        culprit=None if (c := mode.culprits.get(key)) is mode.culprit else c,
+        culprit=None if key == _key_of(mode.culprit) else mode.culprits.get(key),
         is_wrong=any(cell.status in wrong for cell in cells),
     )
+
+
+def _key_of(culprit: Culprit | None) -> tuple[str, str] | None:
+    """Regime and baseline of the comparison that shows `culprit`."""
+    return (culprit.regime, culprit.against) if culprit else None
 
 
 def _cell(rung: Rung) -> Cell:
@@ -149,12 +154,23 @@ def more(mode: ModeVerdict) -> str:
     return f"{count} more finding{'s' * (count > 1)}" if count else ""
 
 
-def told(comparison: GroupComparison, mode: ModeVerdict) -> str:
-    """The line on `mode` below the verdict, which already describes the leading mode."""
-    left_out = more(mode)
-    if mode is comparison.leading:
-        return f"{mode.label}: see the verdict{', and ' * bool(left_out)}{left_out}."
-    return f"{mode.sentence} ({left_out})" if left_out else mode.sentence
+def told(comparison: GroupComparison) -> list[tuple[Verdict, str]]:
+    """A line on each mode but the leading one, which the verdict describes."""
+    return [
+        (mode.verdict, _with_more(mode.sentence, more(mode)))
+        for mode in comparison.modes
+        if mode is not comparison.leading
+    ]
+
+
+def headline(comparison: GroupComparison) -> str:
+    """The verdict's sentence, with the number of findings that it leaves out."""
+    leading = comparison.leading
+    return _with_more(comparison.sentence, more(leading) if leading else "")
+
+
+def _with_more(sentence: str, left_out: str) -> str:
+    return f"{sentence} ({left_out})" if left_out else sentence
 
 
 def advice(comparison: GroupComparison) -> str:

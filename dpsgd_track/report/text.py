@@ -14,7 +14,7 @@ from dpsgd_track.report import profile_table
 from dpsgd_track.report.columns import in_columns
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.names import visible
-from dpsgd_track.report.stages import told
+from dpsgd_track.report.stages import headline, told
 from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ _FIRST_OF_PROFILE_TO_GO = ("tokens/s", "tracking", "peak GiB", "× memory", "B",
 def summary(comparison: GroupComparison) -> str:
     """The table of modes, the consistency analysis, and the verdict in sentences."""
     table = [(row.label, row.cells[2], row.cells[3], row.status) for row in rows(comparison)]
+    lines = told(comparison)
     parts = [
         f"Group {comparison.group.name}",
         _columns(("mode", "final loss", "average gradient norm", "status"), table),
@@ -49,10 +50,10 @@ def summary(comparison: GroupComparison) -> str:
         *_differing(comparison),
         *guarantees(comparison.group),
         f"Verdict: {comparison.verdict}",
-        "\n".join(f"{mode.verdict:<12}  {told(comparison, mode)}" for mode in comparison.modes),
+        *(["\n".join(f"{verdict:<12}  {line}" for verdict, line in lines)] if lines else []),
         *(["Waivers\n" + "\n".join(waived(comparison))] if waived(comparison) else []),
         *(_costs(profile) if (profile := profile_of(comparison.group)) else []),
-        comparison.sentence,
+        headline(comparison),
     ]
     return "\n\n".join(visible(part) for part in parts) + "\n"
 
@@ -104,14 +105,14 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     console.print(table)
     # The viewer of a log wraps its lines.
     soft = not console.is_terminal
-    for judged in comparison.modes:
-        line = Text(f"{judged.verdict:<12}  ", style=_COLOURS[judged.verdict])
-        line.append(visible(told(comparison, judged)), style="default")
+    for verdict, said in told(comparison):
+        line = Text(f"{verdict:<12}  ", style=_COLOURS[verdict])
+        line.append(visible(said), style="default")
         console.print(line, soft_wrap=soft)
     for sentence in [*guarantees(comparison.group), *comparison.waiver_notes]:
         console.print(Text(visible(sentence)), soft_wrap=soft)
-    verdict = Text(visible(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
-    console.print(verdict, soft_wrap=soft)
+    style = f"bold {_COLOURS[comparison.verdict]}"
+    console.print(Text(visible(headline(comparison)), style=style), soft_wrap=soft)
 
 
 def print_profile(profile: Profile, name: str, console: Console) -> None:

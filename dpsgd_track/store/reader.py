@@ -21,6 +21,7 @@ import numpy as np
 
 from dpsgd_track.config import PROFILE, JobConfig, RegimeConfig, Settings, redact_uri
 from dpsgd_track.record import names
+from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, RunFacts
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, RunKey
@@ -422,12 +423,17 @@ def _from_metrics(history: History) -> Trajectory | None:
         layer_grad_norm=matrix(names.LAYER_GRAD_NORM),
         sample_index=np.empty((S, 0), dtype=np.int64),
         sample_rank=np.empty((S, 0), dtype=np.int64),
+        sample_micro_batch=np.empty((S, 0), dtype=np.int64),
         sample_loss=np.empty((S, 0)),
         sample_norm=np.empty((S, 0)),
         clip_factor=np.empty((S, 0)),
         parameter_names=np.array([], dtype=np.str_),
         parameter_sizes=np.array([], dtype=np.int64),
         sample_norm_by_parameter=np.empty((S, 0, 0)),
+        sample_sketch=np.empty((S, 0, 0, 0)),
+        sample_shard_sketch=np.empty((S, 0, 0, 0)),
+        sample_other_norm=np.empty((S, 0, 0, 0)),
+        moved_sketch=np.empty((S, len(Move), 0, 0)),
         gradient_sketch=np.empty((S, 0, 1)),
         noised_sketch=np.empty((S, 0, 1)),
         weight_sketch=np.empty((S, 0, 1)),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
@@ -32,9 +33,11 @@ from dpsgd_track.privacy.accounting import (
 )
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.record import names
+from dpsgd_track.record.alternatives import Move
 from dpsgd_track.training import noise_draws, noise_samples
 from dpsgd_track.training.clip_bounds import AT_BOUND, NUM_MIXED, SAME_BOUND, bounds_of
 from dpsgd_track.training.clock import StepClock
+from dpsgd_track.training.moved_gradient import moved
 from dpsgd_track.training.observe import (
     GatheredSamples,
     gather_samples,
@@ -46,6 +49,7 @@ from dpsgd_track.training.observe import (
 )
 from dpsgd_track.training.prepare import PreparedRun
 from dpsgd_track.training.recorder import Recorder, StepObservation
+from dpsgd_track.training.sample_observer import SampleObserver
 
 DRAWS = -1
 """Step number of the noise-only steps of the noise regime, which have one batch and one C."""
@@ -182,11 +186,15 @@ class RegimeRun(PreparedRun):
         source = NoiseSource(self.noise_key, step)
         max_grad_norm = self._bound(step)
         mode.set_max_grad_norm(max_grad_norm)
+        if self._observer:
+            # A warm-up's samples, and those of a calibration, are none of the step's.
+            self._observer.take()
         with clock.running():
             records = self._accumulate(rank_batch, step)
             clipped = mode.clipped_sum()
         parts = [replace(p, local=clipped.gradients[p.name]) for p in mode.weight_parts()]
         gradient = measure(mode, parts)
+        moved_sketch = self._moved_sketch(parts)
         with clock.running():
             mode.privatize(clipped, source)
         # Before `mode.step`: noise added in there would be missing in another training loop.
@@ -196,7 +204,10 @@ class RegimeRun(PreparedRun):
         with clock.running():
             mode.step()
         mode.zero_grad()
-        local = local_samples(records, rank_batch.indices, rank_batch.digests, self.parameter_names)
+        observed = self._observer.take() if self._observer else None
+        local = local_samples(
+            records, rank_batch.indices, rank_batch.digests, self.parameter_names, observed
+        )
         weights_before, self.weights = self.weights, measure(mode, mode.weight_parts())
         time_ms, memory_gib = largest_of_ranks(
             [clock.elapsed_ms, clock.peak_memory_gib], self.device
@@ -207,6 +218,7 @@ class RegimeRun(PreparedRun):
             step=step,
             samples=samples,
             gradient=gradient,
+            moved_sketch=moved_sketch,
             noised=noised,
             weights_before=weights_before,
             weights_after=self.weights,
@@ -217,6 +229,25 @@ class RegimeRun(PreparedRun):
             tokens_per_second=num_tokens / time_ms * 1e3,
         )
         return Step(seen, local, clock.elapsed_ms, clock.peak_memory_gib)
+
+    @property
+    def _observer(self) -> SampleObserver | None:
+        observer = self.mode.context.observer
+        return observer if isinstance(observer, SampleObserver) else None
+
+    def _moved_sketch(self, parts: list[LocalPart]) -> NDArray[np.float64]:
+        """[V, P, K] sketch of the clipped sum in each arrangement of `Move`; K may be 0."""
+        if self._observer is None:
+            return np.empty((len(Move), len(parts), 0))
+        ranks = dist.get_world_size()
+        return np.stack(
+            [
+                measure(
+                    self.mode, [replace(p, local=moved(p.local, move, ranks)) for p in parts]
+                ).sketch
+                for move in Move
+            ]
+        )
 
     def _noise(self, step: int, parts: list[LocalPart]) -> NDArray[np.float32]:
         """[W, P, M] sampled elements of the noise on each rank's shards; empty if not recorded."""

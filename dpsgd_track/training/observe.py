@@ -75,6 +75,13 @@ class GatheredSamples:
     clip_factor: Floats
     norm_by_parameter: Floats
     """[N, P]"""
+    micro_batch: NDArray[np.int64]
+    """Micro-batch of its rank that held the sample."""
+    sketch: Floats
+    """[N, P, 2 K] projections of the samples' gradients, and of their ranks' rows; K is 0 where not
+    recorded."""
+    other_norm: Floats
+    """[N, P, V] value of each `NormFormula`; V is 0 where they are not recorded."""
     digests: NDArray[np.int64]
 
     def mean_loss(self) -> float:
@@ -91,8 +98,15 @@ def local_samples(
     indices: tuple[int, ...],
     digests: tuple[int, ...],
     parameter_names: list[str],
+    observed: tuple[Floats, Floats] | None = None,
 ) -> GatheredSamples:
-    """This rank's samples of all micro-batches of a step."""
+    """This rank's samples of all micro-batches of a step.
+
+    Args:
+        observed: what `SampleObserver.take` gave; None without an observer.
+    """
+    nothing = np.empty((len(indices), len(parameter_names), 0))
+    sketch, other_norm = observed or (nothing, nothing)
     return GatheredSamples(
         np.array(indices, dtype=np.int64),
         np.full(len(indices), dist.get_rank(), dtype=np.int64),
@@ -100,20 +114,40 @@ def local_samples(
         np.concatenate([_column(r.norm_B, len(r.loss_B)) for r in records]),
         np.concatenate([_column(r.clip_factor_B, len(r.loss_B)) for r in records]),
         np.concatenate([_by_parameter(r, parameter_names) for r in records]),
+        np.repeat(np.arange(len(records)), [len(r.loss_B) for r in records]),
+        sketch,
+        other_norm,
         np.array(digests, dtype=np.int64),
     )
 
 
 def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamples:
     """Samples of all ranks, on every rank; a rank may hold none."""
-    floats = np.column_stack([local.loss, local.norm, local.clip_factor, local.norm_by_parameter])
+    N, P, K = local.sketch.shape
+    V = local.other_norm.shape[2]
+    wide = np.concatenate([local.sketch, local.other_norm], axis=2).reshape(N, P * (K + V))
+    floats = np.column_stack(
+        [local.loss, local.norm, local.clip_factor, local.norm_by_parameter, wide]
+    )
     # Floats are sent as their bits, in one table with the integers.
-    whole = np.column_stack([local.index, local.rank, local.digests, floats.view(np.int64)])
+    integers = [local.index, local.rank, local.micro_batch, local.digests]
+    whole = np.column_stack([*integers, floats.view(np.int64)])
     whole = _gather_rows(torch.from_numpy(whole), device)
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
-    table = whole[:, 3:].copy().view(np.float64)
+    index, rank, micro_batch, digests = whole[:, : len(integers)].T
+    table = whole[:, len(integers) :].copy().view(np.float64)
+    by_parameter = table[:, 3 + P :].reshape(len(table), P, K + V)
     return GatheredSamples(
-        whole[:, 0], whole[:, 1], table[:, 0], table[:, 1], table[:, 2], table[:, 3:], whole[:, 2]
+        index=index,
+        rank=rank,
+        loss=table[:, 0],
+        norm=table[:, 1],
+        clip_factor=table[:, 2],
+        norm_by_parameter=table[:, 3 : 3 + P],
+        micro_batch=micro_batch,
+        sketch=by_parameter[..., :K],
+        other_norm=by_parameter[..., K:],
+        digests=digests,
     )
 
 

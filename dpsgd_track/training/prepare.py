@@ -12,6 +12,7 @@ from torch import nn
 
 from dpsgd_track.config import (
     AUTO,
+    CLIP,
     NOISE,
     PERMUTED,
     PLAIN,
@@ -23,7 +24,7 @@ from dpsgd_track.config import (
     RegimeConfig,
 )
 from dpsgd_track.modes.protocol import Mode, ModeContext, ProtocolError
-from dpsgd_track.modes.table import is_private, takes_norm_plan
+from dpsgd_track.modes.table import REFERENCE, is_private, takes_norm_plan
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.loss import LOSSES
@@ -36,6 +37,7 @@ from dpsgd_track.training.data import (
     num_labels_of,
 )
 from dpsgd_track.training.model import build_model, check_length, perturb_inputs
+from dpsgd_track.training.sample_observer import SampleObserver
 from dpsgd_track.training.text_source import population_of
 
 
@@ -93,6 +95,7 @@ class PreparedRun:
         regime, performance = self.regime, self.job.performance
         is_plain = regime.replay == PLAIN
         dtype = performance.param_dtype if is_plain else performance.reference_dtype
+        is_observed = regime.kind == CLIP and not regime.replay and self.job.mode == REFERENCE
         adds_noise = regime.noise_matched or is_private(self.job.mode)
         return ModeContext(
             privacy=PrivacyConfig(
@@ -110,6 +113,7 @@ class PreparedRun:
             if takes_norm_plan(self.job.mode, performance.plan)
             else AUTO,
             loss=LOSSES[self.job.model.task],
+            observer=SampleObserver() if is_observed else None,
         )
 
     def _noise_key(self) -> str:

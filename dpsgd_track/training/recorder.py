@@ -27,6 +27,8 @@ class StepObservation:
     samples: GatheredSamples
     gradient: Measured
     """The clipped sum."""
+    moved_sketch: NDArray[np.float64]
+    """[V, P, K] sketch of the clipped sum in each arrangement of `Move`; K may be 0."""
     noised: Measured
     """(Clipped sum + noise) / expected batch size."""
     weights_before: Measured
@@ -60,6 +62,8 @@ class Recorder:
         divisor = self.expected_batch_size
         factors = seen.samples.clip_factor
         is_clipping = len(factors) > 0 and not np.isnan(factors).any()
+        sketches = seen.samples.sketch.astype(np.float32)
+        sketch, shard_sketch = np.split(sketches, 2, axis=2)
         row: dict[str, Any] = {
             "step": seen.step,
             "loss": seen.samples.mean_loss(),
@@ -74,10 +78,15 @@ class Recorder:
             "layer_grad_norm": self._layer_norms(seen.step, seen.gradient, divisor),
             "sample_index": seen.samples.index,
             "sample_rank": seen.samples.rank,
+            "sample_micro_batch": seen.samples.micro_batch,
             "sample_loss": seen.samples.loss,
             "sample_norm": seen.samples.norm,
             "clip_factor": factors,
             "sample_norm_by_parameter": seen.samples.norm_by_parameter,
+            "sample_sketch": sketch,
+            "sample_shard_sketch": shard_sketch,
+            "sample_other_norm": seen.samples.other_norm.astype(np.float32),
+            "moved_sketch": seen.moved_sketch.astype(np.float32),
             "gradient_sketch": seen.gradient.sketch,
             "noised_sketch": seen.noised.sketch * divisor,
             "weight_sketch": seen.weights_after.sketch,

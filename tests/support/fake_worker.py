@@ -17,6 +17,7 @@ import psutil
 
 from dpsgd_track.config import CLIP
 from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.facts import FACTS, DeviceFacts, RunFacts
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.plan import STARTED_JOB, StartedJob
@@ -47,6 +48,11 @@ def trajectory(num_steps: int) -> Trajectory:
         layer_grad_norm=np.full((num_steps, 1), 2.0),
         sample_index=np.arange(num_steps * SAMPLES).reshape(num_steps, SAMPLES),
         sample_rank=np.zeros((num_steps, SAMPLES), dtype=np.int64),
+        sample_micro_batch=np.zeros((num_steps, SAMPLES), dtype=np.int64),
+        sample_sketch=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
+        sample_shard_sketch=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
+        sample_other_norm=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
+        moved_sketch=np.empty((num_steps, len(Move), 1, 0), dtype=np.float32),
         sample_loss=by_sample,
         sample_norm=by_sample,
         clip_factor=by_sample,

@@ -27,6 +27,7 @@ from dpsgd_track.config import (
     kind_of,
 )
 from dpsgd_track.record import names
+from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.environment import Environment
 from dpsgd_track.record.facts import FACTS as FACTS_CODEC
 from dpsgd_track.record.facts import FACTS_FILE, DeviceFacts, RunFacts
@@ -66,10 +67,11 @@ def trajectory(
     bound[S // 2 + S % 2 :] = 0.1
     accurate = noise_std > 0
     factor = np.ones((S, N)) if accurate else np.minimum(1, bound / sample_norm)
-    gradient = rng.normal(0, 5.0, (S, P, K))
-    # No longer than the sum of the lengths of its parts.
-    length = (factor * sample_norm).sum(axis=1) * rng.uniform(0.3, 0.6, S)
-    gradient *= (length / np.sqrt(np.square(gradient).mean(axis=2).sum(axis=1)))[:, None, None]
+    # From a generator of its own, as the rest of the record must not depend on it.
+    sketch = np.random.default_rng(seed + 1).normal(0, 1.0, (S, N, P, K))
+    sketch *= (by_parameter / np.sqrt(np.square(sketch).mean(axis=3)))[..., None]
+    gradient = np.einsum("sn,snpk->spk", factor, sketch)
+    length = np.sqrt(np.square(gradient).mean(axis=2).sum(axis=1))
     grad_norm = length / N
     noised = gradient + rng.normal(0, noise_std, (S, P, K))
     weights = rng.normal(0, 30.0, (P, K)) - 1e-4 * np.cumsum(noised, axis=0)
@@ -88,12 +90,17 @@ def trajectory(
         layer_grad_norm=rng.uniform(0.1, 0.5, (S, L)),
         sample_index=np.arange(S * N).reshape(S, N),
         sample_rank=np.tile(np.arange(N) * 2 // N, (S, 1)),
+        sample_micro_batch=np.tile(np.arange(N) * 4 // N % 2, (S, 1)),
         sample_loss=rng.uniform(6.0, 7.0, (S, N)),
         sample_norm=sample_norm,
         clip_factor=factor,
         parameter_names=np.array([f"model.layers.{i}.weight" for i in range(P)]),
         parameter_sizes=np.zeros(P, dtype=np.int64),
         sample_norm_by_parameter=by_parameter,
+        sample_sketch=sketch if not accurate else sketch[..., :0],
+        sample_shard_sketch=np.empty((S, N, P, 0)),
+        sample_other_norm=np.empty((S, N, P, 0)),
+        moved_sketch=np.empty((S, len(Move), P, 0)),
         gradient_sketch=gradient,
         noised_sketch=noised,
         weight_sketch=weights,

@@ -77,15 +77,18 @@ def faulty(t: Trajectory, first_step: int = 3) -> Trajectory:
     by_parameter[..., column][wrong] *= 1.08
     norm = np.sqrt(np.square(by_parameter).sum(axis=2))
     factor = np.minimum(1, t.max_grad_norm[:, None] / norm)
-    scale = (factor.sum(axis=1) / t.clip_factor.sum(axis=1))[:, None, None]
+    # The sum follows from the factors, in the reference's terms.
+    inherited = np.einsum("sn,snpk->spk", factor - t.clip_factor, t.sample_sketch)
+    gradient = t.gradient_sketch + inherited
+    before, after = (np.square(g).sum(axis=(1, 2)) for g in (t.gradient_sketch, gradient))
     return replace(
         t,
         sample_norm_by_parameter=by_parameter,
         sample_norm=norm,
         clip_factor=factor,
-        grad_norm=t.grad_norm * scale[:, 0, 0],
-        gradient_sketch=t.gradient_sketch * scale,
-        noised_sketch=t.noised_sketch * scale,
+        grad_norm=t.grad_norm * np.sqrt(after / before),
+        gradient_sketch=gradient,
+        noised_sketch=t.noised_sketch + inherited,
     )
 
 

@@ -42,26 +42,37 @@ class Inconsistency:
     step: int
     sample: int | None = None
     """Global index of the affected sample; None if the relation is not per sample."""
-    parameter: str = ""
-    """The affected parameter; empty if the relation is not per parameter."""
+    parameters: tuple[str, ...] = ()
+    """The affected parameters, worst first; empty if the relation is not per parameter."""
+    breaks_bound: bool = False
+    """True if a sum is longer than privacy allows: n C for n samples."""
+    has_amount: bool = True
+    """False if the error has no size worth telling."""
 
     @property
     def where(self) -> str:
         """`sample 3` or `parameter head.weight`; empty if the whole step is affected."""
         if self.sample is not None:
             return f"sample {self.sample}"
-        return f"parameter {self.parameter}" if self.parameter else ""
+        return f"parameter {self.parameters[0]}" if self.parameters else ""
 
 
 def inconsistencies(
-    t: Trajectory, setup: RegimeConfig | None, *, steps_at_once: int = _BLOCK
+    t: Trajectory,
+    setup: RegimeConfig | None,
+    *,
+    clips: bool = False,
+    steps_at_once: int = _BLOCK,
 ) -> tuple[Inconsistency, ...]:
     """The first violation of each relation.
 
     Args:
         setup: the regime as planned; None if unknown.
+        clips: True if the mode claims to clip every sample's gradient at C.
     """
-    found: dict[ObservableName, Inconsistency] = {}
+    found: dict[str, Inconsistency] = {}
+    if (unmoved := _unmoved(t, setup)) is not None:
+        found[unmoved.title] = unmoved
     for start in range(0, t.num_steps, steps_at_once):
         # An optimizer step needs the weights of the step before.
         block = t.rows(max(0, start - 1), start + steps_at_once)
@@ -70,11 +81,12 @@ def inconsistencies(
             for each in (
                 _total_norm(block),
                 _clip_factor(block),
+                _bound_of_sum(block) if clips else None,
                 _length_of_sum(block),
                 _sgd_step(block, setup),
             ):
                 if each is not None:
-                    found.setdefault(each.observable, each)
+                    found.setdefault(each.title, each)
     return tuple(found.values())
 
 
@@ -128,6 +140,55 @@ def _length_of_sum(t: Trajectory) -> Inconsistency | None:
     )
 
 
+def _bound_of_sum(t: Trajectory) -> Inconsistency | None:
+    """Check the length of the clipped sum against n C, which needs no record of any sample."""
+    bound = t.max_grad_norm * t.num_samples
+    length = t.grad_norm * t.expected_batch_size
+    over = np.flatnonzero((length > bound * _TIMES_LONGER) & (t.num_samples > 0))
+    if not len(over):
+        return None
+    row = int(over[0])
+    count = int(t.num_samples[row])
+    return Inconsistency(
+        stage=Stage.SUM,
+        observable=ObservableName.GRAD_NORM,
+        title=f"the clipped sum of {count} sample{'s' * (count != 1)} is "
+        f"{length[row] / t.max_grad_norm[row]:.3g} C long, where each may add C at most",
+        value=float(length[row] / bound[row] - 1),
+        step=int(t.step[row]),
+        breaks_bound=True,
+        has_amount=False,
+    )
+
+
+def _unmoved(t: Trajectory, setup: RegimeConfig | None) -> Inconsistency | None:
+    """Parameters whose weights never move, though their gradient is not zero and others' do."""
+    if setup is None or not setup.learning_rate > 0 or t.num_steps < 2:
+        return None
+    is_still = np.ones(len(t.parameter_names), dtype=bool)
+    is_pushed = np.zeros(len(t.parameter_names), dtype=bool)
+    for start in range(1, t.num_steps, _BLOCK):
+        weights = t.read("weight_sketch", start - 1, start + _BLOCK)
+        is_still &= (np.diff(weights, axis=0) == 0).all(axis=(0, 2))
+        gradients = t.read("noised_sketch", start, start + _BLOCK)
+        # So long that a step of it cannot vanish in the rounding of the weights.
+        step = setup.learning_rate * sketch_length(gradients) / max(t.expected_batch_size, 1)
+        is_pushed |= (step > 1e-4 * sketch_length(weights[1:])).any(axis=0)
+    stuck = np.flatnonzero(is_still & is_pushed)
+    if not len(stuck) or is_still.all():
+        return None
+    return Inconsistency(
+        stage=Stage.UPDATE,
+        observable=ObservableName.UPDATE,
+        title="these weights never move, although their gradient is not zero: the optimizer lacks "
+        "them",
+        value=1.0,
+        step=int(t.step[1]),
+        parameters=tuple(t.parameter_names[stuck].tolist()),
+        has_amount=False,
+    )
+
+
 def _sgd_step(t: Trajectory, setup: RegimeConfig | None) -> Inconsistency | None:
     """Check that each step after the first moved the weights by learning rate x gradient."""
     if setup is None or setup.optimizer != "sgd" or not t.expected_batch_size:
@@ -141,14 +202,16 @@ def _sgd_step(t: Trajectory, setup: RegimeConfig | None) -> Inconsistency | None
     if not len(over):
         return None
     row = int(over[0, 0])
-    column = int(np.nanargmax(error[row]))
+    columns = over[over[:, 0] == row, 1]
+    columns = columns[np.argsort(-error[row, columns], kind="stable")]
+    column = int(columns[0])
     return Inconsistency(
         stage=Stage.UPDATE,
         observable=ObservableName.UPDATE,
         title="the weights did not move by the learning rate times the gradient",
         value=float(error[row, column] / length[row, 0]) if length[row, 0] else math.inf,
         step=int(t.step[row + 1]),
-        parameter=str(t.parameter_names[column]),
+        parameters=tuple(t.parameter_names[columns].tolist()),
     )
 
 

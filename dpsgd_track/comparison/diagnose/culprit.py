@@ -6,20 +6,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd_track.comparison.audit.consistency import TOLERANCE, Inconsistency
-from dpsgd_track.comparison.diagnose.clipping_rules import clipping_rule
-from dpsgd_track.comparison.diagnose.fingerprint import (
-    Ratio,
-    fingerprint,
-    projected_ratio,
-    quantities,
-    ratio_of,
-)
+from dpsgd_track.comparison.diagnose.causes import Cause, cause_of
 from dpsgd_track.comparison.diagnose.ladder import Rung, StageStatus, first_introduced
 from dpsgd_track.comparison.measure.alignment import Aligned
 from dpsgd_track.comparison.measure.amount import number, share
@@ -33,7 +26,7 @@ from dpsgd_track.comparison.measure.observables import (
 )
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
-from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_distance, sketch_length
+from dpsgd_track.record.trajectory import UNUSED, Trajectory, sketch_distance, sketch_length
 
 _SHOWN = 3
 _FROM_HERE_ON = 0.9
@@ -45,7 +38,7 @@ _FEWEST_BEFORE = 3
 _WRONG = {
     Stage.DATA: "was given other data",
     Stage.INITIAL_WEIGHTS: "starts from other weights",
-    Stage.LOSS: "computes a wrong loss",
+    Stage.LOSS: "computes wrong losses",
     Stage.NORMS: "computes wrong per-sample norms",
     Stage.FACTORS: "computes wrong clip factors",
     Stage.SUM: "computes a wrong clipped sum",
@@ -90,10 +83,33 @@ class Culprit:
     """Floor of the observable; None if it was not measured."""
     against: str = ""
     """Label of the baseline; empty if the run's own numbers show the error."""
-    cause: str = ""
-    """A known ratio between mode and baseline, and its likely cause."""
-    sentence: str = ""
-    """All of it, to follow the mode's name, without the last full stop."""
+    claim: str = ""
+    """What the mode does wrong, to follow its name."""
+    cause: Cause = field(default_factory=Cause)
+    """What explains the error."""
+    where: str = ""
+    """Where it is first, as a clause."""
+    evidence: str = ""
+    """How large it is, or what shows it."""
+    also: str = ""
+    """Another error that this one does not explain, as a sentence of its own."""
+    breaks_bound: bool = False
+    """True if the clipped sum is longer than privacy allows."""
+
+    @property
+    def sentence(self) -> str:
+        """All of it, to follow the mode's name, without the last full stop."""
+        claim = "divides the sum wrongly" if self.cause.is_division else self.claim
+        cause = self.cause.sentence
+        if not cause:
+            parts = [f"{claim}: {self.where}" if self.where else claim, self.evidence]
+        else:
+            where = f"{self.where[:1].upper()}{self.where[1:]}"
+            detail = [where, f"{self.evidence[:1].lower()}{self.evidence[1:]}"]
+            parts = [f"{claim}: {cause}", "; ".join(filter(None, detail))]
+        if self.also:
+            parts.append(f"Besides, it {self.also}")
+        return ". ".join(filter(None, parts))
 
 
 def culprit_of(
@@ -108,10 +124,46 @@ def culprit_of(
     rung = first_introduced(rungs)
     if rung is None:
         return None
+    first = _culprit_at(rung, pair, rungs, run, broken)
+    if first is None:
+        return None
+    others = (each for each in rungs if each.is_by_itself and each.stage is not rung.stage)
+    later = (_culprit_at(each, pair, rungs, run, broken) for each in others)
+    also = next((c for c in later if c is not None and _is_independent(c, first)), None)
+    # Its size is in the report's table of stages.
+    return first if also is None else replace(first, also=replace(also, evidence="").sentence)
+
+
+def _is_independent(second: Culprit, first: Culprit) -> bool:
+    """True if `first` does not explain `second`, which is of a later stage.
+
+    Wrong norms and a wrong sum of the same parameters come from one wrong gradient, unless the sum
+    is explained by another mistake.
+    """
+    if second.stage is not Stage.SUM or first.stage is not Stage.NORMS:
+        return True
+    if set(second.places) - {*first.places, *first.inherited}:
+        return True
+    names = {each.subject_free for each in first.cause.explanations}
+    return any(
+        each.is_named and each.subject_free not in names for each in second.cause.explanations
+    )
+
+
+def _culprit_at(
+    rung: Rung,
+    pair: Pair,
+    rungs: Sequence[Rung],
+    run: ModeRun,
+    broken: Sequence[Inconsistency],
+) -> Culprit | None:
+    """The culprit that one stage of a ladder shows; None if only its inputs were unlike."""
     if rung.observable is None:
         of_stage = (b for b in broken if (b.stage, b.step) == (rung.stage, rung.step))
         found = next(of_stage, None)
         return contradiction(pair.regime, found) if found else None
+    if rung.value is not None and not math.isfinite(rung.value) and rung.limit is None:
+        return _not_finite(pair, rung)
     # Large fields of long records are read for this step and the one before it only.
     at = int(np.flatnonzero(pair.aligned.baseline.step == rung.step)[0])
     first = max(0, at - 1)
@@ -142,15 +194,45 @@ def culprit_of(
         limit=rung.limit,
         floor=rung.floor,
         against=pair.baseline,
-        cause=(clipping_rule(pair.aligned) if rung.stage in (Stage.FACTORS, Stage.SUM) else "")
-        or fingerprint(
-            _ratio(rung, aligned, row, samples),
-            quantities(run, float(aligned.baseline.max_grad_norm[row])),
-        ),
+        claim=_claim(rung.stage, aligned.baseline.noise_std, run),
+        cause=cause_of(pair, replace(rung, items=arose), run),
     )
     if OBSERVABLES[rung.observable].items == "layer":
         names = tuple(aligned.baseline.layer_names.tolist())
-    return replace(culprit, sentence=_said(culprit, names, _right_before(rungs, rung)))
+    direction = _direction(rung, aligned, row)
+    return _in_words(culprit, names, _right_before(rungs, rung), direction)
+
+
+def _claim(stage: Stage, noise_std: float, run: ModeRun) -> str:
+    """Predicate of the sentence about a stage, which is not called noise where there is none."""
+    if stage is Stage.NOISE and not noise_std > 0:
+        return "divides the clipped sum wrongly"
+    if stage is Stage.UPDATE and run.setup is not None and run.setup.learning_rate == 0:
+        return "moves weights at a learning rate of 0"
+    return _WRONG[stage]
+
+
+def _not_finite(pair: Pair, rung: Rung) -> Culprit:
+    """The culprit of a value that is NaN or infinite."""
+    assert rung.value is not None
+    shown = "NaN" if math.isnan(rung.value) else "infinite"
+    culprit = Culprit(
+        regime=pair.regime,
+        stage=rung.stage,
+        step=rung.step,
+        places=rung.items,
+        observable=rung.observable,
+        value=rung.value,
+        against=pair.baseline,
+        claim=f"{_WRONG[rung.stage]} ({shown})",
+    )
+    where = _told_where(culprit, culprit.places)
+    in_sample = rung.where if rung.where.startswith("sample") and not rung.items else ""
+    return replace(
+        culprit,
+        where=", ".join(filter(None, [where, in_sample])),
+        evidence=f"It is finite in {pair.baseline}",
+    )
 
 
 def contradiction(regime: str, broken: Inconsistency) -> Culprit:
@@ -159,21 +241,23 @@ def contradiction(regime: str, broken: Inconsistency) -> Culprit:
         regime=regime,
         stage=broken.stage,
         step=broken.step,
-        places=(broken.parameter,) if broken.parameter else (),
+        places=broken.parameters,
         samples=() if broken.sample is None else (broken.sample,),
         observable=broken.observable,
         value=broken.value,
         limit=TOLERANCE,
+        claim=_WRONG[broken.stage],
+        breaks_bound=broken.breaks_bound,
     )
     title = broken.title[0].upper() + broken.title[1:]
-    evidence = f"{title}, {_amount(broken.value, 'by ')} (limit {share(TOLERANCE)})"
-    return replace(culprit, sentence=f"{_told_where(culprit, culprit.places)}. {evidence}")
+    amount = f", {_amount(broken.value, 'by ')} (limit {share(TOLERANCE)})" * broken.has_amount
+    return replace(culprit, where=_told_where(culprit, culprit.places), evidence=f"{title}{amount}")
 
 
 def alone(culprit: Culprit, evidence: str) -> Culprit:
     """`culprit`, with a sentence that gives the evidence where nothing was compared."""
-    said = f"{_WRONG[culprit.stage]} (regime {culprit.regime}): {evidence}"
-    return replace(culprit, sentence=said)
+    where = f"{evidence} ({culprit.regime})"
+    return replace(culprit, claim=_WRONG[culprit.stage], where=where)
 
 
 def first_of(culprits: Mapping[tuple[str, str], Culprit]) -> tuple[str, str] | None:
@@ -253,6 +337,7 @@ def describe(wrong: Sequence[str], names: Sequence[str], kind: str = "parameters
         return f"all {len(names)} {kind}"
     if len(wrong) <= _SHOWN:
         return ", ".join(wrong)
+    most = f"{len(wrong)} of {len(names)} {kind} ({wrong[0]} most)"
     for of in (lambda name: name.rpartition(".")[2], _pattern):
         groups: dict[str, list[str]] = defaultdict(list)
         for name in names:
@@ -262,6 +347,8 @@ def describe(wrong: Sequence[str], names: Sequence[str], kind: str = "parameters
         if whole and len(alike) <= _SHOWN:
             what = ", ".join(f"*.{each}" if "." not in each else each for each in sorted(alike))
             return f"every {what} ({len(wrong)})"
+    if len(wrong) > 0.5 * len(names):
+        return most
     return f"{', '.join(wrong[:_SHOWN])} and {len(wrong) - _SHOWN} more"
 
 
@@ -303,47 +390,6 @@ def _ranks(samples: NDArray[np.int64], pair: Aligned, row: int) -> tuple[int, ..
     return tuple(sorted(wrong)) if wrong < everybody else ()
 
 
-def _ratio(rung: Rung, pair: Aligned, row: int, samples: NDArray[np.int64]) -> Ratio | None:
-    ours, theirs = pair.baseline, pair.other
-    chosen: NDArray[np.int64] | slice = samples if len(samples) else slice(None)
-    columns = [i for i, name in enumerate(ours.parameter_names.tolist()) if name in rung.items]
-    if rung.observable is None:
-        return None
-    observable = OBSERVABLES[rung.observable]
-    match observable.items:
-        case "":
-            a, b = (getattr(t, observable.field)[row] for t in (ours, theirs))
-            return ratio_of(np.atleast_1d(a), np.atleast_1d(b))
-        case "sample":
-            a, b = (getattr(t, observable.field)[row][chosen] for t in (ours, theirs))
-            return ratio_of(a, b)
-        case "layer":
-            places = [i for i, n in enumerate(ours.layer_names.tolist()) if n in rung.items]
-            a, b = (getattr(t, observable.field)[row, places] for t in (ours, theirs))
-            return ratio_of(a, b)
-    match rung.observable:
-        case ObservableName.SAMPLE_NORM_BY_PARAMETER:
-            a, b = (t.sample_norm_by_parameter[row][chosen][:, columns] for t in (ours, theirs))
-            return ratio_of(a, b)
-        case ObservableName.GRADIENT:
-            return projected_ratio(*(t.gradient_sketch[row, columns] for t in (ours, theirs)))
-        case ObservableName.NOISED_GRADIENT:
-            return projected_ratio(*(t.noised_sketch[row, columns] for t in (ours, theirs)))
-        case ObservableName.NOISE:
-            a, b = (
-                _noise(t.noised_sketch, t.gradient_sketch, row, columns) for t in (ours, theirs)
-            )
-            return projected_ratio(a, b)
-        case ObservableName.UPDATE if row > 0:
-            a, b = (t.weight_sketch[row] - t.weight_sketch[row - 1] for t in (ours, theirs))
-            return projected_ratio(a[columns], b[columns])
-    return None
-
-
-def _noise(noised: Floats, clipped: Floats, row: int, columns: list[int]) -> Floats:
-    return np.asarray(noised[row, columns] - clipped[row, columns])
-
-
 def _right_before(rungs: Sequence[Rung], at_fault: Rung) -> list[Stage]:
     """The last two of the stages before the one at fault that were compared and are right."""
     order = list(Stage)
@@ -360,21 +406,47 @@ def _right_before(rungs: Sequence[Rung], at_fault: Rung) -> list[Stage]:
     return right[-2:]
 
 
-def _said(culprit: Culprit, names: Sequence[str], right: Sequence[Stage]) -> str:
-    """The sentence about the culprit of a comparison.
+def _direction(rung: Rung, pair: Aligned, row: int) -> str:
+    """`too large` or `too small` where all wrong numbers are; otherwise empty."""
+    assert rung.observable is not None
+    observable = OBSERVABLES[rung.observable]
+    if observable.items not in ("sample", "sample_parameter"):
+        return ""
+    ours, theirs = (side.read(observable.field, row, row + 1)[0] for side in _sides(pair))
+    names = pair.baseline.parameter_names.tolist()
+    if observable.items == "sample_parameter":
+        columns = [names.index(item) for item in rung.items if item in names]
+        ours, theirs = ours[:, columns], theirs[:, columns]
+    with np.errstate(invalid="ignore"):
+        difference = theirs - ours
+        wrong = difference[np.abs(difference) > 1e-2 * np.nanmax(np.abs(difference))]
+    if (wrong > 0).all():
+        return "too large"
+    return "too small" if (wrong < 0).all() else ""
+
+
+def _sides(pair: Aligned) -> tuple[Trajectory, Trajectory]:
+    return pair.baseline, pair.other
+
+
+def _in_words(
+    culprit: Culprit, names: Sequence[str], right: Sequence[Stage], direction: str = ""
+) -> Culprit:
+    """`culprit` of a comparison, with its place and size in words.
 
     Args:
         names: all parameters of the model, or all layers if the culprit's places are layers.
         right: earlier stages that were compared and are right.
+        direction: `too large`, `too small`, or empty.
     """
     assert culprit.observable is not None
     assert culprit.value is not None
     assert culprit.limit is not None
     observable = OBSERVABLES[culprit.observable]
-    said = _told_where(culprit, names, "layers" if observable.items == "layer" else "parameters")
+    where = _told_where(culprit, names, "layers" if observable.items == "layer" else "parameters")
     if right:
         is_one = len(right) == 1 and right[0] not in (Stage.NORMS, Stage.FACTORS)
-        said += (
+        where += (
             f", while {' and '.join(_RIGHT[s] for s in right)} {'is' if is_one else 'are'} right"
         )
     is_per_sample = observable.items in ("sample", "sample_parameter")
@@ -386,8 +458,12 @@ def _said(culprit: Culprit, names: Sequence[str], right: Sequence[Stage]) -> str
         if culprit.floor is None
         else f"rounding explains {shown(culprit.limit)}"
     )
-    said += f". {_subject(culprit.stage, observable)} {amount} from {culprit.against} ({explained})"
-    return said + f"; {culprit.cause}" * bool(culprit.cause)
+    off = _subject(culprit.stage, observable)
+    off = off.removesuffix("off").removesuffix("Off") + direction if direction else off
+    off = f"{off[:1].upper()}{off[1:]}"
+    preposition = "against" if direction else "from"
+    evidence = f"{off} {amount} {preposition} {culprit.against} ({explained})"
+    return replace(culprit, where=where, evidence=evidence)
 
 
 def _subject(stage: Stage, observable: Observable) -> str:
@@ -404,7 +480,7 @@ def _amount(value: float, by: str, shown: Callable[[float], str] = share) -> str
 
 def _told_where(culprit: Culprit, names: Sequence[str], kind: str = "parameters") -> str:
     when = "" if culprit.step is None else f"at step {culprit.step} of "
-    parts = [f"{_WRONG[culprit.stage]}: first {when or 'in '}{culprit.regime}"]
+    parts = [f"first {when or 'in '}{culprit.regime}"]
     if culprit.places:
         parts.append(f"in {describe(culprit.places, names, kind)}")
     if culprit.inherited:

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd_track.comparison.audit.consistency import Inconsistency
 from dpsgd_track.comparison.measure.excess import Evidence, Excess
-from dpsgd_track.comparison.measure.observables import STAGES
+from dpsgd_track.comparison.measure.finite import NotFinite, not_finite
+from dpsgd_track.comparison.measure.observables import OBSERVABLES, SMALL, STAGES
 from dpsgd_track.config import CLIP, kind_of
 from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
 _OWN_EVIDENCE = (ObservableName.NOISE,)
 """Observables that depend on their own stage only, whatever its inputs."""
+_OWN_LIMITS, _OWN_CLOSEST = 3.0, 2e-5
+"""Error of a sum as its own terms predict it, in units of its limit, and at least."""
 STEPS_AT_ONCE = 512
 """Steps per block: records of long runs are larger than memory."""
 
@@ -55,6 +58,8 @@ class Rung:
     """Layer, parameter or sample of the value."""
     items: tuple[str, ...] = ()
     """All layers or parameters over the limit in that step, worst first."""
+    is_by_itself: bool = False
+    """True if the stage is wrong whatever its inputs are."""
 
     @property
     def times(self) -> float:
@@ -89,11 +94,16 @@ class _Stage:
     """[S] fails by itself, whatever its inputs."""
 
 
-def ladder(evidence: Evidence, broken: Sequence[Inconsistency] = ()) -> tuple[Rung, ...]:
+def ladder(
+    evidence: Evidence,
+    broken: Sequence[Inconsistency] = (),
+    not_finite_in_mode: Sequence[NotFinite] = (),
+) -> tuple[Rung, ...]:
     """Every stage of a pair, in the order of a step.
 
     Args:
         broken: relations that the mode's own numbers violate.
+        not_finite_in_mode: the first NaN or infinity of each of the mode's fields.
     """
     aligned = evidence.pair.aligned
     inputs = unlike_inputs(aligned.baseline, aligned.other)
@@ -106,7 +116,8 @@ def ladder(evidence: Evidence, broken: Sequence[Inconsistency] = ()) -> tuple[Ru
     stages = [_stage(evidence, name, len(steps)) for name in STAGES]
     for stage in stages:
         for each in broken:
-            if each.stage is stage.name and each.step in steps:
+            # Wrong norms or factors explain a sum beyond its bound.
+            if each.stage is stage.name and each.step in steps and not each.breaks_bound:
                 stage.is_broken[steps.index(each.step)] = True
         if stage.name is Stage.SUM:
             stage.is_broken[:] |= stage.failing & _sum_is_unexplained(evidence)
@@ -115,10 +126,36 @@ def ladder(evidence: Evidence, broken: Sequence[Inconsistency] = ()) -> tuple[Ru
     if kind_of(evidence.pair.regime) != CLIP:
         failing = np.any([stage.failing for stage in stages], axis=0)
         earlier = np.concatenate([[False], np.logical_or.accumulate(failing)[:-1]])[: len(steps)]
+    nan = _first_not_finite(aligned.baseline, not_finite_in_mode)
     for stage in stages:
-        rungs.append(_rung(stage, earlier, evidence, steps))
+        rungs.append(nan.get(stage.name) or _rung(stage, earlier, evidence, steps))
         earlier = earlier | stage.failing
     return tuple(rungs)
+
+
+def _first_not_finite(baseline: Trajectory, found: Sequence[NotFinite]) -> dict[Stage, Rung]:
+    """The stages with a NaN or an infinity that the baseline lacks; the first introduced it."""
+    there = {bad.field for bad in not_finite(baseline)}
+    steps = set(baseline.step.tolist())
+    found = [bad for bad in found if bad.field not in there and bad.step in steps]
+    order = list(Stage)
+    stages: dict[Stage, NotFinite] = {}
+    for bad in sorted(found, key=lambda bad: bad.step):
+        if (stage := OBSERVABLES[bad.observable].stage) is not None:
+            stages.setdefault(stage, bad)
+    first = min(stages, key=lambda s: (stages[s].step, order.index(s)), default=None)
+    return {
+        stage: Rung(
+            stage=stage,
+            status=StageStatus.INTRODUCED if stage is first else StageStatus.INHERITED,
+            observable=bad.observable,
+            value=bad.value,
+            step=bad.step,
+            where=bad.where,
+            items=tuple(name for _, name in [bad.where.rpartition("parameter ")[1:]] if _),
+        )
+        for stage, bad in stages.items()
+    }
 
 
 def _sum_is_unexplained(evidence: Evidence) -> NDArray[np.bool_] | bool:
@@ -131,6 +168,8 @@ def _sum_is_unexplained(evidence: Evidence) -> NDArray[np.bool_] | bool:
     ours, theirs = evidence.pair.aligned.baseline, evidence.pair.aligned.other
     if excess is None or not excess.failing.any():
         return False
+    if ours.shape_of("sample_sketch")[-1] and not np.isnan(theirs.clip_factor).all():
+        return _differs_from_own_terms(evidence, excess)
     if np.isnan(theirs.clip_factor * ours.clip_factor).all():
         return False
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -140,6 +179,28 @@ def _sum_is_unexplained(evidence: Evidence) -> NDArray[np.bool_] | bool:
         # Both distances are estimates.
         explained = 2 * np.nansum(apart, axis=1) / length + excess.limits.max(axis=1)
         return np.asarray(distance / length / explained > 1)
+
+
+def _differs_from_own_terms(evidence: Evidence, excess: Excess) -> NDArray[np.bool_]:
+    """[S] True if the sum is not that of right gradients with the mode's own clip factors.
+
+    Parameters whose norms are wrong are left out: there the gradients themselves may be.
+    """
+    ours, theirs = evidence.pair.aligned.baseline, evidence.pair.aligned.other
+    norms = evidence.excesses.get(ObservableName.SAMPLE_NORM_BY_PARAMETER)
+    is_right = np.ones(excess.by_item.shape, dtype=bool)
+    if norms is not None:
+        is_right = norms.by_item <= norms.limits
+    elif (totals := evidence.excesses.get(ObservableName.SAMPLE_NORM)) is not None:
+        is_right[totals.failing] = False
+    weights = np.nan_to_num(theirs.clip_factor)
+    own = np.einsum("sn,snpk->spk", weights, ours.sample_sketch.astype(np.float64))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        length = sketch_length(ours.gradient_sketch)
+        total = np.sqrt(np.square(length).sum(axis=1, keepdims=True))
+        error = sketch_distance(theirs.gradient_sketch, own) / np.maximum(length, SMALL * total)
+    allowed = np.maximum(_OWN_LIMITS * excess.limits, _OWN_CLOSEST)
+    return np.asarray(((error > allowed) & is_right).any(axis=1))
 
 
 def _length_and_distance(ours: Trajectory, theirs: Trajectory) -> tuple[Floats, Floats]:
@@ -172,7 +233,7 @@ def _rung(
         if not stage.is_broken.any():
             return Rung(stage=stage.name, status=StageStatus.NOT_COMPARED)
         first = steps[int(stage.is_broken.argmax())]
-        return Rung(stage=stage.name, status=StageStatus.INTRODUCED, step=first)
+        return Rung(stage=stage.name, status=StageStatus.INTRODUCED, step=first, is_by_itself=True)
     introduced = np.flatnonzero((stage.failing & ~earlier) | stage.is_broken)
     failing = np.flatnonzero(stage.failing)
     if len(introduced):
@@ -186,7 +247,9 @@ def _rung(
     # Of the failing observables, one that names a layer says more than a total.
     tells = [(t > 1 and bool(e.drift.items), t) for e, t in zip(stage.excesses, times, strict=True)]
     shown = stage.excesses[tells.index(max(tells))]
-    return rung_at(evidence, shown, row, stage.name, status)
+    rung = rung_at(evidence, shown, row, stage.name, status)
+    is_by_itself = bool(stage.is_broken[row]) and status is StageStatus.INTRODUCED
+    return replace(rung, is_by_itself=is_by_itself)
 
 
 def rung_at(

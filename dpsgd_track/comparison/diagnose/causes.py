@@ -1,0 +1,155 @@
+"""The cause of a wrong stage: the hypotheses about it that agree with the records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import numpy as np
+
+from dpsgd_track.comparison.diagnose.clipping_rules import clipping_rule
+from dpsgd_track.comparison.diagnose.hypotheses.factors import FACTORS
+from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
+    Explanation,
+    Subject,
+    explanations,
+)
+from dpsgd_track.comparison.diagnose.hypotheses.losses import LOSS
+from dpsgd_track.comparison.diagnose.hypotheses.noise import DIVISION, NOISE
+from dpsgd_track.comparison.diagnose.hypotheses.norms import BY_PARAMETER, TOTAL
+from dpsgd_track.comparison.diagnose.hypotheses.sums import SUM
+from dpsgd_track.comparison.diagnose.hypotheses.updates import UPDATE, rounding_of
+from dpsgd_track.comparison.diagnose.ladder import Rung
+from dpsgd_track.comparison.measure.drift import Pair
+from dpsgd_track.config import CLIP, kind_of
+from dpsgd_track.record.run import ModeRun
+from dpsgd_track.record.stages import ObservableName, Stage
+
+_COMMON = 3
+"""Words at the beginning of alternatives from which on they are said once."""
+_MOST_ALONE = 4
+"""Parameters that are tried by themselves."""
+_MOST_STEPS = 16
+"""Steps that a hypothesis is tried on: records of long runs are larger than memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """What explains a wrong stage."""
+
+    explanations: tuple[Explanation, ...] = ()
+    """All that agree equally well; empty if none is known."""
+    audited: str = ""
+    """What an audit of the mode's own noise found; empty for nothing."""
+    is_division: bool = False
+    """True if the noise is right, and what follows it is not."""
+
+    @property
+    def sentence(self) -> str:
+        """The explanations as alternatives in one clause; empty if there are none."""
+        known = either([each.sentence for each in self.explanations])
+        return "; ".join(filter(None, [known, self.audited]))
+
+    def confirmed_by(self, audited: str) -> Cause:
+        """The same with what an audit of the mode's own noise found."""
+        return replace(self, audited=audited)
+
+
+def either(sentences: Sequence[str]) -> str:
+    """`it is the right one multiplied by 2 or W`: alternatives, without repeating what is equal."""
+    if len(sentences) < 2:
+        return "".join(sentences)
+    words = [each.split() for each in sentences]
+    num_common = len(list(takewhile(lambda at: len(set(at)) == 1, zip(*words, strict=False))))
+    num_common *= num_common >= _COMMON
+    first, *rest = (" ".join(each[num_common * (n > 0) :]) for n, each in enumerate(words))
+    return " or ".join([first, *rest])
+
+
+def agreed(causes: Iterable[Cause]) -> Cause:
+    """The explanations that all of `causes` share, leaving out those that have none.
+
+    Constants that are equal in one regime differ in another.
+    """
+    known = [cause for cause in causes if cause.explanations]
+    if not known:
+        return Cause()
+    names = set.intersection(*({e.name for e in cause.explanations} for cause in known))
+    first = known[0]
+    kept = tuple(e for e in first.explanations if e.name in names)
+    return Cause(explanations=kept or first.explanations, is_division=first.is_division)
+
+
+def cause_of(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
+    """The cause of an error that `rung` shows; empty if no hypothesis explains it."""
+    facts = _facts(pair, rung, run)
+    if facts is None or rung.limit is None or not np.isfinite(rung.limit):
+        return Cause()
+    for subject in _subjects(rung, facts):
+        limit = max(rung.limit, rounding_of(facts)) if subject is UPDATE else rung.limit
+        if found := explanations(facts, subject, limit):
+            return Cause(explanations=found, is_division=subject is DIVISION)
+    if len(rung.items) > 1 and rung.stage in (Stage.NORMS, Stage.SUM):
+        return _of_one(pair, rung, run)
+    return Cause()
+
+
+def _of_one(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
+    """The cause in one of the worst parameters, where none explains all of them."""
+    for item in rung.items[:_MOST_ALONE]:
+        cause = cause_of(pair, replace(rung, items=(item,)), run)
+        told = [e for e in cause.explanations if e.is_named]
+        if told:
+            said = tuple(replace(e, sentence=f"in {item}, {e.sentence}") for e in told)
+            return replace(cause, explanations=said)
+    return Cause()
+
+
+def _subjects(rung: Rung, facts: Facts) -> tuple[Subject, ...]:
+    match rung.stage:
+        case Stage.LOSS:
+            return (LOSS,)
+        case Stage.NORMS:
+            is_by_parameter = rung.observable is ObservableName.SAMPLE_NORM_BY_PARAMETER
+            return (BY_PARAMETER,) if is_by_parameter else (TOTAL,)
+        case Stage.FACTORS:
+            return (FACTORS,)
+        case Stage.SUM:
+            return (SUM,)
+        case Stage.NOISE:
+            return (NOISE, DIVISION) if facts.ours.noise_std > 0 else (DIVISION,)
+        case Stage.UPDATE:
+            is_sgd = facts.run.setup is not None and facts.run.setup.optimizer == "sgd"
+            return (UPDATE,) if is_sgd and facts.rate > 0 else ()
+    return ()
+
+
+def _facts(pair: Pair, rung: Rung, run: ModeRun) -> Facts | None:
+    aligned = pair.aligned
+    steps = aligned.baseline.step
+    at = int(np.flatnonzero(steps == rung.step)[0])
+    start = 0 if at < _MOST_STEPS // 2 else at - 1
+    stop = min(len(steps), start + _MOST_STEPS)
+    ours, theirs = (side.rows(start, stop) for side in (aligned.baseline, aligned.other))
+    names = ours.parameter_names.tolist()
+    columns = [names.index(item) for item in rung.items if item in names]
+    layers = {f"{layer}.weight" for layer in rung.items}
+    columns = columns or [i for i, name in enumerate(names) if name in layers]
+    if rung.stage is Stage.UPDATE:
+        rows = range(max(1, at - start), stop - start)
+    elif rung.stage is Stage.NOISE or kind_of(pair.regime) == CLIP:
+        rows = range(stop - start)
+    else:
+        # Later steps start from weights that the error has moved.
+        rows = range(at - start, at - start + 1)
+    if not len(rows):
+        return None
+    return Facts(
+        ours=ours,
+        theirs=theirs,
+        run=run,
+        rows=np.array(rows, dtype=np.int64),
+        columns=np.array(columns or range(len(names)), dtype=np.int64),
+    )

@@ -1,0 +1,243 @@
+"""Mistakes of clip factors, given the norms that the mode itself reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
+    Fitted,
+    Hypothesis,
+    Prediction,
+    Subject,
+)
+from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up, rounded
+from dpsgd_track.record.trajectory import UNUSED, Floats
+
+_ALIKE = 1e-3
+"""Relative spread up to which fitted constants are one."""
+
+
+def clip_factors(bound: Floats, norm: Floats) -> Floats:
+    """min(1, C / norm), which is 1 of a norm of 0."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.where(norm == 0, 1.0, np.minimum(1.0, bound / norm)))
+
+
+def _right(facts: Facts) -> Floats:
+    values = clip_factors(facts.bound, facts.norm)
+    return np.where(np.isnan(facts.norm), np.nan, values)
+
+
+def _formula(sentence: str, predict: Callable[[Floats, Floats], Floats]) -> Hypothesis:
+    """Factors as a function of C, [S, 1], and the norms, [S, N]."""
+    return Hypothesis(sentence=sentence, predict=lambda facts: predict(facts.bound, facts.norm))
+
+
+def _at_bound(sentence: str, bound_of: Callable[[Facts], Floats | float]) -> Hypothesis:
+    """Samples clipped at another bound."""
+
+    def predict(facts: Facts) -> Prediction:
+        return clip_factors(np.asarray(bound_of(facts)), facts.norm)
+
+    return Hypothesis(sentence=f"samples are clipped not at C but at {sentence}", predict=predict)
+
+
+def _bound_times(facts: Facts, symbol: str, power: int) -> Floats:
+    """[S, 1] C times a power of a quantity of the run."""
+    return facts.bound * _constant(facts, symbol) ** power
+
+
+def _named_bounds() -> Sequence[Hypothesis]:
+    known = (
+        ("W", "the number of ranks"),
+        ("K", "the number of micro-batches"),
+        ("b", "the samples of a micro-batch"),
+        ("B", "the expected batch size"),
+        ("P", "the number of parameters"),
+        ("sqrt(P)", "P the number of parameters"),
+        ("sqrt(W)", "W the number of ranks"),
+        ("2", ""),
+    )
+    return [
+        _at_bound(
+            f"{shown}" + f" ({meaning})" * bool(meaning),
+            partial(_bound_times, symbol=symbol, power=power),
+        )
+        for symbol, meaning in known
+        for power, shown in ((-1, f"C / {symbol}"), (1, f"{symbol} C"))
+    ]
+
+
+def _constant(facts: Facts, symbol: str) -> float:
+    job, setup = facts.run.job, facts.run.setup
+    if symbol == "2":
+        return 2.0
+    if symbol in ("P", "sqrt(P)"):
+        P = float(len(facts.ours.parameter_names))
+        return P if symbol == "P" else P**0.5
+    if job is None or setup is None:
+        return float("nan")
+    W, K, b = float(job.num_ranks), float(setup.micro_batches), float(job.data.batch_size)
+    return {"W": W, "K": K, "b": b, "B": W * K * b, "sqrt(W)": W**0.5}[symbol]
+
+
+def _clipped(facts: Facts) -> np.ndarray:
+    """[S, N] samples whose factor is a norm's share, and not 1."""
+    theirs = facts.theirs.clip_factor
+    return np.isfinite(theirs) & (theirs < 1 - 1e-6) & (theirs > 0)
+
+
+def _with_addend(facts: Facts, *, is_clamped: bool) -> Prediction:
+    """C / (n + gamma), with the gamma that agrees best."""
+    theirs = facts.theirs.clip_factor
+    used = _clipped(facts) if is_clamped else np.isfinite(theirs) & (theirs > 0)
+    used[np.setdiff1d(np.arange(len(used)), facts.rows)] = False
+    if not used.any():
+        return None
+    addend = float(np.median((facts.bound / theirs - facts.norm)[used]))
+    values = facts.bound / (facts.norm + addend)
+    values = np.minimum(1.0, values) if is_clamped else values
+    return Fitted(values, f"{addend:.3g}")
+
+
+def _smooth(facts: Facts) -> Prediction:
+    """(1 + (n / C)^p)^(-1/p), with the p that agrees best."""
+    ratio = facts.norm / facts.bound
+    powers = (1, 2, 3, 4, 6, 8, 10, 12, 16)
+    tried = [(1 + ratio**p) ** (-1 / p) for p in powers]
+    errors = [
+        float(np.nanmax(np.abs(t - facts.theirs.clip_factor)[facts.rows], initial=0.0))
+        for t in tried
+    ]
+    best = int(np.argmin(errors))
+    return Fitted(tried[best], f"(1 + (n / C)^{powers[best]})^(-1/{powers[best]})")
+
+
+def _by_rank(facts: Facts) -> Prediction:
+    """Another bound in each step and on each rank, fitted to its clipped samples."""
+    ranks, theirs = facts.theirs.sample_rank, facts.theirs.clip_factor
+    values = _right(facts)
+    used = _clipped(facts)
+    bounds: dict[int, list[float]] = {}
+    for row in facts.rows.tolist():
+        for rank in sorted(set(ranks[row].tolist()) - {UNUSED}):
+            of_rank = ranks[row] == rank
+            here = used[row] & of_rank
+            if here.any():
+                bound = float(np.median((theirs * facts.norm)[row, here]))
+                values[row, of_rank] = clip_factors(np.array(bound), facts.norm[row, of_rank])
+                bounds.setdefault(rank, []).append(bound / float(facts.bound[row, 0]))
+    if not bounds:
+        return None
+    return Fitted(values, _bounds_in_words(bounds))
+
+
+def _bounds_in_words(bounds: dict[int, list[float]]) -> str:
+    lists = list(bounds.values())
+    if all(
+        np.allclose(each, lists[0], rtol=_ALIKE) for each in lists if len(each) == len(lists[0])
+    ):
+        return _shares(lists[0])
+    return " and ".join(f"{_shares(each)} on rank {rank}" for rank, each in bounds.items())
+
+
+def _shares(values: Sequence[float]) -> str:
+    if np.allclose(values, values[0], rtol=_ALIKE):
+        return f"{values[0]:.4g} C"
+    return f"{', '.join(f'{v:.3g}' for v in values)} C (step by step)"
+
+
+def _earlier_bound(facts: Facts, *, back: int | None) -> Floats:
+    """[S, 1] C of the first step, or of `back` steps before."""
+    bound = facts.bound
+    if back is None:
+        return np.broadcast_to(bound[:1], bound.shape)
+    return np.concatenate([bound[:back], bound[:-back]])
+
+
+def _late_on_one_rank(rank_of: Callable[[Facts], int]) -> Callable[[Facts], Prediction]:
+    def predict(facts: Facts) -> Prediction:
+        rank = rank_of(facts)
+        late = clip_factors(_earlier_bound(facts, back=1), facts.norm)
+        values = np.where(facts.theirs.sample_rank == rank, late, _right(facts))
+        return Fitted(values, str(rank))
+
+    return predict
+
+
+def _last_rank(facts: Facts) -> int:
+    return int(facts.theirs.sample_rank.max(initial=0))
+
+
+FACTORS = Subject(
+    observed=lambda facts: facts.theirs.clip_factor,
+    right=_right,
+    levels=(
+        (_formula("they are all 1: no sample is clipped", lambda C, n: np.ones_like(n)),),
+        (
+            _at_bound("1: C is ignored", lambda facts: 1.0),
+            _at_bound(
+                "that of the first step",
+                lambda facts: _earlier_bound(facts, back=None),
+            ),
+            _at_bound(
+                "that of the step before",
+                lambda facts: _earlier_bound(facts, back=1),
+            ),
+            *_named_bounds(),
+            _at_bound("C^2", lambda facts: facts.bound**2),
+            _at_bound("sqrt(C)", lambda facts: np.sqrt(facts.bound)),
+            _formula(
+                "they are C / n rather than min(1, C / n): without the clamp at 1, small gradients "
+                "are scaled up",
+                lambda C, n: C / n,
+            ),
+            _formula(
+                "they are min(1, C / n^2): C is divided by the squared norm",
+                lambda C, n: np.minimum(1.0, C / n**2),
+            ),
+            _formula(
+                "they are min(1, (C / n)^2): the factor is squared",
+                lambda C, n: np.minimum(1.0, C / n) ** 2,
+            ),
+            _formula(
+                "they are the root of the right ones", lambda C, n: np.sqrt(np.minimum(1.0, C / n))
+            ),
+            _formula("they are the reciprocal, max(1, n / C)", lambda C, n: np.maximum(1.0, n / C)),
+            _formula("they are n / C, upside down", lambda C, n: n / C),
+            _formula("they are min(1, n / C), upside down", lambda C, n: np.minimum(1.0, n / C)),
+            _formula(
+                "samples that exceed C are dropped (factor 0) rather than clipped",
+                lambda C, n: (n <= C).astype(np.float64),
+            ),
+        ),
+        (
+            Hypothesis(
+                sentence="they are min(1, C / (n + {})): a constant that is too large is added to "
+                "the norm",
+                predict=lambda facts: _with_addend(facts, is_clamped=True),
+            ),
+            Hypothesis(
+                sentence="they are C / (n + {}), which is automatic clipping (no clamp at 1)",
+                predict=lambda facts: _with_addend(facts, is_clamped=False),
+            ),
+            Hypothesis(sentence="they are {}, a smooth function", predict=_smooth),
+            Hypothesis(
+                sentence="rank {} clips at C of the step before, a step late",
+                predict=_late_on_one_rank(_last_rank),
+            ),
+            Hypothesis(
+                sentence="rank {} clips at C of the step before, a step late",
+                predict=_late_on_one_rank(lambda facts: 0),
+            ),
+            *mixed_up(_right, lambda facts: facts.theirs.clip_factor),
+            *rounded(lambda facts: facts.theirs.clip_factor),
+        ),
+        (Hypothesis(sentence="samples are clipped not at C but at {}", predict=_by_rank),),
+    ),
+)
+"""Clip factors, [S, N], as they follow from the mode's own norms."""

@@ -1,0 +1,127 @@
+"""Mistakes of the samples' losses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
+    Hypothesis,
+    Prediction,
+    Subject,
+)
+from dpsgd_track.comparison.diagnose.hypotheses.samples import (
+    mixed_up,
+    off_as_rounding,
+    rounded,
+)
+from dpsgd_track.record.trajectory import Floats
+
+_WHOLE = 2e-3
+"""Distance from a whole number up to which a float32 ratio of losses is one."""
+
+
+def _ratio(facts: Facts) -> Floats:
+    with np.errstate(all="ignore"):
+        found: Floats = facts.theirs.sample_loss / facts.ours.sample_loss
+    return found
+
+
+def _are_whole(values: Floats, facts: Facts) -> bool:
+    """True if `values` of all samples are whole numbers, and not all the same."""
+    there = values[facts.rows]
+    there = there[np.isfinite(there)]
+    is_whole = bool(there.size) and float(np.abs(there - np.round(there)).max()) < _WHOLE
+    return is_whole and len(np.unique(np.round(there))) > 1
+
+
+def _positions(facts: Facts) -> float:
+    return float(facts.run.job.data.seq_length) if facts.run.job else math.nan
+
+
+def _over_all_positions(facts: Facts) -> Prediction:
+    """Losses divided by the positions in place of a sample's own targets."""
+    for positions in (_positions(facts) - 1, _positions(facts)):
+        if _are_whole(_ratio(facts) * positions, facts):
+            return facts.ours.sample_loss * np.round(_ratio(facts) * positions) / positions
+    return None
+
+
+def _summed(facts: Facts) -> Prediction:
+    ratio = _ratio(facts)
+    return facts.ours.sample_loss * np.round(ratio) if _are_whole(ratio, facts) else None
+
+
+def _over_batch_targets(facts: Facts) -> Prediction:
+    """Losses weighed by the numbers of targets, whose mean over a micro-batch is 1."""
+    ratio = _ratio(facts)
+    for batch in facts.micro_batches:
+        of_batch = ratio[batch.row, batch.places]
+        if abs(of_batch.mean() - 1) > 1e-4:
+            return None
+    return facts.theirs.sample_loss if facts.micro_batches else None
+
+
+def _of_other_weights(facts: Facts) -> Prediction:
+    """What is recorded, if everything was right before the weights moved for the first time."""
+    first = int(facts.rows[0])
+    if facts.theirs.step[0] != 0 or first == 0 or not facts.rate > 0:
+        return None
+    before = slice(0, first)
+    is_right = np.allclose(
+        facts.theirs.sample_loss[before], facts.ours.sample_loss[before], 1e-4, 0.0, equal_nan=True
+    )
+    return facts.theirs.sample_loss if is_right else None
+
+
+LOSS = Subject(
+    observed=lambda facts: facts.theirs.sample_loss,
+    right=lambda facts: facts.ours.sample_loss,
+    levels=(
+        (
+            Hypothesis(
+                sentence="they are sums over targets, not each sample's mean", predict=_summed
+            ),
+            Hypothesis(
+                sentence="they are divided by all positions rather than by the sample's own "
+                "targets: ignored (padding) targets stay in the mean",
+                predict=_over_all_positions,
+            ),
+            Hypothesis(
+                sentence="samples are weighed by their numbers of targets: the mean is over the "
+                "targets of the micro-batch, not over each sample's own",
+                predict=_over_batch_targets,
+            ),
+        ),
+        (
+            *mixed_up(lambda facts: facts.ours.sample_loss, lambda facts: facts.theirs.sample_loss),
+            *rounded(lambda facts: facts.theirs.sample_loss),
+        ),
+    ),
+    late=(
+        (
+            Hypothesis(
+                sentence="they are right until weights move, and then those of other weights than "
+                "the optimizer has left: stale, or not the same on all ranks",
+                predict=_of_other_weights,
+            ),
+        ),
+        (
+            Hypothesis(
+                sentence="they are off by as much as computing them in bfloat16 (from logits that "
+                "are rounded) makes them",
+                predict=lambda facts: (
+                    facts.theirs.sample_loss
+                    if off_as_rounding(
+                        facts.theirs.sample_loss[facts.rows], facts.ours.sample_loss[facts.rows]
+                    )
+                    else None
+                ),
+                is_hint=True,
+            ),
+        ),
+    ),
+)
+"""Loss of each sample, [S, N]."""

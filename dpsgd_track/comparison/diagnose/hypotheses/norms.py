@@ -1,0 +1,214 @@
+"""Mistakes of per-sample norms: of the total, and of each parameter's."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
+    Fitted,
+    Hypothesis,
+    Prediction,
+    Subject,
+)
+from dpsgd_track.comparison.diagnose.hypotheses.samples import (
+    added_up,
+    mixed_up,
+    off_as_rounding,
+    rounded,
+    to_bfloat16,
+)
+from dpsgd_track.record.alternatives import NormFormula
+from dpsgd_track.record.trajectory import Floats
+
+_SMALL = 1e-3
+"""Least unit of an error, as a share of the largest norm."""
+_FITS = 1e-4
+"""Relative error up to which a norm equals a formula's value."""
+_LEAST_TOLD = 0.75
+"""Least share of the wrong parameters that has to follow a formula."""
+_MOST_FORMULAS = 2
+"""Formulas that the wrong parameters may follow, one for each kind of layer."""
+
+
+def _right_total(facts: Facts) -> Floats:
+    """[S, N] the total of the norms by parameter that the mode reports, or else the baseline's."""
+    own = facts.theirs.sample_norm_by_parameter
+    if np.isnan(own).all():
+        return facts.ours.sample_norm
+    return np.asarray(np.sqrt(np.square(own).sum(axis=2)))
+
+
+def _total(sentence: str, predict: Callable[[Floats], Floats]) -> Hypothesis:
+    """A hypothesis on the total as a function of the norms by parameter, [S, N, P]."""
+    return Hypothesis(sentence=sentence, predict=lambda facts: predict(facts.by_parameter))
+
+
+def _added_in_bfloat16(norms: Floats) -> Floats:
+    """Total of norms [S, N, P] by a running sum of squares that is rounded at each step."""
+    total = np.zeros(norms.shape[:2])
+    for column in range(norms.shape[2]):
+        total = to_bfloat16(total + to_bfloat16(np.square(norms[..., column])))
+    return np.sqrt(total)
+
+
+def _changed_by(sign: float) -> Callable[[Facts], Prediction]:
+    """The total with some parameters' squares left out or counted twice: those that agree best."""
+
+    def predict(facts: Facts) -> Prediction:
+        squares = np.square(facts.by_parameter)
+        total = squares.sum(axis=2)
+        wanted = np.square(facts.theirs.sample_norm[facts.rows])
+        best, least = None, np.inf
+        for name, columns in _groups(facts.ours.parameter_names.tolist()):
+            values = total + sign * squares[:, :, columns].sum(axis=2)
+            error = float(np.nanmax(np.abs(values[facts.rows] - wanted) / wanted, initial=0.0))
+            if error < least:
+                best, least = Fitted(np.sqrt(np.maximum(values, 0.0)), name), error
+        return best
+
+    return predict
+
+
+def _groups(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """Each parameter, and the parameters with a common beginning or end, with their columns."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for column, name in enumerate(names):
+        parts = name.split(".")
+        groups[name].append(column)
+        groups[f"every *.{parts[-1]}"].append(column)
+        for length in range(1, len(parts)):
+            groups[f"all of {'.'.join(parts[:length])}"].append(column)
+    seen: set[tuple[int, ...]] = set()
+    for name, columns in groups.items():
+        if tuple(columns) not in seen and len(columns) < len(names):
+            seen.add(tuple(columns))
+            yield name, columns
+
+
+TOTAL = Subject(
+    observed=lambda facts: facts.theirs.sample_norm,
+    right=_right_total,
+    levels=(
+        (
+            _total(
+                "they are the squared norms: the root is missing",
+                lambda n: np.square(n).sum(axis=2),
+            ),
+            _total(
+                "they are the sum of the parameters' norms rather than the root of the sum of "
+                "their squares",
+                lambda n: n.sum(axis=2),
+            ),
+            _total("they are the largest of the parameters' norms", lambda n: n.max(axis=2)),
+            _total(
+                "they are the root of the norms",
+                lambda n: np.sqrt(np.sqrt(np.square(n).sum(axis=2))),
+            ),
+            _total(
+                "squares are averaged over parameters rather than added up",
+                lambda n: np.sqrt(np.square(n).mean(axis=2)),
+            ),
+            _total("squares are added up in bfloat16", _added_in_bfloat16),
+            Hypothesis(sentence="they leave out {}", predict=_changed_by(-1.0)),
+            Hypothesis(sentence="they count {} twice", predict=_changed_by(1.0)),
+        ),
+        (
+            *mixed_up(_right_total, lambda facts: facts.theirs.sample_norm),
+            *added_up(_right_total),
+            *rounded(lambda facts: facts.theirs.sample_norm),
+        ),
+    ),
+)
+"""Total norms of samples, [S, N], as they follow from the norms by parameter."""
+
+
+def _chosen(facts: Facts) -> Floats:
+    return np.asarray(facts.ours.sample_norm_by_parameter[:, :, facts.columns])
+
+
+def _reported(facts: Facts) -> Floats:
+    return np.asarray(facts.theirs.sample_norm_by_parameter[:, :, facts.columns])
+
+
+def _formulas(facts: Facts) -> Prediction:
+    """Each wrong parameter by a formula that agrees, of as few formulas as possible."""
+    values = facts.ours.sample_other_norm[:, :, facts.columns].astype(np.float64)
+    if not values.shape[-1]:
+        return None
+    observed, right = _reported(facts), _chosen(facts)
+    unit = np.maximum(np.abs(right), _SMALL * np.nanmax(right))
+    # A number that is right is no evidence for a formula, nor is padding.
+    is_wrong = np.abs(observed - right) > _FITS * unit
+    errors = np.abs(values - observed[..., None]) / np.maximum(unit, observed)[..., None]
+    errors = np.nan_to_num(np.where(is_wrong[..., None], errors, 0.0), nan=np.inf)
+    agrees = errors[facts.rows].max(axis=(0, 1), initial=0.0) <= _FITS
+    used = _fewest(agrees)
+    is_told = agrees[:, used].any(axis=1)
+    if not used or is_told.mean() < _LEAST_TOLD:
+        return None
+    predicted = right.copy()
+    for column in range(predicted.shape[2]):
+        # The few parameters that no formula fits have other layers' gradients in them.
+        formula = next((f for f in used if agrees[column, f]), None)
+        of_column = observed[..., column] if formula is None else values[..., column, formula]
+        wrong = is_wrong[..., column]
+        predicted[..., column][wrong] = of_column[wrong]
+    formulas = list(NormFormula)
+    shown = ", others ".join(formulas[f].value for f in used)
+    of_some = f" (in {is_told.sum()} of {len(is_told)} parameters)" * (not is_told.all())
+    return Fitted(predicted, f"{shown}{of_some}")
+
+
+def _fewest(agrees: np.ndarray) -> list[int]:
+    """The few formulas that most columns agree with.
+
+    Args:
+        agrees: [Q, V]
+    """
+    used: list[int] = []
+    for _ in range(_MOST_FORMULAS):
+        left = ~agrees[:, used].any(axis=1)
+        if not agrees[left].any():
+            break
+        used.append(int(agrees[left].sum(axis=0).argmax()))
+    return used
+
+
+BY_PARAMETER = Subject(
+    observed=_reported,
+    right=_chosen,
+    levels=(
+        (Hypothesis(sentence="they are {}", predict=_formulas),),
+        (
+            Hypothesis(
+                sentence="they are the squared norms: the root is missing",
+                predict=lambda facts: np.square(_chosen(facts)),
+            ),
+            Hypothesis(
+                sentence="they are the root of the norms",
+                predict=lambda facts: np.sqrt(_chosen(facts)),
+            ),
+            *mixed_up(_chosen, _reported),
+            *added_up(_chosen),
+            *rounded(_reported),
+        ),
+    ),
+    late=(
+        (
+            Hypothesis(
+                sentence="they are off by as much as computing in bfloat16 makes them",
+                predict=lambda facts: (
+                    _reported(facts)
+                    if off_as_rounding(_reported(facts)[facts.rows], _chosen(facts)[facts.rows])
+                    else None
+                ),
+                is_hint=True,
+            ),
+        ),
+    ),
+)
+"""Norms of samples by parameter, [S, N, Q]."""

@@ -1,0 +1,306 @@
+"""Mistakes that any number of a sample can suffer: mixed up, stale, rounded, or another's.
+
+Legend: S steps, N samples, n those of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Hypothesis, Prediction
+from dpsgd_track.record.trajectory import Floats
+
+Of = Callable[[Facts], Floats]
+"""A number of each sample, [S, N, ...]."""
+Combine = Callable[[Floats, Floats], Floats]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Numbers of the samples at the same places of other micro-batches or ranks."""
+
+    facts: Facts
+
+    def of_batch_before(self, values: Floats, combine: Combine, *, is_reset: bool) -> Floats | None:
+        """Each micro-batch combined with what the one before it became.
+
+        Args:
+            combine: of a micro-batch's numbers and those before, cut to the shorter length.
+            is_reset: True if nothing is left of the step before.
+        """
+        if not self.facts.micro_batches:
+            return None
+        changed = values.copy()
+        kept: dict[int, Floats] = {}
+        row = -1
+        for batch in self.facts.micro_batches:
+            if is_reset and batch.row != row:
+                kept.clear()
+            row = batch.row
+            own = values[batch.row, batch.places].copy()
+            before = kept.get(batch.rank)
+            if before is not None:
+                length = min(len(own), len(before))
+                own[:length] = combine(own[:length], before[:length])
+            kept[batch.rank] = own
+            changed[batch.row, batch.places] = own
+        return changed
+
+    def stale(self, values: Floats, *, is_reset: bool, only_equal: bool) -> Floats | None:
+        """Each micro-batch with the numbers of the one before it."""
+        if not self.facts.micro_batches:
+            return None
+        changed = values.copy()
+        kept: dict[int, Floats] = {}
+        row = -1
+        for batch in self.facts.micro_batches:
+            if is_reset and batch.row != row:
+                kept.clear()
+            row = batch.row
+            own = values[batch.row, batch.places]
+            before = kept.get(batch.rank)
+            if before is not None and (not only_equal or len(before) == len(own)):
+                length = min(len(own), len(before))
+                changed[batch.row, batch.places[:length]] = before[:length]
+            kept[batch.rank] = own
+        return changed
+
+    def over_ranks(self, values: Floats, combine: Callable[[Floats], Floats]) -> Floats | None:
+        """Numbers of the samples at one place of all ranks, combined; a missing one is 0."""
+        if not self.facts.micro_batches:
+            return None
+        changed = values.copy()
+        groups: dict[tuple[int, int], list[np.ndarray]] = {}
+        for batch in self.facts.micro_batches:
+            groups.setdefault((batch.row, batch.number), []).append(batch.places)
+        ranks = int(self.facts.theirs.sample_rank.max(initial=0)) + 1
+        for (row, _), places in groups.items():
+            longest = max(map(len, places))
+            table = np.zeros((ranks, longest, *values.shape[2:]))
+            for rank, own in enumerate(places):
+                table[rank, : len(own)] = values[row, own]
+            together = combine(table)
+            for own in places:
+                changed[row, own] = together[: len(own)]
+        return changed
+
+
+_ENOUGH_SAMPLES = 8
+_LOW, _HIGH = 2.0**-13, 2.0**-7
+"""Errors of a computation in bfloat16, whose numbers are rounded by up to 2^-9."""
+
+
+def mixed_up(of: Of, theirs: Of) -> Sequence[Hypothesis]:
+    """The right numbers at the wrong samples.
+
+    Args:
+        of: the right numbers.
+        theirs: what the mode recorded, [S, N].
+    """
+
+    def rolled(by: int) -> Callable[[Facts], Prediction]:
+        return lambda facts: facts.by_batch(of(facts), lambda own: np.roll(own, by, axis=0))
+
+    def reverse(facts: Facts) -> Prediction:
+        return facts.by_batch(of(facts), lambda own: own[::-1])
+
+    def stale(facts: Facts, **options: bool) -> Prediction:
+        return _Places(facts).stale(of(facts), **options)
+
+    batch_before = "they are those of the samples at the same places of the micro-batch before"
+    return (
+        Hypothesis(
+            sentence="each sample has its neighbour's in the micro-batch", predict=rolled(1)
+        ),
+        Hypothesis(
+            sentence="each sample has its neighbour's in the micro-batch", predict=rolled(-1)
+        ),
+        Hypothesis(sentence="they are in reverse order within the micro-batch", predict=reverse),
+        *(
+            Hypothesis(
+                sentence=batch_before,
+                predict=partial(stale, is_reset=True, only_equal=only_equal),
+            )
+            for only_equal in (True, False)
+        ),
+        *(
+            Hypothesis(
+                sentence=f"{batch_before}, even of the step before",
+                predict=partial(stale, is_reset=False, only_equal=only_equal),
+            )
+            for only_equal in (True, False)
+        ),
+        Hypothesis(
+            sentence="they are those of the samples at the same places in the step before",
+            predict=lambda facts: _step_before(of(facts)),
+        ),
+        Hypothesis(
+            sentence="they are those of rank 0's samples on every rank",
+            predict=lambda facts: _Places(facts).over_ranks(of(facts), lambda table: table[0]),
+        ),
+        Hypothesis(
+            sentence="they are the right values in another order, so that samples have each "
+            "other's",
+            predict=lambda facts: _in_order_of(of(facts), theirs(facts)),
+        ),
+        *_alike(of),
+    )
+
+
+def _alike(of: Of) -> Sequence[Hypothesis]:
+    """One number for several samples, and numbers that depend on how many there are."""
+    return (
+        Hypothesis(
+            sentence="all samples of a micro-batch have their mean",
+            predict=lambda facts: facts.by_batch(
+                of(facts), lambda own: np.broadcast_to(own.mean(axis=0), own.shape)
+            ),
+        ),
+        Hypothesis(
+            sentence="all samples of a step have their mean",
+            predict=lambda facts: np.broadcast_to(
+                np.nanmean(of(facts), axis=1, keepdims=True), of(facts).shape
+            ),
+        ),
+        Hypothesis(
+            sentence="all samples of a micro-batch have the largest",
+            predict=lambda facts: facts.by_batch(
+                of(facts), lambda own: np.broadcast_to(own.max(axis=0), own.shape)
+            ),
+        ),
+        Hypothesis(
+            sentence="all samples of a micro-batch have the smallest",
+            predict=lambda facts: facts.by_batch(
+                of(facts), lambda own: np.broadcast_to(own.min(axis=0), own.shape)
+            ),
+        ),
+        Hypothesis(
+            sentence="they are divided by the number of samples in the micro-batch, as those of a "
+            "mean loss are",
+            predict=lambda facts: facts.by_batch(of(facts), lambda own: own / len(own)),
+        ),
+        Hypothesis(
+            sentence="they are multiplied by the number of samples in the micro-batch",
+            predict=lambda facts: facts.by_batch(of(facts), lambda own: own * len(own)),
+        ),
+    )
+
+
+def added_up(of: Of) -> Sequence[Hypothesis]:
+    """Norms that samples' norms have been combined with."""
+
+    def squares(a: Floats, b: Floats) -> Floats:
+        return np.sqrt(np.square(a) + np.square(b))
+
+    def over(facts: Facts, combine: Callable[[Floats], Floats]) -> Prediction:
+        return _Places(facts).over_ranks(of(facts), combine)
+
+    def kept(facts: Facts, *, is_reset: bool) -> Prediction:
+        return _Places(facts).of_batch_before(of(facts), squares, is_reset=is_reset)
+
+    return (
+        Hypothesis(
+            sentence="squares of different samples are added up over ranks: each norm is that of "
+            "the samples at one place on all ranks",
+            predict=lambda facts: over(facts, lambda table: np.sqrt(np.square(table).sum(axis=0))),
+        ),
+        Hypothesis(
+            sentence="norms of different samples are averaged over ranks",
+            predict=lambda facts: over(facts, lambda table: table.mean(axis=0)),
+        ),
+        Hypothesis(
+            sentence="norms of different samples are added up over ranks",
+            predict=lambda facts: over(facts, lambda table: table.sum(axis=0)),
+        ),
+        Hypothesis(
+            sentence="all ranks have the largest of the samples at one place on any rank",
+            predict=lambda facts: over(facts, lambda table: table.max(axis=0)),
+        ),
+        Hypothesis(
+            sentence="squares are added up over the micro-batches of a step: the buffer of norms "
+            "is not reset between them",
+            predict=lambda facts: kept(facts, is_reset=True),
+        ),
+        Hypothesis(
+            sentence="squares are added up over micro-batches and steps: the buffer of norms is "
+            "never reset",
+            predict=lambda facts: kept(facts, is_reset=False),
+        ),
+    )
+
+
+def rounded(of_theirs: Of) -> Sequence[Hypothesis]:
+    """Numbers that have been through a type of fewer bits.
+
+    Args:
+        of_theirs: what the mode recorded.
+    """
+    return (
+        Hypothesis(
+            sentence="they are rounded to bfloat16",
+            predict=lambda facts: _if_rounded(of_theirs(facts), to_bfloat16),
+        ),
+        Hypothesis(
+            sentence="they are rounded to float16",
+            predict=lambda facts: _if_rounded(of_theirs(facts), _to_float16, unless=to_bfloat16),
+        ),
+    )
+
+
+def off_as_rounding(observed: Floats, right: Floats) -> bool:
+    """True if numbers of samples are off by as much as a computation in bfloat16 makes them.
+
+    Such errors have both signs, and those of most samples are alike in size.
+    """
+    with np.errstate(all="ignore"):
+        off = (observed / right - 1).ravel()
+    off = off[np.isfinite(off)]
+    if off.size < _ENOUGH_SAMPLES:
+        return False
+    size = float(np.sqrt(np.mean(np.square(off))))
+    below = float(np.mean(off < 0))
+    return _LOW < size < _HIGH and 0.2 < below < 0.8
+
+
+def _if_rounded(
+    values: Floats,
+    rounding: Callable[[Floats], Floats],
+    unless: Callable[[Floats], Floats] | None = None,
+) -> Prediction:
+    """`values` if they are such as `rounding` leaves, which float32 numbers are not by chance.
+
+    Args:
+        unless: a coarser rounding, which they are not to have been through.
+    """
+    if unless is not None and _if_rounded(values, unless) is not None:
+        return None
+    is_there = np.isfinite(values) & (values != 0) & (values != 1)
+    if not is_there.any() or np.any(rounding(values)[is_there] != values[is_there]):
+        return None
+    return values
+
+
+def _to_float16(values: Floats) -> Floats:
+    return values.astype(np.float16).astype(np.float64)
+
+
+def to_bfloat16(values: Floats) -> Floats:
+    """`values` rounded to 8 significant bits, to nearest even."""
+    bits = values.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.asarray(rounded.astype(np.uint32).view(np.float32).astype(np.float64))
+
+
+def _step_before(values: Floats) -> Floats:
+    return np.concatenate([values[:1], values[:-1]])
+
+
+def _in_order_of(right: Floats, theirs: Floats) -> Floats:
+    """[S, N] the right numbers of each step in the order of the mode's."""
+    ranks = np.argsort(np.argsort(theirs, axis=1, kind="stable"), axis=1)
+    return np.take_along_axis(np.sort(right, axis=1), ranks, axis=1)

@@ -1,0 +1,524 @@
+"""Mistakes of the clipped sum, given the factors that the mode itself reports.
+
+A sum is predicted from projections of each sample's gradient, which the reference records: it is
+their sum with the weights of the hypothesis.
+
+Legend: S steps, N samples, P parameters, Q wrong parameters, K projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from dpsgd_track.comparison.diagnose.hypotheses.factors import clip_factors
+from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts, MicroBatch
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
+    Fitted,
+    Hypothesis,
+    Prediction,
+    Subject,
+    off_as_rounded,
+)
+from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
+from dpsgd_track.record.alternatives import Move
+from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_length
+
+_ALIKE = 1e-3
+"""Relative spread up to which fitted weights are one."""
+_FEW = 3
+"""Samples that are named one by one."""
+_ENOUGH = 1.25
+"""Least number of projections a sample, for weights that are fitted."""
+
+
+def _weighted(sentence: str, weights: Callable[[Facts], Floats | None]) -> Hypothesis:
+    """The sum with other weights, [S, N] or [S, N, Q]."""
+
+    def predict(facts: Facts) -> Prediction:
+        if not facts.has_sketches or (found := weights(facts)) is None:
+            return None
+        return facts.weighted(found)
+
+    return Hypothesis(sentence=sentence, predict=predict)
+
+
+def _of_factors(sentence: str, change: Callable[[Floats], Floats]) -> Hypothesis:
+    return _weighted(sentence, lambda facts: change(facts.factor))
+
+
+def _of_batches(sentence: str, change: Callable[[Facts, MicroBatch], float]) -> Hypothesis:
+    """Weights that are the factors times a number of each micro-batch."""
+
+    def weights(facts: Facts) -> Floats | None:
+        if not facts.micro_batches:
+            return None
+        found = facts.factor.copy()
+        for batch in facts.micro_batches:
+            found[batch.row, batch.places] *= change(facts, batch)
+        return found
+
+    return _weighted(sentence, weights)
+
+
+def _of_places(sentence: str, place: int, factor: float) -> Hypothesis:
+    """Weights that are the factors, times `factor` for one place of each micro-batch."""
+
+    def weights(facts: Facts) -> Floats | None:
+        found = facts.factor.copy()
+        for batch in facts.micro_batches:
+            found[batch.row, batch.places[place]] *= factor
+        return found if facts.micro_batches else None
+
+    return _weighted(sentence, weights)
+
+
+def _last(facts: Facts, batch: MicroBatch) -> int:
+    """Number of the last micro-batch of the batch's step, over all ranks."""
+    return int(facts.theirs.sample_micro_batch[batch.row].max())
+
+
+def _size_of_rank(facts: Facts, batch: MicroBatch) -> int:
+    return int((facts.theirs.sample_rank[batch.row] == batch.rank).sum())
+
+
+def _num_ranks(facts: Facts) -> int:
+    return facts.run.job.num_ranks if facts.run.job else 1
+
+
+def _one_by_one(
+    sentence: str, groups: Callable[[Facts], Iterator[tuple[str, Floats]]]
+) -> Hypothesis:
+    """The sum over one of several groups of samples: the one that agrees best."""
+
+    def predict(facts: Facts) -> Prediction:
+        if not facts.has_sketches:
+            return None
+        tried = [(shown, facts.weighted(weights)) for shown, weights in groups(facts)]
+        theirs, rows = facts.theirs.gradient_sketch[:, facts.columns], facts.rows
+        errors = [float(np.square((v - theirs)[rows]).sum()) for _, v in tried]
+        if not tried:
+            return None
+        shown, values = tried[int(np.argmin(errors))]
+        return Fitted(values, shown)
+
+    return Hypothesis(sentence=sentence, predict=predict)
+
+
+def _of_rank(facts: Facts) -> Iterator[tuple[str, Floats]]:
+    ranks = facts.theirs.sample_rank
+    for rank in sorted(set(ranks.flat) - {UNUSED}):
+        yield f"rank {rank}", np.where(ranks == rank, facts.factor, 0.0)
+
+
+def _without_rank(facts: Facts) -> Iterator[tuple[str, Floats]]:
+    ranks = facts.theirs.sample_rank
+    for rank in sorted(set(ranks.flat) - {UNUSED}):
+        yield f"rank {rank}", np.where(ranks == rank, 0.0, facts.factor)
+
+
+def _layers(facts: Facts) -> list[str]:
+    return [name.rpartition(".")[0] for name in facts.ours.parameter_names.tolist()]
+
+
+def _clipped_by(
+    facts: Facts, group_of: Callable[[Facts], Sequence[str]], *, shares: bool
+) -> Floats:
+    """[S, N, Q] factors of groups of parameters that are clipped by themselves.
+
+    Args:
+        shares: True if each is clipped at C / sqrt(number of groups) rather than C.
+    """
+    groups = group_of(facts)
+    names = list(dict.fromkeys(groups))
+    bound = facts.bound / (len(names) ** 0.5 if shares else 1.0)
+    squares = np.square(facts.by_parameter)
+    columns = [np.array([g == name for g in groups]) for name in names]
+    factors = {
+        name: clip_factors(bound, np.sqrt(squares[:, :, of].sum(axis=2)))
+        for name, of in zip(names, columns, strict=True)
+    }
+    return np.stack([factors[groups[c]] for c in facts.columns.tolist()], axis=2)
+
+
+def _all_parameters(facts: Facts) -> list[str]:
+    return [str(name) for name in facts.ours.parameter_names.tolist()]
+
+
+def _parameter_clipping() -> Iterator[Hypothesis]:
+    for what, group_of in (("parameter", _all_parameters), ("layer", _layers)):
+        for shares in (True, False):
+            bound = f"C / sqrt(number of {what}s)" if shares else "the full C"
+            breach = "" if shares else ", so that a sample can add more than C"
+            yield _weighted(
+                f"each {what} is clipped by itself, at {bound}{breach}",
+                partial(_clipped_by, group_of=group_of, shares=shares),
+            )
+
+
+def _mixed_up_factors() -> Iterator[Hypothesis]:
+    """Sums with the factors of other samples."""
+
+    def right(facts: Facts) -> Floats:
+        return facts.factor
+
+    for hypothesis in mixed_up(right, right):
+        yield _weighted(
+            f"samples are not weighed by their own clip factors: {hypothesis.sentence}",
+            partial(_plain, hypothesis=hypothesis),
+        )
+
+
+def _plain(facts: Facts, hypothesis: Hypothesis) -> Floats | None:
+    """The values that a hypothesis predicts."""
+    predicted = hypothesis.predict(facts)
+    return predicted.values if isinstance(predicted, Fitted) else predicted
+
+
+def _mean_size(facts: Facts, batch: MicroBatch) -> float:
+    """Mean over ranks of the samples in the micro-batches of the same number."""
+    t = facts.theirs
+    return float((t.sample_micro_batch[batch.row] == batch.number).sum()) / _num_ranks(facts)
+
+
+def _one_factor_each(facts: Facts, *, of_step: bool) -> Prediction:
+    """Unclipped gradients, with one fitted factor for each micro-batch, or for the whole step."""
+    if not facts.has_sketches:
+        return None
+    gradients = facts.ours.sample_sketch[:, :, facts.columns].astype(np.float64)
+    predicted = np.full(facts.right_sum.shape, np.nan)
+    for row in facts.rows.tolist():
+        places = [b.places for b in facts.micro_batches if b.row == row]
+        if of_step:
+            places = [np.flatnonzero(facts.theirs.sample_index[row] != UNUSED)]
+        elif len({b.number for b in facts.micro_batches if b.row == row}) > 1:
+            numbers = facts.theirs.sample_micro_batch[row]
+            places = [np.flatnonzero(numbers == n) for n in sorted(set(numbers) - {UNUSED})]
+        if not places:
+            return None
+        table = np.stack([gradients[row, own].sum(axis=0).ravel() for own in places])
+        wanted = facts.theirs.gradient_sketch[row, facts.columns].ravel()
+        if not np.isfinite(table).all() or not np.isfinite(wanted).all():
+            return None
+        weights = np.linalg.lstsq(table.T, wanted, rcond=None)[0]
+        predicted[row] = (weights @ table).reshape(predicted[row].shape)
+    return predicted
+
+
+def _not_reduced(facts: Facts) -> Prediction:
+    """Rows of each rank from its own samples alone."""
+    if not facts.ours.shape_of("sample_shard_sketch")[-1]:
+        return None
+    gradients = facts.ours.sample_shard_sketch[:, :, facts.columns].astype(np.float64)
+    return np.asarray(np.nansum(gradients * facts.factor[..., None, None], axis=1))
+
+
+def _added_late(facts: Facts) -> Prediction:
+    """The last micro-batch added in the next step."""
+    if not facts.has_sketches or not facts.micro_batches:
+        return None
+    last = np.zeros_like(facts.factor)
+    for batch in facts.micro_batches:
+        if batch.number == _last(facts, batch):
+            last[batch.row, batch.places] = facts.factor[batch.row, batch.places]
+    late = facts.weighted(last)
+    before = np.concatenate([np.zeros_like(late[:1]), late[:-1]])
+    return np.asarray(facts.right_sum - late + before)
+
+
+def _not_cleared(facts: Facts) -> Prediction:
+    """The mode's own sum of the step before, added."""
+    theirs = facts.theirs.gradient_sketch[:, facts.columns]
+    return np.concatenate([facts.right_sum[:1], facts.right_sum[1:] + theirs[:-1]])
+
+
+def _not_cleared_once(facts: Facts) -> Prediction:
+    """The right sum of the step before, added."""
+    return np.concatenate([facts.right_sum[:1], facts.right_sum[1:] + facts.right_sum[:-1]])
+
+
+def _not_cleared_divided(facts: Facts) -> Prediction:
+    """What the optimizer was given in the step before, added."""
+    before = facts.theirs.noised_sketch[:-1, facts.columns] / facts.divisor
+    return np.concatenate([facts.right_sum[:1], facts.right_sum[1:] + before])
+
+
+def _idle_sends_again(facts: Facts) -> Prediction:
+    """What a rank sent last, added for each micro-batch of which it has no samples."""
+    if not facts.has_sketches or not facts.micro_batches:
+        return None
+    batches = {(b.row, b.number, b.rank): b for b in facts.micro_batches}
+    gradients = facts.ours.sample_sketch[:, :, facts.columns].astype(np.float64)
+    predicted = facts.right_sum.copy()
+    sent: dict[int, Floats] = {}
+    for row in range(len(predicted)):
+        last = max((number for r, number, _ in batches if r == row), default=0)
+        for number in range(last + 1):
+            for rank in range(_num_ranks(facts)):
+                batch = batches.get((row, number, rank))
+                if batch is None:
+                    predicted[row] += sent.get(rank, 0.0)
+                    continue
+                weights = facts.factor[row, batch.places]
+                sent[rank] = np.einsum("n,nqk->qk", weights, gradients[row, batch.places])
+    return predicted
+
+
+def _exchanged(facts: Facts) -> Prediction:
+    """What is recorded, if each wrong layer's gradient is as long as another one's."""
+    ours, theirs = facts.ours.layer_grad_norm, facts.theirs.layer_grad_norm
+    layers = facts.ours.layer_names.tolist()
+    names = [str(facts.ours.parameter_names[c]) for c in facts.columns.tolist()]
+    wrong = [layers.index(n.removesuffix(".weight")) for n in names if n[:-7] in layers]
+    if len(wrong) != len(names) or not 2 <= len(wrong) <= _FEW:
+        return None
+    rows, pairs = facts.rows, []
+    for layer in wrong:
+        near = [
+            other
+            for other in wrong
+            if other != layer and np.allclose(theirs[rows, layer], ours[rows, other], 1e-4, 0.0)
+        ]
+        if len(near) != 1:
+            return None
+        pairs.append(f"{layers[layer]} has that of {layers[near[0]]}")
+    return Fitted(facts.theirs.gradient_sketch[:, facts.columns], " and ".join(pairs))
+
+
+def _rounded(facts: Facts) -> Prediction:
+    """What is recorded, if it is off by as much as rounding to bfloat16 makes it."""
+    theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
+    length = sketch_length(facts.right_sum)
+    return theirs if off_as_rounded(theirs, facts.right_sum, length) else None
+
+
+def _of_step_before(facts: Facts) -> Prediction:
+    return np.concatenate([facts.right_sum[:1], facts.right_sum[:-1]])
+
+
+def _moved(move: Move) -> Callable[[Facts], Prediction]:
+    place = list(Move).index(move)
+
+    def predict(facts: Facts) -> Prediction:
+        if not facts.ours.shape_of("moved_sketch")[-1]:
+            return None
+        return facts.ours.moved_sketch[:, place][:, facts.columns].astype(np.float64)
+
+    return predict
+
+
+def _any_weights(facts: Facts) -> Prediction:
+    """The weights of samples that agree best, and what they have in common."""
+    if not facts.has_sketches:
+        return None
+    gradients = facts.ours.sample_sketch[:, :, facts.columns].astype(np.float64)
+    weights = np.full(facts.factor.shape, np.nan)
+    for row in facts.rows.tolist():
+        places = np.flatnonzero(facts.theirs.sample_index[row] != UNUSED)
+        table = gradients[row, places].reshape(len(places), -1)
+        if table.shape[1] < _ENOUGH * len(places):
+            return None
+        wanted = facts.theirs.gradient_sketch[row, facts.columns].ravel()
+        if not np.isfinite(table).all() or not np.isfinite(wanted).all():
+            return None
+        weights[row, places] = np.linalg.lstsq(table.T, wanted, rcond=None)[0]
+    return Fitted(facts.weighted(weights), _weights_in_words(facts, weights))
+
+
+def _weights_in_words(facts: Facts, weights: Floats) -> str:
+    """What the wrong weights of the first wrong step have in common."""
+    t = facts.theirs
+    for row in facts.rows.tolist():
+        with np.errstate(all="ignore"):
+            share = weights[row] / facts.factor[row]
+        is_there = np.isfinite(share)
+        if not is_there.any() or np.allclose(share[is_there], 1.0, atol=_ALIKE):
+            continue
+        spared = is_there & (np.abs(share - 1) > _ALIKE) & (np.abs(weights[row] - 1) < _ALIKE)
+        is_off = is_there & (np.abs(share - 1) > _ALIKE)
+        if 0 < spared.sum() <= _FEW and spared.sum() == is_off.sum():
+            shown = ", ".join(map(str, t.sample_index[row][spared].tolist()))
+            which = f"sample {shown} is" if spared.sum() == 1 else f"samples {shown} are"
+            return f"{which} not clipped (counting with factor 1) at step {t.step[row]}"
+        kinds = (
+            ("sample", t.sample_index[row]),
+            ("rank", t.sample_rank[row]),
+            ("micro-batch", t.sample_micro_batch[row]),
+        )
+        if is_off.sum() > _FEW:
+            kinds = (*kinds[1:], kinds[0])
+        for kind, keys in kinds:
+            said = _groups_in_words(kind, keys[is_there], share[is_there])
+            if said:
+                return f"{said} at step {t.step[row]}"
+        low, high = float(share[is_there].min()), float(share[is_there].max())
+        return f"samples count {low:.3g} to {high:.3g} times at step {t.step[row]}"
+    return ""
+
+
+def _groups_in_words(kind: str, keys: np.ndarray, share: Floats) -> str:
+    """`the samples of rank 1 count 0.5 times`; empty if groups of `keys` are not alike."""
+    values = {key: share[keys == key] for key in sorted(set(keys.tolist()))}
+    if any(np.ptp(v) > _ALIKE * max(1.0, float(np.abs(v).max())) for v in values.values()):
+        return ""
+    wrong = {key: float(v.mean()) for key, v in values.items() if abs(v.mean() - 1) > _ALIKE}
+    if not wrong or (len(wrong) > _FEW and kind == "sample"):
+        return ""
+    amounts = {f"{v:.3g}" for v in wrong.values()}
+    shown = ", ".join(map(str, wrong))
+    which = f"{kind}{'s' * (len(wrong) > 1)} {shown}"
+    who = which if kind == "sample" else f"the samples of {which}"
+    is_one = kind == "sample" and len(wrong) == 1
+    if len(amounts) > 1:
+        listed = ", ".join(f"{v:.3g}" for v in wrong.values())
+        return f"{who} count {listed} times"
+    (amount,) = amounts
+    if float(amount) == 0:
+        return f"{who} {'is' if is_one else 'are'} missing"
+    return f"{who} count{'s' * is_one} {'twice' if amount == '2' else f'{amount} times'}"
+
+
+SUM = Subject(
+    observed=lambda facts: np.asarray(facts.theirs.gradient_sketch[:, facts.columns]),
+    right=lambda facts: facts.right_sum,
+    is_sketch=True,
+    be="it is",
+    levels=(
+        (
+            _of_factors("its samples are not clipped: they count with factor 1", np.ones_like),
+            _of_factors(
+                "clip factors are applied twice: samples count with their squares", np.square
+            ),
+            _of_factors("its samples count with the root of their factors", np.sqrt),
+            _of_factors(
+                "the unclipped gradient is added to the clipped one: samples count with 1 + c",
+                lambda c: 1 + c,
+            ),
+            _of_factors("its samples count with 1 - c in place of c", lambda c: 1 - c),
+            _of_factors("its samples are divided by their factors", lambda c: 1 / c),
+            *_parameter_clipping(),
+        ),
+        (
+            _one_by_one("it is the sum over {} alone: it is not reduced over ranks", _of_rank),
+            _one_by_one("the samples of {} are missing", _without_rank),
+            _of_batches(
+                "the last micro-batch stands for all: earlier ones are overwritten",
+                lambda f, b: float(b.number == _last(f, b)),
+            ),
+            _of_batches(
+                "it is twice the last micro-batch, in place of the sum of all",
+                lambda f, b: min(_last(f, b) + 1, 2) * float(b.number == _last(f, b)),
+            ),
+            _of_batches(
+                "it is K times the last micro-batch, in place of the sum of all",
+                lambda f, b: (_last(f, b) + 1) * float(b.number == _last(f, b)),
+            ),
+            _of_batches(
+                "the first micro-batch stands for all: later ones are lost",
+                lambda f, b: float(b.number == 0),
+            ),
+            _of_batches(
+                "the first micro-batch is lost",
+                lambda f, b: float(b.number > 0 or _last(f, b) == 0),
+            ),
+            *(
+                _of_places(f"the {which} sample of each micro-batch {what}", place, factor)
+                for which, place in (("first", 0), ("last", -1))
+                for what, factor in (("is lost", 0.0), ("counts twice", 2.0))
+            ),
+            _of_batches(
+                "the last micro-batch is lost",
+                lambda f, b: float(b.number < _last(f, b) or _last(f, b) == 0),
+            ),
+            _of_batches(
+                "the first micro-batch counts twice", lambda f, b: 2.0 if b.number == 0 else 1.0
+            ),
+            _of_batches(
+                "the last micro-batch counts twice",
+                lambda f, b: 2.0 if b.number == _last(f, b) else 1.0,
+            ),
+            _of_batches(
+                "it is divided by the number of samples in each micro-batch of a rank, as the "
+                "gradient of a mean loss is",
+                lambda f, b: 1 / len(b.places),
+            ),
+            _of_batches(
+                "each micro-batch is multiplied by its number of samples",
+                lambda f, b: float(len(b.places)),
+            ),
+            _of_batches(
+                "each rank's share is divided by the rank's number of samples",
+                lambda f, b: 1 / _size_of_rank(f, b),
+            ),
+            _of_batches(
+                "ranks are weighed alike, whatever their numbers of samples: a mean of the ranks' "
+                "means",
+                lambda f, b: _mean_size(f, b) / len(b.places),
+            ),
+            _of_batches(
+                "ranks are weighed alike, whatever their numbers of samples: a mean of the ranks' "
+                "means",
+                lambda f, b: f.counts[b.row] / _num_ranks(f) / _size_of_rank(f, b),
+            ),
+            *_mixed_up_factors(),
+        ),
+        (
+            Hypothesis(
+                sentence="the sum of the step before is still in it: it is not cleared",
+                predict=_not_cleared,
+            ),
+            Hypothesis(
+                sentence="the sum of the step before is still in it: it is not cleared",
+                predict=_not_cleared_once,
+            ),
+            Hypothesis(
+                sentence="the gradient of the step before is still in it: it is not cleared",
+                predict=_not_cleared_divided,
+            ),
+            Hypothesis(sentence="it is the sum of the step before", predict=_of_step_before),
+            Hypothesis(
+                sentence="a rank without samples adds again what it sent before",
+                predict=_idle_sends_again,
+            ),
+            Hypothesis(
+                sentence="each rank's rows are of its own samples alone: the sum is not reduced "
+                "over ranks",
+                predict=_not_reduced,
+            ),
+            Hypothesis(sentence="layers have each other's gradients: {}", predict=_exchanged),
+            Hypothesis(sentence="the last micro-batch is added a step late", predict=_added_late),
+            *(
+                Hypothesis(
+                    sentence=f"the gradient is right in length but its elements are in the wrong "
+                    f"places: it is {move.value}",
+                    predict=_moved(move),
+                )
+                for move in Move
+            ),
+            Hypothesis(
+                sentence="all samples of the step count with one factor, whatever their own: the "
+                "batch's gradient is clipped, not each sample's",
+                predict=lambda facts: _one_factor_each(facts, of_step=True),
+            ),
+            Hypothesis(
+                sentence="all samples of a micro-batch count with one factor, whatever their own: "
+                "the micro-batch's gradient is clipped, not each sample's",
+                predict=lambda facts: _one_factor_each(facts, of_step=False),
+            ),
+        ),
+    ),
+    late=(
+        (Hypothesis(sentence="{}", predict=_any_weights),),
+        (
+            Hypothesis(
+                sentence="it is off by as much as rounding to bfloat16 makes it, in all parameters "
+                "alike",
+                predict=_rounded,
+                is_hint=True,
+            ),
+        ),
+    ),
+)
+"""Clipped sum of the wrong parameters, [S, Q, K]."""

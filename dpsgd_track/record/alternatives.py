@@ -1,0 +1,65 @@
+"""What a right gradient or norm becomes by a known mistake: names for records of both halves."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Move(enum.StrEnum):
+    """An arrangement of a gradient's elements, in words that follow "it is".
+
+    The reference records the clipped sum in each of them, so that a sum of the right length and a
+    wrong direction can be recognised.
+    """
+
+    TRANSPOSED = "transposed"
+    NEXT_ROW = "shifted down by one row"
+    ROW_BEFORE = "shifted up by one row"
+    NEXT_COLUMN = "shifted right by one column"
+    COLUMN_BEFORE = "shifted left by one column"
+    NEXT_SHARD = "rotated, with the rows of each rank at the next"
+    SHARD_BEFORE = "rotated, with the rows of each rank at the one before"
+    PADDED_IN_FRONT = "shifted down by the rows that pad it to a multiple of the ranks"
+    REVERSED = "in reverse order of its rows"
+    INTERLEAVED = "dealt out to the ranks row by row rather than in blocks of rows"
+
+
+class NormFormula(enum.StrEnum):
+    """A wrong formula for the norm of one parameter's per-sample gradient, in words.
+
+    g_t is a position's share of the gradient g, x_t the layer's input and dy_t the gradient of its
+    output there. The reference records the value of each formula beside the norm.
+    """
+
+    POSITIONS_APART = (
+        "sqrt(sum_t |g_t|^2) in place of |sum_t g_t|: the cross terms of positions are missing"
+    )
+    USES_APART = (
+        "sqrt(|g_1|^2 + |g_2|^2) in place of |g_1 + g_2| of a parameter that is used twice: the "
+        "cross term of the uses is missing"
+    )
+    CROSS_TERM_ONCE = (
+        "with the cross term of its two uses, 2 <g_1, g_2>, counted once rather than twice"
+    )
+    FIRST_USE = "of its first use alone, though it is used more than once"
+    LAST_USE = "of its last use alone, though it is used more than once"
+    SUMMED_FIRST = (
+        "|sum_t dy_t| |sum_t x_t| in place of |sum_t dy_t x_t^T|: positions are summed first"
+    )
+    GRAM = "|G G^T|_F of the positions' gradients G in place of |sum_t g_t|"
+    ROOT_OF_GRAM = (
+        "sqrt(|G G^T|_F) of the positions' gradients G, the Gram matrix, in place of |sum_t g_t|"
+    )
+    RAW_INPUT = "computed from the layer's raw input rather than its normalised input"
+    TOKENS_APART = (
+        "sqrt(sum_t |dy_t|^2) of an embedding's rows: squares are taken before the gradients of "
+        "equal tokens are added"
+    )
+    PADDING_COUNTED = "with the row of the padding index counted"
+    OWN_ROWS = "of the rank's own shard (its rows) alone, not added up over ranks"
+    LAST_ROW_LOST = "without the last row of the gradient"
+    LAST_COLUMN_LOST = "without the last column of the gradient"
+    FIRST_POSITION_LOST = "without the first position"
+    LAST_POSITION_LOST = "without the last position"
+    SUM_OF_ABSOLUTES = "the sum of absolute values (L1) rather than the L2 norm"
+    LARGEST_ELEMENT = "the largest absolute value rather than the L2 norm"

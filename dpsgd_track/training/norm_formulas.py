@@ -1,0 +1,215 @@
+"""Wrong formulas for per-sample norms, computed beside the right one by the reference.
+
+Where a mode's norm equals one of them, the comparison can name the mistake.
+
+Shapes: T positions of one sample, D inputs, P outputs, V formulas.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dpsgd_track.distributed.sharding import row_range
+from dpsgd_track.record.alternatives import NormFormula
+
+_CLOSE = 1e-3
+"""Relative error up to which the calls of layers make up the gradient."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One layer call's share of a parameter's gradient."""
+
+    left_TP: Tensor
+    """Gradient of the output, times the normalised input if that is multiplied element by element.
+    """
+    right_TD: Tensor | None = None
+    """Input that `left_TP` is multiplied with (an outer product at each position)."""
+    row_T: Tensor | None = None
+    """Row that each position is added to; the padding's rows have been zeroed."""
+    raw_TP: Tensor | None = None
+    """`left_TP` with the raw input in place of the normalised one."""
+    padding_TP: Tensor | None = None
+    """`left_TP` of padding alone."""
+
+    def total(self, left_TP: Tensor, right_TD: Tensor | None = None) -> Tensor:
+        """The gradient, summed over positions."""
+        if right_TD is not None:
+            return left_TP.mT @ right_TD
+        if self.row_T is not None:
+            rows = int(self.row_T.max()) + 1
+            return left_TP.new_zeros(rows, left_TP.shape[1]).index_add_(0, self.row_T, left_TP)
+        return left_TP.sum(dim=0)
+
+    def gradient(self, positions: slice = slice(None)) -> Tensor:
+        """Gradient over `positions`."""
+        left = torch.zeros_like(self.left_TP)
+        left[positions] = self.left_TP[positions]
+        return self.total(left, self.right_TD)
+
+    def position_squares(self) -> Tensor:
+        """[T] squared norm of each position's share."""
+        squares = self.left_TP.square().sum(dim=1)
+        return squares if self.right_TD is None else squares * self.right_TD.square().sum(dim=1)
+
+
+class LayerCalls:
+    """Notes what goes into the layers of a model, and what comes out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._calls: list[tuple[nn.Module, dict[str, str], Tensor, Tensor]] = []
+        names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        for module in model.modules():
+            parameters = dict(module.named_parameters(recurse=False))
+            own = {kind: names[id(p)] for kind, p in parameters.items() if id(p) in names}
+            if own and set(own) <= {"weight", "bias"}:
+                module.register_forward_hook(partial(self._note, own))
+
+    def _note(
+        self, own: dict[str, str], module: nn.Module, inputs: tuple[object, ...], output: object
+    ) -> None:
+        is_plain = len(inputs) == 1 and isinstance(inputs[0], Tensor)
+        if is_plain and isinstance(output, Tensor) and output.requires_grad and output.ndim > 1:
+            assert isinstance(inputs[0], Tensor)
+            self._calls.append((module, own, inputs[0].detach(), output))
+
+    def clear(self) -> None:
+        """Forget the calls so far."""
+        self._calls.clear()
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What came out of each call."""
+        return [output for *_, output in self._calls]
+
+    def shares(self, output_gradients: Sequence[Tensor]) -> dict[str, list[Share]]:
+        """The calls' shares of each parameter's gradient.
+
+        Args:
+            output_gradients: of `outputs`.
+        """
+        found: dict[str, list[Share]] = defaultdict(list)
+        for (module, own, x, output), dy in zip(self._calls, output_gradients, strict=True):
+            dy_TP = dy.flatten(0, -2)
+            if "bias" in own:
+                found[own["bias"]].append(Share(dy_TP))
+            if "weight" in own and (share := _of_weight(module, x, output.detach(), dy_TP)):
+                found[own["weight"]].append(share)
+        return found
+
+
+def _of_weight(module: nn.Module, x: Tensor, output: Tensor, dy_TP: Tensor) -> Share | None:
+    """The share of a layer's weight; None for a layer of another kind."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return Share(dy_TP, x.flatten(0, -2).to(dy_TP))
+    if isinstance(module, nn.Embedding):
+        row_T = x.flatten()
+        is_padding = (row_T == (-1 if module.padding_idx is None else module.padding_idx))[:, None]
+        rows, padding = dy_TP.masked_fill(is_padding, 0.0), dy_TP.masked_fill(~is_padding, 0.0)
+        return Share(rows, row_T=row_T, padding_TP=padding)
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if isinstance(weight, Tensor) and weight.ndim == 1 and weight.shape == x.shape[-1:]:
+        unscaled = (output if bias is None else output - bias.detach()) / weight.detach()
+        return Share(dy_TP * unscaled.flatten(0, -2), raw_TP=dy_TP * x.flatten(0, -2).to(dy_TP))
+    return None
+
+
+def formulas(gradient: Tensor, shares: Sequence[Share]) -> Tensor:
+    """[V] value of each `NormFormula`, float64; NaN where it does not apply.
+
+    Args:
+        gradient: one sample's gradient of one parameter.
+        shares: of the calls that it is made of; empty if they are not known.
+    """
+    norm = gradient.norm()
+    values = {f: norm.new_tensor(torch.nan) for f in NormFormula}
+    values |= _of_gradient(gradient)
+    if shares and (_joined(shares, Share.gradient) - norm).abs() <= _CLOSE * norm:
+        values |= _of_shares(norm, shares)
+    return torch.stack([values[f].double() for f in NormFormula])
+
+
+def _of_gradient(gradient: Tensor) -> dict[NormFormula, Tensor]:
+    rows = gradient.reshape(len(gradient), -1)
+    first, last = row_range(len(rows), dist.get_rank(), dist.get_world_size())
+    return {
+        NormFormula.OWN_ROWS: rows[first:last].norm(),
+        NormFormula.LAST_ROW_LOST: rows[:-1].norm(),
+        NormFormula.LAST_COLUMN_LOST: rows[:, :-1].norm(),
+        NormFormula.SUM_OF_ABSOLUTES: rows.abs().sum(),
+        NormFormula.LARGEST_ELEMENT: rows.abs().max(),
+    }
+
+
+def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tensor]:
+    squares = torch.stack([share.position_squares().sum() for share in shares]).sum()
+    values = {
+        NormFormula.POSITIONS_APART: squares.sqrt(),
+        NormFormula.FIRST_POSITION_LOST: _joined(shares, lambda s: s.gradient(slice(1, None))),
+        NormFormula.LAST_POSITION_LOST: _joined(shares, lambda s: s.gradient(slice(0, -1))),
+    }
+    if len(shares) > 1:
+        apart = torch.stack([share.gradient().square().sum() for share in shares]).sum()
+        values |= {
+            NormFormula.USES_APART: apart.sqrt(),
+            NormFormula.CROSS_TERM_ONCE: ((norm.square() + apart) / 2).clamp_min(0).sqrt(),
+            NormFormula.FIRST_USE: shares[0].gradient().norm(),
+            NormFormula.LAST_USE: shares[-1].gradient().norm(),
+        }
+    (only,) = shares if len(shares) == 1 else (None,)
+    if only is None:
+        left_TP = torch.cat([s.left_TP for s in shares]) if _are_alike(shares) else None
+        right = [s.right_TD for s in shares if s.right_TD is not None]
+        right_TD = torch.cat(right) if left_TP is not None and right else None
+    else:
+        left_TP, right_TD = only.left_TP, only.right_TD
+    if left_TP is not None and right_TD is not None:
+        values[NormFormula.SUMMED_FIRST] = left_TP.sum(dim=0).norm() * right_TD.sum(dim=0).norm()
+    elif left_TP is not None:
+        gram = (left_TP @ left_TP.mT).norm()
+        values |= {NormFormula.GRAM: gram, NormFormula.ROOT_OF_GRAM: gram.sqrt()}
+    if all(share.raw_TP is not None for share in shares):
+        raw = [share.total(share.raw_TP) for share in shares if share.raw_TP is not None]
+        values[NormFormula.RAW_INPUT] = torch.stack(raw).sum(dim=0).norm()
+    if any(share.row_T is not None for share in shares):
+        values |= _of_rows(norm, shares)
+    return values
+
+
+def _of_rows(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tensor]:
+    """Formulas for an embedding, whose weight other layers may use as well."""
+    rows = [share for share in shares if share.row_T is not None]
+    others = [share for share in shares if share.row_T is None]
+    with_padding = [
+        replace(s, left_TP=s.left_TP + s.padding_TP) for s in rows if s.padding_TP is not None
+    ]
+    squares = torch.stack([share.position_squares().sum() for share in rows]).sum()
+    added = torch.stack([share.gradient().square().sum() for share in rows]).sum()
+    return {
+        NormFormula.TOKENS_APART: (norm.square() - added + squares).clamp_min(0).sqrt(),
+        NormFormula.PADDING_COUNTED: _joined([*with_padding, *others], Share.gradient),
+    }
+
+
+def _are_alike(shares: Sequence[Share]) -> bool:
+    """True if all shares are of one kind, so that their positions can be concatenated."""
+    kinds = {(s.right_TD is None, s.row_T is None, s.left_TP.shape[1]) for s in shares}
+    return len(kinds) == 1
+
+
+def _joined(shares: Sequence[Share], gradient_of: Callable[[Share], Tensor]) -> Tensor:
+    """Norm of the sum of the shares' gradients, whose rows may end early."""
+    gradients = [gradient_of(share) for share in shares]
+    if gradients[0].ndim == 1:
+        return torch.stack(gradients).sum(dim=0).norm()
+    rows = max(len(g) for g in gradients)
+    padded = [nn.functional.pad(g, (0, 0, 0, rows - len(g))) for g in gradients]
+    return torch.stack(padded).sum(dim=0).norm()

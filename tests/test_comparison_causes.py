@@ -1,0 +1,370 @@
+"""The cause of a wrong number: each mistake is made in a record, and named in the sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpsgd_track.comparison.diagnose.causes import Cause, agreed, either
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Explanation
+from dpsgd_track.comparison.result import ModeVerdict
+from dpsgd_track.config import DataConfig
+from dpsgd_track.record.alternatives import Move, NormFormula
+from dpsgd_track.record.trajectory import Trajectory
+from tests.support.synthetic_group import (
+    compared,
+    healthy_runs,
+    job,
+    mode_run,
+    put,
+    setup,
+    trajectory,
+    with_run,
+)
+
+MODE = "flash_fsdp"
+SGD = setup("clip", optimizer="sgd", learning_rate=0.0, micro_batches=2)
+TRAINED = setup("accuracy", optimizer="sgd", learning_rate=0.1, micro_batches=2)
+Change = Callable[[Trajectory], Trajectory]
+
+
+def base() -> Trajectory:
+    """Twelve samples on two ranks, each in two micro-batches of three samples."""
+    t = trajectory(noise_std=0.0, samples=12, layers=5)
+    still = np.repeat(t.weight_sketch[:1], t.num_steps, axis=0)
+    return replace(t, weight_sketch=still, noised_sketch=t.gradient_sketch)
+
+
+def with_job(regime: Any) -> dict[str, Any]:
+    planned = job(MODE, regime, data=DataConfig(batch_size=3, seq_length=17), num_ranks=2)
+    return {"job": planned, "setup": regime}
+
+
+def found(wrong: Trajectory, ours: Trajectory | None = None) -> ModeVerdict:
+    """The verdict on `wrong` in the clip regime."""
+    ours = ours or base()
+    runs = [r for r in healthy_runs() if r.regime == "clip"]
+    runs = with_run(runs, mode_run("reference", "clip", ours))
+    runs = with_run(runs, mode_run("flash_fsdp_fuse", "clip", ours))
+    runs = with_run(runs, mode_run(MODE, "clip", wrong, **with_job(SGD)))
+    runs.append(mode_run("reference", "clip", ours, replay="plain"))
+    return next(mode for mode in compared(runs).modes if mode.label == MODE)
+
+
+def summed(t: Trajectory, weights: Any) -> Trajectory:
+    """`t` with a sum of other weights, [S, N] or [S, N, P], and all that follows from it."""
+    weights = np.asarray(weights, dtype=float)
+    weights = weights[..., None] if weights.ndim == 2 else weights
+    total = (weights[..., None] * t.sample_sketch).sum(axis=1)
+    length = np.sqrt(np.square(total).mean(axis=2).sum(axis=1))
+    return replace(
+        t,
+        gradient_sketch=total,
+        noised_sketch=total,
+        grad_norm=length / t.expected_batch_size,
+        grad_norm_noised=length / t.expected_batch_size,
+    )
+
+
+def with_total(t: Trajectory, norm: Any) -> Trajectory:
+    """`t` with other total norms, and the factors and the sum that follow from them."""
+    factor = np.minimum(1.0, t.max_grad_norm[:, None] / norm)
+    return summed(replace(t, sample_norm=norm, clip_factor=factor), factor)
+
+
+def with_factors(t: Trajectory, factor: Any) -> Trajectory:
+    """`t` with other clip factors, and the sum that follows from them."""
+    return summed(replace(t, clip_factor=factor), factor)
+
+
+def rolled(values: Any) -> Any:
+    """Values of samples in micro-batches of three, each at its neighbour's place."""
+    S, N = values.shape
+    return np.roll(values.reshape(S, N // 3, 3), 1, axis=2).reshape(S, N)
+
+
+def batches_before(values: Any) -> Any:
+    """Those of the first micro-batch of each rank in place of the second's."""
+    late = values.copy()
+    late[:, 3:6], late[:, 9:12] = values[:, :3], values[:, 6:9]
+    return late
+
+
+C = base().max_grad_norm[:, None]
+NORM = base().sample_norm
+BY_PARAMETER = base().sample_norm_by_parameter
+FACTOR = base().clip_factor
+IS_RANK_1 = base().sample_rank == 1
+IS_LAST = base().sample_micro_batch == 1
+
+NORMS = {
+    "the root is missing": NORM**2,
+    "the sum of the parameters' norms": BY_PARAMETER.sum(axis=2),
+    "the largest of the parameters' norms": BY_PARAMETER.max(axis=2),
+    "they leave out model.layers.2.weight": np.sqrt(NORM**2 - BY_PARAMETER[..., 2] ** 2),
+    "they count model.layers.1.weight twice": np.sqrt(NORM**2 + BY_PARAMETER[..., 1] ** 2),
+    "each sample has its neighbour's": rolled(NORM),
+    "the micro-batch before": batches_before(NORM),
+    "squares of different samples are added up over ranks": np.tile(
+        np.sqrt(NORM[:, :6] ** 2 + NORM[:, 6:] ** 2), (1, 2)
+    ),
+    "they are those of the samples at the same places in the step before": np.concatenate(
+        [NORM[:1], NORM[:-1]]
+    ),
+    "the right values in another order": NORM[:, [5, 3, 8, 0, 11, 1, 2, 4, 6, 10, 7, 9]],
+}
+FACTORS = {
+    "no sample is clipped": np.ones_like(NORM),
+    "samples are clipped not at C but at 1": np.minimum(1, 1 / NORM),
+    "at C / W (the number of ranks) or K (the number of micro-batches) or 2": np.minimum(
+        1, C / 2 / NORM
+    ),
+    "without the clamp at 1": C / NORM,
+    "C / (n + 0.01)": C / (NORM + 0.01),
+    "min(1, C / (n + 0.003))": np.minimum(1, C / (NORM + 0.003)),
+    "divided by the squared norm": np.minimum(1, C / NORM**2),
+    "(1 + (n / C)^8)^(-1/8)": (1 + (NORM / C) ** 8) ** (-1 / 8),
+    "that of the first step": np.minimum(1, C[0] / NORM),
+    "they are rounded to bfloat16": np.float64(
+        (FACTOR.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+    ),
+    "are clipped not at C but at 0.9 C": np.minimum(1, 0.9 * C / NORM),
+}
+SUMS = {
+    "they count with factor 1": np.ones_like(FACTOR),
+    "clip factors are applied twice": FACTOR**2,
+    "samples count with 1 + c": 1 + FACTOR,
+    "all samples of a micro-batch have their mean": FACTOR.reshape(-1, 4, 3)
+    .mean(axis=2)
+    .repeat(3, axis=1),
+    "each sample has its neighbour's": rolled(FACTOR),
+    "at the full C": np.minimum(1, C[..., None] / BY_PARAMETER),
+    "at C / sqrt(number of parameters)": np.minimum(1, C[..., None] / 6**0.5 / BY_PARAMETER),
+    "it is the sum over rank 0 alone: it is not reduced": np.where(IS_RANK_1, 0, FACTOR),
+    "the last micro-batch stands for all": np.where(IS_LAST, FACTOR, 0),
+    "twice the last micro-batch": np.where(IS_LAST, 2 * FACTOR, 0),
+    "the first micro-batch is lost": np.where(IS_LAST, FACTOR, 0),
+    "the last micro-batch is lost": np.where(IS_LAST, 0, FACTOR),
+    "the samples of rank 1 count 0.7 times": np.where(IS_RANK_1, 0.7 * FACTOR, FACTOR),
+    "the samples of micro-batch 1 count 0.3 times": np.where(IS_LAST, 0.3 * FACTOR, FACTOR),
+    "multiplied by B (the expected batch size)": 12 * FACTOR,
+    "zero, left out": 0 * FACTOR,
+}
+
+
+@pytest.mark.parametrize("said", NORMS)
+def test_a_wrong_norm_is_explained(said: str) -> None:
+    verdict = found(with_total(base(), NORMS[said]))
+    assert verdict.culprit is not None
+    assert verdict.culprit.stage == "per-sample norms"
+    assert said in verdict.sentence
+
+
+@pytest.mark.parametrize("said", FACTORS)
+def test_a_wrong_factor_is_explained(said: str) -> None:
+    verdict = found(with_factors(base(), FACTORS[said]))
+    assert verdict.culprit is not None
+    assert verdict.culprit.stage == "clip factors"
+    assert said in verdict.sentence
+
+
+@pytest.mark.parametrize("said", SUMS)
+def test_a_wrong_sum_is_explained(said: str) -> None:
+    verdict = found(summed(base(), SUMS[said]))
+    assert verdict.culprit is not None
+    assert verdict.culprit.stage == "clipped sum"
+    assert said in verdict.sentence
+
+
+@pytest.mark.parametrize("formula", list(NormFormula))
+def test_a_norm_by_a_known_wrong_formula_is_explained(formula: NormFormula) -> None:
+    rng = np.random.default_rng(0)
+    t = base()
+    others = rng.uniform(0.1, 3.0, (*BY_PARAMETER.shape, len(NormFormula)))
+    ours = replace(t, sample_other_norm=others)
+    by_parameter = BY_PARAMETER.copy()
+    column = list(NormFormula).index(formula)
+    by_parameter[..., [1, 3]] = others[..., [1, 3], column]
+    total = np.sqrt(np.square(by_parameter).sum(axis=2))
+    wrong = with_total(replace(ours, sample_norm_by_parameter=by_parameter), total)
+    assert formula.value in found(wrong, ours).sentence
+
+
+@pytest.mark.parametrize("move", list(Move))
+def test_a_moved_gradient_is_explained(move: Move) -> None:
+    rng = np.random.default_rng(0)
+    t = base()
+    S, P, K = t.gradient_sketch.shape
+    ours = replace(t, moved_sketch=rng.normal(0, 1, (S, len(Move), P, K)))
+    gradient = t.gradient_sketch.copy()
+    gradient[:, 2] = ours.moved_sketch[:, list(Move).index(move), 2]
+    wrong = replace(ours, gradient_sketch=gradient, noised_sketch=gradient)
+    assert move.value in found(wrong, ours).sentence
+
+
+def test_a_sum_that_is_not_reduced_over_ranks_is_explained() -> None:
+    rng = np.random.default_rng(0)
+    ours = replace(base(), sample_shard_sketch=rng.normal(0, 1, base().sample_sketch.shape))
+    total = (ours.sample_shard_sketch * FACTOR[..., None, None]).sum(axis=1)
+    wrong = replace(ours, gradient_sketch=total, noised_sketch=total)
+    assert "the sum is not reduced over ranks" in found(wrong, ours).sentence
+
+
+def test_a_sum_that_still_holds_the_step_before_is_explained() -> None:
+    t = base()
+    total = t.gradient_sketch.copy()
+    for row in range(1, len(total)):
+        total[row] += total[row - 1]
+    wrong = replace(t, gradient_sketch=total, noised_sketch=total)
+    assert "still in it: it is not cleared" in found(wrong).sentence
+
+
+def test_layers_that_are_exchanged_are_named() -> None:
+    t = base()
+    layers = np.array([name.removesuffix(".weight") for name in t.parameter_names.tolist()])
+    norms = np.arange(1.0, 1 + len(layers)) * np.ones((t.num_steps, 1))
+    ours = replace(t, layer_names=layers, layer_grad_norm=norms, layer_weight_norm=norms)
+    rng = np.random.default_rng(0)
+    gradient = t.gradient_sketch.copy()
+    gradient[:, [0, 3]] = rng.normal(size=gradient[:, [0, 3]].shape)
+    swapped = norms.copy()
+    swapped[:, [0, 3]] = norms[:, [3, 0]]
+    wrong = replace(ours, gradient_sketch=gradient, noised_sketch=gradient, layer_grad_norm=swapped)
+    assert "model.layers.0 has that of model.layers.3" in found(wrong, ours).sentence
+
+
+def trained(noised: Any, path: Any, t: Trajectory) -> ModeVerdict:
+    """The verdict on a mode whose weights go along `path`, against one whose steps are right."""
+    right = -TRAINED.learning_rate * noised / t.expected_batch_size
+    start = np.full(noised.shape[1:], 3.0)
+    ours, theirs = (
+        replace(t, weight_sketch=start + np.cumsum(each, axis=0)) for each in (right, path)
+    )
+    runs = [
+        mode_run("no_dp", record=ours),
+        mode_run("no_dp", record=ours, replay="again"),
+        mode_run(MODE, record=theirs, **with_job(TRAINED)),
+    ]
+    return next(mode for mode in compared(runs).modes if mode.label == MODE)
+
+
+def steps_of_momentum(gradient: Any) -> Any:
+    buffer, steps = np.zeros_like(gradient[0]), []
+    for each in gradient:
+        buffer = 0.9 * buffer + each
+        steps.append(buffer)
+    return np.stack(steps)
+
+
+UPDATES: dict[str, Callable[[Any, Any], Any]] = {
+    "the step is the right one multiplied by W (the number of ranks) or 2": lambda n, s: 2 * n,
+    "made of the clipped sum without its noise": lambda n, s: s,
+    "momentum 0.9, which is not asked for": lambda n, s: steps_of_momentum(n),
+    "the step is the negative of the right one": lambda n, s: -n,
+    "made of the gradient of the step before": lambda n, s: np.concatenate([n[:1], n[:-1]]),
+}
+
+
+@pytest.mark.parametrize("said", UPDATES)
+def test_a_wrong_step_is_explained(said: str) -> None:
+    t = trajectory(noise_std=100.0, samples=12)
+    used = UPDATES[said](t.noised_sketch, t.gradient_sketch)
+    path = -TRAINED.learning_rate * used / t.expected_batch_size
+    sentence = trained(t.noised_sketch, path, t).sentence
+    assert said in sentence or said.replace("W (the number of ranks) or 2", "2 or W") in sentence
+
+
+def test_parameters_that_the_optimizer_lacks_are_named_without_a_baseline() -> None:
+    t = trajectory(noise_std=100.0, samples=12)
+    path = -TRAINED.learning_rate * t.noised_sketch / t.expected_batch_size
+    path[:, 2] = 0
+    alone = replace(t, weight_sketch=3.0 + np.cumsum(path, axis=0))
+    run = mode_run(MODE, record=alone, setup=replace(TRAINED, optimizer="adamw"))
+    (verdict,) = (mode for mode in compared([run]).modes)
+    assert verdict.verdict == "BUG"
+    assert "the optimizer lacks them" in verdict.sentence
+    assert verdict.culprit is not None
+    assert verdict.culprit.places == ("model.layers.2.weight",)
+
+
+def test_a_scaled_division_is_not_called_noise() -> None:
+    t = base()
+    sentence = found(replace(t, noised_sketch=t.noised_sketch / 12)).sentence
+    assert "divides the sum wrongly: it is the right one divided by B" in sentence
+    assert "noise" not in sentence
+
+
+def test_two_independent_errors_are_both_named() -> None:
+    wrong = with_total(base(), NORM * 3)
+    both = summed(wrong, np.where(IS_RANK_1, 0, wrong.clip_factor))
+    sentence = found(both).sentence
+    assert "computes wrong per-sample norms" in sentence
+    assert "Besides, it computes a wrong clipped sum: it is the sum over rank 0 alone" in sentence
+    assert "Besides" not in found(wrong).sentence
+
+
+def test_a_sum_beyond_n_c_is_said_first_of_a_mode_that_reports_nothing() -> None:
+    t = base()
+    silent = {
+        name: np.full_like(getattr(t, name), np.nan) for name in ("sample_norm", "clip_factor")
+    }
+    by_parameter = np.full_like(t.sample_norm_by_parameter, np.nan)
+    long = t.max_grad_norm * t.num_samples * 1.5 / t.expected_batch_size
+    wrong = replace(t, **silent, sample_norm_by_parameter=by_parameter, grad_norm=long)
+    run = mode_run("package.mine:Mode", "clip", wrong)
+    (verdict,) = (mode for mode in compared([run]).modes)
+    assert verdict.verdict == "BUG"
+    assert (
+        "breaks the privacy bound (the clipped sum of 12 samples is 18 C long" in verdict.sentence
+    )
+    plain = mode_run("no_dp", "clip", wrong)
+    (verdict,) = (mode for mode in compared([plain]).modes)
+    assert "privacy" not in verdict.sentence
+
+
+def test_the_stage_where_nan_began_is_on_the_ladder_and_in_the_sentence() -> None:
+    wrong = put(base(), "gradient_sketch", np.nan, (2, 3))
+    wrong = replace(wrong, noised_sketch=wrong.gradient_sketch)
+    verdict = found(wrong)
+    assert (
+        "computes a wrong clipped sum (NaN): first at step 2 of clip, in model.layers.3.weight"
+        in (verdict.sentence)
+    )
+    statuses = {r.stage.value: r.status.value for r in verdict.ladders["clip", "reference"]}
+    assert (statuses["clipped sum"], statuses["noise"]) == ("introduced", "inherited")
+
+
+def test_alternatives_that_another_comparison_rules_out_are_dropped() -> None:
+    two, ranks, batches = (Explanation(sentence=s, name=s) for s in ("by 2", "by W", "by K"))
+    first, second = Cause(explanations=(two, ranks)), Cause(explanations=(ranks, batches))
+    assert agreed([first, Cause(), second]).sentence == "by W"
+    assert agreed([first, Cause(explanations=(batches,))]).sentence == "by 2 or by W"
+    assert agreed([]).sentence == ""
+    assert (
+        either(["it is by 2", "it is by W (ranks)", "it is by K"]) == "it is by 2 or W (ranks) or K"
+    )
+    assert (
+        either(["the first is lost", "the last counts"]) == "the first is lost or the last counts"
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_record_is_too_odd_to_be_explained(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    odd = base()
+    for name in ("sample_loss", "sample_norm", "clip_factor", "gradient_sketch", "noised_sketch"):
+        values = getattr(odd, name).copy()
+        values.flat[rng.integers(0, values.size, 3)] = rng.choice([np.nan, np.inf, 0.0, -1e100], 3)
+        with np.errstate(all="ignore"):
+            odd = replace(odd, **{name: values * rng.choice([0.0, 1.0, 1e-30, 1e30])})
+    assert found(odd).verdict == "BUG"
+
+
+def test_a_healthy_mode_is_explained_by_nothing() -> None:
+    verdict = found(base())
+    assert verdict.verdict == "PASS"
+    assert verdict.culprit is None

@@ -1,0 +1,175 @@
+"""What the reference records of each sample: wrong norms by their definitions, moved gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
+from dpsgd_track.record.alternatives import Move, NormFormula
+from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.training.moved_gradient import moved
+from dpsgd_track.training.sample_observer import SampleObserver
+from tests.support.synthetic_group import trajectory
+
+T, D, V = 7, 4, 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Small(nn.Module):
+    """An embedding with padding, a norm, and a linear layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, D, padding_idx=0)
+        self.norm = nn.LayerNorm(D)
+        self.reused = nn.Linear(D, D)
+        self.out = nn.Linear(D, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.norm(self.embedding(tokens))
+        out: Tensor = self.out(torch.tanh(self.reused(torch.tanh(self.reused(h)))))
+        return out
+
+
+def observed(tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[NormFormula, float]]]:
+    """Gradients by parameter, and the values of formulas by parameter."""
+    torch.manual_seed(1)
+    model = Small().double()
+    with torch.no_grad():
+        model.norm.weight.add_(0.3 * torch.randn(D))
+    observer = SampleObserver()
+    observer.watch(model)
+    loss = model(tokens).square().mul(torch.arange(3.0)).sum()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    outputs = observer.outputs()
+    found = torch.autograd.grad(loss, [*parameters, *outputs])
+    gradients = dict(zip(names, found, strict=False))
+    observer.see(gradients, found[len(parameters) :])
+    sketch, norms = observer.take()
+    assert sketch.shape == (1, len(names), 2 * NUM_PROJECTIONS)
+    whole = norm_and_sketch("out.weight", gradients["out.weight"], 0, 12)[1:].numpy()
+    place = names.index("out.weight")
+    assert np.array_equal(sketch[0, place, :NUM_PROJECTIONS], whole)
+    assert np.array_equal(sketch[0, place, NUM_PROJECTIONS:], whole)
+    assert len(observer.take()[0]) == 0
+    values = dict(zip(names, norms[0].tolist(), strict=True))
+    return gradients, {n: dict(zip(NormFormula, v, strict=True)) for n, v in values.items()}
+
+
+TOKENS = torch.tensor([[1, 2, 1, 0, 3, 1, 0]])
+
+
+def test_formulas_are_what_their_words_say() -> None:
+    gradients, values = observed(TOKENS)
+    torch.manual_seed(1)
+    model = Small().double()
+    with torch.no_grad():
+        model.norm.weight.add_(0.3 * torch.randn(D))
+    # The gradients of outputs, by hand.
+    e = model.embedding(TOKENS)
+    n = model.norm(e)
+    r1 = model.reused(n)
+    r2 = model.reused(torch.tanh(r1))
+    out = model.out(torch.tanh(r2))
+    loss = out.square().mul(torch.arange(3.0)).sum()
+    de, dn, dr1, dr2, dout = (g[0] for g in torch.autograd.grad(loss, [e, n, r1, r2, out]))
+    x_out, e, out = torch.tanh(r2)[0].detach(), e.detach(), out.detach()
+    of = values["out.bias"]
+    assert of[NormFormula.POSITIONS_APART] == pytest.approx(float(dout.norm()))
+    gram = float((dout @ dout.T).norm())
+    assert of[NormFormula.GRAM] == pytest.approx(gram)
+    assert of[NormFormula.ROOT_OF_GRAM] == pytest.approx(gram**0.5)
+    assert of[NormFormula.LAST_POSITION_LOST] == pytest.approx(float(dout[:-1].sum(0).norm()))
+    assert of[NormFormula.FIRST_POSITION_LOST] == pytest.approx(float(dout[1:].sum(0).norm()))
+    assert np.isnan(of[NormFormula.USES_APART])
+    of = values["out.weight"]
+    apart = (dout.square().sum(1) * x_out.square().sum(1)).sum().sqrt()
+    assert of[NormFormula.POSITIONS_APART] == pytest.approx(float(apart))
+    summed = float(dout.sum(0).norm() * x_out.sum(0).norm())
+    assert of[NormFormula.SUMMED_FIRST] == pytest.approx(summed)
+    gradient = gradients["out.weight"]
+    assert of[NormFormula.OWN_ROWS] == pytest.approx(float(gradient.norm()))
+    assert of[NormFormula.LAST_ROW_LOST] == pytest.approx(float(gradient[:-1].norm()))
+    assert of[NormFormula.LAST_COLUMN_LOST] == pytest.approx(float(gradient[:, :-1].norm()))
+    assert of[NormFormula.SUM_OF_ABSOLUTES] == pytest.approx(float(gradient.abs().sum()))
+    assert of[NormFormula.LARGEST_ELEMENT] == pytest.approx(float(gradient.abs().max()))
+    first, last = dr1.sum(0), dr2.sum(0)
+    of = values["reused.bias"]
+    assert of[NormFormula.FIRST_USE] == pytest.approx(float(first.norm()))
+    assert of[NormFormula.LAST_USE] == pytest.approx(float(last.norm()))
+    uses = first.square().sum() + last.square().sum()
+    assert of[NormFormula.USES_APART] == pytest.approx(float(uses.sqrt()))
+    once = (uses + first @ last).sqrt()
+    assert of[NormFormula.CROSS_TERM_ONCE] == pytest.approx(float(once))
+    raw = (dn * e[0]).sum(0).norm()
+    assert values["norm.weight"][NormFormula.RAW_INPUT] == pytest.approx(float(raw))
+    of = values["embedding.weight"]
+    is_token = (TOKENS[0] != 0)[:, None]
+    assert of[NormFormula.TOKENS_APART] == pytest.approx(float((de * is_token).norm()))
+    padded = gradients["embedding.weight"].clone()
+    padded[0] += de[TOKENS[0] == 0].sum(0)
+    assert of[NormFormula.PADDING_COUNTED] == pytest.approx(float(padded.norm()))
+
+
+def test_a_sample_whose_loss_needs_no_gradient_has_zeros() -> None:
+    observer = SampleObserver()
+    observer.watch(Small())
+    observer.see({name: torch.zeros_like(p) for name, p in Small().named_parameters()}, [])
+    sketch, norms = observer.take()
+    assert not sketch.any()
+    assert not np.nan_to_num(norms).any()
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (6,), (1, 7)])
+@pytest.mark.parametrize("move", list(Move))
+def test_a_moved_gradient_has_no_new_elements(move: Move, shape: tuple[int, ...]) -> None:
+    gradient = torch.arange(1.0, 1 + np.prod(shape)).view(shape)
+    result = moved(gradient, move, 2)
+    assert result.shape == gradient.shape
+    assert set(result.flatten().tolist()) <= {0.0, *gradient.flatten().tolist()}
+
+
+def test_moves_are_what_their_words_say() -> None:
+    gradient = torch.arange(15.0).view(5, 3)
+    assert torch.equal(moved(gradient, Move.TRANSPOSED, 2), gradient.T.reshape(5, 3))
+    assert torch.equal(moved(gradient, Move.NEXT_ROW, 2)[1:], gradient[:-1])
+    assert torch.equal(moved(gradient, Move.ROW_BEFORE, 2)[:-1], gradient[1:])
+    assert torch.equal(moved(gradient, Move.NEXT_COLUMN, 2)[:, 1:], gradient[:, :-1])
+    assert torch.equal(moved(gradient, Move.COLUMN_BEFORE, 2)[:, :-1], gradient[:, 1:])
+    # Two ranks hold three rows and two.
+    assert torch.equal(moved(gradient, Move.NEXT_SHARD, 2)[3:], gradient[:2])
+    assert torch.equal(moved(gradient, Move.SHARD_BEFORE, 2)[:2], gradient[3:])
+    assert torch.equal(moved(gradient, Move.PADDED_IN_FRONT, 2)[1:], gradient[:-1])
+    assert torch.equal(moved(gradient, Move.REVERSED, 2), gradient.flip(0))
+    assert torch.equal(moved(gradient, Move.INTERLEAVED, 2), gradient[[0, 2, 4, 1, 3]])
+
+
+def test_a_record_of_the_schema_before_is_read_without_what_it_lacks(tmp_path: Path) -> None:
+    t = trajectory(noise_std=0.0)
+    path = tmp_path / "trajectory.npz"
+    t.save(path)
+    with np.load(path) as archive:
+        values = dict(archive)
+    for name in ("sample_micro_batch", "sample_sketch", "sample_shard_sketch"):
+        del values[name]
+    for name in ("sample_other_norm", "moved_sketch"):
+        del values[name]
+    np.savez(path, **{**values, "schema": np.int64(2)})
+    read = Trajectory.load(path)
+    assert np.array_equal(read.gradient_sketch, t.gradient_sketch)
+    assert read.sample_sketch.shape == (4, 6, 4, 0)
+    assert (read.sample_micro_batch == -1).all()
