@@ -21,6 +21,7 @@ from dpsgd_track.config import CLIP, NOISE, PLAIN, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE
 from dpsgd_track.record.run import Group, ModeRun
 from dpsgd_track.record.stages import ObservableName
+from dpsgd_track.record.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +88,12 @@ class Baselines:
             largest=_largest(recorded, every) if self.all_pairs else {},
             audits=audits_of(runs, reference),
         )
+        plain = _plain(repeats, replays)
         candidates = [
             Candidate(
                 run=run,
                 held=[
-                    _held(run, base, comparison)
+                    _held(run, base, comparison, plain if base is reference else None)
                     for base in bases
                     if base is not run and run is not reference
                 ],
@@ -102,7 +104,7 @@ class Baselines:
         return Matched(comparison=comparison, candidates=candidates, reference=reference)
 
 
-def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison) -> Held:
+def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison, plain: Trajectory | None) -> Held:
     unlike = list(judge_likeness(base, run))
     found = list(unlike)
     replay = regime.replays.get(run.title)
@@ -112,7 +114,7 @@ def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison) -> Held:
     if pair and any(f.verdict is Verdict.BUG for f in judge_run(base)):
         found.append(_unknown(regime, f"{base.label} is itself at fault", base.label))
     floor = regime.floor(base.label)
-    return Held(pair=pair, floor=floor, findings=found, unlike=bool(unlike))
+    return Held(pair=pair, floor=floor, plain=plain, findings=found, unlike=bool(unlike))
 
 
 def _lacking(run: ModeRun, baseline: ModeRun | None, regime: RegimeComparison) -> list[Finding]:
@@ -143,6 +145,20 @@ def _bases(regime: str, runs: Sequence[ModeRun]) -> tuple[ModeRun | None, ModeRu
     # A single mode can still be the baseline of its variants.
     installed = (run_of(recorded, run.mode) for run in runs if run.variant)
     return plain or reference or next(filter(None, installed), None), reference
+
+
+def _plain(
+    repeats: Sequence[tuple[ModeRun, ModeRun]], replays: Sequence[Pair]
+) -> Trajectory | None:
+    """The reference's sound replay in the modes' type, aligned with it."""
+    return next(
+        (
+            pair.aligned.other
+            for (base, run), pair in zip(repeats, replays, strict=True)
+            if (base.label, run.replay) == (REFERENCE, PLAIN) and is_sound(base, run)
+        ),
+        None,
+    )
 
 
 def _floors(repeats: Sequence[tuple[ModeRun, ModeRun]], replays: list[Pair]) -> dict[str, Floor]:

@@ -6,11 +6,13 @@ import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dpsgd_track.comparison.audit.bias import completed, judge_bias
 from dpsgd_track.comparison.audit.consistency import Inconsistency
 from dpsgd_track.comparison.audit.noise import judge_noise, passed_noise
 from dpsgd_track.comparison.diagnose.culprit import Culprit, culprit_of
-from dpsgd_track.comparison.diagnose.ladder import Rung, ladder
+from dpsgd_track.comparison.diagnose.ladder import Rung, first_introduced, ladder
 from dpsgd_track.comparison.measure.amount import number
+from dpsgd_track.comparison.measure.bias import TOLERANCES, Biases, biases_of
 from dpsgd_track.comparison.measure.excess import Evidence, evidence_of
 from dpsgd_track.comparison.measure.observables import OBSERVABLES, STAGES
 from dpsgd_track.comparison.pairing import Candidate, Held, Matched
@@ -75,16 +77,41 @@ def _judge_against(
     rungs = ladder(evidence, broken)
     key = held.pair.regime, held.pair.baseline
     left_out = run.facts.left_out_steps if run.facts else ()
-    found = [*judge_floor(evidence), *judge_pair(evidence, rungs, left_out)]
     if held.unlike:
         # Drifts between incomparable runs say nothing about the mode.
+        found = [*judge_floor(evidence), *judge_pair(evidence, rungs, left_out)]
         return Judged(
             findings=tuple(f for f in found if f.observable is None), ladders={key: rungs}
         )
+    biases = _biases(held, run)
+    bias = judge_bias(biases, rungs, held.pair, measure.thresholds)
+    accepted = bias and waiver_of(
+        bias.finding, run.label, bias.excess, measure.waivers, measure.today
+    )
+    if bias and not accepted:
+        rungs = bias.blamed(rungs, broken)
+    rungs = completed(rungs, biases)
+    found = [*judge_floor(evidence), *judge_pair(evidence, rungs, left_out)]
     found = [_waived(held.attributed(f), run.label, evidence, measure) for f in found]
+    found += [replace(bias.finding, waiver=accepted)] if bias else []
     culprit = _culprit(evidence, rungs, found, run, broken)
     return Judged(
         findings=tuple(found), ladders={key: rungs}, culprits={key: culprit} if culprit else {}
+    )
+
+
+def _biases(held: Held, run: ModeRun) -> Biases | None:
+    """Mean errors of the held pair's mode; None without plain autograd in the same type."""
+    if held.pair is None or held.plain is None:
+        return None
+    aligned = held.pair.aligned
+    dtype = run.job.performance.param_dtype if run.job else "bfloat16"
+    return biases_of(
+        aligned.other,
+        held.plain,
+        aligned.baseline,
+        TOLERANCES[dtype],
+        stands_still=kind_of(held.pair.regime) == CLIP,
     )
 
 
@@ -112,6 +139,10 @@ def _culprit(
         return bool(shown) and not contradicts_itself and not any(f.fails for f in shown)
 
     counted = [rung for rung in rungs if not is_accepted(rung)]
+    first = first_introduced(counted)
+    biased = next((f.culprit for f in found if f.culprit), None)
+    if first and biased and first.stage is biased.stage:
+        return biased
     return culprit_of(evidence.pair, counted, run, broken)
 
 

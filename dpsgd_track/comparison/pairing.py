@@ -11,6 +11,7 @@ from dpsgd_track.comparison.measure.floor import Floor
 from dpsgd_track.comparison.result import EnvironmentDifferences, RegimeComparison
 from dpsgd_track.comparison.verdict import Finding, Verdict, judge_likeness, judge_run
 from dpsgd_track.record.run import Group, ModeRun
+from dpsgd_track.record.trajectory import Trajectory
 
 _KEYS_SHOWN = 6
 
@@ -23,6 +24,8 @@ class Held:
     """None if no drift was measured between the two."""
     floor: Floor | None = None
     """Rounding error to expect of the pair; None if it is unknown."""
+    plain: Trajectory | None = None
+    """Plain autograd in the modes' type, aligned with the pair; None if it was not recorded."""
     findings: Sequence[Finding] = ()
     """Findings that do not depend on the numbers of the two runs."""
     unlike: bool = False

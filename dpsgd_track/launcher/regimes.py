@@ -33,7 +33,9 @@ NUM_ITER, QUICK_NUM_ITER = 10, 5
 """Recorded steps of the other regimes, by default."""
 PROFILE_WARMUP_ITER = 3
 CLIP_NUM_ITER = 4
-"""Steps of the clip regime: the first half clips some samples, the second half all."""
+"""Steps of the clip regime: two clip some samples, two all."""
+PROBE_CLIP_NUM_ITER = 8
+"""The same on the probe, twice: means over its samples and steps show what single ones do not."""
 NOISE_SIGMA = 0.7
 NOISE_BOUNDS = (0.37, 0.83, 1.3, 0.47)
 """C of each step of the noise regime: none is 1, and no two differ by a likely fault's factor."""
@@ -129,14 +131,15 @@ def _on_probe() -> Iterator[RegimeConfig]:
     """Regimes on the probe, the same for all choices, so that their sensitivity is known."""
     # A warm-up would hide faults of the first step.
     clipped = RegimeConfig(
-        name=PROBE_CLIP, num_iter=CLIP_NUM_ITER, micro_batches=PROBE_MICRO_BATCHES
+        name=PROBE_CLIP, num_iter=PROBE_CLIP_NUM_ITER, micro_batches=PROBE_MICRO_BATCHES
     )
     yield clipped
     accurate = replace(
         clipped,
         name=PROBE_ACCURACY,
+        num_iter=CLIP_NUM_ITER,
         noise_multiplier=PROBE_SIGMA,
-        max_grad_norms=(PROBE_BOUND,) * clipped.num_iter,
+        max_grad_norms=(PROBE_BOUND,) * CLIP_NUM_ITER,
         learning_rate=PROBE_LEARNING_RATE,
         noise_matched=True,
     )

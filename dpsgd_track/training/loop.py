@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import numpy as np
 import torch
@@ -213,28 +214,28 @@ class RegimeRun(PreparedRun):
         return np.empty((0, len(parts), 0), dtype=np.float32)
 
     def _calibrate(self) -> tuple[float, ...]:
-        """C of each step from this mode's own norms: half the steps mixed, half all clipped.
+        """C of each step from this mode's own norms: two steps mixed, two all clipped, and so on.
 
-        In the first half C is the median of the norms of those steps' samples; in the second,
-        half the smallest.
+        In mixed steps C is the median of the norms of all their samples; in the others, half the
+        smallest norm of all.
         """
         if self.regime.kind != CLIP or not is_private(self.job.mode):
             raise ValueError(
                 f"max_grad_norms=(): expected one value a step in regime {self.regime.name}."
             )
         norms = [self._norms(step) for step in range(self.regime.num_iter)]
-        num_mixed = (len(norms) + 1) // 2
-        mixed_norms = np.concatenate(norms[:num_mixed])
+        is_mixed = [step % 4 < 2 for step in range(len(norms))]
+        mixed_norms = np.concatenate(list(compress(norms, is_mixed)))
         if not len(mixed_norms):
             raise ValueError(
-                f"batch_size={self.sampler.batch_size}: expected samples in the first half of "
+                f"batch_size={self.sampler.batch_size}: expected samples in the mixed steps of "
                 f"regime {CLIP}. Poisson sampling chose none: raise --batch-size."
             )
         mixed = float(np.median(mixed_norms))
         below_all = 0.5 * float(np.min(np.concatenate(norms)))
         if not below_all > 0 or not math.isfinite(mixed):
             raise NotFiniteError(f"per-sample norms from {below_all * 2} with median {mixed}")
-        return (mixed,) * num_mixed + (below_all,) * (len(norms) - num_mixed)
+        return tuple(mixed if each else below_all for each in is_mixed)
 
     def _norms(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         rank_batch = self.sampler.rank_batch(step)

@@ -13,9 +13,12 @@ bias if it is farther from zero than `Tolerance` and than chance explains:
 
     |mean x| > d + t(1 - alpha / 2m, n - 1) s / sqrt(n)
 
-with m means in all. Only steps in which both sides have the same weights are paired: all of a
-regime with a learning rate of 0, else the first. A fault that plain autograd shares cancels as
-well, so the comparison with float64 stays.
+with m tests in all. Norms that scatter about plain autograd's by more than twice what those
+scatter about float64, and more than chance explains, are wrong as well, if not on average.
+
+Only steps in which both sides have the same weights are paired: all of a regime with a learning
+rate of 0, else the first. A fault that plain autograd shares cancels as well, so the comparison
+with float64 stays.
 
 Legend: S steps, N samples of one step, P trainable parameters, K projections, W ranks, M means.
 """
@@ -64,6 +67,8 @@ FEWEST = 8
 """Least number of independent values of which a mean is tested."""
 SCATTER = 0.05
 """Relative error of plain autograd from which on a parameter is left out: its gradient cancels."""
+SCATTER_MARGIN = 2.0
+"""Multiple of plain autograd's own scatter that never counts; Opacus's Gram form has up to 0.95."""
 OUTLIER = 8.0
 """Robust standard deviations by which one sample must differ from the others."""
 _COUPLED = 1e-2
@@ -115,6 +120,23 @@ class Bias:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scatter:
+    """Spread of the norms of each parameter over samples, relative to plain autograd's."""
+
+    places: tuple[str, ...]
+    """[P] parameters."""
+    std: Floats
+    """[P] of the log ratios; NaN if not tested."""
+    limit: Floats
+    """[P] of the same, from plain autograd's own against float64."""
+
+    @property
+    def failing(self) -> NDArray[np.bool_]:
+        """[P] parameters over the limit."""
+        return np.asarray(self.std > self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outlier:
     """The sample that differs most from plain autograd, by more than the others explain."""
 
@@ -133,11 +155,12 @@ class Outlier:
 class Biases:
     """All means of one mode in one regime."""
 
-    step: int
-    """The first step that was paired."""
-    num_steps: int
+    steps: Integers
+    """[S] steps that were paired."""
     num_samples: int
     by_observable: Mapping[ObservableName, Bias]
+    scatter: Scatter | None = None
+    """None without the float64 reference."""
     outliers: tuple[Outlier, ...] = ()
     factor_error: float = 0.0
     """Mean relative difference of the clip factors from plain autograd's, which sums inherit."""
@@ -162,8 +185,8 @@ def biases_of(
     if rows is None or not rows.num_samples:
         return None
     names = tuple(plain.parameter_names.tolist())
-    num_means = len(TOTALS) + 2 * len(names)
-    level = FALSE_ALARM / (2 * num_means)
+    num_tests = len(TOTALS) + 3 * len(names)
+    level = FALSE_ALARM / (2 * num_tests)
     losses, norms = rows.small("sample_loss"), rows.small("sample_norm")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         of_sample = {
@@ -176,7 +199,8 @@ def biases_of(
         for name, x in of_sample.items()
     }
     by_parameter = ObservableName.SAMPLE_NORM_BY_PARAMETER
-    found[by_parameter] = _bias(by_parameter, names, _norms(rows), tolerance.one, level)
+    ratios, plain_ratios = _norms(rows)
+    found[by_parameter] = _bias(by_parameter, names, ratios, tolerance.one, level)
     sums, total = _sums(rows)
     found[ObservableName.GRADIENT] = _bias(
         ObservableName.GRADIENT, names, sums, tolerance.one, level
@@ -186,10 +210,10 @@ def biases_of(
     )
     far = (_outlier(name, x, rows, tolerance.total) for name, x in of_sample.items())
     return Biases(
-        step=int(rows.steps[0]),
-        num_steps=len(rows.steps),
+        steps=rows.steps,
         num_samples=rows.num_samples,
         by_observable={name: each for name, each in found.items() if (each.num >= FEWEST).any()},
+        scatter=_scatter(names, ratios, plain_ratios, tolerance.one, level),
         outliers=tuple(outlier for outlier in far if outlier),
         factor_error=float(np.nan_to_num(_mean(np.abs(factors)))),
     )
@@ -278,6 +302,11 @@ class _Draws:
     num_groups: Floats
     """[M]"""
 
+    @property
+    def std(self) -> Floats:
+        """[M] of one value."""
+        return np.asarray(np.sqrt(self.variance * self.num))
+
 
 def _bias(
     observable: ObservableName,
@@ -350,8 +379,11 @@ def _of_samples(x: Floats, rank: Integers) -> _Draws:
     return tally.draws()
 
 
-def _norms(rows: _Rows) -> _Draws:
-    """Log ratios of the norms of each parameter, without those that plain autograd scatters."""
+def _norms(rows: _Rows) -> tuple[_Draws, _Draws | None]:
+    """Log ratios of each parameter's norms, and those of plain autograd to float64.
+
+    Parameters whose norms plain autograd scatters are left out.
+    """
     num_parameters = len(rows.sides[1][0].parameter_names)
     ours, own = _Tally(num_parameters), _Tally(num_parameters)
     for place, (mode, plain, *exact) in rows.blocks("sample_norm_by_parameter"):
@@ -360,11 +392,26 @@ def _norms(rows: _Rows) -> _Draws:
             for each in exact:
                 own.take(_log_ratio(plain, each), rows.rank[place])
     draws = ours.draws()
-    if len(rows.sides) < 3:
-        return draws
-    scatter = own.draws()
+    if not own.sums:
+        return draws, None
+    plain_draws = own.draws()
     with np.errstate(invalid="ignore"):
-        return _without(draws, np.sqrt(scatter.variance * scatter.num) > SCATTER)
+        return _without(draws, plain_draws.std > SCATTER), plain_draws
+
+
+def _scatter(
+    places: tuple[str, ...], draws: _Draws, plain: _Draws | None, tolerated: float, level: float
+) -> Scatter | None:
+    if plain is None:
+        return None
+    dof = draws.num - 1
+    least = np.maximum(plain.std, tolerated)
+    explained = SCATTER_MARGIN * np.sqrt(special.fdtri(dof, plain.num - 1, 1 - level))
+    return Scatter(
+        places=places,
+        std=np.where(draws.num >= FEWEST, draws.std, np.nan),
+        limit=least * explained,
+    )
 
 
 def _without(draws: _Draws, left_out: NDArray[np.bool_]) -> _Draws:
