@@ -15,6 +15,7 @@ from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.bias import TOLERANCES, Biases, biases_of
 from dpsgd_track.comparison.measure.excess import Evidence, evidence_of
 from dpsgd_track.comparison.measure.observables import OBSERVABLES, STAGES
+from dpsgd_track.comparison.measure.resolution import resolution_of
 from dpsgd_track.comparison.pairing import Candidate, Held, Matched
 from dpsgd_track.comparison.result import Judged, Key, RegimeComparison
 from dpsgd_track.comparison.verdict import (
@@ -57,8 +58,10 @@ def judge(candidate: Candidate, matched: Matched, measure: Measure) -> Judged:
             results.append(_judge_against(held, run, measure, broken))
     ladders = {key: rungs for result in results for key, rungs in result.ladders.items()}
     return Judged(
+        regime=regime.name,
         findings=(*found, *(f for result in results for f in result.findings)),
         ladders=ladders,
+        resolutions=tuple(r for result in results for r in result.resolutions),
         culprits={key: c for result in results for key, c in result.culprits.items()},
         passed=candidate.new or _passed(run, regime, measure.thresholds, ladders),
     )
@@ -85,9 +88,10 @@ def _judge_against(
         )
     biases = _biases(held, run)
     bias = judge_bias(biases, rungs, held.pair, measure.thresholds)
-    accepted = bias and waiver_of(
-        bias.finding, run.label, bias.excess, measure.waivers, measure.today
-    )
+    accepted = None
+    if bias:
+        waivers, today = measure.waivers, measure.today
+        accepted = waiver_of(bias.finding, run.label, bias.excess, waivers, today)
     if bias and not accepted:
         rungs = bias.blamed(rungs, broken)
     rungs = completed(rungs, biases)
@@ -96,7 +100,10 @@ def _judge_against(
     found += [replace(bias.finding, waiver=accepted)] if bias else []
     culprit = _culprit(evidence, rungs, found, run, broken)
     return Judged(
-        findings=tuple(found), ladders={key: rungs}, culprits={key: culprit} if culprit else {}
+        findings=tuple(found),
+        ladders={key: rungs},
+        culprits={key: culprit} if culprit else {},
+        resolutions=(resolution_of(evidence, biases),),
     )
 
 

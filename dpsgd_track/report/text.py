@@ -50,6 +50,7 @@ def summary(comparison: GroupComparison) -> str:
         "\n".join(f"{mode.verdict:<12}  {told(comparison, mode)}" for mode in comparison.modes),
         *(["Waivers\n" + "\n".join(waived(comparison))] if waived(comparison) else []),
         *(_costs(profile) if (profile := profile_of(comparison.group)) else []),
+        *filter(None, (comparison.seen.sentence,)),
         comparison.sentence,
     ]
     return "\n\n".join(visible(part) for part in parts) + "\n"
@@ -109,7 +110,8 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
         line = Text(f"{judged.verdict:<12}  ", style=_COLOURS[judged.verdict])
         line.append(visible(told(comparison, judged)), style="default")
         console.print(line, soft_wrap=soft)
-    for sentence in [*guarantees(comparison.group), *comparison.waiver_notes]:
+    seen = filter(None, (comparison.seen.sentence,))
+    for sentence in [*guarantees(comparison.group), *comparison.waiver_notes, *seen]:
         console.print(Text(visible(sentence)), soft_wrap=soft)
     verdict = Text(visible(comparison.sentence), style=f"bold {_COLOURS[comparison.verdict]}")
     console.print(verdict, soft_wrap=soft)

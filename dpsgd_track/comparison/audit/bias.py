@@ -228,9 +228,8 @@ def _finding(
     stage: Stage, shown: _Shown, pair: Pair, drift: Drift, thresholds: Thresholds
 ) -> BiasFinding:
     observable = OBSERVABLES[drift.observable.name]
-    arose, inherited = shown.places, ()
-    if stage is Stage.NORMS:
-        arose, inherited = where_it_arose(shown.places, drift.items)
+    is_norm = stage is Stage.NORMS
+    arose, inherited = where_it_arose(shown.places, drift.items) if is_norm else (shown.places, ())
     culprit = alone(
         Culprit(
             regime=pair.regime,
