@@ -25,8 +25,9 @@ Legend: S steps, N samples of one step, P trainable parameters, K projections, W
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +71,8 @@ SCATTER = 0.05
 SCATTER_MARGIN = 2.0
 """Multiple of plain autograd's own scatter that never counts; Opacus's Gram form has up to 0.95."""
 OUTLIER = 8.0
-"""Robust standard deviations by which one sample must differ from the others."""
+"""Robust standard deviations, of the mode's errors or of plain autograd's, by which one sample must
+differ from the others."""
 _COUPLED = 1e-2
 """Probability that values of one rank and step count by chance as depending on each other, in any
 of the means."""
@@ -187,15 +189,14 @@ def biases_of(
     names = tuple(plain.parameter_names.tolist())
     num_tests = len(TOTALS) + 3 * len(names)
     level = FALSE_ALARM / (2 * num_tests)
-    losses, norms = rows.small("sample_loss"), rows.small("sample_norm")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         of_sample = {
-            ObservableName.SAMPLE_LOSS: (losses[0] - losses[1]) / np.abs(losses[1]),
-            ObservableName.SAMPLE_NORM: _log_ratio(*norms),
+            ObservableName.SAMPLE_LOSS: _pairwise(_relative, rows.small("sample_loss")),
+            ObservableName.SAMPLE_NORM: _pairwise(_log_ratio, rows.small("sample_norm")),
         }
-        factors = _log_ratio(*rows.small("clip_factor"))
+        factors = _log_ratio(*rows.small("clip_factor")[:2])
     found = {
-        name: _bias(name, ("",), _of_samples(x[:, :, None], rows.rank), tolerance.total, level)
+        name: _bias(name, ("",), _of_samples(x[0][:, :, None], rows.rank), tolerance.total, level)
         for name, x in of_sample.items()
     }
     by_parameter = ObservableName.SAMPLE_NORM_BY_PARAMETER
@@ -219,9 +220,25 @@ def biases_of(
     )
 
 
+def _pairwise(error: Callable[[Floats, Floats], Floats], sides: Sequence[Floats]) -> list[Floats]:
+    """Errors of the mode relative to plain autograd, and of that relative to float64, if known."""
+    return [error(ours, exact) for ours, exact in itertools.pairwise(sides)]
+
+
+def _relative(ours: Floats, plain: Floats) -> Floats:
+    return np.asarray((ours - plain) / np.abs(plain))
+
+
 def _log_ratio(ours: Floats, plain: Floats) -> Floats:
     ratio = np.log(ours / plain)
     return np.where(np.isfinite(ratio), ratio, np.nan)
+
+
+def _robust_std(values: Floats) -> float:
+    # 1.48: the std of a normal variable over its median absolute deviation.
+    if not values.size:
+        return 0.0
+    return 1.48 * float(np.median(np.abs(values - np.median(values))))
 
 
 def _mean(values: Floats) -> float:
@@ -245,8 +262,8 @@ class _Rows:
         return int((self.rank >= 0).sum())
 
     def small(self, name: str) -> list[Floats]:
-        """[S, N] values of the mode and of plain autograd."""
-        return [getattr(side, name)[rows] for side, rows in self.sides[:2]]
+        """[S, N] values of every side."""
+        return [getattr(side, name)[rows] for side, rows in self.sides]
 
     def blocks(self, name: str) -> Iterator[tuple[slice, list[Floats]]]:
         """A large field of every side, some steps at a time, with the place of the steps."""
@@ -483,16 +500,22 @@ def _projected(moments: Floats, independent: Integers, num_projections: int) -> 
 
 
 def _outlier(
-    observable: ObservableName, x: Floats, rows: _Rows, tolerated: float
+    observable: ObservableName, errors: Sequence[Floats], rows: _Rows, tolerated: float
 ) -> Outlier | None:
-    """The sample that is farthest from the median of all, by the median absolute deviation."""
+    """The sample whose error is farthest from the median of all.
+
+    Args:
+        errors: [S, N] of the mode, and of plain autograd, if known.
+    """
+    x = errors[0]
     there = np.isfinite(x) & (rows.rank >= 0)
     if there.sum() < FEWEST:
         return None
     middle = float(np.median(x[there]))
     apart = np.where(there, np.abs(x - middle), -1.0)
-    # 1.48: the std of a normal variable over its median absolute deviation.
-    limit = OUTLIER * max(1.48 * float(np.median(apart[there])), tolerated)
+    limit = OUTLIER * max(
+        tolerated, *(_robust_std(each[there & np.isfinite(each)]) for each in errors)
+    )
     row, place = (int(i) for i in np.unravel_index(int(apart.argmax()), apart.shape))
     if apart[row, place] <= limit:
         return None
