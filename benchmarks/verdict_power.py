@@ -136,7 +136,7 @@ def _record(norms: Floats, sums: Floats, losses: Floats) -> Trajectory:
         grad_norm=grad_norm,
         grad_norm_noised=grad_norm,
         clip_fraction=np.full(S, 0.5),
-        max_grad_norm=np.ones(S),
+        max_grad_norm=np.full(S, 1e9),
         layer_names=np.array([f"layer{i}" for i in range(P)]),
         layer_weight_norm=np.ones((S, P)),
         layer_grad_norm=lengths / N,
