@@ -197,7 +197,7 @@ def measured(of: Case, tolerance: Tolerance) -> Measured:
     return Measured(evidence=evidence_of(pair, Thresholds(), floored), biases=found)
 
 
-def _scaled(record: Trajectory, field: str, factor: float, at: int | slice) -> Trajectory:
+def scaled(record: Trajectory, field: str, factor: float, at: int | slice) -> Trajectory:
     values = getattr(record, field).copy()
     axis = (slice(None),) * (2 if field == "sample_norm_by_parameter" else 1)
     values[(*axis, at)] *= factor
@@ -323,7 +323,7 @@ def power(trials: int) -> Iterator[tuple[str, ...]]:
                 stated.append(fault.stated(measured(of, tolerance).resolution))
                 for i, multiple in enumerate(MULTIPLES):
                     error = multiple * stated[-1] * rng.choice((-1, 1))
-                    wrong = _scaled(of.mode, fault.field, 1 + error, fault.at)
+                    wrong = scaled(of.mode, fault.field, 1 + error, fault.at)
                     found[i] += bool(measured(replace(of, mode=wrong), tolerance).alarms)
             shares = [f"{100 * each:.3g} %" for each in found / trials]
             yield name, fault.title, share(float(np.median(stated))), *shares

@@ -11,12 +11,14 @@ import pytest
 from benchmarks.verdict_power import (
     FAULTS,
     ROUNDINGS,
+    STUDIES,
     Case,
     Fault,
     Size,
-    _scaled,
     case,
     measured,
+    page,
+    scaled,
 )
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.measure import bias as bias_module
@@ -59,7 +61,7 @@ def judged(of: Case) -> ModeVerdict:
 
 
 def with_error(of: Case, field: str, factor: float, at: Any = slice(None)) -> Case:
-    return replace(of, mode=_scaled(of.mode, field, factor, at))
+    return replace(of, mode=scaled(of.mode, field, factor, at))
 
 
 def readable_norms(of: Case, parameter: int) -> tuple[float, float]:
@@ -219,7 +221,7 @@ def test_stated_resolution_is_true(dtype: str, fault: Fault) -> None:
         of = case(rng, ROUNDINGS[dtype], Size())
         healthy = measured(of, tolerance)
         error = 1.5 * fault.stated(healthy.resolution)
-        wrong = replace(of, mode=_scaled(of.mode, fault.field, 1 + error, fault.at))
+        wrong = replace(of, mode=scaled(of.mode, fault.field, 1 + error, fault.at))
         assert not healthy.alarms
         assert measured(wrong, tolerance).alarms
 
@@ -243,3 +245,12 @@ def test_margin_falls_with_the_number_of_draws() -> None:
     rng = np.random.default_rng(0)
     ours, theirs = np.abs(rng.standard_normal((2, 200_000, 4))).max(axis=2)
     assert np.mean(ours > margins[2] * theirs) == pytest.approx(1e-3, rel=0.25)
+
+
+def test_page_of_the_simulation_has_every_table() -> None:
+    text = page(2, "python benchmarks/verdict_power.py page.md")
+    for study in STUDIES:
+        table = text.split(f"## {study.title}\n")[1].split("\n## ")[0].strip().splitlines()[2:]
+        assert table[0] == f"| {' | '.join(study.headings)} |"
+        assert len({line.count("|") for line in table}) == 1
+        assert len(table) > 3
