@@ -340,8 +340,8 @@ STUDIES = (
     ),
     Study(
         title="Level of the bias test",
-        about="The same with no bias tolerated, so that chance alone decides. Where errors have heavy "
-        "tails, a t-test keeps its level only about; what is tolerated makes up for it.",
+        about="The same with no bias tolerated, so that chance alone decides. Where errors have "
+        "heavy tails, a t-test keeps its level only about; what is tolerated makes up for it.",
         headings=("type", "records", "with a bias", "designed"),
         rows=bias_level,
     ),

@@ -247,6 +247,26 @@ def test_margin_falls_with_the_number_of_draws() -> None:
     assert np.mean(ours > margins[2] * theirs) == pytest.approx(1e-3, rel=0.25)
 
 
+def test_norm_after_noise_has_the_limit_of_the_sum_where_sigma_is_zero() -> None:
+    excesses = measured(drawn(14), TOLERANCES["bfloat16"]).evidence.excesses
+    before, after = (
+        excesses[name].limits
+        for name in (ObservableName.GRAD_NORM, ObservableName.GRAD_NORM_NOISED)
+    )
+    np.testing.assert_allclose(after, before)
+    assert (before > 0).all()
+
+
+def test_sum_of_one_element_has_the_margin_of_its_draws() -> None:
+    # Four steps of one value against four of sixteen, at floors that are made equal.
+    of = drawn(15, Size(steps=4))
+    gone = replace(of.plain, gradient_sketch=of.exact.gradient_sketch * (1 + 1e-2))
+    excesses = measured(replace(of, plain=gone), TOLERANCES["bfloat16"]).evidence.excesses
+    limits = excesses[ObservableName.GRADIENT].limits
+    np.testing.assert_allclose(limits[:, 1:], 2e-2, rtol=1e-5)
+    np.testing.assert_allclose(limits[:, 0], 7.82e-2, rtol=1e-3)
+
+
 def test_page_of_the_simulation_has_every_table() -> None:
     text = page(2, "python benchmarks/verdict_power.py page.md")
     for study in STUDIES:
