@@ -90,7 +90,7 @@ def readable_sums(of: Case, parameter: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("block", [1, 1 << 20], ids=["blocks", "one-block"])
 def test_fast_form_is_the_readable_one(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(bias_module, "_VALUES_AT_ONCE", block)
+    monkeypatch.setattr(bias_module, "VALUES_AT_ONCE", block)
     of = drawn(1)
     found = biases(of).by_observable
     for parameter in (1, 5, 9):

@@ -76,7 +76,8 @@ differ from the others."""
 _COUPLED = 1e-2
 """Probability that values of one rank and step count by chance as depending on each other, in any
 of the means."""
-_VALUES_AT_ONCE = 1 << 20
+VALUES_AT_ONCE = 1 << 20
+"""Numbers of one record and field in a block: records of long runs are larger than memory."""
 
 TOTALS = (ObservableName.SAMPLE_LOSS, ObservableName.SAMPLE_NORM, ObservableName.GRAD_NORM)
 
@@ -268,7 +269,7 @@ class _Rows:
     def blocks(self, name: str) -> Iterator[tuple[slice, list[Floats]]]:
         """A large field of every side, some steps at a time, with the place of the steps."""
         shape = self.sides[0][0].shape_of(name)
-        at_once = max(1, _VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
+        at_once = max(1, VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
         for start in range(0, len(self.steps), at_once):
             place = slice(start, min(start + at_once, len(self.steps)))
             yield place, [_read(side, name, rows[place]) for side, rows in self.sides]
