@@ -285,7 +285,7 @@ def test_a_rank_of_the_clip_regime_has_an_empty_micro_batch_beside_full_ones(
     shares = _shares(_jobs(num_ranks)["flash_fsdp"], PROBE_CLIP, monkeypatch)
     sizes = [[[len(batch) for batch in rank] for rank in step] for step in shares]
     b, K = PROBE_DATA.batch_size, PROBE_MICRO_BATCHES
-    # One sample fewer than all; one more than a full micro-batch of each rank; all; one.
+    # One sample fewer than all; one more than a full micro-batch of each rank; all; one. Twice.
     others = num_ranks - 1
     late = num_ranks * K * b // 10
     few = [[size] for size in [2] * (late - num_ranks) + [1] * (2 * num_ranks - late)]

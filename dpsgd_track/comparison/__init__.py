@@ -6,7 +6,8 @@ A pairing chooses the pairs to compare: `baselines` within one group, `earlier` 
 1. `alignment` matches two trajectories by step, sample index and name;
 2. `drift` measures their distance in every quantity that `observables` lists;
 3. `floor` measures a baseline and its replay in the same way: rounding alone;
-4. `excess` relates each drift to the limit that rounding explains;
+4. `excess` relates each drift to the limit that rounding explains, `bias` tests means against plain
+   autograd in the modes' type, and `resolution` tells the smallest error that the two would find;
 5. `finite` looks for NaN and infinity in each run on its own;
 6. `ladder` finds the first step and stage that is out of bounds;
 7. `noise` audits each run's noise, and the contribution of each sample;

@@ -30,6 +30,7 @@ from dpsgd_track.config import CLIP, NOISE, PLAIN, kind_of
 from dpsgd_track.modes.table import BASELINE, REFERENCE, is_private
 from dpsgd_track.record.run import Group, ModeRun
 from dpsgd_track.record.stages import ObservableName
+from dpsgd_track.record.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +92,18 @@ class Baselines:
             largest=_largest(recorded, (*shown, *rest)) if self.all_pairs else {},
             audits=audits_of(runs, reference),
         )
+        in_type = _in_type(repeats, replays)
         candidates = [
             Candidate(
                 run=run,
                 held=[
-                    _held(run, base, comparison, extents.get((base.label, run.label), WHOLE))
+                    _held(
+                        run,
+                        base,
+                        comparison,
+                        extents.get((base.label, run.label), WHOLE),
+                        in_type if base is reference else None,
+                    )
                     for base in (_distinct(plain, reference) if run.replay else bases)
                     if base is not run and run is not reference
                 ],
@@ -137,7 +145,13 @@ def _distinct(*runs: ModeRun | None) -> list[ModeRun]:
     return list({run.label: run for run in runs if run}.values())
 
 
-def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison, extent: Extent) -> Held:
+def _held(
+    run: ModeRun,
+    base: ModeRun,
+    regime: RegimeComparison,
+    extent: Extent,
+    in_type: Trajectory | None,
+) -> Held:
     unlike = list(judge_likeness(base, run, is_noise_settled=extent.own_noise is not None))
     found = list(unlike)
     if extent.clipped and not is_private(base.mode):
@@ -149,7 +163,9 @@ def _held(run: ModeRun, base: ModeRun, regime: RegimeComparison, extent: Extent)
     if pair and any(f.verdict is Verdict.BUG for f in judge_run(base)):
         found.append(_unknown(regime, f"{base.label} is itself at fault", base.label))
     floor = regime.floor(base.label)
-    return Held(pair=pair, floor=floor, findings=found, unlike=bool(unlike), extent=extent)
+    return Held(
+        pair=pair, floor=floor, plain=in_type, findings=found, unlike=bool(unlike), extent=extent
+    )
 
 
 def _clips_unlike(regime: RegimeComparison, base: ModeRun, extent: Extent) -> Finding:
@@ -190,6 +206,20 @@ def _bases(regime: str, runs: Sequence[ModeRun]) -> tuple[ModeRun | None, ModeRu
     # A single mode can still be the baseline of its variants.
     installed = (run_of(recorded, run.mode) for run in runs if run.variant)
     return plain or reference or next(filter(None, installed), None), reference
+
+
+def _in_type(
+    repeats: Sequence[tuple[ModeRun, ModeRun]], replays: Sequence[Pair]
+) -> Trajectory | None:
+    """The reference's sound replay in the modes' type, aligned with it."""
+    return next(
+        (
+            pair.aligned.other
+            for (base, run), pair in zip(repeats, replays, strict=True)
+            if (base.label, run.replay) == (REFERENCE, PLAIN) and is_sound(base, run)
+        ),
+        None,
+    )
 
 
 def _floors(repeats: Sequence[tuple[ModeRun, ModeRun]], replays: list[Pair]) -> dict[str, Floor]:

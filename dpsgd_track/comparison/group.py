@@ -13,6 +13,7 @@ from dpsgd_track.comparison.earlier import Earlier
 from dpsgd_track.comparison.judge import Measure, judge
 from dpsgd_track.comparison.pairing import Matched, Pairing
 from dpsgd_track.comparison.result import GroupComparison, Judged, group_sentence, mode_verdict
+from dpsgd_track.comparison.seen import seen_in
 from dpsgd_track.comparison.verdict import Verdict, worst
 from dpsgd_track.comparison.waivers import Waiver, waiver_notes
 from dpsgd_track.config import SILENT, Thresholds
@@ -89,4 +90,9 @@ def _compare(pairing: Pairing, measure: Measure) -> GroupComparison:
         sentence=sentence,
         waiver_notes=waiver_notes(measure.waivers, used, measure.today),
         environment_differences=pairing.differences,
+        seen=seen_in(
+            [mode.resolutions for mode in modes],
+            [audit for regime in regimes for audit in regime.audits.values()],
+            [run for regime in regimes for run in regime.runs],
+        ),
     )

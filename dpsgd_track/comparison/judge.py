@@ -6,14 +6,17 @@ import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dpsgd_track.comparison.audit.bias import completed, judge_bias
 from dpsgd_track.comparison.audit.consistency import Inconsistency
 from dpsgd_track.comparison.audit.noise import judge_noise, passed_noise
 from dpsgd_track.comparison.diagnose.culprit import Culprit, culprit_of
-from dpsgd_track.comparison.diagnose.ladder import Rung, ladder
+from dpsgd_track.comparison.diagnose.ladder import Rung, first_introduced, ladder
 from dpsgd_track.comparison.measure.amount import number
+from dpsgd_track.comparison.measure.bias import TOLERANCES, Biases, biases_of
 from dpsgd_track.comparison.measure.excess import Evidence, evidence_of
 from dpsgd_track.comparison.measure.finite import not_finite
 from dpsgd_track.comparison.measure.observables import OBSERVABLES, STAGES
+from dpsgd_track.comparison.measure.resolution import resolution_of
 from dpsgd_track.comparison.pairing import Candidate, Held, Matched
 from dpsgd_track.comparison.result import Judged, Key, RegimeComparison
 from dpsgd_track.comparison.verdict import (
@@ -56,8 +59,10 @@ def judge(candidate: Candidate, matched: Matched, measure: Measure) -> Judged:
             results.append(_judge_against(held, run, measure, broken))
     ladders = {key: rungs for result in results for key, rungs in result.ladders.items()}
     return Judged(
+        regime=regime.name,
         findings=(*found, *(f for result in results for f in result.findings)),
         ladders=ladders,
+        resolutions=tuple(r for result in results for r in result.resolutions),
         culprits={key: c for result in results for key, c in result.culprits.items()},
         passed=candidate.new or _passed(candidate, regime, measure.thresholds, ladders),
     )
@@ -76,16 +81,45 @@ def _judge_against(
     rungs = ladder(evidence, broken, not_finite(run.trajectory) if run.trajectory else ())
     key = held.pair.regime, held.pair.baseline
     left_out = run.facts.left_out_steps if run.facts else ()
-    found = [*judge_floor(evidence), *judge_pair(evidence, rungs, left_out)]
     if held.unlike:
         # Drifts between incomparable runs say nothing about the mode.
+        found = [*judge_floor(evidence), *judge_pair(evidence, rungs, left_out)]
         return Judged(
             findings=tuple(f for f in found if f.observable is None), ladders={key: rungs}
         )
+    biases = _biases(held, run)
+    bias = judge_bias(biases, rungs, held.pair, measure.thresholds)
+    accepted = None
+    if bias:
+        waivers, today = measure.waivers, measure.today
+        accepted = waiver_of(bias.finding, run.label, bias.excess, waivers, today)
+    if bias and not accepted:
+        rungs = bias.blamed(rungs, broken)
+    rungs = completed(rungs, biases)
+    found = [*judge_floor(evidence), *judge_pair(evidence, rungs, left_out)]
     found = [_waived(held.attributed(f), run.label, evidence, measure) for f in found]
+    found += [replace(bias.finding, waiver=accepted)] if bias else []
     culprit = _culprit(evidence, rungs, found, run, broken)
     return Judged(
-        findings=tuple(found), ladders={key: rungs}, culprits={key: culprit} if culprit else {}
+        findings=tuple(found),
+        ladders={key: rungs},
+        culprits={key: culprit} if culprit else {},
+        resolutions=(resolution_of(evidence, biases),),
+    )
+
+
+def _biases(held: Held, run: ModeRun) -> Biases | None:
+    """Mean errors of the held pair's mode; None without plain autograd in the same type."""
+    if held.pair is None or held.plain is None:
+        return None
+    aligned = held.pair.aligned
+    dtype = run.job.performance.param_dtype if run.job else "bfloat16"
+    return biases_of(
+        aligned.other,
+        held.plain,
+        aligned.baseline,
+        TOLERANCES[dtype],
+        stands_still=kind_of(held.pair.regime) == CLIP,
     )
 
 
@@ -113,6 +147,10 @@ def _culprit(
         return bool(shown) and not contradicts_itself and not any(f.fails for f in shown)
 
     counted = [rung for rung in rungs if not is_accepted(rung)]
+    first = first_introduced(counted)
+    biased = next((f.culprit for f in found if f.culprit), None)
+    if first and biased and first.stage is biased.stage:
+        return biased
     return culprit_of(evidence.pair, counted, run, broken)
 
 

@@ -13,6 +13,7 @@ from dpsgd_track.comparison.result import EnvironmentDifferences, RegimeComparis
 from dpsgd_track.comparison.verdict import Finding, Verdict, judge_likeness, judge_run
 from dpsgd_track.config import NOISE, kind_of
 from dpsgd_track.record.run import Group, ModeRun
+from dpsgd_track.record.trajectory import Trajectory
 
 _KEYS_SHOWN = 6
 
@@ -25,6 +26,8 @@ class Held:
     """None if no drift was measured between the two."""
     floor: Floor | None = None
     """Rounding error to expect of the pair; None if it is unknown."""
+    plain: Trajectory | None = None
+    """Plain autograd in the modes' type, aligned with the pair; None if it was not recorded."""
     findings: Sequence[Finding] = ()
     """Findings that do not depend on the numbers of the two runs."""
     unlike: bool = False

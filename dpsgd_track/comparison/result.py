@@ -11,6 +11,8 @@ from dpsgd_track.comparison.diagnose.culprit import Culprit, first_of
 from dpsgd_track.comparison.diagnose.ladder import Rung
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.floor import Floor
+from dpsgd_track.comparison.measure.resolution import Resolution
+from dpsgd_track.comparison.seen import Seen, by_model
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import CLIP, NOISE, Thresholds, kind_of
 from dpsgd_track.record.run import Group, ModeRun
@@ -104,6 +106,8 @@ class ModeVerdict:
     """Culprit of each comparison in which a stage went wrong and is not accepted."""
     culprit: Culprit | None = None
     """Culprit over all comparisons; None if no stage is known to have gone wrong."""
+    resolutions: Mapping[str, Resolution] = field(default_factory=dict)
+    """Smallest errors that would have been found in this mode, by model."""
 
     @property
     def others(self) -> tuple[Finding, ...]:
@@ -151,6 +155,8 @@ class GroupComparison:
     """A sentence for each waiver that has expired or was not needed."""
     environment_differences: EnvironmentDifferences = ()
     """Differences between two groups; empty for one."""
+    seen: Seen = field(default_factory=lambda: Seen(resolutions={}))
+    """Smallest errors that would have been found in any mode."""
 
     @property
     def leading(self) -> ModeVerdict | None:
@@ -164,9 +170,12 @@ class GroupComparison:
 class Judged:
     """Findings on one run in one regime."""
 
+    regime: str = ""
     findings: tuple[Finding, ...] = ()
     ladders: Mapping[Key, tuple[Rung, ...]] = field(default_factory=dict)
     culprits: Mapping[Key, Culprit] = field(default_factory=dict)
+    resolutions: tuple[Resolution, ...] = ()
+    """One for each comparison."""
     passed: str = ""
     """Description of the run in its regime, in case there are no findings."""
 
@@ -195,6 +204,7 @@ def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
         ladders={key: r for result in results for key, r in result.ladders.items()},
         culprits=culprits,
         culprit=culprit,
+        resolutions=by_model([(r.regime, each) for r in results for each in r.resolutions]),
     )
 
 

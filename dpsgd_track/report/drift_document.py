@@ -287,6 +287,35 @@ class RegimeEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolutionEntry:
+    """Smallest relative errors that are found in one model with a probability of 95 %."""
+
+    mode: str
+    """Label; empty for any mode."""
+    model: str
+    """`the model` or `the probe`."""
+    quantity: Literal["norms", "sums"]
+    one: Number
+    """In any one parameter that is no exception."""
+    exceptions: tuple[str, ...]
+    """Parameters in which only far larger errors are found."""
+    every: Number
+    """In all parameters at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenEntry:
+    """What the comparison would have seen, and what no regime exercised."""
+
+    sentence: str
+    resolutions: tuple[ResolutionEntry, ...]
+    noise_std: Number
+    """Smallest relative error found of the std of a mode's own noise; null if not audited."""
+    unseen: tuple[str, ...]
+    """Kinds of faults that could not show, each to follow the word `faults`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EnvironmentDifference:
     """A setting in which the two groups compared differ."""
 
@@ -338,6 +367,7 @@ class DriftDocument:
     environment_differences: tuple[EnvironmentDifference, ...]
     runs: tuple[RunEntry, ...]
     """All runs, missing ones included."""
+    seen: SeenEntry
 
 
 DRIFT = Codec(DriftDocument, "dpsgd-track/drift", 4)

@@ -31,7 +31,9 @@ from dpsgd_track.report.drift_document import (
     PairEntry,
     ParameterNoise,
     RegimeEntry,
+    ResolutionEntry,
     RunEntry,
+    SeenEntry,
     StageEntry,
     TableRow,
     number,
@@ -66,6 +68,29 @@ def drift_document(comparison: GroupComparison) -> DriftDocument:
             for setting, before, after in comparison.environment_differences
         ),
         runs=tuple(_copied(RunEntry, run) for run in group.runs),
+        seen=_seen(comparison),
+    )
+
+
+def _seen(comparison: GroupComparison) -> SeenEntry:
+    every = [("", comparison.seen.resolutions)]
+    every += [(mode.label, mode.resolutions) for mode in comparison.modes]
+    return _copied(
+        SeenEntry,
+        comparison.seen,
+        resolutions=tuple(
+            ResolutionEntry(
+                mode=label,
+                model=model,
+                quantity=quantity,
+                one=number(sight.any_one),
+                exceptions=sight.exceptions,
+                every=number(sight.all),
+            )
+            for label, resolutions in every
+            for model, resolution in resolutions.items()
+            for quantity, sight in resolution.sights
+        ),
     )
 
 

@@ -73,7 +73,8 @@ def note(comparison: GroupComparison) -> str:
     said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
     name = f"Group **{prose(comparison.group.name)}**"
     promised = [prose(sentence) for sentence in guarantees(comparison.group)]
-    parts = [verdict, prose(said), f"**{prose(advice(comparison))}**", table, *promised, name]
+    seen = prose(comparison.seen.sentence)
+    parts = [verdict, prose(said), f"**{prose(advice(comparison))}**", seen, table, *promised, name]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -53,6 +53,7 @@ def summary(comparison: GroupComparison) -> str:
         *(["\n".join(f"{verdict:<12}  {line}" for verdict, line in lines)] if lines else []),
         *(["Waivers\n" + "\n".join(waived(comparison))] if waived(comparison) else []),
         *(_costs(profile) if (profile := profile_of(comparison.group)) else []),
+        *filter(None, (comparison.seen.sentence,)),
         headline(comparison),
     ]
     return "\n\n".join(visible(part) for part in parts) + "\n"
@@ -109,7 +110,8 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
         line = Text(f"{verdict:<12}  ", style=_COLOURS[verdict])
         line.append(visible(said), style="default")
         console.print(line, soft_wrap=soft)
-    for sentence in [*guarantees(comparison.group), *comparison.waiver_notes]:
+    seen = filter(None, (comparison.seen.sentence,))
+    for sentence in [*guarantees(comparison.group), *comparison.waiver_notes, *seen]:
         console.print(Text(visible(sentence)), soft_wrap=soft)
     style = f"bold {_COLOURS[comparison.verdict]}"
     console.print(Text(visible(headline(comparison)), style=style), soft_wrap=soft)

@@ -91,6 +91,9 @@ def cause_of(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
         limit = max(rung.limit, rounding_of(facts)) if subject is UPDATE else rung.limit
         if found := explanations(facts, subject, limit):
             return Cause(explanations=found, is_division=subject is DIVISION)
+    rule = clipping_rule(pair.aligned) if rung.stage in (Stage.FACTORS, Stage.SUM) else ""
+    if rule:
+        return Cause(explanations=(Explanation(sentence=rule, name=rule),))
     if len(rung.items) > 1 and rung.stage in (Stage.NORMS, Stage.SUM):
         return _of_one(pair, rung, run)
     return Cause()

@@ -13,22 +13,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from scipy import optimize, special
 
+from dpsgd_track.comparison.measure.alignment import Aligned
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.observables import LOSS
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers
 
 # Twice the error of plain autograd, as in FlashAttention's tests, where the floor is the largest
-# of many draws, such as the projections of a parameter.
+# of 64 draws, such as the projections of a parameter in four steps.
 MARGIN = 2.0
 # A loss, or the norm of a layer, is one draw of a random difference in each step, and the ratio of
 # two such draws exceeds 2 every third time. The same holds for a sample: there are many, but in
 # bfloat16 the one whose gradient cancels most has the largest error of all in every run. In runs of
-# correct modes it reached 2.6 times that of plain autograd.
+# correct modes it reached 2.6 times that of plain autograd. Five is the margin of six normal draws.
 MARGIN_OF_ONE_DRAW = 5.0
+FALSE_ALARM = 1e-3
+"""Probability that the largest of n draws exceeds `margin_of(n)` times the largest of n others."""
 _ONE_DRAW = ("", "layer", "sample", "sample_parameter")
 # With few steps, some layer's floor is small by luck: none is taken to be less than this share of
 # the largest. So the limit of one parameter is never below the largest floor of any.
@@ -37,6 +42,7 @@ _RELATED = {
     ObservableName.LOSS: ObservableName.SAMPLE_LOSS,
     ObservableName.FINAL_LOSS: ObservableName.SAMPLE_LOSS,
     ObservableName.GRAD_NORM: ObservableName.LAYER_GRAD_NORM,
+    ObservableName.GRAD_NORM_NOISED: ObservableName.LAYER_GRAD_NORM,
 }
 """By observable, a related one whose floor also counts: a mean is about as inaccurate as its terms,
 and has fewer draws to show it."""
@@ -71,6 +77,10 @@ class _Series:
     items: tuple[str, ...]
     by_item: Floats
     """[S, items]"""
+    num_draws: Integers
+    """[S, items], or [S, 1]: independent draws that the floor of an item is the largest of."""
+    share: Floats
+    """[S] share of the related observable's floor that counts."""
 
     def at(self, steps: Integers) -> Integers:
         """Rows that count for `steps`."""
@@ -106,14 +116,14 @@ def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor
     """
     if not replays:
         return None
-    drifts: dict[ObservableName, list[Drift]] = {}
+    drifts: dict[ObservableName, list[tuple[Aligned, Drift]]] = {}
     for replay in replays:
         for name, drift in replay.drifts.items():
-            drifts.setdefault(name, []).append(drift)
+            drifts.setdefault(name, []).append((replay.aligned, drift))
     series = {name: _series(found) for name, found in drifts.items()}
     return Floor(
         measured_on=tuple(dict.fromkeys(replay.mode for replay in replays)),
-        values={name: max(drift.max for drift in found) for name, found in drifts.items()},
+        values={name: max(drift.max for _, drift in found) for name, found in drifts.items()},
         series=series,
         against_float64=against_float64,
         chaos=_chaos(series.get(ObservableName.GRADIENT)),
@@ -127,21 +137,84 @@ def _chaos(gradient: _Series | None) -> int | None:
     return int(gradient.steps[lost[0]]) if len(lost) else None
 
 
-def _series(drifts: Sequence[Drift]) -> _Series:
-    steps = np.unique(np.concatenate([drift.steps for drift in drifts]))
-    items = drifts[0].items
+def _series(drifts: Sequence[tuple[Aligned, Drift]]) -> _Series:
+    steps = np.unique(np.concatenate([drift.steps for _, drift in drifts]))
+    items = drifts[0][1].items
     largest, by_item = np.zeros(len(steps)), np.zeros((len(steps), max(1, len(items))))
-    for drift in drifts:
+    num_draws, share = np.zeros_like(by_item, dtype=np.int64), np.ones(len(steps))
+    for aligned, drift in drifts:
         rows = np.searchsorted(steps, drift.steps)
         largest[rows] = np.fmax(largest[rows], drift.per_step)
-        if drift.items == items:
-            by_item[rows] = np.fmax(by_item[rows], drift.matrix)
+        share[rows] = _share_of_sum(aligned, drift)
+        if drift.items != items:
+            continue
+        by_item[rows] = np.fmax(by_item[rows], drift.matrix)
+        # A replay that repeats every bit shows no rounding.
+        if drift.max > 0:
+            num_draws[rows] += _num_draws(aligned, drift)
     return _Series(
         steps=steps,
         largest=np.maximum.accumulate(largest),
         items=items,
         by_item=np.maximum.accumulate(by_item, axis=0),
+        num_draws=np.cumsum(num_draws, axis=0),
+        share=share,
     )
+
+
+def _num_draws(aligned: Aligned, drift: Drift) -> Integers:
+    """[S, items], or [S, 1]: independent draws of a step's rounding error."""
+    S, record = len(drift.steps), aligned.baseline
+    match drift.observable.items:
+        case "":
+            draws = np.ones((S, 1), dtype=np.int64)
+        case "layer":
+            draws = np.full((S, 1), len(drift.items))
+        case "parameter":
+            # The projections of a small tensor repeat each other.
+            sizes, num_projections = record.parameter_sizes, record.shape_of("gradient_sketch")[2]
+            draws = np.where(sizes > 0, np.minimum(sizes, num_projections), num_projections)[None]
+        case _:
+            draws = record.num_samples[:, None]
+    return np.where(np.isfinite(drift.per_step)[:, None], draws, 0)
+
+
+def _share_of_sum(aligned: Aligned, drift: Drift) -> Floats | float:
+    """[S] share of the clipped sum in the noised one, by which noise dilutes a relative error."""
+    if drift.observable.name is not ObservableName.GRAD_NORM_NOISED:
+        return 1.0
+    noised = aligned.baseline.grad_norm_noised
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = aligned.baseline.grad_norm / noised
+    return np.where(noised > 0, np.minimum(share, 1.0), 1.0)
+
+
+def margin_of(num_draws: Integers) -> Floats:
+    """Least m at which the largest |x| of n normal draws exceeds m times that of n others.
+
+    This happens with probability FALSE_ALARM: 637 for one draw, 7.8 for 4, 5 for 6, 2 for 64.
+    """
+    knots, margins = _margins()
+    return np.exp(np.interp(np.log(np.maximum(num_draws, 1)), knots, margins))
+
+
+@cache
+def _margins() -> tuple[Floats, Floats]:
+    """Logarithms of numbers of draws and of their margins.
+
+    With F the distribution of |x|, the probability is the integral of 1 - F(m t)^n over the
+    distribution F(t)^n of the largest of the others.
+    """
+    t = np.geomspace(1e-6, 12.0, 600)
+
+    def too_large(log_margin: float, n: int) -> float:
+        others = special.erf(t / np.sqrt(2)) ** n
+        exceeds = 1 - special.erf(np.exp(log_margin) * t / np.sqrt(2)) ** n
+        return float(np.trapezoid(exceeds, others)) - FALSE_ALARM
+
+    numbers = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 256, 4096)
+    margins = [float(optimize.brentq(too_large, 0.0, 12.0, args=(n,), xtol=1e-4)) for n in numbers]
+    return np.log(numbers), np.array(margins)
 
 
 def limits_of(drift: Drift, floor: Floor | None) -> Floats | None:
@@ -155,12 +228,19 @@ def limits_of(drift: Drift, floor: Floor | None) -> Floats | None:
         return None
     rows = series.at(drift.steps)
     measured = series.largest[rows][:, None]
+    num_draws = series.num_draws[rows]
     if name in _RELATED and (related := floor.series.get(_RELATED[name])) is not None:
-        theirs = related.largest[related.at(drift.steps)][:, None]
-        measured = np.maximum(measured, 0.5 * theirs)
+        reach = related.at(drift.steps)
+        measured = np.maximum(
+            measured, 0.5 * (series.share[rows] * related.largest[reach])[:, None]
+        )
+        num_draws = num_draws + related.num_draws[reach]
     if drift.items and drift.items == series.items:
         measured = np.maximum(series.by_item[rows], _LEAST_SHARE[kind] * measured)
-    margin = MARGIN_OF_ONE_DRAW if kind in _ONE_DRAW else MARGIN
+    else:
+        num_draws = num_draws.max(axis=1, keepdims=True)
+    least = MARGIN_OF_ONE_DRAW if kind in _ONE_DRAW else MARGIN
+    margin = np.maximum(least, margin_of(num_draws))
     resolution = _RESOLUTION_OF.get(name, RESOLUTION) * _unit(drift)
     limits = np.maximum(margin * measured, resolution)
     if floor.chaos is not None:

@@ -128,7 +128,6 @@ def positions_lost(positions_BT: Tensor) -> Tensor:
     "logits regularised",
     "l_i + 1e-4 mean_t log^2 Z_t, in place of l_i",
     source="Chowdhery et al., 2022, PaLM",
-    in_bf16="it moves a loss by 1e-3, and rounding moves one by 5e-3",
 )
 def logits_regularised(original: Original, logits: Tensor, targets: Tensor) -> Any:
     """A regulariser for stability that the baseline does not have."""

@@ -25,6 +25,8 @@ Terms = dict[str, Term]
 
 WITH_OUTER = tuple(mode for mode in FSDP_MODES if mode != FUSED_BK)
 """Modes that hold both factors of a linear layer's gradient when its norm is taken."""
+TWO_PASS = tuple(mode for mode in WITH_OUTER if not mode.endswith("_bk"))
+"""Those of them that do so for every layer; with bookkeeping, gradients may be formed instead."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,8 @@ def tied_norms_added(original: Original, name: str, terms: Sequence[Term]) -> Te
     "n^2 = |g_1|^2 + |g_2|^2, in place of |g_1 + g_2|^2",
     Need.REUSED_MODULE,
     source="tensorflow/privacy 44dfac3",
-    in_bf16="it moves a norm by 2 %, which is less than five times the error of plain autograd",
     where=("*.reused.weight",),
-    modes=WITH_OUTER,
+    modes=TWO_PASS,
 )
 def reused_norms_added(original: Original, name: str, terms: Sequence[Term]) -> Any:
     """The uses are concatenated along the positions."""
@@ -368,7 +369,6 @@ def last_tile_dropped(outer: Outer) -> Outer:
     "xhat with epsilon 1e-2, in place of 1e-5",
     Need.LAYER_NORM,
     at=Seam.LAYER_NORM_TERMS,
-    in_bf16="it moves a norm by less than 1 %, as rounding does",
     where=("blocks.*.norm.weight",),
 )
 def layer_norm_epsilon(site: Site) -> None:
