@@ -140,16 +140,17 @@ class Trajectory:
     """[S, N, P] L2 norm of each sample's gradient with respect to each parameter."""
     sample_sketch: Floats
     """[S, N, P, K] the projections of each sample's gradient before clipping, so that sums with
-    other factors can be predicted. K is 0 but in the reference's clip regime."""
+    other factors can be predicted. K is 0 but in the reference's
+    clip regime on a small model."""
     sample_shard_sketch: Floats
     """[S, N, P, K] the same of those rows alone that the sample's own rank would hold if it were
     sharded: what is left of a sum that is not reduced over ranks."""
     sample_other_norm: Floats
     """[S, N, P, F] value of each `NormFormula`, wrong formulas for the norm by parameter; NaN where
-    one does not apply. F is 0 but in the reference's clip regime."""
+    one does not apply. F is 0 but in the reference's clip regime on a small model."""
     moved_sketch: Floats
     """[S, V, P, K] the projections of the clipped sum with its elements moved as each `Move` says.
-    K is 0 but in the reference's clip regime."""
+    K is 0 but in the reference's clip regime on a small model."""
     gradient_sketch: Floats
     """[S, P, K] +-1 projections of the clipped sum; E[mean over K of square] = squared norm."""
     noised_sketch: Floats

@@ -94,7 +94,7 @@ class RegimeRun(PreparedRun):
         size. Only in the noise regime, where DRAWS is the noise-only step."""
         model = self._model()
         self.sampler = self._sampler(model)
-        self._begin(model, self._context(), build)
+        self._begin(model, self._context(model), build)
 
     def _begin(self, model: nn.Module, context: ModeContext, build: ModeBuilder) -> None:
         """Build the mode over `model`, and start its records."""

@@ -23,6 +23,7 @@ from dpsgd_track.config import (
     PrivacyConfig,
     RegimeConfig,
 )
+from dpsgd_track.distributed.sharding import trainable_parameters
 from dpsgd_track.modes.protocol import Mode, ModeContext, ProtocolError
 from dpsgd_track.modes.table import REFERENCE, is_private, takes_norm_plan
 from dpsgd_track.privacy.clipping import SampleRecord
@@ -39,6 +40,10 @@ from dpsgd_track.training.data import (
 from dpsgd_track.training.model import build_model, check_length, perturb_inputs
 from dpsgd_track.training.sample_observer import SampleObserver
 from dpsgd_track.training.text_source import population_of
+
+MOST_OBSERVED = 1 << 20
+"""Trainable elements of the largest model of which each sample's gradient is observed. That takes
+longer than the reference's step, and the probe, which has fewer, shows most causes."""
 
 
 class PreparedRun:
@@ -91,11 +96,12 @@ class PreparedRun:
             sizes=sizes,
         )
 
-    def _context(self) -> ModeContext:
+    def _context(self, model: nn.Module) -> ModeContext:
         regime, performance = self.regime, self.job.performance
         is_plain = regime.replay == PLAIN
         dtype = performance.param_dtype if is_plain else performance.reference_dtype
-        is_observed = regime.kind == CLIP and not regime.replay and self.job.mode == REFERENCE
+        is_reference = regime.kind == CLIP and not regime.replay and self.job.mode == REFERENCE
+        size = sum(p.numel() for p in trainable_parameters(model).values())
         adds_noise = regime.noise_matched or is_private(self.job.mode)
         return ModeContext(
             privacy=PrivacyConfig(
@@ -113,7 +119,7 @@ class PreparedRun:
             if takes_norm_plan(self.job.mode, performance.plan)
             else AUTO,
             loss=LOSSES[self.job.model.task],
-            observer=SampleObserver() if is_observed else None,
+            observer=SampleObserver() if is_reference and size <= MOST_OBSERVED else None,
         )
 
     def _noise_key(self) -> str:

@@ -55,7 +55,7 @@ class ProfileRun(PreparedRun):
         self.sampler = self._sampler(model)
         parameters = trainable_parameters(model)
         layers = [name for name in linear_layer_names(model) if f"{name}.weight" in parameters]
-        self.mode = build(job.mode, model, self._context())
+        self.mode = build(job.mode, model, self._context(model))
         self._source_key = self._noise_key()
         # On the device before the first step.
         self._rank_batches = [self.sampler.rank_batch(step) for step in range(regime.num_iter)]
