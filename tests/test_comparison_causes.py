@@ -338,6 +338,34 @@ def test_the_stage_where_nan_began_is_on_the_ladder_and_in_the_sentence() -> Non
     assert (statuses["clipped sum"], statuses["noise"]) == ("introduced", "inherited")
 
 
+def with_losses(t: Trajectory, sample_loss: Any) -> Trajectory:
+    return replace(t, sample_loss=sample_loss, loss=sample_loss.mean(axis=1))
+
+
+def test_weights_that_the_mode_changed_before_its_first_step_are_named() -> None:
+    t, other = base(), base().weight_sketch.copy()
+    other[:, 2] *= 1.1
+    changed = with_losses(replace(t, weight_sketch=other), 1.01 * t.sample_loss)
+    verdict = found(changed)
+    assert "starts from other weights: first at step 0 of clip, in model.layers.2.weight" in (
+        verdict.sentence
+    )
+    statuses = {r.stage.value: r.status.value for r in verdict.ladders["clip", "reference"]}
+    assert (statuses["initial weights"], statuses["loss"]) == ("introduced", "inherited")
+    # Right losses show that it was the step that moved them.
+    assert "starts from other weights" not in found(replace(t, weight_sketch=other)).sentence
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2])
+def test_losses_of_other_weights_are_not_taken_for_weighed_or_rounded_ones(size: float) -> None:
+    t = base()
+    off = size * np.random.default_rng(0).standard_normal(t.sample_loss.shape)
+    said = found(with_losses(t, t.sample_loss * (1 + off))).sentence
+    assert "computes wrong losses" in said
+    assert "numbers of targets" not in said
+    assert ("bfloat16" in said) == (size < 2e-3)
+
+
 def test_alternatives_that_another_comparison_rules_out_are_dropped() -> None:
     two, ranks, batches = (Explanation(sentence=s, name=s) for s in ("by 2", "by W", "by K"))
     first, second = Cause(explanations=(two, ranks)), Cause(explanations=(ranks, batches))

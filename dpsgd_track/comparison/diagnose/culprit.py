@@ -416,10 +416,14 @@ def _direction(rung: Rung, pair: Aligned, row: int) -> str:
     names = pair.baseline.parameter_names.tolist()
     if observable.items == "sample_parameter":
         columns = [names.index(item) for item in rung.items if item in names]
-        ours, theirs = ours[:, columns], theirs[:, columns]
+        # A mean over all parameters names none of them.
+        ours, theirs = (side[:, columns or range(len(names))] for side in (ours, theirs))
     with np.errstate(invalid="ignore"):
         difference = theirs - ours
-        wrong = difference[np.abs(difference) > 1e-2 * np.nanmax(np.abs(difference))]
+        size = np.abs(difference)
+        wrong = difference[size > 1e-2 * np.fmax.reduce(size, axis=None, initial=0.0)]
+    if not wrong.size:
+        return ""
     if (wrong > 0).all():
         return "too large"
     return "too small" if (wrong < 0).all() else ""
@@ -468,7 +472,8 @@ def _in_words(
 
 def _subject(stage: Stage, observable: Observable) -> str:
     """`Off`, preceded by the observable's name if it is not the stage's result itself."""
-    if observable.name in (STAGES[stage][0], ObservableName.SAMPLE_NORM_BY_PARAMETER):
+    results = (*STAGES.get(stage, (ObservableName.WEIGHTS,))[:1],)
+    if observable.name in (*results, ObservableName.SAMPLE_NORM_BY_PARAMETER):
         return "Off"
     title = observable.title.removesuffix(" (distance)")
     return f"{title[0].upper()}{title[1:]} off"

@@ -126,11 +126,27 @@ def ladder(
     if kind_of(evidence.pair.regime) != CLIP:
         failing = np.any([stage.failing for stage in stages], axis=0)
         earlier = np.concatenate([[False], np.logical_or.accumulate(failing)[:-1]])[: len(steps)]
+    elif inputs is None and (changed := _changed_weights(stages, evidence)):
+        rungs[1] = changed
+        earlier[:] = True
     nan = _first_not_finite(aligned.baseline, not_finite_in_mode)
     for stage in stages:
         rungs.append(nan.get(stage.name) or _rung(stage, earlier, evidence, steps))
         earlier = earlier | stage.failing
     return tuple(rungs)
+
+
+def _changed_weights(stages: Sequence[_Stage], evidence: Evidence) -> Rung | None:
+    """The initial weights, where the mode has changed them before its first step.
+
+    The learning rate is 0, so that the weights after the first step are those before it. If they
+    differ and the losses of that step do too, it was not the step that changed them.
+    """
+    excess = evidence.excesses.get(ObservableName.WEIGHTS)
+    loss = next(stage for stage in stages if stage.name is Stage.LOSS)
+    if excess is None or not (len(loss.failing) and loss.failing[0] and excess.failing[0]):
+        return None
+    return rung_at(evidence, excess, 0, Stage.INITIAL_WEIGHTS, StageStatus.INTRODUCED)
 
 
 def _first_not_finite(baseline: Trajectory, found: Sequence[NotFinite]) -> dict[Stage, Rung]:

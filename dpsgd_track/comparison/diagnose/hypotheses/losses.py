@@ -21,6 +21,10 @@ from dpsgd_track.record.trajectory import Floats
 
 _WHOLE = 2e-3
 """Distance from a whole number up to which a float32 ratio of losses is one."""
+_LEAST_SPREAD = 1e-2
+"""Least spread of weights that come from numbers of targets: one target in a hundred."""
+_MOST_ROUNDED = 2.0**-8
+"""Largest relative error of a loss whose logits were rounded to bfloat16."""
 
 
 def _ratio(facts: Facts) -> Floats:
@@ -56,12 +60,20 @@ def _summed(facts: Facts) -> Prediction:
 
 def _over_batch_targets(facts: Facts) -> Prediction:
     """Losses weighed by the numbers of targets, whose mean over a micro-batch is 1."""
-    ratio = _ratio(facts)
+    ratio, spread = _ratio(facts), 0.0
     for batch in facts.micro_batches:
         of_batch = ratio[batch.row, batch.places]
         if abs(of_batch.mean() - 1) > 1e-4:
             return None
-    return facts.theirs.sample_loss if facts.micro_batches else None
+        spread = max(spread, float(np.ptp(of_batch)))
+    return facts.theirs.sample_loss if spread > _LEAST_SPREAD else None
+
+
+def _of_rounded_logits(facts: Facts) -> Prediction:
+    """What is recorded, if it is off by no more than rounded logits make it."""
+    observed, right = (side.sample_loss[facts.rows] for side in (facts.theirs, facts.ours))
+    is_close = float(np.nanmax(np.abs(observed / right - 1))) < _MOST_ROUNDED
+    return facts.theirs.sample_loss if is_close and off_as_rounding(observed, right) else None
 
 
 def _of_other_weights(facts: Facts) -> Prediction:
@@ -112,13 +124,7 @@ LOSS = Subject(
             Hypothesis(
                 sentence="they are off by as much as computing them in bfloat16 (from logits that "
                 "are rounded) makes them",
-                predict=lambda facts: (
-                    facts.theirs.sample_loss
-                    if off_as_rounding(
-                        facts.theirs.sample_loss[facts.rows], facts.ours.sample_loss[facts.rows]
-                    )
-                    else None
-                ),
+                predict=_of_rounded_logits,
                 is_hint=True,
             ),
         ),
