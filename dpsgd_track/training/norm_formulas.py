@@ -91,17 +91,17 @@ class LayerCalls:
         return [output for *_, output in self._calls]
 
     def shares(self, output_gradients: Sequence[Tensor]) -> dict[str, list[Share]]:
-        """The calls' shares of each parameter's gradient.
+        """The calls' shares of each parameter's gradient, on the CPU.
 
         Args:
             output_gradients: of `outputs`.
         """
         found: dict[str, list[Share]] = defaultdict(list)
-        for (module, own, x, output), dy in zip(self._calls, output_gradients, strict=True):
-            dy_TP = dy.flatten(0, -2)
+        for (module, own, *tensors), dy in zip(self._calls, output_gradients, strict=True):
+            x, output, dy_TP = (t.detach().cpu() for t in (*tensors, dy.flatten(0, -2)))
             if "bias" in own:
                 found[own["bias"]].append(Share(dy_TP))
-            if "weight" in own and (share := _of_weight(module, x, output.detach(), dy_TP)):
+            if "weight" in own and (share := _of_weight(module, x, output, dy_TP)):
                 found[own["weight"]].append(share)
         return found
 
@@ -117,7 +117,8 @@ def _of_weight(module: nn.Module, x: Tensor, output: Tensor, dy_TP: Tensor) -> S
         return Share(rows, row_T=row_T, padding_TP=padding)
     weight, bias = module.weight, getattr(module, "bias", None)
     if isinstance(weight, Tensor) and weight.ndim == 1 and weight.shape == x.shape[-1:]:
-        unscaled = (output if bias is None else output - bias.detach()) / weight.detach()
+        unscaled = output if bias is None else output - bias.detach().cpu()
+        unscaled = unscaled / weight.detach().cpu()
         return Share(dy_TP * unscaled.flatten(0, -2), raw_TP=dy_TP * x.flatten(0, -2).to(dy_TP))
     return None
 

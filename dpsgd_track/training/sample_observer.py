@@ -47,6 +47,8 @@ class SampleObserver:
             output_gradients: of `outputs`.
         """
         assert self._calls is not None, "the model is watched before its first sample"
+        # Thousands of operations on small tensors, each of which a GPU would wait for.
+        gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
         shares = self._calls.shares(output_gradients)
         self._calls.clear()
         self._sketches.append(torch.stack([_sketch(n, g) for n, g in gradients.items()]))
@@ -60,7 +62,7 @@ class SampleObserver:
         taken = []
         for values, width in zip((self._sketches, self._norms), widths, strict=True):
             empty = np.empty((0, self._num_parameters, width))
-            taken.append(torch.stack(values).double().cpu().numpy() if values else empty)
+            taken.append(torch.stack(values).double().numpy() if values else empty)
             values.clear()
         return taken[0], taken[1]
 
