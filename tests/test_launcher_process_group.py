@@ -4,10 +4,11 @@ import signal
 
 import pytest
 
-from dpsgd_track.config import RegimeConfig
+from dpsgd_track.config import PerformanceConfig, RegimeConfig
 from dpsgd_track.launcher import fork_client as worker_host
 from dpsgd_track.launcher import process_group
 from dpsgd_track.launcher.fork_client import WorkerHost
+from dpsgd_track.launcher.fork_server import Request
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.process_group import Launch, failure_of, outcomes
 from dpsgd_track.launcher.progress import PlainDisplay
@@ -60,6 +61,15 @@ def test_workers_know_of_no_store(tmp_path, monkeypatch):
     # They append to files: what could leak is not there.
     assert "MLFLOW_TRACKING_URI" not in seen
     assert "tracking" not in (tmp_path / "job.json").read_text() + " ".join(seen["command"])
+
+
+@pytest.mark.parametrize(("device", "visible"), [("cpu", ""), ("cuda", "0,1")])
+def test_ranks_on_the_cpu_see_no_gpu(device, visible, monkeypatch):
+    # Opacus shards over GPUs wherever there are some.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    planned = job("ghost_fsdp", *REGIMES, performance=PerformanceConfig(device=device))
+    request = Request(job_file="", log="", num_ranks=2, grace_s=1.0)
+    assert process_group.environment_of(planned, request)["CUDA_VISIBLE_DEVICES"] == visible
 
 
 @pytest.fixture

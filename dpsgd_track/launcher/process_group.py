@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import dpsgd_track
-from dpsgd_track.config import PROFILE, VariantConfig
+from dpsgd_track.config import PROFILE, JobConfig
 from dpsgd_track.launcher.fork_client import WorkerHost
 from dpsgd_track.launcher.fork_server import Meeting, Request
 from dpsgd_track.launcher.hardware import num_cores
@@ -135,7 +135,7 @@ def start(started: StartedJob, launch: Launch, host: WorkerHost, meeting: Meetin
         grace_s=launch.grace_s,
         meeting=meeting,
     )
-    host.start(request, _environment(job.variant, request))
+    host.start(request, environment_of(job, request))
 
 
 def report_of(work_dir: Path, code: int) -> Report:
@@ -179,7 +179,7 @@ def failure_of(work_dir: Path, code: int) -> Failure:
     return Failure(kind=kind, message=message, rank=root)
 
 
-def _environment(variant: VariantConfig | None, request: Request) -> dict[str, str]:
+def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
     """The launcher's environment, HF_TOKEN included, with the variables that ranks need."""
     package_root = str(Path(dpsgd_track.__file__).parent.parent)
     search_path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
@@ -196,7 +196,10 @@ def _environment(variant: VariantConfig | None, request: Request) -> dict[str, s
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if variant:
+    if job.performance.device == "cpu":
+        # Libraries such as Opacus shard over GPUs wherever there are some.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if variant := job.variant:
         # `python -m` would put the working directory first, and with it a checkout there.
         ours = [variant.root, os.getcwd(), environment["PYTHONPATH"]]
         environment["PYTHONPATH"] = os.pathsep.join(ours)
