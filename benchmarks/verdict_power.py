@@ -34,6 +34,7 @@ from dpsgd_track.comparison.measure.drift import compare_pairs  # noqa: E402
 from dpsgd_track.comparison.measure.excess import Evidence, evidence_of  # noqa: E402
 from dpsgd_track.comparison.measure.resolution import Resolution, resolution_of  # noqa: E402
 from dpsgd_track.config import Thresholds  # noqa: E402
+from dpsgd_track.record.alternatives import Move  # noqa: E402
 from dpsgd_track.record.stages import ObservableName  # noqa: E402
 from dpsgd_track.record.trajectory import Trajectory, sketch_length  # noqa: E402
 
@@ -141,12 +142,17 @@ def _record(norms: Floats, sums: Floats, losses: Floats) -> Trajectory:
         layer_grad_norm=lengths / N,
         sample_index=np.arange(S * N).reshape(S, N),
         sample_rank=np.tile(np.arange(N) * 2 // N, (S, 1)),
+        sample_micro_batch=np.zeros((S, N), dtype=np.int64),
         sample_loss=losses,
         sample_norm=total,
         clip_factor=np.ones((S, N)),
         parameter_names=names,
         parameter_sizes=np.array([1] + [1000] * (P - 1)),
         sample_norm_by_parameter=norms,
+        sample_sketch=np.empty((S, N, P, 0)),
+        sample_shard_sketch=np.empty((S, N, P, 0)),
+        sample_other_norm=np.empty((S, N, P, 0)),
+        moved_sketch=np.empty((S, len(Move), P, 0)),
         gradient_sketch=sums,
         noised_sketch=sums,
         weight_sketch=np.ones_like(sums),

@@ -360,7 +360,7 @@ def test_an_estimate_counts_groups_and_steps() -> None:
     assert dry_run.estimate(made).endswith("process group, 1 s for each of 115 steps of minilm")
     both = plan("quick", "--mode", "no_dp", "--regime", "probe-accuracy,accuracy")
     assert "each of 20 steps of minilm, " in dry_run.estimate(both)
-    assert dry_run.estimate(both).endswith("each of 16 steps of the probe")
+    assert dry_run.estimate(both).endswith("each of 32 steps of the probe")
 
 
 def test_an_estimate_has_the_speed_of_the_models_own_steps() -> None:

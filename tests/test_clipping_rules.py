@@ -95,10 +95,14 @@ def test_one_sample_alone_tells_parameters_from_layers_exactly() -> None:
             for name in (
                 "sample_index",
                 "sample_rank",
+                "sample_micro_batch",
                 "sample_loss",
                 "sample_norm",
                 "clip_factor",
                 "sample_norm_by_parameter",
+                "sample_sketch",
+                "sample_shard_sketch",
+                "sample_other_norm",
             )
         }
         changed: dict[str, Any] = {**kept, "gradient_sketch": sums}

@@ -38,7 +38,7 @@ def _tries(name: str) -> set[tuple[str, str]]:
     """What of the comparison and of the modes a fault puts to the test."""
     fault = MUTANTS[name]
     seams = {("seam", seam) for seam in fault.seams}
-    return {("kind", fault.kind), (fault.kind, fault.stage), *seams}
+    return {("kind", fault.kind), (fault.kind, fault.stage), ("modes", str(fault.modes)), *seams}
 
 
 def _sample() -> list[str]:

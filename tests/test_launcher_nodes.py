@@ -528,7 +528,7 @@ def test_offline_both_keep_their_part_and_sync_wants_node_0s_first(
     where = ("--tracking-uri", server.uri)
     monkeypatch.chdir(folders[1])
     assert fake_launch.run(["sync", *where]) == 1
-    assert "Run `dpsgd-track sync later` on node 0 first" in capsys.readouterr().out
+    assert "sync later` on node 0 first" in capsys.readouterr().out
     monkeypatch.chdir(folders[0])
     assert fake_launch.run(["sync", *where]) == 0
     monkeypatch.chdir(folders[1])

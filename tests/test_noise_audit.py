@@ -439,7 +439,7 @@ def test_wrong_noise_is_a_bug_of_its_mode_alone() -> None:
     assert verdicts(comparison)["flash_fsdp"] == "BUG"
     assert verdicts(comparison)["flash_fsdp_fuse"] == "PASS"
     guilty = next(mode for mode in comparison.modes if mode.label == "flash_fsdp")
-    assert "adds wrong noise (regime noise): the std of its noise" in guilty.sentence
+    assert "adds wrong noise: the std of its noise" in guilty.sentence
 
 
 @pytest.mark.parametrize("has_norms", [True, False])

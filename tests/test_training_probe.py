@@ -423,7 +423,16 @@ def _samples(norm: list[float], parts: list[list[float]]) -> GatheredSamples:
     count = len(norm)
     index, floats = np.arange(count), np.array(norm)
     return GatheredSamples(
-        index, np.zeros(count, np.int64), floats, floats, floats, np.array(parts), index
+        index=index,
+        rank=np.zeros(count, np.int64),
+        loss=floats,
+        norm=floats,
+        clip_factor=floats,
+        norm_by_parameter=np.array(parts),
+        micro_batch=np.zeros(count, np.int64),
+        sketch=np.empty((count, len(parts[0]), 0)),
+        other_norm=np.empty((count, len(parts[0]), 0)),
+        digests=index,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpsgd_track.record.trajectory import LARGE, Trajectory
+from dpsgd_track.record.trajectory import LARGE, SCHEMA_VERSION, Trajectory
 from tests.support.synthetic_group import trajectory
 
 RECORD = trajectory(steps=30)
@@ -75,7 +75,7 @@ def test_a_record_from_a_file_can_be_changed_in_one_field(path: Path) -> None:
 
 def test_compressed_file_is_read_as_well(path: Path) -> None:
     columns = columns_of(RECORD)
-    np.savez_compressed(path, schema=np.int64(2), **columns)
+    np.savez_compressed(path, schema=np.int64(SCHEMA_VERSION), **columns)
     assert same(Trajectory.load(path), RECORD)
 
 
@@ -114,7 +114,7 @@ def test_file_that_shrinks_after_it_was_opened_is_said(path: Path) -> None:
 def test_shapes_are_checked_before_a_large_field_is_read(path: Path) -> None:
     columns = columns_of(RECORD)
     columns["noised_sketch"] = RECORD.noised_sketch[:-1]
-    np.savez(path, schema=np.int64(2), **columns)
+    np.savez(path, schema=np.int64(SCHEMA_VERSION), **columns)
     with pytest.raises(ValueError, match=r"trajectory.noised_sketch: expected shape \(30,"):
         Trajectory.load(path)
 

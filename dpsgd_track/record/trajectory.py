@@ -57,6 +57,9 @@ SAMPLE_COLUMNS = (
 )
 """Fields with one entry for each sample of a step."""
 
+_OF_REFERENCE = ("sample_sketch", "sample_shard_sketch", "sample_other_norm", "moved_sketch")
+"""Fields that the reference alone records."""
+
 LARGE = (
     "sample_norm_by_parameter",
     "sample_sketch",
@@ -394,6 +397,7 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         "layer_names": 1,
         "parameter_names": 1,
         "gradient_sketch": 3,
+        **dict.fromkeys(_OF_REFERENCE, 4),
         "noise_samples": 4,
     }.items():
         if len(shape_of(name)) != axes:

@@ -35,6 +35,7 @@ class NoiseByLocalShard(Healthy):
         add_noise(clipped, parts, privacy.noise_multiplier, source)
         for gradient in clipped.gradients.values():
             gradient.div_(privacy.expected_batch_size)
+        self._write_gradients(clipped.gradients)
         return clipped.gradients
 
 

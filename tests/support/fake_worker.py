@@ -166,7 +166,7 @@ def main(job_file: str) -> int:
             wait_for_all_ranks(work_dir, rank, index)
             if rank == 0 and plan["do"] != "no_trajectory":
                 if job.mode == REFERENCE and regime.kind == CLIP:
-                    bounds = {"max_grad_norms": [2.0, 2.0, 0.5, 0.5]}
+                    bounds = {"max_grad_norms": [2.0, 2.0, 0.5, 0.5] * (regime.num_iter // 4)}
                     (folder / "clip_bounds.json").write_text(json.dumps(bounds))
                 trajectory(regime.num_iter).save(folder / "trajectory.npz")
                 writer.upload(started.mode_runs[index], folder / "trajectory.npz")

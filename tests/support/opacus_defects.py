@@ -323,7 +323,7 @@ class _Run(RegimeRun):
         self.sampler: Any = _Sampler(condition)
         torch.manual_seed(0)
         model = condition.model().train()
-        self._begin(model, replace(self._context(), loss=condition.loss), build_mode)
+        self._begin(model, replace(self._context(model), loss=condition.loss), build_mode)
 
 
 def run(condition: Condition, folder: Path) -> None:

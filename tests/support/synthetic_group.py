@@ -143,7 +143,7 @@ def permuted(t: Trajectory) -> Trajectory:
 def first_steps(t: Trajectory, count: int) -> Trajectory:
     """The first `count` steps of `t`."""
     scalars = ("initial_weights_hash", "noise_std", "expected_batch_size")
-    whole = (*scalars, "layer_names", "parameter_names", "parameter_sizes")
+    whole = (*scalars, "layer_names", "parameter_names", "parameter_sizes", "noise_draws")
     changed: dict[str, Any] = {
         name: getattr(t, name)[:count] for name in t.__dataclass_fields__ if name not in whole
     }
