@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
 from dpsgd_track.record.alternatives import Move, NormFormula
@@ -68,6 +69,19 @@ def observed(tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[NormForm
     assert len(observer.take()[0]) == 0
     values = dict(zip(names, norms[0].tolist(), strict=True))
     return gradients, {n: dict(zip(NormFormula, v, strict=True)) for n, v in values.items()}
+
+
+def test_a_layer_that_runs_again_in_the_backward_is_counted_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    observer = SampleObserver()
+    observer.watch(model)
+    x = torch.ones(1, 4, 3, dtype=torch.float64, requires_grad=True)
+    loss = checkpoint(model, x, use_reentrant=False).square().sum()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    outputs = observer.outputs()
+    found = torch.autograd.grad(loss, [*parameters, *outputs])
+    observer.see(dict(zip(names, found, strict=False)), found[len(parameters) :])
+    assert len(observer.take()[0]) == 1
 
 
 TOKENS = torch.tensor([[1, 2, 1, 0, 3, 1, 0]])

@@ -97,7 +97,9 @@ class LayerCalls:
             output_gradients: of `outputs`.
         """
         found: dict[str, list[Share]] = defaultdict(list)
-        for (module, own, *tensors), dy in zip(self._calls, output_gradients, strict=True):
+        # A layer that is checkpointed runs once more in the backward.
+        calls = self._calls[: len(output_gradients)]
+        for (module, own, *tensors), dy in zip(calls, output_gradients, strict=True):
             x, output, dy_TP = (t.detach().cpu() for t in (*tensors, dy.flatten(0, -2)))
             if "bias" in own:
                 found[own["bias"]].append(Share(dy_TP))
