@@ -6,13 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import special
-
-from dpsgd_track.comparison.audit.noise import NoiseAudit
-from dpsgd_track.comparison.audit.noise.check import ALPHA
+from dpsgd_track.comparison.audit.noise import NoiseAudit, draws
 from dpsgd_track.comparison.audit.noise.std import STD
 from dpsgd_track.comparison.measure.amount import share
-from dpsgd_track.comparison.measure.bias import POWER
 from dpsgd_track.comparison.measure.resolution import (
     Resolution,
     least_sensitive,
@@ -40,7 +36,7 @@ class Seen:
     def sentence(self) -> str:
         """One line for every verdict; empty if nothing was compared."""
         found = [
-            f"in {name} {said}"
+            f"in {name}, {said}"
             for name, resolution in self.resolutions.items()
             if (said := told(resolution))
         ]
@@ -92,14 +88,11 @@ def seen_in(
 
 
 def _noise_std(audit: NoiseAudit) -> float | None:
-    """Smallest error of the std found with probability POWER, from the audit's interval."""
-    std = next((check for check in audit.checks if check.name == STD), None)
-    if kind_of(audit.regime) != NOISE or std is None or not std.value > 0:
+    """Smallest relative error of the std that the audit finds with 95 % probability."""
+    if kind_of(audit.regime) != NOISE:
         return None
-    quantile = -float(special.ndtri(ALPHA / 2))
-    half = (std.high - std.low) / 2 / std.value
-    found = half * (1 + float(special.ndtri(POWER)) / quantile)
-    return found if math.isfinite(found) else None
+    found = [check.resolution for check in audit.checks if check.name in (STD, draws.STD)]
+    return min(filter(math.isfinite, found), default=None)
 
 
 def _unseen(runs: Sequence[ModeRun]) -> Iterator[str]:

@@ -203,4 +203,4 @@ def _but_for(exceptions: Sequence[str]) -> str:
     if not exceptions:
         return ""
     more = f" and {len(exceptions) - _SHOWN} more" if len(exceptions) > _SHOWN else ""
-    return f" (but for {', '.join(exceptions[:_SHOWN])}{more})"
+    return f" (except {', '.join(exceptions[:_SHOWN])}{more})"
