@@ -185,22 +185,23 @@ def _joint(found: Sequence[Resolution], pick: np.ufunc) -> Resolution:
 
 
 def told(resolution: Resolution) -> str:
-    """`norms off by 0.2 % in any one parameter, by 0.03 % in all; sums by 0.3 %, by 0.06 %`."""
-    parts = []
-    for noun, sight in resolution.sights:
-        if np.isfinite(sight.all):
-            one, every = _amount(sight.any_one), _amount(sight.all)
-            but = _but_for(sight.exceptions)
-            parts.append(f"{noun} off by {one} in any one parameter{but} or by {every} in all")
-    return ", and ".join(parts)
+    """`norms off by 0.2 % in any one parameter or by 0.03 % in all, and sums off by 0.3 % ...`."""
+    parts = [
+        f"{noun} off by {_amount(sight.any_one)} in any one parameter or by {_amount(sight.all)} "
+        "in all"
+        for noun, sight in resolution.sights
+        if np.isfinite(sight.all)
+    ]
+    coarse = dict.fromkeys(name for _, sight in resolution.sights for name in sight.exceptions)
+    return ", and ".join(parts) + _coarser(list(coarse)) * bool(parts)
 
 
 def _amount(value: float) -> str:
     return f"{100 * value:.2g} %" if 1e-4 <= value < 1e-3 else share(value)
 
 
-def _but_for(exceptions: Sequence[str]) -> str:
+def _coarser(exceptions: Sequence[str]) -> str:
     if not exceptions:
         return ""
     more = f" and {len(exceptions) - _SHOWN} more" if len(exceptions) > _SHOWN else ""
-    return f" (except {', '.join(exceptions[:_SHOWN])}{more})"
+    return f" (coarser in {', '.join(exceptions[:_SHOWN])}{more})"
