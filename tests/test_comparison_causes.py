@@ -260,12 +260,18 @@ def steps_of_momentum(gradient: Any) -> Any:
     return np.stack(steps)
 
 
+STEP = np.arange(4)[:, None, None]
 UPDATES: dict[str, Callable[[Any, Any], Any]] = {
     "the step is the right one multiplied by W (the number of ranks) or 2": lambda n, s: 2 * n,
     "made of the clipped sum without its noise": lambda n, s: s,
     "momentum 0.9, which is not asked for": lambda n, s: steps_of_momentum(n),
     "the step is the negative of the right one": lambda n, s: -n,
     "made of the gradient of the step before": lambda n, s: np.concatenate([n[:1], n[:-1]]),
+    "multiplied by 0.9 from one step to the next": lambda n, s: n * 0.9**STEP,
+    "0.98 times the right one": lambda n, s: n * np.where(np.arange(4)[:, None] == 2, 0.98, 1),
+    "the learning rate is 2, 1 times the right one from step 2 on": lambda n, s: (
+        n * np.where(STEP == 2, 2, 1)
+    ),
 }
 
 

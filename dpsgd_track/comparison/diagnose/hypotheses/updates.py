@@ -23,6 +23,8 @@ _ROUNDING, _SMALL = 2.0**-22, 0.05
 """Rounding error of a difference of weights, and the least unit of an error, as a share."""
 _ALIKE = 2e-3
 """Relative spread up to which fitted constants are one; rounding of weights moves them."""
+_LEAST_CHANGE = 1e-4
+"""Least relative change of the rate a step: the rounding of weights makes smaller ones."""
 
 
 def _path(facts: Facts) -> Floats:
@@ -111,14 +113,17 @@ def _scheduled(facts: Facts) -> Prediction:
     if len(shares) < 3 or np.any(shares <= 0):
         return None
     ratios = shares[1:] / shares[:-1]
-    if np.ptp(ratios) > _ALIKE or abs(ratios[0] - 1) < 1e-6:
+    if np.ptp(ratios) > _ALIKE or abs(float(np.mean(ratios)) - 1) < _LEAST_CHANGE:
         return None
     return _with_shares(facts, f"{float(np.mean(ratios)):.4g}")
 
 
 def _other_rates(facts: Facts) -> Prediction:
     shares = _shares(facts)
-    return _with_shares(facts, ", ".join(f"{s:.4g}" for s in shares[:4].tolist()))
+    told = ", ".join(f"{s:.4g}" for s in shares[:4].tolist())
+    return _with_shares(
+        facts, f"{told} times the right one from step {facts.ours.step[facts.rows[0]]} on"
+    )
 
 
 def _of_gradient_before(facts: Facts) -> Prediction:
@@ -219,7 +224,7 @@ UPDATE = Subject(
     late=(
         (
             Hypothesis(
-                sentence="the learning rate is {} times the right one, step by step",
+                sentence="the learning rate is {}",
                 predict=_other_rates,
             ),
             Hypothesis(
