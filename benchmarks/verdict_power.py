@@ -167,7 +167,7 @@ def _record(norms: Floats, sums: Floats, losses: Floats) -> Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the comparison makes of one case."""
+    """Alarms and resolution of the comparison of one case."""
 
     evidence: Evidence
     biases: Biases

@@ -11,7 +11,7 @@ import pytest
 
 from dpsgd_track.comparison.diagnose.clipping_rules import clipping_rule
 from dpsgd_track.comparison.measure.alignment import align
-from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, Trajectory
 from tests.support.synthetic_group import compared, mode_run, trajectory
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -90,21 +90,7 @@ def test_one_sample_alone_tells_parameters_from_layers_exactly() -> None:
         first = GRADIENTS[:, :1]
         rule = flat if t is REFERENCE else by_layer
         sums = (np.broadcast_to(rule(NORMS, BOUND), NORMS.shape)[:, :1, :, None] * first).sum(1)
-        kept = {
-            name: getattr(t, name)[:, :1]
-            for name in (
-                "sample_index",
-                "sample_rank",
-                "sample_micro_batch",
-                "sample_loss",
-                "sample_norm",
-                "clip_factor",
-                "sample_norm_by_parameter",
-                "sample_sketch",
-                "sample_shard_sketch",
-                "sample_other_norm",
-            )
-        }
+        kept = {name: getattr(t, name)[:, :1] for name in SAMPLE_COLUMNS}
         changed: dict[str, Any] = {**kept, "gradient_sketch": sums}
         return replace(t, **changed)
 

@@ -23,7 +23,7 @@ def world():
 
 
 class StepCounter:
-    """Which step (0, 1, ...) and which micro-batch of it a call belongs to."""
+    """Counts steps, and the micro-batches of each, from 0."""
 
     step_index = 0
     micro_index = 0

@@ -304,7 +304,7 @@ class LossNormEps(Correct):
 
 
 class GradReusedOnce(Correct):
-    """Of a layer that is called twice, only the first call's gradient is kept."""
+    """The gradient of a layer that is called twice is that of its first call alone."""
 
     target = "blocks.1.reused"
 

@@ -21,7 +21,7 @@ _KINDS = {int: "an integer", float: "a number", Path: "a path"}
 
 
 def sentence(error: CycloptsError, verb: str, parsers: Mapping[str, App]) -> str:
-    """What is wrong with the arguments of `verb`, what it takes instead, and where to look it up.
+    """One sentence on wrong arguments of `verb`: the mistake, what it takes instead, and its help.
 
     Args:
         parsers: the parser of every verb.

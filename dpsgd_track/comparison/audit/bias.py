@@ -108,7 +108,7 @@ def judge_bias(
 
 @dataclass(frozen=True, kw_only=True)
 class _Shown:
-    """What is wrong with one observable."""
+    """An error of one observable that means over samples show."""
 
     places: tuple[str, ...]
     value: float

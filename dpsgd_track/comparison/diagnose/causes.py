@@ -37,7 +37,7 @@ _MOST_STEPS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """What explains a wrong stage."""
+    """Explanations of a wrong stage."""
 
     explanations: tuple[Explanation, ...] = ()
     """All that agree equally well; empty if none is known."""

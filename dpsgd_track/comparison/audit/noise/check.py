@@ -86,6 +86,20 @@ class NoiseCheck:
         return not (self.is_ok and math.isnan(self.value))
 
 
+def untested(name: str, title: str, why: str, *, expected: float = 0.0) -> NoiseCheck:
+    """A check that the run had nothing to be tested with, with the reason as its sentence."""
+    return NoiseCheck(
+        name=name,
+        title=title,
+        value=math.nan,
+        low=math.nan,
+        high=math.nan,
+        expected=expected,
+        is_ok=True,
+        sentence=why,
+    )
+
+
 NORMAL_95 = 1.645
 """Quantile of a standard normal variable: what an effect has to exceed its limit by, in standard
 deviations of the estimate, to be found with a probability of 95 %."""

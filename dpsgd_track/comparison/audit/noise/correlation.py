@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place, untested
 from dpsgd_track.comparison.audit.noise.gaussian import correlation_bound
 from dpsgd_track.comparison.audit.noise.samples import Samples
 from dpsgd_track.record.trajectory import Floats
@@ -97,16 +97,10 @@ def correlation_check(
 
 
 def _untested(kind: str) -> NoiseCheck:
-    nan = float("nan")
-    return NoiseCheck(
-        name=f"{CORRELATION}{kind}",
-        title=f"correlation of {kind}",
-        value=nan,
-        low=nan,
-        high=nan,
-        expected=0.0,
-        is_ok=True,
-        sentence=f"no two {kind} have {_FEWEST} elements in common, so that they were not compared",
+    return untested(
+        f"{CORRELATION}{kind}",
+        f"correlation of {kind}",
+        f"no two {kind} have {_FEWEST} elements in common, so that they were not compared",
     )
 
 

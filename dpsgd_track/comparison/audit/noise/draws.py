@@ -15,7 +15,13 @@ from dataclasses import replace
 import numpy as np
 from scipy import special
 
-from dpsgd_track.comparison.audit.noise.check import ALPHA, NORMAL_95, NoiseCheck, Place
+from dpsgd_track.comparison.audit.noise.check import (
+    ALPHA,
+    NORMAL_95,
+    NoiseCheck,
+    Place,
+    untested,
+)
 from dpsgd_track.comparison.audit.noise.gaussian import (
     beyond,
     hermite_bound,
@@ -236,24 +242,14 @@ def _check_tails(draws: NoiseDraws, parameters: Sequence[str], alpha: float) -> 
 
 
 def _check_bits(draws: NoiseDraws) -> NoiseCheck:
-    title, nan = "share of elements with few bits", math.nan
+    title = "share of elements with few bits"
     why = ""
     if draws.significant_bits < _FULL_BITS:
         why = f"its updates have {draws.significant_bits} significant bits"
     elif not draws.num_looked_at:
         why = "it takes no empty batch, and noise beside a sum is rounded with it"
     if why:
-        sentence = f"{why}, so that noise of few bits was not looked for"
-        return NoiseCheck(
-            name=BITS,
-            title=title,
-            value=nan,
-            low=nan,
-            high=nan,
-            expected=0.0,
-            is_ok=True,
-            sentence=sentence,
-        )
+        return untested(BITS, title, f"{why}, so that noise of few bits was not looked for")
     shares = draws.short / draws.num_looked_at
     # The format with the fewest bits that holds them.
     is_short = shares > _SHORT_SHARE
@@ -314,17 +310,8 @@ def _correlation(
     can_fail = np.flatnonzero(products[1] >= _FEWEST_PRODUCTS)
     title = f"correlation of {kind} in noise alone"
     if not len(can_fail):
-        nan = math.nan
-        return NoiseCheck(
-            name=f"{CORRELATION}{kind}",
-            title=title,
-            value=nan,
-            low=nan,
-            high=nan,
-            expected=0.0,
-            is_ok=True,
-            sentence=f"its noise is too small for correlations of {kind}",
-        )
+        why = f"its noise is too small for correlations of {kind}"
+        return untested(f"{CORRELATION}{kind}", title, why)
     total, num = products[:, can_fail]
     mean_square = draws.moments[..., 2].sum() / draws.moments[..., 0].sum()
     value = np.divide(total / num, mean_square, out=np.zeros_like(total), where=mean_square > 0)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place
+from dpsgd_track.comparison.audit.noise.check import ALPHA, NoiseCheck, Place, untested
 from dpsgd_track.comparison.audit.noise.gaussian import share_interval
 from dpsgd_track.comparison.audit.noise.samples import COARSE, Samples
 from dpsgd_track.record.trajectory import Floats
@@ -76,17 +76,11 @@ def check_zeros(samples: Samples) -> NoiseCheck:
 
 
 def _untested_zeros() -> NoiseCheck:
-    nan = float("nan")
-    return NoiseCheck(
-        name=ZEROS,
-        title="share of zeros",
-        value=nan,
-        low=nan,
-        high=nan,
-        expected=0.0,
-        is_ok=True,
-        sentence="its updates are of a low precision, where small noise beside a large sum is "
-        "rounded to 0, so that single zeros were not looked for",
+    return untested(
+        ZEROS,
+        "share of zeros",
+        "its updates are of a low precision, where small noise beside a large sum is rounded to 0, "
+        "so that single zeros were not looked for",
     )
 
 

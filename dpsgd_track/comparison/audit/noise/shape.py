@@ -24,7 +24,7 @@ REPETITION = "repetition"
 MEAN = "mean"
 SHAPE = (MEAN, "distribution", "kurtosis")
 _FEWEST_FOR_KURTOSIS = 1000
-"""Of fewer, the largest alone says as much."""
+"""Fewest elements whose kurtosis is checked: that of fewer rests on the largest alone."""
 _REPEATED, _REPEATED_SHARE = 8, 0.05
 """Largest number and share of a shard's elements that may be equal, unless rounding makes more
 equal. By chance, two may be in float32, and nine of 256 in bfloat16."""

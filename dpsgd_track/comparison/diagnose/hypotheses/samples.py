@@ -5,13 +5,13 @@ Legend: S steps, N samples, n those of one micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
+from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts, MicroBatch
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Hypothesis, Prediction
 from dpsgd_track.record.trajectory import Floats
 
@@ -36,12 +36,7 @@ class _Places:
         if not self.facts.micro_batches:
             return None
         changed = values.copy()
-        kept: dict[int, Floats] = {}
-        row = -1
-        for batch in self.facts.micro_batches:
-            if is_reset and batch.row != row:
-                kept.clear()
-            row = batch.row
+        for batch, kept in self._with_kept(is_reset=is_reset):
             own = values[batch.row, batch.places].copy()
             before = kept.get(batch.rank)
             if before is not None:
@@ -56,12 +51,7 @@ class _Places:
         if not self.facts.micro_batches:
             return None
         changed = values.copy()
-        kept: dict[int, Floats] = {}
-        row = -1
-        for batch in self.facts.micro_batches:
-            if is_reset and batch.row != row:
-                kept.clear()
-            row = batch.row
+        for batch, kept in self._with_kept(is_reset=is_reset):
             own = values[batch.row, batch.places]
             before = kept.get(batch.rank)
             if before is not None and (not only_equal or len(before) == len(own)):
@@ -69,6 +59,20 @@ class _Places:
                 changed[batch.row, batch.places[:length]] = before[:length]
             kept[batch.rank] = own
         return changed
+
+    def _with_kept(self, *, is_reset: bool) -> Iterator[tuple[MicroBatch, dict[int, Floats]]]:
+        """Each micro-batch, and what the caller kept of earlier ones, by rank.
+
+        Args:
+            is_reset: True if nothing is left of the step before.
+        """
+        kept: dict[int, Floats] = {}
+        row = -1
+        for batch in self.facts.micro_batches:
+            if is_reset and batch.row != row:
+                kept.clear()
+            row = batch.row
+            yield batch, kept
 
     def over_ranks(self, values: Floats, combine: Callable[[Floats], Floats]) -> Floats | None:
         """Numbers of the samples at one place of all ranks, combined; a missing one is 0."""
