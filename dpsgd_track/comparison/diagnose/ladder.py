@@ -151,6 +151,9 @@ def _changed_weights(stages: Sequence[_Stage], evidence: Evidence) -> Rung | Non
 
 def _first_not_finite(baseline: Trajectory, found: Sequence[NotFinite]) -> dict[Stage, Rung]:
     """The stages with a NaN or an infinity that the baseline lacks; the first introduced it."""
+    if not found:
+        # The baseline, cut to the common steps, need not be read once more.
+        return {}
     there = {bad.field for bad in not_finite(baseline)}
     steps = set(baseline.step.tolist())
     found = [bad for bad in found if bad.field not in there and bad.step in steps]
@@ -168,10 +171,16 @@ def _first_not_finite(baseline: Trajectory, found: Sequence[NotFinite]) -> dict[
             value=bad.value,
             step=bad.step,
             where=bad.where,
-            items=tuple(name for _, name in [bad.where.rpartition("parameter ")[1:]] if _),
+            items=_parameter_in(bad.where),
         )
         for stage, bad in stages.items()
     }
+
+
+def _parameter_in(where: str) -> tuple[str, ...]:
+    """The parameter that a place names, if it does."""
+    _, named, parameter = where.rpartition("parameter ")
+    return (parameter,) if named else ()
 
 
 def _sum_is_unexplained(evidence: Evidence) -> NDArray[np.bool_] | bool:
