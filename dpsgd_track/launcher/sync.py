@@ -46,7 +46,7 @@ def sync(settings: Settings, group: str | None) -> int:
                 raise
             print(f"{each.label}: its launcher shipped it meanwhile")
         except (StoreError, SpoolDamaged, TrackingError, OSError) as error:
-            if len(groups) == 1:
+            if len(groups) == 1 and not isinstance(error, SpoolDamaged):
                 raise ValueError(str(error)) from error
             print(f"{each.label}: NOT shipped. {error}")
             codes.append(EXIT_FAILED)
