@@ -6,6 +6,7 @@ Files of a worker in its work folder:
   num_iter, loss, epsilon (in end, where noise was accounted for),
   step_time_ms and peak_memory_gib (in end, of a profile).
 - `failure-rank{r}.json`: the `Failure` of rank r.
+- `stacks-rank{r}.txt`: the stacks of rank r, while it makes no progress.
 - `{regime}/facts.json`: the `RunFacts` of a regime.
 - `{regime}/trajectory.npz`: the record of a finished regime; of a profile `timings.json`.
 - `{regime}/clip_bounds.json`: C of each step, measured by the reference in the clip regime.
@@ -32,6 +33,7 @@ from dpsgd_track.launcher.hardware import num_cores
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.several_machines.meeting import LOST_AFTER_S, Leader, Report
+from dpsgd_track.launcher.stalls import STALL_S, Stalls
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind, names_lost_peer
 from dpsgd_track.record.names import TIMINGS_FILE, TRAJECTORY_FILE, VARIANT_VARIABLE
 from dpsgd_track.record.plan import STARTED_JOB, StartedJob
@@ -74,6 +76,8 @@ class Launch:
     """Time in seconds for the group to end by itself."""
     lost_after_s: float = LOST_AFTER_S
     """Longest silence of another machine, in seconds, before it counts as lost."""
+    stall_s: float = STALL_S
+    """Seconds without progress before the stacks of all ranks are told."""
 
 
 def run_mode(
@@ -96,6 +100,9 @@ def run_mode(
     meeting = leader.start(started, work_dir.name) if leader else None
     others = leader if meeting else None
     trouble = ""
+    hung: Failure | None = None
+    ranks = range(started.job.num_ranks // (meeting.num_nodes if meeting else 1))
+    stalls = Stalls(started.job, work_dir, ranks, launch.stall_s, host.cpu_s)
     try:
         start(started, launch, host, meeting)
         while (code := host.poll()) is None and not interruption.requested:
@@ -103,8 +110,11 @@ def run_mode(
                 display.say(f"{trouble} Ending {title}.")
                 break
             progress.forward(display.event)
+            if hung := stalls.look(display.say, has_begun=progress.has_begun):
+                display.say(f"Ending {title}, which hangs.")
+                break
             time.sleep(_POLL_S)
-        if code is None and not trouble:
+        if code is None and not trouble and not hung:
             display.say(f"{interruption.reason} Ending {title}.")
     finally:
         host.end()
@@ -113,11 +123,15 @@ def run_mode(
     if others:
         # If this machine's part was cut short, so are the others'.
         own = interruption.reason if interruption.requested else "node 0 failed."
+        own = hung.reason if hung else own
         reports = others.settle("" if code == 0 else trouble or own)
     # A scheduler's SIGTERM may reach the group before this process looks.
     if interruption.requested and code != 0:
         stopped = Failure(kind=FailureKind.INTERRUPTED, message=interruption.name)
         return outcomes(started, None, progress.ended, stopped)
+    if hung:
+        # What ranks say once they are told to end is not the reason.
+        return outcomes(started, 1, progress.ended, hung)
     if code:
         reports.append(report_of(work_dir, code))
     return outcomes(started, 1 if code is None else code, progress.ended, cause(reports))
@@ -227,6 +241,8 @@ class _Progress:
         self._offset = 0
         self.ended: set[int] = set()
         """Indices of regimes that ended."""
+        self.has_begun = False
+        """True once a step was taken."""
 
     def forward(self, on_event: Callable[[Event], object]) -> None:
         """Pass every new event to `on_event`."""
@@ -242,6 +258,7 @@ class _Progress:
             event = json.loads(line)
             if event["event"] == "end":
                 self.ended.add(event["regime"])
+            self.has_begun |= event["event"] == "step"
             on_event(event)
 
 

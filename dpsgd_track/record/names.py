@@ -51,3 +51,8 @@ LAYER_GRAD_NORM = "layer_grad_norm/"
 SAMPLE_NORM = "sample_norm/"
 CLIP_FACTOR = "clip_factor/"
 """Prefixes of metrics: layers by fully qualified name, samples by position in the rank's batch."""
+
+
+def stacks_file(rank: int) -> str:
+    """Name of the file with the stacks of a rank that makes no progress, in its work folder."""
+    return f"stacks-rank{rank}.txt"
