@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import re
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsgd_track.config import require
+from dpsgd_track.record.archive_bounds import check_bounds
 from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.facts import RunFacts
 from dpsgd_track.record.failure import Failure
@@ -114,9 +116,13 @@ def read_golden(path: Path) -> Group:
         GroupNotFound: the file is missing, is torn, is something else, or is of a newer version.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryFile() as runs:
+            check_bounds(archive, path.stat().st_size)
             golden = GOLDEN.loads(archive.read(_CONTENTS))
-            with zipfile.ZipFile(io.BytesIO(archive.read(_RUNS))) as packed:
+            with archive.open(_RUNS) as stored:
+                shutil.copyfileobj(stored, runs)
+            with zipfile.ZipFile(runs) as packed:
+                check_bounds(packed, archive.getinfo(_RUNS).file_size, is_stored=True)
                 return _group(golden, packed)
     except FileNotFoundError:
         reason = "There is no such file."
