@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.text_file import open_text
 
 PARAM_DTYPES = ("float32", "bfloat16")
@@ -530,16 +531,20 @@ class Settings:
             "a URI that starts with sqlite:, postgresql, mysql, http:// or https://",
             "MLflow's file store is not supported.",
         )
+        _require_plain_credentials(self.tracking_uri)
         logged_ranks(self.log_ranks, 1)
 
 
-def redact_uri(uri: str) -> str:
-    """`uri` without user name and password, safe to be shown or logged."""
-    scheme, separator, rest = uri.partition("://")
-    authority, slash, path = rest.partition("/")
-    if "@" not in authority:
-        return uri
-    return f"{scheme}{separator}***@{authority.rpartition('@')[2]}{slash}{path}"
+def _require_plain_credentials(uri: str) -> None:
+    """Refuse a password that would be taken for something else, and turn up in messages."""
+    scheme, _, rest = uri.partition("://")
+    if scheme.startswith("sqlite"):
+        return
+    is_plain = "***" not in redact_uri(uri).partition("?")[0] or re.match(
+        r"[^/?#@]*@[^@]*(\?|$)", rest
+    )
+    allowed = "a user name and password in which / ? # and @ are written %2F %3F %23 and %40"
+    require(bool(is_plain), "tracking_uri", redact_uri(uri), allowed)
 
 
 def load_settings(path: Path | None) -> Settings:

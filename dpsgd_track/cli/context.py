@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dpsgd_track.config import DataConfig, ModelConfig, Settings, redact_uri
+from dpsgd_track.config import DataConfig, ModelConfig, Settings
 from dpsgd_track.modes.table import split_planted
 from dpsgd_track.program import NAME, command, without_secrets
 from dpsgd_track.record.plan import GroupPlan
+from dpsgd_track.redaction import redact_uri, redacted
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
@@ -65,7 +66,7 @@ class Context:
 
     def complain(self, error: object, code: int) -> int:
         """Print the error on one line; returns `code`, the exit code."""
-        print(f"{NAME} {self.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{NAME} {self.verb}: {' '.join(redacted(str(error)).split())}", file=sys.stderr)
         return code
 
 

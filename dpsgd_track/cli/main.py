@@ -20,6 +20,7 @@ from dpsgd_track.cli.verbs import VERBS, Verb
 from dpsgd_track.config import nearest
 from dpsgd_track.launcher import EXIT_FINISHED, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE
 from dpsgd_track.program import INSTALLED, NAME, Program, called_as, command
+from dpsgd_track.redaction import redacted
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
@@ -107,8 +108,8 @@ def _keep_traceback(error: BaseException, context: Context) -> int:
         with tempfile.NamedTemporaryFile(
             "w", prefix=f"{NAME}-{context.verb}-", suffix=".txt", delete=False, encoding="utf-8"
         ) as file:
-            traceback.print_exception(error, file=file)
+            file.write(redacted("".join(traceback.format_exception(error))))
     except OSError as full:
-        traceback.print_exception(error)
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr)
         return context.complain(f"{summary}. The traceback is above, as {full}", EXIT_INTERNAL)
     return context.complain(f"{summary}. The traceback is in {file.name}", EXIT_INTERNAL)

@@ -38,6 +38,7 @@ from dpsgd_track.record.failure import FAILURE, Failure, FailureKind, names_lost
 from dpsgd_track.record.names import TIMINGS_FILE, TRAJECTORY_FILE, VARIANT_VARIABLE
 from dpsgd_track.record.plan import STARTED_JOB, StartedJob
 from dpsgd_track.record.run import Status
+from dpsgd_track.redaction import redact_uri
 
 WORKER = "dpsgd_track.training.worker"
 GRACE_S = 10.0
@@ -51,6 +52,9 @@ _EXCEPTION = re.compile(
 _OF_LAUNCHER = re.compile(r"\b(?:ChildFailedError|ProcessExitedException)\b")
 """Messages of torch's launcher on a failed rank."""
 _ROOT_CAUSE = re.compile(r"^Root Cause .*?^\s*rank\s*: (\d+)", re.MULTILINE | re.DOTALL)
+_CREDENTIALS = ("MLFLOW_TRACKING_", "PGPASS", "PGSERVICE")
+"""How the names of variables begin that lead to the tracking store."""
+_DATABASES = ("postgresql", "postgres", "mysql", "mssql")
 _KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID")
 
 Event = Mapping[str, Any]
@@ -194,7 +198,10 @@ def failure_of(work_dir: Path, code: int) -> Failure:
 
 
 def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
-    """The launcher's environment, HF_TOKEN included, with the variables that ranks need."""
+    """The launcher's environment, HF_TOKEN included, with the variables that ranks need.
+
+    Nothing in it opens the tracking store.
+    """
     package_root = str(Path(dpsgd_track.__file__).parent.parent)
     search_path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     environment = {
@@ -203,7 +210,7 @@ def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         "OMP_NUM_THREADS": str(max(1, num_cores() // request.num_ranks)),
         **_interface(request.meeting),
-        **os.environ,
+        **_without_credentials(os.environ),
         "PYTHONPATH": os.pathsep.join([*search_path, package_root]),
         # Counting GPUs through CUDA would make it unusable in processes forked afterwards.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -220,6 +227,16 @@ def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
         environment["PYTHONSAFEPATH"] = "1"
         environment[VARIANT_VARIABLE] = variant.root
     return environment
+
+
+def _without_credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """What ranks may see: they write to the spool, and need no tracking store."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(_CREDENTIALS)
+        and not (value.startswith(_DATABASES) and redact_uri(value) != value)
+    }
 
 
 def _interface(meeting: Meeting | None) -> dict[str, str]:

@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.config import Settings, require
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.processes import Session
 from dpsgd_track.program import NAME, command
+from dpsgd_track.redaction import redact_uri, redacted
 from dpsgd_track.store.spooled import spooled_groups
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlalchemy_uri, sqlite_path
 
@@ -63,7 +64,7 @@ def _serve(session: Session, port: int, log: Path, interruption: Interruption) -
     while not interruption.requested:
         code = session.poll()
         if code is not None:
-            print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
+            print(redacted(log.read_text(errors="replace")[-2000:]), file=sys.stderr)
             print(f"{NAME} ui: the MLflow server ended with exit code {code}.", file=sys.stderr)
             return 1
         if not announced and _answers(port):

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.config import Settings
 from dpsgd_track.record import names
 from dpsgd_track.record.run import Group, Status
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import one_line
 from dpsgd_track.store.history import History
 from dpsgd_track.store.reader import (

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.config import Settings
 from dpsgd_track.record import names
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import connect, one_line
 from dpsgd_track.store.sqlite_file import absolute_uri, require_utf8, sqlite_path
 

@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 
-from dpsgd_track.config import PROFILE, JobConfig, RegimeConfig, Settings, redact_uri
+from dpsgd_track.config import PROFILE, JobConfig, RegimeConfig, Settings
 from dpsgd_track.record import names
 from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, RunFacts
@@ -28,6 +28,7 @@ from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, RunKey
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.record.trajectory import SCALAR_METRICS, Floats, Trajectory
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import connect
 from dpsgd_track.store.history import History, metric_history, restored
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlite_path

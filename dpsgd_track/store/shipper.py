@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dpsgd_track.config import redact_uri
 from dpsgd_track.record import names
 from dpsgd_track.record.run import Status
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import is_about_the_record, one_line
 from dpsgd_track.store.contents import Contents, Name, Points
 from dpsgd_track.store.history import all_points
