@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import traceback
@@ -14,6 +13,7 @@ from cyclopts import CycloptsError
 from dpsgd_track import __version__
 from dpsgd_track.cli.context import Context, check_inputs
 from dpsgd_track.cli.help import HELP, HELP_ALL, overview, page
+from dpsgd_track.cli.lasting_output import lasting_output
 from dpsgd_track.cli.options import parser_of
 from dpsgd_track.cli.parse_errors import sentence
 from dpsgd_track.cli.verbs import VERBS, Verb
@@ -25,9 +25,6 @@ from dpsgd_track.redaction import redacted
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.suites import InputCheck
-
-_EXIT_PIPE_CLOSED = 141
-"""A shell's exit code for a program killed by SIGPIPE."""
 
 
 def main(
@@ -49,14 +46,11 @@ def main(
         The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with called_as(program):
+    with called_as(program), lasting_output():
         try:
             return _main(argv, check_inputs, launch)
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return _EXIT_PIPE_CLOSED
 
 
 def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) -> int:
@@ -94,8 +88,6 @@ def _run(verb: Verb, context: Context) -> int:
         return context.complain(sentence(error, verb.name, parsers), EXIT_USAGE)
     except ValueError as error:
         return context.complain(error, EXIT_USAGE)
-    except BrokenPipeError:
-        raise
     # No verb exits by itself: what a library or a user's module exits with is no verdict.
     except (Exception, SystemExit) as error:
         return _keep_traceback(error, context)

@@ -42,7 +42,10 @@ def open_ui(settings: Settings, port: int) -> int:
     if unshipped:
         count = f"{len(unshipped)} group{'s' * (len(unshipped) > 1)}"
         print(f"not in the store yet: {count}, which `{command('sync')}` ships")
-    with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Interruption(outlives_terminal=False) as interruption,
+    ):
         log = Path(folder) / "server.log"
         session = Session(_command(port), _environment(uri), log)
         try:
