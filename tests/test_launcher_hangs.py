@@ -75,9 +75,13 @@ def launched(tmp_path_factory) -> tuple[int, str, Path]:
     argv = ("full", "--mode", ",".join(modes), "--regime", "accuracy", "--offline", "--group", "g")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(fake_launch.STALL_VARIABLE, "2")
+        temporary = tmp_path_factory.mktemp("temporary")
+        patch.setenv("TMPDIR", str(temporary))
         process = start(folder, *argv, "--nproc-per-node", "2", "--num-iter", "3", plan=modes)
     out, _ = process.communicate(timeout=200)
     assert not living(folder)
+    assert not list(temporary.iterdir())
+    assert not list(folder.rglob("torchelastic*"))
     return process.returncode, out, folder / "results" / "g" / "logs"
 
 

@@ -21,6 +21,7 @@ from dpsgd_track.config import nearest
 from dpsgd_track.launcher import EXIT_FINISHED, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE
 from dpsgd_track.program import INSTALLED, NAME, Program, called_as, command
 from dpsgd_track.redaction import redacted
+from dpsgd_track.store.scratch import sweep
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
@@ -66,6 +67,7 @@ def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) 
         advice = f"`{command('VERB', ['--help'])}` explains each."
         print(f"{NAME}: verb={name!r}: {expected} {advice}", file=sys.stderr)
         return EXIT_USAGE
+    sweep()
     context = Context(
         verb=name, arguments=arguments, check_inputs=check_inputs, chosen_launch=launch
     )

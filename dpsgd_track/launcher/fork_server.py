@@ -25,6 +25,7 @@ import importlib.machinery
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -112,6 +113,12 @@ class _Host:
 
     def _run(self, request: Request) -> int | None:
         """The group's exit code; None if it was ended."""
+        try:
+            return self._lead(request)
+        finally:
+            shutil.rmtree(_logs_of(request), ignore_errors=True)
+
+    def _lead(self, request: Request) -> int | None:
         host = os.getpid()
         sign_offs = SignOffs(request.num_ranks)
         agent = os.fork()
@@ -159,6 +166,11 @@ def _exit_code(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
+def _logs_of(request: Request) -> Path:
+    """Folder in which torch's launcher keeps errors of ranks while a group runs."""
+    return Path(request.log).with_name("torchelastic")
+
+
 def _report_deserter(request: Request, local_rank: int) -> None:
     node_rank = request.meeting.node_rank if request.meeting else 0
     rank = node_rank * request.num_ranks + local_rank
@@ -193,6 +205,7 @@ def _launch(request: Request, main: WorkerMain, sign_offs: SignOffs) -> None:
         ChildFailedError: a rank failed; the text says which and how.
     """
     from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The static rendezvous, unlike c10d, starts no thread that could hold a lock at the fork.
@@ -222,6 +235,8 @@ def _launch(request: Request, main: WorkerMain, sign_offs: SignOffs) -> None:
         local_addr=_ADDRESS if meeting.num_nodes == 1 else None,
         max_restarts=0,
         start_method="fork",
+        # By default, in the system's temporary folder, where it stays.
+        logs_specs=DefaultLogsSpecs(log_dir=str(_logs_of(request))),
     )
     agent = os.getpid()
     # The server's thread lives in this process. While it serves one rank, the fork of another

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.processes import Session
 from dpsgd_track.program import NAME, command
 from dpsgd_track.redaction import redact_uri, redacted
+from dpsgd_track.store.scratch import scratch
 from dpsgd_track.store.spooled import spooled_groups
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlalchemy_uri, sqlite_path
 
@@ -43,7 +43,7 @@ def open_ui(settings: Settings, port: int) -> int:
         count = f"{len(unshipped)} group{'s' * (len(unshipped) > 1)}"
         print(f"not in the store yet: {count}, which `{command('sync')}` ships")
     with (
-        tempfile.TemporaryDirectory() as folder,
+        scratch() as folder,
         Interruption(outlives_terminal=False) as interruption,
     ):
         log = Path(folder) / "server.log"

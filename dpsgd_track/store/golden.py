@@ -30,6 +30,7 @@ from dpsgd_track.record.plan import GroupPlan
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store.reader import GroupNotFound
+from dpsgd_track.store.scratch import scratch
 
 SUFFIX = ".dpsgd"
 """Suffix that tells a golden file from a group's name."""
@@ -143,7 +144,7 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 def _packed(trajectories: Sequence[Trajectory | None]) -> bytes:
     """All columns of all runs as one zip, not compressed."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as packed, tempfile.TemporaryDirectory() as folder:
+    with zipfile.ZipFile(buffer, "w") as packed, scratch() as folder:
         file = Path(folder) / "trajectory.npz"
         for number, trajectory in enumerate(trajectories):
             if trajectory is None:
@@ -162,7 +163,7 @@ def _unpacked(packed: zipfile.ZipFile, number: int) -> Trajectory:
         ValueError: it is not a trajectory, or of another version.
     """
     place = f"{number}/"
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         file = Path(folder) / "trajectory.npz"
         with zipfile.ZipFile(file, "w") as columns:
             for name in packed.namelist():

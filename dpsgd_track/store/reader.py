@@ -7,7 +7,6 @@ read from its metric history: enough to see its progress, never enough to pass.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from dpsgd_track.record.trajectory import SCALAR_METRICS, Floats, Trajectory
 from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import connect
 from dpsgd_track.store.history import History, metric_history, restored
+from dpsgd_track.store.scratch import scratch
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlite_path
 
 if TYPE_CHECKING:
@@ -362,7 +362,7 @@ class _StoredRun:
                 if not (folder / name).exists():
                     raise FileNotFoundError(folder / name)
                 return load(folder / name)
-            with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
+            with scratch() as downloaded:
                 return load(Path(self.client.download_artifacts(self.run_id, name, downloaded)))
         except (MlflowException, OSError):
             raise LookupError(f"{name} was not uploaded") from None
