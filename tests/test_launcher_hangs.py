@@ -80,7 +80,8 @@ def launched(tmp_path_factory) -> tuple[int, str, Path]:
         process = start(folder, *argv, "--nproc-per-node", "2", "--num-iter", "3", plan=modes)
     out, _ = process.communicate(timeout=200)
     assert not living(folder)
-    assert not list(temporary.iterdir())
+    # torch's own cache of compiled code stays.
+    assert {each.name.partition("_")[0] for each in temporary.iterdir()} <= {"torchinductor"}
     assert not list(folder.rglob("torchelastic*"))
     return process.returncode, out, folder / "results" / "g" / "logs"
 

@@ -29,8 +29,15 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def age(folder: Path) -> None:
-    os.utime(folder, (0, 0))
+def _holder(environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HOLDER]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+
+def _folder_of(holder: subprocess.Popen[str]) -> Path:
+    assert holder.stdout is not None
+    return Path(holder.stdout.readline().strip())
 
 
 def test_only_what_nobody_holds_is_swept_away(temporary: Path) -> None:
@@ -38,32 +45,19 @@ def test_only_what_nobody_holds_is_swept_away(temporary: Path) -> None:
     foreign = temporary / "somebody-abcdefgh"
     foreign.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
-    holders = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLDER],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    folders = []
-    for holder in holders:
-        assert holder.stdout is not None
-        folders.append(Path(holder.stdout.readline().strip()))
-    dead, alive = folders
-    holders[0].send_signal(signal.SIGKILL)
-    holders[0].wait()
-    sweep()
-    # It may just have been created.
-    assert dead.is_dir()
-    for folder in (dead, alive, foreign):
-        age(folder)
-    sweep()
-    assert not dead.exists()
-    assert alive.is_dir()
-    holders[1].communicate("", timeout=30)
+    with _holder(environment) as first, _holder(environment) as second:
+        dead, alive = map(_folder_of, (first, second))
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        sweep()
+        # It may just have been created.
+        assert dead.is_dir()
+        for folder in (dead, alive, foreign):
+            os.utime(folder, (0, 0))
+        sweep()
+        assert not dead.exists()
+        assert alive.is_dir()
+        second.communicate("", timeout=30)
     assert not alive.exists()
     assert {each.name for each in temporary.iterdir()} == {
         "dpsgd-track-quick-abcdefgh.txt",
