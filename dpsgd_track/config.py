@@ -17,10 +17,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpsgd_track.redaction import redact_uri
-from dpsgd_track.text_file import open_text
+from dpsgd_track.yaml_file import read_yaml
 
 PARAM_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
@@ -185,7 +183,9 @@ class PerformanceConfig:
         require_one_of("device", self.device, DEVICES)
         require_one_of("param_dtype", self.param_dtype, PARAM_DTYPES)
         require_one_of("reference_dtype", self.reference_dtype, ("float64", "float32"))
-        require(self.num_replicas >= 1, "replicas", self.num_replicas, "an integer >= 1")
+        replicas = self.num_replicas
+        is_integer = isinstance(replicas, Integral) and not isinstance(replicas, bool)
+        require(is_integer and replicas >= 1, "replicas", replicas, "an integer >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -556,15 +556,11 @@ def load_settings(path: Path | None) -> Settings:
     if path is None:
         return Settings()
     try:
-        with open_text("config", path) as file:
-            raw = yaml.safe_load(file.read())
+        raw = read_yaml("config", path)
     except FileNotFoundError:
         raise ValueError(
             f"config={str(path)!r}: expected an existing file. Check --config."
         ) from None
-    # PyYAML lets the ValueError of an impossible date, and endless nesting, through.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"config={str(path)!r}: expected valid YAML. {error}") from None
     raw = {} if raw is None else raw
     require(isinstance(raw, Mapping), "config", str(path), "a mapping of settings at the top")
     values = _known_keys(Settings, raw, where=str(path))

@@ -78,6 +78,7 @@ def reading(settings: Settings) -> Iterator[None]:
     from sqlalchemy.exc import SQLAlchemyError
 
     from dpsgd_track.store.client import one_line
+    from dpsgd_track.store.deadline import NoAnswer
     from dpsgd_track.store.reader import GroupNotFound
     from dpsgd_track.store.spool import SpoolDamaged
 
@@ -85,7 +86,7 @@ def reading(settings: Settings) -> Iterator[None]:
         yield
     except (GroupNotFound, SpoolDamaged) as error:
         raise ValueError(str(error)) from error
-    except (MlflowException, SQLAlchemyError, RequestException) as error:
+    except (MlflowException, SQLAlchemyError, RequestException, NoAnswer) as error:
         where, reason = redact_uri(settings.tracking_uri), one_line(error)
         raise ValueError(
             f"tracking_uri={where!r}: expected a tracking server that answers. {reason}"

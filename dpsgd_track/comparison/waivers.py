@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from dpsgd_track.comparison.measure.observables import OBSERVABLES
 from dpsgd_track.config import REGIMES, require
 from dpsgd_track.modes.table import MODES, is_private, plugged_in_modes
-from dpsgd_track.text_file import open_text
+from dpsgd_track.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from dpsgd_track.comparison.measure.excess import Excess
@@ -66,17 +65,11 @@ def load_waivers(path: Path) -> tuple[Waiver, ...]:
     """
     name = str(path)
     try:
-        with open_text("waivers", path) as file:
-            text = file.read()
+        raw = read_yaml("waivers", path)
     except FileNotFoundError:
         raise ValueError(
             f"waivers={name!r}: expected a file that can be read. Check --waivers."
         ) from None
-    try:
-        raw = yaml.safe_load(text)
-    # PyYAML lets the ValueError of an impossible date, and endless nesting, through.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"waivers={name!r}: expected valid YAML. {error}") from None
     raw = [] if raw is None else raw
     require(isinstance(raw, list), "waivers", name, "a list of waivers at the top")
     return tuple(_waiver(entry, f"{path.name}[{number}]") for number, entry in enumerate(raw))

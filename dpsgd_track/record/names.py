@@ -36,6 +36,8 @@ KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
 
 TRAJECTORY_FILE = "trajectory.npz"
 TIMINGS_FILE = "timings.json"
+GOLDEN_SUFFIX = ".dpsgd"
+"""Suffix that tells a golden file from a group's name."""
 VARIANT_VARIABLE = "DPSGD_TRACK_VARIANT"
 """Environment variable of a variant's workers: the folder put first on the import path."""
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dpsgd_track.config import require
 from dpsgd_track.redaction import redact_uri, redacted
@@ -77,7 +77,12 @@ def connect(tracking_uri: str) -> MlflowClient:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
     with _default_artifact_root():
-        return MlflowClient(sqlalchemy_uri(with_credentials(tracking_uri)))
+        client = MlflowClient(sqlalchemy_uri(with_credentials(tracking_uri)))
+    if not tracking_uri.startswith("http"):
+        return client
+    from dpsgd_track.store.deadline import DeadlineClient
+
+    return cast("MlflowClient", DeadlineClient(client))
 
 
 @contextlib.contextmanager

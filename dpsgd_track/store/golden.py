@@ -26,14 +26,13 @@ from dpsgd_track.record.archive_bounds import check_bounds
 from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.facts import RunFacts
 from dpsgd_track.record.failure import Failure
+from dpsgd_track.record.names import GOLDEN_SUFFIX
 from dpsgd_track.record.plan import GroupPlan
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store.reader import GroupNotFound
 from dpsgd_track.store.scratch import scratch
 
-SUFFIX = ".dpsgd"
-"""Suffix that tells a golden file from a group's name."""
 _CONTENTS, _RUNS = "group.json", "runs.zip"
 _ABSOLUTE = re.compile(r"(?<![\w./])(?:~\w*/|/|[A-Za-z]:[\\/]|file:)[^\s'\",;)\]]*")
 _HIDDEN = "[path]"
@@ -76,7 +75,7 @@ GOLDEN = Codec(GoldenGroup, "dpsgd-track/golden", 2)
 
 def is_golden(wanted: str) -> bool:
     """True if `wanted` names a golden file, rather than a group on a server."""
-    return wanted.endswith(SUFFIX)
+    return wanted.endswith(GOLDEN_SUFFIX)
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -85,7 +84,9 @@ def check_target(path: Path, *, force: bool) -> None:
     Raises:
         ValueError: another suffix, no such folder, or a file that exists.
     """
-    require(path.suffix == SUFFIX, "export", str(path), f"a file that ends in {SUFFIX}")
+    require(
+        path.suffix == GOLDEN_SUFFIX, "export", str(path), f"a file that ends in {GOLDEN_SUFFIX}"
+    )
     require(path.absolute().parent.is_dir(), "export", str(path), "a file in an existing folder")
     require(not path.is_dir(), "export", str(path), "a file, not a folder")
     advice = "Add --force to replace it."
