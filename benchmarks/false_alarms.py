@@ -98,6 +98,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, help="replays of each configuration")
     parser.add_argument("--jobs", type=int, default=1, help="launches at a time")
     parser.add_argument("--only", action="append", choices=CONFIGURATIONS, help="configurations")
+    parser.add_argument(
+        "--without", action="append", default=[], choices=CONFIGURATIONS, help="left out"
+    )
     parser.add_argument("--commit", default=_revision(), help="what the rows name as the commit")
     args, options = parser.parse_known_args()
     counts: Counter[str] = Counter()
@@ -106,7 +109,8 @@ def main() -> int:
     with args.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        groups = list(product(args.only or CONFIGURATIONS, range(args.seeds)))
+        names = args.only or [name for name in CONFIGURATIONS if name not in args.without]
+        groups = [(name, seed) for seed, name in product(range(args.seeds), names)]
         with ThreadPoolExecutor(args.jobs) as pool:
             every = pool.map(partial(_judged, folder=args.folder, options=options), groups)
             for (name, seed), rows in zip(groups, every, strict=True):
