@@ -280,7 +280,7 @@ def false_alarms(trials: int) -> Iterator[tuple[str, ...]]:
 
 def bias_level(trials: int) -> Iterator[tuple[str, ...]]:
     """Healthy records with a bias, were nothing tolerated."""
-    nothing = Tolerance(one=0.0, total=0.0)
+    nothing = Tolerance(one=0.0, total=0.0, loss=0.0)
     for name, rounding in ROUNDINGS.items():
         rng = np.random.default_rng(1)
         failing = 0
