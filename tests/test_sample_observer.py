@@ -115,7 +115,20 @@ def test_formulas_are_what_their_words_say() -> None:
     assert of[NormFormula.POSITIONS_APART] == pytest.approx(float(apart))
     summed = float(dout.sum(0).norm() * x_out.sum(0).norm())
     assert of[NormFormula.SUMMED_FIRST] == pytest.approx(summed)
+    gram = (dout @ dout.T) * (x_out @ x_out.T)
+    within = gram[:4, :4].sum() + gram[4:, 4:].sum()
+    assert of[NormFormula.TAIL_OF_4_LOST] == pytest.approx(float(gram[:4, :4].sum().sqrt()))
+    assert of[NormFormula.TILES_OF_4_APART] == pytest.approx(float(within.sqrt()))
+    once = within / 2 + gram.sum() / 2
+    assert of[NormFormula.TILES_OF_4_ONCE] == pytest.approx(float(once.sqrt()))
+    assert np.isnan(of[NormFormula.TAIL_OF_8_LOST])
+    lost = float((dout[:-2].T @ x_out[:-2]).norm())
+    assert of[NormFormula.LAST_TWO_POSITIONS_LOST] == pytest.approx(lost)
     gradient = gradients["out.weight"]
+    root = float(gradient.square().mean().sqrt())
+    assert of[NormFormula.ROOT_MEAN_SQUARE] == pytest.approx(root)
+    half = float(gradient.half().square().double().sum().sqrt())
+    assert of[NormFormula.SQUARES_IN_FLOAT16] == pytest.approx(half)
     assert of[NormFormula.OWN_ROWS] == pytest.approx(float(gradient.norm()))
     assert of[NormFormula.LAST_ROW_LOST] == pytest.approx(float(gradient[:-1].norm()))
     assert of[NormFormula.LAST_COLUMN_LOST] == pytest.approx(float(gradient[:, :-1].norm()))
@@ -125,6 +138,8 @@ def test_formulas_are_what_their_words_say() -> None:
     of = values["reused.bias"]
     assert of[NormFormula.FIRST_USE] == pytest.approx(float(first.norm()))
     assert of[NormFormula.LAST_USE] == pytest.approx(float(last.norm()))
+    twice = ((first + last).square().sum() + last.square().sum()).sqrt()
+    assert of[NormFormula.LAST_USE_TWICE] == pytest.approx(float(twice))
     uses = first.square().sum() + last.square().sum()
     assert of[NormFormula.USES_APART] == pytest.approx(float(uses.sqrt()))
     once = (uses + first @ last).sqrt()
@@ -134,6 +149,9 @@ def test_formulas_are_what_their_words_say() -> None:
     of = values["embedding.weight"]
     is_token = (TOKENS[0] != 0)[:, None]
     assert of[NormFormula.TOKENS_APART] == pytest.approx(float((de * is_token).norm()))
+    counts = torch.bincount(TOKENS[0], minlength=len(gradients["embedding.weight"]))
+    by_frequency = gradients["embedding.weight"] / counts.clamp(min=1)[:, None]
+    assert of[NormFormula.BY_FREQUENCY] == pytest.approx(float(by_frequency.norm()))
     padded = gradients["embedding.weight"].clone()
     padded[0] += de[TOKENS[0] == 0].sum(0)
     assert of[NormFormula.PADDING_COUNTED] == pytest.approx(float(padded.norm()))
@@ -149,7 +167,9 @@ def test_a_sample_whose_loss_needs_no_gradient_has_zeros() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (6,), (1, 7)])
-@pytest.mark.parametrize("move", list(Move))
+@pytest.mark.parametrize(
+    "move", [m for m in Move if m not in (Move.MEAN_OF_ELEMENTS, Move.SUM_OF_ELEMENTS)]
+)
 def test_a_moved_gradient_has_no_new_elements(move: Move, shape: tuple[int, ...]) -> None:
     gradient = torch.arange(1.0, 1 + np.prod(shape)).view(shape)
     result = moved(gradient, move, 2)
@@ -170,6 +190,28 @@ def test_moves_are_what_their_words_say() -> None:
     assert torch.equal(moved(gradient, Move.PADDED_IN_FRONT, 2)[1:], gradient[:-1])
     assert torch.equal(moved(gradient, Move.REVERSED, 2), gradient.flip(0))
     assert torch.equal(moved(gradient, Move.INTERLEAVED, 2), gradient[[0, 2, 4, 1, 3]])
+    assert torch.equal(moved(gradient, Move.LAST_SHARD_DOWN, 2), gradient[[0, 1, 2, 4, 3]])
+    assert torch.equal(moved(gradient, Move.LAST_SHARD_UP, 2), gradient[[0, 1, 2, 4, 3]])
+    assert torch.equal(moved(gradient, Move.MEAN_OF_ELEMENTS, 2), torch.full((5, 3), 7.0))
+    assert torch.equal(moved(gradient, Move.SUM_OF_ELEMENTS, 2), torch.full((5, 3), 105.0))
+
+
+@pytest.mark.parametrize(
+    ("move", "kept"),
+    [
+        (Move.LAST_ROW_LOST, [1, 1, 1, 1, 0]),
+        (Move.LAST_USED_ROW_LOST, [1, 1, 1, 0, 0]),
+        (Move.FIRST_USED_ROW_LOST, [0, 0, 1, 1, 0]),
+        (Move.FIRST_SHARD_END_LOST, [1, 1, 0, 1, 1]),
+        (Move.SHARD_ENDS_LOST, [1, 1, 0, 1, 0]),
+        (Move.FIRST_SHARD_ALONE, [1, 1, 1, 0, 0]),
+    ],
+)
+def test_rows_are_lost_as_the_words_say(move: Move, kept: list[int]) -> None:
+    # Of the rows, the first and the last are not used; two ranks hold three rows and two.
+    gradient = torch.arange(1.0, 16.0).view(5, 3)
+    gradient[[0, 4]] = 0.0
+    assert torch.equal(moved(gradient, move, 2), gradient * torch.tensor(kept)[:, None])
 
 
 def test_a_record_of_the_schema_before_is_read_without_what_it_lacks(tmp_path: Path) -> None:

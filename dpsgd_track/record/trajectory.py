@@ -417,7 +417,7 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         "sample_sketch": (S, N, P, shape_of("sample_sketch")[-1]),
         "sample_shard_sketch": (S, N, P, shape_of("sample_shard_sketch")[-1]),
         "sample_other_norm": (S, N, P, shape_of("sample_other_norm")[-1]),
-        "moved_sketch": (S, len(Move), P, shape_of("moved_sketch")[-1]),
+        "moved_sketch": (S, shape_of("moved_sketch")[1], P, shape_of("moved_sketch")[-1]),
         **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),
         "noise_samples": (S, noise[1], P, noise[-1]),
     }

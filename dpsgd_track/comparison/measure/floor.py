@@ -62,6 +62,10 @@ _OF_SQUARES, _MOST_OF_SQUARES = 2.0**-32, 2e-5
 at most. `torch.linalg.vector_norm` does so on the CPU, and small squares are lost: in torch 2.13 it
 is too small by 1e-6 of 24,000 elements, 7e-6 of 120,000 and 9e-5 of a million."""
 
+_INHERITED, _BY_SUMS = {ObservableName.SAMPLE_NORM: 1.0, ObservableName.CLIP_FACTOR: 1.0}, 2.0
+"""Multiple of the norms' error that counts for what is computed from them. Samples whose gradients
+cancel in a sum do not weigh alike."""
+
 CHAOS = 0.5
 """Limit of the clipped sum's distance from which on nothing is compared: rounding alone has moved
 the weights so far apart that the gradients of a step are unrelated."""
@@ -106,8 +110,8 @@ class Floor:
     against_float64: bool = False
     """True if plain autograd was compared with the float64 reference, rather than a mode with
     itself only: values within such a floor are as accurate as plain autograd."""
-    resolution: float = RESOLUTION
-    """Relative difference of norms, and of what is made with them, that never counts."""
+    norm_error: float = 0.0
+    """Relative error of the whole norm that never counts; sums inherit it."""
     chaos: int | None = None
     """First step from which on rounding alone explains any gradient; nothing is compared there."""
 
@@ -138,7 +142,7 @@ def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor
         values={name: max(drift.max for _, drift in found) for name, found in drifts.items()},
         series=series,
         against_float64=against_float64,
-        resolution=max(RESOLUTION, error_of_norms(_num_elements(replays[0].aligned.baseline))),
+        norm_error=error_of_norms(_num_elements(replays[0].aligned.baseline)),
         chaos=_chaos(series.get(ObservableName.GRADIENT)),
     )
 
@@ -257,8 +261,8 @@ def limits_of(drift: Drift, floor: Floor | None) -> Floats | None:
     else:
         num_draws = num_draws.max(axis=1, keepdims=True)
     margin = np.maximum(MARGIN_OF_ONE_DRAW if kind in _ONE_DRAW else MARGIN, margin_of(num_draws))
-    is_loss = drift.observable.threshold == LOSS
-    least = RESOLUTION if is_loss else max(_RESOLUTION_OF.get(name, 0.0), floor.resolution)
+    inherited = 0.0 if drift.observable.threshold == LOSS else _INHERITED.get(name, _BY_SUMS)
+    least = max(_RESOLUTION_OF.get(name, RESOLUTION), inherited * floor.norm_error)
     resolution = least * _unit(drift)
     limits = np.maximum(margin * measured, resolution)
     if floor.chaos is not None:

@@ -298,15 +298,56 @@ def _of_step_before(facts: Facts) -> Prediction:
     return np.concatenate([facts.right_sum[:1], facts.right_sum[:-1]])
 
 
-def _moved(move: Move) -> Callable[[Facts], Prediction]:
-    place = list(Move).index(move)
+def _of_move(facts: Facts, move: Move) -> Floats | None:
+    """[S, Q, K] the right sum with its elements moved or lost; None if it is not recorded."""
+    place, shape = list(Move).index(move), facts.ours.shape_of("moved_sketch")
+    if place >= shape[1] or not shape[-1]:
+        return None
+    return np.asarray(facts.ours.moved_sketch[:, place][:, facts.columns], dtype=np.float64)
 
-    def predict(facts: Facts) -> Prediction:
-        if not facts.ours.shape_of("moved_sketch")[-1]:
-            return None
-        return facts.ours.moved_sketch[:, place][:, facts.columns].astype(np.float64)
 
-    return predict
+def _moves() -> Iterator[Hypothesis]:
+    for move in Move:
+        is_moved = move not in _LOST
+        places = "the gradient is right in length but its elements are in the wrong places: "
+        yield Hypothesis(
+            sentence=f"{places * is_moved}it is {move.value}", predict=partial(_of_move, move=move)
+        )
+
+
+_LOST = frozenset(
+    (
+        Move.LAST_ROW_LOST,
+        Move.LAST_USED_ROW_LOST,
+        Move.FIRST_USED_ROW_LOST,
+        Move.LAST_COLUMN_LOST,
+        Move.FIRST_SHARD_END_LOST,
+        Move.SHARD_ENDS_LOST,
+        Move.MEAN_OF_ELEMENTS,
+        Move.SUM_OF_ELEMENTS,
+        Move.FIRST_SHARD_ALONE,
+    )
+)
+
+
+def _shards_apart(facts: Facts) -> Prediction:
+    """Rows of rank 0 and those of the others, multiplied by the factors that agree best."""
+    first = _of_move(facts, Move.FIRST_SHARD_ALONE)
+    if first is None or _num_ranks(facts) == 1:
+        return None
+    parts = np.stack([first, facts.right_sum - first], axis=-1)
+    rows = facts.rows
+    wanted = facts.theirs.gradient_sketch[rows][:, facts.columns]
+    if not np.isfinite(parts[rows]).all() or not np.isfinite(wanted).all():
+        return None
+    factors = np.linalg.lstsq(parts[rows].reshape(-1, 2), wanted.ravel(), rcond=None)[0]
+    others = "of rank 1" if _num_ranks(facts) == 2 else "of the other ranks"
+    said = [
+        f"the rows {who} are multiplied by {factor:.3g}"
+        for who, factor in zip(("of rank 0", others), factors.tolist(), strict=True)
+        if abs(factor - 1) > _ALIKE
+    ]
+    return Fitted(np.asarray(parts @ factors), " and ".join(said)) if said else None
 
 
 def _any_weights(facts: Facts) -> Prediction:
@@ -489,14 +530,8 @@ SUM = Subject(
             ),
             Hypothesis(sentence="layers have each other's gradients: {}", predict=_exchanged),
             Hypothesis(sentence="the last micro-batch is added a step late", predict=_added_late),
-            *(
-                Hypothesis(
-                    sentence=f"the gradient is right in length but its elements are in the wrong "
-                    f"places: it is {move.value}",
-                    predict=_moved(move),
-                )
-                for move in Move
-            ),
+            *_moves(),
+            Hypothesis(sentence="{}", predict=_shards_apart),
             Hypothesis(
                 sentence="all samples of the step count with one factor, whatever their own: the "
                 "batch's gradient is clipped, not each sample's",
