@@ -152,6 +152,7 @@ def _record(norms: Floats, sums: Floats, losses: Floats) -> Trajectory:
         sample_sketch=np.empty((S, N, P, 0)),
         sample_shard_sketch=np.empty((S, N, P, 0)),
         sample_other_norm=np.empty((S, N, P, 0)),
+        sample_other_loss=np.empty((S, N, 0)),
         moved_sketch=np.empty((S, len(Move), P, 0)),
         gradient_sketch=sums,
         noised_sketch=sums,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
-from dpsgd_track.record.alternatives import Move, NormFormula
+from dpsgd_track.modes.protocol import SampleRun
+from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.loss import (
+    causal_lm_loss,
+    classification_loss,
+    one_loss_a_sample,
+    regression_loss,
+)
+from dpsgd_track.record.alternatives import LossFormula, Move, NormFormula
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.training.moved_gradient import moved
+from dpsgd_track.training.other_losses import other_losses
 from dpsgd_track.training.sample_observer import SampleObserver
 from tests.support.synthetic_group import trajectory
 
@@ -60,13 +70,14 @@ def observed(tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[NormForm
     found = torch.autograd.grad(loss, [*parameters, *outputs])
     gradients = dict(zip(names, found, strict=False))
     observer.see(gradients, found[len(parameters) :])
-    sketch, norms = observer.take()
+    seen = observer.take()
+    sketch, norms = seen.sketch, seen.other_norm
     assert sketch.shape == (1, len(names), 2 * NUM_PROJECTIONS)
     whole = norm_and_sketch("out.weight", gradients["out.weight"], 0, 12)[1:].numpy()
     place = names.index("out.weight")
     assert np.array_equal(sketch[0, place, :NUM_PROJECTIONS], whole)
     assert np.array_equal(sketch[0, place, NUM_PROJECTIONS:], whole)
-    assert len(observer.take()[0]) == 0
+    assert len(observer.take().sketch) == 0
     values = dict(zip(names, norms[0].tolist(), strict=True))
     return gradients, {n: dict(zip(NormFormula, v, strict=True)) for n, v in values.items()}
 
@@ -81,7 +92,7 @@ def test_a_layer_that_runs_again_in_the_backward_is_counted_once() -> None:
     outputs = observer.outputs()
     found = torch.autograd.grad(loss, [*parameters, *outputs])
     observer.see(dict(zip(names, found, strict=False)), found[len(parameters) :])
-    assert len(observer.take()[0]) == 1
+    assert len(observer.take().sketch) == 1
 
 
 TOKENS = torch.tensor([[1, 2, 1, 0, 3, 1, 0]])
@@ -161,7 +172,8 @@ def test_a_sample_whose_loss_needs_no_gradient_has_zeros() -> None:
     observer = SampleObserver()
     observer.watch(Small())
     observer.see({name: torch.zeros_like(p) for name, p in Small().named_parameters()}, [])
-    sketch, norms = observer.take()
+    seen = observer.take()
+    sketch, norms = seen.sketch, seen.other_norm
     assert not sketch.any()
     assert not np.nan_to_num(norms).any()
 
@@ -222,10 +234,97 @@ def test_a_record_of_the_schema_before_is_read_without_what_it_lacks(tmp_path: P
         values = dict(archive)
     for name in ("sample_micro_batch", "sample_sketch", "sample_shard_sketch"):
         del values[name]
-    for name in ("sample_other_norm", "moved_sketch"):
+    for name in ("sample_other_norm", "sample_other_loss", "moved_sketch"):
         del values[name]
     np.savez(path, **{**values, "schema": np.int64(2)})
     read = Trajectory.load(path)
     assert np.array_equal(read.gradient_sketch, t.gradient_sketch)
     assert read.sample_sketch.shape == (4, 6, 4, 0)
     assert (read.sample_micro_batch == -1).all()
+
+
+def test_a_record_with_fewer_alternatives_is_read(tmp_path: Path) -> None:
+    t = trajectory(noise_std=0.0)
+    S, P = t.gradient_sketch.shape[:2]
+    t = replace(t, moved_sketch=np.ones((S, 10, P, 4), dtype=np.float32))
+    path = tmp_path / "trajectory.npz"
+    t.save(path)
+    with np.load(path) as archive:
+        values = dict(archive)
+    del values["sample_other_loss"]
+    np.savez(path, **{**values, "schema": np.int64(3)})
+    read = Trajectory.load(path)
+    assert read.moved_sketch.shape == (S, 10, P, 4)
+    assert read.sample_other_loss.shape == (*t.sample_loss.shape, 0)
+
+
+def run_of(model: nn.Module) -> SampleRun:
+    return lambda batch: batch.run(model)
+
+
+class Told(nn.Module):
+    """A language model whose logits depend on every input, by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, 7), nn.Embedding(9, 7)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        h = self.tokens(input_ids) + self.positions(position_ids)
+        out: Tensor = h + (h * attention_mask[..., None]).mean(1, keepdim=True)
+        return out
+
+
+@torch.no_grad()
+def test_wrong_losses_are_what_their_words_say() -> None:
+    torch.manual_seed(0)
+    model = Told().double()
+    ids = torch.tensor([[1, 2, 3, 4, 0], [5, 6, 1, 2, 3]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    places = torch.arange(5).expand(2, 5)
+    targets = ids.masked_fill(mask == 0, -100)
+    batch = Batch({"input_ids": ids, "attention_mask": mask, "position_ids": places}, targets)
+    values = other_losses(one_loss_a_sample(causal_lm_loss), batch, 0, run_of(model)).tolist()
+    of = dict(zip(LossFormula, values, strict=True))
+    logits = model(ids, mask, places)[0]
+    each = nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+
+    def changed(ids_0: Tensor = ids[:1], **inputs: Tensor) -> Tensor:
+        given = {"attention_mask": mask[:1], "position_ids": places[:1], **inputs}
+        out: Tensor = model(ids_0, **given)[0]
+        return nn.functional.cross_entropy(out[:-1], ids[0, 1:], reduction="none")
+
+    wanted = {
+        LossFormula.LAST_TARGET_LOST: each[:2].mean(),
+        LossFormula.FIRST_TARGET_LOST: each[1:3].mean(),
+        LossFormula.FIRST_PADDING_PREDICTED: each.mean(),
+        LossFormula.PADDING_PREDICTED: each.mean(),
+        LossFormula.NOT_SHIFTED: nn.functional.cross_entropy(logits[1:4], ids[0, 1:4]),
+        LossFormula.TARGETS_OF_NEXT: nn.functional.cross_entropy(logits[:-1], ids[1, 1:]),
+        LossFormula.TARGETS_OF_BEFORE: nn.functional.cross_entropy(logits[:-1], ids[1, 1:]),
+        LossFormula.MASK_IGNORED: changed(attention_mask=torch.ones(1, 5))[:3].mean(),
+        LossFormula.POSITIONS_FROM_ONE: changed(position_ids=places[:1] + 1)[:3].mean(),
+        LossFormula.LAST_TOKEN_LOST: changed(
+            torch.tensor([[1, 2, 3, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]])
+        )[:2].mean(),
+        LossFormula.UNIFORM: -logits[:3].log_softmax(-1).mean(),
+        LossFormula.SQUARED_LOG_SUM: logits[:3].logsumexp(-1).square().mean(),
+    }
+    for formula, value in wanted.items():
+        assert of[formula] == pytest.approx(float(value)), formula
+
+
+def test_wrong_losses_of_a_class_and_of_a_number() -> None:
+    batch = Batch({}, torch.tensor([1, 2]), args=(torch.tensor([[0.0, 1, 2], [3, 4, 6]]),))
+    model = nn.Identity()
+    values = other_losses(one_loss_a_sample(classification_loss), batch, 0, run_of(model))
+    of = dict(zip(LossFormula, values.tolist(), strict=True))
+    log_sum = float(torch.tensor([0.0, 1, 2]).logsumexp(-1))
+    assert of[LossFormula.TARGETS_OF_NEXT] == pytest.approx(log_sum - 2)
+    assert of[LossFormula.UNIFORM] == pytest.approx(log_sum - 1)
+    assert np.isnan(of[LossFormula.LAST_TARGET_LOST])
+    batch = Batch({}, torch.tensor([[1.0], [3.0]]), args=(torch.tensor([[0.0], [1.0]]),))
+    values = other_losses(one_loss_a_sample(regression_loss), batch, 0, run_of(model))
+    of = dict(zip(LossFormula, values.tolist(), strict=True))
+    assert of[LossFormula.TARGETS_OF_BEFORE] == pytest.approx(9.0)
+    assert np.isnan(of[LossFormula.UNIFORM])

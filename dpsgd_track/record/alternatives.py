@@ -99,3 +99,24 @@ class NormFormula(enum.StrEnum):
         "with cross terms between tiles of 32 positions counted once rather than twice"
     )
     TILES_OF_32_APART = "without cross terms between tiles of 32 positions"
+
+
+class LossFormula(enum.StrEnum):
+    """A wrong loss of one sample, in words that follow "they are".
+
+    The reference records the value of each beside the loss.
+    """
+
+    LAST_TARGET_LOST = "without each sample's last target"
+    FIRST_TARGET_LOST = "without each sample's first target"
+    FIRST_PADDING_PREDICTED = "with the first ignored position after a sample predicted as well"
+    PADDING_PREDICTED = "with every ignored position predicted as well"
+    NOT_SHIFTED = "of targets that are not shifted: each position predicts its own token"
+    SHIFTED_TWICE = "of targets that are shifted by two positions in place of one"
+    TARGETS_OF_NEXT = "of the targets of the next sample in the micro-batch"
+    TARGETS_OF_BEFORE = "of the targets of the sample before in the micro-batch"
+    MASK_IGNORED = "computed without the attention mask, so that padding is attended to"
+    POSITIONS_FROM_ONE = "computed with positions that begin at 1"
+    LAST_TOKEN_LOST = "of samples without their last token"
+    UNIFORM = "the mean over all classes in place of the target's, as label smoothing of 1 makes it"
+    SQUARED_LOG_SUM = "the squared logarithm of the softmax's denominator, as a z-loss adds it"

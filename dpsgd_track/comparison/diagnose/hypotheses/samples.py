@@ -95,6 +95,8 @@ class _Places:
 
 
 _ENOUGH_SAMPLES = 8
+_TYPICAL = 0.2
+"""Least median of rounding errors in units of their root mean square: most samples are off."""
 _LOW, _HIGH = 2.0**-13, 2.0**-7
 """Errors of a computation in bfloat16, whose numbers are rounded by up to 2^-9."""
 
@@ -163,6 +165,13 @@ def _alike(of: Of) -> Sequence[Hypothesis]:
             sentence="all samples of a micro-batch have their mean",
             predict=lambda facts: facts.by_batch(
                 of(facts), lambda own: np.broadcast_to(own.mean(axis=0), own.shape)
+            ),
+        ),
+        Hypothesis(
+            sentence="all samples of a micro-batch have their root mean square",
+            predict=lambda facts: facts.by_batch(
+                of(facts),
+                lambda own: np.broadcast_to(np.sqrt(np.square(own).mean(axis=0)), own.shape),
             ),
         ),
         Hypothesis(
@@ -267,6 +276,8 @@ def off_as_rounding(observed: Floats, right: Floats) -> bool:
     if off.size < _ENOUGH_SAMPLES:
         return False
     size = float(np.sqrt(np.mean(np.square(off))))
+    if float(np.median(np.abs(off))) < _TYPICAL * size:
+        return False
     below = float(np.mean(off < 0))
     return _LOW < size < _HIGH and 0.2 < below < 0.8
 

@@ -80,6 +80,17 @@ def _last(facts: Facts, batch: MicroBatch) -> int:
     return int(facts.theirs.sample_micro_batch[batch.row].max())
 
 
+def _longest(facts: Facts, batch: MicroBatch) -> int:
+    """Samples of the longest micro-batch of the batch's step."""
+    return max(len(b.places) for b in facts.micro_batches if b.row == batch.row)
+
+
+def _length_of_first(facts: Facts, batch: MicroBatch) -> int:
+    """Samples of the first micro-batch of the batch's step and rank."""
+    of_rank = [b for b in facts.micro_batches if (b.row, b.rank) == (batch.row, batch.rank)]
+    return len(of_rank[0].places)
+
+
 def _size_of_rank(facts: Facts, batch: MicroBatch) -> int:
     return int((facts.theirs.sample_rank[batch.row] == batch.rank).sum())
 
@@ -117,6 +128,17 @@ def _without_rank(facts: Facts) -> Iterator[tuple[str, Floats]]:
     ranks = facts.theirs.sample_rank
     for rank in sorted(set(ranks.flat) - {UNUSED}):
         yield f"rank {rank}", np.where(ranks == rank, 0.0, facts.factor)
+
+
+def _of_number(facts: Facts) -> Iterator[tuple[str, Floats]]:
+    """One of the micro-batches of every rank, lost or counted more than once."""
+    numbers = facts.theirs.sample_micro_batch
+    counted = {_num_ranks(facts): f"counts {_num_ranks(facts)} times, once for each rank"}
+    counted |= {0: "is lost", 2: "counts twice"}
+    for number in sorted(set(numbers.flat) - {UNUSED}):
+        for factor, what in counted.items():
+            changed = np.where(numbers == number, factor * facts.factor, facts.factor)
+            yield f"micro-batch {number} {what}", changed
 
 
 def _layers(facts: Facts) -> list[str]:
@@ -287,11 +309,30 @@ def _exchanged(facts: Facts) -> Prediction:
     return Fitted(facts.theirs.gradient_sketch[:, facts.columns], " and ".join(pairs))
 
 
-def _rounded(facts: Facts) -> Prediction:
-    """What is recorded, if it is off by as much as rounding to bfloat16 makes it."""
+def _rounded(facts: Facts, bits: int) -> Prediction:
+    """What is recorded, if it is off by as much as rounding to `bits` makes it."""
     theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
     length = sketch_length(facts.right_sum)
-    return theirs if off_as_rounded(theirs, facts.right_sum, length) else None
+    return theirs if off_as_rounded(theirs, facts.right_sum, length, bits=bits) else None
+
+
+def _where_a_rank_is_idle(facts: Facts) -> Prediction:
+    """What is recorded, if steps are right but for those with an empty micro-batch."""
+    if not facts.micro_batches:
+        return None
+    theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
+    there = {(b.row, b.number, b.rank) for b in facts.micro_batches}
+    idle = [
+        any(
+            (row, number, rank) not in there
+            for number in {n for r, n, _ in there if r == row}
+            for rank in range(_num_ranks(facts))
+        )
+        for row in range(len(theirs))
+    ]
+    if not 0 < sum(idle[row] for row in facts.rows.tolist()) < len(facts.rows):
+        return None
+    return np.where(np.array(idle)[:, None, None], theirs, facts.right_sum)
 
 
 def _of_step_before(facts: Facts) -> Prediction:
@@ -394,6 +435,9 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             said = _groups_in_words(kind, keys[is_there], share[is_there])
             if said:
                 return f"{said} at step {t.step[row]}"
+        is_lost = is_there & (np.abs(share) < _ALIKE)
+        if is_off.any() and np.array_equal(is_lost, is_off):
+            return f"{is_lost.sum()} of {is_there.sum()} samples are missing at step {t.step[row]}"
         low, high = float(share[is_there].min()), float(share[is_there].max())
         return f"samples count {low:.3g} to {high:.3g} times at step {t.step[row]}"
     return ""
@@ -481,6 +525,15 @@ SUM = Subject(
                 lambda f, b: 2.0 if b.number == _last(f, b) else 1.0,
             ),
             _of_batches(
+                "micro-batches that are shorter than the step's longest are not added",
+                lambda f, b: float(len(b.places) == _longest(f, b)),
+            ),
+            _of_batches(
+                "micro-batches that are shorter than the rank's first are not added",
+                lambda f, b: float(len(b.places) >= _length_of_first(f, b)),
+            ),
+            _one_by_one("{} (in these parameters)", _of_number),
+            _of_batches(
                 "it is divided by the number of samples in each micro-batch of a rank, as the "
                 "gradient of a mean loss is",
                 lambda f, b: 1 / len(b.places),
@@ -546,11 +599,20 @@ SUM = Subject(
     ),
     late=(
         (Hypothesis(sentence="{}", predict=_any_weights),),
+        tuple(
+            Hypothesis(
+                sentence=f"it is off by as much as rounding to {name} makes it, in all parameters "
+                "alike",
+                predict=partial(_rounded, bits=bits),
+                is_hint=True,
+            )
+            for name, bits in (("bfloat16", 8), ("TF32 or float16 (11 bits)", 11))
+        ),
         (
             Hypothesis(
-                sentence="it is off by as much as rounding to bfloat16 makes it, in all parameters "
-                "alike",
-                predict=_rounded,
+                sentence="it is wrong in just those steps in which a rank has an empty "
+                "micro-batch, as if something were added for it",
+                predict=_where_a_rank_is_idle,
                 is_hint=True,
             ),
         ),
