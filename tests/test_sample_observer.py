@@ -300,6 +300,7 @@ def test_wrong_losses_are_what_their_words_say() -> None:
         LossFormula.FIRST_PADDING_PREDICTED: each.mean(),
         LossFormula.PADDING_PREDICTED: each.mean(),
         LossFormula.NOT_SHIFTED: nn.functional.cross_entropy(logits[1:4], ids[0, 1:4]),
+        LossFormula.SHIFTED_TWICE: nn.functional.cross_entropy(logits[:2], ids[0, 2:4]),
         LossFormula.TARGETS_OF_NEXT: nn.functional.cross_entropy(logits[:-1], ids[1, 1:]),
         LossFormula.TARGETS_OF_BEFORE: nn.functional.cross_entropy(logits[:-1], ids[1, 1:]),
         LossFormula.MASK_IGNORED: changed(attention_mask=torch.ones(1, 5))[:3].mean(),

@@ -81,10 +81,12 @@ def _of_targets(loss: PerSampleLoss, logits: Tensor, sample: Batch) -> Mapping[L
     """Losses over other targets of the same sample."""
     targets, ids = sample.targets, sample.inputs.get("input_ids")
     used = targets[0].ne(IGNORED).nonzero().flatten()
-    values = {
-        LossFormula.NOT_SHIFTED: loss(logits.roll(1, 1), targets),
-        LossFormula.SHIFTED_TWICE: loss(logits, targets.roll(-1, 1)),
-    }
+    values: dict[LossFormula, Tensor] = {}
+    if getattr(loss, "__wrapped__", loss) in _SHIFTED:
+        later = targets.roll(-1, 1)
+        later[:, -1] = IGNORED
+        values[LossFormula.NOT_SHIFTED] = loss(logits.roll(-1, 1), targets)
+        values[LossFormula.SHIFTED_TWICE] = loss(logits, later)
     if len(used) > 1:
         lost = [targets.clone(), targets.clone()]
         lost[0][0, used[-1]] = IGNORED
