@@ -102,6 +102,9 @@ IS_RANK_1 = base().sample_rank == 1
 IS_LAST = base().sample_micro_batch == 1
 
 NORMS = {
+    "all samples of a micro-batch have their root mean square": np.sqrt(
+        (NORM**2).reshape(-1, 4, 3).mean(axis=2)
+    ).repeat(3, axis=1),
     "the root is missing": NORM**2,
     "the sum of the parameters' norms": BY_PARAMETER.sum(axis=2),
     "the largest of the parameters' norms": BY_PARAMETER.max(axis=2),
@@ -117,7 +120,14 @@ NORMS = {
     ),
     "the right values in another order": NORM[:, [5, 3, 8, 0, 11, 1, 2, 4, 6, 10, 7, 9]],
 }
+PAIRS = FACTOR.reshape(-1, 4, 3).copy()
+PAIRS[..., 1] = PAIRS[..., 0]
 FACTORS = {
+    "they are never below 0.77": np.maximum(FACTOR, 0.77),
+    "all samples of a micro-batch have one factor": np.minimum(
+        1, C / (NORM.reshape(-1, 4, 3).mean(axis=2) + 0.1)
+    ).repeat(3, axis=1),
+    "each 2 samples of a micro-batch have one factor": PAIRS.reshape(FACTOR.shape),
     "no sample is clipped": np.ones_like(NORM),
     "samples are clipped not at C but at 1": np.minimum(1, 1 / NORM),
     "at C / W (the number of ranks) or K (the number of micro-batches) or 2": np.minimum(
@@ -135,6 +145,7 @@ FACTORS = {
     "are clipped not at C but at 0.9 C": np.minimum(1, 0.9 * C / NORM),
 }
 SUMS = {
+    "missing are micro-batch 1 of rank 0": np.where(IS_LAST & ~IS_RANK_1, 0, FACTOR),
     "they count with factor 1": np.ones_like(FACTOR),
     "clip factors are applied twice": FACTOR**2,
     "samples count with 1 + c": 1 + FACTOR,

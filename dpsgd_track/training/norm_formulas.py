@@ -202,7 +202,9 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
         right_TD = torch.cat(right) if left_TP is not None and right else None
     else:
         left_TP, right_TD = only.left_TP, only.right_TD
-        values |= _of_tiles(only)
+    if left_TP is not None:
+        row_T = only.row_T if only is not None else None
+        values |= _of_tiles(Share(left_TP, right_TD, row_T))
     if left_TP is not None and right_TD is not None:
         values[NormFormula.SUMMED_FIRST] = left_TP.sum(dim=0).norm() * right_TD.sum(dim=0).norm()
     elif left_TP is not None:

@@ -271,6 +271,8 @@ FACTORS = Subject(
                 "clipped, not each sample",
                 predict=lambda facts: _of_groups(facts, None),
             ),
+        ),
+        (
             *(
                 Hypothesis(
                     sentence=f"each {size} samples of a micro-batch have one factor: they are "

@@ -74,6 +74,19 @@ class _Places:
             row = batch.row
             yield batch, kept
 
+    def of_step_before(self, values: Floats) -> Floats | None:
+        """Each micro-batch's numbers are those of the same one in the step before."""
+        if not self.facts.micro_batches:
+            return None
+        changed = values.copy()
+        known = {(b.row, b.rank, b.number): b.places for b in self.facts.micro_batches}
+        for batch in self.facts.micro_batches:
+            before = known.get((batch.row - 1, batch.rank, batch.number))
+            if before is not None:
+                length = min(len(before), len(batch.places))
+                changed[batch.row, batch.places[:length]] = values[batch.row - 1, before[:length]]
+        return changed
+
     def over_ranks(self, values: Floats, combine: Callable[[Floats], Floats]) -> Floats | None:
         """Numbers of the samples at one place of all ranks, combined; a missing one is 0."""
         if not self.facts.micro_batches:
@@ -144,6 +157,10 @@ def mixed_up(of: Of, theirs: Of) -> Sequence[Hypothesis]:
         Hypothesis(
             sentence="they are those of the samples at the same places in the step before",
             predict=lambda facts: _step_before(of(facts)),
+        ),
+        Hypothesis(
+            sentence="they are those of the same micro-batch in the step before",
+            predict=lambda facts: _Places(facts).of_step_before(of(facts)),
         ),
         Hypothesis(
             sentence="they are those of rank 0's samples on every rank",

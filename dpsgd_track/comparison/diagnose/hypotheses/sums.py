@@ -23,6 +23,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     off_as_rounded,
 )
 from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
+from dpsgd_track.comparison.diagnose.sample_groups import group_of
 from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_length
 
@@ -146,14 +147,14 @@ def _layers(facts: Facts) -> list[str]:
 
 
 def _clipped_by(
-    facts: Facts, group_of: Callable[[Facts], Sequence[str]], *, shares: bool
+    facts: Facts, parts_of: Callable[[Facts], Sequence[str]], *, shares: bool
 ) -> Floats:
     """[S, N, Q] factors of groups of parameters that are clipped by themselves.
 
     Args:
         shares: True if each is clipped at C / sqrt(number of groups) rather than C.
     """
-    groups = group_of(facts)
+    groups = parts_of(facts)
     names = list(dict.fromkeys(groups))
     bound = facts.bound / (len(names) ** 0.5 if shares else 1.0)
     squares = np.square(facts.by_parameter)
@@ -170,13 +171,13 @@ def _all_parameters(facts: Facts) -> list[str]:
 
 
 def _parameter_clipping() -> Iterator[Hypothesis]:
-    for what, group_of in (("parameter", _all_parameters), ("layer", _layers)):
+    for what, parts_of in (("parameter", _all_parameters), ("layer", _layers)):
         for shares in (True, False):
             bound = f"C / sqrt(number of {what}s)" if shares else "the full C"
             breach = "" if shares else ", so that a sample can add more than C"
             yield _weighted(
                 f"each {what} is clipped by itself, at {bound}{breach}",
-                partial(_clipped_by, group_of=group_of, shares=shares),
+                partial(_clipped_by, parts_of=parts_of, shares=shares),
             )
 
 
@@ -424,6 +425,10 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             shown = ", ".join(map(str, t.sample_index[row][spared].tolist()))
             which = f"sample {shown} is" if spared.sum() == 1 else f"samples {shown} are"
             return f"{which} not clipped (counting with factor 1) at step {t.step[row]}"
+        is_lost = bool(np.all(np.abs(share[is_off]) < _ALIKE))
+        share = np.where(is_there & ~is_off, 1.0, 0.0) if is_lost else share
+        if is_lost and (which := group_of(np.flatnonzero(is_off), t, row)):
+            return f"missing are {which} at step {t.step[row]}"
         kinds = (
             ("sample", t.sample_index[row]),
             ("rank", t.sample_rank[row]),
@@ -435,9 +440,8 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             said = _groups_in_words(kind, keys[is_there], share[is_there])
             if said:
                 return f"{said} at step {t.step[row]}"
-        is_lost = is_there & (np.abs(share) < _ALIKE)
-        if is_off.any() and np.array_equal(is_lost, is_off):
-            return f"{is_lost.sum()} of {is_there.sum()} samples are missing at step {t.step[row]}"
+        if is_lost:
+            return f"missing are {is_off.sum()} of {is_there.sum()} samples at step {t.step[row]}"
         low, high = float(share[is_there].min()), float(share[is_there].max())
         return f"samples count {low:.3g} to {high:.3g} times at step {t.step[row]}"
     return ""
