@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dpsgd_track.cli.context import Context, check_planted, reading, say, say_aside
 from dpsgd_track.cli.dry_run import show_plan
 from dpsgd_track.cli.options import ResumeOptions
-from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.config import Settings, require
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
 from dpsgd_track.launcher.choices import NodeChoices, RecordChoices
 from dpsgd_track.launcher.hardware import count_gpus
@@ -18,6 +18,7 @@ from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.suites import Asked, InputCheck, check_modes, placement_of, plan_of
 from dpsgd_track.program import command
 from dpsgd_track.record.plan import GroupPlan, Suite
+from dpsgd_track.redaction import redact_uri
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.launch import Launched
