@@ -109,7 +109,7 @@ def _innermost_frame(
         path = Path(frame.filename)
         if path.is_relative_to(_ROOTS["torch"]) or _is_of_python(path):
             continue
-        return frame, _owner_of(path, job)
+        return frame, owner_of(path, job)
     return None, OURS
 
 
@@ -118,7 +118,13 @@ def _is_of_python(path: Path) -> bool:
     return str(path).startswith("<") or (path.is_relative_to(_STDLIB) and not is_installed)
 
 
-def _owner_of(path: Path, job: JobConfig) -> str:
+def owner_of(path: Path, job: JobConfig) -> str:
+    """Owner of a file, in words: a variant, this package, an installed one, or the user's mode.
+
+    Empty for Python's own files.
+    """
+    if _is_of_python(path):
+        return ""
     if job.variant and path.is_relative_to(job.variant.root):
         return f"variant {job.variant.name}"
     if path.is_relative_to(_ROOTS[OURS]):
