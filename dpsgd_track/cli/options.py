@@ -157,6 +157,15 @@ class FaultOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModesOptions:
+    """Options of modes."""
+
+    what: Annotated[ModeChoices, _without(_WHAT, "mode", "regime", "accuracy_test")] = field(
+        default_factory=ModeChoices
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeOptions:
     """Options of resume."""
 

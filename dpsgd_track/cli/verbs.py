@@ -13,6 +13,7 @@ from dpsgd_track.cli.options import (
     FLAT,
     CompareOptions,
     FaultOptions,
+    ModesOptions,
     ProfileOptions,
     ResumeOptions,
     SingleOptions,
@@ -48,10 +49,10 @@ def _faults(*, options: Annotated[FaultOptions, FLAT] = FaultOptions(), called: 
     return detect(called, options)
 
 
-def _modes(*, called: Called) -> int:
+def _modes(*, options: Annotated[ModesOptions, FLAT] = ModesOptions(), called: Called) -> int:
     from dpsgd_track.cli.modes import list_modes
 
-    return list_modes()
+    return list_modes(options.what.variant)
 
 
 def _ui(*, options: Annotated[UiOptions, FLAT] = UiOptions(), called: Called) -> int:
@@ -166,7 +167,12 @@ VERBS: dict[str, Verb] = {
             notes="exit codes: 0 every fault that can show was found and no healthy mode raised an "
             "alarm, 1 otherwise, 2 usage, 70 internal, 130 interrupted",
         ),
-        Verb(name="modes", summary="list the modes", run=_modes),
+        Verb(
+            name="modes",
+            summary="list the modes, and those that a variant brings",
+            run=_modes,
+            examples=("--variant fork=../opacus-fork",),
+        ),
         Verb(
             name="ui", summary="open the MLflow UI on the store", run=_ui, examples=("--port 5001",)
         ),

@@ -44,8 +44,8 @@ class ModeChoices:
     """Run the accuracy regime alone. Data and noise are the same in every mode."""
     variant: tuple[str, ...] = ()
     """NAME=PATH: run the modes once more, as mode@NAME, with the code of PATH (default: none). PATH
-    is a checkout whose packages replace the installed ones. Repeatable; the reference is not run
-    again."""
+    is a checkout or a folder of `pip install --target`, or REVISION@REPOSITORY; a REVISION alone is
+    one of the repository you are in. Of an Opacus, its own modes run. Repeatable."""
 
 
 @dataclass(frozen=True, kw_only=True)
