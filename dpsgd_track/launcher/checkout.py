@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 _TIMEOUT_S = 300
@@ -29,6 +28,9 @@ def check_out(repository: Path, commit: str) -> Path:
     Raises:
         ValueError: git cannot give the files.
     """
+    # Help does without.
+    import tempfile
+
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(cache).expanduser() / "dpsgd-track" / "checkouts" / commit
     if folder.is_dir():

@@ -6,7 +6,6 @@ and forks all have that function, whatever modes it knows.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 from pathlib import Path
 
@@ -29,6 +28,9 @@ def grad_sample_modes(package: Path) -> tuple[str, ...]:
     Raises:
         ValueError: the folder has no such function.
     """
+    # Help does without.
+    import ast
+
     file = package / _FILE
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))

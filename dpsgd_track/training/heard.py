@@ -12,6 +12,8 @@ from dpsgd_track.training.diagnosis import OURS, owner_of
 
 _OF_NOBODY = frozenset({OURS, "torch", "transformers", "numpy", "mlflow", ""})
 """Owners of code that every mode runs on, whose warnings are no mode's."""
+_OF_WARNINGS = ("warnings.py", "_py_warnings.py")
+"""Files of the standard library's `warnings`, before and from Python 3.14 on."""
 
 
 class HeardWarnings:
@@ -48,6 +50,6 @@ class HeardWarnings:
 def _raised_in() -> Path | None:
     """The file that called `warnings.warn`; its `stacklevel` may name another."""
     frame = sys._getframe(2)
-    while frame and Path(frame.f_code.co_filename).name == "warnings.py":
+    while frame and Path(frame.f_code.co_filename).name in _OF_WARNINGS:
         frame = frame.f_back  # type: ignore[assignment]
     return Path(frame.f_code.co_filename) if frame else None

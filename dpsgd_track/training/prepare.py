@@ -66,19 +66,6 @@ class PreparedRun:
             perturb_inputs(model, job.seed)
         return model
 
-    @property
-    def not_optimized(self) -> list[str]:
-        """Trainable parameters that the mode's optimizer lacks, by name.
-
-        No names if it has none of them: it may well step copies of its own.
-        """
-        trainable = trainable_parameters(self.mode.model)
-        optimizer = getattr(self.mode, "optimizer", None)
-        groups = optimizer.param_groups if optimizer else []
-        stepped = {id(parameter) for group in groups for parameter in group["params"]}
-        lacking = [name for name, p in trainable.items() if id(p) not in stepped]
-        return lacking if len(lacking) < len(trainable) else []
-
     def _accumulate(self, rank_batch: RankBatch, step: int) -> list[SampleRecord]:
         records, indices = [], iter(rank_batch.indices)
         for batch in rank_batch.batches:
@@ -142,6 +129,19 @@ class PreparedRun:
         if self.job.noise_from == "os":
             return fresh_key(None, self.device)
         return f"{self.job.seed}/{self.job.mode}"
+
+
+def not_optimized(mode: Mode) -> tuple[str, ...]:
+    """Trainable parameters that the optimizer of `mode` lacks, by name.
+
+    No names if it has none of them: it may well step copies of its own.
+    """
+    trainable = trainable_parameters(mode.model)
+    optimizer = getattr(mode, "optimizer", None)
+    groups = optimizer.param_groups if optimizer else []
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
+    lacking = tuple(name for name, p in trainable.items() if id(p) not in stepped)
+    return lacking if len(lacking) < len(trainable) else ()
 
 
 def _require_record(mode: Mode, record: object, num_samples: int) -> None:

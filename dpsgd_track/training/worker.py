@@ -39,7 +39,7 @@ from dpsgd_track.training.diagnosis import diagnose
 from dpsgd_track.training.heard import HeardWarnings
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.noise_samples import Floats
-from dpsgd_track.training.prepare import PreparedRun
+from dpsgd_track.training.prepare import PreparedRun, not_optimized
 from dpsgd_track.training.profile import ProfileRun
 from dpsgd_track.training.recorder import rank_metrics
 
@@ -204,7 +204,7 @@ class Worker:
             norm_plan=mode.norm_plan(),
             imported=imported,
             warnings=tuple(dict.fromkeys((*self.warnings.sentences, *mode.notices()))),
-            not_optimized=tuple(run.not_optimized),
+            not_optimized=not_optimized(mode),
             unreached=self._unreached(),
         )
 
