@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "privacy": {"config", "distributed", "kernels"},
     "modes": {"config", "distributed", "privacy"},
     "library": {"config", "distributed", "modes", "privacy"},
+    "testing": {"config", "distributed", "modes", "privacy"},
     "record": {"config", "program"},
     "store": {"config", "program", "record"},
     "training": {
@@ -65,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
         "record",
         "report",
         "store",
+        "testing",
         "training",
     },
 }

@@ -76,6 +76,7 @@ PUBLIC = {
     "resume": {**_NODES, **_PLACES},
     "sync": {**_STORE, "spool": None},
     "modes": {},
+    "check": {},
     "ui": {**_STORE, "port": 5000},
     "compare": {
         **{**_STORE, "spool": None, "results-dir": None, "fail-on": "drift", "waivers": None},
@@ -88,6 +89,7 @@ ADDED = {verb: {"dry-run": False} for verb in ("quick", "full", "single", "profi
 ADDED["resume"] = {"dry-run": False, "output": None}
 ADDED["ui"] = {"spool": None}
 ADDED["modes"] = {"variant": None}
+ADDED["check"] = {"input": None, "mode": None, "random-seed": 42}
 
 
 def options(verb: str) -> dict[str, object]:
@@ -111,7 +113,7 @@ def test_every_public_option_is_there_with_its_default(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", PUBLIC)
 def test_a_default_is_what_the_verb_is_called_with(verb: str) -> None:
-    operands = ["g"] if verb in ("resume", "compare") else []
+    operands = ["g"] if verb in ("resume", "compare", "check") else []
     assert parsed(verb, *operands).get("options") == (
         parser_of(VERBS[verb].run).parse_args(operands)[1].signature.parameters["options"].default
     )

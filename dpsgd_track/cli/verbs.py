@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from dpsgd_track.cli.context import Context
 from dpsgd_track.cli.options import (
     FLAT,
+    CheckOptions,
     CompareOptions,
     FaultOptions,
     ModesOptions,
@@ -83,6 +84,18 @@ def _resume(
     from dpsgd_track.cli.launch import resume
 
     return resume(called, group, options)
+
+
+def _check(
+    module: Annotated[str, Parameter(help="package.module:NAME, or package.module:NAME(7, 4)")],
+    /,
+    *,
+    options: Annotated[CheckOptions, FLAT] = CheckOptions(),
+    called: Called,
+) -> int:
+    from dpsgd_track.cli.check import check_module
+
+    return check_module(module, options.what)
 
 
 _GROUP = "A group's name, a run id, latest, or a golden file (.dpsgd), which needs no store"
@@ -166,6 +179,17 @@ VERBS: dict[str, Verb] = {
             examples=("--list", "--fault clipping,no_noise", "--mode my_module:MyMode"),
             notes="exit codes: 0 every fault that can show was found and no healthy mode raised an "
             "alarm, 1 otherwise, 2 usage, 70 internal, 130 interrupted",
+        ),
+        Verb(
+            name="check",
+            summary="one module of anybody's against the oracle, in seconds",
+            run=_check,
+            examples=(
+                "'torch.nn:Linear(7, 4)' --input 3,5,7",
+                "my_layers:make_block --input 4,16:100 --mode flash_bk,ghost",
+            ),
+            notes="exit codes: 0 exact, or refused in a sentence, 1 wrong or failed, 2 usage, "
+            "70 internal, 130 interrupted",
         ),
         Verb(
             name="modes",

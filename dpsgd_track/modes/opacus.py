@@ -51,8 +51,18 @@ class OpacusMode(Mode):
     takes_empty_batches = False
     """Opacus's hooks reduce over the samples of a batch, and raise if there are none."""
 
-    def __init__(self, grad_sample_mode: str, model: nn.Module, context: ModeContext) -> None:
+    def __init__(
+        self,
+        grad_sample_mode: str,
+        model: nn.Module,
+        context: ModeContext,
+        *,
+        loss_reduction: str = "mean",
+    ) -> None:
         """Wrap `model` as `PrivacyEngine.make_private` does.
+
+        Args:
+            loss_reduction: mean, or sum, which Opacus is told of as its users tell it.
 
         Raises:
             ValueError: Opacus has no such mode, cannot run it with these settings, or refuses the
@@ -62,6 +72,7 @@ class OpacusMode(Mode):
         self.world_size = world_size()
         self.is_sharded = "fsdp" in grad_sample_mode
         _check(grad_sample_mode, self.is_sharded, context)
+        self.loss_reduction = loss_reduction
         self.is_fused = "fuse" in grad_sample_mode
         self.model = self.shard(model) if self.is_sharded else model
         # Only the modes that clip in two backwards come with a criterion.
@@ -125,7 +136,7 @@ class OpacusMode(Mode):
         logits = self.logits(batch)
         if self.criterion is None:
             loss_B = self.context.loss(logits, batch.targets)
-            loss_B.mean().backward()
+            (loss_B.mean() if self.loss_reduction == "mean" else loss_B.sum()).backward()
         else:
             loss = self.criterion(logits, batch.targets)
             loss.backward()
@@ -190,7 +201,10 @@ class OpacusMode(Mode):
         privacy = self.context.privacy
         # Opacus derives the expected batch size from a data loader: one batch of that many rows.
         rows = TensorDataset(torch.zeros(privacy.expected_batch_size, 1))
-        settings: dict[str, Any] = {"criterion": _SharedLoss(self.context.loss)}
+        settings: dict[str, Any] = {
+            "criterion": _SharedLoss(self.context.loss, self.loss_reduction),
+            "loss_reduction": self.loss_reduction,
+        }
         if "criterion" not in inspect.signature(opacus.PrivacyEngine.make_private).parameters:
             # Before 1.5 no mode clips in two backwards.
             del settings["criterion"]
@@ -244,14 +258,15 @@ class OpacusMode(Mode):
 class _SharedLoss(nn.Module):
     """The loss that all modes share, as the criterion that Opacus expects."""
 
-    def __init__(self, loss: PerSampleLoss) -> None:
+    def __init__(self, loss: PerSampleLoss, reduction: str) -> None:
         super().__init__()
         self.loss = loss
-        self.reduction = "mean"
+        self.reduction = reduction
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        loss_B = self.loss(logits, target)
-        return loss_B if self.reduction == "none" else loss_B.mean()
+        """Losses of the samples, [B]: Opacus sets `reduction` to none, and reduces them itself."""
+        assert self.reduction == "none"
+        return self.loss(logits, target)
 
 
 class _OncePerBatch:
