@@ -269,7 +269,8 @@ def test_an_error_of_the_program_is_never_a_verdict(
         raise error
 
     monkeypatch.setitem(VERBS, verb, replace(VERBS[verb], run=_with_signature(verb, broken)))
-    assert main([verb, *(["g"] if verb in ("compare", "resume") else [])]) == EXIT_INTERNAL == 70
+    operands = ["g"] if verb in ("compare", "resume", "check") else []
+    assert main([verb, *operands]) == EXIT_INTERNAL == 70
     err = capsys.readouterr().err
     assert err.startswith(
         f"dpsgd-track {verb}: an error of dpsgd-track itself, {type(error).__name__}: {error}"

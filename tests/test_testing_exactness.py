@@ -110,6 +110,9 @@ LAYERS: dict[str, tuple[Made, tuple[Tensor, ...]]] = {
 }
 
 
+ATTENTION = {"attention", "encoder-layer", "decoder-layer"}
+
+
 def _frozen(module: nn.Linear) -> nn.Module:
     module.bias.requires_grad_(False)
     return module
@@ -136,15 +139,24 @@ def test_a_healthy_layer_is_exact_in_every_mode(name: str) -> None:
 @pytest.mark.soak
 def test_forty_types_of_layers_are_exact_or_refused_within_a_minute() -> None:
     assert len(LAYERS) >= 40
-    start, ours = time.monotonic(), set()
+    start, found = time.process_time(), {}
     for name, (make, inputs) in LAYERS.items():
         for each in check(_module(make), inputs):
-            is_refused = each.outcome is Outcome.REFUSED
-            assert each.outcome is Outcome.EXACT or is_refused or name == "mixing", (name, each)
-            if is_refused and "flash" in each.mode:
-                ours.add(name)
-    assert ours == {"batch-norm", "mixing"}
-    assert time.monotonic() - start < 60
+            key = "opacus" if each.mode in ("ghost", "grad_materialize") else "ours"
+            if each.outcome is not Outcome.EXACT:
+                found.setdefault((key, each.outcome), set()).add(name)
+    assert found == {
+        ("ours", Outcome.REFUSED): {"batch-norm"},
+        # On a batch: `make_private` looks for mixing with other batches, and refuses it.
+        ("ours", Outcome.WRONG): {"mixing"},
+        ("opacus", Outcome.REFUSED): {"batch-norm", "lstm", "gru"} | ATTENTION,
+        # Opacus 1.6.0 gives the padding row its gradient, and has crashes of its own.
+        ("opacus", Outcome.WRONG): {"mixing", "embedding-padding"},
+        ("opacus", Outcome.FAILED): {
+            *("linear-4d", "bilinear", "layer-norm-no-bias", "rnn", "lstm-cell", "gru-cell")
+        },
+    }
+    assert time.process_time() - start < 60
 
 
 def test_a_module_that_mixes_samples_is_refused_or_wrong_but_never_exact() -> None:

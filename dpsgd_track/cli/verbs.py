@@ -185,8 +185,8 @@ VERBS: dict[str, Verb] = {
             summary="one module of anybody's against the oracle, in seconds",
             run=_check,
             examples=(
-                "'torch.nn:Linear(7, 4)' --input 3,5,7",
-                "my_layers:make_block --input 4,16:100 --mode flash_bk,ghost",
+                "'torch.nn:Linear(7,4)' --input 3,5,7",
+                "my_layers:make_block --input 4,16:100 --mode flash,ghost",
             ),
             notes="exit codes: 0 exact, or refused in a sentence, 1 wrong or failed, 2 usage, "
             "70 internal, 130 interrupted",
