@@ -119,7 +119,7 @@ def _biases(held: Held, run: ModeRun) -> Biases | None:
         aligned.other,
         held.plain,
         aligned.baseline,
-        TOLERANCES[dtype],
+        TOLERANCES[dtype].of_model(aligned.baseline.parameter_sizes),
         stands_still=kind_of(held.pair.regime) == CLIP,
     )
 

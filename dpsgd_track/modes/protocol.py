@@ -29,6 +29,9 @@ from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.loss import PerSampleLoss, classification_loss, one_loss_a_sample
 from dpsgd_track.privacy.noise import NoiseSource, add_noise
 
+SampleRun = Callable[[Batch], Tensor]
+"""Logits of a batch of one sample, [1, ...]."""
+
 
 class ProtocolError(RuntimeError):
     """A mode returned something else than the protocol says; the message names the method."""
@@ -42,6 +45,13 @@ class GradientObserver(Protocol):
 
     def outputs(self) -> list[Tensor]:
         """Outputs of layers in the sample's forward whose gradients are wanted as well."""
+
+    def see_losses(self, loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) -> None:
+        """Called with each sample of a micro-batch, in order.
+
+        Args:
+            run: computes the logits of a batch of one sample.
+        """
 
     def see(self, gradients: Mapping[str, Tensor], output_gradients: Sequence[Tensor]) -> None:
         """Called with the sample's gradient by parameter, and those of `outputs`."""

@@ -92,12 +92,13 @@ class Subject:
     """Clause on a result of zero, if it is more than that."""
 
 
-def off_as_rounded(observed: Floats, right: Floats, size: Floats) -> bool:
-    """True if tensors are off by as much as rounding their elements to bfloat16 makes them.
+def off_as_rounded(observed: Floats, right: Floats, size: Floats, *, bits: int = 8) -> bool:
+    """True if tensors are off by as much as rounding their elements makes them.
 
     Args:
         observed, right: [S, Q, K] projections.
         size: [S, Q] lengths of what is rounded.
+        bits: of a rounded number: 8 in bfloat16, 11 in float16 and TF32.
     """
     total = np.sqrt(np.square(size).sum(axis=1, keepdims=True))
     is_large = size > _LARGE_SHARE * total
@@ -107,7 +108,8 @@ def off_as_rounded(observed: Floats, right: Floats, size: Floats) -> bool:
     if off.size < _ENOUGH_PARAMETERS or not off.all():
         return False
     is_alike = float(np.quantile(off, 0.9)) < 4 * float(np.quantile(off, 0.1))
-    return is_alike and 2.0**-12 < float(np.median(off)) < 2.0**-8
+    # One rounding makes a tensor wrong by 2^-(bits + 2.3) of its length, several make it more so.
+    return is_alike and 2.0 ** -(bits + 3.5) < float(np.median(off)) < 2.0 ** -(bits + 0.5)
 
 
 def explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explanation, ...]:

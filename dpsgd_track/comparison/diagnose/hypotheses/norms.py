@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -163,6 +164,26 @@ def _formulas(facts: Facts) -> Prediction:
     return Fitted(predicted, f"{shown}{of_some}")
 
 
+def _with_sibling(facts: Facts, *, is_weight: bool) -> Prediction:
+    """Norms by parameter where those of a layer's weight and bias are added before squaring.
+
+    Args:
+        is_weight: True if the weight is told to have all of their cross term, else the whole norm.
+    """
+    names = facts.ours.parameter_names.tolist()
+    norms, right = facts.ours.sample_norm_by_parameter, _chosen(facts)
+    predicted = right.copy()
+    siblings = {".weight": ".bias", ".bias": ".weight"}
+    for place, column in enumerate(facts.columns.tolist()):
+        stem, dot, kind = names[column].rpartition(".")
+        other = stem + siblings.get(dot + kind, "")
+        if other == stem or other not in names:
+            return None
+        w, b = right[..., place], norms[..., names.index(other)]
+        predicted[..., place] = np.sqrt(np.square(w) + 2 * w * b) if is_weight else w + b
+    return predicted
+
+
 def _fewest(agrees: np.ndarray) -> list[int]:
     """The few formulas that most columns agree with.
 
@@ -191,6 +212,14 @@ BY_PARAMETER = Subject(
             Hypothesis(
                 sentence="they are the root of the norms",
                 predict=lambda facts: np.sqrt(_chosen(facts)),
+            ),
+            *(
+                Hypothesis(
+                    sentence="norms of a layer's weight and bias are added before they are "
+                    "squared: (|w| + |b|)^2 in place of |w|^2 + |b|^2",
+                    predict=partial(_with_sibling, is_weight=is_weight),
+                )
+                for is_weight in (True, False)
             ),
             *mixed_up(_chosen, _reported),
             *added_up(_chosen),

@@ -137,6 +137,12 @@ def _rounded(facts: Facts) -> Prediction:
     return path if off_as_rounded(path[rows], right[rows], size[rows]) else None
 
 
+def _of_rounded_gradient(facts: Facts) -> Prediction:
+    rows, path, right = facts.rows, _path(facts), _right(facts)
+    size = sketch_length(right)
+    return path if off_as_rounded(path[rows], right[rows], size[rows]) else None
+
+
 def _along_others(facts: Facts) -> Prediction:
     """What is recorded, if steps are about as long as right ones and not along them."""
     path, right = _path(facts)[facts.rows], _right(facts)[facts.rows]
@@ -230,6 +236,11 @@ UPDATE = Subject(
             Hypothesis(
                 sentence="the weights are off by as much as keeping them in bfloat16 makes them",
                 predict=_rounded,
+                is_hint=True,
+            ),
+            Hypothesis(
+                sentence="the step is off by as much as rounding the gradient to bfloat16 makes it",
+                predict=_of_rounded_gradient,
                 is_hint=True,
             ),
             Hypothesis(
