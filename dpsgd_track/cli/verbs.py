@@ -169,8 +169,12 @@ VERBS: dict[str, Verb] = {
             name="profile",
             summary="step time and peak memory of modes beside ordinary training",
             run=_profile,
-            examples=("--mode flash_fsdp --seq-length 64,256",),
-            notes=_LAUNCH_CODES,
+            examples=(
+                "--mode flash_fsdp --seq-length 64,256",
+                "--mode flash_fsdp --max-slowdown 1.3",
+            ),
+            notes="exit codes: 0 finished, 1 a mode failed or is over a limit, 2 usage, "
+            "70 internal, 130 interrupted",
         ),
         Verb(
             name="faults",
@@ -186,7 +190,7 @@ VERBS: dict[str, Verb] = {
             run=_check,
             examples=(
                 "'torch.nn:Linear(7,4)' --input 3,5,7",
-                "my_layers:make_block --input 4,16:100 --mode flash,ghost",
+                "my_layers:block --input 4,16:99 --mode flash,ghost",
             ),
             notes="exit codes: 0 exact, or refused in a sentence, 1 wrong or failed, 2 usage, "
             "70 internal, 130 interrupted",

@@ -332,6 +332,7 @@ def _check_numbers(asked: Asked) -> None:
     if isinstance(asked.what, ProfileChoices):
         least, advice = 2, "Every second step is tracked, the others are not."
         require(asked.what.rounds >= 1, "rounds", asked.what.rounds, "an integer >= 1")
+        asked.what.limits()
     is_enough = num_iter(asked.suite, chosen) >= least
     require(is_enough, "num_iter", chosen.num_iter, f"an integer >= {least}", advice)
     count = chosen.micro_batches
