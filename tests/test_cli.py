@@ -86,6 +86,7 @@ PUBLIC = {
 }
 """Every option that users have had since the first release, with its default."""
 ADDED = {verb: {"dry-run": False} for verb in ("quick", "full", "single", "profile", "faults")}
+ADDED["compare"] = {"bitwise": False}
 ADDED["profile"] = {"dry-run": False, "max-slowdown": None, "max-memory": None}
 ADDED["resume"] = {"dry-run": False, "output": None}
 ADDED["ui"] = {"spool": None}
