@@ -6,8 +6,8 @@
         --library private-transformers=../private-transformers:../ml-swissknife
 
 Each defect has a command, and words that the command has to say of it. Defects of libraries that
-are not given are left out; those of the installed Opacus are always in. Exits with 1 where a command
-does not say its words: then the defect is mended, or the tool no longer finds it.
+are not given are left out; those of the installed Opacus are always in. Exits with 1 where a
+command does not say its words: then the defect is mended, or the tool no longer finds it.
 """
 
 from __future__ import annotations

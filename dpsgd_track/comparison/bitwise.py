@@ -104,6 +104,9 @@ def _unequal(ours: ModeRun, theirs: ModeRun | None, name: str) -> Unequal | None
 def _is_equal(a: object, b: object) -> bool:
     if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
         return a == b
+    if not a.size and not b.size:
+        # Recorded on neither side.
+        return True
     if a.dtype.kind != "f":
         return a.shape == b.shape and bool(np.all(a == b))
     is_same_sign = a.shape == b.shape and np.array_equal(np.signbit(a), np.signbit(b))

@@ -77,6 +77,9 @@ class ModeContext:
     """Way in which flash and fused modes take the norms of linear layers (see `NormPlanner`)."""
     observer: GradientObserver | None = None
     """Sees every sample's gradient in `reference`; other modes have none to show."""
+    regime: str = ""
+    """Name of the regime, such as clip or probe-noise; empty outside of a launch. A library that
+    draws its own noise shall do so where `config.kind_of` says noise or train."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", one_loss_a_sample(self.loss))

@@ -119,6 +119,7 @@ class PreparedRun:
             if takes_norm_plan(self.job.mode, performance.plan)
             else AUTO,
             loss=LOSSES[self.job.model.task],
+            regime=regime.name,
             observer=SampleObserver() if is_reference and size <= MOST_OBSERVED else None,
         )
 

@@ -1,4 +1,7 @@
-"""FlashDP on one rank; its torch path stands in for its Triton kernel, as in its own tuner."""
+"""FlashDP on one rank; its torch path stands in for its Triton kernel, as in its own tuner.
+
+Its noise is its own in the noise regime. Elsewhere it is 0, and the common noise is added instead.
+"""
 
 import flashdp.core.linear_clip as linear
 import flashdp.core.transformers_conv1d_clip as conv1d
@@ -6,6 +9,7 @@ import torch
 from flashdp import wrap_with_flashdp_layers
 from transformers.pytorch_utils import Conv1D
 
+from dpsgd_track.config import NOISE, kind_of
 from dpsgd_track.modes.protocol import Mode
 from dpsgd_track.privacy.clipping import SampleRecord
 
@@ -16,11 +20,11 @@ conv1d.bmtm_clip = conv1d._weight_grad_block_clip
 class FlashDP(Mode):
     replicated = True
     takes_empty_batches = False
-    has_own_noise = False
 
     def __init__(self, model, context):
         super().__init__(context)
-        sigma = context.privacy.noise_multiplier if self.has_own_noise else 0.0
+        self.is_noisy = kind_of(context.regime) == NOISE
+        sigma = context.privacy.noise_multiplier if self.is_noisy else 0.0
         kinds = [torch.nn.Linear, Conv1D]
         self.model = wrap_with_flashdp_layers(
             model, target_modules=kinds, C=self.max_grad_norm, noise_multiplier=sigma
@@ -50,13 +54,9 @@ class FlashDP(Mode):
             parameter.grad = total if earlier is None else earlier + total
         return SampleRecord(loss_B.detach())
 
-
-class FlashDPNoise(FlashDP):
-    """With noise of its own, for the regime noise."""
-
-    has_own_noise = True
-
     def privatize(self, clipped, source):
+        if not self.is_noisy:
+            return super().privatize(clipped, source)
         for gradient in clipped.gradients.values():
             gradient /= self.context.privacy.expected_batch_size
         return clipped.gradients
