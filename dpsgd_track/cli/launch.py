@@ -16,6 +16,7 @@ from dpsgd_track.launcher.choices import NodeChoices, ProfileChoices, RecordChoi
 from dpsgd_track.launcher.hardware import count_gpus
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.suites import Asked, InputCheck, check_modes, placement_of, plan_of
+from dpsgd_track.launcher.variants import OF_HERE
 from dpsgd_track.program import command
 from dpsgd_track.record.plan import GroupPlan, Suite
 
@@ -46,6 +47,7 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     """
     plan = plan_of(asked, context.check_inputs, context.command)
     check_planted(plan)
+    _tell_uncommitted(plan)
     place = placement_of(asked)
     if is_dry:
         show_plan(plan)
@@ -61,6 +63,14 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
         code = max(code, summarise(context, place, launched.group, asked.what))
     tell(context, plan.suite, launched, place, asked.kept, asked.nodes)
     return code, launched.group
+
+
+def _tell_uncommitted(plan: GroupPlan) -> None:
+    """Say that a revision of the repository one is in lacks what is not committed there."""
+    for variant in dict.fromkeys(job.variant for job in plan.jobs if job.variant):
+        if plan.environment.git_dirty and variant.path.endswith(OF_HERE):
+            commit = variant.git_revision[:12]
+            say(f"variant {variant.name}: commit {commit}, without the uncommitted changes here")
 
 
 def tell(

@@ -19,6 +19,8 @@ from dpsgd_track.record.environment import git_facts
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,60}")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+OF_HERE = "@."
+"""End of the path of a revision of the repository one is in."""
 _OURS = "dpsgd_track"
 _USED_BY_OURS = frozenset({_OURS, "torch", "transformers", "triton"})
 """Packages that modes of this package import. Of Opacus they take the accountants at most."""
@@ -44,7 +46,7 @@ def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
 def _read(text: str) -> VariantConfig:
     name, equals, path = text.partition("=")
     if not equals and (commit := commit_of(Path.cwd(), text)):
-        name, path = _NOT_IN_A_NAME.sub("-", text)[:60], f"{text}@."
+        name, path = _NOT_IN_A_NAME.sub("-", text)[:60], f"{text}{OF_HERE}"
         return _of_revision(name, path, commit, Path.cwd(), text)
     advice = "For example --variant fork=../opacus, or --variant old=v1.5.3@../opacus."
     allowed = "NAME=PATH, NAME=REVISION@PATH, or a revision of the repository you are in"

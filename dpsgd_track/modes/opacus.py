@@ -86,7 +86,7 @@ class OpacusMode(Mode):
         self.clip_factors = _LastResult(getattr(self.wrapped, "get_clipping_coef", None))
         if self.criterion is not None:
             self.wrapped.get_clipping_coef = self.clip_factors
-        self.draws_inline = False
+        self.draws_inline = self.draws_unseen = False
 
     def shard(self, model: nn.Module) -> nn.Module:
         """`model`, sharded by Opacus's `FSDP2Wrapper`.
@@ -175,17 +175,24 @@ class OpacusMode(Mode):
         with noise:
             self.dp_optimizer.pre_step()
         self.draws_inline |= noise.is_inline
+        is_noisy = self.dp_optimizer.noise_multiplier > 0
+        self.draws_unseen |= is_noisy and not noise.num_drawn
         return {part.name: part.local for part in self.gradient_parts()}
 
     def notices(self) -> tuple[str, ...]:
         """A sentence on noise that the optimizer does not draw by Opacus's own function."""
-        if not self.draws_inline:
-            return ()
-        optimizer = type(self.dp_optimizer)
-        return (
-            f"{optimizer.__name__} draws its noise with torch.randn_like, not with Opacus's "
-            "_generate_noise: noise_generator and secure_mode have no effect",
-        )
+        name = type(self.dp_optimizer).__name__
+        if self.draws_inline:
+            return (
+                f"{name} draws its noise with torch.randn_like, not with Opacus's "
+                "_generate_noise: noise_generator and secure_mode have no effect",
+            )
+        if self.draws_unseen:
+            return (
+                f"{name} draws its noise neither with Opacus's _generate_noise nor with "
+                "torch.randn_like, if at all: it could not be replaced by the common noise",
+            )
+        return ()
 
     def step(self) -> None:
         """Finish Opacus's step: that of the wrapped optimizer."""
@@ -312,16 +319,20 @@ class _NoiseFrom(TorchFunctionMode):
         self.remaining = iter([(name_of[p], p) for p in optimizer.params if p in name_of])
         self.is_inline = False
         """True once the optimizer has drawn without Opacus's own function."""
+        self.num_drawn = 0
 
     def __enter__(self) -> _NoiseFrom:
-        self.original = self.module._generate_noise
-        self.module._generate_noise = self.generate
+        # A fork's optimizer may do without it.
+        self.original = getattr(self.module, "_generate_noise", None)
+        if self.original is not None:
+            self.module._generate_noise = self.generate
         super().__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        self.module._generate_noise = self.original
+        if self.original is not None:
+            self.module._generate_noise = self.original
 
     def __torch_function__(
         self, function: Any, types: object, args: Any = (), kwargs: Any = None
@@ -334,6 +345,7 @@ class _NoiseFrom(TorchFunctionMode):
     def generate(self, *, std: float, reference: Any, **unused: object) -> Tensor:
         """Noise of `std` for the next parameter; Opacus asks in the optimizer's order."""
         name, parameter = next(self.remaining)
+        self.num_drawn += 1
         if parameter.shape != reference.shape:
             raise RuntimeError(f"{name}: Opacus asked for noise in an unexpected order")
         # Unsharded, even for a sharded parameter: how it is distributed is up to Opacus.
