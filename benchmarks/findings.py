@@ -36,7 +36,9 @@ HOMES = {
     PRIVATE: "https://github.com/lxuechen/private-transformers",
 }
 _SMALL = "--seq-length 16 --num-iter 2"
-_OF_FORK = f"full {_SMALL} --variant fork=PATH"
+_OF_FORK = f"full {_SMALL} --variant fork=PATH --mode " + ",".join(
+    f"opacus:flash{kind}" for kind in ("", "_bk", "_fuse", "_fsdp", "_fsdp_fuse", "_fsdp_fuse_bk")
+)
 _FAST = "fastdp_mode:FastDP"
 _PT, _FL = "private_transformers_mode:Ghost", "flashdp_mode:FlashDP"
 
@@ -130,11 +132,7 @@ FINDINGS = (
         r"failed .*broadcast shape",
     ),
     _of_fork(
-        "sample norms are added up over ranks (`ghost_fsdp`)",
-        r"BUG .*ghost_fsdp@fork .*squares of different samples are added up over ranks",
-    ),
-    _of_fork(
-        "and in `flash_fsdp`",
+        "sample norms are added up over ranks",
         r"opacus:flash_fsdp@fork .*squares of different samples are added up over ranks",
     ),
     _of_fork(
@@ -150,12 +148,12 @@ FINDINGS = (
         r"opacus:flash_bk@fork .*zero, left out altogether.*layernorm",
     ),
     _of_fork(
-        "`flash_fuse` replaces layers under the optimizer, whose sums grow without bound",
+        "`flash_fuse` replaces layers under the optimizer, whose gradients grow without bound",
         r"opacus:flash_fuse@fork breaks the privacy bound",
     ),
     _of_fork(
-        "one device draws its noise inline, deaf to `noise_generator` and `secure_mode`",
-        r"ghost@fork.*draws its noise with torch.randn_like",
+        "on one device noise is drawn inline, deaf to `noise_generator` and `secure_mode`",
+        r"opacus:flash@fork.*draws its noise with torch.randn_like",
     ),
     Finding(
         library=FAST,
@@ -257,10 +255,10 @@ FINDINGS = (
     ),
     Finding(
         library=FORK,
-        what="its explicit gradients",
+        what="flash norms on one device, but for the noise",
         command=_OF_FORK,
         is_healthy=True,
-        said=r"PASS .*grad_materialize@fork: agrees",
+        said=r"PASS .*opacus:flash@fork: agrees",
     ),
 )
 
