@@ -65,6 +65,7 @@ def judge(candidate: Candidate, matched: Matched, measure: Measure) -> Judged:
         resolutions=tuple(r for result in results for r in result.resolutions),
         culprits={key: c for result in results for key, c in result.culprits.items()},
         passed=candidate.new or _passed(candidate, regime, measure.thresholds, ladders),
+        warnings=run.facts.warnings if run.facts else (),
     )
 
 

@@ -6,6 +6,7 @@ field that was not chosen is empty or None.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -44,8 +45,8 @@ class ModeChoices:
     """Run the accuracy regime alone. Data and noise are the same in every mode."""
     variant: tuple[str, ...] = ()
     """NAME=PATH: run the modes once more, as mode@NAME, with the code of PATH (default: none). PATH
-    is a checkout whose packages replace the installed ones. Repeatable; the reference is not run
-    again."""
+    is a checkout or a folder of `pip install --target`, or REVISION@REPOSITORY; a REVISION alone is
+    one of the repository you are in. Of an Opacus, its own modes run. Repeatable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,22 @@ class ProfileChoices(ModeChoices):
     rounds: int = 1
     """Number of times that every mode is timed at every shape. Each is in fresh processes, as the
     times of short steps differ from process to process."""
+    max_slowdown: float | None = None
+    """X: end with 1 if a mode's step takes more than X times its baseline's (default: none)."""
+    max_memory: float | None = None
+    """X: end with 1 if a mode's peak memory is more than X times its baseline's (default: none)."""
+
+    def limits(self) -> dict[str, float]:
+        """The limits that were chosen, by option.
+
+        Raises:
+            ValueError: one is not above 0.
+        """
+        chosen = {"max_slowdown": self.max_slowdown, "max_memory": self.max_memory}
+        limits = {name: limit for name, limit in chosen.items() if limit is not None}
+        for name, limit in limits.items():
+            require(0 < limit < math.inf, name, limit, "a number above 0")
+        return limits
 
 
 @dataclass(frozen=True, kw_only=True)

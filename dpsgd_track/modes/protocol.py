@@ -21,6 +21,7 @@ from dpsgd_track.distributed.sharding import (
     LocalPart,
     as_sharded,
     layout_of,
+    placed_as,
     trainable_parameters,
 )
 from dpsgd_track.privacy.batch import Batch
@@ -76,6 +77,9 @@ class ModeContext:
     """Way in which flash and fused modes take the norms of linear layers (see `NormPlanner`)."""
     observer: GradientObserver | None = None
     """Sees every sample's gradient in `reference`; other modes have none to show."""
+    regime: str = ""
+    """Name of the regime, such as clip or probe-noise; empty outside of a launch. A library that
+    draws its own noise shall do so where `config.kind_of` says noise or train."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", one_loss_a_sample(self.loss))
@@ -184,13 +188,20 @@ class Mode(ABC):
         """
         return {}
 
+    def notices(self) -> tuple[str, ...]:
+        """Sentences on the code that the mode drives, without full stops, after a step.
+
+        What a reviewer has to know and no number shows. Recorded, and told with the verdict.
+        """
+        return ()
+
     def gradient_parts(self) -> list[LocalPart]:
         """This rank's part of each trainable parameter's gradient; missing ones become zeros."""
         parts = []
         for layout, parameter in self._layouts:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parts.append(layout.part(parameter.grad))
+            parts.append(layout.part(placed_as(parameter.grad, parameter)))
         return parts
 
     def weight_parts(self) -> list[LocalPart]:
