@@ -117,6 +117,7 @@ def record(shape: Shape) -> Trajectory:
         sample_sketch=np.empty((S, N, P, 0), dtype=np.float32),
         sample_shard_sketch=np.empty((S, N, P, 0), dtype=np.float32),
         sample_other_norm=np.empty((S, N, P, 0), dtype=np.float32),
+        sample_other_loss=np.empty((S, N, 0), dtype=np.float32),
         moved_sketch=np.empty((S, len(Move), P, 0), dtype=np.float32),
         sample_loss=loss,
         sample_norm=np.sqrt(np.square(by_parameter).sum(axis=2)),

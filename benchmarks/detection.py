@@ -39,10 +39,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="launches at a time")
+    parser.add_argument("--every", type=int, default=1, help="take each Nth fault alone")
     parser.add_argument("--folder", type=Path, required=True, help="new folder for records")
     args, options = parser.parse_known_args()
     args.folder.mkdir(parents=True)
-    names = [mutant.name for mutant in chosen_mutants(())]
+    names = [mutant.name for mutant in chosen_mutants(())][:: args.every]
     parts = [names[job :: args.jobs] for job in range(args.jobs)]
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = [args.folder.resolve() / str(job) for job in range(args.jobs)]

@@ -3,10 +3,11 @@
 
     python benchmarks/unseen_faults.py OUT.csv --jobs 8 --folder /tmp/unseen
 
-`unseen/faults.py` has them as users' modes, and `unseen/truth.csv` says of each what is wrong, and
-in which stage. They run on the probe, in as many groups as there are jobs. One CSV row for each
-mode: its verdict, whether the right stage is blamed, and the headline, which is to be read for the
-cause. Exits with 1 if a fault that can show is missed, or a healthy mode raises an alarm.
+`unseen/faults.py` and `unseen_second/faults.py` have them as users' modes, and `truth.csv` beside
+them says of each what is wrong, and in which stage. They run on the probe, in as many groups as
+there are jobs. One CSV row for each mode: its verdict, whether the right stage is blamed, and the
+headline, which is to be read for the cause. Exits with 1 if a fault that can show is missed, or a
+healthy mode raises an alarm.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAULTS = ROOT / "benchmarks" / "unseen"
+SETS = ("unseen", "unseen_second")
 HEALTHY = "healthy"
 STAGES = {"updated weights": "update"}
 """Names of stages that differ in `truth.csv`."""
@@ -35,14 +37,17 @@ def main() -> int:
     parser.add_argument("csv", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="launches at a time")
     parser.add_argument("--folder", type=Path, required=True, help="new folder for records")
+    parser.add_argument("--set", choices=SETS, default=SETS[0], help="which faults")
     args, options = parser.parse_known_args()
     args.folder.mkdir(parents=True)
-    with (FAULTS / "truth.csv").open(encoding="utf-8") as file:
+    modes = ROOT / "benchmarks" / args.set
+    with (modes / "truth.csv").open(encoding="utf-8") as file:
         truths = list(csv.DictReader(file))
     parts = [truths[job :: args.jobs] for job in range(args.jobs)]
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = [args.folder.resolve() / str(job) for job in range(args.jobs)]
-        every = pool.map(_judged, folders, parts, [options] * args.jobs)
+        judge = partial(_judged, modes=modes, options=options)
+        every = pool.map(judge, folders, parts)
         rows = [row for part in every for row in part]
     with args.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -60,15 +65,15 @@ def main() -> int:
 
 
 def _judged(
-    folder: Path, truths: Sequence[dict[str, str]], options: Sequence[str]
+    folder: Path, truths: Sequence[dict[str, str]], *, modes: Path, options: Sequence[str]
 ) -> Iterator[dict[str, object]]:
     """Launch and compare one group; a row for each of its modes."""
     folder.mkdir()
-    modes = ["no_dp", *(f"faults:{truth['name']}" for truth in truths)]
-    launch = ["launch.py", "quick", "--model-name", "llama-tiny", "--mode", ",".join(modes)]
+    labels = ["no_dp", *(f"faults:{truth['name']}" for truth in truths)]
+    launch = ["launch.py", "quick", "--model-name", "llama-tiny", "--mode", ",".join(labels)]
     launch += ["--regime", "probe-accuracy,probe-clip,probe-noise", "--group", "unseen"]
     launch += ["--offline", "--spool", "spool", *options]
-    path = os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(modes), os.environ.get("PYTHONPATH", "")])
     for script, *arguments in (launch, ["compare.py", "unseen", "--spool", "spool", "--no-png"]):
         with (folder / "output.log").open("a", encoding="utf-8") as log:
             subprocess.run(

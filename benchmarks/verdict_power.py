@@ -152,6 +152,7 @@ def _record(norms: Floats, sums: Floats, losses: Floats) -> Trajectory:
         sample_sketch=np.empty((S, N, P, 0)),
         sample_shard_sketch=np.empty((S, N, P, 0)),
         sample_other_norm=np.empty((S, N, P, 0)),
+        sample_other_loss=np.empty((S, N, 0)),
         moved_sketch=np.empty((S, len(Move), P, 0)),
         gradient_sketch=sums,
         noised_sketch=sums,
@@ -280,7 +281,7 @@ def false_alarms(trials: int) -> Iterator[tuple[str, ...]]:
 
 def bias_level(trials: int) -> Iterator[tuple[str, ...]]:
     """Healthy records with a bias, were nothing tolerated."""
-    nothing = Tolerance(one=0.0, total=0.0)
+    nothing = Tolerance(one=0.0, total=0.0, loss=0.0)
     for name, rounding in ROUNDINGS.items():
         rng = np.random.default_rng(1)
         failing = 0

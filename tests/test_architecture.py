@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "privacy": {"config", "distributed", "kernels"},
     "modes": {"config", "distributed", "privacy"},
     "library": {"config", "distributed", "modes", "privacy"},
+    "testing": {"config", "distributed", "modes", "privacy"},
     "record": {"config", "program"},
     "store": {"config", "program", "record", "redaction"},
     "training": {
@@ -78,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "redaction",
         "report",
         "store",
+        "testing",
         "training",
         "visible_text",
     },

@@ -76,6 +76,7 @@ PUBLIC = {
     "resume": {**_NODES, **_PLACES},
     "sync": {**_STORE, "spool": None},
     "modes": {},
+    "check": {},
     "ui": {**_STORE, "port": 5000},
     "compare": {
         **{**_STORE, "spool": None, "results-dir": None, "fail-on": "drift", "waivers": None},
@@ -85,8 +86,12 @@ PUBLIC = {
 }
 """Every option that users have had since the first release, with its default."""
 ADDED = {verb: {"dry-run": False} for verb in ("quick", "full", "single", "profile", "faults")}
+ADDED["compare"] = {"bitwise": False}
+ADDED["profile"] = {"dry-run": False, "max-slowdown": None, "max-memory": None}
 ADDED["resume"] = {"dry-run": False, "output": None}
 ADDED["ui"] = {"spool": None}
+ADDED["modes"] = {"variant": None}
+ADDED["check"] = {"input": None, "mode": None, "random-seed": 42}
 
 
 def options(verb: str) -> dict[str, object]:
@@ -110,11 +115,9 @@ def test_every_public_option_is_there_with_its_default(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", PUBLIC)
 def test_a_default_is_what_the_verb_is_called_with(verb: str) -> None:
-    operands = ["g"] if verb in ("resume", "compare") else []
+    operands = ["g"] if verb in ("resume", "compare", "check") else []
     assert parsed(verb, *operands).get("options") == (
         parser_of(VERBS[verb].run).parse_args(operands)[1].signature.parameters["options"].default
-        if verb != "modes"
-        else None
     )
 
 
@@ -268,7 +271,8 @@ def test_an_error_of_the_program_is_never_a_verdict(
         raise error
 
     monkeypatch.setitem(VERBS, verb, replace(VERBS[verb], run=_with_signature(verb, broken)))
-    assert main([verb, *(["g"] if verb in ("compare", "resume") else [])]) == EXIT_INTERNAL == 70
+    operands = ["g"] if verb in ("compare", "resume", "check") else []
+    assert main([verb, *operands]) == EXIT_INTERNAL == 70
     err = capsys.readouterr().err
     assert err.startswith(
         f"dpsgd-track {verb}: an error of dpsgd-track itself, {type(error).__name__}: {error}"
@@ -392,8 +396,8 @@ def test_a_plan_that_cannot_be_had_here_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (workspace / "my_mode.py").write_text("Mine = None\n")
-    (workspace / "checkout" / "opacus").mkdir(parents=True)
-    (workspace / "checkout" / "opacus" / "__init__.py").touch()
+    (workspace / "checkout" / "transformers").mkdir(parents=True)
+    (workspace / "checkout" / "transformers" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(workspace))
     there = 2 if "gpus" in change else 0
     monkeypatch.setattr(choices, "count_gpus", lambda: there)

@@ -200,6 +200,26 @@ def test_only_the_first_step_is_paired_where_weights_move() -> None:
     found = biases(drawn(10), stands_still=False)
     assert found.steps.tolist() == [0]
     assert found.num_samples == 16
+    # A step's sum is one draw of its rounding, however many projections are kept of it.
+    assert not found.by_observable.keys() & {ObservableName.GRADIENT, ObservableName.GRAD_NORM}
+
+
+# What torch.linalg.vector_norm was measured to lose of so many elements; of few it is an error.
+@pytest.mark.parametrize(
+    ("size", "lost", "is_tolerated"),
+    [(24_000, 1.3e-6, True), (120_000, 8e-6, True), (120, 8e-6, False)],
+)
+def test_norms_may_be_as_wrong_as_torch_makes_them(
+    size: int, lost: float, is_tolerated: bool
+) -> None:
+    of = case(np.random.default_rng(15), ROUNDINGS["float32"], Size())
+    sizes = np.full(len(of.plain.parameter_names), size)
+    mode, plain, exact = (replace(t, parameter_sizes=sizes) for t in (of.mode, of.plain, of.exact))
+    for field in ("sample_norm", "sample_norm_by_parameter"):
+        mode = replace(mode, **{field: getattr(mode, field) * (1 - lost)})
+    of = replace(of, mode=mode, plain=plain, exact=exact)
+    found = measured(of, TOLERANCES["float32"].of_model(sizes))
+    assert bool(found.alarms) is not is_tolerated
 
 
 def test_steps_and_parameters_that_one_side_lacks_are_not_paired() -> None:

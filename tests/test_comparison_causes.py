@@ -13,7 +13,7 @@ from dpsgd_track.comparison.diagnose.causes import Cause, agreed, either
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Explanation
 from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.config import DataConfig
-from dpsgd_track.record.alternatives import Move, NormFormula
+from dpsgd_track.record.alternatives import LossFormula, Move, NormFormula
 from dpsgd_track.record.trajectory import Trajectory
 from tests.support.synthetic_group import (
     compared,
@@ -102,6 +102,9 @@ IS_RANK_1 = base().sample_rank == 1
 IS_LAST = base().sample_micro_batch == 1
 
 NORMS = {
+    "all samples of a micro-batch have their root mean square": np.sqrt(
+        (NORM**2).reshape(-1, 4, 3).mean(axis=2)
+    ).repeat(3, axis=1),
     "the root is missing": NORM**2,
     "the sum of the parameters' norms": BY_PARAMETER.sum(axis=2),
     "the largest of the parameters' norms": BY_PARAMETER.max(axis=2),
@@ -117,7 +120,17 @@ NORMS = {
     ),
     "the right values in another order": NORM[:, [5, 3, 8, 0, 11, 1, 2, 4, 6, 10, 7, 9]],
 }
+PAIRS = FACTOR.reshape(-1, 4, 3).copy()
+PAIRS[..., 1] = PAIRS[..., 0]
 FACTORS = {
+    "they are never below 0.77": np.maximum(FACTOR, 0.77),
+    "all samples of a micro-batch have one factor": np.minimum(
+        1, C / (NORM.reshape(-1, 4, 3).mean(axis=2) + 0.1)
+    ).repeat(3, axis=1),
+    "all ranks have the smallest of the samples at one place": np.tile(
+        np.minimum(FACTOR[:, :6], FACTOR[:, 6:]), (1, 2)
+    ),
+    "each 2 samples of a micro-batch have one factor": PAIRS.reshape(FACTOR.shape),
     "no sample is clipped": np.ones_like(NORM),
     "samples are clipped not at C but at 1": np.minimum(1, 1 / NORM),
     "at C / W (the number of ranks) or K (the number of micro-batches) or 2": np.minimum(
@@ -135,6 +148,7 @@ FACTORS = {
     "are clipped not at C but at 0.9 C": np.minimum(1, 0.9 * C / NORM),
 }
 SUMS = {
+    "missing are micro-batch 1 of rank 0": np.where(IS_LAST & ~IS_RANK_1, 0, FACTOR),
     "they count with factor 1": np.ones_like(FACTOR),
     "clip factors are applied twice": FACTOR**2,
     "samples count with 1 + c": 1 + FACTOR,
@@ -192,6 +206,39 @@ def test_a_norm_by_a_known_wrong_formula_is_explained(formula: NormFormula) -> N
     total = np.sqrt(np.square(by_parameter).sum(axis=2))
     wrong = with_total(replace(ours, sample_norm_by_parameter=by_parameter), total)
     assert formula.value in found(wrong, ours).sentence
+
+
+PARTS = {
+    LossFormula.UNIFORM: ("label smoothing of 0.1", lambda right, part: 0.9 * right + 0.1 * part),
+    LossFormula.SQUARED_LOG_SUM: ("a z-loss, 0.001 times", lambda right, part: right + 1e-3 * part),
+}
+
+
+@pytest.mark.parametrize("formula", list(LossFormula))
+def test_a_known_wrong_loss_is_explained(formula: LossFormula) -> None:
+    rng = np.random.default_rng(0)
+    others = rng.uniform(1.0, 9.0, (*base().sample_loss.shape, len(LossFormula)))
+    ours = replace(base(), sample_other_loss=others)
+    other = others[..., list(LossFormula).index(formula)]
+    said, change = PARTS.get(formula, (formula.value, lambda right, part: part))
+    loss = change(ours.sample_loss, other)
+    verdict = found(replace(ours, sample_loss=loss, loss=loss.mean(axis=1)), ours)
+    assert verdict.culprit is not None
+    assert verdict.culprit.stage == "loss"
+    assert said in verdict.sentence
+
+
+def test_shards_that_are_scaled_are_named_by_their_rank() -> None:
+    rng = np.random.default_rng(0)
+    t = base()
+    S, P, K = t.gradient_sketch.shape
+    moves = rng.normal(0, 1, (S, len(Move), P, K))
+    ours = replace(t, moved_sketch=moves)
+    first = moves[:, list(Move).index(Move.FIRST_SHARD_ALONE), 2]
+    gradient = t.gradient_sketch.copy()
+    gradient[:, 2] = first + 0.5 * (gradient[:, 2] - first)
+    wrong = replace(ours, gradient_sketch=gradient, noised_sketch=gradient)
+    assert "the rows of rank 1 are multiplied by 0.5" in found(wrong, ours).sentence
 
 
 @pytest.mark.parametrize("move", list(Move))

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dpsgd_track.cli.main import main
 from dpsgd_track.comparison import compare_group
-from dpsgd_track.comparison.profile import Cost, CostStatus, profile_of
+from dpsgd_track.comparison.profile import Cost, CostStatus, over_limits, profile_of
 from dpsgd_track.config import Settings, Thresholds
 from dpsgd_track.record import names
 from dpsgd_track.record.run import ModeRun, Status
@@ -366,3 +366,31 @@ def test_a_torn_record_is_told_from_a_whole_one(tmp_path: Path) -> None:
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"timings.json: .*dpsgd-track/timings"):
             Timings.load(path)
+
+
+def exceeded(runs: list[ModeRun], *limits: float | None) -> list[str]:
+    profile = profile_of(profiled(runs))
+    assert profile is not None
+    return over_limits(profile, *limits)
+
+
+def test_a_mode_over_a_limit_is_told_with_its_ratio() -> None:
+    found = costs(BETWEEN)["flash_fsdp"]
+    assert found.time_ratio is not None
+    assert found.memory_ratio == 1.0
+    ratio = found.time_ratio.median
+    # At the limit is within it.
+    assert exceeded(BETWEEN[:3], ratio, 1.0) == []
+    assert exceeded(BETWEEN[:3], None, None) == []
+    (slow,) = exceeded(BETWEEN[:3], ratio - 0.01, 1.0)
+    assert slow.startswith("flash_fsdp (T=")
+    assert f"{ratio:.3g} times the step time of the baseline, over {ratio - 0.01:g}" in slow
+    (large_,) = exceeded(BETWEEN[:3], None, 0.9)
+    assert "1 times the peak memory of the baseline, over 0.9" in large_
+
+
+def test_a_mode_without_a_ratio_never_passes_a_limit() -> None:
+    lost = [BETWEEN[0], out_of_memory("flash_fsdp", 2), BETWEEN[2]]
+    (slow, memory) = exceeded(lost, 1.1, 1.1)
+    assert "no step time to hold against 1.1: out of memory" in slow
+    assert "no peak memory to hold against 1.1" in memory

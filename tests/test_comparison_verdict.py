@@ -17,7 +17,9 @@ from dpsgd_track.config import Thresholds, layer_norm_steps
 from dpsgd_track.record.failure import FailureKind
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import SAMPLE_COLUMNS, UNUSED, Trajectory
+from dpsgd_track.report.table import rows
 from tests.support.synthetic_group import (
+    FACTS,
     compared,
     failed,
     first_steps,
@@ -588,3 +590,24 @@ def test_coverage_counts_samples_and_not_steps() -> None:
     t = put(t, "sample_index", UNUSED, (0, slice(1, 30)))
     (finding,) = judge_coverage(mode_run("reference", "clip", t))
     assert finding.value == pytest.approx(27 / 31)
+
+
+def with_facts(**changed: Any) -> GroupComparison:
+    """The healthy group, in which MODE reported other facts in the clip regime."""
+    run = replace(mode_run(MODE, "clip"), facts=replace(FACTS, **changed))
+    return compared(with_run(healthy_runs(), run))
+
+
+def test_an_optimizer_that_lacks_parameters_is_a_bug_by_name() -> None:
+    comparison = with_facts(not_optimized=("model.layers.1.weight", "model.layers.2.weight"))
+    assert verdicts(comparison)[MODE] == "BUG"
+    wanted = "its optimizer lacks 2 of 4 trainable parameters (model.layers.1.weight, model.layers."
+    assert wanted in sentence(comparison)
+
+
+def test_a_mode_whose_code_warned_is_no_plain_pass() -> None:
+    comparison = with_facts(warnings=("Falling back to hooks " + "x" * 1000, "Another"))
+    assert comparison.verdict == "PASS"
+    assert comparison.sentence.endswith(f", but the code of {MODE} warned.")
+    assert " Its code warned: Falling back to hooks.... (1 more)" in sentence(comparison)
+    assert next(r for r in rows(comparison) if r.label == MODE).cells[1] == "PASS (warned)"

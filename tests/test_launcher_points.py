@@ -80,7 +80,7 @@ def test_the_baseline_takes_part_whatever_is_asked_for():
 
 
 def test_a_variant_stands_between_runs_of_the_installed_baseline(empty_folder):
-    package = empty_folder / "checkout" / "opacus"
+    package = empty_folder / "checkout" / "transformers"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     assert order(*ONE, "--mode", "flash_fsdp", "--variant", "b=checkout") == [

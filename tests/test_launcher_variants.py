@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -21,6 +23,7 @@ from dpsgd_track.launcher.recording import open_group
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
+from dpsgd_track.record.failure import Failure, FailureKind
 from dpsgd_track.record.plan import PLAN, StartedJob
 from dpsgd_track.record.run import ModeRun, Status
 from dpsgd_track.store.reader import open_client, read_group
@@ -35,7 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(choices, "count_gpus", lambda: 0)
-    checkout(tmp_path / "fork", "library")
+    # A package that the modes of this package import.
+    checkout(tmp_path / "fork", "transformers")
     return tmp_path
 
 
@@ -48,7 +52,9 @@ def checkout(folder: Path, package: str) -> Path:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("fork", "expected NAME=PATH"),
+        ("fork", "expected NAME=PATH, NAME=REVISION@PATH, or a revision"),
+        ("a=v9@fork", "expected a revision of the repository in 'fork'"),
+        ("a=--all@fork", "expected a revision of the repository in 'fork'"),
         ("fork=", "expected NAME=PATH"),
         ("=fork", "expected a NAME of up to 60 letters"),
         ("a b=fork", "expected a NAME of up to 60 letters"),
@@ -105,7 +111,7 @@ def test_every_mode_but_the_reference_runs_once_more_without_replays():
 
 
 def test_packages_below_src_are_found(workspace):
-    checkout(workspace / "layout" / "src", "library")
+    checkout(workspace / "layout" / "src", "transformers")
     checkout(workspace / "layout", "tests")
     job = suite("single", "--mode", "no_dp", "--variant", "a=layout").jobs[-1]
     assert job.variant is not None
@@ -114,6 +120,7 @@ def test_packages_below_src_are_found(workspace):
 
 
 def test_only_what_a_folder_itself_holds_counts_as_imported(workspace, monkeypatch):
+    checkout(workspace / "fork", "library")
     site = checkout(workspace / "fork" / ".venv" / "site-packages", "other")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.syspath_prepend(str(workspace / "fork"))
@@ -130,8 +137,14 @@ def runs_of(name: str, workspace: Path) -> dict[str, ModeRun]:
     return {run.title: run for run in found.runs}
 
 
-def run_faked(monkeypatch, imported: dict[str, dict[str, str]], *argv: str) -> tuple[int, str]:
-    """Exit code and what was said; each mode's workers leave `imported` of it."""
+def run_faked(
+    monkeypatch,
+    imported: dict[str, dict[str, str]],
+    *argv: str,
+    failed: Mapping[str, Failure] = MappingProxyType({}),
+    warnings: tuple[str, ...] = (),
+) -> tuple[int, str]:
+    """Exit code and what was said; each mode's workers leave `imported` of it, and `warnings`."""
 
     def run_mode(started: StartedJob, *_: object) -> tuple[Outcome, ...]:
         job = started.job
@@ -140,6 +153,7 @@ def run_faked(monkeypatch, imported: dict[str, dict[str, str]], *argv: str) -> t
             environment=started.environment,
             device=device,
             imported=imported[job.label] if job.variant else {},
+            warnings=warnings,
         )
         for number in range(len(job.regimes)):
             folder = Path(started.work_dir) / str(number)
@@ -148,7 +162,9 @@ def run_faked(monkeypatch, imported: dict[str, dict[str, str]], *argv: str) -> t
             record.save(folder / names.TRAJECTORY_FILE)
             (folder / FACTS_FILE).write_text(FACTS.dumps(facts))
             (folder / "clip_bounds.json").write_text('{"max_grad_norms": [2, 2, 1, 1]}')
-        return (Outcome(Status.FINISHED),) * len(job.regimes)
+        failure = failed.get(job.label)
+        status = Status.FAILED if failure else Status.FINISHED
+        return (Outcome(status, failure),) * len(job.regimes)
 
     monkeypatch.setattr(group, "run_mode", run_mode)
     said = io.StringIO()
@@ -162,31 +178,142 @@ def run_faked(monkeypatch, imported: dict[str, dict[str, str]], *argv: str) -> t
 MODES = ("quick", "--regime", "accuracy", "--mode", "no_dp,flash_fsdp", "--variant", "a=fork")
 
 
-def test_a_variant_that_nothing_was_imported_from_fails(workspace, monkeypatch):
-    code, said = run_faked(monkeypatch, {"no_dp@a": {}, "flash_fsdp@a": {}}, *MODES)
+def test_a_run_that_imported_nothing_from_its_variant_fails(workspace, monkeypatch):
+    found = {"no_dp@a": {}, "flash_fsdp@a": {"transformers": "9.8"}}
+    code, said = run_faked(monkeypatch, found, *MODES)
     assert code == 1
-    assert "variant a: nothing was imported from the variant" in said
-    assert "Check the path, or add a mode that uses what the variant brings." in said
+    assert "what ran is the installed code: --variant a=fork" in said
+    assert "Check the path, or leave out the mode" in said
     runs = runs_of("g", workspace)
-    assert {runs[label].status for label in ("no_dp@a", "flash_fsdp@a")} == {"FAILED"}
-    assert "what ran is the installed code" in runs["no_dp@a"].reason
+    assert (runs["no_dp@a"].status, runs["flash_fsdp@a"].status) == ("FAILED", "FINISHED")
+    assert "nothing was imported from the variant" in runs["no_dp@a"].reason
     assert runs["no_dp"].status == "FINISHED"
-
-
-def test_one_mode_that_uses_a_variant_is_enough(workspace, monkeypatch):
-    found = {"no_dp@a": {}, "flash_fsdp@a": {"library": "9.8"}}
-    assert run_faked(monkeypatch, found, *MODES)[0] == 0
-    runs = runs_of("g", workspace)
-    assert {run.status for run in runs.values()} == {"FINISHED"}
     assert Path("results/g/logs/flash_fsdp@a").is_dir()
+
+
+def test_a_mode_that_was_imported_and_failed_is_told_by_its_own_failure(workspace, monkeypatch):
+    failure = Failure(
+        kind=FailureKind.MODE, message="KeyError: 'x'", place="in a.py:3 of variant a"
+    )
+    failed = {"flash_fsdp@a": failure}
+    found = {"no_dp@a": {}, "flash_fsdp@a": {"transformers": "9.8"}}
+    code, said = run_faked(monkeypatch, found, *MODES, failed=failed)
+    assert code == 1
+    assert "in a.py:3 of variant a: KeyError" in said
+    assert "KeyError" in runs_of("g", workspace)["flash_fsdp@a"].reason
+
+
+def test_warnings_of_the_code_under_test_are_told_once(workspace, monkeypatch):
+    found = {"no_dp@a": {"transformers": "1"}, "flash_fsdp@a": {"transformers": "1"}}
+    _, said = run_faked(monkeypatch, found, *MODES, warnings=("Falling back to hooks",))
+    assert said.count("flash_fsdp@a warned: Falling back to hooks.") == 1
 
 
 def test_results_of_a_single_run_are_the_installed_codes(workspace, monkeypatch):
     order = []
     monkeypatch.setattr(group, "write_output", lambda _, path: order.append(path.name))
     argv = ("single", "--mode", "no_dp", "--output", "o.json", "--variant", "a=fork")
-    assert run_faked(monkeypatch, {"no_dp@a": {"library": "1"}}, *argv)[0] == 0
+    assert run_faked(monkeypatch, {"no_dp@a": {"transformers": "1"}}, *argv)[0] == 0
     assert order == ["o.json"]
+
+
+GSM = """\
+def get_gsm_class(grad_sample_mode):
+    if grad_sample_mode in ["hooks", "functorch"]:
+        return "hooks"
+    elif grad_sample_mode == "ew" or grad_sample_mode == "flash_fsdp":
+        return grad_sample_mode
+    elif grad_sample_mode == "no_op":
+        return None
+    raise ValueError(f"Unexpected {grad_sample_mode}. Allowed: hooks, not_compared")
+"""
+
+
+def opacus_with(folder: Path, text: str = GSM) -> Path:
+    checkout(folder, "opacus")
+    (folder / "opacus" / "grad_sample").mkdir()
+    (folder / "opacus" / "grad_sample" / "utils.py").write_text(text)
+    return folder
+
+
+def labels(*argv: str) -> list[str]:
+    return [job.label for job in suite(*argv).jobs if job.variant]
+
+
+def test_a_variant_of_opacus_runs_the_modes_that_it_has_itself(workspace):
+    opacus_with(workspace / "op")
+    # flash_fsdp is a mode of ours, too: what runs under the variant's name is its own.
+    own = ["opacus:flash_fsdp@a", "grad_materialize@a"]
+    assert labels("full", "--variant", "a=op") == own
+    assert (
+        labels("full", "--mode", "no_dp,flash_fsdp,flash_fsdp_bk", "--variant", "a=op") == own[:1]
+    )
+    assert labels("full", "--mode", "ghost,grad_materialize", "--variant", "a=op") == own[1:]
+    assert labels("full", "--mode", "opacus:ew", "--variant", "a=op") == ["opacus:ew@a"]
+    assert labels("profile", "--mode", "grad_materialize", "--variant", "a=op") == own[1:] * 2
+
+
+def test_modes_that_a_variant_alone_has_run_there_alone(workspace):
+    opacus_with(workspace / "op")
+    jobs = suite("full", "--mode", "opacus:flash_fsdp", "--variant", "a=op").jobs
+    assert [job.label for job in jobs] == ["reference", "opacus:flash_fsdp@a"]
+
+
+def test_a_mode_of_no_opacus_at_hand_is_refused_with_those_there_are(workspace):
+    opacus_with(workspace / "op")
+    wanted = "'flash': expected one of ew, flash_fsdp, functorch, ghost, ghost_fsdp, hooks, no_op"
+    with pytest.raises(ValueError, match=wanted):
+        suite("full", "--mode", "opacus:flash", "--variant", "a=op")
+    with pytest.raises(ValueError, match="'flash': expected one of ew, functorch, ghost, gh"):
+        suite("full", "--mode", "opacus:flash")
+
+
+@pytest.mark.parametrize("text", ["def get_gsm_class(name): ...\n", "def get_gsm_class(:\n", None])
+def test_an_opacus_whose_modes_cannot_be_read_is_refused(workspace, text):
+    opacus_with(workspace / "op", text or "")
+    if text is None:
+        (workspace / "op" / "opacus" / "grad_sample" / "utils.py").unlink()
+    with pytest.raises(ValueError, match="get_gsm_class"):
+        suite("full", "--variant", "a=op")
+
+
+def test_a_mode_that_uses_nothing_of_a_variant_does_not_run_there(workspace, monkeypatch):
+    checkout(workspace / "lib", "library")
+    (workspace / "mine.py").write_text("")
+    monkeypatch.syspath_prepend(str(workspace))
+    assert labels("full", "--mode", "no_dp,mine:Mode", "--variant", "a=lib") == ["mine:Mode@a"]
+    with pytest.raises(ValueError, match="expected a mode besides reference that runs code of var"):
+        suite("full", "--mode", "no_dp,ghost", "--variant", "a=lib")
+
+
+@pytest.fixture
+def repository(workspace, monkeypatch) -> Path:
+    """A repository with two commits of `transformers`, and a change that is in neither."""
+    folder = checkout(workspace / "repository", "transformers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+    file = folder / "transformers" / "__init__.py"
+    for number in ("1", "2"):
+        file.write_text(f"__version__ = {number!r}\n")
+        begin = [["init", "-q"]] if number == "1" else []
+        for command in (*begin, ["add", "."], ["commit", "-qm", "x"], ["tag", f"v{number}"]):
+            subprocess.run([*git, *command], check=True)
+    file.write_text("__version__ = 'uncommitted'\n")
+    return folder
+
+
+def test_a_revision_is_checked_out_aside(workspace, repository, monkeypatch):
+    variant = suite("full", "--mode", "no_dp", "--variant", "old=v1@repository").jobs[-1].variant
+    assert variant is not None
+    assert (variant.name, variant.path, variant.git_dirty) == ("old", "v1@repository", False)
+    assert (Path(variant.root) / "transformers/__init__.py").read_text() == "__version__ = '1'\n"
+    assert len(variant.git_revision) == 40
+    monkeypatch.chdir(repository)
+    here = suite("full", "--mode", "no_dp", "--variant", "v2", "--variant", "v2~1").jobs
+    assert [job.label for job in here if job.variant] == ["no_dp@v2", "no_dp@v2-1"]
+    assert here[-1].variant is not None
+    assert here[-1].variant.root == variant.root
+    assert (repository / "transformers/__init__.py").read_text() == "__version__ = 'uncommitted'\n"
 
 
 # An import hook that answers first, as some editable installs put into every interpreter.

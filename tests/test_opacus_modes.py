@@ -15,7 +15,8 @@ from opacus.optimizers import optimizer
 from torch import Tensor, nn
 
 from dpsgd_track.modes.build import build_mode
-from dpsgd_track.modes.opacus import OpacusMode, grad_sample_modes
+from dpsgd_track.modes.opacus import OpacusMode
+from dpsgd_track.modes.opacus_source import installed_modes
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.batch import Batch
 from tests.support import torchrun_modes
@@ -136,8 +137,8 @@ def test_no_op_says_that_nothing_computes_gradients(models: Any) -> None:
 
 
 def test_an_unknown_mode_is_answered_with_those_of_the_library(models: Any) -> None:
-    assert grad_sample_modes() == ["ew", "functorch", "ghost", "ghost_fsdp", "hooks", "no_op"]
-    assert all(get_gsm_class(name) for name in grad_sample_modes())
+    assert installed_modes() == ("ew", "functorch", "ghost", "ghost_fsdp", "hooks", "no_op")
+    assert all(get_gsm_class(name) for name in installed_modes())
     with pytest.raises(ValueError, match=r"'flash': expected one of ew, functorch, ghost, ghost_f"):
         build_mode("opacus:flash", models["roberta"][0], _context(1.0))
 
@@ -195,3 +196,59 @@ def test_opacus_draws_its_own_noise_again_after_a_step(models: Any) -> None:
     mode = build_mode("grad_materialize", copy.deepcopy(whole), _context(1.0))
     torchrun_modes.one_step(mode, batches)
     assert optimizer._generate_noise is before
+
+
+def _inline(draw: Any) -> Any:
+    """An `add_noise` that draws by itself, as forks have."""
+
+    def add_noise(self: Any) -> None:
+        std = self.noise_multiplier * self.max_grad_norm
+        for p in self.params:
+            p.grad = (p.summed_grad + std * draw(p.summed_grad)).view_as(p)
+
+    return add_noise
+
+
+def test_noise_that_is_drawn_inline_is_replaced_and_told(models: Any, monkeypatch: Any) -> None:
+    whole, batches, bounds = models["roberta"]
+    monkeypatch.setattr(optimizer.DPOptimizer, "add_noise", _inline(torch.randn_like))
+    mode = build_mode("grad_materialize", copy.deepcopy(whole), _context(bounds["mixed"]))
+    assert mode.notices() == ()
+    assert _rows(mode, whole, batches, bounds["mixed"])["noised_error"] < TOLERANCE
+    (notice,) = mode.notices()
+    assert "draws its noise with torch.randn_like" in notice
+
+
+def test_noise_that_cannot_be_replaced_is_told(models: Any, monkeypatch: Any) -> None:
+    whole, batches, bounds = models["roberta"]
+    monkeypatch.setattr(
+        optimizer.DPOptimizer, "add_noise", _inline(lambda total: torch.randn(total.shape))
+    )
+    mode = build_mode("grad_materialize", copy.deepcopy(whole), _context(bounds["mixed"]))
+    assert _rows(mode, whole, batches, bounds["mixed"])["noised_error"] > 0.1
+    assert "could not be replaced by the common noise" in mode.notices()[0]
+
+
+def test_healthy_modes_have_no_notices(models: Any) -> None:
+    whole, batches, bounds = models["roberta"]
+    mode = build_mode("ghost", copy.deepcopy(whole), _context(bounds["mixed"]))
+    torchrun_modes.one_step(mode, batches)
+    assert mode.notices() == ()
+
+
+def test_norms_that_an_opacus_does_not_keep_are_not_computed(models: Any, monkeypatch: Any) -> None:
+    whole, batches, bounds = models["roberta"]
+    mode: Any = build_mode("ghost", copy.deepcopy(whole), _context(bounds["mixed"]))
+    backward = mode.backward
+
+    def without_norms(batch: Batch) -> Tensor:
+        loss_B: Tensor = backward(batch)
+        for parameter in mode.model.parameters():
+            del parameter._norm_sample
+        return loss_B
+
+    monkeypatch.setattr(mode, "backward", without_norms)
+    record = mode.accumulate(batches[0])
+    assert record.norm_by_parameter_B is None
+    assert record.norm_B is not None
+    assert record.clip_factor_B is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
-from dpsgd_track.record.alternatives import Move, NormFormula
+from dpsgd_track.modes.protocol import SampleRun
+from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.loss import (
+    causal_lm_loss,
+    classification_loss,
+    one_loss_a_sample,
+    regression_loss,
+)
+from dpsgd_track.record.alternatives import LossFormula, Move, NormFormula
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.training.moved_gradient import moved
+from dpsgd_track.training.other_losses import other_losses
 from dpsgd_track.training.sample_observer import SampleObserver
 from tests.support.synthetic_group import trajectory
 
@@ -60,13 +70,14 @@ def observed(tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[NormForm
     found = torch.autograd.grad(loss, [*parameters, *outputs])
     gradients = dict(zip(names, found, strict=False))
     observer.see(gradients, found[len(parameters) :])
-    sketch, norms = observer.take()
+    seen = observer.take()
+    sketch, norms = seen.sketch, seen.other_norm
     assert sketch.shape == (1, len(names), 2 * NUM_PROJECTIONS)
     whole = norm_and_sketch("out.weight", gradients["out.weight"], 0, 12)[1:].numpy()
     place = names.index("out.weight")
     assert np.array_equal(sketch[0, place, :NUM_PROJECTIONS], whole)
     assert np.array_equal(sketch[0, place, NUM_PROJECTIONS:], whole)
-    assert len(observer.take()[0]) == 0
+    assert len(observer.take().sketch) == 0
     values = dict(zip(names, norms[0].tolist(), strict=True))
     return gradients, {n: dict(zip(NormFormula, v, strict=True)) for n, v in values.items()}
 
@@ -81,7 +92,7 @@ def test_a_layer_that_runs_again_in_the_backward_is_counted_once() -> None:
     outputs = observer.outputs()
     found = torch.autograd.grad(loss, [*parameters, *outputs])
     observer.see(dict(zip(names, found, strict=False)), found[len(parameters) :])
-    assert len(observer.take()[0]) == 1
+    assert len(observer.take().sketch) == 1
 
 
 TOKENS = torch.tensor([[1, 2, 1, 0, 3, 1, 0]])
@@ -115,7 +126,20 @@ def test_formulas_are_what_their_words_say() -> None:
     assert of[NormFormula.POSITIONS_APART] == pytest.approx(float(apart))
     summed = float(dout.sum(0).norm() * x_out.sum(0).norm())
     assert of[NormFormula.SUMMED_FIRST] == pytest.approx(summed)
+    gram = (dout @ dout.T) * (x_out @ x_out.T)
+    within = gram[:4, :4].sum() + gram[4:, 4:].sum()
+    assert of[NormFormula.TAIL_OF_4_LOST] == pytest.approx(float(gram[:4, :4].sum().sqrt()))
+    assert of[NormFormula.TILES_OF_4_APART] == pytest.approx(float(within.sqrt()))
+    once = within / 2 + gram.sum() / 2
+    assert of[NormFormula.TILES_OF_4_ONCE] == pytest.approx(float(once.sqrt()))
+    assert np.isnan(of[NormFormula.TAIL_OF_8_LOST])
+    lost = float((dout[:-2].T @ x_out[:-2]).norm())
+    assert of[NormFormula.LAST_TWO_POSITIONS_LOST] == pytest.approx(lost)
     gradient = gradients["out.weight"]
+    root = float(gradient.square().mean().sqrt())
+    assert of[NormFormula.ROOT_MEAN_SQUARE] == pytest.approx(root)
+    half = float(gradient.half().square().double().sum().sqrt())
+    assert of[NormFormula.SQUARES_IN_FLOAT16] == pytest.approx(half)
     assert of[NormFormula.OWN_ROWS] == pytest.approx(float(gradient.norm()))
     assert of[NormFormula.LAST_ROW_LOST] == pytest.approx(float(gradient[:-1].norm()))
     assert of[NormFormula.LAST_COLUMN_LOST] == pytest.approx(float(gradient[:, :-1].norm()))
@@ -125,6 +149,10 @@ def test_formulas_are_what_their_words_say() -> None:
     of = values["reused.bias"]
     assert of[NormFormula.FIRST_USE] == pytest.approx(float(first.norm()))
     assert of[NormFormula.LAST_USE] == pytest.approx(float(last.norm()))
+    twice = ((first + last).square().sum() + last.square().sum()).sqrt()
+    assert of[NormFormula.LAST_USE_TWICE] == pytest.approx(float(twice))
+    added = float(first.norm() + last.norm())
+    assert of[NormFormula.USES_ADDED] == pytest.approx(added)
     uses = first.square().sum() + last.square().sum()
     assert of[NormFormula.USES_APART] == pytest.approx(float(uses.sqrt()))
     once = (uses + first @ last).sqrt()
@@ -134,6 +162,9 @@ def test_formulas_are_what_their_words_say() -> None:
     of = values["embedding.weight"]
     is_token = (TOKENS[0] != 0)[:, None]
     assert of[NormFormula.TOKENS_APART] == pytest.approx(float((de * is_token).norm()))
+    counts = torch.bincount(TOKENS[0], minlength=len(gradients["embedding.weight"]))
+    by_frequency = gradients["embedding.weight"] / counts.clamp(min=1)[:, None]
+    assert of[NormFormula.BY_FREQUENCY] == pytest.approx(float(by_frequency.norm()))
     padded = gradients["embedding.weight"].clone()
     padded[0] += de[TOKENS[0] == 0].sum(0)
     assert of[NormFormula.PADDING_COUNTED] == pytest.approx(float(padded.norm()))
@@ -143,13 +174,16 @@ def test_a_sample_whose_loss_needs_no_gradient_has_zeros() -> None:
     observer = SampleObserver()
     observer.watch(Small())
     observer.see({name: torch.zeros_like(p) for name, p in Small().named_parameters()}, [])
-    sketch, norms = observer.take()
+    seen = observer.take()
+    sketch, norms = seen.sketch, seen.other_norm
     assert not sketch.any()
     assert not np.nan_to_num(norms).any()
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (6,), (1, 7)])
-@pytest.mark.parametrize("move", list(Move))
+@pytest.mark.parametrize(
+    "move", [m for m in Move if m not in (Move.MEAN_OF_ELEMENTS, Move.SUM_OF_ELEMENTS)]
+)
 def test_a_moved_gradient_has_no_new_elements(move: Move, shape: tuple[int, ...]) -> None:
     gradient = torch.arange(1.0, 1 + np.prod(shape)).view(shape)
     result = moved(gradient, move, 2)
@@ -170,6 +204,28 @@ def test_moves_are_what_their_words_say() -> None:
     assert torch.equal(moved(gradient, Move.PADDED_IN_FRONT, 2)[1:], gradient[:-1])
     assert torch.equal(moved(gradient, Move.REVERSED, 2), gradient.flip(0))
     assert torch.equal(moved(gradient, Move.INTERLEAVED, 2), gradient[[0, 2, 4, 1, 3]])
+    assert torch.equal(moved(gradient, Move.LAST_SHARD_DOWN, 2), gradient[[0, 1, 2, 4, 3]])
+    assert torch.equal(moved(gradient, Move.LAST_SHARD_UP, 2), gradient[[0, 1, 2, 4, 3]])
+    assert torch.equal(moved(gradient, Move.MEAN_OF_ELEMENTS, 2), torch.full((5, 3), 7.0))
+    assert torch.equal(moved(gradient, Move.SUM_OF_ELEMENTS, 2), torch.full((5, 3), 105.0))
+
+
+@pytest.mark.parametrize(
+    ("move", "kept"),
+    [
+        (Move.LAST_ROW_LOST, [1, 1, 1, 1, 0]),
+        (Move.LAST_USED_ROW_LOST, [1, 1, 1, 0, 0]),
+        (Move.FIRST_USED_ROW_LOST, [0, 0, 1, 1, 0]),
+        (Move.FIRST_SHARD_END_LOST, [1, 1, 0, 1, 1]),
+        (Move.SHARD_ENDS_LOST, [1, 1, 0, 1, 0]),
+        (Move.FIRST_SHARD_ALONE, [1, 1, 1, 0, 0]),
+    ],
+)
+def test_rows_are_lost_as_the_words_say(move: Move, kept: list[int]) -> None:
+    # Of the rows, the first and the last are not used; two ranks hold three rows and two.
+    gradient = torch.arange(1.0, 16.0).view(5, 3)
+    gradient[[0, 4]] = 0.0
+    assert torch.equal(moved(gradient, move, 2), gradient * torch.tensor(kept)[:, None])
 
 
 def test_a_record_of_the_schema_before_is_read_without_what_it_lacks(tmp_path: Path) -> None:
@@ -180,10 +236,102 @@ def test_a_record_of_the_schema_before_is_read_without_what_it_lacks(tmp_path: P
         values = dict(archive)
     for name in ("sample_micro_batch", "sample_sketch", "sample_shard_sketch"):
         del values[name]
-    for name in ("sample_other_norm", "moved_sketch"):
+    for name in ("sample_other_norm", "sample_other_loss", "moved_sketch"):
         del values[name]
     np.savez(path, **{**values, "schema": np.int64(2)})
     read = Trajectory.load(path)
     assert np.array_equal(read.gradient_sketch, t.gradient_sketch)
     assert read.sample_sketch.shape == (4, 6, 4, 0)
     assert (read.sample_micro_batch == -1).all()
+
+
+def test_a_record_with_fewer_alternatives_is_read(tmp_path: Path) -> None:
+    t = trajectory(noise_std=0.0)
+    S, P = t.gradient_sketch.shape[:2]
+    t = replace(t, moved_sketch=np.ones((S, 10, P, 4), dtype=np.float32))
+    path = tmp_path / "trajectory.npz"
+    t.save(path)
+    with np.load(path) as archive:
+        values = dict(archive)
+    del values["sample_other_loss"]
+    np.savez(path, **{**values, "schema": np.int64(3)})
+    read = Trajectory.load(path)
+    assert read.moved_sketch.shape == (S, 10, P, 4)
+    assert read.sample_other_loss.shape == (*t.sample_loss.shape, 0)
+
+
+def run_of(model: nn.Module) -> SampleRun:
+    return lambda batch: batch.run(model)
+
+
+class Told(nn.Module):
+    """A language model whose logits depend on every input, by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, 7), nn.Embedding(9, 7)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        h = self.tokens(input_ids) + self.positions(position_ids)
+        out: Tensor = h + (h * attention_mask[..., None]).mean(1, keepdim=True)
+        return out
+
+
+@torch.no_grad()
+def test_wrong_losses_are_what_their_words_say() -> None:
+    torch.manual_seed(0)
+    model = Told().double()
+    ids = torch.tensor([[1, 2, 3, 4, 0], [5, 6, 1, 2, 3]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    places = torch.arange(5).expand(2, 5)
+    targets = ids.masked_fill(mask == 0, -100)
+    batch = Batch({"input_ids": ids, "attention_mask": mask, "position_ids": places}, targets)
+    values = other_losses(one_loss_a_sample(causal_lm_loss), batch, 0, run_of(model)).tolist()
+    of = dict(zip(LossFormula, values, strict=True))
+    logits = model(ids, mask, places)[0]
+    each = nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+
+    def changed(ids_0: Tensor = ids[:1], **inputs: Tensor) -> Tensor:
+        given = {"attention_mask": mask[:1], "position_ids": places[:1], **inputs}
+        out: Tensor = model(ids_0, **given)[0]
+        return nn.functional.cross_entropy(out[:-1], ids[0, 1:], reduction="none")
+
+    wanted = {
+        LossFormula.LAST_TARGET_LOST: each[:2].mean(),
+        LossFormula.FIRST_TARGET_LOST: each[1:3].mean(),
+        LossFormula.FIRST_PADDING_PREDICTED: each.mean(),
+        LossFormula.PADDING_PREDICTED: each.mean(),
+        LossFormula.NOT_SHIFTED: nn.functional.cross_entropy(logits[1:4], ids[0, 1:4]),
+        LossFormula.SHIFTED_TWICE: nn.functional.cross_entropy(logits[:2], ids[0, 2:4]),
+        LossFormula.TARGETS_OF_NEXT: nn.functional.cross_entropy(logits[:-1], ids[1, 1:]),
+        LossFormula.TARGETS_OF_BEFORE: nn.functional.cross_entropy(logits[:-1], ids[1, 1:]),
+        LossFormula.MASK_IGNORED: changed(attention_mask=torch.ones(1, 5))[:3].mean(),
+        LossFormula.POSITIONS_FROM_ONE: changed(position_ids=places[:1] + 1)[:3].mean(),
+        LossFormula.LAST_TOKEN_LOST: changed(
+            torch.tensor([[1, 2, 3, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]])
+        )[:2].mean(),
+        LossFormula.PROBABILITIES_AS_LOGITS: nn.functional.cross_entropy(
+            logits[:3].softmax(-1), ids[0, 1:4]
+        ),
+        LossFormula.CAPPED: nn.functional.cross_entropy(30 * (logits[:3] / 30).tanh(), ids[0, 1:4]),
+        LossFormula.UNIFORM: -logits[:3].log_softmax(-1).mean(),
+        LossFormula.SQUARED_LOG_SUM: logits[:3].logsumexp(-1).square().mean(),
+    }
+    for formula, value in wanted.items():
+        assert of[formula] == pytest.approx(float(value)), formula
+
+
+def test_wrong_losses_of_a_class_and_of_a_number() -> None:
+    batch = Batch({}, torch.tensor([1, 2]), args=(torch.tensor([[0.0, 1, 2], [3, 4, 6]]),))
+    model = nn.Identity()
+    values = other_losses(one_loss_a_sample(classification_loss), batch, 0, run_of(model))
+    of = dict(zip(LossFormula, values.tolist(), strict=True))
+    log_sum = float(torch.tensor([0.0, 1, 2]).logsumexp(-1))
+    assert of[LossFormula.TARGETS_OF_NEXT] == pytest.approx(log_sum - 2)
+    assert of[LossFormula.UNIFORM] == pytest.approx(log_sum - 1)
+    assert np.isnan(of[LossFormula.LAST_TARGET_LOST])
+    batch = Batch({}, torch.tensor([[1.0], [3.0]]), args=(torch.tensor([[0.0], [1.0]]),))
+    values = other_losses(one_loss_a_sample(regression_loss), batch, 0, run_of(model))
+    of = dict(zip(LossFormula, values.tolist(), strict=True))
+    assert of[LossFormula.TARGETS_OF_BEFORE] == pytest.approx(9.0)
+    assert np.isnan(of[LossFormula.UNIFORM])

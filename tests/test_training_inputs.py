@@ -634,3 +634,16 @@ def test_a_tied_head_is_not_listed_as_a_layer_of_its_own() -> None:
 def test_data_that_cannot_be_is_refused(argument: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**argument)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("gpt2-tiny", {"position_ids"}),
+        ("bert-tiny", {"position_ids", "token_type_ids"}),
+        ("llama-tiny", {"position_ids"}),
+    ],
+)
+def test_types_are_given_to_models_with_a_table_of_them(name: str, wanted: set[str]) -> None:
+    model = build_model(ModelConfig(name=name), num_labels=2, seed=0, device=CPU)
+    assert extra_inputs_of(model) == wanted

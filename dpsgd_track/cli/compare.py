@@ -38,11 +38,13 @@ def compare(context: Context, wanted: str, after: str | None, choices: CompareCh
             group, found = _read(settings, wanted)
             if after is None and _is_profile(group):
                 return _show_profile(settings, choices, group, found)
-            comparison = _compare(settings, choices, waivers, group, found, after)
+            later = None if after is None else _read(settings, after)
+            unequal = _bitwise_code(group, later[0] if later else None) if choices.bitwise else 0
+            comparison = _compare(settings, choices, waivers, group, found, later)
     except OSError as error:
         message = f"results_dir={settings.results_dir!r}: expected a writable folder. {error}"
         return context.complain(message, USAGE)
-    code = exit_code(comparison.verdict, choices.fail_on)
+    code = exit_code(comparison.verdict, choices.fail_on) or unequal
     return _profile_code(comparison.group) if code == PASSED else code
 
 
@@ -103,7 +105,7 @@ def _compare(
     waivers: Sequence[Waiver],
     group: Group,
     found: Found | None,
-    after: str | None,
+    after: tuple[Group, Found | None] | None,
 ) -> GroupComparison:
     from rich.console import Console
 
@@ -115,7 +117,7 @@ def _compare(
     if after is None:
         comparison = compare_group(group, settings.thresholds, waivers)
     else:
-        later, found = _read(settings, after)
+        later, found = after
         for each in (group, later):
             _refuse_profile(each)
         comparison = compare_groups(group, later, settings.thresholds, waivers)
@@ -148,6 +150,23 @@ def _export(group: Group, file: Path, *, force: bool) -> None:
 
 def _say_where(files: Sequence[Path], folder: Path) -> None:
     print(f"Report: {files[0]} (and {len(files) - 1} more files in {folder})")
+
+
+def _bitwise_code(group: Group, later: Group | None) -> int:
+    """Print which runs are not their counterparts bit by bit.
+
+    Returns:
+        0 if none is, 1 if one differs, 3 if one has no counterpart.
+    """
+    from dpsgd_track.comparison.bitwise import unequal_runs
+
+    count, unequal = unequal_runs(group, later)
+    for each in unequal:
+        print(f"bitwise: {each.sentence}")
+    if not unequal:
+        print(f"bitwise: all {count} runs are equal bit by bit.")
+    has_drift = any(not each.is_missing for each in unequal)
+    return FAILED if has_drift else INCONCLUSIVE if unequal else PASSED
 
 
 def _is_profile(group: Group) -> bool:

@@ -18,6 +18,9 @@ class CompareChoices(SpoolChoices):
 
     fail_on: str = "drift"
     """VERDICT: least severe verdict with exit code 1: drift or bug."""
+    bitwise: bool = False
+    """Also end with 1 unless each run is its counterpart bit by bit. That is the same run of the
+    other group, or of the installed code where a variant ran."""
     loss_threshold: float | None = None
     """Largest acceptable absolute difference of a loss (default: that of --config)."""
     grad_norm_threshold: float | None = None

@@ -12,10 +12,11 @@ from dpsgd_track.cli.dry_run import show_plan
 from dpsgd_track.cli.options import ResumeOptions
 from dpsgd_track.config import Settings, require
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
-from dpsgd_track.launcher.choices import NodeChoices, RecordChoices
+from dpsgd_track.launcher.choices import NodeChoices, ProfileChoices, RecordChoices
 from dpsgd_track.launcher.hardware import count_gpus
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.suites import Asked, InputCheck, check_modes, placement_of, plan_of
+from dpsgd_track.launcher.variants import OF_HERE
 from dpsgd_track.program import command
 from dpsgd_track.record.plan import GroupPlan, Suite
 from dpsgd_track.redaction import redact_uri
@@ -47,6 +48,7 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     """
     plan = plan_of(asked, context.check_inputs, context.command)
     check_planted(plan)
+    _tell_uncommitted(plan)
     place = placement_of(asked)
     if is_dry:
         show_plan(plan)
@@ -54,8 +56,22 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     from dpsgd_track.launcher.launch import run_plan
 
     launched = run_plan(plan, place, context.launch, say)
+    code = launched.code
+    is_over = code in (EXIT_FINISHED, EXIT_FAILED)
+    if isinstance(asked.what, ProfileChoices) and is_over and place.nodes.leads:
+        from dpsgd_track.cli.profile import summarise
+
+        code = max(code, summarise(context, place, launched.group, asked.what))
     tell(context, plan.suite, launched, place, asked.kept, asked.nodes)
-    return launched.code, launched.group
+    return code, launched.group
+
+
+def _tell_uncommitted(plan: GroupPlan) -> None:
+    """Say that a revision of the repository one is in lacks what is not committed there."""
+    for variant in dict.fromkeys(job.variant for job in plan.jobs if job.variant):
+        if plan.environment.git_dirty and variant.path.endswith(OF_HERE):
+            commit = variant.git_revision[:12]
+            say(f"variant {variant.name}: commit {commit}, without the uncommitted changes here")
 
 
 def tell(
@@ -73,11 +89,6 @@ def tell(
     """
     if launched.problem:
         context.complain(launched.problem, launched.code)
-    is_over = launched.code in (EXIT_FINISHED, EXIT_FAILED)
-    if suite is Suite.PROFILE and is_over and place.nodes.leads:
-        from dpsgd_track.cli.profile import summarise
-
-        summarise(context, place, launched.group)
     group, places = launched.group, _place_options(kept)
     if launched.left_behind:
         say(f"tracking: {launched.left_behind} It is in {launched.spool}, and safe.")

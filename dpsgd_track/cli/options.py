@@ -157,6 +157,35 @@ class FaultOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckChoices:
+    """What to check a module with."""
+
+    input: tuple[str, ...] = ()
+    """SHAPE: numbers of an input of the module, the samples first, such as 3,5,7, repeatable
+    (default: none; needed). 3,5:9 are whole numbers below 9."""
+    mode: tuple[str, ...] = ()
+    """Mode to check it in, repeatable or comma separated (default: those on one device)."""
+    random_seed: int = 42
+    """Seed of weights and inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Options of check."""
+
+    what: Annotated[CheckChoices, _WHAT] = field(default_factory=CheckChoices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModesOptions:
+    """Options of modes."""
+
+    what: Annotated[ModeChoices, _without(_WHAT, "mode", "regime", "accuracy_test")] = field(
+        default_factory=ModeChoices
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeOptions:
     """Options of resume."""
 

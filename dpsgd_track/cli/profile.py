@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dpsgd_track.cli.context import Context, reading, say
-from dpsgd_track.launcher import EXIT_USAGE
+from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
+from dpsgd_track.launcher.choices import ProfileChoices
 from dpsgd_track.launcher.placement import Placement
 
 
-def summarise(context: Context, place: Placement, group: str) -> None:
-    """Print the table of the profile `group`, and write its figures as CSV if asked to."""
+def summarise(context: Context, place: Placement, group: str, what: ProfileChoices) -> int:
+    """Print the table of the profile `group`, and write its figures as CSV if asked to.
+
+    Returns:
+        1 where a mode costs more than the limits of `what`, or cannot be held against them; else 0.
+    """
     from rich.console import Console
 
-    from dpsgd_track.comparison.profile import profile_of
+    from dpsgd_track.comparison.profile import over_limits, profile_of
     from dpsgd_track.report.profile_table import profile_csv
     from dpsgd_track.report.text import console_width, print_profile
     from dpsgd_track.store.find_group import read_group_anywhere
@@ -22,16 +27,19 @@ def summarise(context: Context, place: Placement, group: str) -> None:
     except ValueError as error:
         # The runs are over; `compare` can read them once the store answers again.
         context.complain(f"group {group} could not be read back. {error}", EXIT_USAGE)
-        return
+        return EXIT_FAILED if what.limits() else EXIT_FINISHED
     profile = profile_of(recorded)
     assert profile is not None, "a profile has timed runs"
     print_profile(profile, group, Console(highlight=False, width=console_width()))
-    if place.output is None:
-        return
-    try:
-        place.output.write_text(profile_csv(profile, recorded), encoding="utf-8")
-    except OSError as error:
-        message = f"output={str(place.output)!r}: cannot be written. {error}"
-        context.complain(message, EXIT_USAGE)
-    else:
-        say(f"figures: {place.output}")
+    if place.output is not None:
+        try:
+            place.output.write_text(profile_csv(profile, recorded), encoding="utf-8")
+        except OSError as error:
+            message = f"output={str(place.output)!r}: cannot be written. {error}"
+            context.complain(message, EXIT_USAGE)
+        else:
+            say(f"figures: {place.output}")
+    exceeded = over_limits(profile, what.max_slowdown, what.max_memory)
+    for sentence in exceeded:
+        say(f"over the limit: {sentence}.")
+    return EXIT_FAILED if exceeded else EXIT_FINISHED

@@ -11,8 +11,10 @@ from cyclopts import Parameter
 from dpsgd_track.cli.context import Context
 from dpsgd_track.cli.options import (
     FLAT,
+    CheckOptions,
     CompareOptions,
     FaultOptions,
+    ModesOptions,
     ProfileOptions,
     ResumeOptions,
     SingleOptions,
@@ -48,10 +50,10 @@ def _faults(*, options: Annotated[FaultOptions, FLAT] = FaultOptions(), called: 
     return detect(called, options)
 
 
-def _modes(*, called: Called) -> int:
+def _modes(*, options: Annotated[ModesOptions, FLAT] = ModesOptions(), called: Called) -> int:
     from dpsgd_track.cli.modes import list_modes
 
-    return list_modes()
+    return list_modes(options.what.variant)
 
 
 def _ui(*, options: Annotated[UiOptions, FLAT] = UiOptions(), called: Called) -> int:
@@ -82,6 +84,18 @@ def _resume(
     from dpsgd_track.cli.launch import resume
 
     return resume(called, group, options)
+
+
+def _check(
+    module: Annotated[str, Parameter(help="package.module:NAME, or package.module:NAME(7, 4)")],
+    /,
+    *,
+    options: Annotated[CheckOptions, FLAT] = CheckOptions(),
+    called: Called,
+) -> int:
+    from dpsgd_track.cli.check import check_module
+
+    return check_module(module, options.what)
 
 
 _GROUP = "A group's name, a run id, latest, or a golden file (.dpsgd), which needs no store"
@@ -155,8 +169,12 @@ VERBS: dict[str, Verb] = {
             name="profile",
             summary="step time and peak memory of modes beside ordinary training",
             run=_profile,
-            examples=("--mode flash_fsdp --seq-length 64,256",),
-            notes=_LAUNCH_CODES,
+            examples=(
+                "--mode flash_fsdp --seq-length 64,256",
+                "--mode flash_fsdp --max-slowdown 1.3",
+            ),
+            notes="exit codes: 0 finished, 1 a mode failed or is over a limit, 2 usage, "
+            "70 internal, 130 interrupted",
         ),
         Verb(
             name="faults",
@@ -166,7 +184,23 @@ VERBS: dict[str, Verb] = {
             notes="exit codes: 0 every fault that can show was found and no healthy mode raised an "
             "alarm, 1 otherwise, 2 usage, 70 internal, 130 interrupted",
         ),
-        Verb(name="modes", summary="list the modes", run=_modes),
+        Verb(
+            name="check",
+            summary="one module of anybody's against the oracle, in seconds",
+            run=_check,
+            examples=(
+                "'torch.nn:Linear(7,4)' --input 3,5,7",
+                "my_layers:block --input 4,16:99 --mode flash,ghost",
+            ),
+            notes="exit codes: 0 exact, or refused in a sentence, 1 wrong or failed, 2 usage, "
+            "70 internal, 130 interrupted",
+        ),
+        Verb(
+            name="modes",
+            summary="list the modes, and those that a variant brings",
+            run=_modes,
+            examples=("--variant fork=../opacus-fork",),
+        ),
         Verb(
             name="ui", summary="open the MLflow UI on the store", run=_ui, examples=("--port 5001",)
         ),

@@ -65,6 +65,7 @@ def judge(candidate: Candidate, matched: Matched, measure: Measure) -> Judged:
         resolutions=tuple(r for result in results for r in result.resolutions),
         culprits={key: c for result in results for key, c in result.culprits.items()},
         passed=candidate.new or _passed(candidate, regime, measure.thresholds, ladders),
+        warnings=run.facts.warnings if run.facts else (),
     )
 
 
@@ -118,7 +119,7 @@ def _biases(held: Held, run: ModeRun) -> Biases | None:
         aligned.other,
         held.plain,
         aligned.baseline,
-        TOLERANCES[dtype],
+        TOLERANCES[dtype].of_model(aligned.baseline.parameter_sizes),
         stands_still=kind_of(held.pair.regime) == CLIP,
     )
 

@@ -192,6 +192,36 @@ def profile_of(group: Group) -> Profile | None:
     return Profile(costs=tuple(costs), incomplete=tuple(map(_failure, failed)))
 
 
+def over_limits(
+    profile: Profile, max_slowdown: float | None, max_memory: float | None
+) -> list[str]:
+    """A sentence for each mode and shape that costs more than its limit, or has no ratio to hold
+    against it.
+
+    Args:
+        max_slowdown: step time over the baseline's, median over the steps; None for no limit.
+        max_memory: peak memory over the baseline's.
+    """
+    found = []
+    for cost in profile.costs:
+        ratios = (
+            ("step time", cost.time_ratio.median if cost.time_ratio else None, max_slowdown),
+            ("peak memory", cost.memory_ratio, max_memory),
+        )
+        where = f"{cost.label} (T={cost.seq_length}, B={cost.batch_size})"
+        for what, ratio, limit in ratios:
+            if cost.is_baseline or limit is None:
+                continue
+            if ratio is None:
+                why = "; ".join(cost.notes) or "nothing was measured"
+                found.append(f"{where}: no {what} to hold against {limit:g}: {why}")
+            elif not ratio <= limit:
+                found.append(
+                    f"{where}: {ratio:.3g} times the {what} of the baseline, over {limit:g}"
+                )
+    return found
+
+
 def _shape(run: ModeRun) -> tuple[int, int]:
     assert run.job is not None, "a timed run is planned"
     return run.job.data.seq_length, run.job.data.batch_size

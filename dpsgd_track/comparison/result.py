@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -83,6 +84,9 @@ def earlier_label(label: str, baseline: str) -> str:
     return f"{label} [{baseline}]"
 
 
+_MOST_SHOWN = 300
+"""Characters of a warning in a sentence; `drift.json` has all of it."""
+
 Key = tuple[str, str]
 """(regime, label of the baseline of the comparison)."""
 
@@ -108,6 +112,8 @@ class ModeVerdict:
     """Culprit over all comparisons; None if no stage is known to have gone wrong."""
     resolutions: Mapping[str, Resolution] = field(default_factory=dict)
     """Smallest errors that would have been found in this mode, by model."""
+    warnings: tuple[str, ...] = ()
+    """What the mode's own code warned of, such as that it fell back on other code."""
 
     @property
     def others(self) -> tuple[Finding, ...]:
@@ -178,6 +184,8 @@ class Judged:
     """One for each comparison."""
     passed: str = ""
     """Description of the run in its regime, in case there are no findings."""
+    warnings: tuple[str, ...] = ()
+    """What the code of the run warned of, in sentences without full stops."""
 
 
 def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
@@ -196,16 +204,27 @@ def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
         said = f" {_breach(findings)}{culprit.sentence}{_waived(every, '; ')}"
     else:
         said = f": {findings[0].sentence}{_waived(every, '; ')}"
+    warnings = tuple(dict.fromkeys(each for result in results for each in result.warnings))
     return ModeVerdict(
         label=label,
         verdict=worst(f.verdict for f in findings),
         findings=tuple(every),
-        sentence=f"{label}{said}.",
+        sentence=f"{label}{said}.{_warned(warnings)}",
         ladders={key: r for result in results for key, r in result.ladders.items()},
         culprits=culprits,
         culprit=culprit,
         resolutions=by_model([(r.regime, each) for r in results for each in r.resolutions]),
+        warnings=warnings,
     )
+
+
+def _warned(warnings: Sequence[str]) -> str:
+    """The first of `warnings`, shortened, as a sentence of its own; empty if there are none."""
+    if not warnings:
+        return ""
+    more = f" ({len(warnings) - 1} more)" * (len(warnings) > 1)
+    first = textwrap.shorten(warnings[0], _MOST_SHOWN, placeholder="...")
+    return f" Its code warned: {first}.{more}"
 
 
 def _leading(culprits: Mapping[Key, Culprit], findings: Sequence[Finding]) -> Culprit | None:
@@ -266,7 +285,9 @@ def group_sentence(
     if verdict is Verdict.PASS:
         has_floor = any(regime.floors for regime in regimes)
         how = "as closely as rounding allows" if has_floor else "within the thresholds"
-        return f"PASS: all {len(modes)} runs agree {how}{_waived(every, ', but for ')}."
+        agreed = f"PASS: all {len(modes)} runs agree {how}{_waived(every, ', but for ')}"
+        warned = [mode.label for mode in modes if mode.warnings]
+        return agreed + (f", but the code of {', '.join(warned)} warned." if warned else ".")
     guilty = [mode for mode in modes if mode.verdict is verdict]
     others = f" The same verdict for {', '.join(m.label for m in guilty[1:])}." * (len(guilty) > 1)
     accepted = _waived(every, " ")

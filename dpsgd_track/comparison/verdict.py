@@ -107,6 +107,16 @@ def judge_run(run: ModeRun) -> Iterator[Finding]:
         )
     if run.trajectory is None:
         return
+    if lacking := run.facts.not_optimized if run.facts else ():
+        shown = ", ".join(lacking[:3]) + ", ..." * (len(lacking) > 3)
+        yield Finding(
+            verdict=Verdict.BUG,
+            regime=run.regime,
+            sentence=f"its optimizer lacks {len(lacking)} of "
+            f"{len(run.trajectory.parameter_names)} trainable parameters ({shown}), which no step "
+            f"in {run.regime} updates",
+            where=lacking[0],
+        )
     for bad in not_finite(run.trajectory):
         yield Finding(
             verdict=Verdict.BUG,

@@ -153,12 +153,27 @@ def layout_of(name: str, parameter: Tensor) -> Layout:
 
 
 def local_part(name: str, parameter: Tensor, tensor: Tensor) -> LocalPart:
-    """This rank's part of `tensor`, which is sharded as `parameter` is.
+    """This rank's part of `tensor`, a value for each element of `parameter`.
 
     Raises:
         ValueError: the parameter is a DTensor with another placement than FSDP2's default.
     """
-    return layout_of(name, parameter).part(tensor)
+    return layout_of(name, parameter).part(placed_as(tensor, parameter))
+
+
+def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` with the placements of `like`, as an optimizer would take it.
+
+    A gradient may be a DTensor that every rank holds whole, while its parameter is sharded. Where
+    placements differ, ranks may have to communicate.
+    """
+    if not (isinstance(tensor, DTensor) and isinstance(like, DTensor)):
+        return tensor
+    if tensor.placements == like.placements:
+        return tensor
+    with torch.no_grad():
+        placed: Tensor = tensor.redistribute(placements=like.placements)
+    return placed
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

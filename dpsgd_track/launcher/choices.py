@@ -6,6 +6,7 @@ field that was not chosen is empty or None.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -44,8 +45,8 @@ class ModeChoices:
     """Run the accuracy regime alone. Data and noise are the same in every mode."""
     variant: tuple[str, ...] = ()
     """NAME=PATH: run the modes once more, as mode@NAME, with the code of PATH (default: none). PATH
-    is a checkout whose packages replace the installed ones. Repeatable; the reference is not run
-    again."""
+    is a checkout or a folder of `pip install --target`, or REVISION@REPOSITORY; a REVISION alone is
+    one of the repository you are in. Of an Opacus, its own modes run. Repeatable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +70,31 @@ class ProfileChoices(ModeChoices):
     """Also run the accuracy regime. Each mode runs it after its timed steps, at the first sequence
     length and batch size alone."""
     seq_length: tuple[str, ...] = ("64", "256")
-    """N,...: tokens in a sample, repeatable or comma separated. Every length is run with every
+    """N,...: tokens in a sample. Repeatable or comma separated. Every length is run with every
     batch size."""
     batch_size: tuple[str, ...] = ("2",)
-    """N,...: samples in a micro-batch of a rank, repeatable or comma separated."""
+    """N,...: samples in a micro-batch of a rank. Repeatable or comma separated."""
     rounds: int = 1
     """Number of times that every mode is timed at every shape. Each is in fresh processes, as the
     times of short steps differ from process to process."""
+    max_slowdown: float | None = None
+    """X: most time of a step, over its baseline's (default: any). A mode that takes more makes the
+    exit code 1."""
+    max_memory: float | None = None
+    """X: most peak memory, over its baseline's (default: any). A mode that takes more makes the exit
+    code 1."""
+
+    def limits(self) -> dict[str, float]:
+        """The limits that were chosen, by option.
+
+        Raises:
+            ValueError: one is not above 0.
+        """
+        chosen = {"max_slowdown": self.max_slowdown, "max_memory": self.max_memory}
+        limits = {name: limit for name, limit in chosen.items() if limit is not None}
+        for name, limit in limits.items():
+            require(0 < limit < math.inf, name, limit, "a number above 0")
+        return limits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
@@ -15,7 +14,6 @@ from dpsgd_track.config import (
     PROFILE,
     JobConfig,
     RegimeConfig,
-    VariantConfig,
     logged_ranks,
     require,
 )
@@ -73,8 +71,6 @@ class GroupRun:
         self._environment = environment()
         self._clip_bounds: dict[str, tuple[float, ...]] = {}
         """C of each step as the reference measured it, by regime."""
-        self._finished: dict[VariantConfig, list[tuple[str, bool]]] = defaultdict(list)
-        """Finished mode runs of each variant, and True for those that imported anything from it."""
 
     def know_clip_bounds(self, bounds: Mapping[str, tuple[float, ...]]) -> None:
         """Set C of each step of clip regimes, by name, from an earlier run of the reference."""
@@ -139,32 +135,17 @@ class GroupRun:
                 failed += [job.title for job in jobs[number:]]
                 break
             num_out_of_memory += status == OUT_OF_MEMORY
-        unused = self._fail_unused_variants()
         what = "runs" if is_profile else "modes"
         summary = f"{len(jobs) - len(failed) - num_out_of_memory} of {len(jobs)} {what} finished"
         summary += f", {num_out_of_memory} out of memory" * bool(num_out_of_memory)
-        if failed or unused:
-            causes = [f"failed: {', '.join(failed)}"] * bool(failed) + unused
-            failure = Failure(kind=FailureKind.RUNS_FAILED, message="; ".join([summary, *causes]))
+        if failed:
+            message = f"{summary}; failed: {', '.join(failed)}"
+            failure = Failure(kind=FailureKind.RUNS_FAILED, message=message)
             self._tree.finish(self._tree.group_run, Status.FAILED, failure)
         else:
             self._tree.finish(self._tree.group_run, Status.FINISHED)
         self._display.say(f"group {self._folder.name}: {summary}")
-        return EXIT_FAILED if failed or unused else EXIT_FINISHED, summary
-
-    def _fail_unused_variants(self) -> list[str]:
-        """Fail the runs of variants from which no mode imported anything; returns the reasons."""
-        reasons = []
-        for variant, runs in self._finished.items():
-            if any(is_used for _, is_used in runs):
-                continue
-            message = f"--variant {variant.name}={variant.path}"
-            failure = Failure(kind=FailureKind.UNUSED_VARIANT, message=message)
-            for run_id, _ in runs:
-                self._tree.finish(run_id, Status.FAILED, failure)
-            reasons.append(f"variant {variant.name}: {failure.reason} {failure.advice()}")
-            self._display.say(reasons[-1])
-        return reasons
+        return EXIT_FAILED if failed else EXIT_FINISHED, summary
 
     def _run_job(self, job: JobConfig, interruption: Interruption, place: str) -> str:
         """Run one mode and record its runs.
@@ -202,23 +183,19 @@ class GroupRun:
             for run_id in filter(None, (*ranks, mode_run)):
                 log = f"Log: {work_dir / 'output.log'}"
                 self._tree.finish(run_id, outcome.status, outcome.failure, log)
-        self._note_imports(job, [mode_run for mode_run, _ in runs], outcomes, work_dir)
+        self._tell_warnings(job, work_dir)
         return self._show(job, regimes, outcomes, work_dir)
 
-    def _note_imports(
-        self,
-        job: JobConfig,
-        mode_runs: Sequence[str],
-        outcomes: Sequence[Outcome],
-        work_dir: Path,
-    ) -> None:
-        """Record which finished runs of a variant imported anything from it."""
-        if job.variant is None:
-            return
-        for index, (mode_run, outcome) in enumerate(zip(mode_runs, outcomes, strict=True)):
-            if outcome.status is Status.FINISHED:
+    def _tell_warnings(self, job: JobConfig, work_dir: Path) -> None:
+        """Show what the code under test warned of, each warning once."""
+        warnings: dict[str, None] = {}
+        for index in range(len(job.regimes)):
+            # A file that cannot be read has failed its run already.
+            with contextlib.suppress(OSError, ValueError):
                 facts = FACTS.loads((work_dir / str(index) / FACTS_FILE).read_bytes())
-                self._finished[job.variant].append((mode_run, bool(facts.imported)))
+                warnings |= dict.fromkeys(facts.warnings)
+        for warning in warnings:
+            self._display.say(f"{job.title} warned: {warning}.")
 
     def _split_regimes(
         self, job: JobConfig
@@ -246,14 +223,14 @@ class GroupRun:
             folder = Path(started.work_dir) / str(index)
             try:
                 if outcome.status is Status.FINISHED:
-                    self._read_result(job, regime, folder)
+                    outcome = self._read_result(job, regime, folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 failure = Failure(kind=FailureKind.ERROR, message=str(error))
                 outcome = Outcome(Status.FAILED, failure)
             checked.append(outcome)
         return tuple(checked)
 
-    def _read_result(self, job: JobConfig, regime: RegimeConfig, folder: Path) -> None:
+    def _read_result(self, job: JobConfig, regime: RegimeConfig, folder: Path) -> Outcome:
         if job.mode == REFERENCE and regime.kind == CLIP and not regime.replay:
             text = (folder / CLIP_BOUNDS_FILE).read_text(encoding="utf-8")
             bounds = tuple(float(bound) for bound in json.loads(text)["max_grad_norms"])
@@ -261,10 +238,15 @@ class GroupRun:
             # RegimeConfig checks their number and values.
             checked = replace(regime, max_grad_norms=bounds)
             self._clip_bounds[regime.name] = checked.max_grad_norms
-        if job.variant is not None:
-            FACTS.loads((folder / FACTS_FILE).read_bytes())
+        if variant := job.variant:
+            facts = FACTS.loads((folder / FACTS_FILE).read_bytes())
+            if not facts.imported:
+                message = f"--variant {variant.name}={variant.path}"
+                failure = Failure(kind=FailureKind.UNUSED_VARIANT, message=message)
+                return Outcome(Status.FAILED, failure)
         elif self._output is not None and regime.kind != PROFILE:
             write_output(Trajectory.load(folder / TRAJECTORY_FILE), self._output)
+        return Outcome(Status.FINISHED)
 
     def _show(
         self,

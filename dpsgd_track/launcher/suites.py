@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from dpsgd_track import program
 from dpsgd_track.config import (
     ACCURACY,
     AUTO,
@@ -49,7 +50,12 @@ from dpsgd_track.launcher.regimes import (
     num_iter,
     regimes_of,
 )
-from dpsgd_track.launcher.variants import read_variants, variant_jobs
+from dpsgd_track.launcher.variants import (
+    check_of_opacus,
+    judged_alone,
+    modes_in,
+    read_variants,
+)
 from dpsgd_track.modes import table
 from dpsgd_track.record.environment import environment
 from dpsgd_track.record.names import GOLDEN_SUFFIX
@@ -92,17 +98,27 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
     _check_own_noise(asked.draws.noise_from, regimes)
     _check_numbers(asked)
     variants = read_variants(asked.what.variant)
+    installed = check_of_opacus(modes, variants)
+    of_variants = _modes_of_variants(asked, variants, modes)
     num_local_ranks, performance = asked.machine.config()
     num_nodes = asked.nodes.config().num_nodes
     _check_plan(performance.plan, modes)
     model, data = _model_and_data(asked)
     shapes = _shapes(asked.what, data)
-    jobs = tuple(
-        _job(asked, mode, regimes, model, shapes[0], performance, num_local_ranks * num_nodes)
-        for mode in modes
-        if _takes_part(mode, regimes)
+
+    def job_of(mode: str) -> JobConfig:
+        num_ranks = num_local_ranks * num_nodes
+        return _job(asked, mode, regimes, model, shapes[0], performance, num_ranks)
+
+    if asked.suite is Suite.PROFILE:
+        baselines = [table.baseline_of(mode) for own in of_variants.values() for mode in own]
+        installed = tuple(dict.fromkeys((*baselines, *installed)))
+    jobs = tuple(job_of(mode) for mode in installed if _takes_part(mode, regimes))
+    jobs += tuple(
+        replace(job, variant=variant, regimes=judged_alone(job.regimes))
+        for variant, own in of_variants.items()
+        for job in (job_of(mode) for mode in own if _takes_part(mode, regimes))
     )
-    jobs = (*jobs, *_jobs_of_variants(jobs, variants))
     if isinstance(asked.what, ProfileChoices):
         jobs = profile_jobs(jobs, shapes, asked.what.rounds)
     for each in dict.fromkeys(job.data for job in jobs):
@@ -208,14 +224,21 @@ def _model_and_data(asked: Asked) -> tuple[ModelConfig, DataConfig]:
     return model, asked.data.config(model.name)
 
 
-def _jobs_of_variants(
-    jobs: tuple[JobConfig, ...], variants: tuple[VariantConfig, ...]
-) -> tuple[JobConfig, ...]:
-    added = variant_jobs(jobs, variants)
-    if variants:
-        allowed = "a mode besides reference to run a variant in"
-        require(bool(added), "mode", ",".join(job.mode for job in jobs), allowed)
-    return added
+def _modes_of_variants(
+    asked: Asked, variants: Sequence[VariantConfig], modes: Sequence[str]
+) -> dict[VariantConfig, tuple[str, ...]]:
+    """The modes of the launch that each variant runs."""
+    is_chosen = bool(split_names(asked.what.mode))
+    runs = {}
+    for variant in variants:
+        own = modes_in(variant, modes, is_chosen=is_chosen)
+        allowed = f"a mode besides reference that runs code of variant {variant.name}"
+        listing = program.command("modes", ["--variant", f"{variant.name}={variant.path}"])
+        advice = f"`{listing}` lists them."
+        shown = [mode for mode in modes if mode != table.REFERENCE] or modes
+        require(bool(own), "mode", ",".join(shown), allowed, advice)
+        runs[variant] = own
+    return runs
 
 
 def _modes_and_regimes(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -313,6 +336,7 @@ def _check_numbers(asked: Asked) -> None:
     if isinstance(asked.what, ProfileChoices):
         least, advice = 2, "Every second step is tracked, the others are not."
         require(asked.what.rounds >= 1, "rounds", asked.what.rounds, "an integer >= 1")
+        asked.what.limits()
     is_enough = num_iter(asked.suite, chosen) >= least
     require(is_enough, "num_iter", chosen.num_iter, f"an integer >= {least}", advice)
     count = chosen.micro_batches

@@ -1,44 +1,76 @@
-"""`--variant NAME=PATH`: modes run once more with a source checkout, beside the installed code.
+"""`--variant`: modes run once more with other code than the installed packages.
 
-Its packages come first on the workers' import path. A mode need not use them, but if none
-did, every result of the variant would be one of the installed code.
+The variant's packages come first on the workers' import path. Only modes that can import something
+from it are run there: for a variant of Opacus those are the `grad_sample_mode`s that it has itself,
+whatever modes of this package have the same names.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dpsgd_track.config import SILENT, JobConfig, VariantConfig, require
-from dpsgd_track.modes.table import REFERENCE
+from dpsgd_track.config import SILENT, RegimeConfig, VariantConfig, require
+from dpsgd_track.launcher.checkout import check_out, commit_of
+from dpsgd_track.modes import opacus_source, table
 from dpsgd_track.record.environment import git_facts
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,60}")
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+OF_HERE = "@."
+"""End of the path of a revision of the repository one is in."""
+_OURS = "dpsgd_track"
+_USED_BY_OURS = frozenset({_OURS, "torch", "transformers", "triton"})
+"""Packages that modes of this package import. Of Opacus they take the accountants at most."""
 
 
 def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
-    """The variants that `NAME=PATH` arguments ask for.
+    """The variants that `NAME=PATH`, `NAME=REVISION@PATH` and `REVISION` arguments ask for.
+
+    A revision is checked out aside.
 
     Raises:
-        ValueError: a name is not acceptable or used twice, or a folder holds no package.
+        ValueError: a name is not acceptable or used twice, a folder holds no package, or a
+            repository has no such revision.
     """
     variants: dict[str, VariantConfig] = {}
     for text in given:
-        name, equals, path = text.partition("=")
-        advice = "For example --variant fork=../opacus."
-        require(bool(equals and path), "variant", text, "NAME=PATH", advice)
-        allowed = "a NAME of up to 60 letters, digits, '.', '_' and '-'"
-        require(bool(_NAME.fullmatch(name)), "variant", text, allowed)
-        require(name not in variants, "variant", text, "a NAME not used before")
-        root = _root_of(Path(path).expanduser(), text)
-        revision, is_dirty = git_facts(root)
-        variants[name] = VariantConfig(
-            name=name, path=path, root=str(root), git_revision=revision, git_dirty=is_dirty
-        )
+        variant = _read(text)
+        require(variant.name not in variants, "variant", text, "a NAME not used before")
+        variants[variant.name] = variant
     return tuple(variants.values())
+
+
+def _read(text: str) -> VariantConfig:
+    name, equals, path = text.partition("=")
+    if not equals and (commit := commit_of(Path.cwd(), text)):
+        name, path = _NOT_IN_A_NAME.sub("-", text)[:60], f"{text}{OF_HERE}"
+        return _of_revision(name, path, commit, Path.cwd(), text)
+    advice = "For example --variant fork=../opacus, or --variant old=v1.5.3@../opacus."
+    allowed = "NAME=PATH, NAME=REVISION@PATH, or a revision of the repository you are in"
+    require(bool(equals and path), "variant", text, allowed, advice)
+    allowed = "a NAME of up to 60 letters, digits, '.', '_' and '-'"
+    require(bool(_NAME.fullmatch(name)), "variant", text, allowed)
+    folder = Path(path).expanduser()
+    revision, at, repository = path.partition("@")
+    if at and not folder.exists():
+        home = Path(repository or ".").expanduser()
+        commit = commit_of(home, revision)
+        allowed = f"a revision of the repository in {str(home)!r}"
+        require(bool(commit), "variant", text, allowed, "Check the revision and the path.")
+        return _of_revision(name, path, commit, home, text)
+    root = _root_of(folder, text)
+    commit, is_dirty = git_facts(root)
+    return VariantConfig(
+        name=name, path=path, root=str(root), git_revision=commit, git_dirty=is_dirty
+    )
+
+
+def _of_revision(name: str, path: str, commit: str, repository: Path, given: str) -> VariantConfig:
+    root = _root_of(check_out(repository, commit), given)
+    return VariantConfig(name=name, path=path, root=str(root), git_revision=commit)
 
 
 def _root_of(folder: Path, given: str) -> Path:
@@ -49,25 +81,83 @@ def _root_of(folder: Path, given: str) -> Path:
     for root in (folder / "src", folder):
         if any(root.glob("*/__init__.py")):
             return root.resolve()
-    advice = "Give the folder of a source checkout."
+    advice = "Give the folder of a source checkout, or one that `pip install --target` filled."
     require(False, "variant", given, "a folder with a package in it or in its src/", advice)
     raise AssertionError("unreachable")
 
 
-def variant_jobs(
-    jobs: Sequence[JobConfig], variants: Sequence[VariantConfig]
-) -> tuple[JobConfig, ...]:
-    """Each job but the reference's once more for each variant, without replays.
+def modes_in(variant: VariantConfig, modes: Sequence[str], *, is_chosen: bool) -> tuple[str, ...]:
+    """The modes that run code of `variant`, by the names that they have there.
+
+    Args:
+        modes: those of the launch.
+        is_chosen: True if the user named them. Else those that the variant alone has join them.
+
+    Raises:
+        ValueError: the variant is an Opacus without modes.
+    """
+    asked = [mode for mode in modes if mode != table.REFERENCE]
+    packages = {file.parent.name for file in Path(variant.root).glob("*/__init__.py")}
+    if _OURS in packages:
+        return tuple(asked)
+    if opacus_source.PACKAGE in packages:
+        own = own_modes(variant)
+        asked += [] if is_chosen else [table.name_of_opacus(name) for name in _by_default(own)]
+        named = [_name_in_opacus(mode, own) for mode in asked]
+        return tuple(dict.fromkeys(name for name in named if name))
+    if packages & _USED_BY_OURS:
+        return tuple(asked)
+    return tuple(mode for mode in asked if table.spec_of(mode) is None)
+
+
+def own_modes(variant: VariantConfig) -> tuple[str, ...]:
+    """All `grad_sample_mode`s of a variant; none if it is not one of Opacus."""
+    package = Path(variant.root) / opacus_source.PACKAGE
+    if not (package / "__init__.py").is_file():
+        return ()
+    return opacus_source.grad_sample_modes(package)
+
+
+def _by_default(own: Iterable[str]) -> list[str]:
+    left_out = opacus_source.NEVER_ALONE | opacus_source.SAME_AS_HOOKS
+    return [name for name in own if name not in left_out]
+
+
+def _name_in_opacus(mode: str, own: Sequence[str]) -> str:
+    """The name of `mode` in an Opacus with the modes `own`; empty if it has none like it."""
+    spec = table.spec_of(mode)
+    if spec is None:
+        # A mode of the user's, which may well drive this Opacus.
+        return mode
+    if spec.grad_sample_mode:
+        return mode if spec.grad_sample_mode in own else ""
+    return table.name_of_opacus(mode) if mode in own else ""
+
+
+def check_of_opacus(modes: Sequence[str], variants: Sequence[VariantConfig]) -> tuple[str, ...]:
+    """`modes` without those of Opacus that a variant alone has.
+
+    Raises:
+        ValueError: neither the installed Opacus nor a variant has one of them.
+    """
+    specs = {mode: spec for mode in modes if (spec := table.spec_of(mode))}
+    wanted = {mode: s.grad_sample_mode for mode, s in specs.items() if s.grad_sample_mode}
+    if not wanted:
+        return tuple(modes)
+    installed = opacus_source.installed_modes()
+    of_variants = {name for variant in variants for name in own_modes(variant)}
+    known = sorted({*installed, *of_variants})
+    for name in wanted.values():
+        advice = "Those are the modes of the installed Opacus" + (
+            " and of the variants." if of_variants else "."
+        )
+        require(name in known, "grad_sample_mode", name, f"one of {', '.join(known)}", advice)
+    return tuple(mode for mode in modes if wanted.get(mode, "") in ("", *installed))
+
+
+def judged_alone(regimes: Sequence[RegimeConfig]) -> tuple[RegimeConfig, ...]:
+    """`regimes` without replays, which measure the floor of the installed code.
 
     The twin without noise is run again: a run's noise is its difference from its twin.
     """
-    return tuple(
-        replace(
-            job,
-            variant=variant,
-            regimes=tuple(r for r in job.regimes if r.replay in ("", SILENT)),
-        )
-        for variant in variants
-        for job in jobs
-        if job.mode != REFERENCE
-    )
+    return tuple(regime for regime in regimes if regime.replay in ("", SILENT))

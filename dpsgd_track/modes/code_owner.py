@@ -37,7 +37,12 @@ def is_of_python(path: Path) -> bool:
 
 
 def owner_of(path: Path, job: JobConfig) -> str:
-    """The owner of a file that runs in a job."""
+    """Owner of a file, in words: a variant, this package, an installed one, or the user's mode.
+
+    Empty for Python's own files.
+    """
+    if is_of_python(path):
+        return ""
     if job.variant and path.is_relative_to(job.variant.root):
         return f"variant {job.variant.name}"
     if path.is_relative_to(_ROOT):

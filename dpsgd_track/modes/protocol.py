@@ -21,12 +21,16 @@ from dpsgd_track.distributed.sharding import (
     LocalPart,
     as_sharded,
     layout_of,
+    placed_as,
     trainable_parameters,
 )
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.loss import PerSampleLoss, classification_loss, one_loss_a_sample
 from dpsgd_track.privacy.noise import NoiseSource, add_noise
+
+SampleRun = Callable[[Batch], Tensor]
+"""Logits of a batch of one sample, [1, ...]."""
 
 
 class ProtocolError(RuntimeError):
@@ -41,6 +45,13 @@ class GradientObserver(Protocol):
 
     def outputs(self) -> list[Tensor]:
         """Outputs of layers in the sample's forward whose gradients are wanted as well."""
+
+    def see_losses(self, loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) -> None:
+        """Called with each sample of a micro-batch, in order.
+
+        Args:
+            run: computes the logits of a batch of one sample.
+        """
 
     def see(self, gradients: Mapping[str, Tensor], output_gradients: Sequence[Tensor]) -> None:
         """Called with the sample's gradient by parameter, and those of `outputs`."""
@@ -66,6 +77,9 @@ class ModeContext:
     """Way in which flash and fused modes take the norms of linear layers (see `NormPlanner`)."""
     observer: GradientObserver | None = None
     """Sees every sample's gradient in `reference`; other modes have none to show."""
+    regime: str = ""
+    """Name of the regime, such as clip or probe-noise; empty outside of a launch. A library that
+    draws its own noise shall do so where `config.kind_of` says noise or train."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", one_loss_a_sample(self.loss))
@@ -174,13 +188,20 @@ class Mode(ABC):
         """
         return {}
 
+    def notices(self) -> tuple[str, ...]:
+        """Sentences on the code that the mode drives, without full stops, after a step.
+
+        What a reviewer has to know and no number shows. Recorded, and told with the verdict.
+        """
+        return ()
+
     def gradient_parts(self) -> list[LocalPart]:
         """This rank's part of each trainable parameter's gradient; missing ones become zeros."""
         parts = []
         for layout, parameter in self._layouts:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parts.append(layout.part(parameter.grad))
+            parts.append(layout.part(placed_as(parameter.grad, parameter)))
         return parts
 
     def weight_parts(self) -> list[LocalPart]:

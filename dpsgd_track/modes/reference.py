@@ -48,6 +48,8 @@ class ReferenceMode(Mode):
         for index in range(len(batch)):
             with only(index):
                 loss, gradients = self.gradient(batch.sample(index))
+                if observer := self.context.observer:
+                    observer.see_losses(self.context.loss, batch, index, self._logits)
             squares = [gradient.square().sum() for gradient in gradients]
             norm = torch.stack(squares).sum().sqrt()
             factor = torch.clamp(self.max_grad_norm / norm, max=1.0)

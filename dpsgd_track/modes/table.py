@@ -130,14 +130,21 @@ def spec_of(name: str) -> ModeSpec | None:
     # A factory inside the library itself is named by its submodule, `opacus.module:factory`.
     if library != _OPACUS:
         return None
+    rules = {"fuse": "fused", "flash": "flash", "ghost": "ghost"}
     return ModeSpec(
         name,
-        "ghost" if "ghost" in mode else "materialised",
-        "opacus",
+        next((rule for part, rule in rules.items() if part in mode), "materialised"),
+        _OPACUS,
         "opacus_fsdp2" if "fsdp" in mode else "none",
         f"Opacus's grad_sample_mode {mode}",
         grad_sample_mode=mode,
     )
+
+
+def name_of_opacus(grad_sample_mode: str) -> str:
+    """The mode that is Opacus's `grad_sample_mode`: one of the table, or `opacus:...`."""
+    named = (spec.name for spec in _TABLE if spec.grad_sample_mode == grad_sample_mode)
+    return next(named, f"{_OPACUS}:{grad_sample_mode}")
 
 
 def is_private(name: str) -> bool:
@@ -158,7 +165,7 @@ def takes_norm_plan(name: str, plan: str) -> bool:
     Only flash and fused norms have a choice; modes with two backwards keep no gradients.
     """
     spec = spec_of(name)
-    if spec is None or spec.norm_rule not in ("flash", "fused"):
+    if spec is None or spec.strategy == _OPACUS or spec.norm_rule not in ("flash", "fused"):
         return False
     return plan != GRADIENTS or spec.strategy == "bookkeeping"
 

@@ -1,4 +1,8 @@
-"""What a right gradient or norm becomes by a known mistake: names for records of both halves."""
+"""What a right gradient or norm becomes by a known mistake: names for records of both halves.
+
+A record holds one value for each member, in order. New members go to the end: a record of an
+earlier version has fewer of them.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ import enum
 
 
 class Move(enum.StrEnum):
-    """An arrangement of a gradient's elements, in words that follow "it is".
+    """A gradient whose elements have been moved or lost, in words that follow "it is".
 
-    The reference records the clipped sum in each of them, so that a sum of the right length and a
-    wrong direction can be recognised.
+    The reference records the clipped sum in each form, so that a sum with elements in wrong places
+    can be recognised.
     """
 
     TRANSPOSED = "transposed"
@@ -22,6 +26,17 @@ class Move(enum.StrEnum):
     PADDED_IN_FRONT = "shifted down by the rows that pad it to a multiple of the ranks"
     REVERSED = "in reverse order of its rows"
     INTERLEAVED = "dealt out to the ranks row by row rather than in blocks of rows"
+    LAST_SHARD_DOWN = "shifted down by one row on the last rank alone"
+    LAST_SHARD_UP = "shifted up by one row on the last rank alone"
+    LAST_ROW_LOST = "without its last row"
+    LAST_USED_ROW_LOST = "without its last row that is not zero"
+    FIRST_USED_ROW_LOST = "without its first row that is not zero"
+    LAST_COLUMN_LOST = "without its last column"
+    FIRST_SHARD_END_LOST = "without the last row of rank 0's shard"
+    SHARD_ENDS_LOST = "without the last row of each rank's shard"
+    MEAN_OF_ELEMENTS = "the mean of its elements, in each of them"
+    SUM_OF_ELEMENTS = "the sum of its elements, in each of them"
+    FIRST_SHARD_ALONE = "zero but for the rows of rank 0"
 
 
 class NormFormula(enum.StrEnum):
@@ -63,3 +78,49 @@ class NormFormula(enum.StrEnum):
     LAST_POSITION_LOST = "without the last position"
     SUM_OF_ABSOLUTES = "the sum of absolute values (L1) rather than the L2 norm"
     LARGEST_ELEMENT = "the largest absolute value rather than the L2 norm"
+    ROOT_MEAN_SQUARE = "the root of the mean square of its elements rather than of their sum"
+    SQUARES_IN_FLOAT16 = "with squares taken in float16, where small ones vanish"
+    LAST_USE_TWICE = "with the square of its last use counted twice"
+    LAST_TWO_POSITIONS_LOST = "without the last two positions"
+    BY_FREQUENCY = "with each row divided by how often its token occurs (scale_grad_by_freq)"
+    TAIL_OF_4_LOST = "without the positions after the last full tile of 4"
+    TILES_OF_4_ONCE = "with cross terms between tiles of 4 positions counted once rather than twice"
+    TILES_OF_4_APART = "without cross terms between tiles of 4 positions"
+    TAIL_OF_8_LOST = "without the positions after the last full tile of 8"
+    TILES_OF_8_ONCE = "with cross terms between tiles of 8 positions counted once rather than twice"
+    TILES_OF_8_APART = "without cross terms between tiles of 8 positions"
+    TAIL_OF_16_LOST = "without the positions after the last full tile of 16"
+    TILES_OF_16_ONCE = (
+        "with cross terms between tiles of 16 positions counted once rather than twice"
+    )
+    TILES_OF_16_APART = "without cross terms between tiles of 16 positions"
+    TAIL_OF_32_LOST = "without the positions after the last full tile of 32"
+    TILES_OF_32_ONCE = (
+        "with cross terms between tiles of 32 positions counted once rather than twice"
+    )
+    TILES_OF_32_APART = "without cross terms between tiles of 32 positions"
+    USES_ADDED = "|g_1| + |g_2| in place of |g_1 + g_2| of a parameter that is used twice"
+
+
+class LossFormula(enum.StrEnum):
+    """A wrong loss of one sample, in words that follow "they are".
+
+    The reference records the value of each beside the loss.
+    """
+
+    LAST_TARGET_LOST = "without each sample's last target"
+    FIRST_TARGET_LOST = "without each sample's first target"
+    FIRST_PADDING_PREDICTED = "with the first ignored position after a sample predicted as well"
+    PADDING_PREDICTED = "with every ignored position predicted as well"
+    NOT_SHIFTED = "of targets that are not shifted: each position predicts its own token"
+    SHIFTED_TWICE = "of targets that are shifted by two positions in place of one"
+    TARGETS_OF_NEXT = "of the targets of the next sample in the micro-batch"
+    TARGETS_OF_BEFORE = "of the targets of the sample before in the micro-batch"
+    MASK_IGNORED = "computed without the attention mask, so that padding is attended to"
+    POSITIONS_FROM_ONE = "computed with positions that begin at 1"
+    LAST_TOKEN_LOST = "of samples without their last token"
+    UNIFORM = "the mean over all classes in place of the target's, as label smoothing of 1 makes it"
+    SQUARED_LOG_SUM = "the squared logarithm of the softmax's denominator, as a z-loss adds it"
+    PROBABILITIES_AS_LOGITS = "computed from probabilities, so that softmax is applied twice"
+    CAPPED = "computed from logits that are capped, 30 tanh(x / 30)"
+    POSITIONS_FROM_PADDING = "computed with positions that count the padding on the left"

@@ -7,9 +7,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from dpsgd_track import __version__
 
@@ -35,6 +36,12 @@ class Environment:
     """Commit of the working directory's repository; empty outside of one."""
     git_dirty: bool = False
     """True if that repository has uncommitted changes."""
+
+    def with_versions(self, versions: Mapping[str, str]) -> Environment:
+        """This environment with other `versions` of its packages, by name; others are ignored."""
+        known = {field.name for field in fields(self)}
+        changed: dict[str, Any] = {name: v for name, v in versions.items() if name in known}
+        return replace(self, **changed)
 
     def items(self) -> Iterator[tuple[str, str]]:
         """(name, value) of each fact, for display."""

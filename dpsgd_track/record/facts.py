@@ -40,6 +40,11 @@ class RunFacts:
     """Method by which the norm of each layer was computed, by the layer's name."""
     imported: Mapping[str, str] = field(default_factory=dict)
     """Packages imported from the run's variant, and their versions."""
+    warnings: tuple[str, ...] = ()
+    """What the code under test warned of in this process so far, and notices of its mode: sentences
+    without full stops."""
+    not_optimized: tuple[str, ...] = ()
+    """Trainable parameters that the mode's optimizer lacks, although it has others."""
     unreached: tuple[str, ...] = ()
     """Points of a step at which the mode's builder planted code that was never executed."""
 

@@ -135,7 +135,7 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.UNUSED_VARIANT: (
         "nothing was imported from the variant, so that what ran is the installed code",
-        "Check the path, or add a mode that uses what the variant brings.",
+        "Check the path, or leave out the mode, which uses nothing of what the variant brings.",
     ),
 }
 

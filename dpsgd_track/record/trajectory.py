@@ -24,9 +24,9 @@ from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.columns import TornFile, open_archive
 from dpsgd_track.record.noise_draws import NoiseDraws
 
-SCHEMA_VERSION = 3
-_BEFORE = 2
-"""Schema version of records without the fields of `_absent_before`; they are still read."""
+SCHEMA_VERSION = 4
+_BEFORE = (2, 3)
+"""Schema versions of records that lack some of the fields of `_absent_before`; they are read."""
 _DRAWS = "noise_draws"
 
 UNUSED = -1
@@ -54,11 +54,12 @@ SAMPLE_COLUMNS = (
     "sample_sketch",
     "sample_shard_sketch",
     "sample_other_norm",
+    "sample_other_loss",
 )
 """Fields with one entry for each sample of a step."""
 
 _OF_REFERENCE = ("sample_sketch", "sample_shard_sketch", "sample_other_norm", "moved_sketch")
-"""Fields that the reference alone records."""
+"""Fields by parameter that the reference alone records."""
 
 LARGE = (
     "sample_norm_by_parameter",
@@ -151,6 +152,8 @@ class Trajectory:
     sample_other_norm: Floats
     """[S, N, P, F] value of each `NormFormula`, wrong formulas for the norm by parameter; NaN where
     one does not apply. F is 0 but in the reference's clip regime on a small model."""
+    sample_other_loss: Floats
+    """[S, N, F] value of each `LossFormula`, wrong losses of the sample, as `sample_other_norm`."""
     moved_sketch: Floats
     """[S, V, P, K] the projections of the clipped sum with its elements moved as each `Move` says.
     K is 0 but in the reference's clip regime on a small model."""
@@ -270,9 +273,12 @@ class Trajectory:
             raise ValueError(f"{path.name}: expected a trajectory file. {error}") from error
         written = values.pop("schema", np.int64(-1))
         version = int(written) if _is_of(written, "int") else written.tolist()
-        if version == _BEFORE:
-            values.update(_absent_before(values))
-        if version not in (_BEFORE, SCHEMA_VERSION):
+        if version in _BEFORE:
+            absent = _absent_before(values)
+            values |= {
+                name: absent[name] for name in absent.keys() - values.keys() - columns.keys()
+            }
+        if version not in (*_BEFORE, SCHEMA_VERSION):
             raise ValueError(
                 f"{path.name}: expected trajectory schema {SCHEMA_VERSION}, got {version}. "
                 "Compare with the version of dpsgd-track that wrote it."
@@ -379,7 +385,7 @@ def _check_values(t: Trajectory, name: str) -> None:
 
 
 def _absent_before(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The fields that schema 3 added, as a run that does not record them has them."""
+    """The fields that schemas 3 and 4 added, as a run that does not record them has them."""
     S, N = (*values.get("sample_index", np.empty((0, 0))).shape, 0, 0)[:2]
     P = values.get("parameter_names", np.empty(0)).size
     return {
@@ -387,6 +393,7 @@ def _absent_before(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]
         "sample_sketch": np.empty((S, N, P, 0), dtype=np.float32),
         "sample_shard_sketch": np.empty((S, N, P, 0), dtype=np.float32),
         "sample_other_norm": np.empty((S, N, P, 0), dtype=np.float32),
+        "sample_other_loss": np.empty((S, N, 0), dtype=np.float32),
         "moved_sketch": np.empty((S, len(Move), P, 0), dtype=np.float32),
     }
 
@@ -397,6 +404,7 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         "layer_names": 1,
         "parameter_names": 1,
         "gradient_sketch": 3,
+        "sample_other_loss": 3,
         **dict.fromkeys(_OF_REFERENCE, 4),
         "noise_samples": 4,
     }.items():
@@ -417,7 +425,8 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         "sample_sketch": (S, N, P, shape_of("sample_sketch")[-1]),
         "sample_shard_sketch": (S, N, P, shape_of("sample_shard_sketch")[-1]),
         "sample_other_norm": (S, N, P, shape_of("sample_other_norm")[-1]),
-        "moved_sketch": (S, len(Move), P, shape_of("moved_sketch")[-1]),
+        "sample_other_loss": (S, N, shape_of("sample_other_loss")[-1]),
+        "moved_sketch": (S, shape_of("moved_sketch")[1], P, shape_of("moved_sketch")[-1]),
         **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),
         "noise_samples": (S, noise[1], P, noise[-1]),
     }

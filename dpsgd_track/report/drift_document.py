@@ -150,6 +150,8 @@ class ModeEntry:
     """Culprit of each comparison in which a stage went wrong and is not accepted."""
     culprit: CulpritEntry | None
     """Culprit over all comparisons; null if no stage is known to have gone wrong."""
+    warnings: tuple[str, ...] = ()
+    """What the mode's own code warned of."""
 
 
 @dataclass(frozen=True, kw_only=True)

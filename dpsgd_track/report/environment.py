@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from dpsgd_track.config import VariantConfig
 from dpsgd_track.record import names
 from dpsgd_track.record.run import Group
 
@@ -34,6 +35,7 @@ def environment(group: Group) -> list[tuple[str, str]]:
     device = next((run.facts.device for run in _runs(group) if run.facts), None)
     if device is not None:
         settings |= {f"device.{name}": str(value) for name, value in vars(device).items() if value}
+    settings |= {f"variant.{variant.name}": _told(variant, group) for variant in variants(group)}
     settings |= {tag: value for tag, value in group.tags.items() if not tag.startswith(_OWN_TAGS)}
     ranks = ", ".join(f"{count} {status}" for status, count in group.rank_statuses.items())
     if ranks:
@@ -42,6 +44,23 @@ def environment(group: Group) -> list[tuple[str, str]]:
         settings["earlier attempts left out"] = str(group.superseded)
     settings.pop(names.NOTE, None)
     return list(settings.items())
+
+
+def variants(group: Group) -> list[VariantConfig]:
+    """The variants of the group, in the order of the plan."""
+    return list(dict.fromkeys(job.variant for job in group.plan.jobs if job.variant))
+
+
+def _told(variant: VariantConfig, group: Group) -> str:
+    """The packages that ran, with their versions, and where they came from."""
+    imported: dict[str, str] = {}
+    for run in _runs(group):
+        if run.variant == variant.name and run.facts:
+            imported |= run.facts.imported
+    packages = [f"{name} {version}" for name, version in sorted(imported.items())]
+    parts = [", ".join(packages) or "nothing was imported", f"from {variant.path}"]
+    parts += [f"commit {variant.git_revision}"] * bool(variant.git_revision)
+    return ", ".join([*parts, *["uncommitted changes"] * variant.git_dirty])
 
 
 def _runs(group: Group) -> Iterator[Any]:

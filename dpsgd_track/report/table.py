@@ -58,13 +58,16 @@ class Row:
     peak_memory_gib: float | None
     num_waived: int = 0
     """Findings that a waiver accepts."""
+    has_warned: bool = False
+    """True if the mode's own code warned of something."""
 
     @property
     def cells(self) -> tuple[str, ...]:
         """Cells as text, in the order of HEADINGS."""
         return (
             self.label,
-            f"{self.verdict}{f' ({self.num_waived} waived)' * bool(self.num_waived)}",
+            f"{self.verdict}{f' ({self.num_waived} waived)' * bool(self.num_waived)}"
+            + " (warned)" * self.has_warned,
             ABSENT if self.final_loss is None else f"{self.final_loss:.6f}",
             _shown(self.mean_grad_norm, 5),
             *(ABSENT if v is None else number(v) for v in self.drifts.values()),
@@ -84,6 +87,7 @@ def rows(comparison: GroupComparison) -> tuple[Row, ...]:
         replace(
             _row(comparison, mode.label, mode.verdict, _runs_of(comparison, mode.label)),
             num_waived=sum(finding.waiver is not None for finding in mode.findings),
+            has_warned=bool(mode.warnings),
         )
         for mode in comparison.modes
     )

@@ -434,6 +434,7 @@ def _from_metrics(history: History) -> Trajectory | None:
         sample_sketch=np.empty((S, 0, 0, 0)),
         sample_shard_sketch=np.empty((S, 0, 0, 0)),
         sample_other_norm=np.empty((S, 0, 0, 0)),
+        sample_other_loss=np.empty((S, 0, 0)),
         moved_sketch=np.empty((S, len(Move), 0, 0)),
         gradient_sketch=np.empty((S, 0, 1)),
         noised_sketch=np.empty((S, 0, 1)),

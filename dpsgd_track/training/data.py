@@ -313,11 +313,15 @@ class RankSampler:
 def extra_inputs_of(model: nn.Module) -> frozenset[str]:
     """Optional index inputs that the model's forward takes, of position_ids and token_type_ids.
 
-    RoBERTa and its relatives derive positions from the tokens, and get none.
+    RoBERTa and its relatives derive positions from the tokens, and get none. Types are given where
+    the model has a table of them: GPT-2 looks them up in its table of tokens, and without them
+    leaves them out.
     """
     wanted = {"position_ids", "token_type_ids"}
     if any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):
         wanted.discard("position_ids")
+    if not any("token_type" in name for name, _ in model.named_modules()):
+        wanted.discard("token_type_ids")
     return frozenset(wanted & set(inspect.signature(model.forward).parameters))
 
 

@@ -1,4 +1,4 @@
-"""Gradients with elements in wrong places, as mistakes of sharding and layout put them."""
+"""Gradients with elements in wrong places or lost, by mistakes of sharding and layout."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dpsgd_track.distributed.sharding import row_range
 from dpsgd_track.record.alternatives import Move
 
 
 def moved(gradient: Tensor, move: Move, world_size: int) -> Tensor:
-    """`gradient` with its elements moved, in its own shape.
+    """`gradient` with its elements moved or lost, in its own shape.
 
     Args:
         gradient: a whole parameter's, rows first; a vector has rows of one element.
@@ -52,6 +53,43 @@ def _padded(gradient: Tensor, world_size: int) -> Tensor:
     return torch.cat([gradient, gradient.new_zeros(missing, *gradient.shape[1:])])
 
 
+def _last_shard_rolled(gradient: Tensor, world_size: int, *, by: int) -> Tensor:
+    first, last = row_range(len(gradient), world_size - 1, world_size)
+    return torch.cat([gradient[:first], gradient[first:last].roll(by, 0)])
+
+
+def _without_rows(rows: Callable[[Tensor, int], list[int]]) -> Callable[[Tensor, int], Tensor]:
+    def lost(gradient: Tensor, world_size: int) -> Tensor:
+        return gradient.index_fill(
+            0, torch.tensor(rows(gradient, world_size), device=gradient.device, dtype=torch.long), 0
+        )
+
+    return lost
+
+
+def _shard_ends(gradient: Tensor, world_size: int) -> list[int]:
+    ranges = (row_range(len(gradient), rank, world_size) for rank in range(world_size))
+    return [last - 1 for first, last in ranges if last > first]
+
+
+def _used_rows(gradient: Tensor) -> list[int]:
+    used: list[int] = gradient.reshape(len(gradient), -1).any(dim=1).nonzero().flatten().tolist()
+    return used
+
+
+def _without_last_column(gradient: Tensor, world_size: int) -> Tensor:
+    lost = gradient.clone()
+    lost[..., -1] = 0
+    return lost
+
+
+def _first_shard_alone(gradient: Tensor, world_size: int) -> Tensor:
+    kept = torch.zeros_like(gradient)
+    first, last = row_range(len(gradient), 0, world_size)
+    kept[first:last] = gradient[first:last]
+    return kept
+
+
 _MOVES: dict[Move, Callable[[Tensor, int], Tensor]] = {
     Move.TRANSPOSED: _transposed,
     Move.NEXT_ROW: partial(_rolled, by=1, axis=0),
@@ -63,4 +101,15 @@ _MOVES: dict[Move, Callable[[Tensor, int], Tensor]] = {
     Move.PADDED_IN_FRONT: _padded_in_front,
     Move.REVERSED: lambda gradient, world_size: gradient.flip(0),
     Move.INTERLEAVED: _interleaved,
+    Move.LAST_SHARD_DOWN: partial(_last_shard_rolled, by=1),
+    Move.LAST_SHARD_UP: partial(_last_shard_rolled, by=-1),
+    Move.LAST_ROW_LOST: _without_rows(lambda gradient, world_size: [len(gradient) - 1]),
+    Move.LAST_USED_ROW_LOST: _without_rows(lambda g, world_size: _used_rows(g)[-1:]),
+    Move.FIRST_USED_ROW_LOST: _without_rows(lambda g, world_size: _used_rows(g)[:1]),
+    Move.LAST_COLUMN_LOST: _without_last_column,
+    Move.FIRST_SHARD_END_LOST: _without_rows(lambda g, world_size: _shard_ends(g, world_size)[:1]),
+    Move.SHARD_ENDS_LOST: _without_rows(_shard_ends),
+    Move.MEAN_OF_ELEMENTS: lambda g, world_size: g.mean().expand_as(g),
+    Move.SUM_OF_ELEMENTS: lambda g, world_size: g.sum().expand_as(g),
+    Move.FIRST_SHARD_ALONE: _first_shard_alone,
 }

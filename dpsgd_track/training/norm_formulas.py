@@ -20,6 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from dpsgd_track.distributed.sharding import row_range
 from dpsgd_track.record.alternatives import NormFormula
 
+_TILES = (
+    (4, NormFormula.TAIL_OF_4_LOST, NormFormula.TILES_OF_4_ONCE, NormFormula.TILES_OF_4_APART),
+    (8, NormFormula.TAIL_OF_8_LOST, NormFormula.TILES_OF_8_ONCE, NormFormula.TILES_OF_8_APART),
+    (16, NormFormula.TAIL_OF_16_LOST, NormFormula.TILES_OF_16_ONCE, NormFormula.TILES_OF_16_APART),
+    (32, NormFormula.TAIL_OF_32_LOST, NormFormula.TILES_OF_32_ONCE, NormFormula.TILES_OF_32_APART),
+)
+"""Positions of a tile, and the mistakes with such tiles."""
 _CLOSE = 1e-3
 """Relative error up to which the calls of layers make up the gradient."""
 
@@ -54,6 +61,21 @@ class Share:
         left = torch.zeros_like(self.left_TP)
         left[positions] = self.left_TP[positions]
         return self.total(left, self.right_TD)
+
+    def products(self) -> Tensor:
+        """[T, T] inner products of the positions' shares; their sum is the squared norm."""
+        products = self.left_TP @ self.left_TP.mT
+        if self.right_TD is not None:
+            return products * (self.right_TD @ self.right_TD.mT)
+        if self.row_T is not None:
+            return products * (self.row_T[:, None] == self.row_T)
+        return products
+
+    def by_frequency(self) -> Share:
+        """The same with each row divided by how often it is used."""
+        assert self.row_T is not None, "only rows have a frequency"
+        count_T = (self.row_T[:, None] == self.row_T).sum(dim=1, keepdim=True)
+        return replace(self, left_TP=self.left_TP / count_T)
 
     def position_squares(self) -> Tensor:
         """[T] squared norm of each position's share."""
@@ -149,6 +171,8 @@ def _of_gradient(gradient: Tensor) -> dict[NormFormula, Tensor]:
         NormFormula.LAST_COLUMN_LOST: rows[:, :-1].norm(),
         NormFormula.SUM_OF_ABSOLUTES: rows.abs().sum(),
         NormFormula.LARGEST_ELEMENT: rows.abs().max(),
+        NormFormula.ROOT_MEAN_SQUARE: rows.square().mean().sqrt(),
+        NormFormula.SQUARES_IN_FLOAT16: rows.half().square().to(rows.dtype).sum().sqrt(),
     }
 
 
@@ -158,14 +182,19 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
         NormFormula.POSITIONS_APART: squares.sqrt(),
         NormFormula.FIRST_POSITION_LOST: _joined(shares, lambda s: s.gradient(slice(1, None))),
         NormFormula.LAST_POSITION_LOST: _joined(shares, lambda s: s.gradient(slice(0, -1))),
+        NormFormula.LAST_TWO_POSITIONS_LOST: _joined(shares, lambda s: s.gradient(slice(0, -2))),
     }
     if len(shares) > 1:
         apart = torch.stack([share.gradient().square().sum() for share in shares]).sum()
         values |= {
             NormFormula.USES_APART: apart.sqrt(),
+            NormFormula.USES_ADDED: torch.stack([s.gradient().norm() for s in shares]).sum(),
             NormFormula.CROSS_TERM_ONCE: ((norm.square() + apart) / 2).clamp_min(0).sqrt(),
             NormFormula.FIRST_USE: shares[0].gradient().norm(),
             NormFormula.LAST_USE: shares[-1].gradient().norm(),
+            NormFormula.LAST_USE_TWICE: (
+                norm.square() + shares[-1].gradient().square().sum()
+            ).sqrt(),
         }
     (only,) = shares if len(shares) == 1 else (None,)
     if only is None:
@@ -174,6 +203,9 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
         right_TD = torch.cat(right) if left_TP is not None and right else None
     else:
         left_TP, right_TD = only.left_TP, only.right_TD
+    if left_TP is not None:
+        row_T = only.row_T if only is not None else None
+        values |= _of_tiles(Share(left_TP, right_TD, row_T))
     if left_TP is not None and right_TD is not None:
         values[NormFormula.SUMMED_FIRST] = left_TP.sum(dim=0).norm() * right_TD.sum(dim=0).norm()
     elif left_TP is not None:
@@ -184,6 +216,23 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
         values[NormFormula.RAW_INPUT] = torch.stack(raw).sum(dim=0).norm()
     if any(share.row_T is not None for share in shares):
         values |= _of_rows(norm, shares)
+    return values
+
+
+def _of_tiles(share: Share) -> dict[NormFormula, Tensor]:
+    """Formulas that take the products of positions tile by tile."""
+    gram_TT = share.products()
+    place_T = torch.arange(len(gram_TT))
+    values: dict[NormFormula, Tensor] = {}
+    for size, tail_lost, once, apart in _TILES:
+        if size >= len(gram_TT):
+            break
+        whole = len(gram_TT) // size * size
+        of_one_tile = (place_T[:, None] // size == place_T // size).to(gram_TT)
+        within, total = (gram_TT * of_one_tile).sum(), gram_TT.sum()
+        squares = {tail_lost: gram_TT[:whole, :whole].sum(), once: (within + total) / 2}
+        squares[apart] = within
+        values |= {formula: square.clamp_min(0).sqrt() for formula, square in squares.items()}
     return values
 
 
@@ -198,6 +247,9 @@ def _of_rows(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tensor]
     added = torch.stack([share.gradient().square().sum() for share in rows]).sum()
     return {
         NormFormula.TOKENS_APART: (norm.square() - added + squares).clamp_min(0).sqrt(),
+        NormFormula.BY_FREQUENCY: _joined(
+            [*(share.by_frequency() for share in rows), *others], Share.gradient
+        ),
         NormFormula.PADDING_COUNTED: _joined([*with_padding, *others], Share.gradient),
     }
 

@@ -22,6 +22,7 @@ from dpsgd_track.distributed.sharding import LocalPart, row_range
 from dpsgd_track.kernels.sketch import norm_and_sketch
 from dpsgd_track.modes.protocol import Mode
 from dpsgd_track.privacy.clipping import SampleRecord
+from dpsgd_track.training.sample_observer import Observed
 
 Floats = NDArray[np.float64]
 
@@ -82,6 +83,8 @@ class GatheredSamples:
     recorded."""
     other_norm: Floats
     """[N, P, V] value of each `NormFormula`; V is 0 where they are not recorded."""
+    other_loss: Floats
+    """[N, F] value of each `LossFormula`; F is 0 where they are not recorded."""
     digests: NDArray[np.int64]
 
     def mean_loss(self) -> float:
@@ -98,15 +101,16 @@ def local_samples(
     indices: tuple[int, ...],
     digests: tuple[int, ...],
     parameter_names: list[str],
-    observed: tuple[Floats, Floats] | None = None,
+    observed: Observed | None = None,
 ) -> GatheredSamples:
     """This rank's samples of all micro-batches of a step.
 
     Args:
         observed: what `SampleObserver.take` gave; None without an observer.
     """
-    nothing = np.empty((len(indices), len(parameter_names), 0))
-    sketch, other_norm = observed or (nothing, nothing)
+    N, P = len(indices), len(parameter_names)
+    nothing = np.empty((N, P, 0))
+    seen = observed or Observed(sketch=nothing, other_norm=nothing, other_loss=np.empty((N, 0)))
     return GatheredSamples(
         np.array(indices, dtype=np.int64),
         np.full(len(indices), dist.get_rank(), dtype=np.int64),
@@ -115,8 +119,9 @@ def local_samples(
         np.concatenate([_column(r.clip_factor_B, len(r.loss_B)) for r in records]),
         np.concatenate([_by_parameter(r, parameter_names) for r in records]),
         np.repeat(np.arange(len(records)), [len(r.loss_B) for r in records]),
-        sketch,
-        other_norm,
+        seen.sketch,
+        seen.other_norm,
+        seen.other_loss,
         np.array(digests, dtype=np.int64),
     )
 
@@ -124,10 +129,17 @@ def local_samples(
 def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamples:
     """Samples of all ranks, on every rank; a rank may hold none."""
     N, P, K = local.sketch.shape
-    V = local.other_norm.shape[2]
+    V, F = local.other_norm.shape[2], local.other_loss.shape[1]
     wide = np.concatenate([local.sketch, local.other_norm], axis=2).reshape(N, P * (K + V))
     floats = np.column_stack(
-        [local.loss, local.norm, local.clip_factor, local.norm_by_parameter, wide]
+        [
+            local.loss,
+            local.norm,
+            local.clip_factor,
+            local.other_loss,
+            local.norm_by_parameter,
+            wide,
+        ]
     )
     # Floats are sent as their bits, in one table with the integers.
     integers = [local.index, local.rank, local.micro_batch, local.digests]
@@ -136,17 +148,19 @@ def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamp
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
     index, rank, micro_batch, digests = whole[:, : len(integers)].T
     table = whole[:, len(integers) :].copy().view(np.float64)
-    by_parameter = table[:, 3 + P :].reshape(len(table), P, K + V)
+    scalars, by_parameter = table[:, : 3 + F], table[:, 3 + F :]
+    of_gradient = by_parameter[:, P:].reshape(len(table), P, K + V)
     return GatheredSamples(
         index=index,
         rank=rank,
-        loss=table[:, 0],
-        norm=table[:, 1],
-        clip_factor=table[:, 2],
-        norm_by_parameter=table[:, 3 : 3 + P],
+        loss=scalars[:, 0],
+        norm=scalars[:, 1],
+        clip_factor=scalars[:, 2],
+        norm_by_parameter=by_parameter[:, :P],
         micro_batch=micro_batch,
-        sketch=by_parameter[..., :K],
-        other_norm=by_parameter[..., K:],
+        sketch=of_gradient[..., :K],
+        other_norm=of_gradient[..., K:],
+        other_loss=scalars[:, 3:],
         digests=digests,
     )
 

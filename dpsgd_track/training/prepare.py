@@ -121,6 +121,7 @@ class PreparedRun:
             if takes_norm_plan(self.job.mode, performance.plan)
             else AUTO,
             loss=LOSSES[self.job.model.task],
+            regime=regime.name,
             observer=SampleObserver() if is_reference and size <= MOST_OBSERVED else None,
         )
 
@@ -131,6 +132,19 @@ class PreparedRun:
         if self.job.noise_from == "os":
             return fresh_key(None, self.device)
         return f"{self.job.seed}/{self.job.mode}"
+
+
+def not_optimized(mode: Mode) -> tuple[str, ...]:
+    """Trainable parameters that the optimizer of `mode` lacks, by name.
+
+    No names if it has none of them: it may well step copies of its own.
+    """
+    trainable = trainable_parameters(mode.model)
+    optimizer = getattr(mode, "optimizer", None)
+    groups = optimizer.param_groups if optimizer else []
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
+    lacking = tuple(name for name, p in trainable.items() if id(p) not in stepped)
+    return lacking if len(lacking) < len(trainable) else ()
 
 
 def _require_record(mode: Mode, record: object, num_samples: int) -> None:

@@ -86,6 +86,7 @@ class Recorder:
             "sample_sketch": sketch,
             "sample_shard_sketch": shard_sketch,
             "sample_other_norm": seen.samples.other_norm.astype(np.float32),
+            "sample_other_loss": seen.samples.other_loss.astype(np.float32),
             "moved_sketch": seen.moved_sketch.astype(np.float32),
             "gradient_sketch": seen.gradient.sketch,
             "noised_sketch": seen.noised.sketch * divisor,

@@ -1,11 +1,12 @@
 """What the reference records of each sample's gradient, for the comparison to explain errors with.
 
-Legend: N samples, P trainable parameters, K projections, V wrong formulas for norms.
+Legend: N samples, P trainable parameters, K projections, V wrong norms, F wrong losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,10 +16,26 @@ from torch import Tensor, nn
 
 from dpsgd_track.distributed.sharding import row_range
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
-from dpsgd_track.record.alternatives import NormFormula
+from dpsgd_track.modes.protocol import SampleRun
+from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.loss import PerSampleLoss
+from dpsgd_track.record.alternatives import LossFormula, NormFormula
 from dpsgd_track.training.norm_formulas import LayerCalls, formulas
+from dpsgd_track.training.other_losses import other_losses
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What was recorded of N samples."""
+
+    sketch: Floats
+    """[N, P, 2 K] projections of the gradients, and of their ranks' rows."""
+    other_norm: Floats
+    """[N, P, V] value of each `NormFormula`."""
+    other_loss: Floats
+    """[N, F] value of each `LossFormula`."""
 
 
 class SampleObserver:
@@ -29,6 +46,7 @@ class SampleObserver:
         self._num_parameters = 0
         self._sketches: list[Tensor] = []
         self._norms: list[Tensor] = []
+        self._losses: list[Tensor] = []
 
     def watch(self, model: nn.Module) -> None:
         """Note the calls of the layers of `model`."""
@@ -56,15 +74,22 @@ class SampleObserver:
             torch.stack([formulas(g, shares.get(n, ())) for n, g in gradients.items()])
         )
 
-    def take(self) -> tuple[Floats, Floats]:
-        """[N, P, 2 K] projections and [N, P, V] norms of the samples since the last call."""
+    def see_losses(self, loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) -> None:
+        """Record a sample's wrong losses."""
+        self._losses.append(other_losses(loss, batch, index, run))
+
+    def take(self) -> Observed:
+        """What was recorded since the last call."""
         widths = 2 * NUM_PROJECTIONS, len(NormFormula)
         taken = []
         for values, width in zip((self._sketches, self._norms), widths, strict=True):
             empty = np.empty((0, self._num_parameters, width))
             taken.append(torch.stack(values).double().numpy() if values else empty)
             values.clear()
-        return taken[0], taken[1]
+        none = np.empty((0, len(LossFormula)))
+        losses = torch.stack(self._losses).numpy() if self._losses else none
+        self._losses.clear()
+        return Observed(sketch=taken[0], other_norm=taken[1], other_loss=losses)
 
 
 def _sketch(name: str, gradient: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ import torch.distributed as dist
 
 from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT
 from dpsgd_track.modes.build import ModeBuilder, build_mode
-from dpsgd_track.modes.protocol import Mode
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
@@ -38,8 +37,10 @@ from dpsgd_track.store.run_tree import flatten
 from dpsgd_track.store.spool import RECORDS, SpoolWriter
 from dpsgd_track.training import stall_watch
 from dpsgd_track.training.diagnosis import diagnose
+from dpsgd_track.training.heard import HeardWarnings
 from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.noise_samples import Floats
+from dpsgd_track.training.prepare import PreparedRun, not_optimized
 from dpsgd_track.training.profile import ProfileRun
 from dpsgd_track.training.recorder import rank_metrics
 
@@ -79,11 +80,13 @@ class Worker:
         self.is_leaving = threading.Event()
         """Set while the records of a regime that ended, successfully or not, are being saved."""
         self._progress_file: int | None = None
+        self.warnings = HeardWarnings(self.job)
         self.is_told_to_stop = threading.Event()
         """Set when another rank failed, or the user interrupted the run."""
 
     def run(self) -> None:
         """Run all regimes of the job."""
+        self.warnings.listen()
         device = self._join_group()
         for number in range(len(self.job.regimes)):
             self._run_regime(number, device)
@@ -143,7 +146,7 @@ class Worker:
         finally:
             self.is_leaving.set()
             self._leave_trajectories(number, folder, run)
-            self._leave_facts(number, folder, self._last_facts(run.mode, run.left_out_steps()))
+            self._leave_facts(number, folder, self._last_facts(run, run.left_out_steps()))
             epsilon = self._log_epsilon(number, run)
         self.is_leaving.clear()
         self._progress(number, "end", regime.num_iter - 1, None, epsilon)
@@ -161,7 +164,7 @@ class Worker:
             timings.save(path)
             if (run_id := self._run_id(number, is_global=True)) is not None:
                 self.writer.upload(run_id, path)
-        self._leave_facts(number, folder, self._last_facts(run.mode, []))
+        self._leave_facts(number, folder, self._last_facts(run, []))
         self._progress(number, "end", len(timings.step_time_ms) - 1, None, timings=timings)
 
     def _log_timings(self, number: int, timings: Timings, *, is_global: bool) -> None:
@@ -181,6 +184,9 @@ class Worker:
         if run_id is not None:
             self.writer.upload(run_id, path)
             shown = {name: value for name, value in asdict(facts).items() if value}
+            if self.job.variant and not facts.imported:
+                # The versions that run are known later, and a param never changes.
+                del shown["environment"]
             self.writer.log_params(run_id, flatten(shown))
 
     def _first_facts(self) -> RunFacts:
@@ -188,15 +194,19 @@ class Worker:
         device = _device_facts(self.job.performance.device)
         return RunFacts(environment=self.started.environment, device=device)
 
-    def _last_facts(self, mode: Mode, left_out: list[int]) -> RunFacts:
+    def _last_facts(self, run: PreparedRun, left_out: list[int]) -> RunFacts:
         """Facts known once the mode has run."""
-        variant = self.job.variant
+        mode, variant, first = run.mode, self.job.variant, self._first_facts()
+        imported = imported_from(variant.root) if variant else {}
         return replace(
-            self._first_facts(),
+            first,
+            environment=first.environment.with_versions(imported),
             is_replicated=mode.replicated,
             left_out_steps=tuple(left_out),
             norm_plan=mode.norm_plan(),
-            imported=imported_from(variant.root) if variant else {},
+            imported=imported,
+            warnings=tuple(dict.fromkeys((*self.warnings.sentences, *mode.notices()))),
+            not_optimized=not_optimized(mode),
             unreached=self._unreached(),
         )
 

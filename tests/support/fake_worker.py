@@ -54,6 +54,7 @@ def trajectory(num_steps: int) -> Trajectory:
         sample_sketch=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
         sample_shard_sketch=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
         sample_other_norm=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
+        sample_other_loss=np.empty((num_steps, SAMPLES, 0), dtype=np.float32),
         moved_sketch=np.empty((num_steps, len(Move), 1, 0), dtype=np.float32),
         sample_loss=by_sample,
         sample_norm=by_sample,

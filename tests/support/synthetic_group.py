@@ -100,6 +100,7 @@ def trajectory(
         sample_sketch=sketch if not accurate else sketch[..., :0],
         sample_shard_sketch=np.empty((S, N, P, 0)),
         sample_other_norm=np.empty((S, N, P, 0)),
+        sample_other_loss=np.empty((S, N, 0)),
         moved_sketch=np.empty((S, len(Move), P, 0)),
         gradient_sketch=gradient,
         noised_sketch=noised,

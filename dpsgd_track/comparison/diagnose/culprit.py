@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dpsgd_track.comparison.audit.consistency import TOLERANCE, Inconsistency
 from dpsgd_track.comparison.diagnose.causes import Cause, cause_of
 from dpsgd_track.comparison.diagnose.ladder import Rung, StageStatus, first_introduced
+from dpsgd_track.comparison.diagnose.sample_groups import group_of
 from dpsgd_track.comparison.measure.alignment import Aligned
 from dpsgd_track.comparison.measure.amount import number, share
 from dpsgd_track.comparison.measure.drift import Pair
@@ -71,6 +72,8 @@ class Culprit:
     """Layers or parameters that inherited it."""
     samples: tuple[int, ...] = ()
     """Global indices of the affected samples; empty for all, or if it is not per sample."""
+    sample_group: str = ""
+    """`samples` as a group, such as "the last sample of each micro-batch"; empty for none."""
     ranks: tuple[int, ...] = ()
     """Affected ranks; empty for all."""
     observable: ObservableName | None = None
@@ -188,6 +191,7 @@ def _culprit_at(
         places=arose,
         inherited=inherited,
         samples=tuple(aligned.baseline.sample_index[row, samples].tolist()),
+        sample_group=group_of(samples, aligned.other, row),
         ranks=_ranks(samples, aligned, row),
         observable=rung.observable,
         value=rung.value,
@@ -490,11 +494,13 @@ def _told_where(culprit: Culprit, names: Sequence[str], kind: str = "parameters"
         parts.append(f"in {describe(culprit.places, names, kind)}")
     if culprit.inherited:
         parts.append(f"handed on to {len(culprit.inherited)} parameters before it")
-    if culprit.samples:
+    if culprit.sample_group:
+        parts.append(f"of {culprit.sample_group}")
+    elif culprit.samples:
         shown = ", ".join(map(str, culprit.samples[:_SHOWN]))
         more = f" and {len(culprit.samples) - _SHOWN} more" * (len(culprit.samples) > _SHOWN)
         parts.append(f"of sample{'s' * (len(culprit.samples) > 1)} {shown}{more}")
-    if culprit.ranks:
+    if culprit.ranks and not culprit.sample_group:
         which = ", ".join(map(str, culprit.ranks))
         parts.append(f"of rank{'s' * (len(culprit.ranks) > 1)} {which} alone")
     return ", ".join(parts)

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from dpsgd_track.comparison.measure.floor import error_of_norms
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import (
     Floats,
@@ -51,12 +52,22 @@ class Tolerance:
     one: float
     """Of one parameter."""
     total: float
-    """Of the loss, the whole norm and the whole sum."""
+    """Of the whole norm and the whole sum."""
+    loss: float
+
+    def of_model(self, sizes: Integers) -> Tolerance:
+        """The same with what norms of parameters of such `sizes`, [P], may be off by in float32."""
+        largest, whole = int(sizes.max(initial=0)), int(sizes.sum())
+        return Tolerance(
+            one=max(self.one, error_of_norms(largest)),
+            total=max(self.total, error_of_norms(whole)),
+            loss=self.loss,
+        )
 
 
 TOLERANCES = {
-    "bfloat16": Tolerance(one=2.0**-10, total=2.0**-12),
-    "float32": Tolerance(one=2e-6, total=5e-7),
+    "bfloat16": Tolerance(one=2.0**-10, total=2.0**-12, loss=2.0**-12),
+    "float32": Tolerance(one=2e-6, total=5e-7, loss=5e-7),
 }
 """By the type that modes compute in."""
 
@@ -66,6 +77,9 @@ POWER = 0.95
 """Probability with which a bias of the stated resolution is found."""
 FEWEST = 8
 """Least number of independent values of which a mean is tested."""
+FEWEST_STEPS = 4
+"""Least number of steps over which sums are tested: projections show one step's error exactly, and
+say nothing of how much rounding changes it from step to step."""
 SCATTER = 0.05
 """Relative error of plain autograd from which on a parameter is left out: its gradient cancels."""
 SCATTER_MARGIN = 2.0
@@ -196,8 +210,12 @@ def biases_of(
             ObservableName.SAMPLE_NORM: _pairwise(_log_ratio, rows.small("sample_norm")),
         }
         factors = _log_ratio(*rows.small("clip_factor")[:2])
+    tolerated = {
+        ObservableName.SAMPLE_LOSS: tolerance.loss,
+        ObservableName.SAMPLE_NORM: tolerance.total,
+    }
     found = {
-        name: _bias(name, ("",), _of_samples(x[0][:, :, None], rows.rank), tolerance.total, level)
+        name: _bias(name, ("",), _of_samples(x[0][:, :, None], rows.rank), tolerated[name], level)
         for name, x in of_sample.items()
     }
     by_parameter = ObservableName.SAMPLE_NORM_BY_PARAMETER
@@ -210,7 +228,7 @@ def biases_of(
     found[ObservableName.GRAD_NORM] = _bias(
         ObservableName.GRAD_NORM, ("",), total, tolerance.total, level
     )
-    far = (_outlier(name, x, rows, tolerance.total) for name, x in of_sample.items())
+    far = (_outlier(name, x, rows, tolerated[name]) for name, x in of_sample.items())
     return Biases(
         steps=rows.steps,
         num_samples=rows.num_samples,
@@ -491,13 +509,14 @@ def _projected(moments: Floats, independent: Integers, num_projections: int) -> 
         rest = np.maximum((yy - 2 * mean * yu + mean**2 * uu).sum(axis=0) / num_steps, 0.0)
         num = num_steps * independent
         between = np.square(np.where(known, y - mean, 0.0)).sum(axis=0) / num_steps
-        return _Draws(
+        draws = _Draws(
             mean=mean,
             variance=rest / (num - 1),
             num=num,
             group_variance=between / (num_steps - 1),
             num_groups=num_steps,
         )
+    return _without(draws, num_steps < FEWEST_STEPS)
 
 
 def _outlier(

@@ -22,7 +22,7 @@ from dpsgd_track.comparison.measure.alignment import Aligned
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.observables import LOSS
 from dpsgd_track.record.stages import ObservableName
-from dpsgd_track.record.trajectory import Floats, Integers
+from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 
 # Twice the error of plain autograd, as in FlashAttention's tests, where the floor is the largest
 # of 64 draws, such as the projections of a parameter in four steps.
@@ -56,6 +56,15 @@ parameters' type."""
 # sample's norm, or 3.1e-5 here, in a small BERT with 64 tokens. The norm that is clipped does not
 # show it.
 _RESOLUTION_OF = {ObservableName.SAMPLE_NORM_BY_PARAMETER: 1e-4}
+
+_OF_SQUARES, _MOST_OF_SQUARES = 2.0**-32, 2e-5
+"""Relative error of a float32 norm that adds up squares one after the other: for each element, and
+at most. `torch.linalg.vector_norm` does so on the CPU, and small squares are lost: in torch 2.13 it
+is too small by 1e-6 of 24,000 elements, 7e-6 of 120,000 and 9e-5 of a million."""
+
+_INHERITED, _BY_SUMS = {ObservableName.SAMPLE_NORM: 1.0, ObservableName.CLIP_FACTOR: 1.0}, 2.0
+"""Multiple of the norms' error that counts for what is computed from them. Samples whose gradients
+cancel in a sum do not weigh alike."""
 
 CHAOS = 0.5
 """Limit of the clipped sum's distance from which on nothing is compared: rounding alone has moved
@@ -101,12 +110,19 @@ class Floor:
     against_float64: bool = False
     """True if plain autograd was compared with the float64 reference, rather than a mode with
     itself only: values within such a floor are as accurate as plain autograd."""
+    norm_error: float = 0.0
+    """Relative error of the whole norm that never counts; sums inherit it."""
     chaos: int | None = None
     """First step from which on rounding alone explains any gradient; nothing is compared there."""
 
     def of(self, observable: ObservableName) -> float | None:
         """The floor of `observable`; None if it was not measured."""
         return self.values.get(observable)
+
+
+def error_of_norms(num_elements: int) -> float:
+    """Relative error of a float32 norm of that many elements that a correct mode may have."""
+    return min(_OF_SQUARES * num_elements, _MOST_OF_SQUARES)
 
 
 def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor | None:
@@ -126,8 +142,13 @@ def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor
         values={name: max(drift.max for _, drift in found) for name, found in drifts.items()},
         series=series,
         against_float64=against_float64,
+        norm_error=error_of_norms(_num_elements(replays[0].aligned.baseline)),
         chaos=_chaos(series.get(ObservableName.GRADIENT)),
     )
+
+
+def _num_elements(record: Trajectory) -> int:
+    return int(record.parameter_sizes.sum())
 
 
 def _chaos(gradient: _Series | None) -> int | None:
@@ -239,9 +260,10 @@ def limits_of(drift: Drift, floor: Floor | None) -> Floats | None:
         measured = np.maximum(series.by_item[rows], _LEAST_SHARE[kind] * measured)
     else:
         num_draws = num_draws.max(axis=1, keepdims=True)
-    least = MARGIN_OF_ONE_DRAW if kind in _ONE_DRAW else MARGIN
-    margin = np.maximum(least, margin_of(num_draws))
-    resolution = _RESOLUTION_OF.get(name, RESOLUTION) * _unit(drift)
+    margin = np.maximum(MARGIN_OF_ONE_DRAW if kind in _ONE_DRAW else MARGIN, margin_of(num_draws))
+    inherited = 0.0 if drift.observable.threshold == LOSS else _INHERITED.get(name, _BY_SUMS)
+    least = max(_RESOLUTION_OF.get(name, RESOLUTION), inherited * floor.norm_error)
+    resolution = least * _unit(drift)
     limits = np.maximum(margin * measured, resolution)
     if floor.chaos is not None:
         limits[drift.steps >= floor.chaos] = np.inf

@@ -14,7 +14,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
 )
-from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up, rounded
+from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up, of_all_ranks, rounded
 from dpsgd_track.record.trajectory import UNUSED, Floats
 
 _ALIKE = 1e-3
@@ -115,6 +115,33 @@ def _smooth(facts: Facts) -> Prediction:
     ]
     best = int(np.argmin(errors))
     return Fitted(tried[best], f"(1 + (n / C)^{powers[best]})^(-1/{powers[best]})")
+
+
+def _with_floor(facts: Facts) -> Prediction:
+    """The right factors, but never below the least of the mode's."""
+    least = float(np.nanmin(facts.theirs.clip_factor[facts.rows], initial=np.inf))
+    if not 0 < least < 1:
+        return None
+    return Fitted(np.maximum(_right(facts), least), f"{least:.3g}")
+
+
+def _of_groups(facts: Facts, size: int | None) -> Prediction:
+    """What is recorded, if groups of a micro-batch's samples have one factor, not all of them 1.
+
+    Args:
+        size: samples of a group; None for the whole micro-batch.
+    """
+    theirs, num_clipped = facts.theirs.clip_factor, 0
+    for batch in facts.micro_batches:
+        if batch.row not in facts.rows:
+            continue
+        length = len(batch.places)
+        for start in range(0, length, size or length):
+            group = theirs[batch.row, batch.places[start : start + (size or length)]]
+            if np.ptp(group) > _ALIKE * group.max():
+                return None
+            num_clipped += len(group) > 1 and group.max() < 1
+    return theirs if num_clipped else None
 
 
 def _by_rank(facts: Facts) -> Prediction:
@@ -235,7 +262,26 @@ FACTORS = Subject(
                 predict=_late_on_one_rank(lambda facts: 0),
             ),
             *mixed_up(_right, lambda facts: facts.theirs.clip_factor),
+            *of_all_ranks(_right),
             *rounded(lambda facts: facts.theirs.clip_factor),
+        ),
+        (
+            Hypothesis(sentence="they are never below {}", predict=_with_floor),
+            Hypothesis(
+                sentence="all samples of a micro-batch have one factor: their mean or their sum is "
+                "clipped, not each sample",
+                predict=lambda facts: _of_groups(facts, None),
+            ),
+        ),
+        (
+            *(
+                Hypothesis(
+                    sentence=f"each {size} samples of a micro-batch have one factor: they are "
+                    "clipped together, as a batch of their own",
+                    predict=partial(_of_groups, size=size),
+                )
+                for size in (2, 3, 4)
+            ),
         ),
         (Hypothesis(sentence="samples are clipped not at C but at {}", predict=_by_rank),),
     ),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
+    Fitted,
     Hypothesis,
     Prediction,
     Subject,
@@ -17,6 +20,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.samples import (
     off_as_rounding,
     rounded,
 )
+from dpsgd_track.record.alternatives import LossFormula
 from dpsgd_track.record.trajectory import Floats
 
 _WHOLE = 2e-3
@@ -25,6 +29,10 @@ _LEAST_SPREAD = 1e-2
 """Least spread of weights that come from numbers of targets: one target in a hundred."""
 _MOST_ROUNDED = 2.0**-8
 """Largest relative error of a loss whose logits were rounded to bfloat16."""
+
+
+_MOST_SAMPLES = 0.7
+"""Share of the samples that have to be off."""
 
 
 def _ratio(facts: Facts) -> Floats:
@@ -69,6 +77,55 @@ def _over_batch_targets(facts: Facts) -> Prediction:
     return facts.theirs.sample_loss if spread > _LEAST_SPREAD else None
 
 
+def _other(facts: Facts, formula: LossFormula) -> Floats | None:
+    """[S, N] what the reference recorded of a wrong loss; None if it did not."""
+    place, num_recorded = (
+        list(LossFormula).index(formula),
+        facts.ours.shape_of("sample_other_loss")[2],
+    )
+    if place >= num_recorded:
+        return None
+    return np.asarray(facts.ours.sample_other_loss[..., place], dtype=np.float64)
+
+
+def _with_part(facts: Facts, formula: LossFormula, *, is_mixed: bool) -> Prediction:
+    """The right loss and a share of another one, the share that agrees best.
+
+    Args:
+        is_mixed: True if the right loss has the rest of the weight, not all of it.
+    """
+    other = _other(facts, formula)
+    if other is None:
+        return None
+    right = facts.ours.sample_loss
+    along = other - right if is_mixed else other
+    off, there = (facts.theirs.sample_loss - right)[facts.rows], along[facts.rows]
+    is_known = np.isfinite(off) & np.isfinite(there)
+    square = float(np.square(there[is_known]).sum())
+    if not square:
+        return None
+    share = float((off * there)[is_known].sum()) / square
+    return Fitted(right + share * along, f"{share:.3g}")
+
+
+def _others() -> Iterator[Hypothesis]:
+    parts = LossFormula.UNIFORM, LossFormula.SQUARED_LOG_SUM
+    for formula in LossFormula:
+        if formula not in parts:
+            yield Hypothesis(
+                sentence=f"they are {formula.value}", predict=partial(_other, formula=formula)
+            )
+    mixed, added = parts
+    yield Hypothesis(
+        sentence="label smoothing of {}, which is not asked for, is in them",
+        predict=partial(_with_part, formula=mixed, is_mixed=True),
+    )
+    yield Hypothesis(
+        sentence="a z-loss, {} times the squared logarithm of the softmax's denominator, is added",
+        predict=partial(_with_part, formula=added, is_mixed=False),
+    )
+
+
 def _of_rounded_logits(facts: Facts) -> Prediction:
     """What is recorded, if it is off by no more than rounded logits make it."""
     observed, right = (side.sample_loss[facts.rows] for side in (facts.theirs, facts.ours))
@@ -80,6 +137,11 @@ def _of_other_weights(facts: Facts) -> Prediction:
     """What is recorded, if everything was right before the weights moved for the first time."""
     first = int(facts.rows[0])
     if facts.theirs.step[0] != 0 or first == 0 or not facts.rate > 0:
+        return None
+    with np.errstate(all="ignore"):
+        is_off = np.abs(_ratio(facts)[first] - 1) > _WHOLE
+    # Of other weights, all samples' losses are others.
+    if np.mean(is_off[np.isfinite(_ratio(facts)[first])]) < _MOST_SAMPLES:
         return None
     before = slice(0, first)
     is_right = np.allclose(
@@ -111,6 +173,7 @@ LOSS = Subject(
             *mixed_up(lambda facts: facts.ours.sample_loss, lambda facts: facts.theirs.sample_loss),
             *rounded(lambda facts: facts.theirs.sample_loss),
         ),
+        tuple(_others()),
     ),
     late=(
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -163,6 +164,26 @@ def _formulas(facts: Facts) -> Prediction:
     return Fitted(predicted, f"{shown}{of_some}")
 
 
+def _with_sibling(facts: Facts, combine: Callable[[Floats, Floats], Floats]) -> Prediction:
+    """Norms by parameter that are combined with those of the bias of the same layer, or its weight.
+
+    Args:
+        combine: the parameter's norms and the sibling's, to those that are reported.
+    """
+    names = facts.ours.parameter_names.tolist()
+    norms, right = facts.ours.sample_norm_by_parameter, _chosen(facts)
+    predicted = right.copy()
+    siblings = {".weight": ".bias", ".bias": ".weight"}
+    for place, column in enumerate(facts.columns.tolist()):
+        stem, dot, kind = names[column].rpartition(".")
+        other = stem + siblings.get(dot + kind, "")
+        if other == stem or other not in names:
+            return None
+        w, b = right[..., place], norms[..., names.index(other)]
+        predicted[..., place] = combine(w, b)
+    return predicted
+
+
 def _fewest(agrees: np.ndarray) -> list[int]:
     """The few formulas that most columns agree with.
 
@@ -191,6 +212,19 @@ BY_PARAMETER = Subject(
             Hypothesis(
                 sentence="they are the root of the norms",
                 predict=lambda facts: np.sqrt(_chosen(facts)),
+            ),
+            *(
+                Hypothesis(
+                    sentence="norms of a layer's weight and bias are added before they are "
+                    "squared: (|w| + |b|)^2 in place of |w|^2 + |b|^2",
+                    predict=partial(_with_sibling, combine=combine),
+                )
+                # The whole of the cross term with one of the two, or all with both.
+                for combine in (lambda w, b: np.sqrt(np.square(w) + 2 * w * b), np.add)
+            ),
+            Hypothesis(
+                sentence="the bias of the same layer is counted in them as well",
+                predict=partial(_with_sibling, combine=np.hypot),
             ),
             *mixed_up(_chosen, _reported),
             *added_up(_chosen),

@@ -74,6 +74,19 @@ class _Places:
             row = batch.row
             yield batch, kept
 
+    def of_step_before(self, values: Floats) -> Floats | None:
+        """Each micro-batch's numbers are those of the same one in the step before."""
+        if not self.facts.micro_batches:
+            return None
+        changed = values.copy()
+        known = {(b.row, b.rank, b.number): b.places for b in self.facts.micro_batches}
+        for batch in self.facts.micro_batches:
+            before = known.get((batch.row - 1, batch.rank, batch.number))
+            if before is not None:
+                length = min(len(before), len(batch.places))
+                changed[batch.row, batch.places[:length]] = values[batch.row - 1, before[:length]]
+        return changed
+
     def over_ranks(self, values: Floats, combine: Callable[[Floats], Floats]) -> Floats | None:
         """Numbers of the samples at one place of all ranks, combined; a missing one is 0."""
         if not self.facts.micro_batches:
@@ -95,6 +108,8 @@ class _Places:
 
 
 _ENOUGH_SAMPLES = 8
+_TYPICAL = 0.2
+"""Least median of rounding errors in units of their root mean square: most samples are off."""
 _LOW, _HIGH = 2.0**-13, 2.0**-7
 """Errors of a computation in bfloat16, whose numbers are rounded by up to 2^-9."""
 
@@ -144,6 +159,10 @@ def mixed_up(of: Of, theirs: Of) -> Sequence[Hypothesis]:
             predict=lambda facts: _step_before(of(facts)),
         ),
         Hypothesis(
+            sentence="they are those of the same micro-batch in the step before",
+            predict=lambda facts: _Places(facts).of_step_before(of(facts)),
+        ),
+        Hypothesis(
             sentence="they are those of rank 0's samples on every rank",
             predict=lambda facts: _Places(facts).over_ranks(of(facts), lambda table: table[0]),
         ),
@@ -163,6 +182,13 @@ def _alike(of: Of) -> Sequence[Hypothesis]:
             sentence="all samples of a micro-batch have their mean",
             predict=lambda facts: facts.by_batch(
                 of(facts), lambda own: np.broadcast_to(own.mean(axis=0), own.shape)
+            ),
+        ),
+        Hypothesis(
+            sentence="all samples of a micro-batch have their root mean square",
+            predict=lambda facts: facts.by_batch(
+                of(facts),
+                lambda own: np.broadcast_to(np.sqrt(np.square(own).mean(axis=0)), own.shape),
             ),
         ),
         Hypothesis(
@@ -192,6 +218,29 @@ def _alike(of: Of) -> Sequence[Hypothesis]:
             sentence="they are multiplied by the number of samples in the micro-batch",
             predict=lambda facts: facts.by_batch(of(facts), lambda own: own * len(own)),
         ),
+    )
+
+
+def of_all_ranks(of: Of) -> Sequence[Hypothesis]:
+    """One number for the samples at one place of all ranks."""
+
+    def combined(facts: Facts, combine: Callable[..., Floats]) -> Prediction:
+        def of_those_there(table: Floats) -> Floats:
+            return np.asarray(combine(np.where(table == 0, np.nan, table), axis=0))
+
+        return _Places(facts).over_ranks(of(facts), of_those_there)
+
+    return tuple(
+        Hypothesis(
+            sentence=f"all ranks have the {which} of the samples at one place of their "
+            "micro-batches",
+            predict=partial(combined, combine=combine),
+        )
+        for which, combine in (
+            ("smallest", np.nanmin),
+            ("largest", np.nanmax),
+            ("mean", np.nanmean),
+        )
     )
 
 
@@ -267,6 +316,8 @@ def off_as_rounding(observed: Floats, right: Floats) -> bool:
     if off.size < _ENOUGH_SAMPLES:
         return False
     size = float(np.sqrt(np.mean(np.square(off))))
+    if float(np.median(np.abs(off))) < _TYPICAL * size:
+        return False
     below = float(np.mean(off < 0))
     return _LOW < size < _HIGH and 0.2 < below < 0.8
 

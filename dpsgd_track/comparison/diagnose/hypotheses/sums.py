@@ -23,6 +23,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     off_as_rounded,
 )
 from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
+from dpsgd_track.comparison.diagnose.sample_groups import group_of
 from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_length
 
@@ -30,6 +31,8 @@ _ALIKE = 1e-3
 """Relative spread up to which fitted weights are one."""
 _FEW = 3
 """Samples that are named one by one."""
+_MOST_EXCHANGED = 8
+"""Layers of which each is looked for among the others."""
 _ENOUGH = 1.25
 """Least number of projections a sample, for weights that are fitted."""
 
@@ -80,6 +83,17 @@ def _last(facts: Facts, batch: MicroBatch) -> int:
     return int(facts.theirs.sample_micro_batch[batch.row].max())
 
 
+def _longest(facts: Facts, batch: MicroBatch) -> int:
+    """Samples of the longest micro-batch of the batch's step."""
+    return max(len(b.places) for b in facts.micro_batches if b.row == batch.row)
+
+
+def _length_of_first(facts: Facts, batch: MicroBatch) -> int:
+    """Samples of the first micro-batch of the batch's step and rank."""
+    of_rank = [b for b in facts.micro_batches if (b.row, b.rank) == (batch.row, batch.rank)]
+    return len(of_rank[0].places)
+
+
 def _size_of_rank(facts: Facts, batch: MicroBatch) -> int:
     return int((facts.theirs.sample_rank[batch.row] == batch.rank).sum())
 
@@ -119,19 +133,37 @@ def _without_rank(facts: Facts) -> Iterator[tuple[str, Floats]]:
         yield f"rank {rank}", np.where(ranks == rank, 0.0, facts.factor)
 
 
+def _reduced_last(facts: Facts) -> Iterator[tuple[str, Floats]]:
+    ranks, numbers = facts.theirs.sample_rank, facts.theirs.sample_micro_batch
+    last = numbers.max(axis=1, keepdims=True)
+    for rank in sorted(set(ranks.flat) - {UNUSED}):
+        yield f"rank {rank}", np.where((ranks == rank) | (numbers == last), facts.factor, 0.0)
+
+
+def _of_number(facts: Facts) -> Iterator[tuple[str, Floats]]:
+    """One of the micro-batches of every rank, lost or counted more than once."""
+    numbers = facts.theirs.sample_micro_batch
+    counted = {_num_ranks(facts): f"counts {_num_ranks(facts)} times, once for each rank"}
+    counted |= {0: "is lost", 2: "counts twice"}
+    for number in sorted(set(numbers.flat) - {UNUSED}):
+        for factor, what in counted.items():
+            changed = np.where(numbers == number, factor * facts.factor, facts.factor)
+            yield f"micro-batch {number} {what}", changed
+
+
 def _layers(facts: Facts) -> list[str]:
     return [name.rpartition(".")[0] for name in facts.ours.parameter_names.tolist()]
 
 
 def _clipped_by(
-    facts: Facts, group_of: Callable[[Facts], Sequence[str]], *, shares: bool
+    facts: Facts, parts_of: Callable[[Facts], Sequence[str]], *, shares: bool
 ) -> Floats:
     """[S, N, Q] factors of groups of parameters that are clipped by themselves.
 
     Args:
         shares: True if each is clipped at C / sqrt(number of groups) rather than C.
     """
-    groups = group_of(facts)
+    groups = parts_of(facts)
     names = list(dict.fromkeys(groups))
     bound = facts.bound / (len(names) ** 0.5 if shares else 1.0)
     squares = np.square(facts.by_parameter)
@@ -148,13 +180,13 @@ def _all_parameters(facts: Facts) -> list[str]:
 
 
 def _parameter_clipping() -> Iterator[Hypothesis]:
-    for what, group_of in (("parameter", _all_parameters), ("layer", _layers)):
+    for what, parts_of in (("parameter", _all_parameters), ("layer", _layers)):
         for shares in (True, False):
             bound = f"C / sqrt(number of {what}s)" if shares else "the full C"
             breach = "" if shares else ", so that a sample can add more than C"
             yield _weighted(
                 f"each {what} is clipped by itself, at {bound}{breach}",
-                partial(_clipped_by, group_of=group_of, shares=shares),
+                partial(_clipped_by, parts_of=parts_of, shares=shares),
             )
 
 
@@ -272,7 +304,7 @@ def _exchanged(facts: Facts) -> Prediction:
     layers = facts.ours.layer_names.tolist()
     names = [str(facts.ours.parameter_names[c]) for c in facts.columns.tolist()]
     wrong = [layers.index(n.removesuffix(".weight")) for n in names if n[:-7] in layers]
-    if len(wrong) != len(names) or not 2 <= len(wrong) <= _FEW:
+    if len(wrong) != len(names) or not 2 <= len(wrong) <= _MOST_EXCHANGED:
         return None
     rows, pairs = facts.rows, []
     for layer in wrong:
@@ -287,26 +319,86 @@ def _exchanged(facts: Facts) -> Prediction:
     return Fitted(facts.theirs.gradient_sketch[:, facts.columns], " and ".join(pairs))
 
 
-def _rounded(facts: Facts) -> Prediction:
-    """What is recorded, if it is off by as much as rounding to bfloat16 makes it."""
+def _rounded(facts: Facts, bits: int) -> Prediction:
+    """What is recorded, if it is off by as much as rounding to `bits` makes it."""
     theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
     length = sketch_length(facts.right_sum)
-    return theirs if off_as_rounded(theirs, facts.right_sum, length) else None
+    return theirs if off_as_rounded(theirs, facts.right_sum, length, bits=bits) else None
+
+
+def _where_a_rank_is_idle(facts: Facts) -> Prediction:
+    """What is recorded, if steps are right but for those with an empty micro-batch."""
+    if not facts.micro_batches:
+        return None
+    theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
+    there = {(b.row, b.number, b.rank) for b in facts.micro_batches}
+    idle = [
+        any(
+            (row, number, rank) not in there
+            for number in {n for r, n, _ in there if r == row}
+            for rank in range(_num_ranks(facts))
+        )
+        for row in range(len(theirs))
+    ]
+    if not 0 < sum(idle[row] for row in facts.rows.tolist()) < len(facts.rows):
+        return None
+    return np.where(np.array(idle)[:, None, None], theirs, facts.right_sum)
 
 
 def _of_step_before(facts: Facts) -> Prediction:
     return np.concatenate([facts.right_sum[:1], facts.right_sum[:-1]])
 
 
-def _moved(move: Move) -> Callable[[Facts], Prediction]:
-    place = list(Move).index(move)
+def _of_move(facts: Facts, move: Move) -> Floats | None:
+    """[S, Q, K] the right sum with its elements moved or lost; None if it is not recorded."""
+    place, shape = list(Move).index(move), facts.ours.shape_of("moved_sketch")
+    if place >= shape[1] or not shape[-1]:
+        return None
+    return np.asarray(facts.ours.moved_sketch[:, place][:, facts.columns], dtype=np.float64)
 
-    def predict(facts: Facts) -> Prediction:
-        if not facts.ours.shape_of("moved_sketch")[-1]:
-            return None
-        return facts.ours.moved_sketch[:, place][:, facts.columns].astype(np.float64)
 
-    return predict
+def _moves() -> Iterator[Hypothesis]:
+    for move in Move:
+        is_moved = move not in _LOST
+        places = "the gradient is right in length but its elements are in the wrong places: "
+        yield Hypothesis(
+            sentence=f"{places * is_moved}it is {move.value}", predict=partial(_of_move, move=move)
+        )
+
+
+_LOST = frozenset(
+    (
+        Move.LAST_ROW_LOST,
+        Move.LAST_USED_ROW_LOST,
+        Move.FIRST_USED_ROW_LOST,
+        Move.LAST_COLUMN_LOST,
+        Move.FIRST_SHARD_END_LOST,
+        Move.SHARD_ENDS_LOST,
+        Move.MEAN_OF_ELEMENTS,
+        Move.SUM_OF_ELEMENTS,
+        Move.FIRST_SHARD_ALONE,
+    )
+)
+
+
+def _shards_apart(facts: Facts) -> Prediction:
+    """Rows of rank 0 and those of the others, multiplied by the factors that agree best."""
+    first = _of_move(facts, Move.FIRST_SHARD_ALONE)
+    if first is None or _num_ranks(facts) == 1:
+        return None
+    parts = np.stack([first, facts.right_sum - first], axis=-1)
+    rows = facts.rows
+    wanted = facts.theirs.gradient_sketch[rows][:, facts.columns]
+    if not np.isfinite(parts[rows]).all() or not np.isfinite(wanted).all():
+        return None
+    factors = np.linalg.lstsq(parts[rows].reshape(-1, 2), wanted.ravel(), rcond=None)[0]
+    others = "of rank 1" if _num_ranks(facts) == 2 else "of the other ranks"
+    said = [
+        f"the rows {who} are multiplied by {factor:.3g}"
+        for who, factor in zip(("of rank 0", others), factors.tolist(), strict=True)
+        if abs(factor - 1) > _ALIKE
+    ]
+    return Fitted(np.asarray(parts @ factors), " and ".join(said)) if said else None
 
 
 def _any_weights(facts: Facts) -> Prediction:
@@ -342,6 +434,10 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             shown = ", ".join(map(str, t.sample_index[row][spared].tolist()))
             which = f"sample {shown} is" if spared.sum() == 1 else f"samples {shown} are"
             return f"{which} not clipped (counting with factor 1) at step {t.step[row]}"
+        is_lost = bool(np.all(np.abs(share[is_off]) < _ALIKE))
+        share = np.where(is_there & ~is_off, 1.0, 0.0) if is_lost else share
+        if is_lost and (which := group_of(np.flatnonzero(is_off), t, row)):
+            return f"missing are {which} at step {t.step[row]}"
         kinds = (
             ("sample", t.sample_index[row]),
             ("rank", t.sample_rank[row]),
@@ -353,6 +449,8 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             said = _groups_in_words(kind, keys[is_there], share[is_there])
             if said:
                 return f"{said} at step {t.step[row]}"
+        if is_lost:
+            return f"missing are {is_off.sum()} of {is_there.sum()} samples at step {t.step[row]}"
         low, high = float(share[is_there].min()), float(share[is_there].max())
         return f"samples count {low:.3g} to {high:.3g} times at step {t.step[row]}"
     return ""
@@ -403,6 +501,11 @@ SUM = Subject(
         (
             _one_by_one("it is the sum over {} alone: it is not reduced over ranks", _of_rank),
             _one_by_one("the samples of {} are missing", _without_rank),
+            _one_by_one(
+                "only the last micro-batch is reduced over ranks; earlier ones are those of {} "
+                "alone",
+                _reduced_last,
+            ),
             _of_batches(
                 "the last micro-batch stands for all: earlier ones are overwritten",
                 lambda f, b: float(b.number == _last(f, b)),
@@ -439,6 +542,15 @@ SUM = Subject(
                 "the last micro-batch counts twice",
                 lambda f, b: 2.0 if b.number == _last(f, b) else 1.0,
             ),
+            _of_batches(
+                "micro-batches that are shorter than the step's longest are not added",
+                lambda f, b: float(len(b.places) == _longest(f, b)),
+            ),
+            _of_batches(
+                "micro-batches that are shorter than the rank's first are not added",
+                lambda f, b: float(len(b.places) >= _length_of_first(f, b)),
+            ),
+            _one_by_one("{} (in these parameters)", _of_number),
             _of_batches(
                 "it is divided by the number of samples in each micro-batch of a rank, as the "
                 "gradient of a mean loss is",
@@ -489,14 +601,8 @@ SUM = Subject(
             ),
             Hypothesis(sentence="layers have each other's gradients: {}", predict=_exchanged),
             Hypothesis(sentence="the last micro-batch is added a step late", predict=_added_late),
-            *(
-                Hypothesis(
-                    sentence=f"the gradient is right in length but its elements are in the wrong "
-                    f"places: it is {move.value}",
-                    predict=_moved(move),
-                )
-                for move in Move
-            ),
+            *_moves(),
+            Hypothesis(sentence="{}", predict=_shards_apart),
             Hypothesis(
                 sentence="all samples of the step count with one factor, whatever their own: the "
                 "batch's gradient is clipped, not each sample's",
@@ -511,11 +617,20 @@ SUM = Subject(
     ),
     late=(
         (Hypothesis(sentence="{}", predict=_any_weights),),
+        tuple(
+            Hypothesis(
+                sentence=f"it is off by as much as rounding to {name} makes it, in all parameters "
+                "alike",
+                predict=partial(_rounded, bits=bits),
+                is_hint=True,
+            )
+            for name, bits in (("bfloat16", 8), ("TF32 or float16 (11 bits)", 11))
+        ),
         (
             Hypothesis(
-                sentence="it is off by as much as rounding to bfloat16 makes it, in all parameters "
-                "alike",
-                predict=_rounded,
+                sentence="it is wrong in just those steps in which a rank has an empty "
+                "micro-batch, as if something were added for it",
+                predict=_where_a_rank_is_idle,
                 is_hint=True,
             ),
         ),

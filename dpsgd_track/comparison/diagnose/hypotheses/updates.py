@@ -134,6 +134,12 @@ def _of_gradient_before(facts: Facts) -> Prediction:
 def _rounded(facts: Facts) -> Prediction:
     rows, path, right = facts.rows, _path(facts), _right(facts)
     size = sketch_length(facts.theirs.weight_sketch[:, facts.columns])
+    return path if off_as_rounded(path[rows], right[rows], size[rows], is_once=True) else None
+
+
+def _of_rounded_gradient(facts: Facts) -> Prediction:
+    rows, path, right = facts.rows, _path(facts), _right(facts)
+    size = sketch_length(right)
     return path if off_as_rounded(path[rows], right[rows], size[rows]) else None
 
 
@@ -230,6 +236,11 @@ UPDATE = Subject(
             Hypothesis(
                 sentence="the weights are off by as much as keeping them in bfloat16 makes them",
                 predict=_rounded,
+                is_hint=True,
+            ),
+            Hypothesis(
+                sentence="the step is off by as much as rounding the gradient to bfloat16 makes it",
+                predict=_of_rounded_gradient,
                 is_hint=True,
             ),
             Hypothesis(

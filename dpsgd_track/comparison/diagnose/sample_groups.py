@@ -1,0 +1,85 @@
+"""The samples of a step that are wrong, as a group that a reader knows.
+
+Legend: N samples of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsgd_track.record.trajectory import UNUSED, Trajectory
+
+_FEWEST = 2
+"""Samples that make a group: one sample is in too many of them."""
+Mask = NDArray[np.bool_]
+
+
+def group_of(samples: NDArray[np.int64], record: Trajectory, row: int) -> str:
+    """The group that `samples` are, in words that follow "of"; empty if they are none.
+
+    Args:
+        samples: their places in the record.
+        row: the step's.
+    """
+    if len(samples) < _FEWEST:
+        return ""
+    wrong = np.zeros(record.sample_index.shape[1], dtype=bool)
+    wrong[samples] = True
+    found = (words for words, mask in _groups(record, row) if np.array_equal(mask, wrong))
+    return next(found, "")
+
+
+def _groups(record: Trajectory, row: int) -> Iterator[tuple[str, Mask]]:
+    """Groups of the step's samples, [N] each, the simplest first."""
+    rank, number = record.sample_rank[row], record.sample_micro_batch[row]
+    there = record.sample_index[row] != UNUSED
+    place, size = _places(record, row)
+    for each in sorted(set(rank[there].tolist())):
+        yield f"all samples of rank {each} alone", there & (rank == each)
+    yield from _of_numbers(number, there, "micro-batch", "the step's micro-batches")
+    yield "the first sample of each micro-batch", there & (place == 0)
+    yield "the last sample of each micro-batch", there & (place == size - 1)
+    yield "all but the first sample of each micro-batch", there & (place > 0)
+    yield "all but the last sample of each micro-batch", there & (place < size - 1)
+    for last in range(1, int(place.max(initial=0))):
+        yield f"all samples after number {last} of each micro-batch", there & (place > last)
+    if len(set(size[there].tolist())) > 1:
+        yield "the micro-batches of one sample", there & (size == 1)
+        yield "the micro-batches of more than one sample", there & (size > 1)
+        longest = size.max(initial=0)
+        yield "the micro-batches that are shorter than others", there & (size < longest)
+        yield "the longest micro-batches", there & (size == longest)
+    with np.errstate(invalid="ignore"):
+        is_clipped = record.clip_factor[row] < 1
+    yield "the samples that are clipped", there & is_clipped
+    yield "the samples that are not clipped", there & ~is_clipped
+    for at_rank in sorted(set(rank[there].tolist())):
+        for at_number in sorted(set(number[there].tolist())):
+            mask = there & (rank == at_rank) & (number == at_number)
+            yield f"micro-batch {at_number} of rank {at_rank}", mask
+
+
+def _of_numbers(
+    number: NDArray[np.int64], there: Mask, one: str, all_of: str
+) -> Iterator[tuple[str, Mask]]:
+    known = sorted(set(number[there].tolist()) - {UNUSED})
+    for each in known:
+        yield f"{one} {each} of every rank", there & (number == each)
+    if len(known) > 2:
+        yield f"all but the first of {all_of}", there & (number > known[0])
+        yield f"all but the last of {all_of}", there & (number < known[-1])
+
+
+def _places(record: Trajectory, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[N] place of each sample in its micro-batch, and the number of samples there."""
+    index = record.sample_index[row]
+    place, size = np.zeros_like(index), np.zeros_like(index)
+    keys = np.stack([record.sample_rank[row], record.sample_micro_batch[row]])
+    for key in np.unique(keys[:, index != UNUSED], axis=1).T:
+        own = np.flatnonzero((keys == key[:, None]).all(axis=0) & (index != UNUSED))
+        place[own[np.argsort(index[own])]] = np.arange(len(own))
+        size[own] = len(own)
+    return place, size

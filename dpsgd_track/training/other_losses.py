@@ -1,0 +1,128 @@
+"""Wrong losses of a sample, computed beside the right one by the reference.
+
+Where a mode's loss equals one of them, the comparison can name the mistake.
+
+Shapes: T positions, V classes or tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dpsgd_track.modes.protocol import SampleRun
+from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.loss import IGNORED, PerSampleLoss, causal_lm_loss, regression_loss
+from dpsgd_track.record.alternatives import LossFormula
+
+_SHIFTED = frozenset((causal_lm_loss,))
+_WITHOUT_CLASSES = frozenset((regression_loss,))
+
+
+def other_losses(loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) -> Tensor:
+    """[F] value of each `LossFormula` of a sample, float64 on the CPU; NaN where none applies.
+
+    Args:
+        loss: that of the task.
+        batch: the micro-batch.
+        index: the sample's place in it.
+    """
+    sample = batch.sample(index)
+    with torch.no_grad():
+        logits = run(sample)
+        values = dict(_of_inputs(loss, sample, run))
+        for formula, place in (
+            (LossFormula.TARGETS_OF_NEXT, index + 1),
+            (LossFormula.TARGETS_OF_BEFORE, index - 1),
+        ):
+            values[formula] = loss(logits, batch.sample(place % len(batch)).targets)
+        inner = getattr(loss, "__wrapped__", loss)
+        if inner not in _WITHOUT_CLASSES:
+            probabilities, capped = logits.softmax(-1), 30 * torch.tanh(logits / 30)
+            values[LossFormula.PROBABILITIES_AS_LOGITS] = loss(probabilities, sample.targets)
+            values[LossFormula.CAPPED] = loss(capped, sample.targets)
+            values |= _of_classes(logits, sample.targets, is_shifted=inner in _SHIFTED)
+        if sample.targets.ndim == 2 and inner not in _WITHOUT_CLASSES:
+            values |= _of_targets(loss, logits, sample)
+    missing = torch.tensor(torch.nan)
+    return torch.stack(
+        [values.get(f, missing).detach().double().cpu().reshape(()) for f in LossFormula]
+    )
+
+
+def _of_inputs(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Mapping[LossFormula, Tensor]:
+    """Losses of a sample that the model has been given wrongly."""
+    values: dict[LossFormula, Tensor] = {}
+
+    def given(targets: Tensor = sample.targets, **inputs: Tensor) -> Tensor:
+        changed = replace(sample, inputs={**sample.inputs, **inputs}, targets=targets)
+        return loss(run(changed), targets)
+
+    mask, ids = sample.inputs.get("attention_mask"), sample.inputs.get("input_ids")
+    if mask is not None and not mask.all():
+        values[LossFormula.MASK_IGNORED] = given(attention_mask=torch.ones_like(mask))
+    positions = sample.inputs.get("position_ids")
+    if positions is not None:
+        values[LossFormula.POSITIONS_FROM_ONE] = given(position_ids=positions + 1)
+        from_left = torch.arange(positions.shape[1], device=positions.device)[None]
+        if not torch.equal(from_left, positions):
+            values[LossFormula.POSITIONS_FROM_PADDING] = given(position_ids=from_left)
+    if mask is not None and ids is not None and mask.sum() > 1:
+        last = int(mask[0].nonzero().max())
+        shorter, tokens, targets = mask.clone(), ids.clone(), sample.targets.clone()
+        shorter[0, last] = 0
+        tokens[0, last] = 0
+        if targets.ndim == 2:
+            targets[0, last] = IGNORED
+        values[LossFormula.LAST_TOKEN_LOST] = given(
+            targets, input_ids=tokens, attention_mask=shorter
+        )
+    return values
+
+
+def _of_targets(loss: PerSampleLoss, logits: Tensor, sample: Batch) -> Mapping[LossFormula, Tensor]:
+    """Losses over other targets of the same sample."""
+    targets, ids = sample.targets, sample.inputs.get("input_ids")
+    used = targets[0].ne(IGNORED).nonzero().flatten()
+    values: dict[LossFormula, Tensor] = {}
+    if getattr(loss, "__wrapped__", loss) in _SHIFTED:
+        later = targets.roll(-1, 1)
+        later[:, -1] = IGNORED
+        values[LossFormula.NOT_SHIFTED] = loss(logits.roll(-1, 1), targets)
+        values[LossFormula.SHIFTED_TWICE] = loss(logits, later)
+    if len(used) > 1:
+        lost = [targets.clone(), targets.clone()]
+        lost[0][0, used[-1]] = IGNORED
+        # A first token is predicted by no position.
+        lost[1][0, used[1 if used[0] == 0 else 0]] = IGNORED
+        values[LossFormula.LAST_TARGET_LOST] = loss(logits, lost[0])
+        values[LossFormula.FIRST_TARGET_LOST] = loss(logits, lost[1])
+    if ids is not None and ids.shape == targets.shape and len(used):
+        whole = torch.where(targets == IGNORED, ids, targets)
+        values[LossFormula.PADDING_PREDICTED] = loss(logits, whole)
+        after = int(used[-1]) + 1
+        if after < targets.shape[1]:
+            first = targets.clone()
+            first[0, after] = ids[0, after]
+            values[LossFormula.FIRST_PADDING_PREDICTED] = loss(logits, first)
+    return values
+
+
+def _of_classes(
+    logits: Tensor, targets: Tensor, *, is_shifted: bool
+) -> Mapping[LossFormula, Tensor]:
+    """Parts of losses that are made of the logits alone, over the positions of the targets."""
+    if is_shifted:
+        logits, targets = logits[:, :-1], targets[:, 1:]
+    counts = targets.flatten() != IGNORED
+    if not counts.any():
+        return {}
+    of_target = logits.flatten(0, -2).double()[counts]
+    log_sum = of_target.logsumexp(-1)
+    return {
+        LossFormula.UNIFORM: (log_sum - of_target.mean(dim=-1)).mean(),
+        LossFormula.SQUARED_LOG_SUM: log_sum.square().mean(),
+    }
