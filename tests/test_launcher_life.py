@@ -276,7 +276,7 @@ def test_a_spool_that_cannot_be_read_is_in_nobodys_way(folder, capsys):
     other.mkdir()
     (other / "000001-launcher.control").write_bytes(b"dpsgd-track spool 1\n")
     assert read_group_anywhere(Settings(), "latest", print).group.name == "first"
-    assert "other/000001-launcher.control: expected a spool file of version 2" in (
+    assert "other/000001-launcher.control: expected a spool file of version 3" in (
         capsys.readouterr().out
     )
     a_group_in_the_making("second").close()
@@ -296,7 +296,7 @@ def test_one_workers_damaged_file_keeps_back_nothing_else(folder, capsys):
     recording.tree.finish_open(Status.FINISHED, STOPPED)
     (recording.spool / "000002-no_dp-rank0.records").write_bytes(bytes(100))
     recording.close()
-    assert "expected a spool file of version 2" in recording.left_behind
+    assert "expected a spool file of version 3" in recording.left_behind
     assert fake_launch.run(["sync"]) == 1
     assert "NOT all of it is at" in capsys.readouterr().out
     assert statuses("g") == {"FINISHED": 4}
