@@ -283,7 +283,7 @@ def test_a_spool_that_cannot_be_read_is_in_nobodys_way(folder, capsys):
     assert "group other: spool/other/000001-launcher.control: " in capsys.readouterr().out
     assert fake_launch.run(["compare", "other"]) == fake_launch.run(["sync", "other"]) == 2
     said = capsys.readouterr().err
-    assert said.count("expected a spool file of version 2. Ship it with") == 2
+    assert said.count("expected a spool file of version 3. Ship it with") == 2
     assert said.count("\n") == 2
     assert fake_launch.run(["sync"]) == 1
     assert "other: NOT shipped. " in capsys.readouterr().out
