@@ -281,12 +281,14 @@ def test_a_spool_that_cannot_be_read_is_in_nobodys_way(folder, capsys):
     )
     a_group_in_the_making("second").close()
     assert "group other: spool/other/000001-launcher.control: " in capsys.readouterr().out
-    assert fake_launch.run(["compare", "other"]) == fake_launch.run(["sync", "other"]) == 2
+    assert fake_launch.run(["compare", "other"]) == 2
     said = capsys.readouterr().err
-    assert said.count("expected a spool file of version 3. Ship it with") == 2
-    assert said.count("\n") == 2
-    assert fake_launch.run(["sync"]) == 1
-    assert "other: NOT shipped. " in capsys.readouterr().out
+    assert said.count("expected a spool file of version 3. Ship it with") == 1
+    assert said.count("\n") == 1
+    # Damage may have made it unreadable.
+    for argv in (["sync", "other"], ["sync"]):
+        assert fake_launch.run(argv) == 1
+        assert "other: NOT shipped. " in capsys.readouterr().out
     assert spooled() == ["other"]
     assert statuses("first") == statuses("second") == {"KILLED": 4}
 
