@@ -17,9 +17,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dpsgd_track.text_file import open_text
+from dpsgd_track.redaction import redact_uri
+from dpsgd_track.yaml_file import read_yaml
 
 PARAM_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
@@ -184,7 +183,9 @@ class PerformanceConfig:
         require_one_of("device", self.device, DEVICES)
         require_one_of("param_dtype", self.param_dtype, PARAM_DTYPES)
         require_one_of("reference_dtype", self.reference_dtype, ("float64", "float32"))
-        require(self.num_replicas >= 1, "replicas", self.num_replicas, "an integer >= 1")
+        replicas = self.num_replicas
+        is_integer = isinstance(replicas, Integral) and not isinstance(replicas, bool)
+        require(is_integer and replicas >= 1, "replicas", replicas, "an integer >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -530,16 +531,20 @@ class Settings:
             "a URI that starts with sqlite:, postgresql, mysql, http:// or https://",
             "MLflow's file store is not supported.",
         )
+        _require_plain_credentials(self.tracking_uri)
         logged_ranks(self.log_ranks, 1)
 
 
-def redact_uri(uri: str) -> str:
-    """`uri` without user name and password, safe to be shown or logged."""
-    scheme, separator, rest = uri.partition("://")
-    authority, slash, path = rest.partition("/")
-    if "@" not in authority:
-        return uri
-    return f"{scheme}{separator}***@{authority.rpartition('@')[2]}{slash}{path}"
+def _require_plain_credentials(uri: str) -> None:
+    """Refuse a password that would be taken for something else, and turn up in messages."""
+    scheme, _, rest = uri.partition("://")
+    if scheme.startswith("sqlite"):
+        return
+    is_plain = "***" not in redact_uri(uri).partition("?")[0] or re.match(
+        r"[^/?#@]*@[^@]*(\?|$)", rest
+    )
+    allowed = "a user name and password in which / ? # and @ are written %2F %3F %23 and %40"
+    require(bool(is_plain), "tracking_uri", redact_uri(uri), allowed)
 
 
 def load_settings(path: Path | None) -> Settings:
@@ -551,15 +556,11 @@ def load_settings(path: Path | None) -> Settings:
     if path is None:
         return Settings()
     try:
-        with open_text("config", path) as file:
-            raw = yaml.safe_load(file.read())
+        raw = read_yaml("config", path)
     except FileNotFoundError:
         raise ValueError(
             f"config={str(path)!r}: expected an existing file. Check --config."
         ) from None
-    # PyYAML lets the ValueError of an impossible date, and endless nesting, through.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"config={str(path)!r}: expected valid YAML. {error}") from None
     raw = {} if raw is None else raw
     require(isinstance(raw, Mapping), "config", str(path), "a mapping of settings at the top")
     values = _known_keys(Settings, raw, where=str(path))

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dpsgd_track.config import redact_uri
+from dpsgd_track.redaction import redact_uri
 
 NAME = "dpsgd-track"
 COMPARE = "compare"

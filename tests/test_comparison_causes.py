@@ -127,6 +127,9 @@ FACTORS = {
     "all samples of a micro-batch have one factor": np.minimum(
         1, C / (NORM.reshape(-1, 4, 3).mean(axis=2) + 0.1)
     ).repeat(3, axis=1),
+    "all ranks have the smallest of the samples at one place": np.tile(
+        np.minimum(FACTOR[:, :6], FACTOR[:, 6:]), (1, 2)
+    ),
     "each 2 samples of a micro-batch have one factor": PAIRS.reshape(FACTOR.shape),
     "no sample is clipped": np.ones_like(NORM),
     "samples are clipped not at C but at 1": np.minimum(1, 1 / NORM),

@@ -6,6 +6,7 @@ import datetime
 import io
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -367,3 +368,46 @@ def test_a_wrong_waiver_is_one_line_and_exit_code_2(
     assert len(lines) == 2
     assert "waivers='absent.yaml': expected a file that can be read" in lines[0]
     assert "waivers.yaml[0].expires='never': expected a date" in lines[1]
+
+
+@pytest.mark.parametrize("anything", ["*", "**"])
+@pytest.mark.parametrize("mode", ["*", "***"])
+def test_a_waiver_for_everything_is_refused_however_it_is_spelled(
+    tmp_path: Path, mode: str, anything: str
+) -> None:
+    file = tmp_path / "waivers.yaml"
+    file.write_text(
+        f"- {{mode: '{mode}', observable: '{anything}', reason: x, expires: 2026-12-31}}"
+    )
+    with pytest.raises(ValueError, match="expected a name, where the observable is any"):
+        load_waivers(file)
+
+
+def test_matching_takes_linear_time() -> None:
+    text = "a" * 200_000
+    start = time.process_time()
+    assert not matches("*a" * 1000 + "*b", text)
+    assert matches("a*" * 1000, text)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "is_match"),
+    [
+        ("a*a", "a", False),
+        ("a*a", "aa", True),
+        ("*ab*ab", "abab", True),
+        ("*ab*ab", "ab", False),
+        ("a*b*c", "a\nbbc", True),
+        ("", "", True),
+    ],
+)
+def test_a_star_stands_for_any_text(pattern: str, text: str, is_match: bool) -> None:
+    assert matches(pattern, text) is is_match
+
+
+def test_a_waiver_that_ends_in_more_than_a_year_is_warned_of() -> None:
+    far = TODAY + datetime.timedelta(days=367)
+    near = TODAY + datetime.timedelta(days=360)
+    notes = judged(healthy_runs(), waiver(expires=far), waiver(expires=near)).waiver_notes
+    assert len([note for note in notes if "more than a year from now" in note]) == 1

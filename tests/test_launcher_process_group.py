@@ -84,7 +84,7 @@ def handled():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_noted_once_and_raises_nothing(number):
     before = signal.getsignal(number)
-    with Interruption() as interruption:
+    with Interruption(outlives_terminal=False) as interruption:
         assert not interruption.requested
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGINT)
@@ -93,9 +93,16 @@ def test_a_signal_is_noted_once_and_raises_nothing(number):
 
 
 @pytest.mark.usefixtures("handled")
+def test_a_terminal_that_goes_away_ends_no_launch():
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not interruption.requested
+
+
+@pytest.mark.usefixtures("handled")
 def test_a_hangup_that_nohup_ignores_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Interruption() as interruption:
+    with Interruption(outlives_terminal=False) as interruption:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not interruption.requested
 

@@ -223,6 +223,7 @@ BAD = {
     "odd group": ["quick", "--group", "../up"],
     "group with a quote": ["quick", "--group", "a'b"],
     "reserved group": ["quick", "--group", "latest"],
+    "group like a golden file": ["quick", "--group", "x.dpsgd"],
     "taken group": ["quick", "--group", "taken"],
     "output of a suite": ["quick", "--output", "results.json"],
     "output folder missing": ["single", "--mode", "no_dp", "--output", "none/results.json"],

@@ -151,6 +151,8 @@ def test_formulas_are_what_their_words_say() -> None:
     assert of[NormFormula.LAST_USE] == pytest.approx(float(last.norm()))
     twice = ((first + last).square().sum() + last.square().sum()).sqrt()
     assert of[NormFormula.LAST_USE_TWICE] == pytest.approx(float(twice))
+    added = float(first.norm() + last.norm())
+    assert of[NormFormula.USES_ADDED] == pytest.approx(added)
     uses = first.square().sum() + last.square().sum()
     assert of[NormFormula.USES_APART] == pytest.approx(float(uses.sqrt()))
     once = (uses + first @ last).sqrt()
@@ -308,6 +310,10 @@ def test_wrong_losses_are_what_their_words_say() -> None:
         LossFormula.LAST_TOKEN_LOST: changed(
             torch.tensor([[1, 2, 3, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]])
         )[:2].mean(),
+        LossFormula.PROBABILITIES_AS_LOGITS: nn.functional.cross_entropy(
+            logits[:3].softmax(-1), ids[0, 1:4]
+        ),
+        LossFormula.CAPPED: nn.functional.cross_entropy(30 * (logits[:3] / 30).tanh(), ids[0, 1:4]),
         LossFormula.UNIFORM: -logits[:3].log_softmax(-1).mean(),
         LossFormula.SQUARED_LOG_SUM: logits[:3].logsumexp(-1).square().mean(),
     }

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
+import time
+import tracemalloc
 import zipfile
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -279,3 +283,62 @@ def test_a_file_that_cannot_be_used_is_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     assert Path("torn.dpsgd").read_text() == "no zip"
     assert not Path("results").exists()
+
+
+def packed_again(path: Path, change: Callable[[dict[str, bytes]], None], compression: int) -> None:
+    """Change the columns in a golden file, and pack them by another method."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(io.BytesIO(contents["runs.zip"])) as packed:
+        columns = {name: packed.read(name) for name in packed.namelist()}
+    change(columns)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as packed:
+        for name, data in columns.items():
+            packed.writestr(name, data)
+    contents["runs.zip"] = buffer.getvalue()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+
+
+def claimed(shape: str) -> bytes:
+    """A column whose header claims a shape, and that has no data."""
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+
+
+HUGE = 150 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "compression", "said"),
+    [
+        (lambda c: c.update({"0/loss.npy": bytes(HUGE)}), zipfile.ZIP_STORED, "unpack to"),
+        (
+            lambda c: c.update({"0/loss.npy": bytes(1000)}),
+            zipfile.ZIP_DEFLATED,
+            "that are not comp",
+        ),
+        (lambda c: c.update({"0/loss.npy": claimed("(1 << 40,)")}), zipfile.ZIP_STORED, "expected"),
+        (lambda c: c.update({"0/loss.npy": claimed(f"({1 << 40},)")}), zipfile.ZIP_STORED, "whole"),
+        (lambda c: c.update({"0/loss.npy": claimed("(-1, -3)")}), zipfile.ZIP_STORED, "whole"),
+        (lambda c: c.update({"0/../x.npy": b""}), zipfile.ZIP_STORED, "expected"),
+    ],
+    ids=["zeros", "compressed", "shape-no-literal", "shape-huge", "shape-negative", "name"],
+)
+def test_a_golden_file_that_expands_is_refused_at_once_and_in_little_memory(
+    tmp_path: Path, change: Callable[[dict[str, bytes]], None], compression: int, said: str
+) -> None:
+    path = tmp_path / "g.dpsgd"
+    write_golden(group_of(healthy_runs()), path)
+    packed_again(path, change, compression)
+    assert path.stat().st_size < 4 << 20
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(GroupNotFound, match=said) as raised:
+        read_golden(path)
+    assert time.process_time() - start < 2
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+    assert "\n" not in str(raised.value)

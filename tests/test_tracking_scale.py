@@ -199,7 +199,7 @@ def test_a_logged_rank_holds_its_own_values_and_nobody_elses(worked):
         losses = [dict(zip(row.keys, row.values, strict=True))["loss"] for row in run.rows]
         assert [row.step for row in run.rows] == list(range(STEPS))
         assert losses == own.loss.tolist()
-        assert [path.name for path, _ in run.files] == ["trajectory.npz"]
+        assert [file.path.name for file in run.files] == ["trajectory.npz"]
 
 
 def test_what_is_global_is_whole_whichever_ranks_are_logged(worked):

@@ -112,7 +112,7 @@ def test_what_was_shipped_is_found_again_without_its_state(tmp_path, settings):
     spool_a_group(tmp_path, "forgetful")
     (group,) = spooled_groups(tmp_path)
     shipper_of(group, settings).ship()
-    (group.folder / "state.json").write_text("{")
+    (group.folder / "state").write_text("{")
     assert settle(shipper_of(group, settings), count=True) == []
     check_whole(*open_store(settings), "forgetful")
 

@@ -97,18 +97,20 @@ def test_a_record_with_one_bit_turned_is_not_believed_and_those_after_it_are(tmp
             reader = SpoolReader(path)
             found = [record for _, record in reader.records()]
             assert all(row in rows for row in found)
-            if place == len(whole) - 1:
-                # As if its writer had been killed at it.
-                assert (found, reader.damage(), reader.is_closed) == (rows, [], False)
+            if not reader.damage():
+                # The count of bytes may lag behind.
+                assert place < spool.HEADER_BYTES
+                assert found == rows
                 continue
             assert str(path) in reader.damage()[0]
-            assert f"line {number} " in reader.damage()[0]
+            if spool.HEADER_BYTES <= place < len(whole) - 1:
+                assert f"line {number} " in reader.damage()[0]
             if place >= num_names:
                 # A line break that is turned takes the next line with it.
                 lost = {number - 4, number - 3} if whole[place] == 10 else {number - 4}
                 assert found == [row for row in rows if row.step not in lost]
     path.write_bytes(whole)
-    assert (read(path), SpoolReader(path).damage()) == (rows, [])
+    assert read(path) == rows
 
 
 @pytest.mark.parametrize("number", range(7))
@@ -120,11 +122,8 @@ def test_a_line_that_is_missing_is_noticed_by_the_count_at_the_end(tmp_path, num
     path.write_bytes(b"".join(lines))
     reader = SpoolReader(path)
     list(reader.records())
-    if number == 6:
-        assert not reader.is_closed
-    else:
-        assert reader.is_closed
-        assert reader.damage()
+    assert reader.is_closed == (number < 6)
+    assert reader.damage()
 
 
 @pytest.mark.parametrize("tail", [b"x", b"x\n", bytes(10)])
@@ -148,13 +147,14 @@ def test_values_whose_names_were_damaged_are_counted(tmp_path):
 
 
 def test_a_file_is_readable_with_other_tools(tmp_path):
-    """Every line but the first is a checksum, a space, and JSON."""
+    """Every line but the first, which is JSON alone, is a checksum, a space, and JSON."""
     writer = SpoolWriter(tmp_path, f"a{RECORDS}", runs=["run", "other"])
     writer.log_metrics("run", 7, {"loss": 1.5, "norm": -0.0})
     writer.set_tags("run", {"a": "b"})
     writer.close()
-    first, *lines = spool_files(tmp_path)[0].read_text().splitlines()
-    assert json.loads(first) == {"dpsgd-track spool": 2}
+    (file,) = spool_files(tmp_path)
+    first, *lines = file.read_text().splitlines()
+    assert json.loads(first) == {"dpsgd-track spool": 3, "bytes": f"{file.stat().st_size:016x}"}
     opened, names, row, event, closed = (json.loads(line[9:]) for line in lines)
     assert opened == {"do": "open", "runs": ["run", "other"]}
     assert names == {"do": "names", "number": 0, "run": "run", "keys": ["loss", "norm"]}
@@ -178,12 +178,12 @@ def test_a_growing_file_is_read_on_from_where_it_was(tmp_path):
 def test_another_version_is_refused(tmp_path):
     path = tmp_path / f"000001-a{CONTROL}"
     whole = write(tmp_path, 3).read_bytes()
-    later = whole.replace(b'spool":2', b'spool":3')
+    later = whole.replace(b'spool":3', b'spool":4')
     line = b'{"do":"open","runs":[]}'
-    alike = later[: len(spool.MAGIC)] + b"%08x %b\n" % (zlib.crc32(line), line)
-    for content in (b"dpsgd-track spool 1\nwhatever", b"\n", later[: len(spool.MAGIC)], alike):
+    alike = later[: spool.HEADER_BYTES] + b"%08x %b\n" % (zlib.crc32(line), line)
+    for content in (b"dpsgd-track spool 1\nwhatever", b"\n", later[: spool.HEADER_BYTES], alike):
         path.write_bytes(content)
-        with pytest.raises(SpoolDamaged, match="version 2"):
+        with pytest.raises(SpoolDamaged, match="version 3"):
             read(path)
     # What fits the checksums of this version is of this version.
     path.write_bytes(later)

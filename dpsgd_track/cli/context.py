@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dpsgd_track.config import DataConfig, ModelConfig, Settings, redact_uri
+from dpsgd_track.config import DataConfig, ModelConfig, Settings
 from dpsgd_track.modes.table import split_planted
 from dpsgd_track.program import NAME, command, without_secrets
 from dpsgd_track.record.plan import GroupPlan
+from dpsgd_track.redaction import redact_uri, redacted
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
@@ -65,7 +66,7 @@ class Context:
 
     def complain(self, error: object, code: int) -> int:
         """Print the error on one line; returns `code`, the exit code."""
-        print(f"{NAME} {self.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{NAME} {self.verb}: {' '.join(redacted(str(error)).split())}", file=sys.stderr)
         return code
 
 
@@ -77,6 +78,7 @@ def reading(settings: Settings) -> Iterator[None]:
     from sqlalchemy.exc import SQLAlchemyError
 
     from dpsgd_track.store.client import one_line
+    from dpsgd_track.store.deadline import NoAnswer
     from dpsgd_track.store.reader import GroupNotFound
     from dpsgd_track.store.spool import SpoolDamaged
 
@@ -84,7 +86,7 @@ def reading(settings: Settings) -> Iterator[None]:
         yield
     except (GroupNotFound, SpoolDamaged) as error:
         raise ValueError(str(error)) from error
-    except (MlflowException, SQLAlchemyError, RequestException) as error:
+    except (MlflowException, SQLAlchemyError, RequestException, NoAnswer) as error:
         where, reason = redact_uri(settings.tracking_uri), one_line(error)
         raise ValueError(
             f"tracking_uri={where!r}: expected a tracking server that answers. {reason}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dpsgd_track.cli.context import Context, check_planted, reading, say, say_aside
 from dpsgd_track.cli.dry_run import show_plan
 from dpsgd_track.cli.options import ResumeOptions
-from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.config import Settings, require
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
 from dpsgd_track.launcher.choices import NodeChoices, ProfileChoices, RecordChoices
 from dpsgd_track.launcher.hardware import count_gpus
@@ -19,6 +19,7 @@ from dpsgd_track.launcher.suites import Asked, InputCheck, check_modes, placemen
 from dpsgd_track.launcher.variants import OF_HERE
 from dpsgd_track.program import command
 from dpsgd_track.record.plan import GroupPlan, Suite
+from dpsgd_track.redaction import redact_uri
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.launch import Launched

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import traceback
@@ -14,19 +13,19 @@ from cyclopts import CycloptsError
 from dpsgd_track import __version__
 from dpsgd_track.cli.context import Context, check_inputs
 from dpsgd_track.cli.help import HELP, HELP_ALL, overview, page
+from dpsgd_track.cli.lasting_output import lasting_output
 from dpsgd_track.cli.options import parser_of
 from dpsgd_track.cli.parse_errors import sentence
 from dpsgd_track.cli.verbs import VERBS, Verb
 from dpsgd_track.config import nearest
 from dpsgd_track.launcher import EXIT_FINISHED, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE
 from dpsgd_track.program import INSTALLED, NAME, Program, called_as, command
+from dpsgd_track.redaction import redacted
+from dpsgd_track.store.scratch import sweep
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
     from dpsgd_track.launcher.suites import InputCheck
-
-_EXIT_PIPE_CLOSED = 141
-"""A shell's exit code for a program killed by SIGPIPE."""
 
 
 def main(
@@ -48,14 +47,11 @@ def main(
         The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with called_as(program):
+    with called_as(program), lasting_output():
         try:
             return _main(argv, check_inputs, launch)
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return _EXIT_PIPE_CLOSED
 
 
 def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) -> int:
@@ -71,6 +67,7 @@ def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) 
         advice = f"`{command('VERB', ['--help'])}` explains each."
         print(f"{NAME}: verb={name!r}: {expected} {advice}", file=sys.stderr)
         return EXIT_USAGE
+    sweep()
     context = Context(
         verb=name, arguments=arguments, check_inputs=check_inputs, chosen_launch=launch
     )
@@ -93,8 +90,6 @@ def _run(verb: Verb, context: Context) -> int:
         return context.complain(sentence(error, verb.name, parsers), EXIT_USAGE)
     except ValueError as error:
         return context.complain(error, EXIT_USAGE)
-    except BrokenPipeError:
-        raise
     # No verb exits by itself: what a library or a user's module exits with is no verdict.
     except (Exception, SystemExit) as error:
         return _keep_traceback(error, context)
@@ -107,8 +102,8 @@ def _keep_traceback(error: BaseException, context: Context) -> int:
         with tempfile.NamedTemporaryFile(
             "w", prefix=f"{NAME}-{context.verb}-", suffix=".txt", delete=False, encoding="utf-8"
         ) as file:
-            traceback.print_exception(error, file=file)
+            file.write(redacted("".join(traceback.format_exception(error))))
     except OSError as full:
-        traceback.print_exception(error)
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr)
         return context.complain(f"{summary}. The traceback is above, as {full}", EXIT_INTERNAL)
     return context.complain(f"{summary}. The traceback is in {file.name}", EXIT_INTERNAL)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from dpsgd_track.comparison.measure.observables import OBSERVABLES
 from dpsgd_track.config import REGIMES, require
-from dpsgd_track.modes.table import MODES, plugged_in_modes
-from dpsgd_track.text_file import open_text
+from dpsgd_track.modes.table import MODES, is_private, plugged_in_modes
+from dpsgd_track.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from dpsgd_track.comparison.measure.excess import Excess
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 ANY = "*"
 """Matches any text, also within a pattern."""
 
+_LONG = datetime.timedelta(days=366)
+"""Validity from which on a waiver is warned of."""
 _REQUIRED = ("mode", "observable", "reason", "expires")
 _ITEMS = ("layer", "parameter")
 """Items that `where` can name: a drift records all of them, but only the largest of other items."""
@@ -64,17 +65,11 @@ def load_waivers(path: Path) -> tuple[Waiver, ...]:
     """
     name = str(path)
     try:
-        with open_text("waivers", path) as file:
-            text = file.read()
+        raw = read_yaml("waivers", path)
     except FileNotFoundError:
         raise ValueError(
             f"waivers={name!r}: expected a file that can be read. Check --waivers."
         ) from None
-    try:
-        raw = yaml.safe_load(text)
-    # PyYAML lets the ValueError of an impossible date, and endless nesting, through.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"waivers={name!r}: expected valid YAML. {error}") from None
     raw = [] if raw is None else raw
     require(isinstance(raw, list), "waivers", name, "a list of waivers at the top")
     return tuple(_waiver(entry, f"{path.name}[{number}]") for number, entry in enumerate(raw))
@@ -123,7 +118,9 @@ def _up_to(entry: Mapping[str, Any], place: str) -> float | None:
 
 def _check_reach(waiver: Waiver, place: str) -> None:
     """Raise ValueError if the waiver could match nothing that is compared, or everything."""
-    is_named = bool(f"{waiver.mode}{waiver.observable}".strip(ANY))
+    is_any_mode = all(matches(waiver.mode, name) for name in MODES if is_private(name))
+    is_any_observable = all(matches(waiver.observable, name) for name in OBSERVABLES)
+    is_named = not (is_any_mode and is_any_observable)
     require(is_named, f"{place}.mode", waiver.mode, "a name, where the observable is any")
     mode = waiver.mode.partition("@")[0]
     known = [*MODES, *plugged_in_modes()]
@@ -149,8 +146,23 @@ def _check_known(pattern: str, known: Collection[str], setting: str) -> None:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """True if `text` matches `pattern`, in which each `*` stands for any text."""
-    return bool(re.fullmatch(".*".join(map(re.escape, pattern.split(ANY))), text, re.DOTALL))
+    """True if `text` matches `pattern`, in which each `*` stands for any text.
+
+    The first place where a part fits is as good as any later one, so that none is tried twice.
+    """
+    first, *parts = pattern.split(ANY)
+    if not parts:
+        return pattern == text
+    *inner, last = parts
+    if not text.startswith(first):
+        return False
+    place = len(first)
+    for part in inner:
+        found = text.find(part, place)
+        if found < 0:
+            return False
+        place = found + len(part)
+    return text.endswith(last) and len(text) - len(last) >= place
 
 
 def waiver_of(
@@ -202,7 +214,7 @@ def _is_all_there(excess: Excess, where: str) -> bool:
 def waiver_notes(
     waivers: Iterable[Waiver], used: Collection[Waiver], today: datetime.date
 ) -> tuple[str, ...]:
-    """A sentence for each waiver that has expired or was not needed."""
+    """A sentence for each waiver that has expired, was not needed, or has long to go."""
     notes = []
     for waiver in waivers:
         if waiver.expires < today:
@@ -210,7 +222,13 @@ def waiver_notes(
                 f"The waiver for {waiver.title} expired on {waiver.expires} and was not applied "
                 f"(its reason: {waiver.reason})."
             )
-        elif waiver not in used:
+            continue
+        if waiver.expires > today + _LONG:
+            notes.append(
+                f"The waiver for {waiver.title} expires on {waiver.expires}, more than a year from "
+                "now: a drift that is accepted for so long is a threshold. Choose a nearer date."
+            )
+        if waiver not in used:
             notes.append(
                 f"The waiver for {waiver.title} was not needed: no such drift was found "
                 f"(its reason: {waiver.reason})."

@@ -75,6 +75,10 @@ class WorkerHost:
             self._code = code or 1
         return self._code
 
+    def cpu_s(self) -> float:
+        """CPU time in seconds of the group so far."""
+        return self._session.cpu_s() if self._session else 0.0
+
     def end(self) -> None:
         """End the group, within its grace period; no process of it is left."""
         if self._session is None:

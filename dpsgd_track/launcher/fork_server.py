@@ -25,6 +25,7 @@ import importlib.machinery
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -35,7 +36,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
 
+from dpsgd_track.launcher.sign_off import SignOffs
 from dpsgd_track.record.codec import Codec
+from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.names import VARIANT_VARIABLE
 
 _POLL_S = 0.05
@@ -110,24 +113,45 @@ class _Host:
 
     def _run(self, request: Request) -> int | None:
         """The group's exit code; None if it was ended."""
+        try:
+            return self._lead(request)
+        finally:
+            shutil.rmtree(_logs_of(request), ignore_errors=True)
+
+    def _lead(self, request: Request) -> int | None:
         host = os.getpid()
+        sign_offs = SignOffs(request.num_ranks)
         agent = os.fork()
         if agent == 0:
             # The closed socket tells the launcher that this process is gone: no other may hold it.
             os.close(self._channel.detach())
-            _lead(request, self._main, host)
+            _lead(request, self._main, host, sign_offs)
         while not self._told_to_end:
-            if (code := _exit_code(agent)) is not None:
+            code = _exit_code(agent)
+            if (deserter := sign_offs.deserter()) is not None:
+                _report_deserter(request, deserter)
+                if code is None:
+                    self._end(agent, request.grace_s)
+                return code or 1
+            if code is not None:
                 return code
             # No request comes while a group runs: this is the launcher's end of the socket
             # being closed.
             if self._is_readable():
                 self._told_to_end = True
-        os.kill(agent, signal.SIGTERM)
-        deadline = time.monotonic() + request.grace_s
-        while _exit_code(agent) is None and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
+        self._end(agent, request.grace_s)
         return None
+
+    def _end(self, agent: int, grace_s: float) -> None:
+        """End a group. If the agent does not end its ranks in time, the kernel does."""
+        os.kill(agent, signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while _exit_code(agent) is None:
+            if time.monotonic() > deadline:
+                os.kill(agent, signal.SIGKILL)
+                os.waitpid(agent, 0)
+                return
+            time.sleep(_POLL_S)
 
     def _is_readable(self) -> bool:
         return bool(select.select([self._channel], [], [], _POLL_S)[0])
@@ -142,18 +166,31 @@ def _exit_code(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def _lead(request: Request, main: WorkerMain, host: int) -> None:
+def _logs_of(request: Request) -> Path:
+    """Folder in which torch's launcher keeps errors of ranks while a group runs."""
+    return Path(request.log).with_name("torchelastic")
+
+
+def _report_deserter(request: Request, local_rank: int) -> None:
+    node_rank = request.meeting.node_rank if request.meeting else 0
+    rank = node_rank * request.num_ranks + local_rank
+    path = Path(request.job_file).with_name(f"failure-rank{rank}.json")
+    path.write_text(FAILURE.dumps(Failure(kind=FailureKind.LEFT, rank=rank)), encoding="utf-8")
+
+
+def _lead(request: Request, main: WorkerMain, host: int, sign_offs: SignOffs) -> None:
     """Run the agent, in its fork."""
     code = 1
     try:
         os.setsid()
         _die_with(host, signal.SIGKILL)
         _reset_signals()
+        signal.signal(signal.SIGCHLD, sign_offs.note_exits)
         log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(log, sys.stdout.fileno())
         os.dup2(log, sys.stderr.fileno())
         os.close(log)
-        _launch(request, main)
+        _launch(request, main, sign_offs)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -161,13 +198,14 @@ def _lead(request: Request, main: WorkerMain, host: int) -> None:
         _leave(code)
 
 
-def _launch(request: Request, main: WorkerMain) -> None:
+def _launch(request: Request, main: WorkerMain, sign_offs: SignOffs) -> None:
     """Run the ranks with torch's launcher.
 
     Raises:
         ChildFailedError: a rank failed; the text says which and how.
     """
     from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The static rendezvous, unlike c10d, starts no thread that could hold a lock at the fork.
@@ -197,6 +235,8 @@ def _launch(request: Request, main: WorkerMain) -> None:
         local_addr=_ADDRESS if meeting.num_nodes == 1 else None,
         max_restarts=0,
         start_method="fork",
+        # By default, in the system's temporary folder, where it stays.
+        logs_specs=DefaultLogsSpecs(log_dir=str(_logs_of(request))),
     )
     agent = os.getpid()
     # The server's thread lives in this process. While it serves one rank, the fork of another
@@ -206,6 +246,8 @@ def _launch(request: Request, main: WorkerMain) -> None:
     def run_rank(job_file: str) -> None:
         _reset_signals()
         _die_with(agent, signal.SIGKILL)
+        local_rank = int(os.environ["LOCAL_RANK"])
+        sign_offs.sign_on(local_rank)
         all_forked.wait(_FORK_TIMEOUT_S)
         try:
             code = main(job_file)
@@ -218,6 +260,7 @@ def _launch(request: Request, main: WorkerMain) -> None:
         # torch's launcher waits for a successful rank to return.
         if code != 0:
             _leave(code)
+        sign_offs.sign_off(local_rank)
 
     elastic_launch(config, run_rank)(request.job_file)
 
@@ -263,7 +306,8 @@ def _serve_elsewhere() -> str:
 
 
 def _reset_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
+    for number in numbers:
         signal.signal(number, signal.SIG_DFL)
 
 

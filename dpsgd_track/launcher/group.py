@@ -169,6 +169,7 @@ class GroupRun:
                 spool=str(self._recording.spool.absolute()),
                 mode_runs=tuple(mode_run for mode_run, _ in runs[: len(ready)]),
                 rank_runs=tuple(ranks for _, ranks in runs[: len(ready)]),
+                stall_s=self._launch.stall_s,
             )
             with self._recording.quiet() if job.is_timed else contextlib.nullcontext():
                 outcomes = run_mode(

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a request that is polled between steps, never handled within one."""
+"""Ctrl-C and SIGTERM as a request that is polled between steps, never handled within one.
+
+A terminal that goes away is no request: what was started in it runs on.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,14 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, SIGINT, SIGTERM and SIGHUP set `requested`; repeated ones have no effect."""
+    """While entered, SIGINT and SIGTERM set `requested`; repeated ones have no effect."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, outlives_terminal: bool = True) -> None:
+        """
+        Args:
+            outlives_terminal: SIGHUP is ignored; else it is a request as well.
+        """
+        self._outlives_terminal = outlives_terminal
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -30,11 +38,12 @@ class Interruption:
         return f"interrupted by {self.name}."
 
     def __enter__(self) -> Interruption:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # A SIGHUP that nohup ignores stays ignored.
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue
+        for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
+        # A SIGHUP that nohup ignores stays ignored.
+        is_ignored = self._outlives_terminal or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        on_hangup = signal.SIG_IGN if is_ignored else self._note
+        self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, on_hangup)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,6 +6,7 @@ Files of a worker in its work folder:
   num_iter, loss, epsilon (in end, where noise was accounted for),
   step_time_ms and peak_memory_gib (in end, of a profile).
 - `failure-rank{r}.json`: the `Failure` of rank r.
+- `stacks-rank{r}.txt`: the stacks of rank r, while it makes no progress.
 - `{regime}/facts.json`: the `RunFacts` of a regime.
 - `{regime}/trajectory.npz`: the record of a finished regime; of a profile `timings.json`.
 - `{regime}/clip_bounds.json`: C of each step, measured by the reference in the clip regime.
@@ -32,10 +33,12 @@ from dpsgd_track.launcher.hardware import num_cores
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.progress import Display
 from dpsgd_track.launcher.several_machines.meeting import LOST_AFTER_S, Leader, Report
+from dpsgd_track.launcher.stalls import STALL_S, Stalls
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind, names_lost_peer
 from dpsgd_track.record.names import TIMINGS_FILE, TRAJECTORY_FILE, VARIANT_VARIABLE
 from dpsgd_track.record.plan import STARTED_JOB, StartedJob
 from dpsgd_track.record.run import Status
+from dpsgd_track.redaction import redact_uri
 
 WORKER = "dpsgd_track.training.worker"
 GRACE_S = 10.0
@@ -49,6 +52,9 @@ _EXCEPTION = re.compile(
 _OF_LAUNCHER = re.compile(r"\b(?:ChildFailedError|ProcessExitedException)\b")
 """Messages of torch's launcher on a failed rank."""
 _ROOT_CAUSE = re.compile(r"^Root Cause .*?^\s*rank\s*: (\d+)", re.MULTILINE | re.DOTALL)
+_CREDENTIALS = ("MLFLOW_TRACKING_", "PGPASS", "PGSERVICE")
+"""How the names of variables begin that lead to the tracking store."""
+_DATABASES = ("postgresql", "postgres", "mysql", "mssql")
 _KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID")
 
 Event = Mapping[str, Any]
@@ -74,6 +80,8 @@ class Launch:
     """Time in seconds for the group to end by itself."""
     lost_after_s: float = LOST_AFTER_S
     """Longest silence of another machine, in seconds, before it counts as lost."""
+    stall_s: float = STALL_S
+    """Seconds without progress before the stacks of all ranks are told."""
 
 
 def run_mode(
@@ -96,6 +104,9 @@ def run_mode(
     meeting = leader.start(started, work_dir.name) if leader else None
     others = leader if meeting else None
     trouble = ""
+    hung: Failure | None = None
+    ranks = range(started.job.num_ranks // (meeting.num_nodes if meeting else 1))
+    stalls = Stalls(started.job, work_dir, ranks, launch.stall_s, host.cpu_s)
     try:
         start(started, launch, host, meeting)
         while (code := host.poll()) is None and not interruption.requested:
@@ -103,8 +114,11 @@ def run_mode(
                 display.say(f"{trouble} Ending {title}.")
                 break
             progress.forward(display.event)
+            if hung := stalls.look(display.say, has_begun=progress.has_begun):
+                display.say(f"Ending {title}, which hangs.")
+                break
             time.sleep(_POLL_S)
-        if code is None and not trouble:
+        if code is None and not trouble and not hung:
             display.say(f"{interruption.reason} Ending {title}.")
     finally:
         host.end()
@@ -113,11 +127,15 @@ def run_mode(
     if others:
         # If this machine's part was cut short, so are the others'.
         own = interruption.reason if interruption.requested else "node 0 failed."
+        own = hung.reason if hung else own
         reports = others.settle("" if code == 0 else trouble or own)
     # A scheduler's SIGTERM may reach the group before this process looks.
     if interruption.requested and code != 0:
         stopped = Failure(kind=FailureKind.INTERRUPTED, message=interruption.name)
         return outcomes(started, None, progress.ended, stopped)
+    if hung:
+        # What ranks say once they are told to end is not the reason.
+        return outcomes(started, 1, progress.ended, hung)
     if code:
         reports.append(report_of(work_dir, code))
     return outcomes(started, 1 if code is None else code, progress.ended, cause(reports))
@@ -180,7 +198,10 @@ def failure_of(work_dir: Path, code: int) -> Failure:
 
 
 def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
-    """The launcher's environment, HF_TOKEN included, with the variables that ranks need."""
+    """The launcher's environment, HF_TOKEN included, with the variables that ranks need.
+
+    Nothing in it opens the tracking store.
+    """
     package_root = str(Path(dpsgd_track.__file__).parent.parent)
     search_path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     environment = {
@@ -189,7 +210,7 @@ def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         "OMP_NUM_THREADS": str(max(1, num_cores() // request.num_ranks)),
         **_interface(request.meeting),
-        **os.environ,
+        **_without_credentials(os.environ),
         "PYTHONPATH": os.pathsep.join([*search_path, package_root]),
         # Counting GPUs through CUDA would make it unusable in processes forked afterwards.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -206,6 +227,16 @@ def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
         environment["PYTHONSAFEPATH"] = "1"
         environment[VARIANT_VARIABLE] = variant.root
     return environment
+
+
+def _without_credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """What ranks may see: they write to the spool, and need no tracking store."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(_CREDENTIALS)
+        and not (value.startswith(_DATABASES) and redact_uri(value) != value)
+    }
 
 
 def _interface(meeting: Meeting | None) -> dict[str, str]:
@@ -227,6 +258,8 @@ class _Progress:
         self._offset = 0
         self.ended: set[int] = set()
         """Indices of regimes that ended."""
+        self.has_begun = False
+        """True once a step was taken."""
 
     def forward(self, on_event: Callable[[Event], object]) -> None:
         """Pass every new event to `on_event`."""
@@ -242,6 +275,7 @@ class _Progress:
             event = json.loads(line)
             if event["event"] == "end":
                 self.ended.add(event["regime"])
+            self.has_begun |= event["event"] == "step"
             on_event(event)
 
 

@@ -59,6 +59,15 @@ class Session:
         except subprocess.TimeoutExpired:
             return None
 
+    def cpu_s(self) -> float:
+        """CPU time in seconds of all descendants that are alive."""
+        total = 0.0
+        for process in self._descendants():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
     def end(self, grace_s: float) -> None:
         """End everything: ask the command to end, wait `grace_s`, then kill all that are left."""
         descendants = self._descendants()

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.config import Settings, require
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.record.failure import Failure, FailureKind
 from dpsgd_track.record.plan import Suite
 from dpsgd_track.record.run import Status
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import TrackingError
 from dpsgd_track.store.opening import has_group, open_store, unusable
 from dpsgd_track.store.run_tree import RunTree

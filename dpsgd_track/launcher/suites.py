@@ -58,6 +58,7 @@ from dpsgd_track.launcher.variants import (
 )
 from dpsgd_track.modes import table
 from dpsgd_track.record.environment import environment
+from dpsgd_track.record.names import GOLDEN_SUFFIX
 from dpsgd_track.record.plan import GroupPlan, Suite
 from dpsgd_track.training.text_source import population_of
 
@@ -146,6 +147,9 @@ def placement_of(asked: Asked) -> Placement:
         require(bool(_GROUP.fullmatch(kept.group)), "group", kept.group, allowed)
         advice = "`compare` reads it as the newest group."
         require(kept.group != "latest", "group", kept.group, "another name", advice)
+        is_file = kept.group.endswith(GOLDEN_SUFFIX)
+        advice = "`compare` takes it for a golden file."
+        require(not is_file, "group", kept.group, "another name", advice)
     if kept.output is not None:
         output, allowed = str(kept.output), f"no --output but in {', '.join(_WITH_OUTPUT)}"
         require(asked.suite in _WITH_OUTPUT, "output", output, allowed)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.config import Settings
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
 from dpsgd_track.program import command
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import TrackingError
 from dpsgd_track.store.contents import Contents
 from dpsgd_track.store.opening import StoreError, open_store, unusable
@@ -46,7 +47,7 @@ def sync(settings: Settings, group: str | None) -> int:
                 raise
             print(f"{each.label}: its launcher shipped it meanwhile")
         except (StoreError, SpoolDamaged, TrackingError, OSError) as error:
-            if len(groups) == 1:
+            if len(groups) == 1 and not isinstance(error, SpoolDamaged):
                 raise ValueError(str(error)) from error
             print(f"{each.label}: NOT shipped. {error}")
             codes.append(EXIT_FAILED)

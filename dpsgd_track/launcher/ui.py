@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpsgd_track.config import Settings, redact_uri, require
+from dpsgd_track.config import Settings, require
 from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.processes import Session
 from dpsgd_track.program import NAME, command
+from dpsgd_track.redaction import redact_uri, redacted
+from dpsgd_track.store.scratch import scratch
 from dpsgd_track.store.spooled import spooled_groups
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlalchemy_uri, sqlite_path
 
@@ -41,7 +42,10 @@ def open_ui(settings: Settings, port: int) -> int:
     if unshipped:
         count = f"{len(unshipped)} group{'s' * (len(unshipped) > 1)}"
         print(f"not in the store yet: {count}, which `{command('sync')}` ships")
-    with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
+    with (
+        scratch() as folder,
+        Interruption(outlives_terminal=False) as interruption,
+    ):
         log = Path(folder) / "server.log"
         session = Session(_command(port), _environment(uri), log)
         try:
@@ -63,7 +67,7 @@ def _serve(session: Session, port: int, log: Path, interruption: Interruption) -
     while not interruption.requested:
         code = session.poll()
         if code is not None:
-            print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
+            print(redacted(log.read_text(errors="replace")[-2000:]), file=sys.stderr)
             print(f"{NAME} ui: the MLflow server ended with exit code {code}.", file=sys.stderr)
             return 1
         if not announced and _answers(port):

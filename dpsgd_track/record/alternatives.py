@@ -99,6 +99,7 @@ class NormFormula(enum.StrEnum):
         "with cross terms between tiles of 32 positions counted once rather than twice"
     )
     TILES_OF_32_APART = "without cross terms between tiles of 32 positions"
+    USES_ADDED = "|g_1| + |g_2| in place of |g_1 + g_2| of a parameter that is used twice"
 
 
 class LossFormula(enum.StrEnum):
@@ -120,3 +121,6 @@ class LossFormula(enum.StrEnum):
     LAST_TOKEN_LOST = "of samples without their last token"
     UNIFORM = "the mean over all classes in place of the target's, as label smoothing of 1 makes it"
     SQUARED_LOG_SUM = "the squared logarithm of the softmax's denominator, as a z-loss adds it"
+    PROBABILITIES_AS_LOGITS = "computed from probabilities, so that softmax is applied twice"
+    CAPPED = "computed from logits that are capped, 30 tanh(x / 30)"
+    POSITIONS_FROM_PADDING = "computed with positions that count the padding on the left"

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import struct
 import weakref
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+
+from dpsgd_track.record.archive_bounds import check_bounds
 
 _CHUNK = 1 << 20
 # The fixed part of a member's header: PKWARE, APPNOTE.TXT 6.3.10, section 4.3.7.
@@ -81,10 +85,12 @@ def open_archive(
     with _said_as_torn():
         file = _OpenFile(path)
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            check_bounds(archive, path.stat().st_size)
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 column = _column(archive, member, file) if name in apart else None
                 if column is None:
+                    _require_whole(archive, member)
                     with archive.open(member) as content:
                         values[name] = npy.read_array(content, allow_pickle=False)
                 else:
@@ -92,12 +98,48 @@ def open_archive(
     return values, columns
 
 
+# RuntimeError: encrypted, or nested without end. NotImplementedError: an unknown compression.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+)
+
+
 @contextmanager
 def _said_as_torn() -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, struct.error) as error:
+    except _UNREADABLE as error:
         raise TornFile(str(error)) from error
+
+
+def _header(content: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]] | None:
+    """Shape, order and type of an array; None for a version of the format without shapes here."""
+    version = npy.read_magic(content)
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    if version not in read_header:
+        return None
+    shape, is_fortran, dtype = read_header[version](content)
+    return shape, is_fortran, dtype
+
+
+def _require_whole(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Raise ValueError unless an array is as large as its header says: space is made for that."""
+    with archive.open(member) as content:
+        header = _header(content)
+        if header is None:
+            raise ValueError(f"{member.filename}: expected version 1 or 2 of the npy format.")
+        shape, _, dtype = header
+        num_bytes = member.file_size - content.tell()
+    if min(shape, default=0) < 0 or num_bytes != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{member.filename} holds {num_bytes} bytes, not a whole array.")
 
 
 def _column(
@@ -106,11 +148,10 @@ def _column(
     if member.compress_type != zipfile.ZIP_STORED:
         return None
     with archive.open(member) as content:
-        version = npy.read_magic(content)
-        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-        if version not in read_header:
+        header = _header(content)
+        if header is None:
             return None
-        shape, is_fortran, dtype = read_header[version](content)
+        shape, is_fortran, dtype = header
         if (is_fortran and len(shape) > 1) or dtype.hasobject:
             return None
         header_bytes = content.tell()

@@ -30,6 +30,10 @@ class FailureKind(enum.StrEnum):
     DISK_FULL = "disk_full"
     KILLED = "killed"
     INTERRUPTED = "interrupted"
+    LEFT = "left"
+    """A rank ended with exit code 0 before its work was done."""
+    HUNG = "hung"
+    """No rank makes progress."""
     MACHINE_LOST = "machine_lost"
     PEER = "peer"
     """A rank lost the others, for an unknown reason."""
@@ -90,6 +94,15 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     FailureKind.INTERRUPTED: (
         "interrupted",
         "`{resume}` runs what is missing.",
+    ),
+    FailureKind.LEFT: (
+        "a rank ended in mid-run, with exit code 0",
+        "Something called os._exit or ended the process: read the log; `{single}` runs this mode "
+        "alone.",
+    ),
+    FailureKind.HUNG: (
+        "the ranks hang",
+        "The stacks of all ranks are beside the log; `{single}` runs this mode alone.",
     ),
     FailureKind.MACHINE_LOST: (
         "a machine was lost",

@@ -36,6 +36,8 @@ KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
 
 TRAJECTORY_FILE = "trajectory.npz"
 TIMINGS_FILE = "timings.json"
+GOLDEN_SUFFIX = ".dpsgd"
+"""Suffix that tells a golden file from a group's name."""
 VARIANT_VARIABLE = "DPSGD_TRACK_VARIANT"
 """Environment variable of a variant's workers: the folder put first on the import path."""
 
@@ -51,3 +53,8 @@ LAYER_GRAD_NORM = "layer_grad_norm/"
 SAMPLE_NORM = "sample_norm/"
 CLIP_FACTOR = "clip_factor/"
 """Prefixes of metrics: layers by fully qualified name, samples by position in the rank's batch."""
+
+
+def stacks_file(rank: int) -> str:
+    """Name of the file with the stacks of a rank that makes no progress, in its work folder."""
+    return f"stacks-rank{rank}.txt"

@@ -102,6 +102,8 @@ class StartedJob:
     """Mode run of each regime, by its key in the spool."""
     rank_runs: tuple[tuple[str, ...], ...] = ()
     """For each regime, the key of each rank's run; empty for a rank that is not logged."""
+    stall_s: float = 60.0
+    """Seconds without progress after which a rank writes its stacks to its work folder."""
 
 
 STARTED_JOB = Codec(StartedJob, "dpsgd-track/job", 1)

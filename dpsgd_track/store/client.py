@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from dpsgd_track.config import redact_uri, require
+from dpsgd_track.config import require
+from dpsgd_track.redaction import redact_uri, redacted
 from dpsgd_track.store.sqlite_file import sqlalchemy_uri
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ _ABOUT_THE_RECORD = (
 # Statuses by which a proxy or an artifact store refuses one file.
 _ABOUT_THE_FILE = (400, 404, 405, 409, 411, 413, 414, 415, 422)
 
-_CREDENTIALS = re.compile(r"(\w://)[^/\s]*@")
 # The actual error, within the long messages of urllib3 and SQLAlchemy.
 _CAUSES = (
     re.compile(r"Caused by \w+\([\"'].*?\): (.*?)\.?[\"']\)"),
@@ -77,7 +77,12 @@ def connect(tracking_uri: str) -> MlflowClient:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
     with _default_artifact_root():
-        return MlflowClient(sqlalchemy_uri(with_credentials(tracking_uri)))
+        client = MlflowClient(sqlalchemy_uri(with_credentials(tracking_uri)))
+    if not tracking_uri.startswith("http"):
+        return client
+    from dpsgd_track.store.deadline import DeadlineClient
+
+    return cast("MlflowClient", DeadlineClient(client))
 
 
 @contextlib.contextmanager
@@ -124,4 +129,4 @@ def one_line(error: BaseException) -> str:
     matches = (cause.search(str(error)) for cause in _CAUSES)
     if caused := next(filter(None, matches), None):
         text = f"{caused[1].strip()}."
-    return _CREDENTIALS.sub(r"\1***@", text)[:500] or type(error).__name__
+    return redacted(text)[:500] or type(error).__name__

@@ -7,10 +7,9 @@ for every part, which costs much less than querying a store for them.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dpsgd_track.record import names
 from dpsgd_track.record.run import Status
 from dpsgd_track.store.history import Point, as_stored
 from dpsgd_track.store.spool import CONTROL, MetricRow, SpoolReader, spool_files
@@ -63,38 +62,18 @@ class Contents:
     def damage(self) -> list[str]:
         """Losses of the files, by file and line. No process may still write to them.
 
-        A worker whose mode finished has closed its file; one that was killed has not. The launcher
-        may have been killed or not, so its files may end anywhere.
+        A worker whose mode finished has closed its file; one that was killed has not, and neither
+        has a launcher that was.
         """
         problems = [problem for reader in self._readers for problem in reader.damage()]
-        workers = [reader for reader in self._readers if reader.path.suffix != CONTROL]
-        unnamed = self._unnamed(set().union(*(reader.runs for reader in workers)))
-        for reader in workers:
-            named = {self.runs[run].status for run in reader.runs if run in self.runs}
-            # A file truncated before its second line names no run.
-            _, _, rank = reader.path.stem.rpartition("-rank")
-            possible = [named] if reader.runs else unnamed[rank]
-            if {Status.FINISHED} in possible and not reader.is_closed:
+        for reader in self._readers:
+            statuses = {self.runs[run].status for run in reader.runs if run in self.runs}
+            is_worker = reader.path.suffix != CONTROL
+            if is_worker and statuses == {Status.FINISHED} and not reader.is_closed:
                 end = f"it ends after line {reader.num_lines} without having been closed"
                 problems.append(f"{reader.path}: {end}, though its mode finished.")
-        return problems
-
-    def _unnamed(self, named: Set[str]) -> dict[str, list[set[str]]]:
-        """Statuses, by rank, of each mode's runs that no worker's file names.
-
-        On node 0 they include runs of ranks on other machines.
-        """
-        statuses: dict[tuple[str, ...], set[str]] = defaultdict(set)
-        for key, run in self.runs.items():
-            if run.kind != names.KIND_GROUP and key not in named:
-                # Rank 0 logs the global values.
-                rank = run.tags.get(names.RANK, "0")
-                mode = (run.tags.get(names.MODE, ""), run.tags.get(names.VARIANT, ""))
-                statuses[rank, *mode].add(run.status)
-        by_rank: dict[str, list[set[str]]] = defaultdict(list)
-        for (rank, *_), of_mode in statuses.items():
-            by_rank[rank].append(of_mode)
-        return by_rank
+        files = {file: None for run in self.runs.values() for file in run.files}
+        return problems + [problem for file in files if (problem := file.damage())]
 
     def parts(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[Name, Points]]:
         """The values of all runs whose keys are wanted, at most MAX_POINTS at a time."""

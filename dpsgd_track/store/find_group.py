@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.config import Settings
 from dpsgd_track.record import names
 from dpsgd_track.record.run import Group, Status
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import one_line
 from dpsgd_track.store.history import History
 from dpsgd_track.store.reader import (
@@ -66,6 +67,8 @@ class Found:
         for path, folder in files:
             writer.upload(self.group.run_id, path, folder)
         writer.set_tags(self.group.run_id, tags)
+        # Without its folder, it could not close.
+        writer.path.stat()
         writer.close()
         # Writes to a folder renamed for removal are lost with it.
         writer.path.stat()
@@ -196,10 +199,12 @@ class _InSpool:
         return self.run.last_metrics()
 
     def read(self, name: str, load: Callable[[Path], Result]) -> Result:
-        path = next((path for path, _ in reversed(self.run.files) if path.name == name), None)
-        if path is None or not path.is_file():
+        file = next((file for file in reversed(self.run.files) if file.path.name == name), None)
+        if file is None:
             raise LookupError(f"{name} was not written")
-        return load(path)
+        if damage := file.damage():
+            raise ValueError(damage)
+        return load(file.path)
 
     def history(self) -> History:
         history: History = defaultdict(dict)

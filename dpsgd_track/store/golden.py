@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import re
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -21,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from dpsgd_track.config import require
+from dpsgd_track.record.archive_bounds import check_bounds
 from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.facts import RunFacts
 from dpsgd_track.record.failure import Failure
+from dpsgd_track.record.names import GOLDEN_SUFFIX
 from dpsgd_track.record.plan import GroupPlan
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store.reader import GroupNotFound
+from dpsgd_track.store.scratch import scratch
 
-SUFFIX = ".dpsgd"
-"""Suffix that tells a golden file from a group's name."""
 _CONTENTS, _RUNS = "group.json", "runs.zip"
 _ABSOLUTE = re.compile(r"(?<![\w./])(?:~\w*/|/|[A-Za-z]:[\\/]|file:)[^\s'\",;)\]]*")
 _HIDDEN = "[path]"
@@ -73,7 +75,7 @@ GOLDEN = Codec(GoldenGroup, "dpsgd-track/golden", 2)
 
 def is_golden(wanted: str) -> bool:
     """True if `wanted` names a golden file, rather than a group on a server."""
-    return wanted.endswith(SUFFIX)
+    return wanted.endswith(GOLDEN_SUFFIX)
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -82,7 +84,9 @@ def check_target(path: Path, *, force: bool) -> None:
     Raises:
         ValueError: another suffix, no such folder, or a file that exists.
     """
-    require(path.suffix == SUFFIX, "export", str(path), f"a file that ends in {SUFFIX}")
+    require(
+        path.suffix == GOLDEN_SUFFIX, "export", str(path), f"a file that ends in {GOLDEN_SUFFIX}"
+    )
     require(path.absolute().parent.is_dir(), "export", str(path), "a file in an existing folder")
     require(not path.is_dir(), "export", str(path), "a file, not a folder")
     advice = "Add --force to replace it."
@@ -114,9 +118,13 @@ def read_golden(path: Path) -> Group:
         GroupNotFound: the file is missing, is torn, is something else, or is of a newer version.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryFile() as runs:
+            check_bounds(archive, path.stat().st_size)
             golden = GOLDEN.loads(archive.read(_CONTENTS))
-            with zipfile.ZipFile(io.BytesIO(archive.read(_RUNS))) as packed:
+            with archive.open(_RUNS) as stored:
+                shutil.copyfileobj(stored, runs)
+            with zipfile.ZipFile(runs) as packed:
+                check_bounds(packed, archive.getinfo(_RUNS).file_size, is_stored=True)
                 return _group(golden, packed)
     except FileNotFoundError:
         reason = "There is no such file."
@@ -137,7 +145,7 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 def _packed(trajectories: Sequence[Trajectory | None]) -> bytes:
     """All columns of all runs as one zip, not compressed."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as packed, tempfile.TemporaryDirectory() as folder:
+    with zipfile.ZipFile(buffer, "w") as packed, scratch() as folder:
         file = Path(folder) / "trajectory.npz"
         for number, trajectory in enumerate(trajectories):
             if trajectory is None:
@@ -156,7 +164,7 @@ def _unpacked(packed: zipfile.ZipFile, number: int) -> Trajectory:
         ValueError: it is not a trajectory, or of another version.
     """
     place = f"{number}/"
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         file = Path(folder) / "trajectory.npz"
         with zipfile.ZipFile(file, "w") as columns:
             for name in packed.namelist():

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.config import Settings, redact_uri
+from dpsgd_track.config import Settings
 from dpsgd_track.record import names
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import connect, one_line
 from dpsgd_track.store.sqlite_file import absolute_uri, require_utf8, sqlite_path
 
@@ -33,6 +34,8 @@ _ADVICE = {
     "MLFLOW_TRACKING_SERVER_CERT_PATH.",
     "out-of-date database schema": "Back the database up, then run `mlflow db upgrade` on it, or "
     "install the MLflow it belongs to.",
+    "No module named": "Install the driver that the URI names, or name another, such as "
+    "postgresql+psycopg2://.",
     "disk is full": "Make room where the store is.",
     "No space left": "Make room where the store is.",
     "readonly": "Make it writable, or choose another --tracking-uri.",
@@ -148,7 +151,9 @@ def _experiment_id(client: MlflowClient, settings: Settings, location: str | Non
             experiment = client.get_experiment_by_name(settings.experiment)
             if experiment is None:
                 raise
-    if experiment.lifecycle_stage != "active":
+    if experiment.lifecycle_stage not in ("active", "deleted"):
+        raise _StoreProblem("What answers there is no MLflow server.")
+    if experiment.lifecycle_stage == "deleted":
         raise _StoreProblem(
             f"The experiment {settings.experiment!r} is deleted. Restore it with "
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, "

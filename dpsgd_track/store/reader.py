@@ -7,7 +7,6 @@ read from its metric history: enough to see its progress, never enough to pass.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 
-from dpsgd_track.config import PROFILE, JobConfig, RegimeConfig, Settings, redact_uri
+from dpsgd_track.config import PROFILE, JobConfig, RegimeConfig, Settings
 from dpsgd_track.record import names
 from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, RunFacts
@@ -28,8 +27,10 @@ from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, RunKey
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.record.trajectory import SCALAR_METRICS, Floats, Trajectory
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import connect
 from dpsgd_track.store.history import History, metric_history, restored
+from dpsgd_track.store.scratch import scratch
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlite_path
 
 if TYPE_CHECKING:
@@ -361,7 +362,7 @@ class _StoredRun:
                 if not (folder / name).exists():
                     raise FileNotFoundError(folder / name)
                 return load(folder / name)
-            with tempfile.TemporaryDirectory(prefix="dpsgd-track-") as downloaded:
+            with scratch() as downloaded:
                 return load(Path(self.client.download_artifacts(self.run_id, name, downloaded)))
         except (MlflowException, OSError):
             raise LookupError(f"{name} was not uploaded") from None

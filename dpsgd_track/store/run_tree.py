@@ -6,7 +6,6 @@ It is written to the group's spool, so that no store can block the launcher.
 from __future__ import annotations
 
 import getpass
-import tempfile
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from dpsgd_track.record import names
 from dpsgd_track.record.failure import FAILURE, Failure
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan
 from dpsgd_track.record.run import Status
+from dpsgd_track.store.scratch import scratch
 from dpsgd_track.store.spool import SpoolWriter
 
 MAX_PARAM_LENGTH = 6000
@@ -82,7 +82,7 @@ class RunTree:
         self._keep_plan(plan)
 
     def _keep_plan(self, plan: GroupPlan) -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch() as folder:
             path = Path(folder, PLAN_FILE)
             path.write_text(PLAN.dumps(plan, indent=1), encoding="utf-8")
             self._writer.upload(self.group_run, path)

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dpsgd_track.config import redact_uri
 from dpsgd_track.record import names
 from dpsgd_track.record.run import Status
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import is_about_the_record, one_line
 from dpsgd_track.store.contents import Contents, Name, Points
 from dpsgd_track.store.history import all_points
@@ -29,7 +29,7 @@ from dpsgd_track.store.spool import (
     SpoolReader,
     spool_files,
 )
-from dpsgd_track.store.spooled import Busy, SpooledGroup, SpooledRun
+from dpsgd_track.store.spooled import Busy, KeptFile, SpooledGroup, SpooledRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -225,8 +225,12 @@ class Shipper:
             case "tags":
                 self._set_tags(self._id(event["run"]), event["tags"])
             case "file":
-                path = str(self.group.folder / event["path"])
-                self._client.log_artifact(self._id(event["run"]), path, event["folder"] or None)
+                self._upload(self._id(event["run"]), KeptFile.of(event, self.group.folder))
+
+    def _upload(self, run_id: str, file: KeptFile) -> None:
+        if damage := file.damage():
+            raise LookupError(damage)
+        self._client.log_artifact(run_id, str(file.path), file.folder or None)
 
     def _find(self, key: str) -> None:
         if key in self.run_ids:
@@ -382,17 +386,17 @@ class Shipper:
             if (theirs := stored.data.params.get(key, ours)) != ours:
                 yield f"its param {key} is {theirs[:80]!r}, not {ours[:80]!r}"
         # The last of several files of one name stays.
-        files = {(where, path.name): path for path, where in run.files}
+        files = {(file.folder, file.path.name): file for file in run.files}
         for folder in {where for where, _ in files}:
             artifacts = self._client.list_artifacts(run_id, folder or None)
             listed = {artifact.path: artifact.file_size for artifact in artifacts}
-            for (where, name), path in files.items():
+            for (where, name), file in files.items():
                 place = f"{where}/{name}" if where else name
                 if where != folder:
                     continue
                 if place not in listed:
                     yield f"{place} is missing"
-                elif path.is_file() and listed[place] not in (None, size := path.stat().st_size):
+                elif listed[place] not in (None, size := file.num_bytes):
                     yield f"{place} has {listed[place]} bytes instead of {size}"
 
 

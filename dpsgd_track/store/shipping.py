@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from dpsgd_track.config import redact_uri
+from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import one_line
 from dpsgd_track.store.shipper import NotThereYet, Shipper, settle
 

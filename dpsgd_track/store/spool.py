@@ -1,21 +1,26 @@
 """Append-only file of one process's records as lines of JSON, readable after a SIGKILL.
 
-A file begins with the line `{"dpsgd-track spool":2}`. Each further line is a record: its checksum
-(CRC-32, 8 hexadecimal digits), a space, and JSON on the same line. The JSON is one of
+A file begins with the line `{"dpsgd-track spool":3,"bytes":"00000000000004d2"}`: the version, and
+the number of bytes written so far, as 16 hexadecimal digits, brought up to date after each record.
+So a file that was cut short is told from one whose writer was killed. Each further line is a
+record: its checksum (CRC-32, 8 hexadecimal digits), a space, and JSON on the same line. The JSON is
+one of
 
 - `{"do":"open","runs":[...]}`: keys of the runs that the file covers.
 - `{"do":"names","number":0,"run":...,"keys":[...]}`: a run and names of metrics, under a number
   within the file.
 - `[number,step,time_ms,"..."]`: values of those metrics in one step, as base64 of little-endian
   float64. Decimals would take nine times as long to write, and lose the payload of NaN.
-- `{"do":...,"run":...,"time_ms":...}`: an event: run, params, tags, file, end and others.
+- `{"do":...,"run":...,"time_ms":...}`: an event of a kind in `record_forms.EVENTS`. A file that is
+  to be uploaded comes with its size and CRC-32.
 - `{"do":"close","records":n}`: the end of a closed file, and the number of records before it.
 
 Every record is passed to the operating system in one write, so that it outlives the process. It is
 not flushed to disk: a machine that loses power may lose the last half minute.
 
 A last line without a line break is not yet a record: its writer is still writing it, or was killed.
-Any other line with a wrong checksum is damage, which a reader reports and skips.
+Any other line with a wrong checksum, or of another form, is damage, which a reader reports and
+skips. Nothing that a file holds is trusted: others may have written it.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -39,20 +45,23 @@ from pathlib import Path
 from typing import IO, Any
 
 from dpsgd_track.store.client import TrackingError
+from dpsgd_track.store.record_forms import FILES, Event, has_form, is_row
 
-SCHEMA_VERSION = 2
-MAGIC = b'{"dpsgd-track spool":%d}\n' % SCHEMA_VERSION
+SCHEMA_VERSION = 3
+MAGIC = b'{"dpsgd-track spool":%d,"bytes":"' % SCHEMA_VERSION
+HEADER_BYTES = len(MAGIC) + 19
+"""Length of the first line."""
+_HEADER = re.compile(re.escape(MAGIC) + rb'([0-9a-f]{16})"}\n')
 # Lines of other versions do not match.
 _SEED = zlib.crc32(MAGIC)
 CONTROL, RECORDS = ".control", ".records"
 """Suffixes: creation and end of runs, and observations of workers. Control files are read first."""
-FILES = "files"
-"""Folder beside the spool files that holds files to be uploaded."""
 
 MAX_HELD_BYTES = 64 << 20
 """Most bytes held in memory while the disk is full."""
-
-Event = Mapping[str, Any]
+MAX_LINE_BYTES = 64 << 20
+"""Longest line that is read."""
+_LINE_BREAK = ord("\n")
 
 
 def now_ms() -> int:
@@ -104,15 +113,19 @@ class SpoolWriter:
         self._tables: dict[tuple[str, tuple[str, ...]], tuple[int, struct.Struct]] = {}
         self._held: list[bytes] = []
         self._held_bytes = 0
+        self._unkept: list[tuple[str, Path, str]] = []
         self._trouble = ""
         self._end = 0
         self._num_records = 1
-        self._descriptor = -1
+        self._descriptor = self._header = -1
         self.path = Path(os.devnull)
         """Path of the file; the null device without a folder."""
         if folder is not None:
             self.path, self._descriptor = _create(folder, name)
-            self._put(MAGIC + _line(_json({"do": "open", "runs": list(runs)})))
+            # Through the other descriptor every write appends.
+            self._header = os.open(self.path, os.O_WRONLY)
+            first = _line(_json({"do": "open", "runs": list(runs)}))
+            self._put(_header(HEADER_BYTES + len(first)) + first)
 
     def log_metrics(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record one step's values, stamped with the time of this call."""
@@ -134,9 +147,17 @@ class SpoolWriter:
         self.add("tags", run, tags=dict(tags))
 
     def upload(self, run: str, path: Path, folder: str = "") -> None:
-        """Record a file, to become an artifact of the run in `folder`."""
-        if self._folder is not None:
-            self.add("file", run, path=self._kept(path), folder=folder)
+        """Record a file, to become an artifact of the run in `folder`.
+
+        While the disk is full, the file itself is kept in mind, and must stay as it is.
+        """
+        if self._folder is None:
+            return
+        with self._lock:
+            self._unkept.append((run, path.absolute(), folder))
+            self._keep_files()
+            if self._unkept and not self._held:
+                self._tell(f"{self._complaint()} They are kept in mind; training goes on.")
 
     def add(self, what: str, run: str, **values: object) -> None:
         """Record an event."""
@@ -155,13 +176,15 @@ class SpoolWriter:
         with self._lock:
             if self._descriptor < 0:
                 return
+            self._keep_files()
             self._flush()
-            if not self._held:
+            if not self._num_kept_back:
                 self._hold(_line(_json({"do": "close", "records": self._num_records})))
                 self._flush()
+            os.close(self._header)
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
-            if self._held:
+            if self._num_kept_back:
                 raise TrackingError(self._complaint())
 
     def _define(self, run: str, keys: tuple[str, ...]) -> tuple[int, struct.Struct]:
@@ -216,15 +239,34 @@ class SpoolWriter:
             os.ftruncate(self._descriptor, self._end)
             raise
         self._end += written
+        if self._end > HEADER_BYTES + len(line):
+            # A count that lags behind hides no record; the next one brings it up to date.
+            with contextlib.suppress(OSError):
+                os.pwrite(self._header, b"%016x" % self._end, len(MAGIC))
+
+    @property
+    def _num_kept_back(self) -> int:
+        return len(self._held) + len(self._unkept)
 
     def _complaint(self) -> str:
         return (
-            f"spool_dir={str(self._folder)!r}: expected room for records, but {len(self._held)} "
-            f"could not be written. {self._trouble}."
+            f"spool_dir={str(self._folder)!r}: expected room for records, but "
+            f"{self._num_kept_back} could not be written. {self._trouble}."
         )
 
-    def _kept(self, path: Path) -> str:
-        """Path of a frozen version of the file: a hard link, else a copy, else the file itself."""
+    def _keep_files(self) -> None:
+        """Record the files for which there was no room so far."""
+        try:
+            while self._unkept:
+                run, path, folder = self._unkept[0]
+                kept = {**self._kept(path), "folder": folder}
+                self._append(_json({"do": "file", "run": run, "time_ms": now_ms(), **kept}))
+                del self._unkept[0]
+        except OSError as error:
+            self._note(error)
+
+    def _kept(self, path: Path) -> dict[str, object]:
+        """Place, size and checksum of a frozen version of the file: a hard link, else a copy."""
         assert self._folder is not None
         place = Path(FILES) / uuid.uuid4().hex[:12]
         target = self._folder / place / path.name
@@ -236,10 +278,13 @@ class SpoolWriter:
                 os.link(path, target)
             except OSError:
                 shutil.copyfile(path, target)
+            num_bytes, checksum = digest(target)
         except OSError:
             target.unlink(missing_ok=True)
-            return str(path.absolute())
-        return str(place / path.name)
+            with contextlib.suppress(OSError):
+                target.parent.rmdir()
+            raise
+        return {"path": str(place / path.name), "bytes": num_bytes, "crc32": checksum}
 
 
 def _create(folder: Path, name: str) -> tuple[Path, int]:
@@ -257,12 +302,31 @@ def _create(folder: Path, name: str) -> tuple[Path, int]:
     return path, descriptor
 
 
+def digest(path: Path) -> tuple[int, int]:
+    """Size in bytes and CRC-32 of a file."""
+    num_bytes = checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            checksum = zlib.crc32(chunk, checksum)
+            num_bytes += len(chunk)
+    return num_bytes, checksum
+
+
 def _json(value: Event) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _line(content: bytes) -> bytes:
     return b"%08x %b\n" % (zlib.crc32(content, _SEED), content)
+
+
+def _header(num_bytes: int) -> bytes:
+    return MAGIC + b'%016x"}\n' % num_bytes
+
+
+def _is_beginning(text: bytes) -> bool:
+    """True for a part of a first line."""
+    return len(text) < HEADER_BYTES and MAGIC.startswith(text[: len(MAGIC)])
 
 
 def _content(line: bytes) -> bytes | None:
@@ -321,13 +385,19 @@ class SpoolReader:
             if self.offset == 0 and not self._begin(file):
                 return
             file.seek(self.offset)
-            while (line := file.readline()).endswith(b"\n"):
-                self.offset += len(line)
+            while line := _next_line(file):
+                self.offset = self.offset + len(line) if line[-1] == _LINE_BREAK else file.tell()
                 self.num_lines += 1
                 content = _content(line)
                 if content is None:
                     self._note(f"line {self.num_lines} does not fit its checksum")
-                elif (record := self._record(json.loads(content))) is not None:
+                    continue
+                try:
+                    record = self._record(json.loads(content))
+                except (ValueError, RecursionError):
+                    self._note(f"line {self.num_lines} is no record of this version")
+                    continue
+                if record is not None:
                     yield self.offset, record
 
     def damage(self) -> list[str]:
@@ -336,17 +406,31 @@ class SpoolReader:
         if self._num_nameless:
             where = f"{self.path}: {self._num_nameless} lines hold values"
             damage.append(f"{where} whose names are in a damaged line.")
-        if self.is_closed and self.path.stat().st_size > self._closed_at:
+        size = self.path.stat().st_size
+        if self.is_closed and size > self._closed_at:
             damage.append(f"{self.path}: something follows the line that closed it.")
+        if (missing := self._num_written() - self.offset) > 0:
+            damage.append(
+                f"{self.path}: {missing:,} bytes are missing after line {self.num_lines}."
+            )
         return damage
+
+    def _num_written(self) -> int:
+        """Bytes written, by the first line; more than there are if that is not whole."""
+        with self.path.open("rb") as file:
+            first = file.read(HEADER_BYTES)
+        if header := _HEADER.fullmatch(first):
+            return int(header[1], 16)
+        # A first line that is damaged, and not cut, is told as such.
+        return HEADER_BYTES if len(first) < HEADER_BYTES else 0
 
     def _begin(self, file: IO[bytes]) -> bool:
         """Read the first line; False while it is incomplete."""
-        first = file.readline()
-        if not first.endswith(b"\n") and MAGIC.startswith(first):
+        first = file.readline(MAX_LINE_BYTES)
+        if first[-1:] != b"\n" and _is_beginning(first):
             return False
-        if first != MAGIC:
-            if _content(file.readline()) is None:
+        if not _HEADER.fullmatch(first):
+            if _content(file.readline(MAX_LINE_BYTES)) is None:
                 raise SpoolDamaged(
                     f"{self.path}: expected a spool file of version {SCHEMA_VERSION}. "
                     "Ship it with the dpsgd-track that wrote it, or move its folder away."
@@ -356,14 +440,15 @@ class SpoolReader:
         return True
 
     def _record(self, record: Any) -> MetricRow | Event | None:
-        """A line's record; None for one about the file itself."""
+        """A line's record; None for one about the file itself.
+
+        Raises:
+            ValueError: it has another form.
+        """
         if isinstance(record, list):
-            number, step, time_ms, packed = record
-            if number not in self._tables:
-                self._num_nameless += 1
-                return None
-            run, keys, layout = self._tables[number]
-            return MetricRow(run, keys, step, time_ms, layout.unpack(binascii.a2b_base64(packed)))
+            return self._row(record)
+        if not has_form(record):
+            raise ValueError("unknown form")
         event: Event = record
         match event["do"]:
             case "open":
@@ -384,5 +469,28 @@ class SpoolReader:
                 return event
         return None
 
+    def _row(self, record: list[Any]) -> MetricRow | None:
+        """A line of values; None if the line with their names is damaged."""
+        if not is_row(record):
+            raise ValueError("unknown form")
+        number, step, time_ms, packed = record
+        if number not in self._tables:
+            self._num_nameless += 1
+            return None
+        run, keys, layout = self._tables[number]
+        try:
+            values = layout.unpack(binascii.a2b_base64(packed))
+        except struct.error as error:
+            raise ValueError("another number of values") from error
+        return MetricRow(run, keys, step, time_ms, values)
+
     def _note(self, problem: str) -> None:
         self._damage.append(f"{self.path}: {problem}.")
+
+
+def _next_line(file: IO[bytes]) -> bytes:
+    """The next whole line; of one that is too long, the beginning; empty if there is none."""
+    line = rest = file.readline(MAX_LINE_BYTES)
+    while len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
+        rest = file.readline(MAX_LINE_BYTES)
+    return line if rest.endswith(b"\n") else b""

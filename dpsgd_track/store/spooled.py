@@ -4,7 +4,8 @@ SPOOL_DIR/GROUP/lock              held by the launcher, or by the process that s
 SPOOL_DIR/GROUP/000001-*.control  events of the launcher: runs, their params, tags and ends
 SPOOL_DIR/GROUP/000002-*.records  observations of a worker
 SPOOL_DIR/GROUP/files/            files to be uploaded
-SPOOL_DIR/GROUP/state.json        for each store: ids of the runs there, bytes acknowledged
+SPOOL_DIR/GROUP/state             for each store: ids of the runs there, bytes acknowledged; its
+                                  CRC-32, a space, and JSON
 
 On a machine that only takes part in a group, SPOOL_DIR/GROUP+nodeR holds the same for the records
 that it adds to node 0's runs.
@@ -19,6 +20,7 @@ import os
 import shutil
 import tempfile
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,18 +37,57 @@ from dpsgd_track.store.spool import (
     SpoolDamaged,
     SpoolReader,
     SpoolWriter,
+    digest,
     is_being_written,
     spool_files,
 )
 
 # No group's name contains it.
 _PART = "+node"
-_LOCK, _STATE = "lock", "state.json"
+_LOCK, _STATE = "lock", "state"
 _GONE = ".gone-"
 
 
 class Busy(Exception):
     """Another process writes or ships the group; the message names the group."""
+
+
+@dataclass(frozen=True)
+class KeptFile:
+    """A file in the spool that becomes an artifact."""
+
+    group: Path
+    """The group's folder."""
+    place: str
+    """Path in it."""
+    folder: str
+    """Artifact folder."""
+    num_bytes: int
+    crc32: int
+    """Size and checksum with which it was put there."""
+
+    @classmethod
+    def of(cls, event: Event, group: Path) -> KeptFile:
+        """The file of an event, in the group's folder."""
+        return cls(group, event["path"], event["folder"], event["bytes"], event["crc32"])
+
+    @property
+    def path(self) -> Path:
+        """Path of the file."""
+        return self.group / self.place
+
+    def damage(self) -> str:
+        """How it differs from what was put there; empty if it does not."""
+        try:
+            # A link in the spool could lead to any file of this machine.
+            if self.path.resolve() != self.group.resolve() / self.place or not self.path.is_file():
+                return f"{self.path}: it is not there."
+            size, crc32 = digest(self.path)
+        except OSError as error:
+            return f"{self.path}: {error.strerror}."
+        if size != self.num_bytes:
+            return f"{self.path}: {size:,} of {self.num_bytes:,} bytes are there."
+        return "" if crc32 == self.crc32 else f"{self.path}: it does not fit its checksum."
 
 
 @dataclass
@@ -61,8 +102,7 @@ class SpooledRun:
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     status: Status = Status.RUNNING
-    files: list[tuple[Path, str]] = field(default_factory=list)
-    """Files, each with its artifact folder."""
+    files: list[KeptFile] = field(default_factory=list)
     rows: list[MetricRow] = field(default_factory=list)
     is_joined: bool = False
     """True if another machine keeps the run."""
@@ -97,7 +137,7 @@ class SpooledRun:
             case "tags":
                 self.tags |= event["tags"]
             case "file":
-                self.files.append((folder / event["path"], event["folder"]))
+                self.files.append(KeptFile.of(event, folder))
             case "end":
                 self.status = Status(event["status"])
 
@@ -214,16 +254,20 @@ class SpooledGroup:
     def state(self) -> dict[str, Any]:
         """Records acknowledged by each store, by its URI without credentials."""
         try:
-            state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+            checksum, _, text = (self.folder / _STATE).read_bytes().partition(b" ")
+            if checksum != _checksum(text):
+                return {}
+            state = json.loads(text)
         except (OSError, ValueError):
             # It can be rebuilt: runs carry their keys, and sending twice changes nothing.
             return {}
-        return state if isinstance(state, dict) else {}
+        return state if _is_state(state) else {}
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write the state, whole or not at all."""
         partial = self.folder / f"{_STATE}.partial"
-        partial.write_text(json.dumps(state), encoding="utf-8")
+        text = json.dumps(state).encode()
+        partial.write_bytes(b"%b %b" % (_checksum(text), text))
         partial.replace(self.folder / _STATE)
 
     def remove(self) -> None:
@@ -245,6 +289,19 @@ def records_of(reader: SpoolReader) -> Iterator[MetricRow | Event]:
     except SpoolDamaged:
         if reader.path.suffix == CONTROL:
             raise
+
+
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
+
+
+def _is_state(state: Any) -> bool:
+    if not isinstance(state, dict) or not all(isinstance(each, dict) for each in state.values()):
+        return False
+    return all(
+        isinstance(each.get("run_ids"), dict) and isinstance(each.get("acknowledged"), dict)
+        for each in state.values()
+    )
 
 
 def part_of(group: str, node_rank: int) -> str:

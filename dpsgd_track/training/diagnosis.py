@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import errno
-import sysconfig
 import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-import dpsgd_track
 from dpsgd_track.config import JobConfig
+from dpsgd_track.modes.code_owner import OURS, is_of_python, is_of_torch, owner_of
 from dpsgd_track.modes.protocol import ProtocolError
-from dpsgd_track.modes.table import factory_of, spec_of
 from dpsgd_track.record.failure import Failure, FailureKind, names_lost_peer
 from dpsgd_track.store.client import TrackingError
 from dpsgd_track.training.loop import NotFiniteError
 from dpsgd_track.training.noise_samples import UnequalNoiseError
-
-OURS = "dpsgd_track"
-_ROOTS = {
-    OURS: Path(dpsgd_track.__file__).parent,
-    "torch": Path(torch.__file__).parent,
-}
-_STDLIB = Path(sysconfig.get_paths()["stdlib"])
-_INSTALLED = ("site-packages", "dist-packages")
 
 _SENTENCES = (
     FailureKind.SETTING,
@@ -94,7 +84,7 @@ def _kind_of(error: BaseException, owner: str) -> FailureKind:
 def _is_collective(error: BaseException) -> bool:
     """True if the exception was raised in torch.distributed."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(_ROOTS["torch"])
+    return bool(frames) and is_of_torch(Path(frames[-1].filename))
 
 
 def _innermost_frame(
@@ -107,31 +97,7 @@ def _innermost_frame(
         frames.append(traceback.FrameSummary(error.filename, error.lineno, "<module>"))
     for frame in reversed(frames):
         path = Path(frame.filename)
-        if path.is_relative_to(_ROOTS["torch"]) or _is_of_python(path):
+        if is_of_torch(path) or is_of_python(path):
             continue
         return frame, owner_of(path, job)
     return None, OURS
-
-
-def _is_of_python(path: Path) -> bool:
-    is_installed = any(part in _INSTALLED for part in path.parts)
-    return str(path).startswith("<") or (path.is_relative_to(_STDLIB) and not is_installed)
-
-
-def owner_of(path: Path, job: JobConfig) -> str:
-    """Owner of a file, in words: a variant, this package, an installed one, or the user's mode.
-
-    Empty for Python's own files.
-    """
-    if _is_of_python(path):
-        return ""
-    if job.variant and path.is_relative_to(job.variant.root):
-        return f"variant {job.variant.name}"
-    if path.is_relative_to(_ROOTS[OURS]):
-        return OURS
-    for number, part in enumerate(path.parts):
-        if part in _INSTALLED:
-            return path.parts[number + 1].removesuffix(".py")
-    if spec_of(job.mode) is None:
-        return f"mode {factory_of(job.mode)}"
-    return path.parent.name

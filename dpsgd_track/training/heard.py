@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dpsgd_track.config import JobConfig
-from dpsgd_track.training.diagnosis import OURS, owner_of
+from dpsgd_track.modes.code_owner import OURS, owner_of
 
 _OF_NOBODY = frozenset({OURS, "torch", "transformers", "numpy", "mlflow", ""})
 """Owners of code that every mode runs on, whose warnings are no mode's."""

@@ -188,6 +188,7 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
         apart = torch.stack([share.gradient().square().sum() for share in shares]).sum()
         values |= {
             NormFormula.USES_APART: apart.sqrt(),
+            NormFormula.USES_ADDED: torch.stack([s.gradient().norm() for s in shares]).sum(),
             NormFormula.CROSS_TERM_ONCE: ((norm.square() + apart) / 2).clamp_min(0).sqrt(),
             NormFormula.FIRST_USE: shares[0].gradient().norm(),
             NormFormula.LAST_USE: shares[-1].gradient().norm(),

@@ -41,6 +41,9 @@ def other_losses(loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) 
             values[formula] = loss(logits, batch.sample(place % len(batch)).targets)
         inner = getattr(loss, "__wrapped__", loss)
         if inner not in _WITHOUT_CLASSES:
+            probabilities, capped = logits.softmax(-1), 30 * torch.tanh(logits / 30)
+            values[LossFormula.PROBABILITIES_AS_LOGITS] = loss(probabilities, sample.targets)
+            values[LossFormula.CAPPED] = loss(capped, sample.targets)
             values |= _of_classes(logits, sample.targets, is_shifted=inner in _SHIFTED)
         if sample.targets.ndim == 2 and inner not in _WITHOUT_CLASSES:
             values |= _of_targets(loss, logits, sample)
@@ -64,6 +67,9 @@ def _of_inputs(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Mapping[Lo
     positions = sample.inputs.get("position_ids")
     if positions is not None:
         values[LossFormula.POSITIONS_FROM_ONE] = given(position_ids=positions + 1)
+        from_left = torch.arange(positions.shape[1], device=positions.device)[None]
+        if not torch.equal(from_left, positions):
+            values[LossFormula.POSITIONS_FROM_PADDING] = given(position_ids=from_left)
     if mask is not None and ids is not None and mask.sum() > 1:
         last = int(mask[0].nonzero().max())
         shorter, tokens, targets = mask.clone(), ids.clone(), sample.targets.clone()

@@ -30,6 +30,7 @@ from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.privacy.noise import fresh_key
+from dpsgd_track.training import stall_watch
 from dpsgd_track.training.data import (
     RankBatch,
     RankSampler,
@@ -69,6 +70,7 @@ class PreparedRun:
     def _accumulate(self, rank_batch: RankBatch, step: int) -> list[SampleRecord]:
         records, indices = [], iter(rank_batch.indices)
         for batch in rank_batch.batches:
+            stall_watch.beat()
             with self._dropout(step, list(islice(indices, len(batch)))):
                 record = self.mode.accumulate(batch)
             _require_record(self.mode, record, len(batch))

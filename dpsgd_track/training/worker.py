@@ -35,6 +35,7 @@ from dpsgd_track.record.plan import STARTED_JOB, StartedJob
 from dpsgd_track.record.timings import Timings
 from dpsgd_track.store.run_tree import flatten
 from dpsgd_track.store.spool import RECORDS, SpoolWriter
+from dpsgd_track.training import stall_watch
 from dpsgd_track.training.diagnosis import diagnose
 from dpsgd_track.training.heard import HeardWarnings
 from dpsgd_track.training.loop import RegimeRun
@@ -115,6 +116,7 @@ class Worker:
     def _run_regime(self, number: int, device: torch.device) -> None:
         regime = self.job.regimes[number]
         self.regime, self.step = number, -1
+        stall_watch.beat()
         folder = self.folder / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         self._progress(number, "start", 0, None)
@@ -362,7 +364,9 @@ def main(job_file: str, build: ModeBuilder = build_mode, unreached: Unreached = 
     worker = Worker(started, SpoolWriter(folder, name, runs=runs), build, unreached)
     is_done = threading.Event()
     _flush_when_told_to_stop(worker, is_done)
+    stall_watch.start(worker.folder / names.stacks_file(rank), started.stall_s)
     code = _run(worker)
+    stall_watch.stop()
     is_done.set()
     return code
 

@@ -2,7 +2,7 @@
 
 What it does wrong is chosen by FAKE_WORKER, a JSON object: mode -> {"do": ..., "rank", "regime",
 "step"}; `do` is one of crash, hang, slow, wide (slow, with many metrics), out_of_memory,
-sigkill, stubborn, no_trajectory, environment, kill_host.
+sigkill, stubborn, no_trajectory, environment, kill_host, leave, pause (compute for 4 s).
 """
 
 import json
@@ -20,9 +20,11 @@ from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.record.alternatives import Move
 from dpsgd_track.record.facts import FACTS, DeviceFacts, RunFacts
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
+from dpsgd_track.record.names import stacks_file
 from dpsgd_track.record.plan import STARTED_JOB, StartedJob
 from dpsgd_track.record.trajectory import Trajectory
 from dpsgd_track.store.spool import RECORDS, SpoolWriter
+from dpsgd_track.training import stall_watch
 
 SAMPLES, PROJECTIONS = 4, 3
 modes_seen: list[str] = []
@@ -96,6 +98,12 @@ def misbehave(work_dir: Path, plan: dict, rank: int, regime: int, step: int) -> 
             time.sleep(600)
         case "hang":
             time.sleep(600)
+        case "leave":
+            os._exit(0)
+        case "pause":
+            end = time.monotonic() + 4
+            while time.monotonic() < end:
+                pass
 
 
 def wait_for_all_ranks(work_dir: Path, rank: int, regime: int) -> None:
@@ -135,6 +143,7 @@ def main(job_file: str) -> int:
     if plan["do"] == "environment":
         shown = {"argv": sys.argv, "has_token": bool(os.environ.get("HF_TOKEN"))}
         (work_dir / f"environment-rank{rank}.json").write_text(json.dumps(shown))
+    stall_watch.start(work_dir / stacks_file(rank), started.stall_s)
     for index, regime in enumerate(job.regimes):
         folder = work_dir / str(index)
         if rank == 0:
@@ -156,6 +165,7 @@ def main(job_file: str) -> int:
                 at = (plan.get("rank", 0), plan.get("regime", 0), plan.get("step", 1))
                 if at == (rank, index, step):
                     misbehave(work_dir, plan, rank, index, step)
+                stall_watch.beat()
                 log(started, writer, rank, index, step)
                 if plan["do"] in ("slow", "wide"):
                     time.sleep(0.05)
@@ -176,5 +186,6 @@ def main(job_file: str) -> int:
                 (folder / "facts.json").write_text(FACTS.dumps(facts))
                 writer.upload(started.mode_runs[index], folder / "facts.json")
             tell("end", regime.num_iter - 1)
+    stall_watch.stop()
     writer.close()
     return 0

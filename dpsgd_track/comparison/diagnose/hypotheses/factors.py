@@ -14,7 +14,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
 )
-from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up, rounded
+from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up, of_all_ranks, rounded
 from dpsgd_track.record.trajectory import UNUSED, Floats
 
 _ALIKE = 1e-3
@@ -262,6 +262,7 @@ FACTORS = Subject(
                 predict=_late_on_one_rank(lambda facts: 0),
             ),
             *mixed_up(_right, lambda facts: facts.theirs.clip_factor),
+            *of_all_ranks(_right),
             *rounded(lambda facts: facts.theirs.clip_factor),
         ),
         (

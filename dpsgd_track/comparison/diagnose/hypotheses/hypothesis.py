@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,13 +93,16 @@ class Subject:
     """Clause on a result of zero, if it is more than that."""
 
 
-def off_as_rounded(observed: Floats, right: Floats, size: Floats, *, bits: int = 8) -> bool:
+def off_as_rounded(
+    observed: Floats, right: Floats, size: Floats, *, bits: int = 8, is_once: bool = False
+) -> bool:
     """True if tensors are off by as much as rounding their elements makes them.
 
     Args:
         observed, right: [S, Q, K] projections.
         size: [S, Q] lengths of what is rounded.
         bits: of a rounded number: 8 in bfloat16, 11 in float16 and TF32.
+        is_once: True if each element is rounded once, which makes the error known.
     """
     total = np.sqrt(np.square(size).sum(axis=1, keepdims=True))
     is_large = size > _LARGE_SHARE * total
@@ -107,9 +111,13 @@ def off_as_rounded(observed: Floats, right: Floats, size: Floats, *, bits: int =
     off = off[np.isfinite(off)]
     if off.size < _ENOUGH_PARAMETERS or not off.all():
         return False
-    is_alike = float(np.quantile(off, 0.9)) < 4 * float(np.quantile(off, 0.1))
+    spread = float(np.quantile(off, 0.9)) / float(np.quantile(off, 0.1))
     # One rounding makes a tensor wrong by 2^-(bits + 2.3) of its length, several make it more so.
-    return is_alike and 2.0 ** -(bits + 3.5) < float(np.median(off)) < 2.0 ** -(bits + 0.5)
+    # Projections of small tensors scatter.
+    lost = -math.log2(float(np.median(off))) - bits
+    if is_once:
+        return spread < 3 and 1.7 < lost < 2.9
+    return spread < 4 and 0.5 < lost < 3.5
 
 
 def explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explanation, ...]:

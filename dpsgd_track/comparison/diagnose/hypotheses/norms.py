@@ -164,11 +164,11 @@ def _formulas(facts: Facts) -> Prediction:
     return Fitted(predicted, f"{shown}{of_some}")
 
 
-def _with_sibling(facts: Facts, *, is_weight: bool) -> Prediction:
-    """Norms by parameter where those of a layer's weight and bias are added before squaring.
+def _with_sibling(facts: Facts, combine: Callable[[Floats, Floats], Floats]) -> Prediction:
+    """Norms by parameter that are combined with those of the bias of the same layer, or its weight.
 
     Args:
-        is_weight: True if the weight is told to have all of their cross term, else the whole norm.
+        combine: the parameter's norms and the sibling's, to those that are reported.
     """
     names = facts.ours.parameter_names.tolist()
     norms, right = facts.ours.sample_norm_by_parameter, _chosen(facts)
@@ -180,7 +180,7 @@ def _with_sibling(facts: Facts, *, is_weight: bool) -> Prediction:
         if other == stem or other not in names:
             return None
         w, b = right[..., place], norms[..., names.index(other)]
-        predicted[..., place] = np.sqrt(np.square(w) + 2 * w * b) if is_weight else w + b
+        predicted[..., place] = combine(w, b)
     return predicted
 
 
@@ -217,9 +217,14 @@ BY_PARAMETER = Subject(
                 Hypothesis(
                     sentence="norms of a layer's weight and bias are added before they are "
                     "squared: (|w| + |b|)^2 in place of |w|^2 + |b|^2",
-                    predict=partial(_with_sibling, is_weight=is_weight),
+                    predict=partial(_with_sibling, combine=combine),
                 )
-                for is_weight in (True, False)
+                # The whole of the cross term with one of the two, or all with both.
+                for combine in (lambda w, b: np.sqrt(np.square(w) + 2 * w * b), np.add)
+            ),
+            Hypothesis(
+                sentence="the bias of the same layer is counted in them as well",
+                predict=partial(_with_sibling, combine=np.hypot),
             ),
             *mixed_up(_chosen, _reported),
             *added_up(_chosen),

@@ -221,6 +221,29 @@ def _alike(of: Of) -> Sequence[Hypothesis]:
     )
 
 
+def of_all_ranks(of: Of) -> Sequence[Hypothesis]:
+    """One number for the samples at one place of all ranks."""
+
+    def combined(facts: Facts, combine: Callable[..., Floats]) -> Prediction:
+        def of_those_there(table: Floats) -> Floats:
+            return np.asarray(combine(np.where(table == 0, np.nan, table), axis=0))
+
+        return _Places(facts).over_ranks(of(facts), of_those_there)
+
+    return tuple(
+        Hypothesis(
+            sentence=f"all ranks have the {which} of the samples at one place of their "
+            "micro-batches",
+            predict=partial(combined, combine=combine),
+        )
+        for which, combine in (
+            ("smallest", np.nanmin),
+            ("largest", np.nanmax),
+            ("mean", np.nanmean),
+        )
+    )
+
+
 def added_up(of: Of) -> Sequence[Hypothesis]:
     """Norms that samples' norms have been combined with."""
 

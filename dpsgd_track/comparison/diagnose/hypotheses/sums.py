@@ -31,6 +31,8 @@ _ALIKE = 1e-3
 """Relative spread up to which fitted weights are one."""
 _FEW = 3
 """Samples that are named one by one."""
+_MOST_EXCHANGED = 8
+"""Layers of which each is looked for among the others."""
 _ENOUGH = 1.25
 """Least number of projections a sample, for weights that are fitted."""
 
@@ -129,6 +131,13 @@ def _without_rank(facts: Facts) -> Iterator[tuple[str, Floats]]:
     ranks = facts.theirs.sample_rank
     for rank in sorted(set(ranks.flat) - {UNUSED}):
         yield f"rank {rank}", np.where(ranks == rank, 0.0, facts.factor)
+
+
+def _reduced_last(facts: Facts) -> Iterator[tuple[str, Floats]]:
+    ranks, numbers = facts.theirs.sample_rank, facts.theirs.sample_micro_batch
+    last = numbers.max(axis=1, keepdims=True)
+    for rank in sorted(set(ranks.flat) - {UNUSED}):
+        yield f"rank {rank}", np.where((ranks == rank) | (numbers == last), facts.factor, 0.0)
 
 
 def _of_number(facts: Facts) -> Iterator[tuple[str, Floats]]:
@@ -295,7 +304,7 @@ def _exchanged(facts: Facts) -> Prediction:
     layers = facts.ours.layer_names.tolist()
     names = [str(facts.ours.parameter_names[c]) for c in facts.columns.tolist()]
     wrong = [layers.index(n.removesuffix(".weight")) for n in names if n[:-7] in layers]
-    if len(wrong) != len(names) or not 2 <= len(wrong) <= _FEW:
+    if len(wrong) != len(names) or not 2 <= len(wrong) <= _MOST_EXCHANGED:
         return None
     rows, pairs = facts.rows, []
     for layer in wrong:
@@ -492,6 +501,11 @@ SUM = Subject(
         (
             _one_by_one("it is the sum over {} alone: it is not reduced over ranks", _of_rank),
             _one_by_one("the samples of {} are missing", _without_rank),
+            _one_by_one(
+                "only the last micro-batch is reduced over ranks; earlier ones are those of {} "
+                "alone",
+                _reduced_last,
+            ),
             _of_batches(
                 "the last micro-batch stands for all: earlier ones are overwritten",
                 lambda f, b: float(b.number == _last(f, b)),

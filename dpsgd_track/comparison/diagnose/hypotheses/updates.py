@@ -134,7 +134,7 @@ def _of_gradient_before(facts: Facts) -> Prediction:
 def _rounded(facts: Facts) -> Prediction:
     rows, path, right = facts.rows, _path(facts), _right(facts)
     size = sketch_length(facts.theirs.weight_sketch[:, facts.columns])
-    return path if off_as_rounded(path[rows], right[rows], size[rows]) else None
+    return path if off_as_rounded(path[rows], right[rows], size[rows], is_once=True) else None
 
 
 def _of_rounded_gradient(facts: Facts) -> Prediction:
