@@ -355,7 +355,7 @@ def page(results: Iterable[Reproduced], paths: Mapping[str, str]) -> str:
 
 
 def _row(each: Reproduced) -> str:
-    line = " ".join(each.line.split())
+    line = " ".join(each.line.replace("|", " ").split())
     short = line if len(line) <= 200 else f"{line[:197]}..."
     mark = "healthy" if each.finding.is_healthy else "defect"
     cells = mark, each.finding.what, short, f"`dpsgd-track {each.finding.command}`"

@@ -78,10 +78,10 @@ class ProfileChoices(ModeChoices):
     """Number of times that every mode is timed at every shape. Each is in fresh processes, as the
     times of short steps differ from process to process."""
     max_slowdown: float | None = None
-    """X: most time of a step, over its baseline's (default: any). A mode that takes more makes the
-    exit code 1."""
+    """X: most time of a step, over no_dp's (default: any). A mode that takes more makes the exit
+    code 1."""
     max_memory: float | None = None
-    """X: most peak memory, over its baseline's (default: any). A mode that takes more makes the exit
+    """X: most peak memory, over no_dp's (default: any). A mode that takes more makes the exit
     code 1."""
 
     def limits(self) -> dict[str, float]:
