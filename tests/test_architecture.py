@@ -20,6 +20,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ALLOWED: dict[str, set[str]] = {
     "text_file": set(),
     "redaction": set(),
+    "visible_text": set(),
     "yaml_file": {"text_file"},
     "config": {"redaction", "yaml_file"},
     "program": {"redaction"},
@@ -41,9 +42,18 @@ ALLOWED: dict[str, set[str]] = {
         "store",
         "text_file",
     },
-    "launcher": {"config", "modes", "program", "record", "redaction", "store", "training"},
+    "launcher": {
+        "config",
+        "modes",
+        "program",
+        "record",
+        "redaction",
+        "store",
+        "training",
+        "visible_text",
+    },
     "comparison": {"config", "modes", "record", "store", "yaml_file"},
-    "report": {"comparison", "config", "modes", "record", "store"},
+    "report": {"comparison", "config", "modes", "record", "store", "visible_text"},
     "mutants": {
         "comparison",
         "config",
@@ -71,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
         "store",
         "testing",
         "training",
+        "visible_text",
     },
 }
 

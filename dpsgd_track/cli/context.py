@@ -13,6 +13,7 @@ from dpsgd_track.modes.table import split_planted
 from dpsgd_track.program import NAME, command, without_secrets
 from dpsgd_track.record.plan import GroupPlan
 from dpsgd_track.redaction import redact_uri, redacted
+from dpsgd_track.visible_text import visible
 
 if TYPE_CHECKING:
     from dpsgd_track.launcher.process_group import Launch
@@ -66,7 +67,10 @@ class Context:
 
     def complain(self, error: object, code: int) -> int:
         """Print the error on one line; returns `code`, the exit code."""
-        print(f"{NAME} {self.verb}: {' '.join(redacted(str(error)).split())}", file=sys.stderr)
+        print(
+            f"{NAME} {self.verb}: {visible(' '.join(redacted(str(error)).split()))}",
+            file=sys.stderr,
+        )
         return code
 
 
@@ -95,9 +99,9 @@ def reading(settings: Settings) -> Iterator[None]:
 
 def say(line: str) -> None:
     """Print `line` at once."""
-    print(line, flush=True)
+    print(visible(line), flush=True)
 
 
 def say_aside(line: str) -> None:
     """Print `line` to standard error, apart from the results."""
-    print(line, file=sys.stderr)
+    print(visible(line), file=sys.stderr)

@@ -70,17 +70,19 @@ class ProfileChoices(ModeChoices):
     """Also run the accuracy regime. Each mode runs it after its timed steps, at the first sequence
     length and batch size alone."""
     seq_length: tuple[str, ...] = ("64", "256")
-    """N,...: tokens in a sample, repeatable or comma separated. Every length is run with every
+    """N,...: tokens in a sample. Repeatable or comma separated. Every length is run with every
     batch size."""
     batch_size: tuple[str, ...] = ("2",)
-    """N,...: samples in a micro-batch of a rank, repeatable or comma separated."""
+    """N,...: samples in a micro-batch of a rank. Repeatable or comma separated."""
     rounds: int = 1
     """Number of times that every mode is timed at every shape. Each is in fresh processes, as the
     times of short steps differ from process to process."""
     max_slowdown: float | None = None
-    """X: end with 1 if a mode's step takes more than X times its baseline's (default: none)."""
+    """X: most time of a step, over no_dp's (default: any). A mode that takes more makes the exit
+    code 1."""
     max_memory: float | None = None
-    """X: end with 1 if a mode's peak memory is more than X times its baseline's (default: none)."""
+    """X: most peak memory, over no_dp's (default: any). A mode that takes more makes the exit
+    code 1."""
 
     def limits(self) -> dict[str, float]:
         """The limits that were chosen, by option.

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from dpsgd_track.visible_text import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -110,7 +112,7 @@ class PlainDisplay:
 
     def say(self, line: str) -> None:
         """See `Display`."""
-        print(line, file=self._stream, flush=True)
+        print(visible(line), file=self._stream, flush=True)
 
     def close(self) -> None:
         """See `Display`."""
@@ -165,7 +167,7 @@ class LiveDisplay:
 
     def say(self, line: str) -> None:
         """See `Display`."""
-        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """See `Display`."""

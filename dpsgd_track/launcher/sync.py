@@ -16,6 +16,7 @@ from dpsgd_track.store.shipper import NotThereYet, Shipper, settle
 from dpsgd_track.store.spool import SpoolDamaged
 from dpsgd_track.store.spooled import Busy, SpooledGroup, spooled_groups
 from dpsgd_track.store.sqlite_file import absolute_uri
+from dpsgd_track.visible_text import visible
 
 _SHOWN = 10
 
@@ -35,7 +36,7 @@ def sync(settings: Settings, group: str | None) -> int:
             f"{in_spool}. What was shipped and checked is no longer there."
         )
     if not groups:
-        print(f"{spool}: nothing to ship")
+        _say(f"{spool}: nothing to ship")
         return EXIT_FINISHED
     # One after the other even if one fails: each is independent.
     codes = []
@@ -45,34 +46,39 @@ def sync(settings: Settings, group: str | None) -> int:
         except FileNotFoundError:
             if each.folder.exists():
                 raise
-            print(f"{each.label}: its launcher shipped it meanwhile")
+            _say(f"{each.label}: its launcher shipped it meanwhile")
         except (StoreError, SpoolDamaged, TrackingError, OSError) as error:
             if len(groups) == 1 and not isinstance(error, SpoolDamaged):
                 raise ValueError(str(error)) from error
-            print(f"{each.label}: NOT shipped. {error}")
+            _say(f"{each.label}: NOT shipped. {error}")
             codes.append(EXIT_FAILED)
     return max(codes, default=EXIT_FINISHED)
 
 
+def _say(line: str) -> None:
+    """Print a line, which may quote a spool that others wrote."""
+    print(visible(line), flush=True)
+
+
 def _sync_one(settings: Settings, group: SpooledGroup) -> int:
     size = sum(group.sizes().values()) / 1024
-    print(f"{group.label}: {size:,.1f} KiB of records in {group.folder}")
+    _say(f"{group.label}: {size:,.1f} KiB of records in {group.folder}")
     try:
         lock = group.hold()
     except Busy:
-        print(f"{group.label}: its launcher, or another sync, is at work. Wait for it to end.")
+        _say(f"{group.label}: its launcher, or another sync, is at work. Wait for it to end.")
         return EXIT_FAILED
     with lock:
         if closed := group.close_left_open():
-            print(f"{group.label}: closed {closed} runs, as its launcher died")
+            _say(f"{group.label}: closed {closed} runs, as its launcher died")
         experiment = group.experiment()
         if not experiment:
-            print(f"{group.label}: its launcher died before the first record was whole")
+            _say(f"{group.label}: its launcher died before the first record was whole")
             damage = Contents(group).damage()
             for line in damage:
-                print(f"{group.label}: {line}")
+                _say(f"{group.label}: {line}")
             if damage or any(each.rows or each.files for each in group.runs().values()):
-                print(f"{group.label}: what is in {group.folder} belongs to no run that is known")
+                _say(f"{group.label}: what is in {group.folder} belongs to no run that is known")
                 return EXIT_FAILED
             group.remove()
             return EXIT_FINISHED
@@ -81,7 +87,7 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         client, experiment_id = open_store(settings)
         uri = absolute_uri(settings.tracking_uri)
         counted = Contents(group)
-        print(f"{group.label}: shipping {counted}, then reading them back", flush=True)
+        _say(f"{group.label}: shipping {counted}, then reading them back")
         try:
             problems = settle(Shipper(group, client, uri, experiment_id), count=True)
         except NotThereYet as error:
@@ -89,12 +95,12 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         except Exception as error:
             raise unusable(settings, error) from error
     for line in problems[:_SHOWN]:
-        print(f"{group.label}: {line}")
+        _say(f"{group.label}: {line}")
     if len(problems) > _SHOWN:
-        print(f"{group.label}: and {len(problems) - _SHOWN} more")
+        _say(f"{group.label}: and {len(problems) - _SHOWN} more")
     where = redact_uri(settings.tracking_uri)
     if problems:
-        print(f"{group.label}: NOT all of it is at {where}; the spool is kept in {group.folder}")
+        _say(f"{group.label}: NOT all of it is at {where}; the spool is kept in {group.folder}")
         return EXIT_FAILED
-    print(f"{group.label}: {counted} are at {where}, each value checked; the spool was removed")
+    _say(f"{group.label}: {counted} are at {where}, each value checked; the spool was removed")
     return EXIT_FINISHED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import os
 import struct
+import tokenize
 import weakref
 import zipfile
 import zlib
@@ -109,6 +110,9 @@ _UNREADABLE = (
     zlib.error,
     lzma.LZMAError,
     struct.error,
+    # numpy parses the header of an array as Python.
+    tokenize.TokenError,
+    SyntaxError,
 )
 
 

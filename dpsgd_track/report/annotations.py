@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import Verdict, worst
-from dpsgd_track.report.names import visible
+from dpsgd_track.visible_text import visible
 
 MOST = 10
 """Most annotations of each level: GitHub shows no more for one step."""

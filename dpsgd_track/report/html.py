@@ -22,7 +22,6 @@ from dpsgd_track.report.charts import Chart, Style
 from dpsgd_track.report.charts.profile import SECTION as PROFILE_SECTION
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
-from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import (
     SYMBOLS,
     VERDICT_SYMBOLS,
@@ -32,6 +31,7 @@ from dpsgd_track.report.stages import (
     stage_tables,
 )
 from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed, rows
+from dpsgd_track.visible_text import visible
 
 SECTIONS = (
     ("trajectories", "Trajectories", "Trajectories", "No run recorded a step."),

@@ -17,6 +17,7 @@ from dpsgd_track.comparison.diagnose.ladder import StageStatus
 from dpsgd_track.comparison.result import GroupComparison, ModeVerdict
 from dpsgd_track.comparison.verdict import FAILURES, worst
 from dpsgd_track.report.stages import Cell, stage_tables
+from dpsgd_track.visible_text import visible
 
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -42,7 +43,7 @@ def junit(comparison: GroupComparison) -> str:
 
 
 def _text(text: str) -> str:
-    return _NOT_IN_XML.sub("\ufffd", text)
+    return _NOT_IN_XML.sub("\ufffd", visible(text))
 
 
 def _case(suite: ET.Element, mode: str, name: str) -> ET.Element:

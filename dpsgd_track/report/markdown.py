@@ -12,9 +12,9 @@ from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
-from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import accepted, advice, stage_tables, told
 from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed, rows
+from dpsgd_track.visible_text import visible
 
 LIMIT = 65_536
 """Characters that a code host accepts in one comment."""

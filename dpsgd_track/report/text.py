@@ -13,9 +13,9 @@ from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.columns import in_columns
 from dpsgd_track.report.guarantee import guarantees
-from dpsgd_track.report.names import visible
 from dpsgd_track.report.stages import headline, told
 from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived
+from dpsgd_track.visible_text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.record.run import Group
 from dpsgd_track.report.charts.curves import points_of_each
-from dpsgd_track.report.names import visible
+from dpsgd_track.visible_text import visible
 
 # Okabe and Ito (2008), without black and yellow, which vanish on dark and light backgrounds.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
