@@ -276,6 +276,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=Path)
     parser.add_argument("--library", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--only", choices=("check", "full"), help="verb of the commands to run")
     args = parser.parse_args()
     given = dict(text.split("=", 1) for text in args.library)
     if unknown := given.keys() - HOMES.keys():
@@ -283,7 +284,11 @@ def main() -> int:
     paths = {
         name: os.pathsep.join(map(_absolute, p.split(os.pathsep))) for name, p in given.items()
     }
-    wanted = [each for each in FINDINGS if each.library in {OPACUS, *paths}]
+    wanted = [
+        each
+        for each in FINDINGS
+        if each.library in {OPACUS, *paths} and args.only in (None, each.command.split()[0])
+    ]
     said: dict[tuple[str, str], str] = {}
     results = []
     for each in wanted:
@@ -295,7 +300,8 @@ def main() -> int:
         results.append(Reproduced(each, lines[0].strip() if lines else ""))
         if not lines:
             print(f"NOT FOUND {each.library}: {each.what}\n{said[key][-3000:]}", flush=True)
-    args.page.write_text(page(results, paths), encoding="utf-8")
+        # A run that is cut short leaves what it has.
+        args.page.write_text(page(results, paths), encoding="utf-8")
     return int(not all(each.line for each in results))
 
 

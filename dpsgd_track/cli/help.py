@@ -30,6 +30,7 @@ _SELDOM = frozenset(
         *("sampling", "dataset-size", "micro-batches", "learning-rate", "optimizer", "noise-from"),
         *("delta", "reference-dtype", "replicas", "plan", "layer-norms", "log-ranks", "nnodes"),
         *("node-rank", "rdzv-endpoint", "rdzv-timeout", "rounds", "config", "spool", "warmup-iter"),
+        *("max-slowdown", "max-memory"),
     )
 )
 """Options that `--help` lists by name alone, for verbs with many options."""

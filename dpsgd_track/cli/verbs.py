@@ -169,10 +169,7 @@ VERBS: dict[str, Verb] = {
             name="profile",
             summary="step time and peak memory of modes beside ordinary training",
             run=_profile,
-            examples=(
-                "--mode flash_fsdp --seq-length 64,256",
-                "--mode flash_fsdp --max-slowdown 1.3",
-            ),
+            examples=("--mode flash_fsdp --seq-length 64,256",),
             notes="exit codes: 0 finished, 1 a mode failed or is over a limit, 2 usage, "
             "70 internal, 130 interrupted",
         ),
