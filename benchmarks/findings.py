@@ -225,7 +225,7 @@ FINDINGS = (
     ),
     _checked(
         FLASH,
-        "embeddings are not clipped",
+        "embeddings are trained, and not clipped: the wrapper leaves them as they are",
         "torch.nn:Embedding(9, 4)",
         "4,6:9",
         _FL,
