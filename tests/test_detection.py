@@ -42,16 +42,12 @@ def _tries(name: str) -> set[tuple[str, str]]:
 
 
 def _sample() -> list[str]:
-    """Few faults that try all that the catalogue tries, with two of every class."""
+    """Few faults that try all that the catalogue tries."""
     left, chosen = set().union(*map(_tries, MUTANTS)), []
     while left:
         best = max(MUTANTS, key=lambda name: len(_tries(name) & left))
         chosen.append(best)
         left -= _tries(best)
-    for kind in KINDS:
-        of_kind = [name for name in MUTANTS if MUTANTS[name].kind == kind]
-        is_alone = len(set(of_kind) & set(chosen)) < 2
-        chosen += [name for name in of_kind if name not in chosen][: int(is_alone)]
     return chosen
 
 

@@ -432,6 +432,7 @@ def _samples(norm: list[float], parts: list[list[float]]) -> GatheredSamples:
         micro_batch=np.zeros(count, np.int64),
         sketch=np.empty((count, len(parts[0]), 0)),
         other_norm=np.empty((count, len(parts[0]), 0)),
+        other_loss=np.empty((count, 0)),
         digests=index,
     )
 

@@ -155,11 +155,15 @@ def formulas(gradient: Tensor, shares: Sequence[Share]) -> Tensor:
         shares: of the calls that it is made of; empty if they are not known.
     """
     norm = gradient.norm()
-    values = {f: norm.new_tensor(torch.nan) for f in NormFormula}
-    values |= _of_gradient(gradient)
+    values = _of_gradient(gradient)
     if shares and (_joined(shares, Share.gradient) - norm).abs() <= _CLOSE * norm:
         values |= _of_shares(norm, shares)
-    return torch.stack([values[f].double() for f in NormFormula])
+    found = torch.full((len(NormFormula),), torch.nan, dtype=torch.float64)
+    found[[_PLACE[formula] for formula in values]] = torch.stack(list(values.values())).double()
+    return found
+
+
+_PLACE = {formula: place for place, formula in enumerate(NormFormula)}
 
 
 def _of_gradient(gradient: Tensor) -> dict[NormFormula, Tensor]:

@@ -105,7 +105,8 @@ class SummedLoss(Ghost):
 
         def make_private(engine: Any, *, criterion: Any, **settings: Any) -> Any:
             criterion.reduction = "sum"
-            return original(engine, criterion=criterion, loss_reduction="sum", **settings)
+            settings["loss_reduction"] = "sum"
+            return original(engine, criterion=criterion, **settings)
 
         opacus.PrivacyEngine.make_private = make_private
         try:
