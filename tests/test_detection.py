@@ -164,6 +164,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
+@pytest.mark.soak
 def test_a_mode_that_tells_little_is_told_what_that_hides(foreign: Workspace) -> None:
     done = foreign.run("launch.py", "faults", "--mode", "my_mode:Quiet", "--fault", ",".join(ASKED))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr

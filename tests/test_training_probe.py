@@ -43,7 +43,7 @@ from tests.support.workspace import Workspace
 
 CPU = torch.device("cpu")
 SEED = 42
-SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(3, 10))]
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 10))]
 NUM_RANKS = (2, 3, 4)
 SOUND = ("no_dp", "flash_fsdp_fuse", "flash")
 PLANTED = "flash_fsdp+bias_norm_by_gram"
