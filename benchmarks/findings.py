@@ -310,7 +310,7 @@ def _absolute(path: str) -> str:
 
 
 def _run(finding: Finding, path: str) -> str:
-    """What the command says, and the comparison after a launch."""
+    """Output of the command, and of the comparison after a launch."""
     words = shlex.split(finding.command.replace("PATH", path))
     is_variant = "--variant" in words
     search = [str(ROOT), str(ADAPTERS), *([] if is_variant or not path else [path])]

@@ -1769,8 +1769,8 @@ class HealthyScaledBackward(Correct):
 
 
 class HealthyOwnNoise(Correct):
-    """Where sigma is above 0.1 (the noise regimes), noise of an own generator, one seed for each
-    step and parameter, equal on replicas; else the common noise."""
+    """Noise of its own generator in the noise regimes (sigma above 0.1), with one seed for each
+    step and parameter, equal on replicas; elsewhere the common noise."""
 
     def draw(self, source, part):
         if self.context.privacy.noise_multiplier <= 0.1:

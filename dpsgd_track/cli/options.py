@@ -158,7 +158,7 @@ class FaultOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckChoices:
-    """What to check a module with."""
+    """Inputs, modes and seed with which a module is checked."""
 
     input: tuple[str, ...] = ()
     """SHAPE: numbers of an input of the module, the samples first, such as 3,5,7, repeatable

@@ -113,7 +113,7 @@ class ModeVerdict:
     resolutions: Mapping[str, Resolution] = field(default_factory=dict)
     """Smallest errors that would have been found in this mode, by model."""
     warnings: tuple[str, ...] = ()
-    """What the mode's own code warned of, such as that it fell back on other code."""
+    """Warnings of the mode's own code, such as that it fell back on other code."""
 
     @property
     def others(self) -> tuple[Finding, ...]:

@@ -151,7 +151,7 @@ class ModeEntry:
     culprit: CulpritEntry | None
     """Culprit over all comparisons; null if no stage is known to have gone wrong."""
     warnings: tuple[str, ...] = ()
-    """What the mode's own code warned of."""
+    """Warnings of the mode's own code."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def other_losses(loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) 
             values[LossFormula.CAPPED] = loss(capped, sample.targets)
             values |= _of_classes(logits, sample.targets, is_shifted=inner in _SHIFTED)
         if sample.targets.ndim == 2 and inner not in _WITHOUT_CLASSES:
-            values |= _of_targets(loss, logits, sample)
+            values |= _of_targets(loss, logits, sample, is_shifted=inner in _SHIFTED)
     missing = torch.tensor(torch.nan)
     return torch.stack(
         [values.get(f, missing).detach().double().cpu().reshape(()) for f in LossFormula]
@@ -83,12 +83,14 @@ def _of_inputs(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Mapping[Lo
     return values
 
 
-def _of_targets(loss: PerSampleLoss, logits: Tensor, sample: Batch) -> Mapping[LossFormula, Tensor]:
+def _of_targets(
+    loss: PerSampleLoss, logits: Tensor, sample: Batch, *, is_shifted: bool
+) -> Mapping[LossFormula, Tensor]:
     """Losses over other targets of the same sample."""
     targets, ids = sample.targets, sample.inputs.get("input_ids")
     used = targets[0].ne(IGNORED).nonzero().flatten()
     values: dict[LossFormula, Tensor] = {}
-    if getattr(loss, "__wrapped__", loss) in _SHIFTED:
+    if is_shifted:
         later = targets.roll(-1, 1)
         later[:, -1] = IGNORED
         values[LossFormula.NOT_SHIFTED] = loss(logits.roll(-1, 1), targets)

@@ -52,7 +52,7 @@ class Tolerance:
     one: float
     """Of one parameter."""
     total: float
-    """Of the whole norm and the whole sum."""
+    """Tolerance for the whole norm and the whole sum."""
     loss: float
 
     def of_model(self, sizes: Integers) -> Tolerance:

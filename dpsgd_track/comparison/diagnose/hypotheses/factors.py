@@ -126,7 +126,7 @@ def _with_floor(facts: Facts) -> Prediction:
 
 
 def _of_groups(facts: Facts, size: int | None) -> Prediction:
-    """What is recorded, if groups of a micro-batch's samples have one factor, not all of them 1.
+    """The recorded factors, if each group of a micro-batch's samples has one; None if all are 1.
 
     Args:
         size: samples of a group; None for the whole micro-batch.

@@ -320,14 +320,14 @@ def _exchanged(facts: Facts) -> Prediction:
 
 
 def _rounded(facts: Facts, bits: int) -> Prediction:
-    """What is recorded, if it is off by as much as rounding to `bits` makes it."""
+    """The recorded sum, if rounding to `bits` explains its error; else None."""
     theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
     length = sketch_length(facts.right_sum)
     return theirs if off_as_rounded(theirs, facts.right_sum, length, bits=bits) else None
 
 
 def _where_a_rank_is_idle(facts: Facts) -> Prediction:
-    """What is recorded, if steps are right but for those with an empty micro-batch."""
+    """The recorded sum, if only steps with an empty micro-batch are wrong; else None."""
     if not facts.micro_batches:
         return None
     theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])

@@ -132,15 +132,20 @@ def _of_gradient_before(facts: Facts) -> Prediction:
 
 
 def _rounded(facts: Facts) -> Prediction:
-    rows, path, right = facts.rows, _path(facts), _right(facts)
-    size = sketch_length(facts.theirs.weight_sketch[:, facts.columns])
-    return path if off_as_rounded(path[rows], right[rows], size[rows], is_once=True) else None
+    weights = sketch_length(facts.theirs.weight_sketch[:, facts.columns])
+    return _if_off_as_rounded(facts, weights, is_once=True)
 
 
 def _of_rounded_gradient(facts: Facts) -> Prediction:
+    # Beside a small step, the rounding of float32 weights scatters the errors.
+    return _if_off_as_rounded(facts, sketch_length(_right(facts)), is_once=False)
+
+
+def _if_off_as_rounded(facts: Facts, size: Floats, *, is_once: bool) -> Prediction:
+    """The recorded step, if rounding tensors of lengths `size` [S, Q] explains its error."""
     rows, path, right = facts.rows, _path(facts), _right(facts)
-    size = sketch_length(right)
-    return path if off_as_rounded(path[rows], right[rows], size[rows]) else None
+    is_explained = off_as_rounded(path[rows], right[rows], size[rows], is_once=is_once)
+    return path if is_explained else None
 
 
 def _along_others(facts: Facts) -> Prediction:
