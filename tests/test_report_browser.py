@@ -299,6 +299,8 @@ def test_the_theme_button_changes_page_and_charts(page: Any) -> None:
         assert button.inner_text() == f"Theme: {theme}"
         expected = "rgb(20, 23, 27)" if theme == "dark" else "rgb(255, 255, 255)"
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == expected
+        # Charts that are still being drawn above may have moved it out of sight, where it waits.
+        show(page, "trajectory_accuracy_loss")
         page.wait_for_function(
             "c => getComputedStyle(document.querySelector("
             "\".chart[data-name='trajectory_accuracy_loss'] .main-svg\")).backgroundColor === c",

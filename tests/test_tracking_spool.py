@@ -294,6 +294,17 @@ def test_a_disk_that_stays_full_is_said_at_the_end(tmp_path, monkeypatch):
     assert read(spool_files(tmp_path)[0])
 
 
+def test_a_disk_that_was_full_from_the_start_leaves_no_file_to_be_called_damaged(
+    tmp_path, monkeypatch
+):
+    FullDisk(monkeypatch, 0)
+    writer = SpoolWriter(tmp_path, f"a{RECORDS}", runs=("run",), tell=lambda line: None)
+    writer.log_metrics("run", 0, {"loss": 1.0})
+    with pytest.raises(TrackingError, match="expected room for records, but 3 could not"):
+        writer.close()
+    assert spool_files(tmp_path) == []
+
+
 def test_a_writer_that_can_never_write_does_not_take_all_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(spool, "MAX_HELD_BYTES", 10_000)
     writer = SpoolWriter(tmp_path, f"a{RECORDS}", tell=lambda line: None)

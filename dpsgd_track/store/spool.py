@@ -184,6 +184,9 @@ class SpoolWriter:
             os.close(self._header)
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+            if not self._end:
+                # An empty file is one that somebody emptied: there was no room for the first line.
+                self.path.unlink(missing_ok=True)
             if self._num_kept_back:
                 raise TrackingError(self._complaint())
 
