@@ -36,7 +36,19 @@ SPECS = {
         models=list(ZOO),
         modes=[*FSDP, "no_dp"],
         cut=[[3, 0], [6, 2]],
-        regimes=["none", "mixed", "all"],
+        regimes=["mixed"],
+    ),
+    "W2, other bounds": Spec(
+        models=["reused-mlp", "tied-gpt2"],
+        modes=[*FSDP, "no_dp"],
+        cut=[[3, 0], [6, 2]],
+        regimes=["none", "all"],
+    ),
+    "W2, other bounds, whole zoo": Spec(
+        models=list(ZOO),
+        modes=[*FSDP, "no_dp"],
+        cut=[[3, 0], [6, 2]],
+        regimes=["none", "all"],
     ),
     # More ranks than some parameters have rows; a rank without samples.
     "W3": Spec(
@@ -85,7 +97,13 @@ def run(
     return rows
 
 
-@pytest.fixture(scope="module", params=SPECS)
+SOAK = {"W2, other bounds, whole zoo"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.soak] * (name in SOAK)) for name in SPECS],
+)
 def ran(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks
 ) -> Any:

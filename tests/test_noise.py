@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dpsgd_track.distributed.sharding import LocalPart, row_range
 from dpsgd_track.privacy.clipping import ClippedSum, clip_factors
 from dpsgd_track.privacy.noise import BLOCK_ELEMENTS, NoiseSource, add_noise, fresh_key
+from tests.support.forked_ranks import ForkedRanks
 
 SIGMA, C = 0.7, 0.37
 STEPS = 400
@@ -154,15 +153,11 @@ def test_keys_of_the_operating_system_never_repeat_and_draw_sound_noise() -> Non
     assert abs(_z_of_correlation(a, b, 1.0)) < 6
 
 
-def _share_a_key(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    key = fresh_key(None, torch.device("cpu"))
-    (Path(folder) / f"key{rank}").write_text(key)
-    dist.destroy_process_group()
-
-
-def test_ranks_share_the_key_of_the_operating_system(tmp_path: Path) -> None:
-    mp.spawn(_share_a_key, (str(tmp_path),), nprocs=2)
+def test_ranks_share_the_key_of_the_operating_system(
+    tmp_path: Path, rank_host: ForkedRanks
+) -> None:
+    done = rank_host.run("tests.support.torchrun_keys", str(tmp_path), num_ranks=2)
+    assert done.code == 0, done.log[-3000:]
     first, second = (tmp_path / "key0").read_text(), (tmp_path / "key1").read_text()
     assert first == second
     assert len(bytes.fromhex(first)) == 32

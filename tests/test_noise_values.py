@@ -82,12 +82,15 @@ ROUNDED: dict[str, tuple[Rounding, float, float]] = {
 }
 
 
+@pytest.mark.parametrize("num_seeds", [40, pytest.param(400, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("one_sign", [False, True])
 @pytest.mark.parametrize("name", ROUNDED)
-def test_two_hundred_sound_noises_raise_no_alarm_however_rounded(name: str, one_sign: bool) -> None:
+def test_sound_noises_raise_no_alarm_however_rounded(
+    name: str, one_sign: bool, num_seeds: int
+) -> None:
     rounding, sum_over_noise, resolution = ROUNDED[name]
     fault = added(rounding, sum_over_noise, one_sign=one_sign)
-    for seed in range(200):
+    for seed in range(num_seeds):
         found = samples(fault, seed=seed)
         assert failed(found) == set()
         assert found.resolution == resolution
