@@ -37,6 +37,7 @@ _compute_on_one_core()
 LONGEST = (
     "test_detection.py",
     "test_modes_distributed.py",
+    "test_several_machines.py",
     "test_end_to_end.py",
     "test_launcher_modes.py",
     "test_training_noise.py",

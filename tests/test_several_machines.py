@@ -118,6 +118,8 @@ def until_step(folder: Path, mode: str, step: int, process: subprocess.Popen[str
 TRAIN = ("--device", "cpu", "--nproc-per-node", "1", "--regime", "accuracy", "--group", "g")
 
 
+# By default the wire of one machine is cut, in test_tracking_outages.py.
+@pytest.mark.soak
 def test_a_cable_to_the_tracking_server_is_pulled_and_nothing_is_lost(
     lines: Network, server: tuple[str, Path], tmp_path: Path
 ) -> None:
