@@ -110,6 +110,9 @@ NORMS = {
     "the largest of the parameters' norms": BY_PARAMETER.max(axis=2),
     "they leave out model.layers.2.weight": np.sqrt(NORM**2 - BY_PARAMETER[..., 2] ** 2),
     "they count model.layers.1.weight twice": np.sqrt(NORM**2 + BY_PARAMETER[..., 1] ** 2),
+    "they leave out model.layers.1.weight, model.layers.3.weight and count model.layers.5.weight "
+    "3 times": np.sqrt(np.square(BY_PARAMETER) @ [1, 0, 1, 0, 1, 3]),
+    "number 1 that of 0, number 2 that of 0": NORM[:, ::3].repeat(3, axis=1),
     "each sample has its neighbour's": rolled(NORM),
     "the micro-batch before": batches_before(NORM),
     "squares of different samples are added up over ranks": np.tile(
@@ -121,7 +124,7 @@ NORMS = {
     "the right values in another order": NORM[:, [5, 3, 8, 0, 11, 1, 2, 4, 6, 10, 7, 9]],
 }
 PAIRS = FACTOR.reshape(-1, 4, 3).copy()
-PAIRS[..., 1] = PAIRS[..., 0]
+PAIRS[..., :2] = PAIRS[..., :2].mean(axis=2, keepdims=True)
 FACTORS = {
     "they are never below 0.77": np.maximum(FACTOR, 0.77),
     "all samples of a micro-batch have one factor": np.minimum(
@@ -206,6 +209,25 @@ def test_a_norm_by_a_known_wrong_formula_is_explained(formula: NormFormula) -> N
     total = np.sqrt(np.square(by_parameter).sum(axis=2))
     wrong = with_total(replace(ours, sample_norm_by_parameter=by_parameter), total)
     assert formula.value in found(wrong, ours).sentence
+
+
+def test_norms_that_are_scaled_as_if_micro_batches_were_full_are_explained() -> None:
+    # A rank's first micro-batch has four samples and its second two, where three are full.
+    uneven = replace(base(), sample_micro_batch=np.tile([0, 0, 0, 0, 1, 1], (len(NORM), 2)))
+    scaled = NORM * np.tile([3 / 4] * 4 + [3 / 2] * 2, 2)
+    said = found(with_total(uneven, scaled), uneven).sentence
+    assert "as if each micro-batch were full: multiplied by 3 over its number of samples" in said
+
+
+def test_a_sum_of_which_only_the_last_micro_batch_is_reduced_is_explained() -> None:
+    rng = np.random.default_rng(0)
+    ours = replace(base(), sample_shard_sketch=rng.normal(0, 1, base().sample_sketch.shape))
+    parts = np.where(IS_LAST[..., None, None], ours.sample_sketch, ours.sample_shard_sketch)
+    total = (parts * FACTOR[..., None, None]).sum(axis=1)
+    wrong = replace(ours, gradient_sketch=total, noised_sketch=total)
+    assert (
+        "only the last micro-batch is reduced over ranks: of earlier" in found(wrong, ours).sentence
+    )
 
 
 PARTS = {

@@ -120,6 +120,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "one step": (_only(1.2, 1), "of step 1 is 1.19"),
     "one rank": (_only(1.2, every, 1, every), "of rank 1 is 1.2"),
     "one parameter": (_only(1.3, every, every, 4, every), "of model.layers.4.weight is 1.2"),
+    "one parameter twice": (
+        _only(np.sqrt(2), every, every, 5, every),
+        "out of bounds: as if noise were added there twice",
+    ),
     "one shard": (_only(0, 1, 1, 4), "model.layers.4.weight on rank 1 at step 1 is 0.000"),
     "shift": (lambda z, rng: z + 0.1, "the mean of its noise is 0.1"),
     "uniform": (
@@ -138,6 +142,14 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "neighbours": (_lagged, "between elements 7 apart"),
 }
+
+
+def test_ranks_that_hold_the_same_parameters_are_counted_by_the_job() -> None:
+    # Copies of the noise are kept once, as if there were one rank.
+    whole = run_of(noisy(_scaled(np.sqrt(2)), ranks=1))
+    on_two = replace(whole, job=replace(whole.job, num_ranks=2)) if whole.job else whole
+    (found,) = judge_noise(on_two, audit(on_two))
+    assert "as if each of the ranks added the whole noise" in found.sentence
 
 
 @pytest.mark.parametrize("name", FAULTS)

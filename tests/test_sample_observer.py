@@ -112,7 +112,7 @@ def test_formulas_are_what_their_words_say() -> None:
     out = model.out(torch.tanh(r2))
     loss = out.square().mul(torch.arange(3.0)).sum()
     de, dn, dr1, dr2, dout = (g[0] for g in torch.autograd.grad(loss, [e, n, r1, r2, out]))
-    x_out, e, out = torch.tanh(r2)[0].detach(), e.detach(), out.detach()
+    x_out, e, n, out = torch.tanh(r2)[0].detach(), e.detach(), n.detach(), out.detach()
     of = values["out.bias"]
     assert of[NormFormula.POSITIONS_APART] == pytest.approx(float(dout.norm()))
     gram = float((dout @ dout.T).norm())
@@ -133,6 +133,19 @@ def test_formulas_are_what_their_words_say() -> None:
     once = within / 2 + gram.sum() / 2
     assert of[NormFormula.TILES_OF_4_ONCE] == pytest.approx(float(once.sqrt()))
     assert np.isnan(of[NormFormula.TAIL_OF_8_LOST])
+    text = (TOKENS[0] != 0).to(dout)[:, None]
+    without_padding = float(((dout * text).mT @ x_out).norm())
+    assert of[NormFormula.PADDING_POSITIONS_LOST] == pytest.approx(without_padding)
+    assert NormFormula.OUTPUT_AS_INPUT in of
+    assert np.isnan(of[NormFormula.OUTPUT_AS_INPUT])
+    of_norm = values["norm.weight"]
+    scale = float((dn * n[0]).sum(0).norm())
+    assert of_norm[NormFormula.RAW_INPUT] == pytest.approx(float((dn * e[0]).sum(0).norm()))
+    assert of_norm[NormFormula.OUTPUT_AS_INPUT] == pytest.approx(scale)
+    # Of LayerNorm, centring is right.
+    right = float(gradients["norm.weight"].norm())
+    assert of_norm[NormFormula.CENTRED_INPUT] == pytest.approx(right, rel=1e-4)
+    assert np.isnan(of_norm[NormFormula.PADDING_POSITIONS_LOST])
     lost = float((dout[:-2].T @ x_out[:-2]).norm())
     assert of[NormFormula.LAST_TWO_POSITIONS_LOST] == pytest.approx(lost)
     gradient = gradients["out.weight"]

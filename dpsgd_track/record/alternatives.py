@@ -100,6 +100,9 @@ class NormFormula(enum.StrEnum):
     )
     TILES_OF_32_APART = "without cross terms between tiles of 32 positions"
     USES_ADDED = "|g_1| + |g_2| in place of |g_1 + g_2| of a parameter that is used twice"
+    PADDING_POSITIONS_LOST = "without the positions of padding, whose gradients are not zero"
+    OUTPUT_AS_INPUT = "computed from the layer's output rather than its normalised input"
+    CENTRED_INPUT = "computed from an input that is centred, as LayerNorm's is and RMSNorm's is not"
 
 
 class LossFormula(enum.StrEnum):

@@ -8,8 +8,8 @@ Shapes: T positions of one sample, D inputs, P outputs, V formulas.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -42,10 +42,12 @@ class Share:
     """Input that `left_TP` is multiplied with (an outer product at each position)."""
     row_T: Tensor | None = None
     """Row that each position is added to; the padding's rows have been zeroed."""
-    raw_TP: Tensor | None = None
-    """`left_TP` with the raw input in place of the normalised one."""
+    other_inputs: Mapping[NormFormula, Tensor] = field(default_factory=dict)
+    """`left_TP` with other inputs in place of the normalised one, by the mistake that it is."""
     padding_TP: Tensor | None = None
     """`left_TP` of padding alone."""
+    is_padding_T: Tensor | None = None
+    """Positions of padding, where they are known."""
 
     def total(self, left_TP: Tensor, right_TD: Tensor | None = None) -> Tensor:
         """The gradient, summed over positions."""
@@ -56,8 +58,8 @@ class Share:
             return left_TP.new_zeros(rows, left_TP.shape[1]).index_add_(0, self.row_T, left_TP)
         return left_TP.sum(dim=0)
 
-    def gradient(self, positions: slice = slice(None)) -> Tensor:
-        """Gradient over `positions`."""
+    def gradient(self, positions: slice | Tensor = slice(None)) -> Tensor:
+        """Gradient over `positions`, a slice or [T] flags."""
         left = torch.zeros_like(self.left_TP)
         left[positions] = self.left_TP[positions]
         return self.total(left, self.right_TD)
@@ -121,13 +123,23 @@ class LayerCalls:
         found: dict[str, list[Share]] = defaultdict(list)
         # A layer that is checkpointed runs once more in the backward.
         calls = self._calls[: len(output_gradients)]
+        is_padding_T = self._padding()
         for (module, own, *tensors), dy in zip(calls, output_gradients, strict=True):
             x, output, dy_TP = (t.detach().cpu() for t in (*tensors, dy.flatten(0, -2)))
             if "bias" in own:
                 found[own["bias"]].append(Share(dy_TP))
             if "weight" in own and (share := _of_weight(module, x, output, dy_TP)):
+                if is_padding_T is not None and len(is_padding_T) == len(dy_TP):
+                    share = replace(share, is_padding_T=is_padding_T)
                 found[own["weight"]].append(share)
         return found
+
+    def _padding(self) -> Tensor | None:
+        """[T] positions of padding, by the first embedding that has a row for it."""
+        for module, _, x, _ in self._calls:
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                return (x == module.padding_idx).flatten().cpu()
+        return None
 
 
 def _of_weight(module: nn.Module, x: Tensor, output: Tensor, dy_TP: Tensor) -> Share | None:
@@ -143,7 +155,15 @@ def _of_weight(module: nn.Module, x: Tensor, output: Tensor, dy_TP: Tensor) -> S
     if isinstance(weight, Tensor) and weight.ndim == 1 and weight.shape == x.shape[-1:]:
         unscaled = output if bias is None else output - bias.detach().cpu()
         unscaled = unscaled / weight.detach().cpu()
-        return Share(dy_TP * unscaled.flatten(0, -2), raw_TP=dy_TP * x.flatten(0, -2).to(dy_TP))
+        x_TP = x.flatten(0, -2).to(dy_TP)
+        return Share(
+            dy_TP * unscaled.flatten(0, -2),
+            other_inputs={
+                NormFormula.RAW_INPUT: dy_TP * x_TP,
+                NormFormula.OUTPUT_AS_INPUT: dy_TP * output.flatten(0, -2).to(dy_TP),
+                NormFormula.CENTRED_INPUT: dy_TP * nn.functional.layer_norm(x_TP, x_TP.shape[1:]),
+            },
+        )
     return None
 
 
@@ -215,12 +235,19 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
     elif left_TP is not None:
         gram = (left_TP @ left_TP.mT).norm()
         values |= {NormFormula.GRAM: gram, NormFormula.ROOT_OF_GRAM: gram.sqrt()}
-    if all(share.raw_TP is not None for share in shares):
-        raw = [share.total(share.raw_TP) for share in shares if share.raw_TP is not None]
-        values[NormFormula.RAW_INPUT] = torch.stack(raw).sum(dim=0).norm()
+    for formula in shares[0].other_inputs:
+        others = [share.total(share.other_inputs[formula]) for share in shares]
+        values[formula] = torch.stack(others).sum(dim=0).norm()
+    if all(s.right_TD is not None and s.is_padding_T is not None for s in shares):
+        values[NormFormula.PADDING_POSITIONS_LOST] = _joined(shares, _without_padding)
     if any(share.row_T is not None for share in shares):
         values |= _of_rows(norm, shares)
     return values
+
+
+def _without_padding(share: Share) -> Tensor:
+    assert share.is_padding_T is not None, "padding is known"
+    return share.gradient(~share.is_padding_T)
 
 
 def _of_tiles(share: Share) -> dict[NormFormula, Tensor]:

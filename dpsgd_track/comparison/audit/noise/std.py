@@ -175,7 +175,7 @@ def check_std(
     ]
     for name in GROUPED:
         title = name.replace("_", " ")
-        said = cause if name == "std_by_step" else ""
+        said = cause if name == "std_by_step" else _cause_in_some(cells[name])
         check = std_check(name, title, cells[name], likely_cause=said, explains_others=best == name)
         checks.append(check)
     checks.append(std_check(BY_SHARD, "std by parameter, rank and step", by_shard))
@@ -217,11 +217,26 @@ def _likely_cause(run: ModeRun, trajectory: Trajectory, by_step: Cells) -> str:
     return " or ".join(sorted(fitting)) if len(fitting) <= 2 else ""
 
 
+def _cause_in_some(cells: Cells) -> str:
+    """Well-known fault that explains the std of all cells that are out of bounds."""
+    wrong = cells.excess > 1
+    said = [what for std, what in _TWICE.items() if cells.may_be(std)[wrong].all()]
+    return said[0] if len(said) == 1 and wrong.any() else ""
+
+
+_TWICE = {
+    math.sqrt(2): "as if noise were added there twice",
+    2.0: "as if the same noise were added there twice",
+}
+"""Faults of a part of the noise, by the std that they make."""
+
+
 def _faults(run: ModeRun, trajectory: Trajectory) -> Iterator[tuple[Floats, str]]:
     """(factor [S] on the std of each step, description) of known faults."""
     bounds = trajectory.max_grad_norm
     sigma = trajectory.noise_std / bounds[0]
-    W = float(trajectory.noise_samples.shape[1])
+    # Where every rank holds all parameters, its copies of the noise are kept once.
+    W = float(run.job.num_ranks if run.job else trajectory.noise_samples.shape[1])
     divisor = float(trajectory.expected_batch_size)
     before = np.concatenate([bounds[:1], bounds[:-1]])
     yield bounds, "as if it were sigma C^2"

@@ -14,7 +14,12 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
 )
-from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up, of_all_ranks, rounded
+from dpsgd_track.comparison.diagnose.hypotheses.samples import (
+    mixed_up,
+    of_all_ranks,
+    of_other_places,
+    rounded,
+)
 from dpsgd_track.record.trajectory import UNUSED, Floats
 
 _ALIKE = 1e-3
@@ -265,6 +270,7 @@ FACTORS = Subject(
             *of_all_ranks(_right),
             *rounded(lambda facts: facts.theirs.clip_factor),
         ),
+        (of_other_places(_right, lambda facts: facts.theirs.clip_factor),),
         (
             Hypothesis(sentence="they are never below {}", predict=_with_floor),
             Hypothesis(

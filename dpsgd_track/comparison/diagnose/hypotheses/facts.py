@@ -143,6 +143,13 @@ class Facts:
         return changed
 
     @cached_property
+    def full_size(self) -> int:
+        """Samples of a full micro-batch."""
+        if self.run.job:
+            return self.run.job.data.batch_size
+        return max((len(batch.places) for batch in self.micro_batches), default=0)
+
+    @cached_property
     def counts(self) -> Integers:
         """[S] samples of each step."""
         return self.theirs.num_samples

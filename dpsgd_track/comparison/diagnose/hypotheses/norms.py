@@ -18,6 +18,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
 from dpsgd_track.comparison.diagnose.hypotheses.samples import (
     added_up,
     mixed_up,
+    of_other_places,
     off_as_rounding,
     rounded,
     to_bfloat16,
@@ -74,6 +75,57 @@ def _changed_by(sign: float) -> Callable[[Facts], Prediction]:
     return predict
 
 
+def _recounted(facts: Facts) -> Prediction:
+    """The total with each parameter's square counted as often as agrees best."""
+    # Norms of the mode's own explain its totals in every step, whatever came before.
+    is_own = not np.isnan(facts.theirs.sample_norm_by_parameter).all()
+    rows = np.arange(facts.theirs.num_steps) if is_own else facts.rows
+    squares, wanted = np.square(facts.by_parameter), np.square(facts.theirs.sample_norm[rows])
+    is_there = np.isfinite(wanted) & np.isfinite(squares[rows]).all(axis=2) & (wanted > 0)
+    shares = squares[rows][is_there] / wanted[is_there][:, None]
+    told = np.flatnonzero(shares.max(axis=0, initial=0.0) > _LEAST_SHARE)
+    if len(shares) < len(told) + _MORE_SAMPLES:
+        return None
+    size = shares[:, told].max(axis=0)
+    rest = 1 - np.delete(shares, told, axis=1).sum(axis=1)
+    counts = np.ones(shares.shape[1])
+    counts[told] = np.round(np.linalg.lstsq(shares[:, told] / size, rest, rcond=None)[0] / size)
+    if np.any(counts < 0) or np.all(counts == 1):
+        return None
+    names = facts.ours.parameter_names.tolist()
+    # Whatever is too small to be told may belong to a group that is named.
+    free = set(range(len(names))) - set(told.tolist())
+    said = []
+    for count in sorted(set(counts.tolist()) - {1.0}):
+        which = _named({int(c) for c in np.flatnonzero(counts == count)}, free, names)
+        said.append(f"leave out {which}" if not count else f"count {which} {_times(count)}")
+    return Fitted(np.sqrt(squares @ counts), " and ".join(said))
+
+
+_LEAST_SHARE = 1e-3
+"""Least share of a squared total, in the sample where it is largest, that a count is told from."""
+_MORE_SAMPLES = 4
+"""Samples beyond the number of counts that are fitted."""
+
+
+def _times(count: float) -> str:
+    return "twice" if count == 2 else f"{count:g} times"
+
+
+def _named(columns: set[int], free: set[int], names: Sequence[str]) -> str:
+    """The parameters in as few groups as possible, which may hold those in `free` as well."""
+    groups = [(name, set(own)) for name, own in _groups(names)]
+    said, left = [], set(columns)
+    while left:
+        name, own = max(
+            ((n, own) for n, own in groups if own <= columns | free),
+            key=lambda group: len(group[1] & left),
+        )
+        said.append(name)
+        left -= own
+    return ", ".join(said)
+
+
 def _groups(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
     """Each parameter, and the parameters with a common beginning or end, with their columns."""
     groups: dict[str, list[int]] = defaultdict(list)
@@ -121,6 +173,10 @@ TOTAL = Subject(
             *mixed_up(_right_total, lambda facts: facts.theirs.sample_norm),
             *added_up(_right_total),
             *rounded(lambda facts: facts.theirs.sample_norm),
+        ),
+        (
+            Hypothesis(sentence="they {}", predict=_recounted),
+            of_other_places(_right_total, lambda facts: facts.theirs.sample_norm),
         ),
     ),
 )

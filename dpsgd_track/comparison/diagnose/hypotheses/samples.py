@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts, MicroBatch
-from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Hypothesis, Prediction
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Fitted, Hypothesis, Prediction
 from dpsgd_track.record.trajectory import Floats
 
 Of = Callable[[Facts], Floats]
@@ -218,7 +218,68 @@ def _alike(of: Of) -> Sequence[Hypothesis]:
             sentence="they are multiplied by the number of samples in the micro-batch",
             predict=lambda facts: facts.by_batch(of(facts), lambda own: own * len(own)),
         ),
+        Hypothesis(
+            sentence="they are scaled as if each micro-batch were full: multiplied by {} over its "
+            "number of samples",
+            predict=lambda facts: _as_if_full(facts, of(facts)),
+        ),
     )
+
+
+def _as_if_full(facts: Facts, values: Floats) -> Prediction:
+    full = facts.full_size
+    changed = facts.by_batch(values, lambda own: own * full / len(own))
+    return None if changed is None else Fitted(changed, f"{full:g}")
+
+
+def of_other_places(of: Of, theirs: Of) -> Hypothesis:
+    """Numbers of other samples of the same micro-batch, the same places in each.
+
+    Args:
+        of: the right numbers, [S, N].
+        theirs: what the mode recorded, [S, N].
+    """
+
+    def predict(facts: Facts) -> Prediction:
+        right, observed = of(facts), theirs(facts)
+        sources = _sources(facts, right, observed)
+        if not sources or all(place == source for place, source in sources.items()):
+            return None
+        changed = facts.by_batch(right, lambda own: own[[sources[i] for i in range(len(own))]])
+        moved = {place: source for place, source in sources.items() if place != source}
+        shown = ", ".join(f"number {place} that of {source}" for place, source in moved.items())
+        return None if changed is None else Fitted(changed, shown)
+
+    return Hypothesis(
+        sentence="samples have another's of their micro-batch (counted from 0): {}", predict=predict
+    )
+
+
+_SAME = 1e-5
+"""Relative error up to which one number is another."""
+
+
+def _sources(facts: Facts, right: Floats, observed: Floats) -> dict[int, int]:
+    """Place in a micro-batch that each place has its number from; empty if one has none."""
+    batches = [b for b in facts.micro_batches if b.row in facts.rows]
+    longest = max((len(b.places) for b in batches), default=0)
+    sources: dict[int, int] = {}
+    for place in range(longest):
+        holding = [b for b in batches if len(b.places) > place]
+
+        def fits(source: int, holding: list[MicroBatch] = holding, place: int = place) -> bool:
+            pairs = [
+                (right[b.row, b.places[source]], observed[b.row, b.places[place]])
+                for b in holding
+                if len(b.places) > source
+            ]
+            return len(pairs) == len(holding) and np.allclose(*zip(*pairs, strict=True), _SAME, 0.0)
+
+        found = next((s for s in (place, *range(longest)) if fits(s)), None)
+        if found is None:
+            return {}
+        sources[place] = found
+    return sources
 
 
 def of_all_ranks(of: Of) -> Sequence[Hypothesis]:

@@ -247,6 +247,20 @@ def _not_reduced(facts: Facts) -> Prediction:
     return np.asarray(np.nansum(gradients * facts.factor[..., None, None], axis=1))
 
 
+def _reduced_last_by_rows(facts: Facts) -> Prediction:
+    """Rows of each rank from its own samples, but from all samples of the last micro-batch."""
+    if not facts.ours.shape_of("sample_shard_sketch")[-1]:
+        return None
+    numbers = facts.theirs.sample_micro_batch
+    is_last = numbers == numbers.max(axis=1, keepdims=True)
+    if is_last[facts.rows].all():
+        return None
+    own_rows = facts.ours.sample_shard_sketch[:, :, facts.columns].astype(np.float64)
+    earlier = np.where(is_last, 0.0, facts.factor)
+    alone = np.nansum(own_rows * earlier[..., None, None], axis=1)
+    return np.asarray(alone + facts.weighted(np.where(is_last, facts.factor, 0.0)))
+
+
 def _added_late(facts: Facts) -> Prediction:
     """The last micro-batch added in the next step."""
     if not facts.has_sketches or not facts.micro_batches:
@@ -557,6 +571,11 @@ SUM = Subject(
                 lambda f, b: 1 / len(b.places),
             ),
             _of_batches(
+                "micro-batches are scaled as if each were full: multiplied by the samples of a "
+                "full one over their own",
+                lambda f, b: f.full_size / len(b.places),
+            ),
+            _of_batches(
                 "each micro-batch is multiplied by its number of samples",
                 lambda f, b: float(len(b.places)),
             ),
@@ -598,6 +617,11 @@ SUM = Subject(
                 sentence="each rank's rows are of its own samples alone: the sum is not reduced "
                 "over ranks",
                 predict=_not_reduced,
+            ),
+            Hypothesis(
+                sentence="only the last micro-batch is reduced over ranks: of earlier ones, each "
+                "rank's rows are of its own samples alone",
+                predict=_reduced_last_by_rows,
             ),
             Hypothesis(sentence="layers have each other's gradients: {}", predict=_exchanged),
             Hypothesis(sentence="the last micro-batch is added a step late", predict=_added_late),
