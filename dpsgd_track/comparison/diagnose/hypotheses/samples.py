@@ -268,12 +268,10 @@ def _sources(facts: Facts, right: Floats, observed: Floats) -> dict[int, int]:
         holding = [b for b in batches if len(b.places) > place]
 
         def fits(source: int, holding: list[MicroBatch] = holding, place: int = place) -> bool:
-            pairs = [
-                (right[b.row, b.places[source]], observed[b.row, b.places[place]])
-                for b in holding
-                if len(b.places) > source
-            ]
-            return len(pairs) == len(holding) and np.allclose(*zip(*pairs, strict=True), _SAME, 0.0)
+            if any(len(b.places) <= source for b in holding):
+                return False
+            wanted = [observed[b.row, b.places[place]] for b in holding]
+            return np.allclose([right[b.row, b.places[source]] for b in holding], wanted, _SAME, 0)
 
         found = next((s for s in (place, *range(longest)) if fits(s)), None)
         if found is None:
