@@ -3,11 +3,11 @@
 
     python benchmarks/unseen_faults.py OUT.csv --jobs 8 --folder /tmp/unseen
 
-`unseen/faults.py` and `unseen_second/faults.py` have them as users' modes, and `truth.csv` beside
-them says of each what is wrong, and in which stage. They run on the probe, in as many groups as
-there are jobs. One CSV row for each mode: its verdict, whether the right stage is blamed, and the
-headline, which is to be read for the cause. Exits with 1 if a fault that can show is missed, or a
-healthy mode raises an alarm.
+`faults.py` of `unseen`, `unseen_second` and `unseen_third` has them as users' modes, and
+`truth.csv` beside it says of each what is wrong, and in which stage. They run on the probe, in as
+many groups as there are jobs. One CSV row for each mode: its verdict, whether the right stage is
+blamed, and the headline, which is to be read for the cause. Exits with 1 if a fault that can show
+is missed, or a healthy mode raises an alarm.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SETS = ("unseen", "unseen_second")
+SETS = ("unseen", "unseen_second", "unseen_third")
 HEALTHY = "healthy"
 STAGES = {"updated weights": "update"}
-"""Names of stages that differ in `truth.csv`."""
+"""Names of stages that may differ in `truth.csv`."""
 COLUMNS = ("name", "category", "verdict", "stage", "has_right_stage", "cause", "headline")
 
 
@@ -93,11 +93,12 @@ def _row(truth: dict[str, str], mode: dict[str, object]) -> dict[str, object]:
     culprit = mode["culprit"]
     stage = str(culprit["stage"]) if isinstance(culprit, dict) else ""
     stage = STAGES.get(stage, stage)
+    right = [STAGES.get(truth[name], truth[name]) for name in ("stage", "also_stage")]
     return {
         **{name: truth[name] for name in ("name", "category", "cause")},
         "verdict": mode["verdict"],
         "stage": stage,
-        "has_right_stage": stage in (truth["stage"], truth["also_stage"]) and bool(stage),
+        "has_right_stage": stage in right and bool(stage),
         "headline": mode["sentence"],
     }
 
