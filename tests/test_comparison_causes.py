@@ -135,6 +135,7 @@ FACTORS = {
     ),
     "each 2 samples of a micro-batch have one factor": PAIRS.reshape(FACTOR.shape),
     "no sample is clipped": np.ones_like(NORM),
+    "they are max(1, C / n) rather than min(1, C / n)": np.maximum(1, C / NORM),
     "samples are clipped not at C but at 1": np.minimum(1, 1 / NORM),
     "at C / W (the number of ranks) or K (the number of micro-batches) or 2": np.minimum(
         1, C / 2 / NORM
@@ -167,6 +168,7 @@ SUMS = {
     "the first micro-batch is lost": np.where(IS_LAST, FACTOR, 0),
     "the last micro-batch is lost": np.where(IS_LAST, 0, FACTOR),
     "the samples of rank 1 count 0.7 times": np.where(IS_RANK_1, 0.7 * FACTOR, FACTOR),
+    "the samples of micro-batches 0, 1 count 3, 0 times": np.where(IS_LAST, 0, 3 * FACTOR),
     "the samples of micro-batch 1 count 0.3 times": np.where(IS_LAST, 0.3 * FACTOR, FACTOR),
     "multiplied by B (the expected batch size)": 12 * FACTOR,
     "zero, left out": 0 * FACTOR,
@@ -217,6 +219,21 @@ def test_norms_that_are_scaled_as_if_micro_batches_were_full_are_explained() -> 
     scaled = NORM * np.tile([3 / 4] * 4 + [3 / 2] * 2, 2)
     said = found(with_total(uneven, scaled), uneven).sentence
     assert "as if each micro-batch were full: multiplied by 3 over its number of samples" in said
+
+
+def test_factors_of_the_first_of_three_micro_batches_are_explained() -> None:
+    three = replace(base(), sample_micro_batch=np.tile([0, 0, 1, 1, 2, 2], (len(NORM), 2)))
+    first = np.tile(FACTOR.reshape(len(NORM), 2, 6)[:, :, :2], 3).reshape(FACTOR.shape)
+    said = found(with_factors(three, first), three).sentence
+    assert "at the same places of the step's first micro-batch. First" in said
+
+
+def test_a_step_that_is_left_out_is_not_blamed_on_the_optimizers_parameters() -> None:
+    t = trajectory(noise_std=100.0, samples=12)
+    path = -TRAINED.learning_rate * t.noised_sketch / t.expected_batch_size
+    path[2:] = 0
+    said = trained(t.noised_sketch, path, t).sentence
+    assert "no weight moves, although the gradient is not zero: the step is left out" in said
 
 
 def test_a_sum_of_which_only_the_last_micro_batch_is_reduced_is_explained() -> None:

@@ -21,7 +21,7 @@ from dpsgd_track.report.drift_document import DRIFT
 from dpsgd_track.report.drift_json import drift_json
 from dpsgd_track.report.html import html
 from dpsgd_track.report.markdown import LIMIT, markdown, note
-from dpsgd_track.report.table import main_regime, rows
+from dpsgd_track.report.table import main_regime, rows, without_replays
 from dpsgd_track.report.text import print_table, summary
 from dpsgd_track.report.write import folder_name, write_report
 from tests.support.synthetic_group import (
@@ -239,11 +239,14 @@ def test_terminal_table_keeps_names_and_numbers_whole(width: int) -> None:
     comparison = compared([*healthy_runs(), lost])
     print_table(comparison, console)
     table = console.export_text().split("└")[0]
-    for row in rows(comparison):
+    modes, replays = without_replays(rows(comparison))
+    for row in modes:
         assert f" {row.label} " in table
+    assert "replay" in replays
+    assert "(again)" not in table
     assert "…" not in table
     assert max(map(len, table.splitlines())) <= width
-    assert ("peak" in table) == (width > 100)
+    assert ("mean grad norm" in table) == (width > 110)
 
 
 def long_group(num_modes: int) -> GroupComparison:

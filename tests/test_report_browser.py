@@ -92,8 +92,9 @@ def opened(browser: Any, path: Path, **more: Any) -> Any:
 
 
 def show(page: Any, name: str) -> Any:
-    """The chart with that name, scrolled to and drawn."""
+    """The chart with that name, with its section unfolded, scrolled to and drawn."""
     chart = page.locator(f".chart[data-name='{name}']")
+    chart.evaluate("e => { const part = e.closest('details'); if (part) part.open = true; }")
     # In the middle, where the bar at the top covers nothing of it.
     chart.evaluate("e => e.scrollIntoView({ block: 'center', behavior: 'instant' })")
     page.wait_for_function(
@@ -140,15 +141,46 @@ def test_every_chart_is_drawn_offline_in_the_colours_of_the_system(
     page.context.close()
 
 
-def test_charts_out_of_sight_wait_and_the_first_does_not(
+def test_a_pass_fits_two_screens_and_its_charts_wait_until_they_are_unfolded(
     browser: Any, reports: dict[str, Path]
 ) -> None:
     page = opened(browser, reports["healthy"])
-    page.wait_for_function("document.documentElement.dataset.firstChart")
     page.wait_for_timeout(300)
-    assert page.locator(".chart[data-name='peak_memory'] .main-svg").count() == 0
-    page.locator(".chart[data-name='peak_memory']").scroll_into_view_if_needed()
-    page.wait_for_selector(".chart[data-name='peak_memory'] .main-svg")
+    # A PASS is told in words alone, on two screens.
+    assert page.locator(".main-svg").count() == 0
+    assert page.evaluate("document.documentElement.scrollHeight") < 2 * 900
+    page.locator("details#trajectories > summary").click()
+    page.wait_for_selector(".chart[data-name='trajectory_accuracy_loss'] .main-svg")
+    assert page.locator(".chart[data-name='noise_accuracy'] .main-svg").count() == 0
+    page.context.close()
+
+
+def test_the_first_screen_of_a_bug_has_the_chart_of_the_stage_that_failed(
+    browser: Any, reports: dict[str, Path]
+) -> None:
+    page = opened(browser, reports["broken"], viewport={"width": 1400, "height": 900})
+    page.wait_for_selector(".first .main-svg")
+    assert page.locator(".main-svg:visible").count() > 0
+    assert page.locator(".first .chart").bounding_box()["y"] < 900
+    assert page.locator("details.section[open] .chart").count() == 0
+    page.context.close()
+
+
+def test_nothing_on_the_page_offers_to_upload_it(page: Any) -> None:
+    show(page, "drift_clip_grad_norm")
+    buttons = page.locator(".modebar-btn").evaluate_all("all => all.map(e => e.dataset.title)")
+    assert buttons
+    assert not [title for title in buttons if "hare" in (title or "") or "loud" in (title or "")]
+
+
+def test_a_link_to_a_folded_section_unfolds_it(browser: Any, reports: dict[str, Path]) -> None:
+    page = opened(browser, reports["healthy"])
+    page.locator("nav a", has_text="Noise audit").click()
+    page.wait_for_selector("details#noise[open]")
+    assert page.locator("details#drift[open]").count() == 0
+    page.goto(f"{reports['healthy'].as_uri()}#drift")
+    page.reload()
+    assert page.locator("details#drift[open]").count() == 1
     page.context.close()
 
 
@@ -253,6 +285,7 @@ def test_the_mode_filter_hides_a_mode_everywhere_and_brings_it_back(page: Any) -
 
 
 def test_a_regime_is_shown_alone(page: Any) -> None:
+    page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
     page.get_by_role("radio", name="clip", exact=True).check()
     titles = page.locator("figure:visible h3").all_inner_texts()
     assert any(title.endswith("in clip") for title in titles)

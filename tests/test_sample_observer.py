@@ -138,6 +138,11 @@ def test_formulas_are_what_their_words_say() -> None:
     assert of[NormFormula.PADDING_POSITIONS_LOST] == pytest.approx(without_padding)
     assert NormFormula.OUTPUT_AS_INPUT in of
     assert np.isnan(of[NormFormula.OUTPUT_AS_INPUT])
+    of_bias = values["out.bias"]
+    assert of_bias[NormFormula.PADDING_POSITIONS_LOST] == pytest.approx(
+        float((dout * text).sum(0).norm())
+    )
+    assert np.isnan(values["embedding.weight"][NormFormula.PADDING_POSITIONS_LOST])
     of_norm = values["norm.weight"]
     scale = float((dn * n[0]).sum(0).norm())
     assert of_norm[NormFormula.RAW_INPUT] == pytest.approx(float((dn * e[0]).sum(0).norm()))
@@ -145,7 +150,6 @@ def test_formulas_are_what_their_words_say() -> None:
     # Of LayerNorm, centring is right.
     right = float(gradients["norm.weight"].norm())
     assert of_norm[NormFormula.CENTRED_INPUT] == pytest.approx(right, rel=1e-4)
-    assert np.isnan(of_norm[NormFormula.PADDING_POSITIONS_LOST])
     lost = float((dout[:-2].T @ x_out[:-2]).norm())
     assert of[NormFormula.LAST_TWO_POSITIONS_LOST] == pytest.approx(lost)
     gradient = gradients["out.weight"]

@@ -285,7 +285,8 @@ def group_sentence(
     if verdict is Verdict.PASS:
         has_floor = any(regime.floors for regime in regimes)
         how = "as closely as rounding allows" if has_floor else "within the thresholds"
-        agreed = f"PASS: all {len(modes)} runs agree {how}{_waived(every, ', but for ')}"
+        labels = {run.label for regime in regimes for run in regime.runs}
+        agreed = f"PASS: all {len(labels)} modes agree {how}{_waived(every, ', but for ')}"
         warned = [mode.label for mode in modes if mode.warnings]
         return agreed + (f", but the code of {', '.join(warned)} warned." if warned else ".")
     guilty = [mode for mode in modes if mode.verdict is verdict]

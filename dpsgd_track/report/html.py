@@ -16,7 +16,7 @@ from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.config import PROBE, is_probe
 from dpsgd_track.record.run import Group
-from dpsgd_track.record.stages import Stage
+from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.charts import Chart, Style
 from dpsgd_track.report.charts.profile import SECTION as PROFILE_SECTION
@@ -30,7 +30,14 @@ from dpsgd_track.report.stages import (
     more,
     stage_tables,
 )
-from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed, rows
+from dpsgd_track.report.table import (
+    HEADINGS,
+    consistency,
+    floors,
+    not_computed,
+    rows,
+    without_replays,
+)
 from dpsgd_track.visible_text import visible
 
 SECTIONS = (
@@ -44,7 +51,6 @@ SECTIONS = (
     ),
     ("samples", "Sample by sample", "Samples", "Left out: no two runs recorded per-sample norms."),
     ("noise", "Noise audit", "Noise audit", "Left out: no mode's own noise was audited."),
-    ("cost", "Time and memory", "Time and memory", "Left out: no run recorded a time."),
 )
 """(identifier, heading, short heading, text shown when there is no chart)."""
 
@@ -104,6 +110,12 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
     """The whole report, with `charts` in their order."""
     group = comparison.group
     sections = (*(section for section, *_ in SECTIONS), PROFILE_SECTION)
+    modes, replays = without_replays(rows(comparison))
+    first = _first_chart(comparison, charts)
+    rest = [chart for chart in charts if chart is not first]
+    # Failing regimes first.
+    failing = {mode.culprit.regime for mode in comparison.modes if mode.culprit}
+    rest.sort(key=lambda chart: bool(failing) and chart.regime not in failing)
     return _report(
         "report.html",
         group,
@@ -114,13 +126,17 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
         facts=_facts(comparison),
         symbols=VERDICT_SYMBOLS,
         headings=HEADINGS,
-        rows=rows(comparison),
+        rows=modes,
+        replays=replays,
+        first_chart=first,
+        sentence=_sentence(comparison),
+        summary_of=_summary_of,
         more=more,
         stages=tuple(Stage),
         stage_tables=stage_tables(comparison),
         stage_symbols=SYMBOLS,
         sections=SECTIONS,
-        charts_of={name: [c for c in charts if c.section == name] for name in sections},
+        charts_of={name: [c for c in rest if c.section == name] for name in sections},
         audits=[audit for regime in comparison.regimes for audit in regime.audits.values()],
         number=number,
         waived=accepted(comparison),
@@ -129,6 +145,20 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
         consistency=consistency(comparison),
         guarantees=guarantees(group),
     )
+
+
+def _first_chart(comparison: GroupComparison, charts: Sequence[Chart]) -> Chart | None:
+    """The chart of the stage that went wrong in the leading mode; None where nothing did."""
+    culprit = comparison.leading.culprit if comparison.leading else None
+    if culprit is None:
+        return None
+    names = [f"drift_{culprit.regime}_{culprit.observable}", f"samples_{culprit.regime}"]
+    if culprit.stage is Stage.NOISE:
+        names = [f"noise_{culprit.regime}", *names]
+    if culprit.observable is ObservableName.SAMPLE_NORM_BY_PARAMETER:
+        names = [f"heatmap_{culprit.regime}", *names]
+    known = {chart.name: chart for chart in charts}
+    return next((known[name] for name in names if name in known), None)
 
 
 def profile_html(profile: Profile, group: Group, charts: Sequence[Chart]) -> str:
@@ -166,11 +196,26 @@ def _page(template: str, group_name: str, **more: object) -> str:
     return page.render(plotly=_plotly(), data=_data, group_name=group_name, **more)
 
 
+def _sentence(comparison: GroupComparison) -> str:
+    """The verdict's sentence, beginning with a capital unless it begins with a mode's name."""
+    said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
+    if any(said.startswith(mode.label) for mode in comparison.modes):
+        return said
+    return said[:1].upper() + said[1:]
+
+
+def _summary_of(charts: Sequence[Chart]) -> str:
+    """`3 charts, of accuracy and clip`; empty for none."""
+    regimes = list(dict.fromkeys(chart.regime for chart in charts if chart.regime))
+    many = f"{len(charts)} chart{'s' * (len(charts) != 1)}" if charts else ""
+    return f"{many}, of {', '.join(regimes)}" if regimes else many
+
+
 def _facts(comparison: GroupComparison) -> list[str]:
     """The evidence behind the verdict, in a few words each."""
     group = comparison.group
     judged = len({run.label for run in group.runs})
-    replays = len({run.title for run in group.runs if run.replay})
+    replays = sum(row.is_floor for row in rows(comparison))
     steps = {run.trajectory.num_steps for run in group.runs if run.trajectory}
     names = ", ".join(regime.name for regime in comparison.regimes)
     facts = [f"{judged} mode{'s' * (judged != 1)}"]

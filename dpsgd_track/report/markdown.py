@@ -13,7 +13,14 @@ from dpsgd_track.report import profile_table
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.stages import accepted, advice, stage_tables, told
-from dpsgd_track.report.table import HEADINGS, consistency, floors, not_computed, rows
+from dpsgd_track.report.table import (
+    HEADINGS,
+    consistency,
+    floors,
+    not_computed,
+    rows,
+    without_replays,
+)
 from dpsgd_track.visible_text import visible
 
 LIMIT = 65_536
@@ -61,18 +68,19 @@ def _folded(title: str, body: str) -> str:
 
 def note(comparison: GroupComparison) -> str:
     """The verdict and the table of modes, for the note of the group run."""
-    worst_first = sorted(rows(comparison), key=lambda row: -row.verdict.severity)
+    modes, replays = without_replays(rows(comparison))
+    worst_first = sorted(modes, key=lambda row: -row.verdict.severity)
     table = _table(
         HEADINGS,
         (
             [row.cells[0], f"{_ICONS[row.verdict]} {row.cells[1]}", *row.cells[2:]]
-            for row in (rows(comparison) if len(worst_first) <= _MOST_ROWS else worst_first)
+            for row in (modes if len(worst_first) <= _MOST_ROWS else worst_first)
         ),
     )
     verdict = f"## {_ICONS[comparison.verdict]} {comparison.verdict}"
     said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
     name = f"Group **{prose(comparison.group.name)}**"
-    promised = [prose(sentence) for sentence in guarantees(comparison.group)]
+    promised = [prose(sentence) for sentence in (replays, *guarantees(comparison.group))]
     seen = prose(comparison.seen.sentence)
     parts = [verdict, prose(said), f"**{prose(advice(comparison))}**", seen, table, *promised, name]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,9 +31,6 @@ HEADINGS = (
     "final loss",
     "mean grad norm",
     *DRIFT_COLUMNS.values(),
-    "step ms",
-    "× no_dp",
-    "peak GiB",
 )
 
 ABSENT = "–"
@@ -56,6 +53,8 @@ class Row:
     overhead: float | None
     """Step time divided by that of no_dp."""
     peak_memory_gib: float | None
+    is_replay: bool = False
+    """True if it is a mode run again to measure rounding."""
     num_waived: int = 0
     """Findings that a waiver accepts."""
     has_warned: bool = False
@@ -71,10 +70,12 @@ class Row:
             ABSENT if self.final_loss is None else f"{self.final_loss:.6f}",
             _shown(self.mean_grad_norm, 5),
             *(ABSENT if v is None else number(v) for v in self.drifts.values()),
-            _shown(self.step_time_ms, 4),
-            ABSENT if self.overhead is None else f"{self.overhead:.2f}",
-            _shown(self.peak_memory_gib, 3),
         )
+
+    @property
+    def is_floor(self) -> bool:
+        """True for a replay without a finding: it measures rounding, and is no mode to show."""
+        return self.is_replay and self.verdict is Verdict.PASS and not self.num_waived
 
 
 def _shown(value: float | None, digits: int) -> str:
@@ -124,7 +125,16 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
         step_time_ms=time,
         overhead=time / base if time and base else None,
         peak_memory_gib=_of_finite(np.max, trajectory.peak_memory_gib) if trajectory else None,
+        is_replay=bool(runs) and all(run.replay for run in runs),
     )
+
+
+def without_replays(table: Sequence[Row]) -> tuple[tuple[Row, ...], str]:
+    """The rows of modes, and a sentence on the replays that are left out; empty for none."""
+    replays = [row.label for row in table if row.is_floor]
+    many = "s" * (len(replays) != 1)
+    said = f"The floor of rounding is that of {len(replays)} replay{many}: {', '.join(replays)}."
+    return tuple(row for row in table if not row.is_floor), said if replays else ""
 
 
 def _largest(

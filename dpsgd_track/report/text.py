@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
+from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
 from dpsgd_track.report.columns import in_columns
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.stages import headline, told
-from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived
+from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived, without_replays
 from dpsgd_track.visible_text import visible
 
 if TYPE_CHECKING:
@@ -24,10 +25,7 @@ _COLOURS = {"PASS": "green", "DRIFT": "yellow", "BUG": "red", "INCONCLUSIVE": "m
 _LOG_WIDTH = 160
 _FIRST_TO_GO = (
     "mean grad norm",
-    "peak GiB",
-    "step ms",
     "Δ grad norm",
-    "× no_dp",
     "Δ sample norm",
     "Δ clipped sum",
     "final loss",
@@ -93,7 +91,7 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     from rich.text import Text
 
     table = Table(title=Text(visible(comparison.group.name)))
-    modes = rows(comparison)
+    modes, replays = without_replays(rows(comparison))
     shown = [[visible(cell) for cell in row.cells] for row in modes]
     widths = _fitting(HEADINGS, shown, console.width, _FIRST_TO_GO)
     for i, width in widths.items():
@@ -106,12 +104,14 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     console.print(table)
     # The viewer of a log wraps its lines.
     soft = not console.is_terminal
-    for verdict, said in told(comparison):
+    wrong = [line for line in told(comparison) if line[0] is not Verdict.PASS]
+    for verdict, said in wrong:
         line = Text(f"{verdict:<12}  ", style=_COLOURS[verdict])
         line.append(visible(said), style="default")
         console.print(line, soft_wrap=soft)
     seen = filter(None, (comparison.seen.sentence,))
-    for sentence in [*guarantees(comparison.group), *comparison.waiver_notes, *seen]:
+    floor = filter(None, (replays,))
+    for sentence in [*floor, *guarantees(comparison.group), *comparison.waiver_notes, *seen]:
         console.print(Text(visible(sentence)), soft_wrap=soft)
     style = f"bold {_COLOURS[comparison.verdict]}"
     console.print(Text(visible(headline(comparison)), style=style), soft_wrap=soft)

@@ -126,12 +126,13 @@ class LayerCalls:
         is_padding_T = self._padding()
         for (module, own, *tensors), dy in zip(calls, output_gradients, strict=True):
             x, output, dy_TP = (t.detach().cpu() for t in (*tensors, dy.flatten(0, -2)))
-            if "bias" in own:
-                found[own["bias"]].append(Share(dy_TP))
-            if "weight" in own and (share := _of_weight(module, x, output, dy_TP)):
+            of_kind = {"bias": Share(dy_TP), "weight": _of_weight(module, x, output, dy_TP)}
+            for kind, share in of_kind.items():
+                if share is None or kind not in own:
+                    continue
                 if is_padding_T is not None and len(is_padding_T) == len(dy_TP):
                     share = replace(share, is_padding_T=is_padding_T)
-                found[own["weight"]].append(share)
+                found[own[kind]].append(share)
         return found
 
     def _padding(self) -> Tensor | None:
@@ -238,7 +239,7 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
     for formula in shares[0].other_inputs:
         others = [share.total(share.other_inputs[formula]) for share in shares]
         values[formula] = torch.stack(others).sum(dim=0).norm()
-    if all(s.right_TD is not None and s.is_padding_T is not None for s in shares):
+    if all(s.row_T is None and s.is_padding_T is not None for s in shares):
         values[NormFormula.PADDING_POSITIONS_LOST] = _joined(shares, _without_padding)
     if any(share.row_T is not None for share in shares):
         values |= _of_rows(norm, shares)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dpsgd_track.comparison.profile import profile_of
 from dpsgd_track.comparison.result import GroupComparison
-from dpsgd_track.report.charts.cost import cost_charts, final_loss
 from dpsgd_track.report.charts.curves import ZERO
 from dpsgd_track.report.charts.drift import drift_charts
+from dpsgd_track.report.charts.final_loss import final_loss
 from dpsgd_track.report.charts.heatmap import heatmap_charts
 from dpsgd_track.report.charts.noise import noise_charts
 from dpsgd_track.report.charts.profile import profile_charts
@@ -31,6 +31,5 @@ def figures(comparison: GroupComparison) -> tuple[Chart, ...]:
     )
     charts = [chart for make in made for chart in make(comparison, style)]
     profile = profile_of(comparison.group)
-    # Times of fully instrumented steps say less than those of a profile.
-    costs = profile_charts(profile, style) if profile else cost_charts(comparison, style)
-    return (*charts, *costs)
+    # Times of a few instrumented steps without warm-up are no measure of cost.
+    return (*charts, *(profile_charts(profile, style) if profile else ()))

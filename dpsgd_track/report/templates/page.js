@@ -116,7 +116,8 @@
   };
 
   const draw = element => {
-    if (element.dataset.drawn || !element.clientWidth) return;
+    // What is folded has a width all the same.
+    if (element.dataset.drawn || !element.clientWidth || !element.checkVisibility()) return;
     element.dataset.drawn = "yes";
     const spec = specOf(element);
     const narrow = element.clientWidth < 480;
@@ -128,7 +129,7 @@
       put(layout, themed(layout));
     }
     const description = element.getAttribute("aria-label");
-    Plotly.newPlot(element, data, layout, { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+    Plotly.newPlot(element, data, layout, { responsive: true, displaylogo: false, showSendToCloud: false, displayModeBar: narrow ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
     if (description) element.setAttribute("aria-label", description);
     if (!root.dataset.firstChart) root.dataset.firstChart = String(Math.round(performance.now()));
   };
@@ -191,6 +192,15 @@
     button.querySelector("span").textContent = chosen;
     recolour();
   });
+
+  // A link to what is folded opens it.
+  const unfold = () => {
+    const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
+    if (target) target.scrollIntoView({ block: "start" });
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
 
   // On paper there is no scrolling near: everything is drawn, unfolded, dark on light.
   const folded = [];

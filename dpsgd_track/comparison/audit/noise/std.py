@@ -249,6 +249,8 @@ def _faults(run: ModeRun, trajectory: Trajectory) -> Iterator[tuple[Floats, str]
     yield one / divisor, "as if divided by the batch size once too often"
     yield one * np.sqrt(W), "as if each of the ranks added the whole noise"
     yield one * W, "as if each of the ranks added the same whole noise"
+    yield one / np.sqrt(W), "as if the noise of the ranks were averaged over them"
+    yield one / W, "as if the same noise of all ranks were divided by their number"
     micro_batches = num_micro_batches(run, trajectory)
     if micro_batches is not None:
         yield np.sqrt(micro_batches), "as if every micro-batch got the whole noise"

@@ -229,6 +229,11 @@ FACTORS = Subject(
                 lambda C, n: C / n,
             ),
             _formula(
+                "they are max(1, C / n) rather than min(1, C / n): large gradients are not "
+                "clipped, and small ones are scaled up",
+                lambda C, n: np.maximum(1.0, C / n),
+            ),
+            _formula(
                 "they are min(1, C / n^2): C is divided by the squared norm",
                 lambda C, n: np.minimum(1.0, C / n**2),
             ),

@@ -187,6 +187,7 @@ class Facts:
             ("T", T, "the sequence length"),
             ("T-1", T - 1, "T the sequence length"),
             ("P", P, "the number of parameters"),
+            ("sqrt(P)", math.sqrt(P), "P the number of parameters"),
         )
         return tuple(Quantity(symbol=s, value=v, meaning=m) for s, v, m in known if _tells(v))
 

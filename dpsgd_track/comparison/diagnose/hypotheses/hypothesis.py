@@ -91,6 +91,8 @@ class Subject:
     """Beginning of a clause about the result."""
     zero: str = ""
     """Clause on a result of zero, if it is more than that."""
+    zero_in_all: str = ""
+    """The same where it is zero in all parameters."""
 
 
 def off_as_rounded(
@@ -138,7 +140,7 @@ def _explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explana
     trial = _Trial(facts, subject, limit)
     if not trial.is_wrong.any():
         return ()
-    levels = [_zero(subject), _multiples(subject, facts), *subject.levels]
+    levels = [_zero(subject, facts), _multiples(subject, facts), *subject.levels]
     levels += [_constant(subject, trial), *subject.late]
     for cells in (np.ones_like(trial.is_wrong), trial.is_wrong):
         for level in levels:
@@ -206,11 +208,13 @@ def _be(subject: Subject) -> tuple[str, str]:
     return subject.be, "right ones" if subject.be.endswith("are") else "right one"
 
 
-def _zero(subject: Subject) -> Sequence[Hypothesis]:
+def _zero(subject: Subject, facts: Facts) -> Sequence[Hypothesis]:
     be, right = _be(subject)
+    is_all = len(facts.columns) == len(facts.ours.parameter_names)
+    zero = is_all * subject.zero_in_all or subject.zero
     return (
         Hypothesis(
-            sentence=subject.zero or f"{be} zero, left out altogether",
+            sentence=zero or f"{be} zero, left out altogether",
             predict=lambda facts: np.zeros_like(subject.right(facts)),
         ),
         Hypothesis(

@@ -60,6 +60,17 @@ class _Places:
             kept[batch.rank] = own
         return changed
 
+    def of_first(self, values: Floats) -> Floats | None:
+        """Each micro-batch with the numbers of its rank's first one of the step."""
+        if not self.facts.micro_batches:
+            return None
+        changed, first = values.copy(), dict[tuple[int, int], Floats]()
+        for batch in self.facts.micro_batches:
+            own = first.setdefault((batch.row, batch.rank), values[batch.row, batch.places])
+            length = min(len(own), len(batch.places))
+            changed[batch.row, batch.places[:length]] = own[:length]
+        return changed
+
     def _with_kept(self, *, is_reset: bool) -> Iterator[tuple[MicroBatch, dict[int, Floats]]]:
         """Each micro-batch, and what the caller kept of earlier ones, by rank.
 
@@ -153,6 +164,11 @@ def mixed_up(of: Of, theirs: Of) -> Sequence[Hypothesis]:
                 predict=partial(stale, is_reset=False, only_equal=only_equal),
             )
             for only_equal in (True, False)
+        ),
+        Hypothesis(
+            sentence="they are those of the samples at the same places of the step's first "
+            "micro-batch",
+            predict=lambda facts: _Places(facts).of_first(of(facts)),
         ),
         Hypothesis(
             sentence="they are those of the samples at the same places in the step before",

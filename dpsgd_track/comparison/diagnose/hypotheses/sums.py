@@ -478,18 +478,24 @@ def _groups_in_words(kind: str, keys: np.ndarray, share: Floats) -> str:
     wrong = {key: float(v.mean()) for key, v in values.items() if abs(v.mean() - 1) > _ALIKE}
     if not wrong or (len(wrong) > _FEW and kind == "sample"):
         return ""
-    amounts = {f"{v:.3g}" for v in wrong.values()}
+    amounts = {_amount(v) for v in wrong.values()}
     shown = ", ".join(map(str, wrong))
-    which = f"{kind}{'s' * (len(wrong) > 1)} {shown}"
+    plural = "es" if kind.endswith("ch") else "s"
+    which = f"{kind}{plural * (len(wrong) > 1)} {shown}"
     who = which if kind == "sample" else f"the samples of {which}"
     is_one = kind == "sample" and len(wrong) == 1
     if len(amounts) > 1:
-        listed = ", ".join(f"{v:.3g}" for v in wrong.values())
+        listed = ", ".join(map(_amount, wrong.values()))
         return f"{who} count {listed} times"
     (amount,) = amounts
     if float(amount) == 0:
         return f"{who} {'is' if is_one else 'are'} missing"
     return f"{who} count{'s' * is_one} {'twice' if amount == '2' else f'{amount} times'}"
+
+
+def _amount(share: float) -> str:
+    """`0.5`; 0 for what is no more than rounding."""
+    return f"{share if abs(share) > _ALIKE else 0.0:.3g}"
 
 
 SUM = Subject(

@@ -203,6 +203,7 @@ UPDATE = Subject(
     is_sketch=True,
     be="the step is",
     zero="the weights do not move, although their gradient is not zero: the optimizer lacks them",
+    zero_in_all="no weight moves, although the gradient is not zero: the step is left out",
     levels=(
         (
             Hypothesis(

@@ -1,4 +1,4 @@
-"""Cost and final loss of each mode."""
+"""Final loss of each mode."""
 
 from __future__ import annotations
 
@@ -11,42 +11,7 @@ import plotly.graph_objects as go
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.report.charts.style import Chart, Style, escaped, layout
 from dpsgd_track.report.charts.trajectories import recorded
-from dpsgd_track.report.table import main_regime, rows
-
-
-def cost_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
-    """Step time and peak memory."""
-    table = [row for row in rows(comparison) if row.label in style.order]
-    times = {
-        row.label: (ms, f"{ms:.4g} ms" + (f", {row.overhead:.2f}×" if row.overhead else ""))
-        for row in table
-        if (ms := row.step_time_ms) is not None
-    }
-    sizes = {
-        row.label: (gib, f"{gib:.3g} GiB")
-        for row in table
-        if (gib := row.peak_memory_gib) is not None
-    }
-    return [
-        *_bars(
-            style,
-            times,
-            "ms a step",
-            name="step_time",
-            title="Step time",
-            caption="Median over the recorded steps, the slowest rank's; × that of no_dp.",
-            section="cost",
-        ),
-        *_bars(
-            style,
-            sizes,
-            "GiB",
-            name="peak_memory",
-            title="Peak memory",
-            caption="Largest rank's; on CPU the resident set of the process.",
-            section="cost",
-        ),
-    ]
+from dpsgd_track.report.table import main_regime
 
 
 def final_loss(comparison: GroupComparison, style: Style) -> list[Chart]:
