@@ -125,12 +125,13 @@ _LOW, _HIGH = 2.0**-13, 2.0**-7
 """Errors of a computation in bfloat16, whose numbers are rounded by up to 2^-9."""
 
 
-def mixed_up(of: Of, theirs: Of) -> Sequence[Hypothesis]:
-    """The right numbers at the wrong samples.
+def mixed_up(of: Of, theirs: Of, *, is_scaled: bool = True) -> Sequence[Hypothesis]:
+    """The right numbers at the wrong samples, or one for several.
 
     Args:
         of: the right numbers.
         theirs: what the mode recorded, [S, N].
+        is_scaled: True for numbers scaled by the samples of the micro-batch as well.
     """
 
     def rolled(by: int) -> Callable[[Facts], Prediction]:
@@ -188,11 +189,12 @@ def mixed_up(of: Of, theirs: Of) -> Sequence[Hypothesis]:
             predict=lambda facts: _in_order_of(of(facts), theirs(facts)),
         ),
         *_alike(of),
+        *(_scaled(of) if is_scaled else ()),
     )
 
 
 def _alike(of: Of) -> Sequence[Hypothesis]:
-    """One number for several samples, and numbers that depend on how many there are."""
+    """One number for several samples."""
     return (
         Hypothesis(
             sentence="all samples of a micro-batch have their mean",
@@ -225,6 +227,12 @@ def _alike(of: Of) -> Sequence[Hypothesis]:
                 of(facts), lambda own: np.broadcast_to(own.min(axis=0), own.shape)
             ),
         ),
+    )
+
+
+def _scaled(of: Of) -> Sequence[Hypothesis]:
+    """Numbers that depend on how many samples there are."""
+    return (
         Hypothesis(
             sentence="they are divided by the number of samples in the micro-batch, as those of a "
             "mean loss are",

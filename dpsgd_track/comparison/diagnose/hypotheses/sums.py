@@ -196,7 +196,8 @@ def _mixed_up_factors() -> Iterator[Hypothesis]:
     def right(facts: Facts) -> Floats:
         return facts.factor
 
-    for hypothesis in mixed_up(right, right):
+    # Scaled micro-batches have hypotheses of their own.
+    for hypothesis in mixed_up(right, right, is_scaled=False):
         yield _weighted(
             f"samples are not weighed by their own clip factors: {hypothesis.sentence}",
             partial(_plain, hypothesis=hypothesis),
