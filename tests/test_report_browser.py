@@ -168,6 +168,7 @@ def test_the_first_screen_of_a_bug_has_the_chart_of_the_stage_that_failed(
 
 def test_nothing_on_the_page_offers_to_upload_it(page: Any) -> None:
     show(page, "drift_clip_grad_norm")
+    assert page.locator("[role=img] :is(a, button, [tabindex])").count() == 0, "they are not read"
     buttons = page.locator(".modebar-btn").evaluate_all("all => all.map(e => e.dataset.title)")
     assert buttons
     assert not [title for title in buttons if "hare" in (title or "") or "loud" in (title or "")]
