@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -245,6 +246,28 @@ def test_a_sum_of_which_only_the_last_micro_batch_is_reduced_is_explained() -> N
     assert (
         "only the last micro-batch is reduced over ranks: of earlier" in found(wrong, ours).sentence
     )
+
+
+def test_a_sum_that_holds_noise_is_told_from_other_wrong_sums() -> None:
+    rng = np.random.default_rng(0)
+    t = trajectory(noise_std=0.2, samples=12, layers=5)
+    sizes = np.array([64, 400, 900, 64, 256, 100])
+    std = (0.2 * t.max_grad_norm / t.max_grad_norm[0])[:, None, None] * np.sqrt(sizes)[:, None]
+    noise = 1.7 * std * rng.standard_normal(t.gradient_sketch.shape)
+    ours = replace(t, parameter_sizes=sizes)
+    noisy = t.gradient_sketch + noise
+    said = found(replace(ours, gradient_sketch=noisy, noised_sketch=noisy), ours).sentence
+    assert re.search(r"noise of std 1\.[5-9] sigma C is in it already", said)
+    alike = t.gradient_sketch + rng.standard_normal(t.gradient_sketch.shape)
+    said = found(replace(ours, gradient_sketch=alike, noised_sketch=alike), ours).sentence
+    assert "already" not in said
+
+
+def test_samples_that_were_read_in_the_place_of_others_are_named() -> None:
+    loss = base().sample_loss.copy()
+    loss[:, 6], loss[:, 9] = loss[:, 5], loss[:, 2]
+    verdict = found(replace(base(), sample_loss=loss, loss=loss.mean(axis=1)))
+    assert "were read in the place of some: sample 5 for 6, sample 2 for 9" in verdict.sentence
 
 
 PARTS = {

@@ -174,6 +174,13 @@ def test_formulas_are_what_their_words_say() -> None:
     assert of[NormFormula.USES_APART] == pytest.approx(float(uses.sqrt()))
     once = (uses + first @ last).sqrt()
     assert of[NormFormula.CROSS_TERM_ONCE] == pytest.approx(float(once))
+    of = values["reused.weight"]
+    x1, x2 = n[0], torch.tanh(r1)[0].detach()
+    exchanged = float((dr1.T @ x2 + dr2.T @ x1).norm())
+    assert of[NormFormula.LAST_INPUT] == pytest.approx(float(((dr1 + dr2).T @ x2).norm()))
+    assert of[NormFormula.FIRST_INPUT] == pytest.approx(float(((dr1 + dr2).T @ x1).norm()))
+    assert of[NormFormula.INPUTS_EXCHANGED] == pytest.approx(exchanged)
+    assert np.isnan(values["out.weight"][NormFormula.LAST_INPUT])
     raw = (dn * e[0]).sum(0).norm()
     assert values["norm.weight"][NormFormula.RAW_INPUT] == pytest.approx(float(raw))
     of = values["embedding.weight"]

@@ -103,6 +103,9 @@ class NormFormula(enum.StrEnum):
     PADDING_POSITIONS_LOST = "without the positions of padding, whose gradients are not zero"
     OUTPUT_AS_INPUT = "computed from the layer's output rather than its normalised input"
     CENTRED_INPUT = "computed from an input that is centred, as LayerNorm's is and RMSNorm's is not"
+    LAST_INPUT = "of the output gradients of all its uses with the input of its last use"
+    FIRST_INPUT = "of the output gradients of all its uses with the input of its first use"
+    INPUTS_EXCHANGED = "of the output gradient of each of its uses with the input of another use"
 
 
 class LossFormula(enum.StrEnum):

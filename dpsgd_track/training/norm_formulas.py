@@ -221,6 +221,7 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
                 norm.square() + shares[-1].gradient().square().sum()
             ).sqrt(),
         }
+        values |= _of_other_inputs(shares)
     (only,) = shares if len(shares) == 1 else (None,)
     if only is None:
         left_TP = torch.cat([s.left_TP for s in shares]) if _are_alike(shares) else None
@@ -244,6 +245,24 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
     if any(share.row_T is not None for share in shares):
         values |= _of_rows(norm, shares)
     return values
+
+
+def _of_other_inputs(shares: Sequence[Share]) -> dict[NormFormula, Tensor]:
+    """Formulas that pair the uses of a linear weight with each other's inputs."""
+    inputs = [share.right_TD for share in shares if share.right_TD is not None]
+    if len(inputs) < len(shares) or len({x.shape for x in inputs}) > 1:
+        return {}
+    taken = {
+        NormFormula.LAST_INPUT: inputs[-1:] * len(inputs),
+        NormFormula.FIRST_INPUT: inputs[:1] * len(inputs),
+        NormFormula.INPUTS_EXCHANGED: inputs[::-1],
+    }
+    return {
+        formula: torch.stack([s.total(s.left_TP, x) for s, x in zip(shares, xs, strict=True)])
+        .sum(dim=0)
+        .norm()
+        for formula, xs in taken.items()
+    }
 
 
 def _without_padding(share: Share) -> Tensor:

@@ -108,6 +108,31 @@ def _with_part(facts: Facts, formula: LossFormula, *, is_mixed: bool) -> Predict
     return Fitted(right + share * along, f"{share:.3g}")
 
 
+def _of_other_samples(facts: Facts) -> Prediction:
+    """Each wrong loss is that of another sample of the step."""
+    right, observed = facts.ours.sample_loss, facts.theirs.sample_loss
+    predicted, moved = right.copy(), list[str]()
+    for row in facts.rows.tolist():
+        index = facts.ours.sample_index[row]
+        for place in np.flatnonzero(np.isfinite(observed[row])):
+            with np.errstate(all="ignore"):
+                off = np.abs(right[row] / observed[row, place] - 1)
+            source = place if off[place] < _SAME else int(np.nanargmin(off))
+            if not off[source] < _SAME:
+                return None
+            predicted[row, place] = right[row, source]
+            if source != place:
+                moved.append(f"sample {index[source]} for {index[place]}")
+    if not moved:
+        return None
+    more = f" and {len(moved) - _FEW_NAMED} more" * (len(moved) > _FEW_NAMED)
+    return Fitted(predicted, f"{', '.join(moved[:_FEW_NAMED])}{more}")
+
+
+_SAME, _FEW_NAMED = 2e-6, 4
+"""Relative error up to which two losses are one, and samples that are named."""
+
+
 def _others() -> Iterator[Hypothesis]:
     parts = LossFormula.UNIFORM, LossFormula.SQUARED_LOG_SUM
     for formula in LossFormula:
@@ -174,6 +199,12 @@ LOSS = Subject(
             *rounded(lambda facts: facts.theirs.sample_loss),
         ),
         tuple(_others()),
+        (
+            Hypothesis(
+                sentence="other samples of the step were read in the place of some: {}",
+                predict=_of_other_samples,
+            ),
+        ),
     ),
     late=(
         (

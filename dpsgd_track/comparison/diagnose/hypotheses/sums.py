@@ -25,7 +25,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
 from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
 from dpsgd_track.comparison.diagnose.sample_groups import group_of
 from dpsgd_track.record.alternatives import Move
-from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_length
+from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_distance, sketch_length
 
 _ALIKE = 1e-3
 """Relative spread up to which fitted weights are one."""
@@ -339,6 +339,26 @@ def _rounded(facts: Facts, bits: int) -> Prediction:
     theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
     length = sketch_length(facts.right_sum)
     return theirs if off_as_rounded(theirs, facts.right_sum, length, bits=bits) else None
+
+
+def _noised(facts: Facts) -> Prediction:
+    """The recorded sum, if its errors are of one size for each element, as noise is."""
+    theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
+    sizes = facts.ours.parameter_sizes[facts.columns].astype(np.float64)
+    is_large = sizes >= _MANY_ELEMENTS
+    bounds = facts.theirs.max_grad_norm
+    std = (facts.theirs.noise_std * bounds / bounds[0])[facts.rows]
+    if is_large.sum() < _MANY_PARAMETERS or not np.all(std > 0):
+        return None
+    off = sketch_distance(theirs, facts.right_sum)[facts.rows][:, is_large]
+    size = off / np.sqrt(sizes[is_large]) / std[:, None]
+    if not np.all(size > 0) or np.quantile(size, 0.9) > 2 * np.quantile(size, 0.1):
+        return None
+    return Fitted(theirs, f"{float(np.median(size)):.2g}")
+
+
+_MANY_ELEMENTS, _MANY_PARAMETERS = 16, 4
+"""Least elements of a parameter, and least parameters, that errors of one size are told from."""
 
 
 def _where_a_rank_is_idle(facts: Facts) -> Prediction:
@@ -656,6 +676,11 @@ SUM = Subject(
                 is_hint=True,
             )
             for name, bits in (("bfloat16", 8), ("TF32 or float16 (11 bits)", 11))
+        ),
+        (
+            Hypothesis(
+                sentence="noise of std {} sigma C is in it already", predict=_noised, is_hint=True
+            ),
         ),
         (
             Hypothesis(
