@@ -344,7 +344,6 @@ def test_actions_are_pinned_by_commit_and_say_their_version(workflow: Path) -> N
         assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
 
 
-
 def test_terminal_still_prints_a_group_of_every_kind() -> None:
     for made in EVERY:
         console = Console(width=120, file=io.StringIO())
