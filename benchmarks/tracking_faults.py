@@ -18,6 +18,7 @@ import platform
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import tracking_faults_launch, tracking_faults_store  # noqa: E402
 from benchmarks.tracking_faults_kinds import FAULTS, Fault  # noqa: E402
+from dpsgd_track.store.client import one_line  # noqa: E402
 from tests.support.arrivals import Tally  # noqa: E402
 
 # Importing them enters their faults.
@@ -64,6 +66,8 @@ class Row:
     took_s: float
     skipped: str = ""
     """Why it could not be tried here; empty if it was."""
+    failed: str = ""
+    """What else came out than is expected, in a line; empty if nothing did."""
 
 
 def measure(fault: Fault, times: int | None, folder: Path) -> Row:
@@ -72,13 +76,18 @@ def measure(fault: Fault, times: int | None, folder: Path) -> Row:
     own.mkdir()
     before, start = Path.cwd(), time.monotonic()
     os.chdir(own)
+    tally, skipped, failed = Tally(), "", ""
     try:
-        tally, skipped = fault.inject(own, times or fault.times), ""
+        tally = fault.inject(own, times or fault.times)
     except pytest.skip.Exception as reason:
-        tally, skipped = Tally(), str(reason)
+        skipped = str(reason)
+    except Exception as error:
+        traceback.print_exc()
+        failed = f"{type(error).__name__}: {one_line(error)}"
     finally:
         os.chdir(before)
-    return Row(fault=fault, tally=tally, took_s=time.monotonic() - start, skipped=skipped)
+    took_s = time.monotonic() - start
+    return Row(fault=fault, tally=tally, took_s=took_s, skipped=skipped, failed=failed)
 
 
 def line(row: Row) -> str:
@@ -86,8 +95,9 @@ def line(row: Row) -> str:
     tally = row.tally
     cells = [row.fault.title, str(tally.times), row.fault.after, f"{tally.values:,}"]
     cells += map(str, (tally.lost, tally.doubled, tally.running, tally.left))
-    if row.skipped:
-        cells[1:] = ["0", f"not tried here: {row.skipped}", *["-"] * 5]
+    if row.skipped or row.failed:
+        what = f"not tried here: {row.skipped}" if row.skipped else f"FAILED: {row.failed}"
+        cells[1:] = ["0", what, *["-"] * 5]
     return f"| {' | '.join(cells)} |"
 
 
@@ -144,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.page.write_text(text, encoding="utf-8")
     else:
         print(text)
-    return 0 if all(row.tally.is_clean for row in rows) else 1
+    return 0 if all(row.tally.is_clean and not row.failed for row in rows) else 1
 
 
 if __name__ == "__main__":

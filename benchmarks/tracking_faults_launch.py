@@ -49,6 +49,8 @@ class Place:
     folder: Path
     is_real: bool = False
     """Ranks train a tiny model; else they are stand-ins."""
+    patience_s: float = 20.0
+    """How long processes may take to end."""
     shared: set[str] = field(default_factory=lambda: _names(_SHARED_MEMORY))
 
     @property
@@ -106,14 +108,14 @@ class Place:
 
     def left(self) -> list[str]:
         """What is left outside spool, results and store, and in the spool."""
-        files = list(_names(self.folder) - _OWN)
+        files = sorted(_names(self.folder) - _OWN)
         files += _names(self.folder / "spool")
         files += [str(path) for path in self.folder.glob("results/**/torchelastic*")]
         files += [str(path) for path in self.folder.glob("results/**/*.partial")]
         files += [name for name in _names(self.temporary) if not name.startswith("torchinductor")]
         # A process that was sent a signal takes a moment.
         with contextlib.suppress(TimeoutError):
-            until(lambda: not self.is_running())
+            until(lambda: not self.is_running(), self.patience_s)
         files += [f"process {each.pid}" for each in _processes(self.folder)]
         return files + sorted(_unowned(_names(_SHARED_MEMORY) - self.shared))
 

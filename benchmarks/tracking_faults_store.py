@@ -47,12 +47,16 @@ _DEADLINE_S = 1.0
 """Of calls, in place of 15 seconds, where a server keeps them waiting."""
 
 
-def until(holds: Callable[[], object]) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + _PATIENCE_S
+def until(holds: Callable[[], object], patience_s: float = _PATIENCE_S) -> None:
+    """Wait until something holds.
+
+    Raises:
+        TimeoutError: it does not in time.
+    """
+    deadline = time.monotonic() + patience_s
     while not holds():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"nothing came of it within {_PATIENCE_S:g} s")
+            raise TimeoutError(f"nothing came of it within {patience_s:g} s")
         time.sleep(0.02)
 
 
