@@ -106,6 +106,16 @@ class Place:
         found.left = len(self.left())
         return found
 
+    def wait_a_minute(self) -> int:
+        """Make the temporary folders that killed processes left a minute older; returns how many.
+
+        Younger ones are left alone: their process may not have locked them yet.
+        """
+        left = list(self.temporary.glob("dpsgd-track-*"))
+        for folder in left:
+            os.utime(folder, (time.time() - 90,) * 2)
+        return len(left)
+
     def left(self) -> list[str]:
         """What is left outside spool, results and store, and in the spool."""
         files = sorted(_names(self.folder) - _OWN)
@@ -290,7 +300,7 @@ def _hangs(folder: Path, times: int) -> Tally:
     "all-killed",
     _stand_ins("SIGKILL to all processes at once"),
     times=2,
-    after="the next launch ends its runs as KILLED, and ships it",
+    after="the next launch, a minute later, ends its runs as KILLED, ships it and tidies up",
 )
 def _all_killed(folder: Path, times: int) -> Tally:
     found = Tally()
@@ -301,6 +311,7 @@ def _all_killed(folder: Path, times: int) -> Tally:
             _in_mid_run(place, process, 5)
             kill_all(process)
             process.communicate()
+            place.wait_a_minute()
             # As long as it takes to ship what was left.
             _ended(place.launch("next", "--num-iter", "40", plan=SLOW), (0,))
             found += place.tally("g", "next")
@@ -318,7 +329,7 @@ def _answers(port: int) -> bool:
     "ui-killed",
     "SIGKILL to `ui`, which has a server and a temporary folder",
     times=1,
-    after="the server ends with it; the next command, a minute later, removes the folder",
+    after="the server ends with it; the next command, a minute later, tidies up",
 )
 def _ui_killed(folder: Path, times: int) -> Tally:
     found = Tally()
@@ -330,9 +341,7 @@ def _ui_killed(folder: Path, times: int) -> Tally:
             until(lambda port=port: _answers(port))
             process.kill()
             process.communicate()
-            (scratch,) = place.temporary.iterdir()
-            # As if it had happened a minute ago.
-            os.utime(scratch, (time.time() - 90,) * 2)
+            assert place.wait_a_minute() == 1
             place.run("sync")
             found.left += len(place.left())
             found.times += 1

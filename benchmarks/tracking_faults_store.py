@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import signal
@@ -67,21 +68,26 @@ def logged_through(
     begin: Callable[[list[str]], object],
     end: Callable[[list[str]], object],
     client: Any = None,
+    steps: int = STEPS,
 ) -> Tally:
-    """Log a group, with a fault that begins and ends again `times` times; what arrived of it."""
+    """Log a group, with a fault that begins and ends again `times` times; what arrived of it.
+
+    Args:
+        client: of the store, in place of the one that a launcher has.
+        steps: for each fault; it lasts for a third of them.
+    """
     name = folder.name
 
     def at_step(step: int, said: list[str]) -> None:
-        if step % STEPS == STEPS // 3:
+        if step % steps == steps // 3:
             begin(said)
-        elif step % STEPS == 2 * STEPS // 3:
+        elif step % steps == 2 * steps // 3:
             end(said)
 
-    with contextlib.redirect_stderr(None):
-        _, _, left = log_a_group(folder / "spool", name, uri, times * STEPS, at_step, client)
+    _, _, left = log_a_group(folder / "spool", name, uri, times * steps, at_step, client)
     if left:
         sync(folder / "spool", uri)
-    found = arrived(*open_store(Settings(tracking_uri=uri)), name, times * STEPS)
+    found = arrived(*open_store(Settings(tracking_uri=uri)), name, times * steps)
     found.times, found.left = times, len(list((folder / "spool").glob("*/*")))
     return found
 
@@ -187,11 +193,18 @@ def _spool_disk(folder: Path, times: int) -> Tally:
         own = disk / folder.name
         own.mkdir()
         uri = f"sqlite:///{a_store(folder)}"
-        filler = disk / "filler"
-        # Longer than what still fits on the page that was begun.
-        found = logged_through(
-            own, uri, times, lambda _: fill(disk), lambda _: filler.unlink(missing_ok=True)
-        )
+        filler, said = disk / "filler", io.StringIO()
+        with contextlib.redirect_stderr(said):
+            found = logged_through(
+                own,
+                uri,
+                times,
+                lambda _: fill(disk),
+                lambda _: filler.unlink(),
+                # More than what fits on the pages that were begun.
+                steps=150,
+            )
+    assert said.getvalue().count("could not be written") >= times
     return found
 
 
