@@ -98,7 +98,7 @@ def line(row: Row) -> str:
     if row.skipped or row.failed:
         what = f"not tried here: {row.skipped}" if row.skipped else f"FAILED: {row.failed}"
         cells[1:] = ["0", what, *["-"] * 5]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def page(rows: Sequence[Row]) -> str:

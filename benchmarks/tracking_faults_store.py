@@ -325,7 +325,7 @@ def _power(folder: Path, times: int) -> Tally:
         kept = 0
         for file in files:
             with file.open("r+b") as opened:
-                opened.truncate(rng.randrange(file.stat().st_size + 1))
+                opened.truncate(rng.randrange(file.stat().st_size))
             kept += _whole_values(file)
         code, said = sync_to(spools, store)
         points = [run.metrics.get("loss", set()) for run in store.runs.values()]

@@ -17,6 +17,7 @@ number of ranks another OMP_NUM_THREADS; and descendants of its children outlive
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -248,8 +249,10 @@ def _launch(request: Request, logs: str, main: WorkerMain, sign_offs: SignOffs) 
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         except BaseException:
-            # torch's hook prefixes each line with the rank.
-            sys.excepthook(*sys.exc_info())
+            # torch's hook prefixes each line with the rank. The log's disk may be full; what came
+            # out of here would stay in the temporary folder, as torch's launcher keeps it there.
+            with contextlib.suppress(OSError):
+                sys.excepthook(*sys.exc_info())
             code = 1
         # torch's launcher waits for a successful rank to return.
         if code != 0:
@@ -315,8 +318,9 @@ def _die_with(parent: int, number: int) -> None:
 
 def _leave(code: int) -> None:
     """Exit without the interpreter's teardown, which can block on a broken process group."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
