@@ -249,10 +249,7 @@ def _launch(request: Request, logs: str, main: WorkerMain, sign_offs: SignOffs) 
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         except BaseException:
-            # torch's hook prefixes each line with the rank. The log's disk may be full; what came
-            # out of here would stay in the temporary folder, as torch's launcher keeps it there.
-            with contextlib.suppress(OSError):
-                sys.excepthook(*sys.exc_info())
+            _tell_exception()
             code = 1
         # torch's launcher waits for a successful rank to return.
         if code != 0:
@@ -260,6 +257,13 @@ def _launch(request: Request, logs: str, main: WorkerMain, sign_offs: SignOffs) 
         sign_offs.sign_off(local_rank)
 
     elastic_launch(config, run_rank)(request.job_file)
+
+
+def _tell_exception() -> None:
+    """Print the current exception; torch's hook prefixes each line with the rank."""
+    # The log's disk may be full. What a rank raises, torch's launcher keeps in a file that stays.
+    with contextlib.suppress(OSError):
+        sys.excepthook(*sys.exc_info())
 
 
 def _serve_elsewhere() -> str:
