@@ -54,9 +54,10 @@ value that had been logged was looked for in the store.
 *Stand-ins* are ranks that log as real ones do and compute nothing. Launcher, fork server, torch's
 agent, spool and store are real in all rows with a launch; in the others the script itself logs and
 ships, as ranks and launcher do. The clock that jumps is the one that the process reads. Where a
-server keeps a call waiting, the call ends after 1 second in place of 15, and an answer is read up to
-1 MiB in place of 128. Power failure and damage are changes of the files in a copy of the spool, which
-is then shipped to a store in memory.
+server keeps a call waiting, the call ends after 1 second in place of 15, and an answer is read up
+to 1 MiB in place of 128. Power failure and damage are changes of the files in a copy of the spool,
+which is then shipped to a store in memory. *A minute later* is not waited for: what was left in the
+temporary folder is made a minute older.
 """
 COLUMNS = ("fault", "times", "what follows", "values", "lost", "doubled", "RUNNING", "left")
 
