@@ -99,7 +99,7 @@ def is_back(said: list[str]) -> bool:
 
 @fault(
     "wire",
-    "the wire to the server is cut in the middle of a request; in every other case the server has "
+    "the wire to the server is cut in the middle of a request; in half of the cases the server has "
     "done what it was asked to, and its answer is lost",
     times=20,
     after=BY_ITSELF,
@@ -403,7 +403,7 @@ _ANSWERS: tuple[tuple[str, str, Callable[[socket.socket], object]], ...] = (
     ("500", "the server answers 500", _answer(b"500 Internal Server Error", b"Oops")),
     (
         "redirect",
-        "the server redirects every request to itself",
+        "the server redirects every request to itself, without end",
         _answer(b"302 Found\r\nLocation: /x"),
     ),
     (

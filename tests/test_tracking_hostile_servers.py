@@ -82,13 +82,17 @@ def serve() -> Iterator[Callable[[Callable[[socket.socket], object]], str]]:
     """Starts servers that answer every request in one way; returns their addresses."""
     with contextlib.ExitStack() as stack:
 
-        def start(answer: Callable[[socket.socket], object]) -> str:
+        def start(
+            answer: Callable[[socket.socket], object], asked: list[bytes] | None = None
+        ) -> str:
             server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
 
             def answer_one(line: socket.socket) -> None:
                 # The client hangs up.
                 with line, contextlib.suppress(OSError):
-                    line.recv(65536)
+                    request = line.recv(65536)
+                    if asked is not None:
+                        asked.append(request)
                     answer(line)
 
             def accept() -> None:
@@ -168,3 +172,16 @@ def test_what_answers_as_no_mlflow_server_does_is_no_store(serve) -> None:
     uri = serve(lambda line: line.sendall(whole({"experiment": {"name": "dpsgd-track"}})))
     with pytest.raises(StoreError, match="is no MLflow server"):
         open_store(Settings(tracking_uri=uri))
+
+
+def test_where_a_server_redirects_to_the_token_is_not_shown(serve, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "a-secret-never-to-be-seen")
+    asked: list[bytes] = []
+    seen: list[bytes] = []
+    elsewhere = serve(lambda line: line.sendall(whole({})), seen).encode()
+    redirect = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %b/x\r\n\r\n" % elsewhere
+    with contextlib.suppress(MlflowException, NoAnswer):
+        client_of(serve(lambda line: line.sendall(redirect), asked)).search_runs(["0"])
+    assert b"a-secret-never-to-be-seen" in asked[0]
+    assert seen
+    assert not any(b"a-secret-never-to-be-seen" in request for request in seen)
