@@ -68,8 +68,8 @@ class _Call(threading.Thread):
         """Read nothing more; nobody waits for it."""
         self._is_given_up = True
         if self._answer is not None:
-            # The socket may be gone by now.
-            with contextlib.suppress(OSError, ValueError):
+            # The socket may be gone by now, and urllib3 has no such method before 2.3.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 self._answer.shutdown()
 
     def _parts(self, stream: Callable[..., Iterator[bytes]], *args: Any, **kwargs: Any) -> Any:
@@ -85,8 +85,6 @@ class _Call(threading.Thread):
 
 
 _build_response = HTTPAdapter.build_response
-
-
 _drain_conn = HTTPResponse.drain_conn
 
 
