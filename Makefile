@@ -8,6 +8,8 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 ARGS ?=
 # pip compiles on one core, compileall on all of them. What no Python can compile is left alone.
 INSTALL := $(BIN)/python -m pip install --no-compile -c constraints.txt
+# All but torch: each index has builds of its own, so that no list of hashes fits every machine.
+LOCKED := $(BIN)/python -m pip install --no-compile --no-deps --require-hashes
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
 .PHONY: setup dev quick full faults test lint ui clean
@@ -16,15 +18,17 @@ setup: $(INSTALLED)
 
 dev: $(DEV_INSTALLED)
 
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt requirements.lock
 	@test -e $@ || rm -rf $(VENV)  # what a failed attempt left
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[quick,png,test]'
+	$(LOCKED) -r requirements.lock
+	$(INSTALL) --no-build-isolation -e '.[quick,png,test]'
 	$(COMPILE)
 	@touch $@
 
-$(DEV_INSTALLED): $(INSTALLED)
-	$(INSTALL) -e '.[dev]'
+$(DEV_INSTALLED): $(INSTALLED) requirements-dev.lock
+	$(LOCKED) -r requirements-dev.lock
+	$(INSTALL) --no-build-isolation -e '.[dev]'
 	$(COMPILE)
 	@touch $@
 

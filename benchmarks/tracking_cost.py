@@ -87,8 +87,8 @@ def a_job(folder: Path, tree: RunTree, ranks: int, num_steps: int) -> StartedJob
     return StartedJob(
         job=planned,
         environment=ENVIRONMENT,
-        run_ids=(run,),
-        rank_run_ids=(own,),
+        mode_runs=(run,),
+        rank_runs=(own,),
         work_dir=str(folder),
     )
 

@@ -1,14 +1,18 @@
 """Ranks that leave or hang are noticed, told from slow ones, and blamed by their stacks."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from dpsgd_track.config import JobConfig
+from dpsgd_track.launcher.fork_client import WorkerHost
+from dpsgd_track.launcher.fork_server import Request
 from dpsgd_track.launcher.stalls import blamed, standstill
 from dpsgd_track.record.failure import FAILURE, FailureKind
-from tests.support import fake_launch
+from tests.support import fake_launch, warm
 from tests.support.launches import living, start
 from tests.support.spooled_group import planned
 
@@ -111,3 +115,29 @@ def test_a_slow_step_is_told_and_goes_on(launched):
     assert "flash_fsdp: FINISHED" in out
     lines = (logs / "flash_fsdp" / "progress.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["event"] == "end"
+
+
+TALKS_AND_FAILS = """
+import sys
+def preload(): pass
+def main(job_file):
+    # As torch does, once ranks talk to each other.
+    sys.excepthook = lambda *_: print("a line", file=sys.stderr, flush=True)
+    raise ValueError(job_file)
+"""
+
+
+def test_a_rank_that_fails_while_the_logs_disk_is_full_leaves_nothing(tmp_path):
+    code, temporary = tmp_path / "code", tmp_path / "temporary"
+    code.mkdir()
+    temporary.mkdir()
+    (code / "talks_and_fails.py").write_text(TALKS_AND_FAILS)
+    search_path = os.pathsep.join([str(code), str(PACKAGE.parent)])
+    environment = {**os.environ, "PYTHONPATH": search_path, "TMPDIR": str(temporary)}
+    request = Request(job_file="job.json", log="/dev/full", num_ranks=1, grace_s=1.0)
+    with warm.imports_done(), WorkerHost("talks_and_fails") as host:
+        host.start(request, environment)
+        while (exit_code := host.poll()) is None:
+            time.sleep(0.02)
+    assert exit_code == 1
+    assert {each.name.partition("_")[0] for each in temporary.iterdir()} <= {"torchinductor"}

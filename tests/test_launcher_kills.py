@@ -6,7 +6,6 @@ What is told of is what `progress.jsonl` lists: a worker appends a step there on
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import subprocess
@@ -22,9 +21,11 @@ import pytest
 
 from dpsgd_track.config import Settings
 from dpsgd_track.record import names
+from dpsgd_track.record.plan import STARTED_JOB
 from dpsgd_track.store.history import all_points
 from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.spooled import SpooledGroup
+from tests.support.arrivals import told_of
 from tests.support.launches import kill_all, living
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,10 +125,10 @@ class Workspace:
         held = self.held()
         for work_dir in (self.folder / "results" / self.group / "logs").iterdir():
             with contextlib.suppress(FileNotFoundError):
-                job = json.loads((work_dir / "job.json").read_text())
+                started = STARTED_JOB.loads((work_dir / "job.json").read_bytes())
                 told = told_of(work_dir)
-                for regime, run in enumerate(job["run_ids"]):
-                    for rank, own in enumerate(job["rank_run_ids"][regime]):
+                for regime, run in enumerate(started.mode_runs):
+                    for rank, own in enumerate(started.rank_runs[regime]):
                         self._check_run(held[own], told[regime], is_teller=rank == 0)
                     self._check_run(held[run], told[regime], is_teller=True)
 
@@ -142,19 +143,6 @@ class Workspace:
         self.steps += len(told)
         self.lost += len(missing)
         self.doubled += sum(len(steps) - len(set(steps)) for steps in points.values())
-
-
-def told_of(work_dir: Path) -> dict[int, list[int]]:
-    """Steps that rank 0 reported, by regime."""
-    told: dict[int, list[int]] = {number: [] for number in range(10)}
-    with contextlib.suppress(FileNotFoundError):
-        text = (work_dir / "progress.jsonl").read_text()
-        # A line that was cut off tells of nothing.
-        for line in text[: text.rfind("\n") + 1].splitlines():
-            event = json.loads(line)
-            if event["event"] == "step":
-                told[event["regime"]].append(event["step"])
-    return told
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from dpsgd_track.store.history import metric_history
 from dpsgd_track.store.opening import open_store
 from dpsgd_track.store.reader import _local_folder, open_client
 from tests.support import fake_launch
+from tests.support.small_disk import fill, small_disk
 from tests.support.store_launches import SECRET, launch, refuse, statuses
 from tests.support.synthetic_group import empty_tables
 from tests.support.tracking_servers import (
@@ -52,26 +52,6 @@ def database(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
     open_store(Settings(tracking_uri=f"sqlite:///{path}"))
     return path
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own; skips where none can be mounted."""
-    place = folder / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(disk: Path) -> None:
-    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
-        while True:
-            filler.write(bytes(4096))
 
 
 def test_no_server(folder, capsys):

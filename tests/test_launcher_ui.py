@@ -4,9 +4,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dpsgd_track.config import Settings
@@ -52,6 +54,36 @@ def test_the_ui_serves_artifacts_of_a_local_folder_and_ends_with_ctrl_c(tmp_path
         process.communicate()
         for left in living(here):
             left.kill()
+
+
+_OWNER = """
+import sys, time
+from pathlib import Path
+from dpsgd_track.launcher.processes import Session
+# A process of its own, as a server has.
+script = "import subprocess; subprocess.run(['sleep', '60'])"
+session = Session([sys.executable, "-c", script], {}, Path("log"))
+print(session.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_command_started_ends_with_it_though_it_is_killed(tmp_path):
+    owner = subprocess.Popen(
+        [sys.executable, "-c", _OWNER],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert owner.stdout is not None
+    leader = psutil.Process(int(owner.stdout.readline()))
+    while len(everybody := [leader, *leader.children(recursive=True)]) < 3:
+        time.sleep(0.02)
+    owner.kill()
+    owner.communicate()
+    _, alive = psutil.wait_procs(everybody, timeout=10)
+    assert not alive
 
 
 def test_a_taken_port_is_said(tmp_path):

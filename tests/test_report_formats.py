@@ -41,7 +41,8 @@ from tests.support.synthetic_group import (
 from tests.support.synthetic_report import GUILTY, broken, healthy, hostile
 
 SCHEMA = DRIFT.json_schema()
-WORKFLOW = Path(__file__).resolve().parent.parent / "examples" / "github-actions.yml"
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOW = ROOT / "examples" / "github-actions.yml"
 
 
 def many_wrong(count: int) -> GroupComparison:
@@ -325,13 +326,22 @@ def test_workflow_asks_for_little_and_puts_nothing_of_others_into_a_shell() -> N
     for job in jobs.values():
         for step in job["steps"]:
             assert "${{" not in step.get("run", "") + step.get("with", {}).get("script", "")
-            assert "uses" not in step or re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"])
+            assert "uses" not in step or step["uses"].startswith("actions/")
     # What may write never has the pull request's code.
     assert not any("checkout" in step.get("uses", "") for step in jobs["comment"]["steps"])
     commands = " ".join(step.get("run", "") for step in jobs["compare"]["steps"])
     assert "launch.py quick" in commands
     assert "compare.py" in commands
     assert "secrets." not in text
+
+
+@pytest.mark.parametrize("workflow", [WORKFLOW, ROOT / ".github" / "workflows" / "ci.yml"])
+def test_actions_are_pinned_by_commit_and_say_their_version(workflow: Path) -> None:
+    """A tag can be moved to other code, a commit cannot."""
+    uses = re.findall(r"uses: (.*)", workflow.read_text(encoding="utf-8"))
+    assert uses
+    for action in uses:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
 
 
 def test_terminal_still_prints_a_group_of_every_kind() -> None:

@@ -238,6 +238,30 @@ def test_a_file_that_is_refused_takes_nothing_else_with_it(tmp_path, settings):
     check_whole(client, experiment_id, "large")
 
 
+class Swallowing:
+    """A client of a store behind a proxy that says yes to everything, and hands nothing on."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+        self.tracking_uri = client.tracking_uri
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("log_artifact", "log_batch"):
+            return getattr(self._client, name)
+        return lambda *_, **__: None
+
+
+def test_what_a_store_took_and_does_not_have_is_sent_again_by_the_next_sync(tmp_path, settings):
+    spool_a_group(tmp_path, "swallowed")
+    (group,) = spooled_groups(tmp_path)
+    client, experiment_id = open_store(settings)
+    problems = settle(shipper_of(group, settings, Swallowing(client)), count=True)
+    assert "rank 0: trajectory.npz is missing" in problems
+    assert group.folder.is_dir()
+    assert settle(shipper_of(group, settings), count=True) == []
+    check_whole(client, experiment_id, "swallowed")
+
+
 def test_what_no_database_keeps_is_replaced(tmp_path, settings):
     tree = spool_a_group(tmp_path, "odd-text")
     (group,) = spooled_groups(tmp_path)

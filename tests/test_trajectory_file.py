@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,27 @@ def test_cut_file_is_a_torn_file(path: Path, share: float) -> None:
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match="expected a trajectory file"):
         Trajectory.load(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "theirs"),
+    [(b"'descr': '<f8'", b"'descr': 'a08'"), (b"'shape': (30,), }", b"'shape': (30L,),}")],
+    ids=["old name of a type", "Python 2"],
+)
+@pytest.mark.filterwarnings("default")
+def test_header_that_numpy_only_warns_of_is_a_torn_file(
+    path: Path, recwarn: pytest.WarningsRecorder, written: bytes, theirs: bytes
+) -> None:
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    contents["loss.npy"] = contents["loss.npy"].replace(written, theirs)
+    assert theirs in contents["loss.npy"]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="expected a trajectory file"):
+        Trajectory.load(path)
+    assert not recwarn.list
 
 
 def test_file_that_shrinks_after_it_was_opened_is_said(path: Path) -> None:

@@ -17,6 +17,7 @@ number of ranks another OMP_NUM_THREADS; and descendants of its children outlive
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -25,7 +26,6 @@ import importlib.machinery
 import multiprocessing
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -40,6 +40,7 @@ from dpsgd_track.launcher.sign_off import SignOffs
 from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.names import VARIANT_VARIABLE
+from dpsgd_track.store.scratch import scratch
 
 _POLL_S = 0.05
 _FORK_TIMEOUT_S = 60.0
@@ -113,19 +114,18 @@ class _Host:
 
     def _run(self, request: Request) -> int | None:
         """The group's exit code; None if it was ended."""
-        try:
-            return self._lead(request)
-        finally:
-            shutil.rmtree(_logs_of(request), ignore_errors=True)
+        # torch's launcher keeps errors of ranks there while a group runs.
+        with scratch() as folder:
+            return self._lead(request, folder)
 
-    def _lead(self, request: Request) -> int | None:
+    def _lead(self, request: Request, logs: str) -> int | None:
         host = os.getpid()
         sign_offs = SignOffs(request.num_ranks)
         agent = os.fork()
         if agent == 0:
             # The closed socket tells the launcher that this process is gone: no other may hold it.
             os.close(self._channel.detach())
-            _lead(request, self._main, host, sign_offs)
+            _lead(request, logs, self._main, host, sign_offs)
         while not self._told_to_end:
             code = _exit_code(agent)
             if (deserter := sign_offs.deserter()) is not None:
@@ -166,11 +166,6 @@ def _exit_code(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def _logs_of(request: Request) -> Path:
-    """Folder in which torch's launcher keeps errors of ranks while a group runs."""
-    return Path(request.log).with_name("torchelastic")
-
-
 def _report_deserter(request: Request, local_rank: int) -> None:
     node_rank = request.meeting.node_rank if request.meeting else 0
     rank = node_rank * request.num_ranks + local_rank
@@ -178,7 +173,7 @@ def _report_deserter(request: Request, local_rank: int) -> None:
     path.write_text(FAILURE.dumps(Failure(kind=FailureKind.LEFT, rank=rank)), encoding="utf-8")
 
 
-def _lead(request: Request, main: WorkerMain, host: int, sign_offs: SignOffs) -> None:
+def _lead(request: Request, logs: str, main: WorkerMain, host: int, sign_offs: SignOffs) -> None:
     """Run the agent, in its fork."""
     code = 1
     try:
@@ -190,7 +185,7 @@ def _lead(request: Request, main: WorkerMain, host: int, sign_offs: SignOffs) ->
         os.dup2(log, sys.stdout.fileno())
         os.dup2(log, sys.stderr.fileno())
         os.close(log)
-        _launch(request, main, sign_offs)
+        _launch(request, logs, main, sign_offs)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -198,7 +193,7 @@ def _lead(request: Request, main: WorkerMain, host: int, sign_offs: SignOffs) ->
         _leave(code)
 
 
-def _launch(request: Request, main: WorkerMain, sign_offs: SignOffs) -> None:
+def _launch(request: Request, logs: str, main: WorkerMain, sign_offs: SignOffs) -> None:
     """Run the ranks with torch's launcher.
 
     Raises:
@@ -235,8 +230,8 @@ def _launch(request: Request, main: WorkerMain, sign_offs: SignOffs) -> None:
         local_addr=_ADDRESS if meeting.num_nodes == 1 else None,
         max_restarts=0,
         start_method="fork",
-        # By default, in the system's temporary folder, where it stays.
-        logs_specs=DefaultLogsSpecs(log_dir=str(_logs_of(request))),
+        # By default, in a folder that stays.
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
     )
     agent = os.getpid()
     # The server's thread lives in this process. While it serves one rank, the fork of another
@@ -254,8 +249,7 @@ def _launch(request: Request, main: WorkerMain, sign_offs: SignOffs) -> None:
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         except BaseException:
-            # torch's hook prefixes each line with the rank.
-            sys.excepthook(*sys.exc_info())
+            _tell_exception()
             code = 1
         # torch's launcher waits for a successful rank to return.
         if code != 0:
@@ -263,6 +257,13 @@ def _launch(request: Request, main: WorkerMain, sign_offs: SignOffs) -> None:
         sign_offs.sign_off(local_rank)
 
     elastic_launch(config, run_rank)(request.job_file)
+
+
+def _tell_exception() -> None:
+    """Print the current exception; torch's hook prefixes each line with the rank."""
+    # The log's disk may be full. What a rank raises, torch's launcher keeps in a file that stays.
+    with contextlib.suppress(OSError):
+        sys.excepthook(*sys.exc_info())
 
 
 def _serve_elsewhere() -> str:
@@ -321,8 +322,9 @@ def _die_with(parent: int, number: int) -> None:
 
 def _leave(code: int) -> None:
     """Exit without the interpreter's teardown, which can block on a broken process group."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
+import sys
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ MARKER = "DPSGD_TRACK_SESSION"
 """Environment variable that identifies descendants after their parent is gone."""
 
 _ROUNDS = 20
+_OWNED = Path(__file__).with_name("owned.py")
 
 
 class Session:
@@ -29,11 +32,22 @@ class Session:
         environment: Mapping[str, str],
         log: Path,
         *,
-        stdin: int = subprocess.DEVNULL,
+        stdin: int | None = None,
     ) -> None:
-        """Start `command`, with its output in `log`."""
+        """Start `command`, with its output in `log`.
+
+        Args:
+            stdin: standard input, at whose end the command ends itself. Without, it is ended when
+                this process is killed.
+        """
         self._mark = uuid.uuid4().hex
-        with log.open("ab") as output:
+        # It closes with this process.
+        self._held: int | None = None
+        with contextlib.ExitStack() as stack, log.open("ab") as output:
+            if stdin is None:
+                stdin, self._held = os.pipe()
+                stack.callback(os.close, stdin)
+                command = [sys.executable, "-I", str(_OWNED), *command]
             self._leader = subprocess.Popen(
                 command,
                 env={**environment, MARKER: self._mark},
@@ -79,6 +93,9 @@ class Session:
                 self._leader.kill()
                 self._leader.wait()
         self.kill_others(descendants)
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def kill_others(self, known: Collection[psutil.Process] = ()) -> None:
         """Kill the descendants of the command, but not the command itself; and those in `known`."""

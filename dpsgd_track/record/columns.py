@@ -6,6 +6,7 @@ import lzma
 import os
 import struct
 import tokenize
+import warnings
 import weakref
 import zipfile
 import zlib
@@ -119,8 +120,12 @@ _UNREADABLE = (
 @contextmanager
 def _said_as_torn() -> Iterator[None]:
     try:
-        yield
-    except _UNREADABLE as error:
+        with warnings.catch_warnings():
+            # numpy reads headers of other ages, with a warning to the terminal. None is ours.
+            for category in (UserWarning, DeprecationWarning):
+                warnings.simplefilter("error", category)
+            yield
+    except (*_UNREADABLE, UserWarning, DeprecationWarning) as error:
         raise TornFile(str(error)) from error
 
 

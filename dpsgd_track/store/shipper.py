@@ -139,6 +139,12 @@ class Shipper:
         if name not in self.refused:
             self._acknowledged[name] = offset
 
+    def forget_acknowledged(self) -> None:
+        """Send everything again the next time: a proxy may have taken it and handed nothing on."""
+        self._acknowledged.clear()
+        self._readers.clear()
+        self._save()
+
     def _reader(self, file: Path) -> SpoolReader:
         return self._readers.setdefault(file.name, SpoolReader(file))
 
@@ -420,7 +426,9 @@ def settle(
         while shipper.ship(should_stop):
             if should_stop():
                 return ["not everything was shipped"]
-        if problems := [*shipper.refused.values(), *shipper.differences(count=count)]:
+        if differences := shipper.differences(count=count):
+            shipper.forget_acknowledged()
+        if problems := [*shipper.refused.values(), *differences]:
             return problems
     if not shipper.group.is_part:
         shipper.remove_doubles()

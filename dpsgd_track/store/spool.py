@@ -54,6 +54,7 @@ HEADER_BYTES = len(MAGIC) + 19
 _HEADER = re.compile(re.escape(MAGIC) + rb'([0-9a-f]{16})"}\n')
 # Lines of other versions do not match.
 _SEED = zlib.crc32(MAGIC)
+_COUNT_AT = len(MAGIC)
 CONTROL, RECORDS = ".control", ".records"
 """Suffixes: creation and end of runs, and observations of workers. Control files are read first."""
 
@@ -203,8 +204,9 @@ class SpoolWriter:
         self._num_records += 1
 
     def _put(self, line: bytes) -> None:
-        # Earlier records first: there may be room by now.
-        self._flush()
+        if self._held:
+            # Earlier records first: there may be room by now.
+            self._flush()
         if self._held:
             self._hold(line)
             return
@@ -243,9 +245,11 @@ class SpoolWriter:
             raise
         self._end += written
         if self._end > HEADER_BYTES + len(line):
-            # A count that lags behind hides no record; the next one brings it up to date.
-            with contextlib.suppress(OSError):
-                os.pwrite(self._header, b"%016x" % self._end, len(MAGIC))
+            try:
+                os.pwrite(self._header, b"%016x" % self._end, _COUNT_AT)
+            except OSError:
+                # A count that lags behind hides no record; the next one brings it up to date.
+                return
 
     @property
     def _num_kept_back(self) -> int:

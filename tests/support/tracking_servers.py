@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -215,6 +215,10 @@ class Gate(ThreadingHTTPServer):
         """
         self.to, self.wanted, self.host, self.status = server, wanted, host, status
         self.passes_on = passes_on
+        self.fault: Callable[[socket.socket], object] | None = None
+        """Answers in place of the server, on the connection of a request; the server never sees
+        it."""
+        self.num_faults = 0
         super().__init__(("127.0.0.1", 0), _Handler)
         if shows:
             self.socket = shows.serving().wrap_socket(self.socket, server_side=True)
@@ -229,6 +233,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fault := self.server.fault:
+            self.server.num_faults += 1
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                fault(self.connection)
+            return None
         if self.server.wanted and self.headers.get("Authorization") != self.server.wanted:
             return self._answer(self.server.status, b"You are not authenticated.")
         connection = self.server.to.connection()
@@ -277,6 +287,11 @@ class Wire:
         self.answers_left: int | None = None
         """How many pieces of answers still come through before it is cut; None for all."""
         self.mend()
+
+    @property
+    def is_cut(self) -> bool:
+        """True while nothing comes through."""
+        return self._listener is None
 
     def mend(self) -> None:
         """Let everything through."""
@@ -333,47 +348,79 @@ def _program(name: str) -> str:
     return found
 
 
+class PostgresServer:
+    """A PostgreSQL server with an empty database."""
+
+    def __init__(self, folder: Path) -> None:
+        """Set it up in `folder`, and start it; skips where there is none."""
+        pytest.importorskip("psycopg2", reason="psycopg2 is not installed")
+        initdb, self._server, createdb = map(_program, ("initdb", "postgres", "createdb"))
+        self._user: str | None = None
+        if os.geteuid() == 0:
+            import pwd
+
+            # It refuses to run as root.
+            users = (u.pw_name for u in pwd.getpwall() if u.pw_name in ("postgres",))
+            self._user = next(users, "nobody")
+        self._folder, self.port = folder, closed_port()
+        data = folder / "data"
+        data.mkdir()
+        if self._user is not None:
+            shutil.chown(data, self._user)
+            for parent in (folder, *folder.parents):
+                with contextlib.suppress(PermissionError):
+                    parent.chmod(parent.stat().st_mode | 0o011)
+        made = subprocess.run(
+            [initdb, "-D", str(data), "-U", "tracker", "-A", "trust", "-N"],
+            capture_output=True,
+            text=True,
+            user=self._user,
+            cwd="/",
+        )
+        if made.returncode:
+            pytest.skip(f"PostgreSQL cannot be set up here: {made.stderr.strip()[-200:]}")
+        self.start()
+        address = ("-h", "127.0.0.1", "-p", str(self.port), "-U", "tracker", "mlflow")
+        self._until(
+            lambda: not subprocess.run([createdb, *address], capture_output=True).returncode
+        )
+        self.uri = f"postgresql+psycopg2://tracker@127.0.0.1:{self.port}/mlflow"
+
+    def start(self) -> None:
+        """Start it, without waiting for it to answer."""
+        options = ("-p", str(self.port), "-h", "127.0.0.1", "-k", "", "-c", "fsync=off")
+        command = [self._server, "-D", str(self._folder / "data"), *options]
+        with (self._folder / "postgres.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, user=self._user, cwd="/"
+            )
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """End it: SIGINT breaks off what is under way, SIGQUIT leaves the rest to recovery."""
+        self._process.send_signal(number)
+        self._process.wait(30)
+
+    def _until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not holds():
+            log_text = (self._folder / "postgres.log").read_text()[-500:]
+            assert self._process.poll() is None, log_text
+            assert time.monotonic() < deadline, log_text
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def postgres_server(folder: Path) -> Iterator[PostgresServer]:
+    """A PostgreSQL server that is ended at the end; skips where there is none."""
+    server = PostgresServer(folder)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 @contextlib.contextmanager
 def postgres(folder: Path) -> Iterator[str]:
     """The URI of an empty database of a PostgreSQL server; skips where there is none."""
-    pytest.importorskip("psycopg2", reason="psycopg2 is not installed")
-    initdb, server, createdb = map(_program, ("initdb", "postgres", "createdb"))
-    user: str | None = None
-    if os.geteuid() == 0:
-        import pwd
-
-        # It refuses to run as root.
-        user = next((u.pw_name for u in pwd.getpwall() if u.pw_name in ("postgres",)), "nobody")
-    data, port = folder / "data", closed_port()
-    data.mkdir()
-    if user is not None:
-        shutil.chown(data, user)
-        for parent in (folder, *folder.parents):
-            with contextlib.suppress(PermissionError):
-                parent.chmod(parent.stat().st_mode | 0o011)
-    made = subprocess.run(
-        [initdb, "-D", str(data), "-U", "tracker", "-A", "trust", "-N"],
-        capture_output=True,
-        text=True,
-        user=user,
-        cwd="/",
-    )
-    if made.returncode:
-        pytest.skip(f"PostgreSQL cannot be set up here: {made.stderr.strip()[-200:]}")
-    options = ("-p", str(port), "-h", "127.0.0.1", "-k", "", "-c", "fsync=off")
-    with (folder / "postgres.log").open("ab") as log:
-        process = subprocess.Popen(
-            [server, "-D", str(data), *options], stdout=log, stderr=log, user=user, cwd="/"
-        )
-    try:
-        address = ("-h", "127.0.0.1", "-p", str(port), "-U", "tracker", "mlflow")
-        deadline = time.monotonic() + 30
-        while subprocess.run([createdb, *address], capture_output=True).returncode:
-            log_text = (folder / "postgres.log").read_text()[-500:]
-            assert process.poll() is None, log_text
-            assert time.monotonic() < deadline, log_text
-            time.sleep(0.1)
-        yield f"postgresql+psycopg2://tracker@127.0.0.1:{port}/mlflow"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
+    with postgres_server(folder) as server:
+        yield server.uri

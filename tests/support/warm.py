@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -317,6 +318,8 @@ def _become(request: Request, standard: list[int]) -> NoReturn:
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(request.environment)
+    # Or else that of the template's environment, where it was asked for already.
+    tempfile.tempdir = None
     if request.leads_session:
         os.setsid()
     if mark := request.environment.get(MARKER):
