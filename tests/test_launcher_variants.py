@@ -259,6 +259,18 @@ def test_modes_that_a_variant_alone_has_run_there_alone(workspace):
     assert [job.label for job in jobs] == ["reference", "opacus:flash_fsdp@a"]
 
 
+def test_what_an_opacus_lacks_is_told_with_its_version(workspace):
+    package = opacus_with(workspace / "op") / "opacus"
+    (package / "version.py").write_text('# Ours.\n__version__ = "1.4.1"\n')
+    made = suite("full", "--mode", "ghost,grad_materialize", "--variant", "old=op")
+    (told,) = (each.sentence for each in made.left_out if "@" in each.label)
+    assert told.startswith(
+        "not compared: ghost@old, as Opacus 1.4.1, the code of old, has no grad_sample_mode 'ghost'"
+    )
+    with pytest.raises(ValueError, match=r"runs code of variant old.*ghost@old, as Opacus 1"):
+        suite("full", "--mode", "ghost", "--variant", "old=op")
+
+
 def test_a_mode_of_no_opacus_at_hand_is_refused_with_those_there_are(workspace):
     opacus_with(workspace / "op")
     wanted = "'flash': expected one of ew, flash_fsdp, functorch, ghost, ghost_fsdp, hooks, no_op"

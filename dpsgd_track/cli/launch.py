@@ -49,6 +49,8 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     plan = plan_of(asked, context.check_inputs, context.command)
     check_planted(plan)
     _tell_uncommitted(plan)
+    for each in plan.left_out:
+        say(f"{each.sentence}.")
     place = placement_of(asked)
     if is_dry:
         show_plan(plan)

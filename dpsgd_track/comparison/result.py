@@ -165,6 +165,12 @@ class GroupComparison:
     """Smallest errors that would have been found in any mode."""
 
     @property
+    def not_compared(self) -> tuple[str, ...]:
+        """A sentence for each thing that its launch left out, as a mode does not take it."""
+        sentences = (each.sentence for each in self.group.plan.left_out)
+        return tuple(f"{text[:1].upper()}{text[1:]}." for text in sentences)
+
+    @property
     def leading(self) -> ModeVerdict | None:
         """The mode that the sentence is about; None if all pass."""
         if self.verdict is Verdict.PASS:

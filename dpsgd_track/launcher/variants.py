@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dpsgd_track.config import SILENT, RegimeConfig, VariantConfig, require
+from dpsgd_track.demands import LeftOut
 from dpsgd_track.launcher.checkout import check_out, commit_of
 from dpsgd_track.modes import opacus_source, table
 from dpsgd_track.record.environment import git_facts
@@ -108,6 +109,20 @@ def modes_in(variant: VariantConfig, modes: Sequence[str], *, is_chosen: bool) -
     if packages & _USED_BY_OURS:
         return tuple(asked)
     return tuple(mode for mode in asked if table.spec_of(mode) is None)
+
+
+def lacking_modes(variant: VariantConfig, modes: Sequence[str]) -> Iterator[LeftOut]:
+    """Modes of Opacus among `modes` that a variant of it lacks, with the reason."""
+    own = own_modes(variant)
+    for mode in modes if own else ():
+        spec = table.spec_of(mode)
+        if spec and spec.grad_sample_mode and spec.grad_sample_mode not in own:
+            version = opacus_source.version_of(Path(variant.root) / opacus_source.PACKAGE)
+            yield LeftOut(
+                label=f"{mode}@{variant.name}",
+                reason=f"Opacus {version}, the code of {variant.name}, has no grad_sample_mode "
+                f"{spec.grad_sample_mode!r} but {', '.join(own)}",
+            )
 
 
 def own_modes(variant: VariantConfig) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT
+from dpsgd_track.demands import declined_by
 from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
@@ -203,6 +204,7 @@ class Worker:
             environment=first.environment.with_versions(imported),
             is_replicated=mode.replicated,
             left_out_steps=tuple(left_out),
+            declined=declined_by(mode),
             norm_plan=mode.norm_plan(),
             imported=imported,
             warnings=tuple(dict.fromkeys((*self.warnings.sentences, *mode.notices()))),
