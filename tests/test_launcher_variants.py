@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +17,12 @@ import pytest
 
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import choices, group
+from dpsgd_track.launcher.checkout import MOST_KEPT, check_out
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import open_group
+from dpsgd_track.launcher.variants import restore
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
@@ -326,6 +329,42 @@ def test_a_revision_is_checked_out_aside(workspace, repository, monkeypatch):
     assert here[-1].variant is not None
     assert here[-1].variant.root == variant.root
     assert (repository / "transformers/__init__.py").read_text() == "__version__ = 'uncommitted'\n"
+
+
+def test_a_checkout_is_removed_when_it_has_not_been_used_for_long(workspace, repository):
+    def used_last(folder: Path, days: float) -> None:
+        then = time.time() - days * 86400
+        os.utime(folder, (then, then))
+
+    git = ["git", "-C", str(repository), "rev-parse", "v1^{commit}", "v2^{commit}"]
+    first, second = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split()
+    kept = check_out(repository, first)
+    others = [kept.parent / f"{number:040}" for number in range(MOST_KEPT + 2)]
+    for number, folder in enumerate(others):
+        (folder / "package").mkdir(parents=True)
+        used_last(folder, number / (MOST_KEPT + 1))
+    (kept.parent / "tmpkilled").mkdir()
+    used_last(kept.parent / "tmpkilled", 9)
+    used_last(kept, 6)
+    # Used, so that it is now the newest.
+    assert check_out(repository, first) == kept
+    assert len(list(kept.parent.iterdir())) == MOST_KEPT + 4
+    check_out(repository, second)
+    # Those of the last day may be running; the one that is a day and more old is past the bound.
+    assert [folder.is_dir() for folder in others] == [True] * (MOST_KEPT + 1) + [False]
+    assert {kept.name, second} <= {folder.name for folder in kept.parent.iterdir()}
+    assert not (kept.parent / "tmpkilled").exists()
+
+
+@pytest.mark.parametrize("given", ["old=v1@repository", "v1"])
+def test_a_checkout_that_was_removed_is_made_again(workspace, repository, monkeypatch, given):
+    if given == "v1":
+        monkeypatch.chdir(repository)
+    variant = suite("full", "--mode", "no_dp", "--variant", given).jobs[-1].variant
+    assert variant is not None
+    shutil.rmtree(variant.root)
+    restore(variant)
+    assert (Path(variant.root) / "transformers/__init__.py").read_text() == "__version__ = '1'\n"
 
 
 # An import hook that answers first, as some editable installs put into every interpreter.

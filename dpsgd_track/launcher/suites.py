@@ -60,7 +60,7 @@ from dpsgd_track.launcher.variants import (
 )
 from dpsgd_track.modes import table
 from dpsgd_track.record.environment import environment
-from dpsgd_track.record.names import GOLDEN_SUFFIX
+from dpsgd_track.record.names import GOLDEN_SUFFIXES
 from dpsgd_track.record.plan import GroupPlan, Suite
 from dpsgd_track.training.text_source import population_of
 
@@ -153,7 +153,7 @@ def placement_of(asked: Asked) -> Placement:
         require(bool(_GROUP.fullmatch(kept.group)), "group", kept.group, allowed)
         advice = "`compare` reads it as the newest group."
         require(kept.group != "latest", "group", kept.group, "another name", advice)
-        is_file = kept.group.endswith(GOLDEN_SUFFIX)
+        is_file = kept.group.endswith(GOLDEN_SUFFIXES)
         advice = "`compare` takes it for a golden file."
         require(not is_file, "group", kept.group, "another name", advice)
     if kept.output is not None:

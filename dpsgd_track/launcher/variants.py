@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dpsgd_track.config import SILENT, RegimeConfig, VariantConfig, require
 from dpsgd_track.demands import LeftOut
-from dpsgd_track.launcher.checkout import check_out, commit_of
+from dpsgd_track.launcher.checkout import check_out, checkouts, commit_of
 from dpsgd_track.modes import opacus_source, table
 from dpsgd_track.record.environment import git_facts
 
@@ -67,6 +67,21 @@ def _read(text: str) -> VariantConfig:
     return VariantConfig(
         name=name, path=path, root=str(root), git_revision=commit, git_dirty=is_dirty
     )
+
+
+def restore(variant: VariantConfig) -> None:
+    """Check a revision out again if its folder has been removed.
+
+    Raises:
+        ValueError: git no longer has it.
+    """
+    root = Path(variant.root)
+    if not root.is_relative_to(checkouts().resolve()):
+        return
+    # One that is there counts as used.
+    is_here = variant.path.endswith(OF_HERE)
+    repository = "" if is_here else variant.path.partition("@")[2]
+    check_out(Path(repository or ".").expanduser(), variant.git_revision)
 
 
 def _of_revision(name: str, path: str, commit: str, repository: Path, given: str) -> VariantConfig:
