@@ -215,7 +215,8 @@ def _of_text(text: bytes) -> Group:
     def record(number: int) -> Trajectory:
         with scratch() as folder:
             file = Path(folder) / "trajectory.npz"
-            np.savez(file, **golden_text.columns_of(records[number]))
+            columns: dict[str, Any] = golden_text.columns_of(records[number])
+            np.savez(file, **columns)
             return Trajectory.load(file)
 
     return _group(GOLDEN.loads(json.dumps(document)), record)
