@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import pytest
 
+from dpsgd_track.cli.launch import check_at_hand
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import choices, group
 from dpsgd_track.launcher.checkout import MOST_KEPT, check_out
@@ -55,7 +56,7 @@ def checkout(folder: Path, package: str) -> Path:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("fork", "expected NAME=PATH, NAME=REVISION@PATH, or a revision"),
+        ("fork", "expected NAME=PATH, NAME=REVISION@PATH, NAME:OPTION=VALUE, or a revision"),
         ("a=v9@fork", "expected a revision of the repository in 'fork'"),
         ("a=--all@fork", "expected a revision of the repository in 'fork'"),
         ("fork=", "expected NAME=PATH"),
@@ -365,6 +366,51 @@ def test_a_checkout_that_was_removed_is_made_again(workspace, repository, monkey
     shutil.rmtree(variant.root)
     restore(variant)
     assert (Path(variant.root) / "transformers/__init__.py").read_text() == "__version__ = '1'\n"
+
+
+def test_the_same_code_runs_once_more_with_other_settings(workspace, monkeypatch):
+    modes = "flash_fsdp,flash_fsdp_bk,ghost_fsdp,flash"
+    given = ("tiled:plan=tiled", "kept:plan=gradients", "both:replicas=2,gradient-checkpointing")
+    options = [word for each in given for word in ("--variant", each)]
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
+    made = suite("full", "--mode", modes, "--nproc-per-node", "2", *options)
+    runs = {job.label: job for job in made.jobs if job.variant}
+    assert list(runs) == [
+        "flash_fsdp@tiled", "flash_fsdp_bk@tiled", "flash@tiled", "flash_fsdp_bk@kept",
+        "flash_fsdp@both", "flash_fsdp_bk@both",
+    ]  # fmt: skip
+    of = {
+        label: (job.performance.plan, job.performance.num_replicas) for label, job in runs.items()
+    }
+    assert of["flash_fsdp@tiled"] == ("tiled", 1)
+    assert of["flash_fsdp@both"] == ("auto", 2)
+    assert runs["flash_fsdp@both"].model.gradient_checkpointing
+    assert not runs["flash_fsdp@tiled"].model.gradient_checkpointing
+    said = [each.sentence for each in made.left_out if "@" in each.label]
+    assert "not compared: ghost_fsdp@tiled, as it cannot compute its norms by plan=tiled" in said
+    assert "not compared: flash@both, as it has no replicas" in said
+    advice = Failure(kind=FailureKind.ERROR).advice("g", runs["flash_fsdp@both"])
+    assert "--variant both:replicas=2,gradient-checkpointing" in advice
+    assert PLAN.loads(PLAN.dumps(made)) == made
+    # Nothing is asked of a folder when it is resumed, and workers have the installed code.
+    check_at_hand(made, lambda model, data: None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("a:param-dtype=bfloat16", "expected one of plan, replicas, gradient-check.*change no res"),
+        ("a:plan", "expected plan=VALUE"),
+        ("a:plan=fast", "plan='fast': expected one of auto"),
+        ("a:gradient-checkpointing=no", "expected gradient-checkpointing"),
+        ("a:replicas=3", "replicas=3: expected a divisor"),
+        ("a:replicas=x", "replicas='x': expected an integer"),
+        ("a b:plan=tiled", "expected a NAME of up to 60"),
+    ],
+)
+def test_settings_that_are_no_variant_are_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        suite("full", "--mode", "flash_fsdp", "--nproc-per-node", "2", "--variant", given)
 
 
 # An import hook that answers first, as some editable installs put into every interpreter.

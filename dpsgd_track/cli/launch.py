@@ -198,9 +198,9 @@ def check_at_hand(plan: GroupPlan, check_inputs: InputCheck) -> None:
     check_planted(plan)
     for variant in dict.fromkeys(job.variant for job in plan.jobs if job.variant):
         restore(variant)
-        given = f"{variant.name}={variant.path}"
         allowed = f"the folder {variant.root} that it was launched with"
-        require(Path(variant.root).is_dir(), "variant", given, allowed)
+        is_there = not variant.root or Path(variant.root).is_dir()
+        require(is_there, "variant", variant.option, allowed)
     of_user = {
         (run.model, run.data)
         for _, job, regime in plan.runs()

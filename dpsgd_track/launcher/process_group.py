@@ -220,7 +220,7 @@ def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
     if job.performance.device == "cpu":
         # Libraries such as Opacus shard over GPUs wherever there are some.
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    if variant := job.variant:
+    if (variant := job.variant) and variant.root:
         # `python -m` would put the working directory first, and with it a checkout there.
         ours = [variant.root, os.getcwd(), environment["PYTHONPATH"]]
         environment["PYTHONPATH"] = os.pathsep.join(ours)

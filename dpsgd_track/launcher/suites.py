@@ -57,6 +57,7 @@ from dpsgd_track.launcher.variants import (
     lacking_modes,
     modes_in,
     read_variants,
+    with_settings,
 )
 from dpsgd_track.modes import table
 from dpsgd_track.record.environment import environment
@@ -185,6 +186,7 @@ def _job(
     if mode == table.REFERENCE and mode not in split_names(asked.what.mode):
         # It takes part in a profile for its accuracy test alone.
         regimes = [name for name in regimes if name != PROFILE]
+    model, performance = with_settings(variant, model, performance)
     runs = regimes_of(mode, regimes, asked.suite, asked.training, performance.device)
     job = JobConfig(
         mode=mode,
@@ -243,7 +245,7 @@ def _modes_of_variants(
         own = modes_in(variant, modes, is_chosen=is_chosen)
         lacking = [f"{each.sentence}." for each in lacking_modes(variant, modes)]
         allowed = f"a mode besides reference that runs code of variant {variant.name}"
-        listing = program.command("modes", ["--variant", f"{variant.name}={variant.path}"])
+        listing = program.command("modes", ["--variant", variant.option])
         advice = " ".join([f"`{listing}` lists them.", *lacking])
         shown = [mode for mode in modes if mode != table.REFERENCE] or modes
         require(bool(own), "mode", ",".join(shown), allowed, advice)

@@ -194,10 +194,14 @@ class Worker:
         if run_id is not None:
             self.writer.upload(run_id, path)
             shown = {name: value for name, value in asdict(facts).items() if value}
-            if self.job.variant and not facts.imported:
+            if self._has_other_code and not facts.imported:
                 # The versions that run are known later, and a param never changes.
                 del shown["environment"]
             self.writer.log_params(run_id, flatten(shown))
+
+    @property
+    def _has_other_code(self) -> bool:
+        return self.job.variant is not None and bool(self.job.variant.root)
 
     def _first_facts(self) -> RunFacts:
         """Facts known before the mode is built."""
@@ -207,7 +211,7 @@ class Worker:
     def _last_facts(self, run: PreparedRun, left_out: list[int]) -> RunFacts:
         """Facts known once the mode has run."""
         mode, variant, first = run.mode, self.job.variant, self._first_facts()
-        imported = imported_from(variant.root) if variant else {}
+        imported = imported_from(variant.root) if variant and variant.root else {}
         return replace(
             first,
             environment=first.environment.with_versions(imported),
