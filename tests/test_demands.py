@@ -128,6 +128,14 @@ def test_what_a_mode_declines_is_left_out_of_the_plan_and_told(modest):
     assert PLAN.loads(PLAN.dumps(made)) == made
 
 
+def test_the_reference_has_no_regime_to_itself(modest):
+    made = planned.plan("quick", "--mode", f"{modest}:Modest")
+    assert regimes(made, "reference") == regimes(made, f"{modest}:Modest") == [ACCURACY, CLIP]
+    assert made.left_out
+    made = planned.plan("quick", "--mode", f"{modest}:Modest,flash")
+    assert set(regimes(made, "reference")) == {ACCURACY, CLIP, PROBE_ACCURACY, PROBE_CLIP}
+
+
 def test_the_micro_batches_of_all_ranks_are_those_of_the_one(modest):
     made = planned.plan("full", "--mode", f"flash,{modest}:Modest", "--nproc-per-node", "2")
     ours, theirs = made.jobs[-2:]

@@ -50,6 +50,12 @@ def entrants_of(modes: Sequence[str], variant: VariantConfig | None = None) -> t
     return tuple(Entrant(mode=mode, variant=variant, declined=declined[mode]) for mode in modes)
 
 
+def regimes_of_others(entrants: Iterable[Entrant], regimes: Sequence[str]) -> tuple[str, ...]:
+    """Those of `regimes` in which a mode besides the reference has a run: it judges others."""
+    others = [each for each in entrants if each.mode != table.REFERENCE]
+    return tuple(name for name in regimes if not others or any(e.regimes([name]) for e in others))
+
+
 def check_entrants(
     suite: Suite, entrants: Iterable[Entrant], regimes: Sequence[str], num_ranks: int
 ) -> None:

@@ -40,7 +40,12 @@ from dpsgd_track.launcher.choices import (
     ProfileChoices,
     TrainingChoices,
 )
-from dpsgd_track.launcher.entrants import Entrant, check_entrants, entrants_of
+from dpsgd_track.launcher.entrants import (
+    Entrant,
+    check_entrants,
+    entrants_of,
+    regimes_of_others,
+)
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.profile_order import profile_jobs, with_baselines
 from dpsgd_track.launcher.regimes import (
@@ -117,10 +122,11 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
     for variant, own in of_variants.items():
         entrants += entrants_of(own, variant)
     check_entrants(asked.suite, entrants, regimes, num_ranks)
+    taken = regimes_of_others(entrants, regimes)
     jobs = tuple(
         _job(asked, each, own_regimes, model, shapes[0], performance, num_ranks)
         for each in entrants
-        if (own_regimes := each.regimes(regimes))
+        if (own_regimes := each.regimes(taken))
     )
     if isinstance(asked.what, ProfileChoices):
         jobs = profile_jobs(jobs, shapes, asked.what.rounds)
