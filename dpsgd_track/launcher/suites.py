@@ -249,7 +249,7 @@ def _modes_of_variants(
     runs = {}
     for variant in variants:
         own = modes_in(variant, modes, is_chosen=is_chosen)
-        lacking = [f"{each.sentence}." for each in lacking_modes(variant, modes)]
+        lacking = [f"{each.reason}." for each in lacking_modes(variant, modes)]
         allowed = f"a mode besides reference that runs code of variant {variant.name}"
         listing = program.command("modes", ["--variant", variant.option])
         advice = " ".join([f"`{listing}` lists them.", *lacking])

@@ -216,7 +216,7 @@ def lacking_modes(variant: VariantConfig, modes: Sequence[str]) -> Iterator[Left
             yield LeftOut(
                 label=f"{mode}@{variant.name}",
                 reason=f"Opacus {version}, the code of {variant.name}, has no grad_sample_mode "
-                f"{spec.grad_sample_mode!r} but {', '.join(own)}",
+                f"{spec.grad_sample_mode!r}, only {', '.join(own)}",
             )
 
 
