@@ -136,6 +136,12 @@ def test_the_reference_has_no_regime_to_itself(modest):
     assert set(regimes(made, "reference")) == {ACCURACY, CLIP, PROBE_ACCURACY, PROBE_CLIP}
 
 
+@pytest.mark.parametrize("verb", ["single", "full"])
+def test_the_reference_alone_declines_nothing(verb):
+    (only,) = planned.plan(verb, "--mode", "reference").jobs
+    assert only.mode == "reference"
+
+
 def test_the_micro_batches_of_all_ranks_are_those_of_the_one(modest):
     made = planned.plan("full", "--mode", f"flash,{modest}:Modest", "--nproc-per-node", "2")
     ours, theirs = made.jobs[-2:]

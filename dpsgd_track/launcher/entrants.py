@@ -60,15 +60,15 @@ def check_entrants(
     suite: Suite, entrants: Iterable[Entrant], regimes: Sequence[str], num_ranks: int
 ) -> None:
     """Raise ValueError if what is left out leaves nothing to compare."""
-    private = [e for e in entrants if e.mode != table.REFERENCE]
-    absent = [e for e in private if not e.regimes(regimes)]
+    others = [e for e in entrants if e.mode != table.REFERENCE]
+    absent = [e for e in others if not e.regimes(regimes)]
     # Faults that are planted in a mode that does not run would prove nothing.
-    if len(absent) == len(private) or (suite is Suite.FAULTS and absent):
+    if absent and (len(absent) == len(others) or suite is Suite.FAULTS):
         reasons = "; ".join(each.sentence for e in absent for each in e.left_out(regimes))
         advice = f"{reasons[:1].upper()}{reasons[1:]}." if reasons else ""
         names = ",".join(e.label for e in absent)
         require(False, "mode", names, f"a mode with a run in {' or '.join(regimes)}", advice)
-    for each in private:
+    for each in others:
         is_unlike = PROFILE in regimes and Demand.SEVERAL_RANKS in each.declined
         require(
             num_ranks == 1 or not is_unlike,
