@@ -365,18 +365,24 @@ class RegimeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VariantConfig:
-    """A source checkout from which a job imports its packages instead of the installed ones."""
+    """Other code, or other settings, with which a job runs once more."""
 
     name: str
     """Name of the variant, as in `mode@name`."""
     path: str
-    """The checkout, as the user gave it."""
+    """The checkout, or the settings as `OPTION=VALUE,...`, as the user gave it."""
     root: str
-    """Absolute path of its packages; first on the import path of the workers."""
+    """Absolute path of the code's packages, first on the import path of the workers; empty if only
+    settings are others."""
     git_revision: str = ""
     """Commit of the checkout; empty if it is not a repository."""
     git_dirty: bool = False
     """True if the checkout has uncommitted changes."""
+
+    @property
+    def option(self) -> str:
+        """The value of `--variant` that asks for it."""
+        return f"{self.name}{'=' if self.root else ':'}{self.path}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,9 @@ def base() -> Trajectory:
     """Twelve samples on two ranks, each in two micro-batches of three samples."""
     t = trajectory(noise_std=0.0, samples=12, layers=5)
     still = np.repeat(t.weight_sketch[:1], t.num_steps, axis=0)
-    return replace(t, weight_sketch=still, noised_sketch=t.gradient_sketch)
+    # All but the last parameter are weights of linear layers.
+    linear = np.array([name.removesuffix(".weight") for name in t.parameter_names[:-1]])
+    return replace(t, layer_names=linear, weight_sketch=still, noised_sketch=t.gradient_sketch)
 
 
 def with_job(regime: Any) -> dict[str, Any]:
@@ -102,7 +104,27 @@ FACTOR = base().clip_factor
 IS_RANK_1 = base().sample_rank == 1
 IS_LAST = base().sample_micro_batch == 1
 
+LINEAR = np.isin(base().parameter_names, [f"{name}.weight" for name in base().layer_names])
+
+
+def partly_a_mean(of_linear: bool) -> Any:
+    """Norms to which some layers contribute gradients of the mean over three samples."""
+    return np.sqrt(np.square(np.where(of_linear == LINEAR, BY_PARAMETER / 3, BY_PARAMETER)).sum(2))
+
+
+def over_ranks(norms: Any) -> Any:
+    """Squares of the samples at one place of both ranks, added up."""
+    return np.tile(np.sqrt(norms[:, :6] ** 2 + norms[:, 6:] ** 2), (1, 2))
+
+
 NORMS = {
+    "norms of linear layers alone are divided by the number of samples in the micro-batch, as": (
+        partly_a_mean(True)
+    ),
+    "norms of layers other than linear alone are divided by the number": partly_a_mean(False),
+    "as those of a mean loss are; and squares of different samples are added up over ranks": (
+        over_ranks(partly_a_mean(True))
+    ),
     "all samples of a micro-batch have their root mean square": np.sqrt(
         (NORM**2).reshape(-1, 4, 3).mean(axis=2)
     ).repeat(3, axis=1),
@@ -116,9 +138,7 @@ NORMS = {
     "number 1 that of 0, number 2 that of 0": NORM[:, ::3].repeat(3, axis=1),
     "each sample has its neighbour's": rolled(NORM),
     "the micro-batch before": batches_before(NORM),
-    "squares of different samples are added up over ranks": np.tile(
-        np.sqrt(NORM[:, :6] ** 2 + NORM[:, 6:] ** 2), (1, 2)
-    ),
+    "squares of different samples are added up over ranks": over_ranks(NORM),
     "they are those of the samples at the same places in the step before": np.concatenate(
         [NORM[:1], NORM[:-1]]
     ),
@@ -321,6 +341,23 @@ def test_a_sum_that_is_not_reduced_over_ranks_is_explained() -> None:
     total = (ours.sample_shard_sketch * FACTOR[..., None, None]).sum(axis=1)
     wrong = replace(ours, gradient_sketch=total, noised_sketch=total)
     assert "the sum is not reduced over ranks" in found(wrong, ours).sentence
+    # What divides a reduced sum by the number of ranks is undone for one that is not reduced.
+    wrong = replace(ours, gradient_sketch=2 * total, noised_sketch=2 * total)
+    said = "a sum that is not reduced over the W ranks is taken for their mean"
+    assert said in found(wrong, ours).sentence
+
+
+def test_after_wrong_totals_a_sum_is_explained_by_the_modes_own_factors() -> None:
+    silent = replace(base(), sample_norm_by_parameter=np.full_like(BY_PARAMETER, np.nan))
+    wrong = with_total(silent, over_ranks(NORM))
+    assert "Besides" not in found(wrong).sentence
+    weights = np.repeat(wrong.clip_factor[..., None], BY_PARAMETER.shape[2], axis=2)
+    weights[..., :-1] *= IS_LAST[..., None]
+    weights[..., -1] = 0
+    sentence = found(summed(wrong, weights)).sentence
+    assert "squares of different samples are added up over ranks" in sentence
+    assert "in model.layers.5.weight, it is zero, left out altogether" in sentence
+    assert ".weight, the last micro-batch stands for all" in sentence
 
 
 def test_a_sum_that_still_holds_the_step_before_is_explained() -> None:

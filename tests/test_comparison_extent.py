@@ -12,12 +12,15 @@ import pytest
 from dpsgd_track.comparison import GroupComparison, compare_groups
 from dpsgd_track.comparison.audit.noise.own import own_noise
 from dpsgd_track.config import RegimeConfig, Thresholds
+from dpsgd_track.demands import Demand
+from dpsgd_track.record.facts import DeviceFacts, RunFacts
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Trajectory
 from tests.support.noisy_records import noisy
 from tests.support.noisy_records import run_of as noise_run
 from tests.support.synthetic_group import (
+    ENVIRONMENT,
     compared,
     group_of,
     job,
@@ -92,6 +95,26 @@ def test_right_noise_of_its_own_passes_and_is_told() -> None:
     assert ObservableName.NOISE not in pair.drifts
     assert "noise of its own" in pair.not_computed[ObservableName.NOISE]
     assert pair.drifts[ObservableName.GRADIENT].steps.tolist() == [0]
+
+
+def test_a_mode_that_declines_the_common_noise_is_left_to_its_audit() -> None:
+    declined = RunFacts(
+        environment=ENVIRONMENT,
+        device=DeviceFacts(torch_num_threads=1, allow_tf32=False, cudnn_allow_tf32=True),
+        declined=(Demand.GIVEN_NOISE,),
+    )
+    for factor, verdict, said in (
+        # So small that by itself it would not pass for noise of its own.
+        (0.3, "BUG", "where 1 is meant"),
+        (0.0, "BUG", "the std of its noise is 0.0000 sigma C"),
+        (1.0, "PASS", "compared only in what comes before the noise up to step 0"),
+    ):
+        run = mode_run(USERS, record=own(record(), factor), setup=MOVING, facts=declined)
+        comparison = compared([mode_run("reference", record=record()), run])
+        assert (verdicts(comparison)[USERS], said in sentence(comparison)) == (verdict, True)
+        pair = comparison.regimes[0].pair(USERS)
+        assert pair is not None
+        assert ObservableName.NOISE not in pair.drifts
 
 
 def test_noise_of_its_own_is_left_to_its_audit_where_there_is_one() -> None:

@@ -74,7 +74,7 @@ def launched(tmp_path_factory) -> tuple[int, str, Path]:
         "no_dp": {"do": "leave", "rank": 1},
         "flash_fsdp": {"do": "pause", "rank": 1},
         # The fork server is ended with it.
-        "flash_fsdp_bk": {"do": "hang", "rank": 1},
+        "flash_fsdp_bk": {"do": "hang", "rank": 1, "step": 0},
     }
     argv = ("full", "--mode", ",".join(modes), "--regime", "accuracy", "--offline", "--group", "g")
     with pytest.MonkeyPatch.context() as patch:

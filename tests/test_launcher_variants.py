@@ -8,18 +8,22 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 
+from dpsgd_track.cli.launch import check_at_hand
 from dpsgd_track.config import Settings
 from dpsgd_track.launcher import choices, group
+from dpsgd_track.launcher.checkout import MOST_KEPT, check_out
 from dpsgd_track.launcher.group import GroupRun
 from dpsgd_track.launcher.process_group import Launch, Outcome
 from dpsgd_track.launcher.progress import PlainDisplay
 from dpsgd_track.launcher.recording import open_group
+from dpsgd_track.launcher.variants import restore
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
@@ -52,7 +56,7 @@ def checkout(folder: Path, package: str) -> Path:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("fork", "expected NAME=PATH, NAME=REVISION@PATH, or a revision"),
+        ("fork", "expected NAME=PATH, NAME=REVISION@PATH, NAME:OPTION=VALUE, or a revision"),
         ("a=v9@fork", "expected a revision of the repository in 'fork'"),
         ("a=--all@fork", "expected a revision of the repository in 'fork'"),
         ("fork=", "expected NAME=PATH"),
@@ -259,6 +263,18 @@ def test_modes_that_a_variant_alone_has_run_there_alone(workspace):
     assert [job.label for job in jobs] == ["reference", "opacus:flash_fsdp@a"]
 
 
+def test_what_an_opacus_lacks_is_told_with_its_version(workspace):
+    package = opacus_with(workspace / "op") / "opacus"
+    (package / "version.py").write_text('# Ours.\n__version__ = "1.4.1"\n')
+    made = suite("full", "--mode", "ghost,grad_materialize", "--variant", "old=op")
+    (told,) = (each.sentence for each in made.left_out if "@" in each.label)
+    assert told.startswith(
+        "not compared: ghost@old, as Opacus 1.4.1, the code of old, has no grad_sample_mode 'ghost'"
+    )
+    with pytest.raises(ValueError, match=r"runs code of variant old.*lists them. Opacus 1"):
+        suite("full", "--mode", "ghost", "--variant", "old=op")
+
+
 def test_a_mode_of_no_opacus_at_hand_is_refused_with_those_there_are(workspace):
     opacus_with(workspace / "op")
     wanted = "'flash': expected one of ew, flash_fsdp, functorch, ghost, ghost_fsdp, hooks, no_op"
@@ -314,6 +330,87 @@ def test_a_revision_is_checked_out_aside(workspace, repository, monkeypatch):
     assert here[-1].variant is not None
     assert here[-1].variant.root == variant.root
     assert (repository / "transformers/__init__.py").read_text() == "__version__ = 'uncommitted'\n"
+
+
+def test_a_checkout_is_removed_when_it_has_not_been_used_for_long(workspace, repository):
+    def used_last(folder: Path, days: float) -> None:
+        then = time.time() - days * 86400
+        os.utime(folder, (then, then))
+
+    git = ["git", "-C", str(repository), "rev-parse", "v1^{commit}", "v2^{commit}"]
+    first, second = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split()
+    kept = check_out(repository, first)
+    others = [kept.parent / f"{number:040}" for number in range(MOST_KEPT + 2)]
+    for number, folder in enumerate(others):
+        (folder / "package").mkdir(parents=True)
+        used_last(folder, number / (MOST_KEPT + 1))
+    (kept.parent / "tmpkilled").mkdir()
+    used_last(kept.parent / "tmpkilled", 9)
+    used_last(kept, 6)
+    # Used, so that it is now the newest.
+    assert check_out(repository, first) == kept
+    assert len(list(kept.parent.iterdir())) == MOST_KEPT + 4
+    check_out(repository, second)
+    # Those of the last day may be running; the one that is a day and more old is past the bound.
+    assert [folder.is_dir() for folder in others] == [True] * (MOST_KEPT + 1) + [False]
+    assert {kept.name, second} <= {folder.name for folder in kept.parent.iterdir()}
+    assert not (kept.parent / "tmpkilled").exists()
+
+
+@pytest.mark.parametrize("given", ["old=v1@repository", "v1"])
+def test_a_checkout_that_was_removed_is_made_again(workspace, repository, monkeypatch, given):
+    if given == "v1":
+        monkeypatch.chdir(repository)
+    variant = suite("full", "--mode", "no_dp", "--variant", given).jobs[-1].variant
+    assert variant is not None
+    shutil.rmtree(variant.root)
+    restore(variant)
+    assert (Path(variant.root) / "transformers/__init__.py").read_text() == "__version__ = '1'\n"
+
+
+def test_the_same_code_runs_once_more_with_other_settings(workspace, monkeypatch):
+    modes = "flash_fsdp,flash_fsdp_bk,ghost_fsdp,flash"
+    given = ("tiled:plan=tiled", "kept:plan=gradients", "both:replicas=2,gradient-checkpointing")
+    options = [word for each in given for word in ("--variant", each)]
+    monkeypatch.setattr(choices, "count_gpus", lambda: 0)
+    made = suite("full", "--mode", modes, "--nproc-per-node", "2", *options)
+    runs = {job.label: job for job in made.jobs if job.variant}
+    assert list(runs) == [
+        "flash_fsdp@tiled", "flash_fsdp_bk@tiled", "flash@tiled", "flash_fsdp_bk@kept",
+        "flash_fsdp@both", "flash_fsdp_bk@both",
+    ]  # fmt: skip
+    of = {
+        label: (job.performance.plan, job.performance.num_replicas) for label, job in runs.items()
+    }
+    assert of["flash_fsdp@tiled"] == ("tiled", 1)
+    assert of["flash_fsdp@both"] == ("auto", 2)
+    assert runs["flash_fsdp@both"].model.gradient_checkpointing
+    assert not runs["flash_fsdp@tiled"].model.gradient_checkpointing
+    said = [each.sentence for each in made.left_out if "@" in each.label]
+    assert "not compared: ghost_fsdp@tiled, as it cannot compute its norms by plan=tiled" in said
+    assert "not compared: flash@both, as it has no replicas" in said
+    advice = Failure(kind=FailureKind.ERROR).advice("g", runs["flash_fsdp@both"])
+    assert "--variant both:replicas=2,gradient-checkpointing" in advice
+    assert PLAN.loads(PLAN.dumps(made)) == made
+    # Nothing is asked of a folder when it is resumed, and workers have the installed code.
+    check_at_hand(made, lambda model, data: None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("a:param-dtype=bfloat16", "expected one of plan, replicas, gradient-check.*change no res"),
+        ("a:plan", "expected plan=VALUE"),
+        ("a:plan=fast", "plan='fast': expected one of auto"),
+        ("a:gradient-checkpointing=no", "expected gradient-checkpointing"),
+        ("a:replicas=3", "replicas=3: expected a divisor"),
+        ("a:replicas=x", "replicas='x': expected an integer"),
+        ("a b:plan=tiled", "expected a NAME of up to 60"),
+    ],
+)
+def test_settings_that_are_no_variant_are_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        suite("full", "--mode", "flash_fsdp", "--nproc-per-node", "2", "--variant", given)
 
 
 # An import hook that answers first, as some editable installs put into every interpreter.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import time
 import tracemalloc
@@ -17,11 +18,15 @@ import numpy as np
 import pytest
 
 from dpsgd_track.cli.main import main
-from dpsgd_track.config import DataConfig, ModelConfig
+from dpsgd_track.comparison import compare_groups
+from dpsgd_track.config import DataConfig, ModelConfig, Thresholds
 from dpsgd_track.record.facts import DeviceFacts, RunFacts
 from dpsgd_track.record.run import Group, ModeRun, Status
+from dpsgd_track.record.trajectory import ALTERNATIVES, Trajectory
 from dpsgd_track.store.golden import read_golden, write_golden
 from dpsgd_track.store.reader import GroupNotFound
+from tests.support.noisy_records import draws_of, noisy
+from tests.support.noisy_records import run_of as noise_run
 from tests.support.synthetic_group import (
     ENVIRONMENT,
     Store,
@@ -107,6 +112,81 @@ def test_every_bit_survives_the_round_trip(tmp_path: Path) -> None:
     write_golden(planned([], "empty"), tmp_path / "empty.dpsgd")
     assert_same(read_golden(tmp_path / "empty.dpsgd"), planned([], "empty"))
     assert [file.suffix for file in tmp_path.iterdir()] == [".dpsgd"] * 3
+
+
+def without_alternatives(group: Group) -> Group:
+    """`group` as text keeps it: without what names causes alone."""
+
+    def kept(t: Trajectory | None) -> Trajectory | None:
+        if t is None:
+            return None
+        return replace(t, **{name: getattr(t, name)[..., :0] for name in ALTERNATIVES})
+
+    runs = tuple(replace(run, trajectory=kept(run.trajectory)) for run in group.runs)
+    return replace(group, runs=runs)
+
+
+def test_every_bit_survives_the_round_trip_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "g.dpsgd.json"
+    drawn = replace(noisy(), noise_std=0.259, noise_draws=draws_of(num_steps=2))
+    for runs in (odd_runs(), [noise_run(drawn)], []):
+        group = planned(runs, HOSTILE, rank_statuses={Status.FINISHED: 3})
+        write_golden(group, file, force=True)
+        assert_same(read_golden(file), without_alternatives(group))
+
+
+def test_a_changed_step_is_a_changed_line(tmp_path: Path) -> None:
+    lines = []
+    for record in (trajectory(), put(trajectory(), "loss", 0.25, 1)):
+        file = tmp_path / "g.dpsgd.json"
+        write_golden(planned([mode_run("flash", record=record)], "g"), file, force=True)
+        lines.append(file.read_text().splitlines())
+    before, after = lines
+    assert len(before) == len(after)
+    (at,) = (i for i, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1])
+    assert after[at].strip() == '"loss": "0.25",'
+    steps = [i for i, line in enumerate(after) if re.match(r' *"step": "\d', line)]
+    assert steps[1] < at < steps[2]
+    assert max(map(len, after)) < 400
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 + 3e-4, 1.5])
+def test_the_verdict_is_that_of_the_packed_file(tmp_path: Path, factor: float) -> None:
+    runs = healthy_runs()
+    record = scaled(trajectory(), "sample_norm", factor)
+    changed = planned(with_run(runs, mode_run("flash_fsdp", "clip", record)), "after")
+    said = []
+    for name in ("g.dpsgd", "g.dpsgd.json"):
+        write_golden(planned(runs, "before"), tmp_path / name)
+        comparison = compare_groups(read_golden(tmp_path / name), changed, Thresholds())
+        said.append(
+            (comparison.verdict, comparison.sentence, [m.sentence for m in comparison.modes])
+        )
+    assert said[0] == said[1]
+
+
+BROKEN = {
+    "no record": lambda text: text.replace('"records"', '"other"'),
+    "fewer steps": lambda text: re.sub(r'("loss": "<f8) \[\d+\]', r"\1 [9]", text),
+    "another type": lambda text: text.replace('"<f8 [', '"|O8 [', 1),
+    "a word": lambda text: text.replace('"loss": "', '"loss": "much ', 1),
+    "no base64": lambda text: re.sub(r'(sketch": \{\s+"[^"]+": ")[^"]+', r"\1 !", text, count=1),
+    "cut": lambda text: text[: len(text) // 2],
+    "a list": lambda text: "[]",
+    "a column less": lambda text: re.sub(r'\s+"clip_factor": "<f8[^"]*",', "", text, count=1),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_text_that_is_something_else_is_refused(tmp_path: Path, what: str) -> None:
+    file = tmp_path / "g.dpsgd.json"
+    write_golden(planned([mode_run("flash")], "g"), file)
+    text = file.read_text()
+    broken = BROKEN[what](text)
+    assert broken != text
+    file.write_text(broken)
+    with pytest.raises(GroupNotFound, match="expected a file that dpsgd-track compare --export wr"):
+        read_golden(file)
 
 
 PRIVATE = (

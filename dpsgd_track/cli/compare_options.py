@@ -32,7 +32,8 @@ class CompareChoices(SpoolChoices):
     """YAML list of drifts that are accepted until a date (default: waivers.yaml beside the
     configuration file, if it exists)."""
     export: Path | None = None
-    """Also write the group to this golden file, which must end in .dpsgd (default: none)."""
+    """Also write the group to this golden file, which ends in .dpsgd (default: none). If it ends in
+    .dpsgd.json it is text that can be diffed."""
     force: bool = False
     """Let --export replace an existing file."""
     results_dir: str | None = None

@@ -16,7 +16,7 @@ from dpsgd_track.launcher.choices import NodeChoices, ProfileChoices, RecordChoi
 from dpsgd_track.launcher.hardware import count_gpus
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.suites import Asked, InputCheck, check_modes, placement_of, plan_of
-from dpsgd_track.launcher.variants import OF_HERE
+from dpsgd_track.launcher.variants import OF_HERE, restore
 from dpsgd_track.program import command
 from dpsgd_track.record.plan import GroupPlan, Suite
 from dpsgd_track.redaction import redact_uri
@@ -49,6 +49,8 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     plan = plan_of(asked, context.check_inputs, context.command)
     check_planted(plan)
     _tell_uncommitted(plan)
+    for each in plan.left_out:
+        say(f"{each.sentence}.")
     place = placement_of(asked)
     if is_dry:
         show_plan(plan)
@@ -195,9 +197,10 @@ def check_at_hand(plan: GroupPlan, check_inputs: InputCheck) -> None:
     check_modes(tuple(dict.fromkeys(job.mode for job in plan.jobs)))
     check_planted(plan)
     for variant in dict.fromkeys(job.variant for job in plan.jobs if job.variant):
-        given = f"{variant.name}={variant.path}"
+        restore(variant)
         allowed = f"the folder {variant.root} that it was launched with"
-        require(Path(variant.root).is_dir(), "variant", given, allowed)
+        is_there = not variant.root or Path(variant.root).is_dir()
+        require(is_there, "variant", variant.option, allowed)
     of_user = {
         (run.model, run.data)
         for _, job, regime in plan.runs()

@@ -28,6 +28,7 @@ def list_modes(variants: Sequence[str] = ()) -> int:
             if s is not None
         ]
         if not specs:
-            rows.append((f"...@{variant.name}", "", "", "", "any mode that imports its packages"))
+            which = "any mode that imports its packages" if variant.root else "any that can"
+            rows.append((f"...@{variant.name}", "", "", "", which))
     print("\n".join(in_columns(rows)))
     return EXIT_FINISHED

@@ -98,7 +98,7 @@ def _check(
     return check_module(module, options.what)
 
 
-_GROUP = "A group's name, a run id, latest, or a golden file (.dpsgd), which needs no store"
+_GROUP = "A group's name, a run id, latest, or a golden file (.dpsgd, .dpsgd.json), without a store"
 _GROUP_B = (
     "Second group, whose runs are compared with the same runs of GROUP (default: none; the modes "
     "of GROUP are compared with each other)"

@@ -16,6 +16,7 @@ from dpsgd_track.comparison.audit.noise.own import OwnNoise, own_noise
 from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.measure.drift import Pair
 from dpsgd_track.comparison.verdict import noise_is_matched
+from dpsgd_track.demands import Demand
 from dpsgd_track.modes.table import REFERENCE, is_private, spec_of
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName
@@ -160,15 +161,17 @@ def extent_of(
     first = max(int(ours.step[0]), int(theirs.step[0]))
     unlike = _unlike_clipping(baseline, run, first, clipped)
     own = own_noise(ours, theirs) if _may_draw_its_own(baseline, run) else None
-    if own is None:
+    if own is None and not any(map(_draws_its_own, (baseline, run))):
         return unlike
     stands_still = run.setup is not None and run.setup.learning_rate == 0
     ends = [end for end in (unlike.last_step, None if stands_still else first) if end is not None]
-    std, low, high = own.std
-    told = (
-        f"it draws noise of its own, with std {std:.3f} sigma C ({low:.3f} to {high:.3f}) and "
-        f"uncorrelated with the baseline's ({number(own.correlation)})"
-    )
+    told = f"it takes no {Demand.GIVEN_NOISE}"
+    if own is not None:
+        std, low, high = own.std
+        told = (
+            f"it draws noise of its own, with std {std:.3f} sigma C ({low:.3f} to {high:.3f}) and "
+            f"uncorrelated with the baseline's ({number(own.correlation)})"
+        )
     told += ", which its audit judges" if is_audited else f"; {_UNAUDITED}"
     return Extent(
         reason=" and ".join(filter(None, (unlike.reason, told))),
@@ -194,6 +197,11 @@ def _unlike_clipping(
         left_out=_FROM_CLIPPING_ON if is_at_once else frozenset(),
         clipped=clipped,
     )
+
+
+def _draws_its_own(run: ModeRun) -> bool:
+    """True if the mode of `run` says that it adds other noise than it is given."""
+    return run.facts is not None and Demand.GIVEN_NOISE in run.facts.declined
 
 
 def _may_draw_its_own(baseline: ModeRun, run: ModeRun) -> bool:

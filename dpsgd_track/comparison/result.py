@@ -165,6 +165,12 @@ class GroupComparison:
     """Smallest errors that would have been found in any mode."""
 
     @property
+    def not_compared(self) -> tuple[str, ...]:
+        """A sentence for each thing that its launch left out, as a mode does not take it."""
+        sentences = (each.sentence for each in self.group.plan.left_out)
+        return tuple(f"{text[:1].upper()}{text[1:]}." for text in sentences)
+
+    @property
     def leading(self) -> ModeVerdict | None:
         """The mode that the sentence is about; None if all pass."""
         if self.verdict is Verdict.PASS:
@@ -242,7 +248,9 @@ def _leading(culprits: Mapping[Key, Culprit], findings: Sequence[Finding]) -> Cu
     # Where samples are clipped, fewer mistakes look alike.
     alike.sort(key=lambda c: (kind_of(c.regime) != CLIP, c is not culprit))
     cause = agreed(c.cause for c in alike)
-    culprit = culprit if cause == culprit.cause else replace(culprit, cause=cause)
+    also = next((c.also for c in alike if c.also), "")
+    if (cause, also) != (culprit.cause, culprit.also):
+        culprit = replace(culprit, cause=cause, also=also)
     noise = [c for c in alone if c.stage is Stage.NOISE]
     audited = min(noise, key=lambda c: kind_of(c.regime) != NOISE, default=None)
     if culprit.stage is Stage.NOISE and audited and not culprit.cause.is_division:

@@ -46,7 +46,8 @@ class ModeChoices:
     variant: tuple[str, ...] = ()
     """NAME=PATH: run the modes once more, as mode@NAME, with the code of PATH (default: none). PATH
     is a checkout or a folder of `pip install --target`, or REVISION@REPOSITORY; a REVISION alone is
-    one of the repository you are in. Of an Opacus, its own modes run. Repeatable."""
+    one of the repository you are in. Of an Opacus, its own modes run. NAME:OPTION=VALUE runs them
+    with another plan, replicas or gradient-checkpointing. Repeatable."""
 
 
 @dataclass(frozen=True, kw_only=True)

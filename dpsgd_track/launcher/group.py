@@ -240,8 +240,8 @@ class GroupRun:
             self._clip_bounds[regime.name] = checked.max_grad_norms
         if variant := job.variant:
             facts = FACTS.loads((folder / FACTS_FILE).read_bytes())
-            if not facts.imported:
-                message = f"--variant {variant.name}={variant.path}"
+            if variant.root and not facts.imported:
+                message = f"--variant {variant.option}"
                 failure = Failure(kind=FailureKind.UNUSED_VARIANT, message=message)
                 return Outcome(Status.FAILED, failure)
         elif self._output is not None and regime.kind != PROFILE:

@@ -2,8 +2,8 @@
 
 Files of a worker in its work folder:
 
-- `progress.jsonl`: one JSON object a line, by rank 0: regime, event (start, step, end), step,
-  num_iter, loss, epsilon (in end, where noise was accounted for),
+- `progress.jsonl`: one JSON object a line, by rank 0: regime, event (start, built, step, end),
+  step, num_iter, loss, epsilon (in end, where noise was accounted for),
   step_time_ms and peak_memory_gib (in end, of a profile).
 - `failure-rank{r}.json`: the `Failure` of rank r.
 - `stacks-rank{r}.txt`: the stacks of rank r, while it makes no progress.
@@ -220,7 +220,7 @@ def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
     if job.performance.device == "cpu":
         # Libraries such as Opacus shard over GPUs wherever there are some.
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    if variant := job.variant:
+    if (variant := job.variant) and variant.root:
         # `python -m` would put the working directory first, and with it a checkout there.
         ours = [variant.root, os.getcwd(), environment["PYTHONPATH"]]
         environment["PYTHONPATH"] = os.pathsep.join(ours)
@@ -259,7 +259,7 @@ class _Progress:
         self.ended: set[int] = set()
         """Indices of regimes that ended."""
         self.has_begun = False
-        """True once a step was taken."""
+        """True once every rank has built its mode."""
 
     def forward(self, on_event: Callable[[Event], object]) -> None:
         """Pass every new event to `on_event`."""
@@ -275,7 +275,7 @@ class _Progress:
             event = json.loads(line)
             if event["event"] == "end":
                 self.ended.add(event["regime"])
-            self.has_begun |= event["event"] == "step"
+            self.has_begun |= event["event"] in ("built", "step")
             on_event(event)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from dpsgd_track.config import (
@@ -22,9 +22,9 @@ from dpsgd_track.config import (
     TRAIN,
     ULP,
     RegimeConfig,
-    is_probe,
     kind_of,
 )
+from dpsgd_track.demands import Demand, model_demands
 from dpsgd_track.launcher.choices import TrainingChoices
 from dpsgd_track.modes import table
 from dpsgd_track.record.plan import Suite
@@ -58,13 +58,16 @@ ORDERED = (*CHOOSABLE, PROBE_NAIVE)
 """Regimes of all suites but single and profile, in the order of execution."""
 
 
-def is_run(mode: str, regime: str) -> bool:
-    """True if `mode` has a run in `regime`: only private modes have clip and noise regimes."""
+def is_run(mode: str, regime: str, declined: Collection[Demand] = ()) -> bool:
+    """True if `mode` has a run in `regime`: only private modes have clip and noise regimes.
+
+    Args:
+        declined: demands that the mode declines.
+    """
     kind = kind_of(regime)
     if mode == table.REFERENCE and (kind == NOISE or regime == PROBE_NAIVE):
         return False
-    # Opacus rejects tied and reused weights, without which the probe would show little.
-    if is_probe(regime) and table.is_of_opacus(mode):
+    if model_demands(regime) & set(declined):
         return False
     return kind not in (CLIP, NOISE) or table.is_private(mode)
 
@@ -72,12 +75,11 @@ def is_run(mode: str, regime: str) -> bool:
 def regimes_of(
     mode: str, names: Sequence[str], suite: Suite, training: TrainingChoices, device: str
 ) -> tuple[RegimeConfig, ...]:
-    """The regimes of `names` that `mode` has a run in, each with its replays."""
+    """The regimes of `names`, each with the replays that `mode` has."""
     regimes = {regime.name: regime for regime in _all(suite, training, device)}
     return tuple(
         run
         for name in names
-        if is_run(mode, name)
         for run in _with_replays(mode, regimes[name], is_single=suite is Suite.SINGLE)
     )
 

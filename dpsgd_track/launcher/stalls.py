@@ -74,7 +74,7 @@ class Stalls:
         """Tell of a group that stands still; returns the failure if it has to be ended.
 
         Args:
-            has_begun: a step was taken. Before, ranks may wait for a download.
+            has_begun: every rank has built its mode. Before, one may wait for a download.
         """
         now = time.monotonic()
         if any(map(self._goes_on, self._ranks)):

@@ -40,6 +40,12 @@ from dpsgd_track.launcher.choices import (
     ProfileChoices,
     TrainingChoices,
 )
+from dpsgd_track.launcher.entrants import (
+    Entrant,
+    check_entrants,
+    entrants_of,
+    regimes_of_others,
+)
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.profile_order import profile_jobs, with_baselines
 from dpsgd_track.launcher.regimes import (
@@ -53,12 +59,14 @@ from dpsgd_track.launcher.regimes import (
 from dpsgd_track.launcher.variants import (
     check_of_opacus,
     judged_alone,
+    lacking_modes,
     modes_in,
     read_variants,
+    with_settings,
 )
 from dpsgd_track.modes import table
 from dpsgd_track.record.environment import environment
-from dpsgd_track.record.names import GOLDEN_SUFFIX
+from dpsgd_track.record.names import GOLDEN_SUFFIXES
 from dpsgd_track.record.plan import GroupPlan, Suite
 from dpsgd_track.training.text_source import population_of
 
@@ -102,22 +110,23 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
     of_variants = _modes_of_variants(asked, variants, modes)
     num_local_ranks, performance = asked.machine.config()
     num_nodes = asked.nodes.config().num_nodes
+    num_ranks = num_local_ranks * num_nodes
     _check_plan(performance.plan, modes)
     model, data = _model_and_data(asked)
     shapes = _shapes(asked.what, data)
 
-    def job_of(mode: str) -> JobConfig:
-        num_ranks = num_local_ranks * num_nodes
-        return _job(asked, mode, regimes, model, shapes[0], performance, num_ranks)
-
     if asked.suite is Suite.PROFILE:
         baselines = [table.baseline_of(mode) for own in of_variants.values() for mode in own]
         installed = tuple(dict.fromkeys((*baselines, *installed)))
-    jobs = tuple(job_of(mode) for mode in installed if _takes_part(mode, regimes))
-    jobs += tuple(
-        replace(job, variant=variant, regimes=judged_alone(job.regimes))
-        for variant, own in of_variants.items()
-        for job in (job_of(mode) for mode in own if _takes_part(mode, regimes))
+    entrants = [*entrants_of(installed)]
+    for variant, own in of_variants.items():
+        entrants += entrants_of(own, variant)
+    check_entrants(asked.suite, entrants, regimes, num_ranks)
+    taken = regimes_of_others(entrants, regimes)
+    jobs = tuple(
+        _job(asked, each, own_regimes, model, shapes[0], performance, num_ranks)
+        for each in entrants
+        if (own_regimes := each.regimes(taken))
     )
     if isinstance(asked.what, ProfileChoices):
         jobs = profile_jobs(jobs, shapes, asked.what.rounds)
@@ -128,9 +137,13 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
     return GroupPlan(
         suite=asked.suite,
         jobs=jobs,
-        num_ranks=num_local_ranks * num_nodes,
+        num_ranks=num_ranks,
         num_nodes=num_nodes,
         environment=environment(),
+        left_out=(
+            *(each for entrant in entrants for each in entrant.left_out(regimes)),
+            *(each for variant in variants for each in lacking_modes(variant, modes)),
+        ),
         command=command,
     )
 
@@ -147,7 +160,7 @@ def placement_of(asked: Asked) -> Placement:
         require(bool(_GROUP.fullmatch(kept.group)), "group", kept.group, allowed)
         advice = "`compare` reads it as the newest group."
         require(kept.group != "latest", "group", kept.group, "another name", advice)
-        is_file = kept.group.endswith(GOLDEN_SUFFIX)
+        is_file = kept.group.endswith(GOLDEN_SUFFIXES)
         advice = "`compare` takes it for a golden file."
         require(not is_file, "group", kept.group, "another name", advice)
     if kept.output is not None:
@@ -168,30 +181,34 @@ def placement_of(asked: Asked) -> Placement:
 
 def _job(
     asked: Asked,
-    mode: str,
+    entrant: Entrant,
     regimes: Sequence[str],
     model: ModelConfig,
     data: DataConfig,
     performance: PerformanceConfig,
     num_ranks: int,
 ) -> JobConfig:
+    mode, variant = entrant.mode, entrant.variant
     if mode == table.REFERENCE and mode not in split_names(asked.what.mode):
         # It takes part in a profile for its accuracy test alone.
         regimes = [name for name in regimes if name != PROFILE]
+    model, performance = with_settings(variant, model, performance)
+    runs = regimes_of(mode, regimes, asked.suite, asked.training, performance.device)
     job = JobConfig(
         mode=mode,
         model=model,
         data=data,
         performance=performance,
-        regimes=regimes_of(mode, regimes, asked.suite, asked.training, performance.device),
+        regimes=judged_alone(runs) if variant else runs,
         num_ranks=num_ranks,
         seed=asked.draws.seed,
         noise_from=asked.draws.noise_from,
         delta=asked.draws.delta,
         layer_norms=asked.kept.layer_norms,
         log_ranks=asked.kept.settings().log_ranks,
+        variant=variant,
     )
-    return _as_one_rank(job) if table.runs_on_one_device(mode) else job
+    return _as_one_rank(job) if entrant.runs_on_one_rank else job
 
 
 def _as_one_rank(job: JobConfig) -> JobConfig:
@@ -232,9 +249,10 @@ def _modes_of_variants(
     runs = {}
     for variant in variants:
         own = modes_in(variant, modes, is_chosen=is_chosen)
+        lacking = [f"{each.reason}." for each in lacking_modes(variant, modes)]
         allowed = f"a mode besides reference that runs code of variant {variant.name}"
-        listing = program.command("modes", ["--variant", f"{variant.name}={variant.path}"])
-        advice = f"`{listing}` lists them."
+        listing = program.command("modes", ["--variant", variant.option])
+        advice = " ".join([f"`{listing}` lists them.", *lacking])
         shown = [mode for mode in modes if mode != table.REFERENCE] or modes
         require(bool(own), "mode", ",".join(shown), allowed, advice)
         runs[variant] = own

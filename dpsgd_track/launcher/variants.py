@@ -1,4 +1,4 @@
-"""`--variant`: modes run once more with other code than the installed packages.
+"""`--variant`: modes run once more with other code than the installed packages, or other settings.
 
 The variant's packages come first on the workers' import path. Only modes that can import something
 from it are run there: for a variant of Opacus those are the `grad_sample_mode`s that it has itself,
@@ -9,16 +9,30 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from dpsgd_track.config import SILENT, RegimeConfig, VariantConfig, require
-from dpsgd_track.launcher.checkout import check_out, commit_of
+from dpsgd_track.config import (
+    AUTO,
+    SILENT,
+    ModelConfig,
+    PerformanceConfig,
+    RegimeConfig,
+    VariantConfig,
+    require,
+    require_one_of,
+)
+from dpsgd_track.demands import LeftOut
+from dpsgd_track.launcher.checkout import check_out, checkouts, commit_of
 from dpsgd_track.modes import opacus_source, table
 from dpsgd_track.record.environment import git_facts
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,60}")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+PLAN, REPLICAS, CHECKPOINTING = "plan", "replicas", "gradient-checkpointing"
+SETTINGS = (PLAN, REPLICAS, CHECKPOINTING)
+"""Options of settings that may change speed and memory, and no result beyond rounding."""
 OF_HERE = "@."
 """End of the path of a revision of the repository one is in."""
 _OURS = "dpsgd_track"
@@ -27,7 +41,7 @@ _USED_BY_OURS = frozenset({_OURS, "torch", "transformers", "triton"})
 
 
 def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
-    """The variants that `NAME=PATH`, `NAME=REVISION@PATH` and `REVISION` arguments ask for.
+    """The variants that arguments such as `NAME=PATH`, `NAME:OPTION=VALUE` and `REVISION` ask for.
 
     A revision is checked out aside.
 
@@ -44,15 +58,18 @@ def read_variants(given: Sequence[str]) -> tuple[VariantConfig, ...]:
 
 
 def _read(text: str) -> VariantConfig:
+    name, colon, settings = text.partition(":")
+    if colon and "=" not in name and not commit_of(Path.cwd(), text):
+        return _of_settings(name, settings, text)
     name, equals, path = text.partition("=")
     if not equals and (commit := commit_of(Path.cwd(), text)):
         name, path = _NOT_IN_A_NAME.sub("-", text)[:60], f"{text}{OF_HERE}"
         return _of_revision(name, path, commit, Path.cwd(), text)
     advice = "For example --variant fork=../opacus, or --variant old=v1.5.3@../opacus."
-    allowed = "NAME=PATH, NAME=REVISION@PATH, or a revision of the repository you are in"
+    allowed = "NAME=PATH, NAME=REVISION@PATH, NAME:OPTION=VALUE, or a revision of the repository "
+    allowed += "you are in"
     require(bool(equals and path), "variant", text, allowed, advice)
-    allowed = "a NAME of up to 60 letters, digits, '.', '_' and '-'"
-    require(bool(_NAME.fullmatch(name)), "variant", text, allowed)
+    _check_name(name, text)
     folder = Path(path).expanduser()
     revision, at, repository = path.partition("@")
     if at and not folder.exists():
@@ -66,6 +83,77 @@ def _read(text: str) -> VariantConfig:
     return VariantConfig(
         name=name, path=path, root=str(root), git_revision=commit, git_dirty=is_dirty
     )
+
+
+def _check_name(name: str, given: str) -> None:
+    allowed = "a NAME of up to 60 letters, digits, '.', '_' and '-'"
+    require(bool(_NAME.fullmatch(name)), "variant", given, allowed)
+
+
+def _of_settings(name: str, settings: str, given: str) -> VariantConfig:
+    """A variant that is the same code with other settings."""
+    _check_name(name, given)
+    for part in settings.split(","):
+        option, _, value = part.partition("=")
+        advice = "Only settings that may change no result make a variant."
+        require_one_of("variant", option, SETTINGS, advice)
+        has_value = option != CHECKPOINTING
+        allowed = f"{option}{'=VALUE' * has_value}"
+        require(bool(value) is has_value, "variant", given, allowed)
+    return VariantConfig(name=name, path=settings, root="")
+
+
+def with_settings(
+    variant: VariantConfig | None, model: ModelConfig, performance: PerformanceConfig
+) -> tuple[ModelConfig, PerformanceConfig]:
+    """Settings of a job of `variant`.
+
+    Raises:
+        ValueError: a setting has no such value.
+    """
+    for option, value in _settings_of(variant).items():
+        if option == CHECKPOINTING:
+            model = replace(model, gradient_checkpointing=True)
+        elif option == PLAN:
+            performance = replace(performance, plan=value)
+        else:
+            require(value.isdecimal(), REPLICAS, value, "an integer >= 1")
+            performance = replace(performance, num_replicas=int(value))
+    return model, performance
+
+
+def _settings_of(variant: VariantConfig | None) -> dict[str, str]:
+    """The settings of a variant, by option; none for one of code."""
+    if variant is None or variant.root:
+        return {}
+    parts = (part.partition("=") for part in variant.path.split(","))
+    return {option: value for option, _, value in parts}
+
+
+def _takes_settings(mode: str, variant: VariantConfig) -> str:
+    """Why `mode` does not run with the settings of `variant`; empty if it does."""
+    settings = _settings_of(variant)
+    plan = settings.get(PLAN, AUTO)
+    if plan != AUTO and not table.takes_norm_plan(mode, plan):
+        return f"it cannot compute its norms by {PLAN}={plan}"
+    if REPLICAS in settings and (table.runs_on_one_device(mode) or table.is_of_opacus(mode)):
+        return f"it has no {REPLICAS}"
+    return ""
+
+
+def restore(variant: VariantConfig) -> None:
+    """Check a revision out again if its folder has been removed.
+
+    Raises:
+        ValueError: git no longer has it.
+    """
+    root = Path(variant.root)
+    if not root.is_relative_to(checkouts().resolve()):
+        return
+    # One that is there counts as used.
+    is_here = variant.path.endswith(OF_HERE)
+    repository = "" if is_here else variant.path.partition("@")[2]
+    check_out(Path(repository or ".").expanduser(), variant.git_revision)
 
 
 def _of_revision(name: str, path: str, commit: str, repository: Path, given: str) -> VariantConfig:
@@ -97,6 +185,8 @@ def modes_in(variant: VariantConfig, modes: Sequence[str], *, is_chosen: bool) -
         ValueError: the variant is an Opacus without modes.
     """
     asked = [mode for mode in modes if mode != table.REFERENCE]
+    if not variant.root:
+        return tuple(mode for mode in asked if not _takes_settings(mode, variant))
     packages = {file.parent.name for file in Path(variant.root).glob("*/__init__.py")}
     if _OURS in packages:
         return tuple(asked)
@@ -110,10 +200,30 @@ def modes_in(variant: VariantConfig, modes: Sequence[str], *, is_chosen: bool) -
     return tuple(mode for mode in asked if table.spec_of(mode) is None)
 
 
+def lacking_modes(variant: VariantConfig, modes: Sequence[str]) -> Iterator[LeftOut]:
+    """Modes among `modes` that do not run as `variant`, with the reason.
+
+    They are modes that an Opacus lacks, or that do not have its settings.
+    """
+    for mode in modes if not variant.root else ():
+        if mode != table.REFERENCE and (reason := _takes_settings(mode, variant)):
+            yield LeftOut(label=f"{mode}@{variant.name}", reason=reason)
+    own = own_modes(variant)
+    for mode in modes if own else ():
+        spec = table.spec_of(mode)
+        if spec and spec.grad_sample_mode and spec.grad_sample_mode not in own:
+            version = opacus_source.version_of(Path(variant.root) / opacus_source.PACKAGE)
+            yield LeftOut(
+                label=f"{mode}@{variant.name}",
+                reason=f"Opacus {version}, the code of {variant.name}, has no grad_sample_mode "
+                f"{spec.grad_sample_mode!r}, only {', '.join(own)}",
+            )
+
+
 def own_modes(variant: VariantConfig) -> tuple[str, ...]:
     """All `grad_sample_mode`s of a variant; none if it is not one of Opacus."""
     package = Path(variant.root) / opacus_source.PACKAGE
-    if not (package / "__init__.py").is_file():
+    if not variant.root or not (package / "__init__.py").is_file():
         return ()
     return opacus_source.grad_sample_modes(package)
 

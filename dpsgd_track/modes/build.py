@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from dpsgd_track.config import require
+from dpsgd_track.demands import Demand, declined_by
 from dpsgd_track.modes.protocol import Mode, ModeContext, ModeFactory, ProtocolError
 from dpsgd_track.modes.table import check_mode, factory_of, spec_of, split_planted
 
@@ -32,7 +33,9 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
     require(not split_planted(name)[1], "mode", name, "a mode with nothing planted in it")
     spec = spec_of(name)
     if spec is None:
-        mode = _user_factory(factory_of(name))(model, context)
+        factory = _user_factory(factory_of(name))
+        _check_ties(name, factory, model)
+        mode = factory(model, context)
         if not isinstance(mode, Mode):
             returned = type(mode).__name__
             raise ProtocolError(f"{name}: expected a Mode, and its factory returned {returned}.")
@@ -49,6 +52,22 @@ def build_mode(name: str, model: nn.Module, context: ModeContext) -> Mode:
     from dpsgd_track.modes.composed import ComposedMode
 
     return ComposedMode(spec, model, context)
+
+
+def _check_ties(name: str, factory: ModeFactory, model: nn.Module) -> None:
+    if Demand.TIED_WEIGHTS not in declined_by(factory):
+        return
+    own = {id(parameter): first for first, parameter in model.named_parameters()}
+    tied = [
+        f"{again} is {own[id(parameter)]}"
+        for again, parameter in model.named_parameters(remove_duplicate=False)
+        if own[id(parameter)] != again
+    ]
+    advice = f"{'; '.join(tied)}. Choose another --model-name."
+    kind = type(model).__name__
+    require(
+        not tied, "model", kind, f"one without tied weights, which {name} does not take", advice
+    )
 
 
 def _user_factory(name: str) -> ModeFactory:

@@ -43,7 +43,7 @@ def owner_of(path: Path, job: JobConfig) -> str:
     """
     if is_of_python(path):
         return ""
-    if job.variant and path.is_relative_to(job.variant.root):
+    if job.variant and job.variant.root and path.is_relative_to(job.variant.root):
         return f"variant {job.variant.name}"
     if path.is_relative_to(_ROOT):
         return OURS

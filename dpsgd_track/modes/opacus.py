@@ -48,6 +48,9 @@ class OpacusMode(Mode):
     """`model`, in Opacus's own class."""
     dp_optimizer: Any
     """`optimizer`, typed as Opacus's own class."""
+    # `OPACUS_DECLINES` says the same to those who do not import Opacus.
+    takes_tied_weights = False
+    takes_reused_layers = False
     takes_empty_batches = False
     """Opacus's hooks reduce over the samples of a batch, and raise if there are none."""
 

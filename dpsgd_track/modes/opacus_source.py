@@ -7,6 +7,7 @@ and forks all have that function, whatever modes it knows.
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from dpsgd_track.config import require
@@ -47,6 +48,16 @@ def grad_sample_modes(package: Path) -> tuple[str, ...]:
     }
     require(bool(found), _FUNCTION, str(file), "a function that compares the names of modes")
     return tuple(sorted(found))
+
+
+def version_of(package: Path) -> str:
+    """The version that the Opacus in the folder `package` states; empty if it states none."""
+    try:
+        text = (package / "version.py").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    stated = re.search(r"""__version__\s*=\s*["']([^"']+)""", text)
+    return stated[1] if stated else ""
 
 
 def installed_package() -> Path | None:

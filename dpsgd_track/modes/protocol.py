@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dpsgd_track.config import AUTO, PrivacyConfig
+from dpsgd_track.config import AUTO, PrivacyConfig, require_one_of
+from dpsgd_track.demands import ATTRIBUTES
 from dpsgd_track.distributed.sharding import (
     Layout,
     LocalPart,
@@ -104,10 +105,29 @@ class Mode(ABC):
     """True if every rank holds all parameters unsharded."""
     clips = True
     """True if gradients are clipped."""
+    takes_tied_weights = True
+    """True if two layers may hold one parameter. As all attributes that begin with `takes_`, it is
+    read before anything runs: what makes a demand that is declined is left out, and told of."""
+    takes_reused_layers = True
+    """True if a sample may pass a layer twice."""
+    takes_unused_layers = True
+    """True if a sample may pass by a layer."""
+    takes_other_models = True
+    """False if the mode is written for one class of models, which the user has to choose."""
     takes_empty_batches = True
     """True if `accumulate` takes a batch without samples, as Poisson sampling may give."""
+    takes_given_noise = True
+    """False if the mode draws noise of its own whatever it is given."""
+    takes_several_ranks = True
+    """False if the mode runs on one rank, which then has the micro-batches of all."""
     is_atomic = False
     """True if a batch that fails in `accumulate` adds nothing to the sum."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in vars(cls):
+            if name.startswith("takes_"):
+                require_one_of(f"attribute of {cls.__name__}", name, sorted(ATTRIBUTES))
 
     def __init__(self, context: ModeContext) -> None:
         self.context = context

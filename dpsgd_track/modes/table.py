@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from dpsgd_track.config import GRADIENTS, nearest, require
+from dpsgd_track.demands import Demand
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ FULL = (
 )
 
 
+OPACUS_DECLINES = (Demand.TIED_WEIGHTS, Demand.REUSED_LAYERS, Demand.EMPTY_BATCHES)
+"""Demands that Opacus's modes decline."""
+
 _PLANTED = "+"
 _OPACUS = "opacus"
 _ENTRY_POINTS = "dpsgd_track.modes"
@@ -157,6 +161,13 @@ def is_of_opacus(name: str) -> bool:
     """True if mode `name` is one of Opacus's, as installed or as a variant."""
     spec = spec_of(name)
     return spec is not None and spec.strategy == _OPACUS
+
+
+def declined_by_table(name: str) -> tuple[Demand, ...] | None:
+    """Demands that mode `name` declines; None for a user's, which only its code can tell."""
+    if spec_of(name) is None:
+        return None
+    return OPACUS_DECLINES if is_of_opacus(name) else ()
 
 
 def takes_norm_plan(name: str, plan: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dpsgd_track.demands import Demand
 from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.environment import Environment
 
@@ -36,6 +37,8 @@ class RunFacts:
     """True if every rank holds every parameter whole."""
     left_out_steps: tuple[int, ...] = ()
     """Steps left out for an empty batch, which the mode does not support."""
+    declined: tuple[Demand, ...] = ()
+    """Demands that the mode declines."""
     norm_plan: Mapping[str, str] = field(default_factory=dict)
     """Method by which the norm of each layer was computed, by the layer's name."""
     imported: Mapping[str, str] = field(default_factory=dict)

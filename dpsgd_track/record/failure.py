@@ -192,7 +192,7 @@ class Failure:
         """
         mode = [] if job is None else ["--mode", job.mode]
         if job is not None and job.variant is not None:
-            mode += ["--variant", f"{job.variant.name}={job.variant.path}"]
+            mode += ["--variant", job.variant.option]
         return WORDS[self.kind][1].format(
             modes=command("modes"),
             single=command("single", mode or ["--mode", "MODE"]),

@@ -36,8 +36,9 @@ KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
 
 TRAJECTORY_FILE = "trajectory.npz"
 TIMINGS_FILE = "timings.json"
-GOLDEN_SUFFIX = ".dpsgd"
-"""Suffix that tells a golden file from a group's name."""
+GOLDEN_SUFFIX, GOLDEN_TEXT_SUFFIX = ".dpsgd", ".dpsgd.json"
+"""Suffixes that tell a golden file, packed or as text, from a group's name."""
+GOLDEN_SUFFIXES = (GOLDEN_SUFFIX, GOLDEN_TEXT_SUFFIX)
 VARIANT_VARIABLE = "DPSGD_TRACK_VARIANT"
 """Environment variable of a variant's workers: the folder put first on the import path."""
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpsgd_track.config import JobConfig, RegimeConfig, require
+from dpsgd_track.demands import LeftOut
 from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.environment import Environment
 
@@ -60,6 +61,8 @@ class GroupPlan:
     """Environment of the machine that made the plan."""
     num_nodes: int = 1
     """Machines that the ranks are spread over."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What was asked for and is not run, as the mode does not take it."""
     command: str = ""
     """Command line it was made from, without credentials; for display, never parsed."""
 

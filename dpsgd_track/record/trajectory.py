@@ -60,6 +60,8 @@ SAMPLE_COLUMNS = (
 
 _OF_REFERENCE = ("sample_sketch", "sample_shard_sketch", "sample_other_norm", "moved_sketch")
 """Fields by parameter that the reference alone records."""
+ALTERNATIVES = (*_OF_REFERENCE, "sample_other_loss")
+"""Fields of wrong alternatives, from which causes are named. No verdict depends on them."""
 
 LARGE = (
     "sample_norm_by_parameter",
@@ -232,7 +234,7 @@ class Trajectory:
         start, stop, _ = slice(start, stop).indices(self.num_steps)
         values = dict(self.__dict__)
         columns: dict[str, Column] = values.pop("_columns", {})
-        values.update({name: values[name][start:stop] for name in _BY_STEP if name in values})
+        values.update({name: values[name][start:stop] for name in BY_STEP if name in values})
         apart: dict[str, Column] = {
             name: _Rows(self, name, start, stop) for name in columns if name not in values
         }
@@ -444,9 +446,10 @@ _BY_SAMPLE_ALONE = (
     "clip_factor",
 )
 _PER_STEP = ("step", *SCALAR_METRICS, "max_grad_norm", "data_hash")
-_BY_STEP = tuple(
+BY_STEP = tuple(
     dict.fromkeys((*_PER_STEP, "layer_weight_norm", "layer_grad_norm", *SAMPLE_COLUMNS, *LARGE))
 )
+"""Fields with one row a step."""
 
 
 def sketch_length(sketch: Floats) -> Floats:

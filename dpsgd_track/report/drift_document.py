@@ -364,6 +364,8 @@ class DriftDocument:
     modes: tuple[ModeEntry, ...]
     """Verdict and findings of each mode over all its regimes."""
     regimes: tuple[RegimeEntry, ...]
+    not_compared: tuple[str, ...] = ()
+    """What the launch left out, as a mode does not take it: a sentence each."""
     waiver_notes: tuple[str, ...]
     """Notes on waivers that have expired or were not needed."""
     environment_differences: tuple[EnvironmentDifference, ...]

@@ -52,7 +52,9 @@ def variants(group: Group) -> list[VariantConfig]:
 
 
 def _told(variant: VariantConfig, group: Group) -> str:
-    """The packages that ran, with their versions, and where they came from."""
+    """The settings, or the packages that ran, with their versions, and where they came from."""
+    if not variant.root:
+        return f"with {variant.path}"
     imported: dict[str, str] = {}
     for run in _runs(group):
         if run.variant == variant.name and run.facts:

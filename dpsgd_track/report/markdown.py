@@ -80,7 +80,8 @@ def note(comparison: GroupComparison) -> str:
     verdict = f"## {_ICONS[comparison.verdict]} {comparison.verdict}"
     said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
     name = f"Group **{prose(comparison.group.name)}**"
-    promised = [prose(sentence) for sentence in (replays, *guarantees(comparison.group))]
+    notes = (replays, *guarantees(comparison.group), *comparison.not_compared)
+    promised = [prose(sentence) for sentence in notes]
     seen = prose(comparison.seen.sentence)
     parts = [verdict, prose(said), f"**{prose(advice(comparison))}**", seen, table, *promised, name]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -47,6 +47,7 @@ def summary(comparison: GroupComparison) -> str:
         else "Nothing to compare.",
         *_differing(comparison),
         *guarantees(comparison.group),
+        *comparison.not_compared,
         f"Verdict: {comparison.verdict}",
         *(["\n".join(f"{verdict:<12}  {line}" for verdict, line in lines)] if lines else []),
         *(["Waivers\n" + "\n".join(waived(comparison))] if waived(comparison) else []),
@@ -111,7 +112,8 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
         console.print(line, soft_wrap=soft)
     seen = filter(None, (comparison.seen.sentence,))
     floor = filter(None, (replays,))
-    for sentence in [*floor, *guarantees(comparison.group), *comparison.waiver_notes, *seen]:
+    notes = (*comparison.not_compared, *comparison.waiver_notes)
+    for sentence in [*floor, *guarantees(comparison.group), *notes, *seen]:
         console.print(Text(visible(sentence)), soft_wrap=soft)
     style = f"bold {_COLOURS[comparison.verdict]}"
     console.print(Text(visible(headline(comparison)), style=style), soft_wrap=soft)

@@ -4,6 +4,8 @@ The file is a zip: `group.json` with all data of the group and its runs but thei
 `runs.zip` with the columns of those, as `N/COLUMN.npy`. The inner zip is not compressed, so that
 the outer one stores data common to several runs, replays above all, once. A golden file has no user
 name and no absolute path.
+
+A name that ends in .dpsgd.json makes it text: the same, a line for each number (`golden_text`).
 """
 
 from __future__ import annotations
@@ -16,24 +18,28 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dpsgd_track.config import require
 from dpsgd_track.record.archive_bounds import check_bounds
 from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.facts import RunFacts
 from dpsgd_track.record.failure import Failure
-from dpsgd_track.record.names import GOLDEN_SUFFIX
+from dpsgd_track.record.names import GOLDEN_SUFFIXES, GOLDEN_TEXT_SUFFIX
 from dpsgd_track.record.plan import GroupPlan
 from dpsgd_track.record.run import Group, ModeRun, Status
 from dpsgd_track.record.trajectory import Trajectory
+from dpsgd_track.store import golden_text
 from dpsgd_track.store.reader import GroupNotFound
 from dpsgd_track.store.scratch import scratch
 
 _CONTENTS, _RUNS = "group.json", "runs.zip"
+_RECORDS = "records"
 _ABSOLUTE = re.compile(r"(?<![\w./])(?:~\w*/|/|[A-Za-z]:[\\/]|file:)[^\s'\",;)\]]*")
 _HIDDEN = "[path]"
 # The same group gives the same bytes, whenever it is written.
@@ -75,7 +81,12 @@ GOLDEN = Codec(GoldenGroup, "dpsgd-track/golden", 2)
 
 def is_golden(wanted: str) -> bool:
     """True if `wanted` names a golden file, rather than a group on a server."""
-    return wanted.endswith(GOLDEN_SUFFIX)
+    return wanted.endswith(GOLDEN_SUFFIXES)
+
+
+def is_text(path: Path) -> bool:
+    """True if a golden file is text, by its name."""
+    return path.name.endswith(GOLDEN_TEXT_SUFFIX)
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -84,9 +95,8 @@ def check_target(path: Path, *, force: bool) -> None:
     Raises:
         ValueError: another suffix, no such folder, or a file that exists.
     """
-    require(
-        path.suffix == GOLDEN_SUFFIX, "export", str(path), f"a file that ends in {GOLDEN_SUFFIX}"
-    )
+    allowed = f"a file that ends in {' or '.join(GOLDEN_SUFFIXES)}"
+    require(is_golden(path.name), "export", str(path), allowed)
     require(path.absolute().parent.is_dir(), "export", str(path), "a file in an existing folder")
     require(not path.is_dir(), "export", str(path), "a file, not a folder")
     advice = "Add --force to replace it."
@@ -102,9 +112,14 @@ def write_golden(group: Group, path: Path, *, force: bool = False) -> None:
     check_target(path, force=force)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as archive:
-            _add(archive, _CONTENTS, _without_paths(GOLDEN.dumps(_golden(group), indent=1)))
-            _add(archive, _RUNS, _packed([run.trajectory for run in group.runs]))
+        contents = _without_paths(GOLDEN.dumps(_golden(group), indent=1))
+        trajectories = [run.trajectory for run in group.runs]
+        if is_text(path):
+            partial.write_bytes(_as_text(contents, trajectories))
+        else:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as archive:
+                _add(archive, _CONTENTS, contents)
+                _add(archive, _RUNS, _packed(trajectories))
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -118,6 +133,8 @@ def read_golden(path: Path) -> Group:
         GroupNotFound: the file is missing, is torn, is something else, or is of a newer version.
     """
     try:
+        if is_text(path):
+            return _of_text(path.read_bytes())
         with zipfile.ZipFile(path) as archive, tempfile.TemporaryFile() as runs:
             check_bounds(archive, path.stat().st_size)
             golden = GOLDEN.loads(archive.read(_CONTENTS))
@@ -125,7 +142,7 @@ def read_golden(path: Path) -> Group:
                 shutil.copyfileobj(stored, runs)
             with zipfile.ZipFile(runs) as packed:
                 check_bounds(packed, archive.getinfo(_RUNS).file_size, is_stored=True)
-                return _group(golden, packed)
+                return _group(golden, lambda number: _unpacked(packed, number))
     except FileNotFoundError:
         reason = "There is no such file."
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
@@ -173,6 +190,38 @@ def _unpacked(packed: zipfile.ZipFile, number: int) -> Trajectory:
         return Trajectory.load(file)
 
 
+def _as_text(contents: bytes, trajectories: Sequence[Trajectory | None]) -> bytes:
+    """The file as text: `contents`, and each run's record."""
+    with scratch() as folder:
+        file = Path(folder) / "trajectory.npz"
+        records: list[dict[str, Any] | None] = []
+        for trajectory in trajectories:
+            if trajectory is None:
+                records.append(None)
+                continue
+            trajectory.save(file)
+            with np.load(file) as columns:
+                records.append(golden_text.written(dict(columns)))
+    document = {**json.loads(contents), _RECORDS: records}
+    return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def _of_text(text: bytes) -> Group:
+    document = json.loads(text)
+    if not isinstance(document, dict) or not isinstance(document.get(_RECORDS), list):
+        raise ValueError(f"Expected {GOLDEN.schema} as JSON.")
+    records = document.pop(_RECORDS)
+
+    def record(number: int) -> Trajectory:
+        with scratch() as folder:
+            file = Path(folder) / "trajectory.npz"
+            columns: dict[str, Any] = golden_text.columns_of(records[number])
+            np.savez(file, **columns)
+            return Trajectory.load(file)
+
+    return _group(GOLDEN.loads(json.dumps(document)), record)
+
+
 def _golden(group: Group) -> GoldenGroup:
     return GoldenGroup(
         name=group.name,
@@ -193,13 +242,13 @@ def _golden(group: Group) -> GoldenGroup:
 _SHARED = [field.name for field in fields(GoldenRun) if field.name != "has_trajectory"]
 
 
-def _group(golden: GoldenGroup, packed: zipfile.ZipFile) -> Group:
+def _group(golden: GoldenGroup, trajectory_of: Callable[[int], Trajectory]) -> Group:
     planned = {key: (job, regime) for key, job, regime in golden.plan.runs()}
     runs = []
     for number, kept in enumerate(golden.runs):
         run = ModeRun(
             **{name: getattr(kept, name) for name in _SHARED},
-            trajectory=_unpacked(packed, number) if kept.has_trajectory else None,
+            trajectory=trajectory_of(number) if kept.has_trajectory else None,
         )
         job, setup = planned.get(run.key, (None, None))
         runs.append(replace(run, job=job.run_in(setup) if job and setup else None, setup=setup))

@@ -40,6 +40,8 @@ TOLERANCE = 1e-4
 _VANISHING = 1e-3
 """Share of the whole below which a part's error is measured against the whole."""
 _UNCLIPPED = 1e30
+_WORTH_THREADS = 1 << 20
+"""Parameters from which on a module's operations are worth several threads."""
 
 
 class Outcome(enum.StrEnum):
@@ -147,11 +149,16 @@ def check(
         is_checked = is_private(mode) and (runs_on_one_device(mode) or is_user)
         require(is_checked and mode != REFERENCE, "mode", mode, allowed)
     held = CheckedModule(module)
-    trials, weighted = _trials(held, batch, loss)
-    truths = [_step(build_mode(REFERENCE, *_new(held, trial, weighted)), trial) for trial in trials]
+    with _few_threads(held):
+        trials, weighted = _trials(held, batch, loss)
+        truths = [
+            _step(build_mode(REFERENCE, *_new(held, trial, weighted)), trial) for trial in trials
+        ]
     for mode in modes:
         for reduction in (MEAN, SUM) if is_of_opacus(mode) else (SUM,):
-            yield _checked(mode, reduction, held, trials, truths, weighted)
+            with _few_threads(held):
+                checked = _checked(mode, reduction, held, trials, truths, weighted)
+            yield checked
 
 
 def assert_exact(
@@ -305,6 +312,18 @@ def _checked(
         wrong=wrong,
         takes_empty_batches=takes_empty,
     )
+
+
+@contextmanager
+def _few_threads(held: CheckedModule) -> Iterator[None]:
+    """Context in which small operations have one thread: others would wait for work, and spin."""
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in held.parameters()) < _WORTH_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ from dpsgd_track.training.observe import (
     measure,
     weights_digest,
 )
-from dpsgd_track.training.prepare import PreparedRun
+from dpsgd_track.training.prepare import PreparedRun, require_taken
 from dpsgd_track.training.recorder import Recorder, StepObservation
 from dpsgd_track.training.sample_observer import SampleObserver
 
@@ -104,6 +104,7 @@ class RegimeRun(PreparedRun):
         self.parameter_names = list(trainable_parameters(model))
         sizes = {name: p.numel() for name, p in trainable_parameters(model).items()}
         self.mode = build(job.mode, model, context)
+        require_taken(self.mode, job, regime.name)
         self.weights = measure(self.mode, self.mode.weight_parts())
         self.noise_key = self._noise_key()
         self.max_grad_norms = regime.max_grad_norms or self._calibrate()

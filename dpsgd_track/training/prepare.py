@@ -23,6 +23,7 @@ from dpsgd_track.config import (
     PrivacyConfig,
     RegimeConfig,
 )
+from dpsgd_track.demands import declined_by, model_demands
 from dpsgd_track.distributed.sharding import trainable_parameters
 from dpsgd_track.modes.protocol import Mode, ModeContext, ProtocolError
 from dpsgd_track.modes.table import REFERENCE, is_private, takes_norm_plan
@@ -145,6 +146,18 @@ def not_optimized(mode: Mode) -> tuple[str, ...]:
     stepped = {id(parameter) for group in groups for parameter in group["params"]}
     lacking = tuple(name for name, p in trainable.items() if id(p) not in stepped)
     return lacking if len(lacking) < len(trainable) else ()
+
+
+def require_taken(mode: Mode, job: JobConfig, regime: str) -> None:
+    """Raise ProtocolError if the model of `regime` makes a demand that `mode` declines.
+
+    A launch leaves such a regime out, by what the mode's factory says.
+    """
+    for demand in sorted(model_demands(regime) & set(declined_by(mode))):
+        raise ProtocolError(
+            f"{job.mode} takes no {demand}, which the model of {regime} has. "
+            f"Say {demand.attribute} = False on the factory as well, so that it is left out."
+        )
 
 
 def _require_record(mode: Mode, record: object, num_samples: int) -> None:

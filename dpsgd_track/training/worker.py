@@ -23,9 +23,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT
+from dpsgd_track.demands import declined_by
 from dpsgd_track.modes.build import ModeBuilder, build_mode
+from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.record import names
 from dpsgd_track.record.environment import imported_from
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, DeviceFacts, RunFacts
@@ -128,7 +131,7 @@ class Worker:
             regime = replace(regime, max_grad_norms=self.clip_bounds[regime.name])
         is_noisy = regime.kind == NOISE and not regime.replay
         silent = self.silent if is_noisy else None
-        run = RegimeRun(self.job, regime, device, silent, self._build)
+        run = RegimeRun(self.job, regime, device, silent, self._built)
         if regime.replay == SILENT:
             self.silent = run.taken
         if regime.kind == CLIP and not regime.max_grad_norms:
@@ -151,9 +154,16 @@ class Worker:
         self.is_leaving.clear()
         self._progress(number, "end", regime.num_iter - 1, None, epsilon)
 
+    def _built(self, name: str, model: nn.Module, context: ModeContext) -> Mode:
+        """The mode, once every rank has it: from here on none waits for a download."""
+        mode = self._build(name, model, context)
+        dist.barrier()
+        self._progress(self.regime, "built", 0, None)
+        return mode
+
     def _profile(self, number: int, folder: Path, device: torch.device) -> None:
         """Time the steps; their records are saved once all are taken."""
-        run = ProfileRun(self.job, self.job.regimes[number], device, self._build)
+        run = ProfileRun(self.job, self.job.regimes[number], device, self._built)
         timings, own = run.run(
             lambda step, seen: self._log(number, step, seen.metrics(), is_global=True)
         )
@@ -184,10 +194,14 @@ class Worker:
         if run_id is not None:
             self.writer.upload(run_id, path)
             shown = {name: value for name, value in asdict(facts).items() if value}
-            if self.job.variant and not facts.imported:
+            if self._has_other_code and not facts.imported:
                 # The versions that run are known later, and a param never changes.
                 del shown["environment"]
             self.writer.log_params(run_id, flatten(shown))
+
+    @property
+    def _has_other_code(self) -> bool:
+        return self.job.variant is not None and bool(self.job.variant.root)
 
     def _first_facts(self) -> RunFacts:
         """Facts known before the mode is built."""
@@ -197,12 +211,13 @@ class Worker:
     def _last_facts(self, run: PreparedRun, left_out: list[int]) -> RunFacts:
         """Facts known once the mode has run."""
         mode, variant, first = run.mode, self.job.variant, self._first_facts()
-        imported = imported_from(variant.root) if variant else {}
+        imported = imported_from(variant.root) if variant and variant.root else {}
         return replace(
             first,
             environment=first.environment.with_versions(imported),
             is_replicated=mode.replicated,
             left_out_steps=tuple(left_out),
+            declined=declined_by(mode),
             norm_plan=mode.norm_plan(),
             imported=imported,
             warnings=tuple(dict.fromkeys((*self.warnings.sentences, *mode.notices()))),

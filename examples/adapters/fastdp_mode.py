@@ -32,6 +32,7 @@ hooks._per_block_clip_grad = _keep_norms
 class FastDP(Mode):
     replicated = True
     takes_empty_batches = False
+    takes_several_ranks = False
     clipping_mode = "MixOpt"
 
     def __init__(self, model, context):

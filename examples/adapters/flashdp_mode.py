@@ -20,6 +20,7 @@ conv1d.bmtm_clip = conv1d._weight_grad_block_clip
 class FlashDP(Mode):
     replicated = True
     takes_empty_batches = False
+    takes_several_ranks = False
 
     def __init__(self, model, context):
         super().__init__(context)

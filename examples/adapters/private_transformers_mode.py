@@ -11,6 +11,7 @@ from dpsgd_track.privacy.clipping import SampleRecord
 class Ghost(Mode):
     replicated = True
     takes_empty_batches = False
+    takes_several_ranks = False
     clipping_mode = ClippingMode.ghost
 
     def __init__(self, model, context):

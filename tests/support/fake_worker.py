@@ -161,6 +161,7 @@ def main(job_file: str) -> int:
                 print(json.dumps(line), file=out, flush=True)
 
             tell("start")
+            tell("built")
             for step in range(regime.num_iter):
                 at = (plan.get("rank", 0), plan.get("regime", 0), plan.get("step", 1))
                 if at == (rank, index, step):

@@ -18,9 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import opacus
 import torch
 import torch.distributed as dist
+from opacus_as_used import (
+    Ghost,
+    LossInsideTheModel,
+    RootOnly,
+    SummedLoss,
+    TokensAsSamples,
+    TwoBackwards,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,7 +48,6 @@ from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.opacus import OpacusMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.privacy.batch import Batch
-from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.loss import PerSampleLoss, causal_lm_loss, classification_loss
 from dpsgd_track.privacy.noise import NoiseSource
 from dpsgd_track.training.data import RankBatch
@@ -52,73 +58,6 @@ CPU = torch.device("cpu")
 T, VOCAB = 16, 61
 OURS = ("flash_fsdp", "flash_fsdp_bk")
 SIGMA = 0.7
-
-
-class Ghost(OpacusMode):
-    """ghost_fsdp as Opacus's own examples run it."""
-
-    def __init__(self, model: nn.Module, context: ModeContext) -> None:
-        super().__init__("ghost_fsdp", model, context)
-
-
-class LossInsideTheModel(Ghost):
-    """`model(labels=...).loss.backward()`: Opacus's criterion, which clips, is never called."""
-
-    def backward(self, batch: Batch) -> Tensor:
-        output = self.wrapped(**batch.inputs, labels=batch.targets)
-        output.loss.backward()
-        return self.context.loss(output.logits, batch.targets).detach()
-
-
-class TokensAsSamples(Ghost):
-    """The criterion of a language model, called on flattened tokens without `shape=`."""
-
-    def backward(self, batch: Batch) -> Tensor:
-        logits = self.logits(batch)
-        assert self.criterion is not None
-        self.criterion.criterion = nn.CrossEntropyLoss()
-        tokens = logits[:, :-1].flatten(0, 1), batch.targets[:, 1:].flatten()
-        self.criterion(*tokens).backward()
-        return self.context.loss(logits, batch.targets).detach()
-
-
-class RootOnly(Ghost):
-    """One FSDP2 unit for the whole model."""
-
-    def shard(self, model: nn.Module) -> nn.Module:
-        return fully_shard(model)
-
-
-class TwoBackwards(Ghost):
-    """Micro-batches by two backwards before a step, as without privacy."""
-
-    def accumulate(self, batch: Batch) -> SampleRecord:
-        self.collect.is_due = False
-        return super().accumulate(batch)
-
-
-class SummedLoss(Ghost):
-    """`loss_reduction="sum"`; the learning rate makes up for the sum."""
-
-    def __init__(self, model: nn.Module, context: ModeContext) -> None:
-        original = opacus.PrivacyEngine.make_private
-
-        def make_private(engine: Any, *, criterion: Any, **settings: Any) -> Any:
-            criterion.reduction = "sum"
-            settings["loss_reduction"] = "sum"
-            return original(engine, criterion=criterion, **settings)
-
-        opacus.PrivacyEngine.make_private = make_private
-        try:
-            super().__init__(model, context)
-        finally:
-            opacus.PrivacyEngine.make_private = original
-
-    def privatize(self, clipped: ClippedSum, source: NoiseSource) -> dict[str, Tensor]:
-        gradients = super().privatize(clipped, source)
-        for gradient in gradients.values():
-            gradient.mul_(self.world_size / self.context.privacy.expected_batch_size)
-        return gradients
 
 
 class Replicas(Ghost):

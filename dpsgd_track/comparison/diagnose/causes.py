@@ -29,8 +29,10 @@ from dpsgd_track.record.stages import ObservableName, Stage
 
 _COMMON = 3
 """Words at the beginning of alternatives from which on they are said once."""
-_MOST_ALONE = 4
+_MOST_ALONE = 12
 """Parameters that are tried by themselves."""
+_MOST_CAUSES = 2
+"""Causes that are told where parameters have several."""
 _MOST_STEPS = 16
 """Steps that a hypothesis is tried on: records of long runs are larger than memory."""
 
@@ -100,14 +102,25 @@ def cause_of(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
 
 
 def _of_one(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
-    """The cause in one of the worst parameters, where none explains all of them."""
-    for item in rung.items[:_MOST_ALONE]:
+    """Causes in single parameters, where none explains all of them: the worst one of each kind."""
+    found: dict[str, Explanation] = {}
+    kinds = {".".join(item.split(".")[-2:]): item for item in reversed(rung.items)}
+    for item in list(reversed(kinds.values()))[:_MOST_ALONE]:
         cause = cause_of(pair, replace(rung, items=(item,)), run)
-        told = [e for e in cause.explanations if e.is_named]
-        if told:
-            said = tuple(replace(e, sentence=f"in {item}, {e.sentence}") for e in told)
-            return replace(cause, explanations=said)
-    return Cause()
+        for each in (e for e in cause.explanations if e.is_named):
+            found.setdefault(each.name, replace(each, sentence=f"in {item}, {each.sentence}"))
+        if len(found) == _MOST_CAUSES:
+            break
+    if not found:
+        return Cause()
+    return Cause(
+        explanations=(
+            Explanation(
+                sentence="; ".join(each.sentence for each in found.values()),
+                name="; ".join(found),
+            ),
+        )
+    )
 
 
 def _subjects(rung: Rung, facts: Facts) -> tuple[Subject, ...]:

@@ -130,22 +130,36 @@ def culprit_of(
     first = _culprit_at(rung, pair, rungs, run, broken)
     if first is None:
         return None
-    others = (each for each in rungs if each.is_by_itself and each.stage is not rung.stage)
-    later = (_culprit_at(each, pair, rungs, run, broken) for each in others)
-    also = next((c for c in later if c is not None and _is_independent(c, first)), None)
+    others = (each for each in rungs if _may_be_independent(each, rung, pair))
+    later = ((each, _culprit_at(each, pair, rungs, run, broken)) for each in others)
+    also = next((c for each, c in later if c is not None and _is_independent(c, first, each)), None)
     # Its size is in the report's table of stages.
     return first if also is None else replace(first, also=replace(also, evidence="").sentence)
 
 
-def _is_independent(second: Culprit, first: Culprit) -> bool:
-    """True if `first` does not explain `second`, which is of a later stage.
+def _may_be_independent(rung: Rung, first: Rung, pair: Pair) -> bool:
+    """True if `rung` may show another error than `first` does.
+
+    A sum after wrong norms is predicted from the mode's own factors, so that a mistake which
+    explains it is one of its own.
+    """
+    ours, theirs = pair.aligned.baseline, pair.aligned.other
+    is_predicted = (
+        bool(ours.shape_of("sample_sketch")[-1]) and not np.isnan(theirs.clip_factor).all()
+    )
+    follows = rung.stage is Stage.SUM and rung.status is StageStatus.INHERITED and is_predicted
+    return rung.stage is not first.stage and (rung.is_by_itself or follows)
+
+
+def _is_independent(second: Culprit, first: Culprit, rung: Rung) -> bool:
+    """True if `first` does not explain `second`, which `rung` of a later stage shows.
 
     Wrong norms and a wrong sum of the same parameters come from one wrong gradient, unless the sum
     is explained by another mistake.
     """
     if second.stage is not Stage.SUM or first.stage is not Stage.NORMS:
-        return True
-    if set(second.places) - {*first.places, *first.inherited}:
+        return rung.is_by_itself
+    if rung.is_by_itself and set(second.places) - {*first.places, *first.inherited}:
         return True
     names = {each.subject_free for each in first.cause.explanations}
     return any(

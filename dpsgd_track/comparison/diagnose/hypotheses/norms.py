@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -142,6 +144,31 @@ def _groups(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
             yield name, columns
 
 
+def _unlike_in_linear() -> Iterator[Hypothesis]:
+    """Totals in which linear layers have gradients of another reduction of the loss than others."""
+    kinds = {"linear layers": True, "layers other than linear": False}
+    for (kind, is_linear), (how, power) in product(
+        kinds.items(), (("divided", -2), ("multiplied", 2))
+    ):
+        said = f"norms of {kind} alone are {how} by the number of samples in the micro-batch"
+        said += ", as those of a mean loss are" * (power < 0)
+
+        def total(facts: Facts, *, is_linear: bool = is_linear, power: int = power) -> Floats:
+            squares = np.square(facts.by_parameter)
+            linear = {str(name) for name in facts.ours.layer_names}
+            names = facts.ours.parameter_names.tolist()
+            chosen = np.array([(n.rpartition(".")[0] in linear) is is_linear for n in names])
+            changed = facts.by_batch(
+                squares, lambda own: np.where(chosen, own * float(len(own)) ** power, own)
+            )
+            known = squares if changed is None else changed
+            return np.asarray(np.sqrt(known.sum(axis=2)))
+
+        yield Hypothesis(sentence=said, predict=total)
+        for each in added_up(total):
+            yield replace(each, sentence=f"{said}; and {each.sentence}")
+
+
 TOTAL = Subject(
     observed=lambda facts: facts.theirs.sample_norm,
     right=_right_total,
@@ -174,6 +201,7 @@ TOTAL = Subject(
             *added_up(_right_total),
             *rounded(lambda facts: facts.theirs.sample_norm),
         ),
+        tuple(_unlike_in_linear()),
         (
             Hypothesis(sentence="they {}", predict=_recounted),
             of_other_places(_right_total, lambda facts: facts.theirs.sample_norm),

@@ -240,12 +240,12 @@ def _one_factor_each(facts: Facts, *, of_step: bool) -> Prediction:
     return predicted
 
 
-def _not_reduced(facts: Facts) -> Prediction:
+def _not_reduced(facts: Facts, times: Callable[[Facts], float] = lambda facts: 1.0) -> Prediction:
     """Rows of each rank from its own samples alone."""
     if not facts.ours.shape_of("sample_shard_sketch")[-1]:
         return None
     gradients = facts.ours.sample_shard_sketch[:, :, facts.columns].astype(np.float64)
-    return np.asarray(np.nansum(gradients * facts.factor[..., None, None], axis=1))
+    return np.asarray(times(facts) * np.nansum(gradients * facts.factor[..., None, None], axis=1))
 
 
 def _reduced_last_by_rows(facts: Facts) -> Prediction:
@@ -649,6 +649,11 @@ SUM = Subject(
                 sentence="only the last micro-batch is reduced over ranks: of earlier ones, each "
                 "rank's rows are of its own samples alone",
                 predict=_reduced_last_by_rows,
+            ),
+            Hypothesis(
+                sentence="each rank's rows are W times those of its own samples alone: a sum that "
+                "is not reduced over the W ranks is taken for their mean",
+                predict=partial(_not_reduced, times=_num_ranks),
             ),
             Hypothesis(sentence="layers have each other's gradients: {}", predict=_exchanged),
             Hypothesis(sentence="the last micro-batch is added a step late", predict=_added_late),
