@@ -187,9 +187,13 @@ class Facts:
             ("T", T, "the sequence length"),
             ("T-1", T - 1, "T the sequence length"),
             ("P", P, "the number of parameters"),
-            ("sqrt(P)", math.sqrt(P), "P the number of parameters"),
         )
         return tuple(Quantity(symbol=s, value=v, meaning=m) for s, v, m in known if _tells(v))
+
+    def noise_quantities(self) -> tuple[Quantity, ...]:
+        """Quantities that the noise alone may be multiplied by, besides those of `quantities`."""
+        P = math.sqrt(len(self.ours.parameter_names))
+        return (Quantity(symbol="sqrt(P)", value=P, meaning="P the number of parameters"),)
 
     def _most_micro_batches(self) -> Floats:
         """[S] micro-batches of each step on the rank that has most."""

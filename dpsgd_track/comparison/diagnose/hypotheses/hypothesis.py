@@ -89,6 +89,8 @@ class Subject:
     """True if the last axis holds projections, so that a distance is taken over it."""
     be: str = "they are"
     """Beginning of a clause about the result."""
+    is_noise: bool = False
+    """True if it is noise."""
     zero: str = ""
     """Clause on a result of zero, if it is more than that."""
     zero_in_all: str = ""
@@ -227,7 +229,10 @@ def _zero(subject: Subject, facts: Facts) -> Sequence[Hypothesis]:
 def _multiples(subject: Subject, facts: Facts) -> Sequence[Hypothesis]:
     return [
         _multiple(subject, quantity, is_inverse=is_inverse)
-        for quantity in facts.quantities()
+        for quantity in (
+            *facts.quantities(),
+            *(facts.noise_quantities() if subject.is_noise else ()),
+        )
         for is_inverse in (False, True)
     ]
 

@@ -30,6 +30,7 @@ NOISE = Subject(
     observed=_own_noise,
     right=lambda facts: facts.noise,
     is_sketch=True,
+    is_noise=True,
     be="it is",
     levels=(
         (
