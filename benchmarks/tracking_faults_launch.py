@@ -143,11 +143,17 @@ def _processes(folder: Path) -> list[psutil.Process]:
 
 def _unowned(shared: set[str]) -> set[str]:
     """Shared memory that no process has mapped: others on this machine may use some."""
+    # A semaphore is mapped under another name than the one it has: it is known by its inode.
+    inodes = {}
+    for name in shared:
+        with contextlib.suppress(OSError):
+            inodes[str((_SHARED_MEMORY / name).stat().st_ino)] = name
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text()
-            shared = {name for name in shared if f"{_SHARED_MEMORY}/{name}" not in maps}
-    return shared
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            for line in (each for each in lines if str(_SHARED_MEMORY) in each):
+                inodes.pop(line.split()[4], None)
+    return set(inodes.values())
 
 
 @contextlib.contextmanager
