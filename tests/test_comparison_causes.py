@@ -97,6 +97,14 @@ def batches_before(values: Any) -> Any:
     return late
 
 
+def stale(values: Any) -> Any:
+    """Those of the micro-batch before on the same rank, whatever its step."""
+    S = len(values)
+    by_batch = values.reshape(S, 2, 2, 3).transpose(1, 0, 2, 3).reshape(2, 2 * S, 3)
+    late = np.concatenate([by_batch[:, :1], by_batch[:, :-1]], axis=1)
+    return late.reshape(2, S, 2, 3).transpose(1, 0, 2, 3).reshape(values.shape)
+
+
 C = base().max_grad_norm[:, None]
 NORM = base().sample_norm
 BY_PARAMETER = base().sample_norm_by_parameter
@@ -156,6 +164,8 @@ FACTORS = {
     ),
     "each 2 samples of a micro-batch have one factor": PAIRS.reshape(FACTOR.shape),
     "no sample is clipped": np.ones_like(NORM),
+    "computed from other norms: they are those of the samples at the same places of the "
+    "micro-batch before, even of the step before": np.minimum(1, C / stale(NORM)),
     "they are max(1, C / n) rather than min(1, C / n)": np.maximum(1, C / NORM),
     "samples are clipped not at C but at 1": np.minimum(1, 1 / NORM),
     "at C / W (the number of ranks) or K (the number of micro-batches) or 2": np.minimum(
@@ -240,6 +250,13 @@ def test_norms_that_are_scaled_as_if_micro_batches_were_full_are_explained() -> 
     scaled = NORM * np.tile([3 / 4] * 4 + [3 / 2] * 2, 2)
     said = found(with_total(uneven, scaled), uneven).sentence
     assert "as if each micro-batch were full: multiplied by 3 over its number of samples" in said
+
+
+def test_factors_of_norms_of_a_mean_loss_are_explained() -> None:
+    uneven = replace(base(), sample_micro_batch=np.tile([0, 0, 0, 0, 1, 1], (len(NORM), 2)))
+    norm = NORM / np.tile([4] * 4 + [2] * 2, 2)
+    said = found(with_factors(uneven, np.minimum(1, C / norm)), uneven).sentence
+    assert "computed from other norms: they are divided by the number of samples" in said
 
 
 def test_factors_of_the_first_of_three_micro_batches_are_explained() -> None:

@@ -133,6 +133,9 @@ def test_formulas_are_what_their_words_say() -> None:
     once = within / 2 + gram.sum() / 2
     assert of[NormFormula.TILES_OF_4_ONCE] == pytest.approx(float(once.sqrt()))
     assert np.isnan(of[NormFormula.TAIL_OF_8_LOST])
+    both = ((dout.T @ x_out).square().sum() + apart.square()).sqrt()
+    assert of[NormFormula.POSITIONS_APART_AND_TOGETHER] == pytest.approx(float(both))
+    assert of[NormFormula.FACTORS_APART] == pytest.approx(float(dout.norm() * x_out.norm()))
     text = (TOKENS[0] != 0).to(dout)[:, None]
     without_padding = float(((dout * text).mT @ x_out).norm())
     assert of[NormFormula.PADDING_POSITIONS_LOST] == pytest.approx(without_padding)

@@ -106,6 +106,11 @@ class NormFormula(enum.StrEnum):
     LAST_INPUT = "of the output gradients of all its uses with the input of its last use"
     FIRST_INPUT = "of the output gradients of all its uses with the input of its first use"
     INPUTS_EXCHANGED = "of the output gradient of each of its uses with the input of another use"
+    POSITIONS_APART_AND_TOGETHER = "with the squares |g_t|^2 of positions counted twice"
+    FACTORS_APART = (
+        "sqrt(sum_t |dy_t|^2) sqrt(sum_t |x_t|^2) in place of |sum_t dy_t x_t^T|: squares of "
+        "inputs and of output gradients are summed apart (right for one position alone)"
+    )
 
 
 class LossFormula(enum.StrEnum):

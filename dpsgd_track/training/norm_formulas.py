@@ -205,6 +205,7 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
     squares = torch.stack([share.position_squares().sum() for share in shares]).sum()
     values = {
         NormFormula.POSITIONS_APART: squares.sqrt(),
+        NormFormula.POSITIONS_APART_AND_TOGETHER: (norm.square() + squares).sqrt(),
         NormFormula.FIRST_POSITION_LOST: _joined(shares, lambda s: s.gradient(slice(1, None))),
         NormFormula.LAST_POSITION_LOST: _joined(shares, lambda s: s.gradient(slice(0, -1))),
         NormFormula.LAST_TWO_POSITIONS_LOST: _joined(shares, lambda s: s.gradient(slice(0, -2))),
@@ -234,6 +235,7 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
         values |= _of_tiles(Share(left_TP, right_TD, row_T))
     if left_TP is not None and right_TD is not None:
         values[NormFormula.SUMMED_FIRST] = left_TP.sum(dim=0).norm() * right_TD.sum(dim=0).norm()
+        values[NormFormula.FACTORS_APART] = left_TP.norm() * right_TD.norm()
     elif left_TP is not None:
         gram = (left_TP @ left_TP.mT).norm()
         values |= {NormFormula.GRAM: gram, NormFormula.ROOT_OF_GRAM: gram.sqrt()}

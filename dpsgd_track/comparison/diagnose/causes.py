@@ -31,6 +31,8 @@ _COMMON = 3
 """Words at the beginning of alternatives from which on they are said once."""
 _MOST_ALONE = 12
 """Parameters that are tried by themselves."""
+_FEWEST_ELEMENTS = 16
+"""Least elements of a parameter that is tried by itself."""
 _MOST_CAUSES = 2
 """Causes that are told where parameters have several."""
 _MOST_STEPS = 16
@@ -104,7 +106,11 @@ def cause_of(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
 def _of_one(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
     """Causes in single parameters, where none explains all of them: the worst one of each kind."""
     found: dict[str, Explanation] = {}
-    kinds = {".".join(item.split(".")[-2:]): item for item in reversed(rung.items)}
+    t = pair.aligned.baseline
+    sizes = dict(zip(t.parameter_names.tolist(), t.parameter_sizes.tolist(), strict=True))
+    # A few numbers agree with what has a constant or two of its own.
+    large = [item for item in rung.items if not 0 < sizes.get(item, 0) < _FEWEST_ELEMENTS]
+    kinds = {".".join(item.split(".")[-2:]): item for item in reversed(large)}
     for item in list(reversed(kinds.values()))[:_MOST_ALONE]:
         cause = cause_of(pair, replace(rung, items=(item,)), run)
         for each in (e for e in cause.explanations if e.is_named):

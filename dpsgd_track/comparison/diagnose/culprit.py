@@ -25,6 +25,7 @@ from dpsgd_track.comparison.measure.observables import (
     Observable,
     relative,
 )
+from dpsgd_track.config import CLIP, kind_of
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import UNUSED, Trajectory, sketch_distance, sketch_length
@@ -141,8 +142,12 @@ def _may_be_independent(rung: Rung, first: Rung, pair: Pair) -> bool:
     """True if `rung` may show another error than `first` does.
 
     A sum after wrong norms is predicted from the mode's own factors, so that a mistake which
-    explains it is one of its own.
+    explains it is one of its own. Where weights move, later steps start from wrong ones.
     """
+    if rung.step is None or first.step is None:
+        return False
+    if kind_of(pair.regime) != CLIP and rung.step > first.step:
+        return False
     ours, theirs = pair.aligned.baseline, pair.aligned.other
     is_predicted = (
         bool(ours.shape_of("sample_sketch")[-1]) and not np.isnan(theirs.clip_factor).all()
@@ -154,12 +159,13 @@ def _may_be_independent(rung: Rung, first: Rung, pair: Pair) -> bool:
 def _is_independent(second: Culprit, first: Culprit, rung: Rung) -> bool:
     """True if `first` does not explain `second`, which `rung` of a later stage shows.
 
-    Wrong norms and a wrong sum of the same parameters come from one wrong gradient, unless the sum
-    is explained by another mistake.
+    A wrong loss has a wrong gradient, and wrong norms and a wrong sum of the same parameters come
+    from one, unless the sum is explained by another mistake.
     """
-    if second.stage is not Stage.SUM or first.stage is not Stage.NORMS:
+    if second.stage is not Stage.SUM or first.stage not in (Stage.LOSS, Stage.NORMS):
         return rung.is_by_itself
-    if rung.is_by_itself and set(second.places) - {*first.places, *first.inherited}:
+    is_elsewhere = first.stage is Stage.NORMS and rung.is_by_itself
+    if is_elsewhere and set(second.places) - {*first.places, *first.inherited}:
         return True
     names = {each.subject_free for each in first.cause.explanations}
     return any(

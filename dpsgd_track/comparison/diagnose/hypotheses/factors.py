@@ -205,6 +205,29 @@ def _last_rank(facts: Facts) -> int:
     return int(facts.theirs.sample_rank.max(initial=0))
 
 
+def _of_other_norms() -> Sequence[Hypothesis]:
+    """Factors that are computed from the norms of other samples, or from scaled ones."""
+
+    def right(facts: Facts) -> Floats:
+        return facts.norm
+
+    def predict(facts: Facts, of: Hypothesis) -> Prediction:
+        norms = of.predict(facts)
+        if norms is None:
+            return None
+        if isinstance(norms, Fitted):
+            return Fitted(clip_factors(facts.bound, norms.values), norms.shown)
+        return clip_factors(facts.bound, norms)
+
+    return [
+        Hypothesis(
+            sentence=f"they are computed from other norms: {hypothesis.sentence}",
+            predict=partial(predict, of=hypothesis),
+        )
+        for hypothesis in mixed_up(right, right)
+    ]
+
+
 FACTORS = Subject(
     observed=lambda facts: facts.theirs.clip_factor,
     right=_right,
@@ -275,6 +298,7 @@ FACTORS = Subject(
             *of_all_ranks(_right),
             *rounded(lambda facts: facts.theirs.clip_factor),
         ),
+        tuple(_of_other_norms()),
         (of_other_places(_right, lambda facts: facts.theirs.clip_factor),),
         (
             Hypothesis(sentence="they are never below {}", predict=_with_floor),
