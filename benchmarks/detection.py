@@ -6,9 +6,10 @@
         --param-dtype bfloat16
 
 The page is the one that `launch.py faults` writes. The catalogue is cut into as many parts as there
-are jobs, and each part is launched and compared as a group of its own; every group has the healthy
-modes. Other options go to every launch. Exits with 1 if a fault is missed that should be found, or
-if a healthy mode of any part raises an alarm.
+are jobs, or `--parts`, and each part is launched and compared as a group of its own; every group
+has the healthy modes. The page is written anew as each part ends, so that it has what there is if
+the rest is cut short. Other options go to every launch. Exits with 1 if a fault is missed that
+should be found, or if a healthy mode of any part raises an alarm.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,22 +40,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="launches at a time")
+    parser.add_argument("--parts", type=int, help="groups; by default as many as jobs")
     parser.add_argument("--every", type=int, default=1, help="take each Nth fault alone")
     parser.add_argument("--folder", type=Path, required=True, help="new folder for records")
     args, options = parser.parse_known_args()
     args.folder.mkdir(parents=True)
     names = [mutant.name for mutant in chosen_mutants(())][:: args.every]
-    parts = [names[job :: args.jobs] for job in range(args.jobs)]
+    num_parts = args.parts or args.jobs
+    command = shlex.join(["python", "launch.py", "faults", "--output", str(args.page), *options])
+    matrices: list[Matrix] = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = [args.folder.resolve() / str(job) for job in range(args.jobs)]
-        codes = list(pool.map(_launch, folders, parts, [options] * args.jobs))
-    failed = [str(folder) for folder, code in zip(folders, codes, strict=True) if code not in ENDED]
-    if failed:
-        print(f"failed; see output.log in {', '.join(failed)}")
-        return max(codes)
-    matrix = _merged([_matrix(folder) for folder in folders])
-    command = ["python", "launch.py", "faults", "--output", str(args.page), *options]
-    args.page.write_text(markdown(matrix, shlex.join(command)), encoding="utf-8")
+        launches = {}
+        for part in range(num_parts):
+            folder = args.folder.resolve() / str(part)
+            launches[pool.submit(_launch, folder, names[part::num_parts], options)] = folder
+        for launch in as_completed(launches):
+            if launch.result() not in ENDED:
+                print(f"failed; see {launches[launch] / 'output.log'}", flush=True)
+                continue
+            matrices.append(_matrix(launches[launch]))
+            args.page.write_text(markdown(_merged(matrices), command), encoding="utf-8")
+    if len(matrices) < num_parts:
+        return max(launch.result() for launch in launches)
+    matrix = _merged(matrices)
     for row in matrix.missed:
         print(f"missed: {row.label}: {row.sentence}")
     for mode in matrix.false_alarms:

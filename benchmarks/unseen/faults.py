@@ -1777,7 +1777,7 @@ class HealthyOwnNoise(Correct):
             return super().draw(source, part)
         seed = abs(hash_of(source.key, self.step_index, part.name))
         g = torch.Generator().manual_seed(seed)
-        return torch.randn(part.local.shape, generator=g)
+        return torch.randn(part.local.shape, generator=g).to(part.local.device)
 
 
 def hash_of(*parts):
