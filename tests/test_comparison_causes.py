@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpsgd_track.comparison.diagnose.causes import Cause, agreed, either
-from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Explanation
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Explanation, off_as_rounded
 from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.config import DataConfig
 from dpsgd_track.record.alternatives import LossFormula, Move, NormFormula
@@ -305,6 +305,18 @@ def test_samples_that_were_read_in_the_place_of_others_are_named() -> None:
     loss[:, 6], loss[:, 9] = loss[:, 5], loss[:, 2]
     verdict = found(replace(base(), sample_loss=loss, loss=loss.mean(axis=1)))
     assert "were read in the place of some: sample 5 for 6, sample 2 for 9" in verdict.sentence
+
+
+@pytest.mark.parametrize(("bits", "is_told"), [(7, False), (8, True), (9, False)])
+def test_one_rounding_is_told_from_a_coarser_and_a_finer_one(bits: int, is_told: bool) -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((4, 6, 4000)) * np.geomspace(1, 2, 6)[:, None]
+    unit = 2.0 ** (np.floor(np.log2(np.abs(weights))) + 1 - bits)
+    error = np.round(weights / unit) * unit - weights
+    size = np.sqrt(np.square(weights).sum(axis=2))
+    right = size[..., None] * rng.standard_normal((4, 6, 16))
+    off = np.sqrt(np.square(error).sum(axis=2))[..., None] * rng.standard_normal((4, 6, 16))
+    assert off_as_rounded(right + off, right, size, is_once=True) == is_told
 
 
 PARTS = {
