@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from dpsgd_track.comparison.audit.noise import draws
 from dpsgd_track.comparison.audit.noise.check import NoiseAudit, NoiseCheck, Place
-from dpsgd_track.comparison.audit.noise.correlation import CORRELATION, REUSE, check_correlations
+from dpsgd_track.comparison.audit.noise.correlation import (
+    CORRELATION,
+    REUSE,
+    SAME,
+    check_correlations,
+)
 from dpsgd_track.comparison.audit.noise.draws import check_draws
 from dpsgd_track.comparison.audit.noise.equality import (
     EQUAL_VALUES,
@@ -221,13 +226,22 @@ def _telling_draws(failed: dict[str, NoiseCheck]) -> list[NoiseCheck]:
     return [failed[name] for name in order if name in failed][:1]
 
 
+def _is_spread(std: NoiseCheck, related: Sequence[NoiseCheck]) -> bool:
+    """True if noise that is the same in several places explains a std that is a little off."""
+    return any(check.value > SAME for check in related) and abs(std.value - 1) < _LITTLE
+
+
+_LITTLE = 0.25
+"""Error of a std that fewer independent elements than there are values make."""
+
+
 def _telling_samples(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
     """`failed` without checks whose message another one covers better, the best first."""
     named = {check.name: check for check in failed}
     related = [check for check in failed if check.name.startswith(CORRELATION)]
     is_related = bool(related) or REUSE in named
     kept = _telling_values(named, is_related=is_related)
-    if std := _telling_std(named):
+    if (std := _telling_std(named)) and not _is_spread(std, related):
         kept.append(std)
     if not kept and not related:
         # Noise of several stds, with holes, or with repetitions is not normal either.

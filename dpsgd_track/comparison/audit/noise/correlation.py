@@ -24,7 +24,7 @@ REUSE = "reuse"
 _CONSECUTIVE = 128
 """This many kept elements are the leading ones of a shard, at equal positions in shards of any
 size."""
-_SAME = 0.99
+SAME = 0.99
 """Correlation from which on two parts of the noise are called the same."""
 _LAGS = 64
 _FEWEST = 16
@@ -117,7 +117,7 @@ def _check(
     value, reach = found
     sentence = f"the correlation of its noise between {place.text} is {value:.3f} where chance "
     sentence += f"explains {reach:.3f}"
-    if num_failed and value > _SAME:
+    if num_failed and value > SAME:
         sentence += ": they are the same"
     if num_failed > 1:
         sentence += f" ({num_failed} of {num_cells} are out of bounds)"
@@ -151,11 +151,11 @@ def _check_pairs(
         places += [replace(q, text=f"{q.text} in {name}", parameters=(name,)) for q in pairs]
     value, num = map(np.concatenate, zip(*found, strict=True))
     check = correlation_check(kind, places, value, num)
-    if check.is_ok or abs(check.value) > _SAME:
+    if check.is_ok or abs(check.value) > SAME:
         return check
     # Kept elements behind the leading ones are at other positions in shards of other sizes.
     leading = (part[..., :_CONSECUTIVE].reshape(shape) for part in (every, kept))
-    if correlations(*leading)[0].max() <= _SAME:
+    if correlations(*leading)[0].max() <= SAME:
         return check
     return replace(check, sentence=f"{check.sentence}: their shards begin with the same numbers")
 
