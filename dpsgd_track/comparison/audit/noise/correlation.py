@@ -154,7 +154,7 @@ def _check_pairs(
     if check.is_ok or abs(check.value) > SAME:
         return check
     # Kept elements behind the leading ones are at other positions in shards of other sizes.
-    leading = (part[..., :_CONSECUTIVE].reshape(shape) for part in (every, kept))
+    leading = every[..., :_CONSECUTIVE].reshape(shape), kept[..., :_CONSECUTIVE].reshape(shape)
     if correlations(*leading)[0].max() <= SAME:
         return check
     return replace(check, sentence=f"{check.sentence}: their shards begin with the same numbers")
