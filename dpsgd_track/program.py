@@ -12,6 +12,7 @@ from dpsgd_track.redaction import redact_uri
 NAME = "dpsgd-track"
 COMPARE = "compare"
 _SECRET = "--token"
+_GROUP = "--group"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,18 @@ def called_as(program: Program) -> Iterator[None]:
 def command(verb: str, arguments: Sequence[str] = ()) -> str:
     """The command line of `verb`, in the form that the user called."""
     return _called.command(verb, arguments)
+
+
+def repeatable(arguments: Sequence[str]) -> list[str]:
+    """`arguments` as they may be called again: without credentials, and for a group of its own."""
+    kept = []
+    remaining = iter(without_secrets(arguments))
+    for argument in remaining:
+        if argument == _GROUP:
+            next(remaining, None)
+        elif not argument.startswith(f"{_GROUP}="):
+            kept.append(argument)
+    return kept
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ from dpsgd_track.config import (
 from dpsgd_track.launcher import choices
 from dpsgd_track.launcher import hardware as machine
 from dpsgd_track.modes import table
-from dpsgd_track.program import without_secrets
+from dpsgd_track.program import repeatable, without_secrets
 from dpsgd_track.record.plan import PLAN
 from tests.support.fake_launch import run
 from tests.support.planned import asked, place
@@ -281,6 +281,8 @@ def test_model_and_data_that_do_not_fit_stop_the_launch(empty_folder):
 
 
 def test_the_recorded_command_holds_no_secret():
+    again = ["--group", "g", "--mode", "no_dp", "--group=h", "--token", "hf_a"]
+    assert repeatable(again) == ["--mode", "no_dp"]
     assert without_secrets(["--token", "hf_a", "--token=hf_b", "--mode", "no_dp"]) == [
         "--mode",
         "no_dp",

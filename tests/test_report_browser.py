@@ -381,7 +381,9 @@ def test_the_command_is_copied_by_keyboard(browser: Any, reports: dict[str, Path
     page.locator("button.copy").focus()
     page.keyboard.press("Enter")
     page.wait_for_function("document.getElementById('copied').textContent === 'Copied.'")
-    assert page.evaluate("navigator.clipboard.readText()") == COMMAND
+    what, command = page.evaluate("navigator.clipboard.readText()").split("\n")
+    assert command == COMMAND
+    assert what.startswith("# dpsgd-track ")
     page.context.close()
 
 

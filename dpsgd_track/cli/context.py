@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dpsgd_track.config import DataConfig, ModelConfig, Settings
 from dpsgd_track.modes.table import split_planted
-from dpsgd_track.program import NAME, command, without_secrets
+from dpsgd_track.program import NAME, command, repeatable
 from dpsgd_track.record.plan import GroupPlan
 from dpsgd_track.redaction import redact_uri, redacted
 from dpsgd_track.visible_text import visible
@@ -55,8 +55,8 @@ class Context:
 
     @property
     def command(self) -> str:
-        """The command line, without credentials."""
-        return command(self.verb, without_secrets(self.arguments))
+        """The command line, as it may be called again."""
+        return command(self.verb, repeatable(self.arguments))
 
     @property
     def launch(self) -> Launch:

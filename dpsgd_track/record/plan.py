@@ -64,7 +64,7 @@ class GroupPlan:
     left_out: tuple[LeftOut, ...] = ()
     """What was asked for and is not run, as the mode does not take it."""
     command: str = ""
-    """Command line it was made from, without credentials; for display, never parsed."""
+    """Command line it was made from, without credentials and group; for display, never parsed."""
 
     def __post_init__(self) -> None:
         require(self.num_nodes >= 1, "nnodes", self.num_nodes, "an integer >= 1")

@@ -14,8 +14,16 @@ _OWN_TAGS = ("mlflow.", "dpsgd.")
 
 
 def command(group: Group) -> str:
-    """The command line that launched the group; empty if a program launched it."""
-    return group.plan.command
+    """What runs the same once more, below what it was run with; empty if a program launched it."""
+    plan = group.plan
+    if not plan.command:
+        return ""
+    e = plan.environment
+    ran = [f"dpsgd-track {e.dpsgd_track}", f"torch {e.torch}", f"transformers {e.transformers}"]
+    ran += [f"Opacus {e.opacus}", f"Python {e.python}"]
+    ran += [f"commit {e.git_revision}"] * bool(e.git_revision)
+    ran += ["uncommitted changes"] * e.git_dirty
+    return f"# {', '.join(ran)}\n{plan.command}"
 
 
 def environment(group: Group) -> list[tuple[str, str]]:
