@@ -229,6 +229,11 @@ class Trajectory:
         column: Column = self.__dict__["_columns"][name]
         return column.read(start, stop)
 
+    @property
+    def noise_stds(self) -> Floats:
+        """[S] std of the noise, sigma C, of each step."""
+        return np.asarray(self.noise_std * self.max_grad_norm / self.max_grad_norm[0])
+
     def rows(self, start: int, stop: int) -> Trajectory:
         """The steps from row `start` to `stop`; large fields are read on first access."""
         start, stop, _ = slice(start, stop).indices(self.num_steps)

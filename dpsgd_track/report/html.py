@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from dpsgd_track.comparison.audit.noise.check import NoiseAudit
 from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
@@ -110,7 +111,9 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
     """The whole report, with `charts` in their order."""
     group = comparison.group
     sections = (*(section for section, *_ in SECTIONS), PROFILE_SECTION)
-    modes, replays = without_replays(rows(comparison))
+    every = rows(comparison)
+    modes, replays = without_replays(every)
+    audits = [audit for regime in comparison.regimes for audit in regime.audits.values()]
     first = _first_chart(comparison, charts)
     rest = [chart for chart in charts if chart is not first]
     # Failing regimes first.
@@ -123,7 +126,7 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
         profile_of(group),
         comparison=comparison,
         advice=advice(comparison),
-        facts=_facts(comparison),
+        facts=_facts(comparison, num_replays=len(every) - len(modes)),
         symbols=VERDICT_SYMBOLS,
         headings=HEADINGS,
         rows=modes,
@@ -137,7 +140,8 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
         stage_symbols=SYMBOLS,
         sections=SECTIONS,
         charts_of={name: [c for c in rest if c.section == name] for name in sections},
-        audits=[audit for regime in comparison.regimes for audit in regime.audits.values()],
+        audits=audits,
+        audited=_audited(audits),
         number=number,
         waived=accepted(comparison),
         not_computed=not_computed(comparison),
@@ -211,11 +215,20 @@ def _summary_of(charts: Sequence[Chart]) -> str:
     return f"{many}, of {', '.join(regimes)}" if regimes else many
 
 
-def _facts(comparison: GroupComparison) -> list[str]:
+def _audited(audits: Sequence[NoiseAudit]) -> str:
+    """`all 3 audits passed`; empty for none."""
+    bad = sum(bool(audit.failed) for audit in audits)
+    if bad:
+        return f"wrong noise in {bad} of {len(audits)} audits"
+    if len(audits) > 1:
+        return f"all {len(audits)} audits passed"
+    return "the audit passed" if audits else ""
+
+
+def _facts(comparison: GroupComparison, *, num_replays: int) -> list[str]:
     """The evidence behind the verdict, in a few words each."""
     group = comparison.group
     judged = len({run.label for run in group.runs})
-    replays = sum(row.is_floor for row in rows(comparison))
     steps = {run.trajectory.num_steps for run in group.runs if run.trajectory}
     names = ", ".join(regime.name for regime in comparison.regimes)
     facts = [f"{judged} mode{'s' * (judged != 1)}"]
@@ -225,6 +238,6 @@ def _facts(comparison: GroupComparison) -> list[str]:
         facts.append(f"{PROBE}…: on a small model that lets known faults show")
     if steps:
         facts.append(f"up to {max(steps):,} step{'s' * (max(steps) != 1)} each")
-    floor = f"rounding measured by {replays} replay{'s' * (replays != 1)}"
-    facts.append(floor if replays else "rounding was not measured")
+    floor = f"rounding measured by {num_replays} replay{'s' * (num_replays != 1)}"
+    facts.append(floor if num_replays else "rounding was not measured")
     return facts

@@ -149,7 +149,7 @@
     if (idle && queue.length) setTimeout(work);
   }, { rootMargin: "500px 0px" });
   charts.forEach(element => watch.observe(element));
-  // The first is drawn in any case, so that whoever scrolls finds one at once.
+  // Unless it is folded the first is drawn in any case, so that whoever scrolls finds one at once.
   if (charts.length) setTimeout(() => draw(charts[0]));
 
   // Filters: of modes, and of regimes.

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from dpsgd_track.comparison.audit.noise.check import ALPHA, Place
 from dpsgd_track.comparison.audit.noise.gaussian import correlation_bound
-from dpsgd_track.comparison.audit.noise.samples import noise_std
 from dpsgd_track.comparison.audit.noise.sketches import independent_squares
 from dpsgd_track.comparison.audit.noise.std import cells_of
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_length
@@ -71,7 +70,7 @@ def _standardised(t: Trajectory, rows: NDArray[np.int64]) -> tuple[Floats, NDArr
         np.stack([t.read(name, row, row + 1)[0] for row in rows.tolist()])
         for name in ("gradient_sketch", "noised_sketch")
     )
-    scale = noise_std(t)[rows, None] * np.sqrt(t.parameter_sizes)
+    scale = t.noise_stds[rows, None] * np.sqrt(t.parameter_sizes)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         noise = (noised - gradient) / scale[..., None]
         is_known = (scale > 0) & (scale >= _SMALLEST * sketch_length(gradient))

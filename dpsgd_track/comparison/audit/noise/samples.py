@@ -77,19 +77,13 @@ class Samples:
         return Place(text=text, step=step, parameters=(name,))
 
 
-def noise_std(trajectory: Trajectory) -> Floats:
-    """[S] sigma C of each step."""
-    bounds = trajectory.max_grad_norm
-    return np.asarray(trajectory.noise_std * bounds / bounds[0])
-
-
 def samples_of(trajectory: Trajectory) -> Samples | None:
     """Elements of a run's noise; None if it kept none, or was not to add any."""
     raw = trajectory.noise_samples
     if not raw.size or not trajectory.noise_std > 0:
         return None
     held = np.asarray(~np.isnan(raw).all(axis=0))
-    noise = raw / noise_std(trajectory)[:, None, None, None]
+    noise = raw / trajectory.noise_stds[:, None, None, None]
     return Samples(
         noise=np.where(held, noise, 0.0).astype(np.float64),
         held=held,
@@ -107,7 +101,7 @@ def _resolution(trajectory: Trajectory, held: NDArray[np.bool_]) -> float:
     units of the most common one, which is a spacing, or three, five or seven.
     """
     raw = trajectory.noise_samples[:, held].astype(np.float64)
-    z = raw / noise_std(trajectory)[:, None]
+    z = raw / trajectory.noise_stds[:, None]
     present = np.isfinite(raw) & (raw != 0)
     updates, z = raw[present] / trajectory.expected_batch_size, z[present]
     if not len(updates):

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from dpsgd_track.comparison.audit.noise.check import NoiseCheck, Place
 from dpsgd_track.comparison.audit.noise.correlation import correlation_check, correlations, pairs_of
-from dpsgd_track.comparison.audit.noise.samples import noise_std
 from dpsgd_track.comparison.audit.noise.std import STD, Cells, cells_of, std_check, telling
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_length
 
@@ -65,7 +64,7 @@ def _standardised(trajectory: Trajectory, start: int, stop: int) -> Floats | Non
     gradient, noised = (
         trajectory.read(name, start, stop) for name in ("gradient_sketch", "noised_sketch")
     )
-    scale = noise_std(trajectory)[start:stop, None] * np.sqrt(trajectory.parameter_sizes)
+    scale = trajectory.noise_stds[start:stop, None] * np.sqrt(trajectory.parameter_sizes)
     if not np.isfinite(noised).all() or (scale < _SMALLEST * sketch_length(gradient)).any():
         return None
     return np.asarray((noised - gradient) / scale[..., None])

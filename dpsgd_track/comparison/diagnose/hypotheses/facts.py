@@ -105,6 +105,19 @@ class Facts:
         weights = weights if weights.ndim == 3 else weights[..., None]
         return np.asarray(np.nansum(gradients * weights[..., None], axis=1))
 
+    def own_rows(self, weights: Floats) -> Floats | None:
+        """[S, Q, K] sum in which the rows of each rank are of its own samples alone.
+
+        Args:
+            weights: [S, N].
+        Returns:
+            None where no rows were recorded.
+        """
+        if not self.ours.shape_of("sample_shard_sketch")[-1]:
+            return None
+        rows = self.ours.sample_shard_sketch[:, :, self.columns].astype(np.float64)
+        return np.asarray(np.nansum(rows * weights[..., None, None], axis=1))
+
     @cached_property
     def right_sum(self) -> Floats:
         """[S, Q, K] sum that the mode's own factors make of right gradients."""

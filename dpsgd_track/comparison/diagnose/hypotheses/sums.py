@@ -242,24 +242,18 @@ def _one_factor_each(facts: Facts, *, of_step: bool) -> Prediction:
 
 def _not_reduced(facts: Facts, times: Callable[[Facts], float] = lambda facts: 1.0) -> Prediction:
     """Rows of each rank from its own samples alone."""
-    if not facts.ours.shape_of("sample_shard_sketch")[-1]:
-        return None
-    gradients = facts.ours.sample_shard_sketch[:, :, facts.columns].astype(np.float64)
-    return np.asarray(times(facts) * np.nansum(gradients * facts.factor[..., None, None], axis=1))
+    alone = facts.own_rows(facts.factor)
+    return None if alone is None else times(facts) * alone
 
 
 def _reduced_last_by_rows(facts: Facts) -> Prediction:
     """Rows of each rank from its own samples, but from all samples of the last micro-batch."""
-    if not facts.ours.shape_of("sample_shard_sketch")[-1]:
-        return None
     numbers = facts.theirs.sample_micro_batch
     is_last = numbers == numbers.max(axis=1, keepdims=True)
-    if is_last[facts.rows].all():
+    earlier = facts.own_rows(np.where(is_last, 0.0, facts.factor))
+    if earlier is None or is_last[facts.rows].all():
         return None
-    own_rows = facts.ours.sample_shard_sketch[:, :, facts.columns].astype(np.float64)
-    earlier = np.where(is_last, 0.0, facts.factor)
-    alone = np.nansum(own_rows * earlier[..., None, None], axis=1)
-    return np.asarray(alone + facts.weighted(np.where(is_last, facts.factor, 0.0)))
+    return earlier + facts.weighted(np.where(is_last, facts.factor, 0.0))
 
 
 def _added_late(facts: Facts) -> Prediction:
@@ -346,8 +340,7 @@ def _noised(facts: Facts) -> Prediction:
     theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
     sizes = facts.ours.parameter_sizes[facts.columns].astype(np.float64)
     is_large = sizes >= _MANY_ELEMENTS
-    bounds = facts.theirs.max_grad_norm
-    std = (facts.theirs.noise_std * bounds / bounds[0])[facts.rows]
+    std = facts.theirs.noise_stds[facts.rows]
     if is_large.sum() < _MANY_PARAMETERS or not np.all(std > 0):
         return None
     off = sketch_distance(theirs, facts.right_sum)[facts.rows][:, is_large]
