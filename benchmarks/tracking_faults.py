@@ -72,7 +72,7 @@ class Row:
     skipped: str = ""
     """Why it could not be tried here; empty if it was."""
     failed: str = ""
-    """What else came out than is expected, in a line; empty if nothing did."""
+    """Error of an injection that went otherwise than expected; empty for none."""
 
 
 def measure(fault: Fault, times: int | None, folder: Path) -> Row:

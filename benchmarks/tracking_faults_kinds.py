@@ -18,11 +18,11 @@ class Fault:
 
     name: str
     title: str
-    """What is injected."""
+    """The fault, in words."""
     times: int
     """Default number of injections."""
     after: str
-    """What brings the records to the store, or what is said."""
+    """Way of the records into the store after that, or the answer of a command."""
     inject: Inject
 
 

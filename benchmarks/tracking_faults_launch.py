@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -50,7 +51,7 @@ class Place:
     is_real: bool = False
     """Ranks train a tiny model; else they are stand-ins."""
     patience_s: float = 20.0
-    """How long processes may take to end."""
+    """Longest time for processes to end."""
     shared: set[str] = field(default_factory=lambda: _names(_SHARED_MEMORY))
 
     @property
@@ -98,7 +99,7 @@ class Place:
         return bool(_processes(self.folder))
 
     def tally(self, *groups: str) -> Tally:
-        """What the store has of groups, and what is left here."""
+        """Counts of what the store has of groups, and of what is left here."""
         store = Settings(tracking_uri=f"sqlite:///{self.folder}/mlflow.db")
         found = Tally()
         for group in groups:
@@ -117,7 +118,7 @@ class Place:
         return len(left)
 
     def left(self) -> list[str]:
-        """What is left outside spool, results and store, and in the spool."""
+        """Names of things left outside spool, results and store, and in the spool."""
         files = sorted(_names(self.folder) - _OWN)
         files += _names(self.folder / "spool")
         files += [str(path) for path in self.folder.glob("results/**/torchelastic*")]
@@ -157,29 +158,49 @@ def _unowned(shared: set[str]) -> set[str]:
 
 
 @contextlib.contextmanager
-def _places(folder: Path, *, is_real: bool = False) -> Iterator[Callable[[], Place]]:
-    """Makes folders to work in; their commands are ended at the end."""
-    made: list[Place] = []
-
-    def make() -> Place:
-        place = Place(folder / str(len(made)), is_real=is_real)
-        for own in (place.folder, place.temporary):
-            own.mkdir()
-        a_store(place.folder)
-        made.append(place)
-        return place
-
+def _place(folder: Path, *, is_real: bool = False) -> Iterator[Place]:
+    """A new folder to work in; processes that work there are ended at the end."""
+    place = Place(folder, is_real=is_real)
+    for own in (place.folder, place.temporary):
+        own.mkdir()
+    a_store(place.folder)
     try:
-        yield make
+        yield place
     finally:
-        for place in made:
-            for process in _processes(place.folder):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        for process in _processes(place.folder):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+InPlace = Callable[[Place], Tally]
+"""Injects a fault once; returns the counts of what came of it."""
+
+
+def _in_places(folder: Path, times: int, inject: InPlace, *, is_real: bool = False) -> Tally:
+    """Inject a fault so many times, each in a place of its own."""
+    found = Tally()
+    for number in range(times):
+        with _place(folder / str(number), is_real=is_real) as place:
+            found += inject(place)
+            found.times += 1
+    return found
+
+
+def _fault_in_place(
+    name: str, title: str, *, times: int, after: str, is_real: bool = False
+) -> Callable[[InPlace], InPlace]:
+    """Enter the decorated function as a fault that is injected in places of its own."""
+
+    def enter(inject: InPlace) -> InPlace:
+        of_all = partial(_in_places, inject=inject, is_real=is_real)
+        fault(name, title, times=times, after=after)(of_all)
+        return inject
+
+    return enter
 
 
 def _ended(process: subprocess.Popen[str], codes: Sequence[int]) -> str:
-    """What a command said; its exit code is one of `codes`."""
+    """Output of a command, which ends with one of `codes`."""
     out, err = process.communicate(timeout=240)
     assert process.returncode in codes, (
         f"exit code {process.returncode}: {out[-2000:]}{err[-2000:]}"
@@ -203,21 +224,20 @@ def _each(
     syncs: bool = False,
     real: bool = False,
 ) -> Tally:
-    """Launch, and do something to it after a few steps; what is left in the end."""
-    found, rng = Tally(), random.Random(1)
-    with _places(folder, is_real=real) as make:
-        for _ in range(times):
-            place = make()
-            process = place.launch("g", *(() if real else ("--num-iter", "20")), plan=SLOW)
-            _in_mid_run(place, process, rng.randrange(1, 30))
-            act(place, process)
-            _ended(process, codes)
-            until(lambda place=place: not place.is_running())
-            if syncs:
-                assert place.run("sync") == 0
-            found += place.tally("g")
-            found.times += 1
-    return found
+    """Launch, and do something to it after a few steps; counts of what is left in the end."""
+    rng = random.Random(1)
+
+    def inject(place: Place) -> Tally:
+        process = place.launch("g", *(() if real else ("--num-iter", "20")), plan=SLOW)
+        _in_mid_run(place, process, rng.randrange(1, 30))
+        act(place, process)
+        _ended(process, codes)
+        until(lambda: not place.is_running())
+        if syncs:
+            assert place.run("sync") == 0
+        return place.tally("g")
+
+    return _in_places(folder, times, inject, is_real=real)
 
 
 def _entered(
@@ -274,15 +294,15 @@ def _hangup(folder: Path, times: int) -> Tally:
 def _of_modes(folder: Path, times: int, plan: Mapping[str, object]) -> Tally:
     """Launches in which every mode has the same misfortune."""
     found = Tally()
-    with _places(folder) as make, mock.patch.dict(os.environ, {fake_launch.STALL_VARIABLE: "2"}):
+    with mock.patch.dict(os.environ, {fake_launch.STALL_VARIABLE: "2"}):
         while found.times < times:
-            place = make()
             modes = MODES[: times - found.times]
             options = ("--regime", "accuracy", "--num-iter", "4", "--nproc-per-node", "2")
             own = dict.fromkeys(modes, plan)
             arguments = ("full", "--mode", ",".join(modes), "--group", "g", *options)
-            _ended(place.start(*arguments, plan=own), (1,))
-            found += place.tally("g")
+            with _place(folder / str(found.times)) as place:
+                _ended(place.start(*arguments, plan=own), (1,))
+                found += place.tally("g")
             found.times += len(modes)
     return found
 
@@ -302,27 +322,21 @@ def _hangs(folder: Path, times: int) -> Tally:
     return _of_modes(folder, times, {"do": "hang", "rank": 1})
 
 
-@fault(
+@_fault_in_place(
     "all-killed",
     _stand_ins("SIGKILL to all processes at once"),
     times=2,
     after="the next launch, a minute later, ends its runs as KILLED, ships it and tidies up",
 )
-def _all_killed(folder: Path, times: int) -> Tally:
-    found = Tally()
-    with _places(folder) as make:
-        for _ in range(times):
-            place = make()
-            process = place.launch("g", "--num-iter", "20", plan=SLOW)
-            _in_mid_run(place, process, 5)
-            kill_all(process)
-            process.communicate()
-            place.wait_a_minute()
-            # As long as it takes to ship what was left.
-            _ended(place.launch("next", "--num-iter", "40", plan=SLOW), (0,))
-            found += place.tally("g", "next")
-            found.times += 1
-    return found
+def _all_killed(place: Place) -> Tally:
+    process = place.launch("g", "--num-iter", "20", plan=SLOW)
+    _in_mid_run(place, process, 5)
+    kill_all(process)
+    process.communicate()
+    place.wait_a_minute()
+    # As long as it takes to ship what was left.
+    _ended(place.launch("next", "--num-iter", "40", plan=SLOW), (0,))
+    return place.tally("g", "next")
 
 
 def _answers(port: int) -> bool:
@@ -331,27 +345,21 @@ def _answers(port: int) -> bool:
     return False
 
 
-@fault(
+@_fault_in_place(
     "ui-killed",
     "SIGKILL to `ui`, which has a server and a temporary folder",
     times=1,
     after="the server ends with it; the next command, a minute later, tidies up",
 )
-def _ui_killed(folder: Path, times: int) -> Tally:
-    found = Tally()
-    with _places(folder) as make:
-        for _ in range(times):
-            place = make()
-            port = closed_port()
-            process = place.start("ui", "--port", str(port))
-            until(lambda port=port: _answers(port))
-            process.kill()
-            process.communicate()
-            assert place.wait_a_minute() == 1
-            place.run("sync")
-            found.left += len(place.left())
-            found.times += 1
-    return found
+def _ui_killed(place: Place) -> Tally:
+    port = closed_port()
+    process = place.start("ui", "--port", str(port))
+    until(lambda: _answers(port))
+    process.kill()
+    process.communicate()
+    assert place.wait_a_minute() == 1
+    place.run("sync")
+    return Tally(left=len(place.left()))
 
 
 _LAUNCH = (
@@ -360,66 +368,50 @@ _LAUNCH = (
 )
 
 
-@fault("terminal", _stand_ins("its terminal goes away"), times=1, after="it runs on, and arrives")
-def _terminal(folder: Path, times: int) -> Tally:
-    found = Tally()
-    with _places(folder) as make:
-        for _ in range(times):
-            place = make()
-            pid, terminal = pty.fork()
-            if pid == 0:
-                os.chdir(place.folder)
-                os.execve(sys.executable, _LAUNCH, place.environment(SLOW))
-            until(lambda place=place: place.steps_told() > 3)
-            os.close(terminal)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-            found += place.tally("g")
-            found.times += 1
-    return found
+@_fault_in_place(
+    "terminal", _stand_ins("its terminal goes away"), times=1, after="it runs on, and arrives"
+)
+def _terminal(place: Place) -> Tally:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(place.folder)
+        os.execve(sys.executable, _LAUNCH, place.environment(SLOW))
+    until(lambda: place.steps_told() > 3)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return place.tally("g")
 
 
-@fault(
+@_fault_in_place(
     "output",
     _stand_ins("output into `| head -1`, or onto a full device"),
     times=2,
     after="it runs on, and arrives",
 )
-def _output(folder: Path, times: int) -> Tally:
-    found = Tally()
-    with _places(folder) as make:
-        for number in range(times):
-            place = make()
-            shell = ("{} | head -1", "{} > /dev/full 2>&1")[number % 2]
-            command = f"set -o pipefail; {shell.format(shlex.join(_LAUNCH))}"
-            ended = subprocess.run(
-                ["bash", "-c", command],
-                cwd=place.folder,
-                env=place.environment(),
-                capture_output=True,
-            )
-            assert ended.returncode == 0
-            found += place.tally("g")
-            found.times += 1
-    return found
+def _output(place: Place) -> Tally:
+    shell = ("{} | head -1", "{} > /dev/full 2>&1")[int(place.folder.name) % 2]
+    command = f"set -o pipefail; {shell.format(shlex.join(_LAUNCH))}"
+    ended = subprocess.run(
+        ["bash", "-c", command],
+        cwd=place.folder,
+        env=place.environment(),
+        capture_output=True,
+    )
+    assert ended.returncode == 0
+    return place.tally("g")
 
 
-@fault(
+@_fault_in_place(
     "same-name",
     _stand_ins("two launches at once, with one name"),
     times=2,
     after="one arrives by itself, the other is refused",
 )
-def _same_name(folder: Path, times: int) -> Tally:
-    found = Tally()
-    with _places(folder) as make:
-        for _ in range(times):
-            place = make()
-            both = [place.launch("g", "--num-iter", "4") for _ in range(2)]
-            said = [_ended(process, (0, 2)) for process in both]
-            assert sorted(process.returncode for process in both) == [0, 2], said
-            found += place.tally("g")
-            found.times += 1
-    return found
+def _same_name(place: Place) -> Tally:
+    both = [place.launch("g", "--num-iter", "4") for _ in range(2)]
+    said = [_ended(process, (0, 2)) for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    return place.tally("g")
 
 
 @fault(
@@ -429,45 +421,37 @@ def _same_name(folder: Path, times: int) -> Tally:
     after="both say that its launcher is at work; arrives by itself",
 )
 def _resume(folder: Path, times: int) -> Tally:
-    def meddle(place: Place, process: subprocess.Popen[str]) -> None:
+    with _place(folder / "0") as place:
+        process = place.launch("g", "--num-iter", "200", plan=SLOW)
+        _in_mid_run(place, process, 3)
         for _ in range(times):
             assert place.run("resume", "g") == 2
             assert place.run("sync", "g") == 1
         assert process.poll() is None
-
-    with _places(folder) as make:
-        place = make()
-        process = place.launch("g", "--num-iter", "200", plan=SLOW)
-        _in_mid_run(place, process, 3)
-        meddle(place, process)
         _ended(process, (0,))
         found = place.tally("g")
     found.times = 2 * times
     return found
 
 
-@fault(
+@_fault_in_place(
     "results-disk",
     "the disk with results and logs is full (real ranks)",
     times=1,
     after="the mode fails, and says why; arrives by itself, and `resume` makes it whole",
+    is_real=True,
 )
-def _results_disk(folder: Path, times: int) -> Tally:
-    found = Tally()
-    with _places(folder, is_real=True) as make:
-        for _ in range(times):
-            place = make()
-            with small_disk(place.folder, "64m") as disk:
-                (place.folder / "results").symlink_to(disk)
-                process = place.launch("g")
-                _in_mid_run(place, process, 2)
-                fill(disk)
-                assert "the disk is full" in _ended(process, (1,))
-                found += place.tally("g")
-                (disk / "filler").unlink()
-                _ended(place.start("resume", "g"), (0,))
-                found += place.tally("g")
-                # The disk itself, twice.
-                found.left -= 2
-            found.times += 1
+def _results_disk(place: Place) -> Tally:
+    with small_disk(place.folder, "64m") as disk:
+        (place.folder / "results").symlink_to(disk)
+        process = place.launch("g")
+        _in_mid_run(place, process, 2)
+        fill(disk)
+        assert "the disk is full" in _ended(process, (1,))
+        found = place.tally("g")
+        (disk / "filler").unlink()
+        _ended(place.start("resume", "g"), (0,))
+        found += place.tally("g")
+        # The disk itself, twice.
+        found.left -= 2
     return found

@@ -45,7 +45,7 @@ STEPS = 20
 BY_ITSELF = "arrives by itself"
 _PATIENCE_S = 60.0
 _DEADLINE_S = 1.0
-"""Of calls, in place of 15 seconds, where a server keeps them waiting."""
+"""Deadline of a call to a server that keeps it waiting; a launch has 15 seconds."""
 
 
 def until(holds: Callable[[], object], patience_s: float = _PATIENCE_S) -> None:
@@ -88,8 +88,13 @@ def logged_through(
     if left:
         sync(folder / "spool", uri)
     found = arrived(*open_store(Settings(tracking_uri=uri)), name, times * steps)
-    found.times, found.left = times, len(list((folder / "spool").glob("*/*")))
+    found.times, found.left = times, _left_in(folder / "spool")
     return found
+
+
+def _left_in(spool: Path) -> int:
+    """Number of files that the groups in a spool still have."""
+    return len(list(spool.glob("*/*")))
 
 
 def is_back(said: list[str]) -> bool:
@@ -143,7 +148,7 @@ def _gone(folder: Path, times: int) -> Tally:
         sync(spool, wire.uri)
         wire.cut()
         found += arrived(*open_store(Settings(tracking_uri=server.uri)), name, 40)
-        found += Tally(times=1, left=len(list(spool.glob("*/*"))))
+        found += Tally(times=1, left=_left_in(spool))
     return found
 
 
@@ -306,7 +311,7 @@ def _two_syncs(folder: Path, times: int) -> Tally:
         assert 0 in codes, codes
         store = Settings(tracking_uri=f"sqlite:///{own}/mlflow.db")
         found += arrived(*open_store(store), own.name, 30)
-        found += Tally(times=1, left=len(list((own / "spool").glob("*/*"))))
+        found += Tally(times=1, left=_left_in(own / "spool"))
     return found
 
 
