@@ -10,6 +10,8 @@ import pytest
 
 from dpsgd_track.comparison import compare_group
 from dpsgd_track.comparison.diagnose.ladder import StageStatus
+from dpsgd_track.comparison.measure.drift import compare_pair
+from dpsgd_track.comparison.measure.floor import floor_of, limits_of
 from dpsgd_track.comparison.measure.observables import OBSERVABLES
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import judge_coverage
@@ -398,6 +400,19 @@ def test_floor_of_many_draws_is_steady_and_excuses_less(
     runs = [run for run in healthy_runs() if run.regime == "accuracy" and run.mode != "reference"]
     found = compared(with_run(with_run(with_run(runs, base), replay), wrong))
     assert verdicts(found)[MODE] == verdict
+
+
+def test_once_weights_have_moved_a_replay_is_one_draw_of_a_parameters_floor() -> None:
+    plain = record("accuracy")
+    rounded = scaled(plain, "gradient_sketch", 1 + 2e-3)
+    rounded = scaled(rounded, "gradient_sketch", 1.006, (slice(None), 0))
+    for regime, later in (("accuracy", 2 * 8.012e-3), ("clip", 2.3 * 4.006e-3)):
+        replay = compare_pair(regime, ("no_dp", plain), ("no_dp (permuted)", rounded))
+        limits = limits_of(replay.drifts[ObservableName.GRADIENT], floor_of([replay]))
+        assert limits is not None
+        # Before, the 32 projections of four steps are draws of their own.
+        assert limits[0, 1] == pytest.approx(2.3 * 4.006e-3, rel=0.02)
+        assert limits[2, 1] == pytest.approx(later, rel=0.02)
 
 
 def test_mode_that_agrees_with_no_dp_is_still_held_against_the_reference() -> None:

@@ -95,6 +95,47 @@ def test_a_layer_that_runs_again_in_the_backward_is_counted_once() -> None:
     assert len(observer.take().sketch) == 1
 
 
+class BiasAlone(nn.Module):
+    """Adds a bias, as the head of BERT does beside its decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(D, V)
+        self.bias = nn.Parameter(torch.ones(V))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.decoder(x) + self.bias
+        return out
+
+
+class Widened(nn.Module):
+    """Has a weight of its input's width, and another output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x * self.weight, x], dim=-1)
+
+
+@pytest.mark.parametrize(("layer", "known"), [(BiasAlone(), ["bias"]), (Widened(), [])])
+def test_layers_of_unknown_kinds_are_seen_without_formulas(
+    layer: nn.Module, known: list[str]
+) -> None:
+    layer = layer.double()
+    observer = SampleObserver()
+    observer.watch(layer)
+    loss = layer(torch.randn(1, T, D, dtype=torch.float64)).square().sum()
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, [*parameters, *observer.outputs()])
+    observer.see(dict(zip(names, found, strict=False)), found[len(parameters) :])
+    lost = list(NormFormula).index(NormFormula.FIRST_POSITION_LOST)
+    values = dict(zip(names, observer.take().other_norm[0, :, lost].tolist(), strict=True))
+    own = {name: value for name, value in values.items() if not name.startswith("decoder")}
+    assert [name for name, value in own.items() if np.isfinite(value)] == known
+
+
 TOKENS = torch.tensor([[1, 2, 1, 0, 3, 1, 0]])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,13 @@ def test_own_noise_can_come_from_the_operating_system_and_matched_noise_cannot()
 @pytest.mark.usefixtures("alone")
 def test_the_number_of_replicas_reaches_the_mode() -> None:
     assert _run(num_ranks=3).mode.context.num_replicas == 3
+
+
+@pytest.mark.usefixtures("alone")
+def test_padding_on_the_left_is_attended_to_without_cudnn() -> None:
+    # Its gradients are NaN where a query may attend to nothing.
+    is_used = []
+    for padding in ("left", "right"):
+        _run(num_iter=1, data=replace(SEQUENTIAL, padding=padding))
+        is_used.append(torch.backends.cuda.cudnn_sdp_enabled())
+    assert is_used == [False, True]

@@ -55,8 +55,8 @@ WORDS: dict[FailureKind, tuple[str, str]] = {
     ),
     FailureKind.NOT_FINITE: (
         "a value became NaN or infinite",
-        "Try a smaller --learning-rate, a smaller --sigma, or --param-dtype float32; "
-        "if other modes stay finite on the same data, the mode is at fault.",
+        "Try a smaller --learning-rate, a smaller --sigma, or --param-dtype float32. If no_dp or "
+        "reference stays finite on the same data, the mode is at fault.",
     ),
     FailureKind.UNEQUAL_NOISE: (
         "copies of the noise differ",

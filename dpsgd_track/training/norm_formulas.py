@@ -126,13 +126,14 @@ class LayerCalls:
         is_padding_T = self._padding()
         for (module, own, *tensors), dy in zip(calls, output_gradients, strict=True):
             x, output, dy_TP = (t.detach().cpu() for t in (*tensors, dy.flatten(0, -2)))
-            of_kind = {"bias": Share(dy_TP), "weight": _of_weight(module, x, output, dy_TP)}
-            for kind, share in of_kind.items():
-                if share is None or kind not in own:
+            for kind, name in own.items():
+                is_bias = kind == "bias"
+                share = Share(dy_TP) if is_bias else _of_weight(module, x, output, dy_TP)
+                if share is None:
                     continue
                 if is_padding_T is not None and len(is_padding_T) == len(dy_TP):
                     share = replace(share, is_padding_T=is_padding_T)
-                found[own[kind]].append(share)
+                found[name].append(share)
         return found
 
     def _padding(self) -> Tensor | None:
@@ -152,8 +153,10 @@ def _of_weight(module: nn.Module, x: Tensor, output: Tensor, dy_TP: Tensor) -> S
         is_padding = (row_T == (-1 if module.padding_idx is None else module.padding_idx))[:, None]
         rows, padding = dy_TP.masked_fill(is_padding, 0.0), dy_TP.masked_fill(~is_padding, 0.0)
         return Share(rows, row_T=row_T, padding_TP=padding)
-    weight, bias = module.weight, getattr(module, "bias", None)
-    if isinstance(weight, Tensor) and weight.ndim == 1 and weight.shape == x.shape[-1:]:
+    parameters = dict(module.named_parameters(recurse=False))
+    weight, bias = parameters["weight"], parameters.get("bias")
+    scales = weight.shape == x.shape[-1:] and output.shape == x.shape
+    if scales and (bias is None or bias.shape == weight.shape):
         unscaled = output if bias is None else output - bias.detach().cpu()
         unscaled = unscaled / weight.detach().cpu()
         x_TP = x.flatten(0, -2).to(dy_TP)

@@ -57,6 +57,9 @@ class PreparedRun:
     def __init__(self, job: JobConfig, regime: RegimeConfig, device: torch.device) -> None:
         """The subclass builds the model, the sampler and the mode, in this order."""
         self.job, self.regime, self.device = job.run_in(regime), regime, device
+        # In torch 2.11 the gradients of cuDNN's attention are NaN (64 positions, H100) where a
+        # query may attend to nothing, as padding on the left may not.
+        torch.backends.cuda.enable_cudnn_sdp(self.job.data.padding != "left")
 
     def _model(self) -> nn.Module:
         """The unsharded model; its weights are a function of the seed."""

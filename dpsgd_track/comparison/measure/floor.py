@@ -21,6 +21,7 @@ from scipy import optimize, special
 from dpsgd_track.comparison.measure.alignment import Aligned
 from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.observables import LOSS
+from dpsgd_track.config import CLIP, kind_of
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 
@@ -90,6 +91,8 @@ class _Series:
     """[S, items], or [S, 1]: independent draws that the floor of an item is the largest of."""
     share: Floats
     """[S] share of the related observable's floor that counts."""
+    num_replays: int
+    """Replays that show rounding, if steps move the weights; 0 if they stand still."""
 
     def at(self, steps: Integers) -> Integers:
         """Rows that count for `steps`."""
@@ -136,7 +139,8 @@ def floor_of(replays: Sequence[Pair], *, against_float64: bool = False) -> Floor
     for replay in replays:
         for name, drift in replay.drifts.items():
             drifts.setdefault(name, []).append((replay.aligned, drift))
-    series = {name: _series(found) for name, found in drifts.items()}
+    stands_still = kind_of(replays[0].regime) == CLIP
+    series = {name: _series(found, stands_still) for name, found in drifts.items()}
     return Floor(
         measured_on=tuple(dict.fromkeys(replay.mode for replay in replays)),
         values={name: max(drift.max for _, drift in found) for name, found in drifts.items()},
@@ -158,11 +162,12 @@ def _chaos(gradient: _Series | None) -> int | None:
     return int(gradient.steps[lost[0]]) if len(lost) else None
 
 
-def _series(drifts: Sequence[tuple[Aligned, Drift]]) -> _Series:
+def _series(drifts: Sequence[tuple[Aligned, Drift]], stands_still: bool) -> _Series:
     steps = np.unique(np.concatenate([drift.steps for _, drift in drifts]))
     items = drifts[0][1].items
     largest, by_item = np.zeros(len(steps)), np.zeros((len(steps), max(1, len(items))))
     num_draws, share = np.zeros_like(by_item, dtype=np.int64), np.ones(len(steps))
+    num_replays = 0
     for aligned, drift in drifts:
         rows = np.searchsorted(steps, drift.steps)
         largest[rows] = np.fmax(largest[rows], drift.per_step)
@@ -173,6 +178,7 @@ def _series(drifts: Sequence[tuple[Aligned, Drift]]) -> _Series:
         # A replay that repeats every bit shows no rounding.
         if drift.max > 0:
             num_draws[rows] += _num_draws(aligned, drift)
+            num_replays += 1
     return _Series(
         steps=steps,
         largest=np.maximum.accumulate(largest),
@@ -180,6 +186,7 @@ def _series(drifts: Sequence[tuple[Aligned, Drift]]) -> _Series:
         by_item=np.maximum.accumulate(by_item, axis=0),
         num_draws=np.cumsum(num_draws, axis=0),
         share=share,
+        num_replays=0 if stands_still else num_replays,
     )
 
 
@@ -265,9 +272,23 @@ def limits_of(drift: Drift, floor: Floor | None) -> Floats | None:
     least = max(_RESOLUTION_OF.get(name, RESOLUTION), inherited * floor.norm_error)
     resolution = least * _unit(drift)
     limits = np.maximum(margin * measured, resolution)
+    if kind == "parameter" and drift.items == series.items:
+        limits[1:] = np.maximum(limits[1:], _limits_of_moved(series, rows[1:]))
     if floor.chaos is not None:
         limits[drift.steps >= floor.chaos] = np.inf
     return limits
+
+
+def _limits_of_moved(series: _Series, rows: Integers) -> Floats:
+    """[S, items] least limits of sums once the weights have moved; 0 if they stand still.
+
+    All projections of a parameter then share one displacement of the weights, so that a replay is
+    one draw. The largest floor of any parameter bounds what that can explain.
+    """
+    if series.num_replays == 0:
+        return np.zeros((len(rows), 1))
+    by_replay = margin_of(np.array(series.num_replays)) * series.by_item[rows]
+    return np.minimum(by_replay, MARGIN * series.largest[rows][:, None])
 
 
 def _unit(drift: Drift) -> float:
