@@ -146,6 +146,7 @@ class PrivateTraining:
         try:
             with self._guarded():
                 if self._spot_check is not None:
+                    self._spot_check.note(batch)
                     self._spot_check.before(batch)
                 self.last = self.mode.accumulate(batch)
                 is_added = True

@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpsgd_track.privacy.loss import logits_of
+from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
+
+
+class Rows(ABC):
+    """Samples that a model can be run on, in other numbers and orders too."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors whose dimension 0 is the sample."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Self:
+        """The samples with these indices."""
+
+
+class RepeatableBatch(Rows):
+    """A micro-batch of one rank whose losses can be computed again; it may be empty."""
+
+    @abstractmethod
+    def stand_in(self) -> Self:
+        """A batch that an empty one runs as, so that its rank takes part in collectives."""
+
+    @abstractmethod
+    def outputs(
+        self, model: nn.Module, loss: PerSampleLoss, dtype: torch.dtype | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """The model's logits, None if they are not known, and the samples' losses, [B].
+
+        Args:
+            loss: of the logits and targets; unused if the batch has a loss of its own.
+            dtype: type that floating inputs of the model are cast to; None leaves them.
+        """
+
+    def padded(self, indices: Tensor) -> Tensor:
+        """`indices`, followed by more of them if `rows` can take no fewer than all samples."""
+        return indices
+
+    def restore_random_state(self) -> None:
+        """Set torch's generators to what the batch's losses were first computed with."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(RepeatableBatch):
     """One micro-batch of one rank; it may be empty."""
 
     inputs: dict[str, Tensor]
@@ -46,6 +89,13 @@ class Batch:
             return t.new_ones(shape) if name.endswith("mask") else t.new_zeros(shape)
 
         return self._mapped(blank)
+
+    def outputs(
+        self, model: nn.Module, loss: PerSampleLoss, dtype: torch.dtype | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """The model's logits, and their losses, [B]."""
+        logits = self.run(model, dtype)
+        return logits, loss(logits, self.targets)
 
     def run(self, model: Callable[..., Any], dtype: torch.dtype | None = None) -> Tensor:
         """Logits of `model` over the batch; floating inputs are cast to `dtype`."""

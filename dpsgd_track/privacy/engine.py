@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +16,24 @@ from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.kernels.device import HostCopy
 from dpsgd_track.kernels.left_out import assuming_all_kept
 from dpsgd_track.kernels.weighted_sum import weighted_sums_into
-from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.batch import Batch, RepeatableBatch, Rows
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.clipping import SampleRecord, clip_factors, total_norm
 from dpsgd_track.privacy.loss import PerSampleLoss
 from dpsgd_track.privacy.precision import rounded_parameters
 from dpsgd_track.privacy.sample_dim import find_sample_dims
 
-Strategy = Callable[["Engine", Batch], SampleRecord]
-"""Puts a micro-batch's clipped sum into the engine; see `privacy.strategies`."""
+Strategy = Callable[["Engine", Tensor], SampleRecord]
+"""Puts a micro-batch's clipped sum into the engine, from the samples' losses [B] with their graph;
+see `privacy.strategies`."""
+
+
+@dataclass
+class Added:
+    """The micro-batch that is being added."""
+
+    record: SampleRecord | None = None
+    """Set before the end."""
 
 
 @dataclass
@@ -49,42 +60,71 @@ class Engine:
     def __post_init__(self) -> None:
         self._device_type = next(self.model.parameters()).device.type
 
-    def add(self, batch: Batch) -> SampleRecord:
+    def add(self, batch: RepeatableBatch) -> SampleRecord:
         """Add a micro-batch's clipped sum, whole or not at all; an empty one adds nothing."""
-        is_empty = self.is_standing_in = len(batch) == 0
-        if is_empty:
-            batch = batch.stand_in()
+        with self.adding(len(batch)) as added:
+            if self.is_standing_in:
+                batch = batch.stand_in()
+            if isinstance(batch, Batch):
+                run = partial(Batch.run, model=self.model, dtype=self.rounded_dtype)
+                self.find_sample_dims(run, batch)
+            added.record = self._run(batch)
+        assert added.record is not None
+        return added.record
+
+    @contextmanager
+    def adding(self, num_samples: int) -> Iterator[Added]:
+        """Context in which the clipped sum of a micro-batch is formed; added unless it raises."""
+        added = Added()
+        self.is_standing_in = num_samples == 0
         try:
             with self.in_rounded_dtype():
-                if self.capture is not None and not self._knows_sample_dims:
-                    find_sample_dims(self.capture, self._logits, batch)
-                    self.sharder.reshard()
-                    self._knows_sample_dims = True
-                record = self._run(batch)
+                yield added
         except BaseException:
             self.sharder.discard()
             raise
         self.sharder.commit()
-        return record.emptied() if is_empty else record
+        if num_samples == 0 and added.record is not None:
+            added.record = added.record.emptied()
 
-    def _run(self, batch: Batch) -> SampleRecord:
+    def find_sample_dims(self, run: Callable[[Any], Tensor], rows: Rows) -> None:
+        """Before the first batch, find the samples' dimension in each layer.
+
+        Args:
+            run: the model's outputs of `rows`, [B, ...].
+        """
+        if self.capture is None or self._knows_sample_dims:
+            return
+        find_sample_dims(self.capture, run, rows)
+        self.sharder.reshard()
+        self._knows_sample_dims = True
+
+    def capturing(self, num_samples: int) -> AbstractContextManager[None]:
+        """Context in which the forward of a micro-batch runs, and then the strategy."""
+        return nullcontext() if self.capture is None else self.capture.sample_batch(num_samples)
+
+    def _run(self, batch: RepeatableBatch) -> SampleRecord:
         """Run the strategy; on one GPU at first on the assumption that no sample is left out.
 
         If one is, which the host knows long before the sums are formed, run it again.
         """
         is_clipped_on_one_gpu = self.capture is not None and self.sharder.repeats_batches
         if self._device_type == "cpu" or not is_clipped_on_one_gpu:
-            return self.strategy(self, batch)
+            return self._run_once(batch)
         with assuming_all_kept() as assumption:
-            record = self.strategy(self, batch)
+            record = self._run_once(batch)
         assert self._leaves_out is not None
         if assumption.was_made and bool(self._leaves_out.wait()):
             self.sharder.discard()
-            record = self.strategy(self, batch)
+            record = self._run_once(batch)
         return record
 
+    def _run_once(self, batch: RepeatableBatch) -> SampleRecord:
+        with self.capturing(len(batch)):
+            return self.strategy(self, self.losses(batch))
+
     def weighted_sum(
-        self, batch: Batch, weight_B: Tensor
+        self, batch: RepeatableBatch, weight_B: Tensor
     ) -> tuple[SampleRecord, dict[str, Tensor]]:
         """sum_i w_i g_i over all ranks, formed the way a clipped sum is. Adds nothing.
 
@@ -100,30 +140,30 @@ class Engine:
             self._weight_B = None
 
     def autograd_gradients(
-        self, batch: Batch, weight_B: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self, batch: RepeatableBatch, weight_B: Tensor
+    ) -> tuple[Tensor | None, Tensor, dict[str, Tensor]]:
         """The gradient of sum_i w_i loss_i over all ranks by plain autograd, with no capture.
 
         Returns:
-            Logits and losses of the samples, and this rank's shards of the gradient, by parameter.
+            Logits of the samples, None if they are not known, their losses, and this rank's shards
+            of the gradient, by parameter.
         """
         if len(batch) == 0:
             batch, weight_B = batch.stand_in(), weight_B.new_zeros(1)
         parameters = trainable_parameters(self.model)
         with self.in_rounded_dtype():
-            logits = self._logits(batch)
-            loss_B = self.loss(logits, batch.targets)
+            logits, loss_B = batch.outputs(self.model, self.loss, self.rounded_dtype)
             total = (loss_B * weight_B).sum()
             shards = self.sharder.gradients_of(total, list(parameters.values()))
         gradients = {
             name: torch.zeros_like(as_local(parameter)) if gradient is None else gradient.to_dense()
             for (name, parameter), gradient in zip(parameters.items(), shards, strict=True)
         }
-        return logits.detach(), loss_B.detach(), gradients
+        return logits if logits is None else logits.detach(), loss_B.detach(), gradients
 
-    def losses(self, batch: Batch) -> Tensor:
+    def losses(self, batch: RepeatableBatch) -> Tensor:
         """Loss of each sample, [B], with its graph."""
-        return self.loss(self._logits(batch), batch.targets)
+        return batch.outputs(self.model, self.loss, self.rounded_dtype)[1]
 
     def clip(self, loss_B: Tensor, norm_sq: dict[str, Tensor]) -> SampleRecord:
         """Norms and clip factors from squared norms by parameter.
@@ -167,9 +207,6 @@ class Engine:
         if self.is_standing_in:
             sums = {name: torch.zeros_like(total) for name, total in sums.items()}
         self.sharder.put(sums)
-
-    def _logits(self, batch: Batch) -> Tensor:
-        return batch.run(self.model, self.rounded_dtype)
 
     def without_autocast(self) -> AbstractContextManager[object]:
         """Compute norms and sums, after an autocast forward, without autocast."""

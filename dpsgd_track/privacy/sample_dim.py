@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.backward_per_sample import BackwardPerSample
-from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.batch import RepeatableBatch, Rows
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer, spread
 from dpsgd_track.privacy.dropout import of_any_samples
@@ -36,7 +36,7 @@ from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
 _logger = logging.getLogger(__name__)
 
-Run = Callable[[Batch], Tensor]
+Run = Callable[[Any], Tensor]
 """The model's outputs of a batch, [B, ...], without gradients."""
 
 _POSITION_WISE = (embedding, layer_norm, linear, rms_norm, transposed_linear)
@@ -47,7 +47,7 @@ _SampleDim = int | str
 """The samples' dimension in a layer's input; SHARED if all samples share it; or UNKNOWN."""
 
 
-def find_sample_dims(capture: Capture, run: Run, batch: Batch) -> None:
+def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
     """Choose how each layer is captured; the default is for samples in dimension 0.
 
     If the model cannot run on another number of samples, the default stays, and a layer is refused
@@ -96,7 +96,7 @@ def _register(capture: Capture, captured: CapturedLayer, dims: set[_SampleDim]) 
 
 
 def _spread_where_faithful(
-    capture: Capture, run: Run, batch: Batch, dims: dict[str, list[_SampleDim]]
+    capture: Capture, run: Run, batch: Rows, dims: dict[str, list[_SampleDim]]
 ) -> dict[str, list[_SampleDim]]:
     """Dimensions of the samples with shared outputs spread, if that changes no model output.
 
@@ -126,7 +126,7 @@ def _spread_where_faithful(
 def _observe(
     capture: Capture,
     run: Run,
-    batch: Batch,
+    batch: Rows,
     observer: Callable[[CapturedLayer, int], _Observer],
 ) -> tuple[dict[str, list[_SampleDim]], Tensor]:
     """The samples' dimension in each call of each layer, and the model's outputs."""
@@ -229,7 +229,7 @@ def _sample_dim_of(x: Tensor, captured: CapturedLayer, num_samples: int) -> _Sam
     return dim if layer.rule in _POSITION_WISE and dim < num_positions else UNKNOWN
 
 
-def _unlike_any_size(model: nn.Module, batch: Batch) -> int:
+def _unlike_any_size(model: nn.Module, batch: Rows) -> int:
     """The next number of samples above the batch's that is no tensor's size."""
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     sizes |= {size for tensor in batch.tensors() for size in tensor.shape}
@@ -248,8 +248,11 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def kept_random_state(batch: Batch) -> Iterator[None]:
-    """Draw the random numbers that come next, and restore the generators afterwards."""
+def kept_random_state(batch: Rows) -> Iterator[None]:
+    """Draw the random numbers that come next, or that the batch has drawn before; restore the
+    generators afterwards."""
     devices = sorted({t.device.index or 0 for t in batch.tensors() if t.is_cuda})
     with torch.random.fork_rng(devices=devices):
+        if isinstance(batch, RepeatableBatch):
+            batch.restore_random_state()
         yield

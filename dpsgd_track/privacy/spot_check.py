@@ -36,7 +36,7 @@ from torch import Tensor
 from dpsgd_track.distributed.agreement import Agreement
 from dpsgd_track.distributed.ranks import sum_over_ranks, world_size
 from dpsgd_track.distributed.sharding import as_local, trainable_parameters
-from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.batch import Batch, RepeatableBatch
 from dpsgd_track.privacy.clipping import SampleRecord, clip_factors
 from dpsgd_track.privacy.engine import Engine
 from dpsgd_track.privacy.eval_mode import in_eval_mode
@@ -99,21 +99,25 @@ class SpotCheck:
         self._unproven = set(trainable_parameters(engine.model))
         """Parameters whose gradients were 0 in every check so far."""
 
-    def before(self, batch: Batch) -> None:
-        """Check a batch before it is added, if a check is due that other ranks need not agree on.
+    def note(self, batch: RepeatableBatch) -> None:
+        """Note the next batch."""
+        self._num_batches += 1
+        self._kind = self._kind_of(batch)
+        self._is_checked = False
+
+    def before(self, batch: RepeatableBatch) -> None:
+        """Check the batch before it is added, if a check is due that ranks need not agree on.
 
         Raises:
             SpotCheckError: naming the parameters whose gradients are not their samples' own.
         """
-        self._num_batches += 1
-        self._kind = self._kind_of(batch)
         # Equal on all ranks, also on one without samples so far.
         is_first = self.cost.num_checks == 0
         self._is_checked = is_first or (not self.capture.is_sharded and self._is_new(batch))
         if self._is_checked:
             self._check(batch)
 
-    def after(self, batch: Batch, record: SampleRecord) -> None:
+    def after(self, batch: RepeatableBatch, record: SampleRecord) -> None:
         """Check a batch that was added, if a check is due on any rank. All ranks call it."""
         is_due = self._is_new(batch) or self._is_repeated() or self._is_new_path()
         is_due_anywhere = self._agreement.any(is_due or self._has_new_gradients(record))
@@ -125,7 +129,7 @@ class SpotCheck:
                 # The batch itself was added, and the next of its kind will be checked.
                 _logger.warning("There was no memory left for a spot check.")
 
-    def _kind_of(self, batch: Batch) -> object:
+    def _kind_of(self, batch: RepeatableBatch) -> object:
         num_samples = len(batch)
         sizes = [
             (t.dtype, *((_exponent(size), size == num_samples) for size in t.shape[1:]))
@@ -138,7 +142,7 @@ class SpotCheck:
         training = hash(tuple([module.training for module in self._modules]))
         return num_samples == 1, tuple(sizes), tuple(autocast), training
 
-    def _is_new(self, batch: Batch) -> bool:
+    def _is_new(self, batch: RepeatableBatch) -> bool:
         is_larger = _exponent(len(batch)) > self._most_samples
         return len(batch) > 0 and (is_larger or self._kind not in self._kinds)
 
@@ -160,7 +164,7 @@ class SpotCheck:
         unproven = [norms[name] for name in self._unproven if name in norms]
         return bool(unproven) and bool(torch.stack(unproven).any())
 
-    def _check(self, batch: Batch, *, sums_alone: bool = False) -> None:
+    def _check(self, batch: RepeatableBatch, *, sums_alone: bool = False) -> None:
         started = time.perf_counter()
         try:
             was_done = self._compare(batch, sums_alone=sums_alone)
@@ -177,13 +181,14 @@ class SpotCheck:
             if len(batch) and not sums_alone:
                 self._kinds.add(self._kind)
 
-    def _compare(self, batch: Batch, *, sums_alone: bool) -> bool:
+    def _compare(self, batch: RepeatableBatch, *, sums_alone: bool) -> bool:
         """Compare one batch of all ranks; False if no rank has a sample to compare."""
         whole, kept = batch, None
         comparison = _Comparison(self.engine, batch)
         if comparison.num_left_out:
             comparison.compare_left_out()
-            losses_B, kept = comparison.record.loss_B, comparison.finite_samples()
+            losses_B = comparison.record.loss_B
+            kept = batch.padded(comparison.finite_samples())
             batch = batch.rows(kept)
             # A single sample that is left of several does not show how they are treated together.
             self._kind = self._kind_of(batch) if len(batch) else None
@@ -224,7 +229,7 @@ class SpotCheck:
 class _Comparison:
     """Compares the engine's results for one batch of each rank with plain autograd's."""
 
-    def __init__(self, engine: Engine, batch: Batch) -> None:
+    def __init__(self, engine: Engine, batch: RepeatableBatch) -> None:
         self.engine, self.batch = engine, batch
         self.parameters = trainable_parameters(engine.model)
         self.names = list(self.parameters)
@@ -286,9 +291,7 @@ class _Comparison:
         """
         proven: set[str] = set()
         for rank, index in self._choose_samples(seed):
-            norms_alone = partial(
-                self._norms_alone, self.batch.sample(index) if rank == self.rank else None
-            )
+            norms_alone = partial(self._norms_alone, index if rank == self.rank else None)
             try:
                 expected = norms_alone()
             except (ValueError, RuntimeError, IndexError) as error:
@@ -311,9 +314,9 @@ class _Comparison:
         largest = max(self.num_samples)
         num_parts = largest if largest <= MAX_SINGLES else 2
         for first in range(num_parts):
-            part = self.batch.rows(torch.arange(len(self.batch))[first::num_parts])
-            part_loss_B, _ = self._losses(part)
-            loss_B[first::num_parts] = part_loss_B[: len(part)]
+            indices = torch.arange(len(self.batch))[first::num_parts]
+            part_loss_B, _ = self._losses(self.batch.rows(self.batch.padded(indices)))
+            loss_B[first::num_parts] = part_loss_B[: len(indices)]
         problem = ""
         if len(self.batch):
             problem = self._largest_difference(self.record.loss_B, loss_B, "in a part of it")
@@ -327,7 +330,7 @@ class _Comparison:
         problem = ""
         for index in (indices[:1], indices[-1:]):
             # Ranks without such a sample take part with an empty batch.
-            alone = _Comparison(self.engine, self.batch.rows(index))
+            alone = _Comparison(self.engine, self.batch.rows(self.batch.padded(index)))
             if len(index) and not alone.record.num_left_out:
                 problem = f"sample {int(index)}: not finite in its batch, finite alone"
         self._raise_together(problem)
@@ -355,7 +358,7 @@ class _Comparison:
                 problem = self._difference(index, *losses, "among copies of itself")
             self._raise_together(problem)
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, bool]:
+    def _losses(self, batch: RepeatableBatch) -> tuple[Tensor, bool]:
         """(losses of `batch`, or of a stand-in if it is empty; True if the forward is random)."""
         batch = batch if len(batch) else batch.stand_in()
         with torch.no_grad(), kept_random_state(batch), self.engine.in_rounded_dtype():
@@ -404,13 +407,15 @@ class _Comparison:
         sum_over_ranks(products)
         return products / self.engine.sharder.num_copies
 
-    def _norms_alone(self, batch: Batch | None) -> Tensor:
+    def _norms_alone(self, index: int | None) -> Tensor:
         """Norms by parameter, total norm and clip factor of one rank's sample, run alone."""
-        weight = torch.ones(1, device=self.device) * (batch is not None)
-        if batch is None:
-            batch = self.batch.sample(0) if len(self.batch) else self.batch
+        batch, weight_B = self.batch, torch.zeros(1, device=self.device)
+        if len(batch):
+            batch = batch.rows(batch.padded(torch.tensor([index or 0])))
+            weight_B = torch.zeros(len(batch), device=self.device)
+            weight_B[0] = index is not None
         with kept_random_state(batch):
-            _, _, gradients = self.engine.autograd_gradients(batch, weight)
+            _, _, gradients = self.engine.autograd_gradients(batch, weight_B)
         squares = torch.stack([gradients[n].double().square().sum() for n in self.names])
         sum_over_ranks(squares)
         norms = (squares / self.engine.sharder.num_copies).sqrt()
@@ -474,10 +479,12 @@ class _Comparison:
         more = f" (and {len(worst) - 5} more)" if len(worst) > 5 else ""
         self._raise(f"{what}: {named}{more}")
 
-    def _error_of_losses(self, logits: Tensor, loss_B: Tensor) -> str:
+    def _error_of_losses(self, logits: Tensor | None, loss_B: Tensor) -> str:
         """Error if losses are not the model's, or depend on other samples' logits; else ""."""
         problem = self._largest_difference(self.record.loss_B, loss_B, "without the engine")
-        if problem or len(logits) != len(self.batch):
+        if problem or not isinstance(self.batch, Batch):
+            return problem
+        if logits is None or len(logits) != len(self.batch):
             return problem
         step = -(-len(self.batch) // MAX_LOSSES_ALONE)
         for index in range(0, len(self.batch), step):

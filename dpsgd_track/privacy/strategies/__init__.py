@@ -1,8 +1,8 @@
 """One file per pass strategy, each a way from norms to a clipped sum.
 
-A strategy is a function `(engine, batch) -> SampleRecord` that adds the micro-batch's clipped sum
-to the engine's. Every loss is summed over samples, never averaged, so that each sample's
-gradients flow unscaled.
+A strategy is a function `(engine, loss_B) -> SampleRecord` that adds the clipped sum of a
+micro-batch, whose forward the engine has captured. Every loss is summed over samples, never
+averaged, so that each sample's gradients flow unscaled.
 """
 
 from dpsgd_track.privacy.engine import Strategy

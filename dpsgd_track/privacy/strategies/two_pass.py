@@ -9,23 +9,22 @@ would not be those whose norms were taken.
 
 from __future__ import annotations
 
-from dpsgd_track.privacy.batch import Batch
+from torch import Tensor
+
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 
 
-def two_pass(engine: Engine, batch: Batch) -> SampleRecord:
+def two_pass(engine: Engine, loss_B: Tensor) -> SampleRecord:
     """Put sum_i c_i g_i, formed during a second backward."""
     capture = engine.capture
     assert capture is not None
-    with capture.sample_batch(len(batch)):
-        loss_B = engine.losses(batch)
+    with engine.without_autocast():
         # The root's parameters (the embeddings) stay gathered to the end of the backward in any
         # case. Kept for the second backward, they are gathered once.
-        with engine.without_autocast():
-            with engine.sharder.keeping_root_gathered():
-                norm_sq = capture.run_norms(loss_B, retain_graph=True)
-            record = engine.clip(loss_B, norm_sq)
-            capture.run_sums(loss_B, engine.weights_of(record), engine.put)
+        with engine.sharder.keeping_root_gathered():
+            norm_sq = capture.run_norms(loss_B, retain_graph=True)
+        record = engine.clip(loss_B, norm_sq)
+        capture.run_sums(loss_B, engine.weights_of(record), engine.put)
     engine.sharder.finish()
     return record

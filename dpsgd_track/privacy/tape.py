@@ -1,0 +1,225 @@
+"""Records the computation of losses from a model's outputs, so that it can be repeated.
+
+The losses of a user's own loop are formed by code that cannot be called again. Every torch function
+that it calls is recorded, and can be repeated with each sample's rows replaced by another sample's.
+A tensor that the code did not make itself, such as the targets, has a row for each sample if its
+dimension 0 has that size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_READ = (bool, int, float, complex, list, np.ndarray)
+"""Types of what is read from a tensor into Python."""
+_TOLERANCE = 1e-3
+"""Relative difference of numbers that are read twice, which rounding explains."""
+
+
+class TapeError(ValueError):
+    """The losses are computed in a way that cannot be repeated."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor that an earlier call has made, by its number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A tensor that no recorded call has made."""
+
+    tensor: Tensor
+    has_rows: bool
+
+    def at(self, rows: Tensor | None) -> Tensor:
+        """The tensor, with other samples' rows."""
+        if rows is None or not self.has_rows:
+            return self.tensor
+        return self.tensor.detach()[rows.to(self.tensor.device)]
+
+
+@dataclass
+class _Call:
+    """One call of a function."""
+
+    function: Callable[..., Any]
+    arguments: Any
+    """(args, kwargs), with each tensor as a `_Made` or a `_Given`."""
+    made: list[int]
+    """Numbers of the tensors in what it returned."""
+    read: Any
+    """What it returned, if that is no tensor."""
+    has_gradients: bool
+    autocast: tuple[str, torch.dtype] | None
+    """Device type and type of autocast; None outside of it."""
+
+    @contextmanager
+    def state(self) -> Iterator[None]:
+        """Context in which gradients and autocast are as they were."""
+        with ExitStack() as stack:
+            if not self.has_gradients:
+                stack.enter_context(torch.no_grad())
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(*self.autocast))
+            yield
+
+
+@dataclass
+class Tape:
+    """The calls that made the losses of one micro-batch."""
+
+    num_samples: int
+    device_type: str
+    calls: list[_Call] = field(default_factory=list)
+    loss: int | None = None
+    """Number of the losses, [B]."""
+    problem: str = ""
+    """Reason for which the calls cannot be repeated."""
+    num_made: int = 0
+    _numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+    def record(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, returned: Any
+    ) -> None:
+        """Record a call and what it returned."""
+        arguments = pytree.tree_map_only(Tensor, self._argument, (args, kwargs))
+        tensors = [x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
+        is_read = not tensors and isinstance(returned, _READ)
+        if not tensors and returned is not None and not is_read:
+            return
+        autocast = None
+        if torch.is_autocast_enabled(self.device_type):
+            autocast = self.device_type, torch.get_autocast_dtype(self.device_type)
+        self.calls.append(
+            _Call(
+                function,
+                arguments,
+                [self._number(tensor) for tensor in tensors],
+                returned if is_read else None,
+                torch.is_grad_enabled(),
+                autocast,
+            )
+        )
+
+    def refuse(self, problem: str) -> None:
+        """Note that the calls cannot be repeated; the first reason counts."""
+        self.problem = self.problem or problem
+
+    def end(self, loss_B: Tensor) -> None:
+        """Note the losses."""
+        if loss_B not in self._numbers:
+            self.refuse("they come from a function that torch does not report")
+        self.loss = self._numbers.get(loss_B)
+        # Tensors of the batch may be freed.
+        self._numbers = WeakTensorKeyDictionary()
+
+    def replay(self, rows: Tensor | None) -> Tensor:
+        """The losses, computed again, [B].
+
+        Args:
+            rows: [B] samples whose rows take the places of the batch's own; None for its own.
+        Raises:
+            TapeError: the calls cannot be repeated, or the code read a number that depends on
+                several samples.
+        """
+        if self.problem or self.loss is None:
+            raise TapeError(
+                f"loss: expected losses that can be computed again to be checked, but "
+                f"{self.problem}. Use backward(inputs, targets) with the loss given to "
+                "make_private, or spot_check=False."
+            )
+        made: dict[int, Any] = {}
+
+        def value(argument: Any) -> Any:
+            if isinstance(argument, _Made):
+                return made[argument.number]
+            return argument.at(rows) if isinstance(argument, _Given) else argument
+
+        for call in self.calls:
+            args, kwargs = pytree.tree_map(value, call.arguments)
+            with call.state():
+                returned = call.function(*args, **kwargs)
+            tensors = [x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
+            made.update(zip(call.made, tensors, strict=True))
+            if call.read is not None and not _is_same(call.read, returned):
+                name = getattr(call.function, "__name__", "a function")
+                raise TapeError(
+                    f"loss: expected one that depends on its own sample alone, but {name}() reads "
+                    "a number from several samples, which may go into it. Compute the loss "
+                    "without it, and metrics after backward()."
+                )
+        loss_B: Tensor = made[self.loss]
+        return loss_B
+
+    def given_rows(self) -> Iterator[Tensor]:
+        """Tensors with a row for each sample that the code did not make itself."""
+        for call in self.calls:
+            for argument in pytree.tree_leaves(call.arguments):
+                if isinstance(argument, _Given) and argument.has_rows:
+                    yield argument.tensor
+
+    def _argument(self, tensor: Tensor) -> _Made | _Given:
+        if tensor in self._numbers:
+            return _Made(self._numbers[tensor])
+        if tensor.grad_fn is not None:
+            self.refuse("a tensor in them comes from a function that torch does not report")
+        return _Given(tensor, tensor.shape[:1] == (self.num_samples,))
+
+    def _number(self, tensor: Tensor) -> int:
+        if tensor not in self._numbers:
+            self._numbers[tensor] = self.num_made
+            self.num_made += 1
+        number: int = self._numbers[tensor]
+        return number
+
+
+class Recording(TorchFunctionMode):
+    """Records every torch function that is called within it."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+        self.is_paused = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function, and record the call."""
+        kwargs = kwargs or {}
+        if self.is_paused:
+            return func(*args, **kwargs)
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = [x for x in given if x not in self.tape._numbers]
+        versions = [x._version for x in given]
+        returned = func(*args, **kwargs)
+        if [x._version for x in given] != versions:
+            self.tape.refuse("they change a tensor in place that was made before, as targets")
+        self.tape.record(func, args, kwargs, returned)
+        return returned
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """True if two numbers, or arrays of them, differ by rounding at most."""
+    if isinstance(a, list | np.ndarray):
+        a, b = np.asarray(a), np.asarray(b)
+        return a.shape == b.shape and bool(
+            np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
+        )
+    if isinstance(a, float):
+        both_nan = math.isnan(a) and math.isnan(b)
+        return both_nan or a == b or math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return bool(a == b)
