@@ -28,6 +28,7 @@ from dpsgd_track.privacy.ledger import PrivacyLedger
 from dpsgd_track.privacy.left_out_counter import LeftOutCounter
 from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
+from dpsgd_track.privacy.open_batch import OpenBatch
 from dpsgd_track.privacy.spot_check import SpotCheck, SpotChecks
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -77,6 +78,10 @@ class PrivateTraining:
         self._noise_key = noise_key
         self._sample_rate = sample_rate
         self._num_batches = 0
+        self._open: OpenBatch | None = None
+        """The batch that the loop's own code is forming the losses of."""
+        self._is_added = False
+        """True once the current batch is in the sum."""
         self._num_own_steps = 0
         self._spoiled: BaseException | None = None
         self._gradients = GradientGuard(
@@ -116,7 +121,7 @@ class PrivateTraining:
         """Samples that were left out so far as their loss or gradient was not finite."""
         return self._left_out.count()
 
-    def backward(self, inputs: Inputs, targets: Tensor) -> Tensor:
+    def backward(self, inputs: Inputs, targets: Tensor | None = None) -> Tensor:
         """Add the clipped gradients of a batch, or of one micro-batch of several.
 
         Each rank calls it equally often, with its own samples. A batch may be empty, as happens
@@ -124,8 +129,9 @@ class PrivateTraining:
 
         Args:
             inputs: arguments of the model: one tensor, several, or keyword arguments. Dimension 0
-                of every tensor is the sample.
-            targets: second argument of the loss; dimension 0 is the sample.
+                of every tensor is the sample. Inside of `batch`, the loss of each sample, [B].
+            targets: second argument of the loss; dimension 0 is the sample. Left out inside of
+                `batch`.
         Returns:
             Loss of each sample, [B], detached.
         Raises:
@@ -134,6 +140,95 @@ class PrivateTraining:
                 not added.
             RuntimeError: gradients are disabled, or an earlier failure leaves the step unusable.
         """
+        if self._open is not None:
+            allowed = "none inside of batch(), where backward() takes the losses alone"
+            require(targets is None, "targets", type(targets).__name__, allowed)
+            return self._finish(self._open, inputs)
+        advice = "Call backward(inputs, targets), or backward(losses) inside of batch()."
+        require(targets is not None, "targets", targets, "a tensor", advice)
+        assert targets is not None
+        self._refuse_unless_ready()
+        batch, check = _batch(inputs, targets), self._spot_check
+        with self._adding():
+            if check is not None:
+                check.note(batch)
+                check.before(batch)
+            self.last = self.mode.accumulate(batch)
+            self._is_added = True
+            self._refuse_non_finite(self.last)
+            if check is not None:
+                check.after(batch, self.last)
+        return self.last.loss_B
+
+    @contextmanager
+    def batch(self, num_samples: int) -> Iterator[None]:
+        """Context in which the loop's own code calls the model, and forms the loss of each sample.
+
+            with private.batch(len(x)):
+                logits = model(x)
+                private.backward(F.cross_entropy(logits, y, reduction="none"))
+
+        The model may be called with any arguments, and return anything. Under FSDP2 each rank opens
+        equally many batches, and calls the model equally often in each. Without samples the code
+        sees outputs without rows.
+
+        Args:
+            num_samples: B, samples of the batch, or of one micro-batch of several, on this rank.
+                Dimension 0 of every tensor that the model is called with has this size.
+        Raises:
+            ValueError: as `backward`; or the code reads a number from several samples, which may
+                go into the losses, or calls functions that torch does not report, so that the
+                losses cannot be checked.
+            RuntimeError: as `backward`; or `backward` was not called.
+        """
+        is_number = isinstance(num_samples, int) and num_samples >= 0
+        require(is_number, "num_samples", num_samples, "a number of samples")
+        mode, check = self.mode, self._spot_check
+        name, allowed = type(mode).__name__, "a mode of this package but `reference`"
+        advice = "Call backward(inputs, targets)."
+        require(isinstance(mode, ComposedMode), "mode", name, allowed, advice)
+        assert isinstance(mode, ComposedMode)
+        require(self._open is None, "batch", "a second one", "one at a time")
+        self._refuse_unless_ready()
+        with self._adding():
+            opened = OpenBatch(mode.engine, num_samples, records=check is not None)
+            self._open = opened
+            try:
+                with opened:
+                    yield
+            finally:
+                self._open = None
+            if check is not None:
+                assert self.last is not None
+                batch = opened.recorded()
+                check.note(batch)
+                check.after(batch, self.last)
+
+    def _finish(self, opened: OpenBatch, loss_B: Any) -> Tensor:
+        require(not opened.is_done, "backward", "a second one", "one in each batch()")
+        self.last = opened.finish(loss_B)
+        self._is_added = True
+        self.mode.note_bound()
+        return self.last.loss_B
+
+    @contextmanager
+    def _adding(self) -> Iterator[None]:
+        """Context in which a batch is added to the step."""
+        self._is_added = False
+        try:
+            with self._guarded():
+                yield
+        except BaseException as error:
+            if self._is_added or not self.mode.is_atomic:
+                self._spoiled = error
+            raise
+        assert self.last is not None
+        self._gradients.note()
+        self._left_out.add(self.last)
+        self._num_batches += 1
+
+    def _refuse_unless_ready(self) -> None:
+        """Raise unless a batch can be added now."""
         self._refuse_unless_whole()
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -141,26 +236,6 @@ class PrivateTraining:
                 "enabled. Without them a step would be noise alone. Call it outside."
             )
         self._gradients.check()
-        batch = _batch(inputs, targets)
-        is_added = False
-        try:
-            with self._guarded():
-                if self._spot_check is not None:
-                    self._spot_check.note(batch)
-                    self._spot_check.before(batch)
-                self.last = self.mode.accumulate(batch)
-                is_added = True
-                self._refuse_non_finite(self.last)
-                if self._spot_check is not None:
-                    self._spot_check.after(batch, self.last)
-        except BaseException as error:
-            if is_added or not self.mode.is_atomic:
-                self._spoiled = error
-            raise
-        self._gradients.note()
-        self._left_out.add(self.last)
-        self._num_batches += 1
-        return self.last.loss_B
 
     def epsilon(self, delta: float, *, accountant: str = "rdp") -> float:
         """Epsilon of all steps taken on the model so far, at `delta`.

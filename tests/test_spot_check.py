@@ -106,7 +106,7 @@ def _contrastive(logits: Tensor, target_B: Tensor) -> Tensor:
 
 
 def _samples_in_dimension_0(private: PrivateTraining) -> None:
-    private.mode.engine._knows_sample_dims = True  # type: ignore[attr-defined]
+    private.mode.engine.knows_sample_dims = True  # type: ignore[attr-defined]
 
 
 def _spread_unseen(private: PrivateTraining) -> None:

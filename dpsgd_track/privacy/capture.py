@@ -514,17 +514,24 @@ class Capture:
                     "not be captured. Detach inputs that require gradients before the model."
                 )
 
-    def _refuse_backwards_of_layers(self) -> None:
-        """Raise if a layer's own backward has run another, which left gradients on its leaves."""
+    def take_plain_gradients(self) -> list[str]:
+        """Layers that a backward outside of the capture has given gradients, which are dropped."""
+        found = []
         for fqn, captured in self.captured.items():
             for leaf in captured.own_leaves():
                 if leaf.grad is not None:
                     leaf.grad = None
-                    raise ValueError(
-                        f"{fqn}: expected gradients that autograd forms, got some that a backward "
-                        "inside of the backward has added, as in reversible layers. They are not "
-                        "captured. Use layers that keep their activations, or freeze this one."
-                    )
+                    found.append(fqn)
+        return found
+
+    def _refuse_backwards_of_layers(self) -> None:
+        """Raise if a layer's own backward has run another, which left gradients on its leaves."""
+        for fqn in self.take_plain_gradients():
+            raise ValueError(
+                f"{fqn}: expected gradients that autograd forms, got some that a backward inside "
+                "of the backward has added, as in reversible layers. They are not captured. Use "
+                "layers that keep their activations, or freeze this one."
+            )
 
     def _kept_form(self, name: str, terms: tuple[Term, ...]) -> tuple[Term, ...]:
         """`terms`, or the gradients that they are the factors of, as planned."""

@@ -53,7 +53,7 @@ class Engine:
     """True while a stand-in runs for an empty batch: its losses and gradients do not count."""
     _weight_B: Tensor | None = field(default=None, init=False)
     """Weights of the samples' gradients that replace the clip factors."""
-    _knows_sample_dims: bool = field(default=False, init=False)
+    knows_sample_dims: bool = field(default=False, init=False)
     _leaves_out: HostCopy | None = field(default=None, init=False)
     """On a GPU, true if a sample of the current batch is left out."""
 
@@ -93,11 +93,11 @@ class Engine:
         Args:
             run: the model's outputs of `rows`, [B, ...].
         """
-        if self.capture is None or self._knows_sample_dims:
+        if self.capture is None or self.knows_sample_dims:
             return
         find_sample_dims(self.capture, run, rows)
         self.sharder.reshard()
-        self._knows_sample_dims = True
+        self.knows_sample_dims = True
 
     def capturing(self, num_samples: int) -> AbstractContextManager[None]:
         """Context in which the forward of a micro-batch runs, and then the strategy."""

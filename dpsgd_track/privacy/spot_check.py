@@ -41,6 +41,7 @@ from dpsgd_track.privacy.clipping import SampleRecord, clip_factors
 from dpsgd_track.privacy.engine import Engine
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.sample_dim import kept_random_state
+from dpsgd_track.privacy.tape import TapeError
 
 _logger = logging.getLogger(__name__)
 
@@ -295,7 +296,7 @@ class _Comparison:
             try:
                 expected = norms_alone()
             except (ValueError, RuntimeError, IndexError) as error:
-                if world_size() > 1 or isinstance(error, torch.OutOfMemoryError):
+                if world_size() > 1 or isinstance(error, torch.OutOfMemoryError | TapeError):
                     raise
                 # Some layers refuse a batch of one, such as GroupNorm of a single value.
                 _logger.warning("The model does not run on a sample alone: %s", error)

@@ -92,9 +92,7 @@ class Tape:
     num_made: int = 0
     _numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
-    def record(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, returned: Any
-    ) -> None:
+    def record(self, function: Callable[..., Any], args: Any, kwargs: Any, returned: Any) -> None:
         """Record a call and what it returned."""
         arguments = pytree.tree_map_only(Tensor, self._argument, (args, kwargs))
         tensors = [x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
@@ -195,9 +193,7 @@ class Recording(TorchFunctionMode):
         self.tape = tape
         self.is_paused = False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and record the call."""
         kwargs = kwargs or {}
         if self.is_paused:

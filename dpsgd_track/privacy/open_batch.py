@@ -1,0 +1,369 @@
+"""A micro-batch whose forward and losses are the user's own code.
+
+The engine captures the model as that code calls it. The code runs once in each step; so that the
+engine can be compared with plain autograd, the functions it calls are recorded (`privacy.tape`).
+
+A rank without samples calls its model on a stand-in, and the code sees no rows of what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
+from torch.utils import _pytree as pytree
+
+from dpsgd_track.privacy.batch import RepeatableBatch, Rows
+from dpsgd_track.privacy.clipping import SampleRecord
+from dpsgd_track.privacy.engine import Engine
+from dpsgd_track.privacy.loss import PerSampleLoss
+from dpsgd_track.privacy.replaced_forward import ReplacedForward
+from dpsgd_track.privacy.tape import Recording, Tape
+
+
+@dataclass(frozen=True)
+class Arguments(Rows):
+    """Arguments of a call of the model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    num_samples: int
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors with a row for each sample."""
+        for x in pytree.tree_leaves((self.args, self.kwargs)):
+            if isinstance(x, Tensor) and x.dim() > 0:
+                yield x
+
+    def rows(self, indices: Tensor) -> Arguments:
+        """The samples with these indices."""
+        return self._mapped(lambda name, x: x[indices.to(x.device)], len(indices))
+
+    def stand_in(self) -> Arguments:
+        """One sample of zeros in the same shapes, with masks of ones."""
+
+        def blank(name: str, x: Tensor) -> Tensor:
+            shape = (1, *x.shape[1:])
+            return x.new_ones(shape) if name.endswith("mask") else x.new_zeros(shape)
+
+        return self._mapped(blank, 1)
+
+    def run(self, model: Any) -> Any:
+        """The model's output."""
+        return model(*self.args, **self.kwargs)
+
+    def cast(self, dtype: torch.dtype | None) -> Arguments:
+        """The same with floating tensors in `dtype`."""
+        if dtype is None:
+            return self
+        return self._mapped(
+            lambda name, x: x.to(dtype) if x.is_floating_point() else x, self.num_samples
+        )
+
+    def refuse_others(self) -> None:
+        """
+        Raises:
+            ValueError: a tensor has no row for each sample.
+        """
+        for path, x in pytree.tree_leaves_with_path((self.args, self.kwargs)):
+            is_tensor = isinstance(x, Tensor) and x.dim() > 0
+            if is_tensor and x.shape[:1] != (self.num_samples,):
+                raise ValueError(
+                    f"inputs{pytree.keystr(path[1:])}={tuple(x.shape)}: expected a tensor with "
+                    f"the {self.num_samples} samples of the batch in dimension 0. Give the model "
+                    "other arguments in a wrapper module of its own, and batch() the number of "
+                    "samples."
+                )
+
+    def _mapped(self, function: Any, num_samples: int) -> Arguments:
+        def mapped(path: Any, x: Any) -> Any:
+            is_batched = isinstance(x, Tensor) and x.dim() > 0
+            return function(pytree.keystr(path).strip("[]'"), x) if is_batched else x
+
+        args, kwargs = pytree.tree_map_with_path(mapped, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs, num_samples=num_samples)
+
+
+class OpenBatch:
+    """Context in which the user's code runs the model and forms the losses of one micro-batch."""
+
+    def __init__(self, engine: Engine, num_samples: int, *, records: bool) -> None:
+        """
+        Args:
+            engine: takes the losses.
+            num_samples: samples of the micro-batch on this rank; may be 0.
+            records: record the code, to be repeated in a spot check.
+        """
+        self.engine, self.num_samples = engine, num_samples
+        self.is_done = False
+        device_type = next(engine.model.parameters()).device.type
+        self._random_state = _RandomState(device_type)
+        self._tape = Tape(num_samples, device_type)
+        self._recording = Recording(self._tape) if records else None
+        self._model = _ObservedModel(self)
+        self._inputs: list[Arguments] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> OpenBatch:
+        self._added = self._stack.enter_context(self.engine.adding(self.num_samples))
+        if self.engine.knows_sample_dims:
+            self._capture()
+        else:
+            # Before FSDP2's own hook, which gathers the root's parameters.
+            self._first_call = self.engine.model.register_forward_pre_hook(
+                self._before_first_call, with_kwargs=True, prepend=True
+            )
+            self._stack.callback(self._first_call.remove)
+        self._model.open()
+        if self._recording is not None:
+            self._recording.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end_forward()
+        if self.is_done:
+            return
+        if error is None:
+            error = self._plain_backward() or RuntimeError(
+                "batch(): expected backward(losses) to be called inside of it. Nothing was added."
+            )
+        self._stack.__exit__(type(error), error, traceback)
+        if kind is None:
+            raise error
+
+    def finish(self, loss_B: Tensor) -> SampleRecord:
+        """Add the clipped sum of the samples with these losses, [B]."""
+        self._end_forward()
+        with self._stack.pop_all():
+            if (error := self._plain_backward()) is not None:
+                raise error
+            self._refuse_unfit(loss_B)
+            self._tape.end(loss_B)
+            loss_B = loss_B if self.num_samples else loss_B.sum().reshape(1)
+            self._added.record = self.engine.strategy(self.engine, loss_B)
+        self.is_done = True
+        return self._added.record
+
+    def _end_forward(self) -> None:
+        """Observe the model no more, and record nothing."""
+        self._model.close()
+        if self._recording is not None:
+            self._recording.is_paused = True
+            # Otherwise a context inside of the batch is still open, and this is called again.
+            if _get_current_function_mode() is self._recording:
+                self._recording.__exit__(None, None, None)
+                self._recording = None
+
+    def recorded(self) -> RecordedBatch:
+        """The micro-batch, to be repeated."""
+        return RecordedBatch(self._tape, tuple(self._inputs), self._random_state)
+
+    def run_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model as the code calls it."""
+        arguments = Arguments(args, kwargs, self.num_samples)
+        arguments.refuse_others()
+        self._inputs.append(arguments)
+        with self._unrecorded():
+            output = self._run(self.engine.model.forward, arguments)
+        if self._recording is not None:
+            self._tape.record(self._run_again, args, kwargs, output)
+        return output
+
+    def _before_first_call(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        arguments = Arguments(args, kwargs, self.num_samples)
+        arguments.refuse_others()
+        self._first_call.remove()
+        self._model.close()
+        if self.num_samples == 0:
+            arguments = arguments.stand_in()
+        with self._unrecorded():
+            self.engine.find_sample_dims(self._rows_of_output, arguments)
+        self._capture()
+        self._model.open()
+
+    def _capture(self) -> None:
+        self._stack.enter_context(self.engine.capturing(max(self.num_samples, 1)))
+
+    def _run(self, model: Any, arguments: Arguments) -> Any:
+        """Output of the model; without samples, no rows of a stand-in's."""
+        if self.num_samples == 0:
+            arguments = arguments.stand_in()
+        output = arguments.cast(self.engine.rounded_dtype).run(model)
+        if self.num_samples:
+            return output
+        return pytree.tree_map_only(Tensor, lambda x: x[:0] if x.shape[:1] == (1,) else x, output)
+
+    def _run_again(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self.engine.model, Arguments(args, kwargs, self.num_samples))
+
+    def _rows_of_output(self, arguments: Arguments) -> Tensor:
+        output = arguments.cast(self.engine.rounded_dtype).run(self.engine.model)
+        return _rows_of(output, len(arguments))
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """Context in which no function is recorded, at no cost if no other mode is active."""
+        recording = self._recording
+        if recording is None:
+            yield
+            return
+        is_on_top = _get_current_function_mode() is recording
+        recording.is_paused = True
+        if is_on_top:
+            recording.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            if is_on_top:
+                recording.__enter__()
+            recording.is_paused = False
+
+    def _plain_backward(self) -> RuntimeError | None:
+        """Error if the code has called a backward of its own, whose gradients are dropped."""
+        if self.engine.capture is None or not self.engine.capture.take_plain_gradients():
+            return None
+        return RuntimeError(
+            "batch(): expected backward(losses) of what make_private returned, got a backward "
+            "beside it, whose gradients are not clipped. Nothing was added."
+        )
+
+    def _refuse_unfit(self, loss_B: Tensor) -> None:
+        expected = (self.num_samples,)
+        is_tensor = isinstance(loss_B, Tensor)
+        if not self._inputs:
+            raise RuntimeError("batch(): expected a call of the model inside of it, got none.")
+        if not is_tensor or loss_B.shape != expected or not loss_B.is_floating_point():
+            got = (
+                f"{loss_B.dtype} of shape {tuple(loss_B.shape)}"
+                if is_tensor
+                else type(loss_B).__name__
+            )
+            raise ValueError(
+                f"loss: expected one number a sample, a tensor of shape {expected}, got {got}. Use "
+                "reduction='none', and take the mean over each sample's own outputs, never over "
+                "samples."
+            )
+
+
+def _rows_of(output: Any, num_samples: int) -> Tensor:
+    """All outputs with a row for each sample, side by side, [B, elements]."""
+    tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    rows = [x.flatten(1) for x in tensors if x.dim() > 1 and len(x) == num_samples]
+    rows += [x[:, None] for x in tensors if x.shape == (num_samples,)]
+    if not rows:
+        raise ValueError(
+            f"model: expected an output with a row for each of {num_samples} samples, got "
+            f"{[tuple(x.shape) for x in tensors]}. Return what the loss takes."
+        )
+    return torch.cat(rows, dim=1)
+
+
+class _ObservedModel(ReplacedForward):
+    """Tells an open batch of the calls of its model."""
+
+    def __init__(self, batch: OpenBatch) -> None:
+        super().__init__(batch.engine.model)
+        self.batch = batch
+        self._is_open = False
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model, whose forward may call it again."""
+        self.close()
+        try:
+            return self.batch.run_model(args, kwargs)
+        finally:
+            self.open()
+
+    def open(self) -> None:
+        """Observe calls."""
+        self.attach()
+        self._is_open = True
+
+    def close(self) -> None:
+        """Observe no more calls."""
+        if self._is_open:
+            self._is_open = False
+            self.detach()
+
+
+@dataclass(frozen=True)
+class RecordedBatch(RepeatableBatch):
+    """A micro-batch whose losses are formed by recorded code; as many samples at any time."""
+
+    tape: Tape
+    inputs: tuple[Arguments, ...]
+    """Arguments of each call of the model."""
+    random_state: _RandomState
+    indices: Tensor | None = None
+    """[B] samples in place of the batch's own."""
+    is_standing_in: bool = False
+
+    def __len__(self) -> int:
+        is_empty = self.indices is not None and len(self.indices) == 0
+        return (
+            int(self.is_standing_in)
+            if is_empty or self.tape.num_samples == 0
+            else (self.tape.num_samples)
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors with a row for each sample."""
+        for arguments in self.inputs:
+            yield from arguments.tensors()
+        yield from self.tape.given_rows()
+
+    def padded(self, indices: Tensor) -> Tensor:
+        """As many indices as the batch has samples, repeated in turn; none if there are none."""
+        if len(indices) == 0:
+            return indices
+        return indices[torch.arange(self.tape.num_samples, device=indices.device) % len(indices)]
+
+    def rows(self, indices: Tensor) -> RecordedBatch:
+        """The samples with these indices, as many as before or none."""
+        assert len(indices) in (0, self.tape.num_samples)
+        own = indices if self.indices is None else self.indices[indices]
+        return replace(self, indices=own)
+
+    def stand_in(self) -> RecordedBatch:
+        """The batch without samples, or one of the samples' losses times 0."""
+        return replace(self, is_standing_in=True)
+
+    def outputs(
+        self, model: nn.Module, loss: PerSampleLoss, dtype: torch.dtype | None
+    ) -> tuple[None, Tensor]:
+        """No logits, and the losses of the recorded code."""
+        is_empty = self.indices is not None and len(self.indices) == 0
+        loss_B = self.tape.replay(None if is_empty else self.indices)
+        return None, loss_B.sum().reshape(1) * 0 if self.is_standing_in else loss_B
+
+    def restore_random_state(self) -> None:
+        """Set torch's generators to what they were when the user's code began."""
+        self.random_state.restore()
+
+
+class _RandomState:
+    """State of torch's generators."""
+
+    def __init__(self, device_type: str) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if device_type == "cuda" else None
+
+    def restore(self) -> None:
+        """Set the generators to it."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
