@@ -909,6 +909,12 @@ def test_how_a_model_is_wrapped_changes_nothing(sharded: dict[str, Any]) -> None
     assert len(sharded["distance"]) == 8
 
 
+def test_a_loops_own_losses_take_the_same_steps_under_fsdp2(sharded: dict[str, Any]) -> None:
+    assert len(sharded["own"]) == 3
+    for what, distance in sharded["own"].items():
+        assert distance < 1e-5, what
+
+
 def test_a_batch_that_failed_can_be_added_in_halves_under_fsdp2(sharded: dict[str, Any]) -> None:
     assert len(sharded["failed"]) == 8
     for what, distance in sharded["failed"].items():

@@ -8,8 +8,8 @@ A rank without samples calls its model on a stand-in, and the code sees no rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,7 @@ from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 from dpsgd_track.privacy.loss import PerSampleLoss
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
-from dpsgd_track.privacy.tape import Recording, Tape
+from dpsgd_track.privacy.tape import Recording, Tape, tensors_in
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class Arguments(Rows):
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors with a row for each sample."""
-        for x in pytree.tree_leaves((self.args, self.kwargs)):
-            if isinstance(x, Tensor) and x.dim() > 0:
-                yield x
+        yield from (x for x in tensors_in((self.args, self.kwargs)) if x.dim() > 0)
 
     def rows(self, indices: Tensor) -> Arguments:
         """The samples with these indices."""
@@ -109,21 +107,31 @@ class OpenBatch:
         self._random_state = _RandomState(device_type)
         self._tape = Tape(num_samples, device_type)
         self._recording = Recording(self._tape) if records else None
-        self._model = _ObservedModel(self)
+        self._forward = _LateForward(engine.model)
         self._inputs: list[Arguments] = []
+        self._is_removed = False
+        """True while the recording is suspended, rather than told to record nothing."""
+        self._depth = 0
+        """Calls of the model that have begun and not ended."""
+        self._hooks = ExitStack()
+        """Removes what observes the model."""
         self._stack = ExitStack()
 
     def __enter__(self) -> OpenBatch:
+        if isinstance(_get_current_function_mode(), Recording):
+            raise ValueError("batch: expected one at a time, got one inside of another model's.")
         self._added = self._stack.enter_context(self.engine.adding(self.num_samples))
         if self.engine.knows_sample_dims:
             self._capture()
         else:
-            # Before FSDP2's own hook, which gathers the root's parameters.
-            self._first_call = self.engine.model.register_forward_pre_hook(
-                self._before_first_call, with_kwargs=True, prepend=True
-            )
-            self._stack.callback(self._first_call.remove)
-        self._model.open()
+            self._forward.open()
+            self._hooks.callback(self._forward.close)
+        # Outside of all other hooks, such as those of FSDP2, which gather the root's parameters.
+        model = self.engine.model
+        before = model.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
+        after = model.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
+        self._hooks.callback(before.remove)
+        self._hooks.callback(after.remove)
         if self._recording is not None:
             self._recording.__enter__()
         return self
@@ -160,7 +168,7 @@ class OpenBatch:
 
     def _end_forward(self) -> None:
         """Observe the model no more, and record nothing."""
-        self._model.close()
+        self._hooks.close()
         if self._recording is not None:
             self._recording.is_paused = True
             # Otherwise a context inside of the batch is still open, and this is called again.
@@ -172,65 +180,67 @@ class OpenBatch:
         """The micro-batch, to be repeated."""
         return RecordedBatch(self._tape, tuple(self._inputs), self._random_state)
 
-    def run_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model as the code calls it."""
+    def _before_call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Arguments of the model in place of what it is called with."""
+        self._depth += 1
+        if self._depth > 1:
+            return args, kwargs
         arguments = Arguments(args, kwargs, self.num_samples)
         arguments.refuse_others()
         self._inputs.append(arguments)
-        with self._unrecorded():
-            output = self._run(self.engine.model.forward, arguments)
-        if self._recording is not None:
-            self._tape.record(self._run_again, args, kwargs, output)
+        self._pause()
+        fitted = self._fitted(arguments)
+        if not self.engine.knows_sample_dims:
+            self._forward.close()
+            self.engine.find_sample_dims(_rows_of_output(model), fitted)
+            self._capture()
+        return fitted.args, fitted.kwargs
+
+    def _after_call(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The model's output, as the code sees it."""
+        self._depth -= 1
+        if self._depth:
+            return output
+        self._resume()
+        output = self._own_rows(output)
+        # None if the model has failed.
+        if self._recording is not None and output is not None:
+            called = self._inputs[-1]
+            self._tape.record(self._run_again, called.args, called.kwargs, output)
         return output
 
-    def _before_first_call(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        arguments = Arguments(args, kwargs, self.num_samples)
-        arguments.refuse_others()
-        self._first_call.remove()
-        self._model.close()
+    def _run_again(self, *args: Any, **kwargs: Any) -> Any:
+        fitted = self._fitted(Arguments(args, kwargs, self.num_samples))
+        return self._own_rows(fitted.run(self.engine.model))
+
+    def _fitted(self, arguments: Arguments) -> Arguments:
+        """Arguments that the model is run on: without samples, those of a stand-in."""
         if self.num_samples == 0:
             arguments = arguments.stand_in()
-        with self._unrecorded():
-            self.engine.find_sample_dims(self._rows_of_output, arguments)
-        self._capture()
-        self._model.open()
+        return arguments.cast(self.engine.rounded_dtype)
 
-    def _capture(self) -> None:
-        self._stack.enter_context(self.engine.capturing(max(self.num_samples, 1)))
-
-    def _run(self, model: Any, arguments: Arguments) -> Any:
-        """Output of the model; without samples, no rows of a stand-in's."""
-        if self.num_samples == 0:
-            arguments = arguments.stand_in()
-        output = arguments.cast(self.engine.rounded_dtype).run(model)
+    def _own_rows(self, output: Any) -> Any:
+        """The model's output; without samples, no rows of the stand-in's."""
         if self.num_samples:
             return output
         return pytree.tree_map_only(Tensor, lambda x: x[:0] if x.shape[:1] == (1,) else x, output)
 
-    def _run_again(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self.engine.model, Arguments(args, kwargs, self.num_samples))
+    def _pause(self) -> None:
+        """Record nothing until `_resume`, at no cost if no other mode is active."""
+        if self._recording is not None:
+            self._recording.is_paused = True
+            self._is_removed = _get_current_function_mode() is self._recording
+            if self._is_removed:
+                self._recording.__exit__(None, None, None)
 
-    def _rows_of_output(self, arguments: Arguments) -> Tensor:
-        output = arguments.cast(self.engine.rounded_dtype).run(self.engine.model)
-        return _rows_of(output, len(arguments))
+    def _resume(self) -> None:
+        if self._recording is not None:
+            if self._is_removed:
+                self._recording.__enter__()
+            self._is_removed = self._recording.is_paused = False
 
-    @contextmanager
-    def _unrecorded(self) -> Iterator[None]:
-        """Context in which no function is recorded, at no cost if no other mode is active."""
-        recording = self._recording
-        if recording is None:
-            yield
-            return
-        is_on_top = _get_current_function_mode() is recording
-        recording.is_paused = True
-        if is_on_top:
-            recording.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            if is_on_top:
-                recording.__enter__()
-            recording.is_paused = False
+    def _capture(self) -> None:
+        self._stack.enter_context(self.engine.capturing(max(self.num_samples, 1)))
 
     def _plain_backward(self) -> RuntimeError | None:
         """Error if the code has called a backward of its own, whose gradients are dropped."""
@@ -259,42 +269,43 @@ class OpenBatch:
             )
 
 
-def _rows_of(output: Any, num_samples: int) -> Tensor:
-    """All outputs with a row for each sample, side by side, [B, elements]."""
-    tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
-    rows = [x.flatten(1) for x in tensors if x.dim() > 1 and len(x) == num_samples]
-    rows += [x[:, None] for x in tensors if x.shape == (num_samples,)]
-    if not rows:
-        raise ValueError(
-            f"model: expected an output with a row for each of {num_samples} samples, got "
-            f"{[tuple(x.shape) for x in tensors]}. Return what the loss takes."
-        )
-    return torch.cat(rows, dim=1)
+def _rows_of_output(model: nn.Module) -> Callable[[Arguments], Tensor]:
+    """Function from arguments to all outputs with a row for each sample, side by side, [B, ...]."""
+
+    def rows_of(arguments: Arguments) -> Tensor:
+        tensors, num_samples = tensors_in(arguments.run(model)), len(arguments)
+        rows = [x.reshape(num_samples, -1) for x in tensors if x.shape[:1] == (num_samples,)]
+        if not rows:
+            raise ValueError(
+                f"model: expected an output with a row for each of {num_samples} samples, got "
+                f"{[tuple(x.shape) for x in tensors]}. Return what the loss takes."
+            )
+        return torch.cat(rows, dim=1)
+
+    return rows_of
 
 
-class _ObservedModel(ReplacedForward):
-    """Tells an open batch of the calls of its model."""
+class _LateForward(ReplacedForward):
+    """Runs the forward that the model has once the hooks before it have run.
 
-    def __init__(self, batch: OpenBatch) -> None:
-        super().__init__(batch.engine.model)
-        self.batch = batch
+    A module chooses its forward before. In the first batch a hook is what replaces it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
         self._is_open = False
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model, whose forward may call it again."""
-        self.close()
-        try:
-            return self.batch.run_model(args, kwargs)
-        finally:
-            self.open()
+        """Run the model."""
+        return self.module.forward(*args, **kwargs)
 
     def open(self) -> None:
-        """Observe calls."""
+        """Replace the forward."""
         self.attach()
         self._is_open = True
 
     def close(self) -> None:
-        """Observe no more calls."""
+        """Give the model its own forward back."""
         if self._is_open:
             self._is_open = False
             self.detach()

@@ -94,11 +94,13 @@ class Tape:
 
     def record(self, function: Callable[..., Any], args: Any, kwargs: Any, returned: Any) -> None:
         """Record a call and what it returned."""
-        arguments = pytree.tree_map_only(Tensor, self._argument, (args, kwargs))
-        tensors = [x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
+        tensors = tensors_in(returned)
         is_read = not tensors and isinstance(returned, _READ)
-        if not tensors and returned is not None and not is_read:
+        changes = returned is None and tensors_in((args, kwargs))
+        # What is left sets torch's own state, which is repeated with each call, or asks for it.
+        if not (tensors or is_read or changes):
             return
+        arguments = pytree.tree_map_only(Tensor, self._argument, (args, kwargs))
         autocast = None
         if torch.is_autocast_enabled(self.device_type):
             autocast = self.device_type, torch.get_autocast_dtype(self.device_type)
@@ -151,8 +153,7 @@ class Tape:
             args, kwargs = pytree.tree_map(value, call.arguments)
             with call.state():
                 returned = call.function(*args, **kwargs)
-            tensors = [x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
-            made.update(zip(call.made, tensors, strict=True))
+            made.update(zip(call.made, tensors_in(returned), strict=True))
             if call.read is not None and not _is_same(call.read, returned):
                 name = getattr(call.function, "__name__", "a function")
                 raise TapeError(
@@ -162,6 +163,10 @@ class Tape:
                 )
         loss_B: Tensor = made[self.loss]
         return loss_B
+
+    def given(self, tree: Any) -> list[Tensor]:
+        """Tensors in `tree` that no recorded call has made."""
+        return [x for x in tensors_in(tree) if x not in self._numbers]
 
     def given_rows(self) -> Iterator[Tensor]:
         """Tensors with a row for each sample that the code did not make itself."""
@@ -198,14 +203,18 @@ class Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.is_paused:
             return func(*args, **kwargs)
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        given = [x for x in given if x not in self.tape._numbers]
+        given = self.tape.given((args, kwargs))
         versions = [x._version for x in given]
         returned = func(*args, **kwargs)
         if [x._version for x in given] != versions:
             self.tape.refuse("they change a tensor in place that was made before, as targets")
         self.tape.record(func, args, kwargs, returned)
         return returned
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, mappings and outputs of transformers."""
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _is_same(a: Any, b: Any) -> bool:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dpsgd_track import make_private
+from dpsgd_track.privacy.loss import causal_lm_loss
 from tests.support.model_zoo import batch, build
 
 SIZES = ({0: [0, 4], 1: [1, 3]}, {0: [0], 1: [0]}, {0: [2, 1], 1: [3, 2]})
@@ -40,7 +41,7 @@ def _wrapped(wrapping: str) -> nn.Module:
     return model
 
 
-def _loop(mode: str, wrapping: str) -> Tensor:
+def _loop(mode: str, wrapping: str, *, is_own: bool = False) -> Tensor:
     model = _wrapped(wrapping)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     private = make_private(model, optimizer, mode=mode, **SETTINGS)
@@ -48,7 +49,12 @@ def _loop(mode: str, wrapping: str) -> Tensor:
         before = _whole(model)
         for number, size in enumerate(sizes[dist.get_rank()]):
             part = batch("tied-gpt2", size, seed=100 * step + 10 * number + dist.get_rank())
-            private.backward(part.inputs, part.targets)
+            if is_own:
+                with private.batch(size):
+                    logits = model(**part.inputs).logits
+                    private.backward(causal_lm_loss(logits, part.targets))
+            else:
+                private.backward(part.inputs, part.targets)
         optimizer.step()
         optimizer.zero_grad()
         if not any(map(any, sizes.values())):
@@ -56,6 +62,7 @@ def _loop(mode: str, wrapping: str) -> Tensor:
             noise = (before - _whole(model)) / 0.1 * 8
             z = (noise.std() / (0.7 * 2.0) - 1) * (2 * len(noise)) ** 0.5
             assert abs(z) < 6, z
+    assert private.spot_checks.num_checks > 0
     return _whole(model)
 
 
@@ -172,6 +179,14 @@ def main(output: str) -> None:
         for mode in ("flash_fsdp", "flash_fsdp_bk", "flash_fsdp_fuse", "flash_fsdp_fuse_bk")
         for wrapping in ("root", "every layer")
     }
+    own = {
+        f"{mode}, {wrapping}": ((_loop(mode, wrapping, is_own=True) - wanted).norm()).item()
+        for mode, wrapping in (
+            ("flash_fsdp", "by block"),
+            ("flash_fsdp_fuse_bk", "root"),
+            ("flash_fsdp_bk", "every layer"),
+        )
+    }
     failed = {
         f"{mode}, {at}": (_failed(mode, at) - _failed(mode, 0)).norm().item()
         for mode in ("flash_fsdp", "flash_fsdp_bk", "flash_fsdp_fuse", "flash_fsdp_fuse_bk")
@@ -179,6 +194,7 @@ def main(output: str) -> None:
     }
     found = {
         "distance": distance,
+        "own": own,
         "failed": failed,
         "unprepared": _unprepared(is_mixed=False),
         "mixed": _unprepared(is_mixed=True),
