@@ -201,8 +201,8 @@ class OpenBatch:
         self._depth -= 1
         if self._depth:
             return output
-        self._resume()
         output = self._own_rows(output)
+        self._resume()
         # None if the model has failed.
         if self._recording is not None and output is not None:
             called = self._inputs[-1]
