@@ -51,7 +51,8 @@ _PRIVATE = "_dpsgd_track_private"
 class PrivateTraining:
     """A model and its optimizer, made private by `make_private`.
 
-    `backward` replaces `loss.backward()`. The optimizer's `step` then adds the noise before it
+    `backward` replaces `loss.backward()`; inside of `batch` the loop's own code calls the model and
+    forms the losses. The optimizer's `step` then adds the noise before it
     updates the weights, and raises if no clipped gradient was added.
 
     The contract is in the docstring of `make_private`.
@@ -454,7 +455,9 @@ def make_private(
        (`test_a_loss_that_is_not_one_number_a_sample_is_refused`).
     3. The engine is compared with plain autograd on the first batch, on each new kind of batch and
        at growing intervals. A difference beyond rounding raises
-       (`test_the_spot_check_finds_each_kind`). `spot_check=False` removes this check.
+       (`test_the_spot_check_finds_each_kind`), also in a loop's own code
+       (`test_losses_that_are_not_each_samples_own_are_refused`). `spot_check=False` removes this
+       check.
     4. A sample whose loss or gradient is not finite adds nothing and is counted
        (`test_a_sample_that_is_not_finite_adds_nothing`).
     5. A batch is added whole or not at all (`test_a_batch_that_failed_can_be_added_in_halves`), and

@@ -302,6 +302,19 @@ def test_losses_that_are_not_each_samples_own_are_refused(
     assert torch.equal(trained(private, own), wanted), "nothing is left of the batch"
 
 
+class OfSize(Small):
+    """Its outputs depend on the number of samples."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x, scale) / len(x)
+
+
+def test_a_model_that_depends_on_the_batch_size_is_refused() -> None:
+    private = private_of(fresh(OfSize))
+    with pytest.raises(SpotCheckError, match="others in a half of its batch"):
+        own(private, *data())
+
+
 def of_submodules(private: PrivateTraining, x: Tensor, y: Tensor) -> None:
     model = private.model
     assert isinstance(model, Small)

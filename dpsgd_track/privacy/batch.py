@@ -51,6 +51,15 @@ class RepeatableBatch(Rows):
         """`indices`, followed by more of them if `rows` can take no fewer than all samples."""
         return indices
 
+    def outputs_in_halves(
+        self, model: nn.Module, dtype: torch.dtype | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The model's outputs in the batch and in two halves of it, [B, elements], for each call.
+
+        Nothing for a batch that can be run in parts itself.
+        """
+        yield from ()
+
     def restore_random_state(self) -> None:
         """Set torch's generators to what the batch's losses were first computed with."""
 

@@ -8,9 +8,10 @@ A rank without samples calls its model on a stand-in, and the code sees no rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -186,13 +187,13 @@ class OpenBatch:
         if self._depth > 1:
             return args, kwargs
         arguments = Arguments(args, kwargs, self.num_samples)
-        arguments.refuse_others()
         self._inputs.append(arguments)
+        arguments.refuse_others()
         self._pause()
         fitted = self._fitted(arguments)
         if not self.engine.knows_sample_dims:
             self._forward.close()
-            self.engine.find_sample_dims(_rows_of_output(model), fitted)
+            self.engine.find_sample_dims(partial(rows_of_output, model), fitted)
             self._capture()
         return fitted.args, fitted.kwargs
 
@@ -203,9 +204,11 @@ class OpenBatch:
             return output
         output = self._own_rows(output)
         self._resume()
-        # None if the model has failed.
-        if self._recording is not None and output is not None:
-            called = self._inputs[-1]
+        called = self._inputs[-1]
+        if output is None:
+            # It has failed, and the code may catch the error.
+            self._inputs.pop()
+        elif self._recording is not None:
             self._tape.record(self._run_again, called.args, called.kwargs, output)
         return output
 
@@ -269,20 +272,20 @@ class OpenBatch:
             )
 
 
-def _rows_of_output(model: nn.Module) -> Callable[[Arguments], Tensor]:
-    """Function from arguments to all outputs with a row for each sample, side by side, [B, ...]."""
+def rows_of_output(model: nn.Module, arguments: Arguments) -> Tensor:
+    """All outputs with a row for each sample, side by side, [B, elements].
 
-    def rows_of(arguments: Arguments) -> Tensor:
-        tensors, num_samples = tensors_in(arguments.run(model)), len(arguments)
-        rows = [x.reshape(num_samples, -1) for x in tensors if x.shape[:1] == (num_samples,)]
-        if not rows:
-            raise ValueError(
-                f"model: expected an output with a row for each of {num_samples} samples, got "
-                f"{[tuple(x.shape) for x in tensors]}. Return what the loss takes."
-            )
-        return torch.cat(rows, dim=1)
-
-    return rows_of
+    Raises:
+        ValueError: no output has such rows.
+    """
+    tensors, num_samples = tensors_in(arguments.run(model)), len(arguments)
+    rows = [x.reshape(num_samples, -1) for x in tensors if x.shape[:1] == (num_samples,)]
+    if not rows:
+        raise ValueError(
+            f"model: expected an output with a row for each of {num_samples} samples, got "
+            f"{[tuple(x.shape) for x in tensors]}. Return what the loss takes."
+        )
+    return torch.cat(rows, dim=1)
 
 
 class _LateForward(ReplacedForward):
@@ -360,6 +363,25 @@ class RecordedBatch(RepeatableBatch):
         is_empty = self.indices is not None and len(self.indices) == 0
         loss_B = self.tape.replay(None if is_empty else self.indices)
         return None, loss_B.sum().reshape(1) * 0 if self.is_standing_in else loss_B
+
+    def outputs_in_halves(
+        self, model: nn.Module, dtype: torch.dtype | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each call of the model, its outputs and those of two halves, [B, elements].
+
+        Recorded code runs on whole batches alone; the model may depend on their size.
+        """
+        for arguments in self.inputs:
+            if self.indices is not None:
+                arguments = arguments.rows(self.indices)
+            whole = (arguments if len(arguments) else arguments.stand_in()).cast(dtype)
+            outputs = rows_of_output(model, whole)
+            of_halves = torch.empty_like(outputs)
+            for first in range(2):
+                indices = torch.arange(len(whole))[first::2]
+                half = whole.rows(indices) if len(indices) else whole.stand_in()
+                of_halves[first::2] = rows_of_output(model, half)[: len(indices)]
+            yield outputs, of_halves
 
     def restore_random_state(self) -> None:
         """Set torch's generators to what they were when the user's code began."""

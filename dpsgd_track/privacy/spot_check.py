@@ -321,7 +321,20 @@ class _Comparison:
         problem = ""
         if len(self.batch):
             problem = self._largest_difference(self.record.loss_B, loss_B, "in a part of it")
-        self._raise_together(problem)
+        self._raise_together(problem or self._error_of_halves())
+
+    def _error_of_halves(self) -> str:
+        """Error if outputs differ in halves of a batch whose losses need all of it; else ""."""
+        problem, engine = "", self.engine
+        with torch.no_grad(), engine.in_rounded_dtype():
+            halves = self.batch.outputs_in_halves(engine.model, engine.rounded_dtype)
+            for outputs, of_halves in halves:
+                scale = outputs.abs().amax() + 1 if outputs.numel() else 1
+                excess = (outputs - of_halves).abs() - self._tolerance * scale
+                if len(self.batch) and not bool((excess <= 0).all()):
+                    index = int(excess.amax(dim=1).argmax())
+                    problem = f"outputs of sample {index}: others in a half of its batch"
+        return problem
 
     def compare_left_out(self) -> None:
         """Run each rank's first and last sample that is left out alone: it must be left out too."""
