@@ -141,6 +141,10 @@ def _require_max_grad_norm(got: float) -> None:
     )
 
 
+FLAT, AUTOMATIC, PER_LAYER = CLIPPING_RULES = ("flat", "automatic", "per_layer")
+"""Rules by which samples are clipped (see `privacy.clipping`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
     """Settings of the privacy guarantee."""
@@ -151,8 +155,12 @@ class PrivacyConfig:
     """C: bound on the L2 norm of one sample's contribution, within `MAX_GRAD_NORMS`."""
     expected_batch_size: int
     """Expected samples of a step over all ranks and micro-batches; the divisor."""
+    clipping: str = FLAT
+    """Rule by which a sample's gradient is clipped: flat, automatic or per_layer (see
+    `privacy.clipping`). Under each it adds at most C."""
 
     def __post_init__(self) -> None:
+        require_one_of("clipping", self.clipping, CLIPPING_RULES)
         _require_finite("sigma", self.noise_multiplier, above=None, allowed="a number >= 0")
         _require_max_grad_norm(self.max_grad_norm)
         size = self.expected_batch_size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpsgd_track.config import PrivacyConfig, require
+from dpsgd_track.config import FLAT, PrivacyConfig, require
 from dpsgd_track.distributed.ranks import world_size
 from dpsgd_track.distributed.sharding import trainable_parameters
 from dpsgd_track.modes.build import build_mode
@@ -435,6 +435,7 @@ def make_private(
     expected_batch_size: int,
     mode: str = "flash_bk",
     loss: str | PerSampleLoss = "sequence-classification",
+    clipping: str = FLAT,
     sample_rate: float | None = None,
     seed: int | None = None,
     param_dtype: torch.dtype = torch.float32,
@@ -459,7 +460,8 @@ def make_private(
        (`test_losses_that_are_not_each_samples_own_are_refused`). `spot_check=False` removes this
        check.
     4. A sample whose loss or gradient is not finite adds nothing and is counted
-       (`test_a_sample_that_is_not_finite_adds_nothing`).
+       (`test_a_sample_that_is_not_finite_adds_nothing`). With `clipping="per_layer"` that holds
+       layer by layer, if its loss is finite.
     5. A batch is added whole or not at all (`test_a_batch_that_failed_can_be_added_in_halves`), and
        `optimizer.zero_grad()` drops it (`test_zero_grad_forgets_the_batch`).
     6. Later changes, such as BatchNorm in training mode, a parameter frozen or unfrozen, a layer
@@ -485,6 +487,8 @@ def make_private(
         mode: any mode: `dpsgd-track modes` lists them.
         loss: a task's name (see `dpsgd_track.privacy.loss`), or a function
             (logits, targets) -> [B] in which no sample's loss depends on another.
+        clipping: rule by which a sample is clipped: flat, automatic (normalised) or per_layer, the
+            cheapest (see `dpsgd_track.privacy.clipping`). It adds at most C under each.
         sample_rate: probability with which a step takes each sample, for `epsilon`; 1.0 if batches
             are not drawn by Poisson sampling.
         seed: seed of the noise, which makes runs reproducible, for tests; None takes a secret key
@@ -510,6 +514,7 @@ def make_private(
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size,
+            clipping=clipping,
         ),
         device=device,
         param_dtype=param_dtype,

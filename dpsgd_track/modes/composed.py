@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from dpsgd_track.config import PER_LAYER
 from dpsgd_track.distributed.reduction import Fsdp2Sharder, GradientSharder, LocalSharder
 from dpsgd_track.distributed.sharding import as_local, build_mesh, shard_fsdp2, sum_gradients
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -22,7 +23,7 @@ from dpsgd_track.privacy.expanded import ExpandedLayer
 from dpsgd_track.privacy.fused_linear import FusedLayer, can_fuse
 from dpsgd_track.privacy.norms import NORM_RULES
 from dpsgd_track.privacy.per_sample_weights import RmsNormPerSample, takes_weight_per_sample
-from dpsgd_track.privacy.strategies import STRATEGIES
+from dpsgd_track.privacy.strategies import LAYER_BY_LAYER, STRATEGIES
 
 
 class ComposedMode(Mode):
@@ -39,8 +40,12 @@ class ComposedMode(Mode):
         )
         sharder = self._shard(spec, late)
         self.optimizer = context.make_optimizer(model.parameters())
-        strategy = STRATEGIES[spec.strategy]
-        self.engine = Engine(model, sharder, self.max_grad_norm, context.loss, strategy, capture)
+        clipping = context.privacy.clipping
+        is_by_layer = spec.is_private and clipping == PER_LAYER
+        strategy = STRATEGIES[LAYER_BY_LAYER if is_by_layer else spec.strategy]
+        self.engine = Engine(
+            model, sharder, self.max_grad_norm, context.loss, strategy, capture, clipping
+        )
         # FSDP2 rounds parameters itself.
         if not isinstance(model, FSDPModule) and context.param_dtype.itemsize < 4:
             self.engine.rounded_dtype = context.param_dtype

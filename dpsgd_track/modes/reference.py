@@ -52,16 +52,17 @@ class ReferenceMode(Mode):
                     observer.see_losses(self.context.loss, batch, index, self._logits)
             squares = [gradient.square().sum() for gradient in gradients]
             norm = torch.stack(squares).sum().sqrt()
-            factor = torch.clamp(self.max_grad_norm / norm, max=1.0)
             # The norm is finite only if the whole gradient is.
-            counts = loss.isfinite() & norm.isfinite() & (factor > 0)
-            factor = torch.where(counts, factor, 0.0)
-            for total, gradient in zip(sums, gradients, strict=True):
+            parts = [
+                torch.where(loss.isfinite() & (part > 0), part, 0.0)
+                for part in self._factors(squares, norm)
+            ]
+            for total, gradient, part in zip(sums, gradients, parts, strict=True):
                 # Zeros instead, as 0 times NaN is NaN.
-                total.addcmul_(factor, torch.where(counts, gradient, 0.0))
+                total.addcmul_(part, torch.where(part > 0, gradient, 0.0))
             losses.append(loss)
             norms.append(norm)
-            factors.append(factor)
+            factors.append(self._factor(parts, squares, norm))
             for name, square in zip(self.names, squares, strict=True):
                 by_parameter[name].append(square.sqrt())
         for parameter, total in zip(self.parameters, sums, strict=True):
@@ -73,6 +74,37 @@ class ReferenceMode(Mode):
             self._column(factors),
             {name: self._column(values) for name, values in by_parameter.items()},
         )
+
+    def _factors(self, squares: list[Tensor], norm: Tensor) -> list[Tensor]:
+        """Factor of each parameter's gradient of one sample; 0 or NaN if that is not finite.
+
+        Args:
+            squares: squared norms by parameter.
+            norm: the whole gradient's norm.
+        """
+        bound = self.max_grad_norm
+        match self.context.privacy.clipping:
+            case "flat":
+                factor = torch.clamp(bound / norm, max=1.0)
+            case "automatic":
+                factor = bound / (norm + 0.01)
+            case _:
+                layers = [name.rpartition(".")[0] for name in self.names]
+                share = bound / len(set(layers)) ** 0.5
+                square_of = dict.fromkeys(layers, torch.zeros_like(norm))
+                for layer, square in zip(layers, squares, strict=True):
+                    square_of[layer] = square_of[layer] + square
+                return [torch.clamp(share / square_of[layer].sqrt(), max=1.0) for layer in layers]
+        return [factor] * len(squares)
+
+    def _factor(self, parts: list[Tensor], squares: list[Tensor], norm: Tensor) -> Tensor:
+        """What the sample added over its norm; 0 if some of it was left out."""
+        if self.context.privacy.clipping != "per_layer":
+            return parts[0]
+        added = torch.stack([p * p * square for p, square in zip(parts, squares, strict=True)])
+        of_parts = torch.stack(parts)
+        factor = torch.where((of_parts == 1).all(), 1.0, added.sum().sqrt() / norm)
+        return torch.where(of_parts.all(), factor, 0.0)
 
     def gradient(self, sample: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of one sample."""

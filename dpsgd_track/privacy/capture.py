@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, require
 from dpsgd_track.kernels.flash_norm import gram_norm_sq, tiled_norm_sq
+from dpsgd_track.privacy.clipping import layer_of
 from dpsgd_track.privacy.layers.inventory import Layer, find_layers
 from dpsgd_track.privacy.norm_planner import LinearShape, NormPlanner
 from dpsgd_track.privacy.norms import NormRule
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
 
 Put = Callable[[dict[str, Tensor]], None]
 """Takes this rank's clipped sums by parameter."""
+
+ClipLayer = Callable[[dict[str, Tensor]], Tensor]
+"""Clip factors of a layer's part of each sample's gradient, [B], from its squared norms."""
 
 _Settle = Callable[[str, tuple[Term, ...]], None]
 _Receive = Callable[[Tensor], None]
@@ -202,13 +206,43 @@ class Capture:
                 # At once, so that the factors can be freed.
                 squares.update(self.norms_of({name: terms}))
 
-        self._find_foreign_leaves(loss_B)
-        parameters = self._current_parameters()
-        gradients = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
-        refuse_unseen_uses([n for n, g in zip(parameters, gradients, strict=True) if g is not None])
-        self._refuse_unreached(loss_B)
-        self._refuse_backwards_of_layers()
+        self._run_checked(loss_B, settle, retain_graph=retain_graph)
         return squares | self.norms_of(deferred)
+
+    def run_layers(self, loss_B: Tensor, clip: ClipLayer, put: Put) -> dict[str, Tensor]:
+        """Run one backward that clips each layer by itself, and keeps nothing of it.
+
+        Args:
+            clip: takes the squared norms [B] by parameter of a layer, and returns the clip factors
+                of its part of each sample's gradient, [B].
+            put: takes the clipped sums of a layer.
+        Returns:
+            Squared norm [B] of each sample's gradient, for each parameter that a gradient reached.
+        Raises:
+            ValueError: as `run_norms`.
+        """
+        squares: dict[str, Tensor] = {}
+        sizes = Counter(map(layer_of, self.shapes))
+        waiting: dict[str, dict[str, tuple[Term, ...]]] = {}
+
+        def end(layer: str) -> None:
+            terms = waiting.pop(layer)
+            norm_sq = self.norms_of(terms)
+            squares.update(norm_sq)
+            put(self.sums_of(terms, clip(norm_sq)))
+
+        def settle(name: str, terms: tuple[Term, ...]) -> None:
+            layer = layer_of(name)
+            of_layer = waiting.setdefault(layer, {})
+            of_layer[name] = self._kept_form(name, terms) if self.keep else terms
+            if len(of_layer) == sizes[layer]:
+                end(layer)
+
+        self._run_checked(loss_B, settle, retain_graph=False)
+        # Layers of which a parameter got no gradient.
+        for layer in list(waiting):
+            end(layer)
+        return squares
 
     def run_sums(self, loss_B: Tensor, clip_factor_B: Tensor, put: Put) -> None:
         """Run a second backward over the same graph; each clipped sum goes to `put` at once."""
@@ -437,6 +471,15 @@ class Capture:
             return gradients[len(self._targets) :]
         finally:
             self._settle, self._backward_id = None, -1
+
+    def _run_checked(self, loss_B: Tensor, settle: _Settle, *, retain_graph: bool) -> None:
+        """Run the first backward of a batch; refuse gradients that it has not captured."""
+        self._find_foreign_leaves(loss_B)
+        parameters = self._current_parameters()
+        gradients = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
+        refuse_unseen_uses([n for n, g in zip(parameters, gradients, strict=True) if g is not None])
+        self._refuse_unreached(loss_B)
+        self._refuse_backwards_of_layers()
 
     def _note_backward(self, gradient: Tensor) -> None:
         self._backward_id = torch._C._current_graph_task_id()

@@ -1,4 +1,20 @@
-"""Clip factors, and the clipped sum together with its sensitivity."""
+"""Clipping rules, clip factors, and the clipped sum together with its sensitivity.
+
+Under each rule a sample's contribution is at most C long:
+
+| rule | contribution of sample i |
+|---|---|
+| flat | min(1, C / n_i) g_i |
+| automatic | C / (n_i + gamma) g_i, with gamma = 0.01 |
+| per_layer | min(1, C_l / n_il) g_il in each of L layers, with C_l = C / sqrt(L) |
+
+n_i is the norm of the whole gradient g_i, and n_il that of its part in layer l: the parameters that
+one module owns. A parameter that several modules share is in the layer of the first.
+
+Sources: Abadi et al., 2016, "Deep Learning with Differential Privacy" (flat); Bu et al., 2023,
+"Automatic Clipping: Differentially Private Deep Learning Made Easier and Stronger"; McMahan et al.,
+2018, "Learning Differentially Private Recurrent Language Models" (per layer).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +22,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+GAMMA = 0.01
+"""gamma of the automatic rule."""
+
+
+def layer_of(parameter: str) -> str:
+    """Layer of a parameter, by its fully qualified name: the module that owns it."""
+    return parameter.rpartition(".")[0]
+
+
+def automatic_factors(norm_B: Tensor, max_grad_norm: float) -> Tensor:
+    """c_i = C / (||g_i|| + gamma), [B]; 0 where the norm is not finite, or C / norm denormal."""
+    factor_B = max_grad_norm / (norm_B + GAMMA)
+    return torch.where(factor_B >= torch.finfo(norm_B.dtype).tiny, factor_B, 0.0)
 
 
 def clip_factors(norm_B: Tensor, max_grad_norm: float) -> Tensor:
@@ -64,7 +94,8 @@ class SampleRecord:
     norm_B: Tensor | None = None
     """L2 norm of each sample's gradient over all trainable parameters, before clipping."""
     clip_factor_B: Tensor | None = None
-    """Factor each sample's gradient was multiplied by; 0 where the sample was left out."""
+    """Factor each sample's gradient was multiplied by; 0 where the sample was left out. Under
+    per-layer clipping, the length of what it added over its norm."""
     norm_by_parameter_B: dict[str, Tensor] | None = None
     """L2 norm of each sample's gradient of each parameter; a missing name means 0."""
 
@@ -80,6 +111,12 @@ class SampleRecord:
         """Number of samples left out; on a GPU this waits for the device."""
         left_out = self.is_left_out_B
         return 0 if left_out is None else int(left_out.sum())
+
+    @property
+    def factors_B(self) -> Tensor:
+        """Clip factors of a record that has them."""
+        assert self.clip_factor_B is not None
+        return self.clip_factor_B
 
     def emptied(self) -> SampleRecord:
         """Copy of the record without samples, for an empty batch whose stand-in ran."""

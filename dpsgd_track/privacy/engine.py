@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpsgd_track.config import AUTOMATIC, FLAT
 from dpsgd_track.distributed.reduction import GradientSharder
 from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.kernels.device import HostCopy
@@ -18,7 +20,13 @@ from dpsgd_track.kernels.left_out import assuming_all_kept
 from dpsgd_track.kernels.weighted_sum import weighted_sums_into
 from dpsgd_track.privacy.batch import Batch, RepeatableBatch, Rows
 from dpsgd_track.privacy.capture import Capture
-from dpsgd_track.privacy.clipping import SampleRecord, clip_factors, total_norm
+from dpsgd_track.privacy.clipping import (
+    SampleRecord,
+    automatic_factors,
+    clip_factors,
+    layer_of,
+    total_norm,
+)
 from dpsgd_track.privacy.loss import PerSampleLoss
 from dpsgd_track.privacy.precision import rounded_parameters
 from dpsgd_track.privacy.sample_dim import find_sample_dims
@@ -46,6 +54,8 @@ class Engine:
     loss: PerSampleLoss
     strategy: Strategy
     capture: Capture | None = None
+    clipping: str = FLAT
+    """Rule by which samples are clipped."""
     rounded_dtype: torch.dtype | None = None
     """Type that parameters and floating inputs are rounded to on one device; None leaves them as
     they are."""
@@ -170,23 +180,52 @@ class Engine:
 
         A sample whose loss or norm is not finite gets factor 0, which leaves it out of the sum.
         """
+        loss_B = loss_B.detach()
+        factor_B = torch.where(loss_B.isfinite(), self.factors_of(norm_sq, loss_B), 0.0)
+        return self.recorded(loss_B, norm_sq, factor_B)
+
+    def recorded(
+        self, loss_B: Tensor, norm_sq: dict[str, Tensor], factor_B: Tensor
+    ) -> SampleRecord:
+        """Record of a micro-batch from its squared norms by parameter."""
         norm_B = total_norm(norm_sq) if norm_sq else torch.zeros_like(loss_B)
         roots = torch.stack(list(norm_sq.values())).sqrt().unbind() if norm_sq else ()
         by_parameter = dict(zip(norm_sq, roots, strict=True))
-        loss_B = loss_B.detach()
-        factor_B = clip_factors(norm_B, self.max_grad_norm)
-        factor_B = torch.where(loss_B.isfinite(), factor_B, 0.0)
         if factor_B.is_cuda:
             self._leaves_out = HostCopy(factor_B.eq(0).any())
         return SampleRecord(loss_B, norm_B, factor_B, by_parameter)
 
-    def weights_of(self, record: SampleRecord) -> Tensor:
+    def factors_of(self, norm_sq: dict[str, Tensor], like_B: Tensor) -> Tensor:
+        """Clip factors, [B], from squared norms by parameter; without any, those of norms of 0."""
+        norm_B = total_norm(norm_sq) if norm_sq else torch.zeros_like(like_B)
+        if self.clipping == AUTOMATIC:
+            return automatic_factors(norm_B, self.max_grad_norm)
+        if self.clipping == FLAT or not norm_sq:
+            return clip_factors(norm_B, self.max_grad_norm)
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name, square_B in norm_sq.items():
+            layers.setdefault(layer_of(name), {})[name] = square_B
+        factor_of = {layer: self.layer_factors(squares) for layer, squares in layers.items()}
+        added_sq = {
+            layer: (factor_of[layer] * total_norm(squares)).square()
+            for layer, squares in layers.items()
+        }
+        is_whole_B = torch.stack(list(factor_of.values())).eq(1).all(dim=0)
+        # Exactly 1 where nothing is clipped.
+        return torch.where(is_whole_B, 1.0, total_norm(added_sq) / norm_B)
+
+    def layer_factors(self, norm_sq: dict[str, Tensor]) -> Tensor:
+        """Clip factors [B] of one layer, from its squared norms by parameter."""
+        assert self.capture is not None
+        num_layers = len(set(map(layer_of, self.capture.shapes)))
+        return clip_factors(total_norm(norm_sq), self.max_grad_norm / math.sqrt(num_layers))
+
+    def weights_of(self, factor_B: Tensor) -> Tensor:
         """Weight of each sample's gradient in the sum, [B]: its clip factor, or a given weight."""
-        assert record.clip_factor_B is not None
         if self._weight_B is None:
-            return record.clip_factor_B
+            return factor_B
         # A sample that a clipped sum leaves out is left out here too.
-        return self._weight_B.to(record.clip_factor_B.dtype) * record.clip_factor_B.ne(0)
+        return self._weight_B.to(factor_B.dtype) * factor_B.ne(0)
 
     def put_kept(self, names: list[str], clip_factor_B: Tensor) -> None:
         """Add this rank's clipped sums of the group `names`, from the terms that were kept.

@@ -37,7 +37,7 @@ from dpsgd_track.distributed.agreement import Agreement
 from dpsgd_track.distributed.ranks import sum_over_ranks, world_size
 from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.privacy.batch import Batch, RepeatableBatch
-from dpsgd_track.privacy.clipping import SampleRecord, clip_factors
+from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.sample_dim import kept_random_state
@@ -432,10 +432,11 @@ class _Comparison:
             _, _, gradients = self.engine.autograd_gradients(batch, weight_B)
         squares = torch.stack([gradients[n].double().square().sum() for n in self.names])
         sum_over_ranks(squares)
-        norms = (squares / self.engine.sharder.num_copies).sqrt()
-        total = norms.square().sum().sqrt()
-        factor = clip_factors(total, self.engine.max_grad_norm)
-        return torch.cat([norms, total[None], factor[None]])
+        squares = squares / self.engine.sharder.num_copies
+        total = squares.sum().sqrt()
+        by_parameter = dict(zip(self.names, squares[:, None], strict=True))
+        factor = self.engine.factors_of(by_parameter, total[None])
+        return torch.cat([squares.sqrt(), total[None], factor])
 
     def _recorded_norms(self, index: int | None) -> Tensor:
         """Norms and clip factor of one rank's sample as the engine has recorded them."""

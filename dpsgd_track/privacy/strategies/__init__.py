@@ -7,12 +7,17 @@ averaged, so that each sample's gradients flow unscaled.
 
 from dpsgd_track.privacy.engine import Strategy
 from dpsgd_track.privacy.strategies.bookkeeping import bookkeeping
+from dpsgd_track.privacy.strategies.layer_by_layer import layer_by_layer
 from dpsgd_track.privacy.strategies.two_pass import two_pass
 from dpsgd_track.privacy.strategies.unclipped import unclipped
+
+LAYER_BY_LAYER = "layer_by_layer"
+"""Strategy of every private mode under per-layer clipping."""
 
 STRATEGIES: dict[str, Strategy] = {
     "unclipped": unclipped,
     "two_pass": two_pass,
     "bookkeeping": bookkeeping,
+    LAYER_BY_LAYER: layer_by_layer,
 }
 """Every pass strategy by the name the table of modes uses."""

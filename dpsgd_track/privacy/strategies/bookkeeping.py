@@ -18,7 +18,7 @@ def bookkeeping(engine: Engine, loss_B: Tensor) -> SampleRecord:
     assert capture is not None
     with engine.without_autocast():
         record = engine.clip(loss_B, capture.run_norms(loss_B, retain_graph=False))
-        weight_B = engine.weights_of(record)
+        weight_B = engine.weights_of(record.factors_B)
         for names in engine.sharder.groups:
             engine.put_kept(names, weight_B)
     engine.sharder.finish()

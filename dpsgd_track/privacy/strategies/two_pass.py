@@ -25,6 +25,6 @@ def two_pass(engine: Engine, loss_B: Tensor) -> SampleRecord:
         with engine.sharder.keeping_root_gathered():
             norm_sq = capture.run_norms(loss_B, retain_graph=True)
         record = engine.clip(loss_B, norm_sq)
-        capture.run_sums(loss_B, engine.weights_of(record), engine.put)
+        capture.run_sums(loss_B, engine.weights_of(record.factors_B), engine.put)
     engine.sharder.finish()
     return record
