@@ -342,6 +342,8 @@ class RegimeConfig:
     replay: str = ""
     """again, permuted, ulp or plain for a run that only measures the numerical floor; silent for
     the twin of a noisy run; else empty."""
+    clipping: str = FLAT
+    """Rule by which samples are clipped: flat, automatic or per_layer."""
     order: int = 0
     """Position among the timed runs of a profile, 1 for the first; 0 elsewhere."""
 
@@ -353,6 +355,7 @@ class RegimeConfig:
     def __post_init__(self) -> None:
         require_one_of("regime", self.name, REGIMES)
         require_one_of("replay", self.replay, REPLAYS)
+        require_one_of("clipping", self.clipping, CLIPPING_RULES)
         is_timed = self.name == PROFILE
         require(self.order >= 0 and (is_timed or not self.order), "order", self.order, "0")
         require(self.num_iter >= 1, "num_iter", self.num_iter, "an integer >= 1")

@@ -14,8 +14,10 @@ import numpy as np
 
 from dpsgd_track.comparison.audit.noise.own import OwnNoise, own_noise
 from dpsgd_track.comparison.measure.amount import number
+from dpsgd_track.comparison.measure.clip_factors import factors_by
 from dpsgd_track.comparison.measure.drift import Pair
 from dpsgd_track.comparison.verdict import noise_is_matched
+from dpsgd_track.config import AUTOMATIC, FLAT
 from dpsgd_track.demands import Demand
 from dpsgd_track.modes.table import REFERENCE, is_private, spec_of
 from dpsgd_track.record.run import ModeRun
@@ -49,10 +51,14 @@ class Clipped:
     step: int
     bound: float
     """C of that step."""
+    rule: str = FLAT
+    """Clipping rule."""
 
     @property
     def told(self) -> str:
         """`C = 1 clips samples from step 0 on`."""
+        if self.rule == AUTOMATIC:
+            return f"samples are scaled to C = {self.bound:g} from step {self.step} on"
         return f"C = {self.bound:g} clips samples from step {self.step} on"
 
 
@@ -124,20 +130,23 @@ def first_clipped(runs: Iterable[ModeRun]) -> Clipped | None:
         return None
     oracle = [t for run, t in recorded if run.mode == REFERENCE]
     told = oracle or [t for t in private if not np.isnan(t.sample_norm).all()]
-    found = set.intersection(*map(_steps_above_bound, told)) if told else set()
+    rule = next((run.setup.clipping for run, _ in recorded if run.setup), FLAT)
+    scaled = [_scaled_steps(t, rule) for t in told]
+    found = set.intersection(*scaled) if scaled else set()
     if not oracle:
         found = found.union(*map(_steps_longer_than_bound, plain))
     if not found:
         return None
     step, t = min(found), private[0]
-    return Clipped(step=step, bound=float(t.max_grad_norm[np.searchsorted(t.step, step)]))
+    bound = float(t.max_grad_norm[np.searchsorted(t.step, step)])
+    return Clipped(step=step, bound=bound, rule=rule)
 
 
-def _steps_above_bound(t: Trajectory) -> set[int]:
-    """Steps with a sample whose norm is above C."""
-    with np.errstate(invalid="ignore"):
-        is_above = (t.sample_norm > t.max_grad_norm[:, None]).any(axis=1)
-    return set(t.step[is_above].tolist())
+def _scaled_steps(t: Trajectory, rule: str) -> set[int]:
+    """Steps with a sample that the clipping rule scales."""
+    factors = factors_by(rule, t)
+    is_scaled = (np.isfinite(factors) & (factors != 1)).any(axis=1)
+    return set(t.step[is_scaled].tolist())
 
 
 def _steps_longer_than_bound(t: Trajectory) -> set[int]:

@@ -19,11 +19,13 @@ from dpsgd_track.comparison.diagnose.ladder import (
     unlike_inputs,
 )
 from dpsgd_track.comparison.measure.amount import number
+from dpsgd_track.comparison.measure.clip_factors import clipped_share
 from dpsgd_track.comparison.measure.drift import LOSS, Pair
 from dpsgd_track.comparison.measure.excess import Evidence, Excess
 from dpsgd_track.comparison.measure.finite import not_finite
 from dpsgd_track.comparison.measure.observables import STAGES
 from dpsgd_track.comparison.waivers import Waiver
+from dpsgd_track.config import FLAT, PER_LAYER
 from dpsgd_track.modes.table import spec_of
 from dpsgd_track.record.failure import FailureKind
 from dpsgd_track.record.run import ModeRun, Status
@@ -151,17 +153,20 @@ def judge_coverage(run: ModeRun) -> Iterator[Finding]:
     trajectory = run.trajectory
     if trajectory is None:
         return
-    is_mixed = trajectory.clip_fraction < 1
+    rule = run.setup.clipping if run.setup else FLAT
+    clipped = clipped_share(rule, trajectory)
+    is_mixed = clipped < 1
     # A record read from metrics lacks the number of samples per step.
     weights = np.maximum(trajectory.num_samples, 1)[is_mixed]
-    mixed = trajectory.clip_fraction[is_mixed]
+    mixed = clipped[is_mixed]
     share = float(np.average(mixed, weights=weights / weights.sum())) if mixed.size else 1.0
     low, high = COVERAGE
+    parts = "the layers' gradients" if rule == PER_LAYER else "the samples"
     if not low <= share <= high:
         yield Finding(
             verdict=Verdict.INCONCLUSIVE,
             regime=run.regime,
-            sentence=f"the reference clipped {share:.0%} of the samples in {run.regime} where "
+            sentence=f"the reference clipped {share:.0%} of {parts} in {run.regime} where "
             f"{low:.0%} to {high:.0%} were meant, so clipping was not put to the test",
             value=share,
         )

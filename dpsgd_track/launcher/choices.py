@@ -14,6 +14,7 @@ from typing import Any
 
 from dpsgd_track.config import (
     EVERY,
+    FLAT,
     SYNTHETIC,
     DataConfig,
     ModelConfig,
@@ -170,6 +171,8 @@ class TrainingChoices:
     """Noise multiplier: standard deviation of the noise, in units of C."""
     max_grad_norm: float = 10000.0
     """C, the bound on the L2 norm of each sample's gradient."""
+    clipping: str = FLAT
+    """Rule by which each sample is clipped: flat, automatic or per_layer, in every regime."""
     learning_rate: float = 1e-5
     """Step size of the optimizer."""
     optimizer: str = "sgd"

@@ -103,6 +103,7 @@ def _all(suite: Suite, training: TrainingChoices, device: str) -> Iterator[Regim
         micro_batches=training.micro_batches or 1,
         noise_multiplier=training.noise_multiplier,
         max_grad_norms=(training.max_grad_norm,) * steps,
+        clipping=training.clipping,
         learning_rate=training.learning_rate,
         optimizer=training.optimizer,
     )
@@ -118,6 +119,7 @@ def _all(suite: Suite, training: TrainingChoices, device: str) -> Iterator[Regim
         num_iter=max(training.num_iter or 0, CLIP_NUM_ITER),
         warmup_iter=warmup,
         micro_batches=training.micro_batches or 2,
+        clipping=training.clipping,
         optimizer=training.optimizer,
     )
     yield clipped
@@ -130,14 +132,17 @@ def _all(suite: Suite, training: TrainingChoices, device: str) -> Iterator[Regim
         noise_multiplier=NOISE_SIGMA,
     )
     yield noisy
-    yield from _on_probe()
+    yield from _on_probe(training.clipping)
 
 
-def _on_probe() -> Iterator[RegimeConfig]:
+def _on_probe(clipping: str) -> Iterator[RegimeConfig]:
     """Regimes on the probe, the same for all choices, so that their sensitivity is known."""
     # A warm-up would hide faults of the first step.
     clipped = RegimeConfig(
-        name=PROBE_CLIP, num_iter=PROBE_NUM_ITER, micro_batches=PROBE_MICRO_BATCHES
+        name=PROBE_CLIP,
+        num_iter=PROBE_NUM_ITER,
+        micro_batches=PROBE_MICRO_BATCHES,
+        clipping=clipping,
     )
     yield clipped
     accurate = replace(

@@ -12,6 +12,7 @@ from dpsgd_track.config import (
     ACCURACY,
     AUTO,
     CLIP,
+    FLAT,
     NOISE,
     PROBE_DATA,
     PROBE_MODEL,
@@ -264,11 +265,13 @@ def _modes_and_regimes(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
     check_modes(modes)
     if asked.suite is Suite.SINGLE:
         return modes, (_regime_of_single(modes, asked.what),)
-    may_clip = asked.training.max_grad_norm < TrainingChoices().max_grad_norm
+    clipping = asked.training.clipping
+    may_clip = clipping != FLAT or asked.training.max_grad_norm < TrainingChoices().max_grad_norm
     if asked.suite is Suite.PROFILE:
         return _timed_modes(modes, is_tested=asked.what.accuracy_test, may_clip=may_clip)
     regimes = _chosen_regimes(asked.suite, asked.what)
     takes_part = modes or _SUITE_MODES[asked.suite]
+    _check_clipping(clipping, takes_part)
     if not any(_takes_part(mode, regimes) for mode in takes_part):
         but = ", the reference apart" if NOISE in map(kind_of, regimes) else ""
         advice = f"It has no run in {' and '.join(regimes)}."
@@ -278,6 +281,14 @@ def _modes_and_regimes(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
         # own bound clips, it takes no_dp's place as the baseline.
         takes_part = (table.REFERENCE, *takes_part)
     return tuple(dict.fromkeys(takes_part)), regimes
+
+
+def _check_clipping(clipping: str, modes: Sequence[str]) -> None:
+    """Refuse modes of libraries that clip by another rule than asked for."""
+    others = [mode for mode in modes if table.is_of_opacus(mode)]
+    rest = ",".join(mode for mode in modes if mode not in others)
+    advice = f"Leave {', '.join(others)} out: --mode {rest}."
+    require(clipping == FLAT or not others, "clipping", clipping, f"{FLAT} for Opacus", advice)
 
 
 def _regime_of_single(modes: Sequence[str], what: ModeChoices) -> str:
@@ -349,6 +360,7 @@ def _check_numbers(asked: Asked) -> None:
         noise_multiplier=chosen.noise_multiplier,
         max_grad_norm=chosen.max_grad_norm,
         expected_batch_size=1,
+        clipping=chosen.clipping,
     )
     least, advice = 1, ""
     if isinstance(asked.what, ProfileChoices):

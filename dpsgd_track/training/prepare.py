@@ -115,6 +115,7 @@ class PreparedRun:
                 # Before calibration nothing is clipped.
                 max_grad_norm=(regime.max_grad_norms or (1e30,))[0],
                 expected_batch_size=self.sampler.expected_batch_size,
+                clipping=regime.clipping,
             ),
             device=self.device,
             param_dtype=getattr(torch, performance.param_dtype),

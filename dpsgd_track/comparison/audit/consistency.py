@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpsgd_track.config import RegimeConfig
+from dpsgd_track.comparison.measure.clip_factors import FORMULAS, factors_by
+from dpsgd_track.config import FLAT, RegimeConfig
 from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Floats, Trajectory, sketch_distance, sketch_length
 
@@ -80,7 +81,7 @@ def inconsistencies(
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for each in (
                 _total_norm(block),
-                _clip_factor(block),
+                _clip_factor(block, setup.clipping if setup else FLAT),
                 _bound_of_sum(block) if clips else None,
                 _length_of_sum(block),
                 _sgd_step(block, setup),
@@ -97,10 +98,10 @@ def _total_norm(t: Trajectory) -> Inconsistency | None:
     return _of_samples(t, Stage.NORMS, ObservableName.SAMPLE_NORM, title, error)
 
 
-def _clip_factor(t: Trajectory) -> Inconsistency | None:
-    wanted = np.minimum(1.0, t.max_grad_norm[:, None] / t.sample_norm)
+def _clip_factor(t: Trajectory, rule: str) -> Inconsistency | None:
+    wanted = factors_by(rule, t)
     error = np.abs(t.clip_factor - wanted) / wanted
-    title = "a clip factor differs from min(1, C / norm) of the norm that the mode itself reports"
+    title = f"a clip factor differs from {FORMULAS[rule]} that the mode itself reports"
     return _of_samples(t, Stage.FACTORS, ObservableName.CLIP_FACTOR, title, error)
 
 

@@ -22,8 +22,9 @@ from dpsgd_track.comparison.diagnose.hypotheses.norms import BY_PARAMETER, TOTAL
 from dpsgd_track.comparison.diagnose.hypotheses.sums import SUM
 from dpsgd_track.comparison.diagnose.hypotheses.updates import UPDATE, rounding_of
 from dpsgd_track.comparison.diagnose.ladder import Rung
+from dpsgd_track.comparison.measure.clip_factors import factors_by
 from dpsgd_track.comparison.measure.drift import Pair
-from dpsgd_track.config import CLIP, kind_of
+from dpsgd_track.config import CLIP, FLAT, kind_of
 from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
 
@@ -91,6 +92,9 @@ def cause_of(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
     facts = _facts(pair, rung, run)
     if facts is None or rung.limit is None or not np.isfinite(rung.limit):
         return Cause()
+    if rung.stage is Stage.FACTORS and run.setup and run.setup.clipping != FLAT:
+        # The hypotheses are about the flat rule.
+        return _flat_instead(pair)
     for subject in _subjects(rung, facts):
         limit = max(rung.limit, rounding_of(facts)) if subject is UPDATE else rung.limit
         if found := explanations(facts, subject, limit):
@@ -101,6 +105,17 @@ def cause_of(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
     if len(rung.items) > 1 and rung.stage in (Stage.NORMS, Stage.SUM):
         return _of_one(pair, rung, run)
     return Cause()
+
+
+def _flat_instead(pair: Pair) -> Cause:
+    """Factors of the flat rule, where another was asked for."""
+    other = pair.aligned.other
+    wanted, factor = factors_by(FLAT, other), other.clip_factor
+    is_known = np.isfinite(wanted) & np.isfinite(factor)
+    if not is_known.any() or not np.allclose(factor[is_known], wanted[is_known], rtol=1e-3):
+        return Cause()
+    sentence = "they are min(1, C / n), which is flat clipping"
+    return Cause(explanations=(Explanation(sentence=sentence, name=sentence),))
 
 
 def _of_one(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
