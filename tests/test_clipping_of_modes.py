@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpsgd_track
+from dpsgd_track.comparison.measure.clip_factors import clipped_share, factors_by
 from dpsgd_track.library import PrivateTraining
 from dpsgd_track.modes.table import MODES
+from tests.support.synthetic_group import trajectory
+from tests.support.workspace import Workspace
 
 B, T, D, V, CLASSES = 6, 4, 5, 9, 3
 OURS = [
@@ -194,3 +201,51 @@ def test_automatic_clipping_differs_from_flat_below_c() -> None:
 def test_an_unknown_rule_is_named() -> None:
     with pytest.raises(ValueError, match="clipping='layer'"):
         private_of(fresh(), clipping="layer")
+
+
+FLAT_MODE = "tests.support.defective_modes:FlatRule"
+
+
+@pytest.mark.parametrize("rule", ["per_layer", pytest.param("automatic", marks=pytest.mark.soak)])
+def test_a_launch_judges_by_the_rule_asked_for(rule: str, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    modes = f"flash_fsdp,flash_fsdp_fuse_bk,{FLAT_MODE}"
+    launch = ["quick", "--regime", "probe-clip", "--mode", modes, "--clipping", rule]
+    workspace.run("launch.py", *launch, "--group", "g")
+    workspace.run("compare.py", "g", "--no-png")
+    drift = json.loads((tmp_path / "results" / "g" / "drift.json").read_text())
+    told = {mode["label"]: mode for mode in drift["modes"]}
+    assert told["flash_fsdp"]["verdict"] == "PASS"
+    assert told["flash_fsdp_fuse_bk"]["verdict"] == "PASS"
+    assert told[FLAT_MODE]["verdict"] == "BUG"
+    assert "wrong clip factors" in told[FLAT_MODE]["sentence"]
+    assert "which is flat clipping" in told[FLAT_MODE]["sentence"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_factors_of_a_record_are_those_of_its_rule(rule: str) -> None:
+    norms = np.array([[[3.0, 4.0, 12.0], [0.3, 0.4, 0.0]]])
+    names = np.array(["a.weight", "a.bias", "b.weight"])
+    t = replace(
+        trajectory(steps=1, samples=2, layers=2),
+        max_grad_norm=np.array([2.0]),
+        parameter_names=names,
+        sample_norm=np.array([[13.0, 0.5]]),
+        sample_norm_by_parameter=norms,
+    )
+    wanted = {
+        "flat": [2 / 13, 1.0],
+        "automatic": [2 / 13.01, 2 / 0.51],
+        # Each of two layers at sqrt(2): both of the first sample's are clipped.
+        "per_layer": [2 / 13, 1.0],
+    }
+    np.testing.assert_allclose(factors_by(rule, t)[0], wanted[rule])
+    shares = {"flat": t.clip_fraction[0], "automatic": t.clip_fraction[0], "per_layer": 0.5}
+    assert clipped_share(rule, t)[0] == shares[rule]
+
+
+def test_opacus_clips_by_no_other_rule(tmp_path: Path) -> None:
+    done = Workspace(tmp_path).run("launch.py", "full", "--clipping", "per_layer")
+    assert done.returncode == 2
+    assert "clipping='per_layer': expected flat for Opacus. Leave ghost_fsdp out" in done.stderr
+    assert "--mode no_dp,flash_fsdp,flash_fsdp_bk" in done.stderr

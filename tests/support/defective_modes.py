@@ -26,6 +26,14 @@ class Healthy(ComposedMode):
         super().__init__(MODES["flash_fsdp"], model, context)
 
 
+class FlatRule(ComposedMode):
+    """Clips the whole gradient, whatever rule was asked for."""
+
+    def __init__(self, model: nn.Module, context: ModeContext) -> None:
+        privacy = replace(context.privacy, clipping="flat")
+        super().__init__(MODES["flash_fsdp"], model, replace(context, privacy=privacy))
+
+
 class NoiseByLocalShard(Healthy):
     """Noise keyed by the position in the shard: every rank draws the same."""
 
