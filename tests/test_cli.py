@@ -47,7 +47,7 @@ _MODEL = {
 }
 _TRAINING = {
     **{"num-iter": None, "warmup-iter": None, "micro-batches": None, "sigma": 0.01},
-    **{"max-grad-norm": 10000.0, "learning-rate": 1e-5, "optimizer": "sgd"},
+    **{"max-grad-norm": 10000.0, "clipping": "flat", "learning-rate": 1e-5, "optimizer": "sgd"},
     **{"random-seed": 42, "delta": 1e-5, "noise-from": "seed"},
 }
 _MACHINE = {
