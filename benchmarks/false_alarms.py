@@ -96,6 +96,7 @@ def main() -> int:
     parser.add_argument("csv", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="where stores are kept")
     parser.add_argument("--seeds", type=int, default=5, help="replays of each configuration")
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first replay")
     parser.add_argument("--jobs", type=int, default=1, help="launches at a time")
     parser.add_argument("--only", action="append", choices=CONFIGURATIONS, help="configurations")
     parser.add_argument(
@@ -110,7 +111,8 @@ def main() -> int:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         names = args.only or [name for name in CONFIGURATIONS if name not in args.without]
-        groups = [(name, seed) for seed, name in product(range(args.seeds), names)]
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        groups = [(name, seed) for seed, name in product(seeds, names)]
         with ThreadPoolExecutor(args.jobs) as pool:
             every = pool.map(partial(_judged, folder=args.folder, options=options), groups)
             for (name, seed), rows in zip(groups, every, strict=True):
