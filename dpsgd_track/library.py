@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dpsgd_track.config import FLAT, PrivacyConfig, require
 from dpsgd_track.distributed.ranks import world_size
-from dpsgd_track.distributed.sharding import trainable_parameters
+from dpsgd_track.distributed.sharding import fsdp_units, trainable_parameters
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -35,6 +35,10 @@ Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 OWN_MODES = (ComposedMode, ReferenceMode)
 """Modes that bound every sample's contribution and leave out samples that are not finite."""
+
+FLASH_ON_ONE_DEVICE = ("flash_bk", "flash")
+FLASH_UNDER_FSDP2 = ("flash_fsdp_bk", "flash_fsdp")
+"""Modes that `make_private` chooses from: of one backward, and of two."""
 
 _AUDITED_ELEMENTS = 4096
 """Elements of each parameter in which another library's noise is verified."""
@@ -433,7 +437,8 @@ def make_private(
     noise_multiplier: float,
     max_grad_norm: float,
     expected_batch_size: int,
-    mode: str = "flash_bk",
+    mode: str | None = None,
+    passes: int | None = None,
     loss: str | PerSampleLoss = "sequence-classification",
     clipping: str = FLAT,
     sample_rate: float | None = None,
@@ -484,7 +489,10 @@ def make_private(
         max_grad_norm: C, the bound on the norm of one sample's gradient.
         expected_batch_size: samples that a step is expected to hold over all ranks and
             micro-batches; the divisor of the noisy sum, whatever a batch's own size.
-        mode: any mode: `dpsgd-track modes` lists them.
+        mode: any mode: `dpsgd-track modes` lists them. None chooses the flash mode with that number
+            of `passes`, under FSDP2 where there are several ranks or the model is sharded.
+        passes: backwards of a step: 1 is faster, 2 takes less memory. None is 1. Given in place of
+            a mode.
         loss: a task's name (see `dpsgd_track.privacy.loss`), or a function
             (logits, targets) -> [B] in which no sample's loss depends on another.
         clipping: rule by which a sample is clipped: flat, automatic (normalised) or per_layer, the
@@ -502,6 +510,8 @@ def make_private(
         ValueError: a setting is out of range, the mode cannot clip a parameter exactly, or it
             overrides methods that add the noise.
     """
+    require(passes is None or mode is None, "passes", passes, f"none beside mode={mode!r}")
+    mode = _mode_of(model, passes) if mode is None else mode
     _check_settings(mode, noise_multiplier, sample_rate)
     if isinstance(loss, str):
         require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
@@ -533,6 +543,14 @@ def make_private(
         sample_rate=sample_rate,
         spot_check=spot_check,
     )
+
+
+def _mode_of(model: nn.Module, passes: int | None) -> str:
+    """The flash mode with that number of backwards, for this model and these ranks."""
+    require(passes in (None, 1, 2), "passes", passes, "1 or 2")
+    is_sharded = world_size() > 1 or bool(fsdp_units(model))
+    one_pass, two_pass = FLASH_UNDER_FSDP2 if is_sharded else FLASH_ON_ONE_DEVICE
+    return two_pass if passes == 2 else one_pass
 
 
 def _check_settings(mode: str, noise_multiplier: float, sample_rate: float | None) -> None:

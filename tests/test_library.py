@@ -57,7 +57,7 @@ def _data(size: int = B, seed: int = 1) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 3, (size,), generator=generator)
 
 
-def _made(model: nn.Module, mode: str, **changes: Any) -> tuple[Any, torch.optim.Optimizer]:
+def _made(model: nn.Module, mode: str | None, **changes: Any) -> tuple[Any, torch.optim.Optimizer]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     settings: dict[str, Any] = {
         "mode": mode,
@@ -92,6 +92,19 @@ def test_one_step_is_dp_sgd_as_defined(model: nn.Module, mode: str) -> None:
     private.backward(*_data())
     optimizer.step()
     torch.testing.assert_close(_weights(private.model), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_number_of_passes_chooses_the_mode(model: nn.Module) -> None:
+    chosen = {}
+    for passes in (None, 1, 2):
+        private, _ = _made(copy.deepcopy(model), None, passes=passes)
+        capture = private.mode.engine.capture
+        chosen[passes] = capture.keep, capture.norm_rule.name
+    assert chosen == {None: (True, "flash"), 1: (True, "flash"), 2: (False, "flash")}
+    with pytest.raises(ValueError, match="passes=3: expected 1 or 2"):
+        _made(model, None, passes=3)
+    with pytest.raises(ValueError, match="passes=2: expected none beside mode='flash'"):
+        _made(model, "flash", passes=2)
 
 
 @pytest.mark.parametrize("mode", PRIVATE)

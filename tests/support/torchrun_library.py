@@ -41,7 +41,7 @@ def _wrapped(wrapping: str) -> nn.Module:
     return model
 
 
-def _loop(mode: str, wrapping: str, *, is_own: bool = False) -> Tensor:
+def _loop(mode: str | None, wrapping: str, *, is_own: bool = False) -> Tensor:
     model = _wrapped(wrapping)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     private = make_private(model, optimizer, mode=mode, **SETTINGS)
@@ -184,7 +184,7 @@ def main(output: str) -> None:
         for mode, wrapping in (
             ("flash_fsdp", "by block"),
             ("flash_fsdp_fuse_bk", "root"),
-            ("flash_fsdp_bk", "every layer"),
+            (None, "every layer"),
         )
     }
     failed = {
