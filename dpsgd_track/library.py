@@ -484,7 +484,8 @@ def make_private(
         model: unsharded, or sharded by `fully_shard` already for a mode under FSDP2. Only a mode
             under FSDP2 changes it, in place.
         optimizer: a torch optimizer over the model's parameters that has not stepped, unless it was
-            private before. It stays in use; under FSDP2 it is given the sharded parameters.
+            private before, or Accelerate's wrapper of one. It stays in use; under FSDP2 it is given
+            the sharded parameters.
         noise_multiplier: sigma, the standard deviation of the noise in units of `max_grad_norm`.
         max_grad_norm: C, the bound on the norm of one sample's gradient.
         expected_batch_size: samples that a step is expected to hold over all ranks and
@@ -516,6 +517,7 @@ def make_private(
     if isinstance(loss, str):
         require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
         loss = LOSSES[loss]
+    optimizer = _unwrapped(optimizer)
     _close_earlier(optimizer)
     rebind = _OptimizerRebinding(model, optimizer)
     device = next(model.parameters()).device
@@ -563,6 +565,12 @@ def _check_settings(mode: str, noise_multiplier: float, sample_rate: float | Non
     fits_ranks = world_size() == 1 or not runs_on_one_device(mode)
     advice = "Choose a mode under FSDP2, such as flash_fsdp_bk."
     require(fits_ranks, "mode", mode, "a mode for several ranks", advice)
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside of Accelerate's wrapper, which calls its `step` and nothing else."""
+    is_accelerated = type(optimizer).__module__ == "accelerate.optimizer"
+    return optimizer.optimizer if is_accelerated else optimizer  # type: ignore[attr-defined]
 
 
 def _close_earlier(optimizer: Optimizer) -> None:

@@ -821,6 +821,33 @@ def test_an_optimizer_that_another_library_wraps_is_named(model: nn.Module) -> N
         )
 
 
+@pytest.mark.parametrize("is_prepared_first", [False, True])
+def test_accelerate_prepares_before_or_after(model: nn.Module, is_prepared_first: bool) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    wanted = copy.deepcopy(model)
+    private, plain = _made(wanted, "flash_bk")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
+    settings = {"noise_multiplier": SIGMA, "max_grad_norm": C, "expected_batch_size": B, "seed": 3}
+    if is_prepared_first:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    accelerated = dpsgd_track.make_private(model, optimizer, **settings)  # type: ignore[arg-type]
+    if not is_prepared_first:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(4):
+        x, y = _data(seed=step)
+        private.backward(x, y)
+        if step % 2:
+            plain.step()
+        with accelerator.accumulate(model), accelerated.batch(len(x)):
+            logits = model(x)
+            accelerated.backward(nn.functional.cross_entropy(logits, y, reduction="none"))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert accelerated.num_steps == 2
+    assert torch.equal(_weights(model), _weights(wanted))
+
+
 def test_an_output_without_logits_is_named(model: nn.Module) -> None:
     class Tuple(nn.Module):
         def __init__(self) -> None:
