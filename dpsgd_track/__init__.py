@@ -4,15 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpsgd_track.library import PrivateTraining, make_private
+    from dpsgd_track.trainer import PrivacyArguments, PrivateTrainer
 
 __version__ = "0.1.0"
-__all__ = ["PrivateTraining", "make_private"]
+__all__ = ["PrivacyArguments", "PrivateTrainer", "PrivateTraining", "make_private"]
 
 
 def __getattr__(name: str) -> Any:
     # The half that compares runs does without torch, which these need.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dpsgd_track import library
+    from importlib import import_module
 
-    return getattr(library, name)
+    home = "library" if name in ("PrivateTraining", "make_private") else "trainer"
+    return getattr(import_module(f"dpsgd_track.{home}"), name)

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "privacy": {"config", "distributed", "kernels"},
     "modes": {"config", "demands", "distributed", "privacy"},
     "library": {"config", "distributed", "modes", "privacy"},
+    "trainer": {"config", "distributed", "library", "privacy"},
     "testing": {"config", "demands", "distributed", "modes", "privacy"},
     "record": {"config", "demands", "program"},
     "store": {"config", "program", "record", "redaction"},

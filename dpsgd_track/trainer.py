@@ -1,0 +1,231 @@
+"""transformers' Trainer with private steps, Poisson sampling and epsilon in its logs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from dpsgd_track.config import FLAT, require
+from dpsgd_track.distributed.ranks import world_size
+from dpsgd_track.library import PrivateTraining, make_private
+from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss, logits_of
+
+PRIVACY_FILE = "privacy.json"
+"""File of a checkpoint that holds what was spent."""
+
+_TASKS = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForImageClassification": "sequence-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+}
+"""Task of a model by the end of its class's name."""
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyArguments:
+    """Privacy of a `PrivateTrainer`. C is `max_grad_norm` of its `TrainingArguments`."""
+
+    delta: float
+    """Probability at which epsilon may fail; below 1 / samples."""
+    noise_multiplier: float | None = None
+    """sigma; None takes the least that keeps to `target_epsilon`."""
+    target_epsilon: float | None = None
+    """Epsilon of the whole training."""
+    accountant: str = "rdp"
+    """rdp, prv or pld."""
+    clipping: str = FLAT
+    """flat, automatic or per_layer."""
+    passes: int | None = None
+    """Backwards of a step: 1 is faster, 2 takes less memory; None is 1."""
+    seed: int | None = None
+    """Seed of noise and sampling, for tests; None takes a secret key from the operating system."""
+
+
+class PrivateTrainer(Trainer):
+    """A Trainer whose steps are those of DP-SGD, on one device.
+
+    Each step draws each sample with probability batch size / samples. The batch size of a step is
+    expected to be `per_device_train_batch_size` times `gradient_accumulation_steps`, in
+    micro-batches of at most `per_device_train_batch_size` samples. The model is called without its
+    labels, and `loss` takes its logits and them. Checkpoints hold what was spent, and a training
+    resumed from one continues its draws. Logs have `epsilon` beside `loss`.
+
+    Everything else is the Trainer's: optimizer, schedule, mixed precision, evaluation, callbacks.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        privacy: PrivacyArguments,
+        loss: str | PerSampleLoss | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            args, kwargs: of `transformers.Trainer`.
+            privacy: the guarantee.
+            loss: a task's name (see `dpsgd_track.privacy.loss`), or a function
+                (logits, labels) -> [B]; None takes that of the model's class.
+        Raises:
+            ValueError: a setting does not fit.
+        """
+        super().__init__(*args, **kwargs)
+        require(world_size() == 1, "world_size", world_size(), "1", "Use make_private in a loop.")
+        given: TrainingArguments = self.args  # type: ignore[has-type]
+        bound, advice = given.max_grad_norm, "It is C, the bound on a sample's gradient."
+        require(bound is not None and bound > 0, "max_grad_norm", bound, "a number > 0", advice)
+        self.privacy = privacy
+        self.private: PrivateTraining | None = None
+        """Set when training begins."""
+        self._loss = _loss_of(self.model, loss)
+        self._bound = float(bound)
+        self._micro_batch_size = given.per_device_train_batch_size
+        self._batch_size = self._micro_batch_size * given.gradient_accumulation_steps
+        # A step's micro-batches are one item of the loader, and its sum is clipped already.
+        self.args = copy.copy(given)
+        self.args.gradient_accumulation_steps = 1
+        self.args.max_grad_norm = 0.0
+        # A draw is a function of the steps taken: a resumed training has nothing to skip.
+        self.args.ignore_data_skip = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, and make it private."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        privacy, steps = self.privacy, self.get_train_dataloader()
+        has_target = privacy.target_epsilon is not None
+        num_steps = self.args.max_steps
+        if num_steps <= 0:
+            num_steps = math.ceil(self.args.num_train_epochs * len(steps))
+        self.private = make_private(
+            self.model,
+            optimizer,
+            noise_multiplier=privacy.noise_multiplier,
+            max_grad_norm=self._bound,
+            expected_batch_size=self._batch_size,
+            target_epsilon=privacy.target_epsilon,
+            target_delta=privacy.delta if has_target else None,
+            num_steps=num_steps if has_target else None,
+            accountant=privacy.accountant,
+            passes=privacy.passes,
+            loss=self._loss,
+            clipping=privacy.clipping,
+            sample_rate=self._batch_size / len(steps.dataset),
+            seed=privacy.seed,
+        )
+        return optimizer
+
+    def get_train_dataloader(self) -> Any:
+        """The steps of an epoch in expectation, each as a list of micro-batches."""
+        return _Steps(self, self.train_dataset)
+
+    def training_step(
+        self, model: nn.Module, inputs: list[Inputs], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Add a step's micro-batches; returns the mean of the samples' losses."""
+        assert self.private is not None
+        model.train()
+        losses = [self._add(model, self._prepare_inputs(each)) for each in inputs]
+        loss_B = torch.cat(losses)
+        return loss_B.mean() if len(loss_B) else loss_B.sum()
+
+    def _add(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Add one micro-batch; returns the samples' losses, [B]."""
+        assert self.private is not None
+        labels = [inputs.pop(name) for name in self.label_names if name in inputs]
+        allowed = "a batch with one of them"
+        require(len(labels) == 1, "label_names", self.label_names, allowed)
+        with self.compute_loss_context_manager(), self.private.batch(len(labels[0])):
+            logits = logits_of(model(**inputs))
+            return self.private.backward(self._loss(logits, labels[0]))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with `epsilon` of the steps so far beside a training loss."""
+        private = self.private
+        is_of_training = "loss" in logs or "train_loss" in logs
+        if private is not None and private.noise_multiplier > 0 and is_of_training:
+            privacy = self.privacy
+            logs["epsilon"] = private.epsilon(privacy.delta, accountant=privacy.accountant)
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Operations of a step's micro-batches."""
+        each = inputs if isinstance(inputs, list) else [inputs]
+        return sum(super(PrivateTrainer, self).floating_point_ops(one) for one in each)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        # The norm of the clipped sum is not private, and `.grad` does not hold the sum.
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.private is not None:
+            text = json.dumps(self.private.state_dict())
+            (Path(output_dir) / PRIVACY_FILE).write_text(text, encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / PRIVACY_FILE
+        advice = "What was spent before is not known without it."
+        require(path.is_file(), "resume_from_checkpoint", checkpoint, f"a {PRIVACY_FILE}", advice)
+        assert self.private is not None
+        self.private.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+class _Steps:
+    """Steps of a private trainer's epoch; its loader exists once the optimizer is private."""
+
+    def __init__(self, trainer: PrivateTrainer, dataset: Any) -> None:
+        require(dataset is not None, "train_dataset", None, "a data set")
+        self.trainer, self.dataset = trainer, dataset
+        self.batch_size = trainer._batch_size
+
+    def __len__(self) -> int:
+        return max(1, round(len(self.dataset) / self.batch_size))
+
+    def __iter__(self) -> Iterator[list[Inputs]]:
+        trainer = self.trainer
+        assert trainer.private is not None
+        # A generator of its own: the global one goes on from where a checkpoint has left it.
+        generator = torch.Generator().manual_seed(trainer.args.seed + trainer.state.global_step)
+        loader = trainer.private.loader(
+            self.dataset,
+            physical_batch_size=trainer._micro_batch_size,
+            collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator),
+            generator=generator,
+            num_workers=trainer.args.dataloader_num_workers,
+            pin_memory=trainer.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+        for micro_batches in loader:
+            yield list(micro_batches)
+
+
+def _loss_of(model: nn.Module, loss: str | PerSampleLoss | None) -> PerSampleLoss:
+    """The loss of a task, of a function, or of the model's class."""
+    if loss is None:
+        kind = type(model).__name__
+        tasks = [task for end, task in _TASKS.items() if kind.endswith(end)]
+        is_regression = getattr(getattr(model, "config", None), "num_labels", 0) == 1
+        if tasks == ["sequence-classification"] and is_regression:
+            tasks = ["regression"]
+        allowed = f"one of {', '.join(LOSSES)}, or a function, for {kind}"
+        require(bool(tasks), "loss", None, allowed)
+        loss = tasks[0]
+    if isinstance(loss, str):
+        require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
+        return LOSSES[loss]
+    return loss

@@ -1,0 +1,226 @@
+"""transformers' Trainer with private steps: against a loop of one's own, killed and resumed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import dpsgd_track
+from dpsgd_track.privacy.accounting import epsilon_rdp
+from dpsgd_track.privacy.loss import classification_loss
+from dpsgd_track.trainer import PRIVACY_FILE, PrivacyArguments, PrivateTrainer
+
+NUM_SAMPLES, T, V = 40, 6, 20
+MICRO, ACCUMULATED, C, SIGMA, DELTA = 4, 2, 0.5, 0.8, 1e-3
+RATE = MICRO * ACCUMULATED / NUM_SAMPLES
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+
+
+class Sentences(Dataset[dict[str, Tensor]]):
+    """Tokens, whose first one is the label."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(3, V, (NUM_SAMPLES, T), generator=generator)
+        self.ids[:, 0] = torch.randint(0, 3, (NUM_SAMPLES,), generator=generator)
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.ids[index]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0]}
+
+
+def fresh(dropout: float = 0.0) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=V,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+        num_labels=3,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return BertForSequenceClassification(config)
+
+
+def trainer_of(
+    model: Any, folder: Path, privacy: dict[str, Any] | None = None, **changes: Any
+) -> PrivateTrainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": MICRO,
+        "gradient_accumulation_steps": ACCUMULATED,
+        "max_grad_norm": C,
+        "learning_rate": 0.01,
+        "max_steps": 6,
+        "use_cpu": True,
+        "report_to": [],
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    chosen = {"delta": DELTA, "noise_multiplier": SIGMA, "seed": 5} | (privacy or {})
+    return PrivateTrainer(
+        model,
+        TrainingArguments(**(settings | changes)),
+        train_dataset=Sentences(),
+        eval_dataset=Sentences(),
+        privacy=PrivacyArguments(**chosen),
+    )
+
+
+def weights(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> PrivateTrainer:
+    """Trained with dropout to its end, with a checkpoint half way."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = trainer_of(fresh(0.1), folder, save_strategy="steps", save_steps=3)
+    trainer.train()
+    return trainer
+
+
+def test_steps_are_those_of_a_loop_of_ones_own(tmp_path: Path) -> None:
+    trainer = trainer_of(fresh(), tmp_path, lr_scheduler_type="constant", optim="sgd")
+    trainer.train()
+    model = fresh()
+    private = dpsgd_track.make_private(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        noise_multiplier=SIGMA,
+        max_grad_norm=C,
+        expected_batch_size=MICRO * ACCUMULATED,
+        loss=classification_loss,
+        seed=5,
+    )
+    sizes = []
+    for _ in range(2):
+        for batches in private.loader(Sentences(), physical_batch_size=MICRO):
+            for batch in batches:
+                private.backward(batch, batch.pop("labels"))
+            sizes.append(private._num_added)
+            private._optimizer.step()
+            if len(sizes) == 6:
+                break
+    assert len(set(sizes)) > 1, "batches are drawn"
+    torch.testing.assert_close(weights(trainer.model), weights(model), rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_training_is_an_uninterrupted_one(whole: PrivateTrainer, tmp_path: Path) -> None:
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-3"
+    torch.manual_seed(99)
+    resumed = trainer_of(fresh(0.1), tmp_path)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.private is not None
+    assert whole.private is not None
+    assert resumed.private.num_steps == whole.private.num_steps == 6
+    assert resumed.private.epsilon(DELTA) == whole.private.epsilon(DELTA)
+
+
+def test_epsilon_is_in_the_logs(whole: PrivateTrainer) -> None:
+    logged = [line["epsilon"] for line in whole.state.log_history if "epsilon" in line]
+    wanted = [epsilon_rdp(((SIGMA, RATE, steps),), DELTA) for steps in (2, 4, 6, 6)]
+    assert logged == pytest.approx(wanted)
+    metrics = whole.evaluate()
+    assert "eval_loss" in metrics
+    assert "epsilon" not in metrics
+
+
+def test_a_checkpoint_that_tells_nothing_of_privacy_is_refused(
+    whole: PrivateTrainer, tmp_path: Path
+) -> None:
+    import shutil
+
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-3", checkpoint)
+    spent = json.loads((checkpoint / PRIVACY_FILE).read_text())
+    assert spent
+    (checkpoint / PRIVACY_FILE).unlink()
+    with pytest.raises(ValueError, match=f"expected a {PRIVACY_FILE}"):
+        trainer_of(fresh(0.1), tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_target_epsilon_is_kept_to(tmp_path: Path) -> None:
+    target = {"noise_multiplier": None, "target_epsilon": 3.0}
+    trainer = trainer_of(fresh(), tmp_path, target, num_train_epochs=1, max_steps=-1)
+    trainer.train()
+    assert trainer.private is not None
+    assert trainer.private.num_steps == round(1 / RATE)
+    assert 2.9 < trainer.private.epsilon(DELTA) <= 3.0
+
+
+def test_the_arguments_given_are_left_as_they_are(whole: PrivateTrainer, tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    before = copy.deepcopy(arguments.to_dict())
+    PrivateTrainer(
+        fresh(),
+        arguments,
+        train_dataset=Sentences(),
+        privacy=PrivacyArguments(delta=DELTA, noise_multiplier=SIGMA),
+    )
+    assert arguments.to_dict() == before
+
+
+class NoLoss(torch.nn.Module):
+    """Of a class that says nothing of its task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        y: Tensor = self.layer(input_ids)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "words"),
+    [
+        (None, {"max_grad_norm": 0.0}, "max_grad_norm=0.0: expected a number > 0"),
+        (NoLoss(), {}, "or a function, for NoLoss"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(
+    model: Any, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        trainer_of(model or fresh(), tmp_path, **changes)
+
+
+class Stops(TrainerCallback):
+    """A callback as users have them: it stops the training early."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = state.global_step >= 2
+        return control
+
+
+def test_callbacks_work_as_before(tmp_path: Path) -> None:
+    trainer = trainer_of(fresh(), tmp_path, {"clipping": "per_layer", "passes": 2}, bf16=True)
+    trainer.add_callback(Stops())
+    trainer.train()
+    assert trainer.private is not None
+    assert trainer.private.num_steps == 2
+    assert trainer.private.spot_checks.num_checks > 0
