@@ -187,8 +187,8 @@ def _show_profile(
     from rich.console import Console
 
     from dpsgd_track.comparison.profile import profile_of
-    from dpsgd_track.record import names
     from dpsgd_track.report.markdown import profile_note
+    from dpsgd_track.report.run_list import profile_marks
     from dpsgd_track.report.text import console_width, print_profile
     from dpsgd_track.report.write import folder_name, write_profile
 
@@ -201,8 +201,9 @@ def _show_profile(
     print_profile(profile, group.name, Console(highlight=False, width=console_width()))
     _say_where(files, folder)
     if not choices.no_log and found is not None:
-        tags = {names.NOTE: profile_note(profile, group)[:_LONGEST_TAG]}
-        found.attach([(file, ARTIFACT_FOLDER) for file in files], tags)
+        note = profile_note(profile, group)[:_LONGEST_TAG]
+        marks = profile_marks(profile, group.run_id, note)
+        found.attach([(file, ARTIFACT_FOLDER) for file in files], marks)
     return _profile_code(group)
 
 
@@ -215,10 +216,9 @@ def _profile_code(group: Group) -> int:
 
 
 def _log(found: Found, comparison: GroupComparison, files: Sequence[Path]) -> None:
-    """Attach the report and the verdict to the group's run."""
-    from dpsgd_track.record import names
+    """Attach the report and the verdict to the group's run, and verdicts to its mode runs."""
     from dpsgd_track.report.markdown import note
+    from dpsgd_track.report.run_list import marks
 
-    verdict = comparison.verdict.value
-    tags = {names.NOTE: note(comparison)[:_LONGEST_TAG], names.VERDICT: verdict}
-    found.attach([(file, ARTIFACT_FOLDER) for file in files], tags)
+    verdicts = marks(comparison, note(comparison)[:_LONGEST_TAG])
+    found.attach([(file, ARTIFACT_FOLDER) for file in files], verdicts)

@@ -56,10 +56,19 @@ def _modes(*, options: Annotated[ModesOptions, FLAT] = ModesOptions(), called: C
     return list_modes(options.what.variant)
 
 
-def _ui(*, options: Annotated[UiOptions, FLAT] = UiOptions(), called: Called) -> int:
+def _ui(
+    group: Annotated[str | None, Parameter(help="Group to open (default: the newest)")] = None,
+    /,
+    *,
+    options: Annotated[UiOptions, FLAT] = UiOptions(),
+    called: Called,
+) -> int:
+    from dpsgd_track.cli.context import reading
     from dpsgd_track.launcher.ui import open_ui
 
-    return open_ui(options.kept.settings(), options.port)
+    settings = options.kept.settings()
+    with reading(settings):
+        return open_ui(settings, options.port, group)
 
 
 def _sync(
@@ -199,7 +208,10 @@ VERBS: dict[str, Verb] = {
             examples=("--variant fork=../opacus-fork",),
         ),
         Verb(
-            name="ui", summary="open the MLflow UI on the store", run=_ui, examples=("--port 5001",)
+            name="ui",
+            summary="open the MLflow UI on the trajectories of a group",
+            run=_ui,
+            examples=("", "GROUP --port 5001"),
         ),
         Verb(
             name="sync",

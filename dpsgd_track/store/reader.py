@@ -164,6 +164,12 @@ def _search(client: MlflowClient, experiment_id: str, kind: str, parent: str = "
             return
 
 
+def runs_of(client: MlflowClient, group: Run) -> Iterator[Run]:
+    """The run of a group, and its mode runs, newest first."""
+    yield group
+    yield from _search(client, group.info.experiment_id, names.KIND_MODE, group.info.run_id)
+
+
 def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:
     """The group that `wanted` names, with the trajectory of each mode run.
 
