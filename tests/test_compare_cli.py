@@ -76,6 +76,34 @@ def test_the_list_of_runs_tells_a_bug_until_it_is_none(store: Store) -> None:
     assert runs["flash_fsdp clip"].data.tags[names.VERDICT] == "PASS"
 
 
+@pytest.mark.parametrize(
+    ("variables", "link"),
+    [
+        (
+            {
+                "GITHUB_SERVER_URL": "https://github.com",
+                "GITHUB_REPOSITORY": "o/r",
+                "GITHUB_RUN_ID": "7",
+            },
+            "(https://github.com/o/r/actions/runs/7#artifacts)",
+        ),
+        ({"CI_JOB_URL": "https://gitlab.com/j/7"}, "(https://gitlab.com/j/7/artifacts/browse)"),
+        ({}, "**Report:** report.html of group synthetic"),
+    ],
+    ids=["GitHub", "GitLab", "elsewhere"],
+)
+def test_the_comment_links_to_the_files_of_its_ci_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], link: str
+) -> None:
+    for name in ("GITHUB_RUN_ID", "CI_JOB_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    store.add_group([mode_run("no_dp"), mode_run("flash_fsdp")])
+    compare(store, "--no-log")
+    assert link in Path("results/synthetic/report.md").read_text(encoding="utf-8")
+
+
 def test_a_group_that_failed_by_itself_stays_failed(store: Store) -> None:
     group_id = store.add_group(healthy_runs())
     store.client.set_tag(group_id, names.FAILURE, FAILURE.dumps(OOM))

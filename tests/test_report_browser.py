@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from dpsgd_track.report.charts import figures
 from dpsgd_track.report.html import html
+from dpsgd_track.report.markdown import markdown
 from dpsgd_track.report.write import write_report
 from tests.support.synthetic_group import compared, healthy_runs, mode_run
 from tests.support.synthetic_report import (
@@ -435,3 +437,24 @@ def _seconds_until_a_click_is_answered(browser: Any, path: Path) -> float:
     metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
     page.context.close()
     return float(metrics["ThreadTime"])
+
+
+# What GitHub gives a comment, and how it lays out its text and tables.
+COLUMN = """
+<!doctype html><style>
+main { width: 760px; font: 14px/1.5 Helvetica, Arial, sans-serif; overflow-wrap: break-word; }
+table { display: block; width: max-content; max-width: 100%; border-collapse: collapse; }
+td, th { padding: 6px 13px; border: 1px solid; }
+</style><main>"""
+
+
+@pytest.mark.parametrize("made", [broken, hostile], ids=lambda made: made.__name__)
+def test_no_table_of_a_comment_is_wider_than_githubs_column(browser: Any, made: Any) -> None:
+    render = MarkdownIt("commonmark", {"html": True}).enable("table").render
+    page = browser.new_page()
+    page.set_content(f"{COLUMN}{render(markdown(made()))}")
+    page.eval_on_selector_all("details", "all => all.forEach(e => { e.open = true; })")
+    wide = "all => all.filter(e => e.scrollWidth > 760).map(e => e.rows[0].innerText)"
+    assert page.locator("table").count() > 4
+    assert page.eval_on_selector_all("table", wide) == []
+    page.close()

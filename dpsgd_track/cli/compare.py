@@ -122,7 +122,7 @@ def _compare(
             _refuse_profile(each)
         comparison = compare_groups(group, later, settings.thresholds, waivers)
     folder = Path(settings.results_dir) / folder_name(comparison.group.name)
-    files = write_report(comparison, folder, not choices.no_png, say_aside)
+    files = write_report(comparison, folder, not choices.no_png, say_aside, _ci_link())
     console = Console(highlight=False, width=console_width())
     print_table(comparison, console)
     if profile := profile_of(comparison.group):
@@ -139,6 +139,16 @@ def _compare(
             target = f"{ARTIFACT_FOLDER}-{folder_name(group.name)}"
             found.attach([(file, target) for file in files], {})
     return comparison
+
+
+def _ci_link() -> str:
+    """Address of the CI run that this process belongs to, with its files; empty outside of one."""
+    env = os.environ.get
+    if run := env("GITHUB_RUN_ID"):
+        return f"{env('GITHUB_SERVER_URL')}/{env('GITHUB_REPOSITORY')}/actions/runs/{run}#artifacts"
+    if job := env("CI_JOB_URL"):
+        return f"{job}/artifacts/browse"
+    return ""
 
 
 def _export(group: Group, file: Path, *, force: bool) -> None:

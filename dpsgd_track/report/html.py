@@ -28,6 +28,7 @@ from dpsgd_track.report.stages import (
     VERDICT_SYMBOLS,
     accepted,
     advice,
+    capitalised,
     more,
     stage_tables,
 )
@@ -132,7 +133,7 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
         rows=modes,
         replays=replays,
         first_chart=first,
-        sentence=_sentence(comparison),
+        sentence=capitalised(comparison),
         summary_of=_summary_of,
         more=more,
         stages=tuple(Stage),
@@ -198,14 +199,6 @@ def _report(
 def _page(template: str, group_name: str, **more: object) -> str:
     page = _templates().get_template(template)
     return page.render(plotly=_plotly(), data=_data, group_name=group_name, **more)
-
-
-def _sentence(comparison: GroupComparison) -> str:
-    """The verdict's sentence, beginning with a capital unless it begins with a mode's name."""
-    said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
-    if any(said.startswith(mode.label) for mode in comparison.modes):
-        return said
-    return said[:1].upper() + said[1:]
 
 
 def _summary_of(charts: Sequence[Chart]) -> str:
