@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from dpsgd_track.record.judged import JudgedGroup
 from dpsgd_track.report.charts import figures
-from dpsgd_track.report.html import html
+from dpsgd_track.report.html import history_html, html
 from dpsgd_track.report.markdown import markdown
 from dpsgd_track.report.write import write_report
 from tests.support.synthetic_group import compared, healthy_runs, mode_run
@@ -458,3 +459,31 @@ def test_no_table_of_a_comment_is_wider_than_githubs_column(browser: Any, made: 
     assert page.locator("table").count() > 4
     assert page.eval_on_selector_all("table", wide) == []
     page.close()
+
+
+def test_the_history_is_a_page_like_the_report(browser: Any, tmp_path: Path) -> None:
+    groups = [
+        JudgedGroup(
+            name=f"quick-{number}",
+            start_time_ms=number,
+            revision=f"{number}abcdef0",
+            verdict="PASS" if number < 11 else "BUG",
+            drifts={"loss": 0.1, "clipped sum": 10.0 ** (number - 10)},
+            costs={"flash_fsdp": 1.2 + number / 100},
+        )
+        for number in range(12)
+    ]
+    path = tmp_path / "history.html"
+    path.write_text(history_html("an experiment", groups), encoding="utf-8")
+    page = opened(browser, path, viewport=PHONE, reduced_motion="reduce")
+    show_all(page)
+    assert page.locator(".chart").count() == 2
+    limit = page.eval_on_selector(
+        ".chart[data-name=history_drifts]",
+        "e => Array.from(e._fullData.find(t => t.name === 'limit').y)",
+    )
+    assert limit == [1] * 12
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert page.locator(".banner.BUG").is_visible()
+    assert page.complaints == []
+    page.context.close()

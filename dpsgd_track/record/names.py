@@ -75,7 +75,12 @@ def group_metric(metric: str, regime: str, label: str) -> str:
 
     The MLflow UI takes all up to the last slash as a section of charts.
     """
-    return f"{metric}/{regime}/{_NOT_IN_A_METRIC.sub('-', label)[:_LONGEST_LABEL]}"
+    return metric_of(f"{metric}/{regime}", label)
+
+
+def metric_of(prefix: str, label: str) -> str:
+    """Name of a metric of the mode `label`, which may have characters that no metric's name has."""
+    return f"{prefix}/{_NOT_IN_A_METRIC.sub('-', label)[:_LONGEST_LABEL]}"
 
 
 def stacks_file(rank: int) -> str:

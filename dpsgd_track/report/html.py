@@ -16,10 +16,12 @@ from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.config import PROBE, is_probe
+from dpsgd_track.record.judged import JudgedGroup
 from dpsgd_track.record.run import Group
 from dpsgd_track.record.stages import ObservableName, Stage
-from dpsgd_track.report import profile_table
+from dpsgd_track.report import history, profile_table
 from dpsgd_track.report.charts import Chart, Style
+from dpsgd_track.report.charts.history import history_charts
 from dpsgd_track.report.charts.profile import SECTION as PROFILE_SECTION
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
@@ -171,6 +173,23 @@ def profile_html(profile: Profile, group: Group, charts: Sequence[Chart]) -> str
     facts = profile_table.facts(profile, group)
     style = Style.of_group(group)
     return _report("profile.html", group, style, profile, facts=facts, charts=charts)
+
+
+def history_html(experiment: str, groups: Sequence[JudgedGroup]) -> str:
+    """The history of an experiment as a page; `groups` come oldest first."""
+    return _page(
+        "history.html",
+        experiment,
+        groups=groups,
+        charts=history_charts(groups, history.STAGES),
+        last=history.verdict_of(groups[-1]),
+        since=history.since(*groups[-2:]) if len(groups) > 1 else "",
+        headings=history.HEADINGS,
+        cells=history.cells,
+        verdict_of=history.verdict_of,
+        legend=history.LEGEND,
+        symbols=VERDICT_SYMBOLS,
+    )
 
 
 def chart_html(chart: Chart, group: str) -> str:

@@ -67,11 +67,12 @@ def _folded(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
 
 
-def _lines(comparison: GroupComparison, link: str) -> str:
+def _lines(comparison: GroupComparison, link: str, since: str) -> str:
     """Verdict, what, where, how sure, cost, and where to look further.
 
     Args:
         link: address of the report; empty if it has none.
+        since: what changed since the group before; empty if there is none.
     """
     short, do = brief(comparison), advised(comparison).do.rstrip(".")
     heading = f"## {_ICONS[comparison.verdict]} {comparison.verdict}: {do[:1].lower()}{do[1:]}"
@@ -82,17 +83,21 @@ def _lines(comparison: GroupComparison, link: str) -> str:
         ("What", prose(short.what)),
         ("Where", prose(short.where)),
         ("How sure", prose(short.how_sure)),
-        ("Cost", prose(short.cost)),
+        ("Cost", " ".join(filter(None, [prose(short.cost), prose(since)]))),
         ("Report", f"{report}.{' To run the same again:' * bool(again)}"),
     ]
     told = "\n".join(f"- **{title}:** {text}" for title, text in lines)
     return "\n\n".join(filter(None, [heading, told, _code(again)]))
 
 
-def note(comparison: GroupComparison) -> str:
-    """The verdict and the table of modes, for the note of the group run."""
+def note(comparison: GroupComparison, since: str = "") -> str:
+    """The verdict and the table of modes, for the note of the group run.
+
+    Args:
+        since: what changed since the group before; empty if there is none.
+    """
     seen = prose(comparison.seen.sentence)
-    return f"{_lines(comparison, '')}\n\n{_modes(comparison)}\n\n{seen}\n"
+    return f"{_lines(comparison, '', since)}\n\n{_modes(comparison)}\n\n{seen}\n"
 
 
 def _modes(comparison: GroupComparison) -> str:
@@ -129,15 +134,16 @@ def _ladders(comparison: GroupComparison) -> list[str]:
     ][:_MOST_LADDERS]
 
 
-def markdown(comparison: GroupComparison, link: str = "") -> str:
+def markdown(comparison: GroupComparison, link: str = "", since: str = "") -> str:
     """The whole comment, shorter than LIMIT characters: six lines, and the rest folded.
 
     A section that no longer fits is omitted as a whole, and the last line says so.
 
     Args:
         link: address of the report; empty if it has none.
+        since: what changed since the group before; empty if there is none.
     """
-    return _with_sections(f"{_lines(comparison, link)}\n", _sections(comparison))
+    return _with_sections(f"{_lines(comparison, link, since)}\n", _sections(comparison))
 
 
 def _with_sections(text: str, sections: Iterable[tuple[str, str]]) -> str:

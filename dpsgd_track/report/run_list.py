@@ -31,15 +31,13 @@ def marks(comparison: GroupComparison, note: str) -> dict[str, Marks]:
         found[run.run_id] = Marks(
             tags={names.VERDICT: verdict.value}, metrics=_metrics(drift, costs.get(run.label))
         )
-    drift = _largest(
-        each
-        for mode in comparison.modes
-        for regime in comparison.regimes
-        for each in _drifts(mode, regime.name)
-    )
+    stages = _by_stage(comparison)
+    detail = {f"{names.DRIFT_OF_LIMIT}/{stage}": drift for stage, drift in stages.items()}
+    detail |= {names.metric_of(names.COST, label): cost for label, cost in costs.items()}
+    whole = _metrics(_largest(stages.values()), _largest(costs.values()))
     found[group.run_id] = Marks(
         tags={names.VERDICT: comparison.verdict.value, names.NOTE: note},
-        metrics=_metrics(drift, _largest(costs.values())),
+        metrics={**whole, **{name: _rounded(value) for name, value in detail.items()}},
         is_faulty=comparison.verdict is Verdict.BUG,
     )
     return found
@@ -69,6 +67,18 @@ def _costs(profile: Profile | None) -> dict[str, float]:
     return costs
 
 
+def _by_stage(comparison: GroupComparison) -> dict[str, float]:
+    """Largest finite drift of any mode as a share of its limit, by stage; 0 where all are equal."""
+    drifts: dict[str, float] = {}
+    for mode in comparison.modes:
+        for rung in (rung for rungs in mode.ladders.values() for rung in rungs):
+            if rung.value is not None and rung.limit is not None:
+                share = rung.times if rung.value else 0.0
+                if math.isfinite(share):
+                    drifts[rung.stage] = max(share, drifts.get(rung.stage, 0.0))
+    return drifts
+
+
 def _drifts(mode: ModeVerdict, regime: str) -> Iterable[float]:
     """Largest drift of each stage, as a share of its limit."""
     for (of, _), rungs in mode.ladders.items():
@@ -83,5 +93,9 @@ def _largest(values: Iterable[float]) -> float | None:
 
 def _metrics(drift: float | None, cost: float | None) -> dict[str, float]:
     both = {names.DRIFT_OF_LIMIT: drift, names.COST: cost}
+    return {name: _rounded(value) for name, value in both.items() if value is not None}
+
+
+def _rounded(value: float) -> float:
     # The list shows all digits that there are.
-    return {name: float(f"{value:.3g}") for name, value in both.items() if value is not None}
+    return float(f"{value:.3g}")
