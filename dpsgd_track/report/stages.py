@@ -18,6 +18,7 @@ SYMBOLS = {
     StageStatus.INTRODUCED: "✗",
     StageStatus.INHERITED: "↳",
     StageStatus.NOT_COMPARED: "–",
+    StageStatus.NOT_TESTED: "–",
 }
 """Symbol of each status, which tells it apart without colour."""
 
@@ -77,7 +78,8 @@ class StageTable:
         if wrong:
             return f"a stage went wrong in {', '.join(wrong)}"
         cells = [cell for line in self.lines for cell in line.cells]
-        compared = sum(cell.status is not StageStatus.NOT_COMPARED for cell in cells)
+        idle = (StageStatus.NOT_COMPARED, StageStatus.NOT_TESTED)
+        compared = sum(cell.status not in idle for cell in cells)
         return f"all {compared} compared stages of {len(self.lines)} modes are ok"
 
 
