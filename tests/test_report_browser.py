@@ -487,3 +487,37 @@ def test_the_history_is_a_page_like_the_report(browser: Any, tmp_path: Path) -> 
     assert page.locator(".banner.BUG").is_visible()
     assert page.complaints == []
     page.context.close()
+
+
+def test_filters_and_open_sections_are_in_the_address(
+    browser: Any, reports: dict[str, Path]
+) -> None:
+    page = opened(browser, reports["broken"], reduced_motion="reduce")
+    modes = page.eval_on_selector_all(
+        "input[name=mode]", "all => all.map(e => e.closest('label').textContent.trim())"
+    )
+    page.get_by_label(modes[0], exact=True).uncheck()
+    page.locator("input[name=regime][value=clip]").check()
+    page.locator("details#noise > summary").click()
+    page.wait_for_function("location.hash.includes('open=noise')")
+    assert "regime=clip" in page.url
+    again = opened(browser, reports["broken"], reduced_motion="reduce")
+    again.goto(page.url)
+    for shown in (page, again):
+        shown.wait_for_function("document.querySelector('#noise').open")
+        assert not shown.get_by_label(modes[0], exact=True).is_checked()
+        assert shown.get_by_label(modes[1], exact=True).is_checked()
+        assert shown.locator("#modes ~ .scroll tr[data-mode-row='0']").first.is_hidden()
+        assert shown.locator("[data-regime=accuracy]").first.is_hidden()
+    page.locator("#all-modes").click()
+    page.locator("input[name=regime][value='']").check()
+    page.locator("details#noise > summary").click()
+    page.wait_for_function("!location.hash")
+    # An address that is no state leads where it always did.
+    page.goto(f"{reports['broken'].as_uri()}#compared")
+    page.wait_for_function("document.querySelector('#compared').open")
+    page.goto(f"{reports['broken'].as_uri()}#modes")
+    assert page.url.endswith("#modes")
+    assert page.complaints == again.complaints == []
+    page.context.close()
+    again.context.close()
