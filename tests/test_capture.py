@@ -255,6 +255,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ROWS,
     ),
     "named-twice": (lambda: _then_head(_NamedTwice()), ROWS),
+    "bare-among-blocks": (lambda: _Blocks(), ROWS),
+    "bare-in-containers": (lambda: _Kept(), ROWS),
+    "bare-in-first-row": (lambda: _FirstRow(), ROWS),
+    "bare-prompt": (lambda: _Prompted(), ROWS),
     "biases-alone": (lambda: _only_biases(_then_head(nn.Linear(D, D), nn.Tanh())), ROWS),
 }
 
@@ -469,12 +473,12 @@ def test_a_backward_that_failed_leaves_nothing_for_the_next(mode: str) -> None:
 
 
 def test_modules_without_a_rule_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(_Bare(), nn.Linear(D, 2)).double()
+    model = nn.Sequential(weight_norm(nn.Linear(D, D)), nn.Linear(D, 2)).double()
     mode = mode_of("flash_bk", model)
     for _ in range(2):
         mode.accumulate(batch_of(ROWS.double()))
     (said,) = caplog.messages
-    assert said.startswith("0 (_Bare) has no rule of its own")
+    assert said.startswith("0 (ParametrizedLinear) has no rule of its own")
 
 
 class _Transposing(nn.Module):
@@ -509,15 +513,78 @@ class _Centred(nn.Module):
 
 
 class _Blocks(nn.Module):
+    """A vision transformer's class token, positions and scales, beside its blocks."""
+
     def __init__(self) -> None:
         super().__init__()
         self.cls = nn.Parameter(torch.zeros(1, 1, D))
+        self.positions = nn.Parameter(torch.zeros(1, T + 1, D))
+        self.scale = nn.Parameter(torch.ones(D))
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.blocks = nn.ModuleList([_Scaled() for _ in range(2)])
+        self.head = nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.positions
+        for block in self.blocks:
+            x = x + torch.tanh(block(x) * self.scale)
+        y: Tensor = self.head(x[:, 0]) / self.temperature
+        return y
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(D)), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.scale * self.inner(x)
+        return y
+
+
+class _Kept(nn.Module):
+    """Parameters in containers, which nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.ParameterDict({"a": torch.ones(D), "b": torch.ones(1, D)})
+        self.shifts = nn.ParameterList([torch.zeros(D)])
         self.blocks = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.cls
+        first, second = self.blocks
+        h = torch.tanh(first(x) * self.gains["a"] + self.shifts[0])
+        y: Tensor = second(h) * self.gains["b"]
+        return y
+
+
+class _FirstRow(nn.Module):
+    """Takes a parameter [1, T, D] by its first row: a row for each sample would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, T, D))
+        self.blocks = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions[0]
         for block in self.blocks:
-            x = block(x)
+            x = torch.tanh(block(x))
+        return x
+
+
+class _Prompted(nn.Module):
+    """A prompt [P, D], which gets its dimension for the samples from the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.zeros(2, D))
+        self.blocks = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.prompt.unsqueeze(0).repeat(len(x), 1, 1), x], dim=1)
+        for block in self.blocks:
+            x = torch.tanh(block(x.cumsum(dim=1)))
         return x
 
 
@@ -925,7 +992,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
         ROWS,
         r"1 \(compiled by torch\.jit",
     ),
-    "bare-parameter-among-blocks": (_Blocks, ROWS, r"cls \(of _Blocks, which also holds"),
 }
 
 
@@ -954,9 +1020,47 @@ def test_a_use_that_begins_later_is_refused_too(mode: str) -> None:
 
 
 def test_frozen_layers_need_no_rule() -> None:
-    model = _Blocks()
-    model.cls.requires_grad_(False)
+    model = _FirstRow()
+    model.positions.requires_grad_(False)
     assert [layer.fqn for layer in find_layers(model)] == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize(
+    ("make", "is_spread"), [(_Blocks, True), (_Kept, True), (_FirstRow, False), (_Prompted, False)]
+)
+def test_a_bare_parameter_is_spread_where_that_is_faithful(
+    make: Callable[[], nn.Module], is_spread: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make().double()
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    # A new head's outputs say nothing.
+    nn.init.zeros_(head.weight)
+    mode_of("flash_bk", model).accumulate(batch_of(ROWS.double()))
+    said = "is used in a way that takes no copy for each sample"
+    assert any(said in message for message in caplog.messages) is not is_spread
+
+
+@pytest.mark.parametrize("mode", ["flash", "flash_bk"])
+def test_a_use_of_a_bare_parameter_that_begins_later_is_exact(mode: str) -> None:
+    class Gated(_Prompted):
+        is_open = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.is_open:
+                return super().forward(x)
+            y: Tensor = self.blocks[1](torch.tanh(self.blocks[0](x)))
+            return y
+
+    model = Gated().double()
+    trained, batch = mode_of(mode, model), batch_of(ROWS.double())
+    trained.accumulate(batch)
+    model.is_open = True
+    record = trained.accumulate(batch)
+    norms = [
+        torch.stack([g.norm() for g in sample.values()]).norm()
+        for sample in per_sample(model, batch)
+    ]
+    torch.testing.assert_close(record.norm_B, torch.stack(norms), rtol=TOLERANCE, atol=0)
 
 
 @pytest.mark.parametrize("mode", OURS)

@@ -138,8 +138,12 @@ class Capture:
         return [
             _ObservedUnit(self, module, f"{fqn}." if fqn else "")
             for fqn, module in self.model.named_modules()
-            if issubclass(type(module), FSDPModule) and fqn not in self.captured
+            if issubclass(type(module), FSDPModule) and not self._runs_on_leaves(fqn)
         ]
+
+    def _runs_on_leaves(self, fqn: str) -> bool:
+        """True for a layer that is captured with all modules inside it."""
+        return fqn in self.captured and not self.captured[fqn].layer.is_bare
 
     @property
     def is_sharded(self) -> bool:
@@ -149,6 +153,13 @@ class Capture:
     def register(self, captured: CapturedLayer) -> None:
         """Capture a layer this way from the next batch on."""
         self.captured[captured.layer.fqn] = captured
+
+    def merge(self, captured: CapturedLayer) -> None:
+        """Capture a layer together with all modules inside it."""
+        prefix = f"{captured.layer.fqn}." if captured.layer.fqn else ""
+        for fqn in [fqn for fqn in self.captured if fqn.startswith(prefix)]:
+            del self.captured[fqn]
+        self.register(captured)
 
     @contextmanager
     def sample_batch(self, num_samples: int) -> Iterator[None]:
@@ -177,7 +188,8 @@ class Capture:
         """Replace the forwards of `modules`, and under FSDP2 observe its units."""
         attached: list[ReplacedForward] = []
         try:
-            for module in [*self._units, *modules]:
+            # Units last: they have to see the parameters before layers replace them.
+            for module in [*modules, *self._units]:
                 module.attach()
                 attached.append(module)
             yield
@@ -312,7 +324,7 @@ class Capture:
             raise ValueError(
                 f"{layer.fqn}: expected inputs of {self.num_samples} samples in dimension "
                 f"{sample_dim}, got shape {tuple(x.shape)}. Per-sample gradients of this layer "
-                "cannot be told apart."
+                "cannot be told apart. Call it with one row for each sample, or freeze it."
             )
         self._calls.append(layer.fqn)
         for name in layer.names.values():
@@ -486,6 +498,9 @@ class Capture:
 
     def _gradients_by_sample(self, loss_B: Tensor) -> list[tuple[str, Tensor]]:
         """[B, *parameter] of each leaf that all samples share, by one backward per sample."""
+        if self._shared_leaves:
+            used = {id(getattr(node, "variable", None)) for node in _nodes_below(loss_B.grad_fn)}
+            self._shared_leaves[:] = [s for s in self._shared_leaves if id(s[1]) in used]
         if self._shared_leaves and not self._gradients_by_leaf:
             if not bool(loss_B.isfinite().all()):
                 shared = ", ".join(sorted({name for name, _ in self._shared_leaves}))

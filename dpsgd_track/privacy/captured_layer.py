@@ -8,14 +8,14 @@ from a use that no call accounts for.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpsgd_track.privacy.capture import Capture, has_saved_tensor_hooks
-from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.layers.inventory import Layer, own_holders
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
 
@@ -180,8 +180,7 @@ class ParameterSlot:
 
     def leaf(self) -> Tensor:
         """Leaf of the parameter that is in the slot now; it shares the parameter's memory."""
-        own, key = self.entries[0]
-        parameter: Tensor = own[key]
+        parameter = self.current()
         if parameter is self.current_leaf:
             return parameter
         if parameter is not self.parameter:
@@ -200,15 +199,22 @@ class ParameterSlot:
         if self.parameter is not None and not isinstance(self.parameter, nn.Parameter):
             self.parameter = self.current_leaf = None
 
+    def current(self) -> Tensor:
+        """The tensor that is in the slot now."""
+        own, key = self.entries[0]
+        tensor: Tensor = own[key]
+        return tensor
+
     def enter(self) -> None:
         """Put the leaf into the slot."""
-        self._fill(self.leaf())
+        self.fill(self.leaf())
 
     def leave(self) -> None:
         """Put the parameter back into the slot."""
-        self._fill(self.parameter)
+        self.fill(self.parameter)
 
-    def _fill(self, tensor: Tensor | None) -> None:
+    def fill(self, tensor: Tensor | None) -> None:
+        """Put a tensor into the slot."""
         for own, key in self.entries:
             own[key] = tensor
 
@@ -219,7 +225,10 @@ def _slots_of(layer: Layer) -> list[ParameterSlot]:
         for name, parameter in layer.module.named_parameters()
         if name in layer.names
     }
-    for module in layer.module.modules():
+    modules: Iterable[nn.Module] = layer.module.modules()
+    if layer.is_bare:
+        modules = [holder for _, holder in own_holders(layer.module)]
+    for module in modules:
         for key, parameter in module._parameters.items():
             if id(parameter) in slots:
                 slots[id(parameter)].entries.append((module._parameters, key))

@@ -154,30 +154,34 @@ class ExpandedLayer(CapturedLayer):
         """Outputs for each sample, tensors stacked along a new dimension 0, and their structure."""
         num_samples = len(next(iter(copies.values())))
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        out_structure: list[Any] = []
+        returned: list[tuple[list[Any], Any]] = []
 
-        def one(copy: _Copies, leaves: list[Any]) -> list[Any]:
+        def one(copy: _Copies, leaves: list[Any]) -> list[Tensor]:
             alone = [
                 leaf if dim is None else leaf.unsqueeze(dim)
                 for leaf, dim in zip(leaves, dims, strict=True)
             ]
-            outputs, out = pytree.tree_flatten(
-                self._one(copy, *pytree.tree_unflatten(alone, structure))
+            returned.append(
+                pytree.tree_flatten(self._one(copy, *pytree.tree_unflatten(alone, structure)))
             )
-            out_structure.append(out)
-            return outputs
+            # An attention may return None in place of its weights.
+            return [y for y in returned[-1][0] if isinstance(y, Tensor)]
+
+        def as_returned(stacked: Sequence[Tensor]) -> tuple[list[Any], Any]:
+            outputs, out_structure = returned[-1]
+            tensors = iter(stacked)
+            return [next(tensors) if isinstance(y, Tensor) else y for y in outputs], out_structure
 
         if self.is_vectorised:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="There is a performance drop")
                     mapped = torch.vmap(one, (0, list(dims)), randomness="different")
-                    return mapped(copies, leaves), out_structure[0]
+                    return as_returned(mapped(copies, leaves))
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 self.is_vectorised = False
                 reason = str(error).splitlines()[0]
                 _logger.warning("%s runs sample by sample: %s", self.layer.fqn, reason)
-        out_structure.clear()
         rows = [
             one(
                 {name: copy[i] for name, copy in copies.items()},
@@ -188,9 +192,7 @@ class ExpandedLayer(CapturedLayer):
             )
             for i in range(num_samples)
         ]
-        columns = zip(*rows, strict=True)
-        stacked = [torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
-        return stacked, out_structure[0]
+        return as_returned([torch.stack(column) for column in zip(*rows, strict=True)])
 
 
 @contextmanager
