@@ -255,6 +255,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ROWS,
     ),
     "named-twice": (lambda: _then_head(_NamedTwice()), ROWS),
+    "functional-use": (lambda: _Functional(), TOKENS),
     "bare-among-blocks": (lambda: _Blocks(), ROWS),
     "bare-in-containers": (lambda: _Kept(), ROWS),
     "bare-in-first-row": (lambda: _FirstRow(), ROWS),
@@ -975,7 +976,6 @@ def _compiled_by_jit(model: nn.Module) -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
-    "functional-use": (_Functional, TOKENS, r"Used in other ways too: tokens\.weight"),
     "mixed-samples": (lambda: _then_head(_Centred()), ROWS, r"0: .* treats each sample by itself"),
     "batch-norm": (
         lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)),

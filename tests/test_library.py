@@ -519,8 +519,11 @@ LATER = {
 }
 
 
-@pytest.mark.parametrize("num_batches", [0, 4])
-@pytest.mark.parametrize("change", LATER)
+# A use that the first batch has is exact.
+@pytest.mark.parametrize(
+    ("change", "num_batches"),
+    [(c, n) for c in LATER for n in (0, 4) if (c, n) != ("functional", 0)],
+)
 def test_what_changes_later_is_refused_at_once(change: str, num_batches: int) -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(6, affine=False).eval()
