@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from dpsgd_track.privacy.layers import find_rule
@@ -64,6 +66,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "rms-norm": (lambda: nn.RMSNorm(D), _floats(B, T, D)),
     "rms-norm-llama": (lambda: LlamaRMSNorm(D), _floats(B, T, D)),
     "rms-norm-qwen2": (lambda: Qwen2RMSNorm(D), _floats(B, T, D)),
+    "rms-norm-t5": (lambda: T5LayerNorm(D), _floats(B, T, D)),
     "rms-norm-gemma": (lambda: GemmaRMSNorm(D), _floats(B, T, D)),
 }
 
@@ -141,6 +144,11 @@ class _OuterEpsilonRMSNorm(nn.RMSNorm):
         return self.weight * x / (x.square().mean(dim=-1, keepdim=True).sqrt() + self.eps)
 
 
+class _DoubledT5LayerNorm(T5LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 class _Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -157,6 +165,8 @@ class _Shifted(nn.Embedding):
         _DoubledRMSNorm(D),
         _InputsEpsilonRMSNorm(D),
         _OuterEpsilonRMSNorm(D, eps=1e-6),
+        _DoubledT5LayerNorm(D),
+        CohereLayerNorm(D),
         _Scaled(D, P),
         nn.Embedding(9, D, scale_grad_by_freq=True),
         nn.Embedding(9, D, max_norm=1.0),
