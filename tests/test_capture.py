@@ -114,6 +114,15 @@ def check(name: str, model: nn.Module, *inputs: Tensor) -> Mode:
     return mode
 
 
+def _assert_norms(mode: Mode, batch: Batch) -> None:
+    norms = [
+        torch.stack([g.norm() for g in sample.values()]).norm()
+        for sample in per_sample(mode.model, batch)
+    ]
+    record = mode.accumulate(batch)
+    torch.testing.assert_close(record.norm_B, torch.stack(norms), rtol=TOLERANCE, atol=0)
+
+
 class _Twice(nn.Module):
     """One linear layer used twice, a shared position index, and layers that are not used."""
 
@@ -255,6 +264,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ROWS,
     ),
     "named-twice": (lambda: _then_head(_NamedTwice()), ROWS),
+    "flattened": (lambda: _Flattened(), TOKENS),
+    "flattened-time-first": (lambda: _FlattenedTimeFirst(), TOKENS),
     "functional-use": (lambda: _Functional(), TOKENS),
     "bare-among-blocks": (lambda: _Blocks(), ROWS),
     "bare-in-containers": (lambda: _Kept(), ROWS),
@@ -489,6 +500,66 @@ class _Transposing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+class _Flattened(nn.Module):
+    """Layers of every kind on the positions of all samples as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.start = nn.Embedding(V, D), nn.Embedding(1, D)
+        self.mix, self.norm, self.gain = nn.Linear(D, D), nn.LayerNorm(D), _Gain()
+        self.filter, self.head = nn.Conv1d(1, 2, 3), nn.Linear(2 * (D - 2), 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = torch.tanh(self.tokens(tokens.flatten()))
+        h = self.gain(self.norm(torch.tanh(self.mix(h))))
+        # Looked up as often as there could be rows of samples, whatever their number is.
+        start = self.start(torch.zeros(840, dtype=torch.long)).mean(dim=0)
+        y: Tensor = self.head(torch.tanh(self.filter((h + start).unsqueeze(1))).flatten(1))
+        return y.view(*tokens.shape, 1)
+
+
+class _FlattenedTimeFirst(nn.Module):
+    """The rows of a sample are not together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(V, D), nn.Linear(D, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.tokens(tokens.T.flatten())))
+        return y.view(tokens.shape[1], tokens.shape[0]).T
+
+
+class _Gain(nn.Module):
+    """Has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.gain).sin()
+
+
+class _Routed(nn.Module):
+    """Sends a position to one of two experts, which see rows of any samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(V, D)
+        self.experts = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
+        with torch.no_grad():
+            self.tokens.weight[:, 0] = torch.tensor([5.0, -5.0] * V)[:V]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.tokens(tokens).flatten(0, 1)
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where((h[:, 0] > 0) == bool(number))
+            y = y.index_add(0, rows, torch.tanh(expert(h[rows])))
+        return y.view(*tokens.shape, D)
 
 
 class _Functional(nn.Module):
@@ -1041,6 +1112,19 @@ def test_a_bare_parameter_is_spread_where_that_is_faithful(
 
 
 @pytest.mark.parametrize("mode", ["flash", "flash_bk"])
+def test_rows_that_a_router_chooses_are_never_taken_for_one_samples_after_the_others(
+    mode: str,
+) -> None:
+    model = _Routed().double()
+    trained = mode_of(mode, model)
+    # As many odd tokens in each sample, and then as many on average.
+    for counts in ([2, 2, 2], [1, 2, 3]):
+        rows = [[1] * n + [0] * (T - n) for n in counts]
+        batch = batch_of(torch.tensor(rows) + 2 * torch.arange(B).unsqueeze(1))
+        _assert_norms(trained, batch)
+
+
+@pytest.mark.parametrize("mode", ["flash", "flash_bk"])
 def test_a_use_of_a_bare_parameter_that_begins_later_is_exact(mode: str) -> None:
     class Gated(_Prompted):
         is_open = False
@@ -1055,12 +1139,7 @@ def test_a_use_of_a_bare_parameter_that_begins_later_is_exact(mode: str) -> None
     trained, batch = mode_of(mode, model), batch_of(ROWS.double())
     trained.accumulate(batch)
     model.is_open = True
-    record = trained.accumulate(batch)
-    norms = [
-        torch.stack([g.norm() for g in sample.values()]).norm()
-        for sample in per_sample(model, batch)
-    ]
-    torch.testing.assert_close(record.norm_B, torch.stack(norms), rtol=TOLERANCE, atol=0)
+    _assert_norms(trained, batch)
 
 
 @pytest.mark.parametrize("mode", OURS)

@@ -374,14 +374,21 @@ class Capture:
             )
         return False
 
-    def close_call(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
-        """End a call of `layer`, given its input and the gradient of its output."""
+    def close_call(self, layer: Layer, x: Tensor, dy: Tensor, *, is_grouped: bool = False) -> None:
+        """End a call of `layer`, given its input and the gradient of its output.
+
+        Args:
+            is_grouped: they have several rows of each sample, one sample after the other.
+        """
         if not self.ends_calls():
             return
         assert self._settle is not None, "a backward that the capture did not run"
         assert layer.rule is not None
         self.dtypes.add(dy.dtype)
         for name, term in layer.rule.terms(layer.module, x.detach(), dy.detach()).items():
+            if is_grouped:
+                assert self.num_samples is not None
+                term = term.grouped(self.num_samples)
             self.add_term(layer.names[name], term)
 
     def add_term(self, name: str, term: Term) -> None:

@@ -99,16 +99,23 @@ class WatchedLayer(CapturedLayer):
     """Captures a layer with a rule from its inputs and the gradients of its outputs."""
 
     def __init__(
-        self, capture: Capture, layer: Layer, *, sample_dim: int = 0, is_spread: bool = False
+        self,
+        capture: Capture,
+        layer: Layer,
+        *,
+        sample_dim: int = 0,
+        is_spread: bool = False,
+        is_grouped: bool = False,
     ) -> None:
         """
         Args:
             sample_dim: the samples' dimension in inputs and outputs.
             is_spread: all samples share the inputs. Each sample gets a copy of its own, so that
                 their gradients arrive separately.
+            is_grouped: inputs and outputs are [B n, ...], the rows of one sample after the other.
         """
         super().__init__(capture, layer)
-        self.sample_dim, self.is_spread = sample_dim, is_spread
+        self.sample_dim, self.is_spread, self.is_grouped = sample_dim, is_spread, is_grouped
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[..., d] -> [..., p]."""
@@ -120,7 +127,7 @@ class WatchedLayer(CapturedLayer):
             args, kwargs = (x,), {}
         y: Tensor = self.run_on_leaves(args, kwargs)
         handle = capture.hold(x)
-        if not capture.open_call(layer, x, dim):
+        if not capture.open_call(layer, self._by_sample(x), dim):
             return y
         base = _without_view(y)
         edge, shape = get_gradient_edge(base), None if base is y else y.shape
@@ -133,7 +140,7 @@ class WatchedLayer(CapturedLayer):
                 dy = dy.view(shape)
             if dim:
                 x, dy = x.movedim(dim, 0), dy.movedim(dim, 0)
-            capture.close_call(layer, x, dy)
+            capture.close_call(layer, x, dy, is_grouped=self.is_grouped)
 
         if x.requires_grad:
             capture.note_output(layer, edge, None)
@@ -144,6 +151,13 @@ class WatchedLayer(CapturedLayer):
         else:
             capture.note_output(layer, edge, edge, close)
         return y
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        """[B n, ...] as [B, n, ...]; unchanged if there are other rows, which is refused."""
+        num_samples = self.capture.num_samples
+        if not self.is_grouped or not num_samples or len(x) % num_samples:
+            return x
+        return x.unflatten(0, (num_samples, len(x) // num_samples))
 
 
 def _without_view(y: Tensor) -> Tensor:

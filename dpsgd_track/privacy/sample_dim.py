@@ -32,6 +32,7 @@ from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer, spre
 from dpsgd_track.privacy.dropout import of_any_samples
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.expanded import ExpandedLayer, MixedSamplesError
+from dpsgd_track.privacy.grouped_rows import find_grouped
 from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, transposed_linear
 from dpsgd_track.privacy.layers.inventory import holds_units, with_modules_inside
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
@@ -66,6 +67,7 @@ def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
     other = batch.rows(torch.arange(num_samples) % len(batch))
     try:
         _place_bare(capture, run, other)
+        _place_grouped(capture, run, batch, num_samples)
         dims, _ = _observe(capture, run, other, _Observer)
     except MixedSamplesError:
         raise
@@ -109,6 +111,20 @@ def _place_bare(capture: Capture, run: Run, batch: Rows) -> None:
             capture.register(BackwardPerSample(capture, layer))
         else:
             capture.merge(ExpandedLayer(capture, with_modules_inside(capture.model, layer)))
+
+
+def _place_grouped(capture: Capture, run: Run, batch: Batch, num_samples: int) -> None:
+    """Have layers that read several rows of each sample, one sample after the other, know it."""
+    steps = torch.arange(num_samples)
+    samples, reordered = (batch.rows(i % len(batch)) for i in (steps, steps.roll(1)))
+    with kept_random_state(batch), of_any_samples():
+        grouped = find_grouped(capture, run, samples, reordered)
+    for fqn in grouped:
+        captured = capture.captured[fqn]
+        if isinstance(captured, ExpandedLayer):
+            captured.is_grouped = True
+        elif captured.layer.rule is not None:
+            capture.register(WatchedLayer(capture, captured.layer, is_grouped=True))
 
 
 def _bare(capture: Capture) -> Iterator[CapturedLayer]:
@@ -192,6 +208,8 @@ class _Observer(ReplacedForward):
 
     def _sample_dim(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _SampleDim:
         captured = self.captured
+        if isinstance(captured, WatchedLayer) and captured.is_grouped:
+            return 0
         captured.original = self.original
         rule = captured.layer.rule
         given = [x for x in (*args, *kwargs.values()) if x is not None]
