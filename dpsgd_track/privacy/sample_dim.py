@@ -113,7 +113,7 @@ def _place_bare(capture: Capture, run: Run, batch: Rows) -> None:
             capture.merge(ExpandedLayer(capture, with_modules_inside(capture.model, layer)))
 
 
-def _place_grouped(capture: Capture, run: Run, batch: Batch, num_samples: int) -> None:
+def _place_grouped(capture: Capture, run: Run, batch: Rows, num_samples: int) -> None:
     """Have layers that read several rows of each sample, one sample after the other, know it."""
     steps = torch.arange(num_samples)
     samples, reordered = (batch.rows(i % len(batch)) for i in (steps, steps.roll(1)))
