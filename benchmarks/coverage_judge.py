@@ -236,14 +236,17 @@ class PrivateRun:
 
     def slow_layers(self) -> tuple[int, int]:
         """Layers that run on one copy of their parameters for each sample, and of these and others
-        those whose gradients are formed sample by sample."""
+        those whose gradients are formed sample by sample, with parameters that are used
+        otherwise than by calling their modules."""
         mode = self.private.mode
         if not isinstance(mode, ComposedMode) or mode.engine.capture is None:
             return 0, 0
-        layers = mode.engine.capture.captured.values()
+        capture = mode.engine.capture
+        layers = capture.captured.values()
         on_copies = [layer for layer in layers if isinstance(layer, ExpandedLayer)]
         by_sample = sum(isinstance(layer, BackwardPerSample) for layer in layers)
-        return len(on_copies), by_sample + sum(not layer.is_vectorised for layer in on_copies)
+        by_sample += sum(not layer.is_vectorised for layer in on_copies)
+        return len(on_copies), by_sample + len(capture.used_otherwise or ())
 
     def step(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Norms [B] and the clipped sum [N], read off what a step does to the weights."""

@@ -34,6 +34,7 @@ from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.privacy.open_batch import OpenBatch
 from dpsgd_track.privacy.sampling import OpenDraw, PoissonSampler
 from dpsgd_track.privacy.spot_check import SpotCheck, SpotChecks
+from dpsgd_track.privacy.why import LayerAccount, accounts_of
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -136,6 +137,14 @@ class PrivateTraining:
     def spot_checks(self) -> SpotChecks:
         """Number and time of the comparisons with plain autograd so far."""
         return self._spot_check.cost if self._spot_check is not None else SpotChecks()
+
+    def why(self) -> list[LayerAccount]:
+        """How each layer's per-sample gradients are formed, what that costs, and what to do.
+
+        Empty for modes that do not go layer by layer. The first batch may change it.
+        """
+        capture = self.mode.engine.capture if isinstance(self.mode, ComposedMode) else None
+        return [] if capture is None else list(accounts_of(capture))
 
     @property
     def num_left_out(self) -> int:

@@ -114,6 +114,15 @@ def check(name: str, model: nn.Module, *inputs: Tensor) -> Mode:
     return mode
 
 
+def _assert_norms(mode: Mode, batch: Batch) -> None:
+    norms = [
+        torch.stack([g.norm() for g in sample.values()]).norm()
+        for sample in per_sample(mode.model, batch)
+    ]
+    record = mode.accumulate(batch)
+    torch.testing.assert_close(record.norm_B, torch.stack(norms), rtol=TOLERANCE, atol=0)
+
+
 class _Twice(nn.Module):
     """One linear layer used twice, a shared position index, and layers that are not used."""
 
@@ -255,6 +264,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ROWS,
     ),
     "named-twice": (lambda: _then_head(_NamedTwice()), ROWS),
+    "flattened": (lambda: _Flattened(), TOKENS),
+    "flattened-time-first": (lambda: _FlattenedTimeFirst(), TOKENS),
+    "functional-use": (lambda: _Functional(), TOKENS),
+    "bare-among-blocks": (lambda: _Blocks(), ROWS),
+    "bare-in-containers": (lambda: _Kept(), ROWS),
+    "bare-in-first-row": (lambda: _FirstRow(), ROWS),
+    "bare-prompt": (lambda: _Prompted(), ROWS),
     "biases-alone": (lambda: _only_biases(_then_head(nn.Linear(D, D), nn.Tanh())), ROWS),
 }
 
@@ -469,12 +485,12 @@ def test_a_backward_that_failed_leaves_nothing_for_the_next(mode: str) -> None:
 
 
 def test_modules_without_a_rule_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(_Bare(), nn.Linear(D, 2)).double()
+    model = nn.Sequential(weight_norm(nn.Linear(D, D)), nn.Linear(D, 2)).double()
     mode = mode_of("flash_bk", model)
     for _ in range(2):
         mode.accumulate(batch_of(ROWS.double()))
     (said,) = caplog.messages
-    assert said.startswith("0 (_Bare) has no rule of its own")
+    assert said.startswith("0 (ParametrizedLinear) has no rule of its own")
 
 
 class _Transposing(nn.Module):
@@ -484,6 +500,66 @@ class _Transposing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+class _Flattened(nn.Module):
+    """Layers of every kind on the positions of all samples as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.start = nn.Embedding(V, D), nn.Embedding(1, D)
+        self.mix, self.norm, self.gain = nn.Linear(D, D), nn.LayerNorm(D), _Gain()
+        self.filter, self.head = nn.Conv1d(1, 2, 3), nn.Linear(2 * (D - 2), 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = torch.tanh(self.tokens(tokens.flatten()))
+        h = self.gain(self.norm(torch.tanh(self.mix(h))))
+        # Looked up as often as there could be rows of samples, whatever their number is.
+        start = self.start(torch.zeros(840, dtype=torch.long)).mean(dim=0)
+        y: Tensor = self.head(torch.tanh(self.filter((h + start).unsqueeze(1))).flatten(1))
+        return y.view(*tokens.shape, 1)
+
+
+class _FlattenedTimeFirst(nn.Module):
+    """The rows of a sample are not together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(V, D), nn.Linear(D, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.tokens(tokens.T.flatten())))
+        return y.view(tokens.shape[1], tokens.shape[0]).T
+
+
+class _Gain(nn.Module):
+    """Has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.gain).sin()
+
+
+class _Routed(nn.Module):
+    """Sends a position to one of two experts, which see rows of any samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(V, D)
+        self.experts = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
+        with torch.no_grad():
+            self.tokens.weight[:, 0] = torch.tensor([5.0, -5.0] * V)[:V]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.tokens(tokens).flatten(0, 1)
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where((h[:, 0] > 0) == bool(number))
+            y = y.index_add(0, rows, torch.tanh(expert(h[rows])))
+        return y.view(*tokens.shape, D)
 
 
 class _Functional(nn.Module):
@@ -509,15 +585,78 @@ class _Centred(nn.Module):
 
 
 class _Blocks(nn.Module):
+    """A vision transformer's class token, positions and scales, beside its blocks."""
+
     def __init__(self) -> None:
         super().__init__()
         self.cls = nn.Parameter(torch.zeros(1, 1, D))
+        self.positions = nn.Parameter(torch.zeros(1, T + 1, D))
+        self.scale = nn.Parameter(torch.ones(D))
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.blocks = nn.ModuleList([_Scaled() for _ in range(2)])
+        self.head = nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.positions
+        for block in self.blocks:
+            x = x + torch.tanh(block(x) * self.scale)
+        y: Tensor = self.head(x[:, 0]) / self.temperature
+        return y
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(D)), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.scale * self.inner(x)
+        return y
+
+
+class _Kept(nn.Module):
+    """Parameters in containers, which nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.ParameterDict({"a": torch.ones(D), "b": torch.ones(1, D)})
+        self.shifts = nn.ParameterList([torch.zeros(D)])
         self.blocks = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.cls
+        first, second = self.blocks
+        h = torch.tanh(first(x) * self.gains["a"] + self.shifts[0])
+        y: Tensor = second(h) * self.gains["b"]
+        return y
+
+
+class _FirstRow(nn.Module):
+    """Takes a parameter [1, T, D] by its first row: a row for each sample would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, T, D))
+        self.blocks = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions[0]
         for block in self.blocks:
-            x = block(x)
+            x = torch.tanh(block(x))
+        return x
+
+
+class _Prompted(nn.Module):
+    """A prompt [P, D], which gets its dimension for the samples from the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.zeros(2, D))
+        self.blocks = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.prompt.unsqueeze(0).repeat(len(x), 1, 1), x], dim=1)
+        for block in self.blocks:
+            x = torch.tanh(block(x.cumsum(dim=1)))
         return x
 
 
@@ -908,7 +1047,6 @@ def _compiled_by_jit(model: nn.Module) -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
-    "functional-use": (_Functional, TOKENS, r"Used in other ways too: tokens\.weight"),
     "mixed-samples": (lambda: _then_head(_Centred()), ROWS, r"0: .* treats each sample by itself"),
     "batch-norm": (
         lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)),
@@ -925,7 +1063,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
         ROWS,
         r"1 \(compiled by torch\.jit",
     ),
-    "bare-parameter-among-blocks": (_Blocks, ROWS, r"cls \(of _Blocks, which also holds"),
 }
 
 
@@ -954,9 +1091,55 @@ def test_a_use_that_begins_later_is_refused_too(mode: str) -> None:
 
 
 def test_frozen_layers_need_no_rule() -> None:
-    model = _Blocks()
-    model.cls.requires_grad_(False)
+    model = _FirstRow()
+    model.positions.requires_grad_(False)
     assert [layer.fqn for layer in find_layers(model)] == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize(
+    ("make", "is_spread"), [(_Blocks, True), (_Kept, True), (_FirstRow, False), (_Prompted, False)]
+)
+def test_a_bare_parameter_is_spread_where_that_is_faithful(
+    make: Callable[[], nn.Module], is_spread: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make().double()
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    # A new head's outputs say nothing.
+    nn.init.zeros_(head.weight)
+    mode_of("flash_bk", model).accumulate(batch_of(ROWS.double()))
+    said = "is used in a way that takes no copy for each sample"
+    assert any(said in message for message in caplog.messages) is not is_spread
+
+
+@pytest.mark.parametrize("mode", ["flash", "flash_bk"])
+def test_rows_that_a_router_chooses_are_never_taken_for_one_samples_after_the_others(
+    mode: str,
+) -> None:
+    model = _Routed().double()
+    trained = mode_of(mode, model)
+    # As many odd tokens in each sample, and then as many on average.
+    for counts in ([2, 2, 2], [1, 2, 3]):
+        rows = [[1] * n + [0] * (T - n) for n in counts]
+        batch = batch_of(torch.tensor(rows) + 2 * torch.arange(B).unsqueeze(1))
+        _assert_norms(trained, batch)
+
+
+@pytest.mark.parametrize("mode", ["flash", "flash_bk"])
+def test_a_use_of_a_bare_parameter_that_begins_later_is_exact(mode: str) -> None:
+    class Gated(_Prompted):
+        is_open = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.is_open:
+                return super().forward(x)
+            y: Tensor = self.blocks[1](torch.tanh(self.blocks[0](x)))
+            return y
+
+    model = Gated().double()
+    trained, batch = mode_of(mode, model), batch_of(ROWS.double())
+    trained.accumulate(batch)
+    model.is_open = True
+    _assert_norms(trained, batch)
 
 
 @pytest.mark.parametrize("mode", OURS)

@@ -79,6 +79,7 @@ PUBLIC = {
     "modes": {},
     "check": {},
     "ui": {**_STORE, "port": 5000},
+    "history": {**_STORE},
     "compare": {
         **{**_STORE, "spool": None, "results-dir": None, "fail-on": "drift", "waivers": None},
         **{"loss-threshold": None, "grad-norm-threshold": None, "bug-threshold": None},
@@ -91,6 +92,7 @@ ADDED["compare"] = {"bitwise": False}
 ADDED["profile"] = {"dry-run": False, "max-slowdown": None, "max-memory": None}
 ADDED["resume"] = {"dry-run": False, "output": None}
 ADDED["ui"] = {"spool": None}
+ADDED["history"] = {"last": 30}
 ADDED["modes"] = {"variant": None}
 ADDED["check"] = {"input": None, "mode": None, "random-seed": 42}
 

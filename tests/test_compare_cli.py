@@ -8,13 +8,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpsgd_track.cli.compare import ARTIFACT_FOLDER
 from dpsgd_track.cli.main import main
 from dpsgd_track.record import names
-from dpsgd_track.record.failure import Failure, FailureKind
+from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.run import ModeRun
 from tests.support.synthetic_group import (
     Store,
@@ -41,6 +42,75 @@ def compare(store: Store, *options: str, group: str = "synthetic") -> int:
 def off_by(factor: float) -> list[ModeRun]:
     wrong = scaled(trajectory(noise_std=0.0), "grad_norm", factor, 1)
     return with_run(healthy_runs(), mode_run("flash_fsdp", "clip", wrong))
+
+
+def runs_by_title(store: Store) -> dict[str, Any]:
+    """Stored runs, but those of ranks, by the titles that `Store` gives them."""
+    stored = store.client.search_runs([store.experiment_id], max_results=100)
+    kept = [run for run in stored if run.data.tags[names.KIND] != names.KIND_RANK]
+    return {f"{run.info.run_name} {run.data.tags.get(names.REGIME, '')}": run for run in kept}
+
+
+def test_the_list_of_runs_tells_a_bug_until_it_is_none(store: Store) -> None:
+    store.add_group(off_by(1.004))
+    assert compare(store, "--bug-threshold", "0.002") == 1
+    runs = runs_by_title(store)
+    group, guilty, innocent = (
+        runs[title] for title in ("synthetic ", "flash_fsdp clip", "flash_fsdp_fuse clip")
+    )
+    assert group.info.status == "FAILED"
+    assert group.info.end_time
+    assert guilty.info.status == innocent.info.status == "FINISHED"
+    assert guilty.data.tags[names.VERDICT] == "BUG"
+    assert innocent.data.tags[names.VERDICT] == "PASS"
+    assert runs["flash_fsdp accuracy"].data.tags[names.VERDICT] == "PASS"
+    assert (
+        guilty.data.metrics[names.DRIFT_OF_LIMIT]
+        > 1
+        > innocent.data.metrics.get(names.DRIFT_OF_LIMIT, 0)
+    )
+    for metric in (names.DRIFT_OF_LIMIT, f"{names.DRIFT_OF_LIMIT}/clipped sum"):
+        assert group.data.metrics[metric] == guilty.data.metrics[names.DRIFT_OF_LIMIT]
+    assert compare(store, "--grad-norm-threshold", "0.005") == 0
+    runs = runs_by_title(store)
+    assert runs["synthetic "].info.status == "FINISHED"
+    assert runs["flash_fsdp clip"].data.tags[names.VERDICT] == "PASS"
+
+
+@pytest.mark.parametrize(
+    ("variables", "link"),
+    [
+        (
+            {
+                "GITHUB_SERVER_URL": "https://github.com",
+                "GITHUB_REPOSITORY": "o/r",
+                "GITHUB_RUN_ID": "7",
+            },
+            "(https://github.com/o/r/actions/runs/7#artifacts)",
+        ),
+        ({"CI_JOB_URL": "https://gitlab.com/j/7"}, "(https://gitlab.com/j/7/artifacts/browse)"),
+        ({}, "**Report:** report.html of group synthetic"),
+    ],
+    ids=["GitHub", "GitLab", "elsewhere"],
+)
+def test_the_comment_links_to_the_files_of_its_ci_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], link: str
+) -> None:
+    for name in ("GITHUB_RUN_ID", "CI_JOB_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    store.add_group([mode_run("no_dp"), mode_run("flash_fsdp")])
+    compare(store, "--no-log")
+    assert link in Path("results/synthetic/report.md").read_text(encoding="utf-8")
+
+
+def test_a_group_that_failed_by_itself_stays_failed(store: Store) -> None:
+    group_id = store.add_group(healthy_runs())
+    store.client.set_tag(group_id, names.FAILURE, FAILURE.dumps(OOM))
+    store.client.set_terminated(group_id, "FAILED")
+    assert compare(store) == 0
+    assert runs_by_title(store)["synthetic "].info.status == "FAILED"
 
 
 OOM = Failure(kind=FailureKind.OUT_OF_MEMORY)

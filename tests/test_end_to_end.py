@@ -115,6 +115,33 @@ def test_compare_passes_and_leaves_its_files(
     assert "comparison/report.html" in {a.path for a in client.list_artifacts(run_id, "comparison")}
 
 
+def test_the_group_run_charts_every_mode_and_names_its_data(full: Workspace, records: Any) -> None:
+    client = MlflowClient(full.uri)
+    group = full.group("g")
+    charted = {
+        name.removeprefix("loss/")
+        for name in client.get_run(group.run_id).data.metrics
+        if name.startswith("loss/")
+    }
+    assert charted == {f"{run.regime}/{run.label}" for run in group.runs if not run.replay}
+    for metric in names.CHARTED:
+        name = names.group_metric(metric, "accuracy", "flash_fsdp")
+        points = client.get_metric_history(group.run_id, name)
+        mine = records["flash_fsdp", "accuracy", ""]
+        assert [point.value for point in points] == getattr(mine, metric).tolist()
+    inputs = {
+        (run.regime, each.dataset.name, each.dataset.digest)
+        for run in group.runs
+        for each in client.get_run(run.run_id).inputs.dataset_inputs
+    }
+    # One for each regime, as all modes see the same.
+    assert {(regime, name) for regime, name, _ in inputs} == {
+        ("accuracy", "synthetic"),
+        ("clip", "synthetic"),
+    }
+    assert len(inputs) == 2
+
+
 def test_the_noise_of_the_accuracy_test_is_said_to_promise_nothing(
     full: Workspace, compared: subprocess.CompletedProcess[str]
 ) -> None:

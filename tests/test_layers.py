@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from dpsgd_track.privacy.layers import find_rule
@@ -61,9 +63,43 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         lambda: nn.Conv2d(2, P, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
         _floats(B, 2, 6, 9),
     ),
+    "conv1d-depthwise": (lambda: nn.Conv1d(D, 2 * D, 3, groups=D, padding=2), _floats(B, D, T)),
+    "conv1d-circular": (
+        lambda: nn.Conv1d(D, P, 3, padding=1, padding_mode="circular"),
+        _floats(B, D, T),
+    ),
+    "conv2d-grouped": (
+        lambda: nn.Conv2d(4, 6, (3, 2), groups=2, stride=2, dilation=(1, 2), bias=False),
+        _floats(B, 4, 7, 8),
+    ),
+    "conv2d-same": (
+        lambda: nn.Conv2d(2, P, 3, dilation=(1, 2), padding="same"),
+        _floats(B, 2, 5, 6),
+    ),
+    "conv2d-reflecting": (
+        lambda: nn.Conv2d(2, P, 3, padding=(1, 2), padding_mode="reflect"),
+        _floats(B, 2, 5, 6),
+    ),
+    "conv3d": (lambda: nn.Conv3d(2, P, (2, 3, 1), stride=(1, 2, 1)), _floats(B, 2, 3, 5, 2)),
+    "conv-transposed-1d": (
+        lambda: nn.ConvTranspose1d(D, P, 3, stride=2, padding=1, output_padding=1),
+        _floats(B, D, T),
+    ),
+    "conv-transposed-2d-grouped": (
+        lambda: nn.ConvTranspose2d(4, 6, (3, 2), groups=2, stride=(1, 2), dilation=2),
+        _floats(B, 4, 3, 4),
+    ),
+    "conv-transposed-3d": (lambda: nn.ConvTranspose3d(2, 3, 2), _floats(B, 2, 2, 3, 2)),
+    "embedding-bag-mean": (lambda: nn.EmbeddingBag(9, D, mode="mean"), _tokens()),
+    "embedding-bag-padding": (
+        lambda: nn.EmbeddingBag(9, D, mode="mean", padding_idx=2),
+        _tokens(),
+    ),
+    "embedding-bag-sum": (lambda: nn.EmbeddingBag(9, D, mode="sum", padding_idx=2), _tokens()),
     "rms-norm": (lambda: nn.RMSNorm(D), _floats(B, T, D)),
     "rms-norm-llama": (lambda: LlamaRMSNorm(D), _floats(B, T, D)),
     "rms-norm-qwen2": (lambda: Qwen2RMSNorm(D), _floats(B, T, D)),
+    "rms-norm-t5": (lambda: T5LayerNorm(D), _floats(B, T, D)),
     "rms-norm-gemma": (lambda: GemmaRMSNorm(D), _floats(B, T, D)),
 }
 
@@ -141,6 +177,16 @@ class _OuterEpsilonRMSNorm(nn.RMSNorm):
         return self.weight * x / (x.square().mean(dim=-1, keepdim=True).sqrt() + self.eps)
 
 
+class _DoubledT5LayerNorm(T5LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class _DoubledConvolution(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 class _Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -157,12 +203,14 @@ class _Shifted(nn.Embedding):
         _DoubledRMSNorm(D),
         _InputsEpsilonRMSNorm(D),
         _OuterEpsilonRMSNorm(D, eps=1e-6),
+        _DoubledT5LayerNorm(D),
+        CohereLayerNorm(D),
         _Scaled(D, P),
         nn.Embedding(9, D, scale_grad_by_freq=True),
         nn.Embedding(9, D, max_norm=1.0),
-        nn.Conv2d(2, 4, 1, groups=2),
-        nn.Conv1d(2, 3, 1, padding="same"),
-        nn.Conv1d(2, 3, 1, padding=1, padding_mode="circular"),
+        nn.EmbeddingBag(9, D, mode="max"),
+        nn.EmbeddingBag(9, D, scale_grad_by_freq=True),
+        _DoubledConvolution(2, 4, 1, groups=2),
         _Shifted(9, D),
     ],
     ids=lambda m: type(m).__name__,

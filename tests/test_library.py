@@ -519,8 +519,55 @@ LATER = {
 }
 
 
-@pytest.mark.parametrize("num_batches", [0, 4])
-@pytest.mark.parametrize("change", LATER)
+class _OfEachWay(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1, D))
+        self.enter, self.line = nn.Linear(D, 6), nn.Conv1d(1, 2, 3)
+        self.copied = torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.recurrent = nn.RNN(6, 6, batch_first=True)
+        self.table, self.head = nn.Embedding(2, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.copied(self.enter(x + self.shift)))
+        h = self.recurrent(h.unsqueeze(1))[0].squeeze(1)
+        first, _ = self.table(torch.arange(2))
+        h = h * first.view(1, -1)
+        y: Tensor = self.head(h @ self.enter.weight @ self.enter.weight.T)
+        return y
+
+
+def test_why_says_of_each_layer_how_its_gradients_are_formed() -> None:
+    private, _ = _made(_OfEachWay(), "flash_bk")
+    private.backward(*_data())
+    said = {account.layer: account for account in private.why()}
+    ways = {name: account.way for name, account in said.items()}
+    assert said["enter"].rule == "linear"
+    assert ways == {
+        "(model)": "on its parameters expanded over samples",
+        "enter": "its rule",
+        "line": "its rule",
+        "copied": "on one copy of its parameters for each sample",
+        "recurrent": "run one sample after the other, as it can't be vectorised",
+        "table": "one backward of the model for each sample",
+        "head": "its rule",
+        "enter.weight": "one backward of the model for each sample",
+    }
+    # What is slow comes with what to do.
+    assert [name for name, account in said.items() if account.advice] == [
+        "copied",
+        "recurrent",
+        "table",
+        "enter.weight",
+    ]
+    assert _made(_OfEachWay(), "reference")[0].why() == []
+
+
+# A use that the first batch has is exact.
+@pytest.mark.parametrize(
+    ("change", "num_batches"),
+    [(c, n) for c in LATER for n in (0, 4) if (c, n) != ("functional", 0)],
+)
 def test_what_changes_later_is_refused_at_once(change: str, num_batches: int) -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(6, affine=False).eval()

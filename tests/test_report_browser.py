@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
+from dpsgd_track.record.judged import JudgedGroup
 from dpsgd_track.report.charts import figures
-from dpsgd_track.report.html import html
+from dpsgd_track.report.html import history_html, html
+from dpsgd_track.report.markdown import markdown
 from dpsgd_track.report.write import write_report
 from tests.support.synthetic_group import compared, healthy_runs, mode_run
 from tests.support.synthetic_report import (
@@ -435,3 +438,86 @@ def _seconds_until_a_click_is_answered(browser: Any, path: Path) -> float:
     metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
     page.context.close()
     return float(metrics["ThreadTime"])
+
+
+# What GitHub gives a comment, and how it lays out its text and tables.
+COLUMN = """
+<!doctype html><style>
+main { width: 760px; font: 14px/1.5 Helvetica, Arial, sans-serif; overflow-wrap: break-word; }
+table { display: block; width: max-content; max-width: 100%; border-collapse: collapse; }
+td, th { padding: 6px 13px; border: 1px solid; }
+</style><main>"""
+
+
+@pytest.mark.parametrize("made", [broken, hostile], ids=lambda made: made.__name__)
+def test_no_table_of_a_comment_is_wider_than_githubs_column(browser: Any, made: Any) -> None:
+    render = MarkdownIt("commonmark", {"html": True}).enable("table").render
+    page = browser.new_page()
+    page.set_content(f"{COLUMN}{render(markdown(made()))}")
+    page.eval_on_selector_all("details", "all => all.forEach(e => { e.open = true; })")
+    wide = "all => all.filter(e => e.scrollWidth > 760).map(e => e.rows[0].innerText)"
+    assert page.locator("table").count() > 4
+    assert page.eval_on_selector_all("table", wide) == []
+    page.close()
+
+
+def test_the_history_is_a_page_like_the_report(browser: Any, tmp_path: Path) -> None:
+    groups = [
+        JudgedGroup(
+            name=f"quick-{number}",
+            start_time_ms=number,
+            revision=f"{number}abcdef0",
+            verdict="PASS" if number < 11 else "BUG",
+            drifts={"loss": 0.1, "clipped sum": 10.0 ** (number - 10)},
+            costs={"flash_fsdp": 1.2 + number / 100},
+        )
+        for number in range(12)
+    ]
+    path = tmp_path / "history.html"
+    path.write_text(history_html("an experiment", groups), encoding="utf-8")
+    page = opened(browser, path, viewport=PHONE, reduced_motion="reduce")
+    show_all(page)
+    assert page.locator(".chart").count() == 2
+    limit = page.eval_on_selector(
+        ".chart[data-name=history_drifts]",
+        "e => Array.from(e._fullData.find(t => t.name === 'limit').y)",
+    )
+    assert limit == [1] * 12
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert page.locator(".banner.BUG").is_visible()
+    assert page.complaints == []
+    page.context.close()
+
+
+def test_filters_and_open_sections_are_in_the_address(
+    browser: Any, reports: dict[str, Path]
+) -> None:
+    page = opened(browser, reports["broken"], reduced_motion="reduce")
+    modes = page.eval_on_selector_all(
+        "input[name=mode]", "all => all.map(e => e.closest('label').textContent.trim())"
+    )
+    page.get_by_label(modes[0], exact=True).uncheck()
+    page.locator("input[name=regime][value=clip]").check()
+    page.locator("details#noise > summary").click()
+    page.wait_for_function("location.hash.includes('open=noise')")
+    assert "regime=clip" in page.url
+    again = opened(browser, reports["broken"], reduced_motion="reduce")
+    again.goto(page.url)
+    for shown in (page, again):
+        shown.wait_for_function("document.querySelector('#noise').open")
+        assert not shown.get_by_label(modes[0], exact=True).is_checked()
+        assert shown.get_by_label(modes[1], exact=True).is_checked()
+        assert shown.locator("#modes ~ .scroll tr[data-mode-row='0']").first.is_hidden()
+        assert shown.locator("[data-regime=accuracy]").first.is_hidden()
+    page.locator("#all-modes").click()
+    page.locator("input[name=regime][value='']").check()
+    page.locator("details#noise > summary").click()
+    page.wait_for_function("!location.hash")
+    # An address that is no state leads where it always did.
+    page.goto(f"{reports['broken'].as_uri()}#compared")
+    page.wait_for_function("document.querySelector('#compared').open")
+    page.goto(f"{reports['broken'].as_uri()}#modes")
+    assert page.url.endswith("#modes")
+    assert page.complaints == again.complaints == []
+    page.context.close()
+    again.context.close()

@@ -52,9 +52,13 @@ class _Model(nn.Module):
 
 
 class _Used(_Model):
-    """Uses the weight of `mix` a second time, behind its back."""
+    """Begins to use the weight of `mix` a second time, behind its back."""
+
+    is_used = False
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if not self.is_used:
+            return super().forward(tokens)
         h = F.linear(torch.tanh(self.mix(self.tokens(tokens))), self.mix.weight)
         y: Tensor = self.head(h.mean(dim=1))
         return y
@@ -210,8 +214,11 @@ def test_it_finds_what_guards_would_have_refused(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capture_module, "refuse_unseen_uses", lambda names: None)
+    used = _private(_Used(), mode=mode)
+    used.backward(*_data())
+    used.model.is_used = True
     with pytest.raises(SpotCheckError, match=r"mix\.weight"):
-        _private(_Used(), mode=mode).backward(*_data())
+        used.backward(*_data())
     monkeypatch.setattr(inventory, "unfit_parts", lambda model: ())
     normed = _private(_Normed(), mode=mode)
     normed._guard = None

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
 
 from dpsgd_track.config import ModelConfig, Settings
 from dpsgd_track.record import names
@@ -239,3 +241,12 @@ def test_a_plan_is_read_back_whole_however_long(settings, client, tmp_path):
         tree.finish_open(Status.FINISHED, STOPPED)
     read = read_group(client, settings, "long").runs
     assert [run.key for run in read] == [run.key for run in runs]
+
+
+@pytest.mark.parametrize("label", ["my_module:make(1)@my-fork", "a/../b", "ä(1)" * 99])
+def test_a_mode_is_charted_under_a_name_that_stores_take(label: str) -> None:
+    name = names.group_metric("grad_norm", "clip", label)
+    _validate_metric_name(name)
+    assert len(name) <= MAX_ENTITY_KEY_LENGTH
+    with pytest.raises(MlflowException):
+        _validate_metric_name(f"grad_norm/clip/{label}")

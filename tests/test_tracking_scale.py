@@ -279,7 +279,8 @@ class FakeStore:
     def get_run(self, run_id: str) -> Any:
         metrics = {metric_name(i): 0.0 for i in range(self.num_metrics)}
         data = SimpleNamespace(params=self.params[run_id], metrics=metrics, tags=self.tags[run_id])
-        return SimpleNamespace(info=SimpleNamespace(status=Status.FINISHED), data=data)
+        info = SimpleNamespace(status=Status.FINISHED)
+        return SimpleNamespace(info=info, data=data, inputs=None)
 
     def get_metric_history(self, _: str, metric: str) -> list[Any]:
         number = int(metric.removeprefix("layer/"))

@@ -18,7 +18,7 @@ from requests import HTTPError, Response
 
 from dpsgd_track.config import Settings
 from dpsgd_track.record import names
-from dpsgd_track.record.run import Status
+from dpsgd_track.record.run import Marks, Status
 from dpsgd_track.store.find_group import read_group_anywhere
 from dpsgd_track.store.history import all_points, as_stored
 from dpsgd_track.store.opening import open_store
@@ -147,7 +147,7 @@ def shipped(tmp_path, settings, request) -> Shipper:
         ("DELETE FROM params WHERE run_uuid = ?", "1 of 1 params"),
         ("DELETE FROM latest_metrics WHERE run_uuid = ? AND key = 'loss'", "1 of 7 metrics"),
         ("UPDATE params SET value = 'gpu' WHERE run_uuid = ?", "device.name is 'gpu', not 'cpu'"),
-        ("DELETE FROM tags WHERE run_uuid = ? AND key = 'dpsgd.kind'", "1 of 11 tags are missing"),
+        ("DELETE FROM tags WHERE run_uuid = ? AND key = 'dpsgd.kind'", "1 of 12 tags are missing"),
     ],
 )
 def test_what_the_store_lost_is_said_and_keeps_the_spool(shipped, settings, statement, said):
@@ -432,16 +432,46 @@ def test_a_report_goes_to_the_store_where_the_spool_was_removed_meanwhile(
         upload(self, *arguments)
 
     monkeypatch.setattr(SpoolWriter, "upload", removed_first)
+    marks = {found.group.run_id: Marks(tags={names.VERDICT: "PASS"})}
     for name in ("report.html", "summary.txt"):
         # The second time the folder is not there to begin with.
         (tmp_path / name).write_text("all is well")
-        found.attach([(tmp_path / name, "comparison")], {names.VERDICT: "PASS"})
+        found.attach([(tmp_path / name, "comparison")], marks)
     client, _ = open_store(settings)
     run = client.get_run(next(iter(shipper.run_ids.values())))
     assert not found.spooled.folder.exists()
     assert run.data.tags[names.VERDICT] == "PASS"
     listed = {file.path for file in client.list_artifacts(run.info.run_id, "comparison")}
     assert listed == {"comparison/report.html", "comparison/summary.txt"}
+
+
+def test_a_bug_that_is_found_in_the_spool_is_shipped_as_a_failed_group(tmp_path, settings):
+    spool_a_group(tmp_path, "faulty", steps=1)
+    settings = replace(settings, spool_dir=str(tmp_path))
+    found = read_group_anywhere(settings, "faulty", lambda line: None)
+    assert found.spooled is not None
+    mode = found.group.runs[0].run_id
+    marks = {
+        found.group.run_id: Marks(tags={names.VERDICT: "BUG"}, is_faulty=True),
+        mode: Marks(tags={names.VERDICT: "BUG"}, metrics={names.DRIFT_OF_LIMIT: 7.0}),
+    }
+    found.attach([], marks)
+    shipper = shipper_of(found.spooled, settings)
+    assert settle(shipper, count=True) == []
+    client, _ = open_store(settings)
+    group, run = (client.get_run(shipper.run_ids[key]) for key in marks)
+    assert group.info.status == "FAILED"
+    assert group.info.end_time
+    assert (run.info.status, run.data.metrics[names.DRIFT_OF_LIMIT]) == ("FINISHED", 7.0)
+
+
+def test_a_dataset_that_the_store_lost_is_said(shipped, settings):
+    run_id = next(shipped.run_ids[run.key] for run in shipped.group.runs().values() if run.inputs)
+    with closing(sqlite3.connect(settings.tracking_uri.removeprefix("sqlite:///"))) as database:
+        statement = "DELETE FROM inputs WHERE destination_id = ?"
+        assert database.execute(statement, (run_id,)).rowcount == 1
+        database.commit()
+    assert settle(shipped, count=True) == ["no_dp/clip: 1 of 1 datasets are missing"]
 
 
 def test_who_ships_a_group_is_alone_with_it(tmp_path):

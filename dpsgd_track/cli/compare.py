@@ -122,7 +122,8 @@ def _compare(
             _refuse_profile(each)
         comparison = compare_groups(group, later, settings.thresholds, waivers)
     folder = Path(settings.results_dir) / folder_name(comparison.group.name)
-    files = write_report(comparison, folder, not choices.no_png, say_aside)
+    since = _since(found, comparison) if after is None and found is not None else ""
+    files = write_report(comparison, folder, not choices.no_png, say_aside, _ci_link(), since)
     console = Console(highlight=False, width=console_width())
     print_table(comparison, console)
     if profile := profile_of(comparison.group):
@@ -134,11 +135,36 @@ def _compare(
         _export(group, choices.export, force=choices.force)
     if not choices.no_log and found is not None:
         if after is None:
-            _log(found, comparison, files)
+            _log(found, comparison, files, since)
         else:
             target = f"{ARTIFACT_FOLDER}-{folder_name(group.name)}"
             found.attach([(file, target) for file in files], {})
     return comparison
+
+
+def _since(found: Found, comparison: GroupComparison) -> str:
+    """What changed since the newest group before it that was launched alike; empty for none."""
+    from dpsgd_track.report.history import judged, since
+    from dpsgd_track.report.run_list import marks
+    from dpsgd_track.store.judged import judged_before
+    from dpsgd_track.store.reader import open_client
+
+    if found.spooled is not None:
+        # The store does not have it, and may not answer.
+        return ""
+    run_id = comparison.group.run_id
+    before = judged_before(open_client(found.settings.tracking_uri), found.settings, run_id)
+    return since(before, judged(comparison, marks(comparison, "")[run_id])) if before else ""
+
+
+def _ci_link() -> str:
+    """Address of the CI run that this process belongs to, with its files; empty outside of one."""
+    env = os.environ.get
+    if run := env("GITHUB_RUN_ID"):
+        return f"{env('GITHUB_SERVER_URL')}/{env('GITHUB_REPOSITORY')}/actions/runs/{run}#artifacts"
+    if job := env("CI_JOB_URL"):
+        return f"{job}/artifacts/browse"
+    return ""
 
 
 def _export(group: Group, file: Path, *, force: bool) -> None:
@@ -187,8 +213,8 @@ def _show_profile(
     from rich.console import Console
 
     from dpsgd_track.comparison.profile import profile_of
-    from dpsgd_track.record import names
     from dpsgd_track.report.markdown import profile_note
+    from dpsgd_track.report.run_list import profile_marks
     from dpsgd_track.report.text import console_width, print_profile
     from dpsgd_track.report.write import folder_name, write_profile
 
@@ -201,8 +227,9 @@ def _show_profile(
     print_profile(profile, group.name, Console(highlight=False, width=console_width()))
     _say_where(files, folder)
     if not choices.no_log and found is not None:
-        tags = {names.NOTE: profile_note(profile, group)[:_LONGEST_TAG]}
-        found.attach([(file, ARTIFACT_FOLDER) for file in files], tags)
+        note = profile_note(profile, group)[:_LONGEST_TAG]
+        marks = profile_marks(profile, group.run_id, note)
+        found.attach([(file, ARTIFACT_FOLDER) for file in files], marks)
     return _profile_code(group)
 
 
@@ -214,11 +241,10 @@ def _profile_code(group: Group) -> int:
     return INCONCLUSIVE if profile and profile.incomplete else PASSED
 
 
-def _log(found: Found, comparison: GroupComparison, files: Sequence[Path]) -> None:
-    """Attach the report and the verdict to the group's run."""
-    from dpsgd_track.record import names
+def _log(found: Found, comparison: GroupComparison, files: Sequence[Path], since: str) -> None:
+    """Attach the report and the verdict to the group's run, and verdicts to its mode runs."""
     from dpsgd_track.report.markdown import note
+    from dpsgd_track.report.run_list import marks
 
-    verdict = comparison.verdict.value
-    tags = {names.NOTE: note(comparison)[:_LONGEST_TAG], names.VERDICT: verdict}
-    found.attach([(file, ARTIFACT_FOLDER) for file in files], tags)
+    verdicts = marks(comparison, note(comparison, since)[:_LONGEST_TAG])
+    found.attach([(file, ARTIFACT_FOLDER) for file in files], verdicts)

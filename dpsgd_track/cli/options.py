@@ -35,6 +35,7 @@ from dpsgd_track.launcher.choices import (
     RecordChoices,
     SingleChoices,
     SpoolChoices,
+    StoreChoices,
     TrainingChoices,
 )
 from dpsgd_track.launcher.suites import Asked
@@ -208,6 +209,15 @@ class UiOptions:
     port: Annotated[int, Parameter(group=_KEPT.group)] = 5000
     """Port on 127.0.0.1."""
     kept: Annotated[SpoolChoices, _KEPT] = field(default_factory=SpoolChoices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryOptions:
+    """Options of history."""
+
+    last: Annotated[int, Parameter(group=_KEPT.group)] = 30
+    """Groups to tell, the newest ones."""
+    kept: Annotated[StoreChoices, _KEPT] = field(default_factory=StoreChoices)
 
 
 @dataclass(frozen=True, kw_only=True)

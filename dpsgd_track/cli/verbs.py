@@ -14,6 +14,7 @@ from dpsgd_track.cli.options import (
     CheckOptions,
     CompareOptions,
     FaultOptions,
+    HistoryOptions,
     ModesOptions,
     ProfileOptions,
     ResumeOptions,
@@ -56,10 +57,19 @@ def _modes(*, options: Annotated[ModesOptions, FLAT] = ModesOptions(), called: C
     return list_modes(options.what.variant)
 
 
-def _ui(*, options: Annotated[UiOptions, FLAT] = UiOptions(), called: Called) -> int:
+def _ui(
+    group: Annotated[str | None, Parameter(help="Group to open (default: the newest)")] = None,
+    /,
+    *,
+    options: Annotated[UiOptions, FLAT] = UiOptions(),
+    called: Called,
+) -> int:
+    from dpsgd_track.cli.context import reading
     from dpsgd_track.launcher.ui import open_ui
 
-    return open_ui(options.kept.settings(), options.port)
+    settings = options.kept.settings()
+    with reading(settings):
+        return open_ui(settings, options.port, group)
 
 
 def _sync(
@@ -96,6 +106,12 @@ def _check(
     from dpsgd_track.cli.check import check_module
 
     return check_module(module, options.what)
+
+
+def _history(*, options: Annotated[HistoryOptions, FLAT] = HistoryOptions(), called: Called) -> int:
+    from dpsgd_track.cli.history import tell_history
+
+    return tell_history(options.kept.settings(), options.last)
 
 
 _GROUP = "A group's name, a run id, latest, or a golden file (.dpsgd, .dpsgd.json), without a store"
@@ -199,7 +215,10 @@ VERBS: dict[str, Verb] = {
             examples=("--variant fork=../opacus-fork",),
         ),
         Verb(
-            name="ui", summary="open the MLflow UI on the store", run=_ui, examples=("--port 5001",)
+            name="ui",
+            summary="open the MLflow UI on the trajectories of a group",
+            run=_ui,
+            examples=("", "GROUP --port 5001"),
         ),
         Verb(
             name="sync",
@@ -221,6 +240,13 @@ VERBS: dict[str, Verb] = {
             examples=("latest", "june july", "june --export golden.dpsgd"),
             notes="exit codes: 0 PASS, 1 DRIFT or BUG, 2 usage, or nothing found, 3 INCONCLUSIVE "
             "(a missing, failed or unlike run never passes), 70 internal",
+        ),
+        Verb(
+            name="history",
+            summary="drift by stage, cost and verdict of the groups that were compared",
+            run=_history,
+            examples=("", "--last 10 --tracking-uri http://host:5000"),
+            notes="exit codes: 0 told, 2 usage, or nothing found, 70 internal",
         ),
     )
 }

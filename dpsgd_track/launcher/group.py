@@ -167,6 +167,7 @@ class GroupRun:
                 environment=self._environment,
                 work_dir=str(work_dir.absolute()),
                 spool=str(self._recording.spool.absolute()),
+                group_run=self._tree.group_run if self._plan.suite.is_charted else "",
                 mode_runs=tuple(mode_run for mode_run, _ in runs[: len(ready)]),
                 rank_runs=tuple(ranks for _, ranks in runs[: len(ready)]),
                 stall_s=self._launch.stall_s,

@@ -14,31 +14,39 @@ from dpsgd_track.launcher.interruption import Interruption
 from dpsgd_track.launcher.processes import Session
 from dpsgd_track.program import NAME, command
 from dpsgd_track.redaction import redact_uri, redacted
+from dpsgd_track.store.client import one_line
+from dpsgd_track.store.reader import GroupNotFound, open_client
 from dpsgd_track.store.scratch import scratch
 from dpsgd_track.store.spooled import spooled_groups
 from dpsgd_track.store.sqlite_file import absolute_uri, sqlalchemy_uri, sqlite_path
+from dpsgd_track.store.ui_views import group_page, groups_page
 
 HOST = "127.0.0.1"
 _POLL_S = 0.2
 
 
-def open_ui(settings: Settings, port: int) -> int:
+def open_ui(settings: Settings, port: int, group: str | None = None) -> int:
     """Serve the UI until interrupted; for a tracking server, print its address.
 
+    Args:
+        group: the group whose page is named: its name, a run id, or `latest`; None for the newest,
+            if there is any.
     Returns:
         The exit code.
 
     Raises:
         ValueError: the store does not exist yet, or the port is not available.
+        GroupNotFound: there is no such group.
     """
     uri = absolute_uri(settings.tracking_uri)
     if uri.startswith("http"):
-        print(f"MLflow UI: {redact_uri(uri)}")
+        _announce(redact_uri(uri).rstrip("/"), _pages(settings, group))
         return 0
     path = sqlite_path(uri)
     unshipped = [group.label for group in spooled_groups(Path(settings.spool_dir))]
     _require_store(settings, path is None or path.is_file(), unshipped)
     _require_free(port)
+    pages = _pages(settings, group)
     if unshipped:
         count = f"{len(unshipped)} group{'s' * (len(unshipped) > 1)}"
         print(f"not in the store yet: {count}, which `{command('sync')}` ships")
@@ -49,7 +57,7 @@ def open_ui(settings: Settings, port: int) -> int:
         log = Path(folder) / "server.log"
         session = Session(_command(port), _environment(uri), log)
         try:
-            return _serve(session, port, log, interruption)
+            return _serve(session, port, log, interruption, pages)
         finally:
             session.end(grace_s=5.0)
 
@@ -62,7 +70,34 @@ def _require_store(settings: Settings, exists: bool, unshipped: Sequence[str]) -
     require(exists, "tracking_uri", where, "an existing file", advice)
 
 
-def _serve(session: Session, port: int, log: Path, interruption: Interruption) -> int:
+def _pages(settings: Settings, group: str | None) -> tuple[str, str]:
+    """Paths in the UI to a group's trajectories and to the list of groups; empty without any."""
+    try:
+        client = open_client(settings.tracking_uri)
+        experiment = client.get_experiment_by_name(settings.experiment)
+        if experiment is None:
+            raise GroupNotFound(f"group={group!r}: expected a group in {settings.experiment}.")
+        trajectories = group_page(client, settings, group or "latest")
+        return trajectories, groups_page(client, experiment.experiment_id)
+    except Exception as error:
+        # The UI itself can be opened without them.
+        if group is not None:
+            raise
+        if not isinstance(error, GroupNotFound):
+            print(f"The newest group's page: {one_line(error)}", file=sys.stderr)
+        return "", ""
+
+
+def _announce(address: str, pages: tuple[str, str], more: str = "") -> None:
+    trajectories, groups = pages
+    print(f"MLflow UI: {address}{trajectories}{more}", flush=True)
+    if groups:
+        print(f"All groups: {address}{groups}", flush=True)
+
+
+def _serve(
+    session: Session, port: int, log: Path, interruption: Interruption, pages: tuple[str, str]
+) -> int:
     announced = False
     while not interruption.requested:
         code = session.poll()
@@ -72,7 +107,7 @@ def _serve(session: Session, port: int, log: Path, interruption: Interruption) -
             return 1
         if not announced and _answers(port):
             announced = True
-            print(f"MLflow UI: http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
+            _announce(f"http://{HOST}:{port}", pages, " (Ctrl-C ends it)")
         time.sleep(_POLL_S)
     return 0
 

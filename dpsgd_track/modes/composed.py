@@ -14,6 +14,7 @@ from dpsgd_track.distributed.reduction import Fsdp2Sharder, GradientSharder, Loc
 from dpsgd_track.distributed.sharding import as_local, build_mesh, shard_fsdp2, sum_gradients
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import ModeSpec
+from dpsgd_track.privacy.bare_parameters import SpreadParameters
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer
@@ -112,14 +113,16 @@ def _capture(spec: ModeSpec, model: nn.Module, norm_plan: str) -> tuple[Capture,
     late: set[str] = set()
     for layer in capture.layers:
         kind: type[CapturedLayer] = WatchedLayer
-        if layer.rule is None:
+        if layer.is_bare:
+            kind = SpreadParameters
+        elif layer.rule is None:
             kind = ExpandedLayer
         elif rule.is_fused and can_fuse(layer):
             kind = FusedLayer
         elif takes_weight_per_sample(layer):
             kind = RmsNormPerSample
         capture.register(kind(capture, layer))
-        if kind in (ExpandedLayer, RmsNormPerSample):
+        if kind in (SpreadParameters, ExpandedLayer, RmsNormPerSample):
             late.update(layer.names.values())
     return capture, frozenset(late)
 

@@ -26,10 +26,11 @@ class BackwardPerSample(CapturedLayer):
             ValueError: the model is sharded: all ranks would have to take part in each backward.
         """
         super().__init__(capture, layer)
-        what = (
-            f"{layer.fqn} ({type(layer.module).__name__}) is called on a tensor without a "
-            "dimension for the samples"
-        )
+        kind = type(layer.module).__name__
+        what = f"{layer.fqn} ({kind}) is called on a tensor without a dimension for the samples"
+        if layer.is_bare:
+            bare = ", ".join(sorted(layer.names.values()))
+            what = f"{bare} (of {kind}) is used in a way that takes no copy for each sample"
         if capture.is_sharded:
             raise ValueError(
                 f"{what}: expected one under FSDP2. Give it inputs of [B, ...], such as position "

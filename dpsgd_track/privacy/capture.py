@@ -25,6 +25,7 @@ owns it. A gradient that arrives there would be missing from the norms, so the b
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ from dpsgd_track.privacy.terms import (
 
 if TYPE_CHECKING:
     from dpsgd_track.privacy.captured_layer import CapturedLayer
+
+_logger = logging.getLogger(__name__)
 
 Put = Callable[[dict[str, Tensor]], None]
 """Takes this rank's clipped sums by parameter."""
@@ -111,6 +114,9 @@ class Capture:
         """Types of the gradients so far."""
         self._num_batches = 0
         self._norm_plans: dict[tuple[str, torch.Size, torch.dtype], str] = {}
+        self.used_otherwise: frozenset[str] | None = None
+        """Parameters that the first batch used otherwise than by calling their modules; None before
+        it. The gradients of these uses take one backward per sample."""
         self._has_foreign_leaves = False
         """True if the graph had leaves that are no parameters when it was last inspected."""
         self._settle: _Settle | None = None
@@ -138,8 +144,12 @@ class Capture:
         return [
             _ObservedUnit(self, module, f"{fqn}." if fqn else "")
             for fqn, module in self.model.named_modules()
-            if issubclass(type(module), FSDPModule) and fqn not in self.captured
+            if issubclass(type(module), FSDPModule) and not self._runs_on_leaves(fqn)
         ]
+
+    def _runs_on_leaves(self, fqn: str) -> bool:
+        """True for a layer that is captured with all modules inside it."""
+        return fqn in self.captured and not self.captured[fqn].layer.is_bare
 
     @property
     def is_sharded(self) -> bool:
@@ -149,6 +159,13 @@ class Capture:
     def register(self, captured: CapturedLayer) -> None:
         """Capture a layer this way from the next batch on."""
         self.captured[captured.layer.fqn] = captured
+
+    def merge(self, captured: CapturedLayer) -> None:
+        """Capture a layer together with all modules inside it."""
+        prefix = f"{captured.layer.fqn}." if captured.layer.fqn else ""
+        for fqn in [fqn for fqn in self.captured if fqn.startswith(prefix)]:
+            del self.captured[fqn]
+        self.register(captured)
 
     @contextmanager
     def sample_batch(self, num_samples: int) -> Iterator[None]:
@@ -177,7 +194,8 @@ class Capture:
         """Replace the forwards of `modules`, and under FSDP2 observe its units."""
         attached: list[ReplacedForward] = []
         try:
-            for module in [*self._units, *modules]:
+            # Units last: they have to see the parameters before layers replace them.
+            for module in [*modules, *self._units]:
                 module.attach()
                 attached.append(module)
             yield
@@ -312,7 +330,7 @@ class Capture:
             raise ValueError(
                 f"{layer.fqn}: expected inputs of {self.num_samples} samples in dimension "
                 f"{sample_dim}, got shape {tuple(x.shape)}. Per-sample gradients of this layer "
-                "cannot be told apart."
+                "cannot be told apart. Call it with one row for each sample, or freeze it."
             )
         self._calls.append(layer.fqn)
         for name in layer.names.values():
@@ -356,14 +374,21 @@ class Capture:
             )
         return False
 
-    def close_call(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
-        """End a call of `layer`, given its input and the gradient of its output."""
+    def close_call(self, layer: Layer, x: Tensor, dy: Tensor, *, is_grouped: bool = False) -> None:
+        """End a call of `layer`, given its input and the gradient of its output.
+
+        Args:
+            is_grouped: they have several rows of each sample, one sample after the other.
+        """
         if not self.ends_calls():
             return
         assert self._settle is not None, "a backward that the capture did not run"
         assert layer.rule is not None
         self.dtypes.add(dy.dtype)
         for name, term in layer.rule.terms(layer.module, x.detach(), dy.detach()).items():
+            if is_grouped:
+                assert self.num_samples is not None
+                term = term.grouped(self.num_samples)
             self.add_term(layer.names[name], term)
 
     def add_term(self, name: str, term: Term) -> None:
@@ -474,10 +499,11 @@ class Capture:
 
     def _run_checked(self, loss_B: Tensor, settle: _Settle, *, retain_graph: bool) -> None:
         """Run the first backward of a batch; refuse gradients that it has not captured."""
-        self._find_foreign_leaves(loss_B)
+        self._inspect_leaves(loss_B)
         parameters = self._current_parameters()
         gradients = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
-        refuse_unseen_uses([n for n, g in zip(parameters, gradients, strict=True) if g is not None])
+        reached = [n for n, g in zip(parameters, gradients, strict=True) if g is not None]
+        refuse_unseen_uses(set(reached) - (self.used_otherwise or set()))
         self._refuse_unreached(loss_B)
         self._refuse_backwards_of_layers()
 
@@ -486,6 +512,9 @@ class Capture:
 
     def _gradients_by_sample(self, loss_B: Tensor) -> list[tuple[str, Tensor]]:
         """[B, *parameter] of each leaf that all samples share, by one backward per sample."""
+        if self._shared_leaves:
+            used = {id(getattr(node, "variable", None)) for node in _nodes_below(loss_B.grad_fn)}
+            self._shared_leaves[:] = [s for s in self._shared_leaves if id(s[1]) in used]
         if self._shared_leaves and not self._gradients_by_leaf:
             if not bool(loss_B.isfinite().all()):
                 shared = ", ".join(sorted({name for name, _ in self._shared_leaves}))
@@ -522,22 +551,42 @@ class Capture:
         current = {name: own.get(local) for own, local, name in self._slots}
         return {name: parameter for name, parameter in current.items() if parameter is not None}
 
-    def _find_foreign_leaves(self, loss_B: Tensor) -> None:
-        """Search the graph of the 1st, 2nd, 4th, ... batch for leaves that are no parameters.
+    def _inspect_leaves(self, loss_B: Tensor) -> None:
+        """Search the graph for leaves that no call of a layer runs on.
 
-        The output of such a leaf, as of an input that requires gradients, looks like the output of
-        an earlier captured layer.
+        In the 1st, 2nd, 4th, ... batch, and in all batches after one that had some: parameters that
+        are used otherwise than by calling their modules, and leaves that are no parameters. What is
+        computed from one, as from an input that requires gradients, looks like the output of an
+        earlier captured layer.
         """
-        if self._num_batches.bit_count() > 1 and not self._has_foreign_leaves:
-            return
-        own = {id(p) for p in self._current_parameters().values()}
-        leaves = [
-            node.variable
-            for node in _nodes_below(loss_B.grad_fn)
-            if hasattr(node, "variable") and not isinstance(node.variable, nn.Parameter)
-        ]
+        parameters = self._current_parameters()
+        if self._num_batches.bit_count() == 1 or self._has_foreign_leaves:
+            leaves = [n.variable for n in _nodes_below(loss_B.grad_fn) if hasattr(n, "variable")]
+            self._find_foreign(leaves, parameters)
+            if self.used_otherwise is None and not self.is_sharded:
+                used = {id(leaf) for leaf in leaves}
+                self._note_other_uses(n for n, p in parameters.items() if id(p) in used)
+        for name in self.used_otherwise or ():
+            self._shared_leaves.append((name, parameters[name]))
+            self._num_uses[name] += 1
+
+    def _note_other_uses(self, names: Iterable[str]) -> None:
+        self.used_otherwise = frozenset(names)
+        if self.used_otherwise:
+            _logger.warning(
+                "%s: used otherwise than by calling the module that owns it, which takes one "
+                "backward for each sample. That is exact, but slow.",
+                ", ".join(sorted(self.used_otherwise)),
+            )
+
+    def _find_foreign(self, leaves: list[Tensor], parameters: Mapping[str, Tensor]) -> None:
+        own = {id(parameter) for parameter in parameters.values()}
         own |= {id(leaf) for captured in self.captured.values() for leaf in captured.own_leaves()}
-        foreign = [leaf for leaf in leaves if id(leaf) not in own and leaf.numel() > 0]
+        foreign = [
+            leaf
+            for leaf in leaves
+            if id(leaf) not in own and leaf.numel() > 0 and not isinstance(leaf, nn.Parameter)
+        ]
         self._has_foreign_leaves = bool(foreign)
         self._targets += [(get_gradient_edge(leaf), None) for leaf in foreign]
 

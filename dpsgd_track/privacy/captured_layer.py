@@ -8,14 +8,14 @@ from a use that no call accounts for.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpsgd_track.privacy.capture import Capture, has_saved_tensor_hooks
-from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.layers.inventory import Layer, own_holders
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
 
@@ -99,16 +99,23 @@ class WatchedLayer(CapturedLayer):
     """Captures a layer with a rule from its inputs and the gradients of its outputs."""
 
     def __init__(
-        self, capture: Capture, layer: Layer, *, sample_dim: int = 0, is_spread: bool = False
+        self,
+        capture: Capture,
+        layer: Layer,
+        *,
+        sample_dim: int = 0,
+        is_spread: bool = False,
+        is_grouped: bool = False,
     ) -> None:
         """
         Args:
             sample_dim: the samples' dimension in inputs and outputs.
             is_spread: all samples share the inputs. Each sample gets a copy of its own, so that
                 their gradients arrive separately.
+            is_grouped: inputs and outputs are [B n, ...], the rows of one sample after the other.
         """
         super().__init__(capture, layer)
-        self.sample_dim, self.is_spread = sample_dim, is_spread
+        self.sample_dim, self.is_spread, self.is_grouped = sample_dim, is_spread, is_grouped
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[..., d] -> [..., p]."""
@@ -120,7 +127,7 @@ class WatchedLayer(CapturedLayer):
             args, kwargs = (x,), {}
         y: Tensor = self.run_on_leaves(args, kwargs)
         handle = capture.hold(x)
-        if not capture.open_call(layer, x, dim):
+        if not capture.open_call(layer, self._by_sample(x), dim):
             return y
         base = _without_view(y)
         edge, shape = get_gradient_edge(base), None if base is y else y.shape
@@ -133,7 +140,7 @@ class WatchedLayer(CapturedLayer):
                 dy = dy.view(shape)
             if dim:
                 x, dy = x.movedim(dim, 0), dy.movedim(dim, 0)
-            capture.close_call(layer, x, dy)
+            capture.close_call(layer, x, dy, is_grouped=self.is_grouped)
 
         if x.requires_grad:
             capture.note_output(layer, edge, None)
@@ -144,6 +151,13 @@ class WatchedLayer(CapturedLayer):
         else:
             capture.note_output(layer, edge, edge, close)
         return y
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        """[B n, ...] as [B, n, ...]; unchanged if there are other rows, which is refused."""
+        num_samples = self.capture.num_samples
+        if not self.is_grouped or not num_samples or len(x) % num_samples:
+            return x
+        return x.unflatten(0, (num_samples, len(x) // num_samples))
 
 
 def _without_view(y: Tensor) -> Tensor:
@@ -180,8 +194,7 @@ class ParameterSlot:
 
     def leaf(self) -> Tensor:
         """Leaf of the parameter that is in the slot now; it shares the parameter's memory."""
-        own, key = self.entries[0]
-        parameter: Tensor = own[key]
+        parameter = self.current()
         if parameter is self.current_leaf:
             return parameter
         if parameter is not self.parameter:
@@ -200,15 +213,22 @@ class ParameterSlot:
         if self.parameter is not None and not isinstance(self.parameter, nn.Parameter):
             self.parameter = self.current_leaf = None
 
+    def current(self) -> Tensor:
+        """The tensor that is in the slot now."""
+        own, key = self.entries[0]
+        tensor: Tensor = own[key]
+        return tensor
+
     def enter(self) -> None:
         """Put the leaf into the slot."""
-        self._fill(self.leaf())
+        self.fill(self.leaf())
 
     def leave(self) -> None:
         """Put the parameter back into the slot."""
-        self._fill(self.parameter)
+        self.fill(self.parameter)
 
-    def _fill(self, tensor: Tensor | None) -> None:
+    def fill(self, tensor: Tensor | None) -> None:
+        """Put a tensor into the slot."""
         for own, key in self.entries:
             own[key] = tensor
 
@@ -219,7 +239,10 @@ def _slots_of(layer: Layer) -> list[ParameterSlot]:
         for name, parameter in layer.module.named_parameters()
         if name in layer.names
     }
-    for module in layer.module.modules():
+    modules: Iterable[nn.Module] = layer.module.modules()
+    if layer.is_bare:
+        modules = [holder for _, holder in own_holders(layer.module)]
+    for module in modules:
         for key, parameter in module._parameters.items():
             if id(parameter) in slots:
                 slots[id(parameter)].entries.append((module._parameters, key))

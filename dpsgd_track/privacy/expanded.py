@@ -40,6 +40,9 @@ _Copies = dict[str, Tensor]
 SPREAD = -1
 """In place of a dimension: all samples share the tensor, and each is given a copy of it."""
 
+GROUPED = -2
+"""In place of a dimension: dimension 0 has several rows of each sample, one after the other."""
+
 
 @dataclass(frozen=True)
 class SampleDims:
@@ -67,6 +70,9 @@ class ExpandedLayer(CapturedLayer):
         super().__init__(capture, layer)
         self.shell = _Shell(layer.module)
         self.is_vectorised = True
+        self.is_grouped = False
+        """True if the samples have several rows each in what the module reads, one sample after the
+        other (`privacy.grouped_rows`)."""
         self.dims: dict[tuple[int | None, ...], SampleDims] = {}
         """By the number of dimensions of each tensor argument; None for other arguments."""
 
@@ -106,7 +112,12 @@ class ExpandedLayer(CapturedLayer):
         """
         num_samples = len(next(iter(copies.values())))
         leaves = pytree.tree_leaves((args, kwargs))
-        inputs = tuple(_dim_of_size(leaf, num_samples) for leaf in leaves)
+        inputs = tuple(
+            GROUPED
+            if self.is_grouped and isinstance(leaf, Tensor)
+            else _dim_of_size(leaf, num_samples)
+            for leaf in leaves
+        )
         learned = self.dims.get(_kind(args, kwargs))
         if learned is not None:
             return learned if learned.inputs == inputs else None
@@ -131,6 +142,8 @@ class ExpandedLayer(CapturedLayer):
     def _dim_of_output(self, mapped: Any, expected: Any) -> int | None:
         if not isinstance(mapped, Tensor):
             return None
+        if self.is_grouped and _is_close(_joined(mapped, GROUPED), expected):
+            return GROUPED
         if mapped.shape[1:] == expected.shape and _is_close(mapped, expected.expand_as(mapped)):
             return SPREAD
         fitting = [d for d in range(mapped.dim() - 1) if _is_close(_joined(mapped, d), expected)]
@@ -154,30 +167,40 @@ class ExpandedLayer(CapturedLayer):
         """Outputs for each sample, tensors stacked along a new dimension 0, and their structure."""
         num_samples = len(next(iter(copies.values())))
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        out_structure: list[Any] = []
+        is_grouped = [dim == GROUPED for dim in dims]
+        leaves = [
+            leaf.unflatten(0, (num_samples, -1)) if grouped else leaf
+            for leaf, grouped in zip(leaves, is_grouped, strict=True)
+        ]
+        dims = [0 if grouped else dim for dim, grouped in zip(dims, is_grouped, strict=True)]
+        returned: list[tuple[list[Any], Any]] = []
 
-        def one(copy: _Copies, leaves: list[Any]) -> list[Any]:
+        def one(copy: _Copies, leaves: list[Any]) -> list[Tensor]:
             alone = [
-                leaf if dim is None else leaf.unsqueeze(dim)
-                for leaf, dim in zip(leaves, dims, strict=True)
+                leaf if dim is None or grouped else leaf.unsqueeze(dim)
+                for leaf, dim, grouped in zip(leaves, dims, is_grouped, strict=True)
             ]
-            outputs, out = pytree.tree_flatten(
-                self._one(copy, *pytree.tree_unflatten(alone, structure))
+            returned.append(
+                pytree.tree_flatten(self._one(copy, *pytree.tree_unflatten(alone, structure)))
             )
-            out_structure.append(out)
-            return outputs
+            # An attention may return None in place of its weights.
+            return [y for y in returned[-1][0] if isinstance(y, Tensor)]
+
+        def as_returned(stacked: Sequence[Tensor]) -> tuple[list[Any], Any]:
+            outputs, out_structure = returned[-1]
+            tensors = iter(stacked)
+            return [next(tensors) if isinstance(y, Tensor) else y for y in outputs], out_structure
 
         if self.is_vectorised:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="There is a performance drop")
                     mapped = torch.vmap(one, (0, list(dims)), randomness="different")
-                    return mapped(copies, leaves), out_structure[0]
+                    return as_returned(mapped(copies, leaves))
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 self.is_vectorised = False
                 reason = str(error).splitlines()[0]
                 _logger.warning("%s runs sample by sample: %s", self.layer.fqn, reason)
-        out_structure.clear()
         rows = [
             one(
                 {name: copy[i] for name, copy in copies.items()},
@@ -188,9 +211,7 @@ class ExpandedLayer(CapturedLayer):
             )
             for i in range(num_samples)
         ]
-        columns = zip(*rows, strict=True)
-        stacked = [torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
-        return stacked, out_structure[0]
+        return as_returned([torch.stack(column) for column in zip(*rows, strict=True)])
 
 
 @contextmanager
@@ -217,6 +238,8 @@ def _dim_of_size(leaf: object, size: int) -> int | None:
 
 def _joined(output: Tensor, dim: int | None) -> Tensor:
     """Join outputs of batches of one, stacked as [B, ...], to one batch along `dim`."""
+    if dim == GROUPED:
+        return output.flatten(0, 1)
     if dim == SPREAD:
         return output[:, 0] if output.shape[1:2] == (1,) else output
     assert dim is not None

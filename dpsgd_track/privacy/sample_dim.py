@@ -25,13 +25,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.backward_per_sample import BackwardPerSample
+from dpsgd_track.privacy.bare_parameters import SpreadParameters, choose_forms
 from dpsgd_track.privacy.batch import RepeatableBatch, Rows
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer, spread
 from dpsgd_track.privacy.dropout import of_any_samples
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.expanded import ExpandedLayer, MixedSamplesError
+from dpsgd_track.privacy.grouped_rows import find_grouped
 from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, transposed_linear
+from dpsgd_track.privacy.layers.inventory import holds_units, with_modules_inside
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
 _logger = logging.getLogger(__name__)
@@ -63,6 +66,8 @@ def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
     num_samples = _unlike_any_size(capture.model, batch)
     other = batch.rows(torch.arange(num_samples) % len(batch))
     try:
+        _place_bare(capture, run, other)
+        _place_grouped(capture, run, batch, num_samples)
         dims, _ = _observe(capture, run, other, _Observer)
     except MixedSamplesError:
         raise
@@ -75,11 +80,55 @@ def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
             type(error).__name__,
             reason,
         )
+        for captured in list(_bare(capture)):
+            capture.register(BackwardPerSample(capture, captured.layer))
         return
     if any(SHARED in dims_of_layer for dims_of_layer in dims.values()):
         dims = _spread_where_faithful(capture, run, other, dims)
     for fqn, dims_of_layer in dims.items():
         _register(capture, capture.captured[fqn], set(dims_of_layer))
+
+
+def _place_bare(capture: Capture, run: Run, batch: Rows) -> None:
+    """Choose how parameters that a module applies beside the layers inside it are captured.
+
+    Where it takes no view of them for each sample, a small module runs on copies of all its
+    parameters. One that holds the model's blocks has the gradients of its own formed one sample
+    at a time.
+    """
+    if not any(_bare(capture)):
+        return
+    with kept_random_state(batch), of_any_samples():
+        forms = choose_forms(capture, run, batch)
+    # From the outermost on, as a module that is merged includes those inside.
+    for captured in list(_bare(capture)):
+        layer = captured.layer
+        if capture.captured.get(layer.fqn) is not captured:
+            continue
+        if layer.fqn in forms:
+            capture.register(SpreadParameters(capture, layer, forms[layer.fqn]))
+        elif holds_units(capture.model, layer.module):
+            capture.register(BackwardPerSample(capture, layer))
+        else:
+            capture.merge(ExpandedLayer(capture, with_modules_inside(capture.model, layer)))
+
+
+def _place_grouped(capture: Capture, run: Run, batch: Rows, num_samples: int) -> None:
+    """Have layers that read several rows of each sample, one sample after the other, know it."""
+    steps = torch.arange(num_samples)
+    samples, reordered = (batch.rows(i % len(batch)) for i in (steps, steps.roll(1)))
+    with kept_random_state(batch), of_any_samples():
+        grouped = find_grouped(capture, run, samples, reordered)
+    for fqn in grouped:
+        captured = capture.captured[fqn]
+        if isinstance(captured, ExpandedLayer):
+            captured.is_grouped = True
+        elif captured.layer.rule is not None:
+            capture.register(WatchedLayer(capture, captured.layer, is_grouped=True))
+
+
+def _bare(capture: Capture) -> Iterator[CapturedLayer]:
+    return (captured for captured in capture.captured.values() if captured.layer.is_bare)
 
 
 def _register(capture: Capture, captured: CapturedLayer, dims: set[_SampleDim]) -> None:
@@ -130,8 +179,10 @@ def _observe(
     observer: Callable[[CapturedLayer, int], _Observer],
 ) -> tuple[dict[str, list[_SampleDim]], Tensor]:
     """The samples' dimension in each call of each layer, and the model's outputs."""
-    observers = [observer(captured, len(batch)) for captured in capture.captured.values()]
-    with kept_random_state(batch), of_any_samples(), capture.attached(observers):
+    layers = list(capture.captured.values())
+    views = [layer.stand_in(len(batch)) for layer in layers if isinstance(layer, SpreadParameters)]
+    observers = [observer(layer, len(batch)) for layer in layers if not layer.layer.is_bare]
+    with kept_random_state(batch), of_any_samples(), capture.attached([*views, *observers]):
         outputs = run(batch)
     return {o.captured.layer.fqn: o.dims for o in observers if o.dims}, outputs
 
@@ -157,6 +208,8 @@ class _Observer(ReplacedForward):
 
     def _sample_dim(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _SampleDim:
         captured = self.captured
+        if isinstance(captured, WatchedLayer) and captured.is_grouped:
+            return 0
         captured.original = self.original
         rule = captured.layer.rule
         given = [x for x in (*args, *kwargs.values()) if x is not None]

@@ -28,7 +28,7 @@ from torch import Tensor
 from dpsgd_track.kernels.clipped_product import clipped_product
 from dpsgd_track.kernels.embedding_cross import embedding_cross
 from dpsgd_track.kernels.embedding_norm import embedding_norm_sq, per_sample_table
-from dpsgd_track.kernels.flash_norm.reference import accumulation
+from dpsgd_track.kernels.flash_norm.reference import accumulation, accumulation_dtype
 from dpsgd_track.kernels.weighted_sum import norms_sq, weighted_sums
 
 OuterNorm = Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +49,10 @@ class Outer:
     def clipped_sum(self, clip_factor_B: Tensor) -> Tensor:
         """sum_i c_i g_i, [P, D], in the clip factors' type."""
         return clipped_product(self.x_BTD, self.dy_BTP, clip_factor_B)
+
+    def grouped(self, num_samples: int) -> Outer:
+        """The sum over the rows of each sample, where these follow one another."""
+        return Outer(_grouped(self.x_BTD, num_samples), _grouped(self.dy_BTP, num_samples))
 
     def materialised(self) -> Dense:
         """The per-sample gradients, [B, P, D], in the factors' type."""
@@ -77,6 +81,11 @@ class Rows:
         table.index_add_(0, index_BT.flatten(), rows.flatten(0, 1))
         return table[: self.num_rows]
 
+    def grouped(self, num_samples: int) -> Rows:
+        """The sum over the rows of each sample, where these follow one another."""
+        tokens_BT = self.tokens_BT.reshape(num_samples, -1)
+        return Rows(tokens_BT, _grouped(self.dy_BTD, num_samples), self.num_rows)
+
     def materialised(self) -> Dense:
         """The per-sample gradients, [B, V, D]. Large unless the table is small."""
         return Dense(per_sample_table(self.tokens_BT, self.dy_BTD, self.num_rows))
@@ -97,9 +106,19 @@ class Dense:
         """sum_i c_i g_i."""
         return weighted_sums([self.grad_B], clip_factor_B)[0]
 
+    def grouped(self, num_samples: int) -> Dense:
+        """The sum over the rows of each sample, where these follow one another."""
+        rows = self.grad_B.unflatten(0, (num_samples, -1))
+        return Dense(rows.sum(dim=1, dtype=accumulation_dtype(rows)))
+
     def materialised(self) -> Dense:
         """Itself."""
         return self
+
+
+def _grouped(rows: Tensor, num_samples: int) -> Tensor:
+    """[B n, T, d] -> [B, n T, d]."""
+    return rows.reshape(num_samples, -1, rows.shape[-1])
 
 
 Term = Outer | Rows | Dense

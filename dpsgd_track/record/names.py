@@ -5,8 +5,11 @@ Group run -> one run per mode and regime -> one run per rank, nested by `mlflow.
 
 from __future__ import annotations
 
+import re
+
 PARENT_RUN = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
+GIT_COMMIT = "mlflow.source.git.commit"
 
 GROUP = "dpsgd.group"
 """Name of the group, set on every run."""
@@ -30,7 +33,12 @@ FAILURE = "dpsgd.failure"
 NOISE_MATCHED = "noise_matched"
 """`true` where all modes of the group added the same noise."""
 VERDICT = "dpsgd.verdict"
-"""PASS, DRIFT, BUG or INCONCLUSIVE; on the group run, set by `compare`."""
+"""PASS, DRIFT, BUG or INCONCLUSIVE; on the group run and on mode runs, set by `compare`."""
+
+DRIFT_OF_LIMIT = "drift_of_limit"
+"""Metric: the largest drift as a share of its limit; above 1 is too much. Set by `compare`."""
+COST = "cost"
+"""Metric: step time over that of ordinary training, from a profile. Set by `compare`."""
 
 KIND_GROUP, KIND_MODE, KIND_RANK = "group", "mode", "rank"
 
@@ -54,6 +62,25 @@ LAYER_GRAD_NORM = "layer_grad_norm/"
 SAMPLE_NORM = "sample_norm/"
 CLIP_FACTOR = "clip_factor/"
 """Prefixes of metrics: layers by fully qualified name, samples by position in the rank's batch."""
+
+
+CHARTED = ("loss", "grad_norm")
+"""Metrics of every mode that the group's run has as well."""
+_NOT_IN_A_METRIC = re.compile(r"[^\w.: -]+")
+_LONGEST_LABEL = 120
+
+
+def group_metric(metric: str, regime: str, label: str) -> str:
+    """Name under which the group run has `metric` of one mode: `loss/accuracy/flash_fsdp`.
+
+    The MLflow UI takes all up to the last slash as a section of charts.
+    """
+    return metric_of(f"{metric}/{regime}", label)
+
+
+def metric_of(prefix: str, label: str) -> str:
+    """Name of a metric of the mode `label`, which may have characters that no metric's name has."""
+    return f"{prefix}/{_NOT_IN_A_METRIC.sub('-', label)[:_LONGEST_LABEL]}"
 
 
 def stacks_file(rank: int) -> str:

@@ -32,6 +32,14 @@ class Suite(enum.StrEnum):
         """False for a profile, whose times are comparable only within one launch."""
         return self is not Suite.PROFILE
 
+    @property
+    def is_charted(self) -> bool:
+        """True if the group's run has the loss and gradient norm of every mode.
+
+        Faults are too many, and timed runs have neither.
+        """
+        return self not in (Suite.PROFILE, Suite.FAULTS)
+
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class RunKey:
@@ -101,6 +109,8 @@ class StartedJob:
     """Folder for trajectories, progress and failure reports."""
     spool: str = ""
     """Folder of the group's spool, which workers append records to; empty to keep none."""
+    group_run: str = ""
+    """Key of the group's run, which charts all modes; empty to keep nothing there."""
     mode_runs: tuple[str, ...] = ()
     """Mode run of each regime, by its key in the spool."""
     rank_runs: tuple[tuple[str, ...], ...] = ()

@@ -29,6 +29,28 @@ class Status(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Marks:
+    """What a comparison adds to a stored run."""
+
+    tags: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    is_faulty: bool | None = None
+    """True if the run is to be shown as failed although it finished, False if it is not; None
+    leaves its status alone."""
+
+    def status_after(self, status: Status, *, has_failure: bool) -> Status:
+        """Status to be shown of a run.
+
+        Args:
+            status: the present one.
+            has_failure: the run failed by itself, whatever a comparison says.
+        """
+        if self.is_faulty is None or has_failure or status not in (Status.FINISHED, Status.FAILED):
+            return status
+        return Status.FAILED if self.is_faulty else Status.FINISHED
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModeRun:
     """One mode in one regime."""
 

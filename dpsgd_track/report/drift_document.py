@@ -374,5 +374,5 @@ class DriftDocument:
     seen: SeenEntry
 
 
-DRIFT = Codec(DriftDocument, "dpsgd-track/drift", 4)
+DRIFT = Codec(DriftDocument, "dpsgd-track/drift", 5)
 """Writes and reads `drift.json`; `DRIFT.json_schema()` is its JSON schema."""

@@ -16,10 +16,12 @@ from dpsgd_track.comparison.measure.amount import number
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.config import PROBE, is_probe
+from dpsgd_track.record.judged import JudgedGroup
 from dpsgd_track.record.run import Group
 from dpsgd_track.record.stages import ObservableName, Stage
-from dpsgd_track.report import profile_table
+from dpsgd_track.report import history, profile_table
 from dpsgd_track.report.charts import Chart, Style
+from dpsgd_track.report.charts.history import history_charts
 from dpsgd_track.report.charts.profile import SECTION as PROFILE_SECTION
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
@@ -28,6 +30,7 @@ from dpsgd_track.report.stages import (
     VERDICT_SYMBOLS,
     accepted,
     advice,
+    capitalised,
     more,
     stage_tables,
 )
@@ -132,7 +135,7 @@ def html(comparison: GroupComparison, charts: Sequence[Chart]) -> str:
         rows=modes,
         replays=replays,
         first_chart=first,
-        sentence=_sentence(comparison),
+        sentence=capitalised(comparison),
         summary_of=_summary_of,
         more=more,
         stages=tuple(Stage),
@@ -172,6 +175,23 @@ def profile_html(profile: Profile, group: Group, charts: Sequence[Chart]) -> str
     return _report("profile.html", group, style, profile, facts=facts, charts=charts)
 
 
+def history_html(experiment: str, groups: Sequence[JudgedGroup]) -> str:
+    """The history of an experiment as a page; `groups` come oldest first."""
+    return _page(
+        "history.html",
+        experiment,
+        groups=groups,
+        charts=history_charts(groups, history.STAGES),
+        last=history.verdict_of(groups[-1]),
+        since=history.since(*groups[-2:]) if len(groups) > 1 else "",
+        headings=history.HEADINGS,
+        cells=history.cells,
+        verdict_of=history.verdict_of,
+        legend=history.LEGEND,
+        symbols=VERDICT_SYMBOLS,
+    )
+
+
 def chart_html(chart: Chart, group: str) -> str:
     """One chart as a page of its own."""
     return _page("chart.html", group, chart=chart)
@@ -198,14 +218,6 @@ def _report(
 def _page(template: str, group_name: str, **more: object) -> str:
     page = _templates().get_template(template)
     return page.render(plotly=_plotly(), data=_data, group_name=group_name, **more)
-
-
-def _sentence(comparison: GroupComparison) -> str:
-    """The verdict's sentence, beginning with a capital unless it begins with a mode's name."""
-    said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
-    if any(said.startswith(mode.label) for mode in comparison.modes):
-        return said
-    return said[:1].upper() + said[1:]
 
 
 def _summary_of(charts: Sequence[Chart]) -> str:

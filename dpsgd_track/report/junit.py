@@ -91,8 +91,8 @@ def _stage_cases(
 def _tell(case: ET.Element, cell: Cell, culprit: Culprit | None, fails: bool) -> None:
     details = [", ".join(part for part in (cell.value, cell.multiple, cell.about) if part)]
     match cell.status:
-        case StageStatus.NOT_COMPARED:
-            _outcome(case, "skipped", "not compared")
+        case StageStatus.NOT_COMPARED | StageStatus.NOT_TESTED:
+            _outcome(case, "skipped", cell.status)
         case StageStatus.INHERITED:
             _outcome(case, "skipped", "inherits the error of an earlier stage", details)
         case StageStatus.INTRODUCED if fails:

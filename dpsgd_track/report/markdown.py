@@ -10,9 +10,10 @@ from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.record.run import Group
 from dpsgd_track.report import profile_table
+from dpsgd_track.report.brief import brief
 from dpsgd_track.report.environment import command, environment
 from dpsgd_track.report.guarantee import guarantees
-from dpsgd_track.report.stages import accepted, advice, stage_tables, told
+from dpsgd_track.report.stages import accepted, advised, stage_tables, told
 from dpsgd_track.report.table import (
     HEADINGS,
     consistency,
@@ -66,8 +67,41 @@ def _folded(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
 
 
-def note(comparison: GroupComparison) -> str:
-    """The verdict and the table of modes, for the note of the group run."""
+def _lines(comparison: GroupComparison, link: str, since: str) -> str:
+    """Verdict, what, where, how sure, cost, and where to look further.
+
+    Args:
+        link: address of the report; empty if it has none.
+        since: what changed since the group before; empty if there is none.
+    """
+    short, do = brief(comparison), advised(comparison).do.rstrip(".")
+    heading = f"## {_ICONS[comparison.verdict]} {comparison.verdict}: {do[:1].lower()}{do[1:]}"
+    name = f"report.html of group {prose(comparison.group.name)}"
+    again = command(comparison.group)
+    report = f"[{name}]({link})" if link else name
+    lines = [
+        ("What", prose(short.what)),
+        ("Where", prose(short.where)),
+        ("How sure", prose(short.how_sure)),
+        ("Cost", " ".join(filter(None, [prose(short.cost), prose(since)]))),
+        ("Report", f"{report}.{' To run the same again:' * bool(again)}"),
+    ]
+    told = "\n".join(f"- **{title}:** {text}" for title, text in lines)
+    return "\n\n".join(filter(None, [heading, told, _code(again)]))
+
+
+def note(comparison: GroupComparison, since: str = "") -> str:
+    """The verdict and the table of modes, for the note of the group run.
+
+    Args:
+        since: what changed since the group before; empty if there is none.
+    """
+    seen = prose(comparison.seen.sentence)
+    return f"{_lines(comparison, '', since)}\n\n{_modes(comparison)}\n\n{seen}\n"
+
+
+def _modes(comparison: GroupComparison) -> str:
+    """The table of modes, and what is to be said of it."""
     modes, replays = without_replays(rows(comparison))
     worst_first = sorted(modes, key=lambda row: -row.verdict.severity)
     table = _table(
@@ -77,14 +111,8 @@ def note(comparison: GroupComparison) -> str:
             for row in (modes if len(worst_first) <= _MOST_ROWS else worst_first)
         ),
     )
-    verdict = f"## {_ICONS[comparison.verdict]} {comparison.verdict}"
-    said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
-    name = f"Group **{prose(comparison.group.name)}**"
     notes = (replays, *guarantees(comparison.group), *comparison.not_compared)
-    promised = [prose(sentence) for sentence in notes]
-    seen = prose(comparison.seen.sentence)
-    parts = [verdict, prose(said), f"**{prose(advice(comparison))}**", seen, table, *promised, name]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join([table, *(prose(sentence) for sentence in notes if sentence)])
 
 
 def _ladders(comparison: GroupComparison) -> list[str]:
@@ -106,18 +134,22 @@ def _ladders(comparison: GroupComparison) -> list[str]:
     ][:_MOST_LADDERS]
 
 
-def markdown(comparison: GroupComparison) -> str:
-    """The whole comment, shorter than LIMIT characters.
+def markdown(comparison: GroupComparison, link: str = "", since: str = "") -> str:
+    """The whole comment, shorter than LIMIT characters: six lines, and the rest folded.
 
     A section that no longer fits is omitted as a whole, and the last line says so.
+
+    Args:
+        link: address of the report; empty if it has none.
+        since: what changed since the group before; empty if there is none.
     """
-    return _with_sections(note(comparison), _sections(comparison))
+    return _with_sections(f"{_lines(comparison, link, since)}\n", _sections(comparison))
 
 
-def _with_sections(text: str, sections: Iterable[tuple[str, str, bool]]) -> str:
+def _with_sections(text: str, sections: Iterable[tuple[str, str]]) -> str:
     left_out: list[str] = []
-    for title, body, is_folded in sections:
-        section = f"\n{_folded(title, body) if is_folded else body}\n" if body else ""
+    for title, body in sections:
+        section = f"\n{_folded(title, body)}\n" if body else ""
         if len(text) + len(section) + _RESERVED > LIMIT:
             left_out.append(title)
         else:
@@ -144,8 +176,7 @@ def profile_markdown(profile: Profile, group: Group) -> str:
         ("Reproduce", _code(command(group))),
         ("Environment", _table(("setting", "value"), environment(group))),
     )
-    sections = ((title, body, True) for title, body in folded)
-    return _with_sections(profile_note(profile, group), sections)
+    return _with_sections(profile_note(profile, group), folded)
 
 
 def _costs(profile: Profile) -> str:
@@ -159,9 +190,10 @@ def _plans(profile: Profile) -> str:
     return _table(profile_table.PLAN_HEADINGS, profile_table.plans(profile))
 
 
-def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
-    """(title, body, True if folded), the most important first."""
-    ladders = [("Stages", body, False) for body in _ladders(comparison)]
+def _sections(comparison: GroupComparison) -> list[tuple[str, str]]:
+    """(title, body), the most important first."""
+    ladders = "\n\n".join(_ladders(comparison))
+    profile = profile_of(comparison.group)
     why = [f"**{verdict}** {prose(line)}" for verdict, line in told(comparison)]
     findings = [
         f"**{f.verdict}**{' (waived)' * bool(f.waiver)} {prose(f'{mode.label}: {f.sentence}')}"
@@ -175,9 +207,12 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
     limits = ("regime", "observable", "floor", "threshold", "largest of all pairs")
     spread = ("regime", "modes", "observable", "mean", "std", "max")
     differing = _table(("setting", "before", "after"), comparison.environment_differences)
-    folded = [
+    return [
+        ("Stages that went wrong", ladders),
+        ("Modes", _modes(comparison)),
+        ("Speed and memory", _costs(profile) if profile else ""),
+        ("What would have been seen", prose(comparison.seen.sentence)),
         ("Why, mode by mode", _list(why)),
-        ("Reproduce", _code(command(comparison.group))),
         (f"{len(findings)} more finding{'s' * (len(findings) != 1)}", _list(findings)),
         ("Waivers", _waivers(comparison)),
         ("Noise audit", _audits(comparison)),
@@ -186,13 +221,8 @@ def _sections(comparison: GroupComparison) -> list[tuple[str, str, bool]]:
         ("Consistency analysis", _table(spread, consistency(comparison))),
         ("Not computed, so not compared", _list(skipped)),
         ("Environment", _table(("setting", "value"), environment(comparison.group))),
+        ("How each layer's norm was found", _plans(profile) if profile else ""),
     ]
-    profile = profile_of(comparison.group)
-    costs = []
-    if profile:
-        costs = [("Speed and memory", f"**Speed and memory**\n\n{_costs(profile)}", False)]
-        folded.append(("How each layer's norm was found", _plans(profile)))
-    return [*costs, *ladders, *((title, body, True) for title, body in folded)]
 
 
 def _waivers(comparison: GroupComparison) -> str:

@@ -18,6 +18,7 @@ SYMBOLS = {
     StageStatus.INTRODUCED: "✗",
     StageStatus.INHERITED: "↳",
     StageStatus.NOT_COMPARED: "–",
+    StageStatus.NOT_TESTED: "–",
 }
 """Symbol of each status, which tells it apart without colour."""
 
@@ -77,7 +78,8 @@ class StageTable:
         if wrong:
             return f"a stage went wrong in {', '.join(wrong)}"
         cells = [cell for line in self.lines for cell in line.cells]
-        compared = sum(cell.status is not StageStatus.NOT_COMPARED for cell in cells)
+        idle = (StageStatus.NOT_COMPARED, StageStatus.NOT_TESTED)
+        compared = sum(cell.status not in idle for cell in cells)
         return f"all {compared} compared stages of {len(self.lines)} modes are ok"
 
 
@@ -169,25 +171,51 @@ def headline(comparison: GroupComparison) -> str:
     return _with_more(comparison.sentence, more(leading) if leading else "")
 
 
+def capitalised(comparison: GroupComparison) -> str:
+    """The verdict's sentence, beginning with a capital unless it begins with a mode's name."""
+    said = comparison.sentence.removeprefix(f"{comparison.verdict}: ")
+    if any(said.startswith(mode.label) for mode in comparison.modes):
+        return said
+    return said[:1].upper() + said[1:]
+
+
 def _with_more(sentence: str, left_out: str) -> str:
     return f"{sentence} ({left_out})" if left_out else sentence
 
 
-def advice(comparison: GroupComparison) -> str:
-    """Advice to the reviewer of the change, in one or two sentences."""
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """Advice to the reviewer of a change."""
+
+    do: str
+    """A sentence."""
+    why: str = ""
+    """A reason or a next step, in one or two sentences."""
+
+
+def advised(comparison: GroupComparison) -> Advice:
+    """The advice that goes with a verdict."""
     match comparison.verdict:
         case Verdict.PASS:
             waived = len(accepted(comparison))
-            but = f" {waived} accepted drifts are listed under Waivers." if waived else ""
-            return f"Safe to merge as far as these runs show.{but}"
+            why = f"{waived} accepted drifts are listed under Waivers." if waived else ""
+            return Advice(do="Safe to merge as far as these runs show.", why=why)
         case Verdict.BUG:
-            return "Do not merge. The difference is too large for rounding."
+            return Advice(do="Do not merge.", why="The difference is too large for rounding.")
         case Verdict.DRIFT:
-            return (
-                "Look before you merge. If the change is meant to alter results, say so in the "
-                "review; if not, treat it as a bug."
+            return Advice(
+                do="Look before you merge.",
+                why="If the change is meant to alter results, say so in the review; if not, treat "
+                "it as a bug.",
             )
-    return (
-        "Do not merge on this evidence: nothing was shown either way. Remove the cause that the "
-        "sentence names, run the group again and compare again."
+    return Advice(
+        do="Do not merge on this evidence.",
+        why="Nothing was shown either way. Remove the cause that is named, run the group again "
+        "and compare again.",
     )
+
+
+def advice(comparison: GroupComparison) -> str:
+    """Advice to the reviewer of the change, in one to three sentences."""
+    given = advised(comparison)
+    return f"{given.do} {given.why}".strip()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
 from dpsgd_track.comparison.verdict import Verdict
+from dpsgd_track.record.judged import JudgedGroup
 from dpsgd_track.record.run import Group
-from dpsgd_track.report import profile_table
+from dpsgd_track.report import history, profile_table
 from dpsgd_track.report.columns import in_columns
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.stages import headline, told
@@ -30,6 +31,15 @@ _FIRST_TO_GO = (
     "Δ clipped sum",
     "final loss",
     "Δ loss",
+)
+_FIRST_OF_HISTORY_TO_GO = (
+    "started (UTC)",
+    "updated weights",
+    "clip factors",
+    "loss",
+    "noise",
+    "clipped sum",
+    "per-sample norms",
 )
 _FIRST_OF_PROFILE_TO_GO = ("tokens/s", "tracking", "peak GiB", "× memory", "B", "T")
 
@@ -117,6 +127,30 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
         console.print(Text(visible(sentence)), soft_wrap=soft)
     style = f"bold {_COLOURS[comparison.verdict]}"
     console.print(Text(visible(headline(comparison)), style=style), soft_wrap=soft)
+
+
+def print_history(groups: Sequence[JudgedGroup], console: Console) -> None:
+    """Print the table of groups, and what changed in the last; names are shown literally."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    shown = [[visible(cell) for cell in history.cells(group)] for group in groups]
+    fitting = _fitting(history.HEADINGS, shown, console.width, _FIRST_OF_HISTORY_TO_GO)
+    for i, width in fitting.items():
+        justify: Any = "left" if i <= history.VERDICT else "right"
+        table.add_column(history.HEADINGS[i], justify=justify, width=width)
+    for group, row in zip(groups, shown, strict=True):
+        cells = [Text(cell) for cell in row]
+        cells[history.VERDICT].stylize(_COLOURS[history.verdict_of(group)])
+        for i, stage in enumerate(history.STAGES, history.VERDICT + 1):
+            if group.drifts.get(stage, 0.0) > 1:
+                cells[i].stylize("red")
+        table.add_row(*(cells[i] for i in fitting))
+    console.print(table)
+    said = [history.since(*groups[-2:])] if len(groups) > 1 else []
+    for sentence in (history.LEGEND, *said):
+        console.print(Text(visible(sentence)), soft_wrap=not console.is_terminal)
 
 
 def print_profile(profile: Profile, name: str, console: Console) -> None:

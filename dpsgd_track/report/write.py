@@ -40,16 +40,22 @@ def write_report(
     folder: Path,
     png: bool = True,
     tell: Callable[[str], None] = print,
+    link: str = "",
+    since: str = "",
 ) -> list[Path]:
     """Write the report into `folder`, which is created, and return the files.
 
     PNGs of an earlier report are removed.
-    `tell` is called with one line if pictures were asked for and could not be drawn.
+
+    Args:
+        tell: called with one line if pictures were asked for and could not be drawn.
+        link: address at which the report will be found, for the comment; empty if it has none.
+        since: what changed since the group before, for the comment; empty if there is none.
     """
     drawn = figures(comparison)
     texts = {
         "report.html": html(comparison, drawn),
-        "report.md": markdown(comparison),
+        "report.md": markdown(comparison, link, since),
         "summary.txt": summary(comparison),
         "drift.json": drift_json(comparison),
         "junit.xml": junit(comparison),

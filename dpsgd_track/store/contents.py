@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dpsgd_track.record import names
 from dpsgd_track.record.run import Status
 from dpsgd_track.store.history import Point, as_stored
 from dpsgd_track.store.spool import CONTROL, MetricRow, SpoolReader, spool_files
@@ -67,7 +68,9 @@ class Contents:
         """
         problems = [problem for reader in self._readers for problem in reader.damage()]
         for reader in self._readers:
-            statuses = {self.runs[run].status for run in reader.runs if run in self.runs}
+            runs = [self.runs[run] for run in reader.runs if run in self.runs]
+            # Any worker may add to the group's run, however the others end.
+            statuses = {run.status for run in runs if run.kind != names.KIND_GROUP}
             is_worker = reader.path.suffix != CONTROL
             if is_worker and statuses == {Status.FINISHED} and not reader.is_closed:
                 end = f"it ends after line {reader.num_lines} without having been closed"

@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dpsgd_track.config import Settings
 from dpsgd_track.record import names
-from dpsgd_track.record.run import Group, Status
+from dpsgd_track.record.run import Group, Marks, Status
 from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import one_line
 from dpsgd_track.store.history import History
@@ -23,10 +23,15 @@ from dpsgd_track.store.reader import (
     key_of,
     metrics_of_trajectory,
     open_client,
+    runs_of,
 )
-from dpsgd_track.store.spool import CONTROL, SpoolDamaged, SpoolWriter
+from dpsgd_track.store.spool import CONTROL, SpoolDamaged, SpoolWriter, now_ms
 from dpsgd_track.store.spooled import SpooledGroup, SpooledRun, spooled_groups
 from dpsgd_track.store.sqlite_file import absolute_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 Result = TypeVar("Result")
 
@@ -40,38 +45,73 @@ class Found:
     spooled: SpooledGroup | None = None
     """Its folder in the spool; None if it was read from the store."""
 
-    def attach(self, files: Sequence[tuple[Path, str]], tags: Mapping[str, str]) -> None:
-        """Add files, each in an artifact folder, and tags to the group's run where it was read.
+    def attach(self, files: Sequence[tuple[Path, str]], marks: Mapping[str, Marks]) -> None:
+        """Add files, each in an artifact folder, to the group's run, and marks to runs.
 
-        Additions to the spool are shipped with the rest of it.
+        They are added where the group was read: those in the spool are shipped with the rest of it.
+
+        Args:
+            marks: by the id of the run there.
         """
         if self.spooled is not None:
             with contextlib.suppress(FileNotFoundError):
-                self._spool(self.spooled.folder, files, tags)
+                self._spool(self.spooled, files, marks)
                 return
         client = open_client(self.settings.tracking_uri)
-        run_id = self.group.run_id
-        if self.spooled is not None:
-            # The store has all of it by now, with another id for the run.
-            run_id = find_group(client, self.settings, self.group.name).info.run_id
+        # If it was spooled, the store has all of it by now, with other ids for the runs.
+        wanted = self.group.name if self.spooled else self.group.run_id
+        group_run = find_group(client, self.settings, wanted)
         for path, folder in files:
-            client.log_artifact(run_id, str(path), folder)
-        for key, value in tags.items():
-            client.set_tag(run_id, key, value)
+            client.log_artifact(group_run.info.run_id, str(path), folder)
+        for run in runs_of(client, group_run) if marks else ():
+            mark = marks.get(run.info.run_id) or marks.get(run.data.tags.get(names.KEY, ""))
+            if mark is not None:
+                _mark(client, run, mark)
 
     def _spool(
-        self, spool: Path, files: Sequence[tuple[Path, str]], tags: Mapping[str, str]
+        self,
+        spooled: SpooledGroup,
+        files: Sequence[tuple[Path, str]],
+        marks: Mapping[str, Marks],
     ) -> None:
         """Add them to the spool; raises FileNotFoundError if that was removed meanwhile."""
-        writer = SpoolWriter(spool, f"attached{CONTROL}")
+        runs = spooled.runs(with_rows=False)
+        writer = SpoolWriter(spooled.folder, f"attached{CONTROL}")
         for path, folder in files:
             writer.upload(self.group.run_id, path, folder)
-        writer.set_tags(self.group.run_id, tags)
+        for key, mark in marks.items():
+            if key not in runs:
+                # A resumed group has other runs in the store alone.
+                continue
+            writer.set_tags(key, mark.tags)
+            if mark.metrics:
+                writer.log_metrics(key, 0, mark.metrics)
+            status = runs[key].status
+            has_failure = bool(runs[key].tags.get(names.FAILURE))
+            if (shown := mark.status_after(status, has_failure=has_failure)) is not status:
+                writer.add("status", key, status=shown)
         # Without its folder, it could not close.
         writer.path.stat()
         writer.close()
         # Writes to a folder renamed for removal are lost with it.
         writer.path.stat()
+
+
+def _mark(client: MlflowClient, run: Run, mark: Marks) -> None:
+    """Add `mark` to a run in the store."""
+    from mlflow.entities import Metric, RunTag
+
+    run_id = run.info.run_id
+    time_ms = now_ms()
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name, value, time_ms, 0) for name, value in mark.metrics.items()],
+        tags=[RunTag(name, value) for name, value in mark.tags.items()],
+    )
+    status = Status(run.info.status)
+    has_failure = bool(run.data.tags.get(names.FAILURE))
+    if (shown := mark.status_after(status, has_failure=has_failure)) is not status:
+        client.update_run(run_id, shown)
 
 
 def read_group_anywhere(settings: Settings, wanted: str, tell: Callable[[str], object]) -> Found:

@@ -16,6 +16,7 @@ from dpsgd_track.record import names
 from dpsgd_track.redaction import redact_uri
 from dpsgd_track.store.client import connect, one_line
 from dpsgd_track.store.sqlite_file import absolute_uri, require_utf8, sqlite_path
+from dpsgd_track.store.ui_views import EXPERIMENT_TAGS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -145,7 +146,7 @@ def _experiment_id(client: MlflowClient, settings: Settings, location: str | Non
     experiment = client.get_experiment_by_name(settings.experiment)
     if experiment is None:
         try:
-            return str(client.create_experiment(settings.experiment, artifact_location=location))
+            return str(client.create_experiment(settings.experiment, location, EXPERIMENT_TAGS))
         except Exception:
             # Another launcher may have created it first.
             experiment = client.get_experiment_by_name(settings.experiment)

@@ -108,14 +108,8 @@ def find_group(client: MlflowClient, settings: Settings, wanted: str) -> Run:
     Raises:
         GroupNotFound: the experiment or the group does not exist.
     """
-    experiment = client.get_experiment_by_name(settings.experiment)
-    if experiment is None:
-        raise GroupNotFound(
-            f"experiment={settings.experiment!r}: expected an experiment of "
-            f"{redact_uri(settings.tracking_uri)}. Launch a group first, or check --config."
-        )
     groups = []
-    for run in _search(client, experiment.experiment_id, names.KIND_GROUP):
+    for run in groups_of(client, settings):
         if wanted == "latest" or _is_named(run, wanted):
             return run
         groups.append(run)
@@ -128,6 +122,21 @@ def find_group(client: MlflowClient, settings: Settings, wanted: str) -> Run:
         f"group={wanted!r}: expected a group's name, a run id or latest. "
         + (f"The newest groups: {newest}." if newest else "The experiment holds no group.")
     )
+
+
+def groups_of(client: MlflowClient, settings: Settings) -> Iterator[Run]:
+    """The runs of all groups, newest first.
+
+    Raises:
+        GroupNotFound: the experiment does not exist.
+    """
+    experiment = client.get_experiment_by_name(settings.experiment)
+    if experiment is None:
+        raise GroupNotFound(
+            f"experiment={settings.experiment!r}: expected an experiment of "
+            f"{redact_uri(settings.tracking_uri)}. Launch a group first, or check --config."
+        )
+    yield from _search(client, experiment.experiment_id, names.KIND_GROUP)
 
 
 def _group_of_run(client: MlflowClient, run_id: str) -> str:
@@ -162,6 +171,12 @@ def _search(client: MlflowClient, experiment_id: str, kind: str, parent: str = "
         token = page.token
         if not token:
             return
+
+
+def runs_of(client: MlflowClient, group: Run) -> Iterator[Run]:
+    """The run of a group, and its mode runs, newest first."""
+    yield group
+    yield from _search(client, group.info.experiment_id, names.KIND_MODE, group.info.run_id)
 
 
 def read_group(client: MlflowClient, settings: Settings, wanted: str) -> Group:

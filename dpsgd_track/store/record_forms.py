@@ -69,6 +69,7 @@ EVENTS: Mapping[str, _Form] = {
     "reopen": {},
     "params": {"params": _is_table},
     "tags": {"tags": _is_table},
+    "input": {"name": _is_text, "digest": _is_text},
     "file": {
         "path": _is_kept_file,
         "folder": _is_inside,
@@ -76,6 +77,7 @@ EVENTS: Mapping[str, _Form] = {
         "crc32": _is_count,
     },
     "end": {"status": _is_status},
+    "status": {"status": _is_status},
 }
 """The fields of each kind of event, apart from its run and time."""
 _OF_EVERY_EVENT: _Form = {"run": _is_text, "time_ms": _is_count}

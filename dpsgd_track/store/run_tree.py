@@ -50,12 +50,17 @@ class RunTree:
         self._experiment = experiment
         self._open: dict[str, None] = {}
         self._jobs: dict[str, JobConfig] = {}
-        self._user = {"mlflow.user": _user_name(), "mlflow.source.name": "dpsgd-track"}
+        self._origin = {
+            "mlflow.user": _user_name(),
+            "mlflow.source.name": "dpsgd-track",
+            "mlflow.source.type": "LOCAL",
+        }
         self.group = group
         self.group_run = ""
 
     def start_group(self, plan: GroupPlan) -> None:
         """Create the group run, with the plan as its artifact."""
+        self._know_revision(plan)
         tags = {names.GROUP: self.group, names.KIND: names.KIND_GROUP}
         self.group_run = self._create(self.group, tags, flatten(_summary(plan)))
         self._keep_plan(plan)
@@ -74,12 +79,17 @@ class RunTree:
         Args:
             is_elsewhere: True if the rest of the group is in the store and not in this spool.
         """
+        self._know_revision(plan)
         self._add_run(run, self.group, tags, {}, time_ms=start_ms, is_resumed=is_elsewhere)
         self._writer.add("reopen", run)
         # The reason of the earlier end no longer applies.
         self._writer.set_tags(run, {names.REASON: "", names.FAILURE: "", names.NOTE: ""})
         self.group_run = run
         self._keep_plan(plan)
+
+    def _know_revision(self, plan: GroupPlan) -> None:
+        if revision := plan.environment.git_revision:
+            self._origin[names.GIT_COMMIT] = revision
 
     def _keep_plan(self, plan: GroupPlan) -> None:
         with scratch() as folder:
@@ -143,7 +153,7 @@ class RunTree:
 
     def _create(self, title: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
         run = uuid.uuid4().hex
-        self._add_run(run, title, {**self._user, **tags}, params)
+        self._add_run(run, title, {**self._origin, **tags}, params)
         return run
 
     def _add_run(

@@ -95,7 +95,7 @@ class Shipper:
                 continue
             self._attempt(file, partial(self._ship_rows, rows))
             # The end of a run is held back until all earlier records are in the store.
-            if event is not None and event["do"] == "end":
+            if event is not None and event["do"] in ("end", "status"):
                 ends.append((file.name, offset, event))
             elif event is not None:
                 if event["do"] == "reopen":
@@ -230,6 +230,8 @@ class Shipper:
                 self._log_params(self._id(event["run"]), event["params"])
             case "tags":
                 self._set_tags(self._id(event["run"]), event["tags"])
+            case "input":
+                self._log_input(self._id(event["run"]), event["name"], event["digest"])
             case "file":
                 self._upload(self._id(event["run"]), KeptFile.of(event, self.group.folder))
 
@@ -278,7 +280,9 @@ class Shipper:
         self._log_params(self.run_ids[key], event["params"])
 
     def _end(self, event: Event) -> None:
-        if event["status"] != Status.ELSEWHERE:
+        if event["do"] == "status":
+            self._client.update_run(self._id(event["run"]), event["status"])
+        elif event["status"] != Status.ELSEWHERE:
             run_id = self._id(event["run"])
             self._client.set_terminated(run_id, event["status"], event["time_ms"])
 
@@ -295,6 +299,13 @@ class Shipper:
         entities = [RunTag(key, storable(value)) for key, value in tags.items()]
         for batch in _batches(entities, MAX_TAGS_PER_BATCH):
             self._client.log_batch(run_id, tags=batch)
+
+    def _log_input(self, run_id: str, name: str, digest: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = Dataset(storable(name), digest, source_type="dpsgd-track", source=storable(name))
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._client.log_inputs(run_id, datasets=[DatasetInput(data, tags)])
 
     def _ship_rows(self, rows: Sequence[MetricRow]) -> None:
         from mlflow.entities import Metric
@@ -391,6 +402,9 @@ class Shipper:
             ours = storable(param)[:MAX_PARAM_LENGTH]
             if (theirs := stored.data.params.get(key, ours)) != ours:
                 yield f"its param {key} is {theirs[:80]!r}, not {ours[:80]!r}"
+        inputs = stored.inputs.dataset_inputs if stored.inputs else []
+        if missing := run.inputs.keys() - {each.dataset.digest for each in inputs}:
+            yield f"{len(missing)} of {len(run.inputs)} datasets are missing"
         # The last of several files of one name stays.
         files = {(file.folder, file.path.name): file for file in run.files}
         for folder in {where for where, _ in files}:

@@ -139,6 +139,10 @@ class SpoolWriter:
             # `json.dumps` takes several times as long where the caches are cold.
             self._append(b'[%d,%d,%d,"%b"]' % (number, step, now_ms(), packed))
 
+    def log_input(self, run: str, name: str, digest: str) -> None:
+        """Record the data that a run trained on."""
+        self.add("input", run, name=name, digest=digest)
+
     def log_params(self, run: str, params: Mapping[str, str]) -> None:
         """Record params."""
         self.add("params", run, params=dict(params))

@@ -102,6 +102,8 @@ class SpooledRun:
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     status: Status = Status.RUNNING
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Names of the data it trained on, by their digests."""
     files: list[KeptFile] = field(default_factory=list)
     rows: list[MetricRow] = field(default_factory=list)
     is_joined: bool = False
@@ -138,7 +140,9 @@ class SpooledRun:
                 self.tags |= event["tags"]
             case "file":
                 self.files.append(KeptFile.of(event, folder))
-            case "end":
+            case "input":
+                self.inputs[event["digest"]] = event["name"]
+            case "end" | "status":
                 self.status = Status(event["status"])
 
     def last_metrics(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +132,12 @@ class Recorder:
         if np.isnan(metrics["clip_fraction"]):
             del metrics["clip_fraction"]
         return metrics
+
+
+def data_digest(trajectory: Trajectory) -> str:
+    """Digest of all batches of a run, equal for modes that saw the same data."""
+    batches = "".join(trajectory.data_hash.tolist()).encode()
+    return hashlib.blake2b(batches, digest_size=8).hexdigest()
 
 
 def _widened(row: dict[str, Any], num_samples: int) -> dict[str, Any]:

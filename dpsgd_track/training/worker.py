@@ -15,7 +15,7 @@ import signal
 import statistics
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT
+from dpsgd_track.config import CLIP, NOISE, PROFILE, SILENT, RegimeConfig
 from dpsgd_track.demands import declined_by
 from dpsgd_track.modes.build import ModeBuilder, build_mode
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -45,7 +45,7 @@ from dpsgd_track.training.loop import RegimeRun
 from dpsgd_track.training.noise_samples import Floats
 from dpsgd_track.training.prepare import PreparedRun, not_optimized
 from dpsgd_track.training.profile import ProfileRun
-from dpsgd_track.training.recorder import rank_metrics
+from dpsgd_track.training.recorder import data_digest, rank_metrics
 
 LEAVING_TIMEOUT_S = 5.0
 """Seconds that a worker told to stop may take to save its trajectories."""
@@ -143,6 +143,7 @@ class Worker:
             for done, metrics in run.steps():
                 self.step = done.seen.step
                 self._log(number, done.seen.step, metrics, is_global=True)
+                self._chart(regime, done.seen.step, metrics)
                 own = rank_metrics(done.local, done.local_time_ms, done.local_memory_gib)
                 self._log(number, done.seen.step, own, is_global=False)
                 self._progress(number, "step", done.seen.step, metrics["loss"])
@@ -241,6 +242,16 @@ class Worker:
         if run_id is not None:
             self.writer.log_metrics(run_id, step, metrics)
 
+    def _chart(self, regime: RegimeConfig, step: int, metrics: Mapping[str, float]) -> None:
+        """Log what the group's run charts of every mode."""
+        group = self.started.group_run
+        if group and self.rank == 0 and not regime.replay:
+            charted = {
+                names.group_metric(metric, regime.name, self.job.label): metrics[metric]
+                for metric in names.CHARTED
+            }
+            self.writer.log_metrics(group, step, charted)
+
     def _leave_trajectories(self, number: int, folder: Path, run: RegimeRun) -> None:
         """Write the observations so far, also of a regime that failed."""
         own_folder = folder / f"rank{self.rank}"
@@ -252,10 +263,15 @@ class Worker:
             if not recorder.rows:
                 continue
             path = target / TRAJECTORY_FILE
-            recorder.trajectory().save(path)
+            trajectory = recorder.trajectory()
+            trajectory.save(path)
             run_id = self._run_id(number, is_global=is_global)
-            if run_id is not None:
-                self.writer.upload(run_id, path)
+            if run_id is None:
+                continue
+            self.writer.upload(run_id, path)
+            if is_global:
+                source = self.job.run_in(self.job.regimes[number]).data.source
+                self.writer.log_input(run_id, Path(source).name, data_digest(trajectory))
 
     def _run_id(self, number: int, *, is_global: bool) -> str | None:
         """Key of the run to write to; rank 0 writes global values.

@@ -49,6 +49,7 @@ def log_a_group(
     shipping = Shipping(shipper, uri, said.append, interval_s=0.05)
     shipping.start()
     workers = [SpoolWriter(group.folder, f"no_dp-rank{rank}{RECORDS}") for rank in (0, 1)]
+    workers[0].log_input(mode, "synthetic", "5ca1ab1e")
     took_ms = []
     for step in range(steps):
         at_step(step, said)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, RunTag
 
 from dpsgd_track.record import names
 from dpsgd_track.store.history import as_stored
@@ -34,12 +34,14 @@ class StoredRun:
     params: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, set[tuple[int, int, float | None]]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    inputs: dict[str, DatasetInput] = field(default_factory=dict)
 
     def seen(self) -> Any:
         """The run as MLflow returns it."""
         info = SimpleNamespace(run_id=self.run_id, status=self.status, start_time=self.start_time)
         data = SimpleNamespace(tags=self.tags, params=self.params, metrics=self.metrics)
-        return SimpleNamespace(info=info, data=data)
+        inputs = SimpleNamespace(dataset_inputs=list(self.inputs.values()))
+        return SimpleNamespace(info=info, data=data, inputs=inputs)
 
 
 class MemoryStore:
@@ -59,6 +61,7 @@ class MemoryStore:
                 run.params,
                 run.metrics,
                 run.files,
+                set(run.inputs),
             )
             for run in self.runs.values()
         }
@@ -121,6 +124,10 @@ class MemoryStore:
         """Add a file to a run."""
         name = Path(path).name
         self.runs[run_id].files[f"{folder}/{name}" if folder else name] = Path(path).read_bytes()
+
+    def log_inputs(self, run_id: str, datasets: Sequence[DatasetInput]) -> None:
+        """Add datasets to a run."""
+        self.runs[run_id].inputs |= {each.dataset.digest: each for each in datasets}
 
     def list_artifacts(self, run_id: str, folder: str | None) -> list[Any]:
         """The files of a run."""

@@ -60,6 +60,8 @@ def spool_a_group(
     for rank, run in enumerate(ranks):
         own = [mode, run] if rank == 0 else [run]
         worker = SpoolWriter(group.folder, f"no_dp-rank{rank}{RECORDS}", runs=own)
+        if rank == 0:
+            worker.log_input(mode, "synthetic", "5ca1ab1e")
         for step in range(steps):
             if rank == 0:
                 worker.log_metrics(mode, step, logged(step, 9))
@@ -82,6 +84,8 @@ def check_whole(client: MlflowClient, experiment_id: str, name: str, steps: int 
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all(run.info.end_time >= run.info.start_time for run in runs)
     for run in runs:
+        has_input = run.data.tags[names.KIND] == names.KIND_MODE
+        assert len(run.inputs.dataset_inputs) == has_input
         files = {file.path for file in client.list_artifacts(run.info.run_id)}
         if run.data.tags[names.KIND] == names.KIND_GROUP:
             assert run.data.params["suite"] == "quick"

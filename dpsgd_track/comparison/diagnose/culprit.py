@@ -101,10 +101,20 @@ class Culprit:
     """True if the clipped sum is longer than privacy allows."""
 
     @property
+    def _predicate(self) -> str:
+        return "divides the sum wrongly" if self.cause.is_division else self.claim
+
+    @property
+    def claimed(self) -> str:
+        """`sentence` without place and evidence."""
+        besides = f"Besides, it {self.also}" if self.also else ""
+        said = ": ".join(filter(None, [self._predicate, self.cause.sentence]))
+        return ". ".join(filter(None, [said, besides]))
+
+    @property
     def sentence(self) -> str:
         """All of it, to follow the mode's name, without the last full stop."""
-        claim = "divides the sum wrongly" if self.cause.is_division else self.claim
-        cause = self.cause.sentence
+        claim, cause = self._predicate, self.cause.sentence
         if not cause:
             parts = [f"{claim}: {self.where}" if self.where else claim, self.evidence]
         else:

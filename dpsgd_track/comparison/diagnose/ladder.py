@@ -39,6 +39,8 @@ class StageStatus(enum.StrEnum):
     INHERITED = "inherited"
     """The stage's inputs were wrong already, which explains its error."""
     NOT_COMPARED = "not compared"
+    NOT_TESTED = "not tested"
+    """Equal, as the regime lets nothing happen there: weights at a learning rate of 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +133,19 @@ def ladder(
         earlier[:] = True
     nan = _first_not_finite(aligned.baseline, not_finite_in_mode)
     for stage in stages:
-        rungs.append(nan.get(stage.name) or _rung(stage, earlier, evidence, steps))
+        rungs.append(
+            nan.get(stage.name) or _tested(_rung(stage, earlier, evidence, steps), evidence)
+        )
         earlier = earlier | stage.failing
     return tuple(rungs)
+
+
+def _tested(rung: Rung, evidence: Evidence) -> Rung:
+    """`rung`, unless equal weights are those that no step has changed."""
+    is_still = rung.stage is Stage.UPDATE and kind_of(evidence.pair.regime) == CLIP
+    if is_still and rung.status is StageStatus.OK and not rung.value:
+        return Rung(stage=rung.stage, status=StageStatus.NOT_TESTED)
+    return rung
 
 
 def _changed_weights(stages: Sequence[_Stage], evidence: Evidence) -> Rung | None:

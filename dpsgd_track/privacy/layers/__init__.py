@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dpsgd_track.privacy.layers import (
     convolution,
     embedding,
+    embedding_bag,
+    general_convolution,
     group_norm,
     layer_norm,
     linear,
@@ -43,6 +45,8 @@ RULES: tuple[LayerRule, ...] = (
     rms_norm,
     group_norm,
     convolution,
+    general_convolution,
+    embedding_bag,
 )
 
 

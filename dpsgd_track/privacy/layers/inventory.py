@@ -33,18 +33,23 @@ class Layer:
     names: dict[str, str]
     """Fully qualified name of each trainable parameter, by its name in the module. A parameter
     that several modules share has its first name in all of them."""
+    is_bare: bool = False
+    """True if these are the module's own parameters only, and modules inside it are layers of their
+    own. Without a rule, a layer includes them otherwise."""
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
     """Every module that owns trainable parameters, with its rule.
 
-    A module without a rule includes the modules inside it.
+    A module without a rule includes the modules inside it, unless they are layers themselves.
+    Parameters in a `ParameterDict` or `ParameterList`, which nothing calls, are of the module that
+    holds it.
 
     Raises:
         ValueError: naming every layer whose per-sample gradients would not be exact.
     """
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    rules = {m: find_rule(m) for m in model.modules() if _trained(m) or is_parametrized(m)}
+    rules = {m: _rule_of(m) for m in model.modules() if _is_layer(m)}
     ruled = {id(p) for m, rule in rules.items() if rule for p in _trained(m).values()}
     layers: list[Layer] = []
     problems = list(unfit_parts(model))
@@ -52,29 +57,23 @@ def find_layers(model: nn.Module) -> list[Layer]:
     for fqn, module in model.named_modules():
         if module in included or module not in rules:
             continue
-        own, rule = _trained(module), rules[module]
+        own, rule, is_bare = _trained(module), rules[module], False
         if rule is None:
             if own and all(id(p) in ruled for p in own.values()):
                 # Another name for the parameters of layers with rules. `Capture` refuses a batch
                 # in which this module uses them.
                 continue
-            inside = list(module.modules())
-            if _holds_units(model, inside):
-                bare = ", ".join(name_of[id(p)] for p in own.values())
-                problems.append(
-                    f"{bare} (of {type(module).__name__}, which also holds the model's blocks; "
-                    "move it into a module of its own)"
-                )
-                continue
-            included.update(inside)
-            own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+            is_bare = bool(own) and not is_parametrized(module) and _holds_layers(module)
+            if not is_bare:
+                included.update(module.modules())
+                own = {name: p for name, p in module.named_parameters() if p.requires_grad}
             if not own:
                 continue
         names = {name: name_of[id(p)] for name, p in own.items()}
         problems += _hooked_weights(fqn, module)
         if isinstance(module, torch.jit.ScriptModule):
             problems.append(f"{fqn} (compiled by torch.jit; use the module it was made of)")
-        layers.append(Layer(fqn, module, rule, names))
+        layers.append(Layer(fqn, module, rule, names, is_bare))
     if problems:
         raise ValueError(
             f"model={type(model).__name__!r}: expected layers whose per-sample gradients are known "
@@ -82,20 +81,78 @@ def find_layers(model: nn.Module) -> list[Layer]:
             "Freeze them, or use a mode that supports them."
         )
     for layer in layers:
-        if layer.rule is None:
-            _logger.warning(
-                "%s (%s) has no rule of its own: it runs on one copy of its parameters for each "
-                "sample, which is exact, but slower and larger.",
-                layer.fqn or "the model",
-                type(layer.module).__name__,
-            )
+        if layer.rule is None and not layer.is_bare:
+            _warn_of_copies(layer)
     return layers
 
 
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own trainable parameters."""
+def with_modules_inside(model: nn.Module, layer: Layer) -> Layer:
+    """A bare layer together with the modules inside it."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    inside = layer.module.named_parameters()
+    whole = Layer(
+        layer.fqn, layer.module, None, {n: name_of[id(p)] for n, p in inside if p.requires_grad}
+    )
+    _warn_of_copies(whole)
+    return whole
+
+
+def holds_units(model: nn.Module, module: nn.Module) -> bool:
+    """True if a module contains a transformer block or an FSDP2 unit."""
+    blocks = set(transformer_blocks(model))
+    inside = (m for m in module.modules() if m is not module)
+    return any(m in blocks or isinstance(m, FSDPModule) for m in inside)
+
+
+def own_holders(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The module, and what it keeps parameters in that nothing calls, each with its prefix."""
+    yield prefix, module
+    for name, child in module.named_children():
+        if not _can_be_called(child):
+            yield from own_holders(child, f"{prefix}{name}.")
+
+
+def _warn_of_copies(layer: Layer) -> None:
+    _logger.warning(
+        "%s (%s) has no rule of its own: it runs on one copy of its parameters for each "
+        "sample, which is exact, but slower and larger.",
+        layer.fqn or "the model",
+        type(layer.module).__name__,
+    )
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """False for a module without a forward, such as a `ParameterDict`."""
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+        return True
+    return type(module).forward is not nn.Module.forward
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return _can_be_called(module) and bool(_trained(module) or is_parametrized(module))
+
+
+def _rule_of(module: nn.Module) -> LayerRule | None:
+    """The rule of a module whose parameters are all its own."""
     own = module.named_parameters(recurse=False)
-    return {name: parameter for name, parameter in own if parameter.requires_grad}
+    own_trained = {name for name, parameter in own if parameter.requires_grad}
+    return find_rule(module) if own_trained == _trained(module).keys() else None
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own trainable parameters, by their names in it."""
+    return {
+        prefix + name: parameter
+        for prefix, holder in own_holders(module)
+        for name, parameter in holder.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """True if modules inside of `module` have parameters of their own, trainable or not."""
+    holders = {holder for _, holder in own_holders(module)}
+    return any(m._parameters for m in module.modules() if m not in holders)
 
 
 def mixes_samples(module: nn.Module, *, in_training: bool) -> bool:
@@ -142,9 +199,3 @@ def _hooked_weights(fqn: str, module: nn.Module) -> Iterator[str]:
                 f"{fqn} (a hook of {type(hook).__name__} computes its weight; use "
                 "torch.nn.utils.parametrizations, or torch.nn.utils.prune.remove)"
             )
-
-
-def _holds_units(model: nn.Module, inside: list[nn.Module]) -> bool:
-    """True if a module contains a transformer block or an FSDP2 unit."""
-    blocks = set(transformer_blocks(model))
-    return any(m in blocks or isinstance(m, FSDPModule) for m in inside[1:])

@@ -1,6 +1,7 @@
 """RMSNorm: torch's own, and the variants of transformers (w * xhat, Gemma's (1 + w) * xhat).
 
-Either way the weight's gradient is sum_t dy_t * xhat_t with xhat = x / sqrt(mean(x^2) + eps).
+T5's goes by the name of a LayerNorm. Either way the weight's gradient is sum_t dy_t * xhat_t with
+xhat = x / sqrt(mean(x^2) + eps).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dpsgd_track.privacy.terms import Dense, Term
 
 
 def matches(module: nn.Module) -> bool:
-    """True for classes named `...RMSNorm` that compute one on a trial input."""
-    if not type(module).__name__.endswith("RMSNorm"):
+    """True for classes named `...RMSNorm` or `...LayerNorm` that compute one on a trial input."""
+    if not type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
         return False
     weights = dict(module.named_parameters(recurse=False))
     if list(weights) != ["weight"] or weights["weight"].dim() != 1:
@@ -54,7 +55,11 @@ def _computes_rms_norm(module: nn.Module, weight: Tensor, dtype: torch.dtype) ->
     eps = _epsilon(module, x)
     x = torch.cat([x, x * (eps or 1.0) ** 0.5])
     xhat = normalised(x, eps, is_centred=False)
-    got = accumulation(torch.func.functional_call(module, {"weight": trial}, (x,)))
+    try:
+        got = accumulation(torch.func.functional_call(module, {"weight": trial}, (x,)))
+    except Exception:
+        # It takes other arguments.
+        return False
     return any(
         torch.allclose(got, scale * xhat, rtol=2e-2, atol=2e-2) for scale in (trial, 1 + trial)
     )

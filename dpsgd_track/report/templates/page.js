@@ -152,12 +152,38 @@
   // Unless it is folded the first is drawn in any case, so that whoever scrolls finds one at once.
   if (charts.length) setTimeout(() => draw(charts[0]));
 
+  // Filters and open sections stand in the address, as #mode=a&mode=b&regime=clip&open=noise, so that a
+  // link shows the same.
+  const boxes = all("input[name=mode]"), radios = all("input[name=regime]"), parts = all("details[id]");
+  const isOpenAtFirst = new Map(parts.map(part => [part, part.open]));
+  const address = () => {
+    if (printing) return;
+    const state = new URLSearchParams();
+    if (hidden.size) boxes.forEach(box => box.checked && state.append("mode", nameOf(box.value)));
+    for (const radio of radios) if (radio.checked && radio.value) state.set("regime", radio.value);
+    for (const part of parts) if (part.open !== isOpenAtFirst.get(part)) state.append(part.open ? "open" : "closed", part.id);
+    if (!state.size && !location.hash.includes("=")) return;
+    // A page within another, as in MLflow, may not change its address.
+    try { history.replaceState(null, "", state.size ? `#${state}` : location.pathname + location.search); } catch {}
+  };
+  const restore = () => {
+    const state = new URLSearchParams(location.hash.slice(1)), modes = state.getAll("mode");
+    const wanted = boxes.filter(box => modes.includes(nameOf(box.value)));
+    if (wanted.length) boxes.forEach(box => { box.checked = wanted.includes(box); });
+    for (const radio of radios) if (radio.value && radio.value === state.get("regime")) radio.checked = true;
+    for (const part of parts) {
+      if (state.getAll("open").includes(part.id)) part.open = true;
+      if (state.getAll("closed").includes(part.id)) part.open = false;
+    }
+  };
+  document.addEventListener("toggle", address, true);
+
   // Filters: of modes, and of regimes.
   const filterModes = () => {
+    address();
     all("[data-mode-row]").forEach(row => { row.hidden = hidden.has(Number(row.dataset.modeRow)); });
     later("modes");
   };
-  const boxes = all("input[name=mode]");
   for (const box of boxes) {
     box.addEventListener("change", () => {
       hidden[box.checked ? "delete" : "add"](Number(box.value));
@@ -170,19 +196,22 @@
     hidden.clear();
     filterModes();
   });
-  for (const radio of all("input[name=regime]")) {
+  for (const radio of radios) {
     radio.addEventListener("change", () => {
+      address();
       for (const part of all("[data-regime]")) part.hidden = radio.value !== "" && part.dataset.regime !== radio.value;
       later("size");
     });
   }
   // A browser that comes back to the page may remember what was ticked.
-  addEventListener("pageshow", () => {
+  const filterAll = () => {
+    hidden.clear();
     boxes.forEach(box => { if (!box.checked) hidden.add(Number(box.value)); });
-    if (hidden.size) filterModes();
-    const radio = document.querySelector("input[name=regime]:checked");
-    if (radio && radio.value) radio.dispatchEvent(new Event("change"));
-  });
+    filterModes();
+    const radio = radios.find(each => each.checked);
+    if (radio) radio.dispatchEvent(new Event("change"));
+  };
+  addEventListener("pageshow", filterAll);
 
   const recolour = () => { setTheme(); later("theme"); };
   dark.addEventListener("change", recolour);
@@ -195,6 +224,11 @@
 
   // A link to what is folded opens it.
   const unfold = () => {
+    if (location.hash.includes("=")) {
+      restore();
+      filterAll();
+      return;
+    }
     const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
     if (target) target.scrollIntoView({ block: "start" });

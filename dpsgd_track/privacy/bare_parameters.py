@@ -1,0 +1,277 @@
+"""Parameters that a module with layers inside applies itself, as a vision transformer its token.
+
+The module runs on each of them expanded to one row per sample, [B, ..., *parameter]; the modules
+inside are captured as always. The gradient that autograd forms of the expanded view is the
+per-sample gradient. Nothing is copied.
+
+Which form of a view the module takes, if any, is found by trial (`choose_forms`). Of each
+candidate, a run on rows that differ is compared with runs on the parameter itself, moved to one
+sample's row: not only in the model's outputs, as a new head gives zeros, but also in what every
+layer reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dpsgd_track.privacy.capture import Capture
+from dpsgd_track.privacy.captured_layer import CapturedLayer, ParameterSlot
+from dpsgd_track.privacy.eval_mode import in_eval_mode
+from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.replaced_forward import ReplacedForward
+
+_logger = logging.getLogger(__name__)
+
+IN_PLACE = -1
+"""Form of a parameter [1, ...]: [B, ...]."""
+_MOST_BROADCAST = 3
+"""Dimensions of size 1 that are tried between the samples' and the parameter's own."""
+
+Form = int
+"""IN_PLACE, or the number of dimensions of size 1 after the samples'."""
+_Key = tuple[str, str]
+"""A layer's fully qualified name, and the parameter's name in it."""
+
+
+class SpreadParameters(CapturedLayer):
+    """Runs a module on its own parameters expanded over samples."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        layer: Layer,
+        forms: Mapping[str, Form] = MappingProxyType({}),
+    ) -> None:
+        """
+        Args:
+            forms: that of each trainable parameter, by its name in the module; none before a
+                trial.
+        """
+        super().__init__(capture, layer)
+        self.forms = dict(forms)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output."""
+        capture = self.capture
+        assert capture.num_samples is not None
+        views = {
+            name: expanded(leaf, capture.num_samples, self.forms[name])
+            for name, leaf in self.leaves().items()
+        }
+        if capture.open_call(self.layer):
+            for name, view in views.items():
+                capture.note_view(self.layer, name, view)
+        with _filled(self.slots, views):
+            return self.original(*args, **kwargs)
+
+    def stand_in(self, num_samples: int) -> ReplacedForward:
+        """Runs the module the same way where nothing is captured."""
+        return _Placing(self, lambda key, p: expanded(p, num_samples, self.forms[key[1]]))
+
+
+def expanded(parameter: Tensor, num_samples: int, form: Form) -> Tensor:
+    """[B, ..., *parameter] in a form, without copies."""
+    if form == IN_PLACE:
+        return parameter.expand(num_samples, *parameter.shape[1:])
+    return parameter.expand(num_samples, *[1] * form, *parameter.shape)
+
+
+def choose_forms(
+    capture: Capture, run: Callable[[Any], Tensor], batch: Any
+) -> dict[str, dict[str, Form]]:
+    """Form of each bare parameter, by layer; layers with one that takes no form are left out.
+
+    Args:
+        run: the model's outputs.
+        batch: one whose number of samples is the size of no other dimension.
+    """
+    trial = _Trial(capture, run, batch)
+    # In eval mode only where masks are drawn, as some models change their weights for it.
+    with in_eval_mode(capture.model) if trial.is_random() else nullcontext():
+        return _choose_forms(trial)
+
+
+def _choose_forms(trial: _Trial) -> dict[str, dict[str, Form]]:
+    chosen: dict[_Key, Form] = {}
+    for keys in trial.alike().values():
+        for form in trial.candidates(keys[0]):
+            if trial.is_faithful(dict.fromkeys(keys, form)):
+                chosen |= dict.fromkeys(keys, form)
+                break
+    by_layer: dict[str, dict[str, Form]] = {}
+    for captured in trial.bare:
+        layer = captured.layer
+        forms = {name: chosen.get((layer.fqn, name)) for name in layer.names}
+        found = {name: form for name, form in forms.items() if form is not None}
+        if len(found) == len(forms):
+            by_layer[layer.fqn] = found
+    together = {(fqn, name): f for fqn, forms in by_layer.items() for name, f in forms.items()}
+    return by_layer if together and trial.agrees(together) else {}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What layers have read in a run, and the outputs: rows of the first and the last sample."""
+
+    rows: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def note(self, fqn: str, value: Any, num_samples: int) -> None:
+        for x in pytree.tree_leaves(value):
+            if isinstance(x, Tensor) and x.is_floating_point() and num_samples in x.shape:
+                dim = x.shape.index(num_samples)
+                self.rows.append((fqn, x.movedim(dim, 0)[[0, -1]].clone()))
+
+    def agrees(self, other: _Seen, row: int) -> bool:
+        """True if one sample's rows are the same up to rounding."""
+        if [fqn for fqn, _ in self.rows] != [fqn for fqn, _ in other.rows]:
+            return False
+        return all(
+            _is_same(a[row], b[row]) for (_, a), (_, b) in zip(self.rows, other.rows, strict=True)
+        )
+
+
+class _Trial:
+    """Runs of a model on moved parameters."""
+
+    def __init__(self, capture: Capture, run: Callable[[Any], Tensor], batch: Any) -> None:
+        self.capture, self.run, self.batch = capture, run, batch
+        self.bare = [c for c in capture.captured.values() if c.layer.is_bare]
+
+    def alike(self) -> dict[object, list[_Key]]:
+        """Bare parameters in groups: those of the same name in modules of the same class."""
+        groups: dict[object, list[_Key]] = defaultdict(list)
+        for captured in self.bare:
+            for local, name in captured.layer.names.items():
+                shape = self.capture.shapes[name]
+                kind = (type(captured.module), local, len(shape), shape[:1] == (1,))
+                groups[kind].append((captured.layer.fqn, local))
+        return groups
+
+    def candidates(self, key: _Key) -> list[Form]:
+        """Forms to try of a parameter."""
+        fqn, local = key
+        shape = self.capture.shapes[self.capture.captured[fqn].layer.names[local]]
+        return [*([IN_PLACE] if shape[:1] == (1,) else []), *range(_MOST_BROADCAST + 1)]
+
+    def is_random(self) -> bool:
+        """True if two runs on the same parameters differ."""
+        first, second = self.seen({}, {}), self.seen({}, {})
+        return not all(first.agrees(second, row) for row in (0, 1))
+
+    def is_faithful(self, forms: Mapping[_Key, Form]) -> bool:
+        """True if the model treats each sample's row as the parameter itself, and it counts."""
+        if not self.agrees(forms):
+            return False
+        if len(forms) == 1:
+            return True
+        first = self.seen({}, dict.fromkeys(forms, 0))
+        return all(
+            not first.agrees(self.seen({}, dict.fromkeys(forms, 0) | {key: 1}), 0) for key in forms
+        )
+
+    def agrees(self, forms: Mapping[_Key, Form]) -> bool:
+        """True if a run on rows that differ gives what runs on each row give, and these differ."""
+        try:
+            together = self.seen(forms, {})
+        except Exception as error:
+            _logger.debug("The model does not run on a row for each sample: %s", error)
+            return False
+        apart = [self.seen({}, dict.fromkeys(forms, row)) for row in (0, 1)]
+        is_same = all(together.agrees(apart[row], row) for row in (0, 1))
+        return is_same and not apart[0].agrees(apart[1], 0)
+
+    @torch.no_grad()
+    def seen(self, forms: Mapping[_Key, Form], rows: Mapping[_Key, int]) -> _Seen:
+        """Run the model with all bare parameters moved.
+
+        Args:
+            forms: parameters that have a row for each sample: the first's move in the first row,
+                the last's in all others.
+            rows: of which of these two moves another parameter has; the first if it is not named.
+        """
+        seen, num_samples = _Seen(), len(self.batch)
+
+        def place(key: _Key, parameter: Tensor) -> Tensor:
+            moved = [parameter + _move(parameter, key, row) for row in (0, 1)]
+            if key not in forms:
+                return moved[rows.get(key, 0)]
+            views = [expanded(p, num_samples, forms[key]) for p in moved]
+            return torch.cat([views[0][:1], views[1][1:]])
+
+        layers: list[ReplacedForward] = [_Placing(c, place) for c in self.bare]
+        layers += [
+            _Reading(c, seen, num_samples)
+            for c in self.capture.captured.values()
+            if not c.layer.is_bare
+        ]
+        with self.capture.attached(layers):
+            seen.note("", self.run(self.batch), num_samples)
+        return seen
+
+
+class _Placing(ReplacedForward):
+    """Runs a module on other tensors in place of its own parameters."""
+
+    def __init__(self, captured: CapturedLayer, place: Callable[[_Key, Tensor], Tensor]) -> None:
+        super().__init__(captured.module)
+        self.fqn, self.slots, self.place = captured.layer.fqn, captured.slots, place
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output."""
+        placed = {s.name: self.place((self.fqn, s.name), s.current()) for s in self.slots}
+        with _filled(self.slots, placed):
+            return self.original(*args, **kwargs)
+
+
+class _Reading(ReplacedForward):
+    """Runs a layer as it is, and notes what it reads."""
+
+    def __init__(self, captured: CapturedLayer, seen: _Seen, num_samples: int) -> None:
+        super().__init__(captured.module)
+        self.fqn, self.seen, self.num_samples = captured.layer.fqn, seen, num_samples
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output."""
+        self.seen.note(self.fqn, (args, kwargs), self.num_samples)
+        return self.original(*args, **kwargs)
+
+
+@contextmanager
+def _filled(slots: list[ParameterSlot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context in which the module has `tensors` in place of its parameters."""
+    before = [slot.current() for slot in slots]
+    try:
+        for slot in slots:
+            slot.fill(tensors[slot.name])
+        yield
+    finally:
+        for slot, parameter in zip(slots, before, strict=True):
+            slot.fill(parameter)
+
+
+def _move(parameter: Tensor, key: _Key, row: int) -> Tensor:
+    """Random numbers on the scale of `parameter`, the same at every run."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{key}{row}".encode()))
+    scale = parameter.float().square().mean().sqrt().clamp(min=0.1)
+    move = torch.randn(parameter.shape, generator=generator).to(parameter.device) * scale
+    return move.to(parameter.dtype)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    # Far above rounding errors, and far below the effect of the moves.
+    tolerance = 0.3 * torch.finfo(a.dtype).eps ** 0.5
+    scale = max(float(b.float().abs().max()), 1e-30) if b.numel() else 1.0
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * scale, equal_nan=True)
