@@ -652,8 +652,8 @@ def make_private(
             a mode.
         loss: a task's name (see `dpsgd_track.privacy.loss`), or a function
             (logits, targets) -> [B] in which no sample's loss depends on another.
-        clipping: rule by which a sample is clipped: flat, automatic (normalised) or per_layer, the
-            cheapest (see `dpsgd_track.privacy.clipping`). It adds at most C under each.
+        clipping: rule by which a sample is clipped: flat, automatic (normalised) or per_layer,
+            which keeps nothing (see `dpsgd_track.privacy.clipping`). It adds at most C under each.
         sample_rate: probability with which a step takes each sample, where the loop draws batches
             by Poisson sampling itself; `PrivateTraining.loader` knows its own. 1.0 if batches are
             not sampled (see also `PrivateTraining.epsilon`).

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -63,8 +63,9 @@ _logger = logging.getLogger(__name__)
 Put = Callable[[dict[str, Tensor]], None]
 """Takes this rank's clipped sums by parameter."""
 
-ClipLayer = Callable[[dict[str, Tensor]], Tensor]
-"""Clip factors of a layer's part of each sample's gradient, [B], from its squared norms."""
+ClipLayers = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Clip factors [B] of each layer's part of the samples' gradients, from squared norms [B] by
+parameter."""
 
 _Settle = Callable[[str, tuple[Term, ...]], None]
 _Receive = Callable[[Tensor], None]
@@ -104,6 +105,8 @@ class Capture:
         """Parameters that several modules share."""
         self.shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
         """Unsharded shape of each trainable parameter."""
+        self.num_layers = len(set(map(layer_of, self.shapes)))
+        """Modules that own trainable parameters."""
         self.num_samples: int | None = None
         """Samples of the current micro-batch; None outside of one."""
         self.path = 0
@@ -227,39 +230,47 @@ class Capture:
         self._run_checked(loss_B, settle, retain_graph=retain_graph)
         return squares | self.norms_of(deferred)
 
-    def run_layers(self, loss_B: Tensor, clip: ClipLayer, put: Put) -> dict[str, Tensor]:
+    def run_units(
+        self, loss_B: Tensor, units: Sequence[Sequence[str]], clip: ClipLayers, put: Put
+    ) -> dict[str, Tensor]:
         """Run one backward that clips each layer by itself, and keeps nothing of it.
 
         Args:
-            clip: takes the squared norms [B] by parameter of a layer, and returns the clip factors
-                of its part of each sample's gradient, [B].
-            put: takes the clipped sums of a layer.
+            units: parameters that are clipped at once, each when all of its gradients are there.
+                A layer's are in one unit.
+            clip: takes the squared norms [B] by parameter of a unit, and returns the clip factors
+                [B] of its layers.
+            put: takes the clipped sums of a unit.
         Returns:
             Squared norm [B] of each sample's gradient, for each parameter that a gradient reached.
         Raises:
             ValueError: as `run_norms`.
         """
         squares: dict[str, Tensor] = {}
-        sizes = Counter(map(layer_of, self.shapes))
-        waiting: dict[str, dict[str, tuple[Term, ...]]] = {}
+        unit_of = {name: number for number, names in enumerate(units) for name in names}
+        waiting: dict[int, dict[str, tuple[Term, ...]]] = {}
 
-        def end(layer: str) -> None:
-            terms = waiting.pop(layer)
-            norm_sq = self.norms_of(terms)
+        def end(number: int) -> None:
+            unit = waiting.pop(number)
+            norm_sq = self.norms_of(unit)
             squares.update(norm_sq)
-            put(self.sums_of(terms, clip(norm_sq)))
+            factors = clip(norm_sq)
+            sums: dict[str, Tensor] = {}
+            for name, terms in unit.items():
+                sums |= self.sums_of({name: terms}, factors[layer_of(name)])
+            put(sums)
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
-            layer = layer_of(name)
-            of_layer = waiting.setdefault(layer, {})
-            of_layer[name] = self._kept_form(name, terms) if self.keep else terms
-            if len(of_layer) == sizes[layer]:
-                end(layer)
+            number = unit_of[name]
+            unit = waiting.setdefault(number, {})
+            unit[name] = self._kept_form(name, terms) if self.keep else terms
+            if len(unit) == len(units[number]):
+                end(number)
 
         self._run_checked(loss_B, settle, retain_graph=False)
-        # Layers of which a parameter got no gradient.
-        for layer in list(waiting):
-            end(layer)
+        # Units of which a parameter got no gradient.
+        for number in list(waiting):
+            end(number)
         return squares
 
     def run_sums(self, loss_B: Tensor, clip_factor_B: Tensor, put: Put) -> None:

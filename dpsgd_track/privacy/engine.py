@@ -64,6 +64,10 @@ class Engine:
     _weight_B: Tensor | None = field(default=None, init=False)
     """Weights of the samples' gradients that replace the clip factors."""
     knows_sample_dims: bool = field(default=False, init=False)
+    _layers: dict[tuple[str, ...], tuple[list[str], Tensor]] = field(
+        default_factory=dict, init=False
+    )
+    """Layers of parameters, and the place of each parameter's among them."""
     _leaves_out: HostCopy | None = field(default=None, init=False)
     """On a GPU, true if a sample of the current batch is left out."""
 
@@ -202,23 +206,41 @@ class Engine:
             return automatic_factors(norm_B, self.max_grad_norm)
         if self.clipping == FLAT or not norm_sq:
             return clip_factors(norm_B, self.max_grad_norm)
-        layers: dict[str, dict[str, Tensor]] = {}
-        for name, square_B in norm_sq.items():
-            layers.setdefault(layer_of(name), {})[name] = square_B
-        factor_of = {layer: self.layer_factors(squares) for layer, squares in layers.items()}
-        added_sq = {
-            layer: (factor_of[layer] * total_norm(squares)).square()
-            for layer, squares in layers.items()
-        }
-        is_whole_B = torch.stack(list(factor_of.values())).eq(1).all(dim=0)
-        # Exactly 1 where nothing is clipped.
-        return torch.where(is_whole_B, 1.0, total_norm(added_sq) / norm_B)
+        _, layer_sq = self._by_layer(norm_sq)
+        factor_LB = clip_factors(layer_sq.sqrt(), self._layer_bound)
+        added_B = (factor_LB.square() * layer_sq).sum(dim=0).sqrt()
+        # Exactly 1 where nothing is clipped, and 0 where a part is left out.
+        factor_B = torch.where(factor_LB.eq(1).all(dim=0), 1.0, added_B / norm_B)
+        return torch.where(factor_LB.ne(0).all(dim=0), factor_B, 0.0)
 
-    def layer_factors(self, norm_sq: dict[str, Tensor]) -> Tensor:
-        """Clip factors [B] of one layer, from its squared norms by parameter."""
+    def layer_factors(self, norm_sq: dict[str, Tensor], is_kept_B: Tensor) -> dict[str, Tensor]:
+        """Clip factors [B] of each layer, from squared norms [B] by parameter.
+
+        Args:
+            is_kept_B: samples whose factor is not 0.
+        """
+        layers, layer_sq = self._by_layer(norm_sq)
+        factor_LB = clip_factors(layer_sq.sqrt(), self._layer_bound)
+        factor_LB = torch.where(is_kept_B, factor_LB, 0.0)
+        return dict(zip(layers, factor_LB.unbind(), strict=True))
+
+    def _by_layer(self, norm_sq: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+        """Layers, and the squared norms [L, B] of their parts."""
+        squares = torch.stack(list(norm_sq.values()))
+        names = tuple(norm_sq)
+        if names not in self._layers:
+            of_names = list(map(layer_of, names))
+            layers = list(dict.fromkeys(of_names))
+            places = torch.tensor([layers.index(layer) for layer in of_names])
+            self._layers[names] = layers, places.to(squares.device)
+        layers, places = self._layers[names]
+        layer_sq = squares.new_zeros(len(layers), squares.shape[1])
+        return layers, layer_sq.index_add_(0, places, squares)
+
+    @property
+    def _layer_bound(self) -> float:
         assert self.capture is not None
-        num_layers = len(set(map(layer_of, self.capture.shapes)))
-        return clip_factors(total_norm(norm_sq), self.max_grad_norm / math.sqrt(num_layers))
+        return self.max_grad_norm / math.sqrt(self.capture.num_layers)
 
     def weights_of(self, factor_B: Tensor) -> Tensor:
         """Weight of each sample's gradient in the sum, [B]: its clip factor, or a given weight."""
