@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpsgd_track.config import FLAT, PrivacyConfig, require
-from dpsgd_track.distributed.ranks import world_size
+from dpsgd_track.distributed.ranks import rank, world_size
 from dpsgd_track.distributed.sharding import fsdp_units, trainable_parameters
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
@@ -22,13 +23,16 @@ from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.reference import ReferenceMode
 from dpsgd_track.modes.table import check_mode, is_private, runs_on_one_device
 from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.calibration import Budget
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.guards import GradientGuard, ModelGuard
-from dpsgd_track.privacy.ledger import PrivacyLedger
+from dpsgd_track.privacy.ledger import RATE_ADVICE, PrivacyLedger
 from dpsgd_track.privacy.left_out_counter import LeftOutCounter
+from dpsgd_track.privacy.loader import PrivateLoader
 from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.privacy.open_batch import OpenBatch
+from dpsgd_track.privacy.sampling import OpenDraw, PoissonSampler
 from dpsgd_track.privacy.spot_check import SpotCheck, SpotChecks
 from dpsgd_track.privacy.why import LayerAccount, accounts_of
 
@@ -49,6 +53,7 @@ _History = list[tuple[float, float | None, int]]
 _HISTORY = "_dpsgd_track_history"
 """Attribute of a model and of its trained parts that holds the history of their ledger: one list
 that all of them share, so that a part takes it into other models. Copies of the model copy it."""
+_BUDGET_ADVICE = "For target_epsilon give expected_batch_size / samples of the data set."
 _PRIVATE = "_dpsgd_track_private"
 """Attribute of an optimizer that holds the `PrivateTraining` that uses it."""
 
@@ -71,6 +76,7 @@ class PrivateTraining:
         *,
         noise_key: str,
         sample_rate: float | None,
+        budget: Budget | None,
         spot_check: bool,
     ) -> None:
         self.mode = mode
@@ -83,7 +89,12 @@ class PrivateTraining:
         self._privacy = mode.context.privacy
         self._noise_key = noise_key
         self._sample_rate = sample_rate
+        self._budget = budget
+        self._draw = OpenDraw()
+        self._has_loader = False
         self._num_batches = 0
+        self._num_added = 0
+        """Samples of the current step on this rank."""
         self._open: OpenBatch | None = None
         """The batch that the loop's own code is forming the losses of."""
         self._is_added = False
@@ -112,6 +123,11 @@ class PrivateTraining:
     def num_steps(self) -> int:
         """Noisy steps taken on the model so far, also before this call of `make_private`."""
         return self._ledger.num_steps
+
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma of the next step."""
+        return self._privacy.noise_multiplier
 
     @property
     def _ledger(self) -> PrivacyLedger:
@@ -240,6 +256,7 @@ class PrivateTraining:
         self._gradients.note()
         self._left_out.add(self.last)
         self._num_batches += 1
+        self._num_added += len(self.last.loss_B)
 
     def _refuse_unless_ready(self) -> None:
         """Raise unless a batch can be added now."""
@@ -251,22 +268,132 @@ class PrivateTraining:
             )
         self._gradients.check()
 
-    def epsilon(self, delta: float, *, accountant: str = "rdp") -> float:
+    def loader(
+        self,
+        dataset: Any,
+        *,
+        physical_batch_size: int | None = None,
+        num_steps: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        **loading: Any,
+    ) -> PrivateLoader:
+        """Poisson-sampled batches of `dataset`, whose sample rate `epsilon` then knows.
+
+            for batches in private.loader(dataset, physical_batch_size=64):
+                for x, y in batches:
+                    private.backward(x, y)
+                optimizer.step()
+
+        Each step takes each sample with probability expected batch size / samples, over all ranks.
+        A rank gets its share in micro-batches: as many on every rank, those without samples as
+        tensors without rows. The draw is a function of the secret key, or the seed, and of
+        `num_steps` of this object.
+
+        Args:
+            dataset: has a length, and a sample for each index below it. The same on every rank.
+            physical_batch_size: most samples of a micro-batch; None for one micro-batch a step.
+            num_steps: steps of one pass; None for an epoch in expectation.
+            collate_fn: makes a micro-batch of a list of samples; torch's default if None.
+            loading: further arguments of `torch.utils.data.DataLoader`, such as `num_workers`.
+        Raises:
+            ValueError: a setting is out of range, or `make_private` was given another sample rate.
+            RuntimeError: in the loop: a step was not taken, or of other samples than were drawn.
+        """
+        expected = self._privacy.expected_batch_size
+        is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        allowed = "a data set with a length and a sample for each index"
+        require(is_indexed, "dataset", type(dataset).__name__, allowed)
+        allowed = f"at least the {expected} samples that a step is expected to hold"
+        require(len(dataset) >= expected, "dataset", len(dataset), allowed)
+        for name, got in (("physical_batch_size", physical_batch_size), ("num_steps", num_steps)):
+            is_count = got is None or (type(got) is int and got >= 1)
+            require(is_count, name, got, "an integer >= 1, or None")
+        rate = expected / len(dataset)
+        is_same = self._sample_rate is None or math.isclose(self._sample_rate, rate)
+        allowed = f"{rate!r}, which is {expected} of {len(dataset)} samples"
+        require(is_same, "sample_rate", self._sample_rate, allowed, "Leave it out.")
+        self._has_loader = True
+        sampler = PoissonSampler(
+            key=self._noise_key,
+            num_samples=len(dataset),
+            sample_rate=rate,
+            rank=rank(),
+            num_ranks=world_size(),
+            batch_size=physical_batch_size,
+        )
+        return PrivateLoader(
+            dataset,
+            sampler,
+            num_steps=num_steps or round(1 / rate),
+            steps_taken=lambda: self.num_steps,
+            opened=self._draw,
+            collate_fn=collate_fn,
+            loading=loading,
+        )
+
+    def change(
+        self,
+        *,
+        noise_multiplier: float | None = None,
+        max_grad_norm: float | None = None,
+        sample_rate: float | None = None,
+    ) -> None:
+        """Train by other settings from the next step on. Each step counts at its own.
+
+        A resumed training changes them again: they are no part of `state_dict`.
+
+        Args:
+            noise_multiplier: sigma; None leaves it as it is, and so for the others.
+            max_grad_norm: C. The noise has the standard deviation sigma C, so epsilon stays.
+            sample_rate: of batches that the loop draws by itself.
+        Raises:
+            ValueError: a setting is out of range, a batch of the step was added already, or epsilon
+                would exceed `target_epsilon`. Nothing is changed then.
+        """
+        self._refuse_unless_whole()
+        require(self._num_batches == 0, "change", "within a step", "a call between steps")
+        sigma = self._privacy.noise_multiplier if noise_multiplier is None else noise_multiplier
+        bound = self._privacy.max_grad_norm if max_grad_norm is None else max_grad_norm
+        privacy = replace(self._privacy, noise_multiplier=sigma, max_grad_norm=bound)
+        allowed = "0 for a mode that does not clip"
+        require(self.mode.clips or sigma == 0, "noise_multiplier", sigma, allowed)
+        allowed = "none beside private.loader, whose rate is known"
+        require(sample_rate is None or not self._has_loader, "sample_rate", sample_rate, allowed)
+        rate = self._sample_rate if sample_rate is None else sample_rate
+        _check_sample_rate(rate)
+        if self._budget is not None:
+            assert rate is not None
+            self._budget.refuse_beyond(self._history, sigma, rate)
+        self._privacy, self._sample_rate = privacy, rate
+        self.mode.set_privacy(privacy)
+
+    def epsilon(
+        self, delta: float, *, accountant: str = "rdp", steps_per_sample: int | None = None
+    ) -> float:
         """Epsilon of all steps taken on the model so far, at `delta`.
+
+        It holds for batches by Poisson sampling at the sample rate that each step was told: those
+        of `loader`, or of the loop's own drawing. For other batches, such as shuffled ones of a
+        fixed size, give `steps_per_sample`: a bound without amplification by sampling, for data
+        sets in one of which the gradients of one sample are zero.
 
         Args:
             delta: probability at which the bound may fail, between 0 and 1.
             accountant: rdp (never too small), prv (tighter), or pld (tighter, and never too small;
                 needs dp-accounting).
+            steps_per_sample: most steps that had any one sample, each once, over the model's whole
+                life. With shuffled batches, epochs begun, those begun anew after a resume included.
         Raises:
             ValueError: a step had no noise, or its sample rate is not known.
         """
         sigma = self._privacy.noise_multiplier
         advice = "Without noise epsilon is infinite."
         require(sigma > 0, "noise_multiplier", sigma, "a number > 0", advice)
-        rate, allowed = self._sample_rate, "a number from 0 to 1"
-        advice = "Give it to make_private, or 1.0 for batches that are not sampled."
-        require(rate is not None, "sample_rate", rate, allowed, advice)
+        if steps_per_sample is not None:
+            unsampled = self._ledger.without_sampling(steps_per_sample)
+            return unsampled.epsilon(delta, accountant)
+        is_known = self._has_loader or self._sample_rate is not None
+        require(is_known, "sample_rate", None, "a number from 0 to 1", RATE_ADVICE)
         return self._ledger.epsilon(delta, accountant)
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,6 +422,11 @@ class PrivateTraining:
             f"{loaded.num_steps} steps",
             f"the {self.num_steps} that were taken on this model, or more",
         )
+        if self._budget is not None:
+            assert self._sample_rate is not None
+            self._budget.refuse_beyond(
+                loaded.history, self._privacy.noise_multiplier, self._sample_rate
+            )
         self._note(loaded)
 
     def close(self) -> None:
@@ -364,6 +496,9 @@ class PrivateTraining:
                 "optimizer: expected the parameters that it had when it was made private, got "
                 "others. Call make_private again after a change of parameter groups."
             )
+        draw = self._draw.of_step(self._num_added)
+        if self._budget is not None:
+            self._budget.refuse_step(self.num_steps + 1)
         self._gradients.check()
         self._gradients.release()
         clipped = self.mode.clipped_sum()
@@ -377,7 +512,10 @@ class PrivateTraining:
         if audit is not None:
             audit.check(noised)
         ledger = self._ledger
-        ledger.record(self._privacy.noise_multiplier, self._sample_rate)
+        rate = self._sample_rate if draw is None else draw.sample_rate
+        ledger.record(self._privacy.noise_multiplier, rate)
+        if draw is not None:
+            draw.is_taken = True
         self._num_own_steps += 1
         self._note(ledger)
 
@@ -395,7 +533,8 @@ class PrivateTraining:
         finally:
             self._is_clearing = False
         self._gradients.release()
-        self._num_batches = 0
+        self._num_batches = self._num_added = 0
+        self._draw.drop_left()
         self._spoiled = None
 
     def _note(self, ledger: PrivacyLedger) -> None:
@@ -443,9 +582,13 @@ def make_private(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    noise_multiplier: float,
+    noise_multiplier: float | None = None,
     max_grad_norm: float,
     expected_batch_size: int,
+    target_epsilon: float | None = None,
+    target_delta: float | None = None,
+    num_steps: int | None = None,
+    accountant: str = "rdp",
     mode: str | None = None,
     passes: int | None = None,
     loss: str | PerSampleLoss = "sequence-classification",
@@ -496,9 +639,13 @@ def make_private(
             private before, or Accelerate's wrapper of one. It stays in use; under FSDP2 it is given
             the sharded parameters.
         noise_multiplier: sigma, the standard deviation of the noise in units of `max_grad_norm`.
+            Left out, it is the least with which epsilon is at most `target_epsilon` at
+            `target_delta` after `num_steps` steps, which needs `sample_rate`.
         max_grad_norm: C, the bound on the norm of one sample's gradient.
         expected_batch_size: samples that a step is expected to hold over all ranks and
             micro-batches; the divisor of the noisy sum, whatever a batch's own size.
+        num_steps: steps in all, those taken on the model before included. One more is refused.
+        accountant: of `target_epsilon`: rdp, prv or pld (see `PrivateTraining.epsilon`).
         mode: any mode: `dpsgd-track modes` lists them. None chooses the flash mode with that number
             of `passes`, under FSDP2 where there are several ranks or the model is sharded.
         passes: backwards of a step: 1 is faster, 2 takes less memory. None is 1. Given in place of
@@ -507,8 +654,9 @@ def make_private(
             (logits, targets) -> [B] in which no sample's loss depends on another.
         clipping: rule by which a sample is clipped: flat, automatic (normalised) or per_layer, the
             cheapest (see `dpsgd_track.privacy.clipping`). It adds at most C under each.
-        sample_rate: probability with which a step takes each sample, for `epsilon`; 1.0 if batches
-            are not drawn by Poisson sampling.
+        sample_rate: probability with which a step takes each sample, where the loop draws batches
+            by Poisson sampling itself; `PrivateTraining.loader` knows its own. 1.0 if batches are
+            not sampled (see also `PrivateTraining.epsilon`).
         seed: seed of the noise, which makes runs reproducible, for tests; None takes a secret key
             from the operating system.
         param_dtype: type of the forward and backward; weights stay float32.
@@ -522,7 +670,15 @@ def make_private(
     """
     require(passes is None or mode is None, "passes", passes, f"none beside mode={mode!r}")
     mode = _mode_of(model, passes) if mode is None else mode
-    _check_settings(mode, noise_multiplier, sample_rate)
+    _check_sample_rate(sample_rate)
+    budget = _budget(noise_multiplier, target_epsilon, target_delta, num_steps, accountant)
+    if budget is not None:
+        require(sample_rate is not None, "sample_rate", None, "a number", _BUDGET_ADVICE)
+        assert sample_rate is not None
+        past = [*chain(*_histories(model).values())]
+        noise_multiplier = budget.noise_multiplier(past, sample_rate)
+    assert noise_multiplier is not None
+    _check_settings(mode, noise_multiplier)
     if isinstance(loss, str):
         require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
         loss = LOSSES[loss]
@@ -552,6 +708,7 @@ def make_private(
         _history_of(built.model),
         noise_key=key,
         sample_rate=sample_rate,
+        budget=budget,
         spot_check=spot_check,
     )
 
@@ -564,13 +721,44 @@ def _mode_of(model: nn.Module, passes: int | None) -> str:
     return two_pass if passes == 2 else one_pass
 
 
-def _check_settings(mode: str, noise_multiplier: float, sample_rate: float | None) -> None:
+def _budget(
+    noise_multiplier: float | None,
+    target_epsilon: float | None,
+    target_delta: float | None,
+    num_steps: int | None,
+    accountant: str,
+) -> Budget | None:
+    """The budget that a training is to stay in; None if its noise is given instead."""
+    targets = {"epsilon": target_epsilon, "delta": target_delta, "num_steps": num_steps}
+    if noise_multiplier is not None:
+        for name, got in targets.items():
+            setting = name if name == "num_steps" else f"target_{name}"
+            require(got is None, setting, got, "None beside a noise_multiplier")
+        return None
+    if target_epsilon is None or target_delta is None or num_steps is None:
+        advice = "Give it, or target_epsilon, target_delta and num_steps."
+        require(False, "noise_multiplier", None, "a number >= 0", advice)
+    assert target_epsilon is not None
+    assert target_delta is not None
+    assert num_steps is not None
+    return Budget(
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        num_steps=num_steps,
+        accountant=accountant,
+    )
+
+
+def _check_sample_rate(sample_rate: float | None) -> None:
+    is_probability = sample_rate is None or 0 < sample_rate <= 1
+    require(is_probability, "sample_rate", sample_rate, "a number from 0 to 1, or None")
+
+
+def _check_settings(mode: str, noise_multiplier: float) -> None:
     check_mode(mode)
     needs_no_bound = is_private(mode) or noise_multiplier == 0
     allowed = f"0 for {mode}, which does not clip"
     require(needs_no_bound, "noise_multiplier", noise_multiplier, allowed)
-    is_probability = sample_rate is None or 0 < sample_rate <= 1
-    require(is_probability, "sample_rate", sample_rate, "a number from 0 to 1, or None")
     fits_ranks = world_size() == 1 or not runs_on_one_device(mode)
     advice = "Choose a mode under FSDP2, such as flash_fsdp_bk."
     require(fits_ranks, "mode", mode, "a mode for several ranks", advice)
@@ -596,17 +784,21 @@ def _close_earlier(optimizer: Optimizer) -> None:
     require(not has_stepped, "optimizer", name, "one without a past step")
 
 
+def _histories(model: nn.Module) -> dict[int, _History]:
+    """Histories of the model and its parts, by identity."""
+    return {
+        id(vars(module)[_HISTORY]): vars(module)[_HISTORY]
+        for module in model.modules()
+        if _HISTORY in vars(module)
+    }
+
+
 def _history_of(model: nn.Module) -> _History:
     """History of the steps taken on the model and its parts, in a list that all of them share.
 
     Parts that were trained separately have lists of their own, which are joined.
     """
-    modules = list(model.modules())
-    lists: dict[int, _History] = {
-        id(vars(module)[_HISTORY]): vars(module)[_HISTORY]
-        for module in modules
-        if _HISTORY in vars(module)
-    }
+    modules, lists = list(model.modules()), _histories(model)
     (history,) = lists.values() if len(lists) == 1 else ([*chain(*lists.values())],)
     vars(model)[_HISTORY] = history
     for module in modules:

@@ -12,6 +12,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's rank."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def sum_over_ranks(tensor: Tensor) -> None:
     """All-reduce `tensor` to its sum over ranks, in place."""
     if dist.is_initialized():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -145,6 +145,11 @@ class Mode(ABC):
     def set_max_grad_norm(self, max_grad_norm: float) -> None:
         """Clip at another C from the next micro-batch on."""
         self.max_grad_norm = max_grad_norm
+
+    def set_privacy(self, privacy: PrivacyConfig) -> None:
+        """Clip and add noise by other settings from the next step on."""
+        self.set_max_grad_norm(privacy.max_grad_norm)
+        self.context = replace(self.context, privacy=privacy)
 
     @property
     def sensitivity(self) -> float:

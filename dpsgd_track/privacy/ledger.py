@@ -17,6 +17,12 @@ ACCOUNTANTS = ("rdp", "prv", "pld")
 MAX_NUM_STEPS = 2**53
 """Largest count that float64 represents without gaps, and so do the accountants."""
 
+RATE_ADVICE = (
+    "Loop over private.loader(dataset); or, for batches of one's own Poisson sampling, give it to "
+    "make_private, or 1.0 for batches that are not sampled; or, for shuffled batches, call "
+    "private.epsilon(delta, steps_per_sample=epochs)."
+)
+
 
 class Stage(NamedTuple):
     """Consecutive steps with the same noise multiplier and sample rate."""
@@ -120,6 +126,24 @@ class PrivacyLedger:
             )
         return epsilon
 
+    def without_sampling(self, steps_per_sample: int) -> PrivacyLedger:
+        """A ledger of what one sample spends if it is in at most that many steps, each once.
+
+        They count as those with the least noise, whichever they were, and unsampled.
+
+        Args:
+            steps_per_sample: at least 1; with shuffled batches, epochs begun.
+        """
+        is_count = type(steps_per_sample) is int and steps_per_sample >= 1
+        require(is_count, "steps_per_sample", steps_per_sample, "an integer >= 1")
+        left, worst = steps_per_sample, []
+        for stage in sorted(self._stages, key=lambda stage: stage.noise_multiplier):
+            if left:
+                num_steps = min(left, stage.num_steps)
+                worst.append(Stage(stage.noise_multiplier, 1.0, num_steps))
+                left -= num_steps
+        return PrivacyLedger(worst)
+
     def state_dict(self) -> dict[str, Any]:
         """All steps, in types that JSON and `torch.load(..., weights_only=True)` support."""
         return {
@@ -183,8 +207,7 @@ class PrivacyLedger:
             "sample_rate",
             None,
             "a number above 0 and at most 1",
-            f"It is not known for {self._fraction(unknown)}. Give it to make_private, or 1.0 for "
-            "batches that are not sampled.",
+            f"It is not known for {self._fraction(unknown)}. {RATE_ADVICE}",
         )
         return tuple((sigma, q, steps) for sigma, q, steps in self._stages if q is not None)
 

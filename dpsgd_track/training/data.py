@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,6 +32,7 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import IGNORED
+from dpsgd_track.privacy.sampling import num_micro_batches, poisson_draw, split_over_ranks
 from dpsgd_track.training.model_source import resolve_model
 from dpsgd_track.training.text_source import read_text
 
@@ -256,8 +256,8 @@ class RankSampler:
 
     def rank_batch(self, step: int) -> RankBatch:
         """This rank's samples of `step`, in micro-batches."""
-        slices = np.array_split(self._global_batch(step), self.world_size)
-        num_batches = self._num_batches(len(slices[0]))
+        slices = split_over_ranks(self._global_batch(step), self.world_size)
+        num_batches = num_micro_batches(len(slices[0]), self.batch_size)
         indices = slices[self.rank].tolist()
         if self.is_permuted:
             indices.reverse()
@@ -272,13 +272,11 @@ class RankSampler:
 
     def leaves_some_empty(self, step: int) -> bool:
         """True if a micro-batch of `step` is empty on some rank."""
-        slices = np.array_split(self._global_batch(step), self.world_size)
-        return len(slices[-1]) <= (self._num_batches(len(slices[0])) - 1) * self.batch_size
-
-    def _num_batches(self, largest_slice: int) -> int:
-        # Every rank takes part in every collective, so all run as many micro-batches as the first,
-        # whose slice is the largest.
-        return max(1, math.ceil(largest_slice / self.batch_size))
+        slices = split_over_ranks(self._global_batch(step), self.world_size)
+        return (
+            len(slices[-1])
+            <= (num_micro_batches(len(slices[0]), self.batch_size) - 1) * self.batch_size
+        )
 
     def _global_batch(self, step: int) -> NDArray[np.int64]:
         size = self.expected_batch_size
@@ -288,7 +286,7 @@ class RankSampler:
         if self.population is None:
             return np.arange(step * size, (step + 1) * size)
         random = _generator(self.dataset.seed, _SAMPLING, step)
-        return np.flatnonzero(random.random(self.population) < size / self.population)
+        return poisson_draw(random, self.population, size / self.population)
 
     def _batch(self, chosen: list[Sample]) -> Batch:
         # An empty batch has the types and shapes of any other.
