@@ -1,11 +1,12 @@
-"""Batches that the library draws are Poisson samples, and epsilon is of those that were trained on."""
+"""Batches that the library draws are Poisson samples, and epsilon is that of their steps."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ def _pass(private: Any, optimizer: torch.optim.Optimizer, **settings: Any) -> li
             drawn[-1] += (x[:, 0] * N).round().int().tolist()
         optimizer.step()
     return drawn
+
+
+def _joined(batches: Iterable[list[int]]) -> list[int]:
+    return [*chain.from_iterable(batches)]
 
 
 def _weights(private: Any) -> Tensor:
@@ -130,7 +135,7 @@ def test_ranks_share_a_draw_that_does_not_depend_on_their_number() -> None:
         for num_ranks in (2, 3, 7):
             parts = [sampler(r, num_ranks, 2).micro_batches(step) for r in range(num_ranks)]
             assert len({len(part) for part in parts}) == 1
-            assert sum((indices for part in parts for indices in part), []) == whole[0]
+            assert _joined(chain.from_iterable(parts)) == whole[0]
 
 
 # ---- The loop
@@ -147,23 +152,26 @@ def test_a_pass_is_an_epoch_in_expectation_and_its_rate_is_accounted() -> None:
     assert private.epsilon(1e-5) == epsilon_rdp(((1.0, B / N, N // B),), 1e-5)
 
 
-def test_another_rate_than_the_loaders_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted bug: the ledger is told of half the rate."""
-    private, optimizer = _made()
-    _pass(private, optimizer)
-    right = private.epsilon(1e-5)
-    refuse = sampling.OpenDraw.of_step
+def _z_of_recorded_rate() -> float:
+    """Distance of the samples drawn from the rate that the ledger has, in standard errors."""
+    private, optimizer = _made(spot_check=False)
+    drawn = _pass(private, optimizer, num_steps=400)
+    ((_, rate, num_steps),) = private.state_dict()["history"]
+    num_trials = N * num_steps
+    spread = math.sqrt(num_trials * rate * (1 - rate))
+    return (sum(map(len, drawn)) - num_trials * rate) / spread
 
-    def halved(opened: Any, num_added: int) -> Any:
-        draw = refuse(opened, num_added)
-        assert draw is not None
-        draw.sample_rate /= 2
-        return draw
 
-    monkeypatch.setattr(sampling.OpenDraw, "of_step", halved)
-    private, optimizer = _made()
-    _pass(private, optimizer)
-    assert private.epsilon(1e-5) < 0.9 * right == 0.9 * epsilon_rdp(((1.0, B / N, N // B),), 1e-5)
+def test_the_ledger_has_the_rate_of_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert abs(_z_of_recorded_rate()) < 5
+    draw = sampling.poisson_draw
+
+    # Planted bug: a loader at another rate than the ledger's.
+    def more(random: np.random.Generator, num_samples: int, rate: float) -> Indices:
+        return draw(random, num_samples, 1.2 * rate)
+
+    monkeypatch.setattr(sampling, "poisson_draw", more)
+    assert _z_of_recorded_rate() > 5
 
 
 def _resume(num_before: int) -> tuple[list[list[int]], Tensor]:
@@ -300,12 +308,14 @@ def test_an_empty_step_looks_like_any_other_without_its_rows() -> None:
 
 
 def test_what_cannot_be_emptied_is_named() -> None:
-    private, optimizer = _made(expected_batch_size=1)
-    with pytest.raises(ValueError, match="collate_fn='int': expected tensors in dicts"):
+    def loop(private: Any, optimizer: torch.optim.Optimizer) -> None:
         for batches in private.loader(DATA, collate_fn=len):
             for size in batches:
                 private.backward(X[:size], Y[:size])
             optimizer.step()
+
+    with pytest.raises(ValueError, match="collate_fn='int': expected tensors in dicts"):
+        loop(*_made(expected_batch_size=1))
 
 
 def test_workers_load_the_same_batches() -> None:
@@ -352,13 +362,13 @@ def test_ranks_draw_together_and_some_have_no_samples(
         left, right = (rank[kind]["drawn"] for rank in ranks)
         assert [len(batches) for batches in left] == [len(batches) for batches in right]
         for batches, others in zip(left, right, strict=True):
-            drawn = sum(batches + others, [])
+            drawn = _joined(batches + others)
             assert len(set(drawn)) == len(drawn)
-        assert any(sum(a, []) and not sum(b, []) for a, b in zip(left, right, strict=True))
+        assert any(_joined(a) and not _joined(b) for a, b in zip(left, right, strict=True))
         for rank in ranks:
             assert rank[kind]["history"] == [[0.5, EXPECTED / NUM_SAMPLES, NUM_STEPS]]
         assert ranks[0][kind]["weights"] == ranks[1][kind]["weights"]
     alone = train("flash_bk", 5)
     together = [a + b for a, b in zip(*(rank["seed"]["drawn"] for rank in ranks), strict=True)]
-    assert [sum(step, []) for step in together] == [sum(step, []) for step in alone["drawn"]]
+    assert [*map(_joined, together)] == [*map(_joined, alone["drawn"])]
     assert ranks[0]["seed"]["weights"] == pytest.approx(alone["weights"], abs=1e-6)
