@@ -53,7 +53,6 @@ _History = list[tuple[float, float | None, int]]
 _HISTORY = "_dpsgd_track_history"
 """Attribute of a model and of its trained parts that holds the history of their ledger: one list
 that all of them share, so that a part takes it into other models. Copies of the model copy it."""
-_BUDGET_ADVICE = "For target_epsilon give expected_batch_size / samples of the data set."
 _PRIVATE = "_dpsgd_track_private"
 """Attribute of an optimizer that holds the `PrivateTraining` that uses it."""
 
@@ -631,6 +630,9 @@ def make_private(
        `test_epsilon_tells_the_life_of_every_part`).
     9. A copy of the model is an ordinary module with weights of its own
        (`test_a_copy_is_an_ordinary_module`).
+    10. A step over `PrivateTraining.loader` is of the samples that were drawn for it, each once
+       (`test_a_step_of_other_samples_than_were_drawn_is_refused`). No step exceeds
+       `target_epsilon` (`test_a_training_spends_its_target_and_no_step_more`).
 
     Args:
         model: unsharded, or sharded by `fully_shard` already for a mode under FSDP2. Only a mode
@@ -672,13 +674,9 @@ def make_private(
     mode = _mode_of(model, passes) if mode is None else mode
     _check_sample_rate(sample_rate)
     budget = _budget(noise_multiplier, target_epsilon, target_delta, num_steps, accountant)
-    if budget is not None:
-        require(sample_rate is not None, "sample_rate", None, "a number", _BUDGET_ADVICE)
-        assert sample_rate is not None
-        past = [*chain(*_histories(model).values())]
-        noise_multiplier = budget.noise_multiplier(past, sample_rate)
-    assert noise_multiplier is not None
-    _check_settings(mode, noise_multiplier)
+    sigma = _noise_within(budget, model, sample_rate) if budget else noise_multiplier
+    assert sigma is not None
+    _check_settings(mode, sigma)
     if isinstance(loss, str):
         require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
         loss = LOSSES[loss]
@@ -688,7 +686,7 @@ def make_private(
     device = next(model.parameters()).device
     context = ModeContext(
         privacy=PrivacyConfig(
-            noise_multiplier=noise_multiplier,
+            noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size,
             clipping=clipping,
@@ -747,6 +745,14 @@ def _budget(
         num_steps=num_steps,
         accountant=accountant,
     )
+
+
+def _noise_within(budget: Budget, model: nn.Module, sample_rate: float | None) -> float:
+    """The least noise multiplier within the budget, after the steps taken on the model before."""
+    advice = "For target_epsilon give expected_batch_size / samples of the data set."
+    require(sample_rate is not None, "sample_rate", None, "a number", advice)
+    assert sample_rate is not None
+    return budget.noise_multiplier(chain(*_histories(model).values()), sample_rate)
 
 
 def _check_sample_rate(sample_rate: float | None) -> None:
