@@ -233,9 +233,26 @@ def test_a_change_that_is_not_possible_changes_nothing() -> None:
     optimizer.step()
     assert private.noise_multiplier == sigma
     assert private.state_dict()["history"] == [[sigma, 0.1, 4]]
-    private.loader(TensorDataset(*_data(40)))
-    with pytest.raises(ValueError, match=r"expected none beside private\.loader"):
-        private.change(sample_rate=0.2)
+
+
+def test_a_loader_follows_a_change_of_the_batch_size_between_its_passes() -> None:
+    private, optimizer = _made()
+    loader = private.loader(TensorDataset(*_data(20)), num_steps=5)
+
+    def a_pass() -> None:
+        for batches in loader:
+            for x, y in batches:
+                private.backward(x, y)
+            optimizer.step()
+
+    a_pass()
+    private.change(expected_batch_size=10)
+    a_pass()
+    assert private.epsilon(DELTA) == epsilon_rdp(((1.0, 0.2, 5), (1.0, 0.5, 5)), DELTA)
+    iterator = iter(loader)
+    next(iterator)
+    with pytest.raises(ValueError, match=r"expected a call between passes of private\.loader"):
+        private.change(expected_batch_size=5)
 
 
 # ---- Loops over other batches
