@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -53,7 +54,6 @@ _History = list[tuple[float, float | None, int]]
 _HISTORY = "_dpsgd_track_history"
 """Attribute of a model and of its trained parts that holds the history of their ledger: one list
 that all of them share, so that a part takes it into other models. Copies of the model copy it."""
-_BUDGET_ADVICE = "For target_epsilon give expected_batch_size / samples of the data set."
 _PRIVATE = "_dpsgd_track_private"
 """Attribute of an optimizer that holds the `PrivateTraining` that uses it."""
 
@@ -299,36 +299,41 @@ class PrivateTraining:
             ValueError: a setting is out of range, or `make_private` was given another sample rate.
             RuntimeError: in the loop: a step was not taken, or of other samples than were drawn.
         """
-        expected = self._privacy.expected_batch_size
         is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         allowed = "a data set with a length and a sample for each index"
         require(is_indexed, "dataset", type(dataset).__name__, allowed)
-        allowed = f"at least the {expected} samples that a step is expected to hold"
-        require(len(dataset) >= expected, "dataset", len(dataset), allowed)
         for name, got in (("physical_batch_size", physical_batch_size), ("num_steps", num_steps)):
             is_count = got is None or (type(got) is int and got >= 1)
             require(is_count, name, got, "an integer >= 1, or None")
-        rate = expected / len(dataset)
-        is_same = self._sample_rate is None or math.isclose(self._sample_rate, rate)
-        allowed = f"{rate!r}, which is {expected} of {len(dataset)} samples"
-        require(is_same, "sample_rate", self._sample_rate, allowed, "Leave it out.")
+        make_sampler = partial(self._sampler, len(dataset), physical_batch_size)
+        make_sampler()
         self._has_loader = True
-        sampler = PoissonSampler(
-            key=self._noise_key,
-            num_samples=len(dataset),
-            sample_rate=rate,
-            rank=rank(),
-            num_ranks=world_size(),
-            batch_size=physical_batch_size,
-        )
         return PrivateLoader(
             dataset,
-            sampler,
-            num_steps=num_steps or round(1 / rate),
+            make_sampler,
+            num_steps=num_steps,
             steps_taken=lambda: self.num_steps,
             opened=self._draw,
             collate_fn=collate_fn,
             loading=loading,
+        )
+
+    def _sampler(self, num_samples: int, batch_size: int | None) -> PoissonSampler:
+        """Sampler of that many samples by the current settings."""
+        expected = self._privacy.expected_batch_size
+        allowed = f"at least the {expected} samples that a step is expected to hold"
+        require(num_samples >= expected, "dataset", num_samples, allowed)
+        rate = expected / num_samples
+        is_same = self._sample_rate is None or math.isclose(self._sample_rate, rate)
+        allowed = f"{rate!r}, which is {expected} of {num_samples} samples"
+        require(is_same, "sample_rate", self._sample_rate, allowed, "Leave it out, or change both.")
+        return PoissonSampler(
+            key=self._noise_key,
+            num_samples=num_samples,
+            sample_rate=rate,
+            rank=rank(),
+            num_ranks=world_size(),
+            batch_size=batch_size,
         )
 
     def change(
@@ -336,6 +341,7 @@ class PrivateTraining:
         *,
         noise_multiplier: float | None = None,
         max_grad_norm: float | None = None,
+        expected_batch_size: int | None = None,
         sample_rate: float | None = None,
     ) -> None:
         """Train by other settings from the next step on. Each step counts at its own.
@@ -345,20 +351,30 @@ class PrivateTraining:
         Args:
             noise_multiplier: sigma; None leaves it as it is, and so for the others.
             max_grad_norm: C. The noise has the standard deviation sigma C, so epsilon stays.
-            sample_rate: of batches that the loop draws by itself.
+            expected_batch_size: the divisor. `loader` follows in its next pass.
+            sample_rate: of batches that the loop draws by itself, or as it was given to
+                `make_private` for `target_epsilon`.
         Raises:
-            ValueError: a setting is out of range, a batch of the step was added already, or epsilon
-                would exceed `target_epsilon`. Nothing is changed then.
+            ValueError: a setting is out of range, a batch of the step was added already, the rate
+                would change within a pass of `loader`, or epsilon would exceed `target_epsilon`.
+                Nothing is changed then.
         """
         self._refuse_unless_whole()
         require(self._num_batches == 0, "change", "within a step", "a call between steps")
-        sigma = self._privacy.noise_multiplier if noise_multiplier is None else noise_multiplier
-        bound = self._privacy.max_grad_norm if max_grad_norm is None else max_grad_norm
-        privacy = replace(self._privacy, noise_multiplier=sigma, max_grad_norm=bound)
+        is_of_rate = expected_batch_size is not None or sample_rate is not None
+        allowed = "a call between passes of private.loader"
+        is_apart = not (is_of_rate and self._draw.is_in_pass)
+        require(is_apart, "change", "of the sample rate within a pass", allowed)
+        given: dict[str, Any] = {
+            "noise_multiplier": noise_multiplier,
+            "max_grad_norm": max_grad_norm,
+            "expected_batch_size": expected_batch_size,
+        }
+        changed = {name: value for name, value in given.items() if value is not None}
+        privacy = replace(self._privacy, **changed)
+        sigma = privacy.noise_multiplier
         allowed = "0 for a mode that does not clip"
         require(self.mode.clips or sigma == 0, "noise_multiplier", sigma, allowed)
-        allowed = "none beside private.loader, whose rate is known"
-        require(sample_rate is None or not self._has_loader, "sample_rate", sample_rate, allowed)
         rate = self._sample_rate if sample_rate is None else sample_rate
         _check_sample_rate(rate)
         if self._budget is not None:
@@ -631,6 +647,9 @@ def make_private(
        `test_epsilon_tells_the_life_of_every_part`).
     9. A copy of the model is an ordinary module with weights of its own
        (`test_a_copy_is_an_ordinary_module`).
+    10. A step over `PrivateTraining.loader` is of the samples that were drawn for it, each once
+       (`test_a_step_of_other_samples_than_were_drawn_is_refused`). No step exceeds
+       `target_epsilon` (`test_a_training_spends_its_target_and_no_step_more`).
 
     Args:
         model: unsharded, or sharded by `fully_shard` already for a mode under FSDP2. Only a mode
@@ -672,13 +691,9 @@ def make_private(
     mode = _mode_of(model, passes) if mode is None else mode
     _check_sample_rate(sample_rate)
     budget = _budget(noise_multiplier, target_epsilon, target_delta, num_steps, accountant)
-    if budget is not None:
-        require(sample_rate is not None, "sample_rate", None, "a number", _BUDGET_ADVICE)
-        assert sample_rate is not None
-        past = [*chain(*_histories(model).values())]
-        noise_multiplier = budget.noise_multiplier(past, sample_rate)
-    assert noise_multiplier is not None
-    _check_settings(mode, noise_multiplier)
+    sigma = _noise_within(budget, model, sample_rate) if budget else noise_multiplier
+    assert sigma is not None
+    _check_settings(mode, sigma)
     if isinstance(loss, str):
         require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
         loss = LOSSES[loss]
@@ -688,7 +703,7 @@ def make_private(
     device = next(model.parameters()).device
     context = ModeContext(
         privacy=PrivacyConfig(
-            noise_multiplier=noise_multiplier,
+            noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size,
             clipping=clipping,
@@ -747,6 +762,14 @@ def _budget(
         num_steps=num_steps,
         accountant=accountant,
     )
+
+
+def _noise_within(budget: Budget, model: nn.Module, sample_rate: float | None) -> float:
+    """The least noise multiplier within the budget, after the steps taken on the model before."""
+    advice = "For target_epsilon give expected_batch_size / samples of the data set."
+    require(sample_rate is not None, "sample_rate", None, "a number", advice)
+    assert sample_rate is not None
+    return budget.noise_multiplier(chain(*_histories(model).values()), sample_rate)
 
 
 def _check_sample_rate(sample_rate: float | None) -> None:

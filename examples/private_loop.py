@@ -5,10 +5,11 @@ Run it: python examples/private_loop.py
 
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import dpsgd_track
 
-NUM_SAMPLES, BATCH_SIZE, NUM_STEPS = 2000, 100, 100
+NUM_SAMPLES, BATCH_SIZE, NUM_EPOCHS = 2000, 100, 5
 
 torch.manual_seed(0)
 x = torch.randn(NUM_SAMPLES, 16)
@@ -23,19 +24,20 @@ private = dpsgd_track.make_private(  # new
     noise_multiplier=1.0,
     max_grad_norm=1.0,
     expected_batch_size=BATCH_SIZE,
-    sample_rate=BATCH_SIZE / NUM_SAMPLES,
 )
+# In place of a DataLoader: each sample is drawn independently, so batches differ in size.
+loader = private.loader(TensorDataset(x, y), physical_batch_size=64)
 
-for step in range(NUM_STEPS):
-    # Poisson sampling: each sample is drawn independently, so batches differ in size.
-    taken = torch.rand(NUM_SAMPLES) < BATCH_SIZE / NUM_SAMPLES
-    loss = private.backward(x[taken], y[taken])  # in place of loss.backward()
-    optimizer.step()  # as before; the noise is added here
-    if step % 20 == 19:
-        epsilon = private.epsilon(delta=1e-5)
-        print(
-            f"step {step + 1}: loss {loss.mean().item():.3f}, epsilon {epsilon:.2f} at delta 1e-5"
-        )
+for _ in range(NUM_EPOCHS):
+    for batches in loader:
+        for batch_x, batch_y in batches:
+            loss = private.backward(batch_x, batch_y)  # in place of loss.backward()
+        optimizer.step()  # as before; the noise is added here
+    epsilon = private.epsilon(delta=1e-5)
+    print(
+        f"step {private.num_steps}: loss {loss.mean().item():.3f}, epsilon {epsilon:.2f} at "
+        "delta 1e-5"
+    )
 
 accuracy = (model(x).argmax(dim=1) == y).float().mean().item()
 print(f"accuracy {accuracy:.0%}")

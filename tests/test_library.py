@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -870,10 +872,11 @@ def test_an_optimizer_that_another_library_wraps_is_named(model: nn.Module) -> N
 
 @pytest.mark.parametrize("is_prepared_first", [False, True])
 def test_accelerate_prepares_before_or_after(model: nn.Module, is_prepared_first: bool) -> None:
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    # The state of a test before, such as its mixed precision, is the process's.
+    AcceleratorState._reset_state(reset_partial_state=True)
     wanted = copy.deepcopy(model)
     private, plain = _made(wanted, "flash_bk")
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
     settings = {"noise_multiplier": SIGMA, "max_grad_norm": C, "expected_batch_size": B, "seed": 3}
     if is_prepared_first:

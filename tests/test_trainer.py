@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -60,6 +63,14 @@ def fresh(dropout: float = 0.0) -> BertForSequenceClassification:
         attention_probs_dropout_prob=dropout,
     )
     return BertForSequenceClassification(config)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_state() -> Iterator[None]:
+    """Accelerate's state, such as mixed precision, is the process's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def trainer_of(
@@ -151,8 +162,6 @@ def test_epsilon_is_in_the_logs(whole: PrivateTrainer) -> None:
 def test_a_checkpoint_that_tells_nothing_of_privacy_is_refused(
     whole: PrivateTrainer, tmp_path: Path
 ) -> None:
-    import shutil
-
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(Path(whole.args.output_dir) / "checkpoint-3", checkpoint)
     spent = json.loads((checkpoint / PRIVACY_FILE).read_text())

@@ -21,9 +21,9 @@ class PrivateLoader:
     def __init__(
         self,
         dataset: Any,
-        sampler: PoissonSampler,
+        make_sampler: Callable[[], PoissonSampler],
         *,
-        num_steps: int,
+        num_steps: int | None,
         steps_taken: Callable[[], int],
         opened: OpenDraw,
         collate_fn: Callable[[list[Any]], Any] | None,
@@ -31,26 +31,31 @@ class PrivateLoader:
     ) -> None:
         """
         Args:
-            num_steps: steps of one pass.
+            make_sampler: called before each pass, so that it follows changes of settings.
+            num_steps: steps of one pass; None for an epoch in expectation.
             steps_taken: tells the steps taken so far, which is the next draw's number.
             opened: is told of each draw.
             loading: further arguments of torch's DataLoader.
         """
-        self.sample_rate = sampler.sample_rate
-        self._dataset, self._sampler, self._num_steps = dataset, sampler, num_steps
+        self._dataset, self._make_sampler, self._num_steps = dataset, make_sampler, num_steps
         self._steps_taken, self._opened = steps_taken, opened
         self._collate = collate_fn or default_collate
         self._loading = dict(loading)
         self._empty: Any = None
 
+    @property
+    def sample_rate(self) -> float:
+        """Probability with which a step of the next pass takes each sample."""
+        return self._make_sampler().sample_rate
+
     def __len__(self) -> int:
-        """Steps of one pass."""
-        return self._num_steps
+        """Steps of the next pass."""
+        return self._num_steps or round(1 / self.sample_rate)
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
-        first = self._steps_taken()
-        steps = range(first, first + self._num_steps)
-        loaded = iter(self._loaded(steps))
+        first, sampler = self._steps_taken(), self._make_sampler()
+        steps = range(first, first + len(self))
+        loaded = iter(self._loaded(sampler, steps))
         for step in steps:
             taken = self._steps_taken()
             if taken != step:
@@ -58,7 +63,7 @@ class PrivateLoader:
                     f"private.loader: expected one optimizer.step() for each draw, got "
                     f"{taken - step} more. Begin the loop anew."
                 )
-            draw = Draw(self._sampler, step)
+            draw = Draw(sampler, step)
             self._opened.open(draw)
             try:
                 yield self._micro_batches(draw, loaded)
@@ -66,9 +71,9 @@ class PrivateLoader:
             finally:
                 self._opened.close(draw)
 
-    def _loaded(self, steps: range) -> DataLoader[Any]:
+    def _loaded(self, sampler: PoissonSampler, steps: range) -> DataLoader[Any]:
         """The micro-batches with samples, of all steps in turn: workers load ahead of the loop."""
-        batches = _NonEmpty(self._sampler, steps)
+        batches = _NonEmpty(sampler, steps)
         return DataLoader(
             self._dataset, batch_sampler=batches, collate_fn=self._collate, **self._loading
         )

@@ -119,6 +119,11 @@ class OpenDraw:
         """Have the next step consist of `draw`."""
         self._draw = draw
 
+    @property
+    def is_in_pass(self) -> bool:
+        """True within a loop that draws batches."""
+        return self._draw is not None and not self._draw.is_left
+
     def close(self, draw: Draw) -> None:
         """Note that the loop of `draw` was left; its samples may have been added already."""
         draw.is_left = True

@@ -47,6 +47,22 @@ HISTORIES: tuple[History, ...] = (
     # Every stage another.
     tuple((1.0 + 0.1 * k, 0.01 + 0.002 * k, 20) for k in range(5)),
 )
+# Loops in which the sample rate is 4 of 4, 8, 16, 40 or 100 samples: up to three stages.
+GRID: tuple[tuple[History, float], ...] = tuple(
+    (
+        tuple(
+            (
+                (0.6, 1.0, 1.7, 3.0)[(k + s) % 4],
+                (0.5, 0.1, 0.04, 0.25, 1.0)[(k + 2 * s) % 5],
+                2 + (3 * k + s) % 9,
+            )
+            for s in range(1 + k % 3)
+        ),
+        (1e-6, 1e-5, 1e-3)[(k // 3) % 3],
+    )
+    for k in range(50)
+)
+"""(history, delta)"""
 WHOLE_ORDERS = (*range(2, 11), *range(12, 64))
 """Those that Opacus has too. dp-accounting bounds fractional orders loosely: it adds the sizes of
 terms whose signs alternate."""
@@ -82,7 +98,12 @@ def main() -> None:
                 "pld": [pld.get_epsilon(delta) for delta in DELTAS],
             }
         )
-    stored = {"dp_accounting": version("dp-accounting"), "deltas": DELTAS, "values": values}
+    stored = {
+        "dp_accounting": version("dp-accounting"),
+        "deltas": DELTAS,
+        "values": values,
+        "grid_pld": [accountants_of(h)[1].get_epsilon(delta) for h, delta in GRID],
+    }
     PATH.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
