@@ -60,7 +60,8 @@ def _nearest(comparison: GroupComparison) -> str:
         for (regime, _), rungs in mode.ladders.items()
         for rung in _measured(rungs)
     }
-    regimes = " and ".join(regime.name for regime in comparison.regimes)
+    *rest, last = [regime.name for regime in comparison.regimes] or [""]
+    regimes = " and ".join(filter(None, [", ".join(rest), last]))
     if not told:
         return f"in {regimes}" if regimes else "nowhere"
     return f"in {regimes}; nearest to its limit: {told[max(told)]}"
