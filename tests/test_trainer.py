@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ import dpsgd_track
 from dpsgd_track.privacy.accounting import epsilon_rdp
 from dpsgd_track.privacy.loss import classification_loss
 from dpsgd_track.trainer import PRIVACY_FILE, PrivacyArguments, PrivateTrainer
+from tests.support import ROOT
 
 NUM_SAMPLES, T, V = 40, 6, 20
 MICRO, ACCUMULATED, C, SIGMA, DELTA = 4, 2, 0.5, 0.8, 1e-3
@@ -233,3 +237,15 @@ def test_callbacks_work_as_before(tmp_path: Path) -> None:
     assert trainer.private is not None
     assert trainer.private.num_steps == 2
     assert trainer.private.spot_checks.num_checks > 0
+
+
+def test_the_example_learns_within_its_epsilon(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "private_trainer.py"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=True
+    )
+    *_, accuracy, epsilon = done.stdout.splitlines()
+    # A third of the sentences are of each topic.
+    assert int(accuracy.split()[1].rstrip("%")) > 70
+    assert 3.9 < float(epsilon.split()[1]) <= 4.0
