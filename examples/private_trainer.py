@@ -2,9 +2,9 @@
 
 Run it: python examples/private_trainer.py [OUTPUT]
 
-Comments mark the lines that a plain Trainer does not have. With `report_to=["mlflow"]` MLflow has the
-loss, and epsilon beside it. The sentences are made up; those that it is tested on are about other
-things than those it is trained on.
+Comments mark the lines that a plain Trainer does not have. With `report_to=["mlflow"]` MLflow has
+the loss, and epsilon beside it. The sentences are made up; those that it is tested on are about
+other things than those it is trained on.
 """
 
 import random
