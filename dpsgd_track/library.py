@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dpsgd_track.config import FLAT, PrivacyConfig, require
 from dpsgd_track.distributed.ranks import rank, world_size
@@ -97,6 +98,8 @@ class PrivateTraining:
         """Samples of the current step on this rank."""
         self._open: OpenBatch | None = None
         """The batch that the loop's own code is forming the losses of."""
+        self._shared = WeakTensorKeyDictionary()
+        """Tensors in the loop's own code that belong to no sample, such as class weights."""
         self._is_added = False
         """True once the current batch is in the sum."""
         self._num_own_steps = 0
@@ -221,7 +224,9 @@ class PrivateTraining:
         require(self._open is None, "batch", "a second one", "one at a time")
         self._refuse_unless_ready()
         with self._adding():
-            opened = OpenBatch(mode.engine, num_samples, records=check is not None)
+            opened = OpenBatch(
+                mode.engine, num_samples, records=check is not None, shared=self._shared
+            )
             self._open = opened
             try:
                 with opened:

@@ -302,6 +302,49 @@ def test_losses_that_are_not_each_samples_own_are_refused(
     assert torch.equal(trained(private, own), wanted), "nothing is left of the batch"
 
 
+def by_argument(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, weight=weight, reduction="none")
+
+
+def by_module(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    loss_B: Tensor = nn.CrossEntropyLoss(weight, reduction="none", label_smoothing=0.1)(logits, y)
+    return loss_B
+
+
+def by_likelihood(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return F.nll_loss(logits.log_softmax(dim=1), y, weight, reduction="none")
+
+
+def by_index(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return losses(logits, y) * weight[y]
+
+
+def by_parameter(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return losses(logits, y) * nn.Parameter(weight, requires_grad=False)[y]
+
+
+@pytest.mark.parametrize(
+    ("loss", "sizes"),
+    [
+        (by_argument, (CLASSES, B)),
+        (by_module, (CLASSES, B)),
+        (by_likelihood, (CLASSES, B)),
+        (by_index, (B, CLASSES)),
+        (by_parameter, (CLASSES, B)),
+    ],
+)
+def test_a_batch_may_have_as_many_samples_as_there_are_class_weights(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor], sizes: tuple[int, ...]
+) -> None:
+    private, weight = private_of(fresh()), torch.tensor([1.0, 5.0, 0.2])
+    for size in sizes:
+        x, y = data(size)
+        assert not torch.equal(y, torch.arange(size)), "the weights' order is not the samples'"
+        with private.batch(size):
+            private.backward(loss(private.model(x), y, weight))
+    assert private.spot_checks.num_checks == len(sizes)
+
+
 class OfSize(Small):
     """Its outputs depend on the number of samples."""
 
@@ -343,6 +386,7 @@ def twice(private: PrivateTraining, x: Tensor, y: Tensor) -> None:
         (plain, "got a backward beside it"),
         (both, "got a backward beside it"),
         (of_submodules, "expected a call of the model inside of it"),
+        (lambda private, x, y: private.model.forward(x), r"got a call of its forward\(\)"),
         (twice, "expected one in each"),
         (lambda private, x, y: private.backward(x, y), "takes the losses alone"),
         (lambda private, x, y: private.batch(2).__enter__(), "one at a time"),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dpsgd_track.privacy.batch import RepeatableBatch, Rows
 from dpsgd_track.privacy.clipping import SampleRecord
@@ -95,18 +96,21 @@ class Arguments(Rows):
 class OpenBatch:
     """Context in which the user's code runs the model and forms the losses of one micro-batch."""
 
-    def __init__(self, engine: Engine, num_samples: int, *, records: bool) -> None:
+    def __init__(
+        self, engine: Engine, num_samples: int, *, records: bool, shared: WeakTensorKeyDictionary
+    ) -> None:
         """
         Args:
             engine: takes the losses.
             num_samples: samples of the micro-batch on this rank; may be 0.
             records: record the code, to be repeated in a spot check.
+            shared: tensors that belong to no sample, as far as earlier batches have told.
         """
         self.engine, self.num_samples = engine, num_samples
         self.is_done = False
         device_type = next(engine.model.parameters()).device.type
         self._random_state = _RandomState(device_type)
-        self._tape = Tape(num_samples, device_type)
+        self._tape = Tape(num_samples, device_type, shared)
         self._recording = Recording(self._tape) if records else None
         self._forward = _LateForward(engine.model)
         self._inputs: list[Arguments] = []
@@ -300,6 +304,11 @@ class _LateForward(ReplacedForward):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model."""
+        if self._is_open:
+            raise RuntimeError(
+                "batch(): expected the model to be called, got a call of its forward(). Call the "
+                "model itself, as its hooks run then alone."
+            )
         return self.module.forward(*args, **kwargs)
 
     def open(self) -> None:

@@ -3,7 +3,8 @@
 The losses of a user's own loop are formed by code that cannot be called again. Every torch function
 that it calls is recorded, and can be repeated with each sample's rows replaced by another sample's.
 A tensor that the code did not make itself, such as the targets, has a row for each sample if its
-dimension 0 has that size.
+dimension 0 has that size. Class weights may have it by chance: parameters, the weights of a
+cross-entropy, and tensors that an earlier batch of another size used too, are all samples' own.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _READ = (bool, int, float, complex, list, np.ndarray)
 """Types of what is read from a tensor into Python."""
+_WEIGHTED_BY_CLASS = (F.cross_entropy, F.nll_loss)
+"""Functions whose argument `weight` has a number for each class."""
 _TOLERANCE = 1e-3
 """Relative difference of numbers that are read twice, which rounding explains."""
 
@@ -84,6 +88,8 @@ class Tape:
 
     num_samples: int
     device_type: str
+    shared: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Shapes of tensors that belong to no sample, known from this batch and earlier ones."""
     calls: list[_Call] = field(default_factory=list)
     loss: int | None = None
     """Number of the losses, [B]."""
@@ -95,11 +101,16 @@ class Tape:
     def record(self, function: Callable[..., Any], args: Any, kwargs: Any, returned: Any) -> None:
         """Record a call and what it returned."""
         tensors = tensors_in(returned)
-        is_read = not tensors and isinstance(returned, _READ)
+        # An attribute that is no tensor, such as `requires_grad`, tells nothing of the samples.
+        is_attribute = getattr(function, "__name__", "") == "__get__"
+        is_read = not tensors and not is_attribute and isinstance(returned, _READ)
         changes = returned is None and tensors_in((args, kwargs))
         # What is left sets torch's own state, which is repeated with each call, or asks for it.
         if not (tensors or is_read or changes):
             return
+        weight = kwargs.get("weight") if function in _WEIGHTED_BY_CLASS else None
+        if weight is not None:
+            self.shared[weight] = weight.shape
         arguments = pytree.tree_map_only(Tensor, self._argument, (args, kwargs))
         autocast = None
         if torch.is_autocast_enabled(self.device_type):
@@ -180,7 +191,14 @@ class Tape:
             return _Made(self._numbers[tensor])
         if tensor.grad_fn is not None:
             self.refuse("a tensor in them comes from a function that torch does not report")
-        return _Given(tensor, tensor.shape[:1] == (self.num_samples,))
+        return _Given(tensor, self._has_rows(tensor))
+
+    def _has_rows(self, tensor: Tensor) -> bool:
+        """True if a tensor that the code did not make has a row for each sample."""
+        if tensor.dim() > 0 and len(tensor) != self.num_samples:
+            self.shared[tensor] = tensor.shape
+        is_shared = isinstance(tensor, nn.Parameter) or self.shared.get(tensor) == tensor.shape
+        return tensor.dim() > 0 and not is_shared
 
     def _number(self, tensor: Tensor) -> int:
         if tensor not in self._numbers:
