@@ -544,7 +544,16 @@ class PrivateTraining:
         self._zero_grad()
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the step's batches, and the gradients of the optimizer and the mode."""
+        """Drop the step's batches, and the gradients of the optimizer and the mode.
+
+        Raises:
+            RuntimeError: a batch is open, which would be in part of the step and in part not.
+        """
+        if self._open is not None:
+            raise RuntimeError(
+                "optimizer.zero_grad() inside of batch(): expected it outside. Call it before "
+                "batch(), or after the step."
+            )
         self._original_zero_grad(set_to_none)
         if self._is_clearing:
             return

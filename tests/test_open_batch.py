@@ -379,9 +379,21 @@ def twice(private: PrivateTraining, x: Tensor, y: Tensor) -> None:
     private.backward(loss_B)
 
 
+def cleared_before(private: PrivateTraining, x: Tensor, y: Tensor) -> None:
+    optimizer_of(private).zero_grad()
+    private.backward(losses(private.model(x), y))
+
+
+def cleared_after(private: PrivateTraining, x: Tensor, y: Tensor) -> None:
+    private.backward(losses(private.model(x), y))
+    optimizer_of(private).zero_grad()
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [
+        (cleared_before, r"zero_grad\(\) inside of batch\(\): expected it outside"),
+        (cleared_after, r"zero_grad\(\) inside of batch\(\): expected it outside"),
         (lambda private, x, y: private.model(x), r"expected backward\(losses\) to be called"),
         (plain, "got a backward beside it"),
         (both, "got a backward beside it"),
