@@ -87,6 +87,11 @@ class PrivateTrainer(Trainer):
         given: TrainingArguments = self.args  # type: ignore[has-type]
         bound, advice = given.max_grad_norm, "It is C, the bound on a sample's gradient."
         require(bound is not None and bound > 0, "max_grad_norm", bound, "a number > 0", advice)
+        smoothing, advice = given.label_smoothing_factor, "Give `loss` a function that smooths."
+        require(smoothing == 0, "label_smoothing_factor", smoothing, "0", advice)
+        has_own = self.compute_loss_func is not None
+        advice = "Give `loss` a function (logits, labels) -> [B]."
+        require(not has_own, "compute_loss_func", "a function", "None", advice)
         self.privacy = privacy
         self.private: PrivateTraining | None = None
         """Set when training begins."""

@@ -212,6 +212,7 @@ class NoLoss(torch.nn.Module):
     ("model", "changes", "words"),
     [
         (None, {"max_grad_norm": 0.0}, "max_grad_norm=0.0: expected a number > 0"),
+        (None, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: expected 0"),
         (NoLoss(), {}, "or a function, for NoLoss"),
     ],
 )
@@ -220,6 +221,16 @@ def test_what_does_not_fit_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         trainer_of(model or fresh(), tmp_path, **changes)
+
+
+def test_a_loss_of_the_trainers_own_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compute_loss_func='a function': expected None"):
+        PrivateTrainer(
+            fresh(),
+            TrainingArguments(output_dir=str(tmp_path), max_grad_norm=C, use_cpu=True),
+            privacy=PrivacyArguments(delta=DELTA, noise_multiplier=SIGMA),
+            compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum(),
+        )
 
 
 class Stops(TrainerCallback):
