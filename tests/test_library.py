@@ -565,6 +565,33 @@ def test_why_says_of_each_layer_how_its_gradients_are_formed() -> None:
     assert _made(_OfEachWay(), "reference")[0].why() == []
 
 
+class _GradientOfInputs(nn.Module):
+    """Has its input require gradients in training mode only, as speech models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x[:].requires_grad_(self.training))
+        return y
+
+
+@pytest.mark.parametrize("training", [(True, False, True), (False, False, True)])
+def test_inputs_that_require_gradients_in_training_mode_only_are_exact(
+    training: tuple[bool, ...],
+) -> None:
+    torch.manual_seed(0)
+    model = _GradientOfInputs()
+    private, optimizer = _made(model, "flash_bk", noise_multiplier=0.0)
+    for is_training in training:
+        model.train(is_training)
+        expected = _by_hand(model, 0.0)
+        private.backward(*_data())
+        optimizer.step()
+        torch.testing.assert_close(_weights(model), expected)
+
+
 # A use that the first batch has is exact.
 @pytest.mark.parametrize(
     ("change", "num_batches"),
