@@ -521,18 +521,23 @@ LATER = {
 }
 
 
+class _OwnRecurrence(nn.RNN):
+    """May compute something else than torch's own class."""
+
+
 class _OfEachWay(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(1, D))
         self.enter, self.line = nn.Linear(D, 6), nn.Conv1d(1, 2, 3)
         self.copied = torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
-        self.recurrent = nn.RNN(6, 6, batch_first=True)
+        self.gated = nn.GRU(6, 6, batch_first=True)
+        self.recurrent = _OwnRecurrence(6, 6, batch_first=True)
         self.table, self.head = nn.Embedding(2, 6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.copied(self.enter(x + self.shift)))
-        h = self.recurrent(h.unsqueeze(1))[0].squeeze(1)
+        h = self.recurrent(self.gated(h.unsqueeze(1))[0])[0].squeeze(1)
         first, _ = self.table(torch.arange(2))
         h = h * first.view(1, -1)
         y: Tensor = self.head(h @ self.enter.weight @ self.enter.weight.T)
@@ -550,6 +555,7 @@ def test_why_says_of_each_layer_how_its_gradients_are_formed() -> None:
         "enter": "its rule",
         "line": "its rule",
         "copied": "on one copy of its parameters for each sample",
+        "gated": "by its formulas, for all samples at once",
         "recurrent": "run one sample after the other, as it can't be vectorised",
         "table": "one backward of the model for each sample",
         "head": "its rule",

@@ -440,10 +440,20 @@ class Capture:
 
         The gradient that autograd forms of the view is the per-sample gradient.
         """
-        assert view.grad_fn is not None
         name = layer.names[local_name]
-        self._targets.append((view, lambda grad_B: self._add_gradients(name, grad_B)))
-        self._outputs.append(((name,), view.grad_fn))
+        self.note_received([name], view, lambda grad_B: self._add_gradients(name, grad_B))
+
+    def note_received(
+        self, names: Iterable[str | None], view: Tensor, receive: Callable[[Tensor], None]
+    ) -> None:
+        """Have `receive` take the gradient of `view`, and add the terms of parameters `names`.
+
+        Args:
+            names: None for those that are frozen.
+        """
+        assert view.grad_fn is not None
+        self._targets.append((view, receive))
+        self._outputs.append((tuple(name for name in names if name), view.grad_fn))
 
     def note_unsharded(self, name: str, parameter: Tensor) -> None:
         """Note that under FSDP2 the forward is about to run on this unsharded parameter."""
