@@ -241,6 +241,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         lambda: nn.Sequential(nn.Linear(D, D), FirstOutput(nn.GRU(D, 4, batch_first=True))),
         ROWS,
     ),
+    "recurrent-deep-bidirectional": (
+        lambda: FirstOutput(
+            nn.LSTM(D, 3, num_layers=2, bidirectional=True, bias=False, batch_first=True)
+        ),
+        ROWS,
+    ),
+    "recurrent-time-first": (lambda: _TimeFirstRecurrent(), ROWS),
     "attention": (lambda: _then_head(SelfAttention(D, num_heads=1)), ROWS),
     "pictures": (
         lambda: nn.Sequential(
@@ -273,6 +280,23 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "bare-prompt": (lambda: _Prompted(), ROWS),
     "biases-alone": (lambda: _only_biases(_then_head(nn.Linear(D, D), nn.Tanh())), ROWS),
 }
+
+
+class _TimeFirstRecurrent(nn.Module):
+    """Two recurrent layers, time first; the second is called twice, and starts at a given state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTM(D, 3, num_layers=2, bidirectional=True)
+        self.second = nn.RNN(6, 6, num_layers=2, nonlinearity="relu")
+        self.second.bias_hh_l0.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, (last, _) = self.first(x.transpose(0, 1))
+        start = last.transpose(0, 1).reshape(-1, 2, 6).transpose(0, 1).contiguous()
+        h, state = self.second(h, start)
+        y: Tensor = self.second(h, hx=state)[0].transpose(0, 1)
+        return y
 
 
 class _NamedTwice(nn.Module):

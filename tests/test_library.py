@@ -521,18 +521,23 @@ LATER = {
 }
 
 
+class _OwnRecurrence(nn.RNN):
+    """May compute something else than torch's own class."""
+
+
 class _OfEachWay(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(1, D))
         self.enter, self.line = nn.Linear(D, 6), nn.Conv1d(1, 2, 3)
         self.copied = torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
-        self.recurrent = nn.RNN(6, 6, batch_first=True)
+        self.gated = nn.GRU(6, 6, batch_first=True)
+        self.recurrent = _OwnRecurrence(6, 6, batch_first=True)
         self.table, self.head = nn.Embedding(2, 6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.copied(self.enter(x + self.shift)))
-        h = self.recurrent(h.unsqueeze(1))[0].squeeze(1)
+        h = self.recurrent(self.gated(h.unsqueeze(1))[0])[0].squeeze(1)
         first, _ = self.table(torch.arange(2))
         h = h * first.view(1, -1)
         y: Tensor = self.head(h @ self.enter.weight @ self.enter.weight.T)
@@ -550,6 +555,7 @@ def test_why_says_of_each_layer_how_its_gradients_are_formed() -> None:
         "enter": "its rule",
         "line": "its rule",
         "copied": "on one copy of its parameters for each sample",
+        "gated": "by its formulas, for all samples at once",
         "recurrent": "run one sample after the other, as it can't be vectorised",
         "table": "one backward of the model for each sample",
         "head": "its rule",
@@ -563,6 +569,33 @@ def test_why_says_of_each_layer_how_its_gradients_are_formed() -> None:
         "enter.weight",
     ]
     assert _made(_OfEachWay(), "reference")[0].why() == []
+
+
+class _GradientOfInputs(nn.Module):
+    """Has its input require gradients in training mode only, as speech models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x[:].requires_grad_(self.training))
+        return y
+
+
+@pytest.mark.parametrize("training", [(True, False, True), (False, False, True)])
+def test_inputs_that_require_gradients_in_training_mode_only_are_exact(
+    training: tuple[bool, ...],
+) -> None:
+    torch.manual_seed(0)
+    model = _GradientOfInputs()
+    private, optimizer = _made(model, "flash_bk", noise_multiplier=0.0)
+    for is_training in training:
+        model.train(is_training)
+        expected = _by_hand(model, 0.0)
+        private.backward(*_data())
+        optimizer.step()
+        torch.testing.assert_close(_weights(model), expected)
 
 
 # A use that the first batch has is exact.

@@ -121,7 +121,9 @@ class Capture:
         """Parameters that the first batch used otherwise than by calling their modules; None before
         it. The gradients of these uses take one backward per sample."""
         self._has_foreign_leaves = False
-        """True if the graph had leaves that are no parameters when it was last inspected."""
+        """True if the graph of an earlier batch had leaves that are no parameters."""
+        self._inspected_modes: set[bool] = set()
+        """Values of `model.training` in the batches whose graphs were inspected."""
         self._settle: _Settle | None = None
         self._is_last = False
         """True in the last backward of a batch."""
@@ -438,10 +440,20 @@ class Capture:
 
         The gradient that autograd forms of the view is the per-sample gradient.
         """
-        assert view.grad_fn is not None
         name = layer.names[local_name]
-        self._targets.append((view, lambda grad_B: self._add_gradients(name, grad_B)))
-        self._outputs.append(((name,), view.grad_fn))
+        self.note_received([name], view, lambda grad_B: self._add_gradients(name, grad_B))
+
+    def note_received(
+        self, names: Iterable[str | None], view: Tensor, receive: Callable[[Tensor], None]
+    ) -> None:
+        """Have `receive` take the gradient of `view`, and add the terms of parameters `names`.
+
+        Args:
+            names: None for those that are frozen.
+        """
+        assert view.grad_fn is not None
+        self._targets.append((view, receive))
+        self._outputs.append((tuple(name for name in names if name), view.grad_fn))
 
     def note_unsharded(self, name: str, parameter: Tensor) -> None:
         """Note that under FSDP2 the forward is about to run on this unsharded parameter."""
@@ -565,13 +577,15 @@ class Capture:
     def _inspect_leaves(self, loss_B: Tensor) -> None:
         """Search the graph for leaves that no call of a layer runs on.
 
-        In the 1st, 2nd, 4th, ... batch, and in all batches after one that had some: parameters that
-        are used otherwise than by calling their modules, and leaves that are no parameters. What is
-        computed from one, as from an input that requires gradients, looks like the output of an
-        earlier captured layer.
+        In the 1st, 2nd, 4th, ... batch, in the first of training and of eval mode, and in all
+        batches after one that had some: parameters that are used otherwise than by calling their
+        modules, and leaves that are no parameters. What is computed from one, as from an input that
+        requires gradients, looks like the output of an earlier captured layer.
         """
         parameters = self._current_parameters()
-        if self._num_batches.bit_count() == 1 or self._has_foreign_leaves:
+        is_of_new_mode = self.model.training not in self._inspected_modes
+        self._inspected_modes.add(self.model.training)
+        if self._num_batches.bit_count() == 1 or self._has_foreign_leaves or is_of_new_mode:
             leaves = [n.variable for n in _nodes_below(loss_B.grad_fn) if hasattr(n, "variable")]
             self._find_foreign(leaves, parameters)
             if self.used_otherwise is None and not self.is_sharded:
@@ -598,7 +612,8 @@ class Capture:
             for leaf in leaves
             if id(leaf) not in own and leaf.numel() > 0 and not isinstance(leaf, nn.Parameter)
         ]
-        self._has_foreign_leaves = bool(foreign)
+        # For good: speech models have their inputs require gradients in training mode only.
+        self._has_foreign_leaves |= bool(foreign)
         self._targets += [(get_gradient_edge(leaf), None) for leaf in foreign]
 
     def _refuse_unreached(self, loss_B: Tensor) -> None:
@@ -612,9 +627,9 @@ class Capture:
         )
         for name in sorted(waiting):
             if reachable[name] > self._num_uses[name] - self._num_pending[name]:
-                raise RuntimeError(
-                    f"{name}: the loss depends on a use of this parameter whose gradient could "
-                    "not be captured. Detach inputs that require gradients before the model."
+                raise ValueError(
+                    f"{name}: expected a use that the backward reaches, got one whose gradient "
+                    "could not be captured. Detach inputs that require gradients before the model."
                 )
 
     def take_plain_gradients(self) -> list[str]:

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.eval_mode import in_eval_mode
-from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.layers.inventory import Layer, is_recurrent
 from dpsgd_track.privacy.replaced_forward import Forward
 
 _logger = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ class ExpandedLayer(CapturedLayer):
     def __init__(self, capture: Capture, layer: Layer) -> None:
         super().__init__(capture, layer)
         self.shell = _Shell(layer.module)
-        self.is_vectorised = True
+        # torch.func has no rule for torch's recurrent kernels.
+        self.is_vectorised = not is_recurrent(layer.module)
         self.is_grouped = False
         """True if the samples have several rows each in what the module reads, one sample after the
         other (`privacy.grouped_rows`)."""

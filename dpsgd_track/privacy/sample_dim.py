@@ -34,7 +34,8 @@ from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.expanded import ExpandedLayer, MixedSamplesError
 from dpsgd_track.privacy.grouped_rows import find_grouped
 from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, transposed_linear
-from dpsgd_track.privacy.layers.inventory import holds_units, with_modules_inside
+from dpsgd_track.privacy.layers.inventory import holds_units, is_recurrent, with_modules_inside
+from dpsgd_track.privacy.recurrent import RecurrentLayer
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
 _logger = logging.getLogger(__name__)
@@ -133,6 +134,9 @@ def _bare(capture: Capture) -> Iterator[CapturedLayer]:
 
 def _register(capture: Capture, captured: CapturedLayer, dims: set[_SampleDim]) -> None:
     layer = captured.layer
+    if dims == {0} and _runs_recurrence(captured):
+        capture.register(RecurrentLayer(capture, layer))
+        return
     if dims == {0} or (isinstance(captured, ExpandedLayer) and UNKNOWN not in dims):
         return
     dim = dims.pop() if len(dims) == 1 else UNKNOWN
@@ -142,6 +146,12 @@ def _register(capture: Capture, captured: CapturedLayer, dims: set[_SampleDim]) 
         capture.register(WatchedLayer(capture, layer, is_spread=True))
     else:
         capture.register(BackwardPerSample(capture, layer))
+
+
+def _runs_recurrence(captured: CapturedLayer) -> bool:
+    """True if all samples of the layer can run at once by the formulas of `privacy.recurrent`."""
+    is_expanded = isinstance(captured, ExpandedLayer) and not captured.is_grouped
+    return is_expanded and is_recurrent(captured.layer.module)
 
 
 def _spread_where_faithful(

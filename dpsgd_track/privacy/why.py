@@ -11,9 +11,11 @@ from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer
 from dpsgd_track.privacy.expanded import ExpandedLayer
 from dpsgd_track.privacy.per_sample_weights import RmsNormPerSample
+from dpsgd_track.privacy.recurrent import RecurrentLayer
 
 _RULE = "its rule", "as its ordinary gradients", ""
 _VIEW = "on its parameters expanded over samples", "memory of its per-sample gradients", ""
+_RECURRENCE = "by its formulas, for all samples at once", "a loop over the steps in Python", ""
 _COPIES = (
     "on one copy of its parameters for each sample",
     "batched products with each sample's copy",
@@ -66,6 +68,8 @@ def accounts_of(capture: Capture) -> Iterator[LayerAccount]:
 def _way_of(captured: CapturedLayer) -> tuple[str, str, str]:
     if isinstance(captured, BackwardPerSample):
         return _BACKWARDS
+    if isinstance(captured, RecurrentLayer):
+        return _RECURRENCE
     if isinstance(captured, ExpandedLayer):
         return _COPIES if captured.is_vectorised else _ONE_BY_ONE
     if isinstance(captured, SpreadParameters | RmsNormPerSample):

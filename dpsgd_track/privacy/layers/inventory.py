@@ -81,7 +81,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
             "Freeze them, or use a mode that supports them."
         )
     for layer in layers:
-        if layer.rule is None and not layer.is_bare:
+        if layer.rule is None and not layer.is_bare and not is_recurrent(layer.module):
             _warn_of_copies(layer)
     return layers
 
@@ -110,6 +110,11 @@ def own_holders(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
     for name, child in module.named_children():
         if not _can_be_called(child):
             yield from own_holders(child, f"{prefix}{name}.")
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """True if `privacy.recurrent` computes what `module` does."""
+    return type(module) in (nn.LSTM, nn.GRU, nn.RNN) and not getattr(module, "proj_size", 0)
 
 
 def _warn_of_copies(layer: Layer) -> None:
