@@ -98,6 +98,8 @@ class PrivateTraining:
         """Samples of the current step on this rank."""
         self._open: OpenBatch | None = None
         """The batch that the loop's own code is forming the losses of."""
+        self._told_sizes: set[int] = set()
+        """Sizes of batches by which the loop's own code seems to scale."""
         self._shared = WeakTensorKeyDictionary()
         """Tensors in the loop's own code that belong to no sample, such as class weights."""
         self._is_added = False
@@ -233,6 +235,14 @@ class PrivateTraining:
                     yield
             finally:
                 self._open = None
+            if opened.is_scaled_by_size and num_samples not in self._told_sizes:
+                self._told_sizes.add(num_samples)
+                warnings.warn(
+                    f"batch({num_samples}): something was multiplied or divided by {num_samples}. "
+                    "A loss that depends on the number of samples depends on the other samples, "
+                    "and is not private: leave the division to expected_batch_size.",
+                    stacklevel=3,
+                )
             if check is not None:
                 assert self.last is not None
                 batch = opened.recorded()

@@ -345,6 +345,56 @@ def test_a_batch_may_have_as_many_samples_as_there_are_class_weights(
     assert private.spot_checks.num_checks == len(sizes)
 
 
+def test_a_loss_over_the_number_of_samples_is_warned_of_once() -> None:
+    private = private_of(fresh())
+
+    def loop(size: int) -> None:
+        x, y = data(size)
+        with private.batch(size):
+            private.backward(losses(private.model(x), y) / size)
+
+    for size in (B, 4):
+        with pytest.warns(UserWarning, match="is not private: leave the division"):
+            loop(size)
+        loop(size)
+
+
+def with_slices(private: PrivateTraining, x: Tensor, y: Tensor) -> None:
+    """Slices of more data, taken within; places of samples that are made of nothing."""
+    others = torch.cat([x, x, x]), torch.cat([y, y, y])
+    with private.batch(len(x)):
+        inputs, targets = (each[: len(x)] for each in others)
+        logits = private.model(inputs)
+        chosen = logits.log_softmax(dim=1)[torch.arange(len(x)), targets.long()]
+        private.backward(-chosen)
+
+
+def test_rows_may_be_taken_within() -> None:
+    private = private_of(fresh())
+    wanted = trained(private_of(fresh()), ordinary)
+    torch.testing.assert_close(trained(private, with_slices), wanted, rtol=1e-5, atol=1e-6)
+    assert private.spot_checks.num_checks > 1
+
+
+def test_a_mix_of_rows_taken_within_is_found() -> None:
+    private = private_of(fresh())
+    x, y = data(2 * B)
+    with pytest.raises(SpotCheckError, match="as plain autograd has them"), private.batch(B):
+        private.backward(balanced(private.model(x[:B]), y[:B]))
+
+
+def test_other_code_is_checked_when_it_comes() -> None:
+    private = private_of(fresh())
+    x, y = data()
+    for _ in range(3):
+        own(private, x, y)
+        optimizer_of(private).step()
+    num_checks = private.spot_checks.num_checks
+    with pytest.raises(SpotCheckError, match="as plain autograd has them"), private.batch(B):
+        private.backward(mixed(private.model(x), y))
+    assert private.spot_checks.num_checks == num_checks
+
+
 class OfSize(Small):
     """Its outputs depend on the number of samples."""
 

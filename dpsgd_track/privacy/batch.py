@@ -51,6 +51,10 @@ class RepeatableBatch(Rows):
         """`indices`, followed by more of them if `rows` can take no fewer than all samples."""
         return indices
 
+    def code(self) -> int:
+        """Hash of the functions that form the losses, where these may differ between batches."""
+        return 0
+
     def outputs_in_halves(
         self, model: nn.Module, dtype: torch.dtype | None
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -184,24 +184,17 @@ class Engine:
 
         A sample whose loss or norm is not finite gets factor 0, which leaves it out of the sum.
         """
-        loss_B = loss_B.detach()
-        factor_B = torch.where(loss_B.isfinite(), self.factors_of(norm_sq, loss_B), 0.0)
-        return self.recorded(loss_B, norm_sq, factor_B)
-
-    def recorded(
-        self, loss_B: Tensor, norm_sq: dict[str, Tensor], factor_B: Tensor
-    ) -> SampleRecord:
-        """Record of a micro-batch from its squared norms by parameter."""
         norm_B = total_norm(norm_sq) if norm_sq else torch.zeros_like(loss_B)
         roots = torch.stack(list(norm_sq.values())).sqrt().unbind() if norm_sq else ()
         by_parameter = dict(zip(norm_sq, roots, strict=True))
+        loss_B = loss_B.detach()
+        factor_B = torch.where(loss_B.isfinite(), self.factors_of(norm_sq, norm_B), 0.0)
         if factor_B.is_cuda:
             self._leaves_out = HostCopy(factor_B.eq(0).any())
         return SampleRecord(loss_B, norm_B, factor_B, by_parameter)
 
-    def factors_of(self, norm_sq: dict[str, Tensor], like_B: Tensor) -> Tensor:
-        """Clip factors, [B], from squared norms by parameter; without any, those of norms of 0."""
-        norm_B = total_norm(norm_sq) if norm_sq else torch.zeros_like(like_B)
+    def factors_of(self, norm_sq: dict[str, Tensor], norm_B: Tensor) -> Tensor:
+        """Clip factors, [B], from squared norms by parameter and the norms over all of them."""
         if self.clipping == AUTOMATIC:
             return automatic_factors(norm_B, self.max_grad_norm)
         if self.clipping == FLAT or not norm_sq:

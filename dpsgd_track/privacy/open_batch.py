@@ -181,6 +181,11 @@ class OpenBatch:
                 self._recording.__exit__(None, None, None)
                 self._recording = None
 
+    @property
+    def is_scaled_by_size(self) -> bool:
+        """True if the recorded code has multiplied or divided by the number of samples."""
+        return self._tape.is_scaled_by_size
+
     def recorded(self) -> RecordedBatch:
         """The micro-batch, to be repeated."""
         return RecordedBatch(self._tape, tuple(self._inputs), self._random_state)
@@ -213,7 +218,7 @@ class OpenBatch:
             # It has failed, and the code may catch the error.
             self._inputs.pop()
         elif self._recording is not None:
-            self._tape.record(self._run_again, called.args, called.kwargs, output)
+            self._tape.record(self._run_again, called.args, called.kwargs, output, is_of_model=True)
         return output
 
     def _run_again(self, *args: Any, **kwargs: Any) -> Any:
@@ -372,6 +377,10 @@ class RecordedBatch(RepeatableBatch):
         is_empty = self.indices is not None and len(self.indices) == 0
         loss_B = self.tape.replay(None if is_empty else self.indices)
         return None, loss_B.sum().reshape(1) * 0 if self.is_standing_in else loss_B
+
+    def code(self) -> int:
+        """Hash of the functions that the user's code has called, in order."""
+        return self.tape.code()
 
     def outputs_in_halves(
         self, model: nn.Module, dtype: torch.dtype | None

@@ -81,9 +81,9 @@ class SpotCheck:
 
     Two batches are of one kind if their tensors have the same types, sizes with the same powers of
     two above them, and the same sizes equal to the number of samples, and if the model is in the
-    same mode and calls the same layers in the same order. A batch is also new if it has more
-    samples, in powers of two, than any that was checked: there a limit, such as the capacity of an
-    expert, may be exceeded for the first time.
+    same mode and calls the same layers in the same order, and the loop's own code the same
+    functions. A batch is also new if it has more samples, in powers of two, than any that was
+    checked: there a limit, such as the capacity of an expert, may be exceeded for the first time.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -96,6 +96,8 @@ class SpotCheck:
         self._most_samples = 0
         """Size of the largest batch that was checked, as an exponent of two."""
         self._paths: set[int] = set()
+        self._codes: set[int] = set()
+        """Hashes of loops' own code that are told apart."""
         self._modules = list(engine.model.modules())
         self._unproven = set(trainable_parameters(engine.model))
         """Parameters whose gradients were 0 in every check so far."""
@@ -141,7 +143,12 @@ class SpotCheck:
             for device in {t.device.type for t in batch.tensors()}
         ]
         training = hash(tuple([module.training for module in self._modules]))
-        return num_samples == 1, tuple(sizes), tuple(autocast), training
+        code = batch.code()
+        # Some loops have other code in every batch.
+        if len(self._codes) < MAX_PATHS:
+            self._codes.add(code)
+        code = code if code in self._codes else 0
+        return num_samples == 1, tuple(sizes), tuple(autocast), training, code
 
     def _is_new(self, batch: RepeatableBatch) -> bool:
         is_larger = _exponent(len(batch)) > self._most_samples

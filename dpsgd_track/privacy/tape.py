@@ -10,7 +10,7 @@ cross-entropy, and tensors that an earlier batch of another size used too, are a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,8 @@ _READ = (bool, int, float, complex, list, np.ndarray)
 """Types of what is read from a tensor into Python."""
 _WEIGHTED_BY_CLASS = (F.cross_entropy, F.nll_loss)
 """Functions whose argument `weight` has a number for each class."""
+_SCALING = frozenset({"mul", "div", "truediv", "__mul__", "__rmul__", "__truediv__", "true_divide"})
+"""Functions of a tensor and a number that scale the tensor."""
 _TOLERANCE = 1e-3
 """Relative difference of numbers that are read twice, which rounding explains."""
 
@@ -96,22 +98,53 @@ class Tape:
     problem: str = ""
     """Reason for which the calls cannot be repeated."""
     num_made: int = 0
+    is_scaled_by_size: bool = False
+    """True if something was multiplied or divided by the number of samples."""
     _numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
-    def record(self, function: Callable[..., Any], args: Any, kwargs: Any, returned: Any) -> None:
-        """Record a call and what it returned."""
+    _by_row: set[int] = field(default_factory=set)
+    """Numbers of tensors that were made of the samples' rows, or of the model's outputs."""
+    _of_data: set[int] = field(default_factory=set)
+    """Numbers of tensors that were made of others without rows, as a slice of all targets is."""
+
+    def record(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        returned: Any,
+        *,
+        changed: Sequence[Tensor] = (),
+        is_of_model: bool = False,
+    ) -> None:
+        """Record a call and what it returned.
+
+        Args:
+            changed: arguments that the call has changed in place.
+            is_of_model: it called the model.
+        """
         tensors = tensors_in(returned)
         # An attribute that is no tensor, such as `requires_grad`, tells nothing of the samples.
         is_attribute = getattr(function, "__name__", "") == "__get__"
         is_read = not tensors and not is_attribute and isinstance(returned, _READ)
         changes = returned is None and tensors_in((args, kwargs))
+        if getattr(function, "__name__", "") in _SCALING:
+            numbers = [x for x in (*args, *kwargs.values()) if type(x) in (int, float)]
+            self.is_scaled_by_size |= self.num_samples > 1 and any(
+                x in (self.num_samples, 1 / self.num_samples) for x in numbers
+            )
         # What is left sets torch's own state, which is repeated with each call, or asks for it.
         if not (tensors or is_read or changes):
             return
         weight = kwargs.get("weight") if function in _WEIGHTED_BY_CLASS else None
         if weight is not None:
             self.shared[weight] = weight.shape
-        arguments = pytree.tree_map_only(Tensor, self._argument, (args, kwargs))
+        own = set(map(id, changed))
+        arguments = pytree.tree_map_only(
+            Tensor, lambda x: self._argument(x, is_changed=id(x) in own), (args, kwargs)
+        )
+        made = [self._number(tensor) for tensor in tensors]
+        self._note_origin(arguments, {*made, *map(self._number, changed)}, is_of_model=is_of_model)
         autocast = None
         if torch.is_autocast_enabled(self.device_type):
             autocast = self.device_type, torch.get_autocast_dtype(self.device_type)
@@ -119,12 +152,16 @@ class Tape:
             _Call(
                 function,
                 arguments,
-                [self._number(tensor) for tensor in tensors],
+                made,
                 returned if is_read else None,
                 torch.is_grad_enabled(),
                 autocast,
             )
         )
+
+    def code(self) -> int:
+        """Hash of the functions called, in order."""
+        return hash(tuple(getattr(call.function, "__qualname__", "") for call in self.calls))
 
     def refuse(self, problem: str) -> None:
         """Note that the calls cannot be repeated; the first reason counts."""
@@ -175,10 +212,6 @@ class Tape:
         loss_B: Tensor = made[self.loss]
         return loss_B
 
-    def given(self, tree: Any) -> list[Tensor]:
-        """Tensors in `tree` that no recorded call has made."""
-        return [x for x in tensors_in(tree) if x not in self._numbers]
-
     def given_rows(self) -> Iterator[Tensor]:
         """Tensors with a row for each sample that the code did not make itself."""
         for call in self.calls:
@@ -186,9 +219,24 @@ class Tape:
                 if isinstance(argument, _Given) and argument.has_rows:
                     yield argument.tensor
 
-    def _argument(self, tensor: Tensor) -> _Made | _Given:
-        if tensor in self._numbers:
-            return _Made(self._numbers[tensor])
+    def _note_origin(self, arguments: Any, made: set[int], *, is_of_model: bool) -> None:
+        """Note what the tensors `made` are made of."""
+        used = pytree.tree_leaves(arguments)
+        numbers = {x.number for x in used if isinstance(x, _Made)}
+        given = [x for x in used if isinstance(x, _Given)]
+        if is_of_model or numbers & self._by_row or any(x.has_rows for x in given):
+            self._by_row |= made
+        elif given or numbers & self._of_data:
+            self._of_data |= made
+
+    def _argument(self, tensor: Tensor, *, is_changed: bool) -> _Made | _Given:
+        number = self._numbers.get(tensor)
+        if number is not None:
+            is_slice = number in self._of_data and number not in self._by_row
+            has_rows = tensor.shape[:1] == (self.num_samples,) and self._has_rows(tensor)
+            if is_changed or not (is_slice and has_rows):
+                return _Made(number)
+            return _Given(tensor, has_rows=True)
         if tensor.grad_fn is not None:
             self.refuse("a tensor in them comes from a function that torch does not report")
         return _Given(tensor, self._has_rows(tensor))
@@ -221,12 +269,14 @@ class Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.is_paused:
             return func(*args, **kwargs)
-        given = self.tape.given((args, kwargs))
-        versions = [x._version for x in given]
+        tensors = tensors_in((args, kwargs))
+        versions = [x._version for x in tensors]
         returned = func(*args, **kwargs)
-        if [x._version for x in given] != versions:
+        pairs = zip(tensors, versions, strict=True)
+        changed = [x for x, version in pairs if x._version != version]
+        if any(x not in self.tape._numbers for x in changed):
             self.tape.refuse("they change a tensor in place that was made before, as targets")
-        self.tape.record(func, args, kwargs, returned)
+        self.tape.record(func, args, kwargs, returned, changed=changed)
         return returned
 
 
