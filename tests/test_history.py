@@ -64,6 +64,8 @@ def test_what_changed_is_said_in_a_sentence(
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.chdir(tmp_path)
+    # A narrower table has its cells on several lines.
+    monkeypatch.setenv("COLUMNS", "140")
     return Store(tmp_path)
 
 
