@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from dpsgd_track import PrivacyArguments, PrivateTrainer  # new
 
-DELTA = 1e-4
+DELTA = 1e-3
 OUTPUT = sys.argv[1] if len(sys.argv) > 1 else "out"
 TOPICS = {
     "animals": "dog horse sparrow salmon beetle rabbit cow eagle frog wolf",
@@ -55,7 +55,7 @@ class Sentences(Dataset):
             )
             for label in self.labels
         ]
-        self.tokens = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
+        self.tokens = tokenizer(texts, padding="max_length", max_length=12, return_tensors="pt")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +73,7 @@ trainer = PrivateTrainer(  # in place of Trainer
     TrainingArguments(
         output_dir=OUTPUT,
         num_train_epochs=2,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=40,
         learning_rate=6e-3,
         max_grad_norm=1.0,  # C, the bound on each sample's gradient
         logging_steps=8,
@@ -82,9 +82,9 @@ trainer = PrivateTrainer(  # in place of Trainer
         dataloader_pin_memory=False,
         disable_tqdm=True,
     ),
-    train_dataset=Sentences(slice(7), 1000),
-    eval_dataset=Sentences(slice(7, None), 200),
-    privacy=PrivacyArguments(target_epsilon=4.0, delta=DELTA),  # new
+    train_dataset=Sentences(slice(7), 600),
+    eval_dataset=Sentences(slice(7, None), 100),
+    privacy=PrivacyArguments(target_epsilon=6.0, delta=DELTA),  # new
     compute_metrics=lambda made: {
         "accuracy": float((made.predictions.argmax(axis=1) == made.label_ids).mean())
     },

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 import dpsgd_track
 from dpsgd_track.comparison.measure.clip_factors import clipped_share, factors_by
+from dpsgd_track.config import REGIMES, RegimeConfig
+from dpsgd_track.launcher.choices import TrainingChoices
+from dpsgd_track.launcher.regimes import regimes_of
+from dpsgd_track.launcher.suites import Suite
 from dpsgd_track.library import PrivateTraining
 from dpsgd_track.modes.table import MODES
-from tests.support.synthetic_group import trajectory
+from tests.support.synthetic_group import compared, mode_run, trajectory
 from tests.support.workspace import Workspace
 
 B, T, D, V, CLASSES = 6, 4, 5, 9, 3
@@ -206,11 +210,42 @@ def test_an_unknown_rule_is_named() -> None:
 FLAT_MODE = "tests.support.defective_modes:FlatRule"
 
 
-@pytest.mark.parametrize("rule", ["per_layer", pytest.param("automatic", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_regime_of_a_launch_clips_by_the_rule_asked_for(rule: str) -> None:
+    training = TrainingChoices(clipping=rule)
+    regimes = regimes_of("flash_fsdp", REGIMES, Suite.FULL, training, "cpu")
+    assert {regime.kind for regime in regimes} >= {"accuracy", "clip", "noise", "train", "profile"}
+    assert {regime.clipping for regime in regimes} == {rule}
+
+
+def ruled(rule: str, factors: str) -> dict[str, Any]:
+    """Verdict and sentence of a mode by whether its factors are those of its rule."""
+    base = trajectory(noise_std=0.0)
+    runs = []
+    for mode in ("reference", "flash_fsdp"):
+        by = rule if mode == "reference" else factors
+        record = replace(base, clip_factor=factors_by(by, base))
+        setting = RegimeConfig(name="clip", num_iter=4, optimizer="adamw", clipping=rule)
+        runs.append(mode_run(mode, "clip", record, setup=setting))
+    (mode,) = [m for m in compared(runs).modes if m.label == "flash_fsdp"]
+    return {"verdict": mode.verdict, "sentence": " ".join(f.sentence for f in mode.findings)}
+
+
+@pytest.mark.parametrize("rule", ["per_layer", "automatic"])
+def test_factors_are_judged_by_the_rule_asked_for(rule: str) -> None:
+    assert "clip factor" not in ruled(rule, rule)["sentence"]
+    wrong = ruled(rule, "flat")
+    assert wrong["verdict"] == "BUG"
+    assert "clip factor" in wrong["sentence"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rule", ["per_layer", "automatic"])
 def test_a_launch_judges_by_the_rule_asked_for(rule: str, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     modes = f"flash_fsdp_fuse_bk,{FLAT_MODE}"
     launch = ["quick", "--regime", "probe-clip", "--mode", modes, "--clipping", rule]
+    launch += ["--nproc-per-node", "1"]
     workspace.run("launch.py", *launch, "--group", "g")
     workspace.run("compare.py", "g", "--no-png")
     drift = json.loads((tmp_path / "results" / "g" / "drift.json").read_text())

@@ -252,11 +252,12 @@ def test_callbacks_work_as_before(tmp_path: Path) -> None:
 
 def test_the_example_learns_within_its_epsilon(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "private_trainer.py"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # More threads would wait for those of the tests beside it.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=True
     )
     *_, accuracy, epsilon = done.stdout.splitlines()
     # A third of the sentences are of each topic.
     assert int(accuracy.split()[1].rstrip("%")) > 70
-    assert 3.9 < float(epsilon.split()[1]) <= 4.0
+    assert 5.9 < float(epsilon.split()[1]) <= 6.0
