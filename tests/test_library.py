@@ -1007,7 +1007,8 @@ def test_evaluation_is_untouched(model: nn.Module) -> None:
 
 def test_the_example_runs() -> None:
     command = [sys.executable, str(ROOT / "examples" / "private_loop.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # More threads would wait for those of the tests beside it.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=True
     )
