@@ -31,7 +31,7 @@ from dpsgd_track.privacy.guards import GradientGuard, ModelGuard
 from dpsgd_track.privacy.ledger import RATE_ADVICE, PrivacyLedger
 from dpsgd_track.privacy.left_out_counter import LeftOutCounter
 from dpsgd_track.privacy.loader import PrivateLoader
-from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss
+from dpsgd_track.privacy.loss import PerSampleLoss, loss_named
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.privacy.open_batch import OpenBatch
 from dpsgd_track.privacy.sampling import OpenDraw, PoissonSampler
@@ -144,7 +144,7 @@ class PrivateTraining:
         return self._spot_check.cost if self._spot_check is not None else SpotChecks()
 
     def why(self) -> list[LayerAccount]:
-        """How each layer's per-sample gradients are formed, what that costs, and what to do.
+        """Account of each layer: its way to per-sample gradients, the cost, and a remedy.
 
         Empty for modes that do not go layer by layer. The first batch may change it.
         """
@@ -718,9 +718,7 @@ def make_private(
     sigma = _noise_within(budget, model, sample_rate) if budget else noise_multiplier
     assert sigma is not None
     _check_settings(mode, sigma)
-    if isinstance(loss, str):
-        require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
-        loss = LOSSES[loss]
+    loss = loss_named(loss)
     optimizer = _unwrapped(optimizer)
     _close_earlier(optimizer)
     rebind = _OptimizerRebinding(model, optimizer)

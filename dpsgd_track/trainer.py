@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from dpsgd_track.config import FLAT, require
 from dpsgd_track.distributed.ranks import world_size
 from dpsgd_track.library import PrivateTraining, make_private
-from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss, logits_of
+from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss, logits_of, loss_named
 
 PRIVACY_FILE = "privacy.json"
 """File of a checkpoint that holds what was spent."""
@@ -230,7 +230,4 @@ def _loss_of(model: nn.Module, loss: str | PerSampleLoss | None) -> PerSampleLos
         allowed = f"one of {', '.join(LOSSES)}, or a function, for {kind}"
         require(bool(tasks), "loss", None, allowed)
         loss = tasks[0]
-    if isinstance(loss, str):
-        require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
-        return LOSSES[loss]
-    return loss
+    return loss_named(loss)

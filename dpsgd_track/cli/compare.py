@@ -143,7 +143,7 @@ def _compare(
 
 
 def _since(found: Found, comparison: GroupComparison) -> str:
-    """What changed since the newest group before it that was launched alike; empty for none."""
+    """Sentence on the changes since the newest earlier group launched alike; empty without one."""
     from dpsgd_track.report.history import judged, since
     from dpsgd_track.report.run_list import marks
     from dpsgd_track.store.judged import judged_before

@@ -98,7 +98,7 @@ class ReferenceMode(Mode):
         return [factor] * len(squares)
 
     def _factor(self, parts: list[Tensor], squares: list[Tensor], norm: Tensor) -> Tensor:
-        """What the sample added over its norm; 0 if some of it was left out."""
+        """Length of the sample's contribution over its norm; 0 if some of it was left out."""
         if self.context.privacy.clipping != "per_layer":
             return parts[0]
         added = torch.stack([p * p * square for p, square in zip(parts, squares, strict=True)])

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +31,7 @@ from dpsgd_track.privacy.captured_layer import CapturedLayer, ParameterSlot
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.layers.inventory import Layer
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
+from dpsgd_track.privacy.trial import Reader, is_same_run, random_move
 
 _logger = logging.getLogger(__name__)
 
@@ -122,7 +124,7 @@ def _choose_forms(trial: _Trial) -> dict[str, dict[str, Form]]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What layers have read in a run, and the outputs: rows of the first and the last sample."""
+    """Rows of the first and the last sample, in what layers read in a run and in its outputs."""
 
     rows: list[tuple[str, Tensor]] = field(default_factory=list)
 
@@ -137,7 +139,8 @@ class _Seen:
         if [fqn for fqn, _ in self.rows] != [fqn for fqn, _ in other.rows]:
             return False
         return all(
-            _is_same(a[row], b[row]) for (_, a), (_, b) in zip(self.rows, other.rows, strict=True)
+            is_same_run(a[row], b[row])
+            for (_, a), (_, b) in zip(self.rows, other.rows, strict=True)
         )
 
 
@@ -203,7 +206,10 @@ class _Trial:
         seen, num_samples = _Seen(), len(self.batch)
 
         def place(key: _Key, parameter: Tensor) -> Tensor:
-            moved = [parameter + _move(parameter, key, row) for row in (0, 1)]
+            moved = [
+                parameter + random_move(parameter, zlib.crc32(f"{key}{row}".encode()))
+                for row in (0, 1)
+            ]
             if key not in forms:
                 return moved[rows.get(key, 0)]
             views = [expanded(p, num_samples, forms[key]) for p in moved]
@@ -211,7 +217,7 @@ class _Trial:
 
         layers: list[ReplacedForward] = [_Placing(c, place) for c in self.bare]
         layers += [
-            _Reading(c, seen, num_samples)
+            Reader(c, partial(seen.note, num_samples=num_samples))
             for c in self.capture.captured.values()
             if not c.layer.is_bare
         ]
@@ -234,19 +240,6 @@ class _Placing(ReplacedForward):
             return self.original(*args, **kwargs)
 
 
-class _Reading(ReplacedForward):
-    """Runs a layer as it is, and notes what it reads."""
-
-    def __init__(self, captured: CapturedLayer, seen: _Seen, num_samples: int) -> None:
-        super().__init__(captured.module)
-        self.fqn, self.seen, self.num_samples = captured.layer.fqn, seen, num_samples
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output."""
-        self.seen.note(self.fqn, (args, kwargs), self.num_samples)
-        return self.original(*args, **kwargs)
-
-
 @contextmanager
 def _filled(slots: list[ParameterSlot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Context in which the module has `tensors` in place of its parameters."""
@@ -258,20 +251,3 @@ def _filled(slots: list[ParameterSlot], tensors: Mapping[str, Tensor]) -> Iterat
     finally:
         for slot, parameter in zip(slots, before, strict=True):
             slot.fill(parameter)
-
-
-def _move(parameter: Tensor, key: _Key, row: int) -> Tensor:
-    """Random numbers on the scale of `parameter`, the same at every run."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{key}{row}".encode()))
-    scale = parameter.float().square().mean().sqrt().clamp(min=0.1)
-    move = torch.randn(parameter.shape, generator=generator).to(parameter.device) * scale
-    return move.to(parameter.dtype)
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    # Far above rounding errors, and far below the effect of the moves.
-    tolerance = 0.3 * torch.finfo(a.dtype).eps ** 0.5
-    scale = max(float(b.float().abs().max()), 1e-30) if b.numel() else 1.0
-    return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * scale, equal_nan=True)

@@ -9,8 +9,25 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, mappings and outputs of transformers."""
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def blank_sample(name: str, rows: Tensor) -> Tensor:
+    """One row of zeros like those of `rows`, or of ones if it is a mask by its name."""
+    shape = (1, *rows.shape[1:])
+    return rows.new_ones(shape) if name.endswith("mask") else rows.new_zeros(shape)
+
+
+def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating tensor in `dtype`; others, and all if that is None, as they are."""
+    return x.to(dtype) if dtype and x.is_floating_point() else x
 
 
 class Rows(ABC):
@@ -96,12 +113,7 @@ class Batch(RepeatableBatch):
 
     def stand_in(self) -> Batch:
         """One sample of zeros in the same shapes, with masks of ones."""
-
-        def blank(name: str, t: Tensor) -> Tensor:
-            shape = (1, *t.shape[1:])
-            return t.new_ones(shape) if name.endswith("mask") else t.new_zeros(shape)
-
-        return self._mapped(blank)
+        return self._mapped(blank_sample)
 
     def outputs(
         self, model: nn.Module, loss: PerSampleLoss, dtype: torch.dtype | None
@@ -112,12 +124,8 @@ class Batch(RepeatableBatch):
 
     def run(self, model: Callable[..., Any], dtype: torch.dtype | None = None) -> Tensor:
         """Logits of `model` over the batch; floating inputs are cast to `dtype`."""
-
-        def cast(t: Tensor) -> Tensor:
-            return t.to(dtype) if dtype and t.is_floating_point() else t
-
-        inputs = {name: cast(t) for name, t in self.inputs.items()}
-        return logits_of(model(*map(cast, self.args), **inputs))
+        inputs = {name: cast(t, dtype) for name, t in self.inputs.items()}
+        return logits_of(model(*(cast(t, dtype) for t in self.args), **inputs))
 
     def _mapped(self, function: Callable[[str, Tensor], Tensor]) -> Batch:
         inputs = {name: function(name, t) for name, t in self.inputs.items()}

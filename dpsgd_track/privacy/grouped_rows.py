@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from dpsgd_track.privacy.batch import tensors_in
 from dpsgd_track.privacy.capture import Capture
-from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.eval_mode import in_eval_mode
-from dpsgd_track.privacy.replaced_forward import ReplacedForward
+from dpsgd_track.privacy.trial import Reader
 
 _NUM_NOISY_RUNS = 4
 
@@ -87,30 +86,17 @@ def _read(
     seen: dict[str, list[Tensor]] = defaultdict(list)
     others: set[str] = set()
 
-    def note(fqn: str, tensors: list[Tensor]) -> None:
+    def note(fqn: str, arguments: Any) -> None:
+        tensors = tensors_in(arguments)
         if tensors and all(has_grouped_rows(x, num_samples) for x in tensors):
             seen[fqn] += map(_marks, tensors)
         else:
             others.add(fqn)
 
-    readers = [_Reader(layer, note) for layer in capture.captured.values()]
+    readers = [Reader(layer, note) for layer in capture.captured.values()]
     with capture.attached(readers):
         run(batch)
     return defaultdict(list, {fqn: marks for fqn, marks in seen.items() if fqn not in others})
-
-
-class _Reader(ReplacedForward):
-    """Runs a layer as it is, and notes the tensors that it is called with."""
-
-    def __init__(self, captured: CapturedLayer, note: Callable[[str, list[Tensor]], None]) -> None:
-        super().__init__(captured.module)
-        self.fqn, self.note = captured.layer.fqn, note
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        self.note(self.fqn, [x for x in leaves if isinstance(x, Tensor)])
-        return self.original(*args, **kwargs)
 
 
 def _marks(x: Tensor) -> Tensor:

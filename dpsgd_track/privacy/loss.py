@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpsgd_track.config import require
+
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 IGNORED = -100
@@ -73,26 +75,39 @@ def one_loss_a_sample(loss: PerSampleLoss) -> PerSampleLoss:
     @functools.wraps(loss)
     def checked(logits: Tensor, targets: Tensor) -> Tensor:
         loss_B = loss(logits, targets)
-        is_one_a_sample = (
-            isinstance(loss_B, Tensor)
-            and loss_B.shape == (len(targets),)
-            and loss_B.is_floating_point()
-        )
-        if not is_one_a_sample:
-            got = (
-                f"{loss_B.dtype} of shape {tuple(loss_B.shape)}"
-                if isinstance(loss_B, Tensor)
-                else type(loss_B).__name__
-            )
-            name = getattr(loss, "__name__", type(loss).__name__)
-            raise ValueError(
-                f"loss={name!r}: expected one number a sample, a tensor of shape "
-                f"({len(targets)},), got {got}. Use reduction='none', and take the mean over "
-                "each sample's own outputs, never over samples."
-            )
+        name = getattr(loss, "__name__", type(loss).__name__)
+        refuse_unless_one_a_sample(f"loss={name!r}", loss_B, len(targets))
         return loss_B
 
     return checked
+
+
+def refuse_unless_one_a_sample(what: str, loss_B: Any, num_samples: int) -> None:
+    """Raise ValueError unless a loss is one floating number for each sample, [B].
+
+    Args:
+        what: beginning of the sentence, such as `loss`.
+    """
+    is_tensor = isinstance(loss_B, Tensor)
+    if is_tensor and loss_B.shape == (num_samples,) and loss_B.is_floating_point():
+        return
+    got = f"{loss_B.dtype} of shape {tuple(loss_B.shape)}" if is_tensor else type(loss_B).__name__
+    raise ValueError(
+        f"{what}: expected one number a sample, a tensor of shape ({num_samples},), got {got}. Use "
+        "reduction='none', and take the mean over each sample's own outputs, never over samples."
+    )
+
+
+def loss_named(loss: str | PerSampleLoss) -> PerSampleLoss:
+    """The loss of a task by its name; a function is returned as it is.
+
+    Raises:
+        ValueError: no task has that name.
+    """
+    if not isinstance(loss, str):
+        return loss
+    require(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}, or a function")
+    return LOSSES[loss]
 
 
 def logits_of(output: Any) -> Tensor:

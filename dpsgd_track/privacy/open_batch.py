@@ -21,12 +21,12 @@ from torch.overrides import _get_current_function_mode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dpsgd_track.privacy.batch import RepeatableBatch, Rows
+from dpsgd_track.privacy.batch import RepeatableBatch, Rows, blank_sample, cast, tensors_in
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
-from dpsgd_track.privacy.loss import PerSampleLoss
+from dpsgd_track.privacy.loss import PerSampleLoss, refuse_unless_one_a_sample
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
-from dpsgd_track.privacy.tape import Recording, Tape, tensors_in
+from dpsgd_track.privacy.tape import Recording, Tape
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,7 @@ class Arguments(Rows):
 
     def stand_in(self) -> Arguments:
         """One sample of zeros in the same shapes, with masks of ones."""
-
-        def blank(name: str, x: Tensor) -> Tensor:
-            shape = (1, *x.shape[1:])
-            return x.new_ones(shape) if name.endswith("mask") else x.new_zeros(shape)
-
-        return self._mapped(blank, 1)
+        return self._mapped(blank_sample, 1)
 
     def run(self, model: Any) -> Any:
         """The model's output."""
@@ -65,9 +60,7 @@ class Arguments(Rows):
         """The same with floating tensors in `dtype`."""
         if dtype is None:
             return self
-        return self._mapped(
-            lambda name, x: x.to(dtype) if x.is_floating_point() else x, self.num_samples
-        )
+        return self._mapped(lambda name, x: cast(x, dtype), self.num_samples)
 
     def refuse_others(self) -> None:
         """
@@ -164,7 +157,9 @@ class OpenBatch:
         with self._stack.pop_all():
             if (error := self._plain_backward()) is not None:
                 raise error
-            self._refuse_unfit(loss_B)
+            if not self._inputs:
+                raise RuntimeError("batch(): expected a call of the model inside of it, got none.")
+            refuse_unless_one_a_sample("loss", loss_B, self.num_samples)
             self._tape.end(loss_B)
             loss_B = loss_B if self.num_samples else loss_B.sum().reshape(1)
             self._added.record = self.engine.strategy(self.engine, loss_B)
@@ -262,23 +257,6 @@ class OpenBatch:
             "batch(): expected backward(losses) of what make_private returned, got a backward "
             "beside it, whose gradients are not clipped. Nothing was added."
         )
-
-    def _refuse_unfit(self, loss_B: Tensor) -> None:
-        expected = (self.num_samples,)
-        is_tensor = isinstance(loss_B, Tensor)
-        if not self._inputs:
-            raise RuntimeError("batch(): expected a call of the model inside of it, got none.")
-        if not is_tensor or loss_B.shape != expected or not loss_B.is_floating_point():
-            got = (
-                f"{loss_B.dtype} of shape {tuple(loss_B.shape)}"
-                if is_tensor
-                else type(loss_B).__name__
-            )
-            raise ValueError(
-                f"loss: expected one number a sample, a tensor of shape {expected}, got {got}. Use "
-                "reduction='none', and take the mean over each sample's own outputs, never over "
-                "samples."
-            )
 
 
 def rows_of_output(model: nn.Module, arguments: Arguments) -> Tensor:

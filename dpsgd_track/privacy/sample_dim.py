@@ -37,6 +37,7 @@ from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, 
 from dpsgd_track.privacy.layers.inventory import holds_units, is_recurrent, with_modules_inside
 from dpsgd_track.privacy.recurrent import RecurrentLayer
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
+from dpsgd_track.privacy.trial import is_same_run, random_move
 
 _logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def _spread_where_faithful(
             is_faithful = len(together) == len(batch)
             for sample in (0, len(batch) - 1):
                 _, alone = _observe(capture, run, batch, partial(_Moving, sample=sample))
-                is_faithful &= _is_same(together[sample], alone[sample])
+                is_faithful &= is_same_run(together[sample], alone[sample])
     except Exception as error:
         _logger.debug("The model does not run on a copy for each sample: %s", error)
         is_faithful = False
@@ -266,18 +267,10 @@ class _Moving(_Observer):
 
         def moved(x: Tensor) -> Tensor:
             copies = spread(x, self.num_samples)
-            moves = _moves(copies, len(self.dims))
+            moves = random_move(copies, len(self.dims))
             return copies + moves if self.sample is None else x + moves[self.sample].view(x.shape)
 
         return pytree.tree_map_only(Tensor, moved, output)
-
-
-def _moves(copies: Tensor, call: int) -> Tensor:
-    """Random numbers on the scale of `copies`, the same at every run."""
-    generator = torch.Generator().manual_seed(call)
-    scale = copies.float().square().mean().sqrt().clamp(min=0.1)
-    moves = torch.randn(copies.shape, generator=generator).to(copies.device) * scale
-    return moves.to(copies.dtype)
 
 
 def _sample_dim_of(x: Tensor, captured: CapturedLayer, num_samples: int) -> _SampleDim:
@@ -300,14 +293,6 @@ def _unlike_any_size(model: nn.Module, batch: Rows) -> int:
     while num_samples in sizes:
         num_samples += 1
     return num_samples
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """True if two runs of the same arithmetic agree up to rounding."""
-    # Far above rounding errors, and far below the effect of the moves.
-    tolerance = 0.3 * torch.finfo(a.dtype).eps ** 0.5 if a.is_floating_point() else 0.0
-    scale = max(float(b.float().abs().max()), 1e-30) if b.numel() else 1.0
-    return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
 @contextmanager

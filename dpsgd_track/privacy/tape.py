@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dpsgd_track.privacy.batch import tensors_in
+
 _READ = (bool, int, float, complex, list, np.ndarray)
 """Types of what is read from a tensor into Python."""
 _WEIGHTED_BY_CLASS = (F.cross_entropy, F.nll_loss)
@@ -68,7 +70,7 @@ class _Call:
     made: list[int]
     """Numbers of the tensors in what it returned."""
     read: Any
-    """What it returned, if that is no tensor."""
+    """Value that it returned, if that is no tensor."""
     has_gradients: bool
     autocast: tuple[str, torch.dtype] | None
     """Device type and type of autocast; None outside of it."""
@@ -278,11 +280,6 @@ class Recording(TorchFunctionMode):
             self.tape.refuse("they change a tensor in place that was made before, as targets")
         self.tape.record(func, args, kwargs, returned, changed=changed)
         return returned
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, mappings and outputs of transformers."""
-    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _is_same(a: Any, b: Any) -> bool:

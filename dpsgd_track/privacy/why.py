@@ -36,7 +36,7 @@ _USED_OTHERWISE = (*_BACKWARDS[:2], "call the module that owns it, or freeze it"
 
 @dataclass(frozen=True)
 class LayerAccount:
-    """How the per-sample gradients of one layer are formed; they are exact in any case."""
+    """One layer's way to per-sample gradients, which are exact in any case, and its cost."""
 
     layer: str
     type: str
@@ -45,7 +45,7 @@ class LayerAccount:
     way: str
     cost: str
     advice: str
-    """What makes it faster; empty if there is nothing to do."""
+    """Remedy for the cost; empty if none is needed."""
 
 
 def accounts_of(capture: Capture) -> Iterator[LayerAccount]:

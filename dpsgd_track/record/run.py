@@ -30,7 +30,7 @@ class Status(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Marks:
-    """What a comparison adds to a stored run."""
+    """Tags, metrics and status that a comparison adds to a stored run."""
 
     tags: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,48 @@
+"""Parts of trial runs, in which a model shows how it treats its samples before the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpsgd_track.privacy.captured_layer import CapturedLayer
+from dpsgd_track.privacy.replaced_forward import ReplacedForward
+
+
+class Reader(ReplacedForward):
+    """Runs a layer as it is, and notes what it is called with."""
+
+    def __init__(
+        self, captured: CapturedLayer, note: Callable[[str, tuple[Any, dict[str, Any]]], None]
+    ) -> None:
+        """
+        Args:
+            note: takes the layer's fully qualified name, and a call's (args, kwargs).
+        """
+        super().__init__(captured.module)
+        self.fqn, self.note = captured.layer.fqn, note
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output."""
+        self.note(self.fqn, (args, kwargs))
+        return self.original(*args, **kwargs)
+
+
+def random_move(x: Tensor, seed: int) -> Tensor:
+    """Random numbers in the shape and on the scale of `x`, the same at every run."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = x.float().square().mean().sqrt().clamp(min=0.1)
+    return (torch.randn(x.shape, generator=generator).to(x.device) * scale).to(x.dtype)
+
+
+def is_same_run(a: Tensor, b: Tensor) -> bool:
+    """True if results of two runs of the same arithmetic agree up to rounding."""
+    if a.shape != b.shape:
+        return False
+    # Far above rounding errors, and far below the effect of the moves.
+    tolerance = 0.3 * torch.finfo(a.dtype).eps ** 0.5 if a.is_floating_point() else 0.0
+    scale = max(float(b.float().abs().max()), 1e-30) if b.numel() else 1.0
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * scale, equal_nan=True)
