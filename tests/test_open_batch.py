@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
 import dpsgd_track
 from dpsgd_track.library import PrivateTraining
 from dpsgd_track.modes.table import MODES
 from dpsgd_track.privacy.spot_check import SpotCheckError
 from dpsgd_track.privacy.tape import TapeError
+from tests.support.model_zoo import small_bert
 
 B, D, CLASSES, C = 5, 6, 3, 0.1
 OURS = [
@@ -212,15 +212,6 @@ def test_autocast_is_repeated_in_checks(is_within: bool) -> None:
 
 
 def test_transformers_outputs_and_bfloat16_parameters() -> None:
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=8,
-        num_labels=CLASSES,
-    )
     ids = torch.randint(1, 30, (B, 7), generator=torch.Generator().manual_seed(0))
     y = data()[1]
 
@@ -232,7 +223,7 @@ def test_transformers_outputs_and_bfloat16_parameters() -> None:
     found = []
     for is_own in (False, True):
         torch.manual_seed(0)
-        model = BertForSequenceClassification(config)
+        model = small_bert(30, 0.1)
         private = private_of(model, param_dtype=torch.bfloat16)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         for _ in range(2):

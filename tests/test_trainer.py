@@ -15,20 +15,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainingArguments
 
 import dpsgd_track
 from dpsgd_track.privacy.accounting import epsilon_rdp
 from dpsgd_track.privacy.loss import classification_loss
 from dpsgd_track.trainer import PRIVACY_FILE, PrivacyArguments, PrivateTrainer
 from tests.support import ROOT
+from tests.support.model_zoo import small_bert
 
 NUM_SAMPLES, T, V = 40, 6, 20
 MICRO, ACCUMULATED, C, SIGMA, DELTA = 4, 2, 0.5, 0.8, 1e-3
@@ -53,20 +49,9 @@ class Sentences(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0]}
 
 
-def fresh(dropout: float = 0.0) -> BertForSequenceClassification:
+def fresh(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=V,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=8,
-        num_labels=3,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return BertForSequenceClassification(config)
+    return small_bert(V, dropout)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -103,7 +88,7 @@ def trainer_of(
     )
 
 
-def weights(model: torch.nn.Module) -> Tensor:
+def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -196,12 +181,12 @@ def test_the_arguments_given_are_left_as_they_are(whole: PrivateTrainer, tmp_pat
     assert arguments.to_dict() == before
 
 
-class NoLoss(torch.nn.Module):
+class NoLoss(nn.Module):
     """Of a class that says nothing of its task."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = torch.nn.Linear(2, 2)
+        self.layer = nn.Linear(2, 2)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         y: Tensor = self.layer(input_ids)

@@ -120,6 +120,22 @@ def _encoder(config: type, **changes: Any) -> Any:
     return config(**(settings | changes))
 
 
+def small_bert(vocab_size: int, dropout: float) -> hf.BertForSequenceClassification:
+    """One block, three classes, at most eight tokens."""
+    config = hf.BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+        num_labels=3,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return hf.BertForSequenceClassification(config)
+
+
 def _gpt2() -> Any:
     return hf.GPT2Config(
         n_embd=40,
