@@ -637,6 +637,7 @@ def make_private(
     seed: int | None = None,
     param_dtype: torch.dtype = torch.float32,
     num_replicas: int = 1,
+    capture: bool = False,
     spot_check: bool = True,
 ) -> PrivateTraining:
     """Make a training loop private.
@@ -704,6 +705,10 @@ def make_private(
             from the operating system.
         param_dtype: type of the forward and backward; weights stay float32.
         num_replicas: copies of the model among the ranks, under FSDP2.
+        capture: on one GPU, record `PrivateTraining.backward` of inputs and targets as a CUDA graph
+            for each kind of batch, and replay it, which spares the host's part of a step (see
+            `dpsgd_track.privacy.replay`). The model's Python code, its hooks included, runs only
+            when a graph is recorded or checked. Code inside of `batch` runs as it does without.
         spot_check: compare the engine with plain autograd now and then (see
             `dpsgd_track.privacy.spot_check`), which runs extra forwards of the model.
 
@@ -735,9 +740,12 @@ def make_private(
         make_optimizer=lambda parameters: rebind(),
         loss=loss,
         num_replicas=num_replicas,
+        capture=capture,
     )
     key = fresh_key(None, device) if seed is None else str(seed)
     built = build_mode(mode, model, context)
+    allowed = "False for a mode that is not one of this package's engine"
+    require(not capture or isinstance(built, ComposedMode), "capture", capture, allowed)
     _refuse_own_updates(mode, built, optimizer)
     return PrivateTraining(
         built,

@@ -115,6 +115,19 @@ def test_the_clipped_product_weighs_each_sample(shape: tuple[int, int, int, int]
     assert relative_error(found, wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 9, 16])
+def test_the_clipped_product_of_samples_in_parts(
+    num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, dy = factors((num_samples, 70, 40, 24))
+    factor = torch.rand(num_samples, device=DEVICE) + 1e-3
+    wanted = product_reference.clipped_product(x.double(), dy.double(), factor.double())
+    for num_parts in range(1, 9):
+        monkeypatch.setattr(product, "_num_parts", lambda *_, n=num_parts: n)
+        found = product.clipped_product(x, dy, factor)
+        assert relative_error(found, wanted) < TOLERANCE
+
+
 def gradients() -> list[Tensor]:
     """Of several sizes, types and orders in memory, one of them at an odd address."""
     B = 3
@@ -271,16 +284,27 @@ def spoilt(whole: Tensor, samples: tuple[int, ...], value: float | None) -> Tens
     return found
 
 
+@pytest.mark.parametrize("max_parts", [1, 8])
 @pytest.mark.parametrize("small", [0.0, DENORMAL])
 @pytest.mark.parametrize("samples", LEFT_OUT, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (65, 129, 17), (64, 128, 128)], ids=shape_id)
 def test_the_clipped_product_leaves_out_samples_of_factor_0(
-    shape: tuple[int, int, int], samples: tuple[int, ...], small: float
+    shape: tuple[int, int, int],
+    samples: tuple[int, ...],
+    small: float,
+    max_parts: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(product, "MAX_PARTS", max_parts)
     x, dy = factors((4, *shape))
     factor, kept = four_factors(samples, small)
-    # Bit for bit what the other samples' batch has, so that no division has touched it.
-    wanted = product.clipped_product(x[kept], dy[kept], factor[kept])
+    if max_parts == 1:
+        # Bit for bit what the other samples' batch has, so that no division has touched it.
+        wanted = product.clipped_product(x[kept], dy[kept], factor[kept])
+    else:
+        # Divided among programs, the others are added in another order.
+        zeros = spoilt(x, samples, 0.0), spoilt(dy, samples, 0.0)
+        wanted = product.clipped_product(*zeros, factor)
     exact = product_reference.clipped_product(
         x[kept].double(), dy[kept].double(), factor[kept].double()
     )

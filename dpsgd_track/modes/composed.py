@@ -24,6 +24,7 @@ from dpsgd_track.privacy.expanded import ExpandedLayer
 from dpsgd_track.privacy.fused_linear import FusedLayer, can_fuse
 from dpsgd_track.privacy.norms import NORM_RULES
 from dpsgd_track.privacy.per_sample_weights import RmsNormPerSample, takes_weight_per_sample
+from dpsgd_track.privacy.replay import Replays
 from dpsgd_track.privacy.strategies import LAYER_BY_LAYER, STRATEGIES
 
 
@@ -52,12 +53,14 @@ class ComposedMode(Mode):
             self.engine.rounded_dtype = context.param_dtype
             if capture is not None:
                 capture.has_copies = True
+        self.replays = Replays(self.engine) if context.capture else None
+        """Records batches as CUDA graphs and replays them, if the mode was built so."""
         # Computed now, while no parameter is gathered.
         assert self._layouts is not None
 
     def accumulate(self, batch: Batch) -> SampleRecord:
         """Add one micro-batch's clipped gradients; an empty one takes part and adds nothing."""
-        record = self.engine.add(batch)
+        record = (self.replays or self.engine).add(batch)
         self.note_bound()
         return record
 

@@ -76,6 +76,8 @@ class ModeContext:
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
     norm_plan: str = AUTO
     """Way in which flash and fused modes take the norms of linear layers (see `NormPlanner`)."""
+    capture: bool = False
+    """True if this package's modes on one GPU replay batches as CUDA graphs."""
     observer: GradientObserver | None = None
     """Sees every sample's gradient in `reference`; other modes have none to show."""
     regime: str = ""

@@ -105,15 +105,15 @@ class Batch(RepeatableBatch):
 
     def sample(self, index: int) -> Batch:
         """Sample `index` alone, as a batch of one."""
-        return self._mapped(lambda name, t: t[index : index + 1])
+        return self.mapped(lambda name, t: t[index : index + 1])
 
     def rows(self, indices: Tensor) -> Batch:
         """The samples with these indices."""
-        return self._mapped(lambda name, t: t[indices.to(t.device)])
+        return self.mapped(lambda name, t: t[indices.to(t.device)])
 
     def stand_in(self) -> Batch:
         """One sample of zeros in the same shapes, with masks of ones."""
-        return self._mapped(blank_sample)
+        return self.mapped(blank_sample)
 
     def outputs(
         self, model: nn.Module, loss: PerSampleLoss, dtype: torch.dtype | None
@@ -127,7 +127,8 @@ class Batch(RepeatableBatch):
         inputs = {name: cast(t, dtype) for name, t in self.inputs.items()}
         return logits_of(model(*(cast(t, dtype) for t in self.args), **inputs))
 
-    def _mapped(self, function: Callable[[str, Tensor], Tensor]) -> Batch:
+    def mapped(self, function: Callable[[str, Tensor], Tensor]) -> Batch:
+        """The batch with `function` of the name and the values in place of each tensor."""
         inputs = {name: function(name, t) for name, t in self.inputs.items()}
         args = tuple(function("", t) for t in self.args)
         return Batch(inputs, function("", self.targets), args=args)

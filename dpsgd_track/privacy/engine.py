@@ -64,6 +64,8 @@ class Engine:
     _weight_B: Tensor | None = field(default=None, init=False)
     """Weights of the samples' gradients that replace the clip factors."""
     knows_sample_dims: bool = field(default=False, init=False)
+    _is_for_graph: bool = field(default=False, init=False)
+    """True while a step runs as a CUDA graph records it."""
     _layers: dict[tuple[str, ...], tuple[list[str], Tensor]] = field(
         default_factory=dict, init=False
     )
@@ -123,7 +125,7 @@ class Engine:
         If one is, which the host knows long before the sums are formed, run it again.
         """
         is_clipped_on_one_gpu = self.capture is not None and self.sharder.repeats_batches
-        if self._device_type == "cpu" or not is_clipped_on_one_gpu:
+        if self._device_type == "cpu" or not is_clipped_on_one_gpu or self._is_for_graph:
             return self._run_once(batch)
         with assuming_all_kept() as assumption:
             record = self._run_once(batch)
@@ -132,6 +134,15 @@ class Engine:
             self.sharder.discard()
             record = self._run_once(batch)
         return record
+
+    @contextmanager
+    def without_host(self) -> Iterator[None]:
+        """Context in which batches are added without a question to the GPU, as in a CUDA graph."""
+        self._is_for_graph = True
+        try:
+            yield
+        finally:
+            self._is_for_graph = False
 
     def _run_once(self, batch: RepeatableBatch) -> SampleRecord:
         with self.capturing(len(batch)):
@@ -189,7 +200,7 @@ class Engine:
         by_parameter = dict(zip(norm_sq, roots, strict=True))
         loss_B = loss_B.detach()
         factor_B = torch.where(loss_B.isfinite(), self.factors_of(norm_sq, norm_B), 0.0)
-        if factor_B.is_cuda:
+        if factor_B.is_cuda and not self._is_for_graph:
             self._leaves_out = HostCopy(factor_B.eq(0).any())
         return SampleRecord(loss_B, norm_B, factor_B, by_parameter)
 

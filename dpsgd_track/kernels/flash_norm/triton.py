@@ -16,8 +16,9 @@ from torch import Tensor
 
 # Positions that a tile of a weight gradient takes at a time.
 BLOCK_T = 64
-# Tiles of a Gram matrix, [BLOCK_S, BLOCK_S], a step of BLOCK_K features at a time.
-BLOCK_S, BLOCK_K = 128, 64
+# Tiles of a Gram matrix, [BLOCK_S, BLOCK_S], a step of BLOCK_K features at a time. Small tiles are
+# for batches that have fewer large ones than the GPU has multiprocessors.
+BLOCK_S, SMALL_S, BLOCK_K = 128, 64, 64
 # Rows of tiles that are computed together, so that their operands stay in the L2 cache.
 GROUP = 8
 
@@ -130,7 +131,7 @@ def outer_tiles(x: Tensor, num_samples: int, P: int, D: int) -> tuple[int, int, 
         return 128, 128, 2
     # Large tiles read less; with small tiles there are enough for every multiprocessor.
     num_large = num_samples * triton.cdiv(P, 128) * triton.cdiv(D, 256)
-    return 128, 256 if num_large >= _num_multiprocessors(x.device) * 3 // 4 else 128, 4
+    return 128, 256 if num_large >= num_multiprocessors(x.device) * 3 // 4 else 128, 4
 
 
 @cache
@@ -143,7 +144,8 @@ def _has_large_shared_memory(device: torch.device) -> bool:
 
 
 @cache
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -180,19 +182,26 @@ def gram_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
     """Squared norms [B], float32, without materialising either Gram matrix."""
     x_BTD, dy_BTP = with_unit_stride(x_BTD), with_unit_stride(dy_BTP)
     (B, T, D), P = x_BTD.shape, dy_BTP.shape[2]
-    rows = triton.cdiv(T, BLOCK_S)
-    num_tiles = rows * (rows + 1) // 2
+    num_tiles, block_s, num_warps = _num_gram_tiles(T, BLOCK_S), BLOCK_S, 8
+    if B * num_tiles < num_multiprocessors(x_BTD.device):
+        num_tiles, block_s, num_warps = _num_gram_tiles(T, SMALL_S), SMALL_S, 4
     partial = x_BTD.new_empty(B, num_tiles, dtype=torch.float32)
     _gram_kernel[(num_tiles, B)](
         x_BTD, dy_BTP, partial,
         T, D, P, x_BTD.stride(0), x_BTD.stride(1), dy_BTP.stride(0), dy_BTP.stride(1),
         num_tiles,
-        IS_EVEN=not (T % BLOCK_S or D % BLOCK_K or P % BLOCK_K),
-        BLOCK_S=BLOCK_S, BLOCK_K=BLOCK_K,
-        num_warps=8, num_stages=4 if _has_large_shared_memory(x_BTD.device) else 2,
+        IS_EVEN=not (T % block_s or D % BLOCK_K or P % BLOCK_K),
+        BLOCK_S=block_s, BLOCK_K=BLOCK_K,
+        num_warps=num_warps, num_stages=4 if _has_large_shared_memory(x_BTD.device) else 2,
     )  # fmt: skip
     # A sum of products of either sign can round to just below zero.
     return partial.sum(dim=1).clamp_min_(0.0)
+
+
+def _num_gram_tiles(T: int, block: int) -> int:
+    """Tiles on or below the diagonal of a Gram matrix [T, T]."""
+    rows = triton.cdiv(T, block)
+    return rows * (rows + 1) // 2
 
 
 def with_unit_stride(tensor: Tensor) -> Tensor:
