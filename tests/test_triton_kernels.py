@@ -128,6 +128,34 @@ def test_the_clipped_product_of_samples_in_parts(
         assert relative_error(found, wanted) < TOLERANCE
 
 
+def layers() -> list[tuple[Tensor, Tensor]]:
+    """Factors of layers of one batch: on tiles and beside them, transposed, at odd addresses."""
+    shapes = [(3, 64, 128, 128), (3, 65, 257, 129), (3, 1, 1, 1), (3, 128, 64, 128)]
+    found = [factors(shape) for shape in shapes]
+    x, dy = factors((3, 33, 48, 40))
+    return [
+        *found,
+        (x.mT.contiguous().mT, dy),
+        (x[:, 1:, 1:], dy[:, :-1, :-1]),
+        (x[:, ::2], dy[:, ::2]),
+    ]
+
+
+def test_many_layers_in_one_launch_have_the_norms_of_each() -> None:
+    norms = flash.gram_forms(layers())
+    for found, (x, dy) in zip(norms, layers(), strict=True):
+        assert relative_error(found, outer_norm_sq(x.double(), dy.double())) < 10 * TOLERANCE
+
+
+def test_many_layers_in_one_launch_have_the_clipped_products_of_each() -> None:
+    factor = torch.tensor([1.0, 3e-4, 0.7], device=DEVICE)
+    sums = product.clipped_products(layers(), factor)
+    for found, (x, dy) in zip(sums, layers(), strict=True):
+        wanted = product_reference.clipped_product(x.double(), dy.double(), factor.double())
+        assert found.shape == wanted.shape
+        assert relative_error(found, wanted) < TOLERANCE
+
+
 def gradients() -> list[Tensor]:
     """Of several sizes, types and orders in memory, one of them at an odd address."""
     B = 3

@@ -76,7 +76,7 @@ def address_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor
     host = torch.tensor(rows, dtype=torch.int64)
     if _recorded is not None:
         return _recorded.add(host)
-    return host.pin_memory().to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def programs_of(num_chunks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:

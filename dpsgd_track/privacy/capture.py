@@ -306,7 +306,7 @@ class Capture:
 
     def norms_of(self, joined: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
         """Squared norms [B] of parameters' per-sample gradients."""
-        return norms_sq_of(joined, self._outer_norm_of)
+        return norms_sq_of(joined, self._outer_norm_of, self._takes_gram)
 
     def sums_of(
         self, joined: Mapping[str, tuple[Term, ...]], clip_factor_B: Tensor
@@ -658,6 +658,12 @@ class Capture:
             return terms
         norm_plan = self.norm_plan_of(name, term.x_BTD, term.dy_BTP.shape[2])
         return (term.materialised(),) if norm_plan == GRADIENTS else terms
+
+    def _takes_gram(self, name: str, term: Outer) -> bool:
+        """True if the norm of a parameter with this one term is planned in the Gram form."""
+        if not self.norm_rule.is_planned:
+            return False
+        return self.norm_plan_of(name, term.x_BTD, term.dy_BTP.shape[2]) == GRAM
 
     def _outer_norm_of(self, name: str) -> OuterNorm:
         rule = self.norm_rule

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpsgd_track.kernels.clipped_product import clipped_product
+from dpsgd_track.kernels.clipped_product import clipped_product, clipped_products
 from dpsgd_track.kernels.embedding_cross import embedding_cross
 from dpsgd_track.kernels.embedding_norm import embedding_norm_sq, per_sample_table
+from dpsgd_track.kernels.flash_norm import gram_norms_sq
 from dpsgd_track.kernels.flash_norm.reference import accumulation, accumulation_dtype
 from dpsgd_track.kernels.weighted_sum import norms_sq, weighted_sums
 
@@ -156,10 +157,23 @@ def join(terms: Sequence[Term]) -> tuple[Term, ...]:
 
 
 def norms_sq_of(
-    joined: Mapping[str, Sequence[Term]], outer_norm_of: Callable[[str], OuterNorm]
+    joined: Mapping[str, Sequence[Term]],
+    outer_norm_of: Callable[[str], OuterNorm],
+    takes_gram: Callable[[str, Outer], bool],
 ) -> dict[str, Tensor]:
-    """Squared norms [B] of the sums of terms that `join` returned, by parameter."""
-    return _by_parameter(joined, lambda name: _norm_sq(joined[name], outer_norm_of(name)), norms_sq)
+    """Squared norms [B] of the sums of terms that `join` returned, by parameter.
+
+    Args:
+        takes_gram: True if the norm of a parameter whose only term is this `Outer` is to be taken
+            in the Gram form, with others in one launch.
+    """
+    return _by_parameter(
+        joined,
+        lambda name: _norm_sq(joined[name], outer_norm_of(name)),
+        norms_sq,
+        lambda outers: gram_norms_sq([(term.x_BTD, term.dy_BTP) for term in outers]),
+        takes_gram,
+    )
 
 
 def clipped_sums_of(
@@ -170,6 +184,10 @@ def clipped_sums_of(
         joined,
         lambda name: _clipped_sum(joined[name], clip_factor_B),
         lambda grads: weighted_sums(grads, clip_factor_B),
+        lambda outers: clipped_products(
+            [(term.x_BTD, term.dy_BTP) for term in outers], clip_factor_B
+        ),
+        lambda name, term: True,
     )
 
 
@@ -177,13 +195,19 @@ def _by_parameter(
     joined: Mapping[str, Sequence[Term]],
     of_one: Callable[[str], Tensor],
     of_gradients: Callable[[list[Tensor]], Iterable[Tensor]],
+    of_outers: Callable[[list[Outer]], Iterable[Tensor]],
+    is_of_outers: Callable[[str, Outer], bool],
 ) -> dict[str, Tensor]:
-    """A value for each parameter; all materialised gradients are read in one kernel launch."""
-    # Of exactly this class: a subclass may define its own norms.
-    dense = {n: t[0].grad_B for n, t in joined.items() if len(t) == 1 and type(t[0]) is Dense}
-    values = {name: of_one(name) for name in joined if name not in dense}
+    """A value for each parameter; those of gradients, and of outer products, in one launch each."""
+    # Of exactly these classes: a subclass may define its own norms.
+    single = {name: terms[0] for name, terms in joined.items() if len(terms) == 1}
+    dense = {name: term.grad_B for name, term in single.items() if type(term) is Dense}
+    outers = {n: t for n, t in single.items() if type(t) is Outer and is_of_outers(n, t)}
+    values = {name: of_one(name) for name in joined if name not in dense and name not in outers}
     if dense:
         values |= zip(dense, of_gradients(list(dense.values())), strict=True)
+    if outers:
+        values |= zip(outers, of_outers(list(outers.values())), strict=True)
     return {name: values[name] for name in joined}
 
 

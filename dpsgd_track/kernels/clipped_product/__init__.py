@@ -14,12 +14,14 @@ Shapes: B samples, T positions, D inputs, P outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from dpsgd_track.kernels.clipped_product import reference
 from dpsgd_track.kernels.device import uses_tensor_cores
 
-__all__ = ["clipped_product"]
+__all__ = ["clipped_product", "clipped_products"]
 
 
 def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
@@ -29,3 +31,12 @@ def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
 
         return triton.clipped_product(x_BTD, dy_BTP, factor_B)
     return reference.clipped_product(x_BTD, dy_BTP, factor_B)
+
+
+def clipped_products(factors: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor) -> list[Tensor]:
+    """S of several layers, from (x, dy) of each, with one launch for many on tensor cores."""
+    if factors and all(uses_tensor_cores(x_BTD) for x_BTD, _ in factors):
+        from dpsgd_track.kernels.clipped_product import triton
+
+        return triton.clipped_products(factors, factor_B)
+    return [clipped_product(x_BTD, dy_BTP, factor_B) for x_BTD, dy_BTP in factors]

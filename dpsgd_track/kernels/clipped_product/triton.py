@@ -1,16 +1,20 @@
-"""The clipped sum of outer products on a GPU: one launch, float32 sums on tensor cores.
+"""Clipped sums of outer products on a GPU: many layers a launch, float32 sums on tensor cores.
 
 A tile holds one running sum. It is multiplied by c_{i-1} / c_i before sample i is added, and by
 the last factor at the end, so that each product is scaled by its own factor. A sample that is left
 out is not read, and leaves the running sum as it is.
 
-A small parameter has too few tiles for all multiprocessors: its samples are divided among several
-programs a tile, whose sums are added in a fixed order.
+Layers with too few tiles for all multiprocessors have their samples divided among several programs
+a tile, whose sums are added in a fixed order.
 
-Shapes: B samples, T positions, D inputs, P outputs, S parts of the samples.
+Shapes: B samples, T positions, D inputs, P outputs.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,39 +24,49 @@ from torch import Tensor
 from dpsgd_track.kernels.flash_norm.triton import (
     BLOCK_T,
     GROUP,
+    NUM_COLUMNS,
+    Kind,
+    alike,
+    factors_of,
     grouped,
+    has_large_shared_memory,
     num_multiprocessors,
-    outer_tiles,
+    row_of,
     with_unit_stride,
 )
+from dpsgd_track.kernels.tensor_table import address_table, programs_of
 
 # Smallest factor with full precision: the start of float32's normal range.
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
-# Positions at a time, warps and pipeline stages of a small tile, two of which run on a
-# multiprocessor at once.
-SMALL_T, SMALL_WARPS, SMALL_STAGES, SMALL_AT_ONCE = 32, 4, 4, 2
-MAX_PARTS = 8
 
 
 @triton.jit
 def _clipped_product_kernel(
-    x_ptr, dy_ptr, factor_ptr, sum_ptr,
-    B, T, D, P,
-    x_stride_b, x_stride_t, dy_stride_b, dy_stride_t,
-    tiles_p, tiles_d, part_size,
-    IS_EVEN: tl.constexpr,
+    table_ptr, owner_ptr, first_ptr, factor_ptr, sum_ptr, B, part_size, sums_size,
+    DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, IS_EVEN: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row, column = grouped(tl.program_id(0), tiles_p, tiles_d, GROUP)
+    layer = tl.load(owner_ptr + tl.program_id(0))
+    tile = tl.program_id(0) - tl.load(first_ptr + layer)
     part = tl.program_id(1)
+    row_ptr = table_ptr + layer * COLUMNS
+    x_ptr, dy_ptr, T, D, P, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t = factors_of(
+        row_ptr, DTYPE, IS_ALIGNED
+    )
+    sum_ptr += part.to(tl.int64) * sums_size + tl.load(row_ptr + COLUMNS - 1)
+    if IS_ALIGNED:
+        sum_ptr = tl.multiple_of(sum_ptr, 16)
+    row, column = grouped(tile, tl.cdiv(P, BLOCK_P), tl.cdiv(D, BLOCK_D), GROUP)
     first = part * part_size
     stop_sample = tl.minimum(first + part_size, B)
     p = row * BLOCK_P + tl.arange(0, BLOCK_P)
     d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
     total = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
-    dy_ptr += first.to(tl.int64) * dy_stride_b + t[:, None] * dy_stride_t + p[None, :]
-    x_ptr += first.to(tl.int64) * x_stride_b + t[:, None] * x_stride_t + d[None, :]
+    dy_ptr += first * dy_stride_b
+    x_ptr += first * x_stride_b
+    dy_ptr += t[:, None] * dy_stride_t + p[None, :]
+    x_ptr += t[:, None] * x_stride_t + d[None, :]
     coming = tl.load(factor_ptr + first, mask=first < B, other=0.0)
     is_kept = tl.abs(coming) >= SMALLEST
     ratio = 1.0
@@ -84,52 +98,105 @@ def _clipped_product_kernel(
         dy_ptr += dy_stride_b
         x_ptr += x_stride_b
     total *= before
-    sum_ptr += part.to(tl.int64) * P * D
     place = sum_ptr + p.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(place, total, mask=(p[:, None] < P) & (d[None, :] < D))
 
 
 def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
     """[P, D] float32; see `kernels.clipped_product`."""
-    x_BTD, dy_BTP = with_unit_stride(x_BTD), with_unit_stride(dy_BTP)
-    (B, T, D), P = x_BTD.shape, dy_BTP.shape[2]
-    block_p, block_d, block_t, num_warps, num_stages = _tiles(x_BTD, P)
-    tiles_p, tiles_d = triton.cdiv(P, block_p), triton.cdiv(D, block_d)
-    num_parts = _num_parts(x_BTD, P, tiles_p * tiles_d) if block_t == SMALL_T else 1
-    part_size = triton.cdiv(B, num_parts)
-    sum_SPD = x_BTD.new_empty(num_parts, P, D, dtype=torch.float32)
-    _clipped_product_kernel[(tiles_p * tiles_d, num_parts)](
-        x_BTD, dy_BTP, factor_B, sum_SPD,
-        B, T, D, P, x_BTD.stride(0), x_BTD.stride(1), dy_BTP.stride(0), dy_BTP.stride(1),
-        tiles_p, tiles_d, part_size,
-        IS_EVEN=not (T % block_t or P % block_p or D % block_d),
-        BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_T=block_t, GROUP=GROUP,
-        num_warps=num_warps, num_stages=num_stages,
+    (total,) = clipped_products([(x_BTD, dy_BTP)], factor_B)
+    return total
+
+
+def clipped_products(factors: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor) -> list[Tensor]:
+    """`clipped_product` of several layers, with one launch for all that are alike."""
+    pairs = [(with_unit_stride(x_BTD), with_unit_stride(dy_BTP)) for x_BTD, dy_BTP in factors]
+    large = [place for place, pair in enumerate(pairs) if _gains_by_large_tiles(*pair)]
+    # With fewer large tiles than multiprocessors, small ones lose less.
+    num_large = sum(_num_tiles(*pairs[place], _LARGE) for place in large)
+    if num_large < num_multiprocessors(factor_B.device) * 3 // 4:
+        large = []
+    small = [place for place in range(len(pairs)) if place not in large]
+    sums: list[Tensor] = [factor_B] * len(pairs)
+    for places, tiles in ((large, _LARGE), (small, _SMALL)):
+        group = [pairs[place] for place in places]
+        for kind, members in alike(group, tiles.is_even).items():
+            found = _launch([group[member] for member in members], factor_B, kind, tiles)
+            for member, total in zip(members, found, strict=True):
+                sums[places[member]] = total
+    return sums
+
+
+class _Tiles(NamedTuple):
+    """Tiles of a product, as measured on an H100."""
+
+    block_p: int
+    block_d: int
+    block_t: int
+    num_warps: int
+    num_stages: int
+
+    def is_even(self, T: int, D: int, P: int) -> bool:
+        """True if tiles end where the factors do."""
+        return not (T % self.block_t or D % self.block_d or P % self.block_p)
+
+
+_LARGE = _Tiles(128, 256, BLOCK_T, 8, 4)
+"""Read less."""
+_SMALL = _Tiles(128, 128, 32, 4, 4)
+"""Two of them run on a multiprocessor at once. Between samples a tile's pipeline runs empty, which
+costs less where another one computes."""
+_AT_ONCE = 2
+MAX_PARTS = 8
+"""Parts that the samples of a launch are divided into, at most."""
+
+
+def _gains_by_large_tiles(x_BTD: Tensor, dy_BTP: Tensor) -> bool:
+    return has_large_shared_memory(x_BTD.device) and x_BTD.shape[1] >= 4 * BLOCK_T
+
+
+def _num_tiles(x_BTD: Tensor, dy_BTP: Tensor, tiles: _Tiles) -> int:
+    rows, columns = dy_BTP.shape[2], x_BTD.shape[2]
+    return triton.cdiv(rows, tiles.block_p) * triton.cdiv(columns, tiles.block_d)
+
+
+def _launch(
+    pairs: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor, kind: Kind, tiles: _Tiles
+) -> list[Tensor]:
+    B, device = len(factor_B), factor_B.device
+    shapes = [(dy_BTP.shape[2], x_BTD.shape[2]) for x_BTD, dy_BTP in pairs]
+    # One allocation, with each sum at a multiple of 64 bytes.
+    sizes = [rows * columns + -(rows * columns) % 16 for rows, columns in shapes]
+    num_tiles = tuple(_num_tiles(*pair, tiles) for pair in pairs)
+    num_parts = _num_parts(pairs, sum(num_tiles))
+    sums = factor_B.new_empty(num_parts, sum(sizes), dtype=torch.float32)
+    owner, first = programs_of(num_tiles, device)
+    places = itertools.accumulate([0, *sizes[:-1]])
+    rows = [(*row_of(*pair), place) for pair, place in zip(pairs, places, strict=True)]
+    _clipped_product_kernel[(sum(num_tiles), num_parts)](
+        address_table(rows, device), owner, first,
+        factor_B, sums, B, triton.cdiv(B, num_parts), sums.shape[1],
+        **kind.options(), COLUMNS=NUM_COLUMNS + 1,
+        BLOCK_P=tiles.block_p, BLOCK_D=tiles.block_d, BLOCK_T=tiles.block_t, GROUP=GROUP,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages if has_large_shared_memory(device) else 2,
     )  # fmt: skip
-    return sum_SPD[0] if num_parts == 1 else sum_SPD.sum(dim=0)
+    total = sums[0] if num_parts == 1 else sums.sum(dim=0)
+    pieces = zip(total.split(sizes), shapes, strict=True)
+    return [piece[: height * width].view(height, width) for piece, (height, width) in pieces]
 
 
-def _tiles(x_BTD: Tensor, P: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_P, BLOCK_D, BLOCK_T, warps, pipeline stages), as measured on an H100."""
-    _, T, D = x_BTD.shape
-    block_p, block_d, num_stages = outer_tiles(x_BTD, 1, P, D)
-    # Between samples the pipeline runs empty: with few positions a sample, or fewer large tiles
-    # than multiprocessors, small tiles lose less by it.
-    if block_d == 256 and T >= 4 * BLOCK_T:
-        return block_p, block_d, BLOCK_T, 8, num_stages
-    return 128, 128, SMALL_T, SMALL_WARPS, SMALL_STAGES
-
-
-def _num_parts(x_BTD: Tensor, P: int, num_tiles: int) -> int:
-    """Parts that the samples are divided into, S: the fewest that keep all multiprocessors busy."""
-    B, T, D = x_BTD.shape
-    at_once = SMALL_AT_ONCE * num_multiprocessors(x_BTD.device)
-    best, least = 1, float("inf")
-    num_parts = 1
+def _num_parts(pairs: Sequence[tuple[Tensor, Tensor]], num_tiles: int) -> int:
+    """Parts that the samples are divided into: the fewest that keep all multiprocessors busy."""
+    B = len(pairs[0][0])
+    at_once = _AT_ONCE * num_multiprocessors(pairs[0][0].device)
+    num_read = sum(x_BTD.numel() + dy_BTP.numel() for x_BTD, dy_BTP in pairs)
+    num_summed = sum(x_BTD.shape[2] * dy_BTP.shape[2] for x_BTD, dy_BTP in pairs)
+    best, least, num_parts = 1, float("inf"), 1
     while num_parts <= min(B, MAX_PARTS):
         time = triton.cdiv(num_tiles * num_parts, at_once) / num_parts
         # Sums that are written and read again cost more than they save beyond the factors' bytes.
-        is_worth_it = num_parts == 1 or 4 * num_parts * P * D <= B * T * (D + P)
+        is_worth_it = num_parts == 1 or 4 * num_parts * num_summed <= num_read
         if is_worth_it and time < least:
             best, least = num_parts, time
         num_parts *= 2

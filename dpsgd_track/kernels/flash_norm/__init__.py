@@ -15,6 +15,8 @@ Shapes: B samples, T positions, D inputs, P outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ __all__ = [
     "flash_norm_sq",
     "gradients_and_norms_sq",
     "gram_norm_sq",
+    "gram_norms_sq",
     "outer_norm_sq",
     "tiled_norm_sq",
 ]
@@ -57,6 +60,15 @@ def gram_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
 
         return triton.gram_form(x_BTD, dy_BTP)
     return reference.gram_form(x_BTD, dy_BTP)
+
+
+def gram_norms_sq(factors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """`gram_norm_sq` of several layers, with one launch for many on tensor cores."""
+    if all(uses_tensor_cores(x_BTD) for x_BTD, _ in factors):
+        from dpsgd_track.kernels.flash_norm import triton
+
+        return triton.gram_forms(factors) if factors else []
+    return [gram_norm_sq(x_BTD, dy_BTP) for x_BTD, dy_BTP in factors]
 
 
 def tiled_norm_sq(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:

@@ -6,13 +6,16 @@ tile, and the partial sums are added in a fixed order: results do not change fro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dpsgd_track.kernels.tensor_table import address_table, programs_of
 
 # Positions that a tile of a weight gradient takes at a time.
 BLOCK_T = 64
@@ -102,16 +105,38 @@ def _gram_tile(
 
 
 @triton.jit
+def factors_of(row_ptr, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    """(x, dy, T, D, P, strides of x and dy by sample and position) from a row of the table."""
+    x_ptr = tl.load(row_ptr).to(tl.pointer_type(DTYPE))
+    dy_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(DTYPE))
+    T = tl.load(row_ptr + 2).to(tl.int32)
+    D = tl.load(row_ptr + 3).to(tl.int32)
+    P = tl.load(row_ptr + 4).to(tl.int32)
+    x_stride_b = tl.load(row_ptr + 5)
+    x_stride_t = tl.load(row_ptr + 6).to(tl.int32)
+    dy_stride_b = tl.load(row_ptr + 7)
+    dy_stride_t = tl.load(row_ptr + 8).to(tl.int32)
+    if IS_ALIGNED:
+        x_ptr, dy_ptr = tl.multiple_of(x_ptr, 16), tl.multiple_of(dy_ptr, 16)
+        D, P = tl.multiple_of(D, 16), tl.multiple_of(P, 16)
+        x_stride_b, x_stride_t = tl.multiple_of(x_stride_b, 16), tl.multiple_of(x_stride_t, 16)
+        dy_stride_b, dy_stride_t = tl.multiple_of(dy_stride_b, 16), tl.multiple_of(dy_stride_t, 16)
+    return x_ptr, dy_ptr, T, D, P, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t
+
+
+@triton.jit
 def _gram_kernel(
-    x_ptr, dy_ptr, partial_ptr,
-    T, D, P,
-    x_stride_b, x_stride_t, dy_stride_b, dy_stride_t,
-    num_tiles,
-    IS_EVEN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    table_ptr, owner_ptr, first_ptr, partial_ptr, max_tiles,
+    DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, IS_EVEN: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile on or below the diagonal of (X X^T) * (dY dY^T), summed."""
+    """One tile on or below the diagonal of (X X^T) * (dY dY^T) of a layer, summed."""
+    layer = tl.load(owner_ptr + tl.program_id(0))
+    tile = tl.program_id(0) - tl.load(first_ptr + layer)
     sample = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0)
+    x_ptr, dy_ptr, T, D, P, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t = factors_of(
+        table_ptr + layer * COLUMNS, DTYPE, IS_ALIGNED
+    )
     row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     # The root is rounded.
     row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
@@ -122,12 +147,13 @@ def _gram_kernel(
     gram_dy = _gram_tile(dy_tile, dy_stride_t, row, column, T, P, IS_EVEN, BLOCK_S, BLOCK_K)
     # The Gram matrices are symmetric: a tile off the diagonal counts twice.
     weight = tl.where(row == column, 1.0, 2.0)
-    tl.store(partial_ptr + sample * num_tiles + tile, weight * tl.sum(gram_x * gram_dy))
+    place = (layer * tl.num_programs(1) + tl.program_id(1)) * max_tiles + tile
+    tl.store(partial_ptr + place, weight * tl.sum(gram_x * gram_dy))
 
 
 def outer_tiles(x: Tensor, num_samples: int, P: int, D: int) -> tuple[int, int, int]:
     """(BLOCK_P, BLOCK_D, pipeline stages) for gradients [P, D] on the device of `x`."""
-    if not _has_large_shared_memory(x.device):
+    if not has_large_shared_memory(x.device):
         return 128, 128, 2
     # Large tiles read less; with small tiles there are enough for every multiprocessor.
     num_large = num_samples * triton.cdiv(P, 128) * triton.cdiv(D, 256)
@@ -135,7 +161,7 @@ def outer_tiles(x: Tensor, num_samples: int, P: int, D: int) -> tuple[int, int, 
 
 
 @cache
-def _has_large_shared_memory(device: torch.device) -> bool:
+def has_large_shared_memory(device: torch.device) -> bool:
     """True if a program may use 200 KB of shared memory, as on Hopper and later."""
     if device.type != "cuda":
         return False
@@ -145,7 +171,9 @@ def _has_large_shared_memory(device: torch.device) -> bool:
 
 @cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
+    """Multiprocessors of a GPU; 1 for the interpreter."""
+    if device.type != "cuda":
+        return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -180,22 +208,82 @@ def _outer(x_BTD: Tensor, dy_BTP: Tensor, grad_BPD: Tensor | None) -> Tensor:
 
 def gram_form(x_BTD: Tensor, dy_BTP: Tensor) -> Tensor:
     """Squared norms [B], float32, without materialising either Gram matrix."""
-    x_BTD, dy_BTP = with_unit_stride(x_BTD), with_unit_stride(dy_BTP)
-    (B, T, D), P = x_BTD.shape, dy_BTP.shape[2]
-    num_tiles, block_s, num_warps = _num_gram_tiles(T, BLOCK_S), BLOCK_S, 8
-    if B * num_tiles < num_multiprocessors(x_BTD.device):
-        num_tiles, block_s, num_warps = _num_gram_tiles(T, SMALL_S), SMALL_S, 4
-    partial = x_BTD.new_empty(B, num_tiles, dtype=torch.float32)
-    _gram_kernel[(num_tiles, B)](
-        x_BTD, dy_BTP, partial,
-        T, D, P, x_BTD.stride(0), x_BTD.stride(1), dy_BTP.stride(0), dy_BTP.stride(1),
-        num_tiles,
-        IS_EVEN=not (T % block_s or D % BLOCK_K or P % BLOCK_K),
-        BLOCK_S=block_s, BLOCK_K=BLOCK_K,
-        num_warps=num_warps, num_stages=4 if _has_large_shared_memory(x_BTD.device) else 2,
-    )  # fmt: skip
-    # A sum of products of either sign can round to just below zero.
-    return partial.sum(dim=1).clamp_min_(0.0)
+    (norms_B,) = gram_forms([(x_BTD, dy_BTP)])
+    return norms_B
+
+
+def gram_forms(factors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """`gram_form` of the factors of several layers, with one launch for all that are alike."""
+    pairs = [(with_unit_stride(x_BTD), with_unit_stride(dy_BTP)) for x_BTD, dy_BTP in factors]
+    B, device = len(pairs[0][0]), pairs[0][0].device
+    num_large = sum(_num_gram_tiles(x_BTD.shape[1], BLOCK_S) for x_BTD, _ in pairs)
+    is_large = B * num_large >= num_multiprocessors(device)
+    block_s, num_warps = (BLOCK_S, 8) if is_large else (SMALL_S, 4)
+
+    def is_even(T: int, D: int, P: int) -> bool:
+        return not (T % block_s or D % BLOCK_K or P % BLOCK_K)
+
+    norms: list[Tensor] = [pairs[0][0]] * len(pairs)
+    for kind, places in alike(pairs, is_even).items():
+        group = [pairs[place] for place in places]
+        num_tiles = tuple(_num_gram_tiles(x_BTD.shape[1], block_s) for x_BTD, _ in group)
+        owner, first = programs_of(num_tiles, device)
+        partial = torch.zeros(len(group), B, max(num_tiles), dtype=torch.float32, device=device)
+        _gram_kernel[(len(owner), B)](
+            address_table([row_of(*pair) for pair in group], device), owner, first,
+            partial, max(num_tiles),
+            **kind.options(), COLUMNS=NUM_COLUMNS, BLOCK_S=block_s, BLOCK_K=BLOCK_K,
+            num_warps=num_warps, num_stages=4 if has_large_shared_memory(device) else 2,
+        )  # fmt: skip
+        # A sum of products of either sign can round to just below zero.
+        found = partial.sum(dim=2).clamp_min_(0.0).unbind()
+        for place, norms_B in zip(places, found, strict=True):
+            norms[place] = norms_B
+    return norms
+
+
+NUM_COLUMNS = 9
+"""Numbers in `row_of`."""
+
+
+def row_of(x_BTD: Tensor, dy_BTP: Tensor) -> tuple[int, ...]:
+    """What `factors_of` reads of a layer."""
+    (_, T, D), P = x_BTD.shape, dy_BTP.shape[2]
+    strides = *x_BTD.stride()[:2], *dy_BTP.stride()[:2]
+    return x_BTD.data_ptr(), dy_BTP.data_ptr(), T, D, P, *strides
+
+
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Kind(NamedTuple):
+    """What a kernel over the factors of layers is compiled for."""
+
+    dtype: Any
+    is_aligned: bool
+    """All addresses and sizes are multiples of 16."""
+    is_even: bool
+
+    def options(self) -> dict[str, Any]:
+        """Compile-time arguments of a kernel."""
+        return {"DTYPE": self.dtype, "IS_ALIGNED": self.is_aligned, "IS_EVEN": self.is_even}
+
+
+def alike(
+    pairs: Sequence[tuple[Tensor, Tensor]], is_even: Callable[[int, int, int], bool]
+) -> dict[Kind, list[int]]:
+    """Places of the layers whose factors one compiled kernel takes.
+
+    Args:
+        is_even: (T, D, P) -> True if tiles end where the factors do.
+    """
+    places: dict[Kind, list[int]] = {}
+    for place, (x_BTD, dy_BTP) in enumerate(pairs):
+        x, dy, T, D, P, *strides = row_of(x_BTD, dy_BTP)
+        is_aligned = not any(number % 16 for number in (x, dy, D, P, *strides))
+        kind = Kind(_DTYPES[x_BTD.dtype], is_aligned, is_aligned and is_even(T, D, P))
+        places.setdefault(kind, []).append(place)
+    return places
 
 
 def _num_gram_tiles(T: int, block: int) -> int:

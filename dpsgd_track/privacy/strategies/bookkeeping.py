@@ -6,10 +6,16 @@ Each clipped sum is in flight to the other ranks while the next is formed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
+from dpsgd_track.distributed.reduction import GradientSharder
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
+
+MAX_LAUNCHES = 4
+"""Times that sums are formed on one device."""
 
 
 def bookkeeping(engine: Engine, loss_B: Tensor) -> SampleRecord:
@@ -19,7 +25,18 @@ def bookkeeping(engine: Engine, loss_B: Tensor) -> SampleRecord:
     with engine.without_autocast():
         record = engine.clip(loss_B, capture.run_norms(loss_B, retain_graph=False))
         weight_B = engine.weights_of(record.factors_B)
-        for names in engine.sharder.groups:
+        for names in _launches(engine.sharder):
             engine.put_kept(names, weight_B)
     engine.sharder.finish()
     return record
+
+
+def _launches(sharder: GradientSharder) -> Iterator[list[str]]:
+    """Parameters whose sums are formed together: a group that is sent, or several that are not.
+
+    Many at once are few launches that fill the GPU, but what they are formed from is freed later.
+    """
+    groups = sharder.groups
+    size = 1 if sharder.packs else -(-len(groups) // MAX_LAUNCHES)
+    for first in range(0, len(groups), size):
+        yield [name for names in groups[first : first + size] for name in names]
