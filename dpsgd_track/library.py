@@ -743,10 +743,7 @@ def make_private(
         capture=capture,
     )
     key = fresh_key(None, device) if seed is None else str(seed)
-    built = build_mode(mode, model, context)
-    allowed = "False for a mode that is not one of this package's engine"
-    require(not capture or isinstance(built, ComposedMode), "capture", capture, allowed)
-    _refuse_own_updates(mode, built, optimizer)
+    built = _built(mode, model, context, optimizer)
     return PrivateTraining(
         built,
         optimizer,
@@ -865,6 +862,16 @@ def _history_of(model: nn.Module) -> _History:
             stacklevel=3,
         )
     return history
+
+
+def _built(name: str, model: nn.Module, context: ModeContext, optimizer: Optimizer) -> Mode:
+    """The mode; refused if it cannot do what was asked for, or would step by itself."""
+    mode = build_mode(name, model, context)
+    is_own = isinstance(mode, ComposedMode)
+    allowed = f"False for {name}, which is not of this package's engine"
+    require(is_own or not context.capture, "capture", context.capture, allowed)
+    _refuse_own_updates(name, mode, optimizer)
+    return mode
 
 
 def _refuse_own_updates(name: str, mode: Mode, optimizer: Optimizer) -> None:

@@ -123,7 +123,7 @@ def test_the_clipped_product_of_samples_in_parts(
     factor = torch.rand(num_samples, device=DEVICE) + 1e-3
     wanted = product_reference.clipped_product(x.double(), dy.double(), factor.double())
     for num_parts in range(1, 9):
-        monkeypatch.setattr(product, "_num_parts", lambda *_, n=num_parts: n)
+        monkeypatch.setattr(product, "num_parts_of", lambda *_, n=num_parts: n)
         found = product.clipped_product(x, dy, factor)
         assert relative_error(found, wanted) < TOLERANCE
 

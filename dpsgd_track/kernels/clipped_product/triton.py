@@ -168,7 +168,7 @@ def _launch(
     # One allocation, with each sum at a multiple of 64 bytes.
     sizes = [rows * columns + -(rows * columns) % 16 for rows, columns in shapes]
     num_tiles = tuple(_num_tiles(*pair, tiles) for pair in pairs)
-    num_parts = _num_parts(pairs, sum(num_tiles))
+    num_parts = num_parts_of(pairs, sum(num_tiles))
     sums = factor_B.new_empty(num_parts, sum(sizes), dtype=torch.float32)
     owner, first = programs_of(num_tiles, device)
     places = itertools.accumulate([0, *sizes[:-1]])
@@ -186,7 +186,7 @@ def _launch(
     return [piece[: height * width].view(height, width) for piece, (height, width) in pieces]
 
 
-def _num_parts(pairs: Sequence[tuple[Tensor, Tensor]], num_tiles: int) -> int:
+def num_parts_of(pairs: Sequence[tuple[Tensor, Tensor]], num_tiles: int) -> int:
     """Parts that the samples are divided into: the fewest that keep all multiprocessors busy."""
     B = len(pairs[0][0])
     at_once = _AT_ONCE * num_multiprocessors(pairs[0][0].device)
