@@ -51,7 +51,7 @@ _TRAINING = {
     **{"random-seed": 42, "delta": 1e-5, "noise-from": "seed"},
 }
 _MACHINE = {
-    **{"nproc-per-node": None, "replicas": 1, "device": None, "param-dtype": "float32"},
+    **{"nproc-per-node": None, "replicas": 1, "device": None, "param-dtype": None},
     **{"plan": "auto", "reference-dtype": "float64"},
 }
 _NODES = {"nnodes": 1, "node-rank": None, "rdzv-endpoint": None, "rdzv-timeout": 600.0}
@@ -59,7 +59,7 @@ _STORE = {"tracking-uri": None, "config": None}
 _PLACES = {**_STORE, "spool": None, "offline": False}
 _KEPT = {**_PLACES, "group": None, "layer-norms": "all", "log-ranks": None, "output": None}
 _SUITE = {
-    **{**_WHAT, "regime": None, "seq-length": 64, "batch-size": 2},
+    **{**_WHAT, "regime": None, "seq-length": None, "batch-size": 2},
     **{**_MODEL, **_TRAINING, **_MACHINE, **_NODES, **_KEPT},
 }
 PUBLIC = {
