@@ -51,7 +51,7 @@ _TRAINING = {
     **{"random-seed": 42, "delta": 1e-5, "noise-from": "seed"},
 }
 _MACHINE = {
-    **{"nproc-per-node": None, "replicas": 1, "device": None, "param-dtype": "float32"},
+    **{"nproc-per-node": None, "replicas": 1, "device": None, "param-dtype": None},
     **{"plan": "auto", "reference-dtype": "float64"},
 }
 _NODES = {"nnodes": 1, "node-rank": None, "rdzv-endpoint": None, "rdzv-timeout": 600.0}
@@ -59,7 +59,7 @@ _STORE = {"tracking-uri": None, "config": None}
 _PLACES = {**_STORE, "spool": None, "offline": False}
 _KEPT = {**_PLACES, "group": None, "layer-norms": "all", "log-ranks": None, "output": None}
 _SUITE = {
-    **{**_WHAT, "regime": None, "seq-length": 64, "batch-size": 2},
+    **{**_WHAT, "regime": None, "seq-length": None, "batch-size": 2},
     **{**_MODEL, **_TRAINING, **_MACHINE, **_NODES, **_KEPT},
 }
 PUBLIC = {
@@ -137,6 +137,61 @@ def test_values_of_every_type_arrive() -> None:
     assert again.training.num_iter == 4
     assert parsed("compare", "a", "b", "--no-png")["group_b"] == "b"
     assert parsed("sync")["group"] is None
+
+
+def test_known_variables_stand_for_options_that_are_not_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans: list[tuple[GroupPlan, str]] = []
+    monkeypatch.setattr(launch, "show_plan", lambda plan: plans.append((plan, plan.command)))
+    values = {"SIGMA": "0.5", "MAX_GRAD_NORM": "7", "NUM_ITER": "3", "RANDOM_SEED": "9"}
+    values |= {"MODEL_NAME": "gpt2-tiny", "SEQ_LENGTH": "8", "BATCH_SIZE": "5"}
+    # What has another meaning elsewhere, or none.
+    others = {"DEVICE": "tpu", "MODE": "x", "DATA": "x", "GROUP": "-", "LEARNING_RATE": ""}
+    for name, value in {**values, **others}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["single", "--mode", "flash", "--dry-run", "--sigma=2", "--batch-size", "1"]) == 0
+    (plan, command), told = plans[0], capsys.readouterr().out
+    job = plan.jobs[0]
+    run, data = job.regimes[0], job.data
+    assert (run.noise_multiplier, run.max_grad_norms, job.seed) == (2, (7, 7, 7), 9)
+    assert (job.model.name, data.seq_length, data.batch_size) == ("gpt2-tiny", 8, 1)
+    # The options won, and the command repeats the launch where no variable is set.
+    assert told == (
+        "From the environment: MODEL_NAME=gpt2-tiny, SEQ_LENGTH=8, NUM_ITER=3, MAX_GRAD_NORM=7, "
+        "RANDOM_SEED=9.\n"
+    )
+    for name in values:
+        monkeypatch.delenv(name)
+    assert main(command.removeprefix("dpsgd-track ").split()) == 0
+    assert replace(plans[1][0], command="") == replace(plan, command="")
+    monkeypatch.setenv("SEQ_LENGTH", "8,16")
+    assert main(["profile", "--mode", "flash", "--dry-run"]) == 0
+    assert {job.data.seq_length for job in plans[2][0].jobs} == {8, 16}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("NUM_ITER", "3.5", "NUM_ITER='3.5': expected an integer."),
+        ("SIGMA", "high", "SIGMA='high': expected a number."),
+        ("SIGMA", "-1", "sigma=-1.0: expected a number >= 0. From the environment: SIGMA=-1."),
+        ("BATCH_SIZE", "0", "expected an integer >= 1. From the environment: BATCH_SIZE=0."),
+        ("MODEL_NAME", "nix", "From the environment: MODEL_NAME=nix."),
+    ],
+)
+def test_a_bad_variable_is_refused_by_name_in_one_line(
+    variable: str,
+    value: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert main(["full", "--dry-run"]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert said in shown.err
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str, program: Program = INSTALLED) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,15 +102,22 @@ def test_the_table_says_of_opacus_what_its_adapter_says():
 
 
 def test_a_users_module_is_asked_in_a_process_of_its_own(modest, capfd):
-    modes = [f"{modest}:Modest", f"{modest}:quiet", f"{modest}:absent", "nowhere:Mine"]
+    modes = [f"{modest}:Modest", f"{modest}:quiet", "nowhere:Mine"]
     assert declined_demands(modes) == {
         modes[0]: (Demand.TIED_WEIGHTS, Demand.EMPTY_BATCHES, Demand.SEVERAL_RANKS),
         modes[1]: (Demand.GIVEN_NOISE,),
-        # Their workers say that they cannot be had.
+        # Its worker says that it cannot be had.
         modes[2]: (),
-        modes[3]: (),
     }
     assert "talks" not in "".join(capfd.readouterr())
+
+
+def test_a_mode_that_its_module_does_not_have_is_refused_before_anything_starts(modest):
+    for absent, near in (("Modesty", " Did you mean 'Modest'?"), ("__name__", "")):
+        said = f"mode='{modest}:{absent}': expected package.module:factory. "
+        said += f"{modest} has no callable '{absent}'.{near}"
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            planned.plan("quick", "--mode", f"no_dp,{modest}:{absent}")
 
 
 def test_what_a_mode_declines_is_left_out_of_the_plan_and_told(modest):

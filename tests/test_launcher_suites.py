@@ -176,6 +176,26 @@ def test_ranks_follow_the_visible_gpus(monkeypatch):
         suite("quick", "--nproc-per-node", "5")
 
 
+def test_full_on_gpus_is_the_published_accuracy_test_unless_something_else_is_chosen(monkeypatch):
+    def settings(*argv):
+        job = suite("full", *argv).jobs[1]
+        accuracy, data = job.regimes[0], job.data
+        assert (accuracy.name, job.seed, data.batch_size) == ("accuracy", 42, 2)
+        assert (accuracy.noise_multiplier, accuracy.max_grad_norms[0]) == (0.01, 10000)
+        dtype = job.performance.param_dtype
+        return job.model.name, data.seq_length, accuracy.num_iter, dtype
+
+    assert settings() == ("llama-tiny", 64, 10, "float32")
+    monkeypatch.setattr(choices, "count_gpus", lambda: 2)
+    assert settings() == ("llama-3.2-1b", 1024, 5, "bfloat16")
+    assert settings("--device", "cpu") == ("llama-tiny", 64, 10, "float32")
+    # A model of 512 positions has the longest samples that it takes.
+    assert settings("--model-name", "llama-tiny") == ("llama-tiny", 512, 5, "bfloat16")
+    chosen = ("--seq-length", "64", "--num-iter", "10", "--param-dtype", "float32")
+    assert settings(*chosen) == ("llama-3.2-1b", 64, 10, "float32")
+    assert suite("quick").jobs[0].performance.param_dtype == "float32"
+
+
 @pytest.mark.parametrize(
     ("visible", "count"), [(None, 2), ("", 0), ("1", 1), ("0,1,2", 2), ("-1", 0), ("GPU-ab", 1)]
 )

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from dpsgd_track.comparison import GroupComparison, compare_group
 from dpsgd_track.config import PROBE_ACCURACY, PROBE_CLIP, Thresholds
+from dpsgd_track.record.run import ModeRun
 from dpsgd_track.report import png
 from dpsgd_track.report.charts import ZERO, figures
 from dpsgd_track.report.drift_document import DRIFT
@@ -115,6 +116,34 @@ def test_losses_and_times_are_quoted_from_the_users_own_model() -> None:
     main = main_regime(probe_alone)
     assert main is not None
     assert main.name == PROBE_ACCURACY
+
+
+def test_the_summary_has_the_known_tests_analysis_over_all_modes_of_its_regime() -> None:
+    def moved(mode: str, loss: float, norm: float) -> ModeRun:
+        record = put(trajectory(), "grad_norm", norm)
+        return mode_run(mode, record=put(record, "loss", loss, -1))
+
+    runs = [
+        moved("no_dp", 2.0, 4.0),
+        moved("flash_fsdp", 2.5, 4.0),
+        moved("reference", 3.0, 7.0),
+        # A replay is no mode, and another regime's losses are no accuracy test's.
+        replace(moved("no_dp", 9.0, 9.0), replay="permuted"),
+        mode_run("ghost_fsdp", "clip", put(trajectory(noise_std=0.0), "loss", 99.0)),
+    ]
+    text = summary(compared(runs))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    at = lines.index("CONSISTENCY ANALYSIS")
+    assert "no_dp 2.000000 4.000000 FINISHED" in lines[:at]
+    assert lines[at + 1 : at + 4] == [
+        "Final loss: mean 2.500000 std 0.408248 max diff 1.000000",
+        "Average gradient norm: mean 5.000000 std 1.414214 max diff 3.000000",
+        "",
+    ]
+    for value, shown in ((np.nan, "mean nan std nan max diff nan"), (np.inf, "mean inf std nan")):
+        assert f"Final loss: {shown}" in " ".join(
+            summary(compared([moved("no_dp", 2.0, 4.0), moved("flash", value, 4.0)])).split()
+        )
 
 
 @pytest.fixture(scope="module")

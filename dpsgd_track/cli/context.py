@@ -48,7 +48,9 @@ class Context:
 
     verb: str
     arguments: Sequence[str] = ()
-    """Arguments after the verb."""
+    """Arguments after the verb, with those that environment variables stand for."""
+    from_environment: str = ""
+    """Sentence on the settings that came from environment variables; empty if none did."""
     check_inputs: InputCheck = check_inputs
     chosen_launch: Launch | None = field(default=None)
     """Launch settings of workers; None for the default."""
@@ -64,6 +66,11 @@ class Context:
         from dpsgd_track.launcher.process_group import Launch
 
         return self.chosen_launch or Launch(worker_module=_WORKER)
+
+    def tell_environment(self) -> None:
+        """Say which settings came from the environment, if any did."""
+        if self.from_environment:
+            say(self.from_environment)
 
     def complain(self, error: object, code: int) -> int:
         """Print the error on one line; returns `code`, the exit code."""

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpsgd_track.cli.variables import VARIABLES
 from dpsgd_track.program import command
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def _meaning(argument: Argument, *, is_whole: bool) -> str:
     default = "" if argument.required else _default(argument.field_info.default)
     if default and "default:" not in first:
         first = f"{first} (default: {default})"
+    if is_whole and argument.name in VARIABLES:
+        more.append(f"Where it is not given, {VARIABLES[argument.name]} in the environment counts")
     return ". ".join([first, *more]) if is_whole else first
 
 

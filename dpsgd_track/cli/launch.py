@@ -48,6 +48,7 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     """
     plan = plan_of(asked, context.check_inputs, context.command)
     check_planted(plan)
+    context.tell_environment()
     _tell_uncommitted(plan)
     for each in plan.left_out:
         say(f"{each.sentence}.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cyclopts import CycloptsError
@@ -16,6 +18,7 @@ from dpsgd_track.cli.help import HELP, HELP_ALL, overview, page
 from dpsgd_track.cli.lasting_output import lasting_output
 from dpsgd_track.cli.options import parser_of
 from dpsgd_track.cli.parse_errors import sentence
+from dpsgd_track.cli.variables import Variables
 from dpsgd_track.cli.verbs import VERBS, Verb
 from dpsgd_track.config import nearest
 from dpsgd_track.launcher import EXIT_FINISHED, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE
@@ -75,8 +78,9 @@ def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) 
 
 
 def _run(verb: Verb, context: Context) -> int:
+    variables = Variables(os.environ)
     try:
-        parser = parser_of(verb.run)
+        parser = parser_of(verb.run, variables)
         for flag in (*HELP, HELP_ALL):
             if flag in context.arguments:
                 print(page(verb, parser, is_whole=flag == HELP_ALL))
@@ -84,12 +88,17 @@ def _run(verb: Verb, context: Context) -> int:
         _, bound, _ = parser.parse_args(
             context.arguments, exit_on_error=False, print_error=False, verbose=False
         )
+        context = replace(
+            context,
+            arguments=[*variables.options, *context.arguments],
+            from_environment=variables.sentence,
+        )
         return verb.run(*bound.args, **bound.kwargs, called=context)
     except CycloptsError as error:
         parsers = {each.name: parser_of(each.run) for each in VERBS.values()}
         return context.complain(sentence(error, verb.name, parsers), EXIT_USAGE)
     except ValueError as error:
-        return context.complain(error, EXIT_USAGE)
+        return context.complain(f"{error} {variables.sentence}", EXIT_USAGE)
     # No verb exits by itself: what a library or a user's module exits with is no verdict.
     except (Exception, SystemExit) as error:
         return _keep_traceback(error, context)

@@ -21,6 +21,7 @@ from typing import Annotated, Any, get_args
 from cyclopts import App, CoercionError, Group, Parameter, Token, convert
 
 from dpsgd_track.cli.compare_options import CompareChoices
+from dpsgd_track.cli.variables import Variables
 from dpsgd_track.config import DrawsConfig
 from dpsgd_track.launcher.choices import (
     DataChoices,
@@ -57,12 +58,17 @@ FLAT = Parameter(name="*")
 """Marks a dataclass whose fields are options."""
 
 
-def parser_of(verb: Callable[..., int]) -> App:
-    """The parser of a function whose parameters are the classes below, and positional arguments."""
+def parser_of(verb: Callable[..., int], variables: Variables | None = None) -> App:
+    """The parser of a function whose parameters are the classes below, and positional arguments.
+
+    Args:
+        variables: source of options that are not given (default: none).
+    """
     each = Parameter(
         negative=(), name_transform=_option_name, converter=_value, allow_repeating=True
     )
-    parser = App(default_parameter=each, help_flags=(), version_flags=())
+    config = () if variables is None else (variables,)
+    parser = App(default_parameter=each, help_flags=(), version_flags=(), config=config)
     parser.default(verb)
     return parser
 

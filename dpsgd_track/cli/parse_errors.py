@@ -68,8 +68,9 @@ def _missing(argument: Argument) -> str:
 def _unlike(argument: Argument, error: CoercionError) -> str:
     if argument.hint is bool:
         return f"{argument.name}: expected no value, as giving it turns it on."
-    got = error.token.value if error.token else argument.tokens[-1].value
-    return f"{argument.name}={got!r}: expected {_kind(argument)}."
+    token = error.token or argument.tokens[-1]
+    # The name of the option, or of the variable that stood for it.
+    return f"{token.keyword or argument.name}={token.value!r}: expected {_kind(argument)}."
 
 
 def _kind(argument: Argument) -> str:

@@ -105,6 +105,7 @@ def _check(
 ) -> int:
     from dpsgd_track.cli.check import check_module
 
+    called.tell_environment()
     return check_module(module, options.what)
 
 

@@ -122,7 +122,8 @@ class ModelChoices(ModelConfig):
     """Choice of the model."""
 
     name: str = ""
-    """Preset, local folder or hub id (default: minilm in quick, else llama-tiny)."""
+    """Preset, local folder or hub id (default: the suite's). minilm in quick, llama-3.2-1b in full
+    on cuda, else llama-tiny."""
     token: str | None = None
     """TOKEN: access token of the hub, handed to workers as HF_TOKEN and written nowhere (default:
     HF_TOKEN). Setting HF_TOKEN keeps it out of the process list as well."""
@@ -145,14 +146,24 @@ class DataChoices(DataConfig):
     source: str = ""
     """synthetic, public-domain, or a .jsonl or .csv file (default: public-domain for minilm, else
     synthetic)."""
+    # None where it was not chosen, which no configuration is.
+    seq_length: int | None = None  # type: ignore[assignment]
+    """Tokens in a sample, padding included (default: the suite's). 64, but in full on cuda 1024, or
+    the model's limit if that is lower."""
 
     def __post_init__(self) -> None:
         """Defer checks to the configuration, once the source is known."""
 
-    def config(self, model_name: str) -> DataConfig:
-        """The configuration of the data, by default those that suit the model."""
+    def config(self, model_name: str, seq_length: int) -> DataConfig:
+        """The configuration of the data, by default those that suit the model.
+
+        Args:
+            seq_length: used unless one was chosen.
+        """
         default = MINILM_DATA if model_name == MINILM else SYNTHETIC
-        return DataConfig(**{**_as(DataConfig, self), "source": self.source or default})
+        length = seq_length if self.seq_length is None else self.seq_length
+        chosen = {"source": self.source or default, "seq_length": length}
+        return DataConfig(**{**_as(DataConfig, self), **chosen})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +171,8 @@ class TrainingChoices:
     """Training settings."""
 
     num_iter: int | None = None
-    """Recorded steps (default: 5 in quick, else 10). Those of the accuracy and train regimes; the
-    others have fixed numbers of steps."""
+    """Recorded steps (default: the suite's). 5 in quick and in full on cuda, else 10. They are
+    those of the accuracy and train regimes; the others have fixed numbers of steps."""
     warmup_iter: int | None = None
     """Discarded steps before the recorded ones (default: 1 on cuda, else 0)."""
     micro_batches: int | None = None
@@ -197,23 +208,33 @@ class MachineChoices(PerformanceConfig):
 
     device: str = ""
     """cpu or cuda (default: cuda if there is one)."""
+    param_dtype: str = ""
+    """float32 or bfloat16 (default: the suite's). bfloat16 in full on cuda, else float32. It is the
+    compute type of forward and backward; master weights and reductions are float32."""
     nproc_per_node: int | None = None
     """Ranks on each machine (default: one per GPU, or 2 on cpu). Each is one process."""
 
     def __post_init__(self) -> None:
         """Defer checks to the configuration, once the device is known."""
 
-    def config(self) -> tuple[int, PerformanceConfig]:
+    def config(self, gpu_dtype: str) -> tuple[int, PerformanceConfig]:
         """Ranks on this machine, and their performance settings.
+
+        Args:
+            gpu_dtype: compute type on cuda, unless one was chosen.
 
         Raises:
             ValueError: the machine has no such device, or too few.
         """
         num_gpus = count_gpus() if self.device != "cpu" else 0
         device = self.device or ("cuda" if num_gpus else "cpu")
-        performance = PerformanceConfig(**{**_as(PerformanceConfig, self), "device": device})
-        default = num_gpus if device == "cuda" else CPU_RANKS
-        num_ranks = default if self.nproc_per_node is None else self.nproc_per_node
+        dtype = self.param_dtype or (
+            gpu_dtype if device == "cuda" else PerformanceConfig.param_dtype
+        )
+        chosen = {"device": device, "param_dtype": dtype}
+        performance = PerformanceConfig(**{**_as(PerformanceConfig, self), **chosen})
+        per_node = num_gpus if device == "cuda" else CPU_RANKS
+        num_ranks = per_node if self.nproc_per_node is None else self.nproc_per_node
         if device == "cuda":
             advice = "Use --device cpu."
             require(num_gpus > 0, "device", device, "cpu, as no GPU is visible", advice)

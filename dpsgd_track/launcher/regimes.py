@@ -26,11 +26,10 @@ from dpsgd_track.config import (
 )
 from dpsgd_track.demands import Demand, model_demands
 from dpsgd_track.launcher.choices import TrainingChoices
+from dpsgd_track.launcher.recipe import recipe_of
 from dpsgd_track.modes import table
 from dpsgd_track.record.plan import Suite
 
-NUM_ITER, QUICK_NUM_ITER = 10, 5
-"""Recorded steps of the other regimes, by default."""
 PROFILE_WARMUP_ITER = 3
 CLIP_NUM_ITER = 4
 """Least steps of the clip regime: two clip some samples, two all; more do so in turn."""
@@ -84,10 +83,10 @@ def regimes_of(
     )
 
 
-def num_iter(suite: Suite, training: TrainingChoices) -> int:
+def num_iter(suite: Suite, training: TrainingChoices, device: str) -> int:
     """Recorded steps of the regimes whose number of steps the user chooses."""
-    default = QUICK_NUM_ITER if suite is Suite.QUICK else NUM_ITER
-    return default if training.num_iter is None else training.num_iter
+    chosen = training.num_iter
+    return recipe_of(suite, device).num_iter if chosen is None else chosen
 
 
 def _all(suite: Suite, training: TrainingChoices, device: str) -> Iterator[RegimeConfig]:
@@ -95,7 +94,7 @@ def _all(suite: Suite, training: TrainingChoices, device: str) -> Iterator[Regim
     by_device = int(device == "cuda")
     chosen = training.warmup_iter
     warmup = by_device if chosen is None else chosen
-    steps = num_iter(suite, training)
+    steps = num_iter(suite, training, device)
     trained = RegimeConfig(
         name=TRAIN,
         num_iter=steps,

@@ -31,7 +31,6 @@ from dpsgd_track.config import (
     require_one_of,
 )
 from dpsgd_track.launcher.choices import (
-    MINILM,
     DataChoices,
     GroupChoices,
     MachineChoices,
@@ -49,12 +48,12 @@ from dpsgd_track.launcher.entrants import (
 )
 from dpsgd_track.launcher.placement import Placement
 from dpsgd_track.launcher.profile_order import profile_jobs, with_baselines
+from dpsgd_track.launcher.recipe import Recipe, recipe_of
 from dpsgd_track.launcher.regimes import (
     CHOOSABLE,
     ORDERED,
     SUITE_REGIMES,
     is_run,
-    num_iter,
     regimes_of,
 )
 from dpsgd_track.launcher.variants import (
@@ -69,6 +68,7 @@ from dpsgd_track.modes import table
 from dpsgd_track.record.environment import environment
 from dpsgd_track.record.names import GOLDEN_SUFFIXES
 from dpsgd_track.record.plan import GroupPlan, Suite
+from dpsgd_track.training.model_source import resolve_model
 from dpsgd_track.training.text_source import population_of
 
 _SUITE_MODES = {Suite.QUICK: table.QUICK, Suite.FULL: table.FULL, Suite.PROFILE: table.FULL}
@@ -109,11 +109,11 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
     variants = read_variants(asked.what.variant)
     installed = check_of_opacus(modes, variants)
     of_variants = _modes_of_variants(asked, variants, modes)
-    num_local_ranks, performance = asked.machine.config()
+    num_local_ranks, performance = asked.machine.config(recipe_of(asked.suite, "cuda").param_dtype)
     num_nodes = asked.nodes.config().num_nodes
     num_ranks = num_local_ranks * num_nodes
     _check_plan(performance.plan, modes)
-    model, data = _model_and_data(asked)
+    model, data = _model_and_data(asked, recipe_of(asked.suite, performance.device))
     shapes = _shapes(asked.what, data)
 
     if asked.suite is Suite.PROFILE:
@@ -235,11 +235,14 @@ def _integers(setting: str, given: Sequence[str]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, texts)))
 
 
-def _model_and_data(asked: Asked) -> tuple[ModelConfig, DataConfig]:
+def _model_and_data(asked: Asked, recipe: Recipe) -> tuple[ModelConfig, DataConfig]:
     if asked.suite is Suite.FAULTS:
         return PROBE_MODEL, PROBE_DATA
-    model = asked.model.config(MINILM if asked.suite is Suite.QUICK else "llama-tiny")
-    return model, asked.data.config(model.name)
+    model = asked.model.config(recipe.model_name)
+    length = recipe.seq_length
+    if asked.data.seq_length is None and length > DataConfig.seq_length:
+        length = min(length, resolve_model(model).max_seq_length() or length)
+    return model, asked.data.config(model.name, length)
 
 
 def _modes_of_variants(
@@ -367,7 +370,7 @@ def _check_numbers(asked: Asked) -> None:
         least, advice = 2, "Every second step is tracked, the others are not."
         require(asked.what.rounds >= 1, "rounds", asked.what.rounds, "an integer >= 1")
         asked.what.limits()
-    is_enough = num_iter(asked.suite, chosen) >= least
+    is_enough = chosen.num_iter is None or chosen.num_iter >= least
     require(is_enough, "num_iter", chosen.num_iter, f"an integer >= {least}", advice)
     count = chosen.micro_batches
     require(count is None or count >= 1, "micro_batches", count, "an integer >= 1")

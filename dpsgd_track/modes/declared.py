@@ -1,7 +1,7 @@
-"""Prints what users' modes decline: `python -m dpsgd_track.modes.declared MODE...`.
+"""Prints what users' modes decline, and which are not there.
 
-A program of its own: a user's module may print, take long or claim a GPU when it is imported, none
-of which shall happen to a launcher.
+`python -m dpsgd_track.modes.declared MODE...` is a program of its own: a user's module may print,
+take long or claim a GPU when it is imported, none of which shall happen to a launcher.
 """
 
 from __future__ import annotations
@@ -10,13 +10,24 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from dpsgd_track.config import nearest
 from dpsgd_track.demands import Demand, declined_by
 from dpsgd_track.modes.table import factory_of
 
 
-def parsed(output: str) -> dict[str, tuple[Demand, ...]]:
-    """Demands that each mode declines, from what `main` printed; empty if it did not end."""
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """What a user's module says of a mode."""
+
+    declined: tuple[Demand, ...] = ()
+    problem: str = ""
+    """Why its module has no such mode, in a sentence; empty if it has."""
+
+
+def parsed(output: str) -> dict[str, Declared]:
+    """What was declared of each mode, from what `main` printed; empty if it did not end."""
     lines = output.splitlines()
     try:
         found = json.loads(lines[-1]) if lines else {}
@@ -24,21 +35,33 @@ def parsed(output: str) -> dict[str, tuple[Demand, ...]]:
         return {}
     if not isinstance(found, Mapping):
         return {}
-    return {mode: tuple(Demand[name] for name in names) for mode, names in found.items()}
+    return {
+        mode: Declared(declined=tuple(Demand[name] for name in names), problem=problem)
+        for mode, (names, problem) in found.items()
+    }
 
 
 def main(modes: Sequence[str]) -> None:
-    """Print a line of JSON: mode -> names of the demands that it declines."""
-    print("\n" + json.dumps({mode: [d.name for d in _declined(mode)] for mode in modes}))
+    """Print a line of JSON: mode -> (names of the demands that it declines, problem)."""
+    declared = {mode: _declared(mode) for mode in modes}
+    told = {
+        mode: ([d.name for d in each.declined], each.problem) for mode, each in declared.items()
+    }
+    print("\n" + json.dumps(told))
 
 
-def _declined(mode: str) -> tuple[Demand, ...]:
-    module, _, attribute = factory_of(mode).partition(":")
+def _declared(mode: str) -> Declared:
+    name, _, attribute = factory_of(mode).partition(":")
     try:
-        return declined_by(getattr(importlib.import_module(module), attribute))
+        module = importlib.import_module(name)
+        factory = getattr(module, attribute, None)
+        if not callable(factory):
+            near = nearest(attribute, [each for each in dir(module) if not each.startswith("_")])
+            return Declared(problem=f"{name} has no callable {attribute!r}. {near}".rstrip())
+        return Declared(declined=declined_by(factory))
     # Its worker comes to the same, and that is a failure with a place.
     except (Exception, SystemExit):
-        return ()
+        return Declared()
 
 
 if __name__ == "__main__":

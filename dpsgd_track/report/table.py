@@ -44,6 +44,8 @@ class Row:
     verdict: Verdict
     status: str
     """FINISHED, or the statuses of its unfinished runs."""
+    regime: str
+    """Regime of the loss, the gradient norm, the time and the memory; empty if it has no run."""
     final_loss: float | None
     mean_grad_norm: float | None
     drifts: Mapping[ObservableName, float | None]
@@ -119,6 +121,7 @@ def _row(comparison: GroupComparison, label: str, verdict: Verdict, runs: list[M
         label=label,
         verdict=verdict,
         status=", ".join(broken) or Status.FINISHED,
+        regime=run.regime if run else "",
         final_loss=float(trajectory.loss[-1]) if trajectory else None,
         mean_grad_norm=float(np.mean(trajectory.grad_norm)) if trajectory else None,
         drifts={name: _largest(comparison, label, runs, name) for name in DRIFT_COLUMNS},
@@ -135,6 +138,47 @@ def without_replays(table: Sequence[Row]) -> tuple[tuple[Row, ...], str]:
     many = "s" * (len(replays) != 1)
     said = f"The floor of rounding is that of {len(replays)} replay{many}: {', '.join(replays)}."
     return tuple(row for row in table if not row.is_floor), said if replays else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How far one number of all modes lies apart."""
+
+    mean: float
+    std: float
+    """Of all modes, not of a sample of them."""
+    max_diff: float
+    """Largest less smallest."""
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        """The spread of at least one value; NaN where one is."""
+        with np.errstate(invalid="ignore"):  # The difference of two infinities is NaN.
+            return Spread(
+                mean=float(np.mean(values)),
+                std=float(np.std(values)),
+                max_diff=float(np.ptp(values)),
+            )
+
+
+def spreads(comparison: GroupComparison) -> dict[str, Spread]:
+    """Spread of final loss and average gradient norm over the modes of the main regime.
+
+    Replays measure rounding and are no modes. Empty if no mode has a record in that regime.
+    """
+    main = main_regime(comparison)
+    modes = [
+        row for row in rows(comparison) if main and row.regime == main.name and not row.is_replay
+    ]
+    columns = {
+        "Final loss": [row.final_loss for row in modes],
+        "Average gradient norm": [row.mean_grad_norm for row in modes],
+    }
+    return {
+        name: Spread.of([value for value in column if value is not None])
+        for name, column in columns.items()
+        if column
+    }
 
 
 def _largest(

@@ -16,7 +16,15 @@ from dpsgd_track.report import history, profile_table
 from dpsgd_track.report.columns import in_columns
 from dpsgd_track.report.guarantee import guarantees
 from dpsgd_track.report.stages import headline, told
-from dpsgd_track.report.table import ABSENT, HEADINGS, consistency, rows, waived, without_replays
+from dpsgd_track.report.table import (
+    ABSENT,
+    HEADINGS,
+    consistency,
+    rows,
+    spreads,
+    waived,
+    without_replays,
+)
 from dpsgd_track.visible_text import visible
 
 if TYPE_CHECKING:
@@ -46,12 +54,17 @@ _FIRST_OF_PROFILE_TO_GO = ("tokens/s", "tracking", "peak GiB", "× memory", "B",
 
 def summary(comparison: GroupComparison) -> str:
     """The table of modes, the consistency analysis, and the verdict in sentences."""
-    table = [(row.label, row.cells[2], row.cells[3], row.status) for row in rows(comparison)]
+    modes, replays = without_replays(rows(comparison))
+    table = [
+        (row.label, _six(row.final_loss), _six(row.mean_grad_norm), row.status) for row in modes
+    ]
     lines = told(comparison)
     parts = [
         f"Group {comparison.group.name}",
         _columns(("mode", "final loss", "average gradient norm", "status"), table),
-        "Consistency analysis (differences over the steps)",
+        *_consistency_analysis(comparison),
+        *filter(None, (replays,)),
+        "Differences over the steps",
         _columns(("regime", "modes", "observable", "mean", "std", "max"), consistency(comparison))
         if any(regime.pairs for regime in comparison.regimes)
         else "Nothing to compare.",
@@ -66,6 +79,24 @@ def summary(comparison: GroupComparison) -> str:
         headline(comparison),
     ]
     return "\n\n".join(visible(part) for part in parts) + "\n"
+
+
+def _six(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.6f}"
+
+
+def _consistency_analysis(comparison: GroupComparison) -> list[str]:
+    """Two lines on how far final losses and average gradient norms of all modes lie apart."""
+    lines = [
+        (
+            f"{name}:",
+            f"mean {each.mean:.6f}",
+            f"std {each.std:.6f}",
+            f"max diff {each.max_diff:.6f}",
+        )
+        for name, each in spreads(comparison).items()
+    ]
+    return ["CONSISTENCY ANALYSIS\n" + "\n".join(in_columns(lines))] if lines else []
 
 
 def profile_summary(profile: Profile, group: Group) -> str:

@@ -34,6 +34,11 @@ class ModelSource:
         """True if the model comes with a tokenizer."""
         return self.path is not None
 
+    @property
+    def is_on_hub(self) -> bool:
+        """True if the model is named by a hub id."""
+        return self.path is not None and not Path(self.path).is_dir()
+
     def max_seq_length(self) -> int | None:
         """The model's limit; None if the network is needed to know it."""
         config = self.preset

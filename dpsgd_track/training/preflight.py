@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from dpsgd_track.config import (
     CAUSAL_LM,
     CLASSIFICATION,
@@ -13,6 +11,7 @@ from dpsgd_track.config import (
     ModelConfig,
     require,
 )
+from dpsgd_track.training.hub import check_hub_model
 from dpsgd_track.training.model_source import ModelSource, resolve_model
 from dpsgd_track.training.text_source import read_text
 
@@ -24,6 +23,8 @@ def check_inputs(model: ModelConfig, data: DataConfig) -> None:
         ValueError: they do not; the message says why.
     """
     source = resolve_model(model)
+    if source.is_on_hub:
+        check_hub_model(model.name)
     limit = source.max_seq_length()
     require(
         limit is None or data.seq_length <= limit,
@@ -56,8 +57,7 @@ def check_inputs(model: ModelConfig, data: DataConfig) -> None:
 
 def _check_task(model: ModelConfig, source: ModelSource) -> None:
     """Raise unless the model has a head for its task; a hub id's is checked by its workers."""
-    is_at_hand = source.preset is not None or Path(source.path or "").is_dir()
-    if model.task == CLASSIFICATION or not is_at_hand:
+    if model.task == CLASSIFICATION or source.is_on_hub:
         return
     # Only transformers knows the heads of a model, and it takes seconds to import.
     from dpsgd_track.training.model import check_task, load_config
