@@ -111,9 +111,7 @@ class SuiteOptions(Asked):
     suite: Annotated[Suite, Parameter(parse=False)] = Suite.QUICK
     what: Annotated[ModeChoices, _WHAT] = field(default_factory=ModeChoices)
     dry: Annotated[DryRun, _WHAT] = field(default_factory=DryRun)
-    model: Annotated[ModelChoices, _without(_DATA, "num_labels")] = field(
-        default_factory=ModelChoices
-    )
+    model: Annotated[ModelChoices, _DATA] = field(default_factory=ModelChoices)
     data: Annotated[DataChoices, _DATA] = field(default_factory=DataChoices)
     training: Annotated[TrainingChoices, _TRAINED] = field(default_factory=TrainingChoices)
     draws: Annotated[DrawsConfig, _TRAINED] = field(default_factory=DrawsConfig)

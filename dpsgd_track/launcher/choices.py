@@ -122,7 +122,8 @@ class ModelChoices(ModelConfig):
     """Choice of the model."""
 
     name: str = ""
-    """Preset, local folder or hub id (default: minilm in quick, else llama-tiny)."""
+    """Preset, local folder, hub id or package.module:build_model (default: minilm in quick, else
+    llama-tiny)."""
     token: str | None = None
     """TOKEN: access token of the hub, handed to workers as HF_TOKEN and written nowhere (default:
     HF_TOKEN). Setting HF_TOKEN keeps it out of the process list as well."""
@@ -143,8 +144,8 @@ class DataChoices(DataConfig):
     """Choice of the data."""
 
     source: str = ""
-    """synthetic, public-domain, or a .jsonl or .csv file (default: public-domain for minilm, else
-    synthetic)."""
+    """synthetic, public-domain, a .jsonl or .csv file, or a folder of images in a folder for each
+    class (default: public-domain for minilm, else synthetic)."""
 
     def __post_init__(self) -> None:
         """Defer checks to the configuration, once the source is known."""
