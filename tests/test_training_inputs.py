@@ -155,7 +155,9 @@ def test_every_rank_cuts_as_many_micro_batches_with_the_same_inputs_and_types() 
 
 
 def test_poisson_sampling_draws_from_all_rows_of_a_text() -> None:
-    assert population_of(DataConfig(source="public-domain", sampling="poisson"), CLASSIFICATION) == 64
+    assert (
+        population_of(DataConfig(source="public-domain", sampling="poisson"), CLASSIFICATION) == 64
+    )
     assert population_of(DataConfig(sampling="poisson", dataset_size=7), CLASSIFICATION) == 7
     assert population_of(DataConfig(), CLASSIFICATION) is None
 
@@ -213,7 +215,10 @@ def test_a_masked_model_is_asked_for_what_was_masked_and_for_nothing_else() -> N
         assert 1 <= asked.sum() == max(1, round(0.15 * whole.inputs["attention_mask"].sum()))
         assert sample.target[asked].tolist() == whole.inputs["input_ids"][asked].tolist()
         assert set(sample.inputs["input_ids"][asked]) == {96}
-        assert sample.inputs["input_ids"][~asked].tolist() == whole.inputs["input_ids"][~asked].tolist()
+        assert (
+            sample.inputs["input_ids"][~asked].tolist()
+            == whole.inputs["input_ids"][~asked].tolist()
+        )
         shares.append(np.flatnonzero(asked).tolist())
         assert masked.sample(index).digest() == sample.digest() != whole.digest()
     assert len(set(map(str, shares))) > 45, "each sample has its own places"

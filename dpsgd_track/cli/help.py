@@ -27,7 +27,15 @@ _SELDOM = frozenset(
     f"--{name}"
     for name in (
         *("vocab-size", "num-labels", "token", "task", "dropout", "gradient-checkpointing"),
-        *("padding", "ragged", "sampling", "dataset-size", "image-size", "micro-batches", "clipping"),
+        *(
+            "padding",
+            "ragged",
+            "sampling",
+            "dataset-size",
+            "image-size",
+            "micro-batches",
+            "clipping",
+        ),
         *("learning-rate", "optimizer", "noise-from"),
         *("delta", "reference-dtype", "replicas", "plan", "layer-norms", "log-ranks", "nnodes"),
         *("node-rank", "rdzv-endpoint", "rdzv-timeout", "rounds", "config", "spool", "warmup-iter"),

@@ -21,7 +21,7 @@ from typing import Annotated, Any, get_args
 from cyclopts import App, CoercionError, Group, Parameter, Token, convert
 
 from dpsgd_track.cli.compare_options import CompareChoices
-from dpsgd_track.config import DrawsConfig
+from dpsgd_track.config import CLASSIFICATION, DrawsConfig
 from dpsgd_track.launcher.choices import (
     DataChoices,
     FaultChoices,
@@ -176,12 +176,32 @@ class CheckOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WhyChoices:
+    """The model whose layers are told of."""
+
+    why: str = ""
+    """MODEL: instead of the modes, list the layers of a model as --model-name takes it, how their
+    per-sample gradients are formed, and at what cost (default: none)."""
+    task: str = CLASSIFICATION
+    """Prediction task of the model, as for a launch."""
+    seq_length: int = 16
+    """Tokens in a sample of the step that is taken."""
+    image_size: int | None = None
+    """Height and width of an image in pixels (default: the model's own, else 224)."""
+    vocab_size: int | None = None
+    """Tokens in the vocabulary of a preset, or of your own model (default: its own)."""
+    num_labels: int = 2
+    """Classes, where the task has classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModesOptions:
     """Options of modes."""
 
     what: Annotated[ModeChoices, _without(_WHAT, "mode", "regime", "accuracy_test")] = field(
         default_factory=ModeChoices
     )
+    model: Annotated[WhyChoices, _DATA] = field(default_factory=WhyChoices)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,7 @@ from dpsgd_track.training.text_source import read_text
 MASKED_FRACTION = 0.15
 """Fraction of a sample's tokens that a masked language model has to predict."""
 
+
 class Texts(Protocol):
     """An endless sequence of texts, by global index."""
 

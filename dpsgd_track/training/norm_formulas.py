@@ -139,8 +139,9 @@ class LayerCalls:
     def _padding(self) -> Tensor | None:
         """[T] positions of padding, by the first embedding that has a row for it."""
         for module, _, x, _ in self._calls:
-            has_padding = isinstance(module, nn.Embedding) and module.padding_idx is not None
-            if has_padding and not x.is_floating_point():
+            if x.is_floating_point() or not isinstance(module, nn.Embedding):
+                continue
+            if module.padding_idx is not None:
                 return (x == module.padding_idx).flatten().cpu()
         return None
 

@@ -14,9 +14,7 @@ from dpsgd_track.config import require
 _FORM = "package.module:build_model, a function without arguments that returns a torch.nn.Module"
 
 
-def build_own(
-    factory: str, *, seed: int, device: torch.device, keeps_dropout: bool
-) -> nn.Module:
+def build_own(factory: str, *, seed: int, device: torch.device, keeps_dropout: bool) -> nn.Module:
     """The model of a user's function. Weights that it draws depend on the seed alone.
 
     Args:

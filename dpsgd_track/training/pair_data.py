@@ -126,7 +126,7 @@ class PairSamples:
 
 def start_token_of(built: Any, pad_token: int) -> int:
     """First token that a model's decoder reads; the padding token where the model names none."""
-    for settings in (built.config, getattr(built, "generation_config", None)):
+    for settings in (getattr(built, "config", None), getattr(built, "generation_config", None)):
         token = getattr(settings, "decoder_start_token_id", None)
         if isinstance(token, int):
             return token

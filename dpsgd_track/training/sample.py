@@ -60,7 +60,10 @@ class Sample:
 class Samples(Protocol):
     """An endless sequence of samples, by global index; a function of the seed."""
 
-    seed: int
+    @property
+    def seed(self) -> int:
+        """Seed of all samples."""
+        ...
 
     @property
     def num_tokens(self) -> int:

@@ -16,7 +16,6 @@ import torch
 from dpsgd_track.config import (
     CAUSAL_LM,
     MASKED_LM,
-    REGRESSION,
     SEQ2SEQ,
     SYNTHETIC,
     TAGGING,
@@ -25,7 +24,6 @@ from dpsgd_track.config import (
     require,
 )
 from dpsgd_track.privacy.batch import Batch
-from dpsgd_track.privacy.loss import LOSSES
 from dpsgd_track.training.data import (
     RankSampler,
     build_dataset,
@@ -60,15 +58,13 @@ def trial_batch(
     return sampler.rank_batch(0).batches[0]
 
 
-def check_fit(model: ModelConfig, data: DataConfig) -> None:
-    """Run the model once on synthetic samples.
+def check_fit(model: ModelConfig, data: DataConfig, built: torch.nn.Module) -> Batch:
+    """Run the model once on synthetic samples; returns them.
 
     Raises:
-        ValueError: it cannot be built, does not run on the samples of its task, or returns
-            something else than the logits of it.
+        ValueError: it does not run on the samples of its task, or returns something else than the
+            logits of it.
     """
-    num_labels = num_labels_of(model, data)
-    built = build_model(model, num_labels=num_labels, seed=0, device=torch.device("cpu"))
     batch = trial_batch(model, data, built)
     advice = "Choose another --task or --model-name."
     given = ", ".join(f"{name} {list(t.shape)}" for name, t in batch.inputs.items())
@@ -82,29 +78,35 @@ def check_fit(model: ModelConfig, data: DataConfig) -> None:
     except Exception as error:
         why = f"It raises {type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"task={model.task!r}: expected {allowed}. {why}. {advice}") from None
-    shape = _logits_shape(model, data, built, num_labels)
+    shape = _logits_shape(model, data, built)
     got = f"{model.name} returned logits of shape {list(logits.shape)}. {advice}"
     is_fit = list(logits.shape) == [_SAMPLES, *shape]
     require(is_fit, "task", model.task, f"logits of shape {[_SAMPLES, *shape]}", got)
-    LOSSES[model.task](logits, batch.targets)
+    return batch
 
 
-def _logits_shape(
-    model: ModelConfig, data: DataConfig, built: torch.nn.Module, num_labels: int
-) -> list[int]:
+def build_on_cpu(model: ModelConfig, data: DataConfig) -> torch.nn.Module:
+    """The model on the CPU, with weights of the seed 0."""
+    num_labels = num_labels_of(model, data)
+    return build_model(model, num_labels=num_labels, seed=0, device=torch.device("cpu"))
+
+
+def _logits_shape(model: ModelConfig, data: DataConfig, built: torch.nn.Module) -> list[int]:
     """Shape of one sample's logits."""
+    num_labels = num_labels_of(model, data)
     if model.task in (CAUSAL_LM, MASKED_LM, SEQ2SEQ):
         return [data.seq_length, vocab_size_of(model, built)]
     if model.task == TAGGING:
         return [data.seq_length, num_labels]
-    return [1 if model.task == REGRESSION else num_labels]
+    return [num_labels]
 
 
 def main() -> None:
     """Print the sentence that refuses the model, or an empty line."""
     asked = json.loads(sys.stdin.read())
     try:
-        check_fit(ModelConfig(**asked["model"]), DataConfig(**asked["data"]))
+        model, data = ModelConfig(**asked["model"]), DataConfig(**asked["data"])
+        check_fit(model, data, build_on_cpu(model, data))
         sentence = ""
     except ValueError as error:
         sentence = " ".join(str(error).split())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dpsgd_track.config import (
     IMAGES,
     POISSON,
@@ -19,7 +21,11 @@ from dpsgd_track.training.text_source import LabelledText, read_text
 
 Source = LabelledText | TaggedText | TextPairs | LabelledImages
 
-_READERS = {IMAGES: read_images, TAGGING: read_tagged, SEQ2SEQ: read_pairs}
+_READERS: dict[str, Callable[[str], Source]] = {
+    IMAGES: read_images,
+    TAGGING: read_tagged,
+    SEQ2SEQ: read_pairs,
+}
 """Readers of tasks; the others read labelled text."""
 
 
@@ -29,9 +35,7 @@ def read_source(source: str, task: str) -> Source:
     Raises:
         ValueError: it is missing, malformed, or of another kind.
     """
-    reader = _READERS.get(task, read_text)
-    read: Source = reader(source)
-    return read
+    return _READERS.get(task, read_text)(source)
 
 
 def population_of(data: DataConfig, task: str) -> int | None:
