@@ -273,7 +273,7 @@ class DataConfig:
     """`synthetic`, a bundled corpus's name, a path to a .jsonl or .csv file, or a folder with one
     folder of images for each class."""
     seq_length: int = 64
-    """Tokens in a sample, padding included; in its source and in its target in seq2seq."""
+    """Tokens in a sample, padding included. In seq2seq, of its source and of its target each."""
     batch_size: int = 2
     """Samples in a micro-batch of a rank. With Poisson sampling, an upper bound."""
     padding: str = "right"

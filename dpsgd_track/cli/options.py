@@ -180,16 +180,16 @@ class WhyChoices:
     """The model whose layers are told of."""
 
     why: str = ""
-    """MODEL: instead of the modes, list the layers of a model as --model-name takes it, how their
-    per-sample gradients are formed, and at what cost (default: none)."""
+    """MODEL: list the layers of a model, which --model-name takes, instead (default: none). Each
+    with the way to its per-sample gradients and their cost, or why it is refused."""
     task: str = CLASSIFICATION
-    """Prediction task of the model, as for a launch."""
+    """Task of the model, as for a launch."""
     seq_length: int = 16
-    """Tokens in a sample of the step that is taken."""
+    """Tokens in a sample."""
     image_size: int | None = None
-    """Height and width of an image in pixels (default: the model's own, else 224)."""
+    """Pixels of a side of an image (default: the model's own, else 224)."""
     vocab_size: int | None = None
-    """Tokens in the vocabulary of a preset, or of your own model (default: its own)."""
+    """Tokens in the vocabulary (default: the model's own)."""
     num_labels: int = 2
     """Classes, where the task has classes."""
 

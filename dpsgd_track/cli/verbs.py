@@ -210,11 +210,10 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             name="modes",
-            summary="list the modes and those of a variant, or how a model's layers are clipped",
+            summary="list the modes, those of a variant, or the layers of a model",
             run=_modes,
             examples=("--variant fork=../opacus-fork", "--why my_package.models:build_model"),
-            notes="exit codes: 0 told, with --why: every layer is exact; 1 a layer is refused, 2 "
-            "usage, 70 internal",
+            notes="exit codes: 0 told, 1 --why found a layer that is refused, 2 usage, 70 internal",
         ),
         Verb(
             name="ui",

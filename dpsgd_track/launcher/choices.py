@@ -122,8 +122,9 @@ class ModelChoices(ModelConfig):
     """Choice of the model."""
 
     name: str = ""
-    """Preset, local folder, hub id or package.module:build_model (default: minilm in quick, else
-    llama-tiny)."""
+    """Preset, local folder or hub id (default: minilm in quick, else llama-tiny). Or
+    package.module:build_model, a function without arguments that returns a model of your own. A
+    folder without weights is built with random ones."""
     token: str | None = None
     """TOKEN: access token of the hub, handed to workers as HF_TOKEN and written nowhere (default:
     HF_TOKEN). Setting HF_TOKEN keeps it out of the process list as well."""
@@ -144,8 +145,10 @@ class DataChoices(DataConfig):
     """Choice of the data."""
 
     source: str = ""
-    """synthetic, public-domain, a .jsonl or .csv file, or a folder of images in a folder for each
-    class (default: public-domain for minilm, else synthetic)."""
+    """synthetic, public-domain, or a file or folder (default: public-domain for minilm, else
+    synthetic). A .jsonl or .csv file has text and label; for token-classification a .jsonl file has
+    tokens and labels, for seq2seq source and target; for image-classification a folder has one
+    folder of images for each class."""
 
     def __post_init__(self) -> None:
         """Defer checks to the configuration, once the source is known."""
