@@ -44,8 +44,8 @@ _MOST_BROADCAST = 3
 """Dimensions of size 1 that are tried between the samples' and the parameter's own."""
 
 Form = int | Course
-"""IN_PLACE, the number of dimensions of size 1 after the samples', LATE in a trial, or the course to
-where it meets the samples."""
+"""IN_PLACE, the number of dimensions of size 1 after the samples', LATE in a trial, or the course
+to where it meets the samples."""
 _Key = tuple[str, str]
 """A layer's fully qualified name, and the parameter's name in it."""
 
@@ -100,8 +100,8 @@ class SpreadParameters(CapturedLayer):
 
 
 def expanded(parameter: Tensor, num_samples: int, form: Form) -> Tensor:
-    """[B, ..., *parameter] in a form, without copies; [B, *parameter] for one that meets the samples
-    late."""
+    """[B, ..., *parameter] in a form, without copies; [B, *parameter] for one that meets the
+    samples late."""
     if isinstance(form, Course) or form == LATE:
         return parameter.expand(num_samples, *parameter.shape)
     if form == IN_PLACE:

@@ -29,14 +29,13 @@ EACH, MEET, MEET_GROUPS, PAIR = "each", "meet", "meet groups", "pair"
 tensors that have several rows of each sample, one after the other, in dimension 0; and one that
 runs for each sample on its row and its part of the other tensors."""
 
-_SIZES = frozenset(
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")
-    + ("is_cuda", "is_sparse", "is_nested", "is_quantized", "is_meta", "is_mps", "is_cpu")
-) | {
-    getattr(Tensor, name)
-    for name in ("size", "dim", "ndimension", "numel", "nelement", "__len__", "stride")
-    + ("is_floating_point", "is_complex", "element_size", "get_device")
+_PROPERTIES = "shape dtype device ndim layout requires_grad is_leaf is_cuda is_sparse is_meta"
+_METHODS = "size dim ndimension numel nelement __len__ stride element_size get_device"
+_TESTS = "is_floating_point is_complex"
+_SIZES = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
+    *(getattr(Tensor, name) for name in f"{_METHODS} {_TESTS}".split()),
+    *(getattr(torch, name) for name in _TESTS.split()),
 }
 """What tells of a tensor without its elements."""
 _PAIRED = frozenset((F.linear, F.embedding))
@@ -93,7 +92,7 @@ class SharedRows(Tensor):
     @staticmethod
     def __new__(cls, rows: Tensor, course: Course, path: str = "") -> SharedRows:
         # Without requires_grad: FSDP2 hooks what has it, and the rows have their own graph.
-        made: SharedRows = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: SharedRows = Tensor._make_wrapper_subclass(
             cls, rows.shape[1:], dtype=rows.dtype, device=rows.device
         )
         made.rows, made.course, made.path = rows, course, path or course.name
@@ -113,7 +112,7 @@ class SharedRows(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation on the rows, each alone or with its sample."""
-        kwargs = kwargs or {}
+        kwargs = {} if kwargs is None else kwargs
         if func in _SIZES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -141,7 +140,7 @@ class SharedRows(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Refuse what has not come through a function of torch, and would not see the rows."""
