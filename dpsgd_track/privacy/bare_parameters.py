@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, ParameterSlot
 from dpsgd_track.privacy.eval_mode import in_eval_mode
-from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.layers.inventory import Layer, holds_units
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows
 from dpsgd_track.privacy.trial import Reader, is_same_run, random_move
@@ -195,7 +195,10 @@ class _Trial:
         """Forms to try of a parameter."""
         fqn, local = key
         shape = self.capture.shapes[self.capture.captured[fqn].layer.names[local]]
-        return [*([IN_PLACE] if shape[:1] == (1,) else []), *range(_MOST_BROADCAST + 1), LATE]
+        forms = [*([IN_PLACE] if shape[:1] == (1,) else []), *range(_MOST_BROADCAST + 1)]
+        # Smaller modules run on copies as a whole, other uses of the parameters inside them too.
+        holds = holds_units(self.capture.model, self.capture.captured[fqn].module)
+        return [*forms, LATE] if holds else forms
 
     def is_random(self) -> bool:
         """True if two runs on the same parameters differ."""

@@ -340,15 +340,20 @@ class _MovingLate(_Moving):
 
     def replace_shared(self, output: Any) -> Any:
         """A row for each sample of a layer's output, if it has a course."""
-        if self.course is None or not isinstance(output, Tensor):
+        course = self.course
+        if course is None:
             return output
-        rows: Tensor = rows_of(output)
-        if rows is output:
-            rows = output.expand(self.num_samples, *output.shape)
-        moves = random_move(rows, len(self.dims))
-        if self.sample is not None:
-            return output + moves[self.sample]
-        return SharedRows(rows + moves, self.course)
+
+        def moved(x: Tensor) -> Tensor:
+            rows: Tensor = rows_of(x)
+            if rows is x:
+                rows = x.expand(self.num_samples, *x.shape)
+            moves = random_move(rows, len(self.dims)) if rows.is_floating_point() else rows * 0
+            if self.sample is not None:
+                return x + moves[self.sample]
+            return SharedRows(rows + moves, course)
+
+        return pytree.tree_map_only(Tensor, moved, output)
 
 
 def _sample_dim_of(x: Tensor, captured: CapturedLayer, num_samples: int) -> _SampleDim:
