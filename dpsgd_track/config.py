@@ -33,7 +33,10 @@ CLASSIFICATION = "sequence-classification"
 CAUSAL_LM = "causal-lm"
 MASKED_LM = "masked-lm"
 REGRESSION = "regression"
-TASKS = (CLASSIFICATION, CAUSAL_LM, MASKED_LM, REGRESSION)
+IMAGES = "image-classification"
+TAGGING = "token-classification"
+SEQ2SEQ = "seq2seq"
+TASKS = (CLASSIFICATION, CAUSAL_LM, MASKED_LM, REGRESSION, IMAGES, TAGGING, SEQ2SEQ)
 """Prediction tasks; `dpsgd_track.privacy.loss` holds the loss of each."""
 
 PADDINGS = ("right", "left")
@@ -201,13 +204,15 @@ class ModelConfig:
     """The model and the source of its weights."""
 
     name: str
-    """A preset (`llama-tiny`), a local folder, or a hub id (`org/model`)."""
+    """A preset (`llama-tiny`), a local folder, a hub id (`org/model`), or a function that returns
+    a model (`package.module:build_model`)."""
     vocab_size: int | None = None
-    """Tokens in a preset's vocabulary (default: the preset's own)."""
+    """Tokens in the vocabulary of a preset, or of your own model (default: its own)."""
     num_labels: int = 2
-    """Classes of the sequence classification head; not used by other tasks."""
+    """Classes of synthetic samples, where the task has classes."""
     task: str = CLASSIFICATION
-    """Prediction task: sequence-classification, causal-lm, masked-lm or regression."""
+    """Prediction task: sequence-classification, causal-lm, masked-lm, regression,
+    image-classification, token-classification or seq2seq."""
     dropout: bool = False
     """Keep the model's dropout rates, with the same masks in all modes."""
     gradient_checkpointing: bool = False
@@ -265,9 +270,10 @@ class DataConfig:
     """The samples of a run: source, shape and sampling."""
 
     source: str = SYNTHETIC
-    """`synthetic`, a bundled corpus's name, or a path to a .jsonl or .csv file."""
+    """`synthetic`, a bundled corpus's name, a path to a .jsonl or .csv file, or a folder with one
+    folder of images for each class."""
     seq_length: int = 64
-    """Tokens in a sample, padding included."""
+    """Tokens in a sample, padding included. In seq2seq, of its source and of its target each."""
     batch_size: int = 2
     """Samples in a micro-batch of a rank. With Poisson sampling, an upper bound."""
     padding: str = "right"
@@ -279,8 +285,12 @@ class DataConfig:
     dataset_size: int | None = None
     """Number of synthetic samples that Poisson sampling draws from (default: none). Text has its
     own number of rows."""
+    image_size: int | None = None
+    """Height and width of an image in pixels (default: the model's own, else 224)."""
 
     def __post_init__(self) -> None:
+        is_size = self.image_size is None or self.image_size >= 1
+        require(is_size, "image_size", self.image_size, "an integer >= 1")
         require(self.seq_length >= 1, "seq_length", self.seq_length, "an integer >= 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer >= 1")
         require_one_of("padding", self.padding, PADDINGS)

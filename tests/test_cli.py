@@ -87,13 +87,16 @@ PUBLIC = {
     },
 }
 """Every option that users have had since the first release, with its default."""
-ADDED = {verb: {"dry-run": False} for verb in ("quick", "full", "single", "profile", "faults")}
+_SHAPES = {"num-labels": 2, "image-size": None}
+ADDED = {verb: {"dry-run": False, **_SHAPES} for verb in ("quick", "full", "single", "profile")}
+ADDED["faults"] = {"dry-run": False}
 ADDED["compare"] = {"bitwise": False}
-ADDED["profile"] = {"dry-run": False, "max-slowdown": None, "max-memory": None}
+ADDED["profile"] |= {"max-slowdown": None, "max-memory": None}
 ADDED["resume"] = {"dry-run": False, "output": None}
 ADDED["ui"] = {"spool": None}
 ADDED["history"] = {"last": 30}
-ADDED["modes"] = {"variant": None}
+ADDED["modes"] = {"variant": None, "why": None, "task": "sequence-classification"}
+ADDED["modes"] |= {"seq-length": 16, "vocab-size": None, **_SHAPES}
 ADDED["check"] = {"input": None, "mode": None, "random-seed": 42}
 
 
@@ -284,7 +287,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["compare", "a", "b", "c"], "'c': expected nothing after GROUP [GROUP_B] but options"),
         (["quick", "--", "--dry-run"], "--dry-run: expected before `--`, after which there are no"),
-        (["quick", "--num-labels", "3"], "--num-labels: quick has no such option."),
+        (["quick", "--num-layers", "3"], "--num-layers: quick has no such option."),
         (["profile", "--regime", "clip"], "--regime: an option of quick and full, not of profile."),
         (["single", "--regime", "clip"], "--regime: an option of quick and full, not of single."),
         (["quick", "--rounds", "2"], "--rounds: an option of profile, not of quick. See `dpsgd-"),

@@ -40,13 +40,13 @@ from dpsgd_track.training.data import (
     TokenizedText,
     build_dataset,
     extra_inputs_of,
-    num_labels_of,
 )
 from dpsgd_track.training.model import build_model, check_length
 from dpsgd_track.training.model_source import presets, resolve_model
 from dpsgd_track.training.observe import linear_layer_names, weights_digest
 from dpsgd_track.training.preflight import check_inputs
-from dpsgd_track.training.text_source import population_of, read_text
+from dpsgd_track.training.task_source import num_labels_of, population_of
+from dpsgd_track.training.text_source import read_text
 from tests.support.synthetic_group import started
 
 CPU = torch.device("cpu")
@@ -155,14 +155,16 @@ def test_every_rank_cuts_as_many_micro_batches_with_the_same_inputs_and_types() 
 
 
 def test_poisson_sampling_draws_from_all_rows_of_a_text() -> None:
-    assert population_of(DataConfig(source="public-domain", sampling="poisson")) == 64
-    assert population_of(DataConfig(sampling="poisson", dataset_size=7)) == 7
-    assert population_of(DataConfig()) is None
+    assert (
+        population_of(DataConfig(source="public-domain", sampling="poisson"), CLASSIFICATION) == 64
+    )
+    assert population_of(DataConfig(sampling="poisson", dataset_size=7), CLASSIFICATION) == 7
+    assert population_of(DataConfig(), CLASSIFICATION) is None
 
 
 def test_ragged_samples_have_every_length_from_a_quarter_to_the_whole() -> None:
     data = _dataset(seq_length=16, is_ragged=True)
-    lengths = {int(data.sample(i).attention_mask.sum()) for i in range(400)}
+    lengths = {int(data.sample(i).inputs["attention_mask"].sum()) for i in range(400)}
     assert lengths == set(range(4, 17))
 
 
@@ -198,7 +200,7 @@ def test_a_causal_model_is_asked_for_every_token_but_the_padding() -> None:
     data = _dataset(task=CAUSAL_LM, seq_length=16, is_ragged=True)
     for index in range(20):
         sample = data.sample(index)
-        wanted = np.where(sample.attention_mask == 1, sample.input_ids, IGNORED)
+        wanted = np.where(sample.inputs["attention_mask"] == 1, sample.inputs["input_ids"], IGNORED)
         assert sample.target.tolist() == wanted.tolist()
 
 
@@ -210,10 +212,13 @@ def test_a_masked_model_is_asked_for_what_was_masked_and_for_nothing_else() -> N
     for index in range(50):
         whole, sample = plain.sample(index), masked.sample(index)
         asked = sample.target != IGNORED
-        assert 1 <= asked.sum() == max(1, round(0.15 * whole.attention_mask.sum()))
-        assert sample.target[asked].tolist() == whole.input_ids[asked].tolist()
-        assert set(sample.input_ids[asked]) == {96}
-        assert sample.input_ids[~asked].tolist() == whole.input_ids[~asked].tolist()
+        assert 1 <= asked.sum() == max(1, round(0.15 * whole.inputs["attention_mask"].sum()))
+        assert sample.target[asked].tolist() == whole.inputs["input_ids"][asked].tolist()
+        assert set(sample.inputs["input_ids"][asked]) == {96}
+        assert (
+            sample.inputs["input_ids"][~asked].tolist()
+            == whole.inputs["input_ids"][~asked].tolist()
+        )
         shares.append(np.flatnonzero(asked).tolist())
         assert masked.sample(index).digest() == sample.digest() != whole.digest()
     assert len(set(map(str, shares))) > 45, "each sample has its own places"
@@ -255,8 +260,11 @@ def test_a_label_that_a_regression_cannot_predict_is_named(tmp_path: Path, label
 
 def test_every_part_of_a_sample_is_in_its_digest() -> None:
     sample = _dataset().sample(0)
-    parts = ("input_ids", "attention_mask", "target")
-    changed = [replace(sample, **{part: getattr(sample, part) + 1}) for part in parts]
+    changed = [
+        replace(sample, inputs={**sample.inputs, name: values + 1})
+        for name, values in sample.inputs.items()
+    ]
+    changed.append(replace(sample, target=sample.target + 1))
     assert len({s.digest() for s in (sample, *changed)}) == 4
 
 
@@ -265,7 +273,7 @@ def test_a_text_of_one_token_is_refused_where_each_token_predicts_the_next() -> 
         TokenizedText([[1, 2], [3]], [0, 1], seed=0, fewest=2)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [CLASSIFICATION, CAUSAL_LM, MASKED_LM, REGRESSION])
 def test_text_is_made_fit_for_each_task(task: str) -> None:
     config = ModelConfig(name="minilm", task=task)
     data = DataConfig(source="public-domain", seq_length=24)

@@ -27,9 +27,17 @@ HELP, HELP_ALL = ("--help", "-h"), "--help-all"
 _SELDOM = frozenset(
     f"--{name}"
     for name in (
-        *("vocab-size", "token", "task", "dropout", "gradient-checkpointing", "padding", "ragged"),
-        *("sampling", "dataset-size", "micro-batches", "clipping", "learning-rate", "optimizer"),
-        "noise-from",
+        *("vocab-size", "num-labels", "token", "task", "dropout", "gradient-checkpointing"),
+        *(
+            "padding",
+            "ragged",
+            "sampling",
+            "dataset-size",
+            "image-size",
+            "micro-batches",
+            "clipping",
+        ),
+        *("learning-rate", "optimizer", "noise-from"),
         *("delta", "reference-dtype", "replicas", "plan", "layer-norms", "log-ranks", "nnodes"),
         *("node-rank", "rdzv-endpoint", "rdzv-timeout", "rounds", "config", "spool", "warmup-iter"),
         *("max-slowdown", "max-memory"),

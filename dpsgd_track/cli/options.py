@@ -22,7 +22,7 @@ from cyclopts import App, CoercionError, Group, Parameter, Token, convert
 
 from dpsgd_track.cli.compare_options import CompareChoices
 from dpsgd_track.cli.variables import Variables
-from dpsgd_track.config import DrawsConfig
+from dpsgd_track.config import CLASSIFICATION, DrawsConfig
 from dpsgd_track.launcher.choices import (
     DataChoices,
     FaultChoices,
@@ -117,9 +117,7 @@ class SuiteOptions(Asked):
     suite: Annotated[Suite, Parameter(parse=False)] = Suite.QUICK
     what: Annotated[ModeChoices, _WHAT] = field(default_factory=ModeChoices)
     dry: Annotated[DryRun, _WHAT] = field(default_factory=DryRun)
-    model: Annotated[ModelChoices, _without(_DATA, "num_labels")] = field(
-        default_factory=ModelChoices
-    )
+    model: Annotated[ModelChoices, _DATA] = field(default_factory=ModelChoices)
     data: Annotated[DataChoices, _DATA] = field(default_factory=DataChoices)
     training: Annotated[TrainingChoices, _TRAINED] = field(default_factory=TrainingChoices)
     draws: Annotated[DrawsConfig, _TRAINED] = field(default_factory=DrawsConfig)
@@ -184,12 +182,32 @@ class CheckOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WhyChoices:
+    """The model whose layers are told of."""
+
+    why: str = ""
+    """MODEL: list the layers of a model, which --model-name takes, instead (default: none). Each
+    with the way to its per-sample gradients and their cost, or why it is refused."""
+    task: str = CLASSIFICATION
+    """Task of the model, as for a launch."""
+    seq_length: int = 16
+    """Tokens in a sample."""
+    image_size: int | None = None
+    """Pixels of a side of an image (default: the model's own, else 224)."""
+    vocab_size: int | None = None
+    """Tokens in the vocabulary (default: the model's own)."""
+    num_labels: int = 2
+    """Classes, where the task has classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModesOptions:
     """Options of modes."""
 
     what: Annotated[ModeChoices, _without(_WHAT, "mode", "regime", "accuracy_test")] = field(
         default_factory=ModeChoices
     )
+    model: Annotated[WhyChoices, _DATA] = field(default_factory=WhyChoices)
 
 
 @dataclass(frozen=True, kw_only=True)

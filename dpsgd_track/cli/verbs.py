@@ -52,9 +52,9 @@ def _faults(*, options: Annotated[FaultOptions, FLAT] = FaultOptions(), called: 
 
 
 def _modes(*, options: Annotated[ModesOptions, FLAT] = ModesOptions(), called: Called) -> int:
-    from dpsgd_track.cli.modes import list_modes
+    from dpsgd_track.cli.modes import list_modes, tell_layers
 
-    return list_modes(options.what.variant)
+    return tell_layers(options.model) if options.model.why else list_modes(options.what.variant)
 
 
 def _ui(
@@ -211,9 +211,10 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             name="modes",
-            summary="list the modes, and those that a variant brings",
+            summary="list the modes, those of a variant, or the layers of a model",
             run=_modes,
-            examples=("--variant fork=../opacus-fork",),
+            examples=("--variant fork=../opacus-fork", "--why my_package.models:build_model"),
+            notes="exit codes: 0 told, 1 --why found a layer that is refused, 2 usage, 70 internal",
         ),
         Verb(
             name="ui",

@@ -123,7 +123,8 @@ class ModelChoices(ModelConfig):
 
     name: str = ""
     """Preset, local folder or hub id (default: the suite's). minilm in quick, llama-3.2-1b in full
-    on cuda, else llama-tiny."""
+    on cuda, else llama-tiny. Or package.module:build_model, a function without arguments that
+    returns a model of your own. A folder without weights is built with random ones."""
     token: str | None = None
     """TOKEN: access token of the hub, handed to workers as HF_TOKEN and written nowhere (default:
     HF_TOKEN). Setting HF_TOKEN keeps it out of the process list as well."""
@@ -144,8 +145,10 @@ class DataChoices(DataConfig):
     """Choice of the data."""
 
     source: str = ""
-    """synthetic, public-domain, or a .jsonl or .csv file (default: public-domain for minilm, else
-    synthetic)."""
+    """synthetic, public-domain, or a file or folder (default: public-domain for minilm, else
+    synthetic). A .jsonl or .csv file has text and label; for token-classification a .jsonl file has
+    tokens and labels, for seq2seq source and target; for image-classification a folder has one
+    folder of images for each class."""
     # None where it was not chosen, which no configuration is.
     seq_length: int | None = None  # type: ignore[assignment]
     """Tokens in a sample, padding included (default: the suite's). 64, but in full on cuda 1024, or

@@ -69,7 +69,7 @@ from dpsgd_track.record.environment import environment
 from dpsgd_track.record.names import GOLDEN_SUFFIXES
 from dpsgd_track.record.plan import GroupPlan, Suite
 from dpsgd_track.training.model_source import resolve_model
-from dpsgd_track.training.text_source import population_of
+from dpsgd_track.training.task_source import population_of
 
 _SUITE_MODES = {Suite.QUICK: table.QUICK, Suite.FULL: table.FULL, Suite.PROFILE: table.FULL}
 _WITH_OUTPUT = (Suite.SINGLE, Suite.PROFILE, Suite.FAULTS)
@@ -134,7 +134,7 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
     for each in dict.fromkeys(job.data for job in jobs):
         if not all(map(is_probe, regimes)):
             check_inputs(model, each)
-        _check_sampling(each, [job for job in jobs if job.data == each])
+        _check_sampling(model.task, each, [job for job in jobs if job.data == each])
     return GroupPlan(
         suite=asked.suite,
         jobs=jobs,
@@ -376,9 +376,9 @@ def _check_numbers(asked: Asked) -> None:
     require(count is None or count >= 1, "micro_batches", count, "an integer >= 1")
 
 
-def _check_sampling(data: DataConfig, jobs: Sequence[JobConfig]) -> None:
+def _check_sampling(task: str, data: DataConfig, jobs: Sequence[JobConfig]) -> None:
     """Check that no sampling probability exceeds 1; the noise regime does not sample."""
-    population = population_of(data)
+    population = population_of(data, task)
     expected = data.batch_size * max(
         (
             job.num_ranks * regime.micro_batches

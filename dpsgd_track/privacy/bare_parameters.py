@@ -29,19 +29,23 @@ from torch.utils import _pytree as pytree
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, ParameterSlot
 from dpsgd_track.privacy.eval_mode import in_eval_mode
-from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.layers.inventory import Layer, holds_units
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
+from dpsgd_track.privacy.shared_rows import Course, SharedRows
 from dpsgd_track.privacy.trial import Reader, is_same_run, random_move
 
 _logger = logging.getLogger(__name__)
 
 IN_PLACE = -1
 """Form of a parameter [1, ...]: [B, ...]."""
+LATE = -2
+"""Form of a parameter that meets the samples late: a row for each (`privacy.shared_rows`)."""
 _MOST_BROADCAST = 3
 """Dimensions of size 1 that are tried between the samples' and the parameter's own."""
 
-Form = int
-"""IN_PLACE, or the number of dimensions of size 1 after the samples'."""
+Form = int | Course
+"""IN_PLACE, the number of dimensions of size 1 after the samples', LATE in a trial, or the course
+to where it meets the samples."""
 _Key = tuple[str, str]
 """A layer's fully qualified name, and the parameter's name in it."""
 
@@ -74,16 +78,32 @@ class SpreadParameters(CapturedLayer):
         if capture.open_call(self.layer):
             for name, view in views.items():
                 capture.note_view(self.layer, name, view)
-        with _filled(self.slots, views):
+        placed = {name: self._placed(view, name) for name, view in views.items()}
+        with _filled(self.slots, placed):
             return self.original(*args, **kwargs)
 
     def stand_in(self, num_samples: int) -> ReplacedForward:
         """Runs the module the same way where nothing is captured."""
-        return _Placing(self, lambda key, p: expanded(p, num_samples, self.forms[key[1]]))
+
+        def place(key: _Key, parameter: Tensor) -> Tensor:
+            name = key[1]
+            return self._placed(expanded(parameter, num_samples, self.forms[name]), name)
+
+        return _Placing(self, place)
+
+    def _placed(self, view: Tensor, name: str) -> Tensor:
+        form = self.forms[name]
+        if not isinstance(form, Course):
+            return view
+        # The row of a single sample is what all samples share.
+        return view[0] if len(view) == 1 else SharedRows(view, form)
 
 
 def expanded(parameter: Tensor, num_samples: int, form: Form) -> Tensor:
-    """[B, ..., *parameter] in a form, without copies."""
+    """[B, ..., *parameter] in a form, without copies; [B, *parameter] for one that meets the
+    samples late."""
+    if isinstance(form, Course) or form == LATE:
+        return parameter.expand(num_samples, *parameter.shape)
     if form == IN_PLACE:
         return parameter.expand(num_samples, *parameter.shape[1:])
     return parameter.expand(num_samples, *[1] * form, *parameter.shape)
@@ -119,7 +139,15 @@ def _choose_forms(trial: _Trial) -> dict[str, dict[str, Form]]:
         if len(found) == len(forms):
             by_layer[layer.fqn] = found
     together = {(fqn, name): f for fqn, forms in by_layer.items() for name, f in forms.items()}
-    return by_layer if together and trial.agrees(together) else {}
+    if not together or not trial.agrees(together):
+        return {}
+    for course in trial.courses.values():
+        course.is_learning = False
+    trial.capture.courses += trial.courses.values()
+    return {
+        fqn: {name: trial.courses[fqn, name] if form == LATE else form for name, form in of.items()}
+        for fqn, of in by_layer.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -150,6 +178,8 @@ class _Trial:
     def __init__(self, capture: Capture, run: Callable[[Any], Tensor], batch: Any) -> None:
         self.capture, self.run, self.batch = capture, run, batch
         self.bare = [c for c in capture.captured.values() if c.layer.is_bare]
+        self.courses: dict[_Key, Course] = {}
+        """Of parameters in the form LATE."""
 
     def alike(self) -> dict[object, list[_Key]]:
         """Bare parameters in groups: those of the same name in modules of the same class."""
@@ -165,7 +195,10 @@ class _Trial:
         """Forms to try of a parameter."""
         fqn, local = key
         shape = self.capture.shapes[self.capture.captured[fqn].layer.names[local]]
-        return [*([IN_PLACE] if shape[:1] == (1,) else []), *range(_MOST_BROADCAST + 1)]
+        forms = [*([IN_PLACE] if shape[:1] == (1,) else []), *range(_MOST_BROADCAST + 1)]
+        # Smaller modules run on copies as a whole, other uses of the parameters inside them too.
+        holds = holds_units(self.capture.model, self.capture.captured[fqn].module)
+        return [*forms, LATE] if holds else forms
 
     def is_random(self) -> bool:
         """True if two runs on the same parameters differ."""
@@ -213,7 +246,10 @@ class _Trial:
             if key not in forms:
                 return moved[rows.get(key, 0)]
             views = [expanded(p, num_samples, forms[key]) for p in moved]
-            return torch.cat([views[0][:1], views[1][1:]])
+            mixed = torch.cat([views[0][:1], views[1][1:]])
+            if forms[key] != LATE:
+                return mixed
+            return SharedRows(mixed, self.courses.setdefault(key, Course(".".join(key))))
 
         layers: list[ReplacedForward] = [_Placing(c, place) for c in self.bare]
         layers += [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -44,6 +45,11 @@ class Rows(ABC):
     @abstractmethod
     def rows(self, indices: Tensor) -> Self:
         """The samples with these indices."""
+
+    def with_other_masks(self) -> Iterator[Self]:
+        """The samples with nothing masked, and with their last positions masked, if the masks are
+        known: some models run other operations where a batch has no padding."""
+        yield from ()
 
 
 class RepeatableBatch(Rows):
@@ -110,6 +116,20 @@ class Batch(RepeatableBatch):
     def rows(self, indices: Tensor) -> Batch:
         """The samples with these indices."""
         return self.mapped(lambda name, t: t[indices.to(t.device)])
+
+    def with_other_masks(self) -> Iterator[Batch]:
+        """The samples with nothing masked, and with their last positions masked."""
+
+        def masked(name: str, t: Tensor, last: int) -> Tensor:
+            if not name.endswith("mask") or t.dim() < 2:
+                return t
+            mask = torch.ones_like(t)
+            mask[..., -1] = last
+            return mask
+
+        if any(name.endswith("mask") for name in self.inputs):
+            yield self.mapped(partial(masked, last=1))
+            yield self.mapped(partial(masked, last=0))
 
     def stand_in(self) -> Batch:
         """One sample of zeros in the same shapes, with masks of ones."""

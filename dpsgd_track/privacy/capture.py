@@ -45,6 +45,7 @@ from dpsgd_track.privacy.layers.inventory import Layer, find_layers
 from dpsgd_track.privacy.norm_planner import LinearShape, NormPlanner
 from dpsgd_track.privacy.norms import NormRule
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
+from dpsgd_track.privacy.shared_rows import Course
 from dpsgd_track.privacy.terms import (
     Dense,
     Outer,
@@ -110,7 +111,10 @@ class Capture:
         self.num_samples: int | None = None
         """Samples of the current micro-batch; None outside of one."""
         self.path = 0
-        """Hash of the sequence of layers that the last micro-batch's forward called."""
+        """Hash of the sequence of layers that the last micro-batch's forward called, and of what
+        `courses` had learned."""
+        self.courses: list[Course] = []
+        """Of what all samples share and meets them late."""
         self.has_copies = False
         """True if the model runs on copies of its parameters that are made for each batch."""
         self.dtypes: set[torch.dtype] = set()
@@ -190,7 +194,7 @@ class Capture:
             if self.has_copies:
                 for slot in slots:
                     slot.release()
-            self.path = hash(tuple(self._calls))
+            self.path = hash((*self._calls, *(course.num_learned for course in self.courses)))
             self.num_samples = None
             self._clear()
 
@@ -594,6 +598,8 @@ class Capture:
         for name in self.used_otherwise or ():
             self._shared_leaves.append((name, parameters[name]))
             self._num_uses[name] += 1
+            # So that every backward passes the layers after it.
+            self._targets.append((parameters[name], None))
 
     def _note_other_uses(self, names: Iterable[str]) -> None:
         self.used_otherwise = frozenset(names)

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dpsgd_track.privacy.capture import Capture, has_saved_tensor_hooks
 from dpsgd_track.privacy.layers.inventory import Layer, own_holders
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
+from dpsgd_track.privacy.shared_rows import Course, SharedRows
 
 
 class CapturedLayer(ReplacedForward):
@@ -106,6 +107,7 @@ class WatchedLayer(CapturedLayer):
         sample_dim: int = 0,
         is_spread: bool = False,
         is_grouped: bool = False,
+        course: Course | None = None,
     ) -> None:
         """
         Args:
@@ -113,8 +115,11 @@ class WatchedLayer(CapturedLayer):
             is_spread: all samples share the inputs. Each sample gets a copy of its own, so that
                 their gradients arrive separately.
             is_grouped: inputs and outputs are [B n, ...], the rows of one sample after the other.
+            course: where the outputs of a spread layer meet the samples, if that is later (see
+                `privacy.shared_rows`); None if they have the samples' dimension at once.
         """
         super().__init__(capture, layer)
+        self.course = course
         self.sample_dim, self.is_spread, self.is_grouped = sample_dim, is_spread, is_grouped
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -123,12 +128,12 @@ class WatchedLayer(CapturedLayer):
         x = self.only_input(args, kwargs)
         if self.is_spread:
             assert capture.num_samples is not None
-            x = spread(x, capture.num_samples)
+            x = self._spread(x, capture.num_samples)
             args, kwargs = (x,), {}
         y: Tensor = self.run_on_leaves(args, kwargs)
         handle = capture.hold(x)
         if not capture.open_call(layer, self._by_sample(x), dim):
-            return y
+            return self._output(y)
         base = _without_view(y)
         edge, shape = get_gradient_edge(base), None if base is y else y.shape
 
@@ -150,7 +155,20 @@ class WatchedLayer(CapturedLayer):
             base.register_hook(close)
         else:
             capture.note_output(layer, edge, edge, close)
-        return y
+        return self._output(y)
+
+    def _spread(self, x: Tensor, num_samples: int) -> Tensor:
+        if isinstance(x, SharedRows):
+            return x.rows
+        if self.course is not None:
+            return x.expand(num_samples, *x.shape)
+        return spread(x, num_samples)
+
+    def _output(self, y: Tensor) -> Tensor:
+        if self.course is None:
+            return y
+        # The row of a single sample is what all samples share.
+        return y[0] if len(y) == 1 else SharedRows(y, self.course)
 
     def _by_sample(self, x: Tensor) -> Tensor:
         """[B n, ...] as [B, n, ...]; unchanged if there are other rows, which is refused."""

@@ -30,6 +30,7 @@ from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.layers.inventory import Layer, is_recurrent
 from dpsgd_track.privacy.replaced_forward import Forward
+from dpsgd_track.privacy.shared_rows import Course, SharedRows
 
 _logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class ExpandedLayer(CapturedLayer):
         self.is_grouped = False
         """True if the samples have several rows each in what the module reads, one sample after the
         other (`privacy.grouped_rows`)."""
+        self.course: Course | None = None
+        """To where outputs that all samples share meet the samples, if that is later."""
         self.dims: dict[tuple[int | None, ...], SampleDims] = {}
         """By the number of dimensions of each tensor argument; None for other arguments."""
 
@@ -94,10 +97,15 @@ class ExpandedLayer(CapturedLayer):
         assert dims is not None
         outputs, structure = self._map(copies, dims.inputs, args, kwargs)
         joined = [
-            _joined(x, dim) if isinstance(x, Tensor) else x
+            self._output(x, dim) if isinstance(x, Tensor) else x
             for x, dim in zip(outputs, dims.outputs, strict=True)
         ]
         return pytree.tree_unflatten(joined, structure)
+
+    def _output(self, rows: Tensor, dim: int | None) -> Tensor:
+        if dim == SPREAD and self.course is not None:
+            return SharedRows(rows, self.course)
+        return _joined(rows, dim)
 
     @torch.no_grad()
     def learn(self, copies: _Copies, args: Any, kwargs: Any) -> SampleDims | None:

@@ -56,11 +56,24 @@ def regression_loss(logits_BC: Tensor, target: Tensor) -> Tensor:
     return (logits_BC - target.view_as(logits_BC).to(logits_BC)).square().mean(dim=1)
 
 
+def token_classification_loss(logits_BTC: Tensor, target_BT: Tensor) -> Tensor:
+    """`masked_lm_loss` over the classes of a sample's tokens, [B]."""
+    return masked_lm_loss(logits_BTC, target_BT)
+
+
+def seq2seq_loss(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+    """`masked_lm_loss` of a decoder that was given the targets shifted by one, [B]."""
+    return masked_lm_loss(logits_BTV, target_BT)
+
+
 LOSSES: dict[str, PerSampleLoss] = {
     "sequence-classification": classification_loss,
     "causal-lm": causal_lm_loss,
     "masked-lm": masked_lm_loss,
     "regression": regression_loss,
+    "image-classification": classification_loss,
+    "token-classification": token_classification_loss,
+    "seq2seq": seq2seq_loss,
 }
 """Every built-in loss by the name of its task."""
 

@@ -37,6 +37,7 @@ from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, 
 from dpsgd_track.privacy.layers.inventory import holds_units, is_recurrent, with_modules_inside
 from dpsgd_track.privacy.recurrent import RecurrentLayer
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
+from dpsgd_track.privacy.shared_rows import Course, SharedRows, rows_of
 from dpsgd_track.privacy.trial import is_same_run, random_move
 
 _logger = logging.getLogger(__name__)
@@ -48,8 +49,9 @@ _POSITION_WISE = (embedding, layer_norm, linear, rms_norm, transposed_linear)
 """Rules of layers that treat all dimensions but the last ones as positions."""
 
 SHARED, UNKNOWN = "shared", "unknown"
-_SampleDim = int | str
-"""The samples' dimension in a layer's input; SHARED if all samples share it; or UNKNOWN."""
+_SampleDim = int | str | Course
+"""The samples' dimension in a layer's input; SHARED if all samples share it, or the course of its
+output to where it meets the samples; or UNKNOWN."""
 
 
 def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
@@ -135,6 +137,11 @@ def _bare(capture: Capture) -> Iterator[CapturedLayer]:
 
 def _register(capture: Capture, captured: CapturedLayer, dims: set[_SampleDim]) -> None:
     layer = captured.layer
+    if isinstance(captured, ExpandedLayer) and len(dims) == 1:
+        (only,) = dims
+        if isinstance(only, Course):
+            captured.course = only
+            return
     if dims == {0} and _runs_recurrence(captured):
         capture.register(RecurrentLayer(capture, layer))
         return
@@ -145,6 +152,8 @@ def _register(capture: Capture, captured: CapturedLayer, dims: set[_SampleDim]) 
         capture.register(WatchedLayer(capture, layer, sample_dim=dim))
     elif dim == SHARED:
         capture.register(WatchedLayer(capture, layer, is_spread=True))
+    elif isinstance(dim, Course):
+        capture.register(WatchedLayer(capture, layer, is_spread=True, course=dim))
     else:
         capture.register(BackwardPerSample(capture, layer))
 
@@ -160,26 +169,66 @@ def _spread_where_faithful(
 ) -> dict[str, list[_SampleDim]]:
     """Dimensions of the samples with shared outputs spread, if that changes no model output.
 
+    At once or, if the model does not take that, where they meet the samples, of as many layers as
+    possible.
+    """
+    at_once = _faithful_dims(capture, run, batch, _Moving)
+    if at_once is not None:
+        return at_once
+    shared = [fqn for fqn, of_layer in dims.items() if set(of_layer) == {SHARED}]
+    late = _late_where_faithful(capture, run, batch, shared) if shared else None
+    if late is None and len(shared) > 1:
+        alone = [f for f in shared if _late_where_faithful(capture, run, batch, [f]) is not None]
+        shared = alone
+        late = _late_where_faithful(capture, run, batch, shared) if shared else None
+    late = late or {}
+    return {
+        fqn: late.get(fqn) or [UNKNOWN if dim == SHARED else dim for dim in of_layer]
+        for fqn, of_layer in dims.items()
+    }
+
+
+def _faithful_dims(
+    capture: Capture, run: Run, batch: Rows, moving: Callable[..., _Moving]
+) -> dict[str, list[_SampleDim]] | None:
+    """Dimensions of the samples with the outputs spread of layers that `moving` moves; None if that
+    changes a model output.
+
     Each sample's copy is moved at random. The outputs of the first and the last sample are compared
     with a run in which the shared tensor itself is moved as that sample's copy.
     """
     try:
         # Without dropout, whose masks would depend on the shared tensor's shape.
         with in_eval_mode(capture.model):
-            spread_dims, together = _observe(capture, run, batch, _Moving)
+            spread_dims, together = _observe(capture, run, batch, moving)
             is_faithful = len(together) == len(batch)
             for sample in (0, len(batch) - 1):
-                _, alone = _observe(capture, run, batch, partial(_Moving, sample=sample))
+                _, alone = _observe(capture, run, batch, partial(moving, sample=sample))
                 is_faithful &= is_same_run(together[sample], alone[sample])
     except Exception as error:
         _logger.debug("The model does not run on a copy for each sample: %s", error)
-        is_faithful = False
-    if is_faithful:
-        return spread_dims
-    return {
-        fqn: [UNKNOWN if dim == SHARED else dim for dim in dims_of_layer]
-        for fqn, dims_of_layer in dims.items()
-    }
+        return None
+    return spread_dims if is_faithful else None
+
+
+def _late_where_faithful(
+    capture: Capture, run: Run, batch: Rows, fqns: list[str]
+) -> dict[str, list[_SampleDim]] | None:
+    """Course of the outputs of layers `fqns` to where they meet the samples; None if the model does
+    not take rows of them."""
+    courses = {fqn: Course(fqn) for fqn in fqns}
+    if _faithful_dims(capture, run, batch, partial(_MovingLate, courses=courses)) is None:
+        return None
+    try:
+        with in_eval_mode(capture.model):
+            for other in batch.with_other_masks():
+                _observe(capture, run, other, partial(_MovingLate, courses=courses))
+    except Exception as error:
+        _logger.debug("The model does not run on other masks: %s", error)
+    for course in courses.values():
+        course.is_learning = False
+    capture.courses += courses.values()
+    return {fqn: [course] for fqn, course in courses.items()}
 
 
 @torch.no_grad()
@@ -269,6 +318,40 @@ class _Moving(_Observer):
             copies = spread(x, self.num_samples)
             moves = random_move(copies, len(self.dims))
             return copies + moves if self.sample is None else x + moves[self.sample].view(x.shape)
+
+        return pytree.tree_map_only(Tensor, moved, output)
+
+
+class _MovingLate(_Moving):
+    """Moves what all samples share at random, where it meets the samples (`privacy.shared_rows`).
+
+    With `sample`, the shared tensor itself is moved, as that sample's row would be.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedLayer,
+        num_samples: int,
+        courses: dict[str, Course],
+        sample: int | None = None,
+    ) -> None:
+        super().__init__(captured, num_samples, sample)
+        self.course = courses.get(captured.layer.fqn)
+
+    def replace_shared(self, output: Any) -> Any:
+        """A row for each sample of a layer's output, if it has a course."""
+        course = self.course
+        if course is None:
+            return output
+
+        def moved(x: Tensor) -> Tensor:
+            rows: Tensor = rows_of(x)
+            if rows is x:
+                rows = x.expand(self.num_samples, *x.shape)
+            moves = random_move(rows, len(self.dims)) if rows.is_floating_point() else rows * 0
+            if self.sample is not None:
+                return x + moves[self.sample]
+            return SharedRows(rows + moves, course)
 
         return pytree.tree_map_only(Tensor, moved, output)
 

@@ -9,9 +9,8 @@ random draws.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,13 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from dpsgd_track.config import (
     CAUSAL_LM,
+    IMAGES,
     MASKED_LM,
     REGRESSION,
+    SEQ2SEQ,
     SYNTHETIC,
+    TAGGING,
     DataConfig,
     ModelConfig,
     require,
@@ -33,35 +35,45 @@ from dpsgd_track.config import (
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import IGNORED
 from dpsgd_track.privacy.sampling import num_micro_batches, poisson_draw, split_over_ranks
+from dpsgd_track.training.image_data import (
+    DEFAULT_CHANNELS,
+    DecodedImages,
+    SyntheticImages,
+    image_size_of,
+    processor_of,
+)
+from dpsgd_track.training.labelled_images import read_images
 from dpsgd_track.training.model_source import resolve_model
+from dpsgd_track.training.pair_data import (
+    PairSamples,
+    SyntheticPairs,
+    TokenizedPairs,
+    start_token_of,
+)
+from dpsgd_track.training.sample import (
+    MASKED,
+    SAMPLING,
+    TOKENS,
+    Sample,
+    Samples,
+    Tokens,
+    generator,
+    padded,
+    ragged,
+    row_at,
+)
+from dpsgd_track.training.tagged_data import (
+    SyntheticTags,
+    TaggedSamples,
+    TokenizedTags,
+)
+from dpsgd_track.training.tagged_text import read_tagged
+from dpsgd_track.training.task_source import num_labels_of
+from dpsgd_track.training.text_pairs import read_pairs
 from dpsgd_track.training.text_source import read_text
-
-# Independent random streams of one seed.
-_TOKENS, _ORDER, _LENGTH, _MASKED, _SAMPLING = range(5)
 
 MASKED_FRACTION = 0.15
 """Fraction of a sample's tokens that a masked language model has to predict."""
-
-Tokens = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sequence, padded to the sequence length."""
-
-    input_ids: Tokens
-    """[T]"""
-    attention_mask: Tokens
-    """[T] 1 at tokens, 0 at padding."""
-    target: NDArray[Any]
-    """[] int64 class, [] float32 number, or [T] int64 tokens, IGNORED if not predicted."""
-
-    def digest(self) -> int:
-        """64-bit digest of the sample's arrays."""
-        content = hashlib.blake2b(digest_size=8)
-        for array in (self.input_ids, self.attention_mask, self.target):
-            content.update(array.tobytes())
-        return int.from_bytes(content.digest(), "little", signed=True)
 
 
 class Texts(Protocol):
@@ -91,14 +103,12 @@ class SyntheticText:
 
     def text(self, index: int) -> tuple[Tokens, float]:
         """Tokens 1 .. vocab_size - 1 (0 is padding)."""
-        random = _generator(self.seed, _TOKENS, index)
+        random = generator(self.seed, TOKENS, index)
         tokens = random.integers(1, self.vocab_size, size=self.seq_length, dtype=np.int64)
         is_number = self.num_labels == 1
         label = random.uniform(-1, 1) if is_number else random.integers(0, self.num_labels)
         if self.is_ragged:
-            shortest = min(max(self.seq_length // 4, 2), self.seq_length)
-            lengths = _generator(self.seed, _LENGTH, index)
-            tokens = tokens[: lengths.integers(shortest, self.seq_length + 1)]
+            tokens = ragged(tokens, seed=self.seed, index=index)
         return tokens, float(label)
 
 
@@ -118,9 +128,7 @@ class TokenizedText:
 
     def text(self, index: int) -> tuple[Tokens, float]:
         """Text at a position of the endless sequence, in which each epoch has every row once."""
-        epoch, position = divmod(index, len(self.tokens))
-        order = _generator(self.seed, _ORDER, epoch).permutation(len(self.tokens))
-        row = int(order[position])
+        row = row_at(index, num_rows=len(self.tokens), seed=self.seed)
         return self.tokens[row], self.labels[row]
 
 
@@ -143,10 +151,22 @@ class Dataset:
         tokens, label = self.texts.text(index)
         input_ids, target = self._with_target(tokens, label, index)
         return Sample(
-            self._padded(input_ids, self.pad_token),
-            self._padded(np.ones_like(tokens), 0),
+            {
+                "input_ids": self._padded(input_ids, self.pad_token),
+                "attention_mask": self._padded(np.ones_like(tokens), 0),
+            },
             self._padded(target, IGNORED) if target.ndim else target,
         )
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.seq_length
+
+    @property
+    def num_samples(self) -> int | None:
+        """Texts of an epoch."""
+        return self.texts.num_samples
 
     def _with_target(self, tokens: Tokens, label: float, index: int) -> tuple[Tokens, NDArray[Any]]:
         if self.task == CAUSAL_LM:
@@ -154,38 +174,42 @@ class Dataset:
         if self.task == MASKED_LM:
             assert self.mask_token is not None
             num_masked = max(1, round(MASKED_FRACTION * len(tokens)))
-            random = _generator(self.seed, _MASKED, index)
+            random = generator(self.seed, MASKED, index)
             chosen = np.isin(np.arange(len(tokens)), random.permutation(len(tokens))[:num_masked])
             return np.where(chosen, self.mask_token, tokens), np.where(chosen, tokens, IGNORED)
         return tokens, np.array(label, np.float32 if self.task == REGRESSION else np.int64)
 
     def _padded(self, values: Tokens, filler: int) -> Tokens:
-        missing = self.seq_length - len(values)
-        width = (missing, 0) if self.padding == "left" else (0, missing)
-        return np.pad(values, width, constant_values=filler)
+        return padded(values, self.seq_length, filler, self.padding)
 
 
-def build_dataset(model: ModelConfig, data: DataConfig, built: Any, *, seed: int) -> Dataset:
-    """Dataset from the source `data` for the task of `model`.
+def build_dataset(model: ModelConfig, data: DataConfig, built: Any, *, seed: int) -> Samples:
+    """Samples from the source `data` for the task of `model`.
 
     Args:
-        built: the model, whose vocabulary and padding token are used.
+        built: the model, whose vocabulary, padding token and image size are used.
 
     Raises:
-        ValueError: the text has too few tokens, or its tokenizer no mask token.
+        ValueError: the source does not fit the model or its tokenizer.
     """
+    build = {IMAGES: _images, TAGGING: _tagged, SEQ2SEQ: _pairs}.get(model.task, _texts)
+    return build(model, data, built, seed)
+
+
+def _texts(model: ModelConfig, data: DataConfig, built: Any, seed: int) -> Samples:
     texts: Texts
     if data.source == SYNTHETIC:
+        vocab_size = vocab_size_of(model, built)
         texts = SyntheticText(
             seed=seed,
-            vocab_size=built.config.vocab_size,
+            vocab_size=vocab_size,
             seq_length=data.seq_length,
             num_labels=num_labels_of(model, data),
             is_ragged=data.ragged,
         )
-        mask_token = built.config.vocab_size - 1
+        mask_token = vocab_size - 1
     else:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model).path)
+        tokenizer = _tokenizer(model)
         text = read_text(data.source)
         tokens = tokenizer(list(text.texts), truncation=True, max_length=data.seq_length)
         labels = text.numbers if model.task == REGRESSION else text.labels
@@ -203,19 +227,99 @@ def build_dataset(model: ModelConfig, data: DataConfig, built: Any, *, seed: int
         task=model.task,
         seq_length=data.seq_length,
         padding=data.padding,
-        pad_token=built.config.pad_token_id,
+        pad_token=_pad_token(built),
         seed=seed,
         mask_token=mask_token,
     )
 
 
-def num_labels_of(model: ModelConfig, data: DataConfig) -> int:
-    """Outputs of a classifier (the text's classes, or the configured number) or regression."""
-    if model.task == REGRESSION:
-        return 1
+def _tagged(model: ModelConfig, data: DataConfig, built: Any, seed: int) -> Samples:
+    texts: SyntheticTags | TokenizedTags
     if data.source == SYNTHETIC:
-        return model.num_labels
-    return len(read_text(data.source).label_names)
+        texts = SyntheticTags(
+            seed=seed,
+            vocab_size=vocab_size_of(model, built),
+            seq_length=data.seq_length,
+            num_labels=num_labels_of(model, data),
+            is_ragged=data.ragged,
+        )
+    else:
+        text, tokenizer = read_tagged(data.source), _tokenizer(model)
+        texts = TokenizedTags(text, tokenizer, seq_length=data.seq_length, seed=seed)
+    return TaggedSamples(
+        texts=texts,
+        seq_length=data.seq_length,
+        padding=data.padding,
+        pad_token=_pad_token(built),
+        seed=seed,
+    )
+
+
+def _pairs(model: ModelConfig, data: DataConfig, built: Any, seed: int) -> Samples:
+    texts: SyntheticPairs | TokenizedPairs
+    if data.source == SYNTHETIC:
+        texts = SyntheticPairs(
+            seed=seed,
+            vocab_size=vocab_size_of(model, built),
+            seq_length=data.seq_length,
+            is_ragged=data.ragged,
+        )
+    else:
+        text, tokenizer = read_pairs(data.source), _tokenizer(model)
+        texts = TokenizedPairs(text, tokenizer, seq_length=data.seq_length, seed=seed)
+    pad_token = _pad_token(built)
+    return PairSamples(
+        texts=texts,
+        seq_length=data.seq_length,
+        padding=data.padding,
+        pad_token=pad_token,
+        start_token=start_token_of(built, pad_token),
+        seed=seed,
+    )
+
+
+def _images(model: ModelConfig, data: DataConfig, built: Any, seed: int) -> Samples:
+    config = getattr(built, "config", None)
+    size = image_size_of(config, data.image_size)
+    num_channels = getattr(config, "num_channels", DEFAULT_CHANNELS)
+    if data.source == SYNTHETIC:
+        return SyntheticImages(
+            seed=seed,
+            num_channels=num_channels,
+            size=size,
+            num_labels=num_labels_of(model, data),
+        )
+    is_colour = num_channels == DEFAULT_CHANNELS
+    require(is_colour, "data", data.source, f"synthetic, as {model.name} takes no colours")
+    return DecodedImages(
+        seed=seed,
+        images=read_images(data.source),
+        processor=processor_of(resolve_model(model).path, size),
+        size=size,
+    )
+
+
+def _tokenizer(model: ModelConfig) -> Any:
+    return AutoTokenizer.from_pretrained(resolve_model(model).path)
+
+
+def _pad_token(built: Any) -> int:
+    token = getattr(getattr(built, "config", None), "pad_token_id", None)
+    return token if isinstance(token, int) and token >= 0 else 0
+
+
+def vocab_size_of(model: ModelConfig, built: Any) -> int:
+    """Tokens of a model's vocabulary.
+
+    Raises:
+        ValueError: neither the model nor the user says how many.
+    """
+    own = getattr(getattr(built, "config", None), "vocab_size", None)
+    size = own if isinstance(own, int) else model.vocab_size
+    allowed = f"the tokens that {model.name} takes, as it has no config.vocab_size"
+    require(size is not None, "vocab_size", size, allowed, "Give --vocab-size.")
+    assert size is not None
+    return size
 
 
 @dataclass(frozen=True)
@@ -234,7 +338,7 @@ class RankBatch:
 class RankSampler:
     """Draws a rank's samples of each step's global batch."""
 
-    dataset: Dataset
+    dataset: Samples
     batch_size: int
     micro_batches: int
     rank: int
@@ -242,6 +346,8 @@ class RankSampler:
     device: torch.device
     extra_inputs: frozenset[str]
     """Those of position_ids and token_type_ids that the model takes."""
+    names: Mapping[str, str] | None = None
+    """The model's own name of each input that it takes; None if it takes all as they are."""
     is_permuted: bool = False
     """True to reverse the order of the rank's samples: the same sum in another order."""
     population: int | None = None
@@ -285,22 +391,25 @@ class RankSampler:
             return np.arange(start, start + self.sizes[step])
         if self.population is None:
             return np.arange(step * size, (step + 1) * size)
-        random = _generator(self.dataset.seed, _SAMPLING, step)
+        random = generator(self.dataset.seed, SAMPLING, step)
         return poisson_draw(random, self.population, size / self.population)
 
     def _batch(self, chosen: list[Sample]) -> Batch:
         # An empty batch has the types and shapes of any other.
         samples = chosen or [self.dataset.sample(0)]
-        input_ids = torch.from_numpy(np.stack([s.input_ids for s in samples]))
-        attention_mask = torch.from_numpy(np.stack([s.attention_mask for s in samples]))
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {
+            name: torch.from_numpy(np.stack([sample.inputs[name] for sample in samples]))
+            for name in samples[0].inputs
+        }
         # By default a model makes one row of these for all samples, for which Opacus would see
         # the sum of the samples' gradients.
         if "position_ids" in self.extra_inputs:
             # A sample's first token is at position 0, also after padding on the left.
-            inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         if "token_type_ids" in self.extra_inputs:
-            inputs["token_type_ids"] = torch.zeros_like(input_ids)
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        if self.names is not None:
+            inputs = {own: inputs[name] for name, own in self.names.items() if name in inputs}
         targets = torch.from_numpy(np.stack([sample.target for sample in samples]))
         batch = Batch({k: v.to(self.device) for k, v in inputs.items()}, targets.to(self.device))
         if chosen:
@@ -323,8 +432,30 @@ def extra_inputs_of(model: nn.Module) -> frozenset[str]:
     return frozenset(wanted & set(inspect.signature(model.forward).parameters))
 
 
-def _generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    """A counter-based generator of its own for each (seed, stream, index)."""
-    key = np.array([seed, stream], dtype=np.uint64)
-    counter = np.array([0, 0, 0, index], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+def input_names_of(model: nn.Module, samples: Samples) -> Mapping[str, str] | None:
+    """The name in the model's forward of each input; None for models that take all of them.
+
+    The first input goes to the first argument of a forward that does not have its name, and those
+    that the forward does not take are left out.
+
+    Raises:
+        ValueError: the forward lacks an argument without which the task is another one.
+    """
+    if isinstance(model, PreTrainedModel):
+        return None
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    given = (*samples.sample(0).inputs, "position_ids", "token_type_ids")
+    names = {name: name for name in given if name in parameters or takes_any}
+    first = next(iter(given))
+    if first not in names:
+        named = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        own = next(iter(named), None)
+        kind, allowed = type(model).__name__, f"a forward that takes {first}"
+        require(own is not None and own not in names, "model", kind, allowed)
+        assert own is not None
+        names = {first: own, **names}
+    lacking = {"decoder_input_ids"} & set(given) - set(names)
+    kind = type(model).__name__
+    require(not lacking, "model", kind, "a forward that takes decoder_input_ids, for seq2seq")
+    return names

@@ -159,7 +159,7 @@ class RegimeRun(PreparedRun):
         for num_steps in done:
             step_is = sigma, num_steps, sampler.expected_batch_size
             if sampler.population is None:
-                history = sequential_history(*step_is, sampler.dataset.texts.num_samples)
+                history = sequential_history(*step_is, sampler.dataset.num_samples)
             else:
                 history = poisson_history(*step_is, sampler.population)
             ((_, sampling_rate, steps),) = history
@@ -214,7 +214,7 @@ class RegimeRun(PreparedRun):
             [clock.elapsed_ms, clock.peak_memory_gib], self.device
         )
         samples = gather_samples(local, self.device)
-        num_tokens = len(samples.index) * self.job.data.seq_length
+        num_tokens = len(samples.index) * self.sampler.dataset.num_tokens
         seen = StepObservation(
             step=step,
             samples=samples,

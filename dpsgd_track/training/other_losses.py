@@ -15,11 +15,22 @@ from torch import Tensor
 
 from dpsgd_track.modes.protocol import SampleRun
 from dpsgd_track.privacy.batch import Batch
-from dpsgd_track.privacy.loss import IGNORED, PerSampleLoss, causal_lm_loss, regression_loss
+from dpsgd_track.privacy.loss import (
+    IGNORED,
+    PerSampleLoss,
+    causal_lm_loss,
+    masked_lm_loss,
+    regression_loss,
+    token_classification_loss,
+)
 from dpsgd_track.record.alternatives import LossFormula
 
 _SHIFTED = frozenset((causal_lm_loss,))
 _WITHOUT_CLASSES = frozenset((regression_loss,))
+_OF_INPUTS = frozenset((causal_lm_loss, masked_lm_loss, token_classification_loss))
+"""Losses whose targets are those of the positions of `input_ids`."""
+_OF_TOKENS = frozenset((causal_lm_loss, masked_lm_loss))
+"""Losses whose targets are tokens of `input_ids` themselves."""
 
 
 def other_losses(loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) -> Tensor:
@@ -39,7 +50,7 @@ def other_losses(loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) 
             (LossFormula.TARGETS_OF_BEFORE, index - 1),
         ):
             values[formula] = loss(logits, batch.sample(place % len(batch)).targets)
-        inner = getattr(loss, "__wrapped__", loss)
+        inner = _inner(loss)
         if inner not in _WITHOUT_CLASSES:
             probabilities, capped = logits.softmax(-1), 30 * torch.tanh(logits / 30)
             values[LossFormula.PROBABILITIES_AS_LOGITS] = loss(probabilities, sample.targets)
@@ -47,10 +58,18 @@ def other_losses(loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) 
             values |= _of_classes(logits, sample.targets, is_shifted=inner in _SHIFTED)
         if sample.targets.ndim == 2 and inner not in _WITHOUT_CLASSES:
             values |= _of_targets(loss, logits, sample, is_shifted=inner in _SHIFTED)
+            if inner in _OF_TOKENS:
+                values |= _of_padding(loss, logits, sample)
     missing = torch.tensor(torch.nan)
     return torch.stack(
         [values.get(f, missing).detach().double().cpu().reshape(()) for f in LossFormula]
     )
+
+
+def _inner(loss: PerSampleLoss) -> PerSampleLoss:
+    """The loss without its check that it is one number a sample."""
+    inner: PerSampleLoss = getattr(loss, "__wrapped__", loss)
+    return inner
 
 
 def _of_inputs(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Mapping[LossFormula, Tensor]:
@@ -75,7 +94,7 @@ def _of_inputs(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Mapping[Lo
         shorter, tokens, targets = mask.clone(), ids.clone(), sample.targets.clone()
         shorter[0, last] = 0
         tokens[0, last] = 0
-        if targets.ndim == 2:
+        if _inner(loss) in _OF_INPUTS:
             targets[0, last] = IGNORED
         values[LossFormula.LAST_TOKEN_LOST] = given(
             targets, input_ids=tokens, attention_mask=shorter
@@ -87,7 +106,7 @@ def _of_targets(
     loss: PerSampleLoss, logits: Tensor, sample: Batch, *, is_shifted: bool
 ) -> Mapping[LossFormula, Tensor]:
     """Losses over other targets of the same sample."""
-    targets, ids = sample.targets, sample.inputs.get("input_ids")
+    targets = sample.targets
     used = targets[0].ne(IGNORED).nonzero().flatten()
     values: dict[LossFormula, Tensor] = {}
     if is_shifted:
@@ -102,14 +121,22 @@ def _of_targets(
         lost[1][0, used[1 if used[0] == 0 else 0]] = IGNORED
         values[LossFormula.LAST_TARGET_LOST] = loss(logits, lost[0])
         values[LossFormula.FIRST_TARGET_LOST] = loss(logits, lost[1])
-    if ids is not None and ids.shape == targets.shape and len(used):
-        whole = torch.where(targets == IGNORED, ids, targets)
-        values[LossFormula.PADDING_PREDICTED] = loss(logits, whole)
-        after = int(used[-1]) + 1
-        if after < targets.shape[1]:
-            first = targets.clone()
-            first[0, after] = ids[0, after]
-            values[LossFormula.FIRST_PADDING_PREDICTED] = loss(logits, first)
+    return values
+
+
+def _of_padding(loss: PerSampleLoss, logits: Tensor, sample: Batch) -> Mapping[LossFormula, Tensor]:
+    """Losses over the tokens that are not predicted as well."""
+    targets, ids = sample.targets, sample.inputs.get("input_ids")
+    used = targets[0].ne(IGNORED).nonzero().flatten()
+    if ids is None or ids.shape != targets.shape or not len(used):
+        return {}
+    whole = torch.where(targets == IGNORED, ids, targets)
+    values = {LossFormula.PADDING_PREDICTED: loss(logits, whole)}
+    after = int(used[-1]) + 1
+    if after < targets.shape[1]:
+        first = targets.clone()
+        first[0, after] = ids[0, after]
+        values[LossFormula.FIRST_PADDING_PREDICTED] = loss(logits, first)
     return values
 
 

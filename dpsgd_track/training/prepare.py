@@ -37,11 +37,11 @@ from dpsgd_track.training.data import (
     RankSampler,
     build_dataset,
     extra_inputs_of,
-    num_labels_of,
+    input_names_of,
 )
 from dpsgd_track.training.model import build_model, check_length, perturb_inputs
 from dpsgd_track.training.sample_observer import SampleObserver
-from dpsgd_track.training.text_source import population_of
+from dpsgd_track.training.task_source import num_labels_of, population_of
 
 MOST_OBSERVED = 1 << 20
 """Trainable elements of the largest model of which each sample's gradient is observed. That takes
@@ -89,16 +89,18 @@ class PreparedRun:
     def _sampler(self, model: nn.Module) -> RankSampler:
         job, regime = self.job, self.regime
         sizes = _uneven_sizes(job, regime)
+        dataset = build_dataset(job.model, job.data, model, seed=job.seed)
         return RankSampler(
-            dataset=build_dataset(job.model, job.data, model, seed=job.seed),
+            dataset=dataset,
             batch_size=job.data.batch_size,
             micro_batches=regime.micro_batches,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             device=self.device,
             extra_inputs=extra_inputs_of(model),
+            names=input_names_of(model, dataset),
             is_permuted=regime.replay == PERMUTED,
-            population=None if sizes else population_of(job.data),
+            population=None if sizes else population_of(job.data, job.model.task),
             sizes=sizes,
         )
 

@@ -120,9 +120,8 @@ class ProfileRun(PreparedRun):
         return weights
 
     def _num_tokens(self) -> tuple[int, ...]:
-        own = [
-            len(rank_batch.indices) * self.job.data.seq_length for rank_batch in self._rank_batches
-        ]
+        each = self.sampler.dataset.num_tokens
+        own = [len(rank_batch.indices) * each for rank_batch in self._rank_batches]
         total = torch.tensor(own, device=self.device)
         dist.all_reduce(total)
         return tuple(total.tolist())

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeGuard
 
-from dpsgd_track.config import POISSON, DataConfig, require
+from dpsgd_track.config import require
 from dpsgd_track.text_file import open_text
 
 CORPORA = ("public-domain",)
@@ -42,6 +42,9 @@ class LabelledText:
     source: str = field(compare=False)
     """Name of a bundled corpus, or path of the file."""
 
+    def __len__(self) -> int:
+        return len(self.texts)
+
     @property
     def numbers(self) -> tuple[float, ...]:
         """Each text's label as a number, or its class index if no label is a number.
@@ -62,13 +65,6 @@ class LabelledText:
         return tuple(numbers)
 
 
-def population_of(data: DataConfig) -> int | None:
-    """Number of samples that Poisson sampling draws from; None without Poisson sampling."""
-    if data.sampling != POISSON:
-        return None
-    return data.dataset_size or len(read_text(data.source).texts)
-
-
 def read_text(source: str) -> LabelledText:
     """Read `source`: a bundled corpus's name, or a path to a file with `text` and `label`.
 
@@ -86,6 +82,26 @@ def read_text(source: str) -> LabelledText:
             return _labelled(_json_rows(file, source), source)
         with _fields_of_any_length():
             return _labelled(_csv_rows(file, source), source)
+
+
+def jsonl_rows(source: str) -> Rows:
+    """Rows of a .jsonl file, of any columns.
+
+    Raises:
+        ValueError: the file is missing, malformed or empty.
+    """
+    path = Path(source).expanduser()
+    allowed = "synthetic, or an existing .jsonl file"
+    require(path.suffix == ".jsonl" and path.is_file(), "data", source, allowed)
+    with open_text("data", path) as file:
+        rows = list(_json_rows(file, source))
+    require(bool(rows), "data", source, "at least one row")
+    return rows
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """True for text in Unicode that is not empty."""
+    return isinstance(value, str) and bool(value.strip()) and _is_unicode(value)
 
 
 def _json_rows(lines: Iterable[str], source: str) -> Rows:
@@ -156,7 +172,7 @@ def _labelled(rows: Rows, source: str) -> LabelledText:
     kind = ""
     for line, row in rows:
         text, label = row.get("text"), row.get("label")
-        if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
+        if not is_text(text):
             raise ValueError(
                 f"data={source!r}, line {line}, text={reprlib.repr(text)}: expected a text in "
                 "Unicode that is not empty. Name the columns text and label."

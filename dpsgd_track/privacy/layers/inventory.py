@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,27 @@ class Layer:
     own. Without a rule, a layer includes them otherwise."""
 
 
+@dataclass(frozen=True)
+class Unfit:
+    """A part of a model that clipping per-sample gradients does not make private."""
+
+    name: str
+    """Fully qualified name of a module or parameter."""
+    reason: str
+    """What is the matter, and what to do."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+class UnfitModelError(ValueError):
+    """A model has layers whose per-sample gradients would not be exact."""
+
+    def __init__(self, parts: Sequence[Unfit], sentence: str) -> None:
+        super().__init__(sentence)
+        self.parts = tuple(parts)
+
+
 def find_layers(model: nn.Module) -> list[Layer]:
     """Every module that owns trainable parameters, with its rule.
 
@@ -46,7 +67,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     holds it.
 
     Raises:
-        ValueError: naming every layer whose per-sample gradients would not be exact.
+        UnfitModelError: naming every layer whose per-sample gradients would not be exact.
     """
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     rules = {m: _rule_of(m) for m in model.modules() if _is_layer(m)}
@@ -72,13 +93,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
         names = {name: name_of[id(p)] for name, p in own.items()}
         problems += _hooked_weights(fqn, module)
         if isinstance(module, torch.jit.ScriptModule):
-            problems.append(f"{fqn} (compiled by torch.jit; use the module it was made of)")
+            problems.append(Unfit(fqn, "compiled by torch.jit; use the module it was made of"))
         layers.append(Layer(fqn, module, rule, names, is_bare))
     if problems:
-        raise ValueError(
+        raise UnfitModelError(
+            problems,
             f"model={type(model).__name__!r}: expected layers whose per-sample gradients are known "
-            f"exactly. These can't be clipped: {'; '.join(problems)}. "
-            "Freeze them, or use a mode that supports them."
+            f"exactly. These can't be clipped: {'; '.join(map(str, problems))}. "
+            "Freeze them, or use a mode that supports them.",
         )
     for layer in layers:
         if layer.rule is None and not layer.is_bare and not is_recurrent(layer.module):
@@ -177,30 +199,27 @@ def refuse_unfit(model: nn.Module) -> None:
     if problems:
         raise ValueError(
             f"model={type(model).__name__!r}: expected one that treats each sample by itself. "
-            f"These do not: {'; '.join(problems)}."
+            f"These do not: {'; '.join(map(str, problems))}."
         )
 
 
-def unfit_parts(model: nn.Module) -> Iterator[str]:
-    """Parts of a model that clipping per-sample gradients does not make private, with reasons."""
+def unfit_parts(model: nn.Module) -> Iterator[Unfit]:
+    """Parts of a model that mix samples or keep data of them, and parameters without a gradient
+    whose norm is known."""
     for fqn, module in model.named_modules():
         kind = type(module).__name__
         if mixes_samples(module, in_training=module.training):
-            yield (
-                f"{fqn} ({kind} mixes the samples of a batch, or keeps their statistics; use "
-                "GroupNorm, or its eval mode)"
-            )
+            why = "mixes the samples of a batch, or keeps their statistics"
+            yield Unfit(fqn, f"{kind} {why}; use GroupNorm, or its eval mode")
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            yield f"{fqn} ({kind} rescales the rows it looks up, for good; use max_norm=None)"
+            yield Unfit(fqn, f"{kind} rescales the rows it looks up, for good; use max_norm=None")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.is_complex():
-            yield f"{name} (complex)"
+            yield Unfit(name, "complex")
 
 
-def _hooked_weights(fqn: str, module: nn.Module) -> Iterator[str]:
+def _hooked_weights(fqn: str, module: nn.Module) -> Iterator[Unfit]:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
-            yield (
-                f"{fqn} (a hook of {type(hook).__name__} computes its weight; use "
-                "torch.nn.utils.parametrizations, or torch.nn.utils.prune.remove)"
-            )
+            advice = "use torch.nn.utils.parametrizations, or torch.nn.utils.prune.remove"
+            yield Unfit(fqn, f"a hook of {type(hook).__name__} computes its weight; {advice}")

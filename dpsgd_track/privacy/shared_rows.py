@@ -1,0 +1,246 @@
+"""A tensor that looks like one that all samples share, and holds a row for each.
+
+A table of relative positions, a soft prompt or a table of labels is computed once for the whole
+batch: reshaped, looked up, permuted. It meets the samples late, where it is added to their scores
+or expanded over them. Up to there every operation runs on each sample's row, by `torch.func.vmap`.
+Where it meets tensors of the samples, the row of a sample goes with the sample.
+
+Which operation is which is learned in a trial on a number of samples that equals no other size, and
+kept: sizes that are equal by chance later do not matter. `privacy.sample_dim` and
+`privacy.bare_parameters` compare the trial with runs on one sample's row before they rely on it. An
+operation that the trial did not have, as where a batch has no padding to mask, is learned where the
+number of samples equals no size of the tensors that it reads but the first, and refused otherwise.
+
+Shapes: B samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+EACH, MEET, MEET_GROUPS, PAIR = "each", "meet", "meet groups", "pair"
+"""An operation on every row alone; one with tensors whose dimension 0 is the sample; one with
+tensors that have several rows of each sample, one after the other, in dimension 0; and one that
+runs for each sample on its row and its part of the other tensors."""
+
+_PROPERTIES = "shape dtype device ndim layout requires_grad is_leaf is_cuda is_sparse is_meta"
+_METHODS = "size dim ndimension numel nelement __len__ stride element_size get_device"
+_TESTS = "is_floating_point is_complex"
+_SIZES = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
+    *(getattr(Tensor, name) for name in f"{_METHODS} {_TESTS}".split()),
+    *(getattr(torch, name) for name in _TESTS.split()),
+}
+"""What tells of a tensor without its elements."""
+_PAIRED = frozenset((F.linear, F.embedding))
+"""Functions that take no weight for each sample."""
+_EXPANDING = frozenset(("expand", "repeat", "broadcast_to", "tile"))
+_Key = tuple[str, ...]
+
+
+class Course:
+    """What each operation on the rows of a layer does, by the operations that led to it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        """The layer's or the parameter's fully qualified name."""
+        self.is_learning = True
+        self._actions: dict[_Key, str] = {}
+
+    @property
+    def num_learned(self) -> int:
+        """Operations that are known so far."""
+        return len(self._actions)
+
+    def action(self, key: _Key, choose: Callable[[], str], *, is_clear: bool) -> str:
+        """The action of an operation, chosen while learning and for one that is new.
+
+        Args:
+            is_clear: the number of samples tells which dimension holds them.
+
+        Raises:
+            ValueError: a new operation that is not clear, or one that has several actions.
+        """
+        if self.is_learning or (is_clear and key not in self._actions):
+            chosen = choose()
+            if self._actions.setdefault(key, chosen) != chosen:
+                raise ValueError(f"{self.name}: {key[0]} meets the samples here and not there.")
+        elif key not in self._actions:
+            raise ValueError(
+                f"{self.name}: expected the operations of the first batch on what all samples "
+                f"share, got {key[0]} as well, on as many samples as another size has. Give the "
+                "first batch another number of samples, or freeze the layer."
+            )
+        return self._actions[key]
+
+
+class SharedRows(Tensor):
+    """[...] that stands for [B, ...], a row for each sample."""
+
+    rows: Tensor
+    """[B, ...]"""
+    course: Course
+    path: str
+    """The operations that it was made by."""
+
+    @staticmethod
+    def __new__(cls, rows: Tensor, course: Course, path: str = "") -> SharedRows:
+        # Without requires_grad: FSDP2 hooks what has it, and the rows have their own graph.
+        made: SharedRows = Tensor._make_wrapper_subclass(
+            cls, rows.shape[1:], dtype=rows.dtype, device=rows.device
+        )
+        made.rows, made.course, made.path = rows, course, path or course.name
+        return made
+
+    def __init__(self, rows: Tensor, course: Course, path: str = "") -> None:
+        """
+        Args:
+            path: that of an operation on others; empty for the first.
+        """
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"SharedRows({self.course.name}, {tuple(self.rows.shape)})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation on the rows, each alone or with its sample."""
+        kwargs = {} if kwargs is None else kwargs
+        if func in _SIZES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        shared = [x for x in leaves if isinstance(x, SharedRows)]
+        first, name = shared[0], str(getattr(func, "__name__", func))
+        is_alone = len(shared) == sum(isinstance(x, Tensor) for x in leaves)
+        if is_alone and len(shared) == 1 and name not in _EXPANDING:
+            # There is no choice, and such an operation may be left out at other sizes.
+            return _wrapped(_run_each(func, leaves, structure, None), first.course, first.path)
+        key = (name, *(x.path for x in shared))
+        num_samples = len(first.rows)
+        action = first.course.action(
+            key,
+            lambda: _choose(func, leaves, num_samples),
+            is_clear=_is_clear(leaves, num_samples),
+        )
+        if action == PAIR:
+            return _run_each(func, leaves, structure, num_samples)
+        if action == EACH:
+            made = _run_each(func, leaves, structure, None)
+            return _wrapped(made, first.course, f"{hash(key):x}")
+        met = _met(name, leaves, num_samples, is_grouped=action == MEET_GROUPS)
+        args, kwargs = pytree.tree_unflatten(met, structure)
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse what has not come through a function of torch, and would not see the rows."""
+        raise ValueError(f"{func}: expected a function of torch on what all samples share.")
+
+
+def _wrapped(made: Any, course: Course, path: str) -> Any:
+    return pytree.tree_map_only(Tensor, lambda rows: SharedRows(rows, course, path), made)
+
+
+def rows_of(x: Any) -> Any:
+    """The rows of a tensor that all samples share; anything else as it is."""
+    return x.rows if isinstance(x, SharedRows) else x
+
+
+def _choose(func: Any, leaves: Iterable[Any], num_samples: int) -> str:
+    """The action of an operation, where `num_samples` is the size of no other dimension."""
+    others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, SharedRows)]
+    firsts = {x.shape[0] for x in others if x.dim()}
+    if num_samples in firsts:
+        return PAIR if func in _PAIRED else MEET
+    if _expands_to(func, leaves) == num_samples:
+        return MEET
+    if any(num_samples in x.shape for x in others):
+        raise ValueError("The samples are in another dimension than the first.")
+    is_grouped = any(size and size % num_samples == 0 for size in firsts)
+    return MEET_GROUPS if is_grouped and func not in _PAIRED else EACH
+
+
+def _is_clear(leaves: Iterable[Any], num_samples: int) -> bool:
+    """True if no size but the first of tensors that are not shared is the number of samples."""
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    sizes = {
+        size for x in tensors for size in (x.shape if isinstance(x, SharedRows) else x.shape[1:])
+    }
+    return num_samples not in sizes
+
+
+def _expands_to(func: Any, leaves: Iterable[Any]) -> int | None:
+    """Size of dimension 0 that a tensor is expanded to; None for another function."""
+    if getattr(func, "__name__", "") not in _EXPANDING:
+        return None
+    return next((x for x in leaves if type(x) is int), None)
+
+
+def _run_each(func: Any, leaves: list[Any], structure: Any, num_samples: int | None) -> Any:
+    """Run a function for each row.
+
+    Args:
+        num_samples: take other tensors with as many rows by rows as well; None for none.
+    """
+    takes_row = [
+        isinstance(x, SharedRows)
+        or (isinstance(x, Tensor) and num_samples is not None and x.shape[:1] == (num_samples,))
+        for x in leaves
+    ]
+    rows = [rows_of(x) for x, takes in zip(leaves, takes_row, strict=True) if takes]
+
+    def run(*parts: Tensor) -> Any:
+        left = iter(parts)
+        filled = [next(left) if t else x for x, t in zip(leaves, takes_row, strict=True)]
+        args, kwargs = pytree.tree_unflatten(filled, structure)
+        return func(*args, **kwargs)
+
+    return torch.func.vmap(run, randomness="different")(*rows)
+
+
+def _met(name: str, leaves: list[Any], num_samples: int, *, is_grouped: bool) -> list[Any]:
+    """`leaves` with each shared tensor as [B, ...], broadcast over the others' dimensions.
+
+    Raises:
+        ValueError: no other tensor has the samples in dimension 0.
+    """
+    others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, SharedRows)]
+    num_dims = max((x.dim() for x in others), default=0)
+    sizes = [x.shape[0] for x in others if x.dim() == num_dims and x.dim()]
+    if name in _EXPANDING:
+        places = [place for place, x in enumerate(leaves) if type(x) is int]
+        sizes, num_dims = [leaves[places[0]]], len(places)
+        if name in ("repeat", "tile"):
+            leaves = [1 if place == places[0] else x for place, x in enumerate(leaves)]
+    size = max(sizes, default=0)
+    per_sample, rest = divmod(size, num_samples)
+    if rest or per_sample < 1 or (per_sample > 1 and not is_grouped):
+        raise ValueError(f"{name}: expected {num_samples} samples in dimension 0, got {size}.")
+    return [_placed(x, num_dims, per_sample) if isinstance(x, SharedRows) else x for x in leaves]
+
+
+def _placed(x: SharedRows, num_dims: int, per_sample: int) -> Tensor:
+    """[B per_sample, ...] in `num_dims` dimensions at least.
+
+    Raises:
+        ValueError: the tensor has another dimension where the samples shall be.
+    """
+    rows = x.rows
+    if rows.dim() > num_dims:
+        if rows.shape[1] != 1:
+            raise ValueError(f"{x.course.name}: expected a dimension of size 1 for the samples.")
+        rows = rows.squeeze(1)
+    else:
+        missing = num_dims - rows.dim()
+        rows = rows.reshape(rows.shape[0], *[1] * missing, *rows.shape[1:])
+    return rows if per_sample == 1 else rows.repeat_interleave(per_sample, dim=0)
