@@ -4,10 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpsgd_track.library import PrivateTraining, make_private
+    from dpsgd_track.privacy.adaptive import AdaptiveClipping
     from dpsgd_track.trainer import PrivacyArguments, PrivateTrainer
 
 __version__ = "0.1.0"
-__all__ = ["PrivacyArguments", "PrivateTrainer", "PrivateTraining", "make_private"]
+__all__ = [
+    "AdaptiveClipping",
+    "PrivacyArguments",
+    "PrivateTrainer",
+    "PrivateTraining",
+    "make_private",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,5 +23,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    home = "library" if name in ("PrivateTraining", "make_private") else "trainer"
-    return getattr(import_module(f"dpsgd_track.{home}"), name)
+    homes = {
+        "AdaptiveClipping": "privacy.adaptive",
+        "PrivateTraining": "library",
+        "make_private": "library",
+    }
+    return getattr(import_module(f"dpsgd_track.{homes.get(name, 'trainer')}"), name)

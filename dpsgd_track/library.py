@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.reference import ReferenceMode
 from dpsgd_track.modes.table import check_mode, is_private, runs_on_one_device
+from dpsgd_track.privacy.adaptive import AdaptiveBound, AdaptiveClipping
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.calibration import Budget
 from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
@@ -55,6 +56,8 @@ _History = list[tuple[float, float | None, int]]
 _HISTORY = "_dpsgd_track_history"
 """Attribute of a model and of its trained parts that holds the history of their ledger: one list
 that all of them share, so that a part takes it into other models. Copies of the model copy it."""
+_BOUND = "max_grad_norm"
+"""Key of C in the state of a training whose C is adaptive."""
 _PRIVATE = "_dpsgd_track_private"
 """Attribute of an optimizer that holds the `PrivateTraining` that uses it."""
 
@@ -78,6 +81,7 @@ class PrivateTraining:
         noise_key: str,
         sample_rate: float | None,
         budget: Budget | None,
+        adaptive: AdaptiveClipping | None,
         spot_check: bool,
     ) -> None:
         self.mode = mode
@@ -91,6 +95,11 @@ class PrivateTraining:
         self._noise_key = noise_key
         self._sample_rate = sample_rate
         self._budget = budget
+        device = mode.context.device
+        self._bound = AdaptiveBound(adaptive, device) if adaptive is not None else None
+        self._next_bound: float | None = None
+        """C of the next step, once this one has counted its samples."""
+        self._set_privacy(self._privacy)
         self._draw = OpenDraw()
         self._has_loader = False
         self._num_batches = 0
@@ -133,6 +142,11 @@ class PrivateTraining:
     def noise_multiplier(self) -> float:
         """sigma of the next step."""
         return self._privacy.noise_multiplier
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C of the next step."""
+        return self._privacy.max_grad_norm
 
     @property
     def _ledger(self) -> PrivacyLedger:
@@ -270,6 +284,8 @@ class PrivateTraining:
         assert self.last is not None
         self._gradients.note()
         self._left_out.add(self.last)
+        if self._bound is not None:
+            self._bound.note(self.last, self._privacy.max_grad_norm)
         self._num_batches += 1
         self._num_added += len(self.last.loss_B)
 
@@ -386,6 +402,10 @@ class PrivateTraining:
             "expected_batch_size": expected_batch_size,
         }
         changed = {name: value for name, value in given.items() if value is not None}
+        allowed = "None, as C is adaptive"
+        require(
+            self._bound is None or max_grad_norm is None, "max_grad_norm", max_grad_norm, allowed
+        )
         privacy = replace(self._privacy, **changed)
         sigma = privacy.noise_multiplier
         allowed = "0 for a mode that does not clip"
@@ -395,8 +415,15 @@ class PrivateTraining:
         if self._budget is not None:
             assert rate is not None
             self._budget.refuse_beyond(self._history, sigma, rate)
-        self._privacy, self._sample_rate = privacy, rate
-        self.mode.set_privacy(privacy)
+        self._set_privacy(privacy)
+        self._sample_rate = rate
+
+    def _set_privacy(self, privacy: PrivacyConfig) -> None:
+        """Clip and add noise by other settings from the next step on."""
+        of_sum = privacy if self._bound is None else self._bound.of_sum(privacy)
+        if of_sum != self.mode.context.privacy:
+            self.mode.set_privacy(of_sum)
+        self._privacy = privacy
 
     def epsilon(
         self, delta: float, *, accountant: str = "rdp", steps_per_sample: int | None = None
@@ -428,8 +455,12 @@ class PrivateTraining:
         return self._ledger.epsilon(delta, accountant)
 
     def state_dict(self) -> dict[str, Any]:
-        """The ledger's state, to be saved beside the model's and the optimizer's."""
-        return self._ledger.state_dict()
+        """The ledger's state, to be saved beside the model's and the optimizer's.
+
+        With the bound of adaptive clipping, `max_grad_norm`.
+        """
+        state = self._ledger.state_dict()
+        return state if self._bound is None else state | {_BOUND: self._privacy.max_grad_norm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the run that saved `state`: its steps count, and no noise is drawn twice.
@@ -445,8 +476,12 @@ class PrivateTraining:
             "one that is loaded before the first step",
         )
         self._refuse_unless_whole()
+        bound = state.get(_BOUND) if isinstance(state, Mapping) else None
+        allowed = "a state of the same kind of clipping, adaptive or not"
+        require((bound is None) == (self._bound is None), "state", "another", allowed)
         loaded = PrivacyLedger()
-        loaded.load_state_dict(state)
+        loaded.load_state_dict({k: v for k, v in state.items() if k != _BOUND} if bound else state)
+        privacy = self._privacy if bound is None else replace(self._privacy, max_grad_norm=bound)
         require(
             loaded.num_steps >= self.num_steps,
             "state",
@@ -458,6 +493,7 @@ class PrivateTraining:
             self._budget.refuse_beyond(
                 loaded.history, self._privacy.noise_multiplier, self._sample_rate
             )
+        self._set_privacy(privacy)
         self._note(loaded)
 
     def close(self) -> None:
@@ -539,7 +575,10 @@ class PrivateTraining:
             audit = _NoiseAudit(clipped, self._privacy)
         # From here on the sum is divided and noisy, and must not be taken for a sum again.
         self._spoiled = RuntimeError("a step did not end")
-        noised = self.mode.privatize(clipped, NoiseSource(self._noise_key, self.num_steps))
+        source = NoiseSource(self._noise_key, self.num_steps)
+        noised = self.mode.privatize(clipped, source)
+        if self._bound is not None:
+            self._next_bound = self._bound.next_bound(self._privacy, source)
         if audit is not None:
             audit.check(noised)
         ledger = self._ledger
@@ -552,6 +591,9 @@ class PrivateTraining:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._zero_grad()
+        if self._next_bound is not None:
+            self._set_privacy(replace(self._privacy, max_grad_norm=self._next_bound))
+            self._next_bound = None
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the step's batches, and the gradients of the optimizer and the mode.
@@ -574,6 +616,8 @@ class PrivateTraining:
             self._is_clearing = False
         self._gradients.release()
         self._num_batches = self._num_added = 0
+        if self._bound is not None:
+            self._bound.drop()
         self._draw.drop_left()
         self._spoiled = None
 
@@ -633,6 +677,7 @@ def make_private(
     passes: int | None = None,
     loss: str | PerSampleLoss = "sequence-classification",
     clipping: str = FLAT,
+    adaptive: AdaptiveClipping | None = None,
     sample_rate: float | None = None,
     seed: int | None = None,
     param_dtype: torch.dtype = torch.float32,
@@ -698,6 +743,9 @@ def make_private(
             (logits, targets) -> [B] in which no sample's loss depends on another.
         clipping: rule by which a sample is clipped: flat, automatic (normalised) or per_layer,
             which keeps nothing (see `dpsgd_track.privacy.clipping`). It adds at most C under each.
+        adaptive: have C follow a quantile of the norms from step to step, beginning at
+            `max_grad_norm`. The step is accounted as a whole at `noise_multiplier` (see
+            `dpsgd_track.privacy.adaptive`). For flat clipping, without `capture`.
         sample_rate: probability with which a step takes each sample, where the loop draws batches
             by Poisson sampling itself; `PrivateTraining.loader` knows its own. 1.0 if batches are
             not sampled (see also `PrivateTraining.epsilon`).
@@ -726,7 +774,6 @@ def make_private(
     loss = loss_named(loss)
     optimizer = _unwrapped(optimizer)
     _close_earlier(optimizer)
-    rebind = _OptimizerRebinding(model, optimizer)
     device = next(model.parameters()).device
     context = ModeContext(
         privacy=PrivacyConfig(
@@ -737,20 +784,21 @@ def make_private(
         ),
         device=device,
         param_dtype=param_dtype,
-        make_optimizer=lambda parameters: rebind(),
+        make_optimizer=_OptimizerRebinding(model, optimizer),
         loss=loss,
         num_replicas=num_replicas,
         capture=capture,
     )
-    key = fresh_key(None, device) if seed is None else str(seed)
-    built = _built(mode, model, context, optimizer)
+    _check_adaptive(adaptive, mode, context)
+    built = _built(mode, model, context, optimizer, adaptive)
     return PrivateTraining(
         built,
         optimizer,
         _history_of(built.model),
-        noise_key=key,
+        noise_key=fresh_key(None, device) if seed is None else str(seed),
         sample_rate=sample_rate,
         budget=budget,
+        adaptive=adaptive,
         spot_check=spot_check,
     )
 
@@ -814,6 +862,20 @@ def _check_settings(mode: str, noise_multiplier: float) -> None:
     require(fits_ranks, "mode", mode, "a mode for several ranks", advice)
 
 
+def _check_adaptive(adaptive: AdaptiveClipping | None, mode: str, context: ModeContext) -> None:
+    """Refuse an adaptive C where nothing is clipped at it, or where it is part of a graph."""
+    if adaptive is None:
+        return
+    is_of_kind = isinstance(adaptive, AdaptiveClipping)
+    require(is_of_kind, "adaptive", adaptive, "an AdaptiveClipping, or None")
+    clipping, capture = context.privacy.clipping, context.capture
+    require(is_private(mode), "mode", mode, "one that clips where C is adaptive")
+    require(clipping == FLAT, "clipping", clipping, f"{FLAT} where C is adaptive")
+    require(not capture, "capture", capture, "False where C is adaptive")
+    # Raises where the count has too little noise.
+    adaptive.sum_multiplier(context.privacy)
+
+
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside of Accelerate's wrapper, which calls its `step` and nothing else."""
     is_accelerated = type(optimizer).__module__ == "accelerate.optimizer"
@@ -864,12 +926,20 @@ def _history_of(model: nn.Module) -> _History:
     return history
 
 
-def _built(name: str, model: nn.Module, context: ModeContext, optimizer: Optimizer) -> Mode:
+def _built(
+    name: str,
+    model: nn.Module,
+    context: ModeContext,
+    optimizer: Optimizer,
+    adaptive: AdaptiveClipping | None,
+) -> Mode:
     """The mode; refused if it cannot do what was asked for, or would step by itself."""
     mode = build_mode(name, model, context)
     is_own = isinstance(mode, ComposedMode)
     allowed = f"False for {name}, which is not of this package's engine"
     require(is_own or not context.capture, "capture", context.capture, allowed)
+    allowed = "a mode of this package's own engine where C is adaptive"
+    require(adaptive is None or isinstance(mode, OWN_MODES), "mode", name, allowed)
     _refuse_own_updates(name, mode, optimizer)
     return mode
 
@@ -922,10 +992,10 @@ class _OptimizerRebinding:
         allowed = f"all trainable parameters; it lacks {', '.join(sorted(missing))}"
         require(not missing, "optimizer", kind, allowed, advice)
 
-    def __call__(self) -> Optimizer:
-        parameters = dict(self.model.named_parameters())
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        named = dict(self.model.named_parameters())
         for group, names in zip(self.optimizer.param_groups, self.names, strict=True):
-            group["params"] = [parameters[name] for name in names]
+            group["params"] = [named[name] for name in names]
         return self.optimizer
 
 
