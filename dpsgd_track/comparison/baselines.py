@@ -162,7 +162,7 @@ def _held(
     pair = None if run.replay else regime.pair(run.label, base.label)
     if pair and any(f.verdict is Verdict.BUG for f in judge_run(base)):
         found.append(_unknown(regime, f"{base.label} is itself at fault", base.label))
-    floor = regime.floor(base.label)
+    floor = regime.floor_for(run.label, base.label)
     return Held(
         pair=pair, floor=floor, plain=in_type, findings=found, unlike=bool(unlike), extent=extent
     )

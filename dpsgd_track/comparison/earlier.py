@@ -159,8 +159,7 @@ class Earlier:
         at_fault = [*judge_run(base), *judge_noise(base, audited.get(base.label))]
         held = Held(
             pair=regime.pair(run.label),
-            # The oracle's replay computes in another type, so its floor applies to modes only.
-            floor=None if run.label == REFERENCE else regime.floor(),
+            floor=regime.floor_for(run.label),
             findings=[*(_at_fault(f, regime.baseline) for f in at_fault), *unlike],
             unlike=bool(unlike),
             extent=extent,

@@ -16,6 +16,7 @@ from dpsgd_track.comparison.measure.resolution import Resolution
 from dpsgd_track.comparison.seen import Seen, by_model
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import CLIP, NOISE, Thresholds, kind_of
+from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.record.run import Group, ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Trajectory
@@ -63,6 +64,13 @@ class RegimeComparison:
     def floor(self, baseline: str = "") -> Floor | None:
         """The floor of drifts from `baseline`, by default the regime's."""
         return self.floors.get(baseline or self.baseline)
+
+    def floor_for(self, mode: str, baseline: str = "") -> Floor | None:
+        """The floor that the drift of `mode` from `baseline` is held against; None for no floor.
+
+        The oracle's replay computes in another type, so its floor applies to modes only.
+        """
+        return None if mode == REFERENCE else self.floor(baseline)
 
     def base_of(self, mode: str, baseline: str = "") -> Trajectory | None:
         """The record that `mode` is compared with, by default the regime's baseline.

@@ -18,6 +18,9 @@ from dpsgd_track.report.charts.curves import drawn, whole
 GREY = "#8C8C8C"
 """Colour of floors and thresholds, which belong to no mode."""
 
+RED = "#D0341B"
+"""Colour of NaN and infinity, readable on dark and on light ground."""
+
 
 def threshold_of(comparison: GroupComparison, observable: ObservableName) -> float:
     """Largest acceptable drift of `observable`."""
