@@ -273,3 +273,15 @@ def test_every_trace_of_a_mode_can_be_filtered() -> None:
 )
 def test_names_above_columns_are_broken_and_not_lost(name: str, lines: str) -> None:
     assert wrapped(name) == lines
+
+
+@pytest.mark.parametrize("name", ["trajectory_clip_loss", "trajectory_clip_grad_norm"])
+def test_nan_of_a_trajectory_is_no_gap(name: str) -> None:
+    (mark,) = [t for t in figure_of(name, undefined).data if t.marker.symbol == "x"]
+    first = NAN_STEP + name.endswith("loss")
+    assert list(mark.x) == list(range(first, 12))
+
+
+def test_samples_with_nan_are_marked() -> None:
+    (mark,) = [t for t in figure_of("samples_clip", undefined).data if t.marker.symbol == "x"]
+    assert mark.name == f"{GUILTY}: {8 * (12 - NAN_STEP)} norms that are NaN or infinite"

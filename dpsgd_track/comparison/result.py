@@ -291,18 +291,17 @@ def _waived(findings: Sequence[Finding], before: str) -> str:
     return f"{before}{len(ends)} finding{'s' * (len(ends) > 1)} waived until {min(ends)}"
 
 
-def group_sentence(
-    verdict: Verdict, modes: Sequence[ModeVerdict], regimes: Sequence[RegimeComparison]
-) -> str:
-    """The verdict on all modes, and its first reason."""
+def group_sentence(verdict: Verdict, modes: Sequence[ModeVerdict], agreement: str) -> str:
+    """The verdict on all modes, and its first reason.
+
+    Args:
+        agreement: what is said of all modes if they pass.
+    """
     if not modes:
         return "INCONCLUSIVE: the group holds no run of any mode."
     every = [finding for mode in modes for finding in mode.findings]
     if verdict is Verdict.PASS:
-        has_floor = any(regime.floors for regime in regimes)
-        how = "as closely as rounding allows" if has_floor else "within the thresholds"
-        labels = {run.label for regime in regimes for run in regime.runs}
-        agreed = f"PASS: all {len(labels)} modes agree {how}{_waived(every, ', but for ')}"
+        agreed = f"PASS: {agreement}{_waived(every, ', but for ')}"
         warned = [mode.label for mode in modes if mode.warnings]
         return agreed + (f", but the code of {', '.join(warned)} warned." if warned else ".")
     guilty = [mode for mode in modes if mode.verdict is verdict]

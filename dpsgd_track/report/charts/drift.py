@@ -23,7 +23,7 @@ from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Integers
 from dpsgd_track.report.charts.curves import ZERO, above_zero, drawn, log_axis, step_axis, whole
-from dpsgd_track.report.charts.marks import RED, add_limit, floor_of, threshold_of
+from dpsgd_track.report.charts.marks import add_crosses, add_limit, floor_of, threshold_of
 from dpsgd_track.report.charts.style import Chart, Style, escaped, layout, name_axis, wrapped
 from dpsgd_track.report.thinning import kept
 
@@ -194,21 +194,9 @@ def _mark_not_finite(figure: go.Figure, shown: _Shown, height: float, style: Sty
     first, steps = shown.not_finite, shown.broken_steps()
     if first is None or not len(steps):
         return
-    at = kept(np.zeros(len(steps)), style.most_points)
-    where = f", {escaped(first.where)}" * bool(first.where)
-    figure.add_scatter(
-        x=whole(steps[at]),
-        y=np.full(len(at), height),
-        mode="markers",
-        marker={"symbol": "x", "size": 11, "color": RED},
-        hovertemplate=f"step %{{x}}<br>%{{fullData.name}}<br>first at step {first.step}{where}"
-        "<extra></extra>",
-        **{
-            **style.of_mode(shown.pair.mode),
-            "name": f"{escaped(shown.pair.mode)}: {number(first.value)} from step {first.step} on",
-            "legendgroup": None,
-        },
-    )
+    where = f"first at step {first.step}{f', {escaped(first.where)}' * bool(first.where)}"
+    said = f"{number(first.value)} from step {first.step} on"
+    add_crosses(figure, shown.pair.mode, steps, height, style, says=(said, where))
 
 
 def _wheres(names: list[str]) -> tuple[NDArray[Any] | None, dict[str, Any]]:
