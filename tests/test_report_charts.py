@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dpsgd_track.comparison.measure.excess import excess_of
+from dpsgd_track.comparison.measure.floor import limits_of
 from dpsgd_track.comparison.profile import profile_of
+from dpsgd_track.comparison.result import GroupComparison
+from dpsgd_track.record.stages import Stage
 from dpsgd_track.report.charts import Style, figures, profile_charts
 from dpsgd_track.report.charts.curves import points_of_each, whole
 from dpsgd_track.report.charts.heatmap import LOWEST, NOTHING, PER_DECADE, as_bytes
 from dpsgd_track.report.charts.style import Chart, name_axis, wrapped
 from dpsgd_track.report.html import chart_data
+from dpsgd_track.report.table import HEADINGS, rows
 from tests.support.synthetic_group import (
     compared,
     healthy_runs,
@@ -24,7 +32,30 @@ from tests.support.synthetic_group import (
     with_run,
 )
 from tests.support.synthetic_profile import large, profiled
-from tests.support.synthetic_report import GUILTY, GUILTY_LAYER, audit, broken, healthy
+from tests.support.synthetic_report import (
+    GUILTY,
+    GUILTY_LAYER,
+    NAN_STEP,
+    QUICK,
+    audit,
+    broken,
+    healthy,
+    undefined,
+)
+
+
+@cache
+def drawn(made: Callable[[], GroupComparison]) -> tuple[Chart, ...]:
+    return figures(made())
+
+
+def figure_of(name: str, made: Callable[[], GroupComparison]) -> Any:
+    return chart(drawn(made), name).figure
+
+
+def trace_of(name: str, made: Callable[[], GroupComparison]) -> Any:
+    """What is drawn of the guilty mode."""
+    return next(t for t in figure_of(name, made).data if t.name == GUILTY)
 
 
 def chart(charts: tuple[Chart, ...], name: str) -> Chart:
@@ -45,7 +76,7 @@ def test_whole_numbers_take_the_smallest_type_that_holds_them(largest: int, dtyp
     assert found.tolist() == [-largest, largest]
 
 
-@pytest.mark.parametrize("value", [1e-17, 3.3e-9, 1e-3, 0.08, 1.0])
+@pytest.mark.parametrize("value", [1e-8, 3.3e-5, 0.08, 1.0, 80.0, 1e8])
 def test_a_byte_of_the_heatmap_is_within_a_tenth_of_its_value(value: float) -> None:
     code = base64.b64decode(as_bytes(np.array([value])))[0]
     assert 10 ** (LOWEST + code / PER_DECADE) == pytest.approx(value, rel=0.1)
@@ -54,15 +85,17 @@ def test_a_byte_of_the_heatmap_is_within_a_tenth_of_its_value(value: float) -> N
 def test_bytes_of_the_heatmap_tell_nothing_from_zero_and_infinity() -> None:
     codes = base64.b64decode(as_bytes(np.array([np.nan, 0.0, np.inf])))
     assert list(codes) == [NOTHING, 0, NOTHING - 1]
+    huge = base64.b64decode(as_bytes(np.array([1e300])))
+    assert list(huge) == [NOTHING - 2], "no number looks like an infinity"
 
 
 def test_heatmap_of_the_faulty_mode_shows_its_layer_from_its_step_on_its_rank() -> None:
-    cube = chart(figures(broken()), "heatmap_clip").cube
+    cube = chart(drawn(broken), "heatmap_clip").cube
     order = list(dict.fromkeys(run.label for run in broken().group.runs))
     mode = next(each for each in cube["modes"] if each["mode"] == order.index(GUILTY))
     shape = (len(mode["first"]), len(mode["ranks"]), len(cube["parameters"]))
     codes = np.frombuffer(base64.b64decode(mode["bytes"]), np.uint8).reshape(shape)
-    hot = codes > (np.log10(cube["threshold"]) - LOWEST) * PER_DECADE
+    hot = codes > -LOWEST * PER_DECADE  # above 1, the limit
     places = {tuple(place) for place in np.argwhere(hot).tolist()}
     layer = cube["parameters"].index(GUILTY_LAYER)
     assert places == {(step, 1, layer) for step in range(3, 12)}
@@ -120,8 +153,8 @@ def test_a_mode_stands_once_in_the_legend_of_each_chart() -> None:
     group = profiled(large())
     profile = profile_of(group)
     assert profile is not None
-    drawn = (*figures(broken()), *profile_charts(profile, Style.of_group(group)))
-    shown = [each for each in drawn if each.figure.layout.showlegend is not False]
+    every = (*drawn(broken), *profile_charts(profile, Style.of_group(group)))
+    shown = [each for each in every if each.figure.layout.showlegend is not False]
     assert len({each.section for each in shown}) > 4
     for each in shown:
         names = [t.name for t in each.figure.data if t.legendgroup and t.showlegend is not False]
@@ -129,7 +162,7 @@ def test_a_mode_stands_once_in_the_legend_of_each_chart() -> None:
 
 
 def test_a_place_of_a_drift_is_found_by_its_number() -> None:
-    data = chart(figures(broken()), "drift_clip_gradient").figure.data
+    data = chart(drawn(broken), "drift_clip_gradient").figure.data
     wrong = next(trace for trace in data if trace.name == GUILTY)
     pair = next(
         p for r in broken().regimes if r.name == "clip" for p in r.pairs if p.mode == GUILTY
@@ -139,6 +172,78 @@ def test_a_place_of_a_drift_is_found_by_its_number() -> None:
     assert len(set(places)) > 1
 
 
+def test_a_drift_is_drawn_with_the_limit_of_the_verdict_for_the_item_drawn() -> None:
+    curve = trace_of("drift_clip_gradient", broken)
+    rungs = next(mode for mode in broken().modes if mode.label == GUILTY).ladders
+    rung = next(r for r in rungs["clip", "reference"] if r.stage is Stage.SUM)
+    assert rung.observable == "gradient"
+    assert rung.step is not None
+    row = list(curve.x).index(rung.step)
+    limit = np.broadcast_to(curve.meta["limits"], curve.x.shape)[row]
+    assert limit == pytest.approx(rung.limit, rel=1e-6)
+    assert curve.y[row] * limit == pytest.approx(rung.value, rel=1e-6)
+    assert curve.meta["names"][curve.customdata[row]] == rung.where
+
+
+def test_a_drift_is_over_the_line_in_the_steps_that_the_verdict_calls_wrong() -> None:
+    regime = next(each for each in broken().regimes if each.name == "clip")
+    pair, floor = regime.pair(GUILTY), regime.floor_for(GUILTY)
+    assert pair is not None
+    names = ("sample_norm", "gradient", "grad_norm")
+    assert all(limits_of(pair.drifts[name], floor) is not None for name in names)
+    for name in names:
+        curve = trace_of(f"drift_clip_{name}", broken)
+        failing = excess_of(pair.drifts[name], broken().thresholds, floor).failing
+        assert (curve.y > 1).tolist() == failing.tolist()
+        assert failing.any()
+        assert not failing.all()
+
+
+def test_a_cell_of_a_layer_is_over_1_where_the_layer_is_over_its_limit() -> None:
+    shares = trace_of("layers_clip", broken).z[:, 0]
+    regime = next(each for each in broken().regimes if each.name == "clip")
+    pair = regime.pair(GUILTY)
+    assert pair is not None
+    drift = pair.drifts["layer_grad_norm"]
+    limits = limits_of(drift, regime.floor_for(GUILTY))
+    assert limits is not None
+    expected = np.log10((drift.matrix / limits).max(axis=0))
+    np.testing.assert_allclose(shares, np.maximum(expected, -17), rtol=1e-4)
+
+
+def test_nan_is_marked_from_the_step_in_which_it_begins() -> None:
+    for name in ("sample_norm", "gradient", "grad_norm", "loss"):
+        traces = figure_of(f"drift_clip_{name}", undefined).data
+        (mark,) = [t for t in traces if t.marker.symbol == "x"]
+        first = NAN_STEP + (name == "loss")
+        assert list(mark.x) == list(range(first, 12)), name
+        assert mark.name == f"{GUILTY}: NaN from step {first} on"
+        assert mark.y.min() > 1, "no NaN lies below the limit"
+
+
+def test_nan_is_hot_in_the_cells_of_its_layer() -> None:
+    cells = trace_of("layers_clip", undefined)
+    layers = [str(line[0]).split("<br>")[0] for line in cells.customdata]
+    (at,) = (i for i, layer in enumerate(layers) if ".2." in layer)
+    assert [text[0] == "NaN" for text in cells.text] == [i == at for i in range(4)]
+    assert cells.z[at, 0] == 30
+    cube = chart(drawn(undefined), "heatmap_clip").cube
+    mode = next(m for m in cube["modes"] if m["mode"] == QUICK.index(GUILTY))
+    codes = np.frombuffer(base64.b64decode(mode["bytes"]), np.uint8).reshape(12, 2, -1)
+    at = cube["parameters"].index(GUILTY_LAYER)
+    assert set(codes[NAN_STEP:, :, at].flat) == {NOTHING - 1}
+    assert NOTHING - 1 not in codes[:NAN_STEP]
+
+
+def test_nan_from_the_first_step_on_leaves_no_mode_out() -> None:
+    comparison = undefined(0)
+    marks = chart(figures(comparison), "drift_clip_grad_norm").figure.data
+    assert [t.name for t in marks if t.marker.symbol == "x"] == [f"{GUILTY}: NaN from step 0 on"]
+    row = next(row for row in rows(comparison) if row.label == GUILTY)
+    shown = dict(zip(HEADINGS, row.cells, strict=True))
+    assert {shown[name] for name in ("Δ grad norm", "Δ clipped sum")} == {"NaN"}
+
+
 def test_long_names_keep_their_end_on_an_axis() -> None:
     names = ["model." + "x" * 80 + ".weight", "short"]
     assert name_axis(names, 20)["ticktext"][0].endswith(".weight")
@@ -146,7 +251,7 @@ def test_long_names_keep_their_end_on_an_axis() -> None:
 
 
 def test_every_trace_of_a_mode_can_be_filtered() -> None:
-    for each in figures(broken()):
+    for each in drawn(broken):
         for trace in each.figure.data:
             belongs_to_no_mode = each.cube or (trace.name or "").startswith(
                 ("floor", "threshold", "limit", "as it should be")
@@ -168,3 +273,15 @@ def test_every_trace_of_a_mode_can_be_filtered() -> None:
 )
 def test_names_above_columns_are_broken_and_not_lost(name: str, lines: str) -> None:
     assert wrapped(name) == lines
+
+
+@pytest.mark.parametrize("name", ["trajectory_clip_loss", "trajectory_clip_grad_norm"])
+def test_nan_of_a_trajectory_is_no_gap(name: str) -> None:
+    (mark,) = [t for t in figure_of(name, undefined).data if t.marker.symbol == "x"]
+    first = NAN_STEP + name.endswith("loss")
+    assert list(mark.x) == list(range(first, 12))
+
+
+def test_samples_with_nan_are_marked() -> None:
+    (mark,) = [t for t in figure_of("samples_clip", undefined).data if t.marker.symbol == "x"]
+    assert mark.name == f"{GUILTY}: {8 * (12 - NAN_STEP)} norms that are NaN or infinite"

@@ -55,6 +55,14 @@ class Baselines:
         """Always empty: each run reports its own lack of a baseline."""
         return ""
 
+    def agreement(self, matched: Sequence[Matched]) -> str:
+        """`all 4 modes agree as closely as rounding allows`."""
+        regimes = [each.comparison for each in matched]
+        has_floor = any(regime.floors for regime in regimes)
+        how = "as closely as rounding allows" if has_floor else "within the thresholds"
+        labels = {run.label for regime in regimes for run in regime.runs}
+        return f"all {len(labels)} modes agree {how}"
+
     def match(self, regime: str) -> Matched:
         """Measure each pair of one regime, reading each record once."""
         runs = tuple(run for run in self.group.runs if run.regime == regime)
@@ -162,7 +170,7 @@ def _held(
     pair = None if run.replay else regime.pair(run.label, base.label)
     if pair and any(f.verdict is Verdict.BUG for f in judge_run(base)):
         found.append(_unknown(regime, f"{base.label} is itself at fault", base.label))
-    floor = regime.floor(base.label)
+    floor = regime.floor_for(run.label, base.label)
     return Held(
         pair=pair, floor=floor, plain=in_type, findings=found, unlike=bool(unlike), extent=extent
     )

@@ -80,6 +80,42 @@ class Earlier:
             return ""
         return f"no run has its like in group {self.before.name}"
 
+    def agreement(self, matched: Sequence[Matched]) -> str:
+        """`2 of 3 modes agree with group july to the last bit; flash was not run in july`."""
+        held: dict[str, list[Held]] = {}
+        new: dict[str, list[str]] = {}
+        for each in matched:
+            for candidate in each.candidates:
+                run = candidate.run
+                if run.replay:
+                    continue
+                held.setdefault(run.label, []).extend(candidate.held)
+                if candidate.new:
+                    new.setdefault(run.label, []).append(each.comparison.name)
+        compared = {label: [h.pair for h in each if h.pair] for label, each in held.items()}
+        equal = [
+            label
+            for label, pairs in compared.items()
+            if pairs and all(drift.max == 0 for pair in pairs for drift in pair.drifts.values())
+        ]
+        close = [label for label in held if held[label] and label not in equal]
+        has_floor = any(each.comparison.floors for each in matched)
+        near = "as closely as rounding allows" if has_floor else "within the thresholds"
+        parts = []
+        for labels, how in ((equal, "to the last bit"), (close, near)):
+            if labels:
+                verb = "agree" if len(labels) > 1 or len(held) > 1 else "agrees"
+                parts.append(
+                    f"{_how_many(len(labels), len(held))} {verb} with {self._baseline} {how}"
+                )
+        was = "were" if len(new) > 1 else "was"
+        absent = ", ".join(
+            label if not held[label] else f"{label} in {' and '.join(regimes)}"
+            for label, regimes in new.items()
+        )
+        parts += [f"{absent} {was} not run in {self.before.name}"] if absent else []
+        return "; ".join(parts)
+
     def match(self, regime: str) -> Matched:
         """Measure each later run against its counterpart, and the replays of both groups."""
         baseline = self._baseline
@@ -159,8 +195,7 @@ class Earlier:
         at_fault = [*judge_run(base), *judge_noise(base, audited.get(base.label))]
         held = Held(
             pair=regime.pair(run.label),
-            # The oracle's replay computes in another type, so its floor applies to modes only.
-            floor=None if run.label == REFERENCE else regime.floor(),
+            floor=regime.floor_for(run.label),
             findings=[*(_at_fault(f, regime.baseline) for f in at_fault), *unlike],
             unlike=bool(unlike),
             extent=extent,
@@ -190,6 +225,12 @@ class Earlier:
             for label, run in before.items()
             if label not in known and run.status is not Status.MISSING
         ]
+
+
+def _how_many(some: int, every: int) -> str:
+    """`all 3 modes`, or `2 of 3 modes`."""
+    modes = f"mode{'s' * (every != 1)}"
+    return f"all {every} {modes}" if some == every else f"{some} of {every} {modes}"
 
 
 def _replays(regime: str, runs: Sequence[ModeRun]) -> list[tuple[Labelled, Labelled]]:

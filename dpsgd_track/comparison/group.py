@@ -79,7 +79,11 @@ def _compare(pairing: Pairing, measure: Measure) -> GroupComparison:
     lacking = pairing.unmatched(every) if verdict is Verdict.PASS else ""
     if lacking or not modes:
         verdict = Verdict.INCONCLUSIVE
-    sentence = f"{verdict}: {lacking}." if lacking else group_sentence(verdict, modes, regimes)
+    sentence = (
+        f"{verdict}: {lacking}."
+        if lacking
+        else group_sentence(verdict, modes, pairing.agreement(every))
+    )
     used = {f.waiver for mode in modes for f in mode.findings if f.waiver}
     return GroupComparison(
         group=pairing.shown(every),

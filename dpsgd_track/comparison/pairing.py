@@ -91,6 +91,9 @@ class Pairing(Protocol):
     def shown(self, matched: Sequence[Matched]) -> Group:
         """The group that a report describes."""
 
+    def agreement(self, matched: Sequence[Matched]) -> str:
+        """What a PASS says in one sentence, without a full stop."""
+
     def unmatched(self, matched: Sequence[Matched]) -> str:
         """Reason why a comparison without findings shows nothing; empty if it shows something."""
 

@@ -16,6 +16,7 @@ from dpsgd_track.comparison.measure.resolution import Resolution
 from dpsgd_track.comparison.seen import Seen, by_model
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import CLIP, NOISE, Thresholds, kind_of
+from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.record.run import Group, ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import Trajectory
@@ -63,6 +64,13 @@ class RegimeComparison:
     def floor(self, baseline: str = "") -> Floor | None:
         """The floor of drifts from `baseline`, by default the regime's."""
         return self.floors.get(baseline or self.baseline)
+
+    def floor_for(self, mode: str, baseline: str = "") -> Floor | None:
+        """The floor that the drift of `mode` from `baseline` is held against; None for no floor.
+
+        The oracle's replay computes in another type, so its floor applies to modes only.
+        """
+        return None if mode == REFERENCE else self.floor(baseline)
 
     def base_of(self, mode: str, baseline: str = "") -> Trajectory | None:
         """The record that `mode` is compared with, by default the regime's baseline.
@@ -283,18 +291,17 @@ def _waived(findings: Sequence[Finding], before: str) -> str:
     return f"{before}{len(ends)} finding{'s' * (len(ends) > 1)} waived until {min(ends)}"
 
 
-def group_sentence(
-    verdict: Verdict, modes: Sequence[ModeVerdict], regimes: Sequence[RegimeComparison]
-) -> str:
-    """The verdict on all modes, and its first reason."""
+def group_sentence(verdict: Verdict, modes: Sequence[ModeVerdict], agreement: str) -> str:
+    """The verdict on all modes, and its first reason.
+
+    Args:
+        agreement: what is said of all modes if they pass.
+    """
     if not modes:
         return "INCONCLUSIVE: the group holds no run of any mode."
     every = [finding for mode in modes for finding in mode.findings]
     if verdict is Verdict.PASS:
-        has_floor = any(regime.floors for regime in regimes)
-        how = "as closely as rounding allows" if has_floor else "within the thresholds"
-        labels = {run.label for regime in regimes for run in regime.runs}
-        agreed = f"PASS: all {len(labels)} modes agree {how}{_waived(every, ', but for ')}"
+        agreed = f"PASS: {agreement}{_waived(every, ', but for ')}"
         warned = [mode.label for mode in modes if mode.warnings]
         return agreed + (f", but the code of {', '.join(warned)} warned." if warned else ".")
     guilty = [mode for mode in modes if mode.verdict is verdict]

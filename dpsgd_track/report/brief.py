@@ -76,15 +76,16 @@ def _cost(profile: Profile | None) -> str:
     measured = [cost for cost in profile.costs if cost.time_ratio] if profile else []
     if not measured:
         return "Not measured: dpsgd-track profile does."
+    moved = max((abs(c.baseline.moved or 0) for c in measured if c.baseline), default=0)
+    if moved >= RESTLESS:
+        return f"Not told: the machine was restless, its baseline moved by {_percent(moved)}."
     lines = list(_changes(measured)) or [
         f"{cost.label} takes {cost.time_ratio.median:.2f} × the time of {cost.baseline.label}"
         for cost in sorted(measured, key=lambda c: -c.time_ratio.median if c.time_ratio else 0)
         if cost.time_ratio and cost.baseline
     ]
     more = f", and {len(lines) - _MOST_COSTS} more" if len(lines) > _MOST_COSTS else ""
-    moved = max((abs(c.baseline.moved or 0) for c in measured if c.baseline), default=0)
-    restless = f" The machine was restless: its baseline moved by {_percent(moved)}."
-    return f"{', '.join(lines[:_MOST_COSTS])}{more}." + restless * (moved >= RESTLESS)
+    return f"{', '.join(lines[:_MOST_COSTS])}{more}."
 
 
 def _changes(measured: list[Cost]) -> Iterator[str]:

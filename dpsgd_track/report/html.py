@@ -13,9 +13,10 @@ from markupsafe import Markup
 
 from dpsgd_track.comparison.audit.noise.check import NoiseAudit
 from dpsgd_track.comparison.measure.amount import number
+from dpsgd_track.comparison.measure.observables import STAGES
 from dpsgd_track.comparison.profile import Profile, profile_of
 from dpsgd_track.comparison.result import GroupComparison
-from dpsgd_track.config import PROBE, is_probe
+from dpsgd_track.config import NOISE, PROBE, is_probe, kind_of
 from dpsgd_track.record.judged import JudgedGroup
 from dpsgd_track.record.run import Group
 from dpsgd_track.record.stages import ObservableName, Stage
@@ -159,9 +160,12 @@ def _first_chart(comparison: GroupComparison, charts: Sequence[Chart]) -> Chart 
     culprit = comparison.leading.culprit if comparison.leading else None
     if culprit is None:
         return None
-    names = [f"drift_{culprit.regime}_{culprit.observable}", f"samples_{culprit.regime}"]
+    told = [culprit.observable, *STAGES.get(culprit.stage, ())]
+    names = [f"drift_{culprit.regime}_{observable}" for observable in told]
+    names += [f"samples_{culprit.regime}"]
     if culprit.stage is Stage.NOISE:
-        names = [f"noise_{culprit.regime}", *names]
+        regimes = [regime.name for regime in comparison.regimes if kind_of(regime.name) == NOISE]
+        names = [*(f"noise_{regime}" for regime in (*regimes, culprit.regime)), *names]
     if culprit.observable is ObservableName.SAMPLE_NORM_BY_PARAMETER:
         names = [f"heatmap_{culprit.regime}", *names]
     known = {chart.name: chart for chart in charts}
@@ -240,7 +244,9 @@ def _audited(audits: Sequence[NoiseAudit]) -> str:
 def _facts(comparison: GroupComparison, *, num_replays: int) -> list[str]:
     """The evidence behind the verdict, in a few words each."""
     group = comparison.group
-    judged = len({run.label for run in group.runs})
+    # The runs of an earlier group are shown too, and are not judged.
+    titles = {mode.label for mode in comparison.modes}
+    judged = len({run.label for run in group.runs if run.title in titles})
     steps = {run.trajectory.num_steps for run in group.runs if run.trajectory}
     names = ", ".join(regime.name for regime in comparison.regimes)
     facts = [f"{judged} mode{'s' * (judged != 1)}"]

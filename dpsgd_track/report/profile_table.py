@@ -8,7 +8,7 @@ import io
 import re
 from datetime import UTC, datetime
 
-from dpsgd_track.comparison.profile import Cost, Profile, Spread
+from dpsgd_track.comparison.profile import RESTLESS, Cost, Profile, Spread
 from dpsgd_track.comparison.profile_rows import ProfileRow, profile_rows
 from dpsgd_track.record.run import Group
 from dpsgd_track.report.table import ABSENT
@@ -75,7 +75,10 @@ def rows(profile: Profile) -> list[tuple[str, ...]]:
 
 
 def best(profile: Profile) -> list[str]:
-    """The mode that costs least relative to its baseline, at each shape."""
+    """The mode that costs least relative to its baseline, at each shape.
+
+    None is named where the baseline moved between its runs.
+    """
     sentences = []
     for shape in profile.shapes:
         costs = [cost for cost in profile.costs if cost.shape == shape]
@@ -83,6 +86,13 @@ def best(profile: Profile) -> list[str]:
             candidates = [
                 c for c in costs if c.time_ratio and c.baseline and c.baseline.label == label
             ]
+            moved = max((abs(c.baseline.moved or 0) for c in candidates if c.baseline), default=0)
+            if moved >= RESTLESS:
+                sentences.append(
+                    f"T={shape[0]}, B={shape[1]}: no mode is ranked, as the time of {label} itself "
+                    f"moved by up to {moved:.0%}."
+                )
+                continue
             cheapest = min(candidates, key=lambda c: c.time_ratio.median if c.time_ratio else 0.0)
             assert cheapest.time_ratio is not None
             sentences.append(

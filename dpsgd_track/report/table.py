@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dpsgd_track.comparison.measure.amount import number
-from dpsgd_track.comparison.measure.drift import OBSERVABLES
+from dpsgd_track.comparison.measure.drift import OBSERVABLES, Pair
+from dpsgd_track.comparison.measure.finite import not_finite_in
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison, iter_not_computed
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import ACCURACY, TRAIN
@@ -193,7 +194,17 @@ def _largest(
             *(pair for pair in regime.replays.values() if pair.mode in titles),
         )
     ]
+    if any(_is_not_finite(comparison, pair, observable) for pair in pairs):
+        return float("nan")
     return max((p.drifts[observable].max for p in pairs if observable in p.drifts), default=None)
+
+
+def _is_not_finite(comparison: GroupComparison, pair: Pair, observable: ObservableName) -> bool:
+    """True if the mode has a NaN or an infinity that its baseline lacks."""
+    regime = next(each for each in comparison.regimes if each.name == pair.regime)
+    mode = next((r.trajectory for r in regime.runs if r.label == pair.mode), None)
+    base = regime.base_of(pair.mode, pair.baseline)
+    return bool(mode and base and not_finite_in(observable, mode, base))
 
 
 def _baseline_time(comparison: GroupComparison, regime: str) -> float | None:

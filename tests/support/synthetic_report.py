@@ -6,9 +6,9 @@ Audits are made up, so that a report can be looked at whatever the audit says of
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,9 @@ _BLURRED = (
 )
 
 
+Spoil = Callable[[Trajectory], Trajectory]
+
+
 def blurred(t: Trajectory, seed: int, size: float = 2e-7) -> Trajectory:
     """`t` with every number off by a relative `size` or so, as rounding leaves it."""
     rng = np.random.default_rng(seed)
@@ -92,8 +95,42 @@ def faulty(t: Trajectory, first_step: int = 3) -> Trajectory:
     )
 
 
+def nan_from(t: Trajectory, first_step: int) -> Trajectory:
+    """`t` with NaN in one layer from a step on, and in all that is computed of it."""
+    rows = t.step >= first_step
+    column = t.parameter_names.tolist().index(GUILTY_LAYER)
+    is_layer = np.array([".layers.2." in name for name in t.layer_names.tolist()])
+    changed: dict[str, Any] = {}
+    for name, columns in (
+        ("sample_norm_by_parameter", np.s_[:, column]),
+        ("gradient_sketch", np.s_[column]),
+        ("noised_sketch", np.s_[column]),
+        ("layer_grad_norm", is_layer),
+        ("sample_norm", np.s_[:]),
+        ("clip_factor", np.s_[:]),
+        ("grad_norm", ...),
+        ("grad_norm_noised", ...),
+    ):
+        values = getattr(t, name).astype(float)
+        for row in np.flatnonzero(rows):
+            if columns is ...:
+                values[row] = np.nan
+            else:
+                values[row][columns] = np.nan
+        changed[name] = values
+    # The loss is computed before the gradient.
+    changed["loss"] = np.where(t.step > first_step, np.nan, t.loss)
+    return replace(t, **changed)
+
+
 def runs(
-    modes: Sequence[str], *, steps: int, samples: int, layers: int, guilty: str = ""
+    modes: Sequence[str],
+    *,
+    steps: int,
+    samples: int,
+    layers: int,
+    guilty: str = "",
+    spoil: Spoil = faulty,
 ) -> list[ModeRun]:
     """`modes` in both regimes, each with its own rounding, and a replay of each baseline."""
     made = []
@@ -105,7 +142,7 @@ def runs(
             if mode == "no_dp" and regime == "clip":
                 continue
             own = blurred(record, seed)
-            own = faulty(own) if mode == guilty and regime == "clip" else own
+            own = spoil(own) if mode == guilty and regime == "clip" else own
             own = without_norms(own) if mode == "no_dp" else own
             own = put(own, "step_time_ms", 90.0 + 14 * seed)
             own = put(own, "peak_memory_gib", 1.5 + 0.2 * seed)
@@ -207,6 +244,16 @@ def broken() -> GroupComparison:
 
 def _finding(made: GroupComparison) -> Any:
     return next(mode.findings[0] for mode in made.modes if mode.findings)
+
+
+NAN_STEP = 5
+
+
+@cache
+def undefined(first_step: int = NAN_STEP) -> GroupComparison:
+    """The same with NaN in a middle layer of one mode from a step on."""
+    made = partial(nan_from, first_step=first_step)
+    return comparison(runs(QUICK, steps=12, samples=8, layers=4, guilty=GUILTY, spoil=made))
 
 
 def large(steps: int = 10_000, layers: int = 30) -> GroupComparison:

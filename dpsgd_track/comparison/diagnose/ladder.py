@@ -171,7 +171,8 @@ def _first_not_finite(baseline: Trajectory, found: Sequence[NotFinite]) -> dict[
     found = [bad for bad in found if bad.field not in there and bad.step in steps]
     order = list(Stage)
     stages: dict[Stage, NotFinite] = {}
-    for bad in sorted(found, key=lambda bad: bad.step):
+    # Of the values of one step, one that names a parameter says more than a total.
+    for bad in sorted(found, key=lambda bad: (bad.step, not _parameter_in(bad.where))):
         if (stage := OBSERVABLES[bad.observable].stage) is not None:
             stages.setdefault(stage, bad)
     first = min(stages, key=lambda s: (stages[s].step, order.index(s)), default=None)
@@ -296,13 +297,8 @@ def rung_at(
     drift = excess.drift
     times = np.nan_to_num(excess.by_item[row] / excess.limits[row], posinf=np.inf)
     worst_first = np.argsort(-times, kind="stable")
-    item, where, items = int(worst_first[0]), drift.where_per_step[row], ()
-    if drift.items:
-        items = tuple(drift.items[i] for i in worst_first if times[i] > 1)
-        kind = "layer" if drift.observable.items == "layer" else "parameter"
-        named = f"{kind} {drift.items[item]}"
-        # The place of the largest also names the sample.
-        where = where if where.endswith(named) else named
+    item = int(worst_first[0])
+    items = tuple(drift.items[i] for i in worst_first if times[i] > 1) if drift.items else ()
     return Rung(
         stage=stage,
         status=status,
@@ -311,7 +307,7 @@ def rung_at(
         limit=float(excess.limits[row, item]),
         floor=evidence.measured(drift.observable.name),
         step=int(drift.steps[row]),
-        where=where,
+        where=excess.place(row, item),
         items=items,
     )
 

@@ -12,7 +12,7 @@ from dpsgd_track.comparison.measure.drift import Drift, Pair
 from dpsgd_track.comparison.measure.floor import Floor, limits_of
 from dpsgd_track.config import Thresholds
 from dpsgd_track.record.stages import ObservableName
-from dpsgd_track.record.trajectory import Floats
+from dpsgd_track.record.trajectory import Floats, Integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,23 @@ class Excess:
     """[S, items], or [S, 1] if there are none."""
     by_item: Floats
     """[S, items] differences, in the shape of the limits."""
+
+    @property
+    def nearest(self) -> Integers:
+        """[S] the item that is nearest to its limit."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = self.by_item / self.limits
+        return np.asarray(np.where(np.isnan(shares), -1.0, shares).argmax(axis=1))
+
+    def place(self, row: int, item: int) -> str:
+        """The layer, parameter or sample of `item` in a step."""
+        where = self.drift.where_per_step[row]
+        if not self.drift.items:
+            return where
+        kind = "layer" if self.drift.observable.items == "layer" else "parameter"
+        named = f"{kind} {self.drift.items[item]}"
+        # The place of the largest also names the sample.
+        return where if where.endswith(named) else named
 
     @property
     def failing(self) -> NDArray[np.bool_]:

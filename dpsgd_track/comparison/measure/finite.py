@@ -41,6 +41,20 @@ class NotFinite:
         return _CHECKED[self.field].name
 
 
+def not_finite_in(
+    observable: ObservableName, mode: Trajectory, baseline: Trajectory
+) -> NotFinite | None:
+    """The first NaN or infinity of `mode` in the field of `observable`.
+
+    None if there is none, or if the baseline has one as well.
+    """
+    field = OBSERVABLES[observable].field
+    found = next((bad for bad in not_finite(mode) if bad.field == field), None)
+    if found is None or any(bad.field == field for bad in not_finite(baseline)):
+        return None
+    return found
+
+
 _known: WeakKeyDictionary[Trajectory, tuple[NotFinite, ...]] = WeakKeyDictionary()
 _ROWS = 256
 """Steps per block of a large field."""

@@ -5,10 +5,12 @@ Legend: S steps, N samples of one step, B bins of steps, R ranks, P trainable pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpsgd_track.comparison.measure.alignment import Aligned, align
 from dpsgd_track.comparison.measure.observables import relative
@@ -31,7 +33,8 @@ class Heat:
     parameters: tuple[str, ...]
     """P names."""
     values: Floats
-    """[B, R, P] largest relative difference of a sample's norm; NaN if there is none."""
+    """[B, R, P] largest relative difference of a sample's norm, or its largest share of the limit;
+    infinite where the mode's norm is not finite, NaN if nothing was compared."""
 
 
 def heat(
@@ -39,6 +42,7 @@ def heat(
     baseline: tuple[str, Trajectory],
     mode: tuple[str, Trajectory],
     num_bins: int,
+    limits: Mapping[int, Floats] | None = None,
 ) -> Heat | None:
     """Compare per-sample norms by parameter of a labelled `mode` with a labelled `baseline`.
 
@@ -47,6 +51,7 @@ def heat(
 
     Args:
         num_bins: largest number of bins, each of equally many steps.
+        limits: [P] limits by step; values are then shares of them, and other steps are left out.
     Returns:
         None if the two have no such norms in common.
     """
@@ -57,10 +62,18 @@ def heat(
         return None
     edges = np.linspace(0, S, min(S, num_bins) + 1).astype(int)
     bins = list(pairwise(edges.tolist()))
-    values = np.stack([_by_rank(pair, ranks, start, stop) for start, stop in bins])
+    step = pair.baseline.step
+    units = np.ones((S, len(pair.baseline.parameter_names)))
+    if limits is not None:
+        units[:] = np.nan
+        for row, each in enumerate(step.tolist()):
+            units[row] = limits.get(each, np.nan)
+    absent = _absent(pair.other, bins)
+    values = np.stack(
+        [_by_rank(pair, ranks, slice(start, stop), units, absent) for start, stop in bins]
+    )
     if np.isnan(values).all():
         return None
-    step = pair.baseline.step
     return Heat(
         regime=regime,
         baseline=baseline[0],
@@ -73,15 +86,27 @@ def heat(
     )
 
 
-def _by_rank(pair: Aligned, ranks: Integers, start: int, stop: int) -> Floats:
-    """[R, P] largest difference in the steps from row `start` to before row `stop`."""
+def _absent(mode: Trajectory, bins: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """[P] parameters whose norms the mode does not compute."""
+    blocks = (mode.read("sample_norm_by_parameter", *each) for each in bins)
+    return np.logical_and.reduce([np.isnan(block).all(axis=(0, 1)) for block in blocks])
+
+
+def _by_rank(
+    pair: Aligned, ranks: Integers, rows: slice, units: Floats, absent: NDArray[np.bool_]
+) -> Floats:
+    """[R, P] largest difference in `rows`, in units [S, P]."""
     ours, theirs = (
-        side.read("sample_norm_by_parameter", start, stop) for side in (pair.baseline, pair.other)
+        side.read("sample_norm_by_parameter", rows.start, rows.stop)
+        for side in (pair.baseline, pair.other)
     )
-    held_by = pair.other.sample_rank[start:stop]
-    with np.errstate(invalid="ignore", over="ignore"):
+    held_by = pair.other.sample_rank[rows]
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         total = np.sqrt(np.nansum(np.square(ours), axis=2, keepdims=True))
-        difference = relative(ours, np.abs(theirs - ours), total)
+        difference = relative(ours, np.abs(theirs - ours), total) / units[rows, None]
     known = np.where(np.isnan(difference), -1.0, difference)
+    # What rounding may explain wholly is not compared.
+    known[np.broadcast_to(np.isinf(units[rows, None]), known.shape)] = -1.0
+    known[np.isfinite(ours) & ~np.isfinite(theirs) & ~absent] = np.inf
     largest = np.stack([known[held_by == rank].max(axis=0, initial=-1.0) for rank in ranks])
     return np.where(largest < 0, np.nan, largest)

@@ -49,6 +49,11 @@ def step_axis(first: int, last: int) -> dict[str, Any]:
     return {"title_text": "step", **few}
 
 
+def _power(power: int) -> str:
+    """`0.01`, `1`, `1000`, or `1e-07`."""
+    return f"{10.0**power:g}" if -3 <= power <= 3 else f"1e{power:+03d}"
+
+
 def log_axis(heights: list[float]) -> dict[str, Any]:
     """A logarithmic axis that holds `heights`, with a tick for 0 where one is ZERO."""
     low = int(np.floor(np.log10(min(heights))))
@@ -60,5 +65,5 @@ def log_axis(heights: list[float]) -> dict[str, Any]:
         "type": "log",
         "range": [low - 0.5, high],
         "tickvals": [*([ZERO] if has_zero else []), *(10.0**power for power in powers)],
-        "ticktext": [*(["0"] if has_zero else []), *(f"1e{power:+03d}" for power in powers)],
+        "ticktext": [*(["0"] if has_zero else []), *(_power(power) for power in powers)],
     }

@@ -1,7 +1,8 @@
 """Per-sample norms by parameter: parameters down, steps across, the ranks side by side.
 
 Three dimensions and the mode do not fit one picture, so the page holds a cube for each mode and
-draws one slice of it. Values are kept as one byte each, the logarithm in steps of 1/14 decade.
+draws one slice of it. A value is the share of the limit that the verdict holds it against, kept as
+one byte, the logarithm in steps of 1/14 decade.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dpsgd_track.comparison.measure.amount import number
+from dpsgd_track.comparison.measure.excess import excess_of
 from dpsgd_track.comparison.measure.norm_heatmap import Heat, heat
 from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.record.stages import ObservableName
@@ -25,8 +27,20 @@ _MOST_CELLS = 400_000
 _MOST_BINS = 60
 _NAME = ObservableName.SAMPLE_NORM_BY_PARAMETER
 
-LOWEST, PER_DECADE, NOTHING = -17, 14, 255
-"""The byte b stands for 10^(LOWEST + b / PER_DECADE), and NOTHING for no value."""
+LOWEST, PER_DECADE, NOTHING = -8, 14, 255
+"""The byte b stands for 10^(LOWEST + b / PER_DECADE), NOTHING for no value, and the byte before it
+for a norm of the mode that is NaN or infinite."""
+
+
+def _limits(
+    comparison: GroupComparison, regime: RegimeComparison, base: str, mode: str
+) -> dict[int, Floats]:
+    """[P] limits of the verdict by step."""
+    pair = regime.pair(mode, base)
+    assert pair is not None, "a mode that was compared has a pair"
+    floor = regime.floor_for(mode, base)
+    excess = excess_of(pair.drifts[_NAME], comparison.thresholds, floor)
+    return dict(zip(excess.drift.steps.tolist(), excess.limits, strict=True))
 
 
 def heatmap_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
@@ -36,7 +50,7 @@ def heatmap_charts(comparison: GroupComparison, style: Style) -> list[Chart]:
     return [
         _chart(comparison, regime, heats, style)
         for regime in comparison.regimes
-        if (heats := _heats(regime, num_bins))
+        if (heats := _heats(comparison, regime, num_bins))
     ]
 
 
@@ -53,11 +67,17 @@ def _cells_of_a_bin(regime: RegimeComparison) -> int:
     return sum(len(t.parameter_names) * len(np.unique(t.sample_rank)) for t in chosen)
 
 
-def _heats(regime: RegimeComparison, num_bins: int) -> list[Heat]:
+def _heats(comparison: GroupComparison, regime: RegimeComparison, num_bins: int) -> list[Heat]:
     base, modes = _compared(regime)
     recorded = {run.label: run.trajectory for run in regime.runs if run.trajectory}
     heats = (
-        heat(regime.name, (base, held), (mode, recorded[mode]), num_bins)
+        heat(
+            regime.name,
+            (base, held),
+            (mode, recorded[mode]),
+            num_bins,
+            _limits(comparison, regime, base, mode),
+        )
         for mode in modes
         if (held := regime.base_of(mode, base))
     )
@@ -68,13 +88,12 @@ def as_bytes(values: Floats) -> str:
     """`values` in C order, one byte each, as base64."""
     with np.errstate(divide="ignore"):
         codes = np.rint((np.log10(np.maximum(values, 10.0**LOWEST)) - LOWEST) * PER_DECADE)
-    codes = np.where(np.isnan(values), NOTHING, np.clip(codes, 0, NOTHING - 1))
+    codes = np.where(np.isnan(values), NOTHING, np.clip(codes, 0, NOTHING - 2))
+    codes = np.where(np.isinf(values), NOTHING - 1, codes)
     return base64.b64encode(codes.astype(np.uint8).tobytes()).decode("ascii")
 
 
-def _cube(
-    heats: list[Heat], parameters: list[str], style: Style, threshold: float
-) -> dict[str, Any]:
+def _cube(heats: list[Heat], parameters: list[str], style: Style) -> dict[str, Any]:
     modes = []
     for each in heats:
         values = np.full((*each.values.shape[:2], len(parameters)), np.nan)
@@ -92,7 +111,6 @@ def _cube(
         "lowest": LOWEST,
         "per_decade": PER_DECADE,
         "nothing": NOTHING,
-        "threshold": threshold,
         "parameters": [escaped(name) for name in parameters],
         "modes": modes,
     }
@@ -101,7 +119,6 @@ def _cube(
 def _chart(
     comparison: GroupComparison, regime: RegimeComparison, heats: list[Heat], style: Style
 ) -> Chart:
-    threshold = threshold_of(comparison, _NAME)
     names = list(dict.fromkeys(name for each in heats for name in each.parameters))
     row_height = max(8, min(22, 1400 // len(names)))
     figure = go.Figure(go.Heatmap(z=[], coloraxis="coloraxis", xgap=1, ygap=1))
@@ -115,13 +132,17 @@ def _chart(
     return Chart(
         name=f"heatmap_{regime.name}",
         title=f"Parameter by rank and step in {regime.name}",
-        caption=f"Largest relative difference of a sample's gradient norm from {base}. "
-        f"Blue is below the threshold of {number(threshold)}, orange above"
-        + (f"; the floor is {number(floor)}." if floor is not None else "."),
+        caption=f"Largest difference of a sample's gradient norm from {base}, in units of the "
+        "parameter's limit. Blue is below 1, the limit; orange is above, and NaN the darkest. "
+        + (
+            f"The floor is {number(floor)}."
+            if floor is not None
+            else f"The limit is the threshold of {number(threshold_of(comparison, _NAME))}."
+        ),
         figure=figure,
         section="heatmap",
         regime=regime.name,
         min_width=7 * min(44, max(map(len, names))) + min(700, 150 + 5 * widest),
         is_wide=True,
-        cube=_cube(heats, names, style, threshold),
+        cube=_cube(heats, names, style),
     )

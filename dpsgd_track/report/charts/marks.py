@@ -14,9 +14,14 @@ from dpsgd_track.comparison.verdict import number
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers
 from dpsgd_track.report.charts.curves import drawn, whole
+from dpsgd_track.report.charts.style import Style, escaped
+from dpsgd_track.report.thinning import kept
 
 GREY = "#8C8C8C"
 """Colour of floors and thresholds, which belong to no mode."""
+
+RED = "#D0341B"
+"""Colour of NaN and infinity, readable on dark and on light ground."""
 
 
 def threshold_of(comparison: GroupComparison, observable: ObservableName) -> float:
@@ -60,6 +65,37 @@ def add_limit(
         line={"dash": dash, "color": GREY, "width": width},
         name=name,
         **{"hovertemplate": "%{fullData.name}<extra></extra>", **more},
+    )
+
+
+def add_crosses(
+    figure: go.Figure,
+    mode: str,
+    x: NDArray[Any],
+    height: float,
+    style: Style,
+    says: tuple[str, str],
+    **more: Any,
+) -> None:
+    """Adds a red cross at each `x` in which a value of `mode` is NaN or infinite.
+
+    Args:
+        says: what the legend and what the pointer tells of them, beside the mode.
+    """
+    at = kept(np.zeros(len(x)), style.most_points)
+    figure.add_scatter(
+        x=whole(x[at]) if np.issubdtype(x.dtype, np.integer) else drawn(x[at]),
+        y=np.full(len(at), height),
+        mode="markers",
+        marker={"symbol": "x", "size": 11, "color": RED},
+        hovertemplate=f"%{{x}}<br>%{{fullData.name}}<br>{says[1]}<extra></extra>",
+        **{
+            **style.of_mode(mode),
+            "name": f"{escaped(mode)}: {says[0]}",
+            # An entry of its own in the legend.
+            "legendgroup": None,
+        },
+        **more,
     )
 
 

@@ -36,6 +36,24 @@ def _shown(audits: list[NoiseAudit]) -> tuple[list[str], int]:
     return [name for name in farthest if name in worst], len(farthest)
 
 
+def _reach(audits: list[NoiseAudit]) -> tuple[list[float], bool]:
+    """The range of the axis, and whether it cuts an interval.
+
+    It holds every estimate and most intervals. That of a parameter with one element spans decades
+    and would leave no room for the others.
+    """
+    every = np.array([entry[1:] for audit in audits for entry in audit.by_parameter])
+    estimates = every[np.isfinite(every[:, 0]), 0].tolist()
+    width = np.nanquantile(every[:, 2] - every[:, 1], 0.75)
+    low = min(1.0, *estimates) - width
+    high = max(1.0, *estimates) + width
+    is_cut = bool((every[:, 1] < low).any() or (every[:, 2] > high).any())
+    if not is_cut:
+        low, high = float(np.nanmin(every[:, 1])), float(np.nanmax(every[:, 2]))
+    margin = 0.04 * (high - low)
+    return [max(0.0, low - margin), high + margin], is_cut
+
+
 def _chart(regime: RegimeComparison, audits: list[NoiseAudit], style: Style) -> Chart:
     names, total = _shown(audits)
     figure = go.Figure()
@@ -68,13 +86,16 @@ def _chart(regime: RegimeComparison, audits: list[NoiseAudit], style: Style) -> 
     )
     row_height = max(18, 9 * len(audits))
     layout(figure, 150 + row_height * len(names), showlegend=True)
-    figure.update_xaxes(title_text="std of the noise / (sigma C)")
+    reach, is_cut = _reach(audits)
+    figure.update_xaxes(title_text="std of the noise / (sigma C)", range=reach)
     figure.update_yaxes(**name_axis(names, row_height))
     left_out = f" Drawn: the {len(names)} farthest from 1 of {total}." if total > len(names) else ""
     return Chart(
         name=f"noise_{regime.name}",
         title=f"Size of the noise by parameter in {regime.name}",
-        caption=f"Estimate and confidence interval; 1 is sigma C.{left_out}",
+        caption="Estimate and confidence interval; 1 is sigma C."
+        + " An interval that reaches the edge goes on beyond it." * is_cut
+        + left_out,
         figure=figure,
         section="noise",
         regime=regime.name,

@@ -11,7 +11,7 @@ from dpsgd_track.comparison.result import GroupComparison, RegimeComparison
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, whole
-from dpsgd_track.report.charts.marks import add_floor, floor_of, threshold_of
+from dpsgd_track.report.charts.marks import add_crosses, add_floor, floor_of, threshold_of
 from dpsgd_track.report.charts.style import Chart, Style, escaped, layout
 
 _MOST_SAMPLES = 500
@@ -31,19 +31,25 @@ def _chart(comparison: GroupComparison, regime: RegimeComparison, style: Style) 
     base = pairs[0].baseline
     recorded = {run.label: run.trajectory for run in regime.runs if run.trajectory}
     figure = go.Figure()
-    total, most, reach = 0, 0, [np.inf, 0.0]
+    total, most, reach, top = 0, 0, [np.inf, 0.0], 0.0
+    undefined: dict[str, Floats] = {}
     for mode in (pair.mode for pair in pairs if pair.baseline == base):
         base_run = regime.base_of(mode, base)
         if base_run is None:
             continue
-        norms, ratios, told = _samples(base_run, recorded[mode])
+        norms, ratios, told, lost = _samples(base_run, recorded[mode])
+        if lost.size:
+            undefined[mode] = lost
         if not norms.size:
             continue
-        chosen = _chosen(ratios)
+        chosen, top = _chosen(ratios), max(top, float(ratios.max()))
         total, most = total + len(ratios), max(most, len(ratios))
         reach = [min(reach[0], norms.min()), max(reach[1], norms.max())]
         _points(figure, mode, norms[chosen], ratios[chosen], told[chosen], style)
-    if not total:
+    for mode, lost in undefined.items():
+        said = f"{len(lost)} norms that are NaN or infinite"
+        add_crosses(figure, mode, lost, top, style, says=(said, "finite in the baseline"))
+    if not total and not undefined:
         return None
     threshold, floor = threshold_of(comparison, _NAME), floor_of(regime, _NAME, base)
     if floor is not None:
@@ -71,8 +77,13 @@ def _chart(comparison: GroupComparison, regime: RegimeComparison, style: Style) 
     )
 
 
-def _samples(base: Trajectory, mode: Trajectory) -> tuple[Floats, Floats, Integers]:
-    """([M] baseline's norms, [M] ratio - 1, [M, 4] step, sample, rank, 1 if clipped)."""
+def _samples(base: Trajectory, mode: Trajectory) -> tuple[Floats, Floats, Integers, Floats]:
+    """The samples of a mode beside the baseline's.
+
+    Returns:
+        [M] baseline's norms; [M] ratio - 1; [M, 4] step, sample, rank, 1 if clipped; and the
+        baseline's norms of samples whose norm is not finite in the mode.
+    """
     pair = align(base, mode)
     ours, theirs = pair.baseline.sample_norm, pair.other.sample_norm
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -88,7 +99,8 @@ def _samples(base: Trajectory, mode: Trajectory) -> tuple[Floats, Floats, Intege
         ],
         axis=1,
     )
-    return ours[rows, columns], ratios[rows, columns], labels
+    is_lost = np.isfinite(ours) & ~np.isfinite(theirs) & ~np.isnan(theirs).all()
+    return ours[rows, columns], ratios[rows, columns], labels, ours[is_lost]
 
 
 def _chosen(ratios: Floats) -> Integers:

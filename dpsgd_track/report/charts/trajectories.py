@@ -17,7 +17,7 @@ from dpsgd_track.record.run import ModeRun
 from dpsgd_track.record.stages import ObservableName
 from dpsgd_track.record.trajectory import Floats, Integers, Trajectory
 from dpsgd_track.report.charts.curves import drawn, step_axis, whole
-from dpsgd_track.report.charts.marks import add_floor, floor_of
+from dpsgd_track.report.charts.marks import add_crosses, add_floor, floor_of
 from dpsgd_track.report.charts.style import Chart, Style, escaped, layout
 from dpsgd_track.report.thinning import kept
 
@@ -123,6 +123,7 @@ def _stacked(regimes: list[RegimeComparison], quantity: _Quantity, style: Style)
     for row, regime in enumerate(regimes, 1):
         for run, trajectory in recorded(regime):
             _values(figure, run.label, trajectory, quantity, style, row)
+        _crosses(figure, recorded(regime), quantity, style, row)
         figure.update_yaxes(title_text=quantity.axis, row=row)
         figure.update_xaxes(**_axis(recorded(regime)), row=row)
     layout(figure, 110 + 320 * len(regimes))
@@ -154,6 +155,7 @@ def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Styl
         _bands(figure, others[0][2], quantity, measured)
     for run, trajectory in runs:
         _values(figure, run.label, trajectory, quantity, style)
+    _crosses(figure, runs, quantity, style)
     figure.update_yaxes(title_text=quantity.axis, row=1)
     meta = {"hover": "difference", "floor": measured, "base": escaped(regime.baseline)}
     for label, trajectory, base in others:
@@ -171,6 +173,23 @@ def _with_differences(regime: RegimeComparison, quantity: _Quantity, style: Styl
         section="trajectories",
         regime=regime.name,
     )
+
+
+def _crosses(
+    figure: go.Figure,
+    runs: list[tuple[ModeRun, Trajectory]],
+    quantity: _Quantity,
+    style: Style,
+    row: int = 1,
+) -> None:
+    """Marks NaN and infinity, at the height of the largest number."""
+    every = np.concatenate([quantity.values(t) for _, t in runs])
+    top = float(every[np.isfinite(every)].max(initial=0.0))
+    for run, trajectory in runs:
+        steps = trajectory.step[~np.isfinite(quantity.values(trajectory))]
+        if len(steps):
+            says = f"not finite from step {steps[0]} on", "NaN or infinity"
+            add_crosses(figure, run.label, steps, top, style, says, row=row, col=1)
 
 
 def _axis(runs: list[tuple[ModeRun, Trajectory]]) -> dict[str, Any]:

@@ -19,19 +19,15 @@ const heatmap = (() => {
     const own = shown.filter(c => c.rank === rank);
     return { x: (own[0].at + own[own.length - 1].at) / 2, y: 1, xref: "x", yref: "paper", yanchor: "bottom", showarrow: false, text: `rank ${mode.ranks[rank]}` };
   });
-  const scale = (threshold, colour) => {
-    const low = -9, high = 0, limit = Math.min(-0.5, Math.max(low + 0.5, Math.log10(threshold)));
-    const at = (limit - low) / (high - low);
-    const ticks = [-9, -6, -3, 0].filter(t => Math.abs(t - limit) > 0.6);
-    return {
-      cmin: low, cmax: high,
-      colorscale: [[0, colour("--cold")], [at, colour("--cool")], [at, colour("--warm")], [1, colour("--hot")]],
-      colorbar: {
-        thickness: 12, outlinewidth: 0, lenmode: "pixels", len: 190, y: 1, yanchor: "top", title: { text: "relative", side: "right" },
-        tickvals: [...ticks, limit], ticktext: [...ticks.map(t => t === low ? "≤1e-9" : t === high ? "≥1" : `1e${t}`), `<b>${hover.short(threshold)}</b>`],
-      },
-    };
-  };
+  // Shares of the limit: blue below 1, orange above.
+  const scale = colour => ({
+    cmin: -3, cmax: 3,
+    colorscale: [[0, colour("--cold")], [0.5, colour("--cool")], [0.5, colour("--warm")], [1, colour("--hot")]],
+    colorbar: {
+      thickness: 12, outlinewidth: 0, lenmode: "pixels", len: 190, y: 1, yanchor: "top", title: { text: "× limit", side: "right" },
+      tickvals: [-3, -1.5, 0, 1.5, 3], ticktext: ["≤0.001", "0.03", "<b>1</b>", "30", "≥1000"],
+    },
+  });
   // The data and the changes of the layout for what the controls say.
   const drawn = (cube, chosen, colour, narrow) => {
     const mode = cube.modes.find(m => m.mode === chosen.mode);
@@ -41,7 +37,7 @@ const heatmap = (() => {
     const shown = columns(mode, chosen.view, chosen.rank, chosen.bin);
     const code = (column, p) => codes[(column.bin * R + column.rank) * P + p];
     const power = c => c === cube.nothing ? null : cube.lowest + c / cube.per_decade;
-    const value = c => c === cube.nothing ? "nothing compared" : c === 0 ? "0, or less than 1e-17" : `about ${hover.short(10 ** power(c))}, ${hover.short(10 ** power(c) / cube.threshold)} × the threshold`;
+    const value = c => c === cube.nothing ? "nothing compared" : c === cube.nothing - 1 ? "NaN or infinite" : c === 0 ? "0, or less than 1e-8 × its limit" : `about ${hover.short(10 ** power(c))} × its limit`;
     const rows = cube.parameters.map((_, p) => p);
     const last = shown.length ? shown[shown.length - 1].at : 0;
     // Empty columns keep the blocks of the ranks apart.
@@ -55,7 +51,7 @@ const heatmap = (() => {
         hovertemplate: "%{text}<extra></extra>", hoverongaps: false, xgap: across.length > 60 ? 0 : 1, ygap: 1,
       },
       layout: {
-        coloraxis: scale(cube.threshold, colour),
+        coloraxis: scale(colour),
         annotations: heading(mode, shown, chosen.view),
         xaxis: { ...axis(mode, shown, chosen.view, narrow), range: [-0.5, last + 0.5] },
       },

@@ -12,11 +12,11 @@ const hover = (() => {
   const said = {
     value: (meta, x, y) => [`step ${x}`, `${meta.quantity} ${Number(y.toPrecision(7))}`],
     difference: (meta, x, y) => [`step ${x}`, `${signed(y)} from ${meta.base}`, ...(meta.floor == null ? [] : [times(Math.abs(y), meta.floor, "floor")])],
-    drift: (meta, x, y, which) => [
+    drift: (meta, x, y, which, ends, limit) => [
       `step ${x}`,
-      y < ZERO ? "0, bitwise equal" : short(y),
-      times(y < ZERO ? 0 : y, meta.threshold, "threshold"),
-      ...(meta.floor == null ? [] : [times(y < ZERO ? 0 : y, meta.floor, "floor")]),
+      y < ZERO ? "0, bitwise equal" : `${short(y * limit)}, ${short(y)} × its limit of ${short(limit)}`,
+      times(y < ZERO ? 0 : y * limit, meta.threshold, "threshold"),
+      ...(meta.floor == null ? [] : [times(y < ZERO ? 0 : y * limit, meta.floor, "floor")]),
       ...(meta.prefix !== undefined ? [meta.prefix + which] : meta.names && meta.names[which] ? [meta.names[which]] : []),
     ],
     sample: (meta, x, y, [step, sample, rank]) => [`step ${step}, sample ${sample}, rank ${rank}`, `norm ${Number(x.toPrecision(6))}`, `ratio - 1: ${signed(y)}`, meta.clipped ? "clipped" : "not clipped"],
@@ -27,9 +27,10 @@ const hover = (() => {
     if (!kind) return;
     const x = values(trace.x), y = values(trace.y), data = values(trace.customdata);
     const ends = trace.error_x ? [values(trace.error_x.arrayminus), values(trace.error_x.array)] : [];
+    const limits = trace.meta.limits, limitOf = typeof limits === "object" && limits ? (each => i => each[i])(values(limits)) : () => limits;
     const which = i => kind === "sample" ? data.slice(3 * i, 3 * i + 3) : kind === "noise" ? i : data[i];
     trace.text = Array.from(y, (value, i) => Number.isFinite(value)
-      ? [trace.name, ...said[kind](trace.meta, x[i], value, which(i), ends.length ? [x[i] - ends[0][i], x[i] + ends[1][i]] : [])].join("<br>")
+      ? [trace.name, ...said[kind](trace.meta, x[i], value, which(i), ends.length ? [x[i] - ends[0][i], x[i] + ends[1][i]] : [], limitOf(i))].join("<br>")
       : "");
     trace.hovertemplate = "%{text}<extra></extra>";
     delete trace.customdata;

@@ -18,7 +18,7 @@
     for (const axis of Object.keys(layout).filter(key => /^[xy]axis\d*$/.test(key))) {
       for (const part of ["gridcolor", "linecolor", "zerolinecolor"]) changed[`${axis}.${part}`] = rule;
     }
-    if (layout.meta && layout.meta.threshold) changed.coloraxis = heatmap.scale(layout.meta.threshold, colour);
+    if (layout.meta && layout.meta.shares) changed.coloraxis = heatmap.scale(colour);
     return changed;
   };
   const put = (target, changes) => {
