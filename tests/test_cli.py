@@ -88,7 +88,7 @@ PUBLIC = {
 }
 """Every option that users have had since the first release, with its default."""
 _PLAN = {"dry-run": False, "quiet": False}
-ADDED = {verb: _PLAN for verb in ("quick", "full", "single")}
+ADDED = dict.fromkeys(("quick", "full", "single"), _PLAN)
 ADDED["faults"] = {"dry-run": False}
 ADDED["compare"] = {"bitwise": False, "quiet": False, "verbose": False}
 ADDED["profile"] = {**_PLAN, "max-slowdown": None, "max-memory": None}
