@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from dpsgd_track.library import PrivateTraining, make_private
     from dpsgd_track.trainer import PrivacyArguments, PrivateTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["PrivacyArguments", "PrivateTrainer", "PrivateTraining", "make_private"]
 
 
