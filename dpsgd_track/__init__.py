@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from dpsgd_track.privacy.adaptive import AdaptiveClipping
     from dpsgd_track.trainer import PrivacyArguments, PrivateTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdaptiveClipping",
     "PrivacyArguments",

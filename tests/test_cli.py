@@ -87,12 +87,13 @@ PUBLIC = {
     },
 }
 """Every option that users have had since the first release, with its default."""
+_PLAN = {"dry-run": False, "quiet": False}
 _SHAPES = {"num-labels": 2, "image-size": None}
-ADDED = {verb: {"dry-run": False, **_SHAPES} for verb in ("quick", "full", "single", "profile")}
+ADDED = dict.fromkeys(("quick", "full", "single"), {**_PLAN, **_SHAPES})
 ADDED["faults"] = {"dry-run": False}
-ADDED["compare"] = {"bitwise": False}
-ADDED["profile"] |= {"max-slowdown": None, "max-memory": None}
-ADDED["resume"] = {"dry-run": False, "output": None}
+ADDED["compare"] = {"bitwise": False, "quiet": False, "verbose": False}
+ADDED["profile"] = {**_PLAN, **_SHAPES, "max-slowdown": None, "max-memory": None}
+ADDED["resume"] = {**_PLAN, "output": None}
 ADDED["ui"] = {"spool": None}
 ADDED["history"] = {"last": 30}
 ADDED["modes"] = {"variant": None, "why": None, "task": "sequence-classification"}
@@ -251,6 +252,25 @@ def test_the_overview_has_every_verb_in_a_line(capsys: pytest.CaptureFixture[str
     assert sum(line.startswith("  dpsgd-track ") for line in lines) == 2
     assert main([]) == 2
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_completion_is_installed_and_completes_verbs_and_options(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(workspace))
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    assert main(["--install-completion", "bash"]) == 0
+    (script,) = workspace.rglob("completions/dpsgd-track")
+    assert str(script) in capsys.readouterr().out
+    ask = (
+        f"source {script}; COMPREPLY=(); COMP_CWORD=$(($#)); COMP_WORDS=(dpsgd-track $@); "
+        "_dpsgd_track; echo ${COMPREPLY[@]}"
+    )
+    for typed, wanted in (("qu", "quick"), ("quick --sig", "--sigma")):
+        command = ["bash", "--norc", "-c", ask, "-", *typed.split()]
+        assert subprocess.run(command, capture_output=True, text=True).stdout.split() == [wanted]
+    assert main(["--install-completion", "tcsh"]) == 2
+    assert "shell='tcsh': expected one of bash, zsh, fish" in capsys.readouterr().err
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -456,7 +476,7 @@ def test_a_plan_that_cannot_be_had_here_is_refused_by_name(
     workspace: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (workspace / "my_mode.py").write_text("Mine = None\n")
+    (workspace / "my_mode.py").write_text("Mine = dict\n")
     (workspace / "checkout" / "transformers").mkdir(parents=True)
     (workspace / "checkout" / "transformers" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(workspace))

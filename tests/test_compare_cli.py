@@ -169,6 +169,30 @@ def test_result_is_printed_written_and_logged(
     assert tags[names.NOTE].startswith("## ❌ BUG")
 
 
+@pytest.mark.parametrize("verdict", ["PASS", "BUG"])
+def test_a_pass_is_a_line_and_where_the_report_is_and_quiet_is_the_verdict(
+    verdict: str, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.add_group(healthy_runs() if verdict == "PASS" else off_by(1.1))
+    code = 0 if verdict == "PASS" else 1
+    shown = {}
+    for option in ("--no-log", "-v", "-q"):
+        assert compare(store, "--no-log", option) == code
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert not set("\x1b\r") & set(out)
+        shown[option] = out.splitlines()
+    report = f"Report: results{os.sep}synthetic{os.sep}report.html (and 8 more files in "
+    assert len(shown["-q"]) == 1
+    assert shown["-q"][0].startswith(f"{verdict}: ")
+    assert shown["-v"][-2] == shown["-q"][0]
+    assert shown["-v"][-1].startswith(report)
+    assert any("Δ grad norm" in line for line in shown["-v"])
+    # What is wrong is told in full anyway.
+    assert shown["--no-log"] == (shown["-v"][-2:] if verdict == "PASS" else shown["-v"])
+    assert compare(store, "-q", "-v") == 2
+
+
 def test_no_log_leaves_the_server_alone(store: Store) -> None:
     run_id = store.add_group(healthy_runs())
     before = [file.path for file in store.client.list_artifacts(run_id)]

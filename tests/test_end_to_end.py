@@ -95,7 +95,7 @@ def test_the_noise_is_sigma_c_and_the_same_in_every_mode(records: Any) -> None:
 
 @pytest.fixture(scope="module")
 def compared(full: Workspace) -> subprocess.CompletedProcess[str]:
-    return full.run("compare.py", "g", "--no-png")
+    return full.run("compare.py", "g", "--no-png", "-v")
 
 
 def test_compare_passes_and_leaves_its_files(

@@ -39,7 +39,7 @@ def compare(context: Context, wanted: str, after: str | None, choices: CompareCh
             if after is None and _is_profile(group):
                 return _show_profile(settings, choices, group, found)
             later = None if after is None else _read(settings, after)
-            unequal = _bitwise_code(group, later[0] if later else None) if choices.bitwise else 0
+            unequal = _bitwise_code(choices, group, later[0] if later else None)
             comparison = _compare(settings, choices, waivers, group, found, later)
     except OSError as error:
         message = f"results_dir={settings.results_dir!r}: expected a writable folder. {error}"
@@ -111,7 +111,8 @@ def _compare(
 
     from dpsgd_track.comparison import compare_group, compare_groups
     from dpsgd_track.comparison.profile import profile_of
-    from dpsgd_track.report.text import console_width, print_profile, print_table
+    from dpsgd_track.comparison.verdict import Verdict
+    from dpsgd_track.report.text import console_width, print_profile, print_table, print_verdict
     from dpsgd_track.report.write import folder_name, write_report
 
     if after is None:
@@ -125,14 +126,19 @@ def _compare(
     since = _since(found, comparison) if after is None and found is not None else ""
     files = write_report(comparison, folder, not choices.no_png, say_aside, _ci_link(), since)
     console = Console(highlight=False, width=console_width())
-    print_table(comparison, console)
-    if profile := profile_of(comparison.group):
-        print_profile(profile, "Speed and memory", console)
+    is_pass = comparison.verdict is Verdict.PASS
+    if choices.quiet or (is_pass and not choices.verbose):
+        print_verdict(comparison, console)
+    else:
+        print_table(comparison, console)
+    if not choices.quiet:
+        if profile := profile_of(comparison.group):
+            print_profile(profile, "Speed and memory", console)
+        _say_where(files, folder)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print((folder / "annotations.txt").read_text(encoding="utf-8"), end="")
-    _say_where(files, folder)
     if choices.export is not None:
-        _export(group, choices.export, force=choices.force)
+        _export(group, choices)
     if not choices.no_log and found is not None:
         if after is None:
             _log(found, comparison, files, since)
@@ -167,29 +173,34 @@ def _ci_link() -> str:
     return ""
 
 
-def _export(group: Group, file: Path, *, force: bool) -> None:
+def _export(group: Group, choices: CompareChoices) -> None:
     from dpsgd_track.store.golden import write_golden
 
-    write_golden(group, file, force=force)
-    print(f"Golden file: {file} ({file.stat().st_size / 1024:.0f} KiB)")
+    file = choices.export
+    assert file is not None
+    write_golden(group, file, force=choices.force)
+    if not choices.quiet:
+        print(f"Golden file: {file} ({file.stat().st_size / 1024:.0f} KiB)")
 
 
 def _say_where(files: Sequence[Path], folder: Path) -> None:
     print(f"Report: {files[0]} (and {len(files) - 1} more files in {folder})")
 
 
-def _bitwise_code(group: Group, later: Group | None) -> int:
-    """Print which runs are not their counterparts bit by bit.
+def _bitwise_code(choices: CompareChoices, group: Group, later: Group | None) -> int:
+    """Print which runs are not their counterparts bit by bit, where --bitwise asks for it.
 
     Returns:
         0 if none is, 1 if one differs, 3 if one has no counterpart.
     """
     from dpsgd_track.comparison.bitwise import unequal_runs
 
+    if not choices.bitwise:
+        return PASSED
     count, unequal = unequal_runs(group, later)
-    for each in unequal:
+    for each in unequal if not choices.quiet else ():
         print(f"bitwise: {each.sentence}")
-    if not unequal:
+    if not unequal and not choices.quiet:
         print(f"bitwise: all {count} runs are equal bit by bit.")
     has_drift = any(not each.is_missing for each in unequal)
     return FAILED if has_drift else INCONCLUSIVE if unequal else PASSED
@@ -215,7 +226,7 @@ def _show_profile(
     from dpsgd_track.comparison.profile import profile_of
     from dpsgd_track.report.markdown import profile_note
     from dpsgd_track.report.run_list import profile_marks
-    from dpsgd_track.report.text import console_width, print_profile
+    from dpsgd_track.report.text import console_width, print_profile, print_sentence
     from dpsgd_track.report.write import folder_name, write_profile
 
     if choices.export is not None:
@@ -224,8 +235,12 @@ def _show_profile(
     assert profile is not None
     folder = Path(settings.results_dir) / folder_name(group.name)
     files = write_profile(profile, group, folder, not choices.no_png, say_aside)
-    print_profile(profile, group.name, Console(highlight=False, width=console_width()))
-    _say_where(files, folder)
+    console = Console(highlight=False, width=console_width())
+    if choices.quiet:
+        print_sentence(profile.sentence, console)
+    else:
+        print_profile(profile, group.name, console)
+        _say_where(files, folder)
     if not choices.no_log and found is not None:
         note = profile_note(profile, group)[:_LONGEST_TAG]
         marks = profile_marks(profile, group.run_id, note)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from dpsgd_track.config import Settings, require_one_of
+from cyclopts import Parameter
+
+from dpsgd_track.config import Settings, require, require_one_of
 from dpsgd_track.launcher.choices import DEFAULT_CONFIG, SpoolChoices
 
 WAIVERS = "waivers.yaml"
@@ -42,6 +45,11 @@ class CompareChoices(SpoolChoices):
     """Leave out the PNG charts."""
     no_log: bool = False
     """Do not attach the report and the verdict to the group in the tracking store."""
+    verbose: Annotated[bool, Parameter(name=("--verbose", "-v"))] = False
+    """Print the table of modes of a PASS as well. A PASS is otherwise its verdict and where the
+    report is; every other verdict has the table and what is wrong."""
+    quiet: Annotated[bool, Parameter(name=("--quiet", "-q"))] = False
+    """Print the verdict alone, on one line."""
 
     def settings(self) -> Settings:
         """Settings of the configuration file, overridden by the options given.
@@ -50,6 +58,7 @@ class CompareChoices(SpoolChoices):
             ValueError: a setting is invalid.
         """
         require_one_of("fail_on", self.fail_on, ("drift", "bug"))
+        require(not (self.quiet and self.verbose), "quiet", True, "it without --verbose")
         settings = super().settings()
         chosen = {
             name: value

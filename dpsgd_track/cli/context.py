@@ -51,6 +51,8 @@ class Context:
     """Arguments after the verb, with those that environment variables stand for."""
     from_environment: str = ""
     """Sentence on the settings that came from environment variables; empty if none did."""
+    is_quiet: bool = False
+    """True if only the outcome is to be printed."""
     check_inputs: InputCheck = check_inputs
     chosen_launch: Launch | None = field(default=None)
     """Launch settings of workers; None for the default."""
@@ -67,10 +69,15 @@ class Context:
 
         return self.chosen_launch or Launch(worker_module=_WORKER)
 
+    def say(self, line: str) -> None:
+        """Print `line` at once, unless only the outcome is to be printed."""
+        if not self.is_quiet:
+            say(line)
+
     def tell_environment(self) -> None:
         """Say which settings came from the environment, if any did."""
         if self.from_environment:
-            say(self.from_environment)
+            self.say(self.from_environment)
 
     def complain(self, error: object, code: int) -> int:
         """Print the error on one line; returns `code`, the exit code."""

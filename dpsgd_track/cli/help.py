@@ -60,7 +60,8 @@ def overview(verbs: Sequence[Verb]) -> str:
         for verb, arguments in (("quick", ("--dry-run",)), ("compare", ("latest",)))
     ]
     lines += ["", *(f"  {verb.name:9} {verb.summary}" for verb in verbs), ""]
-    lines += ["  VERB --help lists the options of a verb; --version prints the version"]
+    lines += ["  VERB --help lists the options of a verb; --version prints the version;"]
+    lines += ["  --install-completion completes verbs and options in bash, zsh or fish"]
     return "\n".join(lines)
 
 
@@ -142,7 +143,7 @@ def operand(argument: Argument) -> str:
 
 def _option(argument: Argument) -> str:
     if argument.hint is bool:
-        return argument.name
+        return ", ".join(argument.names)
     own = _OWN_METAVAR.match(_help(argument))
     hints = getattr(argument.hint, "__args__", (argument.hint,))
     return f"{argument.name} {own[1] if own else _METAVARS.get(hints[0], 'NAME')}"

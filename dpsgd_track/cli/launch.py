@@ -49,16 +49,16 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     plan = plan_of(asked, context.check_inputs, context.command)
     check_planted(plan)
     context.tell_environment()
-    _tell_uncommitted(plan)
+    _tell_uncommitted(context, plan)
     for each in plan.left_out:
-        say(f"{each.sentence}.")
+        context.say(f"{each.sentence}.")
     place = placement_of(asked)
     if is_dry:
         show_plan(plan)
         return EXIT_FINISHED, ""
     from dpsgd_track.launcher.launch import run_plan
 
-    launched = run_plan(plan, place, context.launch, say)
+    launched = run_plan(plan, place, context.launch, context.say, is_quiet=context.is_quiet)
     code = launched.code
     is_over = code in (EXIT_FINISHED, EXIT_FAILED)
     if isinstance(asked.what, ProfileChoices) and is_over and place.nodes.leads:
@@ -69,12 +69,14 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     return code, launched.group
 
 
-def _tell_uncommitted(plan: GroupPlan) -> None:
+def _tell_uncommitted(context: Context, plan: GroupPlan) -> None:
     """Say that a revision of the repository one is in lacks what is not committed there."""
     for variant in dict.fromkeys(job.variant for job in plan.jobs if job.variant):
         if plan.environment.git_dirty and variant.path.endswith(OF_HERE):
             commit = variant.git_revision[:12]
-            say(f"variant {variant.name}: commit {commit}, without the uncommitted changes here")
+            context.say(
+                f"variant {variant.name}: commit {commit}, without the uncommitted changes here"
+            )
 
 
 def tell(
@@ -95,15 +97,17 @@ def tell(
     group, places = launched.group, _place_options(kept)
     if launched.left_behind:
         say(f"tracking: {launched.left_behind} It is in {launched.spool}, and safe.")
-        say(f"ship:    {command('sync', [group, *places])}")
+        context.say(f"ship:    {command('sync', [group, *places])}")
     if suite is None or not group or not place.nodes.leads:
         return
     if launched.code != EXIT_FINISHED and suite.is_resumable:
         output = [] if kept.output is None else ["--output", str(kept.output)]
-        say(f"resume:  {command('resume', [group, *_node_options(nodes), *places, *output])}")
-    say(f"compare: {command('compare', [group, *places])}")
+        context.say(
+            f"resume:  {command('resume', [group, *_node_options(nodes), *places, *output])}"
+        )
+    context.say(f"compare: {command('compare', [group, *places])}")
     later = "   # once it is shipped" if place.is_offline else ""
-    say(f"browse:  {command('ui', _store_options(kept))}{later}")
+    context.say(f"browse:  {command('ui', _store_options(kept))}{later}")
 
 
 def _store_options(kept: RecordChoices) -> list[str]:
@@ -155,7 +159,9 @@ def resume(context: Context, group: str, options: ResumeOptions) -> int:
     if options.dry.dry_run:
         return _show_missing(group, place, check)
     with reading(place.settings):
-        launched = launcher.resume(group, place, check, context.launch, say)
+        launched = launcher.resume(
+            group, place, check, context.launch, context.say, is_quiet=context.is_quiet
+        )
     if not place.nodes.leads or not launched.group:
         tell(context, None, launched, place, kept, nodes)
         return launched.code

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cyclopts import CycloptsError
 
 from dpsgd_track import __version__
+from dpsgd_track.cli.completion import INSTALL_COMPLETION, install_completion
 from dpsgd_track.cli.context import Context, check_inputs
 from dpsgd_track.cli.help import HELP, HELP_ALL, overview, page
 from dpsgd_track.cli.lasting_output import lasting_output
@@ -65,6 +66,8 @@ def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) 
         print(f"{NAME} {__version__}")
         return EXIT_FINISHED
     name, *arguments = argv
+    if name == INSTALL_COMPLETION:
+        return install_completion(arguments)
     if name not in VERBS:
         expected = f"expected one of {', '.join(VERBS)}. {nearest(name, VERBS)}".rstrip()
         advice = f"`{command('VERB', ['--help'])}` explains each."

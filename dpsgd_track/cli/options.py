@@ -111,6 +111,14 @@ class DryRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loudness:
+    """The option --quiet."""
+
+    quiet: Annotated[bool, Parameter(name=("--quiet", "-q"))] = False
+    """Print the outcome alone, on one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SuiteOptions(Asked):
     """Options of quick and full."""
 
@@ -124,6 +132,7 @@ class SuiteOptions(Asked):
     machine: Annotated[MachineChoices, _MACHINE] = field(default_factory=MachineChoices)
     nodes: Annotated[NodeChoices, _NODES] = field(default_factory=NodeChoices)
     kept: Annotated[GroupChoices, _KEPT] = field(default_factory=GroupChoices)
+    loudness: Annotated[Loudness, _KEPT] = field(default_factory=Loudness)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +226,7 @@ class ResumeOptions:
     dry: Annotated[DryRun, _group("Plan")] = field(default_factory=DryRun)
     nodes: Annotated[NodeChoices, _NODES] = field(default_factory=NodeChoices)
     kept: Annotated[RecordChoices, _KEPT] = field(default_factory=RecordChoices)
+    loudness: Annotated[Loudness, _KEPT] = field(default_factory=Loudness)
 
 
 @dataclass(frozen=True, kw_only=True)

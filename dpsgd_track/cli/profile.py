@@ -18,7 +18,7 @@ def summarise(context: Context, place: Placement, group: str, what: ProfileChoic
 
     from dpsgd_track.comparison.profile import over_limits, profile_of
     from dpsgd_track.report.profile_table import profile_csv
-    from dpsgd_track.report.text import console_width, print_profile
+    from dpsgd_track.report.text import console_width, print_profile, print_sentence
     from dpsgd_track.store.find_group import read_group_anywhere
 
     try:
@@ -30,7 +30,11 @@ def summarise(context: Context, place: Placement, group: str, what: ProfileChoic
         return EXIT_FAILED if what.limits() else EXIT_FINISHED
     profile = profile_of(recorded)
     assert profile is not None, "a profile has timed runs"
-    print_profile(profile, group, Console(highlight=False, width=console_width()))
+    console = Console(highlight=False, width=console_width())
+    if context.is_quiet:
+        print_sentence(profile.sentence, console)
+    else:
+        print_profile(profile, group, console)
     if place.output is not None:
         try:
             place.output.write_text(profile_csv(profile, recorded), encoding="utf-8")
@@ -38,7 +42,7 @@ def summarise(context: Context, place: Placement, group: str, what: ProfileChoic
             message = f"output={str(place.output)!r}: cannot be written. {error}"
             context.complain(message, EXIT_USAGE)
         else:
-            say(f"figures: {place.output}")
+            context.say(f"figures: {place.output}")
     exceeded = over_limits(profile, what.max_slowdown, what.max_memory)
     for sentence in exceeded:
         say(f"over the limit: {sentence}.")

@@ -32,6 +32,7 @@ def _suite(suite: Suite) -> Callable[..., int]:
     def run(*, options: Annotated[SuiteOptions, FLAT] = SuiteOptions(), called: Called) -> int:
         from dpsgd_track.cli.launch import launch
 
+        called = replace(called, is_quiet=options.loudness.quiet)
         return launch(called, replace(options, suite=suite), is_dry=options.dry.dry_run)
 
     return run
@@ -93,7 +94,7 @@ def _resume(
 ) -> int:
     from dpsgd_track.cli.launch import resume
 
-    return resume(called, group, options)
+    return resume(replace(called, is_quiet=options.loudness.quiet), group, options)
 
 
 def _check(

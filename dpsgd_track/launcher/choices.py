@@ -333,7 +333,7 @@ class RecordChoices(SpoolChoices):
     offline: bool = False
     """Use no store: `sync` ships the records later."""
     output: Path | None = None
-    """File for the results of single (JSON), profile (CSV) or faults (Markdown) (default: none)."""
+    """File for the results (default: none). JSON of single, CSV of profile, Markdown of faults."""
 
 
 @dataclass(frozen=True, kw_only=True)

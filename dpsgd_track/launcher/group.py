@@ -117,6 +117,7 @@ class GroupRun:
         failed: list[str] = []
         num_out_of_memory = 0
         jobs, is_profile = self._plan.jobs, self._plan.suite is Suite.PROFILE
+        self._display.start_group(sum(regime.num_iter for _, _, regime in self._plan.runs()))
         for number, job in enumerate(jobs, 1):
             place = f"[{number}/{len(jobs)}] " if is_profile else ""
             if interruption.requested:
@@ -144,7 +145,7 @@ class GroupRun:
             self._tree.finish(self._tree.group_run, Status.FAILED, failure)
         else:
             self._tree.finish(self._tree.group_run, Status.FINISHED)
-        self._display.say(f"group {self._folder.name}: {summary}")
+        self._display.conclude(f"group {self._folder.name}: {summary}")
         return EXIT_FAILED if failed else EXIT_FINISHED, summary
 
     def _run_job(self, job: JobConfig, interruption: Interruption, place: str) -> str:

@@ -41,9 +41,17 @@ class Launched:
 
 
 def run_plan(
-    plan: GroupPlan, place: Placement, launch: Launch | None = None, say: Say = print
+    plan: GroupPlan,
+    place: Placement,
+    launch: Launch | None = None,
+    say: Say = print,
+    *,
+    is_quiet: bool = False,
 ) -> Launched:
     """Run `plan` as a new group.
+
+    Args:
+        is_quiet: print nothing of the modes but their outcome.
 
     Raises:
         ValueError: something cannot be used, or a machine would run something else; nothing was
@@ -55,7 +63,7 @@ def run_plan(
     leader = _lead(plan, place, launch, say)
     with _refusing(leader):
         recording = open_group(plan.suite, place)
-    return _run(plan, place, recording, launch, leader, {})
+    return _run(plan, place, recording, launch, leader, {}, is_quiet=is_quiet)
 
 
 def resume(
@@ -64,11 +72,14 @@ def resume(
     check: Callable[[GroupPlan], object],
     launch: Launch | None = None,
     say: Say = print,
+    *,
+    is_quiet: bool = False,
 ) -> Launched:
     """Run the missing runs of `group`.
 
     Args:
         check: raises ValueError if this machine cannot run a plan.
+        is_quiet: print nothing of the modes but their outcome.
 
     Raises:
         ValueError: there is no such group, or it cannot be resumed here; nothing was started.
@@ -92,7 +103,8 @@ def resume(
         return Launched(code=EXIT_FINISHED, group=name)
     for line in missing.changes:
         say(f"not as it was: {line}")
-    return _run(missing.plan, place, recording, launch, leader, missing.clip_bounds)
+    bounds = missing.clip_bounds
+    return _run(missing.plan, place, recording, launch, leader, bounds, is_quiet=is_quiet)
 
 
 @contextlib.contextmanager
@@ -113,8 +125,10 @@ def _run(
     launch: Launch,
     leader: Leader | None,
     clip_bounds: Mapping[str, tuple[float, ...]],
+    *,
+    is_quiet: bool,
 ) -> Launched:
-    display, problem = open_display(), ""
+    display, problem = open_display(is_quiet=is_quiet), ""
     try:
         run = GroupRun(plan, recording, launch, display, leader, output=place.output)
         run.know_clip_bounds(clip_bounds)

@@ -15,8 +15,15 @@ if TYPE_CHECKING:
     from dpsgd_track.config import RegimeConfig
 
 
+_WIDE = 120
+"""Columns of a terminal that has room for the loss and long names."""
+
+
 class Display(Protocol):
     """Follows the modes of a suite."""
+
+    def start_group(self, num_steps: int) -> None:
+        """All modes together are about to take `num_steps` recorded steps."""
 
     def start_mode(self, mode: str, regimes: Sequence[RegimeConfig]) -> None:
         """A mode is about to start."""
@@ -30,13 +37,22 @@ class Display(Protocol):
     def say(self, line: str) -> None:
         """Print a line."""
 
+    def conclude(self, line: str) -> None:
+        """Print the outcome of all modes."""
+
     def close(self) -> None:
         """Leave the terminal as it was."""
 
 
-def open_display(stream: TextIO | None = None) -> Display:
-    """The display that fits `stream` (default: stdout)."""
+def open_display(stream: TextIO | None = None, *, is_quiet: bool = False) -> Display:
+    """The display that fits `stream` (default: stdout).
+
+    Args:
+        is_quiet: print the outcome alone.
+    """
     stream = stream or sys.stdout
+    if is_quiet:
+        return QuietDisplay(stream)
     if not stream.isatty():
         return PlainDisplay(stream)
     from rich.console import Console
@@ -70,6 +86,46 @@ def _epsilon(event: Mapping[str, Any]) -> str:
     return "" if epsilon is None else f", epsilon {epsilon:.3g}"
 
 
+def _steps(regimes: Sequence[RegimeConfig]) -> int:
+    return sum(regime.num_iter for regime in regimes)
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as one would say it: 40 s, 7 min or 3.2 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class QuietDisplay:
+    """The outcome of all modes, and nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def start_group(self, num_steps: int) -> None:
+        """See `Display`."""
+
+    def start_mode(self, mode: str, regimes: Sequence[RegimeConfig]) -> None:
+        """See `Display`."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """See `Display`."""
+
+    def end_mode(self, status: str, reason: str = "") -> None:
+        """See `Display`."""
+
+    def say(self, line: str) -> None:
+        """See `Display`."""
+
+    def conclude(self, line: str) -> None:
+        """See `Display`."""
+        print(visible(line), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """See `Display`."""
+
+
 class PlainDisplay:
     """One line for each mode's start, each regime's end and each mode's end."""
 
@@ -80,6 +136,12 @@ class PlainDisplay:
         self._mode_start = self._regime_start = 0.0
         self._is_told = False
         self._loss = ""
+        self._num_steps = self._num_done = 0
+        self._group_start = 0.0
+
+    def start_group(self, num_steps: int) -> None:
+        """See `Display`."""
+        self._num_steps, self._group_start = num_steps, time.monotonic()
 
     def start_mode(self, mode: str, regimes: Sequence[RegimeConfig]) -> None:
         """See `Display`."""
@@ -105,48 +167,78 @@ class PlainDisplay:
 
     def end_mode(self, status: str, reason: str = "") -> None:
         """See `Display`."""
+        self._num_done += _steps(self._regimes)
         if self._is_told and not reason:
             return
         took = time.monotonic() - self._mode_start
-        self.say(f"{self._mode}: {status} after {took:.1f} s{f': {reason}' if reason else ''}")
+        rest = f": {reason}" if reason else self._left()
+        self.say(f"{self._mode}: {status} after {took:.1f} s{rest}")
+
+    def _left(self) -> str:
+        """`, about 40 s left`, at the mean speed so far; empty at the end."""
+        if not 0 < self._num_done < self._num_steps:
+            return ""
+        elapsed = time.monotonic() - self._group_start
+        left = elapsed / self._num_done * (self._num_steps - self._num_done)
+        return f", about {duration(left)} left"
 
     def say(self, line: str) -> None:
         """See `Display`."""
         print(visible(line), file=self._stream, flush=True)
+
+    def conclude(self, line: str) -> None:
+        """See `Display`."""
+        self.say(line)
 
     def close(self) -> None:
         """See `Display`."""
 
 
 class LiveDisplay:
-    """A bar for each mode: regime, step, loss, time left."""
+    """A bar for all modes and one for each: regime, step, loss, time left.
+
+    A terminal of 80 columns has all of it but the loss.
+    """
 
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeRemainingColumn as TimeLeft
+        from rich.table import Column
 
+        is_wide = console.width >= _WIDE
+        loss = [TextColumn("{task.fields[loss]}")] if is_wide else []
+        name, regime = (
+            Column(no_wrap=True, max_width=width) for width in (40 if is_wide else 24, 19)
+        )
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            TextColumn("{task.fields[regime]}"),
-            BarColumn(bar_width=20),
+            TextColumn("[bold]{task.description}", table_column=name),
+            TextColumn("{task.fields[regime]}", table_column=regime),
+            BarColumn(bar_width=20 if is_wide else 10),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
+            *loss,
             TimeLeft(elapsed_when_finished=True),
             console=console,
         )
         self._regimes: Sequence[RegimeConfig] = ()
+        self._group: Any = None
+        self._num_before = 0
         self._progress.start()
+
+    def start_group(self, num_steps: int) -> None:
+        """See `Display`."""
+        self._group = self._progress.add_task("all modes", total=num_steps, regime="", loss="")
 
     def start_mode(self, mode: str, regimes: Sequence[RegimeConfig]) -> None:
         """See `Display`."""
         self._regimes, self._loss = regimes, ""
-        total = sum(regime.num_iter for regime in regimes)
-        self._task = self._progress.add_task(mode, total=total, regime="starting", loss="")
+        self._task = self._progress.add_task(
+            mode, total=_steps(regimes), regime="starting", loss=""
+        )
 
     def event(self, event: Mapping[str, Any]) -> None:
         """See `Display`."""
         at = event["regime"]
-        done = sum(regime.num_iter for regime in self._regimes[:at])
+        done = _steps(self._regimes[:at])
         if event["event"] == "end":
             done += self._regimes[at].num_iter
         elif event["event"] == "step":
@@ -156,11 +248,14 @@ class LiveDisplay:
         regime = describe(self._regimes[at])
         shown = f"{self._loss}{_epsilon(event)}{_cost(event)}".removeprefix(", ")
         self._progress.update(self._task, completed=done, regime=regime, loss=shown)
+        self._show_group(self._num_before + done)
 
     def end_mode(self, status: str, reason: str = "") -> None:
         """See `Display`."""
         self._progress.update(self._task, regime=status)
         self._progress.stop_task(self._task)
+        self._num_before += _steps(self._regimes)
+        self._show_group(self._num_before)
         if reason:
             mode = self._progress.tasks[self._task].description
             self.say(f"{mode}: {status}: {reason}")
@@ -168,6 +263,14 @@ class LiveDisplay:
     def say(self, line: str) -> None:
         """See `Display`."""
         self._progress.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
+
+    def conclude(self, line: str) -> None:
+        """See `Display`."""
+        self.say(line)
+
+    def _show_group(self, num_done: int) -> None:
+        if self._group is not None:
+            self._progress.update(self._group, completed=num_done)
 
     def close(self) -> None:
         """See `Display`."""

@@ -56,7 +56,7 @@ def _declared(mode: str) -> Declared:
         module = importlib.import_module(name)
         factory = getattr(module, attribute, None)
         if not callable(factory):
-            near = nearest(attribute, [each for each in dir(module) if not each.startswith("_")])
+            near = nearest(attribute, (n for n, each in vars(module).items() if callable(each)))
             return Declared(problem=f"{name} has no callable {attribute!r}. {near}".rstrip())
         return Declared(declined=declined_by(factory))
     # Its worker comes to the same, and that is a failure with a place.

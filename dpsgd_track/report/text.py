@@ -156,8 +156,20 @@ def print_table(comparison: GroupComparison, console: Console) -> None:
     notes = (*comparison.not_compared, *comparison.waiver_notes)
     for sentence in [*floor, *guarantees(comparison.group), *notes, *seen]:
         console.print(Text(visible(sentence)), soft_wrap=soft)
-    style = f"bold {_COLOURS[comparison.verdict]}"
-    console.print(Text(visible(headline(comparison)), style=style), soft_wrap=soft)
+    print_verdict(comparison, console)
+
+
+def print_verdict(comparison: GroupComparison, console: Console) -> None:
+    """Print the verdict in its one sentence."""
+    print_sentence(headline(comparison), console, f"bold {_COLOURS[comparison.verdict]}")
+
+
+def print_sentence(sentence: str, console: Console, style: str = "") -> None:
+    """Print a sentence; names in it are shown literally."""
+    from rich.text import Text
+
+    # The viewer of a log wraps its lines.
+    console.print(Text(visible(sentence), style=style), soft_wrap=not console.is_terminal)
 
 
 def print_history(groups: Sequence[JudgedGroup], console: Console) -> None:
