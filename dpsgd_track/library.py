@@ -552,6 +552,11 @@ class PrivateTraining:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if any(given is not None for given in (*args[1:], kwargs.get("closure"))):
             raise ValueError("closure: expected none. It would compute gradients after the noise.")
+        if self._open is not None:
+            raise RuntimeError(
+                "step() inside of batch(): expected it after the batch, which is added when the "
+                "context ends. Move it out of the `with`."
+            )
         self._refuse_unless_whole()
         if self._num_batches == 0:
             raise RuntimeError(

@@ -655,7 +655,8 @@ class _Kept(nn.Module):
 
 
 class _FirstRow(nn.Module):
-    """Takes a parameter [1, T, D] by its first row: a row for each sample would be lost."""
+    """Takes a parameter [1, T, D] by its first row, which is that of one sample in no other form
+    than the one that all samples seem to share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -664,6 +665,21 @@ class _FirstRow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.positions[0]
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x
+
+
+class _InEquation(nn.Module):
+    """Multiplies by a parameter in an equation, which names no dimension for its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(D))
+        self.blocks = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("btd,de->bte", x, self.weight)
         for block in self.blocks:
             x = torch.tanh(block(x))
         return x
@@ -1121,7 +1137,8 @@ def test_frozen_layers_need_no_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "is_spread"), [(_Blocks, True), (_Kept, True), (_FirstRow, False), (_Prompted, False)]
+    ("make", "is_spread"),
+    [(_Blocks, True), (_Kept, True), (_FirstRow, True), (_Prompted, True), (_InEquation, False)],
 )
 def test_a_bare_parameter_is_spread_where_that_is_faithful(
     make: Callable[[], nn.Module], is_spread: bool, caplog: pytest.LogCaptureFixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -506,3 +507,89 @@ def test_batches_of_two_models_are_one_after_the_other() -> None:
     for private in (first, second):
         optimizer_of(private).step()
         assert torch.equal(weights(private.model), trained(private_of(fresh()), ordinary, (B,)))
+
+
+def _weighted(y: Tensor) -> tuple[PrivateTraining, Tensor]:
+    torch.manual_seed(0)
+    private, x = private_of(Small(), noise_multiplier=0.0), torch.randn(CLASSES, D)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    with private.batch(CLASSES):
+        loss_B = F.cross_entropy(private.model(x), y, reduction="none")
+        private.backward(loss_B * weights[y])
+    return private, x
+
+
+def test_class_weights_looked_up_by_as_many_samples_are_no_rows() -> None:
+    private, x = _weighted(torch.tensor([2, 2, 0]))
+    assert private.spot_checks.num_checks > 0
+    assert private.last is not None
+    model, weight = private.model, torch.tensor([3.0, 3.0, 1.0])
+    loss_B = F.cross_entropy(model(x), torch.tensor([2, 2, 0]), reduction="none") * weight
+    torch.testing.assert_close(private.last.loss_B, loss_B.detach())
+
+
+def test_labels_of_other_samples_are_still_refused() -> None:
+    private, x = private_of(Small()), torch.randn(CLASSES, D)
+    y, order = torch.tensor([2, 1, 0]), torch.tensor([2, 0, 1])
+    with pytest.raises(SpotCheckError), private.batch(CLASSES):
+        private.backward(F.cross_entropy(private.model(x), y[order], reduction="none"))
+
+
+@dataclass
+class Scores:
+    """What a model may return, unknown to torch."""
+
+    logits: Tensor
+    kind: str = "scores"
+
+
+class Returning(Small):
+    """Returns a plain dataclass."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Any:  # type: ignore[override]
+        return Scores(super().forward(x, scale))
+
+
+@pytest.mark.parametrize("num_samples", [B, 0])
+def test_a_model_may_return_a_dataclass(num_samples: int) -> None:
+    private = private_of(Returning())
+    for count in (B, num_samples):
+        x, y = torch.randn(count, D), torch.arange(count) % CLASSES
+        with private.batch(count):
+            logits = private.model(x).logits
+            private.backward(F.cross_entropy(logits, y, reduction="none"))
+    assert private.spot_checks.num_checks > 0
+
+
+def test_a_step_or_a_copy_inside_of_a_batch_says_where_it_belongs() -> None:
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    private = dpsgd_track.make_private(
+        model, optimizer, noise_multiplier=0.7, max_grad_norm=C, expected_batch_size=B
+    )
+    with pytest.raises(RuntimeError, match=r"step\(\) inside of batch\(\)"), private.batch(B):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="expected no copy of the model"), private.batch(B):
+        copy.deepcopy(private.model)
+
+
+class Switching(Small):
+    """Uses a parameter of its own in another way once told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+        self.scale, self.is_outer = nn.Parameter(torch.ones(D)), False
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        own = torch.outer(self.scale, self.scale)[0] if self.is_outer else self.scale
+        return super().forward(self.blocks[1](self.blocks[0](x * own)), scale)
+
+
+def test_another_use_of_a_parameter_later_names_it() -> None:
+    model = Switching()
+    private, x, y = private_of(model), torch.randn(B, D), torch.arange(B) % CLASSES
+    private.backward(x, y)
+    model.is_outer = True
+    with pytest.raises(ValueError, match=r"^scale: expected the operations of the first batch"):
+        private.backward(x, y)

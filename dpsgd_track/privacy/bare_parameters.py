@@ -79,8 +79,18 @@ class SpreadParameters(CapturedLayer):
             for name, view in views.items():
                 capture.note_view(self.layer, name, view)
         placed = {name: self._placed(view, name) for name, view in views.items()}
-        with _filled(self.slots, placed):
-            return self.original(*args, **kwargs)
+        try:
+            with _filled(self.slots, placed):
+                return self.original(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, TypeError) as error:
+            names = ", ".join(sorted(self.layer.names.values()))
+            raise ValueError(
+                f"{names}: expected the operations of the first batch, which take a row for each "
+                f"sample, got others ({' '.join(str(error).split())}). Use the parameter as in the "
+                "first batch, make the model private again before that changes, or freeze it."
+            ) from error
 
     def stand_in(self, num_samples: int) -> ReplacedForward:
         """Runs the module the same way where nothing is captured."""

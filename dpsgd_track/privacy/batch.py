@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -16,8 +17,36 @@ from dpsgd_track.privacy.loss import PerSampleLoss, logits_of
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, mappings and outputs of transformers."""
-    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+    """All tensors in nested tuples, lists, mappings, dataclasses and outputs of transformers."""
+    tensors: list[Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif _is_dataclass(leaf):
+            tensors += tensors_in([getattr(leaf, each.name) for each in fields(leaf)])
+    return tensors
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The same tree with each tensor replaced."""
+
+    def mapped(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not _is_dataclass(leaf):
+            return leaf
+        # Its constructor may compute more than its fields.
+        made = copy.copy(leaf)
+        for each in fields(leaf):
+            value = map_tensors(function, getattr(leaf, each.name))
+            object.__setattr__(made, each.name, value)
+        return made
+
+    return pytree.tree_map(mapped, tree)
+
+
+def _is_dataclass(leaf: Any) -> bool:
+    return is_dataclass(leaf) and not isinstance(leaf, type)
 
 
 def blank_sample(name: str, rows: Tensor) -> Tensor:

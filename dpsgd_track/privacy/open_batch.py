@@ -21,7 +21,14 @@ from torch.overrides import _get_current_function_mode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dpsgd_track.privacy.batch import RepeatableBatch, Rows, blank_sample, cast, tensors_in
+from dpsgd_track.privacy.batch import (
+    RepeatableBatch,
+    Rows,
+    blank_sample,
+    cast,
+    map_tensors,
+    tensors_in,
+)
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 from dpsgd_track.privacy.loss import PerSampleLoss, refuse_unless_one_a_sample
@@ -151,6 +158,17 @@ class OpenBatch:
         if kind is None:
             raise error
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpenBatch:
+        """Refuse a copy of the model, whose hooks hold this.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "batch(): expected no copy of the model inside of it, whose layers are captured. Copy "
+            "it before or after the batch."
+        )
+
     def finish(self, loss_B: Tensor) -> SampleRecord:
         """Add the clipped sum of the samples with these losses, [B]."""
         self._end_forward()
@@ -230,7 +248,7 @@ class OpenBatch:
         """The model's output; without samples, no rows of the stand-in's."""
         if self.num_samples:
             return output
-        return pytree.tree_map_only(Tensor, lambda x: x[:0] if x.shape[:1] == (1,) else x, output)
+        return map_tensors(lambda x: x[:0] if x.shape[:1] == (1,) else x, output)
 
     def _pause(self) -> None:
         """Record nothing until `_resume`, at no cost if no other mode is active."""

@@ -44,8 +44,10 @@ class RecurrentLayer(CapturedLayer):
         if not isinstance(x, Tensor) or x.dim() != 3:
             raise ValueError(
                 f"{self.layer.fqn}: expected {type(module).__name__} to be called with a tensor "
-                f"of three dimensions, got {type(x).__name__}. Pad the sequences to one length "
-                "and read each at its last step, or freeze the layer."
+                f"of three dimensions, got {type(x).__name__}. Give it "
+                "padded sequences, and read each at its own last step; of two directions, run a "
+                "second layer on each sequence reversed, as padding would come first. Or freeze "
+                "the layer."
             )
         is_open = self.capture.open_call(self.layer, x, self.sample_dim)
         x_BTD = x.transpose(0, 1) if self.sample_dim else x

@@ -348,7 +348,10 @@ class _MovingLate(_Moving):
             rows: Tensor = rows_of(x)
             if rows is x:
                 rows = x.expand(self.num_samples, *x.shape)
-            moves = random_move(rows, len(self.dims)) if rows.is_floating_point() else rows * 0
+            # Not on the scale of the rows, which an earlier layer may have moved.
+            moves = torch.zeros_like(rows)
+            if rows.is_floating_point():
+                moves = random_move(torch.ones_like(rows), len(self.dims))
             if self.sample is not None:
                 return x + moves[self.sample]
             return SharedRows(rows + moves, course)

@@ -16,7 +16,7 @@ Shapes: B samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,13 @@ _SIZES = {
 """What tells of a tensor without its elements."""
 _PAIRED = frozenset((F.linear, F.embedding))
 """Functions that take no weight for each sample."""
+_PRODUCTS = frozenset(
+    (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, Tensor.__rmatmul__)
+)
 _EXPANDING = frozenset(("expand", "repeat", "broadcast_to", "tile"))
 _Key = tuple[str, ...]
+_Action = tuple[str, tuple[int, ...]]
+"""The kind of an action, and the places of the arguments that `PAIR` takes sample by sample."""
 
 
 class Course:
@@ -51,14 +56,14 @@ class Course:
         self.name = name
         """The layer's or the parameter's fully qualified name."""
         self.is_learning = True
-        self._actions: dict[_Key, str] = {}
+        self._actions: dict[_Key, _Action] = {}
 
     @property
     def num_learned(self) -> int:
         """Operations that are known so far."""
         return len(self._actions)
 
-    def action(self, key: _Key, choose: Callable[[], str], *, is_clear: bool) -> str:
+    def action(self, key: _Key, choose: Callable[[], _Action], *, is_clear: bool) -> _Action:
         """The action of an operation, chosen while learning and for one that is new.
 
         Args:
@@ -122,20 +127,20 @@ class SharedRows(Tensor):
         is_alone = len(shared) == sum(isinstance(x, Tensor) for x in leaves)
         if is_alone and len(shared) == 1 and name not in _EXPANDING:
             # There is no choice, and such an operation may be left out at other sizes.
-            return _wrapped(_run_each(func, leaves, structure, None), first.course, first.path)
+            return _wrapped(_run_each(func, leaves, structure, ()), first.course, first.path)
         key = (name, *(x.path for x in shared))
         num_samples = len(first.rows)
-        action = first.course.action(
+        kind, places = first.course.action(
             key,
             lambda: _choose(func, leaves, num_samples),
             is_clear=_is_clear(leaves, num_samples),
         )
-        if action == PAIR:
-            return _run_each(func, leaves, structure, num_samples)
-        if action == EACH:
-            made = _run_each(func, leaves, structure, None)
+        if kind == PAIR:
+            return _run_each(func, leaves, structure, places)
+        if kind == EACH:
+            made = _run_each(func, leaves, structure, ())
             return _wrapped(made, first.course, f"{hash(key):x}")
-        met = _met(name, leaves, num_samples, is_grouped=action == MEET_GROUPS)
+        met = _met(name, leaves, num_samples, is_grouped=kind == MEET_GROUPS)
         args, kwargs = pytree.tree_unflatten(met, structure)
         return func(*args, **kwargs)
 
@@ -156,18 +161,33 @@ def rows_of(x: Any) -> Any:
     return x.rows if isinstance(x, SharedRows) else x
 
 
-def _choose(func: Any, leaves: Iterable[Any], num_samples: int) -> str:
+def _choose(func: Any, leaves: Sequence[Any], num_samples: int) -> _Action:
     """The action of an operation, where `num_samples` is the size of no other dimension."""
     others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, SharedRows)]
     firsts = {x.shape[0] for x in others if x.dim()}
     if num_samples in firsts:
-        return PAIR if func in _PAIRED else MEET
+        places = [
+            place
+            for place, x in enumerate(leaves)
+            if any(x is other for other in others) and x.shape[:1] == (num_samples,)
+        ]
+        return (PAIR, tuple(places)) if _is_paired(func, leaves) else (MEET, ())
     if _expands_to(func, leaves) == num_samples:
-        return MEET
+        return MEET, ()
     if any(num_samples in x.shape for x in others):
         raise ValueError("The samples are in another dimension than the first.")
     is_grouped = any(size and size % num_samples == 0 for size in firsts)
-    return MEET_GROUPS if is_grouped and func not in _PAIRED else EACH
+    return (MEET_GROUPS if is_grouped and func not in _PAIRED else EACH), ()
+
+
+def _is_paired(func: Any, leaves: Iterable[Any]) -> bool:
+    """True for a function that takes the row of a sample with the sample's part alone."""
+    if func not in _PRODUCTS:
+        return func in _PAIRED
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    num_dims = max(x.dim() for x in tensors)
+    shared = [x for x in tensors if isinstance(x, SharedRows)]
+    return not all(x.dim() == num_dims and x.shape[0] == 1 for x in shared)
 
 
 def _is_clear(leaves: Iterable[Any], num_samples: int) -> bool:
@@ -186,17 +206,13 @@ def _expands_to(func: Any, leaves: Iterable[Any]) -> int | None:
     return next((x for x in leaves if type(x) is int), None)
 
 
-def _run_each(func: Any, leaves: list[Any], structure: Any, num_samples: int | None) -> Any:
+def _run_each(func: Any, leaves: list[Any], structure: Any, places: tuple[int, ...]) -> Any:
     """Run a function for each row.
 
     Args:
-        num_samples: take other tensors with as many rows by rows as well; None for none.
+        places: those of other tensors that are taken sample by sample as well.
     """
-    takes_row = [
-        isinstance(x, SharedRows)
-        or (isinstance(x, Tensor) and num_samples is not None and x.shape[:1] == (num_samples,))
-        for x in leaves
-    ]
+    takes_row = [isinstance(x, SharedRows) or place in places for place, x in enumerate(leaves)]
     rows = [rows_of(x) for x, takes in zip(leaves, takes_row, strict=True) if takes]
 
     def run(*parts: Tensor) -> Any:

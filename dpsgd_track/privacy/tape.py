@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ _READ = (bool, int, float, complex, list, np.ndarray)
 """Types of what is read from a tensor into Python."""
 _WEIGHTED_BY_CLASS = (F.cross_entropy, F.nll_loss)
 """Functions whose argument `weight` has a number for each class."""
+_LOOKING_UP = (Tensor.__getitem__,)
+"""Functions of a table and an index."""
 _SCALING = frozenset({"mul", "div", "truediv", "__mul__", "__rmul__", "__truediv__", "true_divide"})
 """Functions of a tensor and a number that scale the tensor."""
 _TOLERANCE = 1e-3
@@ -171,11 +173,33 @@ class Tape:
 
     def end(self, loss_B: Tensor) -> None:
         """Note the losses."""
+        self._share_tables_of_classes()
         if loss_B not in self._numbers:
             self.refuse("they come from a function that torch does not report")
         self.loss = self._numbers.get(loss_B)
         # Tensors of the batch may be freed.
         self._numbers = WeakTensorKeyDictionary()
+
+    def _share_tables_of_classes(self) -> None:
+        """Tables that the targets of a loss are looked up in belong to no sample."""
+        labels: set[int] = set()
+        for call in self.calls:
+            if call.function in _WEIGHTED_BY_CLASS:
+                (_, *others), kwargs = call.arguments
+                target = kwargs.get("target", others[0] if others else None)
+                labels |= {id(target.tensor)} if isinstance(target, _Given) else set()
+        for call in self.calls:
+            used = call.arguments[0][:2] if call.function in _LOOKING_UP else ()
+            if len(used) == 2 and all(isinstance(x, _Given) for x in used):
+                table, index = (x.tensor for x in used)
+                if id(index) in labels and table is not index:
+                    self.shared[table] = table.shape
+        for call in self.calls:
+            call.arguments = pytree.tree_map_only(_Given, self._with_known_rows, call.arguments)
+
+    def _with_known_rows(self, given: _Given) -> _Given:
+        is_shared = self.shared.get(given.tensor) == given.tensor.shape
+        return replace(given, has_rows=False) if is_shared else given
 
     def replay(self, rows: Tensor | None) -> Tensor:
         """The losses, computed again, [B].

@@ -188,6 +188,32 @@ class ReusedMlp(nn.Module):
         return out
 
 
+class NewerLayers(nn.Module):
+    """Grouped and transposed convolutions, a bag of embeddings, an LSTM of two directions, and a
+    table of relative positions that meets the samples late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(FEATURES, 2 * FEATURES, 3, padding=1, groups=FEATURES)
+        self.up = nn.ConvTranspose1d(2 * FEATURES, 6, 3, padding=1, groups=2)
+        self.bag = nn.EmbeddingBag(5, 6, mode="sum")
+        self.lstm = nn.LSTM(6, 5, batch_first=True, bidirectional=True)
+        self.near = nn.Embedding(9, 2)
+        self.head = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bag = self.bag((2 + 2 * torch.tanh(x[..., 0])).long())
+        h = self.up(torch.tanh(self.conv(x.mT))).mT[:, ::3] + bag[:, None]
+        h, _ = self.lstm(h)
+        steps = torch.arange(h.shape[1], device=x.device)
+        distance = (steps[:, None] - steps).clamp(-4, 4) + 4
+        near = self.near(distance).permute([2, 0, 1]).unsqueeze(0)
+        q = h.unflatten(-1, (2, 5)).transpose(1, 2)
+        h = ((q @ q.mT + near).softmax(-1) @ q).transpose(1, 2).flatten(2)
+        out: Tensor = self.head(torch.tanh(h).mean(dim=1))
+        return out
+
+
 ZOO: dict[str, Kind] = {
     "gpt2": Kind(
         lambda: hf.GPT2ForSequenceClassification(_gpt2()),
@@ -225,5 +251,6 @@ ZOO: dict[str, Kind] = {
     ),
     "tied-gpt2": Kind(lambda: hf.GPT2LMHeadModel(_gpt2()), "causal-lm", _causal_text),
     "reused-mlp": Kind(ReusedMlp, "regression", _features),
+    "newer-layers": Kind(NewerLayers, "regression", _features),
 }
 """Every model by name."""

@@ -1,0 +1,169 @@
+"""What all samples share and meets them late: exact, and on one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpsgd_track import make_private
+from dpsgd_track.privacy.shared_rows import Course, SharedRows
+
+T, D, H = 5, 6, 2
+
+
+class RelativePositions(nn.Module):
+    """Attention scores with a table of relative positions, as T5 and Swin add them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 3)
+        self.bias = nn.Embedding(2 * T - 1, H)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        steps = torch.arange(T)
+        bias = self.bias(steps[:, None] - steps + T - 1).permute([2, 0, 1]).unsqueeze(0)
+        if padding is not None and not bool(padding.all()):
+            bias = bias + (1 - padding)[:, None, None] * -9
+        q, k = (f(x).unflatten(-1, (H, -1)).transpose(1, 2) for f in (self.q, self.k))
+        scores = (q @ k.mT + bias).softmax(-1)
+        return self.head((scores @ q).transpose(1, 2).flatten(2).mean(dim=1))
+
+
+class Prompt(nn.Module):
+    """A prompt that a small network makes, expanded over the samples and put in front of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.net = nn.Embedding(2, D), nn.Sequential(nn.Linear(D, D), nn.Tanh())
+        self.blocks = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prompt = self.net(self.table(torch.arange(2))).expand(len(x), -1, -1)
+        h = torch.cat([prompt, x], dim=1)
+        for block in self.blocks:
+            h = h + block(h).tanh()
+        return self.head(h.mean(dim=1))
+
+
+class Labels(nn.Module):
+    """Scores against embeddings of all labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.labels = nn.Linear(D, D), nn.Embedding(3, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).mean(dim=1) @ self.labels(torch.arange(3)).T
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "relative-positions": RelativePositions,
+    "prompt": Prompt,
+    "labels": Labels,
+}
+
+
+def _plain_sum(model: nn.Module, x: Tensor, y: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for i in range(len(x)):
+        given = {name: value[i : i + 1] for name, value in inputs.items()}
+        loss = F.cross_entropy(model(x[i : i + 1], **given), y[i : i + 1])
+        grads = dict(zip(total, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+        norm = torch.stack([g.norm() for g in grads.values()]).norm()
+        for name, g in grads.items():
+            total[name] += min(1.0, 0.3 / float(norm)) * g
+    return total
+
+
+def _step(private: Any, optimizer: Any, x: Tensor, y: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    """The clipped sum of a batch, by how the step moves the weights."""
+    before = {name: p.detach().clone() for name, p in private.model.named_parameters()}
+    private.backward({"x": x, **inputs}, y)
+    optimizer.step()
+    return {name: before[name] - p.detach() for name, p in private.model.named_parameters()}
+
+
+def _private(model: nn.Module, mode: str = "flash_bk") -> tuple[Any, torch.optim.Optimizer]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    private = make_private(
+        model,
+        optimizer,
+        mode=mode,
+        noise_multiplier=0.0,
+        max_grad_norm=0.3,
+        expected_batch_size=1,
+        loss="sequence-classification",
+        spot_check=False,
+    )
+    return private, optimizer
+
+
+@pytest.mark.parametrize("mode", ["flash_bk", "flash"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_each_sample_alone(name: str, mode: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    private, optimizer = _private(model, mode)
+    # As many samples as positions, heads, labels, or one.
+    for num_samples in (4, T, H, 3, 1):
+        x, y = torch.randn(num_samples, T, D, dtype=torch.double), torch.arange(num_samples) % 3
+        expected = _plain_sum(model, x, y)
+        moved = _step(private, optimizer, x, y)
+        for parameter, total in expected.items():
+            torch.testing.assert_close(moved[parameter], total, msg=f"{parameter}, {num_samples}")
+    assert not [told for told in private.why() if "one backward" in told.way]
+
+
+def test_a_batch_without_padding_may_meet_the_samples_elsewhere() -> None:
+    torch.manual_seed(0)
+    model = RelativePositions().double()
+    private, optimizer = _private(model)
+    whole = torch.ones(T, T, dtype=torch.double)
+    for mask in (whole.tril() + torch.eye(T), whole):
+        x, y = torch.randn(T, T, D, dtype=torch.double), torch.arange(T) % 3
+        given = {"padding": mask.clamp(max=1)}
+        expected = _plain_sum(model, x, y, **given)
+        moved = _step(private, optimizer, x, y, **given)
+        for parameter, total in expected.items():
+            torch.testing.assert_close(moved[parameter], total)
+
+
+def _rows(num_samples: int, *shape: int) -> SharedRows:
+    return SharedRows(torch.randn(num_samples, *shape), Course("table"))
+
+
+def test_each_sample_meets_its_own_row() -> None:
+    shared, x = _rows(3, 1, 4, 5), torch.randn(3, 2, 4, 5)
+    each = [x[i] + shared.rows[i] for i in range(3)]
+    assert torch.equal(x + shared, torch.stack(each))
+    weight, ids = _rows(3, 7, 5), torch.randint(7, (3, 4))
+    looked_up = torch.stack([weight.rows[i][ids[i]] for i in range(3)])
+    assert torch.equal(F.embedding(ids, weight), looked_up)
+    row, x = _rows(3, 4, 5), torch.randn(3, 4)
+    assert torch.allclose(x @ row, torch.stack([x[i] @ row.rows[i] for i in range(3)]))
+    shared, grouped = _rows(3, 1, 4, 5), torch.randn(6, 2, 4, 5)
+    assert torch.equal(grouped + shared, grouped + shared.rows.repeat_interleave(2, 0))
+
+
+def test_what_was_not_learned_is_refused_where_sizes_are_equal() -> None:
+    shared = _rows(4, 1, 4)
+    shared.course.is_learning = False
+    with pytest.raises(ValueError, match="table: expected the operations of the first batch"):
+        _ = torch.randn(4, 4) + shared
+    clear = SharedRows(torch.randn(3, 1, 4), shared.course)
+    x = torch.randn(3, 4)
+    assert torch.equal(x + clear, x + clear.rows[:, 0])
+
+
+def test_a_tensor_of_other_samples_is_refused() -> None:
+    shared = _rows(3, 1, 4)
+    _ = torch.randn(3, 4) + shared
+    shared.course.is_learning = False
+    with pytest.raises(ValueError, match="expected 3 samples in dimension 0, got 5"):
+        _ = torch.randn(5, 4) + shared
