@@ -89,7 +89,9 @@ PUBLIC = {
 """Every option that users have had since the first release, with its default."""
 _PLAN = {"dry-run": False, "quiet": False}
 _SHAPES = {"num-labels": 2, "image-size": None}
-ADDED = dict.fromkeys(("quick", "full", "single"), {**_PLAN, **_SHAPES})
+ADDED: dict[str, dict[str, object]] = {
+    verb: {**_PLAN, **_SHAPES} for verb in ("quick", "full", "single")
+}
 ADDED["faults"] = {"dry-run": False}
 ADDED["compare"] = {"bitwise": False, "quiet": False, "verbose": False}
 ADDED["profile"] = {**_PLAN, **_SHAPES, "max-slowdown": None, "max-memory": None}
