@@ -131,7 +131,7 @@ REST = """## What else is tried
 10 of the launcher and 5 of all processes at random moments (`tests/test_launcher_kills.py`), 20
 kills of a server on SQLite and on PostgreSQL (`tests/test_tracking_outages.py`), and 20,000 damaged
 spools (`tests/test_tracking_damage_anywhere.py`). What a fault means for you is told in the
-[guide](guide.md#tracking).
+[guide](tracking.md).
 """
 
 
