@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --no-compile -c constraints.txt
 LOCKED := $(BIN)/python -m pip install --no-compile --no-deps --require-hashes
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
-.PHONY: setup dev quick full faults test lint ui clean
+.PHONY: setup dev quick full faults test lint docs ui clean
 
 setup: $(INSTALLED)
 
@@ -50,10 +50,15 @@ lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of docs/, in site/. Reading it needs no network.
+docs: setup
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet --site-dir site
+
 ui: setup
 	$(BIN)/python launch.py ui $(ARGS)
 
 # Leaves results/, mlflow.db and mlartifacts/ alone: they are yours.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

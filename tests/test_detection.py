@@ -150,7 +150,7 @@ def test_the_matrix_is_printed_written_and_logged(
     assert logged == {"faults.md", "faults.json"}
 
 
-# The mode that README.md shows, and the same by someone who reports nothing.
+# The mode that docs/write.md shows, and the same by someone who reports nothing.
 FOREIGN = """
 
 class Quiet(MyMode):
@@ -171,8 +171,8 @@ ASKED = ["clamp_missing", "stand_in_counted", "empty_step_without_noise", "ident
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("foreign"))
-    readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r'```python\n("""One sample at a time.*?)```', readme, re.DOTALL)
+    page = (ROOT / "docs" / "write.md").read_text()
+    (code,) = re.findall(r'```python\n("""One sample at a time.*?)```', page, re.DOTALL)
     (workspace.folder / "my_mode.py").write_text(code + FOREIGN)
     workspace.search_path = [str(workspace.folder)]
     return workspace

@@ -1,0 +1,45 @@
+"""Hooks of the site's build: links out of `docs/`, and the page of the command line's help."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+COMMANDS = "commands.md"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the page of all verbs, each with what its `--help-all` says."""
+    files.append(File.generated(config, COMMANDS, content=commands_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to files of the repository that the site does not have become their names."""
+    return re.sub(r"\[([^\]]*)\]\(\.\./([^)#]*)[^)]*\)", r"\1 (`\2`)", markdown)
+
+
+def commands_page() -> str:
+    """The help of the program and of every verb, as a page."""
+    overview = _help("--help")
+    verbs = re.findall(r"(?m)^  ([a-z]+)  ", overview)
+    parts = ["# Command line", "", "```text", overview, "```", ""]
+    for verb in verbs:
+        parts += [f"## {verb}", "", "```text", _help(verb, "--help-all"), "```", ""]
+    return "\n".join(parts)
+
+
+def _help(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dpsgd_track", *arguments],
+        env={**os.environ, "COLUMNS": "96", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.rstrip()
