@@ -95,11 +95,11 @@ class _Shown:
         first, steps = self.not_finite, self.steps
         if first is None:
             return steps[:0]
-        is_bad = np.ones(len(steps), dtype=bool)
+        is_bad: NDArray[np.bool_] = np.ones(len(steps), dtype=bool)
         if self.drift:
             matrix = self.drift.matrix
             is_used = np.isfinite(matrix).any(axis=0) | (not self.drift.observable.may_be_absent)
-            is_bad = (~np.isfinite(matrix) & is_used).any(axis=1)
+            is_bad = np.asarray((~np.isfinite(matrix) & is_used).any(axis=1))
         return steps[(is_bad & (steps > first.step)) | (steps == first.step)]
 
 
