@@ -344,3 +344,30 @@ def test_two_groups_on_the_command_line(store: Store, capsys: pytest.CaptureFixt
     assert "dpsgd.verdict" not in store.client.get_run(run_id).data.tags
     assert main(["compare", "june", "june", *options, "--no-log"]) == 0
     assert main(["compare", "june", "absent", *options]) == 2
+
+
+def test_a_pass_of_two_groups_counts_modes_once_and_tells_which_are_new() -> None:
+    runs = healthy_runs()
+    labels = list(dict.fromkeys(run.label for run in runs))
+    new = [run for run in runs if run.label == "flash_fsdp"]
+    known = [run for run in runs if run.label != "flash_fsdp"]
+    before, after = group_of(known, name="july"), group_of([*runs], name="august")
+    assert new
+    said = compare_groups(before, after, Thresholds()).sentence
+    count = len(labels)
+    assert said == (
+        f"PASS: {count - 1} of {count} modes agree with group july to the last bit; "
+        "flash_fsdp was not run in july."
+    )
+
+
+def test_a_mode_that_differs_by_rounding_does_not_agree_to_the_last_bit() -> None:
+    runs = healthy_runs()
+    moved = next(r for r in runs if r.label == "flash_fsdp" and r.regime == "clip")
+    assert moved.trajectory is not None
+    off = replace(moved, trajectory=scaled(moved.trajectory, "grad_norm", 1 + 1e-9))
+    after = group_of(with_run(runs, off), name="august")
+    comparison = compare_groups(group_of(runs, name="july"), after, Thresholds())
+    count = len({run.label for run in runs})
+    assert comparison.sentence.startswith(f"PASS: {count - 1} of {count} modes agree with group j")
+    assert f"; 1 of {count} modes agree with group july " in comparison.sentence

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from dpsgd_track.comparison.measure.floor import limits_of
 from dpsgd_track.record.judged import JudgedGroup
 from dpsgd_track.report.charts import figures
 from dpsgd_track.report.html import history_html, html
@@ -223,7 +224,11 @@ def test_hover_tells_value_threshold_floor_and_place(page: Any) -> None:
     value, place = float(drift.per_step[5]), drift.where_per_step[5]
     of_threshold = f"{value / broken().thresholds.grad_norm:.3g} × the threshold"
     of_floor = f"{value / floor.values['sample_norm']:.1e} × the floor".replace("e+0", "e+")
-    for part in (GUILTY, "step 5", f"{value:.3g}", of_threshold, of_floor, place):
+    limits = limits_of(drift, floor)
+    assert limits is not None
+    # The label shows two digits, as the guide does of all small numbers.
+    of_limit = f"× its limit of {float(limits[5, 0]):.1e}".replace("e-0", "e-")
+    for part in (GUILTY, "step 5", f"{value:.3g}", of_limit, of_threshold, of_floor, place):
         assert part in said
 
 
@@ -256,11 +261,11 @@ def test_zoom_narrows_the_axis_and_double_click_resets_it(page: Any) -> None:
 
 def test_a_click_on_the_legend_hides_one_curve(page: Any) -> None:
     chart = show(page, "drift_clip_grad_norm")
-    assert chart.locator(".scatterlayer .trace").count() == 5
+    assert chart.locator(".scatterlayer .trace").count() == 3, "two modes and the limit"
     chart.locator(".legendtoggle").first.click()
     page.wait_for_function(
         "document.querySelectorAll(\".chart[data-name='drift_clip_grad_norm'] "
-        '.scatterlayer .trace").length === 4'
+        '.scatterlayer .trace").length === 2'
     )
     chart.locator(".legendtoggle").first.click()
 
@@ -316,12 +321,12 @@ def test_the_heatmap_turns_to_the_ranks_at_one_step_by_keyboard(page: Any) -> No
 
     page.keyboard.press("ArrowRight")
     assert figure.locator("output").inner_text() == "step 1"
-    assert max(hottest()) < -3
+    assert max(hottest()) < 0, "below the limit"
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     assert figure.locator("output").inner_text() == "step 3"
     cool, hot = hottest()
-    assert cool < -3 < hot
+    assert cool < 0 < hot
     figure.locator("[data-control=view]").select_option("steps")
     figure.locator("[data-control=rank]").select_option("1")
     assert chart.evaluate("e => e.data[0].z[0].length") == 12
@@ -521,3 +526,25 @@ def test_filters_and_open_sections_are_in_the_address(
     assert page.complaints == again.complaints == []
     page.context.close()
     again.context.close()
+
+
+def test_an_anchor_is_not_hidden_by_the_bar(browser: Any, reports: dict[str, Path]) -> None:
+    narrow = {"width": 560, "height": 900}
+    page = opened(browser, reports["broken"], viewport=narrow, reduced_motion="reduce")
+    page.locator("nav a", has_text="Stages").click()
+    page.wait_for_timeout(200)
+    bar, heading = (page.locator(at).bounding_box() for at in (".bar", "#ladder"))
+    assert heading["y"] >= bar["y"] + bar["height"]
+    page.context.close()
+
+
+def test_charts_are_as_wide_as_the_paper(browser: Any, reports: dict[str, Path]) -> None:
+    page = opened(browser, reports["broken"], viewport={"width": 1400, "height": 900})
+    page.wait_for_selector(".first .main-svg")  # drawn before, at the width of the screen
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    widths = page.eval_on_selector_all(
+        ".chart .main-svg:first-of-type", "all => all.map(e => e.getBoundingClientRect().width)"
+    )
+    assert len(widths) > 15
+    assert max(widths) <= 186 / 25.4 * 96 + 1, "whole pixels"
+    page.context.close()

@@ -23,6 +23,7 @@ SECTION = "profile"
 _chart = partial(Chart, section=SECTION, alone=True)
 _wide_chart = partial(_chart, is_wide=True)
 _SEVERAL_TIMES = 4
+_MOST_NAMES = 6
 _PLACES = (
     "middle left",
     "bottom center",
@@ -224,7 +225,7 @@ def _curves(
         **(several if len(lengths) > 1 else alone),
         row=row,
     )
-    scale = {"type": "log"} if is_log else {"range": [0, 1.06 * top or 1]}
+    scale = _log_scale([smallest, largest]) if is_log else {"range": [0, 1.06 * top or 1]}
     figure.update_yaxes(title_text=quantity.axis, **scale, row=row)
 
 
@@ -325,6 +326,10 @@ def _scale(values: Sequence[float]) -> dict[str, Any]:
     """An axis on which points of several lengths do not crowd into a corner."""
     if max(values) < _SEVERAL_TIMES * min(values):
         return {"rangemode": "tozero"}
+    return _log_scale(values)
+
+
+def _log_scale(values: Sequence[float]) -> dict[str, Any]:
     low, high = np.floor(np.log10(min(values))), np.ceil(np.log10(max(values)))
     ticks = [digit * 10.0**power for power in range(int(low), int(high) + 1) for digit in (1, 2, 5)]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,g}" for tick in ticks]}
@@ -339,6 +344,8 @@ def _memory_against_time(profile: Profile, style: Style) -> list[Chart]:
     if not measured:
         return []
     figure = go.Figure()
+    # More names than these would lie over each other; the pointer tells them too.
+    mode = "markers+text+lines" if len(measured) <= _MOST_NAMES else "markers+lines"
     for label in dict.fromkeys(cost.label for cost, _, _ in measured):
         own = [entry for entry in measured if entry[0].label == label]
         look = style.line(label, len(own))
@@ -350,7 +357,7 @@ def _memory_against_time(profile: Profile, style: Style) -> list[Chart]:
             textfont={"size": 10, "color": style.colour(label)},
             customdata=[_told(cost, f"{ms:.4g} ms, {gib:.3g} GiB") for cost, ms, gib in own],
             hovertemplate="%{customdata}<extra></extra>",
-            **{**look, "mode": "markers+text+lines", "line": {**look["line"], "width": 1}},
+            **{**look, "mode": mode, "line": {**look["line"], "width": 1}},
         )
     layout(figure, 480, showlegend=True)
     figure.update_xaxes(title_text="ms a step", **_scale([ms for _, ms, _ in measured]))

@@ -236,20 +236,34 @@
   addEventListener("hashchange", unfold);
   unfold();
 
-  // On paper there is no scrolling near: everything is drawn, unfolded, dark on light.
+  // On paper there is no scrolling near: everything is drawn, unfolded, dark on light, as wide as
+  // the page.
   const folded = [];
+  const bar = document.querySelector(".bar");
+  if (bar) new ResizeObserver(() => root.style.setProperty("--bar", `${bar.offsetHeight + 12}px`)).observe(bar);
+
   const beforePrint = () => {
     if (printing) return;
     printing = true;
     setTheme();
     all("details:not([open])").forEach(part => { part.open = true; folded.push(part); });
-    for (const element of charts) { draw(element); near.add(element); }
+    root.dataset.paper = "yes";
+    for (const element of charts) {
+      const wasDrawn = element.dataset.drawn;
+      draw(element);
+      near.add(element);
+      // Plotly's own resizing would come too late.
+      if (wasDrawn) Plotly.relayout(element, { width: element.clientWidth });
+    }
     later("theme");
   };
   const afterPrint = () => {
     if (!printing) return;
     printing = false;
+    delete root.dataset.paper;
     folded.splice(0).forEach(part => { part.open = false; });
+    for (const element of charts) if (element.dataset.drawn) Plotly.relayout(element, { width: null, autosize: true });
+    later("size");
     recolour();
   };
   addEventListener("beforeprint", beforePrint);
