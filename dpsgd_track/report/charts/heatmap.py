@@ -133,7 +133,7 @@ def _chart(
         name=f"heatmap_{regime.name}",
         title=f"Parameter by rank and step in {regime.name}",
         caption=f"Largest difference of a sample's gradient norm from {base}, in units of the "
-        "parameter's limit. Blue is below 1, the limit; orange is above, and NaN the darkest. "
+        "parameter's limit. Blue is below 1, the limit; orange is above, and so is NaN. "
         + (
             f"The floor is {number(floor)}."
             if floor is not None
