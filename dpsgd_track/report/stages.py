@@ -201,7 +201,7 @@ def advised(comparison: GroupComparison) -> Advice:
             why = f"{waived} accepted drifts are listed under Waivers." if waived else ""
             return Advice(do="Safe to merge as far as these runs show.", why=why)
         case Verdict.BUG:
-            return Advice(do="Do not merge.", why="The difference is too large for rounding.")
+            return Advice(do="Do not merge.", why="Rounding does not explain it.")
         case Verdict.DRIFT:
             return Advice(
                 do="Look before you merge.",
