@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -35,8 +36,9 @@ def commands_page() -> str:
 
 
 def _help(*arguments: str) -> str:
+    program = Path(sys.executable).with_name("dpsgd-track")
     done = subprocess.run(
-        [sys.executable, "-m", "dpsgd_track", *arguments],
+        [str(program), *arguments],
         env={**os.environ, "COLUMNS": "96", "NO_COLOR": "1"},
         capture_output=True,
         text=True,

@@ -21,7 +21,6 @@ MADE_BY_PROGRAMS = {
     "detection-bf16.md",
     "findings.md",
     "power.md",
-    "scale.md",
     "tracking_faults.md",
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
