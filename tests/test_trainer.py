@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -246,3 +247,16 @@ def test_the_example_learns_within_its_epsilon(tmp_path: Path) -> None:
     # A third of the sentences are of each topic.
     assert int(accuracy.split()[1].rstrip("%")) > 70
     assert 5.9 < float(epsilon.split()[1]) <= 6.0
+
+
+def test_the_trainer_that_the_page_shows_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n([^`]*PrivateTrainer[^`]*)```", page)
+    names: dict[str, Any] = {"model": fresh(), "train": Sentences()}
+    exec(code, names)
+    spent = json.loads(next(tmp_path.glob("out/*/" + PRIVACY_FILE)).read_text())
+    assert spent
+    assert 7.0 < names["trainer"].state.log_history[-1]["epsilon"] <= 8.0
