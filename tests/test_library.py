@@ -557,7 +557,7 @@ def test_why_says_of_each_layer_how_its_gradients_are_formed() -> None:
         "copied": "on one copy of its parameters for each sample",
         "gated": "by its formulas, for all samples at once",
         "recurrent": "run one sample after the other, as it can't be vectorised",
-        "table": "one backward of the model for each sample",
+        "table": "its rule, with what all samples share given to each",
         "head": "its rule",
         "enter.weight": "one backward of the model for each sample",
     }
@@ -565,7 +565,6 @@ def test_why_says_of_each_layer_how_its_gradients_are_formed() -> None:
     assert [name for name, account in said.items() if account.advice] == [
         "copied",
         "recurrent",
-        "table",
         "enter.weight",
     ]
     assert _made(_OfEachWay(), "reference")[0].why() == []

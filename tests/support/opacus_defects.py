@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -220,6 +221,7 @@ class _Sampler:
     condition: Condition
     population = None
     sizes = ()
+    dataset = SimpleNamespace(num_tokens=T)
 
     @property
     def expected_batch_size(self) -> int:
