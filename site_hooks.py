@@ -39,7 +39,7 @@ def _help(*arguments: str) -> str:
     program = Path(sys.executable).with_name("dpsgd-track")
     done = subprocess.run(
         [str(program), *arguments],
-        env={**os.environ, "COLUMNS": "96", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "78", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         check=True,

@@ -181,8 +181,10 @@ class PrivateTraining:
                 of every tensor is the sample. Inside of `batch`, the loss of each sample, [B].
             targets: second argument of the loss; dimension 0 is the sample. Left out inside of
                 `batch`.
+
         Returns:
             Loss of each sample, [B], detached.
+
         Raises:
             ValueError: the model or its loss has become one whose per-sample gradients are not
                 known exactly, or an input is not a tensor with a row for each sample. The batch is
@@ -224,6 +226,7 @@ class PrivateTraining:
         Args:
             num_samples: B, samples of the batch, or of one micro-batch of several, on this rank.
                 Dimension 0 of every tensor that the model is called with has this size.
+
         Raises:
             ValueError: as `backward`; or the code reads a number from several samples, which may
                 go into the losses, or calls functions that torch does not report, so that the
@@ -326,6 +329,7 @@ class PrivateTraining:
             num_steps: steps of one pass; None for an epoch in expectation.
             collate_fn: makes a micro-batch of a list of samples; torch's default if None.
             loading: further arguments of `torch.utils.data.DataLoader`, such as `num_workers`.
+
         Raises:
             ValueError: a setting is out of range, or `make_private` was given another sample rate.
             RuntimeError: in the loop: a step was not taken, or of other samples than were drawn.
@@ -385,6 +389,7 @@ class PrivateTraining:
             expected_batch_size: the divisor. `loader` follows in its next pass.
             sample_rate: of batches that the loop draws by itself, or as it was given to
                 `make_private` for `target_epsilon`.
+
         Raises:
             ValueError: a setting is out of range, a batch of the step was added already, the rate
                 would change within a pass of `loader`, or epsilon would exceed `target_epsilon`.
@@ -441,6 +446,7 @@ class PrivateTraining:
                 needs dp-accounting).
             steps_per_sample: most steps that had any one sample, each once, over the model's whole
                 life. With shuffled batches, epochs begun, those begun anew after a resume included.
+
         Raises:
             ValueError: a step had no noise, or its sample rate is not known.
         """

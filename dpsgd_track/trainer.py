@@ -79,6 +79,7 @@ class PrivateTrainer(Trainer):
             privacy: the guarantee.
             loss: a task's name (see `dpsgd_track.privacy.loss`), or a function
                 (logits, labels) -> [B]; None takes that of the model's class.
+
         Raises:
             ValueError: a setting does not fit.
         """

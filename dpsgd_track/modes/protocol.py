@@ -176,6 +176,7 @@ class Mode(ABC):
 
         Returns:
             This rank's shards of (clipped sum + noise) / expected batch size, by name.
+
         Raises:
             ProtocolError: the clipped sum lacks a trainable parameter, or has others.
         """
