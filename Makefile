@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
+DOCS_INSTALLED := $(VENV)/.installed-docs
 ARGS ?=
 # pip compiles on one core, compileall on all of them. What no Python can compile is left alone.
 INSTALL := $(BIN)/python -m pip install --no-compile -c constraints.txt
@@ -32,6 +33,11 @@ $(DEV_INSTALLED): $(INSTALLED) requirements-dev.lock
 	$(COMPILE)
 	@touch $@
 
+$(DOCS_INSTALLED): $(DEV_INSTALLED) requirements-docs.lock
+	$(LOCKED) -r requirements-docs.lock
+	$(COMPILE)
+	@touch $@
+
 # A mode that fails (exit code 1) is part of the comparison; anything worse ends here.
 quick full: setup
 	@group=$@-$$(date +%Y%m%d-%H%M%S); \
@@ -50,9 +56,8 @@ lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site of docs/, in site/. Reading it needs no network.
-docs: setup
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -r requirements-docs.txt
+# The site of docs/, in site/. Once the tools are installed it is built without a network.
+docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 ui: setup

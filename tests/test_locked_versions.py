@@ -10,6 +10,8 @@ import pytest
 from tests.support import ROOT
 
 LOCKS = ("requirements.lock", "requirements-dev.lock")
+DOCS = "requirements-docs.lock"
+"""Of the site's tools alone, which `constraints.txt` does not name."""
 _PIN = re.compile(r"([\w-]+)==(\S+)")
 _LOCKED = re.compile(
     r"(?P<name>[\w-]+)==(?P<version>\S+)( ; .*)?(?P<hashes>( \\\n    --hash=sha256:[0-9a-f]{64})+)"
@@ -43,3 +45,11 @@ def test_set_up_installs_the_locked_files_alone_before_anything_else(name: str) 
     assert "--no-deps --require-hashes" in recipe
     locking = recipe.index(f"$(LOCKED) -r {name}")
     assert recipe.index("$(INSTALL) --no-build-isolation", locking) > locking
+
+
+def test_the_tools_of_the_site_are_locked_beside_the_others() -> None:
+    names = {name for name, _ in locked(DOCS)}
+    assert {"mkdocs", "mkdocs-material", "mkdocstrings-python"} <= names
+    assert not names & set(pins())
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"$(LOCKED) -r {DOCS}" in recipe
