@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 56, 190, 28, 50
+LEFT, RIGHT, TOP, BOTTOM = 56, 215, 28, 50
 STEPS = 10
 LOW, HIGH = -8.0, -3.0
 """Powers of ten at the ends of the axis of drifts."""
