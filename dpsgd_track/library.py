@@ -785,17 +785,17 @@ def make_private(
     loss = loss_named(loss)
     optimizer = _unwrapped(optimizer)
     _close_earlier(optimizer)
-    device = next(model.parameters()).device
     context = ModeContext(
+        # First: it refuses an optimizer that does not fit.
+        make_optimizer=_OptimizerRebinding(model, optimizer),
         privacy=PrivacyConfig(
             noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size,
             clipping=clipping,
         ),
-        device=device,
+        device=next(model.parameters()).device,
         param_dtype=param_dtype,
-        make_optimizer=_OptimizerRebinding(model, optimizer),
         loss=loss,
         num_replicas=num_replicas,
         capture=capture,
@@ -806,7 +806,7 @@ def make_private(
         built,
         optimizer,
         _history_of(built.model),
-        noise_key=fresh_key(None, device) if seed is None else str(seed),
+        noise_key=fresh_key(None, context.device) if seed is None else str(seed),
         sample_rate=sample_rate,
         budget=budget,
         adaptive=adaptive,

@@ -171,8 +171,13 @@ def test_result_is_printed_written_and_logged(
 
 @pytest.mark.parametrize("verdict", ["PASS", "BUG"])
 def test_a_pass_is_a_line_and_where_the_report_is_and_quiet_is_the_verdict(
-    verdict: str, store: Store, capsys: pytest.CaptureFixture[str]
+    verdict: str,
+    store: Store,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Wide enough for a table whose headings are on one line.
+    monkeypatch.setenv("COLUMNS", "120")
     store.add_group(healthy_runs() if verdict == "PASS" else off_by(1.1))
     code = 0 if verdict == "PASS" else 1
     shown = {}

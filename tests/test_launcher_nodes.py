@@ -506,7 +506,8 @@ def test_others_are_welcome_once_the_store_took_the_group(tmp_path, monkeypatch,
             raise error
 
     recording.start = start
-    display = SimpleNamespace(say=lambda line: None)
+    display = SimpleNamespace(say=lambda line: None, start_group=lambda steps: None)
+    display.conclude = display.say
     run = GroupRun(plan_of(), recording, Launch(), display, leader)
     if error:
         with pytest.raises(StoreError):

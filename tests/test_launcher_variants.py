@@ -295,7 +295,7 @@ def test_an_opacus_whose_modes_cannot_be_read_is_refused(workspace, text):
 
 def test_a_mode_that_uses_nothing_of_a_variant_does_not_run_there(workspace, monkeypatch):
     checkout(workspace / "lib", "library")
-    (workspace / "mine.py").write_text("")
+    (workspace / "mine.py").write_text("class Mode: pass\n")
     monkeypatch.syspath_prepend(str(workspace))
     assert labels("full", "--mode", "no_dp,mine:Mode", "--variant", "a=lib") == ["mine:Mode@a"]
     with pytest.raises(ValueError, match="expected a mode besides reference that runs code of var"):
