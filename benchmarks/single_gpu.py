@@ -234,7 +234,7 @@ def memory(model: str, name: str) -> float:
 
 
 def _apart(*arguments: str) -> Any:
-    """What this program prints in a process of its own; None if it failed."""
+    """Result of this program in a process of its own; None if it failed."""
     with tempfile.NamedTemporaryFile() as file:
         command = [sys.executable, __file__, file.name, *arguments]
         done = subprocess.run(command, check=False)

@@ -49,11 +49,11 @@ class Variables:
 
     @property
     def options(self) -> list[str]:
-        """What was taken, as options of a command line."""
+        """The settings that were taken, as options of a command line."""
         return [f"{option}={value}" for option, value in self._taken.items()]
 
     @property
     def sentence(self) -> str:
-        """What was taken from which variables; empty if nothing was."""
+        """A sentence on the variables that were taken; empty if none was."""
         taken = [f"{VARIABLES[option]}={value}" for option, value in self._taken.items()]
         return f"From the environment: {', '.join(taken)}." if taken else ""

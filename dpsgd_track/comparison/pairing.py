@@ -92,7 +92,7 @@ class Pairing(Protocol):
         """The group that a report describes."""
 
     def agreement(self, matched: Sequence[Matched]) -> str:
-        """What a PASS says in one sentence, without a full stop."""
+        """The sentence of a PASS, without a full stop."""
 
     def unmatched(self, matched: Sequence[Matched]) -> str:
         """Reason why a comparison without findings shows nothing; empty if it shows something."""

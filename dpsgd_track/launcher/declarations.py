@@ -1,4 +1,4 @@
-"""What modes decline, and whether they are there, asked before anything of a launch starts."""
+"""Asks modes for the demands that they decline, and if they exist, before a launch starts."""
 
 from __future__ import annotations
 

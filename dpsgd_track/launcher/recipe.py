@@ -1,4 +1,4 @@
-"""What a suite runs where nothing else is chosen, by the device it runs on."""
+"""Settings of a suite where nothing else is chosen, by the device that it runs on."""
 
 from __future__ import annotations
 

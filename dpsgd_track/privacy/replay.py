@@ -302,12 +302,7 @@ def _is_low(engine: Engine) -> bool:
 def _copied(record: SampleRecord) -> SampleRecord:
     """The record in memory of its own, by one copy for all of its tensors of a type."""
     by_parameter = record.norm_by_parameter_B or {}
-    named: dict[str, Tensor] = {
-        "loss": record.loss_B,
-        "norm": record.factors_B if record.norm_B is None else record.norm_B,
-        "factor": record.factors_B,
-    }
-    tensors = [*named.values(), *by_parameter.values()]
+    tensors = [*_rows(record).values(), *by_parameter.values()]
     copies: list[Tensor] = [torch.empty_like(t) for t in tensors]
     torch._foreach_copy_(copies, tensors)
     loss_B, norm_B, factor_B, *roots = copies

@@ -54,6 +54,7 @@ from dpsgd_track.training.sample import (
     MASKED,
     SAMPLING,
     TOKENS,
+    Endless,
     Sample,
     Samples,
     Tokens,
@@ -61,6 +62,7 @@ from dpsgd_track.training.sample import (
     padded,
     ragged,
     row_at,
+    uniform_tokens,
 )
 from dpsgd_track.training.tagged_data import (
     SyntheticTags,
@@ -76,13 +78,8 @@ MASKED_FRACTION = 0.15
 """Fraction of a sample's tokens that a masked language model has to predict."""
 
 
-class Texts(Protocol):
+class Texts(Endless, Protocol):
     """An endless sequence of texts, by global index."""
-
-    @property
-    def num_samples(self) -> int | None:
-        """Texts of an epoch; None if no text is ever repeated."""
-        ...
 
     def text(self, index: int) -> tuple[Tokens, float]:
         """At least one token, and the label: a class, or a number for a regression."""
@@ -104,7 +101,7 @@ class SyntheticText:
     def text(self, index: int) -> tuple[Tokens, float]:
         """Tokens 1 .. vocab_size - 1 (0 is padding)."""
         random = generator(self.seed, TOKENS, index)
-        tokens = random.integers(1, self.vocab_size, size=self.seq_length, dtype=np.int64)
+        tokens = uniform_tokens(random, self.vocab_size, self.seq_length)
         is_number = self.num_labels == 1
         label = random.uniform(-1, 1) if is_number else random.integers(0, self.num_labels)
         if self.is_ragged:

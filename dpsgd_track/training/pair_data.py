@@ -19,23 +19,20 @@ from dpsgd_track.training.sample import (
     TARGET_LENGTH,
     TARGETS,
     TOKENS,
+    Endless,
     Sample,
     Tokens,
     generator,
     padded,
     ragged,
     row_at,
+    uniform_tokens,
 )
 from dpsgd_track.training.text_pairs import TextPairs
 
 
-class TokenPairs(Protocol):
+class TokenPairs(Endless, Protocol):
     """An endless sequence of source and target tokens, by global index."""
-
-    @property
-    def num_samples(self) -> int | None:
-        """Rows of an epoch; None if none is ever repeated."""
-        ...
 
     def pair(self, index: int) -> tuple[Tokens, Tokens]:
         """At least one token of each."""
@@ -58,7 +55,7 @@ class SyntheticPairs:
 
     def _tokens(self, stream: int, lengths: int, index: int) -> Tokens:
         random = generator(self.seed, stream, index)
-        tokens = random.integers(1, self.vocab_size, size=self.seq_length, dtype=np.int64)
+        tokens = uniform_tokens(random, self.vocab_size, self.seq_length)
         if not self.is_ragged:
             return tokens
         return ragged(tokens, seed=self.seed, index=index, stream=lengths)

@@ -26,6 +26,11 @@ def generator(seed: int, stream: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+def uniform_tokens(random: np.random.Generator, vocab_size: int, seq_length: int) -> Tokens:
+    """Random tokens 1 .. vocab_size - 1; 0 is padding."""
+    return random.integers(1, vocab_size, size=seq_length, dtype=np.int64)
+
+
 def row_at(index: int, *, num_rows: int, seed: int) -> int:
     """Row at a position of an endless sequence: a new random order of all rows each epoch."""
     epoch, position = divmod(index, num_rows)
@@ -55,6 +60,15 @@ class Sample:
         for array in (*self.inputs.values(), self.target):
             content.update(array.tobytes())
         return int.from_bytes(content.digest(), "little", signed=True)
+
+
+class Endless(Protocol):
+    """An endless sequence by global index, of rows that may repeat."""
+
+    @property
+    def num_samples(self) -> int | None:
+        """Rows of an epoch; None if none is ever repeated."""
+        ...
 
 
 class Samples(Protocol):

@@ -14,23 +14,20 @@ from dpsgd_track.config import require
 from dpsgd_track.privacy.loss import IGNORED
 from dpsgd_track.training.sample import (
     TOKENS,
+    Endless,
     Sample,
     Tokens,
     generator,
     padded,
     ragged,
     row_at,
+    uniform_tokens,
 )
 from dpsgd_track.training.tagged_text import TaggedText
 
 
-class TaggedTokens(Protocol):
+class TaggedTokens(Endless, Protocol):
     """An endless sequence of tokens with classes, by global index."""
-
-    @property
-    def num_samples(self) -> int | None:
-        """Rows of an epoch; None if none is ever repeated."""
-        ...
 
     def tagged(self, index: int) -> tuple[Tokens, Tokens]:
         """At least one token, and the class of each; IGNORED if it is not predicted."""
@@ -51,7 +48,7 @@ class SyntheticTags:
     def tagged(self, index: int) -> tuple[Tokens, Tokens]:
         """Tokens 1 .. vocab_size - 1 (0 is padding), each with a class."""
         random = generator(self.seed, TOKENS, index)
-        tokens = random.integers(1, self.vocab_size, size=self.seq_length, dtype=np.int64)
+        tokens = uniform_tokens(random, self.vocab_size, self.seq_length)
         if self.is_ragged:
             tokens = ragged(tokens, seed=self.seed, index=index)
         return tokens, random.integers(0, self.num_labels, size=len(tokens), dtype=np.int64)

@@ -247,7 +247,7 @@ NUM_COLUMNS = 9
 
 
 def row_of(x_BTD: Tensor, dy_BTP: Tensor) -> tuple[int, ...]:
-    """What `factors_of` reads of a layer."""
+    """Row of a layer in the table that `factors_of` reads."""
     (_, T, D), P = x_BTD.shape, dy_BTP.shape[2]
     strides = *x_BTD.stride()[:2], *dy_BTP.stride()[:2]
     return x_BTD.data_ptr(), dy_BTP.data_ptr(), T, D, P, *strides
@@ -257,7 +257,7 @@ _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Kind(NamedTuple):
-    """What a kernel over the factors of layers is compiled for."""
+    """Layers whose factors one compiled kernel takes."""
 
     dtype: Any
     is_aligned: bool
