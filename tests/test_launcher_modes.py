@@ -135,8 +135,9 @@ def test_every_rank_is_a_fresh_process(mixed):
     left = sorted((mixed.folder / "results/mixed/logs").glob("*/process-rank*.json"))
     processes = [json.loads(file.read_text()) for file in left]
     assert len({pid for pid, _, _ in processes}) == len(processes)
-    # A rank of flash_fsdp_bk crashes, and may end the other before it has written anything.
-    assert len([modes for _, modes, _ in processes if modes != ["flash_fsdp_bk"]]) == 4 * 2
+    # A rank that crashes or is killed may end the other before that has written anything.
+    ended = (["flash_fsdp"], ["flash_fsdp_bk"])
+    assert len([modes for _, modes, _ in processes if modes not in ended]) == 3 * 2
     assert [seen for _, seen, _ in processes] == [[file.parent.name] for file in left]
 
 
