@@ -14,7 +14,7 @@ from dpsgd_track.comparison.diagnose.causes import Cause, agreed, either
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Explanation, off_as_rounded
 from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.config import DataConfig
-from dpsgd_track.record.alternatives import LossFormula, Move, NormFormula
+from dpsgd_track.record.alternatives import LossFormula, NormFormula, SumFormula
 from dpsgd_track.record.trajectory import Trajectory
 from tests.support.synthetic_group import (
     compared,
@@ -343,23 +343,23 @@ def test_shards_that_are_scaled_are_named_by_their_rank() -> None:
     rng = np.random.default_rng(0)
     t = base()
     S, P, K = t.gradient_sketch.shape
-    moves = rng.normal(0, 1, (S, len(Move), P, K))
+    moves = rng.normal(0, 1, (S, len(SumFormula), P, K))
     ours = replace(t, moved_sketch=moves)
-    first = moves[:, list(Move).index(Move.FIRST_SHARD_ALONE), 2]
+    first = moves[:, list(SumFormula).index(SumFormula.FIRST_SHARD_ALONE), 2]
     gradient = t.gradient_sketch.copy()
     gradient[:, 2] = first + 0.5 * (gradient[:, 2] - first)
     wrong = replace(ours, gradient_sketch=gradient, noised_sketch=gradient)
     assert "the rows of rank 1 are multiplied by 0.5" in found(wrong, ours).sentence
 
 
-@pytest.mark.parametrize("move", list(Move))
-def test_a_moved_gradient_is_explained(move: Move) -> None:
+@pytest.mark.parametrize("move", list(SumFormula))
+def test_a_moved_gradient_is_explained(move: SumFormula) -> None:
     rng = np.random.default_rng(0)
     t = base()
     S, P, K = t.gradient_sketch.shape
-    ours = replace(t, moved_sketch=rng.normal(0, 1, (S, len(Move), P, K)))
+    ours = replace(t, moved_sketch=rng.normal(0, 1, (S, len(SumFormula), P, K)))
     gradient = t.gradient_sketch.copy()
-    gradient[:, 2] = ours.moved_sketch[:, list(Move).index(move), 2]
+    gradient[:, 2] = ours.moved_sketch[:, list(SumFormula).index(move), 2]
     wrong = replace(ours, gradient_sketch=gradient, noised_sketch=gradient)
     assert move.value in found(wrong, ours).sentence
 

@@ -22,9 +22,9 @@ from dpsgd_track.privacy.loss import (
     one_loss_a_sample,
     regression_loss,
 )
-from dpsgd_track.record.alternatives import LossFormula, Move, NormFormula
+from dpsgd_track.record.alternatives import LossFormula, NormFormula, SumFormula
 from dpsgd_track.record.trajectory import Trajectory
-from dpsgd_track.training.moved_gradient import moved
+from dpsgd_track.training.moved_gradient import MOVES, moved
 from dpsgd_track.training.other_losses import other_losses
 from dpsgd_track.training.sample_observer import SampleObserver
 from tests.support.synthetic_group import trajectory
@@ -250,9 +250,10 @@ def test_a_sample_whose_loss_needs_no_gradient_has_zeros() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (6,), (1, 7)])
 @pytest.mark.parametrize(
-    "move", [m for m in Move if m not in (Move.MEAN_OF_ELEMENTS, Move.SUM_OF_ELEMENTS)]
+    "move",
+    [m for m in MOVES if m not in (SumFormula.MEAN_OF_ELEMENTS, SumFormula.SUM_OF_ELEMENTS)],
 )
-def test_a_moved_gradient_has_no_new_elements(move: Move, shape: tuple[int, ...]) -> None:
+def test_a_moved_gradient_has_no_new_elements(move: SumFormula, shape: tuple[int, ...]) -> None:
     gradient = torch.arange(1.0, 1 + np.prod(shape)).view(shape)
     result = moved(gradient, move, 2)
     assert result.shape == gradient.shape
@@ -261,35 +262,35 @@ def test_a_moved_gradient_has_no_new_elements(move: Move, shape: tuple[int, ...]
 
 def test_moves_are_what_their_words_say() -> None:
     gradient = torch.arange(15.0).view(5, 3)
-    assert torch.equal(moved(gradient, Move.TRANSPOSED, 2), gradient.T.reshape(5, 3))
-    assert torch.equal(moved(gradient, Move.NEXT_ROW, 2)[1:], gradient[:-1])
-    assert torch.equal(moved(gradient, Move.ROW_BEFORE, 2)[:-1], gradient[1:])
-    assert torch.equal(moved(gradient, Move.NEXT_COLUMN, 2)[:, 1:], gradient[:, :-1])
-    assert torch.equal(moved(gradient, Move.COLUMN_BEFORE, 2)[:, :-1], gradient[:, 1:])
+    assert torch.equal(moved(gradient, SumFormula.TRANSPOSED, 2), gradient.T.reshape(5, 3))
+    assert torch.equal(moved(gradient, SumFormula.NEXT_ROW, 2)[1:], gradient[:-1])
+    assert torch.equal(moved(gradient, SumFormula.ROW_BEFORE, 2)[:-1], gradient[1:])
+    assert torch.equal(moved(gradient, SumFormula.NEXT_COLUMN, 2)[:, 1:], gradient[:, :-1])
+    assert torch.equal(moved(gradient, SumFormula.COLUMN_BEFORE, 2)[:, :-1], gradient[:, 1:])
     # Two ranks hold three rows and two.
-    assert torch.equal(moved(gradient, Move.NEXT_SHARD, 2)[3:], gradient[:2])
-    assert torch.equal(moved(gradient, Move.SHARD_BEFORE, 2)[:2], gradient[3:])
-    assert torch.equal(moved(gradient, Move.PADDED_IN_FRONT, 2)[1:], gradient[:-1])
-    assert torch.equal(moved(gradient, Move.REVERSED, 2), gradient.flip(0))
-    assert torch.equal(moved(gradient, Move.INTERLEAVED, 2), gradient[[0, 2, 4, 1, 3]])
-    assert torch.equal(moved(gradient, Move.LAST_SHARD_DOWN, 2), gradient[[0, 1, 2, 4, 3]])
-    assert torch.equal(moved(gradient, Move.LAST_SHARD_UP, 2), gradient[[0, 1, 2, 4, 3]])
-    assert torch.equal(moved(gradient, Move.MEAN_OF_ELEMENTS, 2), torch.full((5, 3), 7.0))
-    assert torch.equal(moved(gradient, Move.SUM_OF_ELEMENTS, 2), torch.full((5, 3), 105.0))
+    assert torch.equal(moved(gradient, SumFormula.NEXT_SHARD, 2)[3:], gradient[:2])
+    assert torch.equal(moved(gradient, SumFormula.SHARD_BEFORE, 2)[:2], gradient[3:])
+    assert torch.equal(moved(gradient, SumFormula.PADDED_IN_FRONT, 2)[1:], gradient[:-1])
+    assert torch.equal(moved(gradient, SumFormula.REVERSED, 2), gradient.flip(0))
+    assert torch.equal(moved(gradient, SumFormula.INTERLEAVED, 2), gradient[[0, 2, 4, 1, 3]])
+    assert torch.equal(moved(gradient, SumFormula.LAST_SHARD_DOWN, 2), gradient[[0, 1, 2, 4, 3]])
+    assert torch.equal(moved(gradient, SumFormula.LAST_SHARD_UP, 2), gradient[[0, 1, 2, 4, 3]])
+    assert torch.equal(moved(gradient, SumFormula.MEAN_OF_ELEMENTS, 2), torch.full((5, 3), 7.0))
+    assert torch.equal(moved(gradient, SumFormula.SUM_OF_ELEMENTS, 2), torch.full((5, 3), 105.0))
 
 
 @pytest.mark.parametrize(
     ("move", "kept"),
     [
-        (Move.LAST_ROW_LOST, [1, 1, 1, 1, 0]),
-        (Move.LAST_USED_ROW_LOST, [1, 1, 1, 0, 0]),
-        (Move.FIRST_USED_ROW_LOST, [0, 0, 1, 1, 0]),
-        (Move.FIRST_SHARD_END_LOST, [1, 1, 0, 1, 1]),
-        (Move.SHARD_ENDS_LOST, [1, 1, 0, 1, 0]),
-        (Move.FIRST_SHARD_ALONE, [1, 1, 1, 0, 0]),
+        (SumFormula.LAST_ROW_LOST, [1, 1, 1, 1, 0]),
+        (SumFormula.LAST_USED_ROW_LOST, [1, 1, 1, 0, 0]),
+        (SumFormula.FIRST_USED_ROW_LOST, [0, 0, 1, 1, 0]),
+        (SumFormula.FIRST_SHARD_END_LOST, [1, 1, 0, 1, 1]),
+        (SumFormula.SHARD_ENDS_LOST, [1, 1, 0, 1, 0]),
+        (SumFormula.FIRST_SHARD_ALONE, [1, 1, 1, 0, 0]),
     ],
 )
-def test_rows_are_lost_as_the_words_say(move: Move, kept: list[int]) -> None:
+def test_rows_are_lost_as_the_words_say(move: SumFormula, kept: list[int]) -> None:
     # Of the rows, the first and the last are not used; two ranks hold three rows and two.
     gradient = torch.arange(1.0, 16.0).view(5, 3)
     gradient[[0, 4]] = 0.0

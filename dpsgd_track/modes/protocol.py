@@ -57,6 +57,12 @@ class GradientObserver(Protocol):
     def see(self, gradients: Mapping[str, Tensor], output_gradients: Sequence[Tensor]) -> None:
         """Called with the sample's gradient by parameter, and those of `outputs`."""
 
+    def weigh(self, factors: Sequence[Tensor]) -> None:
+        """Called with the sample's factors by parameter; 0 or less of one that is left out."""
+
+    def end_batch(self) -> None:
+        """Called after the last sample of a micro-batch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModeContext:

@@ -57,6 +57,8 @@ class ReferenceMode(Mode):
                 torch.where(loss.isfinite() & (part > 0), part, 0.0)
                 for part in self._factors(squares, norm)
             ]
+            if observer:
+                observer.weigh(parts)
             for total, gradient, part in zip(sums, gradients, parts, strict=True):
                 # Zeros instead, as 0 times NaN is NaN.
                 total.addcmul_(part, torch.where(part > 0, gradient, 0.0))
@@ -65,6 +67,8 @@ class ReferenceMode(Mode):
             factors.append(self._factor(parts, squares, norm))
             for name, square in zip(self.names, squares, strict=True):
                 by_parameter[name].append(square.sqrt())
+        if self.context.observer:
+            self.context.observer.end_batch()
         for parameter, total in zip(self.parameters, sums, strict=True):
             parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
         self.note_bound()

@@ -9,36 +9,6 @@ from __future__ import annotations
 import enum
 
 
-class Move(enum.StrEnum):
-    """A gradient whose elements have been moved or lost, in words that follow "it is".
-
-    The reference records the clipped sum in each form, so that a sum with elements in wrong places
-    can be recognised.
-    """
-
-    TRANSPOSED = "transposed"
-    NEXT_ROW = "shifted down by one row"
-    ROW_BEFORE = "shifted up by one row"
-    NEXT_COLUMN = "shifted right by one column"
-    COLUMN_BEFORE = "shifted left by one column"
-    NEXT_SHARD = "rotated, with the rows of each rank at the next"
-    SHARD_BEFORE = "rotated, with the rows of each rank at the one before"
-    PADDED_IN_FRONT = "shifted down by the rows that pad it to a multiple of the ranks"
-    REVERSED = "in reverse order of its rows"
-    INTERLEAVED = "dealt out to the ranks row by row rather than in blocks of rows"
-    LAST_SHARD_DOWN = "shifted down by one row on the last rank alone"
-    LAST_SHARD_UP = "shifted up by one row on the last rank alone"
-    LAST_ROW_LOST = "without its last row"
-    LAST_USED_ROW_LOST = "lacking the last of its rows that are not zero"
-    FIRST_USED_ROW_LOST = "lacking the first of its rows that are not zero"
-    LAST_COLUMN_LOST = "without its last column"
-    FIRST_SHARD_END_LOST = "without the last row of rank 0's shard"
-    SHARD_ENDS_LOST = "without the last row of each rank's shard"
-    MEAN_OF_ELEMENTS = "the mean of its elements, in each of them"
-    SUM_OF_ELEMENTS = "the sum of its elements, in each of them"
-    FIRST_SHARD_ALONE = "zero but for the rows of rank 0"
-
-
 class NormFormula(enum.StrEnum):
     """A wrong formula for the norm of one parameter's per-sample gradient, in words.
 
@@ -111,6 +81,98 @@ class NormFormula(enum.StrEnum):
         "sqrt(sum_t |dy_t|^2) sqrt(sum_t |x_t|^2) in place of |sum_t dy_t x_t^T|: squares of "
         "inputs and of output gradients are summed apart (right for one position alone)"
     )
+    INPUT_OF_BEFORE = "of output gradients with the inputs of the sample before in the micro-batch"
+    INPUT_OF_BATCH_BEFORE = (
+        "of output gradients with the inputs of the samples at the same places of the micro-batch "
+        "before: they are stale"
+    )
+    INPUT_OF_NEXT_LAYER = "of output gradients with the input of the next layer of its shape"
+    INPUT_OF_LAYER_BEFORE = "of output gradients with the input of the layer before of its shape"
+    ADDED_TO_BATCH_BEFORE = (
+        "with the gradients of the samples at the same places of the micro-batch before added: a "
+        "buffer is not cleared"
+    )
+    ADDED_TO_BEFORE = (
+        "with the gradient of the sample before in the micro-batch added: a buffer is not cleared"
+    )
+    OF_MEAN = "of the micro-batch's mean gradient, and the same for all of its samples"
+    OF_SUM = "of the micro-batch's summed gradient, and the same for all of its samples"
+    PADDING_APART = (
+        "with the gradients at padding counted, whose row of the embedding's gradient is zero"
+    )
+
+
+class SumFormula(enum.StrEnum):
+    """A wrong clipped sum of one parameter, in words that follow "it is".
+
+    The reference records the sum in each form. Up to `FIRST_SHARD_ALONE` they are the right sum
+    with its elements moved or lost; the others are made of other gradients of the samples.
+    """
+
+    TRANSPOSED = "transposed"
+    NEXT_ROW = "shifted down by one row"
+    ROW_BEFORE = "shifted up by one row"
+    NEXT_COLUMN = "shifted right by one column"
+    COLUMN_BEFORE = "shifted left by one column"
+    NEXT_SHARD = "rotated, with the rows of each rank at the next"
+    SHARD_BEFORE = "rotated, with the rows of each rank at the one before"
+    PADDED_IN_FRONT = "shifted down by the rows that pad it to a multiple of the ranks"
+    REVERSED = "in reverse order of its rows"
+    INTERLEAVED = "dealt out to the ranks row by row rather than in blocks of rows"
+    LAST_SHARD_DOWN = "shifted down by one row on the last rank alone"
+    LAST_SHARD_UP = "shifted up by one row on the last rank alone"
+    LAST_ROW_LOST = "without its last row"
+    LAST_USED_ROW_LOST = "lacking the last of its rows that are not zero"
+    FIRST_USED_ROW_LOST = "lacking the first of its rows that are not zero"
+    LAST_COLUMN_LOST = "without its last column"
+    FIRST_SHARD_END_LOST = "without the last row of rank 0's shard"
+    SHARD_ENDS_LOST = "without the last row of each rank's shard"
+    MEAN_OF_ELEMENTS = "the mean of its elements, in each of them"
+    SUM_OF_ELEMENTS = "the sum of its elements, in each of them"
+    FIRST_SHARD_ALONE = "zero but for the rows of rank 0"
+    FIRST_USE = NormFormula.FIRST_USE.value
+    LAST_USE = NormFormula.LAST_USE.value
+    FIRST_USE_DOUBLED = "with its first use counted twice, though it is used more than once"
+    LAST_USE_DOUBLED = "with its last use counted twice, though it is used more than once"
+    FIRST_USE_UNCLIPPED = (
+        "with its first use left unclipped (clip factors are applied to its other uses alone)"
+    )
+    LAST_USE_UNCLIPPED = (
+        "with its last use left unclipped (clip factors are applied to its other uses alone)"
+    )
+    LAST_INPUT = NormFormula.LAST_INPUT.value
+    FIRST_INPUT = NormFormula.FIRST_INPUT.value
+    INPUTS_EXCHANGED = NormFormula.INPUTS_EXCHANGED.value
+    ROWS_OF_SAMPLE = (
+        "an embedding's rows of the last of equal tokens in each sample: rows are written rather "
+        "than added"
+    )
+    ROWS_OF_BATCH = (
+        "an embedding's rows of the last of equal tokens in each micro-batch: rows are written "
+        "rather than added"
+    )
+    PADDING_COUNTED = NormFormula.PADDING_COUNTED.value
+    BY_FREQUENCY = NormFormula.BY_FREQUENCY.value
+    FIRST_POSITION_LOST = NormFormula.FIRST_POSITION_LOST.value
+    LAST_POSITION_LOST = NormFormula.LAST_POSITION_LOST.value
+    TAIL_OF_4_LOST = NormFormula.TAIL_OF_4_LOST.value
+    TAIL_OF_8_LOST = NormFormula.TAIL_OF_8_LOST.value
+    PADDING_POSITIONS_LOST = NormFormula.PADDING_POSITIONS_LOST.value
+    RAW_INPUT = NormFormula.RAW_INPUT.value
+    OUTPUT_AS_INPUT = NormFormula.OUTPUT_AS_INPUT.value
+    CENTRED_INPUT = NormFormula.CENTRED_INPUT.value
+    INPUT_OF_BEFORE = NormFormula.INPUT_OF_BEFORE.value
+    INPUT_OF_BATCH_BEFORE = NormFormula.INPUT_OF_BATCH_BEFORE.value
+    INPUT_OF_NEXT_LAYER = NormFormula.INPUT_OF_NEXT_LAYER.value
+    INPUT_OF_LAYER_BEFORE = NormFormula.INPUT_OF_LAYER_BEFORE.value
+    LOST_IN_FLOAT16 = (
+        "with the small elements of each sample's gradient lost, those below 6.1e-05, as float16 "
+        "without subnormal numbers loses them"
+    )
+    TAIL_NOT_REDUCED = (
+        "not reduced over ranks in the last elements of each parameter, those that are left over "
+        "when it is divided by the ranks"
+    )
 
 
 class LossFormula(enum.StrEnum):
@@ -135,3 +197,26 @@ class LossFormula(enum.StrEnum):
     PROBABILITIES_AS_LOGITS = "computed from probabilities, so that softmax is applied twice"
     CAPPED = "computed from logits that are capped, 30 tanh(x / 30)"
     POSITIONS_FROM_PADDING = "computed with positions that count the padding on the left"
+    TOKENS_CLAMPED = (
+        "of tokens clamped to one class fewer: the last of the vocabulary is read as the one "
+        "before it"
+    )
+    FIRST_TOKEN_LOST = "of samples whose first token is read as token 0"
+    POSITIONS_OF_FIRST = "computed with the positions of the micro-batch's first sample"
+    MASK_OF_FIRST = "computed with the attention mask of the micro-batch's first sample"
+    INPUTS_OF_NEXT = "of the inputs of the next sample in the micro-batch, with the right targets"
+    INPUTS_OF_BEFORE = (
+        "of the inputs of the sample before in the micro-batch, with the right targets"
+    )
+    INPUTS_OF_BATCH_BEFORE = (
+        "of the inputs of the samples at the same places of the micro-batch before, with the right "
+        "targets: a buffer is not filled anew"
+    )
+    TARGETS_OF_BATCH_BEFORE = (
+        "of the targets of the samples at the same places of the micro-batch before, with the "
+        "right inputs: a buffer is not filled anew"
+    )
+    TOKENS_OF_BATCH_BEFORE = (
+        "of the tokens of the samples at the same places of the micro-batch before, with all else "
+        "right: a buffer is not filled anew"
+    )

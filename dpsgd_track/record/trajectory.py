@@ -7,7 +7,7 @@ every other field the run itself computed the NaN. Steps with fewer samples than
 padded: index -1 and NaN.
 
 Legend: S steps, N samples of the largest step, L linear layers, P trainable parameters,
-K projections, W ranks, M elements of a shard, V arrangements of `Move`.
+K projections, W ranks, M elements of a shard, V formulas of `SumFormula`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsgd_track.record.alternatives import Move
+from dpsgd_track.record.alternatives import SumFormula
 from dpsgd_track.record.columns import TornFile, open_archive
 from dpsgd_track.record.noise_draws import NoiseDraws
 
@@ -157,8 +157,8 @@ class Trajectory:
     sample_other_loss: Floats
     """[S, N, F] value of each `LossFormula`, wrong losses of the sample, as `sample_other_norm`."""
     moved_sketch: Floats
-    """[S, V, P, K] the projections of the clipped sum with its elements moved as each `Move` says.
-    K is 0 but in the reference's clip regime on a small model."""
+    """[S, V, P, K] the projections of the wrong clipped sum of each `SumFormula`; NaN where one
+    does not apply. K is 0 but in the reference's clip regime on a small model."""
     gradient_sketch: Floats
     """[S, P, K] +-1 projections of the clipped sum; E[mean over K of square] = squared norm."""
     noised_sketch: Floats
@@ -401,7 +401,7 @@ def _absent_before(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]
         "sample_shard_sketch": np.empty((S, N, P, 0), dtype=np.float32),
         "sample_other_norm": np.empty((S, N, P, 0), dtype=np.float32),
         "sample_other_loss": np.empty((S, N, 0), dtype=np.float32),
-        "moved_sketch": np.empty((S, len(Move), P, 0), dtype=np.float32),
+        "moved_sketch": np.empty((S, len(SumFormula), P, 0), dtype=np.float32),
     }
 
 

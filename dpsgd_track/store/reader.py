@@ -20,7 +20,7 @@ import numpy as np
 
 from dpsgd_track.config import PROFILE, JobConfig, RegimeConfig, Settings
 from dpsgd_track.record import names
-from dpsgd_track.record.alternatives import Move
+from dpsgd_track.record.alternatives import SumFormula
 from dpsgd_track.record.facts import FACTS, FACTS_FILE, RunFacts
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, RunKey
@@ -450,7 +450,7 @@ def _from_metrics(history: History) -> Trajectory | None:
         sample_shard_sketch=np.empty((S, 0, 0, 0)),
         sample_other_norm=np.empty((S, 0, 0, 0)),
         sample_other_loss=np.empty((S, 0, 0)),
-        moved_sketch=np.empty((S, len(Move), 0, 0)),
+        moved_sketch=np.empty((S, len(SumFormula), 0, 0)),
         gradient_sketch=np.empty((S, 0, 1)),
         noised_sketch=np.empty((S, 0, 1)),
         weight_sketch=np.empty((S, 0, 1)),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
@@ -33,11 +32,10 @@ from dpsgd_track.privacy.accounting import (
 )
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.record import names
-from dpsgd_track.record.alternatives import Move
+from dpsgd_track.record.alternatives import SumFormula
 from dpsgd_track.training import noise_draws, noise_samples
 from dpsgd_track.training.clip_bounds import AT_BOUND, NUM_MIXED, SAME_BOUND, bounds_of
 from dpsgd_track.training.clock import StepClock
-from dpsgd_track.training.moved_gradient import moved
 from dpsgd_track.training.observe import (
     GatheredSamples,
     gather_samples,
@@ -47,6 +45,7 @@ from dpsgd_track.training.observe import (
     measure,
     weights_digest,
 )
+from dpsgd_track.training.other_sums import other_sums
 from dpsgd_track.training.prepare import PreparedRun, require_taken
 from dpsgd_track.training.recorder import Recorder, StepObservation
 from dpsgd_track.training.sample_observer import SampleObserver
@@ -189,7 +188,7 @@ class RegimeRun(PreparedRun):
         mode.set_max_grad_norm(max_grad_norm)
         if self._observer:
             # A warm-up's samples, and those of a calibration, are none of the step's.
-            self._observer.take()
+            self._observer.discard()
         with clock.running():
             records = self._accumulate(rank_batch, step)
             clipped = mode.clipped_sum()
@@ -237,18 +236,10 @@ class RegimeRun(PreparedRun):
         return observer if isinstance(observer, SampleObserver) else None
 
     def _moved_sketch(self, parts: list[LocalPart]) -> NDArray[np.float64]:
-        """[V, P, K] sketch of the clipped sum in each arrangement of `Move`; K may be 0."""
+        """[V, P, K] sketch of the wrong clipped sum of each `SumFormula`; K may be 0."""
         if self._observer is None:
-            return np.empty((len(Move), len(parts), 0))
-        ranks = dist.get_world_size()
-        return np.stack(
-            [
-                measure(
-                    self.mode, [replace(p, local=moved(p.local, move, ranks)) for p in parts]
-                ).sketch
-                for move in Move
-            ]
-        )
+            return np.empty((len(SumFormula), len(parts), 0))
+        return other_sums(self.mode, parts, self._observer.sums())
 
     def _noise(self, step: int, parts: list[LocalPart]) -> NDArray[np.float32]:
         """[W, P, M] sampled elements of the noise on each rank's shards; empty if not recorded."""

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from dpsgd_track.distributed.sharding import row_range
-from dpsgd_track.record.alternatives import Move
+from dpsgd_track.record.alternatives import SumFormula
 
 
-def moved(gradient: Tensor, move: Move, world_size: int) -> Tensor:
+def moved(gradient: Tensor, move: SumFormula, world_size: int) -> Tensor:
     """`gradient` with its elements moved or lost, in its own shape.
 
     Args:
         gradient: a whole parameter's, rows first; a vector has rows of one element.
         world_size: ranks that the rows are sharded over.
     """
-    return _MOVES[move](gradient, world_size)
+    return MOVES[move](gradient, world_size)
 
 
 def _transposed(gradient: Tensor, world_size: int) -> Tensor:
@@ -90,26 +90,29 @@ def _first_shard_alone(gradient: Tensor, world_size: int) -> Tensor:
     return kept
 
 
-_MOVES: dict[Move, Callable[[Tensor, int], Tensor]] = {
-    Move.TRANSPOSED: _transposed,
-    Move.NEXT_ROW: partial(_rolled, by=1, axis=0),
-    Move.ROW_BEFORE: partial(_rolled, by=-1, axis=0),
-    Move.NEXT_COLUMN: partial(_rolled, by=1, axis=-1),
-    Move.COLUMN_BEFORE: partial(_rolled, by=-1, axis=-1),
-    Move.NEXT_SHARD: partial(_shards_rotated, by=1),
-    Move.SHARD_BEFORE: partial(_shards_rotated, by=-1),
-    Move.PADDED_IN_FRONT: _padded_in_front,
-    Move.REVERSED: lambda gradient, world_size: gradient.flip(0),
-    Move.INTERLEAVED: _interleaved,
-    Move.LAST_SHARD_DOWN: partial(_last_shard_rolled, by=1),
-    Move.LAST_SHARD_UP: partial(_last_shard_rolled, by=-1),
-    Move.LAST_ROW_LOST: _without_rows(lambda gradient, world_size: [len(gradient) - 1]),
-    Move.LAST_USED_ROW_LOST: _without_rows(lambda g, world_size: _used_rows(g)[-1:]),
-    Move.FIRST_USED_ROW_LOST: _without_rows(lambda g, world_size: _used_rows(g)[:1]),
-    Move.LAST_COLUMN_LOST: _without_last_column,
-    Move.FIRST_SHARD_END_LOST: _without_rows(lambda g, world_size: _shard_ends(g, world_size)[:1]),
-    Move.SHARD_ENDS_LOST: _without_rows(_shard_ends),
-    Move.MEAN_OF_ELEMENTS: lambda g, world_size: g.mean().expand_as(g),
-    Move.SUM_OF_ELEMENTS: lambda g, world_size: g.sum().expand_as(g),
-    Move.FIRST_SHARD_ALONE: _first_shard_alone,
+MOVES: dict[SumFormula, Callable[[Tensor, int], Tensor]] = {
+    SumFormula.TRANSPOSED: _transposed,
+    SumFormula.NEXT_ROW: partial(_rolled, by=1, axis=0),
+    SumFormula.ROW_BEFORE: partial(_rolled, by=-1, axis=0),
+    SumFormula.NEXT_COLUMN: partial(_rolled, by=1, axis=-1),
+    SumFormula.COLUMN_BEFORE: partial(_rolled, by=-1, axis=-1),
+    SumFormula.NEXT_SHARD: partial(_shards_rotated, by=1),
+    SumFormula.SHARD_BEFORE: partial(_shards_rotated, by=-1),
+    SumFormula.PADDED_IN_FRONT: _padded_in_front,
+    SumFormula.REVERSED: lambda gradient, world_size: gradient.flip(0),
+    SumFormula.INTERLEAVED: _interleaved,
+    SumFormula.LAST_SHARD_DOWN: partial(_last_shard_rolled, by=1),
+    SumFormula.LAST_SHARD_UP: partial(_last_shard_rolled, by=-1),
+    SumFormula.LAST_ROW_LOST: _without_rows(lambda gradient, world_size: [len(gradient) - 1]),
+    SumFormula.LAST_USED_ROW_LOST: _without_rows(lambda g, world_size: _used_rows(g)[-1:]),
+    SumFormula.FIRST_USED_ROW_LOST: _without_rows(lambda g, world_size: _used_rows(g)[:1]),
+    SumFormula.LAST_COLUMN_LOST: _without_last_column,
+    SumFormula.FIRST_SHARD_END_LOST: _without_rows(
+        lambda g, world_size: _shard_ends(g, world_size)[:1]
+    ),
+    SumFormula.SHARD_ENDS_LOST: _without_rows(_shard_ends),
+    SumFormula.MEAN_OF_ELEMENTS: lambda g, world_size: g.mean().expand_as(g),
+    SumFormula.SUM_OF_ELEMENTS: lambda g, world_size: g.sum().expand_as(g),
+    SumFormula.FIRST_SHARD_ALONE: _first_shard_alone,
 }
+"""The formulas that move or lose elements of the right sum."""

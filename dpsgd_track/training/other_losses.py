@@ -7,7 +7,7 @@ Shapes: T positions, V classes or tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -33,18 +33,30 @@ _OF_TOKENS = frozenset((causal_lm_loss, masked_lm_loss))
 """Losses whose targets are tokens of `input_ids` themselves."""
 
 
-def other_losses(loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) -> Tensor:
+def other_losses(
+    loss: PerSampleLoss,
+    batch: Batch,
+    index: int,
+    run: SampleRun,
+    *,
+    before: Batch | None = None,
+    num_tokens: int = 0,
+) -> Tensor:
     """[F] value of each `LossFormula` of a sample, float64 on the CPU; NaN where none applies.
 
     Args:
         loss: that of the task.
         batch: the micro-batch.
         index: the sample's place in it.
+        before: the micro-batch before.
+        num_tokens: in the vocabulary; 0 if there is none.
     """
     sample = batch.sample(index)
     with torch.no_grad():
         logits = run(sample)
-        values = dict(_of_inputs(loss, sample, run))
+        values = dict(_of_inputs(loss, sample, run, num_tokens))
+        values |= _of_first(loss, batch, index, run)
+        values |= _of_others(loss, batch, index, run, before)
         for formula, place in (
             (LossFormula.TARGETS_OF_NEXT, index + 1),
             (LossFormula.TARGETS_OF_BEFORE, index - 1),
@@ -72,7 +84,9 @@ def _inner(loss: PerSampleLoss) -> PerSampleLoss:
     return inner
 
 
-def _of_inputs(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Mapping[LossFormula, Tensor]:
+def _of_inputs(
+    loss: PerSampleLoss, sample: Batch, run: SampleRun, num_tokens: int
+) -> Mapping[LossFormula, Tensor]:
     """Losses of a sample that the model has been given wrongly."""
     values: dict[LossFormula, Tensor] = {}
 
@@ -89,6 +103,8 @@ def _of_inputs(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Mapping[Lo
         from_left = torch.arange(positions.shape[1], device=positions.device)[None]
         if not torch.equal(from_left, positions):
             values[LossFormula.POSITIONS_FROM_PADDING] = given(position_ids=from_left)
+    if ids is not None:
+        values |= _of_tokens(given, ids, mask, num_tokens)
     if mask is not None and ids is not None and mask.sum() > 1:
         last = int(mask[0].nonzero().max())
         shorter, tokens, targets = mask.clone(), ids.clone(), sample.targets.clone()
@@ -100,6 +116,73 @@ def _of_inputs(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Mapping[Lo
             targets, input_ids=tokens, attention_mask=shorter
         )
     return values
+
+
+def _of_tokens(
+    given: Callable[..., Tensor], ids: Tensor, mask: Tensor | None, num_tokens: int
+) -> Mapping[LossFormula, Tensor]:
+    """Losses of a sample that is read with other tokens.
+
+    Args:
+        given: loss of the sample with other inputs, by name.
+    """
+    first = 0 if mask is None else int(mask[0].argmax())
+    cleared = ids.clone()
+    cleared[0, first] = 0
+    values = {LossFormula.FIRST_TOKEN_LOST: given(input_ids=cleared)}
+    if num_tokens > 1:
+        values[LossFormula.TOKENS_CLAMPED] = given(input_ids=ids.clamp_max(num_tokens - 2))
+    return values
+
+
+def _of_first(
+    loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun
+) -> Mapping[LossFormula, Tensor]:
+    """Losses of a sample with something of the micro-batch's first sample."""
+    sample, first = batch.sample(index), batch.sample(0)
+    named = {
+        "position_ids": LossFormula.POSITIONS_OF_FIRST,
+        "attention_mask": LossFormula.MASK_OF_FIRST,
+    }
+    values: dict[LossFormula, Tensor] = {}
+    for name, formula in named.items():
+        if name in sample.inputs and not torch.equal(sample.inputs[name], first.inputs[name]):
+            inputs = {**sample.inputs, name: first.inputs[name]}
+            values[formula] = loss(run(replace(sample, inputs=inputs)), sample.targets)
+    return values
+
+
+def _of_others(
+    loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun, before: Batch | None
+) -> Mapping[LossFormula, Tensor]:
+    """Losses of a sample with the inputs or the targets of another."""
+    sample = batch.sample(index)
+    values: dict[LossFormula, Tensor] = {}
+    for formula, place in (
+        (LossFormula.INPUTS_OF_NEXT, index + 1),
+        (LossFormula.INPUTS_OF_BEFORE, index - 1),
+    ):
+        other = batch.sample(place % len(batch))
+        values[formula] = loss(run(replace(other, targets=sample.targets)), sample.targets)
+    if before is None or index >= len(before):
+        return values
+    stale = before.sample(index)
+    if _shapes(stale) != _shapes(sample):
+        return values
+    values[LossFormula.INPUTS_OF_BATCH_BEFORE] = loss(
+        run(replace(stale, targets=sample.targets)), sample.targets
+    )
+    values[LossFormula.TARGETS_OF_BATCH_BEFORE] = loss(run(sample), stale.targets)
+    if "input_ids" in sample.inputs:
+        tokens = {**sample.inputs, "input_ids": stale.inputs["input_ids"]}
+        values[LossFormula.TOKENS_OF_BATCH_BEFORE] = loss(
+            run(replace(sample, inputs=tokens)), sample.targets
+        )
+    return values
+
+
+def _shapes(sample: Batch) -> list[torch.Size]:
+    return [tensor.shape for tensor in sample.tensors()]
 
 
 def _of_targets(

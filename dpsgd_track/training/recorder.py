@@ -29,7 +29,7 @@ class StepObservation:
     gradient: Measured
     """The clipped sum."""
     moved_sketch: NDArray[np.float64]
-    """[V, P, K] sketch of the clipped sum in each arrangement of `Move`; K may be 0."""
+    """[V, P, K] sketch of the wrong clipped sum of each `SumFormula`; K may be 0."""
     noised: Measured
     """(Clipped sum + noise) / expected batch size."""
     weights_before: Measured

@@ -6,7 +6,7 @@ Legend: N samples, P trainable parameters, K projections, V wrong norms, F wrong
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,10 +20,15 @@ from dpsgd_track.modes.protocol import SampleRun
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import PerSampleLoss
 from dpsgd_track.record.alternatives import LossFormula, NormFormula
-from dpsgd_track.training.norm_formulas import LayerCalls, formulas
+from dpsgd_track.training.layer_calls import LayerCalls, Share
+from dpsgd_track.training.norm_formulas import NORM_PLACES, formulas
 from dpsgd_track.training.other_losses import other_losses
+from dpsgd_track.training.wrong_gradients import OtherInputs, wrong_gradients
+from dpsgd_track.training.wrong_sums import WrongSums
 
 Floats = NDArray[np.float64]
+MOST_KEPT = 1 << 16
+"""Parameters of the largest model of which samples are kept, to be mistaken for later ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +43,40 @@ class Observed:
     """[N, F] value of each `LossFormula`."""
 
 
+@dataclass
+class _MicroBatch:
+    """The samples of one micro-batch so far."""
+
+    shares: list[Mapping[str, list[Share]]] = field(default_factory=list)
+    gradients: list[Mapping[str, Tensor]] = field(default_factory=list)
+    batch: Batch | None = None
+
+    def __len__(self) -> int:
+        return len(self.gradients)
+
+
 class SampleObserver:
-    """Projections of each sample's gradient, and its norms by wrong formulas."""
+    """Projections of each sample's gradient, its norms by wrong formulas, and wrong sums of it."""
 
     def __init__(self) -> None:
         self._calls: LayerCalls | None = None
-        self._num_parameters = 0
+        self._num_parameters = self._num_tokens = 0
+        self._keeps_samples = False
         self._sketches: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._losses: list[Tensor] = []
+        self._sums = WrongSums()
+        self._now, self._before = _MicroBatch(), _MicroBatch()
+        self._of_last_step = _MicroBatch()
 
     def watch(self, model: nn.Module) -> None:
         """Note the calls of the layers of `model`."""
         self._calls = LayerCalls(model)
-        self._num_parameters = sum(p.requires_grad for _, p in model.named_parameters())
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        self._num_tokens = tables[0].num_embeddings if tables else 0
+        trained = [p for _, p in model.named_parameters() if p.requires_grad]
+        self._num_parameters = len(trained)
+        self._keeps_samples = sum(p.numel() for p in trained) <= MOST_KEPT
 
     def outputs(self) -> list[Tensor]:
         """What came out of the layers in the sample's forward."""
@@ -69,14 +94,71 @@ class SampleObserver:
         gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
         shares = self._calls.shares(output_gradients)
         self._calls.clear()
-        self._sketches.append(torch.stack([_sketch(n, g) for n, g in gradients.items()]))
-        self._norms.append(
-            torch.stack([formulas(g, shares.get(n, ())) for n, g in gradients.items()])
+        place, now, before = len(self._now), self._now, self._before
+        others = OtherInputs.of(
+            shares,
+            before=now.shares[-1] if now.shares else None,
+            batch_before=before.shares[place] if place < len(before.shares) else None,
         )
+        wrong = {
+            name: wrong_gradients(name, gradient, shares.get(name, ()), others)
+            for name, gradient in gradients.items()
+        }
+        self._sums.see(gradients, shares, wrong)
+        self._sketches.append(torch.stack([_sketch(n, g) for n, g in gradients.items()]))
+        norms = [formulas(g, shares.get(n, ()), wrong[n]) for n, g in gradients.items()]
+        self._norms.append(torch.stack(norms))
+        now.gradients.append(gradients if self._keeps_samples else {})
+        if self._keeps_samples:
+            now.shares.append(shares)
+            self._note_added(place)
+
+    def _note_added(self, place: int) -> None:
+        """Record the norms of the last sample's gradient with another's added."""
+        now, before = self._now.gradients, self._before.gradients
+        others = {NormFormula.ADDED_TO_BEFORE: now[place - 1] if place else None}
+        others[NormFormula.ADDED_TO_BATCH_BEFORE] = before[place] if place < len(before) else None
+        for formula, other in others.items():
+            if other:
+                added = [(g + other[name]).norm() for name, g in now[place].items()]
+                self._norms[-1][:, NORM_PLACES[formula]] = torch.stack(added).double()
+
+    def weigh(self, factors: Sequence[Tensor]) -> None:
+        """Add the sample that was seen last to the sums.
+
+        Args:
+            factors: by parameter; 0 of a sample that is left out.
+        """
+        self._sums.weigh([float(factor) for factor in factors])
+
+    def end_batch(self) -> None:
+        """The samples seen since the last call are one micro-batch."""
+        now = self._now
+        if now.gradients and self._keeps_samples:
+            totals = {n: sum(g[n] for g in now.gradients) for n in now.gradients[0]}
+            of_sum = torch.stack([torch.as_tensor(t).norm() for t in totals.values()]).double()
+            for norms in self._norms[-len(now) :]:
+                norms[:, NORM_PLACES[NormFormula.OF_SUM]] = of_sum
+                norms[:, NORM_PLACES[NormFormula.OF_MEAN]] = of_sum / len(now)
+        self._sums.end_batch()
+        self._before, self._now = now, _MicroBatch()
 
     def see_losses(self, loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) -> None:
         """Record a sample's wrong losses."""
-        self._losses.append(other_losses(loss, batch, index, run))
+        self._now.batch = batch
+        before, tokens = self._before.batch, self._num_tokens
+        values = other_losses(loss, batch, index, run, before=before, num_tokens=tokens)
+        self._losses.append(values)
+
+    def discard(self) -> None:
+        """Forget what was seen since the last `take`."""
+        before = self._of_last_step
+        self.take()
+        self._before = self._of_last_step = before
+
+    def sums(self) -> WrongSums:
+        """Wrong clipped sums of this rank's samples since the last call of `take`."""
+        return self._sums
 
     def take(self) -> Observed:
         """What was recorded since the last call."""
@@ -89,6 +171,8 @@ class SampleObserver:
         none = np.empty((0, len(LossFormula)))
         losses = torch.stack(self._losses).numpy() if self._losses else none
         self._losses.clear()
+        self._sums = WrongSums()
+        self._now, self._of_last_step = _MicroBatch(), self._before
         return Observed(sketch=taken[0], other_norm=taken[1], other_loss=losses)
 
 

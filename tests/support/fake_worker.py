@@ -17,7 +17,7 @@ import psutil
 
 from dpsgd_track.config import CLIP
 from dpsgd_track.modes.table import REFERENCE
-from dpsgd_track.record.alternatives import Move
+from dpsgd_track.record.alternatives import SumFormula
 from dpsgd_track.record.facts import FACTS, DeviceFacts, RunFacts
 from dpsgd_track.record.failure import FAILURE, Failure, FailureKind
 from dpsgd_track.record.names import stacks_file
@@ -55,7 +55,7 @@ def trajectory(num_steps: int) -> Trajectory:
         sample_shard_sketch=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
         sample_other_norm=np.empty((num_steps, SAMPLES, 1, 0), dtype=np.float32),
         sample_other_loss=np.empty((num_steps, SAMPLES, 0), dtype=np.float32),
-        moved_sketch=np.empty((num_steps, len(Move), 1, 0), dtype=np.float32),
+        moved_sketch=np.empty((num_steps, len(SumFormula), 1, 0), dtype=np.float32),
         sample_loss=by_sample,
         sample_norm=by_sample,
         clip_factor=by_sample,

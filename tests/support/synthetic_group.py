@@ -27,7 +27,7 @@ from dpsgd_track.config import (
     kind_of,
 )
 from dpsgd_track.record import names
-from dpsgd_track.record.alternatives import Move
+from dpsgd_track.record.alternatives import SumFormula
 from dpsgd_track.record.environment import Environment
 from dpsgd_track.record.facts import FACTS as FACTS_CODEC
 from dpsgd_track.record.facts import FACTS_FILE, DeviceFacts, RunFacts
@@ -101,7 +101,7 @@ def trajectory(
         sample_shard_sketch=np.empty((S, N, P, 0)),
         sample_other_norm=np.empty((S, N, P, 0)),
         sample_other_loss=np.empty((S, N, 0)),
-        moved_sketch=np.empty((S, len(Move), P, 0)),
+        moved_sketch=np.empty((S, len(SumFormula), P, 0)),
         gradient_sketch=gradient,
         noised_sketch=noised,
         weight_sketch=weights,

@@ -24,7 +24,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
 )
 from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
 from dpsgd_track.comparison.diagnose.sample_groups import group_of
-from dpsgd_track.record.alternatives import Move
+from dpsgd_track.record.alternatives import SumFormula
 from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_distance, sketch_length
 
 _ALIKE = 1e-3
@@ -377,41 +377,30 @@ def _of_step_before(facts: Facts) -> Prediction:
     return np.concatenate([facts.right_sum[:1], facts.right_sum[:-1]])
 
 
-def _of_move(facts: Facts, move: Move) -> Floats | None:
+def _of_move(facts: Facts, move: SumFormula) -> Floats | None:
     """[S, Q, K] the right sum with its elements moved or lost; None if it is not recorded."""
-    place, shape = list(Move).index(move), facts.ours.shape_of("moved_sketch")
+    place, shape = list(SumFormula).index(move), facts.ours.shape_of("moved_sketch")
     if place >= shape[1] or not shape[-1]:
         return None
     return np.asarray(facts.ours.moved_sketch[:, place][:, facts.columns], dtype=np.float64)
 
 
 def _moves() -> Iterator[Hypothesis]:
-    for move in Move:
-        is_moved = move not in _LOST
+    for move in SumFormula:
+        is_moved = move in _MOVED
         places = "the gradient is right in length but its elements are in the wrong places: "
         yield Hypothesis(
             sentence=f"{places * is_moved}it is {move.value}", predict=partial(_of_move, move=move)
         )
 
 
-_LOST = frozenset(
-    (
-        Move.LAST_ROW_LOST,
-        Move.LAST_USED_ROW_LOST,
-        Move.FIRST_USED_ROW_LOST,
-        Move.LAST_COLUMN_LOST,
-        Move.FIRST_SHARD_END_LOST,
-        Move.SHARD_ENDS_LOST,
-        Move.MEAN_OF_ELEMENTS,
-        Move.SUM_OF_ELEMENTS,
-        Move.FIRST_SHARD_ALONE,
-    )
-)
+_MOVED = frozenset(list(SumFormula)[: list(SumFormula).index(SumFormula.LAST_ROW_LOST)])
+"""Those in which elements are in other places."""
 
 
 def _shards_apart(facts: Facts) -> Prediction:
     """Rows of rank 0 and those of the others, multiplied by the factors that agree best."""
-    first = _of_move(facts, Move.FIRST_SHARD_ALONE)
+    first = _of_move(facts, SumFormula.FIRST_SHARD_ALONE)
     if first is None or _num_ranks(facts) == 1:
         return None
     parts = np.stack([first, facts.right_sum - first], axis=-1)

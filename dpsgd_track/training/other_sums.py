@@ -1,0 +1,78 @@
+"""Measures the wrong clipped sums of all ranks' samples.
+
+Legend: F formulas, P trainable parameters, K projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from dpsgd_track.distributed.ranks import sum_over_ranks
+from dpsgd_track.distributed.sharding import LocalPart
+from dpsgd_track.modes.protocol import Mode
+from dpsgd_track.record.alternatives import SumFormula
+from dpsgd_track.training.moved_gradient import MOVES, moved
+from dpsgd_track.training.observe import measure
+from dpsgd_track.training.wrong_sums import WrongSums
+
+
+def other_sums(mode: Mode, parts: Sequence[LocalPart], own: WrongSums) -> NDArray[np.float64]:
+    """[F, P, K] sketch of the wrong clipped sum of each `SumFormula`; NaN where one does not apply.
+
+    Args:
+        parts: the right sum of all ranks, whole on each of them.
+        own: the wrong sums of this rank's samples.
+    """
+    wrong = [*_moved(parts), *_tails(parts, own), *_of_other_gradients(parts, own)]
+    measured = measure(mode, [part for _, part in wrong]).sketch
+    found = np.full((len(SumFormula), len(parts), measured.shape[1]), np.nan)
+    columns = {part.name: column for column, part in enumerate(parts)}
+    rows = {formula: row for row, formula in enumerate(SumFormula)}
+    for (formula, part), sketch in zip(wrong, measured, strict=True):
+        found[rows[formula], columns[part.name]] = sketch
+    return found
+
+
+def _moved(parts: Sequence[LocalPart]) -> Iterator[tuple[SumFormula, LocalPart]]:
+    ranks = dist.get_world_size()
+    for formula in MOVES:
+        for part in parts:
+            yield formula, replace(part, local=moved(part.local, formula, ranks))
+
+
+def _tails(parts: Sequence[LocalPart], own: WrongSums) -> Iterator[tuple[SumFormula, LocalPart]]:
+    """The right sum, with this rank's own one in the elements that are left over."""
+    for part in parts:
+        rest = part.num_elements % dist.get_world_size()
+        if not rest:
+            continue
+        whole = part.local.clone().reshape(-1)
+        total = own.own.get(part.name)
+        whole[-rest:] = 0.0 if total is None else total.to(whole).reshape(-1)[-rest:]
+        yield SumFormula.TAIL_NOT_REDUCED, replace(part, local=whole.view_as(part.local))
+
+
+def _of_other_gradients(
+    parts: Sequence[LocalPart], own: WrongSums
+) -> Iterator[tuple[SumFormula, LocalPart]]:
+    """The right sum, and what the samples of all ranks add to it by a mistake."""
+    every = [(formula, part) for formula in SumFormula for part in parts]
+    device = parts[0].local.device
+    known = [float((formula, part.name) in own.added) for formula, part in every]
+    num_known = torch.tensor(known, device=device)
+    sum_over_ranks(num_known)
+    used = [key for key, count in zip(every, num_known.tolist(), strict=True) if count]
+    if not used:
+        return
+    terms = [own.added.get((f, p.name), torch.zeros_like(p.local)).to(p.local) for f, p in used]
+    flat = torch.cat([term.reshape(-1) for term in terms])
+    sum_over_ranks(flat)
+    lengths = [part.local.numel() for _, part in used]
+    for (formula, part), term in zip(used, flat.split(lengths), strict=True):
+        yield formula, replace(part, local=part.local + term.view_as(part.local))

@@ -1,0 +1,223 @@
+"""Wrong gradients of one sample with respect to one parameter, computed by the reference.
+
+Their norms are values of `NormFormula`, and their clipped sums those of `SumFormula`: where a
+mode's equal one of them, the comparison can name the mistake.
+
+Shapes: T positions of one sample, D inputs, P outputs, G a parameter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dpsgd_track.record.alternatives import NormFormula, SumFormula
+from dpsgd_track.training.layer_calls import Share
+
+_TAILS = {4: SumFormula.TAIL_OF_4_LOST, 8: SumFormula.TAIL_OF_8_LOST}
+"""Positions of a tile, and the loss of what is left after the last full one."""
+_CLOSE = 1e-3
+"""Relative error up to which the calls of layers make up the gradient."""
+Shares = Mapping[str, Sequence[Share]]
+"""Calls by parameter, in the order of the forward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherInputs:
+    """Calls whose inputs may be taken for a sample's own, by the mistake that it is."""
+
+    shares: Mapping[SumFormula, Shares] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, shares: Shares, *, before: Shares | None = None, batch_before: Shares | None = None
+    ) -> OtherInputs:
+        """
+        Args:
+            shares: the sample's own calls.
+            before: those of the sample before in the micro-batch.
+            batch_before: those of the sample at its place in the micro-batch before.
+        """
+        found = {
+            SumFormula.INPUT_OF_NEXT_LAYER: _of_neighbours(shares, 1),
+            SumFormula.INPUT_OF_LAYER_BEFORE: _of_neighbours(shares, -1),
+        }
+        found |= {SumFormula.INPUT_OF_BEFORE: before} if before else {}
+        found |= {SumFormula.INPUT_OF_BATCH_BEFORE: batch_before} if batch_before else {}
+        return cls(shares=found)
+
+
+def _of_neighbours(shares: Shares, step: int) -> Shares:
+    """The calls of the next linear layer of the same shape, or of the one before."""
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, calls in shares.items():
+        if all(call.right_TD is not None for call in calls):
+            shape = len(calls), *_shape_of(calls[0])
+            by_shape.setdefault(shape, []).append(name)
+    found: dict[str, Sequence[Share]] = {}
+    for names in by_shape.values():
+        for place, name in enumerate(names):
+            if 0 <= place + step < len(names):
+                found[name] = shares[names[place + step]]
+    return found
+
+
+def _shape_of(share: Share) -> tuple[int, ...]:
+    assert share.right_TD is not None, "only linear layers have inputs"
+    return *share.left_TP.shape, share.right_TD.shape[1]
+
+
+def wrong_gradients(
+    name: str, right_G: Tensor, shares: Sequence[Share], others: OtherInputs
+) -> dict[SumFormula, Tensor]:
+    """Wrong gradients of a parameter, each in the shape of the right one, by the mistake.
+
+    Args:
+        name: the parameter's.
+        right_G: the right gradient.
+        shares: of the calls that it is made of; nothing is returned unless they make it up.
+    """
+    uses = [_shaped(share.gradient(), right_G) for share in shares]
+    if not uses or (sum(uses[1:], uses[0]) - right_G).norm() > _CLOSE * right_G.norm():
+        return {}
+    found = dict(_of_positions(shares, right_G))
+    if len(uses) > 1:
+        found |= {
+            SumFormula.FIRST_USE: uses[0],
+            SumFormula.LAST_USE: uses[-1],
+            SumFormula.FIRST_USE_DOUBLED: right_G + uses[0],
+            SumFormula.LAST_USE_DOUBLED: right_G + uses[-1],
+        }
+    found |= {
+        formula: _summed(shares, partial(_with_other_input, formula=formula), right_G)
+        for formula in (
+            SumFormula.RAW_INPUT,
+            SumFormula.OUTPUT_AS_INPUT,
+            SumFormula.CENTRED_INPUT,
+        )
+        if all(formula in share.other_inputs for share in shares)
+    }
+    for formula, inputs in (*_inputs_of_uses(shares), *_inputs_of_others(name, others)):
+        if len(inputs) == len(shares) and all(map(_fits, shares, inputs)):
+            totals = [s.total(s.left_TP, x) for s, x in zip(shares, inputs, strict=True)]
+            found[formula] = sum(totals[1:], totals[0])
+    if any(share.row_T is not None for share in shares):
+        found |= _of_rows(shares, right_G)
+    return found
+
+
+def unclipped_uses(right_G: Tensor, shares: Sequence[Share]) -> dict[SumFormula, Tensor]:
+    """Shares of the gradient that are added without their clip factor by a mistake."""
+    if len(shares) < 2:
+        return {}
+    return {
+        SumFormula.FIRST_USE_UNCLIPPED: _shaped(shares[0].gradient(), right_G),
+        SumFormula.LAST_USE_UNCLIPPED: _shaped(shares[-1].gradient(), right_G),
+    }
+
+
+def _with_other_input(share: Share, formula: SumFormula) -> Tensor:
+    return share.total(share.other_inputs[formula])
+
+
+def _fits(share: Share, right_TD: Tensor) -> bool:
+    return share.right_TD is not None and share.right_TD.shape == right_TD.shape
+
+
+def _inputs_of_uses(shares: Sequence[Share]) -> Iterator[tuple[SumFormula, list[Tensor]]]:
+    """Inputs of a linear weight's uses, at other uses."""
+    inputs = [share.right_TD for share in shares if share.right_TD is not None]
+    if len(inputs) == len(shares) > 1:
+        yield SumFormula.LAST_INPUT, inputs[-1:] * len(inputs)
+        yield SumFormula.FIRST_INPUT, inputs[:1] * len(inputs)
+        yield SumFormula.INPUTS_EXCHANGED, inputs[::-1]
+
+
+def _inputs_of_others(name: str, others: OtherInputs) -> Iterator[tuple[SumFormula, list[Tensor]]]:
+    """Inputs of other samples or layers."""
+    for formula, shares in others.shares.items():
+        inputs = [s.right_TD for s in shares.get(name, ()) if s.right_TD is not None]
+        if inputs:
+            yield formula, inputs
+
+
+def _of_positions(shares: Sequence[Share], right_G: Tensor) -> Iterator[tuple[SumFormula, Tensor]]:
+    """Gradients that lack some positions."""
+
+    def kept(positions: slice) -> Tensor:
+        return _summed(shares, lambda share: share.gradient(positions), right_G)
+
+    yield SumFormula.FIRST_POSITION_LOST, kept(slice(1, None))
+    yield SumFormula.LAST_POSITION_LOST, kept(slice(0, -1))
+    shortest = min(len(share.left_TP) for share in shares)
+    for size, formula in _TAILS.items():
+        if shortest > size and shortest % size:
+            yield formula, kept(slice(0, shortest // size * size))
+    if all(s.row_T is None and s.is_padding_T is not None for s in shares):
+        yield SumFormula.PADDING_POSITIONS_LOST, _summed(shares, _without_padding, right_G)
+
+
+def _without_padding(share: Share) -> Tensor:
+    assert share.is_padding_T is not None, "padding is known"
+    return share.gradient(~share.is_padding_T)
+
+
+def _of_rows(shares: Sequence[Share], right_G: Tensor) -> dict[SumFormula, Tensor]:
+    """Gradients of an embedding, whose weight other layers may use as well."""
+    rows = [share for share in shares if share.row_T is not None]
+    looked_up = _summed(rows, Share.gradient, right_G)
+    frequent = _summed(rows, lambda share: share.by_frequency().gradient(), right_G)
+    padding = [replace(s, left_TP=s.padding_TP) for s in rows if s.padding_TP is not None]
+    written = torch.zeros_like(right_G)
+    for share in rows:
+        write_rows(written, share)
+    return {
+        SumFormula.BY_FREQUENCY: right_G - looked_up + frequent,
+        SumFormula.PADDING_COUNTED: right_G + _summed(padding, Share.gradient, right_G),
+        SumFormula.ROWS_OF_SAMPLE: right_G - looked_up + written,
+    }
+
+
+def write_rows(table: Tensor, share: Share, factor: float | Tensor = 1.0) -> None:
+    """Write each position's output gradient to its row, over what is there.
+
+    Args:
+        table: the embedding's shape.
+        factor: that the output gradients are multiplied by.
+    """
+    assert share.row_T is not None, "only an embedding has rows"
+    # Of equal rows the last stays, which indexed assignment leaves open.
+    last = {row: place for place, row in enumerate(share.row_T.tolist())}
+    table[list(last)] = factor * share.left_TP[list(last.values())]
+
+
+def rows_of(shares: Sequence[Share]) -> list[Share]:
+    """The calls that look rows up."""
+    return [share for share in shares if share.row_T is not None]
+
+
+def _summed(
+    shares: Sequence[Share], gradient_of: Callable[[Share], Tensor], like_G: Tensor
+) -> Tensor:
+    total = torch.zeros_like(like_G)
+    for share in shares:
+        total += _shaped(gradient_of(share), like_G)
+    return total
+
+
+def _shaped(gradient: Tensor, like_G: Tensor) -> Tensor:
+    """A gradient whose last rows may be missing, in the parameter's shape."""
+    missing = len(like_G) - len(gradient)
+    return nn.functional.pad(gradient, (0, 0, 0, missing)) if missing else gradient
+
+
+NORMS = {
+    formula: NormFormula[formula.name]
+    for formula in SumFormula
+    if formula.name in NormFormula.__members__
+}
+"""Formulas of sums whose gradients' norms are recorded as well."""
