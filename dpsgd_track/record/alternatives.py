@@ -173,6 +173,14 @@ class SumFormula(enum.StrEnum):
         "not reduced over ranks in the last elements of each parameter, those that are left over "
         "when it is divided by the ranks"
     )
+    NOT_REDUCED = "that of each rank's own samples alone: it is not reduced over ranks"
+    ONLY_LAST_REDUCED = (
+        "reduced over ranks for the last micro-batch alone: of earlier ones, each rank has its own "
+        "samples"
+    )
+    LAST_NOT_REDUCED = (
+        "not reduced over ranks for the last micro-batch: of that, each rank has its own samples"
+    )
 
 
 class LossFormula(enum.StrEnum):

@@ -29,7 +29,8 @@ def other_sums(mode: Mode, parts: Sequence[LocalPart], own: WrongSums) -> NDArra
         parts: the right sum of all ranks, whole on each of them.
         own: the wrong sums of this rank's samples.
     """
-    wrong = [*_moved(parts), *_tails(parts, own), *_of_other_gradients(parts, own)]
+    wrong = [*_moved(parts), *_tails(parts, own), *_not_reduced(parts, own)]
+    wrong += _of_other_gradients(parts, own)
     measured = measure(mode, [part for _, part in wrong]).sketch
     found = np.full((len(SumFormula), len(parts), measured.shape[1]), np.nan)
     columns = {part.name: column for column, part in enumerate(parts)}
@@ -56,6 +57,29 @@ def _tails(parts: Sequence[LocalPart], own: WrongSums) -> Iterator[tuple[SumForm
         total = own.own.get(part.name)
         whole[-rest:] = 0.0 if total is None else total.to(whole).reshape(-1)[-rest:]
         yield SumFormula.TAIL_NOT_REDUCED, replace(part, local=whole.view_as(part.local))
+
+
+def _not_reduced(
+    parts: Sequence[LocalPart], own: WrongSums
+) -> Iterator[tuple[SumFormula, LocalPart]]:
+    """Sums of which some is this rank's own: each rank's slice is measured of its own copy."""
+    num_batches = torch.tensor([len(own.batches)], device=parts[0].local.device)
+    dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
+    last = int(num_batches) - 1
+    of_last = own.batches[last] if last < len(own.batches) else {}
+    for part in parts:
+        zeros = torch.zeros_like(part.local)
+        mine, mine_last = (
+            totals.get(part.name, zeros).to(part.local) for totals in (own.own, of_last)
+        )
+        yield SumFormula.NOT_REDUCED, replace(part, local=mine)
+        if last > 0:
+            all_last = mine_last.clone()
+            sum_over_ranks(all_last)
+            reduced_last = mine - mine_last + all_last
+            yield SumFormula.ONLY_LAST_REDUCED, replace(part, local=reduced_last)
+            not_last = part.local - all_last + mine_last
+            yield SumFormula.LAST_NOT_REDUCED, replace(part, local=not_last)
 
 
 def _of_other_gradients(

@@ -29,11 +29,14 @@ class WrongSums:
 
     own: dict[str, Tensor] = field(default_factory=dict)
     """The right sum of this rank's samples, by parameter."""
+    batches: list[dict[str, Tensor]] = field(default_factory=list)
+    """The same of each of its micro-batches."""
     added: dict[Key, Tensor] = field(default_factory=dict)
     """What each wrong sum has more than the right one."""
     _gradients: Mapping[str, Tensor] = field(default_factory=dict)
     _shares: Mapping[str, Sequence[Share]] = field(default_factory=dict)
     _wrong: Mapping[str, Mapping[SumFormula, Tensor]] = field(default_factory=dict)
+    _of_batch: dict[str, Tensor] = field(default_factory=dict)
     _written: dict[str, Tensor] = field(default_factory=dict)
     """Rows of embeddings that the micro-batch's samples have written over each other."""
 
@@ -62,6 +65,7 @@ class WrongSums:
             if factor <= 0:
                 continue
             self._add(self.own, name, factor * right)
+            self._add(self._of_batch, name, factor * right)
             shares = self._shares.get(name, ()) if self._wrong[name] else ()
             for formula, gradient in self._wrong[name].items():
                 self._add(self.added, (formula, name), factor * (gradient - right))
@@ -85,6 +89,8 @@ class WrongSums:
 
     def end_batch(self) -> None:
         """Add the rows that the micro-batch has left."""
+        self.batches.append(self._of_batch)
+        self._of_batch = {}
         for name, written in self._written.items():
             self._add(self.added, (SumFormula.ROWS_OF_BATCH, name), written)
         self._written.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
 )
+from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names
 from dpsgd_track.comparison.diagnose.hypotheses.samples import (
     added_up,
     mixed_up,
@@ -67,7 +67,7 @@ def _changed_by(sign: float) -> Callable[[Facts], Prediction]:
         total = squares.sum(axis=2)
         wanted = np.square(facts.theirs.sample_norm[facts.rows])
         best, least = None, np.inf
-        for name, columns in _groups(facts.ours.parameter_names.tolist()):
+        for name, columns in groups_of_names(facts.ours.parameter_names.tolist()):
             values = total + sign * squares[:, :, columns].sum(axis=2)
             error = float(np.nanmax(np.abs(values[facts.rows] - wanted) / wanted, initial=0.0))
             if error < least:
@@ -116,7 +116,7 @@ def _times(count: float) -> str:
 
 def _named(columns: set[int], free: set[int], names: Sequence[str]) -> str:
     """The parameters in as few groups as possible, which may hold those in `free` as well."""
-    groups = [(name, set(own)) for name, own in _groups(names)]
+    groups = [(name, set(own)) for name, own in groups_of_names(names)]
     said, left = [], set(columns)
     while left:
         name, own = max(
@@ -126,22 +126,6 @@ def _named(columns: set[int], free: set[int], names: Sequence[str]) -> str:
         said.append(name)
         left -= own
     return ", ".join(said)
-
-
-def _groups(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
-    """Each parameter, and the parameters with a common beginning or end, with their columns."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for column, name in enumerate(names):
-        parts = name.split(".")
-        groups[name].append(column)
-        groups[f"every *.{parts[-1]}"].append(column)
-        for length in range(1, len(parts)):
-            groups[f"all of {'.'.join(parts[:length])}"].append(column)
-    seen: set[tuple[int, ...]] = set()
-    for name, columns in groups.items():
-        if tuple(columns) not in seen and len(columns) < len(names):
-            seen.add(tuple(columns))
-            yield name, columns
 
 
 def _unlike_in_linear() -> Iterator[Hypothesis]:

@@ -22,19 +22,14 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Subject,
     off_as_rounded,
 )
+from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names
+from dpsgd_track.comparison.diagnose.hypotheses.sample_weights import ALIKE, any_weights
 from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
-from dpsgd_track.comparison.diagnose.sample_groups import group_of
 from dpsgd_track.record.alternatives import SumFormula
 from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_distance, sketch_length
 
-_ALIKE = 1e-3
-"""Relative spread up to which fitted weights are one."""
-_FEW = 3
-"""Samples that are named one by one."""
 _MOST_EXCHANGED = 8
 """Layers of which each is looked for among the others."""
-_ENOUGH = 1.25
-"""Least number of projections a sample, for weights that are fitted."""
 
 
 def _weighted(sentence: str, weights: Callable[[Facts], Floats | None]) -> Hypothesis:
@@ -155,15 +150,13 @@ def _layers(facts: Facts) -> list[str]:
     return [name.rpartition(".")[0] for name in facts.ours.parameter_names.tolist()]
 
 
-def _clipped_by(
-    facts: Facts, parts_of: Callable[[Facts], Sequence[str]], *, shares: bool
-) -> Floats:
+def _clipped_by(facts: Facts, groups: Sequence[str], *, shares: bool) -> Floats:
     """[S, N, Q] factors of groups of parameters that are clipped by themselves.
 
     Args:
+        groups: name of each parameter's group.
         shares: True if each is clipped at C / sqrt(number of groups) rather than C.
     """
-    groups = parts_of(facts)
     names = list(dict.fromkeys(groups))
     bound = facts.bound / (len(names) ** 0.5 if shares else 1.0)
     squares = np.square(facts.by_parameter)
@@ -186,8 +179,49 @@ def _parameter_clipping() -> Iterator[Hypothesis]:
             breach = "" if shares else ", so that a sample can add more than C"
             yield _weighted(
                 f"each {what} is clipped by itself, at {bound}{breach}",
-                partial(_clipped_by, parts_of=parts_of, shares=shares),
+                partial(_clipped_by_parts, parts_of=parts_of, shares=shares),
             )
+
+
+def _clipped_by_parts(
+    facts: Facts, parts_of: Callable[[Facts], Sequence[str]], *, shares: bool
+) -> Floats:
+    return _clipped_by(facts, parts_of(facts), shares=shares)
+
+
+def _two_groups_clipped(facts: Facts) -> Prediction:
+    """Some of the parameters and all others, clipped apart: the split that agrees best."""
+    if not facts.has_sketches:
+        return None
+    names, wanted = _all_parameters(facts), facts.theirs.gradient_sketch[:, facts.columns]
+    best, least = None, np.inf
+    for shares in (True, False):
+        for group, columns in groups_of_names(names):
+            chosen = set(columns)
+            parts = [str(column in chosen) for column in range(len(names))]
+            weights = _clipped_by(facts, parts, shares=shares)
+            values = facts.weighted(weights)
+            error = float(np.nansum(np.square(values - wanted)[facts.rows]))
+            if error < least:
+                bound = "C / sqrt(2) each" if shares else "the full C each"
+                said = f"{group} and all other parameters are clipped apart, at {bound}"
+                best, least = Fitted(values, said), error
+    return best
+
+
+def _normalised_factors() -> Iterator[Hypothesis]:
+    """Factors that are divided by their sum or mean, as a weighted average has them."""
+    for what, of in (("mean", np.nanmean), ("sum", np.nansum), ("largest", np.nanmax)):
+
+        def by_batch(facts: Facts, of: Callable[..., Floats] = of) -> Floats | None:
+            return facts.by_batch(facts.factor, lambda own: own / of(own))
+
+        def by_step(facts: Facts, of: Callable[..., Floats] = of) -> Floats:
+            return np.asarray(facts.factor / of(facts.factor, axis=1, keepdims=True))
+
+        for weights, where in ((by_batch, "micro-batch"), (by_step, "step")):
+            said = f"clip factors are divided by the {what} of those in the {where}"
+            yield _weighted(said, weights)
 
 
 def _mixed_up_factors() -> Iterator[Hypothesis]:
@@ -413,92 +447,33 @@ def _shards_apart(facts: Facts) -> Prediction:
     said = [
         f"the rows {who} are multiplied by {factor:.3g}"
         for who, factor in zip(("of rank 0", others), factors.tolist(), strict=True)
-        if abs(factor - 1) > _ALIKE
+        if abs(factor - 1) > ALIKE
     ]
     return Fitted(np.asarray(parts @ factors), " and ".join(said)) if said else None
 
 
-def _any_weights(facts: Facts) -> Prediction:
-    """The weights of samples that agree best, and what they have in common."""
-    if not facts.has_sketches:
+def _clipped_whole(facts: Facts) -> Prediction:
+    """The right sum, scaled down to one length of so many C where it is longer."""
+    right = np.sqrt(np.square(facts.ours.gradient_sketch).mean(axis=2).sum(axis=1))
+    theirs = np.sqrt(np.square(facts.theirs.gradient_sketch).mean(axis=2).sum(axis=1))
+    bound = facts.bound[:, 0]
+    rows = facts.rows[theirs[facts.rows] < right[facts.rows] * (1 - ALIKE)]
+    if not len(rows) or len(facts.columns) < _ENOUGH_SCALED:
         return None
-    gradients = facts.ours.sample_sketch[:, :, facts.columns].astype(np.float64)
-    weights = np.full(facts.factor.shape, np.nan)
-    for row in facts.rows.tolist():
-        places = np.flatnonzero(facts.theirs.sample_index[row] != UNUSED)
-        table = gradients[row, places].reshape(len(places), -1)
-        if table.shape[1] < _ENOUGH * len(places):
-            return None
-        wanted = facts.theirs.gradient_sketch[row, facts.columns].ravel()
-        if not np.isfinite(table).all() or not np.isfinite(wanted).all():
-            return None
-        weights[row, places] = np.linalg.lstsq(table.T, wanted, rcond=None)[0]
-    return Fitted(facts.weighted(weights), _weights_in_words(facts, weights))
+    with np.errstate(all="ignore"):
+        factor = np.where(right > 0, theirs / right, 1.0)
+    for what, length in ((" C", theirs / bound), ("", theirs)):
+        told = length[rows]
+        if len(rows) > 1 and np.ptp(told) < _SKETCHED * told.mean():
+            scaled = facts.right_sum * factor[:, None, None]
+            return Fitted(scaled, f"{told.mean():.3g}{what}")
+    return None
 
 
-def _weights_in_words(facts: Facts, weights: Floats) -> str:
-    """What the wrong weights of the first wrong step have in common."""
-    t = facts.theirs
-    for row in facts.rows.tolist():
-        with np.errstate(all="ignore"):
-            share = weights[row] / facts.factor[row]
-        is_there = np.isfinite(share)
-        if not is_there.any() or np.allclose(share[is_there], 1.0, atol=_ALIKE):
-            continue
-        spared = is_there & (np.abs(share - 1) > _ALIKE) & (np.abs(weights[row] - 1) < _ALIKE)
-        is_off = is_there & (np.abs(share - 1) > _ALIKE)
-        if 0 < spared.sum() <= _FEW and spared.sum() == is_off.sum():
-            shown = ", ".join(map(str, t.sample_index[row][spared].tolist()))
-            which = f"sample {shown} is" if spared.sum() == 1 else f"samples {shown} are"
-            return f"{which} not clipped (counting with factor 1) at step {t.step[row]}"
-        is_lost = bool(np.all(np.abs(share[is_off]) < _ALIKE))
-        share = np.where(is_there & ~is_off, 1.0, 0.0) if is_lost else share
-        if is_lost and (which := group_of(np.flatnonzero(is_off), t, row)):
-            return f"missing are {which} at step {t.step[row]}"
-        kinds = (
-            ("sample", t.sample_index[row]),
-            ("rank", t.sample_rank[row]),
-            ("micro-batch", t.sample_micro_batch[row]),
-        )
-        if is_off.sum() > _FEW:
-            kinds = (*kinds[1:], kinds[0])
-        for kind, keys in kinds:
-            said = _groups_in_words(kind, keys[is_there], share[is_there])
-            if said:
-                return f"{said} at step {t.step[row]}"
-        if is_lost:
-            return f"missing are {is_off.sum()} of {is_there.sum()} samples at step {t.step[row]}"
-        low, high = float(share[is_there].min()), float(share[is_there].max())
-        return f"samples count {low:.3g} to {high:.3g} times at step {t.step[row]}"
-    return ""
-
-
-def _groups_in_words(kind: str, keys: np.ndarray, share: Floats) -> str:
-    """`the samples of rank 1 count 0.5 times`; empty if groups of `keys` are not alike."""
-    values = {key: share[keys == key] for key in sorted(set(keys.tolist()))}
-    if any(np.ptp(v) > _ALIKE * max(1.0, float(np.abs(v).max())) for v in values.values()):
-        return ""
-    wrong = {key: float(v.mean()) for key, v in values.items() if abs(v.mean() - 1) > _ALIKE}
-    if not wrong or (len(wrong) > _FEW and kind == "sample"):
-        return ""
-    amounts = {_amount(v) for v in wrong.values()}
-    shown = ", ".join(map(str, wrong))
-    plural = "es" if kind.endswith("ch") else "s"
-    which = f"{kind}{plural * (len(wrong) > 1)} {shown}"
-    who = which if kind == "sample" else f"the samples of {which}"
-    is_one = kind == "sample" and len(wrong) == 1
-    if len(amounts) > 1:
-        listed = ", ".join(map(_amount, wrong.values()))
-        return f"{who} count {listed} times"
-    (amount,) = amounts
-    if float(amount) == 0:
-        return f"{who} {'is' if is_one else 'are'} missing"
-    return f"{who} count{'s' * is_one} {'twice' if amount == '2' else f'{amount} times'}"
-
-
-def _amount(share: float) -> str:
-    """`0.5`; 0 for what is no more than rounding."""
-    return f"{share if abs(share) > _ALIKE else 0.0:.3g}"
+_ENOUGH_SCALED = 4
+"""Parameters that have to be wrong, for the whole sum to be scaled."""
+_SKETCHED = 0.25
+"""Relative spread of lengths that are known by a few projections of each parameter."""
 
 
 SUM = Subject(
@@ -519,7 +494,9 @@ SUM = Subject(
             ),
             _of_factors("its samples count with 1 - c in place of c", lambda c: 1 - c),
             _of_factors("its samples are divided by their factors", lambda c: 1 / c),
+            *_normalised_factors(),
             *_parameter_clipping(),
+            Hypothesis(sentence="{}", predict=_two_groups_clipped),
         ),
         (
             _one_by_one("it is the sum over {} alone: it is not reduced over ranks", _of_rank),
@@ -572,6 +549,11 @@ SUM = Subject(
             _of_batches(
                 "micro-batches that are shorter than the rank's first are not added",
                 lambda f, b: float(len(b.places) >= _length_of_first(f, b)),
+            ),
+            _of_batches(
+                "what has been added up is reduced over ranks again after each micro-batch, so "
+                "that earlier ones count W times as often",
+                lambda f, b: float(_num_ranks(f)) ** (_last(f, b) - b.number),
             ),
             _one_by_one("{} (in these parameters)", _of_number),
             _of_batches(
@@ -654,7 +636,14 @@ SUM = Subject(
         ),
     ),
     late=(
-        (Hypothesis(sentence="{}", predict=_any_weights),),
+        (
+            Hypothesis(
+                sentence="the whole sum is clipped as well, to a length of about {}: it is scaled "
+                "down in the steps in which it is longer",
+                predict=_clipped_whole,
+            ),
+        ),
+        (Hypothesis(sentence="{}", predict=any_weights),),
         tuple(
             Hypothesis(
                 sentence=f"it is off by as much as rounding to {name} makes it, in all parameters "

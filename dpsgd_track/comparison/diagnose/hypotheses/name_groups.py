@@ -1,0 +1,22 @@
+"""Groups of parameters that a mistake may be about, by their names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+
+def groups_of_names(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """Each parameter, and the parameters with a common beginning or end, with their columns."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for column, name in enumerate(names):
+        parts = name.split(".")
+        groups[name].append(column)
+        groups[f"every *.{parts[-1]}"].append(column)
+        for length in range(1, len(parts)):
+            groups[f"all of {'.'.join(parts[:length])}"].append(column)
+    seen: set[tuple[int, ...]] = set()
+    for name, columns in groups.items():
+        if tuple(columns) not in seen and len(columns) < len(names):
+            seen.add(tuple(columns))
+            yield name, columns
