@@ -48,7 +48,7 @@ class GradientObserver(Protocol):
         """Outputs of layers in the sample's forward whose gradients are wanted as well."""
 
     def see_losses(self, loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun) -> None:
-        """Called with each sample of a micro-batch, in order.
+        """Called with each sample of a micro-batch, in order, before `see`.
 
         Args:
             run: computes the logits of a batch of one sample.

@@ -47,9 +47,9 @@ class ReferenceMode(Mode):
         sums = [torch.zeros_like(parameter) for parameter in self.parameters]
         for index in range(len(batch)):
             with only(index):
-                loss, gradients = self.gradient(batch.sample(index))
                 if observer := self.context.observer:
                     observer.see_losses(self.context.loss, batch, index, self._logits)
+                loss, gradients = self.gradient(batch.sample(index))
             squares = [gradient.square().sum() for gradient in gradients]
             norm = torch.stack(squares).sum().sqrt()
             # The norm is finite only if the whole gradient is.

@@ -86,8 +86,15 @@ class NormFormula(enum.StrEnum):
         "of output gradients with the inputs of the samples at the same places of the micro-batch "
         "before: they are stale"
     )
-    INPUT_OF_NEXT_LAYER = "of output gradients with the input of the next layer of its shape"
-    INPUT_OF_LAYER_BEFORE = "of output gradients with the input of the layer before of its shape"
+    INPUT_OF_EQUAL_BATCH_BEFORE = (
+        "of output gradients with the inputs of the samples at the same places of the micro-batch "
+        "before, where that is as large: they are stale"
+    )
+    INPUT_OF_NEXT_LAYER = "of output gradients with the input of the next linear layer"
+    INPUT_OF_LAYER_BEFORE = "of output gradients with the input of the linear layer before"
+    INPUT_OF_LAST_LAYER = (
+        "of output gradients with the input of the last linear layer whose input has that shape"
+    )
     ADDED_TO_BATCH_BEFORE = (
         "with the gradients of the samples at the same places of the micro-batch before added: a "
         "buffer is not cleared"
@@ -163,8 +170,10 @@ class SumFormula(enum.StrEnum):
     CENTRED_INPUT = NormFormula.CENTRED_INPUT.value
     INPUT_OF_BEFORE = NormFormula.INPUT_OF_BEFORE.value
     INPUT_OF_BATCH_BEFORE = NormFormula.INPUT_OF_BATCH_BEFORE.value
+    INPUT_OF_EQUAL_BATCH_BEFORE = NormFormula.INPUT_OF_EQUAL_BATCH_BEFORE.value
     INPUT_OF_NEXT_LAYER = NormFormula.INPUT_OF_NEXT_LAYER.value
     INPUT_OF_LAYER_BEFORE = NormFormula.INPUT_OF_LAYER_BEFORE.value
+    INPUT_OF_LAST_LAYER = NormFormula.INPUT_OF_LAST_LAYER.value
     LOST_IN_FLOAT16 = (
         "with the small elements of each sample's gradient lost, those below 6.1e-05, as float16 "
         "without subnormal numbers loses them"

@@ -34,6 +34,8 @@ class Share:
     """`left_TP` of padding alone."""
     is_padding_T: Tensor | None = None
     """Positions of padding, where they are known."""
+    order: int = 0
+    """Place of the call in the forward."""
     is_transposed: bool = False
     """True if the weight is [D, P], as that of a Conv1D."""
 
@@ -112,7 +114,9 @@ class LayerCalls:
         # A layer that is checkpointed runs once more in the backward.
         calls = self._calls[: len(output_gradients)]
         is_padding_T = self._padding()
-        for (module, own, *tensors), dy in zip(calls, output_gradients, strict=True):
+        for order, ((module, own, *tensors), dy) in enumerate(
+            zip(calls, output_gradients, strict=True)
+        ):
             x, output, dy_TP = (t.detach().cpu() for t in (*tensors, dy.flatten(0, -2)))
             for kind, name in own.items():
                 is_bias = kind == "bias"
@@ -121,7 +125,7 @@ class LayerCalls:
                     continue
                 if is_padding_T is not None and len(is_padding_T) == len(dy_TP):
                     share = replace(share, is_padding_T=is_padding_T)
-                found[name].append(share)
+                found[name].append(replace(share, order=order))
         return found
 
     def _padding(self) -> Tensor | None:

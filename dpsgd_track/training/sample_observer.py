@@ -54,6 +54,11 @@ class _MicroBatch:
     def __len__(self) -> int:
         return len(self.gradients)
 
+    @property
+    def size(self) -> int:
+        """Samples of the whole micro-batch."""
+        return 0 if self.batch is None else len(self.batch)
+
 
 class SampleObserver:
     """Projections of each sample's gradient, its norms by wrong formulas, and wrong sums of it."""
@@ -99,6 +104,7 @@ class SampleObserver:
             shares,
             before=now.shares[-1] if now.shares else None,
             batch_before=before.shares[place] if place < len(before.shares) else None,
+            is_as_large=now.size == before.size,
         )
         wrong = {
             name: wrong_gradients(name, gradient, shares.get(name, ()), others)

@@ -34,41 +34,57 @@ class OtherInputs:
 
     @classmethod
     def of(
-        cls, shares: Shares, *, before: Shares | None = None, batch_before: Shares | None = None
+        cls,
+        shares: Shares,
+        *,
+        before: Shares | None = None,
+        batch_before: Shares | None = None,
+        is_as_large: bool = False,
     ) -> OtherInputs:
         """
         Args:
             shares: the sample's own calls.
             before: those of the sample before in the micro-batch.
             batch_before: those of the sample at its place in the micro-batch before.
+            is_as_large: True if that micro-batch has as many samples.
         """
-        found = {
-            SumFormula.INPUT_OF_NEXT_LAYER: _of_neighbours(shares, 1),
-            SumFormula.INPUT_OF_LAYER_BEFORE: _of_neighbours(shares, -1),
-        }
+        found = dict(_of_layers(shares))
         found |= {SumFormula.INPUT_OF_BEFORE: before} if before else {}
-        found |= {SumFormula.INPUT_OF_BATCH_BEFORE: batch_before} if batch_before else {}
+        if batch_before:
+            found[SumFormula.INPUT_OF_BATCH_BEFORE] = batch_before
+        if batch_before and is_as_large:
+            found[SumFormula.INPUT_OF_EQUAL_BATCH_BEFORE] = batch_before
         return cls(shares=found)
 
 
-def _of_neighbours(shares: Shares, step: int) -> Shares:
-    """The calls of the next linear layer of the same shape, or of the one before."""
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name, calls in shares.items():
-        if all(call.right_TD is not None for call in calls):
-            shape = len(calls), *_shape_of(calls[0])
-            by_shape.setdefault(shape, []).append(name)
-    found: dict[str, Sequence[Share]] = {}
-    for names in by_shape.values():
-        for place, name in enumerate(names):
-            if 0 <= place + step < len(names):
-                found[name] = shares[names[place + step]]
-    return found
+def _of_layers(shares: Shares) -> Iterator[tuple[SumFormula, Shares]]:
+    """The calls of other linear layers of the sample in place of each of its own."""
+    linear = sorted(
+        ((name, s) for name, own in shares.items() for s in own if s.right_TD is not None),
+        key=lambda call: call[1].order,
+    )
+    last = {_input(s).shape: place for place, (_, s) in enumerate(linear)}
+
+    def taken(source: Callable[[int], int]) -> Shares:
+        found: dict[str, list[Share]] = {}
+        for place, (name, own) in enumerate(linear):
+            other = source(place)
+            fits = 0 <= other < len(linear) and _fits(own, linear[other][1].right_TD)
+            found.setdefault(name, []).append(linear[other][1] if fits else own)
+        return {name: calls for name, calls in found.items() if _differ(calls, shares[name])}
+
+    yield SumFormula.INPUT_OF_NEXT_LAYER, taken(lambda place: place + 1)
+    yield SumFormula.INPUT_OF_LAYER_BEFORE, taken(lambda place: place - 1)
+    yield SumFormula.INPUT_OF_LAST_LAYER, taken(lambda place: last[_input(linear[place][1]).shape])
 
 
-def _shape_of(share: Share) -> tuple[int, ...]:
+def _differ(calls: Sequence[Share], own: Sequence[Share]) -> bool:
+    return any(call is not mine for call, mine in zip(calls, own, strict=True))
+
+
+def _input(share: Share) -> Tensor:
     assert share.right_TD is not None, "only linear layers have inputs"
-    return *share.left_TP.shape, share.right_TD.shape[1]
+    return share.right_TD
 
 
 def wrong_gradients(
@@ -124,8 +140,10 @@ def _with_other_input(share: Share, formula: SumFormula) -> Tensor:
     return share.total(share.other_inputs[formula])
 
 
-def _fits(share: Share, right_TD: Tensor) -> bool:
-    return share.right_TD is not None and share.right_TD.shape == right_TD.shape
+def _fits(share: Share, right_TD: Tensor | None) -> bool:
+    if share.right_TD is None or right_TD is None:
+        return False
+    return share.right_TD.shape == right_TD.shape
 
 
 def _inputs_of_uses(shares: Sequence[Share]) -> Iterator[tuple[SumFormula, list[Tensor]]]:

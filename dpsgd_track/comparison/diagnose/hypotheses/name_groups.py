@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 
 def groups_of_names(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
@@ -20,3 +21,12 @@ def groups_of_names(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
         if tuple(columns) not in seen and len(columns) < len(names):
             seen.add(tuple(columns))
             yield name, columns
+
+
+def pairs_of_names(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """The parameters of any two parts of the model, as the embeddings of tokens and positions."""
+    parts: dict[str, list[int]] = defaultdict(list)
+    for column, name in enumerate(names):
+        parts[name.partition(".")[0]].append(column)
+    for one, other in combinations(parts, 2):
+        yield f"all of {one} and {other}", [*parts[one], *parts[other]]

@@ -22,7 +22,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Subject,
     off_as_rounded,
 )
-from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names
+from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names, pairs_of_names
 from dpsgd_track.comparison.diagnose.hypotheses.sample_weights import ALIKE, any_weights
 from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
 from dpsgd_track.record.alternatives import SumFormula
@@ -196,7 +196,7 @@ def _two_groups_clipped(facts: Facts) -> Prediction:
     names, wanted = _all_parameters(facts), facts.theirs.gradient_sketch[:, facts.columns]
     best, least = None, np.inf
     for shares in (True, False):
-        for group, columns in groups_of_names(names):
+        for group, columns in (*groups_of_names(names), *pairs_of_names(names)):
             chosen = set(columns)
             parts = [str(column in chosen) for column in range(len(names))]
             weights = _clipped_by(facts, parts, shares=shares)
@@ -432,6 +432,26 @@ _MOVED = frozenset(list(SumFormula)[: list(SumFormula).index(SumFormula.LAST_ROW
 """Those in which elements are in other places."""
 
 
+def _reduced_in_part(facts: Facts) -> Prediction:
+    """In each step, the nearest of the sums that are not reduced, or not of all micro-batches."""
+    formulas = (
+        SumFormula.ONLY_LAST_REDUCED,
+        SumFormula.LAST_NOT_REDUCED,
+        SumFormula.NOT_REDUCED,
+    )
+    found = [_of_move(facts, formula) for formula in formulas]
+    known = [values for values in found if values is not None]
+    if len(known) < len(formulas):
+        return None
+    theirs = facts.theirs.gradient_sketch[:, facts.columns]
+    table = np.stack([*known, facts.right_sum])
+    errors = np.nan_to_num(np.square(table - theirs).sum(axis=(2, 3)), nan=np.inf)
+    nearest = errors.argmin(axis=0)
+    used = [formulas[n].value for n in nearest[facts.rows].tolist() if n < len(formulas)]
+    shown = ", in other steps ".join(dict.fromkeys(used))
+    return Fitted(table[nearest, np.arange(len(nearest))], shown) if used else None
+
+
 def _shards_apart(facts: Facts) -> Prediction:
     """Rows of rank 0 and those of the others, multiplied by the factors that agree best."""
     first = _of_move(facts, SumFormula.FIRST_SHARD_ALONE)
@@ -622,6 +642,7 @@ SUM = Subject(
             Hypothesis(sentence="layers have each other's gradients: {}", predict=_exchanged),
             Hypothesis(sentence="the last micro-batch is added a step late", predict=_added_late),
             *_moves(),
+            Hypothesis(sentence="it is {}", predict=_reduced_in_part),
             Hypothesis(sentence="{}", predict=_shards_apart),
             Hypothesis(
                 sentence="all samples of the step count with one factor, whatever their own: the "
