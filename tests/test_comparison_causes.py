@@ -182,6 +182,10 @@ FACTORS = {
     ),
     "are clipped not at C but at 0.9 C": np.minimum(1, 0.9 * C / NORM),
 }
+SHUFFLED = FACTOR[:, [5, 3, 8, 0, 11, 1, 2, 4, 6, 10, 7, 9]]
+THIRD = np.square(BY_PARAMETER[..., 3:4])
+APART = np.sqrt(np.where(np.arange(6) == 3, THIRD, NORM[..., None] ** 2 - THIRD))
+"""[S, N, P] norm of the one parameter's gradient, or of all the others'."""
 SUMS = {
     "missing are micro-batch 1 of rank 0": np.where(IS_LAST & ~IS_RANK_1, 0, FACTOR),
     "they count with factor 1": np.ones_like(FACTOR),
@@ -203,6 +207,20 @@ SUMS = {
     "the samples of micro-batch 1 count 0.3 times": np.where(IS_LAST, 0.3 * FACTOR, FACTOR),
     "multiplied by B (the expected batch size)": 12 * FACTOR,
     "zero, left out": 0 * FACTOR,
+    "samples are multiplied by each other's clip factors": SHUFFLED,
+    "clip factors are divided by the mean of those in the micro-batch": (
+        FACTOR / FACTOR.reshape(-1, 4, 3).mean(axis=2).repeat(3, axis=1)
+    ),
+    "clip factors are divided by the sum of those in the step": (
+        FACTOR / FACTOR.sum(axis=1, keepdims=True)
+    ),
+    "reduced over ranks again after each micro-batch": np.where(IS_LAST, FACTOR, 2 * FACTOR),
+    "model.layers.3.weight and all other parameters are clipped apart, at C / sqrt(2) each": (
+        np.minimum(1, C[..., None] / 2**0.5 / APART)
+    ),
+    "the whole sum is clipped as well, to a length of about 0.5 C": (
+        FACTOR * np.minimum(1, 0.5 * C / summed(base(), FACTOR).grad_norm[:, None] / 12)
+    ),
 }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,195 @@ def test_formulas_are_what_their_words_say() -> None:
     padded = gradients["embedding.weight"].clone()
     padded[0] += de[TOKENS[0] == 0].sum(0)
     assert of[NormFormula.PADDING_COUNTED] == pytest.approx(float(padded.norm()))
+
+
+@dataclass
+class Sample:
+    """One sample of `Small` by hand: what goes into its layers, and the gradients of outputs."""
+
+    tokens: Tensor
+    factor: float
+    gradients: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    """[T, D] by layer; `first` and `last` for the uses of the reused one."""
+    outputs: dict[str, Tensor]
+    """[T, D] gradients of outputs, likewise."""
+
+
+def weighed() -> tuple[list[list[Sample]], dict[SumFormula, dict[str, Tensor]]]:
+    """Two micro-batches by hand, and the wrong sums that an observer makes of them."""
+    torch.manual_seed(3)
+    model = Small().double()
+    observer = SampleObserver()
+    observer.watch(model)
+    rows = [
+        [1, 2, 1, 0, 3, 1, 0],
+        [2, 2, 4, 4, 1, 0, 0],
+        [3, 1, 3, 2, 2, 2, 0],
+        [4, 0, 1, 1, 2, 3, 3],
+    ]
+    samples = list[list[Sample]]()
+    for number in range(2):
+        samples.append([])
+        for place in range(2):
+            tokens = torch.tensor(rows[2 * number + place])
+            factor = (0.5, 1.0, 0.3, 0.7)[2 * number + place]
+            e = model.embedding(tokens[None])
+            n = model.norm(e)
+            r1 = model.reused(n)
+            t1 = torch.tanh(r1)
+            r2 = model.reused(t1)
+            t2 = torch.tanh(r2)
+            out = model.out(t2)
+            names, parameters = zip(*model.named_parameters(), strict=True)
+            hidden = [e, n, r1, r2, out]
+            loss = out.square().mul(torch.arange(3.0)).sum()
+            noted = observer.outputs()
+            found = torch.autograd.grad(loss, [*parameters, *hidden, *noted])
+            gradients = dict(zip(names, found, strict=False))
+            observer.see(gradients, found[len(parameters) + len(hidden) :])
+            observer.weigh([torch.tensor(factor)] * len(names))
+            de, _, dr1, dr2, dout = (g[0] for g in found[len(parameters) :][: len(hidden)])
+            inputs = {"first": n[0].detach(), "last": t1[0].detach(), "out": t2[0].detach()}
+            outputs = {"embedding": de, "first": dr1, "last": dr2, "out": dout}
+            samples[-1].append(Sample(tokens, factor, gradients, inputs, outputs))
+        observer.end_batch()
+    right = {n: sum(s.factor * s.gradients[n] for b in samples for s in b) for n in names}
+    sums = observer.sums()
+    assert all(torch.allclose(torch.as_tensor(t), sums.own[n]) for n, t in right.items())
+    assert len(sums.batches) == 2
+    wrong = dict[SumFormula, dict[str, Tensor]]()
+    for (formula, name), added in sums.added.items():
+        wrong.setdefault(formula, {})[name] = right[name] + added
+    return samples, wrong
+
+
+def test_wrong_sums_are_what_their_words_say() -> None:
+    batches, wrong = weighed()
+    samples = [sample for batch in batches for sample in batch]
+
+    def total(of: Callable[[Sample], Tensor]) -> Tensor:
+        return torch.stack([of(sample) for sample in samples]).sum(0)
+
+    def check(formula: SumFormula, name: str, of: Callable[[Sample], Tensor]) -> None:
+        assert torch.allclose(wrong[formula][name], total(of), atol=1e-12), formula
+
+    def use(sample: Sample, which: str) -> Tensor:
+        return sample.outputs[which].T @ sample.inputs[which]
+
+    name, c = "reused.weight", attrgetter("factor")
+    check(SumFormula.FIRST_USE, name, lambda s: c(s) * use(s, "first"))
+    check(SumFormula.LAST_USE, name, lambda s: c(s) * use(s, "last"))
+
+    def both(sample: Sample) -> Tensor:
+        return use(sample, "first") + use(sample, "last")
+
+    check(SumFormula.FIRST_USE_DOUBLED, name, lambda s: c(s) * (both(s) + use(s, "first")))
+    check(SumFormula.LAST_USE_DOUBLED, name, lambda s: c(s) * (both(s) + use(s, "last")))
+    check(SumFormula.FIRST_USE_UNCLIPPED, name, lambda s: use(s, "first") + c(s) * use(s, "last"))
+    check(SumFormula.LAST_USE_UNCLIPPED, name, lambda s: c(s) * use(s, "first") + use(s, "last"))
+    out = "out.weight"
+    check(
+        SumFormula.FIRST_POSITION_LOST,
+        out,
+        lambda s: c(s) * s.outputs["out"][1:].T @ s.inputs["out"][1:],
+    )
+    check(
+        SumFormula.TAIL_OF_4_LOST,
+        out,
+        lambda s: c(s) * s.outputs["out"][:4].T @ s.inputs["out"][:4],
+    )
+    check(
+        SumFormula.LOST_IN_FLOAT16,
+        out,
+        lambda s: torch.where(
+            (c(s) * s.gradients[out]).abs() < 2**-14, 0.0, c(s) * s.gradients[out]
+        ),
+    )
+    # The linear layer before the last one is the second use of `reused`.
+    check(
+        SumFormula.INPUT_OF_LAYER_BEFORE,
+        out,
+        lambda s: c(s) * s.outputs["out"].T @ s.inputs["last"],
+    )
+    neighbours = [samples[0], samples[0], samples[2], samples[2]]
+    stale = [samples[0], samples[1], samples[0], samples[1]]
+    for formula, sources in (
+        (SumFormula.INPUT_OF_BEFORE, neighbours),
+        (SumFormula.INPUT_OF_BATCH_BEFORE, stale),
+    ):
+        source = dict(zip(map(id, samples), sources, strict=True))
+        check(
+            formula, out, lambda s, of=source: c(s) * s.outputs["out"].T @ of[id(s)].inputs["out"]
+        )
+
+
+def test_wrong_sums_of_an_embedding_are_what_their_words_say() -> None:
+    batches, wrong = weighed()
+    name = "embedding.weight"
+    by_batch, by_sample, counted = (torch.zeros(V, D, dtype=torch.float64) for _ in range(3))
+    for batch in batches:
+        of_batch = torch.zeros_like(by_batch)
+        for sample in batch:
+            of_sample = torch.zeros_like(by_batch)
+            for row, dy in zip(sample.tokens.tolist(), sample.outputs["embedding"], strict=True):
+                counted[row] += sample.factor * dy
+                if row:
+                    of_sample[row] = of_batch[row] = sample.factor * dy
+            by_sample += of_sample
+        by_batch += of_batch
+    assert torch.allclose(wrong[SumFormula.ROWS_OF_SAMPLE][name], by_sample)
+    assert torch.allclose(wrong[SumFormula.ROWS_OF_BATCH][name], by_batch)
+    assert torch.allclose(wrong[SumFormula.PADDING_COUNTED][name], counted)
+
+
+def test_norms_of_gradients_that_are_added_up_or_averaged() -> None:
+    torch.manual_seed(4)
+    observer = SampleObserver()
+    model = nn.Linear(3, 2)
+    observer.watch(model)
+    gradients = [{n: torch.randn_like(p) for n, p in model.named_parameters()} for _ in range(4)]
+    for batch in (gradients[:2], gradients[2:]):
+        for each in batch:
+            observer.see(each, [])
+        observer.end_batch()
+    norms = observer.take().other_norm
+    places = {formula: place for place, formula in enumerate(NormFormula)}
+    one, two, three, four = (g["weight"] for g in gradients)
+    wanted = {
+        NormFormula.OF_SUM: [one + two, one + two, three + four, three + four],
+        NormFormula.OF_MEAN: [(one + two) / 2] * 2 + [(three + four) / 2] * 2,
+        NormFormula.ADDED_TO_BEFORE: [None, one + two, None, three + four],
+        NormFormula.ADDED_TO_BATCH_BEFORE: [None, None, one + three, two + four],
+    }
+    for formula, tensors in wanted.items():
+        for sample, tensor in enumerate(tensors):
+            found = norms[sample, 0, places[formula]]
+            assert (
+                np.isnan(found) if tensor is None else found == pytest.approx(float(tensor.norm()))
+            )
+
+
+def test_what_a_dry_run_sees_is_forgotten_and_the_batch_before_is_not() -> None:
+    observer, model = SampleObserver(), nn.Linear(3, 2)
+    observer.watch(model)
+    first, dry, second = (
+        {n: float(k) * torch.ones_like(p) for n, p in model.named_parameters()} for k in (1, 5, 2)
+    )
+
+    def run(gradients: dict[str, Tensor]) -> None:
+        observer.see(gradients, [])
+        observer.end_batch()
+
+    run(first)
+    observer.take()
+    run(dry)
+    observer.discard()
+    run(second)
+    seen = observer.take()
+    place = list(NormFormula).index(NormFormula.ADDED_TO_BATCH_BEFORE)
+    assert seen.other_norm.shape[0] == 1
+    assert seen.other_norm[0, 0, place] == pytest.approx(3 * 6**0.5)
 
 
 def test_a_sample_whose_loss_needs_no_gradient_has_zeros() -> None:

@@ -675,12 +675,12 @@ class NormBiasPositions(Sharded):
         self.wrong = {}
         norms_of = capture.norms_of
 
-        def close_call(layer, x, dy):
+        def close_call(layer, x, dy, **options):
             if layer.rule is rules.linear and "bias" in layer.names:
                 square = dy.detach().flatten(1).square().sum(1)
                 name = layer.names["bias"]
                 self.wrong[name] = self.wrong.get(name, 0) + square
-            original(layer, x, dy)
+            original(layer, x, dy, **options)
 
         def changed(joined):
             out = norms_of(joined)
@@ -706,7 +706,7 @@ class NormLayerNormPositions(Sharded):
         original, norms_of = capture.close_call, capture.norms_of
         self.wrong = {}
 
-        def close_call(layer, x, dy):
+        def close_call(layer, x, dy, **options):
             if layer.rule is rules.layer_norm:
                 D = x.shape[-1]
                 w, _ = weight_and_bias_gradients(
@@ -718,7 +718,7 @@ class NormLayerNormPositions(Sharded):
                 name = layer.names["weight"]
                 square = w.reshape(len(x), -1).square().sum(1)
                 self.wrong[name] = self.wrong.get(name, 0) + square
-            original(layer, x, dy)
+            original(layer, x, dy, **options)
 
         def changed(joined):
             out = norms_of(joined)
