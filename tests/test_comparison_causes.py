@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 from dpsgd_track.comparison.diagnose.causes import Cause, agreed, either
-from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Explanation, off_as_rounded
+from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
+    Explanation,
+    off_as_rounded,
+    share_lost,
+)
 from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.config import DataConfig
 from dpsgd_track.record.alternatives import LossFormula, NormFormula, SumFormula
@@ -246,6 +250,17 @@ def test_a_wrong_sum_is_explained(said: str) -> None:
     assert verdict.culprit is not None
     assert verdict.culprit.stage == "clipped sum"
     assert said in verdict.sentence
+
+
+def test_elements_that_are_missing_are_told_from_others() -> None:
+    rng = np.random.default_rng(1)
+    # Projections of all elements of 40 tensors, and of two thirds of them.
+    elements, signs = rng.normal(0, 1, (5, 40, 300)), rng.choice([-1.0, 1.0], (40, 16, 300))
+    kept = np.where(np.arange(300) % 3 == 0, 0.0, elements)
+    whole, part = (np.einsum("spe,pke->spk", of, signs) for of in (elements, kept))
+    assert share_lost(part, whole) == pytest.approx(1 / 3, abs=0.1)
+    for other in (whole, 0.7 * whole, 0 * whole, rng.permutation(whole, axis=1)):
+        assert share_lost(other, whole) is None
 
 
 @pytest.mark.parametrize("formula", list(NormFormula))

@@ -125,6 +125,32 @@ def off_as_rounded(
     return spread < 4 and 0.5 < lost < 3.5
 
 
+def share_lost(observed: Floats, right: Floats) -> float | None:
+    """Share of the squared length that is missing, if elements are right or else zero.
+
+    Then the product of the two is the squared length of what is left, up to the error of sketches.
+
+    Args:
+        observed, right: [S, Q, K] projections.
+    Returns:
+        None where that is not so, or where too few projections were recorded to tell.
+    """
+    with np.errstate(all="ignore"):
+        is_there = np.isfinite(observed) & np.isfinite(right) & (right != 0)
+    if is_there.sum() < _ENOUGH_PROJECTIONS:
+        return None
+    a, b = observed[is_there], right[is_there]
+    whole = float(np.square(b).sum())
+    left, common = float(np.square(a).sum()) / whole, float((a * b).sum()) / whole
+    spread = _SPREADS * math.sqrt(2 / is_there.sum())
+    is_part = spread < left < 1 - spread
+    return 1 - common if is_part and abs(left - common) < spread else None
+
+
+_ENOUGH_PROJECTIONS, _SPREADS = 512, 3.0
+"""Projections from which lengths are told, and the standard deviations of their error allowed."""
+
+
 def explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explanation, ...]:
     """The simplest hypotheses that agree with the record; none if none does.
 

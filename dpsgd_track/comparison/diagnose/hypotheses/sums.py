@@ -21,6 +21,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
     off_as_rounded,
+    share_lost,
 )
 from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names, pairs_of_names
 from dpsgd_track.comparison.diagnose.hypotheses.sample_weights import ALIKE, any_weights
@@ -496,6 +497,13 @@ _SKETCHED = 0.25
 """Relative spread of lengths that are known by a few projections of each parameter."""
 
 
+def _in_some_elements(facts: Facts) -> Prediction:
+    """What is recorded, if it is the right sum in some elements and zero in the others."""
+    observed = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
+    lost = share_lost(observed[facts.rows], facts.right_sum[facts.rows])
+    return None if lost is None else Fitted(observed, f"{lost:.0%}")
+
+
 SUM = Subject(
     observed=lambda facts: np.asarray(facts.theirs.gradient_sketch[:, facts.columns]),
     right=lambda facts: facts.right_sum,
@@ -684,6 +692,14 @@ SUM = Subject(
                 sentence="it is wrong in just those steps in which a rank has an empty "
                 "micro-batch, as if something were added for it",
                 predict=_where_a_rank_is_idle,
+                is_hint=True,
+            ),
+        ),
+        (
+            Hypothesis(
+                sentence="it is right in some elements and zero in others: about {} of it, by its "
+                "square, is missing",
+                predict=_in_some_elements,
                 is_hint=True,
             ),
         ),

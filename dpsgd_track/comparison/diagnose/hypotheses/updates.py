@@ -16,6 +16,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
     off_as_rounded,
+    share_lost,
 )
 from dpsgd_track.record.trajectory import Floats, sketch_length
 
@@ -197,6 +198,13 @@ def _momenta() -> list[Hypothesis]:
     ]
 
 
+def _in_some_elements(facts: Facts) -> Prediction:
+    """What is recorded, if it is the right step in some elements and none in the others."""
+    observed = _path(facts)
+    lost = share_lost(observed[facts.rows], _right(facts)[facts.rows])
+    return None if lost is None else Fitted(observed, f"{lost:.0%}")
+
+
 UPDATE = Subject(
     observed=_path,
     right=_right,
@@ -259,6 +267,14 @@ UPDATE = Subject(
                 sentence="every weight moves by about the learning rate, as Adam or a sign makes "
                 "it",
                 predict=lambda facts: _path(facts) if is_like_signs(facts) else None,
+                is_hint=True,
+            ),
+        ),
+        (
+            Hypothesis(
+                sentence="it is made in some elements alone: about {} of it, by its square, is "
+                "missing, as where some ranks or some rows are not updated",
+                predict=_in_some_elements,
                 is_hint=True,
             ),
         ),
