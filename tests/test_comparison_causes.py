@@ -154,6 +154,20 @@ NORMS = {
     "they are those of the samples at the same places in the step before": np.concatenate(
         [NORM[:1], NORM[:-1]]
     ),
+    "0.01 is added to each of them": NORM + 0.01,
+    "sqrt(n^2 + 1) in place of n": np.sqrt(NORM**2 + 1),
+    "they are never above 3.4": np.minimum(NORM, np.median(NORM)),
+    "they are rounded to 2 decimals": np.round(NORM, 2),
+    "added up over the samples of a micro-batch, one after the other": np.sqrt(
+        np.cumsum((NORM**2).reshape(-1, 4, 3), axis=2)
+    ).reshape(NORM.shape),
+    "smoothed: 0.1 of each is that of the sample at its place in the step before": (
+        0.9 * NORM + 0.1 * np.concatenate([NORM[:1], NORM[:-1]])
+    ),
+    "smoothed: 0.25 of each is the mean of its micro-batch": (
+        0.75 * NORM + 0.25 * NORM.reshape(-1, 4, 3).mean(2).repeat(3, axis=1)
+    ),
+    "the 4-norm of the parameters' norms": (BY_PARAMETER**4).sum(2) ** 0.25,
     "the right values in another order": NORM[:, [5, 3, 8, 0, 11, 1, 2, 4, 6, 10, 7, 9]],
 }
 PAIRS = FACTOR.reshape(-1, 4, 3).copy()
@@ -185,6 +199,29 @@ FACTORS = {
         (FACTOR.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
     ),
     "are clipped not at C but at 0.9 C": np.minimum(1, 0.9 * C / NORM),
+    "clipped not at C but at 1.12, 1.05, 36.1, 39.4 C (step by step)": np.minimum(
+        1, np.quantile(NORM, 0.9, axis=1, keepdims=True) / NORM
+    ),
+    "another function of n / C than min(1, C / n): 0.85 where n is 0.796 C": np.tanh(C / NORM),
+    "samples are clipped from 1.22 to 24.5 C on, and not below": np.where(
+        NORM > 2 * C, C / NORM, 1
+    ),
+    "they are rounded to 2 decimals": np.round(FACTOR, 2),
+    "rounded down to powers of 2": 2.0 ** np.floor(np.log2(FACTOR)),
+    "min(1, C / (n + 0.01 C))": np.minimum(1, C / (NORM + 0.01 * C)),
+    "they are 0.5 + 0.5 c in place of the right factors c": (1 + FACTOR) / 2,
+    "they are never above 0.5": np.minimum(0.5, FACTOR),
+    "other norms: the largest of the parameters' norms": np.minimum(1, C / BY_PARAMETER.max(2)),
+    "other norms: those without model.layers.2.weight": np.minimum(
+        1, C / np.sqrt(NORM**2 - BY_PARAMETER[..., 2] ** 2)
+    ),
+    "computed from norms that are rounded to float16": np.minimum(
+        1, C / np.float16(NORM).astype(float)
+    ),
+    "not clipped are all samples of rank 1 alone": np.where(IS_RANK_1, 1, FACTOR),
+    "not clipped are the last sample of each micro-batch": np.where(
+        np.arange(12) % 3 == 2, 1, FACTOR
+    ),
 }
 SHUFFLED = FACTOR[:, [5, 3, 8, 0, 11, 1, 2, 4, 6, 10, 7, 9]]
 THIRD = np.square(BY_PARAMETER[..., 3:4])

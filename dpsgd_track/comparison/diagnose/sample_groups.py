@@ -17,18 +17,23 @@ _FEWEST = 2
 Mask = NDArray[np.bool_]
 
 
-def group_of(samples: NDArray[np.int64], record: Trajectory, row: int) -> str:
+def group_of(
+    samples: NDArray[np.int64], record: Trajectory, row: int, among: Mask | None = None
+) -> str:
     """The group that `samples` are, in words that follow "of"; empty if they are none.
 
     Args:
         samples: their places in the record.
         row: the step's.
+        among: [N] those that could be in it; all by default.
     """
     if len(samples) < _FEWEST:
         return ""
     wrong = np.zeros(record.sample_index.shape[1], dtype=bool)
     wrong[samples] = True
-    found = (words for words, mask in _groups(record, row) if np.array_equal(mask, wrong))
+    could = np.ones_like(wrong) if among is None else among
+    groups = _groups(record, row)
+    found = (words for words, mask in groups if np.array_equal(mask & could, wrong))
     return next(found, "")
 
 

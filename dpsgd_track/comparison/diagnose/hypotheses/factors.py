@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.changed_numbers import changed
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Fitted,
@@ -14,12 +15,16 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
 )
+from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names
 from dpsgd_track.comparison.diagnose.hypotheses.samples import (
     mixed_up,
     of_all_ranks,
     of_other_places,
     rounded,
+    to_bfloat16,
+    to_float16,
 )
+from dpsgd_track.comparison.diagnose.sample_groups import group_of
 from dpsgd_track.record.trajectory import UNUSED, Floats
 
 _ALIKE = 1e-3
@@ -109,6 +114,17 @@ def _with_addend(facts: Facts, *, is_clamped: bool) -> Prediction:
     return Fitted(values, f"{addend:.3g}")
 
 
+def _with_share_of_bound(facts: Facts) -> Prediction:
+    """C / (n + a C), with the a that agrees best."""
+    used = _clipped(facts)
+    used[np.setdiff1d(np.arange(len(used)), facts.rows)] = False
+    if not used.any():
+        return None
+    share = float(np.median((1 / facts.theirs.clip_factor - facts.norm / facts.bound)[used]))
+    values = clip_factors(facts.bound, facts.norm + share * facts.bound)
+    return Fitted(values, f"{share:.3g}")
+
+
 def _smooth(facts: Facts) -> Prediction:
     """(1 + (n / C)^p)^(-1/p), with the p that agrees best."""
     ratio = facts.norm / facts.bound
@@ -128,6 +144,101 @@ def _with_floor(facts: Facts) -> Prediction:
     if not 0 < least < 1:
         return None
     return Fitted(np.maximum(_right(facts), least), f"{least:.3g}")
+
+
+def _of_rounded(C: Floats, n: Floats, rounding: Callable[[Floats], Floats]) -> Floats:
+    return np.asarray(np.minimum(1.0, C / rounding(n)))
+
+
+def _all_ones(facts: Facts) -> Prediction:
+    """Ones, if all that is recorded is 1."""
+    theirs = facts.theirs.clip_factor[facts.rows]
+    is_one = np.abs(theirs[np.isfinite(theirs)] - 1) < _ALIKE
+    return np.ones_like(facts.norm) if is_one.all() else None
+
+
+def _with_cap(facts: Facts) -> Prediction:
+    """The right factors, but never above the largest of the mode's."""
+    most = float(np.nanmax(facts.theirs.clip_factor[facts.rows], initial=0.0))
+    return Fitted(np.minimum(_right(facts), most), f"{most:.3g}") if 0 < most < 0.99 else None
+
+
+def _on_a_grid(facts: Facts) -> Prediction:
+    """What is recorded, if it is the right factors to a few decimals or to a power of 2."""
+    theirs, right = facts.theirs.clip_factor, _right(facts)
+    with np.errstate(all="ignore"):
+        powers = np.log2(right)
+    grids: list[tuple[Floats, str]] = [
+        (np.round(right, k), f"rounded to {k} decimal{'s' * (k > 1)}") for k in (1, 2, 3, 4)
+    ]
+    grids += [
+        (np.exp2(np.floor(powers)), "rounded down to powers of 2"),
+        (np.exp2(np.round(powers)), "rounded to powers of 2"),
+    ]
+    for values, said in grids:
+        off = np.abs(values - theirs)[facts.rows]
+        # A number in the middle of two may go either way.
+        if float(np.mean(off[np.isfinite(off)] < _FLOAT32)) > _MOST_ON_GRID:
+            return Fitted(theirs, said)
+    return None
+
+
+def _affine(facts: Facts) -> Prediction:
+    """a + b c with the constants that agree best."""
+    theirs, right = facts.theirs.clip_factor, _right(facts)
+    of, wanted = right[facts.rows].ravel(), theirs[facts.rows].ravel()
+    is_there = np.isfinite(of) & np.isfinite(wanted)
+    if is_there.sum() < _ENOUGH_SAMPLES or np.ptp(of[is_there]) < _ALIKE:
+        return None
+    slope, start = np.polyfit(of[is_there], wanted[is_there], 1)
+    return Fitted(start + slope * right, f"{start:.3g} + {slope:.3g}")
+
+
+def _some_unclipped(facts: Facts) -> Prediction:
+    """The right factors, but 1 where the mode has 1."""
+    theirs, right = facts.theirs.clip_factor, _right(facts)
+    is_there = np.isfinite(theirs) & np.isfinite(right)
+    is_spared = is_there & (np.abs(theirs - 1) < _FLOAT32) & (right < 1 - _ALIKE)
+    is_clipped = is_there & ~is_spared & (right < 1 - _ALIKE)
+    rows = facts.rows
+    if not is_spared[rows].any():
+        return None
+    with np.errstate(all="ignore"):
+        ratio = facts.norm / facts.bound
+    values, said = np.where(is_spared, 1.0, right), "some samples that exceed C are not clipped"
+    row = next(row for row in rows.tolist() if is_spared[row].any())
+    exceeding = is_spared[row] | is_clipped[row]
+    if which := group_of(np.flatnonzero(is_spared[row]), facts.theirs, row, among=exceeding):
+        said = f"not clipped are {which}"
+    if is_clipped[rows].any():
+        most, least = ratio[rows][is_spared[rows]].max(), ratio[rows][is_clipped[rows]].min()
+        if most < least:
+            said = f"samples are clipped from {most:.3g} to {least:.3g} C on, and not below"
+    return Fitted(values, f"{said}: factors are 1 where n exceeds C")
+
+
+def _function_of_ratio(facts: Facts) -> Prediction:
+    """What is recorded, if it falls with n / C and depends on nothing else."""
+    theirs = facts.theirs.clip_factor
+    with np.errstate(all="ignore"):
+        ratio = facts.norm / facts.bound
+    ratios, factors = ratio[facts.rows].ravel(), theirs[facts.rows].ravel()
+    is_there = np.isfinite(ratios) & np.isfinite(factors)
+    ratios, factors = ratios[is_there], factors[is_there]
+    num_bounds = len(np.unique(facts.bound[facts.rows]))
+    if len(ratios) < _ENOUGH_SAMPLES or num_bounds < 2:
+        return None
+    order = np.argsort(ratios)
+    ratios, factors = ratios[order], factors[order]
+    if np.any(np.diff(factors) > _FLOAT32) or np.ptp(factors) < _ALIKE:
+        return None
+    shown = {int(np.abs(ratios - wanted).argmin()) for wanted in (0.5, 1.0, 2.0, 5.0)}
+    said = [f"{factors[place]:.3g} where n is {ratios[place]:.3g} C" for place in sorted(shown)]
+    return Fitted(theirs, ", ".join(said))
+
+
+_FLOAT32, _MOST_ON_GRID, _ENOUGH_SAMPLES = 1e-6, 0.95, 12
+"""Rounding error of a factor, least share of factors on a grid, and samples to fit a function."""
 
 
 def _of_groups(facts: Facts, size: int | None) -> Prediction:
@@ -156,11 +267,14 @@ def _by_rank(facts: Facts) -> Prediction:
     used = _clipped(facts)
     bounds: dict[int, list[float]] = {}
     for row in facts.rows.tolist():
+        implied = (theirs * facts.norm)[row]
+        of_step = implied[used[row]]
+        is_one = len(of_step) > 0 and np.ptp(of_step) < _ALIKE * of_step.max()
         for rank in sorted(set(ranks[row].tolist()) - {UNUSED}):
             of_rank = ranks[row] == rank
-            here = used[row] & of_rank
+            here = used[row] if is_one else used[row] & of_rank
             if here.any():
-                bound = float(np.median((theirs * facts.norm)[row, here]))
+                bound = float(np.median(implied[here]))
                 values[row, of_rank] = clip_factors(np.array(bound), facts.norm[row, of_rank])
                 bounds.setdefault(rank, []).append(bound / float(facts.bound[row, 0]))
     if not bounds:
@@ -224,15 +338,56 @@ def _of_other_norms() -> Sequence[Hypothesis]:
             sentence=f"they are computed from other norms: {hypothesis.sentence}",
             predict=partial(predict, of=hypothesis),
         )
-        for hypothesis in mixed_up(right, right)
+        for hypothesis in (
+            *mixed_up(right, right),
+            *changed(right, _implied_norms),
+            *_other_totals(),
+        )
     ]
+
+
+def _implied_norms(facts: Facts) -> Floats:
+    """[S, N] C / c of the samples that are clipped, NaN of the others."""
+    with np.errstate(all="ignore"):
+        return np.where(_clipped(facts), facts.bound / facts.theirs.clip_factor, np.nan)
+
+
+def _other_totals() -> Sequence[Hypothesis]:
+    """Totals that are made of the norms by parameter in another way."""
+    ways: Sequence[tuple[str, Callable[[Floats], Floats]]] = (
+        ("the largest of the parameters' norms", lambda n: n.max(axis=2)),
+        ("the sum of the parameters' norms", lambda n: n.sum(axis=2)),
+        (
+            "the root of the mean, not the sum, of the parameters' squares",
+            lambda n: np.sqrt(np.square(n).mean(axis=2)),
+        ),
+    )
+    found = [Hypothesis(sentence=said, predict=partial(_total_of, of=of)) for said, of in ways]
+    return [*found, Hypothesis(sentence="those without {}", predict=_without_some)]
+
+
+def _total_of(facts: Facts, of: Callable[[Floats], Floats]) -> Prediction:
+    return of(facts.by_parameter)
+
+
+def _without_some(facts: Facts) -> Prediction:
+    """Norms without the parameters whose loss agrees best."""
+    squares = np.square(facts.by_parameter)
+    best, least = None, np.inf
+    for name, columns in groups_of_names(facts.ours.parameter_names.tolist()):
+        left = np.sqrt(np.maximum(squares.sum(axis=2) - squares[:, :, columns].sum(axis=2), 0.0))
+        off = (clip_factors(facts.bound, left) - facts.theirs.clip_factor)[facts.rows]
+        error = float(np.nanmax(np.abs(off), initial=0.0))
+        if error < least:
+            best, least = Fitted(left, name), error
+    return best
 
 
 FACTORS = Subject(
     observed=lambda facts: facts.theirs.clip_factor,
     right=_right,
     levels=(
-        (_formula("they are all 1: no sample is clipped", lambda C, n: np.ones_like(n)),),
+        (Hypothesis(sentence="they are all 1: no sample is clipped", predict=_all_ones),),
         (
             _at_bound("1: C is ignored", lambda facts: 1.0),
             _at_bound(
@@ -294,6 +449,16 @@ FACTORS = Subject(
                 sentence="rank {} clips at C of the step before, a step late",
                 predict=_late_on_one_rank(lambda facts: 0),
             ),
+            Hypothesis(sentence="they are never above {}", predict=_with_cap),
+            Hypothesis(sentence="they are {}", predict=_on_a_grid),
+            Hypothesis(sentence="they are {} c in place of the right factors c", predict=_affine),
+            *(
+                _formula(
+                    f"they are computed from norms that are rounded to {name}",
+                    partial(_of_rounded, rounding=rounding),
+                )
+                for name, rounding in (("bfloat16", to_bfloat16), ("float16", to_float16))
+            ),
             *mixed_up(_right, lambda facts: facts.theirs.clip_factor),
             *of_all_ranks(_right),
             *rounded(lambda facts: facts.theirs.clip_factor),
@@ -319,6 +484,19 @@ FACTORS = Subject(
             ),
         ),
         (Hypothesis(sentence="samples are clipped not at C but at {}", predict=_by_rank),),
+        (
+            Hypothesis(
+                sentence="they are min(1, C / (n + {} C)): a share of C is added to the norm",
+                predict=_with_share_of_bound,
+            ),
+        ),
+        (Hypothesis(sentence="{}", predict=_some_unclipped),),
+        (
+            Hypothesis(
+                sentence="they are another function of n / C than min(1, C / n): {}",
+                predict=_function_of_ratio,
+            ),
+        ),
     ),
 )
 """Clip factors, [S, N], as they follow from the mode's own norms."""

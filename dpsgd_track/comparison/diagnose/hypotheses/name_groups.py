@@ -30,3 +30,10 @@ def pairs_of_names(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
         parts[name.partition(".")[0]].append(column)
     for one, other in combinations(parts, 2):
         yield f"all of {one} and {other}", [*parts[one], *parts[other]]
+
+
+def unit_of(name: str) -> str:
+    """The block that a parameter is in, `model.layers.3`; its module where it is in none."""
+    parts = name.split(".")
+    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[0] + 1]) if numbered else name.rpartition(".")[0]

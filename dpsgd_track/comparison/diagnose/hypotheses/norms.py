@@ -9,6 +9,7 @@ from itertools import product
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.changed_numbers import changed
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Fitted,
@@ -16,7 +17,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
 )
-from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names
+from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names, unit_of
 from dpsgd_track.comparison.diagnose.hypotheses.samples import (
     added_up,
     mixed_up,
@@ -153,6 +154,44 @@ def _unlike_in_linear() -> Iterator[Hypothesis]:
             yield replace(each, sentence=f"{said}; and {each.sentence}")
 
 
+def _of_parts() -> Iterator[Hypothesis]:
+    """Totals whose parts' norms are combined as squares should be."""
+    for what, part_of in (
+        ("layers'", lambda name: name.rpartition(".")[0]),
+        ("blocks'", unit_of),
+    ):
+        for how, combine in (
+            (f"the sum of the {what} norms, not the root of the sum of their squares", np.sum),
+            (f"the largest of the {what} norms", np.max),
+        ):
+            yield Hypothesis(
+                sentence=f"they are {how}",
+                predict=partial(_combined, part_of=part_of, combine=combine),
+            )
+    for power in (3, 4):
+        yield _total(
+            f"they are the {power}-norm of the parameters' norms, not the 2-norm",
+            partial(_power_mean, power=power),
+        )
+    yield _total(
+        "they are the sum of the parameters' norms over sqrt(P), P the number of parameters",
+        lambda n: n.sum(axis=2) / n.shape[2] ** 0.5,
+    )
+
+
+def _power_mean(norms: Floats, power: int) -> Floats:
+    return np.asarray((norms**power).sum(axis=2) ** (1 / power))
+
+
+def _combined(
+    facts: Facts, part_of: Callable[[str], str], combine: Callable[..., Floats]
+) -> Prediction:
+    parts = np.array([part_of(name) for name in facts.ours.parameter_names.tolist()])
+    squares = np.square(facts.by_parameter)
+    table = [np.sqrt(squares[:, :, parts == part].sum(axis=2)) for part in np.unique(parts)]
+    return np.asarray(combine(np.stack(table), axis=0)) if len(table) > 1 else None
+
+
 TOTAL = Subject(
     observed=lambda facts: facts.theirs.sample_norm,
     right=_right_total,
@@ -185,6 +224,8 @@ TOTAL = Subject(
             *added_up(_right_total),
             *rounded(lambda facts: facts.theirs.sample_norm),
         ),
+        tuple(changed(_right_total, lambda facts: facts.theirs.sample_norm)),
+        tuple(_of_parts()),
         tuple(_unlike_in_linear()),
         (
             Hypothesis(sentence="they {}", predict=_recounted),

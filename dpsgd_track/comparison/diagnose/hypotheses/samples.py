@@ -383,7 +383,7 @@ def rounded(of_theirs: Of) -> Sequence[Hypothesis]:
         ),
         Hypothesis(
             sentence="they are rounded to float16",
-            predict=lambda facts: _if_rounded(of_theirs(facts), _to_float16, unless=to_bfloat16),
+            predict=lambda facts: _if_rounded(of_theirs(facts), to_float16, unless=to_bfloat16),
         ),
     )
 
@@ -423,7 +423,8 @@ def _if_rounded(
     return values
 
 
-def _to_float16(values: Floats) -> Floats:
+def to_float16(values: Floats) -> Floats:
+    """`values` rounded to 11 significant bits."""
     return values.astype(np.float16).astype(np.float64)
 
 

@@ -23,7 +23,11 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     off_as_rounded,
     share_lost,
 )
-from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names, pairs_of_names
+from dpsgd_track.comparison.diagnose.hypotheses.name_groups import (
+    groups_of_names,
+    pairs_of_names,
+    unit_of,
+)
 from dpsgd_track.comparison.diagnose.hypotheses.sample_weights import ALIKE, any_weights
 from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
 from dpsgd_track.record.alternatives import SumFormula
@@ -151,6 +155,10 @@ def _layers(facts: Facts) -> list[str]:
     return [name.rpartition(".")[0] for name in facts.ours.parameter_names.tolist()]
 
 
+def _blocks(facts: Facts) -> list[str]:
+    return [unit_of(name) for name in facts.ours.parameter_names.tolist()]
+
+
 def _clipped_by(facts: Facts, groups: Sequence[str], *, shares: bool) -> Floats:
     """[S, N, Q] factors of groups of parameters that are clipped by themselves.
 
@@ -174,7 +182,11 @@ def _all_parameters(facts: Facts) -> list[str]:
 
 
 def _parameter_clipping() -> Iterator[Hypothesis]:
-    for what, parts_of in (("parameter", _all_parameters), ("layer", _layers)):
+    for what, parts_of in (
+        ("parameter", _all_parameters),
+        ("layer", _layers),
+        ("block", _blocks),
+    ):
         for shares in (True, False):
             bound = f"C / sqrt(number of {what}s)" if shares else "the full C"
             breach = "" if shares else ", so that a sample can add more than C"
