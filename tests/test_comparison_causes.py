@@ -16,6 +16,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     off_as_rounded,
     share_lost,
 )
+from dpsgd_track.comparison.diagnose.hypotheses.samples import to_bfloat16
 from dpsgd_track.comparison.result import ModeVerdict
 from dpsgd_track.config import DataConfig
 from dpsgd_track.record.alternatives import LossFormula, NormFormula, SumFormula
@@ -254,6 +255,16 @@ SUMS = {
     ),
     "clip factors are divided by the sum of those in the step": (
         FACTOR / FACTOR.sum(axis=1, keepdims=True)
+    ),
+    "its samples count with C / n": C / NORM,
+    "weighed by clip factors in bfloat16": to_bfloat16(FACTOR),
+    "weighed by clip factors in float16": np.float16(FACTOR).astype(float),
+    "samples count with c^1.5 in place of the factor c": FACTOR**1.5,
+    "not clipped (counting with factor 1) are all samples of rank 1": np.where(
+        IS_RANK_1, 1, FACTOR
+    ),
+    "missing are every second sample of each micro-batch": np.where(
+        np.arange(12) % 3 == 1, 0, FACTOR
     ),
     "reduced over ranks again after each micro-batch": np.where(IS_LAST, FACTOR, 2 * FACTOR),
     "model.layers.3.weight and all other parameters are clipped apart, at C / sqrt(2) each": (

@@ -49,6 +49,8 @@ def _groups(record: Trajectory, row: int) -> Iterator[tuple[str, Mask]]:
     yield "the last sample of each micro-batch", there & (place == size - 1)
     yield "all but the first sample of each micro-batch", there & (place > 0)
     yield "all but the last sample of each micro-batch", there & (place < size - 1)
+    yield "every second sample of each micro-batch", there & (place % 2 == 1)
+    yield "every second sample of each micro-batch, from the first", there & (place % 2 == 0)
     for last in range(1, int(place.max(initial=0))):
         yield f"all samples after number {last} of each micro-batch", there & (place > last)
     if len(set(size[there].tolist())) > 1:

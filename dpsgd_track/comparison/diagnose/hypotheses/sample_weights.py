@@ -16,6 +16,8 @@ ALIKE = 1e-3
 """Relative spread up to which fitted weights are one."""
 _FEW = 3
 """Samples that are named one by one."""
+_LISTED = 8
+"""Missing samples that are listed."""
 _ENOUGH = 1.25
 """Least number of projections a sample, for weights that are fitted."""
 
@@ -51,6 +53,11 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             return "samples are multiplied by each other's clip factors, in another order"
         spared = is_there & (np.abs(share - 1) > ALIKE) & (np.abs(weights[row] - 1) < ALIKE)
         is_off = is_there & (np.abs(share - 1) > ALIKE)
+        exceeding = is_there & (facts.factor[row] < 1 - ALIKE)
+        if spared.sum() == is_off.sum() and (
+            which := group_of(np.flatnonzero(spared), t, row, among=exceeding)
+        ):
+            return f"not clipped (counting with factor 1) are {which}, at step {t.step[row]}"
         if 0 < spared.sum() <= _FEW and spared.sum() == is_off.sum():
             shown = ", ".join(map(str, t.sample_index[row][spared].tolist()))
             which = f"sample {shown} is" if spared.sum() == 1 else f"samples {shown} are"
@@ -74,10 +81,27 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
         if np.ptp(amounts) < ALIKE and (which := group_of(np.flatnonzero(is_off), t, row)):
             return f"counting {_times(amounts[0])} are {which}, at step {t.step[row]}"
         if is_lost:
-            return f"missing are {is_off.sum()} of {is_there.sum()} samples at step {t.step[row]}"
+            shown = ", ".join(map(str, t.sample_index[row][is_off].tolist()[:_LISTED]))
+            return (
+                f"missing are {is_off.sum()} of {is_there.sum()} samples ({shown}"
+                f"{', ...' * (is_off.sum() > _LISTED)}) at step {t.step[row]}"
+            )
+        if power := _power_of(facts.factor[row][is_there], weights[row][is_there]):
+            return f"samples count with c^{power:.3g} in place of the factor c"
         low, high = float(share[is_there].min()), float(share[is_there].max())
         return f"samples count {low:.3g} to {high:.3g} times at step {t.step[row]}"
     return ""
+
+
+def _power_of(factors: Floats, weights: Floats) -> float | None:
+    """The power of the factors that the weights are, if they are one."""
+    is_clipped = (factors < 1 - ALIKE) & (weights > 0)
+    if is_clipped.sum() < _FEW or np.any(weights <= 0):
+        return None
+    with np.errstate(all="ignore"):
+        powers = np.log(weights[is_clipped]) / np.log(factors[is_clipped])
+    power = float(np.median(powers))
+    return power if np.allclose(factors**power, weights, rtol=ALIKE) else None
 
 
 def _is_permuted(weights: Floats, factors: Floats) -> bool:

@@ -29,7 +29,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.name_groups import (
     unit_of,
 )
 from dpsgd_track.comparison.diagnose.hypotheses.sample_weights import ALIKE, any_weights
-from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up
+from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up, to_bfloat16, to_float16
 from dpsgd_track.record.alternatives import SumFormula
 from dpsgd_track.record.trajectory import UNUSED, Floats, sketch_distance, sketch_length
 
@@ -534,6 +534,12 @@ SUM = Subject(
             ),
             _of_factors("its samples count with 1 - c in place of c", lambda c: 1 - c),
             _of_factors("its samples are divided by their factors", lambda c: 1 / c),
+            _weighted(
+                "its samples count with C / n: small gradients are scaled up to C",
+                lambda facts: facts.bound / facts.norm,
+            ),
+            _of_factors("its samples are weighed by clip factors in bfloat16", to_bfloat16),
+            _of_factors("its samples are weighed by clip factors in float16", to_float16),
             *_normalised_factors(),
             *_parameter_clipping(),
             Hypothesis(sentence="{}", predict=_two_groups_clipped),
