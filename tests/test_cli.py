@@ -87,12 +87,14 @@ PUBLIC = {
     },
 }
 """Every option that users have had since the first release, with its default."""
-_PLAN = {"dry-run": False, "quiet": False}
+_QUIET = {"quiet": False}
+_PLAN = {"dry-run": False, **_QUIET}
 _SHAPES = {"num-labels": 2, "image-size": None}
 ADDED: dict[str, dict[str, object]] = {
     verb: {**_PLAN, **_SHAPES} for verb in ("quick", "full", "single")
 }
-ADDED["faults"] = {"dry-run": False}
+ADDED["faults"] = _PLAN
+ADDED["sync"] = _QUIET
 ADDED["compare"] = {"bitwise": False, "quiet": False, "verbose": False}
 ADDED["profile"] = {**_PLAN, **_SHAPES, "max-slowdown": None, "max-memory": None}
 ADDED["resume"] = {**_PLAN, "output": None}
@@ -100,7 +102,16 @@ ADDED["ui"] = {"spool": None}
 ADDED["history"] = {"last": 30}
 ADDED["modes"] = {"variant": None, "why": None, "task": "sequence-classification"}
 ADDED["modes"] |= {"seq-length": 16, "vocab-size": None, **_SHAPES}
-ADDED["check"] = {"input": None, "mode": None, "random-seed": 42}
+ADDED["check"] = {"input": None, "mode": None, "random-seed": 42, **_QUIET}
+LOUDNESS = {
+    **dict.fromkeys(("quick", "full", "single", "profile", "faults", "resume"), ("-q",)),
+    **dict.fromkeys(("check", "sync"), ("-q",)),
+    # Only what it tells of a PASS is shortened.
+    "compare": ("-v", "-q"),
+    # They print what was asked for, and nothing else.
+    **dict.fromkeys(("modes", "ui", "history"), ()),
+}
+"""Short options of each verb."""
 
 
 def options(verb: str) -> dict[str, object]:
@@ -120,6 +131,18 @@ def test_every_public_option_is_there_with_its_default(verb: str) -> None:
     for name, default in wanted.items():
         assert found[name] == default or (default is None and found[name] in NOT_CHOSEN), name
         assert type(found[name]) is type(default) or default is None, name
+
+
+def test_every_verb_that_has_an_outcome_can_print_it_alone() -> None:
+    assert set(LOUDNESS) == set(VERBS)
+    found = {}
+    for verb in VERBS:
+        arguments = parser_of(VERBS[verb].run).assemble_argument_collection()
+        names = [tuple(each.names) for each in arguments if each.show]
+        short = [pair for pair in names if any(re.fullmatch("-[a-z]", name) for name in pair)]
+        assert set(short) <= {("--quiet", "-q"), ("--verbose", "-v")}
+        found[verb] = {pair[1] for pair in short}
+    assert found == {verb: set(options) for verb, options in LOUDNESS.items()}
 
 
 @pytest.mark.parametrize("verb", PUBLIC)

@@ -1,6 +1,7 @@
 """Groups that are cut short: nothing stays RUNNING, what was logged is there, the rest is run."""
 
 import json
+import re
 import shlex
 import shutil
 import threading
@@ -221,6 +222,8 @@ def test_a_group_is_run_only_where_it_lacks_something(folder, monkeypatch, capsy
     assert params["regime.max_grad_norms"] == "1.0, 1.0, 1.0, 1.0"
     assert fake_launch.run(["resume", "g"]) == 0
     assert "nothing is missing" in capsys.readouterr().out
+    assert fake_launch.run(["resume", "g", "-q"]) == 0
+    assert capsys.readouterr().out == "group g: nothing is missing\n"
 
 
 def test_a_matrix_that_was_cut_short_is_finished_and_told(folder, monkeypatch, capsys):
@@ -244,6 +247,11 @@ def test_a_matrix_that_was_cut_short_is_finished_and_told(folder, monkeypatch, c
     said = capsys.readouterr().out
     assert "group g: nothing is missing" in said
     assert "Matrix: results/g/faults.md" in said
+    outcome = r"g: [01] of 1 \(\d+%\) faults found; .*\d false alarms on \d healthy modes\n"
+    assert fake_launch.run(["resume", "g", "-q"]) == 1
+    assert re.fullmatch(outcome, capsys.readouterr().out)
+    assert fake_launch.run(["faults", *options, "-q"]) == 1
+    assert re.fullmatch("faults-" + outcome.replace("g:", r"[\d-]+:"), capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

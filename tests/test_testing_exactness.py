@@ -279,6 +279,8 @@ def test_the_command_line_checks_a_users_module(own_layers: None, capsys: Any) -
     assert run("own_layers:block", "--input", "3,5,6", "--mode", "flash,grad_materialize") == 0
     said = capsys.readouterr().out
     assert "own_layers:block: 3 exact." in said
+    assert run("own_layers:block", "--input", "3,5,6", "--mode", "flash", "-q") == 0
+    assert capsys.readouterr().out == "own_layers:block: 1 exact.\n"
     assert run("own_layers:made", "--input", "3,5:9", "--mode", "flash_bk") == 0
     assert run("torch.nn:Linear(6, 4, bias=False)", "--input", "3,6", "--mode", "flash") == 0
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpsgd_track.cli.context import say
+from dpsgd_track.cli.context import Context, say
 from dpsgd_track.cli.options import CheckChoices
 from dpsgd_track.config import require
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
@@ -27,8 +27,8 @@ _FORM = "package.module:NAME, or package.module:NAME(ARGUMENTS) with literal arg
 _FAILURES = (Outcome.WRONG, Outcome.FAILED)
 
 
-def check_module(module: str, choices: CheckChoices) -> int:
-    """Check the module that `module` names, and print a line for each mode.
+def check_module(context: Context, module: str, choices: CheckChoices) -> int:
+    """Check the module that `module` names, and print a line for each mode and one for all.
 
     Returns:
         1 where a mode computes something wrong or raises, else 0: a refusal is an answer.
@@ -53,7 +53,7 @@ def check_module(module: str, choices: CheckChoices) -> int:
             f"input={' '.join(choices.input)!r}: expected inputs that {module} takes. {why}"
         ) from None
     rows = [("mode", "loss", "outcome", ""), *map(_row, results)]
-    say("\n".join(in_columns(rows)))
+    context.say("\n".join(in_columns(rows)))
     failed = [each for each in results if each.outcome in _FAILURES]
     say(f"{module}: {_counted(results)}")
     return EXIT_FAILED if failed else EXIT_FINISHED

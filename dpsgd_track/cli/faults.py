@@ -7,13 +7,12 @@ no healthy mode raised an alarm; 1 otherwise, 2 usage error, 130 interrupted.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpsgd_track.cli.context import Context, reading, say_aside
+from dpsgd_track.cli.context import Context, reading, say, say_aside
 from dpsgd_track.cli.launch import run_asked
 from dpsgd_track.cli.options import FaultOptions
 from dpsgd_track.config import Settings, require
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from dpsgd_track.mutants.redaction import Redaction
 
 ARTIFACT_FOLDER = "faults"
-_LOG_WIDTH = 160
 
 
 def detect(context: Context, options: FaultOptions) -> int:
@@ -60,19 +58,21 @@ def detect(context: Context, options: FaultOptions) -> int:
     code, group = _run(context, options, planted, options.kept.group)
     if not _is_whole(code, group):
         return code
-    return tell_matrix(settings, context.command, group, options.kept.output)
+    return tell_matrix(context, settings, context.command, group, options.kept.output)
 
 
 def _list(mutants: Sequence[Mutant]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from dpsgd_track.report.text import console_width
+
     table = Table()
     for heading in ("fault", "class", "what goes wrong", "source"):
         table.add_column(heading, overflow="fold")
     for mutant in mutants:
         table.add_row(mutant.name, mutant.kind, mutant.title, mutant.source)
-    Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
+    Console(highlight=False, width=console_width()).print(table)
     return EXIT_FINISHED
 
 
@@ -124,7 +124,9 @@ def _unreported(
     return EXIT_FINISHED, redactions
 
 
-def tell_matrix(settings: Settings, command: str, group: str, output: Path | None) -> int:
+def tell_matrix(
+    context: Context, settings: Settings, command: str, group: str, output: Path | None
+) -> int:
     """Print the matrix of `group`, write it, and attach it to the group's run.
 
     Args:
@@ -140,14 +142,18 @@ def tell_matrix(settings: Settings, command: str, group: str, output: Path | Non
     from dpsgd_track.mutants.coverage import print_coverage
     from dpsgd_track.mutants.matrix import matrix_of
     from dpsgd_track.mutants.matrix_json import matrix_json
+    from dpsgd_track.report.text import console_width
     from dpsgd_track.store.find_group import read_group_anywhere
 
     with reading(settings):
         located = read_group_anywhere(settings, group, say_aside)
     matrix = matrix_of(located.group, settings.thresholds)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
-    text.print_matrix(matrix, console)
-    print_coverage(matrix, console)
+    if context.is_quiet:
+        say(text.outcome(matrix))
+    else:
+        console = Console(highlight=False, width=console_width())
+        text.print_matrix(matrix, console)
+        print_coverage(matrix, console)
     folder = Path(settings.results_dir) / matrix.group
     page = text.markdown(matrix, command)
     files = {"faults.md": page, "faults.json": matrix_json(matrix)}
@@ -156,7 +162,7 @@ def tell_matrix(settings: Settings, command: str, group: str, output: Path | Non
     located.attach([(folder / name, ARTIFACT_FOLDER) for name in files], {})
     if output is not None:
         output.write_text(page, encoding="utf-8")
-    print(f"Matrix: {folder / 'faults.md'}")
+    context.say(f"Matrix: {folder / 'faults.md'}")
     return _exit_code(matrix)
 
 

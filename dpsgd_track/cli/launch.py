@@ -167,11 +167,14 @@ def resume(context: Context, group: str, options: ResumeOptions) -> int:
         return launched.code
     # A complete group has no plan of missing runs, and is compared all the same.
     plan = plans[0] if plans else _plan_as_recorded(place.settings, launched.group)
+    if launched.sentence and not (context.is_quiet and plan.suite.is_judged):
+        say(launched.sentence)
     tell(context, plan.suite, launched, place, kept, nodes)
     if plan.suite is Suite.FAULTS and launched.code in (EXIT_FINISHED, EXIT_FAILED):
         from dpsgd_track.cli.faults import tell_matrix
 
-        return tell_matrix(place.settings, plan.command, launched.group, kept.output)
+        place_of_page = kept.output
+        return tell_matrix(context, place.settings, plan.command, launched.group, place_of_page)
     return launched.code
 
 

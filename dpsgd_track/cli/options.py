@@ -168,6 +168,7 @@ class FaultOptions:
     dry: Annotated[DryRun, _WHAT] = field(default_factory=DryRun)
     machine: Annotated[MachineChoices, _MACHINE] = field(default_factory=MachineChoices)
     kept: Annotated[GroupChoices, _KEPT] = field(default_factory=GroupChoices)
+    loudness: Annotated[Loudness, _KEPT] = field(default_factory=Loudness)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ class CheckOptions:
     """Options of check."""
 
     what: Annotated[CheckChoices, _WHAT] = field(default_factory=CheckChoices)
+    loudness: Annotated[Loudness, _WHAT] = field(default_factory=Loudness)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +236,7 @@ class SyncOptions:
     """Options of sync."""
 
     kept: Annotated[SpoolChoices, _KEPT] = field(default_factory=SpoolChoices)
+    loudness: Annotated[Loudness, _KEPT] = field(default_factory=Loudness)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def _profile(*, options: Annotated[ProfileOptions, FLAT] = ProfileOptions(), cal
 def _faults(*, options: Annotated[FaultOptions, FLAT] = FaultOptions(), called: Called) -> int:
     from dpsgd_track.cli.faults import detect
 
-    return detect(called, options)
+    return detect(replace(called, is_quiet=options.loudness.quiet), options)
 
 
 def _modes(*, options: Annotated[ModesOptions, FLAT] = ModesOptions(), called: Called) -> int:
@@ -82,7 +82,7 @@ def _sync(
 ) -> int:
     from dpsgd_track.launcher.sync import sync
 
-    return sync(options.kept.settings(), group)
+    return sync(options.kept.settings(), group, is_quiet=options.loudness.quiet)
 
 
 def _resume(
@@ -106,8 +106,9 @@ def _check(
 ) -> int:
     from dpsgd_track.cli.check import check_module
 
+    called = replace(called, is_quiet=options.loudness.quiet)
     called.tell_environment()
-    return check_module(module, options.what)
+    return check_module(called, module, options.what)
 
 
 def _history(*, options: Annotated[HistoryOptions, FLAT] = HistoryOptions(), called: Called) -> int:

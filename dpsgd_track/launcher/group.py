@@ -127,7 +127,7 @@ class GroupRun:
             if status == Status.KILLED:
                 stopped = Failure(kind=FailureKind.INTERRUPTED, message=interruption.name)
                 self._tree.finish_open(Status.KILLED, stopped)
-                self._display.say(f"group {self._folder.name}: {interruption.reason}")
+                self._display.conclude(f"group {self._folder.name}: {interruption.reason}")
                 return EXIT_INTERRUPTED, interruption.reason
             if status == Status.FAILED:
                 failed.append(job.title)
@@ -145,7 +145,8 @@ class GroupRun:
             self._tree.finish(self._tree.group_run, Status.FAILED, failure)
         else:
             self._tree.finish(self._tree.group_run, Status.FINISHED)
-        self._display.conclude(f"group {self._folder.name}: {summary}")
+        is_last = bool(failed) or not self._plan.suite.is_judged
+        self._display.conclude(f"group {self._folder.name}: {summary}", is_last=is_last)
         return EXIT_FAILED if failed else EXIT_FINISHED, summary
 
     def _run_job(self, job: JobConfig, interruption: Interruption, place: str) -> str:

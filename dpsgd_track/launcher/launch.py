@@ -32,6 +32,8 @@ class Launched:
     """Exit code, one of EXIT_*."""
     group: str = ""
     """Name of the group; empty if nothing was started."""
+    sentence: str = ""
+    """Why nothing was run, if nothing was missing; else empty."""
     problem: str = ""
     """Why it ended early, in a sentence; empty if it did not."""
     left_behind: str = ""
@@ -96,11 +98,10 @@ def resume(
     name = missing.group.name
     if not missing.jobs:
         sentence = f"group {name}: nothing is missing"
-        say(sentence)
         if leader is not None:
             leader.welcome(name)
             leader.close(EXIT_FINISHED, sentence)
-        return Launched(code=EXIT_FINISHED, group=name)
+        return Launched(code=EXIT_FINISHED, group=name, sentence=sentence)
     for line in missing.changes:
         say(f"not as it was: {line}")
     bounds = missing.clip_bounds

@@ -37,8 +37,8 @@ class Display(Protocol):
     def say(self, line: str) -> None:
         """Print a line."""
 
-    def conclude(self, line: str) -> None:
-        """Print the outcome of all modes."""
+    def conclude(self, line: str, *, is_last: bool = True) -> None:
+        """Print the outcome of all modes; not the last if a sentence on the results follows."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -118,9 +118,10 @@ class QuietDisplay:
     def say(self, line: str) -> None:
         """See `Display`."""
 
-    def conclude(self, line: str) -> None:
+    def conclude(self, line: str, *, is_last: bool = True) -> None:
         """See `Display`."""
-        print(visible(line), file=self._stream, flush=True)
+        if is_last:
+            print(visible(line), file=self._stream, flush=True)
 
     def close(self) -> None:
         """See `Display`."""
@@ -186,7 +187,7 @@ class PlainDisplay:
         """See `Display`."""
         print(visible(line), file=self._stream, flush=True)
 
-    def conclude(self, line: str) -> None:
+    def conclude(self, line: str, *, is_last: bool = True) -> None:
         """See `Display`."""
         self.say(line)
 
@@ -264,7 +265,7 @@ class LiveDisplay:
         """See `Display`."""
         self._progress.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
-    def conclude(self, line: str) -> None:
+    def conclude(self, line: str, *, is_last: bool = True) -> None:
         """See `Display`."""
         self.say(line)
 

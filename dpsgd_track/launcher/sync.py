@@ -21,8 +21,11 @@ from dpsgd_track.visible_text import visible
 _SHOWN = 10
 
 
-def sync(settings: Settings, group: str | None) -> int:
+def sync(settings: Settings, group: str | None, *, is_quiet: bool = False) -> int:
     """Ship `group`, or all; returns the exit code: 0 if all of it is in the store.
+
+    Args:
+        is_quiet: print the outcome of each group alone.
 
     Raises:
         ValueError: there is no such group in the spool, or the store cannot be used.
@@ -42,7 +45,7 @@ def sync(settings: Settings, group: str | None) -> int:
     codes = []
     for each in groups:
         try:
-            codes.append(_sync_one(settings, each))
+            codes.append(_sync_one(settings, each, is_quiet=is_quiet))
         except FileNotFoundError:
             if each.folder.exists():
                 raise
@@ -60,9 +63,14 @@ def _say(line: str) -> None:
     print(visible(line), flush=True)
 
 
-def _sync_one(settings: Settings, group: SpooledGroup) -> int:
+def _leave_out(_line: str) -> None:
+    """Print nothing."""
+
+
+def _sync_one(settings: Settings, group: SpooledGroup, *, is_quiet: bool) -> int:
+    say_more = _leave_out if is_quiet else _say
     size = sum(group.sizes().values()) / 1024
-    _say(f"{group.label}: {size:,.1f} KiB of records in {group.folder}")
+    say_more(f"{group.label}: {size:,.1f} KiB of records in {group.folder}")
     try:
         lock = group.hold()
     except Busy:
@@ -70,7 +78,7 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         return EXIT_FAILED
     with lock:
         if closed := group.close_left_open():
-            _say(f"{group.label}: closed {closed} runs, as its launcher died")
+            say_more(f"{group.label}: closed {closed} runs, as its launcher died")
         experiment = group.experiment()
         if not experiment:
             _say(f"{group.label}: its launcher died before the first record was whole")
@@ -87,7 +95,7 @@ def _sync_one(settings: Settings, group: SpooledGroup) -> int:
         client, experiment_id = open_store(settings)
         uri = absolute_uri(settings.tracking_uri)
         counted = Contents(group)
-        _say(f"{group.label}: shipping {counted}, then reading them back")
+        say_more(f"{group.label}: shipping {counted}, then reading them back")
         try:
             problems = settle(Shipper(group, client, uri, experiment_id), count=True)
         except NotThereYet as error:

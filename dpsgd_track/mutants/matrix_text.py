@@ -47,6 +47,15 @@ def summary(matrix: Matrix) -> list[str]:
     ]
 
 
+def outcome(matrix: Matrix) -> str:
+    """The group's name, the share of faults found, those missed, and false alarms, on one line."""
+    parts = [f"{_fraction(matrix.count('is_detected'), matrix.counted)} faults found"]
+    if matrix.missed:
+        parts.append(f"missed {', '.join(row.label for row in matrix.missed)}")
+    parts.append(f"{len(matrix.false_alarms)} false alarms on {len(matrix.healthy)} healthy modes")
+    return f"{matrix.group}: {'; '.join(parts)}"
+
+
 def _stand_ins(matrix: Matrix) -> list[str]:
     """Where the faults were planted, if some were not planted in the user's mode."""
     rows = [row for row in matrix.rows if row.stand_in_for]

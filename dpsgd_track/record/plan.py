@@ -40,6 +40,11 @@ class Suite(enum.StrEnum):
         """
         return self not in (Suite.PROFILE, Suite.FAULTS)
 
+    @property
+    def is_judged(self) -> bool:
+        """True if a launch itself ends with a judgement of its runs, not only with their number."""
+        return self in (Suite.PROFILE, Suite.FAULTS)
+
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class RunKey:
