@@ -543,7 +543,9 @@ def table(path: Path) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+
     def listed(kind: Any) -> Any:
         return lambda text: [kind(part) for part in text.split(",")]
 
@@ -569,7 +571,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure everything that is asked for; 1 where anything was lost or doubled."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if args.table:
         print(table(args.out))
         return 0

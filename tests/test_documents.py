@@ -1,72 +1,74 @@
-"""The README and the pages: their commands parse, their code runs, their links hold."""
+"""The README and the pages: every block runs or is read by what reads it, and links hold."""
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from cyclopts import CycloptsError
 
 from dpsgd_track.cli.options import parser_of
 from dpsgd_track.cli.verbs import VERBS
-from tests.support import ROOT
+from dpsgd_track.comparison.waivers import load_waivers
+from dpsgd_track.mutants.catalogue import KINDS
+from dpsgd_track.mutants.mutant import MUTANTS
+from tests.support import ROOT, document_commands
+from tests.support.document_names import GIVEN
+from tests.support.documents import (
+    MADE_BY_PROGRAMS,
+    OTHERS,
+    PAGES,
+    Block,
+    blocks,
+    blocks_of,
+    name_of,
+    prose,
+    spans,
+)
 
-MADE_BY_PROGRAMS = {
-    "coverage.md",
-    "detection.md",
-    "detection-bf16.md",
-    "findings.md",
-    "power.md",
-    "tracking_faults.md",
+NOT_RUN = {
+    "dpsgd-track ui": "serves until it is stopped",
+    ". .venv/bin/activate": "changes the shell it is typed in",
+    "python -m pytest": "runs these tests",
+    "dpsgd-track sync GROUP --tracking-uri http://host:5000": "needs a server of that address",
+    "dpsgd-track full --model-name org/model --data mine.csv": "needs a model of the hub",
 }
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")]
-RUN = ("README.md", "docs/train.md", "docs/write.md", "docs/library.md")
-"""Pages whose code is run, block after block."""
-_BLOCK = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
-_SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
-_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+"""Lines that are not run, and why; those of this program are parsed all the same."""
 _PROGRAMS = {
     ("dpsgd-track",): None,
     ("python", "launch.py"): None,
     ("python", "-m", "dpsgd_track"): None,
     ("python", "compare.py"): "compare",
 }
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+BLOCKS = [block for path in PAGES for block in blocks(path)]
 
 
-def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+def of_language(language: str) -> dict[str, list[Block]]:
+    """The pages that have blocks in `language`, each with its own in their order."""
+    by_page: dict[str, list[Block]] = {}
+    for block in BLOCKS:
+        if block.language == language:
+            by_page.setdefault(block.page, []).append(block)
+    return by_page
 
 
-def blocks(path: Path, language: str) -> Iterator[str]:
-    for found, text in _BLOCK.findall(path.read_text(encoding="utf-8")):
-        if found == language:
-            yield text
+PYTHON, COMMANDS = of_language("python"), of_language("")
 
 
-def lines_of_code(path: Path) -> Iterator[str]:
-    """Lines of blocks in no language, and code within sentences, where pages give commands too."""
-    for text in blocks(path, ""):
-        yield from text.replace("\\\n", " ").splitlines()
-    if path.name not in MADE_BY_PROGRAMS:
-        for span in _SPAN.findall(_BLOCK.sub("", path.read_text(encoding="utf-8"))):
-            line = " ".join(span.split())
-            # A sentence may name a verb without what it takes.
-            yield f"{line} --help" if re.fullmatch(r"dpsgd-track \S+", line) else line
-
-
-def commands(path: Path) -> Iterator[list[str]]:
-    """Verb and options of each line of code that calls the program."""
-    for line in lines_of_code(path):
-        line = re.sub(r"^\s*([A-Z_]+=\S+\s+)*", "", line)
-        for program, verb in _PROGRAMS.items():
-            if tuple(line.split()[: len(program)]) == program:
-                words = shlex.split(line, comments=True)
-                yield ([verb] if verb else []) + words[len(program) :]
+def in_program(line: str) -> list[str] | None:
+    """Verb and options of a line that calls the program, else None."""
+    for program, verb in _PROGRAMS.items():
+        if tuple(line.split()[: len(program)]) == program:
+            words = shlex.split(line, comments=True)
+            return ([verb] if verb else []) + words[len(program) :]
+    return None
 
 
 def refusal(words: list[str]) -> str:
@@ -88,57 +90,162 @@ def refusal(words: list[str]) -> str:
     return ""
 
 
-def anchors(path: Path) -> set[str]:
-    """Anchors that GitHub and the site give the headings of a page, and those in the text."""
-    text = path.read_text(encoding="utf-8")
-    prose = _BLOCK.sub("", text)
-    headings = re.findall(r"(?m)^#+ (.*)$", prose)
-    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    return slugs | set(re.findall(r'<a id="([^"]+)"', text))
+def lines_of_code(path: Path) -> Iterator[str]:
+    """Lines of blocks in no language, and code within sentences, where pages give commands too."""
+    for block in COMMANDS.get(name_of(path), []):
+        yield from block.lines()
+    for line in spans(path):
+        # A sentence may name a verb without what it takes.
+        yield f"{line} --help" if re.fullmatch(r"dpsgd-track \S+", line) else line
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_every_command_is_one_that_the_program_takes(path: Path) -> None:
-    refused = {" ".join(words): why for words in commands(path) if (why := refusal(words))}
+    commands = filter(None, map(in_program, lines_of_code(path)))
+    refused = {" ".join(words): why for words in commands if (why := refusal(words))}
     assert refused == {}
 
 
-def test_commands_that_the_program_does_not_take_are_found() -> None:
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with groups, and with the mode that a page tells to save there."""
+    (mode,) = PYTHON["docs/write.md"]
+    (waivers,) = of_language("yaml")["docs/results.md"]
+    here = document_commands.furnish(tmp_path_factory.mktemp("pages"), mode.text, waivers.text)
+    with document_commands.in_folder(here):
+        # Pages compare the file that others make.
+        assert document_commands.run("dpsgd-track compare june --export golden.dpsgd", here) == ""
+        (here / "golden.dpsgd").rename(here / "made.dpsgd")
+        yield here
+
+
+_has_run: set[str] = set()
+
+
+def wrong_lines(block: Block, here: Path) -> dict[str, str]:
+    """Lines of a block that fail, and why; each line is run once."""
+    wrong = {}
+    for line in block.lines():
+        if line in NOT_RUN or line in _has_run:
+            continue
+        if "--export" not in line and not (here / "golden.dpsgd").exists():
+            (here / "golden.dpsgd").write_bytes((here / "made.dpsgd").read_bytes())
+        if "--export" in line:
+            (here / "golden.dpsgd").unlink(missing_ok=True)
+        _has_run.add(line)
+        if problem := document_commands.run(line, here):
+            wrong[line] = problem
+    return wrong
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_every_line_of_a_block_runs(page: str, workspace: Path) -> None:
+    assert {b.title: w for b in COMMANDS[page] if (w := wrong_lines(b, workspace))} == {}
+
+
+def failure(block: Block, names: dict[str, Any]) -> str:
+    """Sentence on the exception that a block of Python raises; empty if it runs."""
+    context: Any = names.pop("context", contextlib.nullcontext())
+    tests = {name for name in names if name.startswith("test_")}
+    try:
+        with context:
+            exec(compile(block.text, block.title, "exec"), names)
+            for name in [n for n in names if n.startswith("test_") and n not in tests]:
+                names[name]()
+    except Exception as error:
+        return f"{block.title}: {type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:Secure RNG turned off")
+@pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha", "ignore:Full backward")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("page", PYTHON)
+def test_code_runs_block_after_block(page: str, workspace: Path) -> None:
+    names: dict[str, Any] = {"__name__": page}
+    with mock.patch.dict(MUTANTS, clear=True):
+        for number, block in enumerate(PYTHON[page]):
+            names |= GIVEN.get((page, number), lambda _folder: {})(workspace)
+            assert failure(block, names) == ""
+
+
+def _waivers(_block: Block, here: Path) -> str:
+    return "" if load_waivers(here / "waivers.yaml") else "has no waiver"
+
+
+def _golden_lines(block: Block, here: Path) -> str:
+    """Whether the golden file in text has such lines, whatever their numbers are."""
+    text = here / "golden.dpsgd.json"
+    if not text.exists():
+        document_commands.run(f"dpsgd-track compare june --export {text.name}", here)
+    there = {re.sub(r"[\d.]+", "N", line.strip()) for line in text.read_text().splitlines()}
+    shown = {re.sub(r"[\d.]+", "N", line[1:].strip()) for line in block.text.splitlines()}
+    return "" if shown <= there else f"{shown - there} is not in a golden file"
+
+
+def _coverage(block: Block, _here: Path) -> str:
+    """Whether each class of faults has as many as the output says."""
+    said = dict(re.findall(r"(?m)^(\w+): \d+ of (\d+) would be found", block.text))
+    kinds = [mutant.kind for mutant in MUTANTS.values()]
+    wrong = {kind for kind, number in said.items() if kinds.count(kind) != int(number)}
+    assert set(said) <= set(KINDS)
+    return "" if said and not wrong else f"{wrong} have other numbers of faults"
+
+
+READERS: dict[tuple[str, str], Callable[[Block, Path], str]] = {
+    ("docs/results.md", "diff"): _golden_lines,
+    ("docs/results.md", "yaml"): _waivers,
+    ("docs/write.md", "text"): _coverage,
+}
+"""By page and language: what reads blocks that are neither Python nor commands."""
+
+
+def read_by_its_reader(block: Block, here: Path) -> str:
+    """What is wrong with a block of another language; empty if its reader takes it."""
+    reader = READERS.get((block.page, block.language))
+    return reader(block, here) if reader else f"nothing reads {block.language}"
+
+
+def test_blocks_in_other_languages_are_what_their_readers_take(workspace: Path) -> None:
+    others = [block for block in BLOCKS if block.language not in ("", "python")]
+    wrong = {b.title: w for b in others if (w := read_by_its_reader(b, workspace))}
+    assert wrong == {}
+    assert {(block.page, block.language) for block in others} == set(READERS)
+
+
+def test_what_is_not_run_is_on_a_page() -> None:
+    lines = {line for page in COMMANDS.values() for block in page for line in block.lines()}
+    assert set(NOT_RUN) <= lines
+    numbers = {(page, number) for page, found in PYTHON.items() for number in range(len(found))}
+    assert set(GIVEN) <= numbers
+
+
+def test_broken_blocks_are_found(workspace: Path) -> None:
+    text = (
+        "```python\nx = 1\nassert x == 2\n```\n\n```\ndpsgd-track compare none\nls\n"
+        "dpsgd-track quick --mode no_such_mode\nmake no-such-target\n"
+        "python benchmarks/tracking_scale.py\n"
+        "tags.x ='\nexport MLFLOW_NO_SUCH=1\nmlflow server --no-such\n```\n\n```json\n{}\n```\n"
+    )
+    python, commands, json = blocks_of("docs/new.md", text)
+    assert "AssertionError" in failure(python, {})
+    assert set(wrong_lines(commands, workspace)) == set(commands.lines())
+    assert read_by_its_reader(json, workspace) == "nothing reads json"
     assert "verb" in refusal(["compar", "latest"])
     assert "no-such-option" in refusal(["quick", "--no-such-option"])
-    assert len(list(commands(ROOT / "docs/write.md"))) > 5
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_all_python_parses(path: Path) -> None:
-    for text in blocks(path, "python"):
-        ast.parse(text)
-
-
-def context_of(name: str) -> dict[str, object]:
-    """What the code of a page takes as given."""
-    names: dict[str, object] = {"__name__": name}
-    if name == "docs/library.md":
-        tutorial = next(blocks(ROOT / "docs/train.md", "python"))
-        exec(tutorial, names)
-        names |= {"x": names["batch_x"], "y": names["batch_y"]}
-    return names
-
-
-@pytest.mark.parametrize("name", RUN)
-def test_code_runs_block_after_block(name: str) -> None:
-    names = context_of(name)
-    # `test_trainer` runs what takes transformers' Trainer.
-    texts = [text for text in blocks(ROOT / name, "python") if "PrivateTrainer" not in text]
-    assert texts
-    for index, text in enumerate(texts):
-        exec(compile(text, f"{name}, block {index + 1}", "exec"), names)
+def anchors(path: Path) -> set[str]:
+    """Anchors that GitHub and the site give the headings of a page, and those in the text."""
+    headings = re.findall(r"(?m)^#+ (.*)$", prose(path))
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)"', path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("path", [*PAGES, *OTHERS], ids=name_of)
 def test_links_hold(path: Path) -> None:
     broken = []
-    for link, picture in _LINK.findall(_BLOCK.sub("", path.read_text(encoding="utf-8"))):
+    for link, picture in _LINK.findall(prose(path)):
         target, _, anchor = (link or picture).partition("#")
         if re.match(r"\w+:", target):
             continue

@@ -48,6 +48,6 @@ def print_coverage(matrix: Matrix, console: Console) -> None:
 
     lines = coverage(matrix)
     if lines:
-        console.print(Text("What the comparison could see in the mode, class by class:"))
+        console.print(Text("Faults of the mode that the comparison would find, class by class:"))
         for line in lines:
             console.print(Text(f"  {line}"))
