@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 COMMANDS = "commands.md"
+WIDE = {"coverage.md", "detection.md", "detection-bf16.md", "findings.md", "tracking_faults.md"}
+"""Pages of wide tables, which have the room of the list of contents as well."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -20,8 +23,10 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Links to files of the repository that the site does not have become their names."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     return re.sub(r"\[([^\]]*)\]\(\.\./([^)#]*)[^)]*\)", r"\1 (`\2`)", markdown)
 
 

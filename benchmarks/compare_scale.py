@@ -69,11 +69,11 @@ class Shape:
     """Also samples a step."""
     num_steps: int
     rank_metrics: bool = True
-    """Whether rank runs have metric history."""
+    """True if rank runs have metric history."""
     died: bool = False
-    """Whether every run ended before its record was uploaded."""
+    """True if every run ended before its record was uploaded."""
     over_http: bool = False
-    """Whether it is also compared through a server."""
+    """True if it is also compared through a server."""
 
     @property
     def spiked_step(self) -> int:
@@ -89,7 +89,7 @@ SHAPES = (
 
 
 def record(shape: Shape) -> Trajectory:
-    """What every mode of the group computes but for rounding; equal shapes make equal records."""
+    """Record of every mode of the group but for rounding; equal shapes make equal records."""
     rng = np.random.default_rng(7)
     S, N, P, K, L = shape.num_steps, shape.num_ranks, NUM_PARAMETERS, NUM_PROJECTIONS, NUM_LAYERS
     by_parameter = rng.uniform(0.5, 2.0, (S, N, P))

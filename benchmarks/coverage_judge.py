@@ -43,17 +43,17 @@ WAYS_OUT = re.compile(
     rf"(?:^|[.;:,] |\b(?:or|and) )(?:{'|'.join(VERBS.split())})\b",
     re.IGNORECASE,
 )
-"""What a refusal says one should do."""
+"""Advice that a refusal gives."""
 
 
 @dataclass(kw_only=True)
 class Row:
-    """What came of one architecture, batch and mode."""
+    """Outcome of one architecture, batch and mode."""
 
     architecture: str
     kind: str
     batch: str
-    """What the batch size is equal to."""
+    """Quantity that the batch size is equal to."""
     batch_sizes: str
     """Of the batches that are made for it, to which parts of the first are added."""
     mode: str
@@ -71,7 +71,7 @@ class Row:
     """Layers that ran sample by sample."""
     seconds: float = 0.0
     sentence: str = ""
-    """What the exception said, or what was wrong."""
+    """Message of the exception, or the quantities that were wrong."""
     torch: str = field(default_factory=lambda: version("torch"))
     transformers: str = field(default_factory=lambda: version("transformers"))
     commit: str = field(default_factory=lambda: _revision())
@@ -112,7 +112,7 @@ class Trial:
     max_grad_norm: float
     """C, at which more than half of the first batch's samples are clipped, and not all."""
     leaves_one_out: bool
-    """Whether the second batch is the first without its sample of the largest gradient."""
+    """True if the second batch is the first without its sample of the largest gradient."""
 
 
 def judge(name: str, architecture: Architecture, seconds: float = 60.0) -> Iterator[Row]:
@@ -355,7 +355,7 @@ def _timed(step: Callable[[], None]) -> float:
 
 
 def is_refusal(message: str, names: Iterable[str]) -> bool:
-    """Whether it names a module, a parameter or a setting, and says what to do."""
+    """True if it names a module, a parameter or a setting, and says what to do."""
     named = "|".join(re.escape(name) for name in names if name)
     names_something = re.match(r"\w+(=|: expected)", message) or (
         named and re.search(rf"(?<![\w.])(?:{named})(?!\w)", message)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.coverage_judge import APART, FAILURES, OUTCOMES, SAME, THEN, Row
 
-HEADING = """# Which architectures are exact
+HEADING = """# Exact architectures
 
-Made by `python benchmarks/coverage.py benchmarks/coverage.csv --page docs/coverage.md`. Each is a
+This table lists architectures and says of each if `make_private` trains it exactly. It is made by `python benchmarks/coverage.py benchmarks/coverage.csv --page docs/coverage.md`. Each is a
 tiny model with random weights, as its users would run it, through `make_private` without noise. It
 was held against plain autograd, one sample at a time: the norm of every sample, the clipped sum,
 and how far the sum moves without its largest sample.
@@ -31,7 +31,7 @@ these sizes it is mostly Python's, and no measure of what a step costs at a real
 """
 
 
-COLUMNS = ("architecture", APART, SAME, "then", "other B", "copies", "time", "what is said")
+COLUMNS = ("architecture", APART, SAME, "then", "other B", "copies", "time", "message")
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -71,6 +71,6 @@ def _outcome(rows: Sequence[Row]) -> str:
 
 
 def counted(rows: Iterable[Row]) -> str:
-    """How many rows have each outcome."""
+    """Number of rows with each outcome."""
     counts = Counter(row.outcome for row in rows)
     return ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])

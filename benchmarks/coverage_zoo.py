@@ -82,9 +82,9 @@ class Architecture:
     """Lengths that a batch size may happen to be equal to; T comes first."""
     modes: tuple[str, ...] = ONE_MODE
     trains: bool = True
-    """Whether it is in train mode; False keeps the statistics of BatchNorm."""
+    """True in train mode; False keeps the statistics of BatchNorm."""
     drops: bool = False
-    """Whether its dropout draws, so that there is no second forward to judge by."""
+    """True if its dropout draws, so that there is no second forward to judge by."""
     needs: str = ""
     """Package beside the project's own."""
 
@@ -221,7 +221,7 @@ def classes(size: int, generator: torch.Generator) -> Tensor:
 
 
 def pair_loss(logit_B: Tensor, target_B: Tensor) -> Tensor:
-    """Whether image and text fit, [B]."""
+    """Binary cross-entropy of whether image and text belong together, [B]."""
     return F.binary_cross_entropy_with_logits(logit_B, target_B, reduction="none")
 
 
@@ -402,7 +402,7 @@ MOE: dict[str, Any] = {
 
 
 class Pairs(nn.Module):
-    """How well each image fits its own text, by a CLIP model."""
+    """Similarity of each image and its own text, by a CLIP model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

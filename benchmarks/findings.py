@@ -396,8 +396,9 @@ def page(results: Iterable[Reproduced], paths: Mapping[str, str]) -> str:
     libraries = list(dict.fromkeys(each.finding.library for each in told))
     parts = [
         "# Findings in public code\n",
-        "Made by `benchmarks/findings.py`, which runs every command below, and fails where one no "
-        "longer says its words. Modes of other libraries are in "
+        "This page lists defects that dpsgd-track shows in public code, each with the command that "
+        "shows it. `benchmarks/findings.py` makes it: it runs every command, and fails where the "
+        "message is another. Modes of other libraries are in "
         "[examples/adapters](../examples/adapters/README.md).\n",
         f"{len(defects)} defects of {len({d.finding.library for d in defects})} libraries.\n",
     ]
@@ -405,7 +406,7 @@ def page(results: Iterable[Reproduced], paths: Mapping[str, str]) -> str:
         own = [each for each in told if each.finding.library == library]
         tag = _version(library, paths.get(library, ""))
         parts.append(f"## [{library}]({HOMES[library]}) {tag}\n")
-        parts.append("| | what | said | command |\n|---|---|---|---|")
+        parts.append("| | finding | message | command |\n|---|---|---|---|")
         parts += [_row(each) for each in own]
         parts.append("")
     return "\n".join(parts).rstrip() + "\n"

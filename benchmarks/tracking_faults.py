@@ -40,9 +40,10 @@ assert tracking_faults_store
 
 HEADING = """# Faults of tracking
 
-Made by `python benchmarks/tracking_faults.py docs/tracking_faults.md`, which anybody can run. Each
-fault was injected for real, on one machine, while a group was logged or launched. Afterwards every
-value that had been logged was looked for in the store.
+This table says of each failure of a server, disk or process if a logged value is lost. It is made by
+`python benchmarks/tracking_faults.py docs/tracking_faults.md`, which anybody can run. Each fault
+was injected for real, on one machine, while a group was logged or launched. Afterwards every value
+that had been logged was looked for in the store.
 
 - **Lost**: values that were logged and are not in the store as they were; where a file was damaged
   or cut, those that are lost without being told. **Doubled**: values and runs that are there more
@@ -59,7 +60,7 @@ to 1 MiB in place of 128. Power failure and damage are changes of the files in a
 which is then shipped to a store in memory. *A minute later* is not waited for: what was left in the
 temporary folder is made a minute older.
 """
-COLUMNS = ("fault", "times", "what follows", "values", "lost", "doubled", "RUNNING", "left")
+COLUMNS = ("fault", "times", "outcome", "values", "lost", "doubled", "RUNNING", "left")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class Row:
     tally: Tally
     took_s: float
     skipped: str = ""
-    """Why it could not be tried here; empty if it was."""
+    """Reason that it could not be tried here; empty if it was."""
     failed: str = ""
     """Error of an injection that went otherwise than expected; empty for none."""
 
@@ -125,13 +126,13 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-REST = """## What else is tried
+REST = """## Other tests
 
 `python -m pytest -n 0 -m soak` does the same more often, and with real modes: 20 kills of a rank,
 10 of the launcher and 5 of all processes at random moments (`tests/test_launcher_kills.py`), 20
 kills of a server on SQLite and on PostgreSQL (`tests/test_tracking_outages.py`), and 20,000 damaged
-spools (`tests/test_tracking_damage_anywhere.py`). What a fault means for you is told in the
-[guide](tracking.md).
+spools (`tests/test_tracking_damage_anywhere.py`). [Tracking](tracking.md) says
+what each fault means for you.
 """
 
 

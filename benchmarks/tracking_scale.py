@@ -91,14 +91,14 @@ class Shape:
     rank_metrics: int = 10
     """Metrics of a step on each logged rank's run."""
     store: str = POSTGRESQL
-    """What the server keeps everything in: postgresql or sqlite. file: SQLite without a server."""
+    """Database of the server: postgresql or sqlite. file: SQLite without a server."""
     server_workers: int = 1
     connections: int = 45
     """That each worker of the server may have to its database; 0 leaves it to MLflow, which has 15.
     A batch of metrics takes two, one after the other, and 40 are worked on at once: where all
     connections are held by those that wait for their second, everybody waits for 30 s."""
     limit_s: float = 400.0
-    """How long the rest may take to arrive after the last step."""
+    """Time in which the rest may arrive after the last step."""
 
     @property
     def logged(self) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ def launcher(
 
 @dataclass(frozen=True)
 class Store:
-    """Where everything is shipped to."""
+    """Store that everything is shipped to."""
 
     uri: str
     """As launchers know it."""
@@ -254,7 +254,7 @@ def cpu_s(process: psutil.Process | None) -> float:
 
 
 def database_bytes(uri: str) -> int:
-    """What the database takes on its disk."""
+    """Bytes of the database on its disk."""
     if uri.startswith("sqlite"):
         return Path(uri.removeprefix("sqlite:///")).stat().st_size
     import sqlalchemy
@@ -385,7 +385,7 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
 def _joined(
     shape: Shape, groups: Sequence[SpooledGroup], of_ranks: Sequence[str]
 ) -> list[tuple[SpoolWriter, list[str]]]:
-    """What every host but the first takes part in: its launcher's file, and the runs."""
+    """Part of every host but the first: its launcher's file, and the runs."""
     found = []
     for node, group in enumerate(groups[1:], 1):
         writer = SpoolWriter(group.folder, f"launcher{CONTROL}")
@@ -410,7 +410,7 @@ def _end(process: Any) -> None:
 
 
 def _row(shape: Shape, requests: list[Request], first: float) -> dict[str, Any]:
-    """What the requests say."""
+    """Figures of the requests."""
     at, took_s, sizes = (np.array(column) for column in zip(*sorted(requests), strict=True))
     arrived_s = at[-1] - first
     # Whole windows until the last answer: what arrived in each, a second.
@@ -480,7 +480,7 @@ _PLAIN = ("steps", "steps_per_second", "mode_metrics", "rank_metrics", "limit_s"
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
-    """What the arguments ask for."""
+    """Shapes that the arguments ask for."""
     shape = replace(
         QUICK if args.quick else Shape(ranks=1, layout=ONE),
         **{name: value for name in _PLAIN if (value := getattr(args, name)) is not None},

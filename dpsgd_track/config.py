@@ -176,7 +176,7 @@ class PerformanceConfig:
     """Settings that may change speed and memory, never the guarantee."""
 
     device: str = "cpu"
-    """Where the model runs: cpu or cuda."""
+    """Device of the model: cpu or cuda."""
     param_dtype: str = "float32"
     """float32 or bfloat16. The compute type of forward and backward; master weights and reductions
     are float32."""
@@ -281,7 +281,7 @@ class DataConfig:
     ragged: bool = False
     """Give synthetic samples unequal lengths. They are a quarter of `--seq-length` and more."""
     sampling: str = SEQUENTIAL
-    """How samples are drawn: sequential (the next ones) or poisson (each independently)."""
+    """Draw of samples: sequential (the next ones) or poisson (each independently)."""
     dataset_size: int | None = None
     """Number of synthetic samples that Poisson sampling draws from (default: none). Text has its
     own number of rows."""

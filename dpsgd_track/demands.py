@@ -45,7 +45,7 @@ def model_demands(regime: str) -> frozenset[Demand]:
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """What a launch leaves out of a comparison, and why."""
+    """One part of a comparison that a launch leaves out, with the reason."""
 
     label: str
     """`mode` or `mode@variant`."""
@@ -67,7 +67,7 @@ class LeftOut:
 def left_out_of(
     label: str, regimes: Sequence[str], declined: Collection[Demand]
 ) -> Iterator[LeftOut]:
-    """What is left out of `regimes` for a mode that declines demands."""
+    """Parts of `regimes` that are left out for a mode that declines demands."""
     whole = tuple(name for name in regimes if model_demands(name) & set(declined))
     others = [name for name in regimes if name not in whole]
     if whole:

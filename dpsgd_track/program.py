@@ -1,4 +1,4 @@
-"""How the program was called, for hints that can be copied."""
+"""Name under which the program was called, for hints that can be copied."""
 
 from __future__ import annotations
 

@@ -67,9 +67,9 @@ class Extent:
     """The part of two runs that is compared."""
 
     reason: str = ""
-    """Why something is left out, as a clause; empty if nothing is."""
+    """Reason for leaving something out, as a clause; empty if nothing is."""
     what: str = "all"
-    """What is compared, in words."""
+    """The comparison's extent in words."""
     last_step: int | None = None
     """Last step that is compared; None for all."""
     left_out: frozenset[ObservableName] = frozenset()

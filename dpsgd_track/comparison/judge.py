@@ -192,6 +192,6 @@ def _passed(
 
 
 def _in_part(held: Sequence[Held]) -> str:
-    """What of a run was not compared, and why; empty if all was."""
+    """The part of a run that was not compared, with the reason; empty if all was."""
     said = dict.fromkeys(each.extent.told for each in held if each.extent.told)
     return "".join(f" ({each})" for each in said)

@@ -199,7 +199,7 @@ class Judged:
     passed: str = ""
     """Description of the run in its regime, in case there are no findings."""
     warnings: tuple[str, ...] = ()
-    """What the code of the run warned of, in sentences without full stops."""
+    """Warnings of the run's code, in sentences without full stops."""
 
 
 def mode_verdict(label: str, results: Sequence[Judged]) -> ModeVerdict:
@@ -267,7 +267,7 @@ def _leading(culprits: Mapping[Key, Culprit], findings: Sequence[Finding]) -> Cu
 
 
 def _breach(findings: Sequence[Finding]) -> str:
-    """What a sum that is longer than privacy allows is told with, before anything else."""
+    """Clause that comes first where a sum is longer than privacy allows."""
     breach = next((f.culprit for f in findings if f.culprit and f.culprit.breaks_bound), None)
     if breach is None:
         return ""

@@ -1,4 +1,4 @@
-"""What a comparison could have seen, and what no regime of its group exercised."""
+"""Errors that a comparison could have seen, and those that no regime of its group exercised."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def seen_in(
     audits: Sequence[NoiseAudit],
     runs: Sequence[ModeRun],
 ) -> Seen:
-    """What was seen in every mode of a group.
+    """Resolution in every mode of a group.
 
     Args:
         modes: the resolution of each mode, by model.

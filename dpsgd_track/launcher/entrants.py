@@ -39,7 +39,7 @@ class Entrant:
         return tuple(name for name in names if is_run(self.mode, name, self.declined))
 
     def left_out(self, names: Sequence[str]) -> Iterator[LeftOut]:
-        """What is left out of the regimes `names` for what it declines."""
+        """Parts of the regimes `names` that are left out for the demands it declines."""
         by_kind = [name for name in names if is_run(self.mode, name)]
         return left_out_of(self.label, by_kind, self.declined)
 

@@ -33,11 +33,11 @@ class Launched:
     group: str = ""
     """Name of the group; empty if nothing was started."""
     sentence: str = ""
-    """Why nothing was run, if nothing was missing; else empty."""
+    """Sentence on a group in which nothing was missing; else empty."""
     problem: str = ""
-    """Why it ended early, in a sentence; empty if it did not."""
+    """Reason for an early end, in a sentence; empty without one."""
     left_behind: str = ""
-    """Why some records are on this machine alone; empty if the store has all."""
+    """Reason that some records are on this machine alone; empty if the store has all."""
     spool: Path | None = None
     """Folder of the records left behind."""
 

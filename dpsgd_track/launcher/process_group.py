@@ -53,7 +53,7 @@ _OF_LAUNCHER = re.compile(r"\b(?:ChildFailedError|ProcessExitedException)\b")
 """Messages of torch's launcher on a failed rank."""
 _ROOT_CAUSE = re.compile(r"^Root Cause .*?^\s*rank\s*: (\d+)", re.MULTILINE | re.DOTALL)
 _CREDENTIALS = ("MLFLOW_TRACKING_", "PGPASS", "PGSERVICE")
-"""How the names of variables begin that lead to the tracking store."""
+"""Beginnings of the names of variables that lead to the tracking store."""
 _DATABASES = ("postgresql", "postgres", "mysql", "mssql")
 _KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID")
 
@@ -67,7 +67,7 @@ class Outcome:
     status: Status
     """FINISHED, FAILED or KILLED."""
     failure: Failure | None = None
-    """Why it did not finish."""
+    """Reason that it did not finish."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ def start(started: StartedJob, launch: Launch, host: WorkerHost, meeting: Meetin
 
 
 def report_of(work_dir: Path, code: int) -> Report:
-    """Why the group in `work_dir` exited with `code`, and how long ago it failed."""
+    """Reason that the group in `work_dir` exited with `code`, and the time since it failed."""
     now_s = time.time()
     times_s = [file.stat().st_mtime for file in work_dir.glob("failure-rank*.json")]
     age_s = max(0.0, now_s - min(times_s, default=now_s))
@@ -230,7 +230,7 @@ def environment_of(job: JobConfig, request: Request) -> dict[str, str]:
 
 
 def _without_credentials(environment: Mapping[str, str]) -> dict[str, str]:
-    """What ranks may see: they write to the spool, and need no tracking store."""
+    """Environment of ranks: they write to the spool, and need no tracking store."""
     return {
         name: value
         for name, value in environment.items()

@@ -32,7 +32,7 @@ _THREAD = re.compile(r"^(?:Current thread|Thread) 0x", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Standstill:
-    """Where a rank stands."""
+    """Position of a rank in its code."""
 
     rank: int
     place: str
@@ -126,7 +126,7 @@ class Stalls:
 
 
 def standstill(rank: int, stacks: str, job: JobConfig) -> Standstill:
-    """Where a rank stands, by the stacks that its interpreter wrote."""
+    """Position of a rank in its code, by the stacks that its interpreter wrote."""
     # The main thread is the oldest, and comes last; within it, the innermost frame comes first.
     main = _THREAD.split(stacks)[-1]
     inner = ""

@@ -131,7 +131,7 @@ def _settings_of(variant: VariantConfig | None) -> dict[str, str]:
 
 
 def _takes_settings(mode: str, variant: VariantConfig) -> str:
-    """Why `mode` does not run with the settings of `variant`; empty if it does."""
+    """Reason that `mode` does not run with the settings of `variant`; empty if it does."""
     settings = _settings_of(variant)
     plan = settings.get(PLAN, AUTO)
     if plan != AUTO and not table.takes_norm_plan(mode, plan):

@@ -1,4 +1,4 @@
-"""Whose code a file is: the project's, a mode's, a variant's, or an installed package's."""
+"""Owner of a file's code: the project, a mode, a variant, or an installed package."""
 
 from __future__ import annotations
 

@@ -19,15 +19,15 @@ from dpsgd_track.modes.table import factory_of
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """What a user's module says of a mode."""
+    """Declarations of a user's module on a mode."""
 
     declined: tuple[Demand, ...] = ()
     problem: str = ""
-    """Why its module has no such mode, in a sentence; empty if it has."""
+    """Reason that its module has no such mode, in a sentence; empty if it has."""
 
 
 def parsed(output: str) -> dict[str, Declared]:
-    """What was declared of each mode, from what `main` printed; empty if it did not end."""
+    """Declarations on each mode, read from the output of `main`; empty if it did not end."""
     lines = output.splitlines()
     try:
         found = json.loads(lines[-1]) if lines else {}

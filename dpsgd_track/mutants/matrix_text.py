@@ -57,7 +57,7 @@ def outcome(matrix: Matrix) -> str:
 
 
 def _stand_ins(matrix: Matrix) -> list[str]:
-    """Where the faults were planted, if some were not planted in the user's mode."""
+    """Sentence on stand-ins, if some faults were not planted in the user's mode."""
     rows = [row for row in matrix.rows if row.stand_in_for]
     if not rows:
         return []
@@ -133,8 +133,9 @@ def _exceptions(matrix: Matrix) -> list[str]:
 def markdown(matrix: Matrix, command: str) -> str:
     """The page of the documentation."""
     parts = [
-        "# Which faults are found",
-        f"Made by `{command}` ({matrix.settings}). Each fault was planted in a correct mode, "
+        "# Faults that are found",
+        "These tables say of each known fault if a comparison finds it, and where it puts the blame. "
+        f"They are made by `{command}` ({matrix.settings}). Each fault was planted in a correct mode, "
         "which then ran on the probe and was compared like any other.",
         "\n".join(f"- {line}" for line in summary(matrix)),
     ]
@@ -152,7 +153,7 @@ def markdown(matrix: Matrix, command: str) -> str:
 
 def _table(rows: Iterable[Row]) -> str:
     lines = [
-        "| fault | what is computed | needs | planted in | verdict | step | blamed | naive test |",
+        "| fault | computation | needs | planted in | verdict | step | blamed | naive test |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

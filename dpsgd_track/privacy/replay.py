@@ -133,7 +133,7 @@ class Replays:
         return self._added(graph, batch, self._replay(graph, batch))
 
     def _call_of(self, batch: Batch) -> object:
-        """What the kind of a batch depends on, but the model."""
+        """Properties that make the kind of a batch, besides the model."""
         engine = self.engine
         shapes = [(t.shape, t.dtype, t.device) for t in batch.tensors()]
         settings = (
@@ -194,7 +194,7 @@ class Replays:
     def _computed(
         self, batch: Batch, random_state: Tensor
     ) -> tuple[SampleRecord, dict[str, Tensor]]:
-        """What the engine computes for a batch from a random state, which is as before after it."""
+        """Results of the engine for a batch from a random state, which is restored afterwards."""
         engine, before = self.engine, torch.cuda.get_rng_state(self._device)
         torch.cuda.set_rng_state(random_state, self._device)
         try:

@@ -37,7 +37,7 @@ _SIZES = {
     *(getattr(Tensor, name) for name in f"{_METHODS} {_TESTS}".split()),
     *(getattr(torch, name) for name in _TESTS.split()),
 }
-"""What tells of a tensor without its elements."""
+"""Identity of a tensor without its elements."""
 _PAIRED = frozenset((F.linear, F.embedding))
 """Functions that take no weight for each sample."""
 _PRODUCTS = frozenset(
@@ -50,7 +50,7 @@ _Action = tuple[str, tuple[int, ...]]
 
 
 class Course:
-    """What each operation on the rows of a layer does, by the operations that led to it."""
+    """Effect of each operation on the rows of a layer, by the operations that led to it."""
 
     def __init__(self, name: str) -> None:
         self.name = name

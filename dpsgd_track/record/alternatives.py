@@ -1,4 +1,4 @@
-"""What a right gradient or norm becomes by a known mistake: names for records of both halves.
+"""Right gradients and norms as known mistakes change them: names for records of both halves.
 
 A record holds one value for each member, in order. New members go to the end: a record of an
 earlier version has fewer of them.

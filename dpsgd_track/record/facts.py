@@ -44,7 +44,7 @@ class RunFacts:
     imported: Mapping[str, str] = field(default_factory=dict)
     """Packages imported from the run's variant, and their versions."""
     warnings: tuple[str, ...] = ()
-    """What the code under test warned of in this process so far, and notices of its mode: sentences
+    """Warnings of the code under test in this process so far, and notices of its mode: sentences
     without full stops."""
     not_optimized: tuple[str, ...] = ()
     """Trainable parameters that the mode's optimizer lacks, although it has others."""

@@ -137,7 +137,7 @@ class NoiseDraws:
 
     @classmethod
     def of_columns(cls, columns: Mapping[str, NDArray[Any]]) -> NoiseDraws:
-        """What `columns` returned.
+        """Columns, as `columns` returns them.
 
         Raises:
             ValueError: a field is missing or of another type or shape, or there is another field.

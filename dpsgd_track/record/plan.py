@@ -75,7 +75,7 @@ class GroupPlan:
     num_nodes: int = 1
     """Machines that the ranks are spread over."""
     left_out: tuple[LeftOut, ...] = ()
-    """What was asked for and is not run, as the mode does not take it."""
+    """Runs that were asked for and are left out, as the mode does not take them."""
     command: str = ""
     """Command line it was made from, without credentials and group; for display, never parsed."""
 

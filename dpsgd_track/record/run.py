@@ -70,18 +70,18 @@ class ModeRun:
     setup: RegimeConfig | None = None
     """The regime as planned."""
     failure: Failure | None = None
-    """Why the run did not finish, if known."""
+    """Reason that the run did not finish, if known."""
     facts: RunFacts | None = None
     """None for a run that ended before it reported any."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Last value of each metric."""
     trajectory: Trajectory | None = None
     trajectory_missing: str = ""
-    """Why there is no trajectory, or only one rebuilt from metrics; empty when it is exact."""
+    """Reason for no trajectory, or only one rebuilt from metrics; empty when it is exact."""
     timings: Timings | None = None
     """Step times of a timed run of a profile."""
     timings_missing: str = ""
-    """Why a timed run has no timings."""
+    """Reason that a timed run has no timings."""
 
     @property
     def key(self) -> RunKey:
@@ -106,7 +106,7 @@ class ModeRun:
 
     @property
     def reason(self) -> str:
-        """Why it did not finish, in a sentence without a full stop; empty if unknown."""
+        """Reason that it did not finish, in a sentence without a full stop; empty if unknown."""
         if self.failure is not None:
             return self.failure.reason.rstrip(". ")
         return self.trajectory_missing if self.status is Status.MISSING else ""

@@ -72,7 +72,7 @@ def _measured(rungs: tuple[Rung, ...]) -> Iterator[Rung]:
 
 
 def _cost(profile: Profile | None) -> str:
-    """What modes cost: of a variant beside the same mode without it, else beside no privacy."""
+    """Costs of modes: of a variant beside the same mode without it, else beside no privacy."""
     measured = [cost for cost in profile.costs if cost.time_ratio] if profile else []
     if not measured:
         return "Not measured: dpsgd-track profile does."

@@ -307,7 +307,7 @@ class ResolutionEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class SeenEntry:
-    """What the comparison would have seen, and what no regime exercised."""
+    """Errors that the comparison would have seen, and those that no regime exercised."""
 
     sentence: str
     resolutions: tuple[ResolutionEntry, ...]
@@ -339,9 +339,9 @@ class RunEntry:
     """Id on the tracking server; empty when the run is missing."""
     status: str
     reason: str
-    """Why it failed."""
+    """Reason that it failed."""
     trajectory_missing: str
-    """Why there is no trajectory, or only one rebuilt from metrics; empty when it is exact."""
+    """Reason for no trajectory, or only one rebuilt from metrics; empty when it is exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +365,7 @@ class DriftDocument:
     """Verdict and findings of each mode over all its regimes."""
     regimes: tuple[RegimeEntry, ...]
     not_compared: tuple[str, ...] = ()
-    """What the launch left out, as a mode does not take it: a sentence each."""
+    """Parts that the launch left out, as a mode does not take them: a sentence each."""
     waiver_notes: tuple[str, ...]
     """Notes on waivers that have expired or were not needed."""
     environment_differences: tuple[EnvironmentDifference, ...]

@@ -14,7 +14,7 @@ _OWN_TAGS = ("mlflow.", "dpsgd.")
 
 
 def command(group: Group) -> str:
-    """What runs the same once more, below what it was run with; empty if a program launched it."""
+    """Command that runs the same again, below the versions; empty if a program launched it."""
     plan = group.plan
     if not plan.command:
         return ""

@@ -38,7 +38,7 @@ def judged(comparison: GroupComparison, marks: Marks) -> JudgedGroup:
 
 
 def since(before: JudgedGroup, now: JudgedGroup) -> str:
-    """What changed from one group to another: `Since 0a7250e: drifts unchanged, 3 % slower.`"""
+    """Changes from one group to another: `Since 0a7250e: drifts unchanged, 3 % slower.`"""
     moved = _moved(before, now)
     told = [
         f"{stage} from {_share(before.drifts[stage])} to {_share(now.drifts[stage])} × limit"
@@ -73,7 +73,7 @@ def _share(share: float) -> str:
 
 
 def started(group: JudgedGroup) -> str:
-    """When a group was launched."""
+    """Time at which a group was launched."""
     return f"{datetime.fromtimestamp(group.start_time_ms / 1000, tz=UTC):%Y-%m-%d %H:%M}"
 
 

@@ -38,7 +38,7 @@ class TimedRunEntry:
     """Id on the tracking server; empty when the run is missing."""
     status: Status
     reason: str
-    """Why it failed, or why there are no timings."""
+    """Reason that it failed, or has no timings."""
     timings: Timings | None
 
 

@@ -143,7 +143,7 @@ def without_replays(table: Sequence[Row]) -> tuple[tuple[Row, ...], str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How far one number of all modes lies apart."""
+    """Spread of one number over all modes."""
 
     mean: float
     std: float

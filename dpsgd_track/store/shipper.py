@@ -72,7 +72,7 @@ class Shipper:
             self.run_ids, self._acknowledged = state["run_ids"], state["acknowledged"]
         self._readers: dict[str, SpoolReader] = {}
         self.refused: dict[str, str] = {}
-        """Why records of a spool file can't be shipped, by the name of the file."""
+        """Reasons that records of spool files can't be shipped, by the name of the file."""
         self._is_sure_of_runs = False
 
     def ship(self, should_stop: Callable[[], bool] = lambda: False) -> bool:

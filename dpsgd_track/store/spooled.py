@@ -77,7 +77,7 @@ class KeptFile:
         return self.group / self.place
 
     def damage(self) -> str:
-        """How it differs from what was put there; empty if it does not."""
+        """Difference from the file that was put there; empty without one."""
         try:
             # A link in the spool could lead to any file of this machine.
             if self.path.resolve() != self.group.resolve() / self.place or not self.path.is_file():

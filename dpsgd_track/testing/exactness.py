@@ -84,9 +84,9 @@ class Checked:
     """Reduction of the loss over the samples that the mode was given: mean or sum."""
     outcome: Outcome
     wrong: tuple[Wrong, ...] = ()
-    """What is wrong in the first batch that shows anything; later ones show what follows."""
+    """Errors in the first batch that shows any; later ones show their consequences."""
     sentence: str = ""
-    """What a refusal or an exception says."""
+    """Message of a refusal or an exception."""
     takes_empty_batches: bool = True
 
     @property
@@ -96,7 +96,7 @@ class Checked:
 
     @property
     def reason(self) -> str:
-        """Why the outcome is not exact, in one line without a full stop."""
+        """Reason that the outcome is not exact, in one line without a full stop."""
         return "; ".join(each.sentence for each in self.wrong) or self.sentence
 
 
@@ -111,7 +111,7 @@ class _Trial:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a mode made of a trial, in float64."""
+    """Results of a mode for a trial, in float64."""
 
     norm_B: Tensor | None
     factor_B: Tensor | None
@@ -393,7 +393,7 @@ def _exact(values: Tensor) -> Tensor:
 
 
 def _differences(found: _Step, truth: _Step, trial: _Trial) -> Iterator[Wrong]:
-    """What differs, parameters first: they say where."""
+    """Quantities that differ, parameters first: they name the place."""
     assert truth.norm_B is not None
     assert truth.factor_B is not None
     pairs: list[tuple[str, str, Tensor | None, Tensor, Tensor]] = []

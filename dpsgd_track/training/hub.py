@@ -1,4 +1,4 @@
-"""Whether a model of the hub can be had, asked once and fast. Imports no torch.
+"""Test for a model of the hub: one fast request tells if it can be had. Imports no torch.
 
 transformers itself retries a hub that does not answer, and does so in every rank.
 """

@@ -1,4 +1,4 @@
-"""What the reference records of each sample's gradient, for the comparison to explain errors with.
+"""Records of each sample's gradient in the reference, with which the comparison explains errors.
 
 Legend: N samples, P trainable parameters, K projections, V wrong norms, F wrong losses.
 """
@@ -33,7 +33,7 @@ MOST_KEPT = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What was recorded of N samples."""
+    """Records of N samples."""
 
     sketch: Floats
     """[N, P, 2 K] projections of the gradients, and of their ranks' rows."""
@@ -84,7 +84,7 @@ class SampleObserver:
         self._keeps_samples = sum(p.numel() for p in trained) <= MOST_KEPT
 
     def outputs(self) -> list[Tensor]:
-        """What came out of the layers in the sample's forward."""
+        """Outputs of the layers in the sample's forward."""
         return self._calls.outputs if self._calls else []
 
     def see(self, gradients: Mapping[str, Tensor], output_gradients: Sequence[Tensor]) -> None:
@@ -167,7 +167,7 @@ class SampleObserver:
         return self._sums
 
     def take(self) -> Observed:
-        """What was recorded since the last call."""
+        """Records since the last call."""
         widths = 2 * NUM_PROJECTIONS, len(NormFormula)
         taken = []
         for values, width in zip((self._sketches, self._norms), widths, strict=True):

@@ -47,7 +47,7 @@ class Cause:
     explanations: tuple[Explanation, ...] = ()
     """All that agree equally well; empty if none is known."""
     audited: str = ""
-    """What an audit of the mode's own noise found; empty for nothing."""
+    """Finding of the audit of the mode's own noise; empty for none."""
     is_division: bool = False
     """True if the noise is right, and what follows it is not."""
 

@@ -84,7 +84,7 @@ class _Rule:
     """Clipping of each part of the gradient by itself."""
 
     part: str
-    """What a part is."""
+    """Name of a part."""
     parts: NDArray[np.int64]
     """[P] part of each parameter."""
     bound: str

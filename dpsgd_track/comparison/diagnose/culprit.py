@@ -88,13 +88,13 @@ class Culprit:
     against: str = ""
     """Label of the baseline; empty if the run's own numbers show the error."""
     claim: str = ""
-    """What the mode does wrong, to follow its name."""
+    """Verb phrase on the mode's error, to follow its name."""
     cause: Cause = field(default_factory=Cause)
-    """What explains the error."""
+    """Explanation of the error."""
     where: str = ""
-    """Where it is first, as a clause."""
+    """First place of the error, as a clause."""
     evidence: str = ""
-    """How large it is, or what shows it."""
+    """Size of the error, or the evidence of it."""
     also: str = ""
     """Another error that this one does not explain, as a sentence of its own."""
     breaks_bound: bool = False

@@ -163,7 +163,7 @@ def most_sensitive(found: Iterable[Resolution]) -> Resolution:
 
 
 def least_sensitive(found: Iterable[Resolution]) -> Resolution:
-    """What the comparison would have found in any of several modes of one model."""
+    """Smallest errors that would have been found in any of several modes of one model."""
     return _joint(list(found), np.fmax)
 
 

@@ -70,7 +70,7 @@ class Hello:
     plan: GroupPlan | None
     """Its own plan; None if it adopts that of node 0."""
     problem: str = ""
-    """Why it cannot take part; empty if it can."""
+    """Reason that it cannot take part; empty if it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +233,7 @@ class Leader:
         return meeting
 
     def trouble(self) -> str:
-        """Why the job cannot go on, in words; empty while it can."""
+        """Reason that the job cannot go on, in words; empty while it can."""
         self._listen()
         if self.lost:
             return self.lost
@@ -395,7 +395,7 @@ class Follower:
         return None
 
     def is_to_end(self) -> str:
-        """Why this job is to end, in words; empty while it is to go on.
+        """Reason that this job is to end, in words; empty while it is to go on.
 
         Raises:
             NodeLost: node 0 is not heard of any more.

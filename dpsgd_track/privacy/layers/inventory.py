@@ -45,7 +45,7 @@ class Unfit:
     name: str
     """Fully qualified name of a module or parameter."""
     reason: str
-    """What is the matter, and what to do."""
+    """The problem, and its remedy."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"

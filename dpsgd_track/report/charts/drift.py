@@ -67,7 +67,7 @@ def _is_drawn(regime: RegimeComparison, pairs: list[Pair], name: ObservableName)
 
 
 def _compared(regime: RegimeComparison, pair: Pair, name: ObservableName) -> _Shown:
-    """What is drawn of one observable of a pair."""
+    """Curve of one observable of a pair."""
     drift = pair.drifts.get(name)
     mode = next(run.trajectory for run in regime.runs if run.label == pair.mode)
     base = regime.base_of(pair.mode, pair.baseline)

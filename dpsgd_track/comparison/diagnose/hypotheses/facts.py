@@ -1,4 +1,4 @@
-"""What a hypothesis may use: the two records, and the constants of the run.
+"""Facts that a hypothesis may use: the two records, and the constants of the run.
 
 Legend: S steps, N samples, P parameters, Q wrong parameters, K projections.
 """
@@ -25,7 +25,7 @@ class MicroBatch:
     """Row of the step."""
     rank: int
     number: int
-    """Which of its rank's micro-batches of the step it is, from 0."""
+    """Position among its rank's micro-batches of the step, from 0."""
     places: Integers
     """Columns of its samples, in the order of their global index."""
 

@@ -47,7 +47,7 @@ class Hypothesis:
     """A mistake that a mode may make."""
 
     sentence: str
-    """What is computed, as a clause about the stage's result; `{}` is the fitted constant."""
+    """The computation, as a clause about the stage's result; `{}` is the fitted constant."""
     predict: Callable[[Facts], Prediction]
     is_hint: bool = False
     """True if it agrees in size only, so that it predicts no number."""
@@ -75,12 +75,12 @@ class Explanation:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a stage computes, and the hypotheses about it."""
+    """A stage's result, and the hypotheses about it."""
 
     observed: Callable[[Facts], Floats]
-    """What the mode recorded."""
+    """The result that the mode recorded."""
     right: Callable[[Facts], Floats]
-    """What it would be without a mistake."""
+    """The result without a mistake."""
     levels: Sequence[Sequence[Hypothesis]]
     """Simplest first."""
     late: Sequence[Sequence[Hypothesis]] = ()
@@ -185,7 +185,7 @@ def residual(facts: Facts, subject: Subject) -> Floats:
 
 
 class _Trial:
-    """What the hypotheses are held against."""
+    """Records that the hypotheses are held against."""
 
     def __init__(self, facts: Facts, subject: Subject, limit: float) -> None:
         self.facts, self.subject = facts, subject

@@ -152,14 +152,14 @@ def _others() -> Iterator[Hypothesis]:
 
 
 def _of_rounded_logits(facts: Facts) -> Prediction:
-    """What is recorded, if it is off by no more than rounded logits make it."""
+    """The recorded losses, if they are off by no more than rounded logits make them."""
     observed, right = (side.sample_loss[facts.rows] for side in (facts.theirs, facts.ours))
     is_close = float(np.nanmax(np.abs(observed / right - 1))) < _MOST_ROUNDED
     return facts.theirs.sample_loss if is_close and off_as_rounding(observed, right) else None
 
 
 def _of_other_weights(facts: Facts) -> Prediction:
-    """What is recorded, if everything was right before the weights moved for the first time."""
+    """The recorded losses, if all was right before the weights first moved."""
     first = int(facts.rows[0])
     if facts.theirs.step[0] != 0 or first == 0 or not facts.rate > 0:
         return None

@@ -328,13 +328,13 @@ def _not_cleared_once(facts: Facts) -> Prediction:
 
 
 def _not_cleared_divided(facts: Facts) -> Prediction:
-    """What the optimizer was given in the step before, added."""
+    """The sum with the gradient that the optimizer was given in the step before added."""
     before = facts.theirs.noised_sketch[:-1, facts.columns] / facts.divisor
     return np.concatenate([facts.right_sum[:1], facts.right_sum[1:] + before])
 
 
 def _idle_sends_again(facts: Facts) -> Prediction:
-    """What a rank sent last, added for each micro-batch of which it has no samples."""
+    """The sum with a rank's last share added for each micro-batch of which it has no samples."""
     if not facts.has_sketches or not facts.micro_batches:
         return None
     batches = {(b.row, b.number, b.rank): b for b in facts.micro_batches}
@@ -355,7 +355,7 @@ def _idle_sends_again(facts: Facts) -> Prediction:
 
 
 def _exchanged(facts: Facts) -> Prediction:
-    """What is recorded, if each wrong layer's gradient is as long as another one's."""
+    """The recorded sum, if each wrong layer's gradient is as long as another one's."""
     ours, theirs = facts.ours.layer_grad_norm, facts.theirs.layer_grad_norm
     layers = facts.ours.layer_names.tolist()
     names = [str(facts.ours.parameter_names[c]) for c in facts.columns.tolist()]

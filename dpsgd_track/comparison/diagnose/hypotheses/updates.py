@@ -150,7 +150,7 @@ def _if_off_as_rounded(facts: Facts, size: Floats, *, is_once: bool) -> Predicti
 
 
 def _along_others(facts: Facts) -> Prediction:
-    """What is recorded, if steps are about as long as right ones and not along them."""
+    """The recorded update, if steps are about as long as right ones and not along them."""
     path, right = _path(facts)[facts.rows], _right(facts)[facts.rows]
     with np.errstate(all="ignore"):
         ratio = sketch_length(path) / sketch_length(right)
