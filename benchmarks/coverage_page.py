@@ -10,7 +10,8 @@ from benchmarks.coverage_judge import APART, FAILURES, OUTCOMES, SAME, THEN, Row
 
 HEADING = """# Exact architectures
 
-This table lists architectures and says of each if `make_private` trains it exactly. It is made by `python benchmarks/coverage.py benchmarks/coverage.csv --page docs/coverage.md`. Each is a
+This table lists architectures and says of each if `make_private` trains it exactly. It is made by
+`python benchmarks/coverage.py benchmarks/coverage.csv --page docs/coverage.md`. Each is a
 tiny model with random weights, as its users would run it, through `make_private` without noise. It
 was held against plain autograd, one sample at a time: the norm of every sample, the clipped sum,
 and how far the sum moves without its largest sample.

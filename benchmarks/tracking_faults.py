@@ -40,8 +40,8 @@ assert tracking_faults_store
 
 HEADING = """# Faults of tracking
 
-This table says of each failure of a server, disk or process if a logged value is lost. It is made by
-`python benchmarks/tracking_faults.py docs/tracking_faults.md`, which anybody can run. Each fault
+This table says of each failure of a server, disk or process if a logged value is lost. It is made
+by `python benchmarks/tracking_faults.py docs/tracking_faults.md`, which anybody can run. Each fault
 was injected for real, on one machine, while a group was logged or launched. Afterwards every value
 that had been logged was looked for in the store.
 

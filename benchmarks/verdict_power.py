@@ -392,8 +392,8 @@ def page(trials: int, command: str) -> str:
     size = Size()
     parts = [
         "# Power and false alarms of the verdict",
-        "These tables show the share of errors that a verdict finds, and its false alarms. They are "
-        f"made by `{command}` from simulated records of {size.steps} steps of {size.samples} "
+        "These tables show the share of errors that a verdict finds, and its false alarms. They "
+        f"are made by `{command}` from simulated records of {size.steps} steps of {size.samples} "
         f"samples, {size.parameters} parameters and {size.projections} projections. One constant "
         "of the comparison, the limit of a single sample, was raised after such records with heavy "
         "tails had raised alarms; no other was chosen with them.",

@@ -134,9 +134,9 @@ def markdown(matrix: Matrix, command: str) -> str:
     """The page of the documentation."""
     parts = [
         "# Faults that are found",
-        "These tables say of each known fault if a comparison finds it, and where it puts the blame. "
-        f"They are made by `{command}` ({matrix.settings}). Each fault was planted in a correct mode, "
-        "which then ran on the probe and was compared like any other.",
+        "These tables say of each known fault if a comparison finds it, and where it puts the "
+        f"blame. They are made by `{command}` ({matrix.settings}). Each fault was planted in a "
+        "correct mode, which then ran on the probe and was compared like any other.",
         "\n".join(f"- {line}" for line in summary(matrix)),
     ]
     for kind, about in KINDS.items():
