@@ -30,6 +30,17 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return re.sub(r"\[([^\]]*)\]\(\.\./([^)#]*)[^)]*\)", r"\1 (`\2`)", markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Options in sentences and tables are marked, so that they are not broken after a hyphen."""
+
+    def marked(code: re.Match[str]) -> str:
+        options = re.sub(r"(?<![\w-])(--?[a-z][\w-]*)", r'<span class="option">\1</span>', code[1])
+        return f"<code>{options}</code>"
+
+    # Blocks have a span in front of their code.
+    return re.sub(r"(?<!</span>)<code>([^<]*)</code>", marked, html)
+
+
 def commands_page() -> str:
     """The help of the program and of every verb, as a page."""
     overview = _help("--help")
