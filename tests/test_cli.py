@@ -133,6 +133,10 @@ def test_every_public_option_is_there_with_its_default(verb: str) -> None:
         assert type(found[name]) is type(default) or default is None, name
 
 
+def test_the_list_of_verbs_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [line for line in said(capsys, "--help").splitlines() if len(line) > 80] == []
+
+
 def test_every_verb_that_has_an_outcome_can_print_it_alone() -> None:
     assert set(LOUDNESS) == set(VERBS)
     found = {}

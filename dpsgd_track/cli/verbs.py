@@ -168,7 +168,7 @@ VERBS: dict[str, Verb] = {
         ),
         Verb(
             name="full",
-            summary="the baseline, Opacus and the sharded flash modes against the reference",
+            summary="the baseline, Opacus and sharded flash modes against the reference",
             run=_suite(Suite.FULL),
             examples=(
                 "--variant branch=../opacus-branch",
