@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,9 +89,6 @@ def _module(text: str) -> nn.Module:
     """The module that `package.module:NAME` or `package.module:NAME(1, bias=False)` stands for."""
     package, _, call = text.partition(":")
     name, arguments, keywords = _call(text, call)
-    if str(Path.cwd()) not in sys.path:
-        # As `python -m` does.
-        sys.path.insert(0, str(Path.cwd()))
     try:
         made: Any = importlib.import_module(package)
         for part in name.split("."):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -51,11 +52,32 @@ def main(
         The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with called_as(program), lasting_output():
+    with called_as(program), lasting_output(), _importing_from_here():
         try:
             return _main(argv, check_inputs, launch)
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """Make modules of the working directory importable, behind all installed ones.
+
+    `python -m` has that directory in front, and so do workers; an installed command has it nowhere.
+    """
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        here = ""
+    if not here or here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
 
 
 def _main(argv: Sequence[str], check_inputs: InputCheck, launch: Launch | None) -> int:

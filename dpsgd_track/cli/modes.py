@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dpsgd_track.cli.context import say
 from dpsgd_track.cli.options import WhyChoices
@@ -49,9 +47,6 @@ def tell_layers(choices: WhyChoices) -> int:
     Raises:
         ValueError: the model cannot be built, or does not fit its task.
     """
-    if str(Path.cwd()) not in sys.path:
-        # As `python -m` does.
-        sys.path.insert(0, str(Path.cwd()))
     model = ModelConfig(
         name=choices.why,
         task=choices.task,

@@ -231,7 +231,7 @@ def check_mode(name: str) -> None:
         names = [*MODES, *plugged_in_modes()]
         allowed = f"one of {', '.join(names)}, opacus:GRAD_SAMPLE_MODE, or package.module:factory"
         require(False, "mode", name, allowed, nearest(name, names))
-    why = f"No module {module!r} can be imported."
+    why = f"No module {module!r} is in the working directory, on PYTHONPATH or installed."
     try:
         is_importable = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

@@ -111,10 +111,9 @@ def in_folder(folder: Path) -> Iterator[pytest.MonkeyPatch]:
     """Work in `folder` as on a machine without a GPU, with a terminal of 80 columns."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.syspath_prepend(str(folder))
         patch.setattr(choices, "count_gpus", lambda: 0)
         patch.setattr(entrants, "declined_demands", _declined_once)
-        patch.setenv("PYTHONPATH", ".")
+        patch.delenv("PYTHONPATH", raising=False)
         patch.setenv("COLUMNS", "80")
         patch.setenv("NO_COLOR", "1")
         yield patch
