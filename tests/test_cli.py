@@ -133,6 +133,17 @@ def test_every_public_option_is_there_with_its_default(verb: str) -> None:
         assert type(found[name]) is type(default) or default is None, name
 
 
+def test_the_working_directory_is_on_the_import_path_while_a_verb_runs(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "modes_of_mine.py").write_text("Mine = dict\n")
+    before = list(sys.path)
+    argv = ["single", "--mode", "modes_of_mine:Other", "--dry-run"]
+    assert main(argv) == 2
+    assert "No module" not in capsys.readouterr().err
+    assert sys.path == before
+
+
 def test_the_list_of_verbs_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line for line in said(capsys, "--help").splitlines() if len(line) > 80] == []
 
