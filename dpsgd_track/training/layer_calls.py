@@ -101,7 +101,7 @@ class LayerCalls:
 
     @property
     def outputs(self) -> list[Tensor]:
-        """What came out of each call."""
+        """Output of each call."""
         return [output for *_, output in self._calls]
 
     def shares(self, output_gradients: Sequence[Tensor]) -> dict[str, list[Share]]:

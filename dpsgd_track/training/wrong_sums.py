@@ -32,7 +32,7 @@ class WrongSums:
     batches: list[dict[str, Tensor]] = field(default_factory=list)
     """The same of each of its micro-batches."""
     added: dict[Key, Tensor] = field(default_factory=dict)
-    """What each wrong sum has more than the right one."""
+    """Difference of each wrong sum from the right one."""
     _gradients: Mapping[str, Tensor] = field(default_factory=dict)
     _shares: Mapping[str, Sequence[Share]] = field(default_factory=dict)
     _wrong: Mapping[str, Mapping[SumFormula, Tensor]] = field(default_factory=dict)

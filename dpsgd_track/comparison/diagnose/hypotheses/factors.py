@@ -164,7 +164,7 @@ def _with_cap(facts: Facts) -> Prediction:
 
 
 def _on_a_grid(facts: Facts) -> Prediction:
-    """What is recorded, if it is the right factors to a few decimals or to a power of 2."""
+    """The recorded factors, if they are the right ones to a few decimals or to a power of 2."""
     theirs, right = facts.theirs.clip_factor, _right(facts)
     with np.errstate(all="ignore"):
         powers = np.log2(right)
@@ -218,7 +218,7 @@ def _some_unclipped(facts: Facts) -> Prediction:
 
 
 def _function_of_ratio(facts: Facts) -> Prediction:
-    """What is recorded, if it falls with n / C and depends on nothing else."""
+    """The recorded factors, if they fall with n / C and depend on nothing else."""
     theirs = facts.theirs.clip_factor
     with np.errstate(all="ignore"):
         ratio = facts.norm / facts.bound

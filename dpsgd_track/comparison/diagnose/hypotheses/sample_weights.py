@@ -41,7 +41,7 @@ def any_weights(facts: Facts) -> Prediction:
 
 
 def _weights_in_words(facts: Facts, weights: Floats) -> str:
-    """What the wrong weights of the first wrong step have in common."""
+    """Property that the wrong weights of the first wrong step share."""
     t = facts.theirs
     for row in facts.rows.tolist():
         with np.errstate(all="ignore"):

@@ -510,7 +510,7 @@ _SKETCHED = 0.25
 
 
 def _in_some_elements(facts: Facts) -> Prediction:
-    """What is recorded, if it is the right sum in some elements and zero in the others."""
+    """The recorded sum, if it is the right one in some elements and zero in the others."""
     observed = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
     lost = share_lost(observed[facts.rows], facts.right_sum[facts.rows])
     return None if lost is None else Fitted(observed, f"{lost:.0%}")

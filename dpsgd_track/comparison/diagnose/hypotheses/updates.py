@@ -199,7 +199,7 @@ def _momenta() -> list[Hypothesis]:
 
 
 def _in_some_elements(facts: Facts) -> Prediction:
-    """What is recorded, if it is the right step in some elements and none in the others."""
+    """The recorded update, if it is the right step in some elements and none in the others."""
     observed = _path(facts)
     lost = share_lost(observed[facts.rows], _right(facts)[facts.rows])
     return None if lost is None else Fitted(observed, f"{lost:.0%}")
