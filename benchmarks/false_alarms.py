@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import subprocess
@@ -159,7 +160,7 @@ def _counts(mode: dict[str, Any]) -> bool:
 
 def _row(name: str, seed: int, mode: dict[str, Any], device: str) -> dict[str, Any]:
     rungs = [rung for ladder in mode["ladders"] for rung in ladder["stages"]]
-    times = [(rung["value"] or 0.0) / (rung["limit"] or 1.0) for rung in rungs]
+    times = [_share(rung) for rung in rungs]
     at = times.index(max(times)) if times else None
     rule = OTHER_RULE.get(mode["label"])
     is_told = rule is not None and mode["verdict"] == "BUG" and rule in mode["sentence"]
@@ -174,6 +175,12 @@ def _row(name: str, seed: int, mode: dict[str, Any], device: str) -> dict[str, A
         "device": device,
         "sentence": mode["sentence"] if mode["verdict"] != "PASS" else "",
     }
+
+
+def _share(rung: dict[str, Any]) -> float:
+    """The largest value of a rung over its limit, which is text where it is not finite."""
+    share = float(rung["value"] or 0.0) / float(rung["limit"] or 1.0)
+    return 0.0 if math.isnan(share) else share
 
 
 def _device(options: list[str]) -> str:
