@@ -114,6 +114,7 @@ def in_folder(folder: Path) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(choices, "count_gpus", lambda: 0)
         patch.setattr(entrants, "declined_demands", _declined_once)
         patch.delenv("PYTHONPATH", raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
         patch.setenv("COLUMNS", "80")
         patch.setenv("NO_COLOR", "1")
         yield patch
