@@ -34,7 +34,7 @@ from dpsgd_track.comparison.measure.drift import compare_pairs  # noqa: E402
 from dpsgd_track.comparison.measure.excess import Evidence, evidence_of  # noqa: E402
 from dpsgd_track.comparison.measure.resolution import Resolution, resolution_of  # noqa: E402
 from dpsgd_track.config import Thresholds  # noqa: E402
-from dpsgd_track.record.alternatives import Move  # noqa: E402
+from dpsgd_track.record.alternatives import SumFormula  # noqa: E402
 from dpsgd_track.record.stages import ObservableName  # noqa: E402
 from dpsgd_track.record.trajectory import Trajectory, sketch_length  # noqa: E402
 
@@ -153,7 +153,7 @@ def _record(norms: Floats, sums: Floats, losses: Floats) -> Trajectory:
         sample_shard_sketch=np.empty((S, N, P, 0)),
         sample_other_norm=np.empty((S, N, P, 0)),
         sample_other_loss=np.empty((S, N, 0)),
-        moved_sketch=np.empty((S, len(Move), P, 0)),
+        moved_sketch=np.empty((S, len(SumFormula), P, 0)),
         gradient_sketch=sums,
         noised_sketch=sums,
         weight_sketch=np.ones_like(sums),
