@@ -249,7 +249,7 @@ def test_stated_resolution_is_true(dtype: str, fault: Fault) -> None:
 def test_resolution_is_said_in_one_line_with_what_no_regime_showed() -> None:
     comparison = compared(drawn(13))
     sentence = comparison.seen.sentence
-    assert sentence.startswith("Would have seen in the model, norms off by 0.")
+    assert sentence.startswith("Would have seen in the model: norms off by 0.")
     assert "in any one parameter" in sentence
     assert "Cannot have seen faults that begin after step 7" in sentence
     for kind in ("of a mode's own noise", "of an empty batch"):

@@ -116,7 +116,7 @@ def test_wrong_norm_of_one_parameter_is_named_and_the_clip_factors_inherit() -> 
         "per-sample norms",
         2,
     )
-    assert "they are 1.5 times the right ones in every step" in found.sentence
+    assert "they are 1.5 times the right ones in 2 of 4 steps" in found.sentence
     known = statuses(found)
     assert (known["loss"], known["per-sample norms"]) == ("ok", "introduced")
     assert (known["clip factors"], known["clipped sum"]) == ("inherited", "ok")
@@ -237,7 +237,7 @@ def test_error_of_ten_times_the_floor_with_right_inputs_is_a_bug_below_every_thr
     worse = judged(with_norms(base, base.sample_norm_by_parameter * (1 + 4e-4)), base, plain)
     assert worse.verdict == "BUG"
     assert "they are 1.0004 times the right ones in every step" in worse.sentence
-    assert "too large by up to 0.0004 against reference (rounding explains" in worse.sentence
+    assert "too large by up to 0.04 % against reference (rounding explains" in worse.sentence
     assert all("times what rounding explains" in f.sentence for f in worse.findings)
 
 

@@ -98,7 +98,7 @@ def test_a_baseline_is_one_row_of_all_its_runs_and_says_how_far_they_moved() -> 
     assert base.step_time_ms is not None
     assert (base.step_time_ms.median, base.step_time_ms.num_steps) == (20.0, 10)
     assert base.moved == pytest.approx(99.0)
-    assert base.notes == ("moved 9900%",)
+    assert base.notes == ("moved 9900 %",)
 
 
 def test_each_round_is_held_against_the_baseline_beside_it() -> None:
@@ -121,11 +121,11 @@ def test_each_round_is_held_against_the_baseline_beside_it() -> None:
     assert (flash.time_ratio.median, flash.time_ratio.num_steps) == (pytest.approx(1.15), 8)
     assert (flash.memory_ratio, flash.baseline.num_runs) == (3.0, 4)
     assert flash.baseline.moved == 2.0
-    assert flash.notes == ("baseline moved +200%", "2 rounds, 1.10 to 1.20")
+    assert flash.notes == ("baseline moved +200 %", "2 rounds, 1.10 to 1.20")
     rounds[1] = out_of_memory("flash_fsdp", 2)
     flash = costs(rounds)["flash_fsdp"]
     assert flash.ratio_of_rounds == pytest.approx((1.1,))
-    assert flash.notes == ("baseline moved +200%", "1 of 2 runs not measured")
+    assert flash.notes == ("baseline moved +200 %", "1 of 2 runs not measured")
 
 
 def test_modes_on_one_device_are_held_against_their_own_baseline() -> None:

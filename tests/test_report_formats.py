@@ -315,7 +315,7 @@ def test_the_six_lines_name_the_culprit_and_the_first_table_its_stage() -> None:
     what, where, sure = re.findall(r"^- \*\*(?:What|Where|How sure):\*\* (.*)$", text, re.M)
     assert prose(f"{GUILTY} computes wrong per-sample norms: they are 1.08 times") in what
     assert where.startswith("First at step 3 of clip, in model.layers.2.weight, of all samples of")
-    assert sure.startswith("Too large by up to 8 % against reference (rounding explains 0.0001).")
+    assert sure.startswith("Too large by up to 8 % against reference (rounding explains 0.01 %).")
     assert "✗ introduced" in text.split("</details>")[0]
     assert "✗ introduced" not in markdown(healthy())
 

@@ -129,7 +129,9 @@ class Cost(Figures):
             found.append("held against one baseline run")
         moved = self.baseline.moved if self.baseline else self.moved
         if moved is not None and abs(moved) >= RESTLESS:
-            found.append(f"baseline moved {moved:+.0%}" if self.baseline else f"moved {moved:.0%}")
+            change = 100 * moved
+            own = f"moved {change:.0f} %"
+            found.append(f"baseline moved {change:+.0f} %" if self.baseline else own)
         if len(self.ratio_of_rounds) > 1:
             least, most = min(self.ratio_of_rounds), max(self.ratio_of_rounds)
             found.append(f"{len(self.ratio_of_rounds)} rounds, {least:.2f} to {most:.2f}")

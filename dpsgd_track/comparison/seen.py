@@ -36,7 +36,7 @@ class Seen:
     def sentence(self) -> str:
         """One line for every verdict; empty if nothing was compared."""
         found = [
-            f"in {name}, {said}"
+            f"in {name}: {said}"
             for name, resolution in self.resolutions.items()
             if (said := told(resolution))
         ]

@@ -255,7 +255,9 @@ def _facts(comparison: GroupComparison, *, num_replays: int) -> list[str]:
     if any(is_probe(regime.name) for regime in comparison.regimes):
         facts.append(f"{PROBE}…: on a small model that lets known faults show")
     if steps:
-        facts.append(f"up to {max(steps):,} step{'s' * (max(steps) != 1)} each")
+        facts.append(
+            f"{'up to ' * (len(steps) > 1)}{max(steps):,} step{'s' * (max(steps) != 1)} each"
+        )
     floor = f"rounding measured by {num_replays} replay{'s' * (num_replays != 1)}"
     facts.append(floor if num_replays else "rounding was not measured")
     return facts

@@ -50,7 +50,7 @@ def cells(cost: Cost) -> tuple[str, ...]:
         ABSENT if speed is None else f"{speed.median:,.0f}",
         ABSENT if cost.peak_memory_gib is None else three_digits(cost.peak_memory_gib),
         "1" if is_one else ABSENT if memory is None else f"{memory:.2f}",
-        ABSENT if overhead is None else f"{overhead:+.1%}",
+        ABSENT if overhead is None else f"{100 * overhead:+.1f} %",
         "; ".join(cost.notes),
     )
 
@@ -90,7 +90,7 @@ def best(profile: Profile) -> list[str]:
             if moved >= RESTLESS:
                 sentences.append(
                     f"T={shape[0]}, B={shape[1]}: no mode is ranked, as the time of {label} itself "
-                    f"moved by up to {moved:.0%}."
+                    f"moved by up to {100 * moved:.0f} %."
                 )
                 continue
             cheapest = min(candidates, key=lambda c: c.time_ratio.median if c.time_ratio else 0.0)

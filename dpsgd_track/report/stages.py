@@ -142,7 +142,9 @@ def multiple(value: float | None, limit: float | None) -> str:
     if limit == 0:
         return "0 × limit" if value == 0 else "over a limit of 0"
     share = value / limit
-    return "< 0.01 × limit" if 0 < share < 0.01 else f"{share:.2g} × limit"
+    if 0 < share < 0.01:
+        return "< 0.01 × limit"
+    return f"{share:.2g} × limit" if share < 100 or share >= 1e6 else f"{share:,.0f} × limit"
 
 
 def accepted(comparison: GroupComparison) -> list[tuple[ModeVerdict, Finding]]:
@@ -183,6 +185,9 @@ def _with_more(sentence: str, left_out: str) -> str:
     return f"{sentence} ({left_out})" if left_out else sentence
 
 
+_UNEXPLAINED = "Rounding does not explain it."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Advice:
     """Advice to the reviewer of a change."""
@@ -201,7 +206,10 @@ def advised(comparison: GroupComparison) -> Advice:
             why = f"{waived} accepted drifts are listed under Waivers." if waived else ""
             return Advice(do="Safe to merge as far as these runs show.", why=why)
         case Verdict.BUG:
-            return Advice(do="Do not merge.", why="Rounding does not explain it.")
+            culprit = comparison.leading.culprit if comparison.leading else None
+            # The evidence of a culprit says already how much rounding explains.
+            is_told = culprit is not None and culprit.floor is not None
+            return Advice(do="Do not merge.", why="" if is_told else _UNEXPLAINED)
         case Verdict.DRIFT:
             return Advice(
                 do="Look before you merge.",

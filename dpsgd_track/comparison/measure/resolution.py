@@ -187,8 +187,7 @@ def _joint(found: Sequence[Resolution], pick: np.ufunc) -> Resolution:
 def told(resolution: Resolution) -> str:
     """`norms off by 0.2 % in any one parameter or by 0.03 % in all, and sums off by 0.3 % ...`."""
     parts = [
-        f"{noun} off by {_amount(sight.any_one)} in any one parameter or by {_amount(sight.all)} "
-        "in all"
+        f"{noun} off by {_sizes(sight)}"
         for noun, sight in resolution.sights
         if np.isfinite(sight.all)
     ]
@@ -196,8 +195,10 @@ def told(resolution: Resolution) -> str:
     return ", and ".join(parts) + _coarser(list(coarse)) * bool(parts)
 
 
-def _amount(value: float) -> str:
-    return f"{100 * value:.2g} %" if 1e-4 <= value < 1e-3 else share(value)
+def _sizes(sight: Sight) -> str:
+    one, all_together = share(sight.any_one), share(sight.all)
+    both = " or in all" if one == all_together else f" or by {all_together} in all"
+    return f"{one} in any one parameter{both}"
 
 
 def _coarser(exceptions: Sequence[str]) -> str:

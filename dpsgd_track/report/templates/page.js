@@ -270,6 +270,31 @@
   addEventListener("afterprint", afterPrint);
   matchMedia("print").addEventListener("change", event => event.matches ? beforePrint() : afterPrint());
 
+  // Where a table is wider than the page, each row is a list of cells with their headings.
+  const stacker = new ResizeObserver(entries => {
+    for (const { target: scroll } of entries) {
+      const table = scroll.firstElementChild, width = scroll.clientWidth;
+      if (!width) continue;
+      if (!table.classList.contains("stacked")) table.dataset.width = table.offsetWidth;
+      table.classList.toggle("stacked", table.dataset.width > width);
+    }
+  });
+  for (const table of all(".scroll > table:not(.stages)")) {
+    const headings = [...table.tHead.rows[0].cells].map(cell => cell.textContent);
+    const role = (elements, name) => { for (const element of elements) element.setAttribute("role", name); };
+    role([table], "table");
+    role([table.tHead, ...table.tBodies], "rowgroup");
+    role(table.rows, "row");
+    role(table.tHead.rows[0].cells, "columnheader");
+    for (const row of table.tBodies[0].rows) {
+      [...row.cells].forEach((cell, column) => {
+        role([cell], cell.tagName === "TH" ? "rowheader" : "cell");
+        cell.dataset.heading = headings[column];
+      });
+    }
+    stacker.observe(table.parentElement);
+  }
+
   for (const copy of all("button.copy")) {
     copy.addEventListener("click", async () => {
       const source = document.getElementById(copy.dataset.from), said = document.getElementById(copy.dataset.says);

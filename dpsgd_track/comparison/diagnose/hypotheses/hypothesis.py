@@ -284,7 +284,8 @@ def _constant(subject: Subject, trial: _Trial) -> Sequence[Hypothesis]:
     be, right = _be(subject)
     is_wrong = trial.is_wrong
     num_steps = int(is_wrong.reshape(len(is_wrong), -1).any(axis=1).sum())
-    throughout = " in every step" if num_steps > 1 else ""
+    of_all = "every step" if num_steps == len(is_wrong) else f"{num_steps} of {len(is_wrong)} steps"
+    throughout = f" in {of_all}" if num_steps > 1 else ""
 
     def predict(facts: Facts) -> Prediction:
         cells = is_wrong[..., None] if subject.is_sketch else is_wrong
