@@ -1,5 +1,6 @@
 """Groups that are cut short: nothing stays RUNNING, what was logged is there, the rest is run."""
 
+import html
 import json
 import re
 import shlex
@@ -105,6 +106,31 @@ def test_a_launcher_killed_without_warning_leaves_nothing_running(folder, capsys
     assert "launcher died" in run.reason
     # The report that was made meanwhile came along.
     assert stored.group.tags[names.VERDICT] == "INCONCLUSIVE"
+
+
+@pytest.mark.soak
+def test_the_pasted_command_of_a_report_makes_a_group_of_its_own(folder, monkeypatch):
+    plan(monkeypatch)
+    spool = ("--offline", "--spool", "a spool")
+    assert fake_launch.run(["quick", *NO_DP, *spool, "--group=first", "--num-iter", "2"]) == 0
+    fake_launch.run(["compare", "first", "--spool", "a spool", "--no-png"])
+    page = Path("results/first/report.html").read_text(encoding="utf-8")
+    shown = re.search(r'<code id="command">(.*?)</code>', page, re.DOTALL)
+    # A shell's comment names the versions.
+    *program, verb = ("python", "launch.py", "quick")
+    words = shlex.split(html.unescape(re.sub("<[^>]+>", "", shown[1])), comments=True)
+    assert words[:3] == [*program, verb]
+    assert fake_launch.run(words[2:]) == 0
+    first, second = (
+        read_group_anywhere(Settings(spool_dir="a spool"), path.name, print).group
+        for path in sorted(Path("a spool").iterdir(), key=lambda path: path.name != "first")
+    )
+    assert second.name != first.name
+    assert second.plan.jobs == first.plan.jobs
+    assert second.plan.environment == first.plan.environment
+    assert second.plan.command == first.plan.command
+    assert second.plan.environment.torch in page
+    assert second.plan.environment.git_revision in page
 
 
 def test_when_everything_dies_at_once_the_rest_is_run_and_the_group_is_whole(

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -396,3 +397,25 @@ def test_png_charts_are_drawn(tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert image.width >= 1000
             assert len(image.convert("RGB").getcolors(1 << 20) or []) > 20
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_contrasts_with_every_ground_it_stands_on(theme: str) -> None:
+    """WCAG 2.1, 1.4.3: 4.5 to 1."""
+    css = (files("dpsgd_track.report") / "templates" / "page.css").read_text(encoding="utf-8")
+    block = re.search(rf"color-scheme: {theme};(.*?)\n}}", css, re.DOTALL)
+    assert block is not None
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block[1]))
+    verdicts = ("PASS", "DRIFT", "BUG", "INCONCLUSIVE")
+    stands = [(ink, ground) for ink in ("ink", "soft") for ground in ("ground", "raised")]
+    stands += [(ink, "ground") for ink in (*verdicts, "link")]
+    stands += [(ink, f"{verdict}-tint") for verdict in verdicts for ink in ("ink", "soft", verdict)]
+    for ink, ground in stands:
+        darker, lighter = sorted(_luminance(colours[name]) for name in (ink, ground))
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (ink, ground)

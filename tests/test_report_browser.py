@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +382,49 @@ def test_tab_reaches_every_control_and_shows_where_it_is(
         )
     assert page.evaluate("unmarked") == []
     assert page.evaluate("seen.size") == expected
+    page.context.close()
+
+
+@pytest.mark.parametrize("name", ["healthy", "broken"])
+def test_controls_have_names_headings_descend_and_stops_are_few(
+    browser: Any, reports: dict[str, Path], name: str
+) -> None:
+    page = opened(browser, reports[name], viewport={"width": 1400, "height": 900})
+    controls = "a[href], button, input, select, summary, pre, .scroll"
+    stops = page.eval_on_selector_all(
+        controls, "all => all.filter(e => e.checkVisibility()).length"
+    )
+    assert stops <= 60
+    page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    nameless = page.eval_on_selector_all(
+        f"{controls}, [role=group], [role=region]",
+        """all => all.filter(e => {
+          const by = e.getAttribute("aria-labelledby");
+          const named = by ? document.getElementById(by) : e.labels?.[0] ?? e;
+          return !(e.getAttribute("aria-label") || named.textContent).trim();
+        }).map(e => e.outerHTML)""",
+    )
+    assert nameless == []
+    levels = page.eval_on_selector_all("h1, h2, h3, h4", "all => all.map(e => +e.tagName[1])")
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+    ids = page.eval_on_selector_all("[id]", "all => all.map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [1400, 768, 390])
+def test_no_table_cuts_a_column(browser: Any, reports: dict[str, Path], width: int) -> None:
+    page = opened(browser, reports["broken"], viewport={"width": width, "height": 900})
+    page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    page.wait_for_timeout(100)
+    cut = "all => all.filter(({parentElement: e}) => e.scrollWidth > e.clientWidth + 1)"
+    assert page.locator("table").count() > 8
+    assert page.eval_on_selector_all("table", f"{cut}.map(e => e.innerText)") == []
+    cell = page.locator("#modes ~ .scroll tr[data-mode-row]").first.locator("td").nth(1)
+    shown = cell.evaluate("e => getComputedStyle(e, '::before').content")
+    assert shown == ('"final loss: "' if width == 390 else "none")
     page.context.close()
 
 

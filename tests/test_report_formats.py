@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dpsgd_track.comparison import GroupComparison, compare_group
+from dpsgd_track.comparison import GroupComparison, compare_group, compare_groups
 from dpsgd_track.comparison.diagnose.ladder import StageStatus
 from dpsgd_track.comparison.verdict import Verdict
 from dpsgd_track.config import Thresholds
@@ -293,12 +293,20 @@ def test_every_form_says_once_what_went_wrong_and_counts_the_rest(told: Any) -> 
     assert ("more findings" in text) is (told is not annotated)
 
 
+def two_groups() -> GroupComparison:
+    """The broken group after the healthy one."""
+    return compare_groups(healthy().group, broken().group, Thresholds())
+
+
 @pytest.mark.parametrize(
-    "made", [healthy, broken, inconclusive, not_finite, hostile], ids=lambda made: made.__name__
+    "made",
+    [healthy, broken, inconclusive, not_finite, hostile, two_groups],
+    ids=lambda made: made.__name__,
 )
 def test_a_comment_is_six_lines_and_the_rest_folded(made: Any) -> None:
     comparison = made()
-    text = markdown(comparison, "https://ci.example/7")
+    text = markdown(comparison, "https://ci.example/7", "Since abc1234: drifts unchanged.")
+    assert re.search(r"^- \*\*Cost:\*\* .* Since abc1234: drifts unchanged\.$", text, re.M)
     shown, folded = text.split("<details>", 1)
     unfenced = re.sub(r"^(`{3,})sh$.*?^\1$", "", shown, flags=re.DOTALL | re.MULTILINE)
     heading, *lines = filter(None, unfenced.splitlines())

@@ -230,7 +230,8 @@ class Earlier:
 def _how_many(some: int, every: int) -> str:
     """`all 3 modes`, or `2 of 3 modes`."""
     modes = f"mode{'s' * (every != 1)}"
-    return f"all {every} {modes}" if some == every else f"{some} of {every} {modes}"
+    everybody = f"all {every} {modes}" if every > 1 else "the one mode"
+    return everybody if some == every else f"{some} of {every} {modes}"
 
 
 def _replays(regime: str, runs: Sequence[ModeRun]) -> list[tuple[Labelled, Labelled]]:

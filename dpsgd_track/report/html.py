@@ -62,7 +62,7 @@ SECTIONS = (
 
 @cache
 def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("dpsgd_track.report"),
         autoescape=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
@@ -70,6 +70,15 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters["as_sentence"] = _as_sentence
+    return templates
+
+
+def _as_sentence(text: str) -> str:
+    """`text` with a capital, unless it begins with a name, and with one full stop."""
+    first = text.split(" ", 1)[0]
+    begun = text[:1].upper() + text[1:] if first.replace("-", "").isalpha() else text
+    return f"{begun.rstrip('.')}."
 
 
 def _plotly() -> Markup:

@@ -80,7 +80,8 @@ class StageTable:
         cells = [cell for line in self.lines for cell in line.cells]
         idle = (StageStatus.NOT_COMPARED, StageStatus.NOT_TESTED)
         compared = sum(cell.status not in idle for cell in cells)
-        return f"all {compared} compared stages of {len(self.lines)} modes are ok"
+        modes = f"{len(self.lines)} mode{'s' * (len(self.lines) != 1)}"
+        return f"all {compared} compared stages of {modes} are ok"
 
 
 def stage_tables(comparison: GroupComparison) -> tuple[StageTable, ...]:
