@@ -24,7 +24,7 @@ const heatmap = (() => {
     cmin: -3, cmax: 3,
     colorscale: [[0, colour("--cold")], [0.5, colour("--cool")], [0.5, colour("--warm")], [1, colour("--hot")]],
     colorbar: {
-      thickness: 12, outlinewidth: 0, lenmode: "pixels", len: 190, y: 1, yanchor: "top", title: { text: "× limit", side: "top" },
+      thickness: 12, outlinewidth: 0, lenmode: "pixels", len: 190, y: 1, yanchor: "top", title: { text: "× limit", side: "top", font: { size: 12 } },
       tickvals: [-3, -1.5, 0, 1.5, 3], ticktext: ["≤0.001", "0.03", "<b>1</b>", "30", "≥1000"],
     },
   });
