@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 from dpsgd_track.config import ACCURACY  # noqa: E402
 from dpsgd_track.modes.table import FULL, REFERENCE  # noqa: E402
 from dpsgd_track.record import names  # noqa: E402
-from dpsgd_track.record.alternatives import Move  # noqa: E402
+from dpsgd_track.record.alternatives import SumFormula  # noqa: E402
 from dpsgd_track.record.facts import FACTS as FACTS_CODEC  # noqa: E402
 from dpsgd_track.record.facts import FACTS_FILE  # noqa: E402
 from dpsgd_track.record.plan import PLAN, PLAN_FILE, GroupPlan, Suite  # noqa: E402
@@ -118,7 +118,7 @@ def record(shape: Shape) -> Trajectory:
         sample_shard_sketch=np.empty((S, N, P, 0), dtype=np.float32),
         sample_other_norm=np.empty((S, N, P, 0), dtype=np.float32),
         sample_other_loss=np.empty((S, N, 0), dtype=np.float32),
-        moved_sketch=np.empty((S, len(Move), P, 0), dtype=np.float32),
+        moved_sketch=np.empty((S, len(SumFormula), P, 0), dtype=np.float32),
         sample_loss=loss,
         sample_norm=np.sqrt(np.square(by_parameter).sum(axis=2)),
         clip_factor=np.ones((S, N)),
