@@ -207,6 +207,7 @@ FACTORS = {
     "samples are clipped from 1.22 to 24.5 C on, and not below": np.where(
         NORM > 2 * C, C / NORM, 1
     ),
+    "min(1, C / (n + 0.01)): a constant": np.where(NORM > C, C / (NORM + 0.01), 1),
     "they are rounded to 2 decimals": np.round(FACTOR, 2),
     "rounded down to powers of 2": 2.0 ** np.floor(np.log2(FACTOR)),
     "min(1, C / (n + 0.01 C))": np.minimum(1, C / (NORM + 0.01 * C)),

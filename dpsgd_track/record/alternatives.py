@@ -107,6 +107,20 @@ class NormFormula(enum.StrEnum):
     PADDING_APART = (
         "with the gradients at padding counted, whose row of the embedding's gradient is zero"
     )
+    NEGATIVE_LOST = (
+        "with the products of positions clamped at 0: negative ones, <g_s, g_t> < 0, are lost"
+    )
+    FEATURES_SUMMED = "of output gradients that are summed over features rather than positions"
+    FIRST_ROW_LOST = "without the first row of the gradient"
+    HALVES_ADDED = (
+        "|g_a| + |g_b| of the two halves of the gradient's rows, not the root of the sum of their "
+        "squares"
+    )
+    CONSECUTIVE_TOKENS = (
+        "of an embedding whose gradients are added only where equal tokens follow each other"
+    )
+    ROWS_OF_8 = "without the rows after the last full tile of 8"
+    LAST_USE_ROWS_OF_8 = "without the rows of its last use after the last full tile of 8"
 
 
 class SumFormula(enum.StrEnum):
@@ -187,6 +201,13 @@ class SumFormula(enum.StrEnum):
         "reduced over ranks for the last micro-batch alone: of earlier ones, each rank has its own "
         "samples"
     )
+    ONLY_FIRST_REDUCED = (
+        "reduced over ranks for the first micro-batch alone: of later ones, each rank has its own "
+        "samples"
+    )
+    REDUCED_TO_FIRST_RANK = "reduced to rank 0 alone: the other ranks have their own samples"
+    ROWS_OF_8 = "without the rows after the last full tile of 8"
+    LAST_USE_ROWS_OF_8 = "without the rows of its last use after the last full tile of 8"
     LAST_NOT_REDUCED = (
         "not reduced over ranks for the last micro-batch: of that, each rank has its own samples"
     )
@@ -233,6 +254,13 @@ class LossFormula(enum.StrEnum):
         "of the targets of the samples at the same places of the micro-batch before, with the "
         "right inputs: a buffer is not filled anew"
     )
+    TOKENS_OF_FIRST_BATCH = (
+        "of the tokens of the samples at the same places of the step's first micro-batch, with all "
+        "else right: a buffer is not filled anew"
+    )
+    CUT_TO_8 = "of samples cut to a multiple of 8 positions"
+    IGNORED_AS_ZERO = "with every ignored position predicted as token 0"
+    ENDS_AS_ZERO = "with the first ignored position after targets predicted as token 0"
     TOKENS_OF_BATCH_BEFORE = (
         "of the tokens of the samples at the same places of the micro-batch before, with all else "
         "right: a buffer is not filled anew"

@@ -42,7 +42,13 @@ def formulas(
     values = _of_gradient(gradient)
     if wrong:
         values |= _of_shares(norm, shares)
-        values |= {NORMS[f]: g.norm() for f, g in wrong.items() if f in NORMS}
+        # Of several uses, a tail may be that of each use or that of all.
+        found_so_far = values.keys()
+        values |= {
+            NORMS[f]: g.norm()
+            for f, g in wrong.items()
+            if f in NORMS and NORMS[f] not in found_so_far
+        }
     found = torch.full((len(NormFormula),), torch.nan, dtype=torch.float64)
     found[[NORM_PLACES[formula] for formula in values]] = torch.stack(
         list(values.values())
@@ -62,10 +68,18 @@ def _of_gradient(gradient: Tensor) -> dict[NormFormula, Tensor]:
         NormFormula.LAST_ROW_LOST: rows[:-1].norm(),
         NormFormula.LAST_COLUMN_LOST: rows[:, :-1].norm(),
         NormFormula.SUM_OF_ABSOLUTES: rows.abs().sum(),
+        NormFormula.FIRST_ROW_LOST: rows[1:].norm(),
+        NormFormula.HALVES_ADDED: sum_of_halves(rows),
         NormFormula.LARGEST_ELEMENT: rows.abs().max(),
         NormFormula.ROOT_MEAN_SQUARE: rows.square().mean().sqrt(),
         NormFormula.SQUARES_IN_FLOAT16: rows.half().square().to(rows.dtype).sum().sqrt(),
     }
+
+
+def sum_of_halves(rows: Tensor) -> Tensor:
+    """Norms of the two halves of the rows, added."""
+    half = -(-len(rows) // 2)
+    return rows[:half].norm() + rows[half:].norm()
 
 
 def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tensor]:
@@ -85,6 +99,9 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
                 norm.square() + shares[-1].gradient().square().sum()
             ).sqrt(),
         }
+    if all(s.right_TD is None and s.row_T is None for s in shares):
+        summed = [s.left_TP.sum(dim=1).square().sum() for s in shares]
+        values[NormFormula.FEATURES_SUMMED] = torch.stack(summed).sum().sqrt()
     (only,) = shares if len(shares) == 1 else (None,)
     if only is None:
         left_TP = torch.cat([s.left_TP for s in shares]) if _are_alike(shares) else None
@@ -94,7 +111,10 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
         left_TP, right_TD = only.left_TP, only.right_TD
     if left_TP is not None:
         row_T = only.row_T if only is not None else None
-        values |= _of_tiles(Share(left_TP, right_TD, row_T))
+        joined = Share(left_TP, right_TD, row_T)
+        values |= _of_tiles(joined)
+        positive = joined.products().clamp_min(0).sum()
+        values[NormFormula.NEGATIVE_LOST] = positive.sqrt()
     if left_TP is not None and right_TD is not None:
         values[NormFormula.SUMMED_FIRST] = left_TP.sum(dim=0).norm() * right_TD.sum(dim=0).norm()
         values[NormFormula.FACTORS_APART] = left_TP.norm() * right_TD.norm()
@@ -129,11 +149,21 @@ def _of_rows(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tensor]
     squares = torch.stack([share.position_squares().sum() for share in rows]).sum()
     added = torch.stack([share.gradient().square().sum() for share in rows]).sum()
     values = {NormFormula.TOKENS_APART: (norm.square() - added + squares).clamp_min(0).sqrt()}
+    in_runs = torch.stack([_square_of_runs(share) for share in rows]).sum()
+    values[NormFormula.CONSECUTIVE_TOKENS] = (norm.square() - added + in_runs).clamp_min(0).sqrt()
     padding = [replace(s, left_TP=s.padding_TP) for s in rows if s.padding_TP is not None]
     if padding:
         of_padding = _joined(padding, Share.gradient).square()
         values[NormFormula.PADDING_APART] = (norm.square() + of_padding).sqrt()
     return values
+
+
+def _square_of_runs(share: Share) -> Tensor:
+    """Squared norm of an embedding's gradients, added over runs of equal tokens alone."""
+    assert share.row_T is not None, "only an embedding has rows"
+    _, run_T = share.row_T.unique_consecutive(return_inverse=True)
+    runs = share.left_TP.new_zeros(int(run_T.max()) + 1, share.left_TP.shape[1])
+    return runs.index_add_(0, run_T, share.left_TP).square().sum()
 
 
 def _are_alike(shares: Sequence[Share]) -> bool:

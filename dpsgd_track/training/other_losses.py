@@ -40,6 +40,7 @@ def other_losses(
     run: SampleRun,
     *,
     before: Batch | None = None,
+    first: Batch | None = None,
     num_tokens: int = 0,
 ) -> Tensor:
     """[F] value of each `LossFormula` of a sample, float64 on the CPU; NaN where none applies.
@@ -49,6 +50,7 @@ def other_losses(
         batch: the micro-batch.
         index: the sample's place in it.
         before: the micro-batch before.
+        first: the step's first micro-batch.
         num_tokens: in the vocabulary; 0 if there is none.
     """
     sample = batch.sample(index)
@@ -57,6 +59,10 @@ def other_losses(
         values = dict(_of_inputs(loss, sample, run, num_tokens))
         values |= _of_first(loss, batch, index, run)
         values |= _of_others(loss, batch, index, run, before)
+        if first is not None and first is not batch:
+            stale = _with_tokens_of(sample, first, index)
+            if stale is not None:
+                values[LossFormula.TOKENS_OF_FIRST_BATCH] = loss(run(stale), sample.targets)
         for formula, place in (
             (LossFormula.TARGETS_OF_NEXT, index + 1),
             (LossFormula.TARGETS_OF_BEFORE, index - 1),
@@ -72,6 +78,7 @@ def other_losses(
             values |= _of_targets(loss, logits, sample, is_shifted=inner in _SHIFTED)
             if inner in _OF_TOKENS:
                 values |= _of_padding(loss, logits, sample)
+                values |= _of_length(loss, sample, run)
     missing = torch.tensor(torch.nan)
     return torch.stack(
         [values.get(f, missing).detach().double().cpu().reshape(()) for f in LossFormula]
@@ -173,12 +180,20 @@ def _of_others(
         run(replace(stale, targets=sample.targets)), sample.targets
     )
     values[LossFormula.TARGETS_OF_BATCH_BEFORE] = loss(run(sample), stale.targets)
-    if "input_ids" in sample.inputs:
-        tokens = {**sample.inputs, "input_ids": stale.inputs["input_ids"]}
-        values[LossFormula.TOKENS_OF_BATCH_BEFORE] = loss(
-            run(replace(sample, inputs=tokens)), sample.targets
-        )
+    if (with_tokens := _with_tokens_of(sample, before, index)) is not None:
+        values[LossFormula.TOKENS_OF_BATCH_BEFORE] = loss(run(with_tokens), sample.targets)
     return values
+
+
+def _with_tokens_of(sample: Batch, other: Batch, index: int) -> Batch | None:
+    """A sample with the tokens of another micro-batch; None where it has none of that shape."""
+    ids = sample.inputs.get("input_ids")
+    if ids is None or index >= len(other):
+        return None
+    tokens = other.sample(index).inputs["input_ids"]
+    if tokens.shape != ids.shape:
+        return None
+    return replace(sample, inputs={**sample.inputs, "input_ids": tokens})
 
 
 def _shapes(sample: Batch) -> list[torch.Size]:
@@ -207,6 +222,24 @@ def _of_targets(
     return values
 
 
+def _of_length(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Mapping[LossFormula, Tensor]:
+    """The loss of a sample that is cut to a multiple of 8 positions."""
+    length = sample.targets.shape[1]
+    kept = length // 8 * 8
+    if not kept or kept == length:
+        return {}
+    inputs = {
+        name: tensor[:, :kept] if tensor.shape[1:2] == (length,) else tensor
+        for name, tensor in sample.inputs.items()
+    }
+    targets = sample.targets[:, :kept]
+    if not targets[:, 1:].ne(IGNORED).any():
+        return {}
+    return {
+        LossFormula.CUT_TO_8: loss(run(replace(sample, inputs=inputs, targets=targets)), targets)
+    }
+
+
 def _of_padding(loss: PerSampleLoss, logits: Tensor, sample: Batch) -> Mapping[LossFormula, Tensor]:
     """Losses over the tokens that are not predicted as well."""
     targets, ids = sample.targets, sample.inputs.get("input_ids")
@@ -215,6 +248,10 @@ def _of_padding(loss: PerSampleLoss, logits: Tensor, sample: Batch) -> Mapping[L
         return {}
     whole = torch.where(targets == IGNORED, ids, targets)
     values = {LossFormula.PADDING_PREDICTED: loss(logits, whole)}
+    values[LossFormula.IGNORED_AS_ZERO] = loss(logits, targets.clamp_min(0))
+    is_end = targets[:, 1:].eq(IGNORED) & targets[:, :-1].ne(IGNORED)
+    ended = torch.cat([targets[:, :1], targets[:, 1:].masked_fill(is_end, 0)], dim=1)
+    values[LossFormula.ENDS_AS_ZERO] = loss(logits, ended)
     after = int(used[-1]) + 1
     if after < targets.shape[1]:
         first = targets.clone()

@@ -67,17 +67,25 @@ def _not_reduced(
     dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
     last = int(num_batches) - 1
     of_last = own.batches[last] if last < len(own.batches) else {}
+    of_first = own.batches[0] if own.batches else {}
     for part in parts:
         zeros = torch.zeros_like(part.local)
         mine, mine_last = (
             totals.get(part.name, zeros).to(part.local) for totals in (own.own, of_last)
         )
         yield SumFormula.NOT_REDUCED, replace(part, local=mine)
+        on_rank_0 = part.local if dist.get_rank() == 0 else mine
+        yield SumFormula.REDUCED_TO_FIRST_RANK, replace(part, local=on_rank_0)
         if last > 0:
             all_last = mine_last.clone()
             sum_over_ranks(all_last)
             reduced_last = mine - mine_last + all_last
             yield SumFormula.ONLY_LAST_REDUCED, replace(part, local=reduced_last)
+            mine_first = of_first.get(part.name, zeros).to(part.local)
+            all_first = mine_first.clone()
+            sum_over_ranks(all_first)
+            reduced_first = mine - mine_first + all_first
+            yield SumFormula.ONLY_FIRST_REDUCED, replace(part, local=reduced_first)
             not_last = part.local - all_last + mine_last
             yield SumFormula.LAST_NOT_REDUCED, replace(part, local=not_last)
 

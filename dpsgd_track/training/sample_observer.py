@@ -73,6 +73,8 @@ class SampleObserver:
         self._sums = WrongSums()
         self._now, self._before = _MicroBatch(), _MicroBatch()
         self._of_last_step = _MicroBatch()
+        self._first: Batch | None = None
+        """The step's first micro-batch that has samples."""
 
     def watch(self, model: nn.Module) -> None:
         """Note the calls of the layers of `model`."""
@@ -153,7 +155,10 @@ class SampleObserver:
         """Record a sample's wrong losses."""
         self._now.batch = batch
         before, tokens = self._before.batch, self._num_tokens
-        values = other_losses(loss, batch, index, run, before=before, num_tokens=tokens)
+        self._first = self._first or batch
+        values = other_losses(
+            loss, batch, index, run, before=before, first=self._first, num_tokens=tokens
+        )
         self._losses.append(values)
 
     def discard(self) -> None:
@@ -177,7 +182,7 @@ class SampleObserver:
         none = np.empty((0, len(LossFormula)))
         losses = torch.stack(self._losses).numpy() if self._losses else none
         self._losses.clear()
-        self._sums = WrongSums()
+        self._sums, self._first = WrongSums(), None
         self._now, self._of_last_step = _MicroBatch(), self._before
         return Observed(sketch=taken[0], other_norm=taken[1], other_loss=losses)
 

@@ -20,6 +20,8 @@ from dpsgd_track.training.layer_calls import Share
 
 _TAILS = {4: SumFormula.TAIL_OF_4_LOST, 8: SumFormula.TAIL_OF_8_LOST}
 """Positions of a tile, and the loss of what is left after the last full one."""
+_ROWS = 8
+"""Rows of a tile."""
 _CLOSE = 1e-3
 """Relative error up to which the calls of layers make up the gradient."""
 Shares = Mapping[str, Sequence[Share]]
@@ -101,6 +103,9 @@ def wrong_gradients(
     if not uses or (sum(uses[1:], uses[0]) - right_G).norm() > _CLOSE * right_G.norm():
         return {}
     found = dict(_of_positions(shares, right_G))
+    rest = len(right_G) % _ROWS
+    if len(right_G) > _ROWS and rest:
+        found[SumFormula.ROWS_OF_8] = _without_last(right_G, right_G, rest)
     if len(uses) > 1:
         found |= {
             SumFormula.FIRST_USE: uses[0],
@@ -108,6 +113,8 @@ def wrong_gradients(
             SumFormula.FIRST_USE_DOUBLED: right_G + uses[0],
             SumFormula.LAST_USE_DOUBLED: right_G + uses[-1],
         }
+        if len(right_G) > _ROWS and rest:
+            found[SumFormula.LAST_USE_ROWS_OF_8] = _without_last(right_G, uses[-1], rest)
     found |= {
         formula: _summed(shares, partial(_with_other_input, formula=formula), right_G)
         for formula in (
@@ -124,6 +131,13 @@ def wrong_gradients(
     if any(share.row_T is not None for share in shares):
         found |= _of_rows(shares, right_G)
     return found
+
+
+def _without_last(right_G: Tensor, part_G: Tensor, num_rows: int) -> Tensor:
+    """The right gradient without the last rows of a part of it."""
+    lost = torch.zeros_like(right_G)
+    lost[-num_rows:] = part_G[-num_rows:]
+    return right_G - lost
 
 
 def unclipped_uses(right_G: Tensor, shares: Sequence[Share]) -> dict[SumFormula, Tensor]:

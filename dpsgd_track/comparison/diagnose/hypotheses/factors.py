@@ -484,6 +484,8 @@ FACTORS = Subject(
             ),
         ),
         (Hypothesis(sentence="samples are clipped not at C but at {}", predict=_by_rank),),
+    ),
+    late=(
         (
             Hypothesis(
                 sentence="they are min(1, C / (n + {} C)): a share of C is added to the norm",
@@ -495,6 +497,7 @@ FACTORS = Subject(
             Hypothesis(
                 sentence="they are another function of n / C than min(1, C / n): {}",
                 predict=_function_of_ratio,
+                is_hint=True,
             ),
         ),
     ),

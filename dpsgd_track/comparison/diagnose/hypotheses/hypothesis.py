@@ -171,11 +171,14 @@ def _explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explana
         return ()
     levels = [_zero(subject, facts), _multiples(subject, facts), *subject.levels]
     levels += [_constant(subject, trial), *subject.late]
-    for cells in (np.ones_like(trial.is_wrong), trial.is_wrong):
-        for level in levels:
-            found = {each.name: each for each in trial.agreeing(level, cells)}
-            if found:
-                return tuple(found.values())
+    # What explains every wrong number is told before a mere size that fits all of them.
+    for is_hint in (False, True):
+        tried = [[h for h in level if h.is_hint is is_hint] for level in levels]
+        for cells in (np.ones_like(trial.is_wrong), trial.is_wrong):
+            for level in tried:
+                found = {each.name: each for each in trial.agreeing(level, cells)}
+                if found:
+                    return tuple(found.values())
     return ()
 
 

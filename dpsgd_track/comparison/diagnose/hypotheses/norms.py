@@ -35,6 +35,8 @@ _FITS = 1e-4
 """Relative error up to which a norm equals a formula's value."""
 _LEAST_TOLD = 0.75
 """Least share of the wrong parameters that has to follow a formula."""
+_MOST_ALIKE = 3
+"""Formulas of equal values that are told."""
 _MOST_FORMULAS = 2
 """Formulas that the wrong parameters may follow, one for each kind of layer."""
 
@@ -267,8 +269,7 @@ def _formulas(facts: Facts) -> Prediction:
         of_column = observed[..., column] if formula is None else values[..., column, formula]
         wrong = is_wrong[..., column]
         predicted[..., column][wrong] = of_column[wrong]
-    formulas = list(NormFormula)
-    shown = ", others ".join(formulas[f].value for f in used)
+    shown = ", others ".join(_alternatives(agrees, f) for f in used)
     of_some = f" (in {is_told.sum()} of {len(is_told)} parameters)" * (not is_told.all())
     return Fitted(predicted, f"{shown}{of_some}")
 
@@ -291,6 +292,17 @@ def _with_sibling(facts: Facts, combine: Callable[[Floats, Floats], Floats]) -> 
         w, b = right[..., place], norms[..., names.index(other)]
         predicted[..., place] = combine(w, b)
     return predicted
+
+
+def _alternatives(agrees: np.ndarray, formula: int) -> str:
+    """A formula and those that cannot be told from it, in words.
+
+    Args:
+        agrees: [Q, V]
+    """
+    formulas = list(NormFormula)
+    same = np.flatnonzero((agrees == agrees[:, [formula]]).all(axis=0)).tolist()[:_MOST_ALIKE]
+    return " or ".join(formulas[f].value for f in same)
 
 
 def _fewest(agrees: np.ndarray) -> list[int]:

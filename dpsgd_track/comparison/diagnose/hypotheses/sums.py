@@ -449,7 +449,9 @@ def _reduced_in_part(facts: Facts) -> Prediction:
     """In each step, the nearest of the sums that are not reduced, or not of all micro-batches."""
     formulas = (
         SumFormula.ONLY_LAST_REDUCED,
+        SumFormula.ONLY_FIRST_REDUCED,
         SumFormula.LAST_NOT_REDUCED,
+        SumFormula.REDUCED_TO_FIRST_RANK,
         SumFormula.NOT_REDUCED,
     )
     found = [_of_move(facts, formula) for formula in formulas]
@@ -668,7 +670,6 @@ SUM = Subject(
             Hypothesis(sentence="layers have each other's gradients: {}", predict=_exchanged),
             Hypothesis(sentence="the last micro-batch is added a step late", predict=_added_late),
             *_moves(),
-            Hypothesis(sentence="it is {}", predict=_reduced_in_part),
             Hypothesis(sentence="{}", predict=_shards_apart),
             Hypothesis(
                 sentence="all samples of the step count with one factor, whatever their own: the "
@@ -683,6 +684,7 @@ SUM = Subject(
         ),
     ),
     late=(
+        (Hypothesis(sentence="it is {}", predict=_reduced_in_part),),
         (
             Hypothesis(
                 sentence="the whole sum is clipped as well, to a length of about {}: it is scaled "
