@@ -507,7 +507,7 @@ def test_others_are_welcome_once_the_store_took_the_group(tmp_path, monkeypatch,
 
     recording.start = start
     display = SimpleNamespace(say=lambda line: None, start_group=lambda steps: None)
-    display.conclude = display.say
+    display.conclude = lambda line, is_last: None
     run = GroupRun(plan_of(), recording, Launch(), display, leader)
     if error:
         with pytest.raises(StoreError):

@@ -69,7 +69,8 @@ def _list(mutants: Sequence[Mutant]) -> int:
 
     table = Table()
     for heading in ("fault", "class", "what goes wrong", "source"):
-        table.add_column(heading, overflow="fold")
+        # A name is copied to --fault, whole.
+        table.add_column(heading, overflow="fold", no_wrap=heading == "fault")
     for mutant in mutants:
         table.add_row(mutant.name, mutant.kind, mutant.title, mutant.source)
     Console(highlight=False, width=console_width()).print(table)
