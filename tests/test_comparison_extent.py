@@ -106,7 +106,7 @@ def test_a_mode_that_declines_the_common_noise_is_left_to_its_audit() -> None:
     for factor, verdict, said in (
         # So small that by itself it would not pass for noise of its own.
         (0.3, "BUG", "where 1 is meant"),
-        (0.0, "BUG", "the std of its noise is 0.0000 sigma C"),
+        (0.0, "BUG", "its noise is zero where its std should be sigma C"),
         (1.0, "PASS", "compared only in what comes before the noise up to step 0"),
     ):
         run = mode_run(USERS, record=own(record(), factor), setup=MOVING, facts=declined)

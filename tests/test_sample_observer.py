@@ -202,6 +202,12 @@ def test_formulas_are_what_their_words_say() -> None:
     assert of[NormFormula.ROOT_MEAN_SQUARE] == pytest.approx(root)
     half = float(gradient.half().square().double().sum().sqrt())
     assert of[NormFormula.SQUARES_IN_FLOAT16] == pytest.approx(half)
+    positive = float(((dout @ dout.T) * (x_out @ x_out.T)).clamp_min(0).sum().sqrt())
+    assert of[NormFormula.NEGATIVE_LOST] == pytest.approx(positive)
+    assert of[NormFormula.FIRST_ROW_LOST] == pytest.approx(float(gradient[1:].norm()))
+    halves = float(gradient[:2].norm() + gradient[2:].norm())
+    assert of[NormFormula.HALVES_ADDED] == pytest.approx(halves)
+    assert of_bias[NormFormula.FEATURES_SUMMED] == pytest.approx(float(dout.sum(1).norm()))
     assert of[NormFormula.OWN_ROWS] == pytest.approx(float(gradient.norm()))
     assert of[NormFormula.LAST_ROW_LOST] == pytest.approx(float(gradient[:-1].norm()))
     assert of[NormFormula.LAST_COLUMN_LOST] == pytest.approx(float(gradient[:, :-1].norm()))
@@ -234,6 +240,11 @@ def test_formulas_are_what_their_words_say() -> None:
     counts = torch.bincount(TOKENS[0], minlength=len(gradients["embedding.weight"]))
     by_frequency = gradients["embedding.weight"] / counts.clamp(min=1)[:, None]
     assert of[NormFormula.BY_FREQUENCY] == pytest.approx(float(by_frequency.norm()))
+    runs = [de[0], de[1], de[2], de[4], de[5]]  # No equal tokens follow each other.
+    in_runs = float(torch.stack(runs).square().sum().sqrt())
+    assert of[NormFormula.CONSECUTIVE_TOKENS] == pytest.approx(in_runs)
+    apart = gradients["embedding.weight"].square().sum() + de[TOKENS[0] == 0].sum(0).square().sum()
+    assert of[NormFormula.PADDING_APART] == pytest.approx(float(apart.sqrt()))
     padded = gradients["embedding.weight"].clone()
     padded[0] += de[TOKENS[0] == 0].sum(0)
     assert of[NormFormula.PADDING_COUNTED] == pytest.approx(float(padded.norm()))
@@ -578,6 +589,68 @@ def test_wrong_losses_are_what_their_words_say() -> None:
     }
     for formula, value in wanted.items():
         assert of[formula] == pytest.approx(float(value)), formula
+
+
+@torch.no_grad()
+def test_losses_of_other_samples_inputs_are_what_their_words_say() -> None:
+    torch.manual_seed(0)
+    model = Told().double()
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    places = torch.tensor([[1, 2, 3, 4, 0], [0, 1, 2, 3, 4]])
+
+    def batch_of(ids: Tensor, targets: Tensor) -> Batch:
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+        return Batch(inputs, targets)
+
+    ids, first, before = (torch.randint(1, 7, (2, 5)) for _ in range(3))
+    ids[1, 2] = 6
+    targets = ids.clone()
+    targets[1, 2:4] = -100
+    batch = batch_of(ids, targets)
+    values = other_losses(
+        one_loss_a_sample(causal_lm_loss),
+        batch,
+        1,
+        run_of(model),
+        before=batch_of(before, before),
+        first=batch_of(first, first),
+        num_tokens=7,
+    )
+    of = dict(zip(LossFormula, values.tolist(), strict=True))
+
+    def loss(row: Tensor, mask_of: int = 1, places_of: int = 1, like: Tensor = targets[1]) -> float:
+        given = row[None], mask[mask_of : mask_of + 1], places[places_of : places_of + 1]
+        logits = model(*given)[0]
+        return float(nn.functional.cross_entropy(logits[:-1], like[1:]))
+
+    cleared, ends = ids[1].clone(), targets[1].clone()
+    cleared[0] = ends[2] = 0
+    wanted = {
+        LossFormula.TOKENS_CLAMPED: loss(ids[1].clamp_max(5)),
+        LossFormula.FIRST_TOKEN_LOST: loss(cleared),
+        LossFormula.POSITIONS_OF_FIRST: loss(ids[1], places_of=0),
+        LossFormula.MASK_OF_FIRST: loss(ids[1], mask_of=0),
+        LossFormula.INPUTS_OF_NEXT: loss(ids[0], 0, 0),
+        LossFormula.INPUTS_OF_BEFORE: loss(ids[0], 0, 0),
+        LossFormula.INPUTS_OF_BATCH_BEFORE: loss(before[1]),
+        LossFormula.TOKENS_OF_BATCH_BEFORE: loss(before[1]),
+        LossFormula.TOKENS_OF_FIRST_BATCH: loss(first[1]),
+        LossFormula.TARGETS_OF_BATCH_BEFORE: loss(ids[1], like=before[1]),
+        LossFormula.IGNORED_AS_ZERO: loss(ids[1], like=targets[1].clamp_min(0)),
+        LossFormula.ENDS_AS_ZERO: loss(ids[1], like=ends),
+    }
+    for formula, value in wanted.items():
+        assert of[formula] == pytest.approx(value), formula
+
+
+@torch.no_grad()
+def test_the_loss_of_a_sample_that_is_cut() -> None:
+    table = nn.Embedding(7, 7).double()
+    ids = torch.randint(0, 7, (1, 11))
+    batch = Batch({"input": ids}, ids)
+    values = other_losses(one_loss_a_sample(causal_lm_loss), batch, 0, run_of(table)).tolist()
+    cut = nn.functional.cross_entropy(table(ids[0, :7]), ids[0, 1:8])
+    assert values[list(LossFormula).index(LossFormula.CUT_TO_8)] == pytest.approx(float(cut))
 
 
 def test_wrong_losses_of_a_class_and_of_a_number() -> None:
