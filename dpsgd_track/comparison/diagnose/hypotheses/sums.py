@@ -390,6 +390,9 @@ def _noised(facts: Facts) -> Prediction:
     std = facts.theirs.noise_stds[facts.rows]
     if is_large.sum() < _MANY_PARAMETERS or not np.all(std > 0):
         return None
+    # Errors of like tensors are of one size whatever they are.
+    if sizes.max() < _UNLIKE * sizes[is_large].min():
+        return None
     off = sketch_distance(theirs, facts.right_sum)[facts.rows][:, is_large]
     size = off / np.sqrt(sizes[is_large]) / std[:, None]
     if not np.all(size > 0) or np.quantile(size, 0.9) > 2 * np.quantile(size, 0.1):
@@ -397,8 +400,9 @@ def _noised(facts: Facts) -> Prediction:
     return Fitted(theirs, f"{float(np.median(size)):.2g}")
 
 
-_MANY_ELEMENTS, _MANY_PARAMETERS = 16, 4
-"""Least elements of a parameter, and least parameters, that errors of one size are told from."""
+_MANY_ELEMENTS, _MANY_PARAMETERS, _UNLIKE = 16, 4, 4.0
+"""Least elements of a parameter, least parameters, and least ratio of the largest to the smallest
+of them, that errors of one size are told from."""
 
 
 def _where_a_rank_is_idle(facts: Facts) -> Prediction:
@@ -710,7 +714,7 @@ SUM = Subject(
         (
             Hypothesis(
                 sentence="it is wrong in just those steps in which a rank has an empty "
-                "micro-batch, as if something were added for it",
+                "micro-batch: what that rank does without samples changes the sum",
                 predict=_where_a_rank_is_idle,
                 is_hint=True,
             ),
