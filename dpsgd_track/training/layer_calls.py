@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,15 +43,21 @@ class Share:
         if right_TD is not None:
             return right_TD.mT @ left_TP if self.is_transposed else left_TP.mT @ right_TD
         if self.row_T is not None:
-            rows = int(self.row_T.max()) + 1
-            return left_TP.new_zeros(rows, left_TP.shape[1]).index_add_(0, self.row_T, left_TP)
+            return self._of_rows(left_TP, self.row_T)
         return left_TP.sum(dim=0)
 
     def gradient(self, positions: slice | Tensor = slice(None)) -> Tensor:
         """Gradient over `positions`, a slice or [T] flags."""
-        left = torch.zeros_like(self.left_TP)
-        left[positions] = self.left_TP[positions]
-        return self.total(left, self.right_TD)
+        right_TD = None if self.right_TD is None else self.right_TD[positions]
+        left_TP = self.left_TP[positions]
+        if self.row_T is not None:
+            return self._of_rows(left_TP, self.row_T[positions])
+        return self.total(left_TP, right_TD)
+
+    def _of_rows(self, left_TP: Tensor, row_T: Tensor) -> Tensor:
+        assert self.row_T is not None, "only an embedding has rows"
+        rows = int(self.row_T.max()) + 1
+        return left_TP.new_zeros(rows, left_TP.shape[1]).index_add_(0, row_T, left_TP)
 
     def products(self) -> Tensor:
         """[T, T] inner products of the positions' shares; their sum is the squared norm."""

@@ -180,22 +180,22 @@ def _inputs_of_others(name: str, others: OtherInputs) -> Iterator[tuple[SumFormu
 def _of_positions(shares: Sequence[Share], right_G: Tensor) -> Iterator[tuple[SumFormula, Tensor]]:
     """Gradients that lack some positions."""
 
-    def kept(positions: slice) -> Tensor:
-        return _summed(shares, lambda share: share.gradient(positions), right_G)
+    def without(positions: slice) -> Tensor:
+        return right_G - _summed(shares, lambda share: share.gradient(positions), right_G)
 
-    yield SumFormula.FIRST_POSITION_LOST, kept(slice(1, None))
-    yield SumFormula.LAST_POSITION_LOST, kept(slice(0, -1))
+    yield SumFormula.FIRST_POSITION_LOST, without(slice(0, 1))
+    yield SumFormula.LAST_POSITION_LOST, without(slice(-1, None))
     shortest = min(len(share.left_TP) for share in shares)
     for size, formula in _TAILS.items():
         if shortest > size and shortest % size:
-            yield formula, kept(slice(0, shortest // size * size))
+            yield formula, without(slice(shortest // size * size, None))
     if all(s.row_T is None and s.is_padding_T is not None for s in shares):
-        yield SumFormula.PADDING_POSITIONS_LOST, _summed(shares, _without_padding, right_G)
+        yield SumFormula.PADDING_POSITIONS_LOST, right_G - _summed(shares, _of_padding, right_G)
 
 
-def _without_padding(share: Share) -> Tensor:
+def _of_padding(share: Share) -> Tensor:
     assert share.is_padding_T is not None, "padding is known"
-    return share.gradient(~share.is_padding_T)
+    return share.gradient(share.is_padding_T)
 
 
 def _of_rows(shares: Sequence[Share], right_G: Tensor) -> dict[SumFormula, Tensor]:
@@ -235,10 +235,10 @@ def rows_of(shares: Sequence[Share]) -> list[Share]:
 def _summed(
     shares: Sequence[Share], gradient_of: Callable[[Share], Tensor], like_G: Tensor
 ) -> Tensor:
-    total = torch.zeros_like(like_G)
-    for share in shares:
-        total += _shaped(gradient_of(share), like_G)
-    return total
+    if not shares:
+        return torch.zeros_like(like_G)
+    parts = [_shaped(gradient_of(share), like_G) for share in shares]
+    return sum(parts[1:], parts[0])
 
 
 def _shaped(gradient: Tensor, like_G: Tensor) -> Tensor:
