@@ -470,6 +470,8 @@ class JobConfig(DrawsConfig):
     Nth, the first and the last)."""
     log_ranks: str = EVERY
     """Ranks that have a run of their own: all, 0 (rank 0 alone), or how many."""
+    system_metrics: bool = False
+    """True if ranks log the use of their machine's processors and memory at each step."""
     variant: VariantConfig | None = None
     """Code that runs instead of the installed packages."""
 

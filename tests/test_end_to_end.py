@@ -27,7 +27,8 @@ PRIVATE = [mode for mode in FULL if MODES[mode].is_private]
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("full"))
-    done = workspace.run("launch.py", "full", "--group", "g", "--num-iter", "4")
+    argv = ("full", "--group", "g", "--num-iter", "4", "--system-metrics")
+    done = workspace.run("launch.py", *argv)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "compare: python compare.py g" in done.stdout
     return workspace
@@ -113,6 +114,29 @@ def test_compare_passes_and_leaves_its_files(
     assert tags[names.VERDICT] == "PASS"
     assert "PASS" in tags[names.NOTE]
     assert "comparison/report.html" in {a.path for a in client.list_artifacts(run_id, "comparison")}
+
+
+def test_every_rank_logs_the_use_of_its_machine(full: Workspace) -> None:
+    client = MlflowClient(full.uri)
+    group = full.group("g")
+    found = client.search_runs(
+        [client.get_run(group.run_id).info.experiment_id],
+        f"tags.`{names.GROUP}` = 'g' AND tags.`{names.KIND}` = '{names.KIND_RANK}'",
+    )
+    assert found
+    for run in found:
+        used = {k: v for k, v in run.data.metrics.items() if k.startswith("system/")}
+        assert used.keys() == {
+            "system/cpu_utilization_percentage",
+            "system/system_memory_usage_megabytes",
+            "system/system_memory_usage_percentage",
+        }
+        assert 0 < used["system/system_memory_usage_percentage"] < 100
+        by_step = [
+            [point.step for point in client.get_metric_history(run.info.run_id, name)]
+            for name in ("system/cpu_utilization_percentage", "step_time_ms")
+        ]
+        assert by_step[0] == by_step[1]
 
 
 def test_the_group_run_charts_every_mode_and_names_its_data(full: Workspace, records: Any) -> None:

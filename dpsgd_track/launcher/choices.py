@@ -348,6 +348,8 @@ class GroupChoices(RecordChoices):
     log_ranks: str | None = None
     """RANKS: ranks with a run of their own: all, or how many (default: log_ranks of --config). They
     are evenly spaced; 0 is rank 0 alone."""
+    system_metrics: bool = False
+    """Log processor and memory use of the ranks' machines at each step as well."""
 
     def settings(self) -> Settings:
         """Settings of the configuration file, with what was chosen on top."""

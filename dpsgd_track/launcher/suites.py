@@ -207,6 +207,7 @@ def _job(
         delta=asked.draws.delta,
         layer_norms=asked.kept.layer_norms,
         log_ranks=asked.kept.settings().log_ranks,
+        system_metrics=asked.kept.system_metrics,
         variant=variant,
     )
     return _as_one_rank(job) if entrant.runs_on_one_rank else job

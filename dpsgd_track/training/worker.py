@@ -46,6 +46,7 @@ from dpsgd_track.training.noise_samples import Floats
 from dpsgd_track.training.prepare import PreparedRun, not_optimized
 from dpsgd_track.training.profile import ProfileRun
 from dpsgd_track.training.recorder import data_digest, rank_metrics
+from dpsgd_track.training.system_metrics import system_metrics
 
 LEAVING_TIMEOUT_S = 5.0
 """Seconds that a worker told to stop may take to save its trajectories."""
@@ -132,6 +133,8 @@ class Worker:
         is_noisy = regime.kind == NOISE and not regime.replay
         silent = self.silent if is_noisy else None
         run = RegimeRun(self.job, regime, device, silent, self._built)
+        if self.job.system_metrics:
+            system_metrics(device)  # Processor use is that since the call before.
         if regime.replay == SILENT:
             self.silent = run.taken
         if regime.kind == CLIP and not regime.max_grad_norms:
@@ -145,6 +148,8 @@ class Worker:
                 self._log(number, done.seen.step, metrics, is_global=True)
                 self._chart(regime, done.seen.step, metrics)
                 own = rank_metrics(done.local, done.local_time_ms, done.local_memory_gib)
+                if self.job.system_metrics:
+                    own |= system_metrics(device)
                 self._log(number, done.seen.step, own, is_global=False)
                 self._progress(number, "step", done.seen.step, metrics["loss"])
         finally:
