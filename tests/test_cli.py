@@ -57,7 +57,11 @@ _MACHINE = {
 _NODES = {"nnodes": 1, "node-rank": None, "rdzv-endpoint": None, "rdzv-timeout": 600.0}
 _STORE = {"tracking-uri": None, "config": None}
 _PLACES = {**_STORE, "spool": None, "offline": False}
-_KEPT = {**_PLACES, "group": None, "layer-norms": "all", "log-ranks": None, "output": None}
+_KEPT = {
+    **_PLACES,
+    **{"group": None, "layer-norms": "all", "log-ranks": None, "output": None},
+    "system-metrics": False,
+}
 _SUITE = {
     **{**_WHAT, "regime": None, "seq-length": None, "batch-size": 2},
     **{**_MODEL, **_TRAINING, **_MACHINE, **_NODES, **_KEPT},

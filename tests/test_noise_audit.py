@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         _scaled([3, 3, 1, 1], STEP),
         "as if every micro-batch got the same whole noise",
     ),
-    "empty": (_only(0, EMPTY), "of the empty step 2 is 0.000"),
+    "empty": (_only(0, EMPTY), "noise of the empty step 2 is zero"),
     "one step": (_only(1.2, 1), "of step 1 is 1.19"),
     "one rank": (_only(1.2, every, 1, every), "of rank 1 is 1.2"),
     "one parameter": (_only(1.3, every, every, 4, every), "of model.layers.4.weight is 1.2"),
@@ -279,6 +279,7 @@ def test_nan_noise_never_passes() -> None:
     record = noisy()
     record.noise_samples[1, 0, 0, 5] = np.nan
     assert "the std of its noise" in sentences(record)[0]
+    assert "is zero" not in sentences(record)[0]
 
 
 def test_a_cause_is_only_named_where_it_fits_every_step() -> None:

@@ -69,7 +69,7 @@ def _sentences(path: Path) -> list[str]:
 FAULTS = {
     "IdenticalShards": "between rank 0 and rank 1 is 1.000",
     "EveryMicroBatch": "as if every micro-batch got the whole noise",
-    "SkipsEmptyBatches": "of the empty step 2 is 0.000",
+    "SkipsEmptyBatches": "noise of the empty step 2 is zero",
     "OncePerColumn": "stands 1",
 }
 SOUND = ("flash_fsdp", "flash_fsdp_fuse_bk", "ghost_fsdp")

@@ -39,6 +39,7 @@ _SELDOM = frozenset(
         ),
         *("learning-rate", "optimizer", "noise-from"),
         *("delta", "reference-dtype", "replicas", "plan", "layer-norms", "log-ranks", "nnodes"),
+        "system-metrics",
         *("node-rank", "rdzv-endpoint", "rdzv-timeout", "rounds", "config", "spool", "warmup-iter"),
         *("max-slowdown", "max-memory"),
     )

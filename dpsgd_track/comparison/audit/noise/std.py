@@ -104,10 +104,10 @@ def std_check(
     value, low, high = (float(v[worst]) for v in (cells.value, cells.low, cells.high))
     of = f" of {place.text}" if place.text else ""
     digits = 3 if high - low > _NARROW else 4
-    sentence = f"its noise{of} is zero where its std should be sigma C"
-    if high > 0:
-        sentence = f"the std of its noise{of} is {value:.{digits}f} sigma C "
-        sentence += f"(interval {low:.{digits}f} to {high:.{digits}f}) where 1 is meant"
+    sentence = f"the std of its noise{of} is {value:.{digits}f} sigma C "
+    sentence += f"(interval {low:.{digits}f} to {high:.{digits}f}) where 1 is meant"
+    if high == 0:
+        sentence = f"its noise{of} is zero where its std should be sigma C"
     if len(excess) > 1 and num_failed:
         sentence += f", and {num_failed} of {len(excess)} are out of bounds"
     if num_failed and likely_cause:
