@@ -43,7 +43,8 @@ class OtherInputs:
         batch_before: Shares | None = None,
         is_as_large: bool = False,
     ) -> OtherInputs:
-        """
+        """The calls that a sample's own may be confused with.
+
         Args:
             shares: the sample's own calls.
             before: those of the sample before in the micro-batch.

@@ -23,7 +23,8 @@ Of = Callable[[Facts], Floats]
 
 
 def changed(of: Of, of_theirs: Of) -> Sequence[Hypothesis]:
-    """
+    """Simple changes of the right numbers.
+
     Args:
         of: the right numbers, [S, N].
         of_theirs: what the mode recorded.
