@@ -184,9 +184,10 @@ def _share(rung: dict[str, Any]) -> float:
 
 
 def _device(options: list[str]) -> str:
-    if "cuda" in options:
-        import torch
+    import torch
 
+    # A launch takes a GPU where there is one.
+    if "cpu" not in options and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return platform.processor() or platform.machine()
 
