@@ -303,7 +303,8 @@ def weighed() -> tuple[list[list[Sample]], dict[SumFormula, dict[str, Tensor]]]:
         observer.end_batch()
     right = {n: sum(s.factor * s.gradients[n] for b in samples for s in b) for n in names}
     sums = observer.sums()
-    assert all(torch.allclose(torch.as_tensor(t), sums.own[n]) for n, t in right.items())
+    own = sums.own()
+    assert all(torch.allclose(torch.as_tensor(t), own[n]) for n, t in right.items())
     assert len(sums.batches) == 2
     wrong = dict[SumFormula, dict[str, Tensor]]()
     for (formula, name), added in sums.added.items():

@@ -206,8 +206,8 @@ class SumFormula(enum.StrEnum):
         "samples"
     )
     REDUCED_TO_FIRST_RANK = "reduced to rank 0 alone: the other ranks have their own samples"
-    ROWS_OF_8 = "without the rows after the last full tile of 8"
-    LAST_USE_ROWS_OF_8 = "without the rows of its last use after the last full tile of 8"
+    ROWS_OF_8 = NormFormula.ROWS_OF_8.value
+    LAST_USE_ROWS_OF_8 = NormFormula.LAST_USE_ROWS_OF_8.value
     LAST_NOT_REDUCED = (
         "not reduced over ranks for the last micro-batch: of that, each rank has its own samples"
     )

@@ -172,3 +172,13 @@ def _of_weight(module: nn.Module, x: Tensor, output: Tensor, dy_TP: Tensor) -> S
             },
         )
     return None
+
+
+def rows_of(shares: Sequence[Share]) -> list[Share]:
+    """The calls that look rows up."""
+    return [share for share in shares if share.row_T is not None]
+
+
+def padding_of(rows: Sequence[Share]) -> list[Share]:
+    """The padding that calls look up, where it is known."""
+    return [replace(s, left_TP=s.padding_TP) for s in rows if s.padding_TP is not None]

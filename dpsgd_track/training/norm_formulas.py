@@ -8,7 +8,6 @@ Shapes: T positions of one sample, D inputs, P outputs, V formulas.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from dpsgd_track.distributed.sharding import row_range
 from dpsgd_track.record.alternatives import NormFormula, SumFormula
-from dpsgd_track.training.layer_calls import Share
+from dpsgd_track.training.layer_calls import Share, padding_of, rows_of
 from dpsgd_track.training.wrong_gradients import NORMS
 
 _TILES = (
@@ -121,8 +120,8 @@ def _of_shares(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tenso
     elif left_TP is not None:
         gram = (left_TP @ left_TP.mT).norm()
         values |= {NormFormula.GRAM: gram, NormFormula.ROOT_OF_GRAM: gram.sqrt()}
-    if any(share.row_T is not None for share in shares):
-        values |= _of_rows(norm, shares)
+    if rows := rows_of(shares):
+        values |= _of_rows(norm, rows)
     return values
 
 
@@ -143,16 +142,14 @@ def _of_tiles(share: Share) -> dict[NormFormula, Tensor]:
     return values
 
 
-def _of_rows(norm: Tensor, shares: Sequence[Share]) -> dict[NormFormula, Tensor]:
+def _of_rows(norm: Tensor, rows: Sequence[Share]) -> dict[NormFormula, Tensor]:
     """Formulas for an embedding, whose weight other layers may use as well."""
-    rows = [share for share in shares if share.row_T is not None]
     squares = torch.stack([share.position_squares().sum() for share in rows]).sum()
     added = torch.stack([share.gradient().square().sum() for share in rows]).sum()
     values = {NormFormula.TOKENS_APART: (norm.square() - added + squares).clamp_min(0).sqrt()}
     in_runs = torch.stack([_square_of_runs(share) for share in rows]).sum()
     values[NormFormula.CONSECUTIVE_TOKENS] = (norm.square() - added + in_runs).clamp_min(0).sqrt()
-    padding = [replace(s, left_TP=s.padding_TP) for s in rows if s.padding_TP is not None]
-    if padding:
+    if padding := padding_of(rows):
         of_padding = _joined(padding, Share.gradient).square()
         values[NormFormula.PADDING_APART] = (norm.square() + of_padding).sqrt()
     return values

@@ -58,16 +58,21 @@ def other_losses(
         logits = run(sample)
         values = dict(_of_inputs(loss, sample, run, num_tokens))
         values |= _of_first(loss, batch, index, run)
-        values |= _of_others(loss, batch, index, run, before)
-        if first is not None and first is not batch:
-            stale = _with_tokens_of(sample, first, index)
-            if stale is not None:
-                values[LossFormula.TOKENS_OF_FIRST_BATCH] = loss(run(stale), sample.targets)
-        for formula, place in (
-            (LossFormula.TARGETS_OF_NEXT, index + 1),
-            (LossFormula.TARGETS_OF_BEFORE, index - 1),
+        stale = _at_same_place(sample, before, index)
+        values |= _of_others(loss, batch, index, run, stale)
+        for formula, source in (
+            (LossFormula.TOKENS_OF_BATCH_BEFORE, before if stale is not None else None),
+            (LossFormula.TOKENS_OF_FIRST_BATCH, first if first is not batch else None),
         ):
-            values[formula] = loss(logits, batch.sample(place % len(batch)).targets)
+            if (given := _with_tokens_of(sample, source, index)) is not None:
+                values[formula] = loss(run(given), sample.targets)
+        for formula, other in (
+            (LossFormula.TARGETS_OF_NEXT, batch.sample((index + 1) % len(batch))),
+            (LossFormula.TARGETS_OF_BEFORE, batch.sample((index - 1) % len(batch))),
+            (LossFormula.TARGETS_OF_BATCH_BEFORE, stale),
+        ):
+            if other is not None:
+                values[formula] = loss(logits, other.targets)
         inner = _inner(loss)
         if inner not in _WITHOUT_CLASSES:
             probabilities, capped = logits.softmax(-1), 30 * torch.tanh(logits / 30)
@@ -160,35 +165,35 @@ def _of_first(
 
 
 def _of_others(
-    loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun, before: Batch | None
+    loss: PerSampleLoss, batch: Batch, index: int, run: SampleRun, stale: Batch | None
 ) -> Mapping[LossFormula, Tensor]:
-    """Losses of a sample with the inputs or the targets of another."""
-    sample = batch.sample(index)
-    values: dict[LossFormula, Tensor] = {}
-    for formula, place in (
-        (LossFormula.INPUTS_OF_NEXT, index + 1),
-        (LossFormula.INPUTS_OF_BEFORE, index - 1),
-    ):
-        other = batch.sample(place % len(batch))
-        values[formula] = loss(run(replace(other, targets=sample.targets)), sample.targets)
-    if before is None or index >= len(before):
-        return values
-    stale = before.sample(index)
-    if _shapes(stale) != _shapes(sample):
-        return values
-    values[LossFormula.INPUTS_OF_BATCH_BEFORE] = loss(
-        run(replace(stale, targets=sample.targets)), sample.targets
-    )
-    values[LossFormula.TARGETS_OF_BATCH_BEFORE] = loss(run(sample), stale.targets)
-    if (with_tokens := _with_tokens_of(sample, before, index)) is not None:
-        values[LossFormula.TOKENS_OF_BATCH_BEFORE] = loss(run(with_tokens), sample.targets)
-    return values
+    """Losses of a sample with the inputs of another.
+
+    Args:
+        stale: the sample at its place in the micro-batch before; None if there is none like it.
+    """
+    targets = batch.sample(index).targets
+    others = {
+        LossFormula.INPUTS_OF_NEXT: batch.sample((index + 1) % len(batch)),
+        LossFormula.INPUTS_OF_BEFORE: batch.sample((index - 1) % len(batch)),
+    }
+    if stale is not None:
+        others[LossFormula.INPUTS_OF_BATCH_BEFORE] = stale
+    return {f: loss(run(replace(other, targets=targets)), targets) for f, other in others.items()}
 
 
-def _with_tokens_of(sample: Batch, other: Batch, index: int) -> Batch | None:
+def _at_same_place(sample: Batch, other: Batch | None, index: int) -> Batch | None:
+    """The sample of another micro-batch at a place; None if there is none of those shapes."""
+    if other is None or index >= len(other):
+        return None
+    found = other.sample(index)
+    return found if _shapes(found) == _shapes(sample) else None
+
+
+def _with_tokens_of(sample: Batch, other: Batch | None, index: int) -> Batch | None:
     """A sample with the tokens of another micro-batch; None where it has none of that shape."""
     ids = sample.inputs.get("input_ids")
-    if ids is None or index >= len(other):
+    if ids is None or other is None or index >= len(other):
         return None
     tokens = other.sample(index).inputs["input_ids"]
     if tokens.shape != ids.shape:

@@ -5,13 +5,14 @@ Legend: F formulas, P trainable parameters, K projections.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dpsgd_track.distributed.ranks import sum_over_ranks
 from dpsgd_track.distributed.sharding import LocalPart
@@ -29,7 +30,8 @@ def other_sums(mode: Mode, parts: Sequence[LocalPart], own: WrongSums) -> NDArra
         parts: the right sum of all ranks, whole on each of them.
         own: the wrong sums of this rank's samples.
     """
-    wrong = [*_moved(parts), *_tails(parts, own), *_not_reduced(parts, own)]
+    totals = own.own()
+    wrong = [*_moved(parts), *_tails(parts, totals), *_not_reduced(parts, totals, own.batches)]
     wrong += _of_other_gradients(parts, own)
     measured = measure(mode, [part for _, part in wrong]).sketch
     found = np.full((len(SumFormula), len(parts), measured.shape[1]), np.nan)
@@ -47,32 +49,32 @@ def _moved(parts: Sequence[LocalPart]) -> Iterator[tuple[SumFormula, LocalPart]]
             yield formula, replace(part, local=moved(part.local, formula, ranks))
 
 
-def _tails(parts: Sequence[LocalPart], own: WrongSums) -> Iterator[tuple[SumFormula, LocalPart]]:
+def _tails(
+    parts: Sequence[LocalPart], own: Mapping[str, Tensor]
+) -> Iterator[tuple[SumFormula, LocalPart]]:
     """The right sum, with this rank's own one in the elements that are left over."""
     for part in parts:
         rest = part.num_elements % dist.get_world_size()
         if not rest:
             continue
         whole = part.local.clone().reshape(-1)
-        total = own.own.get(part.name)
+        total = own.get(part.name)
         whole[-rest:] = 0.0 if total is None else total.to(whole).reshape(-1)[-rest:]
         yield SumFormula.TAIL_NOT_REDUCED, replace(part, local=whole.view_as(part.local))
 
 
 def _not_reduced(
-    parts: Sequence[LocalPart], own: WrongSums
+    parts: Sequence[LocalPart], own: Mapping[str, Tensor], batches: Sequence[Mapping[str, Tensor]]
 ) -> Iterator[tuple[SumFormula, LocalPart]]:
     """Sums of which some is this rank's own: each rank's slice is measured of its own copy."""
-    num_batches = torch.tensor([len(own.batches)], device=parts[0].local.device)
+    num_batches = torch.tensor([len(batches)], device=parts[0].local.device)
     dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
     last = int(num_batches) - 1
-    of_last = own.batches[last] if last < len(own.batches) else {}
-    of_first = own.batches[0] if own.batches else {}
+    of_last = batches[last] if last < len(batches) else {}
+    of_first = batches[0] if batches else {}
     for part in parts:
         zeros = torch.zeros_like(part.local)
-        mine, mine_last = (
-            totals.get(part.name, zeros).to(part.local) for totals in (own.own, of_last)
-        )
+        mine, mine_last = (totals.get(part.name, zeros).to(part.local) for totals in (own, of_last))
         yield SumFormula.NOT_REDUCED, replace(part, local=mine)
         on_rank_0 = part.local if dist.get_rank() == 0 else mine
         yield SumFormula.REDUCED_TO_FIRST_RANK, replace(part, local=on_rank_0)

@@ -23,7 +23,7 @@ from dpsgd_track.record.alternatives import LossFormula, NormFormula
 from dpsgd_track.training.layer_calls import LayerCalls, Share
 from dpsgd_track.training.norm_formulas import NORM_PLACES, formulas
 from dpsgd_track.training.other_losses import other_losses
-from dpsgd_track.training.wrong_gradients import OtherInputs, wrong_gradients
+from dpsgd_track.training.wrong_gradients import other_inputs, wrong_gradients
 from dpsgd_track.training.wrong_sums import WrongSums
 
 Floats = NDArray[np.float64]
@@ -102,7 +102,7 @@ class SampleObserver:
         shares = self._calls.shares(output_gradients)
         self._calls.clear()
         place, now, before = len(self._now), self._now, self._before
-        others = OtherInputs.of(
+        others = other_inputs(
             shares,
             before=now.shares[-1] if now.shares else None,
             batch_before=before.shares[place] if place < len(before.shares) else None,

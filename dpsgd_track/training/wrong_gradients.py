@@ -9,14 +9,13 @@ Shapes: T positions of one sample, D inputs, P outputs, G a parameter's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dpsgd_track.record.alternatives import NormFormula, SumFormula
-from dpsgd_track.training.layer_calls import Share
+from dpsgd_track.training.layer_calls import Share, padding_of, rows_of
 
 _TAILS = {4: SumFormula.TAIL_OF_4_LOST, 8: SumFormula.TAIL_OF_8_LOST}
 """Positions of a tile, and the loss of what is left after the last full one."""
@@ -28,36 +27,33 @@ Shares = Mapping[str, Sequence[Share]]
 """Calls by parameter, in the order of the forward."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OtherInputs:
-    """Calls whose inputs may be taken for a sample's own, by the mistake that it is."""
+OtherInputs = Mapping[SumFormula, Shares]
+"""Calls whose inputs may be taken for a sample's own, by the mistake that it is."""
 
-    shares: Mapping[SumFormula, Shares] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        shares: Shares,
-        *,
-        before: Shares | None = None,
-        batch_before: Shares | None = None,
-        is_as_large: bool = False,
-    ) -> OtherInputs:
-        """The calls that a sample's own may be confused with.
+def other_inputs(
+    shares: Shares,
+    *,
+    before: Shares | None = None,
+    batch_before: Shares | None = None,
+    is_as_large: bool = False,
+) -> OtherInputs:
+    """The calls that a sample's own may be confused with.
 
-        Args:
-            shares: the sample's own calls.
-            before: those of the sample before in the micro-batch.
-            batch_before: those of the sample at its place in the micro-batch before.
-            is_as_large: True if that micro-batch has as many samples.
-        """
-        found = dict(_of_layers(shares))
-        found |= {SumFormula.INPUT_OF_BEFORE: before} if before else {}
-        if batch_before:
-            found[SumFormula.INPUT_OF_BATCH_BEFORE] = batch_before
-        if batch_before and is_as_large:
-            found[SumFormula.INPUT_OF_EQUAL_BATCH_BEFORE] = batch_before
-        return cls(shares=found)
+    Args:
+        shares: the sample's own calls.
+        before: those of the sample before in the micro-batch.
+        batch_before: those of the sample at its place in the micro-batch before.
+        is_as_large: True if that micro-batch has as many samples.
+    """
+    found = dict(_of_layers(shares))
+    if before:
+        found[SumFormula.INPUT_OF_BEFORE] = before
+    if batch_before:
+        found[SumFormula.INPUT_OF_BATCH_BEFORE] = batch_before
+    if batch_before and is_as_large:
+        found[SumFormula.INPUT_OF_EQUAL_BATCH_BEFORE] = batch_before
+    return found
 
 
 def _of_layers(shares: Shares) -> Iterator[tuple[SumFormula, Shares]]:
@@ -129,8 +125,8 @@ def wrong_gradients(
         if len(inputs) == len(shares) and all(map(_fits, shares, inputs)):
             totals = [s.total(s.left_TP, x) for s, x in zip(shares, inputs, strict=True)]
             found[formula] = sum(totals[1:], totals[0])
-    if any(share.row_T is not None for share in shares):
-        found |= _of_rows(shares, right_G)
+    if rows := rows_of(shares):
+        found |= _of_rows(rows, right_G)
     return found
 
 
@@ -139,16 +135,6 @@ def _without_last(right_G: Tensor, part_G: Tensor, num_rows: int) -> Tensor:
     lost = torch.zeros_like(right_G)
     lost[-num_rows:] = part_G[-num_rows:]
     return right_G - lost
-
-
-def unclipped_uses(right_G: Tensor, shares: Sequence[Share]) -> dict[SumFormula, Tensor]:
-    """Shares of the gradient that are added without their clip factor by a mistake."""
-    if len(shares) < 2:
-        return {}
-    return {
-        SumFormula.FIRST_USE_UNCLIPPED: _shaped(shares[0].gradient(), right_G),
-        SumFormula.LAST_USE_UNCLIPPED: _shaped(shares[-1].gradient(), right_G),
-    }
 
 
 def _with_other_input(share: Share, formula: SumFormula) -> Tensor:
@@ -172,7 +158,7 @@ def _inputs_of_uses(shares: Sequence[Share]) -> Iterator[tuple[SumFormula, list[
 
 def _inputs_of_others(name: str, others: OtherInputs) -> Iterator[tuple[SumFormula, list[Tensor]]]:
     """Inputs of other samples or layers."""
-    for formula, shares in others.shares.items():
+    for formula, shares in others.items():
         inputs = [s.right_TD for s in shares.get(name, ()) if s.right_TD is not None]
         if inputs:
             yield formula, inputs
@@ -199,12 +185,11 @@ def _of_padding(share: Share) -> Tensor:
     return share.gradient(share.is_padding_T)
 
 
-def _of_rows(shares: Sequence[Share], right_G: Tensor) -> dict[SumFormula, Tensor]:
+def _of_rows(rows: Sequence[Share], right_G: Tensor) -> dict[SumFormula, Tensor]:
     """Gradients of an embedding, whose weight other layers may use as well."""
-    rows = [share for share in shares if share.row_T is not None]
     looked_up = _summed(rows, Share.gradient, right_G)
     frequent = _summed(rows, lambda share: share.by_frequency().gradient(), right_G)
-    padding = [replace(s, left_TP=s.padding_TP) for s in rows if s.padding_TP is not None]
+    padding = padding_of(rows)
     written = torch.zeros_like(right_G)
     for share in rows:
         write_rows(written, share)
@@ -226,11 +211,6 @@ def write_rows(table: Tensor, share: Share, factor: float | Tensor = 1.0) -> Non
     # Of equal rows the last stays, which indexed assignment leaves open.
     last = {row: place for place, row in enumerate(share.row_T.tolist())}
     table[list(last)] = factor * share.left_TP[list(last.values())]
-
-
-def rows_of(shares: Sequence[Share]) -> list[Share]:
-    """The calls that look rows up."""
-    return [share for share in shares if share.row_T is not None]
 
 
 def _summed(

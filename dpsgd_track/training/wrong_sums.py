@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from dpsgd_track.record.alternatives import SumFormula
-from dpsgd_track.training.layer_calls import Share
-from dpsgd_track.training.wrong_gradients import rows_of, unclipped_uses, write_rows
+from dpsgd_track.training.layer_calls import Share, rows_of
+from dpsgd_track.training.wrong_gradients import write_rows
 
 _FLUSHED = 2.0**-14
 """Smallest normal number of float16."""
+_UNCLIPPED = {
+    SumFormula.FIRST_USE_UNCLIPPED: SumFormula.FIRST_USE,
+    SumFormula.LAST_USE_UNCLIPPED: SumFormula.LAST_USE,
+}
+"""Sums to which one use is added without its clip factor, and that use."""
 Key = tuple[SumFormula, str]
 """A formula and a parameter."""
 
@@ -27,10 +32,8 @@ Key = tuple[SumFormula, str]
 class WrongSums:
     """Wrong clipped sums of one rank's samples of one step."""
 
-    own: dict[str, Tensor] = field(default_factory=dict)
-    """The right sum of this rank's samples, by parameter."""
     batches: list[dict[str, Tensor]] = field(default_factory=list)
-    """The same of each of its micro-batches."""
+    """The right sum of each of this rank's micro-batches, by parameter."""
     added: dict[Key, Tensor] = field(default_factory=dict)
     """Difference of each wrong sum from the right one."""
     _gradients: Mapping[str, Tensor] = field(default_factory=dict)
@@ -39,6 +42,14 @@ class WrongSums:
     _of_batch: dict[str, Tensor] = field(default_factory=dict)
     _written: dict[str, Tensor] = field(default_factory=dict)
     """Rows of embeddings that the micro-batch's samples have written over each other."""
+
+    def own(self) -> dict[str, Tensor]:
+        """The right sum of this rank's samples, by parameter."""
+        totals: dict[str, Tensor] = {}
+        for batch in self.batches:
+            for name, term in batch.items():
+                self._add(totals, name, term)
+        return totals
 
     def see(
         self,
@@ -64,17 +75,17 @@ class WrongSums:
         for (name, right), factor in zip(self._gradients.items(), factors, strict=True):
             if factor <= 0:
                 continue
-            self._add(self.own, name, factor * right)
             self._add(self._of_batch, name, factor * right)
-            shares = self._shares.get(name, ()) if self._wrong[name] else ()
-            for formula, gradient in self._wrong[name].items():
+            wrong = self._wrong[name]
+            for formula, gradient in wrong.items():
                 self._add(self.added, (formula, name), factor * (gradient - right))
-            for formula, use in unclipped_uses(right, shares).items():
-                self._add(self.added, (formula, name), (1 - factor) * use)
+            for formula, use in _UNCLIPPED.items():
+                if use in wrong:
+                    self._add(self.added, (formula, name), (1 - factor) * wrong[use])
             is_small = (factor * right).abs() < _FLUSHED
             lost = torch.where(is_small, -factor * right, 0.0)
             self._add(self.added, (SumFormula.LOST_IN_FLOAT16, name), lost)
-            if rows := rows_of(shares):
+            if wrong and (rows := rows_of(self._shares.get(name, ()))):
                 self._look_up(name, rows, factor)
 
     def _look_up(self, name: str, rows: Sequence[Share], factor: float) -> None:
