@@ -7,7 +7,7 @@ Legend: S steps, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Fitted, Hypothesis, Prediction
 from dpsgd_track.record.trajectory import Floats
 
-_ALIKE, _FLOAT32, _ENOUGH_SAMPLES = 1e-3, 1e-6, 8
-"""Relative spread of one constant, rounding error of a number, and samples to fit a constant."""
+_FLOAT32, _ENOUGH_SAMPLES = 1e-6, 8
+"""Rounding error of a number, and samples to fit a constant."""
 _MOST_ON_GRID = 0.95
 """Least share of numbers on a grid: one in the middle of two may go either way."""
 Of = Callable[[Facts], Floats]
@@ -40,7 +40,7 @@ def changed(of: Of, of_theirs: Of) -> Sequence[Hypothesis]:
         told("they are sqrt(n^2 + {}) in place of n", _with_addend_to_squares),
         told("they are never above {}", lambda f, n, t: _bounded(f, n, t, np.nanmax, np.minimum)),
         told("they are never below {}", lambda f, n, t: _bounded(f, n, t, np.nanmin, np.maximum)),
-        told("they are rounded to {}", _on_a_grid),
+        told("they are {}", _to_decimals),
         told("they are smoothed: {}", _smoothed),
         told(
             "squares are added up over the samples of a micro-batch, one after the other",
@@ -53,30 +53,19 @@ def changed(of: Of, of_theirs: Of) -> Sequence[Hypothesis]:
     )
 
 
-def _differences(facts: Facts, right: Floats, theirs: Floats) -> Floats:
-    off = (theirs - right)[facts.rows]
-    return np.asarray(off[np.isfinite(off)])
-
-
-def _one_constant(values: Floats) -> float | None:
-    """The constant that all `values` are, up to the rounding of small ones."""
-    if values.size < _ENOUGH_SAMPLES:
-        return None
-    constant = float(np.median(values))
-    return constant if abs(constant) > 0 else None
-
-
 def _with_addend(facts: Facts, right: Floats, theirs: Floats) -> Prediction:
-    addend = _one_constant(_differences(facts, right, theirs))
-    return None if addend is None else Fitted(right + addend, f"{addend:.3g}")
+    """The right numbers and the constant that is most often added to them."""
+    off = (theirs - right)[facts.rows]
+    off = off[np.isfinite(off)]
+    addend = float(np.median(off)) if off.size >= _ENOUGH_SAMPLES else 0.0
+    return Fitted(right + addend, f"{addend:.3g}") if addend else None
 
 
 def _with_addend_to_squares(facts: Facts, right: Floats, theirs: Floats) -> Prediction:
-    addend = _one_constant(_differences(facts, np.square(right), np.square(theirs)))
-    if addend is None:
+    found = _with_addend(facts, np.square(right), np.square(theirs))
+    if not isinstance(found, Fitted):
         return None
-    squares = np.square(right) + addend
-    return Fitted(np.sqrt(np.maximum(squares, 0.0)), f"{addend:.3g}")
+    return Fitted(np.sqrt(np.maximum(found.values, 0.0)), found.shown)
 
 
 def _bounded(
@@ -94,13 +83,31 @@ def _bounded(
     return Fitted(np.asarray(bounded(right, at)), f"{at:.3g}")
 
 
-def _on_a_grid(facts: Facts, right: Floats, theirs: Floats) -> Prediction:
-    for decimals in (1, 2, 3, 4):
-        off = np.abs(np.round(right, decimals) - theirs)[facts.rows]
+def _to_decimals(facts: Facts, right: Floats, theirs: Floats) -> Prediction:
+    size = np.nanmax(np.abs(theirs[facts.rows]), initial=1.0)
+    return on_a_grid(facts, theirs, decimals_of(right), allowed=_FLOAT32 * size)
+
+
+def decimals_of(right: Floats) -> Sequence[tuple[Floats, str]]:
+    """Numbers that are rounded to a few decimals."""
+    return [(np.round(right, k), f"rounded to {k} decimal{'s' * (k > 1)}") for k in (1, 2, 3, 4)]
+
+
+def on_a_grid(
+    facts: Facts, theirs: Floats, grids: Iterable[tuple[Floats, str]], *, allowed: float
+) -> Prediction:
+    """The recorded numbers, if nearly all are one of the grids'.
+
+    Args:
+        theirs: recorded, [S, N].
+        grids: right numbers that were rounded in some way, and that way in words.
+        allowed: error up to which a number is on a grid.
+    """
+    for values, said in grids:
+        off = np.abs(values - theirs)[facts.rows]
         off = off[np.isfinite(off)]
-        size = np.nanmax(np.abs(theirs[facts.rows]), initial=1.0)
-        if off.size and float(np.mean(off < _FLOAT32 * size)) > _MOST_ON_GRID:
-            return Fitted(theirs, f"{decimals} decimal{'s' * (decimals > 1)}")
+        if off.size and float(np.mean(off < allowed)) > _MOST_ON_GRID:
+            return Fitted(theirs, said)
     return None
 
 

@@ -7,7 +7,11 @@ from functools import partial
 
 import numpy as np
 
-from dpsgd_track.comparison.diagnose.hypotheses.changed_numbers import changed
+from dpsgd_track.comparison.diagnose.hypotheses.changed_numbers import (
+    changed,
+    decimals_of,
+    on_a_grid,
+)
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Fitted,
@@ -101,14 +105,19 @@ def _clipped(facts: Facts) -> np.ndarray:
     return np.isfinite(theirs) & (theirs < 1 - 1e-6) & (theirs > 0)
 
 
+def _typical(facts: Facts, values: Floats, used: np.ndarray) -> float | None:
+    """Median of `values` [S, N] over the samples that are used in the rows that have to agree."""
+    chosen = values[facts.rows][used[facts.rows]]
+    return float(np.median(chosen)) if chosen.size else None
+
+
 def _with_addend(facts: Facts, *, is_clamped: bool) -> Prediction:
     """C / (n + gamma), with the gamma that agrees best."""
     theirs = facts.theirs.clip_factor
     used = _clipped(facts) if is_clamped else np.isfinite(theirs) & (theirs > 0)
-    used[np.setdiff1d(np.arange(len(used)), facts.rows)] = False
-    if not used.any():
+    addend = _typical(facts, facts.bound / theirs - facts.norm, used)
+    if addend is None:
         return None
-    addend = float(np.median((facts.bound / theirs - facts.norm)[used]))
     values = facts.bound / (facts.norm + addend)
     values = np.minimum(1.0, values) if is_clamped else values
     return Fitted(values, f"{addend:.3g}")
@@ -116,11 +125,10 @@ def _with_addend(facts: Facts, *, is_clamped: bool) -> Prediction:
 
 def _with_share_of_bound(facts: Facts) -> Prediction:
     """C / (n + a C), with the a that agrees best."""
-    used = _clipped(facts)
-    used[np.setdiff1d(np.arange(len(used)), facts.rows)] = False
-    if not used.any():
+    ratios = 1 / facts.theirs.clip_factor - facts.norm / facts.bound
+    share = _typical(facts, ratios, _clipped(facts))
+    if share is None:
         return None
-    share = float(np.median((1 / facts.theirs.clip_factor - facts.norm / facts.bound)[used]))
     values = clip_factors(facts.bound, facts.norm + share * facts.bound)
     return Fitted(values, f"{share:.3g}")
 
@@ -168,19 +176,12 @@ def _on_a_grid(facts: Facts) -> Prediction:
     theirs, right = facts.theirs.clip_factor, _right(facts)
     with np.errstate(all="ignore"):
         powers = np.log2(right)
-    grids: list[tuple[Floats, str]] = [
-        (np.round(right, k), f"rounded to {k} decimal{'s' * (k > 1)}") for k in (1, 2, 3, 4)
-    ]
-    grids += [
+    grids = (
+        *decimals_of(right),
         (np.exp2(np.floor(powers)), "rounded down to powers of 2"),
         (np.exp2(np.round(powers)), "rounded to powers of 2"),
-    ]
-    for values, said in grids:
-        off = np.abs(values - theirs)[facts.rows]
-        # A number in the middle of two may go either way.
-        if float(np.mean(off[np.isfinite(off)] < _FLOAT32)) > _MOST_ON_GRID:
-            return Fitted(theirs, said)
-    return None
+    )
+    return on_a_grid(facts, theirs, grids, allowed=_FLOAT32)
 
 
 def _affine(facts: Facts) -> Prediction:
@@ -237,8 +238,8 @@ def _function_of_ratio(facts: Facts) -> Prediction:
     return Fitted(theirs, ", ".join(said))
 
 
-_FLOAT32, _MOST_ON_GRID, _ENOUGH_SAMPLES = 1e-6, 0.95, 12
-"""Rounding error of a factor, least share of factors on a grid, and samples to fit a function."""
+_FLOAT32, _ENOUGH_SAMPLES = 1e-6, 12
+"""Rounding error of a factor, and samples to fit a function."""
 
 
 def _of_groups(facts: Facts, size: int | None) -> Prediction:

@@ -118,6 +118,11 @@ class Facts:
         rows = self.ours.sample_shard_sketch[:, :, self.columns].astype(np.float64)
         return np.asarray(np.nansum(rows * weights[..., None, None], axis=1))
 
+    @property
+    def recorded_sum(self) -> Floats:
+        """[S, Q, K] the mode's clipped sum."""
+        return np.asarray(self.theirs.gradient_sketch[:, self.columns])
+
     @cached_property
     def right_sum(self) -> Floats:
         """[S, Q, K] sum that the mode's own factors make of right gradients."""

@@ -147,6 +147,16 @@ def share_lost(observed: Floats, right: Floats) -> float | None:
     return 1 - common if is_part and abs(left - common) < spread else None
 
 
+def in_some_elements(facts: Facts, observed: Floats, right: Floats) -> Prediction:
+    """The recorded tensors, if they are right in some elements and zero in the others.
+
+    Args:
+        observed, right: [S, Q, K] projections.
+    """
+    lost = share_lost(observed[facts.rows], right[facts.rows])
+    return None if lost is None else Fitted(observed, f"{lost:.0%}")
+
+
 _ENOUGH_PROJECTIONS, _SPREADS = 512, 3.0
 """Projections from which lengths are told, and the standard deviations of their error allowed."""
 

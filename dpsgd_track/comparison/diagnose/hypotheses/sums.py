@@ -20,8 +20,8 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Hypothesis,
     Prediction,
     Subject,
+    in_some_elements,
     off_as_rounded,
-    share_lost,
 )
 from dpsgd_track.comparison.diagnose.hypotheses.name_groups import (
     groups_of_names,
@@ -111,7 +111,7 @@ def _one_by_one(
         if not facts.has_sketches:
             return None
         tried = [(shown, facts.weighted(weights)) for shown, weights in groups(facts)]
-        theirs, rows = facts.theirs.gradient_sketch[:, facts.columns], facts.rows
+        theirs, rows = facts.recorded_sum, facts.rows
         errors = [float(np.square((v - theirs)[rows]).sum()) for _, v in tried]
         if not tried:
             return None
@@ -202,24 +202,14 @@ def _clipped_by_parts(
     return _clipped_by(facts, parts_of(facts), shares=shares)
 
 
-def _two_groups_clipped(facts: Facts) -> Prediction:
-    """Some of the parameters and all others, clipped apart: the split that agrees best."""
-    if not facts.has_sketches:
-        return None
-    names, wanted = _all_parameters(facts), facts.theirs.gradient_sketch[:, facts.columns]
-    best, least = None, np.inf
-    for shares in (True, False):
+def _two_groups(facts: Facts) -> Iterator[tuple[str, Floats]]:
+    """Some of the parameters and all others, each clipped by themselves."""
+    names = _all_parameters(facts)
+    for shares, bound in ((True, "C / sqrt(2)"), (False, "the full C")):
         for group, columns in (*groups_of_names(names), *pairs_of_names(names)):
-            chosen = set(columns)
-            parts = [str(column in chosen) for column in range(len(names))]
-            weights = _clipped_by(facts, parts, shares=shares)
-            values = facts.weighted(weights)
-            error = float(np.nansum(np.square(values - wanted)[facts.rows]))
-            if error < least:
-                bound = "C / sqrt(2) each" if shares else "the full C each"
-                said = f"{group} and all other parameters are clipped apart, at {bound}"
-                best, least = Fitted(values, said), error
-    return best
+            parts = [str(column in columns) for column in range(len(names))]
+            said = f"{group} and all other parameters are clipped apart, at {bound} each"
+            yield said, _clipped_by(facts, parts, shares=shares)
 
 
 def _normalised_factors() -> Iterator[Hypothesis]:
@@ -318,7 +308,7 @@ def _added_late(facts: Facts) -> Prediction:
 
 def _not_cleared(facts: Facts) -> Prediction:
     """The mode's own sum of the step before, added."""
-    theirs = facts.theirs.gradient_sketch[:, facts.columns]
+    theirs = facts.recorded_sum
     return np.concatenate([facts.right_sum[:1], facts.right_sum[1:] + theirs[:-1]])
 
 
@@ -372,19 +362,19 @@ def _exchanged(facts: Facts) -> Prediction:
         if len(near) != 1:
             return None
         pairs.append(f"{layers[layer]} has that of {layers[near[0]]}")
-    return Fitted(facts.theirs.gradient_sketch[:, facts.columns], " and ".join(pairs))
+    return Fitted(facts.recorded_sum, " and ".join(pairs))
 
 
 def _rounded(facts: Facts, bits: int) -> Prediction:
     """The recorded sum, if rounding to `bits` explains its error; else None."""
-    theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
+    theirs = facts.recorded_sum
     length = sketch_length(facts.right_sum)
     return theirs if off_as_rounded(theirs, facts.right_sum, length, bits=bits) else None
 
 
 def _noised(facts: Facts) -> Prediction:
     """The recorded sum, if its errors are of one size for each element, as noise is."""
-    theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
+    theirs = facts.recorded_sum
     sizes = facts.ours.parameter_sizes[facts.columns].astype(np.float64)
     is_large = sizes >= _MANY_ELEMENTS
     std = facts.theirs.noise_stds[facts.rows]
@@ -409,7 +399,7 @@ def _where_a_rank_is_idle(facts: Facts) -> Prediction:
     """The recorded sum, if only steps with an empty micro-batch are wrong; else None."""
     if not facts.micro_batches:
         return None
-    theirs = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
+    theirs = facts.recorded_sum
     there = {(b.row, b.number, b.rank) for b in facts.micro_batches}
     idle = [
         any(
@@ -462,7 +452,7 @@ def _reduced_in_part(facts: Facts) -> Prediction:
     known = [values for values in found if values is not None]
     if len(known) < len(formulas):
         return None
-    theirs = facts.theirs.gradient_sketch[:, facts.columns]
+    theirs = facts.recorded_sum
     table = np.stack([*known, facts.right_sum])
     errors = np.nan_to_num(np.square(table - theirs).sum(axis=(2, 3)), nan=np.inf)
     nearest = errors.argmin(axis=0)
@@ -515,15 +505,8 @@ _SKETCHED = 0.25
 """Relative spread of lengths that are known by a few projections of each parameter."""
 
 
-def _in_some_elements(facts: Facts) -> Prediction:
-    """The recorded sum, if it is the right one in some elements and zero in the others."""
-    observed = np.asarray(facts.theirs.gradient_sketch[:, facts.columns])
-    lost = share_lost(observed[facts.rows], facts.right_sum[facts.rows])
-    return None if lost is None else Fitted(observed, f"{lost:.0%}")
-
-
 SUM = Subject(
-    observed=lambda facts: np.asarray(facts.theirs.gradient_sketch[:, facts.columns]),
+    observed=lambda facts: facts.recorded_sum,
     right=lambda facts: facts.right_sum,
     is_sketch=True,
     be="it is",
@@ -548,7 +531,7 @@ SUM = Subject(
             _of_factors("its samples are weighed by clip factors in float16", to_float16),
             *_normalised_factors(),
             *_parameter_clipping(),
-            Hypothesis(sentence="{}", predict=_two_groups_clipped),
+            _one_by_one("{}", _two_groups),
         ),
         (
             _one_by_one("it is the sum over {} alone: it is not reduced over ranks", _of_rank),
@@ -723,7 +706,7 @@ SUM = Subject(
             Hypothesis(
                 sentence="it is right in some elements and zero in others: about {} of it, by its "
                 "square, is missing",
-                predict=_in_some_elements,
+                predict=lambda facts: in_some_elements(facts, facts.recorded_sum, facts.right_sum),
                 is_hint=True,
             ),
         ),

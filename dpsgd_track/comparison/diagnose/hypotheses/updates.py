@@ -15,8 +15,8 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Hypothesis,
     Prediction,
     Subject,
+    in_some_elements,
     off_as_rounded,
-    share_lost,
 )
 from dpsgd_track.record.trajectory import Floats, sketch_length
 
@@ -198,13 +198,6 @@ def _momenta() -> list[Hypothesis]:
     ]
 
 
-def _in_some_elements(facts: Facts) -> Prediction:
-    """The recorded update, if it is the right step in some elements and none in the others."""
-    observed = _path(facts)
-    lost = share_lost(observed[facts.rows], _right(facts)[facts.rows])
-    return None if lost is None else Fitted(observed, f"{lost:.0%}")
-
-
 UPDATE = Subject(
     observed=_path,
     right=_right,
@@ -274,7 +267,7 @@ UPDATE = Subject(
             Hypothesis(
                 sentence="it is made in some elements alone: about {} of it, by its square, is "
                 "missing, as where some ranks or some rows are not updated",
-                predict=_in_some_elements,
+                predict=lambda facts: in_some_elements(facts, _path(facts), _right(facts)),
                 is_hint=True,
             ),
         ),
