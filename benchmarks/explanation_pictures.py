@@ -123,10 +123,7 @@ def ladder(comparison: GroupComparison) -> Picture:
         picture.text(x, y + 5, str(rung.status), color=beside[2], anchor=beside[1])
     picture.line((x_of(1), picture.top), (x_of(1), bottom), dashes="6 4")
     picture.text(x_of(1), picture.top - 10, "limit", anchor="middle")
-    for power in x_of.powers(2):
-        picture.text(x_of(10.0**power), bottom + 18, f"1e{power}", anchor="middle")
-    middle = picture.left + picture.width / 2
-    picture.text(middle, bottom + 40, "difference / its limit", anchor="middle")
+    picture.x_axis(x_of, "difference / its limit", step=2)
     return picture
 
 
@@ -146,17 +143,13 @@ def resolution(comparison: GroupComparison) -> Picture:
         **{"left": 168, "top": 12, "width": WIDTH - 204, "height": 28.0 * len(rows)},
     )
     picture.frame()
-    bottom = picture.top + picture.height
     x_of = LogScale(-7, -1, picture.left, picture.left + picture.width)
     for number, (label, value, color) in enumerate(rows):
         y = picture.top + 28 * (number + 0.5)
         picture.bar(y, x_of(value), color)
         picture.text(picture.left - 8, y + 5, label, anchor="end")
         picture.text(x_of(value) + 6, y + 5, f"{value:.1g}", color=color)
-    for power in x_of.powers():
-        picture.text(x_of(10.0**power), bottom + 18, f"1e{power}", anchor="middle")
-    middle = picture.left + picture.width / 2
-    picture.text(middle, bottom + 40, "smallest relative error that is found", anchor="middle")
+    picture.x_axis(x_of, "smallest relative error that is found")
     return picture
 
 

@@ -12,6 +12,24 @@ WIDTH = 480
 """Narrow, so that its letters can be read on a telephone as well."""
 
 
+@dataclass(frozen=True)
+class LogScale:
+    """Places of positive numbers between two powers of ten."""
+
+    low: int
+    high: int
+    start: float
+    """Place of 10 ** low."""
+    end: float
+
+    def __call__(self, value: float) -> float:
+        power = min(max(math.log10(value), self.low), self.high) if value > 0 else self.low
+        return self.start + (self.end - self.start) * (power - self.low) / (self.high - self.low)
+
+    def powers(self, step: int = 1) -> Sequence[int]:
+        return range(self.low, self.high + 1, step)
+
+
 @dataclass(kw_only=True)
 class Picture:
     """A plot with an area of `width` x `height` at (`left`, `top`)."""
@@ -54,6 +72,13 @@ class Picture:
         bottom, right = self.top + self.height, self.left + self.width
         self.line((self.left, self.top), (self.left, bottom), (right, bottom))
 
+    def x_axis(self, x_of: LogScale, words: str, *, step: int = 1) -> None:
+        """Powers of ten below the area, and below them the quantity in words."""
+        bottom = self.top + self.height
+        for power in x_of.powers(step):
+            self.text(x_of(10.0**power), bottom + 18, f"1e{power}", anchor="middle")
+        self.text(self.left + self.width / 2, bottom + 40, words, anchor="middle")
+
     def svg(self) -> str:
         height = self.top + self.height + self.bottom
         head = (
@@ -61,21 +86,3 @@ class Picture:
             'font-family="sans-serif" font-size="14">'
         )
         return "\n".join([head, f"<title>{escape(self.title)}</title>", *self.parts, "</svg>", ""])
-
-
-@dataclass(frozen=True)
-class LogScale:
-    """Places of positive numbers between two powers of ten."""
-
-    low: int
-    high: int
-    start: float
-    """Place of 10 ** low."""
-    end: float
-
-    def __call__(self, value: float) -> float:
-        power = min(max(math.log10(value), self.low), self.high) if value > 0 else self.low
-        return self.start + (self.end - self.start) * (power - self.low) / (self.high - self.low)
-
-    def powers(self, step: int = 1) -> Sequence[int]:
-        return range(self.low, self.high + 1, step)

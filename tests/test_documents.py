@@ -174,7 +174,7 @@ def _waivers(_block: Block, here: Path) -> str:
 
 
 def _golden_lines(block: Block, here: Path) -> str:
-    """Whether the golden file in text has such lines, whatever their numbers are."""
+    """Error unless the golden file in text has such lines, with any numbers."""
     text = here / "golden.dpsgd.json"
     if not text.exists():
         document_commands.run(f"dpsgd-track compare june --export {text.name}", here)
@@ -184,7 +184,7 @@ def _golden_lines(block: Block, here: Path) -> str:
 
 
 def _coverage(block: Block, _here: Path) -> str:
-    """Whether each class of faults has as many as the output says."""
+    """Error unless each class of faults has as many as the output says."""
     said = dict(re.findall(r"(?m)^(\w+): \d+ of (\d+) would be found", block.text))
     kinds = [mutant.kind for mutant in MUTANTS.values()]
     wrong = {kind for kind, number in said.items() if kinds.count(kind) != int(number)}
@@ -197,11 +197,11 @@ READERS: dict[tuple[str, str], Callable[[Block, Path], str]] = {
     ("docs/results.md", "yaml"): _waivers,
     ("docs/write.md", "text"): _coverage,
 }
-"""By page and language: what reads blocks that are neither Python nor commands."""
+"""By page and language: readers of blocks that are neither Python nor commands."""
 
 
 def read_by_its_reader(block: Block, here: Path) -> str:
-    """What is wrong with a block of another language; empty if its reader takes it."""
+    """Error of a block of another language; empty if its reader takes it."""
     reader = READERS.get((block.page, block.language))
     return reader(block, here) if reader else f"nothing reads {block.language}"
 

@@ -173,8 +173,8 @@ def resume(context: Context, group: str, options: ResumeOptions) -> int:
     if plan.suite is Suite.FAULTS and launched.code in (EXIT_FINISHED, EXIT_FAILED):
         from dpsgd_track.cli.faults import tell_matrix
 
-        place_of_page = kept.output
-        return tell_matrix(context, place.settings, plan.command, launched.group, place_of_page)
+        where = place.settings, plan.command, launched.group
+        return tell_matrix(context, *where, kept.output)
     return launched.code
 
 

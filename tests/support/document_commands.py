@@ -193,12 +193,12 @@ HANDLERS: dict[str, Callable[[str, Path], str]] = {
     r"mlflow server ": _mlflow,
     r"tags\.": _search,
 }
-"""By the beginning of a line: what runs it, or parses it where it is no command of this program.
-It returns what is wrong."""
+"""By the beginning of a line: its runner, or its parser where it is no command of this program.
+Each returns the error, or nothing."""
 
 
 def run(line: str, folder: Path) -> str:
-    """What is wrong with a line of a block; empty if it runs."""
+    """Error of a line of a block; empty if it runs."""
     for pattern, handler in HANDLERS.items():
         if re.match(pattern, line):
             sys.modules.pop("my_mode", None)

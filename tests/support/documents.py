@@ -19,8 +19,7 @@ MADE_BY_PROGRAMS = {
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")]
-_FENCE = "(?ms)^```(\\w*)\n(.*?)^```$"
-_BLOCK = re.compile(_FENCE)
+_BLOCK = re.compile("(?ms)^```(\\w*)\n(.*?)^```$")
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _ASSIGNMENTS = re.compile(r"^\s*([A-Z_]+=\S+\s+)*(?=[a-z])")
 
