@@ -73,7 +73,7 @@ trainer = PrivateTrainer(  # in place of Trainer
     TrainingArguments(
         output_dir=OUTPUT,
         num_train_epochs=2,
-        per_device_train_batch_size=40,
+        per_device_train_batch_size=80,
         learning_rate=6e-3,
         max_grad_norm=1.0,  # C, the bound on each sample's gradient
         logging_steps=8,
@@ -82,7 +82,7 @@ trainer = PrivateTrainer(  # in place of Trainer
         dataloader_pin_memory=False,
         disable_tqdm=True,
     ),
-    train_dataset=Sentences(slice(7), 600),
+    train_dataset=Sentences(slice(7), 1600),
     eval_dataset=Sentences(slice(7, None), 100),
     privacy=PrivacyArguments(target_epsilon=6.0, delta=DELTA),  # new
     compute_metrics=lambda made: {

@@ -244,8 +244,8 @@ def test_the_example_learns_within_its_epsilon(tmp_path: Path) -> None:
         command, env=environment, capture_output=True, text=True, timeout=240, check=True
     )
     *_, accuracy, epsilon = done.stdout.splitlines()
-    # A third of the sentences are of each topic.
-    assert int(accuracy.split()[1].rstrip("%")) > 70
+    # The noise is another one each time: 16 of 16 runs had 95 % or more. A third is by chance.
+    assert int(accuracy.split()[1].rstrip("%")) > 80
     assert 5.9 < float(epsilon.split()[1]) <= 6.0
 
 

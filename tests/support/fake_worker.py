@@ -106,9 +106,9 @@ def misbehave(work_dir: Path, plan: dict, rank: int, regime: int, step: int) -> 
                 pass
 
 
-def wait_for_all_ranks(work_dir: Path, rank: int, regime: int) -> None:
-    (work_dir / f"arrived-{regime}-{rank}").touch()
-    while len(list(work_dir.glob(f"arrived-{regime}-*"))) < int(os.environ["LOCAL_WORLD_SIZE"]):
+def wait_for_all_ranks(work_dir: Path, rank: int, place: str) -> None:
+    (work_dir / f"{place}-{rank}").touch()
+    while len(list(work_dir.glob(f"{place}-*"))) < int(os.environ["LOCAL_WORLD_SIZE"]):
         time.sleep(0.01)
 
 
@@ -175,7 +175,7 @@ def main(job_file: str) -> int:
                     norms = {f"sample_norm/{i:03d}": 1.0 for i in range(100)}
                     writer.log_metrics(started.rank_runs[index][rank], step, norms)
                 tell("step", step)
-            wait_for_all_ranks(work_dir, rank, index)
+            wait_for_all_ranks(work_dir, rank, f"computed-{index}")
             if rank == 0 and plan["do"] != "no_trajectory":
                 if job.mode == REFERENCE and regime.kind == CLIP:
                     bounds = {"max_grad_norms": [2.0, 2.0, 0.5, 0.5] * (regime.num_iter // 4)}
@@ -187,6 +187,8 @@ def main(job_file: str) -> int:
                 (folder / "facts.json").write_text(FACTS.dumps(facts))
                 writer.upload(started.mode_runs[index], folder / "facts.json")
             tell("end", regime.num_iter - 1)
+            # A rank that fails in the next regime ends the others, whatever they are writing.
+            wait_for_all_ranks(work_dir, rank, f"written-{index}")
     stall_watch.stop()
     writer.close()
     return 0
