@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.reference import ReferenceMode
-from dpsgd_track.modes.table import check_mode, is_private, runs_on_one_device
+from dpsgd_track.modes.table import check_mode, is_of_package, is_private, runs_on_one_device
 from dpsgd_track.privacy.adaptive import AdaptiveBound, AdaptiveClipping
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.calibration import Budget
@@ -35,6 +35,7 @@ from dpsgd_track.privacy.loader import PrivateLoader
 from dpsgd_track.privacy.loss import PerSampleLoss, loss_named
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.privacy.open_batch import OpenBatch
+from dpsgd_track.privacy.optimizers import HookedOptimizers, Optimizers, StepCalls, close_earlier
 from dpsgd_track.privacy.sampling import OpenDraw, PoissonSampler
 from dpsgd_track.privacy.spot_check import SpotCheck, SpotChecks
 from dpsgd_track.privacy.why import LayerAccount, accounts_of
@@ -58,8 +59,6 @@ _HISTORY = "_dpsgd_track_history"
 that all of them share, so that a part takes it into other models. Copies of the model copy it."""
 _BOUND = "max_grad_norm"
 """Key of C in the state of a training whose C is adaptive."""
-_PRIVATE = "_dpsgd_track_private"
-"""Attribute of an optimizer that holds the `PrivateTraining` that uses it."""
 
 
 class PrivateTraining:
@@ -75,7 +74,7 @@ class PrivateTraining:
     def __init__(
         self,
         mode: Mode,
-        optimizer: Optimizer,
+        optimizers: Optimizers,
         history: _History,
         *,
         noise_key: str,
@@ -89,7 +88,6 @@ class PrivateTraining:
         self.last: SampleRecord | None = None
         """Losses, norms and clip factors of the last batch's samples. Not private: noise protects
         the weights alone."""
-        self._optimizer = optimizer
         self._history = history
         self._privacy = mode.context.privacy
         self._noise_key = noise_key
@@ -119,19 +117,17 @@ class PrivateTraining:
             mode.model, keeps_sums_elsewhere=isinstance(mode, ComposedMode) and mode.clips
         )
         self._left_out = LeftOutCounter()
-        self._is_clearing = False
         self._is_closed = False
         self._guard = ModelGuard(mode.model) if mode.clips else None
         can_check = spot_check and isinstance(mode, ComposedMode) and mode.clips
         self._spot_check = SpotCheck(mode.engine) if can_check else None  # type: ignore[attr-defined]
-        self._updated = _parameters_of(optimizer)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        self._original_zero_grad = optimizer.zero_grad
-        optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
-        setattr(optimizer, _PRIVATE, self)
+        calls = StepCalls(
+            begin=self._begin_step,
+            drop=self._drop_step,
+            end=self._end_step,
+            refuse_clearing=self._refuse_clearing,
+        )
+        self._optimizers = HookedOptimizers(optimizers, calls, self)
 
     @property
     def num_steps(self) -> int:
@@ -504,10 +500,7 @@ class PrivateTraining:
 
     def close(self) -> None:
         """Restore the optimizer. No batch can be added afterwards."""
-        for handle in self._handles:
-            handle.remove()
-        vars(self._optimizer).pop("zero_grad", None)
-        vars(self._optimizer).pop(_PRIVATE, None)
+        self._optimizers.unhook()
         self._is_closed = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrivateTraining:
@@ -539,6 +532,7 @@ class PrivateTraining:
                 "The model was made private again as a part of another: use what that returned, "
                 "which accounts for the steps of both."
             )
+        self._optimizers.refuse_unless_all_stepped()
         if self._spoiled is not None:
             raise RuntimeError(
                 f"A batch of this step has failed ({type(self._spoiled).__name__}) and may be in "
@@ -555,9 +549,8 @@ class PrivateTraining:
             "mode that does."
         )
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if any(given is not None for given in (*args[1:], kwargs.get("closure"))):
-            raise ValueError("closure: expected none. It would compute gradients after the noise.")
+    def _begin_step(self) -> None:
+        """Write the step's noisy gradients into every `.grad`."""
         if self._open is not None:
             raise RuntimeError(
                 "step() inside of batch(): expected it after the batch, which is added when the "
@@ -568,11 +561,6 @@ class PrivateTraining:
             raise RuntimeError(
                 "step() without a clipped gradient: call backward() of what make_private returned "
                 "in place of loss.backward(), whose gradients are not clipped."
-            )
-        if _parameters_of(optimizer) != self._updated:
-            raise ValueError(
-                "optimizer: expected the parameters that it had when it was made private, got "
-                "others. Call make_private again after a change of parameter groups."
             )
         draw = self._draw.of_step(self._num_added)
         if self._budget is not None:
@@ -600,31 +588,21 @@ class PrivateTraining:
         self._num_own_steps += 1
         self._note(ledger)
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._zero_grad()
+    def _end_step(self) -> None:
         if self._next_bound is not None:
             self._set_privacy(replace(self._privacy, max_grad_norm=self._next_bound))
             self._next_bound = None
 
-    def _zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the step's batches, and the gradients of the optimizer and the mode.
-
-        Raises:
-            RuntimeError: a batch is open, which would be in part of the step and in part not.
-        """
+    def _refuse_clearing(self) -> None:
+        # The batch would be in part of the step and in part not.
         if self._open is not None:
             raise RuntimeError(
                 "optimizer.zero_grad() inside of batch(): expected it outside. Call it before "
                 "batch(), or after the step."
             )
-        self._original_zero_grad(set_to_none)
-        if self._is_clearing:
-            return
-        self._is_clearing = True
-        try:
-            self.mode.zero_grad()
-        finally:
-            self._is_clearing = False
+
+    def _drop_step(self) -> None:
+        self.mode.zero_grad()
         self._gradients.release()
         self._num_batches = self._num_added = 0
         if self._bound is not None:
@@ -675,7 +653,7 @@ class _NoiseAudit:
 
 def make_private(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     noise_multiplier: float | None = None,
     max_grad_norm: float,
@@ -737,7 +715,8 @@ def make_private(
             under FSDP2 changes it, in place.
         optimizer: a torch optimizer over the model's parameters that has not stepped, unless it was
             private before, or Accelerate's wrapper of one. It stays in use; under FSDP2 it is given
-            the sharded parameters.
+            the sharded parameters. Of several, with each parameter in one of them, the first to
+            step adds the noise for all; each steps once, or skips the step by its `zero_grad`.
         noise_multiplier: sigma, the standard deviation of the noise in units of `max_grad_norm`.
             Left out, it is the least with which epsilon is at most `target_epsilon` at
             `target_delta` after `num_steps` steps, which needs `sample_rate`.
@@ -783,11 +762,10 @@ def make_private(
     assert sigma is not None
     _check_settings(mode, sigma)
     loss = loss_named(loss)
-    optimizer = _unwrapped(optimizer)
-    _close_earlier(optimizer)
+    optimizers = Optimizers(model, optimizer)
+    close_earlier(optimizers)
     context = ModeContext(
-        # First: it refuses an optimizer that does not fit.
-        make_optimizer=_OptimizerRebinding(model, optimizer),
+        make_optimizer=optimizers.rebound,
         privacy=PrivacyConfig(
             noise_multiplier=sigma,
             max_grad_norm=max_grad_norm,
@@ -801,10 +779,10 @@ def make_private(
         capture=capture,
     )
     _check_adaptive(adaptive, mode, context)
-    built = _built(mode, model, context, optimizer, adaptive)
+    built = _built(mode, model, context, optimizers, adaptive)
     return PrivateTraining(
         built,
-        optimizer,
+        optimizers,
         _history_of(built.model),
         noise_key=fresh_key(None, context.device) if seed is None else str(seed),
         sample_rate=sample_rate,
@@ -887,26 +865,6 @@ def _check_adaptive(adaptive: AdaptiveClipping | None, mode: str, context: ModeC
     adaptive.sum_multiplier(context.privacy)
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside of Accelerate's wrapper, which calls its `step` and nothing else."""
-    is_accelerated = type(optimizer).__module__ == "accelerate.optimizer"
-    return optimizer.optimizer if is_accelerated else optimizer  # type: ignore[attr-defined]
-
-
-def _close_earlier(optimizer: Optimizer) -> None:
-    """Close the optimizer's earlier `PrivateTraining`; refuse unless its past steps are known."""
-    name = type(optimizer).__name__
-    is_own = isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks")
-    advice = "Make it private before another library wraps it."
-    require(is_own, "optimizer", name, "an optimizer of torch's own kind", advice)
-    earlier: PrivateTraining | None = getattr(optimizer, _PRIVATE, None)
-    if earlier is not None:
-        earlier.close()
-        return
-    has_stepped = any(int(state.get("step", 1)) != 0 for state in optimizer.state.values())
-    require(not has_stepped, "optimizer", name, "one without a past step")
-
-
 def _histories(model: nn.Module) -> dict[int, _History]:
     """Histories of the model and its parts, by identity."""
     return {
@@ -941,28 +899,31 @@ def _built(
     name: str,
     model: nn.Module,
     context: ModeContext,
-    optimizer: Optimizer,
+    optimizers: Optimizers,
     adaptive: AdaptiveClipping | None,
 ) -> Mode:
     """The mode; refused if it cannot do what was asked for, or would step by itself."""
+    allowed = f"one optimizer, as {name} is not of this package"
+    has_one = len(optimizers.each) == 1
+    require(has_one or is_of_package(name), "optimizer", optimizers.kinds, allowed)
     mode = build_mode(name, model, context)
     is_own = isinstance(mode, ComposedMode)
     allowed = f"False for {name}, which is not of this package's engine"
     require(is_own or not context.capture, "capture", context.capture, allowed)
     allowed = "a mode of this package's own engine where C is adaptive"
     require(adaptive is None or isinstance(mode, OWN_MODES), "mode", name, allowed)
-    _refuse_own_updates(name, mode, optimizer)
+    _refuse_own_updates(name, mode, optimizers)
     return mode
 
 
-def _refuse_own_updates(name: str, mode: Mode, optimizer: Optimizer) -> None:
+def _refuse_own_updates(name: str, mode: Mode, optimizers: Optimizers) -> None:
     """Refuse a mode that could take a step without this package's noise."""
     for method in ("privatize", "step", "_write_gradients", "weight_parts"):
         package = getattr(type(mode), method).__module__.split(".")[0]
         is_replaced = method in vars(mode) or package != __name__.split(".")[0]
         advice = "The noise would be the mode's own matter, and epsilon() a guess."
         require(not is_replaced, "mode", name, f"a mode without a {method}() of its own", advice)
-    updated = {id(parameter) for parameter in _parameters_of(optimizer)}
+    updated = {id(parameter) for parameter in optimizers.parameters}
     trained = trainable_parameters(mode.model)
     missing = [name for name, parameter in trained.items() if id(parameter) not in updated]
     allowed = f"a mode that trains the optimizer's parameters; it lacks {', '.join(missing)}"
@@ -980,34 +941,6 @@ def _check_sum(mode: Mode, clipped: ClippedSum, max_grad_norm: float) -> None:
             raise RuntimeError(
                 f"{parameter}: expected a finite clipped sum of {name}, got another."
             )
-
-
-def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-class _OptimizerRebinding:
-    """Gives an optimizer the parameters by which a mode has replaced the model's."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-        name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.names = [
-            [name_of.get(id(parameter), "") for parameter in group["params"]]
-            for group in optimizer.param_groups
-        ]
-        updated = {name for names in self.names for name in names}
-        missing = trainable_parameters(model).keys() - updated
-        kind, advice = type(optimizer).__name__, "Add them, or freeze them."
-        require("" not in updated, "optimizer", kind, "the model's parameters")
-        allowed = f"all trainable parameters; it lacks {', '.join(sorted(missing))}"
-        require(not missing, "optimizer", kind, allowed, advice)
-
-    def __call__(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        named = dict(self.model.named_parameters())
-        for group, names in zip(self.optimizer.param_groups, self.names, strict=True):
-            group["params"] = [named[name] for name in names]
-        return self.optimizer
 
 
 def _batch(inputs: Inputs, targets: Tensor) -> Batch:

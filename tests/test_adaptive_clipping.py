@@ -47,7 +47,7 @@ def step(private: PrivateTraining, *batches: tuple[Tensor, Tensor]) -> Tensor:
         assert private.last is not None
         assert private.last.norm_B is not None
         norms.append(private.last.norm_B)
-    private._optimizer.step()
+    private.mode.optimizer.step()
     return torch.cat(norms)
 
 
@@ -135,7 +135,7 @@ def test_samples_that_are_not_finite_are_not_within_the_bound() -> None:
 def test_a_batch_that_is_dropped_is_not_counted() -> None:
     private = made()
     private.backward(*batch(seed=5))
-    private._optimizer.zero_grad()
+    private.mode.optimizer.zero_grad()
     norms = step(private, batch())
     within = float((norms <= 0.5).double().mean())
     assert private.max_grad_norm == pytest.approx(0.5 * math.exp(0.2 * (0.5 - within)))

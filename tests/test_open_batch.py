@@ -80,7 +80,7 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def optimizer_of(private: PrivateTraining) -> torch.optim.Optimizer:
-    return private._optimizer
+    return private.mode.optimizer
 
 
 def weights(model: nn.Module) -> Tensor:

@@ -76,7 +76,7 @@ def private_of(model: nn.Module, **changes: Any) -> PrivateTraining:
 def step(private: PrivateTraining, *seeds: int, num_samples: int = B) -> None:
     for seed in seeds:
         private.backward(*batch(seed, num_samples))
-    private._optimizer.step()
+    private.mode.optimizer.step()
 
 
 def num_replays(private: PrivateTraining) -> int:
@@ -137,7 +137,7 @@ def test_a_transformer_of_several_kinds_of_batches() -> None:
             tokens = torch.randint(1, vocabulary, shape, generator=generator).to(GPU)
             targets = torch.randint(0, 2, shape[:1], generator=generator).to(GPU)
             private.backward({"input_ids": tokens, "attention_mask": tokens * 0 + 1}, targets)
-            private._optimizer.step()
+            private.mode.optimizer.step()
         ends.append(weights(private))
         if capture:
             assert num_replays(private) == 24 - 2 * replay.NUM_EAGER
@@ -156,7 +156,7 @@ def test_batches_of_other_sizes_and_empty_ones_run_without_graphs() -> None:
         private.backward(*batch(7))
         private.backward(*batch(8, 0))
         private.backward(*batch(9, 2))
-        private._optimizer.step()
+        private.mode.optimizer.step()
         step(private, 10)
         ends.append(weights(private))
         if capture:
@@ -184,7 +184,7 @@ def test_a_replayed_sample_that_is_not_finite_adds_nothing() -> None:
             )
             with warned:
                 private.backward(tokens, targets)
-                private._optimizer.step()
+                private.mode.optimizer.step()
                 assert private.num_left_out == (seed == 5)
         ends.append(weights(private))
         if capture:
@@ -203,7 +203,7 @@ def test_no_two_steps_have_the_same_noise() -> None:
     for _ in range(8):
         before = weights(private)
         private.backward(x, y)
-        private._optimizer.step()
+        private.mode.optimizer.step()
         moves.append(weights(private) - before)
     assert num_replays(private) == 6
     noise = torch.stack(moves) * B / (0.5 * 2.0 * 1e-3)
@@ -215,7 +215,7 @@ def test_no_two_steps_have_the_same_noise() -> None:
 def test_dropout_draws_new_masks_in_replays() -> None:
     torch.manual_seed(0)
     private = private_of(Small(dropout=0.5).to(GPU), noise_multiplier=0.0, capture=True)
-    optimizer = private._optimizer
+    optimizer = private.mode.optimizer
     losses = []
     for _ in range(10):
         losses.append(private.backward(*batch(0)))
@@ -229,7 +229,7 @@ def test_what_the_model_reads_makes_another_kind() -> None:
     torch.manual_seed(0)
     model = Scaled().to(GPU)
     private = private_of(model, noise_multiplier=0.0, capture=True)
-    optimizer = private._optimizer
+    optimizer = private.mode.optimizer
 
     def loss() -> Tensor:
         found = private.backward(*batch(0))

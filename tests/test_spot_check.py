@@ -196,7 +196,7 @@ def test_the_spot_check_finds_each_kind(kind: str, mode: str) -> None:
     with pytest.raises(SpotCheckError, match="expected per-sample gradients as plain autograd"):
         private.backward(*_data())
     with pytest.raises(RuntimeError):
-        private._optimizer.step()
+        private.mode.optimizer.step()
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
@@ -352,7 +352,7 @@ def test_weights_that_start_at_zero_are_checked_once_they_have_moved() -> None:
 
     private = _private(Adapted())
     private.backward(*_data())
-    private._optimizer.step()
+    private.mode.optimizer.step()
     with pytest.raises(SpotCheckError):
         private.backward(*_data())
 
@@ -361,7 +361,7 @@ def test_checks_are_few_and_told() -> None:
     private = _private(_Model())
     for step in range(70):
         private.backward(*_data(B - step % 2, seed=step))
-        private._optimizer.step()
+        private.mode.optimizer.step()
     # The first batch, the first whose number of positions is not that of samples, the 32nd.
     assert private.spot_checks.num_checks == 3
     assert private.spot_checks.seconds > 0
@@ -374,7 +374,7 @@ def test_a_check_changes_nothing_of_the_training() -> None:
         private = _private(model, spot_check=spot_check)
         for step in range(3):
             private.backward(*_data(seed=step))
-            private._optimizer.step()
+            private.mode.optimizer.step()
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(weights(spot_check=True), weights(spot_check=False))
@@ -389,5 +389,5 @@ def test_a_healthy_model_raises_no_alarm(name: str, dtype: torch.dtype) -> None:
     for size, seed in ((4, 0), (1, 1), (3, 2)):
         batch = model_zoo.batch(name, size, seed)
         private.backward(batch.inputs or batch.args, batch.targets)
-        private._optimizer.step()
+        private.mode.optimizer.step()
     assert private.spot_checks.num_checks >= 2

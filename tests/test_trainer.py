@@ -121,7 +121,7 @@ def test_steps_are_those_of_a_loop_of_ones_own(tmp_path: Path) -> None:
             for batch in batches:
                 private.backward(batch, batch.pop("labels"))
             sizes.append(private._num_added)
-            private._optimizer.step()
+            private.mode.optimizer.step()
             if len(sizes) == 6:
                 break
     assert len(set(sizes)) > 1, "batches are drawn"

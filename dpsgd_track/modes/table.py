@@ -163,6 +163,11 @@ def is_of_opacus(name: str) -> bool:
     return spec is not None and spec.strategy == _OPACUS
 
 
+def is_of_package(name: str) -> bool:
+    """True if mode `name` is computed by this package itself."""
+    return name == REFERENCE or (spec_of(name) is not None and not is_of_opacus(name))
+
+
 def declined_by_table(name: str) -> tuple[Demand, ...] | None:
     """Demands that mode `name` declines; None for a user's, which only its code can tell."""
     if spec_of(name) is None:

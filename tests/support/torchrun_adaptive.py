@@ -34,7 +34,7 @@ def bounds(sizes: list[list[int]], mode: str) -> list[float]:
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(B, D, generator=generator)
         private.backward(x[rows], torch.arange(B)[rows] % 3)
-        private._optimizer.step()
+        private.mode.optimizer.step()
         found.append(private.max_grad_norm)
     return found
 
