@@ -1,4 +1,7 @@
-"""transformers' Trainer with private steps, Poisson sampling and epsilon in its logs."""
+"""transformers' Trainer with private steps, Poisson sampling and epsilon in its logs.
+
+On several ranks the model is sharded by FSDP2, by a mode of this package and not by Accelerate.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from dpsgd_track.config import FLAT, require
-from dpsgd_track.distributed.ranks import world_size
+from dpsgd_track.distributed.ranks import sum_over_ranks, world_size
+from dpsgd_track.distributed.sharding import sharded_state, whole
 from dpsgd_track.library import PrivateTraining, make_private
 from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss, logits_of, loss_named
 
@@ -55,13 +59,14 @@ class PrivacyArguments:
 
 
 class PrivateTrainer(Trainer):
-    """A Trainer whose steps are those of DP-SGD, on one device.
+    """A Trainer whose steps are those of DP-SGD, on one device or, under torchrun, on several.
 
     Each step draws each sample with probability batch size / samples. The batch size of a step is
-    expected to be `per_device_train_batch_size` times `gradient_accumulation_steps`, in
-    micro-batches of at most `per_device_train_batch_size` samples. The model is called without its
-    labels, and `loss` takes its logits and them. Checkpoints hold what was spent, and a training
-    resumed from one continues its draws. Logs have `epsilon` beside `loss`.
+    expected to be `per_device_train_batch_size` times `gradient_accumulation_steps` and the number
+    of ranks, in micro-batches of at most `per_device_train_batch_size` samples. The model is called
+    without its labels, and `loss` takes its logits and them. Checkpoints hold what was spent, and a
+    training resumed from one, on any number of ranks, continues its draws. Logs have `epsilon`
+    beside `loss`.
 
     Everything else is the Trainer's: optimizer, schedule, mixed precision, evaluation, callbacks.
     """
@@ -84,8 +89,12 @@ class PrivateTrainer(Trainer):
             ValueError: a setting does not fit.
         """
         super().__init__(*args, **kwargs)
-        require(world_size() == 1, "world_size", world_size(), "1", "Use make_private in a loop.")
         given: TrainingArguments = self.args  # type: ignore[has-type]
+        for name in ("fsdp", "deepspeed"):
+            advice = "Several ranks shard the model by FSDP2 as it is."
+            require(not getattr(given, name), name, getattr(given, name), "none", advice)
+        advice = "Take bf16: the scale of float16 follows the samples, and no noise protects it."
+        require(not given.fp16, "fp16", given.fp16, "False", advice)
         bound, advice = given.max_grad_norm, "It is C, the bound on a sample's gradient."
         require(bound is not None and bound > 0, "max_grad_norm", bound, "a number > 0", advice)
         smoothing, advice = given.label_smoothing_factor, "Give `loss` a function that smooths."
@@ -99,13 +108,19 @@ class PrivateTrainer(Trainer):
         self._loss = _loss_of(self.model, loss)
         self._bound = float(bound)
         self._micro_batch_size = given.per_device_train_batch_size
-        self._batch_size = self._micro_batch_size * given.gradient_accumulation_steps
+        self._batch_size = self._micro_batch_size * given.gradient_accumulation_steps * world_size()
         # A step's micro-batches are one item of the loader, and its sum is clipped already.
         self.args = copy.copy(given)
         self.args.gradient_accumulation_steps = 1
         self.args.max_grad_norm = 0.0
         # A draw is a function of the steps taken: a resumed training has nothing to skip.
         self.args.ignore_data_skip = True
+        # One process trains on one GPU: the copies of DataParallel would not be seen.
+        self.args._n_gpu = min(given.n_gpu, 1)
+        self._train_batch_size = self.args.train_batch_size
+        # Losses are by sample, or a model's own mean: none is a sum over the ranks' tokens.
+        self.model_accepts_loss_kwargs = False
+        _take_models_as_they_are(self.accelerator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, and make it private."""
@@ -140,12 +155,14 @@ class PrivateTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: list[Inputs], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Add a step's micro-batches; returns the mean of the samples' losses."""
+        """Add a step's micro-batches; returns the mean of the losses of all ranks' samples."""
         assert self.private is not None
         model.train()
         losses = [self._add(model, self._prepare_inputs(each)) for each in inputs]
-        loss_B = torch.cat(losses)
-        return loss_B.mean() if len(loss_B) else loss_B.sum()
+        loss_B = torch.cat(losses).float()
+        total = torch.stack([loss_B.sum(), torch.full_like(loss_B.sum(), len(loss_B))])
+        sum_over_ranks(total)
+        return total[0] / total[1].clamp(min=1)
 
     def _add(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Add one micro-batch; returns the samples' losses, [B]."""
@@ -175,21 +192,38 @@ class PrivateTrainer(Trainer):
         # The norm of the clipped sum is not private, and `.grad` does not hold the sum.
         return None
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        is_writer = self.args.should_save
+        if state_dict is None and world_size() > 1:
+            state_dict = whole(self.model.state_dict(), is_kept=is_writer)
+        if is_writer:
+            super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        private, is_writer = self.private, self.args.should_save
+        assert private is not None
+        optimizer = private.mode.optimizer
+        state = whole(optimizer.state_dict(), is_kept=is_writer)
+        hook = optimizer.register_state_dict_post_hook(lambda optimizer, sharded: state)
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.private is not None:
-            text = json.dumps(self.private.state_dict())
+        hook.remove()
+        if is_writer:
+            text = json.dumps(private.state_dict())
             (Path(output_dir) / PRIVACY_FILE).write_text(text, encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / PRIVACY_FILE
+        path, private = Path(checkpoint) / PRIVACY_FILE, self.private
         advice = "What was spent before is not known without it."
         require(path.is_file(), "resume_from_checkpoint", checkpoint, f"a {PRIVACY_FILE}", advice)
-        assert self.private is not None
-        self.private.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        assert private is not None
+        hook = private.mode.optimizer.register_load_state_dict_pre_hook(sharded_state)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        hook.remove()
+        private.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 class _Steps:
@@ -218,6 +252,17 @@ class _Steps:
         )
         for micro_batches in loader:
             yield list(micro_batches)
+
+
+def _take_models_as_they_are(accelerator: Any) -> None:
+    """Have `accelerator` prepare models for mixed precision, and neither move nor wrap them."""
+    prepare = accelerator.prepare_model
+
+    def prepare_model(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        prepared: nn.Module = prepare(model, device_placement=False, evaluation_mode=True)
+        return prepared
+
+    accelerator.prepare_model = prepare_model
 
 
 def _loss_of(model: nn.Module, loss: str | PerSampleLoss | None) -> PerSampleLoss:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 import dpsgd_track
@@ -25,34 +25,27 @@ from dpsgd_track.privacy.accounting import epsilon_rdp
 from dpsgd_track.privacy.loss import classification_loss
 from dpsgd_track.trainer import PRIVACY_FILE, PrivacyArguments, PrivateTrainer
 from tests.support import ROOT
-from tests.support.model_zoo import small_bert
+from tests.support.forked_ranks import ForkedRanks
+from tests.support.torchrun_trainer import (
+    ACCUMULATED,
+    DELTA,
+    MICRO,
+    NUM_SAMPLES,
+    SIGMA,
+    C,
+    Sentences,
+    fresh,
+    of_ranks,
+    trainer_of,
+)
 
-NUM_SAMPLES, T, V = 40, 6, 20
-MICRO, ACCUMULATED, C, SIGMA, DELTA = 4, 2, 0.5, 0.8, 1e-3
 RATE = MICRO * ACCUMULATED / NUM_SAMPLES
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
-
-
-class Sentences(Dataset[dict[str, Tensor]]):
-    """Tokens, whose first one is the label."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(3, V, (NUM_SAMPLES, T), generator=generator)
-        self.ids[:, 0] = torch.randint(0, 3, (NUM_SAMPLES,), generator=generator)
-
-    def __len__(self) -> int:
-        return NUM_SAMPLES
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = self.ids[index]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0]}
-
-
-def fresh(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(0)
-    return small_bert(V, dropout)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+    # Its new name is not in every release that is supported.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,32 +54,6 @@ def own_state() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def trainer_of(
-    model: Any, folder: Path, privacy: dict[str, Any] | None = None, **changes: Any
-) -> PrivateTrainer:
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": MICRO,
-        "gradient_accumulation_steps": ACCUMULATED,
-        "max_grad_norm": C,
-        "learning_rate": 0.01,
-        "max_steps": 6,
-        "use_cpu": True,
-        "report_to": [],
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    chosen = {"delta": DELTA, "noise_multiplier": SIGMA, "seed": 5} | (privacy or {})
-    return PrivateTrainer(
-        model,
-        TrainingArguments(**(settings | changes)),
-        train_dataset=Sentences(),
-        eval_dataset=Sentences(),
-        privacy=PrivacyArguments(**chosen),
-    )
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -140,6 +107,36 @@ def test_a_resumed_training_is_an_uninterrupted_one(whole: PrivateTrainer, tmp_p
     assert resumed.private.epsilon(DELTA) == whole.private.epsilon(DELTA)
 
 
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.soak)])
+def test_several_ranks_train_as_one(tmp_path: Path, rank_host: ForkedRanks, num_ranks: int) -> None:
+    ended = rank_host.run("tests.support.torchrun_trainer", str(tmp_path), num_ranks=num_ranks)
+    assert ended.code == 0, ended.log
+    found, *others = [
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(num_ranks)
+    ]
+    assert {*found["classes"]} == {"DTensor"}, "the model is sharded"
+    assert found["is_resumed_as_whole"]
+    assert all(other["eval_loss"] == found["eval_loss"] for other in others)
+
+    one = of_ranks(tmp_path / "one", 1)
+    one.train()
+    saved = load_file(tmp_path / "end" / "model.safetensors")
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-5)
+    assert one.evaluate()["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-4)
+    for line, wanted in zip(found["log"], one.state.log_history, strict=True):
+        assert line.keys() == wanted.keys()
+        for name in {"loss", "train_loss", "epsilon", "learning_rate"} & line.keys():
+            assert line[name] == pytest.approx(wanted[name], rel=1e-4)
+    # A checkpoint of several ranks is that of one.
+    resumed = of_ranks(tmp_path / "resumed on one", 1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    torch.testing.assert_close(weights(resumed.model), weights(one.model), rtol=1e-4, atol=1e-5)
+    assert resumed.private is not None
+    assert one.private is not None
+    assert resumed.private.epsilon(DELTA) == one.private.epsilon(DELTA)
+
+
 def test_epsilon_is_in_the_logs(whole: PrivateTrainer) -> None:
     logged = [line["epsilon"] for line in whole.state.log_history if "epsilon" in line]
     wanted = [epsilon_rdp(((SIGMA, RATE, steps),), DELTA) for steps in (2, 4, 6, 6)]
@@ -182,6 +179,16 @@ def test_the_arguments_given_are_left_as_they_are(whole: PrivateTrainer, tmp_pat
     assert arguments.to_dict() == before
 
 
+def test_one_process_trains_on_one_gpu(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=C)
+    arguments._n_gpu = 2
+    privacy = PrivacyArguments(delta=DELTA, noise_multiplier=SIGMA)
+    trainer = PrivateTrainer(fresh(), arguments, train_dataset=Sentences(), privacy=privacy)
+    # Otherwise the model would run as copies, in which nothing is captured.
+    assert trainer.args.n_gpu == 1
+    assert trainer.get_total_train_batch_size(trainer.args) == arguments.per_device_train_batch_size
+
+
 class NoLoss(nn.Module):
     """Of a class that says nothing of its task."""
 
@@ -198,6 +205,7 @@ class NoLoss(nn.Module):
     ("model", "changes", "words"),
     [
         (None, {"max_grad_norm": 0.0}, "max_grad_norm=0.0: expected a number > 0"),
+        (None, {"fp16": True}, "fp16=True: expected False. Take bf16"),
         (None, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: expected 0"),
         (NoLoss(), {}, "or a function, for NoLoss"),
     ],

@@ -8,14 +8,17 @@ the model, and every copy is sharded alike.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from dpsgd_track.config import require
 
@@ -196,3 +199,47 @@ def as_sharded(local: Tensor, like: Tensor) -> Tensor:
         return local
     # As FSDP2 makes its own gradients: from_local would check and infer a spec that is known.
     return DTensor(local, like._spec, requires_grad=False)
+
+
+def whole(tree: Any, *, is_kept: bool) -> Any:
+    """The same with whole tensors on the CPU in place of shards; every rank calls it together.
+
+    Args:
+        tree: dicts, lists and tensors, such as a state dict.
+        is_kept: False drops every gathered tensor on this rank, which gets empty ones.
+    """
+
+    def gathered(tensor: Any) -> Any:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        full = tensor.full_tensor()
+        return full.cpu() if is_kept else full.new_empty(0)
+
+    return tree_map(gathered, tree)
+
+
+def sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with shards in place of whole tensors, where its parameters have them.
+
+    Args:
+        optimizer: in each group with as many parameters as when the state was taken.
+        state: of `Optimizer.state_dict`, by the parameters' numbers.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def placed(number: int, tensor: Any) -> Any:
+        like = parameters[number]
+        is_like = isinstance(tensor, Tensor) and tensor.shape == like.shape
+        if not (is_like and isinstance(like, DTensor)):
+            return tensor
+        # Each rank has read the whole: nothing is sent.
+        device = like.device_mesh.device_type
+        return distribute_tensor(
+            tensor.to(device), like.device_mesh, like.placements, src_data_rank=None
+        )
+
+    by_number = {
+        number: {name: placed(number, value) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return state | {"state": by_number}
