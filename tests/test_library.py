@@ -1017,10 +1017,14 @@ def test_the_example_runs() -> None:
     assert int(accuracy.split()[1].rstrip("%")) > 80
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.soak)])
+def sharded(
+    tmp_path_factory: pytest.TempPathFactory,
+    rank_host: ForkedRanks,
+    request: pytest.FixtureRequest,
+) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("library") / "out.json"
-    done = rank_host.run("tests.support.torchrun_library", str(output), num_ranks=2)
+    done = rank_host.run("tests.support.torchrun_library", str(output), num_ranks=request.param)
     assert done.code == 0, done.log[-3000:]
     found: dict[str, Any] = json.loads(output.read_text())
     return found
@@ -1029,7 +1033,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory, rank_host: ForkedRanks) ->
 def test_how_a_model_is_wrapped_changes_nothing(sharded: dict[str, Any]) -> None:
     for wrapping, distance in sharded["distance"].items():
         assert distance < 1e-6, wrapping
-    assert len(sharded["distance"]) == 8
+    assert len(sharded["distance"]) == 10
 
 
 def test_a_loops_own_losses_take_the_same_steps_under_fsdp2(sharded: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Run in each of two ranks: a loop of one's own under FSDP2, wrapped variously."""
+"""Run in each of two or three ranks: a loop of one's own under FSDP2, wrapped variously."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from dpsgd_track import make_private
 from dpsgd_track.privacy.loss import causal_lm_loss
 from tests.support.model_zoo import batch, build
 
-SIZES = ({0: [0, 4], 1: [1, 3]}, {0: [0], 1: [0]}, {0: [2, 1], 1: [3, 2]})
+SIZES = (
+    {0: [0, 4], 1: [1, 3], 2: [0, 2]},
+    {0: [0], 1: [0], 2: [0]},
+    {0: [2, 1], 1: [3, 2], 2: [1, 0]},
+)
 """By step and rank: the micro-batches. The first is empty on one rank, the second step on all."""
 SETTINGS: dict[str, Any] = {
     "loss": "causal-lm",
@@ -41,10 +45,12 @@ def _wrapped(wrapping: str) -> nn.Module:
     return model
 
 
-def _loop(mode: str | None, wrapping: str, *, is_own: bool = False) -> Tensor:
+def _loop(mode: str | None, wrapping: str, *, is_own: bool = False, num_parts: int = 1) -> Tensor:
+    """Weights after the steps, by as many optimizers as parts."""
     model = _wrapped(wrapping)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    private = make_private(model, optimizer, mode=mode, **SETTINGS)
+    parameters = [*model.parameters()]
+    parts = [torch.optim.SGD(parameters[k::num_parts], lr=0.1) for k in range(num_parts)]
+    private = make_private(model, parts, mode=mode, **SETTINGS)
     for step, sizes in enumerate(SIZES):
         before = _whole(model)
         for number, size in enumerate(sizes[dist.get_rank()]):
@@ -55,8 +61,10 @@ def _loop(mode: str | None, wrapping: str, *, is_own: bool = False) -> Tensor:
                     private.backward(causal_lm_loss(logits, part.targets))
             else:
                 private.backward(part.inputs, part.targets)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in parts:
+            optimizer.step()
+        for optimizer in parts:
+            optimizer.zero_grad()
         if not any(map(any, sizes.values())):
             # Noise alone: sigma C, over the expected batch size and times the learning rate.
             noise = (before - _whole(model)) / 0.1 * 8
@@ -186,6 +194,10 @@ def main(output: str) -> None:
             ("flash_fsdp_fuse_bk", "root"),
             (None, "every layer"),
         )
+    }
+    distance |= {
+        f"{mode}, two optimizers": (_loop(mode, wrapping, num_parts=2) - wanted).norm().item()
+        for mode, wrapping in (("flash_fsdp", "root"), ("flash_fsdp_bk", "by block"))
     }
     failed = {
         f"{mode}, {at}": (_failed(mode, at) - _failed(mode, 0)).norm().item()
