@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from dpsgd_track.config import FLAT, require
 from dpsgd_track.distributed.ranks import sum_over_ranks, world_size
-from dpsgd_track.distributed.sharding import sharded_state, whole
+from dpsgd_track.distributed.sharding import shard_state, sharded_state, whole
 from dpsgd_track.library import PrivateTraining, make_private
 from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss, logits_of, loss_named
 
@@ -146,6 +146,9 @@ class PrivateTrainer(Trainer):
             sample_rate=self._batch_size / len(steps.dataset),
             seed=privacy.seed,
         )
+        if world_size() > 1:
+            # Checkpoints hold whole tensors.
+            self.model.register_load_state_dict_pre_hook(shard_state)
         return optimizer
 
     def get_train_dataloader(self) -> Any:

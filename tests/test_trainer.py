@@ -118,6 +118,12 @@ def test_several_ranks_train_as_one(tmp_path: Path, rank_host: ForkedRanks, num_
     assert found["is_resumed_as_whole"]
     assert all(other["eval_loss"] == found["eval_loss"] for other in others)
 
+    assert found["steps_of_two"] == 12
+    assert found["chosen"].endswith("checkpoint-3"), "the one with the larger loss"
+    of_best = load_file(tmp_path / "kept" / "model.safetensors")
+    chosen = load_file(tmp_path / "chosen" / "model.safetensors")
+    assert all(torch.equal(value, of_best[name]) for name, value in chosen.items())
+
     one = of_ranks(tmp_path / "one", 1)
     one.train()
     saved = load_file(tmp_path / "end" / "model.safetensors")

@@ -218,6 +218,15 @@ def whole(tree: Any, *, is_kept: bool) -> Any:
     return tree_map(gathered, tree)
 
 
+def shard_state(
+    model: nn.Module, state: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+) -> None:
+    """Put shards in place of whole tensors in a model's state; a hook before it is loaded."""
+    for name, parameter in model.named_parameters():
+        if prefix + name in state:
+            state[prefix + name] = _placed(state[prefix + name], parameter)
+
+
 def sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state with shards in place of whole tensors, where its parameters have them.
 
@@ -227,19 +236,18 @@ def sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def placed(number: int, tensor: Any) -> Any:
-        like = parameters[number]
-        is_like = isinstance(tensor, Tensor) and tensor.shape == like.shape
-        if not (is_like and isinstance(like, DTensor)):
-            return tensor
-        # Each rank has read the whole: nothing is sent.
-        device = like.device_mesh.device_type
-        return distribute_tensor(
-            tensor.to(device), like.device_mesh, like.placements, src_data_rank=None
-        )
-
     by_number = {
-        number: {name: placed(number, value) for name, value in values.items()}
+        number: {name: _placed(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     return state | {"state": by_number}
+
+
+def _placed(value: Any, like: Tensor) -> Any:
+    """A whole tensor as shards, where a parameter of its shape has them; anything else as it is."""
+    is_whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+    if not (is_whole and isinstance(like, DTensor) and value.shape == like.shape):
+        return value
+    # Each rank has read the whole: nothing is sent.
+    mesh = like.device_mesh
+    return distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)

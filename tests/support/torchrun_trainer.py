@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def trainer_of(
     )
 
 
-def of_ranks(folder: Path, num_ranks: int) -> PrivateTrainer:
+def of_ranks(folder: Path, num_ranks: int, **changes: Any) -> PrivateTrainer:
     """A trainer with a checkpoint half way, the same on any number of ranks."""
     micro, accumulated = SHAPES[num_ranks]
     return trainer_of(
@@ -83,6 +84,7 @@ def of_ranks(folder: Path, num_ranks: int) -> PrivateTrainer:
         save_strategy="steps",
         save_steps=3,
         gradient_checkpointing=True,
+        **changes,
     )
 
 
@@ -95,11 +97,31 @@ def main(output: str) -> None:
     trainer.save_model(str(folder / "end"))
     resumed = of_ranks(folder / "resumed", dist.get_world_size())
     resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-3"))
+    best = of_ranks(
+        folder / "best",
+        dist.get_world_size(),
+        eval_strategy="steps",
+        eval_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    best.train()
+    best.save_model(str(folder / "chosen"))
+    chosen = best.state.best_model_checkpoint
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "best" / "checkpoint-3", folder / "kept")
+    dist.barrier()
+    # A second training counts what the first has spent.
+    best.train()
+    assert best.private is not None
     pairs = zip(trainer.model.parameters(), resumed.model.parameters(), strict=True)
     found = {
         "log": trainer.state.log_history,
         "eval_loss": metrics["eval_loss"],
         "is_resumed_as_whole": all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs),  # type: ignore[attr-defined]
+        "chosen": chosen,
+        "steps_of_two": best.private.num_steps,
         "classes": [type(p).__name__ for p in trainer.model.parameters()],
     }
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
