@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dpsgd_track.config import ACCURACY, NOISE, PROBE_CLIP, is_probe, kind_of
@@ -56,12 +56,23 @@ class LeftOut:
     part: str = ""
     """Part of the regimes' runs that is left out, in words; empty for all of them."""
 
-    @property
-    def sentence(self) -> str:
-        """`not compared: ghost in probe-clip, as it takes no tied weights`."""
-        where = f" in {_listed(self.regimes, 'and')}" if self.regimes else ""
-        what = f"{self.part} of {self.label}" if self.part else self.label
-        return f"not compared: {what}{where}, as {self.reason}"
+
+def sentences(left_out: Iterable[LeftOut]) -> tuple[str, ...]:
+    """`not compared: ghost in probe-clip, as it takes no tied weights`, once for each reason."""
+    labels: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
+    for each in left_out:
+        labels.setdefault((each.part, each.regimes, each.reason), []).append(each.label)
+    return tuple(_sentence(of, *why) for why, of in labels.items())
+
+
+def _sentence(labels: Sequence[str], part: str, regimes: Sequence[str], reason: str) -> str:
+    where = f" in {_listed(regimes, 'and')}" if regimes else ""
+    what = _listed(labels, "and")
+    if len(labels) > 1:
+        what = f"each of {what}"
+    if part:
+        what = f"{part} of {what}"
+    return f"not compared: {what}{where}, as {reason}"
 
 
 def left_out_of(

@@ -750,6 +750,9 @@ def make_private(
         spot_check: compare the engine with plain autograd now and then (see
             `dpsgd_track.privacy.spot_check`), which runs extra forwards of the model.
 
+    `noise_multiplier` to `sample_rate` settle the privacy, but for `mode` and `passes`. Those and
+    `param_dtype`, `num_replicas` and `capture` settle what a step costs, and no guarantee.
+
     Raises:
         ValueError: a setting is out of range, the mode cannot clip a parameter exactly, or it
             overrides methods that add the noise.

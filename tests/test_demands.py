@@ -22,7 +22,7 @@ from dpsgd_track.config import (
     PROBES,
     PrivacyConfig,
 )
-from dpsgd_track.demands import Demand, LeftOut, declined_by, left_out_of
+from dpsgd_track.demands import Demand, LeftOut, declined_by, left_out_of, sentences
 from dpsgd_track.launcher.declarations import declined_demands
 from dpsgd_track.modes import build
 from dpsgd_track.modes.opacus import OpacusMode
@@ -127,13 +127,23 @@ def test_what_a_mode_declines_is_left_out_of_the_plan_and_told(modest):
     assert set(PROBES) <= set(regimes(made, f"{modest}:quiet"))
     ranks = {each.label: each.num_ranks for each in made.jobs}
     assert (ranks[f"{modest}:Modest"], ranks[f"{modest}:quiet"]) == (1, 2)
-    assert [each.sentence for each in made.left_out] == [
+    assert [*sentences(made.left_out)] == [
         f"not compared: {modest}:Modest in probe-accuracy, probe-clip and probe-noise, as it takes "
         "no tied weights",
         f"not compared: noise and all that follows from it of {modest}:quiet in accuracy and "
         "probe-accuracy, as it takes no noise that it is given",
     ]
     assert PLAN.loads(PLAN.dumps(made)) == made
+
+
+def test_one_reason_is_told_once():
+    why = {"regimes": ("clip",), "reason": "it takes no tied weights"}
+    parts = [LeftOut(label=label, **why) for label in ("a", "b", "c")]
+    parts.insert(1, LeftOut(label="a", part="steps with an empty batch", **why))
+    assert sentences(parts) == (
+        "not compared: each of a, b and c in clip, as it takes no tied weights",
+        "not compared: steps with an empty batch of a in clip, as it takes no tied weights",
+    )
 
 
 def test_the_reference_has_no_regime_to_itself(modest):

@@ -17,6 +17,7 @@ import pytest
 
 from dpsgd_track.cli.launch import check_at_hand
 from dpsgd_track.config import Settings
+from dpsgd_track.demands import sentences
 from dpsgd_track.launcher import choices, group
 from dpsgd_track.launcher.checkout import MOST_KEPT, check_out
 from dpsgd_track.launcher.group import GroupRun
@@ -267,7 +268,7 @@ def test_what_an_opacus_lacks_is_told_with_its_version(workspace):
     package = opacus_with(workspace / "op") / "opacus"
     (package / "version.py").write_text('# Ours.\n__version__ = "1.4.1"\n')
     made = suite("full", "--mode", "ghost,grad_materialize", "--variant", "old=op")
-    (told,) = (each.sentence for each in made.left_out if "@" in each.label)
+    (told,) = sentences(each for each in made.left_out if "@" in each.label)
     assert told.startswith(
         "not compared: ghost@old, as Opacus 1.4.1, the code of old, has no grad_sample_mode 'ghost'"
     )
@@ -386,9 +387,9 @@ def test_the_same_code_runs_once_more_with_other_settings(workspace, monkeypatch
     assert of["flash_fsdp@both"] == ("auto", 2)
     assert runs["flash_fsdp@both"].model.gradient_checkpointing
     assert not runs["flash_fsdp@tiled"].model.gradient_checkpointing
-    said = [each.sentence for each in made.left_out if "@" in each.label]
+    said = sentences(each for each in made.left_out if "@" in each.label)
     assert "not compared: ghost_fsdp@tiled, as it cannot compute its norms by plan=tiled" in said
-    assert "not compared: flash@both, as it has no replicas" in said
+    assert "not compared: each of ghost_fsdp@both and flash@both, as it has no replicas" in said
     advice = Failure(kind=FailureKind.ERROR).advice("g", runs["flash_fsdp@both"])
     assert "--variant both:replicas=2,gradient-checkpointing" in advice
     assert PLAN.loads(PLAN.dumps(made)) == made

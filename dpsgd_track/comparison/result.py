@@ -16,6 +16,7 @@ from dpsgd_track.comparison.measure.resolution import Resolution
 from dpsgd_track.comparison.seen import Seen, by_model
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import CLIP, NOISE, Thresholds, kind_of
+from dpsgd_track.demands import sentences as left_out_sentences
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.record.run import Group, ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
@@ -175,8 +176,8 @@ class GroupComparison:
     @property
     def not_compared(self) -> tuple[str, ...]:
         """A sentence for each thing that its launch left out, as a mode does not take it."""
-        sentences = (each.sentence for each in self.group.plan.left_out)
-        return tuple(f"{text[:1].upper()}{text[1:]}." for text in sentences)
+        told = left_out_sentences(self.group.plan.left_out)
+        return tuple(f"{text[:1].upper()}{text[1:]}." for text in told)
 
     @property
     def leading(self) -> ModeVerdict | None:

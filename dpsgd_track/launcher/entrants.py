@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dpsgd_track.config import PROFILE, VariantConfig, require
-from dpsgd_track.demands import Demand, LeftOut, left_out_of
+from dpsgd_track.demands import Demand, LeftOut, left_out_of, sentences
 from dpsgd_track.launcher.declarations import declined_demands
 from dpsgd_track.launcher.regimes import is_run
 from dpsgd_track.modes import table
@@ -64,7 +64,7 @@ def check_entrants(
     absent = [e for e in others if not e.regimes(regimes)]
     # Faults that are planted in a mode that does not run would prove nothing.
     if absent and (len(absent) == len(others) or suite is Suite.FAULTS):
-        reasons = "; ".join(each.sentence for e in absent for each in e.left_out(regimes))
+        reasons = "; ".join(sentences(each for e in absent for each in e.left_out(regimes)))
         advice = f"{reasons[:1].upper()}{reasons[1:]}." if reasons else ""
         names = ",".join(e.label for e in absent)
         require(False, "mode", names, f"a mode with a run in {' or '.join(regimes)}", advice)
