@@ -658,21 +658,21 @@ def make_private(
     noise_multiplier: float | None = None,
     max_grad_norm: float,
     expected_batch_size: int,
+    sample_rate: float | None = None,
     target_epsilon: float | None = None,
     target_delta: float | None = None,
     num_steps: int | None = None,
     accountant: str = "rdp",
-    mode: str | None = None,
-    passes: int | None = None,
-    loss: str | PerSampleLoss = "sequence-classification",
     clipping: str = FLAT,
     adaptive: AdaptiveClipping | None = None,
-    sample_rate: float | None = None,
+    loss: str | PerSampleLoss = "sequence-classification",
     seed: int | None = None,
+    spot_check: bool = True,
+    mode: str | None = None,
+    passes: int | None = None,
     param_dtype: torch.dtype = torch.float32,
     num_replicas: int = 1,
     capture: bool = False,
-    spot_check: bool = True,
 ) -> PrivateTraining:
     """Make a training loop private.
 
@@ -718,40 +718,41 @@ def make_private(
             the sharded parameters. Of several, with each parameter in one of them, the first to
             step adds the noise for all; each steps once, or skips the step by its `zero_grad`.
         noise_multiplier: sigma, the standard deviation of the noise in units of `max_grad_norm`.
-            Left out, it is the least with which epsilon is at most `target_epsilon` at
-            `target_delta` after `num_steps` steps, which needs `sample_rate`.
+            Left out, it is the least that keeps to the target.
         max_grad_norm: C, the bound on the norm of one sample's gradient.
         expected_batch_size: samples that a step is expected to hold over all ranks and
             micro-batches; the divisor of the noisy sum, whatever a batch's own size.
+        sample_rate: probability with which a step takes each sample, where the loop draws batches
+            by Poisson sampling itself; `PrivateTraining.loader` knows its own. 1.0 if batches are
+            not sampled (see also `PrivateTraining.epsilon`).
+        target_epsilon: largest epsilon after `num_steps` steps, in place of a `noise_multiplier`;
+            needs `sample_rate`.
+        target_delta: delta at which it holds.
         num_steps: steps in all, those taken on the model before included. One more is refused.
         accountant: of `target_epsilon`: rdp, prv or pld (see `PrivateTraining.epsilon`).
-        mode: any mode: `dpsgd-track modes` lists them. None chooses the flash mode with that number
-            of `passes`, under FSDP2 where there are several ranks or the model is sharded.
-        passes: backwards of a step: 1 is faster, 2 takes less memory. None is 1. Given in place of
-            a mode.
-        loss: a task's name (see `dpsgd_track.privacy.loss`), or a function
-            (logits, targets) -> [B] in which no sample's loss depends on another.
         clipping: rule by which a sample is clipped: flat, automatic (normalised) or per_layer,
             which keeps nothing (see `dpsgd_track.privacy.clipping`). It adds at most C under each.
         adaptive: have C follow a quantile of the norms from step to step, beginning at
             `max_grad_norm`. The step is accounted as a whole at `noise_multiplier` (see
             `dpsgd_track.privacy.adaptive`). For flat clipping, without `capture`.
-        sample_rate: probability with which a step takes each sample, where the loop draws batches
-            by Poisson sampling itself; `PrivateTraining.loader` knows its own. 1.0 if batches are
-            not sampled (see also `PrivateTraining.epsilon`).
+        loss: a task's name (see `dpsgd_track.privacy.loss`), or a function
+            (logits, targets) -> [B] in which no sample's loss depends on another.
         seed: seed of the noise, which makes runs reproducible, for tests; None takes a secret key
             from the operating system.
+        spot_check: compare the engine with plain autograd now and then (see
+            `dpsgd_track.privacy.spot_check`), which runs extra forwards of the model.
+        mode: any mode: `dpsgd-track modes` lists them. None chooses the flash mode with that number
+            of `passes`, under FSDP2 where there are several ranks or the model is sharded.
+        passes: backwards of a step: 1 is faster, 2 takes less memory. None is 1. Given in place of
+            a mode.
         param_dtype: type of the forward and backward; weights stay float32.
         num_replicas: copies of the model among the ranks, under FSDP2.
         capture: on one GPU, record `PrivateTraining.backward` of inputs and targets as a CUDA graph
             for each kind of batch, and replay it, which spares the host's part of a step (see
             `dpsgd_track.privacy.replay`). The model's Python code, its hooks included, runs only
             when a graph is recorded or checked. Code inside of `batch` runs as it does without.
-        spot_check: compare the engine with plain autograd now and then (see
-            `dpsgd_track.privacy.spot_check`), which runs extra forwards of the model.
 
-    `noise_multiplier` to `sample_rate` settle the privacy, but for `mode` and `passes`. Those and
-    `param_dtype`, `num_replicas` and `capture` settle what a step costs, and no guarantee.
+    The settings from `mode` on settle what a step costs, and change no guarantee.
 
     Raises:
         ValueError: a setting is out of range, the mode cannot clip a parameter exactly, or it
