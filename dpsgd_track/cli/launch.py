@@ -11,7 +11,6 @@ from dpsgd_track.cli.context import Context, check_planted, reading, say, say_as
 from dpsgd_track.cli.dry_run import show_plan
 from dpsgd_track.cli.options import ResumeOptions
 from dpsgd_track.config import Settings, require
-from dpsgd_track.demands import sentences as left_out_sentences
 from dpsgd_track.launcher import EXIT_FAILED, EXIT_FINISHED
 from dpsgd_track.launcher.choices import NodeChoices, ProfileChoices, RecordChoices
 from dpsgd_track.launcher.hardware import count_gpus
@@ -51,7 +50,7 @@ def run_asked(context: Context, asked: Asked, *, is_dry: bool = False) -> tuple[
     check_planted(plan)
     context.tell_environment()
     _tell_uncommitted(context, plan)
-    for sentence in left_out_sentences(plan.left_out):
+    for sentence in plan.not_compared:
         context.say(f"{sentence}.")
     place = placement_of(asked)
     if is_dry:

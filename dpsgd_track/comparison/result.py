@@ -16,7 +16,6 @@ from dpsgd_track.comparison.measure.resolution import Resolution
 from dpsgd_track.comparison.seen import Seen, by_model
 from dpsgd_track.comparison.verdict import Finding, Verdict, worst
 from dpsgd_track.config import CLIP, NOISE, Thresholds, kind_of
-from dpsgd_track.demands import sentences as left_out_sentences
 from dpsgd_track.modes.table import REFERENCE
 from dpsgd_track.record.run import Group, ModeRun
 from dpsgd_track.record.stages import ObservableName, Stage
@@ -176,7 +175,7 @@ class GroupComparison:
     @property
     def not_compared(self) -> tuple[str, ...]:
         """A sentence for each thing that its launch left out, as a mode does not take it."""
-        told = left_out_sentences(self.group.plan.left_out)
+        told = self.group.plan.not_compared
         return tuple(f"{text[:1].upper()}{text[1:]}." for text in told)
 
     @property

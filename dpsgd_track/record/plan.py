@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpsgd_track.config import JobConfig, RegimeConfig, require
-from dpsgd_track.demands import LeftOut
+from dpsgd_track.demands import LeftOut, sentences
 from dpsgd_track.record.codec import Codec
 from dpsgd_track.record.environment import Environment
 
@@ -81,6 +81,11 @@ class GroupPlan:
 
     def __post_init__(self) -> None:
         require(self.num_nodes >= 1, "nnodes", self.num_nodes, "an integer >= 1")
+
+    @property
+    def not_compared(self) -> tuple[str, ...]:
+        """A clause for each part that is left out, `not compared: ghost in clip, as ...`."""
+        return sentences(self.left_out)
 
     def runs(self) -> Iterator[tuple[RunKey, JobConfig, RegimeConfig]]:
         """Every mode run, in the order of execution."""

@@ -34,6 +34,7 @@ from dpsgd_track.comparison.audit.noise.std import (
     Cells,
     check_std,
 )
+from dpsgd_track.comparison.audit.noise.structure import STRUCTURE, explanation
 from dpsgd_track.comparison.audit.noise.tails import TAILS, check_tails
 from dpsgd_track.comparison.diagnose.culprit import Culprit, alone
 from dpsgd_track.comparison.verdict import Finding, Verdict
@@ -72,6 +73,8 @@ def audit(
             checks += [*check_shape(samples), *check_correlations(samples)]
             if samples.noise.any():
                 checks += [check_tails(samples), check_zeros(samples), check_equal_values(samples)]
+            if any(not check.is_ok for check in checks) and (form := explanation(samples)):
+                checks.append(form)
         if drawn:
             checks += check_draws(drawn, samples.parameters)
     elif sketched := check_sketches(trajectory):
@@ -238,6 +241,8 @@ _LITTLE = 0.25
 def _telling_samples(failed: tuple[NoiseCheck, ...]) -> list[NoiseCheck]:
     """`failed` without checks whose message another one covers better, the best first."""
     named = {check.name: check for check in failed}
+    if STRUCTURE in named:
+        return [named[name] for name in (STRUCTURE, SENSITIVITY) if name in named]
     related = [check for check in failed if check.name.startswith(CORRELATION)]
     is_related = bool(related) or REUSE in named
     kept = _telling_values(named, is_related=is_related)

@@ -244,6 +244,7 @@ def _faults(run: ModeRun, trajectory: Trajectory) -> Iterator[tuple[Floats, str]
     yield bounds, "as if it were sigma C^2"
     yield 1 / bounds, "as if C were ignored and it were sigma"
     yield 1 / (sigma * bounds), "as if it were 1, whatever sigma and C"
+    yield 1 / np.sqrt(sigma * bounds), "as if sigma C were its variance"
     yield bounds[0] / bounds, "as if C were that of the first step"
     yield before / bounds, "as if C were that of the step before"
     one = np.ones_like(bounds)
