@@ -269,7 +269,10 @@ def test_wrong_layers_with_right_ones_before_them_are_wrong_by_themselves() -> N
         (NAMES, "all 12 parameters"),
         (NAMES[:1], "model.layers.0.norm.weight"),
         (NAMES[2::3], "every *.bias (4)"),
-        (NAMES[1::3], "every model.layers.*.proj.weight (4)"),
+        (NAMES[1::3], "every *.proj.weight (4)"),
+        ((*NAMES[2::3], *NAMES[::3]), "every *.bias, *.norm.weight (8)"),
+        (NAMES[:-1], "11 of 12 parameters (all but model.layers.3.proj.bias)"),
+        (NAMES[:8], "8 of 12 parameters (model.layers.0.norm.weight most)"),
         (
             NAMES[:5],
             "model.layers.0.norm.weight, model.layers.0.proj.weight, "

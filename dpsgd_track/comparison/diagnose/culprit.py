@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -31,6 +31,7 @@ from dpsgd_track.record.stages import ObservableName, Stage
 from dpsgd_track.record.trajectory import UNUSED, Trajectory, sketch_distance, sketch_length
 
 _SHOWN = 3
+_FEW_RIGHT = 2
 _FROM_HERE_ON = 0.9
 """Share of wrong parameters before a wrong one from which on they count as inheriting its error."""
 
@@ -371,19 +372,36 @@ def describe(wrong: Sequence[str], names: Sequence[str], kind: str = "parameters
         return f"all {len(names)} {kind}"
     if len(wrong) <= _SHOWN:
         return ", ".join(wrong)
-    most = f"{len(wrong)} of {len(names)} {kind} ({wrong[0]} most)"
-    for of in (lambda name: name.rpartition(".")[2], _pattern):
-        groups: dict[str, list[str]] = defaultdict(list)
-        for name in names:
-            groups[of(name)].append(name)
-        alike = {of(name) for name in wrong}
-        whole = sum(len(groups[each]) for each in alike) == len(wrong)
-        if whole and len(alike) <= _SHOWN:
-            what = ", ".join(f"*.{each}" if "." not in each else each for each in sorted(alike))
-            return f"every {what} ({len(wrong)})"
+    if groups := _whole_groups(set(wrong), names):
+        return f"every {', '.join(groups)} ({len(wrong)})"
+    right = [name for name in names if name not in set(wrong)]
+    if len(right) <= _FEW_RIGHT:
+        return f"{len(wrong)} of {len(names)} {kind} (all but {' and '.join(right)})"
     if len(wrong) > 0.5 * len(names):
-        return most
+        return f"{len(wrong)} of {len(names)} {kind} ({wrong[0]} most)"
     return f"{', '.join(wrong[:_SHOWN])} and {len(wrong) - _SHOWN} more"
+
+
+def _whole_groups(wrong: Set[str], names: Sequence[str]) -> list[str]:
+    """The fewest groups of like names that `wrong` is made of, the largest first.
+
+    A group is all names with a common end, as `*.bias` and `*.norm.weight`, or those that differ in
+    the number of a block alone. Empty if it takes too many.
+    """
+    groups: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        _, *parts = name.split(".")
+        for kept in (1, 2):
+            if len(parts) >= kept:
+                groups[f"*.{'.'.join(parts[-kept:])}"].add(name)
+        groups[_pattern(name)].add(name)
+    whole = sorted((g for g in groups if groups[g] <= wrong), key=lambda g: -len(groups[g]))
+    left, chosen = set(wrong), []
+    for group in whole:
+        if groups[group] & left:
+            chosen.append(group)
+            left -= groups[group]
+    return sorted(chosen) if not left and len(chosen) <= _SHOWN else []
 
 
 def _pattern(name: str) -> str:
