@@ -262,34 +262,46 @@ def _of_groups(facts: Facts, size: int | None) -> Prediction:
 
 
 def _by_rank(facts: Facts) -> Prediction:
-    """Another bound in each step and on each rank, fitted to its clipped samples."""
-    ranks, theirs = facts.theirs.sample_rank, facts.theirs.clip_factor
-    values = _right(facts)
-    used = _clipped(facts)
+    """Another bound in each step and on each rank."""
+    return _at_own_bounds(facts, facts.theirs.sample_rank, "on rank")
+
+
+def _by_micro_batch(facts: Facts) -> Prediction:
+    """Another bound in each step and in each micro-batch of a rank, by its number."""
+    return _at_own_bounds(facts, facts.theirs.sample_micro_batch, "in micro-batch")
+
+
+def _at_own_bounds(facts: Facts, part_of: np.ndarray, what: str) -> Prediction:
+    """Another bound in each part of a step, fitted to its clipped samples.
+
+    Args:
+        part_of: [S, N] part that a sample is of.
+    """
+    theirs, values, used = facts.theirs.clip_factor, _right(facts), _clipped(facts)
     bounds: dict[int, list[float]] = {}
     for row in facts.rows.tolist():
         implied = (theirs * facts.norm)[row]
         of_step = implied[used[row]]
         is_one = len(of_step) > 0 and np.ptp(of_step) < _ALIKE * of_step.max()
-        for rank in sorted(set(ranks[row].tolist()) - {UNUSED}):
-            of_rank = ranks[row] == rank
-            here = used[row] if is_one else used[row] & of_rank
+        for part in sorted(set(part_of[row].tolist()) - {UNUSED}):
+            of_part = part_of[row] == part
+            here = used[row] if is_one else used[row] & of_part
             if here.any():
                 bound = float(np.median(implied[here]))
-                values[row, of_rank] = clip_factors(np.array(bound), facts.norm[row, of_rank])
-                bounds.setdefault(rank, []).append(bound / float(facts.bound[row, 0]))
+                values[row, of_part] = clip_factors(np.array(bound), facts.norm[row, of_part])
+                bounds.setdefault(part, []).append(bound / float(facts.bound[row, 0]))
     if not bounds:
         return None
-    return Fitted(values, _bounds_in_words(bounds))
+    return Fitted(values, _bounds_in_words(bounds, what))
 
 
-def _bounds_in_words(bounds: dict[int, list[float]]) -> str:
+def _bounds_in_words(bounds: dict[int, list[float]], what: str) -> str:
     lists = list(bounds.values())
     if all(
         np.allclose(each, lists[0], rtol=_ALIKE) for each in lists if len(each) == len(lists[0])
     ):
         return _shares(lists[0])
-    return " and ".join(f"{_shares(each)} on rank {rank}" for rank, each in bounds.items())
+    return " and ".join(f"{_shares(each)} {what} {part}" for part, each in bounds.items())
 
 
 def _shares(values: Sequence[float]) -> str:
@@ -484,7 +496,10 @@ FACTORS = Subject(
                 for size in (2, 3, 4)
             ),
         ),
-        (Hypothesis(sentence="samples are clipped not at C but at {}", predict=_by_rank),),
+        tuple(
+            Hypothesis(sentence="samples are clipped not at C but at {}", predict=own_bounds)
+            for own_bounds in (_by_rank, _by_micro_batch)
+        ),
     ),
     late=(
         (
