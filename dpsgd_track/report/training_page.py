@@ -22,7 +22,7 @@ from dpsgd_track.step_metrics import StepMetrics
 class _Panel:
     """One of the curves, drawn below the one before over the same steps."""
 
-    field: str
+    metric: str
     """Of `StepMetrics`."""
     title: str
     colour: str
@@ -35,15 +35,15 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel(field="loss", title="loss", colour="#0072B2", hover=".3f"),
+    _Panel(metric="loss", title="loss", colour="#0072B2", hover=".3f"),
     _Panel(
-        field="clip_fraction",
+        metric="clip_fraction",
         title="samples clipped",
         colour="#D55E00",
         hover=".0%",
         axis={"tickformat": ".0%", "range": [0, 1.04]},
     ),
-    _Panel(field="epsilon", title="epsilon", colour="#009E73", hover=".2f", is_noisy=False),
+    _Panel(metric="epsilon", title="epsilon", colour="#009E73", hover=".2f", is_noisy=False),
 )
 """From top to bottom."""
 _GAP = 0.1
@@ -126,7 +126,7 @@ def _chart(steps: Sequence[StepMetrics]) -> Chart:
 def _curves(steps: Sequence[StepMetrics], panel: _Panel, is_smoothed: bool) -> list[go.Scatter]:
     """A panel's values, and the smoothed ones in front of them where they are noisy."""
     x = np.array([each.step for each in steps], dtype=np.int32)
-    y = np.array([getattr(each, panel.field) for each in steps], dtype=np.float64)
+    y = np.array([getattr(each, panel.metric) for each in steps], dtype=np.float64)
     is_faint = panel.is_noisy and is_smoothed
     curve = go.Scatter(
         x=x,
