@@ -105,7 +105,9 @@ class PrivateTraining:
         self._num_added = 0
         """Samples of the current step on this rank."""
         self._added: list[SampleRecord] = []
-        """Records of the current step's batches, or of the last step's until a batch is added."""
+        """Records of the current step's batches."""
+        self._stepped: list[SampleRecord] = []
+        """Records of the last step's batches."""
         self._open: OpenBatch | None = None
         """The batch that the loop's own code is forming the losses of."""
         self._told_sizes: set[int] = set()
@@ -288,7 +290,7 @@ class PrivateTraining:
         self._left_out.add(self.last)
         if self._bound is not None:
             self._bound.note(self.last, self._privacy.max_grad_norm)
-        self._added = [*(self._added if self._num_batches else []), self.last]
+        self._added.append(self.last)
         self._num_batches += 1
         self._num_added += len(self.last.loss_B)
 
@@ -475,14 +477,14 @@ class PrivateTraining:
 
         Raises:
             ValueError: as `epsilon`.
-            RuntimeError: no step was taken, or batches were added since.
+            RuntimeError: no step was taken yet.
         """
-        if self._num_own_steps == 0 or self._num_batches:
+        if self._num_own_steps == 0:
             raise RuntimeError("step_metrics(): expected a call after optimizer.step().")
         return StepMetrics(
             step=self.num_steps,
-            loss=mean_loss(self._added),
-            clip_fraction=clip_fraction(self._added),
+            loss=mean_loss(self._stepped),
+            clip_fraction=clip_fraction(self._stepped),
             epsilon=self.epsilon(delta, accountant=accountant),
             delta=delta,
         )
@@ -617,6 +619,7 @@ class PrivateTraining:
         if draw is not None:
             draw.is_taken = True
         self._num_own_steps += 1
+        self._stepped = self._added
         self._note(ledger)
 
     def _end_step(self) -> None:
@@ -636,6 +639,7 @@ class PrivateTraining:
         self.mode.zero_grad()
         self._gradients.release()
         self._num_batches = self._num_added = 0
+        self._added = []
         if self._bound is not None:
             self._bound.drop()
         self._draw.drop_left()

@@ -84,7 +84,7 @@ def train(model: nn.Module, images: TensorDataset, output: Path, seed: int | Non
         history.append(private.step_metrics(DELTA))
         accuracy = num_right / max(1, num_seen)
         mlflow.log_metrics(history[-1].logged | {"accuracy": accuracy}, step=history[-1].step)
-    page = write_training_page(history, output / "training.html", title="Private images")
+    page = write_training_page(history, output / "training.html", title="Handwritten digits")
     mlflow.log_artifact(str(page))
     return history[-1].epsilon
 

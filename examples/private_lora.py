@@ -125,7 +125,7 @@ def train(model: nn.Module, tokens: torch.Tensor, output: Path, seed: int | None
         # All but epsilon is of training samples, and no noise protects it: keep it to yourself.
         history.append(private.step_metrics(DELTA))
         mlflow.log_metrics(history[-1].logged, step=history[-1].step)
-    page = write_training_page(history, output / "training.html", title="Private LoRA")
+    page = write_training_page(history, output / "training.html", title="LoRA on the passive voice")
     mlflow.log_artifact(str(page))
     return history[-1].epsilon
 

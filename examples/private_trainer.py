@@ -107,7 +107,8 @@ def main() -> None:
         trainer.train()
         metrics = trainer.evaluate()
         page = chosen.output / "training.html"
-        mlflow.log_artifact(str(write_training_page(trainer.history, page)))  # new
+        write_training_page(trainer.history, page, title="Sentences of three topics")  # new
+        mlflow.log_artifact(str(page))  # new
     print(f"accuracy {metrics['eval_accuracy']:.0%}")
     print(f"epsilon {trainer.history[-1].epsilon:.2f} at delta {DELTA}")  # new
 

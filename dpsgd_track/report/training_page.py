@@ -35,7 +35,7 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel(metric="loss", title="loss", colour="#0072B2", hover=".3f"),
+    _Panel(metric="loss", title="loss", colour="#1f82c4", hover=".3f"),
     _Panel(
         metric="clip_fraction",
         title="samples clipped",
@@ -82,7 +82,8 @@ def write_training_page(
 def facts(steps: Sequence[StepMetrics]) -> list[str]:
     """The outcome of a training in a few words each."""
     last = steps[-1]
-    losses = smoothed(np.array([each.loss for each in steps]))
+    losses = np.array([each.loss for each in steps])
+    losses = smoothed(losses) if len(steps) >= _FEWEST_SMOOTHED else losses
     return [
         f"{last.step:,} step{'s' * (last.step != 1)}",
         f"epsilon {last.epsilon:.2f} at delta {last.delta:g}",
