@@ -57,6 +57,11 @@ def sentences(form: str, size: int, seed: int) -> torch.Tensor:
     return torch.tensor([[VOCABULARY.index(word) for word in text.split()] for text in texts])
 
 
+def private_text() -> tuple[torch.Tensor, torch.Tensor]:
+    """Sentences in the passive voice, to train on and to test on."""
+    return sentences(PASSIVE, NUM_TRAINED, seed=1), sentences(PASSIVE, 200, seed=2)
+
+
 def losses(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Loss of each sentence; a mean, as the model forms of `labels`, would mix them."""
     return causal_lm_loss(model(input_ids=tokens).logits, tokens)
@@ -134,7 +139,7 @@ def main() -> None:
     chosen = options()
     track_in(chosen.output)
     model = with_adapters(trained_publicly())
-    trained, tested = sentences(PASSIVE, NUM_TRAINED, seed=1), sentences(PASSIVE, 200, seed=2)
+    trained, tested = private_text()
     print(f"perplexity before {perplexity(model, tested):.2f}")
     with mlflow.start_run():
         epsilon = train(model, trained, chosen.output, chosen.seed)

