@@ -138,7 +138,8 @@ def test_several_ranks_train_as_one(tmp_path: Path, rank_host: ForkedRanks, num_
     assert one.evaluate()["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-4)
     for line, wanted in zip(found["log"], one.state.log_history, strict=True):
         assert line.keys() == wanted.keys()
-        for name in {"loss", "train_loss", "epsilon", "clip_fraction", "learning_rate"} & line.keys():
+        compared = {"loss", "train_loss", "epsilon", "clip_fraction", "learning_rate"}
+        for name in compared & line.keys():
             assert line[name] == pytest.approx(wanted[name], rel=1e-4)
     # A checkpoint of several ranks is that of one.
     resumed = of_ranks(tmp_path / "resumed on one", 1)
