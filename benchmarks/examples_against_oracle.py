@@ -292,12 +292,16 @@ def rows(names: list[str], num_seeds: int) -> Iterator[dict[str, Any]]:
                 yield asdict(contest(name, seed, Path(folder))) | about
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("out", type=Path)
+    made.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each example")
+    made.add_argument("--only", choices=CONTESTS, action="append", help="name of an example")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", choices=CONTESTS, action="append")
-    options = parser.parse_args()
+    options = parser().parse_args()
     torch.set_num_threads(1)
     is_wrong = False
     with options.out.open("w", newline="", encoding="utf-8") as file:

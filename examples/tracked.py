@@ -8,12 +8,17 @@ import mlflow
 EXPERIMENT = "private training"
 
 
+def parser() -> argparse.ArgumentParser:
+    """Parser of OUTPUT and --seed."""
+    made = argparse.ArgumentParser()
+    made.add_argument("output", nargs="?", type=Path, default=Path("out"), metavar="OUTPUT")
+    made.add_argument("--seed", type=int, help="of noise and draws, for tests: then no secret")
+    return made
+
+
 def options() -> argparse.Namespace:
     """OUTPUT, a folder that exists then, and --seed."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", nargs="?", type=Path, default=Path("out"), metavar="OUTPUT")
-    parser.add_argument("--seed", type=int, help="of noise and draws, for tests: then no secret")
-    chosen = parser.parse_args()
+    chosen = parser().parse_args()
     chosen.output.mkdir(parents=True, exist_ok=True)
     return chosen
 
