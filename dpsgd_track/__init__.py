@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpsgd_track.library import PrivateTraining, make_private
     from dpsgd_track.privacy.adaptive import AdaptiveClipping
+    from dpsgd_track.report.training_page import write_training_page
+    from dpsgd_track.step_metrics import StepMetrics
     from dpsgd_track.trainer import PrivacyArguments, PrivateTrainer
 
 __version__ = "0.2.0"
@@ -13,7 +15,9 @@ __all__ = [
     "PrivacyArguments",
     "PrivateTrainer",
     "PrivateTraining",
+    "StepMetrics",
     "make_private",
+    "write_training_page",
 ]
 
 
@@ -26,6 +30,8 @@ def __getattr__(name: str) -> Any:
     homes = {
         "AdaptiveClipping": "privacy.adaptive",
         "PrivateTraining": "library",
+        "StepMetrics": "step_metrics",
         "make_private": "library",
+        "write_training_page": "report.training_page",
     }
     return getattr(import_module(f"dpsgd_track.{homes.get(name, 'trainer')}"), name)

@@ -27,7 +27,7 @@ from dpsgd_track.modes.table import check_mode, is_of_package, is_private, runs_
 from dpsgd_track.privacy.adaptive import AdaptiveBound, AdaptiveClipping
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.calibration import Budget
-from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
+from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord, clip_fraction, mean_loss
 from dpsgd_track.privacy.guards import GradientGuard, ModelGuard
 from dpsgd_track.privacy.ledger import RATE_ADVICE, PrivacyLedger
 from dpsgd_track.privacy.left_out_counter import LeftOutCounter
@@ -39,6 +39,7 @@ from dpsgd_track.privacy.optimizers import HookedOptimizers, Optimizers, StepCal
 from dpsgd_track.privacy.sampling import OpenDraw, PoissonSampler
 from dpsgd_track.privacy.spot_check import SpotCheck, SpotChecks
 from dpsgd_track.privacy.why import LayerAccount, accounts_of
+from dpsgd_track.step_metrics import StepMetrics
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -103,6 +104,10 @@ class PrivateTraining:
         self._num_batches = 0
         self._num_added = 0
         """Samples of the current step on this rank."""
+        self._added: list[SampleRecord] = []
+        """Records of the current step's batches."""
+        self._stepped: list[SampleRecord] = []
+        """Records of the last step's batches."""
         self._open: OpenBatch | None = None
         """The batch that the loop's own code is forming the losses of."""
         self._told_sizes: set[int] = set()
@@ -285,6 +290,7 @@ class PrivateTraining:
         self._left_out.add(self.last)
         if self._bound is not None:
             self._bound.note(self.last, self._privacy.max_grad_norm)
+        self._added.append(self.last)
         self._num_batches += 1
         self._num_added += len(self.last.loss_B)
 
@@ -456,6 +462,33 @@ class PrivateTraining:
         require(is_known, "sample_rate", None, "a number from 0 to 1", RATE_ADVICE)
         return self._ledger.epsilon(delta, accountant)
 
+    def step_metrics(self, delta: float, *, accountant: str = "rdp") -> StepMetrics:
+        """Loss, clip fraction and epsilon of the step that was taken last, to be tracked.
+
+            optimizer.step()
+            metrics = private.step_metrics(delta=1e-5)
+            mlflow.log_metrics(metrics.logged, step=metrics.step)
+
+        Loss and clip fraction are of this rank's samples, over all micro-batches, and are not
+        private. On a GPU this waits for the device.
+
+        Args:
+            delta, accountant: as for `epsilon`.
+
+        Raises:
+            ValueError: as `epsilon`.
+            RuntimeError: no step was taken yet.
+        """
+        if self._num_own_steps == 0:
+            raise RuntimeError("step_metrics(): expected a call after optimizer.step().")
+        return StepMetrics(
+            step=self.num_steps,
+            loss=mean_loss(self._stepped),
+            clip_fraction=clip_fraction(self._stepped),
+            epsilon=self.epsilon(delta, accountant=accountant),
+            delta=delta,
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """The ledger's state, to be saved beside the model's and the optimizer's.
 
@@ -586,6 +619,7 @@ class PrivateTraining:
         if draw is not None:
             draw.is_taken = True
         self._num_own_steps += 1
+        self._stepped = self._added
         self._note(ledger)
 
     def _end_step(self) -> None:
@@ -605,6 +639,7 @@ class PrivateTraining:
         self.mode.zero_grad()
         self._gradients.release()
         self._num_batches = self._num_added = 0
+        self._added = []
         if self._bound is not None:
             self._bound.drop()
         self._draw.drop_left()

@@ -21,7 +21,9 @@ from dpsgd_track.config import FLAT, require
 from dpsgd_track.distributed.ranks import sum_over_ranks, world_size
 from dpsgd_track.distributed.sharding import shard_state, sharded_state, whole
 from dpsgd_track.library import PrivateTraining, make_private
+from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss, logits_of, loss_named
+from dpsgd_track.step_metrics import StepMetrics
 
 PRIVACY_FILE = "privacy.json"
 """File of a checkpoint that holds what was spent."""
@@ -66,7 +68,7 @@ class PrivateTrainer(Trainer):
     of ranks, in micro-batches of at most `per_device_train_batch_size` samples. The model is called
     without its labels, and `loss` takes its logits and them. Checkpoints hold what was spent, and a
     training resumed from one, on any number of ranks, continues its draws. Logs have `epsilon`
-    beside `loss`.
+    beside `loss` and `clip_fraction`, which are of all ranks' training samples, and not private.
 
     Everything else is the Trainer's: optimizer, schedule, mixed precision, evaluation, callbacks.
     """
@@ -105,6 +107,8 @@ class PrivateTrainer(Trainer):
         self.privacy = privacy
         self.private: PrivateTraining | None = None
         """Set when training begins."""
+        self._since_log: Tensor | None = None
+        """Samples of all ranks, and those of them that were clipped, since the last log, [2]."""
         self._loss = _loss_of(self.model, loss)
         self._bound = float(bound)
         self._micro_batch_size = given.per_device_train_batch_size
@@ -161,29 +165,57 @@ class PrivateTrainer(Trainer):
         """Add a step's micro-batches; returns the mean of the losses of all ranks' samples."""
         assert self.private is not None
         model.train()
-        losses = [self._add(model, self._prepare_inputs(each)) for each in inputs]
-        loss_B = torch.cat(losses).float()
-        total = torch.stack([loss_B.sum(), torch.full_like(loss_B.sum(), len(loss_B))])
+        added = [self._add(model, self._prepare_inputs(each)) for each in inputs]
+        loss_B = torch.cat([record.loss_B for record in added]).float()
+        is_clipped_B = torch.cat([record.is_clipped_B for record in added])
+        num_samples = torch.full_like(loss_B.sum(), len(loss_B))
+        total = torch.stack([loss_B.sum(), num_samples, is_clipped_B.sum().to(num_samples)])
         sum_over_ranks(total)
+        self._since_log = total[1:] if self._since_log is None else self._since_log + total[1:]
         return total[0] / total[1].clamp(min=1)
 
-    def _add(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """Add one micro-batch; returns the samples' losses, [B]."""
+    def _add(self, model: nn.Module, inputs: Inputs) -> SampleRecord:
+        """Add one micro-batch."""
         assert self.private is not None
         labels = [inputs.pop(name) for name in self.label_names if name in inputs]
         allowed = "a batch with one of them"
         require(len(labels) == 1, "label_names", self.label_names, allowed)
         with self.compute_loss_context_manager(), self.private.batch(len(labels[0])):
             logits = logits_of(model(**inputs))
-            return self.private.backward(self._loss(logits, labels[0]))
+            self.private.backward(self._loss(logits, labels[0]))
+        assert self.private.last is not None
+        return self.private.last
+
+    @property
+    def history(self) -> list[StepMetrics]:
+        """Metrics at each log of the training, those before a checkpoint included.
+
+        `loss` is the mean over the steps since the log before, and `clip_fraction` over their
+        samples. Without noise epsilon is infinite.
+        """
+        return [
+            StepMetrics(
+                step=entry["step"],
+                loss=entry["loss"],
+                clip_fraction=entry["clip_fraction"],
+                epsilon=entry.get("epsilon", math.inf),
+                delta=self.privacy.delta,
+            )
+            for entry in self.state.log_history
+            if "clip_fraction" in entry
+        ]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with `epsilon` of the steps so far beside a training loss."""
+        """Log, with `clip_fraction`, and `epsilon` of the steps so far, beside a training loss."""
         private = self.private
         is_of_training = "loss" in logs or "train_loss" in logs
         if private is not None and private.noise_multiplier > 0 and is_of_training:
             privacy = self.privacy
             logs["epsilon"] = private.epsilon(privacy.delta, accountant=privacy.accountant)
+        if self._since_log is not None and "loss" in logs:
+            num_samples, num_clipped = self._since_log.tolist()
+            logs["clip_fraction"] = num_clipped / num_samples if num_samples else math.nan
+            self._since_log = None
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:

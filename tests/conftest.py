@@ -45,6 +45,7 @@ LONGEST = (
     "test_launcher_variants.py",
     "test_training_probe.py",
     "test_report_browser.py",
+    "test_examples.py",
     "test_launcher_life.py",
     "test_launcher_stores.py",
     "test_precision.py",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from dpsgd_track import StepMetrics, write_training_page
 from dpsgd_track.comparison.measure.floor import limits_of
 from dpsgd_track.record.judged import JudgedGroup
 from dpsgd_track.report.charts import figures
@@ -534,6 +535,22 @@ def test_the_history_is_a_page_like_the_report(browser: Any, tmp_path: Path) -> 
     assert limit == [1] * 12
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     assert page.locator(".banner.BUG").is_visible()
+    assert page.complaints == []
+    page.context.close()
+
+
+def test_the_curves_of_a_training_are_drawn_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    steps = [
+        StepMetrics(step=step, loss=2 / step, clip_fraction=1 / step, epsilon=step**0.5, delta=1e-5)
+        for step in range(1, 61)
+    ]
+    path = write_training_page(steps, tmp_path / "training.html", title="Digits")
+    page = opened(browser, path, viewport=PHONE)
+    chart = show(page, "training")
+    assert chart.locator(".scatterlayer .trace").count() == 5
+    for title in ("loss", "samples clipped", "epsilon"):
+        assert chart.locator(".annotation-text", has_text=title).is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     assert page.complaints == []
     page.context.close()
 

@@ -18,6 +18,8 @@ Sources: Abadi et al., 2016, "Deep Learning with Differential Privacy" (flat); B
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +109,12 @@ class SampleRecord:
         return ~(self.loss_B.isfinite() & self.norm_B.isfinite())
 
     @property
+    def is_clipped_B(self) -> Tensor:
+        """True for samples with a clip factor below 1, bool [B]."""
+        factor_B = self.clip_factor_B
+        return torch.zeros_like(self.loss_B).bool() if factor_B is None else factor_B < 1
+
+    @property
     def num_left_out(self) -> int:
         """Number of samples left out; on a GPU this waits for the device."""
         left_out = self.is_left_out_B
@@ -131,6 +139,23 @@ class SampleRecord:
             emptied(self.clip_factor_B),
             by_parameter and {name: values[:0] for name, values in by_parameter.items()},
         )
+
+
+def mean_loss(records: Sequence[SampleRecord]) -> float:
+    """Mean loss of the samples of several micro-batches; NaN without any."""
+    return _mean([record.loss_B for record in records])
+
+
+def clip_fraction(records: Sequence[SampleRecord]) -> float:
+    """Share of the samples of several micro-batches with a clip factor below 1; NaN without any.
+
+    Samples that were left out have factor 0. Where nothing is clipped it is 0.
+    """
+    return _mean([record.is_clipped_B for record in records])
+
+
+def _mean(values: Sequence[Tensor]) -> float:
+    return float(torch.cat([*values]).double().mean()) if values else math.nan
 
 
 def total_norm(norm_sq_by_parameter: dict[str, Tensor]) -> Tensor:

@@ -210,6 +210,11 @@ def chart_html(chart: Chart, group: str) -> str:
     return _page("chart.html", group, chart=chart)
 
 
+def training_html(chart: Chart, title: str, facts: Sequence[str]) -> str:
+    """The curves of a training as a page."""
+    return _page("training.html", title, chart=chart, facts=facts)
+
+
 def _report(
     template: str, group: Group, style: Style, profile: Profile | None, **more: object
 ) -> str:

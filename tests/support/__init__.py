@@ -7,5 +7,5 @@ ROOT = Path(__file__).resolve().parents[2]
 """Root of the checkout."""
 
 ADAPTERS = ROOT / "examples" / "adapters"
-# Users put it on their PYTHONPATH.
-sys.path.append(str(ADAPTERS))
+# Users put the first on their PYTHONPATH, and run programs in the second.
+sys.path += [str(ADAPTERS), str(ROOT / "examples")]

@@ -155,6 +155,17 @@ def _benchmark(line: str, _folder: Path) -> str:
     return ""
 
 
+def _example(line: str, _folder: Path) -> str:
+    _, script, *options = shlex.split(line)
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            importlib.import_module("tracked").parser().parse_args(options)
+    except SystemExit:
+        return err.getvalue()
+    return "" if (ROOT / script).is_file() else "is no file"
+
+
 def _export(line: str, _folder: Path) -> str:
     variables = importlib.import_module("mlflow.environment_variables")
     names = [pair.partition("=")[0] for pair in line.split()[1:]]
@@ -189,6 +200,7 @@ HANDLERS: dict[str, Callable[[str, Path], str]] = {
     r"dpsgd-track ": _program,
     r"make ": _make,
     r"python benchmarks/": _benchmark,
+    r"python examples/": _example,
     r"export MLFLOW_": _export,
     r"mlflow server ": _mlflow,
     r"tags\.": _search,

@@ -181,7 +181,7 @@ def _taken(args: Any, options: Sequence[Any]) -> tuple[tuple[int, ...], Request 
     if not isinstance(args, list) or args[0] != sys.executable or VARIANT_VARIABLE in environment:
         return pipes, None
     is_module = args[1] == "-m" and args[2].startswith(("dpsgd_track.", "tests."))
-    if not is_module and Path(args[1]).parent != ROOT:
+    if not is_module and Path(args[1]).parent not in (ROOT, ROOT / "examples"):
         return pipes, None
     return pipes, Request(
         arguments=args[1:],
