@@ -26,9 +26,11 @@ from dpsgd_track.modes.reference import ReferenceMode
 from dpsgd_track.modes.table import check_mode, is_of_package, is_private, runs_on_one_device
 from dpsgd_track.privacy.adaptive import AdaptiveBound, AdaptiveClipping
 from dpsgd_track.privacy.batch import Batch
-from dpsgd_track.privacy.calibration import Budget
-from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord, clip_fraction, mean_loss
+from dpsgd_track.privacy.calibration import Budget, budget_of
+from dpsgd_track.privacy.clipping import SampleRecord, clip_fraction, mean_loss
+from dpsgd_track.privacy.foreign_mode import NoiseAudit, check_sum
 from dpsgd_track.privacy.guards import GradientGuard, ModelGuard
+from dpsgd_track.privacy.history import SharedHistory, histories, history_of, is_history_of
 from dpsgd_track.privacy.ledger import RATE_ADVICE, PrivacyLedger
 from dpsgd_track.privacy.left_out_counter import LeftOutCounter
 from dpsgd_track.privacy.loader import PrivateLoader
@@ -50,14 +52,6 @@ FLASH_ON_ONE_DEVICE = ("flash_bk", "flash")
 FLASH_UNDER_FSDP2 = ("flash_fsdp_bk", "flash_fsdp")
 """Modes that `make_private` chooses from: of one backward, and of two."""
 
-_AUDITED_ELEMENTS = 4096
-"""Elements of each parameter in which another library's noise is verified."""
-_AUDIT_ROUNDING = 0.02
-"""Error of the mean square that low precision may cause."""
-_History = list[tuple[float, float | None, int]]
-_HISTORY = "_dpsgd_track_history"
-"""Attribute of a model and of its trained parts that holds the history of their ledger: one list
-that all of them share, so that a part takes it into other models. Copies of the model copy it."""
 _BOUND = "max_grad_norm"
 """Key of C in the state of a training whose C is adaptive."""
 
@@ -76,7 +70,7 @@ class PrivateTraining:
         self,
         mode: Mode,
         optimizers: Optimizers,
-        history: _History,
+        history: SharedHistory,
         *,
         noise_key: str,
         sample_rate: float | None,
@@ -101,9 +95,6 @@ class PrivateTraining:
         self._set_privacy(self._privacy)
         self._draw = OpenDraw()
         self._has_loader = False
-        self._num_batches = 0
-        self._num_added = 0
-        """Samples of the current step on this rank."""
         self._added: list[SampleRecord] = []
         """Records of the current step's batches."""
         self._stepped: list[SampleRecord] = []
@@ -148,6 +139,11 @@ class PrivateTraining:
     def max_grad_norm(self) -> float:
         """C of the next step."""
         return self._privacy.max_grad_norm
+
+    @property
+    def _num_added(self) -> int:
+        """Samples of the current step on this rank."""
+        return sum(len(record.loss_B) for record in self._added)
 
     @property
     def _ledger(self) -> PrivacyLedger:
@@ -291,8 +287,6 @@ class PrivateTraining:
         if self._bound is not None:
             self._bound.note(self.last, self._privacy.max_grad_norm)
         self._added.append(self.last)
-        self._num_batches += 1
-        self._num_added += len(self.last.loss_B)
 
     def _refuse_unless_ready(self) -> None:
         """Raise unless a batch can be added now."""
@@ -398,7 +392,7 @@ class PrivateTraining:
                 Nothing is changed then.
         """
         self._refuse_unless_whole()
-        require(self._num_batches == 0, "change", "within a step", "a call between steps")
+        require(not self._added, "change", "within a step", "a call between steps")
         is_of_rate = expected_batch_size is not None or sample_rate is not None
         allowed = "a call between passes of private.loader"
         is_apart = not (is_of_rate and self._draw.is_in_pass)
@@ -560,7 +554,7 @@ class PrivateTraining:
     def _refuse_unless_whole(self) -> None:
         if self._is_closed:
             raise RuntimeError("The optimizer was made private again: use what that returned.")
-        if vars(self.model).get(_HISTORY) is not self._history:
+        if not is_history_of(self.model, self._history):
             raise RuntimeError(
                 "The model was made private again as a part of another: use what that returned, "
                 "which accounts for the steps of both."
@@ -590,7 +584,7 @@ class PrivateTraining:
                 "context ends. Move it out of the `with`."
             )
         self._refuse_unless_whole()
-        if self._num_batches == 0:
+        if not self._added:
             raise RuntimeError(
                 "step() without a clipped gradient: call backward() of what make_private returned "
                 "in place of loss.backward(), whose gradients are not clipped."
@@ -603,8 +597,8 @@ class PrivateTraining:
         clipped = self.mode.clipped_sum()
         audit = None
         if type(self.mode) not in OWN_MODES:
-            _check_sum(self.mode, clipped, self._privacy.max_grad_norm)
-            audit = _NoiseAudit(clipped, self._privacy)
+            check_sum(type(self.mode).__name__, clipped, self._privacy.max_grad_norm)
+            audit = NoiseAudit(clipped, self._privacy)
         # From here on the sum is divided and noisy, and must not be taken for a sum again.
         self._spoiled = RuntimeError("a step did not end")
         source = NoiseSource(self._noise_key, self.num_steps)
@@ -638,7 +632,6 @@ class PrivateTraining:
     def _drop_step(self) -> None:
         self.mode.zero_grad()
         self._gradients.release()
-        self._num_batches = self._num_added = 0
         self._added = []
         if self._bound is not None:
             self._bound.drop()
@@ -648,42 +641,6 @@ class PrivateTraining:
     def _note(self, ledger: PrivacyLedger) -> None:
         # Plain tuples, so that a saved model needs nothing of ours.
         self._history[:] = [(*stage,) for stage in ledger.history]
-
-
-class _NoiseAudit:
-    """Verifies that another library's step adds noise of the size that it was asked for."""
-
-    def __init__(self, clipped: ClippedSum, privacy: PrivacyConfig) -> None:
-        self.privacy = privacy
-        self.before = {
-            name: total.flatten()[:_AUDITED_ELEMENTS].double().clone()
-            for name, total in clipped.gradients.items()
-        }
-
-    def check(self, noised: Mapping[str, Tensor]) -> None:
-        """Compare the noise's standard deviation with sigma C.
-
-        Raises:
-            RuntimeError: the noise is missing, or has another standard deviation.
-        """
-        sigma = self.privacy.noise_multiplier
-        if sigma == 0:
-            return
-        noise = torch.cat(
-            [
-                noised[name].flatten()[: len(before)].double() * self.privacy.expected_batch_size
-                - before
-                for name, before in self.before.items()
-            ]
-        )
-        z = noise / (sigma * self.privacy.max_grad_norm)
-        # The mean square of n standard normal numbers is within six standard errors of 1.
-        error = abs(float(z.square().mean()) - 1)
-        if error > 6 * math.sqrt(2 / max(len(z), 1)) + _AUDIT_ROUNDING:
-            raise RuntimeError(
-                f"noise: expected a standard deviation of {sigma * self.privacy.max_grad_norm:.4g} "
-                f"on the sum, got {float(noise.std()):.4g}. Nothing was updated."
-            )
 
 
 def make_private(
@@ -796,7 +753,7 @@ def make_private(
     require(passes is None or mode is None, "passes", passes, f"none beside mode={mode!r}")
     mode = _mode_of(model, passes) if mode is None else mode
     _check_sample_rate(sample_rate)
-    budget = _budget(noise_multiplier, target_epsilon, target_delta, num_steps, accountant)
+    budget = budget_of(noise_multiplier, target_epsilon, target_delta, num_steps, accountant)
     sigma = _noise_within(budget, model, sample_rate) if budget else noise_multiplier
     assert sigma is not None
     _check_settings(mode, sigma)
@@ -822,7 +779,7 @@ def make_private(
     return PrivateTraining(
         built,
         optimizers,
-        _history_of(built.model),
+        history_of(built.model),
         noise_key=fresh_key(None, context.device) if seed is None else str(seed),
         sample_rate=sample_rate,
         budget=budget,
@@ -839,40 +796,12 @@ def _mode_of(model: nn.Module, passes: int | None) -> str:
     return two_pass if passes == 2 else one_pass
 
 
-def _budget(
-    noise_multiplier: float | None,
-    target_epsilon: float | None,
-    target_delta: float | None,
-    num_steps: int | None,
-    accountant: str,
-) -> Budget | None:
-    """The budget that a training is to stay in; None if its noise is given instead."""
-    targets = {"epsilon": target_epsilon, "delta": target_delta, "num_steps": num_steps}
-    if noise_multiplier is not None:
-        for name, got in targets.items():
-            setting = name if name == "num_steps" else f"target_{name}"
-            require(got is None, setting, got, "None beside a noise_multiplier")
-        return None
-    if target_epsilon is None or target_delta is None or num_steps is None:
-        advice = "Give it, or target_epsilon, target_delta and num_steps."
-        require(False, "noise_multiplier", None, "a number >= 0", advice)
-    assert target_epsilon is not None
-    assert target_delta is not None
-    assert num_steps is not None
-    return Budget(
-        target_epsilon=target_epsilon,
-        target_delta=target_delta,
-        num_steps=num_steps,
-        accountant=accountant,
-    )
-
-
 def _noise_within(budget: Budget, model: nn.Module, sample_rate: float | None) -> float:
     """The least noise multiplier within the budget, after the steps taken on the model before."""
     advice = "For target_epsilon give expected_batch_size / samples of the data set."
     require(sample_rate is not None, "sample_rate", None, "a number", advice)
     assert sample_rate is not None
-    return budget.noise_multiplier(chain(*_histories(model).values()), sample_rate)
+    return budget.noise_multiplier(chain(*histories(model).values()), sample_rate)
 
 
 def _check_sample_rate(sample_rate: float | None) -> None:
@@ -902,36 +831,6 @@ def _check_adaptive(adaptive: AdaptiveClipping | None, mode: str, context: ModeC
     require(not capture, "capture", capture, "False where C is adaptive")
     # Raises where the count has too little noise.
     adaptive.sum_multiplier(context.privacy)
-
-
-def _histories(model: nn.Module) -> dict[int, _History]:
-    """Histories of the model and its parts, by identity."""
-    return {
-        id(vars(module)[_HISTORY]): vars(module)[_HISTORY]
-        for module in model.modules()
-        if _HISTORY in vars(module)
-    }
-
-
-def _history_of(model: nn.Module) -> _History:
-    """History of the steps taken on the model and its parts, in a list that all of them share.
-
-    Parts that were trained separately have lists of their own, which are joined.
-    """
-    modules, lists = list(model.modules()), _histories(model)
-    (history,) = lists.values() if len(lists) == 1 else ([*chain(*lists.values())],)
-    vars(model)[_HISTORY] = history
-    for module in modules:
-        if any(parameter.requires_grad for parameter in module.parameters()):
-            vars(module)[_HISTORY] = history
-    if history:
-        warnings.warn(
-            f"{type(model).__name__}: {PrivacyLedger(history).num_steps} private steps were taken "
-            "on this model, its parts, or what they were copied from. epsilon() continues from "
-            "there.",
-            stacklevel=3,
-        )
-    return history
 
 
 def _built(
@@ -967,19 +866,6 @@ def _refuse_own_updates(name: str, mode: Mode, optimizers: Optimizers) -> None:
     missing = [name for name, parameter in trained.items() if id(parameter) not in updated]
     allowed = f"a mode that trains the optimizer's parameters; it lacks {', '.join(missing)}"
     require(not missing, "mode", name, allowed)
-
-
-def _check_sum(mode: Mode, clipped: ClippedSum, max_grad_norm: float) -> None:
-    """Raise unless a mode's sum is finite, with a sensitivity of at least C."""
-    name = type(mode).__name__
-    advice = "Noise is calibrated to it."
-    is_bounded = clipped.sensitivity >= max_grad_norm
-    require(is_bounded, "sensitivity", clipped.sensitivity, f"{max_grad_norm} of {name}", advice)
-    for parameter, total in clipped.gradients.items():
-        if not bool(total.isfinite().all()):
-            raise RuntimeError(
-                f"{parameter}: expected a finite clipped sum of {name}, got another."
-            )
 
 
 def _batch(inputs: Inputs, targets: Tensor) -> Batch:

@@ -124,3 +124,31 @@ def noise_multiplier_for(
         accountant=accountant,
     )
     return budget.noise_multiplier((), sample_rate)
+
+
+def budget_of(
+    noise_multiplier: float | None,
+    target_epsilon: float | None,
+    target_delta: float | None,
+    num_steps: int | None,
+    accountant: str,
+) -> Budget | None:
+    """The budget that a training is to stay in; None if its noise is given instead."""
+    targets = {"epsilon": target_epsilon, "delta": target_delta, "num_steps": num_steps}
+    if noise_multiplier is not None:
+        for name, got in targets.items():
+            setting = name if name == "num_steps" else f"target_{name}"
+            require(got is None, setting, got, "None beside a noise_multiplier")
+        return None
+    if target_epsilon is None or target_delta is None or num_steps is None:
+        advice = "Give it, or target_epsilon, target_delta and num_steps."
+        require(False, "noise_multiplier", None, "a number >= 0", advice)
+    assert target_epsilon is not None
+    assert target_delta is not None
+    assert num_steps is not None
+    return Budget(
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        num_steps=num_steps,
+        accountant=accountant,
+    )
