@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.capture import Capture
-from dpsgd_track.privacy.captured_layer import CapturedLayer, ParameterSlot
+from dpsgd_track.privacy.captured_layer import CapturedLayer, filled
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.layers.inventory import Layer, holds_units
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
@@ -80,7 +80,7 @@ class SpreadParameters(CapturedLayer):
                 capture.note_view(self.layer, name, view)
         placed = {name: self._placed(view, name) for name, view in views.items()}
         try:
-            with _filled(self.slots, placed):
+            with filled(self.slots, placed):
                 return self.original(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
@@ -122,7 +122,8 @@ def expanded(parameter: Tensor, num_samples: int, form: Form) -> Tensor:
 def choose_forms(
     capture: Capture, run: Callable[[Any], Tensor], batch: Any
 ) -> dict[str, dict[str, Form]]:
-    """Form of each bare parameter, by layer; layers with one that takes no form are left out.
+    """Form of each bare parameter, by layer; strays that take no form are left out, and layers with
+    a parameter of their own that takes none.
 
     Args:
         run: the model's outputs.
@@ -146,7 +147,7 @@ def _choose_forms(trial: _Trial) -> dict[str, dict[str, Form]]:
         layer = captured.layer
         forms = {name: chosen.get((layer.fqn, name)) for name in layer.names}
         found = {name: form for name, form in forms.items() if form is not None}
-        if len(found) == len(forms):
+        if found and forms.keys() - found.keys() <= layer.strays:
             by_layer[layer.fqn] = found
     together = {(fqn, name): f for fqn, forms in by_layer.items() for name, f in forms.items()}
     if not together or not trial.agrees(together):
@@ -207,8 +208,9 @@ class _Trial:
         shape = self.capture.shapes[self.capture.captured[fqn].layer.names[local]]
         forms = [*([IN_PLACE] if shape[:1] == (1,) else []), *range(_MOST_BROADCAST + 1)]
         # Smaller modules run on copies as a whole, other uses of the parameters inside them too.
-        holds = holds_units(self.capture.model, self.capture.captured[fqn].module)
-        return [*forms, LATE] if holds else forms
+        layer = self.capture.captured[fqn].layer
+        holds = holds_units(self.capture.model, layer.module)
+        return [*forms, LATE] if holds or local in layer.strays else forms
 
     def is_random(self) -> bool:
         """True if two runs on the same parameters differ."""
@@ -282,18 +284,5 @@ class _Placing(ReplacedForward):
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output."""
         placed = {s.name: self.place((self.fqn, s.name), s.current()) for s in self.slots}
-        with _filled(self.slots, placed):
+        with filled(self.slots, placed):
             return self.original(*args, **kwargs)
-
-
-@contextmanager
-def _filled(slots: list[ParameterSlot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Context in which the module has `tensors` in place of its parameters."""
-    before = [slot.current() for slot in slots]
-    try:
-        for slot in slots:
-            slot.fill(tensors[slot.name])
-        yield
-    finally:
-        for slot, parameter in zip(slots, before, strict=True):
-            slot.fill(parameter)

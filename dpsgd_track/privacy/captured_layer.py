@@ -8,7 +8,8 @@ from a use that no call accounts for.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from dpsgd_track.privacy.capture import Capture, has_saved_tensor_hooks
 from dpsgd_track.privacy.layers.inventory import Layer, own_holders
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows
+
+_STANDS_FOR = "stands_for"
+"""Attribute of a tensor that is in a slot in place of a parameter."""
 
 
 class CapturedLayer(ReplacedForward):
@@ -70,13 +74,18 @@ class CapturedLayer(ReplacedForward):
 
     def run_on_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's own forward on leaves in place of its parameters."""
-        for slot in self.slots:
-            slot.enter()
+        outside = [slot.enter() for slot in self.slots]
         try:
             return self.original(*args, **kwargs)
         finally:
-            for slot in self.slots:
-                slot.leave()
+            for slot, tensor in zip(self.slots, outside, strict=True):
+                slot.fill(tensor)
+
+    @contextmanager
+    def on_own_parameters(self) -> Iterator[None]:
+        """Context in which the module has its own parameters, whatever another layer has placed."""
+        with filled(self.slots, {slot.name: slot.current() for slot in self.slots}):
+            yield
 
     def only_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The one tensor that a layer with a rule is called with.
@@ -107,6 +116,7 @@ class WatchedLayer(CapturedLayer):
         sample_dim: int = 0,
         is_spread: bool = False,
         is_grouped: bool = False,
+        is_mixed: bool = False,
         course: Course | None = None,
     ) -> None:
         """
@@ -115,25 +125,29 @@ class WatchedLayer(CapturedLayer):
             is_spread: all samples share the inputs. Each sample gets a copy of its own, so that
                 their gradients arrive separately.
             is_grouped: inputs and outputs are [B n, ...], the rows of one sample after the other.
+            is_mixed: all samples share the inputs of some calls only, and these hold a row for each
+                sample.
             course: where the outputs of a spread layer meet the samples, if that is later (see
                 `privacy.shared_rows`); None if they have the samples' dimension at once.
         """
         super().__init__(capture, layer)
         self.course = course
         self.sample_dim, self.is_spread, self.is_grouped = sample_dim, is_spread, is_grouped
+        self.is_mixed = is_mixed
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[..., d] -> [..., p]."""
         capture, layer, dim = self.capture, self.layer, self.sample_dim
         x = self.only_input(args, kwargs)
-        if self.is_spread:
+        is_spread = self.is_spread and not (self.is_mixed and self._is_of_samples(x))
+        if is_spread:
             assert capture.num_samples is not None
             x = self._spread(x, capture.num_samples)
             args, kwargs = (x,), {}
         y: Tensor = self.run_on_leaves(args, kwargs)
         handle = capture.hold(x)
         if not capture.open_call(layer, self._by_sample(x), dim):
-            return self._output(y)
+            return self._output(y) if is_spread else y
         base = _without_view(y)
         edge, shape = get_gradient_edge(base), None if base is y else y.shape
 
@@ -155,11 +169,17 @@ class WatchedLayer(CapturedLayer):
             base.register_hook(close)
         else:
             capture.note_output(layer, edge, edge, close)
-        return self._output(y)
+        return self._output(y) if is_spread else y
+
+    def _is_of_samples(self, x: Tensor) -> bool:
+        """True if an input has a row for each sample in dimension 0; of a single sample, any has
+        that all samples share as well."""
+        is_one = self.capture.num_samples == 1
+        return not isinstance(x, SharedRows) and not (is_one and len(x) != 1)
 
     def _spread(self, x: Tensor, num_samples: int) -> Tensor:
         if isinstance(x, SharedRows):
-            return x.rows
+            return x.rows if self.course is not None else squeezed(x.rows)
         if self.course is not None:
             return x.expand(num_samples, *x.shape)
         return spread(x, num_samples)
@@ -191,6 +211,11 @@ def _without_view(y: Tensor) -> Tensor:
     assert base.is_contiguous()
     assert y.is_contiguous()
     return base
+
+
+def squeezed(rows: Tensor) -> Tensor:
+    """[B, 1, ...] as [B, ...], as what all samples share is spread; other rows as they are."""
+    return rows[:, 0] if rows.shape[1:2] == (1,) else rows
 
 
 def spread(x: Tensor, num_samples: int) -> Tensor:
@@ -231,24 +256,48 @@ class ParameterSlot:
         if self.parameter is not None and not isinstance(self.parameter, nn.Parameter):
             self.parameter = self.current_leaf = None
 
-    def current(self) -> Tensor:
+    def content(self) -> Tensor:
         """The tensor that is in the slot now."""
         own, key = self.entries[0]
         tensor: Tensor = own[key]
         return tensor
 
-    def enter(self) -> None:
-        """Put the leaf into the slot."""
-        self.fill(self.leaf())
+    def current(self) -> Tensor:
+        """The parameter that is in the slot now, or that another layer has placed a view of."""
+        tensor = self.content()
+        parameter: Tensor = getattr(tensor, _STANDS_FOR, tensor)
+        return parameter
 
-    def leave(self) -> None:
-        """Put the parameter back into the slot."""
-        self.fill(self.parameter)
+    def enter(self) -> Tensor:
+        """Put the leaf into the slot; returns what was there."""
+        before = self.content()
+        self.fill(self.leaf())
+        return before
+
+    def place(self, tensor: Tensor) -> None:
+        """Put a tensor into the slot that stands for the parameter."""
+        parameter = self.current()
+        if tensor is not parameter:
+            setattr(tensor, _STANDS_FOR, parameter)
+        self.fill(tensor)
 
     def fill(self, tensor: Tensor | None) -> None:
         """Put a tensor into the slot."""
         for own, key in self.entries:
             own[key] = tensor
+
+
+@contextmanager
+def filled(slots: list[ParameterSlot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context in which a module has `tensors` in place of its parameters."""
+    before = [slot.content() for slot in slots]
+    try:
+        for slot in slots:
+            slot.place(tensors[slot.name])
+        yield
+    finally:
+        for slot, tensor in zip(slots, before, strict=True):
+            slot.fill(tensor)
 
 
 def _slots_of(layer: Layer) -> list[ParameterSlot]:
@@ -257,13 +306,12 @@ def _slots_of(layer: Layer) -> list[ParameterSlot]:
         for name, parameter in layer.module.named_parameters()
         if name in layer.names
     }
-    modules: Iterable[nn.Module] = layer.module.modules()
-    if layer.is_bare:
-        modules = [holder for _, holder in own_holders(layer.module)]
-    for module in modules:
+    own = {holder for _, holder in own_holders(layer.module)}
+    for module in layer.module.modules():
         for key, parameter in module._parameters.items():
-            if id(parameter) in slots:
-                slots[id(parameter)].entries.append((module._parameters, key))
+            slot = slots.get(id(parameter))
+            if slot and (not layer.is_bare or module in own or slot.name in layer.strays):
+                slot.entries.append((module._parameters, key))
     return list(slots.values())
 
 

@@ -30,12 +30,16 @@ from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.layers.inventory import Layer, is_recurrent
 from dpsgd_track.privacy.replaced_forward import Forward
-from dpsgd_track.privacy.shared_rows import Course, SharedRows
+from dpsgd_track.privacy.shared_rows import Course, SharedRows, rows_of
 
 _logger = logging.getLogger(__name__)
 
 _Copies = dict[str, Tensor]
 """[B, *parameter] by the parameter's name in the module."""
+
+Kind = tuple[tuple[int, bool] | None, ...]
+"""Of each tensor argument of a call: its number of dimensions, and whether it holds a row for each
+sample that all samples share; None for other arguments."""
 
 
 SPREAD = -1
@@ -43,6 +47,9 @@ SPREAD = -1
 
 GROUPED = -2
 """In place of a dimension: dimension 0 has several rows of each sample, one after the other."""
+
+ROWS = -3
+"""In place of a dimension: all samples share the tensor, which holds a row for each of them."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,7 @@ class ExpandedLayer(CapturedLayer):
         other (`privacy.grouped_rows`)."""
         self.course: Course | None = None
         """To where outputs that all samples share meet the samples, if that is later."""
-        self.dims: dict[tuple[int | None, ...], SampleDims] = {}
-        """By the number of dimensions of each tensor argument; None for other arguments."""
+        self.dims: dict[Kind, SampleDims] = {}
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output, with each sample's part computed from the sample's copy."""
@@ -127,18 +133,22 @@ class ExpandedLayer(CapturedLayer):
             else _dim_of_size(leaf, num_samples)
             for leaf in leaves
         )
-        learned = self.dims.get(_kind(args, kwargs))
+        # Rows that differ, as in a trial, are no input of one run.
+        args, kwargs = pytree.tree_map_only(SharedRows, _first_of_all, (args, kwargs))
+        kind = _kind(args, kwargs)
+        learned = self.dims.get(kind)
         if learned is not None:
             return learned if learned.inputs == inputs else None
         with in_eval_mode(self.module):
             mapped, _ = self._map(copies, inputs, args, kwargs)
             if self._keeps_mapped_tensors():
                 return None
-            expected = pytree.tree_leaves(self.original(*args, **kwargs))
+            alike = pytree.tree_map_only(SharedRows, lambda x: x.rows[0], (args, kwargs))
+            expected = pytree.tree_leaves(self.original(*alike[0], **alike[1]))
         outputs = tuple(
             self._dim_of_output(got, wanted) for got, wanted in zip(mapped, expected, strict=True)
         )
-        dims = self.dims[_kind(args, kwargs)] = SampleDims(inputs, outputs)
+        dims = self.dims[kind] = SampleDims(inputs, outputs)
         return dims
 
     def _keeps_mapped_tensors(self) -> bool:
@@ -181,13 +191,16 @@ class ExpandedLayer(CapturedLayer):
             leaf.unflatten(0, (num_samples, -1)) if grouped else leaf
             for leaf, grouped in zip(leaves, is_grouped, strict=True)
         ]
-        dims = [0 if grouped else dim for dim, grouped in zip(dims, is_grouped, strict=True)]
+        # What has a dimension less for each sample than for a batch.
+        has_row = [dim in (GROUPED, ROWS) for dim in dims]
+        leaves = [rows_of(leaf) for leaf in leaves]
+        dims = [0 if row else dim for dim, row in zip(dims, has_row, strict=True)]
         returned: list[tuple[list[Any], Any]] = []
 
         def one(copy: _Copies, leaves: list[Any]) -> list[Tensor]:
             alone = [
-                leaf if dim is None or grouped else leaf.unsqueeze(dim)
-                for leaf, dim, grouped in zip(leaves, dims, is_grouped, strict=True)
+                leaf if dim is None or row else leaf.unsqueeze(dim)
+                for leaf, dim, row in zip(leaves, dims, has_row, strict=True)
             ]
             returned.append(
                 pytree.tree_flatten(self._one(copy, *pytree.tree_unflatten(alone, structure)))
@@ -233,13 +246,22 @@ def _no_cached_parametrisations() -> Iterator[None]:
         parametrize._cache_enabled = enabled
 
 
-def _kind(args: Any, kwargs: Any) -> tuple[int | None, ...]:
+def _kind(args: Any, kwargs: Any) -> Kind:
     leaves = pytree.tree_leaves((args, kwargs))
-    return tuple(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves)
+    return tuple(
+        (leaf.dim(), isinstance(leaf, SharedRows)) if isinstance(leaf, Tensor) else None
+        for leaf in leaves
+    )
+
+
+def _first_of_all(x: SharedRows) -> SharedRows:
+    return SharedRows(x.rows[:1].expand_as(x.rows), x.course, x.path)
 
 
 def _dim_of_size(leaf: object, size: int) -> int | None:
     """The first dimension of `leaf` that has size `size`; None if there is none."""
+    if isinstance(leaf, SharedRows):
+        return ROWS
     if not isinstance(leaf, Tensor) or size not in leaf.shape:
         return None
     return leaf.shape.index(size)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,19 +26,25 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.backward_per_sample import BackwardPerSample
-from dpsgd_track.privacy.bare_parameters import SpreadParameters, choose_forms
+from dpsgd_track.privacy.bare_parameters import Form, SpreadParameters, choose_forms
 from dpsgd_track.privacy.batch import RepeatableBatch, Rows
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer, spread
 from dpsgd_track.privacy.dropout import of_any_samples
 from dpsgd_track.privacy.eval_mode import in_eval_mode
-from dpsgd_track.privacy.expanded import ExpandedLayer, MixedSamplesError
+from dpsgd_track.privacy.expanded import ExpandedLayer, Kind, MixedSamplesError, SampleDims
 from dpsgd_track.privacy.grouped_rows import find_grouped
 from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, transposed_linear
-from dpsgd_track.privacy.layers.inventory import holds_units, is_recurrent, with_modules_inside
+from dpsgd_track.privacy.layers.inventory import (
+    Layer,
+    holds_units,
+    is_recurrent,
+    with_modules_inside,
+)
 from dpsgd_track.privacy.recurrent import RecurrentLayer
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows, rows_of
+from dpsgd_track.privacy.stray_parameters import add_strays, find_strays
 from dpsgd_track.privacy.trial import is_same_run, random_move
 
 _logger = logging.getLogger(__name__)
@@ -48,10 +55,11 @@ Run = Callable[[Any], Tensor]
 _POSITION_WISE = (embedding, layer_norm, linear, rms_norm, transposed_linear)
 """Rules of layers that treat all dimensions but the last ones as positions."""
 
-SHARED, UNKNOWN = "shared", "unknown"
+SHARED, ROWS, UNKNOWN = "shared", "rows", "unknown"
 _SampleDim = int | str | Course
-"""The samples' dimension in a layer's input; SHARED if all samples share it, or the course of its
-output to where it meets the samples; or UNKNOWN."""
+"""The samples' dimension in a layer's input; SHARED if all samples share it, ROWS if it also holds
+a row for each (`privacy.shared_rows`), or the course of its output to where it meets the samples;
+or UNKNOWN."""
 
 
 def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
@@ -87,7 +95,7 @@ def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
         for captured in list(_bare(capture)):
             capture.register(BackwardPerSample(capture, captured.layer))
         return
-    if any(SHARED in dims_of_layer for dims_of_layer in dims.values()):
+    if any(dim in (SHARED, ROWS) for dims_of_layer in dims.values() for dim in dims_of_layer):
         dims = _spread_where_faithful(capture, run, other, dims)
     for fqn, dims_of_layer in dims.items():
         _register(capture, capture.captured[fqn], set(dims_of_layer))
@@ -100,12 +108,13 @@ def _place_bare(capture: Capture, run: Run, batch: Rows) -> None:
     parameters. One that holds the model's blocks has the gradients of its own formed one sample
     at a time.
     """
-    if not any(_bare(capture)):
-        return
     with kept_random_state(batch), of_any_samples():
-        forms = choose_forms(capture, run, batch)
+        before = add_strays(capture, find_strays(capture, run, batch))
+        forms = choose_forms(capture, run, batch) if any(_bare(capture)) else {}
+    _drop_strays_without_form(capture, forms, before)
     # From the outermost on, as a module that is merged includes those inside.
-    for captured in list(_bare(capture)):
+    order = [fqn for fqn, _ in capture.model.named_modules()]
+    for captured in sorted(_bare(capture), key=lambda c: order.index(c.layer.fqn)):
         layer = captured.layer
         if capture.captured.get(layer.fqn) is not captured:
             continue
@@ -115,6 +124,32 @@ def _place_bare(capture: Capture, run: Run, batch: Rows) -> None:
             capture.register(BackwardPerSample(capture, layer))
         else:
             capture.merge(ExpandedLayer(capture, with_modules_inside(capture.model, layer)))
+
+
+def _drop_strays_without_form(
+    capture: Capture, forms: dict[str, dict[str, Form]], before: dict[str, CapturedLayer]
+) -> None:
+    """Give parameters of other modules that take no form back to these.
+
+    Args:
+        before: layers that had such parameters as their own.
+    """
+    given_back: set[str] = set()
+    for captured in list(_bare(capture)):
+        layer = captured.layer
+        if not layer.strays:
+            continue
+        kept = {n: name for n, name in layer.names.items() if n not in layer.strays}
+        kept |= {n: layer.names[n] for n in forms.get(layer.fqn, {})}
+        given_back |= set(layer.names.values()) - set(kept.values())
+        del capture.captured[layer.fqn]
+        if kept:
+            left = replace(layer, names=kept, strays=layer.strays & kept.keys())
+            capture.register(SpreadParameters(capture, left))
+    for fqn, captured in before.items():
+        if not given_back.isdisjoint(captured.layer.names.values()):
+            capture.register(captured)
+            forms.pop(fqn, None)
 
 
 def _place_grouped(capture: Capture, run: Run, batch: Rows, num_samples: int) -> None:
@@ -147,10 +182,16 @@ def _register(capture: Capture, captured: CapturedLayer, dims: set[_SampleDim]) 
         return
     if dims == {0} or (isinstance(captured, ExpandedLayer) and UNKNOWN not in dims):
         return
+    courses = [dim for dim in dims if isinstance(dim, Course)]
+    if courses and dims == {0, *courses}:
+        (course,) = courses
+        mixed = WatchedLayer(capture, layer, is_spread=True, is_mixed=True, course=course)
+        capture.register(mixed)
+        return
     dim = dims.pop() if len(dims) == 1 else UNKNOWN
     if isinstance(dim, int):
         capture.register(WatchedLayer(capture, layer, sample_dim=dim))
-    elif dim == SHARED:
+    elif dim in (SHARED, ROWS):
         capture.register(WatchedLayer(capture, layer, is_spread=True))
     elif isinstance(dim, Course):
         capture.register(WatchedLayer(capture, layer, is_spread=True, course=dim))
@@ -172,20 +213,32 @@ def _spread_where_faithful(
     At once or, if the model does not take that, where they meet the samples, of as many layers as
     possible.
     """
+    shared = [fqn for fqn, of in dims.items() if _may_meet_late(capture.captured[fqn].layer, of)]
     at_once = _faithful_dims(capture, run, batch, _Moving)
-    if at_once is not None:
+    if at_once is not None and not any(0 in dims[fqn] for fqn in shared):
         return at_once
-    shared = [fqn for fqn, of_layer in dims.items() if set(of_layer) == {SHARED}]
     late = _late_where_faithful(capture, run, batch, shared) if shared else None
     if late is None and len(shared) > 1:
         alone = [f for f in shared if _late_where_faithful(capture, run, batch, [f]) is not None]
         shared = alone
         late = _late_where_faithful(capture, run, batch, shared) if shared else None
     late = late or {}
+    if at_once is not None and len(late) < len(shared):
+        return at_once
     return {
-        fqn: late.get(fqn) or [UNKNOWN if dim == SHARED else dim for dim in of_layer]
+        fqn: late.get(fqn) or [UNKNOWN if dim in (SHARED, ROWS) else dim for dim in of_layer]
         for fqn, of_layer in dims.items()
     }
+
+
+def _may_meet_late(layer: Layer, dims: list[_SampleDim]) -> bool:
+    """True if a layer reads what all samples share; of layers that read their own rows as well,
+    those whose rule takes both."""
+    kinds = set(dims)
+    if kinds <= {SHARED, ROWS}:
+        return True
+    is_mixed = {0} < kinds <= {0, SHARED, ROWS}
+    return is_mixed and layer.rule in _POSITION_WISE
 
 
 def _faithful_dims(
@@ -197,18 +250,30 @@ def _faithful_dims(
     Each sample's copy is moved at random. The outputs of the first and the last sample are compared
     with a run in which the shared tensor itself is moved as that sample's copy.
     """
+    expanded = [c for c in capture.captured.values() if isinstance(c, ExpandedLayer)]
+    before, learned = [captured.dims for captured in expanded], []
     try:
         # Without dropout, whose masks would depend on the shared tensor's shape.
         with in_eval_mode(capture.model):
+            _set_dims(expanded, [{} for _ in expanded])
             spread_dims, together = _observe(capture, run, batch, moving)
+            learned = [captured.dims for captured in expanded]
+            _set_dims(expanded, [{} for _ in expanded])
             is_faithful = len(together) == len(batch)
             for sample in (0, len(batch) - 1):
                 _, alone = _observe(capture, run, batch, partial(moving, sample=sample))
                 is_faithful &= is_same_run(together[sample], alone[sample])
     except Exception as error:
         _logger.debug("The model does not run on a copy for each sample: %s", error)
-        return None
+        is_faithful = False
+    # Of what they read once the outputs are spread.
+    _set_dims(expanded, learned if is_faithful else before)
     return spread_dims if is_faithful else None
+
+
+def _set_dims(expanded: list[ExpandedLayer], dims: list[dict[Kind, SampleDims]]) -> None:
+    for captured, learned in zip(expanded, dims, strict=True):
+        captured.dims = learned
 
 
 def _late_where_faithful(
@@ -217,7 +282,8 @@ def _late_where_faithful(
     """Course of the outputs of layers `fqns` to where they meet the samples; None if the model does
     not take rows of them."""
     courses = {fqn: Course(fqn) for fqn in fqns}
-    if _faithful_dims(capture, run, batch, partial(_MovingLate, courses=courses)) is None:
+    dims = _faithful_dims(capture, run, batch, partial(_MovingLate, courses=courses))
+    if dims is None or any({0, SHARED} <= set(dims[fqn]) for fqn in fqns):
         return None
     try:
         with in_eval_mode(capture.model):
@@ -228,7 +294,7 @@ def _late_where_faithful(
     for course in courses.values():
         course.is_learning = False
     capture.courses += courses.values()
-    return {fqn: [course] for fqn, course in courses.items()}
+    return {f: [course, 0] if 0 in dims[f] else [course] for f, course in courses.items()}
 
 
 @torch.no_grad()
@@ -259,8 +325,9 @@ class _Observer(ReplacedForward):
         """The module's output."""
         dim = self._sample_dim(args, kwargs)
         self.dims.append(dim)
-        output = self.original(*args, **kwargs)
-        return self.replace_shared(output) if dim == SHARED else output
+        with self.captured.on_own_parameters():
+            output = self.original(*args, **kwargs)
+        return self.replace_shared(output) if dim in (SHARED, ROWS) else output
 
     def replace_shared(self, output: Any) -> Any:
         """Replacement of an output that all samples share; here the output itself."""
@@ -280,9 +347,8 @@ class _Observer(ReplacedForward):
             captured = ExpandedLayer(captured.capture, captured.layer)
             captured.original = self.original
         copies = {
-            name: parameter.detach().expand(self.num_samples, *parameter.shape)
-            for name, parameter in self.module.named_parameters()
-            if name in captured.layer.names
+            slot.name: slot.current().detach().expand(self.num_samples, *slot.current().shape)
+            for slot in captured.slots
         }
         try:
             dims = captured.learn(copies, args, kwargs)
@@ -360,6 +426,8 @@ class _MovingLate(_Moving):
 
 
 def _sample_dim_of(x: Tensor, captured: CapturedLayer, num_samples: int) -> _SampleDim:
+    if isinstance(x, SharedRows):
+        return ROWS
     if num_samples not in x.shape:
         return SHARED
     dim = x.shape.index(num_samples)
@@ -372,11 +440,11 @@ def _sample_dim_of(x: Tensor, captured: CapturedLayer, num_samples: int) -> _Sam
 
 
 def _unlike_any_size(model: nn.Module, batch: Rows) -> int:
-    """The next number of samples above the batch's that is no tensor's size."""
+    """The next number of samples above the batch's that divides no tensor's size."""
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     sizes |= {size for tensor in batch.tensors() for size in tensor.shape}
     num_samples = max(len(batch), 2) + 1
-    while num_samples in sizes:
+    while any(size and size % num_samples == 0 for size in sizes):
         num_samples += 1
     return num_samples
 

@@ -32,13 +32,17 @@ runs for each sample on its row and its part of the other tensors."""
 _PROPERTIES = "shape dtype device ndim layout requires_grad is_leaf is_cuda is_sparse is_meta"
 _METHODS = "size dim ndimension numel nelement __len__ stride element_size get_device"
 _TESTS = "is_floating_point is_complex"
-_SIZES = {
-    *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
-    *(getattr(Tensor, name) for name in f"{_METHODS} {_TESTS}".split()),
-    *(getattr(torch, name) for name in _TESTS.split()),
-}
-"""Identity of a tensor without its elements."""
-_PAIRED = frozenset((F.linear, F.embedding))
+SIZES = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
+        *(getattr(Tensor, name) for name in f"{_METHODS} {_TESTS}".split()),
+        *(getattr(torch, name) for name in _TESTS.split()),
+    }
+)
+"""Identity of functions that read nothing of a tensor's elements."""
+_PAIRED = frozenset(
+    (F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, F.group_norm)
+)
 """Functions that take no weight for each sample."""
 _PRODUCTS = frozenset(
     (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, Tensor.__rmatmul__)
@@ -118,7 +122,7 @@ class SharedRows(Tensor):
     ) -> Any:
         """Run an operation on the rows, each alone or with its sample."""
         kwargs = {} if kwargs is None else kwargs
-        if func in _SIZES:
+        if func in SIZES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         leaves, structure = pytree.tree_flatten((args, kwargs))
@@ -233,26 +237,37 @@ def _met(name: str, leaves: list[Any], num_samples: int, *, is_grouped: bool) ->
     others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, SharedRows)]
     num_dims = max((x.dim() for x in others), default=0)
     sizes = [x.shape[0] for x in others if x.dim() == num_dims and x.dim()]
+    is_repeated = name in ("repeat", "tile")
     if name in _EXPANDING:
         places = [place for place, x in enumerate(leaves) if type(x) is int]
         sizes, num_dims = [leaves[places[0]]], len(places)
-        if name in ("repeat", "tile"):
+        if is_repeated:
             leaves = [1 if place == places[0] else x for place, x in enumerate(leaves)]
     size = max(sizes, default=0)
     per_sample, rest = divmod(size, num_samples)
     if rest or per_sample < 1 or (per_sample > 1 and not is_grouped):
         raise ValueError(f"{name}: expected {num_samples} samples in dimension 0, got {size}.")
-    return [_placed(x, num_dims, per_sample) if isinstance(x, SharedRows) else x for x in leaves]
+    return [
+        _placed(x, num_dims, per_sample, is_repeated=is_repeated)
+        if isinstance(x, SharedRows)
+        else x
+        for x in leaves
+    ]
 
 
-def _placed(x: SharedRows, num_dims: int, per_sample: int) -> Tensor:
+def _placed(x: SharedRows, num_dims: int, per_sample: int, *, is_repeated: bool) -> Tensor:
     """[B per_sample, ...] in `num_dims` dimensions at least.
+
+    Args:
+        is_repeated: the whole tensor is there for each sample, one after the other.
 
     Raises:
         ValueError: the tensor has another dimension where the samples shall be.
     """
     rows = x.rows
     if rows.dim() > num_dims:
+        if is_repeated and rows.dim() == num_dims + 1:
+            return rows.flatten(0, 1)
         if rows.shape[1] != 1:
             raise ValueError(f"{x.course.name}: expected a dimension of size 1 for the samples.")
         rows = rows.squeeze(1)

@@ -23,12 +23,13 @@ class Reader(ReplacedForward):
             note: takes the layer's fully qualified name, and a call's (args, kwargs).
         """
         super().__init__(captured.module)
-        self.fqn, self.note = captured.layer.fqn, note
+        self.captured, self.fqn, self.note = captured, captured.layer.fqn, note
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output."""
         self.note(self.fqn, (args, kwargs))
-        return self.original(*args, **kwargs)
+        with self.captured.on_own_parameters():
+            return self.original(*args, **kwargs)
 
 
 def random_move(x: Tensor, seed: int) -> Tensor:

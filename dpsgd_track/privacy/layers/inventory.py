@@ -36,6 +36,8 @@ class Layer:
     is_bare: bool = False
     """True if these are the module's own parameters only, and modules inside it are layers of their
     own. Without a rule, a layer includes them otherwise."""
+    strays: frozenset[str] = frozenset()
+    """Of a bare layer: names of parameters of modules inside it that it reads itself."""
 
 
 @dataclass(frozen=True)
