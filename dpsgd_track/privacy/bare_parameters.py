@@ -230,6 +230,8 @@ class _Trial:
 
     def agrees(self, forms: Mapping[_Key, Form]) -> bool:
         """True if a run on rows that differ gives what runs on each row give, and these differ."""
+        # Which of its arguments an operation takes rows of depends on the other forms.
+        self.courses.clear()
         try:
             together = self.seen(forms, {})
         except Exception as error:

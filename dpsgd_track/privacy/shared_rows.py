@@ -16,7 +16,9 @@ Shapes: B samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-EACH, MEET, MEET_GROUPS, PAIR = "each", "meet", "meet groups", "pair"
+EACH, MEET, MEET_GROUPS, PAIR, PAIR_AT = "each", "meet", "meet groups", "pair", "pair at"
 """An operation on every row alone; one with tensors whose dimension 0 is the sample; one with
-tensors that have several rows of each sample, one after the other, in dimension 0; and one that
-runs for each sample on its row and its part of the other tensors."""
+tensors that have several rows of each sample, one after the other, in dimension 0; one that runs
+for each sample on its row and its part of the other tensors; and the same where the sample is
+another dimension, which each part keeps with size 1."""
 
 _PROPERTIES = "shape dtype device ndim layout requires_grad is_leaf is_cuda is_sparse is_meta"
 _METHODS = "size dim ndimension numel nelement __len__ stride element_size get_device"
@@ -49,8 +52,19 @@ _PRODUCTS = frozenset(
 )
 _EXPANDING = frozenset(("expand", "repeat", "broadcast_to", "tile"))
 _Key = tuple[str, ...]
-_Action = tuple[str, tuple[int, ...]]
-"""The kind of an action, and the places of the arguments that `PAIR` takes sample by sample."""
+_Place = int
+"""An argument's, among all leaves of a call's arguments."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """Effect of an operation on rows."""
+
+    kind: str
+    dims: Mapping[_Place, int] = field(default_factory=dict)
+    """Of a pair: the samples' dimension in each argument that is taken sample by sample."""
+    output_dim: int = 0
+    """Of a pair at another dimension: that of the samples in what it returns."""
 
 
 class Course:
@@ -60,14 +74,14 @@ class Course:
         self.name = name
         """The layer's or the parameter's fully qualified name."""
         self.is_learning = True
-        self._actions: dict[_Key, _Action] = {}
+        self._actions: dict[_Key, Action] = {}
 
     @property
     def num_learned(self) -> int:
         """Operations that are known so far."""
         return len(self._actions)
 
-    def action(self, key: _Key, choose: Callable[[], _Action], *, is_clear: bool) -> _Action:
+    def action(self, key: _Key, choose: Callable[[], Action], *, is_clear: bool) -> Action:
         """The action of an operation, chosen while learning and for one that is new.
 
         Args:
@@ -131,20 +145,24 @@ class SharedRows(Tensor):
         is_alone = len(shared) == sum(isinstance(x, Tensor) for x in leaves)
         if is_alone and len(shared) == 1 and name not in _EXPANDING:
             # There is no choice, and such an operation may be left out at other sizes.
-            return _wrapped(_run_each(func, leaves, structure, ()), first.course, first.path)
+            return _wrapped(_run_each(func, leaves, structure), first.course, first.path)
         key = (name, *(x.path for x in shared))
         num_samples = len(first.rows)
-        kind, places = first.course.action(
+        action = first.course.action(
             key,
-            lambda: _choose(func, leaves, num_samples),
+            lambda: _choose(func, leaves, structure, num_samples),
             is_clear=_is_clear(leaves, num_samples),
         )
-        if kind == PAIR:
-            return _run_each(func, leaves, structure, places)
-        if kind == EACH:
-            made = _run_each(func, leaves, structure, ())
+        if action.kind == PAIR:
+            return _run_each(func, leaves, structure, action.dims)
+        if action.kind == PAIR_AT:
+            parts = _run_each(func, leaves, structure, action.dims, keeps_dim=True)
+            dim = action.output_dim
+            return parts.movedim(0, dim).flatten(dim, dim + 1)
+        if action.kind == EACH:
+            made = _run_each(func, leaves, structure)
             return _wrapped(made, first.course, f"{hash(key):x}")
-        met = _met(name, leaves, num_samples, is_grouped=kind == MEET_GROUPS)
+        met = _met(name, leaves, num_samples, is_grouped=action.kind == MEET_GROUPS)
         args, kwargs = pytree.tree_unflatten(met, structure)
         return func(*args, **kwargs)
 
@@ -165,23 +183,46 @@ def rows_of(x: Any) -> Any:
     return x.rows if isinstance(x, SharedRows) else x
 
 
-def _choose(func: Any, leaves: Sequence[Any], num_samples: int) -> _Action:
+def _choose(func: Any, leaves: list[Any], structure: Any, num_samples: int) -> Action:
     """The action of an operation, where `num_samples` is the size of no other dimension."""
     others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, SharedRows)]
     firsts = {x.shape[0] for x in others if x.dim()}
     if num_samples in firsts:
-        places = [
-            place
+        dims = {
+            place: 0
             for place, x in enumerate(leaves)
             if any(x is other for other in others) and x.shape[:1] == (num_samples,)
-        ]
-        return (PAIR, tuple(places)) if _is_paired(func, leaves) else (MEET, ())
+        }
+        return Action(PAIR, dims) if _is_paired(func, leaves) else Action(MEET)
     if _expands_to(func, leaves) == num_samples:
-        return MEET, ()
+        return Action(MEET)
     if any(num_samples in x.shape for x in others):
-        raise ValueError("The samples are in another dimension than the first.")
+        return _pair_at(func, leaves, structure, num_samples)
     is_grouped = any(size and size % num_samples == 0 for size in firsts)
-    return (MEET_GROUPS if is_grouped and func not in _PAIRED else EACH), ()
+    return Action(MEET_GROUPS if is_grouped and func not in _PAIRED else EACH)
+
+
+def _pair_at(func: Any, leaves: list[Any], structure: Any, num_samples: int) -> Action:
+    """A pair where the samples are in another dimension than the first.
+
+    Raises:
+        ValueError: the operation has no such dimension in what it returns.
+    """
+    dims = {
+        place: x.shape.index(num_samples)
+        for place, x in enumerate(leaves)
+        if isinstance(x, Tensor) and not isinstance(x, SharedRows) and num_samples in x.shape
+    }
+    rows = [x.rows[0] if isinstance(x, SharedRows) else x for x in leaves]
+    args, kwargs = pytree.tree_unflatten(rows, structure)
+    whole = func(*args, **kwargs)
+    parts = _run_each(func, leaves, structure, dims, keeps_dim=True)
+    if isinstance(whole, Tensor) and isinstance(parts, Tensor):
+        for dim, size in enumerate(whole.shape):
+            others = (*whole.shape[:dim], 1, *whole.shape[dim + 1 :])
+            if size == num_samples and parts.shape == (num_samples, *others):
+                return Action(PAIR_AT, dims, dim)
+    raise ValueError("The samples are in another dimension than the first.")
 
 
 def _is_paired(func: Any, leaves: Iterable[Any]) -> bool:
@@ -210,22 +251,34 @@ def _expands_to(func: Any, leaves: Iterable[Any]) -> int | None:
     return next((x for x in leaves if type(x) is int), None)
 
 
-def _run_each(func: Any, leaves: list[Any], structure: Any, places: tuple[int, ...]) -> Any:
+def _run_each(
+    func: Any,
+    leaves: list[Any],
+    structure: Any,
+    dims: Mapping[_Place, int] = MappingProxyType({}),
+    *,
+    keeps_dim: bool = False,
+) -> Any:
     """Run a function for each row.
 
     Args:
-        places: those of other tensors that are taken sample by sample as well.
+        dims: the samples' dimension in other tensors that are taken sample by sample as well.
+        keeps_dim: each of these parts keeps that dimension, with size 1.
     """
-    takes_row = [isinstance(x, SharedRows) or place in places for place, x in enumerate(leaves)]
-    rows = [rows_of(x) for x, takes in zip(leaves, takes_row, strict=True) if takes]
+    rows_at = {place: 0 for place, x in enumerate(leaves) if isinstance(x, SharedRows)}
+    taken = rows_at | dict(dims)
 
     def run(*parts: Tensor) -> Any:
-        left = iter(parts)
-        filled = [next(left) if t else x for x, t in zip(leaves, takes_row, strict=True)]
+        filled = list(leaves)
+        for (place, dim), part in zip(taken.items(), parts, strict=True):
+            is_kept = keeps_dim and place in dims
+            filled[place] = part.unsqueeze(dim) if is_kept else part
         args, kwargs = pytree.tree_unflatten(filled, structure)
         return func(*args, **kwargs)
 
-    return torch.func.vmap(run, randomness="different")(*rows)
+    rows = [rows_of(leaves[place]) for place in taken]
+    in_dims = tuple(taken.values())
+    return torch.func.vmap(run, in_dims, randomness="different")(*rows)
 
 
 def _met(name: str, leaves: list[Any], num_samples: int, *, is_grouped: bool) -> list[Any]:
