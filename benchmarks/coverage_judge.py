@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import dpsgd_track
 from benchmarks.coverage_zoo import Architecture, Samples
 from dpsgd_track.modes.composed import ComposedMode
-from dpsgd_track.privacy.backward_per_sample import BackwardPerSample
+from dpsgd_track.privacy.clipping import layer_of
 from dpsgd_track.privacy.expanded import ExpandedLayer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,17 +236,16 @@ class PrivateRun:
 
     def slow_layers(self) -> tuple[int, int]:
         """Layers that run on one copy of their parameters for each sample, and of these and others
-        those whose gradients are formed sample by sample, with parameters that are used
-        otherwise than by calling their modules."""
+        those whose gradients have been formed sample by sample."""
         mode = self.private.mode
         if not isinstance(mode, ComposedMode) or mode.engine.capture is None:
             return 0, 0
         capture = mode.engine.capture
         layers = capture.captured.values()
         on_copies = [layer for layer in layers if isinstance(layer, ExpandedLayer)]
-        by_sample = sum(isinstance(layer, BackwardPerSample) for layer in layers)
+        by_sample = len(set(map(layer_of, capture.by_sample)))
         by_sample += sum(not layer.is_vectorised for layer in on_copies)
-        return len(on_copies), by_sample + len(capture.used_otherwise or ())
+        return len(on_copies), by_sample
 
     def step(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Norms [B] and the clipped sum [N], read off what a step does to the weights."""

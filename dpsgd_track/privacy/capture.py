@@ -124,6 +124,8 @@ class Capture:
         self.used_otherwise: frozenset[str] | None = None
         """Parameters that the first batch used otherwise than by calling their modules; None before
         it. The gradients of these uses take one backward per sample."""
+        self.by_sample: set[str] = set()
+        """Parameters with gradients that have taken one backward per sample."""
         self._has_foreign_leaves = False
         """True if the graph of an earlier batch had leaves that are no parameters."""
         self._inspected_modes: set[bool] = set()
@@ -541,7 +543,12 @@ class Capture:
         """[B, *parameter] of each leaf that all samples share, by one backward per sample."""
         if self._shared_leaves:
             used = {id(getattr(node, "variable", None)) for node in _nodes_below(loss_B.grad_fn)}
+            for name, leaf in self._shared_leaves:
+                if id(leaf) not in used:
+                    self._num_uses[name] -= 1
+                    self._num_pending[name] -= 1
             self._shared_leaves[:] = [s for s in self._shared_leaves if id(s[1]) in used]
+            self.by_sample.update(name for name, _ in self._shared_leaves)
         if self._shared_leaves and not self._gradients_by_leaf:
             if not bool(loss_B.isfinite().all()):
                 shared = ", ".join(sorted({name for name, _ in self._shared_leaves}))

@@ -16,25 +16,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from dpsgd_track.privacy.backward_per_sample import BackwardPerSample
+from dpsgd_track.privacy.backward_per_sample import BackwardPerSample, PartlyBackwardPerSample
 from dpsgd_track.privacy.bare_parameters import Form, SpreadParameters, choose_forms
-from dpsgd_track.privacy.batch import RepeatableBatch, Rows
+from dpsgd_track.privacy.batch import Rows
 from dpsgd_track.privacy.capture import Capture
-from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer, spread
+from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer
 from dpsgd_track.privacy.dropout import of_any_samples
 from dpsgd_track.privacy.eval_mode import in_eval_mode
-from dpsgd_track.privacy.expanded import ExpandedLayer, Kind, MixedSamplesError, SampleDims
+from dpsgd_track.privacy.expanded import ExpandedLayer, MixedSamplesError
 from dpsgd_track.privacy.grouped_rows import find_grouped
-from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, transposed_linear
 from dpsgd_track.privacy.layers.inventory import (
     Layer,
     holds_units,
@@ -42,24 +38,25 @@ from dpsgd_track.privacy.layers.inventory import (
     with_modules_inside,
 )
 from dpsgd_track.privacy.recurrent import RecurrentLayer
-from dpsgd_track.privacy.replaced_forward import ReplacedForward
-from dpsgd_track.privacy.shared_rows import Course, SharedRows, rows_of
+from dpsgd_track.privacy.sample_dim_trial import (
+    POSITION_WISE,
+    ROWS,
+    SHARED,
+    UNKNOWN,
+    Moving,
+    MovingLate,
+    Observed,
+    Observer,
+    Run,
+    SampleDim,
+    kept_random_state,
+    observe,
+)
+from dpsgd_track.privacy.shared_rows import Course
 from dpsgd_track.privacy.stray_parameters import add_strays, find_strays
-from dpsgd_track.privacy.trial import is_same_run, random_move
+from dpsgd_track.privacy.trial import is_same_run
 
 _logger = logging.getLogger(__name__)
-
-Run = Callable[[Any], Tensor]
-"""The model's outputs of a batch, [B, ...], without gradients."""
-
-_POSITION_WISE = (embedding, layer_norm, linear, rms_norm, transposed_linear)
-"""Rules of layers that treat all dimensions but the last ones as positions."""
-
-SHARED, ROWS, UNKNOWN = "shared", "rows", "unknown"
-_SampleDim = int | str | Course
-"""The samples' dimension in a layer's input; SHARED if all samples share it, ROWS if it also holds
-a row for each (`privacy.shared_rows`), or the course of its output to where it meets the samples;
-or UNKNOWN."""
 
 
 def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
@@ -80,7 +77,7 @@ def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
     try:
         _place_bare(capture, run, other)
         _place_grouped(capture, run, batch, num_samples)
-        dims, _ = _observe(capture, run, other, _Observer)
+        chosen = observe(capture, run, other, Observer)
     except MixedSamplesError:
         raise
     except Exception as error:
@@ -95,10 +92,11 @@ def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
         for captured in list(_bare(capture)):
             capture.register(BackwardPerSample(capture, captured.layer))
         return
-    if any(dim in (SHARED, ROWS) for dims_of_layer in dims.values() for dim in dims_of_layer):
-        dims = _spread_where_faithful(capture, run, other, dims)
-    for fqn, dims_of_layer in dims.items():
-        _register(capture, capture.captured[fqn], set(dims_of_layer))
+    if any(dim in (SHARED, ROWS) for of_layer in chosen.dims.values() for dim in of_layer):
+        chosen = _spread_where_faithful(capture, run, other, chosen)
+    chosen.use(capture)
+    for fqn, of_layer in chosen.dims.items():
+        _register(capture, capture.captured[fqn], of_layer, chosen.num_dims[fqn])
 
 
 def _place_bare(capture: Capture, run: Run, batch: Rows) -> None:
@@ -170,273 +168,148 @@ def _bare(capture: Capture) -> Iterator[CapturedLayer]:
     return (captured for captured in capture.captured.values() if captured.layer.is_bare)
 
 
-def _register(capture: Capture, captured: CapturedLayer, dims: set[_SampleDim]) -> None:
-    layer = captured.layer
-    if isinstance(captured, ExpandedLayer) and len(dims) == 1:
-        (only,) = dims
-        if isinstance(only, Course):
-            captured.course = only
-            return
-    if dims == {0} and _runs_recurrence(captured):
-        capture.register(RecurrentLayer(capture, layer))
-        return
-    if dims == {0} or (isinstance(captured, ExpandedLayer) and UNKNOWN not in dims):
-        return
-    courses = [dim for dim in dims if isinstance(dim, Course)]
-    if courses and dims == {0, *courses}:
-        (course,) = courses
+def _register(
+    capture: Capture, captured: CapturedLayer, of_calls: list[SampleDim], num_dims: list[int]
+) -> None:
+    layer, dims = captured.layer, set(of_calls)
+    if isinstance(captured, ExpandedLayer):
+        _register_without_rule(capture, captured, dims)
+    elif len(dims) == 1:
+        _register_alike(capture, captured, *dims)
+    elif len(dims) == 2 and 0 in dims and any(isinstance(dim, Course) for dim in dims):
+        (course,) = (dim for dim in dims if isinstance(dim, Course))
         mixed = WatchedLayer(capture, layer, is_spread=True, is_mixed=True, course=course)
         capture.register(mixed)
-        return
-    dim = dims.pop() if len(dims) == 1 else UNKNOWN
-    if isinstance(dim, int):
-        capture.register(WatchedLayer(capture, layer, sample_dim=dim))
-    elif dim in (SHARED, ROWS):
-        capture.register(WatchedLayer(capture, layer, is_spread=True))
-    elif isinstance(dim, Course):
-        capture.register(WatchedLayer(capture, layer, is_spread=True, course=dim))
+    elif shared := _num_dims_of_shared(layer, of_calls, num_dims):
+        capture.register(PartlyBackwardPerSample(capture, layer, shared))
     else:
         capture.register(BackwardPerSample(capture, layer))
 
 
-def _runs_recurrence(captured: CapturedLayer) -> bool:
+def _register_without_rule(capture: Capture, captured: ExpandedLayer, dims: set[SampleDim]) -> None:
+    courses = [dim for dim in dims if isinstance(dim, Course)]
+    if courses and len(dims) == 1:
+        (captured.course,) = courses
+    elif dims == {0} and _runs_recurrence(captured):
+        capture.register(RecurrentLayer(capture, captured.layer))
+    elif UNKNOWN in dims or courses:
+        capture.register(BackwardPerSample(capture, captured.layer))
+
+
+def _register_alike(capture: Capture, captured: CapturedLayer, dim: SampleDim) -> None:
+    """Register a layer all of whose calls have the samples alike."""
+    layer = captured.layer
+    if isinstance(dim, Course):
+        capture.register(WatchedLayer(capture, layer, is_spread=True, course=dim))
+    elif dim in (SHARED, ROWS):
+        capture.register(WatchedLayer(capture, layer, is_spread=True))
+    elif dim == UNKNOWN:
+        capture.register(BackwardPerSample(capture, layer))
+    elif isinstance(dim, int) and dim != 0:
+        capture.register(WatchedLayer(capture, layer, sample_dim=dim))
+
+
+def _num_dims_of_shared(
+    layer: Layer, of_calls: list[SampleDim], num_dims: list[int]
+) -> frozenset[int]:
+    """Numbers of dimensions of inputs that all samples share; none if others have them too."""
+    of_samples = {n for dim, n in zip(of_calls, num_dims, strict=True) if dim == 0}
+    others = {n for dim, n in zip(of_calls, num_dims, strict=True) if dim != 0}
+    is_known = {0} < set(of_calls) <= {0, SHARED, UNKNOWN} and layer.rule in POSITION_WISE
+    return frozenset(others if is_known and of_samples.isdisjoint(others) else ())
+
+
+def _runs_recurrence(captured: ExpandedLayer) -> bool:
     """True if all samples of the layer can run at once by the formulas of `privacy.recurrent`."""
-    is_expanded = isinstance(captured, ExpandedLayer) and not captured.is_grouped
-    return is_expanded and is_recurrent(captured.layer.module)
+    return not captured.is_grouped and is_recurrent(captured.layer.module)
 
 
-def _spread_where_faithful(
-    capture: Capture, run: Run, batch: Rows, dims: dict[str, list[_SampleDim]]
-) -> dict[str, list[_SampleDim]]:
-    """Dimensions of the samples with shared outputs spread, if that changes no model output.
+def _spread_where_faithful(capture: Capture, run: Run, batch: Rows, plain: Observed) -> Observed:
+    """Spread shared outputs, if that changes no model output.
 
     At once or, if the model does not take that, where they meet the samples, of as many layers as
-    possible.
+    possible. Layers that read their own rows as well can do the latter only.
+
+    Args:
+        plain: a run in which nothing was spread.
     """
-    shared = [fqn for fqn, of in dims.items() if _may_meet_late(capture.captured[fqn].layer, of)]
-    at_once = _faithful_dims(capture, run, batch, _Moving)
-    if at_once is not None and not any(0 in dims[fqn] for fqn in shared):
+    shared = _may_meet_late(capture, plain)
+    mixed = [fqn for fqn in shared if 0 in plain.dims[fqn]]
+    at_once = _faithful_run(capture, run, batch, partial(Moving, kept=mixed))
+    if at_once is not None and not mixed:
         return at_once
-    late = _late_where_faithful(capture, run, batch, shared) if shared else None
+    late = _late_run(capture, run, batch, shared) if shared else None
+    if late is None and at_once is not None:
+        return at_once
     if late is None and len(shared) > 1:
-        alone = [f for f in shared if _late_where_faithful(capture, run, batch, [f]) is not None]
-        shared = alone
-        late = _late_where_faithful(capture, run, batch, shared) if shared else None
-    late = late or {}
-    if at_once is not None and len(late) < len(shared):
-        return at_once
-    return {
-        fqn: late.get(fqn) or [UNKNOWN if dim in (SHARED, ROWS) else dim for dim in of_layer]
-        for fqn, of_layer in dims.items()
+        alone = [f for f in shared if _late_run(capture, run, batch, [f]) is not None]
+        late = _late_run(capture, run, batch, alone) if alone else None
+    late = plain if late is None else late
+    dims = {
+        fqn: [UNKNOWN if dim in (SHARED, ROWS) else dim for dim in of_layer]
+        for fqn, of_layer in late.dims.items()
     }
+    return replace(late, dims=dims)
 
 
-def _may_meet_late(layer: Layer, dims: list[_SampleDim]) -> bool:
-    """True if a layer reads what all samples share; of layers that read their own rows as well,
-    those whose rule takes both."""
-    kinds = set(dims)
-    if kinds <= {SHARED, ROWS}:
-        return True
-    is_mixed = {0} < kinds <= {0, SHARED, ROWS}
-    return is_mixed and layer.rule in _POSITION_WISE
+def _may_meet_late(capture: Capture, plain: Observed) -> list[str]:
+    """Layers that read what all samples share; of those that read their own rows as well, layers
+    whose rule takes both."""
+    names = []
+    for fqn, dims in plain.dims.items():
+        kinds = set(dims)
+        is_mixed = {0} < kinds <= {0, SHARED, ROWS}
+        is_ruled = capture.captured[fqn].layer.rule in POSITION_WISE
+        if kinds <= {SHARED, ROWS} or (is_mixed and is_ruled):
+            names.append(fqn)
+    return names
 
 
-def _faithful_dims(
-    capture: Capture, run: Run, batch: Rows, moving: Callable[..., _Moving]
-) -> dict[str, list[_SampleDim]] | None:
-    """Dimensions of the samples with the outputs spread of layers that `moving` moves; None if that
-    changes a model output.
+def _faithful_run(
+    capture: Capture, run: Run, batch: Rows, moving: Callable[..., Moving]
+) -> Observed | None:
+    """A run with the outputs spread of layers that `moving` moves; None if that changes a model
+    output.
 
     Each sample's copy is moved at random. The outputs of the first and the last sample are compared
     with a run in which the shared tensor itself is moved as that sample's copy.
     """
-    expanded = [c for c in capture.captured.values() if isinstance(c, ExpandedLayer)]
-    before, learned = [captured.dims for captured in expanded], []
     try:
         # Without dropout, whose masks would depend on the shared tensor's shape.
         with in_eval_mode(capture.model):
-            _set_dims(expanded, [{} for _ in expanded])
-            spread_dims, together = _observe(capture, run, batch, moving)
-            learned = [captured.dims for captured in expanded]
-            _set_dims(expanded, [{} for _ in expanded])
-            is_faithful = len(together) == len(batch)
+            together = observe(capture, run, batch, moving)
+            is_faithful = len(together.outputs) == len(batch)
             for sample in (0, len(batch) - 1):
-                _, alone = _observe(capture, run, batch, partial(moving, sample=sample))
-                is_faithful &= is_same_run(together[sample], alone[sample])
+                alone = observe(capture, run, batch, partial(moving, sample=sample))
+                is_faithful &= is_same_run(together.outputs[sample], alone.outputs[sample])
     except Exception as error:
         _logger.debug("The model does not run on a copy for each sample: %s", error)
-        is_faithful = False
-    # Of what they read once the outputs are spread.
-    _set_dims(expanded, learned if is_faithful else before)
-    return spread_dims if is_faithful else None
+        return None
+    return together if is_faithful else None
 
 
-def _set_dims(expanded: list[ExpandedLayer], dims: list[dict[Kind, SampleDims]]) -> None:
-    for captured, learned in zip(expanded, dims, strict=True):
-        captured.dims = learned
-
-
-def _late_where_faithful(
-    capture: Capture, run: Run, batch: Rows, fqns: list[str]
-) -> dict[str, list[_SampleDim]] | None:
-    """Course of the outputs of layers `fqns` to where they meet the samples; None if the model does
-    not take rows of them."""
+def _late_run(capture: Capture, run: Run, batch: Rows, fqns: list[str]) -> Observed | None:
+    """A run in which the outputs of layers `fqns` have a course to where they meet the samples, in
+    place of a dimension; None if the model does not take rows of them."""
     courses = {fqn: Course(fqn) for fqn in fqns}
-    dims = _faithful_dims(capture, run, batch, partial(_MovingLate, courses=courses))
-    if dims is None or any({0, SHARED} <= set(dims[fqn]) for fqn in fqns):
+    late = _faithful_run(capture, run, batch, partial(MovingLate, courses=courses))
+    # What has no row for each sample could not be told from the samples' own.
+    if late is None or any({0, SHARED} <= set(late.dims[fqn]) for fqn in fqns):
         return None
     try:
         with in_eval_mode(capture.model):
             for other in batch.with_other_masks():
-                _observe(capture, run, other, partial(_MovingLate, courses=courses))
+                observe(capture, run, other, partial(MovingLate, courses=courses), late)
     except Exception as error:
         _logger.debug("The model does not run on other masks: %s", error)
     for course in courses.values():
         course.is_learning = False
     capture.courses += courses.values()
-    return {f: [course, 0] if 0 in dims[f] else [course] for f, course in courses.items()}
-
-
-@torch.no_grad()
-def _observe(
-    capture: Capture,
-    run: Run,
-    batch: Rows,
-    observer: Callable[[CapturedLayer, int], _Observer],
-) -> tuple[dict[str, list[_SampleDim]], Tensor]:
-    """The samples' dimension in each call of each layer, and the model's outputs."""
-    layers = list(capture.captured.values())
-    views = [layer.stand_in(len(batch)) for layer in layers if isinstance(layer, SpreadParameters)]
-    observers = [observer(layer, len(batch)) for layer in layers if not layer.layer.is_bare]
-    with kept_random_state(batch), of_any_samples(), capture.attached([*views, *observers]):
-        outputs = run(batch)
-    return {o.captured.layer.fqn: o.dims for o in observers if o.dims}, outputs
-
-
-class _Observer(ReplacedForward):
-    """Runs a layer as it is, and notes the samples' dimension in its inputs."""
-
-    def __init__(self, captured: CapturedLayer, num_samples: int) -> None:
-        super().__init__(captured.module)
-        self.captured, self.num_samples = captured, num_samples
-        self.dims: list[_SampleDim] = []
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output."""
-        dim = self._sample_dim(args, kwargs)
-        self.dims.append(dim)
-        with self.captured.on_own_parameters():
-            output = self.original(*args, **kwargs)
-        return self.replace_shared(output) if dim in (SHARED, ROWS) else output
-
-    def replace_shared(self, output: Any) -> Any:
-        """Replacement of an output that all samples share; here the output itself."""
-        return output
-
-    def _sample_dim(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _SampleDim:
-        captured = self.captured
-        if isinstance(captured, WatchedLayer) and captured.is_grouped:
-            return 0
-        captured.original = self.original
-        rule = captured.layer.rule
-        given = [x for x in (*args, *kwargs.values()) if x is not None]
-        if rule is not None and len(given) == 1 and isinstance(given[0], Tensor):
-            return _sample_dim_of(given[0], captured, self.num_samples)
-        if not isinstance(captured, ExpandedLayer):
-            # A layer whose rule does not cover such a call.
-            captured = ExpandedLayer(captured.capture, captured.layer)
-            captured.original = self.original
-        copies = {
-            slot.name: slot.current().detach().expand(self.num_samples, *slot.current().shape)
-            for slot in captured.slots
-        }
-        try:
-            dims = captured.learn(copies, args, kwargs)
-        except MixedSamplesError:
-            raise
-        except Exception as error:
-            _logger.debug("%s cannot be run sample by sample: %s", captured.layer.fqn, error)
-            return UNKNOWN
-        if dims is None:
-            return UNKNOWN
-        if captured is not self.captured:
-            captured.capture.register(captured)
-            self.captured = captured
-        return SHARED if dims.is_shared else 0
-
-
-class _Moving(_Observer):
-    """Moves outputs that all samples share at random, after giving each sample a copy of its own.
-
-    With `sample`, the shared tensor itself is moved, as that sample's copy would be.
-    """
-
-    def __init__(
-        self, captured: CapturedLayer, num_samples: int, sample: int | None = None
-    ) -> None:
-        super().__init__(captured, num_samples)
-        self.sample = sample
-
-    def replace_shared(self, output: Any) -> Any:
-        """[1, ...] or [...] as [B, ...], or in its own shape for one sample."""
-
-        def moved(x: Tensor) -> Tensor:
-            copies = spread(x, self.num_samples)
-            moves = random_move(copies, len(self.dims))
-            return copies + moves if self.sample is None else x + moves[self.sample].view(x.shape)
-
-        return pytree.tree_map_only(Tensor, moved, output)
-
-
-class _MovingLate(_Moving):
-    """Moves what all samples share at random, where it meets the samples (`privacy.shared_rows`).
-
-    With `sample`, the shared tensor itself is moved, as that sample's row would be.
-    """
-
-    def __init__(
-        self,
-        captured: CapturedLayer,
-        num_samples: int,
-        courses: dict[str, Course],
-        sample: int | None = None,
-    ) -> None:
-        super().__init__(captured, num_samples, sample)
-        self.course = courses.get(captured.layer.fqn)
-
-    def replace_shared(self, output: Any) -> Any:
-        """A row for each sample of a layer's output, if it has a course."""
-        course = self.course
-        if course is None:
-            return output
-
-        def moved(x: Tensor) -> Tensor:
-            rows: Tensor = rows_of(x)
-            if rows is x:
-                rows = x.expand(self.num_samples, *x.shape)
-            # Not on the scale of the rows, which an earlier layer may have moved.
-            moves = torch.zeros_like(rows)
-            if rows.is_floating_point():
-                moves = random_move(torch.ones_like(rows), len(self.dims))
-            if self.sample is not None:
-                return x + moves[self.sample]
-            return SharedRows(rows + moves, course)
-
-        return pytree.tree_map_only(Tensor, moved, output)
-
-
-def _sample_dim_of(x: Tensor, captured: CapturedLayer, num_samples: int) -> _SampleDim:
-    if isinstance(x, SharedRows):
-        return ROWS
-    if num_samples not in x.shape:
-        return SHARED
-    dim = x.shape.index(num_samples)
-    layer = captured.layer
-    if dim == 0 or isinstance(captured, ExpandedLayer):
-        return dim
-    num_features = len(getattr(layer.module, "normalized_shape", (1,)))
-    num_positions = x.dim() - (0 if layer.rule is embedding else num_features)
-    return dim if layer.rule in _POSITION_WISE and dim < num_positions else UNKNOWN
+    dims = {
+        fqn: [courses[fqn] if fqn in courses and dim in (SHARED, ROWS) else dim for dim in of_layer]
+        for fqn, of_layer in late.dims.items()
+    }
+    return replace(late, dims=dims)
 
 
 def _unlike_any_size(model: nn.Module, batch: Rows) -> int:
@@ -447,14 +320,3 @@ def _unlike_any_size(model: nn.Module, batch: Rows) -> int:
     while any(size and size % num_samples == 0 for size in sizes):
         num_samples += 1
     return num_samples
-
-
-@contextmanager
-def kept_random_state(batch: Rows) -> Iterator[None]:
-    """Draw the random numbers that come next, or that the batch has drawn before; restore the
-    generators afterwards."""
-    devices = sorted({t.device.index or 0 for t in batch.tensors() if t.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        if isinstance(batch, RepeatableBatch):
-            batch.restore_random_state()
-        yield

@@ -4,6 +4,10 @@ DeBERTa's encoder takes the table of its embedding as it is, MobileBERT's head j
 two layers, and a loss of pairs scales by a parameter of CLIP. To `privacy.bare_parameters` such a
 parameter is one of the reader's own: the reader runs on a row of it for each sample. Calls of the
 module that owns it are captured as ever.
+
+Likewise a layer without a rule that calls layers outside of it, as DoRA's magnitudes call the
+adapters, cannot run on copies, as these calls are captured. It is to have a row of its parameters
+for each sample as well.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch.utils import _pytree as pytree
 from dpsgd_track.privacy.bare_parameters import SpreadParameters
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer
-from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.layers.inventory import Layer, own_holders
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.shared_rows import SIZES
 
@@ -31,7 +35,8 @@ _logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def find_strays(capture: Capture, run: Callable[[Any], Tensor], batch: Any) -> list[Layer]:
-    """Modules that read parameters of modules inside them, as bare layers with their own."""
+    """Modules that read parameters of modules inside them, as bare layers with their own, and
+    layers without a rule that call others."""
     if capture.is_sharded:
         # A parameter is another tensor whenever its unit is gathered.
         return []
@@ -43,18 +48,19 @@ def find_strays(capture: Capture, run: Callable[[Any], Tensor], batch: Any) -> l
 
 
 def add_strays(capture: Capture, readers: list[Layer]) -> dict[str, CapturedLayer]:
-    """Capture `readers`; returns the layers that had these parameters, or some, as bare ones."""
+    """Capture `readers`; returns the layers without a rule that had these parameters, or some."""
     before: dict[str, CapturedLayer] = {}
     for reader in readers:
         strays = {reader.names[name] for name in reader.strays}
         for fqn, captured in list(capture.captured.items()):
             layer = captured.layer
-            if not layer.is_bare or strays.isdisjoint(layer.names.values()):
+            is_own = layer.is_bare or fqn == reader.fqn
+            if not is_own or strays.isdisjoint(layer.names.values()):
                 continue
             before[fqn] = captured
             del capture.captured[fqn]
             left = {local: name for local, name in layer.names.items() if name not in strays}
-            if left:
+            if left and layer.is_bare:
                 capture.register(SpreadParameters(capture, replace(layer, names=left)))
         capture.register(SpreadParameters(capture, reader))
         _logger.debug("%s reads %s itself", reader.fqn or "the model", ", ".join(sorted(strays)))
@@ -70,7 +76,7 @@ class _Call(ReplacedForward):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output."""
-        self.reads.running.append(self.module)
+        self.reads.enter(self.module)
         try:
             return self.original(*args, **kwargs)
         finally:
@@ -91,6 +97,18 @@ class _Reads(TorchFunctionMode):
                 self._owners[name].append(captured.module)
         self._scope: dict[str, list[nn.Module]] = {}
         """Modules, from the outermost on, that contain a parameter and run at all of its uses."""
+        self._callers: dict[nn.Module, Layer] = {}
+        """Layers without a rule that have called layers outside of them."""
+        self._layers = {c.module: c.layer for c in capture.captured.values() if not c.layer.is_bare}
+
+    def enter(self, module: nn.Module) -> None:
+        """Note that a module begins to run."""
+        if module in self._layers:
+            for caller in self.running:
+                layer = self._layers.get(caller)
+                if layer is not None and not any(m is module for m in caller.modules()):
+                    self._callers[caller] = layer
+        self.running.append(module)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -117,12 +135,18 @@ class _Reads(TorchFunctionMode):
         for name, scope in self._scope.items():
             if scope:
                 names_of[scope[-1]].add(name)
+        callers = [
+            replace(layer, is_bare=True, strays=frozenset(layer.names))
+            for layer in self._callers.values()
+            if layer.rule is None and _owns_all(layer)
+        ]
         fqn_of = {module: fqn for fqn, module in self.capture.model.named_modules()}
-        return [
+        readers = [
             reader
             for module, names in names_of.items()
             if (reader := self._reader(fqn_of[module], module, names)) is not None
         ]
+        return readers + callers
 
     def _reader(self, fqn: str, module: nn.Module, names: set[str]) -> Layer | None:
         captured = self.capture.captured.get(fqn)
@@ -135,3 +159,13 @@ class _Reads(TorchFunctionMode):
         }
         own = {} if captured is None else captured.layer.names
         return Layer(fqn, module, None, own | local, is_bare=True, strays=frozenset(local))
+
+
+def _owns_all(layer: Layer) -> bool:
+    """True if the parameters of a layer are all its module's own, and no other module's."""
+    own = {
+        prefix + name
+        for prefix, holder in own_holders(layer.module)
+        for name, _ in holder.named_parameters(recurse=False)
+    }
+    return layer.names.keys() <= own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dpsgd_track.privacy.backward_per_sample import BackwardPerSample
+from dpsgd_track.privacy.backward_per_sample import BackwardPerSample, PartlyBackwardPerSample
 from dpsgd_track.privacy.bare_parameters import SpreadParameters
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer
@@ -31,6 +31,7 @@ _BACKWARDS = (
     "a backward of the model for each sample, for all such layers together",
     "give it one row for each sample, such as position ids [B, T], or freeze it",
 )
+_UNUSED = "not at all, as no loss has depended on it", "", ""
 _USED_OTHERWISE = (*_BACKWARDS[:2], "call the module that owns it, or freeze it")
 
 
@@ -60,13 +61,17 @@ def accounts_of(capture: Capture) -> Iterator[LayerAccount]:
         rule = captured.layer.rule
         name = getattr(rule, "__name__", "").rpartition(".")[2]
         kind = type(captured.module).__name__
-        yield LayerAccount(fqn or "(model)", kind, name, *_way_of(captured))
+        yield LayerAccount(fqn or "(model)", kind, name, *_way_of(captured, capture))
     for parameter in sorted(capture.used_otherwise or ()):
         yield LayerAccount(parameter, "used by another module", "", *_USED_OTHERWISE)
 
 
-def _way_of(captured: CapturedLayer) -> tuple[str, str, str]:
+def _way_of(captured: CapturedLayer, capture: Capture) -> tuple[str, str, str]:
+    takes_backwards = not capture.by_sample.isdisjoint(captured.layer.names.values())
     if isinstance(captured, BackwardPerSample):
+        is_known = capture.used_otherwise is not None
+        return _BACKWARDS if takes_backwards or not is_known else _UNUSED
+    if isinstance(captured, PartlyBackwardPerSample) and takes_backwards:
         return _BACKWARDS
     if isinstance(captured, RecurrentLayer):
         return _RECURRENCE
