@@ -525,6 +525,20 @@ class _OwnRecurrence(nn.RNN):
     """May compute something else than torch's own class."""
 
 
+class _Product(torch.autograd.Function):
+    """Takes no row of a weight for each sample."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return dy @ weight @ weight.T, (x.T @ dy + dy.T @ x) @ weight
+
+
 class _OfEachWay(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -540,7 +554,7 @@ class _OfEachWay(nn.Module):
         h = self.recurrent(self.gated(h.unsqueeze(1))[0])[0].squeeze(1)
         first, _ = self.table(torch.arange(2))
         h = h * first.view(1, -1)
-        y: Tensor = self.head(h @ self.enter.weight @ self.enter.weight.T)
+        y: Tensor = self.head(_Product.apply(h, self.enter.weight))
         return y
 
 

@@ -62,10 +62,105 @@ class Labels(nn.Module):
         return self.body(x).mean(dim=1) @ self.labels(torch.arange(3)).T
 
 
+class Disentangled(nn.Module):
+    """Scores with positions, as DeBERTa's: a table that is read as it is, normalised, and put
+    through the projections of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(2 * T, D), nn.LayerNorm(D)
+        self.q, self.k, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 3)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (H, -1)).transpose(1, 2).flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self._by_head(self.q(x)), self._by_head(self.k(x))
+        table = self.norm(self.table.weight).unsqueeze(0)
+        positions = self._by_head(self.k(table)).repeat(len(x), 1, 1)
+        steps = torch.arange(T)
+        index = (steps[:, None] - steps + T).expand(len(q), -1, -1)
+        scores = q @ k.mT + (q @ positions.mT).gather(2, index)
+        read = (scores.softmax(-1) @ q).unflatten(0, (-1, H)).mean(dim=2)
+        return self.head(read.flatten(1))
+
+
+class JoinedWeights(nn.Module):
+    """Reads weights of two layers, one of which it also calls, as MobileBERT's head does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.other = nn.Linear(D, D), nn.Linear(D, 2, bias=False)
+        self.head = nn.Linear(D + 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.enter(x)).mean(dim=1)
+        return self.head(h @ torch.cat([self.enter.weight.t(), self.other.weight.t()], dim=1))
+
+
+class _Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.scale = nn.Linear(D, 3), nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).mean(dim=1)
+
+
+class OuterScale(nn.Module):
+    """Reads a parameter that an inner module keeps, as a loss of pairs does CLIP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.inner.scale.exp()
+
+
+class Prompts(nn.Module):
+    """Scores against prompts that go through an encoder, samples last, as CLIP has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.text, self.body = nn.Embedding(4, D), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prompts = torch.tanh(self.text(self.table(torch.tensor([[0, 1], [2, 3], [1, 1]])))).mean(1)
+        return (prompts @ self.body(x).mean(dim=1).t()).t()
+
+
+class _Magnitude(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor, down: nn.Module, up: nn.Module) -> Tensor:
+        norm = (torch.eye(D) + up(down(torch.eye(D, dtype=x.dtype))).T).norm(dim=1).detach()
+        return (self.weight / norm).view(1, -1) * (x + up(down(x)))
+
+
+class Magnitude(nn.Module):
+    """An adapter whose norm is taken with an identity matrix, as DoRA's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(D, 2, bias=False), nn.Linear(2, D, bias=False)
+        self.magnitude, self.head = _Magnitude(), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.magnitude(x, self.down, self.up).tanh().mean(dim=1))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "relative-positions": RelativePositions,
     "prompt": Prompt,
     "labels": Labels,
+    "disentangled": Disentangled,
+    "joined-weights": JoinedWeights,
+    "outer-scale": OuterScale,
+    "prompts": Prompts,
+    "magnitude": Magnitude,
 }
 
 

@@ -16,6 +16,7 @@ Shapes: B samples.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -50,6 +51,7 @@ _PAIRED = frozenset(
 _PRODUCTS = frozenset(
     (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, Tensor.__rmatmul__)
 )
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _EXPANDING = frozenset(("expand", "repeat", "broadcast_to", "tile"))
 _Key = tuple[str, ...]
 _Place = int
@@ -130,6 +132,20 @@ class SharedRows(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"SharedRows({self.course.name}, {tuple(self.rows.shape)})"
 
+    def refuse_in_function(self) -> None:
+        """Raise in the forward of an autograd function, whose backward knows nothing of the rows.
+
+        Raises:
+            ValueError: the running code is one, as a trial finds at any time.
+        """
+        may_lose = self.rows.requires_grad and not torch.is_grad_enabled()
+        if (may_lose or self.course.is_learning) and _is_in_function():
+            raise ValueError(
+                f"{self.course.name}: expected functions of torch on what all samples share, got a "
+                "torch.autograd.Function. Make the model private after this changes, or freeze "
+                "the layer."
+            )
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -142,6 +158,7 @@ class SharedRows(Tensor):
         leaves, structure = pytree.tree_flatten((args, kwargs))
         shared = [x for x in leaves if isinstance(x, SharedRows)]
         first, name = shared[0], str(getattr(func, "__name__", func))
+        first.refuse_in_function()
         is_alone = len(shared) == sum(isinstance(x, Tensor) for x in leaves)
         if is_alone and len(shared) == 1 and name not in _EXPANDING:
             # There is no choice, and such an operation may be left out at other sizes.
@@ -172,6 +189,16 @@ class SharedRows(Tensor):
     ) -> Any:
         """Refuse what has not come through a function of torch, and would not see the rows."""
         raise ValueError(f"{func}: expected a function of torch on what all samples share.")
+
+
+def _is_in_function() -> bool:
+    """True in the forward of an autograd function."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _wrapped(made: Any, course: Course, path: str) -> Any:
