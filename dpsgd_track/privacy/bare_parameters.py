@@ -28,11 +28,12 @@ from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, filled
+from dpsgd_track.privacy.dropout import of_any_samples
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.layers.inventory import Layer, holds_units
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows
-from dpsgd_track.privacy.trial import Reader, is_same_run, random_move
+from dpsgd_track.privacy.trial import Reader, is_same_run, kept_random_state, random_move
 
 _logger = logging.getLogger(__name__)
 
@@ -130,9 +131,23 @@ def choose_forms(
         batch: one whose number of samples is the size of no other dimension.
     """
     trial = _Trial(capture, run, batch)
-    # In eval mode only where masks are drawn, as some models change their weights for it.
-    with in_eval_mode(capture.model) if trial.is_random() else nullcontext():
-        return _choose_forms(trial)
+    forms = _choose_forms(trial)
+    num_parameters = sum(len(captured.layer.names) for captured in trial.bare)
+    if _num_forms(forms) < num_parameters and trial.is_random():
+        # Where rows draw other masks than one parameter for all does, or none are known.
+        with in_eval_mode(capture.model):
+            without_masks = _choose_forms(trial)
+        if _num_forms(without_masks) > _num_forms(forms):
+            forms = without_masks
+    courses = [form for of in forms.values() for form in of.values() if isinstance(form, Course)]
+    for course in courses:
+        course.is_learning = False
+    capture.courses += courses
+    return forms
+
+
+def _num_forms(forms: Mapping[str, Mapping[str, Form]]) -> int:
+    return sum(map(len, forms.values()))
 
 
 def _choose_forms(trial: _Trial) -> dict[str, dict[str, Form]]:
@@ -152,9 +167,6 @@ def _choose_forms(trial: _Trial) -> dict[str, dict[str, Form]]:
     together = {(fqn, name): f for fqn, forms in by_layer.items() for name, f in forms.items()}
     if not together or not trial.agrees(together):
         return {}
-    for course in trial.courses.values():
-        course.is_learning = False
-    trial.capture.courses += trial.courses.values()
     return {
         fqn: {name: trial.courses[fqn, name] if form == LATE else form for name, form in of.items()}
         for fqn, of in by_layer.items()
@@ -214,7 +226,7 @@ class _Trial:
 
     def is_random(self) -> bool:
         """True if two runs on the same parameters differ."""
-        first, second = self.seen({}, {}), self.seen({}, {})
+        first, second = (self.seen({}, {}, draws_same=False) for _ in range(2))
         return not all(first.agrees(second, row) for row in (0, 1))
 
     def is_faithful(self, forms: Mapping[_Key, Form]) -> bool:
@@ -242,13 +254,16 @@ class _Trial:
         return is_same and not apart[0].agrees(apart[1], 0)
 
     @torch.no_grad()
-    def seen(self, forms: Mapping[_Key, Form], rows: Mapping[_Key, int]) -> _Seen:
+    def seen(
+        self, forms: Mapping[_Key, Form], rows: Mapping[_Key, int], *, draws_same: bool = True
+    ) -> _Seen:
         """Run the model with all bare parameters moved.
 
         Args:
             forms: parameters that have a row for each sample: the first's move in the first row,
                 the last's in all others.
             rows: of which of these two moves another parameter has; the first if it is not named.
+            draws_same: draw the same random numbers as in other runs.
         """
         seen, num_samples = _Seen(), len(self.batch)
 
@@ -271,7 +286,8 @@ class _Trial:
             for c in self.capture.captured.values()
             if not c.layer.is_bare
         ]
-        with self.capture.attached(layers):
+        draws = kept_random_state(self.batch) if draws_same else nullcontext()
+        with draws, of_any_samples(), self.capture.attached(layers):
             seen.note("", self.run(self.batch), num_samples)
         return seen
 

@@ -49,12 +49,11 @@ from dpsgd_track.privacy.sample_dim_trial import (
     Observer,
     Run,
     SampleDim,
-    kept_random_state,
     observe,
 )
 from dpsgd_track.privacy.shared_rows import Course
 from dpsgd_track.privacy.stray_parameters import add_strays, find_strays
-from dpsgd_track.privacy.trial import is_same_run
+from dpsgd_track.privacy.trial import is_same_run, kept_random_state
 
 _logger = logging.getLogger(__name__)
 

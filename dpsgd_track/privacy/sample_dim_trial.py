@@ -8,8 +8,7 @@ each where they meet the samples (`MovingLate`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dpsgd_track.privacy.bare_parameters import SpreadParameters
-from dpsgd_track.privacy.batch import RepeatableBatch, Rows, tensors_in
+from dpsgd_track.privacy.batch import Rows, tensors_in
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer, WatchedLayer, spread
 from dpsgd_track.privacy.dropout import of_any_samples
@@ -26,7 +25,7 @@ from dpsgd_track.privacy.expanded import ExpandedLayer, Kind, MixedSamplesError,
 from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, transposed_linear
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows, rows_of
-from dpsgd_track.privacy.trial import random_move
+from dpsgd_track.privacy.trial import kept_random_state, random_move
 
 _logger = logging.getLogger(__name__)
 
@@ -233,14 +232,3 @@ def _sample_dim_of(x: Tensor, captured: CapturedLayer, num_samples: int) -> Samp
     num_features = len(getattr(layer.module, "normalized_shape", (1,)))
     num_positions = x.dim() - (0 if layer.rule is embedding else num_features)
     return dim if layer.rule in POSITION_WISE and dim < num_positions else UNKNOWN
-
-
-@contextmanager
-def kept_random_state(batch: Rows) -> Iterator[None]:
-    """Draw the random numbers that come next, or that the batch has drawn before; restore the
-    generators afterwards."""
-    devices = sorted({t.device.index or 0 for t in batch.tensors() if t.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        if isinstance(batch, RepeatableBatch):
-            batch.restore_random_state()
-        yield

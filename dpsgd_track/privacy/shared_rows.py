@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-EACH, MEET, MEET_GROUPS, PAIR, PAIR_AT = "each", "meet", "meet groups", "pair", "pair at"
+EACH, MEET, MEET_GROUPS, FILL = "each", "meet", "meet groups", "fill"
+PAIR, PAIR_AT = "pair", "pair at"
 """An operation on every row alone; one with tensors whose dimension 0 is the sample; one with
 tensors that have several rows of each sample, one after the other, in dimension 0; one that runs
-for each sample on its row and its part of the other tensors; and the same where the sample is
-another dimension, which each part keeps with size 1."""
+for each sample on its row and its part of the other tensors; the same where the sample is another
+dimension, which each part keeps with size 1; and an assignment where a mask [B, ...] is true."""
 
 _PROPERTIES = "shape dtype device ndim layout requires_grad is_leaf is_cuda is_sparse is_meta"
 _METHODS = "size dim ndimension numel nelement __len__ stride element_size get_device"
@@ -179,6 +180,9 @@ class SharedRows(Tensor):
         if action.kind == EACH:
             made = _run_each(func, leaves, structure)
             return _wrapped(made, first.course, f"{hash(key):x}")
+        if action.kind == FILL:
+            x, mask, value = args
+            return func(x, mask, _filling(value, mask))
         met = _met(name, leaves, num_samples, is_grouped=action.kind == MEET_GROUPS)
         args, kwargs = pytree.tree_unflatten(met, structure)
         return func(*args, **kwargs)
@@ -214,6 +218,10 @@ def _choose(func: Any, leaves: list[Any], structure: Any, num_samples: int) -> A
     """The action of an operation, where `num_samples` is the size of no other dimension."""
     others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, SharedRows)]
     firsts = {x.shape[0] for x in others if x.dim()}
+    if func is Tensor.__setitem__:
+        if len(leaves) == 3 and len(others) == 2 and others[1].dtype == torch.bool:
+            return Action(FILL)
+        raise ValueError("The rows are assigned otherwise than by a mask.")
     if num_samples in firsts:
         dims = {
             place: 0
@@ -306,6 +314,20 @@ def _run_each(
     rows = [rows_of(leaves[place]) for place in taken]
     in_dims = tuple(taken.values())
     return torch.func.vmap(run, in_dims, randomness="different")(*rows)
+
+
+def _filling(value: SharedRows, mask: Tensor) -> Tensor:
+    """The row of its sample for each element of a mask [B, ...] that is true, [n, ...].
+
+    Raises:
+        ValueError: the mask has another number of samples.
+    """
+    rows = value.rows
+    if len(mask) != len(rows):
+        raise ValueError(f"mask: expected {len(rows)} samples in dimension 0, got {len(mask)}.")
+    shape, inner = rows.shape[1:], mask.shape[1:]
+    filled: Tensor = rows.view(len(rows), *[1] * len(inner), *shape).expand(*mask.shape, *shape)
+    return filled[mask]
 
 
 def _met(name: str, leaves: list[Any], num_samples: int, *, is_grouped: bool) -> list[Any]:

@@ -40,8 +40,8 @@ from dpsgd_track.privacy.batch import Batch, RepeatableBatch
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 from dpsgd_track.privacy.eval_mode import in_eval_mode
-from dpsgd_track.privacy.sample_dim_trial import kept_random_state
 from dpsgd_track.privacy.tape import TapeError
+from dpsgd_track.privacy.trial import kept_random_state
 
 _logger = logging.getLogger(__name__)
 
