@@ -15,12 +15,12 @@ adds them up), the layer's gradients take one backward per sample.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 import torch
-from torch import nn
 
 from dpsgd_track.privacy.backward_per_sample import BackwardPerSample, PartlyBackwardPerSample
 from dpsgd_track.privacy.bare_parameters import Form, SpreadParameters, choose_forms
@@ -50,6 +50,7 @@ from dpsgd_track.privacy.sample_dim_trial import (
     Run,
     SampleDim,
     observe,
+    sizes_read,
 )
 from dpsgd_track.privacy.shared_rows import Course
 from dpsgd_track.privacy.stray_parameters import add_strays, find_strays
@@ -71,9 +72,10 @@ def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
     Raises:
         ValueError: the samples of a layer cannot be separated.
     """
-    num_samples = _unlike_any_size(capture.model, batch)
-    other = batch.rows(torch.arange(num_samples) % len(batch))
+    num_samples = max(len(batch), 2) + 1
     try:
+        num_samples = _unlike_any_size(capture, run, batch)
+        other = _of(batch, num_samples)
         _place_bare(capture, run, other)
         _place_grouped(capture, run, batch, num_samples)
         chosen = observe(capture, run, other, Observer)
@@ -311,11 +313,23 @@ def _late_run(capture: Capture, run: Run, batch: Rows, fqns: list[str]) -> Obser
     return replace(late, dims=dims)
 
 
-def _unlike_any_size(model: nn.Module, batch: Rows) -> int:
-    """The next number of samples above the batch's that divides no tensor's size."""
-    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+def _unlike_any_size(capture: Capture, run: Run, batch: Rows) -> int:
+    """The next number of samples above the batch's that divides no size of a tensor: of the
+    parameters, of the batch, and of what layers read, whatever the number of samples is."""
+    sizes = {size for parameter in capture.model.parameters() for size in parameter.shape}
     sizes |= {size for tensor in batch.tensors() for size in tensor.shape}
-    num_samples = max(len(batch), 2) + 1
-    while any(size and size % num_samples == 0 for size in sizes):
-        num_samples += 1
-    return num_samples
+    first = _dividing_none(sizes, max(len(batch), 2) + 1)
+    second = _dividing_none(sizes, first + 1)
+    sizes |= sizes_read(capture, run, _of(batch, first)) & sizes_read(
+        capture, run, _of(batch, second)
+    )
+    return _dividing_none(sizes, first)
+
+
+def _dividing_none(sizes: Set[int], least: int) -> int:
+    return next(n for n in count(least) if all(size % n for size in sizes if size))
+
+
+def _of(batch: Rows, num_samples: int) -> Rows:
+    """The batch's samples as often as there shall be samples."""
+    return batch.rows(torch.arange(num_samples) % len(batch))

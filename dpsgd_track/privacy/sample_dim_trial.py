@@ -25,7 +25,7 @@ from dpsgd_track.privacy.expanded import ExpandedLayer, Kind, MixedSamplesError,
 from dpsgd_track.privacy.layers import embedding, layer_norm, linear, rms_norm, transposed_linear
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows, rows_of
-from dpsgd_track.privacy.trial import kept_random_state, random_move
+from dpsgd_track.privacy.trial import Reader, kept_random_state, random_move
 
 _logger = logging.getLogger(__name__)
 
@@ -91,6 +91,20 @@ def observe(
         {fqn: o.num_dims for fqn, o in called.items()},
         {f: o.captured.dims for f, o in called.items() if isinstance(o.captured, ExpandedLayer)},
     )
+
+
+@torch.no_grad()
+def sizes_read(capture: Capture, run: Run, batch: Rows) -> set[int]:
+    """Sizes of all tensors that layers read in a run."""
+    sizes: set[int] = set()
+
+    def note(_: str, arguments: Any) -> None:
+        sizes.update(size for x in tensors_in(arguments) for size in x.shape)
+
+    readers = [Reader(layer, note) for layer in capture.captured.values()]
+    with kept_random_state(batch), of_any_samples(), capture.attached(readers):
+        run(batch)
+    return sizes
 
 
 class Observer(ReplacedForward):
