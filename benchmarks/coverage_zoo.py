@@ -275,6 +275,7 @@ def from_hub(
     about = {key: changes.pop(key) for key in ("sizes", "modes", "trains") if key in changes}
     wrap = changes.pop("wrap", lambda model: model)
     attention = changes.pop("attention", None)
+    drops = changes.pop("drops", bool(changes.get("dropout")))
 
     def build() -> nn.Module:
         config = config_of(name, **changes)
@@ -289,7 +290,7 @@ def from_hub(
         build=build,
         make_samples=make_samples,
         loss=LOSSES[task],
-        drops=bool(changes.get("dropout")),
+        drops=drops,
         **about,
     )
 
@@ -624,6 +625,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpnet": masked("MPNet", sizes=WITH_HEADS),
     "deberta": masked("Deberta", **DEBERTA),
     "deberta-v2": masked("DebertaV2", share_att_key=True, **DEBERTA),
+    "deberta-v3": masked("DebertaV2", share_att_key=True, norm_rel_ebd="layer_norm", **DEBERTA),
+    "deberta-v2-own-projections": masked("DebertaV2", **DEBERTA),
     "xlnet": classified("XLNet", max_position_embeddings=None, sizes=WITH_HEADS, **XLNET),
     "bigbird": masked("BigBird", attention_type="original_full"),
     "funnel": masked("Funnel", **FUNNEL),
@@ -894,6 +897,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert-dropout": masked("Bert", dropout=DROPOUT),
     "t5-dropout": seq2seq("T5", dropout=DROPOUT, **T5),
     "vit-dropout": vision("ViT", dropout=DROPOUT),
+    "wav2vec2-spec-augment": speech(
+        "Wav2Vec2",
+        apply_spec_augment=True,
+        mask_time_prob=0.5,
+        mask_time_length=2,
+        mask_time_min_masks=1,
+        drops=True,
+    ),
     "wav2vec2-dropout": speech("Wav2Vec2", dropout=DROPOUT),
     "peft-lora-dropout": with_peft(
         "LoraConfig",

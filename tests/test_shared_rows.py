@@ -152,6 +152,33 @@ class Magnitude(nn.Module):
         return self.head(self.magnitude(x, self.down, self.up).tanh().mean(dim=1))
 
 
+class MaskFilled(nn.Module):
+    """Has a parameter in place of masked positions, as speech models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fill = nn.Parameter(torch.rand(D))
+        self.blocks = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, mask = self.blocks[0](x), x[..., 0] > 0
+        h[mask] = self.fill.to(h.dtype)
+        return self.head(self.blocks[1](h).tanh().mean(dim=1))
+
+
+class Grid(nn.Module):
+    """Has as many places of its own as there might be samples in a trial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.body, self.head = nn.Linear(2, D), nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.places(torch.arange(14.0, dtype=x.dtype).view(7, 2) / 7)
+        return self.head((self.body(x)[:, :, None] + places).tanh().mean(dim=(1, 2)))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "relative-positions": RelativePositions,
     "prompt": Prompt,
@@ -161,6 +188,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "outer-scale": OuterScale,
     "prompts": Prompts,
     "magnitude": Magnitude,
+    "mask-filled": MaskFilled,
+    "grid": Grid,
 }
 
 

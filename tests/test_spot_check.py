@@ -3,10 +3,12 @@ healthy model raises an alarm."""
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,6 +233,16 @@ def test_it_finds_what_guards_would_have_refused(
     model.mix.requires_grad_(True)
     with pytest.raises(SpotCheckError, match=r"mix\.weight"):
         unfrozen.backward(*_data())
+
+
+def test_masks_that_numpy_draws_are_the_same_in_both_computations() -> None:
+    def masked(h: Tensor) -> Tensor:
+        kept = torch.tensor(np.random.rand(*h.shape[:2]) + random.random() / 2 > 0.5)
+        return torch.where(kept[..., None], h, 0.0)
+
+    private = _private(_Model(masked))
+    for seed in range(2):
+        private.backward(*_data(seed=seed))
 
 
 def test_it_finds_a_wrong_rule_in_float32_and_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ class RepeatableBatch(Rows):
         yield from ()
 
     def restore_random_state(self) -> None:
-        """Set torch's generators to what the batch's losses were first computed with."""
+        """Set the generators to what the batch's losses were first computed with."""
 
 
 @dataclass(frozen=True)

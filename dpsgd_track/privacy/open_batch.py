@@ -32,6 +32,7 @@ from dpsgd_track.privacy.batch import (
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 from dpsgd_track.privacy.loss import PerSampleLoss, refuse_unless_one_a_sample
+from dpsgd_track.privacy.random_state import RandomState
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.tape import Recording, Tape
 
@@ -109,7 +110,7 @@ class OpenBatch:
         self.engine, self.num_samples = engine, num_samples
         self.is_done = False
         device_type = next(engine.model.parameters()).device.type
-        self._random_state = _RandomState(device_type)
+        self._random_state = RandomState(device_type)
         self._tape = Tape(num_samples, device_type, shared)
         self._recording = Recording(self._tape) if records else None
         self._forward = _LateForward(engine.model)
@@ -331,7 +332,7 @@ class RecordedBatch(RepeatableBatch):
     tape: Tape
     inputs: tuple[Arguments, ...]
     """Arguments of each call of the model."""
-    random_state: _RandomState
+    random_state: RandomState
     indices: Tensor | None = None
     """[B] samples in place of the batch's own."""
     is_standing_in: bool = False
@@ -398,19 +399,5 @@ class RecordedBatch(RepeatableBatch):
             yield outputs, of_halves
 
     def restore_random_state(self) -> None:
-        """Set torch's generators to what they were when the user's code began."""
+        """Set the generators to what they were when the user's code began."""
         self.random_state.restore()
-
-
-class _RandomState:
-    """State of torch's generators."""
-
-    def __init__(self, device_type: str) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state() if device_type == "cuda" else None
-
-    def restore(self) -> None:
-        """Set the generators to it."""
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda)

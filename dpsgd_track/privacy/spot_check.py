@@ -40,6 +40,7 @@ from dpsgd_track.privacy.batch import Batch, RepeatableBatch
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 from dpsgd_track.privacy.eval_mode import in_eval_mode
+from dpsgd_track.privacy.random_state import RandomState
 from dpsgd_track.privacy.tape import TapeError
 from dpsgd_track.privacy.trial import kept_random_state
 
@@ -383,9 +384,9 @@ class _Comparison:
         """(losses of `batch`, or of a stand-in if it is empty; True if the forward is random)."""
         batch = batch if len(batch) else batch.stand_in()
         with torch.no_grad(), kept_random_state(batch), self.engine.in_rounded_dtype():
-            before = _random_state(self.device)
+            before = RandomState(self.device.type)
             loss_B = self.engine.losses(batch)
-            return loss_B, not torch.equal(before, _random_state(self.device))
+            return loss_B, not before.equals(RandomState(self.device.type))
 
     def _choose_samples(self, seed: int) -> Iterator[tuple[int, int]]:
         """(rank, index) of one rank's sample with the largest norm, and of another at random."""
@@ -407,9 +408,9 @@ class _Comparison:
     def _autograd_projections(self) -> tuple[Tensor, str, bool]:
         """Projections of autograd's sums, any error of the losses, and if a forward is random."""
         with kept_random_state(self.batch):
-            before = _random_state(self.device)
+            before = RandomState(self.device.type)
             logits, loss_B, gradients = self.engine.autograd_gradients(self.batch, self.weight_B)
-            is_random = not torch.equal(before, _random_state(self.device))
+            is_random = not before.equals(RandomState(self.device.type))
         problem = self._error_of_losses(logits, loss_B) if len(self.batch) else ""
         return self._projected(gradients), problem, is_random
 
@@ -589,10 +590,3 @@ def _unit_of(dtype: torch.dtype, device: torch.device) -> float:
         takes_tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
         return 2.0**-10 if takes_tf32 else unit
     return unit
-
-
-def _random_state(device: torch.device) -> Tensor:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)

@@ -90,7 +90,8 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.capture = capture
         self.running: list[nn.Module] = []
-        self._name_of = {id(p): n for n, p in capture.model.named_parameters() if p.requires_grad}
+        parameters = dict(capture.model.named_parameters())
+        self._name_of = {id(parameters[name]): name for name in capture.shapes}
         self._owners: dict[str, list[nn.Module]] = defaultdict(list)
         for captured in capture.captured.values():
             for name in captured.layer.names.values():

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dpsgd_track.privacy.batch import RepeatableBatch, Rows
 from dpsgd_track.privacy.captured_layer import CapturedLayer
+from dpsgd_track.privacy.random_state import RandomState
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 
 
@@ -58,12 +57,11 @@ def kept_random_state(batch: Rows) -> Iterator[None]:
     """Draw the random numbers that come next, or that the batch has drawn before; restore the
     generators afterwards: torch's, NumPy's and Python's."""
     devices = sorted({t.device.index or 0 for t in batch.tensors() if t.is_cuda})
-    of_numpy, of_python = np.random.get_state(), random.getstate()
+    before = RandomState("cpu")
     try:
         with torch.random.fork_rng(devices=devices):
             if isinstance(batch, RepeatableBatch):
                 batch.restore_random_state()
             yield
     finally:
-        np.random.set_state(of_numpy)
-        random.setstate(of_python)
+        before.restore()
