@@ -53,7 +53,7 @@ class Observed:
     num_dims: dict[str, list[int]]
     """Number of dimensions of the first tensor of each call."""
     expanded: dict[str, dict[Kind, SampleDims]]
-    """What layers without a rule learned of their calls."""
+    """Dimensions that layers without a rule learned, by the kind of a call."""
 
     def use(self, capture: Capture) -> None:
         """Have layers without a rule go by what they learned in this run."""
