@@ -227,7 +227,8 @@ class _Trial:
     def is_random(self) -> bool:
         """True if two runs on the same parameters differ."""
         first, second = (self.seen({}, {}, draws_same=False) for _ in range(2))
-        return not all(first.agrees(second, row) for row in (0, 1))
+        is_same = all(first.agrees(second, row) for row in (0, 1))
+        return not self.capture.on_all_ranks(is_same)
 
     def is_faithful(self, forms: Mapping[_Key, Form]) -> bool:
         """True if the model treats each sample's row as the parameter itself, and it counts."""
@@ -236,22 +237,23 @@ class _Trial:
         if len(forms) == 1:
             return True
         first = self.seen({}, dict.fromkeys(forms, 0))
-        return all(
-            not first.agrees(self.seen({}, dict.fromkeys(forms, 0) | {key: 1}), 0) for key in forms
-        )
+        others = [self.seen({}, dict.fromkeys(forms, 0) | {key: 1}) for key in forms]
+        return self.capture.on_all_ranks(not any(first.agrees(other, 0) for other in others))
 
     def agrees(self, forms: Mapping[_Key, Form]) -> bool:
         """True if a run on rows that differ gives what runs on each row give, and these differ."""
         # Which of its arguments an operation takes rows of depends on the other forms.
         self.courses.clear()
+        together = None
         try:
             together = self.seen(forms, {})
         except Exception as error:
             _logger.debug("The model does not run on a row for each sample: %s", error)
+        if not self.capture.on_all_ranks(together is not None) or together is None:
             return False
         apart = [self.seen({}, dict.fromkeys(forms, row)) for row in (0, 1)]
         is_same = all(together.agrees(apart[row], row) for row in (0, 1))
-        return is_same and not apart[0].agrees(apart[1], 0)
+        return self.capture.on_all_ranks(is_same and not apart[0].agrees(apart[1], 0))
 
     @torch.no_grad()
     def seen(

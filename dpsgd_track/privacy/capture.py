@@ -39,6 +39,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, require
+from dpsgd_track.distributed.agreement import Agreement
 from dpsgd_track.kernels.flash_norm import gram_norm_sq, tiled_norm_sq
 from dpsgd_track.privacy.clipping import layer_of
 from dpsgd_track.privacy.layers.inventory import Layer, find_layers
@@ -166,6 +167,17 @@ class Capture:
     def is_sharded(self) -> bool:
         """True once the model has been sharded by FSDP2."""
         return issubclass(type(self.model), FSDPModule)
+
+    @cached_property
+    def _agreement(self) -> Agreement:
+        return Agreement()
+
+    def on_all_ranks(self, is_true: bool) -> bool:
+        """True if `is_true` is on every rank of a sharded model, whose ranks run forwards together.
+
+        Collective: all ranks call it.
+        """
+        return not self._agreement.any(not is_true) if self.is_sharded else is_true
 
     def register(self, captured: CapturedLayer) -> None:
         """Capture a layer this way from the next batch on."""

@@ -52,7 +52,7 @@ from dpsgd_track.privacy.sample_dim_trial import (
     observe,
     sizes_read,
 )
-from dpsgd_track.privacy.shared_rows import Course
+from dpsgd_track.privacy.shared_rows import Course, SharedRows
 from dpsgd_track.privacy.stray_parameters import add_strays, find_strays
 from dpsgd_track.privacy.trial import is_same_run, kept_random_state
 
@@ -275,18 +275,31 @@ def _faithful_run(
     Each sample's copy is moved at random. The outputs of the first and the last sample are compared
     with a run in which the shared tensor itself is moved as that sample's copy.
     """
+    together = _attempt(capture, run, batch, moving)
+    ran = together is not None and len(together.outputs) == len(batch)
+    if not capture.on_all_ranks(ran) or together is None:
+        return None
+    is_faithful = True
+    for sample in (0, len(batch) - 1):
+        alone = _attempt(capture, run, batch, partial(moving, sample=sample))
+        is_faithful &= alone is not None and is_same_run(
+            together.outputs[sample], alone.outputs[sample]
+        )
+    return together if capture.on_all_ranks(is_faithful) else None
+
+
+def _attempt(
+    capture: Capture, run: Run, batch: Rows, moving: Callable[..., Moving]
+) -> Observed | None:
     try:
         # Without dropout, whose masks would depend on the shared tensor's shape.
         with in_eval_mode(capture.model):
-            together = observe(capture, run, batch, moving)
-            is_faithful = len(together.outputs) == len(batch)
-            for sample in (0, len(batch) - 1):
-                alone = observe(capture, run, batch, partial(moving, sample=sample))
-                is_faithful &= is_same_run(together.outputs[sample], alone.outputs[sample])
+            observed = observe(capture, run, batch, moving)
+        # Rows that have not met the samples are no outputs of theirs.
+        return None if isinstance(observed.outputs, SharedRows) else observed
     except Exception as error:
         _logger.debug("The model does not run on a copy for each sample: %s", error)
         return None
-    return together if is_faithful else None
 
 
 def _late_run(capture: Capture, run: Run, batch: Rows, fqns: list[str]) -> Observed | None:

@@ -37,9 +37,6 @@ _logger = logging.getLogger(__name__)
 def find_strays(capture: Capture, run: Callable[[Any], Tensor], batch: Any) -> list[Layer]:
     """Modules that read parameters of modules inside them, as bare layers with their own, and
     layers without a rule that call others."""
-    if capture.is_sharded:
-        # A parameter is another tensor whenever its unit is gathered.
-        return []
     reads = _Reads(capture)
     modules = (m for m in capture.model.modules() if not isinstance(m, torch.jit.ScriptModule))
     with capture.attached([_Call(module, reads) for module in modules]), reads:
@@ -90,8 +87,7 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.capture = capture
         self.running: list[nn.Module] = []
-        parameters = dict(capture.model.named_parameters())
-        self._name_of = {id(parameters[name]): name for name in capture.shapes}
+        self._name_of = self._current_names()
         self._owners: dict[str, list[nn.Module]] = defaultdict(list)
         for captured in capture.captured.values():
             for name in captured.layer.names.values():
@@ -110,6 +106,13 @@ class _Reads(TorchFunctionMode):
                 if layer is not None and not any(m is module for m in caller.modules()):
                     self._callers[caller] = layer
         self.running.append(module)
+        if self.capture.is_sharded:
+            # A parameter is another tensor once its unit is gathered.
+            self._name_of = self._current_names()
+
+    def _current_names(self) -> dict[int, str]:
+        parameters = dict(self.capture.model.named_parameters())
+        return {id(parameters[name]): name for name in self.capture.shapes}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -132,6 +135,7 @@ class _Reads(TorchFunctionMode):
 
     def readers(self) -> list[Layer]:
         """A bare layer for each module that reads parameters of others."""
+        self._name_of = self._current_names()
         names_of: dict[nn.Module, set[str]] = defaultdict(set)
         for name, scope in self._scope.items():
             if scope:
