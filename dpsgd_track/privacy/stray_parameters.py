@@ -39,8 +39,13 @@ def find_strays(capture: Capture, run: Callable[[Any], Tensor], batch: Any) -> l
     layers without a rule that call others."""
     reads = _Reads(capture)
     modules = (m for m in capture.model.modules() if not isinstance(m, torch.jit.ScriptModule))
-    with capture.attached([_Call(module, reads) for module in modules]), reads:
-        run(batch)
+    try:
+        with capture.attached([_Call(module, reads) for module in modules]), reads:
+            run(batch)
+    except Exception as error:
+        # As of compiled code, which may take no mode.
+        _logger.debug("Functions of parameters could not be observed: %s", error)
+        return []
     return reads.readers()
 
 
