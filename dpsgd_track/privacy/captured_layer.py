@@ -116,6 +116,7 @@ class WatchedLayer(CapturedLayer):
         sample_dim: int = 0,
         is_spread: bool = False,
         is_grouped: bool = False,
+        is_interleaved: bool = False,
         is_mixed: bool = False,
         course: Course | None = None,
     ) -> None:
@@ -125,6 +126,7 @@ class WatchedLayer(CapturedLayer):
             is_spread: all samples share the inputs. Each sample gets a copy of its own, so that
                 their gradients arrive separately.
             is_grouped: inputs and outputs are [B n, ...], the rows of one sample after the other.
+            is_interleaved: they are [n B, ...], a row of each sample after another.
             is_mixed: all samples share the inputs of some calls only, and these hold a row for each
                 sample.
             course: where the outputs of a spread layer meet the samples, if that is later (see
@@ -133,7 +135,7 @@ class WatchedLayer(CapturedLayer):
         super().__init__(capture, layer)
         self.course = course
         self.sample_dim, self.is_spread, self.is_grouped = sample_dim, is_spread, is_grouped
-        self.is_mixed = is_mixed
+        self.is_interleaved, self.is_mixed = is_interleaved, is_mixed
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[..., d] -> [..., p]."""
@@ -159,6 +161,8 @@ class WatchedLayer(CapturedLayer):
                 dy = dy.view(shape)
             if dim:
                 x, dy = x.movedim(dim, 0), dy.movedim(dim, 0)
+            if self.is_interleaved:
+                x, dy = self._in_order(x), self._in_order(dy)
             capture.close_call(layer, x, dy, is_grouped=self.is_grouped)
 
         if x.requires_grad:
@@ -189,6 +193,10 @@ class WatchedLayer(CapturedLayer):
             return y
         # The row of a single sample is what all samples share.
         return y[0] if len(y) == 1 else SharedRows(y, self.course)
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        """[n B, ...] as [B n, ...]."""
+        return x.unflatten(0, (-1, self.capture.num_samples)).transpose(0, 1).flatten(0, 1)
 
     def _by_sample(self, x: Tensor) -> Tensor:
         """[B n, ...] as [B, n, ...]; unchanged if there are other rows, which is refused."""

@@ -1,8 +1,11 @@
-"""Finds the layers that read the rows of all samples one after the other, [B n, ...].
+"""Finds the layers that read several rows of each sample, [B n, ...] or [n B, ...].
 
 OPT, mixtures of experts and time-distributed layers flatten [B, n, ...] for some layers, and Swin
-cuts pictures into windows. Where the rows of each sample follow one another, its n rows are known.
-That is tested, as other tensors may have as many rows by chance. In a run on the same samples in
+cuts pictures into windows: the rows of each sample follow one another. Two views of a batch that
+are joined are [2 B, ...], and flattened tokens, time first, [T B, ...]: a row of each sample follows
+another. In both orders a sample's n rows are known.
+
+The order is tested, as other tensors may have as many rows by chance. In a run on the same samples in
 another order, the rows must be found in that order: those that all samples share are not. In runs
 with noise in place of what layers return, there must be as many rows: of those that a router sends
 to an expert there are not.
@@ -35,27 +38,39 @@ def has_grouped_rows(x: Tensor, num_samples: int) -> bool:
 @torch.no_grad()
 def find_grouped(
     capture: Capture, run: Callable[[Any], Tensor], batch: Any, reordered: Any
-) -> frozenset[str]:
-    """Names of the layers all of whose calls read the rows of one sample after the other.
+) -> dict[str, bool]:
+    """Layers all of whose calls read several rows of each sample in one order.
 
     Args:
         reordered: the same samples with the last one first.
+    Returns:
+        True for a layer that reads a row of each sample after another, [n B, ...]; False for one
+        that reads the rows of one sample after the other, [B n, ...].
     """
     num_samples = len(batch)
     if not any(_read(capture, run, batch, num_samples).values()):
-        return frozenset()
+        return {}
     with in_eval_mode(capture.model):
         first = _read(capture, run, batch, num_samples)
         second = _read(capture, run, reordered, num_samples)
         with _noise(capture.model):
             others = [_read(capture, run, batch, num_samples) for _ in range(_NUM_NOISY_RUNS)]
-    return frozenset(
+
+    def is_in_order(fqn: str, *, is_interleaved: bool) -> bool:
+        pairs = zip(first[fqn], second[fqn], strict=True)
+        return all(_are_rolled(a, b, num_samples, is_interleaved) for a, b in pairs)
+
+    steady = [
         fqn
         for fqn, marks in first.items()
         if len(marks) == len(second[fqn])
-        and all(_are_rolled(a, b, num_samples) for a, b in zip(marks, second[fqn], strict=True))
         and all([x.shape for x in marks] == [x.shape for x in other[fqn]] for other in others)
-    )
+    ]
+    orders = {
+        fqn: [order for order in (False, True) if is_in_order(fqn, is_interleaved=order)]
+        for fqn in steady
+    }
+    return {fqn: found[0] for fqn, found in orders.items() if len(found) == 1}
 
 
 @contextmanager
@@ -107,12 +122,14 @@ def _marks(x: Tensor) -> Tensor:
     return rows.float() @ weights.to(rows.device)
 
 
-def _are_rolled(a: Tensor, b: Tensor, num_samples: int) -> bool:
+def _are_rolled(a: Tensor, b: Tensor, num_samples: int, is_interleaved: bool) -> bool:
     """True if each sample's rows of `a` are the next one's of `b`, and samples differ."""
     if a.shape != b.shape:
         return False
-    by_sample = a.view(num_samples, -1)
+    by_sample, dim = (
+        (a.view(-1, num_samples), 1) if is_interleaved else (a.view(num_samples, -1), 0)
+    )
     # Far above rounding errors of another order of samples, and far below what samples differ by.
     tolerance = 1e-3 * float(a.abs().max())
-    is_rolled = torch.allclose(by_sample.roll(1, 0).flatten(), b, rtol=0, atol=tolerance)
+    is_rolled = torch.allclose(by_sample.roll(1, dim).flatten(), b, rtol=0, atol=tolerance)
     return is_rolled and not torch.allclose(a, b, rtol=0, atol=tolerance)

@@ -152,17 +152,21 @@ def _drop_strays_without_form(
 
 
 def _place_grouped(capture: Capture, run: Run, batch: Rows, num_samples: int) -> None:
-    """Have layers that read several rows of each sample, one sample after the other, know it."""
+    """Have layers that read several rows of each sample know it."""
     steps = torch.arange(num_samples)
     samples, reordered = (batch.rows(i % len(batch)) for i in (steps, steps.roll(1)))
     with kept_random_state(batch), of_any_samples():
         grouped = find_grouped(capture, run, samples, reordered)
-    for fqn in grouped:
+    for fqn, is_interleaved in grouped.items():
         captured = capture.captured[fqn]
         if isinstance(captured, ExpandedLayer):
-            captured.is_grouped = True
+            captured.is_grouped = not is_interleaved
         elif captured.layer.rule is not None:
-            capture.register(WatchedLayer(capture, captured.layer, is_grouped=True))
+            capture.register(
+                WatchedLayer(
+                    capture, captured.layer, is_grouped=True, is_interleaved=is_interleaved
+                )
+            )
 
 
 def _bare(capture: Capture) -> Iterator[CapturedLayer]:
