@@ -179,6 +179,19 @@ class Grid(nn.Module):
         return self.head((self.body(x)[:, :, None] + places).tanh().mean(dim=(1, 2)))
 
 
+class Views(nn.Module):
+    """Encodes two views of the samples as one batch, [2 B, T, D], and their tokens time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.view, self.token, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.view(torch.cat([x, x.flip(1)])).chunk(2)
+        h = torch.tanh(self.token((left * right).transpose(0, 1).flatten(0, 1)))
+        return self.head(h.unflatten(0, (T, len(x))).mean(dim=0))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "relative-positions": RelativePositions,
     "prompt": Prompt,
@@ -190,6 +203,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "magnitude": Magnitude,
     "mask-filled": MaskFilled,
     "grid": Grid,
+    "views": Views,
 }
 
 

@@ -2,13 +2,13 @@
 
 OPT, mixtures of experts and time-distributed layers flatten [B, n, ...] for some layers, and Swin
 cuts pictures into windows: the rows of each sample follow one another. Two views of a batch that
-are joined are [2 B, ...], and flattened tokens, time first, [T B, ...]: a row of each sample follows
-another. In both orders a sample's n rows are known.
+are joined are [2 B, ...], and tokens that are flattened time first [T B, ...]: a row of each sample
+comes after another. In both orders a sample's n rows are known.
 
-The order is tested, as other tensors may have as many rows by chance. In a run on the same samples in
-another order, the rows must be found in that order: those that all samples share are not. In runs
-with noise in place of what layers return, there must be as many rows: of those that a router sends
-to an expert there are not.
+The order is tested, as other tensors may have as many rows by chance. In a run on the same samples
+in another order, the rows must be found in that order: those that all samples share are not. In
+runs with noise in place of what layers return, there must be as many rows: of those that a router
+sends to an expert there are not.
 """
 
 from __future__ import annotations
@@ -126,9 +126,8 @@ def _are_rolled(a: Tensor, b: Tensor, num_samples: int, is_interleaved: bool) ->
     """True if each sample's rows of `a` are the next one's of `b`, and samples differ."""
     if a.shape != b.shape:
         return False
-    by_sample, dim = (
-        (a.view(-1, num_samples), 1) if is_interleaved else (a.view(num_samples, -1), 0)
-    )
+    dim = 1 if is_interleaved else 0
+    by_sample = a.view(-1, num_samples) if is_interleaved else a.view(num_samples, -1)
     # Far above rounding errors of another order of samples, and far below what samples differ by.
     tolerance = 1e-3 * float(a.abs().max())
     is_rolled = torch.allclose(by_sample.roll(1, dim).flatten(), b, rtol=0, atol=tolerance)
