@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpsgd_track import make_private
 from dpsgd_track.privacy.shared_rows import Course, SharedRows
+from dpsgd_track.privacy.trial import KeptBuffers
 
 T, D, H = 5, 6, 2
 
@@ -256,6 +257,36 @@ def test_gradients_are_those_of_each_sample_alone(name: str, mode: str) -> None:
         for parameter, total in expected.items():
             torch.testing.assert_close(moved[parameter], total, msg=f"{parameter}, {num_samples}")
     assert not [told for told in private.why() if "one backward" in told.way]
+
+
+class _Moving(MaskFilled):
+    """Keeps a mean of what it reads, which a model that learns privately must not."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.rand(D))
+        self.register_buffer("mean", torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * (x + self.shift).detach().mean((0, 1))
+        return super().forward(x + self.shift - self.mean)
+
+
+def test_a_trial_leaves_buffers_as_they_are() -> None:
+    model = _Moving().double()
+    trial = KeptBuffers(model)
+    before = model.mean
+    model(torch.randn(4, T, D, dtype=torch.double))
+    before.add_(1)
+    trial.restore()
+    assert model.mean is before
+    assert not before.any()
+    # In the batch's own forward such a buffer is found.
+    private, _ = _private(model)
+    with pytest.raises(ValueError, match="mean"):
+        private.backward(torch.randn(4, T, D, dtype=torch.double), torch.arange(4) % 3)
 
 
 def test_a_batch_without_padding_may_meet_the_samples_elsewhere() -> None:

@@ -33,7 +33,13 @@ from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.layers.inventory import Layer, holds_units
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows
-from dpsgd_track.privacy.trial import Reader, is_same_run, kept_random_state, random_move
+from dpsgd_track.privacy.trial import (
+    KeptBuffers,
+    Reader,
+    is_same_run,
+    kept_random_state,
+    random_move,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -203,6 +209,7 @@ class _Trial:
         self.bare = [c for c in capture.captured.values() if c.layer.is_bare]
         self.courses: dict[_Key, Course] = {}
         """Of parameters in the form LATE."""
+        self._buffers = KeptBuffers(capture.model)
 
     def alike(self) -> dict[object, list[_Key]]:
         """Bare parameters in groups: those of the same name in modules of the same class."""
@@ -290,7 +297,10 @@ class _Trial:
         ]
         draws = kept_random_state(self.batch) if draws_same else nullcontext()
         with draws, of_any_samples(), self.capture.attached(layers):
-            seen.note("", self.run(self.batch), num_samples)
+            try:
+                seen.note("", self.run(self.batch), num_samples)
+            finally:
+                self._buffers.restore()
         return seen
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpsgd_track.privacy.batch import RepeatableBatch, Rows
 from dpsgd_track.privacy.captured_layer import CapturedLayer
@@ -50,6 +50,25 @@ def is_same_run(a: Tensor, b: Tensor) -> bool:
     tolerance = 0.3 * torch.finfo(a.dtype).eps ** 0.5 if a.is_floating_point() else 0.0
     scale = max(float(b.float().abs().max()), 1e-30) if b.numel() else 1.0
     return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+class KeptBuffers:
+    """Buffers of a model as they are now, for runs that may change them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (module._buffers, name, buffer)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
+        self._values = [b if b is None else (b._version, b.clone()) for *_, b in self._kept]
+
+    def restore(self) -> None:
+        """Put them back, with their values."""
+        for (own, name, buffer), before in zip(self._kept, self._values, strict=True):
+            own[name] = buffer
+            if buffer is not None and before is not None and buffer._version != before[0]:
+                buffer.copy_(before[1])
 
 
 @contextmanager
