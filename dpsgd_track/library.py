@@ -33,7 +33,7 @@ from dpsgd_track.privacy.guards import GradientGuard, ModelGuard
 from dpsgd_track.privacy.history import SharedHistory, histories, history_of, is_history_of
 from dpsgd_track.privacy.ledger import RATE_ADVICE, PrivacyLedger
 from dpsgd_track.privacy.left_out_counter import LeftOutCounter
-from dpsgd_track.privacy.loader import PrivateLoader
+from dpsgd_track.privacy.loader import PrivateLoader, refuse_unindexed
 from dpsgd_track.privacy.loss import PerSampleLoss, loss_named
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.privacy.open_batch import OpenBatch
@@ -330,9 +330,7 @@ class PrivateTraining:
             ValueError: a setting is out of range, or `make_private` was given another sample rate.
             RuntimeError: in the loop: a step was not taken, or of other samples than were drawn.
         """
-        is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        allowed = "a data set with a length and a sample for each index"
-        require(is_indexed, "dataset", type(dataset).__name__, allowed)
+        refuse_unindexed("dataset", dataset)
         for name, got in (("physical_batch_size", physical_batch_size), ("num_steps", num_steps)):
             is_count = got is None or (type(got) is int and got >= 1)
             require(is_count, name, got, "an integer >= 1, or None")
@@ -759,7 +757,6 @@ def make_private(
     _check_settings(mode, sigma)
     loss = loss_named(loss)
     optimizers = Optimizers(model, optimizer)
-    close_earlier(optimizers)
     context = ModeContext(
         make_optimizer=optimizers.rebound,
         privacy=PrivacyConfig(
@@ -776,6 +773,8 @@ def make_private(
     )
     _check_adaptive(adaptive, mode, context)
     built = _built(mode, model, context, optimizers, adaptive)
+    # Not before: where this is refused, the earlier training remains in use.
+    close_earlier(optimizers)
     return PrivateTraining(
         built,
         optimizers,

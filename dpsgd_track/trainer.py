@@ -19,10 +19,17 @@ from transformers import Trainer, TrainingArguments
 
 from dpsgd_track.config import FLAT, require
 from dpsgd_track.distributed.ranks import sum_over_ranks, world_size
-from dpsgd_track.distributed.sharding import shard_state, sharded_state, whole
+from dpsgd_track.distributed.sharding import reshard, shard_state, sharded_state, whole
 from dpsgd_track.library import PrivateTraining, make_private
 from dpsgd_track.privacy.clipping import SampleRecord
-from dpsgd_track.privacy.loss import LOSSES, PerSampleLoss, logits_of, loss_named
+from dpsgd_track.privacy.loader import refuse_unindexed
+from dpsgd_track.privacy.loss import (
+    LOSSES,
+    PerSampleLoss,
+    classification_loss,
+    logits_of,
+    loss_named,
+)
 from dpsgd_track.step_metrics import StepMetrics
 
 PRIVACY_FILE = "privacy.json"
@@ -36,6 +43,8 @@ _TASKS = {
     "ForMaskedLM": "masked-lm",
 }
 """Task of a model by the end of its class's name."""
+
+_OWN_LOSS = "Give `loss` a function (logits, labels) -> [B]."
 
 Inputs = dict[str, Any]
 
@@ -92,18 +101,10 @@ class PrivateTrainer(Trainer):
         """
         super().__init__(*args, **kwargs)
         given: TrainingArguments = self.args  # type: ignore[has-type]
-        for name in ("fsdp", "deepspeed"):
-            advice = "Several ranks shard the model by FSDP2 as it is."
-            require(not getattr(given, name), name, getattr(given, name), "none", advice)
-        advice = "Take bf16: the scale of float16 follows the samples, and no noise protects it."
-        require(not given.fp16, "fp16", given.fp16, "False", advice)
-        bound, advice = given.max_grad_norm, "It is C, the bound on a sample's gradient."
-        require(bound is not None and bound > 0, "max_grad_norm", bound, "a number > 0", advice)
-        smoothing, advice = given.label_smoothing_factor, "Give `loss` a function that smooths."
-        require(smoothing == 0, "label_smoothing_factor", smoothing, "0", advice)
+        _refuse_unfit(given)
+        bound = given.max_grad_norm
         has_own = self.compute_loss_func is not None
-        advice = "Give `loss` a function (logits, labels) -> [B]."
-        require(not has_own, "compute_loss_func", "a function", "None", advice)
+        require(not has_own, "compute_loss_func", "a function", "None", _OWN_LOSS)
         self.privacy = privacy
         self.private: PrivateTraining | None = None
         """Set when training begins."""
@@ -128,6 +129,7 @@ class PrivateTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, and make it private."""
+        reshard(self.model)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         privacy, steps = self.privacy, self.get_train_dataloader()
         has_target = privacy.target_epsilon is not None
@@ -158,6 +160,10 @@ class PrivateTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """The steps of an epoch in expectation, each as a list of micro-batches."""
         return _Steps(self, self.train_dataset)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Samples that a step is expected to hold, over all ranks."""
+        return self._batch_size
 
     def training_step(
         self, model: nn.Module, inputs: list[Inputs], num_items_in_batch: Any = None
@@ -223,6 +229,21 @@ class PrivateTrainer(Trainer):
         each = inputs if isinstance(inputs, list) else [inputs]
         return sum(super(PrivateTrainer, self).floating_point_ops(one) for one in each)
 
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        # As many micro-batches on every rank, which gather their numbers.
+        for each in inputs if isinstance(inputs, list) else [inputs]:
+            super()._track_num_input_tokens(each)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: each trial spends epsilon of its own, and the best one's would be logged.
+
+        Raises:
+            ValueError: always.
+        """
+        allowed = "trainings of yours, each by a PrivateTrainer"
+        advice = "The best of several spends more than its own epsilon: account for all."
+        require(False, "hyperparameter_search", "a call", allowed, advice)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         # The norm of the clipped sum is not private, and `.grad` does not hold the sum.
         return None
@@ -232,7 +253,8 @@ class PrivateTrainer(Trainer):
     ) -> None:
         is_writer = self.args.should_save
         if state_dict is None and world_size() > 1:
-            state_dict = whole(self.model.state_dict(), is_kept=is_writer)
+            # As the parameters themselves, so that a tied weight is known by any of its names.
+            state_dict = whole(self.model.state_dict(keep_vars=True), is_kept=is_writer)
         if is_writer:
             super()._save(output_dir, state_dict)
 
@@ -265,9 +287,11 @@ class _Steps:
     """Steps of a private trainer's epoch; its loader exists once the optimizer is private."""
 
     def __init__(self, trainer: PrivateTrainer, dataset: Any) -> None:
-        require(dataset is not None, "train_dataset", None, "a data set")
         self.trainer, self.dataset = trainer, dataset
         self.batch_size = trainer._batch_size
+        refuse_unindexed("train_dataset", dataset)
+        allowed = f"at least the {self.batch_size} samples that a step is expected to hold"
+        require(len(dataset) >= self.batch_size, "train_dataset", len(dataset), allowed)
 
     def __len__(self) -> int:
         return max(1, round(len(self.dataset) / self.batch_size))
@@ -289,6 +313,28 @@ class _Steps:
             yield list(micro_batches)
 
 
+def _refuse_unfit(given: TrainingArguments) -> None:
+    """Refuse arguments that private steps do not go with."""
+    for name in ("fsdp", "deepspeed"):
+        advice = "Several ranks shard the model by FSDP2 as it is."
+        require(not getattr(given, name), name, getattr(given, name), "none", advice)
+    refused = {
+        "fp16": "Take bf16: the scale of float16 follows the samples, and no noise protects it.",
+        "torch_compile": "The hooks that take per-sample gradients run in the model's own forward.",
+        "auto_find_batch_size": "Steps begun anew spend again; a smaller micro-batch keeps the "
+        "batch size where gradient_accumulation_steps grow with it.",
+    }
+    if world_size() > 1:
+        casts = "FSDP2 cannot cast a sharded model: evaluate a saved one on a single rank."
+        refused |= {"fp16_full_eval": casts, "bf16_full_eval": casts}
+    for name, advice in refused.items():
+        require(not getattr(given, name), name, getattr(given, name), "False", advice)
+    bound, advice = given.max_grad_norm, "It is C, the bound on a sample's gradient."
+    require(bound is not None and bound > 0, "max_grad_norm", bound, "a number > 0", advice)
+    smoothing, advice = given.label_smoothing_factor, "Give `loss` a function that smooths."
+    require(smoothing == 0, "label_smoothing_factor", smoothing, "0", advice)
+
+
 def _take_models_as_they_are(accelerator: Any) -> None:
     """Have `accelerator` prepare models for mixed precision, and neither move nor wrap them."""
     prepare = accelerator.prepare_model
@@ -301,14 +347,31 @@ def _take_models_as_they_are(accelerator: Any) -> None:
 
 
 def _loss_of(model: nn.Module, loss: str | PerSampleLoss | None) -> PerSampleLoss:
-    """The loss of a task, of a function, or of the model's class."""
-    if loss is None:
-        kind = type(model).__name__
-        tasks = [task for end, task in _TASKS.items() if kind.endswith(end)]
-        is_regression = getattr(getattr(model, "config", None), "num_labels", 0) == 1
-        if tasks == ["sequence-classification"] and is_regression:
-            tasks = ["regression"]
-        allowed = f"one of {', '.join(LOSSES)}, or a function, for {kind}"
-        require(bool(tasks), "loss", None, allowed)
-        loss = tasks[0]
-    return loss_named(loss)
+    """The loss of a task, of a function, or of the model's class and its kind of problem."""
+    if loss is not None:
+        return loss_named(loss)
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    tasks = [task for end, task in _TASKS.items() if kind.endswith(end)]
+    allowed = f"one of {', '.join(LOSSES)}, or a function, for {kind}"
+    require(bool(tasks), "loss", None, allowed)
+    (task,) = tasks
+    if task != "sequence-classification":
+        return loss_named(task)
+    problem = getattr(config, "problem_type", None)
+    is_regression = problem == "regression" or getattr(config, "num_labels", 0) == 1
+    if is_regression:
+        return loss_named("regression")
+    allowed = "single_label_classification or regression, without a `loss`"
+    require(problem != "multi_label_classification", "problem_type", problem, allowed, _OWN_LOSS)
+    return _single_label_loss
+
+
+def _single_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """`classification_loss`, which floating labels are refused for: models take them for several.
+
+    Raises:
+        ValueError: the labels are not the numbers of classes.
+    """
+    is_number = not labels.is_floating_point()
+    require(is_number, "labels", str(labels.dtype), "numbers of classes", _OWN_LOSS)
+    return classification_loss(logits, labels)

@@ -90,6 +90,15 @@ def fsdp_units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def reshard(model: nn.Module) -> None:
+    """Give a sharded model its sharded parameters back.
+
+    A forward without a backward, as in an evaluation, leaves the root's gathered.
+    """
+    for unit in fsdp_units(model):
+        unit.reshard()
+
+
 @dataclass(frozen=True)
 class LocalPart:
     """This rank's elements of one parameter-shaped tensor."""
@@ -205,15 +214,19 @@ def whole(tree: Any, *, is_kept: bool) -> Any:
     """The same with whole tensors on the CPU in place of shards; every rank calls it together.
 
     Args:
-        tree: dicts, lists and tensors, such as a state dict.
+        tree: dicts, lists and tensors, such as a state dict. What it holds twice, such as a tied
+            weight, is one tensor in the result too.
         is_kept: False drops every gathered tensor on this rank, which gets empty ones.
     """
+    results: dict[int, Tensor] = {}
 
     def gathered(tensor: Any) -> Any:
         if not isinstance(tensor, DTensor):
             return tensor
-        full = tensor.full_tensor()
-        return full.cpu() if is_kept else full.new_empty(0)
+        if id(tensor) not in results:
+            full = tensor.detach().full_tensor()
+            results[id(tensor)] = full.cpu() if is_kept else full.new_empty(0)
+        return results[id(tensor)]
 
     return tree_map(gathered, tree)
 
@@ -222,7 +235,8 @@ def shard_state(
     model: nn.Module, state: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
 ) -> None:
     """Put shards in place of whole tensors in a model's state; a hook before it is loaded."""
-    for name, parameter in model.named_parameters():
+    # A parameter with several names may be in the state by any of them.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if prefix + name in state:
             state[prefix + name] = _placed(state[prefix + name], parameter)
 

@@ -6,10 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dpsgd_track.config import require
 from dpsgd_track.privacy.sampling import Draw, OpenDraw, PoissonSampler
+
+
+def refuse_unindexed(name: str, dataset: Any) -> None:
+    """Raise ValueError unless a data set, the setting `name`, has samples that can be drawn."""
+    has_both = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    is_indexed = has_both and not isinstance(dataset, IterableDataset)
+    allowed = "a data set with a length and a sample for each index"
+    require(is_indexed, name, type(dataset).__name__, allowed)
 
 
 class PrivateLoader:

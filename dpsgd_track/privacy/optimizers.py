@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dpsgd_track.config import require
-from dpsgd_track.distributed.sharding import trainable_parameters
+from dpsgd_track.distributed.sharding import reshard, trainable_parameters
 
 _OWNER = "_dpsgd_track_private"
 """Attribute of an optimizer that holds the training that uses it."""
@@ -19,6 +21,9 @@ _TAKES_SCALER = "_step_supports_amp_scaling"
 """Attribute by which an optimizer asks a GradScaler to call its step whatever the gradients are."""
 _SCALING = ("grad_scale", "found_inf")
 """Attributes that such an optimizer is given by a GradScaler for the time of a step."""
+
+_NEEDS_WHOLE_PARAMETERS = ("Adafactor",)
+"""Classes, torch's and transformers', that take means over rows and columns of plain tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,7 @@ class Optimizers:
             ValueError: one is of another kind, has stepped without noise, or has others than the
                 model's parameters; or a parameter is in none of them, or in two.
         """
+        reshard(model)
         given = [*optimizers] if isinstance(optimizers, Sequence) else [optimizers]
         require(bool(given), "optimizer", optimizers, "an optimizer, or several")
         self.each = [_unwrapped(optimizer) for optimizer in given]
@@ -78,8 +84,13 @@ class Optimizers:
 
         Returns:
             The optimizer; where there are several, an object that stands for them.
+
+        Raises:
+            ValueError: the parameters are shards, and one cannot update such.
         """
         named = dict(self._model.named_parameters())
+        if any(isinstance(parameter, DTensor) for parameter in named.values()):
+            _refuse_unsharded_kinds(self.each)
         groups = chain.from_iterable(optimizer.param_groups for optimizer in self.each)
         for group, names in zip(groups, self._names, strict=True):
             group["params"] = [named[name] for name in names]
@@ -120,9 +131,12 @@ class HookedOptimizers:
         self._hooks = [_Hooks(optimizer, self, owner) for optimizer in optimizers.each]
 
     def unhook(self) -> None:
-        """Give the optimizers back as they were."""
+        """Give the optimizers back as they were, without the gradients of a step that is left."""
         for hooks in self._hooks:
+            if id(hooks.optimizer) in self._left:
+                hooks.clear()
             hooks.remove()
+        self._left = {}
 
     def refuse_unless_all_stepped(self) -> None:
         """
@@ -138,6 +152,11 @@ class HookedOptimizers:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Begin the step, unless another optimizer has."""
+        if [*map(id, self._optimizers.parameters)] != self._updated:
+            raise ValueError(
+                "optimizer: expected the parameters that it had when it was made private, got "
+                "others. Call make_private again after a change of parameter groups."
+            )
         if self._left:
             written = self._left.get(id(optimizer))
             if written is None:
@@ -146,11 +165,6 @@ class HookedOptimizers:
             for each in written:
                 each.refuse_changed()
         else:
-            if [*map(id, self._optimizers.parameters)] != self._updated:
-                raise ValueError(
-                    "optimizer: expected the parameters that it had when it was made private, got "
-                    "others. Call make_private again after a change of parameter groups."
-                )
             self._calls.begin()
             if len(self._hooks) > 1:
                 self._left = {id(o): _written_of(o) for o in self._optimizers.each}
@@ -290,10 +304,22 @@ def _refuse_unknown_past(optimizer: Optimizer) -> None:
     is_own = isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks")
     advice = "Make it private before another library wraps it."
     require(is_own, "optimizer", name, "an optimizer of torch's own kind", advice)
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    is_needed = closure is not None and closure.default is inspect.Parameter.empty
+    advice = "It computes gradients, which get no noise."
+    require(not is_needed, "optimizer", name, "one that steps without a closure", advice)
     if hasattr(optimizer, _OWNER):
         return
     has_stepped = any(int(state.get("step", 1)) != 0 for state in optimizer.state.values())
     require(not has_stepped, "optimizer", name, "one without a past step")
+
+
+def _refuse_unsharded_kinds(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that fail in a step over sharded parameters, after the noise was drawn."""
+    for optimizer in optimizers:
+        name, advice = type(optimizer).__name__, "Take AdamW or SGD, or train on one rank."
+        allowed = "one that updates sharded parameters"
+        require(name not in _NEEDS_WHOLE_PARAMETERS, "optimizer", name, allowed, advice)
 
 
 def _refuse_scaler(optimizer: Optimizer, kwargs: Any) -> None:
