@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from dpsgd_track.config import FLAT, require
 from dpsgd_track.distributed.ranks import sum_over_ranks, world_size
@@ -126,6 +128,24 @@ class PrivateTrainer(Trainer):
         # Losses are by sample, or a model's own mean: none is a sum over the ranks' tokens.
         self.model_accepts_loss_kwargs = False
         _take_models_as_they_are(self.accelerator)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train, or go on from a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint was not written to its end.
+        """
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if isinstance(checkpoint, str) and Path(checkpoint).is_dir():
+            is_whole = (Path(checkpoint) / TRAINER_STATE_NAME).is_file()
+            allowed = f"a whole checkpoint, which has a {TRAINER_STATE_NAME}"
+            advice = "Its writing was interrupted: delete it, and go on from the one before."
+            require(is_whole, "resume_from_checkpoint", checkpoint, allowed, advice)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, and make it private."""
@@ -280,7 +300,18 @@ class PrivateTrainer(Trainer):
         hook = private.mode.optimizer.register_load_state_dict_pre_hook(sharded_state)
         super()._load_optimizer_and_scheduler(checkpoint)
         hook.remove()
-        private.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        private.load_state_dict(_spent(path))
+
+
+def _spent(path: Path) -> dict[str, Any]:
+    """What a checkpoint tells that was spent."""
+    try:
+        spent: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: expected what was spent, as JSON, got {error}. Go on from another checkpoint."
+        ) from error
+    return spent
 
 
 class _Steps:
@@ -304,6 +335,7 @@ class _Steps:
         loader = trainer.private.loader(
             self.dataset,
             physical_batch_size=trainer._micro_batch_size,
+            num_steps=len(self),
             collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator),
             generator=generator,
             num_workers=trainer.args.dataloader_num_workers,

@@ -238,7 +238,7 @@ def shard_state(
     # A parameter with several names may be in the state by any of them.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if prefix + name in state:
-            state[prefix + name] = _placed(state[prefix + name], parameter)
+            state[prefix + name] = placed_whole(state[prefix + name], parameter)
 
 
 def sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -251,13 +251,13 @@ def sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     by_number = {
-        number: {name: _placed(value, parameters[number]) for name, value in values.items()}
+        number: {name: placed_whole(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     return state | {"state": by_number}
 
 
-def _placed(value: Any, like: Tensor) -> Any:
+def placed_whole(value: Any, like: Tensor) -> Any:
     """A whole tensor as shards, where a parameter of its shape has them; anything else as it is."""
     is_whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
     if not (is_whole and isinstance(like, DTensor) and value.shape == like.shape):

@@ -13,7 +13,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dpsgd_track.config import require
-from dpsgd_track.distributed.sharding import reshard, trainable_parameters
+from dpsgd_track.distributed.sharding import (
+    fsdp_units,
+    placed_whole,
+    reshard,
+    trainable_parameters,
+)
 
 _OWNER = "_dpsgd_track_private"
 """Attribute of an optimizer that holds the training that uses it."""
@@ -22,8 +27,8 @@ _TAKES_SCALER = "_step_supports_amp_scaling"
 _SCALING = ("grad_scale", "found_inf")
 """Attributes that such an optimizer is given by a GradScaler for the time of a step."""
 
-_NEEDS_WHOLE_PARAMETERS = ("Adafactor",)
-"""Classes, torch's and transformers', that take means over rows and columns of plain tensors."""
+_NEEDS_WHOLE_PARAMETERS = ("Adafactor", "Rprop")
+"""Classes, torch's and transformers', whose step fails on a DTensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +96,14 @@ class Optimizers:
         named = dict(self._model.named_parameters())
         if any(isinstance(parameter, DTensor) for parameter in named.values()):
             _refuse_unsharded_kinds(self.each)
-        groups = chain.from_iterable(optimizer.param_groups for optimizer in self.each)
-        for group, names in zip(groups, self._names, strict=True):
-            group["params"] = [named[name] for name in names]
+        groups = [(optimizer, group) for optimizer in self.each for group in optimizer.param_groups]
+        for (optimizer, group), names in zip(groups, self._names, strict=True):
+            replaced, group["params"] = group["params"], [named[name] for name in names]
+            for old, new in zip(replaced, group["params"], strict=True):
+                # Some, such as Adagrad, have a state before their first step.
+                if old is not new and old in optimizer.state:
+                    state = optimizer.state.pop(old)
+                    optimizer.state[new] = {k: placed_whole(v, new) for k, v in state.items()}
         return self.each[0] if len(self.each) == 1 else _AllOf(self.each)
 
     def _names_by_group(self) -> list[list[str]]:
@@ -105,7 +115,9 @@ class Optimizers:
             for group in optimizer.param_groups
         ]
         updated = [*chain.from_iterable(names)]
-        require("" not in updated, "optimizer", self.kinds, "the model's parameters")
+        is_sharded = bool(fsdp_units(self._model))
+        advice = "Create it before the model's first forward." if is_sharded else ""
+        require("" not in updated, "optimizer", self.kinds, "the model's parameters", advice)
         missing = trainable_parameters(self._model).keys() - {*updated}
         allowed = f"all trainable parameters; it lacks {', '.join(sorted(missing))}"
         require(not missing, "optimizer", self.kinds, allowed, "Add them, or freeze them.")
