@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 import dpsgd_track
 from dpsgd_track.privacy.adaptive import AdaptiveClipping
@@ -131,6 +131,49 @@ def test_an_optimizer_that_fails_leaves_the_step_to_be_dropped(model: nn.Module)
         optimizer.step()
     # The noise of the step that failed was drawn: it counts.
     assert private.num_steps == 2
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_before_any_noise(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="'LBFGS': expected one that steps without a closure"):
+        dpsgd_track.make_private(model, LBFGS(model.parameters()), **SETTINGS)
+
+
+def test_parameters_added_between_two_steps_are_refused(model: nn.Module) -> None:
+    adam, sgd = two_of(model)
+    private = dpsgd_track.make_private(model, [adam, sgd], **SETTINGS)
+    private.backward(*data())
+    adam.step()
+    added = nn.Parameter(torch.zeros(2))
+    added.grad = torch.ones(2)
+    sgd.add_param_group({"params": [added]})
+    with pytest.raises(ValueError, match="expected the parameters that it had"):
+        sgd.step()
+    assert not added.any()
+
+
+def test_a_refused_make_private_leaves_the_earlier_training_in_use(model: nn.Module) -> None:
+    pair = two_of(model)
+    private = dpsgd_track.make_private(model, pair, **SETTINGS)
+    for _ in range(2):
+        private.backward(*data())
+        for optimizer in pair:
+            optimizer.step()
+        with pytest.raises(ValueError, match="expected one optimizer"):
+            dpsgd_track.make_private(model, pair, mode="opacus:hooks", **SETTINGS)
+    assert private.num_steps == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*private steps were taken")
+def test_made_private_again_within_a_step_the_rest_of_it_is_left_out(model: nn.Module) -> None:
+    pair = two_of(model)
+    private = dpsgd_track.make_private(model, pair, **SETTINGS)
+    private.backward(*data())
+    pair[0].step()
+    again = dpsgd_track.make_private(model, pair, **SETTINGS)
+    again.backward(*data())
+    for optimizer in pair:
+        optimizer.step()
+    assert again.num_steps == 2
 
 
 def test_parameters_in_two_optimizers_or_in_none_are_refused(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 
 import dpsgd_track
@@ -32,6 +33,7 @@ from tests.support.torchrun_trainer import (
     SIGMA,
     C,
     Sentences,
+    T,
     fresh,
     of_ranks,
     trainer_of,
@@ -125,6 +127,8 @@ def test_several_ranks_train_as_one(tmp_path: Path, rank_host: ForkedRanks, num_
     assert all(other["eval_loss"] == found["eval_loss"] for other in others)
 
     assert found["steps_of_two"] == 12
+    assert found["steps_on_one_model"] == 2
+    assert "'Adafactor': expected one that updates sharded parameters" in found["refusal"]
     assert found["chosen"].endswith("checkpoint-3"), "the one with the larger loss"
     of_best = load_file(tmp_path / "kept" / "model.safetensors")
     chosen = load_file(tmp_path / "chosen" / "model.safetensors")
@@ -220,6 +224,8 @@ class NoLoss(nn.Module):
         (None, {"max_grad_norm": 0.0}, "max_grad_norm=0.0: expected a number > 0"),
         (None, {"fp16": True}, "fp16=True: expected False. Take bf16"),
         (None, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: expected 0"),
+        (None, {"torch_compile": True}, "torch_compile=True: expected False. The hooks"),
+        (None, {"auto_find_batch_size": True}, "auto_find_batch_size=True: expected False"),
         (NoLoss(), {}, "or a function, for NoLoss"),
     ],
 )
@@ -228,6 +234,92 @@ def test_what_does_not_fit_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         trainer_of(model or fresh(), tmp_path, **changes)
+
+
+class Endless(IterableDataset[dict[str, Tensor]]):
+    """A stream that tells a length."""
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(Sentences())  # type: ignore[call-overload, no-any-return]
+
+
+class OfSeveralLabels(Sentences):
+    """Each sample has a number for each class."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return super().__getitem__(index) | {"labels": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (Endless(), "train_dataset='Endless': expected a data set with a length and a sample"),
+        (Subset(Sentences(), range(7)), "train_dataset=7: expected at least the 8 samples"),
+        (OfSeveralLabels(), "labels='torch.float32': expected numbers of classes. Give `loss`"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(samples: Any, words: str, tmp_path: Path) -> None:
+    trainer = trainer_of(fresh(), tmp_path, train_dataset=samples)
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+
+
+def test_the_loss_is_that_of_the_models_kind_of_problem(tmp_path: Path) -> None:
+    model: Any = fresh()
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="problem_type='multi_label_classification': expected"):
+        trainer_of(model, tmp_path)
+    model.config.problem_type = "regression"
+    samples = OfSeveralLabels()
+    trainer = trainer_of(model, tmp_path, train_dataset=samples, max_steps=1, logging_steps=1)
+    wanted = trainer.evaluate(samples)["eval_loss"]
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == pytest.approx(wanted, rel=0.2)
+
+
+def test_a_search_whose_best_trial_is_taken_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The best of several spends more"):
+        trainer_of(fresh(), tmp_path).hyperparameter_search()
+
+
+def test_tokens_are_counted_in_every_micro_batch(tmp_path: Path) -> None:
+    trainer = trainer_of(fresh(), tmp_path, max_steps=2, include_num_input_tokens_seen="all")
+    sizes = []
+    add = trainer._add
+    trainer._add = lambda *args: sizes.append(len(add(*args))) or torch.zeros(0)  # type: ignore
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == sum(sizes) * T > 0
+
+
+def test_an_epoch_has_the_steps_that_are_planned(tmp_path: Path) -> None:
+    # 99 / 2 is rounded up, and 1 / (2 / 99) down.
+    samples = Subset(Sentences(), [*range(33)] * 3)
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    settings = {"num_train_epochs": 1, "max_steps": -1, "logging_steps": 50, **sizes}
+    trainer = trainer_of(fresh(), tmp_path, train_dataset=samples, **settings)
+    assert trainer.train().global_step == trainer.state.max_steps == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("trainer_state.json", None, "expected a whole checkpoint, which has a trainer_state.json"),
+        (PRIVACY_FILE, '{"kind": "dp', "privacy.json: expected what was spent, as JSON"),
+    ],
+)
+def test_an_interrupted_checkpoint_is_refused(
+    whole: PrivateTrainer, tmp_path: Path, name: str, text: str | None, words: str
+) -> None:
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-3", checkpoint)
+    (checkpoint / name).unlink()
+    if text is not None:
+        (checkpoint / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        trainer_of(fresh(0.1), tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_a_loss_of_the_trainers_own_kind_is_refused(tmp_path: Path) -> None:

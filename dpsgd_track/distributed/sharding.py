@@ -224,7 +224,8 @@ def whole(tree: Any, *, is_kept: bool) -> Any:
         if not isinstance(tensor, DTensor):
             return tensor
         if id(tensor) not in results:
-            full = tensor.detach().full_tensor()
+            with torch.no_grad():
+                full = tensor.full_tensor()
             results[id(tensor)] = full.cpu() if is_kept else full.new_empty(0)
         return results[id(tensor)]
 

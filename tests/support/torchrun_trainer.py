@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from dpsgd_track import PrivacyArguments, PrivateTrainer
-from tests.support.model_zoo import small_bert
+from dpsgd_track.privacy.loss import classification_loss
+from tests.support.model_zoo import build, small_bert
 
 NUM_SAMPLES, T, V = 40, 6, 20
 MICRO, ACCUMULATED = 4, 2
@@ -47,9 +49,14 @@ def fresh(dropout: float = 0.0) -> nn.Module:
 
 
 def trainer_of(
-    model: Any, folder: Path, privacy: dict[str, Any] | None = None, **changes: Any
+    model: Any,
+    folder: Path,
+    privacy: dict[str, Any] | None = None,
+    train_dataset: Any = None,
+    loss: Any = None,
+    **changes: Any,
 ) -> PrivateTrainer:
-    """A private trainer of the model on `Sentences`."""
+    """A private trainer of the model, on `Sentences` if nothing else is given."""
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": MICRO,
@@ -67,8 +74,9 @@ def trainer_of(
     return PrivateTrainer(
         model,
         TrainingArguments(**(settings | changes)),
-        train_dataset=Sentences(),
+        train_dataset=Sentences() if train_dataset is None else train_dataset,
         eval_dataset=Sentences(),
+        loss=loss,
         privacy=PrivacyArguments(**chosen),
     )
 
@@ -86,6 +94,40 @@ def of_ranks(folder: Path, num_ranks: int, **changes: Any) -> PrivateTrainer:
         gradient_checkpointing=True,
         **changes,
     )
+
+
+def last_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss of the label as the token after the last one, [B]."""
+    return classification_loss(logits[:, -1], labels)
+
+
+def refusal_of(optim: str, folder: Path) -> str:
+    """The sentence by which an optimizer is refused; empty if it is not."""
+    try:
+        trainer_of(fresh(), folder, optim=optim, max_steps=1).train()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def steps_on_one_model(folder: Path) -> int:
+    """Steps of two trainings of a sharded model with tied weights, evaluated and loaded between.
+
+    Its optimizer has a state before its first step, which a checkpoint holds.
+    """
+    model = build("tied-gpt2")
+    settings: dict[str, Any] = {"loss": last_token_loss, "max_steps": 1, "optim": "adagrad"}
+    first = trainer_of(model, folder, save_strategy="steps", save_steps=1, **settings)
+    first.train()
+    saved = load_file(folder / "checkpoint-1" / "model.safetensors")
+    assert "lm_head.weight" not in saved, "a tied weight is saved once"
+    model.load_state_dict(saved | {"lm_head.weight": saved["transformer.wte.weight"]})
+    with torch.no_grad():
+        model(Sentences().ids[:2])
+    second = trainer_of(model, folder, **settings)
+    second.train()
+    assert second.private is not None
+    return second.private.num_steps
 
 
 def main(output: str) -> None:
@@ -122,6 +164,8 @@ def main(output: str) -> None:
         "is_resumed_as_whole": all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs),  # type: ignore[attr-defined]
         "chosen": chosen,
         "steps_of_two": best.private.num_steps,
+        "steps_on_one_model": steps_on_one_model(folder / "tied"),
+        "refusal": refusal_of("adafactor", folder),
         "classes": [type(p).__name__ for p in trainer.model.parameters()],
     }
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
