@@ -330,6 +330,9 @@ class _Steps:
     def __iter__(self) -> Iterator[list[Inputs]]:
         trainer = self.trainer
         assert trainer.private is not None
+        if trainer.state.global_step >= trainer.state.max_steps:
+            # Resumed from its end: the Trainer would take, and spend, one step more.
+            return
         # A generator of its own: the global one goes on from where a checkpoint has left it.
         generator = torch.Generator().manual_seed(trainer.args.seed + trainer.state.global_step)
         loader = trainer.private.loader(

@@ -138,6 +138,12 @@ def test_an_optimizer_that_needs_a_closure_is_refused_before_any_noise(model: nn
         dpsgd_track.make_private(model, LBFGS(model.parameters()), **SETTINGS)
 
 
+def test_a_model_without_a_trainable_parameter_is_refused(model: nn.Module) -> None:
+    optimizer = SGD(model.requires_grad_(False).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="'Sequential': expected a trainable parameter, got all"):
+        dpsgd_track.make_private(model, optimizer, **SETTINGS)
+
+
 def test_parameters_added_between_two_steps_are_refused(model: nn.Module) -> None:
     adam, sgd = two_of(model)
     private = dpsgd_track.make_private(model, [adam, sgd], **SETTINGS)

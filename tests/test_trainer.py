@@ -280,6 +280,16 @@ def test_the_loss_is_that_of_the_models_kind_of_problem(tmp_path: Path) -> None:
     assert trainer.state.log_history[-2]["loss"] == pytest.approx(wanted, rel=0.2)
 
 
+def test_a_training_resumed_from_its_end_takes_no_step(
+    whole: PrivateTrainer, tmp_path: Path
+) -> None:
+    resumed = trainer_of(fresh(0.1), tmp_path)
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-6"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.private is not None
+    assert resumed.private.num_steps == 6
+
+
 def test_a_search_whose_best_trial_is_taken_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="The best of several spends more"):
         trainer_of(fresh(), tmp_path).hyperparameter_search()

@@ -118,7 +118,9 @@ class Optimizers:
         is_sharded = bool(fsdp_units(self._model))
         advice = "Create it before the model's first forward." if is_sharded else ""
         require("" not in updated, "optimizer", self.kinds, "the model's parameters", advice)
-        missing = trainable_parameters(self._model).keys() - {*updated}
+        trained, kind = trainable_parameters(self._model), type(self._model).__name__
+        require(bool(trained), "model", kind, "a trainable parameter, got all of them frozen")
+        missing = trained.keys() - {*updated}
         allowed = f"all trainable parameters; it lacks {', '.join(sorted(missing))}"
         require(not missing, "optimizer", self.kinds, allowed, "Add them, or freeze them.")
         twice = sorted({name for name in updated if updated.count(name) > 1})
