@@ -61,8 +61,8 @@ class Optimizers:
             optimizers: one or several, plain or wrapped by Accelerate.
 
         Raises:
-            ValueError: one is of another kind, has stepped without noise, or has others than the
-                model's parameters; or a parameter is in none of them, or in two.
+            ValueError: one is of another kind, needs a closure, has stepped without noise, or has
+                others than the model's parameters; or a parameter is in none of them, or in two.
         """
         reshard(model)
         given = [*optimizers] if isinstance(optimizers, Sequence) else [optimizers]
