@@ -81,7 +81,13 @@ def _heats(comparison: GroupComparison, regime: RegimeComparison, num_bins: int)
         for mode in modes
         if (held := regime.base_of(mode, base))
     )
-    return [each for each in heats if each]
+    # What is over its limit is looked for first.
+    return sorted((each for each in heats if each), key=lambda each: -max(1.0, _worst(each)))
+
+
+def _worst(of: Heat) -> float:
+    """The largest value; infinite where one is not a number in the record."""
+    return float(np.nanmax(of.values, initial=0.0))
 
 
 def as_bytes(values: Floats) -> str:
