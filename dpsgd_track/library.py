@@ -492,9 +492,12 @@ class PrivateTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the run that saved `state`: its steps count, and no noise is drawn twice.
 
+        With a `target_epsilon` and more steps than that run had planned, sigma becomes what keeps
+        to the target.
+
         Raises:
-            ValueError: it is not such a state, steps were taken already, or it has fewer steps than
-                the model has taken.
+            ValueError: it is not such a state, steps were taken already, it has fewer steps than
+                the model has taken, or no noise keeps to the target.
         """
         require(
             self._num_own_steps == 0,
@@ -517,9 +520,11 @@ class PrivateTraining:
         )
         if self._budget is not None:
             assert self._sample_rate is not None
-            self._budget.refuse_beyond(
-                loaded.history, self._privacy.noise_multiplier, self._sample_rate
+            # Of a training that is longer now, the steps before were planned with less noise.
+            sigma = self._budget.noise_within(
+                loaded.history, privacy.noise_multiplier, self._sample_rate
             )
+            privacy = replace(privacy, noise_multiplier=sigma)
         self._set_privacy(privacy)
         self._note(loaded)
 

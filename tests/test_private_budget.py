@@ -147,11 +147,24 @@ def test_a_resumed_training_keeps_its_noise_and_its_target() -> None:
     assert resumed.noise_multiplier == whole.noise_multiplier
     _step(resumed, optimizer, 12)
     assert 1.999 < resumed.epsilon(DELTA) <= 2.0
-    # With less noise before, the target would be exceeded.
+    # With less noise before, no noise would do.
     loud, optimizer = _made(noise_multiplier=0.5, sample_rate=0.1)
     _step(loud, optimizer, 8)
-    with pytest.raises(ValueError, match="expected enough for an epsilon of 2, got"):
-        _made(**TARGET)[0].load_state_dict(loud.state_dict())
+    after, _ = _made(**TARGET)
+    with pytest.raises(ValueError, match=r"expected at least .* 8 steps were taken already"):
+        after.load_state_dict(loud.state_dict())
+    assert after.num_steps == 0
+
+
+def test_a_training_that_is_longer_once_resumed_keeps_its_target_by_more_noise() -> None:
+    short, optimizer = _made(**TARGET)
+    _step(short, optimizer, 8)
+    longer, optimizer = _made(**(TARGET | {"num_steps": 40}))
+    planned = longer.noise_multiplier
+    longer.load_state_dict(short.state_dict())
+    assert longer.noise_multiplier > planned > short.noise_multiplier
+    _step(longer, optimizer, 32)
+    assert 1.999 < longer.epsilon(DELTA) <= 2.0
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -74,6 +74,18 @@ class Budget:
         self.epsilon(history, too_little, sample_rate)
         return enough
 
+    def noise_within(self, history: _Stages, noise_multiplier: float, sample_rate: float) -> float:
+        """`noise_multiplier` if it keeps to the budget; the least that does if it is too little.
+
+        Raises:
+            ValueError: as `noise_multiplier`.
+        """
+        history = tuple(history)
+        has_left = PrivacyLedger(history).num_steps < self.num_steps
+        if not has_left or self._suffices(history, noise_multiplier, sample_rate):
+            return noise_multiplier
+        return self.noise_multiplier(history, sample_rate)
+
     def refuse_beyond(self, history: _Stages, noise_multiplier: float, sample_rate: float) -> None:
         """Raise if the steps that are left would exceed the budget with this noise."""
         epsilon = self.epsilon(history, noise_multiplier, sample_rate)
