@@ -121,7 +121,7 @@ def _repeated(samples: Samples) -> tuple[str, Place] | None:
     else:
         each = f"every {max(lags)} elements" if len(lags) == 1 else "at some distance"
         said = f"its noise repeats {each}, as if one row were drawn for all,"
-    return f"{said} {_in(samples, places)}".replace(",,", ","), _place(samples, places)
+    return f"{said} {_in(samples, places)}", _place(samples, places)
 
 
 _HALF = 0
