@@ -304,7 +304,7 @@ class PrivateTrainer(Trainer):
 
 
 def _spent(path: Path) -> dict[str, Any]:
-    """What a checkpoint tells that was spent."""
+    """The steps that were spent before, from the file of a checkpoint."""
     try:
         spent: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -196,6 +196,9 @@ def test_each_fault_fails_its_check_and_no_other(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(FAULTS) - {"Laplace", "Student", "an outlier"}))
 def test_the_check_that_alone_sees_it_leads_the_sentence(name: str) -> None:
     fault, _, sentence = FAULTS[name]
+    if name == "blocks":
+        # Of the shards whose elements are all recorded the form is known.
+        sentence = "repeats every 128 elements, as if one row were drawn for all, in model.layers"
     told = sentences(noisy(added(in_float32, 1.0, fault, one_sign=False), sizes=LARGE))
     assert sentence in told[0]
     assert len(told) == 1

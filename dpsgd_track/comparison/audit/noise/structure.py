@@ -21,6 +21,9 @@ from dpsgd_track.record.trajectory import Floats
 STRUCTURE = "structure"
 _CLOSE = 4 * FINE
 """Elements that differ by less, in units of sigma C, are taken for equal."""
+_EXACT, _FEW_COPIES = 2.0**-20, 3
+"""Distance below which two of 256 normal numbers are in one of a hundred steps, and how many pairs
+of a step are no sign of copies."""
 _LEADING = 128
 """This many kept elements of a large shard are its first ones."""
 _FEWEST = 16
@@ -105,6 +108,7 @@ def _zeros_at_the_end(samples: Samples) -> tuple[str, Place] | None:
 
 def _repeated(samples: Samples) -> tuple[str, Place] | None:
     """Noise that was drawn for a part of a parameter, and repeated."""
+    W = samples.held.shape[0]
     found = {
         name: lag
         for p, name in enumerate(samples.parameters)
@@ -112,6 +116,12 @@ def _repeated(samples: Samples) -> tuple[str, Place] | None:
     }
     if not found:
         return None
+    # Of large shards longer distances are not known.
+    more = [
+        name
+        for p, name in enumerate(samples.parameters)
+        if name not in found and any(_has_copies(samples.noise[:, w, p]) for w in range(W))
+    ]
     lags, places = {*found.values()}, [*found]
     if lags == {_HALF}:
         said = "the second half of its noise repeats the first"
@@ -121,7 +131,10 @@ def _repeated(samples: Samples) -> tuple[str, Place] | None:
     else:
         each = f"every {max(lags)} elements" if len(lags) == 1 else "at some distance"
         said = f"its noise repeats {each}, as if one row were drawn for all,"
-    return f"{said} {_in(samples, places)}", _place(samples, places)
+    said = f"{said} {_in(samples, places)}"
+    if more:
+        said += f"; copies at distances that are not known are in {len(more)} more"
+    return said, _place(samples, places + more)
 
 
 _HALF = 0
@@ -164,6 +177,12 @@ def _length_of_runs(rows: Floats) -> int:
     length = int(is_change[0])
     expected = np.arange(length, rows.shape[-1], length)
     return length if np.array_equal(is_change, expected) else 1
+
+
+def _has_copies(rows: Floats) -> bool:
+    """True if more elements of a step are equal than chance makes, [S, M]."""
+    gaps = np.diff(np.sort(np.where(rows == 0, np.nan, rows), axis=-1), axis=-1)
+    return bool(((gaps <= _EXACT).sum(axis=-1) > _FEW_COPIES).any())
 
 
 def _are_equal(some: Floats, others: Floats) -> bool:
