@@ -231,6 +231,12 @@ def test_a_fault_is_named(name: str) -> None:
     assert len(found) <= 2, "one fault, not a list of its consequences"
 
 
+def test_noise_in_few_elements_is_not_taken_for_few_values() -> None:
+    found = sentences(noisy(lambda z, rng: z * (np.arange(z.shape[2]) == 8)[:, None]))
+    assert any("is zero where its std should be sigma C" in sentence for sentence in found)
+    assert not any("different values" in sentence for sentence in found)
+
+
 def test_what_follows_from_a_fault_is_not_told_beside_it() -> None:
     alone = [name for name, (fault, _) in FAULTS.items() if len(sentences(noisy(fault))) == 1]
     # These two or three show in more than one way.

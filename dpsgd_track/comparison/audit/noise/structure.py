@@ -66,15 +66,13 @@ def _few_values(samples: Samples) -> tuple[str, Place] | None:
     if samples.resolution > FINE:
         return None
     flat = samples.noise[:, samples.held]
-    values = np.unique(np.rint(flat[flat != 0] / _CLOSE))
+    flat = flat[flat != 0]
+    values = np.unique(np.rint(flat / _CLOSE))
     # A value that lies between two bins falls into both.
     num = int((np.diff(values, prepend=-np.inf) > 1).sum())
     if not 1 < num <= min(_MOST_VALUES, _VALUES_SHARE * flat.size):
         return None
-    return (
-        f"its noise takes {num} different values only, where {flat.size:,} were looked at",
-        Place(),
-    )
+    return f"its noise takes {num} different values only, in {flat.size:,} elements", Place()
 
 
 def _zeros_at_the_end(samples: Samples) -> tuple[str, Place] | None:
