@@ -111,6 +111,17 @@ def clipped_sums(
     return sums
 
 
+def _settings(example: ModuleType) -> dict[str, Any]:
+    """Settings of an example's training, by the names of `Training`."""
+    return {
+        "batch_size": example.BATCH_SIZE,
+        "num_steps": example.NUM_STEPS,
+        "epsilon": example.TARGET_EPSILON,
+        "delta": example.DELTA,
+        "max_grad_norm": example.C,
+    }
+
+
 def of_images(example: ModuleType) -> Training:
     trained, tested = example.digits()
     model = example.network()
@@ -119,11 +130,7 @@ def of_images(example: ModuleType) -> Training:
         model=model,
         optimizer=example.optimizer_of(model),
         num_samples=len(trained),
-        batch_size=example.BATCH_SIZE,
-        num_steps=example.NUM_STEPS,
-        epsilon=example.TARGET_EPSILON,
-        delta=example.DELTA,
-        max_grad_norm=example.C,
+        **_settings(example),
         loss_of=lambda i: example.losses(model(x[i : i + 1]), y[i : i + 1])[0],
         metric=lambda: 100 * example.accuracy_of(model, tested),
     )
@@ -136,11 +143,7 @@ def of_lora(example: ModuleType) -> Training:
         model=model,
         optimizer=example.optimizer_of(model),
         num_samples=len(trained),
-        batch_size=example.BATCH_SIZE,
-        num_steps=example.NUM_STEPS,
-        epsilon=example.TARGET_EPSILON,
-        delta=example.DELTA,
-        max_grad_norm=example.C,
+        **_settings(example),
         loss_of=lambda i: example.losses(model, trained[i : i + 1])[0],
         metric=lambda: example.perplexity(model, tested),
     )

@@ -284,8 +284,10 @@ class PrivateTrainer(Trainer):
         optimizer = private.mode.optimizer
         state = whole(optimizer.state_dict(), is_kept=is_writer)
         hook = optimizer.register_state_dict_post_hook(lambda optimizer, sharded: state)
-        super()._save_optimizer_and_scheduler(output_dir)
-        hook.remove()
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            hook.remove()
         if is_writer:
             text = json.dumps(private.state_dict())
             (Path(output_dir) / PRIVACY_FILE).write_text(text, encoding="utf-8")
@@ -298,8 +300,10 @@ class PrivateTrainer(Trainer):
         require(path.is_file(), "resume_from_checkpoint", checkpoint, f"a {PRIVACY_FILE}", advice)
         assert private is not None
         hook = private.mode.optimizer.register_load_state_dict_pre_hook(sharded_state)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        hook.remove()
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            hook.remove()
         private.load_state_dict(_spent(path))
 
 

@@ -25,7 +25,7 @@ class Example:
 
     name: str
     outcome: str
-    """Of the line that tells it."""
+    """First word of the line that tells it."""
     expected: tuple[float, float]
     """Lowest and highest outcome."""
     target_epsilon: float

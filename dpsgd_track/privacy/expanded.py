@@ -38,8 +38,8 @@ _Copies = dict[str, Tensor]
 """[B, *parameter] by the parameter's name in the module."""
 
 Kind = tuple[tuple[int, bool] | None, ...]
-"""Of each tensor argument of a call: its number of dimensions, and whether it holds a row for each
-sample that all samples share; None for other arguments."""
+"""For each argument of a call, (number of dimensions, True if it is shared and holds a row for each
+sample) of a tensor, and None for anything else."""
 
 
 SPREAD = -1

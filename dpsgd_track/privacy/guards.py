@@ -104,7 +104,7 @@ class ModelGuard:
         parameters = (("", name, parameter) for name, parameter, _ in self._parameters)
         buffers = ((fqn, name, own[name]) for fqn, own in self._buffers for name in own)
         return {
-            (fqn, name): (tensor, _version(tensor))
+            (fqn, name): (tensor, version_of(tensor))
             for fqn, name, tensor in chain(parameters, buffers)
         }
 
@@ -131,7 +131,7 @@ class GradientGuard:
             for parameter in self._parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        self._seen = [(p.grad, _version(p.grad)) for p in self._parameters]
+        self._seen = [(p.grad, version_of(p.grad)) for p in self._parameters]
 
     def check(self) -> None:
         """Refuse gradients that have changed since they were noted.
@@ -140,7 +140,7 @@ class GradientGuard:
             RuntimeError: other code has cleared a gradient, or added to it.
         """
         for parameter, (gradient, version) in zip(self._parameters, self._seen, strict=False):
-            if parameter.grad is gradient and _version(gradient) == version:
+            if parameter.grad is gradient and version_of(gradient) == version:
                 continue
             was_cleared = parameter.grad is None or not bool(as_local(parameter.grad).any())
             what = (
@@ -164,7 +164,8 @@ def _differ(before: tuple[Tensor | None, int], now: tuple[Tensor | None, int]) -
     return before[0] is not now[0] or before[1] != now[1]
 
 
-def _version(tensor: Tensor | None) -> int:
+def version_of(tensor: Tensor | None) -> int:
+    """Number of changes in place of a tensor so far; 0 of none."""
     return 0 if tensor is None else tensor._version
 
 

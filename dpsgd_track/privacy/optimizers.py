@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -19,6 +19,7 @@ from dpsgd_track.distributed.sharding import (
     reshard,
     trainable_parameters,
 )
+from dpsgd_track.privacy.guards import version_of
 
 _OWNER = "_dpsgd_track_private"
 """Attribute of an optimizer that holds the training that uses it."""
@@ -257,7 +258,7 @@ class _Written:
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self._parameter, self._gradient = parameter, parameter.grad
-        self._version = _version(parameter.grad)
+        self._version = version_of(parameter.grad)
 
     def refuse_changed(self) -> None:
         """
@@ -265,7 +266,7 @@ class _Written:
             RuntimeError: other code has changed the gradient since.
         """
         now = self._parameter.grad
-        if now is not self._gradient or _version(now) != self._version:
+        if now is not self._gradient or version_of(now) != self._version:
             raise RuntimeError(
                 ".grad: expected the noisy gradient that the step of another optimizer has made, "
                 "got another. Step all optimizers one after the other."
@@ -300,10 +301,6 @@ def close_earlier(optimizers: Optimizers) -> None:
 
 def _written_of(optimizer: Optimizer) -> list[_Written]:
     return [_Written(p) for group in optimizer.param_groups for p in group["params"]]
-
-
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor._version
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:

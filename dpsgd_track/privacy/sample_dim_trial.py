@@ -115,7 +115,7 @@ class Observer(ReplacedForward):
         self.captured, self.num_samples = captured, num_samples
         self.dims: list[SampleDim] = []
         self.num_dims: list[int] = []
-        """Of the first tensor of each call; -1 without one."""
+        """Number of dimensions of the first tensor of each call; -1 without one."""
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output."""

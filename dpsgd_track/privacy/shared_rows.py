@@ -65,9 +65,9 @@ class Action:
 
     kind: str
     dims: Mapping[_Place, int] = field(default_factory=dict)
-    """Of a pair: the samples' dimension in each argument that is taken sample by sample."""
+    """Dimension of the samples in each argument that a pair takes sample by sample."""
     output_dim: int = 0
-    """Of a pair at another dimension: that of the samples in what it returns."""
+    """Dimension of the samples in what a pair at another dimension returns."""
 
 
 class Course:

@@ -23,7 +23,7 @@ class _Panel:
     """One of the curves, drawn below the one before over the same steps."""
 
     metric: str
-    """Of `StepMetrics`."""
+    """Attribute of `StepMetrics` that is drawn."""
     title: str
     colour: str
     hover: str

@@ -372,9 +372,10 @@ def describe(wrong: Sequence[str], names: Sequence[str], kind: str = "parameters
         return f"all {len(names)} {kind}"
     if len(wrong) <= _SHOWN:
         return ", ".join(wrong)
-    if groups := _whole_groups(set(wrong), names):
+    are_wrong = set(wrong)
+    if groups := _whole_groups(are_wrong, names):
         return f"every {', '.join(groups)} ({len(wrong)})"
-    right = [name for name in names if name not in set(wrong)]
+    right = [name for name in names if name not in are_wrong]
     if len(right) <= _FEW_RIGHT:
         return f"{len(wrong)} of {len(names)} {kind} (all but {' and '.join(right)})"
     if len(wrong) > 0.5 * len(names):

@@ -37,7 +37,7 @@ class Layer:
     """True if these are the module's own parameters only, and modules inside it are layers of their
     own. Without a rule, a layer includes them otherwise."""
     strays: frozenset[str] = frozenset()
-    """Of a bare layer: names of parameters of modules inside it that it reads itself."""
+    """Names of parameters of modules inside a bare layer that it reads itself."""
 
 
 @dataclass(frozen=True)
