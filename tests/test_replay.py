@@ -266,10 +266,18 @@ def test_a_model_that_asks_the_gpu_is_refused() -> None:
     private = private_of(Scaled(reads=True).to(GPU), capture=True)
     for seed in range(replay.NUM_EAGER):
         step(private, seed)
+    torch.cuda.manual_seed(5)
+    wanted = torch.rand(3, device=GPU)
+    torch.cuda.manual_seed(5)
     with pytest.raises(ReplayError, match="cannot be recorded"):
         step(private, 9)
-    # The GPU is as it was.
+    # The GPU is as it was, and its generator draws, and can be recorded by others.
     assert float(torch.ones(3, device=GPU).sum()) == 3.0
+    torch.testing.assert_close(torch.rand(3, device=GPU), wanted, rtol=0, atol=0)
+    other = private_of(Scaled().to(GPU), capture=True)
+    for seed in range(replay.NUM_EAGER + 1):
+        step(other, seed)
+    assert num_replays(other) == 1
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,7 @@ class Replays:
             ):
                 record = engine.add(inputs)
         except RuntimeError as error:
+            self._end_failed_recording()
             raise ReplayError(
                 "capture=True: expected a step that the GPU runs without the host, got one that "
                 f"cannot be recorded: {str(error).splitlines()[0]} A model that reads values of "
@@ -182,6 +183,12 @@ class Replays:
         path = 0 if engine.capture is None else engine.capture.path
         _logger.info("recorded a CUDA graph for batches of %d samples", len(batch))
         return _Graph(cuda, inputs, record, dict(sums), path, tables, state)
+
+    def _end_failed_recording(self) -> None:
+        """Give the GPU's generator a state of its own again: a recording that fails leaves it in
+        one that no draw may use."""
+        generator = torch.cuda.default_generators[self._device.index]
+        generator.graphsafe_set_state(generator.clone_state())
 
     def _warm_up(self, batch: Batch) -> None:
         """Run a batch as it will be recorded, on a stream of its own, and drop what it adds."""
