@@ -65,7 +65,8 @@ def cases(device: torch.device, B: int, T: int, D: int, P: int, V: int) -> Itera
     size = 2.0 * 4 * B * D * P
     yield Case("norms of kept gradients", shape, lambda: norms_sq(kept), num_bytes=size)
     summed = size + 4.0 * 4 * D * P
-    yield Case("sums of kept gradients", shape, lambda: weighted_sums(kept, factor), 0, summed)
+    factors = [factor] * len(kept)
+    yield Case("sums of kept gradients", shape, lambda: weighted_sums(kept, factors), 0, summed)
     rows, tokens = random(B, T, D), torch.randint(0, V, (B, T), device=device)
     read = 2.0 * B * T * D
     yield Case("embedding norm", shape, lambda: embedding_norm_sq(tokens, rows), 0, read)

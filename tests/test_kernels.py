@@ -18,7 +18,7 @@ from dpsgd_track.kernels.flash_norm.reference import TILE_P, TILE_T, gram_form, 
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch
 from dpsgd_track.kernels.sketch.reference import BLOCK_ELEMENTS
 from dpsgd_track.kernels.weighted_sum import reference as sums
-from dpsgd_track.privacy.terms import Dense, Outer, Rows, clipped_sums_of
+from dpsgd_track.privacy.terms import Dense, Outer, Rows, Term, clipped_sums_of
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -119,15 +119,20 @@ def _rows(operands: list[Tensor], factor: Tensor) -> list[Tensor]:
 def _joined(operands: list[Tensor], factor: Tensor) -> list[Tensor]:
     tokens = torch.zeros(operands[2].shape[:2], dtype=torch.int64)
     terms = (Outer(operands[0], operands[1]), Rows(tokens, operands[2], operands[1].shape[2]))
-    return list(clipped_sums_of({"tied": terms, "dense": (Dense(operands[3]),)}, factor).values())
+    joined: dict[str, tuple[Term, ...]] = {"tied": terms, "dense": (Dense(operands[3]),)}
+    return list(clipped_sums_of(joined, dict.fromkeys(joined, factor)).values())
+
+
+def _weighted(operands: list[Tensor], factor: Tensor) -> list[Tensor]:
+    return sums.weighted_sums(operands, [factor] * len(operands))
 
 
 # Name: (shapes of the operands, what forms clipped sums of them).
 SUMS: dict[str, tuple[list[tuple[int, ...]], Sum]] = {
     "product, D < P": ([(17, 7), (17, 9)], lambda ops, c: [product.clipped_product(*ops, c)]),
     "product, D > P": ([(17, 9), (17, 7)], lambda ops, c: [product.clipped_product(*ops, c)]),
-    "kept gradients": ([(33, 5), (), (7,), (2, 3, 4)], sums.weighted_sums),
-    "turned gradients": ([(33, 5)], lambda ops, c: sums.weighted_sums([ops[0].mT], c)),
+    "kept gradients": ([(33, 5), (), (7,), (2, 3, 4)], _weighted),
+    "turned gradients": ([(33, 5)], lambda ops, c: _weighted([ops[0].mT], c)),
     "rows": ([(17, 6)], _rows),
     "joined terms": ([(17, 6), (17, 9), (4, 6), (3, 2)], _joined),
 }

@@ -23,6 +23,7 @@ from dpsgd_track.kernels.gaussian_noise import reference as noise_reference  # n
 from dpsgd_track.kernels.gaussian_noise import triton as noise  # noqa: E402
 from dpsgd_track.kernels.normalisation import reference as normalisation_reference  # noqa: E402
 from dpsgd_track.kernels.normalisation import triton as normalisation  # noqa: E402
+from dpsgd_track.kernels.position_sum import triton as position_sum  # noqa: E402
 from dpsgd_track.kernels.weighted_sum import reference as sum_reference  # noqa: E402
 from dpsgd_track.kernels.weighted_sum import triton as weighted_sum  # noqa: E402
 
@@ -149,7 +150,7 @@ def test_many_layers_in_one_launch_have_the_norms_of_each() -> None:
 
 def test_many_layers_in_one_launch_have_the_clipped_products_of_each() -> None:
     factor = torch.tensor([1.0, 3e-4, 0.7], device=DEVICE)
-    sums = product.clipped_products(layers(), factor)
+    sums = product.clipped_products(layers(), [factor] * len(layers()))
     for found, (x, dy) in zip(sums, layers(), strict=True):
         wanted = product_reference.clipped_product(x.double(), dy.double(), factor.double())
         assert found.shape == wanted.shape
@@ -191,7 +192,7 @@ def test_kept_gradients_have_the_norms_of_the_reference(grads: list[Tensor]) -> 
 
 def test_kept_gradients_are_weighed_and_laid_out_like_the_parameter(grads: list[Tensor]) -> None:
     factor = torch.tensor([0.3, 1.0, 2e-3], device=DEVICE)
-    found = weighted_sum.weighted_sums(grads, factor)
+    found = weighted_sum.weighted_sums(grads, [factor] * len(grads))
     for grad, total in zip(grads, found, strict=True):
         assert total.shape == grad.shape[1:]
         assert total.is_contiguous()
@@ -202,16 +203,60 @@ def test_kept_gradients_are_weighed_and_laid_out_like_the_parameter(grads: list[
 @pytest.mark.parametrize("is_centred", [False, True], ids=["rms_norm", "layer_norm"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 17, 33), (3, 16, 64)], ids=shape_id)
 def test_normalisation_layers_have_the_gradients_of_the_reference(
-    shape: tuple[int, int, int], is_centred: bool
+    shape: tuple[int, int, int], is_centred: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Off centre, or the mean would hardly matter.
     x, dy = random(*shape) + 1, random(*shape, seed=1)
-    found = normalisation.weight_and_bias_gradients(x, dy, 1e-5, is_centred=is_centred)
-    wanted = normalisation_reference.weight_and_bias_gradients(
+    wanted = normalisation_reference.weight_and_bias_parts(
         x.double(), dy.double(), 1e-5, is_centred=is_centred
     )
-    for part, exact in zip(found, wanted, strict=True):
-        torch.testing.assert_close(part.double(), exact, rtol=1e-5, atol=1e-5)
+    for least in (1, 5, normalisation.MIN_POSITIONS):
+        monkeypatch.setattr(normalisation, "MIN_POSITIONS", least)
+        found = normalisation.weight_and_bias_parts(x, dy, 1e-5, is_centred=is_centred)
+        for parts, exact in zip(found, wanted, strict=True):
+            assert parts.shape[1] == -(-shape[1] // least)
+            total = parts.double().sum(dim=1, keepdim=True)
+            torch.testing.assert_close(total, exact, rtol=1e-5, atol=1e-5)
+
+
+def positions() -> list[Tensor]:
+    """By position: beside tiles, of one position, transposed, at an odd address, in a slice."""
+    B = 3
+    return [
+        random(B, 33, 129, dtype=LOW),
+        random(B, 1, 5),
+        random(B, 7, 64).mT,
+        random(B * 35 * 3 + 1, dtype=torch.float16)[1:].view(B, 35, 3),
+        random(B, 40, 256, dtype=LOW)[:, ::2, :130],
+    ]
+
+
+def even_positions() -> list[Tensor]:
+    return [random(3, 64, 128, dtype=LOW), random(3, 32, 16), random(3, 31, 144, dtype=LOW)]
+
+
+@pytest.mark.parametrize("make", [positions, even_positions], ids=["odd", "even"])
+def test_positions_of_many_layers_are_summed(make: Callable[[], list[Tensor]]) -> None:
+    found = position_sum.position_sums(make())
+    for total, gradient in zip(found, make(), strict=True):
+        exact = gradient.double().sum(dim=1)
+        assert total.shape == exact.shape
+        assert relative_error(total, exact) < TOLERANCE
+
+
+def test_each_layer_has_factors_of_its_own(grads: list[Tensor]) -> None:
+    many = [torch.rand(3, device=DEVICE) + 0.1 * n for n in range(len(grads))]
+    for total, grad, factor in zip(
+        weighted_sum.weighted_sums(grads, many), grads, many, strict=True
+    ):
+        wanted = torch.tensordot(factor.double(), grad.double(), dims=1)
+        assert relative_error(total, wanted) < TOLERANCE
+    many = [torch.rand(3, device=DEVICE) + 0.1 * n for n in range(len(layers()))]
+    for total, (x, dy), factor in zip(
+        product.clipped_products(layers(), many), layers(), many, strict=True
+    ):
+        exact = product_reference.clipped_product(x.double(), dy.double(), factor.double())
+        assert relative_error(total, exact) < TOLERANCE
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 1000], ids=lambda n: f"V{n}")
@@ -281,7 +326,7 @@ def test_weighed_sums_go_to_the_rows_of_ranks(
     widths = [width_of(grad.shape[1]) * grad.shape[2:].numel() for grad in grads]
     packed = torch.full((3, sum(widths)), float("nan"), device=DEVICE)
     outs = packed.split(widths, dim=1)
-    weighted_sum.weighted_sums_into(outs, grads, factor)
+    weighted_sum.weighted_sums_into(outs, grads, [factor] * len(grads))
     for out, grad in zip(outs, grads, strict=True):
         total = torch.tensordot(factor.double(), grad.double(), dims=1).flatten()
         found = out.flatten()
@@ -357,15 +402,17 @@ def test_weighed_sums_leave_out_samples_of_factor_0(samples: tuple[int, ...]) ->
         random(4, 65, 3, dtype=torch.float16).mT,
         random(4, 64, 64, dtype=torch.bfloat16).mT,
     ]
-    zeroed = weighted_sum.weighted_sums([spoilt(grad, samples, 0.0) for grad in whole], factor)
+    zeroed = weighted_sum.weighted_sums(
+        [spoilt(grad, samples, 0.0) for grad in whole], [factor] * len(whole)
+    )
     for value in (NAN, INF):
         bad = [spoilt(grad, samples, value) for grad in whole]
-        found = weighted_sum.weighted_sums(bad, factor)
+        found = weighted_sum.weighted_sums(bad, [factor] * len(bad))
         for grad, total, wanted in zip(bad, found, zeroed, strict=True):
             assert torch.equal(total, wanted)
             # The test has power: such a sample times 0 is NaN.
             assert not torch.tensordot(factor, grad.float(), dims=1).isfinite().any()
     if kept:
         others = [g.mT[kept].mT if weighted_sum._is_transposed(g) else g[kept] for g in whole]
-        alone = weighted_sum.weighted_sums(others, factor[kept])
+        alone = weighted_sum.weighted_sums(others, [factor[kept]] * len(others))
         assert all(map(torch.equal, zeroed, alone))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -69,6 +70,41 @@ def recording_tables(device: torch.device) -> Iterator[RecordedTables]:
         yield tables
     finally:
         _recorded = None
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """`number / divisor`, rounded up; some ten times as fast as Triton's own."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of 2 that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
+_PACKED = 16
+"""Elements of 4 bytes that a packed tensor begins at a multiple of."""
+
+
+def packed_starts(shapes: Sequence[torch.Size]) -> list[int]:
+    """First element of each of many tensors that one allocation holds, and at last its size."""
+    sizes = [shape.numel() for shape in shapes]
+    return list(itertools.accumulate((n + -n % _PACKED for n in sizes), initial=0))
+
+
+def unpacked(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The tensors of `shapes` that `flat` holds from `packed_starts` on."""
+    found = []
+    padded = [shape.numel() + -shape.numel() % _PACKED for shape in shapes]
+    for piece, shape, size in zip(flat.split(padded), shapes, padded, strict=True):
+        num_elements = shape.numel()
+        found.append((piece if num_elements == size else piece[:num_elements]).view(shape))
+    return found
+
+
+def packed(shapes: Sequence[torch.Size], like: Tensor) -> list[Tensor]:
+    """Float32 tensors in one allocation that nothing has written yet, on the device of `like`."""
+    return unpacked(like.new_empty(packed_starts(shapes)[-1], dtype=torch.float32), shapes)
 
 
 def address_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -41,12 +41,12 @@ def _norms_one_by_one(replacement: Replacement) -> Replacement:
 
 def _sums_one_by_one(replacement: Replacement) -> Replacement:
     def sums_of(
-        original: Original, joined: Mapping[str, Any], factor_B: Tensor
+        original: Original, joined: Mapping[str, Any], factors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         def sum_of(name: str, terms: Any, factor_B: Tensor) -> Any:
-            return original({name: terms}, factor_B)[name]
+            return original({name: terms}, {name: factor_B})[name]
 
-        return {name: replacement(sum_of, name, terms, factor_B) for name, terms in joined.items()}
+        return {n: replacement(sum_of, n, terms, factors[n]) for n, terms in joined.items()}
 
     return sums_of
 

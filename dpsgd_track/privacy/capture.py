@@ -51,10 +51,12 @@ from dpsgd_track.privacy.terms import (
     Dense,
     Outer,
     OuterNorm,
+    Positions,
     Term,
     clipped_sums_of,
     join,
     norms_sq_of,
+    with_sums,
 )
 
 if TYPE_CHECKING:
@@ -240,7 +242,7 @@ class Capture:
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
             if self.keep:
-                deferred[name] = self._kept[name] = self._kept_form(name, terms)
+                deferred[name] = self._kept_form(name, terms)
             elif all(isinstance(term, Dense) for term in terms):
                 deferred[name] = terms
             else:
@@ -248,6 +250,9 @@ class Capture:
                 squares.update(self.norms_of({name: terms}))
 
         self._run_checked(loss_B, settle, retain_graph=retain_graph)
+        if self.keep:
+            deferred = with_sums(deferred)
+            self._kept.update(deferred)
         return squares | self.norms_of(deferred)
 
     def run_units(
@@ -271,14 +276,11 @@ class Capture:
         waiting: dict[int, dict[str, tuple[Term, ...]]] = {}
 
         def end(number: int) -> None:
-            unit = waiting.pop(number)
+            unit = with_sums(waiting.pop(number))
             norm_sq = self.norms_of(unit)
             squares.update(norm_sq)
             factors = clip(norm_sq)
-            sums: dict[str, Tensor] = {}
-            for name, terms in unit.items():
-                sums |= self.sums_of({name: terms}, factors[layer_of(name)])
-            put(sums)
+            put(self.sums_of(unit, {name: factors[layer_of(name)] for name in unit}))
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
             number = unit_of[name]
@@ -297,7 +299,7 @@ class Capture:
         """Run a second backward over the same graph; each clipped sum goes to `put` at once."""
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
-            put(self.sums_of({name: terms}, clip_factor_B))
+            put(self.sums_of({name: terms}, {name: clip_factor_B}))
 
         self._run(loss_B, settle, (), retain_graph=False)
 
@@ -307,7 +309,7 @@ class Capture:
         The sum of a parameter that no gradient reached is zero.
         """
         kept = {name: self._kept.pop(name) for name in names if name in self._kept}
-        sums = self.sums_of(kept, clip_factor_B)
+        sums = self.sums_of(kept, dict.fromkeys(kept, clip_factor_B))
         for name in names:
             if name not in sums:
                 sums[name] = clip_factor_B.new_zeros(self.shapes[name])
@@ -327,11 +329,19 @@ class Capture:
         return norms_sq_of(joined, self._outer_norm_of, self._takes_gram)
 
     def sums_of(
-        self, joined: Mapping[str, tuple[Term, ...]], clip_factor_B: Tensor
+        self, joined: Mapping[str, tuple[Term, ...]], factors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Clipped sums over this rank's samples, in the parameters' unsharded shapes."""
-        sums = clipped_sums_of(joined, clip_factor_B)
-        return {name: total.view(self.shapes[name]) for name, total in sums.items()}
+        """Clipped sums over this rank's samples, in the parameters' unsharded shapes.
+
+        Args:
+            factors: clip factors [B] by parameter.
+        """
+        sums = clipped_sums_of(joined, factors)
+        for name, total in sums.items():
+            shape = self.shapes[name]
+            if total.shape != shape:
+                sums[name] = total.view(shape)
+        return sums
 
     def norm_plan_of(self, name: str, x: Tensor, num_outputs: int) -> str:
         """Plan for the norm of weight `name` and inputs [B, ..., D]."""
@@ -416,11 +426,24 @@ class Capture:
         assert self._settle is not None, "a backward that the capture did not run"
         assert layer.rule is not None
         self.dtypes.add(dy.dtype)
-        for name, term in layer.rule.terms(layer.module, x.detach(), dy.detach()).items():
-            if is_grouped:
-                assert self.num_samples is not None
-                term = term.grouped(self.num_samples)
+        terms = layer.rule.terms(layer.module, x.detach(), dy.detach())
+        if is_grouped:
+            assert self.num_samples is not None
+            terms = {name: term.grouped(self.num_samples) for name, term in terms.items()}
+        holds_factors = self.keep and not self._forms_gradients(layer, terms)
+        for name, term in terms.items():
+            if type(term) is Positions and not holds_factors:
+                # At once, so that what it is the sum of can be freed.
+                term = term.materialised()
             self.add_term(layer.names[name], term)
+
+    def _forms_gradients(self, layer: Layer, terms: Mapping[str, Term]) -> bool:
+        """True if the gradients of the layer's weight are kept, rather than their factors."""
+        term = terms.get("weight")
+        if not isinstance(term, Outer) or not self.norm_rule.is_planned:
+            return False
+        norm_plan = self.norm_plan_of(layer.names["weight"], term.x_BTD, term.dy_BTP.shape[2])
+        return norm_plan == GRADIENTS
 
     def add_term(self, name: str, term: Term) -> None:
         """Add the term of one use to a parameter's per-sample gradients."""

@@ -278,8 +278,10 @@ class ParameterSlot:
 
     def enter(self) -> Tensor:
         """Put the leaf into the slot; returns what was there."""
-        before = self.content()
-        self.fill(self.leaf())
+        own, key = self.entries[0]
+        before: Tensor = own[key]
+        # What is there in the second call of a batch, and in every batch if nothing is rounded.
+        self.fill(self.current_leaf if before is self.parameter else self.leaf())
         return before
 
     def place(self, tensor: Tensor) -> None:

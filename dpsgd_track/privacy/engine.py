@@ -176,7 +176,7 @@ class Engine:
         if len(batch) == 0:
             batch, weight_B = batch.stand_in(), weight_B.new_zeros(1)
         parameters = trainable_parameters(self.model)
-        with self.in_rounded_dtype():
+        with self.in_rounded_dtype(has_graph=True):
             logits, loss_B = batch.outputs(self.model, self.loss, self.rounded_dtype)
             total = (loss_B * weight_B).sum()
             shards = self.sharder.gradients_of(total, list(parameters.values()))
@@ -264,8 +264,8 @@ class Engine:
         if gradients is None:
             self.put(self.capture.kept_sums(names, clip_factor_B))
         else:
-            kept = gradients
-            self.sharder.pack(names, lambda outs: weighted_sums_into(outs, kept, clip_factor_B))
+            kept, factors = gradients, [clip_factor_B] * len(gradients)
+            self.sharder.pack(names, lambda outs: weighted_sums_into(outs, kept, factors))
 
     def put(self, sums: dict[str, Tensor]) -> None:
         """Add this rank's clipped sums of some parameters."""
@@ -279,8 +279,13 @@ class Engine:
             return nullcontext()
         return torch.autocast(self._device_type, enabled=False)
 
-    def in_rounded_dtype(self) -> AbstractContextManager[None]:
-        """Run the model on parameters in `rounded_dtype`, if there is one."""
+    def in_rounded_dtype(self, *, has_graph: bool = False) -> AbstractContextManager[None]:
+        """Run the model on parameters in `rounded_dtype`, if there is one.
+
+        Args:
+            has_graph: gradients flow to the parameters themselves, as they do without a capture.
+        """
         if self.rounded_dtype is None:
             return nullcontext()
-        return rounded_parameters(self.model, self.rounded_dtype)
+        has_graph |= self.capture is None
+        return rounded_parameters(self.model, self.rounded_dtype, has_graph=has_graph)

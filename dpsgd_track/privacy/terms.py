@@ -9,6 +9,7 @@ is NaN or infinite.
 
 - `Outer`: sum_t dy_t x_t^T, of a linear layer. Only the factors are held.
 - `Rows`: rows of a table, of an embedding. Only the rows that were looked up are held.
+- `Positions`: sum_t g_t, of a bias. Only the gradients by position are held.
 - `Dense`: the per-sample gradients themselves, [B, *parameter].
 
 Elements are in the parameter's order, but its dimensions may be flattened: a convolution's weight
@@ -30,6 +31,7 @@ from dpsgd_track.kernels.embedding_cross import embedding_cross
 from dpsgd_track.kernels.embedding_norm import embedding_norm_sq, per_sample_table
 from dpsgd_track.kernels.flash_norm import gram_norms_sq
 from dpsgd_track.kernels.flash_norm.reference import accumulation, accumulation_dtype
+from dpsgd_track.kernels.position_sum import position_sums
 from dpsgd_track.kernels.weighted_sum import norms_sq, weighted_sums
 
 OuterNorm = Callable[[Tensor, Tensor], Tensor]
@@ -93,6 +95,29 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """sum_t g_t, [P]."""
+
+    grad_BTP: Tensor
+
+    def norm_sq(self, outer_norm: OuterNorm) -> Tensor:
+        """Squared norm, [B]."""
+        return self.materialised().norm_sq(outer_norm)
+
+    def clipped_sum(self, clip_factor_B: Tensor) -> Tensor:
+        """sum_i c_i g_i, [P]."""
+        return self.materialised().clipped_sum(clip_factor_B)
+
+    def grouped(self, num_samples: int) -> Positions:
+        """The sum over the rows of each sample, where these follow one another."""
+        return Positions(_grouped(self.grad_BTP, num_samples))
+
+    def materialised(self) -> Dense:
+        """The per-sample gradients, [B, P], in their accumulation type."""
+        return Dense(position_sums([self.grad_BTP])[0])
+
+
+@dataclass(frozen=True)
 class Dense:
     """Per-sample gradients."""
 
@@ -105,7 +130,7 @@ class Dense:
 
     def clipped_sum(self, clip_factor_B: Tensor) -> Tensor:
         """sum_i c_i g_i."""
-        return weighted_sums([self.grad_B], clip_factor_B)[0]
+        return weighted_sums([self.grad_B], [clip_factor_B])[0]
 
     def grouped(self, num_samples: int) -> Dense:
         """The sum over the rows of each sample, where these follow one another."""
@@ -122,11 +147,18 @@ def _grouped(rows: Tensor, num_samples: int) -> Tensor:
     return rows.reshape(num_samples, -1, rows.shape[-1])
 
 
-Term = Outer | Rows | Dense
+Term = Outer | Rows | Positions | Dense
+
+
+def with_sums(joined: Mapping[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
+    """`joined` with all `Positions` materialised, by one launch."""
+    positions = {n: t[0].grad_BTP for n, t in joined.items() if type(t[0]) is Positions}
+    sums = map(Dense, position_sums(list(positions.values())))
+    return {**joined, **{name: (term,) for name, term in zip(positions, sums, strict=True)}}
 
 
 def join(terms: Sequence[Term]) -> tuple[Term, ...]:
-    """The sum of `terms` as at most one `Outer` and one `Rows`, or as one `Dense`.
+    """The sum of `terms` as at most one `Outer` and one `Rows`, as one `Dense`, or the only one.
 
     Uses in linear layers become positions of one longer sequence, and so do lookups.
     """
@@ -170,22 +202,27 @@ def norms_sq_of(
     return _by_parameter(
         joined,
         lambda name: _norm_sq(joined[name], outer_norm_of(name)),
-        norms_sq,
-        lambda outers: gram_norms_sq([(term.x_BTD, term.dy_BTP) for term in outers]),
+        lambda grads: norms_sq(list(grads.values())),
+        lambda outers: gram_norms_sq([(term.x_BTD, term.dy_BTP) for term in outers.values()]),
         takes_gram,
     )
 
 
 def clipped_sums_of(
-    joined: Mapping[str, Sequence[Term]], clip_factor_B: Tensor
+    joined: Mapping[str, Sequence[Term]], factors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """sum_i c_i g_i of the sums of terms that `join` returned, by parameter."""
+    """sum_i c_i g_i of the sums of terms that `join` returned, by parameter.
+
+    Args:
+        factors: c of each parameter, [B].
+    """
     return _by_parameter(
         joined,
-        lambda name: _clipped_sum(joined[name], clip_factor_B),
-        lambda grads: weighted_sums(grads, clip_factor_B),
+        lambda name: _clipped_sum(joined[name], factors[name]),
+        lambda grads: weighted_sums(list(grads.values()), [factors[name] for name in grads]),
         lambda outers: clipped_products(
-            [(term.x_BTD, term.dy_BTP) for term in outers], clip_factor_B
+            [(term.x_BTD, term.dy_BTP) for term in outers.values()],
+            [factors[name] for name in outers],
         ),
         lambda name, term: True,
     )
@@ -194,8 +231,8 @@ def clipped_sums_of(
 def _by_parameter(
     joined: Mapping[str, Sequence[Term]],
     of_one: Callable[[str], Tensor],
-    of_gradients: Callable[[list[Tensor]], Iterable[Tensor]],
-    of_outers: Callable[[list[Outer]], Iterable[Tensor]],
+    of_gradients: Callable[[dict[str, Tensor]], Iterable[Tensor]],
+    of_outers: Callable[[dict[str, Outer]], Iterable[Tensor]],
     is_of_outers: Callable[[str, Outer], bool],
 ) -> dict[str, Tensor]:
     """A value for each parameter; those of gradients, and of outer products, in one launch each."""
@@ -205,9 +242,9 @@ def _by_parameter(
     outers = {n: t for n, t in single.items() if type(t) is Outer and is_of_outers(n, t)}
     values = {name: of_one(name) for name in joined if name not in dense and name not in outers}
     if dense:
-        values |= zip(dense, of_gradients(list(dense.values())), strict=True)
+        values |= zip(dense, of_gradients(dense), strict=True)
     if outers:
-        values |= zip(outers, of_outers(list(outers.values())), strict=True)
+        values |= zip(outers, of_outers(outers), strict=True)
     return {name: values[name] for name in joined}
 
 

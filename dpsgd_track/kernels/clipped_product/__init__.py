@@ -33,10 +33,20 @@ def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
     return reference.clipped_product(x_BTD, dy_BTP, factor_B)
 
 
-def clipped_products(factors: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor) -> list[Tensor]:
-    """S of several layers, from (x, dy) of each, with one launch for many on tensor cores."""
-    if factors and all(uses_tensor_cores(x_BTD) for x_BTD, _ in factors):
+def clipped_products(
+    layers: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]
+) -> list[Tensor]:
+    """S of several layers, with one launch for many on tensor cores.
+
+    Args:
+        layers: (x, dy) of each.
+        factors: c of each layer, [B] and contiguous, float32 or float64.
+    """
+    if layers and all(uses_tensor_cores(x_BTD) for x_BTD, _ in layers):
         from dpsgd_track.kernels.clipped_product import triton
 
-        return triton.clipped_products(factors, factor_B)
-    return [clipped_product(x_BTD, dy_BTP, factor_B) for x_BTD, dy_BTP in factors]
+        return triton.clipped_products(layers, factors)
+    return [
+        clipped_product(x_BTD, dy_BTP, factor_B)
+        for (x_BTD, dy_BTP), factor_B in zip(layers, factors, strict=True)
+    ]

@@ -12,7 +12,6 @@ Shapes: B samples, T positions, D inputs, P outputs.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,10 +30,15 @@ from dpsgd_track.kernels.flash_norm.triton import (
     grouped,
     has_large_shared_memory,
     num_multiprocessors,
-    row_of,
     with_unit_stride,
 )
-from dpsgd_track.kernels.tensor_table import address_table, programs_of
+from dpsgd_track.kernels.tensor_table import (
+    address_table,
+    ceil_div,
+    packed_starts,
+    programs_of,
+    unpacked,
+)
 
 # Smallest factor with full precision: the start of float32's normal range.
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -42,7 +46,7 @@ SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def _clipped_product_kernel(
-    table_ptr, owner_ptr, first_ptr, factor_ptr, sum_ptr, B, part_size, sums_size,
+    table_ptr, owner_ptr, first_ptr, sum_ptr, B, part_size, sums_size,
     DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, IS_EVEN: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -53,6 +57,7 @@ def _clipped_product_kernel(
     x_ptr, dy_ptr, T, D, P, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t = factors_of(
         row_ptr, DTYPE, IS_ALIGNED
     )
+    factor_ptr = tl.load(row_ptr + COLUMNS - 2).to(tl.pointer_type(tl.float32))
     sum_ptr += part.to(tl.int64) * sums_size + tl.load(row_ptr + COLUMNS - 1)
     if IS_ALIGNED:
         sum_ptr = tl.multiple_of(sum_ptr, 16)
@@ -104,26 +109,33 @@ def _clipped_product_kernel(
 
 def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
     """[P, D] float32; see `kernels.clipped_product`."""
-    (total,) = clipped_products([(x_BTD, dy_BTP)], factor_B)
+    (total,) = clipped_products([(x_BTD, dy_BTP)], [factor_B])
     return total
 
 
-def clipped_products(factors: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor) -> list[Tensor]:
+def clipped_products(
+    layers: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]
+) -> list[Tensor]:
     """`clipped_product` of several layers, with one launch for all that are alike."""
-    pairs = [(with_unit_stride(x_BTD), with_unit_stride(dy_BTP)) for x_BTD, dy_BTP in factors]
+    pairs = [(with_unit_stride(x_BTD), with_unit_stride(dy_BTP)) for x_BTD, dy_BTP in layers]
     large = [place for place, pair in enumerate(pairs) if _gains_by_large_tiles(*pair)]
     # With fewer large tiles than multiprocessors, small ones lose less.
     num_large = sum(_num_tiles(*pairs[place], _LARGE) for place in large)
-    if num_large < num_multiprocessors(factor_B.device) * 3 // 4:
+    if num_large < num_multiprocessors(factors[0].device) * 3 // 4:
         large = []
     small = [place for place in range(len(pairs)) if place not in large]
-    sums: list[Tensor] = [factor_B] * len(pairs)
+    sums = list(factors)
     for places, tiles in ((large, _LARGE), (small, _SMALL)):
-        group = [pairs[place] for place in places]
-        for kind, members in alike(group, tiles.is_even).items():
-            found = _launch([group[member] for member in members], factor_B, kind, tiles)
-            for member, total in zip(members, found, strict=True):
-                sums[places[member]] = total
+        for kind, rows in alike({place: pairs[place] for place in places}, tiles.is_even).items():
+            found = _launch(
+                [pairs[place] for place in rows],
+                [(*row, factors[place].data_ptr()) for place, row in rows.items()],
+                factors[0],
+                kind,
+                tiles,
+            )
+            for place, total in zip(rows, found, strict=True):
+                sums[place] = total
     return sums
 
 
@@ -157,33 +169,32 @@ def _gains_by_large_tiles(x_BTD: Tensor, dy_BTP: Tensor) -> bool:
 
 def _num_tiles(x_BTD: Tensor, dy_BTP: Tensor, tiles: _Tiles) -> int:
     rows, columns = dy_BTP.shape[2], x_BTD.shape[2]
-    return triton.cdiv(rows, tiles.block_p) * triton.cdiv(columns, tiles.block_d)
+    return ceil_div(rows, tiles.block_p) * ceil_div(columns, tiles.block_d)
 
 
 def _launch(
-    pairs: Sequence[tuple[Tensor, Tensor]], factor_B: Tensor, kind: Kind, tiles: _Tiles
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    rows: Sequence[tuple[int, ...]],
+    factor_B: Tensor,
+    kind: Kind,
+    tiles: _Tiles,
 ) -> list[Tensor]:
     B, device = len(factor_B), factor_B.device
-    shapes = [(dy_BTP.shape[2], x_BTD.shape[2]) for x_BTD, dy_BTP in pairs]
-    # One allocation, with each sum at a multiple of 64 bytes.
-    sizes = [rows * columns + -(rows * columns) % 16 for rows, columns in shapes]
+    shapes = [torch.Size((dy_BTP.shape[2], x_BTD.shape[2])) for x_BTD, dy_BTP in pairs]
+    starts = packed_starts(shapes)
     num_tiles = tuple(_num_tiles(*pair, tiles) for pair in pairs)
     num_parts = num_parts_of(pairs, sum(num_tiles))
-    sums = factor_B.new_empty(num_parts, sum(sizes), dtype=torch.float32)
+    sums = factor_B.new_empty(num_parts, starts[-1], dtype=torch.float32)
     owner, first = programs_of(num_tiles, device)
-    places = itertools.accumulate([0, *sizes[:-1]])
-    rows = [(*row_of(*pair), place) for pair, place in zip(pairs, places, strict=True)]
+    table = address_table([(*row, start) for row, start in zip(rows, starts, strict=False)], device)
     _clipped_product_kernel[(sum(num_tiles), num_parts)](
-        address_table(rows, device), owner, first,
-        factor_B, sums, B, triton.cdiv(B, num_parts), sums.shape[1],
-        **kind.options(), COLUMNS=NUM_COLUMNS + 1,
+        table, owner, first, sums, B, ceil_div(B, num_parts), sums.shape[1],
+        **kind.options(), COLUMNS=NUM_COLUMNS + 2,
         BLOCK_P=tiles.block_p, BLOCK_D=tiles.block_d, BLOCK_T=tiles.block_t, GROUP=GROUP,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages if has_large_shared_memory(device) else 2,
     )  # fmt: skip
-    total = sums[0] if num_parts == 1 else sums.sum(dim=0)
-    pieces = zip(total.split(sizes), shapes, strict=True)
-    return [piece[: height * width].view(height, width) for piece, (height, width) in pieces]
+    return unpacked(sums[0] if num_parts == 1 else sums.sum(dim=0), shapes)
 
 
 def num_parts_of(pairs: Sequence[tuple[Tensor, Tensor]], num_tiles: int) -> int:
@@ -194,7 +205,7 @@ def num_parts_of(pairs: Sequence[tuple[Tensor, Tensor]], num_tiles: int) -> int:
     num_summed = sum(x_BTD.shape[2] * dy_BTP.shape[2] for x_BTD, dy_BTP in pairs)
     best, least, num_parts = 1, float("inf"), 1
     while num_parts <= min(B, MAX_PARTS):
-        time = triton.cdiv(num_tiles * num_parts, at_once) / num_parts
+        time = ceil_div(num_tiles * num_parts, at_once) / num_parts
         # Sums that are written and read again cost more than they save beyond the factors' bytes.
         is_worth_it = num_parts == 1 or 4 * num_parts * num_summed <= num_read
         if is_worth_it and time < least:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpsgd_track.kernels.tensor_table import ceil_div, next_power_of_2
+
 # Values of a row that a program holds, and rows that it adds at a time. Runs may be long, as those
 # of padding are.
 MAX_BLOCK_D, BLOCK_T = 512, 16
@@ -54,8 +56,8 @@ def embedding_norm_sq(tokens_BT: Tensor, dy_BTD: Tensor) -> Tensor:
     (B, T), D = tokens_BT.shape, dy_BTD.shape[2]
     assert dy_BTD.stride(2) == 1
     sorted_BT, order_BT = tokens_BT.sort(dim=1, stable=True)
-    block_d = min(triton.next_power_of_2(D), MAX_BLOCK_D)
-    num_blocks = triton.cdiv(D, block_d)
+    block_d = min(next_power_of_2(D), MAX_BLOCK_D)
+    num_blocks = ceil_div(D, block_d)
     partial = dy_BTD.new_empty(B, T * num_blocks, dtype=torch.float32)
     _runs_kernel[(T, num_blocks, B)](
         sorted_BT, order_BT, dy_BTD, partial,

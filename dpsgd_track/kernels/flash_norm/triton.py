@@ -6,7 +6,7 @@ tile, and the partial sums are added in a fixed order: results do not change fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpsgd_track.kernels.tensor_table import address_table, programs_of
+from dpsgd_track.kernels.tensor_table import address_table, ceil_div, programs_of
 
 # Positions that a tile of a weight gradient takes at a time.
 BLOCK_T = 64
@@ -156,7 +156,7 @@ def outer_tiles(x: Tensor, num_samples: int, P: int, D: int) -> tuple[int, int, 
     if not has_large_shared_memory(x.device):
         return 128, 128, 2
     # Large tiles read less; with small tiles there are enough for every multiprocessor.
-    num_large = num_samples * triton.cdiv(P, 128) * triton.cdiv(D, 256)
+    num_large = num_samples * ceil_div(P, 128) * ceil_div(D, 256)
     return 128, 256 if num_large >= num_multiprocessors(x.device) * 3 // 4 else 128, 4
 
 
@@ -192,7 +192,7 @@ def _outer(x_BTD: Tensor, dy_BTP: Tensor, grad_BPD: Tensor | None) -> Tensor:
     x_BTD, dy_BTP = with_unit_stride(x_BTD), with_unit_stride(dy_BTP)
     (B, T, D), P = x_BTD.shape, dy_BTP.shape[2]
     block_p, block_d, num_stages = outer_tiles(x_BTD, B, P, D)
-    tiles_p, tiles_d = triton.cdiv(P, block_p), triton.cdiv(D, block_d)
+    tiles_p, tiles_d = ceil_div(P, block_p), ceil_div(D, block_d)
     partial = x_BTD.new_empty(B, tiles_p * tiles_d, dtype=torch.float32)
     _outer_kernel[(tiles_p * tiles_d, B)](
         x_BTD, dy_BTP, x_BTD if grad_BPD is None else grad_BPD, partial,
@@ -224,33 +224,25 @@ def gram_forms(factors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         return not (T % block_s or D % BLOCK_K or P % BLOCK_K)
 
     norms: list[Tensor] = [pairs[0][0]] * len(pairs)
-    for kind, places in alike(pairs, is_even).items():
-        group = [pairs[place] for place in places]
-        num_tiles = tuple(_num_gram_tiles(x_BTD.shape[1], block_s) for x_BTD, _ in group)
+    for kind, rows in alike(dict(enumerate(pairs)), is_even).items():
+        num_tiles = tuple(_num_gram_tiles(pairs[place][0].shape[1], block_s) for place in rows)
         owner, first = programs_of(num_tiles, device)
-        partial = torch.zeros(len(group), B, max(num_tiles), dtype=torch.float32, device=device)
+        partial = torch.zeros(len(rows), B, max(num_tiles), dtype=torch.float32, device=device)
         _gram_kernel[(len(owner), B)](
-            address_table([row_of(*pair) for pair in group], device), owner, first,
+            address_table(list(rows.values()), device), owner, first,
             partial, max(num_tiles),
             **kind.options(), COLUMNS=NUM_COLUMNS, BLOCK_S=block_s, BLOCK_K=BLOCK_K,
             num_warps=num_warps, num_stages=4 if has_large_shared_memory(device) else 2,
         )  # fmt: skip
         # A sum of products of either sign can round to just below zero.
         found = partial.sum(dim=2).clamp_min_(0.0).unbind()
-        for place, norms_B in zip(places, found, strict=True):
+        for place, norms_B in zip(rows, found, strict=True):
             norms[place] = norms_B
     return norms
 
 
 NUM_COLUMNS = 9
-"""Numbers in `row_of`."""
-
-
-def row_of(x_BTD: Tensor, dy_BTP: Tensor) -> tuple[int, ...]:
-    """Row of a layer in the table that `factors_of` reads."""
-    (_, T, D), P = x_BTD.shape, dy_BTP.shape[2]
-    strides = *x_BTD.stride()[:2], *dy_BTP.stride()[:2]
-    return x_BTD.data_ptr(), dy_BTP.data_ptr(), T, D, P, *strides
+"""Numbers in a row of the table that `factors_of` reads."""
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -270,25 +262,30 @@ class Kind(NamedTuple):
 
 
 def alike(
-    pairs: Sequence[tuple[Tensor, Tensor]], is_even: Callable[[int, int, int], bool]
-) -> dict[Kind, list[int]]:
-    """Places of the layers whose factors one compiled kernel takes.
+    pairs: Mapping[int, tuple[Tensor, Tensor]], is_even: Callable[[int, int, int], bool]
+) -> dict[Kind, dict[int, tuple[int, ...]]]:
+    """Rows of the table by place, of the layers whose factors one compiled kernel takes.
 
     Args:
+        pairs: (x, dy) of the layer at each place.
         is_even: (T, D, P) -> True if tiles end where the factors do.
     """
-    places: dict[Kind, list[int]] = {}
-    for place, (x_BTD, dy_BTP) in enumerate(pairs):
-        x, dy, T, D, P, *strides = row_of(x_BTD, dy_BTP)
-        is_aligned = not any(number % 16 for number in (x, dy, D, P, *strides))
+    rows: dict[Kind, dict[int, tuple[int, ...]]] = {}
+    for place, (x_BTD, dy_BTP) in pairs.items():
+        (_, T, D), P = x_BTD.shape, dy_BTP.shape[2]
+        x_b, x_t, _ = x_BTD.stride()
+        dy_b, dy_t, _ = dy_BTP.stride()
+        x, dy = x_BTD.data_ptr(), dy_BTP.data_ptr()
+        # Of any number that is no multiple of 16, a low bit is left.
+        is_aligned = (x | dy | D | P | x_b | x_t | dy_b | dy_t) % 16 == 0
         kind = Kind(_DTYPES[x_BTD.dtype], is_aligned, is_aligned and is_even(T, D, P))
-        places.setdefault(kind, []).append(place)
-    return places
+        rows.setdefault(kind, {})[place] = x, dy, T, D, P, x_b, x_t, dy_b, dy_t
+    return rows
 
 
 def _num_gram_tiles(T: int, block: int) -> int:
     """Tiles on or below the diagonal of a Gram matrix [T, T]."""
-    rows = triton.cdiv(T, block)
+    rows = ceil_div(T, block)
     return rows * (rows + 1) // 2
 
 

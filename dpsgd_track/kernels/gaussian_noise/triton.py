@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpsgd_track.kernels.gaussian_noise.reference import Key
-from dpsgd_track.kernels.tensor_table import address_table, programs_of
+from dpsgd_track.kernels.tensor_table import address_table, ceil_div, programs_of
 
 # Groups of 4 elements that a program draws.
 BLOCK_GROUPS = 256
@@ -75,7 +75,7 @@ def add_gaussian(
         for x, start, key in held
     ]
     num_chunks = tuple(
-        triton.cdiv(triton.cdiv(stop, 4) - start // 4, BLOCK_GROUPS) for _, start, stop, *_ in rows
+        ceil_div(ceil_div(stop, 4) - start // 4, BLOCK_GROUPS) for _, start, stop, *_ in rows
     )
     owner, first = programs_of(num_chunks, device)
     table = address_table(rows, device)

@@ -18,23 +18,31 @@ from dpsgd_track.kernels.device import runs_triton
 from dpsgd_track.kernels.normalisation import reference
 from dpsgd_track.kernels.normalisation.reference import normalised
 
-__all__ = ["normalised", "weight_and_bias_gradients"]
+__all__ = ["normalised", "weight_and_bias_gradients", "weight_and_bias_parts"]
 
 
-def weight_and_bias_gradients(
+def weight_and_bias_parts(
     x_BTD: Tensor, dy_BTD: Tensor, eps: float, *, is_centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """Each sample's gradient of the weight and of the bias.
+    """Each sample's gradient of the weight and of the bias, in parts that are yet to be added.
 
     Args:
         x_BTD: the layer's inputs.
         dy_BTD: gradients of its outputs.
         is_centred: True for a LayerNorm, False for an RMSNorm.
     Returns:
-        [B, D] each, float32 (float64 for float64 inputs).
+        [B, parts, D] each, float32 (float64 for float64 inputs): sums over runs of positions.
     """
     if runs_triton(x_BTD, dy_BTD):
         from dpsgd_track.kernels.normalisation import triton
 
-        return triton.weight_and_bias_gradients(x_BTD, dy_BTD, eps, is_centred=is_centred)
-    return reference.weight_and_bias_gradients(x_BTD, dy_BTD, eps, is_centred=is_centred)
+        return triton.weight_and_bias_parts(x_BTD, dy_BTD, eps, is_centred=is_centred)
+    return reference.weight_and_bias_parts(x_BTD, dy_BTD, eps, is_centred=is_centred)
+
+
+def weight_and_bias_gradients(
+    x_BTD: Tensor, dy_BTD: Tensor, eps: float, *, is_centred: bool
+) -> tuple[Tensor, Tensor]:
+    """The same gradients, [B, D] each."""
+    weight, bias = weight_and_bias_parts(x_BTD, dy_BTD, eps, is_centred=is_centred)
+    return weight.sum(dim=1), bias.sum(dim=1)

@@ -19,10 +19,11 @@ def normalised(x: Tensor, eps: float, *, is_centred: bool) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
-def weight_and_bias_gradients(
+def weight_and_bias_parts(
     x_BTD: Tensor, dy_BTD: Tensor, eps: float, *, is_centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """[B, D] each; see `kernels.normalisation`."""
+    """[B, 1, D] each; see `kernels.normalisation`."""
     dy_BTD = accumulation(dy_BTD)
     xhat_BTD = normalised(x_BTD, eps, is_centred=is_centred)
-    return (dy_BTD * xhat_BTD).sum(dim=1), dy_BTD.sum(dim=1)
+    weight, bias = dy_BTD * xhat_BTD, dy_BTD
+    return weight.sum(dim=1, keepdim=True), bias.sum(dim=1, keepdim=True)

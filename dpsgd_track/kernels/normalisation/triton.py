@@ -10,24 +10,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Positions that a program adds up.
-BLOCK_T = 16
+from dpsgd_track.kernels.tensor_table import ceil_div, next_power_of_2
+
+# Positions that a program adds up, at least, and programs that fill a GPU.
+MIN_POSITIONS, NUM_PROGRAMS = 16, 512
 
 
 @triton.jit
 def _gradients_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr,
     T, D, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t, eps,
-    IS_CENTRED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    num_positions, IS_CENTRED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_T
+    first = tl.program_id(0) * num_positions
     d = tl.arange(0, BLOCK_D)
     x_ptr += sample * x_stride_b + first.to(tl.int64) * x_stride_t
     dy_ptr += sample * dy_stride_b + first.to(tl.int64) * dy_stride_t
     weight = tl.zeros((BLOCK_D,), dtype=tl.float32)
     bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for _ in range(tl.minimum(BLOCK_T, T - first)):
+    for _ in range(tl.minimum(num_positions, T - first)):
         x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         x_ptr += x_stride_t
@@ -41,20 +43,21 @@ def _gradients_kernel(
     tl.store(bias_ptr + place, bias, mask=d < D)
 
 
-def weight_and_bias_gradients(
+def weight_and_bias_parts(
     x_BTD: Tensor, dy_BTD: Tensor, eps: float, *, is_centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """[B, D] float32 each, of inputs of at most 32 bits; see `kernels.normalisation`."""
+    """[B, parts, D] float32 each, of inputs of at most 32 bits; see `kernels.normalisation`."""
     x_BTD, dy_BTD = x_BTD.contiguous(), dy_BTD.contiguous()
     B, T, D = x_BTD.shape
-    num_chunks = triton.cdiv(T, BLOCK_T)
-    both = x_BTD.new_empty(2, B, num_chunks, D, dtype=torch.float32)
-    block_d = triton.next_power_of_2(D)
-    _gradients_kernel[(num_chunks, B)](
-        x_BTD, dy_BTD, both[0], both[1],
+    num_positions = max(T * B // NUM_PROGRAMS, MIN_POSITIONS)
+    num_parts = ceil_div(T, num_positions)
+    parts = x_BTD.new_empty(2, B, num_parts, D, dtype=torch.float32)
+    weight, bias = parts.unbind()
+    block_d = next_power_of_2(D)
+    _gradients_kernel[(num_parts, B)](
+        x_BTD, dy_BTD, weight, bias,
         T, D, x_BTD.stride(0), x_BTD.stride(1), dy_BTD.stride(0), dy_BTD.stride(1), eps,
-        IS_CENTRED=is_centred, BLOCK_T=BLOCK_T, BLOCK_D=block_d,
+        num_positions, IS_CENTRED=is_centred, BLOCK_D=block_d,
         num_warps=min(max(block_d // 512, 1), 16),
     )  # fmt: skip
-    weight, bias = both.sum(dim=2)
     return weight, bias

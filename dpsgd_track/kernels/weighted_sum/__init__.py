@@ -36,32 +36,34 @@ def norms_sq(grads: Sequence[Tensor]) -> Tensor:
     return reference.norms_sq(grads)
 
 
-def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
+def weighted_sums(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
     """sum_i c_i g_i of each parameter, contiguous, in the factors' type.
 
     Args:
-        grads: [B, *parameter] each, any floating type.
-        factor_B: c, float32 or float64.
+        grads: [B, *parameter] each, any floating type; at least one.
+        factors: c of each parameter, [B] and contiguous, float32 or float64.
     """
-    if runs_triton(factor_B, *grads):
+    if runs_triton(factors[0], *grads):
         from dpsgd_track.kernels.weighted_sum import triton
 
-        return triton.weighted_sums(grads, factor_B)
-    return reference.weighted_sums(grads, factor_B)
+        return triton.weighted_sums(grads, factors)
+    return reference.weighted_sums(grads, factors)
 
 
-def weighted_sums_into(outs: Sequence[Tensor], grads: Sequence[Tensor], factor_B: Tensor) -> None:
+def weighted_sums_into(
+    outs: Sequence[Tensor], grads: Sequence[Tensor], factors: Sequence[Tensor]
+) -> None:
     """The same sums, written into the rows of `outs`.
 
     Args:
         outs: [W, width] float32 for each parameter, its elements in order, `width` a row. What
             follows the last element is left as it is.
         grads: [B, *parameter] each.
-        factor_B: c, float32 or float64.
+        factors: c of each parameter, [B] and contiguous, float32 or float64.
     """
-    if runs_triton(factor_B, *grads):
+    if runs_triton(factors[0], *grads):
         from dpsgd_track.kernels.weighted_sum import triton
 
-        triton.weighted_sums_into(outs, grads, factor_B)
+        triton.weighted_sums_into(outs, grads, factors)
     else:
-        reference.weighted_sums_into(outs, grads, factor_B)
+        reference.weighted_sums_into(outs, grads, factors)

@@ -22,14 +22,14 @@ def _norm_sq(grad: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.dim())), dtype=dtype).square()
 
 
-def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
+def weighted_sums(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
     """sum_i c_i g_i of each parameter; see `kernels.weighted_sum`."""
+    return [_weighted_sum(grad, factor_B) for grad, factor_B in zip(grads, factors, strict=True)]
+
+
+def _weighted_sum(grad: Tensor, factor_B: Tensor) -> Tensor:
     is_kept_B = kept_samples(factor_B)
     factor_B = only_kept(factor_B, is_kept_B)
-    return [_weighted_sum(grad, factor_B, is_kept_B) for grad in grads]
-
-
-def _weighted_sum(grad: Tensor, factor_B: Tensor, is_kept_B: Tensor | None) -> Tensor:
     # A transposed gradient is summed as it lies in memory, and the sum transposed at the end.
     is_transposed = grad.dim() == 3 and grad.mT.is_contiguous() and not grad.is_contiguous()
     rows = only_kept(grad.mT if is_transposed else grad, is_kept_B)
@@ -39,9 +39,11 @@ def _weighted_sum(grad: Tensor, factor_B: Tensor, is_kept_B: Tensor | None) -> T
     return (total.mT if is_transposed else total).contiguous()
 
 
-def weighted_sums_into(outs: Sequence[Tensor], grads: Sequence[Tensor], factor_B: Tensor) -> None:
+def weighted_sums_into(
+    outs: Sequence[Tensor], grads: Sequence[Tensor], factors: Sequence[Tensor]
+) -> None:
     """The same sums, written into the rows of `outs`."""
-    for out, total in zip(outs, weighted_sums(grads, factor_B), strict=True):
+    for out, total in zip(outs, weighted_sums(grads, factors), strict=True):
         elements = total.view(-1)
         for row, part in zip(out, elements.split(out.shape[1]), strict=False):
             row[: len(part)] = part

@@ -9,6 +9,7 @@ Shapes: B samples, N elements of a parameter, P and D its rows and columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpsgd_track.kernels.tensor_table import KINDS, address_table, programs_of
+from dpsgd_track.kernels.tensor_table import KINDS, address_table, ceil_div, packed, programs_of
 
 # Elements that a program holds at a time, and how often it loads as many.
 BLOCK, REPEATS = 4096, 8
@@ -25,7 +26,7 @@ TILE = 64
 
 
 @triton.jit
-def _load(address, kind, offset, mask):
+def load(address, kind, offset, mask):
     """Values at an address that is a multiple of 16, as float32."""
     if kind == 0:
         float32 = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
@@ -40,7 +41,7 @@ def _load(address, kind, offset, mask):
 
 
 @triton.jit
-def _size(table_ptr, IS_EVEN: tl.constexpr):
+def size_of(table_ptr, IS_EVEN: tl.constexpr):
     """A size from the table, declared to the compiler as a multiple of 16 if IS_EVEN."""
     size = tl.load(table_ptr)
     if IS_EVEN:
@@ -57,13 +58,13 @@ def _norms_kernel(
     chunk = tl.program_id(0) - tl.load(first_ptr + tensor)
     sample = tl.program_id(1)
     address = tl.load(table_ptr + tensor * 3)
-    N = _size(table_ptr + tensor * 3 + 1, IS_EVEN)
+    N = size_of(table_ptr + tensor * 3 + 1, IS_EVEN)
     kind = tl.load(table_ptr + tensor * 3 + 2)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     start = chunk.to(tl.int64) * (REPEATS * BLOCK)
     for repeat in range(REPEATS):
         place = start + repeat * BLOCK + tl.arange(0, BLOCK)
-        grad = _load(address, kind, sample * N + place, place < N)
+        grad = load(address, kind, sample * N + place, place < N)
         total += grad * grad
     place = (tensor * tl.num_programs(1) + sample) * max_chunks + chunk
     tl.store(partial_ptr + place, tl.sum(total))
@@ -85,43 +86,45 @@ def _weighed(factor, grad):
 
 @triton.jit
 def _sums_kernel(
-    table_ptr, owner_ptr, first_ptr, factor_ptr, B,
+    table_ptr, owner_ptr, first_ptr, B,
     IS_EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(owner_ptr + tl.program_id(0))
     chunk = tl.program_id(0) - tl.load(first_ptr + tensor)
-    row_ptr = table_ptr + tensor * 7
+    row_ptr = table_ptr + tensor * 8
     address = tl.load(row_ptr)
     kind = tl.load(row_ptr + 1)
     sum_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
-    width = _size(row_ptr + 3, IS_EVEN)
-    stride = _size(row_ptr + 4, IS_EVEN)
-    N = _size(row_ptr + 5, IS_EVEN)
+    width = size_of(row_ptr + 3, IS_EVEN)
+    stride = size_of(row_ptr + 4, IS_EVEN)
+    factor_ptr = tl.load(row_ptr + 7).to(tl.pointer_type(tl.float32))
+    N = size_of(row_ptr + 5, IS_EVEN)
     if IS_EVEN:
         sum_ptr = tl.multiple_of(sum_ptr, 16)
     element = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for sample in range(B):
-        grad = _load(address, kind, sample * N + element, element < N)
+        grad = load(address, kind, sample * N + element, element < N)
         total += _weighed(tl.load(factor_ptr + sample), grad)
     tl.store(_places(sum_ptr, width, stride, element), total, mask=element < N)
 
 
 @triton.jit
 def _transposed_sums_kernel(
-    table_ptr, owner_ptr, first_ptr, factor_ptr, B,
+    table_ptr, owner_ptr, first_ptr, B,
     IS_EVEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(owner_ptr + tl.program_id(0))
     tile = tl.program_id(0) - tl.load(first_ptr + tensor)
-    row_ptr = table_ptr + tensor * 7
+    row_ptr = table_ptr + tensor * 8
     address = tl.load(row_ptr)
     kind = tl.load(row_ptr + 1)
     sum_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
-    width = _size(row_ptr + 3, IS_EVEN)
-    stride = _size(row_ptr + 4, IS_EVEN)
-    P = _size(row_ptr + 5, IS_EVEN)
-    D = _size(row_ptr + 6, IS_EVEN)
+    width = size_of(row_ptr + 3, IS_EVEN)
+    stride = size_of(row_ptr + 4, IS_EVEN)
+    factor_ptr = tl.load(row_ptr + 7).to(tl.pointer_type(tl.float32))
+    P = size_of(row_ptr + 5, IS_EVEN)
+    D = size_of(row_ptr + 6, IS_EVEN)
     if IS_EVEN:
         sum_ptr = tl.multiple_of(sum_ptr, 16)
     tiles_d = (D + TILE - 1) // TILE
@@ -132,7 +135,7 @@ def _transposed_sums_kernel(
     is_there = (d[:, None] < D) & (p[None, :] < P)
     for sample in range(B):
         offset = (sample * D + d[:, None]) * P + p[None, :]
-        grad = _load(address, kind, offset, is_there)
+        grad = load(address, kind, offset, is_there)
         total += _weighed(tl.load(factor_ptr + sample), grad)
     # Rows of a parameter are never divided among ranks.
     row = _places(sum_ptr, width, stride, p.to(tl.int64) * D)
@@ -146,7 +149,7 @@ def norms_sq(grads: Sequence[Tensor]) -> Tensor:
     grads = [_aligned(grad if _is_transposed(grad) else grad.contiguous()) for grad in grads]
     B, device = len(grads[0]), grads[0].device
     sizes = [grad.numel() // max(B, 1) for grad in grads]
-    num_chunks = tuple(triton.cdiv(size, BLOCK * REPEATS) for size in sizes)
+    num_chunks = tuple(ceil_div(size, BLOCK * REPEATS) for size in sizes)
     table = address_table(
         [(g.data_ptr(), n, KINDS[g.dtype]) for g, n in zip(grads, sizes, strict=True)], device
     )
@@ -159,53 +162,65 @@ def norms_sq(grads: Sequence[Tensor]) -> Tensor:
     return partial.sum(dim=2)
 
 
-def weighted_sums(grads: Sequence[Tensor], factor_B: Tensor) -> list[Tensor]:
+def weighted_sums(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
     """sum_i c_i g_i of each parameter, float32; see `kernels.weighted_sum`."""
-    shapes = [grad.shape[1:] for grad in grads]
-    # One allocation, with each sum at a multiple of 16 bytes.
-    sizes = [shape.numel() + -shape.numel() % 4 for shape in shapes]
-    pieces = factor_B.new_empty(sum(sizes)).split(sizes)
-    sums = [piece[: shape.numel()] for piece, shape in zip(pieces, shapes, strict=True)]
-    weighted_sums_into([total.view(1, -1) for total in sums], grads, factor_B)
-    return [total.view(shape) for total, shape in zip(sums, shapes, strict=True)]
+    sums = packed([grad.shape[1:] for grad in grads], factors[0])
+    _launch_all([(t, t.numel(), t.numel()) for t in sums], grads, factors)
+    return sums
 
 
-def weighted_sums_into(outs: Sequence[Tensor], grads: Sequence[Tensor], factor_B: Tensor) -> None:
-    """The same sums, written into the rows of `outs`."""
-    transposed, flat = [], []
-    for out, grad in zip(outs, grads, strict=True):
-        if _is_transposed(grad):
-            transposed.append((out, _aligned(grad)))
-        else:
-            flat.append((out, _aligned(grad.contiguous())))
-    if transposed:
-        tiles = [
-            triton.cdiv(g.shape[1], TILE) * triton.cdiv(g.shape[2], TILE) for _, g in transposed
-        ]
-        _launch(_transposed_sums_kernel, transposed, factor_B, tiles, TILE=TILE, num_warps=4)
-    if flat:
-        chunks = [triton.cdiv(_num_elements(g), BLOCK) for _, g in flat]
-        _launch(_sums_kernel, flat, factor_B, chunks, BLOCK=BLOCK, num_warps=8)
-
-
-def _launch(
-    kernel: Any,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    factor_B: Tensor,
-    num_programs: Sequence[int],
-    **options: int,
+def weighted_sums_into(
+    outs: Sequence[Tensor], grads: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> None:
-    rows = []
-    for out, grad in pairs:
-        sizes = grad.shape[1:] if _is_transposed(grad) else (_num_elements(grad), 0)
-        places = out.data_ptr(), out.shape[1], out.stride(0)
-        rows.append((grad.data_ptr(), KINDS[grad.dtype], *places, *sizes))
+    """The same sums, written into the rows of `outs`."""
+    _launch_all([(out, out.shape[1], out.stride(0)) for out in outs], grads, factors)
+
+
+@dataclass
+class _Programs:
+    """Parameters whose sums one launch forms."""
+
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    """Rows of the table."""
+    num_programs: list[int] = field(default_factory=list)
+    held: list[Tensor] = field(default_factory=list)
+    """Gradients that the launch reads."""
+
+
+_Place = tuple[Tensor, int, int]
+"""Tensor that a sum is written into, width of its rows, and elements from one to the next."""
+
+
+def _launch_all(
+    places: Sequence[_Place], grads: Sequence[Tensor], factors: Sequence[Tensor]
+) -> None:
+    transposed, flat = _Programs(), _Programs()
+    for (out, width, stride), grad, factor_B in zip(places, grads, factors, strict=True):
+        is_transposed = _is_transposed(grad)
+        grad = _aligned(grad if is_transposed else grad.contiguous())
+        begin = grad.data_ptr(), KINDS[grad.dtype], out.data_ptr(), width, stride
+        if is_transposed:
+            _, P, D = grad.shape
+            transposed.rows.append((*begin, P, D, factor_B.data_ptr()))
+            transposed.num_programs.append(ceil_div(P, TILE) * ceil_div(D, TILE))
+        else:
+            size = _num_elements(grad)
+            flat.rows.append((*begin, size, 0, factor_B.data_ptr()))
+            flat.num_programs.append(ceil_div(size, BLOCK))
+        (transposed if is_transposed else flat).held.append(grad)
+    _launch(_transposed_sums_kernel, transposed, factors[0], TILE=TILE, num_warps=4)
+    _launch(_sums_kernel, flat, factors[0], BLOCK=BLOCK, num_warps=8)
+
+
+def _launch(kernel: Any, programs: _Programs, factor_B: Tensor, **options: int) -> None:
+    if not programs.rows:
+        return
     device = factor_B.device
-    owner, first = programs_of(tuple(num_programs), device)
-    # Addresses are in bytes, sizes in elements.
-    is_even = all(n % 16 == 0 for row in rows for n in row[2:])
-    table = address_table(rows, device)
-    kernel[(len(owner),)](table, owner, first, factor_B, len(factor_B), IS_EVEN=is_even, **options)
+    owner, first = programs_of(tuple(programs.num_programs), device)
+    # The sum's address is in bytes, sizes in elements.
+    is_even = all(n % 16 == 0 for row in programs.rows for n in row[2:7])
+    table = address_table(programs.rows, device)
+    kernel[(len(owner),)](table, owner, first, len(factor_B), IS_EVEN=is_even, **options)
 
 
 def _num_elements(grad: Tensor) -> int:

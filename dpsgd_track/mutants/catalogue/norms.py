@@ -240,7 +240,7 @@ def rms_norm_positions_apart(original: Original, module: nn.Module, x: Tensor, d
     x_BTD, dy_BTD = flatten_positions(x.float()), flatten_positions(dy.float())
     xhat = x_BTD * torch.rsqrt(x_BTD.square().mean(dim=-1, keepdim=True))
     right = original(module, x, dy)["weight"].materialised()
-    return {"weight": _WithNorm(right.grad_B, _square(dy_BTD * xhat))}
+    return {"weight": _WithNorm(right.materialised().grad_B, _square(dy_BTD * xhat))}
 
 
 @_mutant(

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpsgd_track.privacy.layers.positions import summed_positions, trainable_terms
+from dpsgd_track.privacy.layers.positions import summed_channels, trainable_terms
 from dpsgd_track.privacy.terms import Outer, Term
 
 
@@ -33,7 +33,7 @@ def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     return trainable_terms(
         module,
         weight=lambda: Outer(_patches(module, x.to(dy.dtype)), dy_BTP),
-        bias=lambda: summed_positions(dy_BTP),
+        bias=lambda: summed_channels(dy),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpsgd_track.privacy.layers.positions import summed_positions, trainable_terms
+from dpsgd_track.privacy.layers.positions import summed_channels, trainable_terms
 from dpsgd_track.privacy.terms import Dense, Term
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,7 +30,7 @@ def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     return trainable_terms(
         module,
         weight=lambda: Dense(_weight_gradients(module, x.to(dy.dtype), dy)),
-        bias=lambda: summed_positions(dy.flatten(2).mT),
+        bias=lambda: summed_channels(dy),
     )
 
 

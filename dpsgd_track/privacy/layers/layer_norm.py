@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dpsgd_track.kernels.normalisation import weight_and_bias_gradients
+from dpsgd_track.kernels.normalisation import weight_and_bias_parts
 from dpsgd_track.privacy.layers.positions import trainable_terms
-from dpsgd_track.privacy.terms import Dense, Term
+from dpsgd_track.privacy.terms import Positions, Term
 
 
 def matches(module: nn.Module) -> bool:
@@ -18,10 +18,10 @@ def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight and bias, in the normalised shape."""
     assert isinstance(module, nn.LayerNorm)
     num_dims = len(module.normalized_shape)
-    weight, bias = weight_and_bias_gradients(
+    weight, bias = weight_and_bias_parts(
         _positions(x, num_dims), _positions(dy, num_dims), module.eps, is_centred=True
     )
-    return trainable_terms(module, weight=lambda: Dense(weight), bias=lambda: Dense(bias))
+    return trainable_terms(module, weight=lambda: Positions(weight), bias=lambda: Positions(bias))
 
 
 def _positions(tensor: Tensor, num_feature_dims: int) -> Tensor:

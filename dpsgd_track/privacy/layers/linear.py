@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dpsgd_track.privacy.layers.positions import outer, summed_positions, trainable_terms
+from dpsgd_track.privacy.layers.positions import linear_terms, outer
 from dpsgd_track.privacy.terms import Term
 
 
@@ -15,4 +15,4 @@ def matches(module: nn.Module) -> bool:
 
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [P, D] and bias [P]."""
-    return trainable_terms(module, weight=lambda: outer(x, dy), bias=lambda: summed_positions(dy))
+    return linear_terms(module, lambda: outer(x, dy), dy)

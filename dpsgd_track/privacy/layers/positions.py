@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from dpsgd_track.kernels.flash_norm.reference import accumulation_dtype
-from dpsgd_track.privacy.terms import Dense, Outer, Term
+from dpsgd_track.privacy.terms import Dense, Outer, Positions, Term
 
 
 def flatten_positions(tensor: Tensor) -> Tensor:
@@ -21,14 +21,34 @@ def outer(x: Tensor, dy: Tensor) -> Outer:
     return Outer(flatten_positions(x).to(dy.dtype), flatten_positions(dy))
 
 
-def summed_positions(gradient: Tensor, num_feature_dims: int = 1) -> Dense:
-    """sum_t g_t of gradients [B, ..., *parameter], in their accumulation type."""
-    shape = gradient.shape[gradient.dim() - num_feature_dims :]
-    positions = gradient.reshape(len(gradient), -1, *shape)
-    return Dense(positions.sum(dim=1, dtype=accumulation_dtype(gradient)))
+def summed_positions(gradient: Tensor) -> Positions:
+    """sum_t g_t of gradients [B, ..., P]."""
+    return Positions(flatten_positions(gradient))
+
+
+def summed_channels(gradient: Tensor) -> Dense:
+    """sum_t g_t of gradients [B, P, ...], in their accumulation type."""
+    return Dense(gradient.flatten(2).sum(dim=2, dtype=accumulation_dtype(gradient)))
+
+
+def linear_terms(module: nn.Module, weight: Callable[[], Outer], dy: Tensor) -> dict[str, Term]:
+    """Terms of a linear layer's weight, as `weight` gives it, and bias.
+
+    The bias's gradient is summed with those of other layers, from what the weight's term holds
+    anyway; at once, if there is no such term.
+    """
+    terms = trainable_terms(module, weight=weight, bias=lambda: summed_positions(dy))
+    if "weight" not in terms:
+        return {name: term.materialised() for name, term in terms.items()}
+    return terms
 
 
 def trainable_terms(module: nn.Module, **term_of: Callable[[], Term]) -> dict[str, Term]:
     """Terms of those parameters of `module` that exist and are trainable, by name."""
-    parameters = ((name, getattr(module, name, None)) for name in term_of)
-    return {name: term_of[name]() for name, p in parameters if p is not None and p.requires_grad}
+    own = module._parameters
+    terms = {}
+    for name, term in term_of.items():
+        parameter = own.get(name)
+        if parameter is not None and parameter.requires_grad:
+            terms[name] = term()
+    return terms

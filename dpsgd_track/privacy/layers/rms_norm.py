@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dpsgd_track.kernels.flash_norm.reference import accumulation, accumulation_dtype
-from dpsgd_track.kernels.normalisation import normalised, weight_and_bias_gradients
+from dpsgd_track.kernels.normalisation import normalised, weight_and_bias_parts
 from dpsgd_track.privacy.layers.positions import flatten_positions
-from dpsgd_track.privacy.terms import Dense, Term
+from dpsgd_track.privacy.terms import Positions, Term
 
 
 def matches(module: nn.Module) -> bool:
@@ -29,10 +29,10 @@ def matches(module: nn.Module) -> bool:
 
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [P]."""
-    weight, _ = weight_and_bias_gradients(
+    weight, _ = weight_and_bias_parts(
         flatten_positions(x), flatten_positions(dy), _epsilon(module, x), is_centred=False
     )
-    return {"weight": Dense(weight)}
+    return {"weight": Positions(weight)}
 
 
 def _epsilon(module: nn.Module, x: Tensor) -> float:

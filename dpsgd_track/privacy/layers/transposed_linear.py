@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dpsgd_track.privacy.layers.positions import outer, summed_positions, trainable_terms
+from dpsgd_track.privacy.layers.positions import linear_terms, outer
 from dpsgd_track.privacy.terms import Term
 
 
@@ -16,6 +16,4 @@ def matches(module: nn.Module) -> bool:
 
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [D, P] and bias [P]."""
-    return trainable_terms(
-        module, weight=lambda: outer(dy, x.to(dy.dtype)), bias=lambda: summed_positions(dy)
-    )
+    return linear_terms(module, lambda: outer(dy, x.to(dy.dtype)), dy)
