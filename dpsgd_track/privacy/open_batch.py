@@ -35,6 +35,7 @@ from dpsgd_track.privacy.loss import PerSampleLoss, refuse_unless_one_a_sample
 from dpsgd_track.privacy.random_state import RandomState
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.tape import Recording, Tape
+from dpsgd_track.privacy.uncompiled import prepare, uncompiled
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class OpenBatch:
             self._hooks.callback(self._forward.close)
         # Outside of all other hooks, such as those of FSDP2, which gather the root's parameters.
         model = self.engine.model
+        prepare()
         before = model.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
         after = model.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
         self._hooks.callback(before.remove)
@@ -204,6 +206,7 @@ class OpenBatch:
         """The micro-batch, to be repeated."""
         return RecordedBatch(self._tape, tuple(self._inputs), self._random_state)
 
+    @uncompiled
     def _before_call(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """Arguments of the model in place of what it is called with."""
         self._depth += 1
@@ -220,6 +223,7 @@ class OpenBatch:
             self._capture()
         return fitted.args, fitted.kwargs
 
+    @uncompiled
     def _after_call(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The model's output, as the code sees it."""
         self._depth -= 1

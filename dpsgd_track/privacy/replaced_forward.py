@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from dpsgd_track.privacy.uncompiled import prepare, uncompiled
+
 Forward = Callable[..., Any]
 
 
@@ -27,6 +29,7 @@ class ReplacedForward(ABC):
         """The module's own forward."""
 
         @functools.wraps(self._first)
+        @uncompiled
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self.call(args, kwargs)
 
@@ -38,6 +41,7 @@ class ReplacedForward(ABC):
 
     def attach(self) -> None:
         """Replace the module's forward."""
+        prepare()
         self._before = self._own.get("forward")
         self.original = self._before or self._first
         self._own["forward"] = self._forward

@@ -1,0 +1,125 @@
+"""Models that torch.compile has compiled, in whole or in part, train as they do without it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dpsgd_track
+from dpsgd_track.library import PrivateTraining
+
+# Of the compiler itself, where a graph begins at an activation.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+B, T, D, CLASSES, STEPS = 3, 4, 6, 3, 3
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 9), nn.Linear(9, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        y: Tensor = h + self.down(F.silu(self.up(self.norm(h))))
+        return y
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.block, self.head = nn.Embedding(7, D), Block(), nn.Linear(D, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(self.block(self.embedding(tokens)).mean(dim=1))
+        return y
+
+
+def compiled(module: nn.Module) -> Any:
+    # Traces and checks as any backend does, and generates no code.
+    return torch.compile(module, backend="eager")
+
+
+def in_place(module: nn.Module) -> None:
+    module.compile(backend="eager")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def private_of(model: nn.Module) -> PrivateTraining:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return dpsgd_track.make_private(
+        model,
+        optimizer,
+        # Drawn by names, which a compiled wrapper changes.
+        noise_multiplier=0.0,
+        max_grad_norm=0.2,
+        expected_batch_size=B,
+        seed=3,
+        spot_check=False,
+    )
+
+
+def trained(private: PrivateTraining, call: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
+    """Norms of each step, and the weights after all; by a loop of one's own if `call` is given."""
+    found = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, 7, (B, T), generator=generator)
+        targets = torch.randint(0, CLASSES, (B,), generator=generator)
+        if call is None:
+            private.backward(tokens, targets)
+        else:
+            with private.batch(B):
+                loss_B = F.cross_entropy(call(tokens), targets, reduction="none")
+                private.backward(loss_B)
+        assert private.last is not None
+        assert private.last.norm_B is not None
+        found.append(private.last.norm_B.clone())
+        private.mode.optimizer.step()
+    return [*found, *(p.detach().clone() for p in private.model.parameters())]
+
+
+def _before(model: Model) -> tuple[PrivateTraining, Callable[[Tensor], Tensor]]:
+    outer = compiled(model)
+    return private_of(outer), outer
+
+
+def _after(model: Model) -> tuple[PrivateTraining, Callable[[Tensor], Tensor]]:
+    private = private_of(model)
+    return private, compiled(private.model)
+
+
+def _whole(model: Model) -> tuple[PrivateTraining, Callable[[Tensor], Tensor]]:
+    in_place(model)
+    private = private_of(model)
+    return private, private.model
+
+
+def _block(model: Model) -> tuple[PrivateTraining, Callable[[Tensor], Tensor]]:
+    private = private_of(model)
+    in_place(model.block)
+    return private, private.model
+
+
+@pytest.mark.parametrize("has_own_loop", [False, True], ids=["backward", "batch"])
+@pytest.mark.parametrize("make", [_before, _after, _whole, _block], ids=lambda make: make.__name__)
+def test_a_compiled_model_trains_as_without(make: Any, has_own_loop: bool) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    plain = private_of(copy.deepcopy(model))
+    wanted = trained(plain, plain.model if has_own_loop else None)
+    private, call = make(model)
+    found = trained(private, call if has_own_loop else None)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
