@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from dpsgd_track.config import FLAT, require
@@ -188,7 +188,10 @@ class PrivateTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: list[Inputs], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Add a step's micro-batches; returns the mean of the losses of all ranks' samples."""
+        """Add a step's micro-batches; returns the mean of the losses of all ranks' samples.
+
+        NaN for a step that has drawn none, which the Trainer leaves out of the loss that it logs.
+        """
         assert self.private is not None
         model.train()
         added = [self._add(model, self._prepare_inputs(each)) for each in inputs]
@@ -198,7 +201,7 @@ class PrivateTrainer(Trainer):
         total = torch.stack([loss_B.sum(), num_samples, is_clipped_B.sum().to(num_samples)])
         sum_over_ranks(total)
         self._since_log = total[1:] if self._since_log is None else self._since_log + total[1:]
-        return total[0] / total[1].clamp(min=1)
+        return total[0] / total[1]
 
     def _add(self, model: nn.Module, inputs: Inputs) -> SampleRecord:
         """Add one micro-batch."""
@@ -298,13 +301,15 @@ class PrivateTrainer(Trainer):
         path, private = Path(checkpoint) / PRIVACY_FILE, self.private
         advice = "What was spent before is not known without it."
         require(path.is_file(), "resume_from_checkpoint", checkpoint, f"a {PRIVACY_FILE}", advice)
+        path, advice = Path(checkpoint) / OPTIMIZER_NAME, "Without it the steps would be others."
+        require(path.is_file(), "resume_from_checkpoint", checkpoint, f"an {path.name}", advice)
         assert private is not None
         hook = private.mode.optimizer.register_load_state_dict_pre_hook(sharded_state)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         finally:
             hook.remove()
-        private.load_state_dict(_spent(path))
+        private.load_state_dict(_spent(Path(checkpoint) / PRIVACY_FILE))
 
 
 def _spent(path: Path) -> dict[str, Any]:
@@ -359,7 +364,6 @@ def _refuse_unfit(given: TrainingArguments) -> None:
         require(not getattr(given, name), name, getattr(given, name), "none", advice)
     refused = {
         "fp16": "Take bf16: the scale of float16 follows the samples, and no noise protects it.",
-        "torch_compile": "The hooks that take per-sample gradients run in the model's own forward.",
         "auto_find_batch_size": "Steps begun anew spend again; a smaller micro-batch keeps the "
         "batch size where gradient_accumulation_steps grow with it.",
     }

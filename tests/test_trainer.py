@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -163,16 +165,41 @@ def test_epsilon_is_in_the_logs(whole: PrivateTrainer) -> None:
     assert not {"epsilon", "clip_fraction"} & set(metrics)
 
 
-def test_a_checkpoint_that_tells_nothing_of_privacy_is_refused(
-    whole: PrivateTrainer, tmp_path: Path
+@pytest.mark.parametrize("lost", [PRIVACY_FILE, "optimizer.pt"])
+def test_a_checkpoint_that_lacks_a_file_is_refused(
+    whole: PrivateTrainer, tmp_path: Path, lost: str
 ) -> None:
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(Path(whole.args.output_dir) / "checkpoint-3", checkpoint)
     spent = json.loads((checkpoint / PRIVACY_FILE).read_text())
     assert spent
-    (checkpoint / PRIVACY_FILE).unlink()
-    with pytest.raises(ValueError, match=f"expected a {PRIVACY_FILE}"):
+    (checkpoint / lost).unlink()
+    with pytest.raises(ValueError, match=f"expected an? {lost}"):
         trainer_of(fresh(0.1), tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+# Of the compiler itself, where a graph begins at an activation.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+# The arguments set it for good.
+@patch.dict(os.environ)
+def test_a_compiled_model_is_trained_as_without(tmp_path: Path) -> None:
+    plain = trainer_of(fresh(), tmp_path / "plain", max_steps=2)
+    plain.train()
+    settings = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
+    compiled = trainer_of(fresh(), tmp_path / "compiled", **settings)
+    compiled.train()
+    assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
+    torch.testing.assert_close(weights(compiled.model), weights(plain.model), rtol=1e-5, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_a_step_without_samples_has_no_loss(tmp_path: Path) -> None:
+    trainer = trainer_of(fresh(), tmp_path, max_steps=1)
+    trainer.train()
+    empty = {name: torch.as_tensor(x)[None][:0] for name, x in Sentences()[0].items()}
+    # The Trainer leaves it out of the mean that it logs.
+    assert trainer.args.logging_nan_inf_filter
+    assert trainer.training_step(trainer.model, [empty]).isnan()
 
 
 def test_a_target_epsilon_is_kept_to(tmp_path: Path) -> None:
@@ -224,7 +251,6 @@ class NoLoss(nn.Module):
         (None, {"max_grad_norm": 0.0}, "max_grad_norm=0.0: expected a number > 0"),
         (None, {"fp16": True}, "fp16=True: expected False. Take bf16"),
         (None, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: expected 0"),
-        (None, {"torch_compile": True}, "torch_compile=True: expected False. The hooks"),
         (None, {"auto_find_batch_size": True}, "auto_find_batch_size=True: expected False"),
         (NoLoss(), {}, "or a function, for NoLoss"),
     ],
