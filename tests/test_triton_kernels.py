@@ -157,6 +157,30 @@ def test_many_layers_in_one_launch_have_the_clipped_products_of_each() -> None:
         assert relative_error(found, wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("gap", [0, 1, 16])
+def test_clipped_products_go_to_the_rows_of_ranks(
+    num_ranks: int, num_parts: int, gap: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "num_parts_of", lambda *_: num_parts)
+    factor = torch.tensor([1.0, 3e-4, 0.7], device=DEVICE)
+    shapes = [(dy.shape[2], x.shape[2]) for x, dy in layers()]
+    widths = [-(-rows // num_ranks) * columns for rows, columns in shapes]
+    sizes = [size for width in widths for size in (width, gap)]
+    sent = torch.full((num_ranks, sum(sizes)), float("nan"), device=DEVICE)
+    outs = sent.split(sizes, dim=1)[::2]
+    product.clipped_products_into(outs, layers(), [factor] * len(outs))
+    for out, (x, dy) in zip(outs, layers(), strict=True):
+        exact = product_reference.clipped_product(x.double(), dy.double(), factor.double())
+        found = out.flatten()
+        assert relative_error(found[: exact.numel()], exact.flatten()) < TOLERANCE
+        # Nothing beyond the end is touched.
+        assert found[exact.numel() :].isnan().all()
+    for between in sent.split(sizes, dim=1)[1::2]:
+        assert between.isnan().all()
+
+
 def gradients() -> list[Tensor]:
     """Of several sizes, types and orders in memory, one of them at an odd address."""
     B = 3

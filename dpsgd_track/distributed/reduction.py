@@ -221,7 +221,16 @@ class Fsdp2Sharder(GradientSharder):
         """Reduce the group `names`, which is the next in order, as `fill` writes it."""
         assert self._pending[0] == names
         self._pending.pop(0)
-        self._start(_Packed({name: self.parameters[name] for name in names}, fill))
+        parameters = {name: self.parameters[name] for name in names}
+        world_size, widths = dist.get_world_size(_shard_group(parameters)), _widths_of(parameters)
+        device = next(iter(parameters.values())).device
+        packed = torch.empty(world_size, sum(widths), device=device)
+        columns = packed.split(widths, dim=1)
+        for column, parameter in zip(columns, parameters.values(), strict=True):
+            if parameter.shape[0] % world_size:
+                column.zero_()
+        fill(columns)
+        self._start(_Packed(parameters, packed))
 
     def _reduce(self, names: list[str]) -> None:
         parameters = {name: self.parameters[name] for name in names}
@@ -232,17 +241,20 @@ class Fsdp2Sharder(GradientSharder):
             for name, parameter in parameters.items()
         }
         world_size = dist.get_world_size(_shard_group(parameters))
-
-        def fill(columns: Sequence[Tensor]) -> None:
-            for column, gradient in zip(columns, unsharded.values(), strict=True):
-                column.copy_(_padded_rows(gradient, world_size))
-
-        self._start(_Packed(parameters, fill))
+        columns = [_padded_rows(gradient, world_size) for gradient in unsharded.values()]
+        self._start(_Packed(parameters, torch.cat(columns, dim=1)))
 
     def _start(self, reduction: _Packed) -> None:
         if len(self._in_flight) == MAX_IN_FLIGHT:
             _add_to(self._batch, self._in_flight.pop(0).finish())
         self._in_flight.append(reduction)
+
+
+def _widths_of(parameters: dict[str, DTensor]) -> list[int]:
+    """Elements of the largest shard of each parameter."""
+    num_shards = next(iter(parameters.values())).device_mesh.shape[-1]
+    shapes = [parameter.shape for parameter in parameters.values()]
+    return [-(-shape[0] // num_shards) * shape[1:].numel() for shape in shapes]
 
 
 def _shard_group(parameters: dict[str, DTensor]) -> dist.ProcessGroup:
@@ -259,19 +271,9 @@ class _Packed:
     same on all.
     """
 
-    def __init__(self, parameters: dict[str, DTensor], fill: Fill) -> None:
+    def __init__(self, parameters: dict[str, DTensor], packed: Tensor) -> None:
         self.parameters = parameters
         self.mesh = next(iter(parameters.values())).device_mesh
-        world_size = self.mesh.shape[-1]
-        shapes = [parameter.shape for parameter in parameters.values()]
-        self.widths = [-(-shape[0] // world_size) * shape[1:].numel() for shape in shapes]
-        device = next(iter(parameters.values())).device
-        packed = torch.empty(world_size, sum(self.widths), device=device)
-        columns = packed.split(self.widths, dim=1)
-        for column, shape in zip(columns, shapes, strict=True):
-            if shape[0] % world_size:
-                column.zero_()
-        fill(columns)
         self.shard = packed.new_empty(packed.shape[1])
         self.work = _reduce_scatter(
             self.shard, packed.view(-1), group=_shard_group(parameters), async_op=True
@@ -286,7 +288,7 @@ class _Packed:
         self.packed = None
         if self.mesh.ndim == 2:
             dist.all_reduce(self.shard, group=self.mesh.get_group(0))
-        columns = self.shard.split(self.widths)
+        columns = self.shard.split(_widths_of(self.parameters))
         pairs = zip(self.parameters.items(), columns, strict=True)
         return {name: _local_rows(parameter, column) for (name, parameter), column in pairs}
 

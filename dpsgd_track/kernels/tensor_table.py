@@ -107,6 +107,12 @@ def packed(shapes: Sequence[torch.Size], like: Tensor) -> list[Tensor]:
     return unpacked(like.new_empty(packed_starts(shapes)[-1], dtype=torch.float32), shapes)
 
 
+def write_rows(out: Tensor, total: Tensor) -> None:
+    """Write the elements of a contiguous tensor into the rows of `out`, and leave what follows."""
+    for row, part in zip(out, total.view(-1).split(out.shape[1]), strict=False):
+        row[: len(part)] = part
+
+
 def address_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """[tensors, columns] int64, copied to `device` without waiting."""
     host = torch.tensor(rows, dtype=torch.int64)

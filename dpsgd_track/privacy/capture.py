@@ -53,6 +53,7 @@ from dpsgd_track.privacy.terms import (
     OuterNorm,
     Positions,
     Term,
+    clipped_sums_into,
     clipped_sums_of,
     join,
     norms_sq_of,
@@ -315,14 +316,14 @@ class Capture:
                 sums[name] = clip_factor_B.new_zeros(self.shapes[name])
         return sums
 
-    def kept_gradients(self, names: Iterable[str]) -> list[Tensor] | None:
-        """Per-sample gradients [B, *parameter] of `names`; None unless all were kept as such."""
-        terms = [self._kept.get(name, ()) for name in names]
-        if not all(len(t) == 1 and type(t[0]) is Dense for t in terms):
-            return None
-        for name in names:
-            del self._kept[name]
-        return [term.grad_B for (term,) in terms if isinstance(term, Dense)]
+    def write_kept_sums(self, outs: Mapping[str, Tensor], clip_factor_B: Tensor) -> None:
+        """Write `kept_sums` of the parameters `outs` into the rows of their tensors.
+
+        Args:
+            outs: [W, elements of one rank's shard] float32, by parameter.
+        """
+        kept = {name: self._kept.pop(name) for name in outs if name in self._kept}
+        clipped_sums_into(outs, kept, dict.fromkeys(kept, clip_factor_B))
 
     def norms_of(self, joined: Mapping[str, tuple[Term, ...]]) -> dict[str, Tensor]:
         """Squared norms [B] of parameters' per-sample gradients."""

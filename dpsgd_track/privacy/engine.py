@@ -17,7 +17,6 @@ from dpsgd_track.distributed.reduction import GradientSharder
 from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.kernels.device import HostCopy
 from dpsgd_track.kernels.left_out import assuming_all_kept
-from dpsgd_track.kernels.weighted_sum import weighted_sums_into
 from dpsgd_track.privacy.batch import Batch, RepeatableBatch, Rows
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.clipping import (
@@ -256,16 +255,19 @@ class Engine:
     def put_kept(self, names: list[str], clip_factor_B: Tensor) -> None:
         """Add this rank's clipped sums of the group `names`, from the terms that were kept.
 
-        Sums of kept gradients are written straight into the tensor that is sent to other ranks.
+        They are written straight into the tensor that is sent to other ranks, if one is.
         """
-        assert self.capture is not None
-        packs = self.sharder.packs and not self.is_standing_in
-        gradients = self.capture.kept_gradients(names) if packs else None
-        if gradients is None:
-            self.put(self.capture.kept_sums(names, clip_factor_B))
-        else:
-            kept, factors = gradients, [clip_factor_B] * len(gradients)
-            self.sharder.pack(names, lambda outs: weighted_sums_into(outs, kept, factors))
+        capture = self.capture
+        assert capture is not None
+        if not self.sharder.packs or self.is_standing_in:
+            self.put(capture.kept_sums(names, clip_factor_B))
+            return
+        self.sharder.pack(
+            names,
+            lambda outs: capture.write_kept_sums(
+                dict(zip(names, outs, strict=True)), clip_factor_B
+            ),
+        )
 
     def put(self, sums: dict[str, Tensor]) -> None:
         """Add this rank's clipped sums of some parameters."""

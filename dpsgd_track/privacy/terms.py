@@ -26,13 +26,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpsgd_track.kernels.clipped_product import clipped_product, clipped_products
+from dpsgd_track.kernels.clipped_product import (
+    clipped_product,
+    clipped_products,
+    clipped_products_into,
+)
 from dpsgd_track.kernels.embedding_cross import embedding_cross
 from dpsgd_track.kernels.embedding_norm import embedding_norm_sq, per_sample_table
 from dpsgd_track.kernels.flash_norm import gram_norms_sq
 from dpsgd_track.kernels.flash_norm.reference import accumulation, accumulation_dtype
 from dpsgd_track.kernels.position_sum import position_sums
-from dpsgd_track.kernels.weighted_sum import norms_sq, weighted_sums
+from dpsgd_track.kernels.tensor_table import write_rows
+from dpsgd_track.kernels.weighted_sum import norms_sq, weighted_sums, weighted_sums_into
 
 OuterNorm = Callable[[Tensor, Tensor], Tensor]
 """(x_BTD, dy_BTP) -> [B]: squared norm of sum_t dy_t x_t^T, as a norm rule computes it."""
@@ -226,6 +231,35 @@ def clipped_sums_of(
         ),
         lambda name, term: True,
     )
+
+
+def clipped_sums_into(
+    outs: Mapping[str, Tensor],
+    joined: Mapping[str, Sequence[Term]],
+    factors: Mapping[str, Tensor],
+) -> None:
+    """Write the same sums into the rows of `outs`, and zeros for parameters without terms.
+
+    Args:
+        outs: [W, elements of one rank's shard] float32, by parameter. What follows a sum's end is
+            left as it is.
+    """
+    single = {name: joined[name][0] for name in outs if len(joined.get(name, ())) == 1}
+    dense = {name: term.grad_B for name, term in single.items() if type(term) is Dense}
+    outers = {n: (t.x_BTD, t.dy_BTP) for n, t in single.items() if type(t) is Outer}
+    if dense:
+        weighted_sums_into(
+            [outs[name] for name in dense], list(dense.values()), [factors[n] for n in dense]
+        )
+    if outers:
+        clipped_products_into(
+            [outs[name] for name in outers], list(outers.values()), [factors[n] for n in outers]
+        )
+    for name, out in outs.items():
+        if name not in joined:
+            out.zero_()
+        elif name not in dense and name not in outers:
+            write_rows(out, _clipped_sum(joined[name], factors[name]).contiguous())
 
 
 def _by_parameter(

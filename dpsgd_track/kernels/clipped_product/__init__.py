@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dpsgd_track.kernels.clipped_product import reference
 from dpsgd_track.kernels.device import uses_tensor_cores
+from dpsgd_track.kernels.tensor_table import write_rows
 
-__all__ = ["clipped_product", "clipped_products"]
+__all__ = ["clipped_product", "clipped_products", "clipped_products_into"]
 
 
 def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
@@ -50,3 +51,23 @@ def clipped_products(
         clipped_product(x_BTD, dy_BTP, factor_B)
         for (x_BTD, dy_BTP), factor_B in zip(layers, factors, strict=True)
     ]
+
+
+def clipped_products_into(
+    outs: Sequence[Tensor], layers: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]
+) -> None:
+    """The same sums, written into the rows of `outs`.
+
+    Args:
+        outs: [W, width] float32 for each layer, a number of whole rows of its sum in each. What
+            follows the last element is left as it is.
+        layers: (x, dy) of each.
+        factors: c of each layer, [B] and contiguous, float32 or float64.
+    """
+    if layers and all(uses_tensor_cores(x_BTD) for x_BTD, _ in layers):
+        from dpsgd_track.kernels.clipped_product import triton
+
+        triton.clipped_products_into(outs, layers, factors)
+    else:
+        for out, total in zip(outs, clipped_products(layers, factors), strict=True):
+            write_rows(out, total)

@@ -12,7 +12,8 @@ Shapes: B samples, T positions, D inputs, P outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from dpsgd_track.kernels.tensor_table import (
     packed_starts,
     programs_of,
     unpacked,
+    write_rows,
 )
 
 # Smallest factor with full precision: the start of float32's normal range.
@@ -45,8 +47,20 @@ SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
+def _rows_of_sum(row_ptr, p, D, IS_ALIGNED: tl.constexpr):
+    """Addresses of rows `p` of a sum, of which so many lie together, and then comes a gap."""
+    sum_ptr = tl.load(row_ptr).to(tl.pointer_type(tl.float32))
+    num_together = tl.load(row_ptr + 1).to(tl.int32)
+    stride = tl.load(row_ptr + 2)
+    if IS_ALIGNED:
+        sum_ptr, stride = tl.multiple_of(sum_ptr, 16), tl.multiple_of(stride, 16)
+    run = p // num_together
+    return sum_ptr + run.to(tl.int64) * stride + (p - run * num_together).to(tl.int64) * D
+
+
+@triton.jit
 def _clipped_product_kernel(
-    table_ptr, owner_ptr, first_ptr, sum_ptr, B, part_size, sums_size,
+    table_ptr, owner_ptr, first_ptr, B, part_size, part_stride,
     DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, IS_EVEN: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -57,10 +71,7 @@ def _clipped_product_kernel(
     x_ptr, dy_ptr, T, D, P, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t = factors_of(
         row_ptr, DTYPE, IS_ALIGNED
     )
-    factor_ptr = tl.load(row_ptr + COLUMNS - 2).to(tl.pointer_type(tl.float32))
-    sum_ptr += part.to(tl.int64) * sums_size + tl.load(row_ptr + COLUMNS - 1)
-    if IS_ALIGNED:
-        sum_ptr = tl.multiple_of(sum_ptr, 16)
+    factor_ptr = tl.load(row_ptr + COLUMNS - 4).to(tl.pointer_type(tl.float32))
     row, column = grouped(tile, tl.cdiv(P, BLOCK_P), tl.cdiv(D, BLOCK_D), GROUP)
     first = part * part_size
     stop_sample = tl.minimum(first + part_size, B)
@@ -103,8 +114,8 @@ def _clipped_product_kernel(
         dy_ptr += dy_stride_b
         x_ptr += x_stride_b
     total *= before
-    place = sum_ptr + p.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(place, total, mask=(p[:, None] < P) & (d[None, :] < D))
+    place = _rows_of_sum(row_ptr + COLUMNS - 3, p, D, IS_ALIGNED) + part.to(tl.int64) * part_stride
+    tl.store(place[:, None] + d[None, :], total, mask=(p[:, None] < P) & (d[None, :] < D))
 
 
 def clipped_product(x_BTD: Tensor, dy_BTP: Tensor, factor_B: Tensor) -> Tensor:
@@ -117,6 +128,29 @@ def clipped_products(
     layers: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]
 ) -> list[Tensor]:
     """`clipped_product` of several layers, with one launch for all that are alike."""
+    sums = list(factors)
+    for group in _groups(layers, factors):
+        for place, total in zip(group.places, _formed(group, factors[0]), strict=True):
+            sums[place] = total
+    return sums
+
+
+def clipped_products_into(
+    outs: Sequence[Tensor], layers: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]
+) -> None:
+    """The same sums, written into the rows of `outs`."""
+    for group in _groups(layers, factors):
+        group_outs = [outs[place] for place in group.places]
+        if group.num_parts == 1 and (
+            not group.kind.is_aligned or all(map(_is_aligned, group_outs))
+        ):
+            _launch(group, group_outs, factors[0])
+            continue
+        for out, total in zip(group_outs, _formed(group, factors[0]), strict=True):
+            write_rows(out, total)
+
+
+def _groups(layers: Sequence[tuple[Tensor, Tensor]], factors: Sequence[Tensor]) -> Iterator[_Group]:
     pairs = [(with_unit_stride(x_BTD), with_unit_stride(dy_BTP)) for x_BTD, dy_BTP in layers]
     large = [place for place, pair in enumerate(pairs) if _gains_by_large_tiles(*pair)]
     # With fewer large tiles than multiprocessors, small ones lose less.
@@ -124,19 +158,15 @@ def clipped_products(
     if num_large < num_multiprocessors(factors[0].device) * 3 // 4:
         large = []
     small = [place for place in range(len(pairs)) if place not in large]
-    sums = list(factors)
     for places, tiles in ((large, _LARGE), (small, _SMALL)):
         for kind, rows in alike({place: pairs[place] for place in places}, tiles.is_even).items():
-            found = _launch(
+            yield _Group(
+                list(rows),
                 [pairs[place] for place in rows],
                 [(*row, factors[place].data_ptr()) for place, row in rows.items()],
-                factors[0],
                 kind,
                 tiles,
             )
-            for place, total in zip(rows, found, strict=True):
-                sums[place] = total
-    return sums
 
 
 class _Tiles(NamedTuple):
@@ -172,29 +202,55 @@ def _num_tiles(x_BTD: Tensor, dy_BTP: Tensor, tiles: _Tiles) -> int:
     return ceil_div(rows, tiles.block_p) * ceil_div(columns, tiles.block_d)
 
 
-def _launch(
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    rows: Sequence[tuple[int, ...]],
-    factor_B: Tensor,
-    kind: Kind,
-    tiles: _Tiles,
-) -> list[Tensor]:
-    B, device = len(factor_B), factor_B.device
-    shapes = [torch.Size((dy_BTP.shape[2], x_BTD.shape[2])) for x_BTD, dy_BTP in pairs]
-    starts = packed_starts(shapes)
-    num_tiles = tuple(_num_tiles(*pair, tiles) for pair in pairs)
-    num_parts = num_parts_of(pairs, sum(num_tiles))
-    sums = factor_B.new_empty(num_parts, starts[-1], dtype=torch.float32)
-    owner, first = programs_of(num_tiles, device)
-    table = address_table([(*row, start) for row, start in zip(rows, starts, strict=False)], device)
-    _clipped_product_kernel[(sum(num_tiles), num_parts)](
-        table, owner, first, sums, B, ceil_div(B, num_parts), sums.shape[1],
-        **kind.options(), COLUMNS=NUM_COLUMNS + 2,
+@dataclass
+class _Group:
+    """Layers of one launch."""
+
+    places: list[int]
+    pairs: list[tuple[Tensor, Tensor]]
+    rows: list[tuple[int, ...]]
+    """Rows of the table, up to the clip factors' address."""
+    kind: Kind
+    tiles: _Tiles
+    shapes: list[torch.Size] = field(init=False)
+    """Of the sums."""
+    num_tiles: tuple[int, ...] = field(init=False)
+    num_parts: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shapes = [torch.Size((dy.shape[2], x.shape[2])) for x, dy in self.pairs]
+        self.num_tiles = tuple(_num_tiles(*pair, self.tiles) for pair in self.pairs)
+        self.num_parts = num_parts_of(self.pairs, sum(self.num_tiles))
+
+
+def _formed(group: _Group, factor_B: Tensor) -> list[Tensor]:
+    """The sums of a group, in memory of their own."""
+    num_parts, size = group.num_parts, packed_starts(group.shapes)[-1]
+    parts = factor_B.new_empty(num_parts, size, dtype=torch.float32)
+    sums = [total.view(1, -1) for total in unpacked(parts[0], group.shapes)]
+    _launch(group, sums, factor_B, part_stride=size)
+    return unpacked(parts[0] if num_parts == 1 else parts.sum(dim=0), group.shapes)
+
+
+def _launch(group: _Group, outs: Sequence[Tensor], factor_B: Tensor, part_stride: int = 0) -> None:
+    B, device, tiles = len(factor_B), factor_B.device, group.tiles
+    owner, first = programs_of(group.num_tiles, device)
+    rows = [
+        (*row, out.data_ptr(), max(out.shape[1] // max(D, 1), 1), out.stride(0))
+        for row, out, (_, D) in zip(group.rows, outs, group.shapes, strict=True)
+    ]
+    _clipped_product_kernel[(sum(group.num_tiles), group.num_parts)](
+        address_table(rows, device), owner, first, B, ceil_div(B, group.num_parts), part_stride,
+        **group.kind.options(), COLUMNS=NUM_COLUMNS + 4,
         BLOCK_P=tiles.block_p, BLOCK_D=tiles.block_d, BLOCK_T=tiles.block_t, GROUP=GROUP,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages if has_large_shared_memory(device) else 2,
     )  # fmt: skip
-    return unpacked(sums[0] if num_parts == 1 else sums.sum(dim=0), shapes)
+
+
+def _is_aligned(out: Tensor) -> bool:
+    """True if rows of `out` begin at multiples of 64 bytes."""
+    return out.data_ptr() % 64 == 0 and out.stride(0) % 16 == 0
 
 
 def num_parts_of(pairs: Sequence[tuple[Tensor, Tensor]], num_tiles: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dpsgd_track.kernels.left_out import kept_samples, only_kept
+from dpsgd_track.kernels.tensor_table import write_rows
 
 
 def norms_sq(grads: Sequence[Tensor]) -> Tensor:
@@ -44,6 +45,4 @@ def weighted_sums_into(
 ) -> None:
     """The same sums, written into the rows of `outs`."""
     for out, total in zip(outs, weighted_sums(grads, factors), strict=True):
-        elements = total.view(-1)
-        for row, part in zip(out, elements.split(out.shape[1]), strict=False):
-            row[: len(part)] = part
+        write_rows(out, total)
