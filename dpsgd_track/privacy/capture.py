@@ -135,6 +135,8 @@ class Capture:
         self._inspected_modes: set[bool] = set()
         """Values of `model.training` in the batches whose graphs were inspected."""
         self._settle: _Settle | None = None
+        self._holds_units = False
+        """True in a backward whose terms are held until their unit is clipped."""
         self._is_last = False
         """True in the last backward of a batch."""
         self._backward_id = -1
@@ -290,7 +292,11 @@ class Capture:
             if len(unit) == len(units[number]):
                 end(number)
 
-        self._run_checked(loss_B, settle, retain_graph=False)
+        self._holds_units = True
+        try:
+            self._run_checked(loss_B, settle, retain_graph=False)
+        finally:
+            self._holds_units = False
         # Units of which a parameter got no gradient.
         for number in list(waiting):
             end(number)
@@ -431,7 +437,8 @@ class Capture:
         if is_grouped:
             assert self.num_samples is not None
             terms = {name: term.grouped(self.num_samples) for name, term in terms.items()}
-        holds_factors = self.keep and not self._forms_gradients(layer, terms)
+        holds_terms = self.keep or self._holds_units
+        holds_factors = holds_terms and not self._forms_gradients(layer, terms)
         for name, term in terms.items():
             if type(term) is Positions and not holds_factors:
                 # At once, so that what it is the sum of can be freed.
