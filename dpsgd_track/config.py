@@ -88,6 +88,34 @@ def require(condition: bool, setting: str, got: object, allowed: str, advice: st
         raise ValueError(f"{setting}={got!r}: expected {allowed}. {advice}".rstrip())
 
 
+_UNITS = {"B": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for unit, base in (("B", 1000), ("iB", 1024))
+}
+_AMOUNT = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", re.ASCII)
+
+
+def num_bytes(memory_budget: int | str | None) -> int | None:
+    """Bytes of a number, or of a text such as 2GiB; None of None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if memory_budget is None:
+        return None
+    allowed = "a number of bytes >= 0, or one with a unit, such as '2GiB'"
+    if isinstance(memory_budget, str):
+        amount = _AMOUNT.fullmatch(memory_budget if memory_budget != "0" else "0B")
+        is_known = amount is not None and amount[2] in _UNITS
+        require(is_known, "memory_budget", memory_budget, allowed, f"Units: {', '.join(_UNITS)}.")
+        assert amount is not None
+        return int(float(amount[1]) * _UNITS[amount[2]])
+    is_integer = isinstance(memory_budget, Integral) and not isinstance(memory_budget, bool)
+    require(is_integer and memory_budget >= 0, "memory_budget", memory_budget, allowed)
+    return int(memory_budget)
+
+
 def require_one_of(setting: str, got: str, known: Iterable[str], advice: str = "") -> None:
     """Raise ValueError unless `got` is one of `known`; it names them, and the nearest."""
     names = tuple(known)
@@ -188,9 +216,13 @@ class PerformanceConfig:
     """Norm computation of linear layers: auto, gradients, gram or tiled. In flash and fused modes,
     from the per-sample gradients (one backward only), by the Gram form or by the tiled form; auto
     chooses layer by layer."""
+    memory_budget: str | None = None
+    """Memory on each rank, such as 2GiB, for what modes of one backward keep (default: any). A
+    second backward does the layers that do not fit; 0 is two passes."""
 
     def __post_init__(self) -> None:
         require_one_of("plan", self.plan, PLANS)
+        num_bytes(self.memory_budget)
         require_one_of("device", self.device, DEVICES)
         require_one_of("param_dtype", self.param_dtype, PARAM_DTYPES)
         require_one_of("reference_dtype", self.reference_dtype, ("float64", "float32"))

@@ -16,14 +16,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dpsgd_track.config import FLAT, PrivacyConfig, require
+from dpsgd_track.config import FLAT, PER_LAYER, PrivacyConfig, num_bytes, require
 from dpsgd_track.distributed.ranks import rank, world_size
 from dpsgd_track.distributed.sharding import fsdp_units, trainable_parameters
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.reference import ReferenceMode
-from dpsgd_track.modes.table import check_mode, is_of_package, is_private, runs_on_one_device
+from dpsgd_track.modes.table import (
+    check_mode,
+    is_of_package,
+    is_private,
+    runs_on_one_device,
+    takes_memory_budget,
+)
 from dpsgd_track.privacy.adaptive import AdaptiveBound, AdaptiveClipping
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.calibration import Budget, budget_of
@@ -667,6 +673,7 @@ def make_private(
     passes: int | None = None,
     param_dtype: torch.dtype = torch.float32,
     num_replicas: int = 1,
+    memory_budget: int | str | None = None,
     capture: bool = False,
 ) -> PrivateTraining:
     """Make a training loop private.
@@ -742,6 +749,11 @@ def make_private(
             a mode.
         param_dtype: type of the forward and backward; weights stay float32.
         num_replicas: copies of the model among the ranks, under FSDP2.
+        memory_budget: on each rank, bytes that one backward may keep for the clipped sums, as a
+            number or as "2GiB". A second backward does the layers that do not fit, from the loss
+            down, so that a step takes as long as one pass to two (see
+            `dpsgd_track.privacy.memory_budget`). None keeps everything, 0 is two passes. For modes
+            of one pass, flat or automatic clipping, without `capture`.
         capture: on one GPU, record `PrivateTraining.backward` of inputs and targets as a CUDA graph
             for each kind of batch, and replay it, which spares the host's part of a step (see
             `dpsgd_track.privacy.replay`). The model's Python code, its hooks included, runs only
@@ -753,14 +765,12 @@ def make_private(
         ValueError: a setting is out of range, the mode cannot clip a parameter exactly, or it
             overrides methods that add the noise.
     """
-    require(passes is None or mode is None, "passes", passes, f"none beside mode={mode!r}")
-    mode = _mode_of(model, passes) if mode is None else mode
+    mode = _mode_of(model, mode, passes)
     _check_sample_rate(sample_rate)
     budget = budget_of(noise_multiplier, target_epsilon, target_delta, num_steps, accountant)
     sigma = _noise_within(budget, model, sample_rate) if budget else noise_multiplier
     assert sigma is not None
     _check_settings(mode, sigma)
-    loss = loss_named(loss)
     optimizers = Optimizers(model, optimizer)
     context = ModeContext(
         make_optimizer=optimizers.rebound,
@@ -772,11 +782,12 @@ def make_private(
         ),
         device=next(model.parameters()).device,
         param_dtype=param_dtype,
-        loss=loss,
+        loss=loss_named(loss),
         num_replicas=num_replicas,
+        memory_budget=num_bytes(memory_budget),
         capture=capture,
     )
-    _check_adaptive(adaptive, mode, context)
+    _check_choices(adaptive, mode, context)
     built = _built(mode, model, context, optimizers, adaptive)
     # Not before: where this is refused, the earlier training remains in use.
     close_earlier(optimizers)
@@ -792,8 +803,11 @@ def make_private(
     )
 
 
-def _mode_of(model: nn.Module, passes: int | None) -> str:
-    """The flash mode with that number of backwards, for this model and these ranks."""
+def _mode_of(model: nn.Module, mode: str | None, passes: int | None) -> str:
+    """The mode, or the flash mode with that number of backwards for this model and these ranks."""
+    require(passes is None or mode is None, "passes", passes, f"none beside mode={mode!r}")
+    if mode is not None:
+        return mode
     require(passes in (None, 1, 2), "passes", passes, "1 or 2")
     is_sharded = world_size() > 1 or bool(fsdp_units(model))
     one_pass, two_pass = FLASH_UNDER_FSDP2 if is_sharded else FLASH_ON_ONE_DEVICE
@@ -821,6 +835,24 @@ def _check_settings(mode: str, noise_multiplier: float) -> None:
     fits_ranks = world_size() == 1 or not runs_on_one_device(mode)
     advice = "Choose a mode under FSDP2, such as flash_fsdp_bk."
     require(fits_ranks, "mode", mode, "a mode for several ranks", advice)
+
+
+def _check_choices(adaptive: AdaptiveClipping | None, mode: str, context: ModeContext) -> None:
+    """Refuse what does not go with the mode, or with one another."""
+    _check_memory_budget(mode, context)
+    _check_adaptive(adaptive, mode, context)
+
+
+def _check_memory_budget(mode: str, context: ModeContext) -> None:
+    """Refuse a budget where nothing is kept, or where the plan would be part of a graph."""
+    budget, clipping = context.memory_budget, context.privacy.clipping
+    if budget is None:
+        return
+    allowed = f"none for {mode}, which keeps nothing. Choose a mode of one pass, such as flash_bk"
+    require(takes_memory_budget(mode), "memory_budget", budget, allowed)
+    allowed = f"none beside clipping={clipping!r}, which keeps nothing"
+    require(clipping != PER_LAYER, "memory_budget", budget, allowed)
+    require(not context.capture, "memory_budget", budget, "none beside capture=True")
 
 
 def _check_adaptive(adaptive: AdaptiveClipping | None, mode: str, context: ModeContext) -> None:

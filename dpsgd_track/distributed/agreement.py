@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -18,8 +20,12 @@ class Agreement:
 
     def any(self, is_true: bool) -> bool:
         """True if `is_true` is on any rank. Collective: all ranks call it."""
+        return self.of_each([is_true])[0]
+
+    def of_each(self, are_true: Sequence[bool]) -> list[bool]:
+        """Those that are true on any rank, of equally many on each. Collective."""
         if self._is_alone:
-            return is_true
-        answer = torch.tensor([int(is_true)])
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(answer)
+            return list(are_true)
+        answers = torch.tensor(are_true, dtype=torch.int32)
+        dist.all_reduce(answers, op=dist.ReduceOp.MAX, group=self._group)
+        return answers.bool().tolist()

@@ -56,6 +56,12 @@ class GradientSharder(ABC):
         """Add the group `names`, which is the next in order, as `fill` writes it."""
         raise NotImplementedError
 
+    def start_with(self, groups: list[list[str]]) -> None:  # noqa: B027
+        """Reduce these groups before the others, in a micro-batch in which nothing was put yet.
+
+        All ranks call it with the same groups.
+        """
+
     @abstractmethod
     def finish(self) -> None:
         """End a micro-batch; all ranks call it. A gradient that was not put counts as zeros."""
@@ -146,6 +152,8 @@ class Fsdp2Sharder(GradientSharder):
         """
         super().__init__()
         self.model = model
+        self._pending: list[list[str]] = []
+        """Groups that are still to be reduced in this batch, in order."""
         self.parameters = {n: _dtensor(n, p) for n, p in trainable_parameters(model).items()}
         mesh = next(iter(self.parameters.values())).device_mesh
         self.num_copies = mesh.shape[0] if mesh.ndim == 2 else 1
@@ -211,6 +219,11 @@ class Fsdp2Sharder(GradientSharder):
             yield
         finally:
             self.model.set_reshard_after_backward(True, recurse=False)
+
+    def start_with(self, groups: list[list[str]]) -> None:
+        """Reduce these groups before the others."""
+        assert self._pending == self.groups
+        self._pending = [*groups, *(names for names in self.groups if names not in groups)]
 
     def _start_batch(self) -> None:
         self._waiting: dict[str, Tensor] = {}

@@ -22,10 +22,13 @@ from dpsgd_track.privacy.clipping import ClippedSum, SampleRecord
 from dpsgd_track.privacy.engine import Engine
 from dpsgd_track.privacy.expanded import ExpandedLayer
 from dpsgd_track.privacy.fused_linear import FusedLayer, can_fuse
+from dpsgd_track.privacy.memory_budget import MemoryBudget
 from dpsgd_track.privacy.norms import NORM_RULES
 from dpsgd_track.privacy.per_sample_weights import RmsNormPerSample, takes_weight_per_sample
 from dpsgd_track.privacy.replay import Replays
-from dpsgd_track.privacy.strategies import LAYER_BY_LAYER, STRATEGIES
+from dpsgd_track.privacy.strategies import LAYER_BY_LAYER, STRATEGIES, WITHIN_BUDGET
+
+_ONE_PASS, _TWO_PASS = "bookkeeping", "two_pass"
 
 
 class ComposedMode(Mode):
@@ -37,16 +40,23 @@ class ComposedMode(Mode):
         super().__init__(context)
         self.clips = spec.is_private
         self.model = model
+        is_by_layer = spec.is_private and context.privacy.clipping == PER_LAYER
+        strategy = LAYER_BY_LAYER if is_by_layer else spec.strategy
+        if strategy == _ONE_PASS and context.memory_budget is not None:
+            strategy = WITHIN_BUDGET if context.memory_budget else _TWO_PASS
         capture, late = (
-            _capture(spec, model, context.norm_plan) if spec.is_private else (None, frozenset())
+            _capture(spec, model, context, strategy) if spec.is_private else (None, frozenset())
         )
         sharder = self._shard(spec, late)
         self.optimizer = context.make_optimizer(model.parameters())
-        clipping = context.privacy.clipping
-        is_by_layer = spec.is_private and clipping == PER_LAYER
-        strategy = STRATEGIES[LAYER_BY_LAYER if is_by_layer else spec.strategy]
         self.engine = Engine(
-            model, sharder, self.max_grad_norm, context.loss, strategy, capture, clipping
+            model,
+            sharder,
+            self.max_grad_norm,
+            context.loss,
+            STRATEGIES[strategy],
+            capture,
+            context.privacy.clipping,
         )
         # FSDP2 rounds parameters itself.
         if not isinstance(model, FSDPModule) and context.param_dtype.itemsize < 4:
@@ -109,10 +119,17 @@ class ComposedMode(Mode):
         return Fsdp2Sharder(self.model, late)
 
 
-def _capture(spec: ModeSpec, model: nn.Module, norm_plan: str) -> tuple[Capture, frozenset[str]]:
+def _capture(
+    spec: ModeSpec, model: nn.Module, context: ModeContext, strategy: str
+) -> tuple[Capture, frozenset[str]]:
     """The capture, and the parameters whose gradients arrive at the end of a backward."""
     rule = NORM_RULES[spec.norm_rule]
-    capture = Capture(model, rule, keep=spec.strategy == "bookkeeping", norm_plan=norm_plan)
+    budget = None
+    if strategy == WITHIN_BUDGET:
+        assert context.memory_budget is not None
+        budget = MemoryBudget(context.memory_budget)
+    keep = spec.strategy == _ONE_PASS and strategy != _TWO_PASS
+    capture = Capture(model, rule, keep=keep, norm_plan=context.norm_plan, budget=budget)
     late: set[str] = set()
     for layer in capture.layers:
         kind: type[CapturedLayer] = WatchedLayer

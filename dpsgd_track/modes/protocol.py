@@ -82,6 +82,9 @@ class ModeContext:
     """Groups of ranks that each hold the whole model; ranks are sharded within a group (HSDP)."""
     norm_plan: str = AUTO
     """Way in which flash and fused modes take the norms of linear layers (see `NormPlanner`)."""
+    memory_budget: int | None = None
+    """Bytes that this package's modes of one backward may keep; a second one does what does not
+    fit. None keeps everything, 0 nothing. Other modes keep nothing."""
     capture: bool = False
     """True if this package's modes on one GPU replay batches as CUDA graphs."""
     observer: GradientObserver | None = None

@@ -186,6 +186,12 @@ def takes_norm_plan(name: str, plan: str) -> bool:
     return plan != GRADIENTS or spec.strategy == "bookkeeping"
 
 
+def takes_memory_budget(name: str) -> bool:
+    """True if mode `name` keeps terms of one backward, whose memory a budget can bound."""
+    spec = spec_of(name)
+    return spec is not None and spec.strategy == "bookkeeping"
+
+
 def runs_on_one_device(name: str) -> bool:
     """True if mode `name` runs on a single rank; users' modes run on all ranks."""
     spec = spec_of(name)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,8 @@ from dpsgd_track.distributed.agreement import Agreement
 from dpsgd_track.kernels.flash_norm import gram_norm_sq, tiled_norm_sq
 from dpsgd_track.privacy.clipping import layer_of
 from dpsgd_track.privacy.layers.inventory import Layer, find_layers
-from dpsgd_track.privacy.norm_planner import LinearShape, NormPlanner
+from dpsgd_track.privacy.memory_budget import MemoryBudget, Split
+from dpsgd_track.privacy.norm_planner import LinearShape, NormPlanner, free_bytes
 from dpsgd_track.privacy.norms import NormRule
 from dpsgd_track.privacy.replaced_forward import ReplacedForward
 from dpsgd_track.privacy.shared_rows import Course
@@ -83,7 +84,13 @@ class Capture:
     """Captures one micro-batch at a time; forms its per-sample squared norms and clipped sums."""
 
     def __init__(
-        self, model: nn.Module, norm_rule: NormRule, *, keep: bool, norm_plan: str = AUTO
+        self,
+        model: nn.Module,
+        norm_rule: NormRule,
+        *,
+        keep: bool,
+        norm_plan: str = AUTO,
+        budget: MemoryBudget | None = None,
     ) -> None:
         """Find the rule of each layer with trainable parameters; nothing is captured yet.
 
@@ -92,6 +99,7 @@ class Capture:
             norm_rule: takes the norms of linear layers.
             keep: keep the terms that the clipped sums of one-pass strategies are formed from.
             norm_plan: plan for the norms of linear layers, where the rule leaves a choice.
+            budget: bounds the memory of terms that are kept; None keeps all.
         Raises:
             ValueError: naming every layer whose per-sample gradients would not be exact, or a plan
                 that the rule or the strategy does not have.
@@ -101,7 +109,10 @@ class Capture:
         self.keep = keep
         allowed = f"{AUTO}, as the {norm_rule.name} norm has one way only"
         require(norm_rule.is_planned or norm_plan == AUTO, "plan", norm_plan, allowed)
-        self.norm_planner = NormPlanner(keeps=keep, forced=norm_plan)
+        # Within a budget, whatever takes the least memory, so that little has to be dropped.
+        free = free_bytes if budget is None else lambda device: 0
+        self.norm_planner = NormPlanner(keeps=keep, forced=norm_plan, free_bytes=free)
+        self.budget = budget
         self.layers = find_layers(model)
         self.captured: dict[str, CapturedLayer] = {}
         """The way in which each layer is captured, by the layer's fully qualified name."""
@@ -137,6 +148,10 @@ class Capture:
         self._settle: _Settle | None = None
         self._holds_units = False
         """True in a backward whose terms are held until their unit is clipped."""
+        self._wanted: frozenset[str] | None = None
+        """Parameters whose terms the current backward is run for; None for all."""
+        self.split = Split()
+        """Parameters whose terms are kept in the current batch, and those whose are dropped."""
         self._is_last = False
         """True in the last backward of a batch."""
         self._backward_id = -1
@@ -163,6 +178,15 @@ class Capture:
             for fqn, module in self.model.named_modules()
             if issubclass(type(module), FSDPModule) and not self._runs_on_leaves(fqn)
         ]
+
+    def _unit_of(self, name: str) -> str:
+        """Prefix of the innermost unit that holds a parameter; empty for the root."""
+        return max((p for p in self._unit_prefixes if name.startswith(p)), key=len, default="")
+
+    @cached_property
+    def _unit_prefixes(self) -> list[str]:
+        units = [n for n, m in self.model.named_modules() if issubclass(type(m), FSDPModule)]
+        return [f"{fqn}." for fqn in units if fqn]
 
     def _runs_on_leaves(self, fqn: str) -> bool:
         """True for a layer that is captured with all modules inside it."""
@@ -244,7 +268,13 @@ class Capture:
         deferred: dict[str, tuple[Term, ...]] = {}
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
-            if self.keep:
+            if name in self.split.dropped:
+                assert self.budget is not None
+                terms = self._kept_form(name, terms)
+                self.split.delivered.add(name)
+                self.budget.note(name, terms)
+                squares.update(self.norms_of({name: terms}))
+            elif self.keep:
                 deferred[name] = self._kept_form(name, terms)
             elif all(isinstance(term, Dense) for term in terms):
                 deferred[name] = terms
@@ -256,6 +286,9 @@ class Capture:
         if self.keep:
             deferred = with_sums(deferred)
             self._kept.update(deferred)
+        if self.budget is not None:
+            kept = [terms for name, terms in self._kept.items() if name in self.split.counted]
+            self.budget.check(hash(tuple(self._shapes)), kept)
         return squares | self.norms_of(deferred)
 
     def run_units(
@@ -308,7 +341,64 @@ class Capture:
         def settle(name: str, terms: tuple[Term, ...]) -> None:
             put(self.sums_of({name: terms}, {name: clip_factor_B}))
 
-        self._run(loss_B, settle, (), retain_graph=False)
+        self._run(loss_B, settle, (), self._targets, retain_graph=False)
+
+    def plan_to_drop(self) -> frozenset[str]:
+        """Parameters whose terms the backward for norms will drop, to keep to the budget.
+
+        Those that any rank has to drop, which all ranks reach in a second backward. Collective: all
+        ranks of a sharded model call it.
+        """
+        assert self.budget is not None
+        assert self.num_samples is not None
+        # In the order of the backward: a parameter that is used once, by its only call.
+        tapped = [name for names, _ in reversed(self._taps) for name in names]
+        droppable = [name for name in tapped if self._num_uses[name] == 1]
+        to_drop = self.budget.to_drop(hash(tuple(self._shapes)), self.num_samples, droppable)
+        if self.is_sharded:
+            held = self._agreed(self._num_uses.keys() - set(droppable))
+            droppable = [name for name in droppable if name not in held]
+            to_drop = self._agreed(to_drop) - held
+        self.split = Split(frozenset(to_drop), frozenset(droppable) - to_drop)
+        return self.split.dropped
+
+    def _agreed(self, names: Container[str]) -> set[str]:
+        """Parameters that are among `names` on any rank. Collective: all ranks call it."""
+        on_any = self._agreement.of_each([name in names for name in self.shapes])
+        return {name for name, is_on_any in zip(self.shapes, on_any, strict=True) if is_on_any}
+
+    def run_dropped(self, loss_B: Tensor, clip_factor_B: Tensor, put: Put) -> None:
+        """Run a second backward down to the lowest layer with a parameter that was dropped.
+
+        It repeats the first, bit for bit; each clipped sum goes to `put` at once.
+
+        Raises:
+            RuntimeError: it does not reach what the first has reached.
+        """
+        dropped, left = self.split.dropped, set(self.split.delivered)
+
+        def settle(name: str, terms: tuple[Term, ...]) -> None:
+            left.remove(name)
+            form = self._kept_form(name, terms)
+            put(self.sums_of({name: form}, {name: clip_factor_B}))
+
+        self._wanted = dropped
+        units = {self._unit_of(name) for name in dropped} - {""}
+        targets: list[_Target] = [
+            (edge, None)
+            for names, edge in self._taps
+            # Of sharded units, any, so that all ranks gather the parameters of the same ones.
+            if not dropped.isdisjoint(names) or not units.isdisjoint(map(self._unit_of, names))
+        ]
+        try:
+            self._run(loss_B, settle, (), targets, retain_graph=False)
+        finally:
+            self._wanted = None
+        if left:
+            raise RuntimeError(
+                f"{', '.join(sorted(left))}: expected a second backward to reach what the first "
+                "has reached, got no gradient. Leave memory_budget out."
+            )
 
     def kept_sums(self, names: Iterable[str], clip_factor_B: Tensor) -> dict[str, Tensor]:
         """Clipped sums of the parameters `names`, from the terms that the backward for norms kept.
@@ -432,12 +522,15 @@ class Capture:
             return
         assert self._settle is not None, "a backward that the capture did not run"
         assert layer.rule is not None
+        if self._wanted is not None and self._wanted.isdisjoint(layer.names.values()):
+            return
         self.dtypes.add(dy.dtype)
         terms = layer.rule.terms(layer.module, x.detach(), dy.detach())
         if is_grouped:
             assert self.num_samples is not None
             terms = {name: term.grouped(self.num_samples) for name, term in terms.items()}
-        holds_terms = self.keep or self._holds_units
+        # Within a budget, what is summed at once takes next to nothing.
+        holds_terms = (self.keep and self.budget is None) or self._holds_units
         holds_factors = holds_terms and not self._forms_gradients(layer, terms)
         for name, term in terms.items():
             if type(term) is Positions and not holds_factors:
@@ -456,6 +549,8 @@ class Capture:
     def add_term(self, name: str, term: Term) -> None:
         """Add the term of one use to a parameter's per-sample gradients."""
         assert self._settle is not None, "a backward that the capture did not run"
+        if self._wanted is not None and name not in self._wanted:
+            return
         self._terms.setdefault(name, []).append(term)
         self._num_pending[name] -= 1
         if self._num_pending[name] == 0:
@@ -483,6 +578,27 @@ class Capture:
         if target is not None:
             self._targets.append((target, receive))
         self._outputs.append((tuple(layer.names.values()), edge.node))
+
+    def tap(self, layer: Layer, x: Tensor, y: Tensor, close: Callable[[Tensor], None]) -> Tensor:
+        """The output of a call that was opened, through a node that a backward can end at.
+
+        Args:
+            close: takes the gradient of the output when the node runs. By then all hooks on the
+                output have run, FSDP2's too.
+        """
+        anchor = torch.empty(0, requires_grad=True)
+        output: Tensor = _Tap.apply(y, anchor, close)
+        self.note_tap(layer, x, output, anchor)
+        return output
+
+    def note_tap(self, layer: Layer, x: Tensor, y: Tensor, anchor: Tensor) -> None:
+        """Note the output of an opened call, whose gradient arrives in a backward to `anchor`."""
+        assert self.num_samples is not None
+        edge = get_gradient_edge(anchor)
+        self.note_output(layer, get_gradient_edge(y), None if x.requires_grad else edge)
+        self._taps.append((tuple(layer.names.values()), edge))
+        sizes = (x.numel() // self.num_samples, y.numel() // self.num_samples)
+        self._shapes.append((layer.fqn, *sizes, y.dtype))
 
     def note_view(self, layer: Layer, local_name: str, view: Tensor) -> None:
         """Note that an opened call runs on `view`, its parameter expanded to [B, ...].
@@ -537,10 +653,15 @@ class Capture:
         loss_B: Tensor,
         settle: _Settle,
         parameters: Iterable[Tensor],
+        targets: Sequence[_Target],
         *,
         retain_graph: bool,
     ) -> list[Tensor | None]:
-        """Run a backward; returns the gradient of each of `parameters`, None if not reached."""
+        """Run a backward that reaches `targets`.
+
+        Returns:
+            The gradient of each of `parameters`, None if not reached.
+        """
         self._terms, self._num_pending = {}, Counter(self._num_uses)
         self._settle, self._is_last = settle, not retain_graph
         if not loss_B.requires_grad:
@@ -551,13 +672,13 @@ class Capture:
         try:
             for name, gradient_B in self._gradients_by_sample(loss_B):
                 self.add_term(name, Dense(gradient_B))
-            inputs: Any = [*(target for target, _ in self._targets), *parameters]
+            inputs: Any = [*(target for target, _ in targets), *parameters]
             gradients: list[Tensor | None] = []
             if inputs:
                 gradients += torch.autograd.grad(
                     total, inputs, retain_graph=retain_graph, allow_unused=True
                 )
-                for number, (_, receive) in enumerate(self._targets):
+                for number, (_, receive) in enumerate(targets):
                     # Each is freed as soon as it was taken.
                     gradient, gradients[number] = gradients[number], None
                     if receive is not None and gradient is not None:
@@ -565,7 +686,7 @@ class Capture:
             # Parameters with a use that no gradient reached.
             for name in list(self._terms):
                 settle(name, join(self._terms.pop(name)))
-            return gradients[len(self._targets) :]
+            return gradients[len(targets) :]
         finally:
             self._settle, self._backward_id = None, -1
 
@@ -573,7 +694,9 @@ class Capture:
         """Run the first backward of a batch; refuse gradients that it has not captured."""
         self._inspect_leaves(loss_B)
         parameters = self._current_parameters()
-        gradients = self._run(loss_B, settle, parameters.values(), retain_graph=retain_graph)
+        gradients = self._run(
+            loss_B, settle, parameters.values(), self._targets, retain_graph=retain_graph
+        )
         reached = [n for n, g in zip(parameters, gradients, strict=True) if g is not None]
         refuse_unseen_uses(set(reached) - (self.used_otherwise or set()))
         self._refuse_unreached(loss_B)
@@ -744,6 +867,11 @@ class Capture:
         self.is_one_sample_backward = False
         """True in a backward of one sample's loss, which ends no call."""
         self._calls: list[str] = []
+        self._taps: list[tuple[tuple[str, ...], GradientEdge]] = []
+        """Parameters of each call whose gradient arrives in a backward to the edge."""
+        self._shapes: list[tuple[str, int, int, torch.dtype]] = []
+        """Layer, sizes of one sample's input and output, and type of each of these calls."""
+        self.split = Split()
 
 
 class _ObservedUnit(ReplacedForward):
@@ -808,6 +936,22 @@ def _nodes_below(node: Node | None) -> Iterator[Node]:
             seen.add(node)
             yield node
             waiting += [function for function, _ in node.next_functions]
+
+
+class _Tap(torch.autograd.Function):
+    """Returns a layer's output, and in a backward reports its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, close: Callable[[Tensor], None]) -> Tensor:
+        ctx.close = close
+        # Not a view, so that later operations may change it in place.
+        output: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+        ctx.close(dy)
+        return (dy if ctx.needs_input_grad[0] else None), None, None
 
 
 def has_saved_tensor_hooks() -> bool:

@@ -165,7 +165,9 @@ class WatchedLayer(CapturedLayer):
                 x, dy = self._in_order(x), self._in_order(dy)
             capture.close_call(layer, x, dy, is_grouped=self.is_grouped)
 
-        if x.requires_grad:
+        if capture.budget is not None and type(y) is Tensor:
+            y = capture.tap(layer, x, y, close)
+        elif x.requires_grad:
             capture.note_output(layer, edge, None)
             _before_node(edge, close)
         elif has_saved_tensor_hooks():

@@ -43,9 +43,13 @@ class FusedLayer(WatchedLayer):
         weight, bias = leaves.get("weight", module.weight), leaves.get("bias", module.bias)
         weight_PD = weight if layer.rule is linear else weight.T
         # Autograd runs a function's backward only if it leads to a requested input.
-        anchor = None if x.requires_grad else torch.empty(0, requires_grad=True)
+        needs_anchor = capture.budget is not None or not x.requires_grad
+        anchor = torch.empty(0, requires_grad=True) if needs_anchor else None
         output = _FusedLinear.apply(x, weight_PD, bias, anchor, capture, layer)
-        if is_open:
+        if is_open and capture.budget is not None:
+            assert anchor is not None
+            capture.note_tap(layer, x, output, anchor)
+        elif is_open:
             target = None if anchor is None else get_gradient_edge(anchor)
             capture.note_output(layer, get_gradient_edge(output), target)
         return output
@@ -65,7 +69,8 @@ class FusedLayer(WatchedLayer):
 
     def _has_gradients_formed(self, x: Tensor) -> bool:
         """True if per-sample gradients are kept, so that autograd may form them."""
-        if not self.capture.keep:
+        # Autograd would hold them to the end of the backward, whatever the budget.
+        if not self.capture.keep or self.capture.budget is not None:
             return False
         if "weight" not in self.layer.names:
             return True

@@ -22,11 +22,12 @@ from dpsgd_track.config import (
     JobConfig,
     PrivacyConfig,
     RegimeConfig,
+    num_bytes,
 )
 from dpsgd_track.demands import declined_by, model_demands
 from dpsgd_track.distributed.sharding import trainable_parameters
 from dpsgd_track.modes.protocol import Mode, ModeContext, ProtocolError
-from dpsgd_track.modes.table import REFERENCE, is_private, takes_norm_plan
+from dpsgd_track.modes.table import REFERENCE, is_private, takes_memory_budget, takes_norm_plan
 from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.loss import LOSSES
@@ -127,6 +128,9 @@ class PreparedRun:
             norm_plan=performance.plan
             if takes_norm_plan(self.job.mode, performance.plan)
             else AUTO,
+            memory_budget=num_bytes(performance.memory_budget)
+            if takes_memory_budget(self.job.mode)
+            else None,
             loss=LOSSES[self.job.model.task],
             regime=regime.name,
             observer=SampleObserver() if is_reference and size <= MOST_OBSERVED else None,

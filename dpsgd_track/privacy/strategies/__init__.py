@@ -10,14 +10,19 @@ from dpsgd_track.privacy.strategies.bookkeeping import bookkeeping
 from dpsgd_track.privacy.strategies.layer_by_layer import layer_by_layer
 from dpsgd_track.privacy.strategies.two_pass import two_pass
 from dpsgd_track.privacy.strategies.unclipped import unclipped
+from dpsgd_track.privacy.strategies.within_budget import within_budget
 
 LAYER_BY_LAYER = "layer_by_layer"
 """Strategy of every private mode under per-layer clipping."""
+
+WITHIN_BUDGET = "within_budget"
+"""Strategy of one-pass modes that keep to a budget of memory."""
 
 STRATEGIES: dict[str, Strategy] = {
     "unclipped": unclipped,
     "two_pass": two_pass,
     "bookkeeping": bookkeeping,
     LAYER_BY_LAYER: layer_by_layer,
+    WITHIN_BUDGET: within_budget,
 }
 """Every pass strategy by the name the table of modes uses."""

@@ -25,18 +25,19 @@ def bookkeeping(engine: Engine, loss_B: Tensor) -> SampleRecord:
     with engine.without_autocast():
         record = engine.clip(loss_B, capture.run_norms(loss_B, retain_graph=False))
         weight_B = engine.weights_of(record.factors_B)
-        for names in _launches(engine.sharder):
+        for names in launches(engine.sharder, engine.sharder.groups):
             engine.put_kept(names, weight_B)
     engine.sharder.finish()
     return record
 
 
-def _launches(sharder: GradientSharder) -> Iterator[list[str]]:
-    """Parameters whose sums are formed together: a group that is sent, or several that are not.
+def launches(sharder: GradientSharder, groups: list[list[str]]) -> Iterator[list[str]]:
+    """Parameters of `groups` whose sums are formed together.
+
+    Of a group that is sent, or of several that are not.
 
     Many at once are few launches that fill the GPU, but what they are formed from is freed later.
     """
-    groups = sharder.groups
-    size = 1 if sharder.packs else -(-len(groups) // MAX_LAUNCHES)
+    size = 1 if sharder.packs else max(1, -(-len(groups) // MAX_LAUNCHES))
     for first in range(0, len(groups), size):
         yield [name for names in groups[first : first + size] for name in names]
