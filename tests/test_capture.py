@@ -1106,7 +1106,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["flash", "flash_fuse_bk"])
+@pytest.mark.parametrize("mode", ["flash", "flash_fuse", "flash_fuse_bk"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_not_be_exact_is_refused_by_name(name: str, mode: str) -> None:
     make, inputs, message = REFUSED[name]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from dpsgd_track.config import GRADIENTS
-from dpsgd_track.privacy.capture import Capture
+from dpsgd_track.privacy.capture import Capture, has_saved_tensor_hooks
 from dpsgd_track.privacy.captured_layer import WatchedLayer
 from dpsgd_track.privacy.layers import linear, transposed_linear
 from dpsgd_track.privacy.layers.inventory import Layer
@@ -40,6 +40,10 @@ class FusedLayer(WatchedLayer):
                 return super().run(args, kwargs)
             return run_linear(capture, layer, leaves, x)
         is_open = capture.open_call(layer, x)
+        if not is_open and not has_saved_tensor_hooks():
+            # Not a checkpoint's, but a forward of a backward of the model's own, as in reversible
+            # layers. It leaves gradients on leaves, by which the model is refused.
+            return self.run_on_leaves(args, kwargs)
         weight, bias = leaves.get("weight", module.weight), leaves.get("bias", module.bias)
         weight_PD = weight if layer.rule is linear else weight.T
         # Autograd runs a function's backward only if it leads to a requested input.
