@@ -288,7 +288,7 @@ class Capture:
             self._kept.update(deferred)
         if self.budget is not None:
             kept = [terms for name, terms in self._kept.items() if name in self.split.counted]
-            self.budget.check(hash(tuple(self._shapes)), kept)
+            self.budget.end(hash(tuple(self._shapes)), kept)
         return squares | self.norms_of(deferred)
 
     def run_units(

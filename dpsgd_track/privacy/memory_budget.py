@@ -113,7 +113,6 @@ class MemoryBudget:
         known = self._nearest(shape, num_samples)
         if known is None:
             self._measured = _Sizes(num_samples)
-            self._sizes.setdefault(shape, []).append(self._measured)
             return set(names)
         self._measured = None
         scale = max(1.0, num_samples / known.num_samples)
@@ -124,11 +123,16 @@ class MemoryBudget:
         if self._measured is not None:
             self._measured.note(name, terms)
 
-    def check(self, shape: int, kept: Iterable[Sequence[Term]]) -> None:
-        """Have the next batch of a shape measured anew if the terms of this one were too large.
+    def end(self, shape: int, kept: Iterable[Sequence[Term]]) -> None:
+        """End the first backward of a batch, which has kept these terms.
 
-        So they are if a backward reaches layers that it did not reach when they were measured.
+        If they are too large, as where it has reached layers that it did not reach when their sizes
+        were measured, the next batch of the shape is measured anew.
         """
+        if self._measured is not None:
+            self._sizes.setdefault(shape, []).append(self._measured)
+            self._measured = None
+            return
         every = {StorageWeakRef(s): s.nbytes() for terms in kept for s in storages(terms)}
         if sum(every.values()) > self.num_bytes:
             self._sizes.pop(shape, None)
