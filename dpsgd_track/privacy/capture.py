@@ -151,7 +151,7 @@ class Capture:
         self._wanted: frozenset[str] | None = None
         """Parameters whose terms the current backward is run for; None for all."""
         self.split = Split()
-        """Parameters whose terms are kept in the current batch, and those whose are dropped."""
+        """Parameters whose terms the last batch has kept within the budget, and has dropped."""
         self._is_last = False
         """True in the last backward of a batch."""
         self._backward_id = -1
@@ -871,8 +871,6 @@ class Capture:
         """Parameters of each call whose gradient arrives in a backward to the edge."""
         self._shapes: list[tuple[str, int, int, torch.dtype]] = []
         """Layer, sizes of one sample's input and output, and type of each of these calls."""
-        self.split = Split()
-
 
 class _ObservedUnit(ReplacedForward):
     """A module that FSDP2 shards: reports its unsharded parameters to the capture as it runs."""

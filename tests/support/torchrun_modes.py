@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from dpsgd_track.config import AUTO, GRADIENTS, PrivacyConfig
 from dpsgd_track.distributed.sharding import as_sharded
 from dpsgd_track.modes.build import build_mode
+from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import takes_norm_plan
 from dpsgd_track.privacy.batch import Batch
@@ -41,6 +42,8 @@ class Spec:
     dtype: str = "float32"
     replicas: int = 1
     is_checkpointing: bool = False
+    budget: int | None = None
+    """Bytes that modes of one backward keep, when they run once more within a budget."""
 
 
 def model_of(spec: Spec, name: str, device: torch.device) -> nn.Module:
@@ -87,6 +90,13 @@ def context_of(spec: Spec, name: str, max_grad_norm: float, device: torch.device
     )
 
 
+def _runs(spec: Spec) -> list[tuple[str, int | None]]:
+    """Modes, and the budget of each."""
+    budgeted = ("flash_fsdp_bk", "flash_fsdp_fuse_bk")  # one of each way to watch
+    within = [mode for mode in budgeted if spec.budget and mode in spec.modes]
+    return [(mode, None) for mode in spec.modes] + [(mode, spec.budget) for mode in within]
+
+
 def _planned(context: ModeContext, mode: str, regime: str) -> ModeContext:
     """`context` with what a mode would keep of larger models, but where it clips some samples."""
     keeps_gradients = regime != "mixed" and takes_norm_plan(mode, GRADIENTS)
@@ -116,12 +126,21 @@ def _terms(records: list[SampleRecord]) -> dict[str, Tensor]:
     return terms
 
 
+def _share_dropped(mode: Mode) -> float:
+    """Fraction of the parameters that the last batch has dropped to keep to the budget."""
+    capture = mode.engine.capture if isinstance(mode, ComposedMode) else None
+    return len(capture.split.dropped) / len(capture.shapes) if capture is not None else 0.0
+
+
 def one_step(mode: Mode, batches: list[Batch]) -> dict[str, Any]:
     # A discarded first step, as warm-up does: nothing of it may remain.
     mode.accumulate(batches[0])
     mode.clipped_sum()
     mode.zero_grad()
-    records = [mode.accumulate(batch) for batch in batches]
+    records, dropped = [], []
+    for batch in batches:
+        records.append(mode.accumulate(batch))
+        dropped.append(_share_dropped(mode))
     clipped = mode.clipped_sum()
     summed = whole(mode, clipped.gradients)
     noised = whole(mode, mode.privatize(clipped, NoiseSource("1/common", 0)))
@@ -129,6 +148,7 @@ def one_step(mode: Mode, batches: list[Batch]) -> dict[str, Any]:
     mode.zero_grad()
     weights = whole(mode, {p.name: p.local for p in mode.weight_parts()})
     return {
+        "dropped": dropped,
         "loss": torch.cat([r.loss_B.double() for r in records]),
         "norm": None
         if records[0].norm_B is None
@@ -202,15 +222,16 @@ def main(output: str, spec_json: str) -> None:
                 continue
             context = context_of(spec, name, bound, device)
             wanted = one_step(build_mode("reference", copy.deepcopy(model), context), batches)
-            for mode in spec.modes:
+            for mode, budget in _runs(spec):
                 try:
-                    planned = _planned(context, mode, regime)
+                    planned = replace(_planned(context, mode, regime), memory_budget=budget)
                     found = one_step(build_mode(mode, copy.deepcopy(model), planned), batches)
                 except Exception as error:  # one of all ranks, or the group hangs
                     refused = {"model": name, "regime": regime, "mode": mode, "error": str(error)}
                     rows.append(refused)
                 else:
-                    rows.append(row_of(name, regime, bound, mode, found, wanted))
+                    row = row_of(name, regime, bound, mode, found, wanted)
+                    rows.append(row | {"budget": budget, "dropped": found["dropped"]})
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(rows))
     dist.barrier()
