@@ -138,8 +138,8 @@ def one_step(mode: Mode, batches: list[Batch]) -> dict[str, Any]:
     mode.clipped_sum()
     mode.zero_grad()
     records, dropped = [], []
-    for batch in batches:
-        records.append(mode.accumulate(batch))
+    for micro_batch in batches:
+        records.append(mode.accumulate(micro_batch))
         dropped.append(_share_dropped(mode))
     clipped = mode.clipped_sum()
     summed = whole(mode, clipped.gradients)
