@@ -145,7 +145,9 @@ def test_a_smaller_budget_drops_more_layers_from_the_loss_down() -> None:
         dropped.append(_capture(private).split.dropped)
         calls: list[object] = []
         for block in private.model.model.layers:  # type: ignore[union-attr]
-            block.register_forward_pre_hook(lambda *args, calls=calls: calls.append(args[0]))
+            block.self_attn.register_forward_pre_hook(
+                lambda *args, calls=calls: calls.append(args[0])
+            )
         _add(private)
         # In the forward, and in the first backward; what is left is the second's.
         recomputed.append(len(calls) - 2 * NUM_BLOCKS)
