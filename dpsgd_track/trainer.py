@@ -67,6 +67,8 @@ class PrivacyArguments:
     """flat, automatic or per_layer."""
     passes: int | None = None
     """Backwards of a step: 1 is faster, 2 takes less memory; None is 1."""
+    memory_budget: int | str | None = None
+    """Bytes on each rank, such as "2GiB", that one pass may keep; None keeps everything."""
     seed: int | None = None
     """Seed of noise and sampling, for tests; None takes a secret key from the operating system."""
 
@@ -167,6 +169,7 @@ class PrivateTrainer(Trainer):
             num_steps=num_steps if has_target else None,
             accountant=privacy.accountant,
             passes=privacy.passes,
+            memory_budget=privacy.memory_budget,
             loss=self._loss,
             clipping=privacy.clipping,
             sample_rate=self._batch_size / len(steps.dataset),

@@ -52,7 +52,7 @@ _TRAINING = {
 }
 _MACHINE = {
     **{"nproc-per-node": None, "replicas": 1, "device": None, "param-dtype": None},
-    **{"plan": "auto", "reference-dtype": "float64"},
+    **{"plan": "auto", "memory-budget": None, "reference-dtype": "float64"},
 }
 _NODES = {"nnodes": 1, "node-rank": None, "rdzv-endpoint": None, "rdzv-timeout": 600.0}
 _STORE = {"tracking-uri": None, "config": None}

@@ -48,7 +48,7 @@ class ModeChoices:
     """NAME=PATH: run the modes once more, as mode@NAME, with the code of PATH (default: none). PATH
     is a checkout or a folder of `pip install --target`, or REVISION@REPOSITORY; a REVISION alone is
     one of the repository you are in. Of an Opacus, its own modes run. NAME:OPTION=VALUE runs them
-    with another plan, replicas or gradient-checkpointing. Repeatable."""
+    with another plan, replicas, gradient-checkpointing or memory-budget. Repeatable."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,6 +113,10 @@ def plan_of(asked: Asked, check_inputs: InputCheck, command: str = "") -> GroupP
     num_nodes = asked.nodes.config().num_nodes
     num_ranks = num_local_ranks * num_nodes
     _check_plan(performance.plan, modes)
+    keeps_any = any(map(table.takes_memory_budget, modes))
+    allowed = "none for modes that keep nothing"
+    budget, advice = performance.memory_budget, "Add a mode of one backward, such as flash_fsdp_bk."
+    require(budget is None or keeps_any, "memory_budget", budget, allowed, advice)
     model, data = _model_and_data(asked, recipe_of(asked.suite, performance.device))
     shapes = _shapes(asked.what, data)
 

@@ -31,7 +31,8 @@ from dpsgd_track.record.environment import git_facts
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,60}")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 PLAN, REPLICAS, CHECKPOINTING = "plan", "replicas", "gradient-checkpointing"
-SETTINGS = (PLAN, REPLICAS, CHECKPOINTING)
+MEMORY_BUDGET = "memory-budget"
+SETTINGS = (PLAN, REPLICAS, CHECKPOINTING, MEMORY_BUDGET)
 """Options of settings that may change speed and memory, and no result beyond rounding."""
 OF_HERE = "@."
 """End of the path of a revision of the repository one is in."""
@@ -116,6 +117,8 @@ def with_settings(
             model = replace(model, gradient_checkpointing=True)
         elif option == PLAN:
             performance = replace(performance, plan=value)
+        elif option == MEMORY_BUDGET:
+            performance = replace(performance, memory_budget=value)
         else:
             require(value.isdecimal(), REPLICAS, value, "an integer >= 1")
             performance = replace(performance, num_replicas=int(value))
@@ -136,6 +139,8 @@ def _takes_settings(mode: str, variant: VariantConfig) -> str:
     plan = settings.get(PLAN, AUTO)
     if plan != AUTO and not table.takes_norm_plan(mode, plan):
         return f"it cannot compute its norms by {PLAN}={plan}"
+    if MEMORY_BUDGET in settings and not table.takes_memory_budget(mode):
+        return f"it keeps nothing that {MEMORY_BUDGET} could bound"
     if REPLICAS in settings and (table.runs_on_one_device(mode) or table.is_of_opacus(mode)):
         return f"it has no {REPLICAS}"
     return ""
