@@ -103,6 +103,12 @@ class MemoryBudget:
         """By a hash of the shapes of one sample's calls."""
         self._measured: _Sizes | None = None
 
+    @property
+    def most_measured(self) -> int:
+        """Bytes of the terms of the largest batch that was measured."""
+        every = (sizes for of_shape in self._sizes.values() for sizes in of_shape)
+        return max((sum(sizes.bytes_of.values()) for sizes in every), default=0)
+
     def to_drop(self, shape: int, num_samples: int, names: Sequence[str]) -> set[str]:
         """Parameters of a batch to drop; all of them in the first one of a shape.
 
