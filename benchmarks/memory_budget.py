@@ -222,36 +222,35 @@ def rows(workload: Workload, measured: Sequence[Contestant]) -> list[dict[str, o
 
 
 def draw(found: Sequence[dict[str, Any]]) -> str:
-    """Step time against peak memory, each over ordinary training's, as SVG."""
-    title = f"Step time against memory, {found[0]['model']}, over ordinary training"
-    picture = Picture(title=title, left=56, top=34, width=WIDTH - 80, height=240, bottom=56)
+    """Step time and peak memory over ordinary training's, against the budget, as SVG."""
+    title = f"Step time and memory against the budget, {found[0]['model']}"
+    picture = Picture(title=title, left=40, top=34, width=WIDTH - 60, height=220, bottom=56)
     within = found[1:]
-    x_end = 1.05 * max(row["memory_ratio"] for row in found)
-    y_end = 1.05 * max(row["ratio"] for row in found)
+    highest = 1.1 * max(max(row["ratio"], row["memory_ratio"]) for row in within)
     bottom = picture.top + picture.height
 
-    def place(row: dict[str, Any]) -> tuple[float, float]:
-        x = picture.left + picture.width * row["memory_ratio"] / x_end
-        return x, bottom - picture.height * row["ratio"] / y_end
+    def x_of(share: float) -> float:
+        return picture.left + picture.width * share
 
-    picture.text(picture.left, 20, "step time, × no_dp")
+    def y_of(ratio: float) -> float:
+        return bottom - picture.height * ratio / highest
+
     picture.frame()
-    for tick in range(1, int(x_end) + 1):
-        x = picture.left + picture.width * tick / x_end
-        picture.text(x, bottom + 18, f"{tick}", anchor="middle")
-    for tick in range(1, int(y_end) + 1):
-        picture.text(picture.left - 10, bottom - picture.height * tick / y_end, f"{tick}")
-    picture.text(picture.left + picture.width / 2, bottom + 40, "memory, × no_dp", anchor="middle")
-    picture.line(*map(place, within), color=BLUE)
-    names = {0.0: "two passes", 0.125: "1/8", 0.25: "1/4", 0.5: "1/2", 1.0: "all kept"}
-    for row in within:
-        x, y = place(row)
-        picture.dot(x, y, BLUE)
-        anchor = "end" if row["share"] == 1.0 else "start"
-        picture.text(x + (4 if anchor == "start" else 0), y - 8, names[row["share"]], anchor=anchor)
-    x, y = place(found[0])
-    picture.dot(x, y, RED)
-    picture.text(x + 6, y + 5, "no_dp", color=GREY)
+    for share, words in zip(SHARES, ("0", "1/8", "1/4", "1/2", "all"), strict=True):
+        picture.text(x_of(share), bottom + 18, words, anchor="middle")
+    for ratio in range(1, int(highest) + 1):
+        picture.text(picture.left - 10, y_of(ratio) + 5, f"{ratio}", anchor="end")
+    words = "budget, as a share of what one pass keeps"
+    picture.text(picture.left + picture.width / 2, bottom + 40, words, anchor="middle")
+    picture.line((x_of(0), y_of(1)), (x_of(1), y_of(1)), color=GREY, dashes="4 4")
+    for number, (key, what, color) in enumerate(
+        (("ratio", "step time, × no_dp", BLUE), ("memory_ratio", "memory, × no_dp", RED))
+    ):
+        places = [(x_of(row["share"]), y_of(row[key])) for row in within]
+        picture.line(*places, color=color)
+        for place in places:
+            picture.dot(*place, color)
+        picture.text(picture.left + 220 * number, 20, what, color=color)
     return picture.svg()
 
 

@@ -848,8 +848,9 @@ def _check_memory_budget(mode: str, context: ModeContext) -> None:
     budget, clipping = context.memory_budget, context.privacy.clipping
     if budget is None:
         return
-    allowed = f"none for {mode}, which keeps nothing. Choose a mode of one pass, such as flash_bk"
-    require(takes_memory_budget(mode), "memory_budget", budget, allowed)
+    allowed = f"none for {mode}, which keeps nothing"
+    advice = "Choose a mode of one pass, such as flash_bk."
+    require(takes_memory_budget(mode), "memory_budget", budget, allowed, advice)
     allowed = f"none beside clipping={clipping!r}, which keeps nothing"
     require(clipping != PER_LAYER, "memory_budget", budget, allowed)
     require(not context.capture, "memory_budget", budget, "none beside capture=True")
