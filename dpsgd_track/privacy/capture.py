@@ -872,6 +872,7 @@ class Capture:
         self._shapes: list[tuple[str, int, int, torch.dtype]] = []
         """Layer, sizes of one sample's input and output, and type of each of these calls."""
 
+
 class _ObservedUnit(ReplacedForward):
     """A module that FSDP2 shards: reports its unsharded parameters to the capture as it runs."""
 
