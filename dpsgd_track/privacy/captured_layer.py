@@ -87,6 +87,27 @@ class CapturedLayer(ReplacedForward):
         with filled(self.slots, {slot.name: slot.current() for slot in self.slots}):
             yield
 
+    def when_reached(
+        self, layer: Layer, x: Tensor, y: Tensor, close: Callable[[Tensor], None]
+    ) -> None:
+        """Have `close` take the gradient of `y`, which a call of `layer` that was opened has
+        computed from `x`, in each backward that ends calls."""
+        base = _without_view(y)
+        edge, shape = get_gradient_edge(base), None if base is y else y.shape
+
+        def take(dy: Tensor) -> None:
+            if self.capture.ends_calls():
+                close(dy if shape is None else dy.view(shape))
+
+        if x.requires_grad:
+            self.capture.note_output(layer, edge, None)
+            _before_node(edge, take)
+        elif has_saved_tensor_hooks():
+            self.capture.note_output(layer, edge, edge)
+            base.register_hook(take)
+        else:
+            self.capture.note_output(layer, edge, edge, take)
+
     def only_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The one tensor that a layer with a rule is called with.
 
@@ -150,29 +171,16 @@ class WatchedLayer(CapturedLayer):
         handle = capture.hold(x)
         if not capture.open_call(layer, self._by_sample(x), dim):
             return self._output(y) if is_spread else y
-        base = _without_view(y)
-        edge, shape = get_gradient_edge(base), None if base is y else y.shape
 
         def close(dy: Tensor) -> None:
-            if not capture.ends_calls():
-                return
             x = handle()
-            if shape is not None:
-                dy = dy.view(shape)
             if dim:
                 x, dy = x.movedim(dim, 0), dy.movedim(dim, 0)
             if self.is_interleaved:
                 x, dy = self._in_order(x), self._in_order(dy)
             capture.close_call(layer, x, dy, is_grouped=self.is_grouped)
 
-        if x.requires_grad:
-            capture.note_output(layer, edge, None)
-            _before_node(edge, close)
-        elif has_saved_tensor_hooks():
-            capture.note_output(layer, edge, edge)
-            base.register_hook(close)
-        else:
-            capture.note_output(layer, edge, edge, close)
+        self.when_reached(layer, x, y, close)
         return self._output(y) if is_spread else y
 
     def _is_of_samples(self, x: Tensor) -> bool:

@@ -22,6 +22,7 @@ from itertools import count
 
 import torch
 
+from dpsgd_track.privacy.attention import AttentionLayer
 from dpsgd_track.privacy.backward_per_sample import BackwardPerSample, PartlyBackwardPerSample
 from dpsgd_track.privacy.bare_parameters import Form, SpreadParameters, choose_forms
 from dpsgd_track.privacy.batch import Rows
@@ -34,6 +35,7 @@ from dpsgd_track.privacy.grouped_rows import find_grouped
 from dpsgd_track.privacy.layers.inventory import (
     Layer,
     holds_units,
+    is_attention,
     is_recurrent,
     with_modules_inside,
 )
@@ -197,6 +199,8 @@ def _register_without_rule(capture: Capture, captured: ExpandedLayer, dims: set[
         (captured.course,) = courses
     elif dims == {0} and _runs_recurrence(captured):
         capture.register(RecurrentLayer(capture, captured.layer))
+    elif dims == {0} and _runs_attention(captured):
+        capture.register(AttentionLayer(capture, captured.layer))
     elif UNKNOWN in dims or courses:
         capture.register(BackwardPerSample(capture, captured.layer))
 
@@ -227,6 +231,15 @@ def _num_dims_of_shared(
 def _runs_recurrence(captured: ExpandedLayer) -> bool:
     """True if all samples of the layer can run at once by the formulas of `privacy.recurrent`."""
     return not captured.is_grouped and is_recurrent(captured.layer.module)
+
+
+def _runs_attention(captured: ExpandedLayer) -> bool:
+    """True if all samples of the layer can run at once by the formulas of `privacy.attention`:
+    what it reads has them where the module itself expects them."""
+    if captured.is_grouped or not is_attention(captured.layer.module):
+        return False
+    dim = 0 if captured.layer.module.batch_first else 1
+    return all(of_call.inputs[:3] == (dim,) * 3 for of_call in captured.dims.values())
 
 
 def _spread_where_faithful(capture: Capture, run: Run, batch: Rows, plain: Observed) -> Observed:
