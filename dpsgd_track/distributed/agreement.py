@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -18,8 +20,12 @@ class Agreement:
 
     def any(self, is_true: bool) -> bool:
         """True if `is_true` is on any rank. Collective: all ranks call it."""
+        return self.each([is_true])[0]
+
+    def each(self, are_true: Sequence[bool]) -> list[bool]:
+        """For several questions at once, True where `any` is. Collective: all ranks call it."""
         if self._is_alone:
-            return is_true
-        answer = torch.tensor([int(is_true)])
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(answer)
+            return list(are_true)
+        answers = torch.tensor([int(is_true) for is_true in are_true])
+        dist.all_reduce(answers, op=dist.ReduceOp.MAX, group=self._group)
+        return list(map(bool, answers.tolist()))

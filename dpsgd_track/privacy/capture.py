@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -183,6 +183,18 @@ class Capture:
         Collective: all ranks call it.
         """
         return not self._agreement.any(not is_true) if self.is_sharded else is_true
+
+    def named_on_ranks(self, names: Container[str], others: Container[str] = ()) -> list[str]:
+        """Layers that a rank names, and no rank names among `others`, in the same order on all.
+
+        Collective, as `on_all_ranks`.
+        """
+        layers = list(self.captured)
+        if not self.is_sharded:
+            return [fqn for fqn in layers if fqn in names and fqn not in others]
+        found = self._agreement.each([fqn in of for of in (names, others) for fqn in layers])
+        pairs = zip(layers, found, found[len(layers) :], strict=False)
+        return [fqn for fqn, is_named, is_other in pairs if is_named and not is_other]
 
     def register(self, captured: CapturedLayer) -> None:
         """Capture a layer this way from the next batch on."""

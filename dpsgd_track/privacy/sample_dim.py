@@ -95,7 +95,7 @@ def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
         for captured in list(_bare(capture)):
             capture.register(BackwardPerSample(capture, captured.layer))
         return
-    if any(dim in (SHARED, ROWS) for of_layer in chosen.dims.values() for dim in of_layer):
+    if capture.named_on_ranks({f for f, dims in chosen.dims.items() if {SHARED, ROWS} & {*dims}}):
         chosen = _spread_where_faithful(capture, run, other, chosen)
     chosen.use(capture)
     for fqn, of_layer in chosen.dims.items():
@@ -251,8 +251,9 @@ def _spread_where_faithful(capture: Capture, run: Run, batch: Rows, plain: Obser
     Args:
         plain: a run in which nothing was spread.
     """
-    shared = _may_meet_late(capture, plain)
-    mixed = [fqn for fqn in shared if 0 in plain.dims[fqn]]
+    others = {fqn for fqn in plain.dims if fqn not in _may_meet_late(capture, plain)}
+    shared = capture.named_on_ranks(plain.dims.keys() - others, others)
+    mixed = capture.named_on_ranks({fqn for fqn in shared if 0 in plain.dims.get(fqn, ())})
     at_once = _faithful_run(capture, run, batch, partial(Moving, kept=mixed))
     if at_once is not None and not mixed:
         return at_once
@@ -325,7 +326,8 @@ def _late_run(capture: Capture, run: Run, batch: Rows, fqns: list[str]) -> Obser
     courses = {fqn: Course(fqn) for fqn in fqns}
     late = _faithful_run(capture, run, batch, partial(MovingLate, courses=courses))
     # What has no row for each sample could not be told from the samples' own.
-    if late is None or any({0, SHARED} <= set(late.dims[fqn]) for fqn in fqns):
+    is_told = late is not None and not any({0, SHARED} <= set(late.dims.get(f, ())) for f in fqns)
+    if not capture.on_all_ranks(is_told) or late is None:
         return None
     try:
         with in_eval_mode(capture.model):
