@@ -93,11 +93,12 @@ class CapturedLayer(ReplacedForward):
         """Have `close` take the gradient of `y`, which a call of `layer` that was opened has
         computed from `x`, in each backward that ends calls."""
         base = _without_view(y)
-        edge, shape = get_gradient_edge(base), None if base is y else y.shape
+        edge = get_gradient_edge(base)
+        view = None if base is y else (y.shape, y.stride())
 
         def take(dy: Tensor) -> None:
             if self.capture.ends_calls():
-                close(dy if shape is None else dy.view(shape))
+                close(dy if view is None else dy.contiguous().as_strided(*view))
 
         if x.requires_grad:
             self.capture.note_output(layer, edge, None)
@@ -215,17 +216,15 @@ class WatchedLayer(CapturedLayer):
 
 
 def _without_view(y: Tensor) -> Tensor:
-    """`y`, or the tensor that it is a view of, with the same elements in the same order.
+    """`y`, or the tensor that it is a view of, with the same elements.
 
-    A linear layer returns a view of its product. A change in place replaces the node of the view
-    in the graph, and leaves that of the base.
+    A linear layer returns a view of its product, and a norm over channels may return another order
+    of dimensions. A change in place replaces the node of the view in the graph, and leaves that of
+    the base.
     """
     base = y._base if y._is_view() else None
-    if base is None:
+    if base is None or base.numel() != y.numel() or not base.is_contiguous():
         return y
-    assert base.numel() == y.numel()
-    assert base.is_contiguous()
-    assert y.is_contiguous()
     return base
 
 
