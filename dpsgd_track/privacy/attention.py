@@ -135,7 +135,9 @@ class AttentionLayer(CapturedLayer):
         capture, own = self.capture, self.layer.names
         names = {part.name: own[part.name] for part in (weight, bias) if part.name in own}
         used, handle = replace(self.layer, names=names), capture.hold(x)
-        y = F.linear(x, self._rows(weight), self._rows(bias))
+        rows = self._rows(weight)
+        assert rows is not None
+        y = F.linear(x, rows, self._rows(bias))
         if not capture.open_call(used, x, self.sample_dim) or not names:
             return y
 
