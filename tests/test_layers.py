@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -97,6 +98,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         _tokens(),
     ),
     "embedding-bag-sum": (lambda: nn.EmbeddingBag(9, D, mode="sum", padding_idx=2), _tokens()),
+    "linear-falcon": (lambda: FalconLinear(D, P), _floats(B, T, D)),
     "layer-norm-own": (lambda: _OwnLayerNorm(D), _floats(B, T, D)),
     "layer-norm-cohere": (lambda: CohereLayerNorm(D), _floats(B, T, D)),
     "layer-norm-channels": (
@@ -238,6 +240,11 @@ class _Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class _Positive(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.abs(), self.bias)
+
+
 class _Shifted(nn.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x) + 1
@@ -255,6 +262,7 @@ class _Shifted(nn.Embedding):
         _NoEpsilonLayerNorm(D, eps=1e-12),
         _DoubledGroupNorm(2, 4),
         _Scaled(D, P),
+        _Positive(D, P),
         nn.Embedding(9, D, scale_grad_by_freq=True),
         nn.Embedding(9, D, max_norm=1.0),
         nn.EmbeddingBag(9, D, mode="max"),
