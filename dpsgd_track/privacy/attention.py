@@ -149,7 +149,8 @@ class AttentionLayer(CapturedLayer):
             if weight.name in names:
                 capture.add_term(names[weight.name], outer(x, self._padded(dy, weight)))
             if bias.name in names:
-                capture.add_term(names[bias.name], summed_positions(self._padded(dy, bias)))
+                total = summed_positions(self._padded(dy, bias)).materialised()
+                capture.add_term(names[bias.name], total)
 
         self.when_reached(used, x, y, close)
         return y
