@@ -38,6 +38,7 @@ KERNELS = {
     "flash_norm.reference": "uses_tensor_cores",
     "embedding_norm": "runs_triton",
     "normalisation": "runs_triton",
+    "position_sum": "runs_triton",
     "weighted_sum": "runs_triton",
 }
 """What each chooses its kernels by."""
@@ -108,7 +109,7 @@ def values_of(terms: dict[str, Term], factor_B: Tensor) -> dict[str, Tensor]:
     """Norms and clipped sums of each parameter."""
     joined = {name: (term,) for name, term in terms.items()}
     norms = norms_sq_of(joined, lambda name: flash_norm_sq, lambda name, term: False)
-    sums = clipped_sums_of(joined, factor_B)
+    sums = clipped_sums_of(joined, dict.fromkeys(joined, factor_B))
     return {f"norm of {n}": x for n, x in norms.items()} | {
         f"sum of {n}": x for n, x in sums.items()
     }
