@@ -74,7 +74,7 @@ class Row:
     """Message of the exception, or the quantities that were wrong."""
     torch: str = field(default_factory=lambda: version("torch"))
     transformers: str = field(default_factory=lambda: version("transformers"))
-    commit: str = field(default_factory=lambda: _revision())
+    commit: str = field(default_factory=lambda: revision())
 
     def fail(self, outcome: str, sentence: str) -> None:
         """Make it the worse of what it was and `outcome`."""
@@ -157,7 +157,7 @@ def prepare(architecture: Architecture, sizes: tuple[int, ...]) -> Trial | None:
     for dtype in NORM_LIMITS:
         try:
             model = architecture.make().to(dtype)
-            batches = [_true_batch(model, size, architecture) for size in sizes]
+            batches = [true_batch(model, size, architecture) for size in sizes]
             if all(truth.gradients_BN.isfinite().all() for _, truth in batches):
                 break
         except ValueError:
@@ -253,7 +253,7 @@ class PrivateRun:
         self.private.backward(samples.inputs, samples.targets)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        step = _flat(before) - _flat(_weights(self.model))
+        step = flat(before) - flat(_weights(self.model))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name in before:
@@ -302,7 +302,8 @@ def judge_dropped(row: Row, run: PrivateRun, trial: Trial) -> None:
                 row.fail(WRONG, f"one sample's sum is {1 + excess:.3f} times its clipped norm")
 
 
-def _true_batch(model: nn.Module, size: int, architecture: Architecture) -> tuple[Samples, Truth]:
+def true_batch(model: nn.Module, size: int, architecture: Architecture) -> tuple[Samples, Truth]:
+    """Samples, and their gradients one by one."""
     dtype = next(model.parameters()).dtype
     samples = architecture.make_samples(size, torch.Generator().manual_seed(size)).to(dtype)
     alone = [_gradient(model, samples.take([i]), architecture) for i in range(size)]
@@ -315,14 +316,15 @@ def _gradient(model: nn.Module, samples: Samples, architecture: Architecture) ->
     gradients = torch.autograd.grad(
         loss_B.sum(), list(trained.values()), allow_unused=True, materialize_grads=True
     )
-    return _flat(dict(zip(trained, gradients, strict=True)))
+    return flat(dict(zip(trained, gradients, strict=True)))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def _flat(tensors: dict[str, Tensor]) -> Tensor:
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    """All elements, [N], in the order of the names."""
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
 
 
@@ -390,7 +392,7 @@ def _worst(so_far: float | None, value: float) -> float:
 
 
 @functools.cache
-def _revision() -> str:
+def revision() -> str:
     """The checkout's commit; `unknown` outside of one."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import cached, register_parametrization
 from torch.utils.checkpoint import checkpoint
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 
 from dpsgd_track.config import AUTO, GRADIENTS, TILED, PrivacyConfig
 from dpsgd_track.modes.build import build_mode
+from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
 from dpsgd_track.modes.table import MODES, takes_norm_plan
 from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.expanded import ExpandedLayer
 from dpsgd_track.privacy.layers.inventory import find_layers
 from tests.support.wrapped_layers import FirstOutput, SelfAttention
 
@@ -586,6 +589,42 @@ class _Routed(nn.Module):
         return y.view(*tokens.shape, D)
 
 
+class _AlikeRouted(nn.Module):
+    """Sends as many positions of each sample to each expert, and hands it their numbers too."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(2, D, D))
+
+        def forward(self, rows: Tensor, chosen: Tensor) -> Tensor:
+            return torch.einsum("nd,nde->ne", rows, self.weights[chosen])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.experts = nn.Embedding(V, D), self.Experts()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.tokens(tokens).flatten(0, 1)
+        chosen = (torch.arange(tokens.shape[1], device=tokens.device) % 2).repeat(len(tokens))
+        return torch.tanh(self.experts(rows, chosen)).view(*tokens.shape, D)
+
+
+class _ChannelsFirst(nn.Module):
+    """A norm over channels, which returns a view in another order, changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(D, 4, 1)
+        self.norm = ConvNextLayerNorm(4, data_format="channels_first")
+        self.leave = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.enter(x.mT.unsqueeze(-1)))
+        y: Tensor = self.leave(torch.tanh(h.mul_(2.0))).flatten(2).mT
+        return y
+
+
 class _Functional(nn.Module):
     """Uses its table a second time behind the back of the module that owns it."""
 
@@ -945,6 +984,8 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "kept-for-later": (_Keeping, ROWS),
     "cached-parametrisation": (_CachedParametrisation, ROWS),
     "sample-by-sample": (_SampleBySample, TOKENS),
+    "routed-alike": (_AlikeRouted, TOKENS),
+    "channels-first": (_ChannelsFirst, ROWS),
     "initial-state": (_InitialState, ROWS[:, :B]),
 }
 """Layers whose inputs all samples share, or have the samples in another dimension than 0."""
@@ -955,6 +996,15 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 def test_samples_are_told_apart_wherever_they_are(model: str, mode: str) -> None:
     make, inputs = SHARED[model]
     check(mode, make(), inputs)
+
+
+def test_experts_that_all_samples_choose_alike_are_known_to_read_rows_of_each() -> None:
+    mode = check("flash_bk", _AlikeRouted(), TOKENS)
+    assert isinstance(mode, ComposedMode)
+    assert mode.engine.capture is not None
+    experts = mode.engine.capture.captured["experts"]
+    assert isinstance(experts, ExpandedLayer)
+    assert experts.is_grouped
 
 
 class _MergingAdapter(nn.Linear):

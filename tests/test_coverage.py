@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +32,7 @@ from benchmarks.coverage_zoo import ARCHITECTURES, Architecture
 from dpsgd_track.privacy import engine
 from dpsgd_track.privacy.spot_check import SpotCheck
 
+ROOT = Path(__file__).resolve().parent.parent
 TELLING = (
     "nanogpt",
     "relative-bias",
@@ -63,6 +68,17 @@ def test_every_architecture_is_exact_or_refused() -> None:
     rows = [row for name in ARCHITECTURES for row in rows_of(name)]
     assert [row for row in rows if row.outcome in FAILURES] == []
     assert len(ARCHITECTURES) > 60
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_every_architecture_is_exact_or_refused_on_two_ranks(tmp_path: Path) -> None:
+    out = tmp_path / "ranks.csv"
+    command = [sys.executable, str(ROOT / "benchmarks" / "coverage_ranks.py"), str(out)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=850)
+    with out.open(encoding="utf-8", newline="") as file:
+        outcomes = {row["architecture"]: row["outcome"] for row in csv.DictReader(file)}
+    assert list(outcomes.values()).count(EXACT) >= 25
 
 
 def test_zoo_has_architectures_of_every_kind() -> None:

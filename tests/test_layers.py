@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -96,12 +98,32 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         _tokens(),
     ),
     "embedding-bag-sum": (lambda: nn.EmbeddingBag(9, D, mode="sum", padding_idx=2), _tokens()),
+    "linear-falcon": (lambda: FalconLinear(D, P), _floats(B, T, D)),
+    "layer-norm-own": (lambda: _OwnLayerNorm(D), _floats(B, T, D)),
+    "layer-norm-cohere": (lambda: CohereLayerNorm(D), _floats(B, T, D)),
+    "layer-norm-channels": (
+        lambda: ConvNextLayerNorm(D, data_format="channels_first"),
+        _floats(B, D, 3, 2),
+    ),
+    "group-norm-own": (lambda: _OwnGroupNorm(2, 4), _floats(B, 4, 3, 2)),
     "rms-norm": (lambda: nn.RMSNorm(D), _floats(B, T, D)),
     "rms-norm-llama": (lambda: LlamaRMSNorm(D), _floats(B, T, D)),
     "rms-norm-qwen2": (lambda: Qwen2RMSNorm(D), _floats(B, T, D)),
     "rms-norm-t5": (lambda: T5LayerNorm(D), _floats(B, T, D)),
     "rms-norm-gemma": (lambda: GemmaRMSNorm(D), _floats(B, T, D)),
 }
+
+
+class _OwnLayerNorm(nn.LayerNorm):
+    """As libraries have that add settings of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _OwnGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def _build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -132,8 +154,9 @@ def test_norms_and_clipped_sums_equal_autograd(name: str, norm_rule: str) -> Non
     expected = _per_sample(module, x, dy)
     factors = torch.tensor([0.3, 1.0, 0.7], dtype=torch.float64)
     terms = rule.terms(module, x, dy)
-    # transformers' RMSNorm rounds to float32 inside, so its gradients carry 1e-7.
-    tolerance = 1e-6 if "rms-norm-" in name else 1e-11
+    # transformers' norms round to float32 inside, so their gradients carry 1e-7.
+    rounds = "rms-norm-" in name or name == "layer-norm-cohere"
+    tolerance = 1e-6 if rounds else 1e-11
     for parameter, value in module.named_parameters():
         term = terms[parameter]
         grads = torch.stack([g[parameter] for g in expected])
@@ -156,6 +179,31 @@ def test_a_frozen_parameter_has_no_term(name: str) -> None:
     assert rule is not None
     module.weight.requires_grad_(False)
     assert set(rule.terms(module, x, dy)) == {"bias"}
+
+
+class _DoubledLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class _UnbiasedLayerNorm(nn.LayerNorm):
+    """The variance has the divisor D - 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, dim=-1, keepdim=True)
+        return self.weight * (x - mean) * torch.rsqrt(variance + self.eps) + self.bias
+
+
+class _NoEpsilonLayerNorm(nn.LayerNorm):
+    """Shows where inputs are small alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, 0.0)
+
+
+class _DoubledGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
 
 class _DoubledRMSNorm(nn.RMSNorm):
@@ -192,6 +240,11 @@ class _Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class _Positive(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.abs(), self.bias)
+
+
 class _Shifted(nn.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x) + 1
@@ -204,8 +257,12 @@ class _Shifted(nn.Embedding):
         _InputsEpsilonRMSNorm(D),
         _OuterEpsilonRMSNorm(D, eps=1e-6),
         _DoubledT5LayerNorm(D),
-        CohereLayerNorm(D),
+        _DoubledLayerNorm(D),
+        _UnbiasedLayerNorm(D),
+        _NoEpsilonLayerNorm(D, eps=1e-12),
+        _DoubledGroupNorm(2, 4),
         _Scaled(D, P),
+        _Positive(D, P),
         nn.Embedding(9, D, scale_grad_by_freq=True),
         nn.Embedding(9, D, max_norm=1.0),
         nn.EmbeddingBag(9, D, mode="max"),

@@ -69,7 +69,17 @@ def build_mesh(device: torch.device, num_replicas: int = 1) -> DeviceMesh:
 
 
 def shard_fsdp2(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype) -> None:
-    """Shard each transformer block and the root, in place; gradients are summed over ranks."""
+    """Shard each transformer block and the root, in place; gradients are summed over ranks.
+
+    Raises:
+        ValueError: a parameter has no dimension to be sharded along.
+    """
+    scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    if scalars:
+        raise ValueError(
+            f"{', '.join(scalars)}: expected parameters with a dimension, which FSDP2 shards, got "
+            "scalars. Make each a tensor of one element, or use a mode on one device."
+        )
     policy = mixed_precision(param_dtype)
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)

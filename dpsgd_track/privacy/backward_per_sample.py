@@ -24,21 +24,12 @@ class BackwardPerSample(CapturedLayer):
     """Runs the layer as it is, and has its gradients computed one sample at a time."""
 
     def __init__(self, capture: Capture, layer: Layer) -> None:
-        """
-        Raises:
-            ValueError: the model is sharded: all ranks would have to take part in each backward.
-        """
         super().__init__(capture, layer)
         kind = type(layer.module).__name__
         what = f"{layer.fqn} ({kind}) is called on a tensor without a dimension for the samples"
         if layer.is_bare:
             bare = ", ".join(sorted(layer.names.values()))
             what = f"{bare} (of {kind}) is used in a way that takes no copy for each sample"
-        if capture.is_sharded:
-            raise ValueError(
-                f"{what}: expected one under FSDP2. Give it inputs of [B, ...], such as position "
-                "ids of each sample, freeze it, or use a mode on one device."
-            )
         _logger.warning(
             "%s: its gradients take one backward for each sample, which is exact, but slow.", what
         )

@@ -208,6 +208,18 @@ class Capture:
         """
         return not self._agreement.any(not is_true) if self.is_sharded else is_true
 
+    def named_on_ranks(self, names: Container[str], others: Container[str] = ()) -> list[str]:
+        """Layers that a rank names, and no rank names among `others`, in the same order on all.
+
+        Collective, as `on_all_ranks`.
+        """
+        layers = list(self.captured)
+        if not self.is_sharded:
+            return [fqn for fqn in layers if fqn in names and fqn not in others]
+        found = self._agreement.of_each([fqn in of for of in (names, others) for fqn in layers])
+        pairs = zip(layers, found, found[len(layers) :], strict=False)
+        return [fqn for fqn, is_named, is_other in pairs if is_named and not is_other]
+
     def register(self, captured: CapturedLayer) -> None:
         """Capture a layer this way from the next batch on."""
         self.captured[captured.layer.fqn] = captured
@@ -714,6 +726,7 @@ class Capture:
                     self._num_uses[name] -= 1
                     self._num_pending[name] -= 1
             self._shared_leaves[:] = [s for s in self._shared_leaves if id(s[1]) in used]
+            self._refuse_shared_leaves_of_ranks()
             self.by_sample.update(name for name, _ in self._shared_leaves)
         if self._shared_leaves and not self._gradients_by_leaf:
             if not bool(loss_B.isfinite().all()):
@@ -736,6 +749,19 @@ class Capture:
             stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
             self._gradients_by_leaf = list(zip(names, stacked, strict=True))
         return self._gradients_by_leaf
+
+    def _refuse_shared_leaves_of_ranks(self) -> None:
+        """Raise on all ranks if one of a sharded model has leaves that all samples share: all ranks
+        would have to take part in each sample's backward."""
+        if self.on_all_ranks(not self._shared_leaves) or not self.is_sharded:
+            return
+        names = sorted({name for name, _ in self._shared_leaves})
+        raise ValueError(
+            f"{', '.join(names) or 'model'}: expected parameters that take one row for each sample "
+            "under FSDP2, got some that are used in a way that takes no copy for each sample, or "
+            "without a dimension for the samples. Give their modules inputs of [B, ...], such as "
+            "position ids of each sample, freeze them, or use a mode on one device."
+        )
 
     def _current_parameters(self) -> dict[str, Tensor]:
         """The tensors that a use of a parameter outside of its module's calls would reach."""

@@ -87,6 +87,28 @@ class CapturedLayer(ReplacedForward):
         with filled(self.slots, {slot.name: slot.current() for slot in self.slots}):
             yield
 
+    def when_reached(
+        self, layer: Layer, x: Tensor, y: Tensor, close: Callable[[Tensor], None]
+    ) -> None:
+        """Have `close` take the gradient of `y`, which a call of `layer` that was opened has
+        computed from `x`, in each backward that ends calls."""
+        base = _without_view(y)
+        edge = get_gradient_edge(base)
+        view = None if base is y else (y.shape, y.stride())
+
+        def take(dy: Tensor) -> None:
+            if self.capture.ends_calls():
+                close(dy if view is None else dy.contiguous().as_strided(*view))
+
+        if x.requires_grad:
+            self.capture.note_output(layer, edge, None)
+            _before_node(edge, take)
+        elif has_saved_tensor_hooks():
+            self.capture.note_output(layer, edge, edge)
+            base.register_hook(take)
+        else:
+            self.capture.note_output(layer, edge, edge, take)
+
     def only_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The one tensor that a layer with a rule is called with.
 
@@ -150,15 +172,9 @@ class WatchedLayer(CapturedLayer):
         handle = capture.hold(x)
         if not capture.open_call(layer, self._by_sample(x), dim):
             return self._output(y) if is_spread else y
-        base = _without_view(y)
-        edge, shape = get_gradient_edge(base), None if base is y else y.shape
 
         def close(dy: Tensor) -> None:
-            if not capture.ends_calls():
-                return
             x = handle()
-            if shape is not None:
-                dy = dy.view(shape)
             if dim:
                 x, dy = x.movedim(dim, 0), dy.movedim(dim, 0)
             if self.is_interleaved:
@@ -166,15 +182,14 @@ class WatchedLayer(CapturedLayer):
             capture.close_call(layer, x, dy, is_grouped=self.is_grouped)
 
         if capture.budget is not None and type(y) is Tensor:
-            y = capture.tap(layer, x, y, close)
-        elif x.requires_grad:
-            capture.note_output(layer, edge, None)
-            _before_node(edge, close)
-        elif has_saved_tensor_hooks():
-            capture.note_output(layer, edge, edge)
-            base.register_hook(close)
+
+            def tapped(dy: Tensor) -> None:
+                if capture.ends_calls():
+                    close(dy)
+
+            y = capture.tap(layer, x, y, tapped)
         else:
-            capture.note_output(layer, edge, edge, close)
+            self.when_reached(layer, x, y, close)
         return self._output(y) if is_spread else y
 
     def _is_of_samples(self, x: Tensor) -> bool:
@@ -209,17 +224,15 @@ class WatchedLayer(CapturedLayer):
 
 
 def _without_view(y: Tensor) -> Tensor:
-    """`y`, or the tensor that it is a view of, with the same elements in the same order.
+    """`y`, or the tensor that it is a view of, with the same elements.
 
-    A linear layer returns a view of its product. A change in place replaces the node of the view
-    in the graph, and leaves that of the base.
+    A linear layer returns a view of its product, and a norm over channels may return another order
+    of dimensions. A change in place replaces the node of the view in the graph, and leaves that of
+    the base.
     """
     base = y._base if y._is_view() else None
-    if base is None:
+    if base is None or base.numel() != y.numel() or not base.is_contiguous():
         return y
-    assert base.numel() == y.numel()
-    assert base.is_contiguous()
-    assert y.is_contiguous()
     return base
 
 

@@ -8,13 +8,13 @@ comes after another. In both orders a sample's n rows are known.
 The order is tested, as other tensors may have as many rows by chance. In a run on the same samples
 in another order, the rows must be found in that order: those that all samples share are not. In
 runs with noise in place of what layers return, there must be as many rows: of those that a router
-sends to an expert there are not.
+sends to an expert there are not. Ranks find the same: what one has seen counts on all.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.trial import Reader
 
 _NUM_NOISY_RUNS = 4
+_PROVEN, _REFUTED, _OPEN = "proven", "refuted", "open"
 
 
 def has_grouped_rows(x: Tensor, num_samples: int) -> bool:
@@ -48,29 +49,37 @@ def find_grouped(
         that reads the rows of one sample after the other, [B n, ...].
     """
     num_samples = len(batch)
-    if not any(_read(capture, run, batch, num_samples).values()):
+    read = _read(capture, run, batch, num_samples)
+    if not capture.named_on_ranks({fqn for fqn, marks in read.items() if marks}):
         return {}
     with in_eval_mode(capture.model):
         first = _read(capture, run, batch, num_samples)
         second = _read(capture, run, reordered, num_samples)
         with _noise(capture.model):
             others = [_read(capture, run, batch, num_samples) for _ in range(_NUM_NOISY_RUNS)]
-
-    def is_in_order(fqn: str, *, is_interleaved: bool) -> bool:
-        pairs = zip(first[fqn], second[fqn], strict=True)
-        return all(_are_rolled(a, b, num_samples, is_interleaved) for a, b in pairs)
-
-    steady = [
+    steady = {
         fqn
         for fqn, marks in first.items()
-        if len(marks) == len(second[fqn])
-        and all([x.shape for x in marks] == [x.shape for x in other[fqn]] for other in others)
-    ]
-    orders = {
-        fqn: [order for order in (False, True) if is_in_order(fqn, is_interleaved=order)]
-        for fqn in steady
+        if marks and all(_shapes(marks) == _shapes(o.get(fqn, ())) for o in (second, *others))
     }
-    return {fqn: found[0] for fqn, found in orders.items() if len(found) == 1}
+    orders: dict[str, list[bool]] = defaultdict(list)
+    for is_interleaved in (False, True):
+        found = {
+            fqn: {
+                _compare(a, b, num_samples, is_interleaved=is_interleaved)
+                for a, b in zip(first[fqn], second[fqn], strict=True)
+            }
+            for fqn in steady
+        }
+        proven = {fqn for fqn, answers in found.items() if _PROVEN in answers}
+        refuted = {fqn for fqn in first if _REFUTED in found.get(fqn, {_REFUTED})}
+        for fqn in capture.named_on_ranks(proven, refuted):
+            orders[fqn].append(is_interleaved)
+    return {fqn: found_orders[0] for fqn, found_orders in orders.items() if len(found_orders) == 1}
+
+
+def _shapes(marks: Iterable[Tensor]) -> list[torch.Size]:
+    return [x.shape for x in marks]
 
 
 @contextmanager
@@ -93,25 +102,25 @@ def _noise(model: nn.Module) -> Iterator[None]:
 
 def _read(
     capture: Capture, run: Callable[[Any], Tensor], batch: Any, num_samples: int
-) -> dict[str, list[Tensor]]:
+) -> dict[str, Sequence[Tensor]]:
     """A number for each row that a layer reads, [B n], of every tensor; by layer.
 
-    Layers of which a call reads anything else are left out.
+    None for layers of which a call reads anything else.
     """
-    seen: dict[str, list[Tensor]] = defaultdict(list)
+    seen: dict[str, list[Tensor]] = {}
     others: set[str] = set()
 
     def note(fqn: str, arguments: Any) -> None:
         tensors = tensors_in(arguments)
         if tensors and all(has_grouped_rows(x, num_samples) for x in tensors):
-            seen[fqn] += map(_marks, tensors)
+            seen.setdefault(fqn, []).extend(map(_marks, tensors))
         else:
             others.add(fqn)
 
     readers = [Reader(layer, note) for layer in capture.captured.values()]
     with capture.attached(readers):
         run(batch)
-    return defaultdict(list, {fqn: marks for fqn, marks in seen.items() if fqn not in others})
+    return {**seen, **dict.fromkeys(others, ())}
 
 
 def _marks(x: Tensor) -> Tensor:
@@ -122,13 +131,13 @@ def _marks(x: Tensor) -> Tensor:
     return rows.float() @ weights.to(rows.device)
 
 
-def _are_rolled(a: Tensor, b: Tensor, num_samples: int, is_interleaved: bool) -> bool:
-    """True if each sample's rows of `a` are the next one's of `b`, and samples differ."""
-    if a.shape != b.shape:
-        return False
+def _compare(a: Tensor, b: Tensor, num_samples: int, *, is_interleaved: bool) -> str:
+    """Find if each sample's rows of `a` are the next one's of `b`: open if all samples' are alike,
+    as the experts that a router chooses may be."""
     dim = 1 if is_interleaved else 0
     by_sample = a.view(-1, num_samples) if is_interleaved else a.view(num_samples, -1)
     # Far above rounding errors of another order of samples, and far below what samples differ by.
     tolerance = 1e-3 * float(a.abs().max())
-    is_rolled = torch.allclose(by_sample.roll(1, dim).flatten(), b, rtol=0, atol=tolerance)
-    return is_rolled and not torch.allclose(a, b, rtol=0, atol=tolerance)
+    if not torch.allclose(by_sample.roll(1, dim).flatten(), b, rtol=0, atol=tolerance):
+        return _REFUTED
+    return _OPEN if torch.allclose(a, b, rtol=0, atol=tolerance) else _PROVEN

@@ -11,7 +11,10 @@ in elements, each for all samples:
 
 With `gradients` the norm is a by-product of the gradients themselves. Two-pass modes keep nothing
 and choose between the other two. The plan that is cheapest by arithmetic and bytes moved is chosen,
-if what it keeps fits into the remaining memory.
+if what it keeps fits into the remaining memory. Gradients are kept only where they take hardly more
+than inputs and gradients of outputs: these replace, layer by layer, the activations that the
+backward frees, so that a step takes little more memory than an ordinary one. Where gradients are
+much larger, they are hardly cheaper.
 
 Shapes: B samples, T positions, D inputs, P outputs.
 """
@@ -29,6 +32,9 @@ from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, require
 
 # Operations per byte moved: of tensor cores, of other GPU units, of CPUs.
 _BALANCE_16_BIT, _BALANCE_32_BIT, _BALANCE_CPU = 180.0, 14.0, 10.0
+# Most that kept gradients may take of what the factors would, on tensor cores and elsewhere. Models
+# that are trained in 16 bits hold more activations beside the factors.
+_GROWTH_16_BIT, _GROWTH = 1.75, 1.0
 SHARE_OF_MEMORY = 0.5
 """Fraction of the memory that is free before the first batch that may be kept. The rest is for
 activations."""
@@ -54,6 +60,12 @@ class LinearShape:
     def factors_bytes(self) -> int:
         """Bytes of the layer's inputs and of the gradients of its outputs."""
         return self.B * self.T * (self.D + self.P) * self.dtype.itemsize
+
+    @property
+    def has_small_gradients(self) -> bool:
+        """True if gradients take little more memory than factors."""
+        growth = _GROWTH_16_BIT if self._balance == _BALANCE_16_BIT else _GROWTH
+        return self.gradients_bytes <= growth * self.factors_bytes
 
     def kept_bytes(self, plan: str) -> int:
         """Bytes that a one-pass mode keeps."""
@@ -134,7 +146,8 @@ class NormPlanner:
     def _choose(self, shape: LinearShape, is_shared: bool) -> str:
         if self.forced != AUTO and not (self.forced == GRADIENTS and is_shared):
             return self.forced
-        plans = (GRADIENTS, GRAM, TILED) if self.keeps and not is_shared else (GRAM, TILED)
+        may_keep = self.keeps and not is_shared and shape.has_small_gradients
+        plans = (GRADIENTS, GRAM, TILED) if may_keep else (GRAM, TILED)
         by_cost = sorted(plans, key=shape.cost)
         if not self.keeps:
             return by_cost[0]

@@ -22,6 +22,7 @@ from itertools import count
 
 import torch
 
+from dpsgd_track.privacy.attention import AttentionLayer
 from dpsgd_track.privacy.backward_per_sample import BackwardPerSample, PartlyBackwardPerSample
 from dpsgd_track.privacy.bare_parameters import Form, SpreadParameters, choose_forms
 from dpsgd_track.privacy.batch import Rows
@@ -34,6 +35,7 @@ from dpsgd_track.privacy.grouped_rows import find_grouped
 from dpsgd_track.privacy.layers.inventory import (
     Layer,
     holds_units,
+    is_attention,
     is_recurrent,
     with_modules_inside,
 )
@@ -93,7 +95,7 @@ def find_sample_dims(capture: Capture, run: Run, batch: Rows) -> None:
         for captured in list(_bare(capture)):
             capture.register(BackwardPerSample(capture, captured.layer))
         return
-    if any(dim in (SHARED, ROWS) for of_layer in chosen.dims.values() for dim in of_layer):
+    if capture.named_on_ranks({f for f, dims in chosen.dims.items() if {SHARED, ROWS} & {*dims}}):
         chosen = _spread_where_faithful(capture, run, other, chosen)
     chosen.use(capture)
     for fqn, of_layer in chosen.dims.items():
@@ -197,6 +199,8 @@ def _register_without_rule(capture: Capture, captured: ExpandedLayer, dims: set[
         (captured.course,) = courses
     elif dims == {0} and _runs_recurrence(captured):
         capture.register(RecurrentLayer(capture, captured.layer))
+    elif dims == {0} and _runs_attention(captured):
+        capture.register(AttentionLayer(capture, captured.layer))
     elif UNKNOWN in dims or courses:
         capture.register(BackwardPerSample(capture, captured.layer))
 
@@ -229,6 +233,15 @@ def _runs_recurrence(captured: ExpandedLayer) -> bool:
     return not captured.is_grouped and is_recurrent(captured.layer.module)
 
 
+def _runs_attention(captured: ExpandedLayer) -> bool:
+    """True if all samples of the layer can run at once by the formulas of `privacy.attention`:
+    what it reads has them where the module itself expects them."""
+    if captured.is_grouped or not is_attention(captured.layer.module):
+        return False
+    dim = 0 if captured.layer.module.batch_first else 1
+    return all(of_call.inputs[:3] == (dim,) * 3 for of_call in captured.dims.values())
+
+
 def _spread_where_faithful(capture: Capture, run: Run, batch: Rows, plain: Observed) -> Observed:
     """Spread shared outputs, if that changes no model output.
 
@@ -238,8 +251,9 @@ def _spread_where_faithful(capture: Capture, run: Run, batch: Rows, plain: Obser
     Args:
         plain: a run in which nothing was spread.
     """
-    shared = _may_meet_late(capture, plain)
-    mixed = [fqn for fqn in shared if 0 in plain.dims[fqn]]
+    others = {fqn for fqn in plain.dims if fqn not in _may_meet_late(capture, plain)}
+    shared = capture.named_on_ranks(plain.dims.keys() - others, others)
+    mixed = capture.named_on_ranks({fqn for fqn in shared if 0 in plain.dims.get(fqn, ())})
     at_once = _faithful_run(capture, run, batch, partial(Moving, kept=mixed))
     if at_once is not None and not mixed:
         return at_once
@@ -312,7 +326,8 @@ def _late_run(capture: Capture, run: Run, batch: Rows, fqns: list[str]) -> Obser
     courses = {fqn: Course(fqn) for fqn in fqns}
     late = _faithful_run(capture, run, batch, partial(MovingLate, courses=courses))
     # What has no row for each sample could not be told from the samples' own.
-    if late is None or any({0, SHARED} <= set(late.dims[fqn]) for fqn in fqns):
+    is_told = late is not None and not any({0, SHARED} <= set(late.dims.get(f, ())) for f in fqns)
+    if not capture.on_all_ranks(is_told) or late is None:
         return None
     try:
         with in_eval_mode(capture.model):

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from dpsgd_track.privacy.layers import (
+    channel_layer_norm,
     convolution,
     embedding,
     embedding_bag,
@@ -42,6 +43,7 @@ RULES: tuple[LayerRule, ...] = (
     transposed_linear,
     embedding,
     layer_norm,
+    channel_layer_norm,
     rms_norm,
     group_norm,
     convolution,

@@ -6,13 +6,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpsgd_track.kernels.flash_norm.reference import accumulation
+from dpsgd_track.privacy.layers.norm_trial import computes_norm
 from dpsgd_track.privacy.layers.positions import trainable_terms
 from dpsgd_track.privacy.terms import Dense, Term
 
 
 def matches(module: nn.Module) -> bool:
-    """True for GroupNorm, not for subclasses that compute something else."""
-    return isinstance(module, nn.GroupNorm) and type(module).forward is nn.GroupNorm.forward
+    """True for GroupNorm, and for subclasses that compute one on a trial input."""
+    if not isinstance(module, nn.GroupNorm) or not module.affine:
+        return False
+    if type(module).forward is nn.GroupNorm.forward:
+        return True
+
+    def normalise(x: Tensor) -> Tensor:
+        channels_first = accumulation(x).movedim(-1, 1)
+        return F.group_norm(channels_first, module.num_groups, eps=module.eps).movedim(1, -1)
+
+    return computes_norm(module, normalise, module.eps, (2, 3, 2), feature_dim=1)
 
 
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:

@@ -86,7 +86,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
                 # Another name for the parameters of layers with rules. `Capture` refuses a batch
                 # in which this module uses them.
                 continue
-            is_bare = bool(own) and not is_parametrized(module) and _holds_layers(module)
+            is_bare = _may_be_bare(module, own)
             if not is_bare:
                 included.update(module.modules())
                 own = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -105,9 +105,16 @@ def find_layers(model: nn.Module) -> list[Layer]:
             "Freeze them, or use a mode that supports them.",
         )
     for layer in layers:
-        if layer.rule is None and not layer.is_bare and not is_recurrent(layer.module):
+        has_formulas = is_recurrent(layer.module) or is_attention(layer.module)
+        if layer.rule is None and not layer.is_bare and not has_formulas:
             _warn_of_copies(layer)
     return layers
+
+
+def _may_be_bare(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+    """True if a module without a rule applies parameters beside layers inside it."""
+    is_whole = is_parametrized(module) or is_attention(module)
+    return bool(own) and not is_whole and _holds_layers(module)
 
 
 def with_modules_inside(model: nn.Module, layer: Layer) -> Layer:
@@ -141,6 +148,13 @@ def is_recurrent(module: nn.Module) -> bool:
     return type(module) in (nn.LSTM, nn.GRU, nn.RNN) and not getattr(module, "proj_size", 0)
 
 
+def is_attention(module: nn.Module) -> bool:
+    """True if `privacy.attention` computes what `module` does."""
+    if type(module) is not nn.MultiheadAttention:
+        return False
+    return module.bias_k is None and module.bias_v is None and not module.add_zero_attn
+
+
 def _warn_of_copies(layer: Layer) -> None:
     _logger.warning(
         "%s (%s) has no rule of its own: it runs on one copy of its parameters for each "
@@ -158,6 +172,9 @@ def _can_be_called(module: nn.Module) -> bool:
 
 
 def _is_layer(module: nn.Module) -> bool:
+    if is_attention(module):
+        # It reads the weights of the layer inside it, which nothing calls.
+        return any(parameter.requires_grad for parameter in module.parameters())
     return _can_be_called(module) and bool(_trained(module) or is_parametrized(module))
 
 

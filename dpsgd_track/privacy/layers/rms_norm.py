@@ -17,7 +17,7 @@ from dpsgd_track.privacy.terms import Positions, Term
 
 def matches(module: nn.Module) -> bool:
     """True for classes named `...RMSNorm` or `...LayerNorm` that compute one on a trial input."""
-    if not type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
+    if not type(module).__name__.lower().endswith(("rmsnorm", "layernorm")):
         return False
     weights = dict(module.named_parameters(recurse=False))
     if list(weights) != ["weight"] or weights["weight"].dim() != 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from dpsgd_track.distributed.reduction import GradientSharder
@@ -15,7 +16,7 @@ from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.engine import Engine
 
 MAX_LAUNCHES = 4
-"""Times that sums are formed on one device."""
+"""Times that sums are formed on one GPU."""
 
 
 def bookkeeping(engine: Engine, loss_B: Tensor) -> SampleRecord:
@@ -25,19 +26,25 @@ def bookkeeping(engine: Engine, loss_B: Tensor) -> SampleRecord:
     with engine.without_autocast():
         record = engine.clip(loss_B, capture.run_norms(loss_B, retain_graph=False))
         weight_B = engine.weights_of(record.factors_B)
-        for names in launches(engine.sharder, engine.sharder.groups):
+        for names in launches(engine.sharder, engine.sharder.groups, weight_B.device):
             engine.put_kept(names, weight_B)
     engine.sharder.finish()
     return record
 
 
-def launches(sharder: GradientSharder, groups: list[list[str]]) -> Iterator[list[str]]:
+def launches(
+    sharder: GradientSharder, groups: list[list[str]], device: torch.device
+) -> Iterator[list[str]]:
     """Parameters of `groups` whose sums are formed together.
 
     Of a group that is sent, or of several that are not.
 
-    Many at once are few launches that fill the GPU, but what they are formed from is freed later.
+    Many at once are few launches that fill a GPU, but what they are formed from is freed later. On
+    a CPU it is freed one by one, before the sums take its place.
     """
+    if device.type == "cpu" and not sharder.packs:
+        yield from ([name] for names in groups for name in names)
+        return
     size = 1 if sharder.packs else max(1, -(-len(groups) // MAX_LAUNCHES))
     for first in range(0, len(groups), size):
         yield [name for names in groups[first : first + size] for name in names]

@@ -28,7 +28,7 @@ def within_budget(engine: Engine, loss_B: Tensor) -> SampleRecord:
         weight_B = engine.weights_of(record.factors_B)
         kept = [names for names in sharder.groups if dropped.isdisjoint(names)]
         sharder.start_with(kept)
-        for names in launches(sharder, kept):
+        for names in launches(sharder, kept, weight_B.device):
             engine.put_kept(names, weight_B)
         # What is left of the root's group would wait for its end, and is put after the others.
         *inner, root = sharder.groups
