@@ -509,6 +509,8 @@ def test_a_record_of_the_schema_before_is_read_without_what_it_lacks(tmp_path: P
         del values[name]
     for name in ("sample_other_norm", "sample_other_loss", "moved_sketch"):
         del values[name]
+    for name in ("sample_part_square", "sample_target_loss", "sample_size", "part_sketch"):
+        del values[name]
     np.savez(path, **{**values, "schema": np.int64(2)})
     read = Trajectory.load(path)
     assert np.array_equal(read.gradient_sketch, t.gradient_sketch)
@@ -524,7 +526,8 @@ def test_a_record_with_fewer_alternatives_is_read(tmp_path: Path) -> None:
     t.save(path)
     with np.load(path) as archive:
         values = dict(archive)
-    del values["sample_other_loss"]
+    for name in ("sample_other_loss", "sample_part_square", "sample_size", "part_sketch"):
+        del values[name]
     np.savez(path, **{**values, "schema": np.int64(3)})
     read = Trajectory.load(path)
     assert read.moved_sketch.shape == (S, 10, P, 4)
