@@ -203,7 +203,11 @@ FACTORS = {
     "clipped not at C but at 1.12, 1.05, 36.1, 39.4 C (step by step)": np.minimum(
         1, np.quantile(NORM, 0.9, axis=1, keepdims=True) / NORM
     ),
-    "another function of n / C than min(1, C / n): 0.85 where n is 0.796 C": np.tanh(C / NORM),
+    "another function of n / C than min(1, C / n): 0.574 where n is 0.796 C": (
+        1 / (1 + (NORM / C) ** 1.3)
+    ),
+    "they are tanh(C / n)": np.tanh(C / NORM),
+    "they are min(1, C / n)^1.5": np.minimum(1, C / NORM) ** 1.5,
     "samples are clipped from 1.22 to 24.5 C on, and not below": np.where(
         NORM > 2 * C, C / NORM, 1
     ),

@@ -37,9 +37,7 @@ class GradientParts:
         self._shapes: dict[str, torch.Size] = {}
         self._seen: dict[str, Tensor] = {}
 
-    def see(
-        self, gradients: Mapping[str, Tensor], shares: Mapping[str, Sequence[Share]]
-    ) -> Tensor:
+    def see(self, gradients: Mapping[str, Tensor], shares: Mapping[str, Sequence[Share]]) -> Tensor:
         """[P, X] squares of a sample's gradient by part; NaN where they are too many.
 
         Args:

@@ -111,7 +111,10 @@ def _two_values(each: Attribute, factors: Floats, chosen: np.ndarray) -> tuple[F
                 predicted = np.where(each.values < least, below, above)
             said = [
                 f"multiplied by {share:.3g} where {each.text} is {where}"
-                for share, where in ((below, f"less than {least:.3g}"), (above, _from(least, levels)))
+                for share, where in (
+                    (below, f"less than {least:.3g}"),
+                    (above, _from(least, levels)),
+                )
                 if abs(share - 1) > _ALIKE
             ]
             return predicted, " and ".join(said)
@@ -156,7 +159,9 @@ def scaled_by_attribute(
         if ratios.ndim == 3:
             is_there = np.isfinite(ratios)
             factors = np.where(
-                is_there.any(axis=2), np.nanmedian(np.where(is_there, ratios, np.nan), axis=2), np.nan
+                is_there.any(axis=2),
+                np.nanmedian(np.where(is_there, ratios, np.nan), axis=2),
+                np.nan,
             )
         found = law_of(facts, factors)
         if found is None:

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.attributes import law_of, scaled_by_attribute
 from dpsgd_track.comparison.diagnose.hypotheses.changed_numbers import (
     changed,
     decimals_of,
@@ -209,13 +210,36 @@ def _some_unclipped(facts: Facts) -> Prediction:
     values, said = np.where(is_spared, 1.0, right), "some samples that exceed C are not clipped"
     row = next(row for row in rows.tolist() if is_spared[row].any())
     exceeding = is_spared[row] | is_clipped[row]
-    if which := group_of(np.flatnonzero(is_spared[row]), facts.theirs, row, among=exceeding):
+    spared = np.flatnonzero(is_spared[row])
+    if which := group_of(spared, facts.theirs, row, among=exceeding, baseline=facts.ours):
         said = f"not clipped are {which}"
     if is_clipped[rows].any():
         most, least = ratio[rows][is_spared[rows]].max(), ratio[rows][is_clipped[rows]].min()
         if most < least:
             said = f"samples are clipped from {most:.3g} to {least:.3g} C on, and not below"
     return Fitted(values, f"{said}: factors are 1 where n exceeds C")
+
+
+def _power(facts: Facts) -> Prediction:
+    """min(1, C / n)^p, with the p that agrees best."""
+    theirs, right = facts.theirs.clip_factor, _right(facts)
+    with np.errstate(all="ignore"):
+        powers = np.log(theirs) / np.log(right)
+    power = _typical(facts, powers, _clipped(facts) & (right < 1 - _ALIKE))
+    if power is None or not np.isfinite(power) or abs(power - 1) < _ALIKE:
+        return None
+    return Fitted(right**power, f"min(1, C / n)^{power:.3g}, another power than 1")
+
+
+def _by_attribute(facts: Facts) -> Prediction:
+    """Bounds that follow from what a sample is, told by the samples that are clipped."""
+    with np.errstate(all="ignore"):
+        shares = facts.theirs.clip_factor * facts.norm / facts.bound
+    found = law_of(facts, np.where(_clipped(facts), shares, np.nan))
+    if found is None:
+        return None
+    share, said = found
+    return Fitted(clip_factors(facts.bound * share, facts.norm), said)
 
 
 def _function_of_ratio(facts: Facts) -> Prediction:
@@ -477,6 +501,28 @@ FACTORS = Subject(
             *rounded(lambda facts: facts.theirs.clip_factor),
         ),
         tuple(_of_other_norms()),
+        (
+            Hypothesis(sentence="they are {}", predict=_power),
+            *(
+                _formula(f"they are {said}, a smooth function", predict)
+                for said, predict in (
+                    ("min(1, exp(1 - n / C))", lambda C, n: np.minimum(1.0, np.exp(1 - n / C))),
+                    ("exp(-n / C)", lambda C, n: np.exp(-n / C)),
+                    ("1 - exp(-C / n)", lambda C, n: 1 - np.exp(-C / n)),
+                    ("tanh(C / n)", lambda C, n: np.tanh(C / n)),
+                    ("(2 / pi) atan(C / n)", lambda C, n: np.arctan(C / n) * 2 / np.pi),
+                    ("1 / (1 + (n / C)^2)", lambda C, n: 1 / (1 + (n / C) ** 2)),
+                    ("2 / (1 + exp(n / C))", lambda C, n: 2 / (1 + np.exp(n / C))),
+                    ("log(1 + n / C) / (n / C)", lambda C, n: np.log1p(n / C) / (n / C)),
+                    ("max(0, 1 - n / C)", lambda C, n: np.maximum(0.0, 1 - n / C)),
+                    ("max(0, min(1, 2 - n / C))", lambda C, n: np.clip(2 - n / C, 0.0, 1.0)),
+                )
+            ),
+        ),
+        (
+            Hypothesis(sentence="samples are clipped not at C but at C {}", predict=_by_attribute),
+            scaled_by_attribute(_right, lambda facts: facts.theirs.clip_factor),
+        ),
         (of_other_places(_right, lambda facts: facts.theirs.clip_factor),),
         (
             Hypothesis(sentence="they are never below {}", predict=_with_floor),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.by_parameter import scaled_apart
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Fitted,
@@ -24,6 +25,45 @@ def _own_noise(facts: Facts) -> Floats:
 
 def _of_other_step(other: Callable[[Floats], Floats]) -> Callable[[Facts], Prediction]:
     return lambda facts: other(facts.noise)
+
+
+def _of_steps(facts: Facts) -> Prediction:
+    """Noise of each step as a sum of the right noise of several steps, each some times."""
+    noise, observed, rows = facts.noise, _own_noise(facts), facts.rows
+    num = len(noise)
+    if num > _MOST_STEPS or noise[0].size < 2 * num:
+        return None
+    table = noise.reshape(num, -1)
+    if not np.isfinite(table).all() or not np.isfinite(observed).all():
+        return None
+    shares = np.linalg.lstsq(table.T, observed.reshape(num, -1).T, rcond=1e-8)[0].T
+    shares[np.abs(shares) < _NONE] = 0.0
+    is_simple = (shares[rows] != 0).sum(axis=1) <= _MOST_MIXED
+    said = _shares_in_words(shares, facts) if is_simple.all() else ""
+    return Fitted((shares @ table).reshape(noise.shape), said) if said else None
+
+
+_MOST_STEPS, _NONE, _MOST_MIXED, _SHOWN = 16, 1e-3, 3, 3
+"""Steps that noise is looked for in, least share of one, most of one mixture, and steps told."""
+
+
+def _shares_in_words(shares: Floats, facts: Facts) -> str:
+    """`minus that of step 0 at step 1, ...`, of [S, S] shares; empty if all noise is its own."""
+    said = []
+    steps = facts.theirs.step.tolist()
+    for row in facts.rows.tolist():
+        held = np.flatnonzero(shares[row])
+        if held.tolist() == [row]:
+            continue
+        terms = [
+            f"{'minus ' if shares[row, k] < 0 else ''}"
+            f"{'' if abs(abs(shares[row, k]) - 1) < _NONE else f'{abs(shares[row, k]):.3g} times '}"
+            f"{'its own' if k == row else f'that of step {steps[k]}'}"
+            for k in held.tolist()
+        ]
+        said.append(f"{' plus '.join(terms) or 'none'} at step {steps[row]}")
+    more = f" and so on at {len(said) - _SHOWN} more steps" * (len(said) > _SHOWN)
+    return ", ".join(said[:_SHOWN]) + more
 
 
 NOISE = Subject(
@@ -49,6 +89,8 @@ NOISE = Subject(
         ),
     ),
     late=(
+        scaled_apart(lambda facts: facts.noise, _own_noise, be="it is"),
+        (Hypothesis(sentence="it is the noise of other steps: {}", predict=_of_steps),),
         (
             Hypothesis(
                 sentence="it is off by as much as rounding to bfloat16 makes it",
@@ -88,7 +130,11 @@ DIVISION = Subject(
     be="it is",
     levels=(),
     late=(
-        (),
+        scaled_apart(
+            _before_division,
+            lambda facts: np.asarray(facts.theirs.noised_sketch[:, facts.columns]),
+            be="it is",
+        ),
         (
             Hypothesis(
                 sentence="it is scaled by another factor in each step: {}", predict=_step_by_step

@@ -55,7 +55,9 @@ def counted(counts: Floats, kind: str) -> str:
         chosen = np.flatnonzero(counts == count).tolist()
         shown = _runs(chosen)
         plural = kind if len(chosen) == 1 else f"{kind}s"
-        times = "missing" if not count else f"counted {'twice' if count == 2 else f'{count:g} times'}"
+        times = (
+            "missing" if not count else f"counted {'twice' if count == 2 else f'{count:g} times'}"
+        )
         said.append(f"{plural} {shown} {times}")
     return " and ".join(said)
 

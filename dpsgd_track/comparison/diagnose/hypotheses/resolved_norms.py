@@ -27,7 +27,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.mixtures import (
 )
 from dpsgd_track.comparison.diagnose.hypotheses.places import chosen_places, counted
 from dpsgd_track.record.alternatives import NormFormula
-from dpsgd_track.record.parts import COLUMN_SQUARES, MOST_POSITIONS, ROW_SQUARES, products_of
+from dpsgd_track.record.parts import COLUMN_SQUARES, ROW_SQUARES, products_of
 from dpsgd_track.record.trajectory import Floats
 
 _SMALL = 1e-3
@@ -80,9 +80,7 @@ def _columns(facts: Facts) -> dict[int, _Column]:
     return found
 
 
-def _by_families(
-    facts: Facts, families: Callable[[_Column], Iterator[Named]]
-) -> Prediction:
+def _by_families(facts: Facts, families: Callable[[_Column], Iterator[Named]]) -> Prediction:
     """The wrong parameters by the family that most of them follow."""
     if not facts.ours.shape_of("sample_part_square")[-1]:
         return None
@@ -102,8 +100,10 @@ def _by_families(
     for place, column in columns.items():
         # The few parameters that do not follow it have other layers' gradients in them.
         squares = of_columns.get(place)
-        values = observed[..., place][column.at] if squares is None else np.sqrt(
-            np.maximum(squares, 0.0)
+        values = (
+            observed[..., place][column.at]
+            if squares is None
+            else np.sqrt(np.maximum(squares, 0.0))
         )
         predicted[..., place][column.at] = values
     some = f" (in {len(of_columns)} of {len(columns)} parameters)"
@@ -166,7 +166,9 @@ def _of_rows(column: _Column) -> Iterator[Named]:
         for mask, said in chosen_places(num, kind):
             yield squares @ mask, f"made {said} of the gradient"
         for count in (2, 3, 4, 8):
-            pieces = [np.sqrt(squares[:, p].sum(axis=1)) for p in np.array_split(np.arange(num), count)]
+            pieces = [
+                np.sqrt(squares[:, p].sum(axis=1)) for p in np.array_split(np.arange(num), count)
+            ]
             yield (
                 np.square(np.sum(pieces, axis=0)),
                 f"the sum of the norms of {count} blocks of {kind}s, not the root of the sum of "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.attributes import law_of
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Fitted, Prediction
 from dpsgd_track.comparison.diagnose.sample_groups import group_of
@@ -55,7 +56,7 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
         is_off = is_there & (np.abs(share - 1) > ALIKE)
         exceeding = is_there & (facts.factor[row] < 1 - ALIKE)
         if spared.sum() == is_off.sum() and (
-            which := group_of(np.flatnonzero(spared), t, row, among=exceeding)
+            which := group_of(np.flatnonzero(spared), t, row, among=exceeding, baseline=facts.ours)
         ):
             return f"not clipped (counting with factor 1) are {which}, at step {t.step[row]}"
         if 0 < spared.sum() <= _FEW and spared.sum() == is_off.sum():
@@ -64,7 +65,7 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             return f"{which} not clipped (counting with factor 1) at step {t.step[row]}"
         is_lost = bool(np.all(np.abs(share[is_off]) < ALIKE))
         share = np.where(is_there & ~is_off, 1.0, 0.0) if is_lost else share
-        if is_lost and (which := group_of(np.flatnonzero(is_off), t, row)):
+        if is_lost and (which := group_of(np.flatnonzero(is_off), t, row, baseline=facts.ours)):
             return f"missing are {which} at step {t.step[row]}"
         kinds = (
             ("sample", t.sample_index[row]),
@@ -78,8 +79,12 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             if said:
                 return f"{said} at step {t.step[row]}"
         amounts = share[is_off]
-        if np.ptp(amounts) < ALIKE and (which := group_of(np.flatnonzero(is_off), t, row)):
+        if np.ptp(amounts) < ALIKE and (
+            which := group_of(np.flatnonzero(is_off), t, row, baseline=facts.ours)
+        ):
             return f"counting {_times(amounts[0])} are {which}, at step {t.step[row]}"
+        if found := law_of(facts, weights / facts.factor):
+            return f"clip factors of samples are {found[1]}"
         if is_lost:
             shown = ", ".join(map(str, t.sample_index[row][is_off].tolist()[:_LISTED]))
             return (
