@@ -211,6 +211,12 @@ class SumFormula(enum.StrEnum):
     LAST_NOT_REDUCED = (
         "not reduced over ranks for the last micro-batch: of that, each rank has its own samples"
     )
+    COLUMNS_REVERSED = "in reverse order of its columns"
+    TWO_ROWS_DOWN = "shifted down by two rows"
+    TWO_ROWS_UP = "shifted up by two rows"
+    HALVES_EXCHANGED = "rotated by half of its rows"
+    COLUMN_HALVES_EXCHANGED = "rotated by half of its columns"
+    IN_COLUMN_ORDER = "read column by column, as a transposed copy is, in the right shape"
 
 
 class LossFormula(enum.StrEnum):

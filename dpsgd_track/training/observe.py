@@ -157,9 +157,9 @@ def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamp
     table = whole[:, len(integers) :].copy().view(np.float64)
     pieces = np.split(table, np.cumsum(widths)[:-1], axis=1)
     gathered = [p.reshape(len(p), *shape) for p, shape in zip(pieces, shapes, strict=True)]
-    return GatheredSamples(
-        **dict(zip(_INTEGERS, whole.T, strict=False)), **dict(zip(_FLOATS, gathered, strict=True))
-    )
+    columns: dict[str, NDArray[Any]] = dict(zip(_INTEGERS, whole.T, strict=False))
+    columns.update(zip(_FLOATS, gathered, strict=True))
+    return GatheredSamples(**columns)
 
 
 _INTEGERS = ("index", "rank", "micro_batch", "digests")

@@ -179,8 +179,9 @@ class SampleObserver:
         )
         self._losses.append(values)
         sample = batch.sample(index)
-        self._target_losses.append(target_losses(loss, sample, run))
-        self._sizes.append(sizes_of(sample))
+        of_targets = target_losses(loss, sample, run)
+        self._target_losses.append(of_targets)
+        self._sizes.append(sizes_of(sample, of_targets))
 
     def discard(self) -> None:
         """Forget what was seen since the last `take`."""

@@ -36,10 +36,9 @@ def target_losses(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Tensor:
     return found
 
 
-def sizes_of(sample: Batch) -> tuple[float, float]:
+def sizes_of(sample: Batch, target_losses_T: Tensor) -> tuple[float, float]:
     """Numbers of tokens and of targets; NaN where they are not counted."""
     mask = sample.inputs.get("attention_mask")
     tokens = float("nan") if mask is None else float(mask.sum())
-    if sample.targets.is_floating_point() or sample.targets.ndim < 2:
-        return tokens, float("nan")
-    return tokens, float((sample.targets != IGNORED).sum())
+    targets = float(target_losses_T.isfinite().sum())
+    return tokens, targets if targets else float("nan")

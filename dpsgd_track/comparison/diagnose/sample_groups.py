@@ -89,6 +89,13 @@ def _of_sizes(baseline: Trajectory, row: int, there: Mask) -> Iterator[tuple[str
     for least in levels[1:-1]:
         yield f"the samples of {least:g} tokens or more", there & (tokens >= least)
         yield f"the samples of less than {least:g} tokens", there & (tokens < least)
+    rank, number = baseline.sample_rank[row], baseline.sample_micro_batch[row]
+    longest = np.zeros_like(there)
+    for one, other in {*zip(rank[there].tolist(), number[there].tolist(), strict=True)}:
+        own = there & (rank == one) & (number == other)
+        longest |= own & (tokens == tokens[own].max())
+    yield "the longest samples of each micro-batch", longest
+    yield "all but the longest samples of each micro-batch", there & ~longest
     yield "the samples of an odd number of tokens", there & (tokens % 2 == 1)
     yield "the samples of an even number of tokens", there & (tokens % 2 == 0)
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd_track.comparison.audit.noise.check import NoiseCheck, Place
+from dpsgd_track.comparison.audit.noise.other_forms import other_form
 from dpsgd_track.comparison.audit.noise.samples import FINE, Samples
 from dpsgd_track.record.trajectory import Floats
 
@@ -41,6 +42,7 @@ def explanation(samples: Samples) -> NoiseCheck | None:
         _zeros_at_the_end,
         _repeated,
         _carried_over,
+        _other_distribution,
     )
     for form in forms:
         if found := form(samples):
@@ -59,6 +61,11 @@ def explanation(samples: Samples) -> NoiseCheck | None:
                 explains_others=True,
             )
     return None
+
+
+def _other_distribution(samples: Samples) -> tuple[str, Place] | None:
+    said = other_form(samples)
+    return (said, Place()) if said else None
 
 
 def _few_values(samples: Samples) -> tuple[str, Place] | None:

@@ -69,7 +69,8 @@ def _parameters_in_words(facts: Facts, factors: Floats) -> str:
                 of = "the root of the parameter's size" if abs(power) == 0.5 else "its size"
                 return f"{times}{of if power > 0 else f'1 over {of}'}"
     names = [str(facts.ours.parameter_names[c]) for c in facts.columns.tolist()]
-    said, left = [], set(range(len(names)))
+    said: list[str] = []
+    left = set(range(len(names)))
     while left and len(said) < _MOST_VALUES:
         value = factors[min(left)]
         alike = {i for i in left if abs(factors[i] - value) < _ALIKE * abs(value)}
@@ -93,8 +94,11 @@ def _called(chosen: set[int], names: list[str]) -> str:
 def _laws(facts: Facts) -> Iterator[tuple[Floats, str]]:
     """Numbers of each step, [S], that a factor may be a power of."""
     t = facts.theirs
-    yield t.step + 1.0, "the number of the step, from 1"
-    yield facts.counts / facts.divisor, "the samples that are there over the expected batch size"
+    yield t.step.astype(np.float64) + 1, "the number of the step, from 1"
+    yield (
+        np.asarray(facts.counts / facts.divisor, dtype=np.float64),
+        "the samples that are there over the expected batch size",
+    )
     yield facts.counts.astype(np.float64), "the samples that the step really has"
     yield t.max_grad_norm, "C"
     ranks, numbers = t.sample_rank, t.sample_micro_batch
@@ -106,7 +110,8 @@ def _laws(facts: Facts) -> Iterator[tuple[Floats, str]]:
         dtype=np.float64,
     )
     yield filled, "the micro-batches of all ranks that have samples"
-    yield numbers.max(axis=1, initial=-1) + 1.0, "the micro-batches of the step that have samples"
+    most = numbers.max(axis=1, initial=-1).astype(np.float64) + 1
+    yield most, "the micro-batches of the step that have samples"
 
 
 def _steps_in_words(facts: Facts, factors: Floats) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -48,7 +49,7 @@ def coefficients(terms: Sequence[Floats], wanted: Floats, unit: Floats) -> Float
     found, _, rank, _ = np.linalg.lstsq(scaled, aim, rcond=1e-8)
     if rank < len(terms) or np.abs(scaled @ found - aim).max() > FITS:
         return None
-    return found
+    return np.asarray(found, dtype=np.float64)
 
 
 def mixture(
@@ -86,11 +87,15 @@ def in_words(own: float, told: Sequence[tuple[float, str]], right: str) -> str:
     return said
 
 
+def _rolled(own: Floats, by: int) -> Floats:
+    return np.roll(own, by, axis=0)
+
+
 def of_neighbours(facts: Facts, values: Floats) -> list[Term]:
     """Numbers [S, N, ...] of other samples, at the places of the samples themselves."""
     found: list[Term] = []
     for by, text in ((-1, "those of the next sample"), (1, "those of the sample before")):
-        rolled = facts.by_batch(values, lambda own, by=by: np.roll(own, by, axis=0))
+        rolled = facts.by_batch(values, partial(_rolled, by=by))
         if rolled is not None:
             found.append(Term(rolled, f"{text} in the micro-batch"))
     mean = facts.by_batch(values, lambda own: np.broadcast_to(own.mean(axis=0), own.shape))

@@ -36,7 +36,8 @@ def _of_steps(facts: Facts) -> Prediction:
     table = noise.reshape(num, -1)
     if not np.isfinite(table).all() or not np.isfinite(observed).all():
         return None
-    shares = np.linalg.lstsq(table.T, observed.reshape(num, -1).T, rcond=1e-8)[0].T
+    solved = np.linalg.lstsq(table.T, observed.reshape(num, -1).T, rcond=1e-8)[0]
+    shares = np.asarray(solved.T, dtype=np.float64)
     shares[np.abs(shares) < _NONE] = 0.0
     is_simple = (shares[rows] != 0).sum(axis=1) <= _MOST_MIXED
     said = _shares_in_words(shares, facts) if is_simple.all() else ""
@@ -113,6 +114,23 @@ def _before_division(facts: Facts) -> Floats:
     return np.asarray(theirs.gradient_sketch[:, facts.columns] + facts.noise)
 
 
+def _by_whole_number(facts: Facts) -> Prediction:
+    """The sum divided by another whole number than the expected batch size, in all steps."""
+    right = _before_division(facts)
+    rows, theirs = facts.rows, facts.theirs.noised_sketch[:, facts.columns]
+    with np.errstate(all="ignore"):
+        factor = float((right * theirs)[rows].sum() / np.square(right)[rows].sum())
+        divisor = facts.divisor / factor
+    whole = round(divisor) if np.isfinite(divisor) else 0
+    if whole < 1 or abs(divisor - whole) > _CLOSE * whole:
+        return None
+    return Fitted(right * (facts.divisor / whole), f"{whole} rather than {facts.divisor:g}")
+
+
+_CLOSE = 1e-4
+"""Relative distance from a whole number up to which a divisor is one."""
+
+
 def _step_by_step(facts: Facts) -> Prediction:
     """Another factor in each step."""
     right = _before_division(facts)
@@ -128,7 +146,13 @@ DIVISION = Subject(
     right=_before_division,
     is_sketch=True,
     be="it is",
-    levels=(),
+    levels=(
+        (
+            Hypothesis(
+                sentence="it is divided by {}, the expected batch size", predict=_by_whole_number
+            ),
+        ),
+    ),
     late=(
         scaled_apart(
             _before_division,

@@ -142,6 +142,20 @@ def _named(columns: set[int], free: set[int], names: Sequence[str]) -> str:
     return ", ".join(said)
 
 
+def _two_parts_added(facts: Facts) -> Prediction:
+    """Norms of some parameters and of all others added, not their squares."""
+    squares = np.square(facts.by_parameter)
+    total, wanted = squares.sum(axis=2), facts.theirs.sample_norm
+    best, least = None, np.inf
+    for name, columns in groups_of_names(facts.ours.parameter_names.tolist()):
+        part = squares[:, :, columns].sum(axis=2)
+        values = np.sqrt(part) + np.sqrt(np.maximum(total - part, 0.0))
+        error = float(np.nanmax(np.abs(values / wanted - 1)[facts.rows], initial=0.0))
+        if error < least:
+            best, least = Fitted(values, name), error
+    return best
+
+
 def _mixed_total(facts: Facts) -> Prediction:
     """Squared totals as a sum of the right ones and those of other samples."""
     squares, observed = np.square(_right_total(facts)), np.square(facts.theirs.sample_norm)
@@ -261,6 +275,11 @@ TOTAL = Subject(
         tuple(_unlike_in_linear()),
         (
             Hypothesis(sentence="they {}", predict=_recounted),
+            Hypothesis(
+                sentence="they are the norm of {} plus that of all other parameters, not the root "
+                "of the sum of their squares",
+                predict=_two_parts_added,
+            ),
             Hypothesis(sentence="their squares are {}", predict=_mixed_total),
             scaled_by_attribute(_right_total, lambda facts: facts.theirs.sample_norm),
             of_other_places(_right_total, lambda facts: facts.theirs.sample_norm),

@@ -16,36 +16,36 @@ _MOST_LISTED = 4
 
 
 def chosen_places(num: int, kind: str) -> Iterator[tuple[Floats, str]]:
-    """Choices of some of `num` places, as [D] of 0 and 1, in words that follow "made".
+    """Choices of some of `num` places, as [D] of 0 and 1, and what they are called.
 
-    Descriptions do not depend on `num` where several tensors of different size can share one.
+    Names do not depend on `num` where tensors of several sizes can share one.
     """
     place = np.arange(num)
-    half_up, half = -(-num // 2), num // 2
-    for at in dict.fromkeys((half_up, half)):
-        yield (place < at).astype(float), f"of the first half of the {kind}s alone"
-        yield (place >= at).astype(float), f"of the second half of the {kind}s alone"
+    for at in dict.fromkeys((-(-num // 2), num // 2)):
+        yield (place < at).astype(float), f"the first half of the {kind}s"
+        yield (place >= at).astype(float), f"the second half of the {kind}s"
     for step in range(2, _MOST_STEP + 1):
         for first in range(step):
             which = {2: "second", 3: "third", 4: "fourth"}[step]
-            said = f"of every {which} {kind} alone, from number {first} on (counted from 0)"
+            said = f"every {which} {kind}, from number {first} on (counted from 0)"
             yield (place % step == first).astype(float), said
     for size in (3, 4, 5, 6, 7, 8, 16, 32, 64):
         if size < num and num % size:
-            said = f"without the {kind}s after the last full tile of {size}"
+            said = f"the {kind}s in whole tiles of {size}, without the tail"
             yield (place < num // size * size).astype(float), said
     for skipped in range(1, min(_MOST_SKIPPED, num - 1) + 1):
-        numbers = "" if skipped == 1 else f"{skipped} "
-        plural = kind if skipped == 1 else f"{kind}s"
-        yield (place >= skipped).astype(float), f"without the first {numbers}{plural}"
-        yield (place < num - skipped).astype(float), f"without the last {numbers}{plural}"
+        ends = kind if skipped == 1 else f"{skipped} {kind}s"
+        yield (place >= skipped).astype(float), f"all but the first {ends}"
+        yield (place < num - skipped).astype(float), f"all but the last {ends}"
         both = ((place >= skipped) & (place < num - skipped)).astype(float)
         if both.any():
-            yield both, f"without the first {numbers}and the last {numbers}{plural}"
+            yield both, f"all but the first and the last {ends}"
+    quarter = num * 3 // 4
+    yield (place < quarter).astype(float), f"the first three quarters of the {kind}s"
     for size in range(1, num - 1):
-        plural = kind if size == 1 else f"{kind}s"
-        yield (place < size).astype(float), f"of the first {size} {plural} alone"
-        yield (place >= num - size).astype(float), f"of the last {size} {plural} alone"
+        chosen = kind if size == 1 else f"{size} {kind}s"
+        yield (place < size).astype(float), f"the first {chosen}"
+        yield (place >= num - size).astype(float), f"the last {chosen}"
 
 
 def counted(counts: Floats, kind: str) -> str:
@@ -55,10 +55,9 @@ def counted(counts: Floats, kind: str) -> str:
         chosen = np.flatnonzero(counts == count).tolist()
         shown = _runs(chosen)
         plural = kind if len(chosen) == 1 else f"{kind}s"
-        times = (
-            "missing" if not count else f"counted {'twice' if count == 2 else f'{count:g} times'}"
-        )
-        said.append(f"{plural} {shown} {times}")
+        times = "twice" if count == 2 else f"{count:g} times"
+        how = f"counted {times}" if count else "missing"
+        said.append(f"{plural} {shown} {how}")
     return " and ".join(said)
 
 

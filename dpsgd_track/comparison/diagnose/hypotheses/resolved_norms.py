@@ -32,7 +32,7 @@ from dpsgd_track.record.trajectory import Floats
 
 _SMALL = 1e-3
 """Least unit of an error, as a share of the largest norm."""
-_LEAST_TOLD = 0.75
+_LEAST_TOLD = 0.5
 """Least share of the wrong parameters that has to follow one family."""
 _FEWEST = 4
 """Wrong numbers of a parameter, to tell a family from."""
@@ -96,15 +96,10 @@ def _by_families(facts: Facts, families: Callable[[_Column], Iterator[Named]]) -
     if len(of_columns) < _LEAST_TOLD * len(columns):
         return None
     predicted = facts.ours.sample_norm_by_parameter[:, :, facts.columns].astype(np.float64)
-    observed = facts.theirs.sample_norm_by_parameter[:, :, facts.columns]
     for place, column in columns.items():
         # The few parameters that do not follow it have other layers' gradients in them.
-        squares = of_columns.get(place)
-        values = (
-            observed[..., place][column.at]
-            if squares is None
-            else np.sqrt(np.maximum(squares, 0.0))
-        )
+        told = of_columns.get(place)
+        values = column.observed if told is None else np.sqrt(np.maximum(told, 0.0))
         predicted[..., place][column.at] = values
     some = f" (in {len(of_columns)} of {len(columns)} parameters)"
     return Fitted(predicted, said + some * (len(of_columns) < len(columns)))
@@ -120,7 +115,7 @@ def _of_positions(column: _Column) -> Iterator[Named]:
     if length < 3:
         return
     for mask, said in chosen_places(length, "position"):
-        yield np.einsum("nst,s,t->n", products, mask, mask), f"made {said}"
+        yield np.einsum("nst,s,t->n", products, mask, mask), f"made of {said} alone"
     yield np.square(np.sqrt(squares).sum(axis=1)), "the sum of the positions' norms |g_t|"
     yield squares.max(axis=1), "the norm of the position whose |g_t| is largest"
     apart = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))
@@ -164,7 +159,7 @@ def _of_rows(column: _Column) -> Iterator[Named]:
         if num < 2:
             continue
         for mask, said in chosen_places(num, kind):
-            yield squares @ mask, f"made {said} of the gradient"
+            yield squares @ mask, f"made of {said} of the gradient alone"
         for count in (2, 3, 4, 8):
             pieces = [
                 np.sqrt(squares[:, p].sum(axis=1)) for p in np.array_split(np.arange(num), count)
@@ -194,15 +189,14 @@ def _counts(column: _Column, squares: Floats, kind: str) -> Iterator[Named]:
         yield squares @ counts, f"with {counted(counts, kind)} of the gradient"
 
 
-def _norm_terms(facts: Facts) -> Iterator[tuple[str, Callable[[int], Floats]]]:
-    """Squared norms [S, N] that may be in those of a parameter, by its column."""
-    others = facts.ours.sample_other_norm
-    for place, formula in enumerate(NormFormula):
-        if place < others.shape[-1]:
-            yield (
-                f"those {formula.value}",
-                lambda column, place=place: np.square(others[:, :, column, place].astype(float)),
-            )
+def _of_formulas(facts: Facts) -> list[Term]:
+    """Squared norms [S, N, Q] by the formulas that the reference records."""
+    norms = facts.ours.sample_other_norm[:, :, facts.columns].astype(np.float64)
+    return [
+        Term(np.square(norms[..., place]), f"those {formula.value}")
+        for place, formula in enumerate(NormFormula)
+        if place < norms.shape[-1]
+    ]
 
 
 def _mixed(facts: Facts, *, with_formulas: bool) -> Prediction:
@@ -211,13 +205,7 @@ def _mixed(facts: Facts, *, with_formulas: bool) -> Prediction:
     squares = np.square(facts.ours.sample_norm_by_parameter[:, :, facts.columns].astype(np.float64))
     if not columns:
         return None
-    if with_formulas:
-        terms = [
-            Term(np.stack([of(c) for c in facts.columns.tolist()], axis=2), said)
-            for said, of in _norm_terms(facts)
-        ]
-    else:
-        terms = of_neighbours(facts, squares)
+    terms = _of_formulas(facts) if with_formulas else of_neighbours(facts, squares)
     is_wrong = np.zeros(squares.shape, dtype=bool)
     for place, column in columns.items():
         is_wrong[..., place] = column.at

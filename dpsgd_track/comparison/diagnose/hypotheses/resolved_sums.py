@@ -55,7 +55,7 @@ def _of_parameters(
         return None
     observed, right = facts.recorded_sum, facts.right_sum
     predicted, said = right.copy(), list[str]()
-    rows, num_told = facts.rows, 0
+    rows, num_tried = facts.rows, 0
     for place in range(parts.shape[2]):
         own = parts[rows, :, place]
         if not np.isfinite(own).all() or not own.any():
@@ -64,9 +64,12 @@ def _of_parameters(
         total, aim = own.sum(axis=1), observed[rows, place]
         size = np.sqrt(np.square(total).mean(axis=-1, keepdims=True))
         size = np.maximum(size, 0.05 * size.max())
-        if np.abs(total - right[rows, place]).max() > _FITS * size.max() or num < 2:
+        if np.abs(total - right[rows, place]).max() > _FITS * size.max():
             # The mode's own factors are not the reference's.
             return None
+        if num < 2:
+            continue
+        num_tried += 1
         change = own if others is None else others[rows, :, place] - own
         found = _counts_of(change[:, :num], aim - total, size, kind, is_loss=others is None)
         if found is None:
@@ -74,8 +77,7 @@ def _of_parameters(
         values, text = found
         predicted[rows, place] = total + values
         said.append(text)
-        num_told += 1
-    if not said or num_told < _LEAST_TOLD * parts.shape[2]:
+    if not said or len(said) < _LEAST_TOLD * num_tried:
         return None
     return _if_alike(facts, predicted, said)
 
@@ -112,7 +114,7 @@ def _counts_of(
         chosen = 1 - mask if is_loss else mask
         values = sign * np.einsum("sdk,d->sk", parts, chosen)
         if np.abs(values - off).max(initial=0.0) <= _FITS * size.max():
-            return values, f"made {said}" if is_loss else f"not clipped in what is {said}"
+            return values, f"made of {said} alone" if is_loss else f"not clipped in {said}"
     table = (parts / size[:, None]).transpose(0, 2, 1).reshape(-1, num)
     wanted = (off / size).ravel()
     if len(wanted) < _ENOUGH * num:

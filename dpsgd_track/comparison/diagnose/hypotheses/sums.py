@@ -437,7 +437,13 @@ def _moves() -> Iterator[Hypothesis]:
         )
 
 
-_MOVED = frozenset(list(SumFormula)[: list(SumFormula).index(SumFormula.LAST_ROW_LOST)])
+_FORMULAS = list(SumFormula)
+_MOVED = frozenset(
+    [
+        *_FORMULAS[: _FORMULAS.index(SumFormula.LAST_ROW_LOST)],
+        *_FORMULAS[_FORMULAS.index(SumFormula.COLUMNS_REVERSED) :],
+    ]
+)
 """Those in which elements are in other places."""
 
 

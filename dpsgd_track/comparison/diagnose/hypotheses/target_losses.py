@@ -6,6 +6,7 @@ Legend: S steps, N samples, T targets, n samples that are compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -97,17 +98,17 @@ def _weighed(own: Floats) -> Iterator[tuple[Floats, str]]:
             yield from _subsets(values, weights, is_there, said)
     half = is_there.sum(axis=1, keepdims=True)
     for said, weights in (
-        ("of the second half of each sample's targets alone", among >= half // 2),
-        ("of the second half of each sample's targets alone", among >= -(-half // 2)),
-        ("of the first half of each sample's targets alone", among < half // 2),
-        ("of the first half of each sample's targets alone", among < -(-half // 2)),
+        ("the second half of each sample's targets", among >= half // 2),
+        ("the second half of each sample's targets", among >= -(-half // 2)),
+        ("the first half of each sample's targets", among < half // 2),
+        ("the first half of each sample's targets", among < -(-half // 2)),
     ):
         yield from _subsets(
             values, np.where(is_there, weights, False).astype(float), is_there, said
         )
     for skipped in range(1, 6):
         weights = np.where(is_there & (backwards >= skipped), 1.0, 0.0)
-        said = f"without the last {skipped} targets of each sample"
+        said = f"all but the last {skipped} targets of each sample"
         yield from _subsets(values, weights, is_there, said)
 
 
@@ -116,20 +117,23 @@ def _subsets(
 ) -> Iterator[tuple[Floats, str]]:
     total, num = (values * weights).sum(axis=1), weights.sum(axis=1)
     with np.errstate(all="ignore"):
-        yield total / num, f"means {said}"
-        yield total / is_there.sum(axis=1), f"sums {said}, over the number of all targets"
+        yield total / num, f"means over {said} alone"
+        yield (
+            total / is_there.sum(axis=1),
+            f"sums over {said} alone, divided by the number of all targets",
+        )
 
 
 def _of_each() -> Iterator[tuple[Callable[[Floats], Floats], str]]:
     """Functions of a target's loss l, where p = exp(-l) is its probability."""
     for gamma in _PARAMETERS:
         yield (
-            lambda x, g=gamma: x * (1 - np.exp(-x)) ** g,
+            partial(_focal, gamma=gamma),
             f"(1 - p)^{gamma:g} l, the focal loss with gamma {gamma:g}",
         )
     for q in (0.1, 0.3, 0.5, 0.7, 0.9):
         yield (
-            lambda x, q=q: (1 - np.exp(-q * x)) / q,
+            partial(_generalised, q=q),
             f"(1 - p^{q:g}) / {q:g}, the generalised cross-entropy",
         )
     yield (lambda x: 1 - np.exp(-x)), "1 - p, the probability of an error"
@@ -139,13 +143,25 @@ def _of_each() -> Iterator[tuple[Callable[[Floats], Floats], str]]:
     yield np.log1p, "log(1 + l)"
 
 
+def _focal(losses: Floats, gamma: float) -> Floats:
+    return np.asarray(losses * (1 - np.exp(-losses)) ** gamma)
+
+
+def _generalised(losses: Floats, q: float) -> Floats:
+    return np.asarray((1 - np.exp(-q * losses)) / q)
+
+
+def _mean_of(change: Callable[[Floats, float], Floats], own: Floats, constant: float) -> Floats:
+    return np.asarray(np.nanmean(change(own, constant), axis=1))
+
+
 def _fitted(own: Floats, observed: Floats) -> Iterator[tuple[Floats, str]]:
     """Functions with a constant that is chosen to agree best in the median."""
-    for name, change, said in (
-        ("cap", np.minimum, "min(l, {}): losses of targets are capped"),
-        ("floor", np.maximum, "max(l, {}): losses of targets have a floor"),
+    for change, said in (
+        (np.minimum, "min(l, {}): losses of targets are capped"),
+        (np.maximum, "max(l, {}): losses of targets have a floor"),
     ):
-        found = _root(lambda c, change=change: np.nanmean(change(own, c), axis=1), own, observed)
+        found = _root(partial(_mean_of, change, own), own, observed)
         if found is not None:
             yield (
                 np.nanmean(change(own, found), axis=1),

@@ -211,20 +211,27 @@ def _mixed(facts: Facts) -> Prediction:
         (_late(path), "the step that was made before"),
         (_late(weights), "the weights"),
     )
-    unit = np.maximum(sketch_length(path), _SMALL * sketch_length(path).max())[rows][..., None]
+    # Nothing is known of the step before the first one that is recorded.
+    rows = rows[np.isfinite(np.stack([v[rows] for v, _ in terms])).all(axis=(0, 2, 3))]
+    if len(rows) < _ENOUGH_ROWS:
+        return None
+    lengths = sketch_length(path)
+    unit = np.maximum(lengths, _SMALL * np.nanmax(lengths))[rows][..., None]
     wanted, own = (path[rows] / unit).ravel(), (right[rows] / unit).ravel()
     for num in (1, 2):
         found: list[tuple[float, Fitted]] = []
         for chosen in combinations(terms, num):
-            flat = [np.nan_to_num(values[rows] / unit).ravel() for values, _ in chosen]
+            flat = [(values[rows] / unit).ravel() for values, _ in chosen]
             table = np.stack([own, *flat], axis=1)
             if not np.isfinite(table).all() or not np.isfinite(wanted).all():
                 return None
             shares = np.linalg.lstsq(table, wanted, rcond=1e-8)[0]
             error = float(np.abs(table @ shares - wanted).max())
-            values = shares[0] * right
+            mixed = shares[0] * right
             for share, (term, _) in zip(shares[1:], chosen, strict=True):
-                values = values + share * np.nan_to_num(term)
+                mixed = mixed + share * term
+            values = path.copy()
+            values[rows] = mixed[rows]
             told = [(float(s), said) for s, (_, said) in zip(shares[1:], chosen, strict=True)]
             if np.abs(shares[1:]).min() > _ALIKE:
                 said = in_words(float(shares[0]), told, "the right one")
@@ -235,6 +242,8 @@ def _mixed(facts: Facts) -> Prediction:
     return None
 
 
+_ENOUGH_ROWS = 3
+"""Steps that a mixture is told from."""
 _MIXED = 0.02
 """Largest error of a mixture, in units of a step's length, that is told at all."""
 
