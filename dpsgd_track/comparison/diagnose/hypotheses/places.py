@@ -33,7 +33,7 @@ def chosen_places(num: int, kind: str) -> Iterator[tuple[Floats, str]]:
         if size < num and num % size:
             said = f"the {kind}s in whole tiles of {size}, without the tail"
             yield (place < num // size * size).astype(float), said
-    for skipped in range(1, min(_MOST_SKIPPED, num - 1) + 1):
+    for skipped in range(1, min(_MOST_SKIPPED, (num - 1) // 2) + 1):
         ends = kind if skipped == 1 else f"{skipped} {kind}s"
         yield (place >= skipped).astype(float), f"all but the first {ends}"
         yield (place < num - skipped).astype(float), f"all but the last {ends}"

@@ -135,7 +135,8 @@ def _of_positions(column: _Column) -> Iterator[Named]:
     diagonal = squares.sum(axis=1)
     cross = products.sum(axis=(1, 2)) - diagonal
     fitted = coefficients([diagonal, cross], column.observed**2, column.unit**2)
-    if fitted is not None:
+    # All counted as often is a factor, which says nothing of positions.
+    if fitted is not None and abs(fitted[0] - fitted[1]) > _WHOLE:
         a, b = (round(float(f), 2) for f in fitted)
         yield (
             a * diagonal + b * cross,

@@ -54,7 +54,7 @@ def _of_parameters(
     if parts is None or (unclipped is not None and others is None):
         return None
     observed, right = facts.recorded_sum, facts.right_sum
-    predicted, said = right.copy(), list[str]()
+    predicted, said = right.copy(), list[list[str]]()
     rows, num_tried = facts.rows, 0
     for place in range(parts.shape[2]):
         own = parts[rows, :, place]
@@ -74,21 +74,27 @@ def _of_parameters(
         found = _counts_of(change[:, :num], aim - total, size, kind, is_loss=others is None)
         if found is None:
             continue
-        values, text = found
+        values, texts = found
         predicted[rows, place] = total + values
-        said.append(text)
+        said.append(texts)
     if not said or len(said) < _LEAST_TOLD * num_tried:
         return None
     return _if_alike(facts, predicted, said)
 
 
-def _if_alike(facts: Facts, predicted: Floats, said: Sequence[str]) -> Prediction:
-    """The predicted sums, if most parameters have one mistake, or they are few."""
-    best = max(dict.fromkeys(said), key=said.count)
-    if said.count(best) < _LEAST_TOLD * len(said):
-        if len(set(said)) > 2:
+def _if_alike(facts: Facts, predicted: Floats, said: Sequence[Sequence[str]]) -> Prediction:
+    """The predicted sums, if most parameters have one mistake, or there are few mistakes.
+
+    Args:
+        said: what each parameter's mistake may be called.
+    """
+    every = [text for texts in said for text in texts]
+    best = max(dict.fromkeys(every), key=every.count)
+    if every.count(best) < _LEAST_TOLD * len(said):
+        others = dict.fromkeys(texts[0] for texts in said if best not in texts)
+        if len(others) > 1:
             return None
-        best = ", others ".join(dict.fromkeys(said))
+        best = ", others ".join([best, *others])
     # Parameters that no choice explains have other layers' gradients in them.
     off = np.abs(predicted - facts.recorded_sum)[facts.rows].max(axis=(0, 2))
     size = np.abs(facts.recorded_sum)[facts.rows].max(axis=(0, 2))
@@ -99,7 +105,7 @@ def _if_alike(facts: Facts, predicted: Floats, said: Sequence[str]) -> Predictio
 
 def _counts_of(
     parts: Floats, off: Floats, size: Floats, kind: str, *, is_loss: bool
-) -> tuple[Floats, str] | None:
+) -> tuple[Floats, list[str]] | None:
     """What is added to a sum by parts that are lost, counted twice, or not clipped.
 
     Args:
@@ -110,11 +116,14 @@ def _counts_of(
     """
     num = parts.shape[1]
     sign = -1.0 if is_loss else 1.0
+    texts = []
     for mask, said in chosen_places(num, kind):
         chosen = 1 - mask if is_loss else mask
         values = sign * np.einsum("sdk,d->sk", parts, chosen)
         if np.abs(values - off).max(initial=0.0) <= _FITS * size.max():
-            return values, f"made of {said} alone" if is_loss else f"not clipped in {said}"
+            texts.append(f"made of {said} alone" if is_loss else f"not clipped in {said}")
+    if texts:
+        return off, texts
     table = (parts / size[:, None]).transpose(0, 2, 1).reshape(-1, num)
     wanted = (off / size).ravel()
     if len(wanted) < _ENOUGH * num:
@@ -129,10 +138,10 @@ def _counts_of(
         return None
     values = np.einsum("sdk,d->sk", parts, whole)
     if is_loss:
-        return values, f"with {counted(1 + whole, kind)}"
+        return values, [f"with {counted(1 + whole, kind)}"]
     if np.any((whole != 0) & (whole != 1)):
         return None
-    return values, f"not clipped in {counted(1 - whole, kind).removesuffix(' missing')}"
+    return values, [f"not clipped in {counted(1 - whole, kind).removesuffix(' missing')}"]
 
 
 def _terms(facts: Facts) -> Iterator[Term]:
