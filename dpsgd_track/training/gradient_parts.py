@@ -35,7 +35,10 @@ class GradientParts:
         self._clipped: dict[str, Tensor] = {}
         self._unclipped: dict[str, Tensor] = {}
         self._shapes: dict[str, torch.Size] = {}
-        self._seen: dict[str, Tensor] = {}
+        self._totals: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+        """Sums with clip factors, and without."""
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+        """Gradient of the last sample, [1, G], and what each position adds to it."""
 
     def see(self, gradients: Mapping[str, Tensor], shares: Mapping[str, Sequence[Share]]) -> Tensor:
         """[P, X] squares of a sample's gradient by part; NaN where they are too many.
@@ -48,7 +51,7 @@ class GradientParts:
         for of_parameter, (name, gradient) in zip(squares, gradients.items(), strict=True):
             self._shapes[name] = gradient.shape
             positions_TG = _by_position(gradient, shares.get(name, ()))
-            self._seen[name] = positions_TG
+            self._seen[name] = gradient.reshape(1, -1), positions_TG
             if positions_TG.isfinite().all():
                 products = torch.zeros(MOST_POSITIONS, MOST_POSITIONS, dtype=torch.float64)
                 num = len(positions_TG)
@@ -64,8 +67,13 @@ class GradientParts:
 
     def weigh(self, factors: Sequence[float]) -> None:
         """Add the sample that was seen last to the sums, by its factor for each parameter."""
-        for (name, positions_TG), factor in zip(self._seen.items(), factors, strict=True):
+        clipped, unclipped = self._totals
+        for (name, (gradient_1G, positions_TG)), factor in zip(
+            self._seen.items(), factors, strict=True
+        ):
             if factor > 0:
+                _add(clipped, name, factor * gradient_1G)
+                _add(unclipped, name, gradient_1G)
                 _add(self._clipped, name, factor * positions_TG)
                 _add(self._unclipped, name, positions_TG)
 
@@ -82,13 +90,17 @@ class GradientParts:
     def _sketch(self, name: str, found_MK: Tensor) -> None:
         shape = self._shapes[name]
         signs_KG = signs_of(name, shape.numel())
-        for totals, of_positions, of_rows in (
-            (self._clipped, SumParts.POSITIONS, SumParts.ROWS),
-            (self._unclipped, SumParts.UNCLIPPED_POSITIONS, SumParts.UNCLIPPED_ROWS),
+        for positions, totals, of_positions, of_rows in (
+            (self._clipped, self._totals[0], SumParts.POSITIONS, SumParts.ROWS),
+            (
+                self._unclipped,
+                self._totals[1],
+                SumParts.UNCLIPPED_POSITIONS,
+                SumParts.UNCLIPPED_ROWS,
+            ),
         ):
-            total_TG = totals[name].double()
-            _write(found_MK[of_positions.value], total_TG @ signs_KG.mT)
-            signed_KRC = (signs_KG * total_TG.sum(dim=0)).view(len(signs_KG), shape[0], -1)
+            _write(found_MK[of_positions.value], positions[name].double() @ signs_KG.mT)
+            signed_KRC = (signs_KG * totals[name].double()).view(len(signs_KG), shape[0], -1)
             _write(found_MK[of_rows.value], signed_KRC.sum(dim=2).mT)
             if of_rows is SumParts.ROWS:
                 _write(found_MK[SumParts.COLUMNS.value], signed_KRC.sum(dim=1).mT)

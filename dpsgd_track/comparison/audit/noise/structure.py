@@ -41,8 +41,8 @@ def explanation(samples: Samples) -> NoiseCheck | None:
         _few_values,
         _zeros_at_the_end,
         _repeated,
-        _carried_over,
         _other_distribution,
+        _carried_over,
     )
     for form in forms:
         if found := form(samples):
