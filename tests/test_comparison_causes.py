@@ -151,8 +151,19 @@ FACTORS = {
         (FACTOR.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
     ),
     "are clipped not at C but at 0.9 C": np.minimum(1, 0.9 * C / NORM),
-    "clipped not at C but at 1.12, 1.05, 36.1, 39.4 C (step by step)": np.minimum(
+    "clipped not at C but at 1.11, 1.05, 35.7, 39.1 C (step by step)": np.minimum(
+        1, np.quantile(NORM, 0.87, axis=1, keepdims=True) / NORM
+    ),
+    "not at C but at the 0.9 quantile norm in the step": np.minimum(
         1, np.quantile(NORM, 0.9, axis=1, keepdims=True) / NORM
+    ),
+    "not at C but at the median norm in the micro-batch, where that is less than C": np.minimum(
+        1,
+        np.minimum(C, np.median(NORM.reshape(-1, 4, 3), axis=2).repeat(3, axis=1)) / NORM,
+    ),
+    "they are rounded down to multiples of 1/8": np.floor(8 * FACTOR) / 8,
+    "not clipped are the first sample of each micro-batch of rank 0": np.where(
+        (np.arange(12) % 3 == 0) & (np.arange(12) < 6), 1, FACTOR
     ),
     "another function of n / C than min(1, C / n): 0.574 where n is 0.796 C": (
         1 / (1 + (NORM / C) ** 1.3)
@@ -185,6 +196,10 @@ THIRD = np.square(BY_PARAMETER[..., 3:4])
 APART = np.sqrt(np.where(np.arange(6) == 3, THIRD, NORM[..., None] ** 2 - THIRD))
 """[S, N, P] norm of the one parameter's gradient, or of all the others'."""
 SUMS = {
+    "samples count with 0.1 + 1 c in place of the factor c": FACTOR + 0.1,
+    "counting twice are the first sample of each micro-batch and missing are the last sample": (
+        FACTOR * np.tile([2, 1, 0], 4)
+    ),
     "missing are micro-batch 1 of rank 0": np.where(IS_LAST & ~IS_RANK_1, 0, FACTOR),
     "they count with factor 1": np.ones_like(FACTOR),
     "clip factors are applied twice": FACTOR**2,

@@ -43,6 +43,38 @@ def group_of(
     return next(found, "")
 
 
+def group_in(
+    chosen: Mask,
+    record: Trajectory,
+    rows: NDArray[np.int64],
+    among: Mask | None = None,
+    baseline: Trajectory | None = None,
+) -> str:
+    """The group that the chosen samples are in all of some steps, as `group_of`.
+
+    Args:
+        chosen: [S, N].
+        rows: the steps that count.
+        among: [S, N] those that could be in it; all by default.
+    """
+    could = record.sample_index != UNUSED if among is None else among
+    names: list[str] | None = None
+    if chosen[rows].sum() < _FEWEST:
+        return ""
+    for row in rows.tolist():
+        if not could[row].any():
+            continue
+        groups = _groups(record, row, record if baseline is None else baseline)
+        fits = {w: np.array_equal(mask & could[row], chosen[row]) for w, mask in groups}
+        is_none = not chosen[row].any()
+        if names is not None:
+            # A group that a step has no samples of is not told of there.
+            names = [words for words in names if fits.get(words, is_none)]
+        elif not is_none:
+            names = [words for words, is_one in fits.items() if is_one]
+    return names[0] if names else ""
+
+
 def _groups(record: Trajectory, row: int, baseline: Trajectory) -> Iterator[tuple[str, Mask]]:
     """Groups of the step's samples, [N] each, the simplest first."""
     rank, number = record.sample_rank[row], record.sample_micro_batch[row]
@@ -71,6 +103,11 @@ def _groups(record: Trajectory, row: int, baseline: Trajectory) -> Iterator[tupl
     yield "the samples that are not clipped", there & ~is_clipped
     yield from _of_sizes(baseline, row, there)
     for at_rank in sorted(set(rank[there].tolist())):
+        own = there & (rank == at_rank)
+        yield f"the first sample of each micro-batch of rank {at_rank}", own & (place == 0)
+        yield f"the last sample of each micro-batch of rank {at_rank}", own & (place == size - 1)
+        yield f"all but the first sample of each micro-batch of rank {at_rank}", own & (place > 0)
+        yield f"the samples of rank {at_rank} that are clipped", own & is_clipped
         for at_number in sorted(set(number[there].tolist())):
             mask = there & (rank == at_rank) & (number == at_number)
             yield f"micro-batch {at_number} of rank {at_rank}", mask

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.samples import (
     to_bfloat16,
     to_float16,
 )
-from dpsgd_track.comparison.diagnose.sample_groups import group_of
+from dpsgd_track.comparison.diagnose.sample_groups import group_in
 from dpsgd_track.record.trajectory import UNUSED, Floats
 
 _ALIKE = 1e-3
@@ -108,6 +109,9 @@ def _clipped(facts: Facts) -> np.ndarray:
 
 def _typical(facts: Facts, values: Floats, used: np.ndarray) -> float | None:
     """Median of `values` [S, N] over the samples that are used in the rows that have to agree."""
+    # A factor that is right tells nothing of a mistake.
+    is_wrong = np.abs(facts.theirs.clip_factor - _right(facts)) > _FLOAT32
+    used = used & is_wrong
     chosen = values[facts.rows][used[facts.rows]]
     return float(np.median(chosen)) if chosen.size else None
 
@@ -181,8 +185,21 @@ def _on_a_grid(facts: Facts) -> Prediction:
         *decimals_of(right),
         (np.exp2(np.floor(powers)), "rounded down to powers of 2"),
         (np.exp2(np.round(powers)), "rounded to powers of 2"),
+        *(
+            (change(right * parts) / parts, f"{how} to multiples of 1/{parts}")
+            for parts in _PARTS
+            for change, how in (
+                (np.floor, "rounded down"),
+                (np.round, "rounded"),
+                (np.ceil, "rounded up"),
+            )
+        ),
     )
     return on_a_grid(facts, theirs, grids, allowed=_FLOAT32)
+
+
+_PARTS = (2, 3, 4, 5, 8, 16, 20, 32, 50, 64, 127, 128, 200, 255, 256, 512, 1023, 1024)
+"""Numbers of equal parts of 1 that factors may be rounded to."""
 
 
 def _affine(facts: Facts) -> Prediction:
@@ -208,10 +225,8 @@ def _some_unclipped(facts: Facts) -> Prediction:
     with np.errstate(all="ignore"):
         ratio = facts.norm / facts.bound
     values, said = np.where(is_spared, 1.0, right), "some samples that exceed C are not clipped"
-    row = next(row for row in rows.tolist() if is_spared[row].any())
-    exceeding = is_spared[row] | is_clipped[row]
-    spared = np.flatnonzero(is_spared[row])
-    if which := group_of(spared, facts.theirs, row, among=exceeding, baseline=facts.ours):
+    exceeding = is_spared | is_clipped
+    if which := group_in(is_spared, facts.theirs, rows, among=exceeding, baseline=facts.ours):
         said = f"not clipped are {which}"
     if is_clipped[rows].any():
         most, least = ratio[rows][is_spared[rows]].max(), ratio[rows][is_clipped[rows]].min()
@@ -283,6 +298,73 @@ def _of_groups(facts: Facts, size: int | None) -> Prediction:
                 return None
             num_clipped += len(group) > 1 and group.max() < 1
     return theirs if num_clipped else None
+
+
+def _of_statistics(facts: Facts) -> Prediction:
+    """Bounds that are a statistic of the norms in the micro-batch, the step, or the one before."""
+    theirs, right, norm = facts.theirs.clip_factor, _right(facts), facts.norm
+    is_wrong = np.zeros(right.shape, dtype=bool)
+    with np.errstate(invalid="ignore"):
+        is_wrong[facts.rows] = (np.abs(theirs - right) > _FLOAT32)[facts.rows]
+    used = is_wrong & _clipped(facts)
+    if used.sum() < _FEWEST:
+        return None
+    implied = theirs * norm
+    for values, said in _statistics(facts, norm):
+        with np.errstate(all="ignore"):
+            shares = (implied / values)[used]
+        if not np.isfinite(shares).all():
+            continue
+        share = float(np.median(shares))
+        if np.abs(shares / share - 1).max() > _ALIKE:
+            continue
+        times = "" if abs(share - 1) < _ALIKE else f"{share:.4g} times "
+        own = np.where(np.isfinite(values), share * values, facts.bound)
+        for bound, how in (
+            (own, ""),
+            (np.minimum(own, facts.bound), ", where that is less than C"),
+            (np.maximum(own, facts.bound), ", where that is more than C"),
+        ):
+            predicted = clip_factors(bound, norm)
+            off = np.abs(predicted - theirs)[facts.rows]
+            if float(np.nanmax(off, initial=0.0)) < _ALIKE:
+                return Fitted(predicted, f"{times}{said}{how}")
+    return None
+
+
+_FEWEST = 4
+"""Factors that a statistic is told from."""
+
+
+def _statistics(facts: Facts, norm: Floats) -> Iterator[tuple[Floats, str]]:
+    """[S, N] statistics of norms that bounds may be taken from."""
+    known: tuple[tuple[str, Callable[..., Any]], ...] = (
+        ("median", np.median),
+        ("lower median", partial(np.quantile, q=0.5, method="lower")),
+        ("mean", np.mean),
+        ("largest", np.max),
+        ("smallest", np.min),
+        ("root mean square", lambda n: np.sqrt(np.mean(np.square(n)))),
+        *((f"{q:g} quantile", partial(np.quantile, q=q)) for q in (0.9, 0.75, 0.25, 0.1)),
+    )
+    shape = norm.shape
+    for name, of in known:
+        own, before = np.full(shape, np.nan), np.full(shape, np.nan)
+        last: dict[int, float] = {}
+        for batch in facts.micro_batches:
+            value = float(of(norm[batch.row, batch.places]))
+            own[batch.row, batch.places] = value
+            before[batch.row, batch.places] = last.get(batch.rank, np.nan)
+            last[batch.rank] = value
+        yield own, f"the {name} norm in the micro-batch"
+        yield before, f"the {name} norm in the micro-batch before"
+        steps = np.full((shape[0], 1), np.nan)
+        for row in range(shape[0]):
+            there = norm[row][np.isfinite(norm[row])]
+            steps[row] = of(there) if len(there) else np.nan
+        late = np.concatenate([np.full((1, 1), np.nan), steps[:-1]])
+        yield np.broadcast_to(steps, shape), f"the {name} norm in the step"
+        yield np.broadcast_to(late, shape), f"the {name} norm in the step before"
 
 
 def _by_rank(facts: Facts) -> Prediction:
@@ -498,7 +580,7 @@ FACTORS = Subject(
             ),
             *mixed_up(_right, lambda facts: facts.theirs.clip_factor),
             *of_all_ranks(_right),
-            *rounded(lambda facts: facts.theirs.clip_factor),
+            *rounded(_right, lambda facts: facts.theirs.clip_factor),
         ),
         tuple(_of_other_norms()),
         (
@@ -520,6 +602,7 @@ FACTORS = Subject(
             ),
         ),
         (
+            Hypothesis(sentence="samples are clipped not at C but at {}", predict=_of_statistics),
             Hypothesis(sentence="samples are clipped not at C but at C {}", predict=_by_attribute),
             scaled_by_attribute(_right, lambda facts: facts.theirs.clip_factor),
         ),

@@ -198,7 +198,7 @@ LOSS = Subject(
         ),
         (
             *mixed_up(lambda facts: facts.ours.sample_loss, lambda facts: facts.theirs.sample_loss),
-            *rounded(lambda facts: facts.theirs.sample_loss),
+            *rounded(lambda facts: facts.ours.sample_loss, lambda facts: facts.theirs.sample_loss),
         ),
         tuple(_others()),
         (OF_TARGETS,),

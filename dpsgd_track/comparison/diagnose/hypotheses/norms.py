@@ -105,7 +105,8 @@ def _recounted(facts: Facts) -> Prediction:
     size = shares[:, told].max(axis=0)
     rest = 1 - np.delete(shares, told, axis=1).sum(axis=1)
     counts = np.ones(shares.shape[1])
-    counts[told] = np.round(np.linalg.lstsq(shares[:, told] / size, rest, rcond=None)[0] / size)
+    fitted = np.linalg.lstsq(shares[:, told] / size, rest, rcond=None)[0] / size
+    counts[told] = np.round(2 * fitted) / 2
     if np.any(counts < 0) or np.all(counts == 1):
         return None
     names = facts.ours.parameter_names.tolist()
@@ -268,7 +269,7 @@ TOTAL = Subject(
         (
             *mixed_up(_right_total, lambda facts: facts.theirs.sample_norm),
             *added_up(_right_total),
-            *rounded(lambda facts: facts.theirs.sample_norm),
+            *rounded(_right_total, lambda facts: facts.theirs.sample_norm),
         ),
         tuple(changed(_right_total, lambda facts: facts.theirs.sample_norm)),
         tuple(_of_parts()),
@@ -400,7 +401,7 @@ BY_PARAMETER = Subject(
             ),
             *mixed_up(_chosen, _reported),
             *added_up(_chosen),
-            *rounded(_reported),
+            *rounded(_chosen, _reported),
         ),
         *resolved_norms(),
         (scaled_by_attribute(_chosen, _reported),),

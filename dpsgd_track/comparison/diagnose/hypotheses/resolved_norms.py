@@ -93,6 +93,8 @@ def _by_families(facts: Facts, families: Callable[[_Column], Iterator[Named]]) -
     if not columns or not followers:
         return None
     said, of_columns = max(followers.items(), key=lambda each: len(each[1]))
+    alike = [text for text, own in followers.items() if own.keys() == of_columns.keys()]
+    said = " or ".join(alike[:_MOST_ALIKE])
     if len(of_columns) < _LEAST_TOLD * len(columns):
         return None
     predicted = facts.ours.sample_norm_by_parameter[:, :, facts.columns].astype(np.float64)
@@ -257,13 +259,15 @@ def _of_other_parameters(facts: Facts) -> Prediction:
                 continue
             break
         else:
-            return None
-    if not said:
+            predicted[..., place][column.at] = column.observed
+    if len(said) <= _LEAST_TOLD * len(columns):
         return None
     more = f" and {len(said) - _SHOWN} more" * (len(said) > _SHOWN)
     return Fitted(predicted, ", ".join(said[:_SHOWN]) + more)
 
 
+_MOST_ALIKE = 3
+"""Families that agree equally well and are told."""
 _SHOWN = 3
 """Parameters that are listed."""
 

@@ -27,6 +27,8 @@ _NONE = 2e-3
 """Size from which on a coefficient is one."""
 _LEAST_TOLD = 0.75
 """Least share of the wrong parameters that has to follow one choice."""
+_MOST_ALIKE = 3
+"""Choices that agree equally well and are told."""
 _ENOUGH = 1.2
 """Numbers for each count that is fitted."""
 
@@ -90,17 +92,18 @@ def _if_alike(facts: Facts, predicted: Floats, said: Sequence[Sequence[str]]) ->
     """
     every = [text for texts in said for text in texts]
     best = max(dict.fromkeys(every), key=every.count)
+    alike = [text for text in dict.fromkeys(every) if every.count(text) == every.count(best)]
     if every.count(best) < _LEAST_TOLD * len(said):
         others = dict.fromkeys(texts[0] for texts in said if best not in texts)
         if len(others) > 1:
             return None
-        best = ", others ".join([best, *others])
+        alike = [", others ".join([best, *others])]
     # Parameters that no choice explains have other layers' gradients in them.
     off = np.abs(predicted - facts.recorded_sum)[facts.rows].max(axis=(0, 2))
     size = np.abs(facts.recorded_sum)[facts.rows].max(axis=(0, 2))
     untold = off > 10 * _FITS * size
     predicted[:, untold] = facts.recorded_sum[:, untold]
-    return Fitted(predicted, best)
+    return Fitted(predicted, " or ".join(alike[:_MOST_ALIKE]))
 
 
 def _counts_of(

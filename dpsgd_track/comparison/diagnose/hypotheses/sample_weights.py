@@ -17,6 +17,8 @@ ALIKE = 1e-3
 """Relative spread up to which fitted weights are one."""
 _FEW = 3
 """Samples that are named one by one."""
+_MOST_LEVELS = 3
+"""Amounts that groups of samples count by."""
 _LISTED = 8
 """Missing samples that are listed."""
 _ENOUGH = 1.25
@@ -83,6 +85,10 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             which := group_of(np.flatnonzero(is_off), t, row, baseline=facts.ours)
         ):
             return f"counting {_times(amounts[0])} are {which}, at step {t.step[row]}"
+        if said := _levels_in_words(facts, share, is_there, row):
+            return f"{said}, at step {t.step[row]}"
+        if said := _of_factors_in_words(facts, weights[row], is_off, is_there, row):
+            return said
         if found := law_of(facts, weights / facts.factor):
             return f"clip factors of samples are {found[1]}"
         if is_lost:
@@ -95,6 +101,43 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             return f"samples count with c^{power:.3g} in place of the factor c"
         low, high = float(share[is_there].min()), float(share[is_there].max())
         return f"samples count {low:.3g} to {high:.3g} times at step {t.step[row]}"
+    return ""
+
+
+def _levels_in_words(facts: Facts, share: Floats, is_there: np.ndarray, row: int) -> str:
+    """`counting twice are the first ... and missing are the last ...`, of groups by amount."""
+    said: list[str] = []
+    left = is_there & (np.abs(share - 1) > ALIKE)
+    while left.any() and len(said) < _MOST_LEVELS:
+        value = float(share[np.flatnonzero(left)[0]])
+        alike = left & (np.abs(share - value) < ALIKE * max(1.0, abs(value)))
+        which = group_of(np.flatnonzero(alike), facts.theirs, row, baseline=facts.ours)
+        if not which:
+            return ""
+        how = "missing" if abs(value) < ALIKE else f"counting {_times(value)}"
+        said.append(f"{how} are {which}")
+        left &= ~alike
+    return "" if left.any() else " and ".join(said)
+
+
+def _of_factors_in_words(
+    facts: Facts, weights: Floats, is_off: np.ndarray, is_there: np.ndarray, row: int
+) -> str:
+    """Weights that are a power of the factors in one group, or a + b c in all samples."""
+    factors = facts.factor[row]
+    is_clipped = is_there & (factors < 1 - ALIKE)
+    power = _power_of(factors[is_off], weights[is_off])
+    if power is not None and is_off.sum() < is_clipped.sum():
+        which = group_of(
+            np.flatnonzero(is_off), facts.theirs, row, among=is_clipped, baseline=facts.ours
+        )
+        if which:
+            return f"with c^{power:.3g} in place of the factor c count {which}"
+    of, wanted = factors[is_there], weights[is_there]
+    if len(of) > _FEW and np.ptp(of) > ALIKE:
+        slope, start = np.polyfit(of, wanted, 1)
+        if np.abs(start + slope * of - wanted).max() < ALIKE and abs(start) > ALIKE:
+            return f"samples count with {start:.3g} + {slope:.3g} c in place of the factor c"
     return ""
 
 

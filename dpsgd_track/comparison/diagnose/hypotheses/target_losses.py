@@ -100,6 +100,7 @@ def _weighed(own: Floats) -> Iterator[tuple[Floats, str]]:
     for said, weights in (
         ("the second half of each sample's targets", among >= half // 2),
         ("the second half of each sample's targets", among >= -(-half // 2)),
+        ("the second half of each sample's tokens", among >= (half + 1) // 2 - 1),
         ("the first half of each sample's targets", among < half // 2),
         ("the first half of each sample's targets", among < -(-half // 2)),
     ):
