@@ -134,11 +134,11 @@ def test_losses_of_targets_make_up_the_loss() -> None:
     found = target_losses(causal_lm_loss, batch, lambda sample: logits)
     assert found.isfinite().tolist() == [False, True, True] + [False] * (MOST_POSITIONS - 3)
     assert float(found.nanmean()) == pytest.approx(float(causal_lm_loss(logits, targets)))
-    assert sizes_of(batch, found) == (4.0, 2.0)
+    assert sizes_of(causal_lm_loss, [batch, batch]).tolist() == [[4.0, 2.0]] * 2
 
 
 def test_a_class_has_no_losses_of_targets() -> None:
     batch = Batch({}, torch.tensor([2]))
     found = target_losses(classification_loss, batch, lambda sample: torch.randn(1, V))
     assert found.isnan().all()
-    assert np.isnan(sizes_of(batch, found)).all()
+    assert np.isnan(sizes_of(classification_loss, [batch])).all()

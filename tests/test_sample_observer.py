@@ -328,6 +328,15 @@ def test_wrong_sums_are_what_their_words_say() -> None:
     name, c = "reused.weight", attrgetter("factor")
     check(SumFormula.FIRST_USE, name, lambda s: c(s) * use(s, "first"))
     check(SumFormula.LAST_USE, name, lambda s: c(s) * use(s, "last"))
+    check(
+        SumFormula.USES_SUMMED_FIRST,
+        name,
+        lambda s: (
+            c(s)
+            * (s.outputs["first"] + s.outputs["last"]).T
+            @ (s.inputs["first"] + s.inputs["last"])
+        ),
+    )
 
     def both(sample: Sample) -> Tensor:
         return use(sample, "first") + use(sample, "last")

@@ -70,9 +70,9 @@ _OF_REFERENCE = (
     "part_sketch",
 )
 """Fields by parameter that the reference alone records."""
-_OF_REFERENCE_SAMPLES = ("sample_other_loss", "sample_target_loss", "sample_size")
-"""Fields by sample that the reference alone records."""
-ALTERNATIVES = (*_OF_REFERENCE, *_OF_REFERENCE_SAMPLES)
+_BY_SAMPLE_AND_OTHERS = ("sample_other_loss", "sample_target_loss", "sample_size")
+"""Fields by sample with another axis."""
+ALTERNATIVES = (*_OF_REFERENCE, *_BY_SAMPLE_AND_OTHERS)
 """Fields from which causes alone are named. No verdict depends on them."""
 
 LARGE = (
@@ -177,7 +177,8 @@ class Trajectory:
     sample_target_loss: Floats
     """[S, N, T] loss of each target; NaN of positions without one. T is 0 where not recorded."""
     sample_size: Floats
-    """[S, N, 2] numbers of tokens and of targets; the last axis is 0 where not recorded."""
+    """[S, N, 2] numbers of tokens and of targets, NaN where not counted; the last axis is 0 where
+    not recorded."""
     part_sketch: Floats
     """[S, M, P, K] projections of the parts of the clipped sum, and of the sum without clipping, as
     `parts` lays them out; NaN as above. K is 0 but in the reference's record of a small model."""
@@ -425,7 +426,7 @@ def _absent_before(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]
         "sample_sketch": np.empty((S, N, P, 0), dtype=np.float32),
         "sample_shard_sketch": np.empty((S, N, P, 0), dtype=np.float32),
         "sample_other_norm": np.empty((S, N, P, 0), dtype=np.float32),
-        **{name: np.empty((S, N, 0), dtype=np.float32) for name in _OF_REFERENCE_SAMPLES},
+        **{name: np.empty((S, N, 0), dtype=np.float32) for name in _BY_SAMPLE_AND_OTHERS},
         "sample_part_square": np.empty((S, N, P, 0), dtype=np.float32),
         "part_sketch": np.empty((S, 0, P, 0), dtype=np.float32),
         "moved_sketch": np.empty((S, len(SumFormula), P, 0), dtype=np.float32),
@@ -438,7 +439,7 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         "layer_names": 1,
         "parameter_names": 1,
         "gradient_sketch": 3,
-        **dict.fromkeys(_OF_REFERENCE_SAMPLES, 3),
+        **dict.fromkeys(_BY_SAMPLE_AND_OTHERS, 3),
         **dict.fromkeys(_OF_REFERENCE, 4),
         "noise_samples": 4,
     }.items():
@@ -460,7 +461,7 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         "sample_shard_sketch": (S, N, P, shape_of("sample_shard_sketch")[-1]),
         "sample_other_norm": (S, N, P, shape_of("sample_other_norm")[-1]),
         "sample_part_square": (S, N, P, shape_of("sample_part_square")[-1]),
-        **{name: (S, N, shape_of(name)[-1]) for name in _OF_REFERENCE_SAMPLES},
+        **{name: (S, N, shape_of(name)[-1]) for name in _BY_SAMPLE_AND_OTHERS},
         **{
             name: (S, shape_of(name)[1], P, shape_of(name)[-1])
             for name in ("moved_sketch", "part_sketch")

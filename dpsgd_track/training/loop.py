@@ -50,6 +50,7 @@ from dpsgd_track.training.other_sums import other_sums
 from dpsgd_track.training.prepare import PreparedRun, require_taken
 from dpsgd_track.training.recorder import Recorder, StepObservation
 from dpsgd_track.training.sample_observer import SampleObserver
+from dpsgd_track.training.target_losses import sizes_of
 
 DRAWS = -1
 """Step number of the noise-only steps of the noise regime, which have one batch and one C."""
@@ -207,7 +208,12 @@ class RegimeRun(PreparedRun):
         mode.zero_grad()
         observed = self._observer.take() if self._observer else None
         local = local_samples(
-            records, rank_batch.indices, rank_batch.digests, self.parameter_names, observed
+            records,
+            rank_batch.indices,
+            rank_batch.digests,
+            self.parameter_names,
+            observed,
+            sizes_of(mode.context.loss, rank_batch.batches),
         )
         weights_before, self.weights = self.weights, measure(mode, mode.weight_parts())
         time_ms, memory_gib = largest_of_ranks(

@@ -109,11 +109,13 @@ def local_samples(
     digests: tuple[int, ...],
     parameter_names: list[str],
     observed: Observed | None = None,
+    sizes: Floats | None = None,
 ) -> GatheredSamples:
     """This rank's samples of all micro-batches of a step.
 
     Args:
         observed: what `SampleObserver.take` gave; None without an observer.
+        sizes: [N, 2] numbers of tokens and of targets; None where they are not recorded.
     """
     N, P = len(indices), len(parameter_names)
     nothing, none = np.empty((N, P, 0)), np.empty((N, 0))
@@ -123,7 +125,6 @@ def local_samples(
         other_loss=none,
         part_square=nothing,
         target_loss=none,
-        size=none,
     )
     return GatheredSamples(
         np.array(indices, dtype=np.int64),
@@ -138,7 +139,7 @@ def local_samples(
         seen.other_loss,
         seen.part_square,
         seen.target_loss,
-        seen.size,
+        none if sizes is None else sizes,
         np.array(digests, dtype=np.int64),
     )
 

@@ -217,6 +217,9 @@ def _of_targets(
         later[:, -1] = IGNORED
         values[LossFormula.NOT_SHIFTED] = loss(logits.roll(-1, 1), targets)
         values[LossFormula.SHIFTED_TWICE] = loss(logits, later)
+        earlier = targets.roll(2, 1)
+        earlier[:, :2] = IGNORED
+        values[LossFormula.TARGETS_BACKWARDS] = loss(logits, earlier)
     if len(used) > 1:
         lost = [targets.clone(), targets.clone()]
         lost[0][0, used[-1]] = IGNORED

@@ -20,12 +20,12 @@ from dpsgd_track.modes.protocol import SampleRun
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import PerSampleLoss
 from dpsgd_track.record.alternatives import LossFormula, NormFormula
-from dpsgd_track.record.parts import MOST_POSITIONS, NUM_SIZES, NUM_SQUARES, NUM_SUM_PARTS
+from dpsgd_track.record.parts import MOST_POSITIONS, NUM_SQUARES, NUM_SUM_PARTS
 from dpsgd_track.training.gradient_parts import GradientParts
 from dpsgd_track.training.layer_calls import LayerCalls, Share
 from dpsgd_track.training.norm_formulas import NORM_PLACES, formulas
 from dpsgd_track.training.other_losses import other_losses
-from dpsgd_track.training.target_losses import sizes_of, target_losses
+from dpsgd_track.training.target_losses import target_losses
 from dpsgd_track.training.wrong_gradients import other_inputs, wrong_gradients
 from dpsgd_track.training.wrong_sums import WrongSums
 
@@ -48,8 +48,6 @@ class Observed:
     """[N, P, X] squares of the gradients by part; X is 0 of a large model."""
     target_loss: Floats
     """[N, T] loss of each target; NaN of positions without one."""
-    size: Floats
-    """[N, 2] numbers of tokens and of targets."""
 
 
 @dataclass
@@ -81,7 +79,6 @@ class SampleObserver:
         self._losses: list[Tensor] = []
         self._squares: list[Tensor] = []
         self._target_losses: list[Tensor] = []
-        self._sizes: list[tuple[float, float]] = []
         self._parts = GradientParts()
         self._sums = WrongSums()
         self._now, self._before = _MicroBatch(), _MicroBatch()
@@ -179,9 +176,7 @@ class SampleObserver:
         )
         self._losses.append(values)
         sample = batch.sample(index)
-        of_targets = target_losses(loss, sample, run)
-        self._target_losses.append(of_targets)
-        self._sizes.append(sizes_of(sample, of_targets))
+        self._target_losses.append(target_losses(loss, sample, run))
 
     def discard(self) -> None:
         """Forget what was seen since the last `take`."""
@@ -205,16 +200,14 @@ class SampleObserver:
 
     def take(self) -> Observed:
         """Records since the last call."""
-        P, X = self._num_parameters, NUM_SQUARES if self._keeps_samples else 0
+        N, P, X = len(self._losses), self._num_parameters, NUM_SQUARES if self._keeps_samples else 0
         observed = Observed(
             sketch=_taken(self._sketches, P, 2 * NUM_PROJECTIONS),
             other_norm=_taken(self._norms, P, len(NormFormula)),
             other_loss=_taken(self._losses, len(LossFormula)),
-            part_square=_taken(self._squares, P, X) if X else np.empty((len(self._sizes), P, 0)),
+            part_square=_taken(self._squares, P, X) if X else np.empty((N, P, 0)),
             target_loss=_taken(self._target_losses, MOST_POSITIONS),
-            size=np.array(self._sizes, dtype=np.float64).reshape(-1, NUM_SIZES),
         )
-        self._sizes.clear()
         self._sums, self._first, self._parts = WrongSums(), None, GradientParts()
         self._now, self._of_last_step = _MicroBatch(), self._before
         return observed

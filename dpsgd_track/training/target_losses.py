@@ -1,9 +1,16 @@
-"""Losses of a sample's single targets, and its size, from which wrong losses are explained."""
+"""Losses of samples' single targets, and the samples' sizes, from which errors are explained.
+
+Legend: N samples, T positions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpsgd_track.modes.protocol import SampleRun
@@ -15,9 +22,10 @@ from dpsgd_track.privacy.loss import (
     masked_lm_loss,
     token_classification_loss,
 )
-from dpsgd_track.record.parts import MOST_POSITIONS
+from dpsgd_track.record.parts import MOST_POSITIONS, NUM_SIZES, TARGETS, TOKENS
 from dpsgd_track.training.other_losses import inner_loss
 
+Floats = NDArray[np.float64]
 _BY_POSITION = frozenset((causal_lm_loss, masked_lm_loss, token_classification_loss))
 
 
@@ -36,9 +44,16 @@ def target_losses(loss: PerSampleLoss, sample: Batch, run: SampleRun) -> Tensor:
     return found
 
 
-def sizes_of(sample: Batch, target_losses_T: Tensor) -> tuple[float, float]:
-    """Numbers of tokens and of targets; NaN where they are not counted."""
-    mask = sample.inputs.get("attention_mask")
-    tokens = float("nan") if mask is None else float(mask.sum())
-    targets = float(target_losses_T.isfinite().sum())
-    return tokens, targets if targets else float("nan")
+def sizes_of(loss: PerSampleLoss, batches: Sequence[Batch]) -> Floats:
+    """[N, 2] numbers of tokens and of targets of each sample; NaN where they are not counted."""
+    found = [np.empty((0, NUM_SIZES))]
+    for batch in batches:
+        sizes = np.full((len(batch), NUM_SIZES), np.nan)
+        mask, targets = batch.inputs.get("attention_mask"), batch.targets
+        if mask is not None and mask.ndim == 2:
+            sizes[:, TOKENS] = mask.sum(dim=1).cpu().numpy()
+        if inner_loss(loss) in _BY_POSITION:
+            first = int(inner_loss(loss) is causal_lm_loss)
+            sizes[:, TARGETS] = targets[:, first:].ne(IGNORED).sum(dim=1).cpu().numpy()
+        found.append(sizes)
+    return np.concatenate(found)

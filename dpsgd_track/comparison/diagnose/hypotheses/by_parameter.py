@@ -76,7 +76,10 @@ def _parameters_in_words(facts: Facts, factors: Floats) -> str:
         alike = {i for i in left if abs(factors[i] - value) < _ALIKE * abs(value)}
         said.append(f"{value:.3g} in {_called(alike, names)}")
         left -= alike
-    return " and ".join(said) if not left else ""
+    if not left:
+        return " and ".join(said)
+    shown = ", ".join(f"{factors[i]:.3g} in {names[i]}" for i in range(_MOST_VALUES))
+    return f"a factor of its own in each parameter: {shown} and so on"
 
 
 def _called(chosen: set[int], names: list[str]) -> str:

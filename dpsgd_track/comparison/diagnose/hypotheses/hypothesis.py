@@ -182,7 +182,8 @@ def _explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explana
     zero = _zero(subject, facts)
     levels = [zero, _multiples(subject, facts), *subject.levels]
     levels += [_constant(subject, trial), *subject.late]
-    if missing := tuple(trial.agreeing(zero[:1], trial.is_wrong)):
+    # What is missing wherever it is wrong needs no formula; a step may be skipped by a law.
+    if not subject.zero and (missing := tuple(trial.agreeing(zero[:1], trial.is_wrong))):
         return missing
     # What explains every wrong number is told before a mere size that fits all of them.
     for is_hint in (False, True):

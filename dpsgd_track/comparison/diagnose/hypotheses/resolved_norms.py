@@ -161,8 +161,12 @@ def _of_rows(column: _Column) -> Iterator[Named]:
         squares = squares[:, :num]
         if num < 2:
             continue
+        is_named = False
         for mask, said in chosen_places(num, kind):
+            is_named |= column.agrees(squares @ mask)
             yield squares @ mask, f"made of {said} of the gradient alone"
+        if not is_named:
+            yield from _counts(column, squares, kind)
         for count in (2, 3, 4, 8):
             pieces = [
                 np.sqrt(squares[:, p].sum(axis=1)) for p in np.array_split(np.arange(num), count)
@@ -177,7 +181,6 @@ def _of_rows(column: _Column) -> Iterator[Named]:
             f"the sum of the {kind}s' norms, not the root of the sum of their squares",
         )
         yield squares.max(axis=1), f"the largest of the {kind}s' norms"
-        yield from _counts(column, squares, kind)
 
 
 def _counts(column: _Column, squares: Floats, kind: str) -> Iterator[Named]:
