@@ -499,6 +499,8 @@ UPDATES: dict[str, Callable[[Any, Any], Any]] = {
     "the learning rate is 2, 1 times the right one from step 2 on": lambda n, s: (
         n * np.where(STEP == 2, 2, 1)
     ),
+    "multiplied by 1 over the number of the step, from 1": lambda n, s: n / (1 + STEP),
+    "multiplied by 0 at step 1": lambda n, s: n * (STEP != 1),
 }
 
 
@@ -529,6 +531,8 @@ def test_a_scaled_division_is_not_called_noise() -> None:
     sentence = found(replace(t, noised_sketch=t.noised_sketch / 12)).sentence
     assert "divides the sum wrongly: it is the right one divided by B" in sentence
     assert "noise" not in sentence
+    sentence = found(replace(t, noised_sketch=t.noised_sketch * 12 / 7)).sentence
+    assert "it is divided by 7 rather than 12, the expected batch size" in sentence
 
 
 def test_two_independent_errors_are_both_named() -> None:

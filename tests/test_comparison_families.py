@@ -22,7 +22,17 @@ from dpsgd_track.record.parts import (
     products_of,
 )
 from dpsgd_track.record.trajectory import Trajectory
-from tests.support.planted_records import base, found, summed, with_factors, with_total
+from tests.support.planted_records import (
+    MODE,
+    TRAINED,
+    base,
+    found,
+    summed,
+    with_factors,
+    with_job,
+    with_total,
+)
+from tests.support.synthetic_group import compared, mode_run, trajectory
 
 T, R, C_ = 9, 7, 5
 """Positions, rows and columns of every parameter."""
@@ -248,3 +258,37 @@ COUNTS: list[tuple[Callable[[], Any], str]] = [
 @pytest.mark.parametrize(("counts", "said"), COUNTS, ids=["missing", "thrice"])
 def test_counts_are_told_in_runs(counts: Callable[[], Any], said: str) -> None:
     assert counted(counts(), "row") == said
+
+
+def noisy(noise: Any) -> str:
+    """The sentence about a mode that adds other noise, [S, P, K], where noise is common."""
+    t = trajectory(noise_std=100.0, samples=12)
+    theirs = replace(
+        t, noised_sketch=t.gradient_sketch + noise(t.noised_sketch - t.gradient_sketch)
+    )
+    runs = [
+        mode_run("no_dp", record=t),
+        mode_run("no_dp", record=t, replay="again"),
+        mode_run(MODE, record=theirs, **with_job(TRAINED)),
+    ]
+    return next(mode for mode in compared(runs).modes if mode.label == MODE).sentence
+
+
+STEPS = np.arange(4)[:, None, None]
+NOISES: dict[str, Callable[[Any], Any]] = {
+    "multiplied by the root of the number of the step, from 1": lambda z: z * np.sqrt(1 + STEPS),
+    "multiplied by 0.9 from one step to the next (1 at step 0)": lambda z: z * 0.9**STEPS,
+    "it is the noise of other steps: minus that of step 0 at step 1, minus that of step 2 at step "
+    "3": lambda z: np.stack([z[0], -z[0], z[2], -z[2]]),
+    "0.8 times its own plus 0.6 times that of step 2 at step 1": lambda z: np.stack(
+        [z[0], 0.8 * z[1] + 0.6 * z[2], z[2], z[3]]
+    ),
+    "multiplied by 3 in model.layers.2.weight and 0.5 in model.layers.0.weight": lambda z: (
+        z * np.array([0.5, 1, 3, 1])[:, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("said", NOISES)
+def test_noise_that_is_scaled_or_of_other_steps_is_named(said: str) -> None:
+    assert said in noisy(NOISES[said])
