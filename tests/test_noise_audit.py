@@ -172,6 +172,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         lambda z, rng: rng.laplace(0, np.sqrt(0.5), z.shape),
         "its noise is not normal but a Laplace distribution",
     ),
+    "small Laplace": (
+        lambda z, rng: rng.laplace(0, 0.5 * np.sqrt(0.5), z.shape),
+        "its noise is not normal but a Laplace distribution, with std 0.",
+    ),
     "half normal": (lambda z, rng: np.abs(z), "the absolute value of normal noise"),
     "a tenth zero": (_a_tenth_zero, "the value 0 stands"),
     "first block": (

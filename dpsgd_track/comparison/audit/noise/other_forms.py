@@ -49,7 +49,7 @@ def other_form(samples: Samples) -> str:
     for name, form in _FORMS:
         for sign in (1, -1):
             if _distance(sign * flat, form) <= reach:
-                is_one = rms.max() < (1 + _SPREAD) * rms.min()
+                is_one = bool(rms.max() < (1 + _SPREAD) * rms.min())
                 scale = float(np.sqrt(np.square(rms).mean()))
                 shown = f", with std {scale:.3g} sigma C" * (is_one and abs(scale - 1) > _LITTLE)
                 return f"its noise is not normal but {name}{shown}"
