@@ -42,6 +42,9 @@ def attributes(facts: Facts) -> Iterator[Attribute]:
         yield Attribute(targets, "the number of its targets")
         for values, what in ((tokens, "tokens"), (targets, "targets")):
             longest = facts.by_batch(values, lambda own: np.broadcast_to(own.max(), own.shape))
+            total = facts.by_batch(values, lambda own: np.broadcast_to(own.sum(), own.shape))
+            if total is not None:
+                yield Attribute(total, f"the number of {what} in its micro-batch")
             if longest is not None:
                 yield Attribute(
                     values / longest, f"its {what} as a share of the longest in the micro-batch"

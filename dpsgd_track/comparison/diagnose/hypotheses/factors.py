@@ -235,6 +235,22 @@ def _some_unclipped(facts: Facts) -> Prediction:
     return Fitted(values, f"{said}: factors are 1 where n exceeds C")
 
 
+def _dropped(facts: Facts) -> Prediction:
+    """The right factors, but 0 from some multiple of C on."""
+    theirs, right = facts.theirs.clip_factor, _right(facts)
+    with np.errstate(all="ignore"):
+        ratio = (facts.norm / facts.bound)[facts.rows]
+    is_zero, is_kept = (theirs == 0)[facts.rows], (theirs > 0)[facts.rows]
+    if not is_zero.any() or not is_kept.any():
+        return None
+    least, most = float(ratio[is_zero].min()), float(ratio[is_kept].max())
+    if not 1 < most < least:
+        return None
+    return Fitted(
+        np.where(theirs == 0, 0.0, right), f"a bound between {most:.3g} and {least:.3g} C"
+    )
+
+
 def _power(facts: Facts) -> Prediction:
     """min(1, C / n)^p, with the p that agrees best."""
     theirs, right = facts.theirs.clip_factor, _right(facts)
@@ -403,10 +419,16 @@ def _at_own_bounds(facts: Facts, part_of: np.ndarray, what: str) -> Prediction:
 
 def _bounds_in_words(bounds: dict[int, list[float]], what: str) -> str:
     lists = list(bounds.values())
-    if all(
-        np.allclose(each, lists[0], rtol=_ALIKE) for each in lists if len(each) == len(lists[0])
-    ):
-        return _shares(lists[0])
+    longest = max(lists, key=len)
+    # A part that lacks clipped samples in some steps is told by those where it has them.
+    are_one = all(np.ptp(each) < _ALIKE * max(each) for each in lists)
+    are_alike = all(
+        np.allclose(each, longest[: len(each)] if len(each) == len(longest) else longest[0], _ALIKE)
+        for each in lists
+        if are_one or len(each) == len(longest)
+    )
+    if are_alike:
+        return _shares(longest)
     return " and ".join(f"{_shares(each)} {what} {part}" for part, each in bounds.items())
 
 
@@ -503,6 +525,7 @@ def _without_some(facts: Facts) -> Prediction:
 
 
 FACTORS = Subject(
+    zero="they are 0: samples are dropped rather than clipped",
     observed=lambda facts: facts.theirs.clip_factor,
     right=_right,
     levels=(
@@ -544,6 +567,10 @@ FACTORS = Subject(
             _formula("they are the reciprocal, max(1, n / C)", lambda C, n: np.maximum(1.0, n / C)),
             _formula("they are n / C, upside down", lambda C, n: n / C),
             _formula("they are min(1, n / C), upside down", lambda C, n: np.minimum(1.0, n / C)),
+            Hypothesis(
+                sentence="samples that exceed {} are dropped (factor 0) rather than clipped",
+                predict=_dropped,
+            ),
             _formula(
                 "samples that exceed C are dropped (factor 0) rather than clipped",
                 lambda C, n: (n <= C).astype(np.float64),

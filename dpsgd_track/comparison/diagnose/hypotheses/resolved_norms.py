@@ -27,7 +27,13 @@ from dpsgd_track.comparison.diagnose.hypotheses.mixtures import (
 )
 from dpsgd_track.comparison.diagnose.hypotheses.places import chosen_places, counted
 from dpsgd_track.record.alternatives import NormFormula
-from dpsgd_track.record.parts import COLUMN_SQUARES, ROW_SQUARES, products_of
+from dpsgd_track.record.parts import (
+    COLUMN_SQUARES,
+    MOST_POSITIONS,
+    NUM_PAIRS,
+    ROW_SQUARES,
+    products_of,
+)
 from dpsgd_track.record.trajectory import Floats
 
 _SMALL = 1e-3
@@ -50,6 +56,7 @@ class _Column:
         self.observed = facts.theirs.sample_norm_by_parameter[..., column][is_wrong]
         self.right = facts.ours.sample_norm_by_parameter[..., column][is_wrong]
         self.parts = parts[is_wrong]
+        self.length = _num_positions(facts)
 
     def agrees(self, squares: Floats) -> bool:
         """True if the squared norms [n] are those that the mode recorded."""
@@ -61,6 +68,14 @@ class _Column:
     def unit(self) -> Floats:
         """[n] unit of an error."""
         return np.maximum(np.maximum(self.right, self.observed), _SMALL * self.right.max())
+
+
+def _num_positions(facts: Facts) -> int:
+    """Positions of the samples: the last one may add nothing to some parameters."""
+    first, second = np.triu_indices(MOST_POSITIONS)
+    squares = facts.ours.sample_part_square[..., :NUM_PAIRS][..., first == second]
+    used = np.flatnonzero(np.nan_to_num(squares).max(axis=(0, 1, 2), initial=0.0) > 0)
+    return int(used.max(initial=0)) + 1
 
 
 def _columns(facts: Facts) -> dict[int, _Column]:
@@ -111,7 +126,7 @@ def _of_positions(column: _Column) -> Iterator[Named]:
     products = products_of(column.parts)
     if not np.isfinite(products).all():
         return
-    length = int(np.flatnonzero(np.abs(products).max(axis=(0, 1)) > 0).max(initial=0)) + 1
+    length = column.length
     products = products[:, :length, :length]
     squares = np.einsum("ntt->nt", products)
     if length < 3:
@@ -136,7 +151,13 @@ def _of_positions(column: _Column) -> Iterator[Named]:
         )
     diagonal = squares.sum(axis=1)
     cross = products.sum(axis=(1, 2)) - diagonal
-    fitted = coefficients([diagonal, cross], column.observed**2, column.unit**2)
+    # A sum that is negative has no root, and is told as 0.
+    is_there = column.observed > 0
+    fitted = coefficients(
+        [diagonal[is_there], cross[is_there]],
+        column.observed[is_there] ** 2,
+        column.unit[is_there] ** 2,
+    )
     # All counted as often is a factor, which says nothing of positions.
     if fitted is not None and abs(fitted[0] - fitted[1]) > _WHOLE:
         a, b = (round(float(f), 2) for f in fitted)

@@ -65,11 +65,24 @@ def _statistics(own: Floats) -> Iterator[tuple[Floats, str]]:
     yield np.sqrt(np.nanmean(own**2, axis=1)), "the root mean square of the targets' losses"
     yield np.log(np.nanmean(np.exp(own), axis=1)), "the logarithm of the targets' mean perplexity"
     yield np.exp(np.nanmean(own, axis=1)), "perplexities, the exponential of the right ones"
+    yield from _of_largest(own)
     mean = np.nanmean(own, axis=1)
     yield mean**2, "squared"
     yield np.sqrt(mean), "the root of the right ones"
     yield 1 - np.exp(-mean), "1 - exp(-l) of the right ones l"
     yield mean / np.log(2), "in bits rather than nats"
+
+
+def _of_largest(own: Floats) -> Iterator[tuple[Floats, str]]:
+    """Means over the largest or the smallest targets' losses."""
+    ordered, num = np.sort(own, axis=1), np.isfinite(own).sum(axis=1)
+    rank = np.arange(own.shape[1])[None]
+    for share, said in ((2, "half"), (4, "quarter")):
+        for count in (np.maximum(num // share, 1), -(-num // share)):
+            is_high = (rank >= (num - count)[:, None]) & (rank < num[:, None])
+            for chosen, which in ((is_high, "largest"), (rank < count[:, None], "smallest")):
+                total = np.where(chosen, np.nan_to_num(ordered), 0.0).sum(axis=1)
+                yield total / count, f"means over the {which} {said} of the targets' losses"
 
 
 def _weighed(own: Floats) -> Iterator[tuple[Floats, str]]:
@@ -156,13 +169,29 @@ def _mean_of(change: Callable[[Floats, float], Floats], own: Floats, constant: f
     return np.asarray(np.nanmean(change(own, constant), axis=1))
 
 
+def _fading(own: Floats, is_mean: bool, rate: float) -> Floats:
+    """Losses of targets [n, T], weighed by a power of the rate by position."""
+    is_there = np.isfinite(own)
+    weights = np.where(is_there, rate ** np.arange(own.shape[1])[None], 0.0)
+    below = weights.sum(axis=1) if is_mean else is_there.sum(axis=1)
+    return np.asarray((np.nan_to_num(own) * weights).sum(axis=1) / below)
+
+
 def _fitted(own: Floats, observed: Floats) -> Iterator[tuple[Floats, str]]:
     """Functions with a constant that is chosen to agree best in the median."""
+    for is_mean in (True, False):
+        fading = partial(_fading, own, is_mean)
+        rate = _root(fading, observed, 0.3, 1.7)
+        if rate is not None:
+            kind = "means" if is_mean else "sums, over the number of targets,"
+            yield fading(rate), f"{kind} with weights {rate:.4g}^t by the position t"
     for change, said in (
         (np.minimum, "min(l, {}): losses of targets are capped"),
         (np.maximum, "max(l, {}): losses of targets have a floor"),
     ):
-        found = _root(partial(_mean_of, change, own), own, observed)
+        found = _root(
+            partial(_mean_of, change, own), observed, float(np.nanmin(own)), float(np.nanmax(own))
+        )
         if found is not None:
             yield (
                 np.nanmean(change(own, found), axis=1),
@@ -170,9 +199,10 @@ def _fitted(own: Floats, observed: Floats) -> Iterator[tuple[Floats, str]]:
             )
 
 
-def _root(values: Callable[[float], Floats], own: Floats, observed: Floats) -> float | None:
+def _root(
+    values: Callable[[float], Floats], observed: Floats, low: float, high: float
+) -> float | None:
     """The constant for which the mean of the values [n] is that of the observed ones."""
-    low, high = float(np.nanmin(own)), float(np.nanmax(own))
     wanted = float(observed.mean())
     if not (values(low).mean() - wanted) * (values(high).mean() - wanted) < 0:
         return None
