@@ -135,9 +135,10 @@ def test_a_share_of_a_known_formula_is_named() -> None:
     assert wanted in said
 
 
-def test_norms_without_a_law_are_not_named() -> None:
+@pytest.mark.parametrize("ours", [base(), OURS], ids=["unresolved", "resolved"])
+def test_norms_without_a_law_are_not_named(ours: Trajectory) -> None:
     noise = np.random.default_rng(1).uniform(0.5, 2.0, SQUARES.shape)
-    said = found(with_norms(SQUARES * noise, OURS), OURS).sentence
+    said = found(with_norms(SQUARES * noise, ours), ours).sentence
     assert "computes wrong per-sample norms: first at step 0" in said
 
 

@@ -33,7 +33,7 @@ class Attribute:
 
 
 def attributes(facts: Facts) -> Iterator[Attribute]:
-    """What is known of each sample."""
+    """Numbers that are known of each sample."""
     shape = facts.theirs.sample_index.shape
     sizes = facts.ours.sample_size
     if sizes.shape[-1]:

@@ -30,7 +30,7 @@ class Term:
 
     values: Floats
     text: str
-    """What they are, to follow "of"."""
+    """Name of the numbers, to follow "of"."""
 
 
 def coefficients(terms: Sequence[Floats], wanted: Floats, unit: Floats) -> Floats | None:

@@ -71,7 +71,9 @@ class _Column:
 
 
 def _num_positions(facts: Facts) -> int:
-    """Positions of the samples: the last one may add nothing to some parameters."""
+    """Positions of the samples: the last one may add nothing to some parameters; 0 if unknown."""
+    if not facts.ours.shape_of("sample_part_square")[-1]:
+        return 0
     first, second = np.triu_indices(MOST_POSITIONS)
     squares = facts.ours.sample_part_square[..., :NUM_PAIRS][..., first == second]
     used = np.flatnonzero(np.nan_to_num(squares).max(axis=(0, 1, 2), initial=0.0) > 0)

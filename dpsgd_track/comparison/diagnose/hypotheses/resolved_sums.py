@@ -109,7 +109,7 @@ def _if_alike(facts: Facts, predicted: Floats, said: Sequence[Sequence[str]]) ->
 def _counts_of(
     parts: Floats, off: Floats, size: Floats, kind: str, *, is_loss: bool
 ) -> tuple[Floats, list[str]] | None:
-    """What is added to a sum by parts that are lost, counted twice, or not clipped.
+    """Change of a sum by parts that are lost, counted twice, or not clipped.
 
     Args:
         parts: [S, D, K].
