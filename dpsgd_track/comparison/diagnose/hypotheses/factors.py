@@ -421,11 +421,9 @@ def _bounds_in_words(bounds: dict[int, list[float]], what: str) -> str:
     lists = list(bounds.values())
     longest = max(lists, key=len)
     # A part that lacks clipped samples in some steps is told by those where it has them.
-    are_one = all(np.ptp(each) < _ALIKE * max(each) for each in lists)
-    are_alike = all(
-        np.allclose(each, longest[: len(each)] if len(each) == len(longest) else longest[0], _ALIKE)
-        for each in lists
-        if are_one or len(each) == len(longest)
+    are_one = all(np.allclose(each, longest[0], rtol=_ALIKE) for each in lists)
+    are_alike = are_one or all(
+        len(each) == len(longest) and np.allclose(each, longest, rtol=_ALIKE) for each in lists
     )
     if are_alike:
         return _shares(longest)
