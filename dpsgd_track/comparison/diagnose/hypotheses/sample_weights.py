@@ -95,7 +95,7 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             shown = ", ".join(map(str, t.sample_index[row][is_off].tolist()[:_LISTED]))
             return (
                 f"missing are {is_off.sum()} of {is_there.sum()} samples ({shown}"
-                f"{', ...' * (is_off.sum() > _LISTED)}) at step {t.step[row]}"
+                f"{', ...' * bool(is_off.sum() > _LISTED)}) at step {t.step[row]}"
             )
         if power := _power_of(facts.factor[row][is_there], weights[row][is_there]):
             return f"samples count with c^{power:.3g} in place of the factor c"
