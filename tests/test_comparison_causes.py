@@ -18,75 +18,26 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
 )
 from dpsgd_track.comparison.diagnose.hypotheses.samples import to_bfloat16
 from dpsgd_track.comparison.result import ModeVerdict
-from dpsgd_track.config import DataConfig
 from dpsgd_track.record.alternatives import LossFormula, NormFormula, SumFormula
 from dpsgd_track.record.trajectory import Trajectory
+from tests.support.planted_records import (
+    MODE,
+    TRAINED,
+    base,
+    found,
+    summed,
+    with_factors,
+    with_job,
+    with_total,
+)
 from tests.support.synthetic_group import (
     compared,
-    healthy_runs,
-    job,
     mode_run,
     put,
-    setup,
     trajectory,
-    with_run,
 )
 
-MODE = "flash_fsdp"
-SGD = setup("clip", optimizer="sgd", learning_rate=0.0, micro_batches=2)
-TRAINED = setup("accuracy", optimizer="sgd", learning_rate=0.1, micro_batches=2)
 Change = Callable[[Trajectory], Trajectory]
-
-
-def base() -> Trajectory:
-    """Twelve samples on two ranks, each in two micro-batches of three samples."""
-    t = trajectory(noise_std=0.0, samples=12, layers=5)
-    still = np.repeat(t.weight_sketch[:1], t.num_steps, axis=0)
-    # All but the last parameter are weights of linear layers.
-    linear = np.array([name.removesuffix(".weight") for name in t.parameter_names[:-1]])
-    return replace(t, layer_names=linear, weight_sketch=still, noised_sketch=t.gradient_sketch)
-
-
-def with_job(regime: Any) -> dict[str, Any]:
-    planned = job(MODE, regime, data=DataConfig(batch_size=3, seq_length=17), num_ranks=2)
-    return {"job": planned, "setup": regime}
-
-
-def found(wrong: Trajectory, ours: Trajectory | None = None) -> ModeVerdict:
-    """The verdict on `wrong` in the clip regime."""
-    ours = ours or base()
-    runs = [r for r in healthy_runs() if r.regime == "clip"]
-    runs = with_run(runs, mode_run("reference", "clip", ours))
-    runs = with_run(runs, mode_run("flash_fsdp_fuse", "clip", ours))
-    runs = with_run(runs, mode_run(MODE, "clip", wrong, **with_job(SGD)))
-    runs.append(mode_run("reference", "clip", ours, replay="plain"))
-    return next(mode for mode in compared(runs).modes if mode.label == MODE)
-
-
-def summed(t: Trajectory, weights: Any) -> Trajectory:
-    """`t` with a sum of other weights, [S, N] or [S, N, P], and all that follows from it."""
-    weights = np.asarray(weights, dtype=float)
-    weights = weights[..., None] if weights.ndim == 2 else weights
-    total = (weights[..., None] * t.sample_sketch).sum(axis=1)
-    length = np.sqrt(np.square(total).mean(axis=2).sum(axis=1))
-    return replace(
-        t,
-        gradient_sketch=total,
-        noised_sketch=total,
-        grad_norm=length / t.expected_batch_size,
-        grad_norm_noised=length / t.expected_batch_size,
-    )
-
-
-def with_total(t: Trajectory, norm: Any) -> Trajectory:
-    """`t` with other total norms, and the factors and the sum that follow from them."""
-    factor = np.minimum(1.0, t.max_grad_norm[:, None] / norm)
-    return summed(replace(t, sample_norm=norm, clip_factor=factor), factor)
-
-
-def with_factors(t: Trajectory, factor: Any) -> Trajectory:
-    """`t` with other clip factors, and the sum that follows from them."""
-    return summed(replace(t, clip_factor=factor), factor)
 
 
 def rolled(values: Any) -> Any:
@@ -200,10 +151,25 @@ FACTORS = {
         (FACTOR.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
     ),
     "are clipped not at C but at 0.9 C": np.minimum(1, 0.9 * C / NORM),
-    "clipped not at C but at 1.12, 1.05, 36.1, 39.4 C (step by step)": np.minimum(
+    "clipped not at C but at 1.11, 1.05, 35.7, 39.1 C (step by step)": np.minimum(
+        1, np.quantile(NORM, 0.87, axis=1, keepdims=True) / NORM
+    ),
+    "not at C but at the 0.9 quantile norm in the step": np.minimum(
         1, np.quantile(NORM, 0.9, axis=1, keepdims=True) / NORM
     ),
-    "another function of n / C than min(1, C / n): 0.85 where n is 0.796 C": np.tanh(C / NORM),
+    "not at C but at the median norm in the micro-batch, where that is less than C": np.minimum(
+        1,
+        np.minimum(C, np.median(NORM.reshape(-1, 4, 3), axis=2).repeat(3, axis=1)) / NORM,
+    ),
+    "they are rounded down to multiples of 1/8": np.floor(8 * FACTOR) / 8,
+    "not clipped are the first sample of each micro-batch of rank 0": np.where(
+        (np.arange(12) % 3 == 0) & (np.arange(12) < 6), 1, FACTOR
+    ),
+    "another function of n / C than min(1, C / n): 0.574 where n is 0.796 C": (
+        1 / (1 + (NORM / C) ** 1.3)
+    ),
+    "they are tanh(C / n)": np.tanh(C / NORM),
+    "they are min(1, C / n)^1.5": np.minimum(1, C / NORM) ** 1.5,
     "samples are clipped from 1.22 to 24.5 C on, and not below": np.where(
         NORM > 2 * C, C / NORM, 1
     ),
@@ -230,6 +196,13 @@ THIRD = np.square(BY_PARAMETER[..., 3:4])
 APART = np.sqrt(np.where(np.arange(6) == 3, THIRD, NORM[..., None] ** 2 - THIRD))
 """[S, N, P] norm of the one parameter's gradient, or of all the others'."""
 SUMS = {
+    "missing are 9 of 12 samples (1, 2, 3, 4, 6, 7, 8, 9, ...) at step 0": (
+        FACTOR * np.isin(np.arange(12), [0, 5, 10])
+    ),
+    "samples count with 0.1 + 1 c in place of the factor c": FACTOR + 0.1,
+    "counting twice are the first sample of each micro-batch and missing are the last sample": (
+        FACTOR * np.tile([2, 1, 0], 4)
+    ),
     "missing are micro-batch 1 of rank 0": np.where(IS_LAST & ~IS_RANK_1, 0, FACTOR),
     "they count with factor 1": np.ones_like(FACTOR),
     "clip factors are applied twice": FACTOR**2,
@@ -529,6 +502,8 @@ UPDATES: dict[str, Callable[[Any, Any], Any]] = {
     "the learning rate is 2, 1 times the right one from step 2 on": lambda n, s: (
         n * np.where(STEP == 2, 2, 1)
     ),
+    "multiplied by 1 over the number of the step, from 1": lambda n, s: n / (1 + STEP),
+    "multiplied by 0 at step 1": lambda n, s: n * (STEP != 1),
 }
 
 
@@ -559,6 +534,8 @@ def test_a_scaled_division_is_not_called_noise() -> None:
     sentence = found(replace(t, noised_sketch=t.noised_sketch / 12)).sentence
     assert "divides the sum wrongly: it is the right one divided by B" in sentence
     assert "noise" not in sentence
+    sentence = found(replace(t, noised_sketch=t.noised_sketch * 12 / 7)).sentence
+    assert "it is divided by 7 rather than 12, the expected batch size" in sentence
 
 
 def test_two_independent_errors_are_both_named() -> None:

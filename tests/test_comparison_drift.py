@@ -208,6 +208,8 @@ def without_columns(t: Trajectory, layer: int, parameter: int) -> Trajectory:
         ("sample_sketch", 2),
         ("sample_shard_sketch", 2),
         ("sample_other_norm", 2),
+        ("sample_part_square", 2),
+        ("part_sketch", 2),
         ("moved_sketch", 2),
         ("gradient_sketch", 1),
         ("noised_sketch", 1),

@@ -166,9 +166,17 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "shift": (lambda z, rng: z + 0.1, "the mean of its noise is 0.1"),
     "uniform": (
         lambda z, rng: rng.uniform(-np.sqrt(3), np.sqrt(3), z.shape),
-        "from the normal one",
+        "its noise is not normal but uniform",
     ),
-    "Laplace": (lambda z, rng: rng.laplace(0, np.sqrt(0.5), z.shape), "the kurtosis of its noise"),
+    "Laplace": (
+        lambda z, rng: rng.laplace(0, np.sqrt(0.5), z.shape),
+        "its noise is not normal but a Laplace distribution",
+    ),
+    "small Laplace": (
+        lambda z, rng: rng.laplace(0, 0.5 * np.sqrt(0.5), z.shape),
+        "its noise is not normal but a Laplace distribution, with std 0.",
+    ),
+    "half normal": (lambda z, rng: np.abs(z), "the absolute value of normal noise"),
     "a tenth zero": (_a_tenth_zero, "the value 0 stands"),
     "first block": (
         _only(0, every, every, every, slice(64, None)),

@@ -328,6 +328,15 @@ def test_wrong_sums_are_what_their_words_say() -> None:
     name, c = "reused.weight", attrgetter("factor")
     check(SumFormula.FIRST_USE, name, lambda s: c(s) * use(s, "first"))
     check(SumFormula.LAST_USE, name, lambda s: c(s) * use(s, "last"))
+    check(
+        SumFormula.USES_SUMMED_FIRST,
+        name,
+        lambda s: (
+            c(s)
+            * (s.outputs["first"] + s.outputs["last"]).T
+            @ (s.inputs["first"] + s.inputs["last"])
+        ),
+    )
 
     def both(sample: Sample) -> Tensor:
         return use(sample, "first") + use(sample, "last")
@@ -509,6 +518,8 @@ def test_a_record_of_the_schema_before_is_read_without_what_it_lacks(tmp_path: P
         del values[name]
     for name in ("sample_other_norm", "sample_other_loss", "moved_sketch"):
         del values[name]
+    for name in ("sample_part_square", "sample_target_loss", "sample_size", "part_sketch"):
+        del values[name]
     np.savez(path, **{**values, "schema": np.int64(2)})
     read = Trajectory.load(path)
     assert np.array_equal(read.gradient_sketch, t.gradient_sketch)
@@ -524,7 +535,8 @@ def test_a_record_with_fewer_alternatives_is_read(tmp_path: Path) -> None:
     t.save(path)
     with np.load(path) as archive:
         values = dict(archive)
-    del values["sample_other_loss"]
+    for name in ("sample_other_loss", "sample_part_square", "sample_size", "part_sketch"):
+        del values[name]
     np.savez(path, **{**values, "schema": np.int64(3)})
     read = Trajectory.load(path)
     assert read.moved_sketch.shape == (S, 10, P, 4)

@@ -248,6 +248,8 @@ def _leading(culprits: Mapping[Key, Culprit], findings: Sequence[Finding]) -> Cu
     where the noise is at fault.
     """
     alone = [f.culprit for f in findings if f.culprit]
+    # Where noise is all there is, more of it is known.
+    alone.sort(key=lambda c: c.stage is Stage.NOISE and kind_of(c.regime) != NOISE)
     first = first_of(culprits)
     if first is None:
         return next((c for c in alone if not c.breaks_bound), next(iter(alone), None))

@@ -121,6 +121,10 @@ class NormFormula(enum.StrEnum):
     )
     ROWS_OF_8 = "without the rows after the last full tile of 8"
     LAST_USE_ROWS_OF_8 = "without the rows of its last use after the last full tile of 8"
+    USES_SUMMED_FIRST = (
+        "of the sum of its uses' inputs with the sum of their output gradients: uses are summed "
+        "before they are multiplied"
+    )
 
 
 class SumFormula(enum.StrEnum):
@@ -211,6 +215,13 @@ class SumFormula(enum.StrEnum):
     LAST_NOT_REDUCED = (
         "not reduced over ranks for the last micro-batch: of that, each rank has its own samples"
     )
+    USES_SUMMED_FIRST = NormFormula.USES_SUMMED_FIRST.value
+    COLUMNS_REVERSED = "in reverse order of its columns"
+    TWO_ROWS_DOWN = "shifted down by two rows"
+    TWO_ROWS_UP = "shifted up by two rows"
+    HALVES_EXCHANGED = "rotated by half of its rows"
+    COLUMN_HALVES_EXCHANGED = "rotated by half of its columns"
+    IN_COLUMN_ORDER = "read column by column, as a transposed copy is, in the right shape"
 
 
 class LossFormula(enum.StrEnum):
@@ -265,3 +276,4 @@ class LossFormula(enum.StrEnum):
         "of the tokens of the samples at the same places of the micro-batch before, with all else "
         "right: a buffer is not filled anew"
     )
+    TARGETS_BACKWARDS = "of targets shifted the other way: each position predicts the token before"

@@ -24,8 +24,8 @@ from dpsgd_track.record.alternatives import SumFormula
 from dpsgd_track.record.columns import TornFile, open_archive
 from dpsgd_track.record.noise_draws import NoiseDraws
 
-SCHEMA_VERSION = 4
-_BEFORE = (2, 3)
+SCHEMA_VERSION = 5
+_BEFORE = (2, 3, 4)
 """Schema versions of records that lack some of the fields of `_absent_before`; they are read."""
 _DRAWS = "noise_draws"
 
@@ -55,19 +55,33 @@ SAMPLE_COLUMNS = (
     "sample_shard_sketch",
     "sample_other_norm",
     "sample_other_loss",
+    "sample_part_square",
+    "sample_target_loss",
+    "sample_size",
 )
 """Fields with one entry for each sample of a step."""
 
-_OF_REFERENCE = ("sample_sketch", "sample_shard_sketch", "sample_other_norm", "moved_sketch")
+_OF_REFERENCE = (
+    "sample_sketch",
+    "sample_shard_sketch",
+    "sample_other_norm",
+    "sample_part_square",
+    "moved_sketch",
+    "part_sketch",
+)
 """Fields by parameter that the reference alone records."""
-ALTERNATIVES = (*_OF_REFERENCE, "sample_other_loss")
-"""Fields of wrong alternatives, from which causes are named. No verdict depends on them."""
+_BY_SAMPLE_AND_OTHERS = ("sample_other_loss", "sample_target_loss", "sample_size")
+"""Fields by sample with another axis."""
+ALTERNATIVES = (*_OF_REFERENCE, *_BY_SAMPLE_AND_OTHERS)
+"""Fields from which causes alone are named. No verdict depends on them."""
 
 LARGE = (
     "sample_norm_by_parameter",
     "sample_sketch",
     "sample_shard_sketch",
     "sample_other_norm",
+    "sample_part_square",
+    "part_sketch",
     "moved_sketch",
     "gradient_sketch",
     "noised_sketch",
@@ -156,6 +170,18 @@ class Trajectory:
     one does not apply. F is 0 but in the reference's clip regime on a small model."""
     sample_other_loss: Floats
     """[S, N, F] value of each `LossFormula`, wrong losses of the sample, as `sample_other_norm`."""
+    sample_part_square: Floats
+    """[S, N, P, X] squares of each sample's gradient by position, row and column, as `parts` lays
+    them out; NaN where those are too many. X is 0 but in the reference's record of a small model.
+    """
+    sample_target_loss: Floats
+    """[S, N, T] loss of each target; NaN of positions without one. T is 0 where not recorded."""
+    sample_size: Floats
+    """[S, N, 2] numbers of tokens and of targets, NaN where not counted; the last axis is 0 where
+    not recorded."""
+    part_sketch: Floats
+    """[S, M, P, K] projections of the parts of the clipped sum, and of the sum without clipping, as
+    `parts` lays them out; NaN as above. K is 0 but in the reference's record of a small model."""
     moved_sketch: Floats
     """[S, V, P, K] the projections of the wrong clipped sum of each `SumFormula`; NaN where one
     does not apply. K is 0 but in the reference's clip regime on a small model."""
@@ -392,7 +418,7 @@ def _check_values(t: Trajectory, name: str) -> None:
 
 
 def _absent_before(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The fields that schemas 3 and 4 added, as a run that does not record them has them."""
+    """The fields that schemas 3 to 5 added, as a run that does not record them has them."""
     S, N = (*values.get("sample_index", np.empty((0, 0))).shape, 0, 0)[:2]
     P = values.get("parameter_names", np.empty(0)).size
     return {
@@ -400,7 +426,9 @@ def _absent_before(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]
         "sample_sketch": np.empty((S, N, P, 0), dtype=np.float32),
         "sample_shard_sketch": np.empty((S, N, P, 0), dtype=np.float32),
         "sample_other_norm": np.empty((S, N, P, 0), dtype=np.float32),
-        "sample_other_loss": np.empty((S, N, 0), dtype=np.float32),
+        **{name: np.empty((S, N, 0), dtype=np.float32) for name in _BY_SAMPLE_AND_OTHERS},
+        "sample_part_square": np.empty((S, N, P, 0), dtype=np.float32),
+        "part_sketch": np.empty((S, 0, P, 0), dtype=np.float32),
         "moved_sketch": np.empty((S, len(SumFormula), P, 0), dtype=np.float32),
     }
 
@@ -411,7 +439,7 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         "layer_names": 1,
         "parameter_names": 1,
         "gradient_sketch": 3,
-        "sample_other_loss": 3,
+        **dict.fromkeys(_BY_SAMPLE_AND_OTHERS, 3),
         **dict.fromkeys(_OF_REFERENCE, 4),
         "noise_samples": 4,
     }.items():
@@ -432,8 +460,12 @@ def _check_shapes(shape_of: Callable[[str], tuple[int, ...]]) -> None:
         "sample_sketch": (S, N, P, shape_of("sample_sketch")[-1]),
         "sample_shard_sketch": (S, N, P, shape_of("sample_shard_sketch")[-1]),
         "sample_other_norm": (S, N, P, shape_of("sample_other_norm")[-1]),
-        "sample_other_loss": (S, N, shape_of("sample_other_loss")[-1]),
-        "moved_sketch": (S, shape_of("moved_sketch")[1], P, shape_of("moved_sketch")[-1]),
+        "sample_part_square": (S, N, P, shape_of("sample_part_square")[-1]),
+        **{name: (S, N, shape_of(name)[-1]) for name in _BY_SAMPLE_AND_OTHERS},
+        **{
+            name: (S, shape_of(name)[1], P, shape_of(name)[-1])
+            for name in ("moved_sketch", "part_sketch")
+        },
         **dict.fromkeys(("gradient_sketch", "noised_sketch", "weight_sketch"), (S, P, K)),
         "noise_samples": (S, noise[1], P, noise[-1]),
     }

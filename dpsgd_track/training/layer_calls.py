@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,6 +59,18 @@ class Share:
         assert self.row_T is not None, "only an embedding has rows"
         rows = int(self.row_T.max()) + 1
         return left_TP.new_zeros(rows, left_TP.shape[1]).index_add_(0, row_T, left_TP)
+
+    def add_by_position(self, total: Tensor) -> None:
+        """Add each position's share of the gradient to `total`, [T, *parameter]."""
+        if self.right_TD is not None:
+            one, other = self.left_TP, self.right_TD
+            if self.is_transposed:
+                one, other = other, one
+            total.add_(one[:, :, None] * other[:, None, :])
+        elif self.row_T is not None:
+            total[torch.arange(len(self.row_T)), self.row_T] += self.left_TP
+        else:
+            total.add_(self.left_TP)
 
     def products(self) -> Tensor:
         """[T, T] inner products of the positions' shares; their sum is the squared norm."""

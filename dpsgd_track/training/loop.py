@@ -33,6 +33,7 @@ from dpsgd_track.privacy.accounting import (
 from dpsgd_track.privacy.noise import NoiseSource, fresh_key
 from dpsgd_track.record import names
 from dpsgd_track.record.alternatives import SumFormula
+from dpsgd_track.record.parts import NUM_SUM_PARTS
 from dpsgd_track.training import noise_draws, noise_samples
 from dpsgd_track.training.clip_bounds import AT_BOUND, NUM_MIXED, SAME_BOUND, bounds_of
 from dpsgd_track.training.clock import StepClock
@@ -49,6 +50,7 @@ from dpsgd_track.training.other_sums import other_sums
 from dpsgd_track.training.prepare import PreparedRun, require_taken
 from dpsgd_track.training.recorder import Recorder, StepObservation
 from dpsgd_track.training.sample_observer import SampleObserver
+from dpsgd_track.training.target_losses import sizes_of
 
 DRAWS = -1
 """Step number of the noise-only steps of the noise regime, which have one batch and one C."""
@@ -194,7 +196,7 @@ class RegimeRun(PreparedRun):
             clipped = mode.clipped_sum()
         parts = [replace(p, local=clipped.gradients[p.name]) for p in mode.weight_parts()]
         gradient = measure(mode, parts)
-        moved_sketch = self._moved_sketch(parts)
+        moved_sketch, part_sketch = self._moved_sketch(parts), self._part_sketch()
         with clock.running():
             mode.privatize(clipped, source)
         # Before `mode.step`: noise added in there would be missing in another training loop.
@@ -206,7 +208,12 @@ class RegimeRun(PreparedRun):
         mode.zero_grad()
         observed = self._observer.take() if self._observer else None
         local = local_samples(
-            records, rank_batch.indices, rank_batch.digests, self.parameter_names, observed
+            records,
+            rank_batch.indices,
+            rank_batch.digests,
+            self.parameter_names,
+            observed,
+            sizes_of(mode.context.loss, rank_batch.batches),
         )
         weights_before, self.weights = self.weights, measure(mode, mode.weight_parts())
         time_ms, memory_gib = largest_of_ranks(
@@ -219,6 +226,7 @@ class RegimeRun(PreparedRun):
             samples=samples,
             gradient=gradient,
             moved_sketch=moved_sketch,
+            part_sketch=part_sketch,
             noised=noised,
             weights_before=weights_before,
             weights_after=self.weights,
@@ -240,6 +248,12 @@ class RegimeRun(PreparedRun):
         if self._observer is None:
             return np.empty((len(SumFormula), len(parts), 0))
         return other_sums(self.mode, parts, self._observer.sums())
+
+    def _part_sketch(self) -> NDArray[np.float64]:
+        """[M, P, K] sketch of the clipped sum by part; K may be 0."""
+        if self._observer is None:
+            return np.empty((NUM_SUM_PARTS, len(self.parameter_names), 0))
+        return self._observer.part_sketches(self.parameter_names, self.device)
 
     def _noise(self, step: int, parts: list[LocalPart]) -> NDArray[np.float32]:
         """[W, P, M] sampled elements of the noise on each rank's shards; empty if not recorded."""

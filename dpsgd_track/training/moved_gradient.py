@@ -30,6 +30,15 @@ def _rolled(gradient: Tensor, world_size: int, *, by: int, axis: int) -> Tensor:
     return gradient.roll(by, axis)
 
 
+def _rotated_by_half(gradient: Tensor, world_size: int, *, axis: int) -> Tensor:
+    return gradient.roll(gradient.shape[axis] // 2, axis)
+
+
+def _in_column_order(gradient: Tensor, world_size: int) -> Tensor:
+    rows = gradient.reshape(len(gradient), -1)
+    return rows.reshape(rows.shape[1], rows.shape[0]).mT.reshape(gradient.shape)
+
+
 def _shards_rotated(gradient: Tensor, world_size: int, *, by: int) -> Tensor:
     padded = _padded(gradient, world_size)
     return padded.roll(by * (len(padded) // world_size), 0)[: len(gradient)]
@@ -114,5 +123,11 @@ MOVES: dict[SumFormula, Callable[[Tensor, int], Tensor]] = {
     SumFormula.MEAN_OF_ELEMENTS: lambda g, world_size: g.mean().expand_as(g),
     SumFormula.SUM_OF_ELEMENTS: lambda g, world_size: g.sum().expand_as(g),
     SumFormula.FIRST_SHARD_ALONE: _first_shard_alone,
+    SumFormula.COLUMNS_REVERSED: lambda gradient, world_size: gradient.flip(-1),
+    SumFormula.TWO_ROWS_DOWN: partial(_rolled, by=2, axis=0),
+    SumFormula.TWO_ROWS_UP: partial(_rolled, by=-2, axis=0),
+    SumFormula.HALVES_EXCHANGED: partial(_rotated_by_half, axis=0),
+    SumFormula.COLUMN_HALVES_EXCHANGED: partial(_rotated_by_half, axis=-1),
+    SumFormula.IN_COLUMN_ORDER: _in_column_order,
 }
 """The formulas that move or lose elements of the right sum."""

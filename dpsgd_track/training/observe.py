@@ -7,6 +7,7 @@ of all ranks.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,12 @@ class GatheredSamples:
     """[N, P, V] value of each `NormFormula`; V is 0 where they are not recorded."""
     other_loss: Floats
     """[N, F] value of each `LossFormula`; F is 0 where they are not recorded."""
+    part_square: Floats
+    """[N, P, X] squares of the gradients by part; X is 0 where they are not recorded."""
+    target_loss: Floats
+    """[N, T] loss of each target; T is 0 where they are not recorded."""
+    size: Floats
+    """[N, 2] numbers of tokens and of targets; the last axis is 0 where they are not recorded."""
     digests: NDArray[np.int64]
 
     def mean_loss(self) -> float:
@@ -102,15 +109,23 @@ def local_samples(
     digests: tuple[int, ...],
     parameter_names: list[str],
     observed: Observed | None = None,
+    sizes: Floats | None = None,
 ) -> GatheredSamples:
     """This rank's samples of all micro-batches of a step.
 
     Args:
         observed: what `SampleObserver.take` gave; None without an observer.
+        sizes: [N, 2] numbers of tokens and of targets; None where they are not recorded.
     """
     N, P = len(indices), len(parameter_names)
-    nothing = np.empty((N, P, 0))
-    seen = observed or Observed(sketch=nothing, other_norm=nothing, other_loss=np.empty((N, 0)))
+    nothing, none = np.empty((N, P, 0)), np.empty((N, 0))
+    seen = observed or Observed(
+        sketch=nothing,
+        other_norm=nothing,
+        other_loss=none,
+        part_square=nothing,
+        target_loss=none,
+    )
     return GatheredSamples(
         np.array(indices, dtype=np.int64),
         np.full(len(indices), dist.get_rank(), dtype=np.int64),
@@ -122,47 +137,46 @@ def local_samples(
         seen.sketch,
         seen.other_norm,
         seen.other_loss,
+        seen.part_square,
+        seen.target_loss,
+        none if sizes is None else sizes,
         np.array(digests, dtype=np.int64),
     )
 
 
 def gather_samples(local: GatheredSamples, device: torch.device) -> GatheredSamples:
     """Samples of all ranks, on every rank; a rank may hold none."""
-    N, P, K = local.sketch.shape
-    V, F = local.other_norm.shape[2], local.other_loss.shape[1]
-    wide = np.concatenate([local.sketch, local.other_norm], axis=2).reshape(N, P * (K + V))
-    floats = np.column_stack(
-        [
-            local.loss,
-            local.norm,
-            local.clip_factor,
-            local.other_loss,
-            local.norm_by_parameter,
-            wide,
-        ]
-    )
+    floats = [getattr(local, name) for name in _FLOATS]
+    shapes = [values.shape[1:] for values in floats]
+    widths = [math.prod(shape) for shape in shapes]
+    flat = [v.reshape(len(v), width) for v, width in zip(floats, widths, strict=True)]
     # Floats are sent as their bits, in one table with the integers.
-    integers = [local.index, local.rank, local.micro_batch, local.digests]
-    whole = np.column_stack([*integers, floats.view(np.int64)])
+    integers = [getattr(local, name) for name in _INTEGERS]
+    whole = np.column_stack([*integers, np.concatenate(flat, axis=1).view(np.int64)])
     whole = _gather_rows(torch.from_numpy(whole), device)
     whole = whole[np.argsort(whole[:, 0], kind="stable")]
-    index, rank, micro_batch, digests = whole[:, : len(integers)].T
     table = whole[:, len(integers) :].copy().view(np.float64)
-    scalars, by_parameter = table[:, : 3 + F], table[:, 3 + F :]
-    of_gradient = by_parameter[:, P:].reshape(len(table), P, K + V)
-    return GatheredSamples(
-        index=index,
-        rank=rank,
-        loss=scalars[:, 0],
-        norm=scalars[:, 1],
-        clip_factor=scalars[:, 2],
-        norm_by_parameter=by_parameter[:, :P],
-        micro_batch=micro_batch,
-        sketch=of_gradient[..., :K],
-        other_norm=of_gradient[..., K:],
-        other_loss=scalars[:, 3:],
-        digests=digests,
-    )
+    pieces = np.split(table, np.cumsum(widths)[:-1], axis=1)
+    gathered = [p.reshape(len(p), *shape) for p, shape in zip(pieces, shapes, strict=True)]
+    columns: dict[str, NDArray[Any]] = dict(zip(_INTEGERS, whole.T, strict=False))
+    columns.update(zip(_FLOATS, gathered, strict=True))
+    return GatheredSamples(**columns)
+
+
+_INTEGERS = ("index", "rank", "micro_batch", "digests")
+_FLOATS = (
+    "loss",
+    "norm",
+    "clip_factor",
+    "norm_by_parameter",
+    "sketch",
+    "other_norm",
+    "other_loss",
+    "part_square",
+    "target_loss",
+    "size",
+)
+"""Fields of samples, by type."""
 
 
 def _gather_rows(local: Tensor, device: torch.device) -> NDArray[Any]:

@@ -73,7 +73,7 @@ def other_losses(
         ):
             if other is not None:
                 values[formula] = loss(logits, other.targets)
-        inner = _inner(loss)
+        inner = inner_loss(loss)
         if inner not in _WITHOUT_CLASSES:
             probabilities, capped = logits.softmax(-1), 30 * torch.tanh(logits / 30)
             values[LossFormula.PROBABILITIES_AS_LOGITS] = loss(probabilities, sample.targets)
@@ -90,7 +90,7 @@ def other_losses(
     )
 
 
-def _inner(loss: PerSampleLoss) -> PerSampleLoss:
+def inner_loss(loss: PerSampleLoss) -> PerSampleLoss:
     """The loss without its check that it is one number a sample."""
     inner: PerSampleLoss = getattr(loss, "__wrapped__", loss)
     return inner
@@ -122,7 +122,7 @@ def _of_inputs(
         shorter, tokens, targets = mask.clone(), ids.clone(), sample.targets.clone()
         shorter[0, last] = 0
         tokens[0, last] = 0
-        if _inner(loss) in _OF_INPUTS:
+        if inner_loss(loss) in _OF_INPUTS:
             targets[0, last] = IGNORED
         values[LossFormula.LAST_TOKEN_LOST] = given(
             targets, input_ids=tokens, attention_mask=shorter
@@ -217,6 +217,9 @@ def _of_targets(
         later[:, -1] = IGNORED
         values[LossFormula.NOT_SHIFTED] = loss(logits.roll(-1, 1), targets)
         values[LossFormula.SHIFTED_TWICE] = loss(logits, later)
+        earlier = targets.roll(2, 1)
+        earlier[:, :2] = IGNORED
+        values[LossFormula.TARGETS_BACKWARDS] = loss(logits, earlier)
     if len(used) > 1:
         lost = [targets.clone(), targets.clone()]
         lost[0][0, used[-1]] = IGNORED

@@ -29,6 +29,7 @@ class StepObservation:
     gradient: Measured
     """The clipped sum."""
     moved_sketch: NDArray[np.float64]
+    part_sketch: NDArray[np.float64]
     """[V, P, K] sketch of the wrong clipped sum of each `SumFormula`; K may be 0."""
     noised: Measured
     """(Clipped sum + noise) / expected batch size."""
@@ -88,6 +89,10 @@ class Recorder:
             "sample_shard_sketch": shard_sketch,
             "sample_other_norm": seen.samples.other_norm.astype(np.float32),
             "sample_other_loss": seen.samples.other_loss.astype(np.float32),
+            "sample_part_square": seen.samples.part_square.astype(np.float32),
+            "sample_target_loss": seen.samples.target_loss.astype(np.float32),
+            "sample_size": seen.samples.size.astype(np.float32),
+            "part_sketch": seen.part_sketch.astype(np.float32),
             "moved_sketch": seen.moved_sketch.astype(np.float32),
             "gradient_sketch": seen.gradient.sketch,
             "noised_sketch": seen.noised.sketch * divisor,

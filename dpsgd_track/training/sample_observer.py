@@ -20,9 +20,12 @@ from dpsgd_track.modes.protocol import SampleRun
 from dpsgd_track.privacy.batch import Batch
 from dpsgd_track.privacy.loss import PerSampleLoss
 from dpsgd_track.record.alternatives import LossFormula, NormFormula
+from dpsgd_track.record.parts import MOST_POSITIONS, NUM_SQUARES, NUM_SUM_PARTS
+from dpsgd_track.training.gradient_parts import GradientParts
 from dpsgd_track.training.layer_calls import LayerCalls, Share
 from dpsgd_track.training.norm_formulas import NORM_PLACES, formulas
 from dpsgd_track.training.other_losses import other_losses
+from dpsgd_track.training.target_losses import target_losses
 from dpsgd_track.training.wrong_gradients import other_inputs, wrong_gradients
 from dpsgd_track.training.wrong_sums import WrongSums
 
@@ -41,6 +44,10 @@ class Observed:
     """[N, P, V] value of each `NormFormula`."""
     other_loss: Floats
     """[N, F] value of each `LossFormula`."""
+    part_square: Floats
+    """[N, P, X] squares of the gradients by part; X is 0 of a large model."""
+    target_loss: Floats
+    """[N, T] loss of each target; NaN of positions without one."""
 
 
 @dataclass
@@ -70,6 +77,9 @@ class SampleObserver:
         self._sketches: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._losses: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        self._target_losses: list[Tensor] = []
+        self._parts = GradientParts()
         self._sums = WrongSums()
         self._now, self._before = _MicroBatch(), _MicroBatch()
         self._of_last_step = _MicroBatch()
@@ -120,6 +130,8 @@ class SampleObserver:
         if self._keeps_samples:
             now.shares.append(shares)
             self._note_added(place)
+            known = {name: shares.get(name, ()) for name in gradients if wrong[name]}
+            self._squares.append(self._parts.see(gradients, known))
 
     def _note_added(self, place: int) -> None:
         """Record the norms of the last sample's gradient with another's added."""
@@ -137,7 +149,10 @@ class SampleObserver:
         Args:
             factors: by parameter; 0 of a sample that is left out.
         """
-        self._sums.weigh([float(factor) for factor in factors])
+        of_parameters = [float(factor) for factor in factors]
+        self._sums.weigh(of_parameters)
+        if self._keeps_samples:
+            self._parts.weigh(of_parameters)
 
     def end_batch(self) -> None:
         """The samples seen since the last call are one micro-batch."""
@@ -160,6 +175,8 @@ class SampleObserver:
             loss, batch, index, run, before=before, first=self._first, num_tokens=tokens
         )
         self._losses.append(values)
+        sample = batch.sample(index)
+        self._target_losses.append(target_losses(loss, sample, run))
 
     def discard(self) -> None:
         """Forget what was seen since the last `take`."""
@@ -171,20 +188,39 @@ class SampleObserver:
         """Wrong clipped sums of this rank's samples since the last call of `take`."""
         return self._sums
 
+    def part_sketches(self, names: Sequence[str], device: torch.device) -> Floats:
+        """[M, P, K] projections of the parts of all ranks' clipped sums; K is 0 of a large model.
+
+        Args:
+            names: of all parameters.
+        """
+        if not self._keeps_samples:
+            return np.empty((NUM_SUM_PARTS, len(names), 0))
+        return self._parts.sketches(names, device)
+
     def take(self) -> Observed:
         """Records since the last call."""
-        widths = 2 * NUM_PROJECTIONS, len(NormFormula)
-        taken = []
-        for values, width in zip((self._sketches, self._norms), widths, strict=True):
-            empty = np.empty((0, self._num_parameters, width))
-            taken.append(torch.stack(values).double().numpy() if values else empty)
-            values.clear()
-        none = np.empty((0, len(LossFormula)))
-        losses = torch.stack(self._losses).numpy() if self._losses else none
-        self._losses.clear()
-        self._sums, self._first = WrongSums(), None
+        N, P, X = len(self._losses), self._num_parameters, NUM_SQUARES if self._keeps_samples else 0
+        observed = Observed(
+            sketch=_taken(self._sketches, P, 2 * NUM_PROJECTIONS),
+            other_norm=_taken(self._norms, P, len(NormFormula)),
+            other_loss=_taken(self._losses, len(LossFormula)),
+            part_square=_taken(self._squares, P, X) if X else np.empty((N, P, 0)),
+            target_loss=_taken(self._target_losses, MOST_POSITIONS),
+        )
+        self._sums, self._first, self._parts = WrongSums(), None, GradientParts()
         self._now, self._of_last_step = _MicroBatch(), self._before
-        return Observed(sketch=taken[0], other_norm=taken[1], other_loss=losses)
+        return observed
+
+
+def _taken(values: list[Tensor], *shape: int) -> Floats:
+    """[N, *shape] what was kept of each sample, which is forgotten.
+
+    Of a large model some is kept of no sample, and has no elements.
+    """
+    taken = torch.stack(values).double().numpy() if values else np.empty((0, *shape))
+    values.clear()
+    return taken
 
 
 def _sketch(name: str, gradient: Tensor) -> Tensor:

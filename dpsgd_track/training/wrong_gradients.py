@@ -110,6 +110,8 @@ def wrong_gradients(
             SumFormula.FIRST_USE_DOUBLED: right_G + uses[0],
             SumFormula.LAST_USE_DOUBLED: right_G + uses[-1],
         }
+        if all(_fits(share, shares[0].right_TD) for share in shares):
+            found[SumFormula.USES_SUMMED_FIRST] = _summed_first(shares)
         if len(right_G) > _ROWS and rest:
             found[SumFormula.LAST_USE_ROWS_OF_8] = _without_last(right_G, uses[-1], rest)
     found |= {
@@ -128,6 +130,13 @@ def wrong_gradients(
     if rows := rows_of(shares):
         found |= _of_rows(rows, right_G)
     return found
+
+
+def _summed_first(shares: Sequence[Share]) -> Tensor:
+    """Product of the summed inputs and the summed output gradients of a linear weight."""
+    inputs = torch.stack([s.right_TD for s in shares if s.right_TD is not None])
+    outputs = torch.stack([s.left_TP for s in shares])
+    return shares[0].total(outputs.sum(dim=0), inputs.sum(dim=0))
 
 
 def _without_last(right_G: Tensor, part_G: Tensor, num_rows: int) -> Tensor:

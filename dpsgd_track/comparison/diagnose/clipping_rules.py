@@ -188,7 +188,9 @@ def _error(
 
 def _spread(off: Floats, is_known: NDArray[np.bool_]) -> float:
     """Root mean square of [S, P] errors about the median of their step."""
-    known = np.where(is_known, off, np.nan)
+    # A step of which nothing is known has no median.
+    is_told = is_known.any(axis=1)
+    known = np.where(is_known, off, np.nan)[is_told]
     return float(np.sqrt(np.nanmean(np.square(known - np.nanmedian(known, axis=1)[:, None]))))
 
 

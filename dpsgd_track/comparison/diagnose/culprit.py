@@ -222,7 +222,7 @@ def _culprit_at(
         places=arose,
         inherited=inherited,
         samples=tuple(aligned.baseline.sample_index[row, samples].tolist()),
-        sample_group=group_of(samples, aligned.other, row),
+        sample_group=group_of(samples, aligned.other, row, baseline=aligned.baseline),
         ranks=_ranks(samples, aligned, row),
         observable=rung.observable,
         value=rung.value,

@@ -7,6 +7,6 @@ block, so that the signs of any two elements are uncorrelated. E[s_k^2] = ||x||^
 equal norms do not hide a different direction.
 """
 
-from dpsgd_track.kernels.sketch.reference import NUM_PROJECTIONS, norm_and_sketch
+from dpsgd_track.kernels.sketch.reference import NUM_PROJECTIONS, norm_and_sketch, signs_of
 
-__all__ = ["NUM_PROJECTIONS", "norm_and_sketch"]
+__all__ = ["NUM_PROJECTIONS", "norm_and_sketch", "signs_of"]

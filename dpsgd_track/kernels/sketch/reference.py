@@ -45,6 +45,15 @@ def norm_and_sketch(name: str, local: Tensor, start: int, num_elements: int) -> 
     return total
 
 
+@cache
+def signs_of(name: str, num_elements: int) -> Tensor:
+    """[NUM_PROJECTIONS, num_elements] float64 signs of a small parameter's elements, on the CPU."""
+    num_blocks = -(-num_elements // BLOCK_ELEMENTS)
+    of_positions = _position_signs(torch.device("cpu"))
+    signs = _block_signs(name, num_blocks).mT[:, :, None] * of_positions[:, None, :]
+    return signs.flatten(1)[:, :num_elements]
+
+
 def _signs(key: str, *shape: int) -> Tensor:
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsgd_track.comparison.audit.noise.check import NoiseCheck, Place
+from dpsgd_track.comparison.audit.noise.other_forms import other_form
 from dpsgd_track.comparison.audit.noise.samples import FINE, Samples
 from dpsgd_track.record.trajectory import Floats
 
@@ -30,6 +31,8 @@ _FEWEST = 16
 """Least number of repeated elements in a shard."""
 _MOST_VALUES, _VALUES_SHARE = 1024, 1 / 16
 """Most different values of noise that takes few, in all and as a share of the elements."""
+_OF_NORMAL = 0.5
+"""Most values as a share of those of normal noise of the same stds."""
 _LEAST_SHARE_OF_STEP, _SPREAD = 0.25, 0.15
 """Least share of a step's noise in the next one's, and how much it may vary over the steps."""
 
@@ -40,6 +43,7 @@ def explanation(samples: Samples) -> NoiseCheck | None:
         _few_values,
         _zeros_at_the_end,
         _repeated,
+        _other_distribution,
         _carried_over,
     )
     for form in forms:
@@ -61,18 +65,33 @@ def explanation(samples: Samples) -> NoiseCheck | None:
     return None
 
 
+def _other_distribution(samples: Samples) -> tuple[str, Place] | None:
+    said = other_form(samples)
+    return (said, Place()) if said else None
+
+
 def _few_values(samples: Samples) -> tuple[str, Place] | None:
     """Noise from a table, or of signs alone."""
     if samples.resolution > FINE:
         return None
     flat = samples.noise[:, samples.held]
     flat = flat[flat != 0]
-    values = np.unique(np.rint(flat / _CLOSE))
-    # A value that lies between two bins falls into both.
-    num = int((np.diff(values, prepend=-np.inf) > 1).sum())
+    num = _num_values(flat)
     if not 1 < num <= min(_MOST_VALUES, _VALUES_SHARE * flat.size):
         return None
+    # Noise of a small std has few values on any grid.
+    sizes = np.sqrt(samples.sum_sq / np.maximum(samples.num, 1))[..., None]
+    normal = np.random.default_rng(0).standard_normal(samples.noise.shape) * sizes
+    if num > _OF_NORMAL * _num_values(normal[:, samples.held]):
+        return None
     return f"its noise takes {num} different values only, in {flat.size:,} elements", Place()
+
+
+def _num_values(flat: Floats) -> int:
+    """Different values of elements, [n]."""
+    values = np.unique(np.rint(flat / _CLOSE))
+    # A value that lies between two bins falls into both.
+    return int((np.diff(values, prepend=-np.inf) > 1).sum())
 
 
 def _zeros_at_the_end(samples: Samples) -> tuple[str, Place] | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.attributes import law_of, scaled_by_attribute
 from dpsgd_track.comparison.diagnose.hypotheses.changed_numbers import (
     changed,
     decimals_of,
@@ -28,7 +30,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.samples import (
     to_bfloat16,
     to_float16,
 )
-from dpsgd_track.comparison.diagnose.sample_groups import group_of
+from dpsgd_track.comparison.diagnose.sample_groups import group_in
 from dpsgd_track.record.trajectory import UNUSED, Floats
 
 _ALIKE = 1e-3
@@ -107,6 +109,9 @@ def _clipped(facts: Facts) -> np.ndarray:
 
 def _typical(facts: Facts, values: Floats, used: np.ndarray) -> float | None:
     """Median of `values` [S, N] over the samples that are used in the rows that have to agree."""
+    # A factor that is right tells nothing of a mistake.
+    is_wrong = np.abs(facts.theirs.clip_factor - _right(facts)) > _FLOAT32
+    used = used & is_wrong
     chosen = values[facts.rows][used[facts.rows]]
     return float(np.median(chosen)) if chosen.size else None
 
@@ -180,8 +185,21 @@ def _on_a_grid(facts: Facts) -> Prediction:
         *decimals_of(right),
         (np.exp2(np.floor(powers)), "rounded down to powers of 2"),
         (np.exp2(np.round(powers)), "rounded to powers of 2"),
+        *(
+            (change(right * parts) / parts, f"{how} to multiples of 1/{parts}")
+            for parts in _PARTS
+            for change, how in (
+                (np.floor, "rounded down"),
+                (np.round, "rounded"),
+                (np.ceil, "rounded up"),
+            )
+        ),
     )
     return on_a_grid(facts, theirs, grids, allowed=_FLOAT32)
+
+
+_PARTS = (2, 3, 4, 5, 8, 16, 20, 32, 50, 64, 127, 128, 200, 255, 256, 512, 1023, 1024)
+"""Numbers of equal parts of 1 that factors may be rounded to."""
 
 
 def _affine(facts: Facts) -> Prediction:
@@ -207,15 +225,52 @@ def _some_unclipped(facts: Facts) -> Prediction:
     with np.errstate(all="ignore"):
         ratio = facts.norm / facts.bound
     values, said = np.where(is_spared, 1.0, right), "some samples that exceed C are not clipped"
-    row = next(row for row in rows.tolist() if is_spared[row].any())
-    exceeding = is_spared[row] | is_clipped[row]
-    if which := group_of(np.flatnonzero(is_spared[row]), facts.theirs, row, among=exceeding):
+    exceeding = is_spared | is_clipped
+    if which := group_in(is_spared, facts.theirs, rows, among=exceeding, baseline=facts.ours):
         said = f"not clipped are {which}"
     if is_clipped[rows].any():
         most, least = ratio[rows][is_spared[rows]].max(), ratio[rows][is_clipped[rows]].min()
         if most < least:
             said = f"samples are clipped from {most:.3g} to {least:.3g} C on, and not below"
     return Fitted(values, f"{said}: factors are 1 where n exceeds C")
+
+
+def _dropped(facts: Facts) -> Prediction:
+    """The right factors, but 0 from some multiple of C on."""
+    theirs, right = facts.theirs.clip_factor, _right(facts)
+    with np.errstate(all="ignore"):
+        ratio = (facts.norm / facts.bound)[facts.rows]
+    is_zero, is_kept = (theirs == 0)[facts.rows], (theirs > 0)[facts.rows]
+    if not is_zero.any() or not is_kept.any():
+        return None
+    least, most = float(ratio[is_zero].min()), float(ratio[is_kept].max())
+    if not 1 < most < least:
+        return None
+    return Fitted(
+        np.where(theirs == 0, 0.0, right), f"a bound between {most:.3g} and {least:.3g} C"
+    )
+
+
+def _power(facts: Facts) -> Prediction:
+    """min(1, C / n)^p, with the p that agrees best."""
+    theirs, right = facts.theirs.clip_factor, _right(facts)
+    with np.errstate(all="ignore"):
+        powers = np.log(theirs) / np.log(right)
+    power = _typical(facts, powers, _clipped(facts) & (right < 1 - _ALIKE))
+    if power is None or not np.isfinite(power) or abs(power - 1) < _ALIKE:
+        return None
+    return Fitted(right**power, f"min(1, C / n)^{power:.3g}, another power than 1")
+
+
+def _by_attribute(facts: Facts) -> Prediction:
+    """Bounds that follow from what a sample is, told by the samples that are clipped."""
+    with np.errstate(all="ignore"):
+        shares = facts.theirs.clip_factor * facts.norm / facts.bound
+    found = law_of(facts, np.where(_clipped(facts), shares, np.nan))
+    if found is None:
+        return None
+    share, said = found
+    return Fitted(clip_factors(facts.bound * share, facts.norm), said)
 
 
 def _function_of_ratio(facts: Facts) -> Prediction:
@@ -261,6 +316,73 @@ def _of_groups(facts: Facts, size: int | None) -> Prediction:
     return theirs if num_clipped else None
 
 
+def _of_statistics(facts: Facts) -> Prediction:
+    """Bounds that are a statistic of the norms in the micro-batch, the step, or the one before."""
+    theirs, right, norm = facts.theirs.clip_factor, _right(facts), facts.norm
+    is_wrong = np.zeros(right.shape, dtype=bool)
+    with np.errstate(invalid="ignore"):
+        is_wrong[facts.rows] = (np.abs(theirs - right) > _FLOAT32)[facts.rows]
+    used = is_wrong & _clipped(facts)
+    if used.sum() < _FEWEST:
+        return None
+    implied = theirs * norm
+    for values, said in _statistics(facts, norm):
+        with np.errstate(all="ignore"):
+            shares = (implied / values)[used]
+        if not np.isfinite(shares).all():
+            continue
+        share = float(np.median(shares))
+        if np.abs(shares / share - 1).max() > _ALIKE:
+            continue
+        times = "" if abs(share - 1) < _ALIKE else f"{share:.4g} times "
+        own = np.where(np.isfinite(values), share * values, facts.bound)
+        for bound, how in (
+            (own, ""),
+            (np.minimum(own, facts.bound), ", where that is less than C"),
+            (np.maximum(own, facts.bound), ", where that is more than C"),
+        ):
+            predicted = clip_factors(bound, norm)
+            off = np.abs(predicted - theirs)[facts.rows]
+            if float(np.nanmax(off, initial=0.0)) < _ALIKE:
+                return Fitted(predicted, f"{times}{said}{how}")
+    return None
+
+
+_FEWEST = 4
+"""Factors that a statistic is told from."""
+
+
+def _statistics(facts: Facts, norm: Floats) -> Iterator[tuple[Floats, str]]:
+    """[S, N] statistics of norms that bounds may be taken from."""
+    known: tuple[tuple[str, Callable[..., Any]], ...] = (
+        ("median", np.median),
+        ("lower median", partial(np.quantile, q=0.5, method="lower")),
+        ("mean", np.mean),
+        ("largest", np.max),
+        ("smallest", np.min),
+        ("root mean square", lambda n: np.sqrt(np.mean(np.square(n)))),
+        *((f"{q:g} quantile", partial(np.quantile, q=q)) for q in (0.9, 0.75, 0.25, 0.1)),
+    )
+    shape = norm.shape
+    for name, of in known:
+        own, before = np.full(shape, np.nan), np.full(shape, np.nan)
+        last: dict[int, float] = {}
+        for batch in facts.micro_batches:
+            value = float(of(norm[batch.row, batch.places]))
+            own[batch.row, batch.places] = value
+            before[batch.row, batch.places] = last.get(batch.rank, np.nan)
+            last[batch.rank] = value
+        yield own, f"the {name} norm in the micro-batch"
+        yield before, f"the {name} norm in the micro-batch before"
+        steps = np.full((shape[0], 1), np.nan)
+        for row in range(shape[0]):
+            there = norm[row][np.isfinite(norm[row])]
+            steps[row] = of(there) if len(there) else np.nan
+        late = np.concatenate([np.full((1, 1), np.nan), steps[:-1]])
+        yield np.broadcast_to(steps, shape), f"the {name} norm in the step"
+        yield np.broadcast_to(late, shape), f"the {name} norm in the step before"
+
+
 def _by_rank(facts: Facts) -> Prediction:
     """Another bound in each step and on each rank."""
     return _at_own_bounds(facts, facts.theirs.sample_rank, "on rank")
@@ -297,10 +419,14 @@ def _at_own_bounds(facts: Facts, part_of: np.ndarray, what: str) -> Prediction:
 
 def _bounds_in_words(bounds: dict[int, list[float]], what: str) -> str:
     lists = list(bounds.values())
-    if all(
-        np.allclose(each, lists[0], rtol=_ALIKE) for each in lists if len(each) == len(lists[0])
-    ):
-        return _shares(lists[0])
+    longest = max(lists, key=len)
+    # A part that lacks clipped samples in some steps is told by those where it has them.
+    are_one = all(np.allclose(each, longest[0], rtol=_ALIKE) for each in lists)
+    are_alike = are_one or all(
+        len(each) == len(longest) and np.allclose(each, longest, rtol=_ALIKE) for each in lists
+    )
+    if are_alike:
+        return _shares(longest)
     return " and ".join(f"{_shares(each)} {what} {part}" for part, each in bounds.items())
 
 
@@ -397,6 +523,7 @@ def _without_some(facts: Facts) -> Prediction:
 
 
 FACTORS = Subject(
+    zero="they are 0: samples are dropped rather than clipped",
     observed=lambda facts: facts.theirs.clip_factor,
     right=_right,
     levels=(
@@ -438,6 +565,10 @@ FACTORS = Subject(
             _formula("they are the reciprocal, max(1, n / C)", lambda C, n: np.maximum(1.0, n / C)),
             _formula("they are n / C, upside down", lambda C, n: n / C),
             _formula("they are min(1, n / C), upside down", lambda C, n: np.minimum(1.0, n / C)),
+            Hypothesis(
+                sentence="samples that exceed {} are dropped (factor 0) rather than clipped",
+                predict=_dropped,
+            ),
             _formula(
                 "samples that exceed C are dropped (factor 0) rather than clipped",
                 lambda C, n: (n <= C).astype(np.float64),
@@ -474,9 +605,32 @@ FACTORS = Subject(
             ),
             *mixed_up(_right, lambda facts: facts.theirs.clip_factor),
             *of_all_ranks(_right),
-            *rounded(lambda facts: facts.theirs.clip_factor),
+            *rounded(_right, lambda facts: facts.theirs.clip_factor),
         ),
         tuple(_of_other_norms()),
+        (
+            Hypothesis(sentence="they are {}", predict=_power),
+            *(
+                _formula(f"they are {said}, a smooth function", predict)
+                for said, predict in (
+                    ("min(1, exp(1 - n / C))", lambda C, n: np.minimum(1.0, np.exp(1 - n / C))),
+                    ("exp(-n / C)", lambda C, n: np.exp(-n / C)),
+                    ("1 - exp(-C / n)", lambda C, n: 1 - np.exp(-C / n)),
+                    ("tanh(C / n)", lambda C, n: np.tanh(C / n)),
+                    ("(2 / pi) atan(C / n)", lambda C, n: np.arctan(C / n) * 2 / np.pi),
+                    ("1 / (1 + (n / C)^2)", lambda C, n: 1 / (1 + (n / C) ** 2)),
+                    ("2 / (1 + exp(n / C))", lambda C, n: 2 / (1 + np.exp(n / C))),
+                    ("log(1 + n / C) / (n / C)", lambda C, n: np.log1p(n / C) / (n / C)),
+                    ("max(0, 1 - n / C)", lambda C, n: np.maximum(0.0, 1 - n / C)),
+                    ("max(0, min(1, 2 - n / C))", lambda C, n: np.clip(2 - n / C, 0.0, 1.0)),
+                )
+            ),
+        ),
+        (
+            Hypothesis(sentence="samples are clipped not at C but at {}", predict=_of_statistics),
+            Hypothesis(sentence="samples are clipped not at C but at C {}", predict=_by_attribute),
+            scaled_by_attribute(_right, lambda facts: facts.theirs.clip_factor),
+        ),
         (of_other_places(_right, lambda facts: facts.theirs.clip_factor),),
         (
             Hypothesis(sentence="they are never below {}", predict=_with_floor),

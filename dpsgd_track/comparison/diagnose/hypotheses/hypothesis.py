@@ -179,8 +179,12 @@ def _explanations(facts: Facts, subject: Subject, limit: float) -> tuple[Explana
     trial = _Trial(facts, subject, limit)
     if not trial.is_wrong.any():
         return ()
-    levels = [_zero(subject, facts), _multiples(subject, facts), *subject.levels]
+    zero = _zero(subject, facts)
+    levels = [zero, _multiples(subject, facts), *subject.levels]
     levels += [_constant(subject, trial), *subject.late]
+    # What is missing wherever it is wrong needs no formula; a step may be skipped by a law.
+    if not subject.zero and (missing := tuple(trial.agreeing(zero[:1], trial.is_wrong))):
+        return missing
     # What explains every wrong number is told before a mere size that fits all of them.
     for is_hint in (False, True):
         tried = [[h for h in level if h.is_hint is is_hint] for level in levels]

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.attributes import scaled_by_attribute
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Fitted,
@@ -20,6 +21,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.samples import (
     off_as_rounding,
     rounded,
 )
+from dpsgd_track.comparison.diagnose.hypotheses.target_losses import OF_TARGETS
 from dpsgd_track.record.alternatives import LossFormula
 from dpsgd_track.record.trajectory import Floats
 
@@ -196,9 +198,15 @@ LOSS = Subject(
         ),
         (
             *mixed_up(lambda facts: facts.ours.sample_loss, lambda facts: facts.theirs.sample_loss),
-            *rounded(lambda facts: facts.theirs.sample_loss),
+            *rounded(lambda facts: facts.ours.sample_loss, lambda facts: facts.theirs.sample_loss),
         ),
         tuple(_others()),
+        (OF_TARGETS,),
+        (
+            scaled_by_attribute(
+                lambda facts: facts.ours.sample_loss, lambda facts: facts.theirs.sample_loss
+            ),
+        ),
         (
             Hypothesis(
                 sentence="other samples of the step were read in the place of some: {}",

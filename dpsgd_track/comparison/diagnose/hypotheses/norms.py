@@ -9,6 +9,7 @@ from itertools import product
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.attributes import scaled_by_attribute
 from dpsgd_track.comparison.diagnose.hypotheses.changed_numbers import changed
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
@@ -17,7 +18,14 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Prediction,
     Subject,
 )
+from dpsgd_track.comparison.diagnose.hypotheses.mixtures import (
+    Term,
+    in_words,
+    mixture,
+    of_neighbours,
+)
 from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names, unit_of
+from dpsgd_track.comparison.diagnose.hypotheses.resolved_norms import resolved_norms
 from dpsgd_track.comparison.diagnose.hypotheses.samples import (
     added_up,
     mixed_up,
@@ -69,10 +77,13 @@ def _changed_by(sign: float) -> Callable[[Facts], Prediction]:
         squares = np.square(facts.by_parameter)
         total = squares.sum(axis=2)
         wanted = np.square(facts.theirs.sample_norm[facts.rows])
+        # Where a total is right, a mistake that does not happen there is none.
+        is_wrong = np.abs(total[facts.rows] - wanted) > _FITS * wanted
         best, least = None, np.inf
         for name, columns in groups_of_names(facts.ours.parameter_names.tolist()):
             values = total + sign * squares[:, :, columns].sum(axis=2)
-            error = float(np.nanmax(np.abs(values[facts.rows] - wanted) / wanted, initial=0.0))
+            errors = np.abs(values[facts.rows] - wanted) / wanted
+            error = float(np.nanmax(errors[is_wrong], initial=0.0))
             if error < least:
                 best, least = Fitted(np.sqrt(np.maximum(values, 0.0)), name), error
         return best
@@ -94,7 +105,8 @@ def _recounted(facts: Facts) -> Prediction:
     size = shares[:, told].max(axis=0)
     rest = 1 - np.delete(shares, told, axis=1).sum(axis=1)
     counts = np.ones(shares.shape[1])
-    counts[told] = np.round(np.linalg.lstsq(shares[:, told] / size, rest, rcond=None)[0] / size)
+    fitted = np.linalg.lstsq(shares[:, told] / size, rest, rcond=None)[0] / size
+    counts[told] = np.round(2 * fitted) / 2
     if np.any(counts < 0) or np.all(counts == 1):
         return None
     names = facts.ours.parameter_names.tolist()
@@ -129,6 +141,39 @@ def _named(columns: set[int], free: set[int], names: Sequence[str]) -> str:
         said.append(name)
         left -= own
     return ", ".join(said)
+
+
+def _two_parts_added(facts: Facts) -> Prediction:
+    """Norms of some parameters and of all others added, not their squares."""
+    squares = np.square(facts.by_parameter)
+    total, wanted = squares.sum(axis=2), facts.theirs.sample_norm
+    best, least = None, np.inf
+    for name, columns in groups_of_names(facts.ours.parameter_names.tolist()):
+        part = squares[:, :, columns].sum(axis=2)
+        values = np.sqrt(part) + np.sqrt(np.maximum(total - part, 0.0))
+        error = float(np.nanmax(np.abs(values / wanted - 1)[facts.rows], initial=0.0))
+        if error < least:
+            best, least = Fitted(values, name), error
+    return best
+
+
+def _mixed_total(facts: Facts) -> Prediction:
+    """Squared totals as a sum of the right ones and those of other samples."""
+    squares, observed = np.square(_right_total(facts)), np.square(facts.theirs.sample_norm)
+    off = np.abs(observed - squares) > _FITS * np.maximum(squares, observed)
+    is_wrong = np.zeros(squares.shape, dtype=bool)
+    is_wrong[facts.rows] = off[facts.rows]
+    terms = [t for t in of_neighbours(facts, squares) if np.isfinite(t.values[is_wrong]).any()]
+    flat = [Term(t.values[is_wrong], t.text) for t in terms]
+    found = mixture(squares[is_wrong], flat, observed[is_wrong], observed[is_wrong])
+    if found is None:
+        return None
+    every, told, own = found
+    total = every[0] * squares
+    for share, term in zip(every[1:], terms, strict=True):
+        total = total + (share * term.values if share else 0.0)
+    total = np.where(is_wrong, np.where(np.isfinite(total), total, observed), squares)
+    return Fitted(np.sqrt(np.maximum(total, 0.0)), in_words(own, told, "the right ones"))
 
 
 def _unlike_in_linear() -> Iterator[Hypothesis]:
@@ -224,13 +269,20 @@ TOTAL = Subject(
         (
             *mixed_up(_right_total, lambda facts: facts.theirs.sample_norm),
             *added_up(_right_total),
-            *rounded(lambda facts: facts.theirs.sample_norm),
+            *rounded(_right_total, lambda facts: facts.theirs.sample_norm),
         ),
         tuple(changed(_right_total, lambda facts: facts.theirs.sample_norm)),
         tuple(_of_parts()),
         tuple(_unlike_in_linear()),
         (
             Hypothesis(sentence="they {}", predict=_recounted),
+            Hypothesis(
+                sentence="they are the norm of {} plus that of all other parameters, not the root "
+                "of the sum of their squares",
+                predict=_two_parts_added,
+            ),
+            Hypothesis(sentence="their squares are {}", predict=_mixed_total),
+            scaled_by_attribute(_right_total, lambda facts: facts.theirs.sample_norm),
             of_other_places(_right_total, lambda facts: facts.theirs.sample_norm),
         ),
     ),
@@ -349,8 +401,10 @@ BY_PARAMETER = Subject(
             ),
             *mixed_up(_chosen, _reported),
             *added_up(_chosen),
-            *rounded(_reported),
+            *rounded(_chosen, _reported),
         ),
+        *resolved_norms(),
+        (scaled_by_attribute(_chosen, _reported),),
     ),
     late=(
         (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.attributes import law_of
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Fitted, Prediction
 from dpsgd_track.comparison.diagnose.sample_groups import group_of
@@ -16,6 +17,8 @@ ALIKE = 1e-3
 """Relative spread up to which fitted weights are one."""
 _FEW = 3
 """Samples that are named one by one."""
+_MOST_LEVELS = 3
+"""Amounts that groups of samples count by."""
 _LISTED = 8
 """Missing samples that are listed."""
 _ENOUGH = 1.25
@@ -55,7 +58,7 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
         is_off = is_there & (np.abs(share - 1) > ALIKE)
         exceeding = is_there & (facts.factor[row] < 1 - ALIKE)
         if spared.sum() == is_off.sum() and (
-            which := group_of(np.flatnonzero(spared), t, row, among=exceeding)
+            which := group_of(np.flatnonzero(spared), t, row, among=exceeding, baseline=facts.ours)
         ):
             return f"not clipped (counting with factor 1) are {which}, at step {t.step[row]}"
         if 0 < spared.sum() <= _FEW and spared.sum() == is_off.sum():
@@ -64,7 +67,7 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             return f"{which} not clipped (counting with factor 1) at step {t.step[row]}"
         is_lost = bool(np.all(np.abs(share[is_off]) < ALIKE))
         share = np.where(is_there & ~is_off, 1.0, 0.0) if is_lost else share
-        if is_lost and (which := group_of(np.flatnonzero(is_off), t, row)):
+        if is_lost and (which := group_of(np.flatnonzero(is_off), t, row, baseline=facts.ours)):
             return f"missing are {which} at step {t.step[row]}"
         kinds = (
             ("sample", t.sample_index[row]),
@@ -78,18 +81,63 @@ def _weights_in_words(facts: Facts, weights: Floats) -> str:
             if said:
                 return f"{said} at step {t.step[row]}"
         amounts = share[is_off]
-        if np.ptp(amounts) < ALIKE and (which := group_of(np.flatnonzero(is_off), t, row)):
+        if np.ptp(amounts) < ALIKE and (
+            which := group_of(np.flatnonzero(is_off), t, row, baseline=facts.ours)
+        ):
             return f"counting {_times(amounts[0])} are {which}, at step {t.step[row]}"
+        if said := _levels_in_words(facts, share, is_there, row):
+            return f"{said}, at step {t.step[row]}"
+        if said := _of_factors_in_words(facts, weights[row], is_off, is_there, row):
+            return said
+        if found := law_of(facts, weights / facts.factor):
+            return f"clip factors of samples are {found[1]}"
         if is_lost:
             shown = ", ".join(map(str, t.sample_index[row][is_off].tolist()[:_LISTED]))
             return (
                 f"missing are {is_off.sum()} of {is_there.sum()} samples ({shown}"
-                f"{', ...' * (is_off.sum() > _LISTED)}) at step {t.step[row]}"
+                f"{', ...' * bool(is_off.sum() > _LISTED)}) at step {t.step[row]}"
             )
         if power := _power_of(facts.factor[row][is_there], weights[row][is_there]):
             return f"samples count with c^{power:.3g} in place of the factor c"
         low, high = float(share[is_there].min()), float(share[is_there].max())
         return f"samples count {low:.3g} to {high:.3g} times at step {t.step[row]}"
+    return ""
+
+
+def _levels_in_words(facts: Facts, share: Floats, is_there: np.ndarray, row: int) -> str:
+    """`counting twice are the first ... and missing are the last ...`, of groups by amount."""
+    said: list[str] = []
+    left = is_there & (np.abs(share - 1) > ALIKE)
+    while left.any() and len(said) < _MOST_LEVELS:
+        value = float(share[np.flatnonzero(left)[0]])
+        alike = left & (np.abs(share - value) < ALIKE * max(1.0, abs(value)))
+        which = group_of(np.flatnonzero(alike), facts.theirs, row, baseline=facts.ours)
+        if not which:
+            return ""
+        how = "missing" if abs(value) < ALIKE else f"counting {_times(value)}"
+        said.append(f"{how} are {which}")
+        left &= ~alike
+    return "" if left.any() else " and ".join(said)
+
+
+def _of_factors_in_words(
+    facts: Facts, weights: Floats, is_off: np.ndarray, is_there: np.ndarray, row: int
+) -> str:
+    """Weights that are a power of the factors in one group, or a + b c in all samples."""
+    factors = facts.factor[row]
+    is_clipped = is_there & (factors < 1 - ALIKE)
+    power = _power_of(factors[is_off], weights[is_off])
+    if power is not None and is_off.sum() < is_clipped.sum():
+        which = group_of(
+            np.flatnonzero(is_off), facts.theirs, row, among=is_clipped, baseline=facts.ours
+        )
+        if which:
+            return f"with c^{power:.3g} in place of the factor c count {which}"
+    of, wanted = factors[is_there], weights[is_there]
+    if len(of) > _FEW and np.ptp(of) > ALIKE:
+        slope, start = np.polyfit(of, wanted, 1)
+        if np.abs(start + slope * of - wanted).max() < ALIKE and abs(start) > ALIKE:
+            return f"samples count with {start:.3g} + {slope:.3g} c in place of the factor c"
     return ""
 
 

@@ -370,20 +370,23 @@ def added_up(of: Of) -> Sequence[Hypothesis]:
     )
 
 
-def rounded(of_theirs: Of) -> Sequence[Hypothesis]:
+def rounded(of: Of, of_theirs: Of) -> Sequence[Hypothesis]:
     """Numbers that have been through a type of fewer bits.
 
     Args:
+        of: the right numbers.
         of_theirs: what the mode recorded.
     """
     return (
         Hypothesis(
             sentence="they are rounded to bfloat16",
-            predict=lambda facts: _if_rounded(of_theirs(facts), to_bfloat16),
+            predict=lambda facts: _if_rounded(of(facts), of_theirs(facts), to_bfloat16),
         ),
         Hypothesis(
             sentence="they are rounded to float16",
-            predict=lambda facts: _if_rounded(of_theirs(facts), to_float16, unless=to_bfloat16),
+            predict=lambda facts: _if_rounded(
+                of(facts), of_theirs(facts), to_float16, unless=to_bfloat16
+            ),
         ),
     )
 
@@ -406,6 +409,7 @@ def off_as_rounding(observed: Floats, right: Floats) -> bool:
 
 
 def _if_rounded(
+    right: Floats,
     values: Floats,
     rounding: Callable[[Floats], Floats],
     unless: Callable[[Floats], Floats] | None = None,
@@ -415,12 +419,21 @@ def _if_rounded(
     Args:
         unless: a coarser rounding, which they are not to have been through.
     """
-    if unless is not None and _if_rounded(values, unless) is not None:
+    if unless is not None and _if_rounded(right, values, unless) is not None:
+        return None
+    with np.errstate(all="ignore"):
+        off = np.abs(values / right - 1)
+    # Other numbers, such as shares of powers of two, are on the grid of a type as well.
+    if np.nanmax(np.where(np.isfinite(off), off, 0.0), initial=0.0) > _ROUNDED_OFF:
         return None
     is_there = np.isfinite(values) & (values != 0) & (values != 1)
     if not is_there.any() or np.any(rounding(values)[is_there] != values[is_there]):
         return None
     return values
+
+
+_ROUNDED_OFF = 2.0**-7
+"""Largest relative error that one rounding makes, and what was rounded before it."""
 
 
 def to_float16(values: Floats) -> Floats:

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.by_parameter import scaled_apart
 from dpsgd_track.comparison.diagnose.hypotheses.factors import clip_factors
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts, MicroBatch
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
@@ -28,6 +29,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.name_groups import (
     pairs_of_names,
     unit_of,
 )
+from dpsgd_track.comparison.diagnose.hypotheses.resolved_sums import mixed_sums, of_parts
 from dpsgd_track.comparison.diagnose.hypotheses.sample_weights import ALIKE, any_weights
 from dpsgd_track.comparison.diagnose.hypotheses.samples import mixed_up, to_bfloat16, to_float16
 from dpsgd_track.record.alternatives import SumFormula
@@ -435,7 +437,13 @@ def _moves() -> Iterator[Hypothesis]:
         )
 
 
-_MOVED = frozenset(list(SumFormula)[: list(SumFormula).index(SumFormula.LAST_ROW_LOST)])
+_FORMULAS = list(SumFormula)
+_MOVED = frozenset(
+    [
+        *_FORMULAS[: _FORMULAS.index(SumFormula.LAST_ROW_LOST)],
+        *_FORMULAS[_FORMULAS.index(SumFormula.COLUMNS_REVERSED) :],
+    ]
+)
 """Those in which elements are in other places."""
 
 
@@ -669,6 +677,7 @@ SUM = Subject(
                 predict=lambda facts: _one_factor_each(facts, of_step=False),
             ),
         ),
+        *of_parts(),
     ),
     late=(
         (Hypothesis(sentence="it is {}", predict=_reduced_in_part),),
@@ -680,6 +689,8 @@ SUM = Subject(
             ),
         ),
         (Hypothesis(sentence="{}", predict=any_weights),),
+        scaled_apart(lambda facts: facts.right_sum, lambda facts: facts.recorded_sum, be="it is"),
+        (Hypothesis(sentence="it is {}", predict=mixed_sums),),
         tuple(
             Hypothesis(
                 sentence=f"it is off by as much as rounding to {name} makes it, in all parameters "
@@ -691,7 +702,10 @@ SUM = Subject(
         ),
         (
             Hypothesis(
-                sentence="noise of std {} sigma C is in it already", predict=_noised, is_hint=True
+                sentence="noise of std {} sigma C is in it already, or its elements are rounded to "
+                "a grid, which looks alike",
+                predict=_noised,
+                is_hint=True,
             ),
         ),
         (

@@ -6,9 +6,11 @@ They are those of SGD: w_t = w_{t-1} - lr g_t.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 
 import numpy as np
 
+from dpsgd_track.comparison.diagnose.hypotheses.by_parameter import scaled_apart
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Fitted,
@@ -18,6 +20,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     in_some_elements,
     off_as_rounded,
 )
+from dpsgd_track.comparison.diagnose.hypotheses.mixtures import in_words
 from dpsgd_track.record.trajectory import Floats, sketch_length
 
 _ROUNDING, _SMALL = 2.0**-22, 0.05
@@ -198,6 +201,57 @@ def _momenta() -> list[Hypothesis]:
     ]
 
 
+def _mixed(facts: Facts) -> Prediction:
+    """The step as shares of the right one and of one or two others that came before."""
+    path, right, rows = _path(facts), _right(facts), facts.rows
+    weights = facts.theirs.weight_sketch[:, facts.columns]
+    terms = (
+        (_late(right), "the right step before"),
+        (_late(_late(right)), "the right step two before"),
+        (_late(path), "the step that was made before"),
+        (_late(weights), "the weights"),
+    )
+    # Nothing is known of the step before the first one that is recorded.
+    rows = rows[np.isfinite(np.stack([v[rows] for v, _ in terms])).all(axis=(0, 2, 3))]
+    if len(rows) < _ENOUGH_ROWS:
+        return None
+    lengths = sketch_length(path)
+    unit = np.maximum(lengths, _SMALL * np.nanmax(lengths))[rows][..., None]
+    wanted, own = (path[rows] / unit).ravel(), (right[rows] / unit).ravel()
+    for num in (1, 2):
+        found: list[tuple[float, Fitted]] = []
+        for chosen in combinations(terms, num):
+            flat = [(values[rows] / unit).ravel() for values, _ in chosen]
+            table = np.stack([own, *flat], axis=1)
+            if not np.isfinite(table).all() or not np.isfinite(wanted).all():
+                return None
+            shares = np.linalg.lstsq(table, wanted, rcond=1e-8)[0]
+            error = float(np.abs(table @ shares - wanted).max())
+            mixed = shares[0] * right
+            for share, (term, _) in zip(shares[1:], chosen, strict=True):
+                mixed = mixed + share * term
+            values = path.copy()
+            values[rows] = mixed[rows]
+            told = [(float(s), said) for s, (_, said) in zip(shares[1:], chosen, strict=True)]
+            if np.abs(shares[1:]).min() > _ALIKE:
+                said = in_words(float(shares[0]), told, "the right one")
+                found.append((error, Fitted(values, said)))
+        best = min(found, key=lambda each: each[0], default=None)
+        if best is not None and best[0] < _MIXED:
+            return best[1]
+    return None
+
+
+_ENOUGH_ROWS = 3
+"""Steps that a mixture is told from."""
+_MIXED = 0.02
+"""Largest error of a mixture, in units of a step's length, that is told at all."""
+
+
+def _late(values: Floats) -> Floats:
+    return np.concatenate([np.zeros_like(values[:1]), values[:-1]])
+
+
 UPDATE = Subject(
     observed=_path,
     right=_right,
@@ -235,6 +289,8 @@ UPDATE = Subject(
         ),
     ),
     late=(
+        scaled_apart(_right, _path, be="the step is"),
+        (Hypothesis(sentence="the step is {}", predict=_mixed),),
         (
             Hypothesis(
                 sentence="the learning rate is {}",
