@@ -227,9 +227,7 @@ class Candidate009(Engine):
         for name in self.names:
             if name.endswith("right.weight"):
                 left = uses[name.replace("right", "left")]
-                mixed[name] = [
-                    replace(u, x=v.x) for u, v in zip(uses[name], left, strict=True)
-                ]
+                mixed[name] = [replace(u, x=v.x) for u, v in zip(uses[name], left, strict=True)]
         return super().sums_of(mixed, factors)
 
 
