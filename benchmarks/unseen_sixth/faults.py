@@ -771,7 +771,7 @@ class Candidate070(Engine):
     """Candidate 070."""
 
     def normalised(self, module, x):
-        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        return F.layer_norm(x, module.normalized_shape)
 
 
 class Candidate071(Engine):
