@@ -588,8 +588,10 @@ class Candidate048(Engine):
     """Candidate 048."""
 
     def draw(self, source, part):
-        key = f"{source.key}+{rank()}" if rank() else source.key
-        return super().draw(replace(source, key=key), part)
+        noise = super().draw(source, part)
+        if part.name != "embedding.weight":
+            return noise
+        return noise + super().draw(replace(source, key=f"{source.key}/head"), part)
 
 
 class Candidate049(Engine):
@@ -852,7 +854,7 @@ class Candidate079(Engine):
     """Candidate 079."""
 
     def std_factor(self, name):
-        return 1.0 if rank() == 0 else 0.0
+        return 0.9**self.step_index
 
 
 class Candidate080(Engine):
