@@ -3,12 +3,12 @@
 
     python benchmarks/unseen_faults.py OUT.csv --jobs 8 --folder /tmp/unseen
 
-`faults.py` of `unseen`, `unseen_second`, `unseen_third`, `unseen_fourth` and `unseen_fifth` has
-them as users' modes, and `truth.csv` beside it says of each what is wrong, and in which stage. The
-names of the fifth are numbers, so that its headlines can be graded blind. They run on the probe, in
-as many groups as there are jobs. One CSV row for each mode: its verdict, whether the right stage is
-blamed, and the headline, which is to be read for the cause. Exits with 1 if a fault that can show
-is missed, or a healthy mode raises an alarm.
+`faults.py` of `unseen`, `unseen_second`, `unseen_third`, `unseen_fourth`, `unseen_fifth` and
+`unseen_sixth` has them as users' modes, and `truth.csv` beside it says of each what is wrong, and
+in which stage. The names of the fifth and the sixth are numbers, so that their headlines can be
+graded blind. They run on the probe, in as many groups as there are jobs. One CSV row for each mode:
+its verdict, whether the right stage is blamed, and the headline, which is to be read for the cause.
+Exits with 1 if a fault that can show is missed, or a healthy mode raises an alarm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SETS = ("unseen", "unseen_second", "unseen_third", "unseen_fourth", "unseen_fifth")
+SETS = (
+    "unseen",
+    "unseen_second",
+    "unseen_third",
+    "unseen_fourth",
+    "unseen_fifth",
+    "unseen_sixth",
+)
 HEALTHY = "healthy"
 STAGES = {"updated weights": "update"}
 """Names of stages that may differ in `truth.csv`."""
