@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dpsgd_track.config import PrivacyConfig
-from dpsgd_track.modes.protocol import ModeContext
+from dpsgd_track.modes.protocol import ModeContext, SampleRun
 from dpsgd_track.modes.reference import ReferenceMode
+from dpsgd_track.privacy.dropout import KeyedDropout
 from dpsgd_track.privacy.engine import Batch
 
 B, FEATURES, CLASSES, C = 4, 5, 3, 0.5
@@ -170,3 +173,45 @@ def test_an_empty_batch_adds_nothing() -> None:
     empty = Batch({}, torch.zeros(0), args=(torch.zeros(0, FEATURES),))
     assert len(mode.accumulate(empty).loss_B) == 0
     assert all(map(torch.equal, _grads(mode), before))
+
+
+class _Recorder:
+    """Runs forwards of its own before each sample's, as one that records wrong losses does."""
+
+    def __init__(self) -> None:
+        self.outputs_of: list[list[Tensor]] = []
+
+    def watch(self, model: nn.Module) -> None:
+        pass
+
+    def see_losses(self, loss: object, batch: Batch, index: int, run: SampleRun) -> None:
+        self.outputs_of.append([run(batch.sample(index)).detach() for _ in range(3)])
+
+    def outputs(self) -> list[Tensor]:
+        return []
+
+    def see(self, gradients: object, outputs: object) -> None:
+        pass
+
+    def weigh(self, factors: object) -> None:
+        pass
+
+    def end_batch(self) -> None:
+        pass
+
+
+def test_what_is_recorded_leaves_dropout_masks_as_they_are() -> None:
+    found = []
+    for recorder in (None, _Recorder()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(FEATURES, 40), nn.Dropout(0.5), nn.Linear(40, CLASSES))
+        context = replace(_mode().context, observer=recorder)  # type: ignore[arg-type]
+        mode = ReferenceMode(model, context)
+        with KeyedDropout(seed=1, step=2, samples=range(B)):
+            record = mode.accumulate(_batch())
+        found.append([record.loss_B, *_grads(mode)])
+    assert all(map(torch.equal, *found))
+    assert recorder is not None
+    # Each of its forwards has the masks of the sample.
+    for first, *others in recorder.outputs_of:
+        assert all(torch.equal(first, other) for other in others)

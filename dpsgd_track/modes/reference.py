@@ -46,9 +46,10 @@ class ReferenceMode(Mode):
         by_parameter: dict[str, list[Tensor]] = {name: [] for name in self.names}
         sums = [torch.zeros_like(parameter) for parameter in self.parameters]
         for index in range(len(batch)):
+            if observer := self.context.observer:
+                run = partial(self._logits_of_place, index)
+                observer.see_losses(self.context.loss, batch, index, run)
             with only(index):
-                if observer := self.context.observer:
-                    observer.see_losses(self.context.loss, batch, index, self._logits)
                 loss, gradients = self.gradient(batch.sample(index))
             squares = [gradient.square().sum() for gradient in gradients]
             norm = torch.stack(squares).sum().sqrt()
@@ -130,6 +131,11 @@ class ReferenceMode(Mode):
                 dict(zip(self.names, gradients, strict=True)), found[len(self.parameters) :]
             )
         return loss.detach(), gradients
+
+    def _logits_of_place(self, index: int, sample: Batch) -> Tensor:
+        # Each forward with the dropout masks of this place of the micro-batch.
+        with only(index):
+            return self._logits(sample)
 
     def _logits(self, sample: Batch) -> Tensor:
         if not self.is_low_precision:
