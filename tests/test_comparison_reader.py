@@ -151,7 +151,7 @@ def test_file_of_another_schema_is_a_reason_and_no_crash(store: Store) -> None:
     path = store.folder / names.TRAJECTORY_FILE
     np.savez(path, schema=np.int64(99))
     store.client.log_artifact(run_id, str(path))
-    assert "schema 4, got 99" in read(store).runs[0].trajectory_missing
+    assert "schema 5, got 99" in read(store).runs[0].trajectory_missing
 
 
 def test_facts_that_cannot_be_read_leave_the_record_incomplete(store: Store) -> None:

@@ -433,6 +433,9 @@ def _samples(norm: list[float], parts: list[list[float]]) -> GatheredSamples:
         sketch=np.empty((count, len(parts[0]), 0)),
         other_norm=np.empty((count, len(parts[0]), 0)),
         other_loss=np.empty((count, 0)),
+        part_square=np.empty((count, len(parts[0]), 0)),
+        target_loss=np.empty((count, 0)),
+        size=np.empty((count, 0)),
         digests=index,
     )
 

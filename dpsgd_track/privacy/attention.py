@@ -48,7 +48,7 @@ class _Call:
     is_causal: bool = False
 
     def mask(self, num_heads: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores, [1 or B, 1 or H, 1 or T, S]; None if it is nothing."""
+        """Mask that is added to the scores, [1 or B, 1 or H, 1 or T, S]; None without one."""
         is_causal = self.is_causal and self.key_padding_mask is None and not self.need_weights
         mask = None if self.attn_mask is None or is_causal else _added(self.attn_mask, dtype)
         if mask is not None and mask.dim() == 3:

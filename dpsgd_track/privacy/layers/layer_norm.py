@@ -45,7 +45,7 @@ def is_named_alike(module: nn.Module) -> bool:
 
 
 def epsilon(module: nn.Module) -> float:
-    """What is added to the variance."""
+    """Constant that is added to the variance."""
     eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
     return float(eps) if isinstance(eps, int | float) else _EPSILON
 

@@ -30,6 +30,16 @@ class Attribute:
     values: Floats
     text: str
     """`the number of its tokens`."""
+    counted: str = ""
+    """Things that it numbers from 1, and sentences from 0: `step`."""
+
+    def side(self, least: float, *, is_above: bool, levels: Floats) -> str:
+        """Words for the samples on one side of a value."""
+        if self.counted:
+            number = f"{self.counted} {least - 1:.3g}"
+            return f"from {number} on" if is_above else f"before {number}"
+        where = _from(least, levels) if is_above else f"less than {least:.3g}"
+        return f"where {self.text} is {where}"
 
 
 def attributes(facts: Facts) -> Iterator[Attribute]:
@@ -56,9 +66,10 @@ def attributes(facts: Facts) -> Iterator[Attribute]:
         number[batch.row, batch.places] = batch.number + 1
     there = np.where(facts.theirs.sample_index == UNUSED, np.nan, 1.0)
     yield Attribute(size, "the number of samples in the micro-batch")
-    yield Attribute(place, "its place in the micro-batch, from 1")
-    yield Attribute(number, "the number of the micro-batch, from 1")
-    yield Attribute(there * (facts.theirs.step[:, None] + 1.0), "the number of the step, from 1")
+    yield Attribute(place, "its place in the micro-batch, from 1", "place")
+    yield Attribute(number, "the number of the micro-batch, from 1", "micro-batch")
+    step = there * (facts.theirs.step[:, None] + 1.0)
+    yield Attribute(step, "the number of the step, from 1", "step")
     yield Attribute(there * facts.counts[:, None], "the number of samples in the step")
 
 
@@ -113,11 +124,8 @@ def _two_values(each: Attribute, factors: Floats, chosen: np.ndarray) -> tuple[F
             with np.errstate(invalid="ignore"):
                 predicted = np.where(each.values < least, below, above)
             said = [
-                f"multiplied by {share:.3g} where {each.text} is {where}"
-                for share, where in (
-                    (below, f"less than {least:.3g}"),
-                    (above, _from(least, levels)),
-                )
+                f"multiplied by {share:.3g} {each.side(least, is_above=is_above, levels=levels)}"
+                for share, is_above in ((below, False), (above, True))
                 if abs(share - 1) > _ALIKE
             ]
             return predicted, " and ".join(said)
