@@ -33,7 +33,8 @@ SHELLS = ("{} | head -1", "{} > /dev/full 2>&1", "{} >&- 2>&- <&-", "{} 2>&1 | t
 def test_the_work_is_done_and_the_exit_code_is_its_own(shell: str, tmp_path: Path) -> None:
     command = shlex.join([sys.executable, "-c", PROGRAM])
     wrapped = f"set -o pipefail; {shell.format(command)}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Buffered, as at a user's: what is left at the end cannot be written either.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     ended = subprocess.run(
         ["bash", "-c", wrapped], cwd=tmp_path, env=environment, capture_output=True, timeout=60
     )

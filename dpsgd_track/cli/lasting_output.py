@@ -40,6 +40,20 @@ class _Lasting:
         except (OSError, ValueError) as error:
             self._give_up(error)
 
+    def end(self) -> None:
+        """Write what is left, or drop it: Python would try once more at its end, and fail."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                number = self._stream.fileno()
+                kept, null = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, number)
+                self._stream.flush()
+                os.dup2(kept, number)
+                os.close(kept)
+                os.close(null)
+
     def _give_up(self, error: Exception) -> None:
         """Leave what cannot be written to the null device; a full disk may have room later."""
         if isinstance(error, OSError) and error.errno in _GONE:
@@ -61,12 +75,13 @@ def lasting_output() -> Iterator[None]:
         stream if stream is not None else os.fdopen(number, "w", encoding="utf-8", closefd=False)
         for number, stream in zip((1, 2), before, strict=True)
     )
-    sys.stdout, sys.stderr = _Lasting(out), _Lasting(err)
+    lasting = _Lasting(out), _Lasting(err)
+    sys.stdout, sys.stderr = lasting
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in lasting:
+            stream.end()
         sys.stdout, sys.stderr = before
 
 
