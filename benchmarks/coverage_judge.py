@@ -46,8 +46,20 @@ WAYS_OUT = re.compile(
 """Advice that a refusal gives."""
 
 
+class Judged:
+    """A row with an outcome, which can only become worse."""
+
+    outcome: str
+    sentence: str
+
+    def fail(self, outcome: str, sentence: str) -> None:
+        """Make it the worse of what it was and `outcome`."""
+        if OUTCOMES.index(outcome) > OUTCOMES.index(self.outcome):
+            self.outcome, self.sentence = outcome, " ".join(sentence.split())
+
+
 @dataclass(kw_only=True)
-class Row:
+class Row(Judged):
     """Outcome of one architecture, batch and mode."""
 
     architecture: str
@@ -75,11 +87,6 @@ class Row:
     torch: str = field(default_factory=lambda: version("torch"))
     transformers: str = field(default_factory=lambda: version("transformers"))
     commit: str = field(default_factory=lambda: revision())
-
-    def fail(self, outcome: str, sentence: str) -> None:
-        """Make it the worse of what it was and `outcome`."""
-        if OUTCOMES.index(outcome) > OUTCOMES.index(self.outcome):
-            self.outcome, self.sentence = outcome, " ".join(sentence.split())
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from benchmarks.coverage_judge import (  # noqa: E402
     REFUSED,
     SUM_LIMIT,
     WRONG,
+    Judged,
     Truth,
     flat,
     is_refusal,
@@ -93,7 +94,7 @@ TIMEOUT_S = 120.0
 
 
 @dataclass(kw_only=True)
-class Row:
+class Row(Judged):
     """Outcome of one architecture in one mode, the worse of both ranks."""
 
     architecture: str
@@ -109,11 +110,6 @@ class Row:
     torch: str = field(default_factory=lambda: version("torch"))
     transformers: str = field(default_factory=lambda: version("transformers"))
     commit: str = field(default_factory=revision)
-
-    def fail(self, outcome: str, sentence: str) -> None:
-        """Make it the worse of what it was and `outcome`."""
-        if OUTCOMES.index(outcome) > OUTCOMES.index(self.outcome):
-            self.outcome, self.sentence = outcome, " ".join(sentence.split())
 
     def join(self, other: Row) -> None:
         """Take over what is worse on another rank."""

@@ -12,6 +12,8 @@ from dpsgd_track.launcher.hardware import count_gpus
 
 pytest.register_assert_rewrite("tests.support")
 
+import torch.distributed as dist  # noqa: E402
+
 from tests.support.forked_ranks import ForkedRanks, forked_ranks  # noqa: E402
 
 
@@ -65,3 +67,12 @@ def rank_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRanks]
     """Starts process groups."""
     with forked_ranks(tmp_path_factory.mktemp("ranks")) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dpsgd_track.cli.main import main
@@ -37,15 +36,9 @@ from dpsgd_track.training import worker as training_worker
 from dpsgd_track.training.model import build_model
 from dpsgd_track.training.worker import Unreached
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
-"""What the reference records of gradients by position, row and column, and of single targets."""
+"""The reference's records of gradients by position, row and column, and of single targets."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpsgd_track.kernels.sketch import NUM_PROJECTIONS, norm_and_sketch, signs_of
@@ -25,16 +22,10 @@ from dpsgd_track.training.gradient_parts import GradientParts
 from dpsgd_track.training.layer_calls import Share
 from dpsgd_track.training.target_losses import sizes_of, target_losses
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 T, P, D, V = 5, 3, 4, 6
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def sample(seed: int) -> tuple[dict[str, Tensor], dict[str, list[Share]]]:

@@ -20,7 +20,7 @@ from dpsgd_track.privacy.terms import Dense, Outer
 
 B, T, V, NUM_BLOCKS = 3, 12, 32, 4
 SIZES = (B, B, 1, 1, 0, B + 1, 7)
-"""Of batches: a new number of samples is measured, 4 is not so far from 3, and some are empty."""
+"""Samples of each batch: a new number is measured, 4 is not so far from 3, and some are empty."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _Run = tuple[list[SampleRecord], dict[str, Tensor]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,15 +29,9 @@ from dpsgd_track.training.other_losses import other_losses
 from dpsgd_track.training.sample_observer import SampleObserver
 from tests.support.synthetic_group import trajectory
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 T, D, V = 7, 4, 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class Small(nn.Module):

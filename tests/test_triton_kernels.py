@@ -59,6 +59,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
+def uniform(num_samples: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_samples, generator=generator).to(DEVICE)
+
+
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
@@ -121,7 +126,7 @@ def test_the_clipped_product_of_samples_in_parts(
     num_samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, dy = factors((num_samples, 70, 40, 24))
-    factor = torch.rand(num_samples, device=DEVICE) + 1e-3
+    factor = uniform(num_samples) + 1e-3
     wanted = product_reference.clipped_product(x.double(), dy.double(), factor.double())
     for num_parts in range(1, 9):
         monkeypatch.setattr(product, "num_parts_of", lambda *_, n=num_parts: n)
@@ -269,13 +274,13 @@ def test_positions_of_many_layers_are_summed(make: Callable[[], list[Tensor]]) -
 
 
 def test_each_layer_has_factors_of_its_own(grads: list[Tensor]) -> None:
-    many = [torch.rand(3, device=DEVICE) + 0.1 * n for n in range(len(grads))]
+    many = [uniform(3, seed=n) + 0.1 * n for n in range(len(grads))]
     for total, grad, factor in zip(
         weighted_sum.weighted_sums(grads, many), grads, many, strict=True
     ):
         wanted = torch.tensordot(factor.double(), grad.double(), dims=1)
         assert relative_error(total, wanted) < TOLERANCE
-    many = [torch.rand(3, device=DEVICE) + 0.1 * n for n in range(len(layers()))]
+    many = [uniform(3, seed=n) + 0.1 * n for n in range(len(layers()))]
     for total, (x, dy), factor in zip(
         product.clipped_products(layers(), many), layers(), many, strict=True
     ):

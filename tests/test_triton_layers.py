@@ -41,7 +41,7 @@ KERNELS = {
     "position_sum": "runs_triton",
     "weighted_sum": "runs_triton",
 }
-"""What each chooses its kernels by."""
+"""Dispatch of each kernel, by device and type."""
 B, T = 3, BLOCK_T + 1
 
 Case = tuple[Callable[[], nn.Module], Callable[[], Tensor], torch.dtype]

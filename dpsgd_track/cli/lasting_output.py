@@ -47,20 +47,23 @@ class _Lasting:
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 number = self._stream.fileno()
-                kept, null = os.dup(number), os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, number)
+                kept = os.dup(number)
+                self._discard()
                 self._stream.flush()
                 os.dup2(kept, number)
                 os.close(kept)
-                os.close(null)
 
     def _give_up(self, error: Exception) -> None:
         """Leave what cannot be written to the null device; a full disk may have room later."""
         if isinstance(error, OSError) and error.errno in _GONE:
             with contextlib.suppress(OSError, ValueError):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self._stream.fileno())
-                os.close(null)
+                self._discard()
+
+    def _discard(self) -> None:
+        """Have what is written from now on go to the null device."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -162,6 +162,10 @@ class Fsdp2Sharder(GradientSharder):
         root += [name for names in inner for name in names if name in late]
         inner = [[name for name in names if name not in late] for names in inner]
         self.groups = [names for names in [*inner, root] if names]
+        self._layouts = {
+            tuple(names): _Layout({name: self.parameters[name] for name in names})
+            for names in self.groups
+        }
         self._start_batch()
 
     def put(self, gradients: dict[str, Tensor]) -> None:
@@ -234,28 +238,25 @@ class Fsdp2Sharder(GradientSharder):
         """Reduce the group `names`, which is the next in order, as `fill` writes it."""
         assert self._pending[0] == names
         self._pending.pop(0)
-        parameters = {name: self.parameters[name] for name in names}
-        world_size, widths = dist.get_world_size(_shard_group(parameters)), _widths_of(parameters)
-        device = next(iter(parameters.values())).device
-        packed = torch.empty(world_size, sum(widths), device=device)
-        columns = packed.split(widths, dim=1)
-        for column, parameter in zip(columns, parameters.values(), strict=True):
-            if parameter.shape[0] % world_size:
+        layout = self._layouts[tuple(names)]
+        packed = torch.empty(layout.num_shards, sum(layout.widths), device=layout.device)
+        columns = packed.split(layout.widths, dim=1)
+        for column, parameter in zip(columns, layout.parameters.values(), strict=True):
+            if parameter.shape[0] % layout.num_shards:
                 column.zero_()
         fill(columns)
-        self._start(_Packed(parameters, packed))
+        self._start(_Packed(layout, packed))
 
     def _reduce(self, names: list[str]) -> None:
-        parameters = {name: self.parameters[name] for name in names}
-        unsharded = {
-            name: self._waiting.pop(name)
+        layout = self._layouts[tuple(names)]
+        unsharded = [
+            self._waiting.pop(name)
             if name in self._waiting
-            else torch.zeros(parameter.shape, device=parameter.device)
-            for name, parameter in parameters.items()
-        }
-        world_size = dist.get_world_size(_shard_group(parameters))
-        columns = [_padded_rows(gradient, world_size) for gradient in unsharded.values()]
-        self._start(_Packed(parameters, torch.cat(columns, dim=1)))
+            else torch.zeros(parameter.shape, device=layout.device)
+            for name, parameter in layout.parameters.items()
+        ]
+        columns = [_padded_rows(gradient, layout.num_shards) for gradient in unsharded]
+        self._start(_Packed(layout, torch.cat(columns, dim=1)))
 
     def _start(self, reduction: _Packed) -> None:
         if len(self._in_flight) == MAX_IN_FLIGHT:
@@ -263,33 +264,36 @@ class Fsdp2Sharder(GradientSharder):
         self._in_flight.append(reduction)
 
 
-def _widths_of(parameters: dict[str, DTensor]) -> list[int]:
-    """Elements of the largest shard of each parameter."""
-    num_shards = next(iter(parameters.values())).device_mesh.shape[-1]
-    shapes = [parameter.shape for parameter in parameters.values()]
-    return [-(-shape[0] // num_shards) * shape[1:].numel() for shape in shapes]
+class _Layout:
+    """The unsharded gradients of one group, packed into one tensor [num_shards, columns].
 
+    Row r holds, for each parameter in turn, the rows of rank r's shard, padded to the largest
+    shard. It is the same on all ranks.
+    """
 
-def _shard_group(parameters: dict[str, DTensor]) -> dist.ProcessGroup:
-    """Ranks that one copy of the parameters is sharded over."""
-    mesh = next(iter(parameters.values())).device_mesh
-    return mesh.get_group(mesh.ndim - 1)
+    def __init__(self, parameters: dict[str, DTensor]) -> None:
+        self.parameters = parameters
+        first = next(iter(parameters.values()))
+        mesh = first.device_mesh
+        self.device = first.device
+        self.num_shards: int = mesh.shape[-1]
+        self.shard_group: dist.ProcessGroup = mesh.get_group(mesh.ndim - 1)
+        """Ranks that one copy of the parameters is sharded over."""
+        self.replica_group = mesh.get_group(0) if mesh.ndim == 2 else None
+        """Ranks that hold the same shard."""
+        shapes = [parameter.shape for parameter in parameters.values()]
+        self.widths = [-(-shape[0] // self.num_shards) * shape[1:].numel() for shape in shapes]
+        """Elements of the largest shard of each parameter."""
 
 
 class _Packed:
-    """One reduce-scatter of several unsharded gradients, packed into one tensor [W, columns].
+    """One reduce-scatter of a group's gradients. Ranks may fill it in different ways."""
 
-    Row r holds, for each parameter in turn, the rows of rank r's shard, padded to the largest
-    shard. Ranks may fill it in different ways, as a rank without samples does; the layout is the
-    same on all.
-    """
-
-    def __init__(self, parameters: dict[str, DTensor], packed: Tensor) -> None:
-        self.parameters = parameters
-        self.mesh = next(iter(parameters.values())).device_mesh
+    def __init__(self, layout: _Layout, packed: Tensor) -> None:
+        self.layout = layout
         self.shard = packed.new_empty(packed.shape[1])
         self.work = _reduce_scatter(
-            self.shard, packed.view(-1), group=_shard_group(parameters), async_op=True
+            self.shard, packed.view(-1), group=layout.shard_group, async_op=True
         )
         # The collective reads `packed` until it is done.
         self.packed: Tensor | None = packed
@@ -299,21 +303,21 @@ class _Packed:
         assert self.work is not None
         self.work.wait()
         self.packed = None
-        if self.mesh.ndim == 2:
-            dist.all_reduce(self.shard, group=self.mesh.get_group(0))
-        columns = self.shard.split(_widths_of(self.parameters))
-        pairs = zip(self.parameters.items(), columns, strict=True)
+        if self.layout.replica_group is not None:
+            dist.all_reduce(self.shard, group=self.layout.replica_group)
+        columns = self.shard.split(self.layout.widths)
+        pairs = zip(self.layout.parameters.items(), columns, strict=True)
         return {name: _local_rows(parameter, column) for (name, parameter), column in pairs}
 
 
-def _padded_rows(gradient: Tensor, world_size: int) -> Tensor:
-    """[rows, ...] as [W, chunk * row], float32, zero rows added at the end."""
+def _padded_rows(gradient: Tensor, num_shards: int) -> Tensor:
+    """[rows, ...] as [num_shards, chunk * row], float32, zero rows added at the end."""
     rows = gradient.shape[0]
-    chunk = -(-rows // world_size)
+    chunk = -(-rows // num_shards)
     flat = gradient.float().reshape(rows, -1)
-    if chunk * world_size != rows:
-        flat = torch.nn.functional.pad(flat, (0, 0, 0, chunk * world_size - rows))
-    return flat.reshape(world_size, -1)
+    if chunk * num_shards != rows:
+        flat = torch.nn.functional.pad(flat, (0, 0, 0, chunk * num_shards - rows))
+    return flat.reshape(num_shards, -1)
 
 
 def _local_rows(parameter: DTensor, shard: Tensor) -> Tensor:

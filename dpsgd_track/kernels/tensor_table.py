@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -86,17 +85,21 @@ _PACKED = 16
 """Elements of 4 bytes that a packed tensor begins at a multiple of."""
 
 
-def packed_starts(shapes: Sequence[torch.Size]) -> list[int]:
-    """First element of each of many tensors that one allocation holds, and at last its size."""
-    sizes = [shape.numel() for shape in shapes]
-    return list(itertools.accumulate((n + -n % _PACKED for n in sizes), initial=0))
+def _packed_sizes(shapes: Sequence[torch.Size]) -> list[int]:
+    """Elements from each of many tensors in one allocation to the next."""
+    return [size + -size % _PACKED for size in map(torch.Size.numel, shapes)]
+
+
+def packed_size(shapes: Sequence[torch.Size]) -> int:
+    """Elements of an allocation that holds tensors of these shapes."""
+    return sum(_packed_sizes(shapes))
 
 
 def unpacked(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The tensors of `shapes` that `flat` holds from `packed_starts` on."""
+    """The tensors of `shapes` that `flat`, of `packed_size` elements, holds."""
     found = []
-    padded = [shape.numel() + -shape.numel() % _PACKED for shape in shapes]
-    for piece, shape, size in zip(flat.split(padded), shapes, padded, strict=True):
+    sizes = _packed_sizes(shapes)
+    for piece, shape, size in zip(flat.split(sizes), shapes, sizes, strict=True):
         num_elements = shape.numel()
         found.append((piece if num_elements == size else piece[:num_elements]).view(shape))
     return found
@@ -104,7 +107,7 @@ def unpacked(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 def packed(shapes: Sequence[torch.Size], like: Tensor) -> list[Tensor]:
     """Float32 tensors in one allocation that nothing has written yet, on the device of `like`."""
-    return unpacked(like.new_empty(packed_starts(shapes)[-1], dtype=torch.float32), shapes)
+    return unpacked(like.new_empty(packed_size(shapes), dtype=torch.float32), shapes)
 
 
 def write_rows(out: Tensor, total: Tensor) -> None:

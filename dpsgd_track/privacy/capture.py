@@ -300,7 +300,7 @@ class Capture:
             self._kept.update(deferred)
         if self.budget is not None:
             kept = [terms for name, terms in self._kept.items() if name in self.split.counted]
-            self.budget.end(hash(tuple(self._shapes)), kept)
+            self.budget.end(self._shapes_key, kept)
         return squares | self.norms_of(deferred)
 
     def run_units(
@@ -366,7 +366,7 @@ class Capture:
         # In the order of the backward: a parameter that is used once, by its only call.
         tapped = [name for names, _ in reversed(self._taps) for name in names]
         droppable = [name for name in tapped if self._num_uses[name] == 1]
-        to_drop = self.budget.to_drop(hash(tuple(self._shapes)), self.num_samples, droppable)
+        to_drop = self.budget.to_drop(self._shapes_key, self.num_samples, droppable)
         if self.is_sharded:
             held = self._agreed(self._num_uses.keys() - set(droppable))
             droppable = [name for name in droppable if name not in held]
@@ -550,13 +550,15 @@ class Capture:
                 term = term.materialised()
             self.add_term(layer.names[name], term)
 
+    @property
+    def _shapes_key(self) -> int:
+        """Equal for batches whose recorded calls have the same sizes and types."""
+        return hash(tuple(self._shapes))
+
     def _forms_gradients(self, layer: Layer, terms: Mapping[str, Term]) -> bool:
         """True if the gradients of the layer's weight are kept, rather than their factors."""
         term = terms.get("weight")
-        if not isinstance(term, Outer) or not self.norm_rule.is_planned:
-            return False
-        norm_plan = self.norm_plan_of(layer.names["weight"], term.x_BTD, term.dy_BTP.shape[2])
-        return norm_plan == GRADIENTS
+        return term is not None and self._plan_of(layer.names["weight"], term) == GRADIENTS
 
     def add_term(self, name: str, term: Term) -> None:
         """Add the term of one use to a parameter's per-sample gradients."""
@@ -858,17 +860,19 @@ class Capture:
 
     def _kept_form(self, name: str, terms: tuple[Term, ...]) -> tuple[Term, ...]:
         """`terms`, or the gradients that they are the factors of, as planned."""
-        term = terms[0]
-        if len(terms) > 1 or not isinstance(term, Outer) or not self.norm_rule.is_planned:
+        if len(terms) > 1 or self._plan_of(name, terms[0]) != GRADIENTS:
             return terms
-        norm_plan = self.norm_plan_of(name, term.x_BTD, term.dy_BTP.shape[2])
-        return (term.materialised(),) if norm_plan == GRADIENTS else terms
+        return (terms[0].materialised(),)
 
     def _takes_gram(self, name: str, term: Outer) -> bool:
         """True if the norm of a parameter with this one term is planned in the Gram form."""
-        if not self.norm_rule.is_planned:
-            return False
-        return self.norm_plan_of(name, term.x_BTD, term.dy_BTP.shape[2]) == GRAM
+        return self._plan_of(name, term) == GRAM
+
+    def _plan_of(self, name: str, term: Term) -> str | None:
+        """Plan for the norm of a parameter with this one term; None if it has no choice."""
+        if not isinstance(term, Outer) or not self.norm_rule.is_planned:
+            return None
+        return self.norm_plan_of(name, term.x_BTD, term.dy_BTP.shape[2])
 
     def _outer_norm_of(self, name: str) -> OuterNorm:
         rule = self.norm_rule

@@ -36,7 +36,7 @@ from dpsgd_track.kernels.flash_norm.triton import (
 from dpsgd_track.kernels.tensor_table import (
     address_table,
     ceil_div,
-    packed_starts,
+    packed_size,
     programs_of,
     unpacked,
     write_rows,
@@ -213,7 +213,7 @@ class _Group:
     kind: Kind
     tiles: _Tiles
     shapes: list[torch.Size] = field(init=False)
-    """Of the sums."""
+    """Shapes of the sums."""
     num_tiles: tuple[int, ...] = field(init=False)
     num_parts: int = field(init=False)
 
@@ -225,7 +225,7 @@ class _Group:
 
 def _formed(group: _Group, factor_B: Tensor) -> list[Tensor]:
     """The sums of a group, in memory of their own."""
-    num_parts, size = group.num_parts, packed_starts(group.shapes)[-1]
+    num_parts, size = group.num_parts, packed_size(group.shapes)
     parts = factor_B.new_empty(num_parts, size, dtype=torch.float32)
     sums = [total.view(1, -1) for total in unpacked(parts[0], group.shapes)]
     _launch(group, sums, factor_B, part_stride=size)

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpsgd_track.kernels.flash_norm.triton import with_unit_stride
 from dpsgd_track.kernels.tensor_table import KINDS, address_table, ceil_div, packed, programs_of
-from dpsgd_track.kernels.weighted_sum.triton import load, size_of
+from dpsgd_track.kernels.weighted_sum.triton import aligned, load, size_of
 
 # Features of a program, and positions that it loads at a time.
 BLOCK_D, BLOCK_T = 128, 32
@@ -48,7 +49,7 @@ def _position_sums_kernel(
 
 def position_sums(gradients: Sequence[Tensor]) -> list[Tensor]:
     """[B, D] float32 each; see `kernels.position_sum`."""
-    gradients = [_readable(gradient) for gradient in gradients]
+    gradients = [aligned(with_unit_stride(gradient)) for gradient in gradients]
     B, device = len(gradients[0]), gradients[0].device
     sums = packed([torch.Size((B, gradient.shape[2])) for gradient in gradients], gradients[0])
     rows = [
@@ -62,9 +63,3 @@ def position_sums(gradients: Sequence[Tensor]) -> list[Tensor]:
         IS_EVEN=is_even, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, num_warps=4,
     )  # fmt: skip
     return sums
-
-
-def _readable(gradient: Tensor) -> Tensor:
-    """`gradient` with contiguous features, at a multiple of 16 bytes; a copy if need be."""
-    is_readable = gradient.stride(2) == 1 and gradient.data_ptr() % 16 == 0
-    return gradient if is_readable else gradient.clone(memory_format=torch.contiguous_format)

@@ -146,7 +146,7 @@ def _transposed_sums_kernel(
 def norms_sq(grads: Sequence[Tensor]) -> Tensor:
     """[parameters, B] float32; see `kernels.weighted_sum`."""
     # The order of the elements does not matter.
-    grads = [_aligned(grad if _is_transposed(grad) else grad.contiguous()) for grad in grads]
+    grads = [aligned(grad if _is_transposed(grad) else grad.contiguous()) for grad in grads]
     B, device = len(grads[0]), grads[0].device
     sizes = [grad.numel() // max(B, 1) for grad in grads]
     num_chunks = tuple(ceil_div(size, BLOCK * REPEATS) for size in sizes)
@@ -197,7 +197,7 @@ def _launch_all(
     transposed, flat = _Programs(), _Programs()
     for (out, width, stride), grad, factor_B in zip(places, grads, factors, strict=True):
         is_transposed = _is_transposed(grad)
-        grad = _aligned(grad if is_transposed else grad.contiguous())
+        grad = aligned(grad if is_transposed else grad.contiguous())
         begin = grad.data_ptr(), KINDS[grad.dtype], out.data_ptr(), width, stride
         if is_transposed:
             _, P, D = grad.shape
@@ -228,7 +228,7 @@ def _num_elements(grad: Tensor) -> int:
     return grad.shape[1:].numel()
 
 
-def _aligned(grad: Tensor) -> Tensor:
+def aligned(grad: Tensor) -> Tensor:
     """`grad` at a multiple of 16 bytes; a copy if need be, as for a slice of a larger tensor."""
     return grad if grad.data_ptr() % 16 == 0 else grad.clone()
 

@@ -76,6 +76,19 @@ def mixture(
     return None
 
 
+def mixed(every: Floats, right: Floats, others: Sequence[Term]) -> Floats:
+    """The numbers that `mixture` has found, where all that they are made of are known.
+
+    Args:
+        every: [n + 1] coefficients of the right numbers and of all others.
+    """
+    total: Floats = every[0] * right
+    for share, term in zip(every[1:], others, strict=True):
+        # 0 times what is not known is not known.
+        total = total + (share * term.values if share else 0.0)
+    return total
+
+
 def in_words(own: float, told: Sequence[tuple[float, str]], right: str) -> str:
     """`0.7 times the right ones plus 0.3 times those of the next sample`."""
     parts = [(own, right)] if abs(own) > _NONE else []

@@ -21,6 +21,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
 from dpsgd_track.comparison.diagnose.hypotheses.mixtures import (
     Term,
     in_words,
+    mixed,
     mixture,
     of_neighbours,
 )
@@ -169,9 +170,7 @@ def _mixed_total(facts: Facts) -> Prediction:
     if found is None:
         return None
     every, told, own = found
-    total = every[0] * squares
-    for share, term in zip(every[1:], terms, strict=True):
-        total = total + (share * term.values if share else 0.0)
+    total = mixed(every, squares, terms)
     total = np.where(is_wrong, np.where(np.isfinite(total), total, observed), squares)
     return Fitted(np.sqrt(np.maximum(total, 0.0)), in_words(own, told, "the right ones"))
 

@@ -22,6 +22,7 @@ from dpsgd_track.comparison.diagnose.hypotheses.mixtures import (
     Term,
     coefficients,
     in_words,
+    mixed,
     mixture,
     of_neighbours,
 )
@@ -246,9 +247,7 @@ def _mixed(facts: Facts, *, with_formulas: bool) -> Prediction:
     if found is None:
         return None
     every, told, own = found
-    total = every[0] * squares
-    for share, term in zip(every[1:], known, strict=True):
-        total = total + (share * term.values if share else 0.0)
+    total = mixed(every, squares, known)
     predicted = np.sqrt(squares)
     ok = is_wrong & np.isfinite(total)
     predicted[ok] = np.sqrt(np.maximum(total[ok], 0.0))
