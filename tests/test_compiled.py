@@ -12,10 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpsgd_track
+from dpsgd_track.config import GRADIENTS, GRAM, PrivacyConfig
 from dpsgd_track.library import PrivateTraining
+from dpsgd_track.modes.build import build_mode
+from dpsgd_track.modes.protocol import ModeContext
+from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.loss import classification_loss
 
-# Of the compiler itself, where a graph begins at an activation.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+# Of the compiler itself: where a graph begins at an activation, and where it traces a function.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
+]
 
 B, T, D, CLASSES, STEPS = 3, 4, 6, 3, 3
 
@@ -125,3 +133,67 @@ def test_a_compiled_model_trains_as_without(make: Any, has_own_loop: bool) -> No
     found = trained(private, call if has_own_loop else None)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+class Looped(nn.Module):
+    """A block that may be told to call a layer several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 1
+        self.embedding, self.layer, self.head = nn.Embedding(7, D), nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embedding(tokens)
+        for _ in range(self.num_calls):
+            h = h + self.layer(h).tanh()
+        y: Tensor = self.head(h.mean(dim=1))
+        return y
+
+
+@pytest.mark.parametrize("plan", [GRADIENTS, GRAM])
+def test_a_layer_that_is_called_more_often_later_is_exact_or_refused(plan: str) -> None:
+    torch.manual_seed(0)
+    model = Looped()
+    plain = mode_of(copy.deepcopy(model), plan)
+    in_place(model)
+    mode = mode_of(model, plan)
+    batch = Batch({"tokens": torch.randint(0, 7, (B, T))}, torch.tensor([0, 1, 2]))
+    for num_calls in (1, 1, 2):
+        for each in (plain, mode):
+            each.model.num_calls = num_calls
+        wanted = plain.accumulate(batch).norm_B
+        if plan == GRAM and num_calls > 1:
+            # The factors of two calls would be added up.
+            with pytest.raises(ValueError, match="called once in a batch"):
+                mode.accumulate(batch)
+        else:
+            torch.testing.assert_close(mode.accumulate(batch).norm_B, wanted, rtol=1e-5, atol=0)
+
+
+def mode_of(model: nn.Module, plan: str) -> Any:
+    return build_mode(
+        "flash_bk",
+        model,
+        ModeContext(
+            privacy=PrivacyConfig(noise_multiplier=0.0, max_grad_norm=0.2, expected_batch_size=B),
+            device=torch.device("cpu"),
+            param_dtype=torch.float32,
+            make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            loss=classification_loss,
+            norm_plan=plan,
+        ),
+    )
+
+
+@pytest.mark.parametrize("mode", ["flash", "flash_bk"])
+def test_a_graph_that_is_run_twice_keeps_its_buffers(mode: str) -> None:
+    model = Model()
+    model.block.compile(backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    private = dpsgd_track.make_private(
+        model, optimizer, noise_multiplier=0.0, max_grad_norm=0.2, expected_batch_size=B, mode=mode
+    )
+    for num_samples in (B, B, B + 1):
+        private.backward(torch.randint(0, 7, (num_samples, T)), torch.randint(3, (num_samples,)))
+        optimizer.step()

@@ -80,6 +80,13 @@ SPECS = {
         is_checkpointing=True,
         budget=4000,
     ),
+    "compiled": Spec(
+        models=["llama", "tied-gpt2", "bert"],
+        modes=["flash_fsdp_bk"],
+        cut=[[3, 2], [4, 0]],
+        regimes=["none", "mixed"],
+        is_compiled=True,
+    ),
 }
 
 
@@ -135,6 +142,10 @@ def check(spec: Spec, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         # The first micro-batch's sizes are known from the discarded step: it has a part dropped.
         assert row["budget"] is None or 0 < row["dropped"][0] < row["dropped"][1], row
+        if spec.is_compiled:
+            # One graph for all blocks, and for batches of another size one or two more.
+            assert 0 < row["num_graphs"] <= 3, row
+            assert row["num_breaks"] == 0, row
 
 
 ERRORS = ("loss", "norm", "sum", "noised", "weights")

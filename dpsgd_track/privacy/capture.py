@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ from dpsgd_track.privacy.terms import (
     norms_sq_of,
     with_sums,
 )
+from dpsgd_track.privacy.traced_layers import Tracing
 
 if TYPE_CHECKING:
     from dpsgd_track.privacy.captured_layer import CapturedLayer
@@ -161,6 +162,8 @@ class Capture:
         self._slots = _trainable_slots(model)
         self._gradients_by_leaf: list[tuple[str, Tensor]] = []
         """[B, *parameter] of leaves that all samples share, once they were computed."""
+        self.tracing = Tracing(self)
+        """Layers inside modules that torch.compile has compiled."""
         self._unsharded: dict[str, Tensor] = {}
         """Under FSDP2, the unsharded parameters that a forward runs on, by name."""
         self._clear()
@@ -170,11 +173,18 @@ class Capture:
         """True within a micro-batch while gradients are enabled: layers report their calls."""
         return self.num_samples is not None and torch.is_grad_enabled()
 
+    @property
+    def retains_graphs(self) -> bool:
+        """True if a batch takes several backwards over its graph."""
+        is_one_pass = self.keep and self.budget is None
+        return not is_one_pass or bool(self.used_otherwise or self.by_sample)
+
     @cached_property
-    def _units(self) -> list[_ObservedUnit]:
+    def units(self) -> list[ObservedUnit]:
+        """Modules that FSDP2 shards."""
         # Lazily, as the model is sharded between the capture's construction and its first batch.
         return [
-            _ObservedUnit(self, module, f"{fqn}." if fqn else "")
+            ObservedUnit(self, module, f"{fqn}." if fqn else "")
             for fqn, module in self.model.named_modules()
             if issubclass(type(module), FSDPModule) and not self._runs_on_leaves(fqn)
         ]
@@ -232,8 +242,12 @@ class Capture:
         self.register(captured)
 
     @contextmanager
-    def sample_batch(self, num_samples: int) -> Iterator[None]:
-        """Capture the forward and the backwards inside, of `num_samples` samples."""
+    def sample_batch(self, num_samples: int, kind: Hashable = None) -> Iterator[None]:
+        """Capture the forward and the backwards inside, of `num_samples` samples.
+
+        Args:
+            kind: see `privacy.traced_layers.Tracing`.
+        """
         self._clear()
         self.num_samples = num_samples
         self._num_batches += 1
@@ -243,7 +257,7 @@ class Capture:
             for slot in slots:
                 slot.refresh()
         try:
-            with self.attached(captured):
+            with self.attached(captured), self.tracing.batch(kind, num_samples):
                 yield
         finally:
             if self.has_copies:
@@ -259,7 +273,7 @@ class Capture:
         attached: list[ReplacedForward] = []
         try:
             # Units last: they have to see the parameters before layers replace them.
-            for module in [*modules, *self._units]:
+            for module in [*modules, *self.units]:
                 module.attach()
                 attached.append(module)
             yield
@@ -301,7 +315,7 @@ class Capture:
         if self.budget is not None:
             kept = [terms for name, terms in self._kept.items() if name in self.split.counted]
             self.budget.end(self._shapes_key, kept)
-        return squares | self.norms_of(deferred)
+        return self.tracing.checked(squares | self.norms_of(deferred))
 
     def run_units(
         self, loss_B: Tensor, units: Sequence[Sequence[str]], clip: ClipLayers, put: Put
@@ -482,10 +496,20 @@ class Capture:
                 f"{sample_dim}, got shape {tuple(x.shape)}. Per-sample gradients of this layer "
                 "cannot be told apart. Call it with one row for each sample, or freeze it."
             )
+        if x is not None:
+            self.tracing.note_input(layer, x)
+        self._note_call(layer)
+        return True
+
+    def _note_call(self, layer: Layer) -> None:
         self._calls.append(layer.fqn)
         for name in layer.names.values():
             self._num_uses[name] += 1
-        return True
+
+    def _note_traced_calls(self) -> None:
+        for layer in self.tracing.layers():
+            self._note_call(layer)
+        self._targets += self.tracing.targets()
 
     def open_call_by_sample(self, layer: Layer, leaves: Mapping[str, Tensor]) -> None:
         """Begin a call of `layer` on `leaves`, by local name, which all samples share.
@@ -570,7 +594,8 @@ class Capture:
         if self._num_pending[name] == 0:
             self._settle(name, join(self._terms.pop(name)))
 
-    def _add_gradients(self, name: str, grad_B: Tensor) -> None:
+    def add_gradients(self, name: str, grad_B: Tensor) -> None:
+        """Add per-sample gradients [B, *parameter] of one use of a parameter, or of several."""
         self.dtypes.add(grad_B.dtype)
         self.add_term(name, Dense(grad_B))
 
@@ -620,7 +645,7 @@ class Capture:
         The gradient that autograd forms of the view is the per-sample gradient.
         """
         name = layer.names[local_name]
-        self.note_received([name], view, lambda grad_B: self._add_gradients(name, grad_B))
+        self.note_received([name], view, lambda grad_B: self.add_gradients(name, grad_B))
 
     def note_received(
         self, names: Iterable[str | None], view: Tensor, receive: Callable[[Tensor], None]
@@ -706,6 +731,7 @@ class Capture:
 
     def _run_checked(self, loss_B: Tensor, settle: _Settle, *, retain_graph: bool) -> None:
         """Run the first backward of a batch; refuse gradients that it has not captured."""
+        self._note_traced_calls()
         self._inspect_leaves(loss_B)
         parameters = self._current_parameters()
         gradients = self._run(
@@ -814,6 +840,7 @@ class Capture:
     def _find_foreign(self, leaves: list[Tensor], parameters: Mapping[str, Tensor]) -> None:
         own = {id(parameter) for parameter in parameters.values()}
         own |= {id(leaf) for captured in self.captured.values() for leaf in captured.own_leaves()}
+        own |= {id(leaf) for leaf in self.tracing.leaves()}
         foreign = [
             leaf
             for leaf in leaves
@@ -903,24 +930,25 @@ class Capture:
         """Layer, sizes of one sample's input and output, and type of each of these calls."""
 
 
-class _ObservedUnit(ReplacedForward):
+class ObservedUnit(ReplacedForward):
     """A module that FSDP2 shards: reports its unsharded parameters to the capture as it runs."""
 
     def __init__(self, capture: Capture, module: nn.Module, prefix: str) -> None:
         super().__init__(module)
         self.capture = capture
         self._slots = [(own, local, prefix + name) for own, local, name in _trainable_slots(module)]
-        self._has_reported = False
+        self.has_reported = False
+        """True once there is nothing more to report."""
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Report the parameters at the first call; FSDP2 keeps the same tensors from then on."""
-        if not self._has_reported:
+        if not self.has_reported:
             for own, local, name in self._slots:
                 parameter = own[local]
                 # Parameters of inner units are still sharded here.
                 if parameter is not None and not isinstance(parameter, DTensor):
                     self.capture.note_unsharded(name, parameter)
-            self._has_reported = True
+            self.has_reported = True
         return self.original(*args, **kwargs)
 
 

@@ -33,6 +33,11 @@ class CapturedLayer(ReplacedForward):
         self.slots = _slots_of(layer)
         """Slots of the module's trainable parameters."""
 
+    @property
+    def is_by_rows(self) -> bool:
+        """True if inputs and outputs are [B, ..., d], a row for each sample."""
+        return False
+
     @abstractmethod
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module on a call's arguments, and capture the call."""
@@ -158,6 +163,12 @@ class WatchedLayer(CapturedLayer):
         self.course = course
         self.sample_dim, self.is_spread, self.is_grouped = sample_dim, is_spread, is_grouped
         self.is_interleaved, self.is_mixed = is_interleaved, is_mixed
+
+    @property
+    def is_by_rows(self) -> bool:
+        """True if inputs and outputs are [B, ..., d], a row for each sample."""
+        is_other = self.is_spread or self.is_grouped or self.is_interleaved or self.is_mixed
+        return self.sample_dim == 0 and self.course is None and not is_other
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[..., d] -> [..., p]."""

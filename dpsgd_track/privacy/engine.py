@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpsgd_track.config import AUTOMATIC, FLAT
+from dpsgd_track.config import AUTOMATIC, FLAT, PER_LAYER
 from dpsgd_track.distributed.reduction import GradientSharder
 from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.kernels.device import HostCopy
@@ -110,13 +110,21 @@ class Engine:
         """
         if self.capture is None or self.knows_sample_dims:
             return
-        find_sample_dims(self.capture, run, rows)
+        # Once, on other numbers of samples: not worth a compiler's while.
+        with torch.compiler.set_stance("force_eager"):
+            find_sample_dims(self.capture, run, rows)
         self.sharder.reshard()
         self.knows_sample_dims = True
 
-    def capturing(self, num_samples: int) -> AbstractContextManager[None]:
-        """Context in which the forward of a micro-batch runs, and then the strategy."""
-        return nullcontext() if self.capture is None else self.capture.sample_batch(num_samples)
+    def capturing(self, num_samples: int, kind: Hashable = None) -> AbstractContextManager[None]:
+        """Context in which the forward of a micro-batch runs, and then the strategy.
+
+        Args:
+            kind: see `privacy.traced_layers.Tracing`.
+        """
+        if self.capture is None:
+            return nullcontext()
+        return self.capture.sample_batch(num_samples, kind)
 
     def _run(self, batch: RepeatableBatch) -> SampleRecord:
         """Run the strategy; on one GPU at first on the assumption that no sample is left out.
@@ -144,8 +152,17 @@ class Engine:
             self._is_for_graph = False
 
     def _run_once(self, batch: RepeatableBatch) -> SampleRecord:
-        with self.capturing(len(batch)):
+        with self.capturing(len(batch), self._kind_of(batch)):
             return self.strategy(self, self.losses(batch))
+
+    def _kind_of(self, batch: RepeatableBatch) -> Hashable:
+        """Shapes and types of the samples, if layers may be traced for them."""
+        capture = self.capture
+        keeps = capture is not None and capture.keep and capture.budget is None
+        if not keeps or self.clipping == PER_LAYER or not isinstance(batch, Batch):
+            return None
+        inputs = (*batch.args, *(batch.inputs[name] for name in sorted(batch.inputs)))
+        return tuple((x.shape[1:], x.dtype) for x in inputs)
 
     def weighted_sum(
         self, batch: RepeatableBatch, weight_B: Tensor

@@ -54,6 +54,8 @@ def run_linear(capture: Capture, layer: Layer, leaves: Mapping[str, Tensor], x: 
 class RmsNormPerSample(CapturedLayer):
     """Runs an RMSNorm on its weight expanded over samples."""
 
+    is_by_rows = True
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """[B, ..., D] -> [B, ..., D]."""
         x = self.only_input(args, kwargs)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpsgd_track.privacy.uncompiled import prepare, uncompiled
@@ -27,11 +28,19 @@ class ReplacedForward(ABC):
         self._first: Forward = module.forward
         self.original = self._first
         """The module's own forward."""
+        self.traced: Forward | None = None
+        """Runs in place of `call` while torch.compile traces the forward; None interrupts its
+        graph."""
+
+        @uncompiled
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.call(args, kwargs)
 
         @functools.wraps(self._first)
-        @uncompiled
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self.call(args, kwargs)
+            if self.traced is not None and torch.compiler.is_compiling():
+                return self.traced(*args, **kwargs)
+            return call(*args, **kwargs)
 
         self._forward = forward
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from dpsgd_track.config import AUTO, GRADIENTS, PrivacyConfig
-from dpsgd_track.distributed.sharding import as_sharded
+from dpsgd_track.distributed.sharding import as_sharded, transformer_blocks
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
 from dpsgd_track.modes.protocol import Mode, ModeContext
@@ -42,6 +43,8 @@ class Spec:
     dtype: str = "float32"
     replicas: int = 1
     is_checkpointing: bool = False
+    is_compiled: bool = False
+    """True if torch.compile has compiled every block, before the modes shard it."""
     budget: int | None = None
     """Bytes that modes of one backward keep, when they run once more within a budget."""
 
@@ -51,6 +54,19 @@ def model_of(spec: Spec, name: str, device: torch.device) -> nn.Module:
     if spec.is_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def copy_of(spec: Spec, model: nn.Module) -> nn.Module:
+    """The model that a mode runs."""
+    copied = copy.deepcopy(model)
+    if spec.is_compiled:
+        torch.compiler.reset()
+        counters.clear()
+        for block in transformer_blocks(copied):
+            # The graphs of forward and backward are formed as for any compiler, and then run as
+            # they are.
+            block.compile(backend="aot_eager")
+    return copied
 
 
 def batches_of(spec: Spec, name: str, device: torch.device) -> list[Batch]:
@@ -225,13 +241,15 @@ def main(output: str, spec_json: str) -> None:
             for mode, budget in _runs(spec):
                 try:
                     planned = replace(_planned(context, mode, regime), memory_budget=budget)
-                    found = one_step(build_mode(mode, copy.deepcopy(model), planned), batches)
+                    found = one_step(build_mode(mode, copy_of(spec, model), planned), batches)
                 except Exception as error:  # one of all ranks, or the group hangs
                     refused = {"model": name, "regime": regime, "mode": mode, "error": str(error)}
                     rows.append(refused)
                 else:
                     row = row_of(name, regime, bound, mode, found, wanted)
                     rows.append(row | {"budget": budget, "dropped": found["dropped"]})
+                    rows[-1]["num_breaks"] = sum(counters["graph_break"].values())
+                    rows[-1]["num_graphs"] = counters["stats"]["unique_graphs"]
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(rows))
     dist.barrier()

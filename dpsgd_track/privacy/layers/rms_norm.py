@@ -30,15 +30,25 @@ def matches(module: nn.Module) -> bool:
 def terms(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
     """weight [P]."""
     weight, _ = weight_and_bias_parts(
-        flatten_positions(x), flatten_positions(dy), _epsilon(module, x), is_centred=False
+        flatten_positions(x), flatten_positions(dy), epsilon(module, x), is_centred=False
     )
     return {"weight": Positions(weight)}
 
 
-def _epsilon(module: nn.Module, x: Tensor) -> float:
+def epsilon(module: nn.Module, x: Tensor) -> float:
+    """Constant that is added to the mean square of inputs like `x`."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     # torch's default is that of the type it computes in: float32's for 16-bit inputs.
     return torch.finfo(accumulation_dtype(x)).eps if eps is None else float(eps)
+
+
+@torch.no_grad()
+def offset(module: nn.Module) -> float:
+    """1 of Gemma's (1 + w) * xhat, 0 of w * xhat."""
+    weight = next(module.parameters(recurse=False))
+    zeros, x = (torch.full(weight.shape, n, device=weight.device) for n in (0.0, 1.0))
+    y: Tensor = torch.func.functional_call(module, {"weight": zeros}, (x,))
+    return float(y.any())
 
 
 @torch.no_grad()
@@ -52,7 +62,7 @@ def _computes_rms_norm(module: nn.Module, weight: Tensor, dtype: torch.dtype) ->
     x, (trial, *_) = (
         torch.randn(3, len(weight), generator=generator).to(weight.device, dtype) for _ in range(2)
     )
-    eps = _epsilon(module, x)
+    eps = epsilon(module, x)
     x = torch.cat([x, x * (eps or 1.0) ** 0.5])
     xhat = normalised(x, eps, is_centred=False)
     try:
