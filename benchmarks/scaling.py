@@ -46,7 +46,7 @@ NUM_WARM_UP, NUM_ROUNDS = 4, 15
 """Steps of each contestant. The engine checks itself in the first, the second and the 32nd."""
 CLASSES = 3
 BUDGETS = ("2GiB", "3GiB", "6GiB")
-"""What one pass may keep; an option of a contestant. Otherwise what is free."""
+"""Budgets of memory, as an option of a contestant."""
 COLORS = (BLUE, RED, GREY)
 PRINTED = ("workload", "world_size", "contestant", "ms", "ratio", "memory_gib", "memory_ratio")
 GIB = 2**30

@@ -120,9 +120,22 @@ def _block(model: Model) -> tuple[PrivateTraining, Callable[[Tensor], Tensor]]:
     return private, private.model
 
 
+def _wrapped_block(model: Model) -> tuple[PrivateTraining, Callable[[Tensor], Tensor]]:
+    model.block = compiled(model.block)
+    private = private_of(model)
+    return private, private.model
+
+
 @pytest.mark.parametrize(
     ("make", "has_own_loop"),
-    [(_before, True), (_after, True), (_whole, True), (_whole, False), (_block, False)],
+    [
+        (_wrapped_block, False),
+        (_before, True),
+        (_after, True),
+        (_whole, True),
+        (_whole, False),
+        (_block, False),
+    ],
 )
 def test_a_compiled_model_trains_as_without(make: Any, has_own_loop: bool) -> None:
     torch.manual_seed(0)
@@ -136,15 +149,15 @@ def test_a_compiled_model_trains_as_without(make: Any, has_own_loop: bool) -> No
 
 
 class Looped(nn.Module):
-    """A block that may be told to call a layer several times."""
+    """A block that may be told to call a layer several times, and on other positions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_calls = 1
+        self.num_calls, self.num_positions = 1, 1
         self.embedding, self.layer, self.head = nn.Embedding(7, D), nn.Linear(D, D), nn.Linear(D, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embedding(tokens)
+        h = self.embedding(tokens)[:, : self.num_positions]
         for _ in range(self.num_calls):
             h = h + self.layer(h).tanh()
         y: Tensor = self.head(h.mean(dim=1))
@@ -169,6 +182,20 @@ def test_a_layer_that_is_called_more_often_later_is_exact_or_refused(plan: str) 
                 mode.accumulate(batch)
         else:
             torch.testing.assert_close(mode.accumulate(batch).norm_B, wanted, rtol=1e-5, atol=0)
+
+
+def test_other_positions_than_before_are_not_added_up() -> None:
+    torch.manual_seed(0)
+    model = Looped()
+    plain = mode_of(copy.deepcopy(model), GRAM)
+    in_place(model)
+    mode = mode_of(model, GRAM)
+    batch = Batch({"tokens": torch.randint(0, 7, (B, T))}, torch.tensor([0, 1, 2]))
+    for num_positions in (1, 1, 2):
+        for each in (plain, mode):
+            each.model.num_positions = num_positions
+        wanted = plain.accumulate(batch).norm_B
+        torch.testing.assert_close(mode.accumulate(batch).norm_B, wanted, rtol=1e-5, atol=0)
 
 
 def mode_of(model: nn.Module, plan: str) -> Any:

@@ -33,16 +33,18 @@ class ReplacedForward(ABC):
         graph."""
 
         @uncompiled
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def interrupt(*args: Any, **kwargs: Any) -> Any:
             return self.call(args, kwargs)
 
         @functools.wraps(self._first)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.traced is not None and torch.compiler.is_compiling():
                 return self.traced(*args, **kwargs)
-            return call(*args, **kwargs)
+            return interrupt(*args, **kwargs)
 
         self._forward = forward
+        self.interrupt: Forward = interrupt
+        """Runs `call` outside of the compiler's graph."""
 
     @abstractmethod
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -33,11 +33,9 @@ from dpsgd_track.privacy.layers.inventory import Layer
 
 if TYPE_CHECKING:
     from dpsgd_track.privacy.capture import Capture
+    from dpsgd_track.privacy.captured_layer import CapturedLayer
 
-_COMPILED = "_compiled_call_impl"
-"""Attribute by which a module calls its compiled self."""
 _LINEAR = (linear, transposed_linear)
-_NORMS = (rms_norm, layer_norm)
 
 _Input: TypeAlias = tuple[torch.Size, torch.dtype]
 """Shape of one sample of a layer's input, and its type."""
@@ -53,15 +51,16 @@ def can_trace(layer: Layer) -> bool:
 class TracedLayer:
     """Runs one layer on its leaves."""
 
-    def __init__(self, capture: Capture, layer: Layer) -> None:
-        self.capture, self.layer = capture, layer
+    def __init__(self, capture: Capture, captured: CapturedLayer) -> None:
+        layer = captured.layer
+        self.capture, self.layer, self.interrupt = capture, layer, captured.interrupt
         self.module: Any = layer.module
         self.is_linear, self.is_transposed = layer.rule in _LINEAR, layer.rule is transposed_linear
         self.is_centred = layer.rule is layer_norm
         self.offset = rms_norm.offset(layer.module) if layer.rule is rms_norm else 0.0
         self.has_factors = False
         """True if the leaves take a linear layer's inputs and the gradients of its outputs."""
-        self._prepared: tuple[int, _Input] | None = None
+        self._prepared: tuple[int, _Input, torch.device] | None = None
         self.count_leaf: Tensor | None = None
         self.x_leaf: Tensor | None = None
         self.dy_leaf: Tensor | None = None
@@ -70,12 +69,12 @@ class TracedLayer:
 
     def prepare(self, num_samples: int, of_sample: _Input) -> None:
         """Have leaves for the inputs of a batch."""
-        if self._prepared == (num_samples, of_sample):
+        device = self.module.weight.device
+        if self._prepared == (num_samples, of_sample, device):
             return
-        self._prepared = num_samples, of_sample
+        self._prepared = num_samples, of_sample, device
         shape, dtype = of_sample
         capture, names = self.capture, self.layer.names
-        device = self.module.weight.device
         x = _leaf((num_samples, *shape), dtype, device)
         self.has_factors = False
         self.count_leaf = self.x_leaf = self.dy_leaf = self.weight_leaf = self.bias_leaf = None
@@ -89,10 +88,10 @@ class TracedLayer:
                 self.x_leaf = x
                 self.dy_leaf = _leaf((num_samples, *shape[:-1], num_outputs), dtype, device)
                 return
-        for name in names:
-            is_vector = capture.shapes[names[name]].numel() == capture.shapes[names[name]][-1]
-            leaf_dtype = vectors if is_vector else dtype
-            leaf = _leaf((num_samples, *capture.shapes[names[name]]), leaf_dtype, device)
+        for name, full_name in names.items():
+            is_matrix = self.is_linear and name == "weight"
+            leaf_shape = (num_samples, *capture.shapes[full_name])
+            leaf = _leaf(leaf_shape, dtype if is_matrix else vectors, device)
             setattr(self, f"{name}_leaf", leaf)
 
     def leaves(self) -> list[Tensor]:
@@ -111,6 +110,11 @@ class TracedLayer:
         weight = weight.T if self.is_transposed else weight
         y: Tensor
         if self.has_factors:
+            assert self.x_leaf is not None
+            if x.shape != self.x_leaf.shape:
+                # Autograd would add up what has more rows than its leaf.
+                y = self.interrupt(x)
+                return y
             y = _WithFactors.apply(x, weight, bias, self.count_leaf, self.x_leaf, self.dy_leaf)
         else:
             y = _WithGradients.apply(
@@ -190,7 +194,7 @@ class Tracing:
         """
         self._refuse_several_calls()
         model = self._capture.model
-        roots = [m for m in model.modules() if vars(m).get(_COMPILED) is not None]
+        roots = [module for module in model.modules() if _is_compiled(module)]
         if roots and self._capture.retains_graphs:
             # A graph would give its buffers away in its first backward.
             torch._functorch.config.donated_buffer = False
@@ -232,7 +236,7 @@ class Tracing:
             )
             for fqn, of_sample in inputs.items():
                 if fqn not in self._layers:
-                    self._layers[fqn] = TracedLayer(self._capture, captured[fqn].layer)
+                    self._layers[fqn] = TracedLayer(self._capture, captured[fqn])
                 layer = self._layers[fqn]
                 layer.prepare(num_samples, of_sample)
                 self._active.append(layer)
@@ -254,8 +258,8 @@ class Tracing:
         return [traced.layer for traced in self._active]
 
     def checked(self, norm_sq: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Squared norms [B] of the current batch; NaN, so that it adds nothing, if a layer's
-        factors are sums of several calls. The next batch raises then.
+        """Squared norms [B] of the current batch, by parameter. If factors are sums of several
+        calls, those of one parameter are NaN, so that the batch adds nothing, and the next raises.
 
         Raises:
             ValueError: on a CPU, at once.
@@ -263,10 +267,13 @@ class Tracing:
         if not self._counts:
             return norm_sq
         is_single = torch.cat(self._counts).eq(1).all()
-        self._is_single = HostCopy(is_single)
+        if not (is_single.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._is_single = HostCopy(is_single)
         if is_single.device.type == "cpu":
             self._refuse_several_calls()
-        return {name: torch.where(is_single, sq, torch.nan) for name, sq in norm_sq.items()}
+        # In one of them: the norm over all is NaN then.
+        name, sq = next(iter(norm_sq.items()))
+        return norm_sq | {name: torch.where(is_single, sq, torch.nan)}
 
     def _refuse_several_calls(self) -> None:
         is_single, self._is_single = self._is_single, None
@@ -342,6 +349,12 @@ class _WithFactors(torch.autograd.Function):
 def _leaf(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of zeros that takes no memory, and requires gradients."""
     return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """True if torch.compile has compiled a module in place, or returned it as a wrapper."""
+    own = vars(module)
+    return own.get("_compiled_call_impl") is not None or "dynamo_ctx" in own
 
 
 def _device_type(model: nn.Module) -> str:
