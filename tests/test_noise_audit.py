@@ -186,6 +186,14 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         _only(0, every, every, 10, slice(128, None)),
         "the last elements, past the last multiple of 128, have no noise in model.layers.10.weight",
     ),
+    "end": (
+        _only(0, every, 1, 10, slice(100, None)),
+        "the last elements have no noise in model.layers.10.weight",
+    ),
+    "Box-Muller": (
+        _scaled(np.sqrt([0.5] * 4), STEP),
+        "averaged over them or as of a Box-Muller transform without its factor 2",
+    ),
     "variance": (
         _scaled(1 / np.sqrt(NOISE_SIGMA * C), STEP),
         "as if sigma C were its variance",

@@ -36,7 +36,12 @@ def record() -> Trajectory:
         ([2, 4, 7, 8], "the last sample of each micro-batch"),
         ([1, 2, 4, 6, 7], "all but the first sample of each micro-batch"),
         ([2, 7], "all samples after number 1 of each micro-batch"),
+        ([2, 7, 8], "the last sample of each micro-batch of an odd number of them"),
         ([1, 4, 5], "the samples that are clipped"),
+        (
+            [0, 2, 3, 6, 7],
+            "the samples that are not clipped, beside others of their micro-batch that are",
+        ),
         ([3, 4], "micro-batch 1 of rank 0"),
         ([0, 1, 2, 5, 6, 7], "micro-batch 0 of every rank"),
         ([0, 1, 2, 3, 4, 5, 6, 7], "the micro-batches of more than one sample"),

@@ -89,6 +89,9 @@ def _groups(record: Trajectory, row: int, baseline: Trajectory) -> Iterator[tupl
     yield "all but the last sample of each micro-batch", there & (place < size - 1)
     yield "every second sample of each micro-batch", there & (place % 2 == 1)
     yield "every second sample of each micro-batch, from the first", there & (place % 2 == 0)
+    is_last, is_odd = there & (place == size - 1), size % 2 == 1
+    yield "the last sample of each micro-batch of an odd number of them", is_last & is_odd
+    yield "the last sample of each micro-batch of an even number of them", is_last & ~is_odd
     for last in range(1, int(place.max(initial=0))):
         yield f"all samples after number {last} of each micro-batch", there & (place > last)
     if len(set(size[there].tolist())) > 1:
@@ -101,6 +104,8 @@ def _groups(record: Trajectory, row: int, baseline: Trajectory) -> Iterator[tupl
         is_clipped = baseline.clip_factor[row] < 1
     yield "the samples that are clipped", there & is_clipped
     yield "the samples that are not clipped", there & ~is_clipped
+    others = there & ~is_clipped & _beside(is_clipped & there, rank, number)
+    yield "the samples that are not clipped, beside others of their micro-batch that are", others
     yield from _of_sizes(baseline, row, there)
     for at_rank in sorted(set(rank[there].tolist())):
         own = there & (rank == at_rank)
@@ -146,6 +151,13 @@ def _of_numbers(
     if len(known) > 2:
         yield f"all but the first of {all_of}", there & (number > known[0])
         yield f"all but the last of {all_of}", there & (number < known[-1])
+
+
+def _beside(mask: Mask, rank: NDArray[np.int64], number: NDArray[np.int64]) -> Mask:
+    """[N] samples whose micro-batch has one of `mask`."""
+    keys = np.stack([rank, number])
+    is_same: Mask = (keys[:, :, None] == keys[:, None, mask]).all(axis=0)
+    return np.asarray(is_same.any(axis=1))
 
 
 def _places(record: Trajectory, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

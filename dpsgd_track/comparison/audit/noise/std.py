@@ -253,6 +253,7 @@ def _faults(run: ModeRun, trajectory: Trajectory) -> Iterator[tuple[Floats, str]
     yield one * np.sqrt(W), "as if each of the ranks added the whole noise"
     yield one * W, "as if each of the ranks added the same whole noise"
     yield one / np.sqrt(W), "as if the noise of the ranks were averaged over them"
+    yield one / math.sqrt(2), "as of a Box-Muller transform without its factor 2"
     yield one / W, "as if the same noise of all ranks were divided by their number"
     micro_batches = num_micro_batches(run, trajectory)
     if micro_batches is not None:

@@ -114,7 +114,9 @@ def _zeros_at_the_end(samples: Samples) -> tuple[str, Place] | None:
         return None
     first = {end for end, _ in ends}
     unit = math.gcd(*first)
-    if all(num - end < unit for end, num in ends):
+    # One end is a multiple of any of its divisors.
+    is_round = len(first) > 1 or unit.bit_count() == 1
+    if is_round and all(num - end < unit for end, num in ends):
         said = f"the last elements, past the last multiple of {unit}, have no noise"
     elif len(first) == 1 and len(ends) > 1:
         said = f"the first {unit} elements of a shard alone have noise"
@@ -131,6 +133,11 @@ def _repeated(samples: Samples) -> tuple[str, Place] | None:
         for p, name in enumerate(samples.parameters)
         if (lag := _lag(samples, p)) is not None
     }
+    whole = {
+        lag
+        for p, name in enumerate(samples.parameters)
+        if (lag := found.get(name)) is not None and _is_whole(samples, p)
+    }
     if not found:
         return None
     # Of large shards longer distances are not known.
@@ -140,7 +147,7 @@ def _repeated(samples: Samples) -> tuple[str, Place] | None:
         if name not in found and any(_has_copies(samples.noise[:, w, p]) for w in range(W))
     ]
     lags, places = {*found.values()}, [*found]
-    if lags == {_HALF}:
+    if whole == {_HALF} and min(lags) >= 0:
         said = "the second half of its noise repeats the first"
     elif min(lags) < 0:
         each = f"{-max(lags)} elements" if len(lags) == 1 else "several elements"
@@ -162,6 +169,11 @@ def _lag(samples: Samples, p: int) -> int | None:
     """Distance at which a parameter's elements repeat; minus the length of runs of equal ones."""
     lags = {_lag_of(rows, is_whole=is_whole) for rows, is_whole in _shards(samples, p)}
     return lags.pop() if len(lags) == 1 else None
+
+
+def _is_whole(samples: Samples, p: int) -> bool:
+    """True if all elements of a parameter's shards are known, and so if their half is."""
+    return all(is_whole for _, is_whole in _shards(samples, p))
 
 
 def _shards(samples: Samples, p: int) -> Iterator[tuple[Floats, bool]]:

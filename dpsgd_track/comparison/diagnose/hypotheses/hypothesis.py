@@ -150,6 +150,8 @@ def share_lost(observed: Floats, right: Floats) -> float | None:
 def in_some_elements(facts: Facts, observed: Floats, right: Floats) -> Prediction:
     """The recorded tensors, if they are right in some elements and zero in the others.
 
+    Elements that lack some of their terms look alike, where these have nothing to do with the rest.
+
     Args:
         observed, right: [S, Q, K] projections.
     """

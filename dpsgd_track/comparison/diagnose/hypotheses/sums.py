@@ -718,8 +718,8 @@ SUM = Subject(
         ),
         (
             Hypothesis(
-                sentence="it is right in some elements and zero in others: about {} of it, by its "
-                "square, is missing",
+                sentence="it is right in some elements, and in others zero or without a part of "
+                "its terms: about {} of it, by its square, is missing",
                 predict=lambda facts: in_some_elements(facts, facts.recorded_sum, facts.right_sum),
                 is_hint=True,
             ),
