@@ -194,7 +194,8 @@ def _lag_of(rows: Floats, *, is_whole: bool) -> int | None:
         return -run
     for lag in range(2, num - _FEWEST + 1):
         if _are_equal(rows[:, lag:], rows[:, :-lag]):
-            return _HALF if is_whole and 2 * lag == num else lag
+            # Of an odd number of elements the first half is the larger.
+            return _HALF if is_whole and 2 * lag - num in (0, 1) else lag
     return None
 
 
