@@ -29,6 +29,7 @@ from dpsgd_track.privacy.clipping import (
 from dpsgd_track.privacy.loss import PerSampleLoss
 from dpsgd_track.privacy.precision import rounded_parameters
 from dpsgd_track.privacy.sample_dim import find_sample_dims
+from dpsgd_track.privacy.uncompiled import without_compiler
 
 Strategy = Callable[["Engine", Tensor], SampleRecord]
 """Puts a micro-batch's clipped sum into the engine, from the samples' losses [B] with their graph;
@@ -111,7 +112,7 @@ class Engine:
         if self.capture is None or self.knows_sample_dims:
             return
         # Once, on other numbers of samples: not worth a compiler's while.
-        with torch.compiler.set_stance("force_eager"):
+        with without_compiler():
             find_sample_dims(self.capture, run, rows)
         self.sharder.reshard()
         self.knows_sample_dims = True

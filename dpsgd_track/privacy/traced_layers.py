@@ -17,6 +17,7 @@ take one backward and keep what it delivers. Any other captured layer interrupts
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -30,11 +31,13 @@ from dpsgd_track.config import GRADIENTS
 from dpsgd_track.kernels.device import HostCopy
 from dpsgd_track.privacy.layers import layer_norm, linear, rms_norm, transposed_linear
 from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.uncompiled import without_compiler
 
 if TYPE_CHECKING:
     from dpsgd_track.privacy.capture import Capture
     from dpsgd_track.privacy.captured_layer import CapturedLayer
 
+_NAMES = ("weight", "bias")
 _LINEAR = (linear, transposed_linear)
 
 _Input: TypeAlias = tuple[torch.Size, torch.dtype]
@@ -42,7 +45,13 @@ _Input: TypeAlias = tuple[torch.Size, torch.dtype]
 
 
 def can_trace(layer: Layer) -> bool:
-    """True if `TracedLayer` computes what the layer does."""
+    """True if `TracedLayer` computes what the layer does.
+
+    It has no gradient for a weight that is computed from others, as by a parametrization.
+    """
+    own = layer.module._parameters
+    if any(isinstance(getattr(layer.module, n, None), Tensor) and n not in own for n in _NAMES):
+        return False
     if layer.rule is layer_norm:
         return len(getattr(layer.module, "normalized_shape", (1,))) == 1
     return layer.rule in (*_LINEAR, rms_norm)
@@ -211,20 +220,31 @@ class Tracing:
     def _noted(self, kind: Hashable, roots: list[nn.Module]) -> Iterator[None]:
         self._seen = {}
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with without_compiler():
                 yield
-            inside = {id(module) for root in roots for module in root.modules()}
+            names = self._traceable(roots)
             self._kinds[kind] = {
                 fqn: inputs[0]
                 for fqn, inputs in self._seen.items()
-                if len(inputs) == 1 and self._is_traceable(fqn, inside)
+                if len(inputs) == 1 and fqn in names
             }
         finally:
             self._seen = None
 
-    def _is_traceable(self, fqn: str, inside: set[int]) -> bool:
-        captured = self._capture.captured[fqn]
-        return id(captured.module) in inside and captured.is_by_rows and can_trace(captured.layer)
+    def _traceable(self, roots: list[nn.Module]) -> set[str]:
+        """Layers inside compiled modules that can be traced."""
+        captured = self._capture.captured.values()
+        inside = {module for root in roots for module in root.modules()}
+        # Another layer may place what it reads into the slots of a module inside it.
+        uses = Counter(place for each in captured for place in _places(each))
+        return {
+            each.layer.fqn
+            for each in captured
+            if each.module in inside
+            and each.is_by_rows
+            and can_trace(each.layer)
+            and all(uses[place] == 1 for place in _places(each))
+        }
 
     @contextmanager
     def _traced(self, inputs: dict[str, _Input], num_samples: int) -> Iterator[None]:
@@ -349,6 +369,12 @@ class _WithFactors(torch.autograd.Function):
 def _leaf(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of zeros that takes no memory, and requires gradients."""
     return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
+
+
+def _places(captured: CapturedLayer) -> Iterator[tuple[int, str]]:
+    """Slots that a captured layer fills."""
+    for slot in captured.slots:
+        yield from ((id(own), key) for own, key in slot.entries)
 
 
 def _is_compiled(module: nn.Module) -> bool:

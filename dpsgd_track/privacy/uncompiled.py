@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,14 @@ def prepare() -> None:
     global _call
     if _call is None and "torch._dynamo" in sys.modules:
         _call = torch.compiler.disable(lambda function, args, kwargs: function(*args, **kwargs))
+
+
+def without_compiler() -> AbstractContextManager[object]:
+    """Context in which compiled modules run as they are, and nothing is compiled."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return context
 
 
 def uncompiled(function: _Function) -> _Function:
