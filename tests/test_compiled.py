@@ -198,6 +198,39 @@ def test_other_positions_than_before_are_not_added_up() -> None:
         torch.testing.assert_close(mode.accumulate(batch).norm_B, wanted, rtol=1e-5, atol=0)
 
 
+class Shared(nn.Module):
+    """A block whose layer reads what all samples share, as relative positions are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, h: Tensor, positions: Tensor) -> Tensor:
+        y: Tensor = h * self.layer(positions).tanh()
+        return y
+
+
+class WithShared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(7, D), nn.Embedding(T, D)
+        self.block, self.head = Shared(), nn.Linear(D, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = self.positions(torch.arange(T))
+        y: Tensor = self.head(self.block(self.embedding(tokens), positions).mean(dim=1))
+        return y
+
+
+def test_what_samples_share_is_followed_through_a_compiled_block() -> None:
+    torch.manual_seed(0)
+    model = WithShared()
+    plain = private_of(copy.deepcopy(model))
+    in_place(model.block)
+    for ours, theirs in zip(trained(private_of(model), None), trained(plain, None), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 def mode_of(model: nn.Module, plan: str) -> Any:
     return build_mode(
         "flash_bk",

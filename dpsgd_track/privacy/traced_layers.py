@@ -207,7 +207,11 @@ class Tracing:
         if roots and self._capture.retains_graphs:
             # A graph would give its buffers away in its first backward.
             torch._functorch.config.donated_buffer = False
-        if not roots or kind is None or torch.is_autocast_enabled(_device_type(model)):
+        if roots and self._capture.courses:
+            # What samples share is followed through the functions of torch that are called.
+            with without_compiler():
+                yield
+        elif not roots or kind is None or torch.is_autocast_enabled(_device_type(model)):
             yield
         elif kind in self._kinds:
             with self._traced(self._kinds[kind], num_samples):
