@@ -10,14 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import dpsgd_track
-from dpsgd_track.config import GRADIENTS, GRAM, PrivacyConfig
+from dpsgd_track.config import AUTO, GRADIENTS, GRAM, PrivacyConfig
+from dpsgd_track.distributed.sharding import transformer_blocks
 from dpsgd_track.library import PrivateTraining
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.protocol import ModeContext
 from dpsgd_track.privacy.batch import Batch
-from dpsgd_track.privacy.loss import classification_loss
+from dpsgd_track.privacy.loss import PerSampleLoss, classification_loss
+from tests.support.model_zoo import ZOO, build
+from tests.support.model_zoo import batch as of_zoo
 
 # Of the compiler itself: where a graph begins at an activation, and where it traces a function.
 pytestmark = [
@@ -231,7 +235,23 @@ def test_what_samples_share_is_followed_through_a_compiled_block() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def mode_of(model: nn.Module, plan: str) -> Any:
+def test_layers_with_biases_and_transposed_weights_are_traced() -> None:
+    model = build("tied-gpt2")
+    batch, fewer = of_zoo("tied-gpt2", 4, seed=1), of_zoo("tied-gpt2", 3, seed=2)
+    plain = mode_of(copy.deepcopy(model), AUTO, ZOO["tied-gpt2"].loss)
+    counters.clear()
+    for block in transformer_blocks(model):
+        in_place(block)
+    mode = mode_of(model, AUTO, ZOO["tied-gpt2"].loss)
+    for each in (batch, batch, fewer):
+        wanted = plain.accumulate(each).norm_B
+        torch.testing.assert_close(mode.accumulate(each).norm_B, wanted, rtol=1e-5, atol=0)
+    # One for all blocks, and one more for any number of samples.
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+def mode_of(model: nn.Module, plan: str, loss: PerSampleLoss = classification_loss) -> Any:
     return build_mode(
         "flash_bk",
         model,
@@ -240,7 +260,7 @@ def mode_of(model: nn.Module, plan: str) -> Any:
             device=torch.device("cpu"),
             param_dtype=torch.float32,
             make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-            loss=classification_loss,
+            loss=loss,
             norm_plan=plan,
         ),
     )

@@ -81,7 +81,7 @@ SPECS = {
         budget=4000,
     ),
     "compiled": Spec(
-        models=["llama", "tied-gpt2", "bert"],
+        models=["llama"],
         modes=["flash_fsdp_bk"],
         cut=[[3, 2], [4, 0]],
         regimes=["none", "mixed"],
