@@ -84,7 +84,7 @@ SPECS = {
         models=["llama"],
         modes=["flash_fsdp_bk"],
         cut=[[3, 2], [4, 0]],
-        regimes=["none", "mixed"],
+        regimes=["mixed"],
         is_compiled=True,
     ),
 }
