@@ -22,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ BOTH_COMPILED = (f"{BASELINE} {COMPILED}", f"flash_fsdp_fuse_bk {COMPILED}")
 NUM_WARM_UP, NUM_ROUNDS = 4, 15
 """Steps of each contestant. The engine checks itself in the first, the second and the 32nd."""
 CLASSES = 3
-BUDGETS = ("2GiB", "3GiB", "6GiB")
-"""Budgets of memory, as an option of a contestant."""
+BUDGET = "2GiB"
+"""Memory that one pass may keep, as an option of a contestant."""
 COLORS = (BLUE, RED, GREY)
 PRINTED = ("workload", "world_size", "contestant", "ms", "ratio", "memory_gib", "memory_ratio")
 GIB = 2**30
@@ -88,10 +88,25 @@ class Workload:
     num_samples: int
     is_checkpointed: bool = False
     lora_rank: int = 0
-    """Of the adapters of all linear layers, which alone are trained; 0 trains everything."""
+    """Rank of adapters on all linear layers, with everything else frozen; 0 for no adapters."""
     contestants: tuple[str, ...] = EAGER + BOTH_COMPILED
 
 
+# A GPU has no room for more models of this shape.
+_8B = Workload(
+    shape="8b",
+    num_positions=2048,
+    num_samples=1,
+    is_checkpointed=True,
+    contestants=(BASELINE, "flash_fsdp_fuse_bk", f"flash_fsdp_fuse_bk {BUDGET}"),
+)
+_8B_LORA = replace(
+    _8B,
+    num_positions=1024,
+    num_samples=4,
+    lora_rank=16,
+    contestants=(BASELINE, "flash_fsdp_fuse_bk"),
+)
 WORKLOADS = {
     "tiny": Workload(shape="tiny", num_positions=64, num_samples=4),
     "tiny-lora": Workload(
@@ -102,37 +117,10 @@ WORKLOADS = {
     "1b-T1024-B8": Workload(shape="1b", num_positions=1024, num_samples=8),
     "1b-T4096-B2": Workload(shape="1b", num_positions=4096, num_samples=2),
     "1b-lora": Workload(shape="1b", num_positions=1024, num_samples=4, lora_rank=16),
-    # A GPU has no room for more models of this shape.
-    "8b": Workload(
-        shape="8b",
-        num_positions=2048,
-        num_samples=1,
-        is_checkpointed=True,
-        contestants=(BASELINE, "flash_fsdp_fuse_bk", "flash_fsdp_fuse_bk 2GiB"),
-    ),
-    "8b-compiled": Workload(
-        shape="8b",
-        num_positions=2048,
-        num_samples=1,
-        is_checkpointed=True,
-        contestants=BOTH_COMPILED,
-    ),
-    "8b-lora": Workload(
-        shape="8b",
-        num_positions=1024,
-        num_samples=4,
-        is_checkpointed=True,
-        lora_rank=16,
-        contestants=(BASELINE, "flash_fsdp_fuse_bk"),
-    ),
-    "8b-lora-compiled": Workload(
-        shape="8b",
-        num_positions=1024,
-        num_samples=4,
-        is_checkpointed=True,
-        lora_rank=16,
-        contestants=BOTH_COMPILED,
-    ),
+    "8b": _8B,
+    "8b-compiled": replace(_8B, contestants=BOTH_COMPILED),
+    "8b-lora": _8B_LORA,
+    "8b-lora-compiled": replace(_8B_LORA, contestants=BOTH_COMPILED),
 }
 
 
@@ -248,7 +236,7 @@ class Contestant:
             mode=mode,
             clipping=PER_LAYER if PER_LAYER in how else "flat",
             param_dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32,
-            memory_budget=next((part for part in how if part in BUDGETS), None),
+            memory_budget=BUDGET if BUDGET in how else None,
         )
 
         def step(tokens: Tensor, y: Tensor) -> None:
@@ -390,9 +378,8 @@ def draw(name: str, found: Sequence[dict[str, Any]]) -> str:
     highest = max(1.2, *(row["ratio"] for row in private))
     bottom = picture.top + picture.height
 
-    def place(row: dict[str, Any]) -> tuple[float, float]:
-        share = (row["ratio"] - lowest) / (highest - lowest)
-        return x_of(row["world_size"]), bottom - picture.height * share
+    def y_of(ratio: float) -> float:
+        return bottom - picture.height * (ratio - lowest) / (highest - lowest)
 
     def x_of(world_size: int) -> float:
         step = picture.width / max(len(sizes) - 1, 1)
@@ -403,11 +390,14 @@ def draw(name: str, found: Sequence[dict[str, Any]]) -> str:
         picture.text(x_of(size), bottom + 18, str(size), anchor="middle")
     picture.text(picture.left + picture.width / 2, bottom + 40, "ranks", anchor="middle")
     for ratio in (lowest, highest):
-        y = bottom - picture.height * (ratio - lowest) / (highest - lowest)
-        picture.text(picture.left - 8, y + 5, f"{ratio:.2f}", anchor="end")
+        picture.text(picture.left - 8, y_of(ratio) + 5, f"{ratio:.2f}", anchor="end")
     for number, contestant in enumerate(names):
         color = COLORS[number % len(COLORS)]
-        places = [place(row) for row in private if row["contestant"] == contestant]
+        places = [
+            (x_of(row["world_size"]), y_of(row["ratio"]))
+            for row in private
+            if row["contestant"] == contestant
+        ]
         picture.line(*places, color=color)
         for point in places:
             picture.dot(*point, color)

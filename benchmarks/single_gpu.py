@@ -115,6 +115,8 @@ class Contestant:
             self.model = workload.build().train()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
         self.loss = nn.CrossEntropyLoss()
+        if "compiled" in name:
+            self.model.compile()
         self._step = self._private() if MODE in name else self._ordinary()
         for _ in range(NUM_WARM_UP):
             self.step()
@@ -133,8 +135,6 @@ class Contestant:
     def _private(self) -> Callable[[Any, Tensor], None]:
         import dpsgd_track
 
-        if "compiled" in self.name:
-            self.model.compile()
         private = dpsgd_track.make_private(
             self.model,
             self.optimizer,
@@ -155,8 +155,6 @@ class Contestant:
     def _ordinary(self) -> Callable[[Any, Tensor], None]:
         if self.name.startswith("opacus"):
             self._make_opacus()
-        if "compiled" in self.name:
-            self.model.compile()
 
         def step(x: Any, y: Tensor) -> None:
             self.optimizer.zero_grad()

@@ -168,14 +168,19 @@ class Looped(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("plan", [GRADIENTS, GRAM])
-def test_a_layer_that_is_called_more_often_later_is_exact_or_refused(plan: str) -> None:
+def looped_modes(plan: str) -> tuple[Any, Any, Batch]:
+    """A mode of the model as it is, one of a compiled copy, and a batch."""
     torch.manual_seed(0)
     model = Looped()
     plain = mode_of(copy.deepcopy(model), plan)
     in_place(model)
-    mode = mode_of(model, plan)
     batch = Batch({"tokens": torch.randint(0, 7, (B, T))}, torch.tensor([0, 1, 2]))
+    return plain, mode_of(model, plan), batch
+
+
+@pytest.mark.parametrize("plan", [GRADIENTS, GRAM])
+def test_a_layer_that_is_called_more_often_later_is_exact_or_refused(plan: str) -> None:
+    plain, mode, batch = looped_modes(plan)
     for num_calls in (1, 1, 2):
         for each in (plain, mode):
             each.model.num_calls = num_calls
@@ -189,12 +194,7 @@ def test_a_layer_that_is_called_more_often_later_is_exact_or_refused(plan: str) 
 
 
 def test_other_positions_than_before_are_not_added_up() -> None:
-    torch.manual_seed(0)
-    model = Looped()
-    plain = mode_of(copy.deepcopy(model), GRAM)
-    in_place(model)
-    mode = mode_of(model, GRAM)
-    batch = Batch({"tokens": torch.randint(0, 7, (B, T))}, torch.tensor([0, 1, 2]))
+    plain, mode, batch = looped_modes(GRAM)
     for num_positions in (1, 1, 2):
         for each in (plain, mode):
             each.model.num_positions = num_positions

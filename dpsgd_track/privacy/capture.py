@@ -174,10 +174,14 @@ class Capture:
         return self.num_samples is not None and torch.is_grad_enabled()
 
     @property
+    def keeps_all(self) -> bool:
+        """True if one backward delivers all that the clipped sums are formed from."""
+        return self.keep and self.budget is None
+
+    @property
     def retains_graphs(self) -> bool:
         """True if a batch takes several backwards over its graph."""
-        is_one_pass = self.keep and self.budget is None
-        return not is_one_pass or bool(self.used_otherwise or self.by_sample)
+        return not self.keeps_all or bool(self.used_otherwise or self.by_sample)
 
     @cached_property
     def units(self) -> list[ObservedUnit]:
@@ -566,7 +570,7 @@ class Capture:
             assert self.num_samples is not None
             terms = {name: term.grouped(self.num_samples) for name, term in terms.items()}
         # Within a budget, what is summed at once takes next to nothing.
-        holds_terms = (self.keep and self.budget is None) or self._holds_units
+        holds_terms = self.keeps_all or self._holds_units
         holds_factors = holds_terms and not self._forms_gradients(layer, terms)
         for name, term in terms.items():
             if type(term) is Positions and not holds_factors:

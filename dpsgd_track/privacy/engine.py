@@ -158,9 +158,10 @@ class Engine:
 
     def _kind_of(self, batch: RepeatableBatch) -> Hashable:
         """Shapes and types of the samples, if layers may be traced for them."""
-        capture = self.capture
-        keeps = capture is not None and capture.keep and capture.budget is None
-        if not keeps or self.clipping == PER_LAYER or not isinstance(batch, Batch):
+        keeps_all = self.capture is not None and self.capture.keeps_all
+        if not keeps_all or self.clipping == PER_LAYER or not isinstance(batch, Batch):
+            return None
+        if torch.is_autocast_enabled(self._device_type):
             return None
         inputs = (*batch.args, *(batch.inputs[name] for name in sorted(batch.inputs)))
         return tuple((x.shape[1:], x.dtype) for x in inputs)

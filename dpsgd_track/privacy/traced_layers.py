@@ -29,8 +29,11 @@ from torch import Tensor, nn
 
 from dpsgd_track.config import GRADIENTS
 from dpsgd_track.kernels.device import HostCopy
+from dpsgd_track.kernels.flash_norm.reference import accumulation_dtype
+from dpsgd_track.kernels.normalisation import normalised
 from dpsgd_track.privacy.layers import layer_norm, linear, rms_norm, transposed_linear
 from dpsgd_track.privacy.layers.inventory import Layer
+from dpsgd_track.privacy.layers.positions import flatten_positions
 from dpsgd_track.privacy.uncompiled import without_compiler
 
 if TYPE_CHECKING:
@@ -88,7 +91,7 @@ class TracedLayer:
         self.has_factors = False
         self.count_leaf = self.x_leaf = self.dy_leaf = self.weight_leaf = self.bias_leaf = None
         # Vectors are summed over positions in float32.
-        vectors = torch.promote_types(dtype, torch.float32)
+        vectors = accumulation_dtype(x)
         if self.is_linear and "weight" in names:
             num_outputs = capture.shapes[names["weight"]][1 if self.is_transposed else 0]
             if capture.norm_plan_of(names["weight"], x, num_outputs) != GRADIENTS:
@@ -132,18 +135,13 @@ class TracedLayer:
         return y
 
     def _normalised(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x_BTD = x.to(dtype).reshape(x.shape[0], -1, x.shape[-1])
-        if self.is_centred:
-            x_BTD = x_BTD - x_BTD.mean(dim=-1, keepdim=True)
-            eps = layer_norm.epsilon(self.module)
-        else:
-            eps = rms_norm.epsilon(self.module, x)
-        xhat = x_BTD * torch.rsqrt(x_BTD.square().mean(dim=-1, keepdim=True) + eps)
-        scale = self.offset + weight.to(dtype)
+        module = self.module
+        eps = layer_norm.epsilon(module) if self.is_centred else rms_norm.epsilon(module, x)
+        xhat = normalised(flatten_positions(x), eps, is_centred=self.is_centred)
+        scale = self.offset + weight.to(xhat.dtype)
         y = xhat * (scale if self.weight_leaf is None else scale + self.weight_leaf.unsqueeze(1))
         if bias is not None:
-            shift = bias.to(dtype)
+            shift = bias.to(xhat.dtype)
             y = y + (shift if self.bias_leaf is None else shift + self.bias_leaf.unsqueeze(1))
         return y.to(x.dtype).view(x.shape)
 
@@ -202,8 +200,7 @@ class Tracing:
                 interrupt the graph.
         """
         self._refuse_several_calls()
-        model = self._capture.model
-        roots = [module for module in model.modules() if _is_compiled(module)]
+        roots = [module for module in self._capture.model.modules() if _is_compiled(module)]
         if roots and self._capture.retains_graphs:
             # A graph would give its buffers away in its first backward.
             torch._functorch.config.donated_buffer = False
@@ -211,7 +208,7 @@ class Tracing:
             # What samples share is followed through the functions of torch that are called.
             with without_compiler():
                 yield
-        elif not roots or kind is None or torch.is_autocast_enabled(_device_type(model)):
+        elif not roots or kind is None:
             yield
         elif kind in self._kinds:
             with self._traced(self._kinds[kind], num_samples):
@@ -334,16 +331,12 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_PD = ctx.saved_tensors
-        x_BTD, dy_BTP = (
-            x.reshape(x.shape[0], -1, x.shape[-1]),
-            dy.reshape(dy.shape[0], -1, dy.shape[-1]),
-        )
+        x_BTD, dy_BTP = flatten_positions(x), flatten_positions(dy)
         grad_B = None
         if ctx.has_weight:
             first, last = (x_BTD, dy_BTP) if ctx.is_transposed else (dy_BTP, x_BTD)
             grad_B = torch.bmm(first.mT, last)
-        dtype = torch.promote_types(dy.dtype, torch.float32)
-        bias_grad_B = dy_BTP.sum(dim=1, dtype=dtype) if ctx.has_bias else None
+        bias_grad_B = dy_BTP.sum(dim=1, dtype=accumulation_dtype(dy)) if ctx.has_bias else None
         return dy @ weight_PD, None, None, grad_B, bias_grad_B, None
 
 
@@ -366,7 +359,7 @@ class _WithFactors(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_PD = ctx.saved_tensors
-        one = dy.new_ones(1, dtype=torch.promote_types(dy.dtype, torch.float32))
+        one = dy.new_ones(1, dtype=accumulation_dtype(dy))
         return dy @ weight_PD, None, None, one, x, dy
 
 
@@ -385,7 +378,3 @@ def _is_compiled(module: nn.Module) -> bool:
     """True if torch.compile has compiled a module in place, or returned it as a wrapper."""
     own = vars(module)
     return own.get("_compiled_call_impl") is not None or "dynamo_ctx" in own
-
-
-def _device_type(model: nn.Module) -> str:
-    return next(model.parameters()).device.type

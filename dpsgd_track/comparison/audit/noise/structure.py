@@ -133,13 +133,13 @@ def _repeated(samples: Samples) -> tuple[str, Place] | None:
         for p, name in enumerate(samples.parameters)
         if (lag := _lag(samples, p)) is not None
     }
-    whole = {
-        lag
-        for p, name in enumerate(samples.parameters)
-        if (lag := found.get(name)) is not None and _is_whole(samples, p)
-    }
     if not found:
         return None
+    whole = {
+        found[name]
+        for p, name in enumerate(samples.parameters)
+        if name in found and _is_whole(samples, p)
+    }
     # Of large shards longer distances are not known.
     more = [
         name
