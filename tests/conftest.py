@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from dpsgd_track.launcher.hardware import count_gpus
-
-pytest.register_assert_rewrite("tests.support")
-
-import torch.distributed as dist  # noqa: E402
-
-from tests.support.forked_ranks import ForkedRanks, forked_ranks  # noqa: E402
 
 
 def _compute_on_one_core() -> None:
@@ -22,7 +17,12 @@ def _compute_on_one_core() -> None:
 
     Another worker computes beside this one, and threads that wait for each other spin. The
     variable is read as the libraries are loaded.
+
+    Raises:
+        RuntimeError: torch is loaded already.
     """
+    if "torch" in sys.modules:
+        raise RuntimeError("torch: expected to be imported here first, on one thread")
     is_chosen = "OMP_NUM_THREADS" in os.environ
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in ("scipy.linalg", "torch"):
@@ -35,6 +35,12 @@ if count_gpus() == 0:
     # Read as Triton is imported, which torch and transformers do before the tests of its kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 _compute_on_one_core()
+
+pytest.register_assert_rewrite("tests.support")
+
+import torch.distributed as dist  # noqa: E402
+
+from tests.support.forked_ranks import ForkedRanks, forked_ranks  # noqa: E402
 
 LONGEST = (
     "test_detection.py",
