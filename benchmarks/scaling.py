@@ -40,13 +40,20 @@ from dpsgd_track.distributed.sharding import build_mesh, shard_fsdp2, transforme
 from dpsgd_track.library import make_private
 
 BASELINE, COMPILED, PER_LAYER = "no_dp", "compiled", "per_layer"
-EAGER = (BASELINE, "flash_fsdp_fuse_bk", "flash_fsdp_bk", f"flash_fsdp {PER_LAYER}")
+EAGER = (
+    BASELINE,
+    "flash_fsdp_fuse_bk",
+    "flash_fsdp_bk",
+    f"flash_fsdp {PER_LAYER}",
+    f"flash_fsdp_bk {PER_LAYER}",
+)
 BOTH_COMPILED = (f"{BASELINE} {COMPILED}", f"flash_fsdp_fuse_bk {COMPILED}")
 NUM_WARM_UP, NUM_ROUNDS = 4, 15
 """Steps of each contestant. The engine checks itself in the first, the second and the 32nd."""
 CLASSES = 3
 BUDGET = "2GiB"
 """Memory that one pass may keep, as an option of a contestant."""
+CHOICES = (*EAGER, f"flash_fsdp_fuse_bk {BUDGET}", *BOTH_COMPILED)
 COLORS = (BLUE, RED, GREY)
 PRINTED = ("workload", "world_size", "contestant", "ms", "ratio", "memory_gib", "memory_ratio")
 GIB = 2**30
@@ -98,7 +105,12 @@ _8B = Workload(
     num_positions=2048,
     num_samples=1,
     is_checkpointed=True,
-    contestants=(BASELINE, "flash_fsdp_fuse_bk", f"flash_fsdp_fuse_bk {BUDGET}"),
+    contestants=(
+        BASELINE,
+        "flash_fsdp_fuse_bk",
+        f"flash_fsdp_fuse_bk {BUDGET}",
+        f"flash_fsdp_bk {PER_LAYER}",
+    ),
 )
 _8B_LORA = replace(
     _8B,
@@ -410,7 +422,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path)
     parser.add_argument("--workload", action="append", choices=WORKLOADS, required=True)
-    parser.add_argument("--contestant", action="append", choices=EAGER + BOTH_COMPILED)
+    parser.add_argument("--contestant", action="append", choices=CHOICES)
     parser.add_argument("--ranks", default="2", help="numbers of ranks, separated by commas")
     parser.add_argument("--replicas", type=int, default=1, help="copies of the model (HSDP)")
     args = parser.parse_args()

@@ -87,6 +87,30 @@ SPECS = {
         regimes=["mixed"],
         is_compiled=True,
     ),
+    # Shards of different sizes, and a rank without samples.
+    "sent early": Spec(
+        models=["llama", "tied-gpt2", "vit"],
+        modes=["flash_fsdp_fuse_bk"],
+        cut=[[4, 1], [0, 0], [3, 3]],
+        regimes=["mixed"],
+        is_sent_early=True,
+    ),
+    "sent early, HSDP": Spec(
+        models=["llama", "tied-gpt2"],
+        modes=["flash_fsdp_fuse_bk"],
+        cut=[[3, 2], [4, 0], [2, 1], [2, 0]],
+        regimes=["mixed", "all"],
+        replicas=2,
+        is_sent_early=True,
+    ),
+    "sent early, compiled": Spec(
+        models=["llama"],
+        modes=["flash_fsdp_fuse_bk"],
+        cut=[[3, 2], [4, 0]],
+        regimes=["mixed"],
+        is_compiled=True,
+        is_sent_early=True,
+    ),
 }
 
 
@@ -106,7 +130,7 @@ def run(
     return rows
 
 
-SOAK = {"W2, other bounds, whole zoo"}
+SOAK = {"W2, other bounds, whole zoo", "sent early, HSDP", "sent early, compiled"}
 
 
 @pytest.fixture(
@@ -142,6 +166,7 @@ def check(spec: Spec, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         # The first micro-batch's sizes are known from the discarded step: it has a part dropped.
         assert row["budget"] is None or 0 < row["dropped"][0] < row["dropped"][1], row
+        assert (row["num_sent"] > 0) == spec.is_sent_early, row
         if spec.is_compiled:
             # One graph for all blocks, and for batches of another size one or two more.
             assert 0 < row["num_graphs"] <= 3, row

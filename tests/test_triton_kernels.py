@@ -229,6 +229,23 @@ def test_kept_gradients_are_weighed_and_laid_out_like_the_parameter(grads: list[
         assert relative_error(total, wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("shape", [(65, 33), (64, 128)], ids=["odd", "even"])
+def test_gradients_that_lie_apart_are_weighed_where_they_are(
+    shape: tuple[int, int], is_transposed: bool
+) -> None:
+    # A column of what several ranks have sent, side by side.
+    size = shape[0] * shape[1]
+    received = random(3, 16 + size + 48, dtype=LOW)
+    grad = received[:, 16 : 16 + size].unflatten(1, shape)
+    grad = grad.mT if is_transposed else grad
+    factor = torch.tensor([0.3, 0.0, 2e-3], device=DEVICE)
+    (total,) = weighted_sum.weighted_sums([grad], [factor])
+    wanted = torch.tensordot(factor.double(), grad.double(), dims=1)
+    assert total.is_contiguous()
+    assert relative_error(total, wanted) < TOLERANCE
+
+
 @pytest.mark.parametrize("is_centred", [False, True], ids=["rms_norm", "layer_norm"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 17, 33), (3, 16, 64)], ids=shape_id)
 def test_normalisation_layers_have_the_gradients_of_the_reference(

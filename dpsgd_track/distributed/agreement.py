@@ -1,8 +1,8 @@
-"""Agree on a yes or no over ranks, without waiting for their devices."""
+"""Lets ranks agree through their hosts, without waiting for their devices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,21 @@ class Agreement:
 
     def of_each(self, are_true: Sequence[bool]) -> list[bool]:
         """Those that are true on any rank, of equally many on each. Collective."""
+        return list(map(bool, self.largest(list(map(int, are_true)))()))
+
+    def largest(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Ask for the largest of the ranks' numbers in each place, of equally many on each.
+
+        Collective: all ranks call it. Returns a function that waits for them.
+        """
+        found = torch.tensor(numbers, dtype=torch.int64)
         if self._is_alone:
-            return list(are_true)
-        answers = torch.tensor(are_true, dtype=torch.int32)
-        dist.all_reduce(answers, op=dist.ReduceOp.MAX, group=self._group)
-        return answers.bool().tolist()
+            return found.tolist
+        work = dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+
+        def wait() -> list[int]:
+            work.wait()
+            return found.tolist()
+
+        return wait

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dpsgd_track.distributed.agreement import Agreement
+from dpsgd_track.distributed.sample_exchange import (
+    Formed,
+    Matrix,
+    SampleExchange,
+    WeightedSums,
+    code_of,
+)
 from dpsgd_track.distributed.sharding import (
     as_local,
     fsdp_units,
@@ -47,6 +56,24 @@ class GradientSharder(ABC):
         """This rank's shard of each sum so far, by parameter name, float32 or float64."""
         self._batch: dict[str, Tensor] = {}
         """The sums of a micro-batch that may still fail."""
+
+    def left(self) -> list[list[str]]:
+        """Groups that are still to be put in this micro-batch, in order."""
+        return self.groups
+
+    def offer(self, formed: Mapping[str, Formed], num_samples: int) -> SampleExchange | None:
+        """Say what a backward that is about to run delivers. Collective: all ranks call it.
+
+        Args:
+            formed: the matrices whose per-sample gradients it delivers, by name.
+            num_samples: this rank's samples.
+        Returns:
+            What takes the gradients of some of them as the backward runs; None if nothing does.
+        """
+        return None
+
+    def put_sent(self, weight_B: Tensor, weighted_sums: WeightedSums) -> None:  # noqa: B027
+        """Add sum_i w_i g_i over this rank's samples, of the gradients that an offer has taken."""
 
     @abstractmethod
     def put(self, gradients: dict[str, Tensor]) -> None:
@@ -142,6 +169,14 @@ class Fsdp2Sharder(GradientSharder):
     """
 
     packs = True
+    sends_samples: bool
+    """True if per-sample gradients may be sent while a backward runs: on GPUs, where the transfer
+    takes no time of the computation's."""
+    max_bytes = 4
+    """Most that is sent for each element of a gradient: what a reduction in float32 sends."""
+    min_operations = 500_000_000_000
+    """Operations of one product of a group from which on they are. With fewer the host decides how
+    long a step takes, and a transfer takes more of its time than a reduction."""
 
     def __init__(self, model: nn.Module, late: Container[str] = ()) -> None:
         """
@@ -152,6 +187,10 @@ class Fsdp2Sharder(GradientSharder):
         """
         super().__init__()
         self.model = model
+        self._exchange: SampleExchange | None = None
+        """Takes the per-sample gradients of this batch that are sent early."""
+        self._answer: Callable[[], object] | None = None
+        """Waits for the other ranks' offers, where this rank has none."""
         self._pending: list[list[str]] = []
         """Groups that are still to be reduced in this batch, in order."""
         self.parameters = {n: _dtensor(n, p) for n, p in trainable_parameters(model).items()}
@@ -162,11 +201,82 @@ class Fsdp2Sharder(GradientSharder):
         root += [name for names in inner for name in names if name in late]
         inner = [[name for name in names if name not in late] for names in inner]
         self.groups = [names for names in [*inner, root] if names]
-        self._layouts = {
-            tuple(names): _Layout({name: self.parameters[name] for name in names})
-            for names in self.groups
-        }
+        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self.sends_samples = mesh.device_type == "cuda"
+        self._mesh = mesh
         self._start_batch()
+
+    @cached_property
+    def _agreement(self) -> Agreement:
+        return Agreement()
+
+    @cached_property
+    def _exchange_group(self) -> dist.ProcessGroup:
+        """The ranks that share a copy of the model, with transfers beside those of FSDP2."""
+        # All ranks make the groups of all copies.
+        copies = self._mesh.mesh.view(-1, self._num_shards).tolist()
+        groups = {tuple(ranks): dist.new_group(ranks) for ranks in copies}
+        (own,) = (group for ranks, group in groups.items() if dist.get_rank() in ranks)
+        assert own is not None
+        return own
+
+    @property
+    def _num_shards(self) -> int:
+        return self._mesh.shape[-1]
+
+    def left(self) -> list[list[str]]:
+        """Groups that are still to be reduced."""
+        return list(self._pending)
+
+    def offer(self, formed: Mapping[str, Formed], num_samples: int) -> SampleExchange | None:
+        """Take the matrices of all groups but the root's, if all ranks have offered the same.
+
+        What is not taken is reduced with the root's group.
+        """
+        if not self.sends_samples or self._num_shards == 1:
+            return None
+        *inner, _ = self.groups
+        of_groups = [{n: formed[n] for n in names if n in formed} for names in inner]
+        of_groups = [forms for forms in of_groups if forms]
+        taken = {name: form for forms in of_groups for name, form in forms.items()}
+        dtypes = {form.dtype for form in taken.values()}
+        operations = sum(form.num_operations for form in taken.values())
+        if len(dtypes) != 1 or operations < self.min_operations * len(of_groups):
+            taken = {}
+        code, group = code_of(taken), self._exchange_group
+        largest = self._agreement.largest([num_samples, code, -code])
+        if not taken:
+            self._answer = largest
+            return None
+        (dtype,) = dtypes
+
+        def agree() -> int:
+            most, highest, lowest = largest()
+            return most if highest == -lowest and most * dtype.itemsize <= self.max_bytes else 0
+
+        matrices = [[self._matrix(n, form) for n, form in forms.items()] for forms in of_groups]
+        device = self.parameters[next(iter(taken))].device
+        self._exchange = SampleExchange(matrices, dtype, device, group, agree)
+        return self._exchange
+
+    def _matrix(self, name: str, form: Formed) -> Matrix:
+        num_rows, num_columns = self.parameters[name].shape
+        return Matrix(name, num_rows, num_columns, form.is_transposed)
+
+    def put_sent(self, weight_B: Tensor, weighted_sums: WeightedSums) -> None:
+        """Add the sums of the gradients that were sent."""
+        if self._answer is not None:
+            self._answer()
+            self._answer = None
+        if self._exchange is None or self._exchange.num_samples == 0:
+            return
+        replicas = self._mesh.get_group(0) if self._mesh.ndim == 2 else None
+        for name, total in self._exchange.sums(weight_B, weighted_sums):
+            if replicas is not None:
+                dist.all_reduce(total, group=replicas)
+            _add_to(self._batch, {name: _local_rows(self.parameters[name], total.flatten())})
+        taken = self._exchange
+        self._pending = [[n for names in self.groups for n in names if not taken.takes(n)]]
 
     def put(self, gradients: dict[str, Tensor]) -> None:
         """Take gradients; start to reduce every group that is complete and next in order."""
@@ -233,12 +343,13 @@ class Fsdp2Sharder(GradientSharder):
         self._waiting: dict[str, Tensor] = {}
         self._in_flight: list[_Packed] = []
         self._pending = list(self.groups)
+        self._exchange = self._answer = None
 
     def pack(self, names: list[str], fill: Fill) -> None:
         """Reduce the group `names`, which is the next in order, as `fill` writes it."""
         assert self._pending[0] == names
         self._pending.pop(0)
-        layout = self._layouts[tuple(names)]
+        layout = self._layout_of(names)
         packed = torch.empty(layout.num_shards, sum(layout.widths), device=layout.device)
         columns = packed.split(layout.widths, dim=1)
         for column, parameter in zip(columns, layout.parameters.values(), strict=True):
@@ -248,7 +359,7 @@ class Fsdp2Sharder(GradientSharder):
         self._start(_Packed(layout, packed))
 
     def _reduce(self, names: list[str]) -> None:
-        layout = self._layouts[tuple(names)]
+        layout = self._layout_of(names)
         unsharded = [
             self._waiting.pop(name)
             if name in self._waiting
@@ -257,6 +368,12 @@ class Fsdp2Sharder(GradientSharder):
         ]
         columns = [_padded_rows(gradient, layout.num_shards) for gradient in unsharded]
         self._start(_Packed(layout, torch.cat(columns, dim=1)))
+
+    def _layout_of(self, names: list[str]) -> _Layout:
+        key = tuple(names)
+        if key not in self._layouts:
+            self._layouts[key] = _Layout({name: self.parameters[name] for name in names})
+        return self._layouts[key]
 
     def _start(self, reduction: _Packed) -> None:
         if len(self._in_flight) == MAX_IN_FLIGHT:

@@ -29,7 +29,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,8 +40,10 @@ from torch.distributed.tensor import DTensor
 
 from dpsgd_track.config import AUTO, GRADIENTS, GRAM, TILED, require
 from dpsgd_track.distributed.agreement import Agreement
+from dpsgd_track.distributed.sample_exchange import Formed, SampleExchange
 from dpsgd_track.kernels.flash_norm import gram_norm_sq, tiled_norm_sq
 from dpsgd_track.privacy.clipping import layer_of
+from dpsgd_track.privacy.layers import linear
 from dpsgd_track.privacy.layers.inventory import Layer, find_layers
 from dpsgd_track.privacy.memory_budget import MemoryBudget, Split
 from dpsgd_track.privacy.norm_planner import LinearShape, NormPlanner, free_bytes
@@ -75,6 +77,10 @@ ClipLayers = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 parameter."""
 
 _Settle = Callable[[str, tuple[Term, ...]], None]
+Offer = Callable[[Mapping[str, Formed], int], SampleExchange | None]
+"""Takes the per-sample gradients that a backward will form, by parameter, and the number of
+samples; see `distributed.reduction.GradientSharder.offer`."""
+
 _Receive = Callable[[Tensor], None]
 """Takes a gradient that a backward has delivered."""
 _Target = tuple[GradientEdge | Tensor, _Receive | None]
@@ -285,9 +291,13 @@ class Capture:
             for module in reversed(attached):
                 module.detach()
 
-    def run_norms(self, loss_B: Tensor, *, retain_graph: bool) -> dict[str, Tensor]:
+    def run_norms(
+        self, loss_B: Tensor, *, retain_graph: bool, offer: Offer | None = None
+    ) -> dict[str, Tensor]:
         """Run the backward for norms.
 
+        Args:
+            offer: has per-sample gradients sent as they arrive, rather than kept.
         Returns:
             Squared norm [B] of each sample's gradient, for each parameter that a gradient reached.
         Raises:
@@ -296,9 +306,15 @@ class Capture:
         """
         squares: dict[str, Tensor] = {}
         deferred: dict[str, tuple[Term, ...]] = {}
+        self._prepare_first_backward(loss_B)
+        exchange = self._offered(offer)
 
         def settle(name: str, terms: tuple[Term, ...]) -> None:
-            if name in self.split.dropped:
+            if exchange is not None and exchange.takes(name):
+                if whole := exchange.give(name, terms[0].materialised().grad_B):
+                    squares.update(self.norms_of(_dense(whole)))
+                    exchange.send()
+            elif name in self.split.dropped:
                 assert self.budget is not None
                 terms = self._kept_form(name, terms)
                 self.split.delivered.add(name)
@@ -312,7 +328,10 @@ class Capture:
                 # At once, so that the factors can be freed.
                 squares.update(self.norms_of({name: terms}))
 
-        self._run_checked(loss_B, settle, retain_graph=retain_graph)
+        with self._delivered_at_once(exchange):
+            self._run_checked(loss_B, settle, retain_graph=retain_graph)
+        if exchange is not None and (unsent := exchange.unsent()):
+            squares |= self.norms_of(_dense(unsent))
         if self.keep:
             deferred = with_sums(deferred)
             self._kept.update(deferred)
@@ -320,6 +339,43 @@ class Capture:
             kept = [terms for name, terms in self._kept.items() if name in self.split.counted]
             self.budget.end(self._shapes_key, kept)
         return self.tracing.checked(squares | self.norms_of(deferred))
+
+    def _offered(self, offer: Offer | None) -> SampleExchange | None:
+        """What takes per-sample gradients that the backward is about to form."""
+        if offer is None:
+            return None
+        assert self.num_samples is not None
+        single = {n: form for n, (_, form) in self._formed.items() if self._num_uses[n] == 1}
+        return offer(single, self.num_samples)
+
+    @contextmanager
+    def _delivered_at_once(self, exchange: SampleExchange | None) -> Iterator[None]:
+        """Context in which the gradients that an exchange takes are delivered as they are formed,
+        rather than after the backward, and autograd keeps none of them."""
+        if exchange is None:
+            yield
+            return
+        early = {id(t) for name, (t, _) in self._formed.items() if exchange.may_take(name)}
+        handles = []
+        for number, (target, receive) in enumerate(self._targets):
+            if id(target) in early:
+                assert isinstance(target, Tensor)
+                assert receive is not None
+                self._targets[number] = target, None
+                deliver = partial(self._deliver, receive, target.detach())
+                handles.append(target.register_hook(deliver))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _deliver(self, receive: _Receive, stand_in: Tensor, gradient: Tensor) -> Tensor | None:
+        """Have a gradient received; returns what autograd keeps in its place, which is free."""
+        if not self.ends_calls():
+            return None
+        receive(gradient)
+        return stand_in
 
     def run_units(
         self, loss_B: Tensor, units: Sequence[Sequence[str]], clip: ClipLayers, put: Put
@@ -355,6 +411,7 @@ class Capture:
             if len(unit) == len(units[number]):
                 end(number)
 
+        self._prepare_first_backward(loss_B)
         self._holds_units = True
         try:
             self._run_checked(loss_B, settle, retain_graph=False)
@@ -514,6 +571,7 @@ class Capture:
         for layer in self.tracing.layers():
             self._note_call(layer)
         self._targets += self.tracing.targets()
+        self._formed |= self.tracing.formed()
 
     def open_call_by_sample(self, layer: Layer, leaves: Mapping[str, Tensor]) -> None:
         """Begin a call of `layer` on `leaves`, by local name, which all samples share.
@@ -643,13 +701,23 @@ class Capture:
         sizes = (x.numel() // self.num_samples, y.numel() // self.num_samples)
         self._shapes.append((layer.fqn, *sizes, y.dtype))
 
-    def note_view(self, layer: Layer, local_name: str, view: Tensor) -> None:
+    def note_view(
+        self, layer: Layer, local_name: str, view: Tensor, num_positions: int = 0
+    ) -> None:
         """Note that an opened call runs on `view`, its parameter expanded to [B, ...].
 
         The gradient that autograd forms of the view is the per-sample gradient.
+
+        Args:
+            num_positions: T of each sample, of a linear layer's weight.
         """
         name = layer.names[local_name]
         self.note_received([name], view, lambda grad_B: self.add_gradients(name, grad_B))
+        if num_positions:
+            # The backward of the product forms those of its second factor.
+            operations = 2 * num_positions * view.numel()
+            form = Formed(view.dtype, layer.rule is linear, operations)
+            self._formed[name] = view, form
 
     def note_received(
         self, names: Iterable[str | None], view: Tensor, receive: Callable[[Tensor], None]
@@ -733,10 +801,12 @@ class Capture:
         finally:
             self._settle, self._backward_id = None, -1
 
-    def _run_checked(self, loss_B: Tensor, settle: _Settle, *, retain_graph: bool) -> None:
-        """Run the first backward of a batch; refuse gradients that it has not captured."""
+    def _prepare_first_backward(self, loss_B: Tensor) -> None:
         self._note_traced_calls()
         self._inspect_leaves(loss_B)
+
+    def _run_checked(self, loss_B: Tensor, settle: _Settle, *, retain_graph: bool) -> None:
+        """Run the first backward of a batch; refuse gradients that it has not captured."""
         parameters = self._current_parameters()
         gradients = self._run(
             loss_B, settle, parameters.values(), self._targets, retain_graph=retain_graph
@@ -919,6 +989,8 @@ class Capture:
 
     def _clear(self) -> None:
         self._targets: list[_Target] = []
+        self._formed: dict[str, tuple[Tensor, Formed]] = {}
+        """Tensors whose gradients are the per-sample gradients of a matrix, by its name."""
         self._outputs: list[tuple[tuple[str, ...], Node]] = []
         self._num_uses: Counter[str] = Counter()
         self._kept: dict[str, tuple[Term, ...]] = {}
@@ -932,6 +1004,10 @@ class Capture:
         """Parameters of each call whose gradient arrives in a backward to the edge."""
         self._shapes: list[tuple[str, int, int, torch.dtype]] = []
         """Layer, sizes of one sample's input and output, and type of each of these calls."""
+
+
+def _dense(grads: Mapping[str, Tensor]) -> dict[str, tuple[Term, ...]]:
+    return {name: (Dense(grad_B),) for name, grad_B in grads.items()}
 
 
 class ObservedUnit(ReplacedForward):

@@ -17,6 +17,7 @@ from dpsgd_track.distributed.reduction import GradientSharder
 from dpsgd_track.distributed.sharding import as_local, trainable_parameters
 from dpsgd_track.kernels.device import HostCopy
 from dpsgd_track.kernels.left_out import assuming_all_kept
+from dpsgd_track.kernels.weighted_sum import weighted_sums
 from dpsgd_track.privacy.batch import Batch, RepeatableBatch, Rows
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.clipping import (
@@ -287,6 +288,11 @@ class Engine:
                 dict(zip(names, outs, strict=True)), clip_factor_B
             ),
         )
+
+    def put_sent(self, weight_B: Tensor) -> None:
+        """Add this rank's clipped sums of the per-sample gradients that the backward has sent."""
+        weight_B = torch.zeros_like(weight_B) if self.is_standing_in else weight_B
+        self.sharder.put_sent(weight_B, weighted_sums)
 
     def put(self, sums: dict[str, Tensor]) -> None:
         """Add this rank's clipped sums of some parameters."""

@@ -41,11 +41,11 @@ def run_linear(capture: Capture, layer: Layer, leaves: Mapping[str, Tensor], x: 
     if bias is not None:
         bias = bias.expand(num_samples, 1, *bias.shape)
     is_open = capture.open_call(layer, x)
+    x_BTD = x.reshape(num_samples, -1, x.shape[-1]) if x.dim() != 3 else x
     if is_open and "weight" in layer.names:
-        capture.note_view(layer, "weight", weight)
+        capture.note_view(layer, "weight", weight, num_positions=x_BTD.shape[1])
     if is_open and "bias" in layer.names:
         capture.note_view(layer, "bias", bias)
-    x_BTD = x.reshape(num_samples, -1, x.shape[-1]) if x.dim() != 3 else x
     weight_BDP = weight.mT if layer.rule is linear else weight
     y = torch.bmm(x_BTD, weight_BDP) if bias is None else torch.baddbmm(bias, x_BTD, weight_BDP)
     return y if x.dim() == 3 else y.view(*x.shape[:-1], y.shape[-1])

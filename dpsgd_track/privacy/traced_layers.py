@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpsgd_track.config import GRADIENTS
+from dpsgd_track.distributed.sample_exchange import Formed
 from dpsgd_track.kernels.device import HostCopy
 from dpsgd_track.kernels.flash_norm.reference import accumulation_dtype
 from dpsgd_track.kernels.normalisation import normalised
@@ -76,6 +77,7 @@ class TracedLayer:
         self.count_leaf: Tensor | None = None
         self.x_leaf: Tensor | None = None
         self.dy_leaf: Tensor | None = None
+        self.num_positions = 0
         self.weight_leaf: Tensor | None = None
         self.bias_leaf: Tensor | None = None
 
@@ -88,6 +90,7 @@ class TracedLayer:
         shape, dtype = of_sample
         capture, names = self.capture, self.layer.names
         x = _leaf((num_samples, *shape), dtype, device)
+        self.num_positions = shape[:-1].numel()
         self.has_factors = False
         self.count_leaf = self.x_leaf = self.dy_leaf = self.weight_leaf = self.bias_leaf = None
         # Vectors are summed over positions in float32.
@@ -273,6 +276,18 @@ class Tracing:
         """Leaves of the current batch, each with what takes its gradient."""
         self._counts.clear()
         return [pair for layer in self._active for pair in layer.targets(self._counts.append)]
+
+    def formed(self) -> dict[str, tuple[Tensor, Formed]]:
+        """Leaves of the current batch whose gradients are a matrix's per-sample gradients, by the
+        matrix's name."""
+        return {
+            traced.layer.names["weight"]: (
+                leaf,
+                Formed(leaf.dtype, False, 2 * traced.num_positions * leaf.numel()),
+            )
+            for traced in self._active
+            if traced.is_linear and (leaf := traced.weight_leaf) is not None
+        }
 
     def layers(self) -> list[Layer]:
         """Layers that are traced in the current batch."""

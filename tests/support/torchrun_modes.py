@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from dpsgd_track.config import AUTO, GRADIENTS, PrivacyConfig
+from dpsgd_track.distributed.reduction import Fsdp2Sharder
+from dpsgd_track.distributed.sample_exchange import SampleExchange
 from dpsgd_track.distributed.sharding import as_sharded, transformer_blocks
 from dpsgd_track.modes.build import build_mode
 from dpsgd_track.modes.composed import ComposedMode
@@ -45,6 +48,8 @@ class Spec:
     is_checkpointing: bool = False
     is_compiled: bool = False
     """True if torch.compile has compiled every block, before the modes shard it."""
+    is_sent_early: bool = False
+    """True if per-sample gradients are sent while the backward runs."""
     budget: int | None = None
     """Bytes that modes of one backward keep, when they run once more within a budget."""
 
@@ -113,10 +118,28 @@ def _runs(spec: Spec) -> list[tuple[str, int | None]]:
     return [(mode, None) for mode in spec.modes] + [(mode, spec.budget) for mode in within]
 
 
-def _planned(context: ModeContext, mode: str, regime: str) -> ModeContext:
+def _planned(spec: Spec, context: ModeContext, mode: str, regime: str) -> ModeContext:
     """`context` with what a mode would keep of larger models, but where it clips some samples."""
-    keeps_gradients = regime != "mixed" and takes_norm_plan(mode, GRADIENTS)
+    is_large = regime != "mixed" or spec.is_sent_early
+    keeps_gradients = is_large and takes_norm_plan(mode, GRADIENTS)
     return replace(context, norm_plan=GRADIENTS if keeps_gradients else AUTO)
+
+
+def _count_sent(spec: Spec, mode: Mode) -> Callable[[], int]:
+    """Have a mode send gradients early, if the spec says so; counts batches that did."""
+    sharder = mode.engine.sharder if isinstance(mode, ComposedMode) else None
+    if not isinstance(sharder, Fsdp2Sharder) or not spec.is_sent_early:
+        return lambda: 0
+    # As of larger models on GPUs.
+    sharder.sends_samples, sharder.min_operations, sharder.max_bytes = True, 0, 64
+    offers, offer = [], sharder.offer
+
+    def offer_and_note(*args: Any) -> SampleExchange | None:
+        offers.append(offer(*args))
+        return offers[-1]
+
+    sharder.offer = offer_and_note  # type: ignore[method-assign]
+    return lambda: sum(exchange is not None and exchange.num_samples > 0 for exchange in offers)
 
 
 def whole(mode: Mode, shards: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -240,14 +263,17 @@ def main(output: str, spec_json: str) -> None:
             wanted = one_step(build_mode("reference", copy.deepcopy(model), context), batches)
             for mode, budget in _runs(spec):
                 try:
-                    planned = replace(_planned(context, mode, regime), memory_budget=budget)
-                    found = one_step(build_mode(mode, copy_of(spec, model), planned), batches)
+                    planned = replace(_planned(spec, context, mode, regime), memory_budget=budget)
+                    built = build_mode(mode, copy_of(spec, model), planned)
+                    num_sent = _count_sent(spec, built)
+                    found = one_step(built, batches)
                 except Exception as error:  # one of all ranks, or the group hangs
                     refused = {"model": name, "regime": regime, "mode": mode, "error": str(error)}
                     rows.append(refused)
                 else:
                     row = row_of(name, regime, bound, mode, found, wanted)
                     rows.append(row | {"budget": budget, "dropped": found["dropped"]})
+                    rows[-1]["num_sent"] = num_sent()
                     rows[-1]["num_breaks"] = sum(counters["graph_break"].values())
                     rows[-1]["num_graphs"] = counters["stats"]["unique_graphs"]
     if dist.get_rank() == 0:

@@ -1,7 +1,8 @@
 """Norms and clipped sums of materialised gradients on a GPU, at memory bandwidth.
 
 One launch for all parameters, whose addresses are in a table. A gradient may be transposed in
-memory, [B, D, P] for a weight [P, D], as a batched product's backward leaves it.
+memory, [B, D, P] for a weight [P, D], as a batched product's backward leaves it. Those of the
+samples of a sum may lie apart.
 
 Shapes: B samples, N elements of a parameter, P and D its rows and columns.
 """
@@ -91,7 +92,7 @@ def _sums_kernel(
 ):  # fmt: skip
     tensor = tl.load(owner_ptr + tl.program_id(0))
     chunk = tl.program_id(0) - tl.load(first_ptr + tensor)
-    row_ptr = table_ptr + tensor * 8
+    row_ptr = table_ptr + tensor * 9
     address = tl.load(row_ptr)
     kind = tl.load(row_ptr + 1)
     sum_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
@@ -99,12 +100,13 @@ def _sums_kernel(
     stride = size_of(row_ptr + 4, IS_EVEN)
     factor_ptr = tl.load(row_ptr + 7).to(tl.pointer_type(tl.float32))
     N = size_of(row_ptr + 5, IS_EVEN)
+    sample_stride = size_of(row_ptr + 8, IS_EVEN)
     if IS_EVEN:
         sum_ptr = tl.multiple_of(sum_ptr, 16)
     element = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for sample in range(B):
-        grad = load(address, kind, sample * N + element, element < N)
+        grad = load(address, kind, sample * sample_stride + element, element < N)
         total += _weighed(tl.load(factor_ptr + sample), grad)
     tl.store(_places(sum_ptr, width, stride, element), total, mask=element < N)
 
@@ -116,7 +118,7 @@ def _transposed_sums_kernel(
 ):  # fmt: skip
     tensor = tl.load(owner_ptr + tl.program_id(0))
     tile = tl.program_id(0) - tl.load(first_ptr + tensor)
-    row_ptr = table_ptr + tensor * 8
+    row_ptr = table_ptr + tensor * 9
     address = tl.load(row_ptr)
     kind = tl.load(row_ptr + 1)
     sum_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
@@ -125,6 +127,7 @@ def _transposed_sums_kernel(
     factor_ptr = tl.load(row_ptr + 7).to(tl.pointer_type(tl.float32))
     P = size_of(row_ptr + 5, IS_EVEN)
     D = size_of(row_ptr + 6, IS_EVEN)
+    sample_stride = size_of(row_ptr + 8, IS_EVEN)
     if IS_EVEN:
         sum_ptr = tl.multiple_of(sum_ptr, 16)
     tiles_d = (D + TILE - 1) // TILE
@@ -134,7 +137,7 @@ def _transposed_sums_kernel(
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
     is_there = (d[:, None] < D) & (p[None, :] < P)
     for sample in range(B):
-        offset = (sample * D + d[:, None]) * P + p[None, :]
+        offset = sample * sample_stride + d[:, None] * P + p[None, :]
         grad = load(address, kind, offset, is_there)
         total += _weighed(tl.load(factor_ptr + sample), grad)
     # Rows of a parameter are never divided among ranks.
@@ -196,16 +199,18 @@ def _launch_all(
 ) -> None:
     transposed, flat = _Programs(), _Programs()
     for (out, width, stride), grad, factor_B in zip(places, grads, factors, strict=True):
-        is_transposed = _is_transposed(grad)
-        grad = aligned(grad if is_transposed else grad.contiguous())
+        # The gradients of samples may lie apart.
+        is_transposed = _is_transposed(grad[:1])
+        grad = aligned(grad if is_transposed or grad[:1].is_contiguous() else grad.contiguous())
         begin = grad.data_ptr(), KINDS[grad.dtype], out.data_ptr(), width, stride
+        end = factor_B.data_ptr(), grad.stride(0)
         if is_transposed:
             _, P, D = grad.shape
-            transposed.rows.append((*begin, P, D, factor_B.data_ptr()))
+            transposed.rows.append((*begin, P, D, *end))
             transposed.num_programs.append(ceil_div(P, TILE) * ceil_div(D, TILE))
         else:
             size = _num_elements(grad)
-            flat.rows.append((*begin, size, 0, factor_B.data_ptr()))
+            flat.rows.append((*begin, size, 0, *end))
             flat.num_programs.append(ceil_div(size, BLOCK))
         (transposed if is_transposed else flat).held.append(grad)
     _launch(_transposed_sums_kernel, transposed, factors[0], TILE=TILE, num_warps=4)
@@ -218,7 +223,7 @@ def _launch(kernel: Any, programs: _Programs, factor_B: Tensor, **options: int) 
     device = factor_B.device
     owner, first = programs_of(tuple(programs.num_programs), device)
     # The sum's address is in bytes, sizes in elements.
-    is_even = all(n % 16 == 0 for row in programs.rows for n in row[2:7])
+    is_even = all(n % 16 == 0 for row in programs.rows for n in (*row[2:7], row[8]))
     table = address_table(programs.rows, device)
     kernel[(len(owner),)](table, owner, first, len(factor_B), IS_EVEN=is_even, **options)
 

@@ -1,7 +1,8 @@
 """One backward: takes norms as it runs; clipped sums are formed from the terms it kept.
 
 Source: Bu et al., 2023, "Differentially Private Optimization on Large Model at Small Cost".
-Each clipped sum is in flight to the other ranks while the next is formed.
+Each clipped sum is in flight to the other ranks while the next is formed. Some per-sample gradients
+are sent while the backward runs, and summed where they arrive (`distributed.sample_exchange`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ def bookkeeping(engine: Engine, loss_B: Tensor) -> SampleRecord:
     capture = engine.capture
     assert capture is not None
     with engine.without_autocast():
-        record = engine.clip(loss_B, capture.run_norms(loss_B, retain_graph=False))
+        offer = engine.sharder.offer
+        norm_sq = capture.run_norms(loss_B, retain_graph=False, offer=offer)
+        record = engine.clip(loss_B, norm_sq)
         weight_B = engine.weights_of(record.factors_B)
-        for names in launches(engine.sharder, engine.sharder.groups, weight_B.device):
+        engine.put_sent(weight_B)
+        for names in launches(engine.sharder, engine.sharder.left(), weight_B.device):
             engine.put_kept(names, weight_B)
     engine.sharder.finish()
     return record
