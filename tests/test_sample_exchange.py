@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,14 @@ from dpsgd_track.distributed.sample_exchange import Formed, Matrix, SampleExchan
 from dpsgd_track.kernels.weighted_sum import weighted_sums
 
 pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.fixture(autouse=True)
+def memory_that_nothing_has_written_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(mode=True)
+    yield
+    torch.use_deterministic_algorithms(mode=False)
+
 
 NAMES = ("a", "b", "c")
 WEIGHT_B = torch.tensor([0.5, 0.0, 2.0])

@@ -199,25 +199,21 @@ class SampleExchange:
         """Shards of all gradients of a transfer side by side, [W, B, elements of one's shards]."""
         grads = {m.name: self._given.pop(m.name) for m in matrices if m.name in self._given}
         widths = [a * b for a, b in (m.shard_shape(self._num_shards) for m in matrices)]
-        is_full = all(
-            m.name in grads
-            and len(grads[m.name]) == self.num_samples
-            and m.num_rows % self._num_shards == 0
-            for m in matrices
-        )
-        packed = (torch.empty if is_full else torch.zeros)(
+        packed = torch.empty(
             self._num_shards,
             self.num_samples,
             sum(widths),
             dtype=self._dtype,
             device=self._device,
         )
-        pairs = [
-            pair
-            for matrix, to in zip(matrices, packed.split(widths, dim=2), strict=True)
-            if matrix.name in grads
-            for pair in matrix.copies(grads[matrix.name], to[:, : len(grads[matrix.name])])
-        ]
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for matrix, to in zip(matrices, packed.split(widths, dim=2), strict=True):
+            if matrix.name in grads:
+                # Samples beyond this rank's have weight 0, and rows beyond the last are dropped.
+                grad_B = grads[matrix.name]
+                pairs += matrix.copies(grad_B, to[:, : len(grad_B)])
+            else:
+                to.zero_()
         if pairs:
             torch._foreach_copy_([place for place, _ in pairs], [part for _, part in pairs])
         return packed
