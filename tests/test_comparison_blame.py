@@ -125,7 +125,10 @@ def test_wrong_norm_of_one_parameter_is_named_and_the_clip_factors_inherit() -> 
 def test_wrong_sum_of_right_factors_is_introduced_by_the_sum() -> None:
     found = judged(scaled(clip_record(), "gradient_sketch", 2.0, (slice(None), 2)))
     assert found.culprits[CLIP_KEY].places == ("model.layers.2.weight",)
-    said = "it is the right one multiplied by 2 or K_t (the number of micro-batches of the step)"
+    said = (
+        "it is the right one multiplied by 2, as where it is added up twice, or K_t (the number of "
+        "micro-batches of the step)"
+    )
     assert found.culprits[CLIP_KEY].cause.sentence == said
     assert statuses(found)["clipped sum"] == "introduced"
 

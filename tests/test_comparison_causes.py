@@ -120,10 +120,19 @@ NORMS = {
         0.75 * NORM + 0.25 * NORM.reshape(-1, 4, 3).mean(2).repeat(3, axis=1)
     ),
     "the 4-norm of the parameters' norms": (BY_PARAMETER**4).sum(2) ** 0.25,
+    "each 2 samples of a micro-batch have their largest": np.dstack(
+        [NORM.reshape(-1, 4, 3)[..., :2].max(axis=2)] * 2 + [NORM.reshape(-1, 4, 3)[..., 2]]
+    ).reshape(NORM.shape),
+    "in another order, so that samples have each other's: samples are sorted by their norms, "
+    "largest first": -np.sort(-NORM.reshape(-1, 4, 3), axis=2).reshape(NORM.shape),
     "the right values in another order": NORM[:, [5, 3, 8, 0, 11, 1, 2, 4, 6, 10, 7, 9]],
 }
 PAIRS = FACTOR.reshape(-1, 4, 3).copy()
-PAIRS[..., :2] = PAIRS[..., :2].mean(axis=2, keepdims=True)
+PAIRS[..., :2] = 0.9 * PAIRS[..., :2].mean(axis=2, keepdims=True)
+LATE = np.minimum(1, np.concatenate([C[:1], C[:-1]]) / NORM)
+"""Factors with the C of the step before."""
+DECIDED = np.where((NORM > C).reshape(-1, 4, 3).any(axis=2).repeat(3, axis=1), C / NORM, 1)
+"""Factors that are all 1 in a micro-batch or all C / n."""
 FACTORS = {
     "they are never below 0.77": np.maximum(FACTOR, 0.77),
     "all samples of a micro-batch have one factor": np.minimum(
@@ -134,6 +143,14 @@ FACTORS = {
     ),
     "each 2 samples of a micro-batch have one factor": PAIRS.reshape(FACTOR.shape),
     "no sample is clipped": np.ones_like(NORM),
+    "each 2 samples of a micro-batch have their mean: they are handled in chunks of 2": np.dstack(
+        [FACTOR.reshape(-1, 4, 3)[..., :2].mean(axis=2)] * 2 + [FACTOR.reshape(-1, 4, 3)[..., 2]]
+    ).reshape(FACTOR.shape),
+    "a new C is taken up late: micro-batch 0 of each step is clipped at C of the step before": (
+        np.where(IS_LAST, FACTOR, LATE)
+    ),
+    "(C / n) tanh(n / C), a smooth function": C / NORM * np.tanh(NORM / C),
+    "C / (n + r / (n + r)) with r = 0.1": C / (NORM + 0.1 / (NORM + 0.1)),
     "computed from other norms: they are those of the samples at the same places of the "
     "micro-batch before, even of the step before": np.minimum(1, C / stale(NORM)),
     "they are max(1, C / n) rather than min(1, C / n)": np.maximum(1, C / NORM),
@@ -453,6 +470,33 @@ def test_a_sum_that_still_holds_the_step_before_is_explained() -> None:
     assert "still in it: it is not cleared" in found(wrong).sentence
 
 
+def test_micro_batches_that_count_by_a_law_of_their_sizes_are_explained() -> None:
+    t = base()
+    rank, number = t.sample_rank.copy(), t.sample_micro_batch.copy()
+    rank[:, 6:8], number[:, 6:8] = 0, 1
+    ours = replace(t, sample_rank=rank, sample_micro_batch=number)
+    of_rank = np.where(rank == 0, 8, 4)
+    of_batch = np.select([(rank == 0) & (number == 0), rank == 0, number == 0], [3, 5, 1], 3)
+    sentence = found(summed(ours, FACTOR * of_batch / of_rank), ours).sentence
+    said = "the samples of the micro-batch over the rank's samples in the step."
+    assert f"each micro-batch's sum is multiplied by {said}" in sentence
+
+
+def test_a_try_that_was_given_up_is_told_from_samples_that_count_twice() -> None:
+    wrong = summed(base(), FACTOR + LATE)
+    assert "the sum of a try that was given up" in found(wrong).sentence
+
+
+def test_a_sum_of_the_right_length_in_other_places_is_told_by_its_length() -> None:
+    t = base()
+    total = np.roll(t.gradient_sketch, 1, axis=1)
+    wrong = replace(t, gradient_sketch=total, noised_sketch=total)
+    verdict = found(replace(wrong, layer_grad_norm=np.full_like(t.layer_grad_norm, np.nan)))
+    assert "right in length as a whole" in verdict.sentence
+    longer = replace(wrong, grad_norm=1.01 * t.grad_norm, grad_norm_noised=1.01 * t.grad_norm)
+    assert "right in length as a whole" not in found(longer).sentence
+
+
 def test_layers_that_are_exchanged_are_named() -> None:
     t = base()
     layers = np.array([name.removesuffix(".weight") for name in t.parameter_names.tolist()])
@@ -504,6 +548,9 @@ UPDATES: dict[str, Callable[[Any, Any], Any]] = {
     ),
     "multiplied by 1 over the number of the step, from 1": lambda n, s: n / (1 + STEP),
     "multiplied by 0 at step 1": lambda n, s: n * (STEP != 1),
+    "right in direction but not in length: each parameter is multiplied by a factor of its own": (
+        lambda n, s: n / np.sqrt(np.square(n).mean(axis=2, keepdims=True))
+    ),
 }
 
 

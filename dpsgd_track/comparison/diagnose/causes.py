@@ -70,7 +70,11 @@ def either(sentences: Sequence[str]) -> str:
     num_common = len(list(takewhile(lambda at: len(set(at)) == 1, zip(*words, strict=False))))
     num_common *= num_common >= _COMMON
     first, *rest = (" ".join(each[num_common * (n > 0) :]) for n, each in enumerate(words))
-    return " or ".join([first, *rest])
+    said = first
+    for each in rest:
+        # A clause that ends with its reason is closed by a comma.
+        said += f"{',' * (', as where ' in said)} or {each}"
+    return said
 
 
 def agreed(causes: Iterable[Cause]) -> Cause:
@@ -128,8 +132,10 @@ def _of_one(pair: Pair, rung: Rung, run: ModeRun) -> Cause:
     kinds = {".".join(item.split(".")[-2:]): item for item in reversed(large)}
     for item in list(reversed(kinds.values()))[:_MOST_ALONE]:
         cause = cause_of(pair, replace(rung, items=(item,)), run)
-        for each in (e for e in cause.explanations if e.is_named):
-            found.setdefault(each.name, replace(each, sentence=f"in {item}, {each.sentence}"))
+        named = [each for each in cause.explanations if each.is_named]
+        if named and not any(each.name in found for each in named):
+            said = f"in {item}, {either([each.sentence for each in named])}"
+            found[named[0].name] = replace(named[0], sentence=said)
         if len(found) == _MOST_CAUSES:
             break
     if not found:

@@ -373,14 +373,27 @@ def describe(wrong: Sequence[str], names: Sequence[str], kind: str = "parameters
     if len(wrong) <= _SHOWN:
         return ", ".join(wrong)
     are_wrong = set(wrong)
-    if groups := _whole_groups(are_wrong, names):
-        return f"every {', '.join(groups)} ({len(wrong)})"
+    groups = _whole_groups(are_wrong, names)
     right = [name for name in names if name not in are_wrong]
+    if groups and (len(groups) == 1 or len(right) > _FEW_RIGHT):
+        return f"every {', '.join(groups)} ({len(wrong)})"
+    if said := _by_order(are_wrong, names, kind):
+        return said
     if len(right) <= _FEW_RIGHT:
         return f"{len(wrong)} of {len(names)} {kind} (all but {' and '.join(right)})"
     if len(wrong) > 0.5 * len(names):
         return f"{len(wrong)} of {len(names)} {kind} ({wrong[0]} most)"
     return f"{', '.join(wrong[:_SHOWN])} and {len(wrong) - _SHOWN} more"
+
+
+def _by_order(wrong: Set[str], names: Sequence[str], kind: str) -> str:
+    """`wrong` as all from one on in the model's order, up to a few; empty if they are not."""
+    first = min((place for place, name in enumerate(names) if name in wrong), default=0)
+    others = [name for name in names[first:] if name not in wrong]
+    if first < _FEWEST_BEFORE or len(others) > _FEW_RIGHT or len(wrong) < _FEWEST_BEFORE:
+        return ""
+    but = f", but {' and '.join(others)}" if others else ""
+    return f"{len(wrong)} of {len(names)} {kind} (all from {names[first]} on{but})"
 
 
 def _whole_groups(wrong: Set[str], names: Sequence[str]) -> list[str]:
@@ -391,7 +404,10 @@ def _whole_groups(wrong: Set[str], names: Sequence[str]) -> list[str]:
     """
     groups: dict[str, set[str]] = defaultdict(set)
     for name in names:
-        _, *parts = name.split(".")
+        every = name.split(".")
+        _, *parts = every
+        for kept in range(1, len(every)):
+            groups[f"{'.'.join(every[:kept])}.*"].add(name)
         for kept in (1, 2):
             if len(parts) >= kept:
                 groups[f"*.{'.'.join(parts[-kept:])}"].add(name)
@@ -402,6 +418,10 @@ def _whole_groups(wrong: Set[str], names: Sequence[str]) -> list[str]:
         if groups[group] & left:
             chosen.append(group)
             left -= groups[group]
+    for group in reversed(chosen.copy()):
+        others = [groups[other] for other in chosen if other != group]
+        if groups[group] <= set().union(*others):
+            chosen.remove(group)
     return sorted(chosen) if not left and len(chosen) <= _SHOWN else []
 
 

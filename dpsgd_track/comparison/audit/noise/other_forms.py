@@ -43,6 +43,8 @@ def other_form(samples: Samples) -> str:
     flat, rms = _standardised(samples)
     if len(flat) < _FEWEST:
         return ""
+    if said := _cut_off(samples):
+        return said
     reach = kolmogorov_bound(len(flat), ALPHA)
     if _distance(flat, stats.norm()) <= reach:
         return ""
@@ -88,6 +90,34 @@ def _shifted(samples: Samples) -> str:
     if abs(mean) < _SHIFTED or _distance(flat, stats.norm(mean, 1.0)) > reach:
         return ""
     return f"the mean of its noise is {mean:.3g} sigma C, with the right std about that mean"
+
+
+def _cut_off(samples: Samples) -> str:
+    """Normal noise of which no element is beyond a bound."""
+    flat = samples.noise[:, samples.held]
+    flat = flat[flat != 0]
+    num, most = len(flat), float(np.abs(flat).max(initial=0.0))
+    if num < _FEWEST or not most > 0:
+        return ""
+    rms = float(np.sqrt(np.square(flat).mean()))
+    expected = float(num * 2 * stats.norm.sf(most))
+    if min(expected, num * 2 * stats.norm.sf(most / rms)) < _MISSED:
+        return ""
+    inner = flat[np.abs(flat) < most * (1 - _AT_BOUND)]
+    reach = kolmogorov_bound(len(inner), ALPHA)
+    if len(inner) < _FEWEST or _distance(inner, stats.truncnorm(-most, most)) > reach:
+        return ""
+    is_clamped = num - len(inner) >= _MISSED / 2
+    how = f"clamped to [-{most:.3g}, {most:.3g}]" if is_clamped else f"drawn anew beyond {most:.3g}"
+    return (
+        f"its noise is normal but {how} sigma C: none of {num:,} elements is larger, where "
+        f"{expected:.0f} are expected"
+    )
+
+
+_MISSED, _AT_BOUND = 25, 1e-3
+"""Elements that have to be missing beyond a bound, or that lie on it, and their relative
+distance from it."""
 
 
 def _distance(flat: Floats, form: stats.rv_continuous) -> float:

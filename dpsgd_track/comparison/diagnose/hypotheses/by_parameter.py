@@ -12,7 +12,7 @@ import numpy as np
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Fitted, Hypothesis, Prediction
 from dpsgd_track.comparison.diagnose.hypotheses.name_groups import groups_of_names
-from dpsgd_track.record.trajectory import Floats
+from dpsgd_track.record.trajectory import Floats, sketch_length
 
 _ALIKE = 2e-3
 """Relative spread up to which factors are one."""
@@ -47,6 +47,60 @@ def scaled_apart(of: Of, theirs: Of, *, be: str) -> tuple[Hypothesis, ...]:
         Hypothesis(sentence=f"{be} the right one multiplied by {{}}", predict=predict)
         for predict in (by_step, by_parameter)
     )
+
+
+def scaled_each(of: Of, theirs: Of, *, be: str) -> tuple[Hypothesis, ...]:
+    """The right tensors with one factor for each parameter and step, as `scaled_apart`."""
+
+    def predict(facts: Facts) -> Prediction:
+        right, observed = of(facts), theirs(facts)
+        rows = facts.rows
+        if right.shape[-1] < _ENOUGH_PROJECTIONS or len(facts.columns) < _FEWEST:
+            return None
+        with np.errstate(all="ignore"):
+            factors = (right * observed).sum(axis=2) / np.square(right).sum(axis=2)
+        chosen = factors[rows]
+        apart = np.ptp(chosen, axis=1)
+        if not np.isfinite(chosen).all() or apart.max() < _FAR_APART * np.abs(chosen).max():
+            return None
+        values = right * factors[..., None]
+        low, high = float(chosen.min()), float(chosen.max())
+        return Fitted(values, f"{low:.3g} to {high:.3g}{_law_of_lengths(facts, observed)}")
+
+    return (
+        Hypothesis(
+            sentence=f"{be} right in direction but not in length: each parameter is multiplied by "
+            "a factor of its own in each step, {}",
+            predict=predict,
+        ),
+    )
+
+
+_ENOUGH_PROJECTIONS, _FAR_APART, _SCATTER = 8, 0.02, 0.3
+"""Projections that a factor is told from, least spread of factors, and spread that projections
+give lengths that are one."""
+
+
+def _law_of_lengths(facts: Facts, observed: Floats) -> str:
+    """`, which makes it about 0.01 times as long as the weights`; empty for no law."""
+    t, rows, columns = facts.theirs, facts.rows, facts.columns
+    before = np.concatenate([t.weight_sketch[:1], t.weight_sketch[:-1]])
+    sizes = np.sqrt(facts.ours.parameter_sizes.astype(np.float64))
+    laws = (
+        (np.ones((len(t.step), len(columns))), "equally long in all parameters: normalised"),
+        (sketch_length(before)[:, columns], "{} times as long as the weights, as LARS makes it"),
+        (sketch_length(t.gradient_sketch)[:, columns], "{} times as long as the clipped sum"),
+        (np.broadcast_to(sizes[columns], (len(t.step), len(columns))), "equally large by element"),
+    )
+    fits: list[tuple[float, str]] = []
+    for lengths, said in laws:
+        with np.errstate(all="ignore"):
+            shares = (sketch_length(observed) / lengths)[rows].ravel()
+        if np.isfinite(shares).all() and (shares > 0).all():
+            spread = float(np.std(np.log(shares)))
+            fits.append((spread, said.format(f"{float(np.median(shares)):.2g}")))
+    spread, said = min(fits, default=(np.inf, ""))
+    return f", which makes it about {said}" if spread < _SCATTER else ""
 
 
 def _factors(right: Floats, observed: Floats, axes: tuple[int, int]) -> Floats:

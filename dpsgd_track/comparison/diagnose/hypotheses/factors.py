@@ -128,6 +128,44 @@ def _with_addend(facts: Facts, *, is_clamped: bool) -> Prediction:
     return Fitted(values, f"{addend:.3g}")
 
 
+def _adaptive(facts: Facts) -> Prediction:
+    """C / (n + r / (n + r)), with the r that agrees best."""
+    theirs = facts.theirs.clip_factor
+    with np.errstate(all="ignore"):
+        share = facts.bound / theirs - facts.norm
+        values = share * facts.norm / (1 - share)
+    r = _typical(facts, values, np.isfinite(theirs) & (theirs > 0))
+    if r is None or not r > 0:
+        return None
+    return Fitted(facts.bound / (facts.norm + r / (facts.norm + r)), f"{r:.3g}")
+
+
+def _late_in_batches(facts: Facts) -> Prediction:
+    """C of the step before in some micro-batches of each step, by their number."""
+    theirs, right, numbers = (
+        facts.theirs.clip_factor,
+        _right(facts),
+        facts.theirs.sample_micro_batch,
+    )
+    late = clip_factors(_earlier_bound(facts, back=1), facts.norm)
+    chosen = []
+    for number in sorted(set(numbers.flat) - {UNUSED}):
+        own = (numbers == number)[facts.rows]
+        off = [np.nanmax(np.abs(v - theirs)[facts.rows][own], initial=0.0) for v in (right, late)]
+        if off[0] > _FLOAT32 and off[1] <= _FLOAT32 + _ALIKE * off[0]:
+            chosen.append(number)
+    every = set(numbers.flat) - {UNUSED}
+    if not chosen or len(chosen) == len(every):
+        return None
+    many = len(chosen) > 1
+    said = f"micro-batch{'es' * many} {', '.join(map(str, chosen))} of each step"
+    said += " are" if many else " is"
+    return Fitted(
+        np.where(np.isin(numbers, chosen), late, right),
+        f"{said} clipped at C of the step before, the others at C",
+    )
+
+
 def _with_share_of_bound(facts: Facts) -> Prediction:
     """C / (n + a C), with the a that agrees best."""
     ratios = 1 / facts.theirs.clip_factor - facts.norm / facts.bound
@@ -157,6 +195,21 @@ def _with_floor(facts: Facts) -> Prediction:
     if not 0 < least < 1:
         return None
     return Fitted(np.maximum(_right(facts), least), f"{least:.3g}")
+
+
+def _decided_together(facts: Facts) -> Prediction:
+    """C / n for all samples of a micro-batch in which one exceeds C, and 1 in others."""
+    exceeds = (facts.norm > facts.bound).astype(np.float64)
+    together = facts.by_batch(exceeds, lambda own: np.broadcast_to(own.max(), own.shape))
+    if together is None:
+        return None
+    with np.errstate(all="ignore"):
+        values = np.where(together > 0, facts.bound / facts.norm, 1.0)
+    there = np.isfinite(facts.norm)[facts.rows]
+    # Where every micro-batch has such a sample, the clamp may be missing as well.
+    is_told = not (together > 0)[facts.rows][there].all()
+    off = np.abs(values - facts.theirs.clip_factor)[facts.rows]
+    return values if is_told and np.nanmax(off, initial=0.0) <= _ALIKE else None
 
 
 def _of_rounded(C: Floats, n: Floats, rounding: Callable[[Floats], Floats]) -> Floats:
@@ -417,6 +470,28 @@ def _at_own_bounds(facts: Facts, part_of: np.ndarray, what: str) -> Prediction:
     return Fitted(values, _bounds_in_words(bounds, what))
 
 
+def _bound_of_each_batch(facts: Facts) -> Prediction:
+    """The recorded factors, if the clipped samples of each micro-batch have one bound."""
+    theirs, used, bounds, num_shared = facts.theirs.clip_factor, _clipped(facts), [], 0
+    for batch in facts.micro_batches:
+        if batch.row not in facts.rows:
+            continue
+        is_clipped = used[batch.row, batch.places]
+        implied = (theirs * facts.norm)[batch.row, batch.places]
+        if not is_clipped.any():
+            continue
+        bound = float(np.median(implied[is_clipped]))
+        expected = clip_factors(np.array(bound), facts.norm[batch.row, batch.places])
+        if np.abs(expected - theirs[batch.row, batch.places]).max() > _ALIKE:
+            return None
+        num_shared += is_clipped.sum() > 1
+        bounds.append(bound / float(facts.bound[batch.row, 0]))
+    if num_shared < _FEWEST:
+        return None
+    shown = ", ".join(f"{each:.3g}" for each in bounds[:_FEWEST])
+    return Fitted(theirs, f"{shown} C in the first micro-batches, one rank after the other")
+
+
 def _bounds_in_words(bounds: dict[int, list[float]], what: str) -> str:
     lists = list(bounds.values())
     longest = max(lists, key=len)
@@ -427,7 +502,9 @@ def _bounds_in_words(bounds: dict[int, list[float]], what: str) -> str:
     )
     if are_alike:
         return _shares(longest)
-    return " and ".join(f"{_shares(each)} {what} {part}" for part, each in bounds.items())
+    wrong = {k: each for k, each in bounds.items() if not np.allclose(each, 1.0, rtol=_ALIKE)}
+    said = " and ".join(f"{_shares(each)} {what} {part}" for part, each in wrong.items())
+    return f"{said}, and at C elsewhere" if len(wrong) < len(bounds) else said
 
 
 def _shares(values: Sequence[float]) -> str:
@@ -541,6 +618,11 @@ FACTORS = Subject(
             *_named_bounds(),
             _at_bound("C^2", lambda facts: facts.bound**2),
             _at_bound("sqrt(C)", lambda facts: np.sqrt(facts.bound)),
+            Hypothesis(
+                sentence="whether to clip is decided once for the whole micro-batch, not for each "
+                "sample: where one sample exceeds C, those within C are scaled up to it as well",
+                predict=_decided_together,
+            ),
             _formula(
                 "they are C / n rather than min(1, C / n): without the clamp at 1, small gradients "
                 "are scaled up",
@@ -586,9 +668,15 @@ FACTORS = Subject(
             ),
             Hypothesis(sentence="they are {}, a smooth function", predict=_smooth),
             Hypothesis(
+                sentence="they are C / (n + r / (n + r)) with r = {}, the weights of per-sample "
+                "adaptive clipping (no clamp at 1)",
+                predict=_adaptive,
+            ),
+            Hypothesis(
                 sentence="rank {} clips at C of the step before, a step late",
                 predict=_late_on_one_rank(_last_rank),
             ),
+            Hypothesis(sentence="a new C is taken up late: {}", predict=_late_in_batches),
             Hypothesis(
                 sentence="rank {} clips at C of the step before, a step late",
                 predict=_late_on_one_rank(lambda facts: 0),
@@ -622,6 +710,14 @@ FACTORS = Subject(
                     ("2 / (1 + exp(n / C))", lambda C, n: 2 / (1 + np.exp(n / C))),
                     ("log(1 + n / C) / (n / C)", lambda C, n: np.log1p(n / C) / (n / C)),
                     ("max(0, 1 - n / C)", lambda C, n: np.maximum(0.0, 1 - n / C)),
+                    ("(C / n) tanh(n / C)", lambda C, n: C / n * np.tanh(n / C)),
+                    ("(C / n) (1 - exp(-n / C))", lambda C, n: C / n * -np.expm1(-n / C)),
+                    (
+                        "(C / n) (2 / pi) atan(n / C)",
+                        lambda C, n: C / n * np.arctan(n / C) * 2 / np.pi,
+                    ),
+                    ("(C / n) atan(n / C)", lambda C, n: C / n * np.arctan(n / C)),
+                    ("1 / max(1, (n / C)^2)", lambda C, n: 1 / np.maximum(1.0, (n / C) ** 2)),
                     ("max(0, min(1, 2 - n / C))", lambda C, n: np.clip(2 - n / C, 0.0, 1.0)),
                 )
             ),
@@ -663,6 +759,13 @@ FACTORS = Subject(
             ),
         ),
         (Hypothesis(sentence="{}", predict=_some_unclipped),),
+        (
+            Hypothesis(
+                sentence="samples of a micro-batch are clipped at one bound, but not at C: {}",
+                predict=_bound_of_each_batch,
+                is_hint=True,
+            ),
+        ),
         (
             Hypothesis(
                 sentence="they are another function of n / C than min(1, C / n): {}",

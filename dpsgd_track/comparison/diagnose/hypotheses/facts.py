@@ -182,6 +182,7 @@ class Facts:
         sigma = self.run.setup.noise_multiplier if self.run.setup else math.nan
         known = (
             ("2", 2.0, ""),
+            ("10", 10.0, ""),
             ("W", W, "the number of ranks"),
             ("sqrt(W)", math.sqrt(W), "W ranks"),
             ("W^2", W * W, "W ranks"),
@@ -211,7 +212,14 @@ class Facts:
     def noise_quantities(self) -> tuple[Quantity, ...]:
         """Quantities that the noise alone may be multiplied by, besides those of `quantities`."""
         P = math.sqrt(len(self.ours.parameter_names))
-        return (Quantity(symbol="sqrt(P)", value=P, meaning="P the number of parameters"),)
+        sizes = self.ours.parameter_sizes
+        D = float(sizes.sum()) if len(sizes) and (sizes > 0).all() else math.nan
+        known = (
+            ("sqrt(P)", P, "P the number of parameters"),
+            ("sqrt(D)", math.sqrt(D), "D the number of all weights"),
+            ("D", D, "the number of all weights"),
+        )
+        return tuple(Quantity(symbol=s, value=v, meaning=m) for s, v, m in known if _tells(v))
 
     def _most_micro_batches(self) -> Floats:
         """[S] micro-batches of each step on the rank that has most."""

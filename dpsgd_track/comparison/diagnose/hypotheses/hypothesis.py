@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,8 @@ class Subject:
     """Beginning of a clause about the result."""
     is_noise: bool = False
     """True if it is noise."""
+    reasons: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """What explains a multiple, by `multiplied` or `divided` and the symbol of the quantity."""
     zero: str = ""
     """Clause on a result of zero, if it is more than that."""
     zero_in_all: str = ""
@@ -295,7 +297,10 @@ def _multiple(subject: Subject, quantity: Quantity, *, is_inverse: bool) -> Hypo
         factor = factor.reshape(-1, *[1] * (values.ndim - 1)) if factor.ndim else factor
         return np.asarray(values * factor)
 
-    return Hypothesis(sentence=f"{be} the {right} {how} by {quantity.text}", predict=predict)
+    reason = subject.reasons.get((how, quantity.symbol), "")
+    reason = f", {reason}" if reason else ""
+    sentence = f"{be} the {right} {how} by {quantity.text}{reason}"
+    return Hypothesis(sentence=sentence, predict=predict)
 
 
 def _constant(subject: Subject, trial: _Trial) -> Sequence[Hypothesis]:

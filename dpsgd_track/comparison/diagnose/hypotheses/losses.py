@@ -113,7 +113,7 @@ def _with_part(facts: Facts, formula: LossFormula, *, is_mixed: bool) -> Predict
 def _of_other_samples(facts: Facts) -> Prediction:
     """Each wrong loss is that of another sample of the step."""
     right, observed = facts.ours.sample_loss, facts.theirs.sample_loss
-    predicted, moved = right.copy(), list[str]()
+    predicted, moved, relations = right.copy(), list[str](), list[set[str]]()
     for row in facts.rows.tolist():
         index = facts.ours.sample_index[row]
         for place in np.flatnonzero(np.isfinite(observed[row])):
@@ -125,10 +125,36 @@ def _of_other_samples(facts: Facts) -> Prediction:
             predicted[row, place] = right[row, source]
             if source != place:
                 moved.append(f"sample {index[source]} for {index[place]}")
+                relations.append(set(_relations(facts, row, int(place), int(source))))
     if not moved:
         return None
     more = f" and {len(moved) - _FEW_NAMED} more" * (len(moved) > _FEW_NAMED)
-    return Fitted(predicted, f"{', '.join(moved[:_FEW_NAMED])}{more}")
+    common = set.intersection(*relations) if len(moved) > 1 else set()
+    rule = f"{' or '.join(sorted(common))}, " if common else ""
+    return Fitted(predicted, f"{rule}{', '.join(moved[:_FEW_NAMED])}{more}")
+
+
+def _relations(facts: Facts, row: int, place: int, source: int) -> Iterator[str]:
+    """What the sample that was read may be to the one that it stands for."""
+    batches = {
+        at: (batch, batch.places.tolist().index(at))
+        for batch in facts.micro_batches
+        if batch.row == row
+        for at in batch.places.tolist()
+    }
+    if place not in batches or source not in batches:
+        return
+    (own, at), (other, from_) = batches[place], batches[source]
+    if own is other:
+        last = len(own.places) - 1
+        ends = {0: "first", last: "last"}
+        if from_ in ends:
+            yield f"the {ends[from_]} of its micro-batch for {'the last' if at == last else 'it'}"
+        if abs(at - from_) == 1:
+            yield f"the one {'after' if from_ > at else 'before'} it in its micro-batch"
+    elif at == from_:
+        is_rank = own.rank != other.rank and own.number == other.number
+        yield f"the one at its place {'on another rank' if is_rank else 'in another micro-batch'}"
 
 
 _SAME, _FEW_NAMED = 2e-6, 4

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dpsgd_track.comparison.diagnose.hypotheses.by_parameter import scaled_apart
+from dpsgd_track.comparison.diagnose.hypotheses.by_parameter import scaled_apart, scaled_each
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Fitted,
@@ -97,6 +97,7 @@ NOISE = Subject(
     late=(
         scaled_apart(lambda facts: facts.noise, _own_noise, be="it is"),
         (Hypothesis(sentence="it is the noise of other steps: {}", predict=_of_steps),),
+        scaled_each(lambda facts: facts.noise, _own_noise, be="it is"),
         (
             Hypothesis(
                 sentence="it is off by as much as rounding to bfloat16 makes it",
@@ -151,6 +152,14 @@ DIVISION = Subject(
     right=_before_division,
     is_sketch=True,
     be="it is",
+    reasons={
+        ("multiplied", "W"): "as where it is divided by the expected batch size of one rank",
+        ("multiplied", "K"): "as where it is divided by the batch size of one micro-batch",
+        ("multiplied", "W K"): "as where it is divided by the size of a micro-batch",
+        ("multiplied", "B"): "as where it is not divided by it",
+        ("divided", "B"): "as where it is divided by it twice",
+        ("divided", "W"): "as where it is averaged over ranks once more",
+    },
     levels=(
         (
             Hypothesis(

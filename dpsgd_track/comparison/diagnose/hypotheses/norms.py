@@ -325,6 +325,35 @@ def _formulas(facts: Facts) -> Prediction:
     return Fitted(predicted, f"{shown}{of_some}")
 
 
+def _scattered(facts: Facts) -> Prediction:
+    """The recorded norms, if their squares are right on average, and alike in all parameters."""
+    observed, right = _reported(facts), _chosen(facts)
+    with np.errstate(all="ignore"):
+        ratios = np.square(observed / right)[facts.rows].reshape(-1, right.shape[2])
+    ratios = ratios[np.isfinite(ratios).all(axis=1)]
+    if len(ratios) < _ENOUGH_SCATTERED or ratios.shape[1] < _FEW_PARAMETERS:
+        return None
+    off = ratios.mean(axis=0) - 1
+    spreads = ratios.std(axis=0)
+    is_alike = bool(spreads.min() > 0 and spreads.max() < _UNLIKE * spreads.min())
+    is_large = _LEAST_SCATTER < float(np.median(spreads)) < _MOST_SCATTER
+    below = float(np.mean(ratios < 1))
+    # Samples of one step may share what is drawn, so that their means are less certain.
+    is_centred = bool(np.median(np.abs(off) / spreads) < _OFF_CENTRE) and 0.3 < below < 0.7
+    return (
+        Fitted(observed, f"{np.median(spreads):.0%}")
+        if is_alike and is_large and (is_centred)
+        else None
+    )
+
+
+_ENOUGH_SCATTERED, _FEW_PARAMETERS, _UNLIKE, _OFF_CENTRE = 16, 3, 4.0, 0.5
+"""Samples and parameters that a scatter is told from, largest ratio of the parameters' scatters,
+and of the error of a mean to them."""
+_LEAST_SCATTER, _MOST_SCATTER = 0.02, 1.0
+"""Scatter of squares that is told as one."""
+
+
 def _with_sibling(facts: Facts, combine: Callable[[Floats, Floats], Floats]) -> Prediction:
     """Norms by parameter that are combined with those of the bias of the same layer, or its weight.
 
@@ -414,6 +443,15 @@ BY_PARAMETER = Subject(
                     if off_as_rounding(_reported(facts)[facts.rows], _chosen(facts)[facts.rows])
                     else None
                 ),
+                is_hint=True,
+            ),
+        ),
+        (
+            Hypothesis(
+                sentence="they are right on average only: squares scatter by {} about the right "
+                "ones in both directions, as an estimate from random projections or from a part of "
+                "the positions does",
+                predict=_scattered,
                 is_hint=True,
             ),
         ),

@@ -43,6 +43,8 @@ _LEAST_TOLD = 0.5
 """Least share of the wrong parameters that has to follow one family."""
 _FEWEST = 4
 """Wrong numbers of a parameter, to tell a family from."""
+_FEWEST_SCALED = 8
+"""The same where a factor is fitted."""
 _WHOLE = 0.02
 """Distance from a whole number up to which a fitted count is one."""
 Named = tuple[Floats, str]
@@ -135,7 +137,11 @@ def _of_positions(column: _Column) -> Iterator[Named]:
     if length < 3:
         return
     for mask, said in chosen_places(length, "position"):
-        yield np.einsum("nst,s,t->n", products, mask, mask), f"made of {said} alone"
+        chosen = np.einsum("nst,s,t->n", products, mask, mask)
+        yield chosen, f"made of {said} alone"
+        if len(chosen) >= _FEWEST_SCALED and (chosen > 0).all():
+            times = float(np.median(column.observed**2 / chosen))
+            yield times * chosen, f"made of {said} alone, with squares multiplied by {times:.3g}"
     yield np.square(np.sqrt(squares).sum(axis=1)), "the sum of the positions' norms |g_t|"
     yield squares.max(axis=1), "the norm of the position whose |g_t| is largest"
     apart = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))

@@ -72,6 +72,11 @@ def _of_parameters(
         if num < 2:
             continue
         num_tried += 1
+        if np.abs(aim).max() <= _FITS * size.max():
+            # Whatever its parts are, all of them are missing.
+            predicted[rows, place] = 0.0
+            said.append(["zero, left out altogether"])
+            continue
         change = own if others is None else others[rows, :, place] - own
         found = _counts_of(change[:, :num], aim - total, size, kind, is_loss=others is None)
         if found is None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts, MicroBatch
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import Fitted, Hypothesis, Prediction
+from dpsgd_track.record.parts import TARGETS, TOKENS
 from dpsgd_track.record.trajectory import Floats
 
 Of = Callable[[Facts], Floats]
@@ -185,17 +186,75 @@ def mixed_up(of: Of, theirs: Of, *, is_scaled: bool = True) -> Sequence[Hypothes
         ),
         Hypothesis(
             sentence="they are the right values in another order, so that samples have each "
-            "other's",
-            predict=lambda facts: _in_order_of(of(facts), theirs(facts)),
+            "other's{}",
+            predict=lambda facts: _in_another_order(facts, of(facts), theirs(facts)),
         ),
         *_alike(of),
         *(_scaled(of) if is_scaled else ()),
     )
 
 
+def _in_another_order(facts: Facts, right: Floats, theirs: Floats) -> Prediction:
+    """The right numbers of each step in the order of the mode's, and what that follows."""
+    values = _in_order_of(right, theirs)
+    for keys, text in _sort_keys(facts):
+        for sign, way in ((1.0, ""), (-1.0, ", largest first")):
+            for is_inverse in (False, True):
+                ordered = _sorted_by(facts, right, sign * keys, is_inverse=is_inverse)
+                off = np.abs(ordered - theirs)[facts.rows]
+                if np.nanmax(off, initial=0.0) <= _SAME * np.nanmax(theirs, initial=0.0):
+                    said = f": samples are sorted by {text}{way}, and not put back in order"
+                    return Fitted(values, said)
+    return Fitted(values, "")
+
+
+def _sort_keys(facts: Facts) -> Iterator[tuple[Floats, str]]:
+    """[S, N] numbers that samples may be sorted by."""
+    if facts.ours.shape_of("sample_size")[-1]:
+        yield facts.ours.sample_size[..., TOKENS], "their numbers of tokens"
+        yield facts.ours.sample_size[..., TARGETS], "their numbers of targets"
+    yield facts.ours.sample_loss, "their losses"
+    yield facts.ours.sample_norm, "their norms"
+
+
+def _sorted_by(facts: Facts, values: Floats, keys: Floats, *, is_inverse: bool) -> Floats:
+    changed = values.copy()
+    for batch in facts.micro_batches:
+        order = np.argsort(keys[batch.row, batch.places], kind="stable")
+        order = np.argsort(order, kind="stable") if is_inverse else order
+        changed[batch.row, batch.places] = values[batch.row, batch.places][order]
+    return changed
+
+
+def _in_chunks(values: Floats, size: int, combine: Callable[[Floats], Floats]) -> Floats:
+    """Numbers of a micro-batch's samples, [n, ...], one for each chunk of them."""
+    changed = values.copy()
+    for start in range(0, len(values), size):
+        changed[start : start + size] = combine(values[start : start + size])
+    return changed
+
+
+def _root_mean_square(values: Floats) -> Floats:
+    return np.asarray(np.sqrt(np.square(values).mean(axis=0)))
+
+
 def _alike(of: Of) -> Sequence[Hypothesis]:
     """One number for several samples."""
+    chunks = tuple(
+        Hypothesis(
+            sentence=f"each {size} samples of a micro-batch have their {what}: they are handled in "
+            f"chunks of {size}",
+            predict=partial(_of_chunks, of=of, size=size, combine=combine),
+        )
+        for size in (2, 3, 4)
+        for what, combine in (
+            ("root mean square", _root_mean_square),
+            ("mean", lambda own: own.mean(axis=0)),
+            ("largest", lambda own: own.max(axis=0)),
+        )
+    )
     return (
+        *chunks,
         Hypothesis(
             sentence="all samples of a micro-batch have their mean",
             predict=lambda facts: facts.by_batch(
@@ -228,6 +287,12 @@ def _alike(of: Of) -> Sequence[Hypothesis]:
             ),
         ),
     )
+
+
+def _of_chunks(
+    facts: Facts, *, of: Of, size: int, combine: Callable[[Floats], Floats]
+) -> Prediction:
+    return facts.by_batch(of(facts), partial(_in_chunks, size=size, combine=combine))
 
 
 def _scaled(of: Of) -> Sequence[Hypothesis]:

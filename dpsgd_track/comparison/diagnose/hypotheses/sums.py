@@ -13,7 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from dpsgd_track.comparison.diagnose.hypotheses.by_parameter import scaled_apart
+from dpsgd_track.comparison.diagnose.hypotheses.batch_laws import law_of_batches
+from dpsgd_track.comparison.diagnose.hypotheses.by_parameter import scaled_apart, scaled_each
 from dpsgd_track.comparison.diagnose.hypotheses.factors import clip_factors
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts, MicroBatch
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
@@ -367,6 +368,32 @@ def _exchanged(facts: Facts) -> Prediction:
     return Fitted(facts.recorded_sum, " and ".join(pairs))
 
 
+def _kept_from_a_try(facts: Facts) -> Floats:
+    """[S, N] factors, added to those with the C of the step before."""
+    before = np.concatenate([facts.bound[:1], facts.bound[:-1]])
+    return np.asarray(facts.factor + clip_factors(before, facts.norm))
+
+
+def _right_in_length(facts: Facts) -> Prediction:
+    """The recorded sum, if it is as long as the right one although its parameters are not."""
+    ours, theirs = (t.grad_norm[facts.rows] for t in (facts.ours, facts.theirs))
+    lengths = [sketch_length(each)[facts.rows] for each in (facts.right_sum, facts.recorded_sum)]
+    with np.errstate(all="ignore"):
+        is_off = np.abs(lengths[1] / lengths[0] - 1) > _SKETCHED
+    if len(facts.columns) < _ENOUGH_SCALED or not is_off.any() or not np.all(ours > 0):
+        return None
+    whole = np.sqrt(np.square(sketch_length(facts.theirs.gradient_sketch)).sum(axis=1))
+    whole = whole[facts.rows] / facts.divisor
+    # Projections have to tell the same length, up to their scatter.
+    if np.abs(whole / theirs - 1).max() > _SKETCHED:
+        return None
+    return facts.recorded_sum if np.abs(theirs / ours - 1).max() < _SAME_LENGTH else None
+
+
+_SAME_LENGTH = 5e-6
+"""Relative error up to which float32 lengths of sums are equal."""
+
+
 def _rounded(facts: Facts, bits: int) -> Prediction:
     """The recorded sum, if rounding to `bits` explains its error; else None."""
     theirs = facts.recorded_sum
@@ -518,6 +545,11 @@ SUM = Subject(
     right=lambda facts: facts.right_sum,
     is_sketch=True,
     be="it is",
+    reasons={
+        ("multiplied", "2"): "as where it is added up twice",
+        ("multiplied", "W"): "as where it is reduced over ranks twice",
+        ("divided", "W"): "as where the ranks' mean is taken for their sum",
+    },
     levels=(
         (
             _of_factors("its samples are not clipped: they count with factor 1", np.ones_like),
@@ -537,6 +569,11 @@ SUM = Subject(
             ),
             _of_factors("its samples are weighed by clip factors in bfloat16", to_bfloat16),
             _of_factors("its samples are weighed by clip factors in float16", to_float16),
+            _weighted(
+                "its samples count twice, once with the C of the step before: the sum of a try "
+                "that was given up (zero_grad without a step) is still in it",
+                _kept_from_a_try,
+            ),
             *_normalised_factors(),
             *_parameter_clipping(),
             _one_by_one("{}", _two_groups),
@@ -688,13 +725,28 @@ SUM = Subject(
                 predict=_clipped_whole,
             ),
         ),
+        (
+            Hypothesis(
+                sentence="each micro-batch's sum is multiplied by {}", predict=law_of_batches
+            ),
+        ),
         (Hypothesis(sentence="{}", predict=any_weights),),
         scaled_apart(lambda facts: facts.right_sum, lambda facts: facts.recorded_sum, be="it is"),
         (Hypothesis(sentence="it is {}", predict=mixed_sums),),
+        scaled_each(lambda facts: facts.right_sum, lambda facts: facts.recorded_sum, be="it is"),
+        (
+            Hypothesis(
+                sentence="it is right in length as a whole, though most parameters are wrong: "
+                "their elements are in other places, as in a flat buffer that is read in another "
+                "order, or from another place on, than it was filled",
+                predict=_right_in_length,
+                is_hint=True,
+            ),
+        ),
         tuple(
             Hypothesis(
-                sentence=f"it is off by as much as rounding to {name} makes it, in all parameters "
-                "alike",
+                sentence=f"it is off by as much as rounding to {name} makes it, in all of these "
+                "parameters alike: it is added up, reduced over ranks or multiplied in that type",
                 predict=partial(_rounded, bits=bits),
                 is_hint=True,
             )

@@ -36,12 +36,14 @@ def of_targets(facts: Facts) -> Prediction:
     if chosen.sum() < _ENOUGH or not np.isfinite(losses[chosen]).any(axis=1).all():
         return None
     own, observed = losses[chosen], theirs[chosen]
+    # Positions beyond the last one of any sample are no positions.
+    own = own[:, : int(np.flatnonzero(np.isfinite(losses).any(axis=(0, 1))).max()) + 1]
     num_T = np.isfinite(own).sum(axis=1)
     # They are right only if the mean of them is the loss.
     if np.abs(np.nanmean(own, axis=1) / right[chosen] - 1).max() > _FITS:
         return None
     for values, said in _functions(own, num_T, observed):
-        if np.all(np.abs(values / observed - 1) <= _FITS):
+        if np.all(np.abs(values - observed) <= _FITS * np.abs(observed)):
             predicted = right.astype(np.float64).copy()
             predicted[chosen] = values
             return Fitted(predicted, said)
@@ -131,7 +133,8 @@ def _subsets(
 ) -> Iterator[tuple[Floats, str]]:
     total, num = (values * weights).sum(axis=1), weights.sum(axis=1)
     with np.errstate(all="ignore"):
-        yield total / num, f"means over {said} alone"
+        # A sample of which nothing is left has a loss of 0.
+        yield np.where(num > 0, total / num, 0.0), f"means over {said} alone"
         yield (
             total / is_there.sum(axis=1),
             f"sums over {said} alone, divided by the number of all targets",
@@ -224,6 +227,9 @@ def _by_place(own: Floats, num: Floats, observed: Floats) -> Iterator[tuple[Floa
     weights = np.zeros(table.shape[1])
     weights[is_used] = np.linalg.lstsq(table[:, is_used], observed, rcond=1e-8)[0]
     places = np.flatnonzero(is_used & (np.abs(weights - 1) > 1e-2))
+    if np.ptp(weights[is_used]) < 1e-2:
+        # All alike, they say nothing of positions.
+        return
     shown = ", ".join(f"{weights[k]:.3g} at position {k}" for k in places[:_MOST_TOLD])
     more = f" and so on at {len(places) - _MOST_TOLD} more" * (len(places) > _MOST_TOLD)
     yield table @ weights, f"sums in which targets count by their position: {shown}{more}"

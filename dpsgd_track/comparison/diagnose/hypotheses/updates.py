@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from dpsgd_track.comparison.diagnose.hypotheses.by_parameter import scaled_apart
+from dpsgd_track.comparison.diagnose.hypotheses.by_parameter import scaled_apart, scaled_each
 from dpsgd_track.comparison.diagnose.hypotheses.facts import Facts
 from dpsgd_track.comparison.diagnose.hypotheses.hypothesis import (
     Fitted,
@@ -242,6 +242,54 @@ def _mixed(facts: Facts) -> Prediction:
     return None
 
 
+def _mixed_by_step(facts: Facts) -> Prediction:
+    """Each step as shares of the right one and of the one or two before, which may differ."""
+    path, right = _path(facts), _right(facts)
+    terms = (
+        (_late(path), "the step before"),
+        (_late(right), "the right step before"),
+        (_late(_late(path)), "the step two before"),
+    )
+    values, said, num_mixed = path.copy(), list[str](), 0
+    for row in facts.rows.tolist():
+        size = np.maximum(sketch_length(path[row]), _SMALL * sketch_length(path[row]).max())
+        found = _mixed_in(path[row], right[row], [(v[row], s) for v, s in terms], size[:, None])
+        if found is None:
+            return None
+        values[row], words = found
+        num_mixed += " minus " in words or " plus " in words
+        if words:
+            said.append(f"{words} at step {facts.theirs.step[row]}")
+    if num_mixed < _ENOUGH_MIXED:
+        return None
+    return Fitted(values, ", ".join(said[:_MOST_SAID]) + " and so on" * (len(said) > _MOST_SAID))
+
+
+_ENOUGH_MIXED, _MOST_SAID = 2, 3
+"""Steps that mixtures are told from, and those that are told."""
+
+
+def _mixed_in(
+    path: Floats, right: Floats, terms: list[tuple[Floats, str]], size: Floats
+) -> tuple[Floats, str] | None:
+    """One step, [Q, K], as a mixture, and it in words; no words where it is right."""
+    for num in (0, 1, 2):
+        for chosen in combinations(terms, num):
+            table = np.stack([(v / size).ravel() for v in (right, *(v for v, _ in chosen))], axis=1)
+            if not np.isfinite(table).all() or not np.isfinite(path).all():
+                continue
+            shares, _, rank, _ = np.linalg.lstsq(table, (path / size).ravel(), rcond=1e-6)
+            if rank < num + 1:
+                continue
+            values = np.tensordot(shares, np.stack([right, *(v for v, _ in chosen)]), axes=1)
+            if np.abs((values - path) / size).max() > _MIXED:
+                continue
+            told = [(float(x), text) for x, (_, text) in zip(shares[1:], chosen, strict=True)]
+            is_right = not told and abs(shares[0] - 1) < _ALIKE
+            return values, "" if is_right else in_words(float(shares[0]), told, "the right one")
+    return None
+
+
 _ENOUGH_ROWS = 3
 """Steps that a mixture is told from."""
 _MIXED = 0.02
@@ -257,6 +305,11 @@ UPDATE = Subject(
     right=_right,
     is_sketch=True,
     be="the step is",
+    reasons={
+        ("multiplied", "W"): "as where the learning rate or the gradient is scaled with the ranks",
+        ("multiplied", "B"): "as where the division by it is undone",
+        ("divided", "B"): "as where the gradient is divided by it once more",
+    },
     zero="the weights do not move, although their gradient is not zero: the optimizer lacks them",
     zero_in_all="no weight moves, although the gradient is not zero: the step is left out",
     levels=(
@@ -291,6 +344,8 @@ UPDATE = Subject(
     late=(
         scaled_apart(_right, _path, be="the step is"),
         (Hypothesis(sentence="the step is {}", predict=_mixed),),
+        (Hypothesis(sentence="the step is {}", predict=_mixed_by_step),),
+        scaled_each(_right, _path, be="the step is"),
         (
             Hypothesis(
                 sentence="the learning rate is {}",
