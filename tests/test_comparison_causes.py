@@ -679,6 +679,18 @@ def test_no_record_is_too_odd_to_be_explained(seed: int) -> None:
     assert found(odd).verdict == "BUG"
 
 
+def test_norms_that_scatter_about_the_right_ones_are_told_as_estimates() -> None:
+    off = np.random.default_rng(0).normal(0, 0.2, BY_PARAMETER.shape)
+    by_parameter = BY_PARAMETER * np.sqrt(1 + off)
+    norm = np.sqrt(np.square(by_parameter).sum(axis=2))
+    wrong = with_total(replace(base(), sample_norm_by_parameter=by_parameter), norm)
+    assert "right on average only: squares scatter by " in found(wrong).sentence
+    by_parameter = BY_PARAMETER * np.sqrt(1 + np.abs(off))
+    norm = np.sqrt(np.square(by_parameter).sum(axis=2))
+    wrong = with_total(replace(base(), sample_norm_by_parameter=by_parameter), norm)
+    assert "on average" not in found(wrong).sentence
+
+
 def test_a_healthy_mode_is_explained_by_nothing() -> None:
     verdict = found(base())
     assert verdict.verdict == "PASS"

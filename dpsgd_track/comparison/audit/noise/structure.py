@@ -43,7 +43,6 @@ def explanation(samples: Samples) -> NoiseCheck | None:
         _few_values,
         _zeros_at_the_end,
         _repeated,
-        _mirrored,
         _other_distribution,
         _carried_over,
     )
@@ -162,22 +161,6 @@ def _repeated(samples: Samples) -> tuple[str, Place] | None:
     if more:
         said += f"; copies at distances that are not known are in {len(more)} more"
     return said, _place(samples, places + more)
-
-
-def _mirrored(samples: Samples) -> tuple[str, Place] | None:
-    """Noise of which the second half is the first with the other sign."""
-    places = []
-    for p, name in enumerate(samples.parameters):
-        for rows, is_whole in _shards(samples, p):
-            half = rows.shape[-1] // 2
-            if is_whole and half >= _FEWEST and rows.any():
-                if not _are_equal(rows[:, -half:], -rows[:, :half]):
-                    return None
-                places.append(name)
-    if not places:
-        return None
-    said = "the second half of its noise is the first with the other sign, as antithetic draws are,"
-    return f"{said} {_in(samples, places)}", _place(samples, places)
 
 
 _HALF = 0
