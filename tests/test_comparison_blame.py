@@ -274,6 +274,12 @@ def test_wrong_layers_with_right_ones_before_them_are_wrong_by_themselves() -> N
         (NAMES[2::3], "every *.bias (4)"),
         (NAMES[1::3], "every *.proj.weight (4)"),
         ((*NAMES[2::3], *NAMES[::3]), "every *.bias, *.norm.weight (8)"),
+        (
+            NAMES[3:6],
+            "model.layers.1.norm.weight, model.layers.1.proj.weight, model.layers.1.proj.bias",
+        ),
+        (NAMES[:6], "every model.layers.0.*, model.layers.1.* (6)"),
+        (NAMES[5:], "7 of 12 parameters (all from model.layers.1.proj.bias on)"),
         (NAMES[:-1], "11 of 12 parameters (all but model.layers.3.proj.bias)"),
         (NAMES[:8], "8 of 12 parameters (model.layers.0.norm.weight most)"),
         (
