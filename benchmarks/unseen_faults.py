@@ -3,9 +3,9 @@
 
     python benchmarks/unseen_faults.py OUT.csv --jobs 8 --folder /tmp/unseen
 
-`faults.py` of `unseen`, `unseen_second`, `unseen_third`, `unseen_fourth`, `unseen_fifth` and
-`unseen_sixth` has them as users' modes, and `truth.csv` beside it says of each what is wrong, and
-in which stage. The names of the fifth and the sixth are numbers, so that their headlines can be
+`faults.py` of `unseen`, `unseen_second`, `unseen_third`, `unseen_fourth`, `unseen_fifth`,
+`unseen_sixth` and `unseen_seventh` has them as users' modes, and `truth.csv` beside it says of each
+what is wrong, and in which stage. From the fifth on names are numbers, so that headlines can be
 graded blind. They run on the probe, in as many groups as there are jobs. One CSV row for each mode:
 its verdict, whether the right stage is blamed, and the headline, which is to be read for the cause.
 Exits with 1 if a fault that can show is missed, or a healthy mode raises an alarm.
@@ -32,6 +32,7 @@ SETS = (
     "unseen_fourth",
     "unseen_fifth",
     "unseen_sixth",
+    "unseen_seventh",
 )
 HEALTHY = "healthy"
 STAGES = {"updated weights": "update"}
