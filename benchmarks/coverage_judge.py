@@ -227,14 +227,20 @@ class PrivateRun:
     """A model under `make_private`, with weights that are put back after every step."""
 
     def __init__(
-        self, model: nn.Module, mode: str, architecture: Architecture, max_grad_norm: float
+        self,
+        model: nn.Module,
+        mode: str,
+        architecture: Architecture,
+        max_grad_norm: float,
+        *,
+        noise_multiplier: float = 0.0,
     ) -> None:
         self.model = model
         self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         self.private = dpsgd_track.make_private(
             model,
             self.optimizer,
-            noise_multiplier=0.0,
+            noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
             expected_batch_size=FEW,
             mode=mode,

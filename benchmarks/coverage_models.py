@@ -133,13 +133,22 @@ class CrossAttention(nn.Module):
 class Recurrent(nn.Module):
     """An LSTM, GRU or RNN over embedded tokens, batch or time first; a head on the last state."""
 
-    def __init__(self, cell: str, *, batch_first: bool, **settings: Any) -> None:
+    def __init__(
+        self,
+        cell: str,
+        *,
+        batch_first: bool,
+        vocab: int = VOCAB,
+        width: int = WIDTH,
+        hidden: int = 7,
+        **settings: Any,
+    ) -> None:
         super().__init__()
         self.batch_first = batch_first
-        self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.cell = getattr(nn, cell)(WIDTH, 7, batch_first=batch_first, **settings)
+        self.embed = nn.Embedding(vocab, width)
+        self.cell = getattr(nn, cell)(width, hidden, batch_first=batch_first, **settings)
         directions = 2 if settings.get("bidirectional") else 1
-        self.head = nn.Linear(7 * directions, NUM_CLASSES)
+        self.head = nn.Linear(hidden * directions, NUM_CLASSES)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, K]."""
@@ -350,13 +359,23 @@ class VisionBlock(nn.Module):
 class ResNet(nn.Module):
     """Basic blocks with GroupNorm (or what `norm` makes), in-place ReLUs, a strided shortcut."""
 
-    def __init__(self, norm: Any = lambda width: nn.GroupNorm(2, width)) -> None:
+    def __init__(
+        self,
+        norm: Any = lambda width: nn.GroupNorm(2, width),
+        widths: tuple[int, int] = (8, 12),
+    ) -> None:
         super().__init__()
+        first, last = widths
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1, bias=False), norm(8), nn.ReLU(True), nn.MaxPool2d(2)
+            nn.Conv2d(3, first, 3, padding=1, bias=False),
+            norm(first),
+            nn.ReLU(True),
+            nn.MaxPool2d(2),
         )
-        self.layers = nn.Sequential(BasicBlock(8, 8, 1, norm), BasicBlock(8, 12, 2, norm))
-        self.fc = nn.Linear(12, NUM_CLASSES)
+        self.layers = nn.Sequential(
+            BasicBlock(first, first, 1, norm), BasicBlock(first, last, 2, norm)
+        )
+        self.fc = nn.Linear(last, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, side, side] -> [B, K]."""

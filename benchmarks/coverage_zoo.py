@@ -443,10 +443,13 @@ CLIP_TOWER: dict[str, Any] = {
 }
 
 
-def _clip() -> Any:
-    text = CLIP_TOWER | {"vocab_size": VOCAB, "max_position_embeddings": 8}
+def clip(
+    tower: dict[str, Any] = CLIP_TOWER, *, vocab_size: int = VOCAB, num_positions: int = 8
+) -> Any:
+    """A CLIP model, both of whose towers have the settings of `tower`."""
+    text = tower | {"vocab_size": vocab_size, "max_position_embeddings": num_positions}
     text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=CLIP_TOWER, projection_dim=8))
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=tower, projection_dim=8))
 
 
 def by_hand(
@@ -737,14 +740,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "clip-vision": vision("CLIP", head="CLIPForImageClassification", vision_config=CLIP_TOWER),
     "clip-pairs": Architecture(
         kind="vision",
-        build=lambda: Pairs(_clip()),
+        build=lambda: Pairs(clip()),
         make_samples=paired_images,
         loss=pair_loss,
         sizes={"T": NUM_PATCHES, "T of text": T},
     ),
     "clip-prompts": by_hand(
         "vision",
-        lambda: Prompted(_clip()),
+        lambda: Prompted(clip()),
         images,
         "sequence-classification",
         sizes={"T": NUM_PATCHES, "classes": NUM_CLASSES},
