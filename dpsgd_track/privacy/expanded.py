@@ -4,7 +4,8 @@ While a batch is captured, the module's forward is mapped over the samples, each
 with parameters expanded to [B, *parameter]. The gradient that autograd forms of each copy is the
 per-sample gradient, whatever the module computes. Nothing is recomputed, and dropout inside is
 drawn once. The mapping is `torch.func.vmap`; a module that cannot be vectorised runs sample by
-sample, which computes the same.
+sample, which computes the same. Tensors of the samples that the module keeps as attributes, such as
+the last state of a recurrence, are taken apart and joined as its arguments and outputs are.
 
 The samples' dimension in each argument and output is learned from a call in which the number of
 samples equals no other size (`privacy.sample_dim`), and kept, so that sizes that are equal by
@@ -15,9 +16,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils import _pytree as pytree
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.eval_mode import in_eval_mode
+from dpsgd_track.privacy.functions_by_row import functions_by_row
 from dpsgd_track.privacy.layers.inventory import Layer, is_recurrent
 from dpsgd_track.privacy.replaced_forward import Forward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows, rows_of
@@ -52,6 +54,10 @@ ROWS = -3
 """In place of a dimension: all samples share the tensor, which holds a row for each of them."""
 
 
+Attribute = tuple[str, str]
+"""Name of a module in the layer's, and of an attribute of it that is no parameter or buffer."""
+
+
 @dataclass(frozen=True)
 class SampleDims:
     """Dimension of the samples in each tensor of a call; None for other arguments."""
@@ -60,6 +66,8 @@ class SampleDims:
     """None also for a tensor that all samples share."""
     outputs: tuple[int | None, ...]
     """SPREAD for a tensor that all samples share (see `captured_layer.spread`)."""
+    kept: Mapping[Attribute, int] = field(default_factory=dict)
+    """Of each tensor that the module keeps as an attribute."""
 
     @property
     def is_shared(self) -> bool:
@@ -101,12 +109,13 @@ class ExpandedLayer(CapturedLayer):
             return self._one({name: copy[0] for name, copy in copies.items()}, args, kwargs)
         dims = self.dims.get(_kind(args, kwargs)) or self.learn(copies, args, kwargs)
         assert dims is not None
-        outputs, structure = self._map(copies, dims.inputs, args, kwargs)
+        mapped = self._map(copies, dims.inputs, dims.kept, args, kwargs)
+        self._put({key: _joined(rows, dims.kept[key]) for key, rows in mapped.kept.items()})
         joined = [
             self._output(x, dim) if isinstance(x, Tensor) else x
-            for x, dim in zip(outputs, dims.outputs, strict=True)
+            for x, dim in zip(mapped.outputs, dims.outputs, strict=True)
         ]
-        return pytree.tree_unflatten(joined, structure)
+        return pytree.tree_unflatten(joined, mapped.structure)
 
     def _output(self, rows: Tensor, dim: int | None) -> Tensor:
         if dim == SPREAD and self.course is not None:
@@ -139,24 +148,50 @@ class ExpandedLayer(CapturedLayer):
         learned = self.dims.get(kind)
         if learned is not None:
             return learned if learned.inputs == inputs else None
-        with in_eval_mode(self.module):
-            mapped, _ = self._map(copies, inputs, args, kwargs)
-            if self._keeps_mapped_tensors():
-                return None
-            alike = pytree.tree_map_only(SharedRows, lambda x: x.rows[0], (args, kwargs))
-            expected = pytree.tree_leaves(self.original(*alike[0], **alike[1]))
+        attributes = [dict(vars(module)) for module in self.module.modules()]
+        try:
+            with in_eval_mode(self.module):
+                alike = pytree.tree_map_only(SharedRows, lambda x: x.rows[0], (args, kwargs))
+                before = self._attributes()
+                expected = pytree.tree_leaves(self.original(*alike[0], **alike[1]))
+                kept = {k: x for k, x in self._attributes().items() if x is not before.get(k)}
+                self._restore(attributes)
+                kept_dims = _dims_of_size(kept, num_samples)
+                mapped = self._map(copies, inputs, kept_dims, args, kwargs)
+                joined = {key: _joined(x, kept_dims[key]) for key, x in mapped.kept.items()}
+                if not all(_is_close(x, kept[key]) for key, x in joined.items()):
+                    return None
+                self._put(joined)
+                if any(map(_is_mapped, self._attributes().values())):
+                    return None
+        finally:
+            self._restore(attributes)
         outputs = tuple(
-            self._dim_of_output(got, wanted) for got, wanted in zip(mapped, expected, strict=True)
+            self._dim_of_output(got, wanted)
+            for got, wanted in zip(mapped.outputs, expected, strict=True)
         )
-        dims = self.dims[kind] = SampleDims(inputs, outputs)
+        dims = self.dims[kind] = SampleDims(inputs, outputs, kept_dims)
         return dims
 
-    def _keeps_mapped_tensors(self) -> bool:
-        return any(
-            isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
-            for module in self.module.modules()
-            for value in vars(module).values()
-        )
+    def _attributes(self) -> dict[Attribute, Tensor]:
+        """Tensors that the modules keep beside parameters and buffers."""
+        return {
+            (fqn, name): value
+            for fqn, module in self.module.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
+
+    def _put(self, tensors: Mapping[Attribute, Tensor]) -> None:
+        for (fqn, name), tensor in tensors.items():
+            vars(self.module.get_submodule(fqn))[name] = tensor
+
+    def _restore(self, attributes: Sequence[Mapping[str, Any]]) -> None:
+        for module, before in zip(self.module.modules(), attributes, strict=True):
+            own = vars(module)
+            for name in own.keys() - before.keys():
+                del own[name]
+            own.update(before)
 
     def _dim_of_output(self, mapped: Any, expected: Any) -> int | None:
         if not isinstance(mapped, Tensor):
@@ -181,59 +216,98 @@ class ExpandedLayer(CapturedLayer):
             return torch.func.functional_call(self.shell, named, args, kwargs)
 
     def _map(
-        self, copies: _Copies, dims: Sequence[int | None], args: Any, kwargs: Any
-    ) -> tuple[list[Any], Any]:
-        """Outputs for each sample, tensors stacked along a new dimension 0, and their structure."""
+        self,
+        copies: _Copies,
+        dims: Sequence[int | None],
+        kept: Mapping[Attribute, int],
+        args: Any,
+        kwargs: Any,
+    ) -> _Mapped:
+        """Run the module for each sample."""
         num_samples = len(next(iter(copies.values())))
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        is_grouped = [dim == GROUPED for dim in dims]
+        given, structure = pytree.tree_flatten((args, kwargs))
+        state = {
+            key: x
+            for key, x in (self._attributes() if kept else {}).items()
+            if key in kept and x.shape[kept[key] : kept[key] + 1] == (num_samples,)
+        }
+        leaves = [*given, *state.values()]
+        dims = [*dims, *(kept[key] for key in state)]
         leaves = [
-            leaf.unflatten(0, (num_samples, -1)) if grouped else leaf
-            for leaf, grouped in zip(leaves, is_grouped, strict=True)
+            leaf.unflatten(0, (num_samples, -1)) if dim == GROUPED else rows_of(leaf)
+            for leaf, dim in zip(leaves, dims, strict=True)
         ]
         # What has a dimension less for each sample than for a batch.
         has_row = [dim in (GROUPED, ROWS) for dim in dims]
-        leaves = [rows_of(leaf) for leaf in leaves]
         dims = [0 if row else dim for dim, row in zip(dims, has_row, strict=True)]
-        returned: list[tuple[list[Any], Any]] = []
+        returned: list[_Mapped] = []
 
         def one(copy: _Copies, leaves: list[Any]) -> list[Tensor]:
             alone = [
                 leaf if dim is None or row else leaf.unsqueeze(dim)
                 for leaf, dim, row in zip(leaves, dims, has_row, strict=True)
             ]
+            self._put(dict(zip(state, alone[len(given) :], strict=True)))
+            output = self._one(copy, *pytree.tree_unflatten(alone[: len(given)], structure))
+            attributes = self._attributes() if kept else {}
             returned.append(
-                pytree.tree_flatten(self._one(copy, *pytree.tree_unflatten(alone, structure)))
+                _Mapped(*pytree.tree_flatten(output), {key: attributes[key] for key in kept})
             )
-            # An attention may return None in place of its weights.
-            return [y for y in returned[-1][0] if isinstance(y, Tensor)]
+            return returned[-1].tensors()
 
-        def as_returned(stacked: Sequence[Tensor]) -> tuple[list[Any], Any]:
-            outputs, out_structure = returned[-1]
-            tensors = iter(stacked)
-            return [next(tensors) if isinstance(y, Tensor) else y for y in outputs], out_structure
+        stacked = self._vectorised(one, copies, leaves, dims) if self.is_vectorised else None
+        if stacked is None:
+            rows = [
+                one(
+                    {name: copy[i] for name, copy in copies.items()},
+                    [
+                        leaf if dim is None else leaf.select(dim, i)
+                        for leaf, dim in zip(leaves, dims, strict=True)
+                    ],
+                )
+                for i in range(num_samples)
+            ]
+            stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+        return returned[-1].with_tensors(stacked)
 
-        if self.is_vectorised:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="There is a performance drop")
-                    mapped = torch.vmap(one, (0, list(dims)), randomness="different")
-                    return as_returned(mapped(copies, leaves))
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                self.is_vectorised = False
-                reason = str(error).splitlines()[0]
-                _logger.warning("%s runs sample by sample: %s", self.layer.fqn, reason)
-        rows = [
-            one(
-                {name: copy[i] for name, copy in copies.items()},
-                [
-                    leaf if dim is None else leaf.select(dim, i)
-                    for leaf, dim in zip(leaves, dims, strict=True)
-                ],
-            )
-            for i in range(num_samples)
-        ]
-        return as_returned([torch.stack(column) for column in zip(*rows, strict=True)])
+    def _vectorised(
+        self,
+        one: Callable[[_Copies, list[Any]], list[Tensor]],
+        copies: _Copies,
+        leaves: list[Any],
+        dims: Sequence[int | None],
+    ) -> Sequence[Tensor] | None:
+        """What `one` returns for all samples at once; None if it cannot."""
+        try:
+            with warnings.catch_warnings(), functions_by_row():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                mapped = torch.vmap(one, (0, list(dims)), randomness="different")
+                stacked: list[Tensor] = mapped(copies, leaves)
+                return stacked
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            self.is_vectorised = False
+            reason = str(error).splitlines()[0]
+            _logger.warning("%s runs sample by sample: %s", self.layer.fqn, reason)
+            return None
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """What a module returns and keeps, for one sample or, stacked along a new dimension 0, all."""
+
+    outputs: list[Any]
+    structure: Any
+    kept: dict[Attribute, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        # An attention may return None in place of its weights.
+        return [y for y in (*self.outputs, *self.kept.values()) if isinstance(y, Tensor)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> _Mapped:
+        """The same with others in the place of its tensors."""
+        others = iter(tensors)
+        outputs = [next(others) if isinstance(y, Tensor) else y for y in self.outputs]
+        return replace(self, outputs=outputs, kept=dict(zip(self.kept, others, strict=True)))
 
 
 @contextmanager
@@ -265,6 +339,14 @@ def _dim_of_size(leaf: object, size: int) -> int | None:
     if not isinstance(leaf, Tensor) or size not in leaf.shape:
         return None
     return leaf.shape.index(size)
+
+
+def _dims_of_size(tensors: Mapping[Attribute, Tensor], size: int) -> dict[Attribute, int]:
+    return {key: x.shape.index(size) for key, x in tensors.items() if size in x.shape}
+
+
+def _is_mapped(x: Tensor) -> bool:
+    return torch._C._functorch.is_batchedtensor(x)
 
 
 def _joined(output: Tensor, dim: int | None) -> Tensor:
