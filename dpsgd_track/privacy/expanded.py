@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,8 +29,8 @@ from torch.utils import _pytree as pytree
 from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.eval_mode import in_eval_mode
-from dpsgd_track.privacy.functions_by_row import functions_by_row
 from dpsgd_track.privacy.layers.inventory import Layer, is_recurrent
+from dpsgd_track.privacy.mapped_calls import MappedCalls, mapped_functions
 from dpsgd_track.privacy.replaced_forward import Forward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows, rows_of
 
@@ -87,6 +87,7 @@ class ExpandedLayer(CapturedLayer):
         self.shell = _Shell(layer.module)
         # torch.func has no rule for torch's recurrent kernels.
         self.is_vectorised = not is_recurrent(layer.module)
+        self.calls = MappedCalls()
         self.is_grouped = False
         """True if the samples have several rows each in what the module reads, one sample after the
         other (`privacy.grouped_rows`)."""
@@ -257,14 +258,15 @@ class ExpandedLayer(CapturedLayer):
 
         stacked = self._vectorised(one, copies, leaves, dims) if self.is_vectorised else None
         if stacked is None:
+            # The gradients of what is unbound are stacked once; each selected row's would be put
+            # among zeros for all.
+            of_copies = {name: copy.unbind() for name, copy in copies.items()}
+            of_leaves = [
+                [leaf] * num_samples if dim is None else leaf.unbind(dim)
+                for leaf, dim in zip(leaves, dims, strict=True)
+            ]
             rows = [
-                one(
-                    {name: copy[i] for name, copy in copies.items()},
-                    [
-                        leaf if dim is None else leaf.select(dim, i)
-                        for leaf, dim in zip(leaves, dims, strict=True)
-                    ],
-                )
+                one({name: of[i] for name, of in of_copies.items()}, [of[i] for of in of_leaves])
                 for i in range(num_samples)
             ]
             stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
@@ -278,12 +280,16 @@ class ExpandedLayer(CapturedLayer):
         dims: Sequence[int | None],
     ) -> Sequence[Tensor] | None:
         """What `one` returns for all samples at once; None if it cannot."""
+        # In every call of a module that has needed it, and in the first, which tells.
+        calls = self.calls if self.calls.is_needed or not self.dims else nullcontext()
         try:
-            with warnings.catch_warnings(), functions_by_row():
+            with warnings.catch_warnings(), mapped_functions(), calls:
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 mapped = torch.vmap(one, (0, list(dims)), randomness="different")
                 stacked: list[Tensor] = mapped(copies, leaves)
                 return stacked
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, NotImplementedError) as error:
             self.is_vectorised = False
             reason = str(error).splitlines()[0]
