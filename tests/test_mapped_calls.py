@@ -122,12 +122,34 @@ class _Stateful(nn.Module):
         return first * state[:, None] + self.inner(x.flip(1))
 
 
+class _Positions(nn.Embedding):
+    """Makes a row for each sample of a batch whose shape it is told, and also reads a constant
+    shape that may have their number."""
+
+    def forward(self, shape: tuple[int, ...], window: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        steps = torch.ones(shape, dtype=torch.long).cumsum(1) - 1
+        return super().forward(steps) * window[0]
+
+
+class _Positioned(nn.Module):
+    """Adds embeddings of positions as ProphetNet does."""
+
+    def __init__(self, window: tuple[int, int] = (2, 3)) -> None:
+        super().__init__()
+        self.positions, self.window = _Positions(T, D), window
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.positions(x.shape[:2], window=self.window)
+        return x * table + self.positions((len(x), T), window=self.window)
+
+
 MAPPED: dict[str, Callable[[], nn.Module]] = {
     "function": _Weights,
     "function-of-two-parts": lambda: _Weights(_NewProduct),
     "branches": _Branching,
     "renorm": _Renormed,
     "state": _Stateful,
+    "shape": _Positioned,
 }
 
 
@@ -188,6 +210,12 @@ def test_all_samples_run_at_once_and_each_has_its_own_gradient(name: str) -> Non
     error, ways = _error(MAPPED[name]())
     assert error < 1e-9
     assert not any(map(_is_apart, ways))
+
+
+@pytest.mark.parametrize("size", range(6, 9))
+def test_a_tuple_that_has_the_number_of_samples_by_chance_is_no_shape(size: int) -> None:
+    # One of these is that of the trial.
+    assert _error(_Positioned((size, size)))[0] < 1e-9
 
 
 def test_a_branch_that_a_batch_takes_as_one_is_refused() -> None:

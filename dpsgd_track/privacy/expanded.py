@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -124,11 +124,14 @@ class ExpandedLayer(CapturedLayer):
         return _joined(rows, dim)
 
     @torch.no_grad()
-    def learn(self, copies: _Copies, args: Any, kwargs: Any) -> SampleDims | None:
+    def learn(
+        self, copies: _Copies, args: Any, kwargs: Any, *, by_shapes: bool = True
+    ) -> SampleDims | None:
         """Learn the samples' dimensions, and check the mapped forward against the module's own.
 
         Args:
             copies: parameters expanded to the call's number of samples.
+            by_shapes: take a tuple of integers with the number of samples for a batch's shape.
         Returns:
             The dimensions; None if a call of the same kind had its samples in others, or if the
             module keeps tensors of a forward, which would belong to one sample's run.
@@ -136,15 +139,19 @@ class ExpandedLayer(CapturedLayer):
             MixedSamplesError: a sample's output depends on the other samples.
         """
         num_samples = len(next(iter(copies.values())))
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves, _ = _flattened(args, kwargs)
         inputs = tuple(
             GROUPED
             if self.is_grouped and isinstance(leaf, Tensor)
             else _dim_of_size(leaf, num_samples)
+            if by_shapes or not _is_shape(leaf)
+            else None
             for leaf in leaves
         )
         # Rows that differ, as in a trial, are no input of one run.
-        args, kwargs = pytree.tree_map_only(SharedRows, _first_of_all, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(
+            SharedRows, _first_of_all, (args, kwargs), is_leaf=_is_shape
+        )
         kind = _kind(args, kwargs)
         learned = self.dims.get(kind)
         if learned is not None:
@@ -152,7 +159,9 @@ class ExpandedLayer(CapturedLayer):
         attributes = [dict(vars(module)) for module in self.module.modules()]
         try:
             with in_eval_mode(self.module):
-                alike = pytree.tree_map_only(SharedRows, lambda x: x.rows[0], (args, kwargs))
+                alike = pytree.tree_map_only(
+                    SharedRows, lambda x: x.rows[0], (args, kwargs), is_leaf=_is_shape
+                )
                 before = self._attributes()
                 expected = pytree.tree_leaves(self.original(*alike[0], **alike[1]))
                 kept = {k: x for k, x in self._attributes().items() if x is not before.get(k)}
@@ -167,10 +176,15 @@ class ExpandedLayer(CapturedLayer):
                     return None
         finally:
             self._restore(attributes)
-        outputs = tuple(
-            self._dim_of_output(got, wanted)
-            for got, wanted in zip(mapped.outputs, expected, strict=True)
-        )
+        try:
+            outputs = tuple(
+                self._dim_of_output(got, wanted)
+                for got, wanted in zip(mapped.outputs, expected, strict=True)
+            )
+        except MixedSamplesError:
+            if by_shapes and any(map(_is_shape, leaves)):
+                return self.learn(copies, args, kwargs, by_shapes=False)
+            raise
         dims = self.dims[kind] = SampleDims(inputs, outputs, kept_dims)
         return dims
 
@@ -226,12 +240,16 @@ class ExpandedLayer(CapturedLayer):
     ) -> _Mapped:
         """Run the module for each sample."""
         num_samples = len(next(iter(copies.values())))
-        given, structure = pytree.tree_flatten((args, kwargs))
+        given, structure = _flattened(args, kwargs)
         state = {
             key: x
             for key, x in (self._attributes() if kept else {}).items()
             if key in kept and x.shape[kept[key] : kept[key] + 1] == (num_samples,)
         }
+        given = [
+            _of_one(leaf, dim, num_samples) if _is_shape(leaf) and dim is not None else leaf
+            for leaf, dim in zip(given, dims, strict=True)
+        ]
         leaves = [*given, *state.values()]
         dims = [*dims, *(kept[key] for key in state)]
         leaves = [
@@ -240,7 +258,10 @@ class ExpandedLayer(CapturedLayer):
         ]
         # What has a dimension less for each sample than for a batch.
         has_row = [dim in (GROUPED, ROWS) for dim in dims]
-        dims = [0 if row else dim for dim, row in zip(dims, has_row, strict=True)]
+        dims = [
+            (0 if row else dim) if isinstance(leaf, Tensor) else None
+            for leaf, dim, row in zip(leaves, dims, has_row, strict=True)
+        ]
         returned: list[_Mapped] = []
 
         def one(copy: _Copies, leaves: list[Any]) -> list[Tensor]:
@@ -326,8 +347,17 @@ def _no_cached_parametrisations() -> Iterator[None]:
         parametrize._cache_enabled = enabled
 
 
+def _flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """Tensors, shapes and other leaves of a call's arguments, and their structure."""
+    return pytree.tree_flatten((args, kwargs), is_leaf=_is_shape)
+
+
+def _is_shape(x: object) -> TypeGuard[tuple[int, ...]]:
+    return type(x) in (tuple, torch.Size) and all(type(size) is int for size in x)  # type: ignore[attr-defined]
+
+
 def _kind(args: Any, kwargs: Any) -> Kind:
-    leaves = pytree.tree_leaves((args, kwargs))
+    leaves, _ = _flattened(args, kwargs)
     return tuple(
         (leaf.dim(), isinstance(leaf, SharedRows)) if isinstance(leaf, Tensor) else None
         for leaf in leaves
@@ -339,12 +369,11 @@ def _first_of_all(x: SharedRows) -> SharedRows:
 
 
 def _dim_of_size(leaf: object, size: int) -> int | None:
-    """The first dimension of `leaf` that has size `size`; None if there is none."""
+    """The first dimension of `leaf`, a tensor or a shape, of size `size`; None without one."""
     if isinstance(leaf, SharedRows):
         return ROWS
-    if not isinstance(leaf, Tensor) or size not in leaf.shape:
-        return None
-    return leaf.shape.index(size)
+    shape = leaf.shape if isinstance(leaf, Tensor) else leaf
+    return shape.index(size) if _is_shape(shape) and size in shape else None
 
 
 def _dims_of_size(tensors: Mapping[Attribute, Tensor], size: int) -> dict[Attribute, int]:
@@ -353,6 +382,20 @@ def _dims_of_size(tensors: Mapping[Attribute, Tensor], size: int) -> dict[Attrib
 
 def _is_mapped(x: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(x)
+
+
+def _of_one(shape: tuple[int, ...], dim: int, num_samples: int) -> tuple[int, ...]:
+    """A shape that a module is given, for one sample.
+
+    Raises:
+        ValueError: it is of another number of samples.
+    """
+    if shape[dim : dim + 1] != (num_samples,):
+        raise ValueError(
+            f"shape={tuple(shape)}: expected {num_samples} samples in dimension {dim}, as in the "
+            "first batch. Give the module shapes of whole batches, or freeze it."
+        )
+    return type(shape)((*shape[:dim], 1, *shape[dim + 1 :]))
 
 
 def _joined(output: Tensor, dim: int | None) -> Tensor:
