@@ -39,6 +39,9 @@ _logger = logging.getLogger(__name__)
 _Copies = dict[str, Tensor]
 """[B, *parameter] by the parameter's name in the module."""
 
+_RunOne = Callable[[_Copies, list[Any]], list[Tensor]]
+"""Runs a module for one sample, on its copies and the leaves of its arguments."""
+
 Kind = tuple[tuple[int, bool] | None, ...]
 """For each argument of a call, (number of dimensions, True if it is shared and holds a row for each
 sample) of a tensor, and None for anything else."""
@@ -134,7 +137,7 @@ class ExpandedLayer(CapturedLayer):
             by_shapes: take a tuple of integers with the number of samples for a batch's shape.
         Returns:
             The dimensions; None if a call of the same kind had its samples in others, or if the
-            module keeps tensors of a forward, which would belong to one sample's run.
+            module keeps tensors of a forward that do not have the samples in a dimension.
         Raises:
             MixedSamplesError: a sample's output depends on the other samples.
         """
@@ -156,26 +159,21 @@ class ExpandedLayer(CapturedLayer):
         learned = self.dims.get(kind)
         if learned is not None:
             return learned if learned.inputs == inputs else None
-        attributes = [dict(vars(module)) for module in self.module.modules()]
-        try:
-            with in_eval_mode(self.module):
-                alike = pytree.tree_map_only(
-                    SharedRows, lambda x: x.rows[0], (args, kwargs), is_leaf=_is_shape
-                )
-                before = self._attributes()
-                expected = pytree.tree_leaves(self.original(*alike[0], **alike[1]))
-                kept = {k: x for k, x in self._attributes().items() if x is not before.get(k)}
-                self._restore(attributes)
-                kept_dims = _dims_of_size(kept, num_samples)
-                mapped = self._map(copies, inputs, kept_dims, args, kwargs)
-                joined = {key: _joined(x, kept_dims[key]) for key, x in mapped.kept.items()}
-                if not all(_is_close(x, kept[key]) for key, x in joined.items()):
-                    return None
-                self._put(joined)
-                if any(map(_is_mapped, self._attributes().values())):
-                    return None
-        finally:
-            self._restore(attributes)
+        with in_eval_mode(self.module), self._restoring() as restore:
+            alike = pytree.tree_map_only(
+                SharedRows, lambda x: x.rows[0], (args, kwargs), is_leaf=_is_shape
+            )
+            before = self._attributes()
+            expected = pytree.tree_leaves(self.original(*alike[0], **alike[1]))
+            kept = {k: x for k, x in self._attributes().items() if x is not before.get(k)}
+            restore()
+            kept_dims = _dims_of_size(kept, num_samples)
+            mapped = self._map(copies, inputs, kept_dims, args, kwargs)
+            joined = {key: _joined(x, kept_dims[key]) for key, x in mapped.kept.items()}
+            self._put(joined)
+            is_mapped = any(map(_is_mapped, self._attributes().values()))
+            if is_mapped or not all(_is_close(x, kept[key]) for key, x in joined.items()):
+                return None
         try:
             outputs = tuple(
                 self._dim_of_output(got, wanted)
@@ -197,16 +195,25 @@ class ExpandedLayer(CapturedLayer):
             if isinstance(value, Tensor)
         }
 
-    def _put(self, tensors: Mapping[Attribute, Tensor]) -> None:
-        for (fqn, name), tensor in tensors.items():
-            vars(self.module.get_submodule(fqn))[name] = tensor
+    def _put(self, values: Mapping[Attribute, Any]) -> None:
+        for (fqn, name), value in values.items():
+            vars(self.module.get_submodule(fqn))[name] = value
 
-    def _restore(self, attributes: Sequence[Mapping[str, Any]]) -> None:
-        for module, before in zip(self.module.modules(), attributes, strict=True):
-            own = vars(module)
-            for name in own.keys() - before.keys():
-                del own[name]
-            own.update(before)
+    @contextmanager
+    def _restoring(self) -> Iterator[Callable[[], None]]:
+        """Context that leaves attributes as they are now; yields what makes them so at once."""
+        kept = [(vars(module), dict(vars(module))) for module in self.module.modules()]
+
+        def restore() -> None:
+            for own, before in kept:
+                for name in own.keys() - before.keys():
+                    del own[name]
+                own.update(before)
+
+        try:
+            yield restore
+        finally:
+            restore()
 
     def _dim_of_output(self, mapped: Any, expected: Any) -> int | None:
         if not isinstance(mapped, Tensor):
@@ -241,10 +248,12 @@ class ExpandedLayer(CapturedLayer):
         """Run the module for each sample."""
         num_samples = len(next(iter(copies.values())))
         given, structure = _flattened(args, kwargs)
+        # Each sample begins with what there is now.
+        now = {(fqn, n): vars(self.module.get_submodule(fqn)).get(n) for fqn, n in kept}
         state = {
             key: x
-            for key, x in (self._attributes() if kept else {}).items()
-            if key in kept and x.shape[kept[key] : kept[key] + 1] == (num_samples,)
+            for key, x in now.items()
+            if isinstance(x, Tensor) and x.shape[kept[key] :][:1] == (num_samples,)
         }
         given = [
             _of_one(leaf, dim, num_samples) if _is_shape(leaf) and dim is not None else leaf
@@ -269,7 +278,7 @@ class ExpandedLayer(CapturedLayer):
                 leaf if dim is None or row else leaf.unsqueeze(dim)
                 for leaf, dim, row in zip(leaves, dims, has_row, strict=True)
             ]
-            self._put(dict(zip(state, alone[len(given) :], strict=True)))
+            self._put(now | dict(zip(state, alone[len(given) :], strict=True)))
             output = self._one(copy, *pytree.tree_unflatten(alone[: len(given)], structure))
             attributes = self._attributes() if kept else {}
             returned.append(
@@ -279,28 +288,17 @@ class ExpandedLayer(CapturedLayer):
 
         stacked = self._vectorised(one, copies, leaves, dims) if self.is_vectorised else None
         if stacked is None:
-            # The gradients of what is unbound are stacked once; each selected row's would be put
-            # among zeros for all.
-            of_copies = {name: copy.unbind() for name, copy in copies.items()}
-            of_leaves = [
-                [leaf] * num_samples if dim is None else leaf.unbind(dim)
-                for leaf, dim in zip(leaves, dims, strict=True)
-            ]
-            rows = [
-                one({name: of[i] for name, of in of_copies.items()}, [of[i] for of in of_leaves])
-                for i in range(num_samples)
-            ]
-            stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+            stacked = _one_by_one(one, copies, leaves, dims)
         return returned[-1].with_tensors(stacked)
 
     def _vectorised(
         self,
-        one: Callable[[_Copies, list[Any]], list[Tensor]],
+        one: _RunOne,
         copies: _Copies,
         leaves: list[Any],
         dims: Sequence[int | None],
     ) -> Sequence[Tensor] | None:
-        """What `one` returns for all samples at once; None if it cannot."""
+        """Run `one` for all samples at once; None if that cannot be."""
         # In every call of a module that has needed it, and in the first, which tells.
         calls = self.calls if self.calls.is_needed or not self.dims else nullcontext()
         try:
@@ -320,7 +318,7 @@ class ExpandedLayer(CapturedLayer):
 
 @dataclass(frozen=True)
 class _Mapped:
-    """What a module returns and keeps, for one sample or, stacked along a new dimension 0, all."""
+    """Outputs of a module and tensors that it keeps, of one sample or stacked for all."""
 
     outputs: list[Any]
     structure: Any
@@ -335,6 +333,25 @@ class _Mapped:
         others = iter(tensors)
         outputs = [next(others) if isinstance(y, Tensor) else y for y in self.outputs]
         return replace(self, outputs=outputs, kept=dict(zip(self.kept, others, strict=True)))
+
+
+def _one_by_one(
+    one: _RunOne, copies: _Copies, leaves: list[Any], dims: Sequence[int | None]
+) -> list[Tensor]:
+    """Run `one` for each sample in turn."""
+    num_samples = len(next(iter(copies.values())))
+    # The gradients of what is unbound are stacked once; each selected row's would be put among
+    # zeros for all.
+    of_copies = {name: copy.unbind() for name, copy in copies.items()}
+    of_leaves = [
+        [leaf] * num_samples if dim is None else leaf.unbind(dim)
+        for leaf, dim in zip(leaves, dims, strict=True)
+    ]
+    rows = [
+        one({name: of[i] for name, of in of_copies.items()}, [of[i] for of in of_leaves])
+        for i in range(num_samples)
+    ]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 @contextmanager
