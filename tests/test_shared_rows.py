@@ -168,6 +168,49 @@ class MaskFilled(nn.Module):
         return self.head(self.blocks[1](h).tanh().mean(dim=1))
 
 
+class _FunctionalAttention(nn.Module):
+    """Gives torch's attention the weights of its layers, samples second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h, weights = F.multi_head_attention_forward(
+            *[x.transpose(0, 1)] * 3,
+            embed_dim_to_check=D,
+            num_heads=H,
+            in_proj_weight=torch.empty(0),
+            in_proj_bias=torch.cat([self.q.bias, self.k.bias, self.v.bias]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=self.out.weight,
+            out_proj_bias=self.out.bias,
+            attn_mask=mask,
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight,
+        )
+        assert weights is not None
+        return weights @ h.transpose(0, 1)
+
+
+class FunctionalAttention(nn.Module):
+    """Has a mask with a row for each sample and head, as WavLM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.attention = nn.Linear(D, H), _FunctionalAttention()
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.gate(x).mT.unsqueeze(2).expand(-1, -1, T, -1).flatten(0, 1)
+        return self.head(self.attention(x, mask).mean(dim=1))
+
+
 class Grid(nn.Module):
     """Has as many places of its own as there might be samples in a trial."""
 
@@ -203,6 +246,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "prompts": Prompts,
     "magnitude": Magnitude,
     "mask-filled": MaskFilled,
+    "functional-attention": FunctionalAttention,
     "grid": Grid,
     "views": Views,
 }

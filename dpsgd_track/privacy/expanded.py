@@ -126,15 +126,14 @@ class ExpandedLayer(CapturedLayer):
             return SharedRows(rows, self.course)
         return _joined(rows, dim)
 
-    @torch.no_grad()
-    def learn(
-        self, copies: _Copies, args: Any, kwargs: Any, *, by_shapes: bool = True
-    ) -> SampleDims | None:
+    def learn(self, copies: _Copies, args: Any, kwargs: Any) -> SampleDims | None:
         """Learn the samples' dimensions, and check the mapped forward against the module's own.
+
+        A tuple of integers with the number of samples is a batch's shape, and a tensor with a
+        multiple of it in dimension 0 has several rows of each sample, if the module agrees.
 
         Args:
             copies: parameters expanded to the call's number of samples.
-            by_shapes: take a tuple of integers with the number of samples for a batch's shape.
         Returns:
             The dimensions; None if a call of the same kind had its samples in others, or if the
             module keeps tensors of a forward that do not have the samples in a dimension.
@@ -143,14 +142,31 @@ class ExpandedLayer(CapturedLayer):
         """
         num_samples = len(next(iter(copies.values())))
         leaves, _ = _flattened(args, kwargs)
-        inputs = tuple(
-            GROUPED
-            if self.is_grouped and isinstance(leaf, Tensor)
-            else _dim_of_size(leaf, num_samples)
-            if by_shapes or not _is_shape(leaf)
-            else None
-            for leaf in leaves
+        likely, sure = (
+            tuple(
+                GROUPED
+                if self.is_grouped and isinstance(leaf, Tensor)
+                else dim_of(leaf, num_samples)
+                for leaf in leaves
+            )
+            for dim_of in (_likely_dim, _dim_of_size)
         )
+        was_vectorised = self.is_vectorised
+        try:
+            return self._learned(likely, copies, args, kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if likely == sure:
+                raise
+            self.is_vectorised = was_vectorised
+            return self._learned(sure, copies, args, kwargs)
+
+    @torch.no_grad()
+    def _learned(
+        self, inputs: tuple[int | None, ...], copies: _Copies, args: Any, kwargs: Any
+    ) -> SampleDims | None:
+        num_samples = len(next(iter(copies.values())))
         # Rows that differ, as in a trial, are no input of one run.
         args, kwargs = pytree.tree_map_only(
             SharedRows, _first_of_all, (args, kwargs), is_leaf=_is_shape
@@ -174,15 +190,10 @@ class ExpandedLayer(CapturedLayer):
             is_mapped = any(map(_is_mapped, self._attributes().values()))
             if is_mapped or not all(_is_close(x, kept[key]) for key, x in joined.items()):
                 return None
-        try:
-            outputs = tuple(
-                self._dim_of_output(got, wanted)
-                for got, wanted in zip(mapped.outputs, expected, strict=True)
-            )
-        except MixedSamplesError:
-            if by_shapes and any(map(_is_shape, leaves)):
-                return self.learn(copies, args, kwargs, by_shapes=False)
-            raise
+        outputs = tuple(
+            self._dim_of_output(got, wanted)
+            for got, wanted in zip(mapped.outputs, expected, strict=True)
+        )
         dims = self.dims[kind] = SampleDims(inputs, outputs, kept_dims)
         return dims
 
@@ -386,11 +397,22 @@ def _first_of_all(x: SharedRows) -> SharedRows:
 
 
 def _dim_of_size(leaf: object, size: int) -> int | None:
-    """The first dimension of `leaf`, a tensor or a shape, of size `size`; None without one."""
+    """The first dimension of `leaf` that has size `size`; None if there is none."""
     if isinstance(leaf, SharedRows):
         return ROWS
-    shape = leaf.shape if isinstance(leaf, Tensor) else leaf
-    return shape.index(size) if _is_shape(shape) and size in shape else None
+    if not isinstance(leaf, Tensor) or size not in leaf.shape:
+        return None
+    return leaf.shape.index(size)
+
+
+def _likely_dim(leaf: object, size: int) -> int | None:
+    """The same, also for a shape, and GROUPED for a tensor with a multiple in dimension 0."""
+    if _is_shape(leaf):
+        return leaf.index(size) if size in leaf else None
+    dim = _dim_of_size(leaf, size)
+    if dim is not None or not isinstance(leaf, Tensor) or not leaf.dim() or not leaf.shape[0]:
+        return dim
+    return GROUPED if leaf.shape[0] % size == 0 else None
 
 
 def _dims_of_size(tensors: Mapping[Attribute, Tensor], size: int) -> dict[Attribute, int]:

@@ -130,7 +130,8 @@ def _place_bare(capture: Capture, run: Run, batch: Rows) -> None:
 def _drop_strays_without_form(
     capture: Capture, forms: dict[str, dict[str, Form]], before: dict[str, CapturedLayer]
 ) -> None:
-    """Give parameters of other modules that take no form back to these.
+    """Run a small module that reads parameters of others without a form on copies of them all;
+    give back those that a module with the model's blocks reads.
 
     Args:
         before: layers that had such parameters as their own.
@@ -142,6 +143,10 @@ def _drop_strays_without_form(
             continue
         kept = {n: name for n, name in layer.names.items() if n not in layer.strays}
         kept |= {n: layer.names[n] for n in forms.get(layer.fqn, {})}
+        if kept.keys() != layer.names.keys() and not holds_units(capture.model, layer.module):
+            capture.merge(ExpandedLayer(capture, with_modules_inside(capture.model, layer)))
+            forms.pop(layer.fqn, None)
+            continue
         given_back |= set(layer.names.values()) - set(kept.values())
         del capture.captured[layer.fqn]
         if kept:
