@@ -175,7 +175,7 @@ class _FunctionalAttention(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, padding: Tensor | None) -> Tensor:
         h, weights = F.multi_head_attention_forward(
             *[x.transpose(0, 1)] * 3,
             embed_dim_to_check=D,
@@ -189,6 +189,7 @@ class _FunctionalAttention(nn.Module):
             out_proj_weight=self.out.weight,
             out_proj_bias=self.out.bias,
             attn_mask=mask,
+            key_padding_mask=padding,
             use_separate_proj_weight=True,
             q_proj_weight=self.q.weight,
             k_proj_weight=self.k.weight,
@@ -206,9 +207,9 @@ class FunctionalAttention(nn.Module):
         self.gate, self.attention = nn.Linear(D, H), _FunctionalAttention()
         self.head = nn.Linear(D, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         mask = self.gate(x).mT.unsqueeze(2).expand(-1, -1, T, -1).flatten(0, 1)
-        return self.head(self.attention(x, mask).mean(dim=1))
+        return self.head(self.attention(x, mask, padding).mean(dim=1))
 
 
 class Grid(nn.Module):
@@ -341,6 +342,18 @@ def test_a_batch_without_padding_may_meet_the_samples_elsewhere() -> None:
     for mask in (whole.tril() + torch.eye(T), whole):
         x, y = torch.randn(T, T, D, dtype=torch.double), torch.arange(T) % 3
         given = {"padding": mask.clamp(max=1)}
+        expected = _plain_sum(model, x, y, **given)
+        moved = _step(private, optimizer, x, y, **given)
+        for parameter, total in expected.items():
+            torch.testing.assert_close(moved[parameter], total)
+
+
+def test_a_mask_may_come_where_sizes_are_equal() -> None:
+    torch.manual_seed(0)
+    model = FunctionalAttention().double()
+    private, optimizer = _private(model)
+    for given in ({}, {"padding": torch.eye(T, dtype=torch.double)}, {}):
+        x, y = torch.randn(T, T, D, dtype=torch.double), torch.arange(T) % 3
         expected = _plain_sum(model, x, y, **given)
         moved = _step(private, optimizer, x, y, **given)
         for parameter, total in expected.items():

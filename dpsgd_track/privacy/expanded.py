@@ -152,15 +152,26 @@ class ExpandedLayer(CapturedLayer):
             for dim_of in (_likely_dim, _dim_of_size)
         )
         was_vectorised = self.is_vectorised
-        try:
-            return self._learned(likely, copies, args, kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            if likely == sure:
+        for inputs in dict.fromkeys((self._known(_kind(args, kwargs), likely), likely)):
+            if inputs == sure:
+                break
+            try:
+                return self._learned(inputs, copies, args, kwargs)
+            except torch.OutOfMemoryError:
                 raise
-            self.is_vectorised = was_vectorised
-            return self._learned(sure, copies, args, kwargs)
+            except Exception as error:
+                _logger.debug("%s: the samples are not in %s: %s", self.layer.fqn, inputs, error)
+                self.is_vectorised = was_vectorised
+        return self._learned(sure, copies, args, kwargs)
+
+    def _known(self, kind: Kind, inputs: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """`inputs` with the dimensions of those that other kinds of calls have as well, as where a
+        mask comes to the rest."""
+        for other, dims in self.dims.items():
+            if len(other) == len(kind):
+                places = zip(kind, other, inputs, dims.inputs, strict=True)
+                inputs = tuple(d if k is not None and k == o else i for k, o, i, d in places)
+        return inputs
 
     @torch.no_grad()
     def _learned(
