@@ -321,21 +321,22 @@ class ExpandedLayer(CapturedLayer):
         dims: Sequence[int | None],
     ) -> Sequence[Tensor] | None:
         """Run `one` for all samples at once; None if that cannot be."""
-        # In every call of a module that has needed it, and in the first, which tells.
-        calls = self.calls if self.calls.is_needed or not self.dims else nullcontext()
-        try:
-            with warnings.catch_warnings(), mapped_functions(), calls:
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                mapped = torch.vmap(one, (0, list(dims)), randomness="different")
-                stacked: list[Tensor] = mapped(copies, leaves)
-                return stacked
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            self.is_vectorised = False
-            reason = str(error).splitlines()[0]
-            _logger.warning("%s runs sample by sample: %s", self.layer.fqn, reason)
-            return None
+        # In the first call, which tells if it is needed, and where training takes other branches.
+        with_calls = self.calls.is_needed or not self.dims
+        for calls in (self.calls,) if with_calls else (nullcontext(), self.calls):
+            try:
+                with warnings.catch_warnings(), mapped_functions(), calls:
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
+                    mapped = torch.vmap(one, (0, list(dims)), randomness="different")
+                    stacked: list[Tensor] = mapped(copies, leaves)
+                    return stacked
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                reason = str(error).splitlines()[0]
+        self.is_vectorised = False
+        _logger.warning("%s runs sample by sample: %s", self.layer.fqn, reason)
+        return None
 
 
 @dataclass(frozen=True)
