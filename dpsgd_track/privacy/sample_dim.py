@@ -130,8 +130,8 @@ def _place_bare(capture: Capture, run: Run, batch: Rows) -> None:
 def _drop_strays_without_form(
     capture: Capture, forms: dict[str, dict[str, Form]], before: dict[str, CapturedLayer]
 ) -> None:
-    """Run a small module that reads parameters of others without a form on copies of them all;
-    give back those that a module with the model's blocks reads.
+    """Give parameters of other modules that take no form back to these, but run a small module
+    that is made of them for the most part on copies of all its parameters.
 
     Args:
         before: layers that had such parameters as their own.
@@ -139,11 +139,11 @@ def _drop_strays_without_form(
     given_back: set[str] = set()
     for captured in list(_bare(capture)):
         layer = captured.layer
-        if not layer.strays:
+        if not layer.strays or capture.captured.get(layer.fqn) is not captured:
             continue
         kept = {n: name for n, name in layer.names.items() if n not in layer.strays}
         kept |= {n: layer.names[n] for n in forms.get(layer.fqn, {})}
-        if kept.keys() != layer.names.keys() and not holds_units(capture.model, layer.module):
+        if _is_mostly(capture, layer, layer.names.keys() - kept.keys()):
             capture.merge(ExpandedLayer(capture, with_modules_inside(capture.model, layer)))
             forms.pop(layer.fqn, None)
             continue
@@ -156,6 +156,14 @@ def _drop_strays_without_form(
         if not given_back.isdisjoint(captured.layer.names.values()):
             capture.register(captured)
             forms.pop(fqn, None)
+
+
+def _is_mostly(capture: Capture, layer: Layer, names: Set[str]) -> bool:
+    """True for a part of the model without blocks, half of which or more are parameters `names`."""
+    if not names or not layer.fqn or holds_units(capture.model, layer.module):
+        return False
+    sizes = {n: p.numel() for n, p in layer.module.named_parameters() if p.requires_grad}
+    return 2 * sum(sizes[name] for name in names) >= sum(sizes.values())
 
 
 def _place_grouped(capture: Capture, run: Run, batch: Rows, num_samples: int) -> None:
