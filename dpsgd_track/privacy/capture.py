@@ -341,7 +341,7 @@ class Capture:
         return self.tracing.checked(squares | self.norms_of(deferred))
 
     def _offered(self, offer: Offer | None) -> SampleExchange | None:
-        """What takes per-sample gradients that the backward is about to form."""
+        """The exchange that takes gradients which the backward is about to form, if one does."""
         if offer is None:
             return None
         assert self.num_samples is not None

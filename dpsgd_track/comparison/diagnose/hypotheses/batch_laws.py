@@ -23,7 +23,7 @@ _MOST_QUANTITIES, _MOST_ALIKE = 3, 2
 
 @dataclass(frozen=True)
 class _Cell:
-    """What is known of one micro-batch, and how often it counts."""
+    """Facts of one micro-batch, and how often it counts."""
 
     batch: MicroBatch
     weight: float

@@ -92,7 +92,7 @@ class Subject:
     is_noise: bool = False
     """True if it is noise."""
     reasons: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """What explains a multiple, by `multiplied` or `divided` and the symbol of the quantity."""
+    """Explanations of a multiple, by `multiplied` or `divided` and the symbol of the quantity."""
     zero: str = ""
     """Clause on a result of zero, if it is more than that."""
     zero_in_all: str = ""

@@ -135,7 +135,7 @@ def _of_other_samples(facts: Facts) -> Prediction:
 
 
 def _relations(facts: Facts, row: int, place: int, source: int) -> Iterator[str]:
-    """What the sample that was read may be to the one that it stands for."""
+    """Relations of the sample that was read to the one that it stands for."""
     batches = {
         at: (batch, batch.places.tolist().index(at))
         for batch in facts.micro_batches
