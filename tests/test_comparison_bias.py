@@ -124,6 +124,30 @@ def test_tenth_of_a_percent_in_all_is_found(field: str) -> None:
     assert judged(with_error(drawn(3), field, 1 + 1e-3)).verdict == "DRIFT"
 
 
+def test_a_mode_that_computes_in_more_bits_than_plain_autograd_is_not_biased() -> None:
+    of = drawn(6)
+    # Rounding that is not nothing on average, as that of a few weights may be.
+    plain = of.plain
+    for field in FIELDS:
+        plain = scaled(plain, field, 1 + 5e-3, slice(None))
+    exact = replace(of, plain=plain, mode=of.exact)
+    assert (np.abs(biases(exact).by_observable[BY_PARAMETER].mean) > 3e-3).any()
+    assert judged(exact).verdict == "PASS"
+    # One that is wrong is as wrong as before.
+    for field, observable in FIELDS.items():
+        wrong = with_error(exact, field, 1 + 5e-3, 4)
+        failing = biases(wrong).by_observable[observable].failing
+        assert not failing[:4].any()
+        plain_again = replace(wrong, plain=of.plain)
+        assert biases(plain_again).by_observable[observable].failing[4]
+
+
+FIELDS = {
+    "sample_norm_by_parameter": BY_PARAMETER,
+    "gradient_sketch": ObservableName.GRADIENT,
+}
+
+
 def test_wrong_norms_are_blamed_and_not_the_sum_that_inherits_them() -> None:
     of = with_error(drawn(4), "sample_norm_by_parameter", 1 + 5e-3, 4)
     of = with_error(of, "gradient_sketch", 1 - 5e-3, 4)

@@ -16,6 +16,9 @@ bias if it is farther from zero than `Tolerance` and than chance explains:
 with m tests in all. Norms that scatter about plain autograd's by more than twice what those
 scatter about float64, and more than chance explains, are wrong as well, if not on average.
 
+A mode that computes in more bits than plain autograd has none of its rounding: where no single
+value differs from float64 by more than is tolerated, the mean is plain autograd's own error.
+
 Only steps in which both sides have the same weights are paired: all of a regime with a learning
 rate of 0, else the first. A fault that plain autograd shares cancels as well, so the comparison
 with float64 stays.
@@ -28,7 +31,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +115,8 @@ class Bias:
     num: Integers
     """[M] independent values."""
     tolerated: float
+    is_exact: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1, dtype=bool))
+    """[M] or [1] True where no value differs from float64 by more than is tolerated."""
 
     @property
     def limit(self) -> Floats:
@@ -127,13 +132,13 @@ class Bias:
     @property
     def failing(self) -> NDArray[np.bool_]:
         """[M] means that are biases."""
-        return np.asarray(np.abs(self.mean) > self.limit)
+        return np.asarray((np.abs(self.mean) > self.limit) & ~self.is_exact)
 
     @property
     def times(self) -> Floats:
-        """[M] |mean| / limit; NaN if not tested."""
+        """[M] |mean| / limit, 0 where the mode is exact; NaN if not tested."""
         with np.errstate(invalid="ignore"):
-            return np.abs(self.mean) / self.limit
+            return np.where(self.is_exact, 0.0, np.abs(self.mean)) / self.limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +220,7 @@ def biases_of(
         ObservableName.SAMPLE_NORM: tolerance.total,
     }
     found = {
-        name: _bias(name, ("",), _of_samples(x[0][:, :, None], rows.rank), tolerated[name], level)
+        name: _bias(name, ("",), _of_samples(x, rows.rank), tolerated[name], level)
         for name, x in of_sample.items()
     }
     by_parameter = ObservableName.SAMPLE_NORM_BY_PARAMETER
@@ -337,6 +342,8 @@ class _Draws:
     """[M] variance of the mean, were only the groups independent."""
     num_groups: Floats
     """[M]"""
+    farthest: Floats
+    """[M] largest difference of a value from float64; infinite if that is not known."""
 
     @property
     def std(self) -> Floats:
@@ -371,6 +378,7 @@ def _bias(
         quantile=np.where(is_coupled, quantiles[1], quantiles[0]),
         num=np.where(is_tested, draws.num, 0).astype(np.int64),
         tolerated=tolerated,
+        is_exact=draws.farthest <= tolerated,
     )
 
 
@@ -379,6 +387,7 @@ class _Tally:
 
     def __init__(self, num_means: int) -> None:
         self.square = np.zeros(num_means)
+        self.farthest = np.full(num_means, -np.inf)
         self.counts: list[Floats] = []
         self.sums: list[Floats] = []
 
@@ -391,6 +400,13 @@ class _Tally:
         for kept, each in ((self.counts, known.astype(np.float64)), (self.sums, values)):
             by_group = np.einsum("snw,snm->swm", of_rank, each)
             kept.append(by_group.reshape(-1, x.shape[2]))
+
+    def take_error(self, x: Floats, rank: Integers) -> None:
+        """Note differences from float64, of the same shape."""
+        there = (rank >= 0)[:, :, None]
+        # NaN is no difference that could be small.
+        largest = np.where(there, np.abs(np.where(np.isnan(x), np.inf, x)), 0.0).max(axis=(0, 1))
+        self.farthest = np.maximum(self.farthest, largest)
 
     def draws(self) -> _Draws:
         """Mean and variance of each of the M values."""
@@ -406,12 +422,16 @@ class _Tally:
                 num=num,
                 group_variance=between * num_groups / (num_groups - 1),
                 num_groups=num_groups,
+                farthest=np.where(self.farthest < 0, np.inf, self.farthest),
             )
 
 
-def _of_samples(x: Floats, rank: Integers) -> _Draws:
-    tally = _Tally(x.shape[2])
-    tally.take(x, rank)
+def _of_samples(errors: Sequence[Floats], rank: Integers) -> _Draws:
+    """Draws of [S, N] errors; the second are plain autograd's, if float64 is known."""
+    tally = _Tally(1)
+    tally.take(errors[0][:, :, None], rank)
+    if len(errors) > 1:
+        tally.take_error((errors[0] + errors[1])[:, :, None], rank)
     return tally.draws()
 
 
@@ -427,6 +447,7 @@ def _norms(rows: _Rows) -> tuple[_Draws, _Draws | None]:
             ours.take(_log_ratio(mode, plain), rows.rank[place])
             for each in exact:
                 own.take(_log_ratio(plain, each), rows.rank[place])
+                ours.take_error(_log_ratio(mode, each), rows.rank[place])
     draws = ours.draws()
     if not own.sums:
         return draws, None
@@ -463,6 +484,7 @@ def _sums(rows: _Rows) -> tuple[_Draws, _Draws]:
     parts: list[Floats] = []
     totals: list[Floats] = []
     scatter: list[Floats] = []
+    off: list[tuple[Floats, Floats]] = []
     num_projections = rows.sides[1][0].shape_of("gradient_sketch")[2]
     for _, (mode, plain, *exact) in rows.blocks("gradient_sketch"):
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -470,6 +492,7 @@ def _sums(rows: _Rows) -> tuple[_Draws, _Draws]:
             parts.append(_moments(error, square))
             totals.append(_moments(*(np.nansum(each, axis=1)[:, None] for each in (error, square))))
             scatter += [sketch_distance(plain, each) / sketch_length(plain) for each in exact]
+            off += [(sketch_distance(mode, each), sketch_length(each)) for each in exact]
     independent = np.where(sizes > 0, np.minimum(sizes, num_projections), num_projections)
     draws = _projected(np.concatenate(parts, axis=1), independent, num_projections)
     whole = np.full(1, num_projections)
@@ -479,7 +502,20 @@ def _sums(rows: _Rows) -> tuple[_Draws, _Draws]:
         is_known = np.isfinite(spread).any(axis=0)
         typical = np.nanmedian(np.where(is_known, spread, 0.0), axis=0)
         draws = _without(draws, typical > SCATTER)
+        errors, lengths = (np.concatenate(each) for each in zip(*off, strict=True))
+        draws = replace(draws, farthest=_largest_share(errors, lengths))
+        whole_errors, whole_lengths = (
+            np.sqrt(np.nansum(np.square(each), axis=1, keepdims=True)) for each in (errors, lengths)
+        )
+        total = replace(total, farthest=_largest_share(whole_errors, whole_lengths))
     return draws, total
+
+
+def _largest_share(errors: Floats, lengths: Floats) -> Floats:
+    """[M] largest of [S, M] errors over lengths; infinite if one is not known."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = errors / lengths
+    return np.asarray(np.where(np.isnan(shares), np.inf, shares).max(axis=0))
 
 
 def _moments(error: Floats, square: Floats) -> Floats:
@@ -515,6 +551,7 @@ def _projected(moments: Floats, independent: Integers, num_projections: int) -> 
             num=num,
             group_variance=between / (num_steps - 1),
             num_groups=num_steps,
+            farthest=np.full(len(num), np.inf),
         )
     return _without(draws, num_steps < FEWEST_STEPS)
 
