@@ -17,7 +17,6 @@ import gc
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -33,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import coverage_models as own  # noqa: E402
 from benchmarks import coverage_zoo as zoo  # noqa: E402
-from benchmarks.coverage_judge import PrivateRun, revision  # noqa: E402
+from benchmarks.coverage_judge import PrivateRun, revision, steps_of, timed  # noqa: E402
 from dpsgd_track.privacy.loss import IGNORED  # noqa: E402
 
 B, T, WIDTH, INNER, NUM_HEADS, VOCAB, SIDE, PATCH = 8, 64, 512, 2048, 8, 4096, 128, 16
@@ -279,26 +278,12 @@ def measure(name: str, num_rounds: int) -> Row:
     architecture = ARCHITECTURES[name]
     samples = architecture.make_samples(B, torch.Generator().manual_seed(0))
     plain = architecture.make()
-    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=1e-6)
     run = PrivateRun(architecture.make(), MODE, architecture, 1.0, noise_multiplier=1.0)
-    run.optimizer.param_groups[0]["lr"] = 1e-6
-
-    def plain_step() -> None:
-        architecture.loss(samples.run(plain), samples.targets).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def private_step() -> None:
-        run.private.backward(samples.inputs, samples.targets)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-
-    times: dict[Callable[[], None], list[float]] = {plain_step: [], private_step: []}
+    steps = steps_of(run, plain, samples, architecture)
+    times: dict[Callable[[], None], list[float]] = {step: [] for step in steps}
     for _ in range(NUM_WARM_UP + num_rounds):
         for step, of_steps in times.items():
-            started = time.perf_counter()
-            step()
-            of_steps.append(1000 * (time.perf_counter() - started))
+            of_steps.append(1000 * timed(step))
     plain_times, private_times = (of_steps[NUM_WARM_UP:] for of_steps in times.values())
     on_copies, by_sample = run.slow_layers()
     return Row(

@@ -346,6 +346,14 @@ def _slowdown(
 ) -> float:
     """The lesser of two private steps over the lesser of two plain ones."""
     plain = architecture.make().to(dtype)
+    plain_step, private_step = steps_of(run, plain, samples, architecture)
+    return min(map(timed, [private_step] * 2)) / min(map(timed, [plain_step] * 2))
+
+
+def steps_of(
+    run: PrivateRun, plain: nn.Module, samples: Samples, architecture: Architecture
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A step of the same model without privacy, and a private one."""
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=1e-6)
 
     def plain_step() -> None:
@@ -359,10 +367,11 @@ def _slowdown(
         run.optimizer.zero_grad()
 
     run.optimizer.param_groups[0]["lr"] = 1e-6
-    return min(map(_timed, [private_step] * 2)) / min(map(_timed, [plain_step] * 2))
+    return plain_step, private_step
 
 
-def _timed(step: Callable[[], None]) -> float:
+def timed(step: Callable[[], None]) -> float:
+    """Seconds that a step takes."""
     started = time.perf_counter()
     step()
     return time.perf_counter() - started

@@ -27,12 +27,12 @@ WEIGHT_B = torch.tensor([0.5, 0.0, 2.0])
 
 def exchange(num_samples: int = 4) -> SampleExchange:
     """One rank's, of two groups: a and b, then c, which is transposed in memory."""
-    groups = [[Matrix("a", 5, 3, False), Matrix("b", 2, 4, False)], [Matrix("c", 3, 6, True)]]
+    plain, transposed = (Formed(torch.float32, is_transposed, 1) for is_transposed in (False, True))
+    a, b, c = (torch.Size(shape) for shape in ((5, 3), (2, 4), (3, 6)))
+    groups = [[Matrix("a", a, plain), Matrix("b", b, plain)], [Matrix("c", c, transposed)]]
     group = dist.group.WORLD
     assert group is not None
-    return SampleExchange(
-        groups, torch.float32, torch.device("cpu"), group, agree=lambda: num_samples
-    )
+    return SampleExchange(groups, torch.device("cpu"), group, agree=lambda: num_samples)
 
 
 def gradients() -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from core import Correct
 from torch import nn
 
 from dpsgd_track.privacy.batch import Batch
+from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.loss import logits_of
 
 
@@ -158,3 +159,38 @@ class Kept(Correct):
 
     def use_sum(self, name, use, factors):
         return torch.einsum("b,b...->...", factors, use.dense())
+
+
+class Engine(Kept):
+    """Sums of a micro-batch reduced together; correct."""
+
+    def sums_of(self, uses, factors):
+        return {
+            n: self.sum_of(n, uses[n], factors) if uses[n] else torch.zeros_like(p)
+            for n, p in self.by_name.items()
+        }
+
+    def reduce_all(self, sums):
+        return {n: self.reduce(n, s) for n, s in sums.items()}
+
+    def accumulate(self, batch):
+        batch = self.batch = self.prepare(batch)
+        device = self.context.device
+        if len(batch):
+            losses, uses = self.passes(batch)
+            with torch.no_grad():
+                squares = {n: self.square_B(n, self.norm_uses(n, u)) for n, u in uses.items() if u}
+                norms = self.total_B(squares)
+                factors = self.factors_B(norms)
+                sums = self.sums_of(uses, factors)
+        else:
+            losses, norms, factors = torch.zeros(3, 0, device=device)
+            squares = {n: torch.zeros(0, device=device) for n in self.names}
+            sums = {n: torch.zeros_like(p) for n, p in self.by_name.items()}
+        sums = self.reduce_all(sums)
+        for n, p in self.by_name.items():
+            self.put(n, p, sums[n])
+        self.note_bound()
+        self.micro_index += 1
+        roots = {n: s.sqrt() for n, s in squares.items()}
+        return SampleRecord(losses, norms, factors, roots)

@@ -1,6 +1,6 @@
 """A fifth set of faults in DP-SGD, written without a look at the comparison.
 
-Each class is one mistake in `Engine` below, a correct mode that takes norms and sums from the
+Each class is one mistake in `kept.Engine`, a correct mode that takes norms and sums from the
 inputs and output gradients of layers. Names and order say nothing of what is wrong; `truth.csv`
 does.
 
@@ -22,10 +22,9 @@ import torch.nn.functional as F
 sys.path.append(str(Path(__file__).resolve().parent.parent / "unseen"))
 
 from core import rank, world
-from kept import Kept, gram, square_of, with_inputs
+from kept import Engine, gram, square_of, with_inputs
 from torch import nn
 
-from dpsgd_track.privacy.clipping import SampleRecord
 from dpsgd_track.privacy.loss import IGNORED
 from dpsgd_track.privacy.noise import NoiseSource
 
@@ -35,41 +34,6 @@ FULL = 5
 
 def lengths_of(batch):
     return batch.inputs["attention_mask"].sum(dim=1)
-
-
-class Engine(Kept):
-    """Sums of a micro-batch reduced together; correct."""
-
-    def sums_of(self, uses, factors):
-        return {
-            n: self.sum_of(n, uses[n], factors) if uses[n] else torch.zeros_like(p)
-            for n, p in self.by_name.items()
-        }
-
-    def reduce_all(self, sums):
-        return {n: self.reduce(n, s) for n, s in sums.items()}
-
-    def accumulate(self, batch):
-        batch = self.batch = self.prepare(batch)
-        device = self.context.device
-        if len(batch):
-            losses, uses = self.passes(batch)
-            with torch.no_grad():
-                squares = {n: self.square_B(n, self.norm_uses(n, u)) for n, u in uses.items() if u}
-                norms = self.total_B(squares)
-                factors = self.factors_B(norms)
-                sums = self.sums_of(uses, factors)
-        else:
-            losses, norms, factors = torch.zeros(3, 0, device=device)
-            squares = {n: torch.zeros(0, device=device) for n in self.names}
-            sums = {n: torch.zeros_like(p) for n, p in self.by_name.items()}
-        sums = self.reduce_all(sums)
-        for n, p in self.by_name.items():
-            self.put(n, p, sums[n])
-        self.note_bound()
-        self.micro_index += 1
-        roots = {n: s.sqrt() for n, s in squares.items()}
-        return SampleRecord(losses, norms, factors, roots)
 
 
 class Candidate001(Engine):

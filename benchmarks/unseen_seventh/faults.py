@@ -1,6 +1,6 @@
 """A seventh set of faults in DP-SGD, written without a look at the comparison.
 
-Each class is one mistake in `Engine` below, a correct mode that takes norms and sums from the
+Each class is one mistake in `kept.Engine`, a correct mode that takes norms and sums from the
 inputs and output gradients of layers, or in `Sharded`. Names and order say nothing of what is
 wrong; `truth.csv` does.
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 sys.path.append(str(Path(__file__).resolve().parent.parent / "unseen"))
 
 from core import Correct, Sharded, world
-from kept import Kept, gram, square_of, with_inputs
+from kept import Engine, gram, square_of, with_inputs
 from torch import nn
 
 from dpsgd_track.privacy.clipping import SampleRecord
@@ -61,41 +61,6 @@ class FromZero(NoiseSource):
 
     def add_to(self, totals, *, std):
         super().add_to([(total, replace(part, start=0)) for total, part in totals], std=std)
-
-
-class Engine(Kept):
-    """Sums of a micro-batch reduced together; correct."""
-
-    def sums_of(self, uses, factors):
-        return {
-            n: self.sum_of(n, uses[n], factors) if uses[n] else torch.zeros_like(p)
-            for n, p in self.by_name.items()
-        }
-
-    def reduce_all(self, sums):
-        return {n: self.reduce(n, s) for n, s in sums.items()}
-
-    def accumulate(self, batch):
-        batch = self.batch = self.prepare(batch)
-        device = self.context.device
-        if len(batch):
-            losses, uses = self.passes(batch)
-            with torch.no_grad():
-                squares = {n: self.square_B(n, self.norm_uses(n, u)) for n, u in uses.items() if u}
-                norms = self.total_B(squares)
-                factors = self.factors_B(norms)
-                sums = self.sums_of(uses, factors)
-        else:
-            losses, norms, factors = torch.zeros(3, 0, device=device)
-            squares = {n: torch.zeros(0, device=device) for n in self.names}
-            sums = {n: torch.zeros_like(p) for n, p in self.by_name.items()}
-        sums = self.reduce_all(sums)
-        for n, p in self.by_name.items():
-            self.put(n, p, sums[n])
-        self.note_bound()
-        self.micro_index += 1
-        roots = {n: s.sqrt() for n, s in squares.items()}
-        return SampleRecord(losses, norms, factors, roots)
 
 
 class Candidate001(Engine):

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -189,8 +190,6 @@ class Fsdp2Sharder(GradientSharder):
         self.model = model
         self._exchange: SampleExchange | None = None
         """Takes the per-sample gradients of this batch that are sent early."""
-        self._answer: Callable[[], object] | None = None
-        """Waits for the other ranks' offers, where this rank has none."""
         self._pending: list[list[str]] = []
         """Groups that are still to be reduced in this batch, in order."""
         self.parameters = {n: _dtensor(n, p) for n, p in trainable_parameters(model).items()}
@@ -238,39 +237,34 @@ class Fsdp2Sharder(GradientSharder):
         *inner, _ = self.groups
         of_groups = [{n: formed[n] for n in names if n in formed} for names in inner]
         of_groups = [forms for forms in of_groups if forms]
+        every = [form for forms in of_groups for form in forms.values()]
+        operations = sum(form.num_operations for form in every)
+        is_of_one_type = len({form.dtype for form in every}) == 1
+        if not is_of_one_type or operations < self.min_operations * len(of_groups):
+            of_groups = []
         taken = {name: form for forms in of_groups for name, form in forms.items()}
-        dtypes = {form.dtype for form in taken.values()}
-        operations = sum(form.num_operations for form in taken.values())
-        if len(dtypes) != 1 or operations < self.min_operations * len(of_groups):
-            taken = {}
         code, group = code_of(taken), self._exchange_group
         largest = self._agreement.largest([num_samples, code, -code])
-        if not taken:
-            self._answer = largest
-            return None
-        (dtype,) = dtypes
 
         def agree() -> int:
             most, highest, lowest = largest()
-            return most if highest == -lowest and most * dtype.itemsize <= self.max_bytes else 0
+            num_bytes = most * max((form.dtype.itemsize for form in taken.values()), default=0)
+            are_alike = bool(taken) and highest == -lowest
+            return most if are_alike and num_bytes <= self.max_bytes else 0
 
-        matrices = [[self._matrix(n, form) for n, form in forms.items()] for forms in of_groups]
-        device = self.parameters[next(iter(taken))].device
-        self._exchange = SampleExchange(matrices, dtype, device, group, agree)
+        matrices = [
+            [Matrix(name, self.parameters[name].shape, form) for name, form in forms.items()]
+            for forms in of_groups
+        ]
+        device = next(iter(self.parameters.values())).device
+        self._exchange = SampleExchange(matrices, device, group, agree)
         return self._exchange
-
-    def _matrix(self, name: str, form: Formed) -> Matrix:
-        num_rows, num_columns = self.parameters[name].shape
-        return Matrix(name, num_rows, num_columns, form.is_transposed)
 
     def put_sent(self, weight_B: Tensor, weighted_sums: WeightedSums) -> None:
         """Add the sums of the gradients that were sent."""
-        if self._answer is not None:
-            self._answer()
-            self._answer = None
         if self._exchange is None or self._exchange.num_samples == 0:
             return
-        replicas = self._mesh.get_group(0) if self._mesh.ndim == 2 else None
+        replicas = _replicas_of(self._mesh)
         for name, total in self._exchange.sums(weight_B, weighted_sums):
             if replicas is not None:
                 dist.all_reduce(total, group=replicas)
@@ -343,7 +337,7 @@ class Fsdp2Sharder(GradientSharder):
         self._waiting: dict[str, Tensor] = {}
         self._in_flight: list[_Packed] = []
         self._pending = list(self.groups)
-        self._exchange = self._answer = None
+        self._exchange = None
 
     def pack(self, names: list[str], fill: Fill) -> None:
         """Reduce the group `names`, which is the next in order, as `fill` writes it."""
@@ -396,11 +390,15 @@ class _Layout:
         self.num_shards: int = mesh.shape[-1]
         self.shard_group: dist.ProcessGroup = mesh.get_group(mesh.ndim - 1)
         """Ranks that one copy of the parameters is sharded over."""
-        self.replica_group = mesh.get_group(0) if mesh.ndim == 2 else None
+        self.replica_group = _replicas_of(mesh)
         """Ranks that hold the same shard."""
         shapes = [parameter.shape for parameter in parameters.values()]
         self.widths = [-(-shape[0] // self.num_shards) * shape[1:].numel() for shape in shapes]
         """Elements of the largest shard of each parameter."""
+
+
+def _replicas_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    return mesh.get_group(0) if mesh.ndim == 2 else None
 
 
 class _Packed:

@@ -42,32 +42,36 @@ class Formed:
     num_operations: int
     """Operations of the product that they are formed by."""
 
+    @classmethod
+    def by_product(cls, like: Tensor, num_positions: int, *, is_transposed: bool) -> Formed:
+        """Gradients of the shape and type of `like`, summed over T positions by one product."""
+        return cls(like.dtype, is_transposed, 2 * num_positions * like.numel())
+
 
 @dataclass(frozen=True)
 class Matrix:
     """A parameter of two dimensions, sharded by rows, whose gradients are sent."""
 
     name: str
-    num_rows: int
-    num_columns: int
-    is_transposed: bool
-    """True if its gradients are transposed in memory."""
+    shape: torch.Size
+    """[rows, columns]"""
+    formed: Formed
 
     def shard_shape(self, num_shards: int) -> tuple[int, int]:
         """The largest shard's shape in memory."""
-        num_rows = -(-self.num_rows // num_shards)
-        shape = num_rows, self.num_columns
-        return shape[::-1] if self.is_transposed else shape
+        num_rows, num_columns = self.shape
+        shape = -(-num_rows // num_shards), num_columns
+        return shape[::-1] if self.formed.is_transposed else shape
 
     def as_rows(self, shards: Tensor) -> Tensor:
         """Shards [..., elements] as [..., rows, columns]."""
-        return shards.mT if self.is_transposed else shards
+        return shards.mT if self.formed.is_transposed else shards
 
     def copies(self, grad_B: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Places in shards [W, B, elements], each with what of [B, rows, columns] goes there."""
         num_shards = len(to)
         to_rows = self.as_rows(to.unflatten(2, self.shard_shape(num_shards)))
-        if self.num_rows % num_shards == 0:
+        if self.shape[0] % num_shards == 0:
             yield to_rows, grad_B.unflatten(1, (num_shards, -1)).transpose(0, 1)
             return
         for place, rows in zip(to_rows, grad_B.split(to_rows.shape[2], dim=1), strict=False):
@@ -91,25 +95,23 @@ class SampleExchange:
     def __init__(
         self,
         groups: Sequence[Sequence[Matrix]],
-        dtype: torch.dtype,
         device: torch.device,
         group: dist.ProcessGroup,
         agree: Callable[[], int],
     ) -> None:
         """
         Args:
-            groups: matrices whose gradients come together, in order.
-            dtype: type of all gradients.
-            device: their device.
+            groups: matrices whose gradients come together, in order, all of one type.
+            device: device of the gradients.
             group: the ranks that share a copy of the model.
             agree: waits for all ranks; returns B, or 0 if some do not take part.
         """
-        size = -(-len(groups) // MAX_TRANSFERS)
+        size = max(1, -(-len(groups) // MAX_TRANSFERS))
         self._transfers = [
             [matrix for group in groups[first : first + size] for matrix in group]
             for first in range(0, len(groups), size)
         ]
-        self._dtype, self._device, self._agree = dtype, device, agree
+        self._device, self._agree = device, agree
         self._group, self._num_shards = group, dist.get_world_size(group)
         self._place = {m.name: n for n, every in enumerate(self._transfers) for m in every}
         self._given: dict[str, Tensor] = {}
@@ -203,7 +205,7 @@ class SampleExchange:
             self._num_shards,
             self.num_samples,
             sum(widths),
-            dtype=self._dtype,
+            dtype=matrices[0].formed.dtype,
             device=self._device,
         )
         pairs: list[tuple[Tensor, Tensor]] = []

@@ -715,8 +715,8 @@ class Capture:
         self.note_received([name], view, lambda grad_B: self.add_gradients(name, grad_B))
         if num_positions:
             # The backward of the product forms those of its second factor.
-            operations = 2 * num_positions * view.numel()
-            form = Formed(view.dtype, layer.rule is linear, operations)
+            is_transposed = layer.rule is linear
+            form = Formed.by_product(view, num_positions, is_transposed=is_transposed)
             self._formed[name] = view, form
 
     def note_received(

@@ -30,7 +30,7 @@ from dpsgd_track.privacy.capture import Capture
 from dpsgd_track.privacy.captured_layer import CapturedLayer
 from dpsgd_track.privacy.eval_mode import in_eval_mode
 from dpsgd_track.privacy.layers.inventory import Layer, is_recurrent
-from dpsgd_track.privacy.mapped_calls import MappedCalls, mapped_functions
+from dpsgd_track.privacy.mapped_calls import MappedCalls, is_mapped, mapped_functions
 from dpsgd_track.privacy.replaced_forward import Forward
 from dpsgd_track.privacy.shared_rows import Course, SharedRows, rows_of
 
@@ -70,7 +70,7 @@ class SampleDims:
     outputs: tuple[int | None, ...]
     """SPREAD for a tensor that all samples share (see `captured_layer.spread`)."""
     kept: Mapping[Attribute, int] = field(default_factory=dict)
-    """Of each tensor that the module keeps as an attribute."""
+    """The samples' dimension in each tensor that the module keeps as an attribute."""
 
     @property
     def is_shared(self) -> bool:
@@ -198,8 +198,8 @@ class ExpandedLayer(CapturedLayer):
             mapped = self._map(copies, inputs, kept_dims, args, kwargs)
             joined = {key: _joined(x, kept_dims[key]) for key, x in mapped.kept.items()}
             self._put(joined)
-            is_mapped = any(map(_is_mapped, self._attributes().values()))
-            if is_mapped or not all(_is_close(x, kept[key]) for key, x in joined.items()):
+            is_left = any(map(is_mapped, self._attributes().values()))
+            if is_left or not all(_is_close(x, kept[key]) for key, x in joined.items()):
                 return None
         outputs = tuple(
             self._dim_of_output(got, wanted)
@@ -429,10 +429,6 @@ def _likely_dim(leaf: object, size: int) -> int | None:
 
 def _dims_of_size(tensors: Mapping[Attribute, Tensor], size: int) -> dict[Attribute, int]:
     return {key: x.shape.index(size) for key, x in tensors.items() if size in x.shape}
-
-
-def _is_mapped(x: Tensor) -> bool:
-    return torch._C._functorch.is_batchedtensor(x)
 
 
 def _of_one(shape: tuple[int, ...], dim: int, num_samples: int) -> tuple[int, ...]:

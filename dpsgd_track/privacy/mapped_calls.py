@@ -50,11 +50,11 @@ class MappedCalls(TorchFunctionMode):
     ) -> Any:
         """Run a function, of mapped tensors in one of the ways above."""
         kwargs = {} if kwargs is None else kwargs
-        if func in _READS and _is_mapped(args[0]):
+        if func in _READS and is_mapped(args[0]):
             self.is_needed = True
             return func(_common(args[0], torch.bool if func is Tensor.__bool__ else None))
         has_rule = self._has_rule.get(func)
-        if has_rule or not any(map(_is_mapped, pytree.tree_leaves((args, kwargs)))):
+        if has_rule or not any(map(is_mapped, pytree.tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
         if has_rule is None:
             return self._learned(func, args, kwargs)
@@ -84,8 +84,7 @@ def mapped_functions() -> Iterator[None]:
     original = Function.__dict__["apply"]
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        is_mapped = any(map(_is_mapped, args))
-        if kwargs or not is_mapped or _has_rule(cls):
+        if kwargs or _has_rule(cls) or not any(map(is_mapped, args)):
             return original.__func__(cls, *args, **kwargs)
         if not all(isinstance(x, (Tensor, *_PLAIN)) for x in args):
             # An object may hold tensors of all samples.
@@ -100,7 +99,8 @@ def mapped_functions() -> Iterator[None]:
         Function.apply = original  # type: ignore[method-assign]
 
 
-def _is_mapped(x: Any) -> bool:
+def is_mapped(x: Any) -> bool:
+    """True for a tensor that stands for the rows of all samples inside of vmap."""
     return isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x)
 
 
@@ -112,7 +112,7 @@ def _has_rule(function: type[Function]) -> bool:
 def _common(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The one value of all samples; `x` itself, which nothing can read, where they differ."""
     values = torch._C._functorch.get_unwrapped(x).detach().flatten()
-    if x.numel() != 1 or not len(values) or _is_mapped(values):
+    if x.numel() != 1 or not len(values) or is_mapped(values):
         return x
     values = values if dtype is None else values.to(dtype)
     return values[0] if bool((values == values[0]).all()) else x
@@ -121,7 +121,7 @@ def _common(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _run_by_row(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a function for each sample, on its rows of mapped tensors."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    places = [place for place, x in enumerate(leaves) if _is_mapped(x)]
+    places = [place for place, x in enumerate(leaves) if is_mapped(x)]
 
     def run(rows: tuple[Tensor, ...]) -> Any:
         filled = list(leaves)

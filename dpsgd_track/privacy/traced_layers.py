@@ -283,7 +283,7 @@ class Tracing:
         return {
             traced.layer.names["weight"]: (
                 leaf,
-                Formed(leaf.dtype, False, 2 * traced.num_positions * leaf.numel()),
+                Formed.by_product(leaf, traced.num_positions, is_transposed=False),
             )
             for traced in self._active
             if traced.is_linear and (leaf := traced.weight_leaf) is not None

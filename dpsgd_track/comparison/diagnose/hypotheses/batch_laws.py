@@ -52,18 +52,13 @@ def law_of_batches(facts: Facts) -> Prediction:
 
 
 def _cells(facts: Facts) -> list[_Cell]:
-    gradients = facts.ours.sample_sketch[:, :, facts.columns].astype(np.float64)
     ranks, found = facts.theirs.sample_rank, list[_Cell]()
     for row in facts.rows.tolist():
         batches = [b for b in facts.micro_batches if b.row == row]
-        sums = [
-            np.einsum("n,nqk->qk", facts.factor[row, b.places], gradients[row, b.places]).ravel()
-            for b in batches
-        ]
-        wanted = facts.recorded_sum[row].ravel()
         if not batches:
             continue
-        table = np.stack(sums, axis=1)
+        wanted = facts.recorded_sum[row].ravel()
+        table = np.stack([facts.sum_of_batch(batch).ravel() for batch in batches], axis=1)
         if not np.isfinite(table).all() or not np.isfinite(wanted).all():
             return []
         weights, _, rank, _ = np.linalg.lstsq(table, wanted, rcond=1e-6)

@@ -105,6 +105,12 @@ class Facts:
         weights = weights if weights.ndim == 3 else weights[..., None]
         return np.asarray(np.nansum(gradients * weights[..., None], axis=1))
 
+    def sum_of_batch(self, batch: MicroBatch) -> Floats:
+        """[Q, K] sum of the baseline's clipped gradients over the samples of a micro-batch."""
+        gradients = self.ours.sample_sketch[batch.row, batch.places][:, self.columns]
+        factors = self.factor[batch.row, batch.places]
+        return np.asarray(np.einsum("n,nqk->qk", factors, gradients.astype(np.float64)))
+
     def own_rows(self, weights: Floats) -> Floats | None:
         """[S, Q, K] sum in which the rows of each rank are of its own samples alone.
 

@@ -340,11 +340,9 @@ def _scattered(facts: Facts) -> Prediction:
     below = float(np.mean(ratios < 1))
     # Samples of one step may share what is drawn, so that their means are less certain.
     is_centred = bool(np.median(np.abs(off) / spreads) < _OFF_CENTRE) and 0.3 < below < 0.7
-    return (
-        Fitted(observed, f"{np.median(spreads):.0%}")
-        if is_alike and is_large and (is_centred)
-        else None
-    )
+    if not (is_alike and is_large and is_centred):
+        return None
+    return Fitted(observed, f"{np.median(spreads):.0%}")
 
 
 _ENOUGH_SCATTERED, _FEW_PARAMETERS, _UNLIKE, _OFF_CENTRE = 16, 3, 4.0, 0.5

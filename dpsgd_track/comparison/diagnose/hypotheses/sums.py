@@ -331,7 +331,6 @@ def _idle_sends_again(facts: Facts) -> Prediction:
     if not facts.has_sketches or not facts.micro_batches:
         return None
     batches = {(b.row, b.number, b.rank): b for b in facts.micro_batches}
-    gradients = facts.ours.sample_sketch[:, :, facts.columns].astype(np.float64)
     predicted = facts.right_sum.copy()
     sent: dict[int, Floats] = {}
     for row in range(len(predicted)):
@@ -342,8 +341,7 @@ def _idle_sends_again(facts: Facts) -> Prediction:
                 if batch is None:
                     predicted[row] += sent.get(rank, 0.0)
                     continue
-                weights = facts.factor[row, batch.places]
-                sent[rank] = np.einsum("n,nqk->qk", weights, gradients[row, batch.places])
+                sent[rank] = facts.sum_of_batch(batch)
     return predicted
 
 
